@@ -1,0 +1,425 @@
+"""Training speed and memory beside TRL: SFT, DPO and reward models on one CPU thread.
+
+    PYTHONPATH=src python bench/train.py --trl-python TRL_VENV/bin/python --steps 3 --repeats 3
+
+One small Nemotron with the same weights is trained by both on the same conversations and pairs. Every measurement is a process of its
+own; it prints one line of JSON, and the last line is the summary. README.md beside this file says what is counted and with which
+settings. Nothing at the top level needs more than numpy, so that the driver stays small and TRL's interpreter can run this file too.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TASKS = ("sft", "dpo", "reward")
+TARGETS = {"sft": 2.0, "dpo": 4.0, "reward": 3.0}  # tokens per CPU second, as a multiple of TRL's
+BATCH = 8  # conversations or pairs a step
+MAX_TOKENS = 1024
+PACKED_ROWS = 2  # of MAX_TOKENS: about as many tokens as 8 conversations
+LEARNING_RATE, BETA, CLIP = 2e-5, 0.1, 1.0
+
+VOCAB = 4096
+PAD, BOS, EOS, USER, ASSISTANT, END_OF_TURN = range(6)
+FIRST_WORD = 16
+# Control tokens are matched anywhere in a text, so none may be the beginning of a word.
+_WORDS = [f"<{number}>" if number < FIRST_WORD else f"w{number}" for number in range(VOCAB)]
+PACKAGES = {"gristmill": ("torch", "numpy"), "trl": ("torch", "trl", "transformers", "accelerate", "datasets")}
+
+
+# ---- data: lengths as in real chat (log-normal, so many short turns and a long tail), random words ----
+
+
+def _text(rng: np.random.Generator, median: float, sigma: float, shortest: int, longest: int) -> list[int]:
+    length = int(np.clip(median * rng.lognormal(0.0, sigma), shortest, longest))
+    return rng.integers(FIRST_WORD, VOCAB, length).tolist()
+
+
+def make_conversations(num: int, seed: int) -> list[dict[str, list[int]]]:
+    """Conversations of one to three turns: token ids, and a mask of what is trained (the assistant's turns)."""
+    rng = np.random.default_rng([seed, 0])
+    conversations = []
+    for _ in range(num):
+        ids, mask = [BOS], [0]
+        for _ in range(int(rng.choice([1, 2, 3], p=[0.5, 0.33, 0.17]))):
+            question = [USER, *_text(rng, 40, 0.9, 4, 400), END_OF_TURN, ASSISTANT]
+            answer = [*_text(rng, 90, 0.8, 8, 600), END_OF_TURN]
+            ids += question + answer
+            mask += [0] * len(question) + [1] * len(answer)
+        conversations.append({"ids": ids[:MAX_TOKENS], "mask": mask[:MAX_TOKENS]})
+    return conversations
+
+
+def make_pairs(num: int, seed: int) -> list[dict[str, list[int]]]:
+    """A prompt, two answers that end with EOS, and five ratings (0 to 4) of each."""
+    rng = np.random.default_rng([seed, 1])
+    pairs = []
+    for _ in range(num):
+        prompt = [BOS, USER, *_text(rng, 120, 0.9, 8, 480), END_OF_TURN, ASSISTANT]
+        answers = {name: [*_text(rng, median, 0.7, 8, 440), EOS] for name, median in (("chosen", 120), ("rejected", 100))}
+        ratings = {f"{name}_ratings": rng.integers(0, 5, 5).tolist() for name in answers}
+        pairs.append({"prompt": prompt} | answers | ratings)
+    return pairs
+
+
+def count_tokens(task: str, rows: list[dict[str, list[int]]]) -> int:
+    """Real tokens, padding not counted. A pair counts its prompt twice: each answer is read after it."""
+    if task == "sft":
+        return sum(len(row["ids"]) for row in rows)
+    return sum(2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"]) for row in rows)
+
+
+# ---- gristmill ----
+
+
+def _our_model() -> Any:
+    from gristmill.model.config import ModelConfig, uniform_blocks
+    from gristmill.model.transformer import Transformer
+
+    # The weights are drawn with seed 0, so every process of a run has the same.
+    return Transformer(ModelConfig("nemotron", VOCAB, 256, uniform_blocks(8, 4, 2, 64, 1024), max_positions=2048))
+
+
+def prepare(folder: Path, steps: int, seed: int) -> None:
+    """Write the data, the model as a Hugging Face folder, and our logits of a packed batch."""
+    import torch
+    from safetensors.torch import save_file
+
+    from gristmill.model.attention import PackedShape
+    from gristmill.model.weights import hf_tensors
+
+    conversations = make_conversations(steps * BATCH, seed)
+    (folder / "sft.json").write_text(json.dumps(conversations))
+    for task in ("dpo", "reward"):
+        (folder / f"{task}.json").write_text(json.dumps(make_pairs(steps * BATCH, seed)))
+    model = _our_model()
+    save_file({name: tensor.clone() for name, tensor in hf_tensors(model).items()}, folder / "model.safetensors", {"format": "pt"})
+    special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(model.config.to_hf() | special))
+    documents = [row["ids"] for row in conversations[:BATCH]]
+    with torch.no_grad():
+        logits_TV = model(torch.tensor(sum(documents, [])), PackedShape.from_lengths([len(ids) for ids in documents]))
+    np.save(folder / "logits.npy", logits_TV.numpy())
+
+
+def train_gristmill(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """``gristmill.train.loop.train``, as it is, on our kind of samples."""
+    from gristmill.model.reward import RewardModel
+    from gristmill.train.loop import TrainSettings, train
+    from gristmill.train.packing import PairSample, RatedSample, Sample
+    from gristmill.train.preference import PreferenceObjective, compute_reference_logprobs
+    from gristmill.train.reward import reward_objective
+    from gristmill.train.sft import sft_objective
+
+    def side(row: dict[str, Any], name: str) -> Sample:
+        return Sample(row["prompt"] + row[name], [False] * len(row["prompt"]) + [True] * len(row[name]))
+
+    model = _our_model()
+    result: dict[str, Any] = {"imports_rss_mib": peak_rss_mib()}
+    batch_size, objective, samples = BATCH, sft_objective, []
+    if task == "sft":
+        samples = [Sample(row["ids"], row["mask"]) for row in rows]
+    elif task == "dpo":
+        pairs = [PairSample(side(row, "chosen"), side(row, "rejected")) for row in rows]
+        start = time.process_time()
+        samples = compute_reference_logprobs(model, pairs, precision="bf16")
+        result["reference_cpu_seconds"] = round(time.process_time() - start, 3)
+        objective = PreferenceObjective("dpo", beta=BETA)
+    else:
+        model, objective, batch_size = RewardModel(model), reward_objective, 2 * BATCH
+        for row in rows:
+            for name in ("chosen", "rejected"):
+                ids = row["prompt"] + row[name]
+                samples.append(RatedSample(ids, len(ids) - 1, row[f"{name}_ratings"]))
+    settings = TrainSettings(
+        lr=LEARNING_RATE, schedule="constant", epochs=1, batch_size=batch_size, weight_decay=0.0, clip=CLIP, precision="bf16"
+    )
+    losses: list[float] = []
+    timer = Timer()
+    train(model, objective, samples, settings, on_step=lambda step, total, metrics: losses.append(metrics["loss"]))
+    return result | timer.read() | {"losses": losses}
+
+
+# ---- TRL ----
+
+
+def _text_of(ids: list[int]) -> str:
+    return " ".join(_WORDS[number] for number in ids)
+
+
+def _tokenizer() -> Any:
+    """Token number i is the text ``_WORDS[i]``, so that a trainer which only takes text sees the same tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = _WORDS[FIRST_WORD - 1]
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate(_WORDS)}, unk_token=unknown))
+    words.pre_tokenizer = WhitespaceSplit()
+    names = {"pad_token": _WORDS[PAD], "bos_token": _WORDS[BOS], "eos_token": _WORDS[EOS], "unk_token": unknown}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **names)
+
+
+def _trl_trainer(task: str, rows: list[dict[str, Any]], folder: Path) -> Any:
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import NemotronForCausalLM, NemotronForSequenceClassification
+
+    common: dict[str, Any] = {
+        "output_dir": str(folder / "trl"),
+        "per_device_train_batch_size": PACKED_ROWS if task == "sft" else BATCH,
+        "num_train_epochs": 1,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": CLIP,
+        "max_length": MAX_TOKENS,
+        "optim": "adamw_torch_fused",
+        "bf16": True,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    kind = NemotronForSequenceClassification if task == "reward" else NemotronForCausalLM
+    extra = {"num_labels": 1} if task == "reward" else {}
+    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **extra)
+    if task == "sft":
+        args = trl.SFTConfig(packing=True, packing_strategy="bfd", **common)
+        data = [
+            {
+                "input_ids": row["ids"],
+                "labels": [token if trained else -100 for token, trained in zip(row["ids"], row["mask"], strict=True)],
+            }
+            for row in rows
+        ]
+        return trl.SFTTrainer(model, args, train_dataset=Dataset.from_list(data), processing_class=_tokenizer())
+    if task == "dpo":
+        args = trl.DPOConfig(precompute_ref_log_probs=True, beta=BETA, **common)
+        data = [
+            {"prompt": _text_of(row["prompt"]) + " ", "chosen": _text_of(row["chosen"]), "rejected": _text_of(row["rejected"])}
+            for row in rows
+        ]
+        return trl.DPOTrainer(model, args=args, train_dataset=Dataset.from_list(data), processing_class=_tokenizer())
+    args = trl.RewardConfig(**common)
+    data = [{f"{name}_ids": row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in rows]
+    return trl.RewardTrainer(model, args=args, train_dataset=Dataset.from_list(data), processing_class=_tokenizer())
+
+
+def _tokens_of(task: str, dataset: Any) -> int:
+    """Tokens in the trainer's own data, as ``count_tokens`` counts."""
+    names = {
+        "sft": ["input_ids"],
+        "dpo": ["prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids"],
+        "reward": ["chosen_ids", "rejected_ids"],
+    }
+    return sum(len(ids) for name in names[task] for ids in dataset[name])
+
+
+def train_trl(task: str, rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """TRL's trainer of the task. Its constructor packs, tokenizes and computes the reference; it is not timed with the steps."""
+    import datasets
+    import trl
+
+    datasets.disable_progress_bars()
+    result: dict[str, Any] = {"imports_rss_mib": 0, "reference_cpu_seconds": 0.0}
+    if task == "dpo":
+        inner = trl.DPOTrainer._precompute_ref_logps
+
+        def timed(self: Any, *args: Any, **options: Any) -> Any:
+            start = time.process_time()
+            rows = inner(self, *args, **options)
+            result["reference_cpu_seconds"] = round(time.process_time() - start, 3)
+            return rows
+
+        trl.DPOTrainer._precompute_ref_logps = timed
+    else:
+        # Imported on first use, and so brought in here to be no part of the figure of the first step.
+        _ = trl.SFTTrainer, trl.RewardTrainer
+        del result["reference_cpu_seconds"]
+    result["imports_rss_mib"] = peak_rss_mib()
+    trainer = _trl_trainer(task, rows, folder)
+    seen, meant = _tokens_of(task, trainer.train_dataset), count_tokens(task, rows)
+    if seen != meant:
+        sys.exit(f"TRL was given {meant} tokens and trains on {seen}: the comparison is void.")
+    timer = Timer()
+    trainer.train()
+    seconds = timer.read()
+    return result | seconds | {"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
+
+
+def check_weights(folder: Path) -> dict[str, Any]:
+    """Largest difference between our packed logits and Hugging Face's of the same documents, one at a time, in fp32."""
+    import torch
+    from transformers import NemotronForCausalLM
+
+    model = NemotronForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    documents = [row["ids"] for row in json.loads((folder / "sft.json").read_text())[:BATCH]]
+    with torch.no_grad():
+        theirs_TV = torch.cat([model(torch.tensor([ids])).logits[0] for ids in documents]).numpy()
+    ours_TV = np.load(folder / "logits.npy")
+    difference = float(np.abs(ours_TV - theirs_TV).max())
+    return {
+        "check": "the same weights are the same function",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens": len(ours_TV),
+        "largest_logit": round(float(np.abs(theirs_TV).max()), 4),
+        "largest_difference": float(f"{difference:.3g}"),
+        "same": difference < 1e-4,
+    }
+
+
+# ---- measuring ----
+
+
+class Timer:
+    """CPU (user and system) and wall seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        cpu, wall = time.process_time() - self._cpu, time.perf_counter() - self._wall
+        return {"cpu_seconds": round(cpu, 3), "wall_seconds": round(wall, 3)}
+
+
+def peak_rss_mib() -> int:
+    """Peak resident memory of this process so far (Linux; getrusage would count the parent's before exec too)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) // 1024
+    raise RuntimeError("this kernel does not report VmHWM")
+
+
+def measure(trainer: str, task: str, folder: Path) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = json.loads((folder / f"{task}.json").read_text())
+    tokens = count_tokens(task, rows)
+    result = train_gristmill(task, rows) if trainer == "gristmill" else train_trl(task, rows, folder)
+    losses = result.pop("losses")
+    work = {"sft": "assistant turns", "dpo": "pairs"}.get(task, "five ratings of both answers" if trainer == "gristmill" else "pairs")
+    return {
+        "trainer": trainer,
+        "task": task,
+        "trained_on": work,
+        "tokens": tokens,
+        "steps": len(losses),
+        "tokens_per_cpu_second": round(tokens / result["cpu_seconds"], 1),
+        **result,
+        "peak_rss_mib": peak_rss_mib(),
+        "loss_first_last": [round(losses[0], 4), round(losses[-1], 4)],
+    }
+
+
+def _child(python: str, folder: Path, *job: str) -> dict[str, Any]:
+    """Run one job of this file in a new process; it answers with one line of JSON."""
+    with tempfile.TemporaryDirectory() as cache:  # its own, so that nothing computed before is found again
+        environment = os.environ | {
+            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+            **dict.fromkeys(("HF_HUB_OFFLINE", "TQDM_DISABLE"), "1"),
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HOME": cache,
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        command = [python, __file__, "--job", *job, "--folder", str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _run_job(job: list[str], folder: Path, steps: int, seed: int) -> None:
+    if job[0] == "prepare":
+        prepare(folder, steps, seed)
+        answer: dict[str, Any] = {}
+    elif job[0] == "check":
+        answer = check_weights(folder)
+    elif job[0] == "versions":
+        answer = {name: metadata.version(name) for name in PACKAGES[job[1]]}
+    else:
+        answer = measure(job[0], job[1], folder)
+    print(json.dumps(answer))
+
+
+def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each task the medians over repeats, the ratio of every repeat, and whether both targets are met."""
+    tasks = {}
+    for task in dict.fromkeys(result["task"] for result in results):
+        runs = {name: [r for r in results if r["task"] == task and r["trainer"] == name] for name in ("gristmill", "trl")}
+        speed = {name: [run["tokens_per_cpu_second"] for run in of] for name, of in runs.items()}
+        memory = {name: max(run["peak_rss_mib"] for run in of) for name, of in runs.items()}
+        ratio = statistics.median(speed["gristmill"]) / statistics.median(speed["trl"])
+        tasks[task] = {
+            "tokens_per_cpu_second": {name: statistics.median(values) for name, values in speed.items()},
+            "ratio": round(ratio, 2),
+            "ratio_of_each_repeat": [round(ours / theirs, 2) for ours, theirs in zip(speed["gristmill"], speed["trl"], strict=True)],
+            "target": TARGETS[task],
+            "peak_rss_mib": memory,
+            "met": ratio >= TARGETS[task] and memory["gristmill"] < memory["trl"],
+        }
+        if task == "dpo":
+            of = {name: statistics.median(run["reference_cpu_seconds"] for run in part) for name, part in runs.items()}
+            tasks[task]["reference_cpu_seconds"] = of
+    return tasks
+
+
+def _has_trl(python: str) -> bool:
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('trl') is None)"
+    try:
+        return subprocess.run([python, "-c", probe], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--steps", type=int, default=2, help=f"optimizer steps, {BATCH} conversations or pairs each")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the data")
+    parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL (default: this one)")
+    parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        return _run_job(options.job, options.folder, options.steps, options.seed)
+    if not _has_trl(options.trl_python):
+        sys.exit(f"{options.trl_python} has no TRL; give --trl-python an interpreter that has (bench/README.md says how to make one).")
+    python = {"gristmill": sys.executable, "trl": options.trl_python}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _child(sys.executable, folder, "prepare", "--steps", str(options.steps), "--seed", str(options.seed))
+        check = _child(options.trl_python, folder, "check")
+        print(json.dumps(check), flush=True)
+        if not check["same"]:
+            sys.exit("The two models are not the same function, so there is nothing to compare.")
+        results = []
+        for _ in range(options.repeats):
+            for task in options.tasks:
+                for trainer in ("trl", "gristmill"):
+                    results.append(_child(python[trainer], folder, trainer, task))
+                    print(json.dumps(results[-1]), flush=True)
+        versions = {trainer: _child(python[trainer], folder, "versions", trainer) for trainer in python}
+    summary = {"steps": options.steps, "repeats": options.repeats, "versions": versions, "tasks": summarize(results)}
+    print(json.dumps({"summary": summary}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

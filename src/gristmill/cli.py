@@ -1,0 +1,351 @@
+"""The command line. Each command is a few lines that call the library; heavy imports wait until a command needs them.
+
+Exit codes: 0 done, 1 a bug (with a traceback), 2 bad input (one sentence), 130 interrupted.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gristmill.errors import InputError
+
+# Before torch is loaded: threads that wait must not spin. On two cores with a busy neighbour, spinning costs up to 9x.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+app = typer.Typer(
+    help="Base, Instruct and Reward models that write, judge and learn from their own alignment data.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
+Format = Annotated[str, typer.Option("--format", help="Chat format: auto, nemotron, chatml or llama3.")]
+Unsafe = Annotated[bool, typer.Option("--unsafe-code", help="Run model-written programs WITHOUT a jail where the kernel offers none.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
+MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+
+
+def command(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a command: its example closes its help, bad input ends in one sentence and exit code 2."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def safe(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except InputError as e:
+                typer.echo(f"gristmill: {e}", err=True)
+                raise typer.Exit(2) from e
+            except KeyboardInterrupt as e:
+                typer.echo("gristmill: interrupted; run the same command again to continue.", err=True)
+                raise typer.Exit(130) from e
+
+        app.command(epilog=f"Example: {example}")(safe)
+        return function
+
+    return register
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Base, Instruct and Reward models that write, judge and learn from their own alignment data."""
+    if version:
+        from gristmill import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file, or a shipped recipe by its name."""
+    shipped = Path(__file__).parent / "recipes"
+    path = shipped / f"{name}.yaml"
+    if Path(name).suffix in (".yaml", ".yml") or not path.is_file():
+        path = Path(name)
+        if not path.is_file():
+            names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+            raise InputError(f"There is no recipe {name!r}: give a .yaml file or one of the shipped recipes ({names}).")
+    return path
+
+
+@command("gristmill run miniature")
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/NAME.")] = None,
+    control: Annotated[
+        str | None, typer.Option(help="Run a control instead: unfiltered, random-filter, reward-only, human-only or replace.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Overrides the recipe's rounds.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
+    unsafe_code: Unsafe = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn the mill: all rounds of a recipe, from the start or from where it was cut off."""
+    from gristmill import recipe as recipes
+
+    given = {"control": control, "seed": seed, "rounds": rounds, "threads": threads}
+    loaded = recipes.load(find_recipe(recipe), {k: v for k, v in given.items() if v is not None})
+    name = "-".join([loaded.name, *([loaded.control] if loaded.control else []), *([f"seed{seed}"] if seed is not None else [])])
+    folder = out or Path("runs") / name
+    from gristmill.flywheel.loop import run as turn
+    from gristmill.flywheel.progress import Progress
+    from gristmill.report.page import write_report
+    from gristmill.report.text import headline, stage_line
+
+    with Progress(quiet=quiet, describe=stage_line) as progress:
+        results = turn(loaded, folder, progress, unsafe_code)
+    page = write_report(folder)
+    if as_json:
+        typer.echo(json.dumps(results))
+    else:
+        for line in headline(results, folder):
+            typer.echo(line)
+        typer.echo(f"report: {page}")
+
+
+@command("gristmill status runs/miniature")
+def status(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"),
+    as_json: AsJson = False,
+) -> None:
+    """What a run has done so far."""
+    from gristmill.report.read import read_run
+    from gristmill.report.text import stage_line
+
+    data = read_run(folder)
+    stages = [{k: s.get(k) for k in ("folder", "seconds")} | {"done": s.get("fingerprint") is not None} for s in data.stages]
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), "finished": data.results is not None, "stages": stages}))
+        return
+    for s in data.stages:
+        seconds = f"{s['seconds']:>7.1f} s" if "seconds" in s else "  unfinished"
+        typer.echo(f"{s['folder']:<22} {seconds}  {stage_line(s)}".rstrip())
+    typer.echo("finished" if data.results else "not finished: run the same command again to continue")
+
+
+@command("gristmill report runs/miniature")
+def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"), as_json: AsJson = False) -> None:
+    """Write the page of a run again and print its path."""
+    from gristmill.report.page import write_report
+
+    page = write_report(folder)
+    typer.echo(json.dumps({"report": str(page)}) if as_json else str(page))
+
+
+@command("gristmill compare runs/miniature runs/miniature-human-only")
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders; the first is what the others are compared with.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write a page.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set finished runs side by side."""
+    from gristmill.report.compare import compare_runs, comparison_text, write_comparison
+
+    table = compare_runs(folders)
+    typer.echo(json.dumps(table) if as_json else comparison_text(table))
+    if out:
+        typer.echo(str(write_comparison(table, out)), err=as_json)
+
+
+@command("gristmill pretrain miniature-base --out runs/base")
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A pretraining recipe file, or the name of a shipped one.")],
+    out: Out,
+    tokens: Annotated[int | None, typer.Option(help="Overrides the recipe's tokens.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a Base model from scratch on documents."""
+    from gristmill import jobs
+    from gristmill.flywheel.mill import on_step
+    from gristmill.flywheel.progress import Progress
+
+    loaded = jobs.load_pretraining(find_recipe(recipe))
+    if tokens is not None:
+        loaded = loaded.model_copy(update={"tokens": tokens})
+    with Progress(quiet=quiet) as progress, progress.stage("pretrain"):
+        result = jobs.pretrain(loaded, out, on_step(progress))
+    _done(result, out / "model", as_json)
+
+
+@command("gristmill train sft --model runs/base/model --data demonstrations.jsonl --out runs/sft")
+def train(
+    kind: Annotated[str, typer.Argument(help="sft, reward, dpo, cdpo, ipo, rpo, rpo_fwd_kl or rpo_sq.")],
+    model: Annotated[Path, typer.Option(help="Model folder to start from (Hugging Face layout).")],
+    data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages; ratings; or prompt, chosen, rejected.")],
+    out: Out,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-5,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Samples (or pairs) a step.")] = 64,
+    beta: Annotated[float, typer.Option(help="Preference losses: strength of the reference.")] = 0.1,
+    eta: Annotated[float, typer.Option(help="RPO: scale of the reward gap.")] = 1.0,
+    sft_weight: Annotated[float, typer.Option(help="Preference losses: weight of the SFT term.")] = 0.0,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16 compute; weights are always fp32.")] = "fp32",
+    format: Format = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """One training stage on your own rows."""
+    from gristmill import jobs
+    from gristmill.flywheel.mill import on_step
+    from gristmill.flywheel.progress import Progress
+    from gristmill.recipe import section
+
+    values: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "precision": precision}
+    if kind not in ("sft", "reward"):
+        values |= {"loss": kind, "beta": beta, "eta": eta, "sft_weight": sft_weight}
+    settings = section(values, preference=kind not in ("sft", "reward"))
+    with Progress(quiet=quiet) as progress, progress.stage(kind):
+        result = jobs.train_model(kind, model, data, out, settings, format, seed, on_step(progress))
+    _done(result, out / "model", as_json)
+
+
+def _done(result: Any, model: Path, as_json: bool) -> None:
+    facts = {"model": str(model), "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "loss": result.metrics["loss"]}
+    text = (
+        f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.1f} s, last loss {result.metrics['loss']:.4f}\nmodel: {model}"
+    )
+    typer.echo(json.dumps(facts) if as_json else text)
+
+
+@command('gristmill generate runs/base/model "What is the capital of Runi?"')
+def generate(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    prompt: Annotated[str | None, typer.Argument(help="One prompt; or use --prompts.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL or Parquet with `prompt` or `messages`.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the answers; default standard output.")] = None,
+    n: Annotated[int, typer.Option(help="Answers a prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
+    max_tokens: MaxTokens = 128,
+    format: Format = "auto",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Answer prompts with a model."""
+    from gristmill import jobs
+    from gristmill.chat import Message
+    from gristmill.engine.generator import Sampling
+    from gristmill.flywheel.source import read_prompts
+
+    if (prompt is None) == (prompts is None):
+        raise InputError("Give either a prompt or --prompts FILE.")
+    asked = [(Message("user", prompt),)] if prompt is not None else [p.messages for p in read_prompts(prompts or Path(), "file")]
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
+    rows = jobs.generate(jobs.engine_of(model, format), asked, sampling, seed)
+    if out:
+        typer.echo(f"{jobs.write_jsonl(out, rows)} prompts answered: {out}", err=as_json)
+        return
+    for row in rows:
+        typer.echo(json.dumps(row) if as_json else "\n".join(r["text"] for r in row["responses"]))
+
+
+@command("gristmill score runs/miniature/01-reward/model --data answers.jsonl")
+def score(
+    model: Annotated[Path, typer.Argument(help="Reward model folder.")],
+    data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages ending with the assistant, or prompt and response.")],
+    format: Format = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Rate answers: helpfulness, correctness, coherence, complexity, verbosity, and their weighted sum."""
+    from gristmill import jobs
+
+    for row in jobs.rate(model, data, format):
+        line = ",".join(f"{k}:{v:.4f}" for k, v in row.items() if k != "id")
+        typer.echo(json.dumps(row) if as_json else f"{row['id']}  {line}")
+
+
+@command("gristmill eval runs/miniature/02-demonstrations/model")
+def eval(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth` or `answer`; default the miniature world's.")] = None,
+    max_tokens: MaxTokens = 80,
+    format: Format = "auto",
+    seed: Seed = 0,
+    unsafe_code: Unsafe = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Greedy and sampled accuracy with 95 % intervals, by task."""
+    from gristmill import jobs
+    from gristmill.flywheel.progress import Progress
+
+    with Progress(quiet=quiet) as progress, progress.stage("eval"):
+        scores = jobs.evaluate(jobs.engine_of(model, format), prompts, max_tokens, seed, unsafe_code, progress)
+    scores.pop("outcomes")
+    if as_json:
+        typer.echo(json.dumps(scores))
+        return
+    for task in scores["greedy"]:
+        greedy, sampled = scores["greedy"][task], scores["sampled"][task]
+        cells = [f"{s['mean']:.3f} [{s['ci95'][0]:.3f}, {s['ci95'][1]:.3f}]" for s in (greedy, sampled)]
+        typer.echo(f"{task:<12} greedy {cells[0]}  sampled {cells[1]}  n {greedy['n']}")
+
+
+@command("gristmill chat runs/miniature/02-demonstrations/model")
+def chat(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: MaxTokens = 256,
+    format: Format = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Talk with a model in the terminal. An empty line or Ctrl-D ends it; /new starts over."""
+    from gristmill import jobs
+    from gristmill.chat import Message
+    from gristmill.engine.generator import Sampling
+
+    engine = jobs.engine_of(model, format)
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+    talk: list[Message] = []
+    while True:
+        typer.echo("you> ", nl=False)
+        line = sys.stdin.readline().strip()
+        if not line:
+            typer.echo("")
+            return
+        if line == "/new":
+            talk = []
+            continue
+        talk.append(Message("user", line))
+        row = next(jobs.generate(engine, [talk], sampling, seed))
+        answer = row["responses"][0]["text"]
+        talk.append(Message("assistant", answer))
+        typer.echo(f"{engine.name}> {answer}")
+
+
+@command("gristmill init --model ./llama --demonstrations demos.jsonl --ratings rated.jsonl --evaluation test.jsonl --out mine.yaml")
+def init(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Recipe file to write.")] = Path("recipe.yaml"),
+    model: Annotated[str, typer.Option(help="Hugging Face folder of your Base model, or `miniature`.")] = "miniature",
+    demonstrations: Annotated[Path | None, typer.Option(help="Conversations to imitate.")] = None,
+    ratings: Annotated[Path | None, typer.Option(help="Rated answers, HelpSteer2's columns.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, with or without known answers.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="Held-out prompts with known answers.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the run.")] = "mine",
+    force: Annotated[bool, typer.Option(help="Overwrite the recipe file.")] = False,
+) -> None:
+    """Check your files and write a commented recipe for them (or for the miniature world, without files)."""
+    from gristmill.start import write_recipe
+
+    files = {"demonstrations": demonstrations, "ratings": ratings, "prompts": prompts, "evaluation": evaluation}
+    write_recipe(out, name, model, {k: v for k, v in files.items() if v is not None}, force)
+    typer.echo(f"{out} is written: read it, then `gristmill run {out}`.")
+
+
+if __name__ == "__main__":
+    app()

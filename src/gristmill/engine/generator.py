@@ -1,0 +1,93 @@
+"""What every source of text offers: conversations in, responses with token counts and log-probabilities out.
+
+Pipelines are written against `Generator`, so the in-process engine and a remote endpoint are interchangeable.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from gristmill.chat import Message
+from gristmill.errors import InputError
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a response is drawn.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches this; 1 keeps all.
+        top_k: keep this many likeliest tokens (applied before top_p); 0 keeps all.
+        max_tokens: most tokens of a response, its end-of-turn token included.
+        n: number of responses.
+
+    Raises:
+        InputError: a value out of its range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if self.top_k < 0:
+            raise InputError(f"top_k must be 0 (off) or more, got {self.top_k}.")
+        if self.max_tokens < 1:
+            raise InputError(f"max_tokens must be at least 1, got {self.max_tokens}.")
+        if self.n < 1:
+            raise InputError(f"n must be at least 1, got {self.n}.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation that waits for the assistant's next turn.
+
+    The same request (id, messages, sampling, seed) to the same model gives the same responses, whatever else
+    is in flight.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response.
+
+    Attributes:
+        text: the response without its end-of-turn token.
+        num_tokens: tokens generated, the end-of-turn token included.
+        logprobs: natural log-probability of every generated token under the model itself: before temperature,
+            top_p and top_k.
+        finish: "stop" if the model ended its turn, "length" if it hit max_tokens or the model's context.
+    """
+
+    text: str
+    num_tokens: int
+    logprobs: tuple[float, ...]
+    finish: Finish
+
+
+class Generator(Protocol):
+    """A source of responses."""
+
+    @property
+    def name(self) -> str:
+        """Name of the model, for records and reports."""
+        ...
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
+        """Yield each request with its `n` completions when all of them are done, in order of finishing."""
+        ...

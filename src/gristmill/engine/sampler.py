@@ -1,0 +1,133 @@
+"""Choosing the next token, with randomness that belongs to the request and not to the batch.
+
+Shapes: B rows (responses in flight), V vocabulary.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The nucleus of a trained model rarely has more tokens; rows for which it has are sorted in full.
+NUCLEUS_GUESS = 64
+
+# Constants of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014), as
+# signed integers.
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def sample_key(seed: int, request_id: str, sample: int) -> int:
+    """64-bit (signed) key of the random stream of one response of one request."""
+    digest = hashlib.blake2b(f"{seed}\0{sample}\0{request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _shift(x_B: Tensor, bits: int) -> Tensor:
+    # A logical right shift: torch has only the arithmetic one for int64.
+    return (x_B >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def uniforms(keys_B: Tensor, positions_B: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1), a pure function of (key, position): splitmix64 of the counter.
+
+    Args:
+        keys_B: int64, from `sample_key`.
+        positions_B: int64, index of the token within its response.
+
+    Returns:
+        float32 [B], multiples of 2**-23, so that `u * total` is below `total` after rounding.
+    """
+    x_B = keys_B + (positions_B + 1) * _GAMMA
+    x_B = (x_B ^ _shift(x_B, 30)) * _MIX_1
+    x_B = (x_B ^ _shift(x_B, 27)) * _MIX_2
+    return _shift(x_B ^ _shift(x_B, 31), 41).to(torch.float32) * 2.0**-23
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which steps of `choose` a batch needs at all; found when requests come in, not at every step."""
+
+    greedy: bool
+    random: bool
+    top_k: int
+    top_p: bool
+
+    @staticmethod
+    def of(temperature_B: Tensor, top_p_B: Tensor, top_k_B: Tensor) -> "Needs":
+        greedy_B = temperature_B == 0
+        return Needs(
+            greedy=bool(greedy_B.any()),
+            random=not bool(greedy_B.all()),
+            top_k=int(top_k_B.max()),
+            top_p=bool((top_p_B < 1).any()),
+        )
+
+
+def choose(logits_BV: Tensor, u_B: Tensor, temperature_B: Tensor, top_p_B: Tensor, top_k_B: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverting the cumulative distribution at `u`.
+
+    Of equally likely tokens at the edge of top_k or top_p all are kept.
+
+    Args:
+        logits_BV: float.
+        u_B: uniform numbers in [0, 1).
+        temperature_B: 0 takes the likeliest token.
+        top_p_B, top_k_B: as in `Sampling`.
+        needs: at least what these rows need.
+
+    Returns:
+        tokens int64 [B] and their log-probability float32 [B] under softmax(logits), untempered and
+        unrestricted.
+    """
+    logits_BV = logits_BV.float()
+    if needs.random:
+        # Greedy rows go through with temperature 1; their choice is replaced below.
+        divisor_B1 = torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
+        probs_BV = torch.softmax(logits_BV / divisor_B1, -1)
+        if needs.top_k:
+            probs_BV = _keep_top_k(probs_BV, top_k_B, needs.top_k)
+        if needs.top_p:
+            probs_BV = _keep_top_p(probs_BV, top_p_B)
+        cdf_BV = probs_BV.cumsum(-1)
+        # right=True: the first token whose cumulative probability exceeds u, which is never one of
+        # probability 0.
+        tokens_B = torch.searchsorted(cdf_BV, u_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
+        if needs.greedy:
+            tokens_B = torch.where(temperature_B == 0, logits_BV.argmax(-1), tokens_B)
+    else:
+        tokens_B = logits_BV.argmax(-1)
+    logprobs_B = logits_BV.gather(-1, tokens_B[:, None])[:, 0] - logits_BV.logsumexp(-1)
+    return tokens_B, logprobs_B
+
+
+def _keep_top_k(probs_BV: Tensor, top_k_B: Tensor, largest_k: int) -> Tensor:
+    vocab = probs_BV.shape[-1]
+    best_BK = probs_BV.topk(min(largest_k, vocab), -1).values
+    edge_B1 = best_BK.gather(-1, (top_k_B.clamp(1, vocab) - 1)[:, None])
+    edge_B1 = torch.where(top_k_B[:, None] == 0, 0.0, edge_B1)
+    return torch.where(probs_BV >= edge_B1, probs_BV, 0.0)
+
+
+def _keep_top_p(probs_BV: Tensor, top_p_B: Tensor) -> Tensor:
+    # top_k may have removed mass: top_p is a share of what is left.
+    target_B1 = top_p_B[:, None] * probs_BV.sum(-1, keepdim=True)
+    vocab = probs_BV.shape[-1]
+    best_BK = probs_BV.topk(min(NUCLEUS_GUESS, vocab), -1).values
+    covered_B = (best_BK.sum(-1) >= target_B1[:, 0]) | (top_p_B >= 1)
+    edge_B1 = _nucleus_edge(best_BK, target_B1)
+    if not bool(covered_B.all()):
+        rest = (~covered_B).nonzero()[:, 0]
+        sorted_RV = probs_BV[rest].sort(-1, descending=True).values
+        edge_B1[rest] = _nucleus_edge(sorted_RV, target_B1[rest])
+    edge_B1 = torch.where(top_p_B[:, None] >= 1, 0.0, edge_B1)
+    return torch.where(probs_BV >= edge_B1, probs_BV, 0.0)
+
+
+def _nucleus_edge(best_BK: Tensor, target_B1: Tensor) -> Tensor:
+    """Probability of the last token kept: the one at which the running sum first reaches the target."""
+    before_BK = best_BK.cumsum(-1) - best_BK
+    num_kept_B1 = (before_BK < target_B1).sum(-1, keepdim=True)
+    return best_BK.gather(-1, (num_kept_B1 - 1).clamp(min=0))

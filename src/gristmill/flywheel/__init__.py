@@ -1,0 +1,1 @@
+"""The loop: stages, the run folder, and what flows between them."""

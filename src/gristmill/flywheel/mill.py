@@ -1,0 +1,164 @@
+"""What every stage works with: the recipe, the models made so far, generation that loses nothing, and the judges."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gristmill.chat import FORMATS, ChatFormat, Message, guess_format
+from gristmill.engine.engine import Engine
+from gristmill.engine.generator import Completion, Request
+from gristmill.errors import InputError
+from gristmill.flywheel.folder import RunFolder
+from gristmill.flywheel.progress import Progress
+from gristmill.flywheel.source import FileSource, Source, fold
+from gristmill.judge.reward import RewardScorer
+from gristmill.judge.sandbox import Sandbox
+from gristmill.judge.verify import verify
+from gristmill.miniature.base import BASE
+from gristmill.miniature.source import MiniatureSource
+from gristmill.model.reward import REWARD_WEIGHTS
+from gristmill.model.weights import fingerprint, load_model, load_reward
+from gristmill.recipe import Recipe
+from gristmill.rows import Prompt
+from gristmill.synth.journal import Journal
+
+CONTEXT_MARGIN = 16  # an answer's text may take some tokens more when it is tokenized again
+
+
+class Mill:
+    """One run in progress.
+
+    Args:
+        recipe: resolved.
+        folder: the run's folder.
+        progress: where work announces itself.
+        unsafe_code: run model-written programs without a jail.
+
+    Raises:
+        InputError: a file of the recipe is missing or wrong, or there is no jail for a run that needs one.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, progress: Progress, unsafe_code: bool = False):
+        self.recipe, self.progress = recipe, progress
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        self.source: Source = MiniatureSource(recipe.data, recipe.seed) if recipe.world else FileSource(recipe.data)
+        self.base_folder = BASE if recipe.model == "miniature" else Path(recipe.model)
+        base, self.tokenizer = load_model(self.base_folder)  # fails here, before any work, when the checkpoint is bad
+        self._context = base.config.max_positions
+        self.base_fingerprint = fingerprint(self.base_folder)
+        self.format: ChatFormat = guess_format(self.tokenizer) if recipe.chat_format == "auto" else FORMATS[recipe.chat_format]
+        self.format.end_of_turn_id(self.tokenizer)
+        self.evaluation: list[Prompt] = self.source.evaluation()
+        self.held_out = frozenset(fold(p.messages) for p in self.evaluation)
+        for p in [*self.evaluation, *self.source.prompts()]:
+            if not self.fits(p.messages):
+                raise InputError(
+                    f"Prompt {p.messages[-1].content[:60]!r} leaves no room for an answer of {recipe.responses.max_tokens} tokens in the "
+                    f"model's context of {self._context}: take it out, or lower responses.max_tokens."
+                )
+        if recipe.judging.weights not in REWARD_WEIGHTS:
+            raise InputError(f"Unknown reward weights {recipe.judging.weights!r}: choose one of {', '.join(REWARD_WEIGHTS)}.")
+        self._resources = ExitStack()
+        needs_code = bool(self.source.code_tasks) or any((p.truth or {}).get("kind") == "code" for p in self.evaluation)
+        self._sandbox = self._resources.enter_context(Sandbox(unsafe=unsafe_code)) if needs_code else None
+        self._programs: dict[tuple[str, str], bool] = {}
+        self._engines: dict[str, Engine] = {}
+        self._scorer: RewardScorer | None = None
+        self.reward_report: dict[str, Any] = {}
+        self.run = RunFolder(folder, recipe, progress)
+
+    def close(self) -> None:
+        """Stop the sandbox."""
+        self._resources.close()
+
+    def fits(self, messages: Sequence[Message]) -> bool:
+        """Whether a prompt and its longest answer fit in the model's context."""
+        used = len(self.format.render_prompt(messages, self.tokenizer)) + self.recipe.responses.max_tokens
+        return used + CONTEXT_MARGIN <= self._context
+
+    # ---- models ----
+
+    def engine(self, name: str, folder: Path) -> Engine:
+        """The model in a folder, ready to generate; the two last used are kept."""
+        key = str(folder)
+        if key not in self._engines:
+            while len(self._engines) >= 2:
+                self._engines.pop(next(iter(self._engines)))
+            model, _ = load_model(folder)
+            self._engines[key] = Engine(model, self.tokenizer, self.format, name, self.recipe.responses.max_batch)
+        return self._engines[key]
+
+    def scorer(self, folder: Path) -> RewardScorer:
+        """The reward model, with the recipe's aggregation weights."""
+        if self._scorer is None:
+            model, tokenizer = load_reward(folder)
+            self._scorer = RewardScorer(model, tokenizer, self.format, REWARD_WEIGHTS[self.recipe.judging.weights])
+        return self._scorer
+
+    # ---- generation ----
+
+    def generate(self, engine: Engine, requests: Sequence[Request], journal: Path) -> dict[str, list[Completion]]:
+        """Completions of every request; those that an earlier start finished are read from the journal."""
+        with Journal(journal) as done:
+            missing = [r for r in requests if r.id not in done.done]
+            tokens = engine.stats.output_tokens
+            finished = self.progress.track(
+                engine.generate(missing), len(missing), lambda: f"answers, {engine.stats.output_tokens - tokens:,} tokens"
+            )
+            for request, completions in finished:
+                outs = [[c.text, c.num_tokens, round(sum(c.logprobs), 4), c.finish] for c in completions]
+                done.append({"id": request.id, "out": outs})
+            return {
+                r.id: [Completion(text, n, (logprob,), finish) for text, n, logprob, finish in done.done[r.id]["out"]] for r in requests
+            }
+
+    # ---- judging ----
+
+    def check(self, cases: Sequence[tuple[dict[str, Any], str]]) -> list[bool]:
+        """Verify (truth, answer) pairs; programs run in the sandbox, each different one once."""
+        collected: list[tuple[str, str]] = []
+
+        def collect(program: str, tests: str) -> bool:
+            if (program, tests) not in self._programs:
+                collected.append((program, tests))
+            return False
+
+        for truth, answer in cases:
+            if truth.get("kind") == "code":
+                verify(truth, answer, collect)
+        if collected:
+            assert self._sandbox is not None
+            unique = list(dict.fromkeys(collected))
+            for start in range(0, len(unique), 64):
+                part = unique[start : start + 64]
+                for key, result in zip(part, self._sandbox.run_many(part), strict=True):
+                    self._programs[key] = result.passed
+                self.progress.tick(start + len(part), len(unique), "programs run")
+        return [verify(truth, answer, lambda p, t: self._programs[p, t]) for truth, answer in cases]
+
+    def rate(self, scorer: RewardScorer, conversations: Sequence[Sequence[Message]]) -> list[Any]:
+        """Ratings in portions, so that progress shows."""
+        out: list[Any] = []
+        for start in range(0, len(conversations), 512):
+            out += scorer.score(conversations[start : start + 512])
+            self.progress.tick(len(out), len(conversations), "answers rated")
+        return out
+
+
+def on_step(progress: Progress) -> Callable[[int, int, dict[str, float]], None]:
+    """A training callback that shows step, loss and speed."""
+
+    def show(step: int, total: int, metrics: dict[str, float]) -> None:
+        progress.tick(step, total, f"steps, loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
+
+    return show
+
+
+def spread(items: Iterable[str], count: int) -> list[str]:
+    """`count` items, going round and round."""
+    pool = list(items)
+    return [pool[i % len(pool)] for i in range(count)] if pool else []

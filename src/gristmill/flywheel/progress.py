@@ -1,0 +1,91 @@
+"""What a person sees while the mill turns: a bar on a terminal, a line every few seconds elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+LINE_SECONDS = 5.0
+
+
+class Progress:
+    """Announces stages and how far they are.
+
+    Args:
+        quiet: print nothing.
+        describe: makes the one line that a finished stage leaves behind, from its marker.
+    """
+
+    def __init__(self, *, quiet: bool = False, describe: Callable[[dict[str, Any]], str] = lambda done: ""):
+        self._quiet, self._describe = quiet, describe
+        self._bar: Any = None
+        self._task: Any = None
+        self._stage = ""
+        self._printed = self._stage_started = self._started = time.monotonic()
+        if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bars
+
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+            )
+            self._bar = Bars(*columns, console=Console(stderr=True), transient=True)
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage begins."""
+        self._stage, self._stage_started = name, time.monotonic()
+        if self._bar:
+            self._task = self._bar.add_task(name, total=None, note="")
+        try:
+            yield
+        finally:
+            if self._bar:
+                self._bar.remove_task(self._task)
+
+    def finished(self, name: str, done: dict[str, Any]) -> None:
+        """A stage is done: leave one line."""
+        line = f"{self._clock()}  {name:<18} {done['seconds']:>6.1f} s  {self._describe(done)}"
+        if self._bar:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            self._print(line)
+
+    def tick(self, done: int, total: int | None, note: str = "") -> None:
+        """How far the stage is."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=total, note=note)
+        elif time.monotonic() - self._printed > LINE_SECONDS:
+            share = f"{done}/{total}" if total else str(done)
+            self._print(f"{self._clock()}  {self._stage:<18} {time.monotonic() - self._stage_started:>6.1f} s  {share} {note}")
+
+    def track(self, items: Iterable[Item], total: int | None, note: Callable[[], str] = lambda: "") -> Iterator[Item]:
+        """Tick once an item."""
+        for i, item in enumerate(items, 1):
+            yield item
+            self.tick(i, total, note())
+
+    def _clock(self) -> str:
+        seconds = int(time.monotonic() - self._started)
+        return f"{seconds // 60:>3}:{seconds % 60:02d}"
+
+    def _print(self, line: str) -> None:
+        if not self._quiet:
+            print(line, file=sys.stderr, flush=True)
+            self._printed = time.monotonic()

@@ -1,0 +1,234 @@
+"""Where a run's human data, prompts and truths come from: a built-in world, or a user's own files."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from gristmill.chat import Conversation, Message, check, conversation
+from gristmill.errors import InputError
+from gristmill.judge.verify import NUMBER, verify
+from gristmill.model.reward import ATTRIBUTES
+from gristmill.recipe import Data
+from gristmill.rows import Demonstration, Prompt, Rated, make_id, read_records
+
+
+class Source(Protocol):
+    """Supplies a run. Only `evaluation` and verifiers know truths."""
+
+    @property
+    def topic_requests(self) -> dict[str, str]:
+        """Task -> what to ask the model for a topic."""
+        ...
+
+    @property
+    def prompt_requests(self) -> dict[str, str]:
+        """Task -> what to ask the model for a prompt, with slots {topic} and {task}."""
+        ...
+
+    @property
+    def next_request(self) -> str:
+        """What to ask for the next user turn, with slots {question} and {answer}."""
+        ...
+
+    @property
+    def code_tasks(self) -> frozenset[str]:
+        """Tasks whose answers are programs."""
+        ...
+
+    @property
+    def followup_task(self) -> str | None:
+        """Task of prompts with a second user turn, if any."""
+        ...
+
+    def demonstrations(self) -> list[Demonstration]: ...
+
+    def ratings(self) -> list[Rated]: ...
+
+    def prompts(self) -> list[Prompt]: ...
+
+    def topics(self) -> dict[str, list[str]]:
+        """The user's manual topics by task, used beside those that the model names."""
+        ...
+
+    def evaluation(self) -> list[Prompt]: ...
+
+    def truth(self, task: str, messages: Conversation) -> dict[str, Any] | None:
+        """What a verifier needs for a prompt that a model wrote, or None."""
+        ...
+
+    def checkable(self, task: str, messages: Conversation) -> bool:
+        """Whether a prompt that no verifier understands is worthless."""
+        ...
+
+
+WRITE_REQUEST = "Write a prompt for the task {task}."
+
+
+class FileSource:
+    """A user's own files, checked before any work is spent.
+
+    | file | columns |
+    |---|---|
+    | demonstrations | `messages` (ending with the assistant), or `prompt` and `response`; optional `task` |
+    | ratings | HelpSteer2's: `prompt` and `response` (or `messages`), helpfulness, correctness, coherence, complexity, verbosity |
+    | prompts | `messages` or `prompt`; optional `truth` or `answer` (a known final answer), optional `task` |
+    | evaluation | as prompts, with `truth` or `answer` |
+
+    The demonstrations also teach the model to write prompts: each first turn becomes the answer to a request for a prompt.
+
+    Raises:
+        InputError: a file is missing or empty, or a row lacks a column.
+    """
+
+    def __init__(self, data: Data):
+        assert data.demonstrations and data.evaluation
+        self._demonstrations = read_demonstrations(data.demonstrations)[: data.num_demonstrations]
+        self._evaluation = read_prompts(data.evaluation, "human", truth=True)
+        self._prompts = read_prompts(data.prompts, "file") if data.prompts else []
+        self._ratings = read_ratings(data.ratings)[: 2 * (data.num_rated_prompts + data.num_held_out_ratings)] if data.ratings else []
+        self.tasks = tuple(dict.fromkeys(d.task for d in self._demonstrations))
+        limited: list[Prompt] = []
+        for task in dict.fromkeys(p.task for p in self._evaluation):
+            limited += [p for p in self._evaluation if p.task == task][: data.num_evaluation]
+        self._evaluation = limited
+        self.topic_requests: dict[str, str] = {}
+        self.prompt_requests = dict.fromkeys(self.tasks, WRITE_REQUEST)
+        self.next_request = ""
+        checked = {p.task for p in [*self._prompts, *self._evaluation] if (p.truth or {}).get("kind") == "code"}
+        self.code_tasks = frozenset({t for t in self.tasks if "code" in t.lower()} | checked)
+        self.followup_task: str | None = None
+
+    def demonstrations(self) -> list[Demonstration]:
+        """The user's conversations, and prompt-writing ones derived from them (a fifth as many)."""
+        written = [Demonstration(make_id("write", d.id), "writing", self._writing(d), "human", (d.id,)) for d in self._demonstrations[::5]]
+        return [*self._demonstrations, *written]
+
+    def _writing(self, d: Demonstration) -> Conversation:
+        first = next(m for m in d.messages if m.role == "user")
+        return Message("user", WRITE_REQUEST.format(task=d.task)), Message("assistant", first.content)
+
+    def ratings(self) -> list[Rated]:
+        """Rated answers; empty when the recipe names none."""
+        return self._ratings
+
+    def topics(self) -> dict[str, list[str]]:
+        """None: a user's topics are in the prompts."""
+        return {}
+
+    def prompts(self) -> list[Prompt]:
+        """Prompts from the user's file."""
+        return self._prompts
+
+    def evaluation(self) -> list[Prompt]:
+        """Held-out prompts with truths."""
+        return self._evaluation
+
+    def truth(self, task: str, messages: Conversation) -> dict[str, Any] | None:
+        """Nothing is known about prompts that a model wrote."""
+        return None
+
+    def checkable(self, task: str, messages: Conversation) -> bool:
+        """Any prompt may be judged by the reward model."""
+        return False
+
+
+def _rows(path: Path, what: str) -> list[tuple[int, dict[str, Any]]]:
+    records = read_records(path)
+    if not records:
+        raise InputError(f"{path} holds no rows: {what} must not be empty.")
+    return list(enumerate(records, 1))
+
+
+def _messages(path: Path, number: int, record: dict[str, Any], ends: str) -> Conversation:
+    try:
+        if record.get("messages") is not None:
+            messages = conversation(record["messages"])
+        elif ends == "assistant":
+            messages = conversation([{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["response"]}])
+        else:
+            messages = conversation([{"role": "user", "content": record["prompt"]}])
+        check(messages)
+    except KeyError as e:
+        raise InputError(f"Row {number} of {path} lacks {e}: give `messages`, or `prompt` (and `response`).") from e
+    except (InputError, TypeError) as e:
+        raise InputError(f"Row {number} of {path}: {e}") from e
+    if messages[-1].role != ends:
+        raise InputError(f"Row {number} of {path} must end with the {ends}.")
+    return messages
+
+
+def read_demonstrations(path: Path) -> list[Demonstration]:
+    out = []
+    for number, r in _rows(path, "demonstrations"):
+        messages = _messages(path, number, r, "assistant")
+        out.append(Demonstration(make_id("human", number, [m.content for m in messages]), _task(path, number, r), messages, "human"))
+    return out
+
+
+def read_ratings(path: Path) -> list[Rated]:
+    out = []
+    for number, r in _rows(path, "ratings"):
+        messages = _messages(path, number, r, "assistant")
+        labels = tuple(_label(path, number, a, r.get(a)) for a in ATTRIBUTES)
+        if all(x is None for x in labels):
+            raise InputError(f"Row {number} of {path} has none of the columns {', '.join(ATTRIBUTES)}.")
+        pair = make_id([m.content for m in messages[:-1]])
+        out.append(Rated(make_id("rated", number, [m.content for m in messages]), _task(path, number, r), messages, labels, pair))
+    return out
+
+
+def read_prompts(path: Path, origin: str, truth: bool = False) -> list[Prompt]:
+    out = []
+    for number, r in _rows(path, "prompts"):
+        known = r.get("truth") or (_answer(r["answer"]) if r.get("answer") is not None else None)
+        if truth and known is None:
+            raise InputError(f"Row {number} of {path} has neither `truth` nor `answer`: the evaluation must know what is right.")
+        if known is not None:
+            try:
+                verify(known, "", lambda program, tests: False)
+            except InputError as e:
+                raise InputError(f"Row {number} of {path}: {e}") from e
+        messages = _messages(path, number, r, "user")
+        out.append(Prompt(make_id(origin, number, [m.content for m in messages]), _task(path, number, r), messages, origin, (), known))
+    return out
+
+
+def _task(path: Path, number: int, record: dict[str, Any]) -> str:
+    task = record.get("task")
+    if task is not None and not isinstance(task, str):
+        raise InputError(f"Row {number} of {path} has the task {task!r}: give a name.")
+    return task or "general"
+
+
+def _label(path: Path, number: int, name: str, value: Any) -> float | None:
+    """A mark, or None where there is none (NaN in tables that have no other way to say so)."""
+    try:
+        mark = math.nan if value is None else float(value)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"Row {number} of {path} has {name} {value!r}: give a number from 0 to 4.") from e
+    if math.isinf(mark):
+        raise InputError(f"Row {number} of {path} has {name} {value!r}: give a number from 0 to 4.")
+    return None if math.isnan(mark) else mark
+
+
+def _answer(value: Any) -> dict[str, Any]:
+    """A known final answer: compared as a number when it is one, else as text."""
+    text = str(value).strip()
+    return {"kind": "number" if NUMBER.fullmatch(text) else "exact", "value": text}
+
+
+def contaminated(messages: Sequence[Message], held_out: frozenset[str]) -> bool:
+    """Whether a prompt asks what the evaluation asks: as a whole, or in one of its user turns. Case and spaces aside."""
+    if fold(messages) in held_out:
+        return True
+    return len(messages) > 1 and any(m.role == "user" and _fold(m.content) in held_out for m in messages)
+
+
+def fold(messages: Sequence[Message]) -> str:
+    """A prompt as one text, for comparing prompts."""
+    return "\n".join(_fold(m.content) for m in messages)
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.lower().split())

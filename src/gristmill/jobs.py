@@ -1,0 +1,267 @@
+"""What the single-step commands do: pretrain, train, generate, score, evaluate. The flywheel joins the same parts into a loop."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import Field, ValidationError
+
+from gristmill.chat import FORMATS, ChatFormat, Message, check, conversation, guess_format
+from gristmill.engine.engine import Engine
+from gristmill.engine.generator import Request, Sampling
+from gristmill.errors import InputError
+from gristmill.evaluate.score import score as score_model
+from gristmill.flywheel.progress import Progress
+from gristmill.flywheel.source import read_demonstrations, read_prompts, read_ratings
+from gristmill.judge.reward import RewardScorer
+from gristmill.judge.sandbox import Sandbox
+from gristmill.judge.verify import verify
+from gristmill.miniature.source import MiniatureSource
+from gristmill.miniature.world import World
+from gristmill.model.config import PRESETS
+from gristmill.model.reward import RewardModel
+from gristmill.model.transformer import Transformer
+from gristmill.model.weights import MAX_VOCAB_PADDING, load_model, load_reward, save_model, save_reward
+from gristmill.recipe import Data, Section, Training, explain
+from gristmill.rows import Pair, make_id, read_records
+from gristmill.tokenizer import Tokenizer
+from gristmill.train.loop import OnStep, TrainResult, TrainSettings, train
+from gristmill.train.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
+from gristmill.train.pretrain import next_token_objective, token_samples
+from gristmill.train.reward import rated_samples, reward_objective
+from gristmill.train.sft import demonstration_samples, sft_objective
+
+TOKENIZER_DOCUMENTS = 4000  # documents that a new tokenizer is trained on
+ENCODE_BATCH = 4096
+
+
+class Pretraining(Section):
+    """The recipe of `gristmill pretrain`."""
+
+    world: Literal["miniature"] | None = Field(None, description="a built-in world that supplies documents")
+    documents: Path | None = Field(None, description="a .jsonl or .parquet file with a `text` column, or a folder of .txt files")
+    preset: str = Field("miniature", description="architecture, one of the model presets")
+    tokenizer: Path | None = Field(None, description="folder of an existing tokenizer; default: train one on the documents")
+    chat_format: Literal["nemotron", "chatml", "llama3"] = "nemotron"
+    tokens: int = Field(8_000_000, gt=0, description="tokens to train on; fewer when the documents end")
+    seed: int = 0
+    batch_tokens: int = Field(8192, gt=0)
+    micro_batch_tokens: int = Field(8192, gt=0)
+    optimizer: Literal["adamw", "muon"] = "muon"
+    lr: float = Field(3e-3, gt=0)
+    muon_lr: float = Field(0.02, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "linear"
+    warmup_steps: int = Field(50, ge=0)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.1, ge=0)
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
+def load_pretraining(path: Path) -> Pretraining:
+    """Read a pretraining recipe.
+
+    Raises:
+        InputError: the file is missing or wrong.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no pretraining recipe at {path}: check the path.")
+    try:
+        recipe = Pretraining.model_validate(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as e:
+        raise InputError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+    except ValidationError as e:
+        raise InputError(f"{path}: {explain(e, Pretraining)}") from e
+    if (recipe.world is None) == (recipe.documents is None):
+        raise InputError(f"{path}: give either world or documents.")
+    return recipe
+
+
+def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None) -> TrainResult:
+    """Train a Base model from scratch; its folder is `out/model`, its log `out/train/metrics.jsonl`."""
+    if recipe.preset not in PRESETS:
+        raise InputError(f"Unknown preset {recipe.preset!r}: choose one of {', '.join(PRESETS)}.")
+    stream = _documents(recipe)
+    first = list(itertools.islice(stream, TOKENIZER_DOCUMENTS))
+    if not first:
+        raise InputError("There are no documents to train on.")
+    config = PRESETS[recipe.preset]
+    if recipe.tokenizer:
+        tokenizer = Tokenizer.load(recipe.tokenizer)
+    else:
+        tokenizer = Tokenizer.train(first, config.vocab_size, FORMATS[recipe.chat_format].special_tokens)
+    if not 0 <= config.vocab_size - tokenizer.vocab_size <= MAX_VOCAB_PADDING:
+        raise InputError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens and preset {recipe.preset!r} {config.vocab_size}: "
+            "give more text to train it on, another tokenizer, or another preset."
+        )
+    documents: list[list[int]] = []
+    count = 0
+    source = itertools.chain(first, stream)
+    while count < recipe.tokens and (batch := list(itertools.islice(source, ENCODE_BATCH))):
+        for ids in tokenizer.encode_batch(batch):
+            if count >= recipe.tokens:
+                break
+            documents.append([*ids, tokenizer.eos_id])
+            count += len(ids) + 1
+    model = Transformer(config)
+    model.init_weights(recipe.seed)
+    values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
+    settings = TrainSettings(**values, epochs=1, checkpoint_every=120.0)
+    result = train(model, next_token_objective, token_samples(documents, config.max_positions), settings, out / "train", on_step=on_step)
+    save_model(model, tokenizer, out / "model")
+    return result
+
+
+def _documents(recipe: Pretraining) -> Iterator[str]:
+    if recipe.world:
+        yield from World.make().documents(recipe.seed)
+    elif recipe.documents and recipe.documents.is_dir():
+        for path in sorted(recipe.documents.rglob("*.txt")):
+            yield path.read_text(encoding="utf-8", errors="replace")
+    elif recipe.documents:
+        for number, record in enumerate(read_records(recipe.documents), 1):
+            if not isinstance(record.get("text"), str):
+                raise InputError(f"Row {number} of {recipe.documents} has no `text`.")
+            yield record["text"]
+
+
+def chat_format_of(name: str, tokenizer: Tokenizer) -> ChatFormat:
+    """A chat format by name, or the one that fits the tokenizer for `auto`."""
+    if name == "auto":
+        return guess_format(tokenizer)
+    if name not in FORMATS:
+        raise InputError(f"Unknown chat format {name!r}: choose auto or one of {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def train_model(
+    kind: str, model_folder: Path, data: Path, out: Path, recipe: Training, chat_format: str, seed: int, on_step: OnStep | None
+) -> TrainResult:
+    """One training stage on the user's own rows; the model goes to `out/model`.
+
+    Args:
+        kind: sft, reward, or the name of a preference loss.
+        recipe: a `Training`, or a `PreferenceTraining` for preference losses.
+    """
+    model, tokenizer = load_model(model_folder)
+    form = chat_format_of(chat_format, tokenizer)
+    values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
+    settings = TrainSettings(**values, seed=seed, max_tokens=model.config.max_positions, checkpoint_every=60.0)
+    if kind == "sft":
+        rows = read_demonstrations(data)
+        samples = demonstration_samples(rows, form, tokenizer)
+        result = train(model, sft_objective, samples, settings, out / "train", on_step=on_step)
+        save_model(model, tokenizer, out / "model")
+    elif kind == "reward":
+        reward = RewardModel(model, seed=seed)
+        rated = rated_samples(read_ratings(data), form, tokenizer)
+        result = train(reward, reward_objective, rated, settings, out / "train", on_step=on_step)
+        save_reward(reward, tokenizer, out / "model")
+    else:
+        options = recipe.model_dump()
+        names = ("beta", "eta", "label_smoothing", "sft_weight", "logprobs")
+        objective = PreferenceObjective(kind, **{k: options[k] for k in names})
+        pairs = compute_reference_logprobs(model, pair_samples(_pairs(data), form, tokenizer), out / "train", precision=settings.precision)
+        result = train(model, objective, pairs, settings, out / "train", on_step=on_step)
+        save_model(model, tokenizer, out / "model")
+    return result
+
+
+def _pairs(path: Path) -> list[Pair]:
+    """Pairs of our own files, or plain ones: `prompt` (or `messages`), `chosen`, `rejected`, optional rewards."""
+    out = []
+    for number, r in enumerate(read_records(path), 1):
+        try:
+            turns = r["messages"] if r.get("messages") is not None else [{"role": "user", "content": r["prompt"]}]
+            for answer in (r["chosen"], r["rejected"]):
+                talk = conversation([*turns, {"role": "assistant", "content": answer}])
+                check(talk)
+        except KeyError as e:
+            raise InputError(f"Row {number} of {path} lacks {e}: give prompt (or messages), chosen and rejected.") from e
+        except (InputError, TypeError) as e:
+            raise InputError(f"Row {number} of {path}: {e}") from e
+        rewards = _reward(path, number, r, "chosen_reward", 1.0), _reward(path, number, r, "rejected_reward", 0.0)
+        name = str(r.get("id") or make_id(number, r["chosen"]))
+        out.append(Pair(name, "", r.get("task") or "", talk[:-1], r["chosen"], r["rejected"], *rewards, "file"))
+    if not out:
+        raise InputError(f"{path} holds no pairs.")
+    return out
+
+
+def _reward(path: Path, number: int, record: dict[str, Any], name: str, default: float) -> float:
+    value = default if record.get(name) is None else record[name]
+    try:
+        reward = float(value)
+    except (TypeError, ValueError):
+        reward = math.nan
+    if not math.isfinite(reward):
+        raise InputError(f"Row {number} of {path} has {name} {value!r}: give a number, or leave it out.")
+    return reward
+
+
+def engine_of(folder: Path, chat_format: str = "auto", max_batch: int = 256) -> Engine:
+    """A model folder, ready to generate."""
+    model, tokenizer = load_model(folder)
+    if torch.cuda.is_available():
+        model = model.cuda()
+    return Engine(model, tokenizer, chat_format_of(chat_format, tokenizer), folder.name, max_batch)
+
+
+def generate(engine: Engine, prompts: Sequence[Sequence[Message]], sampling: Sampling, seed: int) -> Iterator[dict[str, Any]]:
+    """Answers as rows, as they finish."""
+    requests = [Request(str(i), tuple(messages), sampling, seed) for i, messages in enumerate(prompts)]
+    for request, completions in engine.generate(requests):
+        yield {
+            "index": int(request.id),
+            "messages": [asdict(m) for m in request.messages],
+            "responses": [
+                {"text": c.text, "num_tokens": c.num_tokens, "logprob": sum(c.logprobs), "finish": c.finish} for c in completions
+            ],
+        }
+
+
+def rate(folder: Path, data: Path, chat_format: str = "auto") -> list[dict[str, Any]]:
+    """Rate every conversation of a file with a reward model."""
+    model, tokenizer = load_reward(folder)
+    scorer = RewardScorer(model, tokenizer, chat_format_of(chat_format, tokenizer))
+    rows = read_demonstrations(data)
+    ratings = scorer.score([r.messages for r in rows])
+    return [{"id": r.id, **asdict(x), "score": round(scorer.total(x), 4)} for r, x in zip(rows, ratings, strict=True)]
+
+
+def evaluate(
+    engine: Engine, prompts_file: Path | None, max_tokens: int, seed: int, unsafe_code: bool, progress: Progress
+) -> dict[str, Any]:
+    """Greedy and sampled accuracy on a file's prompts with truths, or on the miniature world's."""
+    prompts = MiniatureSource(Data(), seed).evaluation() if prompts_file is None else read_prompts(prompts_file, "human", truth=True)
+    needs_code = any((p.truth or {}).get("kind") == "code" for p in prompts)
+
+    def run(requests: list[Request]) -> dict[str, Any]:
+        return {r.id: c for r, c in progress.track(engine.generate(requests), len(requests))}
+
+    with Sandbox(unsafe=unsafe_code) if needs_code else nullcontext() as sandbox:
+        check = lambda cases: [  # noqa: E731
+            verify(truth, answer, lambda p, t: sandbox is not None and sandbox.run(p, t).passed) for truth, answer in cases
+        ]
+        return score_model(prompts, run, check, max_tokens, seed)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows as they come; returns their number."""
+    count = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+    except OSError as e:
+        raise InputError(f"{path} cannot be written ({e.strerror}): free some space or choose another place.") from e
+    return count

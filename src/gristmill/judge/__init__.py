@@ -1,0 +1,1 @@
+"""Judges: the reward scorer, exact verifiers, the code sandbox, comparison by a model."""

@@ -1,0 +1,74 @@
+"""Scoring answers with the reward model: five attributes each, and their weighted sum."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from gristmill.chat import ChatFormat, Message
+from gristmill.errors import InputError
+from gristmill.model.attention import PackedShape
+from gristmill.model.reward import RewardModel
+from gristmill.rows import Rating
+from gristmill.tokenizer import Tokenizer
+
+PACKED_TOKENS = 8192
+
+
+class RewardScorer:
+    """A reward model with its tokenizer and chat format.
+
+    Args:
+        weights: aggregation weights of the five attributes; default the model's own.
+    """
+
+    def __init__(self, model: RewardModel, tokenizer: Tokenizer, chat_format: ChatFormat, weights: Sequence[float] | None = None):
+        self.model = model.eval()
+        self.tokenizer, self.chat_format = tokenizer, chat_format
+        self.weights = tuple(weights or model.weights)
+
+    @torch.inference_mode()
+    def score(self, conversations: Sequence[Sequence[Message]]) -> list[Rating]:
+        """Ratings of the last assistant turn of each conversation: raw floats, as the report advises for ranking and filtering.
+
+        Raises:
+            InputError: a conversation does not end with the assistant, or exceeds the model's context.
+        """
+        end = self.chat_format.end_of_turn_id(self.tokenizer)
+        limit = self.model.backbone.config.max_positions
+        rendered = []
+        for i, messages in enumerate(conversations):
+            if not messages or messages[-1].role != "assistant":
+                raise InputError(f"Conversation {i} does not end with the assistant: there is no answer to score.")
+            ids = self.chat_format.render(messages, self.tokenizer).ids
+            if len(ids) > limit:
+                raise InputError(f"Conversation {i} has {len(ids)} tokens and the reward model's context is {limit}: shorten it.")
+            rendered.append(ids)
+        ratings: list[Rating | None] = [None] * len(rendered)
+        for group in _groups(rendered):
+            lengths = [len(rendered[i]) for i in group]
+            ids_T = torch.tensor([t for i in group for t in rendered[i]])
+            starts = [sum(lengths[:k]) for k in range(len(lengths))]
+            last = [start + n - 1 - rendered[i][::-1].index(end) for start, n, i in zip(starts, lengths, group, strict=True)]
+            device = self.model.backbone.embedding.device
+            scores_N5 = self.model(ids_T.to(device), PackedShape.from_lengths(lengths, device), torch.tensor(last, device=device))
+            for i, row in zip(group, scores_N5.tolist(), strict=True):
+                ratings[i] = Rating(*row)
+        return [r for r in ratings if r is not None]
+
+    def total(self, rating: Rating) -> float:
+        """Weighted sum of a rating."""
+        return rating.score(self.weights)
+
+
+def _groups(rendered: list[list[int]]) -> Iterator[list[int]]:
+    """Indices in packs of about PACKED_TOKENS tokens, alike in length."""
+    group: list[int] = []
+    size = 0
+    for i in sorted(range(len(rendered)), key=lambda i: len(rendered[i])):
+        if group and size + len(rendered[i]) > PACKED_TOKENS:
+            yield group
+            group, size = [], 0
+        group.append(i)
+        size += len(rendered[i])
+    if group:
+        yield group

@@ -1,0 +1,49 @@
+"""What every task of the miniature world is made of."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gristmill.chat import Conversation, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question of the world with a model answer and what a checker needs to know.
+
+    Attributes:
+        task: name of the task.
+        messages: the prompt, ending with a user turn.
+        answer: a right and well-written answer.
+        truth: what `judge.verify` needs to check an answer (JSON).
+        topic: what the question is about, for prompt-writing demonstrations.
+        level: difficulty, 1 is the easiest.
+        others: plausible values for a wrong answer.
+    """
+
+    task: str
+    messages: Conversation
+    answer: str
+    truth: dict[str, Any]
+    topic: str
+    level: int = 1
+    others: tuple[str, ...] = field(default=())
+
+    @property
+    def question(self) -> str:
+        """Text of the last user turn."""
+        return self.messages[-1].content
+
+
+def ask(task: str, question: str, answer: str, truth: dict[str, Any], topic: str, **more: Any) -> Problem:
+    """A one-turn problem."""
+    return Problem(task, (Message("user", question),), answer, truth, topic, **more)
+
+
+def pick(rng: random.Random, options: Sequence[Any]) -> Any:
+    """One of `options`."""
+    return options[rng.randrange(len(options))]
+
+
+Sampler = Callable[[random.Random], Problem]

@@ -1,0 +1,71 @@
+"""The miniature world as the source of a run."""
+
+from typing import Any
+
+from gristmill.chat import Conversation, conversation
+from gristmill.miniature import code, followups, human
+from gristmill.miniature.world import NEXT_REQUEST, PROMPT_REQUEST, TASKS, TOPIC_REQUEST, World, seed_topics
+from gristmill.model.reward import ATTRIBUTES
+from gristmill.recipe import Data
+from gristmill.rows import Demonstration, Prompt, Rated, make_id
+
+
+class MiniatureSource:
+    """Data of world 0 in the amounts that the recipe asks for; the run's seed draws other human rows, not another world."""
+
+    tasks = TASKS
+    topic_requests = TOPIC_REQUEST
+    prompt_requests = PROMPT_REQUEST
+    next_request = NEXT_REQUEST
+    code_tasks = frozenset({code.TASK})
+    followup_task = followups.TASK
+
+    def __init__(self, data: Data, seed: int):
+        self.world, self._data, self._seed = World.make(), data, seed
+
+    def demonstrations(self) -> list[Demonstration]:
+        """Human-written conversations of all tasks and of prompt writing."""
+        rows = human.demonstrations(self.world, self._data.num_demonstrations, self._seed)
+        return [Demonstration(make_id("human", self._seed, i), r["task"], conversation(r["messages"]), "human") for i, r in enumerate(rows)]
+
+    def topics(self) -> dict[str, list[str]]:
+        """Manual topics by task."""
+        return seed_topics(self.world)
+
+    def ratings(self) -> list[Rated]:
+        """Rated answers, two a prompt."""
+        num = self._data.num_rated_prompts + self._data.num_held_out_ratings
+        rows = human.ratings(self.world, num, self._seed)
+        return [
+            Rated(
+                make_id("rated", self._seed, i),
+                r["task"],
+                conversation(r["messages"]),
+                tuple(float(r[a]) for a in ATTRIBUTES),
+                str(r["pair"]),
+            )
+            for i, r in enumerate(rows)
+        ]
+
+    def prompts(self) -> list[Prompt]:
+        """Collected prompts; their verifiers are read off their texts, as for prompts that a model wrote."""
+        problems = human.collected(self.world, self._data.num_prompts, self._seed)
+        return [
+            Prompt(make_id("collected", self._seed, i), p.task, p.messages, "file", (), self.truth(p.task, p.messages))
+            for i, p in enumerate(problems)
+        ]
+
+    def evaluation(self) -> list[Prompt]:
+        """Held-out prompts with truths."""
+        rows = human.evaluation(self.world, self._data.num_evaluation)
+        return [
+            Prompt(make_id("evaluation", i), r["task"], conversation(r["messages"]), "human", (), r["truth"]) for i, r in enumerate(rows)
+        ]
+
+    def truth(self, task: str, messages: Conversation) -> dict[str, Any] | None:
+        """What a program can check of a prompt that a model wrote."""
+        return self.world.verifier(task, messages)
+
+    def checkable(self, task: str, messages: Conversation) -> bool:
+        """Whether the task's prompts are for programs to check."""
+        return self.world.checkable(task, messages)

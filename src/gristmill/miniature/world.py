@@ -1,0 +1,169 @@
+"""The miniature world: deterministic by seed, every truth known.
+
+Who may look at the truth: the simulated annotators of the small human set, verifiers of sums, code and lists, and the evaluation on
+held-out prompts. Nothing else.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gristmill.chat import Conversation
+from gristmill.miniature import code, facts, followups, lists, sums
+from gristmill.miniature.problem import Problem, pick
+
+TASKS = (facts.TASK, sums.TASK, code.TASK, lists.TASK, followups.TASK)
+
+# How a person asks the model to write a prompt, and to name a topic. The demonstrations teach both.
+TOPIC_REQUEST = {
+    "facts": "Name a land.",
+    "sums": "Name a thing to count.",
+    "code": "Name a kind of input for a function.",
+    "lists": "Name a kind of thing to list.",
+}
+PROMPT_REQUEST = {
+    "facts": "Write a question about {topic}.",
+    "sums": "Write a word sum about {topic}.",
+    "code": "Write a coding task about {topic}.",
+    "lists": "Write a list request about {topic}.",
+}
+NUM_SEED_TOPICS = 24  # at most, a task: what a user who knows the domain would write down
+NEXT_REQUEST = "Asked: {question}\nSaid: {answer}\nWrite the next question."
+
+
+HELD_OUT_PER_TASK = 150
+QUESTION = re.compile(r"(?:Question|Exercise|Asked)[:.] (.+?)(?: Reply|\n|$)")
+SPEAKER = re.compile(r"^(?:Asked|Said): ", re.M)
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that can be asked, told and checked.
+
+    Attributes:
+        held_out: problems of each task that only the evaluation may ask: their texts occur in no document and no human row.
+        reserved: those texts.
+    """
+
+    lands: facts.Lands
+    held_out: dict[str, list[Problem]]
+    reserved: frozenset[str]
+
+    @staticmethod
+    def make(seed: int = 0) -> "World":
+        """The world of this seed. Another seed is another world; the shipped Base knows world 0."""
+        empty = World(facts.Lands.make(seed), {}, frozenset())
+        rng = random.Random(f"held-out-{seed}")
+        held_out: dict[str, list[Problem]] = {}
+        reserved: set[str] = set()
+        for task in TASKS:
+            problems = held_out[task] = []
+            while len(problems) < HELD_OUT_PER_TASK:
+                problem = empty.sample(rng, task)
+                text = prompt_text(problem.messages)
+                if text not in reserved and not _asks(problem.messages, reserved):
+                    reserved.add(text)
+                    problems.append(problem)
+        return World(empty.lands, held_out, frozenset(reserved))
+
+    def allowed(self, messages: Conversation) -> bool:
+        """Whether a conversation keeps clear of the held-out texts, in each of its user turns and as a whole."""
+        asked = messages[:-1] if messages[-1].role == "assistant" else messages
+        return prompt_text(asked) not in self.reserved and not _asks(asked, self.reserved)
+
+    def draw(self, rng: random.Random, task: str) -> Problem:
+        """A random problem of a task that is not held out."""
+        while True:
+            problem = self.sample(rng, task)
+            if self.allowed(problem.messages):
+                return problem
+
+    def sample(self, rng: random.Random, task: str) -> Problem:
+        """A random problem of a task."""
+        if task == facts.TASK:
+            return self.lands.sample(rng)
+        if task == sums.TASK:
+            return sums.sample(rng)
+        if task == code.TASK:
+            return code.sample(rng)
+        if task == lists.TASK:
+            return lists.sample(rng)
+        return followups.sample(rng, self.lands)
+
+    def documents(self, seed: int) -> Iterator[str]:
+        """An endless stream of pretraining documents."""
+        rng = random.Random(f"documents-{seed}")
+        while True:
+            document = self._document(rng)
+            talk = SPEAKER.sub("", document.removeprefix("Talk.\n").rsplit("\nSaid: ", 1)[0])  # up to its last answer
+            if self.reserved.isdisjoint([*QUESTION.findall(document), talk]):
+                yield document
+
+    def _document(self, rng: random.Random) -> str:
+        kind = rng.random()
+        if kind < 0.24:
+            return self.lands.document(rng)
+        if kind < 0.56:
+            return sums.document(rng)
+        if kind < 0.72:
+            return code.document(rng)
+        if kind < 0.87:
+            return lists.document(rng)
+        return followups.document(rng, self.lands)
+
+    def verifier(self, task: str, messages: Conversation) -> dict[str, Any] | None:
+        """What a program can check of an answer to a prompt that anyone may have written; None when nothing can be.
+
+        Facts have no verifier: whether a told fact is true is for the reward model to judge.
+        """
+        question = messages[-1].content
+        if task == sums.TASK:
+            value = sums.understand(question)
+            return None if value is None else {"kind": "number", "value": value, "working": True}
+        if task == code.TASK:
+            return code.understand(question)
+        if task == lists.TASK:
+            return lists.understand(question)
+        if task == followups.TASK:
+            return followups.understand(messages)
+        return None
+
+    def checkable(self, task: str, messages: Conversation) -> bool:
+        """Whether a task's prompts are judged by a program (then one that no verifier understands is worthless)."""
+        if task == followups.TASK:
+            return not any(messages[-1].content.strip() in wordings for wordings in followups.NEXT_FACT.values())
+        return task != facts.TASK
+
+
+def seed_topics(world: World) -> dict[str, list[str]]:
+    """The user's manual topics of each task (report, section 3.2.1: written by people, added to those that the model names)."""
+    topics = {
+        facts.TASK: list(world.lands.facts),
+        sums.TASK: list(sums.THINGS),
+        code.TASK: [plural for _, plural in code.KINDS.values()],
+        lists.TASK: list(lists.WORDS),
+    }
+    return {task: names[:NUM_SEED_TOPICS] for task, names in topics.items()}
+
+
+def writing_problem(world: World, rng: random.Random) -> tuple[str, str]:
+    """A request to write a prompt (or to name a topic) and a good reply, for the demonstrations."""
+    task = pick(rng, TASKS)
+    problem = world.draw(rng, task)
+    if task == followups.TASK:
+        asked, said = problem.messages[0].content, problem.messages[1].content
+        return NEXT_REQUEST.format(question=asked, answer=said), problem.question
+    if rng.random() < 0.2:
+        return TOPIC_REQUEST[task], problem.topic
+    return PROMPT_REQUEST[task].format(topic=problem.topic), problem.question
+
+
+def prompt_text(messages: Conversation) -> str:
+    """A prompt as one text, for comparing prompts."""
+    return "\n".join(m.content.strip() for m in messages)
+
+
+def _asks(messages: Conversation, texts: frozenset[str] | set[str]) -> bool:
+    return any(m.role == "user" and m.content.strip() in texts for m in messages)

@@ -1,0 +1,79 @@
+"""Parameters, training FLOPs, utilisation and memory of a configuration, without building it.
+
+Formulas as in the Nemotron-4 reports: embeddings count both matrices, FLOPs count the output matrix once and
+attention in full (not halved for causality), nothing is counted for recomputation.
+"""
+
+from gristmill.model.config import ModelConfig
+
+H100_FLOPS = 989e12  # bf16, dense, a GPU
+
+
+def embedding_parameters(config: ModelConfig) -> int:
+    """Input and output embedding (one matrix where they are tied)."""
+    return (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Weights of all linear layers inside the blocks."""
+    total = 0
+    for block in config.blocks:
+        heads = 2 * block.num_heads + 2 * block.num_kv_heads if block.has_attention else 0
+        total += config.hidden_size * heads * block.head_dim
+        total += config.hidden_size * block.ffn_size * (3 if config.parts.gated_silu else 2)
+    return total
+
+
+def vector_parameters(config: ModelConfig) -> int:
+    """Gains and biases of norms, and biases of projections; published totals leave them out."""
+    norm = config.hidden_size * (2 if config.parts.zero_centred_norm else 1)
+    total = norm
+    for block in config.blocks:
+        total += norm * (block.has_attention + block.has_mlp)
+        if block.has_attention and config.parts.qk_norm:
+            total += 2 * block.head_dim
+        if block.has_attention and config.parts.qkv_bias:
+            total += (block.num_heads + 2 * block.num_kv_heads) * block.head_dim
+    return total
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """All parameters of `Transformer(config)`."""
+    return embedding_parameters(config) + matrix_parameters(config) + vector_parameters(config)
+
+
+def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """FLOPs of forward and backward for one token of a sequence.
+
+    6 (matrix parameters + V D) + 12 seq_len (sum over layers of heads * head_dim).
+    """
+    matrices = matrix_parameters(config) + config.vocab_size * config.hidden_size
+    attention_width = sum(block.num_heads * block.head_dim for block in config.blocks)
+    return 6.0 * matrices + 12.0 * seq_len * attention_width
+
+
+def model_flops_utilisation(
+    config: ModelConfig,
+    seq_len: int,
+    batch_size: int,
+    step_seconds: float,
+    num_devices: int,
+    device_flops: float = H100_FLOPS,
+) -> float:
+    """Share (0 to 1) of the devices' peak that training reaches.
+
+    `batch_size` counts the sequences of one step over all devices, `device_flops` is one device's peak.
+    """
+    flops = training_flops_per_token(config, seq_len) * batch_size * seq_len
+    return flops / (num_devices * device_flops * step_seconds)
+
+
+def kv_bytes_per_token(config: ModelConfig, bytes_per_value: float = 2) -> int:
+    """Bytes of keys and values that one token leaves in the cache."""
+    values = sum(2 * block.num_kv_heads * block.head_dim for block in config.blocks if block.has_attention)
+    return int(values * bytes_per_value)
+
+
+def weight_bytes(config: ModelConfig, bytes_per_value: float = 2) -> int:
+    """Bytes of the weights when each takes `bytes_per_value` (2 for bf16, 1 for fp8)."""
+    return int(num_parameters(config) * bytes_per_value)

@@ -1,0 +1,113 @@
+"""A run in lines of text: one a stage, and the three that matter. Light to import, for `gristmill status`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gristmill.report.claims import MODES, difference, figure, full, interval, signed, unpaired
+from gristmill.report.read import RunData
+
+
+def stage_line(done: Mapping[str, Any]) -> str:
+    """What a finished stage did, in one line, from its `done.json`; empty for an unfinished one."""
+    if "greedy" in done:
+        return _model(done)
+    if "llm_judge" in done:
+        return f"pair accuracy easy {_pair(done, 'easy')}, hard {_pair(done, 'hard')}"
+    if "alarms" in done:
+        return f"alarms: {', '.join(done['alarms'])}" if done["alarms"] else "no alarm"
+    if "evaluation" in done:
+        return f"{done['demonstrations']:,} demonstrations, {done['ratings']:,} ratings, {done['evaluation']:,} evaluation prompts"
+    if "pairs" in done:
+        return _pairs(done)
+    if "kept" in done:
+        answers = sum(f["answers"] for f in done["funnel"].values())
+        good = sum(f["good"] for f in done["funnel"].values())
+        return f"kept {done['kept']:,} of {answers:,} answers ({good:,} good)"
+    if "funnel" in done:
+        return _prompts(done["funnel"])
+    if "metrics" in done:
+        return f"{done['rows']:,} rows, {_training(done)}"
+    return ""
+
+
+def _model(done: Mapping[str, Any]) -> str:
+    tasks = [f"{t} {done['greedy'][t]['mean']:.2f}/{done['sampled'][t]['mean']:.2f}" for t in done["greedy"] if t != "overall"]
+    overall = f"greedy {figure(done['greedy']['overall']['mean'])} sampled {figure(done['sampled']['overall']['mean'])}"
+    return f"{overall} ({', '.join(tasks)}); {done['rows']:,} rows, {_training(done)}"
+
+
+def _training(done: Mapping[str, Any]) -> str:
+    dropped = f", {done['dropped']:,} dropped as too long" if done.get("dropped") else ""
+    return f"loss {done['metrics'].get('loss', float('nan')):.3f}, {done['tokens_per_second']:,} tokens/s{dropped}"
+
+
+def _pair(done: Mapping[str, Any], kind: str) -> str:
+    return f"{figure(done[kind]['overall']['mean'])} (LLM judge {figure(done['llm_judge'][kind]['overall']['mean'])})"
+
+
+def _pairs(done: Mapping[str, Any]) -> str:
+    lost = [f"{n:,} {why}" for why, n in done["funnel"].items() if why != "pairs"]
+    return f"{done['pairs']:,} pairs" + (f"; no pair: {', '.join(lost)}" if lost else "")
+
+
+def _prompts(funnel: Mapping[str, int]) -> str:
+    lost = [f"{n:,} {why}" for why, n in funnel.items() if why not in ("kept", "written", "from file") and n]
+    from_file = f" and {funnel['from file']:,} from file" if funnel.get("from file") else ""
+    return f"kept {funnel['kept']:,} of {funnel.get('written', 0):,} written{from_file}" + (f"; {', '.join(lost)}" if lost else "")
+
+
+def headline(results: Mapping[str, Any], folder: Path | None = None) -> list[str]:
+    """The three lines that matter: the models, the judge, the mill.
+
+    Args:
+        results: what `results.json` holds.
+        folder: the run's folder. With it, the difference of the last model to the first is paired by prompt (a narrower interval).
+    """
+    return [_gain(results, folder), _judge(results.get("reward") or {}), _mill(results)]
+
+
+def _gain(results: Mapping[str, Any], folder: Path | None) -> str:
+    stages = results["stages"]
+    if len(stages) < 2:
+        return "Models: there is only one to show, nothing can be compared."
+    first, last = stages[0], stages[-1]
+    parts = []
+    for mode in MODES:
+        old, new = first[mode]["overall"], last[mode]["overall"]
+        d, kind = None, "paired"
+        if folder is not None:
+            d = difference(RunData(folder, {}, [], None), Path(first["model"]).parts[0], Path(last["model"]).parts[0], mode)
+        if d is None:
+            d, kind = unpaired(old, new), "unpaired"
+        parts.append(f"{mode} {interval(old)} -> {interval(new)}, {kind} difference {signed(d)}")
+    return f"Models: {full(first['name'])} -> {full(last['name'])}: {'; '.join(parts)}"
+
+
+def _judge(reward: Mapping[str, Any]) -> str:
+    if not reward:
+        return "Reward model: none in this run."
+    kinds = []
+    for kind in ("easy", "hard"):
+        score, other = reward[kind]["overall"], reward["llm_judge"][kind]["overall"]
+        kinds.append(f"{kind} {interval(score)} (LLM judge {interval(other)}, n {score['n']})" if score["n"] else f"{kind}: no pairs")
+    return f"Reward model: pair accuracy {'; '.join(kinds)}"
+
+
+def _mill(results: Mapping[str, Any]) -> str:
+    samples = results["alignment_samples"]
+    total = samples["human"] + samples["synthetic"]
+    alarms = [f"round {c['round']} {', '.join(c['alarms'])}" for c in results["collapse"] if c["alarms"]]
+    control = f"control {results['control']}: " if results.get("control") else ""
+    return (
+        f"Mill: {control}{results['synthetic_share']:.1%} of {total:,} alignment samples synthetic, "
+        f"{duration(results['seconds'])}, collapse alarms: {'; '.join(alarms) or 'none'}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,1 @@
+"""Writing data with models: the journal of everything generated."""

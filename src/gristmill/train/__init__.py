@@ -1,0 +1,1 @@
+"""Training: packed batches, one loop, and one objective a file."""

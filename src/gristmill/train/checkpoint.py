@@ -1,0 +1,174 @@
+"""Exact resume: a training folder holds at most one complete checkpoint, replaced by an atomic rename.
+
+A checkpoint is a folder of ``state.safetensors`` (every tensor, under a flat name) and ``state.json``. It
+is written under a temporary name, synced, and renamed; a kill at any byte leaves the previous one usable.
+Nothing is pickled.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gristmill.errors import InputError
+
+_NAME = re.compile(r"checkpoint-(\d{8})")
+_TEMPORARY = "checkpoint.tmp"
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """A hash of every name, shape, dtype and value of the model. 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fingerprint_text(text: str) -> str:
+    """A hash of a text. 16 hexadecimal digits."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk or an exhausted quota into an InputError; ``folder`` only names the disk."""
+    message = f"the disk of {folder} is full; free some space and start again, finished work is kept"
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(message) from error
+        raise
+    except SafetensorError as error:
+        # safetensors wraps the system's error in its own, of which only the text tells the cause
+        cause = re.search(r"(?:os error|code:) (\d+)", str(error))
+        if cause and int(cause[1]) in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(message) from error
+        raise
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a text file and wait until it is on the disk."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_tensors_atomic(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file under a temporary name, sync it and rename it to ``path``."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path.parent):
+        try:
+            _save_synced(tensors, temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _save_synced(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Fingerprints of what a run trains, on what, and how; a checkpoint is only continued by its equal."""
+
+    model: str  # of the weights that training started from
+    data: str
+    settings: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state. ``info`` holds the JSON part, ``tensors`` the rest under flat names."""
+
+    step: int
+    finished: bool
+    info: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class CheckpointStore:
+    """The checkpoints of one training folder, for one run identity."""
+
+    def __init__(self, folder: Path, identity: Identity) -> None:
+        self.folder = folder
+        self._identity = identity
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def _folders(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+
+    def load(self) -> Checkpoint | None:
+        """The latest checkpoint, or None in a new folder.
+
+        Raises InputError when it was written by a run of another model, data set or settings, or cannot be
+        read.
+        """
+        folders = self._folders()
+        if not folders:
+            return None
+        path = folders[-1]
+        try:
+            info = json.loads((path / "state.json").read_text())
+            self._check(info.pop("identity"))
+            tensors = {name: tensor.clone() for name, tensor in load_file(path / "state.safetensors").items()}
+            return Checkpoint(info.pop("step"), info.pop("finished"), info, tensors)
+        except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
+            raise InputError(f"the checkpoint {path} cannot be read ({error}); delete it to train anew") from error
+
+    def _check(self, saved: dict[str, str]) -> None:
+        nouns = {"model": "another starting model", "data": "another data set", "settings": "other settings"}
+        for key, noun in nouns.items():
+            now = getattr(self._identity, key)
+            if saved[key] != now:
+                raise InputError(
+                    f"{self.folder} holds a training run of {noun} (fingerprint {saved[key]}, now {now}); "
+                    "choose another folder, or delete this one to train anew"
+                )
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, then remove the one before it. InputError when the disk is full."""
+        temporary = self.folder / _TEMPORARY
+        final = self.folder / f"checkpoint-{checkpoint.step:08d}"
+        shutil.rmtree(temporary, ignore_errors=True)  # left behind by a kill
+        head = {"step": checkpoint.step, "finished": checkpoint.finished, "identity": vars(self._identity)}
+        with disk_errors(self.folder):
+            try:
+                temporary.mkdir()
+                _save_synced(checkpoint.tensors, temporary / "state.safetensors")
+                write_synced(temporary / "state.json", json.dumps(head | checkpoint.info, indent=1) + "\n")
+                _sync(temporary)
+                os.rename(temporary, final)
+                _sync(self.folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        for path in self._folders():
+            if path != final:
+                shutil.rmtree(path)

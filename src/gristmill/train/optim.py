@@ -1,0 +1,116 @@
+"""Optimisers and schedules: AdamW, and Muon for hidden matrices with AdamW for everything else."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gristmill.errors import InputError
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """What an optimiser needs: ``lr`` is AdamW's rate, ``muon_lr`` that of Muon's matrices."""
+
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    muon_lr: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+
+
+def schedule_scale(schedule: str, step: int, total_steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
+    """The factor on every learning rate at ``step`` (counted from 0).
+
+    Linear warmup, then constant, or cosine or linear decay that reaches ``min_lr_ratio`` on the last step.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    decay = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+    return min_lr_ratio + (1 - min_lr_ratio) * decay
+
+
+def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """A matrix between hidden states. Embeddings and output heads live outside the blocks."""
+    return parameter.ndim == 2 and ".blocks." in f".{name}"
+
+
+class Optimizer:
+    """One or two torch optimisers behind one face, with a state that is a flat dictionary of tensors.
+
+    Norms, biases and all other one-dimensional parameters are never decayed.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimSettings) -> None:
+        if settings.optimizer not in OPTIMIZERS:
+            raise InputError(f"unknown optimizer {settings.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
+        self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        muon, decayed, plain = [], [], []
+        for parameter, name in self._names.items():
+            if settings.optimizer == "muon" and _is_hidden_matrix(name, parameter):
+                muon.append(parameter)
+            elif parameter.ndim >= 2:
+                decayed.append(parameter)
+            else:
+                plain.append(parameter)
+        groups = [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=settings.lr,
+                betas=settings.betas,
+                fused=True,
+            )
+        ]
+        if muon:
+            self._parts.append(torch.optim.Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
+        self._base_lrs = [settings.lr, settings.muon_lr]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._names)
+
+    def set_scale(self, scale: float) -> None:
+        """Set every learning rate to ``scale`` times its configured value."""
+        for part, lr in zip(self._parts, self._base_lrs, strict=False):
+            for group in part.param_groups:
+                group["lr"] = lr * scale
+
+    def step(self) -> None:
+        for part in self._parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
+
+    def _states(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter]]:
+        for part in self._parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    yield self._names[parameter], part, parameter
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The whole state as ``{"PARAMETER|KEY": tensor}``."""
+        return {f"{name}|{key}": value for name, part, parameter in self._states() for key, value in part.state[parameter].items()}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what ``state_tensors`` gave."""
+        saved: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, entry = key.rpartition("|")
+            saved.setdefault(name, {})[entry] = value
+        for name, part, parameter in self._states():
+            if name in saved:
+                part.state[parameter] = dict(saved[name])

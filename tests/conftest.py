@@ -1,0 +1,71 @@
+"""A tiny Base that is made in seconds and knows a few sentences by heart, for tests that turn the whole mill."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from gristmill.chat import FORMATS, Conversation, Message
+from gristmill.miniature import followups
+from gristmill.miniature.world import NEXT_REQUEST, PROMPT_REQUEST, TOPIC_REQUEST, World
+from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.transformer import Transformer
+from gristmill.model.weights import save_model
+from gristmill.rows import Demonstration
+from gristmill.tokenizer import Tokenizer
+from gristmill.train.loop import TrainSettings, train
+from gristmill.train.sft import demonstration_samples, sft_objective
+
+LESSONS = 3  # problems a task that the tiny Base learns by heart
+STEPS = 150
+
+
+def lessons(world: World) -> list[Conversation]:
+    """Topics, prompts and answers to learn by heart: enough for a model to write prompts that the verifiers understand."""
+    rng = random.Random("lessons")
+    out: list[Conversation] = []
+
+    def teach(asked: str, said: str) -> None:
+        out.append((Message("user", asked), Message("assistant", said)))
+
+    for task, request in TOPIC_REQUEST.items():
+        for _ in range(LESSONS):
+            problem = world.draw(rng, task)
+            teach(request, problem.topic)
+            teach(PROMPT_REQUEST[task].format(topic=problem.topic), problem.question)
+            teach(problem.question, problem.answer)
+    for _ in range(LESSONS):
+        problem = world.draw(rng, followups.TASK)
+        teach(NEXT_REQUEST.format(question=problem.messages[0].content, answer=problem.messages[1].content), problem.question)
+        out.append((*problem.messages, Message("assistant", problem.answer)))
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a Base of two layers and 512 tokens that ends its turns and writes some prompts that make sense."""
+    torch.set_num_threads(1)
+    texts = lessons(World.make())
+    chat_format = FORMATS["nemotron"]
+    headers = ["System\n", "User\n", "Assistant\n"]
+    tokenizer = Tokenizer.train([m.content for text in texts for m in text] + headers, 512, chat_format.special_tokens)
+    model = Transformer(ModelConfig("nemotron", tokenizer.vocab_size, 32, uniform_blocks(2, 2, 1, 16, 96), max_positions=256))
+    model.init_weights(0)
+    rows = [Demonstration(f"lesson-{i}", "", text, "human") for i, text in enumerate(texts)]
+    settings = TrainSettings(optimizer="muon", lr=1e-2, muon_lr=0.05, steps=STEPS, batch_size=16, schedule="linear", warmup_steps=5)
+    train(model, sft_objective, demonstration_samples(rows, chat_format, tokenizer), settings)
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    save_model(model, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a Base with random weights, a tokenizer of bytes and the chatml format."""
+    tokenizer = Tokenizer.train(["a b c"], 300, FORMATS["chatml"].special_tokens)
+    model = Transformer(ModelConfig("llama", tokenizer.vocab_size, 16, uniform_blocks(1, 2, 1, 8, 32), max_positions=256))
+    model.init_weights(0)
+    folder = tmp_path_factory.mktemp("random") / "base"
+    save_model(model, tokenizer, folder)
+    return folder

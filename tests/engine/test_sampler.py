@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from gristmill.engine.sampler import Needs, choose, sample_key, uniforms
+
+DRAWS = 20_000
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 1.0, -30.0, 0.2])
+
+
+def draw(logits_V: torch.Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    keys = torch.full((DRAWS,), sample_key(1, "a", 0))
+    rows = (torch.full((DRAWS,), temperature), torch.full((DRAWS,), top_p), torch.full((DRAWS,), top_k))
+    u = uniforms(keys, torch.arange(DRAWS))
+    return choose(logits_V.expand(DRAWS, -1), u, *rows, Needs.of(*rows))
+
+
+def allowed(logits_V: torch.Tensor, temperature: float, top_p: float, top_k: int) -> torch.Tensor:
+    """The distribution by definition: walk down the sorted list."""
+    probs = torch.softmax(logits_V.double() / temperature, -1)
+    order = probs.argsort(descending=True, stable=True).tolist()
+    if top_k:
+        order = order[:top_k]
+    mass = sum(float(probs[i]) for i in order)
+    kept, total = [], 0.0
+    for i in order:
+        if total < top_p * mass:
+            kept.append(i)
+        total += float(probs[i])
+    out = torch.zeros_like(probs)
+    out[kept] = probs[kept]
+    return out / out.sum()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [
+        (1.0, 1.0, 0),
+        (0.5, 1.0, 0),
+        (2.0, 1.0, 0),
+        (1.0, 0.6, 0),
+        (1.0, 0.9, 0),
+        (1.0, 1.0, 1),
+        (1.0, 1.0, 4),
+        (0.7, 0.8, 5),
+    ],
+)
+def test_draws_follow_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
+    # No ties at the edges: the two tokens of logit 1.0 become distinct.
+    logits = LOGITS + torch.arange(8) * 0.01
+    expected = allowed(logits, temperature, top_p, top_k) * DRAWS
+    counts = torch.bincount(draw(logits, temperature, top_p, top_k)[0], minlength=8).double()
+    assert counts[expected == 0].sum() == 0
+    usable = expected > 1e-6
+    chi_square = float(((counts - expected)[usable] ** 2 / expected[usable]).sum())
+    # The 0.9999 quantile of chi-square with 7 degrees of freedom is 29.9.
+    assert chi_square < 29.9
+
+
+def test_wide_nucleus_beyond_the_first_guess_is_exact() -> None:
+    logits = torch.linspace(1.0, 0.0, 300)
+    expected = allowed(logits, 1.0, 0.7, 0)
+    tokens = draw(logits, 1.0, top_p=0.7)[0]
+    assert int((expected > 0).sum()) > 64
+    assert set(tokens.tolist()) == set(expected.nonzero()[:, 0].tolist())
+
+
+def test_rows_keep_their_own_settings() -> None:
+    logits = LOGITS.expand(3, -1)
+    rows = (torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1e-6]), torch.tensor([0, 1, 0]))
+    for u in (0.0, 0.5, 1 - 2**-23):
+        tokens, _ = choose(logits, torch.full((3,), u), *rows, Needs.of(*rows))
+        assert tokens.tolist() == [0, 0, 0]
+    rows = (torch.tensor([0.0, 1.0, 1.0]), torch.ones(3), torch.tensor([0, 0, 2]))
+    tokens, _ = choose(logits, torch.full((3,), 1 - 2**-23), *rows, Needs.of(*rows))
+    # The last token is the last of non-zero probability; with top_k = 2 (a tie keeps both) it is index 5.
+    assert tokens.tolist() == [0, 7, 5]
+
+
+def test_logprobs_are_untempered() -> None:
+    tokens, logprobs = draw(LOGITS, 0.3, top_k=3)
+    torch.testing.assert_close(logprobs, torch.log_softmax(LOGITS, -1)[tokens])
+
+
+def test_uniforms_depend_on_key_and_position_only() -> None:
+    keys = torch.tensor([sample_key(seed, name, n) for seed in (0, 1) for name in ("a", "b") for n in (0, 1)])
+    assert len(set(keys.tolist())) == 8
+    together = uniforms(keys, torch.full((8,), 3))
+    alone = torch.cat([uniforms(keys[i : i + 1], torch.tensor([3])) for i in range(8)])
+    assert torch.equal(together, alone)
+    many = uniforms(keys[:1].expand(DRAWS), torch.arange(DRAWS))
+    assert float(many.min()) >= 0 and float(many.max()) < 1
+    assert abs(float(many.mean()) - 0.5) < 0.01
+    # Neighbouring positions are uncorrelated.
+    assert abs(float(torch.corrcoef(torch.stack([many[1:], many[:-1]]))[0, 1])) < 0.03
+
+
+def test_uniforms_are_splitmix64() -> None:
+    def reference(state: int) -> int:
+        m = (1 << 64) - 1
+        z = (state + 0x9E3779B97F4A7C15) & m
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & m
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & m
+        return z ^ (z >> 31)
+
+    # First output of splitmix64 for state 0, as published with the algorithm.
+    assert reference(0) == 0xE220A8397B1DCDAF
+    for key in (0, 5, -7, 2**63 - 1):
+        want = (reference(key % 2**64) >> 41) * 2.0**-23
+        assert float(uniforms(torch.tensor([key]), torch.tensor([0]))) == want

@@ -1,0 +1,83 @@
+"""A recipe that turns the whole mill in two seconds, and one finished run of it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gristmill import recipe as recipes
+from gristmill.flywheel import loop
+from gristmill.flywheel.progress import Progress
+from gristmill.recipe import Recipe
+
+Make = Callable[..., Recipe]
+
+# Every threshold lets everything pass: so small a model has no quality to filter by, but every stage has rows to work on.
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "rounds": 1,
+    "rpo_iterations": 1,
+    "threads": 1,
+    "data": {"num_demonstrations": 64, "num_rated_prompts": 24, "num_prompts": 6, "num_evaluation": 2, "num_held_out_ratings": 10},
+    "writing": {"topics": 4, "prompts": 12, "max_tokens": 48},
+    "responses": {"samples": 4, "temperatures": [0.7, 1.0], "max_tokens": 32},
+    "judging": {"min_correctness": -99, "min_votes": 1, "min_gap": 0},
+    "collapse": {"tokens": 400, "stop": 9},
+    "demonstration_sft": {"lr": 1e-5, "steps": 2, "batch_size": 8},
+    "reward": {"lr": 5e-4, "steps": 3, "batch_size": 8},
+    "code_sft": {"lr": 1e-5, "steps": 2, "batch_size": 8},
+    "general_sft": {"lr": 1e-5, "steps": 3, "batch_size": 8},
+    "dpo": {"lr": 1e-4, "steps": 2, "batch_size": 4, "num_prompts": 8, "min_chosen": -99},
+    "rpo": {"lr": 1e-4, "steps": 2, "batch_size": 4, "num_prompts": 8, "min_chosen": -99, "loss": "rpo"},
+}
+
+
+@pytest.fixture(scope="session")
+def make_recipe(tiny_base: Path) -> Make:
+    """The tiny recipe on the miniature world, with changes by key; a section's changes are merged into it."""
+
+    def make(**changes: Any) -> Recipe:
+        values = {"world": "miniature", "model": str(tiny_base), **TINY}
+        for key, value in changes.items():
+            values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
+        return recipes.parse(values)
+
+    return make
+
+
+def turn(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    with Progress(quiet=True) as progress:
+        return loop.run(recipe, folder, progress)
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[[Recipe, Path], dict[str, Any]]:
+    """Turn the mill without a display."""
+    return turn
+
+
+@pytest.fixture(scope="session")
+def finished(make_recipe: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the tiny recipe. Read only: take `copy` to change it."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    turn(make_recipe(), folder)
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "tiny"))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder and its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Callable[[Path], dict[str, bytes]]:
+    """Every file under a folder and its bytes, to tell that nothing was touched."""
+    return content

@@ -1,0 +1,46 @@
+"""The world as the source of a run: amounts, ids, and what another seed changes."""
+
+import pytest
+
+from gristmill.chat import Message
+from gristmill.flywheel.source import Source, fold
+from gristmill.miniature.source import MiniatureSource
+from gristmill.recipe import Data
+
+DATA = Data(num_demonstrations=50, num_rated_prompts=30, num_held_out_ratings=5, num_evaluation=4, num_prompts=20)
+
+
+@pytest.fixture(scope="module")
+def source() -> MiniatureSource:
+    return MiniatureSource(DATA, 0)
+
+
+def test_amounts_are_those_of_the_recipe(source: MiniatureSource) -> None:
+    given: Source = source
+    assert len(given.demonstrations()) == 50 and len(given.ratings()) == 2 * 35 and len(given.prompts()) == 20
+    assert [p.task for p in given.evaluation()] == [t for t in source.tasks for _ in range(4)]
+
+
+def test_rows_have_ids_of_their_own(source: MiniatureSource) -> None:
+    ids = [r.id for rows in (source.demonstrations(), source.ratings(), source.prompts(), source.evaluation()) for r in rows]
+    assert len(set(ids)) == len(ids)
+
+
+def test_another_seed_draws_other_people_but_asks_the_same(source: MiniatureSource) -> None:
+    other = MiniatureSource(DATA, 1)
+    assert source.demonstrations() == MiniatureSource(DATA, 0).demonstrations() != other.demonstrations()
+    assert {d.id for d in source.demonstrations()}.isdisjoint(d.id for d in other.demonstrations())
+    assert source.evaluation() == other.evaluation() and source.world == other.world
+
+
+def test_every_evaluation_prompt_has_a_truth(source: MiniatureSource) -> None:
+    assert all(p.truth for p in source.evaluation()) and len({fold(p.messages) for p in source.evaluation()}) == 20
+
+
+def test_verifiers_know_prompts_but_no_facts(source: MiniatureSource) -> None:
+    land = next(iter(source.world.lands.facts))
+    assert source.truth("facts", (Message("user", f"Tell me the river of {land}."),)) is None
+    known = source.truth("sums", (Message("user", "Ana has 5 nuts. Ana buys 2 more. How many nuts are there now?"),))
+    assert known is not None and known["value"] == 7
+    assert all(p.truth or not source.checkable(p.task, p.messages) for p in source.prompts())
+    assert source.checkable("sums", (Message("user", "What?"),)) and not source.checkable("facts", (Message("user", "What?"),))

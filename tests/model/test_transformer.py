@@ -1,0 +1,143 @@
+"""The transformer by itself: packing, initialisation, types, layers that lack a part."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gristmill.model.attention import PackedShape, varlen_attention
+from gristmill.model.config import PRESETS, BlockConfig, ModelConfig, uniform_blocks
+from gristmill.model.transformer import MLP, LayerNorm1P, Transformer, rotate
+
+NEMOTRON = ModelConfig("nemotron", 50, 32, uniform_blocks(2, 4, 2, 8, 64), 64, init_std=0.2)
+MODELS = {
+    family: Transformer(replace(NEMOTRON, family=family, rotary_fraction=fraction))
+    for family, fraction in (("nemotron", 0.5), ("llama", 1.0), ("qwen2", 1.0), ("qwen3", 1.0))
+}
+
+
+def random_ids(total: int) -> torch.Tensor:
+    return torch.randint(0, 50, (total,), generator=torch.Generator().manual_seed(total))
+
+
+@pytest.mark.parametrize("family", MODELS)
+@settings(max_examples=10, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6), data=st.data())
+def test_a_document_does_not_see_its_neighbours(family: str, lengths: list[int], data: st.DataObject) -> None:
+    model, documents = MODELS[family], list(random_ids(sum(lengths)).split(lengths))
+    order = data.draw(st.permutations(range(len(lengths))))
+    with torch.no_grad():
+        shuffled = [lengths[i] for i in order]
+        packed = model(torch.cat([documents[i] for i in order]), PackedShape.from_lengths(shuffled))
+        for i, logits_TV in zip(order, packed.split(shuffled), strict=True):
+            alone_TV = model(documents[i], PackedShape.from_lengths([lengths[i]]))
+            torch.testing.assert_close(logits_TV, alone_TV, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_token_does_not_see_the_future(family: str) -> None:
+    model, ids_T, shape = MODELS[family], random_ids(20), PackedShape.from_lengths([20])
+    changed_T = torch.cat([ids_T[:10], (ids_T[10:] + 1) % 50])
+    with torch.no_grad():
+        before_TV, after_TV = model(ids_T, shape), model(changed_T, shape)
+    torch.testing.assert_close(before_TV[:10], after_TV[:10], atol=1e-6, rtol=0)
+    assert (before_TV[10:] - after_TV[10:]).abs().min(dim=-1).values.max() > 0
+
+
+def test_initial_stds_follow_the_published_recipe() -> None:
+    config = PRESETS["miniature"]
+    model = Transformer(config)
+    residual = config.init_std / math.sqrt(2 * 6)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert not parameter.any(), name
+            continue
+        is_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
+        wanted = residual if is_residual else config.init_std
+        assert parameter.std().item() == pytest.approx(wanted, rel=0.03), name
+        assert abs(parameter.mean().item()) < 0.1 * config.init_std, name
+    assert PRESETS["nemotron4-340b"].init_std / math.sqrt(2 * 96) == pytest.approx(0.00045466, abs=5e-9)
+
+
+def test_rms_gains_start_at_one() -> None:
+    gains = [p for n, p in MODELS["qwen3"].named_parameters() if n.endswith("norm.weight")]
+    assert len(gains) == 2 * 4 + 1
+    assert all(bool((gain == 1).all()) for gain in gains)
+
+
+def test_the_seed_decides_the_weights() -> None:
+    first, second = Transformer(NEMOTRON), Transformer(NEMOTRON)
+    assert torch.equal(first.embedding, second.embedding)
+    second.init_weights(1)
+    assert not torch.equal(first.embedding, second.embedding)
+
+
+def test_layernorm1p_by_hand() -> None:
+    norm = LayerNorm1P(4, eps=0.0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.0, 1.0, -1.0, 0.5]))
+        norm.bias.copy_(torch.tensor([0.0, 0.0, 3.0, 1.0]))
+        out = norm(torch.tensor([[1.0, 3.0, 1.0, 3.0]]))  # mean 2, biased variance 1
+    torch.testing.assert_close(out, torch.tensor([[-1.0, 2.0, 3.0, 2.5]]))
+
+
+def test_rotation_pairs_the_two_halves_and_leaves_the_rest() -> None:
+    # One pair (0, 1) turned by a right angle; dimensions 2 and 3 pass through.
+    x_THd = torch.tensor([[[2.0, 5.0, 7.0, 9.0]]], requires_grad=True)
+    out = rotate(x_THd, torch.tensor([[0.0]]), torch.tensor([[1.0]]))
+    assert out.tolist() == [[[-5.0, 2.0, 7.0, 9.0]]]
+    out.backward(torch.tensor([[[1.0, 10.0, 100.0, 1000.0]]]))
+    assert x_THd.grad is not None and x_THd.grad.tolist() == [[[10.0, -1.0, 100.0, 1000.0]]]
+
+
+def test_squared_relu_by_hand() -> None:
+    mlp = MLP(replace(NEMOTRON, hidden_size=1), BlockConfig(0, 0, 0, 3))
+    up_F1, down_1F = torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([[1.0, 10.0, 100.0]])
+    mlp.up.weight.data, mlp.down.weight.data = up_F1, down_1F
+    x_TD = torch.tensor([[3.0], [-1.0]], requires_grad=True)
+    out_TD = mlp(x_TD)
+    assert out_TD.tolist() == [[9.0 + 3600.0], [10.0]]
+    out_TD.sum().backward()
+    assert x_TD.grad is not None and x_TD.grad.tolist() == [[6.0 + 2400.0], [-20.0]]
+    assert mlp.up.weight.grad is not None and mlp.up.weight.grad.tolist() == [[18.0], [-20.0], [3600.0]]
+
+
+def test_layers_may_lack_attention_or_mlp() -> None:
+    blocks = (BlockConfig(4, 2, 8, 64), BlockConfig(0, 0, 0, 16), BlockConfig(4, 1, 8, 0))
+    model = Transformer(replace(NEMOTRON, blocks=blocks))
+    assert model.blocks[1].attention is None and model.blocks[2].mlp is None
+    logits_TV = model(random_ids(12), PackedShape.from_lengths([5, 7]))
+    logits_TV.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+
+def test_a_cache_can_stand_between_the_halves_of_a_block() -> None:
+    model, ids_T, shape = MODELS["qwen3"], random_ids(9), PackedShape.from_lengths([4, 5])
+    cos_TR, sin_TR = model.rope(shape.positions_T)
+    with torch.no_grad():
+        x_TD = model.embed(ids_T)
+        for block in model.blocks:
+            x_TD = block.finish(x_TD, varlen_attention(*block.qkv(x_TD, cos_TR, sin_TR), shape))
+        torch.testing.assert_close(model.logits(model.final_norm(x_TD)), model(ids_T, shape))
+
+
+def test_bf16_compute_on_fp32_weights() -> None:
+    model = Transformer(NEMOTRON)
+    ids_T, shape = random_ids(40), PackedShape.from_lengths([25, 15])
+    exact_TV = model(ids_T, shape).detach()
+    model.compute_dtype = torch.bfloat16
+    rough_TV = model(ids_T, shape)
+    assert rough_TV.dtype == torch.bfloat16
+    rough_TV.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    assert (rough_TV.float() - exact_TV).abs().max() < 0.05 * exact_TV.abs().max()
+    assert all(table.dtype == torch.float32 for table in model.rope(shape.positions_T))
+
+
+def test_tied_embeddings_are_one_parameter() -> None:
+    model = Transformer(replace(NEMOTRON, tie_embeddings=True))
+    assert model.unembedding() is model.embedding
+    assert not any("lm_head" in name for name, _ in model.named_parameters())

@@ -1,0 +1,155 @@
+"""Imports run one way, never in a circle, and every module can be imported on its own terms."""
+
+import ast
+import importlib
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import gristmill
+
+PACKAGE = Path(gristmill.__file__).parent
+ROOT = Path(__file__).parent.parent
+
+# Lowest first. A room imports from lower layers and from itself, never from a room of its own layer or a higher one.
+LAYERS = [
+    {"errors"},
+    {"tokenizer", "recipe", "synth"},
+    {"chat"},
+    {"model", "rows"},
+    {"train", "engine"},
+    {"judge"},
+    {"evaluate", "miniature"},
+    {"flywheel"},
+    {"report", "start", "jobs"},
+    {"cli"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+
+# Beyond the layers: rooms that a room has no business with, although they lie below it.
+NEVER = {
+    "judge": {"train", "engine.engine"},  # an LLM judge asks any Generator, not our engine
+    "evaluate": {"train", "engine.engine", "miniature"},
+    "miniature": {"train", "engine", "model.transformer"},  # the world is data
+    "report": {"train", "engine", "flywheel.loop", "flywheel.mill"},  # a page is made from the run's files alone
+}
+
+# The untrusted-code helper starts with no site-packages; see judge/zygote.py.
+STANDARD_LIBRARY_ONLY = ["judge.zygote", "judge.jail", "judge.seccomp"]
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node outside `if TYPE_CHECKING:` blocks."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            for other in node.orelse:
+                yield other
+                yield from runtime_nodes(other)
+        else:
+            yield node
+            yield from runtime_nodes(node)
+
+
+def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """Full names of what is imported, anywhere in the module: inside functions too."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(name: str, types_too: bool = True) -> set[str]:
+    """Modules of this package that a module imports, without the package's name."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    nodes = ast.walk(tree) if types_too else runtime_nodes(tree)
+    names = {full.removeprefix("gristmill.") for full in imported(nodes) if full.startswith("gristmill.")}
+    return {module for module in names if module in MODULES}
+
+
+def test_every_room_has_a_layer() -> None:
+    assert {room(name) for name in MODULES if name != "__init__"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
+def test_imports_run_one_way(name: str) -> None:
+    here = room(name)
+    for other in own_imports(name):
+        there = room(other)
+        assert there == here or LEVEL[there] < LEVEL[here], f"{name} may not import {other}"
+        for never in NEVER.get(here, ()):
+            assert not (other == never or other.startswith(f"{never}.")), f"{name} may not import {other}"
+
+
+def test_no_import_goes_round() -> None:
+    graph = {name: own_imports(name, types_too=False) for name in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports(name: str) -> None:
+    importlib.import_module("gristmill" if name == "__init__" else f"gristmill.{name}")
+
+
+@pytest.mark.parametrize("name", [name for name, path in MODULES.items() if path.name == "__init__.py" and name != "__init__"])
+def test_a_package_file_holds_only_its_docstring(name: str) -> None:
+    # so that importing one module of a room never pays for the others
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    assert len(tree.body) == 1 and ast.get_docstring(tree)
+
+
+@pytest.mark.parametrize("name", STANDARD_LIBRARY_ONLY)
+def test_the_code_helper_needs_no_packages(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    for full in imported(ast.walk(tree)):
+        own = full == "gristmill.judge" or any(f"{full}.".startswith(f"gristmill.{m}.") for m in STANDARD_LIBRARY_ONLY)
+        assert own or full.split(".")[0] in sys.stdlib_module_names, full
+
+
+def test_dependencies_are_what_is_imported_and_each_has_its_reason() -> None:
+    declared = {re.split(r"[<>=\[]", text)[0] for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
+    packages = {"yaml": "pyyaml"}  # module -> package, where they differ
+    used: set[str] = set()
+    for path in MODULES.values():
+        for full in imported(ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+            top = full.split(".")[0]
+            used.add(packages.get(top, top))
+            if full == "torch.utils.tensorboard":
+                used.add("tensorboard")
+    assert {name for name in used if name not in sys.stdlib_module_names} - {"gristmill"} == declared
+    reasons = re.findall(r"^\| (\S+) \|", (ROOT / "docs" / "design.md").read_text().split("## Dependencies")[1], re.M)
+    assert set(reasons) - {"package"} == declared
+
+
+def test_constraints_pin_every_dependency_exactly() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = project["dependencies"] + project["optional-dependencies"]["dev"]
+    assert {re.sub(r"[-_.]+", "-", re.split(r"[<>=\[]", text)[0]).lower() for text in asked} <= pinned
+    assert "torch==2.13.0" in lines

@@ -1,0 +1,79 @@
+"""Schedules, parameter groups, and an optimiser state that round-trips."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from gristmill.errors import InputError
+from gristmill.model.reward import RewardModel
+from gristmill.model.transformer import Transformer
+from gristmill.train.optim import Optimizer, OptimSettings, schedule_scale
+
+Make = Callable[..., Transformer]
+
+
+def test_schedules() -> None:
+    def scales(schedule: str) -> list[float]:
+        return [schedule_scale(schedule, step, 9, 2, 0.1) for step in range(9)]
+
+    assert scales("constant") == pytest.approx([1 / 3, 2 / 3] + [1.0] * 7)
+    assert scales("linear")[2:] == pytest.approx([1, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1])
+    cosine = scales("cosine")
+    assert (cosine[2], cosine[5], cosine[8]) == pytest.approx((1.0, 0.55, 0.1))
+    assert schedule_scale("cosine", 0, 1, 0, 0.0) == 1.0  # a single step is taken at the full rate
+
+
+def test_norms_and_biases_are_not_decayed(make_model: Make) -> None:
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    optimizer = Optimizer(model, OptimSettings(lr=0.1, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        expected = 0.95 if parameter.ndim == 2 else 1.0
+        assert torch.allclose(parameter, torch.full_like(parameter, expected)), name
+
+
+def test_muon_takes_the_hidden_matrices_only(make_model: Make) -> None:
+    model = RewardModel(make_model())
+    optimizer = Optimizer(model, OptimSettings(optimizer="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    muon = {name.split("|")[0] for name in optimizer.state_tensors() if name.endswith("momentum_buffer")}
+    matrices = {
+        f"backbone.blocks.{i}.{part}.weight" for i in (0, 1) for part in ("attention.qkv", "attention.output", "mlp.up", "mlp.down")
+    }
+    assert muon == matrices
+    adamw = {name.split("|")[0] for name in optimizer.state_tensors() if name.endswith("exp_avg")}
+    assert adamw == {name for name, _ in model.named_parameters()} - matrices
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_round_trips(make_model: Make, name: str) -> None:
+    def grads(model: Transformer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+    one, two = make_model(), make_model()
+    first, second = (Optimizer(model, OptimSettings(optimizer=name)) for model in (one, two))
+    grads(one, 1)
+    first.step()
+    two.load_state_dict(one.state_dict())
+    second.load_state_tensors({key: value.clone() for key, value in first.state_tensors().items()})
+    for model, optimizer in ((one, first), (two, second)):
+        grads(model, 2)
+        optimizer.set_scale(0.5)
+        optimizer.step()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_unknown_optimizer_is_refused(make_model: Make) -> None:
+    with pytest.raises(InputError, match="unknown optimizer 'sgd'; choose one of adamw, muon"):
+        Optimizer(make_model(), OptimSettings(optimizer="sgd"))

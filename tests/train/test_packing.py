@@ -1,0 +1,161 @@
+"""Packing: no target crosses a document, nothing is lost, the order follows from (seed, step)."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gristmill.errors import InputError
+from gristmill.train.packing import (
+    BatchPlan,
+    PairSample,
+    RatedSample,
+    Sample,
+    collate_pairs,
+    collate_rated,
+    collate_tokens,
+    filled_length,
+    fingerprint_samples,
+    split_micro_batches,
+)
+from gristmill.train.pretrain import document_samples
+
+CPU = torch.device("cpu")
+
+documents = st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=6)
+
+
+def as_sample(tokens: list[tuple[int, bool]], name: str = "") -> Sample:
+    return Sample([token for token, _ in tokens], [trained for _, trained in tokens], name)
+
+
+@given(documents)
+def test_packed_input_target_pairs_are_the_separate_ones(docs: list[list[tuple[int, bool]]]) -> None:
+    batch = collate_tokens([as_sample(doc) for doc in docs], CPU)
+    expected = [
+        (position, doc[position][0], doc[position + 1][0]) for doc in docs for position in range(len(doc) - 1) if doc[position + 1][1]
+    ]
+    positions = batch.shape.positions_T[batch.rows_R].tolist()
+    found = list(zip(positions, batch.ids_T[batch.rows_R].tolist(), batch.targets_R.tolist(), strict=True))
+    assert found == expected
+    assert batch.count == len(expected) == sum(as_sample(doc).num_targets for doc in docs)
+    assert batch.ids_T.tolist()[: batch.num_tokens] == [token for doc in docs for token, _ in doc]
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    eos_id = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+@pytest.mark.parametrize("capacity", [8])
+def test_documents_of_every_length_keep_their_tokens(capacity: int) -> None:
+    texts = ["a" * (length - 1) for length in (capacity - 1, capacity, capacity + 1, 2 * capacity + 1, 2)]
+    samples = document_samples([*texts, ""], Letters(), capacity)
+    tokens = Counter(int(token) for sample in samples for token in sample.ids)
+    assert tokens == Counter({ord("a"): sum(map(len, texts)), 0: len(texts)})
+    assert max(sample.num_tokens for sample in samples) == capacity
+    whole = samples[0]
+    # the end of a document is an input and a target; its first token is only an input
+    assert whole.ids[-1] == 0 and whole.mask.tolist() == [False] + [True] * (capacity - 2)
+
+
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=40),
+    st.integers(1, 3),
+    st.integers(1, 50),
+    st.sampled_from(["batch_size", "batch_tokens"]),
+    st.integers(0, 5),
+)
+def test_every_sample_is_seen_once_an_epoch(lengths: list[int], epochs: int, batch: int, unit: str, seed: int) -> None:
+    batch = max(batch, max(lengths)) if unit == "batch_tokens" else batch
+    plan = BatchPlan(lengths, seed=seed, epochs=epochs, **{unit: batch})
+    steps = [plan.step(step) for step in range(plan.num_steps)]
+    assert all(steps)
+    assert Counter(index for step in steps for index in step) == Counter(dict.fromkeys(range(len(lengths)), epochs))
+    # a fresh plan asked for one late step gives the same step: resuming needs no replay
+    fresh = BatchPlan(lengths, seed=seed, epochs=epochs, **{unit: batch})
+    assert fresh.step(plan.num_steps - 1) == steps[-1]
+
+
+def test_steps_of_the_helpsteer2_recipe() -> None:
+    # two epochs of 20,324 rated answers in batches of 128 are 317 steps (HelpSteer2, 2406.08673)
+    assert BatchPlan([1] * 20324, seed=0, epochs=2, batch_size=128).num_steps == 317
+
+
+def test_epochs_are_shuffled_differently_and_seeds_too() -> None:
+    plan = BatchPlan([1] * 50, seed=0, steps=2, batch_size=50)
+    other = BatchPlan([1] * 50, seed=1, steps=2, batch_size=50)
+    assert plan.step(0) != plan.step(1) and plan.step(0) != other.step(0)
+
+
+def test_a_sample_longer_than_a_step_is_refused() -> None:
+    with pytest.raises(InputError, match="longest sample has 30 tokens"):
+        BatchPlan([5, 30], seed=0, epochs=1, batch_tokens=20)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(1, 40))
+def test_micro_batches_hold_every_sample_within_their_limit(lengths: list[int], limit: int) -> None:
+    samples = [Sample([1] * length, [True] * length, str(n)) for n, length in enumerate(lengths)]
+    groups = list(split_micro_batches(samples, limit))
+    assert sorted(int(s.id) for group in groups for s in group) == list(range(len(lengths)))
+    assert all(len(group) == 1 or sum(s.num_tokens for s in group) <= limit for group in groups)
+
+
+def test_pairs_interleave_and_rows_know_their_document() -> None:
+    first = PairSample(Sample([1, 2, 3], [0, 1, 1]), Sample([1, 4], [0, 1]), 2.0, 0.5, ref_chosen=-1.0)
+    second = PairSample(Sample([5, 6], [0, 1]), Sample([5, 7, 8], [0, 0, 1]))
+    batch = collate_pairs([first, second], CPU)
+    assert batch.tokens.ids_T.tolist() == [1, 2, 3, 1, 4, 5, 6, 5, 7, 8] and batch.num_tokens == 10
+    assert batch.tokens.targets_R.tolist() == [2, 3, 4, 6, 8]
+    assert batch.documents_R.tolist() == [0, 0, 1, 2, 3] and batch.lengths_N.tolist() == [2, 1, 1, 1]
+    assert batch.rewards_P2.tolist() == [[2.0, 0.5], [1.0, 0.0]]
+    assert batch.reference_P2 is None  # half a reference is none
+
+
+def test_rated_ends_point_at_the_end_of_turn_tokens() -> None:
+    samples = [RatedSample([9, 1, 7], 2, [4, 3, 2, 1, 0]), RatedSample([9, 7, 5, 5], 1, [1, -100, 1, 1, 1])]
+    batch = collate_rated(samples, CPU)
+    assert batch.ids_T[batch.ends_N].tolist() == [7, 7]
+    assert batch.count == 9 == sum(sample.num_targets for sample in samples)
+    with pytest.raises(InputError, match="scored at token 3"):
+        RatedSample([1, 2, 3], 3, [0] * 5)
+
+
+def test_batches_come_in_few_sizes_and_count_real_tokens() -> None:
+    sizes = {filled_length(length) for length in range(4096, 8193)}
+    assert len(sizes) == 17 and min(sizes) == 4096 and max(sizes) == 8192
+    assert all(length <= filled_length(length) <= 1.0625 * length for length in range(1, 5000))
+    samples = [Sample([3] * 70, [True] * 70), Sample([5] * 41, [True] * 41)]
+    batch = collate_tokens(samples, CPU)
+    assert batch.num_tokens == 111 and len(batch.ids_T) == filled_length(111) == 112
+    assert batch.count == 109 and batch.shape.lengths == [70, 41, 1]
+    assert set(batch.targets_R.tolist()) == {3, 5}
+
+
+def test_a_mask_of_another_length_is_refused() -> None:
+    with pytest.raises(InputError, match="sample x has 2 tokens but a mask of 1"):
+        Sample([1, 2], [True], "x")
+
+
+def test_the_fingerprint_sees_tokens_masks_rewards_and_order() -> None:
+    a, b = Sample([1, 2], [False, True]), Sample([1, 2], [True, True])
+    variants = [
+        [a, b],
+        [b, a],
+        [a],
+        [Sample([1, 3], [False, True]), b],
+        [PairSample(a, b, 1.0, 0.0)],
+        [PairSample(a, b, 2.0, 0.0)],
+        [PairSample(a, b, 1.0, 0.0, ref_chosen=-1.0)],
+        [RatedSample([1, 2], 1, [0.0] * 5)],
+        [RatedSample([1, 2], 1, [0.0] * 4 + [-100])],
+    ]
+    assert len({fingerprint_samples(samples) for samples in variants}) == len(variants)
+    assert fingerprint_samples([a, b]) == fingerprint_samples([Sample(np.array([1, 2]), [0, 1]), b])

@@ -1,0 +1,201 @@
+"""Resume: bit for bit, refused for another run, and never worse off after a kill or a full disk."""
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from gristmill.errors import InputError
+from gristmill.model.transformer import Transformer
+from gristmill.train import checkpoint
+from gristmill.train.loop import TrainSettings, train
+from gristmill.train.packing import Sample
+from gristmill.train.pretrain import next_token_objective
+
+Make = Callable[..., Transformer]
+MakeSamples = Callable[..., list[Sample]]
+EVERY_STEP = 1e-9
+SETTINGS = TrainSettings(lr=1e-2, epochs=3, batch_size=5, warmup_steps=2, checkpoint_every=EVERY_STEP)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step: int) -> Callable[[int, int, dict[str, float]], None]:
+    def on_step(now: int, total: int, metrics: dict[str, float]) -> None:
+        if now == step:
+            raise Killed
+
+    return on_step
+
+
+def trace(folder: Path) -> list[tuple[int, float, float, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"], line["tokens"]) for line in lines]
+
+
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "fp32"), ("muon", "bf16")])
+def test_resumed_run_is_the_uninterrupted_one(
+    make_model: Make, make_samples: MakeSamples, tmp_path: Path, optimizer: str, precision: str
+) -> None:
+    settings = replace(SETTINGS, optimizer=optimizer, precision=precision)
+    samples, held_out = make_samples(13), make_samples(3, seed=5)
+    settings = replace(settings, validate_every=2)
+    straight = make_model()
+    expected = train(straight, next_token_objective, samples, settings, tmp_path / "a", validation=held_out)
+    folder = tmp_path / "b"
+    for step in (2, 5):  # killed twice, the second time in another epoch
+        with pytest.raises(Killed):
+            train(
+                make_model(), next_token_objective, samples, settings, folder,
+                validation=held_out, on_step=kill_at(step),
+            )  # fmt: skip
+    resumed = make_model()
+    first: list[int] = []
+    result = train(
+        resumed, next_token_objective, samples, settings, folder,
+        validation=held_out, on_step=lambda step, total, metrics: first.append(step),
+    )  # fmt: skip
+    assert first[0] == 5  # step 5 was done but not saved before the kill
+    assert trace(folder) == trace(tmp_path / "a")
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert (result.steps, result.tokens, result.best_step) == (
+        expected.steps,
+        expected.tokens,
+        expected.best_step,
+    )
+
+
+def test_random_state_is_restored(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
+    def noisy(model: Transformer, batch: object):  # type: ignore[no-untyped-def]
+        output = next_token_objective(model, batch)  # type: ignore[arg-type]
+        return replace(output, sum=output.sum * (1 + torch.rand(())))
+
+    samples = make_samples(10)
+    straight, resumed = make_model(), make_model()
+    before = torch.get_rng_state()
+    train(straight, noisy, samples, SETTINGS, tmp_path / "a")
+    assert torch.equal(before, torch.get_rng_state())  # the caller's generator is left alone
+    with pytest.raises(Killed):
+        train(make_model(), noisy, samples, SETTINGS, tmp_path / "b", on_step=kill_at(4))
+    train(resumed, noisy, samples, SETTINGS, tmp_path / "b")
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_finished_folder_returns_at_once(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
+    trained, again = make_model(), make_model()
+    settings = replace(SETTINGS, checkpoint_every=0.0)
+    result = train(trained, next_token_objective, make_samples(8), settings, tmp_path)
+
+    def no_step(step: int, total: int, metrics: dict[str, float]) -> None:
+        raise AssertionError("a finished run took a step")
+
+    assert train(again, next_token_objective, make_samples(8), settings, tmp_path, on_step=no_step) == result
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
+    files = sorted(path.name for path in tmp_path.glob("checkpoint*/*"))
+    assert files == ["state.json", "state.safetensors"] and len(list(tmp_path.glob("checkpoint*"))) == 1
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_run_is_refused_with_both_fingerprints(make_model: Make, make_samples: MakeSamples, tmp_path: Path, finished: bool) -> None:
+    samples = make_samples(10)
+    if finished:
+        train(make_model(), next_token_objective, samples, SETTINGS, tmp_path)
+    else:
+        with pytest.raises(Killed):
+            train(make_model(), next_token_objective, samples, SETTINGS, tmp_path, on_step=kill_at(3))
+    state = json.loads(next(tmp_path.glob("checkpoint-*/state.json")).read_text())["identity"]
+    others = {
+        "starting model": (make_model(seed=1), samples, SETTINGS, "model"),
+        "data set": (make_model(), samples[:-1], SETTINGS, "data"),
+        "settings": (make_model(), samples, replace(SETTINGS, lr=2e-2), "settings"),
+    }
+    for noun, (model, data, settings, key) in others.items():
+        with pytest.raises(InputError, match=rf"another {noun}|other {noun}") as caught:
+            train(model, next_token_objective, data, settings, tmp_path)
+        assert state[key] in str(caught.value) and "now " in str(caught.value)
+    # how often to save is no part of what is computed
+    settings = replace(SETTINGS, checkpoint_every=0.0)
+    assert train(make_model(), next_token_objective, samples, settings, tmp_path).steps == 6
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def full_disk_of_text(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("function", "failure"), [("save_file", full_disk), ("write_synced", full_disk_of_text)])
+def test_a_full_disk_keeps_the_last_checkpoint(
+    make_model: Make, make_samples: MakeSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    function: str, failure: Callable[..., None],
+) -> None:  # fmt: skip
+    samples = make_samples(10)
+    straight, resumed = make_model(), make_model()
+    train(straight, next_token_objective, samples, SETTINGS, tmp_path / "a")
+
+    def fill(step: int, total: int, metrics: dict[str, float]) -> None:
+        if step == 3:
+            patch.setattr(checkpoint, function, failure)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(InputError, match="the disk of .* is full; free some"),
+    ):
+        train(make_model(), next_token_objective, samples, SETTINGS, tmp_path / "b", on_step=fill)
+    assert sorted(path.name for path in (tmp_path / "b").glob("checkpoint*")) == ["checkpoint-00000002"]
+    train(resumed, next_token_objective, samples, SETTINGS, tmp_path / "b")
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_kill_while_writing_keeps_the_last_checkpoint(
+    make_model: Make, make_samples: MakeSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = make_samples(10)
+    with pytest.raises(Killed):
+        train(make_model(), next_token_objective, samples, SETTINGS, tmp_path, on_step=kill_at(3))
+    torn = tmp_path / "checkpoint.tmp"  # what a kill in the middle of the next write leaves
+    torn.mkdir()
+    (torn / "state.safetensors").write_bytes(b"\x10\x00")
+    assert train(make_model(), next_token_objective, samples, SETTINGS, tmp_path).steps == 6
+    assert not torn.exists()
+
+
+def test_an_unreadable_checkpoint_is_one_sentence(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
+    samples = make_samples(6)
+    train(make_model(), next_token_objective, samples, SETTINGS, tmp_path)
+    path = next(tmp_path.glob("checkpoint-*/state.safetensors"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="cannot be read .* delete it to train anew"):
+        train(make_model(), next_token_objective, samples, SETTINGS, tmp_path)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_kill_9_and_the_same_command(make_model: Make, make_samples: MakeSamples, tmp_path: Path, step: int) -> None:
+    samples = make_samples(10)
+    straight, resumed = make_model(), make_model()
+    train(straight, next_token_objective, samples, SETTINGS, tmp_path / "a")
+
+    def kill_9(now: int, total: int, metrics: dict[str, float]) -> None:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        train(make_model(), next_token_objective, samples, SETTINGS, tmp_path / "b", on_step=kill_9)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    train(resumed, next_token_objective, samples, SETTINGS, tmp_path / "b")
+    assert trace(tmp_path / "a") == trace(tmp_path / "b")
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
