@@ -104,9 +104,9 @@ class _Rotate(torch.autograd.Function):
 def _rotated(x_THd: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
     num_pairs = cos_T1R.shape[-1]
     out_THd = x_THd.clone(memory_format=torch.contiguous_format)
-    a, b = x_THd[..., :num_pairs], x_THd[..., num_pairs : 2 * num_pairs]
-    out_THd[..., :num_pairs] = a * cos_T1R - b * sin_T1R
-    out_THd[..., num_pairs : 2 * num_pairs] = b * cos_T1R + a * sin_T1R
+    pairs = x_THd[..., : 2 * num_pairs].float()
+    others = pairs.roll(num_pairs, -1)  # each beside the one it is paired with
+    out_THd[..., : 2 * num_pairs] = pairs * torch.cat([cos_T1R, cos_T1R], -1) + others * torch.cat([-sin_T1R, sin_T1R], -1)
     return out_THd
 
 
