@@ -130,12 +130,12 @@ class Recipe(Section):
     responses: Responses = Responses()
     judging: Judging = Judging()
     collapse: Collapse = Collapse()
-    demonstration_sft: Training = Training(lr=1e-3, epochs=6, batch_size=16)
-    reward: Training = Training(lr=5e-4, epochs=3, batch_size=64)
-    code_sft: Training = Training(lr=1e-3, steps=40)
-    general_sft: Training = Training(lr=1e-3, steps=120)
-    dpo: PreferenceTraining = PreferenceTraining(lr=1e-4, steps=20, batch_size=32, beta=0.1, sft_weight=0.01)
-    rpo: PreferenceTraining = PreferenceTraining(lr=1e-4, steps=20, batch_size=32, beta=0.1, sft_weight=0.01, loss="rpo")
+    demonstration_sft: Training = Training(lr=1e-3, epochs=15, batch_size=16)
+    reward: Training = Training(lr=1e-3, epochs=3, batch_size=32)
+    code_sft: Training = Training(lr=1e-4, steps=15)
+    general_sft: Training = Training(lr=1e-3, epochs=5, batch_size=32)
+    dpo: PreferenceTraining = PreferenceTraining(lr=5e-5, epochs=3, batch_size=32, beta=0.1, sft_weight=1.0)
+    rpo: PreferenceTraining = PreferenceTraining(lr=5e-5, epochs=3, batch_size=32, beta=0.1, sft_weight=1.0, loss="rpo")
 
     @model_validator(mode="before")
     @classmethod
