@@ -84,6 +84,26 @@ def test_layernorm1p_by_hand() -> None:
     torch.testing.assert_close(out, torch.tensor([[-1.0, 2.0, 3.0, 2.5]]))
 
 
+def test_layernorm1p_trains_its_gain_in_fp32_on_bf16_states() -> None:
+    # Sums over thousands of tokens: added up in bf16 they would be off by several percent.
+    generator = torch.Generator().manual_seed(0)
+    x_TD, upstream_TD = (torch.randn(5000, 8, generator=generator).bfloat16() for _ in range(2))
+    norm, exact_norm = LayerNorm1P(8, 1e-5), LayerNorm1P(8, 1e-5)
+    for module in (norm, exact_norm):
+        torch.nn.init.constant_(module.weight, 0.25)
+        torch.nn.init.zeros_(module.bias)
+    rough_x_TD, exact_x_TD = x_TD.clone().requires_grad_(), x_TD.float().requires_grad_()
+    out_TD, exact_TD = norm(rough_x_TD), exact_norm(exact_x_TD)
+    out_TD.backward(upstream_TD)
+    exact_TD.backward(upstream_TD.float())
+    assert out_TD.dtype == torch.bfloat16
+    torch.testing.assert_close(out_TD.float(), exact_TD, atol=0, rtol=2**-8)
+    torch.testing.assert_close(norm.weight.grad, exact_norm.weight.grad)
+    torch.testing.assert_close(norm.bias.grad, exact_norm.bias.grad)
+    assert rough_x_TD.grad is not None and exact_x_TD.grad is not None
+    torch.testing.assert_close(rough_x_TD.grad.float(), exact_x_TD.grad, atol=1e-6, rtol=2**-8)
+
+
 def test_rotation_pairs_the_two_halves_and_leaves_the_rest() -> None:
     # One pair (0, 1) turned by a right angle; dimensions 2 and 3 pass through.
     x_THd = torch.tensor([[[2.0, 5.0, 7.0, 9.0]]], requires_grad=True)

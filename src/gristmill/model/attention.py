@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 MAX_EMPTY_SHARE = 0.25
 # Documents of this many tokens or more keep the bf16 kernels on a CPU busy without others beside them.
 LONG_DOCUMENT = 96
+# Queries that go through their backward pass together.
+STRETCH = 192
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +50,14 @@ class View:
     real_R: Tensor
     empty_E: Tensor
 
-    def take(self, x_TXd: Tensor) -> Tensor:
-        """The cells [B, X, L, d] of tokens [T, X, d]."""
-        part = x_TXd[self.cells] if isinstance(self.cells, slice) else x_TXd.index_select(0, self.cells)
+    def take(self, x_TXd: Tensor, *, clear: bool = False) -> Tensor:
+        """The cells [B, X, L, d] of tokens [T, X, d]; with ``clear``, zero where no document has a token."""
+        if isinstance(self.cells, slice):
+            part = x_TXd[self.cells]
+        else:
+            part = x_TXd.index_select(0, self.cells)
+            if clear:
+                part.index_fill_(0, self.empty_E, 0.0)
         return part.unflatten(0, (self.num_rows, self.length)).transpose(1, 2)
 
     def put(self, x_BXLd: Tensor, into_TXd: Tensor) -> None:
@@ -183,25 +190,49 @@ class _CpuBf16Attention(torch.autograd.Function):
         q_THd, k_TKd, v_TKd, out_THd, *sums = ctx.saved_tensors
         grads_T = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THd, k_TKd, v_TKd)]
         for view, sum_BHL in zip(ctx.views, sums, strict=True):
-            grad_BHLd, *cells = (view.take(x).float() for x in (grads[0], q_THd, k_TKd, v_TKd, out_THd))
-            grad_BHLd.transpose(1, 2).flatten(0, 1).index_fill_(0, view.empty_E, 0.0)
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad_BHLd, *cells, sum_BHL, 0.0, True)
+            q_BHLd, k_BKLd, v_BKLd, out_BHLd = (view.take(x).float() for x in (q_THd, k_TKd, v_TKd, out_THd))
+            grad_BHLd = view.take(grads[0], clear=True).float()
+            parts = _backward_in_stretches(grad_BHLd, q_BHLd, k_BKLd, v_BKLd, out_BHLd, sum_BHL)
             for part, into in zip(parts, grads_T, strict=True):
                 view.put(part, into)
         return *grads_T, None
 
 
+def _backward_in_stretches(
+    grad_BHLd: Tensor, q_BHLd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, out_BHLd: Tensor, sum_BHL: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of queries, keys and values, one stretch of queries after another.
+
+    The kernel also computes what causality hides, so each stretch sees its own keys causally and the earlier ones in full.
+    """
+    totals = tuple(torch.zeros_like(x) for x in (q_BHLd, k_BKLd, v_BKLd))
+    length = q_BHLd.shape[2]
+    for start in range(0, length, STRETCH):
+        own = slice(start, start + STRETCH)
+        for keys, is_causal in ((own, True), (slice(0, start), False)):
+            if keys.stop == 0:
+                continue
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(x[:, :, own] for x in (grad_BHLd, q_BHLd)),
+                *(x[:, :, keys] for x in (k_BKLd, v_BKLd)),
+                *(x[:, :, own] for x in (out_BHLd, sum_BHL)),
+                0.0,
+                is_causal,
+            )
+            for total, part, where in zip(totals, parts, (own, keys, keys), strict=True):
+                total[:, :, where] += part
+    return totals
+
+
 def _padded_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, plan: PaddedPlan) -> Tensor:
-    # The CPU kernel's backward is five times slower in bf16 than in fp32.
-    dtype = torch.float32 if q_THd.device.type == "cpu" else q_THd.dtype
-    cells = [_Pad.apply(x.to(dtype), plan.token_C, plan.cell_T) for x in (q_THd, k_TKd, v_TKd)]
+    cells = [_Pad.apply(x, plan.token_C, plan.cell_T) for x in (q_THd, k_TKd, v_TKd)]
     q_views, k_views, v_views = (x.split([B * L for B, L in plan.views]) for x in cells)
     outputs = []
     for (B, L), *views in zip(plan.views, q_views, k_views, v_views, strict=True):
         q_BHLd, k_BKLd, v_BKLd = (x.unflatten(0, (B, L)).transpose(1, 2) for x in views)
         out_BHLd = F.scaled_dot_product_attention(q_BHLd, k_BKLd, v_BKLd, is_causal=True, enable_gqa=True)
         outputs.append(out_BHLd.transpose(1, 2).flatten(0, 1))
-    return _Unpad.apply(torch.cat(outputs), plan.token_C, plan.cell_T).to(q_THd.dtype)
+    return _Unpad.apply(torch.cat(outputs), plan.token_C, plan.cell_T)
 
 
 class _Pad(torch.autograd.Function):
