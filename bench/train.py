@@ -3,8 +3,8 @@
     PYTHONPATH=src python bench/train.py --trl-python TRL_VENV/bin/python --steps 3 --repeats 3
 
 One small Nemotron with the same weights is trained by both on the same conversations and pairs. Every measurement is a process of its
-own; it prints one line of JSON, and the last line is the summary. README.md beside this file says what is counted and with which
-settings. Nothing at the top level needs more than numpy, so that the driver stays small and TRL's interpreter can run this file too.
+own and prints one line of JSON; the last line is the summary. README.md beside this file says what is counted and with which settings.
+The top level needs numpy only, so that the driver stays small and TRL's interpreter can run this file too.
 """
 
 import argparse
@@ -232,25 +232,19 @@ def _tokens_of(task: str, dataset: Any) -> int:
 def train_trl(task: str, rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """TRL's trainer of the task. Its constructor packs, tokenizes and computes the reference; it is not timed with the steps."""
     import datasets
-    import trl
+    from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401 (imported on first use, which is to be no part of a figure)
 
     datasets.disable_progress_bars()
-    result: dict[str, Any] = {"imports_rss_mib": 0, "reference_cpu_seconds": 0.0}
-    if task == "dpo":
-        inner = trl.DPOTrainer._precompute_ref_logps
+    result: dict[str, Any] = {"imports_rss_mib": peak_rss_mib()}
+    compute_reference = DPOTrainer._precompute_ref_logps
 
-        def timed(self: Any, *args: Any, **options: Any) -> Any:
-            start = time.process_time()
-            rows = inner(self, *args, **options)
-            result["reference_cpu_seconds"] = round(time.process_time() - start, 3)
-            return rows
+    def timed(*args: Any) -> Any:
+        start = time.process_time()
+        rows_with_reference = compute_reference(*args)
+        result["reference_cpu_seconds"] = round(time.process_time() - start, 3)
+        return rows_with_reference
 
-        trl.DPOTrainer._precompute_ref_logps = timed
-    else:
-        # Imported on first use, and so brought in here to be no part of the figure of the first step.
-        _ = trl.SFTTrainer, trl.RewardTrainer
-        del result["reference_cpu_seconds"]
-    result["imports_rss_mib"] = peak_rss_mib()
+    DPOTrainer._precompute_ref_logps = timed
     trainer = _trl_trainer(task, rows, folder)
     seen, meant = _tokens_of(task, trainer.train_dataset), count_tokens(task, rows)
     if seen != meant:
@@ -306,6 +300,7 @@ def peak_rss_mib() -> int:
 
 def measure(trainer: str, task: str, folder: Path) -> dict[str, Any]:
     import torch
+    import torch._dynamo  # brought in by the first optimizer, or by TRL's own imports: a second that belongs to no step
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -367,7 +362,8 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         memory = {name: max(run["peak_rss_mib"] for run in of) for name, of in runs.items()}
         ratio = statistics.median(speed["gristmill"]) / statistics.median(speed["trl"])
         tasks[task] = {
-            "tokens_per_cpu_second": {name: statistics.median(values) for name, values in speed.items()},
+            "tokens_per_cpu_second": {name: round(statistics.median(values)) for name, values in speed.items()},
+            "of_each_repeat": speed,
             "ratio": round(ratio, 2),
             "ratio_of_each_repeat": [round(ours / theirs, 2) for ours, theirs in zip(speed["gristmill"], speed["trl"], strict=True)],
             "target": TARGETS[task],
@@ -377,6 +373,8 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         if task == "dpo":
             of = {name: statistics.median(run["reference_cpu_seconds"] for run in part) for name, part in runs.items()}
             tasks[task]["reference_cpu_seconds"] = of
+        if task == "reward":
+            tasks[task]["compared"] = "five-attribute regression on both answers of a pair with TRL's pairwise trainer: the same tokens"
     return tasks
 
 
@@ -392,8 +390,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--steps", type=int, default=2, help=f"optimizer steps, {BATCH} conversations or pairs each")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the data")
+    parser.add_argument("--repeats", type=int, default=1, help="each with other data")
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL (default: this one)")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -404,21 +402,20 @@ def main() -> None:
         sys.exit(f"{options.trl_python} has no TRL; give --trl-python an interpreter that has (bench/README.md says how to make one).")
     python = {"gristmill": sys.executable, "trl": options.trl_python}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        _child(sys.executable, folder, "prepare", "--steps", str(options.steps), "--seed", str(options.seed))
-        check = _child(options.trl_python, folder, "check")
-        print(json.dumps(check), flush=True)
-        if not check["same"]:
-            sys.exit("The two models are not the same function, so there is nothing to compare.")
-        results = []
-        for _ in range(options.repeats):
+        folder, results = Path(name), []
+        for repeat in range(options.repeats):
+            _child(sys.executable, folder, "prepare", "--steps", str(options.steps), "--seed", str(repeat))
+            check = _child(options.trl_python, folder, "check")
+            print(json.dumps(check), flush=True)
+            if not check["same"]:
+                sys.exit("The two models are not the same function, so there is nothing to compare.")
             for task in options.tasks:
                 for trainer in ("trl", "gristmill"):
                     results.append(_child(python[trainer], folder, trainer, task))
                     print(json.dumps(results[-1]), flush=True)
         versions = {trainer: _child(python[trainer], folder, "versions", trainer) for trainer in python}
     summary = {"steps": options.steps, "repeats": options.repeats, "versions": versions, "tasks": summarize(results)}
-    print(json.dumps({"summary": summary}, indent=1))
+    print(json.dumps({"summary": summary}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A room imports from lower layers and from itself, never from a room of its own layer or a higher one.
 LAYERS = [
-    {"errors"},
+    {"errors", "workers"},
     {"tokenizer", "recipe", "synth"},
     {"chat"},
     {"model", "rows"},

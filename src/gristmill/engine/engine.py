@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Event, Lock
 from typing import TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from gristmill.errors import InputError
 from gristmill.model.attention import PackedShape, varlen_attention
 from gristmill.model.transformer import Block, Transformer
 from gristmill.tokenizer import Tokenizer
+from gristmill.workers import merge, num_workers, workers
 
 # New requests wait until this share of the rows is free, so that one prefill serves many of them.
 REFILL_SHARE = 8
@@ -38,13 +40,23 @@ Item = TypeVar("Item")
 
 @dataclass
 class EngineStats:
-    """Work done so far: prompt and scored tokens computed (a prompt shared by n samples counts once), tokens
-    generated, and seconds inside the engine.
+    """Work done so far: prompt and scored tokens computed (a prompt that samples share counts once), tokens
+    generated, and seconds inside the engine, on average over its workers.
     """
 
     prompt_tokens: int = 0
     output_tokens: int = 0
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._lock = Lock()
+
+    def add(self, prompt_tokens: int = 0, output_tokens: int = 0, seconds: float = 0.0) -> None:
+        """Count work; workers may do so at the same time."""
+        with self._lock:
+            self.prompt_tokens += prompt_tokens
+            self.output_tokens += output_tokens
+            self.seconds += seconds
 
 
 class Engine:
@@ -84,8 +96,8 @@ class Engine:
         self.device = model.embedding.device
         self.stats = EngineStats()
         self._name = name
-        # The cache of the last finished call, for the next one: allocating it takes as long as many steps.
-        self._spare_cache: KVCache | None = None
+        # Caches of finished calls, for the next ones: allocating one takes as long as many steps.
+        self._spare_caches: list[KVCache] = []
         self.stop_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
         self.stop_V[[chat_format.end_of_turn_id(tokenizer), tokenizer.eos_id]] = True
 
@@ -105,33 +117,37 @@ class Engine:
             InputError: a prompt that leaves no room for an answer in the model's context, before anything is
                 computed for it.
         """
-        cache, self._spare_cache = self._spare_cache, None
-        batch = _Batch(self, cache or self._new_cache())
-        source = iter(requests)
+        count = min(num_workers(self.model), self.max_batch)
+        source = _Source(requests)
+        yield from merge(count, lambda stop: self._serve(source, stop, self.max_batch // count, count))
+
+    def _serve(self, source: "_Source", stop: Event, max_rows: int, num_workers: int) -> Iterator[tuple[Request, list[Completion]]]:
+        """What one worker does until the source is exhausted."""
+        batch = _Batch(self, self._spare_caches.pop() if self._spare_caches else self._new_cache(), max_rows)
         exhausted = False
         try:
-            while True:
+            while not stop.is_set():
+                started = time.perf_counter()
                 if not exhausted:
                     exhausted = self._refill(batch, source)
-                if not batch.rows and not batch.finished:
-                    return
-                yield from batch.take_finished()
                 if batch.rows:
-                    started = time.perf_counter()
                     batch.step()
-                    self.stats.seconds += time.perf_counter() - started
+                self.stats.add(seconds=(time.perf_counter() - started) / num_workers)
+                yield from batch.take_finished()
+                if exhausted and not batch.rows:
+                    return
         finally:
-            self._spare_cache = batch.cache
+            self._spare_caches.append(batch.cache)
 
-    def _refill(self, batch: "_Batch", source: Iterator[Request]) -> bool:
+    def _refill(self, batch: "_Batch", source: "_Source") -> bool:
         """Start waiting requests if enough rows are free. Returns whether there are no more."""
-        free = self.max_batch - len(batch.rows)
-        if batch.rows and free < max(1, self.max_batch // REFILL_SHARE):
+        free = batch.max_rows - len(batch.rows)
+        if batch.rows and free < max(1, batch.max_rows // REFILL_SHARE):
             return False
         starts: list[tuple[_Job, int, int]] = []
         while free:
             if batch.waiting is None:
-                request = next(source, None)
+                request = source.take()
                 if request is None:
                     break
                 batch.waiting = self._job(request)
@@ -142,11 +158,9 @@ class Engine:
             job.started += count
             if job.started == job.request.sampling.n:
                 batch.waiting = None
-        started = time.perf_counter()
         batch.make_room(starts)
         for group in _by_tokens(starts, [len(job.prompt) for job, _, _ in starts], PACKED_TOKENS):
             batch.start(group)
-        self.stats.seconds += time.perf_counter() - started
         return free > 0
 
     def _new_cache(self) -> KVCache:
@@ -203,29 +217,51 @@ class Engine:
             totals[owner] = (totals[owner][0] + logprob, totals[owner][1] + tokens)
         return totals
 
-    @torch.inference_mode()
     def _score(self, ids: list[list[int]], masks: list[list[bool]]) -> list[tuple[float, int]]:
         started = time.perf_counter()
         out = [(0.0, 0)] * len(ids)
         order = sorted((i for i, one in enumerate(ids) if one), key=lambda i: len(ids[i]))
-        for group in _by_tokens(order, [len(ids[i]) for i in order], PACKED_TOKENS):
-            shape = PackedShape.from_lengths([len(ids[i]) for i in group], self.device)
-            ids_T = torch.tensor([t for i in group for t in ids[i]], device=self.device)
-            mask_T = torch.tensor([m for i in group for m in masks[i]], device=self.device)
-            target_T = (mask_T & (shape.positions_T > 0)).nonzero()[:, 0]
-            h_TD = self.model.hidden(ids_T, shape)
-            logprobs_T = torch.zeros(len(ids_T), dtype=torch.float64, device=self.device)
-            for part in target_T.split(max(1, LOGIT_ELEMENTS // self.model.config.vocab_size)):
-                logits_PV = self.model.logits(h_TD[part - 1]).float()
-                chosen_P = logits_PV.gather(-1, ids_T[part][:, None])[:, 0]
-                logprobs_T[part] = (chosen_P - logits_PV.logsumexp(-1)).double()
-            counted_T = torch.zeros_like(mask_T)
-            counted_T[target_T] = True
-            for i, sums, counts in zip(group, logprobs_T.split(shape.lengths), counted_T.split(shape.lengths), strict=True):
-                out[i] = (float(sums.sum()), int(counts.sum()))
-            self.stats.prompt_tokens += len(ids_T)
-        self.stats.seconds += time.perf_counter() - started
+        groups = list(_by_tokens(order, [len(ids[i]) for i in order], PACKED_TOKENS))
+
+        def score(group: list[int]) -> list[tuple[float, int]]:
+            return self._score_group([ids[i] for i in group], [masks[i] for i in group])
+
+        with workers(num_workers(self.model)) as each:
+            for group, scores in zip(groups, each(score, groups), strict=True):
+                for i, one in zip(group, scores, strict=True):
+                    out[i] = one
+        self.stats.add(prompt_tokens=sum(map(len, ids)), seconds=time.perf_counter() - started)
         return out
+
+    @torch.inference_mode()
+    def _score_group(self, ids: list[list[int]], masks: list[list[bool]]) -> list[tuple[float, int]]:
+        shape = PackedShape.from_lengths([len(one) for one in ids], self.device)
+        ids_T = torch.tensor([t for one in ids for t in one], device=self.device)
+        mask_T = torch.tensor([m for one in masks for m in one], device=self.device)
+        target_T = (mask_T & (shape.positions_T > 0)).nonzero()[:, 0]
+        h_TD = self.model.hidden(ids_T, shape)
+        logprobs_T = torch.zeros(len(ids_T), dtype=torch.float64, device=self.device)
+        for part in target_T.split(max(1, LOGIT_ELEMENTS // self.model.config.vocab_size)):
+            logits_PV = self.model.logits(h_TD[part - 1]).float()
+            chosen_P = logits_PV.gather(-1, ids_T[part][:, None])[:, 0]
+            logprobs_T[part] = (chosen_P - logits_PV.logsumexp(-1)).double()
+        counted_T = torch.zeros_like(mask_T)
+        counted_T[target_T] = True
+        parts = zip(logprobs_T.split(shape.lengths), counted_T.split(shape.lengths), strict=True)
+        return [(float(sums.sum()), int(counts.sum())) for sums, counts in parts]
+
+
+class _Source:
+    """Requests that several workers take from."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._requests = iter(requests)
+        self._lock = Lock()
+
+    def take(self) -> Request | None:
+        """The next request; None when there are no more."""
+        with self._lock:
+            return next(self._requests, None)
 
 
 @dataclass
@@ -253,20 +289,21 @@ class _Batch:
     once, at the end.
     """
 
-    def __init__(self, engine: Engine, cache: KVCache) -> None:
+    def __init__(self, engine: Engine, cache: KVCache, max_rows: int) -> None:
         device = engine.device
         self.engine = engine
+        self.max_rows = max_rows
         self.rows: list[tuple[_Job, int]] = []
         self.waiting: _Job | None = None
         self.finished: list[_Job] = []
         self.longest = 0
         self.needs = Needs(False, False, 0, False)
         self.cache = cache
-        self.ints = torch.zeros(7, engine.max_batch, dtype=torch.int64, device=device)
-        self.floats = torch.zeros(2, engine.max_batch, device=device)  # temperature, top_p
-        self.free_homes = list(range(engine.max_batch))
-        self.tokens_out = torch.zeros(engine.max_batch, 0, dtype=torch.int64, device=device)
-        self.logprobs_out = torch.zeros(engine.max_batch, 0, device=device)
+        self.ints = torch.zeros(7, max_rows, dtype=torch.int64, device=device)
+        self.floats = torch.zeros(2, max_rows, device=device)  # temperature, top_p
+        self.free_homes = list(range(max_rows))
+        self.tokens_out = torch.zeros(max_rows, 0, dtype=torch.int64, device=device)
+        self.logprobs_out = torch.zeros(max_rows, 0, device=device)
 
     def take_finished(self) -> Iterator[tuple[Request, list[Completion]]]:
         finished, self.finished = self.finished, []
@@ -280,7 +317,7 @@ class _Batch:
             return
         rows = len(self.rows) + sum(samples for _, _, samples in group)
         # A power of two of rows, so that a short list of requests does not pay for the whole cache.
-        slots = min(self.engine.max_batch, 1 << (rows - 1).bit_length())
+        slots = min(self.max_rows, 1 << (rows - 1).bit_length())
         self.cache.reserve(slots, max(len(job.prompt) for job, _, _ in group), len(self.rows))
         width = max(job.limit for job, _, _ in group)
         if width > self.tokens_out.shape[1]:
@@ -296,9 +333,7 @@ class _Batch:
         first_row, count = len(self.rows), sum(samples for _, _, samples in group)
         self._add_rows(group)
         new = slice(first_row, first_row + count)
-        logits_PV = self._prefill(group, first_row)
-        copies = torch.tensor([samples for _, _, samples in group], device=self.engine.device)
-        logits_BV = logits_PV.repeat_interleave(copies, 0, output_size=count)
+        logits_BV = self._prefill(group, first_row)
         live = len(self.rows)
         self.needs = Needs.of(self.floats[0, :live], self.floats[1, :live], self.ints[TOP_K, :live])
         self._record(logits_BV, new)
@@ -321,15 +356,16 @@ class _Batch:
         self.floats[:, new] = torch.tensor(floats, device=self.engine.device).T
 
     def _prefill(self, group: Sequence[tuple[_Job, int, int]], first_row: int) -> Tensor:
-        """Logits [P, V] after each prompt; its keys and values are written to all rows of its samples."""
+        """Logits [B, V] after each new row's prompt, whose keys and values are written to the row. Equal prompts are read once."""
         engine, model, device = self.engine, self.engine.model, self.engine.device
-        lengths = [len(job.prompt) for job, _, _ in group]
+        prompts: dict[tuple[int, ...], int] = {}
+        sources = [prompts.setdefault(tuple(job.prompt), len(prompts)) for job, _, samples in group for _ in range(samples)]
+        lengths = [len(prompt) for prompt in prompts]
         shape = PackedShape.from_lengths(lengths, device)
-        ids_T = torch.tensor([t for job, _, _ in group for t in job.prompt], device=device)
-        engine.stats.prompt_tokens += len(ids_T)
-        # Every prompt token once for each row of its prompt's samples.
+        ids_T = torch.tensor([t for prompt in prompts for t in prompt], device=device)
+        engine.stats.add(prompt_tokens=len(ids_T))
+        # Every prompt token once for each row that reads it.
         starts = shape.cu_seqlens.tolist()
-        sources = [i for i, (_, _, samples) in enumerate(group) for _ in range(samples)]
         source_S = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in sources]).to(device)
         row_S = torch.arange(first_row, first_row + len(sources)).repeat_interleave(torch.tensor([lengths[i] for i in sources])).to(device)
         position_S = shape.positions_T[source_S]
@@ -350,7 +386,8 @@ class _Batch:
                 x_TD = x_TD[last_P]
                 attended_THd = None if attended_THd is None else attended_THd[last_P]
             x_TD = block.finish(x_TD, attended_THd)
-        return model.logits(model.final_norm(x_TD))
+        logits_PV = model.logits(model.final_norm(x_TD))
+        return logits_PV[torch.tensor(sources, device=device)] if copied else logits_PV
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -428,7 +465,7 @@ class _Batch:
             if not job.open:
                 self.finished.append(job)
         self.free_homes.extend(homes.tolist())
-        engine.stats.output_tokens += sum(counts)
+        engine.stats.add(output_tokens=sum(counts))
 
 
 def _in_dtype(model: Transformer, dtype: torch.dtype) -> Transformer:

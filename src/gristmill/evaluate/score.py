@@ -16,8 +16,8 @@ def requests(prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Requ
     """One greedy and one sampled request a prompt."""
     return [
         Request(f"{p.id}-{mode}", p.messages, Sampling(temperature=temperature, max_tokens=max_tokens), seed)
-        for mode, temperature in MODES.items()
         for p in prompts
+        for mode, temperature in MODES.items()
     ]
 
 

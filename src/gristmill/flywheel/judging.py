@@ -156,6 +156,22 @@ def written(prompts: Sequence[Prompt], kept: Sequence[Demonstration], quota: int
     return out
 
 
+def contested(prompts: Sequence[Prompt], rows: Sequence[Response], least: int) -> list[Prompt]:
+    """The prompts that may make a pair: those whose answers were not all right, or not all one where only the reward model judges.
+
+    If there are fewer than `least`, others fill up.
+    """
+    groups: dict[str, list[Response]] = defaultdict(list)
+    for r in rows:
+        groups[r.prompt].append(r)
+    open_prompts = {
+        name for name, group in groups.items() if (not all(r.good for r in group) if group[0].verified is not None else len(group) > 1)
+    }
+    settled = [p for p in prompts if p.id not in open_prompts]
+    chosen = [p for p in prompts if p.id in open_prompts]
+    return chosen + settled[: max(0, least - len(chosen))]
+
+
 def pair(mill: Mill, rows: Sequence[Response], settings: PreferenceTraining, seed: int) -> tuple[list[Pair], dict[str, Any]]:
     """Pairs of right and wrong answers where a verifier decides, else of the best and the worst by the reward model.
 

@@ -21,7 +21,7 @@ from gristmill.evaluate import reward as reward_evaluation
 from gristmill.evaluate.score import score
 from gristmill.flywheel import monitors
 from gristmill.flywheel.folder import write_json
-from gristmill.flywheel.judging import holds, pair, respond, select, written
+from gristmill.flywheel.judging import contested, holds, pair, respond, select, written
 from gristmill.flywheel.mill import Mill
 from gristmill.flywheel.progress import Progress
 from gristmill.flywheel.source import contaminated, fold
@@ -30,7 +30,7 @@ from gristmill.flywheel.writing import write_prompts
 from gristmill.judge.llm import TEMPLATE, Comparison, Verdict, compare
 from gristmill.judge.reward import RewardScorer
 from gristmill.recipe import PreferenceTraining, Recipe, Training
-from gristmill.rows import Demonstration, Pair, Prompt, Rated, make_id, read_rows, write_rows
+from gristmill.rows import Demonstration, Pair, Prompt, Rated, Response, make_id, read_rows, write_rows
 
 CODE_ROWS_MIN = 8
 
@@ -187,7 +187,7 @@ def _round(mill: Mill, state: State, number: int, generator: str) -> str:
     recipe, human_only = mill.recipe, mill.recipe.control == "human-only"
     engine = mill.engine(generator, state.models[generator])
     prompts = [] if human_only else _prompts(mill, state, number, engine)
-    code, general = _answers(mill, state, number, engine, prompts)
+    code, general, answers = _answers(mill, state, number, engine, prompts)
     human_code = [d for d in state.demonstrations if d.task in mill.source.code_tasks]
     start = mill.base_folder
     if len(code) + len(human_code) >= CODE_ROWS_MIN:
@@ -201,8 +201,9 @@ def _round(mill: Mill, state: State, number: int, generator: str) -> str:
     stages: list[tuple[str, PreferenceTraining]] = [("dpo", recipe.dpo)]
     stages += [(f"rpo{i}", recipe.rpo) for i in range(1, recipe.rpo_iterations + 1)]
     for i, (name, settings) in enumerate(stages):
+        pool = contested(prompts, answers, settings.num_prompts)
         offset = i * settings.num_prompts
-        chosen = [prompts[(offset + k) % len(prompts)] for k in range(min(settings.num_prompts, len(prompts)))]
+        chosen = [pool[(offset + k) % len(pool)] for k in range(min(settings.num_prompts, len(pool)))]
         engines = [mill.engine(current, state.models[current])]
         pairs = _human_pairs(state) if human_only else _pairs(mill, state, f"r{number}-{name}-pairs", engines, chosen, settings)
         if not pairs:  # no prompt had answers of different quality: the model stays as it is, and the report says so
@@ -227,9 +228,10 @@ def _prompts(mill: Mill, state: State, number: int, engine: Engine) -> list[Prom
 
 def _answers(
     mill: Mill, state: State, number: int, engine: Engine, prompts: Sequence[Prompt]
-) -> tuple[list[Demonstration], list[Demonstration]]:
-    """Kept answers of this round (and, unless replaced, of earlier ones): for code SFT, and for general SFT."""
+) -> tuple[list[Demonstration], list[Demonstration], list[Response]]:
+    """Kept answers of this round (and, unless replaced, of earlier ones): for code SFT, and for general SFT. And all answers of this one."""
     recipe, code_tasks = mill.recipe, mill.source.code_tasks
+    answers: list[Response] = []
     if prompts:
 
         def work(folder: Path) -> dict[str, Any]:
@@ -242,11 +244,13 @@ def _answers(
 
         inputs = [state.chain, recipe.responses.model_dump(), recipe.judging.model_dump()]
         done = mill.run.stage(f"r{number}-answers", inputs, work)
-        kept = read_rows(mill.run.path / mill.run.stages[-1] / "kept.parquet", Demonstration) if done["kept"] else []
+        folder = mill.run.path / mill.run.stages[-1]
+        kept = read_rows(folder / "kept.parquet", Demonstration) if done["kept"] else []
+        answers = read_rows(folder / "responses.parquet", Response)
         state.synthetic = kept if recipe.control == "replace" else [*state.synthetic, *kept]
         state.chain = done["fingerprint"]
     code = [d for d in state.synthetic if d.task in code_tasks]
-    return code, [d for d in state.synthetic if d.task not in code_tasks]
+    return code, [d for d in state.synthetic if d.task not in code_tasks], answers
 
 
 def _repeat(code: list[Demonstration], share: float, num_general: int, number: int) -> list[Demonstration]:

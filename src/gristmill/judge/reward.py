@@ -10,6 +10,7 @@ from gristmill.model.attention import PackedShape
 from gristmill.model.reward import RewardModel
 from gristmill.rows import Rating
 from gristmill.tokenizer import Tokenizer
+from gristmill.workers import num_workers, workers
 
 PACKED_TOKENS = 8192
 
@@ -26,14 +27,12 @@ class RewardScorer:
         self.tokenizer, self.chat_format = tokenizer, chat_format
         self.weights = tuple(weights or model.weights)
 
-    @torch.inference_mode()
     def score(self, conversations: Sequence[Sequence[Message]]) -> list[Rating]:
         """Ratings of the last assistant turn of each conversation: raw floats, as the report advises for ranking and filtering.
 
         Raises:
             InputError: a conversation does not end with the assistant, or exceeds the model's context.
         """
-        end = self.chat_format.end_of_turn_id(self.tokenizer)
         limit = self.model.backbone.config.max_positions
         rendered = []
         for i, messages in enumerate(conversations):
@@ -44,16 +43,21 @@ class RewardScorer:
                 raise InputError(f"Conversation {i} has {len(ids)} tokens and the reward model's context is {limit}: shorten it.")
             rendered.append(ids)
         ratings: list[Rating | None] = [None] * len(rendered)
-        for group in _groups(rendered):
-            lengths = [len(rendered[i]) for i in group]
-            ids_T = torch.tensor([t for i in group for t in rendered[i]])
-            starts = [sum(lengths[:k]) for k in range(len(lengths))]
-            last = [start + n - 1 - rendered[i][::-1].index(end) for start, n, i in zip(starts, lengths, group, strict=True)]
-            device = self.model.backbone.embedding.device
-            scores_N5 = self.model(ids_T.to(device), PackedShape.from_lengths(lengths, device), torch.tensor(last, device=device))
-            for i, row in zip(group, scores_N5.tolist(), strict=True):
-                ratings[i] = Rating(*row)
+        groups = list(_groups(rendered))
+        with workers(num_workers(self.model)) as each:
+            for group, rows in zip(groups, each(lambda group: self._score([rendered[i] for i in group]), groups), strict=True):
+                for i, row in zip(group, rows, strict=True):
+                    ratings[i] = Rating(*row)
         return [r for r in ratings if r is not None]
+
+    @torch.inference_mode()
+    def _score(self, conversations: list[list[int]]) -> list[list[float]]:
+        end = self.chat_format.end_of_turn_id(self.tokenizer)
+        device = self.model.backbone.embedding.device
+        shape = PackedShape.from_lengths([len(ids) for ids in conversations], device)
+        ids_T = torch.tensor([t for ids in conversations for t in ids], device=device)
+        last_N = torch.tensor([len(ids) - 1 - ids[::-1].index(end) for ids in conversations], device=device)
+        return self.model(ids_T, shape, last_N + shape.cu_seqlens[:-1]).tolist()
 
     def total(self, rating: Rating) -> float:
         """Weighted sum of a rating."""

@@ -35,6 +35,7 @@ from gristmill.train.packing import (
     fingerprint_samples,
     split_micro_batches,
 )
+from gristmill.workers import Map, num_workers, workers
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -159,6 +160,8 @@ class _Run:
         check_vocabulary(model, [*self.samples, *self.validation])
         _check_masters(model)
         self.device = next(model.parameters()).device
+        self.num_workers = num_workers(model)
+        self.map: Map
         self.plan = BatchPlan(
             [sample.num_tokens for sample in self.samples],
             seed=settings.seed,
@@ -185,7 +188,11 @@ class _Run:
         )
 
     def run(self) -> TrainResult:
-        with torch.random.fork_rng(), compute_precision(self.model, self.settings.precision):
+        with (
+            torch.random.fork_rng(),
+            compute_precision(self.model, self.settings.precision),
+            workers(self.num_workers) as self.map,
+        ):
             torch.manual_seed(self.settings.seed)
             saved = self.store.load() if self.store else None
             if saved is not None:
@@ -225,13 +232,10 @@ class _Run:
         """One optimizer step on the samples that the plan names."""
         started = time.monotonic()
         chosen = [self.samples[index] for index in self.plan.step(step)]
-        groups = split_micro_batches(chosen, self.settings.micro_batch_tokens)
-        batches = [collate(group, self.device) for group in groups]
-        count = global_count(batches)
+        groups = split_micro_batches(chosen, self.settings.micro_batch_tokens, self.num_workers)
+        batches = self.map(lambda group: collate(group, self.device), groups)
         totals = _Totals()
-        for batch in batches:
-            output = self.objective(self.model, batch)
-            (output.sum / count).backward()
+        for output in self._backward(batches, global_count(batches)):
             totals.add(output)
         parameters = self.optimizer.parameters
         norm = float(nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf))
@@ -256,13 +260,35 @@ class _Run:
             "tokens_per_second": num_tokens / seconds,
         }
 
+    def _backward(self, batches: Sequence[Batch], count: int) -> Iterator[LossOutput]:
+        """Add the gradients of all micro-batches, in their order. Each worker makes its own: there is only one `.grad` to add to."""
+        if self.num_workers == 1:
+            for batch in batches:
+                output = self.objective(self.model, batch)
+                (output.sum / count).backward()
+                yield output
+            return
+        parameters = self.optimizer.parameters
+
+        def gradients(batch: Batch) -> tuple[LossOutput, tuple[Tensor | None, ...]]:
+            output = self.objective(self.model, batch)
+            return output, torch.autograd.grad(output.sum / count, parameters, allow_unused=True)
+
+        for start in range(0, len(batches), self.num_workers):
+            for output, grads in self.map(gradients, batches[start : start + self.num_workers]):
+                for parameter, grad in zip(parameters, grads, strict=True):
+                    if grad is not None:
+                        parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+                yield output
+
     @torch.no_grad()
     def _validate(self) -> float:
         """Mean loss over the validation data; keeps a copy of the weights when it is the lowest so far."""
         self.model.eval()
         totals = _Totals()
-        for group in split_micro_batches(self.validation, self.settings.micro_batch_tokens):
-            totals.add(self.objective(self.model, collate(group, self.device)))
+        groups = split_micro_batches(self.validation, self.settings.micro_batch_tokens, self.num_workers)
+        for output in self.map(torch.no_grad()(lambda group: self.objective(self.model, collate(group, self.device))), groups):
+            totals.add(output)
         self.model.train()
         loss = totals.means()["loss"]
         if loss < self.best_loss:

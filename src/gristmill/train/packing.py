@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from typing import TypeVar
 
 import numpy as np
@@ -237,15 +238,21 @@ def collate(samples: Sequence[AnySample], device: torch.device) -> Batch:
 AnySampleT = TypeVar("AnySampleT", Sample, PairSample, RatedSample, AnySample)
 
 
-def split_micro_batches(samples: Sequence[AnySampleT], max_tokens: int) -> Iterator[list[AnySampleT]]:
-    """Cut the samples of one step into micro-batches of at most ``max_tokens`` tokens.
+def split_micro_batches(samples: Sequence[AnySampleT], max_tokens: int, num_workers: int = 1) -> list[list[AnySampleT]]:
+    """Cut the samples of one step into micro-batches, of which any ``num_workers`` neighbours hold at most ``max_tokens`` tokens.
 
     A longer sample gets one of its own. Sorted by length, so that the documents of a micro-batch are
-    alike and attention pads little.
+    alike and attention pads little. Several workers get equal shares of long and short ones.
     """
+    ordered = sorted(samples, key=lambda sample: sample.num_tokens, reverse=True)
+    shares = [_groups(ordered[i::num_workers], max_tokens // num_workers) for i in range(num_workers)]
+    return [group for turn in zip_longest(*shares) for group in turn if group]
+
+
+def _groups(samples: Sequence[AnySampleT], max_tokens: int) -> Iterator[list[AnySampleT]]:
     group: list[AnySampleT] = []
     size = 0
-    for sample in sorted(samples, key=lambda sample: sample.num_tokens, reverse=True):
+    for sample in samples:
         if group and size + sample.num_tokens > max_tokens:
             yield group
             group, size = [], 0

@@ -29,6 +29,7 @@ from gristmill.train.packing import (
     fingerprint_samples,
     split_micro_batches,
 )
+from gristmill.workers import num_workers, workers
 
 LOGPROBS = ("sum", "mean")
 
@@ -127,10 +128,13 @@ def compute_reference_logprobs(
     position = {id(pair): index for index, pair in enumerate(bare)}
     was_training = model.training
     model.eval()
-    with compute_precision(model, precision):
-        for group in split_micro_batches(bare, micro_batch_tokens):
-            logprobs_P2 = response_logprobs(model, collate_pairs(group, device)).view(-1, 2).cpu()
-            reference_P2[[position[id(pair)] for pair in group]] = logprobs_P2
+    count = num_workers(model)
+    groups = split_micro_batches(bare, micro_batch_tokens, count)
+    with compute_precision(model, precision), workers(count) as each:
+        # gradients are switched off by thread
+        logprobs = each(torch.no_grad()(lambda group: response_logprobs(model, collate_pairs(group, device))), groups)
+    for group, logprobs_D in zip(groups, logprobs, strict=True):
+        reference_P2[[position[id(pair)] for pair in group]] = logprobs_D.view(-1, 2).cpu()
     model.train(was_training)
     if path is not None:
         with disk_errors(path.parent):

@@ -1,0 +1,87 @@
+"""Work shared out over the cores of a CPU, one Python thread a core.
+
+The operations of a small model are too short to be cut over cores. On two of them torch's own threads gain a third when the waiting
+ones sleep; spinning they gain more, but fall to a quarter beside a busy neighbour. Whole pieces of work in threads of their own gain
+1.8 and lose nothing (docs/lab.md): torch leaves Python's lock while it computes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from queue import SimpleQueue
+from threading import Event
+from typing import Protocol, TypeVar
+
+import torch
+from torch import nn
+
+# Parameters from which on torch's own threads are the better use of the cores; their gradients would also be held once a worker.
+LARGE_MODEL = 50_000_000
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Map(Protocol):
+    """Like `map`, but a list: the results in the order of the items."""
+
+    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]: ...
+
+
+def num_workers(model: nn.Module) -> int:
+    """How many pieces of work to do at once with this model: `torch.get_num_threads()` for a small one on a CPU, else 1."""
+    parameters = list(model.parameters())
+    small = sum(p.numel() for p in parameters) < LARGE_MODEL
+    return torch.get_num_threads() if small and parameters[0].device.type == "cpu" else 1
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Map]:
+    """A `Map` over `count` threads, with one thread inside torch for each of them meanwhile. One worker is the caller itself."""
+    if count == 1:
+        yield lambda function, items: [function(item) for item in items]
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield lambda function, items: list(pool.map(function, items))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def merge(count: int, stream: Callable[[Event], Iterator[Item]]) -> Iterator[Item]:
+    """The items of `count` streams, each made in a worker of its own, as they come.
+
+    Args:
+        count: number of workers; one is the caller itself.
+        stream: makes a stream. Its event is set when nobody waits for its items any more: another stream has failed, or the caller
+            has gone.
+    """
+    stop = Event()
+    if count == 1:
+        yield from stream(stop)
+        return
+    results: SimpleQueue[tuple[Item] | BaseException | None] = SimpleQueue()
+
+    def work(_: int) -> None:
+        try:
+            for item in stream(stop):
+                results.put((item,))
+            results.put(None)
+        except BaseException as e:
+            results.put(e)
+
+    with workers(count) as each, ThreadPoolExecutor(1) as caller:
+        caller.submit(each, work, range(count))
+        try:
+            while count:
+                result = results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                if result is None:
+                    count -= 1
+                else:
+                    yield result[0]
+        finally:
+            stop.set()
