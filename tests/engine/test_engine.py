@@ -110,6 +110,33 @@ def test_samples_do_not_depend_on_neighbours_or_order(model: Transformer, tokeni
         assert same(together[one.id], alone) and same(reverse[one.id], alone)
 
 
+def test_workers_generate_what_one_does(model: Transformer, tokenizer: Tokenizer) -> None:
+    requests = [request(i, sampling) for i in range(12) for sampling in (Sampling(temperature=1.0, max_tokens=3 + i, n=1 + i % 5),)]
+    alone = run(make_engine(model, tokenizer), requests)
+    torch.set_num_threads(3)
+    try:
+        engine = make_engine(model, tokenizer, max_batch=7)
+        together = run(engine, requests)
+        with pytest.raises(InputError, match="leaves no room"):
+            run(engine, [*requests, request(99, GREEDY, num_words=200)])
+    finally:
+        torch.set_num_threads(1)
+    assert alone.keys() == together.keys() and all(same(alone[name], together[name]) for name in alone)
+    assert engine.stats.output_tokens >= sum(c.num_tokens for completions in together.values() for c in completions)
+
+
+def test_equal_prompts_are_read_once(model: Transformer, tokenizer: Tokenizer) -> None:
+    hot, cold = Sampling(temperature=1.0, max_tokens=8, n=2), Sampling(temperature=0.0, max_tokens=8)
+    first, other = request(1, hot, num_words=9), request(2, hot, num_words=5)
+    twin = Request("twin", first.messages, cold)
+    engine = make_engine(model, tokenizer)
+    together = run(engine, [first, other, twin])
+    prompts = [len(FORMAT.render_prompt(r.messages, tokenizer)) for r in (first, other)]
+    assert engine.stats.prompt_tokens == sum(prompts)
+    for one in (first, other, twin):
+        assert same(together[one.id], run(make_engine(model, tokenizer), [one])[one.id])
+
+
 def test_samples_are_distinct_and_reproducible(model: Transformer, tokenizer: Tokenizer) -> None:
     base = request(3, Sampling(n=6, max_tokens=10))
     engine = make_engine(model, tokenizer, max_batch=4)  # n exceeds the rows

@@ -70,6 +70,10 @@ def test_paired_is_narrower_than_two_intervals_when_the_models_agree_on_most_pro
     assert accuracy(before)["ci95"][1] > accuracy(after)["ci95"][0], "unpaired, the two overlap"
 
 
+def test_nothing_paired_is_nothing_known() -> None:
+    assert paired([], []) == {"mean": 0.0, "ci95": [-1.0, 1.0], "n": 0}
+
+
 def test_paired_needs_the_same_prompts() -> None:
     with pytest.raises(ValueError, match="zip"):
         paired([True], [True, False])

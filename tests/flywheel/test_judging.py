@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gristmill import recipe as recipes
 from gristmill.chat import FORMATS, Message
 from gristmill.engine.generator import Completion
-from gristmill.flywheel.judging import holds, judge, pair, respond, select, written
+from gristmill.flywheel.judging import contested, holds, judge, pair, respond, select, written
 from gristmill.flywheel.loop import _repeat
 from gristmill.judge.verify import verify
 from gristmill.model.weights import load_model
@@ -159,6 +159,20 @@ def test_prompts_that_led_to_kept_answers_teach_to_write() -> None:
 
 
 # ---- pairs ----
+
+
+def test_contested_prompts_are_those_that_may_make_a_pair() -> None:
+    rows = [
+        *(verified("right", n, True) for n in range(3)),
+        *(verified("mixed", n, n == 1) for n in range(3)),
+        *(verified("wrong", n, False) for n in range(2)),
+        answer("told once", 1),
+        *(answer("told twice", n) for n in range(2)),
+    ]
+    prompts = [prompt(name) for name in ("unanswered", "right", "wrong", "mixed", "told once", "told twice")]
+    assert [p.id for p in contested(prompts, rows, 0)] == ["mixed", "told twice"]
+    assert [p.id for p in contested(prompts, rows, 4)] == ["mixed", "told twice", "wrong", "unanswered"]
+    assert contested(prompts, [], 9) == prompts
 
 
 def test_a_verifier_pairs_right_with_wrong() -> None:

@@ -48,6 +48,18 @@ def test_accumulation_gives_one_gradient(make_model: Make, make_samples: MakeSam
             torch.testing.assert_close(gradient, whole[name], rtol=1e-6, atol=1e-6)
 
 
+def test_several_workers_train_the_same_model(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
+    samples, settings = make_samples(16), TrainSettings(lr=1e-2, steps=3, batch_size=8, micro_batch_tokens=60)
+    models = [make_model(), make_model()]
+    for model, threads in zip(models, (1, 3), strict=True):
+        torch.set_num_threads(threads)
+        results = train(model, next_token_objective, samples, settings, validation=make_samples(4, seed=1))
+        assert torch.get_num_threads() == threads
+        assert results.metrics["validation_loss"] > 0
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_fully_masked_samples_change_nothing(make_model: Make, make_samples: MakeSamples) -> None:
     samples = make_samples(12)
     masked = [Sample(s.ids, [False] * s.num_tokens, f"masked {s.id}") for s in make_samples(5, seed=9)]

@@ -100,12 +100,19 @@ def test_a_sample_longer_than_a_step_is_refused() -> None:
         BatchPlan([5, 30], seed=0, epochs=1, batch_tokens=20)
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(1, 40))
-def test_micro_batches_hold_every_sample_within_their_limit(lengths: list[int], limit: int) -> None:
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(1, 40), st.integers(1, 4))
+def test_micro_batches_hold_every_sample_within_their_limit(lengths: list[int], limit: int, num_workers: int) -> None:
     samples = [Sample([1] * length, [True] * length, str(n)) for n, length in enumerate(lengths)]
-    groups = list(split_micro_batches(samples, limit))
+    groups = split_micro_batches(samples, limit, num_workers)
     assert sorted(int(s.id) for group in groups for s in group) == list(range(len(lengths)))
-    assert all(len(group) == 1 or sum(s.num_tokens for s in group) <= limit for group in groups)
+    assert all(len(group) == 1 or sum(s.num_tokens for s in group) <= limit // num_workers for group in groups)
+
+
+def test_workers_get_equal_shares() -> None:
+    samples = [Sample([1] * length, [True] * length) for length in range(1, 33)]
+    shares = split_micro_batches(samples, 4 * 528, 4)
+    tokens = [sum(s.num_tokens for s in share) for share in shares]
+    assert len(shares) == 4 and max(tokens) - min(tokens) <= 24
 
 
 def test_pairs_interleave_and_rows_know_their_document() -> None:

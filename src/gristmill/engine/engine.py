@@ -96,8 +96,6 @@ class Engine:
         self.device = model.embedding.device
         self.stats = EngineStats()
         self._name = name
-        # Caches of finished calls, for the next ones: allocating one takes as long as many steps.
-        self._spare_caches: list[KVCache] = []
         self.stop_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
         self.stop_V[[chat_format.end_of_turn_id(tokenizer), tokenizer.eos_id]] = True
 
@@ -123,21 +121,18 @@ class Engine:
 
     def _serve(self, source: "_Source", stop: Event, max_rows: int, num_workers: int) -> Iterator[tuple[Request, list[Completion]]]:
         """What one worker does until the source is exhausted."""
-        batch = _Batch(self, self._spare_caches.pop() if self._spare_caches else self._new_cache(), max_rows)
+        batch = _Batch(self, max_rows)
         exhausted = False
-        try:
-            while not stop.is_set():
-                started = time.perf_counter()
-                if not exhausted:
-                    exhausted = self._refill(batch, source)
-                if batch.rows:
-                    batch.step()
-                self.stats.add(seconds=(time.perf_counter() - started) / num_workers)
-                yield from batch.take_finished()
-                if exhausted and not batch.rows:
-                    return
-        finally:
-            self._spare_caches.append(batch.cache)
+        while not stop.is_set():
+            started = time.perf_counter()
+            if not exhausted:
+                exhausted = self._refill(batch, source)
+            if batch.rows:
+                batch.step()
+            self.stats.add(seconds=(time.perf_counter() - started) / num_workers)
+            yield from batch.take_finished()
+            if exhausted and not batch.rows:
+                return
 
     def _refill(self, batch: "_Batch", source: "_Source") -> bool:
         """Start waiting requests if enough rows are free. Returns whether there are no more."""
@@ -162,11 +157,6 @@ class Engine:
         for group in _by_tokens(starts, [len(job.prompt) for job, _, _ in starts], PACKED_TOKENS):
             batch.start(group)
         return free > 0
-
-    def _new_cache(self) -> KVCache:
-        blocks = self.model.config.blocks
-        shapes = [(b.num_kv_heads, b.head_dim) if b.has_attention else None for b in blocks]
-        return KVCache(shapes, self.dtype, self.device)
 
     def _job(self, request: Request) -> "_Job":
         prompt = self.chat_format.render_prompt(request.messages, self.tokenizer)
@@ -289,7 +279,7 @@ class _Batch:
     once, at the end.
     """
 
-    def __init__(self, engine: Engine, cache: KVCache, max_rows: int) -> None:
+    def __init__(self, engine: Engine, max_rows: int) -> None:
         device = engine.device
         self.engine = engine
         self.max_rows = max_rows
@@ -298,7 +288,8 @@ class _Batch:
         self.finished: list[_Job] = []
         self.longest = 0
         self.needs = Needs(False, False, 0, False)
-        self.cache = cache
+        shapes = [(b.num_kv_heads, b.head_dim) if b.has_attention else None for b in engine.model.config.blocks]
+        self.cache = KVCache(shapes, engine.dtype, device)
         self.ints = torch.zeros(7, max_rows, dtype=torch.int64, device=device)
         self.floats = torch.zeros(2, max_rows, device=device)  # temperature, top_p
         self.free_homes = list(range(max_rows))

@@ -28,6 +28,8 @@ def paired(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
     """Difference of two models on the same prompts, with a 95 % interval from the per-prompt differences."""
     differences = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
     n = len(differences)
+    if n == 0:
+        return {"mean": 0.0, "ci95": [-1.0, 1.0], "n": 0}
     mean = sum(differences) / n
     variance = sum((d - mean) ** 2 for d in differences) / (n - 1) if n > 1 else 0.0
     half = Z * math.sqrt(variance / n)

@@ -157,19 +157,22 @@ def written(prompts: Sequence[Prompt], kept: Sequence[Demonstration], quota: int
 
 
 def contested(prompts: Sequence[Prompt], rows: Sequence[Response], least: int) -> list[Prompt]:
-    """The prompts that may make a pair: those whose answers were not all right, or not all one where only the reward model judges.
+    """The prompts most likely to make a pair: those that have right and wrong answers, or several where only the reward model judges.
 
-    If there are fewer than `least`, others fill up.
+    If there are fewer than `least`, those whose answers were all wrong come next, then all others.
     """
     groups: dict[str, list[Response]] = defaultdict(list)
     for r in rows:
         groups[r.prompt].append(r)
-    open_prompts = {
-        name for name, group in groups.items() if (not all(r.good for r in group) if group[0].verified is not None else len(group) > 1)
-    }
-    settled = [p for p in prompts if p.id not in open_prompts]
-    chosen = [p for p in prompts if p.id in open_prompts]
-    return chosen + settled[: max(0, least - len(chosen))]
+
+    def rank(prompt: Prompt) -> int:
+        group = groups[prompt.id]
+        if len(group) > 1 and (group[0].verified is None or len({r.good for r in group}) == 2):
+            return 0
+        return 1 if group and not any(r.good for r in group) else 2
+
+    ordered = sorted(prompts, key=rank)
+    return ordered[: max(least, sum(rank(p) == 0 for p in prompts))]
 
 
 def pair(mill: Mill, rows: Sequence[Response], settings: PreferenceTraining, seed: int) -> tuple[list[Pair], dict[str, Any]]:

@@ -21,7 +21,7 @@ from gristmill.evaluate import reward as reward_evaluation
 from gristmill.evaluate.score import score
 from gristmill.flywheel import monitors
 from gristmill.flywheel.folder import write_json
-from gristmill.flywheel.judging import contested, holds, pair, respond, select, written
+from gristmill.flywheel.judging import WRITING, contested, holds, pair, respond, select, written
 from gristmill.flywheel.mill import Mill
 from gristmill.flywheel.progress import Progress
 from gristmill.flywheel.source import contaminated, fold
@@ -217,7 +217,12 @@ def _round(mill: Mill, state: State, number: int, generator: str) -> str:
 
 def _prompts(mill: Mill, state: State, number: int, engine: Engine) -> list[Prompt]:
     inputs = [state.chain, mill.recipe.writing.model_dump(), mill.recipe.control, number]
-    done = mill.run.stage(f"r{number}-prompts", inputs, lambda folder: write_prompts(mill, engine, number, state.seen, folder)[1])
+    answered = set() if mill.recipe.control == "replace" else {d.parents[1] for d in state.synthetic if d.task != WRITING}
+
+    def work(folder: Path) -> dict[str, Any]:
+        return write_prompts(mill, engine, number, state.seen, answered, folder)[1]
+
+    done = mill.run.stage(f"r{number}-prompts", inputs, work)
     prompts = read_rows(mill.run.path / mill.run.stages[-1] / "prompts.parquet", Prompt)
     state.seen |= {fold(p.messages) for p in prompts}
     state.chain = done["fingerprint"]
@@ -229,7 +234,7 @@ def _prompts(mill: Mill, state: State, number: int, engine: Engine) -> list[Prom
 def _answers(
     mill: Mill, state: State, number: int, engine: Engine, prompts: Sequence[Prompt]
 ) -> tuple[list[Demonstration], list[Demonstration], list[Response]]:
-    """Kept answers of this round (and, unless replaced, of earlier ones): for code SFT, and for general SFT. And all answers of this one."""
+    """Kept answers of this round (and, unless replaced, of earlier ones): for code SFT, and for general SFT. And all of this one's."""
     recipe, code_tasks = mill.recipe, mill.source.code_tasks
     answers: list[Response] = []
     if prompts:

@@ -24,6 +24,7 @@ from gristmill.model.weights import fingerprint, load_model, load_reward
 from gristmill.recipe import Recipe
 from gristmill.rows import Prompt
 from gristmill.synth.journal import Journal
+from gristmill.train.loop import PRECISIONS
 
 CONTEXT_MARGIN = 16  # an answer's text may take some tokens more when it is tokenized again
 
@@ -96,6 +97,7 @@ class Mill:
         """The reward model, with the recipe's aggregation weights."""
         if self._scorer is None:
             model, tokenizer = load_reward(folder)
+            model.backbone.compute_dtype = PRECISIONS[self.recipe.reward.precision]  # as in its training
             self._scorer = RewardScorer(model, tokenizer, self.format, REWARD_WEIGHTS[self.recipe.judging.weights])
         return self._scorer
 

@@ -16,8 +16,12 @@ from gristmill.rows import Prompt, make_id, write_rows
 MIN_NAMED = 2  # a topic that is named once in many draws is often a slip
 
 
-def write_prompts(mill: Mill, engine: Engine, round_number: int, seen: set[str], folder: Path) -> tuple[list[Prompt], dict[str, Any]]:
+def write_prompts(
+    mill: Mill, engine: Engine, round_number: int, seen: set[str], answered: set[str], folder: Path
+) -> tuple[list[Prompt], dict[str, Any]]:
     """A round's prompts, deduplicated against `seen` (earlier rounds and human rows) and decontaminated.
+
+    Prompts of a file are asked in every round until an answer was kept: `answered` are the ids of those.
 
     Returns:
         prompts in random order, and the funnel: how many were dropped and why.
@@ -40,6 +44,8 @@ def write_prompts(mill: Mill, engine: Engine, round_number: int, seen: set[str],
         funnel["from file"] += 1
         if contaminated(given.messages, mill.held_out):
             funnel["held out"] += 1
+        elif given.id in answered:
+            funnel["answered before"] += 1
         else:
             seen.add(fold(given.messages))
             prompts.append(replace(given, truth=None) if mill.recipe.control == "reward-only" else given)
@@ -89,7 +95,7 @@ def _second_turns(
     source, recipe = mill.source, mill.recipe
     task = source.followup_task
     assert task is not None
-    chosen = [p for p in first if p.task not in source.code_tasks]
+    chosen = [p for p in first if p.task != task and p.task not in source.code_tasks]
     random.Random(seed).shuffle(chosen)
     chosen = chosen[: recipe.writing.prompts]
     answering = Sampling(temperature=min(recipe.responses.temperatures), max_tokens=recipe.responses.max_tokens)

@@ -12,7 +12,7 @@ from gristmill.rows import Rating
 from gristmill.tokenizer import Tokenizer
 from gristmill.workers import num_workers, workers
 
-PACKED_TOKENS = 8192
+PACKED_TOKENS = 4096
 
 
 class RewardScorer:

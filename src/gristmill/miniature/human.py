@@ -20,10 +20,11 @@ from gristmill.model.reward import ATTRIBUTES
 # People are asked about what no program can check, above all: facts, in one turn or two.
 RATED_TASKS = (facts.TASK, followups.TASK, facts.TASK, sums.TASK, lists.TASK, code.TASK)
 WRITING = "writing"  # task name of prompt-writing demonstrations
+NUM_WRITING = 1  # of them for one demonstration of each task
 
 
 def demonstrations(world: World, num: int, seed: int) -> list[dict[str, Any]]:
-    """`num` human-written conversations: the five tasks in equal parts, and prompt writing (three eighths).
+    """`num` human-written conversations: the five tasks in equal parts, and prompt writing (one sixth).
 
     Returns:
         rows with `task` and `messages` (ending with the assistant's answer).
@@ -32,7 +33,7 @@ def demonstrations(world: World, num: int, seed: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     seen: set[Conversation] = set()
     while len(rows) < num:
-        turn = len(rows) % 8
+        turn = len(rows) % (len(TASKS) + NUM_WRITING)
         messages: Conversation
         if turn < len(TASKS):
             problem = world.draw(rng, TASKS[turn])

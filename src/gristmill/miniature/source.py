@@ -3,11 +3,15 @@
 from typing import Any
 
 from gristmill.chat import Conversation, conversation
+from gristmill.errors import InputError
 from gristmill.miniature import code, followups, human
-from gristmill.miniature.world import NEXT_REQUEST, PROMPT_REQUEST, TASKS, TOPIC_REQUEST, World, seed_topics
+from gristmill.miniature.world import HELD_OUT_PER_TASK, NEXT_REQUEST, PROMPT_REQUEST, TASKS, TOPIC_REQUEST, World, seed_topics
 from gristmill.model.reward import ATTRIBUTES
 from gristmill.recipe import Data
 from gristmill.rows import Demonstration, Prompt, Rated, make_id
+
+# Beyond these the world has too few different questions about facts.
+LIMITS = {"num_demonstrations": 5000, "num_prompts": 4000, "num_evaluation": HELD_OUT_PER_TASK}
 
 
 class MiniatureSource:
@@ -21,6 +25,9 @@ class MiniatureSource:
     followup_task = followups.TASK
 
     def __init__(self, data: Data, seed: int):
+        for name, most in LIMITS.items():
+            if getattr(data, name) > most:
+                raise InputError(f"data.{name} is {getattr(data, name)}: the miniature world has {most} at most.")
         self.world, self._data, self._seed = World.make(), data, seed
 
     def demonstrations(self) -> list[Demonstration]:

@@ -44,18 +44,19 @@ def fingerprint_text(text: str) -> str:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk or an exhausted quota into an InputError; ``folder`` only names the disk."""
+    """Turn a full disk, an exhausted quota or a file-size limit into an InputError; ``folder`` only names the disk."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     message = f"the disk of {folder} is full; free some space and start again, finished work is kept"
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in full:
             raise InputError(message) from error
         raise
     except SafetensorError as error:
         # safetensors wraps the system's error in its own, of which only the text tells the cause
         cause = re.search(r"(?:os error|code:) (\d+)", str(error))
-        if cause and int(cause[1]) in (errno.ENOSPC, errno.EDQUOT):
+        if cause and int(cause[1]) in full:
             raise InputError(message) from error
         raise
 
