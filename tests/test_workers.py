@@ -44,16 +44,16 @@ def test_threads_are_given_back_after_an_error() -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_streams_are_merged(count: int) -> None:
-    def stream(stop: Event) -> Iterator[int]:
-        yield from (1, 2, 3)
+    def stream(number: int, stop: Event) -> Iterator[int]:
+        yield from (number, number)
 
-    assert sorted(merge(count, stream)) == sorted([1, 2, 3] * count)
+    assert sorted(merge(count, stream)) == sorted([*range(count)] * 2)
 
 
 def test_one_failing_stream_ends_the_others_and_is_raised() -> None:
     ended = []
 
-    def stream(stop: Event) -> Iterator[int]:
+    def stream(number: int, stop: Event) -> Iterator[int]:
         if not ended:
             ended.append(get_ident())
             raise ValueError("no more")
@@ -69,7 +69,7 @@ def test_one_failing_stream_ends_the_others_and_is_raised() -> None:
 def test_a_caller_that_leaves_ends_the_streams() -> None:
     stops: list[Event] = []
 
-    def stream(stop: Event) -> Iterator[int]:
+    def stream(number: int, stop: Event) -> Iterator[int]:
         stops.append(stop)
         while not stop.is_set():
             yield 0

@@ -50,23 +50,23 @@ def workers(count: int) -> Iterator[Map]:
         torch.set_num_threads(threads)
 
 
-def merge(count: int, stream: Callable[[Event], Iterator[Item]]) -> Iterator[Item]:
+def merge(count: int, stream: Callable[[int, Event], Iterator[Item]]) -> Iterator[Item]:
     """The items of `count` streams, each made in a worker of its own, as they come.
 
     Args:
         count: number of workers; one is the caller itself.
-        stream: makes a stream. Its event is set when nobody waits for its items any more: another stream has failed, or the caller
-            has gone.
+        stream: makes the stream of a worker, which is given by number. Its event is set when nobody waits for its items any more:
+            another stream has failed, or the caller has gone.
     """
     stop = Event()
     if count == 1:
-        yield from stream(stop)
+        yield from stream(0, stop)
         return
     results: SimpleQueue[tuple[Item] | BaseException | None] = SimpleQueue()
 
-    def work(_: int) -> None:
+    def work(number: int) -> None:
         try:
-            for item in stream(stop):
+            for item in stream(number, stop):
                 results.put((item,))
             results.put(None)
         except BaseException as e:

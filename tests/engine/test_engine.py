@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gristmill.chat import FORMATS, Message
-from gristmill.engine.engine import Engine
+from gristmill.engine.engine import Engine, _Shares
 from gristmill.engine.generator import Completion, Request, Sampling
 from gristmill.errors import InputError
 from gristmill.model.attention import PackedShape
@@ -123,6 +123,12 @@ def test_workers_generate_what_one_does(model: Transformer, tokenizer: Tokenizer
         torch.set_num_threads(1)
     assert alone.keys() == together.keys() and all(same(alone[name], together[name]) for name in alone)
     assert engine.stats.output_tokens >= sum(c.num_tokens for completions in together.values() for c in completions)
+
+
+def test_which_worker_has_which_request_does_not_depend_on_their_speed() -> None:
+    shares = _Shares((request(i, GREEDY) for i in range(7)), 3)
+    last, first, middle = (list(shares.of(number)) for number in (2, 0, 1))
+    assert [[r.id for r in share] for share in (first, middle, last)] == [["r0", "r3", "r6"], ["r1", "r4"], ["r2", "r5"]]
 
 
 def test_equal_prompts_are_read_once(model: Transformer, tokenizer: Tokenizer) -> None:

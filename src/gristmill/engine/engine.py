@@ -9,6 +9,7 @@ head size, D hidden size, L positions.
 
 import copy
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event, Lock
@@ -116,12 +117,13 @@ class Engine:
                 computed for it.
         """
         count = min(num_workers(self.model), self.max_batch)
-        source = _Source(requests)
-        yield from merge(count, lambda stop: self._serve(source, stop, self.max_batch // count, count))
+        shares = _Shares(requests, count)
+        yield from merge(count, lambda number, stop: self._serve(shares, number, stop))
 
-    def _serve(self, source: "_Source", stop: Event, max_rows: int, num_workers: int) -> Iterator[tuple[Request, list[Completion]]]:
-        """What one worker does until the source is exhausted."""
-        batch = _Batch(self, max_rows)
+    def _serve(self, shares: "_Shares", number: int, stop: Event) -> Iterator[tuple[Request, list[Completion]]]:
+        """What one worker does until its share is exhausted."""
+        source = shares.of(number)
+        batch = _Batch(self, self.max_batch // shares.count)
         exhausted = False
         while not stop.is_set():
             started = time.perf_counter()
@@ -129,12 +131,12 @@ class Engine:
                 exhausted = self._refill(batch, source)
             if batch.rows:
                 batch.step()
-            self.stats.add(seconds=(time.perf_counter() - started) / num_workers)
+            self.stats.add(seconds=(time.perf_counter() - started) / shares.count)
             yield from batch.take_finished()
             if exhausted and not batch.rows:
                 return
 
-    def _refill(self, batch: "_Batch", source: "_Source") -> bool:
+    def _refill(self, batch: "_Batch", source: Iterator[Request]) -> bool:
         """Start waiting requests if enough rows are free. Returns whether there are no more."""
         free = batch.max_rows - len(batch.rows)
         if batch.rows and free < max(1, batch.max_rows // REFILL_SHARE):
@@ -142,7 +144,7 @@ class Engine:
         starts: list[tuple[_Job, int, int]] = []
         while free:
             if batch.waiting is None:
-                request = source.take()
+                request = next(source, None)
                 if request is None:
                     break
                 batch.waiting = self._job(request)
@@ -241,17 +243,29 @@ class Engine:
         return [(float(sums.sum()), int(counts.sum())) for sums, counts in parts]
 
 
-class _Source:
-    """Requests that several workers take from."""
+class _Shares:
+    """Requests dealt out to workers one by one, so that which worker has which does not depend on their speed."""
 
-    def __init__(self, requests: Iterable[Request]) -> None:
+    def __init__(self, requests: Iterable[Request], count: int) -> None:
         self._requests = iter(requests)
         self._lock = Lock()
+        self._dealt: list[deque[Request]] = [deque() for _ in range(count)]
+        self._next = 0
+        self.count = count
 
-    def take(self) -> Request | None:
-        """The next request; None when there are no more."""
-        with self._lock:
-            return next(self._requests, None)
+    def of(self, number: int) -> Iterator[Request]:
+        """The requests of one worker."""
+        mine = self._dealt[number]
+        while True:
+            with self._lock:
+                while not mine:
+                    request = next(self._requests, None)
+                    if request is None:
+                        return
+                    self._dealt[self._next].append(request)
+                    self._next = (self._next + 1) % self.count
+                request = mine.popleft()
+            yield request
 
 
 @dataclass
