@@ -5,6 +5,9 @@
         --prompts OUT/prompts.jsonl --evaluation OUT/evaluation.jsonl --name gsm8k --out OUT/gsm8k.yaml
     gristmill run OUT/gsm8k.yaml
 
+It also writes OUT/llama, a Llama of random weights with a tokenizer of these problems, to give to `--model` in place of `miniature`:
+every stage runs on it, and it learns next to nothing.
+
 The four files share no question. The ratings are made by rule, not by people: a problem's own solution is rated 4 for correctness,
 another problem's solution 0.
 """
@@ -14,12 +17,18 @@ import random
 import sys
 from pathlib import Path
 
+from gristmill.chat import FORMATS
+from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.transformer import Transformer
+from gristmill.model.weights import save_model
+from gristmill.tokenizer import Tokenizer
+
 MAX_QUESTION, MAX_SOLUTION = 220, 220  # characters: the miniature Base has a context of 512 tokens
 SIZES = {"evaluation": 60, "demonstrations": 100, "ratings": 80, "prompts": 100}
 
 
 def main(source: Path, out: Path) -> None:
-    """Write the four files."""
+    """Write the four files and the model."""
     problems = []
     for line in source.read_text().splitlines():
         row = json.loads(line)
@@ -46,6 +55,13 @@ def main(source: Path, out: Path) -> None:
                 rows.append({"task": "gsm8k", "prompt": question, "answer": answer})
         (out / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         print(f"{name}: {len(rows)} rows")
+    tokenizer = Tokenizer.train([text for problem in problems[start:] for text in problem[:2]], 1024, FORMATS["llama3"].special_tokens)
+    blocks = uniform_blocks(num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, ffn_size=352)
+    save_model(
+        Transformer(ModelConfig("llama", tokenizer.vocab_size, 128, blocks, max_positions=1024, rotary_fraction=1.0)),
+        tokenizer,
+        out / "llama",
+    )
 
 
 if __name__ == "__main__":

@@ -100,6 +100,17 @@ def test_known_answers_are_enough_to_judge(tmp_path: Path, random_base: Path) ->
     assert {r.judge for r in read_rows(path, Response)} == {"verifier", "none"}
 
 
+def test_a_file_that_changed_since_is_noticed(tmp_path: Path, random_base: Path, snapshot: Snapshot) -> None:
+    recipe = write(tmp_path, random_base, {"ratings": None, "prompts": FILES["prompts"][:4]}, rpo_iterations=0)
+    assert start(recipe, tmp_path / "run").exit_code == 0
+    before = snapshot(tmp_path / "run")
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Add 8 and 8.", "answer": 16}) + "\n")
+    result = start(recipe, tmp_path / "run")
+    assert result.exit_code == 2 and "was made from other inputs" in result.stderr
+    assert snapshot(tmp_path / "run") == before
+
+
 def test_answers_that_outgrow_the_context_do_not_end_the_run(tmp_path: Path, random_base: Path) -> None:
     # 150 of 256 tokens: room for an answer, but not for one whose broken bytes take three tokens each when read again,
     # nor for both answers of a comparison at once

@@ -7,6 +7,7 @@ Every round trains from Base; its prompts and first answers come from the last r
 blend, and earlier rounds' synthetic rows stay in it.
 """
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -112,7 +113,8 @@ def _data(mill: Mill) -> State:
         return {"demonstrations": len(demonstrations), "ratings": len(ratings), "evaluation": len(mill.evaluation)}
 
     settings = recipe.model_dump(mode="json", include={"data", "world", "seed"})
-    done = mill.run.stage("data", [settings, mill.base_fingerprint], work)
+    files = {k: hashlib.blake2b(v.read_bytes()).hexdigest() for k, v in recipe.data if isinstance(v, Path)}
+    done = mill.run.stage("data", [settings, files, mill.base_fingerprint], work)
     folder = mill.run.path / mill.run.stages[-1]
     demonstrations = read_rows(folder / "demonstrations.parquet", Demonstration)
     ratings = read_rows(folder / "ratings.parquet", Rated) if done["ratings"] else []
