@@ -15,7 +15,7 @@ from gristmill.recipe import CONTROLS, Recipe
 
 # Every key a recipe may have. A change here is a change of what users have written down: think twice, then edit.
 TRAINING = "optimizer lr muon_lr schedule warmup_steps min_lr_ratio steps epochs batch_size micro_batch_tokens weight_decay clip precision"
-PREFERENCE = f"{TRAINING} loss beta eta label_smoothing sft_weight logprobs num_prompts min_chosen"
+PREFERENCE = f"{TRAINING} loss beta eta label_smoothing sft_weight logprobs num_prompts num_pairs min_chosen"
 SURFACE = {
     "": (
         "name world model chat_format seed rounds rpo_iterations control threads data writing responses judging collapse "

@@ -68,6 +68,7 @@ class PreferenceTraining(Training):
     sft_weight: float = Field(0.0, ge=0, description="of -log p(chosen), added to the loss")
     logprobs: Literal["sum", "mean"] = "sum"
     num_prompts: int = Field(400, gt=0, description="prompts that pairs are made for")
+    num_pairs: int = Field(10_000, gt=0, description="pairs to train on, at most")
     min_chosen: float = Field(2.0, description="lowest predicted correctness of a chosen answer that no verifier can check")
 
 

@@ -13,11 +13,11 @@ from gristmill import recipe as recipes
 from gristmill.chat import FORMATS, Message
 from gristmill.engine.generator import Completion
 from gristmill.flywheel.judging import contested, holds, judge, pair, respond, select, written
-from gristmill.flywheel.loop import _repeat
+from gristmill.flywheel.loop import _human_pairs, _repeat
 from gristmill.judge.verify import verify
 from gristmill.model.weights import load_model
 from gristmill.recipe import PreferenceTraining
-from gristmill.rows import Demonstration, Prompt, Rating, Response, read_rows
+from gristmill.rows import Demonstration, Prompt, Rated, Rating, Response, read_rows
 
 DPO = PreferenceTraining(lr=1e-4, steps=1, min_chosen=2.0)
 
@@ -284,3 +284,17 @@ def test_general_sft_repeats_a_share_of_the_code(num_code: int, num_general: int
     assert len({d.id for d in again}) == len(again) <= num_code
     if len(again) < num_code:
         assert abs(len(again) - share * (num_general + len(again))) <= 1
+
+
+def test_human_pairs_are_the_more_helpful_first_and_no_more_than_asked_for() -> None:
+    marks = [(4, 1), (0, 3), (2, 2), (3, 1)]
+    rows = [
+        Rated(f"{pair}{side}", "facts", (Message("user", pair), Message("assistant", side)), (float(mark), 0.0, 0.0, 0.0, 0.0), pair)
+        for pair, both in zip("wxyz", marks, strict=True)
+        for side, mark in zip("ab", both, strict=True)
+    ]
+    pairs = _human_pairs(rows, 9, seed=0)
+    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [("w", "a", "b"), ("x", "b", "a"), ("z", "a", "b")], "y is a tie"
+    drawn = [_human_pairs(rows, 2, seed) for seed in range(9)]
+    assert {len(d) for d in drawn} == {2} and len({tuple(p.id for p in d) for d in drawn}) > 1
+    assert drawn[0] == _human_pairs(rows, 2, seed=0)

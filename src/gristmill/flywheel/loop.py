@@ -199,7 +199,8 @@ def _round(mill: Mill, state: State, number: int, generator: str) -> str:
     repeat = _repeat(code, recipe.judging.code_share, len(general), number)
     rows = [*general, *repeat] if recipe.control == "replace" else [*state.demonstrations, *general, *repeat]
     current = f"r{number}-general-sft"
-    _train(mill, state, current, number, recipe.general_sft, start, rows)
+    # Demonstrations alone are few: passes that suit a blend with synthetic rows would teach next to nothing.
+    _train(mill, state, current, number, recipe.demonstration_sft if human_only else recipe.general_sft, start, rows)
     stages: list[tuple[str, PreferenceTraining]] = [("dpo", recipe.dpo)]
     stages += [(f"rpo{i}", recipe.rpo) for i in range(1, recipe.rpo_iterations + 1)]
     for i, (name, settings) in enumerate(stages):
@@ -207,7 +208,10 @@ def _round(mill: Mill, state: State, number: int, generator: str) -> str:
         offset = i * settings.num_prompts
         chosen = [pool[(offset + k) % len(pool)] for k in range(min(settings.num_prompts, len(pool)))]
         engines = [mill.engine(current, state.models[current])]
-        pairs = _human_pairs(state) if human_only else _pairs(mill, state, f"r{number}-{name}-pairs", engines, chosen, settings)
+        if human_only:
+            pairs = _human_pairs(_split_ratings(mill, state)[0], settings.num_pairs, seed=number * 100 + i)
+        else:
+            pairs = _pairs(mill, state, f"r{number}-{name}-pairs", engines, chosen, settings)
         if not pairs:  # no prompt had answers of different quality: the model stays as it is, and the report says so
             continue
         state.pairs += 0 if human_only else len(pairs)
@@ -273,19 +277,27 @@ def _pairs(
         seed = mill.recipe.seed * 1000 + len(mill.run.stages)
         responses = respond(mill, engines, prompts, _scorer(mill, state), seed, folder)
         pairs, facts = pair(mill, responses, settings, seed)
+        pairs = pairs[: settings.num_pairs]
         write_rows(folder / "pairs.parquet", pairs)
         return {**facts, "pairs": len(pairs)}
 
-    inputs = [state.chain, mill.recipe.responses.model_dump(), mill.recipe.judging.model_dump(), settings.num_prompts, settings.min_chosen]
+    inputs = [
+        state.chain,
+        mill.recipe.responses.model_dump(),
+        mill.recipe.judging.model_dump(),
+        settings.num_prompts,
+        settings.num_pairs,
+        settings.min_chosen,
+    ]
     done = mill.run.stage(name, inputs, work)
     state.chain = done["fingerprint"]
     return read_rows(mill.run.path / mill.run.stages[-1] / "pairs.parquet", Pair) if done["pairs"] else []
 
 
-def _human_pairs(state: State) -> list[Pair]:
-    """Pairs of rated answers, the more helpful first, ties dropped (HelpSteer2's DPO)."""
+def _human_pairs(ratings: Sequence[Rated], most: int, seed: int) -> list[Pair]:
+    """Pairs of rated answers, the more helpful first, ties dropped (HelpSteer2's DPO); at most `most` of them, drawn by seed."""
     groups: dict[str, list[Rated]] = {}
-    for r in state.ratings:
+    for r in ratings:
         groups.setdefault(r.pair, []).append(r)
     out = []
     for group in groups.values():
@@ -308,7 +320,7 @@ def _human_pairs(state: State) -> list[Pair]:
                     (better.id, worse.id),
                 )
             )
-    return out
+    return out if len(out) <= most else random.Random(seed).sample(out, most)
 
 
 def _train(mill: Mill, state: State, name: str, number: int, settings: Training, start: Path, rows: Sequence[Demonstration]) -> Engine:
