@@ -63,7 +63,8 @@ class EngineStats:
 class Engine:
     """A model, its tokenizer and its chat format as a `Generator`.
 
-    Every `generate` call has its own rows and cache, so calls may be interleaved. The engine reads the
+    Every `generate` call has its own rows and cache, so calls may be interleaved. On a CPU the requests of a
+    small model are dealt to several workers (see `workers.py`), each with a share of the rows. The engine reads the
     model's weights in place where their type is `dtype`; otherwise it works on a converted copy and does not
     see later changes.
 
