@@ -234,7 +234,7 @@ def test_human_only_writes_nothing(run: Run, make_recipe: Make, tmp_path: Path) 
 
 
 def test_replace_forgets_what_people_wrote(run: Run, make_recipe: Make, tmp_path: Path) -> None:
-    run(make_recipe(control="replace", rounds=2), tmp_path / "run")
+    run(make_recipe(control="replace", rounds=2, data={"num_prompts": 20}), tmp_path / "run")
     assert done(tmp_path / "run", "demonstrations")["human_rows"] > 0
     for number in (1, 2):
         sft = done(tmp_path / "run", f"r{number}-general-sft")

@@ -192,12 +192,14 @@ def _round(mill: Mill, state: State, number: int, generator: str) -> str:
     code, general, answers = _answers(mill, state, number, engine, prompts)
     human_code = [d for d in state.demonstrations if d.task in mill.source.code_tasks]
     start = mill.base_folder
-    if len(code) + len(human_code) >= CODE_ROWS_MIN:
-        rows = code if recipe.control == "replace" else [*human_code, *code]
+    rows = code if recipe.control == "replace" else [*human_code, *code]
+    if len(rows) >= CODE_ROWS_MIN:
         _train(mill, state, f"r{number}-code-sft", number, recipe.code_sft, start, rows)
         start = state.models[f"r{number}-code-sft"]
     repeat = _repeat(code, recipe.judging.code_share, len(general), number)
     rows = [*general, *repeat] if recipe.control == "replace" else [*state.demonstrations, *general, *repeat]
+    if not rows:
+        raise InputError(f"Round {number} kept no answer, and control {recipe.control} trains on nothing else: ask for more prompts.")
     current = f"r{number}-general-sft"
     # Demonstrations alone are few: passes that suit a blend with synthetic rows would teach next to nothing.
     _train(mill, state, current, number, recipe.demonstration_sft if human_only else recipe.general_sft, start, rows)
