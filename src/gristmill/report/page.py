@@ -222,7 +222,8 @@ def _stages(data: RunData) -> list[Markup]:
     models = model_stages(data)
     if not models:
         return [el("p", "No model has been trained and evaluated yet.", class_="soft")]
-    names, rounds = [short(m["name"]) for m in models], [round_of(m["name"]) for m in models]
+    rounds = [round_of(m["name"]) for m in models]
+    names = [short(m["name"]) if number else "SFT" for m, number in zip(models, rounds, strict=True)]  # before the first round: human data
     apart = frozenset(i for i, m in enumerate(models) if is_specialist(m["name"]))
     tasks = [t for t in models[0]["greedy"] if t != "overall"]
 
