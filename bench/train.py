@@ -72,7 +72,7 @@ def make_pairs(num: int, seed: int) -> list[dict[str, list[int]]]:
 
 
 def count_tokens(task: str, rows: list[dict[str, list[int]]]) -> int:
-    """Real tokens, padding not counted. A pair counts its prompt twice: each answer is read after it."""
+    """Real tokens, padding not counted, whoever computes them. A pair counts its prompt twice: each answer is read after it."""
     if task == "sft":
         return sum(len(row["ids"]) for row in rows)
     return sum(2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"]) for row in rows)
@@ -94,7 +94,7 @@ def prepare(folder: Path, steps: int, seed: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from gristmill.model.attention import PackedShape
+    from gristmill.model.packed import PackedShape
     from gristmill.model.weights import hf_tensors
 
     conversations = make_conversations(steps * BATCH, seed)
@@ -136,10 +136,10 @@ def train_gristmill(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         objective = PreferenceObjective("dpo", beta=BETA)
     else:
         model, objective, batch_size = RewardModel(model), reward_objective, 2 * BATCH
-        for row in rows:
+        for number, row in enumerate(rows):
             for name in ("chosen", "rejected"):
                 ids = row["prompt"] + row[name]
-                samples.append(RatedSample(ids, len(ids) - 1, row[f"{name}_ratings"]))
+                samples.append(RatedSample(ids, len(ids) - 1, row[f"{name}_ratings"], prompt=str(number)))
     settings = TrainSettings(
         lr=LEARNING_RATE, schedule="constant", epochs=1, batch_size=batch_size, weight_decay=0.0, clip=CLIP, precision="bf16"
     )

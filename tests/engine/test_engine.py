@@ -11,8 +11,8 @@ from gristmill.chat import FORMATS, Message
 from gristmill.engine.engine import Engine, _Shares
 from gristmill.engine.generator import Completion, Request, Sampling
 from gristmill.errors import InputError
-from gristmill.model.attention import PackedShape
 from gristmill.model.config import BlockConfig, ModelConfig
+from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Transformer
 from gristmill.model.weights import save_model
 from gristmill.tokenizer import Tokenizer

@@ -5,9 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gristmill.model.attention import LONG_DOCUMENT, MAX_EMPTY_SHARE, STRETCH, PackedShape, varlen_attention
-
-lengths_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+from gristmill.model.attention import STRETCH, varlen_attention
+from gristmill.model.packed import LONG_DOCUMENT, PackedShape
 
 
 def plain_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, lengths: list[int]) -> Tensor:
@@ -22,39 +21,44 @@ def plain_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, lengths: list[i
     return torch.cat(outputs)
 
 
+def document_lengths(draw: st.DrawFn, lengths: st.SearchStrategy[int]) -> tuple[list[int], list[int]]:
+    """Lengths of documents, and how many tokens each shares with the last before it that shares none."""
+    sizes = draw(st.lists(lengths, min_size=1, max_size=8))
+    shared = [0]
+    for length in sizes[1:]:
+        holder = max(number for number, count in enumerate(shared) if not count)
+        shared.append(draw(st.integers(0, min(length - 1, sizes[holder]))))
+    return sizes, shared
+
+
+short_documents = st.composite(document_lengths)(st.integers(1, 40))
+LENGTHS = [1, 2, 30, 36, LONG_DOCUMENT - 1, LONG_DOCUMENT, STRETCH + 1, 2 * STRETCH + 50]
+odd_documents = st.composite(document_lengths)(st.sampled_from(LENGTHS))
+
+
+def plain_shared(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedShape) -> Tensor:
+    """`plain_attention` of documents that each lay out all their tokens, cut back to those that are their own."""
+    repeated = (x.index_select(0, shape.keys_S) for x in (q_THd, k_TKd, v_TKd))
+    outputs = plain_attention(*repeated, shape.lengths).split(shape.lengths)
+    return torch.cat([out[count:] for out, count in zip(outputs, shape.shared, strict=True)])
+
+
 def inputs(total: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(total)
     return [torch.randn(total, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
 
 
-@settings(max_examples=25, deadline=None)
-@given(lengths_strategy)
-def test_values_and_gradients_equal_the_formula(lengths: list[int]) -> None:
-    qkv = inputs(sum(lengths))
-    upstream = torch.randn(sum(lengths), 4, 8, generator=torch.Generator().manual_seed(1))
-    ours = varlen_attention(*qkv, PackedShape.from_lengths(lengths))
-    plain = plain_attention(*qkv, lengths)
+@settings(max_examples=40, deadline=None)
+@given(short_documents)
+def test_values_and_gradients_equal_the_formula(documents: tuple[list[int], list[int]]) -> None:
+    shape = PackedShape.from_lengths(documents[0], shared=documents[1])
+    qkv = inputs(shape.num_tokens)
+    upstream = torch.randn(shape.num_tokens, 4, 8, generator=torch.Generator().manual_seed(1))
+    ours, plain = varlen_attention(*qkv, shape), plain_shared(*qkv, shape)
     torch.testing.assert_close(ours, plain, atol=2e-6, rtol=1e-5)
     ours_grads = torch.autograd.grad(ours, qkv, upstream)
     plain_grads = torch.autograd.grad(plain, qkv, upstream)
     torch.testing.assert_close(ours_grads, plain_grads, atol=5e-6, rtol=1e-5)
-
-
-@given(lengths_strategy)
-def test_the_plan_holds_every_token_once_and_wastes_little(lengths: list[int]) -> None:
-    shape = PackedShape.from_lengths(lengths)
-    plan = shape.padded_plan
-    assert torch.equal(plan.token_C[plan.cell_T], torch.arange(sum(lengths)))
-    assert len(plan.cell_T.unique()) == sum(lengths)
-    assert sum(rows * padded for rows, padded in plan.views) == len(plan.token_C)
-    assert len(plan.token_C) * (1 - MAX_EMPTY_SHARE) <= sum(lengths)
-
-
-def test_shape_of_three_documents() -> None:
-    shape = PackedShape.from_lengths([2, 1, 3])
-    assert shape.cu_seqlens.tolist() == [0, 2, 3, 6] and shape.cu_seqlens.dtype == torch.int32
-    assert shape.positions_T.tolist() == [0, 1, 0, 0, 1, 2]
-    assert (shape.num_tokens, shape.max_length, shape.lengths) == (6, 3, [2, 1, 3])
 
 
 def test_bf16_inputs_come_back_as_bf16_close_to_fp32() -> None:
@@ -65,14 +69,14 @@ def test_bf16_inputs_come_back_as_bf16_close_to_fp32() -> None:
     torch.testing.assert_close(out.float(), varlen_attention(*qkv, shape), atol=3e-2, rtol=0)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.sampled_from([1, 2, 30, 36, LONG_DOCUMENT - 1, LONG_DOCUMENT, STRETCH + 1, 2 * STRETCH + 50]), min_size=1, max_size=6))
-def test_bf16_values_and_gradients_are_near_the_formula(lengths: list[int]) -> None:
-    qkv = [x.detach().bfloat16().requires_grad_() for x in inputs(sum(lengths))]
+@settings(max_examples=25, deadline=None)
+@given(odd_documents)
+def test_bf16_values_and_gradients_are_near_the_formula(documents: tuple[list[int], list[int]]) -> None:
+    shape = PackedShape.from_lengths(documents[0], shared=documents[1])
+    qkv = [x.detach().bfloat16().requires_grad_() for x in inputs(shape.num_tokens)]
     exact_qkv = [x.detach().float().requires_grad_() for x in qkv]
-    upstream = torch.randn(sum(lengths), 4, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
-    ours = varlen_attention(*qkv, PackedShape.from_lengths(lengths))
-    plain = plain_attention(*exact_qkv, lengths)
+    upstream = torch.randn(shape.num_tokens, 4, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ours, plain = varlen_attention(*qkv, shape), plain_shared(*exact_qkv, shape)
     ours_grads = torch.autograd.grad(ours, qkv, upstream)
     plain_grads = torch.autograd.grad(plain, exact_qkv, upstream.float())
     for rough, exact in zip((ours, *ours_grads), (plain, *plain_grads), strict=True):

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from gristmill.model.attention import PackedShape
 from gristmill.model.config import ModelConfig, RopeScaling, uniform_blocks
+from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Transformer
 from gristmill.model.weights import load_model, save_model
 from gristmill.tokenizer import Tokenizer

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gristmill.errors import InputError
-from gristmill.model.attention import PackedShape
 from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.packed import PackedShape
 from gristmill.model.reward import ATTRIBUTES, REWARD_WEIGHTS, RewardModel
 from gristmill.model.transformer import Transformer
 

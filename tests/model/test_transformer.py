@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.model.attention import PackedShape, varlen_attention
+from gristmill.model.attention import varlen_attention
 from gristmill.model.config import PRESETS, BlockConfig, ModelConfig, uniform_blocks
+from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import MLP, LayerNorm1P, Transformer, rotate
 
 NEMOTRON = ModelConfig("nemotron", 50, 32, uniform_blocks(2, 4, 2, 8, 64), 64, init_std=0.2)

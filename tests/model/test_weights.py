@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gristmill.errors import InputError
-from gristmill.model.attention import PackedShape
 from gristmill.model.config import BlockConfig, ModelConfig, uniform_blocks
+from gristmill.model.packed import PackedShape
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
 from gristmill.model.weights import (

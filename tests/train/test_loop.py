@@ -14,6 +14,7 @@ from gristmill.errors import InputError
 from gristmill.model.transformer import Transformer
 from gristmill.train.loop import LossOutput, TrainSettings, compute_precision, global_count, train
 from gristmill.train.packing import (
+    RatedGroup,
     RatedSample,
     Sample,
     TokenBatch,
@@ -272,6 +273,6 @@ def test_wrong_settings_are_refused(settings: dict, message: str) -> None:
 
 
 def test_counts_of_all_kinds_add_up(make_samples: MakeSamples) -> None:
-    rated = collate([RatedSample([1, 2], 1, [1, 2, 3, -100, -100])], CPU)
+    rated = collate([RatedGroup([RatedSample([1, 2], 1, [1, 2, 3, -100, -100])])], CPU)
     tokens = collate(make_samples(2), CPU)  # type: ignore[arg-type]
     assert global_count([rated, tokens]) == 3 + sum(sample.num_targets for sample in make_samples(2))

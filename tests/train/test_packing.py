@@ -9,16 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gristmill.errors import InputError
+from gristmill.model.packed import filled_length
 from gristmill.train.packing import (
     BatchPlan,
     PairSample,
+    RatedGroup,
     RatedSample,
     Sample,
     collate_pairs,
     collate_rated,
     collate_tokens,
-    filled_length,
     fingerprint_samples,
+    group_rated,
     split_micro_batches,
 )
 from gristmill.train.pretrain import document_samples
@@ -116,23 +118,64 @@ def test_workers_get_equal_shares() -> None:
 
 
 def test_pairs_interleave_and_rows_know_their_document() -> None:
-    first = PairSample(Sample([1, 2, 3], [0, 1, 1]), Sample([1, 4], [0, 1]), 2.0, 0.5, ref_chosen=-1.0)
-    second = PairSample(Sample([5, 6], [0, 1]), Sample([5, 7, 8], [0, 0, 1]))
+    first = PairSample(Sample([1, 2, 3], [0, 1, 1]), Sample([4, 4], [0, 1]), 2.0, 0.5, ref_chosen=-1.0)
+    second = PairSample(Sample([5, 6], [0, 1]), Sample([7, 7, 8], [0, 0, 1]))
     batch = collate_pairs([first, second], CPU)
-    assert batch.tokens.ids_T.tolist() == [1, 2, 3, 1, 4, 5, 6, 5, 7, 8] and batch.num_tokens == 10
+    assert batch.tokens.ids_T.tolist() == [1, 2, 3, 4, 4, 5, 6, 7, 7, 8] and batch.num_tokens == 10
     assert batch.tokens.targets_R.tolist() == [2, 3, 4, 6, 8]
     assert batch.documents_R.tolist() == [0, 0, 1, 2, 3] and batch.lengths_N.tolist() == [2, 1, 1, 1]
     assert batch.rewards_P2.tolist() == [[2.0, 0.5], [1.0, 0.0]]
     assert batch.reference_P2 is None  # half a reference is none
 
 
+def test_a_pair_lays_out_what_both_sides_begin_with_once() -> None:
+    # prompt 1 2, answers 3 4 and 3 5 6: the last common token predicts another target for each side
+    pair = PairSample(Sample([1, 2, 3, 4], [0, 0, 1, 1]), Sample([1, 2, 3, 5, 6], [0, 0, 1, 1, 1]))
+    batch = collate_pairs([pair], CPU)
+    assert batch.tokens.ids_T.tolist() == [1, 2, 3, 4, 5, 6] and batch.num_tokens == pair.num_tokens == 6
+    assert batch.tokens.shape.positions_T.tolist() == [0, 1, 2, 3, 3, 4]
+    assert batch.tokens.rows_R.tolist() == [1, 2, 1, 2, 4] and batch.tokens.targets_R.tolist() == [3, 4, 3, 5, 6]
+    assert batch.documents_R.tolist() == [0, 0, 1, 1, 1] and batch.count == 1
+
+
+@given(documents)
+def test_a_pairs_targets_are_those_of_its_sides(docs: list[list[tuple[int, bool]]]) -> None:
+    # every side after the same prompt, in pairs with the first
+    sides = [as_sample([(1, False), (2, False), *doc]) for doc in docs]
+    pairs = [PairSample(sides[0], side) for side in sides]
+    batch, plain = collate_pairs(pairs, CPU), collate_tokens([side for pair in pairs for side in (pair.chosen, pair.rejected)], CPU)
+    tokens = batch.tokens
+    assert tokens.targets_R.tolist() == plain.targets_R.tolist()
+    # what predicts them is the same too
+    assert tokens.ids_T[tokens.rows_R].tolist() == plain.ids_T[plain.rows_R].tolist()
+    assert tokens.shape.positions_T[tokens.rows_R].tolist() == plain.shape.positions_T[plain.rows_R].tolist()
+    assert tokens.num_tokens == sum(pair.num_tokens for pair in pairs) < plain.num_tokens
+
+
 def test_rated_ends_point_at_the_end_of_turn_tokens() -> None:
     samples = [RatedSample([9, 1, 7], 2, [4, 3, 2, 1, 0]), RatedSample([9, 7, 5, 5], 1, [1, -100, 1, 1, 1])]
-    batch = collate_rated(samples, CPU)
-    assert batch.ids_T[batch.ends_N].tolist() == [7, 7]
-    assert batch.count == 9 == sum(sample.num_targets for sample in samples)
+    for groups, num_tokens in (([RatedGroup([sample]) for sample in samples], 7), ([RatedGroup(samples)], 6)):
+        batch = collate_rated(groups, CPU)
+        assert batch.ids_T[batch.ends_N].tolist() == [7, 7] and batch.shape.positions_T[batch.ends_N].tolist() == [2, 1]
+        assert batch.count == 9 == sum(group.num_targets for group in groups)
+        assert batch.num_tokens == sum(group.num_tokens for group in groups) == num_tokens
     with pytest.raises(InputError, match="scored at token 3"):
         RatedSample([1, 2, 3], 3, [0] * 5)
+
+
+def test_answers_to_one_prompt_are_grouped_within_the_limits() -> None:
+    prompts = ["a", "b", "a", "", "a", "", "b"]
+    samples = [RatedSample([1, 2, number], 2, [0] * 5, str(number), prompt) for number, prompt in enumerate(prompts)]
+
+    def names(max_answers: int, max_tokens: int) -> list[str]:
+        return ["".join(answer.id for answer in group.answers) for group in group_rated(samples, max_answers, max_tokens)]  # type: ignore[union-attr]
+
+    assert names(9, 99) == ["024", "16", "3", "5"]
+    assert names(2, 99) == ["02", "16", "3", "4", "5"]
+    assert names(9, 4) == ["02", "16", "3", "4", "5"]  # two answers of one prompt are four tokens
+    assert names(9, 3) == list("0123456")
+    plain = as_sample([(1, True)])
+    assert group_rated([plain], 1, 1) == [plain]
 
 
 def test_batches_come_in_few_sizes_and_count_real_tokens() -> None:
@@ -163,6 +206,8 @@ def test_the_fingerprint_sees_tokens_masks_rewards_and_order() -> None:
         [PairSample(a, b, 1.0, 0.0, ref_chosen=-1.0)],
         [RatedSample([1, 2], 1, [0.0] * 5)],
         [RatedSample([1, 2], 1, [0.0] * 4 + [-100])],
+        [RatedSample([1, 2], 1, [0.0] * 5)] * 2,
+        [RatedGroup([RatedSample([1, 2], 1, [0.0] * 5)] * 2)],
     ]
     assert len({fingerprint_samples(samples) for samples in variants}) == len(variants)
     assert fingerprint_samples([a, b]) == fingerprint_samples([Sample(np.array([1, 2]), [0, 1]), b])

@@ -15,7 +15,7 @@ from gristmill.rows import Pair
 from gristmill.tokenizer import Tokenizer
 from gristmill.train import preference
 from gristmill.train.loop import TrainSettings, compute_precision, train
-from gristmill.train.packing import PairSample, Sample, collate_pairs
+from gristmill.train.packing import PairBatch, PairSample, Sample, collate_pairs
 from gristmill.train.preference import (
     PreferenceObjective,
     compute_reference_logprobs,
@@ -26,6 +26,12 @@ from gristmill.train.preference import (
 Make = Callable[..., Transformer]
 MakePairs = Callable[..., list[PairSample]]
 CPU = torch.device("cpu")
+
+
+def with_a_stranger(side: Sample) -> PairBatch:
+    """One side, which shares nothing with the other of its pair."""
+    other = Sample([(int(side.ids[0]) + 1) % 48, 1], [False, True])
+    return collate_pairs([PairSample(side, other)], CPU)
 
 
 def first_loss(model: Transformer, pairs: Sequence[PairSample], **settings: object) -> float:
@@ -42,6 +48,25 @@ def test_the_first_dpo_loss_is_ln_2_packed(make_model: Make, make_pairs: MakePai
     assert first_loss(model, pairs, loss="ipo", beta=0.1) == pytest.approx(25.0, abs=1e-3)
     equal = [replace(pair, chosen_reward=1.0, rejected_reward=1.0) for pair in pairs]
     assert first_loss(model, equal, loss="rpo") == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_shared_prompt_changes_no_logprob_and_no_gradient(make_model: Make, make_pairs: MakePairs, precision: str) -> None:
+    model, pairs = make_model(), make_pairs(6)
+    batch = collate_pairs(pairs, CPU)
+    assert batch.num_tokens < sum(side.num_tokens for pair in pairs for side in (pair.chosen, pair.rejected))
+    weights_N = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    with compute_precision(model, precision):
+        together_N = response_logprobs(model, batch)
+        grads = torch.autograd.grad((together_N * weights_N).sum(), list(model.parameters()))
+        sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+        alone_N = torch.cat([response_logprobs(model, with_a_stranger(side))[:1] for side in sides])
+        alone_grads = torch.autograd.grad((alone_N * weights_N).sum(), list(model.parameters()))
+    near = {"rtol": 1e-5, "atol": 1e-5} if precision == "fp32" else {"rtol": 2e-2, "atol": 0.1}
+    torch.testing.assert_close(together_N, alone_N, **near)
+    for ours, theirs in zip(grads, alone_grads, strict=True):
+        largest = float(theirs.abs().max())
+        assert (ours - theirs).abs().max() < (1e-5 if precision == "fp32" else 0.05) * max(largest, 1e-3)
 
 
 def test_the_first_dpo_loss_is_ln_2_in_bf16(make_model: Make, make_pairs: MakePairs) -> None:

@@ -11,8 +11,8 @@ from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
 from gristmill.rows import Demonstration, Rated
 from gristmill.tokenizer import Tokenizer
-from gristmill.train.loop import TrainSettings, train
-from gristmill.train.packing import RatedSample, collate_rated
+from gristmill.train.loop import LossOutput, TrainSettings, train
+from gristmill.train.packing import RatedBatch, RatedGroup, RatedSample, collate_rated, group_rated
 from gristmill.train.reward import rated_samples, reward_objective
 from gristmill.train.sft import demonstration_samples
 
@@ -69,18 +69,36 @@ def test_bad_rated_rows_are_named(tokenizer: Tokenizer) -> None:
         rated_samples([Rated("r", "sums", TURNS[:3], (1, 2, 3, 4, 0))], FORMATS["nemotron"], tokenizer)
 
 
+def test_answers_to_one_prompt_are_one_group(tokenizer: Tokenizer) -> None:
+    other = (*TURNS[:3], Message("assistant", "one"))
+    rows = [Rated(str(n), "sums", turns, (1, 2, 3, 4, 0)) for n, turns in enumerate((TURNS, TURNS[:2], other))]
+    groups = group_rated(rated_samples(rows, FORMATS["nemotron"], tokenizer), 8, 1000)
+    assert [[answer.id for answer in group.answers] for group in groups] == [["0", "2"], ["1"]]  # type: ignore[union-attr]
+
+
 def test_scores_do_not_depend_on_neighbours(make_model: Callable[..., Transformer]) -> None:
     model = RewardModel(make_model())
-    samples = [
-        RatedSample([1, 2, 3, 4], 3, [0] * 5),
-        RatedSample([5, 6], 1, [0] * 5),
-        RatedSample([7], 0, [0] * 5),
-    ]
-    batch = collate_rated(samples, CPU)
+    ids = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 4, 6], [7]]
+    samples = [RatedSample(tokens, len(tokens) - 1, [0] * 5) for tokens in ids]
+    batch = collate_rated([RatedGroup(samples[:3]), RatedGroup(samples[3:])], CPU)
     together = model(batch.ids_T, batch.shape, batch.ends_N)
     for row, sample in enumerate(samples):
-        alone = collate_rated([sample], CPU)
+        alone = collate_rated([RatedGroup([sample])], CPU)
         torch.testing.assert_close(model(alone.ids_T, alone.shape, alone.ends_N)[0], together[row], rtol=0, atol=1e-6)
+
+
+def test_a_batch_of_reward_training_is_counted_in_answers(make_model: Callable[..., Transformer]) -> None:
+    samples = [RatedSample([1, 2, number], 2, [0] * 5, str(number), prompt=str(number // 2)) for number in range(12)]
+    sizes: list[int] = []
+
+    def count(model: RewardModel, batch: RatedBatch) -> LossOutput:
+        sizes.append(len(batch.ends_N))
+        # both answers of a prompt, which is laid out once
+        assert batch.num_tokens == 2 * len(batch.ends_N)
+        return reward_objective(model, batch)
+
+    train(RewardModel(make_model()), count, samples, TrainSettings(epochs=2, batch_size=4))
+    assert sizes == [4] * 6
 
 
 def test_reward_training_learns_and_ignores_missing_labels(make_model: Callable[..., Transformer]) -> None:
@@ -97,6 +115,6 @@ def test_reward_training_learns_and_ignores_missing_labels(make_model: Callable[
     assert result.metrics["loss"] < 0.02 and "mse_complexity" not in result.metrics
     assert result.metrics["mse_verbosity"] < 0.05
     assert torch.equal(model.head.weight[3], untouched)
-    batch = collate_rated(samples[:2], CPU)
+    batch = collate_rated([RatedGroup(samples[:2])], CPU)
     scores = model(batch.ids_T, batch.shape, batch.ends_N)
     assert scores[0].tolist()[:3] == pytest.approx([4, 3, 2], abs=0.4)

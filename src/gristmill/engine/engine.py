@@ -24,7 +24,8 @@ from gristmill.engine.cache import KVCache
 from gristmill.engine.generator import Completion, Finish, Request
 from gristmill.engine.sampler import Needs, choose, sample_key, uniforms
 from gristmill.errors import InputError
-from gristmill.model.attention import PackedShape, varlen_attention
+from gristmill.model.attention import varlen_attention
+from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Block, Transformer
 from gristmill.tokenizer import Tokenizer
 from gristmill.workers import merge, num_workers, workers

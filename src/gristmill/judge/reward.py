@@ -6,13 +6,15 @@ import torch
 
 from gristmill.chat import ChatFormat, Message
 from gristmill.errors import InputError
-from gristmill.model.attention import PackedShape
+from gristmill.model.packed import pack
 from gristmill.model.reward import RewardModel
 from gristmill.rows import Rating
 from gristmill.tokenizer import Tokenizer
 from gristmill.workers import num_workers, workers
 
 PACKED_TOKENS = 4096
+# Rated in one pass, so that the model reads their prompt once.
+ANSWERS_TOGETHER = 8
 
 
 class RewardScorer:
@@ -42,37 +44,42 @@ class RewardScorer:
             if len(ids) > limit:
                 raise InputError(f"Conversation {i} has {len(ids)} tokens and the reward model's context is {limit}: shorten it.")
             rendered.append(ids)
+        answers_of: dict[tuple[Message, ...], list[int]] = {}
+        for i, messages in enumerate(conversations):
+            answers_of.setdefault(tuple(messages[:-1]), []).append(i)
         ratings: list[Rating | None] = [None] * len(rendered)
-        groups = list(_groups(rendered))
+        packs = list(_packs(list(answers_of.values()), rendered))
         with workers(num_workers(self.model)) as each:
-            for group, rows in zip(groups, each(lambda group: self._score([rendered[i] for i in group]), groups), strict=True):
-                for i, row in zip(group, rows, strict=True):
+            scored = each(lambda groups: self._score([[rendered[i] for i in group] for group in groups]), packs)
+            for groups, rows in zip(packs, scored, strict=True):
+                for i, row in zip((i for group in groups for i in group), rows, strict=True):
                     ratings[i] = Rating(*row)
         return [r for r in ratings if r is not None]
 
     @torch.inference_mode()
-    def _score(self, conversations: list[list[int]]) -> list[list[float]]:
+    def _score(self, groups: list[list[list[int]]]) -> list[list[float]]:
         end = self.chat_format.end_of_turn_id(self.tokenizer)
-        device = self.model.backbone.embedding.device
-        shape = PackedShape.from_lengths([len(ids) for ids in conversations], device)
-        ids_T = torch.tensor([t for ids in conversations for t in ids], device=device)
-        last_N = torch.tensor([len(ids) - 1 - ids[::-1].index(end) for ids in conversations], device=device)
-        return self.model(ids_T, shape, last_N + shape.cu_seqlens[:-1]).tolist()
+        ids_T, shape, _ = pack(groups, self.model.backbone.embedding.device)
+        last = [len(ids) - 1 - ids[::-1].index(end) for group in groups for ids in group]
+        last_N = shape.keys_S[shape.cu_keys[: len(last)] + torch.tensor(last, device=ids_T.device)]
+        return self.model(ids_T, shape, last_N).tolist()
 
     def total(self, rating: Rating) -> float:
         """Weighted sum of a rating."""
         return rating.score(self.weights)
 
 
-def _groups(rendered: list[list[int]]) -> Iterator[list[int]]:
-    """Indices in packs of about PACKED_TOKENS tokens, alike in length."""
-    group: list[int] = []
+def _packs(groups: list[list[int]], rendered: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Answers to one prompt stay together, ANSWERS_TOGETHER at most; packs of about PACKED_TOKENS tokens, alike in length."""
+    pieces = [group[start : start + ANSWERS_TOGETHER] for group in groups for start in range(0, len(group), ANSWERS_TOGETHER)]
+    together: list[list[int]] = []
     size = 0
-    for i in sorted(range(len(rendered)), key=lambda i: len(rendered[i])):
-        if group and size + len(rendered[i]) > PACKED_TOKENS:
-            yield group
-            group, size = [], 0
-        group.append(i)
-        size += len(rendered[i])
-    if group:
-        yield group
+    for piece in sorted(pieces, key=lambda piece: max(len(rendered[i]) for i in piece)):
+        num_tokens = sum(len(rendered[i]) for i in piece)
+        if together and size + num_tokens > PACKED_TOKENS:
+            yield together
+            together, size = [], 0
+        together.append(piece)
+        size += num_tokens
+    if together:
+        yield together

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.errors import InputError
-from gristmill.model.attention import PackedShape
+from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Linear, Transformer
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gristmill.model.attention import PackedShape, varlen_attention
+from gristmill.model.attention import varlen_attention
 from gristmill.model.config import BlockConfig, ModelConfig
+from gristmill.model.packed import PackedShape
 
 
 class Linear(nn.Linear):

@@ -30,9 +30,12 @@ from gristmill.train.packing import (
     AnySample,
     Batch,
     BatchPlan,
-    PairSample,
+    RatedGroup,
+    Unit,
     collate,
     fingerprint_samples,
+    group_rated,
+    parts_of,
     split_micro_batches,
 )
 from gristmill.workers import Map, num_workers, workers
@@ -155,8 +158,12 @@ class _Run:
         on_step: OnStep | None,
     ) -> None:
         self.model, self.objective, self.settings, self.on_step = model, objective, settings, on_step
-        self.samples, long, untrained = _usable(samples, settings.max_tokens)
-        self.validation, _, _ = _usable(validation, settings.max_tokens) if validation else ([], [], [])
+        usable, long, untrained = _usable(samples, settings.max_tokens)
+        valid, _, _ = _usable(validation, settings.max_tokens) if validation else ([], [], [])
+        self.samples, self.validation = (
+            group_rated(some, settings.batch_size or len(some), min(settings.micro_batch_tokens, settings.batch_tokens or math.inf))
+            for some in (usable, valid)
+        )
         check_vocabulary(model, [*self.samples, *self.validation])
         _check_masters(model)
         self.device = next(model.parameters()).device
@@ -169,6 +176,7 @@ class _Run:
             steps=settings.steps,
             batch_size=settings.batch_size,
             batch_tokens=settings.batch_tokens,
+            rows=[len(sample.answers) if isinstance(sample, RatedGroup) else 1 for sample in self.samples],
         )
         names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay")
         self.optimizer = Optimizer(model, OptimSettings(**{name: getattr(settings, name) for name in names}))
@@ -388,7 +396,7 @@ def _usable(samples: Sequence[AnySample], max_tokens: int | None) -> tuple[list[
     untrained: list[str] = []
     for position, sample in enumerate(samples):
         name = sample.id or f"#{position}"
-        if max_tokens is not None and _longest(sample) > max_tokens:
+        if max_tokens is not None and max(part.num_tokens for part in parts_of(sample)) > max_tokens:
             long.append(name)
         elif sample.num_targets == 0:
             untrained.append(name)
@@ -406,16 +414,11 @@ def _usable(samples: Sequence[AnySample], max_tokens: int | None) -> tuple[list[
     raise InputError("there is nothing to train on: the data set is empty")
 
 
-def _longest(sample: AnySample) -> int:
-    """Tokens of the longest document in a sample."""
-    return max(sample.chosen.num_tokens, sample.rejected.num_tokens) if isinstance(sample, PairSample) else sample.num_tokens
-
-
-def check_vocabulary(model: nn.Module, samples: Sequence[AnySample]) -> None:
+def check_vocabulary(model: nn.Module, samples: Sequence[AnySample | Unit]) -> None:
     """InputError when a token id is outside the model's vocabulary: the data are of another tokenizer."""
     vocab_size = backbone(model).config.vocab_size
     for position, sample in enumerate(samples):
-        for part in (sample.chosen, sample.rejected) if isinstance(sample, PairSample) else (sample,):
+        for part in parts_of(sample):
             highest = int(np.max(part.ids))
             if highest >= vocab_size:
                 raise InputError(

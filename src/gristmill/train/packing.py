@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gristmill.errors import InputError
-from gristmill.model.attention import PackedShape
+from gristmill.model.packed import PackedShape, num_shared, pack
 
 MISSING = -100.0  # a label with this value is absent; the value NeMo-Aligner's regression data uses
 
@@ -72,9 +72,10 @@ class PairSample:
     ref_chosen: float | None = None
     ref_rejected: float | None = None
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
-        return self.chosen.num_tokens + self.rejected.num_tokens
+        """Tokens that go through the model: what both sides begin with counts once."""
+        return self.chosen.num_tokens + self.rejected.num_tokens - num_shared([self.chosen.ids, self.rejected.ids])
 
     @property
     def num_targets(self) -> int:
@@ -84,12 +85,16 @@ class PairSample:
 
 @dataclass
 class RatedSample:
-    """A conversation and its five ratings; ``end`` indexes the end-of-turn token whose state is scored."""
+    """A conversation and its five ratings; ``end`` indexes the end-of-turn token whose state is scored.
+
+    Samples with the same ``prompt`` (any name but "") are answers to one prompt: see ``RatedGroup``.
+    """
 
     ids: Sequence[int] | np.ndarray
     end: int
     labels: Sequence[float]
     id: str = ""
+    prompt: str = ""
     num_targets: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -107,7 +112,60 @@ class RatedSample:
         return len(self.ids)
 
 
+@dataclass
+class RatedGroup:
+    """Rated answers to one prompt. They go through the model together, so that it reads the prompt once."""
+
+    answers: Sequence[RatedSample]
+
+    @property
+    def id(self) -> str:
+        return self.answers[0].id
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model: what all answers begin with counts once."""
+        documents = [answer.ids for answer in self.answers]
+        return sum(map(len, documents)) - (len(documents) - 1) * num_shared(documents)
+
+    @property
+    def num_targets(self) -> int:
+        return sum(answer.num_targets for answer in self.answers)
+
+
 AnySample = Sample | PairSample | RatedSample
+# What a step is made of.
+Unit = Sample | PairSample | RatedGroup
+
+
+def group_rated(samples: Sequence[AnySample], max_answers: int, max_tokens: float) -> list[Unit]:
+    """Rated samples of one prompt become groups of at most so many answers, and of so many tokens where they hold several."""
+    units: list[Unit] = []
+    latest: dict[str, int] = {}  # of each prompt its last group's place
+    for sample in samples:
+        if not isinstance(sample, RatedSample):
+            units.append(sample)
+            continue
+        if sample.prompt in latest:
+            group = units[latest[sample.prompt]]
+            assert isinstance(group, RatedGroup)
+            larger = RatedGroup([*group.answers, sample])
+            if len(larger.answers) <= max_answers and larger.num_tokens <= max_tokens:
+                units[latest[sample.prompt]] = larger
+                continue
+        if sample.prompt:
+            latest[sample.prompt] = len(units)
+        units.append(RatedGroup([sample]))
+    return units
+
+
+def parts_of(sample: AnySample | Unit) -> Sequence[Sample | RatedSample]:
+    """The documents of a sample."""
+    if isinstance(sample, PairSample):
+        return sample.chosen, sample.rejected
+    if isinstance(sample, RatedGroup):
+        return sample.answers
+    return (sample,)
 
 
 @dataclass(frozen=True)
@@ -163,52 +221,32 @@ class RatedBatch:
 Batch = TokenBatch | PairBatch | RatedBatch
 
 
-def filled_length(num_tokens: int) -> int:
-    """``num_tokens`` rounded up to one of sixteen sizes an octave (by 3 % on average).
+def _token_batch(groups: Sequence[Sequence[Sample]], device: torch.device) -> TokenBatch:
+    """Samples end to end, those of a group sharing what they begin with.
 
-    In bf16 the CPU library generates code for every new shape of a matrix and keeps about 1 MB for each: a
-    run of 100 batches of different lengths grew to 2.4 GiB; with rounded lengths it stays at 0.7.
+    A document's last row predicts nothing, so no target ever crosses from one document into the next.
     """
-    step = max(1, 2 ** (num_tokens.bit_length() - 5))
-    return -(-num_tokens // step) * step
-
-
-def _pack(documents: Sequence[Sequence[int] | np.ndarray], device: torch.device) -> tuple[Tensor, PackedShape, int]:
-    """Ids, shape, and the number of real tokens. Documents of one untrained token fill the batch up."""
-    lengths = [len(ids) for ids in documents]
-    num_tokens = sum(lengths)
-    num_fill = filled_length(num_tokens) - num_tokens
-    ids = np.concatenate([*documents, np.zeros(num_fill, dtype=np.int32)]).astype(np.int64)
-    return (
-        torch.from_numpy(ids).to(device),
-        PackedShape.from_lengths(lengths + [1] * num_fill, device),
-        num_tokens,
-    )
+    ids_T, shape, num_tokens = pack([[sample.ids for sample in group] for group in groups], device)
+    # a document's own first mask entry is void
+    trained = [np.append(False, np.asarray(sample.mask)[1:]) for group in groups for sample in group]
+    targets_R = torch.from_numpy(np.flatnonzero(np.concatenate(trained))).to(device)
+    return TokenBatch(ids_T, shape, num_tokens, shape.keys_S[targets_R - 1], ids_T[shape.keys_S[targets_R]])
 
 
 def collate_tokens(samples: Sequence[Sample], device: torch.device) -> TokenBatch:
-    """Lay samples end to end.
-
-    The row of document d that ends it predicts nothing, so no target ever crosses from one document into
-    the next.
-    """
-    ids_T, shape, num_tokens = _pack([sample.ids for sample in samples], device)
-    # predicts_T[i]: token i+1 is a trained target of the same document. A document's own first mask entry
-    # is void.
-    predicts = [np.append(np.asarray(sample.mask)[1:], False) for sample in samples]
-    rows_R = torch.from_numpy(np.flatnonzero(np.concatenate(predicts))).to(device)
-    return TokenBatch(ids_T, shape, num_tokens, rows_R, ids_T[rows_R + 1])
+    """Lay samples end to end."""
+    return _token_batch([[sample] for sample in samples], device)
 
 
 def collate_pairs(pairs: Sequence[PairSample], device: torch.device) -> PairBatch:
     """Lay pairs end to end, chosen before rejected. References are set when every pair has them."""
-    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-    lengths = np.array([side.num_targets for side in sides])
+    sides = [(pair.chosen, pair.rejected) for pair in pairs]
+    lengths = np.array([side.num_targets for both in sides for side in both])
     references = [(pair.ref_chosen, pair.ref_rejected) for pair in pairs]
     known = all(chosen is not None and rejected is not None for chosen, rejected in references)
     return PairBatch(
-        tokens=collate_tokens(sides, device),
-        documents_R=torch.from_numpy(np.repeat(np.arange(len(sides)), lengths)).to(device),
+        tokens=_token_batch(sides, device),
+        documents_R=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device),
         lengths_N=torch.from_numpy(lengths).to(device),
         rewards_P2=torch.tensor([(p.chosen_reward, p.rejected_reward) for p in pairs], device=device),
         # fp32 holds a summed log-probability of -1000 to 6e-5, which is all the model's own arithmetic gives
@@ -216,29 +254,29 @@ def collate_pairs(pairs: Sequence[PairSample], device: torch.device) -> PairBatc
     )
 
 
-def collate_rated(samples: Sequence[RatedSample], device: torch.device) -> RatedBatch:
+def collate_rated(groups: Sequence[RatedGroup], device: torch.device) -> RatedBatch:
     """Lay rated conversations end to end."""
-    ids_T, shape, num_tokens = _pack([sample.ids for sample in samples], device)
-    starts = np.cumsum([0] + [sample.num_tokens for sample in samples[:-1]])
-    ends_N = torch.from_numpy(starts + np.array([sample.end for sample in samples])).to(device)
-    labels_N5 = torch.tensor([sample.labels for sample in samples], dtype=torch.float32, device=device)
+    ids_T, shape, num_tokens = pack([[answer.ids for answer in group.answers] for group in groups], device)
+    answers = [answer for group in groups for answer in group.answers]
+    ends_N = shape.keys_S[shape.cu_keys[: len(answers)] + torch.tensor([answer.end for answer in answers], device=device)]
+    labels_N5 = torch.tensor([answer.labels for answer in answers], dtype=torch.float32, device=device)
     return RatedBatch(ids_T, shape, num_tokens, ends_N, labels_N5)
 
 
-def collate(samples: Sequence[AnySample], device: torch.device) -> Batch:
+def collate(units: Sequence[Unit], device: torch.device) -> Batch:
     """Pack samples of one kind into the batch of that kind."""
-    first = samples[0]
+    first = units[0]
     if isinstance(first, Sample):
-        return collate_tokens(samples, device)  # type: ignore[arg-type]
+        return collate_tokens(units, device)  # type: ignore[arg-type]
     if isinstance(first, PairSample):
-        return collate_pairs(samples, device)  # type: ignore[arg-type]
-    return collate_rated(samples, device)  # type: ignore[arg-type]
+        return collate_pairs(units, device)  # type: ignore[arg-type]
+    return collate_rated(units, device)  # type: ignore[arg-type]
 
 
-AnySampleT = TypeVar("AnySampleT", Sample, PairSample, RatedSample, AnySample)
+UnitT = TypeVar("UnitT", Sample, PairSample, RatedGroup, Unit)
 
 
-def split_micro_batches(samples: Sequence[AnySampleT], max_tokens: int, num_workers: int = 1) -> list[list[AnySampleT]]:
+def split_micro_batches(samples: Sequence[UnitT], max_tokens: int, num_workers: int = 1) -> list[list[UnitT]]:
     """Cut the samples of one step into micro-batches, of which any ``num_workers`` neighbours hold at most ``max_tokens`` tokens.
 
     A longer sample gets one of its own. Sorted by length, so that the documents of a micro-batch are
@@ -249,8 +287,8 @@ def split_micro_batches(samples: Sequence[AnySampleT], max_tokens: int, num_work
     return [group for turn in zip_longest(*shares) for group in turn if group]
 
 
-def _groups(samples: Sequence[AnySampleT], max_tokens: int) -> Iterator[list[AnySampleT]]:
-    group: list[AnySampleT] = []
+def _groups(samples: Sequence[UnitT], max_tokens: int) -> Iterator[list[UnitT]]:
+    group: list[UnitT] = []
     size = 0
     for sample in samples:
         if group and size + sample.num_tokens > max_tokens:
@@ -266,10 +304,10 @@ class BatchPlan:
     """Which samples each step trains on: a pure function of (seed, step), found without replaying steps.
 
     The stream is one shuffle of all samples after another. A step is a stretch of that stream, measured in
-    samples (``batch_size``) or in tokens (``batch_tokens``). With ``epochs`` the stream ends after that
-    many shuffles and is cut into floor(length / batch) *equal* stretches, so that every sample is seen
-    exactly ``epochs`` times and no small remainder is trained on as a noisy last step. With ``steps`` it
-    goes on as long as needed.
+    rows (``batch_size``) or in tokens (``batch_tokens``): a sample has ``lengths`` tokens and counts as one
+    row, or as ``rows``. With ``epochs`` the stream ends after that many shuffles and is cut into
+    floor(length / batch) *equal* stretches, so that every sample is seen exactly ``epochs`` times and no
+    small remainder is trained on as a noisy last step. With ``steps`` it goes on as long as needed.
     """
 
     def __init__(
@@ -281,12 +319,14 @@ class BatchPlan:
         steps: int | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
+        rows: Sequence[int] | None = None,
     ) -> None:
         if batch_tokens is not None and max(lengths) > batch_tokens:
             raise InputError(
                 f"the longest sample has {max(lengths)} tokens, more than batch_tokens {batch_tokens}; raise batch_tokens or set max_tokens"
             )
-        self._weights = np.asarray(lengths if batch_tokens is not None else np.ones(len(lengths)), dtype=np.int64)
+        weights = lengths if batch_tokens is not None else rows or np.ones(len(lengths))
+        self._weights = np.asarray(weights, dtype=np.int64)
         self._epoch_weight = int(self._weights.sum())
         self._seed = seed
         batch = batch_tokens if batch_tokens is not None else batch_size
@@ -320,11 +360,13 @@ class BatchPlan:
         return chosen
 
 
-def fingerprint_samples(samples: Sequence[AnySample]) -> str:
+def fingerprint_samples(samples: Sequence[AnySample | Unit]) -> str:
     """A hash of everything in the samples that training can see, in their order. 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     for sample in samples:
-        for part in (sample.chosen, sample.rejected) if isinstance(sample, PairSample) else (sample,):
+        parts = parts_of(sample)
+        digest.update(np.int64(len(parts)).tobytes())
+        for part in parts:
             digest.update(np.int64(part.num_tokens).tobytes() + np.asarray(part.ids).tobytes())
             if isinstance(part, Sample):
                 digest.update(np.asarray(part.mask).tobytes())

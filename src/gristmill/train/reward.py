@@ -9,6 +9,7 @@ from gristmill.errors import InputError
 from gristmill.model.reward import ATTRIBUTES, RewardModel
 from gristmill.rows import Rated
 from gristmill.tokenizer import Tokenizer
+from gristmill.train.checkpoint import fingerprint_text
 from gristmill.train.loop import LossOutput
 from gristmill.train.losses import masked_mse
 from gristmill.train.packing import MISSING, RatedBatch, RatedSample
@@ -44,5 +45,6 @@ def rated_samples(rows: Iterable[Rated], chat_format: ChatFormat, tokenizer: Tok
         except InputError as error:
             raise InputError(f"rated row {row.id}: {error}") from error
         labels = [MISSING if label is None else label for label in row.labels]
-        samples.append(RatedSample(ids, int(np.flatnonzero(np.array(ids) == end_id)[-1]), labels, row.id))
+        prompt = fingerprint_text(repr(row.messages[:-1]))
+        samples.append(RatedSample(ids, int(np.flatnonzero(np.array(ids) == end_id)[-1]), labels, row.id, prompt))
     return samples

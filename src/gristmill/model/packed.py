@@ -1,0 +1,255 @@
+"""Documents laid end to end, the one layout of all models: where they begin, what they share, and how attention may group them.
+
+Shapes: T tokens of all documents one after the other, N documents, X heads, d head_dim, C cells of all padded views together,
+B documents of one view, L its length.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A padded view closes when its next document would leave more than this share of its row empty.
+MAX_EMPTY_SHARE = 0.25
+# Documents of this many tokens or more keep the bf16 kernels on a CPU busy without others beside them.
+LONG_DOCUMENT = 96
+
+Ids = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """B rows of L cells, each with a token, and which of them are the row's own and which it shares with another row.
+
+    The others are padding: they repeat a row's last token. Causal attention hides them from all real ones, and what they give is
+    never read. span: where a single row's tokens lie if they are neighbours, which then need no copy.
+    """
+
+    tokens_BL: Tensor
+    own_BL: Tensor
+    shared_BL: Tensor
+    span: slice | None = None
+
+    @cached_property
+    def _tokens_C(self) -> Tensor:
+        return self.tokens_BL.flatten()
+
+    @cached_property
+    def _own(self) -> tuple[Tensor, Tensor]:
+        """Own cells and their tokens."""
+        own_R = self.own_BL.flatten().nonzero()[:, 0]
+        return own_R, self._tokens_C[own_R]
+
+    @cached_property
+    def _shared(self) -> tuple[Tensor, Tensor]:
+        """Shared cells and their tokens."""
+        shared_S = self.shared_BL.flatten().nonzero()[:, 0]
+        return shared_S, self._tokens_C[shared_S]
+
+    def own_columns(self) -> "Cells":
+        """Without the columns before any row's own cells; what is shared is padding now."""
+        if not bool(self.shared_BL.any()):
+            return self
+        first = int(self.shared_BL.sum(1).min())
+        return Cells(self.tokens_BL[:, first:], self.own_BL[:, first:], torch.zeros_like(self.shared_BL[:, first:]))
+
+    def take(self, x_TXd: Tensor, *, own: bool = False) -> Tensor:
+        """The cells [B, X, L, d] of tokens [T, X, d]; with ``own``, zero in all but a row's own."""
+        if self.span is not None:
+            part = x_TXd[self.span]
+        elif own:
+            part = x_TXd.new_zeros(self.tokens_BL.numel(), *x_TXd.shape[1:])
+            cells_R, tokens_R = self._own
+            part.index_copy_(0, cells_R, x_TXd.index_select(0, tokens_R))
+        else:
+            part = x_TXd.index_select(0, self._tokens_C)
+        return part.unflatten(0, self.tokens_BL.shape).transpose(1, 2)
+
+    def put(self, x_BXLd: Tensor, into_TXd: Tensor) -> None:
+        """Write own cells to their tokens and add shared ones to what theirs hold already, in the type of the tokens."""
+        part = x_BXLd.transpose(1, 2).flatten(0, 1)
+        if self.span is not None:
+            into_TXd[self.span] = part
+            return
+        cells_R, tokens_R = self._own
+        into_TXd[tokens_R] = part[cells_R].to(into_TXd.dtype)
+        cells_S, tokens_S = self._shared
+        if len(cells_S):
+            into_TXd.index_add_(0, tokens_S, part[cells_S].to(into_TXd.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """Documents that go through attention together. Their queries are the last columns of their keys."""
+
+    queries: Cells
+    keys: Cells
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """What to add to the scores [queries, keys]; None where there are as many of both and plain causal attention will do."""
+        num_queries, num_keys = self.queries.tokens_BL.shape[1], self.keys.tokens_BL.shape[1]
+        if num_queries == num_keys:
+            return None
+        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
+        return torch.zeros(hidden.shape, dtype=torch.bfloat16).masked_fill_(hidden, -torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedPlan:
+    """How all documents become cells of padded views of similar length, one after the other, and back.
+
+    token_C: the token of each cell. cell_T: the own cell of each token. shared_S: the shared cells. views: (B, L) of each.
+    """
+
+    token_C: Tensor
+    cell_T: Tensor
+    shared_S: Tensor
+    views: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedShape:
+    """Where documents begin and end in a packed batch.
+
+    Answers to one prompt need not repeat it. A document whose first shared[n] tokens are also those of the last document before it
+    that shares none lays out only the others; it sees the shared ones where they are. This changes no state, since a token sees
+    nothing that comes after it.
+
+    cu_seqlens: int32 [N + 1], starts of the documents' own tokens and, last, T. lengths: tokens of each document, the shared ones
+    included. positions_T: int64, in the document. keys_S: the tokens of each document, the shared ones included, one document after
+    another. What a backend derives from these is computed on first use and kept, so all layers use the same.
+    """
+
+    cu_seqlens: Tensor
+    lengths: list[int]
+    shared: list[int]
+    positions_T: Tensor
+    keys_S: Tensor
+
+    @staticmethod
+    def from_lengths(lengths: Sequence[int], device: torch.device | str = "cpu", *, shared: Sequence[int] = ()) -> "PackedShape":
+        """The shape of documents with these lengths (each with a token of its own), in this order; by default nothing is shared."""
+        assert not shared or (len(shared) == len(lengths) and shared[0] == 0), "the first document has no other to share with"
+        lengths_N, shared_N = torch.tensor(lengths), torch.tensor(shared or [0] * len(lengths))
+        own_N = lengths_N - shared_N
+        assert len(lengths) and int(own_N.min()) > 0, "a packed batch holds documents of at least one token"
+        holder_N = torch.where(shared_N == 0, torch.arange(len(lengths)), 0).cummax(0).values
+        assert bool((shared_N <= lengths_N[holder_N]).all()), "a document cannot share more tokens than the other has"
+        ends_N = own_N.cumsum(0)
+        starts_N = ends_N - own_N
+
+        def each_S(of_N: Tensor) -> Tensor:
+            return torch.repeat_interleave(of_N, lengths_N)
+
+        positions_S = torch.arange(int(lengths_N.sum())) - each_S(lengths_N.cumsum(0) - lengths_N)
+        is_shared_S = positions_S < each_S(shared_N)
+        keys_S = positions_S + torch.where(is_shared_S, each_S(starts_N[holder_N]), each_S(starts_N - shared_N))
+        return PackedShape(
+            F.pad(ends_N, (1, 0)).to(device, torch.int32),
+            lengths_N.tolist(),
+            shared_N.tolist(),
+            positions_S[~is_shared_S].to(device),
+            keys_S.to(device),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions_T.shape[0]
+
+    @cached_property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def cu_keys(self) -> Tensor:
+        """int32 [N + 1], where each document begins in keys_S, and last its size."""
+        return F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).to(self.cu_seqlens)
+
+    @cached_property
+    def padded_plan(self) -> PaddedPlan:
+        views = list(self._padded(range(len(self.lengths))))
+        token_C, own_C, shared_C = (
+            torch.cat([part.flatten() for part in parts])
+            for parts in zip(*((view.tokens_BL, view.own_BL, view.shared_BL) for view in views), strict=True)
+        )
+        cell_R = own_C.nonzero()[:, 0]
+        cell_T = torch.empty_like(cell_R).index_copy_(0, token_C[cell_R], cell_R)
+        device = self.positions_T.device
+        sizes = [(view.tokens_BL.shape[0], view.tokens_BL.shape[1]) for view in views]
+        return PaddedPlan(token_C.to(device), cell_T.to(device), shared_C.nonzero()[:, 0].to(device), sizes)
+
+    def _padded(self, documents: Iterable[int]) -> Iterator[Cells]:
+        """Documents of similar length as rows."""
+        starts_N, keys_S = self.cu_keys.cpu(), self.keys_S.cpu()
+        ordered = sorted(documents, key=lambda number: self.lengths[number], reverse=True)
+        while ordered:
+            longest = self.lengths[ordered[0]]
+            num_fit = sum(self.lengths[number] >= longest * (1 - MAX_EMPTY_SHARE) for number in ordered)
+            rows, ordered = ordered[:num_fit], ordered[num_fit:]
+            last_B1 = torch.tensor([[self.lengths[number] - 1] for number in rows])
+            shared_B1 = torch.tensor([[self.shared[number]] for number in rows])
+            position_L = torch.arange(longest)
+            tokens_BL = keys_S[starts_N[rows][:, None] + torch.minimum(position_L, last_B1)]
+            shared_BL = position_L < shared_B1
+            yield Cells(tokens_BL, (position_L <= last_B1) & ~shared_BL, shared_BL)
+
+    @cached_property
+    def views(self) -> list[View]:
+        """Long documents alone, the others in padded views. Those that share tokens come after those that hold them."""
+        keys: list[Cells] = []
+        starts = self.cu_seqlens.tolist()
+        for is_sharing in (False, True):
+            documents = [number for number, count in enumerate(self.shared) if bool(count) == is_sharing]
+            for number in documents:
+                if self.lengths[number] < LONG_DOCUMENT:
+                    continue
+                (cells,) = self._padded([number])
+                span = slice(starts[number], starts[number + 1])
+                keys.append(cells if is_sharing else replace(cells, span=span))
+            keys.extend(self._padded(number for number in documents if self.lengths[number] < LONG_DOCUMENT))
+        return [View(cells.own_columns(), cells) for cells in keys]
+
+
+def filled_length(num_tokens: int) -> int:
+    """``num_tokens`` rounded up to one of sixteen sizes an octave (by 3 % on average).
+
+    In bf16 the CPU library generates code for every new shape of a matrix and keeps about 1 MB for each: a
+    run of 100 batches of different lengths grew to 2.4 GiB; with rounded lengths it stays at 0.7.
+    """
+    step = max(1, 2 ** (num_tokens.bit_length() - 5))
+    return -(-num_tokens // step) * step
+
+
+def num_shared(documents: Sequence[Ids]) -> int:
+    """Tokens that all documents begin with, less one where nothing else would be left of one."""
+    first, *others = [np.asarray(ids) for ids in documents]
+    count = min(len(ids) for ids in documents) - 1
+    for ids in others:
+        differs = np.flatnonzero(ids[:count] != first[:count])
+        count = int(differs[0]) if len(differs) else count
+    return count
+
+
+def pack(groups: Sequence[Sequence[Ids]], device: torch.device) -> tuple[Tensor, PackedShape, int]:
+    """Ids [T], shape, and the number of real tokens of documents end to end.
+
+    Documents of a group share what all of them begin with. Documents of one token fill the batch up, see `filled_length`.
+    """
+    ids, lengths, shared = [], [], []
+    for documents in groups:
+        common = num_shared(documents) if len(documents) > 1 else 0
+        for number, document in enumerate(documents):
+            count = common if number else 0
+            ids.append(document[count:])
+            lengths.append(len(document))
+            shared.append(count)
+    num_tokens = sum(lengths) - sum(shared)
+    num_fill = filled_length(num_tokens) - num_tokens
+    ids_T = np.concatenate([*ids, np.zeros(num_fill, dtype=np.int32)]).astype(np.int64)
+    shape = PackedShape.from_lengths(lengths + [1] * num_fill, device, shared=shared + [0] * num_fill)
+    return torch.from_numpy(ids_T).to(device), shape, num_tokens

@@ -1,0 +1,40 @@
+"""Scores of the reward model belong to the answer, whatever is scored beside it."""
+
+from dataclasses import astuple
+
+import pytest
+
+from gristmill.chat import FORMATS, Message
+from gristmill.errors import InputError
+from gristmill.judge.reward import ANSWERS_TOGETHER, RewardScorer
+from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.reward import RewardModel
+from gristmill.model.transformer import Transformer
+from gristmill.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def scorer() -> RewardScorer:
+    tokenizer = Tokenizer.train(["one two three and is"] * 3, 300, FORMATS["nemotron"].special_tokens)
+    blocks = uniform_blocks(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, ffn_size=32)
+    model = Transformer(ModelConfig("nemotron", tokenizer.vocab_size, 16, blocks, max_positions=256, init_std=0.1))
+    return RewardScorer(RewardModel(model), tokenizer, FORMATS["nemotron"])
+
+
+def talk(question: str, answer: str) -> list[Message]:
+    return [Message("user", question), Message("assistant", answer)]
+
+
+def test_each_answer_gets_the_score_it_has_alone(scorer: RewardScorer) -> None:
+    talks = [talk(f"one and {'two ' * (n % 3)}", "three " * (n % 5) + str(n)) for n in range(3 * ANSWERS_TOGETHER + 1)]
+    scores = scorer.score(talks)
+    assert len({rating.helpfulness for rating in scores}) > len(talks) // 2
+    for messages, rating in zip(talks, scores, strict=True):
+        assert astuple(scorer.score([messages])[0]) == pytest.approx(astuple(rating), abs=1e-5)
+
+
+def test_a_talk_without_an_answer_is_refused(scorer: RewardScorer) -> None:
+    with pytest.raises(InputError, match="Conversation 1 does not end with the assistant"):
+        scorer.score([talk("one", "two"), talk("one", "two")[:1]])
+    with pytest.raises(InputError, match="Conversation 0 has .* and the reward model's context is 256"):
+        scorer.score([talk("one " * 300, "two")])
