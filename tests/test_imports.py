@@ -18,10 +18,11 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A room imports from lower layers and from itself, never from a room of its own layer or a higher one.
 LAYERS = [
     {"errors", "workers"},
-    {"tokenizer", "recipe", "synth"},
+    {"tokenizer", "recipe"},
     {"chat"},
     {"model", "rows"},
     {"train", "engine"},
+    {"synth"},
     {"judge"},
     {"evaluate", "miniature"},
     {"flywheel"},
@@ -32,6 +33,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 # Beyond the layers: rooms that a room has no business with, although they lie below it.
 NEVER = {
+    "synth": {"train", "engine.engine", "model"},  # it asks any Generator, and starts fast
     "judge": {"train", "engine.engine"},  # an LLM judge asks any Generator, not our engine
     "evaluate": {"train", "engine.engine", "miniature"},
     "miniature": {"train", "engine", "model.transformer"},  # the world is data

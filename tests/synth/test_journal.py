@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.synth.journal import Journal
+from gristmill.synth.journal import PIECE, Journal
 
 RECORDS: list[dict[str, Any]] = [
     {"id": "a", "out": [["text", 3, -0.5, "stop"]]},
@@ -30,11 +30,11 @@ def test_records_are_there_after_reopening(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "j.jsonl"
     write(path, RECORDS[:2])
     with Journal(path) as journal:
-        assert list(journal.done.values()) == RECORDS[:2]
+        assert list(journal.values()) == RECORDS[:2]
         journal.append(RECORDS[2])
-        assert journal.done["c"] == RECORDS[2]
+        assert journal["c"] == RECORDS[2]
     with Journal(path) as journal:
-        assert journal.done == {r["id"]: r for r in RECORDS}
+        assert dict(journal) == {r["id"]: r for r in RECORDS}
     assert path.read_bytes().count(b"\n") == 3
 
 
@@ -48,7 +48,7 @@ def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path) -> None:
         path.write_bytes(data[:size])
         kept = sum(end <= size for end in ends)
         with Journal(path) as journal:
-            assert list(journal.done.values()) == RECORDS[:kept], size
+            assert list(journal.values()) == RECORDS[:kept], size
             assert path.read_bytes() == data[: ends[kept - 1] if kept else 0], size
             for record in RECORDS[kept:]:
                 journal.append(record)
@@ -62,15 +62,37 @@ def test_what_a_power_cut_leaves_behind_is_cut_off(tmp_path: Path, rubbish: byte
     good = path.read_bytes()
     path.write_bytes(good + rubbish)
     with Journal(path) as journal:
-        assert list(journal.done.values()) == RECORDS
+        assert list(journal.values()) == RECORDS
     assert path.read_bytes() == good
+
+
+def test_records_behind_a_broken_line_stand(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    write(path, RECORDS)
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\x00" * 9 + b"\n" + b"".join(others) + b'{"id": "torn')
+    with Journal(path) as journal:
+        assert list(journal.values()) == RECORDS
+        journal.append({"id": "d"})
+    with Journal(path) as journal:
+        assert list(journal) == ["a", "b", "c", "d"]
+
+
+def test_long_records_are_read_back_whole(tmp_path: Path) -> None:
+    records = [{"id": str(n), "text": "x" * (PIECE * n // 2)} for n in range(5)]
+    path = tmp_path / "j.jsonl"
+    with Journal(path) as journal:
+        for record in records:
+            journal.append(record)
+            assert journal[record["id"]] == record
+        assert list(journal.values()) == records
 
 
 def test_the_last_record_of_an_id_counts(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     write(path, [{"id": "a", "v": 1}, {"id": "a", "v": 2}])
     with Journal(path) as journal:
-        assert journal.done == {"a": {"id": "a", "v": 2}}
+        assert dict(journal) == {"a": {"id": "a", "v": 2}}
 
 
 WRITER = """
@@ -79,7 +101,7 @@ from pathlib import Path
 from gristmill.synth.journal import Journal
 
 journal = Journal(Path(sys.argv[1]))
-i = len(journal.done)
+i = len(journal)
 while True:
     journal.append({"id": str(i), "text": "x" * (i % 300)})
     print(i, flush=True)
@@ -98,10 +120,10 @@ def test_a_killed_process_loses_nothing_it_had_appended(tmp_path: Path) -> None:
         reported = int(process.stdout.read().rstrip("\n").split("\n")[-1] or reported + 1)
         process.wait()
         with Journal(path) as journal:
-            assert len(journal.done) > reported
-            assert [int(i) for i in journal.done] == list(range(len(journal.done)))
-            assert all(r["text"] == "x" * (int(i) % 300) for i, r in journal.done.items())
-        reported = len(journal.done) - 1
+            assert len(journal) > reported
+            assert [int(i) for i in journal] == list(range(len(journal)))
+            assert all(r["text"] == "x" * (int(i) % 300) for i, r in journal.items())
+        reported = len(journal) - 1
 
 
 FULL_DISK = """
@@ -118,14 +140,14 @@ try:
     with Journal(Path(sys.argv[1])) as journal:
         for i in range(100):
             try:
-                journal.append({"id": i, "text": "x" * 80})
+                journal.append({"id": str(i), "text": "x" * 80})
             except InputError:
                 if sys.argv[2] == "freed":
                     limit(resource.RLIM_INFINITY)
                     journal.append({"id": "later"})
                 raise
 except InputError as e:
-    print(e, len(journal.done))
+    print(e, len(journal))
 """
 
 
@@ -140,9 +162,10 @@ def test_a_full_disk_is_one_clear_sentence_and_keeps_the_earlier_records(after: 
     appended = int(run.stdout.split()[-1])
     assert 5 < appended < 15
     with Journal(path) as journal:
-        assert len(journal.done) == appended
-        expected = list(range(appended)) if after == "full" else [*range(appended - 1), "later"]
-        assert list(journal.done) == expected
+        assert len(journal) == appended
+        numbers = [str(i) for i in range(appended)]
+        expected = numbers if after == "full" else [*numbers[:-1], "later"]
+        assert list(journal) == expected
 
 
 def test_closing_twice_is_harmless(tmp_path: Path) -> None:
@@ -151,7 +174,7 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
     journal.close()
     journal.close()
     with Journal(tmp_path / "j.jsonl") as reopened:
-        assert list(reopened.done) == ["a"]
+        assert list(reopened) == ["a"]
 
 
 @given(
@@ -169,5 +192,5 @@ def test_any_json_record_round_trips(tmp_path_factory: pytest.TempPathFactory, v
     records = [{**v, "id": f"r{i}"} for i, v in enumerate(values)]
     write(path, records)
     with Journal(path) as journal:
-        assert list(journal.done.values()) == records
+        assert list(journal.values()) == records
     assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == records

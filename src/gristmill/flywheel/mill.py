@@ -106,7 +106,7 @@ class Mill:
     def generate(self, engine: Engine, requests: Sequence[Request], journal: Path) -> dict[str, list[Completion]]:
         """Completions of every request; those that an earlier start finished are read from the journal."""
         with Journal(journal) as done:
-            missing = [r for r in requests if r.id not in done.done]
+            missing = [r for r in requests if r.id not in done]
             tokens = engine.stats.output_tokens
             finished = self.progress.track(
                 engine.generate(missing), len(missing), lambda: f"answers, {engine.stats.output_tokens - tokens:,} tokens"
@@ -114,9 +114,7 @@ class Mill:
             for request, completions in finished:
                 outs = [[c.text, c.num_tokens, round(sum(c.logprobs), 4), c.finish] for c in completions]
                 done.append({"id": request.id, "out": outs})
-            return {
-                r.id: [Completion(text, n, (logprob,), finish) for text, n, logprob, finish in done.done[r.id]["out"]] for r in requests
-            }
+            return {r.id: [Completion(text, n, (logprob,), finish) for text, n, logprob, finish in done[r.id]["out"]] for r in requests}
 
     # ---- judging ----
 

@@ -1,0 +1,142 @@
+"""Ask once: answers go into the journal before anyone sees them, and what the journal holds is not asked again."""
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Protocol
+
+from gristmill.engine.generator import Completion, Generator, Request
+from gristmill.synth.endpoint import WORKERS_PER_SLOT, RowFailed, side_by_side
+from gristmill.synth.journal import DiskFull, Journal
+
+DISK_PATIENCE = 600.0  # seconds that a full disk may stay full before the run ends
+DISK_PAUSE = 1.0
+
+
+class Source(Protocol):
+    """Who answers single requests: an `Endpoint`, or `Waves` over any `Generator`."""
+
+    @property
+    def concurrency(self) -> int:
+        """Requests that it can have under way."""
+        ...
+
+    def model_of(self, request_id: str) -> str:
+        """The model that answers a row."""
+        ...
+
+    async def complete(self, request: Request) -> list[Completion]:
+        """The `n` completions of one request; `RowFailed` where there are none."""
+        ...
+
+
+class Waves:
+    """A `Generator` as a `Source`: what waits when it is free goes through it together."""
+
+    def __init__(self, generator: Generator, concurrency: int = 256):
+        self.generator, self.concurrency = generator, concurrency
+        self._waiting: list[tuple[Request, asyncio.Future[list[Completion]]]] = []
+        self._pump: asyncio.Task[None] | None = None
+
+    def model_of(self, request_id: str) -> str:
+        return self.generator.name
+
+    async def complete(self, request: Request) -> list[Completion]:
+        turn: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, turn))
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.ensure_future(self._run())
+        return await turn
+
+    async def _run(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(0)  # let everyone who can ask do so first
+            wave, self._waiting = self._waiting, []
+            turns = {id(request): turn for request, turn in wave}
+            try:
+                for request, outs in self.generator.generate([request for request, _ in wave]):
+                    turns[id(request)].set_result(outs)
+                    await asyncio.sleep(0)
+            except Exception as e:  # whoever waits must hear of it
+                for turn in turns.values():
+                    if not turn.done():
+                        turn.set_exception(e)
+
+
+class Asker:
+    """Answers requests from the journal, or from the source and into the journal.
+
+    Args:
+        retry_failed: ask again what failed for good in an earlier run.
+
+    Attributes:
+        asked, found, failed: rows answered by the source, found in the journal, and without an answer, so far.
+    """
+
+    def __init__(self, source: Source, journal: Journal, *, retry_failed: bool = False):
+        self.source, self.journal, self.retry_failed = source, journal, retry_failed
+        self.asked = self.found = self.failed = 0
+        self._space = asyncio.Event()
+        self._space.set()
+
+    async def ask(self, request: Request) -> list[Completion]:
+        """The completions of a request.
+
+        Raises:
+            RowFailed: there are none, now or in an earlier run.
+        """
+        if request.id in self.journal:
+            record = self.journal[request.id]
+            if "out" in record:
+                self.found += 1
+                return completions_of(record)
+            if not self.retry_failed:
+                self.failed += 1
+                raise RowFailed(record["error"], record["attempts"], record["status"])
+        await self._space.wait()
+        head = {"id": request.id, "model": self.source.model_of(request.id)}
+        try:
+            outs = await self.source.complete(request)
+        except RowFailed as e:
+            self.failed += 1
+            await self._write({**head, "error": str(e), "attempts": e.attempts, "status": e.status, "prompt": request.messages[-1].content})
+            raise
+        await self._write({**head, "out": [[c.text, c.num_tokens, round(sum(c.logprobs), 4), c.finish] for c in outs]})
+        self.asked += 1
+        return outs
+
+    async def _write(self, record: dict[str, Any]) -> None:
+        """Append a record. The answer is paid for, so a full disk is waited for, and meanwhile nothing new is asked."""
+        since = time.monotonic()
+        while True:
+            try:
+                self.journal.append(record)
+                return self._space.set()
+            except DiskFull as e:
+                if time.monotonic() - since > DISK_PATIENCE:
+                    raise
+                if self._space.is_set():
+                    self._space.clear()
+                    print(f"{e} Waiting up to {DISK_PATIENCE:.0f} s for space.", file=sys.stderr)
+                await asyncio.sleep(DISK_PAUSE)
+
+    async def stream(self, requests: Iterable[Request]) -> AsyncIterator[tuple[Request, list[Completion] | RowFailed]]:
+        """Every request with its completions, or why there are none, in order of finishing.
+
+        Requests are taken from the iterable only as they can be worked on, so a stream of any length needs little memory.
+        """
+
+        async def answer(request: Request) -> tuple[Request, list[Completion] | RowFailed]:
+            try:
+                return request, await self.ask(request)
+            except RowFailed as e:
+                return request, e
+
+        async for item in side_by_side(requests, answer, WORKERS_PER_SLOT * self.source.concurrency):
+            yield item
+
+
+def completions_of(record: dict[str, Any]) -> list[Completion]:
+    """The completions in a journal's record, each with its summed log-probability."""
+    return [Completion(text, num_tokens, (logprob,), finish) for text, num_tokens, logprob, finish in record["out"]]

@@ -1,0 +1,85 @@
+"""An OpenAI-compatible endpoint whose behaviour each prompt asks for, in a process of its own.
+
+A prompt "... [fate 429 500 ok]" gets a 429 on its first attempt, a 500 on the second, and then answers. The answer repeats the
+prompt, so that a lost, doubled or misplaced one shows. `GET /_stats` tells what was asked.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import sys
+from collections import Counter
+from typing import Any
+
+from aiohttp import web
+
+FATE = re.compile(r"\[fate ([^\]]+)\]")
+asked: Counter[str] = Counter()
+seen: dict[str, Any] = {"requests": 0, "in_flight": 0, "most": 0, "bodies": [], "keys": []}
+dropped: list[web.Request] = []
+
+
+async def complete(request: web.Request) -> web.StreamResponse:
+    body = await request.json()
+    chat = request.path.endswith("/chat/completions")
+    prompt = body["messages"][-1]["content"] if chat else body["prompt"]
+    seen["requests"] += 1
+    seen["bodies"].append(body)
+    seen["keys"].append(request.headers.get("Authorization", ""))
+    seen["in_flight"] += 1
+    seen["most"] = max(seen["most"], seen["in_flight"])
+    try:
+        await asyncio.sleep(options.latency)
+        fates = found[1].split() if (found := FATE.search(prompt)) else ["ok"]
+        fate = fates[min(asked[prompt], len(fates) - 1)]
+        asked[prompt] += 1
+        return await answer(request, body, prompt, fate, chat)
+    finally:
+        seen["in_flight"] -= 1
+
+
+async def answer(request: web.Request, body: dict[str, Any], prompt: str, fate: str, chat: bool) -> web.StreamResponse:
+    kind, _, value = fate.partition(":")
+    if kind == "hang":
+        await asyncio.sleep(60)
+    if kind == "reset":
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+    if kind.isdigit():
+        headers = {"Retry-After": value} if value else {}
+        words = "no request may say rate or temperature, and the key was " + request.headers.get("Authorization", "")
+        return web.json_response({"error": {"message": words}}, status=int(kind), headers=headers)
+    text = "" if kind == "empty" else f"answer to {prompt}"
+    num = 1 if kind == "one" else body.get("n", 1)
+    logprobs = {"content": [{"token": "x", "logprob": -0.5}] * 3} if body.get("logprobs") else None
+    choice: dict[str, Any] = {"finish_reason": "stop", "logprobs": logprobs}
+    choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    data = json.dumps({"choices": [choice] * num, "usage": {"prompt_tokens": 10, "completion_tokens": 20 * num}}).encode()
+    return web.Response(body=data[: len(data) // 2] if kind == "bad" else data, content_type="application/json")
+
+
+async def stats(request: web.Request) -> web.Response:
+    return web.json_response({**seen, "asked": dict(asked)})
+
+
+async def main() -> None:
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", complete)
+    app.router.add_post("/v1/completions", complete)
+    app.router.add_get("/_stats", stats)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", options.port, reuse_address=True)
+    await site.start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.to_thread(sys.stdin.read)  # until whoever started this goes away
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--latency", type=float, default=0.01)
+    options = parser.parse_args()
+    asyncio.run(main())
