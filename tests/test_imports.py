@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A room imports from lower layers and from itself, never from a room of its own layer or a higher one.
 LAYERS = [
     {"errors", "workers"},
+    {"files"},
     {"tokenizer", "recipe"},
     {"chat"},
     {"model", "rows"},
@@ -27,6 +28,7 @@ LAYERS = [
     {"evaluate", "miniature"},
     {"flywheel"},
     {"report", "start", "jobs"},
+    {"dataset"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,6 +1,6 @@
 """The command line. Each command is a few lines that call the library; heavy imports wait until a command needs them.
 
-Exit codes: 0 done, 1 a bug (with a traceback), 2 bad input (one sentence), 130 interrupted.
+Exit codes: 0 done, 1 a bug (with a traceback), 2 bad input (one sentence), 3 rows failed for good, 130 interrupted.
 """
 
 import json
@@ -345,6 +345,83 @@ def init(
     files = {"demonstrations": demonstrations, "ratings": ratings, "prompts": prompts, "evaluation": evaluation}
     write_recipe(out, name, model, {k: v for k, v in files.items() if v is not None}, force)
     typer.echo(f"{out} is written: read it, then `gristmill run {out}`.")
+
+
+@command("gristmill synth recipe.yaml --dry-run")
+def synth(
+    recipe: Annotated[str, typer.Argument(help="A dataset recipe; or `errors`, to list the calls of a run that failed for good.")],
+    folder: Annotated[Path | None, typer.Argument(help="After `errors`: the run's folder.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/NAME.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask nobody: print the calls, tokens and cost that it would take.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Most rows of each pipeline, to try a recipe.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed for good in an earlier start.")] = False,
+    unsafe_code: Unsafe = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a dataset: prompts, dialogues, answers, judgements and pairs. Exit code 3 when calls failed for good."""
+    if recipe == "errors":
+        return _synth_errors(folder or Path("runs"), as_json)
+    from gristmill.dataset import recipe as recipes
+    from gristmill.dataset import run as dataset
+
+    loaded = recipes.load(find_recipe(recipe))
+    if dry_run:
+        estimate = dataset.rehearse(loaded)
+        if as_json:
+            typer.echo(json.dumps(estimate))
+            return
+        for name, m in estimate["models"].items():
+            typer.echo(f"{name}: {m['calls']:,} calls, {m['tokens_in']:,} tokens in, {m['tokens_out']:,} out, cost {m['cost']:.2f}")
+        typer.echo(f"in all {estimate['calls']:,} calls, cost {estimate['cost']:.2f} at most; nothing was asked")
+        return
+    from gristmill.flywheel.progress import Progress
+
+    target = out or Path("runs") / loaded.name
+    results = dataset.run(loaded, target, Progress(quiet=quiet), limit=limit, retry_failed=retry_failed, unsafe_code=unsafe_code)
+    if as_json:
+        typer.echo(json.dumps(results))
+    else:
+        counts = ", ".join(f"{results[name]:,} {name}" for name in ("prompts", "responses", "demonstrations", "pairs"))
+        typer.echo(f"{counts}: {target}")
+    if failed := results["calls"]["failed"]:
+        typer.echo(
+            f"gristmill: {failed:,} calls failed for good: see `gristmill synth errors {target}`, and run again with --retry-failed.",
+            err=True,
+        )
+        raise typer.Exit(3)
+
+
+def _synth_errors(folder: Path, as_json: bool) -> None:
+    from gristmill.dataset.lineage import errors
+
+    for record in errors(folder):
+        if as_json:
+            typer.echo(json.dumps(record))
+        else:
+            asked = " ".join(record.get("prompt", "").split())[:80]
+            typer.echo(f"{record['id']}  {record['attempts']} attempts, status {record['status']}: {record['error']}  [{asked}]")
+
+
+@command("gristmill rows lineage 0123456789abcdef --folder runs/tides")
+def rows(
+    action: Annotated[str, typer.Argument(help="What to show: lineage, the chain of calls and rows behind a row.")],
+    name: Annotated[str, typer.Argument(help="The row's id.")],
+    folder: Annotated[Path, typer.Option(help="Folder of a dataset run.")] = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Look into the rows of a dataset run."""
+    if action != "lineage":
+        raise InputError(f"Unknown action {action!r}: use `gristmill rows lineage ID`.")
+    from gristmill.dataset.lineage import lineage
+
+    for entry in lineage(folder, name):
+        if as_json:
+            typer.echo(json.dumps(entry))
+            continue
+        hidden = {"id", "depth", "kind", "text", "parents"}
+        facts = ", ".join(f"{k} {v}" for k, v in entry.items() if k not in hidden and v not in ("", {}))
+        typer.echo(f"{'  ' * entry['depth']}{entry['id']}  {entry['kind']}  {facts}  {entry['text']}".rstrip())
 
 
 if __name__ == "__main__":

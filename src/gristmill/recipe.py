@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -221,9 +221,12 @@ def explain(error: ValidationError, section: type[BaseModel]) -> str:
 
 def _keys(location: tuple[int | str, ...], section: type[BaseModel]) -> list[str]:
     for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation
+        if isinstance(part, int):
+            continue  # a place in a list, whose items are of the section found last
+        annotation = section.model_fields[part].annotation
+        sections = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        assert sections, f"{part} is no section"
+        section = sections[0]
     return list(section.model_fields)
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from gristmill import recipe as recipes
 from gristmill.errors import InputError
+from gristmill.files import write_json
 from gristmill.flywheel import folder as module
-from gristmill.flywheel.folder import RunFolder, write_json
+from gristmill.flywheel.folder import RunFolder
 from gristmill.flywheel.progress import Progress
 from gristmill.recipe import Recipe
 

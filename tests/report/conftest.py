@@ -12,7 +12,7 @@ import pytest
 from gristmill import recipe as recipes
 from gristmill.chat import Message
 from gristmill.evaluate.intervals import accuracy
-from gristmill.flywheel.folder import write_json
+from gristmill.files import write_json
 from gristmill.rows import Demonstration, Pair, Prompt, Rating, Response, make_id, write_rows
 
 TASKS = ("facts", "sums", "code")

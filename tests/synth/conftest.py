@@ -14,8 +14,8 @@ import pytest
 class MockEndpoint:
     """The server of mock_endpoint.py. It can die, and come back at the same address."""
 
-    def __init__(self, latency: float = 0.01):
-        self.latency, self.port = latency, 0
+    def __init__(self, latency: float = 0.01, obedient: bool = False):
+        self.latency, self.port, self.obedient = latency, 0, obedient
         self.start()
 
     def start(self) -> None:

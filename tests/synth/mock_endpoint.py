@@ -6,6 +6,7 @@ prompt, so that a lost, doubled or misplaced one shows. `GET /_stats` tells what
 
 import argparse
 import asyncio
+import hashlib
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 from aiohttp import web
 
+WORDS = ("harbour", "violin", "glacier", "ledger", "orchard", "compass", "lantern")
 FATE = re.compile(r"\[fate ([^\]]+)\]")
 asked: Counter[str] = Counter()
 seen: dict[str, Any] = {"requests": 0, "in_flight": 0, "most": 0, "bodies": [], "keys": []}
@@ -51,13 +53,32 @@ async def answer(request: web.Request, body: dict[str, Any], prompt: str, fate: 
         headers = {"Retry-After": value} if value else {}
         words = "no request may say rate or temperature, and the key was " + request.headers.get("Authorization", "")
         return web.json_response({"error": {"message": words}}, status=int(kind), headers=headers)
-    text = "" if kind == "empty" else f"answer to {prompt}"
+    text = "" if kind == "empty" else fitting(prompt, body) if options.obedient else f"answer to {prompt}"
     num = 1 if kind == "one" else body.get("n", 1)
     logprobs = {"content": [{"token": "x", "logprob": -0.5}] * 3} if body.get("logprobs") else None
     choice: dict[str, Any] = {"finish_reason": "stop", "logprobs": logprobs}
     choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
     data = json.dumps({"choices": [choice] * num, "usage": {"prompt_tokens": 10, "completion_tokens": 20 * num}}).encode()
     return web.Response(body=data[: len(data) // 2] if kind == "bad" else data, content_type="application/json")
+
+
+def fitting(prompt: str, body: dict[str, Any]) -> str:
+    """What a model that follows the default templates could answer; different for different prompts, the same for the same."""
+    mark = hashlib.blake2b(f"{prompt}{body.get('seed')}".encode(), digest_size=4).hexdigest()
+    num = int(found[1]) if (found := re.search(r"\b(?:Name|Write|in|of|Design) (\d{1,2})\b", prompt)) else 3
+    if "JSON array and nothing else. Each" in prompt:
+        schema = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
+        return json.dumps([{"name": f"look_up_{mark}", "description": "Looks something up.", "parameters": schema}])
+    if "Reply with the one call" in prompt:
+        name = found[0] if (found := re.search(r"look_up_\w+", prompt)) else "nothing"
+        return "```json\n" + json.dumps({"name": name, "arguments": {"place": "the harbour"}}) + "\n```"
+    if "numbered list" in prompt:
+        return "Here they are:\n\n" + "\n".join(
+            f"{n}. {WORDS[n % 7]} {mark}-{n} {WORDS[(n + int(mark, 16)) % 7]}" for n in range(1, num + 1)
+        )
+    if "with Yes or No" in prompt or "Begin your reply" in prompt:
+        return "Yes, it does."
+    return f"Thanks! The {WORDS[int(mark, 16) % 7]} of {mark} is what you want, and it is {len(prompt)} long. Is it?"
 
 
 async def stats(request: web.Request) -> web.Response:
@@ -80,6 +101,7 @@ async def main() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--obedient", action="store_true", help="answer as the templates ask")
     parser.add_argument("--latency", type=float, default=0.01)
     options = parser.parse_args()
     asyncio.run(main())

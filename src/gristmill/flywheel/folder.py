@@ -8,16 +8,15 @@
 `done.json` is written last, by an atomic rename. A stage that has it is skipped on the next start; one without is continued.
 """
 
-import fcntl
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gristmill import recipe as recipes
 from gristmill.errors import InputError
+from gristmill.files import lock, write_json
 from gristmill.flywheel.progress import Progress
 from gristmill.recipe import Recipe
 from gristmill.rows import make_id
@@ -26,21 +25,6 @@ from gristmill.train.checkpoint import disk_errors
 GROWS = {"rounds", "threads"}  # recipe keys that may change when a run is taken up again
 
 NEW_RECIPE = "recipe.yaml.tmp"  # may be all that a start leaves behind that was cut off at once
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({e.strerror}): free some space and run the same command again.") from e
 
 
 class RunFolder:
@@ -61,7 +45,7 @@ class RunFolder:
         self._check(recipe)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(path)
+            self._lock = lock(path)
             temporary = path / NEW_RECIPE
             temporary.write_text(recipes.dump(recipe))
             temporary.replace(path / "recipe.yaml")
@@ -122,13 +106,3 @@ class RunFolder:
         write_json(marker, done)
         self.progress.finished(folder.name, done)
         return done
-
-
-def _lock(path: Path) -> IO[str]:
-    """Hold the folder for this process; the kernel lets go when the process ends, however it ends."""
-    file = (path / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise InputError(f"{path} is in use by another gristmill process: wait for it to end.") from e
-    return file

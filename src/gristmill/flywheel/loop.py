@@ -20,8 +20,8 @@ from gristmill.engine.engine import Engine
 from gristmill.errors import InputError
 from gristmill.evaluate import reward as reward_evaluation
 from gristmill.evaluate.score import score
+from gristmill.files import write_json
 from gristmill.flywheel import monitors
-from gristmill.flywheel.folder import write_json
 from gristmill.flywheel.judging import WRITING, contested, holds, pair, respond, select, written
 from gristmill.flywheel.mill import Mill
 from gristmill.flywheel.progress import Progress

@@ -42,7 +42,7 @@ def compare(generator: Generator, comparisons: Iterable[Comparison], template: s
     kept = list(comparisons)
     by_id = {c.id: c for c in kept}
     replies: dict[str, list[str]] = {}
-    for request, completions in generator.generate(_requests(kept, template)):
+    for request, completions in generator.generate(questions(kept, template)):
         name, order = request.id.rsplit("#", 1)
         replies.setdefault(name, ["", ""])[int(order)] = completions[0].text
     for name, (straight, swapped) in replies.items():
@@ -60,7 +60,8 @@ def verdict(straight: str, swapped: str) -> Verdict:
     return "first" if named[0] == "A" else "second"
 
 
-def _requests(comparisons: Sequence[Comparison], template: str) -> Iterator[Request]:
+def questions(comparisons: Sequence[Comparison], template: str = TEMPLATE) -> Iterator[Request]:
+    """Both orders of each comparison, with ids that end in #0 and #1."""
     for c in comparisons:
         request = "\n".join(f"{m.role}: {m.content}" if len(c.messages) > 1 else m.content for m in c.messages)
         for order, (a, b) in enumerate([(c.first, c.second), (c.second, c.first)]):

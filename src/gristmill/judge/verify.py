@@ -8,6 +8,9 @@
 | choice | value | the last "answer is X", else the last letter A-Z standing alone, names it |
 | code | tests | the last code block (or the whole answer) passes the tests in the sandbox |
 | list | n, words, shape, extras | a list of n different words of the category in the asked form |
+| math | value | the final answer (boxed, stated or last) equals it as a mathematician would say |
+| instructions | checks, loose | every IFEval check holds, strictly or in the loose form |
+| schema | schema | the JSON in the answer fits the JSON schema |
 """
 
 import re
@@ -16,8 +19,11 @@ from fractions import Fraction
 from typing import Any
 
 from gristmill.errors import InputError
+from gristmill.judge.instructions import follows
+from gristmill.judge.math_answer import equal, final_answer
+from gristmill.synth.schema import json_in, problem_of, schema_problem
 
-KINDS = ("number", "exact", "mention", "choice", "code", "list")
+KINDS = ("number", "exact", "mention", "choice", "code", "list", "math", "instructions", "schema")
 RunCode = Callable[[str, str], bool]
 NUMBER = re.compile(
     r"(?:(?<![\w)\]])-)?\$?"  # a minus after a digit, a name or a bracket subtracts: `20-13` ends with 13
@@ -72,6 +78,17 @@ def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) 
         return run_code(program_of(answer), _field(truth, "tests"))
     if kind == "list":
         return _list(truth, answer)
+    if kind == "math":
+        found = final_answer(answer)
+        return found is not None and equal(found, str(_field(truth, "value")))
+    if kind == "instructions":
+        return all(follows(_field(truth, "checks"), answer, loose=bool(truth.get("loose"))))
+    if kind == "schema":
+        schema = _field(truth, "schema")
+        if why := schema_problem(schema):
+            raise InputError(f"The truth {truth!r} has a schema that cannot be used: {why}.")
+        value = json_in(answer)
+        return value is not None and not problem_of(value, schema)
     raise InputError(f"The truth {truth!r} has an unknown kind: use one of {', '.join(KINDS)}.")
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Protocol
 
 from gristmill.engine.generator import Completion, Generator, Request
@@ -80,8 +80,8 @@ class Asker:
         self._space = asyncio.Event()
         self._space.set()
 
-    async def ask(self, request: Request) -> list[Completion]:
-        """The completions of a request.
+    async def ask(self, request: Request, note: Mapping[str, Any] | None = None) -> list[Completion]:
+        """The completions of a request. The note goes into the journal with them.
 
         Raises:
             RowFailed: there are none, now or in an earlier run.
@@ -95,7 +95,7 @@ class Asker:
                 self.failed += 1
                 raise RowFailed(record["error"], record["attempts"], record["status"])
         await self._space.wait()
-        head = {"id": request.id, "model": self.source.model_of(request.id)}
+        head = {"id": request.id, "model": self.source.model_of(request.id), **(note or {})}
         try:
             outs = await self.source.complete(request)
         except RowFailed as e:
@@ -105,6 +105,10 @@ class Asker:
         await self._write({**head, "out": [[c.text, c.num_tokens, round(sum(c.logprobs), 4), c.finish] for c in outs]})
         self.asked += 1
         return outs
+
+    async def complete(self, request: Request) -> list[Completion]:
+        """As `ask`: an asker may stand wherever a source may."""
+        return await self.ask(request)
 
     async def _write(self, record: dict[str, Any]) -> None:
         """Append a record. The answer is paid for, so a full disk is waited for, and meanwhile nothing new is asked."""

@@ -1,0 +1,75 @@
+"""The user's own material for a dataset: documents, prompts and words, checked before anything is asked."""
+
+from pathlib import Path
+
+from gristmill.chat import Message, check, conversation
+from gristmill.dataset.recipe import DatasetRecipe
+from gristmill.errors import InputError
+from gristmill.rows import Prompt, make_id, read_records
+from gristmill.synth.pipelines.base import Inputs
+from gristmill.synth.pipelines.topics import lines
+from gristmill.synth.writer import Topic
+
+CHARACTERS_A_TOKEN = 3  # at least, in most languages; an estimate, since an endpoint's tokenizer is unknown
+
+
+def read(recipe: DatasetRecipe) -> Inputs:
+    """All inputs but the topics.
+
+    Raises:
+        InputError: a file is missing, empty or wrong, a document is too long, or a pipeline lacks what it needs.
+    """
+    room = recipe.context // 2 * CHARACTERS_A_TOKEN
+    documents = _documents(recipe.documents, room) if recipe.documents else []
+    prompts = _prompts(recipe.prompts) if recipe.prompts else []
+    entities = [Topic(text, make_id("entity", text)) for text in lines(recipe.entities, "word")] if recipe.entities else []
+    topics = bool(recipe.topics.macro or recipe.topics.broad or recipe.topics.given())
+    have = {"topics": topics, "documents": bool(documents), "prompts": bool(prompts), "": True}
+    for name, pipeline in recipe.pipelines.named().items():
+        if not any(have[need] for need in pipeline.needs.split(" or ")):
+            raise InputError(f"Pipeline {name} needs {pipeline.needs}: give them in the recipe, or take the pipeline out.")
+    return Inputs((), documents, prompts, entities)
+
+
+def _documents(path: Path, room: int) -> list[Topic]:
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+        try:
+            found = [(str(p.relative_to(path)), p.read_text(encoding="utf-8").strip()) for p in files]
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"A document in {path} cannot be read ({e}).") from e
+    else:
+        found = []
+        for number, record in enumerate(read_records(path), 1):
+            if not isinstance(record.get("text"), str):
+                raise InputError(f"Row {number} of {path} lacks `text`: give every document one.")
+            found.append((f"row {number}", record["text"].strip()))
+    found = [(name, text) for name, text in found if text]
+    if not found:
+        raise InputError(f"{path} holds no document: give text files (.txt, .md), or rows with `text`.")
+    for name, text in found:
+        if len(text) > room:
+            raise InputError(
+                f"Document {name} of {path} has {len(text):,} characters, and about {room:,} fit beside a task in the models' context: "
+                "split it, or raise `context` if the models take more."
+            )
+    return [Topic(text, make_id("document", text), "file") for _, text in found]
+
+
+def _prompts(path: Path) -> list[Prompt]:
+    rows = []
+    for number, record in enumerate(read_records(path), 1):
+        try:
+            talk = conversation(record["messages"]) if record.get("messages") else (Message("user", record["prompt"]),)
+            check(talk)
+        except KeyError as e:
+            raise InputError(f"Row {number} of {path} lacks {e}: give prompt or messages.") from e
+        except (InputError, TypeError) as e:
+            raise InputError(f"Row {number} of {path}: {e}") from e
+        if talk[-1].role != "user":
+            raise InputError(f"Row {number} of {path} does not end with the user: leave the answer out.")
+        name = make_id("prompt", [(m.role, m.content) for m in talk])
+        rows.append(Prompt(name, str(record.get("task") or "from_file"), talk, "file", (), record.get("truth")))
+    if not rows:
+        raise InputError(f"{path} is empty: give one prompt a row.")
+    return rows

@@ -1,0 +1,86 @@
+"""Where a row of a dataset came from: the chain of calls and rows behind it, and the calls that failed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gristmill.errors import InputError
+from gristmill.rows import read_records
+from gristmill.synth.journal import Journal
+
+ROWS = ("pairs", "demonstrations", "responses", "prompts")
+FACTS = ("task", "generator", "origin", "temperature", "judge", "rating", "score", "verified")
+SHOWN = 80  # characters of a text
+
+
+def lineage(folder: Path, name: str) -> list[dict[str, Any]]:
+    """A row and everything that it grew from, each with its depth, parents first met first.
+
+    Items of a list (topics, questions) have ids of their own; they are shown under the call that made them.
+
+    Raises:
+        InputError: the folder is no dataset run, or nothing in it has this id.
+    """
+    known = _rows(folder)
+    with _journal(folder) as journal:
+        if name not in known and name not in journal:
+            raise InputError(f"Nothing in {folder} has the id {name!r}: ids stand in the column `id` of its .parquet files.")
+        out: list[dict[str, Any]] = []
+        seen: set[str] = set()
+
+        def walk(one: str, depth: int) -> None:
+            if one in seen:
+                return
+            seen.add(one)
+            entry = known.get(one) or (_call(journal[one]) if one in journal else {"kind": "item or input", "text": "", "parents": []})
+            out.append({"id": one, "depth": depth, **entry})
+            for parent in entry["parents"]:
+                walk(parent, depth + 1)
+
+        walk(name, 0)
+    return out
+
+
+def errors(folder: Path) -> list[dict[str, Any]]:
+    """The calls that failed for good: id, reason, attempts, last status, and what was asked.
+
+    Raises:
+        InputError: the folder is no dataset run.
+    """
+    with _journal(folder) as journal:
+        return [record for record in journal.values() if "error" in record]
+
+
+def _journal(folder: Path) -> Journal:
+    path = folder / "journal.jsonl"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no dataset run: give the folder that `gristmill synth` wrote.")
+    return Journal(path)
+
+
+def _rows(folder: Path) -> dict[str, dict[str, Any]]:
+    return {entry["id"]: entry for kind in ROWS for entry in _of(folder / f"{kind}.parquet", kind)}
+
+
+def _of(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for r in read_records(path):
+        facts = {
+            k: r[k] for k in ("task", "generator", "origin", "temperature", "judge", "rating", "score", "verified") if r.get(k) is not None
+        }
+        facts |= {k: r[k] for k in ("chosen_reward", "rejected_reward") if k in r}
+        text = r.get("text") or r.get("chosen") or (r["messages"][-1]["content"] if r.get("messages") else "")
+        parents = list(r.get("parents") or ([r["prompt"]] if isinstance(r.get("prompt"), str) else []))
+        yield {"id": r["id"], "kind": kind.removesuffix("s"), "text": _short(text), "parents": parents, **facts}
+
+
+def _call(record: dict[str, Any]) -> dict[str, Any]:
+    facts = {"template": record.get("for", ""), "generator": record["model"], "sampling": record.get("sampling", {})}
+    text = record["out"][0][0] if "out" in record else record.get("error", "")
+    return {"kind": "call", "text": _short(text), "parents": record.get("parents") or [], **facts}
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "\u2026"

@@ -1,0 +1,183 @@
+"""The recipe of a dataset: who writes, what is written, who judges, and what is kept."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from gristmill.errors import InputError
+from gristmill.recipe import Section, explain
+from gristmill.synth.dialogues import Dialogues
+from gristmill.synth.endpoint import Target
+from gristmill.synth.pipelines.base import Pipeline
+from gristmill.synth.pipelines.closed_qa import ClosedQA
+from gristmill.synth.pipelines.document_qa import DocumentQA
+from gristmill.synth.pipelines.from_file import FromFile
+from gristmill.synth.pipelines.genetic import Genetic
+from gristmill.synth.pipelines.incapable import Incapable
+from gristmill.synth.pipelines.instructions import Instructions
+from gristmill.synth.pipelines.math import Math
+from gristmill.synth.pipelines.open_qa import OpenQA
+from gristmill.synth.pipelines.python import Python
+from gristmill.synth.pipelines.tools import Tools
+from gristmill.synth.pipelines.topic_following import TopicFollowing
+from gristmill.synth.pipelines.topics import Topics
+from gristmill.synth.pipelines.two_turn import TwoTurn
+from gristmill.synth.pipelines.writing import Writing
+
+
+class Model(Section):
+    """A model behind an OpenAI-compatible endpoint; see `synth.endpoint.Target`."""
+
+    base_url: str = Field(description="up to and including /v1")
+    model: str
+    weight: float = Field(1.0, gt=0, description="share of the rows, relative to the other models")
+    kind: Literal["chat", "completions"] = "chat"
+    api_key_env: str = Field("", description="environment variable that holds the key")
+    api_key_file: str = Field("", description="file that holds the key")
+    price_in: float = Field(0.0, ge=0, description="money a million tokens")
+    price_out: float = Field(0.0, ge=0)
+    logprobs: bool = False
+
+    def target(self) -> Target:
+        return Target(**self.model_dump())
+
+
+class Calls(Section):
+    """How endpoints are called."""
+
+    concurrency: int = Field(64, gt=0, description="most requests in flight at each base URL")
+    timeout: float = Field(120.0, gt=0, description="seconds an attempt may take")
+    retries: int = Field(5, ge=0, description="further attempts of a row")
+    patience: float = Field(600.0, ge=0, description="seconds that an endpoint may be away")
+
+
+class Pipelines(Section):
+    """Which pipelines write, and how much. One that is not named writes nothing."""
+
+    open_qa: OpenQA | None = None
+    writing: Writing | None = None
+    closed_qa: ClosedQA | None = None
+    math: Math | None = None
+    python: Python | None = None
+    instructions: Instructions | None = None
+    two_turn: TwoTurn | None = None
+    from_file: FromFile | None = None
+    topic_following: TopicFollowing | None = None
+    incapable: Incapable | None = None
+    document_qa: DocumentQA | None = None
+    tools: Tools | None = None
+    genetic: Genetic | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, values: Any) -> Any:
+        """A name alone, `math:`, takes the pipeline's defaults."""
+        return {k: {} if v is None else v for k, v in values.items()} if isinstance(values, dict) else values
+
+    def named(self) -> dict[str, Pipeline]:
+        """The pipelines of the recipe."""
+        found = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: pipeline for name, pipeline in found.items() if pipeline is not None}
+
+
+class Answers(Section):
+    """Answers to every prompt, from which demonstrations and pairs are chosen."""
+
+    samples: int = Field(4, gt=0, description="answers a prompt, spread over the temperatures")
+    temperatures: tuple[float, ...] = Field((0.7, 1.0), min_length=1)
+    max_tokens: int = Field(1024, gt=0)
+
+
+class Reward(Section):
+    """The reward model: behind an endpoint, or in a folder."""
+
+    base_url: str = ""
+    model: str = Field("", description="name at the endpoint, or the folder of a reward model")
+    api_key_env: str = ""
+    api_key_file: str = ""
+    weights: str = Field("nemotron4-340b", description="named set of aggregation weights")
+
+
+class Judging(Section):
+    """What is kept. The order of judges: truth or verifier, language model, reward model."""
+
+    reward: Reward | None = None
+    llm: bool = Field(False, description="let the first generator compare pairs that nothing else decides, in both orders")
+    keep: str = Field(
+        "", description="condition on attributes and score of an answer to keep, such as `correctness >= 3 and verbosity <= 2`"
+    )
+    quota: int = Field(10_000, gt=0, description="answers kept a task, the best first")
+    quota_per_topic: int = Field(10_000, gt=0, description="answers kept a topic, so that none crowds out the others")
+    keep_per_prompt: int = Field(1, gt=0)
+    min_gap: float = Field(0.5, ge=0, description="smallest reward gap of a pair")
+    min_chosen: float | None = Field(None, description="lowest reward of a chosen answer")
+    verified_gap: float = Field(2.0, gt=0, description="reward gap of a pair that a verifier or a language model decided")
+    pairs_per_task: int = Field(10_000, gt=0, description="most pairs a task, so that easy tasks do not fill the set")
+
+
+class DatasetRecipe(Section):
+    """A whole dataset."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = 0
+    models: tuple[Model, ...] = Field((), description="who writes: models behind endpoints")
+    folder: Path | None = Field(None, description="who writes instead: a model folder, run in process")
+    chat_format: Literal["auto", "nemotron", "chatml", "llama3"] = "auto"
+    context: int = Field(8192, gt=0, description="tokens that fit into the models, for documents that are too long")
+    templates: str = Field("default", description="a shipped pack, or a file of templates")
+    calls: Calls = Calls()
+    topics: Topics = Topics()
+    documents: Path | None = Field(None, description="JSONL or Parquet with `text`, or a folder of text files")
+    prompts: Path | None = Field(None, description="JSONL or Parquet with `prompt` or `messages`")
+    entities: Path | None = Field(None, description="text file of words that mathematics and Python are asked about")
+    pipelines: Pipelines = Pipelines()
+    turn: Answers = Field(Answers(samples=1, temperatures=(0.0,)), description="an assistant's turn where a pipeline needs one")
+    dialogues: Dialogues | None = None
+    answers: Answers | None = None
+    judging: Judging = Judging()
+    near_duplicates: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of word triples that makes two prompts alike; 1: off")
+    licence: str = Field("other", description="for the dataset card, as the Hugging Face Hub names it")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if bool(self.models) == (self.folder is not None):
+            raise ValueError("give either models (endpoints) or folder (a model in process)")
+        if not self.pipelines.named():
+            raise ValueError("name at least one pipeline")
+        return self
+
+
+def load(path: Path, overrides: dict[str, Any] | None = None) -> DatasetRecipe:
+    """Read a recipe file. Relative paths in it are relative to the file.
+
+    Raises:
+        InputError: the file is missing, is not YAML, or holds a wrong key or value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"The recipe {path} cannot be read ({e.strerror}): check the path.") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must be a mapping of keys to values.")
+    values = {"name": path.stem, **values, **(overrides or {})}
+    try:
+        recipe = DatasetRecipe.model_validate(values)
+    except ValidationError as e:
+        raise InputError(f"{path}: {explain(e, DatasetRecipe)}") from e
+    base = path.parent
+    paths = {k: (base / v).resolve() for k in ("documents", "prompts", "entities", "folder") if (v := getattr(recipe, k)) is not None}
+    changes: dict[str, Any] = dict(paths)
+    if recipe.topics.file is not None:
+        changes["topics"] = recipe.topics.model_copy(update={"file": (base / recipe.topics.file).resolve()})
+    if recipe.templates.endswith((".yaml", ".yml")):
+        changes["templates"] = str((base / recipe.templates).resolve())
+    return recipe.model_copy(update=changes)
+
+
+def dump(recipe: DatasetRecipe) -> str:
+    """The resolved recipe as YAML. It holds no key: recipes name where keys are."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)

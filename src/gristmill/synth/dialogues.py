@@ -1,0 +1,93 @@
+"""Dialogues: a model speaks for the assistant and, by persona, for the user (report, section 3.2.1)."""
+
+import re
+from collections.abc import AsyncIterator, Sequence
+
+from pydantic import Field
+
+from gristmill.chat import Message
+from gristmill.recipe import Section
+from gristmill.rows import Demonstration, Prompt, make_id
+from gristmill.synth.lists import fold
+from gristmill.synth.writer import Unusable, Writer, told
+
+PERSONAS = {"normal": "next_turn", "complex": "next_turn_complex", "concise": "next_turn_concise"}
+SPEAKER = re.compile(r"\A\s*(?:\*\*)?(?:user|human|me)(?:\*\*)?\s*:\s*(?:\*\*)?", re.I)
+OTHER = re.compile(r"^\s*(?:\*\*)?(?:assistant|ai|bot)(?:\*\*)?\s*:", re.I | re.M)
+# What polite users of simulations say before and after what they want.
+POLITE_START = re.compile(
+    r"\A(?:(?:oh|ah|wow|great|perfect|excellent|wonderful|awesome|fantastic|amazing|interesting|nice|ok|okay|sure|thanks|thank you"
+    r"|many thanks|i appreciate (?:it|that|this)|that(?:'s| is) (?:\w+ )?(?:helpful|great|perfect|interesting|useful|good)"
+    r"|that makes sense|i see|got it)(?: so much| very much| a lot| again)?(?: for [^.!?\n]{1,120})?\s*[.!,;:\u2014-]+\s*)+",
+    re.I,
+)
+POLITE_END = re.compile(
+    r"(?:[\s.!,]*\b(?:thanks|thank you|many thanks|i appreciate your help|i(?:'d| would) appreciate (?:it|that)|please and thank you)"
+    r"(?: so much| very much| a lot| again| in advance)?(?: for your (?:help|time|patience))?\s*[.!]*)+\Z",
+    re.I,
+)
+FAREWELL = re.compile(r"\b(?:goodbye|bye|that(?:'s| is) all|no (?:more|further) questions|have a (?:nice|great|good) (?:day|one))\b", re.I)
+
+
+class Dialogues(Section):
+    """Dialogues grown from prompts."""
+
+    turns: int = Field(3, gt=0, description="user turns, the prompt's included")
+    share: float = Field(0.2, ge=0, le=1, description="share of the single-turn prompts that become dialogues")
+    personas: tuple[str, ...] = Field(("normal", "complex", "concise"), min_length=1)
+    threshold: float = Field(0.0, description="lowest reward that every turn of a kept dialogue must reach")
+
+    def chosen(self, writer: Writer, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts that become dialogues."""
+        single = [p for p in prompts if len(p.messages) == 1]
+        return [p for p in single if writer.random("dialogue", p.id).random() < self.share]
+
+    async def write(self, writer: Writer, prompts: Sequence[Prompt]) -> AsyncIterator[Demonstration]:
+        """A dialogue for each prompt; one that ends early is kept from its second turn on."""
+
+        async def dialogue(prompt: Prompt) -> list[Demonstration]:
+            persona = writer.random("persona", prompt.id).choice(self.personas)
+            talk, parents = list(prompt.messages), [prompt.id]
+            for turn in range(self.turns):
+                answer = await writer.answer(talk, "answer", parents)
+                talk.append(Message("assistant", answer.text))
+                parents.append(answer.id)
+                if turn + 1 == self.turns:
+                    break
+                reply = await writer.reply(PERSONAS[persona], parents=parents, history=told(talk))
+                said = without_politeness(reply.text)
+                if ends(said, talk):
+                    break
+                talk.append(Message("user", said))
+                parents.append(reply.id)
+            if len(talk) < 4:
+                raise Unusable("dialogue of one turn")
+            name = make_id("dialogue", prompt.id, parents)
+            return [Demonstration(name, "dialogue", tuple(talk), answer.model, tuple(parents))]
+
+        async for row in writer.each(prompts, dialogue):
+            yield row
+
+
+def without_politeness(text: str) -> str:
+    """A simulated user's words without the name of the speaker, thanks and praise around what is wanted.
+
+    What a user turn holds after its own words (a made-up answer of the assistant) is cut off. A text of nothing but politeness stays.
+    """
+    text = SPEAKER.sub("", text.strip())
+    if found := OTHER.search(text):
+        text = text[: found.start()].strip() or text
+    if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1]:
+        text = text[1:-1].strip()
+    shorter = POLITE_END.sub("", POLITE_START.sub("", text[:2000])).strip() + text[2000:]
+    if not fold(shorter):
+        return text
+    return shorter[0].upper() + shorter[1:] if shorter[0] != text[0] else shorter
+
+
+def ends(said: str, talk: Sequence[Message]) -> bool:
+    """Whether a user's words end the dialogue: nothing is asked, it is a farewell, or it was said before."""
+    folded = fold(said)
+    if not folded or (len(said) < 120 and "?" not in said and FAREWELL.search(said)):
+        return True
+    return any(fold(m.content) == folded for m in talk)

@@ -1,0 +1,1 @@
+"""The prompt pipelines, one file each."""

@@ -1,0 +1,49 @@
+"""What all pipelines are: options that a recipe may set, and a function that writes rows with them."""
+
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from gristmill.chat import Message
+from gristmill.recipe import Section
+from gristmill.rows import Demonstration, Prompt, make_id
+from gristmill.synth.writer import Topic, Writer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What pipelines start from.
+
+    Attributes:
+        topics: of the run, made or given.
+        documents, prompts, entities: the user's own, by the ids of their rows.
+    """
+
+    topics: Sequence[Topic] = ()
+    documents: Sequence[Topic] = ()
+    prompts: Sequence[Prompt] = ()
+    entities: Sequence[Topic] = field(default=())
+
+
+class Pipeline(Section):
+    """Options of a pipeline. What `write` yields depends on them, the inputs, the templates and the answers alone."""
+
+    @property
+    def needs(self) -> str:
+        """Which of the inputs it cannot do without."""
+        return "topics"
+
+    @abstractmethod
+    def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Prompt | Demonstration]:
+        """Rows, in no particular order."""
+
+
+def prompt(task: str, text: str, origin: str, parents: Sequence[str], request: str = "") -> Prompt:
+    """A single-turn prompt."""
+    return Prompt(make_id(task, text, parents), task, (Message("user", text),), origin, tuple(parents), request=request)
+
+
+def demonstration(task: str, messages: Sequence[Message], origin: str, parents: Sequence[str]) -> Demonstration:
+    """A whole conversation."""
+    name = make_id(task, [(m.role, m.content) for m in messages], parents)
+    return Demonstration(name, task, tuple(messages), origin, tuple(parents))

@@ -1,0 +1,29 @@
+"""Closed questions: a document -> questions and tasks about it, joined with it (report, section 3.2.1)."""
+
+from collections.abc import AsyncIterator
+
+from pydantic import Field
+
+from gristmill.rows import Prompt
+from gristmill.synth.pipelines.base import Inputs, Pipeline, prompt
+from gristmill.synth.writer import Topic, Writer
+
+
+class ClosedQA(Pipeline):
+    """Questions and tasks about each document."""
+
+    questions: int = Field(5, gt=0, description="questions a document")
+
+    @property
+    def needs(self) -> str:
+        return "documents"
+
+    async def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Prompt]:
+        async def about(document: Topic) -> list[Prompt]:
+            found = await writer.items("closed_questions", self.questions, parents=[document.id], document=document.text)
+            joined = writer.pack["closed_prompt"]
+            texts = [(q, joined.render(document=document.text, question=q.text)) for q in found]
+            return [prompt("closed_qa", text, q.origin, [q.id, document.id]) for q, text in texts]
+
+        async for row in writer.each(inputs.documents, about):
+            yield row

@@ -1,0 +1,40 @@
+"""Python: topics -> subtopics and classified entities -> problems at three levels (report, section 3.2.1)."""
+
+from collections.abc import AsyncIterator
+from typing import Literal
+
+from pydantic import Field
+
+from gristmill.rows import Prompt
+from gristmill.synth.pipelines.base import Inputs, Pipeline, prompt
+from gristmill.synth.writer import Topic, Writer
+
+
+class Python(Pipeline):
+    """Programming problems."""
+
+    topics: int = Field(10, gt=0, description="topics")
+    subtopics: int = Field(3, ge=0, description="subtopics a topic, used beside it")
+    problems: int = Field(3, gt=0, description="problems a topic and level")
+    levels: tuple[Literal["beginner", "intermediate", "advanced"], ...] = Field(("beginner", "intermediate", "advanced"), min_length=1)
+
+    @property
+    def needs(self) -> str:
+        return ""
+
+    async def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Prompt]:
+        async def classify(entity: Topic) -> list[Topic]:
+            fits, _ = await writer.yes("python_entity", parents=[entity.id], entity=entity.text)
+            return [entity] if fits else []
+
+        async def problems(entry: tuple[Topic, str]) -> list[Prompt]:
+            topic, level = entry
+            found = await writer.items(f"python_problems_{level}", self.problems, parents=[topic.id], topic=topic.text)
+            return [prompt("python", p.text, p.origin, [p.id, topic.id]) for p in found]
+
+        broad = await writer.all([self.topics], lambda num: writer.items("python_topics", num))
+        topics = [*broad, *await writer.all(inputs.entities, classify)]
+        if self.subtopics:
+            topics += await writer.all(broad, lambda t: writer.items("python_subtopics", self.subtopics, parents=[t.id], topic=t.text))
+        async for row in writer.each(((topic, level) for topic in topics for level in self.levels), problems):
+            yield row

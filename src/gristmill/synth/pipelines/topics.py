@@ -1,0 +1,62 @@
+"""Macro topics, subtopics of each, and the user's own topics (report, section 3.2.1)."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from gristmill.errors import InputError
+from gristmill.recipe import Section
+from gristmill.rows import make_id
+from gristmill.synth.lists import unique
+from gristmill.synth.writer import Topic, Writer
+
+
+class Topics(Section):
+    """The topics of a run."""
+
+    macro: int = Field(10, ge=0, description="broad topics that the model names")
+    subtopics: int = Field(10, ge=0, description="topics within each broad one")
+    combine: bool = Field(True, description="use the broad topics as topics too")
+    broad: tuple[str, ...] = Field((), description="broad topics of your own; subtopics are made of them too")
+    own: tuple[str, ...] = Field((), description="topics of your own, used as they are")
+    file: Path | None = Field(None, description="a text file with one topic of your own a line")
+
+    def given(self) -> list[str]:
+        """The user's own topics.
+
+        Raises:
+            InputError: the file is missing or empty.
+        """
+        own = list(self.own)
+        if self.file is not None:
+            own += lines(self.file, "topic")
+        return unique(own)
+
+    async def collect(self, writer: Writer) -> list[Topic]:
+        """All topics: own ones first, then broad ones, then those within them. No two alike."""
+        broad = [Topic(text, make_id("topic", text)) for text in unique(self.broad)]
+        if self.macro:
+            async for topic in writer.each([self.macro], lambda num: writer.items("macro_topics", num)):
+                broad.append(topic)
+        within: list[Topic] = []
+        if self.subtopics:
+            within = await writer.all(broad, lambda topic: writer.items("subtopics", self.subtopics, parents=[topic.id], topic=topic.text))
+        own = [Topic(text, make_id("topic", text)) for text in self.given()]
+        everything = [*own, *(broad if self.combine else ()), *within]
+        by_text = {topic.text: topic for topic in reversed(everything)}
+        return [by_text[text] for text in unique(topic.text for topic in everything)]
+
+
+def lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        InputError: there is no such file, or nothing in it.
+    """
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"The {what} file {path} cannot be read ({e}).") from e
+    if not found:
+        raise InputError(f"The {what} file {path} is empty: write one {what} a line.")
+    return found

@@ -1,0 +1,38 @@
+"""Writing tasks: topic x kind of text -> tasks -> revisions (report, section 3.2.1)."""
+
+from collections.abc import AsyncIterator
+
+from pydantic import Field
+
+from gristmill.rows import Prompt
+from gristmill.synth.pipelines.base import Inputs, Pipeline, prompt
+from gristmill.synth.writer import Topic, Writer
+
+KINDS = ("essay", "letter", "newsletter", "short story", "poem", "speech", "news report", "review", "blog post", "set of instructions")
+
+
+class Writing(Pipeline):
+    """Requests to write a text of some kind about each topic."""
+
+    kinds: tuple[str, ...] = Field(KINDS, min_length=1, description="kinds of text")
+    kinds_per_topic: int = Field(2, gt=0, description="of them, drawn for each topic")
+    tasks: int = Field(2, gt=0, description="tasks a topic and kind")
+    revisions: int = Field(2, ge=0, description="more demanding forms of each task, used instead of it; 0 keeps the task")
+
+    async def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Prompt]:
+        async def about(entry: tuple[Topic, str]) -> list[Prompt]:
+            topic, kind = entry
+            found = await writer.items("writing_tasks", self.tasks, parents=[topic.id], kind=kind, topic=topic.text)
+            if not self.revisions:
+                return [prompt("writing", t.text, t.origin, [t.id, topic.id]) for t in found]
+            return await writer.all(found, revise)
+
+        async def revise(task: Topic) -> list[Prompt]:
+            richer = await writer.items("revise_writing_task", self.revisions, parents=[task.id], task=task.text)
+            return [prompt("writing", r.text, r.origin, [r.id, task.id]) for r in richer]
+
+        def drawn(topic: Topic) -> list[str]:
+            return writer.random("kinds", topic.text).sample(self.kinds, min(self.kinds_per_topic, len(self.kinds)))
+
+        async for row in writer.each(((topic, kind) for topic in inputs.topics for kind in drawn(topic)), about):
+            yield row

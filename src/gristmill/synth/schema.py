@@ -1,0 +1,54 @@
+"""JSON in answers, and whether it fits a JSON schema. Both come from models, so neither is trusted."""
+
+import json
+import re
+from typing import Any
+
+FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.S)
+# Keywords by which a schema could fetch something, or take forever.
+UNSAFE = ("$ref", "$dynamicRef", "$recursiveRef", "pattern", "patternProperties", "format")
+LARGEST = 100_000  # characters of JSON that is looked at
+
+
+def json_in(text: str) -> Any:
+    """The first JSON object or array in an answer: in a fenced block, or between its outermost braces; None where there is none."""
+    for source in (*FENCE.findall(text), text):
+        starts = [place for bracket in "{[" if (place := source.find(bracket)) >= 0]
+        if not starts:
+            continue
+        start = min(starts)
+        end = source.rfind("}" if source[start] == "{" else "]")
+        if end < start or end - start > LARGEST:
+            continue
+        try:
+            return json.loads(source[start : end + 1])
+        except (ValueError, RecursionError):
+            continue
+    return None
+
+
+def schema_problem(schema: Any) -> str:
+    """Why a schema cannot be used, "" where it can."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+
+    try:
+        if any(f'"{word}"' in json.dumps(schema) for word in UNSAFE):
+            return f"it uses one of {', '.join(UNSAFE)}"
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as e:
+        return e.message
+    except (RecursionError, ValueError, TypeError) as e:
+        return str(e)
+    return ""
+
+
+def problem_of(value: Any, schema: dict[str, Any]) -> str:
+    """The first way in which a value does not fit a schema that `schema_problem` has passed; "" where it fits."""
+    from jsonschema import Draft202012Validator
+
+    try:
+        error = next(iter(Draft202012Validator(schema).iter_errors(value)), None)
+    except RecursionError:
+        return "it is nested too deeply"
+    return "" if error is None else error.message

@@ -1,0 +1,227 @@
+"""What a pipeline writes with: templates in, read answers out, each asked once and each with the ids it grew from."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from gristmill.chat import Message
+from gristmill.engine.generator import Completion, Request, Sampling
+from gristmill.rows import make_id
+from gristmill.synth.ask import Asker
+from gristmill.synth.endpoint import RowFailed, side_by_side
+from gristmill.synth.lists import fold, parse_list, says_yes, unique
+from gristmill.synth.pack import Pack
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+ANSWERING = Sampling(temperature=0.0, max_tokens=1024)
+SIDE_BY_SIDE = 64  # branches of a pipeline that are under way at once, at each level
+
+
+class Unusable(Exception):
+    """An answer that cannot be read as what was asked for. One branch of a pipeline ends there."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's answer, the id of the call, and who answered."""
+
+    text: str
+    id: str
+    model: str
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A text that others grow from: a topic, a question, an item of a list. Its origin is a model, or "human"."""
+
+    text: str
+    id: str
+    origin: str = "human"
+
+
+class Writer:
+    """Asks by template.
+
+    Args:
+        pack: the templates.
+        seed: another one gives other calls with other answers.
+        answering: how an assistant's turn is drawn where a pipeline needs one.
+
+    Attributes:
+        dropped: branches that ended early, by reason.
+    """
+
+    def __init__(self, asker: Asker, pack: Pack, seed: int = 0, answering: Sampling = ANSWERING):
+        self.asker, self.pack, self.seed, self.answering = asker, pack, seed, answering
+        self.dropped: Counter[str] = Counter()
+
+    def random(self, *parts: object) -> random.Random:
+        """A generator of random numbers that depends on the seed and these parts alone."""
+        return random.Random(make_id(self.seed, *parts))
+
+    async def reply(
+        self,
+        template: str,
+        *,
+        parents: Sequence[str] = (),
+        salt: object = "",
+        sampling: Sampling | None = None,
+        **slots: Any,
+    ) -> Reply:
+        """The answer to a template.
+
+        Args:
+            parents: ids of what goes into the slots.
+            salt: makes equal calls different ones.
+
+        Raises:
+            RowFailed: there is no answer.
+            Unusable: the answer was cut off.
+        """
+        form = self.pack[template]
+        message = Message("user", form.render(**slots))
+        return await self.answer((message,), template, parents, salt, sampling or form.sampling, slots.get("num"))
+
+    async def answer(
+        self,
+        messages: Sequence[Message],
+        purpose: str,
+        parents: Sequence[str],
+        salt: object = "",
+        sampling: Sampling | None = None,
+        num: object = None,
+    ) -> Reply:
+        """The assistant's next turn in a conversation; as `reply`."""
+        (reply,) = await self.answers(messages, purpose, parents, salt, sampling, num)
+        if reply is None:
+            raise Unusable("cut off")
+        return reply
+
+    async def answers(
+        self,
+        messages: Sequence[Message],
+        purpose: str,
+        parents: Sequence[str],
+        salt: object = "",
+        sampling: Sampling | None = None,
+        num: object = None,
+    ) -> list[Reply | None]:
+        """All samples of the next turn; None for one that was cut off. A list is asked for with its `num` of items."""
+        sampling = sampling or self.answering
+        name = make_id(purpose, [(m.role, m.content) for m in messages], sampling.__dict__, salt, self.seed)
+        request = Request(name, tuple(messages), sampling, self.seed)
+        note = {"for": purpose, "parents": list(parents), "sampling": sampling.__dict__, **({"num": num} if num else {})}
+        outs = await self.ask(request, note)
+        model = self.asker.source.model_of(name)
+        return [Reply(c.text.strip(), name, model) if c.finish == "stop" and c.text.strip() else None for c in outs]
+
+    async def ask(self, request: Request, note: Mapping[str, Any]) -> list[Completion]:
+        """Where every call goes through."""
+        return await self.asker.ask(request, note)
+
+    async def items(self, template: str, num: int, *, parents: Sequence[str] = (), salt: object = "", **slots: Any) -> list[Topic]:
+        """The different items of a list, `num` at most. A list that cannot be read is given back once, to be put in order.
+
+        Raises:
+            RowFailed, Unusable: there is no answer, or no list in it.
+        """
+        if self.pack[template].parser == "text":  # a pack for models that write one item at a time
+            return await self._one_by_one(template, num, parents, salt, slots)
+        reply = await self.reply(template, parents=parents, salt=salt, num=num, **slots)
+        found = unique(parse_list(reply.text))
+        if 2 * len(found) < num:
+            mended = await self.reply("repair_list", parents=[reply.id], num=num, answer=reply.text)
+            words = fold(reply.text)
+            # an item that the answer does not hold was made up in the mending
+            found = max(found, unique(item for item in parse_list(mended.text) if fold(item) in words), key=len)
+        if not found:
+            raise Unusable("no list")
+        if len(found) < num:
+            self.dropped["list too short"] += 1
+        return [Topic(text, make_id(reply.id, text), reply.model) for text in found[:num]]
+
+    async def _one_by_one(self, template: str, num: int, parents: Sequence[str], salt: object, slots: Mapping[str, Any]) -> list[Topic]:
+        async def one(number: int) -> list[Topic]:
+            reply = await self.reply(template, parents=parents, salt=f"{salt}#{number}", num=1, **slots)
+            return [Topic(reply.text, make_id(reply.id, reply.text), reply.model)]
+
+        found = {fold(topic.text): topic for topic in await self.all(range(num), one)}
+        if not found:
+            raise Unusable("no list")
+        return list(found.values())
+
+    async def yes(self, template: str, *, parents: Sequence[str] = (), **slots: Any) -> tuple[bool, Reply]:
+        """Whether the answer begins with yes, and the answer.
+
+        Raises:
+            RowFailed, Unusable: there is no answer, or it says neither yes nor no.
+        """
+        reply = await self.reply(template, parents=parents, **slots)
+        verdict = says_yes(reply.text)
+        if verdict is None:
+            raise Unusable("neither yes nor no")
+        return verdict, reply
+
+    async def each(self, items: Iterable[Item], work: Callable[[Item], Awaitable[Iterable[Result]]]) -> AsyncIterator[Result]:
+        """What `work` makes of each item, many at a time, in order of finishing. A branch that fails is counted and left out."""
+
+        async def branch(item: Item) -> list[Result]:
+            try:
+                return list(await work(item))
+            except RowFailed:
+                self.dropped["no answer"] += 1
+            except Unusable as e:
+                self.dropped[str(e)] += 1
+            return []
+
+        async for results in side_by_side(items, branch, SIDE_BY_SIDE):
+            for result in results:
+                yield result
+
+    async def all(self, items: Iterable[Item], work: Callable[[Item], Awaitable[Iterable[Result]]]) -> list[Result]:
+        """As `each`, in the items' order."""
+
+        async def numbered(entry: tuple[int, Item]) -> list[tuple[int, Result]]:
+            return [(entry[0], result) for result in await work(entry[1])]
+
+        found = [pair async for pair in self.each(enumerate(items), numbered)]
+        return [result for _, result in sorted(found, key=lambda pair: pair[0])]
+
+
+class Rehearsal(Writer):
+    """A writer that asks nobody: it makes answers up in the asked form and adds up what the calls would take.
+
+    Attributes:
+        calls, tokens_in, tokens_out: estimates, four characters a token.
+    """
+
+    def __init__(self, asker: Asker, pack: Pack, seed: int = 0, answering: Sampling = ANSWERING):
+        super().__init__(asker, pack, seed, answering)
+        self.calls: Counter[str] = Counter()
+        self.tokens_in: Counter[str] = Counter()
+        self.tokens_out: Counter[str] = Counter()
+
+    async def ask(self, request: Request, note: Mapping[str, Any]) -> list[Completion]:
+        await asyncio.sleep(0)
+        form = self.pack.get(note["for"])
+        if form is not None and form.parser == "list":
+            items = (f"{n}. made-up item {request.id} {n} of a list, about as long as real ones are" for n in range(1, note["num"] + 1))
+            text = "\n".join(items)
+        elif form is not None and form.parser == "yes":
+            text = "Yes, it is."
+        else:
+            text = f"made-up answer {request.id} " + "word " * (request.sampling.max_tokens // 4)
+        model = self.asker.source.model_of(request.id)
+        self.calls[model] += 1
+        self.tokens_in[model] += sum(len(m.content) for m in request.messages) // 4
+        self.tokens_out[model] += request.sampling.n * (len(text) // 4)
+        return [Completion(text, len(text) // 4, (), "stop")] * request.sampling.n
+
+
+def told(messages: Sequence[Message]) -> str:
+    """A conversation as plain text, one paragraph a turn."""
+    return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in messages)

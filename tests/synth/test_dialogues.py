@@ -1,0 +1,30 @@
+"""What is left of a simulated user's words, and when a dialogue ends."""
+
+import pytest
+
+from gristmill.chat import Message
+from gristmill.synth.dialogues import ends, without_politeness
+
+
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        ("Thank you so much! Can you name a second one?", "Can you name a second one?"),
+        ("User: Great, thanks for the explanation. why is that?", "Why is that?"),
+        ("That's very helpful. What about bees? Thanks in advance!", "What about bees"),
+        ('"How long does it take?"', "How long does it take?"),
+        ("How long does it take?", "How long does it take?"),
+        ("Thanks!", "Thanks!"),
+        ("What next?\n\nAssistant: Next comes the harvest.", "What next?"),
+        ("I thanked her for the bread. Was that right?", "I thanked her for the bread. Was that right?"),
+        ("Great Britain is an island. Is Ireland?", "Great Britain is an island. Is Ireland?"),
+    ],
+)
+def test_politeness_is_taken_off(said: str, left: str) -> None:
+    assert without_politeness(said).rstrip("?") == left.rstrip("?")
+
+
+def test_a_farewell_and_a_repetition_end_a_dialogue() -> None:
+    talk = [Message("user", "What is a tide?"), Message("assistant", "The sea going up and down.")]
+    assert ends("That's all, goodbye!", talk) and ends("what is a tide", talk) and ends("...", talk)
+    assert not ends("Why does it say goodbye to the moon?", talk) and not ends("And the moon?", talk)

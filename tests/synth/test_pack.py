@@ -1,0 +1,57 @@
+"""Templates are data that is checked when it is read."""
+
+from pathlib import Path
+
+import pytest
+
+from gristmill.errors import InputError
+from gristmill.synth.pack import Pack
+
+
+def test_the_default_pack_renders() -> None:
+    pack = Pack.load()
+    for template in pack.values():
+        text = template.render(**{slot: f"<{slot} {{braces}}>" for slot in template.slots})
+        assert all(f"<{slot} {{braces}}>" in text for slot in template.slots)
+    with pytest.raises(InputError, match="Template subtopics has the slots num, topic; wrong or missing: topic"):
+        pack["subtopics"].render(num=3)
+
+
+def test_a_pack_of_ones_own_stands_before_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("questions:\n  text: 'Ask {num} things about {topic}: {{}}'\n  sampling: {temperature: 0.2}\n  parser: list\n")
+    pack = Pack.load(str(path))
+    assert pack["questions"].render(num=3, topic="bees") == "Ask 3 things about bees: {}"
+    assert pack["questions"].sampling.temperature == 0.2 and pack["subtopics"].text == Pack.load()["subtopics"].text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("questions: {text: 'about {subject}'}", "the slot 'subject', which nobody fills: the slots are num, topic"),
+        ("questions: {slots: [topic], text: 'about {subject}'}", "uses the slot 'subject' that it does not declare"),
+        ("questions: {text: 'about {topic'}", "cannot be read"),
+        ("questions: {text: '{topic.__class__}'}", "slot 'topic.__class__'"),
+        ("questions: {text: hi, voice: loud}", "unknown key 'voice'"),
+        ("questions: {text: hi, parser: prose}", "parser 'prose': use one of text, list, yes"),
+        ("questions: {text: hi, parser: yes}", "use 'list' or 'text'"),
+        ("questions: {text: hi, sampling: {heat: 1}}", "sampling must be a mapping of temperature"),
+        ("questions: {text: hi, sampling: {temperature: -1}}", "temperature must be 0"),
+        ("question: {text: hi}", "that no pipeline uses; did you mean 'questions'"),
+        ("- questions", "must be a mapping"),
+        ("questions: [", "is not YAML"),
+        ("questions: {slots: []}", "must have a text"),
+    ],
+)
+def test_a_wrong_pack_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words.replace("(", r"\(").replace(".", r"\.")):
+        Pack.load(str(path))
+
+
+def test_a_pack_that_is_not_there_is_named() -> None:
+    with pytest.raises(InputError, match="no template pack 'nemo': give a .yaml file or one of default"):
+        Pack.load("nemo")
+    with pytest.raises(InputError, match="cannot be read"):
+        Pack.load("/nowhere/pack.yaml")
