@@ -34,7 +34,10 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--programs", type=int, default=2000, metavar="N", help="programs to time on each side; 0 times none (default 2000)"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if 0 < args.programs < 100:
+        parser.error("--programs: fewer than 100 give no 99th percentile")
+    return args
 
 
 def say(**row: object) -> None:
