@@ -465,6 +465,7 @@ def test_other_languages() -> None:
 
 def test_mixed_scripts() -> None:
     assert language_of(TEXTS["zh"] + TEXTS["zh"] + "\u306e") == "zh"
+    assert language_of("\u6771\u4eac\u90fd\u6c34\u9053\u5c40\u306e\u767a\u8868") == "ja"
     assert language_of("\u0915\u093f \u0915\u093f mil") == "hi"  # vowel signs count as the letters that they are
     assert language_of("\u0915\u093f \u0915\u093f mills") == "en"
 

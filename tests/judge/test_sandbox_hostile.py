@@ -198,6 +198,45 @@ HOSTILE: dict[str, tuple[str, str, str | tuple[str, ...]]] = {name: (text, "", "
         "builtins.AssertionError = AssertionError\nvars(builtins)['__debug__'] = False",
         "assert 1 == 2", "failed",
     ),
+    "the secret in another interpreter's frames": (
+        "import importlib, time\n"
+        "text = '''\nimport os, sys\n"
+        "for f in sys._current_frames().values():\n"
+        "    while f:\n"
+        "        found = [v for v in f.f_locals.values() if isinstance(v, bytes) and len(v) == 16]\n"
+        "        for fd in range(3, 256):\n"
+        "            for nonce in found:\n"
+        "                try: os.write(fd, nonce)\n"
+        "                except OSError: pass\n"
+        "        if found: os._exit(0)\n"
+        "        f = f.f_back\n'''\n"
+        "for name, run in (('_xxsubinterpreters', 'run_string'), ('_interpreters', 'exec')):\n"
+        "    try: module = importlib.import_module(name)\n    except ImportError: continue\n"
+        "    getattr(module, run)(module.create(), text)",
+        "assert 1 == 2", ("failed", "error: ", "early exit"),
+    ),
+    "a collection on top of the keeper": (
+        "import gc, sys, time, _thread\n"
+        "get, limit, write, leave, ident = sys._getframe, sys.setrecursionlimit, os.write, os._exit, _thread.get_ident\n"
+        "me = ident()\n"
+        "def walk(*a):\n"
+        "    if ident() == me: return\n"
+        "    limit(5000)\n    f = get()\n"
+        "    while f:\n"
+        "        found = [v for v in f.f_locals.values() if isinstance(v, bytes) and len(v) == 16]\n"
+        "        for fd in range(3, 256):\n"
+        "            for nonce in found:\n"
+        "                try: write(fd, nonce)\n"
+        "                except OSError: pass\n"
+        "        if found: leave(0)\n"
+        "        f = f.f_back\n"
+        "gc.callbacks.append(walk)\ngc.collect()\ngc.set_threshold(1, 1, 1)\n"
+        "for n in range(1, 60):\n"
+        "    try:\n        limit(n)\n        break\n"
+        "    except RecursionError: pass\n"
+        "time.sleep(0.05)\nlimit(5000)\ntime.sleep(0.3)",
+        "assert 1 == 2", ("failed", "error: ", "early exit"),
+    ),
     "exit while the check runs": (
         "import threading\nthreading.Timer(0.05, os._exit, (0,)).start()",
         "import time\ntime.sleep(1)\nassert 1 == 2", "early exit",

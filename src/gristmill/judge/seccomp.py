@@ -31,7 +31,9 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "rt_tgsigqueueinfo": (297, 240), "setpriority": (141, 140), "sched_setparam": (142, 118),
     "sched_setscheduler": (144, 119), "sched_setaffinity": (203, 122), "sched_setattr": (314, 274),
     "ioprio_set": (251, 30), "migrate_pages": (256, 238), "move_pages": (279, 239), "shmget": (29, 194),
-    "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "mount": (165, 40), "umount2": (166, 39),
+    "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191),
+    "semtimedop": (220, 192), "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187),
+    "mq_open": (240, 180), "mq_unlink": (241, 181), "mount": (165, 40), "umount2": (166, 39),
     "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429),
     "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433),
     "mount_setattr": (442, 442), "open_tree_attr": (467, 467), "unshare": (272, 97), "setns": (308, 268),
@@ -61,7 +63,8 @@ _PRETENDED: dict[str, tuple[int | None, int | None]] = {
 }  # fmt: skip
 
 _CLONE, _CLONE3 = (56, 220), (435, 435)
-_KILL_CALL, _TGKILL, _PRLIMIT, _PRCTL = (62, 129), (234, 131), (302, 261), (157, 167)
+_KILL_CALL, _TGKILL, _PRLIMIT, _PRCTL, _FCNTL = (62, 129), (234, 131), (302, 261), (157, 167), (72, 25)
+_F_SETOWN, _F_SETOWN_EX = 8, 15
 
 
 def supported() -> bool:
@@ -116,5 +119,10 @@ def build_filter(machine: str, pid: int) -> bytes:
         out.append(_answer_on(call[column], _EQUAL, only, hit=_ALLOW, miss=refuse))
     # A program that took back the parent-death signal could outlive its parent.
     out.append(_answer_on(_PRCTL[column], _EQUAL, _PR_SET_PDEATHSIG, hit=refuse, miss=_ALLOW))
+    # The owner of a file is sent a signal when it can be read: before Landlock's sixth version, any process of the user.
+    out.append(_op(_EQUAL, _FCNTL[column], 0, 6) + _argument(1))
+    for command in (_F_SETOWN, _F_SETOWN_EX):
+        out.append(_op(_EQUAL, command, 0, 1) + _op(_RETURN, refuse))
+    out.append(_op(_RETURN, _ALLOW))
     out.append(_op(_RETURN, _ALLOW))
     return b"".join(out)

@@ -13,7 +13,7 @@ child:
 - program and check run in a second thread whose only callers are C functions (`map` over `exec` inside
   `deque`), so no walk up the frames finds the keeper. A lock that only the step after the check releases
   tells the keeper that every assertion held; the program is handed no reference to it. While the program can
-  run, the keeper calls only C functions that it took hold of before;
+  run, no Python frame holds the nonce: writing it is the last link of a chain of C calls;
 - an audit hook, which Python code cannot remove, refuses the calls that would reach other threads' frames,
   list the collector's objects, install a tracer (which can jump over an assertion) or call C functions
   through ctypes;
@@ -21,7 +21,7 @@ child:
 
 What this does not stop: a program that reads or writes its own memory natively (ctypes pointers, crafted
 bytecode) owns the interpreter the check runs in and can forge a pass, as can one whose objects lie (`__eq__`
-that is always true) or that shadows a name the check uses. The jail holds in all these cases: only the
+that is always true), that shadows a name the check uses, or that changes a module the check imports. The jail holds in all these cases: only the
 verdict is at stake.
 """
 
@@ -59,6 +59,7 @@ _COMMON_MODULES = (
 _REFUSED_EVENTS = frozenset(
     {
         "sys._current_frames",
+        "cpython.PyInterpreterState_New",
         "sys._current_exceptions",
         "sys.settrace",
         "sys.setprofile",
@@ -132,7 +133,7 @@ def _report(verdict: int, error: BaseException | None) -> None:
     os.write(verdict, b"!" + _describe(error).encode(errors="replace")[:_VERDICT_BYTES])
 
 
-def _execute(program: str, check: str, verdict: int, nonce: bytes) -> None:
+def _execute(program: str, check: str, verdict: int, secret: list[bytes]) -> None:
     """The keeper: run both texts in a second thread and write the nonce if both came to their end."""
     module = types.ModuleType("program")
     sys.modules["program"] = module
@@ -145,8 +146,8 @@ def _execute(program: str, check: str, verdict: int, nonce: bytes) -> None:
         traceback.print_exception(error, limit=0)
         _report(verdict, error)
         return
-    begun, done, failed = allocate_lock(), allocate_lock(), allocate_lock()
-    for lock in (begun, done, failed):
+    begun, go, failed = allocate_lock(), allocate_lock(), allocate_lock()
+    for lock in (begun, go, failed):
         lock.acquire()
 
     def note_failure(unraisable: Any, usual: Any = sys.unraisablehook) -> None:
@@ -163,28 +164,30 @@ def _execute(program: str, check: str, verdict: int, nonce: bytes) -> None:
     functions = vars(builtins)
     steps: tuple[Any, ...] = (
         begun.release,
+        go.acquire,
         functools.partial(exec, codes[0], namespace),
         # The check meets the real built-in functions, whatever the program replaced.
         functools.partial(functions.update, dict(functions)),
         functools.partial(namespace.__setitem__, "__builtins__", builtins),
         functools.partial(exec, codes[1], namespace),
-        done.release,
+        functools.partial(os.write, verdict, secret.pop()),
+        failed.release,
     )
     # From here on the keeper calls nothing but what these locals hold: the program may replace any attribute
     # of any module, and its code must never run on top of this frame. For the same reason nothing in the loop
     # allocates an object that the collector tracks, since a collection started here would run the program's
     # finalizers here.
-    sleep, running, write = time.sleep, _count, os.write
+    sleep, running = time.sleep, _count
     # And nothing but C functions stands between the thread's start and the program.
     start_new_thread(deque, (map(operator.call, steps), 0))
     begun.acquire()
-    while done.locked() and failed.locked() and running():
+    del steps
+    go.release()
+    while failed.locked() and running():
         sleep(0.0005)
-    if not done.locked():
-        write(verdict, nonce)
 
 
-def _child(request: dict[str, Any], ruleset: int | None, strict: bool, pipes: tuple[int, int], nonce: bytes) -> None:
+def _child(request: dict[str, Any], ruleset: int | None, strict: bool, pipes: tuple[int, int], secret: list[bytes]) -> None:
     verdict, output = pipes
     os.setsid()
     os.dup2(output, 1)
@@ -193,7 +196,7 @@ def _child(request: dict[str, Any], ruleset: int | None, strict: bool, pipes: tu
     os.closerange(3, verdict)
     os.closerange(verdict + 1, jail.OPEN_FILES * 4)
     _refuse_introspection()
-    _execute(request["program"], request["check"], verdict, nonce)
+    _execute(request["program"], request["check"], verdict, secret)
 
 
 # ---- in the zygote -----------------------------------------------------------------------------------------
@@ -260,8 +263,10 @@ def _run(request: dict[str, Any], scratch: str, ruleset: int | None, strict: boo
     start = time.monotonic()
     pid = os.fork()
     if pid == 0:
+        secret = [nonce]
+        del nonce
         try:
-            _child(request, ruleset, strict, (verdict_end, output_end), nonce)
+            _child(request, ruleset, strict, (verdict_end, output_end), secret)
         finally:
             leave(0)
     os.close(verdict_end)
