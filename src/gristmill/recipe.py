@@ -209,7 +209,8 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
 
 def explain(error: ValidationError, section: type[BaseModel]) -> str:
     """One sentence for the first error, with the nearest right key when a key is unknown."""
-    first = error.errors()[0]
+    # a misspelt key is told before the right one that is missing
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     where = ".".join(str(p) for p in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg']}." if where else f"{first['msg']}."

@@ -1,7 +1,6 @@
 """The run folder: stages are done once, nothing is half-written, and a folder belongs to one recipe and one process."""
 
 import errno
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,6 @@ import pytest
 
 from gristmill import recipe as recipes
 from gristmill.errors import InputError
-from gristmill.files import write_json
-from gristmill.flywheel import folder as module
 from gristmill.flywheel.folder import RunFolder
 from gristmill.flywheel.progress import Progress
 from gristmill.recipe import Recipe
@@ -138,17 +135,6 @@ def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
         open_run(tmp_path / "run")
     first.close()
     open_run(tmp_path / "run")
-
-
-def test_json_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "results.json"
-    write_json(path, {"a": 1})
-    monkeypatch.setattr(module.os, "fsync", no_space)
-    with pytest.raises(InputError, match="No space left on device") as caught:
-        write_json(path, {"a": 2})
-    assert "\n" not in str(caught.value)
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_a_full_disk_when_the_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,11 @@ def fitting(prompt: str, body: dict[str, Any]) -> str:
     """What a model that follows the default templates could answer; different for different prompts, the same for the same."""
     mark = hashlib.blake2b(f"{prompt}{body.get('seed')}".encode(), digest_size=4).hexdigest()
     num = int(found[1]) if (found := re.search(r"\b(?:Name|Write|in|of|Design) (\d{1,2})\b", prompt)) else 3
+    if body["model"] == "mock-reward":
+        talk = "".join(m["content"] for m in body["messages"])
+        digest = hashlib.blake2b(talk.encode(), digest_size=5).digest()
+        names = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+        return ",".join(f"{name}:{byte / 64}" for name, byte in zip(names, digest, strict=True))
     if "JSON array and nothing else. Each" in prompt:
         schema = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
         return json.dumps([{"name": f"look_up_{mark}", "description": "Looks something up.", "parameters": schema}])

@@ -49,6 +49,14 @@ def test_equal_prompts_with_different_ids_are_different_rows(endpoint: Any, tmp_
     assert endpoint.stats()["requests"] == 10
 
 
+def test_the_same_row_asked_twice_at_once_is_bought_once(endpoint: Any, tmp_path: Path) -> None:
+    assert answers(endpoint, tmp_path / "j.jsonl", [ask("a"), ask("a"), ask("b", "b [fate 400]"), ask("b", "b [fate 400]")]).keys() == {
+        "a",
+        "b",
+    }
+    assert endpoint.stats()["requests"] == 2
+
+
 def test_failed_rows_are_records_and_are_asked_again_only_on_demand(endpoint: Any, tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     rows = [ask("a"), ask("b", "b [fate 500 500 ok]")]

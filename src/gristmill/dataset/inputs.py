@@ -23,7 +23,7 @@ def read(recipe: DatasetRecipe) -> Inputs:
     documents = _documents(recipe.documents, room) if recipe.documents else []
     prompts = _prompts(recipe.prompts) if recipe.prompts else []
     entities = [Topic(text, make_id("entity", text)) for text in lines(recipe.entities, "word")] if recipe.entities else []
-    topics = bool(recipe.topics.macro or recipe.topics.broad or recipe.topics.given())
+    topics = bool(recipe.topics.given() or recipe.topics.macro or recipe.topics.broad)
     have = {"topics": topics, "documents": bool(documents), "prompts": bool(prompts), "": True}
     for name, pipeline in recipe.pipelines.named().items():
         if not any(have[need] for need in pipeline.needs.split(" or ")):

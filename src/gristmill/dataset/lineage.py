@@ -7,6 +7,7 @@ from typing import Any
 from gristmill.errors import InputError
 from gristmill.rows import read_records
 from gristmill.synth.journal import Journal
+from gristmill.synth.lists import parse_list, unique
 
 ROWS = ("pairs", "demonstrations", "responses", "prompts")
 FACTS = ("task", "generator", "origin", "temperature", "judge", "rating", "score", "verified")
@@ -15,8 +16,6 @@ SHOWN = 80  # characters of a text
 
 def lineage(folder: Path, name: str) -> list[dict[str, Any]]:
     """A row and everything that it grew from, each with its depth, parents first met first.
-
-    Items of a list (topics, questions) have ids of their own; they are shown under the call that made them.
 
     Raises:
         InputError: the folder is no dataset run, or nothing in it has this id.
@@ -32,7 +31,7 @@ def lineage(folder: Path, name: str) -> list[dict[str, Any]]:
             if one in seen:
                 return
             seen.add(one)
-            entry = known.get(one) or (_call(journal[one]) if one in journal else {"kind": "item or input", "text": "", "parents": []})
+            entry = known.get(one) or _origin(one, journal)
             out.append({"id": one, "depth": depth, **entry})
             for parent in entry["parents"]:
                 walk(parent, depth + 1)
@@ -73,6 +72,17 @@ def _of(path: Path, kind: str) -> Iterator[dict[str, Any]]:
         text = r.get("text") or r.get("chosen") or (r["messages"][-1]["content"] if r.get("messages") else "")
         parents = list(r.get("parents") or ([r["prompt"]] if isinstance(r.get("prompt"), str) else []))
         yield {"id": r["id"], "kind": kind.removesuffix("s"), "text": _short(text), "parents": parents, **facts}
+
+
+def _origin(name: str, journal: Journal) -> dict[str, Any]:
+    """A call, an item of its list, or else what a user gave."""
+    if name in journal:
+        return _call(journal[name])
+    call, _, place = name.partition("#")
+    if call in journal and "out" in (record := journal[call]):
+        items = unique(parse_list(record["out"][0][0])) or [record["out"][0][0]]
+        return {"kind": "item", "text": _short(items[int(place)]) if int(place) < len(items) else "", "parents": [call]}
+    return {"kind": "input", "text": "", "parents": []}
 
 
 def _call(record: dict[str, Any]) -> dict[str, Any]:

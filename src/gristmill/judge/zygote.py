@@ -9,11 +9,10 @@ How a pass is proved. The zygote draws a 16-byte nonce for every program and bel
 these bytes, and nothing else, come through the child's private pipe. The exit code proves nothing. In the
 child:
 
-- the main thread, the *keeper*, holds the nonce in a local variable and waits;
+- the main thread, the *keeper*, waits;
 - program and check run in a second thread whose only callers are C functions (`map` over `exec` inside
-  `deque`), so no walk up the frames finds the keeper. A lock that only the step after the check releases
-  tells the keeper that every assertion held; the program is handed no reference to it. While the program can
-  run, no Python frame holds the nonce: writing it is the last link of a chain of C calls;
+  `deque`), so no walk up the frames finds the keeper. The link of that chain after the check writes the
+  nonce, so it is written only if every assertion held; no Python frame holds it once the program can run;
 - an audit hook, which Python code cannot remove, refuses the calls that would reach other threads' frames,
   list the collector's objects, install a tracer (which can jump over an assertion) or call C functions
   through ctypes;
@@ -21,8 +20,8 @@ child:
 
 What this does not stop: a program that reads or writes its own memory natively (ctypes pointers, crafted
 bytecode) owns the interpreter the check runs in and can forge a pass, as can one whose objects lie (`__eq__`
-that is always true), that shadows a name the check uses, or that changes a module the check imports. The jail holds in all these cases: only the
-verdict is at stake.
+that is always true), that shadows a name the check uses, or that changes a module the check imports. The
+jail holds in all these cases: only the verdict is at stake.
 """
 
 import builtins

@@ -77,6 +77,7 @@ class Asker:
     def __init__(self, source: Source, journal: Journal, *, retry_failed: bool = False):
         self.source, self.journal, self.retry_failed = source, journal, retry_failed
         self.asked = self.found = self.failed = 0
+        self._under_way: dict[str, asyncio.Event] = {}
         self._space = asyncio.Event()
         self._space.set()
 
@@ -86,6 +87,8 @@ class Asker:
         Raises:
             RowFailed: there are none, now or in an earlier run.
         """
+        while under_way := self._under_way.get(request.id):  # somebody is asking the very same just now
+            await under_way.wait()
         if request.id in self.journal:
             record = self.journal[request.id]
             if "out" in record:
@@ -94,8 +97,15 @@ class Asker:
             if not self.retry_failed:
                 self.failed += 1
                 raise RowFailed(record["error"], record["attempts"], record["status"])
+        self._under_way[request.id] = asyncio.Event()
+        try:
+            return await self._buy(request, note or {})
+        finally:
+            self._under_way.pop(request.id).set()
+
+    async def _buy(self, request: Request, note: Mapping[str, Any]) -> list[Completion]:
         await self._space.wait()
-        head = {"id": request.id, "model": self.source.model_of(request.id), **(note or {})}
+        head = {"id": request.id, "model": self.source.model_of(request.id), **note}
         try:
             outs = await self.source.complete(request)
         except RowFailed as e:

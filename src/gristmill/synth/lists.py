@@ -20,7 +20,7 @@ def parse_list(text: str) -> list[str]:
     for source in (*blocks, text):
         if found := _json_list(source):
             return found
-    return _clean(next(filter(None, (_marked(source) for source in (*blocks, text))), None) or _plain(text))
+    return _clean(next((found for source in (*blocks, text) if (found := _marked(source))), []) or _plain(text))
 
 
 def fold(text: str) -> str:

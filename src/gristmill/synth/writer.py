@@ -36,7 +36,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Topic:
-    """A text that others grow from: a topic, a question, an item of a list. Its origin is a model, or "human"."""
+    """A text that others grow from: a topic, a question, an item of a list. Its origin is a model, or "human".
+
+    The id of an item is that of the call that made it, "#" and its place.
+    """
 
     text: str
     id: str
@@ -142,12 +145,12 @@ class Writer:
             raise Unusable("no list")
         if len(found) < num:
             self.dropped["list too short"] += 1
-        return [Topic(text, make_id(reply.id, text), reply.model) for text in found[:num]]
+        return [Topic(text, f"{reply.id}#{n}", reply.model) for n, text in enumerate(found[:num])]
 
     async def _one_by_one(self, template: str, num: int, parents: Sequence[str], salt: object, slots: Mapping[str, Any]) -> list[Topic]:
         async def one(number: int) -> list[Topic]:
             reply = await self.reply(template, parents=parents, salt=f"{salt}#{number}", num=1, **slots)
-            return [Topic(reply.text, make_id(reply.id, reply.text), reply.model)]
+            return [Topic(reply.text, f"{reply.id}#0", reply.model)]
 
         found = {fold(topic.text): topic for topic in await self.all(range(num), one)}
         if not found:

@@ -35,7 +35,7 @@ class Genetic(Pipeline):
         return "topics or prompts"
 
     async def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Demonstration]:
-        first = [Topic(p.messages[0].content, p.id) for p in inputs.prompts if len(p.messages) == 1]
+        first = [Topic(p.messages[0].content, p.id, p.origin) for p in inputs.prompts if len(p.messages) == 1]
         if not first:
             topics = writer.random("genetic").sample(list(inputs.topics), min(len(inputs.topics), self.colonies * self.seeds))
             each = -(-self.colonies * self.seeds // max(1, len(topics)))

@@ -37,7 +37,7 @@ class TwoTurn(Pipeline):
 async def openings(writer: Writer, inputs: Inputs, num: int) -> list[Topic]:
     """First user turns: the recipe's single-turn prompts, else questions about its topics; `num`, drawn by the seed."""
     if inputs.prompts:
-        found = [Topic(p.messages[0].content, p.id) for p in inputs.prompts if len(p.messages) == 1]
+        found = [Topic(p.messages[0].content, p.id, p.origin) for p in inputs.prompts if len(p.messages) == 1]
     else:
         each = -(-num // max(1, len(inputs.topics)))
         topics = writer.random("openings").sample(list(inputs.topics), min(num, len(inputs.topics)))
