@@ -30,10 +30,11 @@ SURFACE = {
     "eval": "MODEL --prompts --max-tokens --format --seed --unsafe-code --quiet -q --json",
     "chat": "MODEL --temperature --max-tokens --format --seed",
     "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --name --force --no-force",
+    "serve": "MODEL --host --port --name --max-batch --format",
     "synth": "RECIPE FOLDER --out -o --dry-run --limit --retry-failed --unsafe-code --quiet -q --json",
     "rows": "ACTION NAME --folder --json",
 }
-PRINTS_NO_RESULT = {"chat", "init"}  # a conversation, and a file
+PRINTS_NO_RESULT = {"chat", "init", "serve"}  # a conversation, a file, and a server
 HEAVY = ("torch", "numpy", "pyarrow", "matplotlib", "tensorboard", "transformers", "tokenizers", "safetensors", "rich.progress", "yaml")
 IMPORT_SECONDS = 0.4
 

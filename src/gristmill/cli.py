@@ -347,6 +347,21 @@ def init(
     typer.echo(f"{out} is written: read it, then `gristmill run {out}`.")
 
 
+@command("gristmill serve runs/miniature/29-r2-rpo3/model --port 8000")
+def serve(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[str, typer.Option(help="Name that clients know the model by; default the folder's.")] = "",
+    max_batch: Annotated[int, typer.Option(help="Most responses in flight.")] = 256,
+    chat_format: Format = "auto",
+) -> None:
+    """Serve a model by the OpenAI protocol (chat completions), for `synth` and other clients."""
+    from gristmill import jobs
+
+    jobs.serve(model, host, port, name, max_batch, chat_format)
+
+
 @command("gristmill synth recipe.yaml --dry-run")
 def synth(
     recipe: Annotated[str, typer.Argument(help="A dataset recipe; or `errors`, to list the calls of a run that failed for good.")],

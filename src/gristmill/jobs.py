@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -251,6 +252,31 @@ def evaluate(
             verify(truth, answer, lambda p, t: sandbox is not None and sandbox.run(p, t).passed) for truth, answer in cases
         ]
         return score_model(prompts, run, check, max_tokens, seed)
+
+
+def serve(model_folder: Path, host: str, port: int, name: str, max_batch: int, chat_format: str) -> None:
+    """Serve a model until interrupted. Prints the address when it is ready.
+
+    Raises:
+        InputError: the folder is no model, or the address cannot be used.
+    """
+    from aiohttp import web
+
+    from gristmill.engine.server import Server
+
+    model, tokenizer = load_model(model_folder)
+    form = chat_format_of(chat_format, tokenizer)
+    engine = Engine(model, tokenizer, form, name or model_folder.resolve().name, max_batch)
+    server = Server(engine, lambda talk: len(form.render_prompt(talk, tokenizer)), model.config.max_positions)
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as e:
+        raise InputError(f"Nothing can listen at {host}:{port} ({e.strerror}): choose another --host or --port.") from e
+
+    def ready(_: object) -> None:
+        print(f"{engine.name} answers at http://{host}:{listening.getsockname()[1]}/v1", flush=True)
+
+    web.run_app(server.app(), sock=listening, print=ready, access_log=None)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from gristmill.errors import InputError
+from gristmill.miniature.world import PROMPT_REQUEST, TOPIC_REQUEST
 from gristmill.synth.pack import Pack
 
 
@@ -15,6 +16,15 @@ def test_the_default_pack_renders() -> None:
         assert all(f"<{slot} {{braces}}>" in text for slot in template.slots)
     with pytest.raises(InputError, match="Template subtopics has the slots num, topic; wrong or missing: topic"):
         pack["subtopics"].render(num=3)
+
+
+def test_the_miniatures_pack_asks_in_the_words_that_it_has_learnt() -> None:
+    pack = Pack.load("miniature")
+    assert pack["macro_topics"].text in TOPIC_REQUEST.values()
+    learnt = {request.format(topic="<topic>") for request in PROMPT_REQUEST.values()}
+    for name in ("questions", "writing_tasks", "math_problems", "python_problems_advanced"):
+        slots = dict.fromkeys(pack[name].slots, 1) | {"topic": "<topic>"}
+        assert pack[name].render(**slots) in learnt and pack[name].parser == "text"
 
 
 def test_a_pack_of_ones_own_stands_before_the_default(tmp_path: Path) -> None:
@@ -51,7 +61,7 @@ def test_a_wrong_pack_is_refused(tmp_path: Path, text: str, words: str) -> None:
 
 
 def test_a_pack_that_is_not_there_is_named() -> None:
-    with pytest.raises(InputError, match="no template pack 'nemo': give a .yaml file or one of default"):
+    with pytest.raises(InputError, match="no template pack 'nemo': give a .yaml file or one of default, miniature"):
         Pack.load("nemo")
     with pytest.raises(InputError, match="cannot be read"):
         Pack.load("/nowhere/pack.yaml")

@@ -252,6 +252,7 @@ class _Run:
         self.recipe, self.folder, self.progress, self.pack = recipe, folder, progress, pack
         self.given, self.source, self.limit, self.unsafe_code = given, source, limit, unsafe_code
         self.funnel: dict[str, Any] = {}
+        self.total: int | None = None  # calls that this stage ends with, where that is known
 
     async def go(self, retry_failed: bool) -> dict[str, Any]:
         started = time.monotonic()
@@ -266,10 +267,13 @@ class _Run:
             stack.callback(ticking.cancel)
             with self.progress.stage("prompts"):
                 made = await _write(recipe, self.writer, self.given, self.limit)
-            self._count("written", dict(made.written) | {"too much alike": made.alike})
+            self._count("written", dict(sorted(made.written.items())) | {"too much alike": made.alike})
             write_rows(self.folder / "prompts.parquet", made.prompts)
             with self.progress.stage("answers"):
+                if recipe.answers is not None:
+                    self.total = self._calls() + len(made.prompts) * min(recipe.answers.samples, len(recipe.answers.temperatures))
                 rows = await _answer(recipe, self.writer, made.prompts)
+            self.total = None
             with self.progress.stage("judging"):
                 rows = await self._judge(made.prompts, rows)
                 kept, compared = await self._select(made, rows)
@@ -305,17 +309,25 @@ class _Run:
         return numbers | {"errors": dict(usage.errors)}
 
     async def _tick(self) -> None:
-        """The progress line: rows, tokens a second, errors, cost."""
-        before, since = 0, time.monotonic()
+        """The progress line: calls, tokens a second, errors, cost, and in the answers' stage the time left."""
+        tokens, calls, since = 0, self._calls(), time.monotonic()
         while True:
             await asyncio.sleep(TICK)
-            note = f"calls answered, {self.asker.found:,} from the journal, {self.asker.failed:,} failed"
+            now, done = time.monotonic(), self._calls()
+            speed, calls = (done - calls) / (now - since), done
+            note = f"calls, {self.asker.found:,} of them from the journal, {self.asker.failed:,} failed"
             if isinstance(self.source, Endpoint):
-                usage, now = self.source.usage, time.monotonic()
-                rate, before, since = (usage.tokens_out - before) / (now - since), usage.tokens_out, now
+                usage = self.source.usage
+                rate, tokens = (usage.tokens_out - tokens) / (now - since), usage.tokens_out
                 note += f", {self.source.in_flight} in flight, {rate:,.0f} tokens/s, {sum(usage.errors.values()):,} errors"
                 note += f", cost {usage.cost:.2f}" if usage.cost else ""
-            self.progress.tick(self.asker.asked, None, note)
+            if self.total is not None and speed > 0:
+                note += f", {(self.total - done) / speed / 60:.0f} min left"
+            since = now
+            self.progress.tick(done, self.total, note)
+
+    def _calls(self) -> int:
+        return self.asker.asked + self.asker.found + self.asker.failed
 
     # ---- judging ----
 

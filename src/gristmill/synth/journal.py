@@ -19,6 +19,7 @@ from typing import Any
 from gristmill.errors import InputError
 
 SYNC_SECONDS = 5.0
+ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 PIECE = 16384  # bytes; most records are shorter
 
 
@@ -81,7 +82,7 @@ class Journal(Mapping[str, dict[str, Any]]):
         Raises:
             DiskFull: the record could not be written; it may be appended again later.
         """
-        data = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        data = ENCODE(record).encode() + b"\n"
         try:
             rest = memoryview(data)
             while rest:

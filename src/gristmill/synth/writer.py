@@ -164,6 +164,8 @@ class Writer:
             RowFailed, Unusable: there is no answer, or it says neither yes nor no.
         """
         reply = await self.reply(template, parents=parents, **slots)
+        if self.pack[template].parser == "text":  # a pack for models that cannot judge
+            return True, reply
         verdict = says_yes(reply.text)
         if verdict is None:
             raise Unusable("neither yes nor no")
