@@ -13,7 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' </s> ' }}{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' </s> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
 
 
 def tokenizer(texts: list[str]) -> Any:
@@ -42,15 +45,16 @@ def main() -> None:
             data = datasets.load_dataset(str(folder), name, split="train", cache_dir=work)
             texts = [json.dumps(row) for row in data]
             words = tokenizer([t.replace('"', " ") for t in texts])
-            config = LlamaConfig(
-                vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=1
-            )
+            sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+            # TRL looks the model up by its folder
+            model = Path(work) / f"{name}-model"
+            LlamaForCausalLM(LlamaConfig(vocab_size=len(words), pad_token_id=1, **sizes)).save_pretrained(model)
+            words.save_pretrained(model)
             common = {"output_dir": work, "max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none"}
             kinds = {"sft": (trl.SFTTrainer, trl.SFTConfig), "preference": (trl.DPOTrainer, trl.DPOConfig)}
             trainer, settings = kinds[name]
-            done = trainer(
-                LlamaForCausalLM(config), args=settings(**common, disable_tqdm=True), train_dataset=data, processing_class=words
-            ).train()
+            args = settings(**common, disable_tqdm=True)
+            done = trainer(LlamaForCausalLM.from_pretrained(model), args=args, train_dataset=data, processing_class=words).train()
             result[name] = {"rows": len(data), "columns": data.column_names, "loss": round(done.training_loss, 4)}
     if not {"sft", "preference"} & set(result):
         sys.exit(f"{folder} has no dataset card with data.")

@@ -90,7 +90,9 @@ def card(recipe: DatasetRecipe, results: dict[str, Any], kept: Sequence[Demonstr
         "configs": [{"config_name": name, "data_files": f"export/{name}.parquet"} for name, rows in configs if rows],
     }
     writers = ", ".join(f"`{m.model}`" for m in recipe.models) or f"`{recipe.folder.name if recipe.folder else ''}` (in process)"
-    judge = f"`{recipe.judging.reward.model}`, weights {recipe.judging.reward.weights}" if recipe.judging.reward else "none"
+    reward = recipe.judging.reward
+    named = (reward.model if reward.base_url else Path(reward.model).name) if reward else ""
+    judge = f"`{named}`, weights {reward.weights}" if reward else "none"
     tasks = Counter(d.task for d in kept)
     compared_tasks = Counter(p.task for p in compared)
     lines = [
