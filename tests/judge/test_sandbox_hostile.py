@@ -341,3 +341,12 @@ def test_attack_works_outside_the_jail(aims: str, name: str, tmp_path: Path) -> 
     """Otherwise the test above would prove nothing."""
     program = RAW if name == "raw system calls" else HOSTILE[name][0]
     subprocess.run([sys.executable, "-I", "-S", "-c", aims + program], cwd=tmp_path, check=True)
+
+
+@jailed
+def test_more_folders_than_can_be_removed_in_time_hold_nobody_up(box: Sandbox) -> None:
+    start = time.monotonic()
+    result = box.run("import os\ni = 0\nwhile True:\n    os.mkdir(str(i))\n    i += 1", "", 3.0)
+    assert not result.passed and time.monotonic() - start < 8
+    assert box.run("import os", "assert os.listdir('.') == []").passed
+    assert time.monotonic() - start < 9

@@ -14,6 +14,7 @@ import resource
 import signal
 import struct
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -207,11 +208,17 @@ def remove_base(base: str) -> None:
     os.rmdir(base)
 
 
-def _remove_files(folder: int) -> list[str]:
+class _TooLong(Exception):
+    """There was more to remove than there was time."""
+
+
+def _remove_files(folder: int, deadline: float) -> list[str]:
     """Unlink what is no folder in an open folder; returns the folders in it, made accessible."""
     names = []
     with os.scandir(folder) as entries:
         for entry in list(entries):
+            if time.monotonic() > deadline:
+                raise _TooLong
             if entry.is_dir(follow_symlinks=False):
                 os.chmod(entry.name, 0o700, dir_fd=folder)
                 names.append(entry.name)
@@ -220,25 +227,33 @@ def _remove_files(folder: int) -> list[str]:
     return names
 
 
-def empty_folder(folder: str) -> None:
-    """Remove everything in `folder`, however deep; no other process may be writing in it.
+def empty_folder(folder: str, seconds: float = math.inf) -> bool:
+    """Remove everything in `folder`, however deep; no other process may be writing in it. False if the time did not suffice.
 
     It walks with one open folder at a time: a program can nest deeper, within a second, than the recursion
     limit, the number of open files or the length of a path allow a recursive removal to follow.
     """
+    deadline = time.monotonic() + seconds
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     here = os.open(folder, flags)
     path: list[str] = []
-    waiting = [_remove_files(here)]  # the folders still to be removed at every level of the path
-    while waiting[-1] or path:
-        if waiting[-1]:
-            path.append(waiting[-1].pop())
-            there = os.open(path[-1], flags, dir_fd=here)
-            waiting.append(_remove_files(there))
-        else:
-            waiting.pop()
-            there = os.open("..", flags, dir_fd=here)
-            os.rmdir(path.pop(), dir_fd=there)
+    try:
+        waiting = [_remove_files(here, deadline)]  # the folders still to be removed at every level of the path
+        while waiting[-1] or path:
+            if waiting[-1]:
+                path.append(waiting[-1].pop())
+                there = os.open(path[-1], flags, dir_fd=here)
+                waiting.append(_remove_files(there, deadline))
+            else:
+                waiting.pop()
+                there = os.open("..", flags, dir_fd=here)
+                os.rmdir(path.pop(), dir_fd=there)
+            os.close(here)
+            here = there
+            if time.monotonic() > deadline:
+                return False
+    except _TooLong:
+        return False
+    finally:
         os.close(here)
-        here = there
-    os.close(here)
+    return True

@@ -38,6 +38,7 @@ from gristmill.errors import InputError
 from gristmill.judge import jail, seccomp, zygote
 
 WORKERS = 2
+_SWEEP_S = 0.5  # seconds to remove a folder in; a larger one is removed by a process of its own
 _GRACE_S = 5.0
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from gristmill.judge import zygote; zygote.main()"
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -139,12 +140,15 @@ class _Worker:
         assert self._process is not None and self._process.stdin is not None
         try:
             zygote.send(self._process.stdin.fileno(), request)
-            return self._answer(time.monotonic() + request["timeout_s"] + _GRACE_S)
+            answer = self._answer(time.monotonic() + request["timeout_s"] + _GRACE_S)
         except BaseException as error:
             self.stop()  # also after an interrupt: the next request must not meet this one's answer
             if isinstance(error, OSError):
                 raise _Broken("the zygote process has gone") from error
             raise
+        if answer.pop("spent"):  # its folder could not be emptied in time: the next program gets another
+            self.stop()
+        return answer
 
     def _answer(self, deadline: float) -> dict[str, Any]:
         head = self._read(4, deadline)
@@ -178,8 +182,11 @@ class _Worker:
                 if pipe is not None:
                     pipe.close()
         if base is not None:
-            jail.empty_folder(base.name)
-            base.cleanup()
+            if jail.empty_folder(base.name, _SWEEP_S):
+                base.cleanup()
+            else:
+                base._finalizer.detach()  # type: ignore[attr-defined]
+                subprocess.Popen(["rm", "-rf", "--", base.name], start_new_session=True, stderr=subprocess.DEVNULL)
 
 
 def _setups(unsafe: bool) -> list[_Setup]:

@@ -48,6 +48,7 @@ OUTPUT_BYTES = 64 << 10
 _NONCE_BYTES = 16
 _VERDICT_BYTES = 1000
 _REASON_CHARS = 200
+_SWEEP_S = 2.0  # a program may leave more files than can be removed in a reasonable time
 
 # Imported before the first fork: most programs import some of these, and a child inherits them for nothing.
 _COMMON_MODULES = (
@@ -280,10 +281,10 @@ def _run(request: dict[str, Any], scratch: str, ruleset: int | None, strict: boo
     os.close(verdict)
     os.close(output)
     os.chdir("/")
-    jail.empty_folder(os.path.dirname(scratch) if ruleset is None else scratch)
+    spent = not jail.empty_folder(os.path.dirname(scratch) if ruleset is None else scratch, _SWEEP_S)
     passed = said == nonce and not late
     reason = "passed" if passed else _reason(said, late, status)
-    return {"passed": passed, "reason": reason, "seconds": seconds, "output": kept.decode(errors="replace")}
+    return {"passed": passed, "reason": reason, "seconds": seconds, "output": kept.decode(errors="replace"), "spent": spent}
 
 
 def _try_jail(ruleset: int | None) -> str:
