@@ -1,6 +1,7 @@
 """What every stage works with: the recipe, the models made so far, generation that loses nothing, and the judges."""
 
-from collections.abc import Callable, Iterable, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gristmill.model.reward import REWARD_WEIGHTS
 from gristmill.model.weights import fingerprint, load_model, load_reward
 from gristmill.recipe import Recipe
 from gristmill.rows import Prompt
+from gristmill.synth.ask import Asker, Waves, completions_of
 from gristmill.synth.journal import Journal
 from gristmill.train.loop import PRECISIONS
 
@@ -105,16 +107,13 @@ class Mill:
 
     def generate(self, engine: Engine, requests: Sequence[Request], journal: Path) -> dict[str, list[Completion]]:
         """Completions of every request; those that an earlier start finished are read from the journal."""
+
+        async def ask(asker: Asker) -> None:
+            await asyncio.gather(*(asker.ask(request) for request in requests))
+
         with Journal(journal) as done:
-            missing = [r for r in requests if r.id not in done]
-            tokens = engine.stats.output_tokens
-            finished = self.progress.track(
-                engine.generate(missing), len(missing), lambda: f"answers, {engine.stats.output_tokens - tokens:,} tokens"
-            )
-            for request, completions in finished:
-                outs = [[c.text, c.num_tokens, round(sum(c.logprobs), 4), c.finish] for c in completions]
-                done.append({"id": request.id, "out": outs})
-            return {r.id: [Completion(text, n, (logprob,), finish) for text, n, logprob, finish in done[r.id]["out"]] for r in requests}
+            asyncio.run(ask(Asker(Waves(_Tracked(engine, self.progress)), done, disk_patience=0.0)))
+            return {request.id: completions_of(done[request.id]) for request in requests}
 
     # ---- judging ----
 
@@ -147,6 +146,18 @@ class Mill:
             out += scorer.score(conversations[start : start + 512])
             self.progress.tick(len(out), len(conversations), "answers rated")
         return out
+
+
+class _Tracked:
+    """An engine whose answers show as progress."""
+
+    def __init__(self, engine: Engine, progress: Progress):
+        self.engine, self.progress, self.name = engine, progress, engine.name
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
+        wave, stats = list(requests), self.engine.stats
+        tokens = stats.output_tokens
+        yield from self.progress.track(self.engine.generate(wave), len(wave), lambda: f"answers, {stats.output_tokens - tokens:,} tokens")
 
 
 def on_step(progress: Progress) -> Callable[[int, int, dict[str, float]], None]:

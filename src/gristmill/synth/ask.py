@@ -69,13 +69,14 @@ class Asker:
 
     Args:
         retry_failed: ask again what failed for good in an earlier run.
+        disk_patience: seconds that a full disk is waited for.
 
     Attributes:
         asked, found, failed: rows answered by the source, found in the journal, and without an answer, so far.
     """
 
-    def __init__(self, source: Source, journal: Journal, *, retry_failed: bool = False):
-        self.source, self.journal, self.retry_failed = source, journal, retry_failed
+    def __init__(self, source: Source, journal: Journal, *, retry_failed: bool = False, disk_patience: float = DISK_PATIENCE):
+        self.source, self.journal, self.retry_failed, self.disk_patience = source, journal, retry_failed, disk_patience
         self.asked = self.found = self.failed = 0
         self._under_way: dict[str, asyncio.Event] = {}
         self._space = asyncio.Event()
@@ -128,11 +129,11 @@ class Asker:
                 self.journal.append(record)
                 return self._space.set()
             except DiskFull as e:
-                if time.monotonic() - since > DISK_PATIENCE:
+                if time.monotonic() - since >= self.disk_patience:
                     raise
                 if self._space.is_set():
                     self._space.clear()
-                    print(f"{e} Waiting up to {DISK_PATIENCE:.0f} s for space.", file=sys.stderr)
+                    print(f"{e} Waiting up to {self.disk_patience:.0f} s for space.", file=sys.stderr)
                 await asyncio.sleep(DISK_PAUSE)
 
     async def stream(self, requests: Iterable[Request]) -> AsyncIterator[tuple[Request, list[Completion] | RowFailed]]:
