@@ -388,7 +388,7 @@ def synth(
             return
         for name, m in estimate["models"].items():
             typer.echo(f"{name}: {m['calls']:,} calls, {m['tokens_in']:,} tokens in, {m['tokens_out']:,} out, cost {m['cost']:.2f}")
-        typer.echo(f"in all {estimate['calls']:,} calls, cost {estimate['cost']:.2f} at most; nothing was asked")
+        typer.echo(f"in all about {estimate['calls']:,} calls, cost {estimate['cost']:.2f}; nothing was asked")
         return
     from gristmill.flywheel.progress import Progress
 

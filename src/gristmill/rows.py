@@ -176,7 +176,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} is neither .parquet nor .jsonl: convert it to one of them.")
     records = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some programs put a mark before the text
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 text ({e}): convert it.") from e
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: text may hold U+2028 or U+0085

@@ -177,6 +177,46 @@ def test_failed_calls_are_listed_and_asked_again_on_demand(start_endpoint: Calla
     assert second.returncode == 0 and "2 prompts, 2 responses" in second.stdout and server.stats()["requests"] == 4
 
 
+def test_a_rating_that_cannot_be_read_is_a_failed_row(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
+    server = start_endpoint(latency=0.0, obedient=True)
+    judging = {"reward": {"base_url": server.url, "model": "mock-reward"}}
+    path = write(tmp_path, server.url, pipelines={"from_file": None}, answers={"samples": 2}, judging=judging, calls={"retries": 0})
+    rows = [{"prompt": text} for text in ("fine", "unrated one", "cut [fate cut ok]")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = make(path)
+    assert results["calls"]["failed"] == 2 == len(errors(tmp_path / "run"))
+    assert all("is no rating" in failed["error"] for failed in errors(tmp_path / "run"))
+    asked = server.stats()["requests"]
+    make(path)
+    assert server.stats()["requests"] == asked
+    make(path, retry_failed=True)
+    assert server.stats()["requests"] == asked + 2
+    # an answer that was cut off is neither kept nor on a side of a pair
+    texts = [text for pair in read_rows(tmp_path / "run" / "pairs.parquet", Pair) for text in (pair.chosen, pair.rejected)]
+    assert all(texts) and all(d.messages[-1].content for d in read_rows(tmp_path / "run" / "demonstrations.parquet", Demonstration))
+
+
+def test_quotas_a_topic_hold_where_questions_are_revised(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
+    server = start_endpoint(latency=0.0, obedient=True)
+    pipelines = {"open_qa": {"questions": 5, "revisions": 2}, "two_turn": {"prompts": 6}}
+    topics = {"macro": 0, "own": ["tides", "boats"]}
+    path = write(
+        tmp_path, server.url, pipelines=pipelines, topics=topics, prompts=None, answers={"samples": 1}, judging={"quota_per_topic": 2}
+    )
+    assert make(path)["demonstrations"] == 4
+
+
+def test_halves_of_a_file_do_not_overlap(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
+    server, found = start_endpoint(latency=0.0, obedient=True), {}
+    for half in ("sft", "preference"):
+        path = write(tmp_path, server.url, pipelines={"from_file": {"half": half}})
+        talks = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"row {n}"}] for n in range(40)]
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+        run(recipes.load(path), tmp_path / half, Progress(quiet=True))
+        found[half] = {p.id for p in read_rows(tmp_path / half / "prompts.parquet", Prompt)}
+    assert not found["sft"] & found["preference"] and sum(map(len, found.values())) == 40 and min(map(len, found.values())) > 10
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 def test_killed_runs_end_with_the_same_rows(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
     server = start_endpoint(latency=0.02, obedient=True)
@@ -225,11 +265,20 @@ def test_a_limit_tries_a_recipe(start_endpoint: Callable[..., Any], tmp_path: Pa
         ({"models": [{"base_url": "http://x/v1", "modell": "m"}]}, "did you mean 'model'"),
         ({"models": []}, "give either models"),
         ({"pipelines": {}}, "name at least one pipeline"),
+        ({"dialogues": {"personas": ["angry"]}}, "dialogues.personas.0: Input should be 'normal', 'complex' or 'concise'"),
+        ({"judging": {"reward": {}}, "answers": {}}, "judging.reward.model '' is no model folder"),
+        ({"judging": {"reward": {"base_url": "http://x/v1", "api_key_env": "NO_SUCH_KEY"}}, "answers": {}}, "NO_SUCH_KEY is empty"),
+        ({"prompts": "odd.jsonl"}, "Row 1 of .*odd.jsonl: A message needs a role"),
+        ({"prompts": "untrue.jsonl"}, "Row 1 of .*untrue.jsonl: The truth .* has an unknown kind"),
+        ({"prompts": "broken.jsonl"}, "Row 1 of .*broken.jsonl: the text is empty or cannot be encoded"),
         ({"models": [{"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}]}, "NO_SUCH_KEY is empty"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_asked(endpoint: Any, tmp_path: Path, parts: dict[str, Any], words: str) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "odd.jsonl").write_text('{"prompt": 5}\n')
+    (tmp_path / "untrue.jsonl").write_text('{"prompt": "hi", "truth": {"kind": "luck"}}\n')
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a\\ud800b"}\n')
     path = write(tmp_path, endpoint.url, **parts)
     with pytest.raises(InputError, match=words):
         make(path)
@@ -240,8 +289,12 @@ def test_a_folder_of_another_recipe_is_left_alone(start_endpoint: Callable[..., 
     server = start_endpoint(latency=0.0, obedient=True)
     make(write(tmp_path, server.url, pipelines={"incapable": {"tasks": 1}}))
     before = (tmp_path / "run" / "journal.jsonl").read_bytes()
-    with pytest.raises(InputError, match="was made by another recipe"):
-        make(write(tmp_path, server.url, pipelines={"incapable": {"tasks": 2}}))
+    with pytest.raises(InputError, match=r"was made by another recipe \(they differ in seed\)"):
+        make(write(tmp_path, server.url, pipelines={"incapable": {"tasks": 1}}, seed=1))
+    # what decides no call may change: the address, how it is called, and what is kept
+    elsewhere = start_endpoint(latency=0.0, obedient=True)
+    make(write(tmp_path, elsewhere.url, pipelines={"incapable": {"tasks": 1}}, calls={"concurrency": 3}, near_duplicates=0.5))
+    assert elsewhere.stats()["requests"] == 0
     assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
     with pytest.raises(InputError, match="holds no dataset run"):
         lineage(tmp_path, "x")

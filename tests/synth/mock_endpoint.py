@@ -56,9 +56,16 @@ async def answer(request: web.Request, body: dict[str, Any], prompt: str, fate: 
     text = "" if kind == "empty" else fitting(prompt, body) if options.obedient else f"answer to {prompt}"
     num = 1 if kind == "one" else body.get("n", 1)
     logprobs = {"content": [{"token": "x", "logprob": -0.5}] * 3} if body.get("logprobs") else None
-    choice: dict[str, Any] = {"finish_reason": "stop", "logprobs": logprobs}
+    if kind == "surrogate":
+        text = "half a pair \ud800"
+    finish = {"cut": "length", "filter": "content_filter"}.get(kind, "stop")
+    choice: dict[str, Any] = {"finish_reason": finish, "logprobs": logprobs}
     choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
     data = json.dumps({"choices": [choice] * num, "usage": {"prompt_tokens": 10, "completion_tokens": 20 * num}}).encode()
+    if kind == "endless":
+        data = data.replace(b'"completion_tokens": 20', b'"completion_tokens": 1e999')
+    if kind == "deep":
+        data = b'{"choices":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     return web.Response(body=data[: len(data) // 2] if kind == "bad" else data, content_type="application/json")
 
 
@@ -66,6 +73,8 @@ def fitting(prompt: str, body: dict[str, Any]) -> str:
     """What a model that follows the default templates could answer; different for different prompts, the same for the same."""
     mark = hashlib.blake2b(f"{prompt}{body.get('seed')}".encode(), digest_size=4).hexdigest()
     num = int(found[1]) if (found := re.search(r"\b(?:Name|Write|in|of|Design) (\d{1,2})\b", prompt)) else 3
+    if body["model"] == "mock-reward" and "unrated" in prompt:
+        return "I cannot rate this."
     if body["model"] == "mock-reward":
         talk = "".join(m["content"] for m in body["messages"])
         digest = hashlib.blake2b(talk.encode(), digest_size=5).digest()
@@ -83,6 +92,8 @@ def fitting(prompt: str, body: dict[str, Any]) -> str:
         )
     if "with Yes or No" in prompt or "Begin your reply" in prompt:
         return "Yes, it does."
+    if "unrated" in prompt:
+        return f"unrated {mark}"
     return f"Thanks! The {WORDS[int(mark, 16) % 7]} of {mark} is what you want, and it is {len(prompt)} long. Is it?"
 
 

@@ -172,6 +172,18 @@ def test_a_generator_answers_what_waits_together(tmp_path: Path) -> None:
     assert asyncio.run(run()) == [f"echo echo {n}" for n in range(10)] and echo.waves == [10, 10]
 
 
+def test_a_row_that_is_cancelled_harms_no_other_of_its_wave() -> None:
+    async def run() -> list[Any]:
+        source = Waves(Echo())
+        rows = [asyncio.ensure_future(source.complete(ask(str(n)))) for n in range(3)]
+        await asyncio.sleep(0)
+        rows[0].cancel()
+        return await asyncio.gather(*rows, return_exceptions=True)
+
+    cancelled, *others = asyncio.run(run())
+    assert isinstance(cancelled, asyncio.CancelledError) and [outs[0].text for outs in others] == ["echo 1", "echo 2"]
+
+
 def test_a_broken_generator_is_heard_of(tmp_path: Path) -> None:
     async def run() -> None:
         with Journal(tmp_path / "j.jsonl") as journal:

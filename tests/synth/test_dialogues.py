@@ -1,5 +1,7 @@
 """What is left of a simulated user's words, and when a dialogue ends."""
 
+import time
+
 import pytest
 
 from gristmill.chat import Message
@@ -22,6 +24,13 @@ from gristmill.synth.dialogues import ends, without_politeness
 )
 def test_politeness_is_taken_off(said: str, left: str) -> None:
     assert without_politeness(said).rstrip("?") == left.rstrip("?")
+
+
+def test_politeness_without_end_takes_no_time() -> None:
+    start = time.monotonic()
+    for text in ("So what! " + "Thanks!!! " * 2000 + "x", "Thanks! " * 2000, "thanks" + "!" * 5000, "a" + " ,." * 5000 + "thanks"):
+        assert without_politeness(text)
+    assert time.monotonic() - start < 2
 
 
 def test_a_farewell_and_a_repetition_end_a_dialogue() -> None:

@@ -43,6 +43,38 @@ def test_what_can_pass_is_tried_again(endpoint: Any) -> None:
     assert endpoint.stats()["requests"] == mill.usage.requests == sum(len(fate.split()) for fate in fates)
 
 
+def test_hostile_answers_fail_their_row_alone(endpoint: Any) -> None:
+    requests = [ask(str(n), f"row {n} [fate {fate}]") for n, fate in enumerate(("endless", "deep", "filter", "surrogate", "ok"))]
+    endless, deep, filtered, surrogate, fine = complete(client(endpoint, retries=1), requests)
+    assert [str(failed) for failed in (endless, deep)] == [
+        f"the answer cannot be read ({name})" for name in ("OverflowError", "RecursionError")
+    ]
+    assert isinstance(filtered, RowFailed) and "content filter" in str(filtered)
+    assert isinstance(surrogate, list) and surrogate[0].text == "half a pair \ufffd" and isinstance(fine, list)
+
+
+def test_a_key_at_the_edge_of_a_long_error_does_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOCK_KEY", "sk-very-secret")
+    line = module._Line(Target("http://x/v1", "m", api_key_env="MOCK_KEY"), 1)
+    for padding in range(270, 301):
+        assert "sk" not in line.clean("y" * padding + " Bearer sk-very-secret")
+
+
+def test_a_replica_that_was_away_is_used_again(start_endpoint: Callable[..., Any]) -> None:
+    away, there = start_endpoint(latency=0.01), start_endpoint(latency=0.01)
+    away.kill()
+
+    async def run() -> None:
+        async with Endpoint([Target(server.url, "mock") for server in (away, there)], concurrency=4) as mill:
+            await asyncio.gather(*(mill.complete(ask(str(n), f"row {n}")) for n in range(20)))
+            await asyncio.to_thread(away.start)
+            await asyncio.sleep(1.0)
+            await asyncio.gather(*(mill.complete(ask(f"b{n}", f"row b{n}")) for n in range(40)))
+
+    asyncio.run(run())
+    assert away.stats()["requests"] >= 10
+
+
 def test_a_used_up_budget_and_a_bad_request_end_one_row_each(endpoint: Any) -> None:
     requests = [ask("a", "a [fate 500]"), ask("b", "b [fate 400]"), ask("c", "c")]
     used_up, refused, fine = complete(client(endpoint, retries=2), requests)

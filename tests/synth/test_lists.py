@@ -67,6 +67,8 @@ def test_hostile_lists_take_no_time() -> None:
 
 
 def test_duplicates_differ_in_more_than_case_and_punctuation() -> None:
+    assert unique(["C", "C++", "C#", "c"]) == ["C", "C++", "C#"] and len(unique(["What is 3 + 4?", "What is 3 - 4?"])) == 2
+    assert len(unique(["\U0001f600", "\U0001f601"])) == 2
     assert unique(["Bread!", "bread", "Bread and salt", "\u00c9t\u00e9", "\u00e9t\u00e9"]) == ["Bread!", "Bread and salt", "\u00c9t\u00e9"]
 
 

@@ -28,7 +28,7 @@ class Scripted:
     def model_of(self, request_id: str) -> str:
         return "scripted"
 
-    async def complete(self, request: Request) -> list[Completion]:
+    async def complete(self, request: Request, model: str = "") -> list[Completion]:
         self.asked.append(request.messages[-1].content)
         text = self.say(self.asked[-1])
         if text == "fail":

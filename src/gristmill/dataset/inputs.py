@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from gristmill.chat import Message, check, conversation
+from gristmill.chat import check, conversation
 from gristmill.dataset.recipe import DatasetRecipe
 from gristmill.errors import InputError
+from gristmill.judge.verify import verify
 from gristmill.rows import Prompt, make_id, read_records
+from gristmill.synth.endpoint import SURROGATE
 from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.pipelines.topics import lines
 from gristmill.synth.writer import Topic
@@ -34,10 +36,12 @@ def read(recipe: DatasetRecipe) -> Inputs:
 def _documents(path: Path, room: int) -> list[Topic]:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
-        try:
-            found = [(str(p.relative_to(path)), p.read_text(encoding="utf-8").strip()) for p in files]
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"A document in {path} cannot be read ({e}).") from e
+        found = []
+        for file in files:
+            try:
+                found.append((str(file.relative_to(path)), file.read_text(encoding="utf-8").strip()))
+            except (OSError, UnicodeDecodeError) as e:
+                raise InputError(f"The document {file} cannot be read ({e}).") from e
     else:
         found = []
         for number, record in enumerate(read_records(path), 1):
@@ -60,8 +64,14 @@ def _prompts(path: Path) -> list[Prompt]:
     rows = []
     for number, record in enumerate(read_records(path), 1):
         try:
-            talk = conversation(record["messages"]) if record.get("messages") else (Message("user", record["prompt"]),)
+            turns = record["messages"] if record.get("messages") else [{"role": "user", "content": record["prompt"]}]
+            talk = conversation(turns)
             check(talk)
+            if not talk[-1].content.strip() or any(SURROGATE.search(m.content) for m in talk):
+                raise InputError("the text is empty or cannot be encoded.")
+            truth = record.get("truth")
+            if truth is not None:  # so that a wrong one is found before its answers are bought
+                verify(truth, "", lambda program, tests: False)
         except KeyError as e:
             raise InputError(f"Row {number} of {path} lacks {e}: give prompt or messages.") from e
         except (InputError, TypeError) as e:
@@ -69,7 +79,7 @@ def _prompts(path: Path) -> list[Prompt]:
         if talk[-1].role != "user":
             raise InputError(f"Row {number} of {path} does not end with the user: leave the answer out.")
         name = make_id("prompt", [(m.role, m.content) for m in talk])
-        rows.append(Prompt(name, str(record.get("task") or "from_file"), talk, "file", (), record.get("truth")))
+        rows.append(Prompt(name, str(record.get("task") or "from_file"), talk, "file", (), truth))
     if not rows:
         raise InputError(f"{path} is empty: give one prompt a row.")
     return rows

@@ -1,6 +1,7 @@
 """Where a row of a dataset came from: the chain of calls and rows behind it, and the calls that failed."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,23 @@ def lineage(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def errors(folder: Path) -> list[dict[str, Any]]:
-    """The calls that failed for good: id, reason, attempts, last status, and what was asked.
+    """The calls that failed for good, ratings among them: id, reason, attempts, last status, and what was asked.
 
     Raises:
         InputError: the folder is no dataset run.
     """
-    with _journal(folder) as journal:
-        return [record for record in journal.values() if "error" in record]
+    with ExitStack() as stack:
+        journals = [stack.enter_context(_journal(folder))]
+        if (folder / "ratings.jsonl").is_file():
+            journals.append(stack.enter_context(Journal(folder / "ratings.jsonl", read_only=True)))
+        return [record for journal in journals for record in journal.values() if "error" in record]
 
 
 def _journal(folder: Path) -> Journal:
     path = folder / "journal.jsonl"
     if not path.is_file():
         raise InputError(f"{folder} holds no dataset run: give the folder that `gristmill synth` wrote.")
-    return Journal(path)
+    return Journal(path, read_only=True)
 
 
 def _rows(folder: Path) -> dict[str, dict[str, Any]]:

@@ -171,11 +171,33 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> DatasetRecipe:
     base = path.parent
     paths = {k: (base / v).resolve() for k in ("documents", "prompts", "entities", "folder") if (v := getattr(recipe, k)) is not None}
     changes: dict[str, Any] = dict(paths)
+    if recipe.models:
+        changes["models"] = tuple(model.model_copy(update=_key_file(model.api_key_file, base)) for model in recipe.models)
+    if reward := recipe.judging.reward:
+        folder = {} if reward.base_url else {"model": str((base / reward.model).resolve()) if reward.model else ""}
+        reward = reward.model_copy(update={**_key_file(reward.api_key_file, base), **folder})
+        changes["judging"] = recipe.judging.model_copy(update={"reward": reward})
     if recipe.topics.file is not None:
         changes["topics"] = recipe.topics.model_copy(update={"file": (base / recipe.topics.file).resolve()})
     if recipe.templates.endswith((".yaml", ".yml")):
         changes["templates"] = str((base / recipe.templates).resolve())
     return recipe.model_copy(update=changes)
+
+
+def _key_file(name: str, base: Path) -> dict[str, str]:
+    return {"api_key_file": str((base / Path(name).expanduser()).resolve())} if name else {}
+
+
+# A run may be taken up with other values of these: they decide who is called how, and what is kept, and no call.
+MAY_CHANGE = {"calls", "judging", "near_duplicates", "licence", "context", "answers", "dialogues", "pipelines"}
+
+
+def differences(saved: Path, recipe: DatasetRecipe) -> list[str]:
+    """The parts of a recipe that a run cannot be taken up with, since another recipe made it."""
+    old, new = yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(dump(recipe))
+    for values in (old, new):
+        values["models"] = [[model["model"], model["kind"], model["weight"]] for model in values.get("models", ())]
+    return [key for key in new if key not in MAY_CHANGE and old.get(key) != new[key]]
 
 
 def dump(recipe: DatasetRecipe) -> str:

@@ -21,19 +21,19 @@ from gristmill.chat import Message
 from gristmill.dataset import inputs
 from gristmill.dataset import recipe as recipes
 from gristmill.dataset.export import export
-from gristmill.dataset.recipe import Answers, DatasetRecipe
+from gristmill.dataset.recipe import Answers, DatasetRecipe, Reward
 from gristmill.dataset.select import contests, demonstrations, distinct, pairs, passes
-from gristmill.engine.generator import Sampling
+from gristmill.engine.generator import Completion, Request, Sampling
 from gristmill.errors import InputError
 from gristmill.files import lock, write_json
 from gristmill.flywheel.progress import Progress
 from gristmill.judge import llm
 from gristmill.judge.conditions import Condition
-from gristmill.judge.reward_api import RewardEndpoint, weight_set
+from gristmill.judge.reward_api import RewardEndpoint, rating_of_text, weight_set
 from gristmill.judge.verify import verify
 from gristmill.rows import Demonstration, Prompt, Rating, Response, make_id, write_rows
 from gristmill.synth.ask import Asker, Source, Waves
-from gristmill.synth.endpoint import Endpoint, Target
+from gristmill.synth.endpoint import Endpoint, RowFailed, Target
 from gristmill.synth.journal import Journal
 from gristmill.synth.pack import Pack
 from gristmill.synth.pipelines.base import Inputs, Pipeline
@@ -52,7 +52,7 @@ def sampling_of(answers: Answers, index: int = 0) -> Sampling:
 
 def rehearse(recipe: DatasetRecipe) -> dict[str, Any]:
     """What a run would take: calls, tokens and money of each model. Nobody is asked, so lists have as many items as were asked for
-    and all rows are kept: an upper estimate, four characters a token.
+    and all rows are kept: an estimate, four characters a token, and short of repairs and retries.
 
     Raises:
         InputError: as `run`.
@@ -62,7 +62,14 @@ def rehearse(recipe: DatasetRecipe) -> dict[str, Any]:
     async def go() -> Rehearsal:
         writer = Rehearsal(Asker(source, _NoJournal()), pack, recipe.seed, sampling_of(recipe.turn))
         made = await _write(recipe, writer, given, None)
-        await _answer(recipe, writer, made.prompts)
+        rows = await _answer(recipe, writer, made.prompts)
+        if recipe.judging.llm:
+            judge = recipe.models[0].model if recipe.models else source.model_of("")
+            writer.calls[judge] += 2 * len(made.prompts)
+            writer.tokens_in[judge] += 2 * sum(len(r.text) for r in rows) // 4
+        if recipe.judging.reward is not None and recipe.judging.reward.base_url:
+            writer.calls["reward model"] += len(rows)
+            writer.tokens_in["reward model"] += sum(len(r.text) + sum(len(m.content) for m in r.messages) for r in rows) // 4
         return writer
 
     writer = asyncio.run(go())
@@ -93,6 +100,8 @@ def run(
     Raises:
         InputError: a part of the recipe or an input is wrong, the folder holds another run, or an endpoint refuses everything.
     """
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit is {limit}: give at least 1.")
     pack, given, source = _check(recipe)
     with _open(folder, recipe), progress:
         return asyncio.run(_Run(recipe, folder, progress, pack, given, source, limit, unsafe_code).go(retry_failed))
@@ -108,7 +117,7 @@ def _check(recipe: DatasetRecipe) -> tuple[Pack, Inputs, Source]:
     if recipe.answers is None and (recipe.judging.keep or recipe.judging.llm):
         raise InputError("judging needs answers: add `answers:` to the recipe, or take keep and llm out.")
     if recipe.judging.reward is not None:
-        weight_set(recipe.judging.reward.weights)
+        _check_reward(recipe.judging.reward)
     if recipe.folder is not None:
         return pack, given, _in_process(recipe)
     calls = recipe.calls
@@ -118,6 +127,18 @@ def _check(recipe: DatasetRecipe) -> tuple[Pack, Inputs, Source]:
         given,
         Endpoint(targets, concurrency=calls.concurrency, timeout=calls.timeout, retries=calls.retries, patience=calls.patience),
     )
+
+
+def _check_reward(reward: Reward) -> None:
+    weight_set(reward.weights)
+    if reward.base_url:
+        Endpoint([_target(reward)])
+    elif not reward.model or not (Path(reward.model) / "config.json").is_file():
+        raise InputError(f"judging.reward.model {reward.model!r} is no model folder: name one, or give base_url for an endpoint.")
+
+
+def _target(reward: Reward) -> Target:
+    return Target(reward.base_url, reward.model, api_key_env=reward.api_key_env, api_key_file=reward.api_key_file)
 
 
 def _in_process(recipe: DatasetRecipe) -> Source:
@@ -136,15 +157,21 @@ def _open(folder: Path, recipe: DatasetRecipe) -> Any:
     Raises:
         InputError: it holds a run of another recipe, holds something else, or is in use.
     """
-    saved = folder / "recipe.yaml"
-    text = recipes.dump(recipe)
+    saved, journal = folder / "recipe.yaml", folder / "journal.jsonl"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: choose another with --out.")
     if folder.exists() and not saved.exists() and any(p.name != ".lock" for p in folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no dataset run: choose another folder with --out.")
-    if saved.exists() and saved.read_text() != text:
-        raise InputError(f"{folder} was made by another recipe: choose another folder with --out, or go back to that recipe.")
+    if saved.exists() and journal.exists() and journal.stat().st_size:
+        changed = recipes.differences(saved, recipe)
+        if changed:
+            raise InputError(
+                f"{folder} was made by another recipe (they differ in {', '.join(changed)}): choose another folder with --out, or go back "
+                "to that recipe."
+            )
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
-    saved.write_text(text)
+    saved.write_text(recipes.dump(recipe))
     return held
 
 
@@ -156,6 +183,18 @@ class _NoJournal(Journal):
 
     def append(self, record: dict[str, Any]) -> None:
         pass
+
+
+class _Legible(Endpoint):
+    """A reward model's endpoint, of which an answer that is no rating is a failed row like any other."""
+
+    async def complete(self, request: Request, model: str = "") -> list[Completion]:
+        outs = await super().complete(request, model)
+        try:
+            rating_of_text(outs[0].text)
+        except InputError as e:
+            raise RowFailed(f"the answer is no rating: {e}", 1, 200) from e
+        return outs
 
 
 class _Made:
@@ -252,9 +291,11 @@ class _Run:
         self.recipe, self.folder, self.progress, self.pack = recipe, folder, progress, pack
         self.given, self.source, self.limit, self.unsafe_code = given, source, limit, unsafe_code
         self.funnel: dict[str, Any] = {}
+        self.failed_ratings = 0
         self.total: int | None = None  # calls that this stage ends with, where that is known
 
     async def go(self, retry_failed: bool) -> dict[str, Any]:
+        self.retry_failed = retry_failed
         started = time.monotonic()
         recipe = self.recipe
         async with AsyncExitStack() as stack:
@@ -280,7 +321,7 @@ class _Run:
             write_rows(self.folder / "responses.parquet", rows)
             write_rows(self.folder / "demonstrations.parquet", kept)
             write_rows(self.folder / "pairs.parquet", compared)
-            failed = _failed(journal)
+            failed = _failed(journal) + self.failed_ratings
             calls = _calls(journal, self.folder / "calls.parquet")
         results = {
             "name": recipe.name,
@@ -292,7 +333,7 @@ class _Run:
             "funnel": self.funnel,
             "dropped": dict(self.writer.dropped),
             "calls": {"in journal": calls, "asked now": self.asker.asked, "failed": failed},
-            "usage": self._usage(),
+            "usage_of_this_start": self._usage(),
         }
         export(self.folder, recipe, results, kept, compared)
         write_json(self.folder / "results.json", results)
@@ -371,16 +412,17 @@ class _Run:
             model, tokenizer = load_reward(Path(reward.model))
             scores = RewardScorer(model, tokenizer, chat_format_of(self.recipe.chat_format, tokenizer)).score(list(talks.values()))
             return dict(zip(talks, scores, strict=True))
-        target = Target(reward.base_url, reward.model, api_key_env=reward.api_key_env, api_key_file=reward.api_key_file)
-        source = Endpoint([target], **self.recipe.calls.model_dump())
+        source = _Legible([_target(reward)], **self.recipe.calls.model_dump())
         with Journal(self.folder / "ratings.jsonl") as journal:
             async with source:
-                judge = RewardEndpoint(Asker(source, journal), reward.weights)
+                judge = RewardEndpoint(Asker(source, journal, retry_failed=self.retry_failed), reward.weights)
 
                 async def rate(name: str) -> list[tuple[str, Rating]]:
                     return [(name, await judge.rate(talks[name], make_id("rating", name, talks[name][-1].content)))]
 
-                return dict(await self.writer.all(talks, rate))
+                ratings = dict(await self.writer.all(talks, rate))
+            self.failed_ratings = _failed(journal)
+        return ratings
 
     async def _select(self, made: _Made, rows: Sequence[Response]) -> tuple[list[Demonstration], list[Any]]:
         judging = self.recipe.judging
@@ -421,7 +463,9 @@ class _Run:
         async def compare(pair: tuple[Response, Response]) -> list[tuple[Response, Response, str]]:
             one, other = pair
             comparison = llm.Comparison(make_id("compare", one.id, other.id), one.messages, one.text, other.text)
-            replies = [(await self.asker.ask(request))[0].text for request in llm.questions([comparison])]
+            note = {"for": "compare", "parents": [one.id, other.id]}
+            judge = self.recipe.models[0].model if self.recipe.models else ""  # the same in both orders
+            replies = [(await self.asker.ask(request, note, judge))[0].text for request in llm.questions([comparison])]
             verdict = llm.verdict(*replies)
             if verdict == "first":
                 return [(one, other, "llm")]

@@ -19,7 +19,7 @@ def distinct(prompts: Iterable[Prompt], similarity: float) -> tuple[list[Prompt]
     exact: set[tuple[str, str]] = set()
     kept, dropped = [], 0
     for prompt in prompts:
-        words = "\n".join(m.content for m in prompt.messages if m.role == "user")
+        words = "\n".join(m.content for m in prompt.messages if m.role != "assistant")
         key = (prompt.task, fold(words))
         if key in exact or (similarity < 1 and not seen[prompt.task].add(words)):
             dropped += 1
@@ -73,11 +73,15 @@ def contests(rows: Sequence[Response], judging: Judging) -> tuple[list[tuple[Res
     nothing has; and why other prompts have none."""
     groups: dict[str, list[Response]] = defaultdict(list)
     for r in rows:
-        groups[r.prompt].append(r)
+        if r.finished:
+            groups[r.prompt].append(r)
     found: list[tuple[Response, Response, str]] = []
     why: Counter[str] = Counter()
     for name in sorted(groups):
-        group = sorted(_different(groups[name]), key=lambda r: (-(r.score or 0.0), r.id))
+        group = _different(groups[name])
+        if any(r.score is not None for r in group):  # an answer whose rating failed has no place among rated ones
+            group = [r for r in group if r.score is not None]
+        group.sort(key=lambda r: (-(r.score or 0.0), r.id))
         right, wrong = [r for r in group if r.verified], [r for r in group if r.verified is False]
         if len(group) < 2:
             why["one answer"] += 1

@@ -26,8 +26,8 @@ class Source(Protocol):
         """The model that answers a row."""
         ...
 
-    async def complete(self, request: Request) -> list[Completion]:
-        """The `n` completions of one request; `RowFailed` where there are none."""
+    async def complete(self, request: Request, model: str = "") -> list[Completion]:
+        """The `n` completions of one request, by the model of its row or by another; `RowFailed` where there are none."""
         ...
 
 
@@ -42,7 +42,7 @@ class Waves:
     def model_of(self, request_id: str) -> str:
         return self.generator.name
 
-    async def complete(self, request: Request) -> list[Completion]:
+    async def complete(self, request: Request, model: str = "") -> list[Completion]:
         turn: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, turn))
         if self._pump is None or self._pump.done():
@@ -56,7 +56,8 @@ class Waves:
             turns = {id(request): turn for request, turn in wave}
             try:
                 for request, outs in self.generator.generate([request for request, _ in wave]):
-                    turns[id(request)].set_result(outs)
+                    if not turns[id(request)].done():  # whoever asked may have gone
+                        turns[id(request)].set_result(outs)
                     await asyncio.sleep(0)
             except Exception as e:  # whoever waits must hear of it
                 for turn in turns.values():
@@ -82,8 +83,8 @@ class Asker:
         self._space = asyncio.Event()
         self._space.set()
 
-    async def ask(self, request: Request, note: Mapping[str, Any] | None = None) -> list[Completion]:
-        """The completions of a request. The note goes into the journal with them.
+    async def ask(self, request: Request, note: Mapping[str, Any] | None = None, model: str = "") -> list[Completion]:
+        """The completions of a request, by the model of its row or by another. The note goes into the journal with them.
 
         Raises:
             RowFailed: there are none, now or in an earlier run.
@@ -100,15 +101,15 @@ class Asker:
                 raise RowFailed(record["error"], record["attempts"], record["status"])
         self._under_way[request.id] = asyncio.Event()
         try:
-            return await self._buy(request, note or {})
+            return await self._buy(request, note or {}, model)
         finally:
             self._under_way.pop(request.id).set()
 
-    async def _buy(self, request: Request, note: Mapping[str, Any]) -> list[Completion]:
+    async def _buy(self, request: Request, note: Mapping[str, Any], model: str) -> list[Completion]:
         await self._space.wait()
-        head = {"id": request.id, "model": self.source.model_of(request.id), **note}
+        head = {"id": request.id, "model": model or self.source.model_of(request.id), **note}
         try:
-            outs = await self.source.complete(request)
+            outs = await self.source.complete(request, model)
         except RowFailed as e:
             self.failed += 1
             await self._write({**head, "error": str(e), "attempts": e.attempts, "status": e.status, "prompt": request.messages[-1].content})
@@ -117,9 +118,9 @@ class Asker:
         self.asked += 1
         return outs
 
-    async def complete(self, request: Request) -> list[Completion]:
+    async def complete(self, request: Request, model: str = "") -> list[Completion]:
         """As `ask`: an asker may stand wherever a source may."""
-        return await self.ask(request)
+        return await self.ask(request, model=model)
 
     async def _write(self, record: dict[str, Any]) -> None:
         """Append a record. The answer is paid for, so a full disk is waited for, and meanwhile nothing new is asked."""

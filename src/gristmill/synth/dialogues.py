@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import AsyncIterator, Sequence
+from typing import Literal
 
 from pydantic import Field
 
@@ -16,16 +17,17 @@ SPEAKER = re.compile(r"\A\s*(?:\*\*)?(?:user|human|me)(?:\*\*)?\s*:\s*(?:\*\*)?"
 OTHER = re.compile(r"^\s*(?:\*\*)?(?:assistant|ai|bot)(?:\*\*)?\s*:", re.I | re.M)
 # What polite users of simulations say before and after what they want.
 POLITE_START = re.compile(
-    r"\A(?:(?:oh|ah|wow|great|perfect|excellent|wonderful|awesome|fantastic|amazing|interesting|nice|ok|okay|sure|thanks|thank you"
-    r"|many thanks|i appreciate (?:it|that|this)|that(?:'s| is) (?:\w+ )?(?:helpful|great|perfect|interesting|useful|good)"
-    r"|that makes sense|i see|got it)(?: so much| very much| a lot| again)?(?: for [^.!?\n]{1,120})?\s*[.!,;:\u2014-]+\s*)+",
+    r"(?:oh|ah|wow|great|perfect|excellent|wonderful|awesome|fantastic|amazing|interesting|nice|ok|okay|sure|thanks|thank you"
+    r"|many thanks|i appreciate (?:it|that|this)|that(?:'s| is) (?:\w{1,20} )?(?:helpful|great|perfect|interesting|useful|good)"
+    r"|that makes sense|i see|got it)(?: so much| very much| a lot| again)?(?: for [^.!?\n]{1,120})?\s{0,9}[.!,;:\u2014-]{1,9}\s{0,9}",
     re.I,
 )
 POLITE_END = re.compile(
-    r"(?:[\s.!,]*\b(?:thanks|thank you|many thanks|i appreciate your help|i(?:'d| would) appreciate (?:it|that)|please and thank you)"
-    r"(?: so much| very much| a lot| again| in advance)?(?: for your (?:help|time|patience))?\s*[.!]*)+\Z",
+    r"(?:\A|[\s.!?,])(?P<said>(?:thanks|thank you|many thanks|i appreciate your help|i(?:'d| would) appreciate (?:it|that))"
+    r"(?: so much| very much| a lot| again| in advance)?(?: for your (?:help|time|patience))?[\s.!]{0,9})\Z",
     re.I,
 )
+LONGEST_POLITENESS = 200  # characters at either end
 FAREWELL = re.compile(r"\b(?:goodbye|bye|that(?:'s| is) all|no (?:more|further) questions|have a (?:nice|great|good) (?:day|one))\b", re.I)
 
 
@@ -34,7 +36,7 @@ class Dialogues(Section):
 
     turns: int = Field(3, gt=0, description="user turns, the prompt's included")
     share: float = Field(0.2, ge=0, le=1, description="share of the single-turn prompts that become dialogues")
-    personas: tuple[str, ...] = Field(("normal", "complex", "concise"), min_length=1)
+    personas: tuple[Literal["normal", "complex", "concise"], ...] = Field(("normal", "complex", "concise"), min_length=1)
     threshold: float = Field(0.0, description="lowest reward that every turn of a kept dialogue must reach")
 
     def chosen(self, writer: Writer, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -79,7 +81,11 @@ def without_politeness(text: str) -> str:
         text = text[: found.start()].strip() or text
     if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1]:
         text = text[1:-1].strip()
-    shorter = POLITE_END.sub("", POLITE_START.sub("", text[:2000])).strip() + text[2000:]
+    shorter = text
+    while found := POLITE_START.match(shorter):
+        shorter = shorter[found.end() :]
+    while found := POLITE_END.search(shorter, max(0, len(shorter) - LONGEST_POLITENESS)):
+        shorter = shorter[: found.start("said")].rstrip(" ,")
     if not fold(shorter):
         return text
     return shorter[0].upper() + shorter[1:] if shorter[0] != text[0] else shorter

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ OUTAGE_SECONDS = 2.0
 LONGEST_RETRY_AFTER = 120.0  # seconds; an endpoint that asks for more is treated as one that asks for this
 UNKNOWN_PATIENCE = 10.0  # seconds that an endpoint may be unreachable before it ever answered
 WORKERS_PER_SLOT = 2  # rows under way for each slot: those that pause between attempts hold none
+SURROGATE = re.compile("[\ud800-\udfff]")
 SHOWN = 300  # characters of an error's body
 
 
@@ -177,8 +179,13 @@ class _Line:
 
     def clean(self, text: str) -> str:
         """A server's words without our key, and not too many of them."""
-        text = " ".join(text.split())[:SHOWN]
-        return text.replace(self.key, "[key]") if self.key else text
+        if self.key:  # before it is cut, or a part of the key might stay
+            text = text.replace(self.key, "[key]")
+        return " ".join(text.split())[:SHOWN]
+
+    @property
+    def paused(self) -> bool:
+        return self.pause_until > time.monotonic()
 
     async def there(self) -> None:
         """Wait while everything to this target is paused."""
@@ -275,18 +282,18 @@ class Endpoint:
 
     # ---- rows ----
 
-    async def complete(self, request: Request) -> list[Completion]:
-        """The `n` completions of one request.
+    async def complete(self, request: Request, model: str = "") -> list[Completion]:
+        """The `n` completions of one request, by the model of its row or by another.
 
         Raises:
             RowFailed: the endpoint refuses this row for good, or its budget is used up.
             InputError: the endpoint refuses every row (key, address, model), or has been unreachable for too long.
         """
-        lines = self._lines[self.model_of(request.id)]
+        lines = self._lines[model or self.model_of(request.id)]
         outs: list[Completion] = []
         failures = 0
         while True:
-            line = lines[0] if len(lines) == 1 else min(lines, key=lambda line: (line.down_since is not None, line.window.load))
+            line = lines[0] if len(lines) == 1 else min(lines, key=lambda line: (line.paused, line.window.load))
             again = failures > 0
             await line.there()
             await line.window.enter(again)
@@ -440,13 +447,18 @@ def _key(target: Target) -> str:
         key = os.environ.get(target.api_key_env, "")
         if not key:
             raise InputError(f"The environment variable {target.api_key_env} is empty: put the API key of {url.hostname} into it.")
+        if len(key.split()) != 1:
+            raise InputError(f"The environment variable {target.api_key_env} must hold the key and nothing else.")
         return key.strip()
     if target.api_key_file:
         path = Path(target.api_key_file).expanduser()
         try:
-            return path.read_text().strip()
-        except OSError as e:
-            raise InputError(f"The key file {path} cannot be read ({e.strerror}).") from e
+            key = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"The key file {path} cannot be read ({e}).") from e
+        if not key or len(key.split()) > 1:
+            raise InputError(f"The key file {path} must hold the key and nothing else.")
+        return key
     return ""
 
 
@@ -479,16 +491,19 @@ def _completions(body: bytes, target: Target) -> tuple[list[Completion], int, in
         answer = json.loads(body)
         choices = answer["choices"]
         usage = answer.get("usage") or {}
-        tokens_in, tokens_out = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        tokens_in, tokens_out = (max(0, int(usage.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens"))
         outs = []
         for choice in choices:
             text = choice["message"]["content"] if target.kind == "chat" else choice["text"]
             if not isinstance(text, str) or not text.strip():
                 raise _Passing("empty", "the answer is empty", 200)
+            if choice.get("finish_reason") == "content_filter":
+                raise _Passing("filtered", "the endpoint's content filter cut the answer off", 200)
+            text = SURROGATE.sub("\ufffd", text)  # which no file could hold
             logprobs = _logprobs(choice.get("logprobs"))
             finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
             outs.append(Completion(text, len(logprobs) or tokens_out // len(choices), logprobs, finish))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as e:
         raise _Passing("malformed", f"the answer cannot be read ({e.__class__.__name__})", 200) from e
     if not outs:
         raise _Passing("malformed", "the answer holds no choice", 200)

@@ -32,11 +32,16 @@ class Journal(Mapping[str, dict[str, Any]]):
 
     Args:
         path: the file; created when absent.
+        read_only: only look; another process may be writing.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, read_only: bool = False):
         self.path = path
         self._places: dict[str, int] = {}
+        if read_only:
+            self._size = self._read()
+            self._file = path.open("rb", buffering=0)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         good = self._read() if path.exists() else 0
         self._file = path.open("ab+", buffering=0)  # a failed write leaves nothing behind that close would try again
@@ -102,13 +107,14 @@ class Journal(Mapping[str, dict[str, Any]]):
 
     def close(self) -> None:
         """Flush to disk and close."""
-        if not self._file.closed:
+        if not self._file.closed and self._file.writable():
             try:
                 os.fsync(self._file.fileno())
             except OSError as e:
                 raise self._full(e) from e
             finally:
                 self._file.close()
+        self._file.close()
 
     def __enter__(self) -> "Journal":
         return self

@@ -2,11 +2,13 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable
 
 MARKER = re.compile(r"^(?P<indent>[ \t]*)(?P<marker>\(?\d{1,4}[.):](?=\s|$)|[-*+\u2022\u2013](?=\s))[ \t]*(?P<text>.*)$")
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.S | re.M)
 QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "`": "`"}
+AROUND = " .,;:!?\"'`*_\u201c\u201d\u2018\u2019\u2026()[]"
 LONGEST = 20_000  # characters of an item; more is no item of a list
 
 
@@ -24,8 +26,8 @@ def parse_list(text: str) -> list[str]:
 
 
 def fold(text: str) -> str:
-    """A text as far as duplicates go: letters and digits, without case."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    """A text as far as duplicates go: without case, runs of space, and the punctuation around it."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(AROUND)
 
 
 def unique(items: Iterable[str]) -> list[str]:

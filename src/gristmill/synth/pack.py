@@ -89,7 +89,7 @@ def _read(path: Path, default: Mapping[str, Template] | None) -> dict[str, Templ
         raise InputError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict):
         raise InputError(f"{path} must be a mapping of template names to templates.")
-    templates = {name: _template(str(name), given, path) for name, given in values.items()}
+    templates = {str(name): _template(str(name), given, path) for name, given in values.items()}
     for name, template in templates.items():
         if default is None:
             continue
@@ -118,10 +118,16 @@ def _template(name: str, given: Any, path: Path) -> Template:
         raise InputError(f"{where} has the parser {parser!r}: use one of {', '.join(get_args(Parser))}.")
     text = given["text"].strip()
     try:
-        used = {slot for _, slot, _, _ in string.Formatter().parse(text) if slot is not None}
+        fields_in = [(slot, spec, turned) for _, slot, spec, turned in string.Formatter().parse(text) if slot is not None]
     except ValueError as e:
         raise InputError(f"{where} cannot be read ({e}): write {{{{ and }}}} for braces that are no slot.") from e
-    slots = tuple(given.get("slots", sorted(used)))
+    used = {slot for slot, _, _ in fields_in}
+    if any(spec or turned or not slot for slot, spec, turned in fields_in):
+        raise InputError(f"{where} has braces that are no slot: write {{{{ and }}}} for those.")
+    slots = given.get("slots", sorted(used))
+    if not isinstance(slots, list) or not all(isinstance(slot, str) for slot in slots):
+        raise InputError(f"{where}: slots must be a list of names.")
+    slots = tuple(slots)
     for slot in sorted(used - set(slots)):
         raise InputError(f"{where} uses the slot {slot!r} that it does not declare: its slots are {', '.join(slots) or 'none'}.")
     sampling = given.get("sampling") or {}
@@ -129,4 +135,10 @@ def _template(name: str, given: Any, path: Path) -> Template:
     if not isinstance(sampling, dict) or set(sampling) - set(known):
         raise InputError(f"{where}: sampling must be a mapping of {', '.join(known)}.")
     base = {f.name: getattr(DEFAULT_SAMPLING, f.name) for f in fields(Sampling)}
-    return Template(name, slots, text, cast(Parser, parser), Sampling(**{**base, **sampling}))
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in sampling.values()):
+        raise InputError(f"{where}: the values of sampling must be numbers.")
+    try:
+        drawn = Sampling(**{**base, **sampling})
+    except InputError as e:
+        raise InputError(f"{where}: {e}") from e
+    return Template(name, slots, text, cast(Parser, parser), drawn)

@@ -38,8 +38,8 @@ def schema_problem(schema: Any) -> str:
         Draft202012Validator.check_schema(schema)
     except SchemaError as e:
         return e.message
-    except (RecursionError, ValueError, TypeError) as e:
-        return str(e)
+    except (RecursionError, ArithmeticError, ValueError, TypeError) as e:
+        return str(e) or type(e).__name__
     return ""
 
 
@@ -49,6 +49,6 @@ def problem_of(value: Any, schema: dict[str, Any]) -> str:
 
     try:
         error = next(iter(Draft202012Validator(schema).iter_errors(value)), None)
-    except RecursionError:
-        return "it is nested too deeply"
+    except (RecursionError, ArithmeticError, ValueError, TypeError) as e:
+        return f"it cannot be checked ({type(e).__name__})"
     return "" if error is None else error.message

@@ -38,12 +38,13 @@ class Reply:
 class Topic:
     """A text that others grow from: a topic, a question, an item of a list. Its origin is a model, or "human".
 
-    The id of an item is that of the call that made it, "#" and its place.
+    The id of an item is that of the call that made it, "#" and its place; its root is what it grew from at last, a topic or document.
     """
 
     text: str
     id: str
     origin: str = "human"
+    root: str = ""
 
 
 class Writer:
@@ -78,7 +79,7 @@ class Writer:
         """The answer to a template.
 
         Args:
-            parents: ids of what goes into the slots.
+            parents: ids of what goes into the slots, the topic or document that all grew from last.
             salt: makes equal calls different ones.
 
         Raises:
@@ -145,12 +146,13 @@ class Writer:
             raise Unusable("no list")
         if len(found) < num:
             self.dropped["list too short"] += 1
-        return [Topic(text, f"{reply.id}#{n}", reply.model) for n, text in enumerate(found[:num])]
+        root = parents[-1] if parents else ""
+        return [Topic(text, f"{reply.id}#{n}", reply.model, root) for n, text in enumerate(found[:num])]
 
     async def _one_by_one(self, template: str, num: int, parents: Sequence[str], salt: object, slots: Mapping[str, Any]) -> list[Topic]:
         async def one(number: int) -> list[Topic]:
             reply = await self.reply(template, parents=parents, salt=f"{salt}#{number}", num=1, **slots)
-            return [Topic(reply.text, f"{reply.id}#0", reply.model)]
+            return [Topic(reply.text, f"{reply.id}#0", reply.model, parents[-1] if parents else "")]
 
         found = {fold(topic.text): topic for topic in await self.all(range(num), one)}
         if not found:

@@ -25,6 +25,7 @@ class FromFile(Pipeline):
         rows = sorted(inputs.prompts, key=lambda row: make_id(writer.seed, row.id))
         # by the prompt's own words, so that equal prompts never fall into both halves
         halves = {"sft": 0, "preference": 1}
-        kept = [r for r in rows if self.half == "both" or int(make_id(r.messages[0].content)[-1], 16) % 2 == halves[self.half]]
+        words = {r.id: "\n".join(m.content for m in r.messages if m.role == "user") for r in rows}
+        kept = [r for r in rows if self.half == "both" or int(make_id(words[r.id])[-1], 16) % 2 == halves[self.half]]
         for row in kept[: self.limit]:
             yield replace(row, origin="file")

@@ -228,7 +228,7 @@ class Instructions(Pipeline):
                     talk.append(Message("user", pack["instruction_revision"].render(constraints=words)))
             truth = {"kind": "instructions", "checks": checks}
             name = make_id("instructions", [(m.role, m.content) for m in talk], parents)
-            return [Prompt(name, "instructions", tuple(talk), origin, tuple(parents), truth=truth)]
+            return [Prompt(name, "instructions", tuple(talk), origin, (*parents, first.root or first.id), truth=truth)]
 
         async for row in writer.each(await openings(writer, inputs, self.prompts), constrain):
             yield row

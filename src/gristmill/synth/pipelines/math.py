@@ -16,7 +16,7 @@ FORMS = {"general": "math_problems", "beginner": "math_problems_beginner"}
 class Math(Pipeline):
     """Problems in mathematics."""
 
-    levels: tuple[str, ...] = Field(LEVELS, description="school levels that topics are named for")
+    levels: tuple[str, ...] = Field(LEVELS, min_length=1, description="school levels that topics are named for")
     topics: int = Field(5, gt=0, description="topics a level")
     subtopics: int = Field(3, ge=0, description="subtopics a topic, used beside it")
     problems: int = Field(3, gt=0, description="problems a topic and form")

@@ -67,6 +67,6 @@ def call_problem(call: Any, functions: dict[str, dict[str, Any]]) -> str:
     """Why a call is none of these functions'; "" where it is."""
     if not isinstance(call, dict) or set(call) != {"name", "arguments"} or not isinstance(call["arguments"], dict):
         return "no call"
-    if call["name"] not in functions:
+    if not isinstance(call["name"], str) or call["name"] not in functions:
         return "call of an unknown function"
     return "arguments do not fit the schema" if problem_of(call["arguments"], functions[call["name"]]["parameters"]) else ""

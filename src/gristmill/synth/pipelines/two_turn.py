@@ -28,7 +28,7 @@ class TwoTurn(Pipeline):
             request = await writer.reply("next_turn", parents=[answer.id, first.id], history=told(talk))
             talk.append(Message("user", without_politeness(request.text)))
             name = make_id("two_turn", request.id, first.id)
-            return [Prompt(name, "two_turn", tuple(talk), request.model, (request.id, answer.id, first.id))]
+            return [Prompt(name, "two_turn", tuple(talk), request.model, (request.id, answer.id, first.id, first.root or first.id))]
 
         async for row in writer.each(await openings(writer, inputs, self.prompts), follow):
             yield row

@@ -25,11 +25,12 @@ class Writing(Pipeline):
             found = await writer.items("writing_tasks", self.tasks, parents=[topic.id], kind=kind, topic=topic.text)
             if not self.revisions:
                 return [prompt("writing", t.text, t.origin, [t.id, topic.id]) for t in found]
-            return await writer.all(found, revise)
+            return await writer.all(found, lambda task: revise(task, topic))
 
-        async def revise(task: Topic) -> list[Prompt]:
-            richer = await writer.items("revise_writing_task", self.revisions, parents=[task.id], task=task.text)
-            return [prompt("writing", r.text, r.origin, [r.id, task.id]) for r in richer]
+        async def revise(task: Topic, topic: Topic) -> list[Prompt]:
+            parents = [task.id, topic.id]
+            richer = await writer.items("revise_writing_task", self.revisions, parents=parents, task=task.text)
+            return [prompt("writing", r.text, r.origin, [r.id, *parents]) for r in richer]
 
         def drawn(topic: Topic) -> list[str]:
             return writer.random("kinds", topic.text).sample(self.kinds, min(self.kinds_per_topic, len(self.kinds)))
