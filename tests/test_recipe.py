@@ -1,7 +1,7 @@
 """The recipe: a frozen surface, errors that name the right key, paths, and a round trip through YAML."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -70,12 +70,41 @@ def test_pretraining_surface_is_frozen() -> None:
     assert keys_of(Pretraining) == {"": set(PRETRAINING.split())}
 
 
+DATASET = """name seed models folder chat_format context templates calls topics documents prompts entities pipelines turn dialogues
+answers judging near_duplicates licence"""
+PIPELINES = {
+    "open_qa": "questions revisions",
+    "writing": "kinds kinds_per_topic tasks revisions",
+    "closed_qa": "questions",
+    "math": "levels topics subtopics problems forms",
+    "python": "topics subtopics problems levels",
+    "instructions": "prompts most whole_talk revision",
+    "two_turn": "prompts",
+    "from_file": "half limit",
+    "topic_following": "dialogues turns",
+    "incapable": "lacks tasks",
+    "document_qa": "questions",
+    "tools": "functions requests topics",
+    "genetic": "colonies generations births seeds",
+}
+
+
+def test_dataset_surface_is_frozen() -> None:
+    from gristmill.dataset.recipe import DatasetRecipe, Pipelines
+
+    assert set(DatasetRecipe.model_fields) == set(DATASET.split())
+    found = {name: set(get_args(field.annotation)[0].model_fields) for name, field in Pipelines.model_fields.items()}
+    assert found == {name: set(keys.split()) for name, keys in PIPELINES.items()}
+
+
 def test_shipped_recipes_load() -> None:
+    from gristmill.dataset.recipe import load as load_dataset
     from gristmill.jobs import load_pretraining
 
-    assert {path.stem for path in SHIPPED} == {"miniature", "miniature-base"}
+    loaders = {"miniature": recipes.load, "miniature-base": load_pretraining, "domain": load_dataset}
+    assert {path.stem for path in SHIPPED} == set(loaders)
     for path in SHIPPED:
-        load_pretraining(path) if path.stem.endswith("-base") else recipes.load(path)
+        loaders[path.stem](path)
 
 
 @pytest.mark.parametrize(
