@@ -122,6 +122,9 @@ def test_every_pipeline_writes(start_endpoint: Callable[..., Any], tmp_path: Pat
     chain = lineage(tmp_path / "run", row.id)
     assert chain[0]["kind"] == "prompt" and [entry["depth"] for entry in chain[:2]] == [0, 1]
     assert {entry["template"] for entry in chain if entry["kind"] == "call"} >= {"revise_question", "questions"}
+    # an answer is of a call, whose sampling is told
+    calls_of = [entry for entry in lineage(tmp_path / "run", rows[0].id) if entry["kind"] == "call"]
+    assert calls_of and any(entry["template"] == "answer" and entry["sampling"]["max_tokens"] == 64 for entry in calls_of)
 
 
 def test_judged_answers_make_pairs(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:

@@ -74,7 +74,9 @@ def _of(path: Path, kind: str) -> Iterator[dict[str, Any]]:
         }
         facts |= {k: r[k] for k in ("chosen_reward", "rejected_reward") if k in r}
         text = r.get("text") or r.get("chosen") or (r["messages"][-1]["content"] if r.get("messages") else "")
-        parents = list(r.get("parents") or ([r["prompt"]] if isinstance(r.get("prompt"), str) else []))
+        parents = list(r.get("parents") or ())
+        if kind == "responses":  # an answer is one of those of its call
+            parents = [r["prompt"], r["id"].split("#")[0]]
         yield {"id": r["id"], "kind": kind.removesuffix("s"), "text": _short(text), "parents": parents, **facts}
 
 

@@ -254,20 +254,20 @@ async def _answer(recipe: DatasetRecipe, writer: Writer, prompts: Sequence[Promp
     async def answer(entry: tuple[Prompt, int]) -> list[Response]:
         prompt, index = entry
         sampling = sampling_of(answers, index)
-        replies = await writer.answers(prompt.messages, "answer", [prompt.id], f"response {index}", sampling)
+        replies = await writer.answers(prompt.messages, "answer", [prompt.id], f"response {prompt.id} {index}", sampling)
         return [
             Response(
-                make_id(prompt.id, index, number),
+                f"{reply.id}#{number}",
                 prompt.id,
                 prompt.task,
                 prompt.messages,
-                reply.text if reply else "",
-                reply.model if reply else "",
+                reply.text,
+                reply.model,
                 sampling.temperature,
                 number,
                 0,
                 0.0,
-                reply is not None,
+                reply.finished,
             )
             for number, reply in enumerate(replies)
         ]

@@ -35,6 +35,7 @@ OUTAGE_SECONDS = 2.0
 LONGEST_RETRY_AFTER = 120.0  # seconds; an endpoint that asks for more is treated as one that asks for this
 UNKNOWN_PATIENCE = 10.0  # seconds that an endpoint may be unreachable before it ever answered
 WORKERS_PER_SLOT = 2  # rows under way for each slot: those that pause between attempts hold none
+LARGEST_ANSWER = 32 << 20  # bytes
 SURROGATE = re.compile("[\ud800-\udfff]")
 SHOWN = 300  # characters of an error's body
 
@@ -326,6 +327,8 @@ class Endpoint:
         try:
             async with self._session.post(line.url, data=data, headers=line.headers) as reply:
                 status, headers = reply.status, reply.headers
+                if (reply.content_length or 0) > LARGEST_ANSWER:
+                    raise _Passing("malformed", f"the answer has {reply.content_length:,} bytes", status)
                 body = await reply.read()
         except aiohttp.ClientConnectorError as e:
             raise _Passing("unreachable", line.clean(str(e))) from e

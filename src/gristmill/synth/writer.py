@@ -27,11 +27,12 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer, the id of the call, and who answered."""
+    """A model's answer, the id of the call, who answered, and whether the answer came to its end."""
 
     text: str
     id: str
     model: str
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Writer:
     ) -> Reply:
         """The assistant's next turn in a conversation; as `reply`."""
         (reply,) = await self.answers(messages, purpose, parents, salt, sampling, num)
-        if reply is None:
+        if not reply.finished:
             raise Unusable("cut off")
         return reply
 
@@ -113,15 +114,15 @@ class Writer:
         salt: object = "",
         sampling: Sampling | None = None,
         num: object = None,
-    ) -> list[Reply | None]:
-        """All samples of the next turn; None for one that was cut off. A list is asked for with its `num` of items."""
+    ) -> list[Reply]:
+        """All samples of the next turn. A list is asked for with its `num` of items."""
         sampling = sampling or self.answering
         name = make_id(purpose, [(m.role, m.content) for m in messages], sampling.__dict__, salt, self.seed)
         request = Request(name, tuple(messages), sampling, self.seed)
         note = {"for": purpose, "parents": list(parents), "sampling": sampling.__dict__, **({"num": num} if num else {})}
         outs = await self.ask(request, note)
         model = self.asker.source.model_of(name)
-        return [Reply(c.text.strip(), name, model) if c.finish == "stop" and c.text.strip() else None for c in outs]
+        return [Reply(c.text.strip(), name, model, c.finish == "stop" and bool(c.text.strip())) for c in outs]
 
     async def ask(self, request: Request, note: Mapping[str, Any]) -> list[Completion]:
         """Where every call goes through."""
