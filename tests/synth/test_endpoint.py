@@ -12,7 +12,8 @@ from gristmill.chat import Message
 from gristmill.engine.generator import Completion, Request, Sampling
 from gristmill.errors import InputError
 from gristmill.synth import endpoint as module
-from gristmill.synth.endpoint import Endpoint, RowFailed, Target, _retry_after, _Window
+from gristmill.synth.endpoint import Endpoint, RowFailed, Target, _retry_after
+from gristmill.synth.window import Window
 
 
 def ask(name: str, text: str, **sampling: Any) -> Request:
@@ -215,7 +216,7 @@ def test_concurrency_is_reached_and_kept(start_endpoint: Callable[..., Any]) -> 
 
 def test_a_window_ignores_stray_refusals_and_halves_when_they_are_many() -> None:
     async def run() -> None:
-        window = _Window(64)
+        window = Window(64)
         for n in range(6400):
             window.saw(refused=n % 20 == 0)
         assert window.size == 64
@@ -236,7 +237,7 @@ def test_rows_that_were_sent_before_get_the_next_slot() -> None:
     order: list[str] = []
 
     async def run() -> None:
-        window = _Window(1)
+        window = Window(1)
         await window.enter(again=False)
 
         async def row(name: str, again: bool) -> None:

@@ -11,29 +11,26 @@ runs/NAME/results.json
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gristmill.chat import Message
 from gristmill.dataset import inputs
 from gristmill.dataset import recipe as recipes
 from gristmill.dataset.export import export
-from gristmill.dataset.recipe import Answers, DatasetRecipe, Reward
-from gristmill.dataset.select import contests, demonstrations, distinct, pairs, passes
-from gristmill.engine.generator import Completion, Request, Sampling
+from gristmill.dataset.judging import Judges, check_reward
+from gristmill.dataset.recipe import Answers, DatasetRecipe
+from gristmill.dataset.select import distinct
+from gristmill.engine.generator import Sampling
 from gristmill.errors import InputError
 from gristmill.files import lock, write_json
 from gristmill.flywheel.progress import Progress
-from gristmill.judge import llm
 from gristmill.judge.conditions import Condition
-from gristmill.judge.reward_api import RewardEndpoint, rating_of_text, weight_set
-from gristmill.judge.verify import verify
-from gristmill.rows import Demonstration, Prompt, Rating, Response, make_id, write_rows
-from gristmill.synth.ask import Asker, Source, Waves
-from gristmill.synth.endpoint import Endpoint, RowFailed, Target
+from gristmill.rows import Demonstration, Prompt, Response, write_rows
+from gristmill.synth.ask import Asker, Source, Waves, failed_calls
+from gristmill.synth.endpoint import Endpoint
 from gristmill.synth.journal import Journal
 from gristmill.synth.pack import Pack
 from gristmill.synth.pipelines.base import Inputs, Pipeline
@@ -117,28 +114,10 @@ def _check(recipe: DatasetRecipe) -> tuple[Pack, Inputs, Source]:
     if recipe.answers is None and (recipe.judging.keep or recipe.judging.llm):
         raise InputError("judging needs answers: add `answers:` to the recipe, or take keep and llm out.")
     if recipe.judging.reward is not None:
-        _check_reward(recipe.judging.reward)
+        check_reward(recipe.judging.reward)
     if recipe.folder is not None:
         return pack, given, _in_process(recipe)
-    calls = recipe.calls
-    targets = [model.target() for model in recipe.models]
-    return (
-        pack,
-        given,
-        Endpoint(targets, concurrency=calls.concurrency, timeout=calls.timeout, retries=calls.retries, patience=calls.patience),
-    )
-
-
-def _check_reward(reward: Reward) -> None:
-    weight_set(reward.weights)
-    if reward.base_url:
-        Endpoint([_target(reward)])
-    elif not reward.model or not (Path(reward.model) / "config.json").is_file():
-        raise InputError(f"judging.reward.model {reward.model!r} is no model folder: name one, or give base_url for an endpoint.")
-
-
-def _target(reward: Reward) -> Target:
-    return Target(reward.base_url, reward.model, api_key_env=reward.api_key_env, api_key_file=reward.api_key_file)
+    return pack, given, Endpoint([model.target() for model in recipe.models], **recipe.calls.model_dump())
 
 
 def _in_process(recipe: DatasetRecipe) -> Source:
@@ -185,18 +164,6 @@ class _NoJournal(Journal):
         pass
 
 
-class _Legible(Endpoint):
-    """A reward model's endpoint, of which an answer that is no rating is a failed row like any other."""
-
-    async def complete(self, request: Request, model: str = "") -> list[Completion]:
-        outs = await super().complete(request, model)
-        try:
-            rating_of_text(outs[0].text)
-        except InputError as e:
-            raise RowFailed(f"the answer is no rating: {e}", 1, 200) from e
-        return outs
-
-
 class _Made:
     """Rows of the pipelines."""
 
@@ -234,15 +201,17 @@ async def _write(recipe: DatasetRecipe, writer: Writer, given: Inputs, limit: in
 
 
 async def first(rows: AsyncIterator[Item], limit: int | None) -> AsyncIterator[Item]:
-    """The first `limit` rows, or all."""
+    """The first `limit` rows, or all. What is under way beyond them is cancelled."""
     num = 0
-    if limit == 0:
-        return
-    async for row in rows:
-        yield row
-        num += 1
-        if num == limit:
-            return
+    try:
+        async for row in rows:
+            yield row
+            num += 1
+            if num == limit:
+                return
+    finally:
+        if isinstance(rows, AsyncGenerator):
+            await rows.aclose()
 
 
 async def _answer(recipe: DatasetRecipe, writer: Writer, prompts: Sequence[Prompt]) -> list[Response]:
@@ -290,12 +259,9 @@ class _Run:
     ):
         self.recipe, self.folder, self.progress, self.pack = recipe, folder, progress, pack
         self.given, self.source, self.limit, self.unsafe_code = given, source, limit, unsafe_code
-        self.funnel: dict[str, Any] = {}
-        self.failed_ratings = 0
         self.total: int | None = None  # calls that this stage ends with, where that is known
 
     async def go(self, retry_failed: bool) -> dict[str, Any]:
-        self.retry_failed = retry_failed
         started = time.monotonic()
         recipe = self.recipe
         async with AsyncExitStack() as stack:
@@ -308,7 +274,7 @@ class _Run:
             stack.callback(ticking.cancel)
             with self.progress.stage("prompts"):
                 made = await _write(recipe, self.writer, self.given, self.limit)
-            self._count("written", dict(sorted(made.written.items())) | {"too much alike": made.alike})
+            written = dict(sorted(made.written.items())) | {"too much alike": made.alike}
             write_rows(self.folder / "prompts.parquet", made.prompts)
             with self.progress.stage("answers"):
                 if recipe.answers is not None:
@@ -316,13 +282,14 @@ class _Run:
                 rows = await _answer(recipe, self.writer, made.prompts)
             self.total = None
             with self.progress.stage("judging"):
-                rows = await self._judge(made.prompts, rows)
-                kept, compared = await self._select(made, rows)
+                judges = Judges(recipe, self.folder, self.writer, retry_failed=retry_failed, unsafe_code=self.unsafe_code)
+                rows = await judges.judge(made.prompts, rows)
+                kept, compared = await judges.select(made.prompts, made.demonstrations, rows)
             write_rows(self.folder / "responses.parquet", rows)
             write_rows(self.folder / "demonstrations.parquet", kept)
             write_rows(self.folder / "pairs.parquet", compared)
-            failed = _failed(journal) + self.failed_ratings
-            calls = _calls(journal, self.folder / "calls.parquet")
+            failed = failed_calls(journal) + judges.failed_ratings
+            calls = _compact(journal, self.folder / "calls.parquet")
         results = {
             "name": recipe.name,
             "seconds": round(time.monotonic() - started, 2),
@@ -330,7 +297,7 @@ class _Run:
             "responses": len(rows),
             "demonstrations": len(kept),
             "pairs": len(compared),
-            "funnel": self.funnel,
+            "funnel": {"written": written, **judges.funnel},
             "dropped": dict(self.writer.dropped),
             "calls": {"in journal": calls, "asked now": self.asker.asked, "failed": failed},
             "usage_of_this_start": self._usage(),
@@ -338,9 +305,6 @@ class _Run:
         export(self.folder, recipe, results, kept, compared)
         write_json(self.folder / "results.json", results)
         return results
-
-    def _count(self, name: str, value: Any) -> None:
-        self.funnel[name] = value
 
     def _usage(self) -> dict[str, Any]:
         if not isinstance(self.source, Endpoint):
@@ -370,115 +334,8 @@ class _Run:
     def _calls(self) -> int:
         return self.asker.asked + self.asker.found + self.asker.failed
 
-    # ---- judging ----
 
-    async def _judge(self, prompts: Sequence[Prompt], rows: list[Response]) -> list[Response]:
-        """Verdicts of the verifiers where there is a truth, ratings of the reward model, and whether the answer may be kept."""
-        truths = {p.id: p.truth for p in prompts if p.truth}
-        checked = self._verify(truths, [r for r in rows if r.prompt in truths and r.finished])
-        ratings = await self._rate([r for r in rows if r.finished])
-        weights = weight_set(self.recipe.judging.reward.weights) if self.recipe.judging.reward else ()
-        keep = Condition.parse(self.recipe.judging.keep) if self.recipe.judging.keep else None
-        out = []
-        for r in rows:
-            rating, verdict = ratings.get(r.id), checked.get(r.id)
-            judge = "verifier" if verdict is not None else "reward" if rating is not None else "none"
-            r = replace(r, rating=rating, score=round(rating.score(weights), 4) if rating else None, verified=verdict, judge=judge)
-            out.append(replace(r, good=passes(r, keep)))
-        return out
-
-    def _verify(self, truths: dict[str, Any], rows: Sequence[Response]) -> dict[str, bool]:
-        if not any(truth.get("kind") == "code" for truth in truths.values()):
-            return {r.id: verify(truths[r.prompt], r.text) for r in rows}
-        from gristmill.judge.sandbox import Sandbox
-
-        with Sandbox(unsafe=self.unsafe_code) as sandbox:
-
-            def run_code(program: str, tests: str) -> bool:
-                return bool(sandbox.run_many([(program, tests)])[0].passed)
-
-            return {r.id: verify(truths[r.prompt], r.text, run_code) for r in rows}
-
-    async def _rate(self, rows: Sequence[Response]) -> dict[str, Rating]:
-        reward = self.recipe.judging.reward
-        if reward is None or not rows:
-            return {}
-        talks = {r.id: (*r.messages, Message("assistant", r.text)) for r in rows}
-        if not reward.base_url:
-            from gristmill.jobs import chat_format_of
-            from gristmill.judge.reward import RewardScorer
-            from gristmill.model.weights import load_reward
-
-            model, tokenizer = load_reward(Path(reward.model))
-            scores = RewardScorer(model, tokenizer, chat_format_of(self.recipe.chat_format, tokenizer)).score(list(talks.values()))
-            return dict(zip(talks, scores, strict=True))
-        source = _Legible([_target(reward)], **self.recipe.calls.model_dump())
-        with Journal(self.folder / "ratings.jsonl") as journal:
-            async with source:
-                judge = RewardEndpoint(Asker(source, journal, retry_failed=self.retry_failed), reward.weights)
-
-                async def rate(name: str) -> list[tuple[str, Rating]]:
-                    return [(name, await judge.rate(talks[name], make_id("rating", name, talks[name][-1].content)))]
-
-                ratings = dict(await self.writer.all(talks, rate))
-            self.failed_ratings = _failed(journal)
-        return ratings
-
-    async def _select(self, made: _Made, rows: Sequence[Response]) -> tuple[list[Demonstration], list[Any]]:
-        judging = self.recipe.judging
-        topics = {p.id: p.parents[-1] for p in made.prompts if p.parents}
-        dialogues = [d for d in made.demonstrations if d.task == "dialogue"]
-        others = [d for d in made.demonstrations if d.task != "dialogue"]
-        if judging.reward is not None and self.recipe.dialogues is not None and dialogues:
-            good = await self._good_dialogues(dialogues, self.recipe.dialogues.threshold)
-            self._count("dialogues", {"written": len(dialogues), "kept": len(good)})
-            dialogues = good
-        kept, counts = demonstrations(rows, topics, judging)
-        self._count("answers", counts)
-        contested, why = contests(rows, judging)
-        decided = await self._compare([(a, b) for a, b, judge in contested if not judge])
-        final = [(a, b, judge) for a, b, judge in contested if judge] + decided
-        why["the judge contradicts itself"] += len([1 for *_, judge in contested if not judge]) - len(decided)
-        made_pairs = pairs(sorted(final, key=lambda c: c[0].id), judging, self.recipe.seed)
-        self._count("pairs", {"pairs": len(made_pairs), **{k: v for k, v in why.items() if v}})
-        return [*others, *dialogues, *kept], made_pairs
-
-    async def _good_dialogues(self, rows: Sequence[Demonstration], threshold: float) -> list[Demonstration]:
-        """Dialogues of which every assistant turn reaches the threshold."""
-        turns = {f"{d.id}#{i}": (d, i) for d in rows for i, message in enumerate(d.messages) if message.role == "assistant"}
-        as_rows = [
-            Response(name, d.id, d.task, d.messages[:i], d.messages[i].content, d.origin, 0.0, 0, 0, 0.0, True)
-            for name, (d, i) in turns.items()
-        ]
-        ratings = await self._rate(as_rows)
-        assert self.recipe.judging.reward is not None
-        weights = weight_set(self.recipe.judging.reward.weights)
-        low = {turns[name][0].id for name, rating in ratings.items() if rating.score(weights) < threshold}
-        unrated = {turns[name][0].id for name in turns.keys() - ratings.keys()}
-        return [d for d in rows if d.id not in low | unrated]
-
-    async def _compare(self, rows: Sequence[tuple[Response, Response]]) -> list[tuple[Response, Response, str]]:
-        """Ask a language model in both orders; only consistent verdicts count."""
-
-        async def compare(pair: tuple[Response, Response]) -> list[tuple[Response, Response, str]]:
-            one, other = pair
-            comparison = llm.Comparison(make_id("compare", one.id, other.id), one.messages, one.text, other.text)
-            note = {"for": "compare", "parents": [one.id, other.id]}
-            judge = self.recipe.models[0].model if self.recipe.models else ""  # the same in both orders
-            replies = [(await self.asker.ask(request, note, judge))[0].text for request in llm.questions([comparison])]
-            verdict = llm.verdict(*replies)
-            if verdict == "first":
-                return [(one, other, "llm")]
-            return [(other, one, "llm")] if verdict == "second" else []
-
-        return await self.writer.all(rows, compare)
-
-
-def _failed(journal: Journal) -> int:
-    return sum("error" in record for record in journal.values())
-
-
-def _calls(journal: Journal, path: Path) -> int:
+def _compact(journal: Journal, path: Path) -> int:
     """The journal as Parquet, a few thousand rows at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq

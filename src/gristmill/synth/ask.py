@@ -156,3 +156,8 @@ class Asker:
 def completions_of(record: dict[str, Any]) -> list[Completion]:
     """The completions in a journal's record, each with its summed log-probability."""
     return [Completion(text, num_tokens, (logprob,), finish) for text, num_tokens, logprob, finish in record["out"]]
+
+
+def failed_calls(journal: Journal) -> int:
+    """Rows that failed for good."""
+    return sum("error" in record for record in journal.values())

@@ -14,7 +14,7 @@ import os
 import random
 import re
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +25,8 @@ import aiohttp
 
 from gristmill.engine.generator import Completion, Finish, Request
 from gristmill.errors import InputError
+from gristmill.synth.window import Window
 
-# The window of a base URL shrinks when more than this share of its last answers were refusals or time-outs. Some endpoints refuse
-# a few requests at random, which says nothing about load.
-CONGESTED_SHARE = 0.2
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0  # seconds between attempts of a row
 # A gateway's errors count as an outage, which costs a row nothing, when nothing was answered for so many seconds.
 OUTAGE_SECONDS = 2.0
@@ -112,62 +110,12 @@ class _Passing(Exception):
         return min(LONGEST_PAUSE, FIRST_PAUSE * 2**doublings) * random.uniform(0.5, 1.0) if doublings >= 0 else 0.0
 
 
-class _Window:
-    """How many requests may be in flight at one base URL: a little more after each window that went well, half after a bad one."""
-
-    def __init__(self, largest: int):
-        self.largest, self.size = largest, float(largest)
-        self.in_flight = 0
-        self._again: deque[asyncio.Future[None]] = deque()
-        self._fresh: deque[asyncio.Future[None]] = deque()
-        self._seen = self._refused = 0
-
-    @property
-    def load(self) -> int:
-        """Requests in flight or waiting for a slot."""
-        return self.in_flight + len(self._again) + len(self._fresh)
-
-    async def enter(self, again: bool) -> None:
-        """Wait for a slot; rows that were sent before go first."""
-        if self.in_flight < int(self.size) and not self._again and not self._fresh:
-            self.in_flight += 1
-            return
-        turn = asyncio.get_running_loop().create_future()
-        (self._again if again else self._fresh).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.leave()
-            raise
-
-    def leave(self) -> None:
-        self.in_flight -= 1
-        while self.in_flight < int(self.size) and (self._again or self._fresh):
-            turn = (self._again or self._fresh).popleft()
-            if not turn.done():
-                self.in_flight += 1
-                turn.set_result(None)
-
-    def saw(self, refused: bool) -> None:
-        """Take note of one answer."""
-        self._seen += 1
-        self._refused += refused
-        if self._seen < max(self.size, 8):
-            return
-        if self._refused > CONGESTED_SHARE * self._seen:
-            self.size = max(1.0, self.size / 2)
-        else:
-            self.size = min(float(self.largest), self.size + max(1.0, self.size / 8))
-        self._seen = self._refused = 0
-
-
 class _Line:
     """One target in use: its window, key, and whether it is there at all."""
 
     def __init__(self, target: Target, concurrency: int):
         self.target = target
-        self.window = _Window(concurrency)
+        self.window = Window(concurrency)
         self.key = _key(target)
         path = "/chat/completions" if target.kind == "chat" else "/completions"
         self.url = target.base_url.rstrip("/") + path
