@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -276,7 +277,10 @@ def serve(model_folder: Path, host: str, port: int, name: str, max_batch: int, c
     def ready(_: object) -> None:
         print(f"{engine.name} answers at http://{host}:{listening.getsockname()[1]}/v1", flush=True)
 
-    web.run_app(server.app(), sock=listening, print=ready, access_log=None)
+    web.run_app(server.app(), sock=listening, print=ready, access_log=None, handler_cancellation=True)
+    server.thread.join(5)
+    if server.thread.is_alive():  # in the middle of long answers that nobody waits for; torch's threads would not end quietly
+        os._exit(0)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:

@@ -1,6 +1,7 @@
 """The server process through our own endpoint client: the same answers as the engine's own."""
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,43 @@ def test_the_same_seed_draws_the_same_samples(served: tuple[Path, str]) -> None:
     assert draws[0] == draws[1] and len(draws[0]) == 3
 
 
+def test_odd_numbers_of_one_request_break_no_other(served: tuple[Path, str]) -> None:
+    odd = [{"top_k": 2**63 - 1}, {"temperature": 1e-40}, {"n": 3, "max_tokens": 10**9}]
+
+    async def post() -> list[int]:
+        async with aiohttp.ClientSession() as session:
+
+            async def one(extra: dict[str, Any]) -> int:
+                body = {"model": "tiny", "messages": [{"role": "user", "content": "Name a land."}], "max_tokens": 8, **extra}
+                async with session.post(served[1] + "/chat/completions", json=body) as reply:
+                    assert (await reply.json())["choices"]
+                    return reply.status
+
+            return await asyncio.gather(*(one(extra) for extra in ({}, *odd, {})))
+
+    assert asyncio.run(post()) == [200] * 5
+
+
+def test_it_ends_quietly_in_the_middle_of_an_answer(tiny_base: Path) -> None:
+    command = [sys.executable, "-m", "gristmill.cli", "serve", str(tiny_base), "--port", "0", "--name", "tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+
+        async def ask_and_end() -> None:
+            async with aiohttp.ClientSession() as session:
+                body = {"model": "tiny", "messages": [{"role": "user", "content": "Name a land."}], "max_tokens": 400, "n": 64}
+                asking = asyncio.ensure_future(session.post(url + "/chat/completions", json=body))
+                await asyncio.sleep(0.3)
+                process.terminate()
+                with contextlib.suppress(aiohttp.ClientError, asyncio.CancelledError):
+                    asking.cancel()
+                    await asking
+
+        asyncio.run(ask_and_end())
+        assert process.wait(30) == 0
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
@@ -62,7 +100,11 @@ def test_the_same_seed_draws_the_same_samples(served: tuple[Path, str]) -> None:
         (b'{"model": "tiny", "messages": []}', 400, "no user turn"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": 1}]}', 400, "text as content"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": -1}', 400, "temperature must be"),
-        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": "many"}', 400, "many"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": "many"}', 400, "whole numbers"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 1000000000}', 400, "n must be at most 128"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', 400, "max_tokens must be"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1e999}', 400, "whole numbers"),
+        (b"[" * 200_000, 400, "is not JSON"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "heat": 1}', 400, "unknown field 'heat'"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": true}', 400, "streaming"),
         (b'{"model": "huge", "messages": [{"role": "user", "content": "x"}]}', 404, "'huge' does not exist"),

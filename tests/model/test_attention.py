@@ -1,10 +1,12 @@
 """Packed attention against a plain softmax over each document."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gristmill.model import attention
 from gristmill.model.attention import STRETCH, varlen_attention
 from gristmill.model.packed import LONG_DOCUMENT, PackedShape
 
@@ -83,3 +85,11 @@ def test_bf16_values_and_gradients_are_near_the_formula(documents: tuple[list[in
         assert rough.dtype == torch.bfloat16
         # half a unit in the last of 8 bits is 0.002 of a value; a result adds up a few such roundings
         assert (rough.float() - exact).abs().max() < 0.01 * exact.abs().max().clamp(min=1.0)
+
+
+def test_a_mask_is_made_for_a_stretch_of_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = PackedShape.from_lengths([150, 300, 120], shared=[0, 100, 119])
+    qkv = [x.detach().bfloat16() for x in inputs(shape.num_tokens)]
+    whole = varlen_attention(*qkv, shape)
+    monkeypatch.setattr(attention, "MASKED_STRETCH", 64)
+    torch.testing.assert_close(varlen_attention(*qkv, shape), whole, rtol=0, atol=1e-2)

@@ -184,6 +184,14 @@ def test_a_row_that_is_cancelled_harms_no_other_of_its_wave() -> None:
     assert isinstance(cancelled, asyncio.CancelledError) and [outs[0].text for outs in others] == ["echo 1", "echo 2"]
 
 
+def test_the_same_request_may_wait_twice() -> None:
+    async def run() -> list[Any]:
+        source, request = Waves(Echo()), ask("a")
+        return await asyncio.wait_for(asyncio.gather(source.complete(request), source.complete(request)), 10)
+
+    assert [outs[0].text for outs in asyncio.run(run())] == ["echo a"] * 2
+
+
 def test_a_broken_generator_is_heard_of(tmp_path: Path) -> None:
     async def run() -> None:
         with Journal(tmp_path / "j.jsonl") as journal:

@@ -208,6 +208,15 @@ def test_an_outage_behind_a_gateway_costs_no_row_its_budget(endpoint: Any) -> No
     assert isinstance(outs, list)
 
 
+def test_a_row_that_only_gets_a_gateways_errors_fails_alone(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "UNKNOWN_PATIENCE", 0.5)
+    mill = client(endpoint, retries=1, patience=0.5)
+    poison, fine = complete(mill, [ask("a", "a [fate 504]"), ask("b", "b")])
+    assert isinstance(poison, RowFailed) and poison.status == 504 and isinstance(fine, list)
+    (alone,) = complete(client(endpoint, retries=1, patience=0.5), [ask("a", "a [fate 504]")])
+    assert isinstance(alone, RowFailed)
+
+
 def test_concurrency_is_reached_and_kept(start_endpoint: Callable[..., Any]) -> None:
     server = start_endpoint(latency=0.1)
     complete(client(server, concurrency=7), [ask(str(n), f"row {n}") for n in range(40)])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gristmill.errors import InputError
 from gristmill.model.packed import filled_length
 from gristmill.train.packing import (
+    MAX_ANSWERS,
     BatchPlan,
     PairSample,
     RatedGroup,
@@ -176,6 +177,8 @@ def test_answers_to_one_prompt_are_grouped_within_the_limits() -> None:
     assert names(9, 3) == list("0123456")
     plain = as_sample([(1, True)])
     assert group_rated([plain], 1, 1) == [plain]
+    many = [RatedSample([1, 2, number], 2, [0] * 5, str(number), "a") for number in range(2 * MAX_ANSWERS + 1)]
+    assert [len(group.answers) for group in group_rated(many, 99, 999)] == [MAX_ANSWERS, MAX_ANSWERS, 1]  # type: ignore[union-attr]
 
 
 def test_batches_come_in_few_sizes_and_count_real_tokens() -> None:

@@ -4,7 +4,6 @@ Source of the protocol: OpenAI's API reference, chat completions.
 """
 
 import asyncio
-import json
 import queue
 import threading
 import time
@@ -20,6 +19,9 @@ from gristmill.errors import InputError
 from gristmill.rows import make_id
 
 LARGEST_BODY = 4 << 20  # bytes
+MOST_SAMPLES = 128
+MOST_TOP_K = 1 << 20
+COLDEST = 1e-3  # below, logits would overflow, and the likeliest token is as good as certain
 KNOWN = {"model", "messages", "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "n", "seed", "logprobs", "stream"}
 
 
@@ -30,7 +32,7 @@ class _Waiting:
 
 
 class Server:
-    """Answers requests with a generator that runs in a thread of its own; requests join it as it has room.
+    """Answers requests with a generator that runs in a thread of its own: what waits goes through it together.
 
     Args:
         count: tokens of a conversation as a prompt.
@@ -39,8 +41,9 @@ class Server:
 
     def __init__(self, generator: Generator, count: Callable[[Conversation], int], context: int):
         self.generator, self.count, self.context = generator, count, context
-        self._waiting: queue.Queue[_Waiting] = queue.Queue()
+        self._waiting: queue.Queue[_Waiting | None] = queue.Queue()
         self._number = 0
+        self.thread = threading.Thread(target=self._work, daemon=True)
 
     def app(self) -> web.Application:
         """The routes; the engine's thread starts and stops with them."""
@@ -50,33 +53,48 @@ class Server:
 
         async def start(app: web.Application) -> None:
             self._loop = asyncio.get_running_loop()
-            threading.Thread(target=self._work, daemon=True).start()
+            self.thread.start()
+
+        async def stop(app: web.Application) -> None:
+            self._waiting.put(None)
 
         app.on_startup.append(start)
+        app.on_cleanup.append(stop)
         return app
 
     def _work(self) -> None:
-        """The engine's thread: one run after another, each of what waits and of what comes while it has room."""
-        while True:
-            first = self._waiting.get()
-            turns: dict[int, asyncio.Future[list[Completion]]] = {}
+        """The engine's thread: one run after another, each of all that waits."""
+        while (first := self._waiting.get()) is not None:
+            self._run(first)
 
-            def coming(first: _Waiting = first, turns: dict[int, asyncio.Future[list[Completion]]] = turns) -> Iterator[Request]:
-                one: _Waiting | None = first
-                while one is not None:
-                    turns[id(one.request)] = one.turn
+    def _run(self, first: _Waiting) -> None:
+        waiting: dict[int, _Waiting] = {}
+
+        def coming() -> Iterator[Request]:
+            one: _Waiting | None = first
+            while one is not None:
+                if not one.turn.done():  # else its client has gone
+                    waiting[id(one.request)] = one
                     yield one.request
-                    try:
-                        one = self._waiting.get_nowait()
-                    except queue.Empty:
-                        one = None
+                try:
+                    one = self._waiting.get_nowait()
+                except queue.Empty:
+                    return
+            self._waiting.put(None)  # the end is for the thread to see
 
-            try:
-                for request, outs in self.generator.generate(coming()):
-                    self._loop.call_soon_threadsafe(_settle, turns.pop(id(request)), outs)
-            except Exception as e:  # whoever waits must hear of it
-                for turn in turns.values():
-                    self._loop.call_soon_threadsafe(_settle, turn, e)
+        try:
+            for request, outs in self.generator.generate(coming()):
+                self._loop.call_soon_threadsafe(_settle, waiting.pop(id(request)).turn, outs)
+        except Exception:  # one of them broke the run: each by itself, so that only that one fails
+            for one in waiting.values():
+                self._loop.call_soon_threadsafe(_settle, one.turn, self._alone(one.request))
+
+    def _alone(self, request: Request) -> list[Completion] | Exception:
+        try:
+            ((_, outs),) = self.generator.generate([request])
+        except Exception as e:
+            return e
+        return outs
 
     async def _models(self, _: web.Request) -> web.Response:
         model = {"id": self.generator.name, "object": "model", "created": 0, "owned_by": "gristmill"}
@@ -85,11 +103,11 @@ class Server:
     async def _chat(self, http: web.Request) -> web.Response:
         try:
             body = await http.json()
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError, LookupError, web.HTTPBadRequest):
             return _error(400, "the body is not JSON")
         try:
             request, model = self._request(body)
-        except (InputError, TypeError, ValueError) as e:
+        except (InputError, TypeError, ValueError, OverflowError) as e:
             return _error(400, str(e))
         if model != self.generator.name:
             return _error(404, f"the model {model!r} does not exist; this server has {self.generator.name!r}")
@@ -99,6 +117,8 @@ class Server:
             outs = await waiting.turn
         except InputError as e:
             return _error(400, str(e))
+        except Exception as e:
+            return _error(500, f"the engine failed ({type(e).__name__})")
         return web.json_response(_answer(request, outs, model, self.count(request.messages), bool(body.get("logprobs"))))
 
     def _request(self, body: Any) -> tuple[Request, str]:
@@ -114,13 +134,18 @@ class Server:
             raise InputError("the last message must be the user's")
         if (num := self.count(talk)) >= self.context:
             raise InputError(f"the conversation has {num} tokens and the model's context is {self.context}: shorten it")
-        most = body.get("max_completion_tokens") or body.get("max_tokens") or 256
+        most = body.get("max_completion_tokens", body.get("max_tokens", 256))
+        if not all(isinstance(body.get(name) or 0, int) for name in ("n", "top_k", "seed")) or not isinstance(most, int):
+            raise InputError("n, top_k, seed and max_tokens must be whole numbers")
+        if body.get("n", 1) > MOST_SAMPLES:
+            raise InputError(f"n must be at most {MOST_SAMPLES}")
+        temperature = float(body.get("temperature", 1.0))
         sampling = Sampling(
-            temperature=float(body.get("temperature", 1.0)),
+            temperature=0.0 if 0 <= temperature < COLDEST else temperature,
             top_p=float(body.get("top_p", 1.0)),
-            top_k=int(body.get("top_k", 0)),
-            max_tokens=int(most),
-            n=int(body.get("n", 1)),
+            top_k=min(body.get("top_k", 0), MOST_TOP_K),
+            max_tokens=min(most, self.context),
+            n=body.get("n", 1),
         )
         self._number += 1
         seed = body.get("seed")

@@ -15,6 +15,8 @@ from gristmill.model.packed import PackedShape, PaddedPlan, View
 
 # Queries that go through their backward pass together.
 STRETCH = 192
+# Queries whose mask is held at once.
+MASKED_STRETCH = 1024
 
 
 def varlen_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedShape) -> Tensor:
@@ -49,10 +51,9 @@ class _CpuBf16Attention(torch.autograd.Function):
         sums = []
         for view in views:
             cells = view.queries.take(q_THd), view.keys.take(k_TKd), view.keys.take(v_TKd)
-            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            out_BHLd, sum_BHL = attend(*cells, 0.0, view.mask is None, attn_mask=view.mask)
-            view.queries.put(out_BHLd, out_THd)
-            sums.append(sum_BHL)
+            out_BHQd, sum_BHQ = _forward_in_stretches(*cells, view.num_earlier)
+            view.queries.put(out_BHQd, out_THd)
+            sums.append(sum_BHQ)
         ctx.save_for_backward(q_THd, k_TKd, v_TKd, out_THd, *sums)
         ctx.views = views
         return out_THd
@@ -70,6 +71,26 @@ class _CpuBf16Attention(torch.autograd.Function):
             for part, into, cells in zip(parts, grads_T, (view.queries, view.keys, view.keys), strict=True):
                 cells.put(part, into)
         return *grads_T, None
+
+
+def _forward_in_stretches(q_BHQd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, num_earlier: int) -> tuple[Tensor, Tensor]:
+    """Outputs of queries that belong to the last keys, and the logarithms of their scores' sums.
+
+    Where there are keys before, the kernel needs a mask, which is made for one stretch of queries at a time.
+    """
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if num_earlier == 0:
+        return attend(q_BHQd, k_BKLd, v_BKLd, 0.0, True)
+    outputs, sums = [], []
+    for start in range(0, q_BHQd.shape[2], MASKED_STRETCH):
+        stretch_BHSd = q_BHQd[:, :, start : start + MASKED_STRETCH]
+        num_keys = num_earlier + start + stretch_BHSd.shape[2]
+        hidden_SL = torch.ones(stretch_BHSd.shape[2], num_keys, dtype=torch.bool).triu(num_earlier + start + 1)
+        mask_SL = torch.zeros(hidden_SL.shape, dtype=q_BHQd.dtype).masked_fill_(hidden_SL, -torch.inf)
+        out, log_sum = attend(stretch_BHSd, k_BKLd[:, :, :num_keys], v_BKLd[:, :, :num_keys], 0.0, False, attn_mask=mask_SL)
+        outputs.append(out)
+        sums.append(log_sum)
+    return torch.cat(outputs, 2), torch.cat(sums, 2)
 
 
 def _backward_in_stretches(

@@ -18,6 +18,9 @@ MAX_EMPTY_SHARE = 0.25
 # Documents of this many tokens or more keep the bf16 kernels on a CPU busy without others beside them.
 LONG_DOCUMENT = 96
 
+# A long document shares only what is at least one in so many of its tokens: attention to shared tokens has its own cost.
+SHARE_WORTH = 8
+
 Ids = Sequence[int] | np.ndarray
 
 
@@ -89,14 +92,10 @@ class View:
     queries: Cells
     keys: Cells
 
-    @cached_property
-    def mask(self) -> Tensor | None:
-        """What to add to the scores [queries, keys]; None where there are as many of both and plain causal attention will do."""
-        num_queries, num_keys = self.queries.tokens_BL.shape[1], self.keys.tokens_BL.shape[1]
-        if num_queries == num_keys:
-            return None
-        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
-        return torch.zeros(hidden.shape, dtype=torch.bfloat16).masked_fill_(hidden, -torch.inf)
+    @property
+    def num_earlier(self) -> int:
+        """Keys before those of the queries."""
+        return self.keys.tokens_BL.shape[1] - self.queries.tokens_BL.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,13 +225,17 @@ def filled_length(num_tokens: int) -> int:
 
 
 def num_shared(documents: Sequence[Ids]) -> int:
-    """Tokens that all documents begin with, less one where nothing else would be left of one."""
+    """Tokens that all documents begin with and that are worth sharing: 0 where they are few of a long document's.
+
+    Every document keeps a token of its own.
+    """
     first, *others = [np.asarray(ids) for ids in documents]
     count = min(len(ids) for ids in documents) - 1
     for ids in others:
         differs = np.flatnonzero(ids[:count] != first[:count])
         count = int(differs[0]) if len(differs) else count
-    return count
+    longest = max(len(ids) for ids in documents)
+    return count if longest < LONG_DOCUMENT or count * SHARE_WORTH >= longest else 0
 
 
 def pack(groups: Sequence[Sequence[Ids]], device: torch.device) -> tuple[Tensor, PackedShape, int]:

@@ -4,6 +4,7 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from gristmill.engine.generator import Completion, Generator, Request
@@ -44,7 +45,7 @@ class Waves:
 
     async def complete(self, request: Request, model: str = "") -> list[Completion]:
         turn: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, turn))
+        self._waiting.append((replace(request), turn))  # its own object, for one that waits twice
         if self._pump is None or self._pump.done():
             self._pump = asyncio.ensure_future(self._run())
         return await turn

@@ -35,6 +35,7 @@ UNKNOWN_PATIENCE = 10.0  # seconds that an endpoint may be unreachable before it
 WORKERS_PER_SLOT = 2  # rows under way for each slot: those that pause between attempts hold none
 LARGEST_ANSWER = 32 << 20  # bytes
 SURROGATE = re.compile("[\ud800-\udfff]")
+FEW_ROWS = 4  # so few rows that get nothing but a gateway's errors are bad rows, more are a dead endpoint
 SHOWN = 300  # characters of an error's body
 
 
@@ -125,6 +126,7 @@ class _Line:
         self.answered_at: float | None = None
         self.down_since: float | None = None
         self.pause_until = 0.0
+        self.in_outage: set[str] = set()  # rows that a dead endpoint keeps waiting
 
     def clean(self, text: str) -> str:
         """A server's words without our key, and not too many of them."""
@@ -256,10 +258,22 @@ class Endpoint:
             except _Passing as e:
                 self.usage.errors[e.kind] += 1
                 failed = e
+            except RowFailed as e:
+                e.attempts = failures + 1
+                raise
             finally:
                 line.window.leave()
+                line.in_outage.discard(request.id)
             if failed.kind == "unreachable":
-                line.unreachable(self._patience, str(failed))
+                line.in_outage.add(request.id)
+                try:
+                    line.unreachable(self._patience, str(failed))
+                except InputError:
+                    line.in_outage.discard(request.id)
+                    if failed.status and len(line.in_outage) < FEW_ROWS:  # a gateway that answers, and refuses only these
+                        self.usage.failed += 1
+                        raise RowFailed(str(failed), failures + 1, failed.status) from None
+                    raise
                 continue
             failures += 1
             if failures > self._retries:

@@ -21,6 +21,9 @@ from torch import Tensor
 from gristmill.errors import InputError
 from gristmill.model.packed import PackedShape, num_shared, pack
 
+# Answers to one prompt that go through the model together. Attention repeats the prompt for each of them on some back-ends, and adds
+# their gradients up in the type of the computation.
+MAX_ANSWERS = 8
 MISSING = -100.0  # a label with this value is absent; the value NeMo-Aligner's regression data uses
 
 
@@ -139,7 +142,8 @@ Unit = Sample | PairSample | RatedGroup
 
 
 def group_rated(samples: Sequence[AnySample], max_answers: int, max_tokens: float) -> list[Unit]:
-    """Rated samples of one prompt become groups of at most so many answers, and of so many tokens where they hold several."""
+    """Rated samples of one prompt become groups: of `max_answers` and MAX_ANSWERS at most, and of so many tokens where they are several."""
+    max_answers = min(max_answers, MAX_ANSWERS)
     units: list[Unit] = []
     latest: dict[str, int] = {}  # of each prompt its last group's place
     for sample in samples:
