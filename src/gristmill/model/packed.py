@@ -18,8 +18,8 @@ MAX_EMPTY_SHARE = 0.25
 # Documents of this many tokens or more keep the bf16 kernels on a CPU busy without others beside them.
 LONG_DOCUMENT = 96
 
-# A long document shares only what is at least one in so many of its tokens: attention to shared tokens has its own cost.
-SHARE_WORTH = 8
+# A document of so many tokens shares only what is at least an eighth of it: attention to shared tokens has its own cost.
+SHARES_ALL, LEAST_SHARE = 1024, 8
 
 Ids = Sequence[int] | np.ndarray
 
@@ -235,7 +235,7 @@ def num_shared(documents: Sequence[Ids]) -> int:
         differs = np.flatnonzero(ids[:count] != first[:count])
         count = int(differs[0]) if len(differs) else count
     longest = max(len(ids) for ids in documents)
-    return count if longest < LONG_DOCUMENT or count * SHARE_WORTH >= longest else 0
+    return count if longest < SHARES_ALL or count * LEAST_SHARE >= longest else 0
 
 
 def pack(groups: Sequence[Sequence[Ids]], device: torch.device) -> tuple[Tensor, PackedShape, int]:
