@@ -23,7 +23,7 @@ from gristmill.model.packed import PackedShape, num_shared, pack
 
 # Answers to one prompt that go through the model together. Attention repeats the prompt for each of them on some back-ends, and adds
 # their gradients up in the type of the computation.
-MAX_ANSWERS = 8
+MAX_ANSWERS = 16
 MISSING = -100.0  # a label with this value is absent; the value NeMo-Aligner's regression data uses
 
 
