@@ -87,7 +87,7 @@ def test_every_pipeline_writes(start_endpoint: Callable[..., Any], tmp_path: Pat
     assert {p.origin for p in prompts} == {"mock", "file"}
 
     rows = read_rows(tmp_path / "run" / "responses.parquet", Response)
-    assert len(rows) == 3 * len(prompts) and {r.generator for r in rows} == {"mock"}
+    assert len(rows) == 3 * len(prompts) and {r.generator for r in rows} == {"mock"} and {r.num_tokens for r in rows} == {20}
     assert {r.judge for r in rows if r.task == "instructions"} == {"verifier"}
     kept = read_rows(tmp_path / "run" / "demonstrations.parquet", Demonstration)
     assert {"topic_following", "incapable", "document_qa", "tools", "genetic", "dialogue", "open_qa"} <= {d.task for d in kept}

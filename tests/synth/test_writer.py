@@ -131,13 +131,12 @@ def test_equal_calls_are_one_and_another_seed_or_salt_makes_another(tmp_path: Pa
     assert other != first
 
 
-def test_a_rehearsal_asks_nobody(tmp_path: Path) -> None:
+def test_a_rehearsal_asks_nobody() -> None:
     async def run() -> Rehearsal:
-        with Journal(tmp_path / "j.jsonl") as journal:
-            writer = Rehearsal(Asker(Scripted(lambda _: "fail"), journal), Pack.load())
-            found = await writer.items("subtopics", 7, topic="bees")
-            assert len(found) == 7 and (await writer.yes("math_entity", entity="pi"))[0]
-            return writer
+        writer = Rehearsal(Scripted(lambda _: "fail"), Pack.load())
+        found = await writer.items("subtopics", 7, topic="bees")
+        assert len(found) == 7 and (await writer.yes("math_entity", entity="pi"))[0]
+        return writer
 
     writer = asyncio.run(run())
     assert writer.calls == {"scripted": 2} and writer.tokens_in["scripted"] > 20 and not writer.dropped

@@ -57,7 +57,7 @@ def rehearse(recipe: DatasetRecipe) -> dict[str, Any]:
     pack, given, source = _check(recipe)
 
     async def go() -> Rehearsal:
-        writer = Rehearsal(Asker(source, _NoJournal()), pack, recipe.seed, sampling_of(recipe.turn))
+        writer = Rehearsal(source, pack, recipe.seed, sampling_of(recipe.turn))
         made = await _write(recipe, writer, given, None)
         rows = await _answer(recipe, writer, made.prompts)
         if recipe.judging.llm:
@@ -154,16 +154,6 @@ def _open(folder: Path, recipe: DatasetRecipe) -> Any:
     return held
 
 
-class _NoJournal(Journal):
-    """Remembers nothing."""
-
-    def __init__(self) -> None:
-        self._places = {}
-
-    def append(self, record: dict[str, Any]) -> None:
-        pass
-
-
 class _Made:
     """Rows of the pipelines."""
 
@@ -234,8 +224,8 @@ async def _answer(recipe: DatasetRecipe, writer: Writer, prompts: Sequence[Promp
                 reply.model,
                 sampling.temperature,
                 number,
-                0,
-                0.0,
+                reply.num_tokens,
+                reply.logprob,
                 reply.finished,
             )
             for number, reply in enumerate(replies)

@@ -18,9 +18,9 @@ class NearDuplicates:
         threshold: estimated Jaccard similarity of the sets of word triples from which on two texts are alike.
     """
 
-    def __init__(self, threshold: float = 0.8, seed: int = 0):
+    def __init__(self, threshold: float = 0.8):
         self._threshold = threshold
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         # multiply-shift: a x + b modulo 2^64, of which the upper half is random enough
         self._a = rng.integers(0, 1 << 63, BANDS * ROWS, dtype=np.uint64)[:, None] * np.uint64(2) + np.uint64(1)
         self._b = rng.integers(0, 1 << 63, BANDS * ROWS, dtype=np.uint64)[:, None]

@@ -1,17 +1,20 @@
 """What a pipeline writes with: templates in, read answers out, each asked once and each with the ids it grew from."""
 
 import asyncio
+import os
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from gristmill.chat import Message
 from gristmill.engine.generator import Completion, Request, Sampling
 from gristmill.rows import make_id
-from gristmill.synth.ask import Asker
+from gristmill.synth.ask import Asker, Source
 from gristmill.synth.endpoint import RowFailed, side_by_side
+from gristmill.synth.journal import Journal
 from gristmill.synth.lists import fold, parse_list, says_yes, unique
 from gristmill.synth.pack import Pack
 
@@ -27,12 +30,20 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer, the id of the call, who answered, and whether the answer came to its end."""
+    """A model's answer.
+
+    Attributes:
+        id: of the call.
+        logprob: sum over the answer's tokens; 0 where the source tells none.
+        finished: whether the answer came to its end and is not empty.
+    """
 
     text: str
     id: str
     model: str
-    finished: bool = True
+    num_tokens: int
+    logprob: float
+    finished: bool
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,6 @@ class Writer:
         *,
         parents: Sequence[str] = (),
         salt: object = "",
-        sampling: Sampling | None = None,
         **slots: Any,
     ) -> Reply:
         """The answer to a template.
@@ -89,7 +99,7 @@ class Writer:
         """
         form = self.pack[template]
         message = Message("user", form.render(**slots))
-        return await self.answer((message,), template, parents, salt, sampling or form.sampling, slots.get("num"))
+        return await self.answer((message,), template, parents, salt, form.sampling, slots.get("num"))
 
     async def answer(
         self,
@@ -122,7 +132,9 @@ class Writer:
         note = {"for": purpose, "parents": list(parents), "sampling": sampling.__dict__, **({"num": num} if num else {})}
         outs = await self.ask(request, note)
         model = self.asker.source.model_of(name)
-        return [Reply(c.text.strip(), name, model, c.finish == "stop" and bool(c.text.strip())) for c in outs]
+        return [
+            Reply(c.text.strip(), name, model, c.num_tokens, sum(c.logprobs), c.finish == "stop" and bool(c.text.strip())) for c in outs
+        ]
 
     async def ask(self, request: Request, note: Mapping[str, Any]) -> list[Completion]:
         """Where every call goes through."""
@@ -207,8 +219,8 @@ class Rehearsal(Writer):
         calls, tokens_in, tokens_out: estimates, four characters a token.
     """
 
-    def __init__(self, asker: Asker, pack: Pack, seed: int = 0, answering: Sampling = ANSWERING):
-        super().__init__(asker, pack, seed, answering)
+    def __init__(self, source: Source, pack: Pack, seed: int = 0, answering: Sampling = ANSWERING):
+        super().__init__(Asker(source, Journal(Path(os.devnull), read_only=True)), pack, seed, answering)
         self.calls: Counter[str] = Counter()
         self.tokens_in: Counter[str] = Counter()
         self.tokens_out: Counter[str] = Counter()

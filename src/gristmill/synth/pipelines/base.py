@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gristmill.chat import Message
 from gristmill.recipe import Section
@@ -22,7 +22,7 @@ class Inputs:
     topics: Sequence[Topic] = ()
     documents: Sequence[Topic] = ()
     prompts: Sequence[Prompt] = ()
-    entities: Sequence[Topic] = field(default=())
+    entities: Sequence[Topic] = ()
 
 
 class Pipeline(Section):
