@@ -27,8 +27,9 @@ async def complete(request: web.Request) -> web.StreamResponse:
     chat = request.path.endswith("/chat/completions")
     prompt = body["messages"][-1]["content"] if chat else body["prompt"]
     seen["requests"] += 1
-    seen["bodies"].append(body)
-    seen["keys"].append(request.headers.get("Authorization", ""))
+    if not options.forget:
+        seen["bodies"].append(body)
+        seen["keys"].append(request.headers.get("Authorization", ""))
     seen["in_flight"] += 1
     seen["most"] = max(seen["most"], seen["in_flight"])
     try:
@@ -118,6 +119,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--obedient", action="store_true", help="answer as the templates ask")
+    parser.add_argument("--forget", action="store_true", help="keep no request, for benchmarks")
     parser.add_argument("--latency", type=float, default=0.01)
     options = parser.parse_args()
     asyncio.run(main())
