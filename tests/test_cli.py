@@ -216,7 +216,7 @@ def test_init_refuses_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_status_of_a_run_that_has_just_begun(tmp_path: Path) -> None:
-    from gristmill import recipe as recipes
+    from gristmill.flywheel import recipe as recipes
 
     (tmp_path / "recipe.yaml").write_text(recipes.dump(recipes.parse({"world": "miniature"})))
     result = CliRunner().invoke(app, ["status", str(tmp_path), "--json"])

@@ -11,7 +11,7 @@ import pytest
 import typer.main
 
 from gristmill.cli import app, find_recipe
-from gristmill.recipe import CONTROLS
+from gristmill.flywheel.recipe import CONTROLS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from gristmill import recipe as recipes
+import gristmill
 from gristmill.errors import InputError
-from gristmill.recipe import CONTROLS, Recipe
+from gristmill.flywheel import recipe as recipes
+from gristmill.flywheel.recipe import CONTROLS, Recipe
+from gristmill.recipe import section as section_of
 
 # Every key a recipe may have. A change here is a change of what users have written down: think twice, then edit.
 TRAINING = "optimizer lr muon_lr schedule warmup_steps min_lr_ratio steps epochs batch_size micro_batch_tokens weight_decay clip precision"
@@ -41,7 +43,7 @@ PRETRAINING = (
     "world documents preset tokenizer chat_format tokens seed batch_tokens micro_batch_tokens optimizer lr muon_lr schedule "
     "warmup_steps min_lr_ratio weight_decay precision"
 )
-SHIPPED = sorted((Path(recipes.__file__).parent / "recipes").glob("*.yaml"))
+SHIPPED = sorted((Path(gristmill.__file__).parent / "recipes").glob("*.yaml"))
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> dict[str, set[str]]:
@@ -152,12 +154,12 @@ def test_a_wrong_value_is_named_in_one_line(values: Any, names: str) -> None:
 @pytest.mark.parametrize("given_length", [{}, {"steps": 5, "epochs": 1}])
 def test_training_takes_steps_or_epochs(given_length: dict[str, int]) -> None:
     with pytest.raises(InputError, match="either steps or epochs"):
-        recipes.section({"lr": 1e-3, **given_length}, preference=False)
+        section_of({"lr": 1e-3, **given_length}, preference=False)
 
 
 @pytest.mark.parametrize("given_length", [{"steps": 5}, {"epochs": 0.5}])
 def test_training_with_one_length_is_fine(given_length: dict[str, float]) -> None:
-    section = recipes.section({"lr": 1e-3, **given_length}, preference=True)
+    section = section_of({"lr": 1e-3, **given_length}, preference=True)
     assert (section.steps, section.epochs) == (given_length.get("steps"), given_length.get("epochs"))
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gristmill import recipe as recipes
 from gristmill.chat import FORMATS
 from gristmill.errors import InputError
+from gristmill.flywheel import recipe as recipes
+from gristmill.flywheel.recipe import Recipe
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.transformer import Transformer
 from gristmill.model.weights import save_model
-from gristmill.recipe import Recipe, Section
+from gristmill.recipe import Section
 from gristmill.start import write_recipe
 from gristmill.tokenizer import Tokenizer
 

@@ -93,7 +93,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Turn the mill: all rounds of a recipe, from the start or from where it was cut off."""
-    from gristmill import recipe as recipes
+    from gristmill.flywheel import recipe as recipes
 
     given = {"control": control, "seed": seed, "rounds": rounds, "threads": threads}
     loaded = recipes.load(find_recipe(recipe), {k: v for k, v in given.items() if v is not None})

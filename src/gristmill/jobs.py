@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from gristmill.chat import FORMATS, ChatFormat, Message, check, conversation, guess_format
 from gristmill.engine.engine import Engine
@@ -31,7 +30,7 @@ from gristmill.model.config import PRESETS
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
 from gristmill.model.weights import MAX_VOCAB_PADDING, load_model, load_reward, save_model, save_reward
-from gristmill.recipe import Data, Section, Training, explain
+from gristmill.recipe import Data, Section, Training, checked, read
 from gristmill.rows import Pair, make_id, read_records
 from gristmill.tokenizer import Tokenizer
 from gristmill.train.loop import OnStep, TrainResult, TrainSettings, train
@@ -72,14 +71,7 @@ def load_pretraining(path: Path) -> Pretraining:
     Raises:
         InputError: the file is missing or wrong.
     """
-    if not path.is_file():
-        raise InputError(f"There is no pretraining recipe at {path}: check the path.")
-    try:
-        recipe = Pretraining.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as e:
-        raise InputError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
-    except ValidationError as e:
-        raise InputError(f"{path}: {explain(e, Pretraining)}") from e
+    recipe = checked(Pretraining, read(path), str(path))
     if (recipe.world is None) == (recipe.documents is None):
         raise InputError(f"{path}: give either world or documents.")
     return recipe

@@ -15,10 +15,11 @@ from pydantic.fields import FieldInfo
 
 from gristmill.chat import ChatFormat, guess_format
 from gristmill.errors import InputError
+from gristmill.flywheel.recipe import Recipe, parse
 from gristmill.flywheel.source import contaminated, fold, read_demonstrations, read_prompts, read_ratings
 from gristmill.miniature.base import BASE
 from gristmill.model.weights import load_model
-from gristmill.recipe import Recipe, Section, Training, parse
+from gristmill.recipe import Section, Training
 from gristmill.rows import Demonstration
 from gristmill.tokenizer import Tokenizer
 

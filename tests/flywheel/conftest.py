@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from gristmill import recipe as recipes
 from gristmill.flywheel import loop
+from gristmill.flywheel import recipe as recipes
 from gristmill.flywheel.progress import Progress
-from gristmill.recipe import Recipe
+from gristmill.flywheel.recipe import Recipe
 
 Make = Callable[..., Recipe]
 

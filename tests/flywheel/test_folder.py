@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from gristmill import recipe as recipes
 from gristmill.errors import InputError
+from gristmill.flywheel import recipe as recipes
 from gristmill.flywheel.folder import RunFolder
 from gristmill.flywheel.progress import Progress
-from gristmill.recipe import Recipe
+from gristmill.flywheel.recipe import Recipe
 
 Snapshot = Callable[[Path], dict[str, bytes]]
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill import recipe as recipes
 from gristmill.chat import FORMATS, Message
 from gristmill.engine.generator import Completion
+from gristmill.flywheel import recipe as recipes
 from gristmill.flywheel.judging import contested, holds, judge, pair, respond, select, written
 from gristmill.flywheel.loop import _human_pairs, _repeat
 from gristmill.judge.verify import verify

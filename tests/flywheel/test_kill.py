@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gristmill import recipe as recipes
+from gristmill.flywheel import recipe as recipes
 from gristmill.rows import read_records
 
 KILLS = int(os.environ.get("GRISTMILL_TEST_KILLS", "10"))

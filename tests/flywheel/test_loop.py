@@ -9,8 +9,8 @@ import pytest
 
 from gristmill.errors import InputError
 from gristmill.flywheel import loop, monitors
+from gristmill.flywheel.recipe import Recipe
 from gristmill.flywheel.source import contaminated, fold
-from gristmill.recipe import Recipe
 from gristmill.rows import Demonstration, Pair, Prompt, Response, read_rows
 
 Make = Callable[..., Recipe]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from gristmill import recipe as recipes
 from gristmill.chat import Conversation, Message
 from gristmill.engine.generator import Completion, Request
+from gristmill.flywheel import recipe as recipes
 from gristmill.flywheel.source import fold
 from gristmill.flywheel.writing import MIN_NAMED, write_prompts
 from gristmill.rows import Prompt, read_rows

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from gristmill import recipe as recipes
 from gristmill.chat import Message
 from gristmill.evaluate.intervals import accuracy
 from gristmill.files import write_json
+from gristmill.flywheel import recipe as recipes
 from gristmill.rows import Demonstration, Pair, Prompt, Rating, Response, make_id, write_rows
 
 TASKS = ("facts", "sums", "code")

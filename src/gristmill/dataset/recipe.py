@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from gristmill.errors import InputError
-from gristmill.recipe import Section, explain
+from gristmill.recipe import Section, checked, read
 from gristmill.synth.dialogues import Dialogues
 from gristmill.synth.endpoint import Target
 from gristmill.synth.pipelines.base import Pipeline
@@ -155,19 +154,7 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> DatasetRecipe:
     Raises:
         InputError: the file is missing, is not YAML, or holds a wrong key or value.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"The recipe {path} cannot be read ({e.strerror}): check the path.") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must be a mapping of keys to values.")
-    values = {"name": path.stem, **values, **(overrides or {})}
-    try:
-        recipe = DatasetRecipe.model_validate(values)
-    except ValidationError as e:
-        raise InputError(f"{path}: {explain(e, DatasetRecipe)}") from e
+    recipe = checked(DatasetRecipe, {"name": path.stem, **read(path), **(overrides or {})}, str(path))
     base = path.parent
     paths = {k: (base / v).resolve() for k in ("documents", "prompts", "entities", "folder") if (v := getattr(recipe, k)) is not None}
     changes: dict[str, Any] = dict(paths)

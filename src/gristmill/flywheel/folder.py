@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gristmill import recipe as recipes
 from gristmill.errors import InputError
 from gristmill.files import lock, write_json
+from gristmill.flywheel import recipe as recipes
 from gristmill.flywheel.progress import Progress
-from gristmill.recipe import Recipe
+from gristmill.flywheel.recipe import Recipe
 from gristmill.rows import make_id
 from gristmill.train.checkpoint import disk_errors
 

@@ -25,12 +25,13 @@ from gristmill.flywheel import monitors
 from gristmill.flywheel.judging import WRITING, contested, holds, pair, respond, select, written
 from gristmill.flywheel.mill import Mill
 from gristmill.flywheel.progress import Progress
+from gristmill.flywheel.recipe import Recipe
 from gristmill.flywheel.source import contaminated, fold
 from gristmill.flywheel.training import MODEL, preference, reward, sft
 from gristmill.flywheel.writing import write_prompts
 from gristmill.judge.llm import TEMPLATE, Comparison, Verdict, compare
 from gristmill.judge.reward import RewardScorer
-from gristmill.recipe import PreferenceTraining, Recipe, Training
+from gristmill.recipe import PreferenceTraining, Training
 from gristmill.rows import Demonstration, Pair, Prompt, Rated, Response, make_id, read_rows, write_rows
 
 CODE_ROWS_MIN = 8

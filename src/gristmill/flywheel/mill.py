@@ -14,6 +14,7 @@ from gristmill.engine.generator import Completion, Request
 from gristmill.errors import InputError
 from gristmill.flywheel.folder import RunFolder
 from gristmill.flywheel.progress import Progress
+from gristmill.flywheel.recipe import Recipe
 from gristmill.flywheel.source import FileSource, Source, fold
 from gristmill.judge.reward import RewardScorer
 from gristmill.judge.sandbox import Sandbox
@@ -22,7 +23,6 @@ from gristmill.miniature.base import BASE
 from gristmill.miniature.source import MiniatureSource
 from gristmill.model.reward import REWARD_WEIGHTS
 from gristmill.model.weights import fingerprint, load_model, load_reward
-from gristmill.recipe import Recipe
 from gristmill.rows import Prompt
 from gristmill.synth.ask import Asker, Waves, completions_of
 from gristmill.synth.journal import Journal
