@@ -35,11 +35,12 @@ def lessons(world: World) -> list[Conversation]:
     def teach(asked: str, said: str) -> None:
         out.append((Message("user", asked), Message("assistant", said)))
 
-    for task, request in TOPIC_REQUEST.items():
+    for task, request in PROMPT_REQUEST.items():
         for _ in range(LESSONS):
             problem = world.draw(rng, task)
-            teach(request, problem.topic)
-            teach(PROMPT_REQUEST[task].format(topic=problem.topic), problem.question)
+            if task in TOPIC_REQUEST:
+                teach(TOPIC_REQUEST[task], problem.topic)
+            teach(request.format(topic=problem.topic), problem.question)
             teach(problem.question, problem.answer)
     for _ in range(LESSONS):
         problem = world.draw(rng, followups.TASK)

@@ -26,7 +26,8 @@ SURFACE = {
     "data": (
         "demonstrations ratings prompts evaluation num_demonstrations num_rated_prompts num_prompts num_evaluation num_held_out_ratings"
     ),
-    "writing": "topics prompts temperature top_p max_tokens",
+    "writing": "templates topics pipelines",
+    "writing.topics": "macro subtopics combine broad own file",
     "responses": "samples temperatures max_tokens max_batch",
     "judging": (
         "weights min_correctness keep_per_prompt pairs_per_prompt quota writing_quota code_quota code_share min_votes verified_gap min_gap"
@@ -62,7 +63,8 @@ def write(folder: Path, values: Any) -> Path:
 
 
 def test_surface_is_frozen() -> None:
-    assert keys_of(Recipe) == {name: set(keys.split()) for name, keys in SURFACE.items()}
+    pipelines = {"writing.pipelines": " ".join(PIPELINES)}
+    assert keys_of(Recipe) == {name: set(keys.split()) for name, keys in (SURFACE | pipelines).items()}
     assert CONTROLS == ("unfiltered", "random-filter", "reward-only", "human-only", "replace")
 
 
@@ -76,12 +78,13 @@ DATASET = """name seed models folder chat_format context templates calls topics 
 answers judging near_duplicates licence"""
 PIPELINES = {
     "open_qa": "questions revisions",
-    "writing": "kinds kinds_per_topic tasks revisions",
+    "writing": "kinds kinds_per_topic own tasks revisions",
     "closed_qa": "questions",
-    "math": "levels topics subtopics problems forms",
-    "python": "topics subtopics problems levels",
+    "math": "levels topics subtopics problems forms own",
+    "python": "topics subtopics problems levels own",
     "instructions": "prompts most whole_talk revision",
     "two_turn": "prompts",
+    "by_task": "tasks prompts max_tokens",
     "from_file": "half limit",
     "topic_following": "dialogues turns",
     "incapable": "lacks tasks",
@@ -92,7 +95,8 @@ PIPELINES = {
 
 
 def test_dataset_surface_is_frozen() -> None:
-    from gristmill.dataset.recipe import DatasetRecipe, Pipelines
+    from gristmill.dataset.recipe import DatasetRecipe
+    from gristmill.synth.plan import Pipelines
 
     assert set(DatasetRecipe.model_fields) == set(DATASET.split())
     found = {name: set(get_args(field.annotation)[0].model_fields) for name, field in Pipelines.model_fields.items()}

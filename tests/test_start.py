@@ -91,7 +91,7 @@ def test_token_limits_hold_the_demonstrations(tmp_path: Path, files: dict[str, P
     write_recipe(out, "mine", str(model), files)
     loaded = recipes.load(out)
     assert loaded.responses.max_tokens == 48  # 40 bytes and the end of turn, in steps of 16
-    assert loaded.writing.max_tokens == 16
+    assert loaded.writing.pipelines.by_task and loaded.writing.pipelines.by_task.max_tokens == 16
     long = [{"prompt": "p", "response": "y" * n} for n in (10, 230)]
     files["demonstrations"].write_text("".join(json.dumps(r) + "\n" for r in long))
     write_recipe(out, "mine", str(model), files, force=True)

@@ -15,11 +15,11 @@ from pydantic.fields import FieldInfo
 
 from gristmill.chat import ChatFormat, guess_format
 from gristmill.errors import InputError
-from gristmill.flywheel.recipe import Recipe, parse
+from gristmill.flywheel.recipe import RECIPES, Recipe, parse
 from gristmill.flywheel.source import contaminated, fold, read_demonstrations, read_prompts, read_ratings
 from gristmill.miniature.base import BASE
 from gristmill.model.weights import load_model
-from gristmill.recipe import Section, Training
+from gristmill.recipe import Section, Training, read
 from gristmill.rows import Demonstration
 from gristmill.tokenizer import Tokenizer
 
@@ -76,6 +76,7 @@ def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force
         values["data"] = {k: _path(p, out) for k, p in files.items()}
     else:
         values["world"] = "miniature"
+        values["writing"] = read(RECIPES / "miniature.yaml")["writing"]
         if model != "miniature":
             _load(model)
     text = HEADER.format(file=out.name) + "\n".join(render(values)) + "\n"
@@ -140,7 +141,8 @@ def _limits(model: str, demonstrations: Sequence[Demonstration]) -> dict[str, An
         raise InputError(f"Every demonstration is longer than the {longest} tokens of {model}: choose a model with more, or shorter ones.")
     answers = [len(tokenizer.encode(d.messages[-1].content)) for d in sample]
     asked = [len(tokenizer.encode(next(m.content for m in d.messages if m.role == "user"))) for d in sample]
-    return {key: {"max_tokens": _limit(lengths, longest // 2)} for key, lengths in (("writing", asked), ("responses", answers))}
+    of_prompts, of_answers = (_limit(lengths, longest // 2) for lengths in (asked, answers))
+    return {"writing": {"pipelines": {"by_task": {"max_tokens": of_prompts}}}, "responses": {"max_tokens": of_answers}}
 
 
 def _limit(lengths: Sequence[int], most: int) -> int:

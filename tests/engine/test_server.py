@@ -40,7 +40,8 @@ def test_greedy_answers_are_the_engines(served: tuple[Path, str]) -> None:
     folder, url = served
     model, tokenizer = load_model(folder)
     engine = Engine(model, tokenizer, chat_format_of("auto", tokenizer), "tiny", 8)
-    requests = [ask(f"Name a land. {'Really. ' * n}", temperature=0.0, max_tokens=24) for n in range(12)]
+    words = ("Name a land.", "Name a thing to count.", "Name a kind of input for a function.", "Write a word sum about eggs.")
+    requests = [ask(f"{text}{' Really.' * n}", temperature=0.0, max_tokens=24) for text in words for n in range(3)]
     own = {request.id: outs[0] for request, outs in engine.generate(requests)}
     filled = {name for name, out in own.items() if out.text.strip()}
     there = {r.id: outs[0] for r, outs in Endpoint([Target(url, "tiny")]).generate([r for r in requests if r.id in filled])}

@@ -21,7 +21,16 @@ TINY: dict[str, Any] = {
     "rpo_iterations": 1,
     "threads": 1,
     "data": {"num_demonstrations": 64, "num_rated_prompts": 24, "num_prompts": 6, "num_evaluation": 2, "num_held_out_ratings": 10},
-    "writing": {"topics": 4, "prompts": 12, "max_tokens": 48},
+    "writing": {
+        "topics": {"macro": 6, "subtopics": 0, "own": ["Batru", "Fikro"]},
+        "pipelines": {
+            "open_qa": {"questions": 4, "revisions": 0},
+            "math": {"own": ["apples"], "topics": 4, "subtopics": 0, "levels": ["school"], "forms": ["general"], "problems": 6},
+            "python": {"own": ["lists"], "topics": 4, "subtopics": 0, "levels": ["beginner"], "problems": 6},
+            "writing": {"own": ["fruits", "tools"], "kinds": ["list"], "kinds_per_topic": 1, "tasks": 6, "revisions": 0},
+            "two_turn": {"prompts": 12},
+        },
+    },
     "responses": {"samples": 4, "temperatures": [0.7, 1.0], "max_tokens": 32},
     "judging": {"min_correctness": -99, "min_votes": 1, "min_gap": 0},
     "collapse": {"tokens": 400, "stop": 9},

@@ -84,7 +84,7 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path: Path, snapshot: Snapsho
     open_run(tmp_path / "run", recipe(seed=1)).stage("data", 1, lambda folder: {})
     before = snapshot(tmp_path / "run")
     with pytest.raises(InputError, match=r"another recipe \(they differ in seed, writing\)"):
-        open_run(tmp_path / "run", recipe(seed=2, writing={"prompts": 3}))
+        open_run(tmp_path / "run", recipe(seed=2, writing={"templates": "default"}))
     assert snapshot(tmp_path / "run") == before
 
 

@@ -154,7 +154,7 @@ def test_prompts_that_led_to_kept_answers_teach_to_write() -> None:
     prompts = [prompt(f"p{i}", request="Write a sum.") for i in range(5)] + [prompt("file"), prompt("waste", request="Write a sum.")]
     kept = [Demonstration(p.id, p.task, p.messages, "m", (f"{p.id}-0", p.id)) for p in prompts if p.id != "waste"]
     rows = written(prompts, kept, 3)
-    assert [d.parents for d in rows] == [("p0",), ("p1",), ("p2",)] and {d.task for d in rows} == {"writing"}
+    assert [d.parents for d in rows] == [("p0",), ("p1",), ("p2",)] and {d.task for d in rows} == {"prompt-writing"}
     assert [m.content for m in rows[0].messages] == ["Write a sum.", "Ask p0"]
 
 

@@ -107,7 +107,7 @@ def test_every_row_can_be_traced_to_what_it_grew_from(finished: Path) -> None:
     assert len(prompts) == len({fold(p.messages) for p in prompts.values()}), "a prompt is written once"
     kept = made(finished, "kept", Demonstration)
     for row in kept:
-        if row.task == "writing":
+        if row.task == "prompt-writing":
             prompt = prompts[row.parents[0]]
             assert [m.content for m in row.messages] == [prompt.request, prompt.messages[-1].content]
         else:
@@ -120,7 +120,7 @@ def test_every_row_can_be_traced_to_what_it_grew_from(finished: Path) -> None:
         assert chosen.prompt == rejected.prompt == row.prompt and row.messages == prompts[row.prompt].messages
         if row.judge == "verifier":
             assert chosen.good and not rejected.good
-    assert {row.task for row in kept} >= {"writing", "code"}
+    assert {row.task for row in kept} >= {"prompt-writing", "code"}
 
 
 # ---- taken up again ----
@@ -161,7 +161,7 @@ def test_rounds_can_grow(copy: Path, run: Run, make_recipe: Make, snapshot: Snap
 def test_the_folder_of_another_recipe_is_left_alone(copy: Path, run: Run, make_recipe: Make, snapshot: Snapshot) -> None:
     before = snapshot(copy)
     with pytest.raises(InputError, match="another recipe .*writing"):
-        run(make_recipe(writing={"prompts": 3}), copy)
+        run(make_recipe(writing={"templates": "default"}), copy)
     assert snapshot(copy) == before
 
 
@@ -198,7 +198,7 @@ def test_unfiltered_keeps_what_the_judge_rejects(run: Run, make_recipe: Make, tm
     run(make_recipe(control="unfiltered"), tmp_path / "run")
     assert stages_of(tmp_path / "run") == STAGES
     answers = {r.id: r for r in made(tmp_path / "run", "responses", Response)}
-    kept = [answers[d.parents[0]] for d in made(tmp_path / "run", "kept", Demonstration) if d.task != "writing"]
+    kept = [answers[d.parents[0]] for d in made(tmp_path / "run", "kept", Demonstration) if d.task != "prompt-writing"]
     assert any(not r.good for r in kept) and all(r.finished for r in kept)
 
 

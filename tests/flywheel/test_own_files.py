@@ -24,7 +24,7 @@ RECIPE: dict[str, Any] = {
     "rounds": 1,
     "rpo_iterations": 1,
     "threads": 1,
-    "writing": {"prompts": 6, "max_tokens": 24},
+    "writing": {"pipelines": {"by_task": {"prompts": 6, "max_tokens": 24}}},
     "responses": {"samples": 3, "max_tokens": 12},
     "judging": {"min_correctness": -99, "min_gap": 0},
     "collapse": {"tokens": 300, "stop": 9},
@@ -87,7 +87,7 @@ def test_every_stage_runs_on_files(tmp_path: Path, random_base: Path) -> None:
     pairs = [p for path in out.glob("*/pairs.parquet") if (read := read_rows(path, Pair)) for p in read]
     assert pairs and all(p.judge == "reward" or prompts[p.prompt].truth for p in pairs)
     human = [d for path in out.glob("00-data/demonstrations.parquet") for d in read_rows(path, Demonstration)]
-    assert sum(d.task == "writing" for d in human) == 2 and len(human) == 12
+    assert sum(d.task == "prompt-writing" for d in human) == 2 and len(human) == 12
     assert "not finished" not in CliRunner().invoke(app, ["status", str(out)]).stdout
     assert (out / "report.html").stat().st_size > 1000
 
@@ -134,7 +134,7 @@ QUESTION = {"messages": [{"role": "user", "content": "Hi?"}]}
 BACKWARDS = {"messages": [{"role": "assistant", "content": "I begin."}, {"role": "user", "content": "Oh?"}]}
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     # what: files, recipe changes, words of the sentence
-    "an unknown key": ({}, {"writing": {"promts": 3}}, "did you mean 'prompts'"),
+    "an unknown key": ({}, {"writing": {"pipelines": {"by_task": {"promts": 3}}}}, "did you mean 'prompts'"),
     "an unknown stage": ({}, {"genral_sft": STEPS}, "did you mean 'general_sft'"),
     "an unknown key of a stage": ({}, {"dpo": STEPS | {"betta": 1}}, "did you mean 'beta'"),
     "a missing model": ({}, {"model": "nowhere"}, "nowhere"),

@@ -10,11 +10,19 @@ import pytest
 
 from gristmill.chat import Message
 from gristmill.errors import InputError
-from gristmill.flywheel.source import WRITE_REQUEST, FileSource, contaminated, fold, read_demonstrations, read_prompts, read_ratings
+from gristmill.flywheel.source import FileSource, contaminated, fold, read_demonstrations, read_prompts, read_ratings
 from gristmill.recipe import Data
+from gristmill.synth.pack import Pack
 
 RATED = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
+
+
+REQUEST = Pack.load()["task_prompt"]
+
+
+def files_of(data: Data) -> FileSource:
+    return FileSource(data, REQUEST)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -37,16 +45,16 @@ def data(tmp_path: Path) -> Data:
 
 
 def test_amounts_are_those_of_the_recipe(data: Data) -> None:
-    source = FileSource(data)
-    own = [d for d in source.demonstrations() if d.task != "writing"]
+    source = files_of(data)
+    own = [d for d in source.demonstrations() if d.task != "prompt-writing"]
     assert len(own) == 6 and len(source.ratings()) == 6 and len(source.prompts()) == 2
     assert [p.task for p in source.evaluation()] == ["t0"] * 3 + ["t1"] * 3  # a task
 
 
 def test_the_demonstrations_teach_to_write_prompts(data: Data) -> None:
-    source = FileSource(data)
-    asked = source.prompt_requests["talk"].format(topic="", task="talk")
-    writing = [d for d in source.demonstrations() if d.task == "writing"]
+    source = files_of(data)
+    asked = "Write a prompt for the task talk."
+    writing = [d for d in source.demonstrations() if d.task == "prompt-writing"]
     assert [d.messages for d in writing] == [
         (Message("user", asked), Message("assistant", "Q0?")),
         (Message("user", asked), Message("assistant", "Q5?")),
@@ -55,13 +63,13 @@ def test_the_demonstrations_teach_to_write_prompts(data: Data) -> None:
 
 
 def test_rows_have_ids_of_their_own(data: Data) -> None:
-    source = FileSource(data)
+    source = files_of(data)
     ids = [r.id for rows in (source.demonstrations(), source.ratings(), source.prompts(), source.evaluation()) for r in rows]
     assert len(set(ids)) == len(ids)
 
 
 def test_answers_to_one_prompt_are_a_pair(data: Data) -> None:
-    pairs = [r.pair for r in FileSource(data).ratings()]
+    pairs = [r.pair for r in files_of(data).ratings()]
     assert pairs[0] == pairs[1] != pairs[2] == pairs[3]
 
 
@@ -82,7 +90,7 @@ def test_a_truth_is_taken_as_it_is(tmp_path: Path) -> None:
 
 def test_tasks_whose_truths_are_programs_are_code_tasks(data: Data, tmp_path: Path) -> None:
     row = {"prompt": "Write f.", "task": "programs", "truth": {"kind": "code", "tests": "assert f(1) == 1"}}
-    assert "programs" in FileSource(data.model_copy(update={"prompts": write(tmp_path / "code.jsonl", [row])})).code_tasks
+    assert "programs" in files_of(data.model_copy(update={"prompts": write(tmp_path / "code.jsonl", [row])})).code_tasks
 
 
 def test_parquet_with_gaps_is_read_as_jsonl(tmp_path: Path) -> None:
@@ -98,8 +106,8 @@ def test_parquet_with_gaps_is_read_as_jsonl(tmp_path: Path) -> None:
 
 def test_a_task_name_with_braces_is_only_a_name(data: Data, tmp_path: Path) -> None:
     demonstrations = write(tmp_path / "odd.jsonl", [{"prompt": "Q?", "response": "A.", "task": "a{b}"}])
-    source = FileSource(data.model_copy(update={"demonstrations": demonstrations}))
-    assert source.prompt_requests["a{b}"].format(topic="x", task="a{b}") == WRITE_REQUEST.replace("{task}", "a{b}")
+    source = files_of(data.model_copy(update={"demonstrations": demonstrations}))
+    assert source.tasks == ("a{b}",) and source.demonstrations()[-1].messages[0].content == "Write a prompt for the task a{b}."
 
 
 DEMONSTRATION, RATING, PROMPT, TEST = "demonstrations", "ratings", "prompts", "evaluation"
@@ -139,18 +147,18 @@ def test_a_bad_file_is_one_sentence_that_names_the_row(
 ) -> None:
     path = write(tmp_path / "bad.jsonl", rows)
     with pytest.raises(InputError, match=words) as caught:
-        FileSource(data.model_copy(update={kind: path}))
+        files_of(data.model_copy(update={kind: path}))
     assert "bad.jsonl" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [DEMONSTRATION, RATING, PROMPT, TEST])
 def test_a_missing_file_is_named(data: Data, tmp_path: Path, kind: str) -> None:
     with pytest.raises(InputError, match="nowhere.jsonl does not exist"):
-        FileSource(data.model_copy(update={kind: tmp_path / "nowhere.jsonl"}))
+        files_of(data.model_copy(update={kind: tmp_path / "nowhere.jsonl"}))
 
 
 def test_without_ratings_and_prompts(data: Data) -> None:
-    source = FileSource(data.model_copy(update={"ratings": None, "prompts": None}))
+    source = files_of(data.model_copy(update={"ratings": None, "prompts": None}))
     assert source.ratings() == [] and source.prompts() == []
 
 

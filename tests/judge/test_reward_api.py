@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from typing import Any
 
@@ -17,11 +17,11 @@ from gristmill.chat import Conversation, Message
 from gristmill.engine.generator import Completion, Request
 from gristmill.errors import InputError
 from gristmill.judge import reward_api as module
-from gristmill.judge.reward_api import ATTRIBUTES, RewardEndpoint, rating_of, rating_of_text, weight_set
+from gristmill.judge.reward_api import ATTRIBUTES, RewardEndpoint, RewardModel, rating_of, rating_of_text, weight_set
 from gristmill.model.reward import ATTRIBUTES as MODEL_ATTRIBUTES
 from gristmill.model.reward import REWARD_WEIGHTS
 from gristmill.rows import Rating
-from gristmill.synth.endpoint import Endpoint, RowFailed, Target
+from gristmill.synth.endpoint import RowFailed, Target
 
 # The example of the API's documentation.
 TEXT = "helpfulness:1.6171875,correctness:1.6484375,coherence:3.3125,complexity:0.546875,verbosity:0.515625"
@@ -140,6 +140,7 @@ class Server:
     """Rates an answer `[1, 2, 3, 4, 0]` with just these numbers; other answers get prose, and "later" fails the first time."""
 
     def __init__(self) -> None:
+        self.form: Callable[[Rating], dict[str, Any]] = lambda rating: choice(text_of(rating), entries(rating))
         self.bodies: list[dict[str, Any]] = []
         self.asked: Counter[str] = Counter()
         self.loop = asyncio.new_event_loop()
@@ -176,7 +177,7 @@ class Server:
             return web.Response(status=400)
         await asyncio.sleep(0.01 * (len(self.bodies) % 3))
         rating = Rating(*json.loads(answer)) if answer.startswith("[") else None
-        reply = choice(text_of(rating), entries(rating)) if rating else choice("A fine answer.")
+        reply = self.form(rating) if rating else choice("A fine answer.")
         return web.json_response({"choices": [reply], "usage": {"prompt_tokens": 7, "completion_tokens": 1}})
 
 
@@ -187,8 +188,8 @@ def server() -> Iterator[Server]:
     running.stop()
 
 
-def client(server: Server, **options: Any) -> Endpoint:
-    return Endpoint([Target(server.url, "reward", **options)], concurrency=8, timeout=10, patience=10, retries=2)
+def client(server: Server, **options: Any) -> RewardModel:
+    return RewardModel([Target(server.url, "reward", **options)], concurrency=8, timeout=10, patience=10, retries=2)
 
 
 def talk(answer: str) -> Conversation:
@@ -210,6 +211,14 @@ def test_conversations_are_rated_in_their_order(server: Server) -> None:
     assert rater.score([]) == []
 
 
+@pytest.mark.parametrize("form", [lambda r: choice(text_of(r)), lambda r: choice(None, entries(r)), lambda r: choice("", entries(r))])
+def test_either_form_will_do(server: Server, form: Callable[[Rating], dict[str, Any]]) -> None:
+    server.form = form
+    rater = RewardEndpoint(client(server))
+    (rating,) = rater.score([talk(str(list(astuple(RATING))))])
+    assert rating == RATING and rater.total(rating) == pytest.approx(3.3156, abs=5e-5)
+
+
 def test_one_row_at_a_time_within_a_loop(server: Server) -> None:
     async def run() -> Rating:
         async with client(server, logprobs=True) as endpoint:
@@ -221,7 +230,7 @@ def test_one_row_at_a_time_within_a_loop(server: Server) -> None:
 
 def test_what_goes_wrong_names_the_row(server: Server) -> None:
     good = talk("[1, 2, 3, 4, 0]")
-    with pytest.raises(InputError, match="Conversation 1: The rating lacks helpfulness.* The answer was 'A fine answer.'"):
+    with pytest.raises(RowFailed, match="the answer is no rating: The rating lacks helpfulness.* The answer was 'A fine answer.'"):
         RewardEndpoint(client(server)).score([good, talk("what?")])
     with pytest.raises(RowFailed, match="refused"):
         RewardEndpoint(client(server)).score([talk("refused")])

@@ -39,7 +39,7 @@ def test_fewer_rows_are_the_first_of_more(world: World) -> None:
 
 def test_demonstrations_are_of_every_task_in_equal_parts(world: World) -> None:
     count = Counter(r["task"] for r in demonstrations(world, 120, 0))
-    assert count.pop("writing") == 20 and count == dict.fromkeys(TASKS, 20)
+    assert count.pop("prompt-writing") == 20 and count == dict.fromkeys(TASKS, 20)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -7,9 +7,11 @@ from collections import Counter
 import pytest
 
 from gristmill.chat import Conversation, Message
+from gristmill.flywheel.recipe import RECIPES, load
 from gristmill.flywheel.source import contaminated, fold
 from gristmill.miniature import followups
 from gristmill.miniature.facts import ATTRIBUTES, NUM_LANDS, Lands
+from gristmill.miniature.source import PIPELINES
 from gristmill.miniature.world import (
     HELD_OUT_PER_TASK,
     NEXT_REQUEST,
@@ -17,7 +19,6 @@ from gristmill.miniature.world import (
     TASKS,
     TOPIC_REQUEST,
     World,
-    seed_topics,
     writing_problem,
 )
 
@@ -110,8 +111,10 @@ def test_writing_problems_teach_every_request(world: World) -> None:
     assert set(kinds) == set(heads) and min(kinds.values()) > 5
 
 
-def test_manual_topics_are_topics_of_the_task(world: World) -> None:
+def test_manual_topics_of_the_recipe_are_topics_of_the_task(world: World) -> None:
     rng = random.Random(0)
-    for task, names in seed_topics(world).items():
-        drawn = {world.draw(rng, task).topic for _ in range(2000)}
+    writing = load(RECIPES / "miniature.yaml").writing
+    own = {name: getattr(writing.pipelines, name).own for name in ("math", "python", "writing")} | {"open_qa": writing.topics.own}
+    for pipeline, names in own.items():
+        drawn = {world.draw(rng, PIPELINES[pipeline]).topic for _ in range(2000)}
         assert names and set(names) <= drawn and len(set(names)) == len(names)

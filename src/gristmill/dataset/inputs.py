@@ -26,10 +26,8 @@ def read(recipe: DatasetRecipe) -> Inputs:
     prompts = _prompts(recipe.prompts) if recipe.prompts else []
     entities = [Topic(text, make_id("entity", text)) for text in lines(recipe.entities, "word")] if recipe.entities else []
     topics = bool(recipe.topics.given() or recipe.topics.macro or recipe.topics.broad)
-    have = {"topics": topics, "documents": bool(documents), "prompts": bool(prompts), "": True}
-    for name, pipeline in recipe.pipelines.named().items():
-        if not any(have[need] for need in pipeline.needs.split(" or ")):
-            raise InputError(f"Pipeline {name} needs {pipeline.needs}: give them in the recipe, or take the pipeline out.")
+    have = {"topics": topics, "documents": bool(documents), "prompts": bool(prompts), "entities": bool(entities)}
+    recipe.pipelines.check([name for name, there in have.items() if there])
     return Inputs((), documents, prompts, entities)
 
 

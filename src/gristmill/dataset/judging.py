@@ -8,15 +8,14 @@ from typing import Any
 from gristmill.chat import Message
 from gristmill.dataset.recipe import DatasetRecipe, Reward
 from gristmill.dataset.select import contests, demonstrations, pairs, passes
-from gristmill.engine.generator import Completion, Request
 from gristmill.errors import InputError
 from gristmill.judge import llm
 from gristmill.judge.conditions import Condition
-from gristmill.judge.reward_api import RewardEndpoint, rating_of_text, weight_set
+from gristmill.judge.reward_api import RewardEndpoint, RewardModel, weight_set
 from gristmill.judge.verify import verify
 from gristmill.rows import Demonstration, Pair, Prompt, Rating, Response, make_id
 from gristmill.synth.ask import Asker, failed_calls
-from gristmill.synth.endpoint import Endpoint, RowFailed, Target
+from gristmill.synth.endpoint import Target
 from gristmill.synth.journal import Journal
 from gristmill.synth.writer import Writer
 
@@ -25,25 +24,13 @@ def check_reward(reward: Reward) -> None:
     """Raise `InputError` unless the reward model can be asked."""
     weight_set(reward.weights)
     if reward.base_url:
-        Endpoint([_target(reward)])
+        RewardModel([_target(reward)])
     elif not reward.model or not (Path(reward.model) / "config.json").is_file():
         raise InputError(f"judging.reward.model {reward.model!r} is no model folder: name one, or give base_url for an endpoint.")
 
 
 def _target(reward: Reward) -> Target:
     return Target(reward.base_url, reward.model, api_key_env=reward.api_key_env, api_key_file=reward.api_key_file)
-
-
-class _Legible(Endpoint):
-    """A reward model's endpoint, of which an answer that is no rating is a failed row like any other."""
-
-    async def complete(self, request: Request, model: str = "") -> list[Completion]:
-        outs = await super().complete(request, model)
-        try:
-            rating_of_text(outs[0].text)
-        except InputError as e:
-            raise RowFailed(f"the answer is no rating: {e}", 1, 200) from e
-        return outs
 
 
 class Judges:
@@ -100,7 +87,7 @@ class Judges:
             model, tokenizer = load_reward(Path(reward.model))
             scores = RewardScorer(model, tokenizer, chat_format_of(self.recipe.chat_format, tokenizer)).score(list(talks.values()))
             return dict(zip(talks, scores, strict=True))
-        source = _Legible([_target(reward)], **self.recipe.calls.model_dump())
+        source = RewardModel([_target(reward)], **self.recipe.calls.model_dump())
         with Journal(self.folder / "ratings.jsonl") as journal:
             async with source:
                 judge = RewardEndpoint(Asker(source, journal, retry_failed=self.retry_failed), reward.weights)

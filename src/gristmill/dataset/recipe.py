@@ -9,21 +9,8 @@ from pydantic import Field, model_validator
 from gristmill.recipe import Section, checked, read
 from gristmill.synth.dialogues import Dialogues
 from gristmill.synth.endpoint import Target
-from gristmill.synth.pipelines.base import Pipeline
-from gristmill.synth.pipelines.closed_qa import ClosedQA
-from gristmill.synth.pipelines.document_qa import DocumentQA
-from gristmill.synth.pipelines.from_file import FromFile
-from gristmill.synth.pipelines.genetic import Genetic
-from gristmill.synth.pipelines.incapable import Incapable
-from gristmill.synth.pipelines.instructions import Instructions
-from gristmill.synth.pipelines.math import Math
-from gristmill.synth.pipelines.open_qa import OpenQA
-from gristmill.synth.pipelines.python import Python
-from gristmill.synth.pipelines.tools import Tools
-from gristmill.synth.pipelines.topic_following import TopicFollowing
 from gristmill.synth.pipelines.topics import Topics
-from gristmill.synth.pipelines.two_turn import TwoTurn
-from gristmill.synth.pipelines.writing import Writing
+from gristmill.synth.plan import Pipelines
 
 
 class Model(Section):
@@ -50,35 +37,6 @@ class Calls(Section):
     timeout: float = Field(120.0, gt=0, description="seconds an attempt may take")
     retries: int = Field(5, ge=0, description="further attempts of a row")
     patience: float = Field(600.0, ge=0, description="seconds that an endpoint may be away")
-
-
-class Pipelines(Section):
-    """Which pipelines write, and how much. One that is not named writes nothing."""
-
-    open_qa: OpenQA | None = None
-    writing: Writing | None = None
-    closed_qa: ClosedQA | None = None
-    math: Math | None = None
-    python: Python | None = None
-    instructions: Instructions | None = None
-    two_turn: TwoTurn | None = None
-    from_file: FromFile | None = None
-    topic_following: TopicFollowing | None = None
-    incapable: Incapable | None = None
-    document_qa: DocumentQA | None = None
-    tools: Tools | None = None
-    genetic: Genetic | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare(cls, values: Any) -> Any:
-        """A name alone, `math:`, takes the pipeline's defaults."""
-        return {k: {} if v is None else v for k, v in values.items()} if isinstance(values, dict) else values
-
-    def named(self) -> dict[str, Pipeline]:
-        """The pipelines of the recipe."""
-        found = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: pipeline for name, pipeline in found.items() if pipeline is not None}
 
 
 class Answers(Section):

@@ -10,10 +10,8 @@ runs/NAME/results.json
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,12 +26,13 @@ from gristmill.errors import InputError
 from gristmill.files import lock, write_json
 from gristmill.flywheel.progress import Progress
 from gristmill.judge.conditions import Condition
-from gristmill.rows import Demonstration, Prompt, Response, write_rows
+from gristmill.rows import Prompt, Response, write_rows
 from gristmill.synth.ask import Asker, Source, Waves, failed_calls
 from gristmill.synth.endpoint import Endpoint
 from gristmill.synth.journal import Journal
 from gristmill.synth.pack import Pack
-from gristmill.synth.pipelines.base import Inputs, Pipeline
+from gristmill.synth.pipelines.base import Inputs
+from gristmill.synth.plan import Written, first, write
 from gristmill.synth.writer import Rehearsal, Writer
 
 TICK = 0.5  # seconds
@@ -58,7 +57,7 @@ def rehearse(recipe: DatasetRecipe) -> dict[str, Any]:
 
     async def go() -> Rehearsal:
         writer = Rehearsal(source, pack, recipe.seed, sampling_of(recipe.turn))
-        made = await _write(recipe, writer, given, None)
+        made, _ = await _write(recipe, writer, given, None)
         rows = await _answer(recipe, writer, made.prompts)
         if recipe.judging.llm:
             judge = recipe.models[0].model if recipe.models else source.model_of("")
@@ -154,54 +153,17 @@ def _open(folder: Path, recipe: DatasetRecipe) -> Any:
     return held
 
 
-class _Made:
-    """Rows of the pipelines."""
-
-    def __init__(self) -> None:
-        self.prompts: list[Prompt] = []
-        self.demonstrations: list[Demonstration] = []
-        self.written: Counter[str] = Counter()
-        self.alike = 0
-
-
-async def _write(recipe: DatasetRecipe, writer: Writer, given: Inputs, limit: int | None) -> _Made:
-    """Topics, then all pipelines side by side, then dialogues."""
-    made = _Made()
-    pipelines = recipe.pipelines.named()
-    if any("topics" in pipeline.needs for pipeline in pipelines.values()):
-        given = replace(given, topics=await recipe.topics.collect(writer))
-
-    async def one(name: str, pipeline: Pipeline) -> None:
-        async for row in first(pipeline.write(writer, given), limit):
-            made.written[name] += 1
-            if isinstance(row, Prompt):
-                made.prompts.append(row)
-            else:
-                made.demonstrations.append(row)
-
-    await asyncio.gather(*(one(name, pipeline) for name, pipeline in pipelines.items()))
-    made.prompts, made.alike = distinct(sorted(made.prompts, key=lambda p: (p.task, p.id)), recipe.near_duplicates)
+async def _write(recipe: DatasetRecipe, writer: Writer, given: Inputs, limit: int | None) -> tuple[Written, int]:
+    """The pipelines' rows, then dialogues grown from the prompts; and how many prompts were too much alike."""
+    written = await write(writer, recipe.topics, recipe.pipelines, given, limit)
+    written.prompts, alike = distinct(written.prompts, recipe.near_duplicates)
     if recipe.dialogues is not None:
-        chosen = recipe.dialogues.chosen(writer, made.prompts)
+        chosen = recipe.dialogues.chosen(writer, written.prompts)
         async for row in first(recipe.dialogues.write(writer, chosen), limit):
-            made.written["dialogues"] += 1
-            made.demonstrations.append(row)
-    made.demonstrations.sort(key=lambda d: (d.task, d.id))
-    return made
-
-
-async def first(rows: AsyncIterator[Item], limit: int | None) -> AsyncIterator[Item]:
-    """The first `limit` rows, or all. What is under way beyond them is cancelled."""
-    num = 0
-    try:
-        async for row in rows:
-            yield row
-            num += 1
-            if num == limit:
-                return
-    finally:
-        if isinstance(rows, AsyncGenerator):
-            await rows.aclose()
+            written.num["dialogues"] += 1
+            written.demonstrations.append(row)
+    written.demonstrations.sort(key=lambda d: (d.task, d.id))
+    return written, alike
 
 
 async def _answer(recipe: DatasetRecipe, writer: Writer, prompts: Sequence[Prompt]) -> list[Response]:
@@ -263,8 +225,8 @@ class _Run:
             ticking = asyncio.ensure_future(self._tick())
             stack.callback(ticking.cancel)
             with self.progress.stage("prompts"):
-                made = await _write(recipe, self.writer, self.given, self.limit)
-            written = dict(sorted(made.written.items())) | {"too much alike": made.alike}
+                made, alike = await _write(recipe, self.writer, self.given, self.limit)
+            written = dict(sorted(made.num.items())) | {"too much alike": alike}
             write_rows(self.folder / "prompts.parquet", made.prompts)
             with self.progress.stage("answers"):
                 if recipe.answers is not None:

@@ -19,7 +19,7 @@ from gristmill.judge.reward import RewardScorer
 from gristmill.recipe import PreferenceTraining
 from gristmill.rows import Demonstration, Pair, Prompt, Rating, Response, make_id, write_rows
 
-WRITING = "writing"  # task of prompt-writing rows
+WRITING = "prompt-writing"  # task of the rows that teach it
 
 
 def respond(

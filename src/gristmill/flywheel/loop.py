@@ -22,7 +22,7 @@ from gristmill.evaluate import reward as reward_evaluation
 from gristmill.evaluate.score import score
 from gristmill.files import write_json
 from gristmill.flywheel import monitors
-from gristmill.flywheel.judging import WRITING, contested, holds, pair, respond, select, written
+from gristmill.flywheel.judging import contested, holds, pair, respond, select, written
 from gristmill.flywheel.mill import Mill
 from gristmill.flywheel.progress import Progress
 from gristmill.flywheel.recipe import Recipe
@@ -189,8 +189,8 @@ def _round(mill: Mill, state: State, number: int, generator: str) -> str:
     """One round; returns the name of its last model."""
     recipe, human_only = mill.recipe, mill.recipe.control == "human-only"
     engine = mill.engine(generator, state.models[generator])
-    prompts = [] if human_only else _prompts(mill, state, number, engine)
-    code, general, answers = _answers(mill, state, number, engine, prompts)
+    prompts, whole = ([], []) if human_only else _prompts(mill, state, number, engine)
+    code, general, answers = _answers(mill, state, number, engine, prompts, whole)
     human_code = [d for d in state.demonstrations if d.task in mill.source.code_tasks]
     start = mill.base_folder
     rows = code if recipe.control == "replace" else [*human_code, *code]
@@ -224,24 +224,26 @@ def _round(mill: Mill, state: State, number: int, generator: str) -> str:
     return current
 
 
-def _prompts(mill: Mill, state: State, number: int, engine: Engine) -> list[Prompt]:
-    inputs = [state.chain, mill.recipe.writing.model_dump(), mill.recipe.control, number]
-    answered = set() if mill.recipe.control == "replace" else {d.parents[1] for d in state.synthetic if d.task != WRITING}
+def _prompts(mill: Mill, state: State, number: int, engine: Engine) -> tuple[list[Prompt], list[Demonstration]]:
+    """This round's prompts, and conversations that were written whole."""
+    inputs = [state.chain, mill.recipe.writing.model_dump(mode="json"), mill.recipe.control, number]
+    answered = set() if mill.recipe.control == "replace" else {parent for d in state.synthetic for parent in d.parents}
 
     def work(folder: Path) -> dict[str, Any]:
-        return write_prompts(mill, engine, number, state.seen, answered, folder)[1]
+        return write_prompts(mill, engine, number, state.seen, answered, folder)[2]
 
     done = mill.run.stage(f"r{number}-prompts", inputs, work)
-    prompts = read_rows(mill.run.path / mill.run.stages[-1] / "prompts.parquet", Prompt)
+    folder = mill.run.path / mill.run.stages[-1]
+    prompts = read_rows(folder / "prompts.parquet", Prompt)
     state.seen |= {fold(p.messages) for p in prompts}
     state.chain = done["fingerprint"]
     if not prompts:
         raise InputError(f"Round {number} has no prompts left: see the funnel in {mill.run.stages[-1]}/done.json.")
-    return prompts
+    return prompts, read_rows(folder / "conversations.parquet", Demonstration) if done["conversations"] else []
 
 
 def _answers(
-    mill: Mill, state: State, number: int, engine: Engine, prompts: Sequence[Prompt]
+    mill: Mill, state: State, number: int, engine: Engine, prompts: Sequence[Prompt], whole: Sequence[Demonstration]
 ) -> tuple[list[Demonstration], list[Demonstration], list[Response]]:
     """Kept answers of this round (and, unless replaced, of earlier ones): for code SFT, and for general SFT. And all of this one's."""
     recipe, code_tasks = mill.recipe, mill.source.code_tasks
@@ -252,7 +254,7 @@ def _answers(
             responses = respond(mill, [engine], prompts, _scorer(mill, state), recipe.seed * 1000 + number, folder)
             quotas = {t: recipe.judging.code_quota if t in code_tasks else recipe.judging.quota for t in {p.task for p in prompts}}
             kept, funnel = select(mill, responses, quotas, number)
-            kept += written(prompts, kept, recipe.judging.writing_quota)
+            kept += [*written(prompts, kept, recipe.judging.writing_quota), *whole]
             write_rows(folder / "kept.parquet", kept)
             return {"funnel": funnel, "kept": len(kept)}
 

@@ -26,6 +26,7 @@ from gristmill.model.weights import fingerprint, load_model, load_reward
 from gristmill.rows import Prompt
 from gristmill.synth.ask import Asker, Waves, completions_of
 from gristmill.synth.journal import Journal
+from gristmill.synth.pack import Pack
 from gristmill.train.loop import PRECISIONS
 
 CONTEXT_MARGIN = 16  # an answer's text may take some tokens more when it is tokenized again
@@ -48,7 +49,12 @@ class Mill:
         self.recipe, self.progress = recipe, progress
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        self.source: Source = MiniatureSource(recipe.data, recipe.seed) if recipe.world else FileSource(recipe.data)
+        self.pack = Pack.load(recipe.writing.templates)
+        asked = self.pack["task_prompt"]
+        self.source: Source = MiniatureSource(recipe.data, recipe.seed) if recipe.world else FileSource(recipe.data, asked)
+        topics = recipe.writing.topics
+        have = {"tasks": bool(self.source.tasks), "topics": bool(topics.given() or topics.macro or topics.broad), "prompts": True}
+        recipe.writing.pipelines.check([name for name, there in have.items() if there])
         self.base_folder = BASE if recipe.model == "miniature" else Path(recipe.model)
         base, self.tokenizer = load_model(self.base_folder)  # fails here, before any work, when the checkpoint is bad
         self._context = base.config.max_positions
@@ -105,6 +111,10 @@ class Mill:
 
     # ---- generation ----
 
+    def asker(self, engine: Engine, journal: Journal) -> Asker:
+        """Asks an engine what the journal does not hold. A full disk ends the run at once: it is taken up when there is room."""
+        return Asker(Waves(_Tracked(engine, self.progress)), journal, disk_patience=0.0)
+
     def generate(self, engine: Engine, requests: Sequence[Request], journal: Path) -> dict[str, list[Completion]]:
         """Completions of every request; those that an earlier start finished are read from the journal."""
 
@@ -112,7 +122,7 @@ class Mill:
             await asyncio.gather(*(asker.ask(request) for request in requests))
 
         with Journal(journal) as done:
-            asyncio.run(ask(Asker(Waves(_Tracked(engine, self.progress)), done, disk_patience=0.0)))
+            asyncio.run(ask(self.asker(engine, done)))
             return {request.id: completions_of(done[request.id]) for request in requests}
 
     # ---- judging ----
@@ -167,9 +177,3 @@ def on_step(progress: Progress) -> Callable[[int, int, dict[str, float]], None]:
         progress.tick(step, total, f"steps, loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
 
     return show
-
-
-def spread(items: Iterable[str], count: int) -> list[str]:
-    """`count` items, going round and round."""
-    pool = list(items)
-    return [pool[i % len(pool)] for i in range(count)] if pool else []

@@ -1,25 +1,28 @@
 """The recipe of a run of the mill."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import Field, model_validator
 
 from gristmill.recipe import Data, PreferenceTraining, Section, Training, checked, read
+from gristmill.synth.pipelines.by_task import ByTask
+from gristmill.synth.pipelines.topics import Topics
+from gristmill.synth.plan import Pipelines
 
+RECIPES = Path(__file__).parent.parent / "recipes"
+World = Literal["miniature"]
 CONTROLS = ("unfiltered", "random-filter", "reward-only", "human-only", "replace")
 Control = Literal["unfiltered", "random-filter", "reward-only", "human-only", "replace"]
 
 
 class Writing(Section):
-    """How many prompts a round's generator writes."""
+    """What a round's generator writes: the pipelines of `gristmill synth`. The second turns grow from the round's other prompts."""
 
-    topics: int = Field(60, ge=0, description="topic requests a task")
-    prompts: int = Field(500, ge=0, description="prompts asked for, a task")
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    max_tokens: int = Field(96, gt=0)
+    templates: str = Field("default", description="a shipped pack of templates, or a file of them")
+    topics: Topics = Field(Topics(macro=0, subtopics=0), description="for the pipelines that need topics")
+    pipelines: Pipelines = Field(Pipelines(by_task=ByTask()), description="which pipelines write, and how much")
 
 
 class Responses(Section):
@@ -58,7 +61,7 @@ class Recipe(Section):
     """A whole run."""
 
     name: str = Field("miniature", pattern=r"^[A-Za-z0-9._-]+$")
-    world: Literal["miniature"] | None = Field(None, description="a built-in world that supplies data, or none: your own files")
+    world: World | None = Field(None, description="a built-in world that supplies data, or none: your own files")
     model: str = Field("miniature", description="Hugging Face folder of the Base model; `miniature` is the shipped one")
     chat_format: Literal["auto", "nemotron", "chatml", "llama3"] = "auto"
     seed: int = 0
@@ -80,12 +83,14 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _partial_training(cls, values: Any) -> Any:
+    def _defaults(cls, values: Any) -> Any:
         """A training section that is given in part keeps the rest of its own defaults, e.g. `rpo: {lr: 1e-5}` stays RPO."""
         if not isinstance(values, dict):
             return values
         merged = dict(values)
-        for name, given in values.items():
+        if values.get("world") in get_args(World) and isinstance(given := values.get("writing", {}), dict):  # a world has its own way
+            merged["writing"] = {**read(RECIPES / f"{values['world']}.yaml")["writing"], **given}
+        for name, given in merged.items():
             default = cls.model_fields[name].default if name in cls.model_fields else None
             if isinstance(default, Training) and isinstance(given, dict):
                 kept = default.model_dump(exclude_unset=True)
@@ -123,6 +128,13 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     changes: dict[str, Any] = {"data": recipe.data.model_copy(update=paths)}
     if recipe.model != "miniature":
         changes["model"] = str((folder / recipe.model).resolve())
+    writing = recipe.writing
+    given: dict[str, Any] = {}
+    if writing.topics.file is not None:
+        given["topics"] = writing.topics.model_copy(update={"file": (folder / writing.topics.file).resolve()})
+    if writing.templates.endswith((".yaml", ".yml")):
+        given["templates"] = str((folder / writing.templates).resolve())
+    changes["writing"] = writing.model_copy(update=given)
     return recipe.model_copy(update=changes)
 
 

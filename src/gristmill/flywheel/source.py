@@ -11,34 +11,20 @@ from gristmill.judge.verify import NUMBER, verify
 from gristmill.model.reward import ATTRIBUTES
 from gristmill.recipe import Data
 from gristmill.rows import Demonstration, Prompt, Rated, make_id, read_records
+from gristmill.synth.pack import Template
 
 
 class Source(Protocol):
     """Supplies a run. Only `evaluation` and verifiers know truths."""
 
     @property
-    def topic_requests(self) -> dict[str, str]:
-        """Task -> what to ask the model for a topic."""
-        ...
-
-    @property
-    def prompt_requests(self) -> dict[str, str]:
-        """Task -> what to ask the model for a prompt, with slots {topic} and {task}."""
-        ...
-
-    @property
-    def next_request(self) -> str:
-        """What to ask for the next user turn, with slots {question} and {answer}."""
+    def tasks(self) -> Sequence[str]:
+        """Tasks of the demonstrations."""
         ...
 
     @property
     def code_tasks(self) -> frozenset[str]:
         """Tasks whose answers are programs."""
-        ...
-
-    @property
-    def followup_task(self) -> str | None:
-        """Task of prompts with a second user turn, if any."""
         ...
 
     def demonstrations(self) -> list[Demonstration]: ...
@@ -47,8 +33,8 @@ class Source(Protocol):
 
     def prompts(self) -> list[Prompt]: ...
 
-    def topics(self) -> dict[str, list[str]]:
-        """The user's manual topics by task, used beside those that the model names."""
+    def task(self, pipeline: str) -> str:
+        """The task that a pipeline's prompts belong to."""
         ...
 
     def evaluation(self) -> list[Prompt]: ...
@@ -62,7 +48,7 @@ class Source(Protocol):
         ...
 
 
-WRITE_REQUEST = "Write a prompt for the task {task}."
+CODE_PIPELINES = frozenset({"python", "genetic"})
 
 
 class FileSource:
@@ -77,11 +63,15 @@ class FileSource:
 
     The demonstrations also teach the model to write prompts: each first turn becomes the answer to a request for a prompt.
 
+    Args:
+        request: template of that request.
+
     Raises:
         InputError: a file is missing or empty, or a row lacks a column.
     """
 
-    def __init__(self, data: Data):
+    def __init__(self, data: Data, request: Template):
+        self._request = request
         assert data.demonstrations and data.evaluation
         self._demonstrations = read_demonstrations(data.demonstrations)[: data.num_demonstrations]
         self._evaluation = read_prompts(data.evaluation, "human", truth=True)
@@ -92,29 +82,25 @@ class FileSource:
         for task in dict.fromkeys(p.task for p in self._evaluation):
             limited += [p for p in self._evaluation if p.task == task][: data.num_evaluation]
         self._evaluation = limited
-        self.topic_requests: dict[str, str] = {}
-        self.prompt_requests = dict.fromkeys(self.tasks, WRITE_REQUEST)
-        self.next_request = ""
         checked = {p.task for p in [*self._prompts, *self._evaluation] if (p.truth or {}).get("kind") == "code"}
-        self.code_tasks = frozenset({t for t in self.tasks if "code" in t.lower()} | checked)
-        self.followup_task: str | None = None
+        self.code_tasks = frozenset({t for t in self.tasks if "code" in t.lower()} | checked | CODE_PIPELINES)
 
     def demonstrations(self) -> list[Demonstration]:
         """The user's conversations, and prompt-writing ones derived from them (a fifth as many)."""
-        written = [Demonstration(make_id("write", d.id), "writing", self._writing(d), "human", (d.id,)) for d in self._demonstrations[::5]]
-        return [*self._demonstrations, *written]
+        return [*self._demonstrations, *(self._written(d) for d in self._demonstrations[::5])]
 
-    def _writing(self, d: Demonstration) -> Conversation:
+    def _written(self, d: Demonstration) -> Demonstration:
         first = next(m for m in d.messages if m.role == "user")
-        return Message("user", WRITE_REQUEST.format(task=d.task)), Message("assistant", first.content)
+        messages = (Message("user", self._request.render(task=d.task)), Message("assistant", first.content))
+        return Demonstration(make_id("write", d.id), "prompt-writing", messages, "human", (d.id,))
 
     def ratings(self) -> list[Rated]:
         """Rated answers; empty when the recipe names none."""
         return self._ratings
 
-    def topics(self) -> dict[str, list[str]]:
-        """None: a user's topics are in the prompts."""
-        return {}
+    def task(self, pipeline: str) -> str:
+        """The pipeline's own name."""
+        return pipeline
 
     def prompts(self) -> list[Prompt]:
         """Prompts from the user's file."""

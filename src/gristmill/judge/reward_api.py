@@ -16,7 +16,7 @@ from gristmill.chat import Message
 from gristmill.engine.generator import Completion, Request, Sampling
 from gristmill.errors import InputError
 from gristmill.rows import Rating
-from gristmill.synth.endpoint import side_by_side
+from gristmill.synth.endpoint import Endpoint, RowFailed, Target, side_by_side
 
 ATTRIBUTES = tuple(f.name for f in fields(Rating))
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
@@ -24,8 +24,28 @@ AT_ONCE = 512  # conversations that wait for the endpoint, which itself bounds w
 SHOWN = 100  # characters of an answer in an error
 
 
+class RewardModel(Endpoint):
+    """A reward model's endpoint. Its answers are attribute strings, whichever form they came in."""
+
+    def text_of(self, choice: Any, target: Target) -> Any:
+        try:
+            rating = rating_of(choice)
+        except InputError:
+            return super().text_of(choice, target)
+        return ",".join(f"{name}:{getattr(rating, name)}" for name in ATTRIBUTES)
+
+    async def complete(self, request: Request, model: str = "") -> list[Completion]:
+        """As `Endpoint.complete`; an answer that is no rating is a failed row too."""
+        outs = await super().complete(request, model)
+        try:
+            rating_of_text(outs[0].text)
+        except InputError as e:
+            raise RowFailed(f"the answer is no rating: {e}", 1, 200) from e
+        return outs
+
+
 class Completer(Protocol):
-    """What answers one request: an `Endpoint`, for instance."""
+    """What answers one request with an attribute string: a `RewardModel`, for instance."""
 
     async def complete(self, request: Request) -> list[Completion]: ...
 

@@ -19,7 +19,7 @@ from gristmill.model.reward import ATTRIBUTES
 
 # People are asked about what no program can check, above all: facts, in one turn or two.
 RATED_TASKS = (facts.TASK, followups.TASK, facts.TASK, sums.TASK, lists.TASK, code.TASK)
-WRITING = "writing"  # task name of prompt-writing demonstrations
+WRITING = "prompt-writing"  # task name of its demonstrations
 NUM_WRITING = 1  # of them for one demonstration of each task
 
 

@@ -4,25 +4,22 @@ from typing import Any
 
 from gristmill.chat import Conversation, conversation
 from gristmill.errors import InputError
-from gristmill.miniature import code, followups, human
-from gristmill.miniature.world import HELD_OUT_PER_TASK, NEXT_REQUEST, PROMPT_REQUEST, TASKS, TOPIC_REQUEST, World, seed_topics
+from gristmill.miniature import code, facts, followups, human, lists, sums
+from gristmill.miniature.world import HELD_OUT_PER_TASK, TASKS, World
 from gristmill.model.reward import ATTRIBUTES
 from gristmill.recipe import Data
 from gristmill.rows import Demonstration, Prompt, Rated, make_id
 
 # Beyond these the world has too few different questions about facts.
 LIMITS = {"num_demonstrations": 5000, "num_prompts": 4000, "num_evaluation": HELD_OUT_PER_TASK}
+PIPELINES = {"open_qa": facts.TASK, "math": sums.TASK, "python": code.TASK, "writing": lists.TASK, "two_turn": followups.TASK}
 
 
 class MiniatureSource:
     """Data of world 0 in the amounts that the recipe asks for; the run's seed draws other human rows, not another world."""
 
     tasks = TASKS
-    topic_requests = TOPIC_REQUEST
-    prompt_requests = PROMPT_REQUEST
-    next_request = NEXT_REQUEST
     code_tasks = frozenset({code.TASK})
-    followup_task = followups.TASK
 
     def __init__(self, data: Data, seed: int):
         for name, most in LIMITS.items():
@@ -35,9 +32,9 @@ class MiniatureSource:
         rows = human.demonstrations(self.world, self._data.num_demonstrations, self._seed)
         return [Demonstration(make_id("human", self._seed, i), r["task"], conversation(r["messages"]), "human") for i, r in enumerate(rows)]
 
-    def topics(self) -> dict[str, list[str]]:
-        """Manual topics by task."""
-        return seed_topics(self.world)
+    def task(self, pipeline: str) -> str:
+        """The world's task that a pipeline writes for."""
+        return PIPELINES.get(pipeline, pipeline)
 
     def ratings(self) -> list[Rated]:
         """Rated answers, two a prompt."""

@@ -21,7 +21,6 @@ TOPIC_REQUEST = {
     "facts": "Name a land.",
     "sums": "Name a thing to count.",
     "code": "Name a kind of input for a function.",
-    "lists": "Name a kind of thing to list.",
 }
 PROMPT_REQUEST = {
     "facts": "Write a question about {topic}.",
@@ -29,7 +28,6 @@ PROMPT_REQUEST = {
     "code": "Write a coding task about {topic}.",
     "lists": "Write a list request about {topic}.",
 }
-NUM_SEED_TOPICS = 24  # at most, a task: what a user who knows the domain would write down
 NEXT_REQUEST = "Asked: {question}\nSaid: {answer}\nWrite the next question."
 
 
@@ -137,17 +135,6 @@ class World:
         return task != facts.TASK
 
 
-def seed_topics(world: World) -> dict[str, list[str]]:
-    """The user's manual topics of each task (report, section 3.2.1: written by people, added to those that the model names)."""
-    topics = {
-        facts.TASK: list(world.lands.facts),
-        sums.TASK: list(sums.THINGS),
-        code.TASK: [plural for _, plural in code.KINDS.values()],
-        lists.TASK: list(lists.WORDS),
-    }
-    return {task: names[:NUM_SEED_TOPICS] for task, names in topics.items()}
-
-
 def writing_problem(world: World, rng: random.Random) -> tuple[str, str]:
     """A request to write a prompt (or to name a topic) and a good reply, for the demonstrations."""
     task = pick(rng, TASKS)
@@ -155,7 +142,7 @@ def writing_problem(world: World, rng: random.Random) -> tuple[str, str]:
     if task == followups.TASK:
         asked, said = problem.messages[0].content, problem.messages[1].content
         return NEXT_REQUEST.format(question=asked, answer=said), problem.question
-    if rng.random() < 0.2:
+    if task in TOPIC_REQUEST and rng.random() < 0.2:
         return TOPIC_REQUEST[task], problem.topic
     return PROMPT_REQUEST[task].format(topic=problem.topic), problem.question
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from gristmill.engine.generator import Completion, Generator, Request
+from gristmill.errors import InputError
 from gristmill.synth.endpoint import WORKERS_PER_SLOT, RowFailed, side_by_side
 from gristmill.synth.journal import DiskFull, Journal
 
@@ -60,10 +61,21 @@ class Waves:
                     if not turns[id(request)].done():  # whoever asked may have gone
                         turns[id(request)].set_result(outs)
                     await asyncio.sleep(0)
+            except InputError:  # one of them broke the wave: each by itself, so that only that one fails
+                for request, turn in wave:
+                    if not turn.done():
+                        self._alone(request, turn)
             except Exception as e:  # whoever waits must hear of it
                 for turn in turns.values():
                     if not turn.done():
                         turn.set_exception(e)
+
+    def _alone(self, request: Request, turn: asyncio.Future[list[Completion]]) -> None:
+        try:
+            ((_, outs),) = self.generator.generate([request])
+            turn.set_result(outs)
+        except InputError as e:
+            turn.set_exception(RowFailed(str(e), 1, 0))
 
 
 class Asker:

@@ -10,7 +10,7 @@ from gristmill.chat import Message
 from gristmill.recipe import Section
 from gristmill.rows import Demonstration, Prompt, make_id
 from gristmill.synth.lists import fold
-from gristmill.synth.writer import Unusable, Writer, told
+from gristmill.synth.writer import Unusable, Writer
 
 PERSONAS = {"normal": "next_turn", "complex": "next_turn_complex", "concise": "next_turn_concise"}
 SPEAKER = re.compile(r"\A\s*(?:\*\*)?(?:user|human|me)(?:\*\*)?\s*:\s*(?:\*\*)?", re.I)
@@ -56,7 +56,7 @@ class Dialogues(Section):
                 parents.append(answer.id)
                 if turn + 1 == self.turns:
                     break
-                reply = await writer.reply(PERSONAS[persona], parents=parents, history=told(talk))
+                reply = await writer.next_turn(PERSONAS[persona], talk, parents)
                 said = without_politeness(reply.text)
                 if ends(said, talk):
                     break

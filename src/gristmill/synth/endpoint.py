@@ -282,6 +282,10 @@ class Endpoint:
             if pause := failed.seconds(failures):
                 await asyncio.sleep(pause)
 
+    def text_of(self, choice: Any, target: Target) -> Any:
+        """The text of a decoded choice. What raises here, or is no text, is a malformed answer, which is asked for again."""
+        return choice["message"]["content"] if target.kind == "chat" else choice["text"]
+
     async def _attempt(self, line: _Line, request: Request, num: int, start: int) -> list[Completion]:
         assert self._session is not None
         data = json.dumps(_body(line.target, request, num, start)).encode()
@@ -301,7 +305,7 @@ class Endpoint:
             raise _Passing("reset", f"the connection broke ({line.clean(str(e)) or type(e).__name__})") from e
         if status == 200:
             line.reachable()
-            outs, tokens_in, tokens_out = _completions(body, line.target)
+            outs, tokens_in, tokens_out = _completions(body, line.target, self.text_of)
             line.window.saw(refused=False)
             usage, target = self.usage, line.target
             usage.tokens_in += tokens_in
@@ -450,7 +454,7 @@ def _body(target: Target, request: Request, num: int, start: int) -> dict[str, A
     return body
 
 
-def _completions(body: bytes, target: Target) -> tuple[list[Completion], int, int]:
+def _completions(body: bytes, target: Target, text_of: Callable[[Any, Target], Any]) -> tuple[list[Completion], int, int]:
     """Completions of a good answer, and the tokens that it counts in and out."""
     try:
         answer = json.loads(body)
@@ -459,7 +463,7 @@ def _completions(body: bytes, target: Target) -> tuple[list[Completion], int, in
         tokens_in, tokens_out = (max(0, int(usage.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens"))
         outs = []
         for choice in choices:
-            text = choice["message"]["content"] if target.kind == "chat" else choice["text"]
+            text = text_of(choice, target)
             if not isinstance(text, str) or not text.strip():
                 raise _Passing("empty", "the answer is empty", 200)
             if choice.get("finish_reason") == "content_filter":

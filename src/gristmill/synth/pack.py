@@ -3,7 +3,7 @@
 import difflib
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -14,7 +14,7 @@ from gristmill.errors import InputError
 
 Parser = Literal["text", "list", "yes"]
 FOLDER = Path(__file__).parent / "templates"
-KEYS = ("slots", "text", "parser", "sampling")
+KEYS = ("slots", "text", "parser", "sampling", "agree")
 DEFAULT_SAMPLING = Sampling(temperature=1.0, top_p=0.95, max_tokens=1024)
 
 
@@ -26,6 +26,8 @@ class Template:
         slots: what `render` needs.
         parser: what the answer is read as. A pack may ask for one item at a time where the default pack asks for a list: then
             its parser is "text".
+        agree: of a list that is asked for item by item, how often an item must be named to count: what a small model names once in
+            many draws is often a slip.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Template:
     text: str
     parser: Parser = "text"
     sampling: Sampling = field(default=DEFAULT_SAMPLING)
+    agree: int = 1
 
     def render(self, **values: object) -> str:
         """The text with its slots filled in; braces in a value are just braces.
@@ -102,7 +105,7 @@ def _read(path: Path, default: Mapping[str, Template] | None) -> dict[str, Templ
         if template.parser not in (default[name].parser, "text"):
             raise InputError(f"Template {name} of {path} has the parser {template.parser!r}: use {default[name].parser!r} or 'text'.")
         # a template of another pack may leave slots out
-        templates[name] = Template(name, default[name].slots, template.text, template.parser, template.sampling)
+        templates[name] = replace(template, slots=default[name].slots)
     return templates
 
 
@@ -141,4 +144,7 @@ def _template(name: str, given: Any, path: Path) -> Template:
         drawn = Sampling(**{**base, **sampling})
     except InputError as e:
         raise InputError(f"{where}: {e}") from e
-    return Template(name, slots, text, cast(Parser, parser), drawn)
+    agree = given.get("agree", 1)
+    if isinstance(agree, bool) or not isinstance(agree, int) or agree < 1:
+        raise InputError(f"{where}: agree must be a number of times, 1 or more.")
+    return Template(name, slots, text, cast(Parser, parser), drawn, agree)

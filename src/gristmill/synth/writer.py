@@ -36,6 +36,7 @@ class Reply:
         id: of the call.
         logprob: sum over the answer's tokens; 0 where the source tells none.
         finished: whether the answer came to its end and is not empty.
+        request: what was said to the model last.
     """
 
     text: str
@@ -44,19 +45,22 @@ class Reply:
     num_tokens: int
     logprob: float
     finished: bool
+    request: str = ""
 
 
 @dataclass(frozen=True)
 class Topic:
     """A text that others grow from: a topic, a question, an item of a list. Its origin is a model, or "human".
 
-    The id of an item is that of the call that made it, "#" and its place; its root is what it grew from at last, a topic or document.
+    The id of an item is that of the call that made it, "#" and its place; its root is what it grew from at last, a topic or document; its
+    request is what the model was told, where the item was the whole answer.
     """
 
     text: str
     id: str
     origin: str = "human"
     root: str = ""
+    request: str = ""
 
 
 class Writer:
@@ -85,6 +89,7 @@ class Writer:
         *,
         parents: Sequence[str] = (),
         salt: object = "",
+        sampling: Sampling | None = None,
         **slots: Any,
     ) -> Reply:
         """The answer to a template.
@@ -92,6 +97,7 @@ class Writer:
         Args:
             parents: ids of what goes into the slots, the topic or document that all grew from last.
             salt: makes equal calls different ones.
+            sampling: instead of the template's.
 
         Raises:
             RowFailed: there is no answer.
@@ -99,7 +105,12 @@ class Writer:
         """
         form = self.pack[template]
         message = Message("user", form.render(**slots))
-        return await self.answer((message,), template, parents, salt, form.sampling, slots.get("num"))
+        return await self.answer((message,), template, parents, salt, sampling or form.sampling, slots.get("num"))
+
+    async def next_turn(self, template: str, talk: Sequence[Message], parents: Sequence[str], **slots: Any) -> Reply:
+        """What a user says next in a conversation that the assistant spoke in last; as `reply`."""
+        question, answer = talk[-2].content, talk[-1].content
+        return await self.reply(template, parents=parents, history=told(talk), question=question, answer=answer, **slots)
 
     async def answer(
         self,
@@ -128,12 +139,13 @@ class Writer:
         """All samples of the next turn. A list is asked for with its `num` of items."""
         sampling = sampling or self.answering
         name = make_id(purpose, [(m.role, m.content) for m in messages], sampling.__dict__, salt, self.seed)
-        request = Request(name, tuple(messages), sampling, self.seed)
+        request = messages[-1].content
         note = {"for": purpose, "parents": list(parents), "sampling": sampling.__dict__, **({"num": num} if num else {})}
-        outs = await self.ask(request, note)
+        outs = await self.ask(Request(name, tuple(messages), sampling, self.seed), note)
         model = self.asker.source.model_of(name)
         return [
-            Reply(c.text.strip(), name, model, c.num_tokens, sum(c.logprobs), c.finish == "stop" and bool(c.text.strip())) for c in outs
+            Reply(c.text.strip(), name, model, c.num_tokens, sum(c.logprobs), c.finish == "stop" and bool(c.text.strip()), request)
+            for c in outs
         ]
 
     async def ask(self, request: Request, note: Mapping[str, Any]) -> list[Completion]:
@@ -165,12 +177,15 @@ class Writer:
     async def _one_by_one(self, template: str, num: int, parents: Sequence[str], salt: object, slots: Mapping[str, Any]) -> list[Topic]:
         async def one(number: int) -> list[Topic]:
             reply = await self.reply(template, parents=parents, salt=f"{salt}#{number}", num=1, **slots)
-            return [Topic(reply.text, f"{reply.id}#0", reply.model, parents[-1] if parents else "")]
+            return [Topic(reply.text, f"{reply.id}#0", reply.model, parents[-1] if parents else "", reply.request)]
 
-        found = {fold(topic.text): topic for topic in await self.all(range(num), one)}
+        named = await self.all(range(num), one)
+        times = Counter(fold(topic.text) for topic in named)
+        first = {fold(topic.text): topic for topic in reversed(named)}
+        found = [first[text] for text, count in times.most_common() if count >= self.pack[template].agree]
         if not found:
             raise Unusable("no list")
-        return list(found.values())
+        return found
 
     async def yes(self, template: str, *, parents: Sequence[str] = (), **slots: Any) -> tuple[bool, Reply]:
         """Whether the answer begins with yes, and the answer.

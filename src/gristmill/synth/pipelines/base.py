@@ -17,12 +17,14 @@ class Inputs:
     Attributes:
         topics: of the run, made or given.
         documents, prompts, entities: the user's own, by the ids of their rows.
+        tasks: names of the user's tasks.
     """
 
     topics: Sequence[Topic] = ()
     documents: Sequence[Topic] = ()
     prompts: Sequence[Prompt] = ()
     entities: Sequence[Topic] = ()
+    tasks: Sequence[str] = ()
 
 
 class Pipeline(Section):
@@ -38,9 +40,11 @@ class Pipeline(Section):
         """Rows, in no particular order."""
 
 
-def prompt(task: str, text: str, origin: str, parents: Sequence[str], request: str = "") -> Prompt:
-    """A single-turn prompt."""
-    return Prompt(make_id(task, text, parents), task, (Message("user", text),), origin, tuple(parents), request=request)
+def prompt(task: str, written: Topic, parents: Sequence[str]) -> Prompt:
+    """A single-turn prompt from what was written for it, itself the first of its parents."""
+    parents = (written.id, *parents)
+    name = make_id(task, written.text, parents)
+    return Prompt(name, task, (Message("user", written.text),), written.origin, parents, request=written.request)
 
 
 def demonstration(task: str, messages: Sequence[Message], origin: str, parents: Sequence[str]) -> Demonstration:

@@ -1,6 +1,7 @@
 """Closed questions: a document -> questions and tasks about it, joined with it (report, section 3.2.1)."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from pydantic import Field
 
@@ -23,7 +24,7 @@ class ClosedQA(Pipeline):
             found = await writer.items("closed_questions", self.questions, parents=[document.id], document=document.text)
             joined = writer.pack["closed_prompt"]
             texts = [(q, joined.render(document=document.text, question=q.text)) for q in found]
-            return [prompt("closed_qa", text, q.origin, [q.id, document.id]) for q, text in texts]
+            return [prompt("closed_qa", replace(q, text=text, request=""), [document.id]) for q, text in texts]
 
         async for row in writer.each(inputs.documents, about):
             yield row

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from gristmill.rows import Prompt
 from gristmill.synth.pipelines.base import Inputs, Pipeline, prompt
+from gristmill.synth.pipelines.topics import different, own_topics
 from gristmill.synth.writer import Topic, Writer
 
 LEVELS = ("elementary school", "middle school", "high school", "university")
@@ -17,14 +18,15 @@ class Math(Pipeline):
     """Problems in mathematics."""
 
     levels: tuple[str, ...] = Field(LEVELS, min_length=1, description="school levels that topics are named for")
-    topics: int = Field(5, gt=0, description="topics a level")
+    topics: int = Field(5, ge=0, description="topics a level")
     subtopics: int = Field(3, ge=0, description="subtopics a topic, used beside it")
     problems: int = Field(3, gt=0, description="problems a topic and form")
     forms: tuple[Literal["general", "beginner"], ...] = Field(("general", "beginner"), min_length=1)
+    own: tuple[str, ...] = Field((), description="topics of your own, used beside those")
 
     @property
     def needs(self) -> str:
-        return ""
+        return "" if self.topics or self.own else "entities"
 
     async def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Prompt]:
         async def classify(entity: Topic) -> list[Topic]:
@@ -34,11 +36,11 @@ class Math(Pipeline):
         async def problems(entry: tuple[Topic, str]) -> list[Prompt]:
             topic, form = entry
             found = await writer.items(FORMS[form], self.problems, parents=[topic.id], topic=topic.text)
-            return [prompt("math", p.text, p.origin, [p.id, topic.id]) for p in found]
+            return [prompt("math", p, [topic.id]) for p in found]
 
-        broad = await writer.all(self.levels, lambda level: writer.items("math_topics", self.topics, level=level))
-        topics = [*broad, *await writer.all(inputs.entities, classify)]
+        broad = await writer.all(self.levels, lambda level: writer.items("math_topics", self.topics, level=level)) if self.topics else []
+        topics = [*own_topics(self.own), *broad, *await writer.all(inputs.entities, classify)]
         if self.subtopics:
             topics += await writer.all(broad, lambda t: writer.items("math_subtopics", self.subtopics, parents=[t.id], topic=t.text))
-        async for row in writer.each(((topic, form) for topic in topics for form in self.forms), problems):
+        async for row in writer.each(((topic, form) for topic in different(topics) for form in self.forms), problems):
             yield row

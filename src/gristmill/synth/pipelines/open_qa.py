@@ -19,13 +19,13 @@ class OpenQA(Pipeline):
         async def about(topic: Topic) -> list[Prompt]:
             found = await writer.items("questions", self.questions, parents=[topic.id], topic=topic.text)
             if not self.revisions:
-                return [prompt("open_qa", q.text, q.origin, [q.id, topic.id]) for q in found]
+                return [prompt("open_qa", q, [topic.id]) for q in found]
             return await writer.all(found, lambda question: revise(question, topic))
 
         async def revise(question: Topic, topic: Topic) -> list[Prompt]:
             parents = [question.id, topic.id]
             richer = await writer.items("revise_question", self.revisions, parents=parents, question=question.text)
-            return [prompt("open_qa", r.text, r.origin, [r.id, *parents]) for r in richer]
+            return [prompt("open_qa", r, parents) for r in richer]
 
         async for row in writer.each(inputs.topics, about):
             yield row

@@ -7,20 +7,22 @@ from pydantic import Field
 
 from gristmill.rows import Prompt
 from gristmill.synth.pipelines.base import Inputs, Pipeline, prompt
+from gristmill.synth.pipelines.topics import different, own_topics
 from gristmill.synth.writer import Topic, Writer
 
 
 class Python(Pipeline):
     """Programming problems."""
 
-    topics: int = Field(10, gt=0, description="topics")
+    topics: int = Field(10, ge=0, description="topics")
     subtopics: int = Field(3, ge=0, description="subtopics a topic, used beside it")
     problems: int = Field(3, gt=0, description="problems a topic and level")
     levels: tuple[Literal["beginner", "intermediate", "advanced"], ...] = Field(("beginner", "intermediate", "advanced"), min_length=1)
+    own: tuple[str, ...] = Field((), description="topics of your own, used beside those")
 
     @property
     def needs(self) -> str:
-        return ""
+        return "" if self.topics or self.own else "entities"
 
     async def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Prompt]:
         async def classify(entity: Topic) -> list[Topic]:
@@ -30,11 +32,11 @@ class Python(Pipeline):
         async def problems(entry: tuple[Topic, str]) -> list[Prompt]:
             topic, level = entry
             found = await writer.items(f"python_problems_{level}", self.problems, parents=[topic.id], topic=topic.text)
-            return [prompt("python", p.text, p.origin, [p.id, topic.id]) for p in found]
+            return [prompt("python", p, [topic.id]) for p in found]
 
-        broad = await writer.all([self.topics], lambda num: writer.items("python_topics", num))
-        topics = [*broad, *await writer.all(inputs.entities, classify)]
+        broad = await writer.all([self.topics], lambda num: writer.items("python_topics", num)) if self.topics else []
+        topics = [*own_topics(self.own), *broad, *await writer.all(inputs.entities, classify)]
         if self.subtopics:
             topics += await writer.all(broad, lambda t: writer.items("python_subtopics", self.subtopics, parents=[t.id], topic=t.text))
-        async for row in writer.each(((topic, level) for topic in topics for level in self.levels), problems):
+        async for row in writer.each(((topic, level) for topic in different(topics) for level in self.levels), problems):
             yield row

@@ -8,7 +8,7 @@ from gristmill.chat import Message
 from gristmill.rows import Demonstration
 from gristmill.synth.dialogues import without_politeness
 from gristmill.synth.pipelines.base import Inputs, Pipeline, demonstration
-from gristmill.synth.writer import Topic, Writer, told
+from gristmill.synth.writer import Topic, Writer
 
 
 class TopicFollowing(Pipeline):
@@ -25,14 +25,14 @@ class TopicFollowing(Pipeline):
             talk = [Message("system", rules.text)]
             for turn in range(self.turns):
                 if turn:
-                    reply = await writer.reply("next_turn", parents=parents, history=told(talk[1:]))
+                    reply = await writer.next_turn("next_turn", talk[1:], parents)
                     parents.append(reply.id)
                     request = without_politeness(reply.text)
                 talk.append(Message("user", request))
                 answer = await writer.answer(talk, "answer", parents)
                 talk.append(Message("assistant", answer.text))
                 parents.append(answer.id)
-            away = await writer.reply("distractor", parents=parents, history=told(talk[1:]), rules=rules.text)
+            away = await writer.next_turn("distractor", talk[1:], parents, rules=rules.text)
             back = await writer.reply("return_to_topic", parents=[*parents, away.id], message=away.text, rules=rules.text)
             talk += [Message("user", away.text), Message("assistant", back.text)]
             return [demonstration("topic_following", talk, back.model, [*parents, away.id, back.id])]

@@ -1,5 +1,6 @@
 """Macro topics, subtopics of each, and the user's own topics (report, section 3.2.1)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -34,17 +35,25 @@ class Topics(Section):
 
     async def collect(self, writer: Writer) -> list[Topic]:
         """All topics: own ones first, then broad ones, then those within them. No two alike."""
-        broad = [Topic(text, make_id("topic", text)) for text in unique(self.broad)]
+        broad = own_topics(unique(self.broad))
         if self.macro:
             async for topic in writer.each([self.macro], lambda num: writer.items("macro_topics", num)):
                 broad.append(topic)
         within: list[Topic] = []
         if self.subtopics:
             within = await writer.all(broad, lambda topic: writer.items("subtopics", self.subtopics, parents=[topic.id], topic=topic.text))
-        own = [Topic(text, make_id("topic", text)) for text in self.given()]
-        everything = [*own, *(broad if self.combine else ()), *within]
-        by_text = {topic.text: topic for topic in reversed(everything)}
-        return [by_text[text] for text in unique(topic.text for topic in everything)]
+        return different([*own_topics(self.given()), *(broad if self.combine else ()), *within])
+
+
+def own_topics(texts: Sequence[str]) -> list[Topic]:
+    """The user's own words as topics."""
+    return [Topic(text, make_id("topic", text)) for text in texts]
+
+
+def different(topics: Sequence[Topic]) -> list[Topic]:
+    """The first of those that are alike but for case, spaces and punctuation."""
+    by_text = {topic.text: topic for topic in reversed(topics)}
+    return [by_text[text] for text in unique(topic.text for topic in topics)]
 
 
 def lines(path: Path, what: str) -> list[str]:

@@ -8,7 +8,7 @@ from gristmill.chat import Message
 from gristmill.rows import Prompt, make_id
 from gristmill.synth.dialogues import without_politeness
 from gristmill.synth.pipelines.base import Inputs, Pipeline
-from gristmill.synth.writer import Topic, Writer, told
+from gristmill.synth.writer import Topic, Writer
 
 
 class TwoTurn(Pipeline):
@@ -25,10 +25,11 @@ class TwoTurn(Pipeline):
             talk = [Message("user", first.text)]
             answer = await writer.answer(talk, "answer", [first.id])
             talk.append(Message("assistant", answer.text))
-            request = await writer.reply("next_turn", parents=[answer.id, first.id], history=told(talk))
+            request = await writer.next_turn("next_turn", talk, [answer.id, first.id])
             talk.append(Message("user", without_politeness(request.text)))
             name = make_id("two_turn", request.id, first.id)
-            return [Prompt(name, "two_turn", tuple(talk), request.model, (request.id, answer.id, first.id, first.root or first.id))]
+            parents = (request.id, answer.id, first.id, first.root or first.id)
+            return [Prompt(name, "two_turn", tuple(talk), request.model, parents, request=request.request)]
 
         async for row in writer.each(await openings(writer, inputs, self.prompts), follow):
             yield row
