@@ -211,7 +211,7 @@ def test_stops_at_end_of_turn(model: Transformer, tokenizer: Tokenizer) -> None:
 
 
 def test_both_stop_tokens_are_known(model: Transformer, tokenizer: Tokenizer) -> None:
-    stops = make_engine(model, tokenizer).stop_V.nonzero()[:, 0].tolist()
+    stops = make_engine(model, tokenizer).stop_V.nonzero()[0].tolist()
     assert sorted(stops) == sorted({FORMAT.end_of_turn_id(tokenizer), tokenizer.eos_id})
 
 

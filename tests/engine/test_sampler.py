@@ -7,11 +7,11 @@ DRAWS = 20_000
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 1.0, -30.0, 0.2])
 
 
-def draw(logits_V: torch.Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(logits_V: torch.Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     keys = torch.full((DRAWS,), sample_key(1, "a", 0))
-    rows = (torch.full((DRAWS,), temperature), torch.full((DRAWS,), top_p), torch.full((DRAWS,), top_k))
+    rows = (torch.full((DRAWS,), temperature), torch.full((DRAWS,), top_p), torch.full((DRAWS,), top_k), torch.full((DRAWS,), min_p))
     u = uniforms(keys, torch.arange(DRAWS))
-    return choose(logits_V.expand(DRAWS, -1), u, *rows, Needs.of(*rows))
+    return choose(logits_V.expand(DRAWS, -1), u, *rows, Needs.of(*(row.numpy() for row in rows)))
 
 
 def allowed(logits_V: torch.Tensor, temperature: float, top_p: float, top_k: int) -> torch.Tensor:
@@ -66,12 +66,12 @@ def test_wide_nucleus_beyond_the_first_guess_is_exact() -> None:
 
 def test_rows_keep_their_own_settings() -> None:
     logits = LOGITS.expand(3, -1)
-    rows = (torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1e-6]), torch.tensor([0, 1, 0]))
+    rows = (torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1e-6]), torch.tensor([0, 1, 0]), torch.zeros(3))
     for u in (0.0, 0.5, 1 - 2**-23):
-        tokens, _ = choose(logits, torch.full((3,), u), *rows, Needs.of(*rows))
+        tokens, _ = choose(logits, torch.full((3,), u), *rows, Needs.of(*(row.numpy() for row in rows)))
         assert tokens.tolist() == [0, 0, 0]
-    rows = (torch.tensor([0.0, 1.0, 1.0]), torch.ones(3), torch.tensor([0, 0, 2]))
-    tokens, _ = choose(logits, torch.full((3,), 1 - 2**-23), *rows, Needs.of(*rows))
+    rows = (torch.tensor([0.0, 1.0, 1.0]), torch.ones(3), torch.tensor([0, 0, 2]), torch.zeros(3))
+    tokens, _ = choose(logits, torch.full((3,), 1 - 2**-23), *rows, Needs.of(*(row.numpy() for row in rows)))
     # The last token is the last of non-zero probability; with top_k = 2 (a tie keeps both) it is index 5.
     assert tokens.tolist() == [0, 7, 5]
 

@@ -1,13 +1,10 @@
-"""The in-process generator: many responses in flight, a KV cache row each, rows refilled as responses end.
+"""The in-process generator: what callers see of the engine, and scoring of texts that are already there.
 
-`Engine` is what callers see. `_Batch` holds the responses in flight of one `generate` call.
-
-Shapes: B rows in flight, P requests of one prefill, T their prompt tokens one after the other, S the copies
-of those tokens over all rows (n samples share one prefill), V vocabulary, H query heads, K key/value heads, d
-head size, D hidden size, L positions.
+Shapes: T packed tokens, P of them at a time, D hidden size, V vocabulary.
 """
 
 import copy
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,23 +12,19 @@ from dataclasses import dataclass
 from threading import Event, Lock
 from typing import TypeVar
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from gristmill.chat import ChatFormat, Message
-from gristmill.engine.cache import KVCache
-from gristmill.engine.generator import Completion, Finish, Request
-from gristmill.engine.sampler import Needs, choose, sample_key, uniforms
+from gristmill.engine.core import Core
+from gristmill.engine.generator import Completion, Request
+from gristmill.engine.sequence import Job
 from gristmill.errors import InputError
-from gristmill.model.attention import varlen_attention
 from gristmill.model.packed import PackedShape
-from gristmill.model.transformer import Block, Transformer
+from gristmill.model.transformer import Transformer
 from gristmill.tokenizer import Tokenizer
 from gristmill.workers import merge, num_workers, workers
 
-# New requests wait until this share of the rows is free, so that one prefill serves many of them.
-REFILL_SHARE = 8
 # Prompt tokens of one packed forward pass, and logits held at once: they bound the memory beside the cache.
 PACKED_TOKENS = 8192
 LOGIT_ELEMENTS = 16 * 2**20
@@ -76,7 +69,9 @@ class Engine:
             response.
         name: for records and reports.
         max_batch: most responses in flight.
-        dtype: of matrices, activations and cache; norms and sampling are always float32.
+        dtype: of matrices and activations; norms and sampling are always float32.
+        cache_tokens: positions that the cache of each worker holds; None for what `max_batch` responses can take, memory permitting.
+        cache_dtype: of keys and values; None for `dtype`.
     """
 
     def __init__(
@@ -87,19 +82,21 @@ class Engine:
         name: str,
         max_batch: int = 256,
         dtype: torch.dtype = torch.float32,
+        cache_tokens: int | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}.")
         self.model = _in_dtype(model, dtype)
-        self.blocks = [block for block in self.model.blocks if isinstance(block, Block)]
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.max_batch = max_batch
-        self.dtype = dtype
+        self.dtype, self.cache_dtype, self.cache_tokens = dtype, cache_dtype or dtype, cache_tokens
         self.device = model.embedding.device
         self.stats = EngineStats()
         self._name = name
-        self.stop_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
+        self._arrivals = itertools.count()
+        self.stop_V = np.zeros(model.config.vocab_size, np.bool_)
         self.stop_V[[chat_format.end_of_turn_id(tokenizer), tokenizer.eos_id]] = True
 
     @property
@@ -110,7 +107,7 @@ class Engine:
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         """Yield each request with its completions when all its samples are done, in order of finishing.
 
-        Requests are taken from the iterable only as rows become free, so it may be endless or produced on the
+        Requests are taken from the iterable only as slots become free, so it may be endless or produced on the
         fly. A request's completions do not depend on what else is in flight (up to the last digits of
         floating-point sums, which may differ with the batch's size).
 
@@ -122,47 +119,18 @@ class Engine:
         shares = _Shares(requests, count)
         yield from merge(count, lambda number, stop: self._serve(shares, number, stop))
 
-    def _serve(self, shares: "_Shares", number: int, stop: Event) -> Iterator[tuple[Request, list[Completion]]]:
-        """What one worker does until its share is exhausted."""
-        source = shares.of(number)
-        batch = _Batch(self, self.max_batch // shares.count)
-        exhausted = False
-        while not stop.is_set():
-            started = time.perf_counter()
-            if not exhausted:
-                exhausted = self._refill(batch, source)
-            if batch.rows:
-                batch.step()
-            self.stats.add(seconds=(time.perf_counter() - started) / shares.count)
-            yield from batch.take_finished()
-            if exhausted and not batch.rows:
-                return
+    def core(self, workers: int = 1) -> Core:
+        """A worker of its own, one of so many that share the machine."""
+        text = lambda ids: self.chat_format.response_text(ids, self.tokenizer)  # noqa: E731
+        rows = max(1, self.max_batch // workers)
+        return Core(self.model, rows, self.stop_V, text, self.cache_tokens, self.cache_dtype, workers)
 
-    def _refill(self, batch: "_Batch", source: Iterator[Request]) -> bool:
-        """Start waiting requests if enough rows are free. Returns whether there are no more."""
-        free = batch.max_rows - len(batch.rows)
-        if batch.rows and free < max(1, batch.max_rows // REFILL_SHARE):
-            return False
-        starts: list[tuple[_Job, int, int]] = []
-        while free:
-            if batch.waiting is None:
-                request = next(source, None)
-                if request is None:
-                    break
-                batch.waiting = self._job(request)
-            job = batch.waiting
-            count = min(free, job.request.sampling.n - job.started)
-            starts.append((job, job.started, count))
-            free -= count
-            job.started += count
-            if job.started == job.request.sampling.n:
-                batch.waiting = None
-        batch.make_room(starts)
-        for group in _by_tokens(starts, [len(job.prompt) for job, _, _ in starts], PACKED_TOKENS):
-            batch.start(group)
-        return free > 0
+    def job(self, request: Request) -> Job:
+        """A request as a core takes it.
 
-    def _job(self, request: Request) -> "_Job":
+        Raises:
+            InputError: a prompt that leaves no room for an answer in the model's context.
+        """
         prompt = self.chat_format.render_prompt(request.messages, self.tokenizer)
         room = self.model.config.max_positions - len(prompt)
         if room < 1:
@@ -171,7 +139,37 @@ class Engine:
                 f"answer in the model's {self.model.config.max_positions}: shorten it."
             )
         sampling = request.sampling
-        return _Job(request, prompt, min(sampling.max_tokens, room), [None] * sampling.n, sampling.n)
+        wrong = [token for token, _ in sampling.logit_bias if not 0 <= token < self.model.config.vocab_size]
+        if wrong:
+            raise InputError(f"Request {request.id!r} has a logit_bias for token {wrong[0]}, which the model does not have.")
+        limit = min(sampling.max_tokens, room)
+        return Job(request, np.array(prompt, np.int32), limit, [None] * sampling.n, sampling.n, next(self._arrivals))
+
+    def _serve(self, shares: "_Shares", number: int, stop: Event) -> Iterator[tuple[Request, list[Completion]]]:
+        """What one worker does until its share is exhausted."""
+        source = shares.of(number)
+        core = self.core(shares.count)
+        exhausted = False
+        waiting = 0
+        while not stop.is_set():
+            started = time.perf_counter()
+            prompts, outputs = core.prompt_tokens, core.output_tokens
+            while not exhausted and waiting < len(core.slots.free):
+                request = next(source, None)
+                if request is None:
+                    exhausted = True
+                else:
+                    core.add(self.job(request))
+                    waiting = len(core.scheduler.waiting)
+            if not core.idle:
+                core.step()
+            waiting = len(core.scheduler.waiting)
+            spent = (time.perf_counter() - started) / shares.count
+            self.stats.add(core.prompt_tokens - prompts, core.output_tokens - outputs, spent)
+            for job in core.take_finished():
+                yield job.request, [c for c in job.completions if c is not None]
+            if exhausted and core.idle:
+                return
 
     def loglikelihood(self, conversations: Iterable[Sequence[Message]]) -> list[tuple[float, int]]:
         """Sum of log-probabilities (nats) and number of the trained tokens of each conversation.
@@ -268,211 +266,6 @@ class _Shares:
                     self._next = (self._next + 1) % self.count
                 request = mine.popleft()
             yield request
-
-
-@dataclass
-class _Job:
-    """A request on its way: `started` samples have a row or are done, `open` are not done."""
-
-    request: Request
-    prompt: list[int]
-    limit: int
-    completions: list[Completion | None]
-    open: int
-    started: int = 0
-
-
-# Rows of `_Batch.ints`: the token to feed next, its position, tokens generated, most tokens, random key,
-# top_k, row of the output table.
-TOKEN, POSITION, COUNT, LIMIT, KEY, TOP_K, HOME = range(7)
-
-
-class _Batch:
-    """Responses in flight. Row b of every tensor belongs to rows[b]; the first len(rows) rows are in use.
-
-    A finished row is taken over by the last one, so a step computes nothing for free rows. Generated tokens
-    and their log-probabilities stay on the device in a table whose lines ("homes") do not move, and are read
-    once, at the end.
-    """
-
-    def __init__(self, engine: Engine, max_rows: int) -> None:
-        device = engine.device
-        self.engine = engine
-        self.max_rows = max_rows
-        self.rows: list[tuple[_Job, int]] = []
-        self.waiting: _Job | None = None
-        self.finished: list[_Job] = []
-        self.longest = 0
-        self.needs = Needs(False, False, 0, False)
-        shapes = [(b.num_kv_heads, b.head_dim) if b.has_attention else None for b in engine.model.config.blocks]
-        self.cache = KVCache(shapes, engine.dtype, device)
-        self.ints = torch.zeros(7, max_rows, dtype=torch.int64, device=device)
-        self.floats = torch.zeros(2, max_rows, device=device)  # temperature, top_p
-        self.free_homes = list(range(max_rows))
-        self.tokens_out = torch.zeros(max_rows, 0, dtype=torch.int64, device=device)
-        self.logprobs_out = torch.zeros(max_rows, 0, device=device)
-
-    def take_finished(self) -> Iterator[tuple[Request, list[Completion]]]:
-        finished, self.finished = self.finished, []
-        for job in finished:
-            yield job.request, [c for c in job.completions if c is not None]
-
-    @torch.inference_mode()
-    def make_room(self, group: Sequence[tuple[_Job, int, int]]) -> None:
-        """Grow the cache for the prompts, and the output table for the answers, of jobs about to start."""
-        if not group:
-            return
-        rows = len(self.rows) + sum(samples for _, _, samples in group)
-        # A power of two of rows, so that a short list of requests does not pay for the whole cache.
-        slots = min(self.max_rows, 1 << (rows - 1).bit_length())
-        self.cache.reserve(slots, max(len(job.prompt) for job, _, _ in group), len(self.rows))
-        width = max(job.limit for job, _, _ in group)
-        if width > self.tokens_out.shape[1]:
-            extra = (0, width - self.tokens_out.shape[1])
-            self.tokens_out = F.pad(self.tokens_out, extra)
-            self.logprobs_out = F.pad(self.logprobs_out, extra)
-
-    @torch.inference_mode()
-    def start(self, group: Sequence[tuple[_Job, int, int]]) -> None:
-        """Prefill the prompts of `group` (job, first sample, samples) in one pass: every sample gets a row
-        and its first token.
-        """
-        first_row, count = len(self.rows), sum(samples for _, _, samples in group)
-        self._add_rows(group)
-        new = slice(first_row, first_row + count)
-        logits_BV = self._prefill(group, first_row)
-        live = len(self.rows)
-        self.needs = Needs.of(self.floats[0, :live], self.floats[1, :live], self.ints[TOP_K, :live])
-        self._record(logits_BV, new)
-        self._measure()
-        self._retire()
-
-    def _add_rows(self, group: Sequence[tuple[_Job, int, int]]) -> None:
-        first_row = len(self.rows)
-        ints, floats = [], []
-        for job, first, samples in group:
-            request, sampling = job.request, job.request.sampling
-            for sample in range(first, first + samples):
-                self.rows.append((job, sample))
-                key = sample_key(request.seed, request.id, sample)
-                home = self.free_homes.pop()
-                ints.append((0, len(job.prompt) - 1, 0, job.limit, key, sampling.top_k, home))
-                floats.append((sampling.temperature, sampling.top_p))
-        new = slice(first_row, len(self.rows))
-        self.ints[:, new] = torch.tensor(ints, device=self.engine.device).T
-        self.floats[:, new] = torch.tensor(floats, device=self.engine.device).T
-
-    def _prefill(self, group: Sequence[tuple[_Job, int, int]], first_row: int) -> Tensor:
-        """Logits [B, V] after each new row's prompt, whose keys and values are written to the row. Equal prompts are read once."""
-        engine, model, device = self.engine, self.engine.model, self.engine.device
-        prompts: dict[tuple[int, ...], int] = {}
-        sources = [prompts.setdefault(tuple(job.prompt), len(prompts)) for job, _, samples in group for _ in range(samples)]
-        lengths = [len(prompt) for prompt in prompts]
-        shape = PackedShape.from_lengths(lengths, device)
-        ids_T = torch.tensor([t for prompt in prompts for t in prompt], device=device)
-        engine.stats.add(prompt_tokens=len(ids_T))
-        # Every prompt token once for each row that reads it.
-        starts = shape.cu_seqlens.tolist()
-        source_S = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in sources]).to(device)
-        row_S = torch.arange(first_row, first_row + len(sources)).repeat_interleave(torch.tensor([lengths[i] for i in sources])).to(device)
-        position_S = shape.positions_T[source_S]
-        copied = len(source_S) > len(ids_T)
-        cos_TR, sin_TR = model.rope(shape.positions_T)
-        last_P = shape.cu_seqlens[1:].long() - 1
-        x_TD = model.embed(ids_T)
-        for layer, block in enumerate(engine.blocks):
-            attended_THd = None
-            if block.attention is not None:
-                q_THd, k_TKd, v_TKd = block.qkv(x_TD, cos_TR, sin_TR)
-                attended_THd = varlen_attention(q_THd, k_TKd, v_TKd, shape)
-                if copied:
-                    k_TKd, v_TKd = k_TKd[source_S], v_TKd[source_S]
-                self.cache.write(layer, row_S, position_S, k_TKd, v_TKd)
-            if layer == len(engine.blocks) - 1:
-                # Only the last token of each prompt is read from here on.
-                x_TD = x_TD[last_P]
-                attended_THd = None if attended_THd is None else attended_THd[last_P]
-            x_TD = block.finish(x_TD, attended_THd)
-        logits_PV = model.logits(model.final_norm(x_TD))
-        return logits_PV[torch.tensor(sources, device=device)] if copied else logits_PV
-
-    @torch.inference_mode()
-    def step(self) -> None:
-        """One token for every row."""
-        model, live = self.engine.model, len(self.rows)
-        positions_B = self.ints[POSITION, :live]
-        self.longest += 1
-        length = self.longest
-        self.cache.reserve(live, length, live)
-        visible_BL = torch.arange(length, device=self.engine.device) <= positions_B[:, None]
-        mask_B11L = torch.where(visible_BL, 0.0, float("-inf")).to(self.engine.dtype)[:, None, None]
-        rows_B = torch.arange(live, device=self.engine.device)
-        cos_BR, sin_BR = model.rope(positions_B)
-        x_BD = model.embed(self.ints[TOKEN, :live])
-        for layer, block in enumerate(self.engine.blocks):
-            attended_BHd = None
-            if block.attention is not None:
-                q_BHd, k_BKd, v_BKd = block.qkv(x_BD, cos_BR, sin_BR)
-                self.cache.write(layer, rows_B, positions_B, k_BKd, v_BKd)
-                attended_BHd = self.cache.attend(layer, q_BHd, mask_B11L)
-            x_BD = block.finish(x_BD, attended_BHd)
-        self._record(model.logits(model.final_norm(x_BD)), slice(0, live))
-        self._retire()
-
-    def _record(self, logits_BV: Tensor, rows: slice) -> None:
-        """Choose the next token of `rows` and note it."""
-        ints = self.ints[:, rows]
-        u_B = uniforms(ints[KEY], ints[COUNT])
-        tokens_B, logprobs_B = choose(logits_BV, u_B, self.floats[0, rows], self.floats[1, rows], ints[TOP_K], self.needs)
-        self.tokens_out[ints[HOME], ints[COUNT]] = tokens_B
-        self.logprobs_out[ints[HOME], ints[COUNT]] = logprobs_B
-        ints[TOKEN] = tokens_B
-        ints[POSITION : COUNT + 1] += 1
-
-    def _retire(self) -> None:
-        """Hand over finished rows and let the last rows take their places."""
-        live = len(self.rows)
-        ints = self.ints[:, :live]
-        stopped_B = self.engine.stop_V[ints[TOKEN]]
-        done = (stopped_B | (ints[COUNT] >= ints[LIMIT])).nonzero()[:, 0]
-        done_rows = done.tolist()
-        if done_rows:
-            self._complete(done_rows, done, stopped_B[done].tolist())
-            left = live - len(done_rows)
-            dead = set(done_rows)
-            holes = [row for row in done_rows if row < left]
-            movers = [row for row in range(left, live) if row not in dead]
-            if holes:
-                to = torch.tensor(holes, device=self.engine.device)
-                source = torch.tensor(movers, device=self.engine.device)
-                self.ints[:, to] = self.ints[:, source]
-                self.floats[:, to] = self.floats[:, source]
-                self.cache.move(to, source, int(self.ints[POSITION, to].max()))
-                for hole, mover in zip(holes, movers, strict=True):
-                    self.rows[hole] = self.rows[mover]
-            del self.rows[left:]
-            self._measure()
-
-    def _measure(self) -> None:
-        live = len(self.rows)
-        self.longest = int(self.ints[POSITION, :live].max()) if live else 0
-
-    def _complete(self, rows: list[int], rows_tensor: Tensor, stopped: list[bool]) -> None:
-        engine = self.engine
-        homes = self.ints[HOME, rows_tensor]
-        counts = self.ints[COUNT, rows_tensor].tolist()
-        tokens, logprobs = self.tokens_out[homes].tolist(), self.logprobs_out[homes].tolist()
-        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            job, sample = self.rows[row]
-            ids = tokens[i][: count - 1] if stopped[i] else tokens[i][:count]
-            finish: Finish = "stop" if stopped[i] else "length"
-            text = engine.chat_format.response_text(ids, engine.tokenizer)
-            job.completions[sample] = Completion(text, count, tuple(logprobs[i][:count]), finish)
-            job.open -= 1
-            if not job.open:
-                self.finished.append(job)
-        self.free_homes.extend(homes.tolist())
-        engine.stats.add(output_tokens=sum(counts))
 
 
 def _in_dtype(model: Transformer, dtype: torch.dtype) -> Transformer:

@@ -5,13 +5,14 @@ Pipelines are written against `Generator`, so the in-process engine and a remote
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol
 
 from gristmill.chat import Message
 from gristmill.errors import InputError
 
 Finish = Literal["stop", "length"]
+COMMON = ("temperature", "top_p", "top_k", "max_tokens", "n")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Sampling:
         top_k: keep this many likeliest tokens (applied before top_p); 0 keeps all.
         max_tokens: most tokens of a response, its end-of-turn token included.
         n: number of responses.
+        min_p: keep tokens whose probability is at least this share of the likeliest one's; 0 keeps all.
+        repetition_penalty: divides positive logits of tokens that prompt or response hold, multiplies negative ones; 1 is off.
+        presence_penalty, frequency_penalty: taken from the logits of tokens that the response holds, once or as often as it does.
+        stop: the response ends before any of these strings.
+        logit_bias: (token, what is added to its logit).
 
     Raises:
         InputError: a value out of its range.
@@ -34,6 +40,12 @@ class Sampling:
     top_k: int = 0
     max_tokens: int = 256
     n: int = 1
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -46,6 +58,20 @@ class Sampling:
             raise InputError(f"max_tokens must be at least 1, got {self.max_tokens}.")
         if self.n < 1:
             raise InputError(f"n must be at least 1, got {self.n}.")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p must be 0 (off) to 1, got {self.min_p}.")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise InputError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"{name} must be a number, got {getattr(self, name)}.")
+        if not all(self.stop):
+            raise InputError("stop holds an empty string: every answer would end at once.")
+
+    def described(self) -> dict[str, Any]:
+        """The five settings that every source of text knows, and those of the others that are not off: what ids are made of."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if name in COMMON or value != getattr(type(self), name)}
 
 
 @dataclass(frozen=True)
@@ -53,13 +79,14 @@ class Request:
     """A conversation that waits for the assistant's next turn.
 
     The same request (id, messages, sampling, seed) to the same model gives the same responses, whatever else
-    is in flight.
+    is in flight. Requests of a higher priority are served first.
     """
 
     id: str
     messages: tuple[Message, ...]
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
+    priority: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Shapes: B rows (responses in flight), V vocabulary.
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,19 +55,30 @@ class Needs:
     random: bool
     top_k: int
     top_p: bool
+    min_p: bool = False
 
     @staticmethod
-    def of(temperature_B: Tensor, top_p_B: Tensor, top_k_B: Tensor) -> "Needs":
+    def of(temperature_B: np.ndarray, top_p_B: np.ndarray, top_k_B: np.ndarray, min_p_B: np.ndarray) -> "Needs":
         greedy_B = temperature_B == 0
         return Needs(
             greedy=bool(greedy_B.any()),
             random=not bool(greedy_B.all()),
             top_k=int(top_k_B.max()),
             top_p=bool((top_p_B < 1).any()),
+            min_p=bool((min_p_B > 0).any()),
         )
 
 
-def choose(logits_BV: Tensor, u_B: Tensor, temperature_B: Tensor, top_p_B: Tensor, top_k_B: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
+def choose(
+    logits_BV: Tensor,
+    u_B: Tensor,
+    temperature_B: Tensor,
+    top_p_B: Tensor,
+    top_k_B: Tensor,
+    min_p_B: Tensor,
+    needs: Needs,
+    adjusted_BV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution at `u`.
 
     Of equally likely tokens at the edge of top_k or top_p all are kept.
@@ -75,30 +87,34 @@ def choose(logits_BV: Tensor, u_B: Tensor, temperature_B: Tensor, top_p_B: Tenso
         logits_BV: float.
         u_B: uniform numbers in [0, 1).
         temperature_B: 0 takes the likeliest token.
-        top_p_B, top_k_B: as in `Sampling`.
+        top_p_B, top_k_B, min_p_B: as in `Sampling`.
         needs: at least what these rows need.
+        adjusted_BV: what is drawn from instead of the logits: with penalties and biases.
 
     Returns:
         tokens int64 [B] and their log-probability float32 [B] under softmax(logits), untempered and
         unrestricted.
     """
     logits_BV = logits_BV.float()
+    drawn_BV = logits_BV if adjusted_BV is None else adjusted_BV
     if needs.random:
         # Greedy rows go through with temperature 1; their choice is replaced below.
         divisor_B1 = torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
-        probs_BV = torch.softmax(logits_BV / divisor_B1, -1)
+        probs_BV = torch.softmax(drawn_BV / divisor_B1, -1)
         if needs.top_k:
             probs_BV = _keep_top_k(probs_BV, top_k_B, needs.top_k)
         if needs.top_p:
             probs_BV = _keep_top_p(probs_BV, top_p_B)
+        if needs.min_p:
+            probs_BV = torch.where(probs_BV >= min_p_B[:, None] * probs_BV.amax(-1, keepdim=True), probs_BV, 0.0)
         cdf_BV = probs_BV.cumsum(-1)
         # right=True: the first token whose cumulative probability exceeds u, which is never one of
         # probability 0.
         tokens_B = torch.searchsorted(cdf_BV, u_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
         if needs.greedy:
-            tokens_B = torch.where(temperature_B == 0, logits_BV.argmax(-1), tokens_B)
+            tokens_B = torch.where(temperature_B == 0, drawn_BV.argmax(-1), tokens_B)
     else:
-        tokens_B = logits_BV.argmax(-1)
+        tokens_B = drawn_BV.argmax(-1)
     logprobs_B = logits_BV.gather(-1, tokens_B[:, None])[:, 0] - logits_BV.logsumexp(-1)
     return tokens_B, logprobs_B
 

@@ -138,6 +138,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(block.head_dim, config.norm_eps) if config.parts.qk_norm else None
         self.k_norm = RMSNorm(block.head_dim, config.norm_eps) if config.parts.qk_norm else None
 
+    def project(self, x_TD: Tensor) -> Tensor:
+        """Queries, keys and values [T, H + 2K, d] before the rotation."""
+        qkv = self.qkv(x_TD).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        q_THd, k_TKd, v_TKd = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        return torch.cat([self.q_norm(q_THd), self.k_norm(k_TKd), v_TKd], dim=1)
+
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, d], keys and values [T, K, d]; queries and keys ready for attention."""
         heads, kv_heads = self.num_heads, self.num_kv_heads

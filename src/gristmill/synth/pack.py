@@ -134,7 +134,7 @@ def _template(name: str, given: Any, path: Path) -> Template:
     for slot in sorted(used - set(slots)):
         raise InputError(f"{where} uses the slot {slot!r} that it does not declare: its slots are {', '.join(slots) or 'none'}.")
     sampling = given.get("sampling") or {}
-    known = [f.name for f in fields(Sampling)]
+    known = [f.name for f in fields(Sampling) if not isinstance(f.default, tuple)]
     if not isinstance(sampling, dict) or set(sampling) - set(known):
         raise InputError(f"{where}: sampling must be a mapping of {', '.join(known)}.")
     base = {f.name: getattr(DEFAULT_SAMPLING, f.name) for f in fields(Sampling)}

@@ -138,9 +138,9 @@ class Writer:
     ) -> list[Reply]:
         """All samples of the next turn. A list is asked for with its `num` of items."""
         sampling = sampling or self.answering
-        name = make_id(purpose, [(m.role, m.content) for m in messages], sampling.__dict__, salt, self.seed)
+        name = make_id(purpose, [(m.role, m.content) for m in messages], sampling.described(), salt, self.seed)
         request = messages[-1].content
-        note = {"for": purpose, "parents": list(parents), "sampling": sampling.__dict__, **({"num": num} if num else {})}
+        note = {"for": purpose, "parents": list(parents), "sampling": sampling.described(), **({"num": num} if num else {})}
         outs = await self.ask(Request(name, tuple(messages), sampling, self.seed), note)
         model = self.asker.source.model_of(name)
         return [

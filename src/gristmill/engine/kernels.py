@@ -1,0 +1,95 @@
+"""Builds and loads the CPU's attention kernel (kernels.cpp): once a machine, in a second or two, with no header of torch.
+
+Without a compiler, or with GRISTMILL_KERNELS=0, there is none, and the engine attends with torch.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
+BUILD_SECONDS = 120
+log = logging.getLogger(__name__)
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of kernels.cpp."""
+
+    _fields_ = [
+        ("k_offset", ctypes.c_int64),
+        ("v_offset", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("pairs", ctypes.c_int32),
+    ]
+
+
+class Step(ctypes.Structure):
+    """`Step` of kernels.cpp."""
+
+    _fields_ = [
+        ("num_seqs", ctypes.c_int32),
+        ("table_stride", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+        ("page_stride", ctypes.c_int64),
+        ("begin", ctypes.c_void_p),
+        ("length", ctypes.c_void_p),
+        ("slot", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+    ]
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The library, or None where it cannot be had."""
+    if os.environ.get("GRISTMILL_KERNELS") == "0":
+        return None
+    compiler = os.environ.get("CXX", "g++")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gristmill"
+    try:
+        path = folder / f"kernels-{_key(compiler)}.so"
+        if not path.exists():
+            _build(compiler, path)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as e:
+        log.info("no compiled attention, torch attends instead: %s", e)
+        return None
+    library.gristmill_attend.restype = None
+    library.gristmill_attend.argtypes = [
+        ctypes.POINTER(Layer),
+        ctypes.POINTER(Step),
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+def _key(compiler: str) -> str:
+    """Another source, compiler or processor needs another library."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=BUILD_SECONDS).stdout
+    cpu = Path("/proc/cpuinfo")
+    flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpu.exists() else ""
+    parts = (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), flags.encode(), platform.machine().encode())
+    return hashlib.blake2b(b"\0".join(parts), digest_size=10).hexdigest()
+
+
+def _build(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:  # beside the goal, so that the last step is a rename
+        built = Path(temporary) / path.name
+        subprocess.run([compiler, *FLAGS, "-o", str(built), str(SOURCE)], check=True, capture_output=True, timeout=BUILD_SECONDS)
+        built.replace(path)
