@@ -7,7 +7,9 @@ DRAWS = 20_000
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 1.0, -30.0, 0.2])
 
 
-def draw(logits_V: torch.Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(
+    logits_V: torch.Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     keys = torch.full((DRAWS,), sample_key(1, "a", 0))
     rows = (torch.full((DRAWS,), temperature), torch.full((DRAWS,), top_p), torch.full((DRAWS,), top_k), torch.full((DRAWS,), min_p))
     u = uniforms(keys, torch.arange(DRAWS))

@@ -39,6 +39,11 @@ class Batch:
     positions_T: Tensor
     decoding: int
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step; rows beyond them are padding."""
+        return len(self.positions_T)
+
 
 class Pool:
     """The memory of all pages: [pages, elements], a page's keys [K, d, PAGE_SIZE] and values [K, PAGE_SIZE, e] layer after layer."""
@@ -70,7 +75,7 @@ class Pool:
 
 
 class Attention(Protocol):
-    """Rotates and stores the step's keys and values, and attends: qkv [T, H + 2K, d] -> [T, H, d]."""
+    """Rotates and stores the step's keys and values, and attends: qkv [T, H + 2K, d] -> [T, H, d]. Rows of padding give zeros."""
 
     name: str
 
@@ -122,6 +127,7 @@ class CompiledAttention:
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         shape, qkv = self.layers[layer], qkv.contiguous()
         out_THd = qkv.new_empty(qkv.shape[0], shape.heads, shape.head_dim)
+        out_THd[self.batch.num_tokens :] = 0
         types = TYPES[qkv.dtype], TYPES[self.pool.dtype]
         pool = self.pool.memory.data_ptr()
         self.library.gristmill_attend(shape, self.step, qkv.data_ptr(), types[0], pool, types[1], out_THd.data_ptr())
@@ -158,14 +164,15 @@ class TorchAttention:
         block, (k_at, v_at) = self.config.blocks[layer], self.pool.offsets[layer]
         heads, kv_heads, size = block.num_heads, block.num_kv_heads, block.head_dim
         padded = -(-size // LANES) * LANES
-        qk, v_TKd = qkv.split([heads + kv_heads, kv_heads], dim=1)
+        num_tokens = self.batch.num_tokens
+        qk, v_TKd = qkv[:num_tokens].split([heads + kv_heads, kv_heads], dim=1)
         q_THd, k_TKd = rotate(qk, self.cos_TR, self.sin_TR).split([heads, kv_heads], dim=1)
         memory = self.pool.memory
         keys = memory[:, k_at : k_at + kv_heads * size * PAGE_SIZE].unflatten(1, (kv_heads, size, PAGE_SIZE))
         values = memory[:, v_at : v_at + kv_heads * padded * PAGE_SIZE].unflatten(1, (kv_heads, PAGE_SIZE, padded))
         keys[self.page_T, :, :, self.place_T] = k_TKd.to(memory.dtype)
         values[self.page_T, :, self.place_T, :size] = v_TKd.to(memory.dtype)
-        out_THd = torch.empty_like(q_THd)
+        out_THd = q_THd.new_zeros(len(qkv), heads, size)
         for group, pages_NP, mask_NtL in zip(self.groups, self.pages_NP, self.masks_NtL, strict=True):
             k_NKLd = keys[pages_NP].permute(0, 2, 1, 4, 3).flatten(2, 3).to(q_THd.dtype)
             v_NKLd = values[pages_NP].transpose(1, 2).flatten(2, 3)[..., :size].to(q_THd.dtype)

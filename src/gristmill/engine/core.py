@@ -32,6 +32,8 @@ class Core:
         text: of token ids.
         cache_tokens: positions that fit into the cache; None for as many as `max_rows` responses can take, memory permitting.
         workers: that share the machine.
+        step_tokens: most tokens of a forward pass.
+        int8: compute in int8, see `layers.Int8`.
 
     Attributes:
         prompt_tokens, output_tokens: computed and drawn so far.
@@ -47,10 +49,11 @@ class Core:
         cache_dtype: torch.dtype,
         workers: int = 1,
         step_tokens: int = STEP_TOKENS,
+        int8: bool = False,
     ) -> None:
         longest = model.config.max_positions
         self.slots = Slots(max_rows, longest)
-        self.runner = Runner(model, self.slots, cache_dtype)
+        self.runner = Runner(model, self.slots, cache_dtype, int8)
         count = -(-longest // PAGE_SIZE) * max_rows if cache_tokens is None else max(1, cache_tokens // PAGE_SIZE)
         if cache_tokens is None:
             count = min(count, max(1, int(_memory(self.runner.device) / workers / self.runner.pool.bytes_per_page)))

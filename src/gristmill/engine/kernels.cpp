@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 typedef float f16 __attribute__((vector_size(64), aligned(4)));  // sixteen floats
 typedef int i16 __attribute__((vector_size(64)));
@@ -19,7 +22,14 @@ typedef uint16_t bf16;
 static const int BS = 32, LANES = 16, WORDS = BS / LANES, MAX_ROWS = 8;
 
 static inline f16 load(const float* p) { return *(const f16*)p; }
-static inline f16 load(const bf16* p) { return (f16)(__builtin_convertvector(*(const h16*)p, u16) << 16); }
+#ifdef __AVX512BW__  // compilers make five instructions of these where there is one
+static inline u16 wide(const bf16* p) { return (u16)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+static inline h16 low(u16 x) { return (h16)_mm512_cvtepi32_epi16((__m512i)x); }
+#else
+static inline u16 wide(const bf16* p) { return __builtin_convertvector(*(const h16*)p, u16); }
+static inline h16 low(u16 x) { return __builtin_convertvector(x, h16); }
+#endif
+static inline f16 load(const bf16* p) { return (f16)(wide(p) << 16); }
 static inline float get(const float* p) { return *p; }
 static inline float get(const bf16* p) { uint32_t u = (uint32_t)*p << 16; float x; memcpy(&x, &u, 4); return x; }
 static inline void put(float* p, float x) { *p = x; }
@@ -27,8 +37,31 @@ static inline void put(bf16* p, float x) {
     uint32_t u; memcpy(&u, &x, 4);
     *p = (x != x) ? 0x7fc0 : (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
+static inline void store(float* p, f16 x) { *(f16*)p = x; }
+static inline u16 rounded_bits(f16 x) { u16 u = (u16)x; return u + 0x7fff + ((u >> 16) & 1); }
+static inline void store(bf16* p, f16 x) { *(h16*)p = low(rounded_bits(x) >> 16); }
+static inline f16 rounded(f16 x, const float*) { return x; }  // to the type behind the pointer
+static inline f16 rounded(f16 x, const bf16*) { return (f16)(rounded_bits(x) & 0xffff0000u); }
 static inline float rounded(float x, const float*) { return x; }
 static inline float rounded(float x, const bf16*) { bf16 b; put(&b, x); return get(&b); }
+template <typename A> static inline void widen(const A* in, float* out, int n) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) store(out + i, load(in + i));
+    for (; i < n; i++) out[i] = get(in + i);
+}
+template <typename A> static inline void narrow(const float* in, A* out, int n) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) store(out + i, load(in + i));
+    for (; i < n; i++) put(out + i, in[i]);
+}
+
+#ifdef __AVX512F__
+static inline float sum_of(f16 x) { return _mm512_reduce_add_ps((__m512)x); }
+static inline float max_of(f16 x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
+static inline float sum_of(f16 x) { float s = 0; for (int j = 0; j < LANES; j++) s += x[j]; return s; }
+static inline float max_of(f16 x) { float m = x[0]; for (int j = 1; j < LANES; j++) m = x[j] > m ? x[j] : m; return m; }
+#endif
 
 // e^x for x <= 0, relative error below 4e-7: 2^n by the exponent bits, 2^f by a polynomial on [-1/2, 1/2].
 static inline f16 exp_(f16 x) {
@@ -49,13 +82,17 @@ struct Step {
     const float *cos, *sin;                              // [positions, pairs]
 };
 
-template <typename A> static void rotate(const A* in, float* out, int d, int pairs, const float* cos, const float* sin) {
+// A head of one token, rotated, rounded to its type and scaled.
+template <typename A> static inline void rotate(const A* in, float* __restrict out, int d, int pairs, const float* __restrict cos, const float* __restrict sin, float scale) {
+    widen(in, out, d);
     for (int i = 0; i < pairs; i++) {
-        float a = get(in + i), b = get(in + i + pairs);
-        out[i] = rounded(a * cos[i] - b * sin[i], in);
-        out[i + pairs] = rounded(b * cos[i] + a * sin[i], in);
+        const float a = out[i], b = out[i + pairs];
+        out[i] = a * cos[i] - b * sin[i];
+        out[i + pairs] = b * cos[i] + a * sin[i];
     }
-    for (int i = 2 * pairs; i < d; i++) out[i] = get(in + i);
+    int i = 0;
+    for (; i + LANES <= d; i += LANES) store(out + i, rounded(load(out + i), in) * scale);
+    for (; i < d; i++) out[i] = rounded(out[i], in) * scale;
 }
 
 // One tile: R rows over n keys of one head. q [R, d] is scaled; limit[r] is the number of keys that row r sees.
@@ -83,14 +120,11 @@ static void tile(const float* q, const C* pool, const int32_t* table, int64_t pa
     }
     float inverse[R];
     for (int r = 0; r < R; r++) {
-        float m = top[r][0];
-        for (int j = 1; j < LANES; j++) m = top[r][j] > m ? top[r][j] : m;
+        const float m = max_of(top[r]);
         f16 sum = {};
         float* s = scores + (int64_t)r * width;
         for (int j = 0; j < width; j += LANES) { f16 e = exp_(load(s + j) - m); *(f16*)(s + j) = e; sum += e; }
-        float total = 0;
-        for (int j = 0; j < LANES; j++) total += sum[j];
-        inverse[r] = 1.f / total;
+        inverse[r] = 1.f / sum_of(sum);
     }
     for (int at = 0; at < e; at += 2 * LANES) {  // two words of the value at a time, so that the sums stay in registers
         const int words = e - at >= 2 * LANES ? 2 : 1;
@@ -126,7 +160,7 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
             const A* token = qkv + (int64_t)(s.begin[i] + t) * row;
             C* page = pool + table[position / BS] * s.page_stride;
             for (int h = 0; h < K; h++) {
-                rotate(token + (H + h) * d, key.data(), d, l.pairs, s.cos + (int64_t)position * l.pairs, s.sin + (int64_t)position * l.pairs);
+                rotate(token + (H + h) * d, key.data(), d, l.pairs, s.cos + (int64_t)position * l.pairs, s.sin + (int64_t)position * l.pairs, 1.f);
                 C* k = page + l.k_offset + (int64_t)h * d * BS + at;
                 C* v = page + l.v_offset + ((int64_t)h * BS + at) * e;
                 const A* value = token + (H + K + h) * d;
@@ -152,8 +186,7 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
                     const int t = (start + r) / G, g = (start + r) % G, position = first + t;
                     limit[r] = position + 1;
                     rotate(qkv + (int64_t)(s.begin[i] + t) * row + (h * G + g) * d, q.data() + r * d, d, l.pairs,
-                           s.cos + (int64_t)position * l.pairs, s.sin + (int64_t)position * l.pairs);
-                    for (int j = 0; j < d; j++) q[r * d + j] *= scale;
+                           s.cos + (int64_t)position * l.pairs, s.sin + (int64_t)position * l.pairs, scale);
                 }
                 const int n = limit[size - 1];
                 const int64_t k_at = l.k_offset + (int64_t)h * d * BS, v_at = l.v_offset + (int64_t)h * BS * e;
@@ -166,7 +199,7 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
                 for (int r = 0; r < size; r++) {
                     const int t = (start + r) / G, g = (start + r) % G;
                     A* to = out + ((int64_t)(s.begin[i] + t) * H + h * G + g) * d;
-                    for (int j = 0; j < d; j++) put(to + j, result[r * e + j]);
+                    narrow(result.data() + r * e, to, d);
                 }
                 start += size;
             }
@@ -182,4 +215,136 @@ extern "C" void gristmill_attend(const Layer* l, const Step* s, const void* qkv,
     else if (activations == 0) run(*l, *s, (const float*)qkv, (bf16*)pool, (float*)out);
     else if (cache == 0) run(*l, *s, (const bf16*)qkv, (float*)pool, (bf16*)out);
     else run(*l, *s, (const bf16*)qkv, (bf16*)pool, (bf16*)out);
+}
+
+// ---- what stands between matrix products ----
+
+
+static void quantize(const float* row, int n, int8_t* out, float* scale) {
+    f16 most16 = {};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) { f16 v = load(row + i); v = v < 0 ? -v : v; most16 = v > most16 ? v : most16; }
+    float most = max_of(most16);
+    for (; i < n; i++) { float v = std::fabs(row[i]); most = v > most ? v : most; }
+    *scale = most / 127.f;
+    const float inverse = most > 0 ? 127.f / most : 0.f;
+    typedef signed char b16 __attribute__((vector_size(16), aligned(1)));
+    for (i = 0; i + LANES <= n; i += LANES) {
+        f16 v = load(row + i) * inverse;
+        *(b16*)(out + i) = __builtin_convertvector(__builtin_convertvector(v + (v < 0 ? (f16{} - .5f) : (f16{} + .5f)), i16), b16);
+    }
+    for (; i < n; i++) out[i] = (int8_t)(int)(row[i] * inverse + (row[i] >= 0 ? .5f : -.5f));
+}
+
+// x += delta if there is one; then the norm of each row: into out, or into int8 with a scale a row where out is null.
+template <typename A>
+static void norm(A* x, const A* delta, const float* gain, const float* bias, A* out, int8_t* small, float* scale, int rows, int n, float eps, int centred) {
+    std::vector<float> row(n);
+    for (int r = 0; r < rows; r++) {
+        A* p = x + (int64_t)r * n;
+        if (delta) {
+            const A* more = delta + (int64_t)r * n;
+            int i = 0;
+            for (; i + LANES <= n; i += LANES) store(p + i, load(p + i) + load(more + i));
+            for (; i < n; i++) put(p + i, get(p + i) + get(more + i));
+        }
+        double mean = 0, square = 0;
+        float s = 0, q = 0;
+        widen(p, row.data(), n);
+        if (centred) { f16 a = {}; int i = 0; for (; i + LANES <= n; i += LANES) a += load(row.data() + i); s = sum_of(a); for (; i < n; i++) s += row[i]; mean = s / n; }
+        const float m = (float)mean;
+        { f16 a = {}; int i = 0; for (; i + LANES <= n; i += LANES) { f16 v = load(row.data() + i) - m; a += v * v; } q = sum_of(a); for (; i < n; i++) q += (row[i] - m) * (row[i] - m); square = q / n; }
+        const float by = (float)(1.0 / std::sqrt(square + eps));
+        for (int i = 0; i < n; i++) row[i] = (row[i] - m) * by * gain[i] + (bias ? bias[i] : 0.f);
+        if (out) narrow(row.data(), out + (int64_t)r * n, n);
+        else {
+            for (int i = 0; i < n; i++) row[i] = rounded(row[i], x);  // as the product would have seen it
+            quantize(row.data(), n, small + (int64_t)r * n, scale + r);
+        }
+    }
+}
+extern "C" void gristmill_norm(void* x, const void* delta, const float* gain, const float* bias, void* out, int8_t* small, float* scale, int rows, int n,
+                               float eps, int centred, int type) {
+    if (type == 0) norm((float*)x, (const float*)delta, gain, bias, (float*)out, small, scale, rows, n, eps, centred);
+    else norm((bf16*)x, (const bf16*)delta, gain, bias, (bf16*)out, small, scale, rows, n, eps, centred);
+}
+
+// relu(x)^2 in place.
+extern "C" void gristmill_squared_relu(void* x, int64_t n, int type) {
+    if (type == 0) { float* p = (float*)x; for (int64_t i = 0; i < n; i++) { float a = p[i] > 0 ? p[i] : 0; p[i] = a * a; } return; }
+    bf16* p = (bf16*)x;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) { f16 a = load(p + i); a = a > 0 ? a : f16{}; store(p + i, a * a); }
+    for (; i < n; i++) { float a = get(p + i); a = a > 0 ? a : 0; put(p + i, a * a); }
+}
+
+// Rows of activations to int8 with a scale a row.
+extern "C" void gristmill_quantize(const void* x, int8_t* out, float* scale, int rows, int n, int type) {
+    std::vector<float> row(n);
+    for (int r = 0; r < rows; r++) {
+        if (type == 0) widen((const float*)x + (int64_t)r * n, row.data(), n);
+        else widen((const bf16*)x + (int64_t)r * n, row.data(), n);
+        quantize(row.data(), n, out + (int64_t)r * n, scale + r);
+    }
+}
+
+// An int32 product back to numbers, row scale times column scale: into out, or squared, cut below 0 and quantized anew where out is null.
+extern "C" void gristmill_dequantize(const int32_t* product, const float* row_scale, const float* column_scale, const float* bias, void* out, int8_t* small,
+                                     float* scale, int rows, int n, int type) {
+    std::vector<float> row(n);
+    for (int r = 0; r < rows; r++) {
+        const int32_t* p = product + (int64_t)r * n;
+        const float by = row_scale[r];
+        for (int i = 0; i < n; i++) row[i] = (float)p[i] * by * column_scale[i];
+        if (bias) for (int i = 0; i < n; i++) row[i] += bias[i];
+        if (!out) {
+            for (int i = 0; i < n; i++) { float a = row[i] > 0 ? row[i] : 0; row[i] = a * a; }
+            quantize(row.data(), n, small + (int64_t)r * n, scale + r);
+        } else if (type == 0) memcpy((float*)out + (int64_t)r * n, row.data(), n * sizeof(float));
+        else narrow(row.data(), (bf16*)out + (int64_t)r * n, n);
+    }
+}
+
+// One token a row by inverting the cumulative distribution at u, and its log-probability; temperature 0 takes the likeliest. Logits float32.
+extern "C" void gristmill_choose(const float* logits, const float* u, const float* temperature, int64_t* tokens, float* logprobs, int rows, int n) {
+    const int blocks = (n + 255) / 256;
+    std::vector<float> e(n + LANES), sums(blocks);
+    for (int r = 0; r < rows; r++) {
+        const float* p = logits + (int64_t)r * n;
+        f16 m16 = f16{} - INFINITY;
+        int i = 0;
+        for (; i + LANES <= n; i += LANES) { f16 v = load(p + i); m16 = v > m16 ? v : m16; }
+        float m = max_of(m16);
+        for (; i < n; i++) m = p[i] > m ? p[i] : m;
+        double plain = 0, drawn = 0;
+        const float t = temperature[r], by = t > 0 ? 1.f / t : 0.f;
+        int best = -1;
+        for (int b = 0; b < blocks; b++) {
+            const int from = b * 256, to = from + 256 < n ? from + 256 : n;
+            f16 one = {}, other = {};
+            int j = from;
+            for (; j + LANES <= to; j += LANES) {
+                f16 v = load(p + j) - m, w = exp_(v);
+                one += w;
+                if (t > 0) { if (t != 1) w = exp_(v * by); *(f16*)(e.data() + j) = w; other += w; }
+            }
+            float s = sum_of(one), d = sum_of(other);
+            for (; j < to; j++) { float w = std::exp(p[j] - m); s += w; if (t > 0) { if (t != 1) w = std::exp((p[j] - m) * by); e[j] = w; d += w; } }
+            plain += s; drawn += d; sums[b] = d;
+            if (!(t > 0) && best < 0) for (int k = from; k < to; k++) if (p[k] == m) { best = k; break; }
+        }
+        if (t > 0) {
+            double left = u[r] * drawn;
+            int b = 0;
+            while (b < blocks - 1 && left >= sums[b]) left -= sums[b++];
+            const int to = b * 256 + 256 < n ? b * 256 + 256 : n;
+            best = -1;
+            int last = -1;
+            for (int k = b * 256; k < to; k++) { if (e[k] > 0) last = k; left -= e[k]; if (left < 0 && e[k] > 0) { best = k; break; } }
+            if (best < 0) best = last;  // the sums of a block and of its parts differ in the last digits
+            if (best < 0) for (int k = 0; k < n; k++) if (p[k] == m) { best = k; break; }
+        }
+        tokens[r] = best;
+        logprobs[r] = p[best] - m - (float)std::log(plain);
+    }
 }

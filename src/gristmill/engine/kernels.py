@@ -65,6 +65,16 @@ def load() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as e:
         log.info("no compiled attention, torch attends instead: %s", e)
         return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    for name, arguments in {
+        "norm": [pointer] * 7 + [number] * 2 + [ctypes.c_float] + [number] * 2,
+        "squared_relu": [pointer, ctypes.c_int64, number],
+        "quantize": [pointer] * 3 + [number] * 3,
+        "dequantize": [pointer] * 7 + [number] * 3,
+        "choose": [pointer] * 5 + [number] * 2,
+    }.items():
+        function = getattr(library, f"gristmill_{name}")
+        function.restype, function.argtypes = None, arguments
     library.gristmill_attend.restype = None
     library.gristmill_attend.argtypes = [
         ctypes.POINTER(Layer),

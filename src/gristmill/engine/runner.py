@@ -9,9 +9,12 @@ from torch import Tensor
 
 from gristmill.engine import attention
 from gristmill.engine.attention import Batch, Pool
+from gristmill.engine.layers import Layer, Norm
 from gristmill.engine.scheduler import Step
 from gristmill.engine.sequence import Slots
 from gristmill.model.transformer import Block, Transformer
+
+ROUND = 16  # rows
 
 
 class Runner:
@@ -21,12 +24,15 @@ class Runner:
         model: in the type that it is to compute in.
         slots: whose tokens and tables it reads.
         cache_dtype: of keys and values.
+        int8: compute the layers' products in int8.
     """
 
-    def __init__(self, model: Transformer, slots: Slots, cache_dtype: torch.dtype) -> None:
+    def __init__(self, model: Transformer, slots: Slots, cache_dtype: torch.dtype, int8: bool = False) -> None:
         self.model, self.slots = model, slots
         self.device = model.embedding.device
-        self.blocks = [block for block in model.blocks if isinstance(block, Block)]
+        dtype = model.compute_dtype
+        self.layers = [Layer(block, dtype, int8) for block in model.blocks if isinstance(block, Block)]
+        self.final_norm = Norm(model.final_norm)
         self.pool = Pool(model.config, cache_dtype, self.device)
         with torch.inference_mode():
             cos_LR, sin_LR = model.rope(torch.arange(model.config.max_positions, device=self.device))
@@ -41,24 +47,39 @@ class Runner:
         slot = np.array([s.slot for s in step.sequences], np.int32)
         starts = np.array(step.starts, np.int64)
         positions = np.arange(begin[-1]) - np.repeat(begin[:-1] - starts, counts)
-        ids_T = torch.from_numpy(self.slots.tokens[np.repeat(slot, counts), positions].astype(np.int64)).to(self.device)
+        ids = np.zeros(_padded(len(positions)), np.int64)
+        ids[: len(positions)] = self.slots.tokens[np.repeat(slot, counts), positions]
+        ids_T = torch.from_numpy(ids).to(self.device)
         positions_T = torch.from_numpy(positions.astype(np.int64)).to(self.device)
         length = (starts + counts).astype(np.int32)
         self.attention.begin(Batch(begin, length, slot, self.slots.table, positions_T, step.decoding))
         ends = [int(begin[place + 1]) - 1 for place in dict.fromkeys(step.drawn)]
-        x_TD = self.model.embed(ids_T)
-        last_R = torch.tensor(ends, device=self.device)
-        for layer, block in enumerate(self.blocks):
-            attended = None
-            if block.attention is not None and block.attention_norm is not None:
-                attended = self.attention.attend(layer, block.attention.project(block.attention_norm(x_TD)))
-            if layer == len(self.blocks) - 1 and len(ends) < len(x_TD):  # from here on only what is drawn from is read
+        ends += [0] * (_padded(len(ends)) - len(ends))
+        x_TD, delta_TD = self.model.embed(ids_T).clone(), None
+        last_R = torch.tensor(ends, dtype=torch.int64, device=self.device)
+        for number, layer in enumerate(self.layers):
+            if layer.attention is not None:
+                x_TD, qkv = layer.project(x_TD, delta_TD)
+                attended = self.attention.attend(number, qkv).flatten(1)
+                delta_TD = None
+            else:
+                attended = None
+            if number == len(self.layers) - 1 and len(ends) < len(x_TD):  # from here on only what is drawn from is read
                 x_TD = x_TD[last_R]
+                delta_TD = None if delta_TD is None else delta_TD[last_R]
                 attended = None if attended is None else attended[last_R]
-            x_TD = block.finish(x_TD, attended)
-        if not self.blocks:
+            if attended is not None:
+                delta_TD = layer.output(attended)
+            x_TD, delta_TD = layer.feed(x_TD, delta_TD)
+        if not self.layers:
             x_TD = x_TD[last_R]
-        logits = self.model.logits(self.model.final_norm(x_TD)).float()
+        _, normed_RD = self.final_norm(x_TD, delta_TD)
+        logits = self.model.logits(normed_RD).float()
         place_of = {place: row for row, place in enumerate(dict.fromkeys(step.drawn))}
         rows = [place_of[place] for place in step.drawn]
-        return logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=self.device)]
+        return logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, dtype=torch.int64, device=self.device)]
+
+
+def _padded(count: int) -> int:
+    """Few different sizes, for which products are made ready once: libraries take as long to do so as to compute a small one."""
+    return count if count <= ROUND else -(-count // ROUND) * ROUND

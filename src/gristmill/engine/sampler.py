@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gristmill.engine import kernels
+
 # The nucleus of a trained model rarely has more tokens; rows for which it has are sorted in full.
 NUCLEUS_GUESS = 64
 
@@ -96,6 +98,13 @@ def choose(
         unrestricted.
     """
     logits_BV = logits_BV.float()
+    plain = adjusted_BV is None and not (needs.top_k or needs.top_p or needs.min_p)
+    if plain and logits_BV.device.type == "cpu" and (library := kernels.load()) is not None:
+        logits_BV, u_B, temperature_B = logits_BV.contiguous(), u_B.contiguous(), temperature_B.contiguous()
+        tokens_B, logprobs_B = torch.empty(len(u_B), dtype=torch.int64), torch.empty(len(u_B))
+        at = (x.data_ptr() for x in (logits_BV, u_B, temperature_B, tokens_B, logprobs_B))
+        library.gristmill_choose(*at, *logits_BV.shape)
+        return tokens_B, logprobs_B
     drawn_BV = logits_BV if adjusted_BV is None else adjusted_BV
     if needs.random:
         # Greedy rows go through with temperature 1; their choice is replaced below.

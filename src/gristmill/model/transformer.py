@@ -138,9 +138,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(block.head_dim, config.norm_eps) if config.parts.qk_norm else None
         self.k_norm = RMSNorm(block.head_dim, config.norm_eps) if config.parts.qk_norm else None
 
-    def project(self, x_TD: Tensor) -> Tensor:
-        """Queries, keys and values [T, H + 2K, d] before the rotation."""
-        qkv = self.qkv(x_TD).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+    def heads(self, qkv_TN: Tensor) -> Tensor:
+        """Queries, keys and values [T, H + 2K, d] of their product, before the rotation."""
+        qkv = qkv_TN.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         if self.q_norm is None or self.k_norm is None:
             return qkv
         q_THd, k_TKd, v_TKd = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)

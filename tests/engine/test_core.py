@@ -1,0 +1,257 @@
+"""Responses join, leave, share, are sent back and cancelled, and nobody's text depends on it."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gristmill.engine import kernels
+from gristmill.engine.attention import Batch, CompiledAttention, Pool, TorchAttention
+from gristmill.engine.core import Core
+from gristmill.engine.generator import Request, Sampling
+from gristmill.engine.pages import PAGE_SIZE
+from gristmill.engine.sequence import Job
+from gristmill.errors import InputError
+from gristmill.model.config import BlockConfig, ModelConfig
+from gristmill.model.transformer import Transformer
+
+VOCABULARY = 80
+WIDE = (BlockConfig(4, 2, 8, 64), BlockConfig(0, 0, 0, 64), BlockConfig(4, 1, 8, 0), BlockConfig(2, 2, 8, 48))
+Make = Callable[..., Core]
+
+
+def model_of(family: str = "nemotron", blocks: tuple[BlockConfig, ...] = WIDE, longest: int = 256) -> Transformer:
+    model = Transformer(ModelConfig(family, VOCABULARY, 32, blocks, longest, init_std=0.3))
+    return model.requires_grad_(False)
+
+
+def core_of(model: Transformer, rows: int = 8, pages: int | None = None, **options: object) -> Core:
+    stop = np.zeros(VOCABULARY, np.bool_)
+    stop[7] = True
+    tokens = None if pages is None else pages * PAGE_SIZE
+    return Core(model, rows, stop, lambda ids: " ".join(map(str, ids)), tokens, torch.float32, **options)  # type: ignore[arg-type]
+
+
+def jobs_of(count: int, seed: int = 0, longest: int = 90, answer: int = 60) -> list[Job]:
+    """Requests, some of which begin alike, with one to three samples, half of them greedy."""
+    draw = random.Random(seed)
+    prefix = [draw.randrange(VOCABULARY) for _ in range(2 * PAGE_SIZE)]
+    out = []
+    for i in range(count):
+        own = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, longest))]
+        prompt = np.array(prefix[: draw.choice((0, 40, 64))] + own, np.int32)
+        n, limit = draw.choice((1, 1, 2, 3)), draw.randint(1, answer)
+        request = Request(f"r{seed}-{i}", (), Sampling(temperature=i % 2, max_tokens=limit, n=n), seed=i)
+        out.append(Job(request, prompt, limit, [None] * n, n, i))
+    return out
+
+
+def finish(core: Core, jobs: list[Job]) -> dict[str, list[tuple[str, int, str]]]:
+    for job in jobs:
+        core.add(job)
+    for _ in range(20_000):
+        if core.idle:
+            break
+        core.step()
+    assert core.idle and core.pages.in_use == 0 and sorted(core.slots.free) == list(range(core.slots.count))
+    return told(core.take_finished())
+
+
+def told(jobs: list[Job]) -> dict[str, list[tuple[str, int, str]]]:
+    return {j.request.id: [(c.text, c.num_tokens, c.finish) for c in j.completions if c is not None] for j in jobs}
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return model_of()
+
+
+@pytest.fixture(scope="module")
+def alone(model: Transformer) -> dict[str, list[tuple[str, int, str]]]:
+    """Each of twelve requests by itself."""
+    out: dict[str, list[tuple[str, int, str]]] = {}
+    for job in jobs_of(12):
+        out |= finish(core_of(model), [job])
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, {"rows": 3}, {"rows": 64}, {"step_tokens": 8}, {"step_tokens": 33}])
+def test_company_changes_nothing(model: Transformer, alone: dict[str, list[tuple[str, int, str]]], options: dict[str, int]) -> None:
+    assert finish(core_of(model, **options), jobs_of(12)) == alone
+
+
+@pytest.mark.parametrize("pages", [6, 8, 12])
+def test_who_is_sent_back_says_the_same_later(model: Transformer, alone: dict[str, list[tuple[str, int, str]]], pages: int) -> None:
+    core = core_of(model, rows=8, pages=pages)
+    assert finish(core, jobs_of(12)) == alone
+    assert core.scheduler.preemptions > 0
+
+
+def test_prompts_that_begin_alike_are_read_once(model: Transformer) -> None:
+    shared = [5] * (3 * PAGE_SIZE)
+    for gap in (0, 5):  # in one step, and later
+        core = core_of(model)
+        for i in range(4):
+            job = Job(Request(f"r{i}", (), Sampling(max_tokens=3)), np.array([*shared, i], np.int32), 3, [None], 1, i)
+            core.add(job)
+            for _ in range(gap):
+                core.step()
+        while not core.idle:
+            core.step()
+        assert core.prompt_tokens == len(shared) + 4
+
+
+def test_a_prompt_of_whole_pages_that_is_known_is_still_answered(model: Transformer) -> None:
+    core = core_of(model)
+    jobs = [
+        Job(Request("same", (), Sampling(0.0, max_tokens=4)), np.arange(2 * PAGE_SIZE, dtype=np.int32) % 7, 4, [None], 1, i) for i in (0, 1)
+    ]
+    assert finish(core, jobs[:1]) == finish(core, jobs[1:])
+    assert core.prompt_tokens == 3 * PAGE_SIZE, "the last page is read again"
+
+
+def test_what_never_fits_is_refused_at_once(model: Transformer) -> None:
+    core = core_of(model, pages=3)
+    with pytest.raises(InputError, match="may take 110 tokens and the cache holds 96"):
+        core.add(Job(Request("big", (), Sampling(max_tokens=100)), np.zeros(10, np.int32), 100, [None], 1))
+    assert core.idle
+
+
+def test_priority_goes_first_and_nobody_starves(model: Transformer) -> None:
+    core = core_of(model, rows=1)
+    order = []
+    jobs = jobs_of(4, answer=3)
+    urgent = Job(Request("urgent", (), Sampling(max_tokens=2), priority=1), np.arange(5, dtype=np.int32), 2, [None], 1, 99)
+    for job in jobs:
+        core.add(job)
+    core.step()
+    core.add(urgent)
+    while not core.idle:
+        core.step()
+        order += [job.request.id for job in core.take_finished()]
+    names = [job.request.id for job in jobs]
+    assert order.index("urgent") <= 1 and [name for name in order if name != "urgent"] == names
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10**6))
+def test_cancelling_frees_everything_and_disturbs_nobody(seed: int) -> None:
+    draw = random.Random(seed)
+    model = MODEL
+    jobs = jobs_of(8, seed=seed % 3, longest=40, answer=25)
+    wanted = finish(core_of(model), jobs_of(8, seed=seed % 3, longest=40, answer=25))
+    core = core_of(model, rows=draw.choice((2, 5, 8)), pages=draw.choice((5, 9, 40)), step_tokens=draw.choice((8, 40, 512)))
+    gone = set()
+    for job in jobs:
+        core.add(job)
+    while not core.idle:
+        core.step()
+        if draw.random() < 0.2:
+            job = draw.choice(jobs)
+            if job.open and not job.cancelled:
+                core.cancel(job)
+                gone.add(job.request.id)
+    assert core.pages.in_use == 0 and sorted(core.slots.free) == list(range(core.slots.count))
+    assert told(core.take_finished()) == {name: said for name, said in wanted.items() if name not in gone}
+
+
+MODEL = model_of(blocks=(BlockConfig(4, 2, 8, 64),) * 2)
+
+
+def test_a_listener_hears_every_token_once(model: Transformer) -> None:
+    heard: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    ended = []
+    job = Job(Request("r", (), Sampling(max_tokens=9, n=3)), np.arange(40, dtype=np.int32), 9, [None] * 3, 3)
+
+    def listener(sample: int, token: int, logprob: float, last: bool) -> None:
+        heard[sample].append(token)
+        assert logprob <= 0
+        if last:
+            ended.append(sample)
+
+    job.listener = listener
+    (said,) = finish(core_of(model, rows=2, pages=5), [job]).values()
+    assert sorted(ended) == [0, 1, 2]
+    for sample, (text, num_tokens, finished) in enumerate(said):
+        tokens = heard[sample][:-1] if finished == "stop" else heard[sample]
+        assert len(heard[sample]) == num_tokens and " ".join(map(str, tokens)) == text
+
+
+# ---- ways of drawing ----
+
+
+def drawn(model: Transformer, **sampling: object) -> tuple[str, int, str]:
+    core = core_of(model)
+    core.stop_V[:] = False
+    values = {"temperature": 0.0, "max_tokens": 12} | sampling
+    job = Job(Request("r", (), Sampling(**values)), np.arange(9, dtype=np.int32), 12, [None], 1)  # type: ignore[arg-type]
+    return finish(core, [job])["r"][0]
+
+
+def test_a_stop_string_ends_the_response_before_it(model: Transformer) -> None:
+    text, _, _ = drawn(model)
+    words = text.split()
+    place = next(i for i in range(3, len(words)) if words[i] not in words[:i])
+    said, num_tokens, finish_reason = drawn(model, stop=("nothing", f" {words[place]}"))
+    assert said == " ".join(words[:place]) and num_tokens == place + 1 and finish_reason == "stop"
+
+
+def test_biases_and_penalties(model: Transformer) -> None:
+    text, _, _ = drawn(model)
+    first = int(text.split()[0])
+    assert drawn(model, logit_bias=((first, -1e9),))[0].split()[0] != str(first)
+    assert set(drawn(model, logit_bias=((3, 1e9),))[0].split()) == {"3"}
+    once = drawn(model, presence_penalty=1e9)[0].split()
+    assert len(set(once)) == len(once)
+    assert drawn(model, repetition_penalty=1e6)[0] != text
+    assert drawn(model, frequency_penalty=0.0, presence_penalty=0.0)[0] == text
+
+
+# ---- attention ----
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="no compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16])
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6))
+def test_compiled_attention_equals_torchs(dtype: torch.dtype, cache: torch.dtype, seed: int) -> None:
+    draw = random.Random(seed)
+    block = BlockConfig(*draw.choice(((4, 2, 8), (8, 1, 32), (3, 3, 48), (16, 2, 64), (2, 1, 20))), 16)
+    config = ModelConfig("nemotron", 10, 32, (block,), 512, rotary_fraction=draw.choice((0.5, 1.0)))
+    model = Transformer(config)
+    with torch.inference_mode():
+        cos_LR, sin_LR = model.rope(torch.arange(512))
+    pools = [Pool(config, cache, torch.device("cpu")) for _ in range(2)]
+    pools[0].allocate(48)
+    torch.manual_seed(seed)
+    pools[0].memory.normal_()
+    pools[1].memory = pools[0].memory.clone()
+    decoding, reading = draw.randint(0, 3), draw.randint(0, 3)
+    counts = [1] * decoding + [draw.randint(2, 70) for _ in range(reading)] or [5]
+    length = np.array([count + draw.randint(0, 120) for count in counts], np.int32)
+    begin = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    pages = list(range(48))
+    draw.shuffle(pages)
+    table = np.array(pages, np.int32).reshape(8, 6)
+    slot = np.array(draw.sample(range(8), len(counts)), np.int32)
+    positions = np.concatenate([np.arange(n - c, n) for n, c in zip(length, counts, strict=True)])
+    batch = Batch(begin, length, slot, table, torch.from_numpy(positions.astype(np.int64)), decoding)
+    qkv = torch.randn(int(begin[-1]) + 3, block.num_heads + 2 * block.num_kv_heads, block.head_dim).to(dtype)
+    library = kernels.load()
+    assert library is not None
+    compiled, plain = CompiledAttention(library, config, pools[0], cos_LR, sin_LR), TorchAttention(config, pools[1], cos_LR, sin_LR)
+    outs = []
+    for attention in (compiled, plain):
+        attention.begin(batch)
+        with torch.inference_mode():
+            outs.append(attention.attend(0, qkv))
+    exact = dtype == cache == torch.float32
+    assert torch.allclose(outs[0].float(), outs[1].float(), atol=2e-5 if exact else 0.03, rtol=1e-4 if exact else 0.02)
+    assert (outs[0][int(begin[-1]) :] == 0).all() and (outs[1][int(begin[-1]) :] == 0).all()
+    same = torch.isclose(pools[0].memory.float(), pools[1].memory.float(), atol=1e-6 if cache == torch.float32 else 0.02, rtol=1e-2)
+    assert same.all(), "both store the same keys and values at the same places, and nothing else"
