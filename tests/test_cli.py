@@ -30,7 +30,8 @@ SURFACE = {
     "eval": "MODEL --prompts --max-tokens --format --seed --unsafe-code --quiet -q --json",
     "chat": "MODEL --temperature --max-tokens --format --seed",
     "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --name --force --no-force",
-    "serve": "MODEL --host --port --name --max-batch --format",
+    "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --most-open --timeout --max-batch --cache-tokens "
+    "--dtype --int8 --format",
     "synth": "RECIPE FOLDER --out -o --dry-run --limit --retry-failed --unsafe-code --quiet -q --json",
     "rows": "ACTION NAME --folder --json",
 }

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -29,6 +29,7 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
+Dtype = Literal["fp32", "bf16"]
 Format = Annotated[str, typer.Option("--format", help="Chat format: auto, nemotron, chatml or llama3.")]
 Unsafe = Annotated[bool, typer.Option("--unsafe-code", help="Run model-written programs WITHOUT a jail where the kernel offers none.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
@@ -347,19 +348,32 @@ def init(
     typer.echo(f"{out} is written: read it, then `gristmill run {out}`.")
 
 
-@command("gristmill serve runs/miniature/29-r2-rpo3/model --port 8000")
+@command("gristmill serve runs/miniature/29-r2-rpo3/model --reward runs/miniature/01-reward/model --port 8000")
 def serve(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
+    reward: Annotated[Path | None, typer.Option(help="Folder of a reward model, served beside it.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
     name: Annotated[str, typer.Option(help="Name that clients know the model by; default the folder's.")] = "",
+    api_key_env: Annotated[str, typer.Option(help="Environment variable with the keys that requests must bear.")] = "",
+    api_key_file: Annotated[Path | None, typer.Option(help="File with such keys, one a line.")] = None,
+    most_open: Annotated[int, typer.Option(help="Samples under way or waiting, beyond which requests get status 429.")] = 4096,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
     max_batch: Annotated[int, typer.Option(help="Most responses in flight.")] = 256,
+    cache_tokens: Annotated[
+        int | None, typer.Option(help="Positions in a worker's cache; default: a quarter of the memory at most.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type to compute in.")] = "fp32",
+    int8: Annotated[bool, typer.Option("--int8", help="Generate with int8 products.")] = False,
     chat_format: Format = "auto",
 ) -> None:
-    """Serve a model by the OpenAI protocol (chat completions), for `synth` and other clients."""
+    """Serve a model by the OpenAI protocol: chat and text completions, streamed too; ratings; /health and /metrics."""
     from gristmill import jobs
 
-    jobs.serve(model, host, port, name, max_batch, chat_format)
+    how = jobs.Serving(
+        host, port, name, reward, api_key_env, api_key_file, most_open, timeout, max_batch, cache_tokens, dtype, int8, chat_format
+    )
+    jobs.serve(model, how)
 
 
 @command("gristmill synth recipe.yaml --dry-run")

@@ -5,9 +5,10 @@ import json
 import math
 import os
 import socket
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from gristmill.model.weights import MAX_VOCAB_PADDING, load_model, load_reward, 
 from gristmill.recipe import Data, Section, Training, checked, read
 from gristmill.rows import Pair, make_id, read_records
 from gristmill.tokenizer import Tokenizer
-from gristmill.train.loop import OnStep, TrainResult, TrainSettings, train
+from gristmill.train.loop import PRECISIONS, OnStep, TrainResult, TrainSettings, train
 from gristmill.train.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.pretrain import next_token_objective, token_samples
 from gristmill.train.reward import rated_samples, reward_objective
@@ -41,6 +42,7 @@ from gristmill.train.sft import demonstration_samples, sft_objective
 
 TOKENIZER_DOCUMENTS = 4000  # documents that a new tokenizer is trained on
 ENCODE_BATCH = 4096
+SHUTDOWN_SECONDS = 60.0  # that answers under way may take when the server is told to end
 
 
 class Pretraining(Section):
@@ -247,32 +249,90 @@ def evaluate(
         return score_model(prompts, run, check, max_tokens, seed)
 
 
-def serve(model_folder: Path, host: str, port: int, name: str, max_batch: int, chat_format: str) -> None:
+@dataclass(frozen=True)
+class Serving:
+    """How a model is served.
+
+    Attributes:
+        reward: folder of a reward model that is served too.
+        api_key_env, api_key_file: where the keys are that requests must bear, one a line; neither: everybody may ask.
+        most_open: samples under way or waiting, beyond which requests are sent away for a while.
+        timeout: seconds a request may take.
+        max_batch, cache_tokens, dtype, int8: as in `Engine`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = ""
+    reward: Path | None = None
+    api_key_env: str = ""
+    api_key_file: Path | None = None
+    most_open: int = 4096
+    timeout: float = 600.0
+    max_batch: int = 256
+    cache_tokens: int | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    int8: bool = False
+    chat_format: str = "auto"
+
+
+def serve(model_folder: Path, how: Serving) -> None:
     """Serve a model until interrupted. Prints the address when it is ready.
 
     Raises:
-        InputError: the folder is no model, or the address cannot be used.
+        InputError: a folder is no model, a key is missing, or the address cannot be used.
     """
     from aiohttp import web
 
-    from gristmill.engine.server import Server
+    from gristmill.engine.server import Limits, Server
 
+    keys = _keys(how.api_key_env, how.api_key_file)
     model, tokenizer = load_model(model_folder)
-    form = chat_format_of(chat_format, tokenizer)
-    engine = Engine(model, tokenizer, form, name or model_folder.resolve().name, max_batch)
-    server = Server(engine, lambda talk: len(form.render_prompt(talk, tokenizer)), model.config.max_positions)
+    if torch.cuda.is_available():
+        model = model.cuda()
+    form = chat_format_of(how.chat_format, tokenizer)
+    name = how.name or model_folder.resolve().name
+    engine = Engine(model, tokenizer, form, name, how.max_batch, PRECISIONS[how.dtype], cache_tokens=how.cache_tokens, int8=how.int8)
+    rate = _rater(how.reward, how.chat_format) if how.reward is not None else None
+    reward_name = how.reward.resolve().name if how.reward is not None else ""
+    if reward_name == name:
+        reward_name += "-reward"
+    server = Server(engine, Limits(keys, how.most_open, how.timeout), rate, reward_name)
     try:
-        listening = socket.create_server((host, port))
+        listening = socket.create_server((how.host, how.port))
     except OSError as e:
-        raise InputError(f"Nothing can listen at {host}:{port} ({e.strerror}): choose another --host or --port.") from e
+        raise InputError(f"Nothing can listen at {how.host}:{how.port} ({e.strerror}): choose another --host or --port.") from e
 
     def ready(_: object) -> None:
-        print(f"{engine.name} answers at http://{host}:{listening.getsockname()[1]}/v1", flush=True)
+        both = f"{name} and the reward model {reward_name} answer" if rate else f"{name} answers"
+        print(f"{both} at http://{how.host}:{listening.getsockname()[1]}/v1", flush=True)
+        print(f"attention: {server.live.workers[0].core.runner.attention.name}", file=sys.stderr)
 
-    web.run_app(server.app(), sock=listening, print=ready, access_log=None, handler_cancellation=True)
-    server.thread.join(5)
-    if server.thread.is_alive():  # in the middle of long answers that nobody waits for; torch's threads would not end quietly
+    web.run_app(server.app(), sock=listening, print=ready, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+    if not server.quiet:  # in the middle of a long step; torch's threads would not end quietly
         os._exit(0)
+
+
+def _keys(variable: str, file: Path | None) -> list[str]:
+    keys = os.environ.get(variable, "").split() if variable else []
+    if file is not None:
+        try:
+            keys += file.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"The key file {file} cannot be read ({e}).") from e
+    if (variable or file is not None) and not keys:
+        raise InputError(f"There is no API key in {variable or file}: write one there, or leave the option out to let everybody ask.")
+    return keys
+
+
+def _rater(folder: Path, chat_format: str) -> Any:
+    model, tokenizer = load_reward(folder)
+    scorer = RewardScorer(model, tokenizer, chat_format_of(chat_format, tokenizer))
+
+    def rate(talks: list[Any]) -> list[dict[str, float]]:
+        return [asdict(rating) | {"score": scorer.total(rating)} for rating in scorer.score(talks)]
+
+    return rate
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:

@@ -2,19 +2,31 @@
 
 import asyncio
 import contextlib
+import json
+import os
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from gristmill.chat import Message
+from gristmill.chat import FORMATS, Message
+from gristmill.engine.engine import Engine
 from gristmill.engine.generator import Request, Sampling
+from gristmill.errors import InputError
 from gristmill.jobs import chat_format_of
-from gristmill.model.weights import load_model
+from gristmill.judge.reward_api import RewardEndpoint, rating_of
+from gristmill.judge.reward_api import RewardModel as RewardClient
+from gristmill.model.reward import RewardModel
+from gristmill.model.weights import load_model, save_reward
 from gristmill.synth.endpoint import Endpoint, Target
 
 
@@ -35,8 +47,6 @@ def ask(text: str, **sampling: Any) -> Request:
 
 
 def test_greedy_answers_are_the_engines(served: tuple[Path, str]) -> None:
-    from gristmill.engine.engine import Engine
-
     folder, url = served
     model, tokenizer = load_model(folder)
     engine = Engine(model, tokenizer, chat_format_of("auto", tokenizer), "tiny", 8)
@@ -101,13 +111,23 @@ def test_it_ends_quietly_in_the_middle_of_an_answer(tiny_base: Path) -> None:
         (b'{"model": "tiny", "messages": []}', 400, "no user turn"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": 1}]}', 400, "text as content"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": -1}', 400, "temperature must be"),
-        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": "many"}', 400, "whole numbers"),
-        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 1000000000}', 400, "n must be at most 128"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": "many"}', 400, "n: input should be a valid integer"),
+        (
+            b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 1000000000}',
+            400,
+            "n: input should be less",
+        ),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', 400, "max_tokens must be"),
-        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1e999}', 400, "whole numbers"),
+        (
+            b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1e999}',
+            400,
+            "max_tokens: input should",
+        ),
         (b"[" * 200_000, 400, "is not JSON"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "heat": 1}', 400, "unknown field 'heat'"),
-        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": true}', 400, "streaming"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stop": ""}', 400, "empty string"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "logit_bias": {"99999": 1}}', 400, "token 99999"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "min_p": 2}', 400, "min_p must be"),
         (b'{"model": "huge", "messages": [{"role": "user", "content": "x"}]}', 404, "'huge' does not exist"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "' + b"x y " * 5000 + b'"}]}', 400, "shorten it"),
     ],
@@ -119,3 +139,178 @@ def test_bad_requests_are_refused_with_a_reason(served: tuple[Path, str], body: 
 
     found, message = asyncio.run(post())
     assert found == status and words in message
+
+
+# ---- everything else that a client may want ----
+
+KEY = "mill-key"
+
+
+@pytest.fixture(scope="module")
+def full(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with a reward model, a key and few places."""
+    folder = tmp_path_factory.mktemp("reward") / "judge"
+    model, tokenizer = load_model(tiny_base)
+    save_reward(RewardModel(model), tokenizer, folder)
+    options = ["--reward", str(folder), "--api-key-env", "GRISTMILL_TEST_KEYS", "--most-open", "64", "--cache-tokens", "4096"]
+    command = [sys.executable, "-m", "gristmill.cli", "serve", str(tiny_base), "--port", "0", "--name", "tiny", *options]
+    env = os.environ | {"GRISTMILL_TEST_KEYS": f"other {KEY}"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    assert process.stdout is not None
+    yield process.stdout.readline().split()[-1]
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+def post(url: str, path: str, key: str | None = KEY, **body: Any) -> tuple[int, Any]:
+    request = urllib.request.Request(f"{url}{path}", json.dumps({"model": "tiny"} | body).encode(), {"Content-Type": "application/json"})
+    if key:
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            raw = reply.read()
+            return reply.status, raw if body.get("stream") else json.loads(raw)
+    except urllib.error.HTTPError as e:
+        return e.code, json.loads(e.read())
+
+
+def chunks(raw: bytes) -> list[dict[str, Any]]:
+    lines = [line.removeprefix(b"data: ") for line in raw.split(b"\n\n") if line]
+    assert lines.pop() == b"[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def metric(url: str, name: str) -> float:
+    request = urllib.request.Request(f"{url.removesuffix('/v1')}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        (line,) = [line for line in reply.read().decode().splitlines() if line.startswith(f"{name} ")]
+    return float(line.split()[1])
+
+
+SAID = [{"role": "user", "content": "Write a word sum about eggs."}]
+
+
+@pytest.mark.parametrize("extra", [{}, {"n": 3, "temperature": 1.0, "seed": 5}, {"stop": ["a", "ow"]}, {"temperature": 1.5, "seed": 8}])
+def test_a_streamed_answer_is_the_whole_one(full: str, extra: dict[str, Any]) -> None:
+    ask = {"messages": SAID, "max_tokens": 60, "temperature": 0.0, "logprobs": True} | extra
+    status, whole = post(full, "/chat/completions", **ask)
+    assert status == 200
+    status, raw = post(full, "/chat/completions", stream=True, stream_options={"include_usage": True}, **ask)
+    assert status == 200
+    *parts, last = chunks(raw)
+    assert last["usage"] == whole["usage"] and not last["choices"]
+    for choice in whole["choices"]:
+        mine = [c for part in parts for c in part["choices"] if c["index"] == choice["index"]]
+        assert "".join(c["delta"]["content"] for c in mine) == choice["message"]["content"]
+        assert [c["delta"].get("role") for c in mine] == ["assistant"] + [None] * (len(mine) - 1)
+        assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
+        tokens = [entry["token"] for c in mine for entry in c["logprobs"]["content"]]
+        assert tokens == [entry["token"] for entry in choice["logprobs"]["content"]]
+
+
+def test_likeliest_tokens_stand_beside_the_chosen(full: str) -> None:
+    _, reply = post(full, "/chat/completions", messages=SAID, max_tokens=5, temperature=0, logprobs=True, top_logprobs=3)
+    for entry in reply["choices"][0]["logprobs"]["content"]:
+        assert len(entry["top_logprobs"]) == 3 and entry["top_logprobs"][0]["token"] == entry["token"]
+        assert entry["top_logprobs"][0]["logprob"] == pytest.approx(entry["logprob"], abs=1e-4)
+
+
+def test_texts_are_continued_and_scored(full: str) -> None:
+    text = "Write a word sum about eggs."
+    status, reply = post(full, "/completions", prompt=[text, "Name"], max_tokens=4, temperature=0, logprobs=2, echo=True, n=2)
+    assert status == 200 and len(reply["choices"]) == 4
+    choice = reply["choices"][0]
+    assert choice["text"].startswith(text) and reply["choices"][2]["text"].startswith("Name")
+    scores = choice["logprobs"]
+    num = len(scores["tokens"])
+    assert scores["token_logprobs"][0] is None and len(scores["token_logprobs"]) == num == len(scores["text_offset"])
+    assert all(value <= 0 for value in scores["token_logprobs"][1:]) and all(len(top) <= 2 for top in scores["top_logprobs"][1:])
+    _, only = post(full, "/completions", prompt=text, max_tokens=0, logprobs=1, echo=True)
+    assert only["choices"][0]["text"] == text and only["usage"]["completion_tokens"] == 0
+    assert only["choices"][0]["logprobs"]["token_logprobs"] == scores["token_logprobs"][: len(only["choices"][0]["logprobs"]["tokens"])]
+    _, ids = post(full, "/completions", prompt=[5, 6, 7], max_tokens=3, temperature=0)
+    _, raw = post(full, "/completions", prompt=[5, 6, 7], max_tokens=3, temperature=0, stream=True)
+    assert "".join(c["text"] for part in chunks(raw) for c in part["choices"]) == ids["choices"][0]["text"]
+    for wrong, words in (([], "empty"), ("", "empty"), ([10**6], "no token 1000000"), ([[1], []], "empty"), ({}, "prompt")):
+        status, refused = post(full, "/completions", prompt=wrong)
+        assert status == 400 and words in refused["error"]["message"]
+
+
+def test_ratings_in_both_forms(full: str) -> None:
+    talk = [*SAID, {"role": "assistant", "content": "Ana has 3 eggs."}]
+    status, plain = post(full, "/rewards", messages=talk)
+    assert status == 200
+    rewards = plain["rewards"]
+    status, reply = post(full, "/chat/completions", model="judge", messages=talk)
+    assert status == 200
+    choice = reply["choices"][0]
+    rating = rating_of(choice)
+    assert rating == rating_of({"message": choice["message"]}) and asdict(rating) == {k: v for k, v in rewards.items() if k != "score"}
+    (again,) = RewardEndpoint(RewardClient([Target(full, "judge", api_key_file=str(key_file()))])).score(
+        [tuple(Message(m["role"], m["content"]) for m in talk)]  # type: ignore[arg-type]
+    )
+    assert again == rating
+    assert post(full, "/rewards", messages=SAID)[0] == 400
+
+
+def key_file() -> Path:
+    path = Path(tempfile.gettempdir()) / f"gristmill-test-key-{os.getpid()}"
+    path.write_text(KEY)
+    return path
+
+
+def test_a_key_is_asked_for_and_health_needs_none(full: str) -> None:
+    for key in (None, "wrong"):
+        status, reply = post(full, "/chat/completions", key=key, messages=SAID)
+        assert status == 401 and "API key" in reply["error"]["message"]
+    with urllib.request.urlopen(f"{full.removesuffix('/v1')}/health", timeout=10) as reply:
+        assert json.loads(reply.read()) == {"status": "ok"}
+
+
+def test_too_many_are_told_to_come_back_and_who_leaves_frees_everything(full: str) -> None:
+    async def go() -> tuple[int, str | None]:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with aiohttp.ClientSession(headers=headers) as session:
+            body = {"model": "tiny", "messages": SAID, "max_tokens": 200, "n": 64, "temperature": 2.0, "stream": True, "logit_bias": BIAS}
+            async with session.post(f"{full}/chat/completions", json=body) as reply:
+                await reply.content.readline()
+                async with session.post(f"{full}/chat/completions", json={"model": "tiny", "messages": SAID}) as refused:
+                    found = refused.status, refused.headers.get("Retry-After")
+                reply.close()
+            return found
+
+    assert asyncio.run(go()) == (429, "1")
+    for _ in range(100):
+        if not metric(full, "gristmill_open_samples"):
+            break
+        time.sleep(0.1)
+    assert metric(full, "gristmill_open_samples") == metric(full, "gristmill_pages_in_use") == metric(full, "gristmill_running") == 0
+    assert post(full, "/chat/completions", messages=SAID, max_tokens=4)[0] == 200
+
+
+BIAS = {str(token): -100 for token in range(8)}  # so that no answer ends early
+
+
+def test_a_request_that_the_cache_cannot_hold_is_refused(tiny_base: Path) -> None:
+    engine = Engine(*load_model(tiny_base), FORMATS["nemotron"], "tiny", 4, cache_tokens=64)
+    with pytest.raises(InputError, match="the cache holds 64"):
+        list(engine.generate([ask("Name a land.", max_tokens=200)]))
+
+
+def test_told_to_end_it_finishes_what_is_under_way(tiny_base: Path) -> None:
+    command = [sys.executable, "-m", "gristmill.cli", "serve", str(tiny_base), "--port", "0", "--name", "tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+
+        async def go() -> list[dict[str, Any]]:
+            async with aiohttp.ClientSession() as session:
+                body = {"model": "tiny", "messages": SAID, "max_tokens": 150, "n": 8, "stream": True, "logit_bias": BIAS}
+                async with session.post(f"{url}/chat/completions", json=body) as reply:
+                    first = await reply.content.readline()
+                    process.terminate()
+                    return chunks(first + await reply.content.read())
+
+        parts = asyncio.run(go())
+        assert sum(c["finish_reason"] is not None for part in parts for c in part["choices"]) == 8
+        assert process.wait(30) == 0

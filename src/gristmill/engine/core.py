@@ -126,6 +126,7 @@ class Core:
         stopped_R = self.stop_V[token_R]
         done_R = stopped_R | (length_R + 1 >= ints[:, LIMIT])
         self.output_tokens += len(heirs)
+        self._note_likeliest(heirs, logits_RV)
         for i, heir in enumerate(heirs):
             heir.length += 1
             job = heir.job
@@ -135,6 +136,12 @@ class Core:
                 job.listener(heir.sample, int(token_R[i]), float(logprob_R[i]), done)
             if done:
                 self._complete(heir, bool(stopped_R[i]), cut)
+
+    def _note_likeliest(self, heirs: list[Sequence], logits_RV: Tensor) -> None:
+        for i, heir in enumerate(heirs):
+            if count := heir.job.request.sampling.top_logprobs:
+                best = torch.log_softmax(logits_RV[i], -1).topk(min(count, logits_RV.shape[1]))
+                heir.top_logprobs.append(tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
     def _adjusted(self, heirs: list[Sequence], floats: np.ndarray, logits_RV: Tensor) -> Tensor | None:
         """The logits with penalties and biases, or None if nobody has any."""
@@ -172,11 +179,12 @@ class Core:
     def _complete(self, sequence: Sequence, stopped: bool, cut: int | None) -> None:
         job, slots = sequence.job, self.slots
         start, length = len(job.prompt), sequence.length
-        ids = slots.tokens[sequence.slot, start : length - 1 if stopped else length].tolist()
+        tokens = slots.tokens[sequence.slot, start:length].tolist()
         logprobs = tuple(slots.logprobs[sequence.slot, start:length].tolist())
         finish: Finish = "stop" if stopped or cut is not None else "length"
-        text = self.text(ids)
-        job.completions[sequence.sample] = Completion(text if cut is None else text[:cut], length - start, logprobs, finish)
+        text = self.text(tokens[:-1] if stopped else tokens)[:cut]
+        completion = Completion(text, length - start, logprobs, finish, tuple(tokens), tuple(sequence.top_logprobs))
+        job.completions[sequence.sample] = completion
         self.scheduler.retire(sequence)
         job.open -= 1
         if not job.open:

@@ -72,6 +72,7 @@ class Engine:
         dtype: of matrices and activations; norms and sampling are always float32.
         cache_tokens: positions that the cache of each worker holds; None for what `max_batch` responses can take, memory permitting.
         cache_dtype: of keys and values; None for `dtype`.
+        int8: generate with int8 products (weights a scale a row, activations a scale a token); scoring stays in `dtype`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         cache_tokens: int | None = None,
         cache_dtype: torch.dtype | None = None,
+        int8: bool = False,
     ) -> None:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}.")
@@ -91,6 +93,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.max_batch = max_batch
+        self.int8 = int8
         self.dtype, self.cache_dtype, self.cache_tokens = dtype, cache_dtype or dtype, cache_tokens
         self.device = model.embedding.device
         self.stats = EngineStats()
@@ -123,7 +126,7 @@ class Engine:
         """A worker of its own, one of so many that share the machine."""
         text = lambda ids: self.chat_format.response_text(ids, self.tokenizer)  # noqa: E731
         rows = max(1, self.max_batch // workers)
-        return Core(self.model, rows, self.stop_V, text, self.cache_tokens, self.cache_dtype, workers)
+        return Core(self.model, rows, self.stop_V, text, self.cache_tokens, self.cache_dtype, workers, int8=self.int8)
 
     def job(self, request: Request) -> Job:
         """A request as a core takes it.
@@ -131,7 +134,10 @@ class Engine:
         Raises:
             InputError: a prompt that leaves no room for an answer in the model's context.
         """
-        prompt = self.chat_format.render_prompt(request.messages, self.tokenizer)
+        return self.job_of(request, self.chat_format.render_prompt(request.messages, self.tokenizer))
+
+    def job_of(self, request: Request, prompt: Sequence[int]) -> Job:
+        """As `job`, for a prompt of token ids."""
         room = self.model.config.max_positions - len(prompt)
         if room < 1:
             raise InputError(
@@ -170,6 +176,29 @@ class Engine:
                 yield job.request, [c for c in job.completions if c is not None]
             if exhausted and core.idle:
                 return
+
+    @torch.inference_mode()
+    def prompt_logprobs(self, ids: Sequence[int], top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
+        """Log-probability of every token but the first, given those before it, and the `top` likeliest in its place.
+
+        Raises:
+            InputError: more tokens than the model's context.
+        """
+        limit = self.model.config.max_positions
+        if len(ids) > limit:
+            raise InputError(f"The prompt has {len(ids)} tokens and the model's context is {limit}: shorten it.")
+        ids_T = torch.tensor(ids, device=self.device)
+        h_TD = self.model.hidden(ids_T, PackedShape.from_lengths([len(ids)], self.device))
+        logprobs: list[float] = []
+        best: list[list[tuple[int, float]]] = []
+        for part in torch.arange(1, len(ids)).split(max(1, LOGIT_ELEMENTS // self.model.config.vocab_size)):
+            logits_PV = self.model.logits(h_TD[part - 1]).float()
+            total_P1 = logits_PV.logsumexp(-1, keepdim=True)
+            logprobs += (logits_PV.gather(-1, ids_T[part][:, None]) - total_P1)[:, 0].tolist()
+            found = logits_PV.topk(min(top, logits_PV.shape[1]), -1)
+            values = (found.values - total_P1).tolist()
+            best += [list(zip(i, v, strict=True)) for i, v in zip(found.indices.tolist(), values, strict=True)]
+        return logprobs, best
 
     def loglikelihood(self, conversations: Iterable[Sequence[Message]]) -> list[tuple[float, int]]:
         """Sum of log-probabilities (nats) and number of the trained tokens of each conversation.

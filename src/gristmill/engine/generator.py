@@ -30,6 +30,7 @@ class Sampling:
         presence_penalty, frequency_penalty: taken from the logits of tokens that the response holds, once or as often as it does.
         stop: the response ends before any of these strings.
         logit_bias: (token, what is added to its logit).
+        top_logprobs: likeliest tokens that are told beside each drawn one.
 
     Raises:
         InputError: a value out of its range.
@@ -46,6 +47,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -65,6 +67,8 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(getattr(self, name)):
                 raise InputError(f"{name} must be a number, got {getattr(self, name)}.")
+        if self.top_logprobs < 0:
+            raise InputError(f"top_logprobs must be 0 or more, got {self.top_logprobs}.")
         if not all(self.stop):
             raise InputError("stop holds an empty string: every answer would end at once.")
 
@@ -99,12 +103,16 @@ class Completion:
         logprobs: natural log-probability of every generated token under the model itself: before temperature,
             top_p and top_k.
         finish: "stop" if the model ended its turn, "length" if it hit max_tokens or the model's context.
+        tokens: their ids, where the source tells them.
+        top_logprobs: of each token the likeliest ones with their log-probabilities, if asked for.
     """
 
     text: str
     num_tokens: int
     logprobs: tuple[float, ...]
     finish: Finish
+    tokens: tuple[int, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class Generator(Protocol):

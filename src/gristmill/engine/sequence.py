@@ -53,6 +53,7 @@ class Sequence:
         computed: positions whose keys and values are in the pages.
         named: pages that are known by their content, the last of which has the content `content`.
         twins: responses to the same prompt that begin when its prompt has been read, each with a slot of its own.
+        top_logprobs: of each token drawn, if asked for.
         tokens, logprobs: what it had generated when it was sent back to wait.
     """
 
@@ -65,6 +66,7 @@ class Sequence:
     named: int = 0
     content: int = ROOT
     twins: list["Sequence"] = field(default_factory=list)
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     tokens: np.ndarray | None = None
     logprobs: np.ndarray | None = None
 

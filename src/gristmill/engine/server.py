@@ -1,20 +1,25 @@
-"""A model behind the OpenAI protocol: `/v1/models` and `/v1/chat/completions`, answered in batches by the engine.
+"""A model behind the OpenAI protocol: chat and text completions, streamed or whole, beside a reward model if there is one.
 
-Source of the protocol: OpenAI's API reference, chat completions.
+Sources of the protocol: OpenAI's API reference; for rewards, the API of Nemotron-4-340B-Reward.
 """
 
 import asyncio
-import queue
-import threading
+import hmac
+import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
 from gristmill.chat import Conversation, check, conversation
-from gristmill.engine.generator import Completion, Generator, Request, Sampling
+from gristmill.engine.engine import Engine
+from gristmill.engine.generator import Completion, Request, Sampling
+from gristmill.engine.live import Event, Live
+from gristmill.engine.sequence import Job
 from gristmill.errors import InputError
 from gristmill.rows import make_id
 
@@ -22,161 +27,581 @@ LARGEST_BODY = 4 << 20  # bytes
 MOST_SAMPLES = 128
 MOST_TOP_K = 1 << 20
 COLDEST = 1e-3  # below, logits would overflow, and the likeliest token is as good as certain
-KNOWN = {"model", "messages", "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "n", "seed", "logprobs", "stream"}
+RETRY_SECONDS = 1
+Number = StrictFloat | StrictInt
+Rate = Callable[[list[Conversation]], list[dict[str, float]]]
+
+
+class _Body(BaseModel):
+    """What chat and text completions share."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: StrictStr = ""
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: StrictInt | None = None
+    min_p: Number | None = None
+    max_tokens: StrictInt | None = None
+    n: StrictInt | None = Field(None, le=MOST_SAMPLES)
+    seed: StrictInt | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
+    stream: StrictBool | None = None
+    stream_options: dict[str, Any] | None = None
+    priority: StrictInt | None = None
+    user: Any = None
+
+    def sampling(self, default_tokens: int, most_tokens: int, top_logprobs: int) -> Sampling:
+        temperature = 1.0 if self.temperature is None else float(self.temperature)
+        wanted = default_tokens if self.max_tokens is None else self.max_tokens
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        try:
+            bias = tuple((int(token), float(value)) for token, value in (self.logit_bias or {}).items())
+        except ValueError as e:
+            raise InputError("the keys of logit_bias must be token ids") from e
+        return Sampling(
+            temperature=0.0 if 0 <= temperature < COLDEST else temperature,
+            top_p=_or(self.top_p, 1.0),
+            top_k=min(self.top_k or 0, MOST_TOP_K),
+            max_tokens=min(wanted, most_tokens),
+            n=1 if self.n is None else self.n,
+            min_p=_or(self.min_p, 0.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            stop=stop,
+            logit_bias=bias,
+            top_logprobs=top_logprobs,
+        )
+
+
+class ChatBody(_Body):
+    messages: list[Any]
+    max_completion_tokens: StrictInt | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: StrictInt | None = Field(None, ge=0, le=20)
+
+
+class TextBody(_Body):
+    prompt: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
+    logprobs: StrictInt | None = Field(None, ge=0, le=20)
+    echo: StrictBool | None = None
+
+
+class RewardBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    model: StrictStr = ""
+    messages: list[Any]
 
 
 @dataclass
-class _Waiting:
-    request: Request
-    turn: asyncio.Future[list[Completion]]
+class Limits:
+    """What the server takes on.
+
+    Attributes:
+        keys: one of which a request must bear; none: everybody may ask.
+        most_open: samples that may be under way or wait; a request beyond them is told to come back.
+        seconds: that a request may take.
+    """
+
+    keys: Sequence[str] = ()
+    most_open: int = 4096
+    seconds: float = 600.0
+
+
+@dataclass(eq=False)
+class _Open:
+    """A request under way: its end, and its tokens as they come if they are wanted one by one."""
+
+    job: Job
+    ended: asyncio.Future[None]
+    tokens: "asyncio.Queue[Event | None]" = field(default_factory=asyncio.Queue)
+
+
+class _Metrics:
+    def __init__(self, server: "Server") -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("gristmill_requests", "Requests by path and status.", ["path", "status"], registry=self.registry)
+        self.seconds = Histogram("gristmill_request_seconds", "Time to the end of an answer.", registry=self.registry)
+        self.first = Histogram("gristmill_first_token_seconds", "Time to the first token of a streamed answer.", registry=self.registry)
+        cores = lambda: [worker.core for worker in server.live.workers]  # noqa: E731
+        for name, about, value in (
+            ("gristmill_open_samples", "Samples under way or waiting.", lambda: sum(w.load for w in server.live.workers)),
+            ("gristmill_running", "Samples that have a slot.", lambda: sum(c.slots.count - len(c.slots.free) for c in cores())),
+            ("gristmill_pages_in_use", "Pages of the cache that somebody reads.", lambda: sum(c.pages.in_use for c in cores())),
+            ("gristmill_pages", "Pages of the cache.", lambda: sum(c.pages.count for c in cores())),
+            ("gristmill_prompt_tokens", "Prompt tokens computed.", lambda: sum(c.prompt_tokens for c in cores())),
+            ("gristmill_output_tokens", "Tokens drawn.", lambda: sum(c.output_tokens for c in cores())),
+            ("gristmill_preemptions", "Samples sent back for want of pages.", lambda: sum(c.scheduler.preemptions for c in cores())),
+        ):
+            Gauge(name, about, registry=self.registry).set_function(value)
 
 
 class Server:
-    """Answers requests with a generator that runs in a thread of its own: what waits goes through it together.
+    """Answers requests with an engine that is always at work.
 
     Args:
-        count: tokens of a conversation as a prompt.
-        context: tokens that the model can see.
+        rate: the attributes of the last turn of conversations, by the reward model `reward_name`.
     """
 
-    def __init__(self, generator: Generator, count: Callable[[Conversation], int], context: int):
-        self.generator, self.count, self.context = generator, count, context
-        self._waiting: queue.Queue[_Waiting | None] = queue.Queue()
+    def __init__(self, engine: Engine, limits: Limits | None = None, rate: Rate | None = None, reward_name: str = "reward"):
+        self.engine, self.limits = engine, limits or Limits()
+        self.rate, self.reward_name = rate, reward_name
+        self.context = engine.model.config.max_positions
+        self.live = Live(engine, self._deliver)
+        self.metrics = _Metrics(self)
+        self.closing = False
+        self._open: dict[Job, _Open] = {}
         self._number = 0
-        self.thread = threading.Thread(target=self._work, daemon=True)
+        self._one_at_a_time = asyncio.Lock()
+        self._unrated: list[tuple[Conversation, asyncio.Future[dict[str, float]]]] = []
 
     def app(self) -> web.Application:
-        """The routes; the engine's thread starts and stops with them."""
-        app = web.Application(client_max_size=LARGEST_BODY)
+        """The routes; the engine's threads start and stop with them."""
+        app = web.Application(client_max_size=LARGEST_BODY, middlewares=[self._around])
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._text)
+        app.router.add_post("/v1/rewards", self._rewards)
 
         async def start(app: web.Application) -> None:
             self._loop = asyncio.get_running_loop()
-            self.thread.start()
+            self.live.start()
+
+        async def shut(app: web.Application) -> None:
+            self.closing = True
 
         async def stop(app: web.Application) -> None:
-            self._waiting.put(None)
+            self.quiet = self.live.stop()
 
         app.on_startup.append(start)
+        app.on_shutdown.append(shut)
         app.on_cleanup.append(stop)
         return app
 
-    def _work(self) -> None:
-        """The engine's thread: one run after another, each of all that waits."""
-        while (first := self._waiting.get()) is not None:
-            self._run(first)
+    # ---- around every request ----
 
-    def _run(self, first: _Waiting) -> None:
-        waiting: dict[int, _Waiting] = {}
-
-        def coming() -> Iterator[Request]:
-            one: _Waiting | None = first
-            while one is not None:
-                if not one.turn.done():  # else its client has gone
-                    waiting[id(one.request)] = one
-                    yield one.request
-                try:
-                    one = self._waiting.get_nowait()
-                except queue.Empty:
-                    return
-            self._waiting.put(None)  # the end is for the thread to see
-
+    @web.middleware
+    async def _around(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+        http, started = request, time.monotonic()
         try:
-            for request, outs in self.generator.generate(coming()):
-                self._loop.call_soon_threadsafe(_settle, waiting.pop(id(request)).turn, outs)
-        except Exception:  # one of them broke the run: each by itself, so that only that one fails
-            for one in waiting.values():
-                self._loop.call_soon_threadsafe(_settle, one.turn, self._alone(one.request))
+            reply = await self._guarded(http, handler)
+        except asyncio.CancelledError:
+            self.metrics.requests.labels(http.path if http.match_info.route.resource else "?", "gone").inc()
+            raise
+        known = http.match_info.route.resource is not None
+        self.metrics.requests.labels(http.path if known else "?", str(reply.status)).inc()
+        if known and http.method == "POST" and reply.status == 200:
+            self.metrics.seconds.observe(time.monotonic() - started)
+        return reply
 
-    def _alone(self, request: Request) -> list[Completion] | Exception:
+    async def _guarded(self, http: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
         try:
-            ((_, outs),) = self.generator.generate([request])
-        except Exception as e:
-            return e
-        return outs
-
-    async def _models(self, _: web.Request) -> web.Response:
-        model = {"id": self.generator.name, "object": "model", "created": 0, "owned_by": "gristmill"}
-        return web.json_response({"object": "list", "data": [model]})
-
-    async def _chat(self, http: web.Request) -> web.Response:
-        try:
-            body = await http.json()
-        except (ValueError, RecursionError, LookupError, web.HTTPBadRequest):
-            return _error(400, "the body is not JSON")
-        try:
-            request, model = self._request(body)
-        except (InputError, TypeError, ValueError, OverflowError) as e:
-            return _error(400, str(e))
-        if model != self.generator.name:
-            return _error(404, f"the model {model!r} does not exist; this server has {self.generator.name!r}")
-        waiting = _Waiting(request, asyncio.get_running_loop().create_future())
-        self._waiting.put(waiting)
-        try:
-            outs = await waiting.turn
+            if self.limits.keys and http.path != "/health":
+                given = http.headers.get("Authorization", "").removeprefix("Bearer ").encode()
+                if not any(hmac.compare_digest(given, key.encode()) for key in self.limits.keys):
+                    return _error(401, "this server wants an API key: send `Authorization: Bearer KEY`")
+            if http.method == "POST" and sum(worker.load for worker in self.live.workers) >= self.limits.most_open:
+                return _error(429, "too many requests are waiting: come back later", retry=True)
+            async with asyncio.timeout(self.limits.seconds):
+                return await handler(http)
+        except web.HTTPRequestEntityTooLarge:
+            return _error(413, f"the body has more than {LARGEST_BODY:,} bytes")
+        except web.HTTPException as e:
+            return _error(e.status, e.reason.lower())
         except InputError as e:
             return _error(400, str(e))
+        except TimeoutError:
+            return _error(504, f"no answer within {self.limits.seconds:g} s")
+        except ConnectionError:  # whoever asked is not there any more
+            raise
         except Exception as e:
             return _error(500, f"the engine failed ({type(e).__name__})")
-        return web.json_response(_answer(request, outs, model, self.count(request.messages), bool(body.get("logprobs"))))
 
-    def _request(self, body: Any) -> tuple[Request, str]:
-        if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
-            raise InputError("the body must be an object with `messages`")
-        if unknown := set(body) - KNOWN:
-            raise InputError(f"unknown field {sorted(unknown)[0]!r}")
-        if body.get("stream"):
-            raise InputError("streaming is not offered")
-        talk = conversation(body["messages"])
-        check(talk)
+    # ---- routes ----
+
+    async def _health(self, _: web.Request) -> web.Response:
+        good = self.live.healthy and not self.closing
+        return web.json_response({"status": "ok" if good else "closing" if self.closing else "broken"}, status=200 if good else 503)
+
+    async def _show_metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(self.metrics.registry), content_type="text/plain", charset="utf-8")
+
+    async def _models(self, _: web.Request) -> web.Response:
+        names = [self.engine.name, *([self.reward_name] if self.rate else [])]
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "gristmill"} for name in names]
+        return web.json_response({"object": "list", "data": models})
+
+    async def _chat(self, http: web.Request) -> web.StreamResponse:
+        body = await _read(http, ChatBody)
+        talk = _talk(body.messages)
+        if self.rate is not None and body.model == self.reward_name:
+            return await self._rated_chat(body, talk)
+        self._check_model(body.model)
         if talk[-1].role != "user":
             raise InputError("the last message must be the user's")
-        if (num := self.count(talk)) >= self.context:
-            raise InputError(f"the conversation has {num} tokens and the model's context is {self.context}: shorten it")
-        most = body.get("max_completion_tokens", body.get("max_tokens", 256))
-        if not all(isinstance(body.get(name) or 0, int) for name in ("n", "top_k", "seed")) or not isinstance(most, int):
-            raise InputError("n, top_k, seed and max_tokens must be whole numbers")
-        if body.get("n", 1) > MOST_SAMPLES:
-            raise InputError(f"n must be at most {MOST_SAMPLES}")
-        temperature = float(body.get("temperature", 1.0))
-        sampling = Sampling(
-            temperature=0.0 if 0 <= temperature < COLDEST else temperature,
-            top_p=float(body.get("top_p", 1.0)),
-            top_k=min(body.get("top_k", 0), MOST_TOP_K),
-            max_tokens=min(most, self.context),
-            n=body.get("n", 1),
-        )
+        body.max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        prompt = self.engine.chat_format.render_prompt(talk, self.engine.tokenizer)
+        sampling = body.sampling(256, self.context, (body.top_logprobs or 0) if body.logprobs else 0)
+        request = self._request("chatcmpl", body, talk, sampling, body.messages)
+        shape = _ChatShape(self, request, bool(body.logprobs))
+        return await self._answer(http, body, [(request, prompt)], shape)
+
+    async def _text(self, http: web.Request) -> web.StreamResponse:
+        body = await _read(http, TextBody)
+        self._check_model(body.model)
+        prompts = [self._ids(one) for one in _prompts(body.prompt)]
+        wanted = 16 if body.max_tokens is None else body.max_tokens
+        scored = None
+        if body.echo and body.logprobs is not None:
+            scored = [await self._score(ids, body.logprobs) for ids in prompts]
+        if body.echo and wanted == 0:
+            sampling, jobs = body.model_copy(update={"max_tokens": 1}).sampling(16, self.context, 0), []
+        else:
+            sampling = body.sampling(16, self.context, body.logprobs or 0)
+            jobs = [(self._request("cmpl", body, (), sampling, [body.prompt, i]), ids) for i, ids in enumerate(prompts)]
+        shape = _TextShape(self, f"cmpl-{self._number}", body, prompts, scored)
+        if not jobs:
+            return web.json_response(shape.whole([], sampling.n))
+        return await self._answer(http, body, jobs, shape)
+
+    async def _rewards(self, http: web.Request) -> web.StreamResponse:
+        body = await _read(http, RewardBody)
+        if self.rate is None:
+            return _error(404, "this server has no reward model: start it with --reward")
+        rating = await self._rating(_talk(body.messages))
+        return web.json_response({"object": "reward", "model": self.reward_name, "rewards": rating})
+
+    async def _rated_chat(self, body: ChatBody, talk: Conversation) -> web.StreamResponse:
+        rating = {name: value for name, value in (await self._rating(talk)).items() if name != "score"}
+        text = ",".join(f"{name}:{value}" for name, value in rating.items())
+        entries: list[dict[str, Any]] = [
+            {"token": name, "logprob": value, "bytes": None, "top_logprobs": []} for name, value in rating.items()
+        ]
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "logprobs": {"content": entries}, "finish_reason": "length"}
+        return web.json_response(_envelope("chat.completion", f"reward-{make_id(text)}", self.reward_name, [choice], _usage(0, 1)))
+
+    # ---- work ----
+
+    def _check_model(self, name: str) -> None:
+        if name != self.engine.name:
+            raise web.HTTPNotFound(reason=f"the model {name!r} does not exist; this server has {self.engine.name!r}".replace("\n", " "))
+
+    def _request(self, kind: str, body: _Body, talk: Conversation, sampling: Sampling, content: Any) -> Request:
         self._number += 1
-        seed = body.get("seed")
         # the engine draws by id and seed: where a seed is given, equal requests shall have equal answers
-        name = f"chat-{self._number}" if seed is None else make_id(body["messages"], seed)
-        return Request(name, talk, sampling, int(seed or 0)), str(body.get("model", ""))
+        name = f"{kind}-{self._number}" if body.seed is None else f"{kind}-{make_id(content, body.seed)}"
+        return Request(name, talk, sampling, body.seed or 0, body.priority or 0)
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise InputError("a prompt is empty")
+        if wrong := [token for token in ids if not 0 <= token < self.engine.model.config.vocab_size]:
+            raise InputError(f"the model has no token {wrong[0]}")
+        return ids
+
+    async def _score(self, ids: list[int], top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(self.engine.prompt_logprobs, ids, max(1, top))
+
+    async def _rating(self, talk: Conversation) -> dict[str, float]:
+        if talk[-1].role != "assistant":
+            raise InputError("the last message must be the assistant's, which is rated")
+        turn: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
+        self._unrated.append((talk, turn))
+        async with self._one_at_a_time:  # whoever comes first rates for all that wait
+            wave, self._unrated = self._unrated, []
+            if wave:
+                await self._rate_wave(wave)
+        return await turn
+
+    async def _rate_wave(self, wave: list[tuple[Conversation, asyncio.Future[dict[str, float]]]]) -> None:
+        assert self.rate is not None
+        try:
+            ratings = await asyncio.to_thread(self.rate, [talk for talk, _ in wave])
+        except Exception as e:
+            if len(wave) > 1:  # one of them broke it: each by itself
+                for one in wave:
+                    await self._rate_wave([one])
+            elif not wave[0][1].done():
+                wave[0][1].set_exception(e)
+            return
+        for (_, turn), rating in zip(wave, ratings, strict=True):
+            if not turn.done():
+                turn.set_result(rating)
+
+    def _deliver(self, events: list[Event]) -> None:
+        """From the engine's threads."""
+        self._loop.call_soon_threadsafe(self._sort, events)
+
+    def _sort(self, events: list[Event]) -> None:
+        for event in events:
+            one = self._open.get(event.job)
+            if one is None:
+                continue
+            if event.sample >= 0:
+                one.tokens.put_nowait(event)
+            elif not one.ended.done():
+                del self._open[event.job]
+                one.tokens.put_nowait(None)
+                if event.error is None:
+                    one.ended.set_result(None)
+                else:
+                    one.ended.set_exception(event.error)
+
+    async def _answer(self, http: web.Request, body: _Body, jobs: list[tuple[Request, list[int]]], shape: "_Shape") -> web.StreamResponse:
+        opened = []
+        try:
+            for request, ids in jobs:
+                job = self.engine.job_of(request, ids)
+                if body.stream:
+                    job.listener = lambda *_: None
+                opened.append(_Open(job, asyncio.get_running_loop().create_future()))
+            for one in opened:
+                self._open[one.job] = one
+                self.live.submit(one.job)
+            if body.stream:
+                return await self._stream(http, body, opened, shape)
+            await asyncio.gather(*(one.ended for one in opened))
+            return web.json_response(shape.whole([one.job for one in opened], body.n or 1))
+        finally:  # the client has gone, or time is up: nobody wants the rest
+            for one in opened:
+                if self._open.pop(one.job, None) is not None:
+                    self.live.cancel(one.job)
+                if one.ended.done() and not one.ended.cancelled():
+                    one.ended.exception()  # heard, even where another request's came first
+
+    async def _stream(self, http: web.Request, body: _Body, opened: list[_Open], shape: "_Shape") -> web.StreamResponse:
+        started = time.monotonic()
+        reply: web.StreamResponse | None = None
+        async for chunk in self._chunks(opened, shape):
+            if reply is None:  # an error before the first token has a status of its own
+                reply = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+                await reply.prepare(http)
+                self.metrics.first.observe(time.monotonic() - started)
+            await reply.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        assert reply is not None
+        if (body.stream_options or {}).get("include_usage"):
+            usage = _usage(sum(len(one.job.prompt) for one in opened), _drawn([one.job for one in opened]))
+            await reply.write(b"data: " + json.dumps(shape.chunk([]) | {"usage": usage}).encode() + b"\n\n")
+        await reply.write(b"data: [DONE]\n\n")
+        await reply.write_eof()
+        return reply
+
+    async def _chunks(self, opened: list[_Open], shape: "_Shape") -> AsyncIterator[dict[str, Any]]:
+        """Chunks of all samples as they come: the requests' one after another, the samples' of one together."""
+        for place, one in enumerate(opened):
+            num_samples = len(one.job.completions)
+            texts = [_Text(self.engine, one.job.request.sampling.stop) for _ in range(num_samples)]
+            ended: set[int] = set()
+            while (event := await one.tokens.get()) is not None:
+                index = place * num_samples + event.sample
+                if not event.last:
+                    piece = texts[event.sample].add(event.token)
+                    yield shape.chunk([shape.piece(index, piece, event.token, event.logprob, None)])
+                else:
+                    completion = one.job.completions[event.sample]
+                    assert completion is not None
+                    piece = texts[event.sample].rest(completion.text)
+                    ended.add(event.sample)
+                    yield shape.chunk([shape.piece(index, piece, event.token, event.logprob, completion.finish)])
+            await one.ended  # raises what went wrong
 
 
-def _settle(turn: asyncio.Future[list[Completion]], result: list[Completion] | Exception) -> None:
-    if turn.done():  # the client has gone
-        return
-    if isinstance(result, Exception):
-        turn.set_exception(result)
-    else:
-        turn.set_result(result)
+class _Text:
+    """Text of a response while it grows. What may yet turn out to be no text, or the beginning of a stop string, is held back."""
+
+    def __init__(self, engine: Engine, stop: Sequence[str]) -> None:
+        self.engine = engine
+        self.hold = max([len(engine.chat_format.close), *(len(s) - 1 for s in stop)])
+        self.ids: list[int] = []
+        self.done = ""  # text of ids before `start`, which ends where characters do
+        self.start = 0
+        self.sent = 0
+
+    def add(self, token: int) -> str:
+        """What can be sent now."""
+        self.ids.append(token)
+        text = self.done + self.engine.tokenizer.decode(self.ids[self.start :])
+        if text.endswith("\ufffd"):  # in the middle of a character
+            return ""
+        if len(self.ids) - self.start > 64:  # so that long answers do not cost more and more
+            middle = len(self.ids) - 16
+            head = self.engine.tokenizer.decode(self.ids[self.start : middle])
+            if text.startswith(self.done + head) and self.done + head + self.engine.tokenizer.decode(self.ids[middle:]) == text:
+                self.done, self.start = self.done + head, middle
+        end = len(text) - self.hold
+        piece, self.sent = text[self.sent : end], max(self.sent, end)
+        return piece
+
+    def rest(self, text: str) -> str:
+        """The rest of the whole text."""
+        return text[self.sent :]
 
 
-def _answer(request: Request, outs: list[Completion], model: str, num_prompt: int, logprobs: bool) -> dict[str, Any]:
-    choices = [
-        {
-            "index": number,
-            "message": {"role": "assistant", "content": out.text},
-            "logprobs": {"content": [{"token": "", "logprob": value} for value in out.logprobs]} if logprobs else None,
-            "finish_reason": out.finish,
-        }
-        for number, out in enumerate(outs)
-    ]
-    tokens = sum(out.num_tokens for out in outs)
-    usage = {"prompt_tokens": num_prompt, "completion_tokens": tokens, "total_tokens": num_prompt + tokens}
-    return {"id": request.id, "object": "chat.completion", "created": int(time.time()), "model": model, "choices": choices, "usage": usage}
+# ---- shapes of answers ----
 
 
-def _error(status: int, words: str) -> web.Response:
-    return web.json_response({"error": {"message": words, "type": "invalid_request_error"}}, status=status)
+class _Shape:
+    """How answers are written down."""
+
+    def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def piece(self, index: int, text: str, token: int, logprob: float, finish: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class _ChatShape(_Shape):
+    def __init__(self, server: Server, request: Request, logprobs: bool) -> None:
+        self.server, self.request, self.logprobs = server, request, logprobs
+        self.begun: set[int] = set()
+
+    def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
+        (job,) = jobs
+        choices: list[dict[str, Any]] = []
+        for index, out in enumerate(c for c in job.completions if c is not None):
+            message = {"role": "assistant", "content": out.text}
+            entries = {"content": self._entries(out)} if self.logprobs else None
+            choices.append({"index": index, "message": message, "logprobs": entries, "finish_reason": out.finish})
+        usage = _usage(len(job.prompt), _drawn(jobs))
+        return _envelope("chat.completion", self.request.id, self.server.engine.name, choices, usage)
+
+    def piece(self, index: int, text: str, token: int, logprob: float, finish: str | None) -> dict[str, Any]:
+        delta: dict[str, Any] = {"content": text}
+        if index not in self.begun:
+            self.begun.add(index)
+            delta["role"] = "assistant"
+        entries = {"content": [self._entry(token, logprob, ())]} if self.logprobs else None
+        return {"index": index, "delta": delta, "logprobs": entries, "finish_reason": finish}
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return _envelope("chat.completion.chunk", self.request.id, self.server.engine.name, choices, None)
+
+    def _entries(self, out: Completion) -> list[dict[str, Any]]:
+        tops = out.top_logprobs or ((),) * len(out.tokens)
+        return [self._entry(token, value, top) for token, value, top in zip(out.tokens, out.logprobs, tops, strict=True)]
+
+    def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> dict[str, Any]:
+        text = _token(self.server.engine, token)
+        likeliest = [{"token": (t := _token(self.server.engine, i)), "logprob": v, "bytes": list(t.encode())} for i, v in top]
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": likeliest}
+
+
+class _TextShape(_Shape):
+    def __init__(self, server: Server, name: str, body: TextBody, prompts: list[list[int]], scored: list[Any] | None) -> None:
+        self.server, self.name, self.body, self.prompts, self.scored = server, name, body, prompts, scored
+
+    def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for place, ids in enumerate(self.prompts):
+            outs = [c for c in jobs[place].completions if c is not None] if jobs else [Completion("", 0, (), "length")] * n
+            for out in outs:
+                choices.append(self._choice(len(choices), place, ids, out))
+        usage = _usage(sum(map(len, self.prompts)), _drawn(jobs))
+        return _envelope("text_completion", self.name, self.server.engine.name, choices, usage)
+
+    def piece(self, index: int, text: str, token: int, logprob: float, finish: str | None) -> dict[str, Any]:
+        logprobs = None
+        if self.body.logprobs is not None:
+            logprobs = {
+                "tokens": [_token(self.server.engine, token)],
+                "token_logprobs": [logprob],
+                "top_logprobs": None,
+                "text_offset": [0],
+            }
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return _envelope("text_completion", self.name, self.server.engine.name, choices, None)
+
+    def _choice(self, index: int, place: int, ids: list[int], out: Completion) -> dict[str, Any]:
+        engine = self.server.engine
+        text = (engine.tokenizer.decode(ids, keep_special=True) if self.body.echo else "") + out.text
+        logprobs = None
+        if self.body.logprobs is not None:
+            tokens, values = list(out.tokens), list[float | None](out.logprobs)
+            tops: list[dict[str, float] | None] = [{_token(engine, i): v for i, v in top} for top in out.top_logprobs]
+            if self.scored is not None:
+                given, likeliest = self.scored[place]
+                tokens, values = [*ids, *tokens], [None, *given, *values]
+                tops = [None, *({_token(engine, i): v for i, v in top} for top in likeliest), *tops]
+            words = [_token(engine, token) for token in tokens]
+            offsets = [0]
+            for word in words:
+                offsets.append(offsets[-1] + len(word))
+            logprobs = {"tokens": words, "token_logprobs": values, "top_logprobs": tops or None, "text_offset": offsets[:-1]}
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": out.finish}
+
+
+def _envelope(kind: str, name: str, model: str, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
+    out = {"id": name, "object": kind, "created": int(time.time()), "model": model, "choices": choices}
+    return out if usage is None else out | {"usage": usage}
+
+
+def _usage(prompt: int, drawn: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+
+
+def _drawn(jobs: list[Job]) -> int:
+    return sum(c.num_tokens for job in jobs for c in job.completions if c is not None)
+
+
+def _token(engine: Engine, token: int) -> str:
+    return engine.tokenizer.decode([token], keep_special=True)
+
+
+# ---- reading ----
+
+
+async def _read(http: web.Request, kind: type[Any]) -> Any:
+    raw = await http.read()
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as e:
+        first = e.errors()[0]
+        if first["type"] == "json_invalid":
+            raise InputError("the body is not JSON") from e
+        if first["type"] in ("model_type", "model_attributes_type"):
+            raise InputError("the body must be an object") from e
+        where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "int", "float", "str", "constrained")))
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"unknown field {where!r}") from e
+        raise InputError(f"{where}: {first['msg'].lower()}") from e
+
+
+def _talk(messages: list[Any]) -> Conversation:
+    try:
+        talk = conversation(messages)
+    except TypeError as e:
+        raise InputError("messages must be objects with `role` and `content`") from e
+    check(talk)
+    return talk
+
+
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    if not prompt:
+        raise InputError("a prompt is empty")
+    return list(prompt)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def _error(status: int, words: str, retry: bool = False) -> web.Response:
+    headers = {"Retry-After": str(RETRY_SECONDS)} if retry else None
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return web.json_response({"error": {"message": words, "type": kind, "code": status}}, status=status, headers=headers)
