@@ -29,7 +29,8 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
-Dtype = Literal["fp32", "bf16"]
+ComputeIn = Annotated[Literal["fp32", "bf16"], typer.Option("--dtype", help="Type to compute in.")]
+WithInt8 = Annotated[bool, typer.Option("--int8", help="Generate with int8 products.")]
 Format = Annotated[str, typer.Option("--format", help="Chat format: auto, nemotron, chatml or llama3.")]
 Unsafe = Annotated[bool, typer.Option("--unsafe-code", help="Run model-written programs WITHOUT a jail where the kernel offers none.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
@@ -275,18 +276,20 @@ def eval(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
     prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth` or `answer`; default the miniature world's.")] = None,
     max_tokens: MaxTokens = 80,
+    dtype: ComputeIn = "fp32",
+    int8: WithInt8 = False,
     format: Format = "auto",
     seed: Seed = 0,
     unsafe_code: Unsafe = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Greedy and sampled accuracy with 95 % intervals, by task."""
+    """Greedy and sampled accuracy with 95 % intervals, by task; with --int8 also what quantization costs."""
     from gristmill import jobs
     from gristmill.flywheel.progress import Progress
 
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
-        scores = jobs.evaluate(jobs.engine_of(model, format), prompts, max_tokens, seed, unsafe_code, progress)
+        scores = jobs.evaluate(jobs.engine_of(model, format, dtype=dtype, int8=int8), prompts, max_tokens, seed, unsafe_code, progress)
     scores.pop("outcomes")
     if as_json:
         typer.echo(json.dumps(scores))
@@ -295,6 +298,11 @@ def eval(
         greedy, sampled = scores["greedy"][task], scores["sampled"][task]
         cells = [f"{s['mean']:.3f} [{s['ci95'][0]:.3f}, {s['ci95'][1]:.3f}]" for s in (greedy, sampled)]
         typer.echo(f"{task:<12} greedy {cells[0]}  sampled {cells[1]}  n {greedy['n']}")
+    if lost := scores.get("int8"):
+        typer.echo(
+            f"int8 beside {dtype}: KL {lost['kl']:.2g} nats a token (at most {lost['kl_max']:.2g}), the likeliest token is the same for "
+            f"{lost['agreement']:.2%} of {lost['tokens']:,} tokens"
+        )
 
 
 @command("gristmill chat runs/miniature/02-demonstrations/model")
@@ -363,8 +371,8 @@ def serve(
     cache_tokens: Annotated[
         int | None, typer.Option(help="Positions in a worker's cache; default: a quarter of the memory at most.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Type to compute in.")] = "fp32",
-    int8: Annotated[bool, typer.Option("--int8", help="Generate with int8 products.")] = False,
+    dtype: ComputeIn = "fp32",
+    int8: WithInt8 = False,
     chat_format: Format = "auto",
 ) -> None:
     """Serve a model by the OpenAI protocol: chat and text completions, streamed too; ratings; /health and /metrics."""

@@ -18,6 +18,7 @@ from pydantic import Field
 from gristmill.chat import FORMATS, ChatFormat, Message, check, conversation, guess_format
 from gristmill.engine.engine import Engine
 from gristmill.engine.generator import Request, Sampling
+from gristmill.engine.quality import divergence
 from gristmill.errors import InputError
 from gristmill.evaluate.score import score as score_model
 from gristmill.flywheel.progress import Progress
@@ -202,12 +203,12 @@ def _reward(path: Path, number: int, record: dict[str, Any], name: str, default:
     return reward
 
 
-def engine_of(folder: Path, chat_format: str = "auto", max_batch: int = 256) -> Engine:
+def engine_of(folder: Path, chat_format: str = "auto", max_batch: int = 256, dtype: str = "fp32", int8: bool = False) -> Engine:
     """A model folder, ready to generate."""
     model, tokenizer = load_model(folder)
     if torch.cuda.is_available():
         model = model.cuda()
-    return Engine(model, tokenizer, chat_format_of(chat_format, tokenizer), folder.name, max_batch)
+    return Engine(model, tokenizer, chat_format_of(chat_format, tokenizer), folder.name, max_batch, PRECISIONS[dtype], int8=int8)
 
 
 def generate(engine: Engine, prompts: Sequence[Sequence[Message]], sampling: Sampling, seed: int) -> Iterator[dict[str, Any]]:
@@ -246,7 +247,13 @@ def evaluate(
         check = lambda cases: [  # noqa: E731
             verify(truth, answer, lambda p, t: sandbox is not None and sandbox.run(p, t).passed) for truth, answer in cases
         ]
-        return score_model(prompts, run, check, max_tokens, seed)
+        scores = score_model(prompts, run, check, max_tokens, seed)
+    if engine.int8:  # on what the model itself answers
+        own = Engine(engine.model, engine.tokenizer, engine.chat_format, engine.name, engine.max_batch, engine.dtype)
+        asked = [Request(str(i), p.messages, Sampling(temperature=0.0, max_tokens=max_tokens), seed) for i, p in enumerate(prompts)]
+        said = [(*r.messages, Message("assistant", outs[0].text)) for r, outs in own.generate(asked) if outs[0].text.strip()]
+        scores["int8"] = divergence(engine, said)
+    return scores
 
 
 @dataclass(frozen=True)

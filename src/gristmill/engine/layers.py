@@ -3,12 +3,16 @@
 Shapes: T tokens, D hidden size, F ffn size, N outputs of a product.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gristmill.engine import kernels
-from gristmill.model.transformer import MLP, Attention, Block, LayerNorm1P, Linear, RMSNorm
+from gristmill.model.attention import varlen_attention
+from gristmill.model.packed import PackedShape
+from gristmill.model.transformer import MLP, Attention, Block, LayerNorm1P, Linear, RMSNorm, Transformer, rotate
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -179,3 +183,18 @@ class Layer:
             return x_TD, self.down(F.relu_(up_TF).square_())
         self.library.gristmill_squared_relu(up_TF.data_ptr(), up_TF.numel(), TYPES[up_TF.dtype])
         return x_TD, self.down(up_TF)
+
+
+def hidden(model: Transformer, layers: Sequence[Layer], final_norm: Norm, ids_T: Tensor, shape: PackedShape) -> Tensor:
+    """`Transformer.hidden` by these layers: what the engine computes for whole texts."""
+    cos_TR, sin_TR = model.rope(shape.positions_T)
+    x_TD, delta_TD = model.embed(ids_T).clone(), None
+    for layer in layers:
+        if layer.attention is not None:
+            heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
+            x_TD, qkv = layer.project(x_TD, delta_TD)
+            qk, v_TKd = qkv.split([heads + kv_heads, kv_heads], dim=1)
+            q_THd, k_TKd = rotate(qk, cos_TR, sin_TR).split([heads, kv_heads], dim=1)
+            delta_TD = layer.output(varlen_attention(q_THd, k_TKd, v_TKd, shape).flatten(1))
+        x_TD, delta_TD = layer.feed(x_TD, delta_TD)
+    return final_norm(x_TD, delta_TD)[1]
