@@ -3,7 +3,6 @@
 Pipelines are written against `Generator`, so the in-process engine and a remote endpoint are interchangeable.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
@@ -12,6 +11,7 @@ from gristmill.chat import Message
 from gristmill.errors import InputError
 
 Finish = Literal["stop", "length"]
+LARGEST = 1e9  # of penalties and biases: beyond, sums would overflow
 COMMON = ("temperature", "top_p", "top_k", "max_tokens", "n")
 
 
@@ -50,8 +50,8 @@ class Sampling:
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
+        if not 0 <= self.temperature <= LARGEST:
+            raise InputError(f"temperature must be 0 (greedy) or more, at most {LARGEST:g}, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if self.top_k < 0:
@@ -62,11 +62,13 @@ class Sampling:
             raise InputError(f"n must be at least 1, got {self.n}.")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p must be 0 (off) to 1, got {self.min_p}.")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise InputError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise InputError(f"{name} must be a number, got {getattr(self, name)}.")
+        if not 1 / LARGEST <= self.repetition_penalty <= LARGEST:
+            raise InputError(f"repetition_penalty must be above 0 and at most {LARGEST:g}, got {self.repetition_penalty}.")
+        biases = {f"logit_bias of token {token}": value for token, value in self.logit_bias}
+        more = {"presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty} | biases
+        for name, value in more.items():
+            if not -LARGEST <= value <= LARGEST:
+                raise InputError(f"{name} must be a number up to {LARGEST:g}, got {value}.")
         if self.top_logprobs < 0:
             raise InputError(f"top_logprobs must be 0 or more, got {self.top_logprobs}.")
         if not all(self.stop):

@@ -344,6 +344,7 @@ extern "C" void gristmill_choose(const float* logits, const float* u, const floa
             if (best < 0) best = last;  // the sums of a block and of its parts differ in the last digits
             if (best < 0) for (int k = 0; k < n; k++) if (p[k] == m) { best = k; break; }
         }
+        if (best < 0) best = 0;  // logits that are no numbers
         tokens[r] = best;
         logprobs[r] = p[best] - m - (float)std::log(plain);
     }

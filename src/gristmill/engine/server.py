@@ -28,6 +28,7 @@ MOST_SAMPLES = 128
 MOST_TOP_K = 1 << 20
 COLDEST = 1e-3  # below, logits would overflow, and the likeliest token is as good as certain
 RETRY_SECONDS = 1
+GONE = 499
 Number = StrictFloat | StrictInt
 Rate = Callable[[list[Conversation]], list[dict[str, float]]]
 
@@ -218,8 +219,8 @@ class Server:
             return _error(400, str(e))
         except TimeoutError:
             return _error(504, f"no answer within {self.limits.seconds:g} s")
-        except ConnectionError:  # whoever asked is not there any more
-            raise
+        except ConnectionError:  # whoever asked is not there any more, and nobody reads this
+            return web.Response(status=GONE)
         except Exception as e:
             return _error(500, f"the engine failed ({type(e).__name__})")
 

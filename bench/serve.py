@@ -1,0 +1,264 @@
+"""The server under load, and under nonsense.
+
+    PYTHONPATH=src python bench/serve.py load MODEL --clients 500 --seconds 120
+    PYTHONPATH=src python bench/serve.py fuzz MODEL --requests 10000
+
+`load` starts `gristmill serve MODEL` and lets so many clients stream answers, one after another; a fifth of the streams are broken off
+at a random moment. Then nothing may be left: no page of the cache in use, no sample open; every stream that was not broken off must be
+whole and equal to the answer of a quiet server (each asks with a seed of its own); SIGTERM in the middle of streams lets them end. Memory
+is told for both halves of the time. `fuzz` sends bodies that are wrong in every way; each must get a 4xx with a reason or an answer,
+never a 5xx, and the server must answer as before afterwards. Each prints one line of JSON and exits 1 if something is not so.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+QUESTIONS = ("Name a land.", "Write a word sum about eggs.", "What is the capital of Batru?", "List three fruits separated by commas.")
+BROKEN_OFF = 0.2
+
+
+class Served:
+    def __init__(self, model: str, *options: str):
+        command = [sys.executable, "-m", "gristmill.cli", "serve", model, "--port", "0", "--name", "model", *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.url = self.process.stdout.readline().split()[-1]
+
+    def memory_mib(self) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) // 1024
+
+    async def metric(self, session: aiohttp.ClientSession, name: str) -> float:
+        async with session.get(f"{self.url.removesuffix('/v1')}/metrics") as reply:
+            lines = (await reply.text()).splitlines()
+        return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+
+@contextlib.contextmanager
+def serving(model: str, *options: str) -> Iterator[Served]:
+    served = Served(model, *options)
+    try:
+        yield served
+    finally:
+        served.process.terminate()
+        served.process.wait(90)
+
+
+def body_of(number: int, tokens: int) -> dict[str, Any]:
+    question = QUESTIONS[number % len(QUESTIONS)]
+    messages = [{"role": "user", "content": question}]
+    return {"model": "model", "messages": messages, "max_tokens": tokens, "seed": number, "temperature": 1.0, "stream": True}
+
+
+async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any], most: int | None = None) -> tuple[int, str, bool]:
+    """Status, text, and whether the stream came to its end; read no further than `most` chunks."""
+    async with session.post(f"{url}/chat/completions", json=body) as reply:
+        if reply.status != 200:
+            return reply.status, "", False
+        text, chunks = "", 0
+        async for line in reply.content:
+            if line.startswith(b"data: [DONE]"):
+                return 200, text, True
+            if line.startswith(b"data: "):
+                text += json.loads(line[6:])["choices"][0]["delta"]["content"]
+                chunks += 1
+                if chunks == most:
+                    reply.close()
+                    return 200, text, False
+        return 200, text, False
+
+
+async def load(served: Served, args: argparse.Namespace) -> dict[str, Any]:
+    draw = random.Random(0)
+    count: Counter[str] = Counter()
+    texts: dict[int, str] = {}
+    memory: list[tuple[float, int]] = []
+    began = time.monotonic()
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as session:
+
+        async def client(number: int) -> None:
+            turn = 0
+            while time.monotonic() - began < args.seconds:
+                seed = number + args.clients * turn
+                turn += 1
+                most = draw.randint(1, 20) if draw.random() < BROKEN_OFF else None
+                status, text, whole = await stream(session, served.url, body_of(seed, 48), most)
+                if status == 429:
+                    count["sent away"] += 1
+                    await asyncio.sleep(1)
+                elif whole:
+                    count["whole"] += 1
+                    texts[seed] = text
+                else:
+                    count["broken off" if most else "torn"] += 1
+
+        async def watch() -> None:
+            while True:
+                memory.append((time.monotonic() - began, served.memory_mib()))
+                await asyncio.sleep(1)
+
+        watching = asyncio.ensure_future(watch())
+        await asyncio.gather(*(client(number) for number in range(args.clients)))
+        watching.cancel()
+        seconds = time.monotonic() - began
+        for _ in range(100):
+            if not await served.metric(session, "gristmill_open_samples"):
+                break
+            await asyncio.sleep(0.1)
+        left = {name: await served.metric(session, f"gristmill_{name}") for name in ("open_samples", "running", "pages_in_use")}
+        output = await served.metric(session, "gristmill_output_tokens")
+        # a quiet server says the same
+        chosen = draw.sample(sorted(texts), min(200, len(texts)))
+        different = 0
+        for seed in chosen:
+            _, text, _ = await stream(session, served.url, body_of(seed, 48))
+            different += text != texts[seed]
+        # told to end in the middle of streams
+        ending = [asyncio.ensure_future(stream(session, served.url, body_of(10**6 + i, 200))) for i in range(50)]
+        await asyncio.sleep(0.3)
+        served.process.send_signal(signal.SIGTERM)
+        drained = await asyncio.gather(*ending, return_exceptions=True)
+    early = [mib for at, mib in memory if at < seconds / 2]
+    late = [mib for at, mib in memory if at >= seconds / 2]
+    return {
+        "clients": args.clients,
+        "seconds": round(seconds, 1),
+        "streams": dict(count),
+        "output_tokens_per_s": round(output / seconds),
+        "left": left,
+        "memory_mib": {"first half": max(early), "second half": max(late)},
+        "compared": len(chosen),
+        "different": different,
+        "drained": sum(isinstance(one, tuple) and one[2] for one in drained),
+        "told to end while streaming": len(ending),
+        "exit": served.process.wait(90),
+    }
+
+
+def strange(draw: random.Random) -> bytes:
+    """A body that is wrong somewhere, or by luck right."""
+    good: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": "Name a land."}], "max_tokens": 3}
+    if draw.random() < 0.3:
+        good = {"model": "model", "prompt": "Name a land.", "max_tokens": 3}
+    names = [
+        *good,
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "n",
+        "seed",
+        "stop",
+        "logit_bias",
+        "logprobs",
+        "top_logprobs",
+        "stream",
+        "echo",
+    ]
+    names += ["presence_penalty", "frequency_penalty", "repetition_penalty", "stream_options", "priority", "user", "zzz", "\u0000"]
+    values: list[Any] = [
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        128,
+        10**30,
+        -(10**30),
+        0.5,
+        1e308,
+        -1e308,
+        "",
+        "a",
+        "\ud800",
+        [],
+        {},
+        [[]],
+        [None],
+    ]
+    values += ["x" * 5000, [0], [1, 2], [[1], [2]], ["a", ""], {"1": 1}, {"-1": 5}, {"a": 1}, {"1": 1e308}, [{"role": "user"}], 3.0, "1"]
+    values += [[{"role": "assistant", "content": "x"}], [{"role": "user", "content": None}], [{"role": "x", "content": "y"}], [7, "a"]]
+    body = dict(good)
+    for _ in range(draw.randint(1, 3)):
+        name = draw.choice(names)
+        if draw.random() < 0.15:
+            body.pop(name, None)
+        else:
+            body[name] = draw.choice(values)
+    raw = json.dumps(body).encode()
+    kind = draw.random()
+    if kind < 0.1:
+        return raw[: draw.randrange(len(raw))]
+    if kind < 0.15:
+        return draw.randbytes(draw.randrange(200))
+    if kind < 0.17:
+        return raw.replace(b"3", b"NaN")
+    return raw if kind > 0.19 else b"[" * draw.randint(1, 50_000)
+
+
+async def fuzz(served: Served, args: argparse.Namespace) -> dict[str, Any]:
+    draw = random.Random(args.seed)
+    statuses: Counter[int] = Counter()
+    wrong: list[str] = []
+    paths = ("/chat/completions", "/completions", "/rewards")
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+        _, before, _ = await stream(session, served.url, body_of(1, 24))
+        gate = asyncio.Semaphore(64)
+
+        async def one(path: str, raw: bytes) -> None:
+            async with gate, session.post(served.url + path, data=raw, headers={"Content-Type": "application/json"}) as reply:
+                text = await reply.text()
+                statuses[reply.status] += 1
+                reason = reply.status == 200 or bool(json.loads(text).get("error", {}).get("message"))
+                if reply.status >= 500 or not reason:
+                    wrong.append(f"{reply.status} {path} {raw[:300]!r} {text[:200]}")
+
+        await asyncio.gather(*(one(draw.choice(paths), strange(draw)) for _ in range(args.requests)))
+        _, after, whole = await stream(session, served.url, body_of(1, 24))
+        left = {name: await served.metric(session, f"gristmill_{name}") for name in ("open_samples", "running", "pages_in_use")}
+    found = {"requests": args.requests, "statuses": {str(k): v for k, v in sorted(statuses.items())}, "wrong": wrong[:5], "left": left}
+    return found | {"same answer afterwards": whole and before == after}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("load", "fuzz"))
+    parser.add_argument("model")
+    parser.add_argument("--clients", type=int, default=500)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault("PYTHONPATH", str(Path(__file__).parent.parent / "src"))
+    with serving(args.model, "--max-batch", "256") as served:
+        found = asyncio.run((load if args.what == "load" else fuzz)(served, args))
+    print(json.dumps(found))
+    bad = any(found["left"].values())
+    if args.what == "load":
+        bad |= bool(
+            found["different"] or found["streams"].get("torn") or found["exit"] or found["drained"] < found["told to end while streaming"]
+        )
+    else:
+        bad |= bool(found["wrong"]) or not found["same answer afterwards"]
+    sys.exit(bad)
+
+
+if __name__ == "__main__":
+    main()
