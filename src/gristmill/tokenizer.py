@@ -129,6 +129,10 @@ class Tokenizer:
         """Whether `name` is one token of the vocabulary."""
         return self._backend.token_to_id(name) is not None
 
+    def to_json(self) -> str:
+        """The whole tokenizer, as in tokenizer.json."""
+        return self._backend.to_str()
+
     def fingerprint(self) -> str:
         """Hash of the whole tokenizer, for caches and run folders."""
         return hashlib.blake2b(self._backend.to_str().encode(), digest_size=8).hexdigest()

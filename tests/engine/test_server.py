@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -234,6 +235,21 @@ def test_texts_are_continued_and_scored(full: str) -> None:
     for wrong, words in (([], "empty"), ("", "empty"), ([10**6], "no token 1000000"), ([[1], []], "empty"), ({}, "prompt")):
         status, refused = post(full, "/completions", prompt=wrong)
         assert status == 400 and words in refused["error"]["message"]
+
+
+def test_answers_keep_to_a_format(full: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    ask = {"messages": SAID, "max_tokens": 60, "temperature": 1.0}
+    formats = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    _, reply = post(full, "/chat/completions", response_format=formats, **ask)
+    assert json.loads(reply["choices"][0]["message"]["content"])["a"] in (1, 2)
+    for outputs, pattern in (({"choice": ["left", "right"]}, "left|right"), ({"regex": "[0-9]{4}"}, "[0-9]{4}")):
+        _, reply = post(full, "/chat/completions", structured_outputs=outputs, **ask)
+        assert re.fullmatch(pattern, reply["choices"][0]["message"]["content"])
+    for wrong in ({"regex": "(("}, {"choice": []}, {"colour": 1}, {"regex": "a", "choice": ["a"]}):
+        status, reply = post(full, "/chat/completions", structured_outputs=wrong, **ask)
+        assert status == 400 and reply["error"]["message"]
+    assert post(full, "/chat/completions", response_format={"type": "poem"}, **ask)[0] == 400
 
 
 def test_ratings_in_both_forms(full: str) -> None:

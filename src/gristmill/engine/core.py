@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gristmill.engine.constraints import Constraints
 from gristmill.engine.generator import Completion, Finish
 from gristmill.engine.pages import PAGE_SIZE, Pages
 from gristmill.engine.runner import Runner
@@ -34,6 +35,7 @@ class Core:
         workers: that share the machine.
         step_tokens: most tokens of a forward pass.
         int8: compute in int8, see `layers.Int8`.
+        constraints: makes what requests with a grammar need.
 
     Attributes:
         prompt_tokens, output_tokens: computed and drawn so far.
@@ -50,6 +52,7 @@ class Core:
         workers: int = 1,
         step_tokens: int = STEP_TOKENS,
         int8: bool = False,
+        constraints: Callable[[], Constraints] | None = None,
     ) -> None:
         longest = model.config.max_positions
         self.slots = Slots(max_rows, longest)
@@ -59,7 +62,7 @@ class Core:
             count = min(count, max(1, int(_memory(self.runner.device) / workers / self.runner.pool.bytes_per_page)))
         self.pages = Pages(count)
         self.scheduler = Scheduler(self.slots, self.pages, max(step_tokens, max_rows))
-        self.stop_V, self.text = stop_V, text
+        self.stop_V, self.text, self.constraints = stop_V, text, constraints
         self.finished: list[Job] = []
         self.prompt_tokens = self.output_tokens = 0
         self._allocated = False
@@ -130,6 +133,8 @@ class Core:
         for i, heir in enumerate(heirs):
             heir.length += 1
             job = heir.job
+            if heir.matcher is not None:
+                heir.matcher.add(int(token_R[i]))
             cut = self._stop_string(heir) if job.request.sampling.stop else None
             done = bool(done_R[i]) or cut is not None
             if job.listener is not None:
@@ -144,10 +149,14 @@ class Core:
                 heir.top_logprobs.append(tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
     def _adjusted(self, heirs: list[Sequence], floats: np.ndarray, logits_RV: Tensor) -> Tensor | None:
-        """The logits with penalties and biases, or None if nobody has any."""
+        """The logits with penalties, biases and what grammars forbid, or None if nobody has any."""
         penalised = (floats[:, REPETITION] != 1) | (floats[:, PRESENCE] != 0) | (floats[:, FREQUENCY] != 0)
         biased = [bool(heir.job.request.sampling.logit_bias) for heir in heirs]
-        if not penalised.any() and not any(biased):
+        for heir in heirs:
+            if heir.matcher is None and (grammar := heir.job.request.sampling.grammar):
+                assert self.constraints is not None
+                heir.matcher = self.constraints().begin(grammar)
+        if not penalised.any() and not any(biased) and all(heir.matcher is None for heir in heirs):
             return None
         out_RV = logits_RV.clone()
         for i, heir in enumerate(heirs):
@@ -162,6 +171,8 @@ class Core:
                 row_V[torch.from_numpy(drawn.astype(np.int64)).to(row_V.device)] -= torch.from_numpy(less).to(row_V)
             for token, bias in sampling.logit_bias:
                 row_V[token] += bias
+            if heir.matcher is not None and (allowed := heir.matcher.allowed()) is not None:
+                row_V[torch.from_numpy(~allowed).to(row_V.device)] = float("-inf")
         return out_RV
 
     def _stop_string(self, sequence: Sequence) -> int | None:

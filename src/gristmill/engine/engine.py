@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Event, Lock
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from gristmill.chat import ChatFormat, Message
+from gristmill.engine.constraints import Constraints
 from gristmill.engine.core import Core
 from gristmill.engine.generator import Completion, Request
 from gristmill.engine.sequence import Job
@@ -122,11 +124,25 @@ class Engine:
         shares = _Shares(requests, count)
         yield from merge(count, lambda number, stop: self._serve(shares, number, stop))
 
+    @cached_property
+    def constraints(self) -> Constraints:
+        """What requests with a grammar need; made for the first of them."""
+        return Constraints(self.tokenizer, self.model.config.vocab_size, self.stop_V.nonzero()[0].tolist())
+
     def core(self, workers: int = 1) -> Core:
         """A worker of its own, one of so many that share the machine."""
         text = lambda ids: self.chat_format.response_text(ids, self.tokenizer)  # noqa: E731
-        rows = max(1, self.max_batch // workers)
-        return Core(self.model, rows, self.stop_V, text, self.cache_tokens, self.cache_dtype, workers, int8=self.int8)
+        return Core(
+            self.model,
+            max(1, self.max_batch // workers),
+            self.stop_V,
+            text,
+            self.cache_tokens,
+            self.cache_dtype,
+            workers,
+            int8=self.int8,
+            constraints=lambda: self.constraints,
+        )
 
     def job(self, request: Request) -> Job:
         """A request as a core takes it.
@@ -148,6 +164,8 @@ class Engine:
         wrong = [token for token, _ in sampling.logit_bias if not 0 <= token < self.model.config.vocab_size]
         if wrong:
             raise InputError(f"Request {request.id!r} has a logit_bias for token {wrong[0]}, which the model does not have.")
+        if sampling.grammar:
+            self.constraints.check(sampling.grammar)
         limit = min(sampling.max_tokens, room)
         return Job(request, np.array(prompt, np.int32), limit, [None] * sampling.n, sampling.n, next(self._arrivals))
 

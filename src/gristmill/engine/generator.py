@@ -31,6 +31,7 @@ class Sampling:
         stop: the response ends before any of these strings.
         logit_bias: (token, what is added to its logit).
         top_logprobs: likeliest tokens that are told beside each drawn one.
+        grammar: what a response keeps to, made by `constraints`; "" is nothing.
 
     Raises:
         InputError: a value out of its range.
@@ -48,6 +49,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int = 0
+    grammar: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= LARGEST:

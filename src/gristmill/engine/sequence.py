@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gristmill.engine.constraints import Matcher
 from gristmill.engine.generator import Completion, Request
 from gristmill.engine.pages import PAGE_SIZE, ROOT
 
@@ -53,6 +54,7 @@ class Sequence:
         computed: positions whose keys and values are in the pages.
         named: pages that are known by their content, the last of which has the content `content`.
         twins: responses to the same prompt that begin when its prompt has been read, each with a slot of its own.
+        matcher: where it stands in its grammar, if it has one.
         top_logprobs: of each token drawn, if asked for.
         tokens, logprobs: what it had generated when it was sent back to wait.
     """
@@ -66,6 +68,7 @@ class Sequence:
     named: int = 0
     content: int = ROOT
     twins: list["Sequence"] = field(default_factory=list)
+    matcher: Matcher | None = None
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     tokens: np.ndarray | None = None
     logprobs: np.ndarray | None = None

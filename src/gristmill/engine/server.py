@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
 from gristmill.chat import Conversation, check, conversation
+from gristmill.engine import constraints
 from gristmill.engine.engine import Engine
 from gristmill.engine.generator import Completion, Request, Sampling
 from gristmill.engine.live import Event, Live
@@ -53,6 +54,8 @@ class _Body(BaseModel):
     stream: StrictBool | None = None
     stream_options: dict[str, Any] | None = None
     priority: StrictInt | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     user: Any = None
 
     def sampling(self, default_tokens: int, most_tokens: int, top_logprobs: int) -> Sampling:
@@ -76,6 +79,7 @@ class _Body(BaseModel):
             stop=stop,
             logit_bias=bias,
             top_logprobs=top_logprobs,
+            grammar=_grammar(self.response_format, self.structured_outputs),
         )
 
 
@@ -596,6 +600,31 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     if not prompt:
         raise InputError("a prompt is empty")
     return list(prompt)
+
+
+def _grammar(response_format: dict[str, Any] | None, structured: dict[str, Any] | None) -> str:
+    """OpenAI's `response_format`, or vLLM's `structured_outputs`, as a constraint."""
+    if response_format and structured:
+        raise InputError("give response_format or structured_outputs, not both")
+    match response_format:
+        case None | {"type": "text"}:
+            pass
+        case {"type": "json_object"}:
+            return constraints.of_json_schema({})
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return constraints.of_json_schema(schema)
+        case _:
+            raise InputError("response_format must be of type text, json_object, or json_schema with json_schema.schema")
+    if structured is None:
+        return ""
+    match list(structured.items()):
+        case [("json", dict(schema))]:
+            return constraints.of_json_schema(schema)
+        case [("regex", str(regex))]:
+            return constraints.of_regex(regex)
+        case [("choice", list(choices))] if all(isinstance(one, str) for one in choices):
+            return constraints.of_choice(choices)
+    raise InputError("structured_outputs must hold one of json (a schema), regex (a string) and choice (strings)")
 
 
 def _or(value: float | None, default: float) -> float:
