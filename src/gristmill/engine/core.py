@@ -78,6 +78,11 @@ class Core:
     def cancel(self, job: Job) -> None:
         self.scheduler.cancel(job)
 
+    def refresh(self) -> None:
+        """The model's weights are others now. What responses in flight have computed stays; no new one builds on it."""
+        self.runner.refresh()
+        self.pages.forget_all()
+
     def take_finished(self) -> list[Job]:
         """Requests whose samples are all done since the last call."""
         finished, self.finished = self.finished, []

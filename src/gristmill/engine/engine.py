@@ -91,7 +91,7 @@ class Engine:
     ) -> None:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}.")
-        self.model = _in_dtype(model, dtype)
+        self._trained, self.model = model, _in_dtype(model, dtype)
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.max_batch = max_batch
@@ -217,6 +217,15 @@ class Engine:
             values = (found.values - total_P1).tolist()
             best += [list(zip(i, v, strict=True)) for i, v in zip(found.indices.tolist(), values, strict=True)]
         return logprobs, best
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the weights that training has changed in place, without a copy on disk. Calls of `generate` that are under way, and
+        scoring, must have ended; a `Live` engine is told by its own `refresh`.
+        """
+        if self.model is not self._trained:
+            for mine, theirs in zip(self.model.parameters(), self._trained.parameters(), strict=True):
+                mine.copy_(theirs)
 
     def loglikelihood(self, conversations: Iterable[Sequence[Message]]) -> list[tuple[float, int]]:
         """Sum of log-probabilities (nats) and number of the trained tokens of each conversation.

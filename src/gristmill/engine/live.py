@@ -70,13 +70,23 @@ class Live:
         for worker in self.workers:
             worker.inbox.put((job, False))
 
+    def refresh(self) -> None:
+        """Between two steps, take over the weights that training has changed in place. Returns when all threads have."""
+        pause = threading.Barrier(len(self.workers) + 1)
+        for worker in self.workers:
+            worker.inbox.put(pause)
+        pause.wait()  # nobody computes now
+        self.engine.refresh()
+        pause.wait()
+        pause.wait()
+
 
 class _Worker:
     """Attributes: `load`, samples that are submitted and not done."""
 
     def __init__(self, engine: Engine, count: int, deliver: Callable[[list[Event]], None]) -> None:
         self.engine, self.count, self.deliver = engine, count, deliver
-        self.inbox: queue.SimpleQueue[tuple[Job, bool] | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[tuple[Job, bool] | threading.Barrier | None] = queue.SimpleQueue()
         self.jobs: set[Job] = set()
         self.load = 0
         self._lock = threading.Lock()
@@ -94,6 +104,12 @@ class _Worker:
                 order = self.inbox.get(block=self.core.idle)
                 if order is None:
                     return
+                if isinstance(order, threading.Barrier):
+                    order.wait()
+                    order.wait()
+                    self.core.refresh()
+                    order.wait()
+                    continue
                 self._obey(*order)
                 continue
             except queue.Empty:

@@ -1,17 +1,19 @@
-"""What quantization costs: how far the quantized model's predictions are from the model's own.
+"""How far the engine is from the model: what quantization costs, and whether samplers and trainers agree about log-probabilities.
 
 Shapes: T tokens of packed conversations, P of them at a time, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from gristmill.chat import Message
 from gristmill.engine.engine import LOGIT_ELEMENTS, PACKED_TOKENS, Engine
+from gristmill.engine.generator import Completion, Request
 from gristmill.engine.layers import Layer, Norm, hidden
 from gristmill.model.packed import PackedShape
-from gristmill.model.transformer import Block
+from gristmill.model.transformer import Block, Transformer
 
 
 @torch.inference_mode()
@@ -47,3 +49,23 @@ def divergence(engine: Engine, conversations: Sequence[Sequence[Message]]) -> di
             same += int((own_PV.argmax(-1) == small_PV.argmax(-1)).sum())
             count += len(rows_P)
     return {"kl": total / max(1, count), "kl_max": largest, "agreement": same / max(1, count), "tokens": count}
+
+
+@torch.inference_mode()
+def mismatch(engine: Engine, model: Transformer, answered: Iterable[tuple[Request, list[Completion]]]) -> dict[str, float]:
+    """The log-probabilities that the engine told beside those that the model computes for the same tokens, as training does.
+
+    Returns:
+        largest and mean absolute difference, nats, and tokens compared.
+    """
+    differences: list[Tensor] = []
+    for request, outs in answered:
+        prompt = engine.chat_format.render_prompt(request.messages, engine.tokenizer)
+        for out in outs:
+            ids_T = torch.tensor([*prompt, *out.tokens], device=engine.device)
+            h_TD = model.hidden(ids_T, PackedShape.from_lengths([len(ids_T)], engine.device))[len(prompt) - 1 : -1]
+            logits_TV = model.logits(h_TD).float()
+            own_T = logits_TV.log_softmax(-1).gather(-1, ids_T[len(prompt) :, None])[:, 0]
+            differences.append((own_T.cpu() - torch.tensor(out.logprobs)).abs())
+    all_T = torch.cat(differences) if differences else torch.zeros(1)
+    return {"largest": float(all_T.max()), "mean": float(all_T.mean()), "tokens": sum(map(len, differences))}

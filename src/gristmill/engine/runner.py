@@ -30,13 +30,18 @@ class Runner:
     def __init__(self, model: Transformer, slots: Slots, cache_dtype: torch.dtype, int8: bool = False) -> None:
         self.model, self.slots = model, slots
         self.device = model.embedding.device
-        dtype = model.compute_dtype
-        self.layers = [Layer(block, dtype, int8) for block in model.blocks if isinstance(block, Block)]
-        self.final_norm = Norm(model.final_norm)
+        self.int8 = int8
+        self.refresh()
         self.pool = Pool(model.config, cache_dtype, self.device)
         with torch.inference_mode():
             cos_LR, sin_LR = model.rope(torch.arange(model.config.max_positions, device=self.device))
         self.attention = attention.choose(model.config, self.pool, cos_LR, sin_LR)
+
+    def refresh(self) -> None:
+        """Make the weights ready as they are now."""
+        dtype = self.model.compute_dtype
+        self.layers = [Layer(block, dtype, self.int8) for block in self.model.blocks if isinstance(block, Block)]
+        self.final_norm = Norm(self.model.final_norm)
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:

@@ -444,6 +444,15 @@ def _body(target: Target, request: Request, num: int, start: int) -> dict[str, A
         body["top_p"] = sampling.top_p
     if sampling.top_k:
         body["top_k"] = sampling.top_k
+    if sampling.min_p:
+        body["min_p"] = sampling.min_p
+    for name, off in (("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0)):
+        if (value := getattr(sampling, name)) != off:
+            body[name] = value
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): value for token, value in sampling.logit_bias}
     if num > 1:
         body["n"] = num
     if target.logprobs:

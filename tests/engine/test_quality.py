@@ -1,0 +1,79 @@
+"""Sampler and trainer agree, before and after a step of training, and int8 is near."""
+
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+import torch
+
+from gristmill.chat import FORMATS, Message
+from gristmill.engine.engine import Engine
+from gristmill.engine.generator import Completion, Request, Sampling
+from gristmill.engine.live import Event, Live
+from gristmill.engine.quality import divergence, mismatch
+from gristmill.model.transformer import Transformer
+from gristmill.model.weights import load_model
+
+REQUESTS = [Request(f"r{i}", (Message("user", f"Name a land. {i}"),), Sampling(max_tokens=20, n=2), seed=i) for i in range(5)]
+
+
+def engine_of(tiny_base: Path, **options: object) -> Engine:
+    model, tokenizer = load_model(tiny_base)
+    return Engine(model, tokenizer, FORMATS["nemotron"], "tiny", 8, cache_tokens=2048, **options)  # type: ignore[arg-type]
+
+
+def change(model: Transformer) -> None:
+    """What a step of training does to weights."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def answers(engine: Engine) -> list[tuple[Request, list[Completion]]]:
+    return list(engine.generate(REQUESTS))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
+def test_sampler_and_trainer_agree_also_after_training(tiny_base: Path, dtype: torch.dtype, bound: float) -> None:
+    model, tokenizer = load_model(tiny_base)
+    engine = Engine(model, tokenizer, FORMATS["nemotron"], "tiny", 8, dtype, cache_tokens=2048)
+    before = answers(engine)
+    model.compute_dtype = dtype
+    found = mismatch(engine, model, before)
+    assert found["tokens"] == sum(out.num_tokens for _, outs in before for out in outs) > 50
+    assert found["largest"] < bound
+    change(model)
+    assert mismatch(engine, model, before)["largest"] > 10 * bound or dtype == torch.bfloat16
+    engine.refresh()
+    assert mismatch(engine, model, answers(engine))["largest"] < bound
+
+
+def test_a_live_engine_takes_over_new_weights(tiny_base: Path) -> None:
+    engine = engine_of(tiny_base)
+    ended: SimpleQueue[Event] = SimpleQueue()
+    live = Live(engine, lambda events: [ended.put(event) for event in events if event.sample < 0] and None)
+    live.start()
+
+    def ask() -> list[Completion]:
+        job = engine.job(REQUESTS[0])
+        live.submit(job)
+        assert ended.get(timeout=20).job is job
+        return [c for c in job.completions if c is not None]
+
+    try:
+        first, again = ask(), ask()
+        assert [c.text for c in first] == [c.text for c in again]
+        change(engine.model)
+        live.refresh()
+        assert mismatch(engine, engine.model, [(REQUESTS[0], ask())])["largest"] < 1e-4, "no page of the old weights is read"
+    finally:
+        assert live.stop()
+
+
+def test_int8_is_near(tiny_base: Path) -> None:
+    engine = engine_of(tiny_base, int8=True)
+    talks = [(*r.messages, Message("assistant", outs[0].text or "x")) for r, outs in answers(engine_of(tiny_base))]
+    found = divergence(engine, talks)
+    assert 0 <= found["kl"] < 0.05 and found["agreement"] > 0.8 and found["tokens"] > 20
+    assert all(out.logprobs for _, outs in answers(engine) for out in outs)
