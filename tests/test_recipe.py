@@ -28,7 +28,7 @@ SURFACE = {
     ),
     "writing": "templates topics pipelines",
     "writing.topics": "macro subtopics combine broad own file",
-    "responses": "samples temperatures max_tokens max_batch",
+    "responses": "samples temperatures max_tokens max_batch precision",
     "judging": (
         "weights min_correctness keep_per_prompt pairs_per_prompt quota writing_quota code_quota code_share min_votes verified_gap min_gap"
     ),

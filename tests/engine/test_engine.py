@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gristmill.chat import FORMATS, Message
+from gristmill.engine import kernels
 from gristmill.engine.engine import Engine, _Shares
 from gristmill.engine.generator import Completion, Request, Sampling
 from gristmill.errors import InputError
@@ -71,13 +72,13 @@ def same(left: list[Completion], right: list[Completion]) -> bool:
     )
 
 
-@pytest.mark.parametrize("family", ["nemotron", "llama"])
-def test_greedy_equals_transformers(family: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["nemotron", "llama", "qwen3"])
+def test_greedy_equals_transformers(family: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
     model = build_model(family, tokenizer.vocab_size, (BlockConfig(4, 2, 8, 64),) * 2)
     save_model(model, tokenizer, tmp_path / "model")
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    requests = [request(i, GREEDY) for i in range(6)]
+    requests = [request(i, GREEDY, num_words=12 * i + 1 if i > 3 else None) for i in range(6)]
     expected = {}
     for one in requests:
         prompt = FORMAT.render_prompt(one.messages, tokenizer)
@@ -94,8 +95,19 @@ def test_greedy_equals_transformers(family: str, tokenizer: Tokenizer, tmp_path:
         expected[one.id] = (text, len(ids), "stop" if stopped else "length")
     assert len({e[0] for e in expected.values()}) > 1
     neighbours = [request(100 + i, RANDOM) for i in range(9)]
-    for max_batch, extra in [(1, []), (3, neighbours), (16, []), (16, neighbours)]:
-        got = run(make_engine(model, tokenizer, max_batch), [*extra, *requests])
+    # alone, in company, where others are sent back for want of pages, and by the other way of attending
+    for max_batch, extra, cache, compiled in [
+        (1, [], None, True),
+        (3, neighbours, None, True),
+        (16, neighbours, None, True),
+        (16, neighbours, 128, True),
+        (16, neighbours, 128, False),
+    ]:
+        if not compiled:
+            monkeypatch.setattr(kernels, "load", lambda: None)
+        engine = Engine(model, tokenizer, FORMAT, "test", max_batch, cache_tokens=cache)
+        assert engine.core().runner.attention.name == ("compiled" if kernels.load() else "torch")
+        got = run(engine, [*extra, *requests, *requests])
         assert {k: (got[k][0].text, got[k][0].num_tokens, got[k][0].finish) for k in expected} == expected
 
 

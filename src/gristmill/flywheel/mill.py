@@ -98,7 +98,9 @@ class Mill:
             while len(self._engines) >= 2:
                 self._engines.pop(next(iter(self._engines)))
             model, _ = load_model(folder)
-            self._engines[key] = Engine(model, self.tokenizer, self.format, name, self.recipe.responses.max_batch)
+            responses = self.recipe.responses
+            dtype, int8 = torch.float32 if responses.precision == "fp32" else torch.bfloat16, responses.precision == "int8"
+            self._engines[key] = Engine(model, self.tokenizer, self.format, name, responses.max_batch, dtype, int8=int8)
         return self._engines[key]
 
     def scorer(self, folder: Path) -> RewardScorer:

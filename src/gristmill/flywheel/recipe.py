@@ -32,6 +32,7 @@ class Responses(Section):
     temperatures: tuple[float, ...] = (0.7, 1.0)
     max_tokens: int = Field(80, gt=0)
     max_batch: int = Field(256, gt=0)
+    precision: Literal["fp32", "bf16", "int8"] = Field("fp32", description="of generation; int8: products in int8, all else in bf16")
 
 
 class Judging(Section):
