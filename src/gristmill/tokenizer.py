@@ -114,6 +114,13 @@ class Tokenizer:
         """Text of `ids`; control tokens are dropped unless `keep_special`."""
         return self._backend.decode(list(ids), skip_special_tokens=not keep_special)
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one id stands for, which may be a part of a character."""
+        name = self._backend.id_to_token(token) or ""
+        if name and all(c in _BYTES for c in name) and self.decode([token]):
+            return bytes(_BYTES[c] for c in name)
+        return self.decode([token], keep_special=True).encode()
+
     def special_id(self, name: str) -> int:
         """Id of a control token.
 
@@ -136,3 +143,13 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of the whole tokenizer, for caches and run folders."""
         return hashlib.blake2b(self._backend.to_str().encode(), digest_size=8).hexdigest()
+
+
+def _byte_names() -> dict[str, int]:
+    """How byte-level BPE writes bytes: printable ones as themselves, the others as letters from U+0100 on (GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_names()

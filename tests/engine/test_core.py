@@ -29,11 +29,15 @@ def model_of(family: str = "nemotron", blocks: tuple[BlockConfig, ...] = WIDE, l
     return model.requires_grad_(False)
 
 
+def words(ids: list[int]) -> str:
+    return " ".join(map(str, ids))
+
+
 def core_of(model: Transformer, rows: int = 8, pages: int | None = None, **options: object) -> Core:
     stop = np.zeros(VOCABULARY, np.bool_)
     stop[7] = True
     tokens = None if pages is None else pages * PAGE_SIZE
-    return Core(model, rows, stop, lambda ids: " ".join(map(str, ids)), tokens, torch.float32, **options)  # type: ignore[arg-type]
+    return Core(model, rows, stop, words, words, tokens, torch.float32, **options)  # type: ignore[arg-type]
 
 
 def jobs_of(count: int, seed: int = 0, longest: int = 90, answer: int = 60) -> list[Job]:
@@ -162,12 +166,46 @@ def test_cancelling_frees_everything_and_disturbs_nobody(seed: int) -> None:
 MODEL = model_of(blocks=(BlockConfig(4, 2, 8, 64),) * 2)
 
 
+def test_a_short_prompt_among_many_is_read_at_its_end(model: Transformer) -> None:
+    """Tokens to draw and tokens of the step may round up to the same number."""
+    core = core_of(model, rows=40)
+    for i in range(20):
+        core.add(Job(Request(f"d{i}", (), Sampling(0.0, max_tokens=40)), np.full(9, i, np.int32), 40, [None], 1, i))
+    for _ in range(3):
+        core.step()
+    late = Job(Request("late", (), Sampling(0.0, max_tokens=5)), np.arange(6, dtype=np.int32) + 30, 5, [None], 1, 99)
+    again = Job(Request("late", (), Sampling(0.0, max_tokens=5)), np.arange(6, dtype=np.int32) + 30, 5, [None], 1, 99)
+    assert finish(core, [late])["late"] == finish(core_of(model), [again])["late"]
+
+
+def test_pages_of_former_weights_are_never_found(model: Transformer) -> None:
+    changing = model_of()
+    core = core_of(changing)
+    text = np.arange(10, dtype=np.int32)
+    first = Job(Request("first", (), Sampling(0.0, max_tokens=60)), text, 60, [None], 1)
+    core.stop_V[:] = False
+    core.add(first)
+    for _ in range(10):
+        core.step()
+    with torch.no_grad():
+        for parameter in changing.parameters():
+            parameter.mul_(0.6)
+    core.refresh()
+    said = finish(core, [])["first"][0][0]
+    prompt = np.array([*text, *map(int, said.split())], np.int32)[: PAGE_SIZE + 8]
+    jobs = [Job(Request("next", (), Sampling(0.0, max_tokens=6)), prompt, 6, [None], 1) for _ in range(2)]
+    before = core.prompt_tokens
+    other = core_of(changing)
+    other.stop_V[:] = False
+    assert finish(core, jobs[:1]) == finish(other, jobs[1:]) and core.prompt_tokens - before == len(prompt)
+
+
 def test_a_listener_hears_every_token_once(model: Transformer) -> None:
     heard: dict[int, list[int]] = {0: [], 1: [], 2: []}
     ended = []
     job = Job(Request("r", (), Sampling(max_tokens=9, n=3)), np.arange(40, dtype=np.int32), 9, [None] * 3, 3)
 
-    def listener(sample: int, token: int, logprob: float, last: bool) -> None:
+    def listener(sample: int, token: int, logprob: float, last: bool, likeliest: object) -> None:
         heard[sample].append(token)
         assert logprob <= 0
         if last:

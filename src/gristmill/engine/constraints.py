@@ -31,7 +31,8 @@ def of_choice(choices: Sequence[str]) -> str:
     """One of these texts."""
     if not choices or not all(choices):
         raise InputError("a choice needs texts to choose from, none of them empty")
-    return str(llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in choices)))
+    plain = lambda c: c.isalnum() or c.isspace() or c in "_<>" or not c.isascii()  # noqa: E731
+    return of_regex("|".join("".join(c if plain(c) else f"\\{c}" for c in one) for one in choices))
 
 
 class Constraints:
@@ -74,13 +75,13 @@ class Matcher:
     def __init__(self, constraints: Constraints, matcher: llguidance.LLMatcher) -> None:
         self._constraints, self._matcher = constraints, matcher
 
-    def add(self, token: int) -> None:
-        """The token that was drawn."""
+    def add(self, token: int) -> str:
+        """The token that was drawn. Returns why the grammar can say no more, where it has become too much for its limits; else ""."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
+        return self._matcher.get_error().strip().split("\n")[0] if self._matcher.is_error() else ""
 
     def allowed(self) -> np.ndarray | None:
-        """Bool [V], or None where nothing is forbidden any more: the grammar has come to its end or given up."""
-        if self._matcher.is_error():
-            return None
-        return self._constraints.allowed(self._matcher)
+        """Bool [V], or None if the grammar has given up, as `add` will say."""
+        mask = None if self._matcher.is_error() else self._constraints.allowed(self._matcher)
+        return None if self._matcher.is_error() else mask

@@ -30,7 +30,8 @@ class Core:
         model: in the type that it is to compute in.
         max_rows: most responses in flight.
         stop_V: tokens that end a response.
-        text: of token ids.
+        text: of a response's token ids.
+        plain: of any, in which stop strings are looked for.
         cache_tokens: positions that fit into the cache; None for as many as `max_rows` responses can take, memory permitting.
         workers: that share the machine.
         step_tokens: most tokens of a forward pass.
@@ -47,6 +48,7 @@ class Core:
         max_rows: int,
         stop_V: np.ndarray,
         text: Text,
+        plain: Text,
         cache_tokens: int | None,
         cache_dtype: torch.dtype,
         workers: int = 1,
@@ -62,7 +64,7 @@ class Core:
             count = min(count, max(1, int(_memory(self.runner.device) / workers / self.runner.pool.bytes_per_page)))
         self.pages = Pages(count)
         self.scheduler = Scheduler(self.slots, self.pages, max(step_tokens, max_rows))
-        self.stop_V, self.text, self.constraints = stop_V, text, constraints
+        self.stop_V, self.text, self.plain, self.constraints = stop_V, text, plain, constraints
         self.finished: list[Job] = []
         self.prompt_tokens = self.output_tokens = 0
         self._allocated = False
@@ -82,9 +84,11 @@ class Core:
         """The model's weights are others now. What responses in flight have computed stays; no new one builds on it."""
         self.runner.refresh()
         self.pages.forget_all()
+        for sequence in self.scheduler.running:
+            sequence.stale = True
 
     def take_finished(self) -> list[Job]:
-        """Requests whose samples are all done since the last call."""
+        """Requests whose samples are all done, or that failed, since the last call."""
         finished, self.finished = self.finished, []
         return finished
 
@@ -138,12 +142,16 @@ class Core:
         for i, heir in enumerate(heirs):
             heir.length += 1
             job = heir.job
-            if heir.matcher is not None:
-                heir.matcher.add(int(token_R[i]))
+            if job.cancelled:  # with a sample before this one
+                continue
+            if heir.matcher is not None and (words := heir.matcher.add(int(token_R[i]))):
+                self._fail(job, InputError(f"the grammar gave up: {words}"))
+                continue
             cut = self._stop_string(heir) if job.request.sampling.stop else None
             done = bool(done_R[i]) or cut is not None
             if job.listener is not None:
-                job.listener(heir.sample, int(token_R[i]), float(logprob_R[i]), done)
+                likeliest = heir.top_logprobs[-1] if heir.top_logprobs else ()
+                job.listener(heir.sample, int(token_R[i]), float(logprob_R[i]), done, likeliest)
             if done:
                 self._complete(heir, bool(stopped_R[i]), cut)
 
@@ -174,8 +182,11 @@ class Core:
                 drawn, counts = np.unique(tokens[len(heir.job.prompt) :], return_counts=True)
                 less = sampling.presence_penalty + sampling.frequency_penalty * counts
                 row_V[torch.from_numpy(drawn.astype(np.int64)).to(row_V.device)] -= torch.from_numpy(less).to(row_V)
-            for token, bias in sampling.logit_bias:
-                row_V[token] += bias
+            if sampling.logit_bias:
+                if heir.job.bias is None:
+                    tokens_B, values_B = zip(*dict(sampling.logit_bias).items(), strict=True)
+                    heir.job.bias = torch.tensor(tokens_B, device=row_V.device), torch.tensor(values_B, device=row_V.device)
+                row_V.index_add_(0, heir.job.bias[0], heir.job.bias[1].to(row_V.dtype))
             if heir.matcher is not None and (allowed := heir.matcher.allowed()) is not None:
                 row_V[torch.from_numpy(~allowed).to(row_V.device)] = float("-inf")
         return out_RV
@@ -185,12 +196,17 @@ class Core:
         stop = sequence.job.request.sampling.stop
         start = len(sequence.job.prompt)
         drawn = self.slots.tokens[sequence.slot, start : sequence.length]
-        tail = max(map(len, stop)) + 8  # a token holds a character at least, but for pieces of one
-        if not any(s in self.text(drawn[-tail:].tolist()) for s in stop):
+        end = self.plain(drawn[-max(len(s.encode()) for s in stop) - 8 :].tolist())  # a token holds a byte at least
+        if not any(s in end for s in stop):
             return None
-        text = self.text(drawn.tolist())
+        text = self.plain(drawn.tolist())
         found = [place for s in stop if (place := text.find(s)) >= 0]
         return min(found) if found else None
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.error = error
+        self.scheduler.cancel(job)
+        self.finished.append(job)
 
     def _complete(self, sequence: Sequence, stopped: bool, cut: int | None) -> None:
         job, slots = sequence.job, self.slots
@@ -198,7 +214,7 @@ class Core:
         tokens = slots.tokens[sequence.slot, start:length].tolist()
         logprobs = tuple(slots.logprobs[sequence.slot, start:length].tolist())
         finish: Finish = "stop" if stopped or cut is not None else "length"
-        text = self.text(tokens[:-1] if stopped else tokens)[:cut]
+        text = self.text(tokens[:-1] if stopped else tokens) if cut is None else self.plain(tokens)[:cut]
         completion = Completion(text, length - start, logprobs, finish, tuple(tokens), tuple(sequence.top_logprobs))
         job.completions[sequence.sample] = completion
         self.scheduler.retire(sequence)

@@ -137,6 +137,7 @@ class Engine:
             max(1, self.max_batch // workers),
             self.stop_V,
             text,
+            self.tokenizer.decode,
             self.cache_tokens,
             self.cache_dtype,
             workers,
@@ -191,6 +192,8 @@ class Engine:
             spent = (time.perf_counter() - started) / shares.count
             self.stats.add(core.prompt_tokens - prompts, core.output_tokens - outputs, spent)
             for job in core.take_finished():
+                if job.error is not None:
+                    raise job.error
                 yield job.request, [c for c in job.completions if c is not None]
             if exhausted and core.idle:
                 return

@@ -23,6 +23,7 @@ class Event:
     token: int = 0
     logprob: float = 0.0
     last: bool = False
+    likeliest: tuple[tuple[int, float], ...] = ()
     error: Exception | None = None
 
 
@@ -38,6 +39,7 @@ class Live:
         self.engine = engine
         count = min(num_workers(engine.model), engine.max_batch)
         self._torch_threads = torch.get_num_threads()
+        self._refreshing = threading.Lock()
         self.workers = [_Worker(engine, count, deliver) for _ in range(count)]
 
     def start(self) -> None:
@@ -72,13 +74,14 @@ class Live:
 
     def refresh(self) -> None:
         """Between two steps, take over the weights that training has changed in place. Returns when all threads have."""
-        pause = threading.Barrier(len(self.workers) + 1)
-        for worker in self.workers:
-            worker.inbox.put(pause)
-        pause.wait()  # nobody computes now
-        self.engine.refresh()
-        pause.wait()
-        pause.wait()
+        with self._refreshing:  # two at once would wait for each other
+            pause = threading.Barrier(len(self.workers) + 1)
+            for worker in self.workers:
+                worker.inbox.put(pause)
+            pause.wait()  # nobody computes now
+            self.engine.refresh()
+            pause.wait()
+            pause.wait()
 
 
 class _Worker:
@@ -117,10 +120,11 @@ class _Worker:
             try:
                 self.core.step()
                 for job in self.core.take_finished():
-                    self._end(job)
+                    self._end(job, job.error)
             except Exception as e:  # whatever it was, the others' state may be wrong too
                 for job in list(self.jobs):
                     self._end(job, e)
+                self._tell()
                 self.core = self.engine.core(self.count)
             self._tell()
 
@@ -132,7 +136,7 @@ class _Worker:
         elif not job.cancelled:
             self.jobs.add(job)
             if job.listener is not None:
-                job.listener = lambda sample, token, logprob, last: self.events.append(Event(job, sample, token, logprob, last))
+                job.listener = lambda *heard: self.events.append(Event(job, *heard))
             try:
                 self.core.add(job)
             except InputError as e:

@@ -52,14 +52,15 @@ class Runner:
         slot = np.array([s.slot for s in step.sequences], np.int32)
         starts = np.array(step.starts, np.int64)
         positions = np.arange(begin[-1]) - np.repeat(begin[:-1] - starts, counts)
-        ids = np.zeros(_padded(len(positions)), np.int64)
+        ids = np.zeros(self._padded(len(positions)), np.int64)
         ids[: len(positions)] = self.slots.tokens[np.repeat(slot, counts), positions]
         ids_T = torch.from_numpy(ids).to(self.device)
         positions_T = torch.from_numpy(positions.astype(np.int64)).to(self.device)
         length = (starts + counts).astype(np.int32)
         self.attention.begin(Batch(begin, length, slot, self.slots.table, positions_T, step.decoding))
         ends = [int(begin[place + 1]) - 1 for place in dict.fromkeys(step.drawn)]
-        ends += [0] * (_padded(len(ends)) - len(ends))
+        all_drawn = len(ends) == len(positions)
+        ends += [0] * (self._padded(len(ends)) - len(ends))
         x_TD, delta_TD = self.model.embed(ids_T).clone(), None
         last_R = torch.tensor(ends, dtype=torch.int64, device=self.device)
         for number, layer in enumerate(self.layers):
@@ -69,7 +70,7 @@ class Runner:
                 delta_TD = None
             else:
                 attended = None
-            if number == len(self.layers) - 1 and len(ends) < len(x_TD):  # from here on only what is drawn from is read
+            if number == len(self.layers) - 1 and not all_drawn:  # from here on only what is drawn from is read
                 x_TD = x_TD[last_R]
                 delta_TD = None if delta_TD is None else delta_TD[last_R]
                 attended = None if attended is None else attended[last_R]
@@ -84,7 +85,9 @@ class Runner:
         rows = [place_of[place] for place in step.drawn]
         return logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, dtype=torch.int64, device=self.device)]
 
-
-def _padded(count: int) -> int:
-    """Few different sizes, for which products are made ready once: libraries take as long to do so as to compute a small one."""
-    return count if count <= ROUND else -(-count // ROUND) * ROUND
+    def _padded(self, count: int) -> int:
+        """Few different sizes, for which products are made ready once: libraries take as long to do so as to compute a small one. On a
+        GPU at least two rounds, as the int8 product asks for."""
+        if self.device.type == "cuda":
+            return max(2, -(-count // ROUND)) * ROUND
+        return count if count <= ROUND else -(-count // ROUND) * ROUND

@@ -13,6 +13,8 @@ from gristmill.engine.sampler import sample_key
 from gristmill.engine.sequence import Job, Sequence, Slots
 from gristmill.errors import InputError
 
+COLDEST = 1e-3  # below, logits would overflow, and the likeliest token is as good as certain
+
 
 @dataclass
 class Step:
@@ -70,15 +72,13 @@ class Scheduler:
 
     def cancel(self, job: Job) -> None:
         """Forget a request, whatever it is doing."""
-        job.cancelled = True
+        job.cancelled = True  # those that wait are left out when their turn comes
         for sequence in [s for s in self.running if s.job is job]:
             self._stop(sequence)
         for sequence in self.running:
             for twin in [t for t in sequence.twins if t.job is job]:
                 sequence.twins.remove(twin)
                 self._free_slot(twin)
-        self.waiting = [entry for entry in self.waiting if entry[2].job is not job]
-        heapq.heapify(self.waiting)
 
     def retire(self, sequence: Sequence) -> None:
         """A response has ended."""
@@ -97,6 +97,9 @@ class Scheduler:
         begun: dict[bytes, Sequence] = {}
         while self.waiting and self.slots.free and budget > 0:
             sequence = self.waiting[0][2]
+            if sequence.job.cancelled:
+                heapq.heappop(self.waiting)
+                continue
             prompt = None if sequence.tokens is not None else sequence.job.prompt.tobytes()
             twin_of = begun.get(prompt) if prompt is not None else None
             if twin_of is not None:
@@ -135,6 +138,7 @@ class Scheduler:
                     self.copies.append((sequence.pages[full], page))
                     self._own(twin, [page])
                 twin.computed, twin.named, twin.content = len(sequence.job.prompt), sequence.named, sequence.content
+                twin.stale = sequence.stale
                 self.running.append(twin)
                 self.running.sort(key=lambda s: s.order)
 
@@ -239,6 +243,7 @@ class Scheduler:
             if waiting is not sequence:
                 self._free_slot(waiting)
             waiting.computed = waiting.named = waiting.content = 0
+            waiting.stale = False
             self._wait(waiting)
 
     def _stop(self, sequence: Sequence) -> None:
@@ -271,7 +276,7 @@ class Scheduler:
         sequence.length = len(tokens)
         slots.ints[slot] = prompt, prompt + job.limit, sampling.top_k
         slots.floats[slot] = (
-            sampling.temperature,
+            sampling.temperature if sampling.temperature >= COLDEST else 0.0,
             sampling.top_p,
             sampling.min_p,
             sampling.repetition_penalty,
@@ -291,6 +296,8 @@ class Scheduler:
 
     def _name_pages(self, sequence: Sequence) -> None:
         """Make pages known that have become full."""
+        if sequence.stale:
+            return
         tokens = self.slots.tokens[sequence.slot]
         while (sequence.named + 1) * PAGE_SIZE <= sequence.computed:
             begin = sequence.named * PAGE_SIZE

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from gristmill.engine.constraints import Matcher
 from gristmill.engine.generator import Completion, Request
@@ -17,7 +18,8 @@ PROMPT, LIMIT, TOP_K = range(3)
 # Columns of `Slots.floats`.
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
 
-Listener = Callable[[int, int, float, bool], None]  # sample, token, its log-probability, whether it is the last
+# sample, token, its log-probability, whether it is the last, the likeliest if asked for
+Listener = Callable[[int, int, float, bool, tuple[tuple[int, float], ...]], None]
 
 
 @dataclass(eq=False)
@@ -30,6 +32,8 @@ class Job:
         arrival: of requests of one priority the earliest goes first.
         waiting: samples that have no slot.
         listener: hears every token as it is drawn.
+        error: why it has no completions.
+        bias: tokens and what is added to their logits.
     """
 
     request: Request
@@ -41,6 +45,8 @@ class Job:
     waiting: int = 0
     listener: Listener | None = None
     cancelled: bool = False
+    error: Exception | None = None
+    bias: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -53,6 +59,7 @@ class Sequence:
         pages: of its positions, in order.
         computed: positions whose keys and values are in the pages.
         named: pages that are known by their content, the last of which has the content `content`.
+        stale: its pages hold what former weights made of its tokens, and shall not be known by them.
         twins: responses to the same prompt that begin when its prompt has been read, each with a slot of its own.
         matcher: where it stands in its grammar, if it has one.
         top_logprobs: of each token drawn, if asked for.
@@ -67,6 +74,7 @@ class Sequence:
     computed: int = 0
     named: int = 0
     content: int = ROOT
+    stale: bool = False
     twins: list["Sequence"] = field(default_factory=list)
     matcher: Matcher | None = None
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
