@@ -18,10 +18,13 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from gristmill.chat import FORMATS, Message
+from gristmill.engine.core import Core
 from gristmill.engine.engine import Engine
 from gristmill.engine.generator import Request, Sampling
+from gristmill.engine.server import Limits, Server
 from gristmill.errors import InputError
 from gristmill.jobs import chat_format_of
 from gristmill.judge.reward_api import RewardEndpoint, rating_of
@@ -191,7 +194,17 @@ def metric(url: str, name: str) -> float:
 SAID = [{"role": "user", "content": "Write a word sum about eggs."}]
 
 
-@pytest.mark.parametrize("extra", [{}, {"n": 3, "temperature": 1.0, "seed": 5}, {"stop": ["a", "ow"]}, {"temperature": 1.5, "seed": 8}])
+STREAMED: list[dict[str, Any]] = [
+    {},
+    {"n": 3, "temperature": 1.0, "seed": 5},
+    {"stop": ["a", "ow"]},
+    {"temperature": 1.5, "seed": 8},
+    {"stop": ["Observation:", "\n\n"], "temperature": 1.5, "seed": 8},
+    {"top_logprobs": 2},
+]
+
+
+@pytest.mark.parametrize("extra", STREAMED)
 def test_a_streamed_answer_is_the_whole_one(full: str, extra: dict[str, Any]) -> None:
     ask = {"messages": SAID, "max_tokens": 60, "temperature": 0.0, "logprobs": True} | extra
     status, whole = post(full, "/chat/completions", **ask)
@@ -205,8 +218,12 @@ def test_a_streamed_answer_is_the_whole_one(full: str, extra: dict[str, Any]) ->
         assert "".join(c["delta"]["content"] for c in mine) == choice["message"]["content"]
         assert [c["delta"].get("role") for c in mine] == ["assistant"] + [None] * (len(mine) - 1)
         assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
-        tokens = [entry["token"] for c in mine for entry in c["logprobs"]["content"]]
-        assert tokens == [entry["token"] for entry in choice["logprobs"]["content"]]
+        entries = [entry for c in mine for entry in c["logprobs"]["content"]]
+        assert [e["token"] for e in entries] == [e["token"] for e in choice["logprobs"]["content"]]
+        likeliest = [[t["token"] for t in e["top_logprobs"]] for e in entries]
+        assert likeliest == [[t["token"] for t in e["top_logprobs"]] for e in choice["logprobs"]["content"]]
+        said = bytes(byte for e in entries for byte in e["bytes"]).decode(errors="replace")
+        assert said.startswith(choice["message"]["content"])
 
 
 def test_likeliest_tokens_stand_beside_the_chosen(full: str) -> None:
@@ -232,6 +249,16 @@ def test_texts_are_continued_and_scored(full: str) -> None:
     _, ids = post(full, "/completions", prompt=[5, 6, 7], max_tokens=3, temperature=0)
     _, raw = post(full, "/completions", prompt=[5, 6, 7], max_tokens=3, temperature=0, stream=True)
     assert "".join(c["text"] for part in chunks(raw) for c in part["choices"]) == ids["choices"][0]["text"]
+    for tokens in (0, 3):
+        ask = {"prompt": text, "max_tokens": tokens, "temperature": 0, "logprobs": 0, "echo": True}
+        _, whole = post(full, "/completions", **ask)
+        _, raw = post(full, "/completions", stream=True, **ask)
+        parts = [c for part in chunks(raw) for c in part["choices"]]
+        assert "".join(c["text"] for c in parts) == whole["choices"][0]["text"]
+        assert [w for c in parts for w in c["logprobs"]["tokens"]] == whole["choices"][0]["logprobs"]["tokens"]
+        assert [w for c in parts for w in c["logprobs"]["text_offset"]] == whole["choices"][0]["logprobs"]["text_offset"]
+        assert whole["choices"][0]["logprobs"]["top_logprobs"] is None
+        assert parts[-1]["finish_reason"] == whole["choices"][0]["finish_reason"]
     for wrong, words in (([], "empty"), ("", "empty"), ([10**6], "no token 1000000"), ([[1], []], "empty"), ({}, "prompt")):
         status, refused = post(full, "/completions", prompt=wrong)
         assert status == 400 and words in refused["error"]["message"]
@@ -239,7 +266,7 @@ def test_texts_are_continued_and_scored(full: str) -> None:
 
 def test_answers_keep_to_a_format(full: str) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
-    ask = {"messages": SAID, "max_tokens": 60, "temperature": 1.0}
+    ask = {"messages": SAID, "max_tokens": 60, "temperature": 1.0, "seed": 1}
     formats = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     _, reply = post(full, "/chat/completions", response_format=formats, **ask)
     assert json.loads(reply["choices"][0]["message"]["content"])["a"] in (1, 2)
@@ -276,7 +303,7 @@ def key_file() -> Path:
 
 
 def test_a_key_is_asked_for_and_health_needs_none(full: str) -> None:
-    for key in (None, "wrong"):
+    for key in (None, "wrong", "\u00ff\u00fe"):
         status, reply = post(full, "/chat/completions", key=key, messages=SAID)
         assert status == 401 and "API key" in reply["error"]["message"]
     with urllib.request.urlopen(f"{full.removesuffix('/v1')}/health", timeout=10) as reply:
@@ -304,6 +331,25 @@ def test_too_many_are_told_to_come_back_and_who_leaves_frees_everything(full: st
     assert post(full, "/chat/completions", messages=SAID, max_tokens=4)[0] == 200
 
 
+def test_one_request_cannot_ask_for_more_than_there_is_room_for(full: str) -> None:
+    for path, body in (
+        ("/completions", {"prompt": [[5]] * 40, "n": 2}),
+        ("/chat/completions", {"messages": SAID, "n": 65}),
+    ):
+        assert post(full, path, **body)[0] == 429
+    for body, words in (
+        ({"messages": [{"role": "user", "content": "x" * 3_000_000}]}, "3,000,000 characters"),
+        ({"messages": SAID, "temperature": 10**400}, "too large"),
+        ({"messages": SAID, "stop": ["x"] * 17}, "stop"),
+        ({"messages": SAID, "logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
+    ):
+        status, reply = post(full, "/chat/completions", **body)
+        assert status == 400 and words in reply["error"]["message"], reply
+    many = [f"{a}{b}" for a in "abcdefghijklmnopqrstuvwxyz" for b in range(200)]
+    status, reply = post(full, "/chat/completions", messages=SAID, structured_outputs={"choice": many}, max_tokens=20)
+    assert status == 400 or reply["choices"][0]["message"]["content"] in many, "no free text where a grammar is too much"
+
+
 BIAS = {str(token): -100 for token in range(8)}  # so that no answer ends early
 
 
@@ -311,6 +357,83 @@ def test_a_request_that_the_cache_cannot_hold_is_refused(tiny_base: Path) -> Non
     engine = Engine(*load_model(tiny_base), FORMATS["nemotron"], "tiny", 4, cache_tokens=64)
     with pytest.raises(InputError, match="the cache holds 64"):
         list(engine.generate([ask("Name a land.", max_tokens=200)]))
+
+
+async def served_here(tiny_base: Path, limits: Limits, rate: Any, work: Any) -> Any:
+    """A server in this process, for what only happens when it is slow or broken."""
+    engine = Engine(*load_model(tiny_base), FORMATS["nemotron"], "Tiny", 4, cache_tokens=2048)
+    server = Server(engine, limits, rate)
+    runner = web.AppRunner(server.app(), handler_cancellation=True)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}") as session:
+            return await asyncio.wait_for(work(server, session), 20)
+    finally:
+        await runner.cleanup()
+
+
+def test_a_stream_that_takes_too_long_ends_with_the_reason(tiny_base: Path) -> None:
+    async def work(server: Server, session: aiohttp.ClientSession) -> None:
+        step = Core.step
+
+        def slow(core: Core) -> None:
+            time.sleep(0.05)
+            step(core)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Core, "step", slow)
+            body = {"model": "Tiny", "messages": SAID, "max_tokens": 200, "stream": True, "logit_bias": BIAS}
+            for _ in range(2):  # the connection can be used again
+                async with session.post("/v1/chat/completions", json=body) as reply:
+                    assert reply.status == 200
+                    lines = [line async for line in reply.content if line.strip()]
+                assert "no answer within" in json.loads(lines[-1].removeprefix(b"data: "))["error"]["message"]
+        async with session.post("/v1/chat/completions", json={"model": "nope", "messages": SAID}) as reply:
+            assert reply.status == 404 and "has 'Tiny'" in (await reply.json())["error"]["message"]
+
+    asyncio.run(served_here(tiny_base, Limits(seconds=0.4), None, work))
+
+
+def test_who_leaves_takes_no_other_s_rating_along(tiny_base: Path) -> None:
+    def rate(talks: list[Any]) -> list[dict[str, float]]:
+        time.sleep(0.3)
+        return [{"helpfulness": float(len(talk))} for talk in talks]
+
+    async def work(server: Server, session: aiohttp.ClientSession) -> None:
+        body = {"messages": [*SAID, {"role": "assistant", "content": "x"}]}
+
+        async def ask() -> int:
+            async with session.post("/v1/rewards", json=body) as reply:
+                return reply.status
+
+        asking = []
+        for _ in range(4):
+            asking.append(asyncio.ensure_future(ask()))
+            await asyncio.sleep(0.05)
+        asking[0].cancel()
+        asking[1].cancel()
+        assert await asyncio.gather(*asking[2:]) == [200, 200]
+
+    asyncio.run(served_here(tiny_base, Limits(), rate, work))
+
+
+def test_an_engine_that_breaks_tells_everyone(tiny_base: Path) -> None:
+    async def work(server: Server, session: aiohttp.ClientSession) -> None:
+        def broken(*_: object) -> None:
+            raise RuntimeError("no memory")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Core, "step", broken)
+            patch.setattr(server.engine, "core", broken)
+            statuses = []
+            for _ in range(2):
+                async with session.post("/v1/chat/completions", json={"model": "Tiny", "messages": SAID}) as reply:
+                    statuses.append(reply.status)
+                await asyncio.sleep(0.1)
+        assert statuses == [500, 503]
+
+    asyncio.run(served_here(tiny_base, Limits(), None, work))
 
 
 def test_told_to_end_it_finishes_what_is_under_way(tiny_base: Path) -> None:

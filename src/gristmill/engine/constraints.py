@@ -14,12 +14,14 @@ import numpy as np
 from gristmill.errors import InputError
 from gristmill.tokenizer import Tokenizer
 
+WHITESPACE = r"(?:\x20|\x0A\x20{0,16})"  # of JSON, at one place; small models would otherwise go on with it for ever
 LARGEST_GRAMMAR = 100_000  # characters: what builds a grammar works longer than its size would suggest
 
 
 def of_json_schema(schema: dict[str, Any]) -> str:
     """JSON that a schema accepts; {} for any object at all."""
-    return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema or {"type": "object"})))
+    text = json.dumps(schema or {"type": "object"})
+    return str(llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE}))
 
 
 def of_regex(regex: str) -> str:

@@ -1,5 +1,6 @@
 """An engine that is always at work: requests join and leave while others are on their way."""
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from gristmill.engine.engine import Engine
 from gristmill.engine.sequence import Job
 from gristmill.errors import InputError
 from gristmill.workers import num_workers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,11 @@ class _Worker:
                 for job in list(self.jobs):
                     self._end(job, e)
                 self._tell()
-                self.core = self.engine.core(self.count)
+                try:
+                    self.core = self.engine.core(self.count)
+                except Exception:
+                    log.exception("the engine cannot go on")
+                    return
             self._tell()
 
     def _obey(self, job: Job, wanted: bool) -> None:

@@ -4,12 +4,15 @@ Sources of the protocol: OpenAI's API reference; for rewards, the API of Nemotro
 """
 
 import asyncio
+import contextlib
 import hmac
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -27,11 +30,24 @@ from gristmill.rows import make_id
 LARGEST_BODY = 4 << 20  # bytes
 MOST_SAMPLES = 128
 MOST_TOP_K = 1 << 20
-COLDEST = 1e-3  # below, logits would overflow, and the likeliest token is as good as certain
+MOST_STOPS, LONGEST_STOP, MOST_BIASES = 16, 500, 1024
+LONGEST_TOKEN = 128  # characters, as good as never more: a longer text is too long without counting
+IN_A_THREAD = 20_000  # characters of a text, or tokens with their likeliest, that would hold up everybody else
 RETRY_SECONDS = 1
 GONE = 499
+STREAM = web.RequestKey("stream", web.StreamResponse)  # the answer that has begun
+JSON = "application/json"
 Number = StrictFloat | StrictInt
+Stop = Annotated[StrictStr, Field(max_length=LONGEST_STOP)]
 Rate = Callable[[list[Conversation]], list[dict[str, float]]]
+
+
+class _Refused(Exception):
+    """A request that gets this status and these words."""
+
+    def __init__(self, status: int, words: str):
+        super().__init__(words)
+        self.status = status
 
 
 class _Body(BaseModel):
@@ -46,28 +62,26 @@ class _Body(BaseModel):
     max_tokens: StrictInt | None = None
     n: StrictInt | None = Field(None, le=MOST_SAMPLES)
     seed: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: dict[str, Number] | None = Field(None, max_length=MOST_BIASES)
     stream: StrictBool | None = None
     stream_options: dict[str, Any] | None = None
-    priority: StrictInt | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     user: Any = None
 
     def sampling(self, default_tokens: int, most_tokens: int, top_logprobs: int) -> Sampling:
-        temperature = 1.0 if self.temperature is None else float(self.temperature)
         wanted = default_tokens if self.max_tokens is None else self.max_tokens
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         try:
-            bias = tuple((int(token), float(value)) for token, value in (self.logit_bias or {}).items())
+            bias = tuple((int(token), _or(value, 0.0)) for token, value in (self.logit_bias or {}).items())
         except ValueError as e:
             raise InputError("the keys of logit_bias must be token ids") from e
         return Sampling(
-            temperature=0.0 if 0 <= temperature < COLDEST else temperature,
+            temperature=_or(self.temperature, 1.0),
             top_p=_or(self.top_p, 1.0),
             top_k=min(self.top_k or 0, MOST_TOP_K),
             max_tokens=min(wanted, most_tokens),
@@ -161,7 +175,8 @@ class Server:
         self.closing = False
         self._open: dict[Job, _Open] = {}
         self._number = 0
-        self._one_at_a_time = asyncio.Lock()
+        self._aside = ThreadPoolExecutor(1)  # scores and ratings, one at a time
+        self._rating_now: asyncio.Task[None] | None = None
         self._unrated: list[tuple[Conversation, asyncio.Future[dict[str, float]]]] = []
 
     def app(self) -> web.Application:
@@ -183,6 +198,7 @@ class Server:
 
         async def stop(app: web.Application) -> None:
             self.quiet = self.live.stop()
+            self._aside.shutdown(wait=False, cancel_futures=True)
 
         app.on_startup.append(start)
         app.on_shutdown.append(shut)
@@ -208,25 +224,44 @@ class Server:
     async def _guarded(self, http: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
         try:
             if self.limits.keys and http.path != "/health":
-                given = http.headers.get("Authorization", "").removeprefix("Bearer ").encode()
+                given = http.headers.get("Authorization", "").removeprefix("Bearer ").encode(errors="surrogateescape")
                 if not any(hmac.compare_digest(given, key.encode()) for key in self.limits.keys):
                     return _error(401, "this server wants an API key: send `Authorization: Bearer KEY`")
-            if http.method == "POST" and sum(worker.load for worker in self.live.workers) >= self.limits.most_open:
-                return _error(429, "too many requests are waiting: come back later", retry=True)
+            if http.method == "POST":
+                if not self.live.healthy:
+                    return _error(503, "the engine is broken: start the server again")
+                self._check_room(1)
             async with asyncio.timeout(self.limits.seconds):
                 return await handler(http)
         except web.HTTPRequestEntityTooLarge:
             return _error(413, f"the body has more than {LARGEST_BODY:,} bytes")
+        except _Refused as e:
+            return await self._told(http, e.status, str(e))
         except web.HTTPException as e:
             return _error(e.status, e.reason.lower())
         except InputError as e:
-            return _error(400, str(e))
+            return await self._told(http, 400, str(e))
         except TimeoutError:
-            return _error(504, f"no answer within {self.limits.seconds:g} s")
+            return await self._told(http, 504, f"no answer within {self.limits.seconds:g} s")
         except ConnectionError:  # whoever asked is not there any more, and nobody reads this
             return web.Response(status=GONE)
         except Exception as e:
-            return _error(500, f"the engine failed ({type(e).__name__})")
+            return await self._told(http, 500, f"the engine failed ({type(e).__name__})")
+
+    async def _told(self, http: web.Request, status: int, words: str) -> web.StreamResponse:
+        """An error as an answer of its own, or as the last event of a stream that has begun."""
+        reply = http.get(STREAM)
+        answer = _error(status, words)
+        if reply is None:
+            return answer
+        with contextlib.suppress(ConnectionError):
+            await reply.write(b"data: " + (answer.body if isinstance(answer.body, bytes) else b"{}") + b"\n\n")
+            await reply.write_eof()
+        return reply
+
+    def _check_room(self, samples: int) -> None:
+        if sum(worker.load for worker in self.live.workers) + samples > self.limits.most_open:
+            raise _Refused(429, "too many requests are waiting, or this one is too large: come back later")
 
     # ---- routes ----
 
@@ -251,7 +286,7 @@ class Server:
         if talk[-1].role != "user":
             raise InputError("the last message must be the user's")
         body.max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        prompt = self.engine.chat_format.render_prompt(talk, self.engine.tokenizer)
+        prompt = await self._encoded(sum(len(m.content) for m in talk), self.engine.chat_format.render_prompt, talk, self.engine.tokenizer)
         sampling = body.sampling(256, self.context, (body.top_logprobs or 0) if body.logprobs else 0)
         request = self._request("chatcmpl", body, talk, sampling, body.messages)
         shape = _ChatShape(self, request, bool(body.logprobs))
@@ -260,7 +295,9 @@ class Server:
     async def _text(self, http: web.Request) -> web.StreamResponse:
         body = await _read(http, TextBody)
         self._check_model(body.model)
-        prompts = [self._ids(one) for one in _prompts(body.prompt)]
+        texts = _prompts(body.prompt)
+        self._check_room(len(texts) * (1 if body.n is None else body.n))
+        prompts = [await self._ids(one) for one in texts]
         wanted = 16 if body.max_tokens is None else body.max_tokens
         scored = None
         if body.echo and body.logprobs is not None:
@@ -271,14 +308,14 @@ class Server:
             sampling = body.sampling(16, self.context, body.logprobs or 0)
             jobs = [(self._request("cmpl", body, (), sampling, [body.prompt, i]), ids) for i, ids in enumerate(prompts)]
         shape = _TextShape(self, f"cmpl-{self._number}", body, prompts, scored)
-        if not jobs:
+        if not jobs and not body.stream:
             return web.json_response(shape.whole([], sampling.n))
         return await self._answer(http, body, jobs, shape)
 
     async def _rewards(self, http: web.Request) -> web.StreamResponse:
         body = await _read(http, RewardBody)
         if self.rate is None:
-            return _error(404, "this server has no reward model: start it with --reward")
+            raise _Refused(404, "this server has no reward model: start it with --reward")
         rating = await self._rating(_talk(body.messages))
         return web.json_response({"object": "reward", "model": self.reward_name, "rewards": rating})
 
@@ -296,16 +333,23 @@ class Server:
 
     def _check_model(self, name: str) -> None:
         if name != self.engine.name:
-            raise web.HTTPNotFound(reason=f"the model {name!r} does not exist; this server has {self.engine.name!r}".replace("\n", " "))
+            raise _Refused(404, f"the model {name!r} does not exist; this server has {self.engine.name!r}")
 
     def _request(self, kind: str, body: _Body, talk: Conversation, sampling: Sampling, content: Any) -> Request:
         self._number += 1
         # the engine draws by id and seed: where a seed is given, equal requests shall have equal answers
         name = f"{kind}-{self._number}" if body.seed is None else f"{kind}-{make_id(content, body.seed)}"
-        return Request(name, talk, sampling, body.seed or 0, body.priority or 0)
+        return Request(name, talk, sampling, body.seed or 0)
 
-    def _ids(self, prompt: str | list[int]) -> list[int]:
-        ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    async def _encoded(self, characters: int, encode: Callable[..., list[int]], *args: Any) -> list[int]:
+        if characters > LONGEST_TOKEN * self.context:
+            raise InputError(f"the text has {characters:,} characters and the model's context is {self.context} tokens: shorten it")
+        return encode(*args) if characters < IN_A_THREAD else await asyncio.to_thread(encode, *args)
+
+    async def _ids(self, prompt: str | list[int]) -> list[int]:
+        ids = prompt
+        if isinstance(ids, str):
+            ids = await self._encoded(len(ids), self.engine.tokenizer.encode, ids)
         if not ids:
             raise InputError("a prompt is empty")
         if wrong := [token for token in ids if not 0 <= token < self.engine.model.config.vocab_size]:
@@ -313,24 +357,27 @@ class Server:
         return ids
 
     async def _score(self, ids: list[int], top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
-        async with self._one_at_a_time:
-            return await asyncio.to_thread(self.engine.prompt_logprobs, ids, max(1, top))
+        return await asyncio.get_running_loop().run_in_executor(self._aside, self.engine.prompt_logprobs, ids, top)
 
     async def _rating(self, talk: Conversation) -> dict[str, float]:
         if talk[-1].role != "assistant":
             raise InputError("the last message must be the assistant's, which is rated")
         turn: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
         self._unrated.append((talk, turn))
-        async with self._one_at_a_time:  # whoever comes first rates for all that wait
-            wave, self._unrated = self._unrated, []
+        if self._rating_now is None or self._rating_now.done():  # of its own: whoever waits may go
+            self._rating_now = asyncio.ensure_future(self._rate_all())
+        return await turn
+
+    async def _rate_all(self) -> None:
+        while self._unrated:
+            wave, self._unrated = [one for one in self._unrated if not one[1].done()], []
             if wave:
                 await self._rate_wave(wave)
-        return await turn
 
     async def _rate_wave(self, wave: list[tuple[Conversation, asyncio.Future[dict[str, float]]]]) -> None:
         assert self.rate is not None
         try:
-            ratings = await asyncio.to_thread(self.rate, [talk for talk, _ in wave])
+            ratings = await asyncio.get_running_loop().run_in_executor(self._aside, self.rate, [talk for talk, _ in wave])
         except Exception as e:
             if len(wave) > 1:  # one of them broke it: each by itself
                 for one in wave:
@@ -369,13 +416,17 @@ class Server:
                 if body.stream:
                     job.listener = lambda *_: None
                 opened.append(_Open(job, asyncio.get_running_loop().create_future()))
+            self._check_room(sum(len(one.job.completions) for one in opened))
             for one in opened:
                 self._open[one.job] = one
                 self.live.submit(one.job)
             if body.stream:
                 return await self._stream(http, body, opened, shape)
             await asyncio.gather(*(one.ended for one in opened))
-            return web.json_response(shape.whole([one.job for one in opened], body.n or 1))
+            made = [one.job for one in opened]
+            if _drawn(made) * (1 + made[0].request.sampling.top_logprobs) > IN_A_THREAD:
+                return web.Response(text=await asyncio.to_thread(lambda: json.dumps(shape.whole(made, body.n or 1))), content_type=JSON)
+            return web.json_response(shape.whole(made, body.n or 1))
         finally:  # the client has gone, or time is up: nobody wants the rest
             for one in opened:
                 if self._open.pop(one.job, None) is not None:
@@ -390,6 +441,7 @@ class Server:
             if reply is None:  # an error before the first token has a status of its own
                 reply = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
                 await reply.prepare(http)
+                http[STREAM] = reply
                 self.metrics.first.observe(time.monotonic() - started)
             await reply.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
         assert reply is not None
@@ -402,6 +454,8 @@ class Server:
 
     async def _chunks(self, opened: list[_Open], shape: "_Shape") -> AsyncIterator[dict[str, Any]]:
         """Chunks of all samples as they come: the requests' one after another, the samples' of one together."""
+        for choice in shape.before():
+            yield shape.chunk([choice])
         for place, one in enumerate(opened):
             num_samples = len(one.job.completions)
             texts = [_Text(self.engine, one.job.request.sampling.stop) for _ in range(num_samples)]
@@ -410,13 +464,13 @@ class Server:
                 index = place * num_samples + event.sample
                 if not event.last:
                     piece = texts[event.sample].add(event.token)
-                    yield shape.chunk([shape.piece(index, piece, event.token, event.logprob, None)])
+                    yield shape.chunk([shape.piece(index, piece, event, None)])
                 else:
                     completion = one.job.completions[event.sample]
                     assert completion is not None
                     piece = texts[event.sample].rest(completion.text)
                     ended.add(event.sample)
-                    yield shape.chunk([shape.piece(index, piece, event.token, event.logprob, completion.finish)])
+                    yield shape.chunk([shape.piece(index, piece, event, completion.finish)])
             await one.ended  # raises what went wrong
 
 
@@ -442,8 +496,8 @@ class _Text:
             head = self.engine.tokenizer.decode(self.ids[self.start : middle])
             if text.startswith(self.done + head) and self.done + head + self.engine.tokenizer.decode(self.ids[middle:]) == text:
                 self.done, self.start = self.done + head, middle
-        end = len(text) - self.hold
-        piece, self.sent = text[self.sent : end], max(self.sent, end)
+        end = max(self.sent, len(text) - self.hold)
+        piece, self.sent = text[self.sent : end], end
         return piece
 
     def rest(self, text: str) -> str:
@@ -460,7 +514,11 @@ class _Shape:
     def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
         raise NotImplementedError
 
-    def piece(self, index: int, text: str, token: int, logprob: float, finish: str | None) -> dict[str, Any]:
+    def before(self) -> list[dict[str, Any]]:
+        """What is said before anything is drawn."""
+        return []
+
+    def piece(self, index: int, text: str, event: Event, finish: str | None) -> dict[str, Any]:
         raise NotImplementedError
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -482,12 +540,12 @@ class _ChatShape(_Shape):
         usage = _usage(len(job.prompt), _drawn(jobs))
         return _envelope("chat.completion", self.request.id, self.server.engine.name, choices, usage)
 
-    def piece(self, index: int, text: str, token: int, logprob: float, finish: str | None) -> dict[str, Any]:
+    def piece(self, index: int, text: str, event: Event, finish: str | None) -> dict[str, Any]:
         delta: dict[str, Any] = {"content": text}
         if index not in self.begun:
             self.begun.add(index)
             delta["role"] = "assistant"
-        entries = {"content": [self._entry(token, logprob, ())]} if self.logprobs else None
+        entries = {"content": [self._entry(event.token, event.logprob, event.likeliest)]} if self.logprobs else None
         return {"index": index, "delta": delta, "logprobs": entries, "finish_reason": finish}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -498,14 +556,17 @@ class _ChatShape(_Shape):
         return [self._entry(token, value, top) for token, value, top in zip(out.tokens, out.logprobs, tops, strict=True)]
 
     def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> dict[str, Any]:
-        text = _token(self.server.engine, token)
-        likeliest = [{"token": (t := _token(self.server.engine, i)), "logprob": v, "bytes": list(t.encode())} for i, v in top]
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": likeliest}
+        return self._one(token, logprob) | {"top_logprobs": [self._one(*other) for other in top]}
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        tokenizer = self.server.engine.tokenizer
+        return {"token": _token(self.server.engine, token), "logprob": logprob, "bytes": list(tokenizer.token_bytes(token))}
 
 
 class _TextShape(_Shape):
     def __init__(self, server: Server, name: str, body: TextBody, prompts: list[list[int]], scored: list[Any] | None) -> None:
         self.server, self.name, self.body, self.prompts, self.scored = server, name, body, prompts, scored
+        self.offsets: dict[int, int] = {}  # of choices that are streamed
 
     def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
@@ -516,16 +577,26 @@ class _TextShape(_Shape):
         usage = _usage(sum(map(len, self.prompts)), _drawn(jobs))
         return _envelope("text_completion", self.name, self.server.engine.name, choices, usage)
 
-    def piece(self, index: int, text: str, token: int, logprob: float, finish: str | None) -> dict[str, Any]:
+    def before(self) -> list[dict[str, Any]]:
+        if not self.body.echo:
+            return []
+        n = 1 if self.body.n is None else self.body.n
+        none, finish = Completion("", 0, (), "length"), None if self.body.max_tokens != 0 else "length"
+        places = [(place, ids, sample) for place, ids in enumerate(self.prompts) for sample in range(n)]
+        return [self._choice(place * n + sample, place, ids, none) | {"finish_reason": finish} for place, ids, sample in places]
+
+    def piece(self, index: int, text: str, event: Event, finish: str | None) -> dict[str, Any]:
         logprobs = None
         if self.body.logprobs is not None:
-            logprobs = {
-                "tokens": [_token(self.server.engine, token)],
-                "token_logprobs": [logprob],
-                "top_logprobs": None,
-                "text_offset": [0],
-            }
+            word = _token(self.server.engine, event.token)
+            tops = [self._top(event.likeliest)] if self.body.logprobs else None
+            offset = self.offsets.get(index, 0)
+            self.offsets[index] = offset + len(word)
+            logprobs = {"tokens": [word], "token_logprobs": [event.logprob], "top_logprobs": tops, "text_offset": [offset]}
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _top(self, likeliest: Sequence[tuple[int, float]]) -> dict[str, float]:
+        return {_token(self.server.engine, token): value for token, value in likeliest}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return _envelope("text_completion", self.name, self.server.engine.name, choices, None)
@@ -536,16 +607,16 @@ class _TextShape(_Shape):
         logprobs = None
         if self.body.logprobs is not None:
             tokens, values = list(out.tokens), list[float | None](out.logprobs)
-            tops: list[dict[str, float] | None] = [{_token(engine, i): v for i, v in top} for top in out.top_logprobs]
+            tops: list[dict[str, float] | None] = [self._top(top) for top in out.top_logprobs]
             if self.scored is not None:
                 given, likeliest = self.scored[place]
                 tokens, values = [*ids, *tokens], [None, *given, *values]
-                tops = [None, *({_token(engine, i): v for i, v in top} for top in likeliest), *tops]
+                tops = [None, *(self._top(top) for top in likeliest), *tops]
             words = [_token(engine, token) for token in tokens]
-            offsets = [0]
-            for word in words:
-                offsets.append(offsets[-1] + len(word))
-            logprobs = {"tokens": words, "token_logprobs": values, "top_logprobs": tops or None, "text_offset": offsets[:-1]}
+            offsets = [0, *itertools.accumulate(len(word) for word in words)]
+            self.offsets[index] = offsets[-1]
+            told = tops if self.body.logprobs else None
+            logprobs = {"tokens": words, "token_logprobs": values, "top_logprobs": told, "text_offset": offsets[:-1]}
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": out.finish}
 
 
@@ -563,7 +634,11 @@ def _drawn(jobs: list[Job]) -> int:
 
 
 def _token(engine: Engine, token: int) -> str:
-    return engine.tokenizer.decode([token], keep_special=True)
+    """The text of a token; of a part of a character its bytes, written out."""
+    text = engine.tokenizer.decode([token], keep_special=True)
+    if "\ufffd" not in text:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in engine.tokenizer.token_bytes(token))
 
 
 # ---- reading ----
@@ -628,10 +703,13 @@ def _grammar(response_format: dict[str, Any] | None, structured: dict[str, Any] 
 
 
 def _or(value: float | None, default: float) -> float:
-    return default if value is None else float(value)
+    try:
+        return default if value is None else float(value)
+    except OverflowError as e:
+        raise InputError("a number is too large") from e
 
 
-def _error(status: int, words: str, retry: bool = False) -> web.Response:
-    headers = {"Retry-After": str(RETRY_SECONDS)} if retry else None
+def _error(status: int, words: str) -> web.Response:
+    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
     kind = "invalid_request_error" if status < 500 else "server_error"
     return web.json_response({"error": {"message": words, "type": kind, "code": status}}, status=status, headers=headers)
