@@ -52,7 +52,7 @@ def test_sampler_and_trainer_agree_also_after_training(tiny_base: Path, dtype: t
 def test_a_live_engine_takes_over_new_weights(tiny_base: Path) -> None:
     engine = engine_of(tiny_base)
     ended: SimpleQueue[Event] = SimpleQueue()
-    live = Live(engine, lambda events: [ended.put(event) for event in events if event.sample < 0] and None)
+    live = Live(engine, lambda events: [ended.put(event) for event in events if event.sample < 0])
     live.start()
 
     def ask() -> list[Completion]:

@@ -11,7 +11,7 @@ runs/NAME/results.json
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from gristmill.files import lock, write_json
 from gristmill.flywheel.progress import Progress
 from gristmill.judge.conditions import Condition
 from gristmill.rows import Prompt, Response, write_rows
-from gristmill.synth.ask import Asker, Source, Waves, failed_calls
+from gristmill.synth.ask import Asker, Source, failed_calls
 from gristmill.synth.endpoint import Endpoint
 from gristmill.synth.journal import Journal
 from gristmill.synth.pack import Pack
@@ -120,13 +120,11 @@ def _check(recipe: DatasetRecipe) -> tuple[Pack, Inputs, Source]:
 
 
 def _in_process(recipe: DatasetRecipe) -> Source:
-    from gristmill.engine.engine import Engine
-    from gristmill.jobs import chat_format_of
-    from gristmill.model.weights import load_model
+    from gristmill.dataset.local import LocalSource
+    from gristmill.jobs import engine_of
 
     assert recipe.folder is not None
-    model, tokenizer = load_model(recipe.folder)
-    return Waves(Engine(model, tokenizer, chat_format_of(recipe.chat_format, tokenizer), recipe.folder.name, 256))
+    return LocalSource(engine_of(recipe.folder, recipe.chat_format))
 
 
 def _open(folder: Path, recipe: DatasetRecipe) -> Any:
@@ -218,7 +216,7 @@ class _Run:
         recipe = self.recipe
         async with AsyncExitStack() as stack:
             journal = stack.enter_context(Journal(self.folder / "journal.jsonl"))
-            if isinstance(self.source, Endpoint):
+            if isinstance(self.source, AbstractAsyncContextManager):
                 await stack.enter_async_context(self.source)
             self.asker = Asker(self.source, journal, retry_failed=retry_failed)
             self.writer = Writer(self.asker, self.pack, recipe.seed, sampling_of(recipe.turn))

@@ -38,7 +38,7 @@ class Live:
         deliver: hears, from the threads, what a step brought. Without listeners, that is the ends of requests alone.
     """
 
-    def __init__(self, engine: Engine, deliver: Callable[[list[Event]], None]) -> None:
+    def __init__(self, engine: Engine, deliver: Callable[[list[Event]], object]) -> None:
         self.engine = engine
         count = min(num_workers(engine.model), engine.max_batch)
         self._torch_threads = torch.get_num_threads()
@@ -90,7 +90,7 @@ class Live:
 class _Worker:
     """Attributes: `load`, samples that are submitted and not done."""
 
-    def __init__(self, engine: Engine, count: int, deliver: Callable[[list[Event]], None]) -> None:
+    def __init__(self, engine: Engine, count: int, deliver: Callable[[list[Event]], object]) -> None:
         self.engine, self.count, self.deliver = engine, count, deliver
         self.inbox: queue.SimpleQueue[tuple[Job, bool] | threading.Barrier | None] = queue.SimpleQueue()
         self.jobs: set[Job] = set()
