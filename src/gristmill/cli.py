@@ -359,11 +359,11 @@ def init(
 @command("gristmill serve runs/miniature/29-r2-rpo3/model --reward runs/miniature/01-reward/model --port 8000")
 def serve(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
-    reward: Annotated[Path | None, typer.Option(help="Folder of a reward model, served beside it.")] = None,
+    reward: Annotated[Path | None, typer.Option(help="Folder of a reward model, served beside it by its folder's name.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
     name: Annotated[str, typer.Option(help="Name that clients know the model by; default the folder's.")] = "",
-    api_key_env: Annotated[str, typer.Option(help="Environment variable with the keys that requests must bear.")] = "",
+    api_key_env: Annotated[str, typer.Option(help="Environment variable with keys, parted by spaces.")] = "",
     api_key_file: Annotated[Path | None, typer.Option(help="File with such keys, one a line.")] = None,
     most_open: Annotated[int, typer.Option(help="Samples under way or waiting, beyond which requests get status 429.")] = 4096,
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,

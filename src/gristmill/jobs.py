@@ -293,6 +293,8 @@ def serve(model_folder: Path, how: Serving) -> None:
 
     from gristmill.engine.server import Limits, Server
 
+    if how.most_open < 1 or not how.timeout > 0 or (how.cache_tokens is not None and how.cache_tokens < 1):
+        raise InputError("--most-open and --cache-tokens must be at least 1, and --timeout above 0.")
     keys = _keys(how.api_key_env, how.api_key_file)
     model, tokenizer = load_model(model_folder)
     if torch.cuda.is_available():
@@ -307,8 +309,9 @@ def serve(model_folder: Path, how: Serving) -> None:
     server = Server(engine, Limits(keys, how.most_open, how.timeout), rate, reward_name)
     try:
         listening = socket.create_server((how.host, how.port))
-    except OSError as e:
-        raise InputError(f"Nothing can listen at {how.host}:{how.port} ({e.strerror}): choose another --host or --port.") from e
+    except (OSError, OverflowError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise InputError(f"Nothing can listen at {how.host}:{how.port} ({reason}): choose another --host or --port.") from e
 
     def ready(_: object) -> None:
         both = f"{name} and the reward model {reward_name} answer" if rate else f"{name} answers"

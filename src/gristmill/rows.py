@@ -63,7 +63,7 @@ class Response:
         judge: what decided `good`: "verifier" where a program could, else "reward".
         good: whether the judge accepts the answer.
         score: weighted sum of the rating.
-        logprob: sum over the answer's tokens, under the model that wrote it.
+        logprob: sum over the answer's tokens, under the model that wrote it; None where the source told none.
         votes: how many of the prompt's samples said exactly this.
     """
 
@@ -76,7 +76,7 @@ class Response:
     temperature: float
     sample: int
     num_tokens: int
-    logprob: float
+    logprob: float | None
     finished: bool
     rating: Rating | None = None
     score: float | None = None

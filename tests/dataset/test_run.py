@@ -1,5 +1,6 @@
 """A dataset from a recipe through a real endpoint process: every pipeline, judged, paired, exported, and taken up after a kill."""
 
+import asyncio
 import json
 import os
 import random
@@ -16,13 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from gristmill.chat import Message
 from gristmill.dataset import recipe as recipes
+from gristmill.dataset.judging import Judges
 from gristmill.dataset.lineage import errors, lineage
 from gristmill.dataset.run import rehearse, run
 from gristmill.errors import InputError
 from gristmill.flywheel.progress import Progress
 from gristmill.judge.instructions import follows
-from gristmill.rows import Demonstration, Pair, Prompt, Response, read_rows
+from gristmill.rows import Demonstration, Pair, Prompt, Rating, Response, make_id, read_rows
 
 ALL: dict[str, Any] = {
     "open_qa": {"questions": 2, "revisions": 2},
@@ -286,6 +289,44 @@ def test_what_is_wrong_is_said_before_anything_is_asked(endpoint: Any, tmp_path:
     with pytest.raises(InputError, match=words):
         make(path)
     assert endpoint.stats()["requests"] == 0 and not (tmp_path / "run").exists()
+
+
+def test_an_input_that_is_taken_out_is_noticed(tmp_path: Path) -> None:
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(recipes.dump(recipes.load(write(tmp_path, "http://localhost:1/v1"))))
+    without = recipes.load(write(tmp_path, "http://localhost:1/v1", entities=None, pipelines={"incapable": {"tasks": 1}}))
+    assert recipes.differences(saved, without) == ["entities"]
+
+
+def test_nobody_needs_a_key_to_rehearse(tmp_path: Path) -> None:
+    models = [{"base_url": "http://localhost:1/v1", "model": "m", "api_key_env": "GRISTMILL_NO_SUCH_KEY"}]
+    path = write(tmp_path, "http://localhost:1/v1", models=models, pipelines={"incapable": {"tasks": 1}})
+    assert rehearse(recipes.load(path))["calls"] > 0
+    with pytest.raises(InputError, match="GRISTMILL_NO_SUCH_KEY"):
+        make(path)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "judges"), [("first", {"llm": 1}), ("second", {"llm": 1}), ("tie", {"reward": 1}), (None, {"reward": 1})]
+)
+def test_what_a_language_model_leaves_open_the_reward_model_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdict: str | None, judges: dict[str, int]
+) -> None:
+    path = write(tmp_path, "http://localhost:1/v1", pipelines={"incapable": {"tasks": 1}}, answers={"samples": 2}, judging={"llm": True})
+    talk = (Message("user", "What is 1?"),)
+    rows = [
+        Response(f"r{i}", "p", "open_qa", talk, text, "m", 1.0, i, 3, None, True, Rating(1, 1, 1, 1, 1), score, None, "reward", True)
+        for i, (text, score) in enumerate((("One apple it is.", 3.0), ("Nobody can say.", 1.0)))
+    ]
+
+    async def compare(self: Judges, pairs: Any) -> dict[str, Any]:
+        return {make_id(a.id, b.id): verdict for a, b in pairs if verdict}
+
+    monkeypatch.setattr(Judges, "_compare", compare)
+    judges = Judges(recipes.load(path), tmp_path, None, retry_failed=False, unsafe_code=False)  # type: ignore[arg-type]
+    _, pairs = asyncio.run(judges.select([Prompt("p", "open_qa", talk, "m")], [], rows))
+    assert [pair.judge for pair in pairs] == [judge]
+    assert pairs[0].chosen == rows[1 if verdict == "second" else 0].text
 
 
 def test_a_folder_of_another_recipe_is_left_alone(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:

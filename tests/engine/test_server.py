@@ -281,7 +281,7 @@ def test_answers_keep_to_a_format(full: str) -> None:
 
 def test_ratings_in_both_forms(full: str) -> None:
     talk = [*SAID, {"role": "assistant", "content": "Ana has 3 eggs."}]
-    status, plain = post(full, "/rewards", messages=talk)
+    status, plain = post(full, "/rewards", model="judge", messages=talk)
     assert status == 200
     rewards = plain["rewards"]
     status, reply = post(full, "/chat/completions", model="judge", messages=talk)
@@ -293,13 +293,26 @@ def test_ratings_in_both_forms(full: str) -> None:
         [tuple(Message(m["role"], m["content"]) for m in talk)]  # type: ignore[arg-type]
     )
     assert again == rating
-    assert post(full, "/rewards", messages=SAID)[0] == 400
+    assert post(full, "/rewards", model="judge", messages=SAID)[0] == 400 and post(full, "/rewards", messages=talk)[0] == 404
+    assert post(full, "/chat/completions", model="judge", messages=talk, stream=True)[0] == 400
 
 
 def key_file() -> Path:
     path = Path(tempfile.gettempdir()) / f"gristmill-test-key-{os.getpid()}"
     path.write_text(KEY)
     return path
+
+
+def test_what_clients_send_along_is_taken(full: str) -> None:
+    parts = [{"type": "text", "text": "Write a word sum"}, {"type": "text", "text": "about eggs."}]
+    talk = [{"role": "developer", "content": "Be brief.", "name": None}, {"role": "user", "content": parts, "name": "ann"}]
+    status, reply = post(full, "/chat/completions", messages=talk, max_tokens=3, tools=[], store=False, metadata={}, best_of=1)
+    assert status == 200 and reply["id"].startswith("chatcmpl-")
+    _, again = post(full, "/chat/completions", messages=talk, max_tokens=3, seed=1)
+    assert again["id"] != post(full, "/chat/completions", messages=talk, max_tokens=3, seed=1)[1]["id"]
+    status, reply = post(full, "/chat/completions", messages=talk, top_logprobs=2)
+    assert status == 400 and "logprobs: true" in reply["error"]["message"]
+    assert post(full, "/chat/completions", messages=talk, tools=[{"type": "function"}])[0] == 400
 
 
 def test_a_key_is_asked_for_and_health_needs_none(full: str) -> None:

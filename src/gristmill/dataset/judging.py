@@ -7,24 +7,24 @@ from typing import Any
 
 from gristmill.chat import Message
 from gristmill.dataset.recipe import DatasetRecipe, Reward
-from gristmill.dataset.select import contests, demonstrations, pairs, passes
+from gristmill.dataset.select import contests, demonstrations, pairs, passes, unfit
 from gristmill.errors import InputError
 from gristmill.judge import llm
 from gristmill.judge.conditions import Condition
 from gristmill.judge.reward_api import RewardEndpoint, RewardModel, weight_set
 from gristmill.judge.verify import verify
 from gristmill.rows import Demonstration, Pair, Prompt, Rating, Response, make_id
-from gristmill.synth.ask import Asker, failed_calls
+from gristmill.synth.ask import Asker
 from gristmill.synth.endpoint import Target
 from gristmill.synth.journal import Journal
 from gristmill.synth.writer import Writer
 
 
-def check_reward(reward: Reward) -> None:
-    """Raise `InputError` unless the reward model can be asked."""
+def check_reward(reward: Reward, asks: bool = True) -> None:
+    """Raise `InputError` unless the reward model can be asked; without its key unless it is."""
     weight_set(reward.weights)
     if reward.base_url:
-        RewardModel([_target(reward)])
+        RewardModel([_target(reward)] if asks else [replace(_target(reward), api_key_env="", api_key_file="")])
     elif not reward.model or not (Path(reward.model) / "config.json").is_file():
         raise InputError(f"judging.reward.model {reward.model!r} is no model folder: name one, or give base_url for an endpoint.")
 
@@ -38,7 +38,7 @@ class Judges:
 
     Attributes:
         funnel: what became of dialogues, answers and pairs.
-        failed_ratings: calls of the reward model that failed for good.
+        failed_ratings: calls of the reward model that failed for good, met in this start.
     """
 
     def __init__(self, recipe: DatasetRecipe, folder: Path, writer: Writer, *, retry_failed: bool, unsafe_code: bool):
@@ -90,13 +90,14 @@ class Judges:
         source = RewardModel([_target(reward)], **self.recipe.calls.model_dump())
         with Journal(self.folder / "ratings.jsonl") as journal:
             async with source:
-                judge = RewardEndpoint(Asker(source, journal, retry_failed=self.retry_failed), reward.weights)
+                asker = Asker(source, journal, retry_failed=self.retry_failed)
+                judge = RewardEndpoint(asker, reward.weights)
 
                 async def rate(name: str) -> list[tuple[str, Rating]]:
-                    return [(name, await judge.rate(talks[name], make_id("rating", name, talks[name][-1].content)))]
+                    return [(name, await judge.rate(talks[name], make_id("rating", reward.model, name, talks[name][-1].content)))]
 
                 ratings = dict(await self.writer.all(talks, rate))
-            self.failed_ratings = failed_calls(journal)
+            self.failed_ratings += asker.failed
         return ratings
 
     async def select(
@@ -114,9 +115,18 @@ class Judges:
         kept, counts = demonstrations(rows, topics, judging)
         self.funnel["answers"] = counts
         contested, why = contests(rows, judging)
-        decided = await self._compare([(a, b) for a, b, judge in contested if not judge])
-        final = [(a, b, judge) for a, b, judge in contested if judge] + decided
-        why["the judge contradicts itself"] += len([1 for *_, judge in contested if not judge]) - len(decided)
+        verdicts = await self._compare([(a, b) for a, b, judge in contested if not judge])
+        final = []
+        for a, b, judge in contested:
+            verdict = verdicts.get(make_id(a.id, b.id), "unparsed")
+            if judge or verdict in ("first", "second"):
+                final.append((b, a, "llm") if verdict == "second" and not judge else (a, b, judge or "llm"))
+            elif a.score is None:  # and nobody else can decide
+                why["the judge contradicts itself" if verdict == "tie" else "no verdict"] += 1
+            elif reason := unfit(a, b, judging):
+                why[reason] += 1
+            else:
+                final.append((a, b, "reward"))
         made_pairs = pairs(sorted(final, key=lambda c: c[0].id), judging, self.recipe.seed)
         self.funnel["pairs"] = {"pairs": len(made_pairs), **{k: v for k, v in why.items() if v}}
         return [*others, *dialogues, *kept], made_pairs
@@ -135,18 +145,15 @@ class Judges:
         unrated = {turns[name][0].id for name in turns.keys() - ratings.keys()}
         return [d for d in rows if d.id not in low | unrated]
 
-    async def _compare(self, rows: Sequence[tuple[Response, Response]]) -> list[tuple[Response, Response, str]]:
-        """Ask a language model in both orders; only consistent verdicts count."""
+    async def _compare(self, rows: Sequence[tuple[Response, Response]]) -> dict[str, llm.Verdict]:
+        """Ask a language model in both orders: the verdict about each pair, by a hash of its ids; none where a call failed."""
 
-        async def compare(pair: tuple[Response, Response]) -> list[tuple[Response, Response, str]]:
+        async def compare(pair: tuple[Response, Response]) -> list[tuple[str, llm.Verdict]]:
             one, other = pair
             comparison = llm.Comparison(make_id("compare", one.id, other.id), one.messages, one.text, other.text)
             note = {"for": "compare", "parents": [one.id, other.id]}
             judge = self.recipe.models[0].model if self.recipe.models else ""  # the same in both orders
             replies = [(await self.writer.asker.ask(request, note, judge))[0].text for request in llm.questions([comparison])]
-            verdict = llm.verdict(*replies)
-            if verdict == "first":
-                return [(one, other, "llm")]
-            return [(other, one, "llm")] if verdict == "second" else []
+            return [(make_id(one.id, other.id), llm.verdict(*replies))]
 
-        return await self.writer.all(rows, compare)
+        return dict(await self.writer.all(rows, compare))

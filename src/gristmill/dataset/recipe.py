@@ -61,7 +61,10 @@ class Judging(Section):
     """What is kept. The order of judges: truth or verifier, language model, reward model."""
 
     reward: Reward | None = None
-    llm: bool = Field(False, description="let the first generator compare pairs that nothing else decides, in both orders")
+    llm: bool = Field(
+        False,
+        description="let the first generator compare answers that no verifier decides, in both orders; the reward model decides the rest",
+    )
     keep: str = Field(
         "", description="condition on attributes and score of an answer to keep, such as `correctness >= 3 and verbosity <= 2`"
     )
@@ -142,7 +145,7 @@ def differences(saved: Path, recipe: DatasetRecipe) -> list[str]:
     old, new = yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(dump(recipe))
     for values in (old, new):
         values["models"] = [[model["model"], model["kind"], model["weight"]] for model in values.get("models", ())]
-    return [key for key in new if key not in MAY_CHANGE and old.get(key) != new[key]]
+    return [key for key in sorted(old.keys() | new.keys()) if key not in MAY_CHANGE and old.get(key) != new.get(key)]
 
 
 def dump(recipe: DatasetRecipe) -> str:

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from gristmill.files import lock, write_json
 from gristmill.flywheel.progress import Progress
 from gristmill.judge.conditions import Condition
 from gristmill.rows import Prompt, Response, write_rows
-from gristmill.synth.ask import Asker, Source, failed_calls
+from gristmill.synth.ask import Asker, Source
 from gristmill.synth.endpoint import Endpoint
 from gristmill.synth.journal import Journal
 from gristmill.synth.pack import Pack
@@ -53,7 +54,7 @@ def rehearse(recipe: DatasetRecipe) -> dict[str, Any]:
     Raises:
         InputError: as `run`.
     """
-    pack, given, source = _check(recipe)
+    pack, given, source = _check(recipe, asks=False)
 
     async def go() -> Rehearsal:
         writer = Rehearsal(source, pack, recipe.seed, sampling_of(recipe.turn))
@@ -103,7 +104,7 @@ def run(
         return asyncio.run(_Run(recipe, folder, progress, pack, given, source, limit, unsafe_code).go(retry_failed))
 
 
-def _check(recipe: DatasetRecipe) -> tuple[Pack, Inputs, Source]:
+def _check(recipe: DatasetRecipe, asks: bool = True) -> tuple[Pack, Inputs, Source]:
     """Everything that can be wrong before the first call is."""
     pack, given = Pack.load(recipe.templates), inputs.read(recipe)
     if recipe.judging.keep:
@@ -113,10 +114,11 @@ def _check(recipe: DatasetRecipe) -> tuple[Pack, Inputs, Source]:
     if recipe.answers is None and (recipe.judging.keep or recipe.judging.llm):
         raise InputError("judging needs answers: add `answers:` to the recipe, or take keep and llm out.")
     if recipe.judging.reward is not None:
-        check_reward(recipe.judging.reward)
+        check_reward(recipe.judging.reward, asks)
     if recipe.folder is not None:
         return pack, given, _in_process(recipe)
-    return pack, given, Endpoint([model.target() for model in recipe.models], **recipe.calls.model_dump())
+    targets = [model.target() if asks else replace(model.target(), api_key_env="", api_key_file="") for model in recipe.models]
+    return pack, given, Endpoint(targets, **recipe.calls.model_dump())
 
 
 def _in_process(recipe: DatasetRecipe) -> Source:
@@ -238,7 +240,7 @@ class _Run:
             write_rows(self.folder / "responses.parquet", rows)
             write_rows(self.folder / "demonstrations.parquet", kept)
             write_rows(self.folder / "pairs.parquet", compared)
-            failed = failed_calls(journal) + judges.failed_ratings
+            failed = self.asker.failed + judges.failed_ratings
             calls = _compact(journal, self.folder / "calls.parquet")
         results = {
             "name": recipe.name,

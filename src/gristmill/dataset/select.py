@@ -94,13 +94,19 @@ def contests(rows: Sequence[Response], judging: Judging) -> tuple[list[tuple[Res
             found.append((group[0], group[-1], ""))
         elif group[0].score is None:
             why["no judge"] += 1
-        elif not group[0].good or (judging.min_chosen is not None and group[0].score < judging.min_chosen):
-            why["none good"] += 1
-        elif group[0].score - (group[-1].score or 0.0) < judging.min_gap:
-            why["alike"] += 1
+        elif reason := unfit(group[0], group[-1], judging):
+            why[reason] += 1
         else:
             found.append((group[0], group[-1], "reward"))
     return found, why
+
+
+def unfit(best: Response, worst: Response, judging: Judging) -> str:
+    """Why the best and the worst by the reward model make no pair; "" if they make one."""
+    score = best.score or 0.0
+    if not best.good or (judging.min_chosen is not None and score < judging.min_chosen):
+        return "none good"
+    return "alike" if score - (worst.score or 0.0) < judging.min_gap else ""
 
 
 def _different(group: Sequence[Response]) -> list[Response]:

@@ -8,11 +8,12 @@ import contextlib
 import hmac
 import itertools
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -54,7 +55,7 @@ class _Body(BaseModel):
     """What chat and text completions share."""
 
     model_config = ConfigDict(extra="forbid")
-    model: StrictStr = ""
+    model: StrictStr | None = None
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: StrictInt | None = None
@@ -71,6 +72,13 @@ class _Body(BaseModel):
     stream_options: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    # what clients send along and what changes nothing here
+    best_of: Annotated[StrictInt, Field(ge=1, le=1)] | None = None
+    metadata: Any = None
+    parallel_tool_calls: StrictBool | None = None
+    service_tier: Any = None
+    store: Literal[False] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
     user: Any = None
 
     def sampling(self, default_tokens: int, most_tokens: int, top_logprobs: int) -> Sampling:
@@ -112,7 +120,7 @@ class TextBody(_Body):
 
 class RewardBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    model: StrictStr = ""
+    model: StrictStr | None = None
     messages: list[Any]
 
 
@@ -282,7 +290,9 @@ class Server:
         talk = _talk(body.messages)
         if self.rate is not None and body.model == self.reward_name:
             return await self._rated_chat(body, talk)
-        self._check_model(body.model)
+        self._check_model(body.model, self.engine.name)
+        if body.top_logprobs and not body.logprobs:
+            raise InputError("top_logprobs needs logprobs: true")
         if talk[-1].role != "user":
             raise InputError("the last message must be the user's")
         body.max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
@@ -294,7 +304,7 @@ class Server:
 
     async def _text(self, http: web.Request) -> web.StreamResponse:
         body = await _read(http, TextBody)
-        self._check_model(body.model)
+        self._check_model(body.model, self.engine.name)
         texts = _prompts(body.prompt)
         self._check_room(len(texts) * (1 if body.n is None else body.n))
         prompts = [await self._ids(one) for one in texts]
@@ -307,7 +317,7 @@ class Server:
         else:
             sampling = body.sampling(16, self.context, body.logprobs or 0)
             jobs = [(self._request("cmpl", body, (), sampling, [body.prompt, i]), ids) for i, ids in enumerate(prompts)]
-        shape = _TextShape(self, f"cmpl-{self._number}", body, prompts, scored)
+        shape = _TextShape(self, body, prompts, scored)
         if not jobs and not body.stream:
             return web.json_response(shape.whole([], sampling.n))
         return await self._answer(http, body, jobs, shape)
@@ -316,10 +326,14 @@ class Server:
         body = await _read(http, RewardBody)
         if self.rate is None:
             raise _Refused(404, "this server has no reward model: start it with --reward")
+        if body.model:
+            self._check_model(body.model, self.reward_name)
         rating = await self._rating(_talk(body.messages))
         return web.json_response({"object": "reward", "model": self.reward_name, "rewards": rating})
 
     async def _rated_chat(self, body: ChatBody, talk: Conversation) -> web.StreamResponse:
+        if body.stream or (body.n or 1) > 1:
+            raise InputError("a reward model gives one rating, whole: leave stream and n out")
         rating = {name: value for name, value in (await self._rating(talk)).items() if name != "score"}
         text = ",".join(f"{name}:{value}" for name, value in rating.items())
         entries: list[dict[str, Any]] = [
@@ -331,9 +345,10 @@ class Server:
 
     # ---- work ----
 
-    def _check_model(self, name: str) -> None:
-        if name != self.engine.name:
-            raise _Refused(404, f"the model {name!r} does not exist; this server has {self.engine.name!r}")
+    def _check_model(self, name: str | None, wanted: str) -> None:
+        if name != wanted:
+            also = f", and the reward model {self.reward_name!r}" if self.rate else ""
+            raise _Refused(404, f"the model {name or ''!r} does not exist here; this server has {self.engine.name!r}{also}")
 
     def _request(self, kind: str, body: _Body, talk: Conversation, sampling: Sampling, content: Any) -> Request:
         self._number += 1
@@ -528,6 +543,7 @@ class _Shape:
 class _ChatShape(_Shape):
     def __init__(self, server: Server, request: Request, logprobs: bool) -> None:
         self.server, self.request, self.logprobs = server, request, logprobs
+        self.name = f"chatcmpl-{secrets.token_hex(12)}"
         self.begun: set[int] = set()
 
     def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
@@ -538,7 +554,7 @@ class _ChatShape(_Shape):
             entries = {"content": self._entries(out)} if self.logprobs else None
             choices.append({"index": index, "message": message, "logprobs": entries, "finish_reason": out.finish})
         usage = _usage(len(job.prompt), _drawn(jobs))
-        return _envelope("chat.completion", self.request.id, self.server.engine.name, choices, usage)
+        return _envelope("chat.completion", self.name, self.server.engine.name, choices, usage)
 
     def piece(self, index: int, text: str, event: Event, finish: str | None) -> dict[str, Any]:
         delta: dict[str, Any] = {"content": text}
@@ -549,7 +565,7 @@ class _ChatShape(_Shape):
         return {"index": index, "delta": delta, "logprobs": entries, "finish_reason": finish}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return _envelope("chat.completion.chunk", self.request.id, self.server.engine.name, choices, None)
+        return _envelope("chat.completion.chunk", self.name, self.server.engine.name, choices, None)
 
     def _entries(self, out: Completion) -> list[dict[str, Any]]:
         tops = out.top_logprobs or ((),) * len(out.tokens)
@@ -564,8 +580,9 @@ class _ChatShape(_Shape):
 
 
 class _TextShape(_Shape):
-    def __init__(self, server: Server, name: str, body: TextBody, prompts: list[list[int]], scored: list[Any] | None) -> None:
-        self.server, self.name, self.body, self.prompts, self.scored = server, name, body, prompts, scored
+    def __init__(self, server: Server, body: TextBody, prompts: list[list[int]], scored: list[Any] | None) -> None:
+        self.server, self.body, self.prompts, self.scored = server, body, prompts, scored
+        self.name = f"cmpl-{secrets.token_hex(12)}"
         self.offsets: dict[int, int] = {}  # of choices that are streamed
 
     def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
@@ -661,12 +678,26 @@ async def _read(http: web.Request, kind: type[Any]) -> Any:
 
 
 def _talk(messages: list[Any]) -> Conversation:
+    messages = [_plain(message) for message in messages]
     try:
         talk = conversation(messages)
     except TypeError as e:
         raise InputError("messages must be objects with `role` and `content`") from e
     check(talk)
     return talk
+
+
+def _plain(message: Any) -> Any:
+    """A message whose content is text, where its parts are; a developer is a system."""
+    if not isinstance(message, dict):
+        return message
+    out = dict(message)
+    parts = out.get("content")
+    if isinstance(parts, list) and parts and all(isinstance(p, dict) and p.get("type") == "text" for p in parts):
+        out["content"] = "\n".join(str(p.get("text", "")) for p in parts)
+    if out.get("role") == "developer":
+        out["role"] = "system"
+    return {name: value for name, value in out.items() if value is not None and name != "name"}
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:

@@ -127,7 +127,8 @@ class Asker:
             self.failed += 1
             await self._write({**head, "error": str(e), "attempts": e.attempts, "status": e.status, "prompt": request.messages[-1].content})
             raise
-        await self._write({**head, "out": [[c.text, c.num_tokens, round(sum(c.logprobs), 4), c.finish] for c in outs]})
+        rows = [[c.text, c.num_tokens, round(sum(c.logprobs), 4) if c.logprobs else None, c.finish] for c in outs]
+        await self._write({**head, "out": rows})
         self.asked += 1
         return outs
 
@@ -167,10 +168,7 @@ class Asker:
 
 
 def completions_of(record: dict[str, Any]) -> list[Completion]:
-    """The completions in a journal's record, each with its summed log-probability."""
-    return [Completion(text, num_tokens, (logprob,), finish) for text, num_tokens, logprob, finish in record["out"]]
-
-
-def failed_calls(journal: Journal) -> int:
-    """Rows that failed for good."""
-    return sum("error" in record for record in journal.values())
+    """The completions in a journal's record, each with its summed log-probability if there was one."""
+    return [
+        Completion(text, num_tokens, () if logprob is None else (logprob,), finish) for text, num_tokens, logprob, finish in record["out"]
+    ]

@@ -34,7 +34,7 @@ class Reply:
 
     Attributes:
         id: of the call.
-        logprob: sum over the answer's tokens; 0 where the source tells none.
+        logprob: sum over the answer's tokens; None where the source tells none.
         finished: whether the answer came to its end and is not empty.
         request: what was said to the model last.
     """
@@ -43,7 +43,7 @@ class Reply:
     id: str
     model: str
     num_tokens: int
-    logprob: float
+    logprob: float | None
     finished: bool
     request: str = ""
 
@@ -144,7 +144,15 @@ class Writer:
         outs = await self.ask(Request(name, tuple(messages), sampling, self.seed), note)
         model = self.asker.source.model_of(name)
         return [
-            Reply(c.text.strip(), name, model, c.num_tokens, sum(c.logprobs), c.finish == "stop" and bool(c.text.strip()), request)
+            Reply(
+                c.text.strip(),
+                name,
+                model,
+                c.num_tokens,
+                sum(c.logprobs) if c.logprobs else None,
+                c.finish == "stop" and bool(c.text.strip()),
+                request,
+            )
             for c in outs
         ]
 
