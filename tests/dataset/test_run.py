@@ -306,11 +306,9 @@ def test_nobody_needs_a_key_to_rehearse(tmp_path: Path) -> None:
         make(path)
 
 
-@pytest.mark.parametrize(
-    ("verdict", "judges"), [("first", {"llm": 1}), ("second", {"llm": 1}), ("tie", {"reward": 1}), (None, {"reward": 1})]
-)
+@pytest.mark.parametrize(("verdict", "judge"), [("first", "llm"), ("second", "llm"), ("tie", "reward"), (None, "reward")])
 def test_what_a_language_model_leaves_open_the_reward_model_decides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdict: str | None, judges: dict[str, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdict: str | None, judge: str
 ) -> None:
     path = write(tmp_path, "http://localhost:1/v1", pipelines={"incapable": {"tasks": 1}}, answers={"samples": 2}, judging={"llm": True})
     talk = (Message("user", "What is 1?"),)
