@@ -104,7 +104,7 @@ class Int8:
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         weight_ND = linear.weight.detach().float()
         self.scale_N = weight_ND.abs().amax(-1).clamp(min=1e-30) / 127
-        self.weight_DN = (weight_ND / self.scale_N[:, None]).round().to(torch.int8).T.contiguous()
+        self.weight_DN = (weight_ND / self.scale_N[:, None]).round().to(torch.int8).T.clone(memory_format=torch.contiguous_format)
         self.bias_N = None if linear.bias is None else linear.bias.detach().float()
         self.dtype = dtype
         self.library = kernels.load() if weight_ND.device.type == "cpu" and dtype in TYPES else None
