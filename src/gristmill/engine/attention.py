@@ -19,7 +19,6 @@ from gristmill.model.config import ModelConfig
 from gristmill.model.transformer import rotate
 
 LANES = 16  # floats of a vector, as in kernels.cpp
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 @dataclass
@@ -88,7 +87,7 @@ class Attention(Protocol):
 
 def choose(config: ModelConfig, pool: Pool, cos_LR: Tensor, sin_LR: Tensor) -> Attention:
     """The best back-end there is: the compiled kernel for the types it knows on a CPU, torch elsewhere."""
-    if pool.device.type == "cpu" and pool.dtype in TYPES and (library := kernels.load()) is not None:
+    if pool.device.type == "cpu" and pool.dtype in kernels.TYPES and (library := kernels.load()) is not None:
         return CompiledAttention(library, config, pool, cos_LR, sin_LR)
     return TorchAttention(config, pool, cos_LR, sin_LR)
 
@@ -128,7 +127,7 @@ class CompiledAttention:
         shape, qkv = self.layers[layer], qkv.contiguous()
         out_THd = qkv.new_empty(qkv.shape[0], shape.heads, shape.head_dim)
         out_THd[self.batch.num_tokens :] = 0
-        types = TYPES[qkv.dtype], TYPES[self.pool.dtype]
+        types = kernels.TYPES[qkv.dtype], kernels.TYPES[self.pool.dtype]
         pool = self.pool.memory.data_ptr()
         self.library.gristmill_attend(shape, self.step, qkv.data_ptr(), types[0], pool, types[1], out_THd.data_ptr())
         return out_THd

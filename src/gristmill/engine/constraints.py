@@ -57,12 +57,9 @@ class Constraints:
         if failed:
             raise InputError(f"the grammar cannot be used: {' '.join(words[0].split())}")
 
-    def begin(self, grammar: str, drawn: Sequence[int] = ()) -> "Matcher":
-        """A response that has said so much already."""
-        matcher = Matcher(self, llguidance.LLMatcher(self._tokenizer, grammar, log_level=0))
-        for token in drawn:
-            matcher.add(token)
-        return matcher
+    def begin(self, grammar: str) -> "Matcher":
+        """A response that has said nothing yet."""
+        return Matcher(self, llguidance.LLMatcher(self._tokenizer, grammar, log_level=0))
 
     def allowed(self, matcher: llguidance.LLMatcher) -> np.ndarray:
         """Bool [V]: which tokens may come next."""

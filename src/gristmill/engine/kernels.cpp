@@ -75,7 +75,7 @@ static inline f16 exp_(f16 x) {
 
 struct Layer { int64_t k_offset, v_offset; int32_t heads, kv_heads, head_dim, pairs; };  // offsets in elements from a page's begin
 struct Step {
-    int32_t num_seqs, table_stride, threads, unused;
+    int32_t num_seqs, table_stride, threads, padding;
     int64_t page_stride;                                 // elements between two pages in the pool
     const int32_t *begin, *length, *slot;                // of each sequence: first token of the step (n + 1 of them), positions with this step's
     const int32_t* table;                                // [slots, table_stride]

@@ -13,9 +13,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 BUILD_SECONDS = 120
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as the kernels are told them
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +42,7 @@ class Step(ctypes.Structure):
         ("num_seqs", ctypes.c_int32),
         ("table_stride", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("padding", ctypes.c_int32),  # so that what follows lies at a multiple of 8
         ("page_stride", ctypes.c_int64),
         ("begin", ctypes.c_void_p),
         ("length", ctypes.c_void_p),

@@ -14,7 +14,7 @@ from gristmill.model.attention import varlen_attention
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import MLP, Attention, Block, LayerNorm1P, Linear, RMSNorm, Transformer, rotate
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TYPES = kernels.TYPES
 
 
 class Norm:
