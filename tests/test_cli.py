@@ -27,11 +27,12 @@ SURFACE = {
     ),
     "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --format --seed --json",
     "score": "MODEL --data --format --json",
-    "eval": "MODEL --prompts --max-tokens --dtype --int8 --format --seed --unsafe-code --quiet -q --json",
+    "eval": "MODEL --prompts --max-tokens --dtype --quantize --cache --format --seed --unsafe-code --quiet -q --json",
+    "quantize": "MODEL --out -o --to --dtype --json",
     "chat": "MODEL --temperature --max-tokens --format --seed",
     "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --name --force --no-force",
     "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --most-open --timeout --max-batch --cache-tokens "
-    "--dtype --int8 --format",
+    "--dtype --quantize --cache --format",
     "synth": "RECIPE FOLDER --out -o --dry-run --limit --retry-failed --unsafe-code --quiet -q --json",
     "rows": "ACTION NAME --folder --json",
 }

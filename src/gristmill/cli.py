@@ -30,7 +30,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
 ComputeIn = Annotated[Literal["fp32", "bf16"], typer.Option("--dtype", help="Type to compute in.")]
-WithInt8 = Annotated[bool, typer.Option("--int8", help="Generate with int8 products.")]
+Quantized = Annotated[
+    Literal["", "int8", "int8-weight", "fp8"],
+    typer.Option("--quantize", help="Quantize the layers' matrices, and activations but for int8-weight; default as the folder was saved."),
+]
+Cached = Annotated[Literal["", "fp32", "bf16", "int8", "fp8"], typer.Option("--cache", help="Type of keys and values; default as --dtype.")]
 Format = Annotated[str, typer.Option("--format", help="Chat format: auto, nemotron, chatml or llama3.")]
 Unsafe = Annotated[bool, typer.Option("--unsafe-code", help="Run model-written programs WITHOUT a jail where the kernel offers none.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
@@ -248,7 +252,7 @@ def generate(
         raise InputError("Give either a prompt or --prompts FILE.")
     asked = [(Message("user", prompt),)] if prompt is not None else [p.messages for p in read_prompts(prompts or Path(), "file")]
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
-    rows = jobs.generate(jobs.engine_of(model, format), asked, sampling, seed)
+    rows = jobs.generate(jobs.engine_of(model, jobs.Running(chat_format=format)), asked, sampling, seed)
     if out:
         typer.echo(f"{jobs.write_jsonl(out, rows)} prompts answered: {out}", err=as_json)
         return
@@ -277,19 +281,21 @@ def eval(
     prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth` or `answer`; default the miniature world's.")] = None,
     max_tokens: MaxTokens = 80,
     dtype: ComputeIn = "fp32",
-    int8: WithInt8 = False,
+    quantize: Quantized = "",
+    cache: Cached = "",
     format: Format = "auto",
     seed: Seed = 0,
     unsafe_code: Unsafe = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Greedy and sampled accuracy with 95 % intervals, by task; with --int8 also what quantization costs."""
+    """Greedy and sampled accuracy with 95 % intervals, by task; with --quantize or --cache also how far from the model that leads."""
     from gristmill import jobs
     from gristmill.flywheel.progress import Progress
 
+    running = jobs.Running(dtype, quantize, cache, chat_format=format)
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
-        scores = jobs.evaluate(jobs.engine_of(model, format, dtype=dtype, int8=int8), prompts, max_tokens, seed, unsafe_code, progress)
+        scores = jobs.evaluate(jobs.engine_of(model, running, own=False), prompts, max_tokens, seed, unsafe_code, progress)
     scores.pop("outcomes")
     if as_json:
         typer.echo(json.dumps(scores))
@@ -298,11 +304,26 @@ def eval(
         greedy, sampled = scores["greedy"][task], scores["sampled"][task]
         cells = [f"{s['mean']:.3f} [{s['ci95'][0]:.3f}, {s['ci95'][1]:.3f}]" for s in (greedy, sampled)]
         typer.echo(f"{task:<12} greedy {cells[0]}  sampled {cells[1]}  n {greedy['n']}")
-    if lost := scores.get("int8"):
+    if lost := scores.get("quantized"):
         typer.echo(
-            f"int8 beside {dtype}: KL {lost['kl']:.2g} nats a token (at most {lost['kl_max']:.2g}), the likeliest token is the same for "
-            f"{lost['agreement']:.2%} of {lost['tokens']:,} tokens"
+            f"quantized beside the model: KL {lost['kl']:.2g} nats a token (at most {lost['kl_max']:.2g}), the likeliest token is the "
+            f"same for {lost['agreement']:.2%} of {lost['tokens']:,} tokens"
         )
+
+
+@command("gristmill quantize runs/miniature/02-demonstrations/model --to int8 --out runs/int8")
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    out: Out,
+    to: Annotated[Literal["int8", "int8-weight", "fp8"], typer.Option(help="int8 and fp8: activations too, as they come.")] = "int8",
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option("--dtype", help="Type of embeddings, norms and output matrix.")] = "bf16",
+    as_json: AsJson = False,
+) -> None:
+    """Save a model with its layers' matrices in eight bits, in a form that gristmill, vLLM and transformers read."""
+    from gristmill import jobs
+
+    facts = jobs.quantize(model, out, to, dtype)
+    typer.echo(json.dumps(facts) if as_json else f"{facts['bytes'] / 2**20:,.1f} MiB of weights\nmodel: {facts['model']}")
 
 
 @command("gristmill chat runs/miniature/02-demonstrations/model")
@@ -318,7 +339,7 @@ def chat(
     from gristmill.chat import Message
     from gristmill.engine.generator import Sampling
 
-    engine = jobs.engine_of(model, format)
+    engine = jobs.engine_of(model, jobs.Running(chat_format=format))
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
     talk: list[Message] = []
     while True:
@@ -372,16 +393,15 @@ def serve(
         int | None, typer.Option(help="Positions in a worker's cache; default: a quarter of the memory at most.")
     ] = None,
     dtype: ComputeIn = "fp32",
-    int8: WithInt8 = False,
+    quantize: Quantized = "",
+    cache: Cached = "",
     chat_format: Format = "auto",
 ) -> None:
     """Serve a model by the OpenAI protocol: chat and text completions, streamed too; ratings; /health and /metrics."""
     from gristmill import jobs
 
-    how = jobs.Serving(
-        host, port, name, reward, api_key_env, api_key_file, most_open, timeout, max_batch, cache_tokens, dtype, int8, chat_format
-    )
-    jobs.serve(model, how)
+    how = jobs.Serving(host, port, name, reward, api_key_env, api_key_file, most_open, timeout)
+    jobs.serve(model, how, jobs.Running(dtype, quantize, cache, max_batch, cache_tokens, chat_format))
 
 
 @command("gristmill synth recipe.yaml --dry-run")

@@ -29,9 +29,10 @@ from gristmill.judge.verify import verify
 from gristmill.miniature.source import MiniatureSource
 from gristmill.miniature.world import World
 from gristmill.model.config import PRESETS
+from gristmill.model.quantized import Quantize
 from gristmill.model.reward import RewardModel
-from gristmill.model.transformer import Transformer
-from gristmill.model.weights import MAX_VOCAB_PADDING, load_model, load_reward, save_model, save_reward
+from gristmill.model.transformer import Linear, Transformer
+from gristmill.model.weights import MAX_VOCAB_PADDING, load_model, load_reward, save_model, save_quantized, save_reward, saved_as
 from gristmill.recipe import Data, Section, Training, checked, read
 from gristmill.rows import Pair, make_id, read_records
 from gristmill.tokenizer import Tokenizer
@@ -203,12 +204,58 @@ def _reward(path: Path, number: int, record: dict[str, Any], name: str, default:
     return reward
 
 
-def engine_of(folder: Path, chat_format: str = "auto", max_batch: int = 256, dtype: str = "fp32", int8: bool = False) -> Engine:
-    """A model folder, ready to generate."""
+CACHES = PRECISIONS | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def quantize(folder: Path, out: Path, kind: Quantize, dtype: str) -> dict[str, Any]:
+    """Write a model folder again with its layers' matrices quantized, all else in `dtype`."""
+    if saved_as(folder):
+        raise InputError(f"Give the model as it was before it was quantized: {folder} is quantized already.")
+    model, tokenizer = load_model(folder)
+    for parameter in model.parameters():
+        if not any(parameter is module.weight for module in model.blocks.modules() if isinstance(module, Linear)):
+            parameter.data = parameter.data.to(PRECISIONS[dtype])
+    save_quantized(model, tokenizer, out, kind)
+    return {"model": str(out), "quantize": kind, "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors"))}
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a model computes in the engine.
+
+    Attributes:
+        dtype: of activations, and of matrices that are not quantized.
+        quantize: as in `Engine`; "" for what the model's folder was saved as.
+        cache: type of keys and values; "" for `dtype`.
+        max_batch, cache_tokens: as in `Engine`.
+        chat_format: "auto", or a name.
+    """
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    quantize: Quantize = ""
+    cache: Literal["", "fp32", "bf16", "int8", "fp8"] = ""
+    max_batch: int = 256
+    cache_tokens: int | None = None
+    chat_format: str = "auto"
+
+
+def engine_of(folder: Path, how: Running = Running(), name: str = "", own: bool = True) -> Engine:
+    """A model folder, ready to generate. `own` as in `Engine`."""
     model, tokenizer = load_model(folder)
     if torch.cuda.is_available():
         model = model.cuda()
-    return Engine(model, tokenizer, chat_format_of(chat_format, tokenizer), folder.name, max_batch, PRECISIONS[dtype], int8=int8)
+    return Engine(
+        model,
+        tokenizer,
+        chat_format_of(how.chat_format, tokenizer),
+        name or folder.resolve().name,
+        how.max_batch,
+        PRECISIONS[how.dtype],
+        how.cache_tokens,
+        CACHES[how.cache] if how.cache else None,
+        how.quantize or saved_as(folder),
+        own,
+    )
 
 
 def generate(engine: Engine, prompts: Sequence[Sequence[Message]], sampling: Sampling, seed: int) -> Iterator[dict[str, Any]]:
@@ -248,11 +295,11 @@ def evaluate(
             verify(truth, answer, lambda p, t: sandbox is not None and sandbox.run(p, t).passed) for truth, answer in cases
         ]
         scores = score_model(prompts, run, check, max_tokens, seed)
-    if engine.int8:  # on what the model itself answers
-        own = Engine(engine.model, engine.tokenizer, engine.chat_format, engine.name, engine.max_batch, engine.dtype)
+    if engine.quantize or engine.cache_dtype != engine.dtype:  # on what the model itself answers
+        own = Engine(engine.model, engine.tokenizer, engine.chat_format, engine.name, engine.max_batch)
         asked = [Request(str(i), p.messages, Sampling(temperature=0.0, max_tokens=max_tokens), seed) for i, p in enumerate(prompts)]
         said = [(*r.messages, Message("assistant", outs[0].text)) for r, outs in own.generate(asked) if outs[0].text.strip()]
-        scores["int8"] = divergence(engine, said)
+        scores["quantized"] = divergence(engine, said)
     return scores
 
 
@@ -265,7 +312,6 @@ class Serving:
         api_key_env, api_key_file: where the keys are that requests must bear, one a line; neither: everybody may ask.
         most_open: samples under way or waiting, beyond which requests are sent away for a while.
         timeout: seconds a request may take.
-        max_batch, cache_tokens, dtype, int8: as in `Engine`.
     """
 
     host: str = "127.0.0.1"
@@ -276,14 +322,9 @@ class Serving:
     api_key_file: Path | None = None
     most_open: int = 4096
     timeout: float = 600.0
-    max_batch: int = 256
-    cache_tokens: int | None = None
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    int8: bool = False
-    chat_format: str = "auto"
 
 
-def serve(model_folder: Path, how: Serving) -> None:
+def serve(model_folder: Path, how: Serving, running: Running) -> None:
     """Serve a model until interrupted. Prints the address when it is ready.
 
     Raises:
@@ -293,16 +334,12 @@ def serve(model_folder: Path, how: Serving) -> None:
 
     from gristmill.engine.server import Limits, Server
 
-    if how.most_open < 1 or not how.timeout > 0 or (how.cache_tokens is not None and how.cache_tokens < 1):
+    if how.most_open < 1 or not how.timeout > 0 or (running.cache_tokens is not None and running.cache_tokens < 1):
         raise InputError("--most-open and --cache-tokens must be at least 1, and --timeout above 0.")
     keys = _keys(how.api_key_env, how.api_key_file)
-    model, tokenizer = load_model(model_folder)
-    if torch.cuda.is_available():
-        model = model.cuda()
-    form = chat_format_of(how.chat_format, tokenizer)
     name = how.name or model_folder.resolve().name
-    engine = Engine(model, tokenizer, form, name, how.max_batch, PRECISIONS[how.dtype], cache_tokens=how.cache_tokens, int8=how.int8)
-    rate = _rater(how.reward, how.chat_format) if how.reward is not None else None
+    engine = engine_of(model_folder, running, name)
+    rate = _rater(how.reward, running.chat_format) if how.reward is not None else None
     reward_name = how.reward.resolve().name if how.reward is not None else ""
     if reward_name == name:
         reward_name += "-reward"

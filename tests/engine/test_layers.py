@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gristmill.engine import kernels
-from gristmill.engine.layers import Int8, Norm, Rows
+from gristmill.engine.layers import Norm
+from gristmill.engine.products import Int8, Rows
 from gristmill.engine.sampler import Needs, choose
 from gristmill.model.transformer import LayerNorm1P, Linear, RMSNorm
 

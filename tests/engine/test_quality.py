@@ -11,6 +11,7 @@ from gristmill.engine.engine import Engine
 from gristmill.engine.generator import Completion, Request, Sampling
 from gristmill.engine.live import Event, Live
 from gristmill.engine.quality import divergence, mismatch
+from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import Transformer
 from gristmill.model.weights import load_model
 
@@ -71,9 +72,25 @@ def test_a_live_engine_takes_over_new_weights(tiny_base: Path) -> None:
         assert live.stop()
 
 
-def test_int8_is_near(tiny_base: Path) -> None:
-    engine = engine_of(tiny_base, int8=True)
-    talks = [(*r.messages, Message("assistant", outs[0].text or "x")) for r, outs in answers(engine_of(tiny_base))]
+@pytest.mark.parametrize("cache", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("quantize", "bound"), [("", 0.01), ("int8", 0.05), ("int8-weight", 0.01), ("fp8", 0.1)])
+def test_quantization_is_near(tiny_base: Path, quantize: Quantize, bound: float, cache: torch.dtype | None) -> None:
+    engine = engine_of(tiny_base, quantize=quantize, cache_dtype=cache)
+    before = answers(engine_of(tiny_base))
+    talks = [(*r.messages, Message("assistant", outs[0].text or "x")) for r, outs in before]
     found = divergence(engine, talks)
-    assert 0 <= found["kl"] < 0.05 and found["agreement"] > 0.8 and found["tokens"] > 20
-    assert all(out.logprobs for _, outs in answers(engine) for out in outs)
+    assert 0 <= found["kl"] < bound + (0.05 if cache else 0) and found["agreement"] > 0.8 and found["tokens"] > 20
+    told = answers(engine)
+    released = engine_of(tiny_base, quantize=quantize, cache_dtype=cache, own=True)
+    assert [outs for _, outs in told] == [outs for _, outs in answers(released)]
+    for request, outs in told:
+        scored = released.prompt_logprobs([*(prompt := engine.job(request).prompt), *outs[0].tokens], 0)[0][len(prompt) - 1 :]
+        assert torch.allclose(torch.tensor(scored), torch.tensor(outs[0].logprobs), atol=0.05), "texts are scored as they are generated"
+
+
+def test_a_quantized_engine_takes_over_new_weights(tiny_base: Path) -> None:
+    engine = engine_of(tiny_base, quantize="int8")
+    change(engine.model)
+    engine.refresh()
+    new = Engine(engine.model, engine.tokenizer, engine.chat_format, "x", 8, cache_tokens=2048, quantize="int8")
+    assert [outs for _, outs in answers(engine)] == [outs for _, outs in answers(new)]

@@ -123,10 +123,10 @@ def _check(recipe: DatasetRecipe, asks: bool = True) -> tuple[Pack, Inputs, Sour
 
 def _in_process(recipe: DatasetRecipe) -> Source:
     from gristmill.dataset.local import LocalSource
-    from gristmill.jobs import engine_of
+    from gristmill.jobs import Running, engine_of
 
     assert recipe.folder is not None
-    return LocalSource(engine_of(recipe.folder, recipe.chat_format))
+    return LocalSource(engine_of(recipe.folder, Running(chat_format=recipe.chat_format)))
 
 
 def _open(folder: Path, recipe: DatasetRecipe) -> Any:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from gristmill.engine.constraints import Constraints
 from gristmill.engine.generator import Completion, Finish
+from gristmill.engine.layers import Decoder
 from gristmill.engine.pages import PAGE_SIZE, Pages
 from gristmill.engine.runner import Runner
 from gristmill.engine.sampler import Needs, choose, uniforms
 from gristmill.engine.scheduler import Scheduler
 from gristmill.engine.sequence import FREQUENCY, LIMIT, MIN_P, PRESENCE, PROMPT, REPETITION, TEMPERATURE, TOP_K, TOP_P, Job, Sequence, Slots
 from gristmill.errors import InputError
-from gristmill.model.transformer import Transformer
 
 STEP_TOKENS = 2048
 MEMORY_SHARE = 0.25  # of the machine's memory (of what is free on a GPU: .8), for the pages of all workers
@@ -27,7 +27,7 @@ class Core:
     """Responses in flight.
 
     Args:
-        model: in the type that it is to compute in.
+        decoder: what computes.
         max_rows: most responses in flight.
         stop_V: tokens that end a response.
         text: of a response's token ids.
@@ -35,7 +35,6 @@ class Core:
         cache_tokens: positions that fit into the cache; None for as many as `max_rows` responses can take, memory permitting.
         workers: that share the machine.
         step_tokens: most tokens of a forward pass.
-        int8: compute in int8, see `layers.Int8`.
         constraints: makes what requests with a grammar need.
 
     Attributes:
@@ -44,7 +43,7 @@ class Core:
 
     def __init__(
         self,
-        model: Transformer,
+        decoder: Decoder,
         max_rows: int,
         stop_V: np.ndarray,
         text: Text,
@@ -53,12 +52,11 @@ class Core:
         cache_dtype: torch.dtype,
         workers: int = 1,
         step_tokens: int = STEP_TOKENS,
-        int8: bool = False,
         constraints: Callable[[], Constraints] | None = None,
     ) -> None:
-        longest = model.config.max_positions
+        longest = decoder.config.max_positions
         self.slots = Slots(max_rows, longest)
-        self.runner = Runner(model, self.slots, cache_dtype, int8)
+        self.runner = Runner(decoder, self.slots, cache_dtype)
         count = -(-longest // PAGE_SIZE) * max_rows if cache_tokens is None else max(1, cache_tokens // PAGE_SIZE)
         if cache_tokens is None:
             count = min(count, max(1, int(_memory(self.runner.device) / workers / self.runner.pool.bytes_per_page)))
@@ -81,8 +79,8 @@ class Core:
         self.scheduler.cancel(job)
 
     def refresh(self) -> None:
-        """The model's weights are others now. What responses in flight have computed stays; no new one builds on it."""
-        self.runner.refresh()
+        """The decoder's weights are others now. What responses in flight have computed stays; no new one builds on it."""
+        self.runner.forget()
         self.pages.forget_all()
         for sequence in self.scheduler.running:
             sequence.stale = True
@@ -96,7 +94,7 @@ class Core:
     def step(self) -> None:
         """One forward pass, and one token more for everyone whose turn it was."""
         if not self._allocated:
-            self.runner.pool.allocate(self.pages.count)
+            self.runner.allocate(self.pages.count)
             self._allocated = True
         step = self.scheduler.schedule()
         if not step.sequences:

@@ -15,14 +15,17 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gristmill.chat import ChatFormat, Message
 from gristmill.engine.constraints import Constraints
 from gristmill.engine.core import Core
 from gristmill.engine.generator import Completion, Request
+from gristmill.engine.layers import Decoder
 from gristmill.engine.sequence import Job
 from gristmill.errors import InputError
 from gristmill.model.packed import PackedShape
+from gristmill.model.quantized import LARGEST, Quantize
 from gristmill.model.transformer import Transformer
 from gristmill.tokenizer import Tokenizer
 from gristmill.workers import merge, num_workers, workers
@@ -73,8 +76,10 @@ class Engine:
         max_batch: most responses in flight.
         dtype: of matrices and activations; norms and sampling are always float32.
         cache_tokens: positions that the cache of each worker holds; None for what `max_batch` responses can take, memory permitting.
-        cache_dtype: of keys and values; None for `dtype`.
-        int8: generate with int8 products (weights a scale a row, activations a scale a token); scoring stays in `dtype`.
+        cache_dtype: of keys and values; None for `dtype`. int8 and float8_e4m3fn keep a scale for each head of a token.
+        quantize: the layers' matrices, here and now: "int8" (and activations, a scale a token), "int8-weight" (matrices alone) or "fp8"
+            (both). Everything is then computed by them, scores too.
+        own: nobody else uses the model: what is quantized may be dropped from it.
     """
 
     def __init__(
@@ -87,15 +92,20 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         cache_tokens: int | None = None,
         cache_dtype: torch.dtype | None = None,
-        int8: bool = False,
+        quantize: Quantize = "",
+        own: bool = False,
     ) -> None:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}.")
-        self._trained, self.model = model, _in_dtype(model, dtype)
+        self._trained, self.model = model, model if quantize else _in_dtype(model, dtype)
+        self.num_workers = num_workers(model)
+        self.quantize = quantize
+        self._decoder = Decoder(self.model, dtype, quantize)
+        if own and quantize:
+            self._decoder.release()
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.max_batch = max_batch
-        self.int8 = int8
         self.dtype, self.cache_dtype, self.cache_tokens = dtype, cache_dtype or dtype, cache_tokens
         self.device = model.embedding.device
         self.stats = EngineStats()
@@ -120,7 +130,9 @@ class Engine:
             InputError: a prompt that leaves no room for an answer in the model's context, before anything is
                 computed for it.
         """
-        count = min(num_workers(self.model), self.max_batch)
+        if not self.quantize:
+            self._decoder.refresh()
+        count = min(self.num_workers, self.max_batch)
         shares = _Shares(requests, count)
         yield from merge(count, lambda number, stop: self._serve(shares, number, stop))
 
@@ -133,7 +145,7 @@ class Engine:
         """A worker of its own, one of so many that share the machine."""
         text = lambda ids: self.chat_format.response_text(ids, self.tokenizer)  # noqa: E731
         return Core(
-            self.model,
+            self._decoder,
             max(1, self.max_batch // workers),
             self.stop_V,
             text,
@@ -141,7 +153,6 @@ class Engine:
             self.cache_tokens,
             self.cache_dtype,
             workers,
-            int8=self.int8,
             constraints=lambda: self.constraints,
         )
 
@@ -209,17 +220,27 @@ class Engine:
         if len(ids) > limit:
             raise InputError(f"The prompt has {len(ids)} tokens and the model's context is {limit}: shorten it.")
         ids_T = torch.tensor(ids, device=self.device)
-        h_TD = self.model.hidden(ids_T, PackedShape.from_lengths([len(ids)], self.device))
+        h_TD = self.hidden(ids_T, PackedShape.from_lengths([len(ids)], self.device))
         logprobs: list[float] = []
         best: list[list[tuple[int, float]]] = []
         for part in torch.arange(1, len(ids)).split(max(1, LOGIT_ELEMENTS // self.model.config.vocab_size)):
-            logits_PV = self.model.logits(h_TD[part - 1]).float()
+            logits_PV = self.logits(h_TD[part - 1])
             total_P1 = logits_PV.logsumexp(-1, keepdim=True)
             logprobs += (logits_PV.gather(-1, ids_T[part][:, None]) - total_P1)[:, 0].tolist()
             found = logits_PV.topk(min(top, logits_PV.shape[1]), -1)
             values = (found.values - total_P1).tolist()
             best += [list(zip(i, v, strict=True)) for i, v in zip(found.indices.tolist(), values, strict=True)]
         return logprobs, best
+
+    def hidden(self, ids_T: Tensor, shape: PackedShape) -> Tensor:
+        """States [T, D] of whole texts: the model's own, or what generation comes to where matrices or cache are quantized."""
+        if self.quantize or self.cache_dtype in LARGEST:
+            return self._decoder.hidden(ids_T, shape, self.cache_dtype)
+        return self.model.hidden(ids_T, shape)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Logits (.., V) of such states (.., D), fp32."""
+        return self._decoder.logits(h).float()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -229,6 +250,7 @@ class Engine:
         if self.model is not self._trained:
             for mine, theirs in zip(self.model.parameters(), self._trained.parameters(), strict=True):
                 mine.copy_(theirs)
+        self._decoder.refresh()
 
     def loglikelihood(self, conversations: Iterable[Sequence[Message]]) -> list[tuple[float, int]]:
         """Sum of log-probabilities (nats) and number of the trained tokens of each conversation.
@@ -277,7 +299,7 @@ class Engine:
         def score(group: list[int]) -> list[tuple[float, int]]:
             return self._score_group([ids[i] for i in group], [masks[i] for i in group])
 
-        with workers(num_workers(self.model)) as each:
+        with workers(self.num_workers) as each:
             for group, scores in zip(groups, each(score, groups), strict=True):
                 for i, one in zip(group, scores, strict=True):
                     out[i] = one
@@ -290,10 +312,10 @@ class Engine:
         ids_T = torch.tensor([t for one in ids for t in one], device=self.device)
         mask_T = torch.tensor([m for one in masks for m in one], device=self.device)
         target_T = (mask_T & (shape.positions_T > 0)).nonzero()[:, 0]
-        h_TD = self.model.hidden(ids_T, shape)
+        h_TD = self.hidden(ids_T, shape)
         logprobs_T = torch.zeros(len(ids_T), dtype=torch.float64, device=self.device)
         for part in target_T.split(max(1, LOGIT_ELEMENTS // self.model.config.vocab_size)):
-            logits_PV = self.model.logits(h_TD[part - 1]).float()
+            logits_PV = self.logits(h_TD[part - 1])
             chosen_P = logits_PV.gather(-1, ids_T[part][:, None])[:, 0]
             logprobs_T[part] = (chosen_P - logits_PV.logsumexp(-1)).double()
         counted_T = torch.zeros_like(mask_T)

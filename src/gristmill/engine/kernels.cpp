@@ -2,7 +2,8 @@
 // values in their pages, attends. Built by kernels.py without any header of torch; called through ctypes.
 //
 // A page holds BS positions of one layer: keys [K, d, BS] (transposed, so that vector lanes run along positions), values
-// [K, BS, e] with e = d rounded up to whole vectors.
+// [K, BS, e] with e = d rounded up to whole vectors. Where they are bytes (int8, fp8 e4m3), scales of keys [K, BS] and values [K, BS]
+// follow, one for each head of a token.
 // Rows of a tile are (token, query head) pairs that read the same keys. Scores and sums are float32 whatever the type in memory.
 
 #include <cmath>
@@ -17,7 +18,10 @@ typedef float f16 __attribute__((vector_size(64), aligned(4)));  // sixteen floa
 typedef int i16 __attribute__((vector_size(64)));
 typedef unsigned u16 __attribute__((vector_size(64)));
 typedef unsigned short h16 __attribute__((vector_size(32), aligned(2)));
+typedef unsigned char b16 __attribute__((vector_size(16), aligned(1)));
+typedef signed char s16 __attribute__((vector_size(16), aligned(1)));
 typedef uint16_t bf16;
+struct fp8 { uint8_t bits; };  // e4m3 without infinities
 
 static const int BS = 32, LANES = 16, WORDS = BS / LANES, MAX_ROWS = 8;
 
@@ -25,11 +29,21 @@ static inline f16 load(const float* p) { return *(const f16*)p; }
 #ifdef __AVX512BW__  // compilers make five instructions of these where there is one
 static inline u16 wide(const bf16* p) { return (u16)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
 static inline h16 low(u16 x) { return (h16)_mm512_cvtepi32_epi16((__m512i)x); }
+static inline i16 wide(const int8_t* p) { return (i16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static inline u16 wide(const fp8* p) { return (u16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 #else
 static inline u16 wide(const bf16* p) { return __builtin_convertvector(*(const h16*)p, u16); }
 static inline h16 low(u16 x) { return __builtin_convertvector(x, h16); }
+static inline i16 wide(const int8_t* p) { return __builtin_convertvector(*(const s16*)p, i16); }
+static inline u16 wide(const fp8* p) { return __builtin_convertvector(*(const b16*)p, u16); }
 #endif
 static inline f16 load(const bf16* p) { return (f16)(wide(p) << 16); }
+static inline f16 load(const int8_t* p) { return __builtin_convertvector(wide(p), f16); }
+static inline f16 load(const fp8* p) {
+    const u16 u = wide(p), size = u & 0x7f;
+    const f16 tiny = __builtin_convertvector((i16)size, f16) * (1.f / 512);  // below 2^-6 eighths of it, evenly
+    return (f16)((size < 8 ? (u16)tiny : (size << 20) + (120u << 23)) | (u & 0x80) << 24);
+}
 static inline float get(const float* p) { return *p; }
 static inline float get(const bf16* p) { uint32_t u = (uint32_t)*p << 16; float x; memcpy(&x, &u, 4); return x; }
 static inline void put(float* p, float x) { *p = x; }
@@ -37,6 +51,19 @@ static inline void put(bf16* p, float x) {
     uint32_t u; memcpy(&u, &x, 4);
     *p = (x != x) ? 0x7fc0 : (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
+static inline void put(int8_t* p, float x) { *p = (int8_t)(int)(x + (x < 0 ? -.5f : .5f)); }
+static inline void put(fp8* p, float x) {  // |x| <= 448
+    uint32_t u; memcpy(&u, &x, 4);
+    const uint32_t sign = u >> 24 & 0x80;
+    u &= 0x7fffffff;
+    if (u < 121u << 23) { p->bits = (uint8_t)(sign | (uint32_t)std::nearbyint(std::fabs(x) * 512.f)); return; }
+    u += 0x7ffff + (u >> 20 & 1);
+    p->bits = (uint8_t)(sign | ((u >> 20) - (120 << 3)));
+}
+static inline float most(const float*) { return 0; }  // largest value of a type with scales, 0 of one without
+static inline float most(const bf16*) { return 0; }
+static inline float most(const int8_t*) { return 127; }
+static inline float most(const fp8*) { return 448; }
 static inline void store(float* p, f16 x) { *(f16*)p = x; }
 static inline u16 rounded_bits(f16 x) { u16 u = (u16)x; return u + 0x7fff + ((u >> 16) & 1); }
 static inline void store(bf16* p, f16 x) { *(h16*)p = low(rounded_bits(x) >> 16); }
@@ -73,7 +100,7 @@ static inline f16 exp_(f16 x) {
     return y * (f16)((__builtin_convertvector(n, i16) + 127) << 23);
 }
 
-struct Layer { int64_t k_offset, v_offset; int32_t heads, kv_heads, head_dim, pairs; };  // offsets in elements from a page's begin
+struct Layer { int64_t k_offset, v_offset, s_offset; int32_t heads, kv_heads, head_dim, pairs; };  // offsets in elements from a page's begin
 struct Step {
     int32_t num_seqs, table_stride, threads, padding;
     int64_t page_stride;                                 // elements between two pages in the pool
@@ -95,10 +122,19 @@ template <typename A> static inline void rotate(const A* in, float* __restrict o
     for (; i < d; i++) out[i] = rounded(out[i], in) * scale;
 }
 
+// n numbers as a type with scales, `stride` elements apart.
+template <typename C> static inline void scaled(const float* in, int n, float top, C* out, int64_t stride, float* scale) {
+    float largest = 0;
+    for (int i = 0; i < n; i++) { const float x = std::fabs(in[i]); largest = x > largest ? x : largest; }
+    *scale = largest / top;
+    const float by = largest > 0 ? top / largest : 0.f;
+    for (int i = 0; i < n; i++) { const float x = in[i] * by; put(out + i * stride, x > top ? top : x < -top ? -top : x); }
+}
+
 // One tile: R rows over n keys of one head. q [R, d] is scaled; limit[r] is the number of keys that row r sees.
 template <int R, typename C>
-static void tile(const float* q, const C* pool, const int32_t* table, int64_t page_stride, int64_t k_at, int64_t v_at, int d, int e, int n,
-                 const int* limit, float* scores, float* out) {
+static void tile(const float* q, const C* pool, const int32_t* table, int64_t page_stride, int64_t k_at, int64_t v_at, int64_t s_at, int64_t v_scales,
+                 int d, int e, int n, const int* limit, float* scores, float* out) {
     const int pages = (n + BS - 1) / BS, width = pages * BS;
     const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     f16 top[R];
@@ -110,6 +146,10 @@ static void tile(const float* q, const C* pool, const int32_t* table, int64_t pa
             f16 key[WORDS];
             for (int w = 0; w < WORDS; w++) key[w] = load(k + i * BS + w * LANES);
             for (int r = 0; r < R; r++) for (int w = 0; w < WORDS; w++) acc[r][w] += q[r * d + i] * key[w];
+        }
+        if (most(pool)) for (int w = 0; w < WORDS; w++) {
+            const f16 by = load((const float*)(pool + table[p] * page_stride + s_at) + w * LANES);
+            for (int r = 0; r < R; r++) acc[r][w] *= by;
         }
         for (int r = 0; r < R; r++) for (int w = 0; w < WORDS; w++) {
             i16 seen = lane + (p * BS + w * LANES) < limit[r];
@@ -123,7 +163,13 @@ static void tile(const float* q, const C* pool, const int32_t* table, int64_t pa
         const float m = max_of(top[r]);
         f16 sum = {};
         float* s = scores + (int64_t)r * width;
-        for (int j = 0; j < width; j += LANES) { f16 e = exp_(load(s + j) - m); *(f16*)(s + j) = e; sum += e; }
+        for (int p = 0; p < pages; p++) for (int w = 0; w < WORDS; w++) {
+            f16* at = (f16*)(s + p * BS + w * LANES);
+            f16 e = exp_(*at - m);
+            sum += e;
+            if (most(pool)) e *= load((const float*)(pool + table[p] * page_stride + s_at) + v_scales + w * LANES);
+            *at = e;
+        }
         inverse[r] = 1.f / sum_of(sum);
     }
     for (int at = 0; at < e; at += 2 * LANES) {  // two words of the value at a time, so that the sums stay in registers
@@ -164,6 +210,13 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
                 C* k = page + l.k_offset + (int64_t)h * d * BS + at;
                 C* v = page + l.v_offset + ((int64_t)h * BS + at) * e;
                 const A* value = token + (H + K + h) * d;
+                if (const float top = most(pool)) {
+                    float* scales = (float*)(page + l.s_offset) + h * BS + at;
+                    scaled(key.data(), d, top, k, BS, scales);
+                    widen(value, key.data(), d);
+                    scaled(key.data(), d, top, v, 1, scales + K * BS);
+                    continue;
+                }
                 for (int j = 0; j < d; j++) put(k + (int64_t)j * BS, key[j]);
                 if (sizeof(A) == sizeof(C)) memcpy((void*)v, (const void*)value, d * sizeof(C));
                 else for (int j = 0; j < d; j++) put(v + j, get(value + j));
@@ -190,11 +243,12 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
                 }
                 const int n = limit[size - 1];
                 const int64_t k_at = l.k_offset + (int64_t)h * d * BS, v_at = l.v_offset + (int64_t)h * BS * e;
+                const int64_t s_at = l.s_offset + (int64_t)h * BS * sizeof(float);  // bytes, as elements are where there are scales
                 switch (size) {
-                    case 8: tile<8, C>(q.data(), pool, table, s.page_stride, k_at, v_at, d, e, n, limit, scores.data(), result.data()); break;
-                    case 4: tile<4, C>(q.data(), pool, table, s.page_stride, k_at, v_at, d, e, n, limit, scores.data(), result.data()); break;
-                    case 2: tile<2, C>(q.data(), pool, table, s.page_stride, k_at, v_at, d, e, n, limit, scores.data(), result.data()); break;
-                    default: tile<1, C>(q.data(), pool, table, s.page_stride, k_at, v_at, d, e, n, limit, scores.data(), result.data());
+                    case 8: tile<8, C>(q.data(), pool, table, s.page_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data()); break;
+                    case 4: tile<4, C>(q.data(), pool, table, s.page_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data()); break;
+                    case 2: tile<2, C>(q.data(), pool, table, s.page_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data()); break;
+                    default: tile<1, C>(q.data(), pool, table, s.page_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data());
                 }
                 for (int r = 0; r < size; r++) {
                     const int t = (start + r) / G, g = (start + r) % G;
@@ -209,29 +263,34 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
 
 extern "C" int gristmill_page_size() { return BS; }
 
-// Types: 0 float32, 1 bfloat16.
+template <typename A> static void run(const Layer& l, const Step& s, const A* qkv, void* pool, int cache, A* out) {
+    switch (cache) {
+        case 0: return run(l, s, qkv, (float*)pool, out);
+        case 1: return run(l, s, qkv, (bf16*)pool, out);
+        case 2: return run(l, s, qkv, (int8_t*)pool, out);
+        default: run(l, s, qkv, (fp8*)pool, out);
+    }
+}
+
+// Types: 0 float32, 1 bfloat16; of the cache also 2 int8, 3 fp8 e4m3.
 extern "C" void gristmill_attend(const Layer* l, const Step* s, const void* qkv, int activations, void* pool, int cache, void* out) {
-    if (activations == 0 && cache == 0) run(*l, *s, (const float*)qkv, (float*)pool, (float*)out);
-    else if (activations == 0) run(*l, *s, (const float*)qkv, (bf16*)pool, (float*)out);
-    else if (cache == 0) run(*l, *s, (const bf16*)qkv, (float*)pool, (bf16*)out);
-    else run(*l, *s, (const bf16*)qkv, (bf16*)pool, (bf16*)out);
+    if (activations == 0) run(*l, *s, (const float*)qkv, pool, cache, (float*)out);
+    else run(*l, *s, (const bf16*)qkv, pool, cache, (bf16*)out);
 }
 
 // ---- what stands between matrix products ----
 
-
 static void quantize(const float* row, int n, int8_t* out, float* scale) {
-    f16 most16 = {};
+    f16 top16 = {};
     int i = 0;
-    for (; i + LANES <= n; i += LANES) { f16 v = load(row + i); v = v < 0 ? -v : v; most16 = v > most16 ? v : most16; }
-    float most = max_of(most16);
-    for (; i < n; i++) { float v = std::fabs(row[i]); most = v > most ? v : most; }
-    *scale = most / 127.f;
-    const float inverse = most > 0 ? 127.f / most : 0.f;
-    typedef signed char b16 __attribute__((vector_size(16), aligned(1)));
+    for (; i + LANES <= n; i += LANES) { f16 v = load(row + i); v = v < 0 ? -v : v; top16 = v > top16 ? v : top16; }
+    float largest = max_of(top16);
+    for (; i < n; i++) { float v = std::fabs(row[i]); largest = v > largest ? v : largest; }
+    *scale = largest / 127.f;
+    const float inverse = largest > 0 ? 127.f / largest : 0.f;
     for (i = 0; i + LANES <= n; i += LANES) {
         f16 v = load(row + i) * inverse;
-        *(b16*)(out + i) = __builtin_convertvector(__builtin_convertvector(v + (v < 0 ? (f16{} - .5f) : (f16{} + .5f)), i16), b16);
+        *(s16*)(out + i) = __builtin_convertvector(__builtin_convertvector(v + (v < 0 ? (f16{} - .5f) : (f16{} + .5f)), i16), s16);
     }
     for (; i < n; i++) out[i] = (int8_t)(int)(row[i] * inverse + (row[i] >= 0 ? .5f : -.5f));
 }

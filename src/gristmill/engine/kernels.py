@@ -18,7 +18,8 @@ import torch
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 BUILD_SECONDS = 120
-TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as the kernels are told them
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of activations, as the kernels are told them
+CACHE_TYPES = TYPES | {torch.int8: 2, torch.float8_e4m3fn: 3}
 log = logging.getLogger(__name__)
 
 
@@ -28,6 +29,7 @@ class Layer(ctypes.Structure):
     _fields_ = [
         ("k_offset", ctypes.c_int64),
         ("v_offset", ctypes.c_int64),
+        ("s_offset", ctypes.c_int64),
         ("heads", ctypes.c_int32),
         ("kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),

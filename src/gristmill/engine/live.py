@@ -12,7 +12,6 @@ from gristmill.engine.core import Core
 from gristmill.engine.engine import Engine
 from gristmill.engine.sequence import Job
 from gristmill.errors import InputError
-from gristmill.workers import num_workers
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class Live:
 
     def __init__(self, engine: Engine, deliver: Callable[[list[Event]], object]) -> None:
         self.engine = engine
-        count = min(num_workers(engine.model), engine.max_batch)
+        count = min(engine.num_workers, engine.max_batch)
         self._torch_threads = torch.get_num_threads()
         self._refreshing = threading.Lock()
         self.workers = [_Worker(engine, count, deliver) for _ in range(count)]

@@ -11,22 +11,19 @@ from torch import Tensor
 from gristmill.chat import Message
 from gristmill.engine.engine import LOGIT_ELEMENTS, PACKED_TOKENS, Engine
 from gristmill.engine.generator import Completion, Request
-from gristmill.engine.layers import Layer, Norm, hidden
 from gristmill.model.packed import PackedShape
-from gristmill.model.transformer import Block, Transformer
+from gristmill.model.transformer import Transformer
 
 
 @torch.inference_mode()
 def divergence(engine: Engine, conversations: Sequence[Sequence[Message]]) -> dict[str, float]:
-    """The engine's int8 layers beside its model, on every token that an assistant says.
+    """What the engine computes, with its quantized layers and cache, beside its model, on every token that an assistant says.
 
     Returns:
         kl: mean of KL(model || quantized), nats a token; kl_max: the largest; agreement: share of tokens whose likeliest is the same;
         tokens: how many.
     """
     model = engine.model
-    layers = [Layer(block, model.compute_dtype, int8=True) for block in model.blocks if isinstance(block, Block)]
-    final_norm = Norm(model.final_norm)
     rendered = [engine.chat_format.render(talk, engine.tokenizer) for talk in conversations]
     total, largest, same, count = 0.0, 0.0, 0, 0
     at = 0
@@ -40,10 +37,10 @@ def divergence(engine: Engine, conversations: Sequence[Sequence[Message]]) -> di
         ids_T = torch.tensor([token for one in part for token in one.ids], device=engine.device)
         mask_T = torch.tensor([trained for one in part for trained in one.mask], device=engine.device)
         target_T = (mask_T & (shape.positions_T > 0)).nonzero()[:, 0]
-        own_TD, small_TD = model.hidden(ids_T, shape), hidden(model, layers, final_norm, ids_T, shape)
+        own_TD, small_TD = model.hidden(ids_T, shape), engine.hidden(ids_T, shape)
         for rows_P in target_T.split(max(1, LOGIT_ELEMENTS // model.config.vocab_size)):
             own_PV = torch.log_softmax(model.logits(own_TD[rows_P - 1]).float(), -1)
-            small_PV = torch.log_softmax(model.logits(small_TD[rows_P - 1]).float(), -1)
+            small_PV = torch.log_softmax(engine.logits(small_TD[rows_P - 1]), -1)
             kl_P = (own_PV.exp() * (own_PV - small_PV)).sum(-1)
             total, largest = total + float(kl_P.double().sum()), max(largest, float(kl_P.max()))
             same += int((own_PV.argmax(-1) == small_PV.argmax(-1)).sum())

@@ -21,6 +21,7 @@ from gristmill.judge.sandbox import Sandbox
 from gristmill.judge.verify import verify
 from gristmill.miniature.base import BASE
 from gristmill.miniature.source import MiniatureSource
+from gristmill.model.quantized import Quantize
 from gristmill.model.reward import REWARD_WEIGHTS
 from gristmill.model.weights import fingerprint, load_model, load_reward
 from gristmill.rows import Prompt
@@ -99,8 +100,9 @@ class Mill:
                 self._engines.pop(next(iter(self._engines)))
             model, _ = load_model(folder)
             responses = self.recipe.responses
-            dtype, int8 = torch.float32 if responses.precision == "fp32" else torch.bfloat16, responses.precision == "int8"
-            self._engines[key] = Engine(model, self.tokenizer, self.format, name, responses.max_batch, dtype, int8=int8)
+            dtype = torch.float32 if responses.precision == "fp32" else torch.bfloat16
+            quantize: Quantize = "int8" if responses.precision == "int8" else ""
+            self._engines[key] = Engine(model, self.tokenizer, self.format, name, responses.max_batch, dtype, quantize=quantize)
         return self._engines[key]
 
     def scorer(self, folder: Path) -> RewardScorer:

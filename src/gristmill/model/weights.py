@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gristmill.errors import InputError
 from gristmill.model.config import ModelConfig
+from gristmill.model.quantized import Quantize, compressed, description, is_quantized, kind_of, restored, scale_name, stored_names
 from gristmill.model.reward import ATTRIBUTES, REWARD_WEIGHTS, RewardModel
 from gristmill.model.transformer import Block, Transformer
 from gristmill.tokenizer import Tokenizer
@@ -97,6 +98,29 @@ def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str, max
         InputError: the folder holds more than a model, the tokenizer does not fit, or the disk is full.
     """
     _save(hf_tensors(model), model.config, {}, tokenizer, Path(folder), max_shard_bytes)
+
+
+def save_quantized(
+    model: Transformer, tokenizer: Tokenizer, folder: Path | str, kind: Quantize, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """As `save_model`, with the layers' matrices quantized in compressed-tensors' form; all else keeps its dtype.
+
+    Raises:
+        InputError: as `save_model`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in hf_tensors(model).items():
+        tensors |= compressed(name, tensor, kind) if is_quantized(name) else {name: tensor}
+    _save(tensors, model.config, {"quantization_config": description(kind)}, tokenizer, Path(folder), max_shard_bytes)
+
+
+def saved_as(folder: Path | str) -> Quantize:
+    """How the model of a folder is quantized; "" if it is not.
+
+    Raises:
+        InputError: there is no model, or it is quantized in a way that is not read here.
+    """
+    return kind_of(_read_json(Path(folder) / "config.json"))
 
 
 def save_reward(model: RewardModel, tokenizer: Tokenizer, folder: Path | str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -194,7 +218,7 @@ def _flush(path: Path) -> None:
 
 
 def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
-    """Read a model folder; parameters and `compute_dtype` become `dtype`.
+    """Read a model folder; parameters and `compute_dtype` become `dtype`, quantized ones too (see `saved_as`).
 
     Raises:
         InputError: the folder or a file is absent or damaged, the architecture is not supported, a tensor is
@@ -205,7 +229,7 @@ def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple[
     if "reward_weights" in hf:
         raise InputError(f"Choose a language model instead of {folder}: it holds a reward model.")
     model = _empty(config, dtype)
-    _fill(hf_tensors(model), folder, config)
+    _fill(hf_tensors(model), folder, config, kind_of(hf))
     return model, tokenizer
 
 
@@ -221,7 +245,7 @@ def load_reward(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple
     if attributes != list(ATTRIBUTES):
         raise InputError(f"Use a reward model that scores {', '.join(ATTRIBUTES)}: {folder} scores {attributes}.")
     model = RewardModel(_empty(config, dtype), hf.get("reward_weights", REWARD_WEIGHTS["nemotron4-340b"]))
-    _fill(_reward_tensors(model), folder, config)
+    _fill(_reward_tensors(model), folder, config, kind_of(hf))
     return model, tokenizer
 
 
@@ -288,26 +312,41 @@ def _empty(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     return model.to(dtype).to_empty(device="cpu")
 
 
-def _fill(expected: dict[str, Tensor], folder: Path, config: ModelConfig) -> None:
+def _fill(expected: dict[str, Tensor], folder: Path, config: ModelConfig, kind: Quantize) -> None:
     """Copy each tensor of the folder into the view of its name; names and shapes must agree on both sides."""
-    missing = set(expected)
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
+    with ExitStack() as stack:
+        found: dict[str, Any] = {}  # the file that holds a name
+        for path in _weight_files(folder):
+            with _damage(path):
+                file = stack.enter_context(safe_open(path, framework="pt"))
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    if _redundant(name, config):
-                        continue
-                    if name not in missing:
-                        raise InputError(f"{MISFIT}: {path} has an unexpected tensor {name}.")
-                    missing.remove(name)
-                    found, wanted = list(file.get_slice(name).get_shape()), list(expected[name].shape)
-                    if found != wanted:
-                        raise InputError(f"{MISFIT}: {path} has {name} in shape {found}, not {wanted}.")
-                    expected[name].copy_(file.get_tensor(name))
-        except SafetensorError as error:
-            raise InputError(f"Download or save {path} again: the file is damaged ({error}).") from None
-    if missing:
-        raise InputError(f"{MISFIT}: {folder} lacks {', '.join(sorted(missing)[:3])} ({len(missing)} in all).")
+                    if name in found:
+                        raise InputError(f"{MISFIT}: {path} has {name} a second time.")
+                    found[name] = file
+        stored = {name: stored_names(name, kind) if scale_name(name) in found else (name,) for name in expected}
+        known = {part for parts in stored.values() for part in parts}
+        if strange := sorted(name for name in found if name not in known and not _redundant(name, config)):
+            raise InputError(f"{MISFIT}: {folder} has an unexpected tensor {strange[0]} ({len(strange)} in all).")
+        if missing := sorted(known - set(found)):
+            raise InputError(f"{MISFIT}: {folder} lacks {', '.join(missing[:3])} ({len(missing)} in all).")
+
+        def read(name: str) -> Tensor:
+            return found[name].get_tensor(name)
+
+        for name, view in expected.items():
+            with _damage(folder):
+                tensor = restored(name, kind, read) if len(stored[name]) > 1 else read(name)
+            if tensor.shape != view.shape:
+                raise InputError(f"{MISFIT}: {folder} has {name} in shape {list(tensor.shape)}, not {list(view.shape)}.")
+            view.copy_(tensor)
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise InputError(f"Download or save {path} again: a file is damaged ({error}).") from None
 
 
 def _redundant(name: str, config: ModelConfig) -> bool:

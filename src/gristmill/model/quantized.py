@@ -1,0 +1,107 @@
+"""Matrices quantized to eight bits, a scale a row, and the form in which folders keep them: compressed-tensors', which vLLM and
+transformers read too.
+
+Shapes: N rows, D columns.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gristmill.errors import InputError
+
+Quantize = Literal["", "int8", "int8-weight", "fp8"]
+# Largest value of the types that numbers are quantized to.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+DTYPES = {"int8": torch.int8, "int8-weight": torch.int8, "fp8": torch.float8_e4m3fn}
+KINDS: tuple[Quantize, ...] = ("int8", "int8-weight", "fp8")
+FORMATS = {"int8": "int-quantized", "int8-weight": "pack-quantized", "fp8": "float-quantized"}
+
+
+def scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [.., D] as values of `dtype` [.., D] and fp32 scales [..]: x = values * scale."""
+    scale = x.float().abs().amax(-1) / LARGEST[dtype]
+    values = x.float() / scale.clamp(min=1e-30)[..., None]
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scale
+
+
+def is_quantized(name: str) -> bool:
+    """Whether the tensor of this Hugging Face name is one of those that are quantized: the layers' matrices."""
+    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+
+
+def description(kind: Quantize) -> dict[str, Any]:
+    """config.json's `quantization_config`."""
+    shared = {"num_bits": 8, "type": "float" if kind == "fp8" else "int", "symmetric": True}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": shared | {"strategy": "channel", "dynamic": False}}
+    if kind != "int8-weight":
+        group["input_activations"] = shared | {"strategy": "token", "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMATS[kind],
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+def _essence(config: Mapping[str, Any]) -> Any:
+    """What of a `quantization_config` must be as we know it: form, and how weights and activations are quantized."""
+    groups = config.get("config_groups")
+    parts = [group.get(part) or {} for group in groups.values() for part in ("weights", "input_activations")] if groups else []
+    return config.get("format"), [
+        {key: part.get(key) for key in ("num_bits", "type", "symmetric", "strategy", "dynamic")} for part in parts
+    ]
+
+
+def kind_of(hf: Mapping[str, Any]) -> Quantize:
+    """How the model of a config.json is quantized.
+
+    Raises:
+        InputError: in a way that is not read here.
+    """
+    found = hf.get("quantization_config")
+    if not found:
+        return ""
+    for kind in KINDS:
+        if isinstance(found, Mapping) and _essence(found) == _essence(description(kind)):
+            return kind
+    raise InputError(
+        "Give the model as it was before it was quantized: of quantized folders "
+        "those of compressed-tensors with eight bits, a scale a row and a scale a token are read."
+    )
+
+
+def scale_name(name: str) -> str:
+    """Name of the scales of a matrix."""
+    return f"{name}_scale"
+
+
+def stored_names(name: str, kind: Quantize) -> tuple[str, ...]:
+    """Names of the tensors that stand for one matrix."""
+    return (name, scale_name(name)) if kind != "int8-weight" else (f"{name}_packed", scale_name(name), f"{name}_shape")
+
+
+def compressed(name: str, weight_ND: Tensor, kind: Quantize) -> dict[str, Tensor]:
+    """The tensors that stand for one matrix."""
+    values_ND, scale_N = scaled(weight_ND, DTYPES[kind])
+    if kind != "int8-weight":
+        return dict(zip(stored_names(name, kind), (values_ND, scale_N[:, None]), strict=True))
+    bytes_ND = F.pad((values_ND.int() + 128).to(torch.uint8), (0, -values_ND.shape[1] % 4))
+    parts = bytes_ND.view(torch.int32), scale_N[:, None], torch.tensor(values_ND.shape, dtype=torch.int64)
+    return dict(zip(stored_names(name, kind), parts, strict=True))
+
+
+def restored(name: str, kind: Quantize, read: Callable[[str], Tensor]) -> Tensor:
+    """The matrix [N, D] that such tensors stand for, fp32.
+
+    Args:
+        read: gives a tensor by its name.
+    """
+    values, scale, *shape = (read(part) for part in stored_names(name, kind))
+    if shape:
+        values = values.contiguous().view(torch.uint8)[:, : int(shape[0][1])].int() - 128
+    return values.float() * scale.float().view(-1, 1)

@@ -1,0 +1,61 @@
+"""Quantized folders: written, read, and refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gristmill.chat import FORMATS, Message
+from gristmill.engine.engine import Engine
+from gristmill.engine.generator import Request, Sampling
+from gristmill.errors import InputError
+from gristmill.model.quantized import KINDS, LARGEST, Quantize, compressed, restored, scaled
+from gristmill.model.weights import hf_tensors, load_model, save_quantized, saved_as
+
+
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 9), columns=st.integers(1, 40))
+def test_what_is_quantized_again_is_the_same(seed: int, rows: int, columns: int) -> None:
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    for dtype, error in ((torch.int8, 0.5 / 127), (torch.float8_e4m3fn, 1 / 16)):
+        values, scale = scaled(x, dtype)
+        back = values.float() * scale[:, None]
+        assert (back - x).abs().max() <= error * x.abs().max() * 1.001
+        assert (values.float().abs().amax(-1) == LARGEST[dtype]).all()
+        assert torch.equal(scaled(back, dtype)[0].float(), values.float())
+    for kind in KINDS:
+        parts = compressed("a_proj.weight", x, kind)
+        assert torch.equal(restored("a_proj.weight", kind, parts.__getitem__), restored("a_proj.weight", kind, parts.__getitem__))
+        assert (restored("a_proj.weight", kind, parts.__getitem__) - x).abs().max() <= x.abs().max() / (16 if kind == "fp8" else 250)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_model_answers_as_one_quantized_when_it_is_loaded(tiny_base: Path, tmp_path: Path, kind: Quantize) -> None:
+    model, tokenizer = load_model(tiny_base)
+    assert saved_as(tiny_base) == ""
+    save_quantized(model, tokenizer, tmp_path / "small", kind, max_shard_bytes=20_000)
+    assert saved_as(tmp_path / "small") == kind
+    again, _ = load_model(tmp_path / "small")
+    for name, tensor in hf_tensors(again).items():
+        exact = hf_tensors(model)[name]
+        assert torch.equal(tensor, exact) != name.endswith("_proj.weight") and torch.allclose(tensor, exact, atol=0.05)
+    requests = [Request(str(i), (Message("user", f"Name a land. {i}"),), Sampling(max_tokens=12), seed=i) for i in range(3)]
+    said = [
+        dict((r.id, outs[0].text) for r, outs in Engine(one, tokenizer, FORMATS["nemotron"], "x", 8, quantize=kind).generate(requests))
+        for one in (model, again)
+    ]
+    assert said[0] == said[1]
+
+
+def test_other_quantizations_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(tiny_base)
+    save_quantized(model, tokenizer, tmp_path / "small", "int8")
+    path = tmp_path / "small" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+    for found in (config["quantization_config"], {"quant_method": "gptq", "bits": 4}, [1]):
+        path.write_text(json.dumps(config | {"quantization_config": found}))
+        with pytest.raises(InputError, match="before it was quantized"):
+            load_model(tmp_path / "small")
