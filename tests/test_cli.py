@@ -34,6 +34,7 @@ SURFACE = {
     "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --most-open --timeout --max-batch --cache-tokens "
     "--dtype --quantize --cache --format",
     "synth": "RECIPE FOLDER --out -o --dry-run --limit --retry-failed --unsafe-code --quiet -q --json",
+    "curate": "RECIPE --input -i --out -o --workers --executor --explain --quiet -q --json",
     "rows": "ACTION NAME --folder --json",
 }
 PRINTS_NO_RESULT = {"chat", "init", "serve"}  # a conversation, a file, and a server

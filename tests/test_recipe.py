@@ -104,10 +104,11 @@ def test_dataset_surface_is_frozen() -> None:
 
 
 def test_shipped_recipes_load() -> None:
+    from gristmill.curate.recipe import load as load_curation
     from gristmill.dataset.recipe import load as load_dataset
     from gristmill.jobs import load_pretraining
 
-    loaders = {"miniature": recipes.load, "miniature-base": load_pretraining, "domain": load_dataset}
+    loaders = {"miniature": recipes.load, "miniature-base": load_pretraining, "domain": load_dataset, "folder": load_curation}
     assert {path.stem for path in SHIPPED} == set(loaders)
     for path in SHIPPED:
         loaders[path.stem](path)

@@ -460,6 +460,39 @@ def _synth_errors(folder: Path, as_json: bool) -> None:
             typer.echo(f"{record['id']}  {record['attempts']} attempts, status {record['status']}: {record['error']}  [{asked}]")
 
 
+@command("gristmill curate folder --input docs --out runs/docs")
+def curate(
+    recipe: Annotated[str, typer.Argument(help="A curation recipe file, or the name of a shipped one.")],
+    input: Annotated[list[str] | None, typer.Option("--input", "-i", help="File, folder or pattern; overrides the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/NAME.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default one a core.")] = None,
+    executor: Annotated[Literal["", "processes", "ray"], typer.Option(help="Who does the work; overrides the recipe's.")] = "",
+    explain: Annotated[str, typer.Option(help="Do nothing but say what became of the document of this id.")] = "",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """From raw text to documents worth training on: cleaned, filtered, without duplicates, with a reason for every one dropped."""
+    from gristmill.curate import recipe as recipes
+    from gristmill.curate import run as curation
+
+    given = {"inputs": input, "workers": workers, "executor": executor or None}
+    loaded = recipes.load(find_recipe(recipe), {k: v for k, v in given.items() if v is not None})
+    folder = out or Path("runs") / loaded.name
+    if explain:
+        for found in curation.explain(folder, explain):
+            text = " ".join(found.pop("text").split())
+            facts = ", ".join(f"{k} {v}" for k, v in found.items() if v not in (None, ""))
+            typer.echo(json.dumps(found | {"text": text}) if as_json else f"{facts}\n    {text[:300]}")
+        return
+    from gristmill.curate.page import funnel_lines, write_page
+    from gristmill.flywheel.progress import Progress
+
+    with Progress(quiet=quiet) as progress:
+        funnel = curation.run(loaded, folder, progress)
+    page = write_page(folder, funnel)
+    typer.echo(json.dumps(funnel) if as_json else "\n".join([*funnel_lines(funnel), f"documents: {folder / 'data'}", f"report: {page}"]))
+
+
 @command("gristmill rows lineage 0123456789abcdef --folder runs/tides")
 def rows(
     action: Annotated[str, typer.Argument(help="What to show: lineage, the chain of calls and rows behind a row.")],

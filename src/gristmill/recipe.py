@@ -116,14 +116,23 @@ def explain(error: ValidationError, section: type[BaseModel]) -> str:
 
 
 def _keys(location: tuple[int | str, ...], section: type[BaseModel]) -> list[str]:
+    choices = [section]  # several where a list holds sections of different kinds
     for part in location:
         if isinstance(part, int):
-            continue  # a place in a list, whose items are of the section found last
-        annotation = section.model_fields[part].annotation
-        sections = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        assert sections, f"{part} is no section"
-        section = sections[0]
-    return list(section.model_fields)
+            continue  # a place in a list, whose items are of the sections found last
+        if part not in choices[0].model_fields:  # the name of one of those kinds
+            choices = [kind for kind in choices if part in (field.default for field in kind.model_fields.values())] or choices
+            continue
+        choices = _sections(choices[0].model_fields[part].annotation)
+        assert choices, f"{part} is no section"
+    return list(choices[0].model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation speaks of, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for part in get_args(annotation) for kind in _sections(part)]
 
 
 def section(values: dict[str, Any], preference: bool) -> Training:

@@ -1,0 +1,1 @@
+"""Curation: from raw text to documents worth training on. Every step is a pure function of an Arrow table."""

@@ -1,0 +1,453 @@
+"""Reading documents from files of every usual format, and writing them in shards. Nothing in a file stops the run: it is skipped and named.
+
+Memory: one table (`batch_bytes` of text) and one document (`most_document_bytes`), whatever the size of the files.
+"""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from gristmill.curate.step import DOCUMENT
+from gristmill.errors import InputError
+from gristmill.recipe import Section
+
+Skipped = Callable[[str, str], None]  # where, why
+Format = Literal["parquet", "jsonl", "jsonl.zst"]
+Row = tuple[str | None, str, str | None, dict[str, Any], str]  # id, text, source, everything else, where it is
+BLOCK = 1 << 18  # bytes read at a time; where a compressed file breaks off, what the last read gave is lost
+FREE_EXPANSION = 16 << 20  # decompressed bytes that no file is suspected for
+MOST_HTML = 16 << 20  # bytes of a page
+MOST_NESTING = 1000  # of a page's elements: the extraction's time grows with the square, 0.02 s at 1,000 and 7 minutes at 100,000
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+TEXT_SUFFIXES = {".txt", ".md", ".rst", ".html", ".htm"}
+
+_TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)")
+# that hold nothing, or that the next one of their kind closes
+_FLAT = re.compile("area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr|p|li|dt|dd|td|th|tr|tbody|thead|tfoot|option")
+
+
+class Reading(Section):
+    """How files become documents."""
+
+    text_field: str = "text"
+    id_field: str = "id"
+    source_field: str = "source"
+    batch_bytes: int = Field(32 << 20, gt=0, description="of text in a table")
+    most_document_bytes: int = Field(64 << 20, gt=0, description="larger documents (and lines) are skipped")
+    most_expansion: int = Field(1000, gt=0, description="decompressed bytes to a compressed one; beyond it the file is left")
+
+
+class _Stop(Exception):
+    """The rest of this file cannot be read; the message says why."""
+
+
+def names(inputs: Sequence[Path | str]) -> dict[Path, str]:
+    """Every file under the given files, folders and globs, with the name that its documents' ids begin with.
+
+    The name is the path below the given folder, or the file's name; if two files would share it, the whole path.
+
+    Raises:
+        InputError: an input stands for no file.
+    """
+    found: dict[Path, str] = {}
+    for given in inputs:
+        path = Path(given)
+        pairs: list[tuple[Path, str]] = []
+        for place in [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(given), recursive=True))]:
+            if place.is_dir():
+                below = (p for p in place.rglob("*") if p.is_file() and not any(n.startswith(".") for n in p.relative_to(place).parts))
+                pairs += [(p, p.relative_to(place).as_posix()) for p in sorted(below)]
+            elif place.exists():
+                pairs.append((place, place.name))
+        if not pairs:
+            raise InputError(f"There is no document at {given}: give a file, a folder or a glob that matches some.")
+        for place, name in pairs:
+            found.setdefault(place, name)
+    times: dict[str, int] = {}
+    for name in found.values():
+        times[name] = times.get(name, 0) + 1
+    return {place: name if times[name] == 1 else place.as_posix() for place, name in found.items()}
+
+
+def find(inputs: Sequence[Path | str]) -> list[Path]:
+    """The files of `names`, in its order.
+
+    Raises:
+        InputError: as `names`.
+    """
+    return list(names(inputs))
+
+
+def read(path: Path, settings: Reading, skipped: Skipped, name: str | None = None) -> Iterator[pa.Table]:
+    """The documents of one file, in tables of schema DOCUMENT with at most `batch_bytes` of text (or one document).
+
+    Args:
+        skipped: told where and why, of everything that is left out or mended.
+        name: what ids of documents without one begin with (see `names`); the file's name if not given.
+    """
+    name = name or path.name
+    batch = _Batch(settings)
+    try:
+        for row in _rows(path, name, settings, skipped):
+            yield from batch.add(row, skipped)
+    except _Stop as e:
+        skipped(name, str(e))
+    except (OSError, EOFError, ValueError, pa.ArrowException) as e:
+        skipped(name, f"the rest cannot be read: {' '.join(str(e).split())[:200]}")
+    yield from batch.rest()
+
+
+class _Batch:
+    """Documents until they fill a table."""
+
+    def __init__(self, settings: Reading):
+        self.settings = settings
+        self.rows: list[tuple[str, bytes, str | None, str]] = []
+        self.size = 0
+
+    def add(self, row: Row, skipped: Skipped) -> Iterator[pa.Table]:
+        identity, text, source, rest, where = row
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, as JSON can spell it
+            data = _whole(text).encode()
+            skipped(where, "replaced: not Unicode")
+        if len(data) > self.settings.most_document_bytes:
+            skipped(where, f"a document of {len(data):,} bytes")
+            return
+        if self.rows and self.size + len(data) > self.settings.batch_bytes:
+            yield from self.rest()
+        self.rows.append((_whole(where if identity is None else identity), data, None if source is None else _whole(source), _meta(rest)))
+        self.size += len(data)
+
+    def rest(self) -> Iterator[pa.Table]:
+        if self.rows:
+            ids, texts, sources, metas = zip(*self.rows, strict=True)
+            self.rows, self.size = [], 0
+            columns = [
+                pa.array(ids, pa.string()),
+                pa.array(texts, pa.large_binary()).cast(pa.large_string()),
+                pa.array(sources, pa.string()),
+            ]
+            yield pa.table([*columns, pa.array(metas, pa.string())], schema=DOCUMENT)
+
+
+def _whole(text: str) -> str:
+    """The same without halves of surrogate pairs."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _meta(rest: dict[str, Any]) -> str:
+    """Everything else of a document as JSON. A `meta` that is an object already is not put into another."""
+    inner = rest.get("meta")
+    if isinstance(inner, str):
+        try:
+            inner = json.loads(inner)
+        except (ValueError, RecursionError):
+            inner = None
+    if isinstance(inner, dict):
+        rest = {**inner, **{key: value for key, value in rest.items() if key != "meta"}}
+    return json.dumps(rest, default=str)
+
+
+def _rows(path: Path, name: str, settings: Reading, skipped: Skipped) -> Iterator[Row]:
+    suffixes = [s.lower() for s in path.suffixes]
+    codec = CODECS.get(suffixes[-1]) if suffixes else None
+    kind = (suffixes[:-1] if codec else suffixes)[-1:] or [""]
+    if path.stat().st_size == 0:
+        skipped(name, "empty")
+    elif kind[0] == ".parquet" and not codec:
+        yield from _parquet(path, name, settings, skipped)
+    elif kind[0] in (".jsonl", ".ndjson", ".json"):
+        yield from _json(path, name, codec, kind[0], settings, skipped)
+    elif kind[0] in (".warc", ".wet"):
+        yield from _warc(path, name, codec, settings, skipped)
+    else:
+        yield from _text(path, name, codec, kind[0], settings, skipped)
+
+
+class _Stream:
+    """The decompressed bytes of a file, until they are suspiciously many. It has the `read` that a file has."""
+
+    def __init__(self, path: Path, codec: str | None, settings: Reading):
+        self.raw = pa.OSFile(str(path))
+        self.stream = pa.CompressedInputStream(self.raw, codec) if codec else self.raw
+        self.most = settings.most_expansion if codec else None
+        self.given = 0
+
+    def read(self, size: int = BLOCK) -> bytes:
+        block = self.stream.read(min(size, BLOCK) if size >= 0 else BLOCK)
+        self.given += len(block)
+        if self.most is not None and self.given > max(self.most * self.raw.tell(), FREE_EXPANSION):
+            raise _Stop(f"more than {self.most} bytes come out of each compressed byte")
+        return bytes(block)
+
+    def tell(self) -> int:
+        return self.given
+
+    def seek(self, offset: int, whence: int = 0) -> int:  # FastWARC asks whether there is one
+        raise OSError("this stream only goes forward")
+
+    def close(self) -> None:
+        self.stream.close()
+        self.raw.close()
+
+
+def _lines(stream: _Stream, settings: Reading) -> Iterator[tuple[int, bytes | None]]:
+    """Number and bytes of every line that is not blank; None in place of a line that is too long, which is never held."""
+    number, held, lost = 1, bytearray(), False
+    while True:
+        try:
+            block = stream.read()
+        except _Stop:
+            if held and not lost:
+                yield number, bytes(held)
+            raise
+        *ends, last = block.split(b"\n")
+        for end in ends:
+            if lost or len(held) + len(end) > settings.most_document_bytes:
+                yield number, None
+            elif held or end.strip():
+                yield number, bytes(held) + end
+            held.clear()
+            number, lost = number + 1, False
+        held += last
+        if len(held) > settings.most_document_bytes:
+            held.clear()
+            lost = True
+        if not block:
+            if lost or held.strip():
+                yield number, None if lost else bytes(held)
+            return
+
+
+def _json(path: Path, name: str, codec: str | None, kind: str, settings: Reading, skipped: Skipped) -> Iterator[Row]:
+    if kind == ".json" and not codec and path.stat().st_size <= settings.most_document_bytes:
+        value = _value(path.read_bytes())  # one value, which may be spread over lines
+        rows = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
+        for number, row in enumerate(rows, 1):
+            yield from _object(row, f"{name}:{number}", settings, skipped)
+        if rows:
+            return
+    with closing(_Stream(path, codec, settings)) as stream:
+        for number, line in _lines(stream, settings):
+            where = f"{name}:{number}"
+            if line is None:
+                skipped(where, f"a line of more than {settings.most_document_bytes:,} bytes")
+                continue
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                skipped(where, "replaced: not UTF-8")
+            row = _value(line)
+            if row is None:
+                skipped(where, "not JSON")
+            else:
+                yield from _object(row, where, settings, skipped)
+
+
+def _value(line: bytes) -> Any:
+    """What the JSON says, or None if it is none. Control characters within strings are let through: cleaning sees to them."""
+    try:
+        return json.loads(line.decode("utf-8-sig", "replace"), strict=False)
+    except (ValueError, RecursionError):  # also numbers of thousands of digits, and deep nesting
+        return None
+
+
+def _object(row: Any, where: str, settings: Reading, skipped: Skipped) -> Iterator[Row]:
+    text = row.get(settings.text_field) if isinstance(row, dict) else None
+    if not isinstance(row, dict):
+        skipped(where, "not a JSON object")
+    elif not isinstance(text, str):
+        skipped(where, f"no text in {settings.text_field!r}")
+    else:
+        fields = (settings.text_field, settings.id_field, settings.source_field)
+        identity, source = (row.get(field) for field in fields[1:])
+        rest = {key: value for key, value in row.items() if key not in fields}
+        yield None if identity in (None, "") else str(identity), text, None if source is None else str(source), rest, where
+
+
+def _parquet(path: Path, name: str, settings: Reading, skipped: Skipped) -> Iterator[Row]:
+    first = 0
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        if settings.text_field not in file.schema_arrow.names:
+            raise _Stop(f"no column {settings.text_field!r}")
+        for group in range(file.metadata.num_row_groups):
+            about = file.metadata.row_group(group)
+            number, mean = first, max(1, about.total_byte_size // max(1, about.num_rows))
+            rows = min(8192, max(1, settings.batch_bytes // mean))
+            try:
+                for batch in file.iter_batches(batch_size=rows, row_groups=[group], use_threads=False):
+                    for row in batch.to_pylist():
+                        number += 1
+                        text = row[settings.text_field]
+                        if isinstance(text, bytes):
+                            row[settings.text_field] = text.decode("utf-8", "replace")
+                        yield from _object(row, f"{name}:{number}", settings, skipped)
+            except (OSError, ValueError, pa.ArrowException) as e:  # the next group may be whole
+                skipped(f"{name}:{number + 1}", f"the rest of row group {group} cannot be read: {' '.join(str(e).split())[:200]}")
+            first += about.num_rows
+
+
+def _text(path: Path, name: str, codec: str | None, kind: str, settings: Reading, skipped: Skipped) -> Iterator[Row]:
+    parts: list[bytes] = []
+    size = 0
+    with closing(_Stream(path, codec, settings)) as stream:
+        while block := stream.read():
+            if not parts and kind not in TEXT_SUFFIXES and b"\0" in block[:8192] and block[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+                raise _Stop("not text")
+            parts.append(block)
+            size += len(block)
+            if size > settings.most_document_bytes:
+                raise _Stop(f"a document of more than {settings.most_document_bytes:,} bytes")
+    data = b"".join(parts)
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        text = data.decode(encoding, "replace")
+        skipped(name, "replaced: not UTF-8")
+    if kind in (".html", ".htm"):
+        text = _visible(text)
+    yield name, text, path.as_posix(), {}, name
+
+
+def _visible(page: str) -> str:
+    """The main text of an HTML page.
+
+    Raises:
+        _Stop: it is too large, or its elements lie too deep in each other.
+    """
+    if len(page) > MOST_HTML:
+        raise _Stop(f"a page of {len(page):,} characters")
+    deep, still_open = 0, dict[str, int]()
+    for closes, tag in _TAG.findall(page):
+        tag = tag.lower()
+        if _FLAT.fullmatch(tag):
+            continue
+        if not closes:
+            still_open[tag] = still_open.get(tag, 0) + 1
+            deep += 1
+            if deep > MOST_NESTING:
+                raise _Stop(f"a page of elements in each other more than {MOST_NESTING} deep")
+        elif still_open.get(tag, 0):
+            still_open[tag] -= 1
+            deep -= 1
+    from resiliparse.extract.html2text import extract_plain_text
+
+    return str(extract_plain_text(page, main_content=True))
+
+
+def _warc(path: Path, name: str, codec: str | None, settings: Reading, skipped: Skipped) -> Iterator[Row]:
+    from fastwarc.warc import ArchiveIterator, WarcRecordType
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
+    kinds = WarcRecordType.response | WarcRecordType.conversion | WarcRecordType.resource
+    with closing(_Stream(path, codec, settings)) as stream:
+        for number, record in enumerate(ArchiveIterator(stream, record_types=kinds, parse_http=True), 1):
+            uri = record.headers.get("WARC-Target-URI")
+            where = f"{name}:{number}"
+            if record.content_length > settings.most_document_bytes:
+                skipped(where, f"a document of {record.content_length:,} bytes")
+                continue
+            kind = record.http_content_type if record.is_http else (record.headers.get("Content-Type") or "text/plain").split(";")[0]
+            kind = (kind or "").strip().lower()
+            if kind not in ("text/plain", "text/html", "application/xhtml+xml"):
+                continue
+            body = record.reader.read(settings.most_document_bytes)
+            charset = (record.http_charset if record.is_http else "utf-8") or detect_encoding(body, from_html_meta=True) or "utf-8"
+            try:
+                text = bytes_to_str(body, charset)
+                text = text if kind == "text/plain" else _visible(text)
+            except (_Stop, ValueError, LookupError) as e:
+                skipped(where, str(e))
+                continue
+            identity = record.record_id or record.headers.get("WARC-Record-ID") or uri
+            yield identity, text, uri, {"date": record.headers.get("WARC-Date")}, where
+
+
+class Writer:
+    """Documents into part-00000.parquet (or .jsonl, .jsonl.zst), part-00001...: each is whole or not there.
+
+    The cut depends on the documents alone, not on how they come in tables. `close` removes later parts of an earlier, longer run.
+    """
+
+    def __init__(self, folder: Path, format: Format, shard_bytes: int):
+        self.folder, self.format, self.shard_bytes = folder, format, shard_bytes
+        self.paths: list[Path] = []
+        self.size = 0  # bytes of text in the part that is open
+        self.sink: Any = None
+        self.parquet: pq.ParquetWriter | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, table: pa.Table) -> None:
+        """Write the documents; a part ends with the one that fills it."""
+        import pyarrow.compute as pc
+
+        sizes_N = pc.fill_null(pc.binary_length(table["text"]), 0).to_numpy()
+        begin = 0
+        while begin < len(sizes_N):
+            ends_N = np.cumsum(sizes_N[begin:]) + self.size
+            take = int(np.searchsorted(ends_N, self.shard_bytes)) + 1
+            piece = table.slice(begin, take)
+            self._write(piece)
+            begin += len(piece)
+            self.size = int(ends_N[len(piece) - 1])
+            if self.size >= self.shard_bytes:
+                self._end()
+
+    def close(self) -> list[Path]:
+        """The parts, in order."""
+        self._end()
+        for old in self.folder.glob(f"part-{'[0-9]' * 5}.{self.format}"):
+            if old not in self.paths:
+                old.unlink()
+        return self.paths
+
+    def _temporary(self) -> Path:
+        return self.folder / f".part-{len(self.paths):05d}.{self.format}.tmp"
+
+    def _write(self, piece: pa.Table) -> None:
+        if self.sink is None:
+            self.sink = pa.OSFile(str(self._temporary()), "wb")
+            if self.format == "parquet":
+                self.parquet = pq.ParquetWriter(self.sink, piece.schema, compression="zstd")
+            elif self.format == "jsonl.zst":
+                self.sink = pa.CompressedOutputStream(self.sink, "zstd")
+        if self.parquet is not None:
+            self.parquet.write_table(piece)
+            return
+        for row in piece.to_pylist():
+            self.sink.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
+
+    def _end(self) -> None:
+        if self.sink is None:
+            return
+        if self.parquet is not None:
+            self.parquet.close()
+        self.sink.close()
+        self.sink, self.parquet, self.size = None, None, 0
+        temporary = self._temporary()
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        path = self.folder / f"part-{len(self.paths):05d}.{self.format}"
+        temporary.replace(path)
+        self.paths.append(path)
+
+
+def write(tables: Iterator[pa.Table], folder: Path, format: Format, shard_bytes: int) -> list[Path]:
+    """All of the tables through a `Writer`."""
+    writer = Writer(folder, format, shard_bytes)
+    for table in tables:
+        writer.add(table)
+    return writer.close()

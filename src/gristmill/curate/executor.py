@@ -1,0 +1,150 @@
+"""Who does the tasks: this process, local processes, or Ray. A task that left its marker is never done again."""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gristmill.errors import InputError
+from gristmill.files import write_json
+
+ATTEMPTS = 3  # of a task whose process was killed
+
+
+@dataclass(frozen=True)
+class Task:
+    """A call of a module's function that writes files and returns counts.
+
+    Attributes:
+        marker: JSON of what it returned, written when its files are there: until then it is done again from the beginning.
+    """
+
+    work: Callable[..., dict[str, Any]]
+    arguments: tuple[Any, ...]
+    marker: Path
+
+
+def perform(task: Task) -> dict[str, Any]:
+    """Do a task, unless it was done before."""
+    if task.marker.exists():
+        return json.loads(task.marker.read_text())
+    result = task.work(*task.arguments)
+    task.marker.parent.mkdir(parents=True, exist_ok=True)
+    write_json(task.marker, result)
+    return result
+
+
+class Executor(Protocol):
+    """Does tasks in any order and gives back (place in the list, result) as they finish."""
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]: ...
+
+    def close(self) -> None: ...
+
+
+class InProcess:
+    """One after the other, here."""
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for place, task in enumerate(tasks):
+            yield place, perform(task)
+
+    def close(self) -> None:
+        pass
+
+
+class Processes:
+    """Local processes. A process that is killed costs the tasks under way, which are done again."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._start()
+
+    def _start(self) -> None:
+        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("forkserver"))
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
+        left = list(range(len(tasks)))[::-1]
+        attempts = dict.fromkeys(left, 0)
+        running: dict[Future[dict[str, Any]], int] = {}
+        while left or running:
+            while left and len(running) < 2 * self.workers:
+                place = left.pop()
+                attempts[place] += 1
+                running[self.pool.submit(perform, tasks[place])] = place
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            broken = []
+            for future in done:
+                place = running.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    broken.append(place)
+                    continue
+                yield place, result
+            if broken:
+                again = [*broken, *running.values()]
+                running.clear()
+                self.pool.shutdown(wait=True, cancel_futures=True)
+                if max(attempts[place] for place in again) >= ATTEMPTS:
+                    raise InputError(
+                        "A worker process was killed again and again (out of memory?): give fewer --workers or smaller shards."
+                    )
+                left += again[::-1]
+                self._start()
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Ray:
+    """Ray tasks, on the cluster that `RAY_ADDRESS` names or on a local one. Run folder and inputs must be where all nodes see them."""
+
+    def __init__(self, workers: int) -> None:
+        try:
+            import ray
+        except ImportError as e:
+            raise InputError("Ray is not installed: pip install 'gristmill[ray]'.") from e
+        self.ray, self.workers = ray, workers
+        self.started = not ray.is_initialized()
+        if self.started:
+            local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", **local)
+        self.perform = ray.remote(num_cpus=1, max_retries=ATTEMPTS)(perform)
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
+        left = list(enumerate(tasks))[::-1]
+        running: dict[Any, int] = {}
+        while left or running:
+            while left and len(running) < 2 * self.workers:
+                place, task = left.pop()
+                running[self.perform.remote(task)] = place
+            done, _ = self.ray.wait(list(running), num_returns=1)
+            for reference in done:
+                place = running.pop(reference)
+                try:
+                    result = self.ray.get(reference)
+                except self.ray.exceptions.RayTaskError as e:
+                    raise e.as_instanceof_cause() from e
+                yield place, result
+
+    def close(self) -> None:
+        if self.started:
+            self.ray.shutdown()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make(kind: str, workers: int) -> Executor:
+    """An executor by its name: processes or ray; one worker in processes is this process."""
+    if kind == "ray":
+        return Ray(workers)
+    return InProcess() if workers == 1 else Processes(workers)

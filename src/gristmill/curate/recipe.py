@@ -1,0 +1,51 @@
+"""The recipe of a curation: what is read, the steps in their order, and how the rest is written."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from gristmill.curate.clean import Clean
+from gristmill.curate.decontaminate import Decontaminate
+from gristmill.curate.documents import Reading
+from gristmill.curate.duplicates import Exact, Fuzzy
+from gristmill.curate.heuristics import Filter
+from gristmill.curate.language import Language
+from gristmill.curate.pii import Pii
+from gristmill.recipe import Section, checked, read
+
+Step = Annotated[Clean | Language | Filter | Exact | Fuzzy | Pii | Decontaminate, Field(discriminator="step")]
+
+
+class Output(Section):
+    """How documents are written."""
+
+    format: Literal["parquet", "jsonl", "jsonl.zst"] = "parquet"
+    shard_mb: int = Field(256, gt=0, description="text of an output file")
+
+
+class Curation(Section):
+    """A curation, from files to files."""
+
+    name: str = Field("curated", pattern=r"^[\w.-]+$")
+    inputs: list[str] = Field(default_factory=list, description="files, folders and patterns")
+    reading: Reading = Reading()
+    steps: list[Step] = Field(default_factory=list)
+    output: Output = Output()
+    executor: Literal["processes", "ray"] = "processes"
+    workers: int = Field(0, ge=0, description="processes; 0: one a core")
+
+
+def load(path: Path, overrides: dict[str, Any] | None = None) -> Curation:
+    """Read a recipe, with some of its values replaced.
+
+    Raises:
+        InputError: the file is missing or wrong; the sentence names the key.
+    """
+    return checked(Curation, read(path) | (overrides or {}), str(path))
+
+
+def dump(recipe: Curation) -> str:
+    """The recipe with all its values, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

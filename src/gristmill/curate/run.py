@@ -1,0 +1,366 @@
+"""A curation from files to files, by tasks over shards that any executor can do.
+
+Stages follow each other; each has a folder in `work/` named by its place, its steps, and a key made of everything before it, so that a
+changed recipe begins again only where it differs. Steps that look at one document at a time are done in one pass.
+"""
+
+import json
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from gristmill.curate import documents, duplicates, executor, shards
+from gristmill.curate.clean import clean
+from gristmill.curate.decontaminate import Benchmarks, Decontaminate, counts, decontaminate
+from gristmill.curate.documents import Reading
+from gristmill.curate.duplicates import Exact, Fuzzy
+from gristmill.curate.executor import Task
+from gristmill.curate.heuristics import heuristics
+from gristmill.curate.language import language
+from gristmill.curate.pii import pii
+from gristmill.curate.recipe import Curation, Output, Step, dump
+from gristmill.curate.step import Outcome
+from gristmill.curate.texts import Texts
+from gristmill.errors import InputError
+from gristmill.files import lock, write_json
+from gristmill.flywheel.progress import Progress
+from gristmill.rows import make_id
+
+LOCAL: dict[str, Callable[[pa.Table, Any], Outcome]] = {"clean": clean, "language": language, "filter": heuristics, "pii": pii}
+MOST_SKIPPED = 1000  # skips that are named one by one
+Facts = dict[str, Any]
+
+
+# ---- what tasks do ----
+
+
+def ingest(files: Sequence[tuple[Path, str]], folder: Path, reading: Reading, number: int) -> Facts:
+    """Read files, of which each has a name, into shards of at most `reading.batch_bytes` of text."""
+    skipped: list[tuple[str, str]] = []
+    facts: Facts = {"shards": [], "documents": 0, "bytes": 0}
+    waiting: list[pa.Table] = []
+    size = 0
+
+    def write() -> None:
+        path = folder / f"{number:05d}-{len(facts['shards']):05d}.arrow"
+        shards.write(path, pa.concat_tables(waiting))
+        facts["shards"].append(path.name)
+        waiting.clear()
+
+    for path, name in files:
+        for table in documents.read(path, reading, lambda where, why: skipped.append((where, why)), name):
+            more = _bytes(table)
+            if waiting and size + more > reading.batch_bytes:
+                write()
+                size = 0
+            waiting.append(table)
+            size += more
+            facts["documents"] += len(table)
+            facts["bytes"] += more
+    if waiting:
+        write()
+    return facts | {"num_skipped": len(skipped), "skipped": skipped[:MOST_SKIPPED]}
+
+
+def local(source: Path, kept: Path, dropped: Path, steps: Sequence[Step]) -> Facts:
+    """Steps that look at one document at a time, on one shard."""
+    table, gone, facts = shards.read(source), [], []
+    for step in steps:
+        outcome = LOCAL[step.step](table, step)
+        facts.append(_facts(step.step, table, outcome))
+        gone.append(outcome.dropped)
+        table = outcome.kept
+    shards.write(kept, table)
+    _write_dropped(dropped, gone)
+    return {"steps": facts}
+
+
+def without(shard: int, sources: Sequence[Path], drops: Sequence[Path], kept: Path, dropped: Path, step: str, limit: float) -> Facts:
+    """A shard without its duplicates."""
+    outcome = duplicates.drop(shard, sources, drops, step, limit)
+    shards.write(kept, outcome.kept)
+    _write_dropped(dropped, [outcome.dropped])
+    return {"steps": [_facts(step, shards.read(sources[shard]), outcome)]}
+
+
+@cache
+def _benchmarks(settings: str) -> Benchmarks:
+    return Benchmarks.read(Decontaminate.model_validate_json(settings))
+
+
+def matches(source: Path, out: Path, settings: Decontaminate) -> Facts:
+    """How often a shard has each n-gram of the benchmarks."""
+    found = counts(shards.read(source), _benchmarks(settings.model_dump_json()))
+    shards.write(out, pa.table({"count": found}))
+    return {}
+
+
+def decontaminated(source: Path, found: Sequence[Path], kept: Path, dropped: Path, settings: Decontaminate) -> Facts:
+    """A shard without what the benchmarks hold."""
+    total = np.sum([shards.read(path)["count"].to_numpy() for path in found], axis=0)
+    table = shards.read(source)
+    outcome = decontaminate(table, settings, _benchmarks(settings.model_dump_json()), total)
+    shards.write(kept, outcome.kept)
+    _write_dropped(dropped, [outcome.dropped])
+    return {"steps": [_facts(settings.step, table, outcome)]}
+
+
+def emit(sources: Sequence[Path], folder: Path, output: Output) -> Facts:
+    """Shards into files of documents."""
+    paths = documents.write((shards.read(source) for source in sources), folder, output.format, output.shard_mb * 2**20)
+    return {"files": len(paths)}
+
+
+def _bytes(table: pa.Table) -> int:
+    texts = Texts.of(table["text"])
+    return int(texts.begin_N[-1] - texts.begin_N[0])
+
+
+def _facts(step: str, before: pa.Table, outcome: Outcome) -> Facts:
+    reasons = Counter(
+        re.sub(r"^(same text as|near duplicate of) .*", r"\1 another", reason) for reason in outcome.dropped["reason"].to_pylist()
+    )
+    return {
+        "step": step,
+        "documents_in": len(before),
+        "bytes_in": _bytes(before),
+        "documents_out": len(outcome.kept),
+        "bytes_out": _bytes(outcome.kept),
+        "reasons": dict(reasons),
+        "changed": dict(outcome.counts),
+    }
+
+
+def _write_dropped(path: Path, tables: Sequence[pa.Table]) -> None:
+    table = pa.concat_tables(tables)
+    if len(table):
+        temporary = path.with_suffix(".tmp")
+        pq.write_table(table, temporary, compression="zstd")
+        temporary.replace(path)
+
+
+# ---- the run ----
+
+
+def run(recipe: Curation, folder: Path, progress: Progress) -> Facts:
+    """Do what a recipe says, or what is left of it; returns the funnel.
+
+    The folder then holds `data/` (the documents kept), `dropped/` (the others, each with its reason), `recipe.yaml` and `funnel.json`.
+
+    Raises:
+        InputError: an input is missing, a setting is wrong, or the disk is full.
+    """
+    if not recipe.inputs:
+        raise InputError("There is nothing to read: give `inputs` in the recipe, or --input.")
+    files = documents.names(recipe.inputs)
+    for step in recipe.steps:
+        if isinstance(step, Decontaminate):
+            _benchmarks(step.model_dump_json())  # before work is spent
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder)
+    try:
+        return _Run(recipe, folder, progress).all(files)
+    finally:
+        held.close()
+
+
+class _Run:
+    def __init__(self, recipe: Curation, folder: Path, progress: Progress) -> None:
+        self.recipe, self.folder, self.progress = recipe, folder, progress
+        self.work = folder / "work"
+        self.key = ""
+        self.place = 0
+        self.stages: list[Facts] = []
+        self.executor: executor.Executor | None = None
+
+    def all(self, files: dict[Path, str]) -> Facts:
+        inputs = [(str(path), name, path.stat().st_size, path.stat().st_mtime_ns) for path, name in files.items()]
+        plan = self.recipe.model_dump(mode="json", exclude={"executor", "workers"})
+        whole = make_id(inputs, plan)
+        done = self.folder / "funnel.json"
+        if done.exists() and (funnel := json.loads(done.read_text())).get("key") == whole:
+            return funnel
+        started = time.monotonic()
+        (self.folder / "recipe.yaml").write_text(dump(self.recipe))
+        workers = self.recipe.workers or executor.cores()
+        self.executor = executor.make(self.recipe.executor, workers)
+        try:
+            funnel = self._all(files, make_id(inputs, plan["reading"]))
+        finally:
+            self.executor.close()
+        funnel |= {"key": whole, "name": self.recipe.name, "seconds": round(time.monotonic() - started, 2)}
+        write_json(done, funnel)
+        shutil.rmtree(self.work)
+        return funnel
+
+    def _all(self, files: dict[Path, str], key: str) -> Facts:
+        self.key = key
+        sources, first = self._read(files)
+        for is_local, group in groupby(self.recipe.steps, key=lambda step: step.step in LOCAL):
+            for steps in [list(group)] if is_local else [[step] for step in group]:
+                sources = self._stage(steps, sources)
+        num_files = self._write(sources)
+        summed = [facts for stage in self.stages for facts in _summed(stage["steps"])]
+        return {"read": first, "steps": summed, "documents": _rows(sources), "files": num_files}
+
+    def _open(self, name: str, *settings: Any) -> Path:
+        """The folder of the next stage."""
+        self.key = make_id(self.key, name, *settings)
+        folder = self.work / f"{self.place:02d}-{name}-{self.key[:8]}"
+        self.place += 1
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _do(self, name: str, tasks: Sequence[Task]) -> list[Facts]:
+        assert self.executor is not None
+        out: list[Facts] = [{}] * len(tasks)
+        started = time.monotonic()
+        with self.progress.stage(name):
+            for place, facts in self.progress.track(self.executor.run(tasks), len(tasks)):
+                out[place] = facts
+        self.progress.finished(name, {"seconds": time.monotonic() - started, "tasks": len(tasks)})
+        return out
+
+    def _read(self, files: dict[Path, str]) -> tuple[list[Path], Facts]:
+        folder = self._open("read")
+        groups: list[list[tuple[Path, str]]] = [[]]
+        size = 0
+        for path, name in files.items():
+            more = path.stat().st_size
+            if groups[-1] and size + more > self.recipe.reading.batch_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append((path, name))
+            size += more
+        tasks = [Task(ingest, (group, folder, self.recipe.reading, i), folder / f"{i:05d}.json") for i, group in enumerate(groups)]
+        facts = self._do("read", tasks)
+        sources = [folder / name for one in facts for name in one["shards"]]
+        total = {name: sum(one[name] for one in facts) for name in ("documents", "bytes", "num_skipped")}
+        skipped = [entry for one in facts for entry in one["skipped"]][:MOST_SKIPPED]
+        if not total["documents"]:
+            why = f": {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+            raise InputError(f"The inputs hold no document{why}.")
+        return sources, {"files": len(files), **total, "skipped": skipped}
+
+    def _stage(self, steps: list[Step], sources: list[Path]) -> list[Path]:
+        names = [step.step for step in steps]
+        folder = self._open("-".join(names), *[step.model_dump(mode="json") for step in steps])
+        kept = [folder / f"kept-{i:05d}.arrow" for i in range(len(sources))]
+        dropped = [folder / f"dropped-{i:05d}.parquet" for i in range(len(sources))]
+        label = " ".join(names)
+
+        def each(what: str, count: int, call: Callable[[int], tuple[Callable[..., Facts], tuple[Any, ...]]]) -> list[Facts]:
+            tasks = [Task(*call(i), folder / f"{what}-{i:05d}.json") for i in range(count)]
+            return self._do(f"{label}: {what}" if what != "shard" else label, tasks)
+
+        if isinstance(steps[0], Exact | Fuzzy):
+            drops, limit = self._duplicates(steps[0], folder, sources, each)
+            facts = each("shard", len(sources), lambda i: (without, (i, sources, drops, kept[i], dropped[i], names[0], limit)))
+        elif isinstance(steps[0], Decontaminate):
+            settings = steps[0]
+            found = [folder / f"matches-{i:05d}.arrow" for i in range(len(sources))]
+            each("matches", len(sources), lambda i: (matches, (sources[i], found[i], settings)))
+            facts = each("shard", len(sources), lambda i: (decontaminated, (sources[i], found, kept[i], dropped[i], settings)))
+        else:
+            facts = each("shard", len(sources), lambda i: (local, (sources[i], kept[i], dropped[i], steps)))
+        self.stages.append({"folder": folder, "steps": [one["steps"] for one in facts]})
+        return kept
+
+    def _duplicates(
+        self, how: Exact | Fuzzy, folder: Path, sources: list[Path], each: Callable[..., list[Facts]]
+    ) -> tuple[list[Path], float]:
+        """Files with the numbers of what is to be dropped, by shards."""
+        num, documents_ = len(sources), _rows(sources)
+
+        def paths(name: str, count: int) -> list[Path]:
+            return [folder / f"{name}-{i:05d}.arrow" for i in range(count)]
+
+        keys = paths("key", num)
+        if isinstance(how, Exact):
+            parts = duplicates.num_parts(documents_, 1)
+            drops = paths("drop", parts)
+            each("keys", num, lambda i: (duplicates.exact_keys, (i, sources[i], keys[i], parts)))
+            each("groups", parts, lambda p: (duplicates.exact_groups, (p, keys, drops[p], num)))
+            return drops, 1.0
+        parts = duplicates.num_parts(documents_, how.bands)
+        signatures, found, verified, cluster = (
+            paths("signature", num),
+            paths("pair", parts),
+            paths("verified", num),
+            folder / "cluster.arrow",
+        )
+        each("sketches", num, lambda i: (duplicates.sketch, (i, sources[i], keys[i], signatures[i], parts, how)))
+        each("pairs", parts, lambda p: (duplicates.pairs, (p, keys, found[p], num)))
+        each("verification", num, lambda i: (duplicates.verify, (i, found, sources, signatures, verified[i], how)))
+        each("clusters", 1, lambda _: (duplicates.clusters, (verified, cluster, num)))
+        drops = paths("drop", num)
+        each("settled", num, lambda p: (duplicates.settle, (p, cluster, sources, signatures, drops[p], how)))
+        return drops, how.threshold
+
+    def _write(self, sources: list[Path]) -> int:
+        """The documents that are left, and those that are not, in folders that appear whole; files of the former."""
+        folder = self._open("write", self.recipe.output.model_dump(mode="json"))
+        data, dropped = folder / "data", folder / "dropped"
+        task = Task(emit, (sources, data, self.recipe.output), folder / "data.json")
+        if not data.exists():  # moved away by a run that was killed right then
+            task.marker.unlink(missing_ok=True)
+        (written,) = self._do("write", [task])
+        dropped.mkdir(exist_ok=True)
+        for stage in self.stages:
+            for path in sorted(stage["folder"].glob("dropped-*.parquet")):
+                target = dropped / f"{stage['folder'].name.rsplit('-', 1)[0]}-{path.name.removeprefix('dropped-')}"
+                target.unlink(missing_ok=True)
+                target.hardlink_to(path)
+        for new in (data, dropped):
+            old = self.folder / new.name
+            shutil.rmtree(old, ignore_errors=True)
+            new.rename(old)
+        return int(written["files"])
+
+
+def _rows(sources: Iterable[Path]) -> int:
+    return sum(shards.num_rows(source) for source in sources)
+
+
+def _summed(of_shards: Sequence[Sequence[Facts]]) -> list[Facts]:
+    """The facts of a stage's steps over all shards."""
+    out: list[Facts] = []
+    for same in zip(*of_shards, strict=True):
+        total: Facts = {"step": same[0]["step"]}
+        for name in ("documents_in", "bytes_in", "documents_out", "bytes_out"):
+            total[name] = sum(one[name] for one in same)
+        for name in ("reasons", "changed"):
+            total[name] = dict(sum((Counter(one[name]) for one in same), Counter()).most_common())
+        out.append(total)
+    return out
+
+
+def explain(folder: Path, name: str) -> list[Facts]:
+    """What became of the documents of an id: dropped, by which step and why, or kept, and where.
+
+    Raises:
+        InputError: there is no finished curation, or no such document.
+    """
+    if not (folder / "funnel.json").exists():
+        raise InputError(f"{folder} holds no finished curation: run it first, and give its folder with --out.")
+    found: list[Facts] = []
+    for path in sorted((folder / "dropped").glob("*.parquet")):
+        table = pq.read_table(path, filters=[("id", "==", name)])
+        found += [{"file": path.name, **row} for row in table.to_pylist()]
+    for path in sorted((folder / "data").iterdir()):
+        for table in documents.read(path, Reading(), lambda where, why: None):
+            found += [{"file": path.name, "step": "kept", **row} for row in table.filter(pc.equal(table["id"], name)).to_pylist()]
+    if not found:
+        raise InputError(f"No document of {folder} has the id {name!r}; ids of a folder's files are their paths in it.")
+    return found

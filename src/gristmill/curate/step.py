@@ -1,0 +1,51 @@
+"""What every step gives back: the documents that go on, those that do not and why, and what it changed."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+# A document, wherever it is in the pipeline. `meta` is JSON.
+DOCUMENT = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("source", pa.string()), ("meta", pa.string())])
+# A document that was dropped: the rule, what was measured, and the limit that it broke.
+DROPPED = pa.schema([*DOCUMENT, ("step", pa.string()), ("reason", pa.string()), ("figure", pa.float64()), ("limit", pa.float64())])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Attributes: `kept` and `dropped` (of schema DROPPED) in the order they came in; `counts` of what was changed, by kind."""
+
+    kept: pa.Table
+    dropped: pa.Table
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def split(table: pa.Table, step: str, reasons: list[str | None], figures: np.ndarray, limits: np.ndarray) -> Outcome:
+    """Part the documents that have a reason to be dropped from those that have none.
+
+    Args:
+        reasons: of each document; None keeps it.
+        figures, limits: float64 of each document, read where there is a reason.
+    """
+    keep = pa.array([reason is None for reason in reasons], pa.bool_())
+    gone = np.array([i for i, reason in enumerate(reasons) if reason is not None], np.int64)
+    dropped = table.select(DOCUMENT.names).take(pa.array(gone))
+    columns = (
+        pa.array([step] * len(gone), pa.string()),
+        pa.array([reasons[i] for i in gone.tolist()], pa.string()),
+        pa.array(np.asarray(figures, np.float64)[gone]),
+        pa.array(np.asarray(limits, np.float64)[gone]),
+    )
+    for name, column in zip(("step", "reason", "figure", "limit"), columns, strict=True):
+        dropped = dropped.append_column(name, column)
+    return Outcome(table.filter(keep), dropped.cast(DROPPED))
+
+
+def none_dropped() -> pa.Table:
+    """The table of no dropped document."""
+    return DROPPED.empty_table()
+
+
+def with_text(table: pa.Table, texts: pa.Array) -> pa.Table:
+    """The same documents with other texts."""
+    return table.set_column(table.schema.get_field_index("text"), DOCUMENT.field("text"), texts.cast(pa.large_string()))

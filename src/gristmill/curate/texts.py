@@ -1,0 +1,64 @@
+"""A column of texts as numba reads it: all bytes in one array, and where each text begins.
+
+Shapes: N documents, B bytes of all of them.
+"""
+
+import sys
+import unicodedata
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pyarrow as pa
+
+SPACE, LETTER, DIGIT = 1, 2, 4  # bits of `classes`
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Attributes: `data_B` UTF-8 bytes, `begin_N` of each text, and one more: the end."""
+
+    data_B: np.ndarray
+    begin_N: np.ndarray
+
+    @staticmethod
+    def of(column: pa.ChunkedArray | pa.Array) -> "Texts":
+        """A column of strings; bytes are not copied where it is one piece."""
+        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        if isinstance(array, pa.ChunkedArray):  # of no chunk or several
+            array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], pa.large_string())
+        array = array.cast(pa.large_string())
+        _, offsets, data = array.buffers()
+        if len(array) == 0 or offsets is None:
+            return Texts(np.empty(0, np.uint8), np.zeros(1, np.int64))
+        begin_N = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
+        data_B = np.empty(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
+        return Texts(data_B, begin_N)
+
+    def __len__(self) -> int:
+        return len(self.begin_N) - 1
+
+    def bytes_of(self, index: int) -> memoryview:
+        """One text."""
+        return memoryview(self.data_B[self.begin_N[index] : self.begin_N[index + 1]])  # type: ignore[arg-type]
+
+    @property
+    def sizes_N(self) -> np.ndarray:
+        """Bytes of each text."""
+        return np.diff(self.begin_N)
+
+
+@cache
+def classes() -> np.ndarray:
+    """uint8 for every code point: what Python's str.isspace, str.isalpha and str.isdecimal say of it, as bits."""
+    table = np.zeros(sys.maxunicode + 1, np.uint8)
+    for point in range(sys.maxunicode + 1):
+        kind = unicodedata.category(chr(point))
+        if kind[0] == "L":
+            table[point] |= LETTER
+        elif kind == "Nd":
+            table[point] |= DIGIT
+    for point in range(0x3001):
+        if chr(point).isspace():
+            table[point] |= SPACE
+    return table

@@ -1,0 +1,158 @@
+"""Whole curations: what is kept, what is dropped and why, by every executor, and after being killed at any moment."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from gristmill.curate import recipe as recipes
+from gristmill.curate.recipe import Curation
+from gristmill.curate.run import explain, run
+from gristmill.errors import InputError
+from gristmill.flywheel.progress import Progress
+
+STEPS: list[dict[str, Any]] = [
+    {"step": "clean"},
+    {"step": "filter", "rules": "gopher"},
+    {"step": "exact"},
+    {"step": "fuzzy"},
+    {"step": "pii"},
+]
+COMMON = ["the", "of", "and", "to", "that", "with", "be", "have", "a", "in", "is", "it", "for", "on", "as"]
+
+
+def prose(draw: random.Random, words: int = 150) -> str:
+    parts = [
+        draw.choice(COMMON) if draw.random() < 0.5 else f"word{chr(97 + draw.randrange(26))}{draw.randrange(900)}" for _ in range(words)
+    ]
+    return "\n".join(" ".join(parts[i : i + 30]).capitalize() + "." for i in range(0, words, 30))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six files, with copies, near copies, addresses, and documents that are too short."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    texts = [prose(draw) for _ in range(200)]
+    texts += [texts[i] for i in range(0, 40, 2)]
+    texts += [texts[i].replace("Word", "Term", 1) + " Postscript." for i in range(1, 40, 2)]
+    texts += [f"{prose(draw)} Write to someone{i}@example.org." for i in range(20)] + ["Too short."] * 10
+    draw.shuffle(texts)
+    for part in range(6):
+        rows = [{"id": f"d{i}", "text": text, "kind": part} for i, text in enumerate(texts) if i % 6 == part]
+        (folder / f"part{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def recipe_of(corpus: Path, **more: Any) -> Curation:
+    return Curation.model_validate({"inputs": [str(corpus)], "reading": {"batch_bytes": 30_000}, "workers": 1, "steps": STEPS} | more)
+
+
+def curated(recipe: Curation, folder: Path) -> dict[str, Any]:
+    return run(recipe, folder, Progress(quiet=True))
+
+
+def kept(folder: Path) -> dict[str, str]:
+    rows = [row for path in sorted((folder / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row["text"] for row in rows}
+
+
+def dropped(folder: Path) -> dict[str, tuple[str, str]]:
+    rows = [row for path in sorted((folder / "dropped").iterdir()) for row in pq.read_table(path).to_pylist()]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: (row["step"], row["reason"]) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def done(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("done")
+    curated(recipe_of(corpus), folder)
+    return folder
+
+
+def test_every_document_is_kept_or_dropped_for_a_reason(corpus: Path, done: Path) -> None:
+    rows = [json.loads(line) for path in sorted(corpus.iterdir()) for line in path.read_text().splitlines()]
+    here, gone = kept(done), dropped(done)
+    assert set(here) | set(gone) == {row["id"] for row in rows} and not set(here) & set(gone)
+    steps = [step for step, _ in gone.values()]
+    assert steps.count("exact") == 20 and steps.count("filter") == 10
+    assert 18 <= steps.count("fuzzy") <= 20
+    assert not any("@example.org" in text for text in here.values()) and sum("<EMAIL>" in text for text in here.values()) == 20
+    funnel = json.loads((done / "funnel.json").read_text())
+    assert [step["step"] for step in funnel["steps"]] == [step["step"] for step in STEPS]
+    assert funnel["read"]["documents"] == len(rows) and funnel["documents"] == len(here)
+    for before, after in zip(funnel["steps"], funnel["steps"][1:], strict=False):
+        assert before["documents_out"] == after["documents_in"] and before["bytes_out"] == after["bytes_in"]
+    assert not (done / "work").exists()
+
+
+def test_why_a_document_is_gone(done: Path) -> None:
+    here, gone = kept(done), dropped(done)
+    name, (step, reason) = next((name, why) for name, why in gone.items() if why[0] == "fuzzy")
+    (found,) = explain(done, name)
+    assert (found["step"], found["reason"]) == (step, reason) and found["figure"] >= 0.7
+    assert reason.split()[-1] in here
+    (found,) = explain(done, next(iter(here)))
+    assert found["step"] == "kept"
+    with pytest.raises(InputError, match="has the id 'nobody'"):
+        explain(done, "nobody")
+
+
+def test_processes_and_the_size_of_shards_change_nothing(corpus: Path, done: Path, tmp_path: Path) -> None:
+    curated(recipe_of(corpus, workers=2), tmp_path / "two")
+    assert kept(tmp_path / "two") == kept(done) and dropped(tmp_path / "two") == dropped(done)
+    curated(recipe_of(corpus, reading={"batch_bytes": 10_000_000}), tmp_path / "large")
+    assert kept(tmp_path / "large") == kept(done)
+
+
+def test_a_finished_run_is_not_done_again_and_a_changed_one_is(corpus: Path, tmp_path: Path) -> None:
+    first = curated(recipe_of(corpus), tmp_path)
+    at = (tmp_path / "data" / "part-00000.parquet").stat().st_mtime_ns
+    assert curated(recipe_of(corpus, workers=2), tmp_path) == first
+    assert (tmp_path / "data" / "part-00000.parquet").stat().st_mtime_ns == at
+    second = curated(recipe_of(corpus, steps=STEPS[:3]), tmp_path)
+    assert second["documents"] > first["documents"] and not any(step == "fuzzy" for step, _ in dropped(tmp_path).values())
+
+
+def test_killed_at_any_moment_it_ends_the_same(corpus: Path, done: Path, tmp_path: Path) -> None:
+    """kill -9 of the driver, with its workers, at random moments; then to the end."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_of(corpus, workers=2).model_dump(mode="json")))
+    command = [sys.executable, "-m", "gristmill.cli", "curate", str(path), "--out", str(tmp_path / "run"), "--quiet"]
+    draw = random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+        time.sleep(draw.uniform(1.0, 4.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert kept(tmp_path / "run") == kept(done) and dropped(tmp_path / "run") == dropped(done)
+
+
+def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
+    def load(text: str) -> None:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        recipes.load(path)
+
+    with pytest.raises(InputError, match="unknown key 'steps.0.fuzzy.band': did you mean 'bands'"):
+        load("steps: [{step: fuzzy, band: 3}]")
+    with pytest.raises(InputError, match="steps.0"):
+        load("steps: [{step: fussy}]")
+    with pytest.raises(InputError, match="threshold"):
+        load("steps: [{step: fuzzy, threshold: 3}]")
+    with pytest.raises(InputError):
+        curated(Curation(inputs=[str(tmp_path / "nothing")]), tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError):
+        curated(Curation(inputs=[str(tmp_path / "empty")]), tmp_path / "out")
