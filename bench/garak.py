@@ -37,7 +37,19 @@ def by_garak(python: str, url: str, probes: list[str]) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as scratch:
         description = Path(scratch) / "rest.json"
         description.write_text(json.dumps({"rest": {"RestGenerator": target(url)}}))
-        command = [python, "-m", "garak", "--target_type", "rest", "-G", str(description), "--probes", ",".join(probes), "--generations", "2"]
+        command = [
+            python,
+            "-m",
+            "garak",
+            "--target_type",
+            "rest",
+            "-G",
+            str(description),
+            "--probes",
+            ",".join(probes),
+            "--generations",
+            "2",
+        ]
         env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "XDG_DATA_HOME": scratch, "XDG_CACHE_HOME": scratch}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:

@@ -142,7 +142,11 @@ def test_the_code_helper_needs_no_packages(name: str) -> None:
 
 def test_dependencies_are_what_is_imported_and_each_has_its_reason() -> None:
     declared = {re.split(r"[<>=\[]", text)[0] for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
-    packages = {"yaml": "pyyaml", "prometheus_client": "prometheus-client", "fasttext": "fasttext-predict"}  # module -> package, where they differ
+    packages = {
+        "yaml": "pyyaml",
+        "prometheus_client": "prometheus-client",
+        "fasttext": "fasttext-predict",
+    }  # module -> package, where they differ
     used: set[str] = set()
     for path in MODULES.values():
         for full in imported(ast.walk(ast.parse(path.read_text(encoding="utf-8")))):

@@ -35,9 +35,11 @@ MOST_LINE = 1_000_000  # characters: ftfy cuts longer lines and looks at each pi
 _RUNS = re.compile("\n{3,}")
 
 _BLOCKS = "br|p|div|li|ul|ol|tr|table|tbody|thead|hr|h[1-6]|blockquote|center"
-_TAG = re.compile(
-    rf"<(/?)(?:({_BLOCKS})|(span|b|i|u|s|a|em|strong|font|small|big|sup|sub|strike|img|td|th))(\s[^<>\n]{{0,1000}})?/?>", re.IGNORECASE
-)
+_INLINE = "span|b|i|u|s|a|em|strong|font|small|big|sup|sub|strike|img|td|th"
+_TAG = re.compile(rf"<(/?)(?:({_BLOCKS})|({_INLINE}))(\s[^<>\n]{{0,1000}})?/?>", re.IGNORECASE)
+# their names as numbers, as the scan reads them: eight letters at most
+_NAMES = f"{_BLOCKS}|{_INLINE}".replace("h[1-6]", "h1|h2|h3|h4|h5|h6").split("|")
+_TAGS = np.array([int.from_bytes(name[:8].encode(), "big") for name in _NAMES], np.int64)
 _ENTITY = re.compile(r"&(?:amp;)*(#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,24});")
 # Texts about markup, or of it: an escaped tag, a whole page, a quoted or indented leftover, a block of code.
 _MARKUP = re.compile(
@@ -83,7 +85,15 @@ def _same(data_B: np.ndarray, i: int, end: int, word: np.ndarray) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def _scan(data_B, begin_N, cookie, privacy, terms, lorem):  # type: ignore[no-untyped-def]
+def _one_of(name: int, names: np.ndarray) -> bool:
+    for one in names:
+        if one == name:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _scan(data_B, begin_N, tags, cookie, privacy, terms, lorem):  # type: ignore[no-untyped-def]
     """uint8[N]: what each text may need. A bit too many costs time; one too few is a repair that is not made."""
     needs_N = np.zeros(len(begin_N) - 1, np.uint8)
     for n in range(len(needs_N)):
@@ -142,8 +152,12 @@ def _scan(data_B, begin_N, cookie, privacy, terms, lorem):  # type: ignore[no-un
                         break
             elif c == 60 and not needs & HTML:  # <
                 k = i + 2 if i + 1 < end and data_B[i + 1] == 47 else i + 1
-                if k < end and (65 <= data_B[k] <= 90 or 97 <= data_B[k] <= 122):
-                    for j in range(k + 1, min(end, k + 4100)):
+                name = np.int64(0)
+                while k < end and (65 <= data_B[k] <= 90 or 97 <= data_B[k] <= 122 or 48 <= data_B[k] <= 57) and name < 1 << 56:
+                    name = name << 8 | np.int64(data_B[k] | 0x20)  # digits keep their value
+                    k += 1
+                if _one_of(name, tags):
+                    for j in range(k, min(end, k + 4100)):
                         if data_B[j] == 62:
                             needs |= HTML
                             break
@@ -197,7 +211,7 @@ def _word(text: str) -> np.ndarray:
 
 def needs(texts: Texts) -> np.ndarray:
     """uint8[N]: the repairs that each text may need, as bits."""
-    return np.asarray(_scan(texts.data_B, texts.begin_N, *map(_word, ("cookie", "privacy", "terms of use", "lorem ipsum"))))
+    return np.asarray(_scan(texts.data_B, texts.begin_N, _TAGS, *map(_word, ("cookie", "privacy", "terms of use", "lorem ipsum"))))
 
 
 def mend(text: str) -> str:
@@ -213,11 +227,12 @@ def mend(text: str) -> str:
         unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, fix_line_breaks=False, explain=False
     )
     lines = text.split("\n")
+    controls = _FTFY_CONTROL.search(text) is not None
     for i, line in enumerate(lines):
-        if line.isascii() and not _FTFY_CONTROL.search(line):
+        if line.isascii() and not (controls and _FTFY_CONTROL.search(line)):
             continue
         line += "\n" if i < len(lines) - 1 else ""  # the signs look at it
-        if _FTFY_CONTROL.search(line) or is_bad(line) or not unicodedata.is_normalized("NFC", line) or len(line) > MOST_LINE:
+        if (controls and _FTFY_CONTROL.search(line)) or is_bad(line) or not unicodedata.is_normalized("NFC", line) or len(line) > MOST_LINE:
             lines[i] = fix_text(line, plain).removesuffix("\n")
     return "\n".join(lines)
 
@@ -311,8 +326,8 @@ def clean(table: pa.Table, settings: Clean) -> Outcome:
     slot_N = np.full(len(texts), -1, np.int64)
     mended: list[bytes] = []
     for n in np.flatnonzero(needs_N & ~np.uint8(NEWLINES)).tolist():
-        text, made = repair(bytes(texts.bytes_of(n)).decode(), int(needs_N[n]), wanted)
-        made_N[n] = made
+        text, made = repair(bytes(texts.bytes_of(n)).decode(), int(needs_N[n]) & ~NEWLINES, wanted)  # runs alone are left to the pass
+        made_N[n] = made or made_N[n]
         if made:
             slot_N[n] = len(mended)
             mended.append(text.encode())

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 import pyarrow as pa
 
+LAST_LETTER = 0x323AF  # beyond it there are tags, selectors and private use; a test holds it to the Unicode of this Python
 SPACE, LETTER, DIGIT = 1, 2, 4  # bits of `classes`
 
 
@@ -52,7 +53,7 @@ class Texts:
 def classes() -> np.ndarray:
     """uint8 for every code point: what Python's str.isspace, str.isalpha and str.isdecimal say of it, as bits."""
     table = np.zeros(sys.maxunicode + 1, np.uint8)
-    for point in range(sys.maxunicode + 1):
+    for point in range(LAST_LETTER + 1):
         kind = unicodedata.category(chr(point))
         if kind[0] == "L":
             table[point] |= LETTER
