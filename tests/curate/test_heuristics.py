@@ -1,7 +1,6 @@
 """The figures are what their definitions say, and the rules drop by them."""
 
 import itertools
-import json
 import math
 import re
 import time
@@ -13,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.curate.heuristics import FIGURES, RULES, Filter, figures, heuristics
+from gristmill.curate.figures import FIGURES, figures
+from gristmill.curate.heuristics import RULES, Filter, heuristics
 from gristmill.curate.step import DOCUMENT, DROPPED
 from gristmill.curate.texts import Texts
 from gristmill.errors import InputError
@@ -269,8 +269,7 @@ def test_only_the_documents_with_a_value_are_filtered() -> None:
     by_meta = heuristics(documents(texts, meta=['{"quality": "low"}', "{}", '{"quality": 1}']), settings)
     for outcome in (by_column, by_meta):
         assert outcome.kept["id"].to_pylist() == ["1"] and outcome.dropped["id"].to_pylist() == ["0", "2"]
-    with pytest.raises(InputError, match="No document has 'quality'"):
-        heuristics(documents(texts, meta=[json.dumps({"other": 1})] * 3), settings)
+    assert len(heuristics(documents(texts), settings).kept) == 3, "a shard may have none of them"
 
 
 @pytest.mark.parametrize(

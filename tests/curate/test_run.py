@@ -115,6 +115,12 @@ def test_processes_and_the_size_of_shards_change_nothing(corpus: Path, done: Pat
     assert kept(tmp_path / "large") == kept(done)
 
 
+def test_ray_changes_nothing(corpus: Path, done: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    curated(recipe_of(corpus, executor="ray", workers=2), tmp_path)
+    assert kept(tmp_path) == kept(done) and dropped(tmp_path) == dropped(done)
+
+
 def test_a_finished_run_is_not_done_again_and_a_changed_one_is(corpus: Path, tmp_path: Path) -> None:
     first = curated(recipe_of(corpus), tmp_path)
     at = (tmp_path / "data" / "part-00000.parquet").stat().st_mtime_ns

@@ -85,8 +85,8 @@ def _same(data_B: np.ndarray, i: int, end: int, word: np.ndarray) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def _one_of(name: int, names: np.ndarray) -> bool:
-    for one in names:
+def _one_of(name: np.int64, names: np.ndarray) -> bool:
+    for one in names:  # noqa: SIM110 (numba has no any)
         if one == name:
             return True
     return False

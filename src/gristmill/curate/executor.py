@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,7 +108,7 @@ class Ray:
 
     def __init__(self, workers: int) -> None:
         try:
-            import ray
+            ray: Any = import_module("ray")  # an extra: nothing else may need its types
         except ImportError as e:
             raise InputError("Ray is not installed: pip install 'gristmill[ray]'.") from e
         self.ray, self.workers = ray, workers
