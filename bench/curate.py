@@ -279,6 +279,7 @@ def peers(folder: Path) -> dict[str, float]:
             break
     from datasketch import MinHash
     from datatrove.data import Document
+    from datatrove.pipeline.dedup import minhash as dedup
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
     from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
     from datatrove.utils import word_tokenizers
@@ -297,7 +298,7 @@ def peers(folder: Path) -> dict[str, float]:
             return [match.span() for match in re.finditer(r"\S+", text)]
 
     words = Whitespace()
-    word_tokenizers.load_word_tokenizer = lambda *_: words
+    word_tokenizers.load_word_tokenizer = dedup.load_word_tokenizer = lambda *_: words
     out: dict[str, float] = {}
     for num, bands, rows in ((260, 20, 13), (112, 14, 8)):
 
@@ -310,7 +311,6 @@ def peers(folder: Path) -> dict[str, float]:
         out[f"datasketch minhash {num}"] = round(size / 1e6 / cpu(sketch), 2)
         config = MinhashConfig(hash_config=HashConfig(precision=32), num_buckets=bands, hashes_per_bucket=rows)
         signature = MinhashDedupSignature(output_folder=tempfile.mkdtemp(), config=config)
-        signature._word_tokenizer = words
 
         def datatrove(signature: Any = signature) -> None:
             for text in texts:
@@ -320,8 +320,6 @@ def peers(folder: Path) -> dict[str, float]:
 
         out[f"datatrove minhash {num}"] = round(size / 1e6 / cpu(datatrove), 2)
     filters = [kind() for kind in (GopherQualityFilter, GopherRepetitionFilter, C4QualityFilter, FineWebQualityFilter)]
-    for one in filters:
-        one._tokenizer = words
 
     def heuristics() -> None:
         for i, text in enumerate(texts):
