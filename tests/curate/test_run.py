@@ -145,6 +145,27 @@ def test_killed_at_any_moment_it_ends_the_same(corpus: Path, done: Path, tmp_pat
     assert kept(tmp_path / "run") == kept(done) and dropped(tmp_path / "run") == dropped(done)
 
 
+def test_what_an_earlier_run_has_seen(corpus: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    (tmp_path / "new").mkdir()
+    curated(recipe_of(corpus, steps=[{"step": "clean"}, {"step": "exact"}, {"step": "remember"}]), first)
+    old = kept(first)
+    draw = random.Random(9)
+    fresh = {f"n{i}": prose(draw) for i in range(20)}
+    again = {f"a{i}": text for i, text in enumerate(list(old.values())[:10])}
+    near = {f"m{i}": f"{text} A postscript." for i, text in enumerate([t for t in old.values() if len(t) > 500][10:20])}
+    rows = [{"id": name, "text": text} for name, text in (fresh | again | near).items()]
+    draw.shuffle(rows)
+    (tmp_path / "new" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = [{"step": "clean"}, {"step": "seen", "index": str(first / "index")}]
+    curated(recipe_of(tmp_path / "new", steps=steps, reading={"batch_bytes": 5000}), tmp_path / "second")
+    gone = dropped(tmp_path / "second")
+    assert set(kept(tmp_path / "second")) == set(fresh) and set(gone) == set(again | near)
+    assert all(old[reason.removeprefix("seen before as ")] in (again | near)[name] for name, (_, reason) in gone.items())
+    with pytest.raises(InputError, match="is no index"):
+        curated(recipe_of(corpus, steps=[{"step": "seen", "index": str(tmp_path)}]), tmp_path / "third")
+
+
 def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
     def load(text: str) -> None:
         path = tmp_path / "recipe.yaml"

@@ -5,44 +5,29 @@ changed recipe begins again only where it differs. Steps that look at one docume
 """
 
 import json
-import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gristmill.curate import documents, duplicates, executor, shards
-from gristmill.curate.clean import clean
-from gristmill.curate.decontaminate import Benchmarks, Decontaminate, counts, decontaminate
+from gristmill.curate import chains, documents, executor, shards
+from gristmill.curate.chains import Facts, Stage, num_bytes
 from gristmill.curate.documents import Reading
-from gristmill.curate.duplicates import Exact, Fuzzy
 from gristmill.curate.executor import Task
-from gristmill.curate.heuristics import heuristics
-from gristmill.curate.language import language
-from gristmill.curate.pii import pii
 from gristmill.curate.recipe import Curation, Output, Step, dump
-from gristmill.curate.step import Outcome
-from gristmill.curate.texts import Texts
 from gristmill.errors import InputError
 from gristmill.files import lock, write_json
 from gristmill.flywheel.progress import Progress
 from gristmill.rows import make_id
 
-LOCAL: dict[str, Callable[[pa.Table, Any], Outcome]] = {"clean": clean, "language": language, "filter": heuristics, "pii": pii}
 MOST_SKIPPED = 1000  # skips that are named one by one
-Facts = dict[str, Any]
-
-
-# ---- what tasks do ----
 
 
 def ingest(files: Sequence[tuple[Path, str]], folder: Path, reading: Reading, number: int) -> Facts:
@@ -60,7 +45,7 @@ def ingest(files: Sequence[tuple[Path, str]], folder: Path, reading: Reading, nu
 
     for path, name in files:
         for table in documents.read(path, reading, lambda where, why: skipped.append((where, why)), name):
-            more = _bytes(table)
+            more = num_bytes(table)
             if waiting and size + more > reading.batch_bytes:
                 write()
                 size = 0
@@ -73,84 +58,10 @@ def ingest(files: Sequence[tuple[Path, str]], folder: Path, reading: Reading, nu
     return facts | {"num_skipped": len(skipped), "skipped": skipped[:MOST_SKIPPED]}
 
 
-def local(source: Path, kept: Path, dropped: Path, steps: Sequence[Step]) -> Facts:
-    """Steps that look at one document at a time, on one shard."""
-    table, gone, facts = shards.read(source), [], []
-    for step in steps:
-        outcome = LOCAL[step.step](table, step)
-        facts.append(_facts(step.step, table, outcome))
-        gone.append(outcome.dropped)
-        table = outcome.kept
-    shards.write(kept, table)
-    _write_dropped(dropped, gone)
-    return {"steps": facts}
-
-
-def without(shard: int, sources: Sequence[Path], drops: Sequence[Path], kept: Path, dropped: Path, step: str, limit: float) -> Facts:
-    """A shard without its duplicates."""
-    outcome = duplicates.drop(shard, sources, drops, step, limit)
-    shards.write(kept, outcome.kept)
-    _write_dropped(dropped, [outcome.dropped])
-    return {"steps": [_facts(step, shards.read(sources[shard]), outcome)]}
-
-
-@cache
-def _benchmarks(settings: str) -> Benchmarks:
-    return Benchmarks.read(Decontaminate.model_validate_json(settings))
-
-
-def matches(source: Path, out: Path, settings: Decontaminate) -> Facts:
-    """How often a shard has each n-gram of the benchmarks."""
-    found = counts(shards.read(source), _benchmarks(settings.model_dump_json()))
-    shards.write(out, pa.table({"count": found}))
-    return {}
-
-
-def decontaminated(source: Path, found: Sequence[Path], kept: Path, dropped: Path, settings: Decontaminate) -> Facts:
-    """A shard without what the benchmarks hold."""
-    total = np.sum([shards.read(path)["count"].to_numpy() for path in found], axis=0)
-    table = shards.read(source)
-    outcome = decontaminate(table, settings, _benchmarks(settings.model_dump_json()), total)
-    shards.write(kept, outcome.kept)
-    _write_dropped(dropped, [outcome.dropped])
-    return {"steps": [_facts(settings.step, table, outcome)]}
-
-
 def emit(sources: Sequence[Path], folder: Path, output: Output) -> Facts:
     """Shards into files of documents."""
     paths = documents.write((shards.read(source) for source in sources), folder, output.format, output.shard_mb * 2**20)
     return {"files": len(paths)}
-
-
-def _bytes(table: pa.Table) -> int:
-    texts = Texts.of(table["text"])
-    return int(texts.begin_N[-1] - texts.begin_N[0])
-
-
-def _facts(step: str, before: pa.Table, outcome: Outcome) -> Facts:
-    reasons = Counter(
-        re.sub(r"^(same text as|near duplicate of) .*", r"\1 another", reason) for reason in outcome.dropped["reason"].to_pylist()
-    )
-    return {
-        "step": step,
-        "documents_in": len(before),
-        "bytes_in": _bytes(before),
-        "documents_out": len(outcome.kept),
-        "bytes_out": _bytes(outcome.kept),
-        "reasons": dict(reasons),
-        "changed": dict(outcome.counts),
-    }
-
-
-def _write_dropped(path: Path, tables: Sequence[pa.Table]) -> None:
-    table = pa.concat_tables(tables)
-    if len(table):
-        temporary = path.with_suffix(".tmp")
-        pq.write_table(table, temporary, compression="zstd")
-        temporary.replace(path)
-
-
-# ---- the run ----
 
 
 def run(recipe: Curation, folder: Path, progress: Progress) -> Facts:
@@ -165,8 +76,7 @@ def run(recipe: Curation, folder: Path, progress: Progress) -> Facts:
         raise InputError("There is nothing to read: give `inputs` in the recipe, or --input.")
     files = documents.names(recipe.inputs)
     for step in recipe.steps:
-        if isinstance(step, Decontaminate):
-            _benchmarks(step.model_dump_json())  # before work is spent
+        chains.check(step)
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
     try:
@@ -207,7 +117,7 @@ class _Run:
     def _all(self, files: dict[Path, str], key: str) -> Facts:
         self.key = key
         sources, first = self._read(files)
-        for is_local, group in groupby(self.recipe.steps, key=lambda step: step.step in LOCAL):
+        for is_local, group in groupby(self.recipe.steps, key=lambda step: step.step in chains.LOCAL):
             for steps in [list(group)] if is_local else [[step] for step in group]:
                 sources = self._stage(steps, sources)
         num_files = self._write(sources)
@@ -256,57 +166,16 @@ class _Run:
     def _stage(self, steps: list[Step], sources: list[Path]) -> list[Path]:
         names = [step.step for step in steps]
         folder = self._open("-".join(names), *[step.model_dump(mode="json") for step in steps])
-        kept = [folder / f"kept-{i:05d}.arrow" for i in range(len(sources))]
-        dropped = [folder / f"dropped-{i:05d}.parquet" for i in range(len(sources))]
         label = " ".join(names)
-
-        def each(what: str, count: int, call: Callable[[int], tuple[Callable[..., Facts], tuple[Any, ...]]]) -> list[Facts]:
-            tasks = [Task(*call(i), folder / f"{what}-{i:05d}.json") for i in range(count)]
-            return self._do(f"{label}: {what}" if what != "shard" else label, tasks)
-
-        if isinstance(steps[0], Exact | Fuzzy):
-            drops, limit = self._duplicates(steps[0], folder, sources, each)
-            facts = each("shard", len(sources), lambda i: (without, (i, sources, drops, kept[i], dropped[i], names[0], limit)))
-        elif isinstance(steps[0], Decontaminate):
-            settings = steps[0]
-            found = [folder / f"matches-{i:05d}.arrow" for i in range(len(sources))]
-            each("matches", len(sources), lambda i: (matches, (sources[i], found[i], settings)))
-            facts = each("shard", len(sources), lambda i: (decontaminated, (sources[i], found, kept[i], dropped[i], settings)))
-        else:
-            facts = each("shard", len(sources), lambda i: (local, (sources[i], kept[i], dropped[i], steps)))
-        self.stages.append({"folder": folder, "steps": [one["steps"] for one in facts]})
-        return kept
-
-    def _duplicates(
-        self, how: Exact | Fuzzy, folder: Path, sources: list[Path], each: Callable[..., list[Facts]]
-    ) -> tuple[list[Path], float]:
-        """Files with the numbers of what is to be dropped, by shards."""
-        num, documents_ = len(sources), _rows(sources)
-
-        def paths(name: str, count: int) -> list[Path]:
-            return [folder / f"{name}-{i:05d}.arrow" for i in range(count)]
-
-        keys = paths("key", num)
-        if isinstance(how, Exact):
-            parts = duplicates.num_parts(documents_, 1)
-            drops = paths("drop", parts)
-            each("keys", num, lambda i: (duplicates.exact_keys, (i, sources[i], keys[i], parts)))
-            each("groups", parts, lambda p: (duplicates.exact_groups, (p, keys, drops[p], num)))
-            return drops, 1.0
-        parts = duplicates.num_parts(documents_, how.bands)
-        signatures, found, verified, cluster = (
-            paths("signature", num),
-            paths("pair", parts),
-            paths("verified", num),
-            folder / "cluster.arrow",
+        stage = Stage(
+            folder,
+            sources,
+            _rows(sources),
+            self.folder / "index",
+            lambda what, tasks: self._do(label if what == "shard" else f"{label}: {what}", tasks),
         )
-        each("sketches", num, lambda i: (duplicates.sketch, (i, sources[i], keys[i], signatures[i], parts, how)))
-        each("pairs", parts, lambda p: (duplicates.pairs, (p, keys, found[p], num)))
-        each("verification", num, lambda i: (duplicates.verify, (i, found, sources, signatures, verified[i], how)))
-        each("clusters", 1, lambda _: (duplicates.clusters, (verified, cluster, num)))
-        drops = paths("drop", num)
-        each("settled", num, lambda p: (duplicates.settle, (p, cluster, sources, signatures, drops[p], how)))
-        return drops, how.threshold
+        self.stages.append({"folder": folder, "steps": [one["steps"] for one in chains.do(stage, steps)]})
+        return stage.kept
 
     def _write(self, sources: list[Path]) -> int:
         """The documents that are left, and those that are not, in folders that appear whole; files of the former."""
