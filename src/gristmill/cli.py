@@ -493,6 +493,21 @@ def curate(
     typer.echo(json.dumps(funnel) if as_json else "\n".join([*funnel_lines(funnel), f"documents: {folder / 'data'}", f"report: {page}"]))
 
 
+@command("gristmill quality classifier --positive good.jsonl --negative crawl/*.jsonl --out runs/good")
+def quality(
+    kind: Annotated[Literal["classifier", "perplexity"], typer.Argument(help="What to train.")],
+    positive: Annotated[list[str], typer.Option(help="Documents that are wanted: files, folders, patterns.")],
+    out: Out,
+    negative: Annotated[list[str] | None, typer.Option(help="For a classifier: documents that are not.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train what the step `quality` of a curation scores documents by: a classifier, or a model of how usual a text is."""
+    from gristmill.curate.quality import learn
+
+    facts = learn(kind, positive, negative or [], out)
+    typer.echo(json.dumps(facts) if as_json else "\n".join([*(f"{name}: {value}" for name, value in facts.items()), f"model: {out}"]))
+
+
 @command("gristmill rows lineage 0123456789abcdef --folder runs/tides")
 def rows(
     action: Annotated[str, typer.Argument(help="What to show: lineage, the chain of calls and rows behind a row.")],

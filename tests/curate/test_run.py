@@ -166,6 +166,26 @@ def test_what_an_earlier_run_has_seen(corpus: Path, tmp_path: Path) -> None:
         curated(recipe_of(corpus, steps=[{"step": "seen", "index": str(tmp_path)}]), tmp_path / "third")
 
 
+def test_buckets_of_quality(corpus: Path, tmp_path: Path) -> None:
+    def command(*words: str) -> dict[str, Any]:
+        return json.loads(subprocess.run([sys.executable, "-m", "gristmill.cli", *words, "--json"], check=True, capture_output=True).stdout)
+
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    draw = random.Random(3)
+    good.write_text("".join(json.dumps({"text": prose(draw)}) + "\n" for _ in range(60)))
+    bad.write_text("".join(json.dumps({"text": f"for (int i{i} = 0; i{i} < n; i{i}++) {{ s += a[i{i}]; }}"}) + "\n" for i in range(60)))
+    assert command("quality", "classifier", "--positive", str(good), "--negative", str(bad), "--out", str(tmp_path / "c"))["documents"]
+    assert command("quality", "perplexity", "--positive", str(good), "--out", str(tmp_path / "p"))["documents"] == 60
+    step = {"step": "quality", "classifiers": [str(tmp_path / "c"), f"perplexity:{tmp_path / 'p'}"], "least": 5}
+    funnel = curated(recipe_of(corpus, steps=[step]), tmp_path / "run")
+    rows = [row for path in sorted((tmp_path / "run" / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
+    assert {row["quality"] for row in rows} <= {"High", "Medium-High", "Medium", "Medium-Low", "Low"}
+    assert min(row["quality_bucket"] for row in rows) == 5 and max(row["quality_bucket"] for row in rows) == 19
+    assert 0 < len(rows) == funnel["documents"] < funnel["read"]["documents"]
+    with pytest.raises(InputError):
+        curated(recipe_of(corpus, steps=[step | {"classifiers": [str(tmp_path / "nothing")]}]), tmp_path / "none")
+
+
 def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
     def load(text: str) -> None:
         path = tmp_path / "recipe.yaml"

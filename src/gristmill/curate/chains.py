@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gristmill.curate import duplicates, shards, snapshots
+from gristmill.curate import quality as buckets
 from gristmill.curate.clean import clean
 from gristmill.curate.decontaminate import Benchmarks, Decontaminate, counts, decontaminate
 from gristmill.curate.duplicates import Exact, Fuzzy
@@ -20,6 +21,7 @@ from gristmill.curate.executor import Task
 from gristmill.curate.heuristics import heuristics
 from gristmill.curate.language import language
 from gristmill.curate.pii import pii
+from gristmill.curate.quality import Quality
 from gristmill.curate.snapshots import Remember, Seen
 from gristmill.curate.step import Outcome, none_dropped
 from gristmill.curate.texts import Texts
@@ -119,6 +121,8 @@ def check(step: Any) -> None:
     """
     if isinstance(step, Decontaminate):
         _benchmarks(step.model_dump_json())
+    if isinstance(step, Quality):
+        buckets.models(step)
     if isinstance(step, Seen):
         snapshots.described(step.index)
 
@@ -135,6 +139,27 @@ def decontaminated(source: Path, found: Sequence[Path], kept: Path, dropped: Pat
     total = np.sum([shards.read(path)["count"].to_numpy() for path in found], axis=0)
     table = shards.read(source)
     outcome = decontaminate(table, settings, _benchmarks(settings.model_dump_json()), total)
+    return _leave(settings.step, table, outcome, kept, dropped)
+
+
+def measured(source: Path, out: Path, settings: Quality) -> Facts:
+    """What the buckets of quality are made of, of one shard."""
+    shards.write(out, buckets.measure(shards.read(source), settings))
+    return {}
+
+
+def limits(found: Sequence[Path], out: Path, settings: Quality) -> Facts:
+    """Where the buckets begin, from all shards."""
+    found_CB = buckets.thresholds((shards.read(path) for path in found), settings)
+    shards.write(out, pa.table({f"limit_{c}": row for c, row in enumerate(found_CB)}))
+    return {}
+
+
+def bucketed(source: Path, found: Path, limits: Path, kept: Path, dropped: Path, settings: Quality) -> Facts:
+    """A shard with its buckets of quality, without what is not wanted."""
+    table = shards.read(source)
+    limits_CB = np.stack([column.to_numpy() for column in shards.read(limits).columns])
+    outcome = buckets.quality(table, settings, buckets.scores_of(shards.read(found), settings), limits_CB)
     return _leave(settings.step, table, outcome, kept, dropped)
 
 
@@ -229,10 +254,18 @@ def _seen(stage: Stage, how: Seen) -> list[Facts]:
     return stage.each("shard", num, lambda i: (unseen, i, stage.sources[i], sketches, old, found, how, stage.kept[i], stage.dropped(i)))
 
 
+def _quality(stage: Stage, how: Quality) -> list[Facts]:
+    found, limit = stage.paths("measured", stage.num), stage.folder / "limits.arrow"
+    stage.each("scores", stage.num, lambda i: (measured, stage.sources[i], found[i], how))
+    stage.each("buckets", 1, lambda _: (limits, found, limit, how))
+    return stage.each("shard", stage.num, lambda i: (bucketed, stage.sources[i], found[i], limit, stage.kept[i], stage.dropped(i), how))
+
+
 CHAINS: dict[str, Callable[[Stage, Any], list[Facts]]] = {
     "exact": _exact,
     "fuzzy": _fuzzy,
     "decontaminate": _decontaminate,
+    "quality": _quality,
     "remember": _remember,
     "seen": _seen,
 }

@@ -15,6 +15,7 @@ Shapes: N documents, B bytes of all of them, T tokens, V words that the model kn
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,11 @@ def read_model(folder: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str
 
 @njit(cache=True, nogil=True)
 def _slots(keys_G, values_G):  # type: ignore[no-untyped-def]
-    """Open addressing: keys int64 [S] with _FREE in free slots, float32 values [S, 2]. S is a power of 2, at least 2 G."""
+    """Open addressing: keys int64 [S] with _FREE in free slots, float32 values [S, K]. S is a power of 2, at least 2 G."""
     size = 16
     while size < 2 * len(keys_G):
         size *= 2
-    keys_S, values_S = np.full(size, _FREE, np.int64), np.zeros((size, 2), np.float32)
+    keys_S, values_S = np.full(size, _FREE, np.int64), np.zeros((size, values_G.shape[1]), np.float32)
     for g in range(len(keys_G)):
         at = np.int64(mixed(np.uint64(keys_G[g])) & np.uint64(size - 1))
         while keys_S[at] != _FREE:
@@ -234,7 +235,7 @@ class Trigrams:
         words_V: uint64, hashes of the known words by number, from 2.
         single_V: float32 [V + 2, 2].
         pairs, triples: int64 [G], n-grams as their words' numbers of 21 bits each, sorted.
-        pair_values, triple_values: float32 [G, 2].
+        pair_values, triple_values: float32 [G, 2] and [G, 1].
         settings: of training, and what it counted.
     """
 
@@ -246,17 +247,18 @@ class Trigrams:
     triple_values: np.ndarray
     settings: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        tables = (_vocabulary(fixed(self.words_V)), *_slots(self.pairs, self.pair_values), *_slots(self.triples, self.triple_values))
-        object.__setattr__(self, "_tables", tables)
+    @cached_property
+    def _tables(self) -> tuple[np.ndarray, ...]:
+        pairs = _slots(fixed(self.pairs), fixed(self.pair_values))
+        return (_vocabulary(fixed(self.words_V)), fixed(self.single_V), *pairs, *_slots(fixed(self.triples), fixed(self.triple_values)))
 
     def bits(self, texts: Texts) -> np.ndarray:
         """float64 [N]: bits per token of each text; NaN where it has none."""
         bits_N = np.empty(len(texts), np.float64)
         rare = float(np.log2(max(self.settings["rare_words"], 1)))
-        vocabulary, *tables = self.__dict__["_tables"]
-        data_B, begin_N = fixed(texts.data_B), fixed(texts.begin_N)
-        _bits(data_B, begin_N, KINDS, LOWER, fixed(self.words_V), vocabulary, fixed(self.single_V), *tables, rare, bits_N)
+        words, single, pairs, pair_values, triples, triple_values = self._tables
+        data_B, begin_N, words_V = fixed(texts.data_B), fixed(texts.begin_N), fixed(self.words_V)
+        _bits(data_B, begin_N, KINDS, LOWER, words_V, words, single, pairs, pair_values, triples, triple_values, rare, bits_N)
         return bits_N
 
     def perplexity(self, texts: Texts) -> np.ndarray:
@@ -320,7 +322,7 @@ def _smoothed(keys: np.ndarray, counts: np.ndarray, least: int, lower: np.ndarra
 
 
 def train(tables: Iterable[pa.Table], folder: Path, least_words: int = 2, least: int = 2) -> Trigrams:
-    """Train a model on the texts of tables and write it. Needs about 4 times the texts' size of memory.
+    """Train a model on the texts of tables and write it. Needs about 20 times the texts' size of memory.
 
     Args:
         least_words: occurrences of a word, below which it is unknown.
@@ -357,9 +359,9 @@ def train(tables: Iterable[pa.Table], folder: Path, least_words: int = 2, least:
     pairs, pair_counts = _summed(triples & _PAIR, np.ones(len(triples), np.int64))
     single, single_counts = _summed(pairs & _WORD, np.ones(len(pairs), np.int64))
 
-    size_V = len(words_V) + 2
-    _, probability, _, gamma = _smoothed(single, single_counts, 1, np.full(len(single), 1.0 / size_V))
-    single_P = np.full(size_V, gamma[0] / size_V)
+    size_V, alike = len(words_V) + 2, 1.0 / (len(words_V) + 1)  # no text has the word START
+    _, probability, _, gamma = _smoothed(single, single_counts, 1, np.full(len(single), alike))
+    single_P = np.full(size_V, gamma[0] * alike)
     single_P[single] = probability
     _, pair_P, contexts, gamma = _smoothed(pairs, pair_counts, 1, single_P[pairs & _WORD])
     single_V = np.stack([np.log2(single_P), np.zeros(size_V)], 1).astype(np.float32)
@@ -370,8 +372,7 @@ def train(tables: Iterable[pa.Table], folder: Path, least_words: int = 2, least:
     pair_values = np.zeros((len(all_pairs), 2), np.float32)
     pair_values[np.searchsorted(all_pairs, pairs), 0] = np.log2(pair_P)
     pair_values[np.searchsorted(all_pairs, contexts), 1] = np.log2(gamma)
-    triple_values = np.zeros((int(kept.sum()), 2), np.float32)
-    triple_values[:, 0] = np.log2(triple_P[kept])
+    triple_values = np.log2(triple_P[kept])[:, None].astype(np.float32)
 
     settings = {
         "kind": "trigrams",

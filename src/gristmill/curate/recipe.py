@@ -13,10 +13,11 @@ from gristmill.curate.duplicates import Exact, Fuzzy
 from gristmill.curate.heuristics import Filter
 from gristmill.curate.language import Language
 from gristmill.curate.pii import Pii
+from gristmill.curate.quality import Quality
 from gristmill.curate.snapshots import Remember, Seen
 from gristmill.recipe import Section, checked, read
 
-Step = Annotated[Clean | Language | Filter | Exact | Fuzzy | Pii | Decontaminate | Remember | Seen, Field(discriminator="step")]
+Step = Annotated[Clean | Language | Filter | Exact | Fuzzy | Pii | Decontaminate | Remember | Seen | Quality, Field(discriminator="step")]
 
 
 class Output(Section):
