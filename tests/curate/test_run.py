@@ -166,6 +166,20 @@ def test_what_an_earlier_run_has_seen(corpus: Path, tmp_path: Path) -> None:
         curated(recipe_of(corpus, steps=[{"step": "seen", "index": str(tmp_path)}]), tmp_path / "third")
 
 
+def test_spans_and_meanings_that_stood_before(corpus: Path, tmp_path: Path) -> None:
+    draw = random.Random(5)
+    notice = " ".join(f"notice{draw.randrange(900)}" for _ in range(60))
+    rows = [{"id": f"r{i}", "text": f"{prose(draw)} before{i} {notice} after{i} {prose(draw)}"} for i in range(20)]
+    rows += [{"id": f"s{i}", "text": rows[i]["text"].upper()} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = [{"step": "semantic", "clusters": 4}, {"step": "substring"}]
+    funnel = curated(recipe_of(tmp_path / "rows.jsonl", steps=steps, reading={"batch_bytes": 5000}), tmp_path / "run")
+    here, gone = kept(tmp_path / "run"), dropped(tmp_path / "run")
+    assert len(gone) == 5 and all(step == "semantic" for step, _ in gone.values()), "the same words in capitals"
+    assert sum(notice in text or notice.upper() in text for text in here.values()) == 1
+    assert funnel["steps"][1]["changed"]["documents cut"] == 19
+
+
 def test_buckets_of_quality(corpus: Path, tmp_path: Path) -> None:
     def command(*words: str) -> dict[str, Any]:
         return json.loads(subprocess.run([sys.executable, "-m", "gristmill.cli", *words, "--json"], check=True, capture_output=True).stdout)
@@ -174,7 +188,7 @@ def test_buckets_of_quality(corpus: Path, tmp_path: Path) -> None:
     draw = random.Random(3)
     good.write_text("".join(json.dumps({"text": prose(draw)}) + "\n" for _ in range(60)))
     bad.write_text("".join(json.dumps({"text": f"for (int i{i} = 0; i{i} < n; i{i}++) {{ s += a[i{i}]; }}"}) + "\n" for i in range(60)))
-    assert command("quality", "classifier", "--positive", str(good), "--negative", str(bad), "--out", str(tmp_path / "c"))["documents"]
+    assert command("quality", "classifier", "--positive", str(good), "--negative", str(bad), "--out", str(tmp_path / "c"))["held_out_auc"] == 1
     assert command("quality", "perplexity", "--positive", str(good), "--out", str(tmp_path / "p"))["documents"] == 60
     step = {"step": "quality", "classifiers": [str(tmp_path / "c"), f"perplexity:{tmp_path / 'p'}"], "least": 5}
     funnel = curated(recipe_of(corpus, steps=[step]), tmp_path / "run")

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gristmill.curate import duplicates, shards, snapshots
+from gristmill.curate import duplicates, semantic, shards, snapshots, substring
 from gristmill.curate import quality as buckets
 from gristmill.curate.clean import clean
 from gristmill.curate.decontaminate import Benchmarks, Decontaminate, counts, decontaminate
@@ -22,8 +22,10 @@ from gristmill.curate.heuristics import heuristics
 from gristmill.curate.language import language
 from gristmill.curate.pii import pii
 from gristmill.curate.quality import Quality
+from gristmill.curate.semantic import Semantic
 from gristmill.curate.snapshots import Remember, Seen
 from gristmill.curate.step import Outcome, none_dropped
+from gristmill.curate.substring import Substring
 from gristmill.curate.texts import Texts
 from gristmill.files import write_json
 
@@ -106,6 +108,11 @@ def unseen(
     """A shard without what an index holds."""
     table, outcome = snapshots.unseen(shard, source, sketches, old, found, how)
     return _leave(how.step, table, outcome, kept, dropped)
+
+
+def substringed(shard: int, source: Path, own: Path, ranges: Sequence[Path], how: Substring, kept: Path, dropped: Path) -> Facts:
+    """A shard without the spans that stood before."""
+    return _leave(how.step, shards.read(source), substring.cut(shard, source, own, ranges, how), kept, dropped)
 
 
 @cache
@@ -261,6 +268,37 @@ def _quality(stage: Stage, how: Quality) -> list[Facts]:
     return stage.each("shard", stage.num, lambda i: (bucketed, stage.sources[i], found[i], limit, stage.kept[i], stage.dropped(i), how))
 
 
+def _substring(stage: Stage, how: Substring) -> list[Facts]:
+    num, sources = stage.num, stage.sources
+    parts = substring.num_parts(sources)
+    keys, windows, own = (stage.paths(name, num) for name in ("key", "window", "own"))
+    repeats, ranges = stage.paths("repeat", parts), stage.paths("range", parts)
+    stage.each("keys", num, lambda i: (substring.substring_keys, i, sources[i], keys[i], parts, how))
+    stage.each("repeats", parts, lambda p: (substring.substring_repeats, p, keys, repeats[p]))
+    stage.each("windows", num, lambda i: (substring.substring_windows, i, sources[i], repeats, windows[i], own[i], parts, how))
+    stage.each("matches", parts, lambda p: (substring.substring_matches, p, windows, ranges[p], num))
+    return stage.each("shard", num, lambda i: (substringed, i, sources[i], own[i], ranges, how, stage.kept[i], stage.dropped(i)))
+
+
+def _semantic(stage: Stage, how: Semantic) -> list[Facts]:
+    num, parts = stage.num, duplicates.num_parts(stage.documents, 1)
+    vectors, partial, assigned = (stage.paths(name, num) for name in ("vector", "sum", "assigned"))
+    drops, means = stage.paths("drop", parts), stage.paths("centroid", how.iterations + 1)
+    stage.each("vectors", num, lambda i: (semantic.embed, i, stage.sources[i], vectors[i], how))
+    stage.each("start", 1, lambda _: (semantic.start, vectors, means[0], how))
+    last = 0
+    for turn in range(how.iterations):
+        before, after = means[turn], means[turn + 1]
+        stage.each(f"sums-{turn}", num, lambda i, before=before: (semantic.sums, i, vectors[i], before, partial[i]))  # type: ignore[misc]
+        (facts,) = stage.each(f"centroids-{turn}", 1, lambda _, b=before, a=after: (semantic.centroids, partial, b, a))  # type: ignore[misc]
+        last = turn + 1
+        if facts["moved"] < semantic.STILL:
+            break
+    stage.each("assigned", num, lambda i: (semantic.assign, i, vectors[i], means[last], assigned[i], parts))
+    stage.each("groups", parts, lambda p: (semantic.semantic_groups, p, assigned, vectors, drops[p], how))
+    return _without(stage, how.step, drops, 1.0 - how.eps)
+
+
 CHAINS: dict[str, Callable[[Stage, Any], list[Facts]]] = {
     "exact": _exact,
     "fuzzy": _fuzzy,
@@ -268,6 +306,8 @@ CHAINS: dict[str, Callable[[Stage, Any], list[Facts]]] = {
     "quality": _quality,
     "remember": _remember,
     "seen": _seen,
+    "semantic": _semantic,
+    "substring": _substring,
 }
 
 

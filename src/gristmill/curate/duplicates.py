@@ -89,11 +89,12 @@ def exact_groups(part: int, keys: Sequence[Path], out: Path, num_shards: int) ->
     first = np.ones(len(numbers), bool)
     first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
     keeper = numbers[np.maximum.accumulate(np.where(first, np.arange(len(numbers)), 0))]
-    _write_drops(out, numbers[~first], keeper[~first], np.ones((~first).sum()), num_shards)
+    write_drops(out, numbers[~first], keeper[~first], np.ones((~first).sum()), num_shards)
     return {}
 
 
-def _write_drops(out: Path, numbers: np.ndarray, keepers: np.ndarray, figures: np.ndarray, num_shards: int) -> None:
+def write_drops(out: Path, numbers: np.ndarray, keepers: np.ndarray, figures: np.ndarray, num_shards: int) -> None:
+    """Documents to drop, each with the one kept for it, by shards."""
     table = pa.table({"number": numbers, "keeper": keepers, "figure": figures}, schema=DROPS)
     shards.write_parts(out, table, shards.shard_of(numbers), num_shards)
 
@@ -255,5 +256,5 @@ def settle(part: int, found: Path, sources: Sequence[Path], signatures: Sequence
             rest = [other for other, figure in zip(others, figures, strict=True) if figure < how.threshold]
     columns = list(zip(*dropped, strict=True)) or [(), (), ()]
     numbers, keepers = (np.array(column, np.int64) for column in columns[:2])
-    _write_drops(out, numbers, keepers, np.array(columns[2], np.float64), len(sources))
+    write_drops(out, numbers, keepers, np.array(columns[2], np.float64), len(sources))
     return {}

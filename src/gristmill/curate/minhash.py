@@ -28,7 +28,7 @@ LOWER = _ascii()
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _mixed(x):  # type: ignore[no-untyped-def]
+def mixed(x):  # type: ignore[no-untyped-def]
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
@@ -37,7 +37,7 @@ def _mixed(x):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _shingles(data, lower, words, size, out):  # type: ignore[no-untyped-def]
+def shingles_of(data, lower, words, size, out):  # type: ignore[no-untyped-def]
     """Hashes of the shingles of one text into out (as long as the text and one more); their number."""
     count = 0
     if words:
@@ -50,7 +50,7 @@ def _shingles(data, lower, words, size, out):  # type: ignore[no-untyped-def]
                 here = (here ^ np.uint64(byte)) * np.uint64(0x100000001B3)
                 inside = True
             elif inside:
-                out[num_words] = _mixed(here)  # words first, shingles over them
+                out[num_words] = mixed(here)  # words first, shingles over them
                 num_words += 1
                 here = np.uint64(0)
                 inside = False
@@ -61,7 +61,7 @@ def _shingles(data, lower, words, size, out):  # type: ignore[no-untyped-def]
             whole = np.uint64(0)
             for k in range(span):
                 whole = whole * np.uint64(0x9E3779B97F4A7C15) + out[first + k]
-            out[count] = _mixed(whole)
+            out[count] = mixed(whole)
             count += 1
         return count
     # characters: a rolling sum over the normalised text, whose last `size` begins of characters are kept
@@ -86,16 +86,16 @@ def _shingles(data, lower, words, size, out):  # type: ignore[no-untyped-def]
                 char = (char << np.uint64(8)) | np.uint64(data[i])
                 i += 1
         for part in range(2 if gap else 1):
-            value = _mixed(char if part == (1 if gap else 0) else np.uint64(32))
+            value = mixed(char if part == (1 if gap else 0) else np.uint64(32))
             whole = whole * np.uint64(0x9E3779B97F4A7C15) + value - ring[seen % size] * power
             ring[seen % size] = value
             seen += 1
             if seen >= size:
-                out[count] = _mixed(whole)
+                out[count] = mixed(whole)
                 count += 1
         gap = False
     if 0 < seen < size:
-        out[0] = _mixed(whole)
+        out[0] = mixed(whole)
         count = 1
     return count
 
@@ -108,7 +108,7 @@ def _signatures(data, begin, lower, words, size, factors, shifts, out, counts): 
     shingles = np.empty(2 * longest + 2, np.uint64)
     eight = np.empty(8, np.uint32)
     for n in range(len(begin) - 1):
-        count = _shingles(data[begin[n] : begin[n + 1]], lower, words, size, shingles)
+        count = shingles_of(data[begin[n] : begin[n + 1]], lower, words, size, shingles)
         counts[n] = count
         row = out[n]
         for at in range(0, count, 8):  # eight meet each function at once, so that it is loaded once
@@ -141,7 +141,7 @@ def _bands(signature, bands, rows, out):  # type: ignore[no-untyped-def]
         for band in range(bands):
             key = np.uint64(band + 1) * np.uint64(0x9E3779B97F4A7C15)
             for r in range(rows):
-                key = _mixed(key ^ np.uint64(signature[n, band * rows + r])) + np.uint64(0x9E3779B97F4A7C15)
+                key = mixed(key ^ np.uint64(signature[n, band * rows + r])) + np.uint64(0x9E3779B97F4A7C15)
             out[n, band] = key
 
 
@@ -155,7 +155,7 @@ def band_keys(signature: np.ndarray, bands: int, rows: int) -> np.ndarray:
 @njit(cache=True, nogil=True)
 def _unique(data, lower, words, size):  # type: ignore[no-untyped-def]
     out = np.empty(2 * len(data) + 2, np.uint64)
-    count = _shingles(data, lower, words, size, out)
+    count = shingles_of(data, lower, words, size, out)
     sorted_ = np.sort(out[:count])
     kept = 0
     for i in range(count):

@@ -11,9 +11,9 @@ fewer than n such tokens stay. Hence
 - the result is a function of the corpus alone, not of its division into shards and parts.
 (A document that `least_left` drops takes its first occurrences with it.)
 
-Windows are as many as tokens, too many to exchange. So each window has an anchor, the k-gram in it (k = n / 2) of the least hash, the first
-of equals: winnowing (Schleimer, Wilkerson and Aiken 2003). The same windows have the same anchor, and there are about 4 anchors to n tokens.
-Only windows whose anchor recurs are looked at again:
+Windows are as many as tokens, too many to exchange. So each window has an anchor: of the k-grams in it (k = n / 2) the one of the least
+hash, the first of equals, as in winnowing (Schleimer, Wilkerson and Aiken 2003). The same windows have the same anchor, and there are about
+4 anchors to n tokens. Only windows whose anchor recurs are looked at again:
 
     keys of each shard -> repeats of each part -> windows of each shard -> matches of each part -> cut of each shard
 
@@ -70,7 +70,7 @@ def _kinds() -> np.ndarray:
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _mixed(x):  # type: ignore[no-untyped-def]
+def mixed(x):  # type: ignore[no-untyped-def]
     """Every bit of the result depends on every bit of x."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
@@ -97,7 +97,7 @@ def _tokens(data_B, begin, end, kinds, high_T, low_T, start_T, stop_T):  # type:
         kind = kinds[point]
         if inside and kind != 2:
             inside = False
-            high_T[count], low_T[count], stop_T[count] = _mixed(high), _mixed(low), i
+            high_T[count], low_T[count], stop_T[count] = mixed(high), mixed(low), i
             count += 1
         if kind:
             if not inside:
@@ -107,11 +107,11 @@ def _tokens(data_B, begin, end, kinds, high_T, low_T, start_T, stop_T):  # type:
             low = (low + np.uint64(point)) * np.uint64(0xD6E8FEB86659FD93)
             inside = kind == 2
             if not inside:
-                high_T[count], low_T[count], stop_T[count] = _mixed(high), _mixed(low), i + size
+                high_T[count], low_T[count], stop_T[count] = mixed(high), mixed(low), i + size
                 count += 1
         i += size
     if inside:
-        high_T[count], low_T[count], stop_T[count] = _mixed(high), _mixed(low), end
+        high_T[count], low_T[count], stop_T[count] = mixed(high), mixed(low), end
         count += 1
     return count
 
@@ -125,11 +125,11 @@ def _grams(hash_T, count, size, out_T):  # type: ignore[no-untyped-def]
     span = 1
     while 2 * span <= size:
         for i in range(count - 2 * span + 1):  # in place: what is read lies ahead
-            out_T[i] = _mixed(out_T[i] * factor + out_T[i + span])
+            out_T[i] = mixed(out_T[i] * factor + out_T[i + span])
         span *= 2
     if span < size:
         for i in range(count - size + 1):
-            out_T[i] = _mixed(out_T[i] * factor + out_T[i + size - span])
+            out_T[i] = mixed(out_T[i] * factor + out_T[i + size - span])
 
 
 @njit(cache=True, nogil=True)
@@ -157,6 +157,12 @@ def _longest(begin_N):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def _four(size, like):  # type: ignore[no-untyped-def]
+    kind = np.full(1, like).dtype
+    return np.empty(size, kind), np.empty(size, kind), np.empty(size, kind), np.empty(size, kind)
+
+
+@njit(cache=True, nogil=True)
 def _grown(array, count):  # type: ignore[no-untyped-def]
     """The same with room for one more after `count`."""
     if count < len(array):
@@ -167,14 +173,24 @@ def _grown(array, count):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def _among(sorted_, key):  # type: ignore[no-untyped-def]
+    low, size = 0, len(sorted_)
+    while size > 1:  # without a branch that is guessed wrong every other time
+        half = size // 2
+        low += half * (sorted_[low + half - 1] < key)
+        size -= half
+    return size == 1 and sorted_[low] == key
+
+
+@njit(cache=True, nogil=True)
 def _windows(data_B, begin_N, kinds, n, k, repeated, only_keys):  # type: ignore[no-untyped-def]
     """With `only_keys` the hashes of all anchors; else of each window whose anchor is in `repeated` (sorted): two hashes, that of its
     anchor, its document's row and its first token."""
     room = _longest(begin_N)
-    high_T, low_T, gram_T, work_T = np.empty(room, np.uint64), np.empty(room, np.uint64), np.empty(room, np.uint64), np.empty(room, np.uint64)
-    start_T, stop_T, queue_T, anchor_T = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
-    high_W, low_W, key_W = np.empty(1024, np.uint64), np.empty(1024, np.uint64), np.empty(1024, np.uint64)
-    row_W, at_W = np.empty(1024, np.int64), np.empty(1024, np.int64)
+    high_T, low_T, gram_T, work_T = _four(room, np.uint64(0))
+    start_T, stop_T, queue_T, anchor_T = _four(room, np.int64(0))
+    high_W, low_W, key_W, _ = _four(1024, np.uint64(0))
+    row_W, at_W, _, _ = _four(1024, np.int64(0))
     found = 0
     for row in range(len(begin_N) - 1):
         count = _tokens(data_B, begin_N[row], begin_N[row + 1], kinds, high_T, low_T, start_T, stop_T)
@@ -193,8 +209,7 @@ def _windows(data_B, begin_N, kinds, n, k, repeated, only_keys):  # type: ignore
                     key_W[found] = key
                     found += 1
                 else:
-                    place = np.searchsorted(repeated, key)
-                    again = place < len(repeated) and repeated[place] == key
+                    again = _among(repeated, key)
             if again:
                 if not hashed:  # most documents need it not
                     hashed = True
@@ -248,8 +263,8 @@ def substring_windows(
     repeated = np.sort(shards.read_part(repeats, shard)["key"].to_numpy())
     high, low, key, row, at = _found(source, how, repeated)
     number = shards.number(shard, row)
-    first, again = _grouped(high, low, number, at)
-    _write_ranges(own, number[~first], at[~first], np.zeros((~first).sum(), bool), shard + 1)
+    first, again = _grouped(high, low)
+    shards.write(own, _ranges(number[~first], at[~first], False))
     names = {"high": high, "low": low, "number": number, "at": at, "again": again}
     table = pa.table({name: column[first] for name, column in names.items()})
     shards.write_parts(out, table, (key[first] % np.uint64(parts)).astype(np.int64), parts)
@@ -260,33 +275,36 @@ def substring_matches(part: int, windows: Sequence[Path], out: Path, num_shards:
     """First and other occurrences of the windows of one part that recur, by shards."""
     table = shards.read_part(windows, part)
     high, low, number, at, again = (table[name].to_numpy() for name in ("high", "low", "number", "at", "again"))
-    first, several = _grouped(high, low, number, at)
-    told = ~first | several | again
-    _write_ranges(out, number[told], at[told], first[told], num_shards)
+    first, several = _grouped(high, low)
+    again = first & (several | again)
+    ranges = pa.concat_tables([_ranges(number[again], at[again], True), _ranges(number[~first], at[~first], False)])
+    shards.write_parts(out, ranges, shards.shard_of(ranges["number"].to_numpy()), num_shards)
     return {"repeats": int((~first).sum())}
 
 
-def _grouped(high: np.ndarray, low: np.ndarray, number: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each window: is it the first of those that are the same; is it so and there are others?"""
-    order = np.lexsort((at, number, low, high))
+def _grouped(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each window, in the corpus's order: is it the first of those that are the same; is it so and there are others?"""
+    order = np.argsort(high, kind="stable")
+    a, b = high[order], low[order]
+    if np.any((a[1:] == a[:-1]) & (b[1:] != b[:-1])):  # 64 bits were too few
+        order = np.lexsort((low, high))
+        a, b = high[order], low[order]
     new = np.ones(len(order), bool)
-    new[1:] = (high[order][1:] != high[order][:-1]) | (low[order][1:] != low[order][:-1])
+    new[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
     first, several = np.empty(len(order), bool), np.zeros(len(order), bool)
     first[order] = new
     several[order[:-1]] = new[:-1] & ~new[1:]
     return first, several
 
 
-def _write_ranges(out: Path, number: np.ndarray, at: np.ndarray, first: np.ndarray, num_shards: int) -> None:
-    """Windows that follow each other, as ranges, by shards."""
-    order = np.lexsort((at, number, first))
-    number, at, first = number[order], at[order], first[order]
+def _ranges(number: np.ndarray, at: np.ndarray, first: bool) -> pa.Table:
+    """Windows, in the corpus's order, as ranges of those that follow each other."""
     new = np.ones(len(at), bool)
-    new[1:] = (number[1:] != number[:-1]) | (at[1:] != at[:-1] + 1) | (first[1:] != first[:-1])
+    new[1:] = (number[1:] != number[:-1]) | (at[1:] != at[:-1] + 1)
     begins = np.flatnonzero(new)
-    ends = np.append(begins[1:], len(at))
-    columns = {"number": number[begins], "begin": at[begins], "end": at[begins] + (ends - begins), "first": first[begins]}
-    shards.write_parts(out, pa.table(columns, schema=RANGES), shards.shard_of(number[begins]), num_shards)
+    sizes = np.diff(np.append(begins, len(at)))
+    columns = {"number": number[begins], "begin": at[begins], "end": at[begins] + sizes, "first": np.full(len(begins), first)}
+    return pa.table(columns, schema=RANGES)
 
 
 # ---- cut ----
@@ -296,7 +314,8 @@ def _write_ranges(out: Path, number: np.ndarray, at: np.ndarray, first: np.ndarr
 def _pieces(data_B, begin, end, kinds, n, begin_R, end_R, first_R):  # type: ignore[no-untyped-def]
     """Bytes (from, to) that stay of one text, given the windows in it that recur; nothing if it stays whole."""
     room = max(1, end - begin)
-    high_T, low_T, start_T, stop_T = np.empty(room, np.uint64), np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.int64)
+    high_T, low_T, _, _ = _four(room, np.uint64(0))
+    start_T, stop_T, _, _ = _four(room, np.int64(0))
     count = _tokens(data_B, begin, end, kinds, high_T, low_T, start_T, stop_T)
     goes_T = np.zeros(count, np.bool_)
     for round_first in (False, True):
@@ -311,14 +330,14 @@ def _pieces(data_B, begin, end, kinds, n, begin_R, end_R, first_R):  # type: ign
             j += 1
         if j - i >= n:
             if i > 0:  # with the white space before what follows, or before the end
-                out[pieces] = done, start_T[i] if j < count else stop_T[i - 1]
+                out[pieces, 0], out[pieces, 1] = done, (start_T[i] if j < count else stop_T[i - 1])
                 pieces += 1
             done = start_T[j] if j < count else end
         i = j + 1
     if done == begin:
         return out[:0], False
     if done < end:
-        out[pieces] = done, end
+        out[pieces, 0], out[pieces, 1] = done, end
         pieces += 1
     return out[:pieces], True
 
@@ -332,7 +351,7 @@ def cut(shard: int, source: Path, own: Path, ranges: Sequence[Path], how: Substr
     """
     table = shards.read(source)
     texts = Texts.of(table["text"])
-    found = shards.read_part([own, *ranges], shard)
+    found = pa.concat_tables([shards.read(own), shards.read_part(ranges, shard)])
     row, begin, end, first = (found[name].to_numpy() for name in RANGES.names)
     order = np.argsort(row, kind="stable")
     row, begin, end, first = shards.row_of(row[order]), begin[order], end[order], first[order]
@@ -341,7 +360,7 @@ def cut(shard: int, source: Path, own: Path, ranges: Sequence[Path], how: Substr
     reasons: list[str | None] = [None] * len(table)
     figures = np.zeros(len(table))
     rows, starts = np.unique(row, return_index=True)
-    for one, a, b in zip(rows.tolist(), starts.tolist(), [*starts[1:].tolist(), len(row)], strict=True):
+    for one, a, b in zip(rows.tolist(), starts.tolist(), [*starts.tolist(), len(row)][1:], strict=True):
         if first[a:b].all():
             continue
         pieces, is_cut = _pieces(
@@ -356,5 +375,10 @@ def cut(shard: int, source: Path, own: Path, ranges: Sequence[Path], how: Substr
         new_texts[one] = text
         if len(text) < how.least_left:
             reasons[one], figures[one] = "substring", len(text)
-    outcome = split(_replaced(table, texts, new_texts), how.step, reasons, figures, np.full(len(table), float(how.least_left)))
-    return Outcome(outcome.kept, outcome.dropped, {"documents cut": len(new_texts), "characters removed": removed})
+    dropped = split(table, how.step, reasons, figures, np.full(len(table), float(how.least_left))).dropped
+    source_N = np.arange(len(table))
+    source_N[list(new_texts)] = len(table) + np.arange(len(new_texts))
+    keep = np.array([reason is None for reason in reasons], bool)
+    both = pa.concat_arrays([*table["text"].cast(pa.large_string()).chunks, pa.array(list(new_texts.values()), pa.large_string())])
+    kept = with_text(table.filter(pa.array(keep)), both.take(pa.array(source_N[keep])))
+    return Outcome(kept, dropped, {"documents cut": len(new_texts), "characters removed": removed})
