@@ -35,6 +35,7 @@ SURFACE = {
     "--dtype --quantize --cache --format",
     "synth": "RECIPE FOLDER --out -o --dry-run --limit --retry-failed --unsafe-code --quiet -q --json",
     "curate": "RECIPE --input -i --out -o --workers --executor --explain --quiet -q --json",
+    "blend": "RECIPE --out -o --workers --quiet -q --json",
     "quality": "KIND --positive --out -o --negative --json",
     "rows": "ACTION NAME --folder --json",
 }

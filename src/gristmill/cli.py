@@ -493,6 +493,25 @@ def curate(
     typer.echo(json.dumps(funnel) if as_json else "\n".join([*funnel_lines(funnel), f"documents: {folder / 'data'}", f"report: {page}"]))
 
 
+@command("gristmill blend blend.yaml --out runs/blend")
+def blend(
+    recipe: Annotated[str, typer.Argument(help="A blend recipe file, or the name of a shipped one.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the blend; default runs/NAME.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default one a core.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Documents of several sources as tokens, each in its share, in the order that they are trained on."""
+    from gristmill.curate import blend as blends
+    from gristmill.flywheel.progress import Progress
+
+    loaded = blends.load(find_recipe(recipe), {} if workers is None else {"workers": workers})
+    folder = out or Path("runs") / loaded.name
+    with Progress(quiet=quiet) as progress:
+        facts = blends.blend(loaded, folder, progress)
+    typer.echo(json.dumps(facts) if as_json else "\n".join([*blends.blend_lines(facts), f"tokens: {folder}"]))
+
+
 @command("gristmill quality classifier --positive good.jsonl --negative crawl/*.jsonl --out runs/good")
 def quality(
     kind: Annotated[Literal["classifier", "perplexity"], typer.Argument(help="What to train.")],

@@ -28,7 +28,7 @@ from gristmill.judge.sandbox import Sandbox
 from gristmill.judge.verify import verify
 from gristmill.miniature.source import MiniatureSource
 from gristmill.miniature.world import World
-from gristmill.model.config import PRESETS
+from gristmill.model.config import PRESETS, ModelConfig
 from gristmill.model.quantized import Quantize
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Linear, Transformer
@@ -37,10 +37,12 @@ from gristmill.recipe import Data, Section, Training, checked, read
 from gristmill.rows import Pair, make_id, read_records
 from gristmill.tokenizer import Tokenizer
 from gristmill.train.loop import PRECISIONS, OnStep, TrainResult, TrainSettings, train
+from gristmill.train.packing import Sample
 from gristmill.train.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.pretrain import next_token_objective, token_samples
 from gristmill.train.reward import rated_samples, reward_objective
 from gristmill.train.sft import demonstration_samples, sft_objective
+from gristmill.train.tokens import TokenStore
 
 TOKENIZER_DOCUMENTS = 4000  # documents that a new tokenizer is trained on
 ENCODE_BATCH = 4096
@@ -51,7 +53,9 @@ class Pretraining(Section):
     """The recipe of `gristmill pretrain`."""
 
     world: Literal["miniature"] | None = Field(None, description="a built-in world that supplies documents")
-    documents: Path | None = Field(None, description="a .jsonl or .parquet file with a `text` column, or a folder of .txt files")
+    documents: Path | None = Field(
+        None, description="a .jsonl or .parquet file with a `text` column, a folder of .txt files, or one of `gristmill blend`"
+    )
     preset: str = Field("miniature", description="architecture, one of the model presets")
     tokenizer: Path | None = Field(None, description="folder of an existing tokenizer; default: train one on the documents")
     chat_format: Literal["nemotron", "chatml", "llama3"] = "nemotron"
@@ -85,20 +89,46 @@ def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None) -> T
     """Train a Base model from scratch; its folder is `out/model`, its log `out/train/metrics.jsonl`."""
     if recipe.preset not in PRESETS:
         raise InputError(f"Unknown preset {recipe.preset!r}: choose one of {', '.join(PRESETS)}.")
+    config = PRESETS[recipe.preset]
+    blended = recipe.documents is not None and (recipe.documents / "blend.json").is_file()
+    tokenizer, samples = _blended(recipe, config.max_positions) if blended else _encoded(recipe, config)
+    model = Transformer(config)
+    model.init_weights(recipe.seed)
+    values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
+    settings = TrainSettings(**values, epochs=1, checkpoint_every=120.0, shuffle=not blended)
+    result = train(model, next_token_objective, samples, settings, out / "train", on_step=on_step)
+    save_model(model, tokenizer, out / "model")
+    return result
+
+
+def _blended(recipe: Pretraining, max_tokens: int) -> tuple[Tokenizer, list[Sample]]:
+    """The documents of a folder that `gristmill blend` wrote, in its order."""
+    assert recipe.documents is not None
+    tokenizer = Tokenizer.load(recipe.tokenizer or recipe.documents / "tokenizer")
+    _check_vocabulary(recipe.preset, tokenizer)
+    return tokenizer, TokenStore(recipe.documents, tokenizer).samples(max_tokens, recipe.tokens)
+
+
+def _check_vocabulary(preset: str, tokenizer: Tokenizer) -> None:
+    wanted = PRESETS[preset].vocab_size
+    if not 0 <= wanted - tokenizer.vocab_size <= MAX_VOCAB_PADDING:
+        raise InputError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens and preset {preset!r} {wanted}: "
+            "give more text to train it on, another tokenizer, or another preset."
+        )
+
+
+def _encoded(recipe: Pretraining, config: ModelConfig) -> tuple[Tokenizer, list[Sample]]:
+    """Documents as text, encoded here and now."""
     stream = _documents(recipe)
     first = list(itertools.islice(stream, TOKENIZER_DOCUMENTS))
     if not first:
         raise InputError("There are no documents to train on.")
-    config = PRESETS[recipe.preset]
     if recipe.tokenizer:
         tokenizer = Tokenizer.load(recipe.tokenizer)
     else:
         tokenizer = Tokenizer.train(first, config.vocab_size, FORMATS[recipe.chat_format].special_tokens)
-    if not 0 <= config.vocab_size - tokenizer.vocab_size <= MAX_VOCAB_PADDING:
-        raise InputError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens and preset {recipe.preset!r} {config.vocab_size}: "
-            "give more text to train it on, another tokenizer, or another preset."
-        )
+    _check_vocabulary(recipe.preset, tokenizer)
     documents: list[list[int]] = []
     count = 0
     source = itertools.chain(first, stream)
@@ -108,13 +138,7 @@ def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None) -> T
                 break
             documents.append([*ids, tokenizer.eos_id])
             count += len(ids) + 1
-    model = Transformer(config)
-    model.init_weights(recipe.seed)
-    values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
-    settings = TrainSettings(**values, epochs=1, checkpoint_every=120.0)
-    result = train(model, next_token_objective, token_samples(documents, config.max_positions), settings, out / "train", on_step=on_step)
-    save_model(model, tokenizer, out / "model")
-    return result
+    return tokenizer, token_samples(documents, config.max_positions)
 
 
 def _documents(recipe: Pretraining) -> Iterator[str]:

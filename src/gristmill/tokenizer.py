@@ -117,8 +117,8 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one id stands for, which may be a part of a character."""
         name = self._backend.id_to_token(token) or ""
-        if name and all(c in _BYTES for c in name) and self.decode([token]):
-            return bytes(_BYTES[c] for c in name)
+        if name and all(c in BYTE_NAMES for c in name) and self.decode([token]):
+            return bytes(BYTE_NAMES[c] for c in name)
         return self.decode([token], keep_special=True).encode()
 
     def special_id(self, name: str) -> int:
@@ -152,4 +152,4 @@ def _byte_names() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTES = _byte_names()
+BYTE_NAMES = _byte_names()

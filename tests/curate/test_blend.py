@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 import gristmill.miniature
 from gristmill.curate import blend as module
-from gristmill.curate.blend import Blend, TokenStore, blend, blend_lines, draw, load
+from gristmill.curate.blend import Blend, blend, blend_lines, draw, load
 from gristmill.errors import InputError
 from gristmill.flywheel.progress import Progress
 from gristmill.tokenizer import Tokenizer
 from gristmill.train.packing import fingerprint_samples
 from gristmill.train.pretrain import document_samples
+from gristmill.train.tokens import TokenStore
 
 TOKENIZER_FOLDER = Path(gristmill.miniature.__file__).parent / "checkpoint"
 TOKENIZER = Tokenizer.load(TOKENIZER_FOLDER)

@@ -188,7 +188,8 @@ def test_buckets_of_quality(corpus: Path, tmp_path: Path) -> None:
     draw = random.Random(3)
     good.write_text("".join(json.dumps({"text": prose(draw)}) + "\n" for _ in range(60)))
     bad.write_text("".join(json.dumps({"text": f"for (int i{i} = 0; i{i} < n; i{i}++) {{ s += a[i{i}]; }}"}) + "\n" for i in range(60)))
-    assert command("quality", "classifier", "--positive", str(good), "--negative", str(bad), "--out", str(tmp_path / "c"))["held_out_auc"] == 1
+    learnt = command("quality", "classifier", "--positive", str(good), "--negative", str(bad), "--out", str(tmp_path / "c"))
+    assert learnt["held_out_auc"] == 1
     assert command("quality", "perplexity", "--positive", str(good), "--out", str(tmp_path / "p"))["documents"] == 60
     step = {"step": "quality", "classifiers": [str(tmp_path / "c"), f"perplexity:{tmp_path / 'p'}"], "least": 5}
     funnel = curated(recipe_of(corpus, steps=[step]), tmp_path / "run")

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -34,12 +34,9 @@ from gristmill.flywheel.progress import Progress
 from gristmill.recipe import Section, checked, read
 from gristmill.rows import make_id
 from gristmill.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from gristmill.train.packing import Sample
+from gristmill.train.tokens import TOKEN
 
 SHARD_TOKENS = 1 << 28  # 1 GiB
-TOKEN = np.dtype("<i4")
 MOST_SKIPPED = 1000  # skips that are named one by one
 Facts = dict[str, Any]
 
@@ -434,59 +431,3 @@ def blend_lines(facts: Facts) -> list[str]:
         shares = ", ".join(f"{one['name']} {one['share']:.1%}" for one in phase["sources"])
         lines.append(f"{f'phase {number}':<14} {phase['tokens']:>15,} tokens         {shares}")
     return [*lines, f"{'all':<14} {facts['tokens']:>15,} tokens in {facts['documents']:,} documents"]
-
-
-# ---- what training reads ----
-
-
-class TokenStore:
-    """The documents of a finished blend, through a memory map.
-
-    Args:
-        folder: what `blend` wrote.
-        tokenizer: the model's, if it shall be checked that the blend was made with it.
-
-    Raises:
-        InputError: the folder holds no whole blend, or one of another tokenizer.
-    """
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-        try:
-            facts = json.loads((folder / "blend.json").read_text())
-            self.ends_N: np.ndarray = np.load(folder / "ends.npy", mmap_mode="r")
-            self.shards = [np.memmap(folder / shard["file"], TOKEN, "r") for shard in facts["shards"]]
-        except (OSError, ValueError) as e:
-            raise InputError(f"{folder} holds no finished blend ({e}): run `gristmill blend` with --out {folder}.") from e
-        if [len(shard) for shard in self.shards] != [shard["tokens"] for shard in facts["shards"]]:
-            raise InputError(f"The tokens in {folder} are not those that blend.json speaks of: copy the folder again, or blend again.")
-        if tokenizer is not None and tokenizer.fingerprint() != facts["tokenizer"]["fingerprint"]:
-            raise InputError(f"{folder} was made with another tokenizer than the model's: blend again with this one.")
-        self.facts: Facts = facts
-
-    def samples(self, max_tokens: int, tokens: int | None = None) -> "list[Sample]":
-        """The documents in their order, each cut into pieces of at most `max_tokens`; see `train.pretrain.token_samples`.
-
-        Ids are int32 views of the map and masks are views of one array: neither is a copy.
-
-        Args:
-            tokens: no further document is given once there are so many.
-        """
-        from gristmill.train.packing import Sample  # loads torch, which the processes that encode do without
-
-        mask = np.arange(max_tokens) > 0
-        mask.flags.writeable = False
-        out: list[Sample] = []
-        number = first = 0
-        for facts, shard in zip(self.facts["shards"], map(np.asarray, self.shards), strict=True):
-            begin = 0
-            for end in (self.ends_N[number : number + facts["documents"]] - first).tolist():
-                if tokens is not None and first + begin >= tokens:
-                    return out
-                for start in range(begin, end, max_tokens):
-                    name = f"document {number}" if end - begin <= max_tokens else f"document {number} from token {start - begin}"
-                    ids = shard[start : min(start + max_tokens, end)]
-                    out.append(Sample(ids, mask[: len(ids)], name))
-                number += 1
-                begin = end
-            first += begin
-        return out

@@ -20,8 +20,7 @@ import numpy as np
 from tokenizers import Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
-from gristmill.tokenizer import _BYTES as BYTE_NAMES
-from gristmill.tokenizer import Tokenizer
+from gristmill.tokenizer import BYTE_NAMES, Tokenizer
 
 CHECKED = 64  # documents that are encoded by both
 EXACT_CHARACTERS = 4 << 20  # given to `tokenizers` at once: its results take some 30 bytes a character

@@ -68,6 +68,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # largest gradient norm; 0 does not clip
     seed: int = 0
+    shuffle: bool = True  # False: samples in the order given
     precision: str = "fp32"  # "fp32" or "bf16"
     checkpoint_every: float = 0.0  # seconds between checkpoints; 0 writes only the finished state
     validate_every: int = 10  # steps between validations, where there is validation data
@@ -176,6 +177,7 @@ class _Run:
             steps=settings.steps,
             batch_size=settings.batch_size,
             batch_tokens=settings.batch_tokens,
+            shuffle=settings.shuffle,
             rows=[len(sample.answers) if isinstance(sample, RatedGroup) else 1 for sample in self.samples],
         )
         names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay")

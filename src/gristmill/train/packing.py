@@ -307,11 +307,11 @@ def _groups(samples: Sequence[UnitT], max_tokens: int) -> Iterator[list[UnitT]]:
 class BatchPlan:
     """Which samples each step trains on: a pure function of (seed, step), found without replaying steps.
 
-    The stream is one shuffle of all samples after another. A step is a stretch of that stream, measured in
-    rows (``batch_size``) or in tokens (``batch_tokens``): a sample has ``lengths`` tokens and counts as one
-    row, or as ``rows``. With ``epochs`` the stream ends after that many shuffles and is cut into
-    floor(length / batch) *equal* stretches, so that every sample is seen exactly ``epochs`` times and no
-    small remainder is trained on as a noisy last step. With ``steps`` it goes on as long as needed.
+    The stream is one shuffle of all samples after another (without ``shuffle``, the samples as they are). A step
+    is a stretch of that stream, measured in rows (``batch_size``) or in tokens (``batch_tokens``): a sample has
+    ``lengths`` tokens and counts as one row, or as ``rows``. With ``epochs`` the stream ends after that many
+    shuffles and is cut into floor(length / batch) *equal* stretches, so that every sample is seen exactly
+    ``epochs`` times and no small remainder is trained on as a noisy last step. With ``steps`` it goes on as long as needed.
     """
 
     def __init__(
@@ -324,6 +324,7 @@ class BatchPlan:
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         rows: Sequence[int] | None = None,
+        shuffle: bool = True,
     ) -> None:
         if batch_tokens is not None and max(lengths) > batch_tokens:
             raise InputError(
@@ -332,7 +333,7 @@ class BatchPlan:
         weights = lengths if batch_tokens is not None else rows or np.ones(len(lengths))
         self._weights = np.asarray(weights, dtype=np.int64)
         self._epoch_weight = int(self._weights.sum())
-        self._seed = seed
+        self._seed, self._shuffled = seed, shuffle
         batch = batch_tokens if batch_tokens is not None else batch_size
         assert batch is not None and batch > 0
         if steps is not None:
@@ -346,7 +347,8 @@ class BatchPlan:
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample indices in the epoch's order, and the offset within the epoch at which each begins."""
         if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._weights))
+            everyone = np.arange(len(self._weights))
+            order = np.random.default_rng([self._seed, epoch]).permutation(everyone) if self._shuffled else everyone
             weights = self._weights[order]
             self._order = (epoch, order, np.cumsum(weights) - weights)
         return self._order[1], self._order[2]
