@@ -15,7 +15,6 @@ import json
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
 import sysconfig
@@ -30,6 +29,15 @@ LARGEST = 200_000
 TARGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 PEER_MEGABYTES = 4
 
+
+# A small process that starts the one to be measured: a child's peak includes that of whoever forked it.
+LAUNCH = """
+import json, resource, subprocess, sys
+status = subprocess.run(sys.argv[1:]).returncode
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps({"seconds": used.ru_utime + used.ru_stime, "peak_mib": used.ru_maxrss // 1024}))
+sys.exit(status)
+"""
 
 # ---- the corpus ----
 
@@ -130,8 +138,6 @@ def cpu(call: Callable[[], object]) -> float:
 
 def steps(folder: Path) -> dict[str, float]:
     """MB a CPU second of each step."""
-    import tempfile
-
     from gristmill.curate import duplicates, minhash, shards
     from gristmill.curate.clean import Clean, clean
     from gristmill.curate.decontaminate import Benchmarks, Decontaminate, counts, decontaminate
@@ -150,12 +156,14 @@ def steps(folder: Path) -> dict[str, float]:
     contaminated = Decontaminate(benchmarks=[benchmark])
     known = Benchmarks.read(contaminated)
 
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    for i, table in enumerate(all_tables):
+        shards.write(scratch / f"{i}.arrow", table)
+
     def exact(some: list[Any]) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            for i, table in enumerate(some):
-                shards.write(Path(scratch) / f"{i}.arrow", table)
-                duplicates.exact_keys(i, Path(scratch) / f"{i}.arrow", Path(scratch) / f"k{i}.arrow", 1)
-            duplicates.exact_groups(0, [Path(scratch) / f"k{i}.arrow" for i in range(len(some))], Path(scratch) / "d.arrow", len(some))
+        for i in range(len(some)):
+            duplicates.exact_keys(i, scratch / f"{i}.arrow", scratch / f"k{i}.arrow", 1)
+        duplicates.exact_groups(0, [scratch / f"k{i}.arrow" for i in range(len(some))], scratch / "d.arrow", len(some))
 
     def signatures(some: list[Any], words: bool, size: int, hashes: int) -> None:
         for table in some:
@@ -172,7 +180,7 @@ def steps(folder: Path) -> dict[str, float]:
         "minhash, characters, 260": lambda some: signatures(some, False, 24, 260),
         "heuristics": lambda some: [heuristics(table, Filter()) for table in some],
         "heuristics, figures alone": lambda some: [figures(Texts.of(table["text"])) for table in some],
-        "exact, with writing shards": exact,
+        "exact": exact,
         "clean": lambda some: [clean(table, Clean()) for table in some],
         "pii": lambda some: [pii(table, Pii()) for table in some],
         "decontaminate": decontamination,
@@ -208,18 +216,14 @@ def pipeline(folder: Path, out: Path, with_language: bool) -> dict[str, Any]:
     path.write_text(json.dumps(recipe))
     started = time.perf_counter()
     command = [sys.executable, "-m", "gristmill.cli", "curate", str(path), "--out", str(out), "--quiet", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, printed
-    funnel = json.loads(printed)
-    seconds = usage.ru_utime + usage.ru_stime
+    done = subprocess.run([sys.executable, "-c", LAUNCH, *command], capture_output=True, text=True, check=True)
+    funnel, usage = map(json.loads, done.stdout.splitlines())
+    seconds = usage["seconds"]
     return {
         "mb_per_cpu_s": round(funnel["read"]["bytes"] / 1e6 / seconds, 1),
         "cpu_s": round(seconds, 1),
         "wall_s": round(time.perf_counter() - started, 1),
-        "peak_mib": usage.ru_maxrss // 1024,
+        "peak_mib": usage["peak_mib"],
         "documents": [funnel["read"]["documents"], *[step["documents_out"] for step in funnel["steps"]]],
     }
 
@@ -361,7 +365,6 @@ def main() -> None:
         if args.peers_python:
             done = subprocess.run([args.peers_python, __file__, "--peers", str(folder)], stdout=subprocess.PIPE, text=True, check=True)
             note("peers", json.loads(done.stdout.splitlines()[-1]))
-        summary["peak_of_steps_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         print(json.dumps({"summary": summary}))
 
 

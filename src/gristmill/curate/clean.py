@@ -58,6 +58,11 @@ _POLICY = re.compile(
     r"|accept (?:all )?cookies|cookie settings|lorem ipsum",
     re.IGNORECASE,
 )
+# each of them holds one of these
+_POLICY_BEGINS = (
+    *("terms of use", "privacy policy", "privacy overview", "privacy & cookie", "privacy and cookie", "cookie policy", "cookie settings"),
+    *("uses cookies", "use cookies", "use of cookies", "accept cookies", "accept all cookies", "lorem ipsum"),
+)
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 
 
@@ -271,7 +276,8 @@ def _character(match: re.Match[str]) -> str:
 
 def _boilerplate(text: str) -> str:
     """Without the paragraphs on policies at both ends; as it was if others lie between, or there are no others."""
-    if not _POLICY.search(text):
+    lower = text.lower()
+    if not any(phrase in lower for phrase in _POLICY_BEGINS) or not _POLICY.search(text):  # the search alone takes a hundred times as long
         return text
     spans = []
     begin = 0
