@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from gristmill.curate import recipe as recipes
+from gristmill.curate.page import funnel_lines, write_page
 from gristmill.curate.recipe import Curation
 from gristmill.curate.run import explain, run
 from gristmill.errors import InputError
@@ -178,6 +179,16 @@ def test_spans_and_meanings_that_stood_before(corpus: Path, tmp_path: Path) -> N
     assert len(gone) == 5 and all(step == "semantic" for step, _ in gone.values()), "the same words in capitals"
     assert sum(notice in text or notice.upper() in text for text in here.values()) == 1
     assert funnel["steps"][1]["changed"]["documents cut"] == 19
+
+
+def test_the_page_shows_hostile_text_as_text(tmp_path: Path) -> None:
+    rows = [{"id": "<script>alert(1)</script>", "text": "<img src=x onerror=alert(2)> short"}, {"id": "b", "text": "\u202e also short"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "no json\n")
+    funnel = curated(recipe_of(tmp_path / "rows.jsonl"), tmp_path / "run")
+    page = write_page(tmp_path / "run", funnel).read_text()
+    assert "<script" not in page and "<img" not in page and "\u202e" not in page
+    assert "&lt;script&gt;alert(1)" in page and "rows.jsonl:3" in page and "not JSON" in page
+    assert funnel["documents"] == 0 and "words 2" in "\n".join(funnel_lines(funnel))
 
 
 def test_buckets_of_quality(corpus: Path, tmp_path: Path) -> None:

@@ -41,13 +41,15 @@ def write_page(folder: Path, facts: dict[str, Any]) -> Path:
     first, steps = facts["read"], facts["steps"]
     bars = [("documents", 0, ""), ("read", first["documents"], "fill")]
     bars += [(step["step"], step["documents_out"], "fill") for step in steps]
-    rows = [("read", first["documents"], "", _size(first["bytes"]), "")]
+    rows = [("read", f"{first['documents']:,}", "", _size(first["bytes"]), "")]
     for step in steps:
         lost = step["documents_in"] - step["documents_out"]
         share = f"{lost:,} ({lost / step['documents_in']:.1%})" if step["documents_in"] else "0"
-        rows.append((step["step"], step["documents_out"], share, _size(step["bytes_out"]), _size(step["bytes_in"] - step["bytes_out"])))
-    reasons = [(step["step"], reason, count) for step in steps for reason, count in step["reasons"].items()]
-    changes = [(step["step"], kind, count) for step in steps for kind, count in step["changed"].items()]
+        rows.append(
+            (step["step"], f"{step['documents_out']:,}", share, _size(step["bytes_out"]), _size(step["bytes_in"] - step["bytes_out"]))
+        )
+    reasons = [(step["step"], reason, f"{count:,}") for step in steps for reason, count in step["reasons"].items()]
+    changes = [(step["step"], kind, f"{count:,}") for step in steps for kind, count in step["changed"].items()]
     body: list[Any] = [
         el("h1", facts["name"]),
         el(
@@ -55,7 +57,7 @@ def write_page(folder: Path, facts: dict[str, Any]) -> Path:
             f"{first['files']:,} files, {facts['documents']:,} of {first['documents']:,} documents kept, {facts['seconds']:,} s.",
             class_="soft",
         ),
-        el("div", funnel(bars), class_="figure"),
+        el("div", el("div", funnel(bars), class_="figure"), class_="grid funnels"),
         table(("after", "documents", "dropped", "text", "less"), rows),
     ]
     if reasons:
@@ -71,7 +73,7 @@ def write_page(folder: Path, facts: dict[str, Any]) -> Path:
         body += [el("h2", "Dropped, for example"), *samples]
     path = folder / "report.html"
     try:
-        path.write_text(document(f"{facts['name']}: curation", *body), encoding="utf-8")
+        path.write_text(document(f"{facts['name']}: curation", el("main", body)), encoding="utf-8")
     except OSError as e:
         raise InputError(f"{path} cannot be written ({e.strerror}): free some space and run the same command again.") from e
     return path
