@@ -46,14 +46,14 @@ class Source(Section):
 
     name: str = Field(pattern=r"^[\w.-]+$")
     inputs: list[str] = Field(min_length=1, description="files, folders and patterns")
-    weight: float = Field(gt=0, description="of its tokens, relative to the other sources")
+    weight: float = Field(gt=0, allow_inf_nan=False, description="of its tokens, relative to the other sources")
     most_epochs: float = Field(4.0, gt=0, description="how often its tokens may be used; repeats beyond four are worth little (2305.16264)")
 
 
 class Phase(Section):
     """A stretch of the training tokens."""
 
-    share: float = Field(gt=0, description="of the tokens, relative to the other phases")
+    share: float = Field(gt=0, allow_inf_nan=False, description="of the tokens, relative to the other phases")
     weights: dict[str, float] = Field(default_factory=dict, description="by source, 0 for those not named; none: the sources' own")
 
 

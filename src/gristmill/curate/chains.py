@@ -1,5 +1,6 @@
 """What a stage does: the tasks of each kind of step, over shards and over parts of a key's range, and how they follow each other."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from gristmill.curate.snapshots import Remember, Seen
 from gristmill.curate.step import Outcome, none_dropped
 from gristmill.curate.substring import Substring
 from gristmill.curate.texts import Texts
+from gristmill.errors import InputError
 from gristmill.files import write_json
 
 Facts = dict[str, Any]
@@ -120,18 +122,34 @@ def _benchmarks(settings: str) -> Benchmarks:
     return Benchmarks.read(Decontaminate.model_validate_json(settings))
 
 
-def check(step: Any) -> None:
-    """Find out, before work is spent, whether what a step needs is there.
+def state(path: Path) -> tuple[str, int, int, int]:
+    """What tells that a file has changed."""
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def check(step: Any) -> list[tuple[str, int, int, int]]:
+    """Find out, before work is spent, whether what a step reads beside its documents is there; returns the state of those files.
 
     Raises:
         InputError: it is not.
     """
+    paths: list[Path] = []
     if isinstance(step, Decontaminate):
+        _benchmarks.cache_clear()
         _benchmarks(step.model_dump_json())
+        paths = list(step.benchmarks)
     if isinstance(step, Quality):
         buckets.models(step)
+        paths = [Path(name.removeprefix(buckets.PERPLEXITY)) for name in step.classifiers if not name.startswith(buckets.COLUMN)]
+    if isinstance(step, Semantic) and step.embedding != "hashed" and not step.embedding.startswith("column:"):
+        paths = [Path(step.embedding)]
+        if not (paths[0] / "config.json").exists():
+            raise InputError(f"{step.embedding} is no model folder: give one, `hashed`, or `column:NAME`.")
     if isinstance(step, Seen):
         snapshots.described(step.index)
+        paths = [step.index]
+    return [state(file) for path in paths for file in ([path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()))]
 
 
 def matches(source: Path, out: Path, settings: Decontaminate) -> Facts:
@@ -179,7 +197,8 @@ def num_bytes(table: pa.Table) -> int:
 def _facts(step: str, before: pa.Table, outcome: Outcome) -> Facts:
     another = r"\1 another"
     reasons = Counter(
-        re.sub(r"^(same text as|near duplicate of|seen before as) .*", another, r) for r in outcome.dropped["reason"].to_pylist()
+        re.sub(r"^(same text as|near duplicate of|seen before as) .*", another, reason, flags=re.DOTALL)
+        for reason in outcome.dropped["reason"].to_pylist()
     )
     return {
         "step": step,
@@ -195,7 +214,7 @@ def _facts(step: str, before: pa.Table, outcome: Outcome) -> Facts:
 def _write_dropped(path: Path, tables: Sequence[pa.Table]) -> None:
     table = pa.concat_tables([none_dropped(), *tables])
     if len(table):
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}")
         pq.write_table(table, temporary, compression="zstd")
         temporary.replace(path)
 

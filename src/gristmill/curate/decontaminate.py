@@ -370,14 +370,20 @@ def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmar
     sources: list[int] = []
     new_texts: list[str] = []
     names: list[str] = table["id"].to_pylist()
+    taken = set(names)
     ids: list[str] = []
     for doc, reason in enumerate(reasons):
         if reason is not None:
             continue
         parts = kept_parts.get(doc, [])
+        number = 1
         for k in range(max(1, len(parts))):
             rows.append(doc)
-            ids.append(names[doc] if k == 0 else f"{names[doc]}#{k + 1}")
+            if k:
+                number += 1
+                while f"{names[doc]}#{number}" in taken:  # by an earlier cut
+                    number += 1
+            ids.append(names[doc] if k == 0 else f"{names[doc]}#{number}")
             sources.append(len(texts) + len(new_texts) + k if parts else doc)
         new_texts += parts
     whole = pa.chunked_array([*table["text"].cast(pa.large_string()).chunks, pa.array(new_texts, pa.large_string())])

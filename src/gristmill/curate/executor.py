@@ -3,6 +3,9 @@
 import json
 import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +17,7 @@ from typing import Any, Protocol
 from gristmill.errors import InputError
 from gristmill.files import write_json
 
+WATCH_SECONDS = 2.0
 ATTEMPTS = 3  # of a task whose process was killed
 
 
@@ -59,6 +63,21 @@ class InProcess:
         pass
 
 
+def _serve(parent: int) -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it is gone, which nobody else would tell."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while True:
+            time.sleep(WATCH_SECONDS)
+            try:
+                os.kill(parent, 0)
+            except OSError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Processes:
     """Local processes. A process that is killed costs the tasks under way, which are done again."""
 
@@ -67,19 +86,24 @@ class Processes:
         self._start()
 
     def _start(self) -> None:
-        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("forkserver"))
+        context = multiprocessing.get_context("forkserver")
+        self.pool = ProcessPoolExecutor(self.workers, context, initializer=_serve, initargs=(os.getpid(),))
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
         left = list(range(len(tasks)))[::-1]
         attempts = dict.fromkeys(left, 0)
         running: dict[Future[dict[str, Any]], int] = {}
         while left or running:
+            broken: list[int] = []
             while left and len(running) < 2 * self.workers:
                 place = left.pop()
                 attempts[place] += 1
-                running[self.pool.submit(perform, tasks[place])] = place
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            broken = []
+                try:
+                    running[self.pool.submit(perform, tasks[place])] = place
+                except BrokenProcessPool:
+                    broken.append(place)
+                    break
+            done, _ = wait(running, return_when=FIRST_COMPLETED) if running else (set(), None)
             for future in done:
                 place = running.pop(future)
                 try:

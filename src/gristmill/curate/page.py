@@ -84,9 +84,9 @@ def _samples(folder: Path) -> Iterator[Markup]:
     for path in sorted((folder / "dropped").glob("*.parquet")):
         for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
             for row in batch.to_pylist():
-                kind = row["reason"] if row["step"] not in ("exact", "fuzzy") else ""
-                if seen.setdefault((row["step"], kind), 0) >= SAMPLES or (len(seen) > MOST_REASONS and not seen[row["step"], kind]):
+                kind = row["step"], row["reason"] if row["step"] not in ("exact", "fuzzy", "semantic", "seen") else ""
+                if seen.get(kind, 0) >= SAMPLES or (kind not in seen and len(seen) >= MOST_REASONS):
                     continue
-                seen[row["step"], kind] += 1
+                seen[kind] = seen.get(kind, 0) + 1
                 about = f"{row['step']}: {row['reason']} ({row['figure']:.3g}, limit {row['limit']:.3g})  {row['id']}"
                 yield el("details", el("summary", about), el("pre", row["text"][:SAMPLE_CHARACTERS]))

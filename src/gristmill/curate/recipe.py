@@ -1,10 +1,10 @@
 """The recipe of a curation: what is read, the steps in their order, and how the rest is written."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gristmill.curate.clean import Clean
 from gristmill.curate.decontaminate import Decontaminate
@@ -42,6 +42,12 @@ class Curation(Section):
     output: Output = Output()
     executor: Literal["processes", "ray"] = "processes"
     workers: int = Field(0, ge=0, description="processes; 0: one a core")
+
+    @model_validator(mode="after")
+    def _one_index(self) -> Self:
+        if sum(step.step == "remember" for step in self.steps) > 1:
+            raise ValueError("steps: a run has one index, so that `remember` can stand in it once")
+        return self
 
 
 def load(path: Path, overrides: dict[str, Any] | None = None) -> Curation:

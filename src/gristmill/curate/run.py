@@ -27,6 +27,7 @@ from gristmill.files import lock, write_json
 from gristmill.flywheel.progress import Progress
 from gristmill.rows import make_id
 
+MADE = ("data", "dropped", "index")  # folders that a run makes, and replaces
 MOST_SKIPPED = 1000  # skips that are named one by one
 
 
@@ -75,19 +76,32 @@ def run(recipe: Curation, folder: Path, progress: Progress) -> Facts:
     if not recipe.inputs:
         raise InputError("There is nothing to read: give `inputs` in the recipe, or --input.")
     files = documents.names(recipe.inputs)
-    for step in recipe.steps:
-        chains.check(step)
-    folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder)
+    for path in files:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{path} lies in {folder}, where the result shall be: give another --out.")
+    if not any((folder / name).exists() for name in ("funnel.json", "recipe.yaml", "work")):
+        for name in MADE:
+            if (folder / name).exists():
+                raise InputError(f"{folder / name} was not made by a curation and would be replaced: give another --out.")
+    read = [chains.check(step) for step in recipe.steps]
     try:
-        return _Run(recipe, folder, progress).all(files)
+        folder.mkdir(parents=True, exist_ok=True)
+        held = lock(folder)
+    except OSError as e:
+        raise InputError(f"Nothing can be written to {folder} ({e.strerror}): give another --out.") from e
+    try:
+        return _Run(recipe, folder, progress, read).all(files)
+    except OSError as e:
+        raise InputError(f"{e.filename or folder}: {e.strerror or e}: see to it, and run the same command again.") from e
     finally:
         held.close()
 
 
 class _Run:
-    def __init__(self, recipe: Curation, folder: Path, progress: Progress) -> None:
+    def __init__(self, recipe: Curation, folder: Path, progress: Progress, read: Sequence[Any]) -> None:
+        """`read` says, of each step, which files it reads and how they are now."""
         self.recipe, self.folder, self.progress = recipe, folder, progress
+        self.read = dict(zip(map(id, recipe.steps), read, strict=True))
         self.work = folder / "work"
         self.key = ""
         self.place = 0
@@ -95,12 +109,16 @@ class _Run:
         self.executor: executor.Executor | None = None
 
     def all(self, files: dict[Path, str]) -> Facts:
-        inputs = [(str(path), name, path.stat().st_size, path.stat().st_mtime_ns) for path, name in files.items()]
+        inputs = [(name, chains.state(path)) for path, name in files.items()]
         plan = self.recipe.model_dump(mode="json", exclude={"executor", "workers"})
-        whole = make_id(inputs, plan)
+        whole = make_id(inputs, plan, list(self.read.values()))
         done = self.folder / "funnel.json"
-        if done.exists() and (funnel := json.loads(done.read_text())).get("key") == whole:
+        made = [self.folder / name for name in MADE if name != "index" or any(step.step == "remember" for step in self.recipe.steps)]
+        gone = self.folder / ".gone"
+        shutil.rmtree(gone, ignore_errors=True)  # what a kill may have left
+        if done.exists() and all(path.exists() for path in made) and (funnel := json.loads(done.read_text())).get("key") == whole:
             return funnel
+        done.unlink(missing_ok=True)  # from here on it would speak of other files
         started = time.monotonic()
         (self.folder / "recipe.yaml").write_text(dump(self.recipe))
         workers = self.recipe.workers or executor.cores()
@@ -111,7 +129,8 @@ class _Run:
             self.executor.close()
         funnel |= {"key": whole, "name": self.recipe.name, "seconds": round(time.monotonic() - started, 2)}
         write_json(done, funnel)
-        shutil.rmtree(self.work)
+        self.work.rename(gone)  # at once: half of it would be taken for the whole
+        shutil.rmtree(gone)
         return funnel
 
     def _all(self, files: dict[Path, str], key: str) -> Facts:
@@ -165,13 +184,13 @@ class _Run:
 
     def _stage(self, steps: list[Step], sources: list[Path]) -> list[Path]:
         names = [step.step for step in steps]
-        folder = self._open("-".join(names), *[step.model_dump(mode="json") for step in steps])
+        folder = self._open("-".join(names), *[(step.model_dump(mode="json"), self.read[id(step)]) for step in steps])
         label = " ".join(names)
         stage = Stage(
             folder,
             sources,
             _rows(sources),
-            self.folder / "index",
+            self.work / "index",
             lambda what, tasks: self._do(label if what == "shard" else f"{label}: {what}", tasks),
         )
         self.stages.append({"folder": folder, "steps": [one["steps"] for one in chains.do(stage, steps)]})
@@ -191,10 +210,11 @@ class _Run:
                 target = dropped / f"{stage['folder'].name.rsplit('-', 1)[0]}-{path.name.removeprefix('dropped-')}"
                 target.unlink(missing_ok=True)
                 target.hardlink_to(path)
-        for new in (data, dropped):
+        for new in (data, dropped, self.work / "index"):
             old = self.folder / new.name
             shutil.rmtree(old, ignore_errors=True)
-            new.rename(old)
+            if new.exists():
+                new.rename(old)
         return int(written["files"])
 
 
@@ -221,14 +241,16 @@ def explain(folder: Path, name: str) -> list[Facts]:
     Raises:
         InputError: there is no finished curation, or no such document.
     """
-    if not (folder / "funnel.json").exists():
+    if not all((folder / part).exists() for part in ("funnel.json", "data", "dropped")):
         raise InputError(f"{folder} holds no finished curation: run it first, and give its folder with --out.")
     found: list[Facts] = []
+    everything = Reading(most_document_bytes=2**40, most_expansion=2**40)
+    name = name.encode("utf-8", "replace").decode()
     for path in sorted((folder / "dropped").glob("*.parquet")):
         table = pq.read_table(path, filters=[("id", "==", name)])
         found += [{"file": path.name, **row} for row in table.to_pylist()]
     for path in sorted((folder / "data").iterdir()):
-        for table in documents.read(path, Reading(), lambda where, why: None):
+        for table in documents.read(path, everything, lambda where, why: None):
             found += [{"file": path.name, "step": "kept", **row} for row in table.filter(pc.equal(table["id"], name)).to_pylist()]
     if not found:
         raise InputError(f"No document of {folder} has the id {name!r}; ids of a folder's files are their paths in it.")

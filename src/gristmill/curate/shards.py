@@ -64,8 +64,11 @@ def write_parts(path: Path, table: pa.Table, part_N: np.ndarray, num_parts: int)
 
 def read_part(paths: Sequence[Path], part: int) -> pa.Table:
     """The rows of a part from all files that such rows were written to."""
-    readers = [_opened(path) for path in paths]
-    return pa.Table.from_batches([reader.get_batch(part) for reader in readers], schema=readers[0].schema)
+    batches = []
+    for path in paths:  # one after the other: shards may be more than the files that a process may hold open
+        with pa.OSFile(str(path), "rb") as file:
+            batches.append(pa.ipc.open_file(file).get_batch(part))
+    return pa.Table.from_batches(batches)
 
 
 def number(shard: int, rows: np.ndarray) -> np.ndarray:
@@ -81,7 +84,7 @@ def row_of(numbers: np.ndarray) -> np.ndarray:
     return numbers & ((1 << ROW_BITS) - 1)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)  # each holds a file open
 def _mapped(path: Path) -> pa.Table:
     return read(path)
 
@@ -95,7 +98,7 @@ def column_of(paths: Sequence[Path], numbers: np.ndarray, column: str) -> pa.Arr
         rows = row_of(numbers[order][shards[order] == shard])
         pieces.append(pc.take(_mapped(paths[shard])[column], pa.array(rows)).combine_chunks())
     if not pieces:
-        return pa.array([], pa.string())
+        return pa.array([], read(paths[0]).schema.field(column).type if paths else pa.string())
     joined = pa.concat_arrays([piece.combine_chunks() if isinstance(piece, pa.ChunkedArray) else piece for piece in pieces])
     back = np.empty(len(numbers), np.int64)
     back[order] = np.arange(len(numbers))
