@@ -292,6 +292,7 @@ def eval(
     """Greedy and sampled accuracy with 95 % intervals, by task; with --quantize or --cache also how far from the model that leads."""
     from gristmill import jobs
     from gristmill.flywheel.progress import Progress
+    from gristmill.model.weights import saved_as
 
     running = jobs.Running(dtype, quantize, cache, chat_format=format)
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
@@ -305,9 +306,10 @@ def eval(
         cells = [f"{s['mean']:.3f} [{s['ci95'][0]:.3f}, {s['ci95'][1]:.3f}]" for s in (greedy, sampled)]
         typer.echo(f"{task:<12} greedy {cells[0]}  sampled {cells[1]}  n {greedy['n']}")
     if lost := scores.get("quantized"):
+        beside = "the weights that it was saved with" if saved_as(model) else "the model"
         typer.echo(
-            f"quantized beside the model: KL {lost['kl']:.2g} nats a token (at most {lost['kl_max']:.2g}), the likeliest token is the "
-            f"same for {lost['agreement']:.2%} of {lost['tokens']:,} tokens"
+            f"beside {beside}: KL {lost['kl']:.2g} nats a token (at most {lost['kl_max']:.2g}), the likeliest token is the same for "
+            f"{lost['agreement']:.2%} of {lost['tokens']:,} tokens"
         )
 
 
@@ -512,7 +514,7 @@ def blend(
     typer.echo(json.dumps(facts) if as_json else "\n".join([*blends.blend_lines(facts), f"tokens: {folder}"]))
 
 
-@command("gristmill quality classifier --positive good.jsonl --negative crawl/*.jsonl --out runs/good")
+@command("gristmill quality classifier --positive good.jsonl --negative 'crawl/*.jsonl' --out runs/good")
 def quality(
     kind: Annotated[Literal["classifier", "perplexity"], typer.Argument(help="What to train.")],
     positive: Annotated[list[str], typer.Option(help="Documents that are wanted: files, folders, patterns.")],

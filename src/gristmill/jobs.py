@@ -233,6 +233,8 @@ CACHES = PRECISIONS | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 def quantize(folder: Path, out: Path, kind: Quantize, dtype: str) -> dict[str, Any]:
     """Write a model folder again with its layers' matrices quantized, all else in `dtype`."""
+    if out.resolve() == folder.resolve():
+        raise InputError(f"Choose another --out than the model itself: {folder} would be replaced.")
     if saved_as(folder):
         raise InputError(f"Give the model as it was before it was quantized: {folder} is quantized already.")
     model, tokenizer = load_model(folder)

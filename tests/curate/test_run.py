@@ -131,6 +131,26 @@ def test_a_finished_run_is_not_done_again_and_a_changed_one_is(corpus: Path, tmp
     assert second["documents"] > first["documents"] and not any(step == "fuzzy" for step, _ in dropped(tmp_path).values())
 
 
+def test_what_is_not_its_own_is_not_replaced(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").write_text(prose(random.Random(1)))
+    for inputs in (tmp_path / "data", corpus):
+        with pytest.raises(InputError, match="give another --out"):
+            curated(recipe_of(inputs), tmp_path)
+    assert (tmp_path / "data" / "mine.txt").exists()
+
+
+def test_files_that_a_step_reads_may_change(corpus: Path, tmp_path: Path) -> None:
+    text = json.loads((corpus / "part0.jsonl").read_text().splitlines()[0])["text"]
+    benchmark = tmp_path / "benchmark.txt"
+    benchmark.write_text("these are words that stand in no document of this corpus at all and never will\n")
+    recipe = recipe_of(corpus, steps=[{"step": "decontaminate", "benchmarks": [str(benchmark)]}])
+    before = curated(recipe, tmp_path / "run")
+    benchmark.write_text(" ".join(text.split()) + "\n")
+    after = curated(recipe, tmp_path / "run")
+    assert after["steps"][0]["reasons"] and not before["steps"][0]["reasons"]
+
+
 def test_killed_at_any_moment_it_ends_the_same(corpus: Path, done: Path, tmp_path: Path) -> None:
     """kill -9 of the driver, with its workers, at random moments; then to the end."""
     path = tmp_path / "recipe.yaml"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gristmill.engine import kernels
 from gristmill.engine.layers import Norm
-from gristmill.engine.products import Int8, Rows
+from gristmill.engine.products import PRODUCTS, Int8, Rows
 from gristmill.engine.sampler import Needs, choose
 from gristmill.model.transformer import LayerNorm1P, Linear, RMSNorm
 
@@ -80,3 +80,17 @@ def test_the_draw(seed: int, vocabulary: int, temperature: float) -> None:
     for row in (~same).nonzero()[:, 0].tolist():  # only where u falls on the border between two tokens
         edges = [probs[row, min(int(tokens[row]), int(plain_tokens[row]))]]
         assert abs(float(edges[0]) - float(u[row])) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "int8-weight", "fp8"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
+@pytest.mark.parametrize("width", [20, 40, 64, 72, 100])
+def test_quantized_products_of_any_shape(width: int, rows: int, kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(width + rows)
+    linear = Linear(width, 50, bias=rows % 2 == 0)
+    for parameter in linear.parameters():
+        parameter.data.normal_()
+    x_TD = torch.randn(rows, width).to(dtype)
+    exact = linear(x_TD.float())
+    assert (PRODUCTS[kind](linear, dtype)(x_TD).float() - exact).norm() <= (0.06 if kind == "fp8" else 0.03) * exact.norm() + 0.05

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from gristmill.chat import FORMATS, Message
 from gristmill.engine.engine import Engine
@@ -49,13 +50,30 @@ def test_a_saved_model_answers_as_one_quantized_when_it_is_loaded(tiny_base: Pat
     assert said[0] == said[1]
 
 
+def test_integers_without_scales_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(tiny_base)
+    save_quantized(model, tokenizer, tmp_path, "int8")
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("up_proj.weight_scale"))
+    for wrong in (None, tensors[name][:1]):
+        save_file({k: v for k, v in (tensors | {name: wrong}).items() if v is not None}, tmp_path / "model.safetensors")
+        with pytest.raises(InputError):
+            load_model(tmp_path)
+
+
 def test_other_quantizations_are_refused(tiny_base: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(tiny_base)
     save_quantized(model, tokenizer, tmp_path / "small", "int8")
     path = tmp_path / "small" / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
-    for found in (config["quantization_config"], {"quant_method": "gptq", "bits": 4}, [1]):
+    for found in (
+        config["quantization_config"],
+        {"quant_method": "gptq", "bits": 4},
+        [1],
+        {"config_groups": [1]},
+        {"config_groups": {"g": "x"}},
+    ):
         path.write_text(json.dumps(config | {"quantization_config": found}))
         with pytest.raises(InputError, match="before it was quantized"):
             load_model(tmp_path / "small")

@@ -383,7 +383,9 @@ class _Run:
             out = self.work / make_id(_state(path), name, reading.model_dump(), self.fingerprint, SHARD_TOKENS)
             arguments = (path, name, out, self.recipe.tokenizer, self.fingerprint, self.tokenizer.eos_id, reading, SHARD_TOKENS)
             tasks.append(Task(encode, arguments, out.with_suffix(".json")))
-        done = iter(self._do("encode", tasks))
+        different = {task.marker: task for task in tasks}  # a file may stand in two sources
+        found = dict(zip(different, self._do("encode", list(different.values())), strict=True))
+        done = iter([found[task.marker] for task in tasks])
         encoded, facts = [], []
         for paths in files.values():
             mine = [next(done) for _ in paths]
@@ -413,7 +415,10 @@ class _Run:
             target.hardlink_to(path)
         self.tokenizer.save(self.folder / "tokenizer")
         write_json(done, facts)
-        shutil.rmtree(self.work)
+        gone = self.folder / ".gone"
+        shutil.rmtree(gone, ignore_errors=True)
+        self.work.rename(gone)  # at once: half of it would be taken for the whole
+        shutil.rmtree(gone)
 
 
 def _state(path: Path) -> tuple[str, int, int]:

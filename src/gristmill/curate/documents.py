@@ -24,6 +24,7 @@ from gristmill.recipe import Section
 Skipped = Callable[[str, str], None]  # where, why
 Format = Literal["parquet", "jsonl", "jsonl.zst"]
 Row = tuple[str | None, str, str | None, dict[str, Any], str]  # id, text, source, everything else, where it is
+ROW_BYTES = 64  # of a document beside its text and meta
 BLOCK = 1 << 18  # bytes read at a time; where a compressed file breaks off, what the last read gave is lost
 FREE_EXPANSION = 16 << 20  # decompressed bytes that no file is suspected for
 MOST_HTML = 16 << 20  # bytes of a page
@@ -125,10 +126,12 @@ class _Batch:
         if len(data) > self.settings.most_document_bytes:
             skipped(where, f"a document of {len(data):,} bytes")
             return
-        if self.rows and self.size + len(data) > self.settings.batch_bytes:
+        meta = _meta(rest)
+        more = len(data) + len(meta) + ROW_BYTES
+        if self.rows and self.size + more > self.settings.batch_bytes:
             yield from self.rest()
-        self.rows.append((_whole(where if identity is None else identity), data, None if source is None else _whole(source), _meta(rest)))
-        self.size += len(data)
+        self.rows.append((_whole(where if identity is None else identity), data, None if source is None else _whole(source), meta))
+        self.size += more
 
     def rest(self) -> Iterator[pa.Table]:
         if self.rows:

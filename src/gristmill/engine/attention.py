@@ -99,7 +99,8 @@ def choose(config: ModelConfig, pool: Pool, dtype: torch.dtype, cos_LR: Tensor, 
     """The best back-end there is for activations of this type: the compiled kernel on a CPU, Triton on a GPU, torch elsewhere."""
     if known_to_kernels(pool.device, dtype) and (library := kernels.load()) is not None:
         return CompiledAttention(library, config, pool, cos_LR, sin_LR)
-    if pool.device.type == "cuda" and find_spec("triton") is not None and os.environ.get("GRISTMILL_KERNELS") != "0":
+    group = max([block.num_heads // block.num_kv_heads for block in config.blocks if block.has_attention], default=1)
+    if pool.device.type == "cuda" and group <= TILE_ROWS and find_spec("triton") is not None and os.environ.get("GRISTMILL_KERNELS") != "0":
         return TritonAttention(config, pool, cos_LR, sin_LR)
     return TorchAttention(config, pool, cos_LR, sin_LR)
 

@@ -25,7 +25,7 @@ from gristmill.engine.layers import Decoder
 from gristmill.engine.sequence import Job
 from gristmill.errors import InputError
 from gristmill.model.packed import PackedShape
-from gristmill.model.quantized import LARGEST, Quantize
+from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import Transformer
 from gristmill.tokenizer import Tokenizer
 from gristmill.workers import merge, num_workers, workers
@@ -234,7 +234,7 @@ class Engine:
 
     def hidden(self, ids_T: Tensor, shape: PackedShape) -> Tensor:
         """States [T, D] of whole texts: the model's own, or what generation comes to where matrices or cache are quantized."""
-        if self.quantize or self.cache_dtype in LARGEST:
+        if self.quantize or self.cache_dtype != self.dtype:
             return self._decoder.hidden(ids_T, shape, self.cache_dtype)
         return self.model.hidden(ids_T, shape)
 

@@ -82,7 +82,7 @@ class Graphs:
             compute()
         torch.cuda.current_stream(self.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):
+        with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):  # others may compute meanwhile
             out = compute()
 
         def play() -> Tensor:

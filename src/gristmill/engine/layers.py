@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gristmill.engine import kernels
 from gristmill.engine.products import PRODUCTS, Int8, Rows, known_to_kernels
+from gristmill.errors import InputError
 from gristmill.model.attention import varlen_attention
 from gristmill.model.packed import PackedShape
 from gristmill.model.quantized import LARGEST, Quantize, scaled
@@ -124,10 +125,17 @@ class Decoder:
     def __init__(self, model: Transformer, dtype: torch.dtype, quantize: Quantize = "") -> None:
         self.model, self.config, self.dtype, self.quantize = model, model.config, dtype, quantize
         self.device = model.embedding.device
+        self.released = False
         self.refresh()
 
     def refresh(self) -> None:
-        """Make the weights ready as they are now."""
+        """Make the weights ready as they are now.
+
+        Raises:
+            InputError: they were released.
+        """
+        if self.released:
+            raise InputError("The engine was made with own=True and has let go of the weights that it was made from: make another one.")
         self.layers = [Layer(block, self.dtype, self.quantize) for block in self.model.blocks if isinstance(block, Block)]
         self.final_norm = Norm(self.model.final_norm)
         self.embedding_VD = self.model.embedding.detach().to(self.dtype)
@@ -143,6 +151,9 @@ class Decoder:
         self.model.embedding.data = self.embedding_VD
         if self.model.lm_head is not None:
             self.model.lm_head.weight.data = self.unembedding_VD
+        self.released = True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # for the pages
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Token embeddings [T, D], a copy."""

@@ -81,9 +81,11 @@ class Live:
             for worker in self.workers:
                 worker.inbox.put(pause)
             pause.wait()  # nobody computes now
-            self.engine.refresh()
-            pause.wait()
-            pause.wait()
+            try:
+                self.engine.refresh()
+            finally:  # or they would wait for ever
+                pause.wait()
+                pause.wait()
 
 
 class _Worker:

@@ -16,6 +16,8 @@ from gristmill.errors import InputError
 from gristmill.model.quantized import scaled
 from gristmill.model.transformer import Linear
 
+LEAST_ROWS = 16  # of an int8 product on a GPU, and one more
+
 
 class Product(Protocol):
     """x [T, D] -> [T, N]."""
@@ -73,7 +75,10 @@ class Int8:
 
     def rows(self, rows: Rows) -> Tensor:
         """The product with rows that are quantized already."""
-        product_TN = torch._int_mm(rows.values_TD, self.weight_DN)
+        values_TD, count = rows.values_TD, len(rows.values_TD)
+        if values_TD.device.type == "cuda" and count <= LEAST_ROWS:  # all that its product takes there
+            values_TD = F.pad(values_TD, (0, 0, 0, LEAST_ROWS + 1 - count))
+        product_TN = torch._int_mm(values_TD, self.weight_DN)[:count]
         if self.library is None:
             out_TN = product_TN.float() * rows.scale_T[:, None] * self.scale_N
             return (out_TN if self.bias_N is None else out_TN + self.bias_N).to(self.dtype)
@@ -108,7 +113,9 @@ class Int8Weight:
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        if len(x_TD) <= self.FEW and x_TD.device.type == "cpu":
+        # in bf16 torch reads beyond the rows' ends where they are no whole vectors
+        safe = x_TD.dtype == torch.float32 or x_TD.shape[1] % 16 == 0
+        if len(x_TD) <= self.FEW and x_TD.device.type == "cpu" and safe:
             out_TN = torch._weight_int8pack_mm(x_TD, self.weight_ND, self.scale_N)
         else:
             out_TN = F.linear(x_TD, self.weight_ND.to(x_TD.dtype)).mul_(self.scale_N)

@@ -66,8 +66,12 @@ def kind_of(hf: Mapping[str, Any]) -> Quantize:
     found = hf.get("quantization_config")
     if not found:
         return ""
+    try:
+        essence = _essence(found)
+    except (AttributeError, TypeError):  # of no form that is known
+        essence = None
     for kind in KINDS:
-        if isinstance(found, Mapping) and _essence(found) == _essence(description(kind)):
+        if essence == _essence(description(kind)):
             return kind
     raise InputError(
         "Give the model as it was before it was quantized: of quantized folders "
@@ -104,4 +108,6 @@ def restored(name: str, kind: Quantize, read: Callable[[str], Tensor]) -> Tensor
     values, scale, *shape = (read(part) for part in stored_names(name, kind))
     if shape:
         values = values.contiguous().view(torch.uint8)[:, : int(shape[0][1])].int() - 128
+    if scale.numel() != len(values):
+        raise ValueError(f"{name} has {len(values)} rows and {scale.numel()} scales")
     return values.float() * scale.float().view(-1, 1)

@@ -323,7 +323,7 @@ def _fill(expected: dict[str, Tensor], folder: Path, config: ModelConfig, kind: 
                     if name in found:
                         raise InputError(f"{MISFIT}: {path} has {name} a second time.")
                     found[name] = file
-        stored = {name: stored_names(name, kind) if scale_name(name) in found else (name,) for name in expected}
+        stored = {name: stored_names(name, kind) if kind and scale_name(name) in found else (name,) for name in expected}
         known = {part for parts in stored.values() for part in parts}
         if strange := sorted(name for name in found if name not in known and not _redundant(name, config)):
             raise InputError(f"{MISFIT}: {folder} has an unexpected tensor {strange[0]} ({len(strange)} in all).")
@@ -336,6 +336,8 @@ def _fill(expected: dict[str, Tensor], folder: Path, config: ModelConfig, kind: 
         for name, view in expected.items():
             with _damage(folder):
                 tensor = restored(name, kind, read) if len(stored[name]) > 1 else read(name)
+            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+                raise InputError(f"{MISFIT}: {folder} has {name} in {tensor.dtype} without its scales.")
             if tensor.shape != view.shape:
                 raise InputError(f"{MISFIT}: {folder} has {name} in shape {list(tensor.shape)}, not {list(view.shape)}.")
             view.copy_(tensor)
@@ -345,7 +347,9 @@ def _fill(expected: dict[str, Tensor], folder: Path, config: ModelConfig, kind: 
 def _damage(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"Download or save {path} again: a file is damaged ({error}).") from None
 
 
