@@ -20,7 +20,7 @@ from numba import njit
 from pydantic import Field
 
 from gristmill.curate.step import DOCUMENT, Outcome, none_dropped, split
-from gristmill.curate.texts import DIGIT, LETTER, Texts, classes
+from gristmill.curate.texts import DIGIT, LETTER, Texts, classes, mixed
 from gristmill.errors import InputError
 from gristmill.recipe import Section
 from gristmill.rows import read_records
@@ -78,23 +78,13 @@ def _words(data_B, begin, end, alphabet, hash_W, start_W, stop_W):  # type: igno
             value = (value ^ letter) * np.uint64(0x100000001B3)
         elif inside:
             inside = False
-            hash_W[count], stop_W[count] = _mixed(value), i
+            hash_W[count], stop_W[count] = mixed(value), i
             count += 1
         i += size
     if inside:
-        hash_W[count], stop_W[count] = _mixed(value), end
+        hash_W[count], stop_W[count] = mixed(value), end
         count += 1
     return count
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _mixed(x):  # type: ignore[no-untyped-def]
-    """Every bit of the result depends on every bit of x."""
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @njit(cache=True, nogil=True)
@@ -122,7 +112,7 @@ def _item_grams(data_B, begin_N, alphabet, ngram, least, factor):  # type: ignor
                 value = value * factor + hash_W[k]
             if total == len(grams):
                 grams, sizes = np.concatenate((grams, np.empty_like(grams))), np.concatenate((sizes, np.empty_like(sizes)))
-            grams[total], sizes[total] = _mixed(value + np.uint64(size)), size
+            grams[total], sizes[total] = mixed(value + np.uint64(size)), size
             total += 1
     return grams[:total], sizes[:total]
 
@@ -189,7 +179,7 @@ def _matches(data_B, begin_N, alphabet, grams_G, table_S, begins_S, lengths, fac
                 if stop - first != lengths[k]:
                     continue
                 k += 1
-                gram = _mixed(value + np.uint64(stop - first))
+                gram = mixed(value + np.uint64(stop - first))
                 at = np.int64(gram & mask)
                 while table_S[at] >= 0:
                     if grams_G[table_S[at]] == gram:

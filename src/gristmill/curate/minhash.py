@@ -11,7 +11,7 @@ the probability of the Jaccard similarity (Broder 1997), within sqrt(J (1 - J) /
 import numpy as np
 from numba import njit
 
-from gristmill.curate.texts import Texts
+from gristmill.curate.texts import Texts, mixed
 
 EMPTY = np.uint32(0xFFFFFFFF)
 
@@ -25,15 +25,6 @@ def _ascii() -> np.ndarray:
 
 
 LOWER = _ascii()
-
-
-@njit(cache=True, nogil=True, inline="always")
-def mixed(x):  # type: ignore[no-untyped-def]
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @njit(cache=True, nogil=True)

@@ -25,7 +25,7 @@ from numba import njit
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gristmill.curate.texts import Texts
+from gristmill.curate.texts import Texts, mixed
 from gristmill.errors import InputError
 from gristmill.files import write_json
 
@@ -55,16 +55,6 @@ def _bytes() -> tuple[np.ndarray, np.ndarray]:
 
 
 KINDS, LOWER = _bytes()
-
-
-@njit(cache=True, nogil=True, inline="always")
-def mixed(x):  # type: ignore[no-untyped-def]
-    """Every bit of the result depends on every bit of x (uint64)."""
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @njit(cache=True, nogil=True)

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from gristmill.curate import minhash, shards
 from gristmill.curate.duplicates import write_drops
-from gristmill.curate.texts import Texts
+from gristmill.curate.texts import Texts, mixed
 from gristmill.errors import InputError
 from gristmill.recipe import Section
 
@@ -79,7 +79,7 @@ def _hashed(data_B, begin_N, lower, seed, vector_ND):  # type: ignore[no-untyped
             weight = np.float32(np.log(1.0 + (j - i)))
             bits = hash_F[i] ^ seed
             for d in range(0, len(vector), 64):
-                bits = minhash.mixed(bits + np.uint64(0x9E3779B97F4A7C15))
+                bits = mixed(bits + np.uint64(0x9E3779B97F4A7C15))
                 for k in range(min(64, len(vector) - d)):
                     vector[d + k] += weight if (bits >> np.uint64(k)) & np.uint64(1) else -weight
             i = j
@@ -269,7 +269,7 @@ def semantic_groups(part: int, assigned: Sequence[Path], embeddings: Sequence[Pa
     table = shards.read_part(assigned, part)
     cluster, number, cosine = (table[name].to_numpy() for name in ("cluster", "number", "cosine"))
     if how.order == "random":
-        rank = np.array([minhash.mixed(np.uint64(one)) for one in (number.astype(np.uint64) ^ np.uint64(how.seed % 2**64))], np.uint64)
+        rank = np.array([mixed(np.uint64(one)) for one in (number.astype(np.uint64) ^ np.uint64(how.seed % 2**64))], np.uint64)
     else:
         rank = np.round(cosine if how.order == "hard" else -cosine, 6)
     order = np.lexsort((number, rank, cluster))

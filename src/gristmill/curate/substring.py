@@ -36,7 +36,7 @@ from pydantic import Field
 
 from gristmill.curate import shards
 from gristmill.curate.step import Outcome, split, with_text
-from gristmill.curate.texts import DIGIT, LETTER, SPACE, Texts, classes
+from gristmill.curate.texts import DIGIT, LETTER, SPACE, Texts, classes, mixed
 from gristmill.recipe import Section
 
 BYTES_A_PART = 128 << 20
@@ -67,16 +67,6 @@ def _kinds() -> np.ndarray:
     """uint8 for every code point: 0 a space, _OTHER, or _WORD."""
     kinds = np.where((classes() & (LETTER | DIGIT)) != 0, _WORD, _OTHER)
     return np.where((classes() & SPACE) != 0, np.uint8(0), kinds).astype(np.uint8)
-
-
-@njit(cache=True, nogil=True, inline="always")
-def mixed(x):  # type: ignore[no-untyped-def]
-    """Every bit of the result depends on every bit of x."""
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @njit(cache=True, nogil=True)

@@ -10,6 +10,7 @@ from functools import cache
 
 import numpy as np
 import pyarrow as pa
+from numba import njit
 
 LAST_LETTER = 0x323AF  # beyond it there are tags, selectors and private use; a test holds it to the Unicode of this Python
 SPACE, LETTER, DIGIT = 1, 2, 4  # bits of `classes`
@@ -47,6 +48,16 @@ class Texts:
     def sizes_N(self) -> np.ndarray:
         """Bytes of each text."""
         return np.diff(self.begin_N)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def mixed(x):  # type: ignore[no-untyped-def]
+    """A uint64 every bit of which depends on every bit of x: the last step of a hash (SplitMix64's)."""
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 @cache
