@@ -321,7 +321,7 @@ def quantize(
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option("--dtype", help="Type of embeddings, norms and output matrix.")] = "bf16",
     as_json: AsJson = False,
 ) -> None:
-    """Save a model with its layers' matrices in eight bits, in a form that gristmill, vLLM and transformers read."""
+    """Save a model with its layers' matrices in eight bits, in compressed-tensors' form, which gristmill and vLLM read."""
     from gristmill import jobs
 
     facts = jobs.quantize(model, out, to, dtype)

@@ -1,5 +1,5 @@
-"""Matrices quantized to eight bits, a scale a row, and the form in which folders keep them: compressed-tensors', which vLLM and
-transformers read too.
+"""Matrices quantized to eight bits, a scale a row, and the form in which folders keep them: compressed-tensors', which
+vLLM reads too.
 
 Shapes: N rows, D columns.
 """
