@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from gristmill.curate import classifier, perplexity
 from gristmill.curate.classifier import load, train
-from gristmill.curate.perplexity import KINDS, LOWER, fixed, tokenize
+from gristmill.curate.perplexity import KINDS, LOWER, tokenize
 from gristmill.curate.quality import Quality, label, measure, models, quality, scores_of, thresholds
 from gristmill.curate.step import DOCUMENT, DROPPED, Outcome
-from gristmill.curate.texts import Texts
+from gristmill.curate.texts import Texts, fixed
 from gristmill.errors import InputError
 
 NOUNS = [

@@ -396,13 +396,7 @@ class _Run:
         return encoded, facts
 
     def _do(self, name: str, tasks: Sequence[Task]) -> list[Facts]:
-        out: list[Facts] = [{}] * len(tasks)
-        started = time.monotonic()
-        with self.progress.stage(name):
-            for place, facts in self.progress.track(self.executor.run(tasks), len(tasks)):
-                out[place] = facts
-        self.progress.finished(name, {"seconds": time.monotonic() - started, "tasks": len(tasks)})
-        return out
+        return executor.do(self.executor, name, tasks, self.progress)
 
     def _move(self, done: Path, made: Path, facts: Facts) -> None:
         """The files to their places, `blend.json` last: a folder without it is no blend. A run that is killed here finds all in `work`."""

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 from numba import njit
 
-from gristmill.curate.perplexity import KINDS, LOWER, fixed, longest, read_model, tokenize, write_model
-from gristmill.curate.texts import Texts, mixed
+from gristmill.curate.perplexity import KINDS, LOWER, longest, read_model, tokenize, write_model
+from gristmill.curate.texts import Texts, fixed, mixed
 from gristmill.errors import InputError
 
 

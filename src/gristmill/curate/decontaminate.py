@@ -20,7 +20,7 @@ from numba import njit
 from pydantic import Field
 
 from gristmill.curate.step import DOCUMENT, Outcome, none_dropped, split
-from gristmill.curate.texts import DIGIT, LETTER, Texts, classes, mixed
+from gristmill.curate.texts import DIGIT, LETTER, Texts, classes, fixed, mixed
 from gristmill.errors import InputError
 from gristmill.recipe import Section
 from gristmill.rows import read_records
@@ -258,7 +258,7 @@ class Benchmarks:
         """
         items = [text for path in settings.benchmarks for text in _items(path, settings.fields)]
         texts = Texts.of(pa.array(items, pa.large_string()))
-        data_B, begin_N = _fixed(texts.data_B), _fixed(texts.begin_N)
+        data_B, begin_N = fixed(texts.data_B), fixed(texts.begin_N)
         grams, sizes = _item_grams(data_B, begin_N, _alphabet(), settings.ngram, min(settings.least, settings.ngram), _FACTOR)
         if len(grams) == 0:
             raise InputError(f"The benchmarks hold no text of {settings.least} words or more: check `benchmarks` and `fields`.")
@@ -272,17 +272,10 @@ class Benchmarks:
         return len(self.grams_G)
 
 
-def _fixed(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written to, so that one compiled function serves all arrays."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
 def _find(texts: Texts, benchmarks: Benchmarks) -> np.ndarray:
     """`_matches` of the documents."""
     b = benchmarks
-    data_B, begin_N = _fixed(texts.data_B), _fixed(texts.begin_N)
+    data_B, begin_N = fixed(texts.data_B), fixed(texts.begin_N)
     return np.asarray(_matches(data_B, begin_N, _alphabet(), b.grams_G, b.table_S, b.begins_S, b.lengths, _FACTOR))
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from gristmill.errors import InputError
 from gristmill.files import write_json
+from gristmill.flywheel.progress import Progress
 
 WATCH_SECONDS = 2.0
 ATTEMPTS = 3  # of a task whose process was killed
@@ -161,6 +162,17 @@ class Ray:
     def close(self) -> None:
         if self.started:
             self.ray.shutdown()
+
+
+def do(executor: Executor, name: str, tasks: Sequence[Task], progress: Progress) -> list[dict[str, Any]]:
+    """Have tasks done under the eyes of whoever waits; their results in order."""
+    out: list[dict[str, Any]] = [{}] * len(tasks)
+    started = time.monotonic()
+    with progress.stage(name):
+        for place, facts in progress.track(executor.run(tasks), len(tasks)):
+            out[place] = facts
+    progress.finished(name, {"seconds": time.monotonic() - started, "tasks": len(tasks)})
+    return out
 
 
 def cores() -> int:

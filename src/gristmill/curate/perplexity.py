@@ -25,7 +25,7 @@ from numba import njit
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gristmill.curate.texts import Texts, mixed
+from gristmill.curate.texts import Texts, fixed, mixed
 from gristmill.errors import InputError
 from gristmill.files import write_json
 
@@ -87,13 +87,6 @@ def tokenize(data_B, begin, end, kinds, lower, out_T):  # type: ignore[no-untype
         out_T[count] = mixed(value)
         count += 1
     return count
-
-
-def fixed(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written to, so that one compiled function serves all arrays."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
 
 
 @njit(cache=True, nogil=True)

@@ -153,13 +153,7 @@ class _Run:
 
     def _do(self, name: str, tasks: Sequence[Task]) -> list[Facts]:
         assert self.executor is not None
-        out: list[Facts] = [{}] * len(tasks)
-        started = time.monotonic()
-        with self.progress.stage(name):
-            for place, facts in self.progress.track(self.executor.run(tasks), len(tasks)):
-                out[place] = facts
-        self.progress.finished(name, {"seconds": time.monotonic() - started, "tasks": len(tasks)})
-        return out
+        return executor.do(self.executor, name, tasks, self.progress)
 
     def _read(self, files: dict[Path, str]) -> tuple[list[Path], Facts]:
         folder = self._open("read")

@@ -50,6 +50,13 @@ class Texts:
         return np.diff(self.begin_N)
 
 
+def fixed(array: np.ndarray) -> np.ndarray:
+    """A view that cannot be written to, so that one compiled function serves all arrays."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 @njit(cache=True, nogil=True, inline="always")
 def mixed(x):  # type: ignore[no-untyped-def]
     """A uint64 every bit of which depends on every bit of x: the last step of a hash (SplitMix64's)."""
