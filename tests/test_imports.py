@@ -28,7 +28,8 @@ LAYERS = [
     {"evaluate", "miniature"},
     {"flywheel"},
     {"report", "start", "jobs"},
-    {"dataset", "curate"},
+    {"dataset"},
+    {"curate"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

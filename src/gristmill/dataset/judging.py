@@ -6,31 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.chat import Message
-from gristmill.dataset.recipe import DatasetRecipe, Reward
+from gristmill.dataset.models import rate
+from gristmill.dataset.recipe import DatasetRecipe
 from gristmill.dataset.select import contests, demonstrations, pairs, passes, unfit
-from gristmill.errors import InputError
 from gristmill.judge import llm
 from gristmill.judge.conditions import Condition
-from gristmill.judge.reward_api import RewardEndpoint, RewardModel, weight_set
+from gristmill.judge.reward_api import weight_set
 from gristmill.judge.verify import verify
 from gristmill.rows import Demonstration, Pair, Prompt, Rating, Response, make_id
-from gristmill.synth.ask import Asker
-from gristmill.synth.endpoint import Target
-from gristmill.synth.journal import Journal
 from gristmill.synth.writer import Writer
-
-
-def check_reward(reward: Reward, asks: bool = True) -> None:
-    """Raise `InputError` unless the reward model can be asked; without its key unless it is."""
-    weight_set(reward.weights)
-    if reward.base_url:
-        RewardModel([_target(reward)] if asks else [replace(_target(reward), api_key_env="", api_key_file="")])
-    elif not reward.model or not (Path(reward.model) / "config.json").is_file():
-        raise InputError(f"judging.reward.model {reward.model!r} is no model folder: name one, or give base_url for an endpoint.")
-
-
-def _target(reward: Reward) -> Target:
-    return Target(reward.base_url, reward.model, api_key_env=reward.api_key_env, api_key_file=reward.api_key_file)
 
 
 class Judges:
@@ -79,25 +63,10 @@ class Judges:
         if reward is None or not rows:
             return {}
         talks = {r.id: (*r.messages, Message("assistant", r.text)) for r in rows}
-        if not reward.base_url:
-            from gristmill.jobs import chat_format_of
-            from gristmill.judge.reward import RewardScorer
-            from gristmill.model.weights import load_reward
-
-            model, tokenizer = load_reward(Path(reward.model))
-            scores = RewardScorer(model, tokenizer, chat_format_of(self.recipe.chat_format, tokenizer)).score(list(talks.values()))
-            return dict(zip(talks, scores, strict=True))
-        source = RewardModel([_target(reward)], **self.recipe.calls.model_dump())
-        with Journal(self.folder / "ratings.jsonl") as journal:
-            async with source:
-                asker = Asker(source, journal, retry_failed=self.retry_failed)
-                judge = RewardEndpoint(asker, reward.weights)
-
-                async def rate(name: str) -> list[tuple[str, Rating]]:
-                    return [(name, await judge.rate(talks[name], make_id("rating", reward.model, name, talks[name][-1].content)))]
-
-                ratings = dict(await self.writer.all(talks, rate))
-            self.failed_ratings += asker.failed
+        path = self.folder / "ratings.jsonl"
+        how = (reward, self.recipe.calls, self.recipe.chat_format, self.writer, path)
+        ratings, failed = await rate(talks, *how, retry_failed=self.retry_failed)
+        self.failed_ratings += failed
         return ratings
 
     async def select(

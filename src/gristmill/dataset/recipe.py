@@ -6,37 +6,10 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from gristmill.recipe import Section, checked, read
+from gristmill.recipe import Calls, Model, Reward, Section, checked, read
 from gristmill.synth.dialogues import Dialogues
-from gristmill.synth.endpoint import Target
 from gristmill.synth.pipelines.topics import Topics
 from gristmill.synth.plan import Pipelines
-
-
-class Model(Section):
-    """A model behind an OpenAI-compatible endpoint; see `synth.endpoint.Target`."""
-
-    base_url: str = Field(description="up to and including /v1")
-    model: str
-    weight: float = Field(1.0, gt=0, description="share of the rows, relative to the other models")
-    kind: Literal["chat", "completions"] = "chat"
-    api_key_env: str = Field("", description="environment variable that holds the key")
-    api_key_file: str = Field("", description="file that holds the key")
-    price_in: float = Field(0.0, ge=0, description="money a million tokens")
-    price_out: float = Field(0.0, ge=0)
-    logprobs: bool = False
-
-    def target(self) -> Target:
-        return Target(**self.model_dump())
-
-
-class Calls(Section):
-    """How endpoints are called."""
-
-    concurrency: int = Field(64, gt=0, description="most requests in flight at each base URL")
-    timeout: float = Field(120.0, gt=0, description="seconds an attempt may take")
-    retries: int = Field(5, ge=0, description="further attempts of a row")
-    patience: float = Field(600.0, ge=0, description="seconds that an endpoint may be away")
 
 
 class Answers(Section):
@@ -45,16 +18,6 @@ class Answers(Section):
     samples: int = Field(4, gt=0, description="answers a prompt, spread over the temperatures")
     temperatures: tuple[float, ...] = Field((0.7, 1.0), min_length=1)
     max_tokens: int = Field(1024, gt=0)
-
-
-class Reward(Section):
-    """The reward model: behind an endpoint, or in a folder."""
-
-    base_url: str = ""
-    model: str = Field("", description="name at the endpoint, or the folder of a reward model")
-    api_key_env: str = ""
-    api_key_file: str = ""
-    weights: str = Field("nemotron4-340b", description="named set of aggregation weights")
 
 
 class Judging(Section):

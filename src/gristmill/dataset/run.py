@@ -12,14 +12,14 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gristmill.dataset import inputs
 from gristmill.dataset import recipe as recipes
 from gristmill.dataset.export import export
-from gristmill.dataset.judging import Judges, check_reward
+from gristmill.dataset.judging import Judges
+from gristmill.dataset.models import check_reward, source_of
 from gristmill.dataset.recipe import Answers, DatasetRecipe
 from gristmill.dataset.select import distinct
 from gristmill.engine.generator import Sampling
@@ -115,18 +115,7 @@ def _check(recipe: DatasetRecipe, asks: bool = True) -> tuple[Pack, Inputs, Sour
         raise InputError("judging needs answers: add `answers:` to the recipe, or take keep and llm out.")
     if recipe.judging.reward is not None:
         check_reward(recipe.judging.reward, asks)
-    if recipe.folder is not None:
-        return pack, given, _in_process(recipe)
-    targets = [model.target() if asks else replace(model.target(), api_key_env="", api_key_file="") for model in recipe.models]
-    return pack, given, Endpoint(targets, **recipe.calls.model_dump())
-
-
-def _in_process(recipe: DatasetRecipe) -> Source:
-    from gristmill.dataset.local import LocalSource
-    from gristmill.jobs import Running, engine_of
-
-    assert recipe.folder is not None
-    return LocalSource(engine_of(recipe.folder, Running(chat_format=recipe.chat_format)))
+    return pack, given, source_of(recipe.models, recipe.folder, recipe.calls, recipe.chat_format, asks=asks)
 
 
 def _open(folder: Path, recipe: DatasetRecipe) -> Any:
