@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gristmill.curate import duplicates, semantic, shards, snapshots, substring
+from gristmill.curate import duplicates, rephrase, semantic, shards, snapshots, substring
 from gristmill.curate import quality as buckets
 from gristmill.curate.clean import clean
 from gristmill.curate.decontaminate import Benchmarks, Decontaminate, counts, decontaminate
@@ -23,6 +23,7 @@ from gristmill.curate.heuristics import heuristics
 from gristmill.curate.language import language
 from gristmill.curate.pii import pii
 from gristmill.curate.quality import Quality
+from gristmill.curate.rephrase import Rephrase
 from gristmill.curate.semantic import Semantic
 from gristmill.curate.snapshots import Remember, Seen
 from gristmill.curate.step import Outcome, none_dropped
@@ -45,14 +46,18 @@ class Stage:
         sources: shards as they come.
         documents: in all of them.
         index: where `remember` leaves what it remembers.
-        do: has tasks done, with a name for the person who waits; gives their results in order.
+        journals: folder of what models have said.
+        do: has tasks done, with a name for the person who waits; gives their results in order. With `here` set, in this process.
+        tick: shows how far a task that is done here has come.
     """
 
     folder: Path
     sources: list[Path]
     documents: int
     index: Path
-    do: Callable[[str, Sequence[Task]], list[Facts]]
+    journals: Path
+    do: Callable[[str, Sequence[Task], bool], list[Facts]]
+    tick: Callable[[int, int | None, str], None]
 
     @property
     def num(self) -> int:
@@ -68,13 +73,13 @@ class Stage:
     def dropped(self, shard: int) -> Path:
         return self.folder / f"dropped-{shard:05d}.parquet"
 
-    def each(self, what: str, count: int, call: Callable[[int], tuple[Any, ...]]) -> list[Facts]:
+    def each(self, what: str, count: int, call: Callable[[int], tuple[Any, ...]], here: bool = False) -> list[Facts]:
         """So many tasks: a function and its arguments for each number."""
         tasks = []
         for i in range(count):
             work, *arguments = call(i)
             tasks.append(Task(work, tuple(arguments), self.folder / f"{what}-{i:05d}.json"))
-        return self.do(what, tasks)
+        return self.do(what, tasks, here)
 
 
 # ---- what tasks do ----
@@ -146,6 +151,8 @@ def check(step: Any) -> list[tuple[str, int, int, int]]:
         paths = [Path(step.embedding)]
         if not (paths[0] / "config.json").exists():
             raise InputError(f"{step.embedding} is no model folder: give one, `hashed`, or `column:NAME`.")
+    if isinstance(step, Rephrase):
+        paths = rephrase.check(step)
     if isinstance(step, Seen):
         snapshots.described(step.index)
         paths = [step.index]
@@ -186,6 +193,14 @@ def bucketed(source: Path, found: Path, limits: Path, kept: Path, dropped: Path,
     limits_CB = np.stack([column.to_numpy() for column in shards.read(limits).columns])
     outcome = buckets.quality(table, settings, buckets.scores_of(shards.read(found), settings), limits_CB)
     return _leave(settings.step, table, outcome, kept, dropped)
+
+
+def rephrased(
+    source: Path, kept: Path, dropped: Path, how: Rephrase, journals: Path, tick: Callable[[int, int | None, str], None]
+) -> Facts:
+    """A shard with what a model made of its documents."""
+    table = shards.read(source)
+    return _leave(how.step, table, rephrase.rephrase(table, how, journals, tick), kept, dropped)
 
 
 def num_bytes(table: pa.Table) -> int:
@@ -287,6 +302,13 @@ def _quality(stage: Stage, how: Quality) -> list[Facts]:
     return stage.each("shard", stage.num, lambda i: (bucketed, stage.sources[i], found[i], limit, stage.kept[i], stage.dropped(i), how))
 
 
+def _rephrase(stage: Stage, how: Rephrase) -> list[Facts]:
+    def call(i: int) -> tuple[Any, ...]:
+        return rephrased, stage.sources[i], stage.kept[i], stage.dropped(i), how, stage.journals, stage.tick
+
+    return stage.each("shard", stage.num, call, here=True)
+
+
 def _substring(stage: Stage, how: Substring) -> list[Facts]:
     num, sources = stage.num, stage.sources
     parts = substring.num_parts(sources)
@@ -324,6 +346,7 @@ CHAINS: dict[str, Callable[[Stage, Any], list[Facts]]] = {
     "decontaminate": _decontaminate,
     "quality": _quality,
     "remember": _remember,
+    "rephrase": _rephrase,
     "seen": _seen,
     "semantic": _semantic,
     "substring": _substring,

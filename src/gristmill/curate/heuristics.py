@@ -6,6 +6,7 @@ Shapes: N documents.
 
 import difflib
 import json
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -126,22 +127,22 @@ class Filter(Section):
         return list((named | {name: Rule(name, *limits) for name, limits in self.limits.items()}).values())
 
 
-def _chosen(table: pa.Table, settings: Filter) -> np.ndarray:
-    """bool [N]: the documents that the rules are for."""
-    if not settings.column:
+def chosen(table: pa.Table, column: str, values: Sequence[str]) -> np.ndarray:
+    """bool [N]: the documents whose value of a column, or of a key of `meta`, is among the values; all if no column is named."""
+    if not column:
         return np.ones(len(table), np.bool_)
-    column: list[Any]
-    if settings.column in table.column_names:
-        column = table[settings.column].to_pylist()
+    found: list[Any]
+    if column in table.column_names:
+        found = table[column].to_pylist()
     else:
-        column = [json.loads(meta or "{}").get(settings.column) for meta in table["meta"].to_pylist()]
-    return np.array([value is not None and str(value) in settings.values for value in column], np.bool_)
+        found = [json.loads(meta or "{}").get(column) for meta in table["meta"].to_pylist()]
+    return np.array([value is not None and str(value) in values for value in found], np.bool_)
 
 
 def heuristics(table: pa.Table, settings: Filter) -> Outcome:
     """Drop documents that break a rule. The first one in order is the reason; with it go the figure and the limit that it broke."""
     figures_NF = figures(Texts.of(table["text"]))
-    open_N = _chosen(table, settings)
+    open_N = chosen(table, settings.column, settings.values)
     reasons: list[str | None] = [None] * len(table)
     figure_N, limit_N = np.zeros(len(table)), np.zeros(len(table))
     for rule in settings.all_rules():

@@ -43,8 +43,8 @@ def write_page(folder: Path, facts: dict[str, Any]) -> Path:
     bars += [(step["step"], step["documents_out"], "fill") for step in steps]
     rows = [("read", f"{first['documents']:,}", "", _size(first["bytes"]), "")]
     for step in steps:
-        lost = step["documents_in"] - step["documents_out"]
-        share = f"{lost:,} ({lost / step['documents_in']:.1%})" if step["documents_in"] else "0"
+        lost = sum(step["reasons"].values())  # a step may make documents too
+        share = f"{lost:,} ({lost / (lost + step['documents_out']):.1%})" if lost else "0"
         rows.append(
             (step["step"], f"{step['documents_out']:,}", share, _size(step["bytes_out"]), _size(step["bytes_in"] - step["bytes_out"]))
         )

@@ -14,13 +14,14 @@ from gristmill.curate.heuristics import Filter
 from gristmill.curate.language import Language
 from gristmill.curate.pii import Pii
 from gristmill.curate.quality import Quality
+from gristmill.curate.rephrase import Rephrase
 from gristmill.curate.semantic import Semantic
 from gristmill.curate.snapshots import Remember, Seen
 from gristmill.curate.substring import Substring
 from gristmill.recipe import Section, checked, read
 
 Step = Annotated[
-    Clean | Language | Filter | Exact | Fuzzy | Pii | Decontaminate | Remember | Seen | Quality | Substring | Semantic,
+    Clean | Language | Filter | Exact | Fuzzy | Pii | Decontaminate | Remember | Seen | Quality | Rephrase | Substring | Semantic,
     Field(discriminator="step"),
 ]
 

@@ -151,9 +151,9 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _do(self, name: str, tasks: Sequence[Task]) -> list[Facts]:
+    def _do(self, name: str, tasks: Sequence[Task], here: bool = False) -> list[Facts]:
         assert self.executor is not None
-        return executor.do(self.executor, name, tasks, self.progress)
+        return executor.do(executor.InProcess() if here else self.executor, name, tasks, self.progress)
 
     def _read(self, files: dict[Path, str]) -> tuple[list[Path], Facts]:
         folder = self._open("read")
@@ -185,7 +185,9 @@ class _Run:
             sources,
             _rows(sources),
             self.work / "index",
-            lambda what, tasks: self._do(label if what == "shard" else f"{label}: {what}", tasks),
+            self.folder,
+            lambda what, tasks, here: self._do(label if what == "shard" else f"{label}: {what}", tasks, here),
+            self.progress.tick,
         )
         self.stages.append({"folder": folder, "steps": [one["steps"] for one in chains.do(stage, steps)]})
         return stage.kept

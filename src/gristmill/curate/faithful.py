@@ -1,0 +1,96 @@
+"""Whether a text says what its source says, as far as names, numbers and lengths tell: no model is asked.
+
+A name is a word with a capital letter where the language asks for none: not one at the beginning of a sentence or line (unless it has
+several capitals), nor in a line of capitals, nor one that stands in small letters too. In a language that writes all nouns with capitals
+every noun is a name; in a script without capitals there are none. A name is found again by its first letters: America, American.
+
+A number is what is written in digits, or as an English word from three to ninety-nine: 1,234.50 and 1234.5 are the same, 05 is 5. Numbers
+that count the points of a list do not count.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+
+FIGURES = ("entity_recall", "number_recall", "entity_support", "number_support", "length")
+STEM = 5  # letters
+
+_WORD = re.compile(r"[^\W\d_]+(?:['\u2019\-][^\W\d_]+)*")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_POINT = re.compile(r"^[ \t]*\(?\d{1,3}[.)][ \t]", re.M)
+_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_OPENING = " \t\"'([{\u2018\u201c\u201e\u00ab*_-\u2013\u2014\u2022#>"  # may stand between the end of a sentence and the next
+_STOPS = ".!?:;\u2026"
+_UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_SPELT = {word: n for n, word in enumerate(_UNITS.split())} | {word: 10 * n for n, word in enumerate(_TENS.split(), 2)}
+
+
+def figures(source: str, text: str, source_tokens: int, tokens: int) -> dict[str, float]:
+    """What there is to know of a text made from a source, by the names of FIGURES.
+
+    Returns:
+        `entity_recall`, `number_recall`: share of the source's names and numbers that the text has, 1 where the source has none.
+        `entity_support`, `number_support`: share of the text's that the source has, 1 where the text has none.
+        `length`: tokens of the text for each of the source.
+    """
+    return {
+        "entity_recall": _share({name[:STEM] for name in entities(source)}, _stems(text)),
+        "number_recall": _share(numbers(source), numbers(text, loose=True)),
+        "entity_support": _share({name[:STEM] for name in entities(text)}, _stems(source)),
+        "number_support": _share(numbers(text), numbers(source, loose=True)),
+        "length": tokens / max(1, source_tokens),
+    }
+
+
+def _share(wanted: set[str], there: set[str]) -> float:
+    return len(wanted & there) / len(wanted) if wanted else 1.0
+
+
+def entities(text: str) -> set[str]:
+    """The names in a text, folded."""
+    names: set[str] = set()
+    small: set[str] = set()
+    for line in text.split("\n"):
+        words = list(_WORD.finditer(line))
+        shouted = len(words) > 2 and line.isupper()
+        for found in words:
+            word = found[0].removesuffix("'s").removesuffix("\u2019s")
+            if not word[0].isupper():
+                small.add(word.casefold())
+            elif len(word) > 1 and not shouted:
+                before = line[: found.start()].rstrip(_OPENING)
+                if (before and before[-1] not in _STOPS) or sum(map(str.isupper, word)) > 1:
+                    names.add(word.casefold())
+    return names - small
+
+
+def _stems(text: str) -> set[str]:
+    """The beginnings of all words, folded, and of the parts of those with hyphens."""
+    words = _WORD.findall(text.casefold())
+    return {part[:STEM] for word in words for part in (word.removesuffix("'s").removesuffix("\u2019s"), *word.split("-"))}
+
+
+def numbers(text: str, loose: bool = False) -> set[str]:
+    """The numbers in a text, written in one way; `loose`: also one and two, which words often mean something else by."""
+    found = set(map(_plain, _NUMBER.findall(_POINT.sub("", text))))
+    return found | {str(n) for n in _spelt(text) if loose or n > 2}
+
+
+def _plain(number: str) -> str:
+    if not number.isascii():
+        number = "".join(str(unicodedata.digit(c)) if c.isdigit() else c for c in number)
+    if _THOUSANDS.fullmatch(number):
+        number = number.replace(",", "")
+    elif number.count(",") == 1 and "." not in number:
+        number = number.replace(",", ".")
+    if number.count(".") == 1 and "," not in number:
+        number = number.rstrip("0").rstrip(".")
+    return number.lstrip("0") or "0"
+
+
+def _spelt(text: str) -> Iterator[int]:
+    for word in _WORD.findall(text.casefold()):
+        tens, _, units = word.partition("-")
+        if tens in _SPELT:
+            yield _SPELT[tens] + (_SPELT.get(units, 0) if _SPELT[tens] >= 20 else 0)

@@ -1,0 +1,105 @@
+"""Segments of documents, and what is made of a model's answers about them."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from gristmill.synth.pack import Pack
+from gristmill.synth.rephrase import TASKS, Name, messages, read, room, segments, template, without_markdown
+from gristmill.synth.writer import Unusable
+
+
+def words(texts: Sequence[str]) -> list[int]:
+    return [len(text.split()) for text in texts]
+
+
+def made(name: Name, answer: str, segment: str = "A segment. " * 40, tokens: int = 100, seed: int = 0) -> str:
+    return read(name, answer, tokens, 600, (segment, len(segment.split())), random.Random(seed), words)[1]
+
+
+def test_every_task_has_its_templates() -> None:
+    pack = Pack.load()
+    for name, task in TASKS.items():
+        system, user = messages(name, "<the {document}>", pack)
+        assert (system.role, user.role) == ("system", "user") and "<the {document}>" in user.content and task.opening in user.content
+        assert pack[template(name)].sampling.temperature == 0.5 and room(name, pack, words) > task.min_segment
+
+
+def test_neighbouring_lines_are_joined_while_there_is_room() -> None:
+    lines = [" ".join(f"w{line}-{i}" for i in range(20)) for line in range(10)]
+    found = segments("distill", "\n".join(lines), 63, words)
+    assert [text.split("\n") for text, _ in found] == [lines[0:3], lines[3:6], lines[6:9], lines[9:]]
+    assert [size for _, size in found] == [62, 62, 62, 20]
+    assert segments("distill", "\n".join(lines), 62, words)[0][0] == "\n".join(lines[:3])
+    assert segments("distill", "\n".join(lines), 61, words)[0][0] == "\n".join(lines[:2])
+
+
+def test_long_lines_are_cut_between_sentences_and_too_long_sentences_left_out() -> None:
+    short, long = "Nine words stand in this sentence of the text.", "word " * 50 + "end."
+    (first, second) = segments("distill", f"{short} {short} {long} {short} {short}", 30, words)
+    assert first == second == (f"{short} {short}", 19)  # not joined over what was left out
+    assert segments("distill", long, 30, words) == []
+
+
+def test_short_documents_and_segments_are_left_out() -> None:
+    assert segments("diverse_qa", "word " * 29, 900, words) == [] and len(segments("diverse_qa", "word " * 30, 900, words)) == 1
+    assert segments("wikipedia", "", 400, words) == []
+    assert [size for _, size in segments("diverse_qa", "word " * 35 + "\n" + "word " * 20, 40, words)] == [35]
+
+
+@pytest.mark.parametrize("name", ["wikipedia", "distill"])
+def test_the_opening_is_asked_for_and_cut_off(name: Name) -> None:
+    opening, text = TASKS[name].opening, "It is said again. " * 20
+    assert made(name, f"**{opening}**\n\n\u201c{text.strip()}\u201d") == text.strip()
+    assert made(name, f"{opening.lower()} {text}") == text.strip()
+    with pytest.raises(Unusable, match="no opening"):
+        made(name, text)
+
+
+def test_answers_that_were_cut_or_are_too_short() -> None:
+    text = TASKS["wikipedia"].opening + " word" * 60
+    assert made("wikipedia", text, tokens=598)
+    for tokens, answer, why in ((599, text, "too many"), (60, "x" * 32 * 601, "too many"), (60, text[:100], "too few")):
+        with pytest.raises(Unusable, match=why):
+            made("wikipedia", answer, tokens=tokens)
+
+
+def test_passages_and_lists_lose_their_marks() -> None:
+    body = "A fact stands here. " * 15
+    assert made("extract_knowledge", f"Passage:\n{body}\nPassage 2:\n{body}").split("\n") == [body, body.strip()]
+    entries = [f"fact number {i} is about the thing with the number {i}" for i in range(10)]
+    assert made("knowledge_list", "Here it is:\n" + "\n".join(f"* {e}" for e in entries)).split("\n") == entries
+    assert made("knowledge_list", "\n".join(f"- {e}" for e in entries)).split("\n") == entries
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(150, 10), (15, 1), (600, 40), (5, 1)])
+def test_as_many_pairs_as_the_segment_allows(tokens: int, most: int) -> None:
+    pairs = [f"Question: What is {i}? Answer: It is {i}." for i in range(50)]
+    answer = "Here are the questions and answers:\n" + "\n".join(f"- {pair}" for pair in pairs)
+    counts = set()
+    for seed in range(400):
+        whole, written = read("diverse_qa", answer, 500, 600, ("word " * 100, tokens), random.Random(seed), words)
+        kept = written.split("\n\n")
+        assert set(kept) <= set(pairs) and whole == "word " * 100 + "\n\n" + written
+        counts.add(len(kept))
+    assert min(counts) == 1 and max(counts) == most
+
+
+def test_pairs_over_several_lines_and_text_that_is_no_pair() -> None:
+    answer = "Announcement\n- Question: Which?\n(a) one (b) two\nAnswer: one\n\n- Question: Is it? Answer: Yes."
+    kept = {pair for seed in range(20) for pair in made("diverse_qa", answer, "word " * 100, seed=seed).split("\n\n")}
+    assert kept == {"Question: Which?\n(a) one (b) two\nAnswer: one", "Question: Is it? Answer: Yes."}
+    wrong = {"Well\nso\n- Question: a? Answer: b": "before", "Sorry.": "no question", "- Question: only?": "without an answer"}
+    for answer, why in wrong.items():
+        with pytest.raises(Unusable, match=why):
+            made("diverse_qa", answer, "word " * 100)
+
+
+def test_markdown_becomes_plain_text() -> None:
+    text = "# Head\n\n**bold** and *thin* and __both__ and `code`, "
+    text += "[a link](http://x.org/y) ![](pic.png)\n---\n```py\nx = 2 * 3 * 4\n```\n* 1\n+ 2"
+    assert " ".join(without_markdown(text).split()) == "Head bold and thin and both and code, a link x = 2 * 3 * 4 - 1 - 2"
+    for plain in ("snake_case_name and 2*3*4", "a * b * c", "5 - 3 - 1", "x_1 + x_2"):
+        assert without_markdown(plain) == plain
+    without_markdown("**" * 50_000 + "[" * 50_000 + "_" * 50_000 + "`" * 50_001)  # in no time
