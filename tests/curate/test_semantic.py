@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from gristmill.curate import duplicates, semantic, shards
+from gristmill.curate import base, duplicates, semantic, shards
 from gristmill.curate.semantic import Semantic
 from gristmill.errors import InputError
 from gristmill.model.packed import PackedShape
@@ -148,7 +148,7 @@ def test_small_documents_pass(tmp_path: Path, texts: list[list[str]]) -> None:
 
 
 def test_vectors_of_a_model_are_means_of_its_states(tmp_path: Path, random_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(semantic, "PACK_TOKENS", 20)
+    monkeypatch.setattr(base, "PACK_TOKENS", 20)
     texts = ["a b c", "", "b " * 300, "c c a", "a b c"]
     (source,) = stored(tmp_path, [texts])
     semantic.embed(0, source, tmp_path / "v", Semantic(embedding=str(random_base)))

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gristmill.curate import duplicates, rephrase, semantic, shards, snapshots, substring
+from gristmill.curate import base, duplicates, rephrase, semantic, shards, snapshots, substring
 from gristmill.curate import quality as buckets
 from gristmill.curate.clean import clean
 from gristmill.curate.decontaminate import Benchmarks, Decontaminate, counts, decontaminate
@@ -29,7 +29,6 @@ from gristmill.curate.snapshots import Remember, Seen
 from gristmill.curate.step import Outcome, none_dropped
 from gristmill.curate.substring import Substring
 from gristmill.curate.texts import Texts
-from gristmill.errors import InputError
 from gristmill.files import write_json
 
 Facts = dict[str, Any]
@@ -149,8 +148,7 @@ def check(step: Any) -> list[tuple[str, int, int, int]]:
         paths = [Path(name.removeprefix(buckets.PERPLEXITY)) for name in step.classifiers if not name.startswith(buckets.COLUMN)]
     if isinstance(step, Semantic) and step.embedding != "hashed" and not step.embedding.startswith("column:"):
         paths = [Path(step.embedding)]
-        if not (paths[0] / "config.json").exists():
-            raise InputError(f"{step.embedding} is no model folder: give one, `hashed`, or `column:NAME`.")
+        base.check(paths[0])
     if isinstance(step, Rephrase):
         paths = rephrase.check(step)
     if isinstance(step, Seen):

@@ -18,7 +18,7 @@ import pyarrow as pa
 import xxhash
 from pydantic import Field, model_validator
 
-from gristmill.curate import classifier, documents, perplexity
+from gristmill.curate import base, classifier, documents, perplexity
 from gristmill.curate.step import Outcome, split
 from gristmill.curate.texts import Texts
 from gristmill.errors import InputError
@@ -37,7 +37,8 @@ class Quality(Section):
     step: Literal["quality"] = "quality"
     classifiers: list[str] = Field(
         min_length=1,
-        description="folders of trained classifiers; column:NAME, a column or a key of `meta` that holds a number; perplexity:FOLDER",
+        description="folders of trained classifiers; column:NAME, a column or a key of `meta` that holds a number; perplexity:FOLDER, of "
+        "trigrams or of a model",
     )
     weight: Literal["bytes", "documents"] = Field("bytes", description="what the buckets of a classifier hold equal shares of")
     bins: int = Field(20, ge=2, le=1000, description="buckets")
@@ -62,6 +63,10 @@ _classifier = cache(classifier.load)
 _trigrams = cache(perplexity.load)
 
 
+def _is_base(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
 def models(settings: Quality) -> None:
     """Load every model once, so that a missing one is told before work is spent.
 
@@ -70,7 +75,9 @@ def models(settings: Quality) -> None:
     """
     for name in settings.classifiers:
         if name.startswith(PERPLEXITY):
-            _trigrams(Path(name.removeprefix(PERPLEXITY)))
+            folder = Path(name.removeprefix(PERPLEXITY))
+            if not _is_base(folder):
+                _trigrams(folder)
         elif not name.startswith(COLUMN):
             _classifier(Path(name))
 
@@ -87,7 +94,10 @@ def _number(record: str, name: str) -> float:
 def _score(table: pa.Table, texts: Texts, name: str) -> np.ndarray:
     """float32 [N]: one classifier's score of each document; the higher, the better; NaN where there is none."""
     if name.startswith(PERPLEXITY):
-        return (-_trigrams(Path(name.removeprefix(PERPLEXITY))).perplexity(texts)).astype(np.float32)
+        folder = Path(name.removeprefix(PERPLEXITY))
+        if _is_base(folder):
+            return (-base.bits(table["text"].to_pylist(), folder)).astype(np.float32)
+        return (-_trigrams(folder).perplexity(texts)).astype(np.float32)
     if not name.startswith(COLUMN):
         return _classifier(Path(name)).scores(texts)
     name = name.removeprefix(COLUMN)

@@ -12,9 +12,8 @@ Shapes: N documents of a shard, D dimensions, K clusters, S documents of the sam
 """
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ import pyarrow.compute as pc
 from numba import njit
 from pydantic import Field
 
-from gristmill.curate import minhash, shards
+from gristmill.curate import base, minhash, shards
 from gristmill.curate.duplicates import write_drops
 from gristmill.curate.texts import Texts, mixed
 from gristmill.errors import InputError
@@ -32,8 +31,6 @@ BLOCK = 1024  # vectors that are compared at once
 SAMPLE = 65_536  # documents that the start is drawn from, at most
 DRAWS = 64  # of centroids, at most
 ROUNDING = 1e-6  # of a cosine in float32
-MODEL_TOKENS = 512  # of a document's beginning that a model reads
-PACK_TOKENS = 16_384  # that it reads at once
 STILL = 1e-4  # a move of all centroids, at most, after which k-means is at an end
 COLUMN = "column:"
 
@@ -85,39 +82,6 @@ def _hashed(data_B, begin_N, lower, seed, vector_ND):  # type: ignore[no-untyped
             i = j
 
 
-@cache
-def _model(folder: str) -> Any:
-    from gristmill.model.weights import load_model
-
-    model, tokenizer = load_model(folder)
-    return model.eval(), tokenizer
-
-
-def _of_model(texts: Sequence[str], folder: str) -> np.ndarray:
-    """Means of a model's states over the first tokens of each text, float32 [N, D]."""
-    import torch
-
-    from gristmill.model.packed import PackedShape
-
-    model, tokenizer = _model(folder)
-    most = min(MODEL_TOKENS, model.config.max_positions)
-    ids = [one[:most] for one in tokenizer.encode_batch(texts)]
-    vector_ND = np.zeros((len(texts), model.embedding.shape[1]), np.float32)
-    some = [n for n, one in enumerate(ids) if one]
-    while some:
-        count, size = 0, 0
-        while count < len(some) and (count == 0 or size + len(ids[some[count]]) <= PACK_TOKENS):
-            size += len(ids[some[count]])
-            count += 1
-        pack, some = some[:count], some[count:]
-        lengths = [len(ids[n]) for n in pack]
-        with torch.inference_mode():
-            h_TD = model.hidden(torch.tensor([i for n in pack for i in ids[n]]), PackedShape.from_lengths(lengths)).float().numpy()
-        begins = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        vector_ND[pack] = np.add.reduceat(h_TD, begins) / np.array(lengths, np.float32)[:, None]
-    return vector_ND
-
-
 def _of_column(table: pa.Table, name: str) -> np.ndarray:
     if name not in table.column_names:
         raise InputError(f"The documents have no column {name!r}: check `embedding` of the step `semantic`.")
@@ -145,7 +109,7 @@ def embed(shard: int, source: Path, out: Path, how: Semantic) -> dict[str, int]:
     elif how.embedding.startswith(COLUMN):
         vector_ND = _of_column(table, how.embedding.removeprefix(COLUMN))
     else:
-        vector_ND = _of_model(table["text"].to_pylist(), how.embedding)
+        vector_ND = base.states(table["text"].to_pylist(), Path(how.embedding))
     shards.write(out, pa.table({"vector": _packed(_unit(vector_ND))}))
     return {"dimensions": vector_ND.shape[1]}
 
