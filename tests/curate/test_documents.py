@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gristmill.curate import documents
 from gristmill.curate.documents import Format, Reading, Writer, find, names, read, write
 from gristmill.curate.step import DOCUMENT
 from gristmill.errors import InputError
@@ -153,6 +154,16 @@ def test_lines_that_are_no_documents(tmp_path: Path) -> None:
     assert rows[-1]["id"] == "a.jsonl:14"
     assert [where.split(":")[1] for where, _ in skipped] == ["2", "3", "4", "6", "7", "8", "9", "11", "12", "13"]
     assert dict(skipped)["a.jsonl:2"] == "not JSON" and "no text" in dict(skipped)["a.jsonl:6"]
+
+
+def test_fields_that_cannot_be_written_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    monkeypatch.setattr(documents, "_value", lambda line: {"text": line.decode(), "deep": nested})
+    rows, skipped = all_of(put(tmp_path / "a.jsonl", b"one\ntwo\n"))
+    assert [(row["text"], row["meta"]) for row in rows] == [("one", "{}"), ("two", "{}")]
+    assert [where for where, why in skipped if "too deep" in why] == ["a.jsonl:1", "a.jsonl:2"]
 
 
 def test_an_endless_line_is_not_held(tmp_path: Path) -> None:

@@ -270,6 +270,9 @@ def test_only_the_documents_with_a_value_are_filtered() -> None:
     for outcome in (by_column, by_meta):
         assert outcome.kept["id"].to_pylist() == ["1"] and outcome.dropped["id"].to_pylist() == ["0", "2"]
     assert len(heuristics(documents(texts), settings).kept) == 3, "a shard may have none of them"
+    deep = '{"quality": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    metas = [deep, deep[:-1] + ', "quality": 1}', '{"quality": %s}' % ("9" * 5000)]
+    assert len(heuristics(documents(texts, meta=metas), settings).kept) == 3, "what cannot be read has no value"
 
 
 @pytest.mark.parametrize(

@@ -347,6 +347,9 @@ def test_columns_come_before_keys_of_meta() -> None:
         cut(table, Quality(classifiers=["column:y"]))
     escaped = table.set_column(3, "meta", pa.array(['{"\\u0079": 2}', None, "[1]"]))
     assert measure(escaped, Quality(classifiers=["column:y"]))["score_0"].to_pylist()[0] == 2
+    metas = ['{"y": ' + "[" * 100_000 + "]" * 100_000 + "}", '{"y": %s}' % ("9" * 400), '{"y": %s}' % ("9" * 5000)]
+    hostile = table.set_column(3, "meta", pa.array(metas))
+    assert all(map(math.isnan, measure(hostile, Quality(classifiers=["column:y"]))["score_0"].to_pylist())), "no number that can be held"
 
 
 def test_classifier_and_perplexity_together(trained: Path, trigrams: Path) -> None:

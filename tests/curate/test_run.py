@@ -151,6 +151,32 @@ def test_files_that_a_step_reads_may_change(corpus: Path, tmp_path: Path) -> Non
     assert after["steps"][0]["reasons"] and not before["steps"][0]["reasons"]
 
 
+def test_fields_that_cannot_be_read_stop_no_step(tmp_path: Path) -> None:
+    """Nested about as deep as can be read: one place reads it, and another, which is called from deeper, may not."""
+    draw = random.Random(4)
+    extra = ["[" * deep + "]" * deep for deep in range(900, 1100, 5)] + ["9" * 4000, "9" * 5000, "1e999", "NaN"]
+    extra += [json.dumps("[" * 5000 + "]" * 5000)]
+    lines = [f'{{"id": "d{i}", "text": {json.dumps(prose(draw))}, "meta": {{"score": {one}}}}}' for i, one in enumerate(extra)]
+    lines += [f'{{"id": "s{i}", "text": {json.dumps(prose(draw))}, "score": {i}, "meta": {extra[-1]}}}' for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "benchmark.txt").write_text("these are words that stand in no document of this corpus at all and never will\n")
+    curated(recipe_of(corpus=tmp_path / "rows.jsonl", steps=[{"step": "remember"}]), tmp_path / "first")
+    steps: list[dict[str, Any]] = [
+        *STEPS,
+        {"step": "language", "keep": []},
+        {"step": "filter", "column": "score", "values": ["3"]},
+        {"step": "quality", "classifiers": ["column:score"]},
+        {"step": "substring"},
+        {"step": "semantic"},
+        {"step": "decontaminate", "benchmarks": [str(tmp_path / "benchmark.txt")]},
+        {"step": "seen", "index": str(tmp_path / "first" / "index")},
+        {"step": "remember"},
+    ]
+    funnel = curated(recipe_of(tmp_path / "rows.jsonl", steps=steps), tmp_path / "run")
+    assert funnel["read"]["documents"] + funnel["read"]["num_skipped"] == len(lines)
+    assert funnel["steps"][-2]["documents_in"] > 40 and funnel["documents"] == 0
+
+
 def test_killed_at_any_moment_it_ends_the_same(corpus: Path, done: Path, tmp_path: Path) -> None:
     """kill -9 of the driver, with its workers, at random moments; then to the end."""
     path = tmp_path / "recipe.yaml"

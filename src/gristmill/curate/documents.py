@@ -126,7 +126,11 @@ class _Batch:
         if len(data) > self.settings.most_document_bytes:
             skipped(where, f"a document of {len(data):,} bytes")
             return
-        meta = _meta(rest)
+        try:
+            meta = _meta(rest)
+        except RecursionError:
+            meta = "{}"
+            skipped(where, "its other fields: too deep in each other")
         more = len(data) + len(meta) + ROW_BYTES
         if self.rows and self.size + more > self.settings.batch_bytes:
             yield from self.rest()

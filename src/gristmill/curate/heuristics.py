@@ -5,7 +5,6 @@ Shapes: N documents.
 """
 
 import difflib
-import json
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Self
 
@@ -14,7 +13,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from gristmill.curate.figures import DUPLICATE, FIGURES, TOP, figures
-from gristmill.curate.step import Outcome, split
+from gristmill.curate.step import Outcome, in_meta, split
 from gristmill.curate.texts import Texts
 from gristmill.recipe import Section
 
@@ -135,8 +134,9 @@ def chosen(table: pa.Table, column: str, values: Sequence[str]) -> np.ndarray:
     if column in table.column_names:
         found = table[column].to_pylist()
     else:
-        found = [json.loads(meta or "{}").get(column) for meta in table["meta"].to_pylist()]
-    return np.array([value is not None and str(value) in values for value in found], np.bool_)
+        found = [in_meta(record, column) for record in table["meta"].to_pylist()]
+    plain = (None if isinstance(value, list | dict) else value for value in found)  # to spell out nested ones may go too deep
+    return np.array([value is not None and str(value) in values for value in plain], np.bool_)
 
 
 def heuristics(table: pa.Table, settings: Filter) -> Outcome:

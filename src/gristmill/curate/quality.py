@@ -7,7 +7,6 @@ Each classifier's scores are cut at percentiles, so that its buckets hold equal 
 Shapes: N documents, C classifiers.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,7 @@ import xxhash
 from pydantic import Field, model_validator
 
 from gristmill.curate import base, classifier, documents, perplexity
-from gristmill.curate.step import Outcome, split
+from gristmill.curate.step import Outcome, in_meta, split
 from gristmill.curate.texts import Texts
 from gristmill.errors import InputError
 from gristmill.recipe import Section
@@ -82,13 +81,12 @@ def models(settings: Quality) -> None:
             _classifier(Path(name))
 
 
-def _number(record: str, name: str) -> float:
-    """A number in a document's `meta`; NaN if it has none."""
-    if name not in record and "\\" not in record:  # a key may be written with escapes
+def _number(value: Any) -> float:
+    """The same as a float; NaN if it is no number, or one that no float can hold."""
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+    except OverflowError:
         return float("nan")
-    values = json.loads(record)
-    value = values.get(name) if isinstance(values, dict) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
 
 
 def _score(table: pa.Table, texts: Texts, name: str) -> np.ndarray:
@@ -102,7 +100,7 @@ def _score(table: pa.Table, texts: Texts, name: str) -> np.ndarray:
         return _classifier(Path(name)).scores(texts)
     name = name.removeprefix(COLUMN)
     if name not in table.column_names:
-        return np.array([_number(record or "", name) for record in table["meta"].to_pylist()], np.float32)
+        return np.array([_number(in_meta(record, name)) for record in table["meta"].to_pylist()], np.float32)
     kind = table.schema.field(name).type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         raise InputError(f"The column {name!r} holds {kind}, not numbers: name another in `classifiers`.")

@@ -1,6 +1,8 @@
 """What every step gives back: the documents that go on, those that do not and why, and what it changed."""
 
+import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +41,17 @@ def split(table: pa.Table, step: str, reasons: list[str | None], figures: np.nda
     for name, column in zip(("step", "reason", "figure", "limit"), columns, strict=True):
         dropped = dropped.append_column(name, column)
     return Outcome(table.filter(keep), dropped.cast(DROPPED))
+
+
+def in_meta(record: str | None, key: str) -> Any:
+    """What a document's `meta` says under a key; None if it says nothing, or cannot be read."""
+    if not record or (key not in record and "\\" not in record):  # a key may be written with escapes
+        return None
+    try:
+        values = json.loads(record)
+    except (ValueError, RecursionError):  # also numbers of thousands of digits, and deep nesting
+        return None
+    return values.get(key) if isinstance(values, dict) else None
 
 
 def none_dropped() -> pa.Table:
