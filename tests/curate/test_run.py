@@ -227,6 +227,20 @@ def test_spans_and_meanings_that_stood_before(corpus: Path, tmp_path: Path) -> N
     assert funnel["steps"][1]["changed"]["documents cut"] == 19
 
 
+@pytest.mark.parametrize("order", ["hard", "random"])
+def test_which_of_like_documents_stays_does_not_depend_on_shards(tmp_path: Path, order: str) -> None:
+    draw = random.Random(6)
+    rows = [{"id": f"{i}{case}", "text": text} for i in range(60) for text in [prose(draw)] for case in "abc"]
+    draw.shuffle(rows)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = [{"step": "semantic", "clusters": 5, "order": order}]
+    gone = []
+    for size in (3000, 20_000, 10_000_000):
+        curated(recipe_of(tmp_path / "rows.jsonl", steps=steps, reading={"batch_bytes": size}), tmp_path / str(size))
+        gone.append(dropped(tmp_path / str(size)))
+    assert gone[0] == gone[1] == gone[2] and len(gone[0]) == 120
+
+
 def test_the_page_shows_hostile_text_as_text(tmp_path: Path) -> None:
     rows = [{"id": "<script>alert(1)</script>", "text": "<img src=x onerror=alert(2)> short"}, {"id": "b", "text": "\u202e also short"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "no json\n")

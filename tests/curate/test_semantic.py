@@ -51,7 +51,7 @@ def dropped(folder: Path, sources: list[Path], how: Semantic, parts: int = 1) ->
     vectors, centroids = clustered(folder, sources, how)
     assigned, drops = [folder / f"a{i}" for i in range(num)], [folder / f"g{p}" for p in range(parts)]
     for i in range(num):
-        semantic.assign(i, vectors[i], centroids, assigned[i], parts)
+        semantic.assign(i, vectors[i], centroids, assigned[i], parts, how)
     for p in range(parts):
         semantic.semantic_groups(p, assigned, vectors, drops[p], how)
     return [row for i in range(num) for row in duplicates.drop(i, sources, drops, "semantic", 1 - how.eps).dropped.to_pylist()]

@@ -333,7 +333,7 @@ def _semantic(stage: Stage, how: Semantic) -> list[Facts]:
         last = turn + 1
         if facts["moved"] < semantic.STILL:
             break
-    stage.each("assigned", num, lambda i: (semantic.assign, i, vectors[i], means[last], assigned[i], parts))
+    stage.each("assigned", num, lambda i: (semantic.assign, i, vectors[i], means[last], assigned[i], parts, how))
     stage.each("groups", parts, lambda p: (semantic.semantic_groups, p, assigned, vectors, drops[p], how))
     return _without(stage, how.step, drops, 1.0 - how.eps)
 

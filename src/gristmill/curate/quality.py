@@ -14,11 +14,10 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 from pydantic import Field, model_validator
 
 from gristmill.curate import base, classifier, documents, perplexity
-from gristmill.curate.step import Outcome, in_meta, split
+from gristmill.curate.step import Outcome, drawn, in_meta, split
 from gristmill.curate.texts import Texts
 from gristmill.errors import InputError
 from gristmill.recipe import Section
@@ -107,12 +106,6 @@ def _score(table: pa.Table, texts: Texts, name: str) -> np.ndarray:
     return table[name].cast(pa.float64()).to_numpy().astype(np.float32)
 
 
-def _drawn(ids: pa.ChunkedArray, seed: int, purpose: int) -> np.ndarray:
-    """uint64 [N]: a uniform number made of a document's id, the seed and the purpose."""
-    salt = xxhash.xxh3_64_intdigest(f"{seed} {purpose}".encode())
-    return np.array([xxhash.xxh3_64_intdigest((id_ or "").encode(), salt) for id_ in ids.to_pylist()], np.uint64)
-
-
 def measure(table: pa.Table, settings: Quality) -> pa.Table:
     """What the thresholds are made of, by document: `score_0` and so on (float32, of each classifier), `bytes` (int64), `key` (uint64).
 
@@ -121,7 +114,7 @@ def measure(table: pa.Table, settings: Quality) -> pa.Table:
     """
     texts = Texts.of(table["text"])
     columns: dict[str, np.ndarray] = {f"score_{c}": _score(table, texts, name) for c, name in enumerate(settings.classifiers)}
-    return pa.table(columns | {"bytes": texts.sizes_N, "key": _drawn(table["id"], settings.seed, _SAMPLE)})
+    return pa.table(columns | {"bytes": texts.sizes_N, "key": drawn(table["id"], settings.seed, _SAMPLE)})
 
 
 def scores_of(measured: pa.Table, settings: Quality) -> np.ndarray:
@@ -203,7 +196,7 @@ def quality(table: pa.Table, settings: Quality, scores: np.ndarray, limits: np.n
         first_N = np.nan_to_num(scores[:, 0].astype(np.float64), nan=0.0)
         if len(first_N) and not 0 <= first_N.min() <= first_N.max() <= 1:
             raise InputError(f"The scores of {settings.classifiers[0]!r} are no probabilities, which `pareto` needs: leave it out.")
-        uniform_N = ((_drawn(table["id"], settings.seed, _PARETO) >> np.uint64(11)) + 0.5) * 2.0**-53
+        uniform_N = ((drawn(table["id"], settings.seed, _PARETO) >> np.uint64(11)) + 0.5) * 2.0**-53
         needed_N = 2 - uniform_N ** (-1 / settings.pareto)  # u < (2 - s)^-alpha, solved for s
     for n, bucket in enumerate(buckets_N.tolist()):
         if bucket < settings.least:

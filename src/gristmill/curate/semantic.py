@@ -23,6 +23,7 @@ from pydantic import Field
 
 from gristmill.curate import base, minhash, shards
 from gristmill.curate.duplicates import write_drops
+from gristmill.curate.step import drawn
 from gristmill.curate.texts import Texts, mixed
 from gristmill.errors import InputError
 from gristmill.recipe import Section
@@ -33,6 +34,7 @@ DRAWS = 64  # of centroids, at most
 ROUNDING = 1e-6  # of a cosine in float32
 STILL = 1e-4  # a move of all centroids, at most, after which k-means is at an end
 COLUMN = "column:"
+_RANK = 2  # what a document's number is drawn for; 0 and 1 are those of `quality`
 
 
 class Semantic(Section):
@@ -100,7 +102,7 @@ def _of_column(table: pa.Table, name: str) -> np.ndarray:
 
 
 def embed(shard: int, source: Path, out: Path, how: Semantic) -> dict[str, int]:
-    """Vectors of a shard's documents, float32, of length 1 or 0."""
+    """Vectors of a shard's documents, float32, of length 1 or 0, and the number that each document draws."""
     table = shards.read(source)
     if how.embedding == "hashed":
         texts = Texts.of(table["text"])
@@ -110,7 +112,7 @@ def embed(shard: int, source: Path, out: Path, how: Semantic) -> dict[str, int]:
         vector_ND = _of_column(table, how.embedding.removeprefix(COLUMN))
     else:
         vector_ND = base.states(table["text"].to_pylist(), Path(how.embedding))
-    shards.write(out, pa.table({"vector": _packed(_unit(vector_ND))}))
+    shards.write(out, pa.table({"vector": _packed(_unit(vector_ND)), "drawn": drawn(table["id"], how.seed, _RANK)}))
     return {"dimensions": vector_ND.shape[1]}
 
 
@@ -218,12 +220,16 @@ def centroids(partial: Sequence[Path], old: Path, out: Path) -> dict[str, float]
 # ---- duplicates ----
 
 
-def assign(shard: int, embedding: Path, centroids: Path, out: Path, parts: int) -> dict[str, int]:
-    """Of each document of a shard its cluster, and the cosine to the centroid; those without a vector are left out."""
+def assign(shard: int, embedding: Path, centroids: Path, out: Path, parts: int, how: Semantic) -> dict[str, int]:
+    """Of each document of a shard its cluster, and its rank there: the lowest stays; those without a vector are left out."""
     vector_ND = _vectors(embedding)
     nearest, cosine = _nearest(vector_ND, _vectors(centroids))
     some = np.flatnonzero(vector_ND.any(1))
-    names = {"cluster": nearest[some], "number": shards.number(shard, some), "cosine": cosine[some].astype(np.float64)}
+    if how.order == "random":
+        rank = shards.read(embedding)["drawn"].to_numpy()
+    else:
+        rank = np.round((cosine if how.order == "hard" else -cosine).astype(np.float64), 6)
+    names = {"cluster": nearest[some], "number": shards.number(shard, some), "rank": rank[some]}
     shards.write_parts(out, pa.table(names), nearest[some] % parts, parts)
     return {}
 
@@ -231,11 +237,7 @@ def assign(shard: int, embedding: Path, centroids: Path, out: Path, parts: int) 
 def semantic_groups(part: int, assigned: Sequence[Path], embeddings: Sequence[Path], out: Path, how: Semantic) -> dict[str, int]:
     """What is to be dropped of the clusters of one part."""
     table = shards.read_part(assigned, part)
-    cluster, number, cosine = (table[name].to_numpy() for name in ("cluster", "number", "cosine"))
-    if how.order == "random":
-        rank = np.array([mixed(np.uint64(one)) for one in (number.astype(np.uint64) ^ np.uint64(how.seed % 2**64))], np.uint64)
-    else:
-        rank = np.round(cosine if how.order == "hard" else -cosine, 6)
+    cluster, number, rank = (table[name].to_numpy() for name in ("cluster", "number", "rank"))
     order = np.lexsort((number, rank, cluster))
     cluster, number = cluster[order], number[order]
     dropped: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []

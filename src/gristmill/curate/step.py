@@ -1,4 +1,4 @@
-"""What every step gives back: the documents that go on, those that do not and why, and what it changed."""
+"""What every step gives back: the documents that go on, those that do not and why, and what it changed; and what several steps need."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 # A document, wherever it is in the pipeline. `meta` is JSON.
 DOCUMENT = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("source", pa.string()), ("meta", pa.string())])
@@ -52,6 +53,12 @@ def in_meta(record: str | None, key: str) -> Any:
     except (ValueError, RecursionError):  # also numbers of thousands of digits, and deep nesting
         return None
     return values.get(key) if isinstance(values, dict) else None
+
+
+def drawn(ids: pa.ChunkedArray, seed: int, purpose: int) -> np.ndarray:
+    """uint64 [N]: a uniform number made of a document's id, the seed and the purpose, whatever shard the document is in."""
+    salt = xxhash.xxh3_64_intdigest(f"{seed} {purpose}".encode())
+    return np.array([xxhash.xxh3_64_intdigest((id_ or "").encode(), salt) for id_ in ids.to_pylist()], np.uint64)
 
 
 def none_dropped() -> pa.Table:
