@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from gristmill.curate import recipe as recipes
+from gristmill.curate import run as runs
 from gristmill.curate.page import funnel_lines, write_page
 from gristmill.curate.recipe import Curation
 from gristmill.curate.run import explain, run
@@ -211,6 +212,25 @@ def test_what_an_earlier_run_has_seen(corpus: Path, tmp_path: Path) -> None:
     assert all(old[reason.removeprefix("seen before as ")] in (again | near)[name] for name, (_, reason) in gone.items())
     with pytest.raises(InputError, match="is no index"):
         curated(recipe_of(corpus, steps=[{"step": "seen", "index": str(tmp_path)}]), tmp_path / "third")
+
+
+def test_an_index_is_neither_lost_nor_taken_for_another(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remembering = [{"step": "exact"}, {"step": "remember"}]
+    curated(recipe_of(corpus, steps=remembering), tmp_path / "run")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    seen = {"step": "seen", "index": str(tmp_path / "run" / "index")}
+    for steps, why in (([{"step": "exact"}], "is of another recipe"), ([seen, {"step": "remember"}], "would replace")):
+        with pytest.raises(InputError, match=f"{why}.*give another --out"):
+            curated(recipe_of(corpus, steps=steps), tmp_path / "run")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    # a run that has remembered and is stopped then leaves nothing to one that does not remember
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "emit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            curated(recipe_of(corpus, steps=remembering), tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "work" / "index").exists()
+    curated(recipe_of(corpus, steps=[{"step": "exact"}]), tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "index").exists()
 
 
 def test_spans_and_meanings_that_stood_before(corpus: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from gristmill.files import lock, write_json
 from gristmill.flywheel.progress import Progress
 from gristmill.rows import make_id
 
-MADE = ("data", "dropped", "index")  # folders that a run makes, and replaces
+MADE = ("data", "dropped", "index")  # folders that a run makes, and replaces; the last only with the step `remember`
 MOST_SKIPPED = 1000  # skips that are named one by one
 
 
@@ -83,7 +83,13 @@ def run(recipe: Curation, folder: Path, progress: Progress) -> Facts:
         for name in MADE:
             if (folder / name).exists():
                 raise InputError(f"{folder / name} was not made by a curation and would be replaced: give another --out.")
+    if (folder / "index").exists() and "index" not in _made(recipe):
+        raise InputError(f"{folder / 'index'} is of another recipe, with the step `remember`: give another --out, or remove it.")
     read = [chains.check(step) for step in recipe.steps]
+    for step_reads in read:
+        for file, *_ in step_reads:
+            if any(Path(file).resolve().is_relative_to((folder / name).resolve()) for name in MADE):
+                raise InputError(f"A step reads {file}, which the run would replace: give another --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = lock(folder)
@@ -95,6 +101,11 @@ def run(recipe: Curation, folder: Path, progress: Progress) -> Facts:
         raise InputError(f"{e.filename or folder}: {e.strerror or e}: see to it, and run the same command again.") from e
     finally:
         held.close()
+
+
+def _made(recipe: Curation) -> list[str]:
+    """Those of MADE that a run of this recipe makes."""
+    return [name for name in MADE if name != "index" or any(step.step == "remember" for step in recipe.steps)]
 
 
 class _Run:
@@ -113,7 +124,7 @@ class _Run:
         plan = self.recipe.model_dump(mode="json", exclude={"executor", "workers"})
         whole = make_id(inputs, plan, list(self.read.values()))
         done = self.folder / "funnel.json"
-        made = [self.folder / name for name in MADE if name != "index" or any(step.step == "remember" for step in self.recipe.steps)]
+        made = [self.folder / name for name in _made(self.recipe)]
         gone = self.folder / ".gone"
         shutil.rmtree(gone, ignore_errors=True)  # what a kill may have left
         if done.exists() and all(path.exists() for path in made) and (funnel := json.loads(done.read_text())).get("key") == whole:
@@ -206,11 +217,10 @@ class _Run:
                 target = dropped / f"{stage['folder'].name.rsplit('-', 1)[0]}-{path.name.removeprefix('dropped-')}"
                 target.unlink(missing_ok=True)
                 target.hardlink_to(path)
-        for new in (data, dropped, self.work / "index"):
-            old = self.folder / new.name
-            shutil.rmtree(old, ignore_errors=True)
-            if new.exists():
-                new.rename(old)
+        made = {"data": data, "dropped": dropped, "index": self.work / "index"}
+        for name in _made(self.recipe):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            made[name].rename(self.folder / name)
         return int(written["files"])
 
 
