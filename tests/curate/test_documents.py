@@ -1,9 +1,13 @@
 """Files of every format become documents; what is wrong in a file is named and does not stop the run."""
 
+import errno
+import glob
 import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -104,6 +108,62 @@ def test_finding(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError):
         find([tmp_path / "empty"])
+
+
+def test_what_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = put(tmp_path / "in/a.txt", b"x")
+    put(tmp_path / "in/shut/b.txt", b"x")
+    (tmp_path / "in/broken.txt").symlink_to("nowhere")
+    (tmp_path / "in/turn.txt").symlink_to("turn.txt")
+    for name in ("one", "two"):  # a glob would follow them for ever
+        (tmp_path / "in" / name).symlink_to(".")
+    scandir = os.scandir
+
+    def guarded(path: Path | str) -> Any:
+        if Path(path).name == "shut":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    for given in (tmp_path / "in", tmp_path / "in/**/*.txt", tmp_path / "i?/**"):
+        told: dict[str, str] = {}
+        assert list(names([given], told.__setitem__)) == [good]
+        why = {Path(where).name: reason for where, reason in told.items()}
+        assert why.pop("shut") == "cannot be read: Permission denied"
+        assert why.pop("broken.txt").startswith("cannot be read") and "links" in why.pop("turn.txt")
+        assert why == {"one": "a link to a folder", "two": "a link to a folder"}
+    with pytest.raises(InputError, match=r"There is no document at .*shut \(.*Permission denied\)"):
+        names([tmp_path / "in/shut"])
+
+
+def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "b/a.txt", "b/c/a.txt", "b/c/d.md", ".h/a.txt", "b/.h.txt", "b-c/a.txt"):
+        put(tmp_path / name, b"x")
+    monkeypatch.chdir(tmp_path)
+    patterns = ["*.txt", "**/*.txt", "*/a.txt", "b/*/", "b/**", "b/**/c/*", "**/c", ".h/*", "b/.*", ".*/*.txt", "b*/[a]*"]
+    for pattern in [*patterns, str(tmp_path / "*/?.txt")]:
+        expected: list[Path] = []
+        for place in map(Path, sorted(glob.glob(pattern, recursive=True))):
+            below = sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith(".")) if place.is_dir() else [place]
+            expected += [p for p in below if p not in expected]
+        assert find([pattern]) == expected, pattern
+
+
+def test_names_that_are_not_unicode(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    folder = os.fsencode(tmp_path / "in")
+    data = {b"a\xff.txt": b"one", b"a\xfe.txt": b"two", b"b\xff.jsonl": b'{"text": "three"}\nno\n'}
+    for name, content in data.items():
+        Path(os.fsdecode(folder + b"/" + name)).write_bytes(content)
+    pq.write_table(pa.table({"text": ["four"]}), tmp_path / "p")
+    (tmp_path / "p").rename(os.fsdecode(folder + b"/c\xff.parquet"))
+    found = names([tmp_path / "in"])
+    rows, skipped = [], dict[str, str]()
+    for path, name in found.items():
+        rows += [row for table in read(path, Reading(), skipped.__setitem__, name) for row in table.to_pylist()]
+    texts = {row["id"]: row["text"] for row in rows}
+    assert texts == {r"a\xfe.txt": "two", r"a\xff.txt": "one", r"b\xff.jsonl:1": "three", r"c\xff.parquet:1": "four"}
+    assert skipped == {r"b\xff.jsonl:2": "not JSON"} and rows[0]["source"].endswith(r"in/a\xfe.txt")
 
 
 def record(kind: str, uri: str, body: bytes, content_type: str) -> bytes:

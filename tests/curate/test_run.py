@@ -271,6 +271,18 @@ def test_the_page_shows_hostile_text_as_text(tmp_path: Path) -> None:
     assert funnel["documents"] == 0 and "words 2" in "\n".join(funnel_lines(funnel))
 
 
+def test_inputs_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in (b"a.txt", b"b\xff.txt", b"c\xff.bin"):
+        Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name)).write_bytes(b"\0 one" if name.endswith(b"bin") else b"one")
+    (tmp_path / "in" / "gone.txt").symlink_to("nowhere")
+    steps = [{"step": "filter", "rules": "gopher"}]
+    funnel = curated(recipe_of(tmp_path / "in", steps=steps, workers=2), tmp_path / "run")
+    assert [where for where, _ in funnel["read"]["skipped"]] == [str(tmp_path / "in" / "gone.txt"), r"c\xff.bin"]
+    assert funnel["read"]["num_skipped"] == 2 and set(dropped(tmp_path / "run")) == {"a.txt", r"b\xff.txt"}
+    assert r"c\xff.bin" in write_page(tmp_path / "run", funnel).read_text()
+
+
 def test_buckets_of_quality(corpus: Path, tmp_path: Path) -> None:
     def command(*words: str) -> dict[str, Any]:
         return json.loads(subprocess.run([sys.executable, "-m", "gristmill.cli", *words, "--json"], check=True, capture_output=True).stdout)

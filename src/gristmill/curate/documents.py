@@ -7,8 +7,10 @@ import glob
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,32 +54,105 @@ class _Stop(Exception):
     """The rest of this file cannot be read; the message says why."""
 
 
-def names(inputs: Sequence[Path | str]) -> dict[Path, str]:
+def names(inputs: Sequence[Path | str], skipped: Skipped = lambda where, why: None) -> dict[Path, str]:
     """Every file under the given files, folders and globs, with the name that its documents' ids begin with.
 
-    The name is the path below the given folder, or the file's name; if two files would share it, the whole path.
+    The name is the path below the given folder, or the file's name; if two files would share it, the whole path. Bytes in it that are no
+    UTF-8 are spelled out. What is hidden is passed over, links to folders are not followed.
+
+    Args:
+        skipped: told where and why, of everything that cannot be looked at.
 
     Raises:
         InputError: an input stands for no file.
     """
     found: dict[Path, str] = {}
     for given in inputs:
-        path = Path(given)
+        why = ""
+
+        def passed(where: str, reason: str) -> None:
+            nonlocal why
+            why = why or f" ({where}: {reason})"
+            skipped(where, reason)
+
         pairs: list[tuple[Path, str]] = []
-        for place in [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(given), recursive=True))]:
-            if place.is_dir():
-                below = (p for p in place.rglob("*") if p.is_file() and not any(n.startswith(".") for n in p.relative_to(place).parts))
-                pairs += [(p, p.relative_to(place).as_posix()) for p in sorted(below)]
-            elif place.exists():
-                pairs.append((place, place.name))
+        for place in _places(given, passed):
+            if os.path.isdir(place):
+                pairs += [(p, _shown(p.relative_to(place))) for p in sorted(p for p, is_dir in _below(place, passed) if not is_dir)]
+            else:
+                pairs.append((place, _shown(Path(place.name))))
         if not pairs:
-            raise InputError(f"There is no document at {given}: give a file, a folder or a glob that matches some.")
+            raise InputError(f"There is no document at {_shown(Path(given))}{why}: give a file, a folder or a glob that matches some.")
         for place, name in pairs:
             found.setdefault(place, name)
     times: dict[str, int] = {}
     for name in found.values():
         times[name] = times.get(name, 0) + 1
-    return {place: name if times[name] == 1 else place.as_posix() for place, name in found.items()}
+    return {place: name if times[name] == 1 else _shown(place) for place, name in found.items()}
+
+
+def _shown(path: Path) -> str:
+    """A path as text that can be printed, whatever bytes are in it."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _places(given: Path | str, skipped: Skipped) -> list[Path]:
+    """What an input stands for: itself, or what matches it."""
+    path = Path(given)
+    if os.path.exists(path):
+        return [path]
+    found = set(_matching(Path(path.anchor), path.parts[bool(path.anchor) :], skipped))
+    return sorted((one for one in found if one.is_dir() or not str(given).endswith("/")), key=str)
+
+
+def _entries(folder: Path, skipped: Skipped) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except (FileNotFoundError, NotADirectoryError):  # a pattern asks for what may not be there
+        return
+    except OSError as e:
+        skipped(_shown(folder), f"cannot be read: {e.strerror}")
+
+
+def _below(folder: Path, skipped: Skipped) -> Iterator[tuple[Path, bool]]:
+    """Every file and folder (True) below, without hidden ones."""
+    waiting = [folder]
+    while waiting:
+        for entry in _entries(waiting.pop(), skipped):
+            path = Path(entry.path)
+            if entry.name.startswith("."):
+                continue
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(path)
+                    yield path, True
+                elif stat.S_ISREG(entry.stat().st_mode):
+                    yield path, False
+                else:
+                    skipped(_shown(path), "a link to a folder" if entry.is_dir() else "not a file")
+            except OSError as e:
+                skipped(_shown(path), f"cannot be read: {e.strerror}")
+
+
+def _matching(folder: Path, parts: Sequence[str], skipped: Skipped) -> Iterator[Path]:
+    """What a pattern stands for. (`glob` follows links through `**`, in loops without end, and is silent about what it cannot read.)"""
+    if not parts:
+        if os.path.exists(folder):
+            yield folder
+        return
+    first, rest = parts[0], parts[1:]
+    if first == "**":
+        yield from _matching(folder, rest, skipped)
+        for path, is_dir in _below(folder, skipped):
+            if is_dir:
+                yield from _matching(path, rest, skipped)
+    elif glob.has_magic(first):
+        for entry in _entries(folder, skipped):
+            if fnmatch(entry.name, first) and (first.startswith(".") or not entry.name.startswith(".")):
+                yield from _matching(Path(entry.path), rest, skipped)
+    else:
+        yield from _matching(folder / first, rest, skipped)
 
 
 def find(inputs: Sequence[Path | str]) -> list[Path]:
@@ -187,7 +262,7 @@ class _Stream:
     """The decompressed bytes of a file, until they are suspiciously many. It has the `read` that a file has."""
 
     def __init__(self, path: Path, codec: str | None, settings: Reading):
-        self.raw = pa.OSFile(str(path))
+        self.raw = pa.OSFile(os.fsencode(path))
         self.stream = pa.CompressedInputStream(self.raw, codec) if codec else self.raw
         self.most = settings.most_expansion if codec else None
         self.given = 0
@@ -286,7 +361,7 @@ def _object(row: Any, where: str, settings: Reading, skipped: Skipped) -> Iterat
 
 def _parquet(path: Path, name: str, settings: Reading, skipped: Skipped) -> Iterator[Row]:
     first = 0
-    with pq.ParquetFile(path, pre_buffer=False) as file:
+    with pa.OSFile(os.fsencode(path)) as raw, pq.ParquetFile(raw, pre_buffer=False) as file:
         if settings.text_field not in file.schema_arrow.names:
             raise _Stop(f"no column {settings.text_field!r}")
         for group in range(file.metadata.num_row_groups):
@@ -326,7 +401,7 @@ def _text(path: Path, name: str, codec: str | None, kind: str, settings: Reading
         skipped(name, "replaced: not UTF-8")
     if kind in (".html", ".htm"):
         text = _visible(text)
-    yield name, text, path.as_posix(), {}, name
+    yield name, text, _shown(path), {}, name
 
 
 def _visible(page: str) -> str:

@@ -75,7 +75,8 @@ def run(recipe: Curation, folder: Path, progress: Progress) -> Facts:
     """
     if not recipe.inputs:
         raise InputError("There is nothing to read: give `inputs` in the recipe, or --input.")
-    files = documents.names(recipe.inputs)
+    passed: list[tuple[str, str]] = []
+    files = documents.names(recipe.inputs, lambda where, why: passed.append((where, why)))
     for path in files:
         if path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{path} lies in {folder}, where the result shall be: give another --out.")
@@ -96,7 +97,7 @@ def run(recipe: Curation, folder: Path, progress: Progress) -> Facts:
     except OSError as e:
         raise InputError(f"Nothing can be written to {folder} ({e.strerror}): give another --out.") from e
     try:
-        return _Run(recipe, folder, progress, read).all(files)
+        return _Run(recipe, folder, progress, read, list(dict.fromkeys(passed))).all(files)
     except OSError as e:
         raise InputError(f"{e.filename or folder}: {e.strerror or e}: see to it, and run the same command again.") from e
     finally:
@@ -109,9 +110,10 @@ def _made(recipe: Curation) -> list[str]:
 
 
 class _Run:
-    def __init__(self, recipe: Curation, folder: Path, progress: Progress, read: Sequence[Any]) -> None:
-        """`read` says, of each step, which files it reads and how they are now."""
+    def __init__(self, recipe: Curation, folder: Path, progress: Progress, read: Sequence[Any], passed: list[tuple[str, str]]) -> None:
+        """`read` says, of each step, which files it reads and how they are now; `passed` names inputs that cannot be read, and why."""
         self.recipe, self.folder, self.progress = recipe, folder, progress
+        self.passed = passed
         self.read = dict(zip(map(id, recipe.steps), read, strict=True))
         self.work = folder / "work"
         self.key = ""
@@ -181,7 +183,8 @@ class _Run:
         facts = self._do("read", tasks)
         sources = [folder / name for one in facts for name in one["shards"]]
         total = {name: sum(one[name] for one in facts) for name in ("documents", "bytes", "num_skipped")}
-        skipped = [entry for one in facts for entry in one["skipped"]][:MOST_SKIPPED]
+        total["num_skipped"] += len(self.passed)
+        skipped = [*self.passed, *(entry for one in facts for entry in one["skipped"])][:MOST_SKIPPED]
         if not total["documents"]:
             why = f": {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
             raise InputError(f"The inputs hold no document{why}.")
