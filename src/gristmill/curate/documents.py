@@ -26,6 +26,7 @@ from gristmill.recipe import Section
 Skipped = Callable[[str, str], None]  # where, why
 Format = Literal["parquet", "jsonl", "jsonl.zst"]
 Row = tuple[str | None, str, str | None, dict[str, Any], str]  # id, text, source, everything else, where it is
+Numbered = tuple[int, Row]  # 1 for the first line of the file, row or record, whether or not it was a document
 ROW_BYTES = 64  # of a document beside its text and meta
 BLOCK = 1 << 18  # bytes read at a time; where a compressed file breaks off, what the last read gave is lost
 FREE_EXPANSION = 16 << 20  # decompressed bytes that no file is suspected for
@@ -171,16 +172,36 @@ def read(path: Path, settings: Reading, skipped: Skipped, name: str | None = Non
         skipped: told where and why, of everything that is left out or mended.
         name: what ids of documents without one begin with (see `names`); the file's name if not given.
     """
-    name = name or path.name
+    for table, _, _ in read_from(0, path, settings, skipped, name or path.name):
+        yield table
+
+
+def read_from(start: int, path: Path, settings: Reading, skipped: Skipped, name: str) -> Iterator[tuple[pa.Table, int, int]]:
+    """As `read`, without the first `start` rows (lines, rows of a table, records), which are not parsed.
+
+    Returns:
+        Each table with the number of rows after which the next one begins, and how many skips were told of the rows from `start` to there:
+        who begins again at the former has what was told beyond the latter told again.
+    """
     batch = _Batch(settings)
+    done, told, told_of_done = start, 0, 0
+
+    def tell(where: str, why: str) -> None:
+        nonlocal told
+        told += 1
+        skipped(where, why)
+
     try:
-        for row in _rows(path, name, settings, skipped):
-            yield from batch.add(row, skipped)
+        for number, row in _rows(path, name, settings, tell, start):
+            for table in batch.add(row, tell):
+                yield table, done, told_of_done
+            done, told_of_done = number, told
     except _Stop as e:
-        skipped(name, str(e))
+        tell(name, str(e))
     except (OSError, EOFError, ValueError, pa.ArrowException) as e:
-        skipped(name, f"the rest cannot be read: {' '.join(str(e).split())[:200]}")
-    yield from batch.rest()
+        tell(name, f"the rest cannot be read: {' '.join(str(e).split())[:200]}")
+    for table in batch.rest():
+        yield table, done, told_of_done
 
 
 class _Batch:
@@ -242,20 +263,20 @@ def _meta(rest: dict[str, Any]) -> str:
     return json.dumps(rest, default=str)
 
 
-def _rows(path: Path, name: str, settings: Reading, skipped: Skipped) -> Iterator[Row]:
+def _rows(path: Path, name: str, settings: Reading, skipped: Skipped, start: int) -> Iterator[Numbered]:
     suffixes = [s.lower() for s in path.suffixes]
     codec = CODECS.get(suffixes[-1]) if suffixes else None
     kind = (suffixes[:-1] if codec else suffixes)[-1:] or [""]
     if path.stat().st_size == 0:
         skipped(name, "empty")
     elif kind[0] == ".parquet" and not codec:
-        yield from _parquet(path, name, settings, skipped)
+        yield from _parquet(path, name, settings, skipped, start)
     elif kind[0] in (".jsonl", ".ndjson", ".json"):
-        yield from _json(path, name, codec, kind[0], settings, skipped)
+        yield from _json(path, name, codec, kind[0], settings, skipped, start)
     elif kind[0] in (".warc", ".wet"):
-        yield from _warc(path, name, codec, settings, skipped)
-    else:
-        yield from _text(path, name, codec, kind[0], settings, skipped)
+        yield from _warc(path, name, codec, settings, skipped, start)
+    elif start == 0:
+        yield 1, _text(path, name, codec, kind[0], settings, skipped)
 
 
 class _Stream:
@@ -313,16 +334,18 @@ def _lines(stream: _Stream, settings: Reading) -> Iterator[tuple[int, bytes | No
             return
 
 
-def _json(path: Path, name: str, codec: str | None, kind: str, settings: Reading, skipped: Skipped) -> Iterator[Row]:
+def _json(path: Path, name: str, codec: str | None, kind: str, settings: Reading, skipped: Skipped, start: int) -> Iterator[Numbered]:
     if kind == ".json" and not codec and path.stat().st_size <= settings.most_document_bytes:
         value = _value(path.read_bytes())  # one value, which may be spread over lines
         rows = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
-        for number, row in enumerate(rows, 1):
-            yield from _object(row, f"{name}:{number}", settings, skipped)
+        for number, row in enumerate(rows[start:], start + 1):
+            yield from _object(row, number, f"{name}:{number}", settings, skipped)
         if rows:
             return
     with closing(_Stream(path, codec, settings)) as stream:
         for number, line in _lines(stream, settings):
+            if number <= start:
+                continue
             where = f"{name}:{number}"
             if line is None:
                 skipped(where, f"a line of more than {settings.most_document_bytes:,} bytes")
@@ -335,7 +358,7 @@ def _json(path: Path, name: str, codec: str | None, kind: str, settings: Reading
             if row is None:
                 skipped(where, "not JSON")
             else:
-                yield from _object(row, where, settings, skipped)
+                yield from _object(row, number, where, settings, skipped)
 
 
 def _value(line: bytes) -> Any:
@@ -346,7 +369,7 @@ def _value(line: bytes) -> Any:
         return None
 
 
-def _object(row: Any, where: str, settings: Reading, skipped: Skipped) -> Iterator[Row]:
+def _object(row: Any, number: int, where: str, settings: Reading, skipped: Skipped) -> Iterator[Numbered]:
     text = row.get(settings.text_field) if isinstance(row, dict) else None
     if not isinstance(row, dict):
         skipped(where, "not a JSON object")
@@ -356,32 +379,36 @@ def _object(row: Any, where: str, settings: Reading, skipped: Skipped) -> Iterat
         fields = (settings.text_field, settings.id_field, settings.source_field)
         identity, source = (row.get(field) for field in fields[1:])
         rest = {key: value for key, value in row.items() if key not in fields}
-        yield None if identity in (None, "") else str(identity), text, None if source is None else str(source), rest, where
+        yield number, (None if identity in (None, "") else str(identity), text, None if source is None else str(source), rest, where)
 
 
-def _parquet(path: Path, name: str, settings: Reading, skipped: Skipped) -> Iterator[Row]:
+def _parquet(path: Path, name: str, settings: Reading, skipped: Skipped, start: int) -> Iterator[Numbered]:
     first = 0
     with pa.OSFile(os.fsencode(path)) as raw, pq.ParquetFile(raw, pre_buffer=False) as file:
         if settings.text_field not in file.schema_arrow.names:
             raise _Stop(f"no column {settings.text_field!r}")
         for group in range(file.metadata.num_row_groups):
             about = file.metadata.row_group(group)
-            number, mean = first, max(1, about.total_byte_size // max(1, about.num_rows))
+            number, first = first, first + about.num_rows
+            if first <= start:
+                continue
+            mean = max(1, about.total_byte_size // max(1, about.num_rows))
             rows = min(8192, max(1, settings.batch_bytes // mean))
             try:
                 for batch in file.iter_batches(batch_size=rows, row_groups=[group], use_threads=False):
-                    for row in batch.to_pylist():
+                    passed = min(len(batch), max(0, start - number))
+                    number += passed
+                    for row in batch.slice(passed).to_pylist():
                         number += 1
                         text = row[settings.text_field]
                         if isinstance(text, bytes):
                             row[settings.text_field] = text.decode("utf-8", "replace")
-                        yield from _object(row, f"{name}:{number}", settings, skipped)
+                        yield from _object(row, number, f"{name}:{number}", settings, skipped)
             except (OSError, ValueError, pa.ArrowException) as e:  # the next group may be whole
                 skipped(f"{name}:{number + 1}", f"the rest of row group {group} cannot be read: {' '.join(str(e).split())[:200]}")
-            first += about.num_rows
 
 
-def _text(path: Path, name: str, codec: str | None, kind: str, settings: Reading, skipped: Skipped) -> Iterator[Row]:
+def _text(path: Path, name: str, codec: str | None, kind: str, settings: Reading, skipped: Skipped) -> Row:
     parts: list[bytes] = []
     size = 0
     with closing(_Stream(path, codec, settings)) as stream:
@@ -401,7 +428,7 @@ def _text(path: Path, name: str, codec: str | None, kind: str, settings: Reading
         skipped(name, "replaced: not UTF-8")
     if kind in (".html", ".htm"):
         text = _visible(text)
-    yield name, text, _shown(path), {}, name
+    return name, text, _shown(path), {}, name
 
 
 def _visible(page: str) -> str:
@@ -430,13 +457,16 @@ def _visible(page: str) -> str:
     return str(extract_plain_text(page, main_content=True))
 
 
-def _warc(path: Path, name: str, codec: str | None, settings: Reading, skipped: Skipped) -> Iterator[Row]:
+def _warc(path: Path, name: str, codec: str | None, settings: Reading, skipped: Skipped, start: int) -> Iterator[Numbered]:
     from fastwarc.warc import ArchiveIterator, WarcRecordType
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
     kinds = WarcRecordType.response | WarcRecordType.conversion | WarcRecordType.resource
     with closing(_Stream(path, codec, settings)) as stream:
-        for number, record in enumerate(ArchiveIterator(stream, record_types=kinds, parse_http=True), 1):
+        for number, record in enumerate(ArchiveIterator(stream, record_types=kinds, parse_http=False), 1):
+            if number <= start:
+                continue
+            record.parse_http()
             uri = record.headers.get("WARC-Target-URI")
             where = f"{name}:{number}"
             if record.content_length > settings.most_document_bytes:
@@ -455,7 +485,7 @@ def _warc(path: Path, name: str, codec: str | None, settings: Reading, skipped: 
                 skipped(where, str(e))
                 continue
             identity = record.record_id or record.headers.get("WARC-Record-ID") or uri
-            yield identity, text, uri, {"date": record.headers.get("WARC-Date")}, where
+            yield number, (identity, text, uri, {"date": record.headers.get("WARC-Date")}, where)
 
 
 class Writer:

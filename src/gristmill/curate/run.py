@@ -32,31 +32,50 @@ MOST_SKIPPED = 1000  # skips that are named one by one
 
 
 def ingest(files: Sequence[tuple[Path, str]], folder: Path, reading: Reading, number: int) -> Facts:
-    """Read files, of which each has a name, into shards of at most `reading.batch_bytes` of text."""
-    skipped: list[tuple[str, str]] = []
-    facts: Facts = {"shards": [], "documents": 0, "bytes": 0}
+    """Read files, of which each has a name, into shards of at most `reading.batch_bytes` of text.
+
+    After a shard a note says how far they are read: a task that is done again goes on there, and makes the same shards.
+    """
+    note = folder / f"{number:05d}.note"
+    # of the tables in shards and in `waiting`: how many shards and so on, and which row of which file is their last
+    facts: Facts = {"shards": 0, "documents": 0, "bytes": 0, "num_skipped": 0, "skipped": [], "file": 0, "rows": 0}
+    if note.exists():
+        facts = json.loads(note.read_text())
     waiting: list[pa.Table] = []
-    size = 0
+    size, told, named = 0, facts["num_skipped"], list(facts["skipped"])  # of the next table too, which has been read
+
+    def tell(where: str, why: str) -> None:
+        nonlocal told
+        told += 1
+        if len(named) < MOST_SKIPPED:
+            named.append([where, why])
 
     def write() -> None:
-        path = folder / f"{number:05d}-{len(facts['shards']):05d}.arrow"
-        shards.write(path, pa.concat_tables(waiting))
-        facts["shards"].append(path.name)
+        shards.write(folder / _shard(number, facts["shards"]), pa.concat_tables(waiting))
+        facts["shards"] += 1
         waiting.clear()
 
-    for path, name in files:
-        for table in documents.read(path, reading, lambda where, why: skipped.append((where, why)), name):
+    for i, (path, name) in enumerate(files[facts["file"] :], facts["file"]):
+        before, start = told, facts["rows"] if i == facts["file"] else 0
+        for table, rows, told_of_rows in documents.read_from(start, path, reading, tell, name):
             more = num_bytes(table)
             if waiting and size + more > reading.batch_bytes:
                 write()
+                write_json(note, facts | {"skipped": named[: facts["num_skipped"]]})
                 size = 0
             waiting.append(table)
             size += more
             facts["documents"] += len(table)
             facts["bytes"] += more
+            facts |= {"num_skipped": before + told_of_rows, "file": i, "rows": rows}
     if waiting:
         write()
-    return facts | {"num_skipped": len(skipped), "skipped": skipped[:MOST_SKIPPED]}
+    made = [_shard(number, i) for i in range(facts["shards"])]
+    return {"shards": made, "documents": facts["documents"], "bytes": facts["bytes"], "num_skipped": told, "skipped": named}
+
+
+def _shard(number: int, i: int) -> str:
+    return f"{number:05d}-{i:05d}.arrow"
 
 
 def emit(sources: Sequence[Path], folder: Path, output: Output) -> Facts:
