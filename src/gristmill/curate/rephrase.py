@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 from pydantic import Field, model_validator
 
 from gristmill.curate import faithful
 from gristmill.curate.heuristics import chosen
-from gristmill.curate.step import DOCUMENT, Outcome, split
+from gristmill.curate.step import DOCUMENT, Outcome, drawn, split
 from gristmill.errors import InputError
 from gristmill.recipe import Calls, Model, Reward, Section
 from gristmill.rows import make_id
@@ -38,6 +37,7 @@ Task = Literal["wikipedia", "diverse_qa", "distill", "extract_knowledge", "knowl
 Limits = dict[str, tuple[float | None, float | None]]
 Tick = Callable[[int, int | None, str], None]
 TICK_SECONDS = 0.5
+_SHARE = 3  # what a document's number is drawn for; 0 to 2 are those of `quality` and `semantic`
 MADE: Final = "rephrase"  # key of a made document's `meta`, with the task
 BYTES_A_TOKEN = 4  # where no tokenizer is given
 
@@ -192,11 +192,12 @@ class _Rephrasing:
         from gristmill.synth import rephrase as tasks
 
         wanted_N = chosen(self.table, self.how.column, self.how.values)
+        wanted_N &= drawn(self.table["id"], self.how.seed, _SHARE) < self.how.share * 2.0**64
         rooms = {task: tasks.room(task, self.pack, self.count) for task in self.how.tasks}
-        texts, ids = self.table["text"], self.table["id"]
+        texts = self.table["text"]
         out = []
         for document in np.flatnonzero(wanted_N).tolist():
-            if MADE in self.metas[document] or _drawn(ids[document].as_py() or "", self.how.seed) >= self.how.share:
+            if MADE in self.metas[document]:
                 continue
             text = texts[document].as_py() or ""
             for task in self.how.tasks:
@@ -318,11 +319,6 @@ def _counter(how: Rephrase) -> Callable[[Sequence[str]], list[int]]:
 
     tokenizer = Tokenizer.load(folder)
     return lambda texts: [len(ids) for ids in tokenizer.encode_batch(texts)]
-
-
-def _drawn(name: str, seed: int) -> float:
-    """From 0 up to 1, by a document's id."""
-    return float(xxhash.xxh3_64_intdigest(name.encode(), seed % 2**64)) / 2**64
 
 
 def _meta(record: str | None) -> dict[str, Any]:
