@@ -6,7 +6,7 @@ Shapes: N documents.
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -130,11 +130,8 @@ def chosen(table: pa.Table, column: str, values: Sequence[str]) -> np.ndarray:
     """bool [N]: the documents whose value of a column, or of a key of `meta`, is among the values; all if no column is named."""
     if not column:
         return np.ones(len(table), np.bool_)
-    found: list[Any]
-    if column in table.column_names:
-        found = table[column].to_pylist()
-    else:
-        found = [in_meta(record, column) for record in table["meta"].to_pylist()]
+    there = column in table.column_names
+    found = table[column].to_pylist() if there else [in_meta(record, column) for record in table["meta"].to_pylist()]
     plain = (None if isinstance(value, list | dict) else value for value in found)  # to spell out nested ones may go too deep
     return np.array([value is not None and str(value) in values for value in plain], np.bool_)
 
