@@ -242,6 +242,13 @@ def test_a_stop_string_ends_the_response_before_it(model: Transformer) -> None:
     assert said == " ".join(words[:place]) and num_tokens == place + 1 and finish_reason == "stop"
 
 
+def test_a_stop_token_ends_the_response_and_is_no_part_of_it(model: Transformer) -> None:
+    words = drawn(model)[0].split()
+    place = next(i for i in range(3, len(words)) if words[i] not in words[:i])
+    said, num_tokens, finish_reason = drawn(model, stop_tokens=(int(words[place]), 5000))
+    assert said == " ".join(words[:place]) and num_tokens == place + 1 and finish_reason == "stop"
+
+
 def test_biases_and_penalties(model: Transformer) -> None:
     text, _, _ = drawn(model)
     first = int(text.split()[0])

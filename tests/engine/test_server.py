@@ -131,6 +131,7 @@ def test_it_ends_quietly_in_the_middle_of_an_answer(tiny_base: Path) -> None:
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "heat": 1}', 400, "unknown field 'heat'"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stop": ""}', 400, "empty string"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "logit_bias": {"99999": 1}}', 400, "token 99999"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stop_token_ids": [-1]}', 400, "token -1"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "min_p": 2}', 400, "min_p must be"),
         (b'{"model": "huge", "messages": [{"role": "user", "content": "x"}]}', 404, "'huge' does not exist"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "' + b"x y " * 5000 + b'"}]}', 400, "shorten it"),
@@ -201,6 +202,7 @@ STREAMED: list[dict[str, Any]] = [
     {"temperature": 1.5, "seed": 8},
     {"stop": ["Observation:", "\n\n"], "temperature": 1.5, "seed": 8},
     {"top_logprobs": 2},
+    {"stop_token_ids": list(range(100, 116)), "temperature": 1.5, "seed": 8},
 ]
 
 

@@ -33,6 +33,7 @@ class Body(BaseModel):
     n: StrictInt | None = Field(None, le=MOST_SAMPLES)
     seed: StrictInt | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[list[StrictInt], Field(max_length=MOST_STOPS)] | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
@@ -68,6 +69,7 @@ class Body(BaseModel):
             presence_penalty=_or(self.presence_penalty, 0.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             stop=stop,
+            stop_tokens=tuple(self.stop_token_ids or ()),
             logit_bias=bias,
             top_logprobs=top_logprobs,
             grammar=_grammar(self.response_format, self.structured_outputs),

@@ -145,13 +145,15 @@ class Core:
             if heir.matcher is not None and (words := heir.matcher.add(int(token_R[i]))):
                 self._fail(job, InputError(f"the grammar gave up: {words}"))
                 continue
-            cut = self._stop_string(heir) if job.request.sampling.stop else None
-            done = bool(done_R[i]) or cut is not None
+            sampling = job.request.sampling
+            stopped = bool(stopped_R[i]) or (bool(sampling.stop_tokens) and int(token_R[i]) in sampling.stop_tokens)
+            cut = self._stop_string(heir) if sampling.stop else None
+            done = stopped or bool(done_R[i]) or cut is not None
             if job.listener is not None:
                 likeliest = heir.top_logprobs[-1] if heir.top_logprobs else ()
                 job.listener(heir.sample, int(token_R[i]), float(logprob_R[i]), done, likeliest)
             if done:
-                self._complete(heir, bool(stopped_R[i]), cut)
+                self._complete(heir, stopped, cut)
 
     def _note_likeliest(self, heirs: list[Sequence], logits_RV: Tensor) -> None:
         for i, heir in enumerate(heirs):

@@ -173,9 +173,10 @@ class Engine:
                 f"answer in the model's {self.model.config.max_positions}: shorten it."
             )
         sampling = request.sampling
-        wrong = [token for token, _ in sampling.logit_bias if not 0 <= token < self.model.config.vocab_size]
-        if wrong:
-            raise InputError(f"Request {request.id!r} has a logit_bias for token {wrong[0]}, which the model does not have.")
+        named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop": sampling.stop_tokens}
+        for what, tokens in named.items():
+            if wrong := [token for token in tokens if not 0 <= token < self.model.config.vocab_size]:
+                raise InputError(f"Request {request.id!r} has a {what} for token {wrong[0]}, which the model does not have.")
         if sampling.grammar:
             self.constraints.check(sampling.grammar)
         limit = min(sampling.max_tokens, room)

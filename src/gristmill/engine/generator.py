@@ -29,6 +29,7 @@ class Sampling:
         repetition_penalty: divides positive logits of tokens that prompt or response hold, multiplies negative ones; 1 is off.
         presence_penalty, frequency_penalty: taken from the logits of tokens that the response holds, once or as often as it does.
         stop: the response ends before any of these strings.
+        stop_tokens: ids of tokens that end the response, and are no part of its text, as its end of turn does.
         logit_bias: (token, what is added to its logit).
         top_logprobs: likeliest tokens that are told beside each drawn one.
         grammar: what a response keeps to, made by `constraints`; "" is nothing.
@@ -47,6 +48,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int = 0
     grammar: str = ""

@@ -451,6 +451,8 @@ def _body(target: Target, request: Request, num: int, start: int) -> dict[str, A
             body[name] = value
     if sampling.stop:
         body["stop"] = list(sampling.stop)
+    if sampling.stop_tokens:
+        body["stop_token_ids"] = list(sampling.stop_tokens)
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): value for token, value in sampling.logit_bias}
     if num > 1:
