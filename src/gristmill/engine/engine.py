@@ -97,6 +97,9 @@ class Engine:
     ) -> None:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}.")
+        device = model.embedding.device
+        if cache_dtype == torch.float8_e4m3fn and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise InputError(f"{torch.cuda.get_device_name(device)} has no fp8: keep the cache in int8 or bf16.")
         self._trained, self.model = model, model if quantize else _in_dtype(model, dtype)
         self.num_workers = num_workers(model)
         self.quantize = quantize
@@ -107,7 +110,7 @@ class Engine:
         self.chat_format = chat_format
         self.max_batch = max_batch
         self.dtype, self.cache_dtype, self.cache_tokens = dtype, cache_dtype or dtype, cache_tokens
-        self.device = model.embedding.device
+        self.device = device
         self.stats = EngineStats()
         self._name = name
         self._arrivals = itertools.count()

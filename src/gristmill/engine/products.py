@@ -60,10 +60,18 @@ class Dense:
         return F.linear(x_TD, self.weight_ND, self.bias_N)
 
 
+def _check_widths(linear: Linear, step: int) -> None:
+    """Raise `InputError` where a GPU's eight-bit product does not take the matrix."""
+    if linear.weight.device.type == "cuda" and any(size % step for size in linear.weight.shape):
+        size = " by ".join(map(str, linear.weight.shape))
+        raise InputError(f"A GPU multiplies eight-bit matrices whose sides are multiples of {step}, not {size}: quantize to int8-weight.")
+
+
 class Int8:
     """A product with an int8 matrix; activations are quantized row by row as they come."""
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+        _check_widths(linear, 8)
         weight_ND, self.scale_N = scaled(linear.weight.detach(), torch.int8)
         self.weight_DN = weight_ND.T.clone(memory_format=torch.contiguous_format)
         self.bias_N = None if linear.bias is None else linear.bias.detach().float()
@@ -129,6 +137,7 @@ class Fp8:
         device = linear.weight.device
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             raise InputError(f"{torch.cuda.get_device_name(device)} has no fp8 products: quantize to int8 instead.")
+        _check_widths(linear, 16)
         self.weight_ND, self.scale_N = scaled(linear.weight.detach(), torch.float8_e4m3fn)
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
         self.dtype = dtype
