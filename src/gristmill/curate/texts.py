@@ -26,9 +26,8 @@ class Texts:
     @staticmethod
     def of(column: pa.ChunkedArray | pa.Array) -> "Texts":
         """A column of strings; bytes are not copied where it is one piece."""
-        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        if isinstance(array, pa.ChunkedArray):  # of no chunk or several
-            array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], pa.large_string())
+        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        array = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks or [pa.array([], pa.large_string())])
         array = array.cast(pa.large_string())
         _, offsets, data = array.buffers()
         if len(array) == 0 or offsets is None:
