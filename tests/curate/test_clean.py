@@ -24,7 +24,7 @@ PIECES = [
     *("\n\n", "\n\n\n\n", "Privacy policy", "We use cookies", "lorem ipsum", "Text.", "import x", "```"),
 ]
 ANY = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=12).map("".join)
-INERT = [*"\u2013\u2014\u2018\u2019\u201c\u201d\u2022\u2026、。ぁゖァヺ一鿿가힣", "か", "ガ", "漢", "한"]
+INERT = [*"\u2013\u2014\u2018\u2019\u201c\u201d\u2022\u2026←⇿🌀🫿\ufe0f、。ぁゖァヺ一鿿가힣", "か", "ガ", "漢", "한"]
 
 
 def table(*texts: str) -> pa.Table:
@@ -172,9 +172,22 @@ def test_ftfy_changes_no_plain_ascii_nor_inert_characters() -> None:
 
 
 def test_every_inert_character_is_composed_and_no_sign_of_mojibake() -> None:
-    every = [chr(c) for c in range(0x2010, 0xD7B0)]
+    every = [chr(c) for c in (*range(0x2010, 0xD7B0), 0xFE0F, *range(0x1F000, 0x20000))]
     inert = [c for c, need in zip(every, needs(Texts.of(pa.array(every))), strict=True) if not need & module.UNICODE]
     assert len(inert) > 30_000 and set(INERT) <= set(inert)
     rng = np.random.default_rng(0)
     text = "".join(rng.permutation(inert))
     assert fix_text(text, FTFY) == text
+
+
+def test_what_is_not_suspect_is_no_sign_of_mojibake() -> None:
+    """One character beyond ASCII between all that ASCII is to the signs, and two of them too far from each other."""
+    from ftfy.badness import BADNESS_RE, is_bad
+
+    wide = sorted({c for c in BADNESS_RE.pattern if not c.isascii()} | {chr(c) for c in range(0x80, 0x180)})
+    ascii = "aZ0 .,?!-\n\t'\""
+    for c in wide:
+        if not module._SUSPECT.search(c):
+            assert not is_bad("".join(f"{a}{b}{c}{d}{e}" for a, b, d, e in itertools.product("aZ ", ascii, ascii, "aZ ")))
+    pairs = [f"{c}{gap}{d}a a" for c in wide for d in wide for gap in ("aa", "- ")]
+    assert not is_bad("".join(pair for pair in pairs if not module._SUSPECT.search(pair)))

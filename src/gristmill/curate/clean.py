@@ -31,6 +31,8 @@ _ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u2060-\u2064\ufeff]+|(?<![^\x00-\x7f])[\u200c\u200d]+")
 # what ftfy takes out; C1 is a sign of mojibake to it
 _FTFY_CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
+# every sign of mojibake to ftfy has one of these: two characters beyond ASCII with at most one of ASCII between, or one of a few
+_SUSPECT = re.compile("[^\x00-\x7f][\x00-\x7f]?[^\x00-\x7f]|[\x80-\x9fÂÃŒœ]")
 MOST_LINE = 1_000_000  # characters: ftfy cuts longer lines and looks at each piece
 _RUNS = re.compile("\n{3,}")
 
@@ -40,6 +42,8 @@ _TAG = re.compile(rf"<(/?)(?:({_BLOCKS})|({_INLINE}))(\s[^<>\n]{{0,1000}})?/?>",
 # their names as numbers, as the scan reads them: eight letters at most
 _NAMES = f"{_BLOCKS}|{_INLINE}".replace("h[1-6]", "h1|h2|h3|h4|h5|h6").split("|")
 _TAGS = np.array([int.from_bytes(name[:8].encode(), "big") for name in _NAMES], np.int64)
+# bytes that the scan passes over: tab, and printable ASCII but for & < and the rarest letters of what boilerplate holds
+_PLAIN = np.array([byte == 9 or (32 <= byte < 127 and chr(byte) not in "&<kKvVmM") for byte in range(256)])
 _ENTITY = re.compile(r"&(?:amp;)*(#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,24});")
 # Texts about markup, or of it: an escaped tag, a whole page, a quoted or indented leftover, a block of code.
 _MARKUP = re.compile(
@@ -102,35 +106,38 @@ def _scan(data_B, begin_N, tags, cookie, privacy, terms, lorem):  # type: ignore
     """uint8[N]: what each text may need. A bit too many costs time; one too few is a repair that is not made."""
     needs_N = np.zeros(len(begin_N) - 1, np.uint8)
     for n in range(len(needs_N)):
-        i, end = begin_N[n], begin_N[n + 1]
-        needs, breaks = 0, 0
+        begin, end = begin_N[n], begin_N[n + 1]
+        i, needs = begin, 0
         while i < end:
             c = data_B[i]
-            if c == 10:
-                breaks += 1
-                if breaks == 3:
-                    needs |= NEWLINES
+            if _PLAIN[c]:
                 i += 1
                 continue
-            breaks = 0
             if c >= 128:
                 size = 2 if c < 0xE0 else 3 if c < 0xF0 else 4
                 a = data_B[i + 1] if i + 1 < end else 0
                 b = data_B[i + 2] if size > 2 and i + 2 < end else 0
                 point = (c & 0x1F) << 6 | (a & 0x3F) if size == 2 else (c & 0x0F) << 12 | (a & 0x3F) << 6 | (b & 0x3F)
-                # ftfy changes no text of these: dashes, curly quotes, bullet, ellipsis; kana without marks; ideographs; Hangul
-                inert = size == 3 and (
-                    point == 0x2013
-                    or point == 0x2014
-                    or (0x2018 <= point <= 0x2019)
-                    or (0x201C <= point <= 0x201D)
-                    or point == 0x2022
-                    or point == 0x2026
-                    or (0x3001 <= point <= 0x3002)
-                    or (0x3041 <= point <= 0x3096)
-                    or (0x30A1 <= point <= 0x30FA)
-                    or (0x4E00 <= point <= 0x9FFF)
-                    or (0xAC00 <= point <= 0xD7A3)
+                # ftfy changes no text of these: dashes, curly quotes, bullet, ellipsis; arrows; kana without marks; ideographs; Hangul;
+                # emoji, and what makes one of a sign
+                inert = (
+                    (size == 4 and c == 0xF0 and a == 0x9F and 0x8C <= b <= 0xAB)
+                    or size == 3
+                    and (
+                        point == 0x2013
+                        or point == 0x2014
+                        or (0x2018 <= point <= 0x2019)
+                        or (0x201C <= point <= 0x201D)
+                        or point == 0x2022
+                        or point == 0x2026
+                        or (0x2190 <= point <= 0x21FF)
+                        or (0x3001 <= point <= 0x3002)
+                        or (0x3041 <= point <= 0x3096)
+                        or (0x30A1 <= point <= 0x30FA)
+                        or (0x4E00 <= point <= 0x9FFF)
+                        or (0xAC00 <= point <= 0xD7A3)
+                        or point == 0xFE0F
+                    )
                 )
                 if not inert:
                     needs |= UNICODE
@@ -139,11 +146,13 @@ def _scan(data_B, begin_N, tags, cookie, privacy, terms, lorem):  # type: ignore
                         needs |= CONTROL
                 i += size
                 continue
-            if c < 32:
-                if c != 9:
-                    needs |= CONTROL
-                    if c != 13 and c != 12:
-                        needs |= UNICODE
+            if c == 10:
+                if i >= begin + 2 and data_B[i - 1] == 10 and data_B[i - 2] == 10:
+                    needs |= NEWLINES
+            elif c < 32:
+                needs |= CONTROL
+                if c != 13 and c != 12:
+                    needs |= UNICODE
             elif c == 127:
                 needs |= CONTROL | UNICODE
             elif c == 38:  # &
@@ -169,12 +178,11 @@ def _scan(data_B, begin_N, tags, cookie, privacy, terms, lorem):  # type: ignore
                         if data_B[j] == 60 or data_B[j] == 10:
                             break
             elif not needs & BOILERPLATE:
-                low = c | 0x20
+                low, three, four = c | 0x20, max(begin, i - 3), max(begin, i - 4)
                 if (
-                    (low == 99 and _same(data_B, i, end, cookie))
-                    or (low == 112 and _same(data_B, i, end, privacy))
-                    or (low == 116 and _same(data_B, i, end, terms))
-                    or (low == 108 and _same(data_B, i, end, lorem))
+                    (low == 107 and _same(data_B, three, end, cookie))
+                    or (low == 118 and _same(data_B, three, end, privacy))
+                    or (low == 109 and (_same(data_B, three, end, terms) or _same(data_B, four, end, lorem)))
                 ):
                     needs |= BOILERPLATE
             i += 1
@@ -196,16 +204,20 @@ def _assemble(data_B, begin_N, runs_N, slot_N, other_B, other_begin_M, out_B, ou
         source, begin, end = data_B, begin_N[n], begin_N[n + 1]
         if slot_N[n] >= 0:
             source, begin, end = other_B, other_begin_M[slot_N[n]], other_begin_M[slot_N[n] + 1]
-        shorten = runs_N[n] and slot_N[n] < 0
-        breaks = 0
         for i in range(begin, end):
-            c = source[i]
-            if c > 32:
+            if source[i] > 32:
                 blank_N[n] = False
-            breaks = breaks + 1 if c == 10 else 0
-            if breaks < 3 or not shorten:
-                out_B[at] = c
-                at += 1
+                break
+        if runs_N[n] and slot_N[n] < 0:
+            breaks = 0
+            for i in range(begin, end):
+                out_B[at] = source[i]
+                breaks = breaks + 1 if source[i] == 10 else 0
+                at += breaks < 3  # or the next byte takes its place
+        else:
+            for i in range(end - begin):
+                out_B[at + i] = source[begin + i]
+            at += end - begin
     out_begin_N[len(begin_N) - 1] = at
     return blank_N
 
@@ -237,7 +249,8 @@ def mend(text: str) -> str:
         if line.isascii() and not (controls and _FTFY_CONTROL.search(line)):
             continue
         line += "\n" if i < len(lines) - 1 else ""  # the signs look at it
-        if (controls and _FTFY_CONTROL.search(line)) or is_bad(line) or not unicodedata.is_normalized("NFC", line) or len(line) > MOST_LINE:
+        bad = (controls and _FTFY_CONTROL.search(line)) or (_SUSPECT.search(line) and is_bad(line))
+        if bad or not unicodedata.is_normalized("NFC", line) or len(line) > MOST_LINE:
             lines[i] = fix_text(line, plain).removesuffix("\n")
     return "\n".join(lines)
 
@@ -352,5 +365,5 @@ def _column(texts: Texts, runs_N: np.ndarray, slot_N: np.ndarray, mended: list[b
     out_begin_N = np.empty(len(texts) + 1, np.int64)
     other_B = np.frombuffer(b"".join(mended), np.uint8)
     blank_N = _assemble(texts.data_B, texts.begin_N, runs_N, slot_N, other_B, other_begin_M, out_B, out_begin_N)
-    data = pa.py_buffer(out_B[: int(out_begin_N[-1])].copy())
+    data = pa.py_buffer(out_B[: out_begin_N[-1]])
     return pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(out_begin_N), data), blank_N
