@@ -201,23 +201,20 @@ def _assemble(data_B, begin_N, runs_N, slot_N, other_B, other_begin_M, out_B, ou
     at = 0
     for n in range(len(begin_N) - 1):
         out_begin_N[n] = at
-        source, begin, end = data_B, begin_N[n], begin_N[n + 1]
+        source = data_B[begin_N[n] : begin_N[n + 1]]
         if slot_N[n] >= 0:
-            source, begin, end = other_B, other_begin_M[slot_N[n]], other_begin_M[slot_N[n] + 1]
-        for i in range(begin, end):
-            if source[i] > 32:
+            source = other_B[other_begin_M[slot_N[n]] : other_begin_M[slot_N[n] + 1]]
+        for c in source:
+            if c > 32:
                 blank_N[n] = False
                 break
-        if runs_N[n] and slot_N[n] < 0:
-            breaks = 0
-            for i in range(begin, end):
-                out_B[at] = source[i]
-                breaks = breaks + 1 if source[i] == 10 else 0
-                at += breaks < 3  # or the next byte takes its place
-        else:
-            for i in range(end - begin):
-                out_B[at + i] = source[begin + i]
-            at += end - begin
+        first = 0
+        for i in range(2, len(source) if runs_N[n] and slot_N[n] < 0 else 0):
+            if source[i] == 10 and source[i - 1] == 10 and source[i - 2] == 10:  # all up to here, but for this one
+                out_B[at : at + i - first] = source[first:i]
+                at, first = at + i - first, i + 1
+        out_B[at : at + len(source) - first] = source[first:]
+        at += len(source) - first
     out_begin_N[len(begin_N) - 1] = at
     return blank_N
 
