@@ -284,3 +284,22 @@ def test_huge_documents_take_linear_time(unit: str) -> None:
     begin = time.process_time()
     figures(texts)
     assert time.process_time() - begin < 2  # of it 0.05 are needed, and hours if time were of the square
+
+
+LIMITS = st.tuples(st.none() | st.sampled_from([0.0, 0.5, 2.0]), st.none() | st.sampled_from([2.0, 5.0, 20.0]))
+
+
+@given(st.lists(TEXTS, max_size=4), st.sampled_from(sorted(RULES)), st.dictionaries(st.sampled_from(FIGURES), LIMITS, max_size=8))
+def test_ngrams_are_looked_at_wherever_they_matter(texts: list[str], name: str, limits: dict[str, tuple[float, float]]) -> None:
+    settings = Filter(rules=name, limits={rule.figure: (None, None) for rule in RULES[name]} | limits)  # type: ignore[arg-type]
+    expected = []
+    for i, figure in enumerate(fast(texts)):
+        broken = [
+            (str(i), rule.figure, figure[rule.figure], limit)
+            for rule in settings.all_rules()
+            for limit, sign in ((rule.least, -1), (rule.most, 1))
+            if limit is not None and sign * (figure[rule.figure] - limit) > 0
+        ]
+        expected += broken[:1]
+    dropped = heuristics(documents(texts), settings).dropped.select(["id", "reason", "figure", "limit"]).to_pylist()
+    assert [tuple(row.values()) for row in dropped] == expected

@@ -16,6 +16,8 @@ Sources: Gopher (2112.11446), C4 (1910.10683), FineWeb (2406.17557), StarCoder (
 Shapes: N documents, B bytes of all, W words of one, C n-grams of one that may be repeated, T places of the hash table.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numba
@@ -27,10 +29,9 @@ TOP, DUPLICATE = (2, 3, 4), (2, 3, 4, 5, 6, 7, 8, 9, 10)  # lengths of n-grams
 
 # What is counted, in the order in which `_counts` gives it.
 COUNTS = (
-    *("words", "characters", "letters", "digits", "brackets", "ellipses"),
-    *("alphanumeric", "ascii_letters", "ascii_digits", "white_space", "ascii_brackets"),
-    *("newlines", "hashes", "curly_brackets"),
-    *("word_characters", "longest_word", "urls", "lettered", "symbols", "common", "sentences", "dots"),
+    *("words", "characters", "others", "letters", "digits", "letters_and_digits", "white_space", "brackets"),
+    *("newlines", "hashes", "curly_brackets", "ellipses"),
+    *("word_characters", "longest_word", "urls", "lettered", "symbols", "common", "sentences"),
     *("lines", "unique_lines", "line_characters", "unique_line_characters"),
     *("parts", "unique_parts", "part_characters", "unique_part_characters"),
     *("longest_line", "bare_lines", "ellipsis_lines", "bullet_lines", "short_lines", "javascript_lines"),
@@ -79,6 +80,7 @@ _PARTS: dict[str, tuple[str, str]] = {
     "longest_line": ("longest_line", ""),  # characters
 }
 FIGURES = tuple(_PARTS)
+NGRAMS = frozenset([*(f"top_{n}gram" for n in TOP), *(f"duplicate_{n}gram" for n in DUPLICATE)])  # figures that take time of their own
 
 
 # ---- what is looked for, as arrays that numba reads ----
@@ -96,9 +98,9 @@ def _bits(*members: str) -> np.ndarray:
 
 _LOWER, _FIGURES = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 _LETTERS = _LOWER + _LOWER.upper()
-_BLANK, _WIDE, _LETTER, _J, _K, _V, _W, _DOT, _SLASH, _HASH = (1 << k for k in range(10))
+_BLANK, _WIDE, _LETTER, _J, _K, _M, _V, _W, _DOT, _SLASH, _HASH = (1 << k for k in range(11))
 # What a word is made of is known from these bits of its bytes; the rest is only looked at in words that may have it.
-KIND = _bits("".join(map(chr, (9, 10, 11, 12, 13, 28, 29, 30, 31, 32))), "", _LETTERS, "jJ", "kK", "vV", "wW", ".", "/", "#")
+KIND = _bits("".join(map(chr, (9, 10, 11, 12, 13, 28, 29, 30, 31, 32))), "", _LETTERS, "jJ", "kK", "mM", "vV", "wW", ".", "/", "#")
 KIND[128:] = _WIDE
 COUNTED = _bits(_LETTERS + _FIGURES + "\n?!,.", _LETTERS, _FIGURES, "\t\n\r\b ", "()[]{}")
 END_MARK = _bits(".?!\"'", ".?!")
@@ -109,6 +111,10 @@ POLICY = _rows(
 )
 ELLIPSES = _rows("...", "\u2026", "[...]", "(...)", "[\u2026]", "-\u00bb", "read more", "read more..")
 URLS = _rows("http://", "https://", "www.")
+# Of each figure: its count, the count that it is divided by (-1: none), and what it is where that is 0.
+PART = np.array([COUNTS.index(part) for part, _ in _PARTS.values()])
+WHOLE = np.array([COUNTS.index(whole) if whole else -1 for _, whole in _PARTS.values()])
+OF_NOTHING = np.array([float(name.startswith("unique") or name == "words_with_letter") for name in FIGURES])
 ELLIPSES_SIZE = np.count_nonzero(ELLIPSES, axis=1)
 TERMS, COOKIE, PRIVACY, LOREM = _rows("terms of use"), _rows("cookie"), _rows("privacy"), _rows("lorem ipsum")
 JAVASCRIPT, XML = _rows("javascript"), _rows("<?xml version=")
@@ -287,7 +293,7 @@ def _count(data_B, begin, stop, byte, length):  # type: ignore[no-untyped-def]
 
 @compiled
 def _of_words(data_B, words, num):  # type: ignore[no-untyped-def]
-    """Characters of all, of the longest and of URLs; how many have a letter, are symbols, are common, end a sentence; "..." in them."""
+    """Characters of all, of the longest and of URLs; how many have a letter, are symbols, are common, end a sentence. And "..." in them."""
     total, longest, urls, lettered, symbols, common, sentences, ellipses = 0, 0, 0, 0, 0, 0, 0, 0
     for w in range(num):
         begin, stop, kind, size = words.begin_W[w], words.stop_W[w], words.kind_W[w], words.size_W[w]
@@ -308,7 +314,7 @@ def _of_words(data_B, words, num):  # type: ignore[no-untyped-def]
             symbols += _is_ellipsis(data_B, begin, stop, True)
         if kind & _DOT and stop - begin >= 3:
             ellipses += _count(data_B, begin, stop, 46, 3)
-    return total, longest, urls, lettered, symbols, common, sentences, ellipses
+    return (total, longest, urls, lettered, symbols, common, sentences), ellipses
 
 
 @compiled
@@ -336,9 +342,9 @@ def _of_lines(data_B, words, num):  # type: ignore[no-untyped-def]
 
 @compiled
 def _is_policy(data_B, begin, end, start, stop, kind):  # type: ignore[no-untyped-def]
-    """Whether one of POLICY stands over the word from start to stop, in the text from begin to end."""
-    if stop - start == 2:  # perhaps of
-        return start - 6 >= begin and _matches(data_B, start - 6, end, TERMS, 0) > 0
+    """Whether one of POLICY stands over the word from start to stop, or TERMS begins in it, in the text from begin to end."""
+    if kind & _M and stop - 5 >= begin and _matches(data_B, stop - 5, end, TERMS, 0):
+        return True
     if not (kind & _K and _find(data_B, start, stop, COOKIE) >= 0 or kind & _V and _find(data_B, start, stop, PRIVACY) >= 0):
         return False  # all others have one of these words
     for i in range(max(begin, start - POLICY.shape[1]), stop):
@@ -353,13 +359,16 @@ def _boilerplate(data_B, begin, end, words, num):  # type: ignore[no-untyped-def
     """Paragraphs with a policy string; whether lorem ipsum is anywhere."""
     policies, found, lorem = 0, False, False
     for w in range(num):
-        start, stop = words.begin_W[w], words.stop_W[w]
         if words.breaks_W[w] > 1:
             found = False
-        if not found and _is_policy(data_B, begin, end, start, stop, words.kind_W[w]):
+        kind = words.kind_W[w]
+        if not kind & (_K | _M | _V):
+            continue
+        start, stop = words.begin_W[w], words.stop_W[w]
+        if not found and _is_policy(data_B, begin, end, start, stop, kind):
             policies, found = policies + 1, True
-        if data_B[start] | 32 == 105 and start - 6 >= begin and not lorem:  # an i, perhaps of ipsum
-            lorem = _matches(data_B, start - 6, end, LOREM, 0) > 0
+        if kind & _M and stop - 5 >= begin and not lorem:
+            lorem = _matches(data_B, stop - 5, end, LOREM, 0) > 0
     return policies, lorem
 
 
@@ -389,22 +398,41 @@ def _mask(num):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _unique(words, num, breaks, table_T2, epoch):  # type: ignore[no-untyped-def]
-    """Of the pieces between so many newlines: how many, how many different, characters of all, of the different."""
+def _lines(words, num, table_T2, epoch, at_C, key_C):  # type: ignore[no-untyped-def]
+    """How many lines, how many different, characters of all, of the different. Leaves the first word and the hash of each."""
     total, unique, chars, unique_chars = 0, 0, 0, 0
     first, key, mask = 0, _SEED, _mask(num)
     for w in range(num):
-        if w > first:
-            key = _mixed(key, words.gap_W[w])
-        key = _mixed(key, words.hash_W[w])
-        if w + 1 < num and words.breaks_W[w + 1] < breaks:
+        key = _mixed(key, words.hash_W[w] ^ (words.gap_W[w] if w > first else _ZERO))
+        if w + 1 < num and words.breaks_W[w + 1] == 0:
             continue
         size = words.at_W[w] + words.size_W[w] - words.at_W[first]
         _, times = _put(table_T2, mask, epoch, key)
+        at_C[total], key_C[total] = first, key
         total, chars = total + 1, chars + size
         if times == _ONE:
             unique, unique_chars = unique + 1, unique_chars + size
         first, key = w + 1, _SEED
+    return total, unique, chars, unique_chars
+
+
+@compiled
+def _paragraphs(words, num, num_lines, table_T2, epoch, at_C, key_C):  # type: ignore[no-untyped-def]
+    """The same of paragraphs, from the lines."""
+    total, unique, chars, unique_chars = 0, 0, 0, 0
+    first, key, mask = 0, _SEED, _mask(num_lines)
+    for c in range(num_lines):
+        key = _mixed(key, key_C[c])
+        after = at_C[c + 1] if c + 1 < num_lines else num
+        if after < num and words.breaks_W[after] == 1:
+            key = _mixed(key, words.gap_W[after])
+            continue
+        size = words.at_W[after - 1] + words.size_W[after - 1] - words.at_W[first]
+        _, times = _put(table_T2, mask, epoch, key)
+        total, chars = total + 1, chars + size
+        if times == _ONE:
+            unique, unique_chars = unique + 1, unique_chars + size
+        first, key = after, _SEED
     return total, unique, chars, unique_chars
 
 
@@ -477,26 +505,35 @@ def _has_xml_header(data_B, begin, end):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _counts(data_B, begin, end, classes, words, count_256, table_T2, epoch, at_C, key_C, place_C, again_C, counts_K):  # type: ignore[no-untyped-def]
-    """Write the counts of one document. Returns the next epoch."""
+def _counts(data_B, begin, end, classes, words, count_256, table_T2, epoch, at_C, key_C, counts_K):  # type: ignore[no-untyped-def]
+    """Write the counts of one document, but for those of n-grams. Returns its words."""
     count_256[:] = 0
-    read = _read(data_B, begin, end, classes, words, count_256)
-    num = read[0]
+    num, characters, letters, digits, brackets, ellipses = _read(data_B, begin, end, classes, words, count_256)
+    alphanumeric, ascii_letters, ascii_digits, white_space, ascii_brackets = _of_ascii(count_256)
+    letters, digits = letters + ascii_letters, digits + ascii_digits
+    of_words, dots = _of_words(data_B, words, num)
+    lines = _lines(words, num, table_T2, epoch, at_C, key_C)
+    paragraphs = _paragraphs(words, num, lines[0], table_T2, epoch + _ONE, at_C, key_C)
     policies, lorem = _boilerplate(data_B, begin, end, words, num)
     counts = (
-        read
-        + _of_ascii(count_256)
-        + (count_256[10], count_256[35], count_256[123])  # newline, hash sign, curly bracket
-        + _of_words(data_B, words, num)
-        + _unique(words, num, 1, table_T2, epoch)
-        + _unique(words, num, 2, table_T2, epoch + _ONE)
+        (num, characters, characters - alphanumeric, letters, digits, letters + digits, white_space, brackets + ascii_brackets)
+        + (count_256[10], count_256[35], count_256[123], ellipses + dots)  # newline, hash sign, curly bracket
+        + of_words
+        + lines
+        + paragraphs
         + _of_lines(data_B, words, num)
-        + (policies, np.int64(lorem), np.int64(count_256[60] > 0 and _has_xml_header(data_B, begin, end)))
+        + (paragraphs[0] if lorem else policies, np.int64(lorem), np.int64(count_256[60] > 0 and _has_xml_header(data_B, begin, end)))
     )
     for k in range(len(counts)):
         counts_K[k] = counts[k]
-    ngrams = counts_K[len(counts) :]
-    return _ngrams(words, num, table_T2, epoch + _ONE + _ONE, at_C, key_C, place_C, again_C, ngrams[:3], ngrams[3:])
+    return num
+
+
+@compiled
+def _divide(counts_K, figures_F):  # type: ignore[no-untyped-def]
+    for f in range(len(PART)):
+        whole = counts_K[WHOLE[f]] if WHOLE[f] >= 0 else 1
+        figures_F[f] = counts_K[PART[f]] / whole if whole > 0 else OF_NOTHING[f]
 
 
 @compiled
@@ -512,35 +549,37 @@ def _most_words(data_B, begin_N):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _count_all(data_B, begin_N, classes, words, at_C, key_C, place_C, again_C, counts_NK):  # type: ignore[no-untyped-def]
+def _count_all(data_B, begin_N, classes, words, limits_F2, at_C, key_C, place_C, again_C, figures_NF):  # type: ignore[no-untyped-def]
     table_T2, epoch = np.zeros((np.int64(_mask(len(at_C))) + 1, 2), np.uint64), _ONE
     count_256 = np.empty(256, np.int64)
+    counts_K = np.empty(len(COUNTS), np.int64)
+    top_3, again_9 = counts_K[-len(TOP) - len(DUPLICATE) : -len(DUPLICATE)], counts_K[-len(DUPLICATE) :]
     for d in range(len(begin_N) - 1):
-        begin, end = begin_N[d], begin_N[d + 1]
-        epoch = _counts(data_B, begin, end, classes, words, count_256, table_T2, epoch, at_C, key_C, place_C, again_C, counts_NK[d])
+        counts_K[:] = 0
+        num = _counts(data_B, begin_N[d], begin_N[d + 1], classes, words, count_256, table_T2, epoch, at_C, key_C, counts_K)
+        epoch += _ONE + _ONE
+        _divide(counts_K, figures_NF[d])
+        within = True
+        for f in range(len(limits_F2)):
+            within = within and limits_F2[f, 0] <= figures_NF[d, f] <= limits_F2[f, 1]
+        if within:
+            epoch = _ngrams(words, num, table_T2, epoch, at_C, key_C, place_C, again_C, top_3, again_9)
+            _divide(counts_K, figures_NF[d])
 
 
-def figures(texts: Texts) -> np.ndarray:
-    """float64 [N, FIGURES] of the texts, which must be valid UTF-8."""
+def figures(texts: Texts, within: Mapping[str, tuple[float, float]] | None = MappingProxyType({})) -> np.ndarray:
+    """float64 [N, FIGURES] of the texts, which must be valid UTF-8.
+
+    Args:
+        within: least and most of other figures. Beyond them a document's n-grams are not looked at, and NGRAMS are 0; with None,
+            everywhere.
+    """
     data_B, begin_N = texts.data_B.view(), texts.begin_N.view()
     data_B.flags.writeable = begin_N.flags.writeable = False  # as Arrow's are: one kind of array to compile for
     most = _most_words(data_B, begin_N)
     words = Words(*(np.empty(most, kind) for kind in ("u8", "u8", "i4", "i8", "i8", "i8", "i8", "u2")))
-    counts_NK = np.zeros((len(texts), len(COUNTS)), np.int64)
     at_C, key_C, place_C, again_C = (np.empty(most, kind) for kind in ("i8", "u8", "u8", "?"))
-    _count_all(data_B, begin_N, classes(), words, at_C, key_C, place_C, again_C, counts_NK)
-    counted = dict(zip(COUNTS, counts_NK.T, strict=True))
-    for kind in ("letters", "digits", "brackets"):
-        counted[kind] += counted[f"ascii_{kind}"]
-    counted["ellipses"] += counted["dots"]
-    counted["others"] = counted["characters"] - counted["alphanumeric"]
-    counted["letters_and_digits"] = counted["letters"] + counted["digits"]
-    counted["policies"] = np.where(counted["lorem_ipsum"] > 0, counted["parts"], counted["policies"])
+    limits_F2 = np.array([(1, 0) if within is None else within.get(name, (-np.inf, np.inf)) for name in FIGURES], np.float64)
     figures_NF = np.empty((len(texts), len(FIGURES)))
-    for f, (name, (part, whole)) in enumerate(_PARTS.items()):
-        if whole:
-            of_nothing = float(name.startswith("unique") or name == "words_with_letter")
-            figures_NF[:, f] = np.where(counted[whole] > 0, counted[part] / np.maximum(counted[whole], 1), of_nothing)
-        else:
-            figures_NF[:, f] = counted[part]
+    _count_all(data_B, begin_N, classes(), words, limits_F2, at_C, key_C, place_C, again_C, figures_NF)
     return figures_NF

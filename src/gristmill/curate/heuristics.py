@@ -5,6 +5,7 @@ Shapes: N documents.
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from gristmill.curate.figures import DUPLICATE, FIGURES, TOP, figures
+from gristmill.curate.figures import DUPLICATE, FIGURES, NGRAMS, TOP, figures
 from gristmill.curate.step import Outcome, in_meta, split
 from gristmill.curate.texts import Texts
 from gristmill.recipe import Section
@@ -136,13 +137,25 @@ def chosen(table: pa.Table, column: str, values: Sequence[str]) -> np.ndarray:
     return np.array([value is not None and str(value) in values for value in plain], np.bool_)
 
 
+def _before_ngrams(rules: list[Rule]) -> dict[str, tuple[float, float]] | None:
+    """The limits of the rules before the first one on n-grams: no other document's n-grams can matter. None if no rule is on them."""
+    of_ngrams = [rule.figure in NGRAMS for rule in rules]
+    if not any(of_ngrams):
+        return None
+    return {
+        figure: (-math.inf if least is None else least, math.inf if most is None else most)
+        for figure, least, most in rules[: of_ngrams.index(True)]
+    }
+
+
 def heuristics(table: pa.Table, settings: Filter) -> Outcome:
     """Drop documents that break a rule. The first one in order is the reason; with it go the figure and the limit that it broke."""
-    figures_NF = figures(Texts.of(table["text"]))
+    rules = settings.all_rules()
+    figures_NF = figures(Texts.of(table["text"]), _before_ngrams(rules))
     open_N = chosen(table, settings.column, settings.values)
     reasons: list[str | None] = [None] * len(table)
     figure_N, limit_N = np.zeros(len(table)), np.zeros(len(table))
-    for rule in settings.all_rules():
+    for rule in rules:
         value_N = figures_NF[:, FIGURES.index(rule.figure)]
         for limit, broken_N in ((rule.least, np.less), (rule.most, np.greater)):
             if limit is None:
