@@ -311,6 +311,19 @@ def test_a_part_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [path.name for path in writer.close()] == ["part-00000.jsonl"]
 
 
+def test_who_was_left_at_a_part_does_not_harm_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.Table.from_pylist([{"id": str(i), "text": "x" * 100} for i in range(100)], schema=DOCUMENT)
+    writers = []
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        writers.append(Writer(tmp_path, "parquet", 1 << 20))
+        writers[-1].add(table.slice(0, 60))
+    for writer in writers:
+        writer.add(table.slice(60))
+        [path] = writer.close()
+        assert [row["id"] for row in all_of(path)[0]] == [str(i) for i in range(100)]
+
+
 def test_labels_go_to_meta_on_the_way_back(tmp_path: Path) -> None:
     table = pa.Table.from_pylist([{"id": "a", "text": "x", "meta": '{"n": 1}'}], schema=DOCUMENT)
     [path] = write(iter([table.append_column("language", pa.array(["en"]))]), tmp_path, "parquet", 10)

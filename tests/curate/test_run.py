@@ -1,5 +1,6 @@
 """Whole curations: what is kept, what is dropped and why, by every executor, and after being killed at any moment."""
 
+import contextlib
 import json
 import os
 import random
@@ -190,6 +191,46 @@ def test_killed_at_any_moment_it_ends_the_same(corpus: Path, done: Path, tmp_pat
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert kept(tmp_path / "run") == kept(done) and dropped(tmp_path / "run") == dropped(done)
+
+
+def processes_with(mark: str) -> dict[int, str]:
+    """Running processes that have this in their environment: Ray starts its own in groups of their own."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = (folder / "cmdline").read_text()
+    return found
+
+
+def test_the_driver_of_ray_is_killed(corpus: Path, done: Path, tmp_path: Path) -> None:
+    """kill -9 of the driver alone when some tasks are done, and again; then to the end."""
+    pytest.importorskip("ray")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_of(corpus, executor="ray", workers=2).model_dump(mode="json")))
+    command = [sys.executable, "-m", "gristmill.cli", "curate", str(path), "--out", str(tmp_path / "run"), "--quiet"]
+    mark = f"GRISTMILL_TEST={tmp_path}"
+    environment = os.environ | dict([mark.split("=", 1)])
+    draw = random.Random(0)
+    try:
+        for least in (1, 15, 30):
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+            wanted = least + draw.randrange(12)
+            while process.poll() is None and sum(1 for _ in (tmp_path / "run").glob("work/*/*.json")) < wanted:
+                time.sleep(0.02)
+            assert process.poll() is None, "it is stopped before its end"
+            process.kill()
+            process.wait()
+            end = time.monotonic() + 20  # twice what it takes, if much else is going on
+            while any("ray::" in name and "perform" in name for name in processes_with(mark).values()):
+                assert time.monotonic() < end, "who has worked for it ends with it"
+                time.sleep(0.1)
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    finally:
+        for one in processes_with(mark):  # Ray's own end later
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
     assert kept(tmp_path / "run") == kept(done) and dropped(tmp_path / "run") == dropped(done)
 
 

@@ -497,6 +497,7 @@ class Writer:
     def __init__(self, folder: Path, format: Format, shard_bytes: int):
         self.folder, self.format, self.shard_bytes = folder, format, shard_bytes
         self.paths: list[Path] = []
+        self.process = os.getpid()  # a worker of a run that was killed may still be at the same part
         self.size = 0  # bytes of text in the part that is open
         self.sink: Any = None
         self.parquet: pq.ParquetWriter | None = None
@@ -527,7 +528,7 @@ class Writer:
         return self.paths
 
     def _temporary(self) -> Path:
-        return self.folder / f".part-{len(self.paths):05d}.{self.format}.tmp"
+        return self.folder / f".part-{len(self.paths):05d}.{self.format}.{self.process}.tmp"
 
     def _write(self, piece: pa.Table) -> None:
         if self.sink is None:

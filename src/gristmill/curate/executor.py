@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,8 +66,14 @@ class InProcess:
 
 
 def _serve(parent: int) -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when it is gone, which nobody else would tell."""
+    """In a worker: leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with(parent)
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """In a worker: end when the parent is gone, which nobody else would tell."""
 
     def watch() -> None:
         while True:
@@ -128,6 +135,14 @@ class Processes:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _perform_for(driver: int, task: Task) -> dict[str, Any]:
+    """`perform` in a worker of Ray's. On the driver's machine it ends with the driver: Ray lets it work on for a minute and more, beside
+    the next run. (A cluster that stays sees to it itself: `driver` is 0.)"""
+    if driver:
+        _end_with(driver)
+    return perform(task)
+
+
 class Ray:
     """Ray tasks, on the cluster that `RAY_ADDRESS` names or on a local one. Run folder and inputs must be where all nodes see them."""
 
@@ -138,10 +153,12 @@ class Ray:
             raise InputError("Ray is not installed: pip install 'gristmill[ray]'.") from e
         self.ray, self.workers = ray, workers
         self.started = not ray.is_initialized()
+        is_local = self.started and not os.environ.get("RAY_ADDRESS")
         if self.started:
-            local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
+            local = {"num_cpus": workers} if is_local else {}
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", **local)
-        self.perform = ray.remote(num_cpus=1, max_retries=ATTEMPTS)(perform)
+        self.driver = os.getpid() if is_local else 0
+        self.perform = ray.remote(num_cpus=1, max_retries=ATTEMPTS)(_perform_for)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
         left = list(enumerate(tasks))[::-1]
@@ -149,7 +166,7 @@ class Ray:
         while left or running:
             while left and len(running) < 2 * self.workers:
                 place, task = left.pop()
-                running[self.perform.remote(task)] = place
+                running[self.perform.remote(self.driver, task)] = place
             done, _ = self.ray.wait(list(running), num_returns=1)
             for reference in done:
                 place = running.pop(reference)

@@ -233,6 +233,8 @@ class _Run:
         if not data.exists():  # moved away by a run that was killed right then
             task.marker.unlink(missing_ok=True)
         (written,) = self._do("write", [task])
+        for unfinished in data.glob(".part-*.tmp"):  # by a run that was killed
+            unfinished.unlink(missing_ok=True)
         dropped.mkdir(exist_ok=True)
         for stage in self.stages:
             for path in sorted(stage["folder"].glob("dropped-*.parquet")):
