@@ -6,6 +6,7 @@ text can never produce a control token.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -65,6 +66,37 @@ class ChatFormat:
         """Every control token of the format, in first-use order."""
         names = [self.bos, *(h[i] for h in self.headers.values() for i in (0, 2)), self.end]
         return list(dict.fromkeys(n for n in names if n))
+
+    @property
+    def template(self) -> str:
+        """The format in the language of Hugging Face's chat templates (Jinja), for other programs. What it makes of a conversation has the
+        tokens of `render`, unless a message begins with white space or holds the name of a control token."""
+
+        def put(text: str) -> str:
+            return f"{{{{ {json.dumps(text)} }}}}" if text else ""
+
+        header = {role: "".join(parts) for role, parts in self.headers.items()}
+        user = put(header["user"])
+        if self.end_opens_next:
+            after_answer = put("".join(self.headers["user"][1:]))
+            user = f"{{% if loop.first or loop.previtem.role != 'assistant' %}}{user}{{% else %}}{after_answer}{{% endif %}}"
+        end = put(self.end)
+        if self.end_opens_next:
+            end = f"{{% if message.role == 'assistant' %}}{end}{{% endif %}}"
+        between = f"{{% if not loop.last %}}{put(self.after)}{{% endif %}}" if self.after else ""
+        no_system = put(header["system"] + self.close)
+        return "".join(
+            (
+                put(self.bos),
+                f"{{% if messages[0].role != 'system' %}}{no_system}{{% endif %}}" if self.always_system else "",
+                "{% for message in messages %}",
+                f"{{% if message.role == 'system' %}}{put(header['system'])}{{% elif message.role == 'user' %}}{user}",
+                f"{{% else %}}{put(header['assistant'])}{{% endif %}}",
+                "{{ message.content }}" + put(self.close) + end + between,
+                "{% endfor %}",
+                f"{{% if add_generation_prompt %}}{put(self.after + header['assistant'])}{{% endif %}}",
+            )
+        )
 
     def render(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Rendered:
         """Ids and loss mask of a whole conversation.
@@ -209,13 +241,18 @@ def to_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [dataclasses.asdict(m) for m in messages]
 
 
+def fitting(tokenizer: Tokenizer) -> list[ChatFormat]:
+    """The formats whose control tokens the tokenizer has."""
+    return [f for f in FORMATS.values() if all(tokenizer.has(t) for t in f.special_tokens)]
+
+
 def guess_format(tokenizer: Tokenizer) -> ChatFormat:
     """The format whose control tokens the tokenizer has.
 
     Raises:
         InputError: none or more than one fits.
     """
-    fits = [f for f in FORMATS.values() if all(tokenizer.has(t) for t in f.special_tokens)]
+    fits = fitting(tokenizer)
     if len(fits) != 1:
         names = ", ".join(f.name for f in fits) or "none"
         raise InputError(f"Cannot tell the chat format from the tokenizer ({names} fit): name one of {', '.join(FORMATS)}.")

@@ -89,12 +89,13 @@ class Tokenizer:
             raise InputError(f"{config_path} is not a tokenizer configuration ({e!r}): download it again.") from e
         return Tokenizer(backend, name)
 
-    def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, readable by `transformers`."""
+    def save(self, folder: Path, chat_template: str = "") -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, readable by `transformers`, with a chat template for other programs."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "clean_up_tokenization_spaces": False}
+        config |= {"chat_template": chat_template} if chat_template else {}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @property

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from gristmill.chat import FORMATS, Conversation, Message
 from gristmill.model.config import ModelConfig, RopeScaling, uniform_blocks
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Transformer
@@ -69,3 +70,23 @@ def test_we_read_transformers(name: str, tmp_path: Path) -> None:
     ours, _ = load_model(tmp_path / "model")
     assert ours.config == CONFIGS[name], json.loads((tmp_path / "model" / "config.json").read_text())
     assert_equal_logits(ours, theirs)
+
+
+SYSTEM, SAID = Message("system", "Be kind."), Message("assistant", "A mill.")
+ASKED, MORE = Message("user", "Who's there?\nSay it."), Message("user", "So?")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("talk", [(ASKED,), (SYSTEM, ASKED), (ASKED, SAID, MORE), (SYSTEM, ASKED, SAID, MORE, SAID, MORE)])
+def test_other_programs_write_conversations_as_we_do(name: str, talk: Conversation, tmp_path: Path) -> None:
+    form = FORMATS[name]
+    tokenizer = Tokenizer.train(["Who's there?\nSay it. So? A mill. Be kind. User\nAssistant\nSystem\n"] * 3, 320, form.special_tokens)
+    save_model(Transformer(ModelConfig("llama", tokenizer.vocab_size, 48, BLOCKS, 64)), tokenizer, tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    turns = [{"role": m.role, "content": m.content} for m in talk]
+    asked = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert theirs.encode(asked, add_special_tokens=False) == form.render_prompt(talk, tokenizer)
+    whole = theirs.apply_chat_template([*turns, {"role": "assistant", "content": "Yes."}], tokenize=False)
+    assert theirs.encode(whole, add_special_tokens=False) == form.render((*talk, Message("assistant", "Yes.")), tokenizer).ids
+    stops = transformers.GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id
+    assert stops == [tokenizer.eos_id, form.end_of_turn_id(tokenizer)]

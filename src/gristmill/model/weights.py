@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gristmill.chat import fitting
 from gristmill.errors import InputError
 from gristmill.model.config import ModelConfig
 from gristmill.model.quantized import Quantize, compressed, description, is_quantized, kind_of, restored, scale_name, stored_names
@@ -145,10 +146,14 @@ def _save(
     _check_vocabulary(config, tokenizer, folder)
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     hf = config.to_hf() | {"torch_dtype": dtype, "eos_token_id": tokenizer.eos_id} | extra
+    formats = fitting(tokenizer)
+    form = formats[0] if len(formats) == 1 else None
+    # where other programs stop
+    ends = tokenizer.eos_id if form is None else list(dict.fromkeys([tokenizer.eos_id, form.end_of_turn_id(tokenizer)]))
     with _new_folder(folder) as new:
-        tokenizer.save(new)
+        tokenizer.save(new, "" if form is None else form.template)
         _write_json(new / "config.json", hf)
-        _write_json(new / "generation_config.json", {"eos_token_id": tokenizer.eos_id})
+        _write_json(new / "generation_config.json", {"eos_token_id": ends})
         _write_shards(tensors, new, max_shard_bytes)
 
 
