@@ -35,6 +35,7 @@ MOST_NESTING = 1000  # of a page's elements: the extraction's time grows with th
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".html", ".htm"}
 
+_ENCODER = json.JSONEncoder(default=str)  # `json.dumps` would make one each time
 _TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)")
 # that hold nothing, or that the next one of their kind closes
 _FLAT = re.compile("area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr|p|li|dt|dd|td|th|tr|tbody|thead|tfoot|option")
@@ -237,12 +238,10 @@ class _Batch:
         if self.rows:
             ids, texts, sources, metas = zip(*self.rows, strict=True)
             self.rows, self.size = [], 0
-            columns = [
-                pa.array(ids, pa.string()),
-                pa.array(texts, pa.large_binary()).cast(pa.large_string()),
-                pa.array(sources, pa.string()),
-            ]
-            yield pa.table([*columns, pa.array(metas, pa.string())], schema=DOCUMENT)
+            begin_N = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+            text = pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(begin_N), pa.py_buffer(b"".join(texts)))
+            columns = [pa.array(ids, pa.string()), text, pa.array(sources, pa.string()), pa.array(metas, pa.string())]
+            yield pa.table(columns, schema=DOCUMENT)
 
 
 def _whole(text: str) -> str:
@@ -260,7 +259,7 @@ def _meta(rest: dict[str, Any]) -> str:
             inner = None
     if isinstance(inner, dict):
         rest = {**inner, **{key: value for key, value in rest.items() if key != "meta"}}
-    return json.dumps(rest, default=str)
+    return _ENCODER.encode(rest) if rest else "{}"
 
 
 def _rows(path: Path, name: str, settings: Reading, skipped: Skipped, start: int) -> Iterator[Numbered]:

@@ -198,16 +198,17 @@ def _merged(spans: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int, i
 
 # --- the scan ------------------------------------------------------------------------------------------------------------
 
-_WORD, _DIGIT, _LOCAL, _HEX, _FIRST, _VALUES, _DIALLED = 1, 2, 4, 8, 16, 32, 64
+_WORD, _DIGIT, _LOCAL, _HEX, _FIRST, _VALUES, _DIALLED, _SIGN = 1, 2, 4, 8, 16, 32, 64, 128
 
 
 def _table() -> np.ndarray:
-    """uint8 for each byte: the classes above. `_FIRST` begins something, if what stands before it allows."""
+    """uint8 for each byte: the classes above. `_FIRST` begins something where a word begins, `_SIGN` anywhere, if its neighbours allow."""
     table = np.zeros(256, np.uint8)
     digits, letters = b"0123456789", b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     sets = {
         _WORD: letters + digits + b"_", _DIGIT: digits, _LOCAL: letters + digits + b"_.%+-", _HEX: digits + b"abcdefABCDEF",
-        _FIRST: digits + bytes(range(65, 91)) + b"@+(-=:>sgxhner", _VALUES: letters + digits + b"+/_-", _DIALLED: digits + b" .-()",
+        _FIRST: digits + bytes(range(65, 91)) + b"sgxhner", _SIGN: b"@+(-=:>",
+        _VALUES: letters + digits + b"+/_-", _DIALLED: digits + b" .-()",
     }  # fmt: skip
     for bit, members in sets.items():
         table[list(members)] |= bit
@@ -299,15 +300,15 @@ def _scan(data_B: np.ndarray, begin_N: np.ndarray, table: np.ndarray, starts: np
     where_C, what_C, count = np.empty(1024, np.int64), np.empty(1024, np.int64), 0
     for doc in range(len(begin_N) - 1):
         begin, end = begin_N[doc], begin_N[doc + 1]
+        members = 0
         for i in range(begin, end):
-            byte = data_B[i]
-            if not table[byte] & _FIRST:
+            byte, wanted = data_B[i], _SIGN if members & _WORD else _SIGN | _FIRST
+            members = table[byte]
+            if not members & wanted:
                 continue
             found, at = 0, i
-            if table[byte] & _WORD:
-                if i > begin and table[data_B[i - 1]] & _WORD:
-                    continue
-                if table[byte] & _DIGIT:
+            if members & _WORD:
+                if members & _DIGIT:
                     found = _numeric(data_B, i, end, table)
                 elif i + 8 < end:
                     second = data_B[i + 1]
