@@ -220,7 +220,7 @@ def test_fields_that_cannot_be_written_are_left_out(tmp_path: Path, monkeypatch:
     nested: list = []
     for _ in range(100_000):
         nested = [nested]
-    monkeypatch.setattr(documents, "_value", lambda line: {"text": line.decode(), "deep": nested})
+    monkeypatch.setattr(documents, "_value", lambda text: {"text": text, "deep": nested})
     rows, skipped = all_of(put(tmp_path / "a.jsonl", b"one\ntwo\n"))
     assert [(row["text"], row["meta"]) for row in rows] == [("one", "{}"), ("two", "{}")]
     assert [where for where, why in skipped if "too deep" in why] == ["a.jsonl:1", "a.jsonl:2"]

@@ -35,7 +35,7 @@ MOST_NESTING = 1000  # of a page's elements: the extraction's time grows with th
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".html", ".htm"}
 
-_ENCODER = json.JSONEncoder(default=str)  # `json.dumps` would make one each time
+_ENCODER, _DECODER = json.JSONEncoder(default=str), json.JSONDecoder(strict=False)  # `json.dumps` would make one each time
 _TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)")
 # that hold nothing, or that the next one of their kind closes
 _FLAT = re.compile("area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr|p|li|dt|dd|td|th|tr|tbody|thead|tfoot|option")
@@ -335,7 +335,7 @@ def _lines(stream: _Stream, settings: Reading) -> Iterator[tuple[int, bytes | No
 
 def _json(path: Path, name: str, codec: str | None, kind: str, settings: Reading, skipped: Skipped, start: int) -> Iterator[Numbered]:
     if kind == ".json" and not codec and path.stat().st_size <= settings.most_document_bytes:
-        value = _value(path.read_bytes())  # one value, which may be spread over lines
+        value = _value(path.read_bytes().decode("utf-8", "replace"))  # one value, which may be spread over lines
         rows = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
         for number, row in enumerate(rows[start:], start + 1):
             yield from _object(row, number, f"{name}:{number}", settings, skipped)
@@ -350,20 +350,21 @@ def _json(path: Path, name: str, codec: str | None, kind: str, settings: Reading
                 skipped(where, f"a line of more than {settings.most_document_bytes:,} bytes")
                 continue
             try:
-                line.decode()
+                text = line.decode()
             except UnicodeDecodeError:
+                text = line.decode("utf-8", "replace")
                 skipped(where, "replaced: not UTF-8")
-            row = _value(line)
+            row = _value(text)
             if row is None:
                 skipped(where, "not JSON")
             else:
                 yield from _object(row, number, where, settings, skipped)
 
 
-def _value(line: bytes) -> Any:
+def _value(text: str) -> Any:
     """What the JSON says, or None if it is none. Control characters within strings are let through: cleaning sees to them."""
     try:
-        return json.loads(line.decode("utf-8-sig", "replace"), strict=False)
+        return _DECODER.decode(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError):  # also numbers of thousands of digits, and deep nesting
         return None
 
