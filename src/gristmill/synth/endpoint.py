@@ -312,7 +312,7 @@ class Endpoint:
             usage.tokens_out += tokens_out
             usage.cost += (tokens_in * target.price_in + tokens_out * target.price_out) / 1e6
             return outs
-        line.window.saw(refused=status == 429)
+        line.window.saw(refused=status in (429, 504))  # it does not keep up
         words = line.clean(body.decode(errors="replace"))
         if status == 429:
             wait = _retry_after(headers.get("Retry-After"))
