@@ -19,6 +19,14 @@ from gristmill.curate import faithful
 from gristmill.curate.rephrase import LIMITS, Rephrase
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
+# what a small model writes instead
+ABOUT = (
+    *("The text is clear and correct, with no errors, and it is kept to the form that was asked for.", "It is left unchanged."),
+    *("The text is reorganized into several paragraphs, each focusing on a specific aspect of the main topic.",),
+    *("The text is written in plain text with no titles, notes, or remarks.", "The language is clear and easy to understand."),
+    *("The original meaning is kept while the sentences are edited to improve clarity and coherence.",),
+    *("The answer is short and to the point, and its structure is well-organized, with a clear introduction.",),
+)
 OTHER_WORDS = {"is": "remains", "are": "remain", "use": "employ", "may": "might", "if": "whenever", "also": "moreover", "can": "could"}
 
 
@@ -85,8 +93,18 @@ def one_sentence_more(draw: random.Random, source: str, other: str) -> str:
     return good(draw, source, other) + " " + draw.choice(strange)
 
 
+def about_it(draw: random.Random, source: str, other: str) -> str:
+    return " ".join(draw.sample(ABOUT, 4))
+
+
+def again_and_again(draw: random.Random, source: str, other: str) -> str:
+    said = SENTENCE.split(source)
+    return " ".join(said[:2] * (-(-len(said) // 2)))
+
+
 KINDS: tuple[Callable[[random.Random, str, str], str], ...] = (
     *(good, without_most, numbers_changed, names_changed, another, half_of_another, one_sentence_more),
+    *(about_it, again_and_again),
 )
 
 

@@ -55,6 +55,8 @@ def test_other_words_for_the_same_are_true() -> None:
 def test_what_is_lost_and_what_is_made_up_shows() -> None:
     lost = figures(SOURCE, "A bridge was built over the water by many men long ago. It is crossed by trains of ScotRail.", 80, 20)
     assert lost["entity_recall"] < 0.3 and lost["number_recall"] == 0.0 and lost["number_support"] == lost["entity_support"] == 1.0
+    about = figures(SOURCE, "The paragraph is rewritten clearly, keeping its original meaning. " * 4, 80, 40)
+    assert about["word_support"] == 0.0 and about["distinct"] < 0.3 and about["entity_support"] == about["number_support"] == 1.0
     invented = figures(
         SOURCE, "The bridge was designed by Gustave Eiffel and took 12 years; it opened in 1894 in Paris, with Queen Anne.", 80, 20
     )

@@ -1,4 +1,4 @@
-"""Whether a text says what its source says, as far as names, numbers and lengths tell: no model is asked.
+"""Whether a text says what its source says, as far as names, numbers, words and lengths tell: no model is asked.
 
 A name is a word with a capital letter where the language asks for none: not one at the beginning of a sentence or line (unless it has
 several capitals), nor in a line of capitals, nor one that stands in small letters too. In a language that writes all nouns with capitals
@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-FIGURES = ("entity_recall", "number_recall", "entity_support", "number_support", "length")
+FIGURES = ("entity_recall", "number_recall", "entity_support", "number_support", "word_support", "distinct", "length")
 STEM = 5  # letters
 
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019\-][^\W\d_]+)*")
@@ -31,7 +31,9 @@ def figures(source: str, text: str, source_tokens: int, tokens: int) -> dict[str
 
     Returns:
         `entity_recall`, `number_recall`: share of the source's names and numbers that the text has, 1 where the source has none.
-        `entity_support`, `number_support`: share of the text's that the source has, 1 where the text has none.
+        `entity_support`, `number_support`: share of the text's that the source has, 1 where the text has none; `word_support`: of its
+            different words of five letters or more.
+        `distinct`: share of its runs of three words that are different ones, for each of the source's share.
         `length`: tokens of the text for each of the source.
     """
     return {
@@ -39,6 +41,8 @@ def figures(source: str, text: str, source_tokens: int, tokens: int) -> dict[str
         "number_recall": _share(numbers(source), numbers(text, loose=True)),
         "entity_support": _share({name[:STEM] for name in entities(text)}, _stems(source)),
         "number_support": _share(numbers(text), numbers(source, loose=True)),
+        "word_support": _share(_stems(text, STEM), _stems(source)),
+        "distinct": _distinct(text) / _distinct(source),
         "length": tokens / max(1, source_tokens),
     }
 
@@ -65,10 +69,17 @@ def entities(text: str) -> set[str]:
     return names - small
 
 
-def _stems(text: str) -> set[str]:
-    """The beginnings of all words, folded, and of the parts of those with hyphens."""
+def _stems(text: str, least: int = 1) -> set[str]:
+    """The beginnings of all words of so many letters, folded, and of the parts of those with hyphens."""
     words = _WORD.findall(text.casefold())
-    return {part[:STEM] for word in words for part in (word.removesuffix("'s").removesuffix("\u2019s"), *word.split("-"))}
+    parts = (part for word in words for part in (word.removesuffix("'s").removesuffix("\u2019s"), *word.split("-")))
+    return {part[:STEM] for part in parts if len(part) >= least}
+
+
+def _distinct(text: str) -> float:
+    words = text.casefold().split()
+    runs = list(zip(words, words[1:], words[2:], strict=False))
+    return len(set(runs)) / len(runs) if runs else 1.0
 
 
 def numbers(text: str, loose: bool = False) -> set[str]:
