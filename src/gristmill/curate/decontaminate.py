@@ -20,7 +20,7 @@ from numba import njit
 from pydantic import Field
 
 from gristmill.curate.step import DOCUMENT, Outcome, none_dropped, split
-from gristmill.curate.texts import DIGIT, LETTER, Texts, classes, fixed, mixed
+from gristmill.curate.texts import DIGIT, LETTER, Texts, classes, decoded, fixed, mixed, place_of, places
 from gristmill.errors import InputError
 from gristmill.recipe import Section
 from gristmill.rows import read_records
@@ -61,15 +61,9 @@ def _words(data_B, begin, end, alphabet, hash_W, start_W, stop_W):  # type: igno
     """Hashes of the words of one text, and the bytes where they start and stop; their number."""
     count, i, inside, value = 0, begin, False, np.uint64(0)
     while i < end:
-        point, size = np.uint32(data_B[i]), 1
-        if point >= 0x80:  # UTF-8, which Arrow has checked
-            if point < 0xE0:
-                point, size = ((point & 0x1F) << 6) | (data_B[i + 1] & 0x3F), 2
-            elif point < 0xF0:
-                point, size = ((point & 0x0F) << 12) | ((data_B[i + 1] & 0x3F) << 6) | (data_B[i + 2] & 0x3F), 3
-            else:
-                high = ((point & 0x07) << 18) | ((data_B[i + 1] & 0x3F) << 12)
-                point, size = high | ((data_B[i + 2] & 0x3F) << 6) | (data_B[i + 3] & 0x3F), 4
+        point, size = np.int64(data_B[i]), 1
+        if point >= 0x80:
+            point, size = decoded(data_B, i)
         letter = np.uint64(alphabet[point])
         if letter:
             if not inside:
@@ -118,21 +112,6 @@ def _item_grams(data_B, begin_N, alphabet, ngram, least, factor):  # type: ignor
 
 
 @njit(cache=True, nogil=True)
-def _table(grams_G):  # type: ignore[no-untyped-def]
-    """int32 [S], open addressing: the index of an n-gram, or -1 in a free slot. S is a power of 2, at least 4 G."""
-    slots = 16
-    while slots < 4 * len(grams_G):
-        slots *= 2
-    table_S = np.full(slots, -1, np.int32)
-    for g in range(len(grams_G)):
-        at = np.int64(grams_G[g] & np.uint64(slots - 1))
-        while table_S[at] >= 0:
-            at = (at + 1) & (slots - 1)
-        table_S[at] = g
-    return table_S
-
-
-@njit(cache=True, nogil=True)
 def _begins(data_B, begin_N, alphabet, size, factor, slots):  # type: ignore[no-untyped-def]
     """bool [slots]: whether an item has words `size` of which hash to this slot: where no n-gram can begin, none is looked up."""
     hash_W, start_W, stop_W = _room(begin_N)
@@ -161,7 +140,7 @@ def _matches(data_B, begin_N, alphabet, grams_G, table_S, begins_S, lengths, fac
     least, last = lengths[0], np.uint64(1)
     for _ in range(least):
         last *= factor
-    mask, slot_mask = np.uint64(len(table_S) - 1), np.uint64(len(begins_S) - 1)
+    slot_mask = np.uint64(len(begins_S) - 1)
     found, total = np.empty((64, 4), np.int64), 0
     for n in range(len(begin_N) - 1):
         words = _words(data_B, begin_N[n], begin_N[n + 1], alphabet, hash_W, start_W, stop_W)
@@ -180,16 +159,13 @@ def _matches(data_B, begin_N, alphabet, grams_G, table_S, begins_S, lengths, fac
                     continue
                 k += 1
                 gram = mixed(value + np.uint64(stop - first))
-                at = np.int64(gram & mask)
-                while table_S[at] >= 0:
-                    if grams_G[table_S[at]] == gram:
-                        if total == len(found):
-                            found = np.concatenate((found, np.empty_like(found)))
-                        found[total, 0], found[total, 1] = n, table_S[at]
-                        found[total, 2], found[total, 3] = start_W[first], stop_W[stop - 1]
-                        total += 1
-                        break
-                    at = (at + 1) & np.int64(mask)
+                place = place_of(gram, grams_G, table_S)
+                if place >= 0:
+                    if total == len(found):
+                        found = np.concatenate((found, np.empty_like(found)))
+                    found[total, 0], found[total, 1] = n, place
+                    found[total, 2], found[total, 3] = start_W[first], stop_W[stop - 1]
+                    total += 1
     return found[:total]
 
 
@@ -266,7 +242,7 @@ class Benchmarks:
         lengths = np.unique(sizes)
         slots = 1 << (16 * len(grams_G)).bit_length()
         begins_S = _begins(data_B, begin_N, _alphabet(), lengths[0], _FACTOR, slots)
-        return Benchmarks(grams_G, _table(grams_G), begins_S, lengths)
+        return Benchmarks(grams_G, places(grams_G), begins_S, lengths)
 
     def __len__(self) -> int:
         return len(self.grams_G)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from gristmill.curate.texts import DIGIT, LETTER, SPACE, Texts, classes
+from gristmill.curate.texts import DIGIT, LETTER, SPACE, Texts, classes, decoded
 
 TOP, DUPLICATE = (2, 3, 4), (2, 3, 4, 5, 6, 7, 8, 9, 10)  # lengths of n-grams
 
@@ -143,17 +143,6 @@ class Words(NamedTuple):
 
 
 @compiled
-def _decode(data_B, i):  # type: ignore[no-untyped-def]
-    """The code point of more than one byte at i, and how many."""
-    lead = np.int64(data_B[i])
-    if lead < 0xE0:
-        return (lead & 0x1F) << 6 | data_B[i + 1] & 0x3F, 2
-    if lead < 0xF0:
-        return (lead & 0x0F) << 12 | (data_B[i + 1] & 0x3F) << 6 | data_B[i + 2] & 0x3F, 3
-    return (lead & 7) << 18 | (data_B[i + 1] & 0x3F) << 12 | (data_B[i + 2] & 0x3F) << 6 | data_B[i + 3] & 0x3F, 4
-
-
-@compiled
 def _mixed(a, b):  # type: ignore[no-untyped-def]
     """One hash of two, in their order."""
     a = a * _PRIME + b
@@ -211,7 +200,7 @@ def _read(data_B, begin, end, classes, words, count_256):  # type: ignore[no-unt
             byte, size = data_B[i], 1
             point = np.int64(byte)
             if KIND[byte] & _WIDE:
-                point, size = _decode(data_B, i)
+                point, size = decoded(data_B, i)
                 if not classes[point] & SPACE:
                     break
             elif KIND[byte] & _BLANK:
@@ -231,7 +220,7 @@ def _read(data_B, begin, end, classes, words, count_256):  # type: ignore[no-unt
             if kind & (_BLANK | _WIDE):
                 if kind & _BLANK:
                     break
-                point, size = _decode(data_B, i)
+                point, size = decoded(data_B, i)
                 members = classes[point]
                 if members & SPACE:
                     break
@@ -331,7 +320,7 @@ def _of_lines(data_B, words, num):  # type: ignore[no-untyped-def]
         bare += 1 - (END_MARK[data_B[stop - 1]] & 1)
         ellipses += _is_ellipsis(data_B, begin, stop, False)
         if data_B[begin] == 0xE2:  # every bullet starts with this byte
-            point, _ = _decode(data_B, begin)
+            point, _ = decoded(data_B, begin)
             for bullet in BULLETS:
                 bullets += point == bullet
         short += size <= 30

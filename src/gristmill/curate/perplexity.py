@@ -25,7 +25,7 @@ from numba import njit
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gristmill.curate.texts import Texts, fixed, mixed
+from gristmill.curate.texts import Texts, fixed, mixed, place_of, places
 from gristmill.errors import InputError
 from gristmill.files import write_json
 
@@ -169,21 +169,6 @@ def _slot(keys_S, key):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _vocabulary(words_V):  # type: ignore[no-untyped-def]
-    """int32 [S], open addressing by the low bits of a word's hash: its place in words_V, or -1."""
-    size = 16
-    while size < 4 * len(words_V):
-        size *= 2
-    table_S = np.full(size, -1, np.int32)
-    for v in range(len(words_V)):
-        at = np.int64(words_V[v] & np.uint64(size - 1))
-        while table_S[at] >= 0:
-            at = (at + 1) & (size - 1)
-        table_S[at] = v
-    return table_S
-
-
-@njit(cache=True, nogil=True)
 def _bits(data_B, begin_N, kinds, lower, words_V, table_S, single_V, pairs, pair_values, triples, triple_values, rare, bits_N):  # type: ignore[no-untyped-def]
     """float64 bits per token of each text; NaN where there is none. Args: `rare`, bits to pick one of the unknown words."""
     tokens_T = np.empty(longest(begin_N), np.uint64)
@@ -192,10 +177,8 @@ def _bits(data_B, begin_N, kinds, lower, words_V, table_S, single_V, pairs, pair
         total, a, b = 0.0, np.int64(START), np.int64(START)
         context = _slot(pairs, (a << _BITS) | b)
         for t in range(count):
-            at = np.int64(tokens_T[t] & np.uint64(len(table_S) - 1))
-            while table_S[at] >= 0 and words_V[table_S[at]] != tokens_T[t]:
-                at = (at + 1) & (len(table_S) - 1)
-            c = np.int64(table_S[at] + 2 if table_S[at] >= 0 else UNKNOWN)
+            place = place_of(tokens_T[t], words_V, table_S)
+            c = np.int64(place + 2 if place >= 0 else UNKNOWN)
             pair = _slot(pairs, (b << _BITS) | c)
             triple = _slot(triples, (((a << _BITS) | b) << _BITS) | c) if context >= 0 and pair >= 0 else -1
             if triple >= 0:
@@ -233,7 +216,7 @@ class Trigrams:
     @cached_property
     def _tables(self) -> tuple[np.ndarray, ...]:
         pairs = _slots(fixed(self.pairs), fixed(self.pair_values))
-        return (_vocabulary(fixed(self.words_V)), fixed(self.single_V), *pairs, *_slots(fixed(self.triples), fixed(self.triple_values)))
+        return (places(fixed(self.words_V)), fixed(self.single_V), *pairs, *_slots(fixed(self.triples), fixed(self.triple_values)))
 
     def bits(self, texts: Texts) -> np.ndarray:
         """float64 [N]: bits per token of each text; NaN where it has none."""

@@ -36,7 +36,7 @@ from pydantic import Field
 
 from gristmill.curate import shards
 from gristmill.curate.step import Outcome, split, with_text
-from gristmill.curate.texts import DIGIT, LETTER, SPACE, Texts, classes, mixed
+from gristmill.curate.texts import DIGIT, LETTER, SPACE, Texts, classes, decoded, mixed
 from gristmill.recipe import Section
 
 BYTES_A_PART = 128 << 20
@@ -75,15 +75,9 @@ def _tokens(data_B, begin, end, kinds, high_T, low_T, start_T, stop_T):  # type:
     count, i, inside = 0, begin, False
     high, low = np.uint64(0), np.uint64(0)
     while i < end:
-        point, size = np.uint32(data_B[i]), 1
-        if point >= 0x80:  # UTF-8, which Arrow has checked
-            if point < 0xE0:
-                point, size = ((point & 0x1F) << 6) | (data_B[i + 1] & 0x3F), 2
-            elif point < 0xF0:
-                point, size = ((point & 0x0F) << 12) | ((data_B[i + 1] & 0x3F) << 6) | (data_B[i + 2] & 0x3F), 3
-            else:
-                upper = ((point & 0x07) << 18) | ((data_B[i + 1] & 0x3F) << 12)
-                point, size = upper | ((data_B[i + 2] & 0x3F) << 6) | (data_B[i + 3] & 0x3F), 4
+        point, size = np.int64(data_B[i]), 1
+        if point >= 0x80:
+            point, size = decoded(data_B, i)
         kind = kinds[point]
         if inside and kind != 2:
             inside = False

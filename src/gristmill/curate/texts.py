@@ -66,6 +66,41 @@ def mixed(x):  # type: ignore[no-untyped-def]
     return x ^ (x >> np.uint64(31))
 
 
+@njit(cache=True, nogil=True)
+def decoded(data_B, i):  # type: ignore[no-untyped-def]
+    """The code point of more than one byte at i, in UTF-8 that Arrow has checked, and how many bytes."""
+    lead = np.int64(data_B[i])
+    if lead < 0xE0:
+        return (lead & 0x1F) << 6 | data_B[i + 1] & 0x3F, 2
+    if lead < 0xF0:
+        return (lead & 0x0F) << 12 | (data_B[i + 1] & 0x3F) << 6 | data_B[i + 2] & 0x3F, 3
+    return (lead & 7) << 18 | (data_B[i + 1] & 0x3F) << 12 | (data_B[i + 2] & 0x3F) << 6 | data_B[i + 3] & 0x3F, 4
+
+
+@njit(cache=True, nogil=True)
+def places(hash_K):  # type: ignore[no-untyped-def]
+    """int32 [S], open addressing by the low bits: the place of a hash in hash_K, or -1. S is a power of 2, at least 4 K."""
+    size = 16
+    while size < 4 * len(hash_K):
+        size *= 2
+    place_S = np.full(size, -1, np.int32)
+    for k in range(len(hash_K)):
+        at = np.int64(hash_K[k] & np.uint64(size - 1))
+        while place_S[at] >= 0:
+            at = (at + 1) & (size - 1)
+        place_S[at] = k
+    return place_S
+
+
+@njit(cache=True, nogil=True, inline="always")
+def place_of(wanted, hash_K, place_S):  # type: ignore[no-untyped-def]
+    """Where a hash is in hash_K, or -1."""
+    at = np.int64(wanted & np.uint64(len(place_S) - 1))
+    while place_S[at] >= 0 and hash_K[place_S[at]] != wanted:
+        at = (at + 1) & (len(place_S) - 1)
+    return place_S[at]
+
+
 @cache
 def classes() -> np.ndarray:
     """uint8 for every code point: what Python's str.isspace, str.isalpha and str.isdecimal say of it, as bits."""
