@@ -32,3 +32,9 @@ def lock(path: Path) -> IO[str]:
     except BlockingIOError as e:
         raise InputError(f"{path} is in use by another gristmill process: wait for it to end.") from e
     return file
+
+
+def state(path: Path) -> tuple[str, int, int, int]:
+    """What tells that a file has changed."""
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -1,5 +1,7 @@
 """Names, numbers and lengths of a text beside those of its source."""
 
+import unicodedata
+
 import pytest
 
 from gristmill.curate.faithful import FIGURES, entities, figures, numbers
@@ -15,6 +17,7 @@ SOURCE = (
 def test_names_are_capitals_that_no_sentence_asks_for() -> None:
     assert entities(SOURCE) == {"firth", "forth", "john", "fowler", "benjamin", "baker", "march", "prince", "wales", "scotrail", "rail"}
     assert entities("Who is it? Nobody. \u201cNobody,\u201d said I. - Perhaps") == set()
+    assert entities("We went to Paris, and I'm sure that I\u2019ve seen what O'Brien and I saw.") == {"paris", "o'brien"}
     assert entities("") == entities("1234 ...") == entities("\u6771\u4eac\u306f\u65e5\u672c") == set()
 
 
@@ -26,7 +29,8 @@ def test_names_are_capitals_that_no_sentence_asks_for() -> None:
         ("3,14", {"3.14"}),
         ("1.2.3 of 12/05/2020", {"1.2.3", "12", "5", "2020"}),
         ("one of two, or twenty-five of the sixty", {"25", "60"}),
-        ("1. first\n2) second\n(3) third\n4 fourth", {"4"}),
+        ("the nineteenth century, the twenty-first tower, two hundred years", {"19", "21", "200"}),
+        ("1. alpha\n2) beta\n(3) gamma\n4 delta", {"4"}),
         ("\u0661\u0662", {"12"}),
         ("0.0 00 0,50", {"0", ".5"}),
         ("", set()),
@@ -61,3 +65,12 @@ def test_what_is_lost_and_what_is_made_up_shows() -> None:
         SOURCE, "The bridge was designed by Gustave Eiffel and took 12 years; it opened in 1894 in Paris, with Queen Anne.", 80, 20
     )
     assert invented["number_support"] == 0.0 and invented["entity_support"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "text", ["In 1453 the city of \u0130stanbul fell and \u0130zmir did not.", "From Zu\u0308rich to Mu\u0308nchen it is far."]
+)
+def test_letters_with_marks_are_found_again(text: str) -> None:
+    assert len(entities(text)) == 2
+    found = figures(text, unicodedata.normalize("NFC", text), 10, 10)
+    assert found["entity_recall"] == found["entity_support"] == found["word_support"] == 1.0

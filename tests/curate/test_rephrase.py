@@ -78,8 +78,9 @@ def test_all_five_tasks(obedient: Any, tmp_path: Path) -> None:
             assert row["text"] == document(int(name[1:])) and "rephrase" not in meta
             continue
         parent, task = name.removesuffix("-0").split("#")
-        assert (meta["of"], meta["rephrase"], meta["segment"], meta["model"]) == (parent, task, 0, "mock") and meta["band"]
-        assert meta["entity_support"] == meta["number_support"] == 1.0
+        about = [meta[key] for key in ("rephrase_of", "rephrase", "rephrase_segment", "rephrase_model")]
+        assert about == [parent, task, 0, "mock"] and meta["band"]
+        assert meta["rephrase_entity_support"] == meta["rephrase_number_support"] == 1.0
         assert set(row["text"].split()) & set(kept[parent]["text"].split()) and "paraphrase" not in row["text"]
     assert kept["d1#wikipedia-0"]["text"].split(". ")[0] == kept["d1"]["text"].split(". ")[-1].rstrip(".")
     assert kept["d1#diverse_qa-0"]["text"].startswith(kept["d1"]["text"] + "\n\nQuestion: ")
@@ -142,7 +143,7 @@ def test_scores_of_a_reward_model(obedient: Any, tmp_path: Path) -> None:
         if name.startswith("unrated"):
             assert gone[name]["reason"] == "no rating"
         else:
-            assert ("helpfulness" in meta) and (meta["reward"] >= 3.5) == (name in kept)
+            assert ("rephrase_helpfulness" in meta) and (meta["rephrase_reward"] >= 3.5) == (name in kept)
             assert name in kept or gone[name]["reason"] == "reward"
     assert {name in kept for name in made} == {True, False}
 
@@ -155,6 +156,41 @@ def test_an_answer_is_bought_once(start_endpoint: Callable[..., Any], tmp_path: 
     assert endpoint.stats()["requests"] == 8
     curated(recipe_of(corpus, endpoint, {"step": "clean"}, limits={"length": [0.1, 3.0]}), tmp_path / "run")  # another recipe
     assert endpoint.stats()["requests"] == 8 and rows_in(tmp_path / "run" / "data") == before
+
+
+def test_another_model_says_other_words(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
+    endpoint = start_endpoint(obedient=True)
+    corpus = corpus_in(tmp_path)
+    two = [{"base_url": endpoint.url, "model": name} for name in ("first", "second")]
+    before = {"step": "rephrase", "tasks": ["wikipedia"], "models": two[:1]}
+    curated(recipe_of(corpus, endpoint, before, models=two[1:]), tmp_path / "run")
+    kept = rows_in(tmp_path / "run" / "data")
+    assert endpoint.stats()["requests"] == 16 and len(kept) == 24
+    models = {name: json.loads(row["meta"])["rephrase_model"] for name, row in kept.items() if "#" in name}
+    assert models == {f"d{i}#wikipedia-0": "first" for i in range(8)} | {f"d{i}#wikipedia-0.2": "second" for i in range(8)}
+    curated(recipe_of(corpus, endpoint, models=two[1:]), tmp_path / "run")
+    assert endpoint.stats()["requests"] == 16
+
+
+def test_a_document_is_replaced_as_a_whole_or_not_at_all(obedient: Any, tmp_path: Path) -> None:
+    long = "\n".join(document(i) for i in range(4))
+    corpus = corpus_in(tmp_path, whole=long, broken=long + "\nThis one is formless. " + document(5))
+    curated(recipe_of(corpus, obedient, originals=False), tmp_path / "run")
+    kept, gone = rows_in(tmp_path / "run" / "data"), rows_in(tmp_path / "run" / "dropped")
+    parts = {name for name in kept if name.startswith("whole#")}
+    assert gone["whole"]["reason"] == "rephrased" and gone["whole"]["figure"] == len(parts) > 1
+    assert "broken" in kept and "broken#wikipedia-0" in kept and "no opening" in {gone[name]["reason"] for name in gone}
+
+
+def test_an_outage_is_not_final(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
+    endpoint = start_endpoint(obedient=True)
+    corpus = corpus_in(tmp_path, **{f"ill{i}": document(30 + i, x="[fate 500 500 ok]") for i in range(4)})
+    recipe = recipe_of(corpus, endpoint, calls={"retries": 0})
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"4 of 12 calls got no answer .*run the same command again"):
+            curated(recipe, tmp_path / "run")
+    curated(recipe, tmp_path / "run")
+    assert len(rows_in(tmp_path / "run" / "data")) == 24 and endpoint.stats()["requests"] == 8 + 3 * 4
 
 
 def test_killed_runs_buy_nothing_twice(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
@@ -185,6 +221,10 @@ def test_killed_runs_buy_nothing_twice(start_endpoint: Callable[..., Any], tmp_p
         ({"models": []}, "give either models"),
         ({"column": "band"}, "both column and values"),
         ({"limits": {"entity_recal": [0, 1]}}, "did you mean 'entity_recall'"),
+        ({"limits": {"length": [2, 1]}}, "the least of length is above the most"),
+        ({"tasks": ["distill", "distill"]}, "each once"),
+        ({"models": [{"base_url": "http://localhost:1/v1", "model": "m", "kind": "completions"}]}, "use 'chat'"),
+        ({"least_reward": 2}, "needs a reward model"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], words: str) -> None:
@@ -198,12 +238,17 @@ def test_wrong_settings(settings: dict[str, Any], words: str) -> None:
         ({"models": [{"base_url": "localhost", "model": "m"}]}, "not the base URL"),
         ({"models": [{"base_url": "http://localhost:1/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}]}, "NO_SUCH_KEY is empty"),
         ({"templates": "nowhere.yaml"}, "cannot be read"),
+        ({"templates": "{folder}/same.yaml"}, "lacks {document}"),
+        ({"templates": "{folder}/long.yaml"}, "leave no room"),
         ({"tokenizer": "nowhere"}, "give another folder as `tokenizer`"),
-        ({"models": [], "folder": "nowhere"}, "give another folder as `folder`"),
+        ({"models": [], "folder": "nowhere"}, "nowhere is no model folder"),
         ({"reward": {"model": "nowhere"}}, "no model folder"),
     ],
 )
 def test_what_is_missing_is_told_before_work_is_spent(obedient: Any, settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    (tmp_path / "same.yaml").write_text("rephrase_wikipedia: {text: Say something.}")
+    (tmp_path / "long.yaml").write_text(f"rephrase_system: {{text: {'word ' * 500}}}")
+    settings = {key: value.format(folder=tmp_path) if isinstance(value, str) else value for key, value in settings.items()}
     with pytest.raises(InputError, match=words):
         curated(recipe_of(corpus_in(tmp_path), obedient, **settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -42,6 +42,11 @@ def test_long_lines_are_cut_between_sentences_and_too_long_sentences_left_out() 
     assert segments("distill", long, 30, words) == []
 
 
+def test_sentences_are_joined_as_they_were() -> None:
+    text = "\u8fd9\u662f\u4e00\u3002" * 40
+    assert "".join(part for part, _ in segments("distill", text, 60, lambda texts: [len(t) for t in texts])) == text
+
+
 def test_short_documents_and_segments_are_left_out() -> None:
     assert segments("diverse_qa", "word " * 29, 900, words) == [] and len(segments("diverse_qa", "word " * 30, 900, words)) == 1
     assert segments("wikipedia", "", 400, words) == []
@@ -100,6 +105,18 @@ def test_markdown_becomes_plain_text() -> None:
     text = "# Head\n\n**bold** and *thin* and __both__ and `code`, "
     text += "[a link](http://x.org/y) ![](pic.png)\n---\n```py\nx = 2 * 3 * 4\n```\n* 1\n+ 2"
     assert " ".join(without_markdown(text).split()) == "Head bold and thin and both and code, a link x = 2 * 3 * 4 - 1 - 2"
-    for plain in ("snake_case_name and 2*3*4", "a * b * c", "5 - 3 - 1", "x_1 + x_2"):
+    for code in ("`__init__`", "`**kwargs`", "`a*b*c`"):
+        assert without_markdown(f"Call {code} here.") == f"Call {code[1:-1]} here."
+    assert without_markdown("```py\n# count\n* c\n```\n# Head") == "# count\n* c\nHead"
+    for plain in (
+        "a**b + c**d",
+        "2**3 + 4**5",
+        "handlers[name](event)",
+        "snake_case_name and 2*3*4",
+        "a * b * c",
+        "5 - 3 - 1",
+        "x_1 + x_2",
+    ):
         assert without_markdown(plain) == plain
     without_markdown("**" * 50_000 + "[" * 50_000 + "_" * 50_000 + "`" * 50_001)  # in no time
+    without_markdown("**a " * 20_000 + " **a" * 20_000)

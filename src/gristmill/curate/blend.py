@@ -29,7 +29,7 @@ from gristmill.curate.documents import Reading
 from gristmill.curate.encode import Encoder, fast_encoder
 from gristmill.curate.executor import Task
 from gristmill.errors import InputError
-from gristmill.files import lock, write_json
+from gristmill.files import lock, state, write_json
 from gristmill.flywheel.progress import Progress
 from gristmill.recipe import Section, checked, read
 from gristmill.rows import make_id
@@ -322,7 +322,7 @@ class _Run:
         self.fingerprint = tokenizer.fingerprint()
 
     def all(self, files: dict[str, dict[Path, str]]) -> Facts:
-        inputs = {name: [_state(path) for path in paths] for name, paths in files.items()}
+        inputs = {name: [state(path) for path in paths] for name, paths in files.items()}
         settings = self.recipe.model_dump(mode="json", exclude={"executor", "workers", "name"})
         key = make_id(inputs, settings, self.fingerprint)
         done = self.folder / "blend.json"
@@ -380,7 +380,7 @@ class _Run:
         tasks: list[Task] = []
         for path, name in chain.from_iterable(paths.items() for paths in files.values()):
             reading = self.recipe.reading
-            out = self.work / make_id(_state(path), name, reading.model_dump(), self.fingerprint, SHARD_TOKENS)
+            out = self.work / make_id(state(path), name, reading.model_dump(), self.fingerprint, SHARD_TOKENS)
             arguments = (path, name, out, self.recipe.tokenizer, self.fingerprint, self.tokenizer.eos_id, reading, SHARD_TOKENS)
             tasks.append(Task(encode, arguments, out.with_suffix(".json")))
         different = {task.marker: task for task in tasks}  # a file may stand in two sources
@@ -413,11 +413,6 @@ class _Run:
         shutil.rmtree(gone, ignore_errors=True)
         self.work.rename(gone)  # at once: half of it would be taken for the whole
         shutil.rmtree(gone)
-
-
-def _state(path: Path) -> tuple[str, int, int]:
-    about = path.stat()
-    return str(path), about.st_size, about.st_mtime_ns
 
 
 def blend_lines(facts: Facts) -> list[str]:

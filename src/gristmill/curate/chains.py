@@ -4,6 +4,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,8 @@ from gristmill.curate.snapshots import Remember, Seen
 from gristmill.curate.step import Outcome, none_dropped
 from gristmill.curate.substring import Substring
 from gristmill.curate.texts import Texts
-from gristmill.files import write_json
+from gristmill.files import state, write_json
+from gristmill.synth.journal import Journal
 
 Facts = dict[str, Any]
 # Steps that look at one document at a time: those that follow each other are done in one pass.
@@ -126,12 +128,6 @@ def _benchmarks(settings: str) -> Benchmarks:
     return Benchmarks.read(Decontaminate.model_validate_json(settings))
 
 
-def state(path: Path) -> tuple[str, int, int, int]:
-    """What tells that a file has changed."""
-    found = path.stat()
-    return str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
 def check(step: Any) -> list[tuple[str, int, int, int]]:
     """Find out, before work is spent, whether what a step reads beside its documents is there; returns the state of those files.
 
@@ -194,7 +190,12 @@ def bucketed(source: Path, found: Path, limits: Path, kept: Path, dropped: Path,
 
 
 def rephrased(
-    source: Path, kept: Path, dropped: Path, how: Rephrase, journals: Path, tick: Callable[[int, int | None, str], None]
+    source: Path,
+    kept: Path,
+    dropped: Path,
+    how: Rephrase,
+    journals: tuple[Journal, Journal | None],
+    tick: Callable[[int, int | None, str], None],
 ) -> Facts:
     """A shard with what a model made of its documents."""
     table = shards.read(source)
@@ -301,10 +302,13 @@ def _quality(stage: Stage, how: Quality) -> list[Facts]:
 
 
 def _rephrase(stage: Stage, how: Rephrase) -> list[Facts]:
-    def call(i: int) -> tuple[Any, ...]:
-        return rephrased, stage.sources[i], stage.kept[i], stage.dropped(i), how, stage.journals, stage.tick
+    scored = nullcontext() if how.reward is None else Journal(stage.journals / "ratings.jsonl")
+    with Journal(stage.journals / "journal.jsonl") as answers, scored as ratings:
 
-    return stage.each("shard", stage.num, call, here=True)
+        def call(i: int) -> tuple[Any, ...]:
+            return rephrased, stage.sources[i], stage.kept[i], stage.dropped(i), how, (answers, ratings), stage.tick
+
+        return stage.each("shard", stage.num, call, here=True)
 
 
 def _substring(stage: Stage, how: Substring) -> list[Facts]:

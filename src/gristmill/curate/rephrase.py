@@ -21,16 +21,18 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from gristmill.curate import faithful
+from gristmill.curate import base, faithful
 from gristmill.curate.heuristics import chosen
 from gristmill.curate.step import DOCUMENT, Outcome, drawn, split
 from gristmill.errors import InputError
+from gristmill.files import state
 from gristmill.recipe import Calls, Model, Reward, Section
 from gristmill.rows import make_id
 
 if TYPE_CHECKING:
     from gristmill.chat import Message
     from gristmill.synth.ask import Asker, Source
+    from gristmill.synth.journal import Journal
     from gristmill.synth.writer import Writer
 
 Task = Literal["wikipedia", "diverse_qa", "distill", "extract_knowledge", "knowledge_list"]
@@ -38,7 +40,9 @@ Limits = dict[str, tuple[float | None, float | None]]
 Tick = Callable[[int, int | None, str], None]
 TICK_SECONDS = 0.5
 _SHARE = 3  # what a document's number is drawn for; 0 to 2 are those of `quality` and `semantic`
-MADE: Final = "rephrase"  # key of a made document's `meta`, with the task
+MADE: Final = "rephrase"  # keys of a made document's `meta` begin with it; it alone holds the task
+MOST_FAILED = 0.1  # of all calls, for reasons that may pass; of more the run stops, to be taken up again
+MOST_SHOWN = 10_000  # characters of an answer that cannot be read
 BYTES_A_TOKEN = 4  # where no tokenizer is given
 
 # [least, most] of each figure, for all tasks and for some: what says all of its source again must have most of its names and numbers,
@@ -67,10 +71,10 @@ class Rephrase(Section):
     column: str = Field("", description="of the table, or a key of `meta`")
     values: list[str] = Field([], description="of the column, of the documents to rephrase")
     share: float = Field(1.0, gt=0, le=1, description="of these documents")
-    originals: bool = Field(True, description="keep documents of which there are rephrases")
+    originals: bool = Field(True, description="keep documents that were rephrased as a whole")
     limits: Limits = Field({}, description="figure: [least, most], instead of the task's; null is no limit")
     reward: Reward | None = Field(None, description="who scores")
-    least_reward: float = Field(0.0, description="lowest score")
+    least_reward: float | None = Field(None, description="lowest score; null keeps all")
     seed: int = 0
 
     @model_validator(mode="after")
@@ -79,7 +83,15 @@ class Rephrase(Section):
             raise ValueError("give either models (endpoints) or folder (a model in process)")
         if bool(self.column) != bool(self.values):
             raise ValueError("give both column and values, or neither")
-        for name in self.limits:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks: each once")
+        if any(model.kind == "completions" for model in self.models):
+            raise ValueError("models: a task has a system message, which kind 'completions' does not take: use 'chat'")
+        if self.least_reward is not None and self.reward is None:
+            raise ValueError("least_reward needs a reward model: give reward")
+        for name, (least, most) in self.limits.items():
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"limits: the least of {name} is above the most")
             if name not in faithful.FIGURES:
                 near = difflib.get_close_matches(name, faithful.FIGURES, n=1, cutoff=0)
                 raise ValueError(f"limits: there is no figure {name!r}: did you mean {near[0]!r}?")
@@ -98,18 +110,45 @@ def check(how: Rephrase) -> list[Path]:
         InputError: it is not.
     """
     from gristmill.dataset.models import check_reward, source_of
+    from gristmill.synth import rephrase as tasks
     from gristmill.synth.pack import Pack
 
-    Pack.load(how.templates)
+    pack = Pack.load(how.templates)
     if how.reward is not None:
         check_reward(how.reward)
     if how.folder is None:
         source_of(how.models, None, how.calls, how.chat_format)
+    else:
+        base.check(how.folder)
     for folder, key in ((how.folder, "folder"), (how.tokenizer, "tokenizer")):
         if folder is not None and not (folder / "tokenizer.json").exists():
             raise InputError(f"{folder} holds no tokenizer.json: give another folder as `{key}` of the step rephrase.")
+    count = _counter(how)
+    for task in how.tasks:
+        if "{document}" not in pack[tasks.template(task)].text:
+            raise InputError(f"The template {tasks.template(task)} lacks {{document}}: it would ask the same of every document.")
+        if tasks.room(task, pack, count) < tasks.TASKS[task].min_segment:
+            raise InputError(f"The templates of the task {task} leave no room for a document: make them shorter.")
     given = [how.folder, how.tokenizer, Path(how.templates) if how.templates.endswith((".yaml", ".yml")) else None]
+    given.append(Path(how.reward.model) if how.reward is not None and not how.reward.base_url else None)
     return [path for path in given if path is not None]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A segment that a model is to say in other words.
+
+    Attributes:
+        document: row of the table.
+        name: id of what is made.
+        segment: text and tokens.
+    """
+
+    document: int
+    name: str
+    task: Task
+    number: int
+    segment: tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -117,14 +156,11 @@ class _Made:
     """A text that a model made of a segment, or of which nothing came.
 
     Attributes:
-        document: row of the table.
         talk: what was asked, without the system message, and what the model wrote.
         reason: why it is not kept; "" keeps it, until it is scored.
     """
 
-    document: int
-    name: str
-    task: Task
+    work: _Work
     meta: dict[str, Any]
     talk: "tuple[Message, ...]"
     text: str
@@ -133,95 +169,114 @@ class _Made:
     limit: float = float("nan")
 
 
-def rephrase(table: pa.Table, how: Rephrase, journals: Path, tick: Tick) -> Outcome:
+def rephrase(table: pa.Table, how: Rephrase, journals: "tuple[Journal, Journal | None]", tick: Tick) -> Outcome:
     """The documents, and what a model made of them that is true to them; what is not is dropped, with the figure and the limit.
 
-    A made document's id is the document's with the task and the number of the segment, `ID#distill-0`; its `meta` is the document's, and
-    beside it what it was made from and how true it is. Other columns are the document's. What was made is not rephrased again.
+    A made document's id is the document's with the task and the number of the segment, `ID#distill-0` (`ID#distill-0.2` if another has
+    that); its `meta` is the document's, and beside it, under keys that begin with `rephrase`, what it was made from and how true it is.
+    Other columns are the document's. What was made is not rephrased again.
 
     Args:
-        journals: folder of `journal.jsonl` and `ratings.jsonl`.
+        journals: of the answers, and of the ratings if there is a reward model.
         tick: told how many calls have ended, of how many.
 
     Raises:
-        InputError: a model refuses everything or is away for too long.
+        InputError: a model refuses everything, is away for too long, or fails too many calls.
     """
     return asyncio.run(_Rephrasing(table, how, journals, tick).all())
 
 
 class _Rephrasing:
-    def __init__(self, table: pa.Table, how: Rephrase, journals: Path, tick: Tick) -> None:
+    def __init__(self, table: pa.Table, how: Rephrase, journals: "tuple[Journal, Journal | None]", tick: Tick) -> None:
         from gristmill.synth.pack import Pack
 
-        self.table, self.how, self.journals, self.tick = table, how, journals, tick
+        self.table, self.how, self.tick = table, how, tick
+        self.answers, self.ratings = journals
         self.pack, self.count = Pack.load(how.templates), _counter(how)
         self.metas = [_meta(record) for record in table["meta"].to_pylist()]
         self.counts: Counter[str] = Counter()
+        self.failures: list[str] = []  # of calls that another time may not fail
+        # an answer of another model is another answer
+        writers = sorted((model.model, model.weight) for model in how.models)
+        self.salt = make_id(writers, [] if how.folder is None else [state(path)[1:3] for path in sorted(how.folder.iterdir())])
 
     async def all(self) -> Outcome:
         from gristmill.synth.ask import Asker
         from gristmill.synth.endpoint import WORKERS_PER_SLOT, side_by_side
-        from gristmill.synth.journal import Journal
         from gristmill.synth.writer import Writer
 
         work = self._work()
         made: list[_Made] = []
         async with AsyncExitStack() as stack:
-            journal = stack.enter_context(Journal(self.journals / "journal.jsonl"))
             source = _source(self.how)
             if isinstance(source, AbstractAsyncContextManager):
                 await stack.enter_async_context(source)
-            asker = Asker(source, journal, retry_failed=True)
+            asker = Asker(source, self.answers, retry_failed=True)
             writer = Writer(asker, self.pack, self.how.seed)
             ticking = asyncio.ensure_future(self._ticking(asker, source, len(work)))
             stack.callback(ticking.cancel)
 
-            async def one(item: tuple[int, Task, int, tuple[str, int]]) -> _Made:
-                return await self._one(writer, *item)
+            async def one(item: _Work) -> _Made:
+                return await self._one(writer, item)
 
             async for text in side_by_side(work, one, WORKERS_PER_SLOT * source.concurrency):
                 made.append(text)
-            order = {task: place for place, task in enumerate(self.how.tasks)}
-            made.sort(key=lambda one: (one.document, order[one.task], one.meta["segment"]))
+            if len(self.failures) > MOST_FAILED * len(work):
+                raise InputError(
+                    f"{len(self.failures):,} of {len(work):,} calls got no answer (the last: {self.failures[-1]}): see to the endpoint, "
+                    "and run the same command again. What was answered is not asked again."
+                )
+            order = {one.name: place for place, one in enumerate(work)}
+            made.sort(key=lambda one: order[one.work.name])
             made = await self._scored(made, writer)
         self.counts.update({"calls": asker.asked, "calls answered before": asker.found, "calls without answer": asker.failed})
         return self._outcome(made)
 
-    def _work(self) -> list[tuple[int, Task, int, tuple[str, int]]]:
-        """Document, task, and the number, text and tokens of every segment."""
+    def _work(self) -> list[_Work]:
+        """Every segment of every document that is wanted."""
         from gristmill.synth import rephrase as tasks
 
         wanted_N = chosen(self.table, self.how.column, self.how.values)
         wanted_N &= drawn(self.table["id"], self.how.seed, _SHARE) < self.how.share * 2.0**64
         rooms = {task: tasks.room(task, self.pack, self.count) for task in self.how.tasks}
-        texts = self.table["text"]
+        texts, ids = self.table["text"].to_pylist(), self.table["id"].to_pylist()
+        taken = set(ids)
         out = []
         for document in np.flatnonzero(wanted_N).tolist():
-            if MADE in self.metas[document]:
+            if isinstance(self.metas[document].get(f"{MADE}_of"), str):
                 continue
-            text = texts[document].as_py() or ""
+            text = texts[document] or ""
             for task in self.how.tasks:
                 found = tasks.segments(task, text, rooms[task], self.count)
                 self.counts["too short or without a part that fits"] += not found
-                out += [(document, task, number, segment) for number, segment in enumerate(found)]
+                for number, segment in enumerate(found):
+                    name = plain = f"{ids[document] or ''}#{task}-{number}"
+                    again = 1
+                    while name in taken:
+                        again += 1
+                        name = f"{plain}.{again}"
+                    taken.add(name)
+                    out.append(_Work(document, name, task, number, segment))
         return out
 
-    async def _one(self, writer: "Writer", document: int, task: Task, number: int, segment: tuple[str, int]) -> _Made:
+    async def _one(self, writer: "Writer", work: _Work) -> _Made:
         from gristmill.chat import Message
         from gristmill.synth import rephrase as tasks
         from gristmill.synth.endpoint import RowFailed
         from gristmill.synth.writer import Unusable
 
-        parent = self.table["id"][document].as_py() or ""
-        name = f"{parent}#{task}-{number}"
+        task, segment = work.task, work.segment
+        parent = self.table["id"][work.document].as_py() or ""
         asked = tasks.messages(task, segment[0], self.pack)
         template = tasks.template(task)
-        meta: dict[str, Any] = {MADE: task, "of": parent, "segment": number}
-        sampling = self.pack[template].sampling
+        meta: dict[str, Any] = {"": task, "of": parent, "segment": work.number}
+        sampling = replace(self.pack[template].sampling, n=1)
         try:
-            (reply,) = await writer.answers(asked, template, [parent], sampling=sampling)
+            (reply,) = await writer.answers(asked, template, [parent], self.salt, sampling)
         except RowFailed as e:
-            return _Made(document, name, task, meta | {"error": str(e)}, (), "", "no answer")
+            if e.status in (0, 429) or e.status >= 500:
+                self.failures.append(str(e))
+            return _Made(work, meta | {"error": str(e)}, (), "", "no answer")
         meta["model"] = reply.model
         size = reply.num_tokens or self.count([reply.text])[0]
         try:
@@ -230,10 +285,10 @@ class _Rephrasing:
             draw = writer.random("pairs", reply.id)
             whole, written = tasks.read(task, reply.text, size, sampling.max_tokens, segment, draw, self.count)
         except Unusable as e:
-            return _Made(document, name, task, meta, (), reply.text, str(e))
+            return _Made(work, meta, (), reply.text[:MOST_SHOWN], str(e))
         found = faithful.figures(segment[0], written, segment[1], self.count([written])[0])
         meta |= {figure: round(value, 3) for figure, value in found.items()}
-        text = _Made(document, name, task, meta, (*asked[1:], Message("assistant", written)), whole)
+        text = _Made(work, meta, (*asked[1:], Message("assistant", written)), whole)
         for figure, (least, most) in self.how.limits_of(task).items():
             if least is not None and found[figure] < least:
                 return replace(text, reason=figure, figure=found[figure], limit=least)
@@ -244,15 +299,14 @@ class _Rephrasing:
     async def _scored(self, made: "list[_Made]", writer: "Writer") -> "list[_Made]":
         """With what the reward model says of those that have passed so far."""
         how = self.how
-        if how.reward is None:
+        if how.reward is None or self.ratings is None:
             return made
         from gristmill.dataset.models import rate
         from gristmill.judge.reward_api import weight_set
 
         names = [make_id([message.content for message in one.talk]) for one in made]  # equal texts are scored once
         talks = {name: one.talk for one, name in zip(made, names, strict=True) if not one.reason}
-        journal = self.journals / "ratings.jsonl"
-        ratings, _ = await rate(talks, how.reward, how.calls, how.chat_format, writer, journal, retry_failed=True)
+        ratings, _ = await rate(talks, how.reward, how.calls, how.chat_format, writer, self.ratings, retry_failed=True)
         weights, out = weight_set(how.reward.weights), []
         for one, name in zip(made, names, strict=True):
             rating = ratings.get(name)
@@ -261,26 +315,28 @@ class _Rephrasing:
             elif not one.reason and rating is not None:
                 score = rating.score(weights)
                 one = replace(one, meta=one.meta | asdict(rating) | {"reward": round(score, 4)})
-                if not score >= how.least_reward:
+                if how.least_reward is not None and not score >= how.least_reward:
                     one = replace(one, reason="reward", figure=score, limit=how.least_reward)
             out.append(one)
         return out
 
     def _outcome(self, made: "list[_Made]") -> Outcome:
         table, num = self.table, len(self.table)
-        good = Counter(one.document for one in made if not one.reason)
+        good = Counter((one.work.document, one.work.task) for one in made if not one.reason)
+        asked = Counter((one.work.document, one.work.task) for one in made)
+        replaced = {document: count for (document, task), count in good.items() if count == asked[document, task]}  # the whole of it
         self.counts["written"] = good.total()
-        rows = pa.array([one.document for one in made], pa.int64())
+        rows = pa.array([one.work.document for one in made], pa.int64())
         columns = {
-            "id": [one.name for one in made],
+            "id": [one.work.name for one in made],
             "text": [one.text for one in made],
-            "meta": [_record(self.metas[one.document], one.meta) for one in made],
+            "meta": [_record(self.metas[one.work.document], one.meta) for one in made],
         }
         new = table.drop_columns(list(columns)).take(rows)
         for name, values in columns.items():
             new = new.append_column(DOCUMENT.field(name), pa.array(values, DOCUMENT.field(name).type))
-        reasons: list[str | None] = [None if self.how.originals or not good[d] else "rephrased" for d in range(num)]
-        figures = [float(good[d]) for d in range(num)] + [one.figure for one in made]
+        reasons: list[str | None] = [None if self.how.originals or d not in replaced else "rephrased" for d in range(num)]
+        figures = [float(replaced.get(d, 0)) for d in range(num)] + [one.figure for one in made]
         limits = [0.0] * num + [one.limit for one in made]
         both = pa.concat_tables([table, new.select(table.column_names).cast(table.schema)])
         outcome = split(both, self.how.step, reasons + [one.reason or None for one in made], np.array(figures), np.array(limits))
@@ -330,6 +386,7 @@ def _meta(record: str | None) -> dict[str, Any]:
 
 
 def _record(parent: dict[str, Any], own: dict[str, Any]) -> str:
+    own = {f"{MADE}_{key}" if key else MADE: value for key, value in own.items()}
     try:
         return json.dumps(parent | own)
     except RecursionError:

@@ -23,7 +23,7 @@ from gristmill.curate.documents import Reading
 from gristmill.curate.executor import Task
 from gristmill.curate.recipe import Curation, Output, Step, dump
 from gristmill.errors import InputError
-from gristmill.files import lock, write_json
+from gristmill.files import lock, state, write_json
 from gristmill.flywheel.progress import Progress
 from gristmill.rows import make_id
 
@@ -141,7 +141,7 @@ class _Run:
         self.executor: executor.Executor | None = None
 
     def all(self, files: dict[Path, str]) -> Facts:
-        inputs = [(name, chains.state(path)) for path, name in files.items()]
+        inputs = [(name, state(path)) for path, name in files.items()]
         plan = self.recipe.model_dump(mode="json", exclude={"executor", "workers"})
         whole = make_id(inputs, plan, list(self.read.values()))
         done = self.folder / "funnel.json"

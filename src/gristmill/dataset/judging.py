@@ -14,6 +14,7 @@ from gristmill.judge.conditions import Condition
 from gristmill.judge.reward_api import weight_set
 from gristmill.judge.verify import verify
 from gristmill.rows import Demonstration, Pair, Prompt, Rating, Response, make_id
+from gristmill.synth.journal import Journal
 from gristmill.synth.writer import Writer
 
 
@@ -63,9 +64,9 @@ class Judges:
         if reward is None or not rows:
             return {}
         talks = {r.id: (*r.messages, Message("assistant", r.text)) for r in rows}
-        path = self.folder / "ratings.jsonl"
-        how = (reward, self.recipe.calls, self.recipe.chat_format, self.writer, path)
-        ratings, failed = await rate(talks, *how, retry_failed=self.retry_failed)
+        with Journal(self.folder / "ratings.jsonl") as journal:
+            how = (reward, self.recipe.calls, self.recipe.chat_format, self.writer, journal)
+            ratings, failed = await rate(talks, *how, retry_failed=self.retry_failed)
         self.failed_ratings += failed
         return ratings
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gristmill.chat import Message
 from gristmill.errors import InputError
@@ -13,6 +15,9 @@ from gristmill.synth.ask import Asker, Source
 from gristmill.synth.endpoint import Endpoint, Target
 from gristmill.synth.journal import Journal
 from gristmill.synth.writer import Writer
+
+if TYPE_CHECKING:
+    from gristmill.judge.reward import RewardScorer
 
 Talk = Sequence[Message]
 
@@ -52,33 +57,38 @@ def _keyless(target: Target) -> Target:
     return replace(target, api_key_env="", api_key_file="")
 
 
+@cache
+def _scorer(folder: Path, chat_format: str) -> "RewardScorer":
+    from gristmill.jobs import chat_format_of
+    from gristmill.judge.reward import RewardScorer
+    from gristmill.model.weights import load_reward
+
+    model, tokenizer = load_reward(folder)
+    return RewardScorer(model, tokenizer, chat_format_of(chat_format, tokenizer))
+
+
 async def rate(
-    talks: Mapping[str, Talk], reward: Reward, calls: Calls, chat_format: str, writer: Writer, journal: Path, *, retry_failed: bool
+    talks: Mapping[str, Talk], reward: Reward, calls: Calls, chat_format: str, writer: Writer, journal: Journal, *, retry_failed: bool
 ) -> tuple[dict[str, Rating], int]:
-    """Ratings of the last turn of conversations, by their ids, and how many calls failed for good.
+    """Ratings of the last turn of conversations, by their ids, and how many calls failed for good. There is none of one that is too long.
 
     Args:
         chat_format: of a reward model in a folder.
         writer: counts what is left out; its templates are not used.
-        journal: file of the ratings that were bought.
+        journal: of the ratings that were bought.
     """
     if not talks:
         return {}, 0
     if not reward.base_url:
-        from gristmill.jobs import chat_format_of
-        from gristmill.judge.reward import RewardScorer
-        from gristmill.model.weights import load_reward
-
-        model, tokenizer = load_reward(Path(reward.model))
-        scores = RewardScorer(model, tokenizer, chat_format_of(chat_format, tokenizer)).score(list(talks.values()))
-        return dict(zip(talks, scores, strict=True)), 0
+        scorer = _scorer(Path(reward.model), chat_format)
+        fitting = {name: talk for name, talk in talks.items() if scorer.fits(talk)}
+        return dict(zip(fitting, scorer.score(list(fitting.values())), strict=True)), 0
     source = RewardModel([_target(reward)], **calls.model_dump())
-    with Journal(journal) as ratings:
-        async with source:
-            asker = Asker(source, ratings, retry_failed=retry_failed)
-            judge = RewardEndpoint(asker, reward.weights)
+    async with source:
+        asker = Asker(source, journal, retry_failed=retry_failed)
+        judge = RewardEndpoint(asker, reward.weights)
 
-            async def one(name: str) -> list[tuple[str, Rating]]:
-                return [(name, await judge.rate(talks[name], make_id("rating", reward.model, name, talks[name][-1].content)))]
+        async def one(name: str) -> list[tuple[str, Rating]]:
+            return [(name, await judge.rate(talks[name], make_id("rating", reward.model, name, talks[name][-1].content)))]
 
-            return dict(await writer.all(talks, one)), asker.failed
+        return dict(await writer.all(talks, one)), asker.failed

@@ -36,6 +36,7 @@ WORKERS_PER_SLOT = 2  # rows under way for each slot: those that pause between a
 LARGEST_ANSWER = 32 << 20  # bytes
 SURROGATE = re.compile("[\ud800-\udfff]")
 FEW_ROWS = 4  # so few rows that get nothing but a gateway's errors are bad rows, more are a dead endpoint
+MOST_TOKENS = 1 << 40  # that an answer may say it has
 SHOWN = 300  # characters of an error's body
 
 
@@ -471,7 +472,7 @@ def _completions(body: bytes, target: Target, text_of: Callable[[Any, Target], A
         answer = json.loads(body)
         choices = answer["choices"]
         usage = answer.get("usage") or {}
-        tokens_in, tokens_out = (max(0, int(usage.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens"))
+        tokens_in, tokens_out = (min(MOST_TOKENS, max(0, int(usage.get(name) or 0))) for name in ("prompt_tokens", "completion_tokens"))
         outs = []
         for choice in choices:
             text = text_of(choice, target)

@@ -52,16 +52,16 @@ TASKS: dict[Name, Task] = {
 }
 
 _SENTENCE_END = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])\s+|(?<=[\u3002\uff01\uff1f])")
+_CODE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$\n?|\Z)|`([^`\n]{1,500})`", re.M | re.S)  # a block, or a few words
 _MARKDOWN = (
-    (re.compile(r"^[ \t]*(?:`{3,}|~{3,})[^\n]*\n?", re.M), ""),  # fences of code
     (re.compile(r"^[ \t]{0,3}#{1,6}[ \t]+", re.M), ""),
     (re.compile(r"^[ \t]*(?:\*[ \t]*){3,}$|^[ \t]*(?:-[ \t]*){3,}$|^[ \t]*(?:_[ \t]*){3,}$", re.M), ""),  # rules
     (re.compile(r"^([ \t]*)[*+] ", re.M), r"\1- "),
-    (re.compile(r"!?\[([^\[\]\n]{0,500})\]\([^()\s]{0,500}\)"), r"\1"),
-    (re.compile(r"(\*\*|__)(?=\S)([^\n]{1,2000}?)(?<=\S)\1"), r"\2"),
+    (re.compile(r"(?<!\w)!?\[([^\[\]\n]{0,500})\]\([^()\s]{0,500}\)"), r"\1"),
+    (re.compile(r"(?<![\w*])\*\*(?=[^\s*])([^*\n]{1,500})(?<=[^\s*])\*\*(?![\w*])"), r"\1"),
+    (re.compile(r"(?<!\w)__(?=[^\s_])([^_\n]{1,500})(?<=[^\s_])__(?!\w)"), r"\1"),
     (re.compile(r"(?<![\w*])\*(?=[^\s*])([^*\n]{1,500})(?<=[^\s*])\*(?![\w*])"), r"\1"),
     (re.compile(r"(?<![\w_])_(?=[^\s_])([^_\n]{1,500})(?<=[^\s_])_(?![\w_])"), r"\1"),
-    (re.compile(r"`([^`\n]{1,500})`"), r"\1"),
 )
 _QUOTES = {'"': '"', "\u201c": "\u201d", "\u201e": "\u201c", "\u00ab": "\u00bb", "'": "'"}
 _PASSAGE = re.compile(r"^\s*Passage(?:\s[1-9])?:\s*$", re.I)
@@ -119,7 +119,7 @@ def segments(name: Name, text: str, room: int, count: Count) -> list[tuple[str, 
                 end()
             elif sentence:
                 add(sentence, more, separator)
-            separator = " "
+            separator = " " if sentence.isascii() or sentence[-1] in ".!?" else ""
     end()
     return found
 
@@ -158,7 +158,16 @@ def read(name: Name, answer: str, tokens: int, most: int, segment: tuple[str, in
 
 
 def without_markdown(text: str) -> str:
-    """The same as plain text: no headings, emphasis, code marks, links and rules. Points of lists begin with a dash."""
+    """The same as plain text: no headings, emphasis, links, rules and marks of code, which itself stays as it is. Points of lists begin
+    with a dash."""
+    out, at = [], 0
+    for code in _CODE.finditer(text):
+        out += [_plain(text[at : code.start()]), code[2] if code[3] is None else code[3]]
+        at = code.end()
+    return "".join([*out, _plain(text[at:])])
+
+
+def _plain(text: str) -> str:
     for pattern, instead in _MARKDOWN:
         text = pattern.sub(instead, text)
     return text
