@@ -22,6 +22,10 @@ def _size(num: int) -> str:
     return f"{num} B"
 
 
+def _less(num: int) -> str:
+    return _size(num) if num >= 0 else f"{_size(-num)} more"
+
+
 def funnel_lines(facts: dict[str, Any]) -> list[str]:
     """What happened, a line a step."""
     first = facts["read"]
@@ -46,7 +50,7 @@ def write_page(folder: Path, facts: dict[str, Any]) -> Path:
         lost = sum(step["reasons"].values())  # a step may make documents too
         share = f"{lost:,} ({lost / (lost + step['documents_out']):.1%})" if lost else "0"
         rows.append(
-            (step["step"], f"{step['documents_out']:,}", share, _size(step["bytes_out"]), _size(step["bytes_in"] - step["bytes_out"]))
+            (step["step"], f"{step['documents_out']:,}", share, _size(step["bytes_out"]), _less(step["bytes_in"] - step["bytes_out"]))
         )
     reasons = [(step["step"], reason, f"{count:,}") for step in steps for reason, count in step["reasons"].items()]
     changes = [(step["step"], kind, f"{count:,}") for step in steps for kind, count in step["changed"].items()]
@@ -54,7 +58,7 @@ def write_page(folder: Path, facts: dict[str, Any]) -> Path:
         el("h1", facts["name"]),
         el(
             "p",
-            f"{first['files']:,} files, {facts['documents']:,} of {first['documents']:,} documents kept, {facts['seconds']:,} s.",
+            f"{first['files']:,} files, {first['documents']:,} documents read, {facts['documents']:,} kept, {facts['seconds']:,} s.",
             class_="soft",
         ),
         el("div", el("div", funnel(bars), class_="figure"), class_="grid funnels"),
@@ -90,5 +94,6 @@ def _samples(folder: Path) -> Iterator[Markup]:
             seen[kind] = seen.get(kind, 0) + 1
             chosen.append(number)
         for row in pq.read_table(path).take(chosen).to_pylist() if chosen else []:  # most files have nothing new
-            about = f"{row['step']}: {row['reason']} ({row['figure']:.3g}, limit {row['limit']:.3g})  {row['id']}"
+            measured = "" if row["figure"] is None else f" ({row['figure']:.3g}, limit {row['limit']:.3g})"
+            about = f"{row['step']}: {row['reason']}{measured}  {row['id']}"
             yield el("details", el("summary", about), el("pre", row["text"][:SAMPLE_CHARACTERS]))

@@ -28,7 +28,7 @@ def split(table: pa.Table, step: str, reasons: list[str | None], figures: np.nda
 
     Args:
         reasons: of each document; None keeps it.
-        figures, limits: float64 of each document, read where there is a reason.
+        figures, limits: float64 of each document, read where there is a reason; NaN where nothing was measured.
     """
     keep = pa.array([reason is None for reason in reasons], pa.bool_())
     gone = np.array([i for i, reason in enumerate(reasons) if reason is not None], np.int64)
@@ -36,8 +36,8 @@ def split(table: pa.Table, step: str, reasons: list[str | None], figures: np.nda
     columns = (
         pa.array([step] * len(gone), pa.string()),
         pa.array([reasons[i] for i in gone.tolist()], pa.string()),
-        pa.array(np.asarray(figures, np.float64)[gone]),
-        pa.array(np.asarray(limits, np.float64)[gone]),
+        pa.array(np.asarray(figures, np.float64)[gone], from_pandas=True),  # NaN is null
+        pa.array(np.asarray(limits, np.float64)[gone], from_pandas=True),
     )
     for name, column in zip(("step", "reason", "figure", "limit"), columns, strict=True):
         dropped = dropped.append_column(name, column)
