@@ -135,7 +135,7 @@ def test_some_documents_alone_and_without_the_originals(obedient: Any, tmp_path:
 
 
 def test_scores_of_a_reward_model(obedient: Any, tmp_path: Path) -> None:
-    corpus = corpus_in(tmp_path, unrated=document(20, x="This one is unrated."))
+    corpus = corpus_in(tmp_path, unrated=document(20, x="This one is unrated."), other=document(21))
     reward = {"base_url": obedient.url, "model": "mock-reward"}
     curated(recipe_of(corpus, obedient, reward=reward, least_reward=3.5, calls={"retries": 0}), tmp_path / "run")
     kept, gone = rows_in(tmp_path / "run" / "data"), rows_in(tmp_path / "run" / "dropped")
@@ -147,6 +147,12 @@ def test_scores_of_a_reward_model(obedient: Any, tmp_path: Path) -> None:
             assert ("rephrase_helpfulness" in meta) and (meta["rephrase_reward"] >= 3.5) == (name in kept)
             assert name in kept or gone[name]["reason"] == "reward"
     assert {name in kept for name in made} == {True, False}
+
+
+def test_a_reward_model_that_is_none_stops_the_run(obedient: Any, tmp_path: Path) -> None:
+    recipe = recipe_of(corpus_in(tmp_path), obedient, reward={"base_url": obedient.url, "model": "mock"}, calls={"retries": 0})
+    with pytest.raises(InputError, match="8 of 8 texts got no rating .*see to the reward model"):
+        curated(recipe, tmp_path / "run")
 
 
 def test_an_answer_is_bought_once(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ Tick = Callable[[int, int | None, str], None]
 TICK_SECONDS = 0.5
 _SHARE = 3  # what a document's number is drawn for; 0 to 2 are those of `quality` and `semantic`
 MADE: Final = "rephrase"  # keys of a made document's `meta` begin with it; it alone holds the task
-MOST_FAILED = 0.1  # of all calls, for reasons that may pass; of more the run stops, to be taken up again
+MOST_FAILED = 0.1  # of all calls, for reasons that may pass, or of all ratings; of more the run stops, to be taken up again
 MOST_SHOWN = 10_000  # characters of an answer that cannot be read
 BYTES_A_TOKEN = 4  # where no tokenizer is given
 
@@ -306,7 +306,12 @@ class _Rephrasing:
 
         names = [make_id([message.content for message in one.talk]) for one in made]  # equal texts are scored once
         talks = {name: one.talk for one, name in zip(made, names, strict=True) if not one.reason}
-        ratings, _ = await rate(talks, how.reward, how.calls, how.chat_format, writer, self.ratings, retry_failed=True)
+        ratings, failed = await rate(talks, how.reward, how.calls, how.chat_format, writer, self.ratings, retry_failed=True)
+        if failed > MOST_FAILED * len(talks):
+            raise InputError(
+                f"{failed:,} of {len(talks):,} texts got no rating ({self.ratings.path} says why): see to the reward model, and run the "
+                "same command again. What was answered is not asked again."
+            )
         weights, out = weight_set(how.reward.weights), []
         for one, name in zip(made, names, strict=True):
             rating = ratings.get(name)
