@@ -47,6 +47,12 @@ def test_what_it_has_learnt_is_better(tiny_base: Path) -> None:
     assert own > wrong > none
 
 
-def test_a_folder_without_a_model(tmp_path: Path) -> None:
+def test_a_folder_without_a_model(tmp_path: Path, random_base: Path) -> None:
+    base.check(random_base)
     with pytest.raises(InputError, match="is no model folder"):
         base.check(tmp_path)
+    sound = (random_base / "config.json").read_text()
+    for config, words in (("{", "cannot be read"), ("[]", "is not supported"), (sound, "needs its tokenizer")):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(InputError, match=words):
+            models(Quality(classifiers=[f"perplexity:{tmp_path}"]))

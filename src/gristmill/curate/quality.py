@@ -74,7 +74,9 @@ def models(settings: Quality) -> None:
     for name in settings.classifiers:
         if name.startswith(PERPLEXITY):
             folder = Path(name.removeprefix(PERPLEXITY))
-            if not _is_base(folder):
+            if _is_base(folder):
+                base.check(folder)
+            else:
                 _trigrams(folder)
         elif not name.startswith(COLUMN):
             _classifier(Path(name))
