@@ -132,6 +132,9 @@ def test_what_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.M
         assert why.pop("shut") == "cannot be read: Permission denied"
         assert why.pop("broken.txt").startswith("cannot be read") and "links" in why.pop("turn.txt")
         assert why == {"one": "a link to a folder", "two": "a link to a folder"}
+    told = {}
+    assert list(names([tmp_path / "in/*.txt"], told.__setitem__)) == [good]
+    assert {Path(where).name for where in told} == {"broken.txt", "turn.txt"}
     with pytest.raises(InputError, match=r"There is no document at .*shut \(.*Permission denied\)"):
         names([tmp_path / "in/shut"])
 

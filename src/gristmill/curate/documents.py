@@ -140,7 +140,12 @@ def _below(folder: Path, skipped: Skipped) -> Iterator[tuple[Path, bool]]:
 def _matching(folder: Path, parts: Sequence[str], skipped: Skipped) -> Iterator[Path]:
     """What a pattern stands for. (`glob` follows links through `**`, in loops without end, and is silent about what it cannot read.)"""
     if not parts:
-        if os.path.exists(folder):
+        try:
+            os.stat(folder)
+        except OSError as e:
+            if os.path.islink(folder):
+                skipped(_shown(folder), f"cannot be read: {e.strerror}")
+        else:
             yield folder
         return
     first, rest = parts[0], parts[1:]
