@@ -58,7 +58,7 @@ class Stage:
     index: Path
     journals: Path
     do: Callable[[str, Sequence[Task], bool], list[Facts]]
-    tick: Callable[[int, int | None, str], None]
+    tick: rephrase.Tick
 
     @property
     def num(self) -> int:
@@ -195,7 +195,7 @@ def rephrased(
     dropped: Path,
     how: Rephrase,
     journals: tuple[Journal, Journal | None],
-    tick: Callable[[int, int | None, str], None],
+    tick: rephrase.Tick,
 ) -> Facts:
     """A shard with what a model made of its documents."""
     table = shards.read(source)

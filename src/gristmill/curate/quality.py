@@ -26,7 +26,6 @@ Label = Literal["High", "Medium-High", "Medium", "Medium-Low", "Low"]
 COLUMN, PERPLEXITY = "column:", "perplexity:"
 # of the lowest bucket of each label, how many twentieths of all lie below its upper end, at least: buckets 19, 18, 12, 7 of 20
 _LABELS: tuple[tuple[Label, int], ...] = (("High", 19), ("Medium-High", 18), ("Medium", 12), ("Medium-Low", 7), ("Low", 0))
-_SAMPLE, _PARETO = 0, 1  # what a document's number is drawn for
 
 
 class Quality(Section):
@@ -116,7 +115,7 @@ def measure(table: pa.Table, settings: Quality) -> pa.Table:
     """
     texts = Texts.of(table["text"])
     columns: dict[str, np.ndarray] = {f"score_{c}": _score(table, texts, name) for c, name in enumerate(settings.classifiers)}
-    return pa.table(columns | {"bytes": texts.sizes_N, "key": drawn(table["id"], settings.seed, _SAMPLE)})
+    return pa.table(columns | {"bytes": texts.sizes_N, "key": drawn(table["id"], settings.seed, "sample")})
 
 
 def scores_of(measured: pa.Table, settings: Quality) -> np.ndarray:
@@ -198,7 +197,7 @@ def quality(table: pa.Table, settings: Quality, scores: np.ndarray, limits: np.n
         first_N = np.nan_to_num(scores[:, 0].astype(np.float64), nan=0.0)
         if len(first_N) and not 0 <= first_N.min() <= first_N.max() <= 1:
             raise InputError(f"The scores of {settings.classifiers[0]!r} are no probabilities, which `pareto` needs: leave it out.")
-        uniform_N = ((drawn(table["id"], settings.seed, _PARETO) >> np.uint64(11)) + 0.5) * 2.0**-53
+        uniform_N = ((drawn(table["id"], settings.seed, "pareto") >> np.uint64(11)) + 0.5) * 2.0**-53
         needed_N = 2 - uniform_N ** (-1 / settings.pareto)  # u < (2 - s)^-alpha, solved for s
     for n, bucket in enumerate(buckets_N.tolist()):
         if bucket < settings.least:

@@ -39,7 +39,6 @@ Task = Literal["wikipedia", "diverse_qa", "distill", "extract_knowledge", "knowl
 Limits = dict[str, tuple[float | None, float | None]]
 Tick = Callable[[int, int | None, str], None]
 TICK_SECONDS = 0.5
-_SHARE = 3  # what a document's number is drawn for; 0 to 2 are those of `quality` and `semantic`
 MADE: Final = "rephrase"  # keys of a made document's `meta` begin with it; it alone holds the task
 MOST_FAILED = 0.1  # of all calls, for reasons that may pass, or of all ratings; of more the run stops, to be taken up again
 MOST_SHOWN = 10_000  # characters of an answer that cannot be read
@@ -237,7 +236,7 @@ class _Rephrasing:
         from gristmill.synth import rephrase as tasks
 
         wanted_N = chosen(self.table, self.how.column, self.how.values)
-        wanted_N &= drawn(self.table["id"], self.how.seed, _SHARE) < self.how.share * 2.0**64
+        wanted_N &= drawn(self.table["id"], self.how.seed, "share") < self.how.share * 2.0**64
         rooms = {task: tasks.room(task, self.pack, self.count) for task in self.how.tasks}
         texts, ids = self.table["text"].to_pylist(), self.table["id"].to_pylist()
         taken = set(ids)

@@ -34,7 +34,6 @@ DRAWS = 64  # of centroids, at most
 ROUNDING = 1e-6  # of a cosine in float32
 STILL = 1e-4  # a move of all centroids, at most, after which k-means is at an end
 COLUMN = "column:"
-_RANK = 2  # what a document's number is drawn for; 0 and 1 are those of `quality`
 
 
 class Semantic(Section):
@@ -112,7 +111,7 @@ def embed(shard: int, source: Path, out: Path, how: Semantic) -> dict[str, int]:
         vector_ND = _of_column(table, how.embedding.removeprefix(COLUMN))
     else:
         vector_ND = base.states(table["text"].to_pylist(), Path(how.embedding))
-    shards.write(out, pa.table({"vector": _packed(_unit(vector_ND)), "drawn": drawn(table["id"], how.seed, _RANK)}))
+    shards.write(out, pa.table({"vector": _packed(_unit(vector_ND)), "drawn": drawn(table["id"], how.seed, "rank")}))
     return {"dimensions": vector_ND.shape[1]}
 
 
