@@ -118,7 +118,7 @@ def make_corpus(folder: Path, megabytes: int) -> dict[str, Any]:
 
 
 def tables(folder: Path, megabytes: float = 1e9) -> list[Any]:
-    from gristmill.curate import documents
+    from gristmill.curate.io import readers as documents
 
     found, size = [], 0
     for path in documents.find([folder]):
@@ -138,14 +138,15 @@ def cpu(call: Callable[[], object]) -> float:
 
 def steps(folder: Path) -> dict[str, float]:
     """MB a CPU second of each step."""
-    from gristmill.curate import duplicates, minhash, shards
-    from gristmill.curate.clean import Clean, clean
-    from gristmill.curate.decontaminate import Benchmarks, Decontaminate, counts, decontaminate
-    from gristmill.curate.figures import figures
-    from gristmill.curate.heuristics import Filter, heuristics
-    from gristmill.curate.language import Language, language
-    from gristmill.curate.pii import Pii, pii
-    from gristmill.curate.texts import Texts
+    from gristmill.curate.dedup import duplicates, minhash
+    from gristmill.curate.filters.decontaminate import Benchmarks, Decontaminate, counts, decontaminate
+    from gristmill.curate.filters.heuristics import Filter, heuristics
+    from gristmill.curate.filters.language import Language, language
+    from gristmill.curate.io import shards
+    from gristmill.curate.text.text_column import Texts
+    from gristmill.curate.text.text_metrics import figures
+    from gristmill.curate.transforms.clean import Clean, clean
+    from gristmill.curate.transforms.pii import Pii, pii
 
     all_tables = tables(folder)
     small = all_tables[:1]

@@ -55,11 +55,11 @@ def rows_of(workload: str, num: int, seed: int) -> list[Row]:
 
 
 def make_model(folder: Path, size: str) -> None:
-    from gristmill.chat import FORMATS
+    from gristmill.data.chat import FORMATS
+    from gristmill.data.tokenizer import Tokenizer
     from gristmill.model.config import ModelConfig, uniform_blocks
+    from gristmill.model.hf import save_model
     from gristmill.model.transformer import Transformer
-    from gristmill.model.weights import save_model
-    from gristmill.tokenizer import Tokenizer
 
     hidden = HIDDEN[size]
     blocks = uniform_blocks(8, 8, 2, hidden // 8, 4 * hidden)
@@ -77,10 +77,10 @@ def run_gristmill(folder: Path, precision: str, rows: list[Row], warm: list[Row]
     import numpy as np
     import torch
 
-    from gristmill.chat import FORMATS
+    from gristmill.data.chat import FORMATS
     from gristmill.engine.engine import Engine
-    from gristmill.engine.generator import Request, Sampling
-    from gristmill.model.weights import load_model
+    from gristmill.generation.api import Request, Sampling
+    from gristmill.model.hf import load_model
 
     torch.set_num_threads(1)
     dtype, quantize, cache = OURS[precision]

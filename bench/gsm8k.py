@@ -17,11 +17,11 @@ import random
 import sys
 from pathlib import Path
 
-from gristmill.chat import FORMATS
+from gristmill.data.chat import FORMATS
+from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.hf import save_model
 from gristmill.model.transformer import Transformer
-from gristmill.model.weights import save_model
-from gristmill.tokenizer import Tokenizer
 
 MAX_QUESTION, MAX_SOLUTION = 220, 220  # characters: the miniature Base has a context of 512 tokens
 SIZES = {"evaluation": 60, "demonstrations": 100, "ratings": 80, "prompts": 100}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.engine.engine import Engine
-from gristmill.jobs import engine_of
+from gristmill.engine.load import load_engine
 from gristmill.miniature.world import World
 
 TASK = """task: lands
@@ -109,7 +109,7 @@ def main() -> None:
             through = by_lm_eval(args.lm_eval_python, args.model.resolve(), process.stdout.readline().split()[-1], docs)
         finally:
             process.terminate()
-    own = in_process(engine_of(args.model), docs)
+    own = in_process(load_engine(args.model), docs)
     print(json.dumps({"questions": len(docs), "in process": own, "lm-eval": through}))
     sys.exit(any(own[name] != through[name] for name in own))
 

@@ -15,8 +15,8 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gristmill.curate import faithful
-from gristmill.curate.rephrase import LIMITS, Rephrase
+from gristmill.curate.transforms import faithfulness as faithful
+from gristmill.curate.transforms.rephrase import LIMITS, Rephrase
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 # what a small model writes instead

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median, quantiles
 
-from gristmill.judge.sandbox import Sandbox
+from gristmill.sandbox.sandbox import Sandbox
 
 AIM = 200  # programs a second on one core
 ROUNDS = 5

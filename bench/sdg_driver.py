@@ -12,11 +12,11 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from rows import MODEL, SYSTEM, args, prompt  # noqa: E402
 
-from gristmill.chat import Message  # noqa: E402
-from gristmill.engine.generator import Request, Sampling  # noqa: E402
-from gristmill.synth.ask import Asker  # noqa: E402
-from gristmill.synth.endpoint import Endpoint, RowFailed, Target  # noqa: E402
-from gristmill.synth.journal import Journal  # noqa: E402
+from gristmill.data.chat import Message  # noqa: E402
+from gristmill.generation.api import Request, Sampling  # noqa: E402
+from gristmill.generation.cached import Asker  # noqa: E402
+from gristmill.generation.endpoint import Endpoint, RowFailed, Target  # noqa: E402
+from gristmill.runs.journal import Journal  # noqa: E402
 
 
 async def main() -> int:

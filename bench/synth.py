@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SERVER = Path(__file__).parent.parent / "tests" / "synth" / "mock_endpoint.py"
+SERVER = Path(__file__).parent.parent / "tests" / "generation" / "mock_endpoint.py"
 CONCURRENCY = 64
 
 
@@ -27,11 +27,11 @@ def prompt(row: int) -> str:
 
 
 async def gristmill(url: str, rows: int, journal: Path) -> None:
-    from gristmill.chat import Message
-    from gristmill.engine.generator import Request
-    from gristmill.synth.ask import Asker
-    from gristmill.synth.endpoint import Endpoint, Target
-    from gristmill.synth.journal import Journal
+    from gristmill.data.chat import Message
+    from gristmill.generation.api import Request
+    from gristmill.generation.cached import Asker
+    from gristmill.generation.endpoint import Endpoint, Target
+    from gristmill.runs.journal import Journal
 
     requests = (Request(str(row), (Message("user", prompt(row)),)) for row in range(rows))
     with Journal(journal) as book:

@@ -94,8 +94,8 @@ def prepare(folder: Path, steps: int, seed: int) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from gristmill.model.hf import hf_tensors
     from gristmill.model.packed import PackedShape
-    from gristmill.model.weights import hf_tensors
 
     conversations = make_conversations(steps * BATCH, seed)
     (folder / "sft.json").write_text(json.dumps(conversations))
@@ -112,13 +112,13 @@ def prepare(folder: Path, steps: int, seed: int) -> None:
 
 
 def train_gristmill(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """``gristmill.train.loop.train``, as it is, on our kind of samples."""
+    """``gristmill.train.trainer.train``, as it is, on our kind of samples."""
     from gristmill.model.reward import RewardModel
-    from gristmill.train.loop import TrainSettings, train
-    from gristmill.train.packing import PairSample, RatedSample, Sample
-    from gristmill.train.preference import PreferenceObjective, compute_reference_logprobs
-    from gristmill.train.reward import reward_objective
-    from gristmill.train.sft import sft_objective
+    from gristmill.train.batches import PairSample, RatedSample, Sample
+    from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs
+    from gristmill.train.objectives.reward import reward_objective
+    from gristmill.train.objectives.sft import sft_objective
+    from gristmill.train.trainer import TrainSettings, train
 
     def side(row: dict[str, Any], name: str) -> Sample:
         return Sample(row["prompt"] + row[name], [False] * len(row["prompt"]) + [True] * len(row[name]))

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from gristmill.chat import FORMATS, Conversation, Message
+from gristmill.data.chat import FORMATS, Conversation, Message
+from gristmill.data.rows import Demonstration
+from gristmill.data.tokenizer import Tokenizer
 from gristmill.miniature import followups
 from gristmill.miniature.world import NEXT_REQUEST, PROMPT_REQUEST, TOPIC_REQUEST, World
 from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.hf import save_model
 from gristmill.model.transformer import Transformer
-from gristmill.model.weights import save_model
-from gristmill.rows import Demonstration
-from gristmill.tokenizer import Tokenizer
-from gristmill.train.loop import TrainSettings, train
-from gristmill.train.sft import demonstration_samples, sft_objective
+from gristmill.train.objectives.sft import demonstration_samples, sft_objective
+from gristmill.train.trainer import TrainSettings, train
 
 LESSONS = 3  # problems a task that the tiny Base learns by heart
 STEPS = 150
@@ -88,7 +88,7 @@ class MockEndpoint:
     def start(self) -> None:
         command = [
             sys.executable,
-            str(Path(__file__).parent / "synth" / "mock_endpoint.py"),
+            str(Path(__file__).parent / "generation" / "mock_endpoint.py"),
             "--port",
             str(self.port),
             "--latency",
@@ -128,3 +128,14 @@ def start_endpoint() -> Iterator[Callable[..., MockEndpoint]]:
 @pytest.fixture
 def endpoint(start_endpoint: Callable[..., MockEndpoint]) -> MockEndpoint:
     return start_endpoint()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder and its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Callable[[Path], dict[str, bytes]]:
+    """Every file under a folder and its bytes, to tell that nothing was touched."""
+    return content

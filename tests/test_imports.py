@@ -17,37 +17,33 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A room imports from lower layers and from itself, never from a room of its own layer or a higher one.
 LAYERS = [
-    {"errors", "workers"},
-    {"files"},
-    {"tokenizer", "recipe"},
-    {"chat"},
-    {"model", "rows"},
-    {"train", "engine"},
-    {"synth"},
+    {"core"},
+    {"verify", "sandbox"},
+    {"data"},
+    {"runs", "model"},
+    {"generation", "train"},
+    {"engine", "synth"},
     {"judge"},
-    {"evaluate", "miniature"},
-    {"flywheel"},
-    {"report", "start", "jobs"},
-    {"dataset"},
-    {"curate"},
+    {"evaluate", "miniature", "curate"},
+    {"workflows", "server", "report"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 # Beyond the layers: rooms that a room has no business with, although they lie below it.
 NEVER = {
-    "synth": {"train", "engine.engine", "model"},  # it asks any Generator, and starts fast
-    "judge": {"train", "engine.engine"},  # an LLM judge asks any Generator, not our engine
-    "evaluate": {"train", "engine.engine", "miniature"},
+    "synth": {"model"},  # it asks any Generator, and starts fast
+    "judge": {"engine.engine"},  # an LLM judge asks any Generator, not our engine
+    "evaluate": {"train", "engine.engine"},
     "miniature": {"train", "engine", "model.transformer"},  # the world is data
-    "report": {"train", "engine", "flywheel.loop", "flywheel.mill"},  # a page is made from the run's files alone
+    "report": {"train", "engine"},  # a page is made from the run's files alone
 }
 
-# The untrusted-code helper starts with no site-packages; see judge/zygote.py.
-STANDARD_LIBRARY_ONLY = ["judge.zygote", "judge.jail", "judge.seccomp"]
+# The untrusted-code helper starts with no site-packages; see sandbox/zygote.py.
+STANDARD_LIBRARY_ONLY = ["sandbox.zygote", "sandbox.jail", "sandbox.seccomp"]
 
 # On machines with a GPU, and nowhere else.
-COMES_WITH_TORCH = {"engine.triton_kernels": "triton"}
+COMES_WITH_TORCH = {"engine.kernels.triton_attention": "triton"}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(PACKAGE.rglob("*.py"))
@@ -136,7 +132,7 @@ def test_a_package_file_holds_only_its_docstring(name: str) -> None:
 def test_the_code_helper_needs_no_packages(name: str) -> None:
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     for full in imported(ast.walk(tree)):
-        own = full == "gristmill.judge" or any(f"{full}.".startswith(f"gristmill.{m}.") for m in STANDARD_LIBRARY_ONLY)
+        own = full == "gristmill.sandbox" or any(f"{full}.".startswith(f"gristmill.{m}.") for m in STANDARD_LIBRARY_ONLY)
         assert own or full.split(".")[0] in sys.stdlib_module_names, full
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import typer.main
 
-from gristmill.cli import app, find_recipe
-from gristmill.flywheel.recipe import CONTROLS
+from gristmill.cli.main import app
+from gristmill.core.config import COMMANDS as OF_KIND
+from gristmill.core.config import find_recipe
+from gristmill.workflows.alignment.recipe import CONTROLS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -136,7 +138,8 @@ def test_gristmill_takes_the_command_line(command: Command) -> None:
     assert context.params.get("control") in (None, *CONTROLS)
     recipe = context.params.get("recipe")
     if recipe is not None and recipe not in command.made:
-        find_recipe(str(ROOT / recipe) if "/" in recipe or recipe.endswith((".yaml", ".yml")) else recipe)
+        kind = next(kind for kind, command in OF_KIND.items() if command == name)
+        find_recipe(str(ROOT / recipe) if recipe.endswith((".yaml", ".yml")) else recipe, kind)
 
 
 @pytest.mark.parametrize("command", [c for c in FOUND if c.program.startswith(("gristmill", "python", "bash"))], ids=str)

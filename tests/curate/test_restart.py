@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gristmill.curate import documents, shards
-from gristmill.curate.documents import Reading
+from gristmill.curate.io import readers as documents
+from gristmill.curate.io import shards
+from gristmill.curate.io.readers import Reading
 from gristmill.curate.run import ingest
 
 READING = Reading(batch_bytes=3000, most_document_bytes=6000)

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from gristmill.curate import recipe as recipes
+from gristmill.core.config import load
+from gristmill.core.errors import InputError
+from gristmill.core.progress import Progress
 from gristmill.curate import run as runs
-from gristmill.curate.page import funnel_lines, write_page
 from gristmill.curate.recipe import Curation
 from gristmill.curate.run import explain, run
-from gristmill.errors import InputError
-from gristmill.flywheel.progress import Progress
+from gristmill.report.curation import funnel_lines, write_page
 
 STEPS: list[dict[str, Any]] = [
     {"step": "clean"},
@@ -346,17 +346,17 @@ def test_buckets_of_quality(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
-    def load(text: str) -> None:
+    def loaded(text: str) -> None:
         path = tmp_path / "recipe.yaml"
         path.write_text(text)
-        recipes.load(path)
+        load(path, Curation)
 
     with pytest.raises(InputError, match="unknown key 'steps.0.fuzzy.band': did you mean 'bands'"):
-        load("steps: [{step: fuzzy, band: 3}]")
+        loaded("steps: [{step: fuzzy, band: 3}]")
     with pytest.raises(InputError, match="steps.0"):
-        load("steps: [{step: fussy}]")
+        loaded("steps: [{step: fussy}]")
     with pytest.raises(InputError, match="threshold"):
-        load("steps: [{step: fuzzy, threshold: 3}]")
+        loaded("steps: [{step: fuzzy, threshold: 3}]")
     with pytest.raises(InputError):
         curated(Curation(inputs=[str(tmp_path / "nothing")]), tmp_path / "out")
     (tmp_path / "empty").mkdir()

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gristmill.engine import kernels
+from gristmill.core.errors import InputError
 from gristmill.engine.attention import Attention, Batch, CompiledAttention, Pool, TorchAttention
+from gristmill.engine.block_manager import PAGE_SIZE
 from gristmill.engine.core import Core
-from gristmill.engine.generator import Request, Sampling
+from gristmill.engine.kernels import library as kernels
 from gristmill.engine.layers import Decoder
-from gristmill.engine.pages import PAGE_SIZE
 from gristmill.engine.sequence import Job
-from gristmill.errors import InputError
+from gristmill.generation.api import Request, Sampling
 from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.model.quantized import LARGEST
 from gristmill.model.transformer import Transformer

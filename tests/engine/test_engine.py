@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from gristmill.chat import FORMATS, Message
-from gristmill.engine import kernels
+from gristmill.core.errors import InputError
+from gristmill.data.chat import FORMATS, Message
+from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine, _Shares
-from gristmill.engine.generator import Completion, Request, Sampling
-from gristmill.errors import InputError
+from gristmill.engine.kernels import library as kernels
+from gristmill.generation.api import Completion, Request, Sampling
 from gristmill.model.config import BlockConfig, ModelConfig
+from gristmill.model.hf import save_model
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Transformer
-from gristmill.model.weights import save_model
-from gristmill.tokenizer import Tokenizer
 
 WORDS = ["land", "river", "seven", "apples", "in", "the", "what", "is", "of", "mill", "wheat", "stone"]
 FORMAT = FORMATS["nemotron"]

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gristmill.engine import kernels
+from gristmill.engine.kernels import library as kernels
 from gristmill.engine.layers import Norm
-from gristmill.engine.products import PRODUCTS, Int8, Rows
+from gristmill.engine.linear import PRODUCTS, Int8, Rows
 from gristmill.engine.sampler import Needs, choose
 from gristmill.model.transformer import LayerNorm1P, Linear, RMSNorm
 

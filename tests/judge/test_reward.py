@@ -4,13 +4,13 @@ from dataclasses import astuple
 
 import pytest
 
-from gristmill.chat import FORMATS, Message
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
+from gristmill.data.chat import FORMATS, Message
+from gristmill.data.tokenizer import Tokenizer
 from gristmill.judge.reward import ANSWERS_TOGETHER, RewardScorer
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
-from gristmill.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,13 @@
 """The shipped Base: it loads, is small, and has room for everything that the world says."""
 
-from gristmill.chat import conversation, guess_format
-from gristmill.flywheel.recipe import Responses
+from gristmill.data.chat import conversation, guess_format
 from gristmill.miniature.base import BASE
 from gristmill.miniature.human import demonstrations, ratings
 from gristmill.miniature.world import World
 from gristmill.model.config import PRESETS
-from gristmill.model.sizes import num_parameters
-from gristmill.model.weights import load_model
+from gristmill.model.flops import num_parameters
+from gristmill.model.hf import load_model
+from gristmill.workflows.alignment.recipe import Responses
 
 
 def test_the_base_is_the_preset_and_small() -> None:

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.chat import FORMATS, conversation
-from gristmill.flywheel.source import contaminated, fold
+from gristmill.data.chat import FORMATS, conversation
 from gristmill.miniature import human
 from gristmill.miniature.human import Written, annotate, demonstrations, evaluation, ratings
 from gristmill.miniature.world import TASKS, World
+from gristmill.model.hf import load_model
 from gristmill.model.reward import ATTRIBUTES
-from gristmill.model.weights import load_model
+from gristmill.workflows.alignment.source import contaminated, fold
 
 SEEDS = (0, 1, 2, 17)
 WORLD = World.make()

@@ -2,13 +2,13 @@
 
 import pytest
 
-from gristmill.chat import Message
-from gristmill.errors import InputError
-from gristmill.flywheel.source import Source, fold
+from gristmill.core.errors import InputError
+from gristmill.data.chat import Message
+from gristmill.data.human import HumanData
 from gristmill.miniature.source import LIMITS, MiniatureSource
-from gristmill.recipe import Data
+from gristmill.workflows.alignment.source import Source, fold
 
-DATA = Data(num_demonstrations=50, num_rated_prompts=30, num_held_out_ratings=5, num_evaluation=4, num_prompts=20)
+DATA = HumanData(num_demonstrations=50, num_rated_prompts=30, num_held_out_ratings=5, num_evaluation=4, num_prompts=20)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,10 @@ def test_verifiers_know_prompts_but_no_facts(source: MiniatureSource) -> None:
 @pytest.mark.parametrize("name", LIMITS)
 def test_more_than_the_world_has_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"data.{name} is {LIMITS[name] + 1}: the miniature world has {LIMITS[name]} at most"):
-        MiniatureSource(Data(**{name: LIMITS[name] + 1}), 0)
+        MiniatureSource(HumanData(**{name: LIMITS[name] + 1}), 0)
 
 
 def test_the_world_has_what_the_limits_promise() -> None:
-    source = MiniatureSource(Data(num_prompts=LIMITS["num_prompts"], num_demonstrations=LIMITS["num_demonstrations"]), 0)
+    source = MiniatureSource(HumanData(num_prompts=LIMITS["num_prompts"], num_demonstrations=LIMITS["num_demonstrations"]), 0)
     assert len({p.messages for p in source.prompts()}) == LIMITS["num_prompts"]
     assert len(source.demonstrations()) == LIMITS["num_demonstrations"]

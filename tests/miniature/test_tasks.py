@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.chat import Message
-from gristmill.judge.verify import verify
+from gristmill.data.chat import Message
 from gristmill.miniature import code, followups, lists, sums
 from gristmill.miniature.problem import Problem
 from gristmill.miniature.world import TASKS, World
+from gristmill.verify.verify import verify
 
 WORLD = World.make()
 seeds = st.integers(0, 2**32)

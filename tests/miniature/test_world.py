@@ -6,9 +6,8 @@ from collections import Counter
 
 import pytest
 
-from gristmill.chat import Conversation, Message
-from gristmill.flywheel.recipe import RECIPES, load
-from gristmill.flywheel.source import contaminated, fold
+from gristmill.core.config import RECIPES, load
+from gristmill.data.chat import Conversation, Message
 from gristmill.miniature import followups
 from gristmill.miniature.facts import ATTRIBUTES, NUM_LANDS, Lands
 from gristmill.miniature.source import PIPELINES
@@ -21,6 +20,8 @@ from gristmill.miniature.world import (
     World,
     writing_problem,
 )
+from gristmill.workflows.alignment.recipe import AlignmentRecipe
+from gristmill.workflows.alignment.source import contaminated, fold
 
 NUM_DOCUMENTS = 20_000
 
@@ -113,7 +114,7 @@ def test_writing_problems_teach_every_request(world: World) -> None:
 
 def test_manual_topics_of_the_recipe_are_topics_of_the_task(world: World) -> None:
     rng = random.Random(0)
-    writing = load(RECIPES / "miniature.yaml").writing
+    writing = load(RECIPES / "miniature.yaml", AlignmentRecipe).writing
     own = {name: getattr(writing.pipelines, name).own for name in ("math", "python", "writing")} | {"open_qa": writing.topics.own}
     for pipeline, names in own.items():
         drawn = {world.draw(rng, PIPELINES[pipeline]).topic for _ in range(2000)}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
 from gristmill.model.config import PRESETS, BlockConfig, ModelConfig, RopeScaling, uniform_blocks
 
 BLOCKS = uniform_blocks(2, 4, 2, 16, 48)

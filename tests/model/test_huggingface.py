@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 
-from gristmill.chat import FORMATS, Conversation, Message
+from gristmill.data.chat import FORMATS, Conversation, Message
+from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import ModelConfig, RopeScaling, uniform_blocks
+from gristmill.model.hf import load_model, save_model
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Transformer
-from gristmill.model.weights import load_model, save_model
-from gristmill.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["a mill that grinds its own grain"] * 3, 270, [])
 LENGTHS = [7, 1, 33, 20]

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gristmill.chat import FORMATS, Message
+from gristmill.core.errors import InputError
+from gristmill.data.chat import FORMATS, Message
 from gristmill.engine.engine import Engine
-from gristmill.engine.generator import Request, Sampling
-from gristmill.errors import InputError
+from gristmill.generation.api import Request, Sampling
+from gristmill.model.hf import hf_tensors, load_model, save_quantized, saved_as
 from gristmill.model.quantized import KINDS, LARGEST, Quantize, compressed, restored, scaled
-from gristmill.model.weights import hf_tensors, load_model, save_quantized, saved_as
 
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 9), columns=st.integers(1, 40))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.packed import PackedShape
 from gristmill.model.reward import ATTRIBUTES, REWARD_WEIGHTS, RewardModel

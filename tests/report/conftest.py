@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from gristmill.chat import Message
-from gristmill.evaluate.intervals import accuracy
-from gristmill.files import write_json
-from gristmill.flywheel import recipe as recipes
-from gristmill.rows import Demonstration, Pair, Prompt, Rating, Response, make_id, write_rows
+from gristmill.core.config import check, dump
+from gristmill.core.io import write_json
+from gristmill.data.chat import Message
+from gristmill.data.rows import Demonstration, Pair, Prompt, Rating, Response, make_id, write_rows
+from gristmill.evaluate.stats import accuracy
+from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
 TASKS = ("facts", "sums", "code")
 SKILL = {"demonstrations": 0.4, "code-sft": 0.25, "general-sft": 0.55, "dpo": 0.55, "rpo1": 0.62}
@@ -252,10 +253,10 @@ def make_run(tmp_path: Path) -> MakeRun:
     def make(
         name: str = "run", *, seed: int = 0, control: str | None = None, text: str = "", gain: float = 0.0, finished: bool = True
     ) -> Path:
-        recipe = recipes.parse({"name": name, "world": "miniature", "seed": seed, "control": control, "rpo_iterations": 1})
+        recipe = check(AlignmentRecipe, {"name": name, "world": "miniature", "seed": seed, "control": control, "rpo_iterations": 1})
         w = Writer(tmp_path / name, seed, text)
         w.folder.mkdir()
-        (w.folder / "recipe.yaml").write_text(recipes.dump(recipe))
+        (w.folder / "recipe.yaml").write_text(dump(recipe))
         w.data()
         w.reward()
         w.model("demonstrations", 0, SKILL["demonstrations"], human_rows=24)

@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.evaluate.intervals import accuracy, wilson
+from gristmill.evaluate.stats import accuracy, wilson
 from gristmill.report.claims import difference, full, predecessors, prompt_tasks, short, sign, statements, steps, unpaired
-from gristmill.report.read import read_run
+from gristmill.runs.reader import read_run
 
 MakeRun = Callable[..., Path]
 

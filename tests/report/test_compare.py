@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
 from gristmill.report.claims import sign
 from gristmill.report.compare import compare_runs, comparison_text, write_comparison
 

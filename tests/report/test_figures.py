@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.evaluate.intervals import accuracy
+from gristmill.evaluate.stats import accuracy
 from gristmill.report.figures import Series, accuracy_bars, funnel, gauge, histogram, stage_plot
 
 

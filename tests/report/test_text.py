@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gristmill.report.read import read_run
 from gristmill.report.text import duration, headline, stage_line
+from gristmill.runs.reader import read_run
 
 MakeRun = Callable[..., Path]
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from gristmill.chat import Message
+from gristmill.data.chat import Message
 from gristmill.synth.dialogues import ends, without_politeness
 
 

@@ -5,8 +5,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.judge.instructions import CHECKS, follows
 from gristmill.synth.pipelines.instructions import ALONE, CLASHES, CONSTRAINTS, draw
+from gristmill.verify.ifeval import CHECKS, follows
 
 
 @given(st.integers(0, 10_000), st.integers(1, 4))

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from gristmill.synth.pack import Pack
 from gristmill.synth.rephrase import TASKS, Name, messages, read, room, segments, template, without_markdown
+from gristmill.synth.templates import Pack
 from gristmill.synth.writer import Unusable
 
 

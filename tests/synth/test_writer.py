@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from gristmill.engine.generator import Completion, Finish, Request
-from gristmill.synth.ask import Asker
-from gristmill.synth.endpoint import RowFailed
-from gristmill.synth.journal import Journal
-from gristmill.synth.pack import Pack
+from gristmill.generation.api import Completion, Finish, Request
+from gristmill.generation.cached import Asker
+from gristmill.generation.endpoint import RowFailed
+from gristmill.runs.journal import Journal
+from gristmill.synth.templates import Pack
 from gristmill.synth.writer import Rehearsal, Topic, Unusable, Writer
 
 Say = Callable[[str], str]

@@ -8,7 +8,7 @@ import torch
 
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.transformer import Transformer
-from gristmill.train.packing import PairSample, Sample
+from gristmill.train.batches import PairSample, Sample
 
 VOCAB = 48
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
 from gristmill.train import losses
 from gristmill.train.losses import cross_entropy_sum, masked_mse, preference_loss, token_logprobs
 

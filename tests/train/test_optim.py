@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
 from gristmill.train.optim import Optimizer, OptimSettings, schedule_scale

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
 from gristmill.model.transformer import Transformer
 from gristmill.train import checkpoint
-from gristmill.train.loop import TrainSettings, train
-from gristmill.train.packing import Sample
-from gristmill.train.pretrain import next_token_objective
+from gristmill.train.batches import Sample
+from gristmill.train.objectives.next_token import next_token_objective
+from gristmill.train.trainer import TrainSettings, train
 
 Make = Callable[..., Transformer]
 MakeSamples = Callable[..., list[Sample]]

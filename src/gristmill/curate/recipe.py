@@ -1,24 +1,22 @@
 """The recipe of a curation: what is read, the steps in their order, and how the rest is written."""
 
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import Field, model_validator
 
-from gristmill.curate.clean import Clean
-from gristmill.curate.decontaminate import Decontaminate
-from gristmill.curate.documents import Reading
-from gristmill.curate.duplicates import Exact, Fuzzy
-from gristmill.curate.heuristics import Filter
-from gristmill.curate.language import Language
-from gristmill.curate.pii import Pii
-from gristmill.curate.quality import Quality
-from gristmill.curate.rephrase import Rephrase
-from gristmill.curate.semantic import Semantic
-from gristmill.curate.snapshots import Remember, Seen
-from gristmill.curate.substring import Substring
-from gristmill.recipe import Section, checked, read
+from gristmill.core.config import PatternPath, Recipe, Section
+from gristmill.curate.dedup.duplicates import Exact, Fuzzy
+from gristmill.curate.dedup.seen_index import Remember, Seen
+from gristmill.curate.dedup.semantic import Semantic
+from gristmill.curate.dedup.substring import Substring
+from gristmill.curate.filters.decontaminate import Decontaminate
+from gristmill.curate.filters.heuristics import Filter
+from gristmill.curate.filters.language import Language
+from gristmill.curate.io.readers import Reading
+from gristmill.curate.quality.buckets import Quality
+from gristmill.curate.transforms.clean import Clean
+from gristmill.curate.transforms.pii import Pii
+from gristmill.curate.transforms.rephrase import Rephrase
 
 Step = Annotated[
     Clean | Language | Filter | Exact | Fuzzy | Pii | Decontaminate | Remember | Seen | Quality | Rephrase | Substring | Semantic,
@@ -33,11 +31,12 @@ class Output(Section):
     shard_mb: int = Field(256, gt=0, description="text of an output file")
 
 
-class Curation(Section):
+class Curation(Recipe):
     """A curation, from files to files."""
 
+    kind: Literal["curation"] = "curation"
     name: str = Field("curated", pattern=r"^[\w.-]+$")
-    inputs: list[str] = Field(default_factory=list, description="files, folders and patterns")
+    inputs: list[PatternPath] = Field(default_factory=list, description="files, folders and patterns")
     reading: Reading = Reading()
     steps: list[Step] = Field(default_factory=list)
     output: Output = Output()
@@ -49,17 +48,3 @@ class Curation(Section):
         if sum(step.step == "remember" for step in self.steps) > 1:
             raise ValueError("steps: a run has one index, so that `remember` can stand in it once")
         return self
-
-
-def load(path: Path, overrides: dict[str, Any] | None = None) -> Curation:
-    """Read a recipe, with some of its values replaced.
-
-    Raises:
-        InputError: the file is missing or wrong; the sentence names the key.
-    """
-    return checked(Curation, read(path) | (overrides or {}), str(path))
-
-
-def dump(recipe: Curation) -> str:
-    """The recipe with all its values, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -17,15 +17,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gristmill.curate import chains, documents, executor, shards
-from gristmill.curate.chains import Facts, Stage, num_bytes
-from gristmill.curate.documents import Reading
-from gristmill.curate.executor import Task
-from gristmill.curate.recipe import Curation, Output, Step, dump
-from gristmill.errors import InputError
-from gristmill.files import lock, state, write_json
-from gristmill.flywheel.progress import Progress
-from gristmill.rows import make_id
+from gristmill.core.config import dump
+from gristmill.core.errors import InputError
+from gristmill.core.io import lock, state, write_json
+from gristmill.core.progress import Progress
+from gristmill.curate import stages as chains
+from gristmill.curate.io import readers as documents
+from gristmill.curate.io import shards
+from gristmill.curate.io.readers import Reading
+from gristmill.curate.recipe import Curation, Output, Step
+from gristmill.curate.stages import Facts, Stage, num_bytes
+from gristmill.data.rows import make_id
+from gristmill.runs import executor
+from gristmill.runs.executor import Task
 
 MADE = ("data", "dropped", "index")  # folders that a run makes, and replaces; the last only with the step `remember`
 MOST_SKIPPED = 1000  # skips that are named one by one

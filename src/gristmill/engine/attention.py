@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.engine import kernels
-from gristmill.engine.pages import PAGE_SIZE
-from gristmill.engine.products import known_to_kernels
+from gristmill.engine.block_manager import PAGE_SIZE
+from gristmill.engine.kernels import library as kernels
+from gristmill.engine.linear import known_to_kernels
 from gristmill.model.config import ModelConfig
 from gristmill.model.quantized import LARGEST, scaled
 from gristmill.model.transformer import rotate
@@ -227,7 +227,7 @@ class TritonAttention:
         return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        from gristmill.engine.triton_kernels import attend
+        from gristmill.engine.kernels.triton_attention import attend
 
         views, inputs = _Views(self.config, self.pool, layer), self.inputs
         q_THd = views.store(qkv[: len(inputs["positions"])], _Places(inputs["positions"], inputs["pages"]), self.cos_LR, self.sin_LR)

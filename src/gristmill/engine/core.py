@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.engine.constraints import Constraints
-from gristmill.engine.generator import Completion, Finish
+from gristmill.core.errors import InputError
+from gristmill.engine.block_manager import PAGE_SIZE, Pages
+from gristmill.engine.grammar import Constraints
 from gristmill.engine.layers import Decoder
-from gristmill.engine.pages import PAGE_SIZE, Pages
-from gristmill.engine.runner import Runner
+from gristmill.engine.model_runner import Runner
 from gristmill.engine.sampler import Needs, choose, uniforms
 from gristmill.engine.scheduler import Scheduler
 from gristmill.engine.sequence import FREQUENCY, LIMIT, MIN_P, PRESENCE, PROMPT, REPETITION, TEMPERATURE, TOP_K, TOP_P, Job, Sequence, Slots
-from gristmill.errors import InputError
+from gristmill.generation.api import Completion, Finish
 
 STEP_TOKENS = 2048
 MEMORY_SHARE = 0.25  # of the machine's memory (of what is free on a GPU: .8), for the pages of all workers

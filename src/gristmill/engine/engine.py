@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.chat import ChatFormat, Message
-from gristmill.engine.constraints import Constraints
+from gristmill.core.errors import InputError
+from gristmill.core.threads import merge, num_workers, workers
+from gristmill.data.chat import ChatFormat, Message
+from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.core import Core
-from gristmill.engine.generator import Completion, Request
+from gristmill.engine.grammar import Constraints
 from gristmill.engine.layers import Decoder
 from gristmill.engine.sequence import Job
-from gristmill.errors import InputError
+from gristmill.generation.api import Completion, Request
 from gristmill.model.packed import PackedShape
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import Transformer
-from gristmill.tokenizer import Tokenizer
-from gristmill.workers import merge, num_workers, workers
 
 # Prompt tokens of one packed forward pass, and logits held at once: they bound the memory beside the cache.
 PACKED_TOKENS = 8192

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gristmill.engine import kernels
-from gristmill.engine.products import PRODUCTS, Int8, Rows, known_to_kernels
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
+from gristmill.engine.kernels import library as kernels
+from gristmill.engine.linear import PRODUCTS, Int8, Rows, known_to_kernels
 from gristmill.model.attention import varlen_attention
 from gristmill.model.packed import PackedShape
 from gristmill.model.quantized import LARGEST, Quantize, scaled

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.engine import kernels
+from gristmill.engine.kernels import library as kernels
 
 # The nucleus of a trained model rarely has more tokens; rows for which it has are sorted in full.
 NUCLEUS_GUESS = 64

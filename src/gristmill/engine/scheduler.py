@@ -8,10 +8,10 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from gristmill.engine.pages import PAGE_SIZE, Pages
+from gristmill.core.errors import InputError
+from gristmill.engine.block_manager import PAGE_SIZE, Pages
 from gristmill.engine.sampler import sample_key
 from gristmill.engine.sequence import Job, Sequence, Slots
-from gristmill.errors import InputError
 
 COLDEST = 1e-3  # below, logits would overflow, and the likeliest token is as good as certain
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from gristmill.engine.constraints import Matcher
-from gristmill.engine.generator import Completion, Request
-from gristmill.engine.pages import PAGE_SIZE, ROOT
+from gristmill.engine.block_manager import PAGE_SIZE, ROOT
+from gristmill.engine.grammar import Matcher
+from gristmill.generation.api import Completion, Request
 
 # Columns of `Slots.ints`.
 PROMPT, LIMIT, TOP_K = range(3)

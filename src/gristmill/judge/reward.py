@@ -1,16 +1,21 @@
 """Scoring answers with the reward model: five attributes each, and their weighted sum."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from gristmill.chat import ChatFormat, Message
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
+from gristmill.core.threads import num_workers, workers
+from gristmill.data.chat import ChatFormat, Message, find_format
+from gristmill.data.readers import read_demonstrations
+from gristmill.data.rows import Rating
+from gristmill.data.tokenizer import Tokenizer
+from gristmill.model.hf import load_reward
 from gristmill.model.packed import pack
 from gristmill.model.reward import RewardModel
-from gristmill.rows import Rating
-from gristmill.tokenizer import Tokenizer
-from gristmill.workers import num_workers, workers
 
 PACKED_TOKENS = 4096
 # Rated in one pass, so that the model reads their prompt once.
@@ -87,3 +92,17 @@ def _packs(groups: list[list[int]], rendered: list[list[int]]) -> Iterator[list[
         size += num_tokens
     if together:
         yield together
+
+
+def load_scorer(folder: Path, chat_format: str = "auto") -> RewardScorer:
+    """The scorer of a reward model's folder."""
+    model, tokenizer = load_reward(folder)
+    return RewardScorer(model, tokenizer, find_format(chat_format, tokenizer))
+
+
+def rate_file(folder: Path, data: Path, chat_format: str = "auto") -> list[dict[str, Any]]:
+    """Ratings of every conversation of a file."""
+    scorer = load_scorer(folder, chat_format)
+    rows = read_demonstrations(data)
+    ratings = scorer.score([r.messages for r in rows])
+    return [{"id": r.id, **asdict(x), "score": round(scorer.total(x), 4)} for r, x in zip(rows, ratings, strict=True)]

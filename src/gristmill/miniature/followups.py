@@ -4,7 +4,7 @@ import random
 import re
 from typing import Any
 
-from gristmill.chat import Conversation, Message
+from gristmill.data.chat import Conversation, Message
 from gristmill.miniature import lists, sums
 from gristmill.miniature.facts import ANSWER, ATTRIBUTES, Lands
 from gristmill.miniature.problem import Problem, pick

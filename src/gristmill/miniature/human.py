@@ -10,12 +10,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from gristmill.chat import Conversation, Message, to_dicts
-from gristmill.judge.verify import verify
+from gristmill.data.chat import Conversation, Message, to_dicts
+from gristmill.data.rows import ATTRIBUTES
 from gristmill.miniature import code, facts, followups, lists, sums
 from gristmill.miniature.problem import Problem, pick
 from gristmill.miniature.world import TASKS, World, writing_problem
-from gristmill.model.reward import ATTRIBUTES
+from gristmill.verify.verify import verify
 
 # People are asked about what no program can check, above all: facts, in one turn or two.
 RATED_TASKS = (facts.TASK, followups.TASK, facts.TASK, sums.TASK, lists.TASK, code.TASK)

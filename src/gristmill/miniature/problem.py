@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gristmill.chat import Conversation, Message
+from gristmill.data.chat import Conversation, Message
 
 
 @dataclass(frozen=True, slots=True)

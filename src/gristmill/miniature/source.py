@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from gristmill.chat import Conversation, conversation
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
+from gristmill.data.chat import Conversation, conversation
+from gristmill.data.human import HumanData
+from gristmill.data.rows import ATTRIBUTES, Demonstration, Prompt, Rated, make_id
 from gristmill.miniature import code, facts, followups, human, lists, sums
 from gristmill.miniature.world import HELD_OUT_PER_TASK, TASKS, World
-from gristmill.model.reward import ATTRIBUTES
-from gristmill.recipe import Data
-from gristmill.rows import Demonstration, Prompt, Rated, make_id
 
 # Beyond these the world has too few different questions about facts.
 LIMITS = {"num_demonstrations": 5000, "num_prompts": 4000, "num_evaluation": HELD_OUT_PER_TASK}
@@ -21,7 +20,7 @@ class MiniatureSource:
     tasks = TASKS
     code_tasks = frozenset({code.TASK})
 
-    def __init__(self, data: Data, seed: int):
+    def __init__(self, data: HumanData, seed: int):
         for name, most in LIMITS.items():
             if getattr(data, name) > most:
                 raise InputError(f"data.{name} is {getattr(data, name)}: the miniature world has {most} at most.")

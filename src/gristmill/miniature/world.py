@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gristmill.chat import Conversation
+from gristmill.data.chat import Conversation
 from gristmill.miniature import code, facts, followups, lists, sums
 from gristmill.miniature.problem import Problem, pick
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
 
 
 @dataclass(frozen=True)

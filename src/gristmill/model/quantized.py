@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
 
 Quantize = Literal["", "int8", "int8-weight", "fp8"]
 # Largest value of the types that numbers are quantized to.

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
+from gristmill.data.rows import ATTRIBUTES
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Linear, Transformer
-
-ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 # Weights that turn five attributes into one score: those of Nemotron-4-340B-Reward and of HelpSteer2's 70B
 # reward model, and the "goodness" that HelpSteer2 (arXiv 2406.08673) used for training. The first two were

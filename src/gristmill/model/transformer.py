@@ -19,6 +19,8 @@ from gristmill.model.attention import varlen_attention
 from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.model.packed import PackedShape
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # types that a model computes in, by their names in recipes
+
 
 class Linear(nn.Linear):
     """A linear layer whose weight follows the type of its input. Values are set by `init_weights`."""

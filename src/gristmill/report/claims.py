@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gristmill.evaluate.intervals import paired
-from gristmill.report.read import RunData
+from gristmill.evaluate.stats import paired
+from gristmill.runs.reader import RunData
 
 MODES = ("greedy", "sampled")
 Score = Mapping[str, Any]  # {"mean", "ci95": [low, high], "n"}
@@ -174,7 +174,7 @@ def _whole(data: RunData, first: dict[str, Any], last: dict[str, Any]) -> list[s
 
 def prompt_tasks(data: RunData) -> dict[str, str]:
     """Task by evaluation prompt id."""
-    from gristmill.rows import Prompt
+    from gristmill.data.rows import Prompt
 
     folder = next((s["folder"] for s in data.stages if s.get("name") == "data"), None)
     return {p.id: p.task for p in data.rows(folder, "evaluation.parquet", Prompt)} if folder else {}

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
 from gristmill.report.claims import MODES, figure, full, interval, signed, unpaired
 from gristmill.report.markup import Markup, document, el, table
-from gristmill.report.page import difference_cell, footer, save_page, score_cell
-from gristmill.report.read import RunData, read_run
+from gristmill.report.report import difference_cell, footer, save_page, score_cell
 from gristmill.report.text import duration
+from gristmill.runs.reader import RunData, read_run
 
 
 def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:

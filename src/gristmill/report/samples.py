@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gristmill.chat import Conversation
+from gristmill.data.chat import Conversation
+from gristmill.data.rows import ATTRIBUTES, Demonstration, Pair, Prompt, Response, make_id
 from gristmill.report.claims import full, round_of
 from gristmill.report.markup import Markup, el
-from gristmill.report.read import RunData
-from gristmill.rows import Demonstration, Pair, Prompt, Response, make_id
+from gristmill.runs.reader import RunData
 
 KEPT, DROPPED, PAIRED, UNPAIRED, REFUSED = 2, 2, 2, 1, 4  # how many are shown, a task (refused prompts: a round)
 LONGEST = 1500  # characters of a text that are shown
 JUDGES = {"reward": "the reward model", "verifier": "a verifier"}
-ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 
 @dataclass

@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gristmill.evaluate.collapse import LEVELS, POINTS
+from gristmill.evaluate.diversity import LEVELS, POINTS
 from gristmill.report.claims import bounds, figure, round_of, short
 from gristmill.report.figures import accuracy_bars, funnel, gauge, histogram
 from gristmill.report.markup import Markup, el, table
-from gristmill.report.read import RunData
 from gristmill.report.samples import Batch
+from gristmill.runs.reader import RunData
 
 # What each monitor tells, for a person.
 MONITORS = {

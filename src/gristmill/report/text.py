@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.report.claims import MODES, difference, figure, full, interval, signed, unpaired
-from gristmill.report.read import RunData
+from gristmill.runs.reader import RunData
 
 
 def stage_line(done: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gristmill.synth.lists import fold
+from gristmill.synth.parsing import fold
 
 BANDS, ROWS = 16, 4  # two texts with a Jaccard similarity of .8 meet in a band with probability .9998, of .5 with .64
 SHINGLE = 3  # words

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from gristmill.chat import Message
-from gristmill.recipe import Section
-from gristmill.rows import Demonstration, Prompt, make_id
-from gristmill.synth.lists import fold
+from gristmill.core.config import Section
+from gristmill.data.chat import Message
+from gristmill.data.rows import Demonstration, Prompt, make_id
+from gristmill.synth.parsing import fold
 from gristmill.synth.writer import Unusable, Writer
 
 PERSONAS = {"normal": "next_turn", "complex": "next_turn_complex", "concise": "next_turn_concise"}

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gristmill.chat import Message
-from gristmill.synth.pack import Pack
+from gristmill.data.chat import Message
+from gristmill.synth.templates import Pack
 from gristmill.synth.writer import Unusable
 
 Name = Literal["wikipedia", "diverse_qa", "distill", "extract_knowledge", "knowledge_list"]

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gristmill.chat import Message
-from gristmill.engine.generator import Completion, Request, Sampling
-from gristmill.rows import make_id
-from gristmill.synth.ask import Asker, Source
-from gristmill.synth.endpoint import RowFailed, side_by_side
-from gristmill.synth.journal import Journal
-from gristmill.synth.lists import fold, parse_list, says_yes, unique
-from gristmill.synth.pack import Pack
+from gristmill.data.chat import Message
+from gristmill.data.rows import make_id
+from gristmill.generation.api import Completion, Request, Sampling
+from gristmill.generation.cached import Asker, Source
+from gristmill.generation.endpoint import RowFailed, side_by_side
+from gristmill.runs.journal import Journal
+from gristmill.synth.parsing import fold, parse_list, says_yes, unique
+from gristmill.synth.templates import Pack
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -5,14 +5,12 @@ is written under a temporary name, synced, and renamed; a kill at any byte leave
 Nothing is pickled.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gristmill.errors import InputError
+from gristmill.core.errors import InputError
+from gristmill.core.io import disk_errors, sync, write_synced
 
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _TEMPORARY = "checkpoint.tmp"
@@ -42,33 +41,6 @@ def fingerprint_text(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk, an exhausted quota or a file-size limit into an InputError; ``folder`` only names the disk."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    message = f"the disk of {folder} is full; free some space and start again, finished work is kept"
-    try:
-        yield
-    except OSError as error:
-        if error.errno in full:
-            raise InputError(message) from error
-        raise
-    except SafetensorError as error:
-        # safetensors wraps the system's error in its own, of which only the text tells the cause
-        cause = re.search(r"(?:os error|code:) (\d+)", str(error))
-        if cause and int(cause[1]) in full:
-            raise InputError(message) from error
-        raise
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a text file and wait until it is on the disk."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def save_tensors_atomic(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file under a temporary name, sync it and rename it to ``path``."""
     temporary = path.with_name(path.name + ".tmp")
@@ -76,23 +48,14 @@ def save_tensors_atomic(tensors: Mapping[str, Tensor], path: Path) -> None:
         try:
             _save_synced(tensors, temporary)
             os.replace(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def _save_synced(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path)
 
 
 @dataclass(frozen=True)
@@ -165,9 +128,9 @@ class CheckpointStore:
                 temporary.mkdir()
                 _save_synced(checkpoint.tensors, temporary / "state.safetensors")
                 write_synced(temporary / "state.json", json.dumps(head | checkpoint.info, indent=1) + "\n")
-                _sync(temporary)
+                sync(temporary)
                 os.rename(temporary, final)
-                _sync(self.folder)
+                sync(self.folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         for path in self._folders():

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gristmill.errors import InputError
-from gristmill.train.packing import MISSING
+from gristmill.core.errors import InputError
+from gristmill.train.batches import MISSING
 
 # Logits alive at once: 8 MiB in fp32, which on a CPU is within a tenth of the fastest size for vocabularies
 # of 1K to 32K. The memory of a loss does not depend on rows x vocabulary.

@@ -4,9 +4,9 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from gristmill.chat import Message
-from gristmill.recipe import Section
-from gristmill.rows import Demonstration, Prompt, make_id
+from gristmill.core.config import Section
+from gristmill.data.chat import Message
+from gristmill.data.rows import Demonstration, Prompt, make_id
 from gristmill.synth.writer import Topic, Writer
 
 

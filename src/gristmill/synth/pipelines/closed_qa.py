@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from gristmill.rows import Prompt
+from gristmill.data.rows import Prompt
 from gristmill.synth.pipelines.base import Inputs, Pipeline, prompt
 from gristmill.synth.writer import Topic, Writer
 

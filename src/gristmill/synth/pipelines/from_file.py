@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from gristmill.rows import Prompt, make_id
+from gristmill.data.rows import Prompt, make_id
 from gristmill.synth.pipelines.base import Inputs, Pipeline
 from gristmill.synth.writer import Writer
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import Field
 
-from gristmill.chat import Message
-from gristmill.rows import Demonstration
-from gristmill.synth.lists import fold
+from gristmill.data.chat import Message
+from gristmill.data.rows import Demonstration
+from gristmill.synth.parsing import fold
 from gristmill.synth.pipelines.base import Inputs, Pipeline, demonstration
 from gristmill.synth.writer import Reply, Topic, Unusable, Writer
 

@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 
 from pydantic import Field
 
-from gristmill.chat import Message
-from gristmill.rows import Demonstration
+from gristmill.data.chat import Message
+from gristmill.data.rows import Demonstration
 from gristmill.synth.pipelines.base import Inputs, Pipeline, demonstration
 from gristmill.synth.writer import Topic, Writer
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
-from gristmill.chat import Message
-from gristmill.rows import Prompt, make_id
+from gristmill.data.chat import Message
+from gristmill.data.rows import Prompt, make_id
 from gristmill.synth.pipelines.base import Inputs, Pipeline
 from gristmill.synth.pipelines.two_turn import openings
 from gristmill.synth.writer import Topic, Writer

@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import Field
 
-from gristmill.chat import Message
-from gristmill.rows import Demonstration
+from gristmill.data.chat import Message
+from gristmill.data.rows import Demonstration
 from gristmill.synth.pipelines.base import Inputs, Pipeline, demonstration
-from gristmill.synth.schema import json_in, problem_of, schema_problem
 from gristmill.synth.writer import Topic, Unusable, Writer
+from gristmill.verify.json_schema import json_in, problem_of, schema_problem
 
 
 class Tools(Pipeline):

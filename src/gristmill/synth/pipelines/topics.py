@@ -5,10 +5,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from gristmill.errors import InputError
-from gristmill.recipe import Section
-from gristmill.rows import make_id
-from gristmill.synth.lists import unique
+from gristmill.core.config import FilePath, Section
+from gristmill.core.errors import InputError
+from gristmill.data.rows import make_id
+from gristmill.synth.parsing import unique
 from gristmill.synth.writer import Topic, Writer
 
 
@@ -20,7 +20,7 @@ class Topics(Section):
     combine: bool = Field(True, description="use the broad topics as topics too")
     broad: tuple[str, ...] = Field((), description="broad topics of your own; subtopics are made of them too")
     own: tuple[str, ...] = Field((), description="topics of your own, used as they are")
-    file: Path | None = Field(None, description="a text file with one topic of your own a line")
+    file: FilePath | None = Field(None, description="a text file with one topic of your own a line")
 
     def given(self) -> list[str]:
         """The user's own topics.

@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 
 from pydantic import Field
 
-from gristmill.chat import Message
-from gristmill.rows import Prompt, make_id
+from gristmill.data.chat import Message
+from gristmill.data.rows import Prompt, make_id
 from gristmill.synth.dialogues import without_politeness
 from gristmill.synth.pipelines.base import Inputs, Pipeline
 from gristmill.synth.writer import Topic, Writer

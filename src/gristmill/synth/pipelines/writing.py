@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 from pydantic import Field
 
-from gristmill.rows import Prompt
+from gristmill.data.rows import Prompt
 from gristmill.synth.pipelines.base import Inputs, Pipeline, prompt
 from gristmill.synth.pipelines.topics import own_topics
 from gristmill.synth.writer import Topic, Writer

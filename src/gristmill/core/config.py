@@ -1,0 +1,212 @@
+"""Recipes: typed sections read from YAML. An unknown key is an error that names the nearest right one; paths are relative to the file."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+
+from gristmill.core.errors import InputError
+
+AnySection = TypeVar("AnySection", bound=BaseModel)
+RECIPES = Path(__file__).parents[1] / "recipes"  # the shipped ones
+SUFFIXES = (".yaml", ".yml")
+COMMANDS = {  # kind of recipe -> the command that takes it
+    "alignment": "run",
+    "dataset": "synth",
+    "curation": "curate",
+    "blend": "blend",
+    "pretraining": "pretrain",
+}
+RENAMED = {  # keys of earlier versions, for the error that names the new one
+    "models": "generators",
+    "folder": "generators",
+    "responses": "answers",
+    "quota": "max_per_task",
+    "quota_per_topic": "max_per_topic",
+    "keep_per_prompt": "max_per_prompt",
+    "pairs_per_prompt": "max_pairs_per_prompt",
+    "pairs_per_task": "max_pairs_per_task",
+    "min_correctness": "keep",
+    "min_chosen": "keep_chosen",
+    "most_document_bytes": "max_document_bytes",
+    "most_expansion": "max_expansion",
+}
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Recipe(Section):
+    """A whole recipe. Its `kind` says which.
+
+    Attributes:
+        may_change: keys whose values may differ when a run is taken up again.
+    """
+
+    may_change: ClassVar[frozenset[str]] = frozenset()
+
+    def changed(self, old: dict[str, Any]) -> list[str]:
+        """The keys with which a run of the `old` plain values cannot be taken up by this recipe."""
+        new = self.model_dump(mode="json")
+        return [key for key in sorted(old.keys() | new.keys()) if key not in self.may_change and old.get(key) != new.get(key)]
+
+
+# ---- paths ----
+
+
+def resolved(path: Path | str, info: ValidationInfo) -> str:
+    """A path or pattern of a recipe, seen from the recipe's folder where it was read from a file."""
+    base = (info.context or {}).get("base")
+    return str(path) if base is None else str(base / Path(path).expanduser())
+
+
+def _resolved_path(path: Path, info: ValidationInfo) -> Path:
+    found = Path(resolved(path, info))
+    return found.resolve() if (info.context or {}).get("base") is not None else found
+
+
+def _resolved_or_empty(path: str, info: ValidationInfo) -> str:
+    return resolved(path, info) if path else ""
+
+
+def _resolved_yaml(name: str, info: ValidationInfo) -> str:
+    return resolved(name, info) if name.endswith(SUFFIXES) else name
+
+
+def _resolved_after_prefix(name: str, info: ValidationInfo) -> str:
+    prefix, colon, path = name.rpartition(":")
+    return f"{prefix}{colon}{resolved(path, info)}" if prefix != "column" and name != "hashed" else name
+
+
+FilePath = Annotated[Path, AfterValidator(_resolved_path)]  # a file or folder
+PatternPath = Annotated[str, AfterValidator(_resolved_or_empty)]  # a file, folder or pattern; "" for none
+# A folder, `perplexity:FOLDER`, or something that is no path: `hashed`, `column:NAME`.
+SourceOrPath = Annotated[str, AfterValidator(_resolved_after_prefix)]
+NameOrPath = Annotated[str, AfterValidator(_resolved_yaml)]  # a shipped thing by its name, or a YAML file
+
+
+# ---- reading and writing ----
+
+
+def find_recipe(name: str, kind: str) -> Path:
+    """The file of a recipe: a path that ends in .yaml or .yml, or else the name of a shipped recipe of this kind.
+
+    Raises:
+        InputError: there is no such file or recipe, or the shipped recipe is of another kind.
+    """
+    shipped = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    if name.endswith(SUFFIXES):
+        if not Path(name).is_file():
+            raise InputError(f"There is no recipe {name!r}: check the path, or write a recipe with `gristmill init`.")
+        return Path(name)
+    fitting = [stem for stem, path in shipped.items() if read(path).get("kind") == kind]
+    if name not in shipped:
+        also = f" or one of the shipped recipes ({', '.join(fitting)})" if fitting else ""
+        raise InputError(f"There is no recipe {name!r}: give a .yaml file{also}.")
+    if name not in fitting:
+        other = read(shipped[name])["kind"]
+        raise InputError(f"The recipe {name!r} is of the kind {other}: use `gristmill {COMMANDS[other]} {name}`.")
+    return shipped[name]
+
+
+def load(path: Path, recipe: type[AnySection], overrides: dict[str, Any] | None = None) -> AnySection:
+    """Read a recipe file. Paths in it are relative to its folder, those of `overrides` to the working directory.
+
+    Raises:
+        InputError: the file is missing, is not YAML, is of another kind, or holds a wrong key or value.
+    """
+    values = read(path)
+    kind = recipe.model_fields["kind"].default
+    if (given := values.get("kind", kind)) != kind:
+        use = f": use `gristmill {COMMANDS[given]} {path}`" if given in COMMANDS else f": the kinds are {', '.join(COMMANDS)}"
+        raise InputError(f"{path} is a recipe of the kind {given!r}, and {kind!r} is needed{use}.")
+    found = check(recipe, values, str(path), base=path.parent)
+    if not overrides:
+        return found
+    here = check(recipe, {**values, **overrides}, str(path), base=path.parent)
+    given_here = check(recipe, {**values, **overrides}, str(path))
+    return here.model_copy(update={key: getattr(given_here, key) for key in overrides})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The plain values of a recipe file.
+
+    Raises:
+        InputError: the file is missing, or is not a YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"The recipe {path} cannot be read ({e.strerror}): check the path, or write one with `gristmill init`.") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must be a mapping of keys to values.")
+    return values
+
+
+def check(section: type[AnySection], values: Any, origin: str = "the recipe", *, base: Path | None = None) -> AnySection:
+    """A recipe or a section of it from plain values.
+
+    Args:
+        origin: what the values are, for errors.
+        base: the folder that relative paths are seen from; None leaves them as they are.
+
+    Raises:
+        InputError: a key is unknown (the nearest right one is named) or a value is wrong.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{origin} must be a mapping of keys to values.")
+    try:
+        return section.model_validate(values, context={"base": base.resolve()} if base is not None else None)
+    except ValidationError as e:
+        raise InputError(f"{origin}: {explain(e, section)}") from e
+
+
+def dump(recipe: BaseModel) -> str:
+    """The resolved recipe as YAML. It holds no key of a service: recipes name where keys are."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+# ---- errors ----
+
+
+def explain(error: ValidationError, section: type[BaseModel]) -> str:
+    """One sentence for the first error, with the nearest right key when a key is unknown."""
+    # a misspelt key is told before the right one that is missing
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    where = ".".join(str(p) for p in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{where}: {first['msg']}." if where else f"{first['msg']}."
+    known = _keys(first["loc"][:-1], section)
+    key = str(first["loc"][-1])
+    if (new := RENAMED.get(key)) in known:
+        return f"unknown key {where!r}: it is called {new!r} now."
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(known)}."
+    return f"unknown key {where!r}: {hint}"
+
+
+def _keys(location: tuple[int | str, ...], section: type[BaseModel]) -> list[str]:
+    choices = [section]  # several where a list holds sections of different kinds
+    for part in location:
+        if isinstance(part, int):
+            continue  # a place in a list, whose items are of the sections found last
+        if part not in choices[0].model_fields:  # the name of one of those kinds
+            choices = [kind for kind in choices if part in (field.default for field in kind.model_fields.values())] or choices
+            continue
+        choices = _sections(choices[0].model_fields[part].annotation)
+        assert choices, f"{part} is no section"
+    return list(choices[0].model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation speaks of, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for part in get_args(annotation) for kind in _sections(part)]

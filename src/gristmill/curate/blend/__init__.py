@@ -1,0 +1,1 @@
+"""Documents of several sources as tokens to train on."""

@@ -1,0 +1,352 @@
+"""Decontamination: benchmark text is cut out of the documents, by n-grams of words.
+
+Words are maximal runs of letters and digits, in lower case, each with its place in the text as it is, so that cuts are made
+where the match is. An item of 13 words or more gives all its 13-grams, one of 8 to 12 words is one n-gram of its own length,
+and shorter items are ignored. N-grams met often in the corpus are common language and are not used, which takes two passes:
+`counts` over every table, then `decontaminate` with the sum.
+
+Shapes: N documents, B bytes of all of them, W words of one, G n-grams of the benchmarks, M matches, S slots of the hash table.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numba import njit
+from pydantic import Field
+
+from gristmill.core.config import FilePath, Section
+from gristmill.core.errors import InputError
+from gristmill.curate.outcome import DOCUMENT, Outcome, none_dropped, split
+from gristmill.curate.text.text_column import DIGIT, LETTER, Texts, classes, decoded, fixed, mixed, place_of, places
+from gristmill.data.rows import read_records
+
+_MARKS = ".!?"  # where sentences end
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # of the rolling hash: odd, so that no bit is lost
+
+
+class Decontaminate(Section):
+    """Cut out what benchmarks hold; drop a document that falls into too many pieces or of which nothing remains."""
+
+    step: Literal["decontaminate"] = "decontaminate"
+    benchmarks: list[FilePath] = Field(min_length=1, description="files .jsonl, .json, .parquet, or .txt with one item a line")
+    fields: list[str] | None = Field(None, description="fields of a record to read; all its texts if not given")
+    ngram: int = Field(13, gt=0, description="words of an n-gram")
+    least: int = Field(8, gt=0, description="words of the shortest item to look for")
+    most_matches: int = Field(10, ge=0, description="occurrences in the corpus above which an n-gram is common and not used")
+    margin: int = Field(200, ge=0, description="characters to cut on each side of a match, then on to the end of a sentence")
+    least_part: int = Field(200, ge=0, description="characters; what remains and is not longer is discarded")
+    most_pieces: int = Field(10, gt=0, description="pieces that a document may be cut into")
+
+
+# --- words and n-grams ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def _alphabet() -> np.ndarray:
+    """uint32 of each code point: its lower case (the first character of it), or 0 where it is no letter or digit."""
+    word = (classes() & (LETTER | DIGIT)) != 0
+    table = np.where(word, np.arange(len(word)), 0).astype(np.uint32)
+    for point in np.nonzero(word[:0x20000])[0].tolist():
+        table[point] = ord(chr(point).lower()[0])
+    return table
+
+
+@njit(cache=True, nogil=True)
+def _words(data_B, begin, end, alphabet, hash_W, start_W, stop_W):  # type: ignore[no-untyped-def]
+    """Hashes of the words of one text, and the bytes where they start and stop; their number."""
+    count, i, inside, value = 0, begin, False, np.uint64(0)
+    while i < end:
+        point, size = np.int64(data_B[i]), 1
+        if point >= 0x80:
+            point, size = decoded(data_B, i)
+        letter = np.uint64(alphabet[point])
+        if letter:
+            if not inside:
+                inside, value = True, np.uint64(0xCBF29CE484222325)
+                start_W[count] = i
+            value = (value ^ letter) * np.uint64(0x100000001B3)
+        elif inside:
+            inside = False
+            hash_W[count], stop_W[count] = mixed(value), i
+            count += 1
+        i += size
+    if inside:
+        hash_W[count], stop_W[count] = mixed(value), end
+        count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _room(begin_N):  # type: ignore[no-untyped-def]
+    """Where `_words` writes: room for the words of the longest text."""
+    size = 2
+    for n in range(len(begin_N) - 1):
+        size = max(size, (begin_N[n + 1] - begin_N[n]) // 2 + 2)
+    return np.empty(size, np.uint64), np.empty(size, np.int64), np.empty(size, np.int64)
+
+
+@njit(cache=True, nogil=True)
+def _item_grams(data_B, begin_N, alphabet, ngram, least, factor):  # type: ignore[no-untyped-def]
+    """uint64 hashes of the n-grams of every item, and their lengths."""
+    hash_W, start_W, stop_W = _room(begin_N)
+    grams, sizes, total = np.empty(1024, np.uint64), np.empty(1024, np.int64), 0
+    for n in range(len(begin_N) - 1):
+        words = _words(data_B, begin_N[n], begin_N[n + 1], alphabet, hash_W, start_W, stop_W)
+        if words < least:
+            continue
+        size = min(words, ngram)
+        for first in range(words - size + 1):
+            value = np.uint64(0)
+            for k in range(first, first + size):
+                value = value * factor + hash_W[k]
+            if total == len(grams):
+                grams, sizes = np.concatenate((grams, np.empty_like(grams))), np.concatenate((sizes, np.empty_like(sizes)))
+            grams[total], sizes[total] = mixed(value + np.uint64(size)), size
+            total += 1
+    return grams[:total], sizes[:total]
+
+
+@njit(cache=True, nogil=True)
+def _begins(data_B, begin_N, alphabet, size, factor, slots):  # type: ignore[no-untyped-def]
+    """bool [slots]: whether an item has words `size` of which hash to this slot: where no n-gram can begin, none is looked up."""
+    hash_W, start_W, stop_W = _room(begin_N)
+    seen = np.zeros(slots, np.bool_)
+    for n in range(len(begin_N) - 1):
+        words = _words(data_B, begin_N[n], begin_N[n + 1], alphabet, hash_W, start_W, stop_W)
+        for first in range(words - size + 1):
+            value = np.uint64(0)
+            for k in range(first, first + size):
+                value = value * factor + hash_W[k]
+            seen[np.int64((value >> np.uint64(32)) & np.uint64(slots - 1))] = True
+    return seen
+
+
+@njit(cache=True, nogil=True)
+def _matches(data_B, begin_N, alphabet, grams_G, table_S, begins_S, lengths, factor):  # type: ignore[no-untyped-def]
+    """Every n-gram of the benchmarks in the documents.
+
+    Args:
+        lengths: int64, the lengths in words that there are, ascending.
+
+    Returns:
+        int64 [M, 4]: document, n-gram, and the bytes in `data_B` where it starts and stops; by document and start.
+    """
+    hash_W, start_W, stop_W = _room(begin_N)
+    least, last = lengths[0], np.uint64(1)
+    for _ in range(least):
+        last *= factor
+    slot_mask = np.uint64(len(begins_S) - 1)
+    found, total = np.empty((64, 4), np.int64), 0
+    for n in range(len(begin_N) - 1):
+        words = _words(data_B, begin_N[n], begin_N[n + 1], alphabet, hash_W, start_W, stop_W)
+        rolling = np.uint64(0)
+        for w in range(words):
+            rolling = rolling * factor + hash_W[w]
+            if w >= least:
+                rolling -= last * hash_W[w - least]
+            if w + 1 < least or not begins_S[np.int64((rolling >> np.uint64(32)) & slot_mask)]:
+                continue
+            first, value, k = w + 1 - least, rolling, 0
+            for stop in range(w + 1, min(words, first + lengths[-1]) + 1):  # longer n-grams that begin at the same word
+                if stop > w + 1:
+                    value = value * factor + hash_W[stop - 1]
+                if stop - first != lengths[k]:
+                    continue
+                k += 1
+                gram = mixed(value + np.uint64(stop - first))
+                place = place_of(gram, grams_G, table_S)
+                if place >= 0:
+                    if total == len(found):
+                        found = np.concatenate((found, np.empty_like(found)))
+                    found[total, 0], found[total, 1] = n, place
+                    found[total, 2], found[total, 3] = start_W[first], stop_W[stop - 1]
+                    total += 1
+    return found[:total]
+
+
+# --- benchmarks ----------------------------------------------------------------------------------------------------------
+
+
+def _strings(value: Any) -> list[str]:
+    """Every text in a value of a record, at any depth."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [text for one in inner for text in _strings(one)]
+
+
+def _items(path: Path, fields: list[str] | None) -> list[str]:
+    """The texts of a benchmark file."""
+    if not path.is_file():
+        raise InputError(f"The benchmark {path} does not exist: check the path.")
+    try:
+        if path.suffix == ".txt":
+            return path.read_text(encoding="utf-8-sig").splitlines()
+        records: Any = None
+        if path.suffix == ".json":
+            try:
+                records = json.loads(path.read_text(encoding="utf-8-sig"))
+            except json.JSONDecodeError:
+                records = None  # perhaps a record a line
+        if records is None:
+            records = read_records(path)
+    except OSError as e:
+        raise InputError(f"The benchmark {path} cannot be read ({e.strerror}): check its permissions.") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"The benchmark {path} is not UTF-8 text ({e}): convert it.") from e
+    if fields is None:
+        return _strings(records)
+    rows = [row for row in (records if isinstance(records, list) else [records]) if isinstance(row, dict)]
+    for name in fields:
+        if not any(name in row for row in rows):
+            known = ", ".join(sorted({key for row in rows[:100] for key in row})) or "none"
+            raise InputError(f"The benchmark {path} has no field {name!r}: its fields are {known}.")
+    return [text for row in rows for name in fields for text in _strings(row.get(name))]
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """N-grams to look for.
+
+    Attributes:
+        grams_G: uint64 hashes, sorted.
+        table_S: int32, where to find them.
+        begins_S: bool, which first words of the shortest length they may have.
+        lengths: int64, the lengths in words that there are, ascending.
+    """
+
+    grams_G: np.ndarray
+    table_S: np.ndarray
+    begins_S: np.ndarray
+    lengths: np.ndarray
+
+    @staticmethod
+    def read(settings: Decontaminate) -> "Benchmarks":
+        """The n-grams of the files.
+
+        Raises:
+            InputError: a file is missing, is not what its name says, or has not the fields; or no item is long enough.
+        """
+        items = [text for path in settings.benchmarks for text in _items(path, settings.fields)]
+        texts = Texts.of(pa.array(items, pa.large_string()))
+        data_B, begin_N = fixed(texts.data_B), fixed(texts.begin_N)
+        grams, sizes = _item_grams(data_B, begin_N, _alphabet(), settings.ngram, min(settings.least, settings.ngram), _FACTOR)
+        if len(grams) == 0:
+            raise InputError(f"The benchmarks hold no text of {settings.least} words or more: check `benchmarks` and `fields`.")
+        grams_G = np.unique(grams)
+        lengths = np.unique(sizes)
+        slots = 1 << (16 * len(grams_G)).bit_length()
+        begins_S = _begins(data_B, begin_N, _alphabet(), lengths[0], _FACTOR, slots)
+        return Benchmarks(grams_G, places(grams_G), begins_S, lengths)
+
+    def __len__(self) -> int:
+        return len(self.grams_G)
+
+
+def _find(texts: Texts, benchmarks: Benchmarks) -> np.ndarray:
+    """`_matches` of the documents."""
+    b = benchmarks
+    data_B, begin_N = fixed(texts.data_B), fixed(texts.begin_N)
+    return np.asarray(_matches(data_B, begin_N, _alphabet(), b.grams_G, b.table_S, b.begins_S, b.lengths, _FACTOR))
+
+
+def counts(table: pa.Table, benchmarks: Benchmarks) -> np.ndarray:
+    """int64 [G]: how often each n-gram of the benchmarks occurs in this table. Sum them over the corpus."""
+    return np.bincount(_find(Texts.of(table["text"]), benchmarks)[:, 1], minlength=len(benchmarks)).astype(np.int64)
+
+
+# --- the step ------------------------------------------------------------------------------------------------------------
+
+
+def _parts(text: str, spans: list[tuple[int, int]], settings: Decontaminate) -> list[str]:
+    """What remains of a text.
+
+    Args:
+        spans: characters of the matches, in order and apart.
+    """
+    parts, at = [], 0
+    for begin, end in spans:
+        if begin < at:  # cut already, in part: the n-gram is there no more, but its rest is benchmark text too
+            begin = at
+        if end <= at:
+            continue
+        left = max(at, begin - settings.margin)
+        left = max(at, max(text.rfind(mark, at, left) for mark in _MARKS) + 1)
+        right = min(end + settings.margin, len(text))
+        stops = [stop for mark in _MARKS if (stop := text.find(mark, right)) >= 0]
+        parts.append(text[at:left])
+        at = min(stops) + 1 if stops else len(text)
+    parts.append(text[at:])
+    return [part for part in (part.strip() for part in parts) if len(part) > settings.least_part]
+
+
+def _spans(raw: bytes, matches: np.ndarray) -> list[tuple[int, int]]:
+    """Matches as characters of the text, joined where they overlap. Args: int64 [M, 2], bytes of the text, by start."""
+    # characters before each byte: all but the continuation bytes of UTF-8 begin one
+    before = np.concatenate(([0], np.cumsum((np.frombuffer(raw, np.uint8) & 0xC0) != 0x80)))
+    spans: list[tuple[int, int]] = []
+    for begin, end in sorted(zip(before[matches[:, 0]].tolist(), before[matches[:, 1]].tolist(), strict=True)):
+        if spans and begin <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], end))
+        else:
+            spans.append((begin, end))
+    return spans
+
+
+def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmarks, total_counts: np.ndarray) -> Outcome:
+    """Cut benchmark text out. A document that falls apart gives a row for each part: `ID`, `ID#2`, `ID#3` and so on.
+
+    Args:
+        total_counts: int64 [G], the sum of `counts` over the corpus.
+    """
+    texts = Texts.of(table["text"])
+    found = _find(texts, benchmarks)
+    found = found[total_counts[found[:, 1]] <= settings.most_matches]
+    if len(found) == 0:
+        return Outcome(table, none_dropped())
+    figures = np.zeros(len(texts), np.float64)
+    reasons: list[str | None] = [None] * len(texts)
+    kept_parts: dict[int, list[str]] = {}
+    changes = {"matches": len(found), "cut": 0, "parts": 0}
+    docs, firsts = np.unique(found[:, 0], return_index=True)
+    for doc, mine in zip(docs.tolist(), np.split(found, firsts[1:]), strict=True):
+        raw = bytes(texts.bytes_of(doc))
+        parts = _parts(raw.decode(), _spans(raw, mine[:, 2:] - texts.begin_N[doc]), settings)
+        if not parts or len(parts) > settings.most_pieces:
+            reasons[doc], figures[doc] = "contaminated", len(parts) or len(mine)
+        else:
+            kept_parts[doc] = parts
+            changes["cut"] += 1
+            changes["parts"] += len(parts)
+    dropped = split(table, "decontaminate", reasons, figures, np.full(len(texts), settings.most_pieces)).dropped
+    # rows of the result: documents, with the texts of parts counted on after those of the documents
+    rows: list[int] = []
+    sources: list[int] = []
+    new_texts: list[str] = []
+    names: list[str] = table["id"].to_pylist()
+    taken = set(names)
+    ids: list[str] = []
+    for doc, reason in enumerate(reasons):
+        if reason is not None:
+            continue
+        parts = kept_parts.get(doc, [])
+        number = 1
+        for k in range(max(1, len(parts))):
+            rows.append(doc)
+            if k:
+                number += 1
+                while f"{names[doc]}#{number}" in taken:  # by an earlier cut
+                    number += 1
+            ids.append(names[doc] if k == 0 else f"{names[doc]}#{number}")
+            sources.append(len(texts) + len(new_texts) + k if parts else doc)
+        new_texts += parts
+    whole = pa.chunked_array([*table["text"].cast(pa.large_string()).chunks, pa.array(new_texts, pa.large_string())])
+    kept = table.take(pa.array(rows, pa.int64()))
+    for name, column in (("id", pa.array(ids, pa.string())), ("text", whole.take(pa.array(sources, pa.int64())))):
+        kept = kept.set_column(kept.schema.get_field_index(name), DOCUMENT.field(name), column)
+    return Outcome(kept, dropped, changes)

@@ -1,0 +1,1 @@
+"""Columns of text as bytes, and what is measured of them."""

@@ -1,0 +1,400 @@
+"""Documents in other words, by a model, each checked against its source; the tasks are in `synth/rephrase.py`.
+
+Calls go out from the process that runs the curation, whoever does the other tasks: one window to an endpoint, or one model in memory.
+Every answer is in the run's `journal.jsonl` before it is used, and is never bought twice, not even by a changed recipe.
+
+Shapes: N documents, M texts made from them.
+"""
+
+import asyncio
+import difflib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from gristmill.core.config import NameOrPath, Section
+from gristmill.core.errors import InputError
+from gristmill.core.io import state
+from gristmill.curate.filters.heuristics import chosen
+from gristmill.curate.outcome import DOCUMENT, Outcome, drawn, split
+from gristmill.curate.quality import lm_scores as base
+from gristmill.curate.transforms import faithfulness as faithful
+from gristmill.data.rows import make_id
+from gristmill.generation.settings import Calls, Model
+from gristmill.judge.settings import Reward
+
+if TYPE_CHECKING:
+    from gristmill.data.chat import Message
+    from gristmill.generation.cached import Asker, Source
+    from gristmill.runs.journal import Journal
+    from gristmill.synth.writer import Writer
+
+Task = Literal["wikipedia", "diverse_qa", "distill", "extract_knowledge", "knowledge_list"]
+Limits = dict[str, tuple[float | None, float | None]]
+Tick = Callable[[int, int | None, str], None]
+TICK_SECONDS = 0.5
+MADE: Final = "rephrase"  # keys of a made document's `meta` begin with it; it alone holds the task
+MOST_FAILED = 0.1  # of all calls, for reasons that may pass, or of all ratings; of more the run stops, to be taken up again
+MOST_SHOWN = 10_000  # characters of an answer that cannot be read
+BYTES_A_TOKEN = 4  # where no tokenizer is given
+
+# [least, most] of each figure, for all tasks and for some: what says all of its source again must have most of its names and numbers,
+# what picks from it need not; questions may want a calculation. Measured in bench/rephrase.py.
+EVERY: Limits = {"entity_support": (0.8, None), "number_support": (0.9, None), "word_support": (0.4, None), "distinct": (0.5, None)}
+LIMITS: dict[Task, Limits] = {
+    "wikipedia": {"entity_recall": (0.7, None), "number_recall": (0.8, None), "word_support": (0.3, None), "length": (0.4, 2.0)},
+    "diverse_qa": {"number_support": (0.7, None), "word_support": (0.3, None)},
+    "distill": {"entity_recall": (0.6, None), "number_recall": (0.7, None), "length": (0.15, 1.1)},
+    "extract_knowledge": {"length": (0.1, 1.5)},
+    "knowledge_list": {"length": (0.05, 1.2)},
+}
+
+
+class Rephrase(Section):
+    """Let a model write documents in other words, and keep what says the same as they do."""
+
+    step: Literal["rephrase"] = "rephrase"
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    models: tuple[Model, ...] = Field((), description="who writes: models behind endpoints")
+    folder: Path | None = Field(None, description="who writes instead: a model folder, run in process")
+    chat_format: Literal["auto", "nemotron", "chatml", "llama3"] = "auto"
+    templates: NameOrPath = Field("default", description="a shipped pack, or a file of templates")
+    tokenizer: Path | None = Field(None, description="folder of the writer's tokenizer; four bytes count as a token without one")
+    calls: Calls = Calls()
+    column: str = Field("", description="of the table, or a key of `meta`")
+    values: list[str] = Field([], description="of the column, of the documents to rephrase")
+    share: float = Field(1.0, gt=0, le=1, description="of these documents")
+    originals: bool = Field(True, description="keep documents that were rephrased as a whole")
+    limits: Limits = Field({}, description="figure: [least, most], instead of the task's; null is no limit")
+    reward: Reward | None = Field(None, description="who scores")
+    least_reward: float | None = Field(None, description="lowest score; null keeps all")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if bool(self.models) == (self.folder is not None):
+            raise ValueError("give either models (endpoints) or folder (a model in process)")
+        if bool(self.column) != bool(self.values):
+            raise ValueError("give both column and values, or neither")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks: each once")
+        if any(model.kind == "completions" for model in self.models):
+            raise ValueError("models: a task has a system message, which kind 'completions' does not take: use 'chat'")
+        if self.least_reward is not None and self.reward is None:
+            raise ValueError("least_reward needs a reward model: give reward")
+        for name, (least, most) in self.limits.items():
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"limits: the least of {name} is above the most")
+            if name not in faithful.FIGURES:
+                near = difflib.get_close_matches(name, faithful.FIGURES, n=1, cutoff=0)
+                raise ValueError(f"limits: there is no figure {name!r}: did you mean {near[0]!r}?")
+        return self
+
+    def limits_of(self, task: Task) -> Limits:
+        """What a text of a task is held to, in the order of FIGURES."""
+        limits = EVERY | LIMITS[task] | self.limits
+        return {name: limits[name] for name in faithful.FIGURES if name in limits}
+
+
+def check(how: Rephrase) -> list[Path]:
+    """Find out, before work is spent, whether all that the step needs is there; returns the files that its results depend on.
+
+    Raises:
+        InputError: it is not.
+    """
+    from gristmill.judge.backends import check_reward, source_of
+    from gristmill.synth import rephrase as tasks
+    from gristmill.synth.templates import Pack
+
+    pack = Pack.load(how.templates)
+    if how.reward is not None:
+        check_reward(how.reward)
+    if how.folder is None:
+        source_of(how.models, None, how.calls, how.chat_format)
+    else:
+        base.check(how.folder)
+    for folder, key in ((how.folder, "folder"), (how.tokenizer, "tokenizer")):
+        if folder is not None and not (folder / "tokenizer.json").exists():
+            raise InputError(f"{folder} holds no tokenizer.json: give another folder as `{key}` of the step rephrase.")
+    count = _counter(how)
+    for task in how.tasks:
+        if "{document}" not in pack[tasks.template(task)].text:
+            raise InputError(f"The template {tasks.template(task)} lacks {{document}}: it would ask the same of every document.")
+        if tasks.room(task, pack, count) < tasks.TASKS[task].min_segment:
+            raise InputError(f"The templates of the task {task} leave no room for a document: make them shorter.")
+    given = [how.folder, how.tokenizer, Path(how.templates) if how.templates.endswith((".yaml", ".yml")) else None]
+    given.append(Path(how.reward.model) if how.reward is not None and not how.reward.base_url else None)
+    return [path for path in given if path is not None]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A segment that a model is to say in other words.
+
+    Attributes:
+        document: row of the table.
+        name: id of what is made.
+        segment: text and tokens.
+    """
+
+    document: int
+    name: str
+    task: Task
+    number: int
+    segment: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A text that a model made of a segment, or of which nothing came.
+
+    Attributes:
+        talk: what was asked, without the system message, and what the model wrote.
+        reason: why it is not kept; "" keeps it, until it is scored.
+    """
+
+    work: _Work
+    meta: dict[str, Any]
+    talk: "tuple[Message, ...]"
+    text: str
+    reason: str = ""
+    figure: float = float("nan")
+    limit: float = float("nan")
+
+
+def rephrase(table: pa.Table, how: Rephrase, journals: "tuple[Journal, Journal | None]", tick: Tick) -> Outcome:
+    """The documents, and what a model made of them that is true to them; what is not is dropped, with the figure and the limit.
+
+    A made document's id is the document's with the task and the number of the segment, `ID#distill-0` (`ID#distill-0.2` if another has
+    that); its `meta` is the document's, and beside it, under keys that begin with `rephrase`, what it was made from and how true it is.
+    Other columns are the document's. What was made is not rephrased again.
+
+    Args:
+        journals: of the answers, and of the ratings if there is a reward model.
+        tick: told how many calls have ended, of how many.
+
+    Raises:
+        InputError: a model refuses everything, is away for too long, or fails too many calls.
+    """
+    return asyncio.run(_Rephrasing(table, how, journals, tick).all())
+
+
+class _Rephrasing:
+    def __init__(self, table: pa.Table, how: Rephrase, journals: "tuple[Journal, Journal | None]", tick: Tick) -> None:
+        from gristmill.synth.templates import Pack
+
+        self.table, self.how, self.tick = table, how, tick
+        self.answers, self.ratings = journals
+        self.pack, self.count = Pack.load(how.templates), _counter(how)
+        self.metas = [_meta(record) for record in table["meta"].to_pylist()]
+        self.counts: Counter[str] = Counter()
+        self.failures: list[str] = []  # of calls that another time may not fail
+        # an answer of another model is another answer
+        writers = sorted((model.model, model.weight) for model in how.models)
+        self.salt = make_id(writers, [] if how.folder is None else [state(path)[1:3] for path in sorted(how.folder.iterdir())])
+
+    async def all(self) -> Outcome:
+        from gristmill.generation.cached import Asker
+        from gristmill.generation.endpoint import WORKERS_PER_SLOT, side_by_side
+        from gristmill.synth.writer import Writer
+
+        work = self._work()
+        made: list[_Made] = []
+        async with AsyncExitStack() as stack:
+            source = _source(self.how)
+            if isinstance(source, AbstractAsyncContextManager):
+                await stack.enter_async_context(source)
+            asker = Asker(source, self.answers, retry_failed=True)
+            writer = Writer(asker, self.pack, self.how.seed)
+            ticking = asyncio.ensure_future(self._ticking(asker, source, len(work)))
+            stack.callback(ticking.cancel)
+
+            async def one(item: _Work) -> _Made:
+                return await self._one(writer, item)
+
+            async for text in side_by_side(work, one, WORKERS_PER_SLOT * source.concurrency):
+                made.append(text)
+            if len(self.failures) > MOST_FAILED * len(work):
+                raise InputError(
+                    f"{len(self.failures):,} of {len(work):,} calls got no answer (the last: {self.failures[-1]}): see to the endpoint, "
+                    "and run the same command again. What was answered is not asked again."
+                )
+            order = {one.name: place for place, one in enumerate(work)}
+            made.sort(key=lambda one: order[one.work.name])
+            made = await self._scored(made, writer)
+        self.counts.update({"calls": asker.asked, "calls answered before": asker.found, "calls without answer": asker.failed})
+        return self._outcome(made)
+
+    def _work(self) -> list[_Work]:
+        """Every segment of every document that is wanted."""
+        from gristmill.synth import rephrase as tasks
+
+        wanted_N = chosen(self.table, self.how.column, self.how.values)
+        wanted_N &= drawn(self.table["id"], self.how.seed, "share") < self.how.share * 2.0**64
+        rooms = {task: tasks.room(task, self.pack, self.count) for task in self.how.tasks}
+        texts, ids = self.table["text"].to_pylist(), self.table["id"].to_pylist()
+        taken = set(ids)
+        out = []
+        for document in np.flatnonzero(wanted_N).tolist():
+            if isinstance(self.metas[document].get(f"{MADE}_of"), str):
+                continue
+            text = texts[document] or ""
+            for task in self.how.tasks:
+                found = tasks.segments(task, text, rooms[task], self.count)
+                self.counts["too short or without a part that fits"] += not found
+                for number, segment in enumerate(found):
+                    name = plain = f"{ids[document] or ''}#{task}-{number}"
+                    again = 1
+                    while name in taken:
+                        again += 1
+                        name = f"{plain}.{again}"
+                    taken.add(name)
+                    out.append(_Work(document, name, task, number, segment))
+        return out
+
+    async def _one(self, writer: "Writer", work: _Work) -> _Made:
+        from gristmill.data.chat import Message
+        from gristmill.generation.endpoint import RowFailed
+        from gristmill.synth import rephrase as tasks
+        from gristmill.synth.writer import Unusable
+
+        task, segment = work.task, work.segment
+        parent = self.table["id"][work.document].as_py() or ""
+        asked = tasks.messages(task, segment[0], self.pack)
+        template = tasks.template(task)
+        meta: dict[str, Any] = {"": task, "of": parent, "segment": work.number}
+        sampling = replace(self.pack[template].sampling, n=1)
+        try:
+            (reply,) = await writer.answers(asked, template, [parent], self.salt, sampling)
+        except RowFailed as e:
+            if e.status in (0, 429) or e.status >= 500:
+                self.failures.append(str(e))
+            return _Made(work, meta | {"error": str(e)}, (), "", "no answer")
+        meta["model"] = reply.model
+        size = reply.num_tokens or self.count([reply.text])[0]
+        try:
+            if not reply.finished:
+                raise Unusable("too many tokens" if reply.text else "empty")
+            draw = writer.random("pairs", reply.id)
+            whole, written = tasks.read(task, reply.text, size, sampling.max_tokens, segment, draw, self.count)
+        except Unusable as e:
+            return _Made(work, meta, (), reply.text[:MOST_SHOWN], str(e))
+        found = faithful.figures(segment[0], written, segment[1], self.count([written])[0])
+        meta |= {figure: round(value, 3) for figure, value in found.items()}
+        text = _Made(work, meta, (*asked[1:], Message("assistant", written)), whole)
+        for figure, (least, most) in self.how.limits_of(task).items():
+            if least is not None and found[figure] < least:
+                return replace(text, reason=figure, figure=found[figure], limit=least)
+            if most is not None and found[figure] > most:
+                return replace(text, reason=figure, figure=found[figure], limit=most)
+        return text
+
+    async def _scored(self, made: "list[_Made]", writer: "Writer") -> "list[_Made]":
+        """With what the reward model says of those that have passed so far."""
+        how = self.how
+        if how.reward is None or self.ratings is None:
+            return made
+        from gristmill.judge.backends import rate
+        from gristmill.judge.reward_client import weight_set
+
+        names = [make_id([message.content for message in one.talk]) for one in made]  # equal texts are scored once
+        talks = {name: one.talk for one, name in zip(made, names, strict=True) if not one.reason}
+        ratings, failed = await rate(talks, how.reward, how.calls, how.chat_format, writer, self.ratings, retry_failed=True)
+        if failed > MOST_FAILED * len(talks):
+            raise InputError(
+                f"{failed:,} of {len(talks):,} texts got no rating ({self.ratings.path} says why): see to the reward model, and run the "
+                "same command again. What was answered is not asked again."
+            )
+        weights, out = weight_set(how.reward.weights), []
+        for one, name in zip(made, names, strict=True):
+            rating = ratings.get(name)
+            if not one.reason and rating is None:
+                one = replace(one, reason="no rating")
+            elif not one.reason and rating is not None:
+                score = rating.score(weights)
+                one = replace(one, meta=one.meta | asdict(rating) | {"reward": round(score, 4)})
+                if how.least_reward is not None and not score >= how.least_reward:
+                    one = replace(one, reason="reward", figure=score, limit=how.least_reward)
+            out.append(one)
+        return out
+
+    def _outcome(self, made: "list[_Made]") -> Outcome:
+        table, num = self.table, len(self.table)
+        good = Counter((one.work.document, one.work.task) for one in made if not one.reason)
+        asked = Counter((one.work.document, one.work.task) for one in made)
+        replaced = {document: count for (document, task), count in good.items() if count == asked[document, task]}  # the whole of it
+        self.counts["written"] = good.total()
+        rows = pa.array([one.work.document for one in made], pa.int64())
+        columns = {
+            "id": [one.work.name for one in made],
+            "text": [one.text for one in made],
+            "meta": [_record(self.metas[one.work.document], one.meta) for one in made],
+        }
+        new = table.drop_columns(list(columns)).take(rows)
+        for name, values in columns.items():
+            new = new.append_column(DOCUMENT.field(name), pa.array(values, DOCUMENT.field(name).type))
+        reasons: list[str | None] = [None if self.how.originals or d not in replaced else "rephrased" for d in range(num)]
+        figures = [float(replaced.get(d, 0)) for d in range(num)] + [one.figure for one in made]
+        limits = [0.0] * num + [one.limit for one in made]
+        both = pa.concat_tables([table, new.select(table.column_names).cast(table.schema)])
+        outcome = split(both, self.how.step, reasons + [one.reason or None for one in made], np.array(figures), np.array(limits))
+        return replace(outcome, counts={name: count for name, count in self.counts.items() if count})
+
+    async def _ticking(self, asker: "Asker", source: "Source", total: int) -> None:
+        usage = getattr(source, "usage", None)
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            note = f"calls, {asker.found:,} of them from the journal, {asker.failed:,} failed"
+            if usage is not None:
+                note += f", {usage.tokens_out:,} tokens" + (f", cost {usage.cost:.2f}" if usage.cost else "")
+            self.tick(asker.asked + asker.found + asker.failed, total, note)
+
+
+def _source(how: Rephrase) -> "Source":
+    from gristmill.judge.backends import source_of
+
+    return _in_process(how.folder, how.chat_format) if how.folder is not None else source_of(how.models, None, how.calls, how.chat_format)
+
+
+@cache
+def _in_process(folder: Path, chat_format: str) -> "Source":
+    """A model that is loaded once for all shards."""
+    from gristmill.judge.backends import source_of
+
+    return source_of((), folder, Calls(), chat_format)
+
+
+def _counter(how: Rephrase) -> Callable[[Sequence[str]], list[int]]:
+    """Tokens of texts."""
+    folder = how.tokenizer or how.folder
+    if folder is None:
+        return lambda texts: [-(-len(text.encode()) // BYTES_A_TOKEN) for text in texts]
+    from gristmill.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(folder)
+    return lambda texts: [len(ids) for ids in tokenizer.encode_batch(texts)]
+
+
+def _meta(record: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(record or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _record(parent: dict[str, Any], own: dict[str, Any]) -> str:
+    own = {f"{MADE}_{key}" if key else MADE: value for key, value in own.items()}
+    try:
+        return json.dumps(parent | own)
+    except RecursionError:
+        return json.dumps(own)

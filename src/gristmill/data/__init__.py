@@ -1,0 +1,1 @@
+"""Rows, conversations, tokenizers, and the files that users bring."""

@@ -1,0 +1,268 @@
+"""Conversations and the one function that turns them into token ids.
+
+Training, reward scoring, the inference engine and the server all call `ChatFormat.render` or `render_prompt`, which build the ids
+token by token: every piece of text is tokenized on its own, so the prompt's ids are always a prefix of the training ids, and
+text can never produce a control token.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from gristmill.core.errors import InputError
+from gristmill.data.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+Conversation = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Token ids of a conversation and which of them are trained (assistant text and its end of turn)."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """How a conversation is written in tokens.
+
+    Attributes:
+        name: key in `FORMATS`.
+        headers: control token and text that open a turn of each role, as (tokens, text, tokens, text).
+        close: text that ends every turn, before `end`.
+        end: control token that ends a turn. The model learns to emit it after an answer; it stops generation, and the reward
+            head reads its state.
+        bos: control token at the very start, if any.
+        after: text after `end`, never trained (chatml's line break).
+        end_opens_next: the token that ends an assistant turn is the one that opens the next user turn (nemotron).
+        always_system: write an empty system turn when the conversation has none.
+    """
+
+    name: str
+    headers: dict[str, tuple[str, str, str, str]]
+    close: str
+    end: str
+    bos: str = ""
+    after: str = ""
+    end_opens_next: bool = False
+    always_system: bool = False
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """Every control token of the format, in first-use order."""
+        names = [self.bos, *(h[i] for h in self.headers.values() for i in (0, 2)), self.end]
+        return list(dict.fromkeys(n for n in names if n))
+
+    @property
+    def template(self) -> str:
+        """The format in the language of Hugging Face's chat templates (Jinja), for other programs. What it makes of a conversation has the
+        tokens of `render`, unless a message begins with white space or holds the name of a control token."""
+
+        def put(text: str) -> str:
+            return f"{{{{ {json.dumps(text)} }}}}" if text else ""
+
+        header = {role: "".join(parts) for role, parts in self.headers.items()}
+        user = put(header["user"])
+        if self.end_opens_next:
+            after_answer = put("".join(self.headers["user"][1:]))
+            user = f"{{% if loop.first or loop.previtem.role != 'assistant' %}}{user}{{% else %}}{after_answer}{{% endif %}}"
+        end = put(self.end)
+        if self.end_opens_next:
+            end = f"{{% if message.role == 'assistant' %}}{end}{{% endif %}}"
+        between = f"{{% if not loop.last %}}{put(self.after)}{{% endif %}}" if self.after else ""
+        no_system = put(header["system"] + self.close)
+        return "".join(
+            (
+                put(self.bos),
+                f"{{% if messages[0].role != 'system' %}}{no_system}{{% endif %}}" if self.always_system else "",
+                "{% for message in messages %}",
+                f"{{% if message.role == 'system' %}}{put(header['system'])}{{% elif message.role == 'user' %}}{user}",
+                f"{{% else %}}{put(header['assistant'])}{{% endif %}}",
+                "{{ message.content }}" + put(self.close) + end + between,
+                "{% endfor %}",
+                f"{{% if add_generation_prompt %}}{put(self.after + header['assistant'])}{{% endif %}}",
+            )
+        )
+
+    def render(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Rendered:
+        """Ids and loss mask of a whole conversation.
+
+        The mask is true exactly on assistant text and the end of each assistant turn. Source: Nemotron-4 340B report, section
+        3.3 (loss on assistant turns only); format: its model card.
+
+        Raises:
+            InputError: the conversation is empty, starts with the assistant, or two turns in a row have the same role.
+        """
+        check(messages)
+        out = Rendered([], [])
+        self._open(out, messages, tokenizer)
+        for i, message in enumerate(messages):
+            self._header(out, message.role, tokenizer)
+            trained = message.role == "assistant"
+            ids = tokenizer.encode(message.content + self.close)
+            out.ids.extend(ids)
+            out.mask.extend([trained] * len(ids))
+            if trained or not self.end_opens_next:
+                out.ids.append(tokenizer.special_id(self.end))
+                out.mask.append(trained)
+            if self.after and i + 1 < len(messages):
+                self._text(out, self.after, tokenizer)
+        return out
+
+    def render_prompt(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        """Ids up to and including the header of the assistant turn that is to be generated.
+
+        Raises:
+            InputError: as `render`, or the last turn is the assistant's.
+        """
+        if messages and messages[-1].role == "assistant":
+            raise InputError("The conversation already ends with the assistant: remove that turn to generate a new one.")
+        out = self.render(messages, tokenizer)
+        if self.after:
+            self._text(out, self.after, tokenizer)
+        self._header(out, "assistant", tokenizer)
+        return out.ids
+
+    def response_text(self, ids: Sequence[int], tokenizer: Tokenizer) -> str:
+        """Text of a generated answer: without the end-of-turn token and the line break that the format puts before it."""
+        return tokenizer.decode(ids).removesuffix(self.close)
+
+    def end_of_turn_id(self, tokenizer: Tokenizer) -> int:
+        """Id of the token that ends an assistant turn."""
+        return tokenizer.special_id(self.end)
+
+    def _open(self, out: Rendered, messages: Sequence[Message], tokenizer: Tokenizer) -> None:
+        if self.bos:
+            out.ids.append(tokenizer.special_id(self.bos))
+            out.mask.append(False)
+        if self.always_system and messages[0].role != "system":
+            self._header(out, "system", tokenizer)
+            self._text(out, self.close, tokenizer)
+
+    def _header(self, out: Rendered, role: str, tokenizer: Tokenizer) -> None:
+        first, text, second, tail = self.headers[role]
+        if first and not (self.end_opens_next and role == "user" and out.ids and out.ids[-1] == tokenizer.special_id(self.end)):
+            out.ids.append(tokenizer.special_id(first))
+            out.mask.append(False)
+        self._text(out, text, tokenizer)
+        if second:
+            out.ids.append(tokenizer.special_id(second))
+            out.mask.append(False)
+        self._text(out, tail, tokenizer)
+
+    @staticmethod
+    def _text(out: Rendered, text: str, tokenizer: Tokenizer) -> None:
+        ids = tokenizer.encode(text) if text else []
+        out.ids.extend(ids)
+        out.mask.extend([False] * len(ids))
+
+
+FORMATS: dict[str, ChatFormat] = {
+    "nemotron": ChatFormat(
+        name="nemotron",
+        headers={
+            "system": ("<extra_id_0>", "System\n", "", ""),
+            "user": ("<extra_id_1>", "User\n", "", ""),
+            "assistant": ("<extra_id_1>", "Assistant\n", "", ""),
+        },
+        close="\n",
+        end="<extra_id_1>",
+        end_opens_next=True,
+        always_system=True,
+    ),
+    "chatml": ChatFormat(
+        name="chatml",
+        headers={role: ("<|im_start|>", f"{role}\n", "", "") for role in get_args(Role)},
+        close="",
+        end="<|im_end|>",
+        after="\n",
+    ),
+    "llama3": ChatFormat(
+        name="llama3",
+        headers={role: ("<|start_header_id|>", role, "<|end_header_id|>", "\n\n") for role in get_args(Role)},
+        close="",
+        end="<|eot_id|>",
+        bos="<|begin_of_text|>",
+    ),
+}
+
+
+def check(messages: Sequence[Message]) -> None:
+    """Raise `InputError` unless turns alternate user, assistant, ... after an optional system turn."""
+    turns = list(messages)
+    if turns and turns[0].role == "system":
+        turns = turns[1:]
+    if not turns:
+        raise InputError("The conversation has no user turn: start with a message whose role is 'user'.")
+    for i, message in enumerate(turns):
+        expected = "user" if i % 2 == 0 else "assistant"
+        if message.role != expected:
+            raise InputError(
+                f"Turn {i + 1} of the conversation has role {message.role!r} where {expected!r} is due: "
+                "turns must alternate, starting with the user."
+            )
+
+
+def conversation(turns: Sequence[dict[str, str]] | Sequence[Message]) -> Conversation:
+    """Messages from dicts with `role` and `content` (or from messages, unchanged).
+
+    Raises:
+        InputError: a turn lacks a field, has an unknown role, or its content is not text.
+    """
+    out = []
+    for turn in turns:
+        if isinstance(turn, Message):
+            out.append(turn)
+            continue
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            raise InputError(f"A message must have 'role' and 'content', got {turn!r}.")
+        if turn["role"] not in get_args(Role) or not isinstance(turn["content"], str):
+            raise InputError(f"A message needs a role of {get_args(Role)} and text as content, got {turn!r}.")
+        out.append(Message(cast(Role, turn["role"]), turn["content"]))
+    return tuple(out)
+
+
+def to_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """The plain form of a conversation, as in JSONL files and the OpenAI API."""
+    return [dataclasses.asdict(m) for m in messages]
+
+
+def fitting(tokenizer: Tokenizer) -> list[ChatFormat]:
+    """The formats whose control tokens the tokenizer has."""
+    return [f for f in FORMATS.values() if all(tokenizer.has(t) for t in f.special_tokens)]
+
+
+def guess_format(tokenizer: Tokenizer) -> ChatFormat:
+    """The format whose control tokens the tokenizer has.
+
+    Raises:
+        InputError: none or more than one fits.
+    """
+    fits = fitting(tokenizer)
+    if len(fits) != 1:
+        names = ", ".join(f.name for f in fits) or "none"
+        raise InputError(f"Cannot tell the chat format from the tokenizer ({names} fit): name one of {', '.join(FORMATS)}.")
+    return fits[0]
+
+
+def find_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
+    """A chat format by name, or the one that fits the tokenizer for `auto`."""
+    if name == "auto":
+        return guess_format(tokenizer)
+    if name not in FORMATS:
+        raise InputError(f"Unknown chat format {name!r}: choose auto or one of {', '.join(FORMATS)}.")
+    return FORMATS[name]

@@ -1,0 +1,41 @@
+"""Documents that are tokens already, read from files through a memory map: what `gristmill blend` writes and pretraining reads.
+
+A folder holds `tokens-*.bin` (int32, little-endian, documents after each other), `ends.npy` (int64: where each document ends, counted over
+all files) and `blend.json`, which is written last.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gristmill.core.errors import InputError
+from gristmill.data.tokenizer import Tokenizer
+
+TOKEN = np.dtype("<i4")
+
+
+class TokenStore:
+    """The documents of a finished blend, through a memory map.
+
+    Args:
+        folder: what `blend` wrote.
+        tokenizer: the model's, if it shall be checked that the blend was made with it.
+
+    Raises:
+        InputError: the folder holds no whole blend, or one of another tokenizer.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+        try:
+            facts = json.loads((folder / "blend.json").read_text())
+            self.ends_N: np.ndarray = np.load(folder / "ends.npy", mmap_mode="r")
+            self.shards = [np.memmap(folder / shard["file"], TOKEN, "r") for shard in facts["shards"]]
+        except (OSError, ValueError) as e:
+            raise InputError(f"{folder} holds no finished blend ({e}): run `gristmill blend` with --out {folder}.") from e
+        if [len(shard) for shard in self.shards] != [shard["tokens"] for shard in facts["shards"]]:
+            raise InputError(f"The tokens in {folder} are not those that blend.json speaks of: copy the folder again, or blend again.")
+        if tokenizer is not None and tokenizer.fingerprint() != facts["tokenizer"]["fingerprint"]:
+            raise InputError(f"{folder} was made with another tokenizer than the model's: blend again with this one.")
+        self.facts: dict[str, Any] = facts

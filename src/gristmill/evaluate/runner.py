@@ -1,0 +1,49 @@
+"""Scoring a model on prompts whose truths are known: greedy and at temperature 1, by task and overall."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gristmill.data.rows import Prompt
+from gristmill.evaluate.stats import accuracy
+from gristmill.generation.api import Completion, Request, Sampling
+
+MODES = {"greedy": 0.0, "sampled": 1.0}
+Generate = Callable[[list[Request]], dict[str, list[Completion]]]
+Check = Callable[[list[tuple[dict[str, Any], str]]], list[bool]]
+
+
+def requests(prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Request]:
+    """One greedy and one sampled request a prompt."""
+    return [
+        Request(f"{p.id}-{mode}", p.messages, Sampling(temperature=temperature, max_tokens=max_tokens), seed)
+        for p in prompts
+        for mode, temperature in MODES.items()
+    ]
+
+
+def score(prompts: Sequence[Prompt], generate: Generate, check: Check, max_tokens: int, seed: int) -> dict[str, Any]:
+    """Accuracies of a model.
+
+    Args:
+        prompts: with truths.
+        generate: requests -> completions by request id.
+        check: (truth, answer) pairs -> right or wrong.
+        max_tokens: longest answer; a longer one is cut and judged as it is.
+
+    Returns:
+        {"greedy": {"overall": {mean, ci95, n}, task: ...}, "sampled": ..., "outcomes": {mode: {prompt id: right}}}
+    """
+    asked = requests(prompts, max_tokens, seed)
+    answers = generate(asked)
+    truths = {p.id: p.truth or {} for p in prompts}
+    tasks = {p.id: p.task for p in prompts}
+    keys = [r.id.rsplit("-", 1) for r in asked]
+    right = check([(truths[i], answers[f"{i}-{mode}"][0].text) for i, mode in keys])
+    out: dict[str, Any] = {"outcomes": {mode: {} for mode in MODES}}
+    for (i, mode), ok in zip(keys, right, strict=True):
+        out["outcomes"][mode][i] = ok
+    for mode in MODES:
+        outcomes = out["outcomes"][mode]
+        by_task = {t: accuracy([ok for i, ok in outcomes.items() if tasks[i] == t]) for t in dict.fromkeys(tasks.values())}
+        out[mode] = {"overall": accuracy(list(outcomes.values())), **by_task}
+    return out

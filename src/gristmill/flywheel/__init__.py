@@ -1,1 +1,0 @@
-"""The loop: stages, the run folder, and what flows between them."""

@@ -1,0 +1,69 @@
+"""A language model as judge: asked twice with the answers in swapped order, believed only when consistent (report, section 3.2.3)."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gristmill.data.chat import Conversation, Message
+from gristmill.generation.api import Generator, Request, Sampling
+
+Verdict = Literal["first", "second", "tie", "unparsed"]
+
+TEMPLATE = """Compare two answers to the same request and say which one is better.
+Request:
+{request}
+Answer A:
+{a}
+Answer B:
+{b}
+Which answer is better? Reply with A or B."""
+# "A", "[[B]]", "A." or "Answer B is better": a reply such as "A good answer" names nobody
+VERDICT = re.compile(r"\s*(?:answer\s+\[*([AB])\b|\[*([AB])\]*[.:)]?\s*(?:\n|$))", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to one prompt."""
+
+    id: str
+    messages: Conversation
+    first: str
+    second: str
+
+
+def compare(generator: Generator, comparisons: Iterable[Comparison], template: str = TEMPLATE) -> Iterator[tuple[Comparison, Verdict]]:
+    """Judge each comparison in both orders.
+
+    Yields:
+        the comparison with "first" or "second" when both orders agree, "tie" when they contradict each other, "unparsed" when
+        a reply names neither answer.
+    """
+    kept = list(comparisons)
+    by_id = {c.id: c for c in kept}
+    replies: dict[str, list[str]] = {}
+    for request, completions in generator.generate(questions(kept, template)):
+        name, order = request.id.rsplit("#", 1)
+        replies.setdefault(name, ["", ""])[int(order)] = completions[0].text
+    for name, (straight, swapped) in replies.items():
+        yield by_id[name], verdict(straight, swapped)
+
+
+def verdict(straight: str, swapped: str) -> Verdict:
+    """Combine the replies to (A = first, B = second) and to (A = second, B = first)."""
+    one, two = VERDICT.match(straight), VERDICT.match(swapped)
+    if not one or not two:
+        return "unparsed"
+    named = [(m[1] or m[2]).upper() for m in (one, two)]
+    if named[0] == named[1]:
+        return "tie"
+    return "first" if named[0] == "A" else "second"
+
+
+def questions(comparisons: Sequence[Comparison], template: str = TEMPLATE) -> Iterator[Request]:
+    """Both orders of each comparison, with ids that end in #0 and #1."""
+    for c in comparisons:
+        request = "\n".join(f"{m.role}: {m.content}" if len(c.messages) > 1 else m.content for m in c.messages)
+        for order, (a, b) in enumerate([(c.first, c.second), (c.second, c.first)]):
+            text = template.format(request=request, a=a, b=b)
+            yield Request(f"{c.id}#{order}", (Message("user", text),), Sampling(temperature=0.0, max_tokens=8))

@@ -1,0 +1,378 @@
+"""Model folders as Hugging Face keeps them: config.json, safetensors, generation_config.json, the tokenizer.
+
+Every folder is written beside its target, flushed, and renamed into place, so a half-written model is never
+seen. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gristmill.core.errors import InputError
+from gristmill.data.chat import fitting
+from gristmill.data.rows import ATTRIBUTES
+from gristmill.data.tokenizer import Tokenizer
+from gristmill.model.config import ModelConfig
+from gristmill.model.quantized import Quantize, compressed, description, is_quantized, kind_of, restored, scale_name, stored_names
+from gristmill.model.reward import REWARD_WEIGHTS, RewardModel
+from gristmill.model.transformer import PRECISIONS, Block, Linear, Transformer
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Beside the safetensors, all that a folder written here holds; only such a folder is ever replaced.
+SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX_FILE)
+MAX_SHARD_BYTES = 5 * 1000**3
+# Published embeddings are padded to a multiple of 128, 256 or 512 beyond the tokenizer's ids.
+MAX_VOCAB_PADDING = 511
+
+MISFIT = "Use a checkpoint whose tensors fit its config.json"
+
+
+# ---- names: our parameters, or row ranges of them, under Hugging Face's names ----
+
+
+def hf_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Hugging Face names to views of the model's parameters; writing into a view changes the model."""
+    named = {"model.embed_tokens.weight": model.embedding.detach()}
+    for index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        named.update({f"model.layers.{index}.{name}": view for name, view in _block_tensors(block).items()})
+    named.update(_vectors("model.norm", model.final_norm))
+    if model.lm_head is not None:
+        named["lm_head.weight"] = model.lm_head.weight.detach()
+    return named
+
+
+def _block_tensors(block: Block) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    if block.attention is not None:
+        attention = block.attention
+        assert block.attention_norm is not None
+        named.update(_vectors("input_layernorm", block.attention_norm))
+        rows = [heads * attention.head_dim for heads in (attention.num_heads, *(attention.num_kv_heads,) * 2)]
+        for kind in ("weight", "bias") if attention.qkv.bias is not None else ("weight",):
+            merged = getattr(attention.qkv, kind).detach()
+            for name, view in zip("qkv", merged.split(rows), strict=True):
+                named[f"self_attn.{name}_proj.{kind}"] = view
+        named["self_attn.o_proj.weight"] = attention.output.weight.detach()
+        if attention.q_norm is not None and attention.k_norm is not None:
+            named["self_attn.q_norm.weight"] = attention.q_norm.weight.detach()
+            named["self_attn.k_norm.weight"] = attention.k_norm.weight.detach()
+    if block.mlp is not None:
+        assert block.mlp_norm is not None
+        named.update(_vectors("post_attention_layernorm", block.mlp_norm))
+        if block.mlp.gate is not None:
+            named["mlp.gate_proj.weight"] = block.mlp.gate.weight.detach()
+        named["mlp.up_proj.weight"] = block.mlp.up.weight.detach()
+        named["mlp.down_proj.weight"] = block.mlp.down.weight.detach()
+    return named
+
+
+def _vectors(prefix: str, norm: nn.Module) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": parameter.detach() for name, parameter in norm.named_parameters()}
+
+
+def _reward_tensors(model: RewardModel) -> dict[str, Tensor]:
+    head = {"reward_head.weight": model.head.weight.detach(), "reward_head.bias": model.head.bias.detach()}
+    return hf_tensors(model.backbone) | head
+
+
+# ---- saving ----
+
+
+def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write a folder that `load_model` and every reader of Hugging Face folders understands.
+
+    Values keep the parameters' dtype. An earlier model of the same name is replaced. Where layers differ
+    or lack a part, config.json holds them under "gristmill" and only `load_model` reads the folder.
+
+    Raises:
+        InputError: the folder holds more than a model, the tokenizer does not fit, or the disk is full.
+    """
+    _save(hf_tensors(model), model.config, {}, tokenizer, Path(folder), max_shard_bytes)
+
+
+def save_quantized(
+    model: Transformer, tokenizer: Tokenizer, folder: Path | str, kind: Quantize, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """As `save_model`, with the layers' matrices quantized in compressed-tensors' form; all else keeps its dtype.
+
+    Raises:
+        InputError: as `save_model`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in hf_tensors(model).items():
+        tensors |= compressed(name, tensor, kind) if is_quantized(name) else {name: tensor}
+    _save(tensors, model.config, {"quantization_config": description(kind)}, tokenizer, Path(folder), max_shard_bytes)
+
+
+def saved_as(folder: Path | str) -> Quantize:
+    """How the model of a folder is quantized; "" if it is not.
+
+    Raises:
+        InputError: there is no model, or it is quantized in a way that is not read here.
+    """
+    return kind_of(_read_json(Path(folder) / "config.json"))
+
+
+def save_reward(model: RewardModel, tokenizer: Tokenizer, folder: Path | str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write a reward model: as `save_model`, plus the tensors reward_head.weight and reward_head.bias and the
+    keys reward_attributes and reward_weights in config.json.
+
+    Raises:
+        InputError: as `save_model`.
+    """
+    extra = {"reward_attributes": list(ATTRIBUTES), "reward_weights": list(model.weights)}
+    _save(_reward_tensors(model), model.backbone.config, extra, tokenizer, Path(folder), max_shard_bytes)
+
+
+def _save(
+    tensors: dict[str, Tensor],
+    config: ModelConfig,
+    extra: dict[str, Any],
+    tokenizer: Tokenizer,
+    folder: Path,
+    max_shard_bytes: int,
+) -> None:
+    _check_vocabulary(config, tokenizer, folder)
+    dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    hf = config.to_hf() | {"torch_dtype": dtype, "eos_token_id": tokenizer.eos_id} | extra
+    formats = fitting(tokenizer)
+    form = formats[0] if len(formats) == 1 else None
+    # where other programs stop
+    ends = tokenizer.eos_id if form is None else list(dict.fromkeys([tokenizer.eos_id, form.end_of_turn_id(tokenizer)]))
+    with _new_folder(folder) as new:
+        tokenizer.save(new, "" if form is None else form.template)
+        _write_json(new / "config.json", hf)
+        _write_json(new / "generation_config.json", {"eos_token_id": ends})
+        _write_shards(tensors, new, max_shard_bytes)
+
+
+def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    count = len(shards)
+    files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        files = [SINGLE_FILE]
+    for file, shard in zip(files, shards, strict=True):
+        # Views of one merged matrix share memory, which the format refuses: write copies.
+        save_file({k: v.clone().cpu() for k, v in shard.items()}, folder / file, metadata={"format": "pt"})
+    if count > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name in SMALL_FILES or path.name.endswith(".safetensors")
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that replaces it if the body succeeds and vanishes if it fails."""
+    if folder.exists() and not (folder.is_dir() and all(_is_ours(path) for path in folder.iterdir())):
+        raise InputError(f"Choose another folder than {folder}: it holds more than a saved model.")
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    try:
+        shutil.rmtree(new, ignore_errors=True)  # what a killed process may have left
+        shutil.rmtree(old, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        for path in [*new.iterdir(), new]:
+            _flush(path)
+        if folder.exists():  # a folder that is not empty cannot be renamed over
+            folder.rename(old)
+        new.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"Free some space or choose a writable place for {folder}: {error}.") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- loading ----
+
+
+def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
+    """Read a model folder; parameters and `compute_dtype` become `dtype`, quantized ones too (see `saved_as`).
+
+    Raises:
+        InputError: the folder or a file is absent or damaged, the architecture is not supported, a tensor is
+            missing, unexpected or misshapen, or the tokenizer belongs to another model.
+    """
+    folder = Path(folder)
+    hf, config, tokenizer = _read_descriptions(folder)
+    if "reward_weights" in hf:
+        raise InputError(f"Choose a language model instead of {folder}: it holds a reward model.")
+    model = _empty(config, dtype)
+    _fill(hf_tensors(model), folder, config, kind_of(hf))
+    return model, tokenizer
+
+
+def load_reward(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple[RewardModel, Tokenizer]:
+    """Read a reward model folder; see `load_model`.
+
+    Raises:
+        InputError: as `load_model`, or the folder holds no reward head for our attributes.
+    """
+    folder = Path(folder)
+    hf, config, tokenizer = _read_descriptions(folder)
+    attributes = hf.get("reward_attributes", list(ATTRIBUTES))
+    if attributes != list(ATTRIBUTES):
+        raise InputError(f"Use a reward model that scores {', '.join(ATTRIBUTES)}: {folder} scores {attributes}.")
+    model = RewardModel(_empty(config, dtype), hf.get("reward_weights", REWARD_WEIGHTS["nemotron4-340b"]))
+    _fill(_reward_tensors(model), folder, config, kind_of(hf))
+    return model, tokenizer
+
+
+def fingerprint(folder: Path | str) -> str:
+    """Hash of the weights and config.json of a model folder, for caches and run folders.
+
+    Raises:
+        InputError: the folder holds no model.
+    """
+    folder = Path(folder)
+    digest = hashlib.blake2b(digest_size=8)
+    for path in [_existing(folder / "config.json"), *_weight_files(folder)]:
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
+    return digest.hexdigest()
+
+
+def _read_descriptions(folder: Path) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
+    hf = _read_json(folder / "config.json")
+    config = ModelConfig.from_hf(hf)
+    tokenizer = Tokenizer.load(folder)
+    _check_vocabulary(config, tokenizer, folder)
+    return hf, config, tokenizer
+
+
+def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    if not 0 <= config.vocab_size - tokenizer.vocab_size <= MAX_VOCAB_PADDING:
+        raise InputError(
+            f"Use the tokenizer that belongs to {folder}: the model has {config.vocab_size} embeddings, the "
+            f"tokenizer {tokenizer.vocab_size} tokens."
+        )
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"Give a folder with a Hugging Face model: {path} does not exist.")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = _existing(path).read_text()
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"Download or save {path} again: it is not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise InputError(f"Download or save {path} again: it holds no JSON object.")
+    return value
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return [_existing(folder / SINGLE_FILE)]
+    weight_map = _read_json(index).get("weight_map", {})
+    return [_existing(folder / name) for name in sorted(set(weight_map.values()))]
+
+
+def _empty(config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.compute_dtype = dtype
+    return model.to(dtype).to_empty(device="cpu")
+
+
+def _fill(expected: dict[str, Tensor], folder: Path, config: ModelConfig, kind: Quantize) -> None:
+    """Copy each tensor of the folder into the view of its name; names and shapes must agree on both sides."""
+    with ExitStack() as stack:
+        found: dict[str, Any] = {}  # the file that holds a name
+        for path in _weight_files(folder):
+            with _damage(path):
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    if name in found:
+                        raise InputError(f"{MISFIT}: {path} has {name} a second time.")
+                    found[name] = file
+        stored = {name: stored_names(name, kind) if kind and scale_name(name) in found else (name,) for name in expected}
+        known = {part for parts in stored.values() for part in parts}
+        if strange := sorted(name for name in found if name not in known and not _redundant(name, config)):
+            raise InputError(f"{MISFIT}: {folder} has an unexpected tensor {strange[0]} ({len(strange)} in all).")
+        if missing := sorted(known - set(found)):
+            raise InputError(f"{MISFIT}: {folder} lacks {', '.join(missing[:3])} ({len(missing)} in all).")
+
+        def read(name: str) -> Tensor:
+            return found[name].get_tensor(name)
+
+        for name, view in expected.items():
+            with _damage(folder):
+                tensor = restored(name, kind, read) if len(stored[name]) > 1 else read(name)
+            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+                raise InputError(f"{MISFIT}: {folder} has {name} in {tensor.dtype} without its scales.")
+            if tensor.shape != view.shape:
+                raise InputError(f"{MISFIT}: {folder} has {name} in shape {list(tensor.shape)}, not {list(view.shape)}.")
+            view.copy_(tensor)
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, RuntimeError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"Download or save {path} again: a file is damaged ({error}).") from None
+
+
+def _redundant(name: str, config: ModelConfig) -> bool:
+    # Some published files repeat the tied output matrix, old ones store the rotary frequencies.
+    return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
+
+
+def quantize_folder(folder: Path, out: Path, kind: Quantize, dtype: str) -> dict[str, Any]:
+    """Write a model folder again with its layers' matrices quantized, all else in `dtype`."""
+    if out.resolve() == folder.resolve():
+        raise InputError(f"Choose another --out than the model itself: {folder} would be replaced.")
+    if saved_as(folder):
+        raise InputError(f"Give the model as it was before it was quantized: {folder} is quantized already.")
+    model, tokenizer = load_model(folder)
+    for parameter in model.parameters():
+        if not any(parameter is module.weight for module in model.blocks.modules() if isinstance(module, Linear)):
+            parameter.data = parameter.data.to(PRECISIONS[dtype])
+    save_quantized(model, tokenizer, out, kind)
+    return {"model": str(out), "quantize": kind, "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors"))}

@@ -1,0 +1,352 @@
+"""The page of a run: one HTML file that opens from disk, loads nothing, runs no script, and says plainly what did not improve."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gristmill.core.errors import InputError
+from gristmill.report.claims import (
+    MODES,
+    Step,
+    bounds,
+    difference,
+    figure,
+    full,
+    is_specialist,
+    model_stages,
+    predecessors,
+    prompt_tasks,
+    reward_report,
+    round_of,
+    short,
+    sign,
+    signed,
+    statements,
+    steps,
+)
+from gristmill.report.figures import Series, stage_plot
+from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.samples import Batch, read_batches, read_origins, samples_section
+from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
+from gristmill.report.text import duration, headline
+from gristmill.runs.reader import RunData, read_run
+
+CONTROLS = {
+    "unfiltered": "Answers are kept as they come, no judge decides.",
+    "random-filter": "As many answers are kept as the judge would keep, drawn blindly.",
+    "reward-only": "The reward model is the only judge, no verifier helps it.",
+    "human-only": "No synthetic data, only what people wrote.",
+    "replace": "Synthetic data replaces the human data and that of earlier rounds instead of joining it.",
+}
+HEADING = {
+    "stages": "Stages",
+    "data": "Data funnel",
+    "scores": "Reward scores",
+    "judge": "Reward model",
+    "collapse": "Collapse",
+    "samples": "Samples",
+    "time": "Time",
+    "recipe": "Recipe",
+}
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a run's folder, finished or not. Returns its path.
+
+    Raises:
+        InputError: the folder holds no run, or the page cannot be written.
+    """
+    data = read_run(folder)
+    batches = read_batches(data)
+    bodies: dict[str, tuple[str, Sequence[Markup | None]]] = {
+        "stages": ("Accuracy on held-out prompts: greedy, and at temperature 1, with 95 % intervals.", _stages(data)),
+        "data": ("What each round wrote, what was refused, and what became training data.", funnel_section(data)),
+        "scores": ("The reward model's weighted score of every answer, and of those that were kept.", scores_section(batches)),
+        "judge": (
+            "Which of two answers is better? Easy pairs are people's ratings far apart, hard ones a model's own right and wrong.",
+            _judge(data),
+        ),
+        "collapse": (
+            "Is the text losing its variety? The shaded side of each dashed line is where the monitor alarms.",
+            collapse_section(data),
+        ),
+        "samples": ("Rows as they are, drawn by the run's seed, with the way they came.", _samples(data, batches)),
+        "time": ("Seconds a stage, and training speed.", _times(data)),
+        "recipe": ("Every setting of this run.", [el("pre", yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True))]),
+    }
+    links = el("nav", el("div", [el("a", HEADING[k], href=f"#{k}") for k in bodies]), aria_label="Sections")
+    sections = [el("section", el("h2", HEADING[k]), el("p", lead, class_="soft"), body, id=k) for k, (lead, body) in bodies.items()]
+    name = str(data.recipe.get("name", folder.name))
+    main = el("main", _cards(data), _lines(data), _plainly(data), sections)
+    return save_page(folder / "report.html", document(f"gristmill: {name}", _top(data, name), links, main, footer()))
+
+
+def save_page(path: Path, page: str) -> Path:
+    """Write a page so that the file is the old one or the whole new one.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({e.strerror}): free some space or choose another place.") from e
+    return path
+
+
+def footer(differences: str = "the paired normal one (same prompts)") -> Markup:
+    """What every page ends with; `differences` names their interval."""
+    words = (
+        f"Intervals of accuracies are Wilson's, of differences {differences}, all at 95 %. Where many models are compared, "
+        "about one comparison in twenty excludes 0 by chance alone. Written by gristmill from the files of the run folder."
+    )
+    return el("footer", words)
+
+
+def _top(data: RunData, name: str) -> Markup:
+    recipe, results = data.recipe, data.results
+    done = sum("fingerprint" in s for s in data.stages)
+    state = f"finished in {duration(results['seconds'])}" if results else f"not finished: {done} stages are done"
+    facts = [
+        f"seed {recipe.get('seed')}",
+        f"{recipe.get('rounds')} rounds",
+        f"Base: {recipe.get('model')}",
+        f"data: {recipe.get('world') or 'own files'}",
+        state,
+    ]
+    control = recipe.get("control")
+    banners = []
+    if control:
+        banners.append(_banner(f"This is a control: {control}. ", CONTROLS.get(control, "")))
+    if not results:
+        banners.append(_banner("This run is not finished. ", "The page shows what there is; run the same command again to continue."))
+    elif results.get("stopped"):
+        banners.append(_banner("Stopped by the collapse rule. ", results["stopped"]))
+    eyebrow = f"gristmill {'control run' if control else 'run'}"
+    return el(
+        "header", el("p", eyebrow, class_="eyebrow"), el("h1", name), el("p", " \u00b7 ".join(facts), class_="soft"), banners, class_="top"
+    )
+
+
+def _banner(head: str, words: str) -> Markup:
+    return el("p", el("b", head), words, class_="banner")
+
+
+# ---- the headline ----
+
+
+def _cards(data: RunData) -> Markup | None:
+    models = model_stages(data)
+    cards = []
+    if models:
+        first, last = models[0], models[-1]
+        figures = []
+        for mode in MODES:
+            old, new = (figure(m[mode]["overall"]["mean"]) for m in (first, last))
+            d = difference(data, first["folder"], last["folder"], mode) if len(models) > 1 else None
+            big = el("p", el("small", f"{old} \u2192 ") if d else None, new, class_="big")
+            figures.append(el("div", el("p", mode, class_="label"), big, el("p", _change(d)) if d else None))
+        label = (
+            f"{full(first['name']).capitalize()} only \u2192 {full(last['name'])}"
+            if len(models) > 1
+            else f"Accuracy: {full(first['name'])}"
+        )
+        cards.append(el("div", el("p", label, class_="title"), el("div", figures, class_="row"), class_="card"))
+    report = reward_report(data)
+    if report:
+        figures = []
+        for kind in ("easy", "hard"):
+            score, other = report[kind]["overall"], report["llm_judge"][kind]["overall"]
+            words = [f"LLM judge {figure(other['mean'])}", el("br"), f"n {score['n']}"] if score["n"] else "no pairs"
+            figures.append(
+                el(
+                    "div",
+                    el("p", kind, class_="label"),
+                    el("p", figure(score["mean"]) if score["n"] else "\u2013", class_="big"),
+                    el("p", words),
+                )
+            )
+        cards.append(el("div", el("p", "Reward model: pair accuracy", class_="title"), el("div", figures, class_="row"), class_="card"))
+    if data.results:
+        results = data.results
+        samples = results["alignment_samples"]
+        words = f"{samples['synthetic']:,} synthetic and {samples['human']:,} human samples"
+        alarms = sum(len(c["alarms"]) for c in results["collapse"])
+        alarm = el(
+            "p",
+            f"{alarms} collapse alarm{'' if alarms == 1 else 's'}" if alarms else "no collapse alarm",
+            class_="down" if alarms else "soft",
+        )
+        share = el("p", f"{results['synthetic_share']:.1%}", class_="big")
+        cards.append(el("div", el("p", "Synthetic share of alignment data", class_="title"), share, el("p", words), alarm, class_="card"))
+    return el("div", cards, class_="cards") if cards else None
+
+
+def _lines(data: RunData) -> Markup | None:
+    return el("ul", [el("li", unbroken(line)) for line in headline(data.results, data.folder)], class_="lines") if data.results else None
+
+
+def _plainly(data: RunData) -> Markup | None:
+    """What did not improve, before any figure can dazzle."""
+    if len(model_stages(data)) < 2:
+        return None
+    found = statements(data)
+    if not found:
+        return el(
+            "div", el("p", "Every model improved on the one before it, beyond its interval, greedy and sampled."), class_="plain fine"
+        )
+    return el("div", el("h3", "What did not improve"), el("ul", [el("li", unbroken(s)) for s in found]), class_="plain")
+
+
+def unbroken(text: str) -> str:
+    """Text whose intervals stay on one line."""
+    return re.sub(r"\[[^\]]*\]", lambda m: m[0].replace(" ", "\u00a0"), text)
+
+
+def _change(d: Mapping[str, Any]) -> Markup:
+    """A difference, coloured only when its interval excludes 0."""
+    css = {1: "up", -1: "down", 0: "flat"}[sign(d)]
+    return el("span", signed(d), class_=css)
+
+
+# ---- stages ----
+
+
+def _stages(data: RunData) -> list[Markup]:
+    models = model_stages(data)
+    if not models:
+        return [el("p", "No model has been trained and evaluated yet.", class_="soft")]
+    rounds = [round_of(m["name"]) for m in models]
+    names = [short(m["name"]) if number else "SFT" for m, number in zip(models, rounds, strict=True)]  # before the first round: human data
+    apart = frozenset(i for i, m in enumerate(models) if is_specialist(m["name"]))
+    tasks = [t for t in models[0]["greedy"] if t != "overall"]
+
+    def curves(task: str) -> list[Series]:
+        return [Series(mode, [m[mode][task] for m in models], apart) for mode in MODES]
+
+    legend = el(
+        "p",
+        el("span", el("i", style="background:var(--greedy)"), "greedy"),
+        el("span", el("i", style="background:var(--sampled)"), "sampled at temperature 1"),
+        el("span", "hollow: code SFT, which trains on code alone") if apart else None,
+        class_="legend",
+    )
+    whole = el("div", el("p", "All tasks", class_="title"), legend, stage_plot(names, rounds, curves("overall")), class_="figure wideplot")
+    small = [el("div", el("p", t, class_="title"), stage_plot(names, rounds, curves(t), small=True), class_="figure") for t in tasks]
+    found = {s.name: s for s in steps(data)}
+    return [
+        whole,
+        el("div", small, class_="grid"),
+        el("h3", "Every model against the one it is meant to improve on"),
+        _stage_table(models, found),
+        el("p", "Differences are paired by prompt; coloured ones have an interval that excludes 0.", class_="note"),
+        *[part for mode in MODES for part in (el("h3", f"By task, {mode}"), _task_table(models, tasks, mode))],
+        *_task_differences(data, models, tasks),
+    ]
+
+
+def _stage_table(models: Sequence[Mapping[str, Any]], found: Mapping[str, Step]) -> Markup:
+    rows = []
+    for m in models:
+        step = found.get(m["name"])
+        cells: list[Any] = [
+            el("td", el("b", full(m["name"])), el("br"), el("small", _trained_on(m))),
+            el("td", full(step.against) if step else "\u2013", class_="soft"),
+        ]
+        for mode in MODES:
+            d = step.differences.get(mode) if step else None
+            cells += [score_cell(m[mode]["overall"]), difference_cell(d)]
+        rows.append(cells)
+    return table(["stage", "compared with", "greedy", "difference", "sampled", "difference"], rows, numeric_from=2)
+
+
+def _trained_on(m: Mapping[str, Any]) -> str:
+    human = f", {m['human_rows']:,} by people" if "human_rows" in m else ""
+    dropped = f", {m['dropped']:,} dropped as too long" if m.get("dropped") else ""
+    kind = "rows" if "human_rows" in m else "pairs"
+    return f"{m['rows']:,} {kind}{human}{dropped}, {m['steps']:,} steps"
+
+
+def score_cell(score: Mapping[str, Any], heat: str | None = None) -> Markup:
+    """A table cell with an accuracy over its interval; `heat` (a mode) tints it by the accuracy."""
+    style = f"--v:{score['mean']:.2f};--hue:var(--{heat})" if heat else None
+    return el("td", figure(score["mean"]), el("br"), el("small", bounds(score)), class_="num heat" if heat else "num", style=style)
+
+
+def difference_cell(d: Mapping[str, Any] | None) -> Markup:
+    """A table cell with a difference over its interval, marked when that excludes 0."""
+    if not d:
+        return el("td", "\u2013", class_="num")
+    css, mark = {1: ("up", "\u25b2 "), -1: ("down", "\u25bc "), 0: ("flat", "\u00b7 ")}[sign(d)]
+    return el("td", el("span", f"{mark}{d['mean']:+.3f}", class_=css), el("br"), el("small", bounds(d, "+")), class_="num")
+
+
+def _task_table(models: Sequence[Mapping[str, Any]], tasks: Sequence[str], mode: str) -> Markup:
+    head = ["stage", *(f"{t} (n {models[0][mode][t]['n']})" for t in tasks)]
+    return table(head, [[full(m["name"]), *(score_cell(m[mode][t], mode) for t in tasks)] for m in models])
+
+
+def _task_differences(data: RunData, models: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[Markup]:
+    """Paired differences by task, folded away, and the last model against the first."""
+    of_prompt = prompt_tasks(data)
+    folders = {m["name"]: m["folder"] for m in models}
+    against = predecessors(list(folders))
+    if not against or not of_prompt:
+        return []
+    compared = [(full(name), before, name) for name, before in against.items()]
+    first, last = models[0]["name"], models[-1]["name"]
+    rows: list[list[Any]] = []
+    for label, before, after in [*compared, ("last model, whole run", first, last)]:
+        for mode in MODES:
+            found = [difference(data, folders[before], folders[after], mode, of_prompt, t) for t in tasks]
+            shown = [label, full(before)] if mode == MODES[0] else ["", ""]
+            rows.append([*shown, mode, *(difference_cell(d) for d in found)])
+    return [el("details", el("summary", "Paired differences by task"), table(["stage", "compared with", "", *tasks], rows, numeric_from=3))]
+
+
+# ---- the rest ----
+
+
+def _judge(data: RunData) -> Sequence[Markup | None]:
+    return reward_section(reward_report(data))
+
+
+def _samples(data: RunData, batches: Sequence[Batch]) -> list[Markup]:
+    return samples_section(data, batches, read_origins(data)) or [el("p", "No rows have been made in this run.", class_="soft")]
+
+
+def _times(data: RunData) -> list[Markup]:
+    finished = [s for s in data.stages if "seconds" in s]
+    if not finished:
+        return [el("p", "No stage is done yet.", class_="soft")]
+    most, total = max(s["seconds"] for s in finished) or 1.0, sum(s["seconds"] for s in finished)
+    rows: list[list[Any]] = []
+    for s in data.stages:
+        if "seconds" not in s:
+            rows.append([s["folder"], "unfinished", *[""] * 6])
+            continue
+        bar = el("td", el("span", class_="bar", style=f"width:{round(160 * s['seconds'] / most)}px"))
+        trained = [f"{s[k]:,}" if k in s else "" for k in ("steps", "tokens", "tokens_per_second")]
+        written = _tokens_written(data, s["folder"])
+        rest = s["seconds"] - s.get("train_seconds", 0.0)
+        generated = [f"{written:,}", f"{written / rest:,.0f}" if rest > 0 else "\u2013"] if written else ["", ""]
+        rows.append([s["folder"], f"{s['seconds']:.1f}", bar, *trained, *generated])
+    training = sum(s.get("train_seconds", 0.0) for s in finished)
+    head = ["stage", "seconds", "", "training steps", "tokens", "tokens/s", "generated tokens", "tokens/s"]
+    return [
+        el("p", f"{duration(total)} in all, {duration(training)} of it training; the rest is generating, judging and evaluating."),
+        table(head, rows),
+        el("p", "Generated tokens are divided by all the seconds that a stage did not train, its judging included.", class_="note"),
+    ]
+
+
+def _tokens_written(data: RunData, stage: str) -> int:
+    """Tokens that models generated in a stage, from its journals."""
+    journals = [data.journal(stage, path.name) for path in sorted((data.folder / stage).glob("*.jsonl"))]
+    return sum(out[1] for journal in journals for record in journal.values() for out in record.get("out", []))

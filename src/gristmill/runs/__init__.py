@@ -1,0 +1,1 @@
+"""Run folders: stages, artifacts, the journal, and executors of tasks."""

@@ -1,0 +1,131 @@
+"""Typed artifacts: the files that stages write, each with the type of its rows. Reports read them by these declarations.
+
+A stage declares what it writes, and its `done.json` names it; so a reader never guesses at file names.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from gristmill.core.errors import InputError
+from gristmill.core.io import write_json
+from gristmill.data.rows import Demonstration, Pair, Prompt, Rated, Refused, Response, TopicRow, read_records, read_rows, write_rows
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Artifact(Generic[Row]):
+    """A Parquet file of rows in a stage's folder.
+
+    Attributes:
+        name: what the stage calls it, and the file's name without its ending.
+        row: the dataclass of its rows.
+    """
+
+    name: str
+    row: type[Row]
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.parquet"
+
+    def write(self, folder: Path, rows: Iterable[Row]) -> int:
+        """Write the rows; returns their number."""
+        return write_rows(folder / self.file, rows)
+
+    def read(self, folder: Path) -> list[Row]:
+        """The rows; none where there is no file.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = folder / self.file
+        return read_rows(path, self.row) if path.is_file() and read_records(path) else []
+
+
+@dataclass(frozen=True)
+class JsonArtifact:
+    """A JSON object in a stage's folder."""
+
+    name: str
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.json"
+
+    def write(self, folder: Path, value: dict[str, Any]) -> None:
+        write_json(folder / self.file, value)
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """The object; empty where there is no file.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = folder / self.file
+        if not path.is_file():
+            return {}
+        try:
+            value = json.loads(path.read_text())
+        except (OSError, ValueError) as e:
+            raise InputError(f"{path} cannot be read ({e}): delete its folder and run the same command again.") from e
+        if not isinstance(value, dict):
+            raise InputError(f"{path} holds no JSON object: delete its folder and run the same command again.")
+        return value
+
+
+@dataclass(frozen=True)
+class JournalArtifact:
+    """An append-only journal of calls in a stage's folder (see `runs.journal`)."""
+
+    name: str
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.jsonl"
+
+
+AnyArtifact = Artifact[Any] | JsonArtifact | JournalArtifact
+
+# What people made.
+HUMAN_DEMONSTRATIONS = Artifact("demonstrations", Demonstration)
+RATINGS = Artifact("ratings", Rated)
+EVALUATION = Artifact("evaluation", Prompt)
+# What models wrote, and what became of it.
+CALLS = JournalArtifact("calls")
+RATING_CALLS = JournalArtifact("ratings")
+PROMPTS = Artifact("prompts", Prompt)
+TOPICS = Artifact("topics", TopicRow)
+REFUSED = Artifact("refused", Refused)
+CONVERSATIONS = Artifact("conversations", Demonstration)
+RESPONSES = Artifact("responses", Response)
+KEPT = Artifact("kept", Demonstration)
+PAIRS = Artifact("pairs", Pair)
+# What was measured.
+OUTCOMES = JsonArtifact("outcomes")
+EVALUATION_CALLS = JournalArtifact("evaluation")
+SAMPLE_CALLS = JournalArtifact("samples")
+
+ALL: dict[str, AnyArtifact] = {
+    a.file: a
+    for a in (
+        HUMAN_DEMONSTRATIONS,
+        RATINGS,
+        EVALUATION,
+        CALLS,
+        RATING_CALLS,
+        PROMPTS,
+        TOPICS,
+        REFUSED,
+        CONVERSATIONS,
+        RESPONSES,
+        KEPT,
+        PAIRS,
+        OUTCOMES,
+        EVALUATION_CALLS,
+        SAMPLE_CALLS,
+    )
+}

@@ -1,0 +1,179 @@
+"""How answers are written down, whole or piece by piece. Source: OpenAI's API reference."""
+
+import itertools
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from gristmill.engine.async_engine import Event
+from gristmill.engine.engine import Engine
+from gristmill.engine.sequence import Job
+from gristmill.generation.api import Completion
+from gristmill.server.protocol import TextBody
+
+
+class GrowingText:
+    """Text of a response while it grows. What may yet turn out to be no text, or the beginning of a stop string, is held back."""
+
+    def __init__(self, engine: Engine, stop: Sequence[str]) -> None:
+        self.engine = engine
+        self.hold = max([len(engine.chat_format.close), *(len(s) - 1 for s in stop)])
+        self.ids: list[int] = []
+        self.done = ""  # text of ids before `start`, which ends where characters do
+        self.start = 0
+        self.sent = 0
+
+    def add(self, token: int) -> str:
+        """What can be sent now."""
+        self.ids.append(token)
+        text = self.done + self.engine.tokenizer.decode(self.ids[self.start :])
+        if text.endswith("\ufffd"):  # in the middle of a character
+            return ""
+        if len(self.ids) - self.start > 64:  # so that long answers do not cost more and more
+            middle = len(self.ids) - 16
+            head = self.engine.tokenizer.decode(self.ids[self.start : middle])
+            if text.startswith(self.done + head) and self.done + head + self.engine.tokenizer.decode(self.ids[middle:]) == text:
+                self.done, self.start = self.done + head, middle
+        end = max(self.sent, len(text) - self.hold)
+        piece, self.sent = text[self.sent : end], end
+        return piece
+
+    def rest(self, text: str) -> str:
+        """The rest of the whole text."""
+        return text[self.sent :]
+
+
+class Shape:
+    """How answers are written down."""
+
+    def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def before(self) -> list[dict[str, Any]]:
+        """What is said before anything is drawn."""
+        return []
+
+    def piece(self, index: int, text: str, event: Event, finish: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatShape(Shape):
+    def __init__(self, engine: Engine, logprobs: bool) -> None:
+        self.engine, self.logprobs = engine, logprobs
+        self.name = f"chatcmpl-{secrets.token_hex(12)}"
+        self.begun: set[int] = set()
+
+    def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
+        (job,) = jobs
+        choices: list[dict[str, Any]] = []
+        for index, out in enumerate(c for c in job.completions if c is not None):
+            message = {"role": "assistant", "content": out.text}
+            entries = {"content": self._entries(out)} if self.logprobs else None
+            choices.append({"index": index, "message": message, "logprobs": entries, "finish_reason": out.finish})
+        usage = usage_of(len(job.prompt), drawn(jobs))
+        return envelope("chat.completion", self.name, self.engine.name, choices, usage)
+
+    def piece(self, index: int, text: str, event: Event, finish: str | None) -> dict[str, Any]:
+        delta: dict[str, Any] = {"content": text}
+        if index not in self.begun:
+            self.begun.add(index)
+            delta["role"] = "assistant"
+        entries = {"content": [self._entry(event.token, event.logprob, event.likeliest)]} if self.logprobs else None
+        return {"index": index, "delta": delta, "logprobs": entries, "finish_reason": finish}
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return envelope("chat.completion.chunk", self.name, self.engine.name, choices, None)
+
+    def _entries(self, out: Completion) -> list[dict[str, Any]]:
+        tops = out.top_logprobs or ((),) * len(out.tokens)
+        return [self._entry(token, value, top) for token, value, top in zip(out.tokens, out.logprobs, tops, strict=True)]
+
+    def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> dict[str, Any]:
+        return self._one(token, logprob) | {"top_logprobs": [self._one(*other) for other in top]}
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        tokenizer = self.engine.tokenizer
+        return {"token": _token(self.engine, token), "logprob": logprob, "bytes": list(tokenizer.token_bytes(token))}
+
+
+class TextShape(Shape):
+    def __init__(self, engine: Engine, body: TextBody, prompts: list[list[int]], scored: list[Any] | None) -> None:
+        self.engine, self.body, self.prompts, self.scored = engine, body, prompts, scored
+        self.name = f"cmpl-{secrets.token_hex(12)}"
+        self.offsets: dict[int, int] = {}  # of choices that are streamed
+
+    def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for place, ids in enumerate(self.prompts):
+            outs = [c for c in jobs[place].completions if c is not None] if jobs else [Completion("", 0, (), "length")] * n
+            for out in outs:
+                choices.append(self._choice(len(choices), place, ids, out))
+        usage = usage_of(sum(map(len, self.prompts)), drawn(jobs))
+        return envelope("text_completion", self.name, self.engine.name, choices, usage)
+
+    def before(self) -> list[dict[str, Any]]:
+        if not self.body.echo:
+            return []
+        n = 1 if self.body.n is None else self.body.n
+        none, finish = Completion("", 0, (), "length"), None if self.body.max_tokens != 0 else "length"
+        places = [(place, ids, sample) for place, ids in enumerate(self.prompts) for sample in range(n)]
+        return [self._choice(place * n + sample, place, ids, none) | {"finish_reason": finish} for place, ids, sample in places]
+
+    def piece(self, index: int, text: str, event: Event, finish: str | None) -> dict[str, Any]:
+        logprobs = None
+        if self.body.logprobs is not None:
+            word = _token(self.engine, event.token)
+            tops = [self._top(event.likeliest)] if self.body.logprobs else None
+            offset = self.offsets.get(index, 0)
+            self.offsets[index] = offset + len(word)
+            logprobs = {"tokens": [word], "token_logprobs": [event.logprob], "top_logprobs": tops, "text_offset": [offset]}
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _top(self, likeliest: Sequence[tuple[int, float]]) -> dict[str, float]:
+        return {_token(self.engine, token): value for token, value in likeliest}
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return envelope("text_completion", self.name, self.engine.name, choices, None)
+
+    def _choice(self, index: int, place: int, ids: list[int], out: Completion) -> dict[str, Any]:
+        engine = self.engine
+        text = (engine.tokenizer.decode(ids, keep_special=True) if self.body.echo else "") + out.text
+        logprobs = None
+        if self.body.logprobs is not None:
+            tokens, values = list(out.tokens), list[float | None](out.logprobs)
+            tops: list[dict[str, float] | None] = [self._top(top) for top in out.top_logprobs]
+            if self.scored is not None:
+                given, likeliest = self.scored[place]
+                tokens, values = [*ids, *tokens], [None, *given, *values]
+                tops = [None, *(self._top(top) for top in likeliest), *tops]
+            words = [_token(engine, token) for token in tokens]
+            offsets = [0, *itertools.accumulate(len(word) for word in words)]
+            self.offsets[index] = offsets[-1]
+            told = tops if self.body.logprobs else None
+            logprobs = {"tokens": words, "token_logprobs": values, "top_logprobs": told, "text_offset": offsets[:-1]}
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": out.finish}
+
+
+def envelope(kind: str, name: str, model: str, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
+    out = {"id": name, "object": kind, "created": int(time.time()), "model": model, "choices": choices}
+    return out if usage is None else out | {"usage": usage}
+
+
+def usage_of(prompt: int, drawn: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+
+
+def drawn(jobs: list[Job]) -> int:
+    return sum(c.num_tokens for job in jobs for c in job.completions if c is not None)
+
+
+def _token(engine: Engine, token: int) -> str:
+    """The text of a token; of a part of a character its bytes, written out."""
+    text = engine.tokenizer.decode([token], keep_special=True)
+    if "\ufffd" not in text:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in engine.tokenizer.token_bytes(token))

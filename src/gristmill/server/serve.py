@@ -1,0 +1,92 @@
+"""`gristmill serve`: a model folder behind an address, until interrupted."""
+
+import os
+import socket
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gristmill.core.errors import InputError
+from gristmill.engine.load import EngineArgs, load_engine
+from gristmill.judge.reward import load_scorer
+
+SHUTDOWN_SECONDS = 60.0  # that answers under way may take when the server is told to end
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a model is served.
+
+    Attributes:
+        reward: folder of a reward model that is served too.
+        api_key_env, api_key_file: where the keys are that requests must bear, one a line; neither: everybody may ask.
+        most_open: samples under way or waiting, beyond which requests are sent away for a while.
+        timeout: seconds a request may take.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = ""
+    reward: Path | None = None
+    api_key_env: str = ""
+    api_key_file: Path | None = None
+    most_open: int = 4096
+    timeout: float = 600.0
+
+
+def serve(model_folder: Path, how: Serving, running: EngineArgs) -> None:
+    """Serve a model until interrupted. Prints the address when it is ready.
+
+    Raises:
+        InputError: a folder is no model, a key is missing, or the address cannot be used.
+    """
+    from aiohttp import web
+
+    from gristmill.server.app import Limits, Server
+
+    if how.most_open < 1 or not how.timeout > 0 or (running.cache_tokens is not None and running.cache_tokens < 1):
+        raise InputError("--most-open and --cache-tokens must be at least 1, and --timeout above 0.")
+    keys = _keys(how.api_key_env, how.api_key_file)
+    name = how.name or model_folder.resolve().name
+    engine = load_engine(model_folder, running, name)
+    rate = _rater(how.reward, running.chat_format) if how.reward is not None else None
+    reward_name = how.reward.resolve().name if how.reward is not None else ""
+    if reward_name == name:
+        reward_name += "-reward"
+    server = Server(engine, Limits(keys, how.most_open, how.timeout), rate, reward_name)
+    try:
+        listening = socket.create_server((how.host, how.port))
+    except (OSError, OverflowError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise InputError(f"Nothing can listen at {how.host}:{how.port} ({reason}): choose another --host or --port.") from e
+
+    def ready(_: object) -> None:
+        both = f"{name} and the reward model {reward_name} answer" if rate else f"{name} answers"
+        print(f"{both} at http://{how.host}:{listening.getsockname()[1]}/v1", flush=True)
+        print(f"attention: {server.live.workers[0].core.runner.attention.name}", file=sys.stderr)
+
+    web.run_app(server.app(), sock=listening, print=ready, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+    if not server.quiet:  # in the middle of a long step; torch's threads would not end quietly
+        os._exit(0)
+
+
+def _keys(variable: str, file: Path | None) -> list[str]:
+    keys = os.environ.get(variable, "").split() if variable else []
+    if file is not None:
+        try:
+            keys += file.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"The key file {file} cannot be read ({e}).") from e
+    if (variable or file is not None) and not keys:
+        raise InputError(f"There is no API key in {variable or file}: write one there, or leave the option out to let everybody ask.")
+    return keys
+
+
+def _rater(folder: Path, chat_format: str) -> Any:
+    scorer = load_scorer(folder, chat_format)
+
+    def rate(talks: list[Any]) -> list[dict[str, float]]:
+        return [asdict(rating) | {"score": scorer.total(rating)} for rating in scorer.score(talks)]
+
+    return rate

@@ -1,0 +1,384 @@
+"""Samples, and the one batch layout that every objective trains on: packed and token-major.
+
+A batch lays its documents end to end in one ``ids_T`` vector; there is no batch axis. Shape legend:
+
+    T  tokens of a batch          R  rows of the hidden states that predict a trained target
+    N  documents of a batch       P  preference pairs (N = 2 P: chosen 0, rejected 0, chosen 1, ...)
+    5  attributes of a rating
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import zip_longest
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gristmill.core.errors import InputError
+from gristmill.model.packed import PackedShape, num_shared, pack
+
+# Answers to one prompt that go through the model together. Attention repeats the prompt for each of them on some back-ends, and adds
+# their gradients up in the type of the computation.
+MAX_ANSWERS = 16
+MISSING = -100.0  # a label with this value is absent; the value NeMo-Aligner's regression data uses
+
+
+@dataclass
+class Sample:
+    """One document; ``mask[i]`` says that token i is a trained target (of the first, nothing can predict it).
+
+    ``ids`` and ``mask`` may be given as lists; they are kept as int32 and bool arrays, since a Python list
+    of a million tokens takes 36 MB.
+    """
+
+    ids: Sequence[int] | np.ndarray
+    mask: Sequence[bool] | np.ndarray
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        self.ids = np.asarray(self.ids, dtype=np.int32)
+        self.mask = np.asarray(self.mask, dtype=np.bool_)
+        if self.ids.ndim != 1 or self.ids.shape != self.mask.shape:
+            raise InputError(
+                f"sample {self.id or '(no id)'} has {self.ids.size} tokens but a mask of {self.mask.size}; "
+                "give one mask entry for every token"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def num_targets(self) -> int:
+        """Tokens that the loss is taken over."""
+        return int(np.count_nonzero(np.asarray(self.mask)[1:]))
+
+
+@dataclass
+class PairSample:
+    """Two responses to one prompt, the better one first.
+
+    Each side holds prompt and response; its mask marks the response. Rewards are the r* of the report's
+    section 3.3; a missing one counts as chosen 1, rejected 0, as in NeMo-Aligner. ``ref_chosen`` and
+    ``ref_rejected`` are the reference model's summed log-probabilities of the responses.
+    """
+
+    chosen: Sample
+    rejected: Sample
+    chosen_reward: float = 1.0
+    rejected_reward: float = 0.0
+    id: str = ""
+    ref_chosen: float | None = None
+    ref_rejected: float | None = None
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model: what both sides begin with counts once."""
+        return self.chosen.num_tokens + self.rejected.num_tokens - num_shared([self.chosen.ids, self.rejected.ids])
+
+    @property
+    def num_targets(self) -> int:
+        """One loss term a pair; a pair with an empty side has none, since there is nothing to compare."""
+        return int(self.chosen.num_targets > 0 and self.rejected.num_targets > 0)
+
+
+@dataclass
+class RatedSample:
+    """A conversation and its five ratings; ``end`` indexes the end-of-turn token whose state is scored.
+
+    Samples with the same ``prompt`` (any name but "") are answers to one prompt: see ``RatedGroup``.
+    """
+
+    ids: Sequence[int] | np.ndarray
+    end: int
+    labels: Sequence[float]
+    id: str = ""
+    prompt: str = ""
+    num_targets: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.ids = np.asarray(self.ids, dtype=np.int32)
+        self.labels = [float(label) for label in self.labels]
+        if not 0 <= self.end < len(self.ids):
+            raise InputError(
+                f"sample {self.id or '(no id)'} is scored at token {self.end} of {len(self.ids)}; "
+                "give the index of its last end-of-turn token"
+            )
+        self.num_targets = sum(label != MISSING for label in self.labels)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class RatedGroup:
+    """Rated answers to one prompt. They go through the model together, so that it reads the prompt once."""
+
+    answers: Sequence[RatedSample]
+
+    @property
+    def id(self) -> str:
+        return self.answers[0].id
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model: what all answers begin with counts once."""
+        documents = [answer.ids for answer in self.answers]
+        return sum(map(len, documents)) - (len(documents) - 1) * num_shared(documents)
+
+    @property
+    def num_targets(self) -> int:
+        return sum(answer.num_targets for answer in self.answers)
+
+
+AnySample = Sample | PairSample | RatedSample
+# What a step is made of.
+Unit = Sample | PairSample | RatedGroup
+
+
+def group_rated(samples: Sequence[AnySample], max_answers: int, max_tokens: float) -> list[Unit]:
+    """Rated samples of one prompt become groups: of `max_answers` and MAX_ANSWERS at most, and of so many tokens where they are several."""
+    max_answers = min(max_answers, MAX_ANSWERS)
+    units: list[Unit] = []
+    latest: dict[str, int] = {}  # of each prompt its last group's place
+    for sample in samples:
+        if not isinstance(sample, RatedSample):
+            units.append(sample)
+            continue
+        if sample.prompt in latest:
+            group = units[latest[sample.prompt]]
+            assert isinstance(group, RatedGroup)
+            larger = RatedGroup([*group.answers, sample])
+            if len(larger.answers) <= max_answers and larger.num_tokens <= max_tokens:
+                units[latest[sample.prompt]] = larger
+                continue
+        if sample.prompt:
+            latest[sample.prompt] = len(units)
+        units.append(RatedGroup([sample]))
+    return units
+
+
+def parts_of(sample: AnySample | Unit) -> Sequence[Sample | RatedSample]:
+    """The documents of a sample."""
+    if isinstance(sample, PairSample):
+        return sample.chosen, sample.rejected
+    if isinstance(sample, RatedGroup):
+        return sample.answers
+    return (sample,)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Documents for next-token losses: row ``rows_R[i]`` of the states predicts token ``targets_R[i]``."""
+
+    ids_T: Tensor
+    shape: PackedShape
+    num_tokens: int
+    rows_R: Tensor
+    targets_R: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of loss terms: the divisor of this batch's loss sum."""
+        return len(self.targets_R)
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Preference pairs. ``documents_R`` says to which of the N = 2 P documents a row belongs."""
+
+    tokens: TokenBatch
+    documents_R: Tensor
+    lengths_N: Tensor  # trained targets of each document
+    rewards_P2: Tensor  # chosen, rejected
+    reference_P2: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.num_tokens
+
+    @property
+    def count(self) -> int:
+        return len(self.rewards_P2)
+
+
+@dataclass(frozen=True)
+class RatedBatch:
+    """Rated conversations. ``ends_N`` index the scored tokens in ``ids_T``."""
+
+    ids_T: Tensor
+    shape: PackedShape
+    num_tokens: int
+    ends_N: Tensor
+    labels_N5: Tensor
+
+    @cached_property
+    def count(self) -> int:
+        return int((self.labels_N5 != MISSING).sum())
+
+
+Batch = TokenBatch | PairBatch | RatedBatch
+
+
+def _token_batch(groups: Sequence[Sequence[Sample]], device: torch.device) -> TokenBatch:
+    """Samples end to end, those of a group sharing what they begin with.
+
+    A document's last row predicts nothing, so no target ever crosses from one document into the next.
+    """
+    ids_T, shape, num_tokens = pack([[sample.ids for sample in group] for group in groups], device)
+    # a document's own first mask entry is void
+    trained = [np.append(False, np.asarray(sample.mask)[1:]) for group in groups for sample in group]
+    targets_R = torch.from_numpy(np.flatnonzero(np.concatenate(trained))).to(device)
+    return TokenBatch(ids_T, shape, num_tokens, shape.keys_S[targets_R - 1], ids_T[shape.keys_S[targets_R]])
+
+
+def collate_tokens(samples: Sequence[Sample], device: torch.device) -> TokenBatch:
+    """Lay samples end to end."""
+    return _token_batch([[sample] for sample in samples], device)
+
+
+def collate_pairs(pairs: Sequence[PairSample], device: torch.device) -> PairBatch:
+    """Lay pairs end to end, chosen before rejected. References are set when every pair has them."""
+    sides = [(pair.chosen, pair.rejected) for pair in pairs]
+    lengths = np.array([side.num_targets for both in sides for side in both])
+    references = [(pair.ref_chosen, pair.ref_rejected) for pair in pairs]
+    known = all(chosen is not None and rejected is not None for chosen, rejected in references)
+    return PairBatch(
+        tokens=_token_batch(sides, device),
+        documents_R=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device),
+        lengths_N=torch.from_numpy(lengths).to(device),
+        rewards_P2=torch.tensor([(p.chosen_reward, p.rejected_reward) for p in pairs], device=device),
+        # fp32 holds a summed log-probability of -1000 to 6e-5, which is all the model's own arithmetic gives
+        reference_P2=torch.tensor(references, dtype=torch.float32, device=device) if known else None,
+    )
+
+
+def collate_rated(groups: Sequence[RatedGroup], device: torch.device) -> RatedBatch:
+    """Lay rated conversations end to end."""
+    ids_T, shape, num_tokens = pack([[answer.ids for answer in group.answers] for group in groups], device)
+    answers = [answer for group in groups for answer in group.answers]
+    ends_N = shape.keys_S[shape.cu_keys[: len(answers)] + torch.tensor([answer.end for answer in answers], device=device)]
+    labels_N5 = torch.tensor([answer.labels for answer in answers], dtype=torch.float32, device=device)
+    return RatedBatch(ids_T, shape, num_tokens, ends_N, labels_N5)
+
+
+def collate(units: Sequence[Unit], device: torch.device) -> Batch:
+    """Pack samples of one kind into the batch of that kind."""
+    first = units[0]
+    if isinstance(first, Sample):
+        return collate_tokens(units, device)  # type: ignore[arg-type]
+    if isinstance(first, PairSample):
+        return collate_pairs(units, device)  # type: ignore[arg-type]
+    return collate_rated(units, device)  # type: ignore[arg-type]
+
+
+UnitT = TypeVar("UnitT", Sample, PairSample, RatedGroup, Unit)
+
+
+def split_micro_batches(samples: Sequence[UnitT], max_tokens: int, num_workers: int = 1) -> list[list[UnitT]]:
+    """Cut the samples of one step into micro-batches, of which any ``num_workers`` neighbours hold at most ``max_tokens`` tokens.
+
+    A longer sample gets one of its own. Sorted by length, so that the documents of a micro-batch are
+    alike and attention pads little. Several workers get equal shares of long and short ones.
+    """
+    ordered = sorted(samples, key=lambda sample: sample.num_tokens, reverse=True)
+    shares = [_groups(ordered[i::num_workers], max_tokens // num_workers) for i in range(num_workers)]
+    return [group for turn in zip_longest(*shares) for group in turn if group]
+
+
+def _groups(samples: Sequence[UnitT], max_tokens: int) -> Iterator[list[UnitT]]:
+    group: list[UnitT] = []
+    size = 0
+    for sample in samples:
+        if group and size + sample.num_tokens > max_tokens:
+            yield group
+            group, size = [], 0
+        group.append(sample)
+        size += sample.num_tokens
+    if group:
+        yield group
+
+
+class BatchPlan:
+    """Which samples each step trains on: a pure function of (seed, step), found without replaying steps.
+
+    The stream is one shuffle of all samples after another (without ``shuffle``, the samples as they are). A step
+    is a stretch of that stream, measured in rows (``batch_size``) or in tokens (``batch_tokens``): a sample has
+    ``lengths`` tokens and counts as one row, or as ``rows``. With ``epochs`` the stream ends after that many
+    shuffles and is cut into floor(length / batch) *equal* stretches, so that every sample is seen exactly
+    ``epochs`` times and no small remainder is trained on as a noisy last step. With ``steps`` it goes on as long as needed.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        seed: int,
+        epochs: float | None = None,
+        steps: int | None = None,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        rows: Sequence[int] | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        if batch_tokens is not None and max(lengths) > batch_tokens:
+            raise InputError(
+                f"the longest sample has {max(lengths)} tokens, more than batch_tokens {batch_tokens}; raise batch_tokens or set max_tokens"
+            )
+        weights = lengths if batch_tokens is not None else rows or np.ones(len(lengths))
+        self._weights = np.asarray(weights, dtype=np.int64)
+        self._epoch_weight = int(self._weights.sum())
+        self._seed, self._shuffled = seed, shuffle
+        batch = batch_tokens if batch_tokens is not None else batch_size
+        assert batch is not None and batch > 0
+        if steps is not None:
+            self.num_steps, self._total = steps, steps * batch
+        else:
+            assert epochs is not None
+            self._total = int(self._epoch_weight * epochs)
+            self.num_steps = max(1, self._total // batch)
+        self._order: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample indices in the epoch's order, and the offset within the epoch at which each begins."""
+        if self._order is None or self._order[0] != epoch:
+            everyone = np.arange(len(self._weights))
+            order = np.random.default_rng([self._seed, epoch]).permutation(everyone) if self._shuffled else everyone
+            weights = self._weights[order]
+            self._order = (epoch, order, np.cumsum(weights) - weights)
+        return self._order[1], self._order[2]
+
+    def step(self, step: int) -> list[int]:
+        """Indices of the samples of step ``step`` (counted from 0)."""
+        low = step * self._total // self.num_steps
+        high = (step + 1) * self._total // self.num_steps
+        chosen: list[int] = []
+        for epoch in range(low // self._epoch_weight, (high - 1) // self._epoch_weight + 1):
+            order, starts = self._shuffle(epoch)
+            base = epoch * self._epoch_weight
+            first, last = np.searchsorted(starts, [low - base, high - base])
+            chosen.extend(int(i) for i in order[first:last])
+        return chosen
+
+
+def fingerprint_samples(samples: Sequence[AnySample | Unit]) -> str:
+    """A hash of everything in the samples that training can see, in their order. 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for sample in samples:
+        parts = parts_of(sample)
+        digest.update(np.int64(len(parts)).tobytes())
+        for part in parts:
+            digest.update(np.int64(part.num_tokens).tobytes() + np.asarray(part.ids).tobytes())
+            if isinstance(part, Sample):
+                digest.update(np.asarray(part.mask).tobytes())
+            else:
+                digest.update(np.array([part.end, *part.labels], dtype=np.float64).tobytes())
+        if isinstance(sample, PairSample):
+            numbers = (sample.chosen_reward, sample.rejected_reward, sample.ref_chosen, sample.ref_rejected)
+            digest.update(repr(numbers).encode())
+    return digest.hexdigest()

@@ -1,0 +1,33 @@
+"""Supervised fine-tuning: the loss is taken over assistant turns only (report section 3.3.1)."""
+
+from collections.abc import Iterable
+
+from gristmill.core.errors import InputError
+from gristmill.data.chat import ChatFormat
+from gristmill.data.rows import Demonstration
+from gristmill.data.tokenizer import Tokenizer
+from gristmill.train.batches import Sample
+from gristmill.train.objectives.next_token import next_token_objective
+
+__all__ = ["demonstration_samples", "sft_objective"]
+
+sft_objective = next_token_objective  # what differs from pretraining is the mask, and that is the samples' matter
+
+
+def demonstration_samples(rows: Iterable[Demonstration], chat_format: ChatFormat, tokenizer: Tokenizer) -> list[Sample]:
+    """Samples of conversations: every assistant turn and the token that ends it is trained, nothing else.
+
+    Raises InputError, naming the row, for a conversation that cannot be rendered or has no assistant turn
+    to learn.
+    """
+    samples = []
+    for row in rows:
+        try:
+            rendered = chat_format.render(row.messages, tokenizer)
+        except InputError as error:
+            raise InputError(f"conversation {row.id}: {error}") from error
+        sample = Sample(rendered.ids, rendered.mask, row.id)
+        if sample.num_targets == 0:
+            raise InputError(f"conversation {row.id} has nothing to learn from; give it at least one assistant turn")
+        samples.append(sample)
+    return samples

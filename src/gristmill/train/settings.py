@@ -1,0 +1,61 @@
+"""Sections of recipes about training."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from gristmill.core.config import Section, explain
+from gristmill.core.errors import InputError
+
+Loss = Literal["dpo", "cdpo", "ipo", "rpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"]
+
+
+class Training(Section):
+    """One training stage. Give `steps` or `epochs`."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(gt=0)
+    muon_lr: float = Field(0.02, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup_steps: int = Field(5, ge=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    batch_size: int = Field(64, gt=0)
+    micro_batch_tokens: int = Field(8192, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float = Field(1.0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs, not both or neither")
+        return self
+
+
+class PreferenceTraining(Training):
+    """DPO and its relatives."""
+
+    loss: Loss = "dpo"
+    beta: float = Field(0.1, gt=0)
+    eta: float = Field(1.0, gt=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="cdpo only")
+    sft_weight: float = Field(0.0, ge=0, description="of -log p(chosen), added to the loss")
+    logprobs: Literal["sum", "mean"] = "sum"
+    num_prompts: int = Field(400, gt=0, description="prompts that pairs are made for")
+    num_pairs: int = Field(10_000, gt=0, description="pairs to train on, at most")
+    min_chosen: float = Field(2.0, description="lowest predicted correctness of a chosen answer that no verifier can check")
+
+
+def section(values: dict[str, Any], preference: bool) -> Training:
+    """A checked training section from plain values.
+
+    Raises:
+        InputError: as `parse`.
+    """
+    kind = PreferenceTraining if preference else Training
+    try:
+        return kind.model_validate(values)
+    except ValidationError as e:
+        raise InputError(explain(e, kind)) from e

@@ -1,0 +1,1 @@
+"""Programs that check an answer: numbers, mathematics, formats, instructions, JSON schemas."""

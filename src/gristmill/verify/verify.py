@@ -1,0 +1,177 @@
+"""Verifiers: programs that decide whether an answer is right. A truth is a small JSON object with a `kind`.
+
+| kind | fields | right when |
+|---|---|---|
+| number | value, working | the last number in the answer equals it; with `working`, every equation in the answer must hold too |
+| exact | value | the answer equals it, white space and case aside |
+| mention | value, not | the answer mentions it as a word, and no wrong value except as a part of it |
+| choice | value | the last "answer is X", else the last letter A-Z standing alone, names it |
+| code | tests | the last code block (or the whole answer) passes the tests in the sandbox |
+| list | n, words, shape, extras | a list of n different words of the category in the asked form |
+| math | value | the final answer (boxed, stated or last) equals it as a mathematician would say |
+| instructions | checks, loose | every IFEval check holds, strictly or in the loose form |
+| schema | schema | the JSON in the answer fits the JSON schema |
+"""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from gristmill.core.errors import InputError
+from gristmill.verify.ifeval import follows
+from gristmill.verify.json_schema import json_in, problem_of, schema_problem
+from gristmill.verify.math import equal, final_answer
+
+KINDS = ("number", "exact", "mention", "choice", "code", "list", "math", "instructions", "schema")
+RunCode = Callable[[str, str], bool]
+NUMBER = re.compile(
+    r"(?:(?<![\w)\]])-)?\$?"  # a minus after a digit, a name or a bracket subtracts: `20-13` ends with 13
+    r"((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"  # `1,234` is one number, `1,2` are two
+    r"((?:[eE][+-]?\d{1,3}(?!\d))?)"  # a longer exponent would make a number that fills the memory
+    r"(?:/(\d+))?"
+)
+EQUATION = re.compile(r"(\d{1,9}) ([-+*]) (\d{1,9}) = (-?\d{1,18})")
+FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|```[ \t]*$|\Z)", re.S | re.M)
+# The pronoun and the article are no options: `I think`, `I'm`, `A good`; `A is right` is one.
+LETTER = r"\b(?!(?:I|A)(?:['\u2019]| (?!is\b)[a-z]))([A-Z])\b"
+STATED = re.compile(rf"(?i:\banswer(?:\s+is\b|\s*:))[\s:*(\[]*{LETTER}")
+ITEM = r"[A-Za-z]+"
+ITEMS = {  # shape -> separator and pattern of an item
+    "commas": (", ", ITEM),
+    "slashes": (" / ", ITEM),
+    "brackets": (" ", rf"\[({ITEM})\]"),
+    "dashes": ("\n", rf"- ({ITEM})"),
+}
+SHAPES = {*ITEMS, "numbered"}
+EXTRAS = {"upper", "sorted", "end", "start"}
+
+
+def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) -> bool:
+    """Whether `answer` is right.
+
+    Args:
+        truth: see the module's table.
+        answer: text written by a model: compared, never evaluated.
+        run_code: (program, tests) -> passed, needed for kind `code`.
+
+    Raises:
+        InputError: the truth is of no known kind, lacks a field, has one that makes no sense, or needs a
+            sandbox that was not given.
+    """
+    kind = _field(truth, "kind")
+    if kind == "number":
+        want = last_number(str(_field(truth, "value")))
+        if want is None:
+            raise InputError(f"The truth {truth!r} has no number as value: use kind 'exact' for text.")
+        return last_number(answer) == want and (not truth.get("working") or _working_holds(answer))
+    if kind == "exact":
+        return _fold(answer) == _fold(str(_field(truth, "value")))
+    if kind == "mention":
+        return _mention(answer, str(_field(truth, "value")), truth.get("not", ()))
+    if kind == "choice":
+        letters = STATED.findall(answer) or re.findall(LETTER, answer)
+        return bool(letters) and letters[-1] == str(_field(truth, "value")).upper()
+    if kind == "code":
+        if run_code is None:
+            raise InputError("A truth of kind 'code' needs the sandbox: run where it is available or pass --unsafe-code.")
+        return run_code(program_of(answer), _field(truth, "tests"))
+    if kind == "list":
+        return _list(truth, answer)
+    if kind == "math":
+        found = final_answer(answer)
+        return found is not None and equal(found, str(_field(truth, "value")))
+    if kind == "instructions":
+        return all(follows(_field(truth, "checks"), answer, loose=bool(truth.get("loose"))))
+    if kind == "schema":
+        schema = _field(truth, "schema")
+        if why := schema_problem(schema):
+            raise InputError(f"The truth {truth!r} has a schema that cannot be used: {why}.")
+        value = json_in(answer)
+        return value is not None and not problem_of(value, schema)
+    raise InputError(f"The truth {truth!r} has an unknown kind: use one of {', '.join(KINDS)}.")
+
+
+def _working_holds(answer: str) -> bool:
+    """Whether every `a + b = c` (also - and *) of whole numbers in the answer is true."""
+    results = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    return all(results[op](int(a), int(b)) == int(c) for a, op, b, c in EQUATION.findall(answer))
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in a text, or None. `1,234.50`, `3/4`, `.5`, `2e3` and `-$5` are read as numbers."""
+    text = text.replace("\u2212", "-")  # the typographic minus
+    found = None
+    for found in NUMBER.finditer(text):  # noqa: B007
+        pass
+    if found is None:
+        return None
+    digits, exponent, divisor = found.groups()
+    try:
+        value = Fraction(digits.replace(",", "") + exponent) / int(divisor or 1)
+    except (ValueError, ZeroDivisionError):  # thousands of digits, or a division by zero
+        return None
+    return -value if found[0].startswith("-") else value
+
+
+def program_of(answer: str) -> str:
+    """The last fenced code block of an answer, else all of it. An unclosed block runs to the end."""
+    blocks = FENCE.findall(answer)
+    return blocks[-1] if blocks else answer
+
+
+def _field(truth: dict[str, Any], name: str) -> Any:
+    if not isinstance(truth, dict) or name not in truth:
+        raise InputError(f"The truth {truth!r} lacks the field {name!r}.")
+    return truth[name]
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _spans(text: str, value: str) -> list[tuple[int, int]]:
+    """Where a folded text has a value as a word."""
+    return [m.span() for m in re.finditer(rf"(?<!\w){re.escape(_fold(value))}(?!\w)", text)]
+
+
+def _mention(answer: str, value: str, wrong: list[str] | tuple[str, ...]) -> bool:
+    if not value.strip():
+        raise InputError("A truth of kind 'mention' has an empty value: give the word to look for.")
+    text = _fold(answer)
+    right = _spans(text, value)
+    bad = [span for w in wrong if w.strip() for span in _spans(text, w)]
+    return bool(right) and all(any(a <= start and end <= b for a, b in right) for start, end in bad)
+
+
+def _list(truth: dict[str, Any], answer: str) -> bool:
+    n, words, shape, extras = (_field(truth, name) for name in ("n", "words", "shape", "extras"))
+    if shape not in SHAPES or not EXTRAS.issuperset(extras):
+        known = f"use the shapes {', '.join(sorted(SHAPES))} and the extras {', '.join(sorted(EXTRAS))}"
+        raise InputError(f"The truth {truth!r} has an unknown shape or extra: {known}.")
+    text, upper = answer.strip(), "upper" in extras
+    if "end" in extras:
+        if not text.endswith((" stop", " STOP" if upper else " stop")):
+            return False
+        text = text[: -len(" stop")].rstrip()
+    if "start" in extras:
+        if not text.startswith(("here ", "HERE " if upper else "here ")):
+            return False
+        text = text[len("here ") :]
+    items = _items(text, shape)
+    if items is None or (upper and any(not i.isupper() for i in items)):
+        return False
+    lowered = [i.lower() for i in items]
+    if len(items) != n or len(set(lowered)) != n or ("sorted" in extras and lowered != sorted(lowered)):
+        return False
+    return set(lowered) <= {w.lower() for w in words}
+
+
+def _items(text: str, shape: str) -> list[str] | None:
+    """The items of a list in the given shape, or None when the text does not have that shape."""
+    if shape == "numbered":
+        found = [re.fullmatch(rf"{i}\. ({ITEM})", p) for i, p in enumerate(text.split("\n"), 1)]
+    else:
+        separator, pattern = ITEMS[shape]
+        found = [re.fullmatch(pattern, p) for p in text.split(separator)]
+    return [m[m.lastindex or 0] for m in found if m] if all(found) else None

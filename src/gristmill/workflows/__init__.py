@@ -1,0 +1,1 @@
+"""Whole runs: alignment, datasets, training, pretraining."""

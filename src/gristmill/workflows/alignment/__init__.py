@@ -1,0 +1,1 @@
+"""The alignment loop, as stages of a run folder."""

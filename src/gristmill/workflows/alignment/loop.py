@@ -1,0 +1,396 @@
+"""The loop itself: what the report's section 3 does, in order, as stages of a run folder.
+
+    data -> reward model -> demonstrations
+    each round: prompts -> answers -> code SFT -> general SFT -> (pairs -> DPO) -> (pairs -> RPO) x 3 -> monitors
+
+Every round trains from Base; its prompts and first answers come from the last round's Instruct. Human rows are in every round's
+blend, and earlier rounds' synthetic rows stay in it.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gristmill.core.errors import InputError
+from gristmill.core.progress import Progress
+from gristmill.data.chat import Message
+from gristmill.data.rows import Demonstration, Pair, Prompt, Rated, Response, make_id
+from gristmill.engine.engine import Engine
+from gristmill.evaluate import reward_bench as reward_evaluation
+from gristmill.evaluate.runner import MODES, score
+from gristmill.judge.pairwise import TEMPLATE, Comparison, Verdict, compare
+from gristmill.judge.reward import RewardScorer
+from gristmill.runs import artifacts
+from gristmill.train.settings import PreferenceTraining, Training
+from gristmill.workflows.alignment import monitors
+from gristmill.workflows.alignment.context import Mill
+from gristmill.workflows.alignment.judging import contested, holds, pair, respond, select, written
+from gristmill.workflows.alignment.prompt_generation import write_prompts
+from gristmill.workflows.alignment.recipe import AlignmentRecipe
+from gristmill.workflows.alignment.source import contaminated, fold
+from gristmill.workflows.alignment.training import train_stage
+from gristmill.workflows.train import MODEL
+
+CODE_ROWS_MIN = 8
+HUMAN: list[artifacts.AnyArtifact] = [artifacts.HUMAN_DEMONSTRATIONS, artifacts.RATINGS, artifacts.EVALUATION]
+PROMPT_FILES: list[artifacts.AnyArtifact] = [artifacts.PROMPTS, artifacts.CONVERSATIONS]
+ANSWER_FILES: list[artifacts.AnyArtifact] = [artifacts.RESPONSES, artifacts.KEPT]
+MODEL_FILES: list[artifacts.AnyArtifact] = [artifacts.OUTCOMES, artifacts.EVALUATION_CALLS]
+PAIR_FILES: list[artifacts.AnyArtifact] = [artifacts.RESPONSES, artifacts.PAIRS]
+
+
+@dataclass
+class State:
+    """What the loop carries from stage to stage."""
+
+    demonstrations: list[Demonstration]
+    ratings: list[Rated]
+    chain: str  # fingerprint of everything so far
+    reward_folder: Path | None = None
+    synthetic: list[Demonstration] = field(default_factory=list)  # kept answers of all rounds
+    pairs: int = 0
+    human_pairs: int = 0
+    seen: set[str] = field(default_factory=set)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    collapse: list[dict[str, Any]] = field(default_factory=list)
+    models: dict[str, Path] = field(default_factory=dict)
+
+
+def run(recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False) -> dict[str, Any]:
+    """Turn the mill, from the start or from where an earlier start was cut off. Returns what `results.json` holds.
+
+    Raises:
+        InputError: bad input, before work is spent.
+    """
+    mill = Mill(recipe, folder, progress, unsafe_code)
+    try:
+        return _run(mill)
+    finally:
+        mill.close()
+        mill.run.close()
+
+
+def _run(mill: Mill) -> dict[str, Any]:
+    if mill.recipe.world is None and not mill.source.ratings() and all(p.truth is None for p in mill.source.prompts()):
+        raise InputError("Nothing can judge answers: give data.ratings for a reward model, or data.prompts with known answers.")
+    state = _data(mill)
+    if state.ratings:
+        _reward(mill, state)
+    first = _train(mill, state, "demonstrations", 0, mill.recipe.demonstration_sft, mill.base_folder, state.demonstrations)
+    _check_reward(mill, state, first)
+    monitors.measure(mill, state, "demonstrations", 0)
+    current = "demonstrations"
+    stopped = None
+    for number in range(1, mill.recipe.rounds + 1):
+        current = _round(mill, state, number, current)
+        alarms = monitors.measure(mill, state, current, number)
+        if len(alarms) >= mill.recipe.collapse.stop:
+            stopped = f"round {number}: {', '.join(alarms)}"
+            break
+    return _results(mill, state, stopped)
+
+
+# ---- before the first round ----
+
+
+def _data(mill: Mill) -> State:
+    recipe = mill.recipe
+
+    def work(folder: Path) -> dict[str, Any]:
+        demonstrations, ratings = mill.source.demonstrations(), mill.source.ratings()
+        asked = [(d.id, d.messages[:-1]) for d in demonstrations] + [(r.id, r.messages[:-1]) for r in ratings]
+        for name, messages in asked:
+            if contaminated(messages, mill.held_out):
+                raise InputError(f"Human row {name} asks what the evaluation asks: take it out of one of the two files.")
+        base = mill.engine("base", mill.base_folder)
+        whole = [d.messages for d in demonstrations if not d.parents] + [r.messages for r in ratings]
+        long = [messages for messages in whole if not holds(base, messages)]
+        if long:
+            raise InputError(
+                f"{len(long)} human rows have more than the {base.model.config.max_positions} tokens of the model's context, the first is "
+                f"{long[0][0].content[:60]!r}: take them out or shorten them."
+            )
+        artifacts.HUMAN_DEMONSTRATIONS.write(folder, demonstrations)
+        artifacts.RATINGS.write(folder, ratings)
+        artifacts.EVALUATION.write(folder, mill.evaluation)
+        return {"demonstrations": len(demonstrations), "ratings": len(ratings), "evaluation": len(mill.evaluation)}
+
+    settings = recipe.model_dump(mode="json", include={"data", "world", "seed"})
+    files = {k: hashlib.blake2b(v.read_bytes()).hexdigest() for k, v in recipe.data if isinstance(v, Path)}
+    done = mill.run.stage("data", [settings, files, mill.base_fingerprint], work, artifacts=HUMAN)
+    folder = done.folder
+    demonstrations = artifacts.HUMAN_DEMONSTRATIONS.read(folder)
+    ratings = artifacts.RATINGS.read(folder)
+    state = State(demonstrations, ratings, done.fingerprint)
+    state.seen = {fold(d.messages[:-1]) for d in demonstrations}
+    return state
+
+
+def _split_ratings(mill: Mill, state: State) -> tuple[list[Rated], list[Rated]]:
+    """Rows to train the reward model on, and rows to measure it on; both answers to a prompt go the same way."""
+    pairs = list(dict.fromkeys(r.pair for r in state.ratings))
+    held = set(pairs[len(pairs) - min(mill.recipe.data.num_held_out_ratings, len(pairs) // 3) :])
+    return [r for r in state.ratings if r.pair not in held], [r for r in state.ratings if r.pair in held]
+
+
+def _reward(mill: Mill, state: State) -> None:
+    rows, _ = _split_ratings(mill, state)
+    settings = [mill.recipe.reward.model_dump(), mill.recipe.judging.weights, state.chain]
+
+    def work(folder: Path) -> dict[str, Any]:
+        return train_stage(mill, "reward", mill.base_folder, rows, mill.recipe.reward, folder)
+
+    done = mill.run.stage("reward", settings, work)
+    state.reward_folder = done.folder / MODEL
+    state.chain = done.fingerprint
+
+
+def _check_reward(mill: Mill, state: State, instruct: Engine) -> None:
+    """Measure the reward model, and the first Instruct as an LLM judge on the same pairs."""
+    if state.reward_folder is None:
+        return
+
+    def work(folder: Path) -> dict[str, Any]:
+        scorer = _scorer(mill, state)
+        assert scorer is not None
+        _, held = _split_ratings(mill, state)
+        ratings = mill.rate(scorer, [r.messages for r in held])
+        by_id = {r.id: scorer.total(x) for r, x in zip(held, ratings, strict=True)}
+        easy = reward_evaluation.easy_pairs(held)
+        answers = respond(mill, [instruct], mill.evaluation, scorer, mill.recipe.seed, folder)
+        hard = reward_evaluation.hard_pairs([r for r in answers if r.verified is not None], 60)
+        sides = {
+            "easy": [(a.task, a.messages[:-1], a.messages[-1].content, b.messages[-1].content, by_id[a.id], by_id[b.id]) for a, b in easy],
+            "hard": [(a.task, a.messages, a.text, b.text, a.score or 0.0, b.score or 0.0) for a, b in hard],
+        }
+        out: dict[str, Any] = {"correlation": reward_evaluation.correlations(held, ratings), "llm_judge": {}}
+        for name, pairs in sides.items():
+            tasks = [p[0] for p in pairs]
+            out[name] = reward_evaluation.pair_accuracy(tasks, [good > bad for *_, good, bad in pairs])
+            comparisons = [Comparison(f"{name}-{i}", p[1], p[2], p[3]) for i, p in enumerate(pairs)]
+            verdicts: dict[str, Verdict] = dict.fromkeys((c.id for c in comparisons), "unparsed")
+            verdicts |= {c.id: v for c, v in compare(instruct, [c for c in comparisons if _readable(instruct, c)])}
+            out["llm_judge"][name] = reward_evaluation.judge_accuracy(tasks, comparisons, verdicts)
+        return out
+
+    state_inputs = [state.chain, mill.recipe.responses.model_dump()]
+    done = mill.run.stage("reward-check", state_inputs, work)
+    mill.reward_report = {k: done.summary[k] for k in ("easy", "hard", "llm_judge", "correlation")}
+
+
+def _readable(judge: Engine, c: Comparison) -> bool:
+    """Whether a judge has room for both answers at once."""
+    request = "\n".join(f"{m.role}: {m.content}" for m in c.messages)
+    return holds(judge, (Message("user", TEMPLATE.format(request=request, a=c.first, b=c.second)), Message("assistant", "A")))
+
+
+def _scorer(mill: Mill, state: State) -> RewardScorer | None:
+    return mill.scorer(state.reward_folder) if state.reward_folder else None
+
+
+# ---- one round ----
+
+
+def _round(mill: Mill, state: State, number: int, generator: str) -> str:
+    """One round; returns the name of its last model."""
+    recipe, human_only = mill.recipe, mill.recipe.control == "human-only"
+    engine = mill.engine(generator, state.models[generator])
+    prompts, whole = ([], []) if human_only else _prompts(mill, state, number, engine)
+    code, general, answers = _answers(mill, state, number, engine, prompts, whole)
+    human_code = [d for d in state.demonstrations if d.task in mill.source.code_tasks]
+    start = mill.base_folder
+    rows = code if recipe.control == "replace" else [*human_code, *code]
+    if len(rows) >= CODE_ROWS_MIN:
+        _train(mill, state, f"r{number}-code-sft", number, recipe.code_sft, start, rows)
+        start = state.models[f"r{number}-code-sft"]
+    repeat = _repeat(code, recipe.judging.code_share, len(general), number)
+    rows = [*general, *repeat] if recipe.control == "replace" else [*state.demonstrations, *general, *repeat]
+    if not rows:
+        raise InputError(f"Round {number} kept no answer, and control {recipe.control} trains on nothing else: ask for more prompts.")
+    current = f"r{number}-general-sft"
+    # Demonstrations alone are few: passes that suit a blend with synthetic rows would teach next to nothing.
+    _train(mill, state, current, number, recipe.demonstration_sft if human_only else recipe.general_sft, start, rows)
+    stages: list[tuple[str, PreferenceTraining]] = [("dpo", recipe.dpo)]
+    stages += [(f"rpo{i}", recipe.rpo) for i in range(1, recipe.rpo_iterations + 1)]
+    for i, (name, settings) in enumerate(stages):
+        pool = contested(prompts, answers, settings.num_prompts)
+        offset = i * settings.num_prompts
+        chosen = [pool[(offset + k) % len(pool)] for k in range(min(settings.num_prompts, len(pool)))]
+        engines = [mill.engine(current, state.models[current])]
+        if human_only:
+            pairs = _human_pairs(_split_ratings(mill, state)[0], settings.num_pairs, seed=number * 100 + i)
+        else:
+            pairs = _pairs(mill, state, f"r{number}-{name}-pairs", engines, chosen, settings)
+        if not pairs:  # no prompt had answers of different quality: the model stays as it is, and the report says so
+            continue
+        state.pairs += 0 if human_only else len(pairs)
+        state.human_pairs += len(pairs) if human_only else 0
+        _prefer(mill, state, f"r{number}-{name}", number, settings, state.models[current], pairs)
+        current = f"r{number}-{name}"
+    return current
+
+
+def _prompts(mill: Mill, state: State, number: int, engine: Engine) -> tuple[list[Prompt], list[Demonstration]]:
+    """This round's prompts, and conversations that were written whole."""
+    inputs = [state.chain, mill.recipe.writing.model_dump(mode="json"), mill.recipe.control, number]
+    answered = set() if mill.recipe.control == "replace" else {parent for d in state.synthetic for parent in d.parents}
+
+    def work(folder: Path) -> dict[str, Any]:
+        return write_prompts(mill, engine, number, state.seen, answered, folder)[2]
+
+    done = mill.run.stage(f"r{number}-prompts", inputs, work, artifacts=PROMPT_FILES)
+    folder = done.folder
+    prompts = artifacts.PROMPTS.read(folder)
+    state.seen |= {fold(p.messages) for p in prompts}
+    state.chain = done.fingerprint
+    if not prompts:
+        raise InputError(f"Round {number} has no prompts left: see the funnel in {done.folder}/done.json.")
+    return prompts, artifacts.CONVERSATIONS.read(folder)
+
+
+def _answers(
+    mill: Mill, state: State, number: int, engine: Engine, prompts: Sequence[Prompt], whole: Sequence[Demonstration]
+) -> tuple[list[Demonstration], list[Demonstration], list[Response]]:
+    """Kept answers of this round (and, unless replaced, of earlier ones): for code SFT, and for general SFT. And all of this one's."""
+    recipe, code_tasks = mill.recipe, mill.source.code_tasks
+    answers: list[Response] = []
+    if prompts:
+
+        def work(folder: Path) -> dict[str, Any]:
+            responses = respond(mill, [engine], prompts, _scorer(mill, state), recipe.seed * 1000 + number, folder)
+            quotas = {t: recipe.judging.code_quota if t in code_tasks else recipe.judging.quota for t in {p.task for p in prompts}}
+            kept, funnel = select(mill, responses, quotas, number)
+            kept += [*written(prompts, kept, recipe.judging.writing_quota), *whole]
+            artifacts.KEPT.write(folder, kept)
+            return {"funnel": funnel, "kept": len(kept)}
+
+        inputs = [state.chain, recipe.responses.model_dump(), recipe.judging.model_dump()]
+        done = mill.run.stage(f"r{number}-answers", inputs, work, artifacts=ANSWER_FILES)
+        folder = done.folder
+        kept = artifacts.KEPT.read(folder)
+        answers = artifacts.RESPONSES.read(folder)
+        state.synthetic = kept if recipe.control == "replace" else [*state.synthetic, *kept]
+        state.chain = done.fingerprint
+    code = [d for d in state.synthetic if d.task in code_tasks]
+    return code, [d for d in state.synthetic if d.task not in code_tasks], answers
+
+
+def _repeat(code: list[Demonstration], share: float, num_general: int, number: int) -> list[Demonstration]:
+    """Code-SFT rows that general SFT sees again against forgetting: `share` of its blend."""
+    count = min(len(code), round(share * num_general / (1 - share))) if share < 1 else len(code)
+    return random.Random(number).sample(code, count)
+
+
+def _pairs(
+    mill: Mill, state: State, name: str, engines: Sequence[Engine], prompts: Sequence[Prompt], settings: PreferenceTraining
+) -> list[Pair]:
+    def work(folder: Path) -> dict[str, Any]:
+        seed = mill.recipe.seed * 1000 + len(mill.run.stages)
+        responses = respond(mill, engines, prompts, _scorer(mill, state), seed, folder)
+        pairs, facts = pair(mill, responses, settings, seed)
+        pairs = pairs[: settings.num_pairs]
+        artifacts.PAIRS.write(folder, pairs)
+        return {**facts, "pairs": len(pairs)}
+
+    inputs = [
+        state.chain,
+        mill.recipe.responses.model_dump(),
+        mill.recipe.judging.model_dump(),
+        settings.num_prompts,
+        settings.num_pairs,
+        settings.min_chosen,
+    ]
+    done = mill.run.stage(name, inputs, work, artifacts=PAIR_FILES)
+    state.chain = done.fingerprint
+    return artifacts.PAIRS.read(done.folder)
+
+
+def _human_pairs(ratings: Sequence[Rated], most: int, seed: int) -> list[Pair]:
+    """Pairs of rated answers, the more helpful first, ties dropped (HelpSteer2's DPO); at most `most` of them, drawn by seed."""
+    groups: dict[str, list[Rated]] = {}
+    for r in ratings:
+        groups.setdefault(r.pair, []).append(r)
+    out = []
+    for group in groups.values():
+        if len(group) != 2 or None in (group[0].labels[0], group[1].labels[0]):
+            continue
+        worse, better = sorted(group, key=lambda r: r.labels[0] or 0.0)
+        high, low = better.labels[0] or 0.0, worse.labels[0] or 0.0
+        if high > low and better.messages[-1] != worse.messages[-1]:
+            out.append(
+                Pair(
+                    make_id("human", better.id, worse.id),
+                    better.pair,
+                    better.task,
+                    better.messages[:-1],
+                    better.messages[-1].content,
+                    worse.messages[-1].content,
+                    high,
+                    low,
+                    "human",
+                    (better.id, worse.id),
+                )
+            )
+    return out if len(out) <= most else random.Random(seed).sample(out, most)
+
+
+def _train(mill: Mill, state: State, name: str, number: int, settings: Training, start: Path, rows: Sequence[Demonstration]) -> Engine:
+    def work(folder: Path) -> dict[str, Any]:
+        return {**train_stage(mill, "sft", start, rows, settings, folder), "human_rows": sum(r.origin == "human" for r in rows)}
+
+    inputs = [state.chain, settings.model_dump(), make_id([r.id for r in rows]), str(start.name)]
+    return _model_stage(mill, state, name, number, inputs, work)
+
+
+def _prefer(mill: Mill, state: State, name: str, number: int, settings: PreferenceTraining, start: Path, pairs: Sequence[Pair]) -> Engine:
+    inputs = [state.chain, settings.model_dump(), make_id([p.id for p in pairs])]
+    return _model_stage(mill, state, name, number, inputs, lambda folder: train_stage(mill, settings.loss, start, pairs, settings, folder))
+
+
+def _model_stage(mill: Mill, state: State, name: str, number: int, inputs: Any, work: Any) -> Engine:
+    """Train, then evaluate on the held-out prompts."""
+
+    def trained(folder: Path) -> dict[str, Any]:
+        facts = work(folder)
+        engine = mill.engine(name, folder / MODEL)
+        scores = score(
+            mill.evaluation,
+            lambda requests: mill.generate(engine, requests, folder / "evaluation.jsonl"),
+            mill.check,
+            mill.recipe.responses.max_tokens,
+            mill.recipe.seed,
+        )
+        artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
+        return {**facts, **scores}
+
+    done = mill.run.stage(name, [inputs, mill.recipe.responses.max_tokens], trained, artifacts=MODEL_FILES)
+    folder = done.folder
+    state.models[name] = folder / MODEL
+    state.chain = done.fingerprint
+    state.stages.append({"name": name, "round": number, "model": f"{folder.name}/{MODEL}", **{mode: done.summary[mode] for mode in MODES}})
+    return mill.engine(name, folder / MODEL)
+
+
+# ---- the end ----
+
+
+def _results(mill: Mill, state: State, stopped: str | None) -> dict[str, Any]:
+    human, synthetic = len(state.demonstrations) + state.human_pairs, len(state.synthetic) + state.pairs
+    seconds = sum(json.loads((mill.run.path / s / "done.json").read_text())["seconds"] for s in mill.run.stages)
+    results = {
+        "name": mill.recipe.name,
+        "control": mill.recipe.control,
+        "seed": mill.recipe.seed,
+        "seconds": round(seconds, 1),
+        "synthetic_share": round(synthetic / max(1, human + synthetic), 4),
+        "alignment_samples": {"human": human, "synthetic": synthetic, "human_ratings": len(state.ratings)},
+        "stages": state.stages,
+        "reward": mill.reward_report,
+        "collapse": state.collapse,
+        "stopped": stopped,
+    }
+    return mill.run.finish(results)

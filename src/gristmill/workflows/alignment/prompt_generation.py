@@ -1,0 +1,99 @@
+"""The current Instruct writes prompts with the pipelines of the recipe (report, section 3.2.1), and what is worth answering is kept."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gristmill.data.rows import Demonstration, Prompt, write_rows
+from gristmill.engine.engine import Engine
+from gristmill.generation.api import Sampling
+from gristmill.runs.journal import Journal
+from gristmill.synth.pipelines.base import Inputs
+from gristmill.synth.registry import Pipelines, Written, write
+from gristmill.synth.writer import Writer
+from gristmill.workflows.alignment.context import Mill
+from gristmill.workflows.alignment.source import contaminated, fold
+
+
+def write_prompts(
+    mill: Mill, engine: Engine, round_number: int, seen: set[str], answered: set[str], folder: Path
+) -> tuple[list[Prompt], list[Demonstration], dict[str, Any]]:
+    """A round's prompts, deduplicated against `seen` (earlier rounds and human rows) and decontaminated.
+
+    Prompts of a file are asked in every round until an answer was kept: `answered` are the ids of those.
+
+    Returns:
+        prompts in random order, conversations that a pipeline wrote whole, and the funnel: how many were dropped and why.
+    """
+    seed = mill.recipe.seed * 1000 + round_number
+    funnel: Counter[str] = Counter()
+    kept: list[Prompt] = []
+    for given in mill.source.prompts():
+        funnel["from file"] += 1
+        if contaminated(given.messages, mill.held_out):
+            funnel["held out"] += 1
+        elif given.id in answered:
+            funnel["answered before"] += 1
+        else:
+            seen.add(fold(given.messages))
+            kept.append(replace(given, truth=None) if mill.recipe.control == "reward-only" else given)
+    responses = mill.recipe.responses
+    answering = Sampling(temperature=min(responses.temperatures), max_tokens=responses.max_tokens)
+    with Journal(folder / "calls.jsonl") as journal:
+        writer = Writer(mill.asker(engine, journal), mill.pack, seed, answering)
+        whole, topics = asyncio.run(_write(mill, writer, seen, funnel, kept))
+    funnel.update(writer.dropped)
+    funnel["kept"] = len(kept)
+    random.Random(seed).shuffle(kept)
+    write_rows(folder / "prompts.parquet", kept)
+    write_rows(folder / "conversations.parquet", whole)
+    return kept, whole, {"funnel": dict(funnel), "topics": topics, "conversations": len(whole)}
+
+
+async def _write(
+    mill: Mill, writer: Writer, seen: set[str], funnel: Counter[str], kept: list[Prompt]
+) -> tuple[list[Demonstration], dict[str, int]]:
+    """Run the pipelines, the one for second turns last; add the prompts to `kept`.
+
+    Returns:
+        whole conversations, and how many different topics each task's prompts grew from.
+    """
+    settings, inputs = mill.recipe.writing, Inputs(tasks=mill.source.tasks)
+    first = await write(writer, settings.topics, settings.pipelines.model_copy(update={"two_turn": None}), inputs)
+    _keep(mill, first.prompts, seen, funnel, kept)
+    openings = [p for p in kept if len(p.messages) == 1 and p.task not in mill.source.code_tasks]
+    second = Written()
+    if openings and settings.pipelines.two_turn is not None:
+        last = Pipelines(two_turn=settings.pipelines.two_turn)
+        second = await write(writer, settings.topics, last, replace(inputs, prompts=openings))
+        _keep(mill, second.prompts, seen, funnel, kept)
+    roots: dict[str, set[str]] = {}
+    for p in first.prompts:
+        roots.setdefault(mill.source.task(p.task), set()).add(p.parents[-1])
+    whole = [d for d in [*first.demonstrations, *second.demonstrations] if not contaminated(d.messages[:-1], mill.held_out)]
+    return [d for d in whole if mill.fits(d.messages[:-1])], {task: len(names) for task, names in roots.items()}
+
+
+def _keep(mill: Mill, written: Sequence[Prompt], seen: set[str], funnel: Counter[str], kept: list[Prompt]) -> None:
+    """Add the prompts that are not repeated, held out, too long, or of a task whose verifier cannot read them."""
+    for prompt in written:
+        funnel["written"] += 1
+        prompt = replace(prompt, task=mill.source.task(prompt.task))
+        text = fold(prompt.messages)
+        truth = mill.source.truth(prompt.task, prompt.messages)
+        if text in seen:
+            funnel["repeated"] += 1
+        elif contaminated(prompt.messages, mill.held_out):
+            funnel["held out"] += 1
+        elif not mill.fits(prompt.messages):
+            funnel["too long"] += 1
+        elif truth is None and prompt.truth is None and mill.source.checkable(prompt.task, prompt.messages):
+            funnel["not understood"] += 1
+        else:
+            seen.add(text)
+            known = None if mill.recipe.control == "reward-only" else truth or prompt.truth
+            kept.append(replace(prompt, truth=known))

@@ -1,0 +1,131 @@
+"""Where a run's human data, prompts and truths come from: a built-in world, or a user's own files."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from gristmill.data.chat import Conversation, Message
+from gristmill.data.human import HumanData
+from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
+from gristmill.data.rows import Demonstration, Prompt, Rated, make_id
+from gristmill.synth.templates import Template
+
+
+class Source(Protocol):
+    """Supplies a run. Only `evaluation` and verifiers know truths."""
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Tasks of the demonstrations."""
+        ...
+
+    @property
+    def code_tasks(self) -> frozenset[str]:
+        """Tasks whose answers are programs."""
+        ...
+
+    def demonstrations(self) -> list[Demonstration]: ...
+
+    def ratings(self) -> list[Rated]: ...
+
+    def prompts(self) -> list[Prompt]: ...
+
+    def task(self, pipeline: str) -> str:
+        """The task that a pipeline's prompts belong to."""
+        ...
+
+    def evaluation(self) -> list[Prompt]: ...
+
+    def truth(self, task: str, messages: Conversation) -> dict[str, Any] | None:
+        """What a verifier needs for a prompt that a model wrote, or None."""
+        ...
+
+    def checkable(self, task: str, messages: Conversation) -> bool:
+        """Whether a prompt that no verifier understands is worthless."""
+        ...
+
+
+CODE_PIPELINES = frozenset({"python", "genetic"})
+
+
+class FileSource:
+    """A user's own files, checked before any work is spent.
+
+    | file | columns |
+    |---|---|
+    | demonstrations | `messages` (ending with the assistant), or `prompt` and `response`; optional `task` |
+    | ratings | HelpSteer2's: `prompt` and `response` (or `messages`), helpfulness, correctness, coherence, complexity, verbosity |
+    | prompts | `messages` or `prompt`; optional `truth` or `answer` (a known final answer), optional `task` |
+    | evaluation | as prompts, with `truth` or `answer` |
+
+    The demonstrations also teach the model to write prompts: each first turn becomes the answer to a request for a prompt.
+
+    Args:
+        request: template of that request.
+
+    Raises:
+        InputError: a file is missing or empty, or a row lacks a column.
+    """
+
+    def __init__(self, data: HumanData, request: Template):
+        self._request = request
+        assert data.demonstrations and data.evaluation
+        self._demonstrations = read_demonstrations(data.demonstrations)[: data.num_demonstrations]
+        self._evaluation = read_prompts(data.evaluation, "human", truth=True)
+        self._prompts = read_prompts(data.prompts, "file") if data.prompts else []
+        self._ratings = read_ratings(data.ratings)[: 2 * (data.num_rated_prompts + data.num_held_out_ratings)] if data.ratings else []
+        self.tasks = tuple(dict.fromkeys(d.task for d in self._demonstrations))
+        limited: list[Prompt] = []
+        for task in dict.fromkeys(p.task for p in self._evaluation):
+            limited += [p for p in self._evaluation if p.task == task][: data.num_evaluation]
+        self._evaluation = limited
+        checked = {p.task for p in [*self._prompts, *self._evaluation] if (p.truth or {}).get("kind") == "code"}
+        self.code_tasks = frozenset({t for t in self.tasks if "code" in t.lower()} | checked | CODE_PIPELINES)
+
+    def demonstrations(self) -> list[Demonstration]:
+        """The user's conversations, and prompt-writing ones derived from them (a fifth as many)."""
+        return [*self._demonstrations, *(self._written(d) for d in self._demonstrations[::5])]
+
+    def _written(self, d: Demonstration) -> Demonstration:
+        first = next(m for m in d.messages if m.role == "user")
+        messages = (Message("user", self._request.render(task=d.task)), Message("assistant", first.content))
+        return Demonstration(make_id("write", d.id), "prompt-writing", messages, "human", (d.id,))
+
+    def ratings(self) -> list[Rated]:
+        """Rated answers; empty when the recipe names none."""
+        return self._ratings
+
+    def task(self, pipeline: str) -> str:
+        """The pipeline's own name."""
+        return pipeline
+
+    def prompts(self) -> list[Prompt]:
+        """Prompts from the user's file."""
+        return self._prompts
+
+    def evaluation(self) -> list[Prompt]:
+        """Held-out prompts with truths."""
+        return self._evaluation
+
+    def truth(self, task: str, messages: Conversation) -> dict[str, Any] | None:
+        """Nothing is known about prompts that a model wrote."""
+        return None
+
+    def checkable(self, task: str, messages: Conversation) -> bool:
+        """Any prompt may be judged by the reward model."""
+        return False
+
+
+def contaminated(messages: Sequence[Message], held_out: frozenset[str]) -> bool:
+    """Whether a prompt asks what the evaluation asks: as a whole, or in one of its user turns. Case and spaces aside."""
+    if fold(messages) in held_out:
+        return True
+    return len(messages) > 1 and any(m.role == "user" and _fold(m.content) in held_out for m in messages)
+
+
+def fold(messages: Sequence[Message]) -> str:
+    """A prompt as one text, for comparing prompts."""
+    return "\n".join(_fold(m.content) for m in messages)
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.lower().split())

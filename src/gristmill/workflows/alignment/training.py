@@ -1,0 +1,37 @@
+"""The loop's training stages: what `workflows.train` does, and what the stage's summary says of it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gristmill.model.reward import REWARD_WEIGHTS
+from gristmill.train.settings import Training
+from gristmill.workflows.alignment.context import Mill, on_step
+from gristmill.workflows.train import train_model
+
+CHECKPOINT_SECONDS = 20.0
+
+
+def train_stage(mill: Mill, kind: str, start: Path, rows: Sequence[Any], recipe: Training, folder: Path) -> dict[str, Any]:
+    """Train on rows as `train_model` does; the summary of a stage."""
+    result = train_model(
+        kind,
+        start,
+        rows,
+        folder,
+        recipe,
+        chat_format=mill.format,
+        seed=mill.recipe.seed,
+        checkpoint_every=CHECKPOINT_SECONDS,
+        weights=REWARD_WEIGHTS[mill.recipe.judging.weights],
+        on_step=on_step(mill.progress),
+    )
+    return {
+        "rows": len(rows),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "train_seconds": round(result.seconds, 2),
+        "tokens_per_second": round(result.tokens / max(result.seconds, 1e-9)),
+        "metrics": {k: round(v, 5) for k, v in result.metrics.items()},
+        "dropped": len(result.dropped_long) + len(result.dropped_untrained),
+    }

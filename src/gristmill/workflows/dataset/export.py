@@ -1,0 +1,122 @@
+"""Files that other tools read, and the card that says what they are.
+
+export/sft.jsonl, sft.parquet                    `messages`: TRL, datasets
+export/preference.jsonl, preference.parquet      `prompt`, `chosen`, `rejected` as messages, and both rewards: TRL, datasets
+export/nemo_aligner.jsonl                        `prompt`, `chosen_response`, `rejected_response` and both rewards, as text
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gristmill.data.chat import to_dicts
+from gristmill.data.rows import Demonstration, Pair
+from gristmill.workflows.dataset.recipe import DatasetRecipe
+
+
+def export(folder: Path, recipe: DatasetRecipe, results: dict[str, Any], kept: Sequence[Demonstration], compared: Sequence[Pair]) -> None:
+    """Write all of them."""
+    sft = [{"id": d.id, "task": d.task, "messages": to_dicts(d.messages), "generator": d.origin} for d in kept]
+    preference = [
+        {
+            "id": p.id,
+            "task": p.task,
+            "prompt": to_dicts(p.messages),
+            "chosen": [{"role": "assistant", "content": p.chosen}],
+            "rejected": [{"role": "assistant", "content": p.rejected}],
+            "chosen_reward": p.chosen_reward,
+            "rejected_reward": p.rejected_reward,
+            "judge": p.judge,
+        }
+        for p in compared
+    ]
+    nemo = [
+        {
+            "prompt": _text(p),
+            "chosen_response": p.chosen,
+            "rejected_response": p.rejected,
+            "chosen_reward": p.chosen_reward,
+            "rejected_reward": p.rejected_reward,
+        }
+        for p in compared
+    ]
+    out = folder / "export"
+    out.mkdir(exist_ok=True)
+    for name, rows in (("sft", sft), ("preference", preference)):
+        _jsonl(out / f"{name}.jsonl", rows)
+        _parquet(out / f"{name}.parquet", rows)
+    _jsonl(out / "nemo_aligner.jsonl", nemo)
+    (folder / "README.md").write_text(card(recipe, results, kept, compared), encoding="utf-8")
+
+
+def _text(pair: Pair) -> str:
+    if len(pair.messages) == 1:
+        return pair.messages[0].content
+    return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in pair.messages)
+
+
+def _jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    temporary.replace(path)
+
+
+def _parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if rows:
+        temporary = path.with_name(path.name + ".tmp")
+        pq.write_table(pa.Table.from_pylist(list(rows)), temporary)
+        temporary.replace(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def card(recipe: DatasetRecipe, results: dict[str, Any], kept: Sequence[Demonstration], compared: Sequence[Pair]) -> str:
+    """The dataset card: metadata as the Hugging Face Hub reads it, then counts, funnel, models and seed."""
+    num = max(len(kept), len(compared))
+    sizes = [(1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M")]
+    configs = [("sft", kept), ("preference", compared)]
+    metadata = {
+        "license": recipe.licence,
+        "pretty_name": recipe.name,
+        "tags": ["synthetic", "gristmill"],
+        "size_categories": [next((name for most, name in sizes if num < most), "1M<n<10M")],
+        "configs": [{"config_name": name, "data_files": f"export/{name}.parquet"} for name, rows in configs if rows],
+    }
+    writers = ", ".join(f"`{m.model}`" for m in recipe.models) or f"`{recipe.folder.name if recipe.folder else ''}` (in process)"
+    reward = recipe.judging.reward
+    named = (reward.model if reward.base_url else Path(reward.model).name) if reward else ""
+    judge = f"`{named}`, weights {reward.weights}" if reward else "none"
+    tasks = Counter(d.task for d in kept)
+    compared_tasks = Counter(p.task for p in compared)
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).strip(),
+        "---",
+        f"# {recipe.name}",
+        "",
+        f"{len(kept):,} conversations and {len(compared):,} preference pairs, written by {writers} with gristmill.",
+        "",
+        f"- seed {recipe.seed}, templates `{Path(recipe.templates).name}`",
+        f"- reward model: {judge}",
+        f"- kept answers: {recipe.judging.keep or 'all that ended and that no verifier refused'}",
+        f"- {results['prompts']:,} prompts, {results['responses']:,} answers; calls that failed for good: {results['calls']['failed']:,}",
+        "",
+        "| task | conversations | pairs |",
+        "|---|---|---|",
+        *(f"| {task} | {tasks[task]:,} | {compared_tasks[task]:,} |" for task in sorted(tasks | compared_tasks)),
+        "",
+        "What became of everything that was written:",
+        "",
+        "```json",
+        json.dumps(results["funnel"] | {"dropped": results["dropped"]}, indent=1),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

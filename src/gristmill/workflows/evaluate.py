@@ -1,0 +1,40 @@
+"""Evaluation of one model on prompts with known answers."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from gristmill.core.progress import Progress
+from gristmill.data.chat import Message
+from gristmill.data.human import HumanData
+from gristmill.data.readers import read_prompts
+from gristmill.engine.engine import Engine
+from gristmill.engine.parity import divergence
+from gristmill.evaluate.runner import score
+from gristmill.generation.api import Request, Sampling
+from gristmill.miniature.source import MiniatureSource
+from gristmill.sandbox.sandbox import Sandbox
+from gristmill.verify.verify import verify
+
+
+def evaluate(
+    engine: Engine, prompts_file: Path | None, max_tokens: int, seed: int, unsafe_code: bool, progress: Progress
+) -> dict[str, Any]:
+    """Greedy and sampled accuracy on a file's prompts with truths, or on the miniature world's."""
+    prompts = MiniatureSource(HumanData(), seed).evaluation() if prompts_file is None else read_prompts(prompts_file, "human", truth=True)
+    needs_code = any((p.truth or {}).get("kind") == "code" for p in prompts)
+
+    def run(requests: list[Request]) -> dict[str, Any]:
+        return {r.id: c for r, c in progress.track(engine.generate(requests), len(requests))}
+
+    with Sandbox(unsafe=unsafe_code) if needs_code else nullcontext() as sandbox:
+        check = lambda cases: [  # noqa: E731
+            verify(truth, answer, lambda p, t: sandbox is not None and sandbox.run(p, t).passed) for truth, answer in cases
+        ]
+        scores = score(prompts, run, check, max_tokens, seed)
+    if engine.quantize or engine.cache_dtype != engine.dtype:  # on what the model itself answers
+        own = Engine(engine.model, engine.tokenizer, engine.chat_format, engine.name, engine.max_batch)
+        asked = [Request(str(i), p.messages, Sampling(temperature=0.0, max_tokens=max_tokens), seed) for i, p in enumerate(prompts)]
+        said = [(*r.messages, Message("assistant", outs[0].text)) for r, outs in own.generate(asked) if outs[0].text.strip()]
+        scores["quantized"] = divergence(engine, said)
+    return scores

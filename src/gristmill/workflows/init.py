@@ -1,0 +1,208 @@
+"""`gristmill init`: look at a person's files and model before any work is spent, and write a recipe that explains itself.
+
+In the recipe a value stands bare where it differs from its section's default, and behind a `#` where it is the default: taking the
+`#` away changes nothing until the value is changed.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from gristmill.core.config import RECIPES, Section, check, read
+from gristmill.core.errors import InputError
+from gristmill.data.chat import ChatFormat, guess_format
+from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
+from gristmill.data.rows import Demonstration
+from gristmill.data.tokenizer import Tokenizer
+from gristmill.miniature.base import BASE
+from gristmill.model.hf import load_model
+from gristmill.train.settings import Training
+from gristmill.workflows.alignment.recipe import AlignmentRecipe
+from gristmill.workflows.alignment.source import contaminated, fold
+
+NEEDED = ("demonstrations", "evaluation")
+SHARE = 0.99  # of the demonstrations that a limit in tokens must hold
+ROUND_TOKENS = 16  # limits are rounded up to a multiple of this
+BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
+STAGES = {
+    "demonstration_sft": "SFT of Base on the demonstrations: the first Instruct.",
+    "reward": "The reward model: regression of the five attributes, from Base.",
+    "code_sft": "Each round: SFT of Base on code alone.",
+    "general_sft": "Each round: SFT on everything else, with a little of the code.",
+    "dpo": "Each round: DPO on pairs of the general SFT model's answers.",
+    "rpo": "Each round, rpo_iterations times: RPO on pairs of the latest model's answers, with that model as reference.",
+}
+HEADER = """\
+# A recipe for gristmill: `gristmill run {file}`.
+# A line that begins with # and a key shows a default: take the # away (and that of its section) to change it.
+# Relative paths are relative to this file.
+"""
+
+
+def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force: bool = False) -> Path:
+    """Check the files and the model, and write a commented recipe.
+
+    Args:
+        out: the recipe file.
+        name: of the run.
+        model: Hugging Face folder of the Base model, or "miniature".
+        files: by kind: "demonstrations", "evaluation", and "ratings" or "prompts" or both; empty for the miniature world.
+        force: overwrite `out`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: a file or the model cannot be used, a file holds what the evaluation asks, `out` exists, or the name is no name.
+    """
+    if out.exists() and not force:
+        raise InputError(f"{out} exists: give another file with --out, or --force to overwrite it.")
+    values: dict[str, Any] = {"name": name, "model": model if model == "miniature" else _path(Path(model), out)}
+    for path in files.values():
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: check the path.")
+    if files:
+        missing = [k for k in NEEDED if k not in files]
+        if missing:
+            options = " and ".join(f"--{k}" for k in missing)
+            raise InputError(f"Give {options} too: your own data needs {', '.join(NEEDED)}.")
+        if not {"ratings", "prompts"} & files.keys():
+            raise InputError("Give --ratings for a reward model, or --prompts with known answers: something must judge the answers.")
+        demonstrations = _check_files(files)
+        values |= _limits(model, demonstrations)
+        values["data"] = {k: _path(p, out) for k, p in files.items()}
+    else:
+        values["world"] = "miniature"
+        values["writing"] = read(RECIPES / "miniature.yaml")["writing"]
+        if model != "miniature":
+            _load(model)
+    text = HEADER.format(file=out.name) + "\n".join(render(values)) + "\n"
+    check(AlignmentRecipe, yaml.safe_load(text))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(out)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{out} cannot be written ({e.strerror}): free some space or choose another place.") from e
+    return out
+
+
+def _path(path: Path, out: Path) -> str:
+    """Relative when the file lies beside or under the recipe, else absolute."""
+    full, folder = path.resolve(), out.resolve().parent
+    near = os.path.relpath(full, folder) if full.is_relative_to(folder) else str(full)
+    return str(full) if near == "miniature" else near  # that word alone is the shipped model
+
+
+# ---- checks ----
+
+
+def _check_files(files: dict[str, Path]) -> list[Demonstration]:
+    """Read every file whole, and refuse rows that ask what the evaluation asks."""
+    demonstrations = read_demonstrations(files["demonstrations"])
+    ratings = read_ratings(files["ratings"]) if "ratings" in files else []
+    prompts = read_prompts(files["prompts"], "file") if "prompts" in files else []
+    held_out = frozenset(fold(p.messages) for p in read_prompts(files["evaluation"], "human", truth=True))
+    asked = {
+        "demonstrations": [d.messages[:-1] for d in demonstrations],
+        "ratings": [r.messages[:-1] for r in ratings],
+        "prompts": [p.messages for p in prompts],
+    }
+    for kind, rows in asked.items():
+        for number, messages in enumerate(rows, 1):
+            if contaminated(messages, held_out):
+                raise InputError(
+                    f"Row {number} of {files[kind]} asks what a row of {files['evaluation']} asks: take it out of one of the two files."
+                )
+    return demonstrations
+
+
+def _load(model: str) -> tuple[Tokenizer, ChatFormat, int]:
+    """Tokenizer, chat format and longest conversation of a model folder whose weights load."""
+    transformer, tokenizer = load_model(BASE if model == "miniature" else Path(model))
+    return tokenizer, guess_format(tokenizer), transformer.config.max_positions
+
+
+def _limits(model: str, demonstrations: Sequence[Demonstration]) -> dict[str, Any]:
+    """Token limits that hold nearly all demonstrations: of a written prompt, and of an answer.
+
+    Raises:
+        InputError: the model does not load, or every demonstration is too long for it.
+    """
+    tokenizer, chat_format, longest = _load(model)
+    first = AlignmentRecipe.model_fields["data"].default.num_demonstrations
+    sample = demonstrations[:first]
+    if all(len(chat_format.render(d.messages, tokenizer).ids) > longest for d in sample):
+        raise InputError(f"Every demonstration is longer than the {longest} tokens of {model}: choose a model with more, or shorter ones.")
+    answers = [len(tokenizer.encode(d.messages[-1].content)) for d in sample]
+    asked = [len(tokenizer.encode(next(m.content for m in d.messages if m.role == "user"))) for d in sample]
+    of_prompts, of_answers = (_limit(lengths, longest // 2) for lengths in (asked, answers))
+    return {"writing": {"pipelines": {"by_task": {"max_tokens": of_prompts}}}, "responses": {"max_tokens": of_answers}}
+
+
+def _limit(lengths: Sequence[int], most: int) -> int:
+    """A limit for nearly all lengths and the end of turn."""
+    enough = sorted(lengths)[math.ceil(SHARE * len(lengths)) - 1] + 1
+    return min(most, math.ceil(enough / ROUND_TOKENS) * ROUND_TOKENS)
+
+
+# ---- the text ----
+
+
+def render(values: dict[str, Any]) -> list[str]:
+    """Lines of a recipe with every key, its default and what it means.
+
+    Args:
+        values: what differs from the defaults, as plain values; sections as mappings.
+    """
+    lines: list[str] = []
+    for key, field in AlignmentRecipe.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            lines += ["", *_section(key, kind, field.default, values.get(key, {}))]
+        else:
+            lines.append(_line(key, field, field.default, values))
+    return lines
+
+
+def _section(key: str, kind: type[Section], default: Section, values: dict[str, Any]) -> list[str]:
+    """A section's lines. A training section's own values are written out: given at all, a section replaces the default one whole."""
+    plain = default.model_dump(mode="json")
+    if issubclass(kind, Training):
+        values = {k: plain[k] for k in kind.model_fields if k in default.model_fields_set} | values
+    about = STAGES.get(key) or " ".join((kind.__doc__ or "").split())
+    lines = [f"# {about}", f"{key}:" if values else f"#{key}:"]
+    for name, field in kind.model_fields.items():
+        line = _line(name, field, plain[name], values)
+        lines.append(f"  {line}" if values else f"#  {line.removeprefix('#')}")
+    return lines
+
+
+def _line(key: str, field: FieldInfo, default: Any, values: dict[str, Any]) -> str:
+    given = key in values
+    value = values[key] if given else default
+    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=10**6).split("\n")[0]
+    about = _about(field)
+    return f"{'' if given else '#'}{key}: {text}" + (f"  # {about}" if about else "")
+
+
+def _about(field: FieldInfo) -> str:
+    """A field's description, choices and bounds; a bound of 0 goes without saying."""
+    bounds = [f"{word} {limit:g}" for m in field.metadata for name, word in BOUNDS.items() if (limit := getattr(m, name, None))]
+    choices = _choices(field.annotation)
+    parts = [field.description, f"one of {', '.join(choices)}" if choices else None, ", ".join(bounds)]
+    return "; ".join(p for p in parts if p)
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values of a Literal, also of one that may be left out."""
+    if get_origin(annotation) is Literal:
+        return [str(c) for c in get_args(annotation)]
+    return [c for part in get_args(annotation) for c in _choices(part)]

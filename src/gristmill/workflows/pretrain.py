@@ -1,0 +1,125 @@
+"""Pretraining of a Base model from scratch, from documents or from a blend of tokens."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from gristmill.core.config import FilePath, Recipe
+from gristmill.core.errors import InputError
+from gristmill.data.chat import FORMATS
+from gristmill.data.rows import read_records
+from gristmill.data.token_store import TokenStore
+from gristmill.data.tokenizer import Tokenizer
+from gristmill.miniature.world import World
+from gristmill.model.config import PRESETS, ModelConfig
+from gristmill.model.hf import MAX_VOCAB_PADDING, save_model
+from gristmill.model.transformer import Transformer
+from gristmill.train.batches import Sample
+from gristmill.train.objectives.next_token import next_token_objective, store_samples, token_samples
+from gristmill.train.trainer import OnStep, TrainResult, TrainSettings, train
+
+TOKENIZER_DOCUMENTS = 4000  # documents that a new tokenizer is trained on
+ENCODE_BATCH = 4096
+
+
+class Pretraining(Recipe):
+    """The recipe of `gristmill pretrain`."""
+
+    kind: Literal["pretraining"] = "pretraining"
+    world: Literal["miniature"] | None = Field(None, description="a built-in world that supplies documents")
+    documents: FilePath | None = Field(
+        None, description="a .jsonl or .parquet file with a `text` column, a folder of .txt files, or one of `gristmill blend`"
+    )
+    preset: str = Field("miniature", description="architecture, one of the model presets")
+    tokenizer: FilePath | None = Field(None, description="folder of an existing tokenizer; default: train one on the documents")
+    chat_format: Literal["nemotron", "chatml", "llama3"] = "nemotron"
+    tokens: int = Field(8_000_000, gt=0, description="tokens to train on; fewer when the documents end")
+    seed: int = 0
+    batch_tokens: int = Field(8192, gt=0)
+    micro_batch_tokens: int = Field(8192, gt=0)
+    optimizer: Literal["adamw", "muon"] = "muon"
+    lr: float = Field(3e-3, gt=0)
+    muon_lr: float = Field(0.02, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "linear"
+    warmup_steps: int = Field(50, ge=0)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.1, ge=0)
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+    @model_validator(mode="after")
+    def _source(self) -> Self:
+        if (self.world is None) == (self.documents is None):
+            raise ValueError("give either world or documents")
+        return self
+
+
+def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None) -> TrainResult:
+    """Train a Base model from scratch; its folder is `out/model`, its log `out/train/metrics.jsonl`."""
+    if recipe.preset not in PRESETS:
+        raise InputError(f"Unknown preset {recipe.preset!r}: choose one of {', '.join(PRESETS)}.")
+    config = PRESETS[recipe.preset]
+    blended = recipe.documents is not None and (recipe.documents / "blend.json").is_file()
+    tokenizer, samples = _blended(recipe, config.max_positions) if blended else _encoded(recipe, config)
+    model = Transformer(config)
+    model.init_weights(recipe.seed)
+    values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
+    settings = TrainSettings(**values, epochs=1, checkpoint_every=120.0, shuffle=not blended)
+    result = train(model, next_token_objective, samples, settings, out / "train", on_step=on_step)
+    save_model(model, tokenizer, out / "model")
+    return result
+
+
+def _blended(recipe: Pretraining, max_tokens: int) -> tuple[Tokenizer, list[Sample]]:
+    """The documents of a folder that `gristmill blend` wrote, in its order."""
+    assert recipe.documents is not None
+    tokenizer = Tokenizer.load(recipe.tokenizer or recipe.documents / "tokenizer")
+    _check_vocabulary(recipe.preset, tokenizer)
+    return tokenizer, store_samples(TokenStore(recipe.documents, tokenizer), max_tokens, recipe.tokens)
+
+
+def _check_vocabulary(preset: str, tokenizer: Tokenizer) -> None:
+    wanted = PRESETS[preset].vocab_size
+    if not 0 <= wanted - tokenizer.vocab_size <= MAX_VOCAB_PADDING:
+        raise InputError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens and preset {preset!r} {wanted}: "
+            "give more text to train it on, another tokenizer, or another preset."
+        )
+
+
+def _encoded(recipe: Pretraining, config: ModelConfig) -> tuple[Tokenizer, list[Sample]]:
+    """Documents as text, encoded here and now."""
+    stream = _documents(recipe)
+    first = list(itertools.islice(stream, TOKENIZER_DOCUMENTS))
+    if not first:
+        raise InputError("There are no documents to train on.")
+    if recipe.tokenizer:
+        tokenizer = Tokenizer.load(recipe.tokenizer)
+    else:
+        tokenizer = Tokenizer.train(first, config.vocab_size, FORMATS[recipe.chat_format].special_tokens)
+    _check_vocabulary(recipe.preset, tokenizer)
+    documents: list[list[int]] = []
+    count = 0
+    source = itertools.chain(first, stream)
+    while count < recipe.tokens and (batch := list(itertools.islice(source, ENCODE_BATCH))):
+        for ids in tokenizer.encode_batch(batch):
+            if count >= recipe.tokens:
+                break
+            documents.append([*ids, tokenizer.eos_id])
+            count += len(ids) + 1
+    return tokenizer, token_samples(documents, config.max_positions)
+
+
+def _documents(recipe: Pretraining) -> Iterator[str]:
+    if recipe.world:
+        yield from World.make().documents(recipe.seed)
+    elif recipe.documents and recipe.documents.is_dir():
+        for path in sorted(recipe.documents.rglob("*.txt")):
+            yield path.read_text(encoding="utf-8", errors="replace")
+    elif recipe.documents:
+        for number, record in enumerate(read_records(recipe.documents), 1):
+            if not isinstance(record.get("text"), str):
+                raise InputError(f"Row {number} of {recipe.documents} has no `text`.")
+            yield record["text"]

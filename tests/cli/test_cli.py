@@ -1,0 +1,231 @@
+"""The command line: a frozen surface, help that answers at once, and bad input that ends in one sentence and exit code 2."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+import gristmill
+from gristmill.cli.main import app
+
+# Every command with its arguments and options. A change here is a change of what users type: think twice, then edit.
+SURFACE = {
+    "run": "RECIPE --out -o --control --seed --rounds --threads --unsafe-code --quiet -q --json",
+    "status": "FOLDER --json",
+    "report": "FOLDER --json",
+    "compare": "FOLDERS --out -o --json",
+    "pretrain": "RECIPE --out -o --tokens --quiet -q --json",
+    "train": (
+        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --precision --format --seed --quiet -q --json"
+    ),
+    "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --format --seed --json",
+    "score": "MODEL --data --format --json",
+    "eval": "MODEL --prompts --max-tokens --dtype --quantize --cache --format --seed --unsafe-code --quiet -q --json",
+    "quantize": "MODEL --out -o --to --dtype --json",
+    "chat": "MODEL --temperature --max-tokens --format --seed",
+    "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --name --force --no-force",
+    "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --most-open --timeout --max-batch --cache-tokens "
+    "--dtype --quantize --cache --format",
+    "synth": "RECIPE FOLDER --out -o --dry-run --limit --retry-failed --unsafe-code --quiet -q --json",
+    "curate": "RECIPE --input -i --out -o --workers --executor --explain --quiet -q --json",
+    "blend": "RECIPE --out -o --workers --quiet -q --json",
+    "quality": "KIND --positive --out -o --negative --json",
+    "rows": "ACTION NAME --folder --json",
+}
+PRINTS_NO_RESULT = {"chat", "init", "serve"}  # a conversation, a file, and a server
+HEAVY = ("torch", "numpy", "pyarrow", "matplotlib", "tensorboard", "transformers", "tokenizers", "safetensors", "rich.progress", "yaml")
+IMPORT_SECONDS = 0.4
+
+# Typer's command objects; their classes are click's or Typer's own copy of them, by version.
+COMMANDS: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
+
+
+def names_of(command: Any) -> list[str]:
+    names: list[str] = []
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            names.append(str(parameter.name).upper())
+        else:
+            names += [*parameter.opts, *parameter.secondary_opts]
+    return names
+
+
+def example_of(command: Any) -> str:
+    return str(command.epilog).removeprefix("Example: ")
+
+
+def complaint(*args: str) -> str:
+    """The one sentence that bad input ends with."""
+    result = CliRunner().invoke(app, list(args))
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("gristmill: ") and lines[0].endswith((".", "?")), lines
+    return lines[0]
+
+
+def python(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints."""
+    source = str(Path(gristmill.__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": source, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def test_surface_is_frozen() -> None:
+    assert {name: names_of(command) for name, command in COMMANDS.items()} == {name: text.split() for name, text in SURFACE.items()}
+
+
+def test_every_command_that_prints_results_can_print_json() -> None:
+    assert {name for name, command in COMMANDS.items() if "--json" not in names_of(command)} == PRINTS_NO_RESULT
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_help_ends_with_an_example(name: str) -> None:
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0
+    assert " ".join(result.stdout.split()).endswith(f"Example: {' '.join(example_of(COMMANDS[name]).split())}")
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_the_example_is_a_command_line_of_that_command(name: str) -> None:
+    program, command, *rest = shlex.split(example_of(COMMANDS[name]))
+    assert (program, command) == ("gristmill", name)
+    COMMANDS[name].make_context(name, rest)
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_every_parameter_is_explained(name: str) -> None:
+    for parameter in COMMANDS[name].params:
+        assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def test_help_lists_every_command() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    listed = [line.split()[0] for line in result.stdout.split("Commands:")[1].splitlines() if line.startswith("  ") and line[2] != " "]
+    assert listed == list(SURFACE)
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout.strip()) == (0, gristmill.__version__)
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from gristmill.cli.main import app
+assert CliRunner().invoke(app, ["--help"]).exit_code == 0
+assert CliRunner().invoke(app, ["run", "--help"]).exit_code == 0
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    assert python(code).strip() == "[]"
+
+
+def test_help_answers_at_once() -> None:
+    code = "import time; started = time.perf_counter(); import gristmill.cli.main; print(time.perf_counter() - started)"
+    # the best of three: another process may have had the core
+    assert min(float(python(code)) for _ in range(3)) < IMPORT_SECONDS
+
+
+def test_a_real_process() -> None:
+    source = str(Path(gristmill.__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": source, "COLUMNS": "200"}
+    command = [sys.executable, "-m", "gristmill.cli"]
+    shown = subprocess.run([*command, "--help"], env=env, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0 and "miniature" not in shown.stderr and "Commands:" in shown.stdout
+    refused = subprocess.run([*command, "run", "miniatur"], env=env, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.startswith("gristmill: ") and refused.stderr.count("\n") == 1
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
+    assert "miniature" in complaint("run", "miniatur")
+
+
+def test_a_recipe_with_an_unknown_key(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("world: miniature\nround: 3\n")
+    assert "'rounds'" in complaint("run", str(path))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_control() -> None:
+    assert "human-only" in complaint("run", "miniature", "--control", "unfilterd")
+
+
+def test_a_recipe_whose_files_are_missing(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {demonstrations: none.jsonl, evaluation: none.jsonl}\n")
+    out = tmp_path / "run"
+    assert "none.jsonl" in complaint("run", str(path), "--out", str(out), "--quiet")
+    assert not out.exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert str(tmp_path) in complaint("run", "miniature", "--out", str(tmp_path), "--quiet", "--unsafe-code")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("thesis.txt", "precious")]
+
+
+@pytest.mark.parametrize("name", ["status", "report", "compare"])
+def test_a_run_folder_that_is_not_there(name: str, tmp_path: Path) -> None:
+    assert "none" in complaint(name, str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "none", "a prompt"],
+        ["score", "none", "--data", "none.jsonl"],
+        ["eval", "none"],
+        ["chat", "none"],
+        ["train", "sft", "--model", "none", "--data", "none.jsonl", "--out", "out"],
+    ],
+)
+def test_a_model_folder_that_is_not_there(args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "none" in complaint(*args)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args", [["generate", "m"], ["generate", "m", "a prompt", "--prompts", "p.jsonl"]])
+def test_generate_takes_a_prompt_or_a_file(args: list[str]) -> None:
+    assert "prompt" in complaint(*args)
+
+
+def test_pretraining_refuses_an_unknown_key(tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text("world: miniature\ntoken: 5\n")
+    assert "'tokens'" in complaint("pretrain", str(path), "--out", str(tmp_path / "out"), "--quiet")
+
+
+def test_training_refuses_a_wrong_value(tmp_path: Path) -> None:
+    args = ["train", "dpo", "--model", "m", "--data", "d.jsonl", "--out", str(tmp_path / "out"), "--beta", "-1"]
+    assert "beta" in complaint(*args)
+
+
+def test_init_refuses_a_missing_file(tmp_path: Path) -> None:
+    out = tmp_path / "mine.yaml"
+    files = [word for kind in ("demonstrations", "ratings", "evaluation") for word in (f"--{kind}", str(tmp_path / "none.jsonl"))]
+    assert "none.jsonl" in complaint("init", *files, "--out", str(out))
+    assert not out.exists()
+
+
+def test_status_of_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    from gristmill.core.config import check, dump
+    from gristmill.workflows.alignment.recipe import AlignmentRecipe
+
+    (tmp_path / "recipe.yaml").write_text(dump(check(AlignmentRecipe, {"world": "miniature"})))
+    result = CliRunner().invoke(app, ["status", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["finished"] is False and answer["stages"] == []

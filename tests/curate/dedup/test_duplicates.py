@@ -1,0 +1,172 @@
+"""Exact and near duplicates: signatures by their theory, and whole chains of tasks by their truth."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gristmill.curate.dedup import duplicates, minhash
+from gristmill.curate.dedup.duplicates import Fuzzy
+from gristmill.curate.io import shards
+from gristmill.curate.text.text_column import Texts
+
+words = st.lists(st.sampled_from(["a", "Bc", "naïve", "x1", "語", "-", "  ", "\n", "."]), max_size=30).map(" ".join)
+
+
+def as_bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def plain_shingles(text: str, of_words: bool, size: int) -> set[str]:
+    """What the kernel hashes, as strings."""
+    kept = "".join(c.lower() if ord(c) < 128 else c for c in text)
+    parts = "".join(c if ord(c) > 127 or c.isalnum() else " " for c in kept).split(" ")
+    found = [part for part in parts if part]
+    if of_words:
+        return {" ".join(found[i : i + size]) for i in range(max(1, len(found) - size + 1))} if found else set()
+    joined = " ".join(found)
+    return {joined[i : i + size] for i in range(max(1, len(joined) - size + 1))} if joined else set()
+
+
+@given(words, words, st.booleans(), st.integers(1, 6))
+def test_jaccard_is_that_of_the_sets(left: str, right: str, of_words: bool, size: int) -> None:
+    sets = [plain_shingles(text, of_words, size) for text in (left, right)]
+    hashed = [minhash.shingle_set(as_bytes(text), of_words, size) for text in (left, right)]
+    assert [len(s) for s in hashed] == [len(s) for s in sets]
+    union = sets[0] | sets[1]
+    assert minhash.jaccard(*hashed) == pytest.approx(len(sets[0] & sets[1]) / len(union) if union else 0.0)
+
+
+@pytest.mark.parametrize("similarity", [0.5, 0.7, 0.8, 0.9])
+def test_signatures_estimate_jaccard_as_theory_says(similarity: float) -> None:
+    draw = np.random.default_rng(0)
+    pairs, true = [], []
+    for _ in range(60):
+        left = [str(x) for x in draw.integers(0, 10**9, 400)]
+        right = list(left)
+        changed = round(400 * (1 - similarity) / (1 + similarity))
+        right[-changed:] = [str(x) for x in draw.integers(0, 10**9, changed)]
+        pairs += [" ".join(left), " ".join(right)]
+        true.append(minhash.jaccard(*(minhash.shingle_set(as_bytes(text), True, 5) for text in pairs[-2:])))
+    signature, _ = minhash.signatures(Texts.of(pa.array(pairs)), True, 5, 260)
+    errors = (signature[::2] == signature[1::2]).mean(1) - np.array(true)
+    expected = np.sqrt(np.mean([j * (1 - j) / 260 for j in true]))
+    assert abs(errors.mean()) < 3 * expected / np.sqrt(60)
+    assert 0.7 * expected < np.sqrt((errors**2).mean()) < 1.3 * expected
+
+
+@pytest.mark.parametrize(
+    ("bands", "rows", "row"),
+    [
+        (20, 13, (0.0024, 0.0258, 0.1769, 0.3818, 0.6773, 0.9240, 0.9972, 1.0)),
+        (14, 8, (0.0533, 0.2111, 0.5645, 0.7716, 0.9235, 0.9884, 0.9996, 1.0)),
+        (25, 10, (0.0241, 0.1407, 0.5115, 0.7652, 0.9416, 0.9958, 1.0, 1.0)),
+    ],
+)
+def test_the_s_curve(bands: int, rows: int, row: tuple[float, ...]) -> None:
+    found = [minhash.candidate_probability(j, bands, rows) for j in (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)]
+    assert found == pytest.approx(row, abs=1e-4)
+
+
+def test_candidates_are_as_frequent_as_the_curve_says() -> None:
+    draw = np.random.default_rng(1)
+    agree = draw.random((4000, 112)) < 0.7  # places where two signatures of similarity .7 agree
+    left = draw.integers(0, 2**32, (4000, 112), np.uint32)
+    right = np.where(agree, left, draw.integers(0, 2**32, (4000, 112), np.uint32))
+    met = (minhash.band_keys(left, 14, 8) == minhash.band_keys(right, 14, 8)).any(1).mean()
+    expected = minhash.candidate_probability(0.7, 14, 8)
+    assert abs(met - expected) < 3 * np.sqrt(expected * (1 - expected) / 4000)
+
+
+# ---- chains of tasks ----
+
+
+def stored(folder: Path, texts: list[list[str]]) -> list[Path]:
+    paths = []
+    for i, column in enumerate(texts):
+        table = pa.table({"id": [f"d{i}.{j}" for j in range(len(column))], "text": pa.array(column, pa.large_string())})
+        table = table.append_column("source", pa.array([""] * len(column))).append_column("meta", pa.array(["{}"] * len(column)))
+        paths.append(folder / f"s{i}.arrow")
+        shards.write(paths[-1], table)
+    return paths
+
+
+def fuzzy_drops(folder: Path, sources: list[Path], how: Fuzzy, parts: int) -> list[dict[str, str | float]]:
+    """The chain, as `run` strings it together."""
+    num = len(sources)
+
+    def paths(name: str, count: int) -> list[Path]:
+        return [folder / f"{name}{i}.arrow" for i in range(count)]
+
+    keys, signatures, found = paths("key", num), paths("sig", num), paths("pair", parts)
+    verified, drops, cluster = paths("ver", num), paths("drop", num), folder / "cluster.arrow"
+    for i in range(num):
+        duplicates.sketch(i, sources[i], keys[i], signatures[i], parts, how)
+    for p in range(parts):
+        duplicates.pairs(p, keys, found[p], num)
+    for i in range(num):
+        duplicates.verify(i, found, sources, signatures, verified[i], how)
+    duplicates.clusters(verified, cluster, num)
+    for p in range(num):
+        duplicates.settle(p, cluster, sources, signatures, drops[p], how)
+    return [row for i in range(num) for row in duplicates.drop(i, sources, drops, "fuzzy", how.threshold).dropped.to_pylist()]
+
+
+def text_of(draw: random.Random, length: int = 120) -> list[str]:
+    return [f"w{draw.randrange(5000)}" for _ in range(length)]
+
+
+@pytest.mark.parametrize("verify", ["exact", "estimate"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_near_duplicates_are_found_across_shards(tmp_path: Path, verify: str, parts: int) -> None:
+    draw = random.Random(0)
+    bases = [text_of(draw) for _ in range(30)]
+    near = [[*base[:-4], *text_of(draw, 3)] for base in bases[:12]]  # J about .9, one word shorter
+    far = [[*base[:60], *text_of(draw, 60)] for base in bases[12:20]]  # J about .3
+    columns: list[list[str]] = [[], [], []]
+    truth = set()
+    for i, one in enumerate([*bases, *near, *far]):
+        columns[i % 3].append(" ".join(one))
+        if 30 <= i < 42:
+            truth.add(f"d{i % 3}.{len(columns[i % 3]) - 1}")
+    sources = stored(tmp_path, columns)
+    gone = fuzzy_drops(tmp_path, sources, Fuzzy(verify=verify), parts)
+    assert {row["id"] for row in gone} == truth
+    assert all(row["figure"] >= 0.7 and str(row["reason"]).startswith("near duplicate of d") for row in gone)
+
+
+def test_a_chain_does_not_pull_down_what_is_unlike(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    chain = [text_of(draw, 200)]
+    for _ in range(8):  # each like the one before it, the last not like the first
+        chain.append([*chain[-1][15:], *text_of(draw, 15)])
+    how = Fuzzy(bands=60, rows=4)
+    sources = stored(tmp_path, [[" ".join(one) for one in chain]])
+    gone = {str(row["id"]): str(row["reason"]).split()[-1] for row in fuzzy_drops(tmp_path, sources, how, 1)}
+    sets = {f"d0.{i}": minhash.shingle_set(as_bytes(" ".join(one)), True, 5) for i, one in enumerate(chain)}
+    kept = [name for name in sets if name not in gone]
+    assert len(kept) > 1 and gone
+    assert all(keeper in kept and minhash.jaccard(sets[name], sets[keeper]) >= 0.7 for name, keeper in gone.items())
+    assert all(minhash.jaccard(sets[a], sets[b]) < 0.7 for a in kept for b in kept if a < b)
+
+
+@given(st.lists(st.lists(st.sampled_from(["", "a", "b", "ab", "語"]), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(1, 3))
+def test_exact_keeps_the_first_of_each(tmp_path_factory: pytest.TempPathFactory, texts: list[list[str]], parts: int) -> None:
+    folder = tmp_path_factory.mktemp("exact")
+    sources = stored(folder, texts)
+    keys, drops = [folder / f"k{i}" for i in range(len(texts))], [folder / f"g{p}" for p in range(parts)]
+    for i, source in enumerate(sources):
+        duplicates.exact_keys(i, source, keys[i], parts)
+    for p in range(parts):
+        duplicates.exact_groups(p, keys, drops[p], len(texts))
+    outcomes = [duplicates.drop(i, sources, drops, "exact", 1.0) for i in range(len(texts))]
+    kept = [text for outcome in outcomes for text in outcome.kept["text"].to_pylist()]
+    assert kept == list(dict.fromkeys(text for column in texts for text in column))
+    for outcome in outcomes:
+        for row in outcome.dropped.to_pylist():
+            shard, place = map(int, row["reason"].removeprefix("same text as d").split("."))
+            assert texts[shard][place] == row["text"]

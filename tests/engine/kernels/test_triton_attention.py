@@ -1,0 +1,39 @@
+"""The GPU's attention and the recorded steps: on a GPU where there is one, else by Triton's interpreter, which knows no bfloat16."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when it is imported
+pytest.importorskip("triton")
+
+from gristmill.engine import attention  # noqa: E402
+from gristmill.engine.attention import TritonAttention  # noqa: E402
+from gristmill.engine.core import Core  # noqa: E402
+from gristmill.engine.kernels import library as kernels  # noqa: E402
+from tests.engine.test_core import compare, core_of, finish, jobs_of, model_of  # noqa: E402
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cache", list(kernels.CACHE_TYPES))
+@settings(deadline=None, max_examples=5 if DEVICE == "cpu" else 50)
+@given(seed=st.integers(0, 10**6))
+def test_attention_equals_torchs(dtype: torch.dtype, cache: torch.dtype, seed: int) -> None:
+    compare(TritonAttention, dtype, cache, seed, DEVICE)
+
+
+@pytest.mark.parametrize("options", [{}, {"rows": 3, "pages": 12}])
+def test_recorded_steps_say_the_same(monkeypatch: pytest.MonkeyPatch, options: dict[str, int]) -> None:
+    model = model_of().to(DEVICE)
+    plain = finish(core_of(model, **options), jobs_of(6, answer=12))
+    monkeypatch.setattr(attention, "choose", lambda config, pool, dtype, cos, sin: TritonAttention(config, pool, cos, sin))
+    core: Core = core_of(model, **options)
+    assert finish(core, jobs_of(6, answer=12)) == plain
+    assert core.runner.graphs is not None and core.runner.graphs.recorded, "steps of one token a sequence are recorded"
+    core.refresh()
+    assert not core.runner.graphs.recorded

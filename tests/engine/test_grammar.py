@@ -1,0 +1,78 @@
+"""Responses keep to their grammars, whatever the model would rather say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from gristmill.core.errors import InputError
+from gristmill.data.chat import FORMATS, Message
+from gristmill.engine import grammar as constraints
+from gristmill.engine.engine import Engine
+from gristmill.generation.api import Completion, Request, Sampling
+from gristmill.model.hf import load_model
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["egg", "nut"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "count"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_base: Path) -> Engine:
+    return Engine(*load_model(tiny_base), FORMATS["nemotron"], "tiny", 8, cache_tokens=1024)
+
+
+def say(engine: Engine, grammar: str, **sampling: object) -> list[Completion]:
+    values = {"n": 6, "max_tokens": 80, "temperature": 1.5} | sampling
+    request = Request("r", (Message("user", "Name a land."),), Sampling(grammar=grammar, **values))  # type: ignore[arg-type]
+    ((_, outs),) = engine.generate([request])
+    return outs
+
+
+def test_json_by_its_schema(engine: Engine) -> None:
+    for out in say(engine, constraints.of_json_schema(SCHEMA)):
+        if out.finish == "stop":
+            found = json.loads(out.text)
+            assert set(found) == {"name", "count"} and found["name"] in ("egg", "nut") and 0 <= found["count"] <= 99
+    assert any(out.finish == "stop" for out in say(engine, constraints.of_json_schema(SCHEMA)))
+
+
+def test_a_regular_expression_and_a_choice(engine: Engine) -> None:
+    for out in say(engine, constraints.of_regex(r"[a-c]{3}-\d{2}")):
+        assert re.fullmatch(r"[a-c]{3}-\d{2}", out.text) and out.finish == "stop"
+    for temperature in (0.0, 2.0):
+        assert {out.text for out in say(engine, constraints.of_choice(["yes", 'no "x"']), temperature=temperature)} <= {"yes", 'no "x"'}
+
+
+def test_neighbours_say_what_they_want(engine: Engine) -> None:
+    free = Request("free", (Message("user", "Name a land."),), Sampling(max_tokens=20, n=3))
+    bound = Request("bound", free.messages, Sampling(max_tokens=20, grammar=constraints.of_choice(["yes"])))
+    alone = dict((r.id, outs) for r, outs in engine.generate([free]))
+    together = dict((r.id, outs) for r, outs in engine.generate([bound, free, bound]))
+    assert [o.text for o in together["free"]] == [o.text for o in alone["free"]] and together["bound"][0].text == "yes"
+
+
+NONSENSE = constraints.of_json_schema({"type": "nonsense"})
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        (constraints.of_regex("(("), "cannot be used"),
+        (NONSENSE, "nonsense"),
+        ("x" * 200_000, "at most"),
+    ],
+)
+def test_what_is_no_grammar_is_refused_before_work(engine: Engine, grammar: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        say(engine, grammar)
+
+
+def test_a_choice_needs_texts() -> None:
+    for choices in ([], [""]):
+        with pytest.raises(InputError, match="texts to choose from"):
+            constraints.of_choice(choices)

@@ -1,0 +1,154 @@
+"""The page: safe, self-contained, complete, and plain about what did not work."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gristmill.core.errors import InputError
+from gristmill.report.report import HEADING, write_report
+
+MakeRun = Callable[..., Path]
+ReadPage = Callable[[str], Any]
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</div></details></main><iframe src=javascript:alert(1)>",
+    "</title><style>*{display:none}</style>",
+    "<svg/onload=alert(1)>",
+    "javascript:alert(1)",
+    "]]><!--",
+    "&lt;script&gt;",
+    "\u202eevil\u2066",
+)
+TAGS = (
+    "html head meta title style body header main nav section footer div p span b i small br h1 h2 h3 a ul li details summary pre "
+    "table thead tbody tr th td svg g rect line circle polyline text"
+)
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def page(make_run: MakeRun) -> str:
+    return text_of(write_report(make_run()))
+
+
+def test_a_finished_run(page: str, read_page: ReadPage) -> None:
+    read = read_page(page)
+    for words in (*HEADING.values(), "What did not improve", "98.3%", "5 min 12 s", "round 2 RPO 1", "topic: facts topic 1", "second turn"):
+        assert words in read.text, words
+    for words in ("kept", "dropped", "pair", "chosen", "rejected", "right", "wrong", "cut off", "repeated, held out or not understood"):
+        assert f">{words}<" in page, words
+
+
+def test_every_model_has_its_interval_and_its_difference(page: str) -> None:
+    rows = re.findall(r"<tr><td><b>(.*?)</b>.*?</tr>", page)
+    assert rows[:3] == ["demonstrations", "round 1 code SFT", "round 1 general SFT"]
+    assert len(re.findall(r'class="(?:up|down|flat)">[^<]*[+-]\d\.\d{3}', page)) >= 16
+
+
+def test_the_page_needs_nothing_from_anywhere(page: str, read_page: ReadPage) -> None:
+    read = read_page(page)
+    policies = [a["content"] for t, a in read.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1 and (policies[0] or "").startswith("default-src 'none'")
+    assert not re.search(r"https?:|//|url\(|@import", page)
+    assert all((a.get("href") or "#").startswith("#") for _, a in read.tags)
+    assert {t for t, _ in read.tags} <= set(TAGS.split())
+
+
+def test_generated_tokens_are_counted_from_the_journals(page: str) -> None:
+    row = re.search(r"<tr><td>05-r1-prompts</td>.*?</tr>", page)
+    assert row and ">150<" in row[0]  # 3 topics and 27 prompts of 5 tokens
+
+
+def test_every_link_has_its_place(page: str, read_page: ReadPage) -> None:
+    read = read_page(page)
+    ids = [a["id"] for _, a in read.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {(a["href"] or "")[1:] for t, a in read.tags if t == "a"} == set(ids)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_model_text_stays_text(make_run: MakeRun, text: str, read_page: ReadPage) -> None:
+    calm = read_page(text_of(write_report(make_run("calm", text=" calm"))))
+    hostile = text_of(write_report(make_run("hostile", text=f" {text}")))
+    read = read_page(hostile)
+    assert [t for t, _ in read.tags] == [t for t, _ in calm.tags]  # not one tag more, less or elsewhere
+    assert {k for _, a in read.tags for k in a} == {k for _, a in calm.tags for k in a}
+    assert not any(k.startswith("on") for _, a in read.tags for k in a)
+    assert not re.search("[\u202a-\u202e\u2066-\u2069]", hostile)
+    if text.isprintable():
+        assert text in read.text  # and it can be read
+
+
+def test_a_hostile_name_and_topic_stay_text(make_run: MakeRun) -> None:
+    folder = make_run()
+    saved = folder / "recipe.yaml"
+    saved.write_text(saved.read_text().replace("name: run", "name: '<script>x</script>'"))
+    assert "<script" not in text_of(write_report(folder))
+
+
+def test_an_unfinished_run_gives_a_page(make_run: MakeRun, read_page: ReadPage) -> None:
+    text = read_page(text_of(write_report(make_run(finished=False)))).text
+    assert "This run is not finished" in text and "07-r1-code-sft" in text and "unfinished" in text
+
+
+def test_a_run_of_which_nothing_is_done_gives_a_page(make_run: MakeRun, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "recipe.yaml").write_text((make_run() / "recipe.yaml").read_text())
+    assert "No model has been trained" in text_of(write_report(empty))
+
+
+def test_a_control_is_shown_at_the_top(make_run: MakeRun, read_page: ReadPage) -> None:
+    text = read_page(text_of(write_report(make_run(control="human-only")))).text
+    assert text.index("This is a control: human-only") < text.index("Stages")
+
+
+def test_samples_are_those_of_the_seed(make_run: MakeRun) -> None:
+    def samples(seed: int, name: str) -> str:
+        page = text_of(write_report(make_run(name, seed=seed)))
+        return page[page.index('<section id="samples">') : page.index('<section id="time">')]
+
+    assert samples(1, "a") == samples(1, "b")
+    assert samples(1, "c") != samples(2, "d")
+
+
+def test_long_texts_are_cut(make_run: MakeRun) -> None:
+    page = text_of(write_report(make_run(text=" x" * 5000)))
+    assert "more characters]" in page and len(page) < 600_000
+
+
+def test_a_monitor_that_is_no_number_does_not_break_the_page(make_run: MakeRun) -> None:
+    folder = make_run()
+    path = folder / "13-r1-monitors" / "done.json"
+    path.write_text(path.read_text().replace('"human_nll": 2.1', '"human_nll": NaN'))
+    assert "not a number" in text_of(write_report(folder))
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no run"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run()
+    old = text_of(write_report(folder))
+
+    def full(self: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    write: Callable[..., int] = Path.write_text
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match="No space left"):
+        write_report(folder)
+    monkeypatch.setattr(Path, "write_text", write)
+    assert text_of(folder / "report.html") == old

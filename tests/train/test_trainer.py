@@ -1,0 +1,278 @@
+"""The loop: one global count, fp32 masters, dropped samples, metrics, validation."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gristmill.core.errors import InputError
+from gristmill.model.transformer import Transformer
+from gristmill.train.batches import (
+    RatedGroup,
+    RatedSample,
+    Sample,
+    TokenBatch,
+    collate,
+    collate_tokens,
+    split_micro_batches,
+)
+from gristmill.train.objectives.next_token import next_token_objective
+from gristmill.train.trainer import LossOutput, TrainSettings, compute_precision, global_count, train
+
+Make = Callable[..., Transformer]
+MakeSamples = Callable[..., list[Sample]]
+CPU = torch.device("cpu")
+ONE_STEP = TrainSettings(steps=1, batch_size=12, schedule="constant", clip=0.0)
+
+
+def gradients(model: Transformer, samples: list[Sample], micro_batch_tokens: int) -> dict[str, Tensor]:
+    batches = [collate_tokens(group, CPU) for group in split_micro_batches(samples, micro_batch_tokens)]
+    count = global_count(batches)
+    model.zero_grad()
+    for batch in batches:
+        (next_token_objective(model, batch).sum / count).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
+
+
+def test_accumulation_gives_one_gradient(make_model: Make, make_samples: MakeSamples) -> None:
+    model, samples = make_model(), make_samples(16)
+    # documents apart, each in its own micro-batch, are the hardest case
+    total = sum(sample.num_tokens for sample in samples)
+    whole = gradients(model, samples, total)
+    for limit in (total // 2 + 24, total // 4 + 24, 1):
+        for name, gradient in gradients(model, samples, limit).items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-6, atol=1e-6)
+
+
+def test_several_workers_train_the_same_model(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
+    samples, settings = make_samples(16), TrainSettings(lr=1e-2, steps=3, batch_size=8, micro_batch_tokens=60)
+    models = [make_model(), make_model()]
+    for model, threads in zip(models, (1, 3), strict=True):
+        torch.set_num_threads(threads)
+        results = train(model, next_token_objective, samples, settings, validation=make_samples(4, seed=1))
+        assert torch.get_num_threads() == threads
+        assert results.metrics["validation_loss"] > 0
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_fully_masked_samples_change_nothing(make_model: Make, make_samples: MakeSamples) -> None:
+    samples = make_samples(12)
+    masked = [Sample(s.ids, [False] * s.num_tokens, f"masked {s.id}") for s in make_samples(5, seed=9)]
+    results = []
+    for data in (samples, [*samples, *masked]):
+        model = make_model()
+        result = train(model, next_token_objective, data, ONE_STEP)
+        results.append((result, model.state_dict()))
+    assert results[0][0].metrics["loss"] == results[1][0].metrics["loss"]
+    assert results[1][0].dropped_untrained == [sample.id for sample in masked]
+    for name, value in results[0][1].items():
+        assert torch.equal(value, results[1][1][name])
+    # and beside trained samples in one batch they do not enter the divisor
+    model = make_model()
+    alone, beside = gradients(model, samples, 10_000), gradients(model, [*samples, *masked], 10_000)
+    for name, gradient in alone.items():
+        torch.testing.assert_close(gradient, beside[name], rtol=1e-6, atol=1e-6)
+
+
+def test_an_all_masked_batch_has_zero_loss_and_gradient(make_model: Make, make_samples: MakeSamples) -> None:
+    masked = [Sample(s.ids, [False] * s.num_tokens) for s in make_samples(3)]
+    model = make_model()
+    batch = collate_tokens(masked, CPU)
+    assert next_token_objective(model, batch).sum.item() == 0 and global_count([batch]) == 1
+    assert all(float(gradient.abs().max()) == 0 for gradient in gradients(model, masked, 1000).values())
+
+
+def test_packed_logprobs_are_the_separate_ones(make_model: Make, make_samples: MakeSamples) -> None:
+    model, samples = make_model(), make_samples(6, seed=3)
+    for order in ([0, 1, 2, 3, 4, 5], [5, 0, 3, 1, 4, 2]):
+        packed = collate_tokens([samples[i] for i in order], CPU)
+        together = next_token_objective(model, packed)
+        apart = [next_token_objective(model, collate_tokens([samples[i]], CPU)) for i in order]
+        separate_sum = sum(out.sum.item() for out in apart)
+        assert together.sum.item() == pytest.approx(separate_sum, abs=1e-4)
+        logits = model.logits(model.hidden(packed.ids_T, packed.shape))
+        alone = [collate_tokens([samples[i]], CPU) for i in order]
+        separate = torch.cat([model.logits(model.hidden(batch.ids_T, batch.shape)) for batch in alone])
+        torch.testing.assert_close(logits.log_softmax(-1), separate.log_softmax(-1), rtol=0, atol=1e-5)
+
+
+def test_two_forward_passes_are_identical(make_model: Make, make_samples: MakeSamples) -> None:
+    model, batch = make_model(), collate_tokens(make_samples(4), CPU)
+    model.train()
+    assert torch.equal(next_token_objective(model, batch).sum, next_token_objective(model, batch).sum)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_moves_in_bf16(make_model: Make, make_samples: MakeSamples, optimizer: str) -> None:
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)  # where bf16 weights would stay for ever at this learning rate
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = TrainSettings(optimizer=optimizer, lr=1e-6, muon_lr=1e-6, weight_decay=0.0, steps=1, batch_size=32, precision="bf16")
+    train(model, next_token_objective, make_samples(32), settings)
+    assert model.compute_dtype == torch.float32
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        moved = (value != before[name]).float().mean()
+        # Adam's first step is the whole learning rate wherever there is a gradient: not in rows of the
+        # embedding whose token is never an input
+        assert moved > (0.9 if "embedding" in name else 0.95), (name, float(moved))
+
+
+def test_bf16_loss_is_near_the_fp32_one(make_model: Make, make_samples: MakeSamples) -> None:
+    model, batch = make_model(), collate_tokens(make_samples(8), CPU)
+    exact = next_token_objective(model, batch)
+    with compute_precision(model, "bf16"):
+        rough = next_token_objective(model, batch)
+    assert rough.sum.dtype == torch.float32
+    assert (rough.sum - exact.sum).abs().item() / batch.count < 0.01
+
+
+def test_bf16_weights_are_refused(make_model: Make, make_samples: MakeSamples) -> None:
+    with pytest.raises(InputError, match="load the model in fp32"):
+        train(make_model().bfloat16(), next_token_objective, make_samples(3), ONE_STEP)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_learns(make_model: Make, optimizer: str) -> None:
+    data = [Sample([1, 2, 3, 4, 5], [True] * 5), Sample([7, 2, 9, 4, 11], [True] * 5)]
+    settings = TrainSettings(optimizer=optimizer, lr=1e-2, steps=60, batch_size=2)
+    losses: list[float] = []
+    train(make_model(), next_token_objective, data, settings, on_step=lambda s, n, m: losses.append(m["loss"]))
+    assert losses[0] == pytest.approx(math.log(48), abs=0.5) and losses[-1] < 0.3
+
+
+def test_long_samples_are_dropped_and_named(make_model: Make, make_samples: MakeSamples) -> None:
+    samples = [
+        *make_samples(4, longest=10),
+        Sample([1] * 11, [True] * 11, "long"),
+        Sample([1] * 10, [True] * 10),
+    ]
+    result = train(make_model(), next_token_objective, samples, replace(ONE_STEP, max_tokens=10, batch_size=5))
+    assert result.dropped_long == ["long"]
+    assert result.tokens == sum(sample.num_tokens for sample in samples) - 11
+    with pytest.raises(InputError, match="sample long and all others are over 5 tokens"):
+        train(make_model(), next_token_objective, samples[4:], replace(ONE_STEP, max_tokens=5))
+
+
+def test_data_with_nothing_to_train_on_is_refused(make_model: Make) -> None:
+    first_only = Sample([1, 2], [True, False], "first")  # the first token has nothing before it
+    with pytest.raises(InputError, match="sample first has no trained target"):
+        train(make_model(), next_token_objective, [first_only, Sample([1, 2], [False, False])], ONE_STEP)
+    with pytest.raises(InputError, match="the data set is empty"):
+        train(make_model(), next_token_objective, [], ONE_STEP)
+
+
+def test_a_token_outside_the_vocabulary_is_refused(make_model: Make) -> None:
+    with pytest.raises(InputError, match="sample odd has token 48 but the model has 48"):
+        train(make_model(), next_token_objective, [Sample([1, 48], [False, True], "odd")], ONE_STEP)
+
+
+def test_an_infinite_loss_stops_before_the_weights_change(make_model: Make, make_samples: MakeSamples) -> None:
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def broken(model: Transformer, batch: TokenBatch) -> LossOutput:
+        output = next_token_objective(model, batch)
+        return LossOutput(output.sum * math.inf, output.count)
+
+    with pytest.raises(InputError, match="the loss is inf .* at step 1; lower the learning rate"):
+        train(model, broken, make_samples(3), ONE_STEP)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_metrics_are_written(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    settings = TrainSettings(lr=0.01, schedule="linear", warmup_steps=1, epochs=2, batch_tokens=60)
+    samples = make_samples(12)
+    result = train(
+        make_model(),
+        next_token_objective,
+        samples,
+        settings,
+        tmp_path,
+        on_step=lambda s, n, m: seen.append((s, n)),
+    )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, result.steps + 1))
+    assert seen == [(step, result.steps) for step in range(1, result.steps + 1)]
+    assert {"loss", "lr", "grad_norm", "tokens", "tokens_per_second"} <= lines[0].keys()
+    assert lines[0]["lr"] == pytest.approx(0.005) and lines[1]["lr"] == pytest.approx(0.01)
+    assert lines[-1]["tokens"] == result.tokens == 2 * sum(sample.num_tokens for sample in samples)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_clipping_bounds_the_gradient(make_model: Make, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    original = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, closure: None = None) -> None:
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        norms.append(float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()))
+        original(self, closure)
+
+    def steep(model: Transformer, batch: TokenBatch) -> LossOutput:
+        output = next_token_objective(model, batch)
+        return LossOutput(output.sum * 1000, output.count)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    result = train(make_model(), steep, make_samples(3), replace(ONE_STEP, clip=0.5))
+    assert result.metrics["grad_norm"] > 100 and norms == [pytest.approx(0.5, rel=1e-4)]
+
+
+def test_validation_keeps_the_best_weights(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
+    # the validation data contradict the training data, so training longer is worse
+    training = [Sample([1, 2, 3], [False, True, True])] * 4
+    held_out = [Sample([1, 5, 6], [False, True, True])]
+    settings = TrainSettings(lr=3e-2, schedule="constant", steps=6, batch_size=4, validate_every=2)
+    model = make_model()
+    seen: list[float] = []
+
+    def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
+        if "validation_loss" in metrics:
+            seen.append(metrics["validation_loss"])
+
+    result = train(model, next_token_objective, training, settings, tmp_path, validation=held_out, on_step=on_step)
+    assert len(seen) == 3 and result.best_step == 2 * (1 + seen.index(min(seen))) < 6
+    output = next_token_objective(model, collate(held_out, CPU))  # type: ignore[arg-type]
+    assert output.sum.item() / output.count == pytest.approx(min(seen), rel=1e-5)
+    again = make_model()
+    assert train(again, next_token_objective, training, settings, tmp_path, validation=held_out) == result
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 1}, "exactly one of epochs and steps"),
+        ({"steps": 1, "epochs": 1, "batch_size": 1}, "exactly one of epochs and steps"),
+        ({"steps": 1}, "exactly one of batch_size and batch_tokens"),
+        ({"steps": 0, "batch_size": 1}, "steps is 0; it must be above zero"),
+        (
+            {"steps": 1, "batch_size": 1, "schedule": "step"},
+            "unknown schedule 'step'; choose one of constant",
+        ),
+        (
+            {"steps": 1, "batch_size": 1, "precision": "fp8"},
+            "unknown precision 'fp8'; choose one of fp32, bf16",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainSettings(**settings)
+
+
+def test_counts_of_all_kinds_add_up(make_samples: MakeSamples) -> None:
+    rated = collate([RatedGroup([RatedSample([1, 2], 1, [1, 2, 3, -100, -100])])], CPU)
+    tokens = collate(make_samples(2), CPU)  # type: ignore[arg-type]
+    assert global_count([rated, tokens]) == 3 + sum(sample.num_targets for sample in make_samples(2))

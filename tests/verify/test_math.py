@@ -1,0 +1,273 @@
+"""Which answers are the same, where a solution's final answer is, and that nothing in either takes long."""
+
+import random
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gristmill.verify.math import LONGEST, equal, final_answer
+
+whole = st.integers(-(10**9), 10**9)
+fractions = st.fractions(min_value=-1000, max_value=1000, max_denominator=60)
+cents = st.integers(-(10**6), 10**6)
+# Characters and pieces that the reading looks for, so that random texts go everywhere.
+pieces = st.sampled_from(
+    ["\\frac", "\\sqrt", "\\text{", "\\boxed{", "{", "}", "(", ")", "[", "]", ",", "1", "23", "1,000", ".", "/", "-", "+", "^", "%", "\\%",
+     "=", "x", " ", "cm", "and", "\\$", "$", "e9", "*", "\\left(", "answer is ", "#### ", "\n", "\\", "\u221a", "\\infty"]
+)  # fmt: skip
+texts = st.lists(pieces, max_size=20).map("".join) | st.text(max_size=30)
+
+
+# ---- the same number in other clothes ----
+
+
+def ways(value: Fraction, rng: random.Random) -> str:
+    """One of the ways to write a fraction."""
+    sign, top, bottom = "-" if value < 0 else "", abs(value.numerator), value.denominator
+    times = rng.randint(1, 9)
+    forms = [
+        f"{sign}{top}/{bottom}",
+        f"{sign} {top * times} / {bottom * times}",
+        f"{sign}\\frac{{{top}}}{{{bottom}}}",
+        f"\\dfrac{{{sign}{top}}}{{{bottom}}}",
+        f"{sign}\\tfrac {{{top * times}}} {{{bottom * times}}}",
+        f"\\frac{{{sign}\\frac{{{top}}}{{{times}}}}}{{\\frac{{{bottom}}}{{{times}}}}}",
+    ]
+    if top % bottom and top > bottom:
+        forms += [f"{sign}{top // bottom} {top % bottom}/{bottom}", f"{sign}{top // bottom}\\frac{{{top % bottom}}}{{{bottom}}}"]
+    if top < 10 and bottom < 10:
+        forms += [f"{sign}\\frac{top}{bottom}", f"{sign}\\frac {top} {bottom}", f"{sign}\\frac{{{top}}}{bottom}"]
+    if bottom == 1:
+        forms += [f"{sign}{top:,}", f"{sign}{top}.00", f"{sign}{top}.", f"{sign}{top:,}".replace(",", "{,}")]
+    rng.shuffle(forms)
+    around = rng.choice(["{}", " {} ", "${}$", "\\({}\\)", "{}.", "{} apples", "{}\\text{{ cm}}^2", "x = {}", "**{}**"])
+    return around.format(forms[0].replace("-", rng.choice(["-", "\u2212"])))
+
+
+@given(fractions | whole.map(Fraction), st.randoms())
+def test_a_number_is_itself_however_it_is_written(value: Fraction, rng: random.Random) -> None:
+    assert equal(ways(value, rng), ways(value, rng))
+
+
+@given(fractions, fractions, st.randoms())
+def test_two_numbers_are_equal_just_when_they_are(a: Fraction, b: Fraction, rng: random.Random) -> None:
+    assert equal(ways(a, rng), ways(b, rng)) == (a == b)
+
+
+@given(cents, cents)
+def test_decimals_are_exact(a: int, b: int) -> None:
+    assert equal(f"{Fraction(a, 100)}", f"{a / 100:.2f}")
+    assert equal(f"{a / 100:.2f}", f"{b / 100:,.3f}") == (a == b)
+    assert equal(f"{a / 100}\\%", f"{a / 100:.2f} percent") and not equal(f"{a / 100}%", f"{a / 100}")
+
+
+@given(st.lists(fractions, min_size=2, max_size=5), st.randoms())
+def test_lists_have_no_order_and_tuples_have_one(values: list[Fraction], rng: random.Random) -> None:
+    turned = rng.sample(values, len(values))
+    one, other = (", ".join(str(v) for v in each) for each in (values, turned))
+    assert equal(one, other) and equal(f"\\{{{one}\\}}", other) and equal(f"\\left\\{{{one}\\right\\}}", f"{{{other}}}")
+    assert equal(f"({one})", f"\\left({other}\\right)") == (values == turned)
+    assert equal(f"[{one})", f"[{other})") == (values == turned)
+    assert not equal(f"({one})", f"[{one}]") and not equal(f"({one})", one) and not equal(one, f"{one}, {values[0]}")
+
+
+@given(texts, texts, texts)
+def test_equal_is_an_equivalence(a: str, b: str, c: str) -> None:
+    assert equal(a, a) and equal(a, f"  {a}\n")
+    assert equal(a, b) == equal(b, a)
+    assert not (equal(a, b) and equal(b, c)) or equal(a, c)
+
+
+# ---- examples ----
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("3\\frac12", "3.5"),
+        ("1\\,234", "1234"),
+        ("1,\\!234,\\!567", "1234567"),
+        ("\\$1,234.50", "1234.5"),
+        ("1.5 \\times 10^{3}", "1,500"),
+        ("1.5e3", "1500"),
+        ("2 \\cdot 10^{-2}", "0.02"),
+        (".5", "0.50"),
+        ("+5", "5"),
+        ("-0", "0"),
+        ("5 cm", "5 \\mathrm{cm}"),
+        ("60 km/h", "60"),
+        ("5cm^2", "5"),
+        ("12 square meters", "12"),
+        ("90^{\\circ}", "90 degrees"),
+        ("90\u00b0", "90"),
+        ("1,000,000 dollars", "$1{,}000{,}000"),
+        ("2\\sqrt{3}", "2 \\sqrt 3"),
+        ("2*sqrt(3)", "2\u221a3"),
+        ("\u221a12", "\\sqrt{12}"),
+        ("\\frac{\\sqrt{3}}{2}", "\\sqrt3/2"),
+        ("-\\frac{\\sqrt3}{2}", "\\dfrac{-\\sqrt{3}}2"),
+        ("\\frac{3\\pi}{4}", "3pi/4"),
+        ("2\\pi \\text{ cm}", "2\u03c0"),
+        ("x^{2} + 2x", "x^2+2x"),
+        ("x \\leq 3", "x \\le 3"),
+        ("(1, 2)", "\\left( 1.0 , \\frac{4}{2} \\right)"),
+        ("[0, \\infty)", "\\left[0,\u221e\\right)"),
+        ("(-\\infty,1)\\cup(2,3]", "\\left(-\\infty, 1\\right) \\cup \\left(2, 3\\right]"),
+        ("x \\in [1,2]", "[1, 2]"),
+        ("((1,2),(3,4))", "((1, 2), (3, 4))"),
+        ("(1,2), (3,4)", "(3,4),(1,2)"),
+        ("x = 1 or x = 2", "2, 1"),
+        ("1 \\text{ and } 2", "1,2"),
+        ("Alice and Bob", "Bob, Alice"),
+        ("(C)", "C"),
+        ("\\textbf{(C)}", "c."),
+        ("C)", "\\text{C}"),
+        ("\\text{Monday}", "monday"),
+        ("$\\text{no solution}$", "No  solution."),
+    ],
+)
+def test_the_same(a: str, b: str) -> None:
+    assert equal(a, b) and equal(b, a)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("3/4", "4/3"),
+        ("5", "-5"),
+        ("5", ""),
+        ("1/3", "0.333333"),
+        ("50%", "50"),
+        ("50%", "0.5"),
+        ("5 million", "5"),
+        ("5 hundred", "5"),
+        ("3 or more", "3"),
+        ("5 is wrong", "5"),
+        ("5 pm", "5"),
+        ("3x", "3"),
+        ("3 x", "3"),
+        ("5\\pi", "5"),
+        ("5 pi", "5"),
+        ("5!", "5"),
+        ("--5", "5"),
+        ("\\sqrt{2}", "\\sqrt{3}"),
+        ("\\sqrt{12}", "\\sqrt12"),
+        ("2\\sqrt{3}", "3\\sqrt{2}"),
+        ("2*3", "23"),
+        ("2\\frac{5}{2}", "4.5"),
+        ("1/0", "2/0"),
+        ("\\frac{1}{0}", "0"),
+        ("(1,2)", "(2,1)"),
+        ("(1,2)", "[1,2]"),
+        ("[1,2)", "[1,2]"),
+        ("(1,2)", "(1,2,3)"),
+        ("(1,234)", "1234"),
+        ("1,2345", "12345"),
+        ("1,2", "1,2,2"),
+        ("x = 1, y = 2", "x = 2, y = 1"),
+        ("C", "D"),
+        ("1:2", "1/2"),
+        ("9**9**9", "9"),
+        ("1e999999999", "1"),
+    ],
+)
+def test_not_the_same(a: str, b: str) -> None:
+    assert not equal(a, b) and not equal(b, a)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ("\\boxed{1}, no: \\boxed{ \\{1, \\{2\\}\\} }", "\\{1, \\{2\\}\\}"),
+        ("\\boxed{\\boxed{3}}", "3"),
+        ("\\fbox{3}", "3"),
+        ("\\boxed 7$", "7"),
+        ("} { \\boxed{3} {", "3"),
+        ("\\boxed{3} and then \\boxed{4", "3"),
+        ("The answer is 1. \\boxed{2} #### 3 and 4", "2"),
+        ("\\boxed{} The answer is x = 3.5, so there are 4.", "x = 3.5"),
+        ("The answer is 1. #### 3\n4", "1"),
+        ("The answer is 1. No, the answer is 2 because 1 + 1 is. Thanks, 3.", "2"),
+        ("The correct answer is (C).", "(C)"),
+        ("**Final Answer:** $12$ apples", "12"),
+        ("The final answer is $5$. I hope it is correct.", "5"),
+        ("The answer is $5.", "$5"),
+        ("The answer is $5 and not $6.", "$5 and not $6"),
+        ("The answer is $x=5$ and $y=6$.", "$x=5$ and $y=6$"),
+        ("The answer is:\n\n\\[\n 5\n\\]", "5"),
+        ("The answer is \\(\\frac12\\).", "\\frac12"),
+        ("4 * 3 = 12\n#### 1,234\n", "1,234"),
+        ("#### 3\n#### -4.5 ", "-4.5"),
+        ("it costs -$1,200.50 now", "-$1,200.50"),
+        ("1, 2, \u22123", "-3"),
+        ("about 20\\%.", "20\\%"),
+        ("so 3/4 % of 1e5 is -\\$750", "-\\$750"),
+        ("nothing", None),
+        ("", None),
+        ("The answer is", None),
+        ("\\boxed{", None),
+    ],
+)
+def test_the_final_answer(text: str, answer: str | None) -> None:
+    assert final_answer(text) == answer
+
+
+def closed(text: str) -> bool:
+    depth = 0
+    for c in text:
+        depth += (c == "{") - (c == "}")
+        if depth < 0:
+            return False
+    return depth == 0 and "\\" not in text
+
+
+@given(texts, st.text("ab{}12 ", min_size=1).filter(lambda t: closed(t) and t.strip()), st.text("xyz$ 123", max_size=20))
+def test_the_last_box_wins(before: str, inside: str, after: str) -> None:
+    assert final_answer(before + "\n \\boxed{" + inside + "}" + after) == inside.strip()
+
+
+@given(texts)
+def test_an_answer_is_text_that_is_not_empty(text: str) -> None:
+    found = final_answer(text)
+    assert found is None or found == found.strip() != ""
+
+
+# ---- hostile ----
+
+HOSTILE = {
+    "a power": "9**9**9**9",
+    "an exponent": "1e999999999",
+    "a LaTeX exponent": "1 \\times 10^{999999999}",
+    "digits": "9" * 1_000_000,
+    "a thousand braces": "{" * 1000 + "5" + "}" * 1000,
+    "brackets as long as is read": "[" * (LONGEST // 2 - 1) + "5" + "]" * (LONGEST // 2 - 1),
+    "fractions in fractions": "\\frac{" * 90 + "1" + "}{1}" * 90,
+    "open fractions": "\\frac{" * 160,
+    "boxes in boxes": "\\boxed{" * 40_000,
+    "closed boxes": "\\boxed{" * 40_000 + "5" + "}" * 40_000,
+    "statements": "answer is " * 20_000,
+    "empty statements": "answer is. " * 20_000,
+    "white space": "answer" + " " * 200_000,
+    "hashes": "#" * 200_000,
+    "dollars": "$" * 200_000,
+    "backslashes": "\\" * 200_000,
+    "thousands": "1,111" * 40_000,
+    "a list": "1," * 100_000,
+    "slashes": "1/" * 100_000,
+    "spaced digits": "1 " * (LONGEST // 2),
+    "units": ("1 " + "ab " * LONGEST)[:LONGEST],
+    "texts": ("\\text{a}" * LONGEST)[:LONGEST],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_texts_take_no_time(name: str) -> None:
+    text = HOSTILE[name]
+    start = time.perf_counter()
+    final_answer(text)
+    assert equal(text, text) and not equal(text, text + "7x")
+    assert time.perf_counter() - start < 2

@@ -1,0 +1,173 @@
+"""`gristmill init`: files are checked before anything is written, and the recipe explains itself."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gristmill.core.config import Section, check, load
+from gristmill.core.errors import InputError
+from gristmill.data.chat import FORMATS
+from gristmill.data.tokenizer import Tokenizer
+from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.hf import save_model
+from gristmill.model.transformer import Transformer
+from gristmill.workflows.alignment.recipe import AlignmentRecipe
+from gristmill.workflows.init import write_recipe
+
+RATED = {"helpfulness": 3, "correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random decoder with a tokenizer that splits text into bytes."""
+    tokenizer = Tokenizer.train(["a b c"], 300, FORMATS["chatml"].special_tokens)
+    blocks = uniform_blocks(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_size=32)
+    decoder = Transformer(ModelConfig("nemotron", tokenizer.vocab_size, 16, blocks, max_positions=256))
+    decoder.init_weights(0)
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    save_model(decoder, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    rows: dict[str, list[dict[str, object]]] = {
+        "demonstrations": [{"prompt": f"What is {i}?", "response": "x" * i} for i in range(1, 41)],
+        "ratings": [{"prompt": f"Rate {i}", "response": "yes", **RATED} for i in range(4)],
+        "prompts": [{"prompt": f"Ask {i}"} for i in range(4)],
+        "evaluation": [{"prompt": f"Test {i}", "answer": i} for i in range(4)],
+    }
+    out = {}
+    for kind, records in rows.items():
+        out[kind] = tmp_path / f"{kind}.jsonl"
+        out[kind].write_text("".join(json.dumps(r) + "\n" for r in records))
+    return out
+
+
+def test_without_files_it_is_the_miniature_world_with_every_default(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "recipe.yaml"
+    assert write_recipe(out, "mine", "miniature", {}) == out
+    assert load(out, AlignmentRecipe) == check(AlignmentRecipe, {"name": "mine", "world": "miniature"})
+
+
+def test_every_key_is_there_and_taking_all_the_hashes_away_changes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "recipe.yaml"
+    write_recipe(out, "mine", "miniature", {})
+    bare = re.sub(r"^( *)#(?! )( *\w+:)", r"\1\2", out.read_text(), flags=re.M)
+    bare = re.sub(r"^#(  \w+:)", r"\1", bare, flags=re.M)
+    values = yaml.safe_load(bare)
+    assert set(values) == set(AlignmentRecipe.model_fields)
+    for name, field in AlignmentRecipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            assert set(values[name]) == set(field.annotation.model_fields), name
+    assert check(AlignmentRecipe, values) == load(out, AlignmentRecipe)
+
+
+def test_defaults_stand_behind_a_hash_with_their_meaning(tmp_path: Path) -> None:
+    out = tmp_path / "recipe.yaml"
+    write_recipe(out, "mine", "miniature", {})
+    lines = out.read_text().splitlines()
+    assert "#  num_evaluation: 100  # held-out prompts a task" in lines
+    assert "#control: null  # one of unfiltered, random-filter, reward-only, human-only, replace" in lines
+    assert "#  code_share: 0.02  # share of code-SFT answers repeated in general SFT; at most 1" in lines
+    assert "  loss: rpo  # one of dpo, cdpo, ipo, rpo, rpo_bwd_kl, rpo_fwd_kl, rpo_sq" in lines
+
+
+def test_own_files_and_model(tmp_path: Path, files: dict[str, Path], model: Path) -> None:
+    out = tmp_path / "recipe.yaml"
+    write_recipe(out, "mine", str(model), files)
+    loaded = load(out, AlignmentRecipe)
+    assert loaded.world is None and loaded.model == str(model.resolve())
+    assert {k: getattr(loaded.data, k) for k in files} == {k: p.resolve() for k, p in files.items()}
+    assert yaml.safe_load(out.read_text())["data"]["ratings"] == "ratings.jsonl"  # the folder can be moved as a whole
+
+
+def test_token_limits_hold_the_demonstrations(tmp_path: Path, files: dict[str, Path], model: Path) -> None:
+    out = tmp_path / "recipe.yaml"
+    write_recipe(out, "mine", str(model), files)
+    loaded = load(out, AlignmentRecipe)
+    assert loaded.responses.max_tokens == 48  # 40 bytes and the end of turn, in steps of 16
+    assert loaded.writing.pipelines.by_task and loaded.writing.pipelines.by_task.max_tokens == 16
+    long = [{"prompt": "p", "response": "y" * n} for n in (10, 230)]
+    files["demonstrations"].write_text("".join(json.dumps(r) + "\n" for r in long))
+    write_recipe(out, "mine", str(model), files, force=True)
+    assert load(out, AlignmentRecipe).responses.max_tokens == 128  # never more than half of what the model can hold
+
+
+def test_a_folder_that_is_called_miniature_is_not_the_shipped_model(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "miniature").symlink_to(model)
+    save = tmp_path / "recipe.yaml"
+    write_recipe(save, "mine", str(tmp_path / "miniature"), {})
+    assert load(save, AlignmentRecipe).model != "miniature"
+
+
+def test_an_existing_recipe_is_kept_unless_forced(tmp_path: Path) -> None:
+    out = tmp_path / "recipe.yaml"
+    out.write_text("precious")
+    with pytest.raises(InputError, match="--force"):
+        write_recipe(out, "mine", "miniature", {})
+    assert out.read_text() == "precious"
+    write_recipe(out, "mine", "miniature", {}, force=True)
+    assert load(out, AlignmentRecipe).name == "mine"
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "ratings", "evaluation"])
+def test_files_that_a_run_needs(tmp_path: Path, files: dict[str, Path], model: Path, kind: str) -> None:
+    del files[kind]
+    if kind == "ratings":  # known answers to prompts would do instead
+        files.pop("prompts", None)
+    with pytest.raises(InputError, match=f"--{kind}"):
+        write_recipe(tmp_path / "recipe.yaml", "mine", str(model), files)
+
+
+def test_a_missing_file_is_named_before_anything_else(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing.jsonl"):
+        write_recipe(tmp_path / "recipe.yaml", "mine", "none", {"demonstrations": tmp_path / "nothing.jsonl"})
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "ratings", "prompts"])
+def test_a_row_that_asks_what_the_evaluation_asks_is_named(tmp_path: Path, files: dict[str, Path], model: Path, kind: str) -> None:
+    row = {"prompt": "  TEST   2", **({} if kind == "prompts" else {"response": "two", **RATED})}
+    with files[kind].open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    number = len(files[kind].read_text().splitlines())
+    with pytest.raises(InputError, match=f"Row {number} of .*{kind}.jsonl"):
+        write_recipe(tmp_path / "recipe.yaml", "mine", str(model), files)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "words"),
+    [
+        ("demonstrations", {"messages": [{"role": "assistant", "content": "hi"}]}, "Row 41"),
+        ("ratings", {"prompt": "p", "response": "r"}, "Row 5"),
+        ("evaluation", {"prompt": "p"}, "Row 5"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, files: dict[str, Path], model: Path, kind: str, row: dict[str, object], words: str) -> None:
+    with files[kind].open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=words):
+        write_recipe(tmp_path / "recipe.yaml", "mine", str(model), files)
+
+
+def test_a_model_that_does_not_load(tmp_path: Path, files: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        write_recipe(tmp_path / "recipe.yaml", "mine", str(tmp_path / "nowhere"), files)
+    with pytest.raises(InputError, match="nowhere"):
+        write_recipe(tmp_path / "recipe.yaml", "mine", str(tmp_path / "nowhere"), {})
+
+
+def test_demonstrations_that_are_all_too_long(tmp_path: Path, files: dict[str, Path], model: Path) -> None:
+    files["demonstrations"].write_text(json.dumps({"prompt": "p", "response": "y" * 300}) + "\n")
+    with pytest.raises(InputError, match="256 tokens"):
+        write_recipe(tmp_path / "recipe.yaml", "mine", str(model), files)
+
+
+def test_a_name_that_is_no_folder_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="name"):
+        write_recipe(tmp_path / "recipe.yaml", "a/b", "miniature", {})
+    assert not list(tmp_path.iterdir())
