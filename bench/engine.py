@@ -79,7 +79,7 @@ def run_gristmill(folder: Path, precision: str, rows: list[Row], warm: list[Row]
 
     from gristmill.data.chat import FORMATS
     from gristmill.engine.engine import Engine
-    from gristmill.generation.api import Request, Sampling
+    from gristmill.generation.api import Request, SamplingParams
     from gristmill.model.hf import load_model
 
     torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def run_gristmill(folder: Path, precision: str, rows: list[Row], warm: list[Row]
     def go(rows: list[Row], tag: str) -> int:
         before = core.output_tokens
         for i, (prompt, most, samples) in enumerate(rows):
-            core.add(engine.job_of(Request(f"{tag}{i}", (), Sampling(max_tokens=most, n=samples)), prompt))
+            core.add(engine.job_of(Request(f"{tag}{i}", (), SamplingParams(max_tokens=most, n=samples)), prompt))
         while not core.idle:
             core.step()
         assert all(len(c.logprobs) == c.num_tokens for job in core.take_finished() for c in job.completions if c is not None)

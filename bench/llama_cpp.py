@@ -35,7 +35,7 @@ import torch
 
 from gristmill.engine.engine import Engine
 from gristmill.engine.load import load_engine
-from gristmill.generation.api import Completion, Request, Sampling
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.miniature.base import BASE
 from gristmill.miniature.world import World
 
@@ -140,7 +140,7 @@ def own_answers(engine: Engine, prompts: list[list[int]], most: int) -> list[Com
     engine.stop_V[engine.tokenizer.eos_id] = True  # a GGUF file knows no end of turn
     core = engine.core()
     for i, prompt in enumerate(prompts):
-        core.add(engine.job_of(Request(str(i), (), Sampling(temperature=0, max_tokens=most, top_logprobs=2)), prompt))
+        core.add(engine.job_of(Request(str(i), (), SamplingParams(temperature=0, max_tokens=most, top_logprobs=2)), prompt))
     answers: dict[int, Completion] = {}
     while not core.idle:
         core.step()

@@ -13,22 +13,22 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from rows import MODEL, SYSTEM, args, prompt  # noqa: E402
 
 from gristmill.data.chat import Message  # noqa: E402
-from gristmill.generation.api import Request, Sampling  # noqa: E402
-from gristmill.generation.cached import Asker  # noqa: E402
+from gristmill.generation.api import Request, SamplingParams  # noqa: E402
+from gristmill.generation.cached import CachedClient  # noqa: E402
 from gristmill.generation.endpoint import Endpoint, RowFailed, Target  # noqa: E402
 from gristmill.runs.journal import Journal  # noqa: E402
 
 
 async def main() -> int:
     options = args()
-    system, sampling, failed = Message("system", SYSTEM), Sampling(), 0
+    system, sampling, failed = Message("system", SYSTEM), SamplingParams(), 0
     requests = (Request(f"{i:06d}", (system, Message("user", prompt(i))), sampling) for i in range(options.n))
     endpoint = Endpoint(
         [Target(options.base_url, MODEL)], concurrency=options.concurrency, timeout=options.timeout, retries=options.retries
     )
     with Journal(Path(options.workdir) / "journal.jsonl") as journal:
         async with endpoint:
-            async for _, result in Asker(endpoint, journal).stream(requests):
+            async for _, result in CachedClient(endpoint, journal).stream(requests):
                 failed += isinstance(result, RowFailed)
         with open(options.out, "w") as out:
             for name in sorted(journal):

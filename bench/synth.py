@@ -29,14 +29,14 @@ def prompt(row: int) -> str:
 async def gristmill(url: str, rows: int, journal: Path) -> None:
     from gristmill.data.chat import Message
     from gristmill.generation.api import Request
-    from gristmill.generation.cached import Asker
+    from gristmill.generation.cached import CachedClient
     from gristmill.generation.endpoint import Endpoint, Target
     from gristmill.runs.journal import Journal
 
     requests = (Request(str(row), (Message("user", prompt(row)),)) for row in range(rows))
     with Journal(journal) as book:
         async with Endpoint([Target(url, "mock")], concurrency=CONCURRENCY) as endpoint:
-            async for _ in Asker(endpoint, book).stream(requests):
+            async for _ in CachedClient(endpoint, book).stream(requests):
                 pass
 
 

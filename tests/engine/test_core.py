@@ -18,7 +18,7 @@ from gristmill.engine.core import Core
 from gristmill.engine.kernels import library as kernels
 from gristmill.engine.layers import Decoder
 from gristmill.engine.sequence import Job
-from gristmill.generation.api import Request, Sampling
+from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.model.quantized import LARGEST
 from gristmill.model.transformer import Transformer
@@ -53,7 +53,7 @@ def jobs_of(count: int, seed: int = 0, longest: int = 90, answer: int = 60) -> l
         own = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, longest))]
         prompt = np.array(prefix[: draw.choice((0, 40, 64))] + own, np.int32)
         n, limit = draw.choice((1, 1, 2, 3)), draw.randint(1, answer)
-        request = Request(f"r{seed}-{i}", (), Sampling(temperature=i % 2, max_tokens=limit, n=n), seed=i)
+        request = Request(f"r{seed}-{i}", (), SamplingParams(temperature=i % 2, max_tokens=limit, n=n), seed=i)
         out.append(Job(request, prompt, limit, [None] * n, n, i))
     return out
 
@@ -104,7 +104,7 @@ def test_prompts_that_begin_alike_are_read_once(model: Transformer) -> None:
     for gap in (0, 5):  # in one step, and later
         core = core_of(model)
         for i in range(4):
-            job = Job(Request(f"r{i}", (), Sampling(max_tokens=3)), np.array([*shared, i], np.int32), 3, [None], 1, i)
+            job = Job(Request(f"r{i}", (), SamplingParams(max_tokens=3)), np.array([*shared, i], np.int32), 3, [None], 1, i)
             core.add(job)
             for _ in range(gap):
                 core.step()
@@ -116,7 +116,8 @@ def test_prompts_that_begin_alike_are_read_once(model: Transformer) -> None:
 def test_a_prompt_of_whole_pages_that_is_known_is_still_answered(model: Transformer) -> None:
     core = core_of(model)
     jobs = [
-        Job(Request("same", (), Sampling(0.0, max_tokens=4)), np.arange(2 * PAGE_SIZE, dtype=np.int32) % 7, 4, [None], 1, i) for i in (0, 1)
+        Job(Request("same", (), SamplingParams(0.0, max_tokens=4)), np.arange(2 * PAGE_SIZE, dtype=np.int32) % 7, 4, [None], 1, i)
+        for i in (0, 1)
     ]
     assert finish(core, jobs[:1]) == finish(core, jobs[1:])
     assert core.prompt_tokens == 3 * PAGE_SIZE, "the last page is read again"
@@ -125,7 +126,7 @@ def test_a_prompt_of_whole_pages_that_is_known_is_still_answered(model: Transfor
 def test_what_never_fits_is_refused_at_once(model: Transformer) -> None:
     core = core_of(model, pages=3)
     with pytest.raises(InputError, match="may take 110 tokens and the cache holds 96"):
-        core.add(Job(Request("big", (), Sampling(max_tokens=100)), np.zeros(10, np.int32), 100, [None], 1))
+        core.add(Job(Request("big", (), SamplingParams(max_tokens=100)), np.zeros(10, np.int32), 100, [None], 1))
     assert core.idle
 
 
@@ -133,7 +134,7 @@ def test_priority_goes_first_and_nobody_starves(model: Transformer) -> None:
     core = core_of(model, rows=1)
     order = []
     jobs = jobs_of(4, answer=3)
-    urgent = Job(Request("urgent", (), Sampling(max_tokens=2), priority=1), np.arange(5, dtype=np.int32), 2, [None], 1, 99)
+    urgent = Job(Request("urgent", (), SamplingParams(max_tokens=2), priority=1), np.arange(5, dtype=np.int32), 2, [None], 1, 99)
     for job in jobs:
         core.add(job)
     core.step()
@@ -174,11 +175,11 @@ def test_a_short_prompt_among_many_is_read_at_its_end(model: Transformer) -> Non
     """Tokens to draw and tokens of the step may round up to the same number."""
     core = core_of(model, rows=40)
     for i in range(20):
-        core.add(Job(Request(f"d{i}", (), Sampling(0.0, max_tokens=40)), np.full(9, i, np.int32), 40, [None], 1, i))
+        core.add(Job(Request(f"d{i}", (), SamplingParams(0.0, max_tokens=40)), np.full(9, i, np.int32), 40, [None], 1, i))
     for _ in range(3):
         core.step()
-    late = Job(Request("late", (), Sampling(0.0, max_tokens=5)), np.arange(6, dtype=np.int32) + 30, 5, [None], 1, 99)
-    again = Job(Request("late", (), Sampling(0.0, max_tokens=5)), np.arange(6, dtype=np.int32) + 30, 5, [None], 1, 99)
+    late = Job(Request("late", (), SamplingParams(0.0, max_tokens=5)), np.arange(6, dtype=np.int32) + 30, 5, [None], 1, 99)
+    again = Job(Request("late", (), SamplingParams(0.0, max_tokens=5)), np.arange(6, dtype=np.int32) + 30, 5, [None], 1, 99)
     assert finish(core, [late])["late"] == finish(core_of(model), [again])["late"]
 
 
@@ -186,7 +187,7 @@ def test_pages_of_former_weights_are_never_found(model: Transformer) -> None:
     changing = model_of()
     core = core_of(changing)
     text = np.arange(10, dtype=np.int32)
-    first = Job(Request("first", (), Sampling(0.0, max_tokens=60)), text, 60, [None], 1)
+    first = Job(Request("first", (), SamplingParams(0.0, max_tokens=60)), text, 60, [None], 1)
     core.stop_V[:] = False
     core.add(first)
     for _ in range(10):
@@ -197,7 +198,7 @@ def test_pages_of_former_weights_are_never_found(model: Transformer) -> None:
     core.refresh()
     said = finish(core, [])["first"][0][0]
     prompt = np.array([*text, *map(int, said.split())], np.int32)[: PAGE_SIZE + 8]
-    jobs = [Job(Request("next", (), Sampling(0.0, max_tokens=6)), prompt, 6, [None], 1) for _ in range(2)]
+    jobs = [Job(Request("next", (), SamplingParams(0.0, max_tokens=6)), prompt, 6, [None], 1) for _ in range(2)]
     before = core.prompt_tokens
     other = core_of(changing)
     other.stop_V[:] = False
@@ -207,7 +208,7 @@ def test_pages_of_former_weights_are_never_found(model: Transformer) -> None:
 def test_a_listener_hears_every_token_once(model: Transformer) -> None:
     heard: dict[int, list[int]] = {0: [], 1: [], 2: []}
     ended = []
-    job = Job(Request("r", (), Sampling(max_tokens=9, n=3)), np.arange(40, dtype=np.int32), 9, [None] * 3, 3)
+    job = Job(Request("r", (), SamplingParams(max_tokens=9, n=3)), np.arange(40, dtype=np.int32), 9, [None] * 3, 3)
 
     def listener(sample: int, token: int, logprob: float, last: bool, likeliest: object) -> None:
         heard[sample].append(token)
@@ -230,7 +231,7 @@ def drawn(model: Transformer, **sampling: object) -> tuple[str, int, str]:
     core = core_of(model)
     core.stop_V[:] = False
     values = {"temperature": 0.0, "max_tokens": 12} | sampling
-    job = Job(Request("r", (), Sampling(**values)), np.arange(9, dtype=np.int32), 12, [None], 1)  # type: ignore[arg-type]
+    job = Job(Request("r", (), SamplingParams(**values)), np.arange(9, dtype=np.int32), 12, [None], 1)  # type: ignore[arg-type]
     return finish(core, [job])["r"][0]
 
 

@@ -12,7 +12,7 @@ from gristmill.data.chat import FORMATS, Message
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine, _Shares
 from gristmill.engine.kernels import library as kernels
-from gristmill.generation.api import Completion, Request, Sampling
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.model.hf import save_model
 from gristmill.model.packed import PackedShape
@@ -45,7 +45,7 @@ def model(tokenizer: Tokenizer) -> Transformer:
     return build_model("nemotron", tokenizer.vocab_size, (BlockConfig(4, 2, 8, 64),) * 2)
 
 
-def request(index: int, sampling: Sampling, num_words: int | None = None) -> Request:
+def request(index: int, sampling: SamplingParams, num_words: int | None = None) -> Request:
     draw = random.Random(index)
     words = [draw.choice(WORDS) for _ in range(draw.randint(1, 20) if num_words is None else num_words)]
     return Request(f"r{index}", (Message("user", " ".join(words)),), sampling, seed=index)
@@ -55,8 +55,8 @@ def run(engine: Engine, requests: list[Request]) -> dict[str, list]:
     return {request.id: completions for request, completions in engine.generate(requests)}
 
 
-GREEDY = Sampling(temperature=0.0, max_tokens=12)
-RANDOM = Sampling(temperature=1.0, max_tokens=15)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+RANDOM = SamplingParams(temperature=1.0, max_tokens=15)
 
 
 def make_engine(model: Transformer, tokenizer: Tokenizer, max_batch: int = 8) -> Engine:
@@ -112,7 +112,7 @@ def test_greedy_equals_transformers(family: str, tokenizer: Tokenizer, tmp_path:
 
 
 def test_samples_do_not_depend_on_neighbours_or_order(model: Transformer, tokenizer: Tokenizer) -> None:
-    requests = [request(i, Sampling(max_tokens=5 + i, n=1 + i % 3, top_p=0.9 if i % 2 else 1.0)) for i in range(10)]
+    requests = [request(i, SamplingParams(max_tokens=5 + i, n=1 + i % 3, top_p=0.9 if i % 2 else 1.0)) for i in range(10)]
     engine = make_engine(model, tokenizer)
     together = run(engine, requests)
     reverse = run(make_engine(model, tokenizer, max_batch=5), requests[::-1])
@@ -123,7 +123,7 @@ def test_samples_do_not_depend_on_neighbours_or_order(model: Transformer, tokeni
 
 
 def test_workers_generate_what_one_does(model: Transformer, tokenizer: Tokenizer) -> None:
-    requests = [request(i, sampling) for i in range(12) for sampling in (Sampling(temperature=1.0, max_tokens=3 + i, n=1 + i % 5),)]
+    requests = [request(i, sampling) for i in range(12) for sampling in (SamplingParams(temperature=1.0, max_tokens=3 + i, n=1 + i % 5),)]
     alone = run(make_engine(model, tokenizer), requests)
     torch.set_num_threads(3)
     try:
@@ -144,7 +144,7 @@ def test_which_worker_has_which_request_does_not_depend_on_their_speed() -> None
 
 
 def test_equal_prompts_are_read_once(model: Transformer, tokenizer: Tokenizer) -> None:
-    hot, cold = Sampling(temperature=1.0, max_tokens=8, n=2), Sampling(temperature=0.0, max_tokens=8)
+    hot, cold = SamplingParams(temperature=1.0, max_tokens=8, n=2), SamplingParams(temperature=0.0, max_tokens=8)
     first, other = request(1, hot, num_words=9), request(2, hot, num_words=5)
     twin = Request("twin", first.messages, cold)
     engine = make_engine(model, tokenizer)
@@ -156,7 +156,7 @@ def test_equal_prompts_are_read_once(model: Transformer, tokenizer: Tokenizer) -
 
 
 def test_samples_are_distinct_and_reproducible(model: Transformer, tokenizer: Tokenizer) -> None:
-    base = request(3, Sampling(n=6, max_tokens=10))
+    base = request(3, SamplingParams(n=6, max_tokens=10))
     engine = make_engine(model, tokenizer, max_batch=4)  # n exceeds the rows
     first, again = run(engine, [base])[base.id], run(engine, [base])[base.id]
     assert same(first, again)
@@ -190,7 +190,7 @@ def test_logprobs_equal_the_packed_forward(tokenizer: Tokenizer, monkeypatch: py
         return decode(ids)
 
     monkeypatch.setattr(tokenizer, "decode", note)
-    requests = [request(i, Sampling(temperature=0.7, top_k=20, max_tokens=3 + 2 * i)) for i in range(7)]
+    requests = [request(i, SamplingParams(temperature=0.7, top_k=20, max_tokens=3 + 2 * i)) for i in range(7)]
     got = run(engine, requests)
     for one in requests:
         completion = got[one.id][0]
@@ -233,7 +233,7 @@ def test_rows_are_refilled_and_requests_are_pulled_late(model: Transformer, toke
     def source() -> itertools.chain:
         for i in range(7):
             pulled.append(i)
-            yield request(i, Sampling(max_tokens=40 if i == 0 else 4))
+            yield request(i, SamplingParams(max_tokens=40 if i == 0 else 4))
 
     engine = make_engine(model, tokenizer, max_batch=2)
     engine.stop_V[:] = False
@@ -251,7 +251,7 @@ def test_rows_are_refilled_and_requests_are_pulled_late(model: Transformer, toke
 
 
 def test_samples_of_a_request_share_one_prefill(model: Transformer, tokenizer: Tokenizer) -> None:
-    one = request(2, Sampling(n=5, max_tokens=3))
+    one = request(2, SamplingParams(n=5, max_tokens=3))
     engine = make_engine(model, tokenizer)
     run(engine, [one])
     assert engine.stats.prompt_tokens == len(FORMAT.render_prompt(one.messages, tokenizer))
@@ -287,7 +287,7 @@ def test_caller_can_train_between_results(model: Transformer, tokenizer: Tokeniz
 
 
 def test_context_limit_ends_the_answer(model: Transformer, tokenizer: Tokenizer) -> None:
-    one = request(0, Sampling(max_tokens=10_000), num_words=5)
+    one = request(0, SamplingParams(max_tokens=10_000), num_words=5)
     engine = make_engine(model, tokenizer)
     engine.stop_V[:] = False
     completion = run(engine, [one])[one.id][0]
@@ -316,7 +316,7 @@ def test_too_long_prompt_is_refused_before_work(model: Transformer, tokenizer: T
 )
 def test_bad_sampling_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
-        Sampling(**bad)  # type: ignore[arg-type]
+        SamplingParams(**bad)  # type: ignore[arg-type]
 
 
 def test_loglikelihood_counts_assistant_tokens(model: Transformer, tokenizer: Tokenizer) -> None:

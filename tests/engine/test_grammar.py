@@ -10,7 +10,7 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS, Message
 from gristmill.engine import grammar as constraints
 from gristmill.engine.engine import Engine
-from gristmill.generation.api import Completion, Request, Sampling
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.model.hf import load_model
 
 SCHEMA = {
@@ -28,7 +28,7 @@ def engine(tiny_base: Path) -> Engine:
 
 def say(engine: Engine, grammar: str, **sampling: object) -> list[Completion]:
     values = {"n": 6, "max_tokens": 80, "temperature": 1.5} | sampling
-    request = Request("r", (Message("user", "Name a land."),), Sampling(grammar=grammar, **values))  # type: ignore[arg-type]
+    request = Request("r", (Message("user", "Name a land."),), SamplingParams(grammar=grammar, **values))  # type: ignore[arg-type]
     ((_, outs),) = engine.generate([request])
     return outs
 
@@ -49,8 +49,8 @@ def test_a_regular_expression_and_a_choice(engine: Engine) -> None:
 
 
 def test_neighbours_say_what_they_want(engine: Engine) -> None:
-    free = Request("free", (Message("user", "Name a land."),), Sampling(max_tokens=20, n=3))
-    bound = Request("bound", free.messages, Sampling(max_tokens=20, grammar=constraints.of_choice(["yes"])))
+    free = Request("free", (Message("user", "Name a land."),), SamplingParams(max_tokens=20, n=3))
+    bound = Request("bound", free.messages, SamplingParams(max_tokens=20, grammar=constraints.of_choice(["yes"])))
     alone = dict((r.id, outs) for r, outs in engine.generate([free]))
     together = dict((r.id, outs) for r, outs in engine.generate([bound, free, bound]))
     assert [o.text for o in together["free"]] == [o.text for o in alone["free"]] and together["bound"][0].text == "yes"

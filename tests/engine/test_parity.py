@@ -10,12 +10,12 @@ from gristmill.data.chat import FORMATS, Message
 from gristmill.engine.async_engine import Event, Live
 from gristmill.engine.engine import Engine
 from gristmill.engine.parity import divergence, mismatch
-from gristmill.generation.api import Completion, Request, Sampling
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.model.hf import load_model
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import Transformer
 
-REQUESTS = [Request(f"r{i}", (Message("user", f"Name a land. {i}"),), Sampling(max_tokens=20, n=2), seed=i) for i in range(5)]
+REQUESTS = [Request(f"r{i}", (Message("user", f"Name a land. {i}"),), SamplingParams(max_tokens=20, n=2), seed=i) for i in range(5)]
 
 
 def engine_of(tiny_base: Path, **options: object) -> Engine:

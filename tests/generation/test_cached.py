@@ -16,21 +16,21 @@ from typing import Any
 import pytest
 
 from gristmill.data.chat import Message
-from gristmill.generation.api import Completion, Request, Sampling
-from gristmill.generation.cached import Asker, Waves
+from gristmill.generation.api import Completion, Request, SamplingParams
+from gristmill.generation.cached import BatchingClient, CachedClient
 from gristmill.generation.endpoint import Endpoint, RowFailed, Target
 from gristmill.runs.journal import Journal
 
 
 def ask(name: str, text: str = "", n: int = 1) -> Request:
-    return Request(name, (Message("user", text or f"row {name}"),), Sampling(n=n))
+    return Request(name, (Message("user", text or f"row {name}"),), SamplingParams(n=n))
 
 
 def answers(server: Any, path: Path, requests: Iterable[Request], **options: Any) -> dict[str, str]:
     async def run() -> dict[str, str]:
         async with Endpoint([Target(server.url, "mock")], timeout=5.0, retries=1) as endpoint:
             with Journal(path) as journal:
-                stream = Asker(endpoint, journal, **options).stream(requests)
+                stream = CachedClient(endpoint, journal, **options).stream(requests)
                 return {r.id: str(result) if isinstance(result, RowFailed) else result[0].text async for r, result in stream}
 
     return asyncio.run(run())
@@ -75,12 +75,12 @@ import asyncio, resource, sys, threading
 from pathlib import Path
 from gristmill.data.chat import Message
 from gristmill.generation.api import Request
-from gristmill.generation import cached as ask
+from gristmill.generation import cached
 from gristmill.generation.endpoint import Endpoint, Target
 from gristmill.runs.journal import Journal
 
 url, path, rows, full = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-ask.DISK_PAUSE = 0.05
+cached.DISK_PAUSE = 0.05
 
 def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -93,7 +93,7 @@ async def main():
     requests = (Request(str(n), (Message("user", f"row {n}"),)) for n in range(rows))
     async with Endpoint([Target(url, "mock")], concurrency=16) as endpoint:
         with Journal(path) as journal:
-            async for request, result in ask.Asker(endpoint, journal).stream(requests):
+            async for request, result in cached.CachedClient(endpoint, journal).stream(requests):
                 assert result[0].text == f"answer to row {request.id}"
             print(len(journal))
 
@@ -158,11 +158,11 @@ def test_a_generator_answers_what_waits_together(tmp_path: Path) -> None:
 
     async def run() -> list[str]:
         with Journal(tmp_path / "j.jsonl") as journal:
-            asker = Asker(Waves(echo), journal)
+            client = CachedClient(BatchingClient(echo), journal)
 
             async def chain(name: str) -> str:
-                first = await asker.ask(ask(name))
-                second = await asker.ask(ask(first[0].text))
+                first = await client.ask(ask(name))
+                second = await client.ask(ask(first[0].text))
                 return second[0].text
 
             return await asyncio.gather(*(chain(str(n)) for n in range(10)))
@@ -174,7 +174,7 @@ def test_a_generator_answers_what_waits_together(tmp_path: Path) -> None:
 
 def test_a_row_that_is_cancelled_harms_no_other_of_its_wave() -> None:
     async def run() -> list[Any]:
-        source = Waves(Echo())
+        source = BatchingClient(Echo())
         rows = [asyncio.ensure_future(source.complete(ask(str(n)))) for n in range(3)]
         await asyncio.sleep(0)
         rows[0].cancel()
@@ -186,7 +186,7 @@ def test_a_row_that_is_cancelled_harms_no_other_of_its_wave() -> None:
 
 def test_the_same_request_may_wait_twice() -> None:
     async def run() -> list[Any]:
-        source, request = Waves(Echo()), ask("a")
+        source, request = BatchingClient(Echo()), ask("a")
         return await asyncio.wait_for(asyncio.gather(source.complete(request), source.complete(request)), 10)
 
     assert [outs[0].text for outs in asyncio.run(run())] == ["echo a"] * 2
@@ -195,7 +195,7 @@ def test_the_same_request_may_wait_twice() -> None:
 def test_a_broken_generator_is_heard_of(tmp_path: Path) -> None:
     async def run() -> None:
         with Journal(tmp_path / "j.jsonl") as journal:
-            await Asker(Waves(Echo()), journal).ask(ask("broken"))
+            await CachedClient(BatchingClient(Echo()), journal).ask(ask("broken"))
 
     with pytest.raises(ValueError, match="no model"):
         asyncio.run(run())

@@ -11,13 +11,13 @@ import pytest
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.generation import endpoint as module
-from gristmill.generation.api import Completion, Request, Sampling
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.generation.endpoint import Endpoint, RowFailed, Target, _retry_after
-from gristmill.generation.rate_limit import Window
+from gristmill.generation.rate_limit import RateLimit
 
 
 def ask(name: str, text: str, **sampling: Any) -> Request:
-    return Request(name, (Message("user", text),), Sampling(**sampling))
+    return Request(name, (Message("user", text),), SamplingParams(**sampling))
 
 
 def complete(endpoint: Endpoint, requests: Sequence[Request]) -> list[list[Completion] | RowFailed | Exception]:
@@ -123,7 +123,7 @@ def test_samples_that_a_server_leaves_out_are_asked_for(endpoint: Any) -> None:
 
 
 def test_the_request_says_what_was_asked_for(endpoint: Any) -> None:
-    request = Request("a", (Message("system", "be kind"), Message("user", "hello")), Sampling(0.5, 0.9, 40, 17), seed=3)
+    request = Request("a", (Message("system", "be kind"), Message("user", "hello")), SamplingParams(0.5, 0.9, 40, 17), seed=3)
     (outs,) = complete(client(endpoint, logprobs=True, price_in=1.0, price_out=2.0), [request])
     assert isinstance(outs, list) and outs[0].logprobs == (-0.5,) * 3 and outs[0].num_tokens == 3
     (again,) = complete(mill := client(endpoint, kind="completions", price_in=1.0, price_out=2.0), [ask("b", "plain")])
@@ -225,7 +225,7 @@ def test_concurrency_is_reached_and_kept(start_endpoint: Callable[..., Any]) -> 
 
 def test_a_window_ignores_stray_refusals_and_halves_when_they_are_many() -> None:
     async def run() -> None:
-        window = Window(64)
+        window = RateLimit(64)
         for n in range(6400):
             window.saw(refused=n % 20 == 0)
         assert window.size == 64
@@ -246,7 +246,7 @@ def test_rows_that_were_sent_before_get_the_next_slot() -> None:
     order: list[str] = []
 
     async def run() -> None:
-        window = Window(1)
+        window = RateLimit(1)
         await window.enter(again=False)
 
         async def row(name: str, again: bool) -> None:

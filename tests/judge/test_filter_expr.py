@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gristmill.core.errors import InputError
 from gristmill.data.rows import Rating
-from gristmill.judge.filter_expr import DEEPEST, NAMES, Condition
+from gristmill.judge.filter_expr import DEEPEST, NAMES, FilterExpr
 from gristmill.model.reward import ATTRIBUTES
 
 ROW = asdict(Rating(3.0, 3.5, 4.0, 1.0, 2.0)) | {"score": 4.25}
@@ -58,15 +58,15 @@ def text_of(tree: Tree, space: str, spare: bool, outer: str = "or") -> str:
 
 @given(trees, values, st.sampled_from(["", " ", "\n  "]), st.booleans())
 def test_a_condition_holds_where_its_tree_does(tree: Tree, row: dict[str, float], space: str, spare: bool) -> None:
-    assert Condition.parse(text_of(tree, space, spare)).holds(row) == truth(tree, row)
+    assert FilterExpr.parse(text_of(tree, space, spare)).holds(row) == truth(tree, row)
 
 
 @given(trees, values)
 def test_the_normal_form_is_the_same_condition_and_its_own_normal_form(tree: Tree, row: dict[str, float]) -> None:
-    plain, spare = (Condition.parse(text_of(tree, "", brackets)) for brackets in (False, True))
+    plain, spare = (FilterExpr.parse(text_of(tree, "", brackets)) for brackets in (False, True))
     assert plain == spare and str(plain) == str(spare)
-    assert Condition.parse(str(plain)) == plain and hash(Condition.parse(str(plain))) == hash(plain)
-    assert str(Condition.parse(str(plain))) == str(plain)
+    assert FilterExpr.parse(str(plain)) == plain and hash(FilterExpr.parse(str(plain))) == hash(plain)
+    assert str(FilterExpr.parse(str(plain))) == str(plain)
 
 
 def test_the_names_are_those_of_the_reward_model() -> None:
@@ -94,7 +94,7 @@ def test_the_names_are_those_of_the_reward_model() -> None:
     ],
 )
 def test_examples(text: str, normal: str, holds: bool) -> None:
-    condition = Condition.parse(text)
+    condition = FilterExpr.parse(text)
     assert str(condition) == normal
     assert condition.holds(ROW) is holds
 
@@ -128,11 +128,11 @@ def test_examples(text: str, normal: str, holds: bool) -> None:
 )
 def test_what_is_no_condition_says_where(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Condition.parse(text)
+        FilterExpr.parse(text)
 
 
 def test_a_value_that_decides_must_be_there() -> None:
-    condition = Condition.parse("correctness > 1 and score > 2")
+    condition = FilterExpr.parse("correctness > 1 and score > 2")
     with pytest.raises(InputError, match="needs 'score', and the answer has only correctness"):
         condition.holds({"correctness": 2.0})
     assert not condition.holds({"correctness": 0.0}), "the score decides nothing"
@@ -141,17 +141,17 @@ def test_a_value_that_decides_must_be_there() -> None:
 @pytest.mark.parametrize("piece", ["(", "not ", "((score > 1) and "])
 def test_nesting_has_an_end(piece: str) -> None:
     with pytest.raises(InputError, match=f"more than {DEEPEST} brackets"):
-        Condition.parse(piece * 10_000)
-    assert Condition.parse("(" * DEEPEST + "score > 1" + ")" * DEEPEST) == Condition.parse("score > 1")
+        FilterExpr.parse(piece * 10_000)
+    assert FilterExpr.parse("(" * DEEPEST + "score > 1" + ")" * DEEPEST) == FilterExpr.parse("score > 1")
     beside = " and ".join(["not (score < 1)"] * 2 * DEEPEST)
-    assert str(Condition.parse(beside)).count("score") == 2 * DEEPEST, "what stands beside each other is not nested"
+    assert str(FilterExpr.parse(beside)).count("score") == 2 * DEEPEST, "what stands beside each other is not nested"
 
 
 @pytest.mark.parametrize("text", ["score > 1 and " * 5_000 + "score > 1", "score > " + "9" * 100_000, "a" * 100_000, "%" * 100_000])
 def test_a_long_text_takes_no_time_and_a_short_message(text: str) -> None:
     start = time.perf_counter()
     try:
-        assert Condition.parse(text).holds(ROW)
+        assert FilterExpr.parse(text).holds(ROW)
     except InputError as e:
         assert len(str(e)) < 400
     assert time.perf_counter() - start < 2

@@ -16,7 +16,7 @@ from gristmill.miniature.human import Written, annotate, demonstrations, evaluat
 from gristmill.miniature.world import TASKS, World
 from gristmill.model.hf import load_model
 from gristmill.model.reward import ATTRIBUTES
-from gristmill.workflows.alignment.source import contaminated, fold
+from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 
 SEEDS = (0, 1, 2, 17)
 WORLD = World.make()
@@ -44,16 +44,16 @@ def test_demonstrations_are_of_every_task_in_equal_parts(world: World) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_people_never_see_what_the_evaluation_asks(world: World, seed: int) -> None:
-    held_out = frozenset(fold(conversation(r["messages"])) for r in evaluation(world, 10**6))
+    held_out = frozenset(normalize_prompt(conversation(r["messages"])) for r in evaluation(world, 10**6))
     assert len(held_out) == sum(map(len, world.held_out.values()))
     rows = demonstrations(world, 600, seed) + ratings(world, 600, seed)
     for row in rows:
         messages = conversation(row["messages"])
         assert not contaminated(messages[:-1], held_out), messages
-        assert fold(messages[-1:]) not in held_out, "not even as an answer"
+        assert normalize_prompt(messages[-1:]) not in held_out, "not even as an answer"
     collected = human.collected(world, 600, seed)
     assert not any(contaminated(p.messages, held_out) for p in collected)
-    assert len({fold(p.messages) for p in collected}) == 600
+    assert len({normalize_prompt(p.messages) for p in collected}) == 600
     texts = json.dumps(rows)
     single = [p.question for task, problems in world.held_out.items() if task != "followups" for p in problems]
     assert [text for text in single if json.dumps(text)[1:-1] in texts] == []

@@ -6,7 +6,7 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.data.human import HumanData
 from gristmill.miniature.source import LIMITS, MiniatureSource
-from gristmill.workflows.alignment.source import Source, fold
+from gristmill.workflows.alignment.source import Source, normalize_prompt
 
 DATA = HumanData(num_demonstrations=50, num_rated_prompts=30, num_held_out_ratings=5, num_evaluation=4, num_prompts=20)
 
@@ -35,7 +35,7 @@ def test_another_seed_draws_other_people_but_asks_the_same(source: MiniatureSour
 
 
 def test_every_evaluation_prompt_has_a_truth(source: MiniatureSource) -> None:
-    assert all(p.truth for p in source.evaluation()) and len({fold(p.messages) for p in source.evaluation()}) == 20
+    assert all(p.truth for p in source.evaluation()) and len({normalize_prompt(p.messages) for p in source.evaluation()}) == 20
 
 
 def test_verifiers_know_prompts_but_no_facts(source: MiniatureSource) -> None:

@@ -21,7 +21,7 @@ from gristmill.miniature.world import (
     writing_problem,
 )
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
-from gristmill.workflows.alignment.source import contaminated, fold
+from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 
 NUM_DOCUMENTS = 20_000
 
@@ -55,7 +55,7 @@ def test_names_of_lands_and_their_facts_cannot_be_confused() -> None:
 
 def test_held_out_problems_differ(world: World) -> None:
     assert set(world.held_out) == set(TASKS)
-    texts = [fold(p.messages) for problems in world.held_out.values() for p in problems]
+    texts = [normalize_prompt(p.messages) for problems in world.held_out.values() for p in problems]
     assert len(set(texts)) == len(texts) == len(TASKS) * HELD_OUT_PER_TASK
     assert all(p.task == task for task, problems in world.held_out.items() for p in problems)
 
@@ -83,7 +83,7 @@ def test_the_search_would_find_a_held_out_text(world: World) -> None:
 
 def test_what_is_drawn_is_not_held_out(world: World) -> None:
     rng = random.Random(1)
-    held_out = frozenset(fold(p.messages) for problems in world.held_out.values() for p in problems)
+    held_out = frozenset(normalize_prompt(p.messages) for problems in world.held_out.values() for p in problems)
     for task in TASKS:
         for _ in range(400):
             assert not contaminated(world.draw(rng, task).messages, held_out)

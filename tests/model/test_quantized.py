@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS, Message
 from gristmill.engine.engine import Engine
-from gristmill.generation.api import Request, Sampling
+from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.hf import hf_tensors, load_model, save_quantized, saved_as
 from gristmill.model.quantized import KINDS, LARGEST, Quantize, compressed, restored, scaled
 
@@ -42,7 +42,7 @@ def test_a_saved_model_answers_as_one_quantized_when_it_is_loaded(tiny_base: Pat
     for name, tensor in hf_tensors(again).items():
         exact = hf_tensors(model)[name]
         assert torch.equal(tensor, exact) != name.endswith("_proj.weight") and torch.allclose(tensor, exact, atol=0.05)
-    requests = [Request(str(i), (Message("user", f"Name a land. {i}"),), Sampling(max_tokens=12), seed=i) for i in range(3)]
+    requests = [Request(str(i), (Message("user", f"Name a land. {i}"),), SamplingParams(max_tokens=12), seed=i) for i in range(3)]
     said = [
         dict((r.id, outs[0].text) for r, outs in Engine(one, tokenizer, FORMATS["nemotron"], "x", 8, quantize=kind).generate(requests))
         for one in (model, again)

@@ -24,7 +24,7 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS, Message, find_format
 from gristmill.engine.core import Core
 from gristmill.engine.engine import Engine
-from gristmill.generation.api import Request, Sampling
+from gristmill.generation.api import Request, SamplingParams
 from gristmill.generation.endpoint import Endpoint, Target
 from gristmill.judge.reward_client import RewardEndpoint, rating_of
 from gristmill.judge.reward_client import RewardModel as RewardClient
@@ -46,7 +46,7 @@ def served(tiny_base: Path) -> Iterator[tuple[Path, str]]:
 
 
 def ask(text: str, **sampling: Any) -> Request:
-    return Request(text, (Message("user", text),), Sampling(**sampling))
+    return Request(text, (Message("user", text),), SamplingParams(**sampling))
 
 
 def test_greedy_answers_are_the_engines(served: tuple[Path, str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.synth.parsing import fold, parse_list, says_yes, unique
+from gristmill.synth.parsing import normalize, parse_list, says_yes, unique
 
 ITEMS = ["Tides and moon", "Bees in winter", "The price of bread"]
 FORMS = {
@@ -44,7 +44,7 @@ def test_no_list_is_no_list(text: str) -> None:
 
 
 words = st.text(st.characters(categories=["L"]), min_size=1, max_size=8)
-items = st.lists(st.lists(words, min_size=1, max_size=5).map(" ".join), min_size=2, max_size=9, unique_by=fold)
+items = st.lists(st.lists(words, min_size=1, max_size=5).map(" ".join), min_size=2, max_size=9, unique_by=normalize)
 
 
 @given(items, st.sampled_from(["{n}. {item}", "{n}) {item}", "- {item}", "* {item}"]))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pytest
 
 from gristmill.synth.rephrase import TASKS, Name, messages, read, room, segments, template, without_markdown
-from gristmill.synth.templates import Pack
-from gristmill.synth.writer import Unusable
+from gristmill.synth.templates import TemplatePack
+from gristmill.synth.writer import ParseError
 
 
 def words(texts: Sequence[str]) -> list[int]:
@@ -19,7 +19,7 @@ def made(name: Name, answer: str, segment: str = "A segment. " * 40, tokens: int
 
 
 def test_every_task_has_its_templates() -> None:
-    pack = Pack.load()
+    pack = TemplatePack.load()
     for name, task in TASKS.items():
         system, user = messages(name, "<the {document}>", pack)
         assert (system.role, user.role) == ("system", "user") and "<the {document}>" in user.content and task.opening in user.content
@@ -58,7 +58,7 @@ def test_the_opening_is_asked_for_and_cut_off(name: Name) -> None:
     opening, text = TASKS[name].opening, "It is said again. " * 20
     assert made(name, f"**{opening}**\n\n\u201c{text.strip()}\u201d") == text.strip()
     assert made(name, f"{opening.lower()} {text}") == text.strip()
-    with pytest.raises(Unusable, match="no opening"):
+    with pytest.raises(ParseError, match="no opening"):
         made(name, text)
 
 
@@ -66,7 +66,7 @@ def test_answers_that_were_cut_or_are_too_short() -> None:
     text = TASKS["wikipedia"].opening + " word" * 60
     assert made("wikipedia", text, tokens=598)
     for tokens, answer, why in ((599, text, "too many"), (60, "x" * 32 * 601, "too many"), (60, text[:100], "too few")):
-        with pytest.raises(Unusable, match=why):
+        with pytest.raises(ParseError, match=why):
             made("wikipedia", answer, tokens=tokens)
 
 
@@ -97,7 +97,7 @@ def test_pairs_over_several_lines_and_text_that_is_no_pair() -> None:
     assert kept == {"Question: Which?\n(a) one (b) two\nAnswer: one", "Question: Is it? Answer: Yes."}
     wrong = {"Well\nso\n- Question: a? Answer: b": "before", "Sorry.": "no question", "- Question: only?": "without an answer"}
     for answer, why in wrong.items():
-        with pytest.raises(Unusable, match=why):
+        with pytest.raises(ParseError, match=why):
             made("diverse_qa", answer, "word " * 100)
 
 

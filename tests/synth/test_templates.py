@@ -6,11 +6,11 @@ import pytest
 
 from gristmill.core.errors import InputError
 from gristmill.miniature.world import NEXT_REQUEST, PROMPT_REQUEST, TOPIC_REQUEST
-from gristmill.synth.templates import Pack
+from gristmill.synth.templates import TemplatePack
 
 
 def test_the_default_pack_renders() -> None:
-    pack = Pack.load()
+    pack = TemplatePack.load()
     for template in pack.values():
         text = template.render(**{slot: f"<{slot} {{braces}}>" for slot in template.slots})
         used = set(template.slots) - ({"question", "answer"} if "history" in template.slots else set())  # for packs that want these
@@ -20,7 +20,7 @@ def test_the_default_pack_renders() -> None:
 
 
 def test_the_miniatures_pack_asks_in_the_words_that_it_has_learnt() -> None:
-    pack = Pack.load("miniature")
+    pack = TemplatePack.load("miniature")
     assert [pack[name].text for name in ("macro_topics", "math_topics", "python_topics")] == list(TOPIC_REQUEST.values())
     assert pack["next_turn"].text == NEXT_REQUEST
     learnt = {request.format(topic="<topic>") for request in PROMPT_REQUEST.values()}
@@ -32,9 +32,9 @@ def test_the_miniatures_pack_asks_in_the_words_that_it_has_learnt() -> None:
 def test_a_pack_of_ones_own_stands_before_the_default(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("questions:\n  text: 'Ask {num} things about {topic}: {{}}'\n  sampling: {temperature: 0.2}\n  parser: list\n")
-    pack = Pack.load(str(path))
+    pack = TemplatePack.load(str(path))
     assert pack["questions"].render(num=3, topic="bees") == "Ask 3 things about bees: {}"
-    assert pack["questions"].sampling.temperature == 0.2 and pack["subtopics"].text == Pack.load()["subtopics"].text
+    assert pack["questions"].sampling.temperature == 0.2 and pack["subtopics"].text == TemplatePack.load()["subtopics"].text
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,11 @@ def test_a_wrong_pack_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=words.replace("(", r"\(").replace(".", r"\.")):
-        Pack.load(str(path))
+        TemplatePack.load(str(path))
 
 
 def test_a_pack_that_is_not_there_is_named() -> None:
     with pytest.raises(InputError, match="no template pack 'nemo': give a .yaml file or one of default, miniature"):
-        Pack.load("nemo")
+        TemplatePack.load("nemo")
     with pytest.raises(InputError, match="cannot be read"):
-        Pack.load("/nowhere/pack.yaml")
+        TemplatePack.load("/nowhere/pack.yaml")

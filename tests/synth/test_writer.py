@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from gristmill.generation.api import Completion, Finish, Request
-from gristmill.generation.cached import Asker
+from gristmill.generation.cached import CachedClient
 from gristmill.generation.endpoint import RowFailed
 from gristmill.runs.journal import Journal
-from gristmill.synth.templates import Pack
-from gristmill.synth.writer import Rehearsal, Topic, Unusable, Writer
+from gristmill.synth.templates import TemplatePack
+from gristmill.synth.writer import DryRun, ParseError, Topic, Writer
 
 Say = Callable[[str], str]
 
@@ -41,7 +41,7 @@ def write(tmp_path: Path, say: Say, work: Callable[[Writer], Any], **options: An
 
     async def run() -> tuple[Any, Writer]:
         with Journal(tmp_path / "j.jsonl") as journal:
-            writer = Writer(Asker(source, journal), options.pop("pack", Pack.load()), **options)
+            writer = Writer(CachedClient(source, journal), options.pop("pack", TemplatePack.load()), **options)
             return await work(writer), writer
 
     result, writer = asyncio.run(run())
@@ -74,9 +74,9 @@ def test_a_short_list_is_kept_and_counted(tmp_path: Path) -> None:
 
 
 def test_no_list_ends_the_branch(tmp_path: Path) -> None:
-    with pytest.raises(Unusable, match="no list"):
+    with pytest.raises(ParseError, match="no list"):
         write(tmp_path, lambda _: "I would rather not.", topics(3))
-    with pytest.raises(Unusable, match="cut off"):
+    with pytest.raises(ParseError, match="cut off"):
         write(tmp_path, lambda _: "1. Honey\n2. Wa", topics(2), finish="length")
 
 
@@ -84,7 +84,7 @@ def test_a_pack_may_ask_for_one_item_at_a_time(tmp_path: Path) -> None:
     pack = tmp_path / "small.yaml"
     pack.write_text("subtopics: {text: 'Name one thing of {topic}.'}")
     names = iter(["honey", "wax", "Honey!", "queens"])
-    found, _, source = write(tmp_path, lambda _: next(names), topics(4), pack=Pack.load(str(pack)))
+    found, _, source = write(tmp_path, lambda _: next(names), topics(4), pack=TemplatePack.load(str(pack)))
     assert {item.text.lower().strip("!") for item in found} == {"honey", "wax", "queens"} and len(source.asked) == 4
 
 
@@ -96,7 +96,7 @@ def test_yes_is_read_from_the_beginning(tmp_path: Path) -> None:
         for entity in answers:
             try:
                 out.append((await writer.yes("math_entity", entity=entity))[0])
-            except Unusable as e:
+            except ParseError as e:
                 out.append(str(e))
         return out
 
@@ -132,8 +132,8 @@ def test_equal_calls_are_one_and_another_seed_or_salt_makes_another(tmp_path: Pa
 
 
 def test_a_rehearsal_asks_nobody() -> None:
-    async def run() -> Rehearsal:
-        writer = Rehearsal(Scripted(lambda _: "fail"), Pack.load())
+    async def run() -> DryRun:
+        writer = DryRun(Scripted(lambda _: "fail"), TemplatePack.load())
         found = await writer.items("subtopics", 7, topic="bees")
         assert len(found) == 7 and (await writer.yes("math_entity", entity="pi"))[0]
         return writer

@@ -237,12 +237,12 @@ def generate(
     from gristmill.data.chat import Message
     from gristmill.data.readers import read_prompts
     from gristmill.engine.load import EngineArgs, answer_rows, load_engine
-    from gristmill.generation.api import Sampling
+    from gristmill.generation.api import SamplingParams
 
     if (prompt is None) == (prompts is None):
         raise InputError("Give either a prompt or --prompts FILE.")
     asked = [(Message("user", prompt),)] if prompt is not None else [p.messages for p in read_prompts(prompts or Path(), "file")]
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
     rows = answer_rows(load_engine(model, EngineArgs(chat_format=format)), asked, sampling, seed)
     if out:
         typer.echo(f"{write_jsonl(out, rows)} prompts answered: {out}", err=as_json)
@@ -331,10 +331,10 @@ def chat(
     """Talk with a model in the terminal. An empty line or Ctrl-D ends it; /new starts over."""
     from gristmill.data.chat import Message
     from gristmill.engine.load import EngineArgs, answer_rows, load_engine
-    from gristmill.generation.api import Sampling
+    from gristmill.generation.api import SamplingParams
 
     engine = load_engine(model, EngineArgs(chat_format=format))
-    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     talk: list[Message] = []
     while True:
         typer.echo("you> ", nl=False)
@@ -421,7 +421,7 @@ def synth(
 
     loaded = load(find_recipe(recipe, "dataset"), DatasetRecipe)
     if dry_run:
-        estimate = dataset.rehearse(loaded)
+        estimate = dataset.dry_run(loaded)
         if as_json:
             typer.echo(json.dumps(estimate))
             return

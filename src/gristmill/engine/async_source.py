@@ -11,8 +11,8 @@ from gristmill.generation.api import Completion, Request
 from gristmill.generation.endpoint import RowFailed
 
 
-class LocalSource:
-    """An engine as a `synth.ask.Source`. Its threads work while it is entered."""
+class AsyncEngineClient:
+    """An engine as a `synth.ask.Client`. Its threads work while it is entered."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.concurrency = engine, engine.max_batch
@@ -21,7 +21,7 @@ class LocalSource:
     def model_of(self, request_id: str) -> str:
         return self.engine.name
 
-    async def __aenter__(self) -> "LocalSource":
+    async def __aenter__(self) -> "AsyncEngineClient":
         self._loop = asyncio.get_running_loop()
         self._live = Live(self.engine, lambda events: self._loop.call_soon_threadsafe(self._settle, events))
         self._live.start()

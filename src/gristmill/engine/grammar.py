@@ -1,6 +1,6 @@
 """Responses that keep to a JSON schema, a regular expression or a choice: the tokens that may come next, from llguidance.
 
-A constraint is a grammar, a string; requests carry it in `Sampling.grammar`.
+A constraint is a grammar, a string; requests carry it in `SamplingParams.grammar`.
 """
 
 import json

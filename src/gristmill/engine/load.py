@@ -9,7 +9,7 @@ import torch
 
 from gristmill.data.chat import Message, find_format
 from gristmill.engine.engine import Engine
-from gristmill.generation.api import Request, Sampling
+from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.hf import load_model, saved_as
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import PRECISIONS
@@ -56,7 +56,7 @@ def load_engine(folder: Path, how: EngineArgs = EngineArgs(), name: str = "", ow
     )
 
 
-def answer_rows(engine: Engine, prompts: Sequence[Sequence[Message]], sampling: Sampling, seed: int) -> Iterator[dict[str, Any]]:
+def answer_rows(engine: Engine, prompts: Sequence[Sequence[Message]], sampling: SamplingParams, seed: int) -> Iterator[dict[str, Any]]:
     """Answers as rows, as they finish."""
     requests = [Request(str(i), tuple(messages), sampling, seed) for i, messages in enumerate(prompts)]
     for request, completions in engine.generate(requests):

@@ -89,7 +89,7 @@ def choose(
         logits_BV: float.
         u_B: uniform numbers in [0, 1).
         temperature_B: 0 takes the likeliest token.
-        top_p_B, top_k_B, min_p_B: as in `Sampling`.
+        top_p_B, top_k_B, min_p_B: as in `SamplingParams`.
         needs: at least what these rows need.
         adjusted_BV: what is drawn from instead of the logits: with penalties and biases.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from gristmill.data.rows import Prompt
 from gristmill.evaluate.stats import accuracy
-from gristmill.generation.api import Completion, Request, Sampling
+from gristmill.generation.api import Completion, Request, SamplingParams
 
 MODES = {"greedy": 0.0, "sampled": 1.0}
 Generate = Callable[[list[Request]], dict[str, list[Completion]]]
@@ -15,7 +15,7 @@ Check = Callable[[list[tuple[dict[str, Any], str]]], list[bool]]
 def requests(prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Request]:
     """One greedy and one sampled request a prompt."""
     return [
-        Request(f"{p.id}-{mode}", p.messages, Sampling(temperature=temperature, max_tokens=max_tokens), seed)
+        Request(f"{p.id}-{mode}", p.messages, SamplingParams(temperature=temperature, max_tokens=max_tokens), seed)
         for p in prompts
         for mode, temperature in MODES.items()
     ]

@@ -16,7 +16,7 @@ COMMON = ("temperature", "top_p", "top_k", "max_tokens", "n")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How a response is drawn.
 
     Attributes:
@@ -94,7 +94,7 @@ class Request:
 
     id: str
     messages: tuple[Message, ...]
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     priority: int = 0
 

@@ -16,8 +16,8 @@ DISK_PATIENCE = 600.0  # seconds that a full disk may stay full before the run e
 DISK_PAUSE = 1.0
 
 
-class Source(Protocol):
-    """Who answers single requests: an `Endpoint`, or `Waves` over any `Generator`."""
+class Client(Protocol):
+    """Who answers single requests: an `Endpoint`, or `BatchingClient` over any `Generator`."""
 
     @property
     def concurrency(self) -> int:
@@ -33,8 +33,8 @@ class Source(Protocol):
         ...
 
 
-class Waves:
-    """A `Generator` as a `Source`: what waits when it is free goes through it together."""
+class BatchingClient:
+    """A `Generator` as a `Client`: what waits when it is free goes through it together."""
 
     def __init__(self, generator: Generator, concurrency: int = 256):
         self.generator, self.concurrency = generator, concurrency
@@ -78,7 +78,7 @@ class Waves:
             turn.set_exception(RowFailed(str(e), 1, 0))
 
 
-class Asker:
+class CachedClient:
     """Answers requests from the journal, or from the source and into the journal.
 
     Args:
@@ -89,7 +89,7 @@ class Asker:
         asked, found, failed: rows answered by the source, found in the journal, and without an answer, so far.
     """
 
-    def __init__(self, source: Source, journal: Journal, *, retry_failed: bool = False, disk_patience: float = DISK_PATIENCE):
+    def __init__(self, source: Client, journal: Journal, *, retry_failed: bool = False, disk_patience: float = DISK_PATIENCE):
         self.source, self.journal, self.retry_failed, self.disk_patience = source, journal, retry_failed, disk_patience
         self.asked = self.found = self.failed = 0
         self._under_way: dict[str, asyncio.Event] = {}
@@ -133,7 +133,7 @@ class Asker:
         return outs
 
     async def complete(self, request: Request, model: str = "") -> list[Completion]:
-        """As `ask`: an asker may stand wherever a source may."""
+        """As `ask`: a cached client may stand wherever a client may."""
         return await self.ask(request, model=model)
 
     async def _write(self, record: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ import aiohttp
 
 from gristmill.core.errors import InputError
 from gristmill.generation.api import Completion, Finish, Request
-from gristmill.generation.rate_limit import Window
+from gristmill.generation.rate_limit import RateLimit
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0  # seconds between attempts of a row
 # A gateway's errors count as an outage, which costs a row nothing, when nothing was answered for so many seconds.
@@ -117,7 +117,7 @@ class _Line:
 
     def __init__(self, target: Target, concurrency: int):
         self.target = target
-        self.window = Window(concurrency)
+        self.window = RateLimit(concurrency)
         self.key = _key(target)
         path = "/chat/completions" if target.kind == "chat" else "/completions"
         self.url = target.base_url.rstrip("/") + path
@@ -335,7 +335,7 @@ class Endpoint:
         """As `Generator.generate`, on an event loop of its own.
 
         Raises:
-            RowFailed: a row failed for good. Use an `Asker` where the others shall go on.
+            RowFailed: a row failed for good. Use an `CachedClient` where the others shall go on.
         """
 
         async def answer(request: Request) -> tuple[Request, list[Completion]]:

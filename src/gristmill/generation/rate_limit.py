@@ -8,7 +8,7 @@ from collections import deque
 CONGESTED_SHARE = 0.2
 
 
-class Window:
+class RateLimit:
     """How many requests may be in flight at one base URL: a little more after each window that went well, half after a bad one."""
 
     def __init__(self, largest: int):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.data.rows import Rating, make_id
-from gristmill.generation.cached import Asker, Source
+from gristmill.generation.cached import CachedClient, Client
 from gristmill.generation.endpoint import Endpoint, Target
 from gristmill.generation.settings import Calls, Model
 from gristmill.judge.reward_client import RewardEndpoint, RewardModel, weight_set
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Talk = Sequence[Message]
 
 
-def source_of(models: Sequence[Model], folder: Path | None, calls: Calls, chat_format: str, *, asks: bool = True) -> Source:
+def source_of(models: Sequence[Model], folder: Path | None, calls: Calls, chat_format: str, *, asks: bool = True) -> Client:
     """Who writes: models behind endpoints, or the one in the folder.
 
     Args:
@@ -35,10 +35,10 @@ def source_of(models: Sequence[Model], folder: Path | None, calls: Calls, chat_f
     if folder is None:
         targets = [Target(**model.model_dump()) for model in models]
         return Endpoint(targets if asks else [_keyless(target) for target in targets], **calls.model_dump())
-    from gristmill.engine.async_source import LocalSource
+    from gristmill.engine.async_source import AsyncEngineClient
     from gristmill.engine.load import EngineArgs, load_engine
 
-    return LocalSource(load_engine(folder, EngineArgs(chat_format=chat_format)))
+    return AsyncEngineClient(load_engine(folder, EngineArgs(chat_format=chat_format)))
 
 
 def check_reward(reward: Reward, asks: bool = True) -> None:
@@ -83,10 +83,10 @@ async def rate(
         return dict(zip(fitting, scorer.score(list(fitting.values())), strict=True)), 0
     source = RewardModel([_target(reward)], **calls.model_dump())
     async with source:
-        asker = Asker(source, journal, retry_failed=retry_failed)
-        judge = RewardEndpoint(asker, reward.weights)
+        client = CachedClient(source, journal, retry_failed=retry_failed)
+        judge = RewardEndpoint(client, reward.weights)
 
         async def one(name: str) -> list[tuple[str, Rating]]:
             return [(name, await judge.rate(talks[name], make_id("rating", reward.model, name, talks[name][-1].content)))]
 
-        return dict(await writer.all(talks, one)), asker.failed
+        return dict(await writer.all(talks, one)), client.failed

@@ -26,7 +26,7 @@ TOKEN = re.compile(
 )
 
 
-class Condition(ABC):
+class FilterExpr(ABC):
     """A condition on the attributes of a rating and their weighted sum, `score`.
 
     Its `str` is the normal form, which reads as the same condition; equal conditions have the same.
@@ -35,7 +35,7 @@ class Condition(ABC):
     __slots__ = ()
 
     @staticmethod
-    def parse(text: str) -> "Condition":
+    def parse(text: str) -> "FilterExpr":
         """Read a condition.
 
         Raises:
@@ -53,7 +53,7 @@ class Condition(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class _Compare(Condition):
+class _Compare(FilterExpr):
     left: str | float
     sign: str
     right: str | float
@@ -70,8 +70,8 @@ class _Compare(Condition):
 
 
 @dataclass(frozen=True, slots=True)
-class _Not(Condition):
-    part: Condition
+class _Not(FilterExpr):
+    part: FilterExpr
 
     def holds(self, values: Mapping[str, float]) -> bool:
         return not self.part.holds(values)
@@ -81,11 +81,11 @@ class _Not(Condition):
 
 
 @dataclass(frozen=True, slots=True)
-class _Join(Condition):
+class _Join(FilterExpr):
     """Two or more parts, none of which is joined by the same word."""
 
     word: str
-    parts: tuple[Condition, ...]
+    parts: tuple[FilterExpr, ...]
 
     def holds(self, values: Mapping[str, float]) -> bool:
         held = (part.holds(values) for part in self.parts)
@@ -108,23 +108,23 @@ class _Parser:
         self.tokens = list(TOKEN.finditer(text))
         self.at = self.depth = 0
 
-    def parse(self) -> Condition:
+    def parse(self) -> FilterExpr:
         condition = self.join("or")
         if self.peek():
             self.fail("'and', 'or' or the end")
         return condition
 
-    def join(self, word: str) -> Condition:
-        parts: list[Condition] = []
+    def join(self, word: str) -> FilterExpr:
+        parts: list[FilterExpr] = []
         while not parts or self.take(word):
             part = self.join("and") if word == "or" else self.single()
             parts += part.parts if isinstance(part, _Join) and part.word == word else [part]
         return parts[0] if len(parts) == 1 else _Join(word, tuple(parts))
 
-    def single(self) -> Condition:
+    def single(self) -> FilterExpr:
         if self.take("not"):
             self.deeper()
-            condition: Condition = _Not(self.single())
+            condition: FilterExpr = _Not(self.single())
         elif self.take("("):
             self.deeper()
             condition = self.join("or")
@@ -135,7 +135,7 @@ class _Parser:
         self.depth -= 1
         return condition
 
-    def compare(self) -> Condition:
+    def compare(self) -> FilterExpr:
         left, sign = self.operand(), self.peek()
         if sign not in SIGNS:
             self.fail(f"one of {' '.join(SIGNS)}")

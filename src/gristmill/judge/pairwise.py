@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gristmill.data.chat import Conversation, Message
-from gristmill.generation.api import Generator, Request, Sampling
+from gristmill.generation.api import Generator, Request, SamplingParams
 
 Verdict = Literal["first", "second", "tie", "unparsed"]
 
@@ -66,4 +66,4 @@ def questions(comparisons: Sequence[Comparison], template: str = TEMPLATE) -> It
         request = "\n".join(f"{m.role}: {m.content}" if len(c.messages) > 1 else m.content for m in c.messages)
         for order, (a, b) in enumerate([(c.first, c.second), (c.second, c.first)]):
             text = template.format(request=request, a=a, b=b)
-            yield Request(f"{c.id}#{order}", (Message("user", text),), Sampling(temperature=0.0, max_tokens=8))
+            yield Request(f"{c.id}#{order}", (Message("user", text),), SamplingParams(temperature=0.0, max_tokens=8))

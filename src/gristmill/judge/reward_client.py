@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.data.rows import ATTRIBUTES, Rating
-from gristmill.generation.api import Completion, Request, Sampling
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.generation.endpoint import Endpoint, RowFailed, Target, side_by_side
 
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
@@ -70,7 +70,7 @@ class RewardEndpoint:
             RowFailed: as `Endpoint.complete`.
         """
         _check(messages, name)
-        answers = await self.endpoint.complete(Request(name, tuple(messages), Sampling(temperature=0.0)))
+        answers = await self.endpoint.complete(Request(name, tuple(messages), SamplingParams(temperature=0.0)))
         try:
             return rating_of_text(answers[0].text)
         except InputError as e:

@@ -22,7 +22,7 @@ from gristmill.data.rows import make_id
 from gristmill.engine.async_engine import Event, Live
 from gristmill.engine.engine import Engine
 from gristmill.engine.sequence import Job
-from gristmill.generation.api import Request, Sampling
+from gristmill.generation.api import Request, SamplingParams
 from gristmill.server.protocol import Body, ChatBody, RewardBody, TextBody, prompts_of, read, talk_of
 from gristmill.server.responses import ChatShape, GrowingText, Shape, TextShape, drawn, envelope, usage_of
 
@@ -270,7 +270,7 @@ class Server:
             also = f", and the reward model {self.reward_name!r}" if self.rate else ""
             raise _Refused(404, f"the model {name or ''!r} does not exist here; this server has {self.engine.name!r}{also}")
 
-    def _request(self, kind: str, body: Body, talk: Conversation, sampling: Sampling, content: Any) -> Request:
+    def _request(self, kind: str, body: Body, talk: Conversation, sampling: SamplingParams, content: Any) -> Request:
         self._number += 1
         # the engine draws by id and seed: where a seed is given, equal requests shall have equal answers
         name = f"{kind}-{self._number}" if body.seed is None else f"{kind}-{make_id(content, body.seed)}"

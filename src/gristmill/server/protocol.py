@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Conversation, check, conversation
 from gristmill.engine import grammar as constraints
-from gristmill.generation.api import Sampling
+from gristmill.generation.api import SamplingParams
 
 MOST_SAMPLES = 128
 MOST_TOP_K = 1 << 20
@@ -51,14 +51,14 @@ class Body(BaseModel):
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     user: Any = None
 
-    def sampling(self, default_tokens: int, most_tokens: int, top_logprobs: int) -> Sampling:
+    def sampling(self, default_tokens: int, most_tokens: int, top_logprobs: int) -> SamplingParams:
         wanted = default_tokens if self.max_tokens is None else self.max_tokens
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         try:
             bias = tuple((int(token), _or(value, 0.0)) for token, value in (self.logit_bias or {}).items())
         except ValueError as e:
             raise InputError("the keys of logit_bias must be token ids") from e
-        return Sampling(
+        return SamplingParams(
             temperature=_or(self.temperature, 1.0),
             top_p=_or(self.top_p, 1.0),
             top_k=min(self.top_k or 0, MOST_TOP_K),

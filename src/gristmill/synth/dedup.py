@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gristmill.synth.parsing import fold
+from gristmill.synth.parsing import normalize
 
 BANDS, ROWS = 16, 4  # two texts with a Jaccard similarity of .8 meet in a band with probability .9998, of .5 with .64
 SHINGLE = 3  # words
@@ -30,7 +30,7 @@ class NearDuplicates:
 
     def add(self, text: str) -> bool:
         """Whether a text is new. Only a new one is remembered."""
-        folded = fold(text) or text
+        folded = normalize(text) or text
         digest = hashlib.blake2b(folded.encode(), digest_size=16).digest()
         if digest in self._exact:
             return False

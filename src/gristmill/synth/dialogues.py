@@ -9,8 +9,8 @@ from pydantic import Field
 from gristmill.core.config import Section
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Prompt, make_id
-from gristmill.synth.parsing import fold
-from gristmill.synth.writer import Unusable, Writer
+from gristmill.synth.parsing import normalize
+from gristmill.synth.writer import ParseError, Writer
 
 PERSONAS = {"normal": "next_turn", "complex": "next_turn_complex", "concise": "next_turn_concise"}
 SPEAKER = re.compile(r"\A\s*(?:\*\*)?(?:user|human|me)(?:\*\*)?\s*:\s*(?:\*\*)?", re.I)
@@ -63,7 +63,7 @@ class Dialogues(Section):
                 talk.append(Message("user", said))
                 parents.append(reply.id)
             if len(talk) < 4:
-                raise Unusable("dialogue of one turn")
+                raise ParseError("dialogue of one turn")
             name = make_id("dialogue", prompt.id, parents)
             return [Demonstration(name, "dialogue", tuple(talk), answer.model, tuple(parents))]
 
@@ -86,14 +86,14 @@ def without_politeness(text: str) -> str:
         shorter = shorter[found.end() :]
     while found := POLITE_END.search(shorter, max(0, len(shorter) - LONGEST_POLITENESS)):
         shorter = shorter[: found.start("said")].rstrip(" ,")
-    if not fold(shorter):
+    if not normalize(shorter):
         return text
     return shorter[0].upper() + shorter[1:] if shorter[0] != text[0] else shorter
 
 
 def ends(said: str, talk: Sequence[Message]) -> bool:
     """Whether a user's words end the dialogue: nothing is asked, it is a farewell, or it was said before."""
-    folded = fold(said)
+    folded = normalize(said)
     if not folded or (len(said) < 120 and "?" not in said and FAREWELL.search(said)):
         return True
-    return any(fold(m.content) == folded for m in talk)
+    return any(normalize(m.content) == folded for m in talk)

@@ -25,7 +25,7 @@ def parse_list(text: str) -> list[str]:
     return _clean(next((found for source in (*blocks, text) if (found := _marked(source))), []) or _plain(text))
 
 
-def fold(text: str) -> str:
+def normalize(text: str) -> str:
     """A text as far as duplicates go: without case, runs of space, and the punctuation around it."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(AROUND)
 
@@ -34,7 +34,7 @@ def unique(items: Iterable[str]) -> list[str]:
     """Items without those that an earlier one equals but for case, punctuation and space."""
     kept: dict[str, str] = {}
     for item in items:
-        kept.setdefault(fold(item) or item, item)
+        kept.setdefault(normalize(item) or item, item)
     return list(kept.values())
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gristmill.data.chat import Message
-from gristmill.synth.templates import Pack
-from gristmill.synth.writer import Unusable
+from gristmill.synth.templates import TemplatePack
+from gristmill.synth.writer import ParseError
 
 Name = Literal["wikipedia", "diverse_qa", "distill", "extract_knowledge", "knowledge_list"]
 Count = Callable[[Sequence[str]], list[int]]  # tokens of each text
@@ -73,12 +73,12 @@ def template(name: Name) -> str:
     return f"rephrase_{name}"
 
 
-def messages(name: Name, segment: str, pack: Pack) -> tuple[Message, ...]:
+def messages(name: Name, segment: str, pack: TemplatePack) -> tuple[Message, ...]:
     """What the model is told."""
     return (Message("system", pack[TASKS[name].system].render()), Message("user", pack[template(name)].render(document=segment)))
 
 
-def room(name: Name, pack: Pack, count: Count) -> int:
+def room(name: Name, pack: TemplatePack, count: Count) -> int:
     """Tokens of the longest segment that a task has room for beside its template."""
     return TASKS[name].max_input - sum(count([message.content for message in messages(name, "", pack)])) - 2
 
@@ -138,11 +138,11 @@ def read(name: Name, answer: str, tokens: int, most: int, segment: tuple[str, in
     """
     task = TASKS[name]
     if tokens > most - 2 or len(answer) > LONGEST_TOKEN * most:
-        raise Unusable("too many tokens")
+        raise ParseError("too many tokens")
     text = without_markdown(answer).strip()
     if task.opening:
         if not text.casefold().startswith(task.opening.casefold()):
-            raise Unusable("no opening")
+            raise ParseError("no opening")
         text = _unquoted(text[len(task.opening) :].strip())
     if name == "extract_knowledge":
         text = "\n".join(line for line in text.split("\n") if not _PASSAGE.match(line))
@@ -153,7 +153,7 @@ def read(name: Name, answer: str, tokens: int, most: int, segment: tuple[str, in
     text = text.strip()
     whole = f"{segment[0]}\n\n{text}" if name == "diverse_qa" else text
     if not text or count([whole])[0] < task.min_output:
-        raise Unusable("too few tokens")
+        raise ParseError("too few tokens")
     return whole, text
 
 
@@ -199,8 +199,8 @@ def _pairs(text: str, tokens: int, draw: random.Random) -> str:
         elif pairs:
             pairs[-1] += "\n" + line
         else:
-            raise Unusable("text before the first question")
+            raise ParseError("text before the first question")
     if not pairs or not all(_ANSWER.search(pair) for pair in pairs):
-        raise Unusable("a question without an answer" if pairs else "no question")
+        raise ParseError("a question without an answer" if pairs else "no question")
     draw.shuffle(pairs)
     return "\n\n".join(pairs[: draw.randint(1, max(1, tokens // TOKENS_A_PAIR))])

@@ -10,12 +10,12 @@ from typing import Any, Literal, cast, get_args
 import yaml
 
 from gristmill.core.errors import InputError
-from gristmill.generation.api import Sampling
+from gristmill.generation.api import SamplingParams
 
 Parser = Literal["text", "list", "yes"]
 FOLDER = Path(__file__).parent / "packs"
 KEYS = ("slots", "text", "parser", "sampling", "agree")
-DEFAULT_SAMPLING = Sampling(temperature=1.0, top_p=0.95, max_tokens=1024)
+DEFAULT_SAMPLING = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=1024)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Template:
     slots: tuple[str, ...]
     text: str
     parser: Parser = "text"
-    sampling: Sampling = field(default=DEFAULT_SAMPLING)
+    sampling: SamplingParams = field(default=DEFAULT_SAMPLING)
     agree: int = 1
 
     def render(self, **values: object) -> str:
@@ -49,7 +49,7 @@ class Template:
         return self.text.format(**values)
 
 
-class Pack(Mapping[str, Template]):
+class TemplatePack(Mapping[str, Template]):
     """Templates by name."""
 
     def __init__(self, templates: Mapping[str, Template]):
@@ -65,7 +65,7 @@ class Pack(Mapping[str, Template]):
         return len(self._templates)
 
     @staticmethod
-    def load(name: str = "default") -> "Pack":
+    def load(name: str = "default") -> "TemplatePack":
         """A shipped pack by its name, or a file of templates; what it lacks comes from the default pack.
 
         Raises:
@@ -73,14 +73,14 @@ class Pack(Mapping[str, Template]):
         """
         default = _read(FOLDER / "default.yaml", None)
         if name == "default":
-            return Pack(default)
+            return TemplatePack(default)
         path = Path(name)
         if path.suffix not in (".yaml", ".yml"):
             path = FOLDER / f"{name}.yaml"
             if not path.is_file():
                 shipped = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
                 raise InputError(f"There is no template pack {name!r}: give a .yaml file or one of {shipped}.")
-        return Pack({**default, **_read(path, default)})
+        return TemplatePack({**default, **_read(path, default)})
 
 
 def _read(path: Path, default: Mapping[str, Template] | None) -> dict[str, Template]:
@@ -134,14 +134,14 @@ def _template(name: str, given: Any, path: Path) -> Template:
     for slot in sorted(used - set(slots)):
         raise InputError(f"{where} uses the slot {slot!r} that it does not declare: its slots are {', '.join(slots) or 'none'}.")
     sampling = given.get("sampling") or {}
-    known = [f.name for f in fields(Sampling) if not isinstance(f.default, tuple)]
+    known = [f.name for f in fields(SamplingParams) if not isinstance(f.default, tuple)]
     if not isinstance(sampling, dict) or set(sampling) - set(known):
         raise InputError(f"{where}: sampling must be a mapping of {', '.join(known)}.")
-    base = {f.name: getattr(DEFAULT_SAMPLING, f.name) for f in fields(Sampling)}
+    base = {f.name: getattr(DEFAULT_SAMPLING, f.name) for f in fields(SamplingParams)}
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in sampling.values()):
         raise InputError(f"{where}: the values of sampling must be numbers.")
     try:
-        drawn = Sampling(**{**base, **sampling})
+        drawn = SamplingParams(**{**base, **sampling})
     except InputError as e:
         raise InputError(f"{where}: {e}") from e
     agree = given.get("agree", 1)

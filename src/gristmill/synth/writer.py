@@ -11,20 +11,20 @@ from typing import Any, TypeVar
 
 from gristmill.data.chat import Message
 from gristmill.data.rows import make_id
-from gristmill.generation.api import Completion, Request, Sampling
-from gristmill.generation.cached import Asker, Source
+from gristmill.generation.api import Completion, Request, SamplingParams
+from gristmill.generation.cached import CachedClient, Client
 from gristmill.generation.endpoint import RowFailed, side_by_side
 from gristmill.runs.journal import Journal
-from gristmill.synth.parsing import fold, parse_list, says_yes, unique
-from gristmill.synth.templates import Pack
+from gristmill.synth.parsing import normalize, parse_list, says_yes, unique
+from gristmill.synth.templates import TemplatePack
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-ANSWERING = Sampling(temperature=0.0, max_tokens=1024)
+ANSWERING = SamplingParams(temperature=0.0, max_tokens=1024)
 SIDE_BY_SIDE = 64  # branches of a pipeline that are under way at once, at each level
 
 
-class Unusable(Exception):
+class ParseError(Exception):
     """An answer that cannot be read as what was asked for. One branch of a pipeline ends there."""
 
 
@@ -75,8 +75,8 @@ class Writer:
         dropped: branches that ended early, by reason.
     """
 
-    def __init__(self, asker: Asker, pack: Pack, seed: int = 0, answering: Sampling = ANSWERING):
-        self.asker, self.pack, self.seed, self.answering = asker, pack, seed, answering
+    def __init__(self, client: CachedClient, pack: TemplatePack, seed: int = 0, answering: SamplingParams = ANSWERING):
+        self.client, self.pack, self.seed, self.answering = client, pack, seed, answering
         self.dropped: Counter[str] = Counter()
 
     def random(self, *parts: object) -> random.Random:
@@ -89,7 +89,7 @@ class Writer:
         *,
         parents: Sequence[str] = (),
         salt: object = "",
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         **slots: Any,
     ) -> Reply:
         """The answer to a template.
@@ -118,13 +118,13 @@ class Writer:
         purpose: str,
         parents: Sequence[str],
         salt: object = "",
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         num: object = None,
     ) -> Reply:
         """The assistant's next turn in a conversation; as `reply`."""
         (reply,) = await self.answers(messages, purpose, parents, salt, sampling, num)
         if not reply.finished:
-            raise Unusable("cut off")
+            raise ParseError("cut off")
         return reply
 
     async def answers(
@@ -133,7 +133,7 @@ class Writer:
         purpose: str,
         parents: Sequence[str],
         salt: object = "",
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         num: object = None,
     ) -> list[Reply]:
         """All samples of the next turn. A list is asked for with its `num` of items."""
@@ -142,7 +142,7 @@ class Writer:
         request = messages[-1].content
         note = {"for": purpose, "parents": list(parents), "sampling": sampling.described(), **({"num": num} if num else {})}
         outs = await self.ask(Request(name, tuple(messages), sampling, self.seed), note)
-        model = self.asker.source.model_of(name)
+        model = self.client.source.model_of(name)
         return [
             Reply(
                 c.text.strip(),
@@ -158,7 +158,7 @@ class Writer:
 
     async def ask(self, request: Request, note: Mapping[str, Any]) -> list[Completion]:
         """Where every call goes through."""
-        return await self.asker.ask(request, note)
+        return await self.client.ask(request, note)
 
     async def items(self, template: str, num: int, *, parents: Sequence[str] = (), salt: object = "", **slots: Any) -> list[Topic]:
         """The different items of a list, `num` at most. A list that cannot be read is given back once, to be put in order.
@@ -172,11 +172,11 @@ class Writer:
         found = unique(parse_list(reply.text))
         if 2 * len(found) < num:
             mended = await self.reply("repair_list", parents=[reply.id], num=num, answer=reply.text)
-            words = fold(reply.text)
+            words = normalize(reply.text)
             # an item that the answer does not hold was made up in the mending
-            found = max(found, unique(item for item in parse_list(mended.text) if fold(item) in words), key=len)
+            found = max(found, unique(item for item in parse_list(mended.text) if normalize(item) in words), key=len)
         if not found:
-            raise Unusable("no list")
+            raise ParseError("no list")
         if len(found) < num:
             self.dropped["list too short"] += 1
         root = parents[-1] if parents else ""
@@ -188,11 +188,11 @@ class Writer:
             return [Topic(reply.text, f"{reply.id}#0", reply.model, parents[-1] if parents else "", reply.request)]
 
         named = await self.all(range(num), one)
-        times = Counter(fold(topic.text) for topic in named)
-        first = {fold(topic.text): topic for topic in reversed(named)}
+        times = Counter(normalize(topic.text) for topic in named)
+        first = {normalize(topic.text): topic for topic in reversed(named)}
         found = [first[text] for text, count in times.most_common() if count >= self.pack[template].agree]
         if not found:
-            raise Unusable("no list")
+            raise ParseError("no list")
         return found
 
     async def yes(self, template: str, *, parents: Sequence[str] = (), **slots: Any) -> tuple[bool, Reply]:
@@ -206,7 +206,7 @@ class Writer:
             return True, reply
         verdict = says_yes(reply.text)
         if verdict is None:
-            raise Unusable("neither yes nor no")
+            raise ParseError("neither yes nor no")
         return verdict, reply
 
     async def each(self, items: Iterable[Item], work: Callable[[Item], Awaitable[Iterable[Result]]]) -> AsyncIterator[Result]:
@@ -217,7 +217,7 @@ class Writer:
                 return list(await work(item))
             except RowFailed:
                 self.dropped["no answer"] += 1
-            except Unusable as e:
+            except ParseError as e:
                 self.dropped[str(e)] += 1
             return []
 
@@ -235,15 +235,15 @@ class Writer:
         return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 
 
-class Rehearsal(Writer):
+class DryRun(Writer):
     """A writer that asks nobody: it makes answers up in the asked form and adds up what the calls would take.
 
     Attributes:
         calls, tokens_in, tokens_out: estimates, four characters a token.
     """
 
-    def __init__(self, source: Source, pack: Pack, seed: int = 0, answering: Sampling = ANSWERING):
-        super().__init__(Asker(source, Journal(Path(os.devnull), read_only=True)), pack, seed, answering)
+    def __init__(self, source: Client, pack: TemplatePack, seed: int = 0, answering: SamplingParams = ANSWERING):
+        super().__init__(CachedClient(source, Journal(Path(os.devnull), read_only=True)), pack, seed, answering)
         self.calls: Counter[str] = Counter()
         self.tokens_in: Counter[str] = Counter()
         self.tokens_out: Counter[str] = Counter()
@@ -258,7 +258,7 @@ class Rehearsal(Writer):
             text = "Yes, it is."
         else:
             text = f"made-up answer {request.id} " + "word " * (request.sampling.max_tokens // 4)
-        model = self.asker.source.model_of(request.id)
+        model = self.client.source.model_of(request.id)
         self.calls[model] += 1
         self.tokens_in[model] += sum(len(m.content) for m in request.messages) // 4
         self.tokens_out[model] += request.sampling.n * (len(text) // 4)

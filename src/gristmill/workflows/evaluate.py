@@ -11,7 +11,7 @@ from gristmill.data.readers import read_prompts
 from gristmill.engine.engine import Engine
 from gristmill.engine.parity import divergence
 from gristmill.evaluate.runner import score
-from gristmill.generation.api import Request, Sampling
+from gristmill.generation.api import Request, SamplingParams
 from gristmill.miniature.source import MiniatureSource
 from gristmill.sandbox.sandbox import Sandbox
 from gristmill.verify.verify import verify
@@ -34,7 +34,7 @@ def evaluate(
         scores = score(prompts, run, check, max_tokens, seed)
     if engine.quantize or engine.cache_dtype != engine.dtype:  # on what the model itself answers
         own = Engine(engine.model, engine.tokenizer, engine.chat_format, engine.name, engine.max_batch)
-        asked = [Request(str(i), p.messages, Sampling(temperature=0.0, max_tokens=max_tokens), seed) for i, p in enumerate(prompts)]
+        asked = [Request(str(i), p.messages, SamplingParams(temperature=0.0, max_tokens=max_tokens), seed) for i, p in enumerate(prompts)]
         said = [(*r.messages, Message("assistant", outs[0].text)) for r, outs in own.generate(asked) if outs[0].text.strip()]
         scores["quantized"] = divergence(engine, said)
     return scores

@@ -23,7 +23,7 @@ from gristmill.miniature.base import BASE
 from gristmill.model.hf import load_model
 from gristmill.train.settings import Training
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
-from gristmill.workflows.alignment.source import contaminated, fold
+from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 
 NEEDED = ("demonstrations", "evaluation")
 SHARE = 0.99  # of the demonstrations that a limit in tokens must hold
@@ -109,7 +109,7 @@ def _check_files(files: dict[str, Path]) -> list[Demonstration]:
     demonstrations = read_demonstrations(files["demonstrations"])
     ratings = read_ratings(files["ratings"]) if "ratings" in files else []
     prompts = read_prompts(files["prompts"], "file") if "prompts" in files else []
-    held_out = frozenset(fold(p.messages) for p in read_prompts(files["evaluation"], "human", truth=True))
+    held_out = frozenset(normalize_prompt(p.messages) for p in read_prompts(files["evaluation"], "human", truth=True))
     asked = {
         "demonstrations": [d.messages[:-1] for d in demonstrations],
         "ratings": [r.messages[:-1] for r in ratings],

@@ -241,34 +241,34 @@ class FakeEngine:
         self.model = SimpleNamespace(config=SimpleNamespace(max_positions=max_positions))
 
 
-def generating(mill: Any, text: Any) -> Any:
+def generating(context: Any, text: Any) -> Any:
     def generate(engine: Any, requests: list[Any], journal: Path) -> dict[str, list[Completion]]:
-        mill.asked = requests
+        context.asked = requests
         return {r.id: [Completion(text(r, k), 3, (-1.0,), "stop") for k in range(r.sampling.n)] for r in requests}
 
-    mill.generate = generate
-    return mill
+    context.generate = generate
+    return context
 
 
 def test_samples_are_spread_over_the_temperatures(tiny_base: Path, tmp_path: Path) -> None:
-    mill = generating(mill_of(), lambda r, k: f"{r.sampling.temperature} {k}")
-    rows = respond(mill, [FakeEngine(tiny_base)], [prompt("a"), prompt("b")], None, 0, tmp_path)
+    context = generating(mill_of(), lambda r, k: f"{r.sampling.temperature} {k}")
+    rows = respond(context, [FakeEngine(tiny_base)], [prompt("a"), prompt("b")], None, 0, tmp_path)
     assert [(r.prompt, r.temperature, r.sample) for r in rows] == [
         (p, t, k) for p in "ab" for t, count in ((0.7, 3), (1.0, 2)) for k in range(count)
     ]
-    assert len({r.id for r in rows}) == 10 and len({r.id for r in mill.asked}) == 4
+    assert len({r.id for r in rows}) == 10 and len({r.id for r in context.asked}) == 4
     assert read_rows(tmp_path / "responses.parquet", Response) == rows
 
 
 def test_a_repeated_answer_to_a_prompt_is_dropped(tiny_base: Path, tmp_path: Path) -> None:
-    mill = generating(mill_of(), lambda r, k: "the same")
-    rows = respond(mill, [FakeEngine(tiny_base)], [prompt("a"), prompt("b")], None, 0, tmp_path)
+    context = generating(mill_of(), lambda r, k: "the same")
+    rows = respond(context, [FakeEngine(tiny_base)], [prompt("a"), prompt("b")], None, 0, tmp_path)
     assert [(r.prompt, r.votes) for r in rows] == [("a", 5), ("b", 5)]
 
 
 def test_an_answer_that_outgrows_the_context_is_dropped(tiny_base: Path, tmp_path: Path) -> None:
-    mill = generating(mill_of(), lambda r, k: "\ufffd" * 60 if k else "short")
-    rows = respond(mill, [FakeEngine(tiny_base, 100)], [prompt("a")], None, 0, tmp_path)
+    context = generating(mill_of(), lambda r, k: "\ufffd" * 60 if k else "short")
+    rows = respond(context, [FakeEngine(tiny_base, 100)], [prompt("a")], None, 0, tmp_path)
     assert [r.text for r in rows] == ["short"]
 
 

@@ -11,7 +11,7 @@ from gristmill.core.errors import InputError
 from gristmill.data.rows import Demonstration, Pair, Prompt, Response, read_rows
 from gristmill.workflows.alignment import loop, monitors
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
-from gristmill.workflows.alignment.source import contaminated, fold
+from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 
 Make = Callable[..., AlignmentRecipe]
 Run = Callable[[AlignmentRecipe, Path], dict[str, Any]]
@@ -94,7 +94,7 @@ def test_human_rows_are_accumulated(finished: Path) -> None:
 
 
 def test_nothing_that_is_trained_on_asks_what_the_evaluation_asks(finished: Path) -> None:
-    held_out = frozenset(fold(p.messages) for p in made(finished, "evaluation", Prompt))
+    held_out = frozenset(normalize_prompt(p.messages) for p in made(finished, "evaluation", Prompt))
     asked = [d.messages[:-1] for d in made(finished, "demonstrations", Demonstration) + made(finished, "kept", Demonstration)]
     asked += [p.messages for p in made(finished, "prompts", Prompt) + made(finished, "pairs", Pair)]
     assert held_out and len(asked) > 80
@@ -104,7 +104,7 @@ def test_nothing_that_is_trained_on_asks_what_the_evaluation_asks(finished: Path
 def test_every_row_can_be_traced_to_what_it_grew_from(finished: Path) -> None:
     prompts = {p.id: p for p in made(finished, "prompts", Prompt)}
     answers = {r.id: r for r in made(finished, "responses", Response)}
-    assert len(prompts) == len({fold(p.messages) for p in prompts.values()}), "a prompt is written once"
+    assert len(prompts) == len({normalize_prompt(p.messages) for p in prompts.values()}), "a prompt is written once"
     kept = made(finished, "kept", Demonstration)
     for row in kept:
         if row.task == "prompt-writing":
@@ -150,7 +150,7 @@ def test_rounds_can_grow(copy: Path, run: Run, make_recipe: Make, snapshot: Snap
     assert {s["round"] for s in results["stages"]} == {0, 1, 2} and [c["round"] for c in results["collapse"]] == [0, 1, 2]
     first, second = (read_rows(next(copy.glob(f"*-r{n}-prompts")) / "prompts.parquet", Prompt) for n in (1, 2))
     assert {p.origin for p in first} == {"file", "demonstrations"} and {p.origin for p in second} == {"file", "r1-rpo1"}
-    new = [{fold(p.messages) for p in prompts if p.origin != "file"} for prompts in (first, second)]
+    new = [{normalize_prompt(p.messages) for p in prompts if p.origin != "file"} for prompts in (first, second)]
     assert new[0] and new[1] and new[0].isdisjoint(new[1])
     kept = [len(read_rows(path, Demonstration)) for path in sorted(copy.glob("*/kept.parquet"))]
     assert done(copy, "r2-code-sft")["rows"] + done(copy, "r2-general-sft")["rows"] >= done(copy, "data")["demonstrations"] + sum(kept)

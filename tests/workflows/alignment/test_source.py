@@ -12,14 +12,14 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.data.human import HumanData
 from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
-from gristmill.synth.templates import Pack
-from gristmill.workflows.alignment.source import FileSource, contaminated, fold
+from gristmill.synth.templates import TemplatePack
+from gristmill.workflows.alignment.source import FileSource, contaminated, normalize_prompt
 
 RATED = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
 
 
-REQUEST = Pack.load()["task_prompt"]
+REQUEST = TemplatePack.load()["task_prompt"]
 
 
 def files_of(data: HumanData) -> FileSource:
@@ -172,7 +172,7 @@ def test_demonstrations_keep_every_turn(tmp_path: Path) -> None:
 def test_contamination_looks_at_the_whole_and_at_each_user_turn() -> None:
     asked, other = Message("user", "What is  the capital of Runi?"), Message("user", "And its river?")
     said = Message("assistant", "It is Bo.")
-    held = frozenset({fold([asked]), fold([other, said, asked])})
+    held = frozenset({normalize_prompt([asked]), normalize_prompt([other, said, asked])})
     assert contaminated([Message("user", " WHAT is the capital\nof runi?")], held)
     assert contaminated([asked, said, other], held), "a first turn that is held out on its own"
     assert contaminated([other, said, asked], held)

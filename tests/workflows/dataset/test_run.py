@@ -26,7 +26,7 @@ from gristmill.verify.ifeval import follows
 from gristmill.workflows.dataset.judging import Judges
 from gristmill.workflows.dataset.lineage import errors, lineage
 from gristmill.workflows.dataset.recipe import DatasetRecipe
-from gristmill.workflows.dataset.run import rehearse, run
+from gristmill.workflows.dataset.run import dry_run, run
 
 ALL: dict[str, Any] = {
     "open_qa": {"questions": 2, "revisions": 2},
@@ -75,7 +75,7 @@ def make(path: Path, **options: Any) -> dict[str, Any]:
 def test_every_pipeline_writes(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
     server = start_endpoint(latency=0.0, obedient=True)
     path = write(tmp_path, server.url, dialogues={"share": 0.3}, answers={"samples": 3, "max_tokens": 64}, near_duplicates=1)
-    estimate = rehearse(load(path, DatasetRecipe))
+    estimate = dry_run(load(path, DatasetRecipe))
     results = make(path)
     assert set(results["funnel"]["written"]) == {*ALL, "dialogues", "too much alike"}
     assert all(results["funnel"]["written"][name] > 0 for name in (*ALL, "dialogues"))
@@ -302,7 +302,7 @@ def test_an_input_that_is_taken_out_is_noticed(tmp_path: Path) -> None:
 def test_nobody_needs_a_key_to_rehearse(tmp_path: Path) -> None:
     models = [{"base_url": "http://localhost:1/v1", "model": "m", "api_key_env": "GRISTMILL_NO_SUCH_KEY"}]
     path = write(tmp_path, "http://localhost:1/v1", models=models, pipelines={"incapable": {"tasks": 1}})
-    assert rehearse(load(path, DatasetRecipe))["calls"] > 0
+    assert dry_run(load(path, DatasetRecipe))["calls"] > 0
     with pytest.raises(InputError, match="GRISTMILL_NO_SUCH_KEY"):
         make(path)
 

@@ -34,7 +34,7 @@ from gristmill.judge.settings import Reward
 
 if TYPE_CHECKING:
     from gristmill.data.chat import Message
-    from gristmill.generation.cached import Asker, Source
+    from gristmill.generation.cached import CachedClient, Client
     from gristmill.runs.journal import Journal
     from gristmill.synth.writer import Writer
 
@@ -113,9 +113,9 @@ def check(how: Rephrase) -> list[Path]:
     """
     from gristmill.judge.backends import check_reward, source_of
     from gristmill.synth import rephrase as tasks
-    from gristmill.synth.templates import Pack
+    from gristmill.synth.templates import TemplatePack
 
-    pack = Pack.load(how.templates)
+    pack = TemplatePack.load(how.templates)
     if how.reward is not None:
         check_reward(how.reward)
     if how.folder is None:
@@ -190,11 +190,11 @@ def rephrase(table: pa.Table, how: Rephrase, journals: "tuple[Journal, Journal |
 
 class _Rephrasing:
     def __init__(self, table: pa.Table, how: Rephrase, journals: "tuple[Journal, Journal | None]", tick: Tick) -> None:
-        from gristmill.synth.templates import Pack
+        from gristmill.synth.templates import TemplatePack
 
         self.table, self.how, self.tick = table, how, tick
         self.answers, self.ratings = journals
-        self.pack, self.count = Pack.load(how.templates), _counter(how)
+        self.pack, self.count = TemplatePack.load(how.templates), _counter(how)
         self.metas = [_meta(record) for record in table["meta"].to_pylist()]
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []  # of calls that another time may not fail
@@ -203,7 +203,7 @@ class _Rephrasing:
         self.salt = make_id(writers, [] if how.folder is None else [state(path)[1:3] for path in sorted(how.folder.iterdir())])
 
     async def all(self) -> Outcome:
-        from gristmill.generation.cached import Asker
+        from gristmill.generation.cached import CachedClient
         from gristmill.generation.endpoint import WORKERS_PER_SLOT, side_by_side
         from gristmill.synth.writer import Writer
 
@@ -213,9 +213,9 @@ class _Rephrasing:
             source = _source(self.how)
             if isinstance(source, AbstractAsyncContextManager):
                 await stack.enter_async_context(source)
-            asker = Asker(source, self.answers, retry_failed=True)
-            writer = Writer(asker, self.pack, self.how.seed)
-            ticking = asyncio.ensure_future(self._ticking(asker, source, len(work)))
+            client = CachedClient(source, self.answers, retry_failed=True)
+            writer = Writer(client, self.pack, self.how.seed)
+            ticking = asyncio.ensure_future(self._ticking(client, source, len(work)))
             stack.callback(ticking.cancel)
 
             async def one(item: _Work) -> _Made:
@@ -231,7 +231,7 @@ class _Rephrasing:
             order = {one.name: place for place, one in enumerate(work)}
             made.sort(key=lambda one: order[one.work.name])
             made = await self._scored(made, writer)
-        self.counts.update({"calls": asker.asked, "calls answered before": asker.found, "calls without answer": asker.failed})
+        self.counts.update({"calls": client.asked, "calls answered before": client.found, "calls without answer": client.failed})
         return self._outcome(made)
 
     def _work(self) -> list[_Work]:
@@ -265,7 +265,7 @@ class _Rephrasing:
         from gristmill.data.chat import Message
         from gristmill.generation.endpoint import RowFailed
         from gristmill.synth import rephrase as tasks
-        from gristmill.synth.writer import Unusable
+        from gristmill.synth.writer import ParseError
 
         task, segment = work.task, work.segment
         parent = self.table["id"][work.document].as_py() or ""
@@ -283,10 +283,10 @@ class _Rephrasing:
         size = reply.num_tokens or self.count([reply.text])[0]
         try:
             if not reply.finished:
-                raise Unusable("too many tokens" if reply.text else "empty")
+                raise ParseError("too many tokens" if reply.text else "empty")
             draw = writer.random("pairs", reply.id)
             whole, written = tasks.read(task, reply.text, size, sampling.max_tokens, segment, draw, self.count)
-        except Unusable as e:
+        except ParseError as e:
             return _Made(work, meta, (), reply.text[:MOST_SHOWN], str(e))
         found = faithful.figures(segment[0], written, segment[1], self.count([written])[0])
         meta |= {figure: round(value, 3) for figure, value in found.items()}
@@ -349,24 +349,24 @@ class _Rephrasing:
         outcome = split(both, self.how.step, reasons + [one.reason or None for one in made], np.array(figures), np.array(limits))
         return replace(outcome, counts={name: count for name, count in self.counts.items() if count})
 
-    async def _ticking(self, asker: "Asker", source: "Source", total: int) -> None:
+    async def _ticking(self, client: "CachedClient", source: "Client", total: int) -> None:
         usage = getattr(source, "usage", None)
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            note = f"calls, {asker.found:,} of them from the journal, {asker.failed:,} failed"
+            note = f"calls, {client.found:,} of them from the journal, {client.failed:,} failed"
             if usage is not None:
                 note += f", {usage.tokens_out:,} tokens" + (f", cost {usage.cost:.2f}" if usage.cost else "")
-            self.tick(asker.asked + asker.found + asker.failed, total, note)
+            self.tick(client.asked + client.found + client.failed, total, note)
 
 
-def _source(how: Rephrase) -> "Source":
+def _source(how: Rephrase) -> "Client":
     from gristmill.judge.backends import source_of
 
     return _in_process(how.folder, how.chat_format) if how.folder is not None else source_of(how.models, None, how.calls, how.chat_format)
 
 
 @cache
-def _in_process(folder: Path, chat_format: str) -> "Source":
+def _in_process(folder: Path, chat_format: str) -> "Client":
     """A model that is loaded once for all shards."""
     from gristmill.judge.backends import source_of
 

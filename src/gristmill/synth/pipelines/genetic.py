@@ -8,9 +8,9 @@ from pydantic import Field
 
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration
-from gristmill.synth.parsing import fold
+from gristmill.synth.parsing import normalize
 from gristmill.synth.pipelines.base import Inputs, Pipeline, demonstration
-from gristmill.synth.writer import Reply, Topic, Unusable, Writer
+from gristmill.synth.writer import ParseError, Reply, Topic, Writer
 
 EXAMPLES = 3  # tasks of the population that a mutation is shown
 
@@ -42,7 +42,7 @@ class Genetic(Pipeline):
             first = await writer.all(
                 topics, lambda t: writer.items("python_problems_beginner", each, parents=[t.id], salt="genetic", topic=t.text)
             )
-        known = {fold(task.text) for task in first}
+        known = {normalize(task.text) for task in first}
         for generation in range(self.generations):
             # A generation is born from the whole one before it, in a stated order, so that a run can be taken up again.
             colonies = [first[colony :: self.colonies] for colony in range(self.colonies)]
@@ -51,8 +51,8 @@ class Genetic(Pipeline):
             ]
             children = await writer.all(births, lambda birth: self._live(writer, birth))
             for task, row in children:
-                if fold(task.text) not in known:
-                    known.add(fold(task.text))
+                if normalize(task.text) not in known:
+                    known.add(normalize(task.text))
                     first.append(task)
                     yield row
 
@@ -79,7 +79,7 @@ class Genetic(Pipeline):
         solution = await writer.reply("code_solution", parents=[child.id], task=child.text)
         fit, judged = await writer.yes("code_fitness", parents=[child.id, solution.id], task=child.text, solution=solution.text)
         if not fit:
-            raise Unusable("not fit")
+            raise ParseError("not fit")
         talk = [Message("user", child.text), Message("assistant", solution.text)]
         row = demonstration("genetic", talk, solution.model, [solution.id, child.id, judged.id, *ids])
         return [(Topic(child.text, child.id), row)]

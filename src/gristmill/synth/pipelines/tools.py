@@ -9,7 +9,7 @@ from pydantic import Field
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration
 from gristmill.synth.pipelines.base import Inputs, Pipeline, demonstration
-from gristmill.synth.writer import Topic, Unusable, Writer
+from gristmill.synth.writer import ParseError, Topic, Writer
 from gristmill.verify.json_schema import json_in, problem_of, schema_problem
 
 
@@ -25,7 +25,7 @@ class Tools(Pipeline):
             reply = await writer.reply("tools", parents=[topic.id], num=self.functions, topic=topic.text)
             functions = functions_in(reply.text)
             if not functions:
-                raise Unusable("no function with a schema")
+                raise ParseError("no function with a schema")
             shown = json.dumps(list(functions.values()), indent=1, ensure_ascii=False)
             parents = [topic.id, reply.id]
 
@@ -34,7 +34,7 @@ class Tools(Pipeline):
                 made = await writer.reply("tool_call", parents=[*parents, request.id], tools=shown, request=request.text)
                 call = json_in(made.text)
                 if why := call_problem(call, functions):
-                    raise Unusable(why)
+                    raise ParseError(why)
                 talk = [
                     Message("system", f"You can call these functions:\n{shown}\nTo call one, reply with its name and arguments as JSON."),
                     Message("user", request.text),

@@ -14,7 +14,7 @@ from gristmill.data.chat import FORMATS, ChatFormat, Message, guess_format
 from gristmill.data.rows import Prompt
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Completion, Request
-from gristmill.generation.cached import Asker, Waves, completions_of
+from gristmill.generation.cached import BatchingClient, CachedClient, completions_of
 from gristmill.judge.reward import RewardScorer
 from gristmill.miniature.base import BASE
 from gristmill.miniature.source import MiniatureSource
@@ -25,15 +25,15 @@ from gristmill.model.transformer import PRECISIONS
 from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir
 from gristmill.sandbox.sandbox import Sandbox
-from gristmill.synth.templates import Pack
+from gristmill.synth.templates import TemplatePack
 from gristmill.verify.verify import verify
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
-from gristmill.workflows.alignment.source import FileSource, Source, fold
+from gristmill.workflows.alignment.source import FileSource, Source, normalize_prompt
 
 CONTEXT_MARGIN = 16  # an answer's text may take some tokens more when it is tokenized again
 
 
-class Mill:
+class AlignmentContext:
     """One run in progress.
 
     Args:
@@ -50,7 +50,7 @@ class Mill:
         self.recipe, self.progress = recipe, progress
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        self.pack = Pack.load(recipe.writing.templates)
+        self.pack = TemplatePack.load(recipe.writing.templates)
         asked = self.pack["task_prompt"]
         self.source: Source = MiniatureSource(recipe.data, recipe.seed) if recipe.world else FileSource(recipe.data, asked)
         topics = recipe.writing.topics
@@ -63,7 +63,7 @@ class Mill:
         self.format: ChatFormat = guess_format(self.tokenizer) if recipe.chat_format == "auto" else FORMATS[recipe.chat_format]
         self.format.end_of_turn_id(self.tokenizer)
         self.evaluation: list[Prompt] = self.source.evaluation()
-        self.held_out = frozenset(fold(p.messages) for p in self.evaluation)
+        self.held_out = frozenset(normalize_prompt(p.messages) for p in self.evaluation)
         for p in [*self.evaluation, *self.source.prompts()]:
             if not self.fits(p.messages):
                 raise InputError(
@@ -115,18 +115,18 @@ class Mill:
 
     # ---- generation ----
 
-    def asker(self, engine: Engine, journal: Journal) -> Asker:
+    def client(self, engine: Engine, journal: Journal) -> CachedClient:
         """Asks an engine what the journal does not hold. A full disk ends the run at once: it is taken up when there is room."""
-        return Asker(Waves(_Tracked(engine, self.progress)), journal, disk_patience=0.0)
+        return CachedClient(BatchingClient(_Tracked(engine, self.progress)), journal, disk_patience=0.0)
 
     def generate(self, engine: Engine, requests: Sequence[Request], journal: Path) -> dict[str, list[Completion]]:
         """Completions of every request; those that an earlier start finished are read from the journal."""
 
-        async def ask(asker: Asker) -> None:
-            await asyncio.gather(*(asker.ask(request) for request in requests))
+        async def ask(client: CachedClient) -> None:
+            await asyncio.gather(*(client.ask(request) for request in requests))
 
         with Journal(journal) as done:
-            asyncio.run(ask(self.asker(engine, done)))
+            asyncio.run(ask(self.client(engine, done)))
             return {request.id: completions_of(done[request.id]) for request in requests}
 
     # ---- judging ----

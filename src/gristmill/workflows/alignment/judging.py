@@ -14,21 +14,21 @@ from typing import Any
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Pair, Prompt, Rating, Response, make_id, write_rows
 from gristmill.engine.engine import Engine
-from gristmill.generation.api import Request, Sampling
+from gristmill.generation.api import Request, SamplingParams
 from gristmill.judge.reward import RewardScorer
 from gristmill.train.settings import PreferenceTraining
-from gristmill.workflows.alignment.context import Mill
+from gristmill.workflows.alignment.context import AlignmentContext
 
 WRITING = "prompt-writing"  # task of the rows that teach it
 
 
 def respond(
-    mill: Mill, engines: Sequence[Engine], prompts: Sequence[Prompt], scorer: RewardScorer | None, seed: int, folder: Path
+    context: AlignmentContext, engines: Sequence[Engine], prompts: Sequence[Prompt], scorer: RewardScorer | None, seed: int, folder: Path
 ) -> list[Response]:
     """Judged answers: `samples` a prompt and generator, spread over the temperatures. Repeated answers to a prompt are dropped, and
     those that take more tokens than the context when they are tokenized again.
     """
-    settings = mill.recipe.responses
+    settings = context.recipe.responses
     share = [settings.samples // len(settings.temperatures)] * len(settings.temperatures)
     for i in range(settings.samples % len(settings.temperatures)):
         share[i] += 1
@@ -38,7 +38,7 @@ def respond(
             Request(
                 make_id("answer", seed, engine.name, p.id, t),
                 p.messages,
-                Sampling(temperature=t, max_tokens=settings.max_tokens, n=n),
+                SamplingParams(temperature=t, max_tokens=settings.max_tokens, n=n),
                 seed,
             )
             for p in prompts
@@ -46,7 +46,7 @@ def respond(
             if n
         ]
         owners = [(p, t) for p in prompts for t, n in zip(settings.temperatures, share, strict=True) if n]
-        replies = mill.generate(engine, requests, folder / f"answers-{number}.jsonl")
+        replies = context.generate(engine, requests, folder / f"answers-{number}.jsonl")
         for request, (p, t) in zip(requests, owners, strict=True):
             for k, c in enumerate(replies[request.id]):
                 rows.append(
@@ -68,7 +68,7 @@ def respond(
     first = {(r.prompt, r.text): r for r in reversed(rows)}
     unique = [replace(r, votes=votes[key]) for key, r in reversed(first.items())]
     unique = [r for r in unique if holds(engines[0], (*r.messages, Message("assistant", r.text)))]
-    judged = judge(mill, scorer, {p.id: p for p in prompts}, unique)
+    judged = judge(context, scorer, {p.id: p for p in prompts}, unique)
     write_rows(folder / "responses.parquet", judged)
     return judged
 
@@ -78,29 +78,31 @@ def holds(engine: Engine, messages: Sequence[Message]) -> bool:
     return len(engine.chat_format.render(messages, engine.tokenizer).ids) <= engine.model.config.max_positions
 
 
-def judge(mill: Mill, scorer: RewardScorer | None, prompts: dict[str, Prompt], rows: list[Response]) -> list[Response]:
+def judge(context: AlignmentContext, scorer: RewardScorer | None, prompts: dict[str, Prompt], rows: list[Response]) -> list[Response]:
     """Rate and verify answers. Without a reward model only what a verifier accepts is good."""
     ratings: list[Rating | None] = [None] * len(rows)
     if scorer:
-        ratings = mill.rate(scorer, [(*r.messages, Message("assistant", r.text)) for r in rows])
+        ratings = context.rate(scorer, [(*r.messages, Message("assistant", r.text)) for r in rows])
     checkable = [i for i, r in enumerate(rows) if prompts[r.prompt].truth is not None]
-    verified = dict(zip(checkable, mill.check([(prompts[rows[i].prompt].truth or {}, rows[i].text) for i in checkable]), strict=True))
+    verified = dict(zip(checkable, context.check([(prompts[rows[i].prompt].truth or {}, rows[i].text) for i in checkable]), strict=True))
     out = []
     for i, (r, rating) in enumerate(zip(rows, ratings, strict=True)):
         by = "verifier" if i in verified else "reward" if rating else "none"
-        good = verified.get(i, rating is not None and rating.correctness >= mill.recipe.judging.min_correctness)
+        good = verified.get(i, rating is not None and rating.correctness >= context.recipe.judging.min_correctness)
         total = round(scorer.total(rating), 4) if scorer and rating else None
         out.append(replace(r, rating=rating, score=total, verified=verified.get(i), judge=by, good=bool(good and r.finished)))
     return out
 
 
-def select(mill: Mill, rows: Sequence[Response], quotas: dict[str, int], seed: int) -> tuple[list[Demonstration], dict[str, Any]]:
+def select(
+    context: AlignmentContext, rows: Sequence[Response], quotas: dict[str, int], seed: int
+) -> tuple[list[Demonstration], dict[str, Any]]:
     """The answers worth imitating: the best `keep_per_prompt` of a prompt, then at most a quota a task, spread over prompts.
 
     Controls: `unfiltered` takes answers as they come; `random-filter` keeps as many as the judge would, drawn blindly.
     """
     rng = random.Random(f"select-{seed}")
-    control, per_prompt = mill.recipe.control, mill.recipe.judging.keep_per_prompt
+    control, per_prompt = context.recipe.control, context.recipe.judging.keep_per_prompt
     kept: dict[str, list[Response]] = defaultdict(list)
     groups: dict[str, list[Response]] = defaultdict(list)
     for r in rows:
@@ -109,7 +111,7 @@ def select(mill: Mill, rows: Sequence[Response], quotas: dict[str, int], seed: i
         finished = [r for r in group if r.finished]
         good = sorted((r for r in finished if r.good), key=_rank, reverse=True)[:per_prompt]
         if good and good[0].judge == "reward":  # at most one of several contradicting answers can be right
-            good = good[: 1 if good[0].votes >= mill.recipe.judging.min_votes else 0]
+            good = good[: 1 if good[0].votes >= context.recipe.judging.min_votes else 0]
         if control == "unfiltered":
             good = rng.sample(finished, min(per_prompt, len(finished)))
         elif control == "random-filter":
@@ -175,7 +177,7 @@ def contested(prompts: Sequence[Prompt], rows: Sequence[Response], least: int) -
     return ordered[: max(least, sum(rank(p) == 0 for p in prompts))]
 
 
-def pair(mill: Mill, rows: Sequence[Response], settings: PreferenceTraining, seed: int) -> tuple[list[Pair], dict[str, Any]]:
+def pair(context: AlignmentContext, rows: Sequence[Response], settings: PreferenceTraining, seed: int) -> tuple[list[Pair], dict[str, Any]]:
     """Pairs of right and wrong answers where a verifier decides, else of the best and the worst by the reward model.
 
     Prompts whose answers are all right, all wrong, or too alike make no pair. The reward model's pairs need a chosen answer of
@@ -188,13 +190,13 @@ def pair(mill: Mill, rows: Sequence[Response], settings: PreferenceTraining, see
     out: list[Pair] = []
     funnel: Counter[str] = Counter()
     for group in groups.values():
-        made = _pairs(mill, group, settings, rng)
+        made = _pairs(context, group, settings, rng)
         if isinstance(made, str):
             funnel[made] += 1
             continue
         for chosen, rejected, gap, by in made:
             funnel["pairs"] += 1
-            if mill.recipe.control == "random-filter":
+            if context.recipe.control == "random-filter":
                 chosen, rejected = rng.sample(group, 2)
             low = rejected.score or 0.0
             out.append(
@@ -217,11 +219,11 @@ def pair(mill: Mill, rows: Sequence[Response], settings: PreferenceTraining, see
 Compared = tuple[Response, Response, float, str]  # chosen, rejected, reward gap, judge
 
 
-def _pairs(mill: Mill, group: list[Response], settings: PreferenceTraining, rng: random.Random) -> list[Compared] | str:
+def _pairs(context: AlignmentContext, group: list[Response], settings: PreferenceTraining, rng: random.Random) -> list[Compared] | str:
     """The pairs of one prompt, or why there are none."""
     if len(group) < 2:
         return "one answer"
-    judging = mill.recipe.judging
+    judging = context.recipe.judging
     if group[0].verified is not None:
         right, wrong = [r for r in group if r.good], [r for r in group if not r.good]
         if not right or not wrong:

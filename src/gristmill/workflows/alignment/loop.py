@@ -27,11 +27,11 @@ from gristmill.judge.reward import RewardScorer
 from gristmill.runs import artifacts
 from gristmill.train.settings import PreferenceTraining, Training
 from gristmill.workflows.alignment import monitors
-from gristmill.workflows.alignment.context import Mill
+from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.judging import contested, holds, pair, respond, select, written
 from gristmill.workflows.alignment.prompt_generation import write_prompts
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
-from gristmill.workflows.alignment.source import contaminated, fold
+from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 from gristmill.workflows.alignment.training import train_stage
 from gristmill.workflows.train import MODEL
 
@@ -66,47 +66,47 @@ def run(recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: 
     Raises:
         InputError: bad input, before work is spent.
     """
-    mill = Mill(recipe, folder, progress, unsafe_code)
+    context = AlignmentContext(recipe, folder, progress, unsafe_code)
     try:
-        return _run(mill)
+        return _run(context)
     finally:
-        mill.close()
-        mill.run.close()
+        context.close()
+        context.run.close()
 
 
-def _run(mill: Mill) -> dict[str, Any]:
-    if mill.recipe.world is None and not mill.source.ratings() and all(p.truth is None for p in mill.source.prompts()):
+def _run(context: AlignmentContext) -> dict[str, Any]:
+    if context.recipe.world is None and not context.source.ratings() and all(p.truth is None for p in context.source.prompts()):
         raise InputError("Nothing can judge answers: give data.ratings for a reward model, or data.prompts with known answers.")
-    state = _data(mill)
+    state = _data(context)
     if state.ratings:
-        _reward(mill, state)
-    first = _train(mill, state, "demonstrations", 0, mill.recipe.demonstration_sft, mill.base_folder, state.demonstrations)
-    _check_reward(mill, state, first)
-    monitors.measure(mill, state, "demonstrations", 0)
+        _reward(context, state)
+    first = _train(context, state, "demonstrations", 0, context.recipe.demonstration_sft, context.base_folder, state.demonstrations)
+    _check_reward(context, state, first)
+    monitors.measure(context, state, "demonstrations", 0)
     current = "demonstrations"
     stopped = None
-    for number in range(1, mill.recipe.rounds + 1):
-        current = _round(mill, state, number, current)
-        alarms = monitors.measure(mill, state, current, number)
-        if len(alarms) >= mill.recipe.collapse.stop:
+    for number in range(1, context.recipe.rounds + 1):
+        current = _round(context, state, number, current)
+        alarms = monitors.measure(context, state, current, number)
+        if len(alarms) >= context.recipe.collapse.stop:
             stopped = f"round {number}: {', '.join(alarms)}"
             break
-    return _results(mill, state, stopped)
+    return _results(context, state, stopped)
 
 
 # ---- before the first round ----
 
 
-def _data(mill: Mill) -> State:
-    recipe = mill.recipe
+def _data(context: AlignmentContext) -> State:
+    recipe = context.recipe
 
     def work(folder: Path) -> dict[str, Any]:
-        demonstrations, ratings = mill.source.demonstrations(), mill.source.ratings()
+        demonstrations, ratings = context.source.demonstrations(), context.source.ratings()
         asked = [(d.id, d.messages[:-1]) for d in demonstrations] + [(r.id, r.messages[:-1]) for r in ratings]
         for name, messages in asked:
-            if contaminated(messages, mill.held_out):
+            if contaminated(messages, context.held_out):
                 raise InputError(f"Human row {name} asks what the evaluation asks: take it out of one of the two files.")
-        base = mill.engine("base", mill.base_folder)
+        base = context.engine("base", context.base_folder)
         whole = [d.messages for d in demonstrations if not d.parents] + [r.messages for r in ratings]
         long = [messages for messages in whole if not holds(base, messages)]
         if long:
@@ -116,52 +116,52 @@ def _data(mill: Mill) -> State:
             )
         artifacts.HUMAN_DEMONSTRATIONS.write(folder, demonstrations)
         artifacts.RATINGS.write(folder, ratings)
-        artifacts.EVALUATION.write(folder, mill.evaluation)
-        return {"demonstrations": len(demonstrations), "ratings": len(ratings), "evaluation": len(mill.evaluation)}
+        artifacts.EVALUATION.write(folder, context.evaluation)
+        return {"demonstrations": len(demonstrations), "ratings": len(ratings), "evaluation": len(context.evaluation)}
 
     settings = recipe.model_dump(mode="json", include={"data", "world", "seed"})
     files = {k: hashlib.blake2b(v.read_bytes()).hexdigest() for k, v in recipe.data if isinstance(v, Path)}
-    done = mill.run.stage("data", [settings, files, mill.base_fingerprint], work, artifacts=HUMAN)
+    done = context.run.stage("data", [settings, files, context.base_fingerprint], work, artifacts=HUMAN)
     folder = done.folder
     demonstrations = artifacts.HUMAN_DEMONSTRATIONS.read(folder)
     ratings = artifacts.RATINGS.read(folder)
     state = State(demonstrations, ratings, done.fingerprint)
-    state.seen = {fold(d.messages[:-1]) for d in demonstrations}
+    state.seen = {normalize_prompt(d.messages[:-1]) for d in demonstrations}
     return state
 
 
-def _split_ratings(mill: Mill, state: State) -> tuple[list[Rated], list[Rated]]:
+def _split_ratings(context: AlignmentContext, state: State) -> tuple[list[Rated], list[Rated]]:
     """Rows to train the reward model on, and rows to measure it on; both answers to a prompt go the same way."""
     pairs = list(dict.fromkeys(r.pair for r in state.ratings))
-    held = set(pairs[len(pairs) - min(mill.recipe.data.num_held_out_ratings, len(pairs) // 3) :])
+    held = set(pairs[len(pairs) - min(context.recipe.data.num_held_out_ratings, len(pairs) // 3) :])
     return [r for r in state.ratings if r.pair not in held], [r for r in state.ratings if r.pair in held]
 
 
-def _reward(mill: Mill, state: State) -> None:
-    rows, _ = _split_ratings(mill, state)
-    settings = [mill.recipe.reward.model_dump(), mill.recipe.judging.weights, state.chain]
+def _reward(context: AlignmentContext, state: State) -> None:
+    rows, _ = _split_ratings(context, state)
+    settings = [context.recipe.reward.model_dump(), context.recipe.judging.weights, state.chain]
 
     def work(folder: Path) -> dict[str, Any]:
-        return train_stage(mill, "reward", mill.base_folder, rows, mill.recipe.reward, folder)
+        return train_stage(context, "reward", context.base_folder, rows, context.recipe.reward, folder)
 
-    done = mill.run.stage("reward", settings, work)
+    done = context.run.stage("reward", settings, work)
     state.reward_folder = done.folder / MODEL
     state.chain = done.fingerprint
 
 
-def _check_reward(mill: Mill, state: State, instruct: Engine) -> None:
+def _check_reward(context: AlignmentContext, state: State, instruct: Engine) -> None:
     """Measure the reward model, and the first Instruct as an LLM judge on the same pairs."""
     if state.reward_folder is None:
         return
 
     def work(folder: Path) -> dict[str, Any]:
-        scorer = _scorer(mill, state)
+        scorer = _scorer(context, state)
         assert scorer is not None
-        _, held = _split_ratings(mill, state)
-        ratings = mill.rate(scorer, [r.messages for r in held])
+        _, held = _split_ratings(context, state)
+        ratings = context.rate(scorer, [r.messages for r in held])
         by_id = {r.id: scorer.total(x) for r, x in zip(held, ratings, strict=True)}
         easy = reward_evaluation.easy_pairs(held)
-        answers = respond(mill, [instruct], mill.evaluation, scorer, mill.recipe.seed, folder)
+        answers = respond(context, [instruct], context.evaluation, scorer, context.recipe.seed, folder)
         hard = reward_evaluation.hard_pairs([r for r in answers if r.verified is not None], 60)
         sides = {
             "easy": [(a.task, a.messages[:-1], a.messages[-1].content, b.messages[-1].content, by_id[a.id], by_id[b.id]) for a, b in easy],
@@ -177,9 +177,9 @@ def _check_reward(mill: Mill, state: State, instruct: Engine) -> None:
             out["llm_judge"][name] = reward_evaluation.judge_accuracy(tasks, comparisons, verdicts)
         return out
 
-    state_inputs = [state.chain, mill.recipe.responses.model_dump()]
-    done = mill.run.stage("reward-check", state_inputs, work)
-    mill.reward_report = {k: done.summary[k] for k in ("easy", "hard", "llm_judge", "correlation")}
+    state_inputs = [state.chain, context.recipe.responses.model_dump()]
+    done = context.run.stage("reward-check", state_inputs, work)
+    context.reward_report = {k: done.summary[k] for k in ("easy", "hard", "llm_judge", "correlation")}
 
 
 def _readable(judge: Engine, c: Comparison) -> bool:
@@ -188,24 +188,24 @@ def _readable(judge: Engine, c: Comparison) -> bool:
     return holds(judge, (Message("user", TEMPLATE.format(request=request, a=c.first, b=c.second)), Message("assistant", "A")))
 
 
-def _scorer(mill: Mill, state: State) -> RewardScorer | None:
-    return mill.scorer(state.reward_folder) if state.reward_folder else None
+def _scorer(context: AlignmentContext, state: State) -> RewardScorer | None:
+    return context.scorer(state.reward_folder) if state.reward_folder else None
 
 
 # ---- one round ----
 
 
-def _round(mill: Mill, state: State, number: int, generator: str) -> str:
+def _round(context: AlignmentContext, state: State, number: int, generator: str) -> str:
     """One round; returns the name of its last model."""
-    recipe, human_only = mill.recipe, mill.recipe.control == "human-only"
-    engine = mill.engine(generator, state.models[generator])
-    prompts, whole = ([], []) if human_only else _prompts(mill, state, number, engine)
-    code, general, answers = _answers(mill, state, number, engine, prompts, whole)
-    human_code = [d for d in state.demonstrations if d.task in mill.source.code_tasks]
-    start = mill.base_folder
+    recipe, human_only = context.recipe, context.recipe.control == "human-only"
+    engine = context.engine(generator, state.models[generator])
+    prompts, whole = ([], []) if human_only else _prompts(context, state, number, engine)
+    code, general, answers = _answers(context, state, number, engine, prompts, whole)
+    human_code = [d for d in state.demonstrations if d.task in context.source.code_tasks]
+    start = context.base_folder
     rows = code if recipe.control == "replace" else [*human_code, *code]
     if len(rows) >= CODE_ROWS_MIN:
-        _train(mill, state, f"r{number}-code-sft", number, recipe.code_sft, start, rows)
+        _train(context, state, f"r{number}-code-sft", number, recipe.code_sft, start, rows)
         start = state.models[f"r{number}-code-sft"]
     repeat = _repeat(code, recipe.judging.code_share, len(general), number)
     rows = [*general, *repeat] if recipe.control == "replace" else [*state.demonstrations, *general, *repeat]
@@ -213,39 +213,39 @@ def _round(mill: Mill, state: State, number: int, generator: str) -> str:
         raise InputError(f"Round {number} kept no answer, and control {recipe.control} trains on nothing else: ask for more prompts.")
     current = f"r{number}-general-sft"
     # Demonstrations alone are few: passes that suit a blend with synthetic rows would teach next to nothing.
-    _train(mill, state, current, number, recipe.demonstration_sft if human_only else recipe.general_sft, start, rows)
+    _train(context, state, current, number, recipe.demonstration_sft if human_only else recipe.general_sft, start, rows)
     stages: list[tuple[str, PreferenceTraining]] = [("dpo", recipe.dpo)]
     stages += [(f"rpo{i}", recipe.rpo) for i in range(1, recipe.rpo_iterations + 1)]
     for i, (name, settings) in enumerate(stages):
         pool = contested(prompts, answers, settings.num_prompts)
         offset = i * settings.num_prompts
         chosen = [pool[(offset + k) % len(pool)] for k in range(min(settings.num_prompts, len(pool)))]
-        engines = [mill.engine(current, state.models[current])]
+        engines = [context.engine(current, state.models[current])]
         if human_only:
-            pairs = _human_pairs(_split_ratings(mill, state)[0], settings.num_pairs, seed=number * 100 + i)
+            pairs = _human_pairs(_split_ratings(context, state)[0], settings.num_pairs, seed=number * 100 + i)
         else:
-            pairs = _pairs(mill, state, f"r{number}-{name}-pairs", engines, chosen, settings)
+            pairs = _pairs(context, state, f"r{number}-{name}-pairs", engines, chosen, settings)
         if not pairs:  # no prompt had answers of different quality: the model stays as it is, and the report says so
             continue
         state.pairs += 0 if human_only else len(pairs)
         state.human_pairs += len(pairs) if human_only else 0
-        _prefer(mill, state, f"r{number}-{name}", number, settings, state.models[current], pairs)
+        _prefer(context, state, f"r{number}-{name}", number, settings, state.models[current], pairs)
         current = f"r{number}-{name}"
     return current
 
 
-def _prompts(mill: Mill, state: State, number: int, engine: Engine) -> tuple[list[Prompt], list[Demonstration]]:
+def _prompts(context: AlignmentContext, state: State, number: int, engine: Engine) -> tuple[list[Prompt], list[Demonstration]]:
     """This round's prompts, and conversations that were written whole."""
-    inputs = [state.chain, mill.recipe.writing.model_dump(mode="json"), mill.recipe.control, number]
-    answered = set() if mill.recipe.control == "replace" else {parent for d in state.synthetic for parent in d.parents}
+    inputs = [state.chain, context.recipe.writing.model_dump(mode="json"), context.recipe.control, number]
+    answered = set() if context.recipe.control == "replace" else {parent for d in state.synthetic for parent in d.parents}
 
     def work(folder: Path) -> dict[str, Any]:
-        return write_prompts(mill, engine, number, state.seen, answered, folder)[2]
+        return write_prompts(context, engine, number, state.seen, answered, folder)[2]
 
-    done = mill.run.stage(f"r{number}-prompts", inputs, work, artifacts=PROMPT_FILES)
+    done = context.run.stage(f"r{number}-prompts", inputs, work, artifacts=PROMPT_FILES)
     folder = done.folder
     prompts = artifacts.PROMPTS.read(folder)
-    state.seen |= {fold(p.messages) for p in prompts}
+    state.seen |= {normalize_prompt(p.messages) for p in prompts}
     state.chain = done.fingerprint
     if not prompts:
         raise InputError(f"Round {number} has no prompts left: see the funnel in {done.folder}/done.json.")
@@ -253,23 +253,23 @@ def _prompts(mill: Mill, state: State, number: int, engine: Engine) -> tuple[lis
 
 
 def _answers(
-    mill: Mill, state: State, number: int, engine: Engine, prompts: Sequence[Prompt], whole: Sequence[Demonstration]
+    context: AlignmentContext, state: State, number: int, engine: Engine, prompts: Sequence[Prompt], whole: Sequence[Demonstration]
 ) -> tuple[list[Demonstration], list[Demonstration], list[Response]]:
     """Kept answers of this round (and, unless replaced, of earlier ones): for code SFT, and for general SFT. And all of this one's."""
-    recipe, code_tasks = mill.recipe, mill.source.code_tasks
+    recipe, code_tasks = context.recipe, context.source.code_tasks
     answers: list[Response] = []
     if prompts:
 
         def work(folder: Path) -> dict[str, Any]:
-            responses = respond(mill, [engine], prompts, _scorer(mill, state), recipe.seed * 1000 + number, folder)
+            responses = respond(context, [engine], prompts, _scorer(context, state), recipe.seed * 1000 + number, folder)
             quotas = {t: recipe.judging.code_quota if t in code_tasks else recipe.judging.quota for t in {p.task for p in prompts}}
-            kept, funnel = select(mill, responses, quotas, number)
+            kept, funnel = select(context, responses, quotas, number)
             kept += [*written(prompts, kept, recipe.judging.writing_quota), *whole]
             artifacts.KEPT.write(folder, kept)
             return {"funnel": funnel, "kept": len(kept)}
 
         inputs = [state.chain, recipe.responses.model_dump(), recipe.judging.model_dump()]
-        done = mill.run.stage(f"r{number}-answers", inputs, work, artifacts=ANSWER_FILES)
+        done = context.run.stage(f"r{number}-answers", inputs, work, artifacts=ANSWER_FILES)
         folder = done.folder
         kept = artifacts.KEPT.read(folder)
         answers = artifacts.RESPONSES.read(folder)
@@ -286,25 +286,25 @@ def _repeat(code: list[Demonstration], share: float, num_general: int, number: i
 
 
 def _pairs(
-    mill: Mill, state: State, name: str, engines: Sequence[Engine], prompts: Sequence[Prompt], settings: PreferenceTraining
+    context: AlignmentContext, state: State, name: str, engines: Sequence[Engine], prompts: Sequence[Prompt], settings: PreferenceTraining
 ) -> list[Pair]:
     def work(folder: Path) -> dict[str, Any]:
-        seed = mill.recipe.seed * 1000 + len(mill.run.stages)
-        responses = respond(mill, engines, prompts, _scorer(mill, state), seed, folder)
-        pairs, facts = pair(mill, responses, settings, seed)
+        seed = context.recipe.seed * 1000 + len(context.run.stages)
+        responses = respond(context, engines, prompts, _scorer(context, state), seed, folder)
+        pairs, facts = pair(context, responses, settings, seed)
         pairs = pairs[: settings.num_pairs]
         artifacts.PAIRS.write(folder, pairs)
         return {**facts, "pairs": len(pairs)}
 
     inputs = [
         state.chain,
-        mill.recipe.responses.model_dump(),
-        mill.recipe.judging.model_dump(),
+        context.recipe.responses.model_dump(),
+        context.recipe.judging.model_dump(),
         settings.num_prompts,
         settings.num_pairs,
         settings.min_chosen,
     ]
-    done = mill.run.stage(name, inputs, work, artifacts=PAIR_FILES)
+    done = context.run.stage(name, inputs, work, artifacts=PAIR_FILES)
     state.chain = done.fingerprint
     return artifacts.PAIRS.read(done.folder)
 
@@ -338,59 +338,65 @@ def _human_pairs(ratings: Sequence[Rated], most: int, seed: int) -> list[Pair]:
     return out if len(out) <= most else random.Random(seed).sample(out, most)
 
 
-def _train(mill: Mill, state: State, name: str, number: int, settings: Training, start: Path, rows: Sequence[Demonstration]) -> Engine:
+def _train(
+    context: AlignmentContext, state: State, name: str, number: int, settings: Training, start: Path, rows: Sequence[Demonstration]
+) -> Engine:
     def work(folder: Path) -> dict[str, Any]:
-        return {**train_stage(mill, "sft", start, rows, settings, folder), "human_rows": sum(r.origin == "human" for r in rows)}
+        return {**train_stage(context, "sft", start, rows, settings, folder), "human_rows": sum(r.origin == "human" for r in rows)}
 
     inputs = [state.chain, settings.model_dump(), make_id([r.id for r in rows]), str(start.name)]
-    return _model_stage(mill, state, name, number, inputs, work)
+    return _model_stage(context, state, name, number, inputs, work)
 
 
-def _prefer(mill: Mill, state: State, name: str, number: int, settings: PreferenceTraining, start: Path, pairs: Sequence[Pair]) -> Engine:
+def _prefer(
+    context: AlignmentContext, state: State, name: str, number: int, settings: PreferenceTraining, start: Path, pairs: Sequence[Pair]
+) -> Engine:
     inputs = [state.chain, settings.model_dump(), make_id([p.id for p in pairs])]
-    return _model_stage(mill, state, name, number, inputs, lambda folder: train_stage(mill, settings.loss, start, pairs, settings, folder))
+    return _model_stage(
+        context, state, name, number, inputs, lambda folder: train_stage(context, settings.loss, start, pairs, settings, folder)
+    )
 
 
-def _model_stage(mill: Mill, state: State, name: str, number: int, inputs: Any, work: Any) -> Engine:
+def _model_stage(context: AlignmentContext, state: State, name: str, number: int, inputs: Any, work: Any) -> Engine:
     """Train, then evaluate on the held-out prompts."""
 
     def trained(folder: Path) -> dict[str, Any]:
         facts = work(folder)
-        engine = mill.engine(name, folder / MODEL)
+        engine = context.engine(name, folder / MODEL)
         scores = score(
-            mill.evaluation,
-            lambda requests: mill.generate(engine, requests, folder / "evaluation.jsonl"),
-            mill.check,
-            mill.recipe.responses.max_tokens,
-            mill.recipe.seed,
+            context.evaluation,
+            lambda requests: context.generate(engine, requests, folder / "evaluation.jsonl"),
+            context.check,
+            context.recipe.responses.max_tokens,
+            context.recipe.seed,
         )
         artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
         return {**facts, **scores}
 
-    done = mill.run.stage(name, [inputs, mill.recipe.responses.max_tokens], trained, artifacts=MODEL_FILES)
+    done = context.run.stage(name, [inputs, context.recipe.responses.max_tokens], trained, artifacts=MODEL_FILES)
     folder = done.folder
     state.models[name] = folder / MODEL
     state.chain = done.fingerprint
     state.stages.append({"name": name, "round": number, "model": f"{folder.name}/{MODEL}", **{mode: done.summary[mode] for mode in MODES}})
-    return mill.engine(name, folder / MODEL)
+    return context.engine(name, folder / MODEL)
 
 
 # ---- the end ----
 
 
-def _results(mill: Mill, state: State, stopped: str | None) -> dict[str, Any]:
+def _results(context: AlignmentContext, state: State, stopped: str | None) -> dict[str, Any]:
     human, synthetic = len(state.demonstrations) + state.human_pairs, len(state.synthetic) + state.pairs
-    seconds = sum(json.loads((mill.run.path / s / "done.json").read_text())["seconds"] for s in mill.run.stages)
+    seconds = sum(json.loads((context.run.path / s / "done.json").read_text())["seconds"] for s in context.run.stages)
     results = {
-        "name": mill.recipe.name,
-        "control": mill.recipe.control,
-        "seed": mill.recipe.seed,
+        "name": context.recipe.name,
+        "control": context.recipe.control,
+        "seed": context.recipe.seed,
         "seconds": round(seconds, 1),
         "synthetic_share": round(synthetic / max(1, human + synthetic), 4),
         "alignment_samples": {"human": human, "synthetic": synthetic, "human_ratings": len(state.ratings)},
         "stages": state.stages,
-        "reward": mill.reward_report,
+        "reward": context.reward_report,
         "collapse": state.collapse,
         "stopped": stopped,
     }
-    return mill.run.finish(results)
+    return context.run.finish(results)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from gristmill.data.chat import Message
 from gristmill.evaluate import diversity as collapse
-from gristmill.generation.api import Request, Sampling
-from gristmill.workflows.alignment.context import Mill
+from gristmill.generation.api import Request, SamplingParams
+from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.judging import holds
 
 if TYPE_CHECKING:
@@ -16,29 +16,29 @@ if TYPE_CHECKING:
 SAMPLES = 200
 
 
-def measure(mill: Mill, state: "State", name: str, number: int) -> list[str]:
+def measure(context: AlignmentContext, state: "State", name: str, number: int) -> list[str]:
     """Sample the model on the evaluation prompts (the same ones every time), measure, and return the alarms."""
 
     def work(folder: Path) -> dict[str, Any]:
-        engine, base = mill.engine(name, state.models[name]), mill.engine("base", mill.base_folder)
+        engine, base = context.engine(name, state.models[name]), context.engine("base", context.base_folder)
         # shuffled, because the token budget cuts the texts off at the end
-        prompts = random.Random(mill.recipe.seed).sample(mill.evaluation, min(SAMPLES, len(mill.evaluation)))
-        sampling = Sampling(temperature=1.0, max_tokens=mill.recipe.responses.max_tokens)
-        requests = [Request(f"{p.id}-monitor", p.messages, sampling, mill.recipe.seed) for p in prompts]
-        replies = mill.generate(engine, requests, folder / "samples.jsonl")
+        prompts = random.Random(context.recipe.seed).sample(context.evaluation, min(SAMPLES, len(context.evaluation)))
+        sampling = SamplingParams(temperature=1.0, max_tokens=context.recipe.responses.max_tokens)
+        requests = [Request(f"{p.id}-monitor", p.messages, sampling, context.recipe.seed) for p in prompts]
+        replies = context.generate(engine, requests, folder / "samples.jsonl")
         talks = [(*p.messages, Message("assistant", replies[f"{p.id}-monitor"][0].text)) for p in prompts]
         human = [r.messages for r in state.ratings if (r.labels[1] or 0) >= 3][-len(prompts) :]
         human = human or [d.messages for d in state.demonstrations]
-        random.Random(mill.recipe.seed).shuffle(human)
+        random.Random(context.recipe.seed).shuffle(human)
         now = collapse.measure(
-            [t[-1].content for t in talks], mill.tokenizer.encode, mill.recipe.collapse.tokens, [m[-1].content for m in human]
+            [t[-1].content for t in talks], context.tokenizer.encode, context.recipe.collapse.tokens, [m[-1].content for m in human]
         )
         now["human_nll"] = _nll(engine.loglikelihood(human))
         now["base_nll"] = _nll(base.loglikelihood([t for t in talks if holds(base, t)]))
         first = state.collapse[0]["values"] if state.collapse else now
         return {"values": {k: round(v, 4) for k, v in now.items()}, "alarms": collapse.alarms(now, first)}
 
-    done = mill.run.stage(f"r{number}-monitors" if number else "monitors", [state.chain, mill.recipe.collapse.model_dump()], work)
+    done = context.run.stage(f"r{number}-monitors" if number else "monitors", [state.chain, context.recipe.collapse.model_dump()], work)
     state.collapse.append({"round": number, "model": name, "values": done.summary["values"], "alarms": done.summary["alarms"]})
     return list(done.summary["alarms"])
 

@@ -10,17 +10,17 @@ from typing import Any
 
 from gristmill.data.rows import Demonstration, Prompt, write_rows
 from gristmill.engine.engine import Engine
-from gristmill.generation.api import Sampling
+from gristmill.generation.api import SamplingParams
 from gristmill.runs.journal import Journal
 from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.registry import Pipelines, Written, write
 from gristmill.synth.writer import Writer
-from gristmill.workflows.alignment.context import Mill
-from gristmill.workflows.alignment.source import contaminated, fold
+from gristmill.workflows.alignment.context import AlignmentContext
+from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 
 
 def write_prompts(
-    mill: Mill, engine: Engine, round_number: int, seen: set[str], answered: set[str], folder: Path
+    context: AlignmentContext, engine: Engine, round_number: int, seen: set[str], answered: set[str], folder: Path
 ) -> tuple[list[Prompt], list[Demonstration], dict[str, Any]]:
     """A round's prompts, deduplicated against `seen` (earlier rounds and human rows) and decontaminated.
 
@@ -29,23 +29,23 @@ def write_prompts(
     Returns:
         prompts in random order, conversations that a pipeline wrote whole, and the funnel: how many were dropped and why.
     """
-    seed = mill.recipe.seed * 1000 + round_number
+    seed = context.recipe.seed * 1000 + round_number
     funnel: Counter[str] = Counter()
     kept: list[Prompt] = []
-    for given in mill.source.prompts():
+    for given in context.source.prompts():
         funnel["from file"] += 1
-        if contaminated(given.messages, mill.held_out):
+        if contaminated(given.messages, context.held_out):
             funnel["held out"] += 1
         elif given.id in answered:
             funnel["answered before"] += 1
         else:
-            seen.add(fold(given.messages))
-            kept.append(replace(given, truth=None) if mill.recipe.control == "reward-only" else given)
-    responses = mill.recipe.responses
-    answering = Sampling(temperature=min(responses.temperatures), max_tokens=responses.max_tokens)
+            seen.add(normalize_prompt(given.messages))
+            kept.append(replace(given, truth=None) if context.recipe.control == "reward-only" else given)
+    responses = context.recipe.responses
+    answering = SamplingParams(temperature=min(responses.temperatures), max_tokens=responses.max_tokens)
     with Journal(folder / "calls.jsonl") as journal:
-        writer = Writer(mill.asker(engine, journal), mill.pack, seed, answering)
-        whole, topics = asyncio.run(_write(mill, writer, seen, funnel, kept))
+        writer = Writer(context.client(engine, journal), context.pack, seed, answering)
+        whole, topics = asyncio.run(_write(context, writer, seen, funnel, kept))
     funnel.update(writer.dropped)
     funnel["kept"] = len(kept)
     random.Random(seed).shuffle(kept)
@@ -55,45 +55,45 @@ def write_prompts(
 
 
 async def _write(
-    mill: Mill, writer: Writer, seen: set[str], funnel: Counter[str], kept: list[Prompt]
+    context: AlignmentContext, writer: Writer, seen: set[str], funnel: Counter[str], kept: list[Prompt]
 ) -> tuple[list[Demonstration], dict[str, int]]:
     """Run the pipelines, the one for second turns last; add the prompts to `kept`.
 
     Returns:
         whole conversations, and how many different topics each task's prompts grew from.
     """
-    settings, inputs = mill.recipe.writing, Inputs(tasks=mill.source.tasks)
+    settings, inputs = context.recipe.writing, Inputs(tasks=context.source.tasks)
     first = await write(writer, settings.topics, settings.pipelines.model_copy(update={"two_turn": None}), inputs)
-    _keep(mill, first.prompts, seen, funnel, kept)
-    openings = [p for p in kept if len(p.messages) == 1 and p.task not in mill.source.code_tasks]
+    _keep(context, first.prompts, seen, funnel, kept)
+    openings = [p for p in kept if len(p.messages) == 1 and p.task not in context.source.code_tasks]
     second = Written()
     if openings and settings.pipelines.two_turn is not None:
         last = Pipelines(two_turn=settings.pipelines.two_turn)
         second = await write(writer, settings.topics, last, replace(inputs, prompts=openings))
-        _keep(mill, second.prompts, seen, funnel, kept)
+        _keep(context, second.prompts, seen, funnel, kept)
     roots: dict[str, set[str]] = {}
     for p in first.prompts:
-        roots.setdefault(mill.source.task(p.task), set()).add(p.parents[-1])
-    whole = [d for d in [*first.demonstrations, *second.demonstrations] if not contaminated(d.messages[:-1], mill.held_out)]
-    return [d for d in whole if mill.fits(d.messages[:-1])], {task: len(names) for task, names in roots.items()}
+        roots.setdefault(context.source.task(p.task), set()).add(p.parents[-1])
+    whole = [d for d in [*first.demonstrations, *second.demonstrations] if not contaminated(d.messages[:-1], context.held_out)]
+    return [d for d in whole if context.fits(d.messages[:-1])], {task: len(names) for task, names in roots.items()}
 
 
-def _keep(mill: Mill, written: Sequence[Prompt], seen: set[str], funnel: Counter[str], kept: list[Prompt]) -> None:
+def _keep(context: AlignmentContext, written: Sequence[Prompt], seen: set[str], funnel: Counter[str], kept: list[Prompt]) -> None:
     """Add the prompts that are not repeated, held out, too long, or of a task whose verifier cannot read them."""
     for prompt in written:
         funnel["written"] += 1
-        prompt = replace(prompt, task=mill.source.task(prompt.task))
-        text = fold(prompt.messages)
-        truth = mill.source.truth(prompt.task, prompt.messages)
+        prompt = replace(prompt, task=context.source.task(prompt.task))
+        text = normalize_prompt(prompt.messages)
+        truth = context.source.truth(prompt.task, prompt.messages)
         if text in seen:
             funnel["repeated"] += 1
-        elif contaminated(prompt.messages, mill.held_out):
+        elif contaminated(prompt.messages, context.held_out):
             funnel["held out"] += 1
-        elif not mill.fits(prompt.messages):
+        elif not context.fits(prompt.messages):
             funnel["too long"] += 1
-        elif truth is None and prompt.truth is None and mill.source.checkable(prompt.task, prompt.messages):
+        elif truth is None and prompt.truth is None and context.source.checkable(prompt.task, prompt.messages):
             funnel["not understood"] += 1
         else:
             seen.add(text)
-            known = None if mill.recipe.control == "reward-only" else truth or prompt.truth
+            known = None if context.recipe.control == "reward-only" else truth or prompt.truth
             kept.append(replace(prompt, truth=known))

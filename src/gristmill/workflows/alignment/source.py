@@ -117,15 +117,15 @@ class FileSource:
 
 def contaminated(messages: Sequence[Message], held_out: frozenset[str]) -> bool:
     """Whether a prompt asks what the evaluation asks: as a whole, or in one of its user turns. Case and spaces aside."""
-    if fold(messages) in held_out:
+    if normalize_prompt(messages) in held_out:
         return True
-    return len(messages) > 1 and any(m.role == "user" and _fold(m.content) in held_out for m in messages)
+    return len(messages) > 1 and any(m.role == "user" and _normalize(m.content) in held_out for m in messages)
 
 
-def fold(messages: Sequence[Message]) -> str:
+def normalize_prompt(messages: Sequence[Message]) -> str:
     """A prompt as one text, for comparing prompts."""
-    return "\n".join(_fold(m.content) for m in messages)
+    return "\n".join(_normalize(m.content) for m in messages)
 
 
-def _fold(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(text.lower().split())

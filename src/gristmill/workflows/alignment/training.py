@@ -6,13 +6,13 @@ from typing import Any
 
 from gristmill.model.reward import REWARD_WEIGHTS
 from gristmill.train.settings import Training
-from gristmill.workflows.alignment.context import Mill, on_step
+from gristmill.workflows.alignment.context import AlignmentContext, on_step
 from gristmill.workflows.train import train_model
 
 CHECKPOINT_SECONDS = 20.0
 
 
-def train_stage(mill: Mill, kind: str, start: Path, rows: Sequence[Any], recipe: Training, folder: Path) -> dict[str, Any]:
+def train_stage(context: AlignmentContext, kind: str, start: Path, rows: Sequence[Any], recipe: Training, folder: Path) -> dict[str, Any]:
     """Train on rows as `train_model` does; the summary of a stage."""
     result = train_model(
         kind,
@@ -20,11 +20,11 @@ def train_stage(mill: Mill, kind: str, start: Path, rows: Sequence[Any], recipe:
         rows,
         folder,
         recipe,
-        chat_format=mill.format,
-        seed=mill.recipe.seed,
+        chat_format=context.format,
+        seed=context.recipe.seed,
         checkpoint_every=CHECKPOINT_SECONDS,
-        weights=REWARD_WEIGHTS[mill.recipe.judging.weights],
-        on_step=on_step(mill.progress),
+        weights=REWARD_WEIGHTS[context.recipe.judging.weights],
+        on_step=on_step(context.progress),
     )
     return {
         "rows": len(rows),

@@ -9,7 +9,7 @@ from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Pair, Prompt, Rating, Response, make_id
 from gristmill.judge import pairwise as llm
 from gristmill.judge.backends import rate
-from gristmill.judge.filter_expr import Condition
+from gristmill.judge.filter_expr import FilterExpr
 from gristmill.judge.reward_client import weight_set
 from gristmill.runs.journal import Journal
 from gristmill.synth.writer import Writer
@@ -38,7 +38,7 @@ class Judges:
         checked = self._verify(truths, [r for r in rows if r.prompt in truths and r.finished])
         ratings = await self._rate([r for r in rows if r.finished])
         weights = weight_set(self.recipe.judging.reward.weights) if self.recipe.judging.reward else ()
-        keep = Condition.parse(self.recipe.judging.keep) if self.recipe.judging.keep else None
+        keep = FilterExpr.parse(self.recipe.judging.keep) if self.recipe.judging.keep else None
         out = []
         for r in rows:
             rating, verdict = ratings.get(r.id), checked.get(r.id)
@@ -123,7 +123,7 @@ class Judges:
             comparison = llm.Comparison(make_id("compare", one.id, other.id), one.messages, one.text, other.text)
             note = {"for": "compare", "parents": [one.id, other.id]}
             judge = self.recipe.models[0].model if self.recipe.models else ""  # the same in both orders
-            replies = [(await self.writer.asker.ask(request, note, judge))[0].text for request in llm.questions([comparison])]
+            replies = [(await self.writer.client.ask(request, note, judge))[0].text for request in llm.questions([comparison])]
             return [(make_id(one.id, other.id), llm.verdict(*replies))]
 
         return dict(await self.writer.all(rows, compare))

@@ -20,16 +20,16 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import lock, write_json
 from gristmill.core.progress import Progress
 from gristmill.data.rows import Prompt, Response, write_rows
-from gristmill.generation.api import Sampling
-from gristmill.generation.cached import Asker, Source
+from gristmill.generation.api import SamplingParams
+from gristmill.generation.cached import CachedClient, Client
 from gristmill.generation.endpoint import Endpoint
 from gristmill.judge.backends import check_reward, source_of
-from gristmill.judge.filter_expr import Condition
+from gristmill.judge.filter_expr import FilterExpr
 from gristmill.runs.journal import Journal
 from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.registry import Written, first, write
-from gristmill.synth.templates import Pack
-from gristmill.synth.writer import Rehearsal, Writer
+from gristmill.synth.templates import TemplatePack
+from gristmill.synth.writer import DryRun, Writer
 from gristmill.workflows.dataset import inputs
 from gristmill.workflows.dataset.export import export
 from gristmill.workflows.dataset.judging import Judges
@@ -40,14 +40,14 @@ TICK = 0.5  # seconds
 Item = TypeVar("Item")
 
 
-def sampling_of(answers: Answers, index: int = 0) -> Sampling:
+def sampling_of(answers: Answers, index: int = 0) -> SamplingParams:
     """How the answers of one of the temperatures are drawn."""
     num, temperatures = answers.samples, answers.temperatures
     n = num // len(temperatures) + (index < num % len(temperatures))
-    return Sampling(temperature=temperatures[index], max_tokens=answers.max_tokens, n=max(1, n))
+    return SamplingParams(temperature=temperatures[index], max_tokens=answers.max_tokens, n=max(1, n))
 
 
-def rehearse(recipe: DatasetRecipe) -> dict[str, Any]:
+def dry_run(recipe: DatasetRecipe) -> dict[str, Any]:
     """What a run would take: calls, tokens and money of each model. Nobody is asked, so lists have as many items as were asked for
     and all rows are kept: an estimate, four characters a token, and short of repairs and retries.
 
@@ -56,8 +56,8 @@ def rehearse(recipe: DatasetRecipe) -> dict[str, Any]:
     """
     pack, given, source = _check(recipe, asks=False)
 
-    async def go() -> Rehearsal:
-        writer = Rehearsal(source, pack, recipe.seed, sampling_of(recipe.turn))
+    async def go() -> DryRun:
+        writer = DryRun(source, pack, recipe.seed, sampling_of(recipe.turn))
         made, _ = await _write(recipe, writer, given, None)
         rows = await _answer(recipe, writer, made.prompts)
         if recipe.judging.llm:
@@ -104,11 +104,11 @@ def run(
         return asyncio.run(_Run(recipe, folder, progress, pack, given, source, limit, unsafe_code).go(retry_failed))
 
 
-def _check(recipe: DatasetRecipe, asks: bool = True) -> tuple[Pack, Inputs, Source]:
+def _check(recipe: DatasetRecipe, asks: bool = True) -> tuple[TemplatePack, Inputs, Client]:
     """Everything that can be wrong before the first call is."""
-    pack, given = Pack.load(recipe.templates), inputs.read(recipe)
+    pack, given = TemplatePack.load(recipe.templates), inputs.read(recipe)
     if recipe.judging.keep:
-        Condition.parse(recipe.judging.keep)
+        FilterExpr.parse(recipe.judging.keep)
         if recipe.judging.reward is None:
             raise InputError("judging.keep needs ratings: name a reward model in judging.reward, or take the condition out.")
     if recipe.answers is None and (recipe.judging.keep or recipe.judging.llm):
@@ -192,9 +192,9 @@ class _Run:
         recipe: DatasetRecipe,
         folder: Path,
         progress: Progress,
-        pack: Pack,
+        pack: TemplatePack,
         given: Inputs,
-        source: Source,
+        source: Client,
         limit: int | None,
         unsafe_code: bool,
     ):
@@ -209,8 +209,8 @@ class _Run:
             journal = stack.enter_context(Journal(self.folder / "journal.jsonl"))
             if isinstance(self.source, AbstractAsyncContextManager):
                 await stack.enter_async_context(self.source)
-            self.asker = Asker(self.source, journal, retry_failed=retry_failed)
-            self.writer = Writer(self.asker, self.pack, recipe.seed, sampling_of(recipe.turn))
+            self.client = CachedClient(self.source, journal, retry_failed=retry_failed)
+            self.writer = Writer(self.client, self.pack, recipe.seed, sampling_of(recipe.turn))
             ticking = asyncio.ensure_future(self._tick())
             stack.callback(ticking.cancel)
             with self.progress.stage("prompts"):
@@ -229,7 +229,7 @@ class _Run:
             write_rows(self.folder / "responses.parquet", rows)
             write_rows(self.folder / "demonstrations.parquet", kept)
             write_rows(self.folder / "pairs.parquet", compared)
-            failed = self.asker.failed + judges.failed_ratings
+            failed = self.client.failed + judges.failed_ratings
             calls = _compact(journal, self.folder / "calls.parquet")
         results = {
             "name": recipe.name,
@@ -240,7 +240,7 @@ class _Run:
             "pairs": len(compared),
             "funnel": {"written": written, **judges.funnel},
             "dropped": dict(self.writer.dropped),
-            "calls": {"in journal": calls, "asked now": self.asker.asked, "failed": failed},
+            "calls": {"in journal": calls, "asked now": self.client.asked, "failed": failed},
             "usage_of_this_start": self._usage(),
         }
         export(self.folder, recipe, results, kept, compared)
@@ -261,7 +261,7 @@ class _Run:
             await asyncio.sleep(TICK)
             now, done = time.monotonic(), self._calls()
             speed, calls = (done - calls) / (now - since), done
-            note = f"calls, {self.asker.found:,} of them from the journal, {self.asker.failed:,} failed"
+            note = f"calls, {self.client.found:,} of them from the journal, {self.client.failed:,} failed"
             if isinstance(self.source, Endpoint):
                 usage = self.source.usage
                 rate, tokens = (usage.tokens_out - tokens) / (now - since), usage.tokens_out
@@ -273,7 +273,7 @@ class _Run:
             self.progress.tick(done, self.total, note)
 
     def _calls(self) -> int:
-        return self.asker.asked + self.asker.found + self.asker.failed
+        return self.client.asked + self.client.found + self.client.failed
 
 
 def _compact(journal: Journal, path: Path) -> int:

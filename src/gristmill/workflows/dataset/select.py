@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Pair, Prompt, Response, make_id
-from gristmill.judge.filter_expr import Condition
+from gristmill.judge.filter_expr import FilterExpr
 from gristmill.synth.dedup import NearDuplicates
-from gristmill.synth.parsing import fold
+from gristmill.synth.parsing import normalize
 from gristmill.workflows.dataset.recipe import Judging
 
 
@@ -20,7 +20,7 @@ def distinct(prompts: Iterable[Prompt], similarity: float) -> tuple[list[Prompt]
     kept, dropped = [], 0
     for prompt in prompts:
         words = "\n".join(m.content for m in prompt.messages if m.role != "assistant")
-        key = (prompt.task, fold(words))
+        key = (prompt.task, normalize(words))
         if key in exact or (similarity < 1 and not seen[prompt.task].add(words)):
             dropped += 1
             continue
@@ -29,7 +29,7 @@ def distinct(prompts: Iterable[Prompt], similarity: float) -> tuple[list[Prompt]
     return kept, dropped
 
 
-def passes(response: Response, keep: Condition | None) -> bool:
+def passes(response: Response, keep: FilterExpr | None) -> bool:
     """Whether an answer may be kept: it ended, what can be verified is right, and the recipe's condition holds for the rest."""
     if not response.finished or response.verified is False:
         return False
