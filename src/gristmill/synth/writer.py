@@ -73,11 +73,13 @@ class Writer:
 
     Attributes:
         dropped: branches that ended early, by reason.
+        topics: what prompts grew from so far, by id.
     """
 
     def __init__(self, client: CachedClient, pack: TemplatePack, seed: int = 0, answering: SamplingParams = ANSWERING):
         self.client, self.pack, self.seed, self.answering = client, pack, seed, answering
         self.dropped: Counter[str] = Counter()
+        self.topics: dict[str, Topic] = {}
 
     def random(self, *parts: object) -> random.Random:
         """A generator of random numbers that depends on the seed and these parts alone."""

@@ -42,5 +42,5 @@ class Math(Pipeline):
         topics = [*own_topics(self.own), *broad, *await writer.all(inputs.entities, classify)]
         if self.subtopics:
             topics += await writer.all(broad, lambda t: writer.items("math_subtopics", self.subtopics, parents=[t.id], topic=t.text))
-        async for row in writer.each(((topic, form) for topic in different(topics) for form in self.forms), problems):
+        async for row in writer.each(((topic, form) for topic in different(writer, topics) for form in self.forms), problems):
             yield row

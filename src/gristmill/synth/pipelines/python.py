@@ -38,5 +38,5 @@ class Python(Pipeline):
         topics = [*own_topics(self.own), *broad, *await writer.all(inputs.entities, classify)]
         if self.subtopics:
             topics += await writer.all(broad, lambda t: writer.items("python_subtopics", self.subtopics, parents=[t.id], topic=t.text))
-        async for row in writer.each(((topic, level) for topic in different(topics) for level in self.levels), problems):
+        async for row in writer.each(((topic, level) for topic in different(writer, topics) for level in self.levels), problems):
             yield row

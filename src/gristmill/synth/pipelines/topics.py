@@ -42,7 +42,7 @@ class Topics(Section):
         within: list[Topic] = []
         if self.subtopics:
             within = await writer.all(broad, lambda topic: writer.items("subtopics", self.subtopics, parents=[topic.id], topic=topic.text))
-        return different([*own_topics(self.given()), *(broad if self.combine else ()), *within])
+        return different(writer, [*own_topics(self.given()), *(broad if self.combine else ()), *within])
 
 
 def own_topics(texts: Sequence[str]) -> list[Topic]:
@@ -50,10 +50,12 @@ def own_topics(texts: Sequence[str]) -> list[Topic]:
     return [Topic(text, make_id("topic", text)) for text in texts]
 
 
-def different(topics: Sequence[Topic]) -> list[Topic]:
-    """The first of those that are alike but for case, spaces and punctuation."""
+def different(writer: Writer, topics: Sequence[Topic]) -> list[Topic]:
+    """The first of those that are alike but for case, spaces and punctuation; the writer takes note of them."""
     by_text = {topic.text: topic for topic in reversed(topics)}
-    return [by_text[text] for text in unique(topic.text for topic in topics)]
+    found = [by_text[text] for text in unique(topic.text for topic in topics)]
+    writer.topics |= {topic.id: topic for topic in found}
+    return found
 
 
 def lines(path: Path, what: str) -> list[str]:

@@ -37,7 +37,13 @@ from gristmill.workflows.train import MODEL
 
 CODE_ROWS_MIN = 8
 HUMAN: list[artifacts.AnyArtifact] = [artifacts.HUMAN_DEMONSTRATIONS, artifacts.RATINGS, artifacts.EVALUATION]
-PROMPT_FILES: list[artifacts.AnyArtifact] = [artifacts.PROMPTS, artifacts.CONVERSATIONS]
+PROMPT_FILES: list[artifacts.AnyArtifact] = [
+    artifacts.PROMPTS,
+    artifacts.CONVERSATIONS,
+    artifacts.REFUSED,
+    artifacts.TOPICS,
+    artifacts.CALLS,
+]
 ANSWER_FILES: list[artifacts.AnyArtifact] = [artifacts.RESPONSES, artifacts.KEPT]
 MODEL_FILES: list[artifacts.AnyArtifact] = [artifacts.OUTCOMES, artifacts.EVALUATION_CALLS]
 PAIR_FILES: list[artifacts.AnyArtifact] = [artifacts.RESPONSES, artifacts.PAIRS]

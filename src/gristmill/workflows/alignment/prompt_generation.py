@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gristmill.data.rows import Demonstration, Prompt, write_rows
+from gristmill.data.rows import Demonstration, Prompt, Refused, TopicRow
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import SamplingParams
+from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
 from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.registry import Pipelines, Written, write
@@ -32,10 +33,12 @@ def write_prompts(
     seed = context.recipe.seed * 1000 + round_number
     funnel: Counter[str] = Counter()
     kept: list[Prompt] = []
+    refused: list[Refused] = []
     for given in context.source.prompts():
         funnel["from file"] += 1
         if contaminated(given.messages, context.held_out):
             funnel["held out"] += 1
+            refused.append(Refused(given.id, given.task, given.messages[-1].content, "held out"))
         elif given.id in answered:
             funnel["answered before"] += 1
         else:
@@ -45,17 +48,24 @@ def write_prompts(
     answering = SamplingParams(temperature=min(responses.temperatures), max_tokens=responses.max_tokens)
     with Journal(folder / "calls.jsonl") as journal:
         writer = Writer(context.client(engine, journal), context.pack, seed, answering)
-        whole, topics = asyncio.run(_write(context, writer, seen, funnel, kept))
+        before = len(kept)
+        whole, topics = asyncio.run(_write(context, writer, seen, refused, kept))
+    given_ids = {p.id for p in context.source.prompts()}
+    written = [r for r in refused if r.id not in given_ids]
+    funnel["written"] = len(kept) - before + len(written)
+    funnel.update(r.reason for r in written)
     funnel.update(writer.dropped)
     funnel["kept"] = len(kept)
     random.Random(seed).shuffle(kept)
-    write_rows(folder / "prompts.parquet", kept)
-    write_rows(folder / "conversations.parquet", whole)
+    artifacts.PROMPTS.write(folder, kept)
+    artifacts.CONVERSATIONS.write(folder, whole)
+    artifacts.REFUSED.write(folder, refused)
+    artifacts.TOPICS.write(folder, [TopicRow(t.id, t.text, t.origin) for t in writer.topics.values()])
     return kept, whole, {"funnel": dict(funnel), "topics": topics, "conversations": len(whole)}
 
 
 async def _write(
-    context: AlignmentContext, writer: Writer, seen: set[str], funnel: Counter[str], kept: list[Prompt]
+    context: AlignmentContext, writer: Writer, seen: set[str], refused: list[Refused], kept: list[Prompt]
 ) -> tuple[list[Demonstration], dict[str, int]]:
     """Run the pipelines, the one for second turns last; add the prompts to `kept`.
 
@@ -64,13 +74,13 @@ async def _write(
     """
     settings, inputs = context.recipe.writing, Inputs(tasks=context.source.tasks)
     first = await write(writer, settings.topics, settings.pipelines.model_copy(update={"two_turn": None}), inputs)
-    _keep(context, first.prompts, seen, funnel, kept)
+    _keep(context, first.prompts, seen, refused, kept)
     openings = [p for p in kept if len(p.messages) == 1 and p.task not in context.source.code_tasks]
     second = Written()
     if openings and settings.pipelines.two_turn is not None:
         last = Pipelines(two_turn=settings.pipelines.two_turn)
         second = await write(writer, settings.topics, last, replace(inputs, prompts=openings))
-        _keep(context, second.prompts, seen, funnel, kept)
+        _keep(context, second.prompts, seen, refused, kept)
     roots: dict[str, set[str]] = {}
     for p in first.prompts:
         roots.setdefault(context.source.task(p.task), set()).add(p.parents[-1])
@@ -78,22 +88,24 @@ async def _write(
     return [d for d in whole if context.fits(d.messages[:-1])], {task: len(names) for task, names in roots.items()}
 
 
-def _keep(context: AlignmentContext, written: Sequence[Prompt], seen: set[str], funnel: Counter[str], kept: list[Prompt]) -> None:
+def _keep(context: AlignmentContext, written: Sequence[Prompt], seen: set[str], refused: list[Refused], kept: list[Prompt]) -> None:
     """Add the prompts that are not repeated, held out, too long, or of a task whose verifier cannot read them."""
     for prompt in written:
-        funnel["written"] += 1
         prompt = replace(prompt, task=context.source.task(prompt.task))
         text = normalize_prompt(prompt.messages)
         truth = context.source.truth(prompt.task, prompt.messages)
+        reason = ""
         if text in seen:
-            funnel["repeated"] += 1
+            reason = "repeated"
         elif contaminated(prompt.messages, context.held_out):
-            funnel["held out"] += 1
+            reason = "held out"
         elif not context.fits(prompt.messages):
-            funnel["too long"] += 1
+            reason = "too long"
         elif truth is None and prompt.truth is None and context.source.checkable(prompt.task, prompt.messages):
-            funnel["not understood"] += 1
-        else:
-            seen.add(text)
-            known = None if context.recipe.control == "reward-only" else truth or prompt.truth
-            kept.append(replace(prompt, truth=known))
+            reason = "not understood"
+        if reason:
+            refused.append(Refused(prompt.id, prompt.task, prompt.messages[-1].content, reason))
+            continue
+        seen.add(text)
+        known = None if context.recipe.control == "reward-only" else truth or prompt.truth
+        kept.append(replace(prompt, truth=known))
