@@ -1,5 +1,6 @@
-# make demo   the whole mill on the miniature world, then the path of its report
+# make demo   the whole loop on the miniature world, then the path of its report
 # make test   lint, formatting, types and tests
+# make docs   write docs/api.md from the docstrings again
 # make base   train the miniature's Base checkpoint again, into runs/base
 #
 # The first of them installs into .venv; later ones need no network. PYTHON=/path/to/python3 chooses the interpreter.
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test base
+.PHONY: demo test docs base
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -20,6 +21,9 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/make_api.py
 
 base: $(INSTALLED)
 	$(BIN)/gristmill pretrain miniature-base --out runs/base

@@ -117,7 +117,7 @@ def main() -> None:
     for task in LIMITS:
         if task == "diverse_qa":  # which makes questions
             continue
-        how = Rephrase.model_validate({"tasks": [task], "folder": "."})
+        how = Rephrase.model_validate({"tasks": [task], "generators": [{"folder": "."}]})
         out[task] = {}
         for kind in KINDS:
             draw = random.Random(0)

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 import gristmill
 from gristmill.core.config import check, dump, load
 from gristmill.core.errors import InputError
-from gristmill.train.settings import section as section_of
+from gristmill.train.settings import training_section
 from gristmill.workflows.alignment.recipe import CONTROLS, AlignmentRecipe
 
 # Every key a recipe may have. A change here is a change of what users have written down: think twice, then edit.
@@ -223,12 +223,12 @@ def test_a_wrong_value_is_named_in_one_line(values: Any, names: str) -> None:
 @pytest.mark.parametrize("given_length", [{}, {"steps": 5, "epochs": 1}])
 def test_training_takes_steps_or_epochs(given_length: dict[str, int]) -> None:
     with pytest.raises(InputError, match="either steps or epochs"):
-        section_of({"lr": 1e-3, **given_length}, preference=False)
+        training_section("sft", {"lr": 1e-3, **given_length})
 
 
 @pytest.mark.parametrize("given_length", [{"steps": 5}, {"epochs": 0.5}])
 def test_training_with_one_length_is_fine(given_length: dict[str, float]) -> None:
-    section = section_of({"lr": 1e-3, **given_length}, preference=True)
+    section = training_section("dpo", {"lr": 1e-3, **given_length})
     assert (section.steps, section.epochs) == (given_length.get("steps"), given_length.get("epochs"))
 
 

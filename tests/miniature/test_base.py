@@ -7,7 +7,7 @@ from gristmill.miniature.world import World
 from gristmill.model.config import PRESETS
 from gristmill.model.flops import num_parameters
 from gristmill.model.hf import load_model
-from gristmill.workflows.alignment.recipe import Responses
+from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
 
 def test_the_base_is_the_preset_and_small() -> None:
@@ -24,4 +24,4 @@ def test_every_human_row_and_every_evaluation_prompt_fits() -> None:
     assert max(len(chat_format.render(talk, tokenizer).ids) for talk in talks) <= model.config.max_positions
     prompts = [p.messages for problems in world.held_out.values() for p in problems]
     longest = max(len(chat_format.render_prompt(messages, tokenizer)) for messages in prompts)
-    assert longest + Responses().max_tokens + 16 <= model.config.max_positions
+    assert longest + AlignmentRecipe.model_fields["answers"].default.max_tokens + 16 <= model.config.max_positions

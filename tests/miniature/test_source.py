@@ -6,7 +6,7 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.data.human import HumanData
 from gristmill.miniature.source import LIMITS, MiniatureSource
-from gristmill.workflows.alignment.source import Source, normalize_prompt
+from gristmill.workflows.alignment.source import DataSource, normalize_prompt
 
 DATA = HumanData(num_demonstrations=50, num_rated_prompts=30, num_held_out_ratings=5, num_evaluation=4, num_prompts=20)
 
@@ -17,7 +17,7 @@ def source() -> MiniatureSource:
 
 
 def test_amounts_are_those_of_the_recipe(source: MiniatureSource) -> None:
-    given: Source = source
+    given: DataSource = source
     assert len(given.demonstrations()) == 50 and len(given.ratings()) == 2 * 35 and len(given.prompts()) == 20
     assert [p.task for p in given.evaluation()] == [t for t in source.tasks for _ in range(4)]
 

@@ -114,8 +114,8 @@ def test_writing_problems_teach_every_request(world: World) -> None:
 
 def test_manual_topics_of_the_recipe_are_topics_of_the_task(world: World) -> None:
     rng = random.Random(0)
-    writing = load(RECIPES / "miniature.yaml", AlignmentRecipe).writing
-    own = {name: getattr(writing.pipelines, name).own for name in ("math", "python", "writing")} | {"open_qa": writing.topics.own}
+    recipe = load(RECIPES / "miniature.yaml", AlignmentRecipe)
+    own = {name: getattr(recipe.pipelines, name).own for name in ("math", "python", "writing")} | {"open_qa": recipe.topics.own}
     for pipeline, names in own.items():
         drawn = {world.draw(rng, PIPELINES[pipeline]).topic for _ in range(2000)}
         assert names and set(names) <= drawn and len(set(names)) == len(names)

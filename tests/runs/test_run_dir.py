@@ -83,8 +83,8 @@ def test_other_inputs_are_refused_and_what_is_made_stays(tmp_path: Path, snapsho
 def test_a_folder_of_another_recipe_is_refused(tmp_path: Path, snapshot: Snapshot) -> None:
     open_run(tmp_path / "run", recipe(seed=1)).stage("data", 1, lambda folder: {})
     before = snapshot(tmp_path / "run")
-    with pytest.raises(InputError, match=r"another recipe \(they differ in seed, writing\)"):
-        open_run(tmp_path / "run", recipe(seed=2, writing={"templates": "default"}))
+    with pytest.raises(InputError, match=r"another recipe \(they differ in seed, templates\)"):
+        open_run(tmp_path / "run", recipe(seed=2, templates="default"))
     assert snapshot(tmp_path / "run") == before
 
 

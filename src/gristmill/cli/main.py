@@ -196,14 +196,14 @@ def train(
 ) -> None:
     """One training stage on your own rows."""
     from gristmill.core.progress import Progress
-    from gristmill.train.settings import section
+    from gristmill.train.settings import training_section
     from gristmill.workflows.alignment.context import on_step
     from gristmill.workflows.train import train_model
 
     values: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "precision": precision}
     if kind not in ("sft", "reward"):
-        values |= {"loss": kind, "beta": beta, "eta": eta, "sft_weight": sft_weight}
-    settings = section(values, preference=kind not in ("sft", "reward"))
+        values |= {"beta": beta, "eta": eta, "sft_weight": sft_weight}
+    settings = training_section(kind, values)
     with Progress(quiet=quiet) as progress, progress.stage(kind):
         result = train_model(kind, model, data, out, settings, chat_format=format, seed=seed, on_step=on_step(progress))
     _done(result, out / "model", as_json)

@@ -2,10 +2,9 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from gristmill.core.config import Section, explain
-from gristmill.core.errors import InputError
+from gristmill.core.config import Section, check
 
 Loss = Literal["dpo", "cdpo", "ipo", "rpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"]
 
@@ -48,14 +47,15 @@ class PreferenceTraining(Training):
     keep_chosen: str = Field("", description="instead of judging.keep_chosen, for this stage")
 
 
-def section(values: dict[str, Any], preference: bool) -> Training:
+def training_section(objective: str, values: dict[str, Any]) -> Training:
     """A checked training section from plain values.
 
+    Args:
+        objective: sft, reward, or a preference loss, which becomes the section's.
+
     Raises:
-        InputError: as `parse`.
+        InputError: a key is unknown or a value is wrong.
     """
-    kind = PreferenceTraining if preference else Training
-    try:
-        return kind.model_validate(values)
-    except ValidationError as e:
-        raise InputError(explain(e, kind)) from e
+    if objective in ("sft", "reward"):
+        return check(Training, values, f"train {objective}")
+    return check(PreferenceTraining, {**values, "loss": objective}, f"train {objective}")

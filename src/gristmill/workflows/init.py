@@ -181,7 +181,9 @@ def _section(key: str, kind: type[Section], default: Section, values: dict[str, 
     about = STAGES.get(key) or " ".join((kind.__doc__ or "").split())
     lines = [f"# {about}", f"{key}:" if values else f"#{key}:"]
     for name, field in kind.model_fields.items():
-        line = _line(name, field, plain[name], values)
+        if name not in plain and name not in values:
+            continue  # a pipeline that is not named; named alone, it would write
+        line = _line(name, field, plain.get(name), values)
         lines.append(f"  {line}" if values else f"#  {line.removeprefix('#')}")
     return lines
 

@@ -44,7 +44,7 @@ def corpus_in(folder: Path, **more: str) -> Path:
 
 
 def recipe_of(corpus: Path, endpoint: Any, *before: dict[str, Any], **settings: Any) -> Curation:
-    step = {"step": "rephrase", "tasks": ["wikipedia"], "models": [{"base_url": endpoint.url, "model": "mock"}]} | settings
+    step = {"step": "rephrase", "tasks": ["wikipedia"], "generators": [{"base_url": endpoint.url, "model": "mock"}]} | settings
     return Curation.model_validate({"inputs": [str(corpus)], "workers": 2, "steps": [*before, step]})
 
 
@@ -122,7 +122,7 @@ def test_what_is_not_true_to_its_source_is_dropped(obedient: Any, tmp_path: Path
 
 def test_some_documents_alone_and_without_the_originals(obedient: Any, tmp_path: Path) -> None:
     corpus = corpus_in(tmp_path, lie=document(20, lie="This is a lie, that it was in 1804."))
-    first = {"step": "rephrase", "tasks": ["distill"], "models": [{"base_url": obedient.url, "model": "mock"}], "column": "band"}
+    first = {"step": "rephrase", "tasks": ["distill"], "generators": [{"base_url": obedient.url, "model": "mock"}], "column": "band"}
     recipe = recipe_of(corpus, obedient, first | {"values": ["high"]}, column="band", values=["low"], originals=False)
     curated(recipe, tmp_path / "run")
     kept, gone = rows_in(tmp_path / "run" / "data"), rows_in(tmp_path / "run" / "dropped")
@@ -169,13 +169,13 @@ def test_another_model_says_other_words(start_endpoint: Callable[..., Any], tmp_
     endpoint = start_endpoint(obedient=True)
     corpus = corpus_in(tmp_path)
     two = [{"base_url": endpoint.url, "model": name} for name in ("first", "second")]
-    before = {"step": "rephrase", "tasks": ["wikipedia"], "models": two[:1]}
-    curated(recipe_of(corpus, endpoint, before, models=two[1:]), tmp_path / "run")
+    before = {"step": "rephrase", "tasks": ["wikipedia"], "generators": two[:1]}
+    curated(recipe_of(corpus, endpoint, before, generators=two[1:]), tmp_path / "run")
     kept = rows_in(tmp_path / "run" / "data")
     assert endpoint.stats()["requests"] == 16 and len(kept) == 24
     models = {name: json.loads(row["meta"])["rephrase_model"] for name, row in kept.items() if "#" in name}
     assert models == {f"d{i}#wikipedia-0": "first" for i in range(8)} | {f"d{i}#wikipedia-0.2": "second" for i in range(8)}
-    curated(recipe_of(corpus, endpoint, models=two[1:]), tmp_path / "run")
+    curated(recipe_of(corpus, endpoint, generators=two[1:]), tmp_path / "run")
     assert endpoint.stats()["requests"] == 16
 
 
@@ -225,31 +225,31 @@ def test_killed_runs_buy_nothing_twice(start_endpoint: Callable[..., Any], tmp_p
     [
         ({"tasks": []}, "at least 1"),
         ({"tasks": ["poem"]}, "wikipedia"),
-        ({"models": []}, "give either models"),
+        ({"generators": []}, "give endpoints, or one folder"),
         ({"column": "band"}, "both column and values"),
         ({"limits": {"entity_recal": [0, 1]}}, "did you mean 'entity_recall'"),
         ({"limits": {"length": [2, 1]}}, "the least of length is above the most"),
         ({"tasks": ["distill", "distill"]}, "each once"),
-        ({"models": [{"base_url": "http://localhost:1/v1", "model": "m", "kind": "completions"}]}, "use 'chat'"),
+        ({"generators": [{"base_url": "http://localhost:1/v1", "model": "m", "kind": "completions"}]}, "use 'chat'"),
         ({"least_reward": 2}, "needs a reward model"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Rephrase.model_validate({"tasks": ["wikipedia"], "models": [{"base_url": "http://localhost:1/v1", "model": "m"}]} | settings)
+        Rephrase.model_validate({"tasks": ["wikipedia"], "generators": [{"base_url": "http://localhost:1/v1", "model": "m"}]} | settings)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"models": [{"base_url": "localhost", "model": "m"}]}, "not the base URL"),
-        ({"models": [{"base_url": "http://localhost:1/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}]}, "NO_SUCH_KEY is empty"),
+        ({"generators": [{"base_url": "localhost", "model": "m"}]}, "not the base URL"),
+        ({"generators": [{"base_url": "http://localhost:1/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}]}, "NO_SUCH_KEY is empty"),
         ({"templates": "nowhere.yaml"}, "cannot be read"),
         ({"templates": "{folder}/same.yaml"}, "lacks {document}"),
         ({"templates": "{folder}/long.yaml"}, "leave no room"),
         ({"tokenizer": "nowhere"}, "give another folder as `tokenizer`"),
-        ({"models": [], "folder": "nowhere"}, "nowhere is no model folder"),
-        ({"reward": {"model": "nowhere"}}, "no model folder"),
+        ({"generators": [{"folder": "nowhere"}]}, "nowhere is no model folder"),
+        ({"reward": {"folder": "nowhere"}}, "no model folder"),
     ],
 )
 def test_what_is_missing_is_told_before_work_is_spent(obedient: Any, settings: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_model_in_process(tiny_base: Path, tmp_path: Path) -> None:
     corpus.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in texts.items()))
     pack = tmp_path / "pack.yaml"
     pack.write_text("rephrase_knowledge_list: {text: '{document}', sampling: {max_tokens: 8}}\nrephrase_system: {text: x}\n")
-    step = {"step": "rephrase", "tasks": ["knowledge_list"], "folder": str(tiny_base), "templates": str(pack)}
+    step = {"step": "rephrase", "tasks": ["knowledge_list"], "generators": [{"folder": str(tiny_base)}], "templates": str(pack)}
     curated(Curation.model_validate({"inputs": [str(corpus)], "workers": 1, "steps": [step]}), tmp_path / "run")
     assert set(texts) <= set(rows_in(tmp_path / "run" / "data"))  # it has learnt no such thing, but says something
     assert {row["id"].split("#")[1] for row in rows_in(tmp_path / "run" / "dropped").values()} == {"knowledge_list-0"}

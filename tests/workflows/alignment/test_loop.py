@@ -128,7 +128,7 @@ def test_every_row_can_be_traced_to_what_it_grew_from(finished: Path) -> None:
 
 def test_a_second_start_does_nothing(copy: Path, run: Run, make_recipe: Make, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     before = snapshot(copy)
-    for name in ("train_stage", "respond", "write_prompts"):
+    for name in ("train_stage", "answer", "answer_pairs", "write_prompts"):
         monkeypatch.setattr(loop, name, lambda *args, name=name: pytest.fail(f"{name} ran again"))
     results = run(make_recipe(), copy)
     after = snapshot(copy)
@@ -160,8 +160,8 @@ def test_rounds_can_grow(copy: Path, run: Run, make_recipe: Make, snapshot: Snap
 
 def test_the_folder_of_another_recipe_is_left_alone(copy: Path, run: Run, make_recipe: Make, snapshot: Snapshot) -> None:
     before = snapshot(copy)
-    with pytest.raises(InputError, match="another recipe .*writing"):
-        run(make_recipe(writing={"templates": "default"}), copy)
+    with pytest.raises(InputError, match="another recipe .*templates"):
+        run(make_recipe(templates="default"), copy)
     assert snapshot(copy) == before
 
 

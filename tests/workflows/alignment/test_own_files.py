@@ -24,16 +24,16 @@ RECIPE: dict[str, Any] = {
     "rounds": 1,
     "rpo_iterations": 1,
     "threads": 1,
-    "writing": {"pipelines": {"by_task": {"prompts": 6, "max_tokens": 24}}},
-    "responses": {"samples": 3, "max_tokens": 12},
-    "judging": {"min_correctness": -99, "min_gap": 0},
+    "pipelines": {"by_task": {"prompts": 6, "max_tokens": 24}},
+    "answers": {"samples": 3, "max_tokens": 12},
+    "judging": {"keep": "correctness >= -99", "min_gap": 0},
     "collapse": {"tokens": 300, "stop": 9},
     "demonstration_sft": STEPS,
     "reward": STEPS,
     "code_sft": STEPS,
     "general_sft": STEPS,
-    "dpo": STEPS | {"num_prompts": 6, "min_chosen": -99},
-    "rpo": STEPS | {"num_prompts": 6, "min_chosen": -99, "loss": "rpo"},
+    "dpo": STEPS | {"num_prompts": 6, "keep_chosen": "correctness >= -99"},
+    "rpo": STEPS | {"num_prompts": 6, "keep_chosen": "correctness >= -99", "loss": "rpo"},
 }
 FILES: dict[str, list[dict[str, Any]]] = {
     "demonstrations": [{"prompt": f"Say {i}.", "response": f"It is {i}."} for i in range(10)],
@@ -120,7 +120,7 @@ def test_answers_that_outgrow_the_context_do_not_end_the_run(tmp_path: Path, ran
         "evaluation": [{"prompt": f"{filler} {i}!", "answer": i} for i in range(4)],
         "ratings": [{"prompt": f"T{i // 2}", "response": filler + str(i), **RATED, "helpfulness": 4 * (i % 2)} for i in range(24)],
     }
-    result = start(write(tmp_path, random_base, files, responses={"samples": 4, "max_tokens": 60}), tmp_path / "run")
+    result = start(write(tmp_path, random_base, files, answers={"samples": 4, "max_tokens": 60}), tmp_path / "run")
     assert result.exit_code == 0, result.output + repr(result.exception)
     reward = json.loads((tmp_path / "run" / "results.json").read_text())["reward"]
     assert reward["llm_judge"]["easy"]["verdicts"]["unparsed"] == reward["easy"]["overall"]["n"] > 0
@@ -134,7 +134,7 @@ QUESTION = {"messages": [{"role": "user", "content": "Hi?"}]}
 BACKWARDS = {"messages": [{"role": "assistant", "content": "I begin."}, {"role": "user", "content": "Oh?"}]}
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     # what: files, recipe changes, words of the sentence
-    "an unknown key": ({}, {"writing": {"pipelines": {"by_task": {"promts": 3}}}}, "did you mean 'prompts'"),
+    "an unknown key": ({}, {"pipelines": {"by_task": {"promts": 3}}}, "did you mean 'prompts'"),
     "an unknown stage": ({}, {"genral_sft": STEPS}, "did you mean 'general_sft'"),
     "an unknown key of a stage": ({}, {"dpo": STEPS | {"betta": 1}}, "did you mean 'beta'"),
     "a missing model": ({}, {"model": "nowhere"}, "nowhere"),

@@ -103,6 +103,9 @@ class AlignmentContext:
                 client_of([g], self.recipe.calls, lambda g: self._local(g, {}, ""))
             elif g.folder is not None:
                 fingerprint(g.folder)
+            elif g.checkpoint not in (LATEST, *self.recipe.model_stages()):
+                names = ", ".join((LATEST, *self.recipe.model_stages()))
+                raise InputError(f"The run will have no checkpoint {g.checkpoint!r}: generators.checkpoint is one of {names}.")
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether a prompt and its longest answer fit in the model's context."""
@@ -121,11 +124,13 @@ class AlignmentContext:
         if key not in self._engines:
             while len(self._engines) >= 2:
                 self._engines.pop(next(iter(self._engines)))
-            model, _ = load_model(folder)
+            model, tokenizer = load_model(folder)
+            same = tokenizer.fingerprint() == self.tokenizer.fingerprint()  # a generator may be another model
+            chat_format = self.format if same else find_format("auto", tokenizer)
             settings = self.recipe.engine
             dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16
             quantize: Quantize = "int8" if settings.precision == "int8" else ""
-            self._engines[key] = Engine(model, self.tokenizer, self.format, name, settings.max_batch, dtype, quantize=quantize)
+            self._engines[key] = Engine(model, tokenizer, chat_format, name, settings.max_batch, dtype, quantize=quantize)
         return self._engines[key]
 
     def scorer(self, folder: Path) -> RewardScorer:

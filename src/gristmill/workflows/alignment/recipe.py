@@ -115,6 +115,11 @@ class AlignmentRecipe(Recipe):
             raise ValueError("without a world, data.demonstrations and data.evaluation must name files")
         return self
 
+    def model_stages(self) -> list[str]:
+        """The stages that train a language model, in their order."""
+        each = ["code-sft", "general-sft", "dpo", *(f"rpo{i}" for i in range(1, self.rpo_iterations + 1))]
+        return ["demonstrations", *(f"r{number}-{name}" for number in range(1, self.rounds + 1) for name in each)]
+
     def changed(self, old: dict[str, Any]) -> list[str]:
         """As `Recipe.changed`; rounds may grow, not shrink, and of the generators only what decides who answers what counts."""
         asked = [GeneratorSettings.model_validate(g).identity for g in old.get("generators", ())]

@@ -1,0 +1,240 @@
+"""Python API: what `import gristmill` offers. The command line calls the same functions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from gristmill.core.config import Recipe, check, find_recipe
+from gristmill.core.config import load as load_recipe
+from gristmill.core.errors import InputError
+from gristmill.core.progress import Progress
+from gristmill.data.chat import Conversation, conversation
+from gristmill.data.rows import Rating
+from gristmill.data.tokenizer import Tokenizer
+from gristmill.engine.load import EngineArgs, load_engine
+from gristmill.generation.api import Completion, Request, SamplingParams
+from gristmill.judge.reward import load_scorer
+from gristmill.miniature.base import BASE
+from gristmill.model.hf import load_model
+from gristmill.model.quantized import Quantize
+from gristmill.model.transformer import Transformer
+from gristmill.train.settings import training_section
+from gristmill.train.trainer import TrainResult
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "..."}, ...]
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The completions of one prompt.
+
+    Attributes:
+        prompt: the text, or the conversation, that was asked.
+        outputs: `n` completions, each with `text`, `tokens`, `logprobs` and `finish`.
+    """
+
+    prompt: str | Conversation
+    outputs: list[Completion]
+
+
+class LLM:
+    """Inference engine over a model folder.
+
+    Args:
+        model: a Hugging Face folder; "miniature" is the shipped Base.
+        dtype: of matrices and activations.
+        quantize: the layers' matrices: "int8", "int8-weight" or "fp8"; "" for what the folder was saved as.
+        cache: type of keys and values; "" for `dtype`.
+        max_batch: most responses in flight.
+        chat_format: "auto", or nemotron, chatml or llama3.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
+
+    Raises:
+        InputError: the folder holds no model that is known, or the device is not there.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: Literal["fp32", "bf16"] = "fp32",
+        quantize: Quantize = "",
+        cache: Literal["", "fp32", "bf16", "int8", "fp8"] = "",
+        max_batch: int = 256,
+        chat_format: str = "auto",
+        device: str = "auto",
+    ):
+        args = EngineArgs(dtype=dtype, quantize=quantize, cache=cache, max_batch=max_batch, chat_format=chat_format, device=device)
+        self.engine = load_engine(_folder(model), args, own=False)
+
+    def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None, *, seed: int = 0) -> list[RequestOutput]:
+        """Continue texts as they are, without a chat format."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        requests = [
+            Request(str(i), (), params or SamplingParams(), seed, prompt_ids=tuple(self.engine.tokenizer.encode(text)))
+            for i, text in enumerate(texts)
+        ]
+        return self._outputs(requests, texts)
+
+    def chat(
+        self, conversations: Messages | Sequence[Messages], params: SamplingParams | None = None, *, seed: int = 0
+    ) -> list[RequestOutput]:
+        """The assistant's next turn of conversations, written in the model's chat format."""
+        several: Any = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+        talks = [conversation([dict(turn) for turn in talk]) for talk in several]
+        requests = [Request(str(i), talk, params or SamplingParams(), seed) for i, talk in enumerate(talks)]
+        return self._outputs(requests, talks)
+
+    def loglikelihood(self, conversations: Sequence[Messages]) -> list[tuple[float, int]]:
+        """Sum of log-probabilities (nats) of the assistant's turns of each conversation, and the number of their tokens."""
+        return self.engine.loglikelihood([conversation([dict(turn) for turn in talk]) for talk in conversations])
+
+    def _outputs(self, requests: Sequence[Request], prompts: Sequence[str | Conversation]) -> list[RequestOutput]:
+        done = {request.id: completions for request, completions in self.engine.generate(requests)}
+        return [RequestOutput(prompt, done[request.id]) for request, prompt in zip(requests, prompts, strict=True)]
+
+
+class RewardModel:
+    """Reward model over a folder: five attributes of an answer, and their weighted sum.
+
+    Args:
+        model: folder of a reward model.
+        chat_format: "auto", or nemotron, chatml or llama3.
+        device: as for `LLM`.
+
+    Raises:
+        InputError: the folder holds no reward model, or the device is not there.
+    """
+
+    def __init__(self, model: str | Path, *, chat_format: str = "auto", device: str = "auto"):
+        self._scorer = load_scorer(Path(model), chat_format, device=device)
+
+    def rate(self, conversations: Sequence[Messages]) -> list[Rating]:
+        """Helpfulness, correctness, coherence, complexity and verbosity of the last turn of each conversation."""
+        return self._scorer.score([conversation([dict(turn) for turn in talk]) for talk in conversations])
+
+    def score(self, conversations: Sequence[Messages]) -> list[float]:
+        """The weighted sum of the attributes of each conversation's last turn."""
+        return [self._scorer.total(rating) for rating in self.rate(conversations)]
+
+
+def load(model: str | Path) -> tuple[Transformer, Tokenizer]:
+    """The weights of a Hugging Face folder as a `torch.nn.Module`, in fp32, and its tokenizer.
+
+    Raises:
+        InputError: a tensor is missing, unexpected or misshapen, or the architecture is unknown.
+    """
+    return load_model(_folder(model))
+
+
+def train(
+    objective: str,
+    model: str | Path,
+    data: str | Path | Sequence[Any],
+    *,
+    out: str | Path,
+    chat_format: str = "auto",
+    seed: int = 0,
+    device: str = "auto",
+    **settings: Any,
+) -> TrainResult:
+    """Train a model on rows; it goes to `out/model`, checkpoints and metrics to `out/train`. Run again, it resumes.
+
+    Args:
+        objective: sft, reward, or a preference loss: dpo, cdpo, ipo, rpo, rpo_fwd_kl, rpo_sq.
+        data: a JSONL or Parquet file, or rows of `gristmill.data.rows`.
+        settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, ...
+
+    Raises:
+        InputError: a row or a setting is wrong, or `out` holds another training.
+    """
+    from gristmill.workflows.train import train_model
+
+    rows = Path(data) if isinstance(data, str | Path) else data
+    section = training_section(objective, {"lr": 1e-5, **({} if "steps" in settings else {"epochs": 1.0}), **settings})
+    return train_model(objective, _folder(model), rows, Path(out), section, chat_format=chat_format, seed=seed, device=device)
+
+
+def evaluate(
+    model: str | Path | LLM,
+    prompts: str | Path | None = None,
+    *,
+    max_tokens: int = 80,
+    seed: int = 0,
+    unsafe_code: bool = False,
+) -> dict[str, Any]:
+    """Greedy and sampled accuracy by task with 95 % intervals, on a file's prompts with known answers.
+
+    Args:
+        prompts: JSONL or Parquet with `truth` or `answer`; None: the miniature world's.
+    """
+    from gristmill.workflows.evaluate import evaluate as evaluate_engine
+
+    llm = model if isinstance(model, LLM) else LLM(model)
+    path = Path(prompts) if prompts is not None else None
+    return evaluate_engine(llm.engine, path, max_tokens=max_tokens, seed=seed, unsafe_code=unsafe_code, progress=Progress(quiet=True))
+
+
+def synth(
+    recipe: str | Path | Mapping[str, Any], *, out: str | Path | None = None, dry_run: bool = False, limit: int | None = None
+) -> dict[str, Any]:
+    """Write a dataset; what stands in its `results.json`. Run again, it goes on and buys nothing twice.
+
+    Args:
+        recipe: a recipe file, the name of a shipped recipe, or its values.
+        out: run folder; default runs/NAME.
+        dry_run: ask nobody; the calls, tokens and cost that it would take.
+        limit: most rows of each pipeline.
+    """
+    from gristmill.workflows.dataset import run
+    from gristmill.workflows.dataset.recipe import DatasetRecipe
+
+    loaded = _recipe(recipe, DatasetRecipe)
+    if dry_run:
+        return run.dry_run(loaded)
+    return run.run(loaded, Path(out or Path("runs") / loaded.name), Progress(quiet=True), limit=limit)
+
+
+def curate(recipe: str | Path | Mapping[str, Any], *, out: str | Path | None = None) -> dict[str, Any]:
+    """Curate documents from files to files; what stands in the run's `results.json`.
+
+    Args:
+        recipe: a recipe file, the name of a shipped recipe, or its values.
+        out: run folder; default runs/NAME.
+    """
+    from gristmill.curate.recipe import Curation
+    from gristmill.curate.run import run
+
+    loaded = _recipe(recipe, Curation)
+    return run(loaded, Path(out or Path("runs") / loaded.name), Progress(quiet=True))
+
+
+def align(recipe: str | Path | Mapping[str, Any], *, out: str | Path | None = None, unsafe_code: bool = False) -> dict[str, Any]:
+    """Run the alignment loop; what stands in its `results.json`. Run again, it goes on where it was cut off.
+
+    Args:
+        recipe: a recipe file, the name of a shipped recipe, or its values.
+        out: run folder; default runs/NAME.
+        unsafe_code: run model-written programs without a jail where the kernel offers none.
+    """
+    from gristmill.workflows.alignment.loop import run
+    from gristmill.workflows.alignment.recipe import AlignmentRecipe
+
+    loaded = _recipe(recipe, AlignmentRecipe)
+    with Progress(quiet=True) as progress:
+        return run(loaded, Path(out or Path("runs") / loaded.name), progress, unsafe_code)
+
+
+def _folder(model: str | Path) -> Path:
+    folder = BASE if model == "miniature" else Path(model)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: give the folder of a model, or 'miniature' for the shipped one.")
+    return folder
+
+
+def _recipe(recipe: str | Path | Mapping[str, Any], kind: type[AnyRecipe]) -> AnyRecipe:
+    if isinstance(recipe, Mapping):
+        return check(kind, dict(recipe))
+    return load_recipe(find_recipe(str(recipe), kind.model_fields["kind"].default), kind)
