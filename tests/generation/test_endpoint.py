@@ -12,7 +12,8 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.generation import endpoint as module
 from gristmill.generation.api import Completion, Request, SamplingParams
-from gristmill.generation.endpoint import Endpoint, RowFailed, Target, _retry_after
+from gristmill.generation.endpoint import Endpoint, RowFailed, Target
+from gristmill.generation.openai_format import MAX_RETRY_AFTER, parse_retry_after
 from gristmill.generation.rate_limit import RateLimit
 
 
@@ -56,9 +57,9 @@ def test_hostile_answers_fail_their_row_alone(endpoint: Any) -> None:
 
 def test_a_key_at_the_edge_of_a_long_error_does_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOCK_KEY", "sk-very-secret")
-    line = module._Line(Target("http://x/v1", "m", api_key_env="MOCK_KEY"), 1)
+    replica = module._Replica(Target("http://x/v1", "m", api_key_env="MOCK_KEY"), 1)
     for padding in range(270, 301):
-        assert "sk" not in line.clean("y" * padding + " Bearer sk-very-secret")
+        assert "sk" not in replica.redact("y" * padding + " Bearer sk-very-secret")
 
 
 def test_a_replica_that_was_away_is_used_again(start_endpoint: Callable[..., Any]) -> None:
@@ -91,7 +92,7 @@ def test_a_time_out_is_tried_again(endpoint: Any) -> None:
     assert isinstance(outs, list) and 0.3 < time.monotonic() - start < 5
 
 
-def test_retry_after_is_honoured_by_that_row_alone(endpoint: Any) -> None:
+def testparse_retry_after_is_honoured_by_that_row_alone(endpoint: Any) -> None:
     ends: dict[str, float] = {}
 
     async def run() -> None:
@@ -108,10 +109,10 @@ def test_retry_after_is_honoured_by_that_row_alone(endpoint: Any) -> None:
     assert ends.pop("slow") > 1 > max(ends.values())
 
 
-def test_retry_after_may_be_a_date_or_nonsense() -> None:
-    assert _retry_after("2") == 2.0 and _retry_after(None) is None and _retry_after("soon") is None
-    assert _retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    assert _retry_after("99999") == module.LONGEST_RETRY_AFTER
+def testparse_retry_after_may_be_a_date_or_nonsense() -> None:
+    assert parse_retry_after("2") == 2.0 and parse_retry_after(None) is None and parse_retry_after("soon") is None
+    assert parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert parse_retry_after("99999") == MAX_RETRY_AFTER
 
 
 def test_samples_that_a_server_leaves_out_are_asked_for(endpoint: Any) -> None:
@@ -182,7 +183,7 @@ def test_wrong_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_address_where_nobody_is_ends_the_run(start_endpoint: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     server = start_endpoint()
     server.kill()
-    monkeypatch.setattr(module, "UNKNOWN_PATIENCE", 0.3)
+    monkeypatch.setattr(module, "STARTUP_PATIENCE", 0.3)
     (error,) = complete(client(server), [ask("a", "a")])
     assert isinstance(error, InputError) and "has not answered for" in str(error) and "start the server" in str(error)
 
@@ -209,7 +210,7 @@ def test_an_outage_behind_a_gateway_costs_no_row_its_budget(endpoint: Any) -> No
 
 
 def test_a_row_that_only_gets_a_gateways_errors_fails_alone(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "UNKNOWN_PATIENCE", 0.5)
+    monkeypatch.setattr(module, "STARTUP_PATIENCE", 0.5)
     mill = client(endpoint, retries=1, patience=0.5)
     poison, fine = complete(mill, [ask("a", "a [fate 504]"), ask("b", "b")])
     assert isinstance(poison, RowFailed) and poison.status == 504 and isinstance(fine, list)
@@ -223,21 +224,21 @@ def test_concurrency_is_reached_and_kept(start_endpoint: Callable[..., Any]) -> 
     assert server.stats()["most"] == 7
 
 
-def test_a_window_ignores_stray_refusals_and_halves_when_they_are_many() -> None:
+def test_the_limit_ignores_stray_refusals_and_halves_when_they_are_many() -> None:
     async def run() -> None:
-        window = RateLimit(64)
+        limit = RateLimit(64)
         for n in range(6400):
-            window.saw(refused=n % 20 == 0)
-        assert window.size == 64
+            limit.record(refused=n % 20 == 0)
+        assert limit.limit == 64
         for _ in range(64 + 32):
-            window.saw(refused=True)
-        assert window.size == 16
+            limit.record(refused=True)
+        assert limit.limit == 16
         for _ in range(1000):
-            window.saw(refused=False)
-        assert window.size == 64
+            limit.record(refused=False)
+        assert limit.limit == 64
         for _ in range(10000):
-            window.saw(refused=True)
-        assert window.size == 1
+            limit.record(refused=True)
+        assert limit.limit == 1
 
     asyncio.run(run())
 
@@ -246,20 +247,20 @@ def test_rows_that_were_sent_before_get_the_next_slot() -> None:
     order: list[str] = []
 
     async def run() -> None:
-        window = RateLimit(1)
-        await window.enter(again=False)
+        limit = RateLimit(1)
+        await limit.acquire(again=False)
 
         async def row(name: str, again: bool) -> None:
-            await window.enter(again)
+            await limit.acquire(again)
             order.append(name)
-            window.leave()
+            limit.release()
 
         rows = [asyncio.ensure_future(row(name, name == "again")) for name in ("first", "gone", "second", "again")]
         await asyncio.sleep(0)
         rows[1].cancel()
-        window.leave()
+        limit.release()
         await asyncio.gather(*rows, return_exceptions=True)
-        assert window.in_flight == 0
+        assert limit.in_flight == 0
 
     asyncio.run(run())
     assert order == ["again", "first", "second"]

@@ -1,4 +1,4 @@
-"""Sections of recipes about models that are asked."""
+"""Recipe sections of endpoints: `Model` and `Calls`."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from gristmill.core.config import PatternPath, Section
 
 
 class Model(Section):
-    """A model behind an OpenAI-compatible endpoint; see `synth.endpoint.Target`."""
+    """A model behind an OpenAI-compatible endpoint; see `endpoint.Target`."""
 
     base_url: str = Field(description="up to and including /v1")
     model: str

@@ -12,7 +12,7 @@ from gristmill.data.rows import Rating, make_id
 from gristmill.generation.cached import CachedClient, Client
 from gristmill.generation.endpoint import Endpoint, Target
 from gristmill.generation.settings import Calls, Model
-from gristmill.judge.reward_client import RewardEndpoint, RewardModel, weight_set
+from gristmill.judge.reward_client import RemoteRewardScorer, RewardModelEndpoint, weight_set
 from gristmill.judge.settings import Reward
 from gristmill.runs.journal import Journal
 from gristmill.synth.writer import Writer
@@ -45,7 +45,7 @@ def check_reward(reward: Reward, asks: bool = True) -> None:
     """Raise `InputError` unless the reward model can be asked; without its key unless it is."""
     weight_set(reward.weights)
     if reward.base_url:
-        RewardModel([_target(reward) if asks else _keyless(_target(reward))])
+        RewardModelEndpoint([_target(reward) if asks else _keyless(_target(reward))])
     elif not reward.model or not (Path(reward.model) / "config.json").is_file():
         raise InputError(f"The reward model {reward.model!r} is no model folder: name one, or give base_url for an endpoint.")
 
@@ -81,10 +81,10 @@ async def rate(
         scorer = _scorer(Path(reward.model), chat_format)
         fitting = {name: talk for name, talk in talks.items() if scorer.fits(talk)}
         return dict(zip(fitting, scorer.score(list(fitting.values())), strict=True)), 0
-    source = RewardModel([_target(reward)], **calls.model_dump())
+    source = RewardModelEndpoint([_target(reward)], **calls.model_dump())
     async with source:
         client = CachedClient(source, journal, retry_failed=retry_failed)
-        judge = RewardEndpoint(client, reward.weights)
+        judge = RemoteRewardScorer(client, reward.weights)
 
         async def one(name: str) -> list[tuple[str, Rating]]:
             return [(name, await judge.rate(talks[name], make_id("rating", reward.model, name, talks[name][-1].content)))]

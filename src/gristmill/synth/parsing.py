@@ -1,4 +1,4 @@
-"""Lists out of free-form answers, without a second call: JSON, YAML, numbered, bulleted or plain lines."""
+"""Parsing of free-form answers: lists without a second call, as JSON, YAML, numbered, bulleted or plain lines."""
 
 import json
 import re
@@ -9,7 +9,7 @@ MARKER = re.compile(r"^(?P<indent>[ \t]*)(?P<marker>\(?\d{1,4}[.):](?=\s|$)|[-*+
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.S | re.M)
 QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "`": "`"}
 AROUND = " .,;:!?\"'`*_\u201c\u201d\u2018\u2019\u2026()[]"
-LONGEST = 20_000  # characters of an item; more is no item of a list
+MAX_ITEM_CHARS = 20_000  # characters of an item; more is no item of a list
 
 
 def parse_list(text: str) -> list[str]:
@@ -38,7 +38,7 @@ def unique(items: Iterable[str]) -> list[str]:
     return list(kept.values())
 
 
-def says_yes(text: str) -> bool | None:
+def parse_yes_no(text: str) -> bool | None:
     """Whether an answer begins with yes or no; None where it does neither."""
     word = re.match(r"[\s*_\"'`(\[]*(yes|no)\b", text, re.I)
     return None if word is None else word[1].lower() == "yes"
@@ -93,6 +93,6 @@ def _clean(items: Iterable[str]) -> list[str]:
         item = item.strip().strip("*").strip() if item.startswith("**") and item.endswith("**") else item.strip()
         if len(item) > 1 and QUOTES.get(item[0]) == item[-1] and item[0] not in item[1:-1]:
             item = item[1:-1].strip()
-        if item and len(item) <= LONGEST:
+        if item and len(item) <= MAX_ITEM_CHARS:
             out.append(item)
     return out

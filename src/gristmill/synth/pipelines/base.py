@@ -1,4 +1,4 @@
-"""What all pipelines are: options that a recipe may set, and a function that writes rows with them."""
+"""Base class of prompt pipelines: options that a recipe may set, and an asynchronous generator of rows."""
 
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Sequence
@@ -12,7 +12,7 @@ from gristmill.synth.writer import Topic, Writer
 
 @dataclass(frozen=True)
 class Inputs:
-    """What pipelines start from.
+    """Seeds that pipelines start from.
 
     Attributes:
         topics: of the run, made or given.

@@ -1,4 +1,4 @@
-"""Genetic Instruct: programming tasks evolve by mutation and crossover, and a judge of fitness keeps the good (report, section 3.2.4)."""
+"""Genetic-Instruct pipeline: programming tasks evolve by mutation and crossover under a judge of fitness (report, section 3.2.4)."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Tasks that an assistant without tools cannot do, with answers that say so (report, section 3.2.5)."""
+"""Incapable-task pipeline: requests that an assistant without tools cannot fulfil, with answers that say so (report, section 3.2.5)."""
 
 from collections.abc import AsyncIterator
 

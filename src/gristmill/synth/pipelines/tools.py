@@ -1,4 +1,4 @@
-"""Function calling: functions with JSON schemas -> a user's request -> the call that serves it (report, section 3.2.5)."""
+"""Function-calling pipeline: functions with JSON schemas -> a user's request -> the call that serves it (report, section 3.2.5)."""
 
 import json
 from collections.abc import AsyncIterator

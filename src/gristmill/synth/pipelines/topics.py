@@ -1,4 +1,4 @@
-"""Macro topics, subtopics of each, and the user's own topics (report, section 3.2.1)."""
+"""Topic generation: macro topics, subtopics of each, and the user's own topics (report, section 3.2.1)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ class Topics(Section):
         """
         own = list(self.own)
         if self.file is not None:
-            own += lines(self.file, "topic")
+            own += read_lines(self.file, "topic")
         return unique(own)
 
     async def collect(self, writer: Writer) -> list[Topic]:
@@ -42,7 +42,7 @@ class Topics(Section):
         within: list[Topic] = []
         if self.subtopics:
             within = await writer.all(broad, lambda topic: writer.items("subtopics", self.subtopics, parents=[topic.id], topic=topic.text))
-        return different(writer, [*own_topics(self.given()), *(broad if self.combine else ()), *within])
+        return deduplicate(writer, [*own_topics(self.given()), *(broad if self.combine else ()), *within])
 
 
 def own_topics(texts: Sequence[str]) -> list[Topic]:
@@ -50,7 +50,7 @@ def own_topics(texts: Sequence[str]) -> list[Topic]:
     return [Topic(text, make_id("topic", text)) for text in texts]
 
 
-def different(writer: Writer, topics: Sequence[Topic]) -> list[Topic]:
+def deduplicate(writer: Writer, topics: Sequence[Topic]) -> list[Topic]:
     """The first of those that are alike but for case, spaces and punctuation; the writer takes note of them."""
     by_text = {topic.text: topic for topic in reversed(topics)}
     found = [by_text[text] for text in unique(topic.text for topic in topics)]
@@ -58,7 +58,7 @@ def different(writer: Writer, topics: Sequence[Topic]) -> list[Topic]:
     return found
 
 
-def lines(path: Path, what: str) -> list[str]:
+def read_lines(path: Path, what: str) -> list[str]:
     """The lines of a text file that are not blank.
 
     Raises:

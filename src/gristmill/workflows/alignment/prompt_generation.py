@@ -14,7 +14,7 @@ from gristmill.generation.api import SamplingParams
 from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
 from gristmill.synth.pipelines.base import Inputs
-from gristmill.synth.registry import Pipelines, Written, write
+from gristmill.synth.registry import PipelineOutput, Pipelines, run_pipelines
 from gristmill.synth.writer import Writer
 from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
@@ -47,7 +47,7 @@ def write_prompts(
     responses = context.recipe.responses
     answering = SamplingParams(temperature=min(responses.temperatures), max_tokens=responses.max_tokens)
     with Journal(folder / "calls.jsonl") as journal:
-        writer = Writer(context.client(engine, journal), context.pack, seed, answering)
+        writer = Writer(context.client(engine, journal), context.pack, seed, answer_sampling=answering)
         before = len(kept)
         whole, topics = asyncio.run(_write(context, writer, seen, refused, kept))
     given_ids = {p.id for p in context.source.prompts()}
@@ -73,13 +73,13 @@ async def _write(
         whole conversations, and how many different topics each task's prompts grew from.
     """
     settings, inputs = context.recipe.writing, Inputs(tasks=context.source.tasks)
-    first = await write(writer, settings.topics, settings.pipelines.model_copy(update={"two_turn": None}), inputs)
+    first = await run_pipelines(writer, settings.topics, settings.pipelines.model_copy(update={"two_turn": None}), inputs=inputs)
     _keep(context, first.prompts, seen, refused, kept)
     openings = [p for p in kept if len(p.messages) == 1 and p.task not in context.source.code_tasks]
-    second = Written()
+    second = PipelineOutput()
     if openings and settings.pipelines.two_turn is not None:
         last = Pipelines(two_turn=settings.pipelines.two_turn)
-        second = await write(writer, settings.topics, last, replace(inputs, prompts=openings))
+        second = await run_pipelines(writer, settings.topics, last, inputs=replace(inputs, prompts=openings))
         _keep(context, second.prompts, seen, refused, kept)
     roots: dict[str, set[str]] = {}
     for p in first.prompts:

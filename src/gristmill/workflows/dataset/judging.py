@@ -7,7 +7,7 @@ from typing import Any
 
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Pair, Prompt, Rating, Response, make_id
-from gristmill.judge import pairwise as llm
+from gristmill.judge import pairwise
 from gristmill.judge.backends import rate
 from gristmill.judge.filter_expr import FilterExpr
 from gristmill.judge.reward_client import weight_set
@@ -115,15 +115,18 @@ class Judges:
         unrated = {turns[name][0].id for name in turns.keys() - ratings.keys()}
         return [d for d in rows if d.id not in low | unrated]
 
-    async def _compare(self, rows: Sequence[tuple[Response, Response]]) -> dict[str, llm.Verdict]:
+    async def _compare(self, rows: Sequence[tuple[Response, Response]]) -> dict[str, pairwise.Verdict]:
         """Ask a language model in both orders: the verdict about each pair, by a hash of its ids; none where a call failed."""
 
-        async def compare(pair: tuple[Response, Response]) -> list[tuple[str, llm.Verdict]]:
+        async def compare(pair: tuple[Response, Response]) -> list[tuple[str, pairwise.Verdict]]:
             one, other = pair
-            comparison = llm.Comparison(make_id("compare", one.id, other.id), one.messages, one.text, other.text)
+            comparison = pairwise.Comparison(make_id("compare", one.id, other.id), one.messages, one.text, other.text)
             note = {"for": "compare", "parents": [one.id, other.id]}
             judge = self.recipe.models[0].model if self.recipe.models else ""  # the same in both orders
-            replies = [(await self.writer.client.ask(request, note, judge))[0].text for request in llm.questions([comparison])]
-            return [(make_id(one.id, other.id), llm.verdict(*replies))]
+            replies = [
+                (await self.writer.client.complete(request, judge, note=note))[0].text
+                for request in pairwise.comparison_requests([comparison])
+            ]
+            return [(make_id(one.id, other.id), pairwise.combine_verdicts(*replies))]
 
         return dict(await self.writer.all(rows, compare))

@@ -27,7 +27,7 @@ from gristmill.judge.backends import check_reward, source_of
 from gristmill.judge.filter_expr import FilterExpr
 from gristmill.runs.journal import Journal
 from gristmill.synth.pipelines.base import Inputs
-from gristmill.synth.registry import Written, first, write
+from gristmill.synth.registry import PipelineOutput, run_pipelines, take
 from gristmill.synth.templates import TemplatePack
 from gristmill.synth.writer import DryRun, Writer
 from gristmill.workflows.dataset import inputs
@@ -57,7 +57,7 @@ def dry_run(recipe: DatasetRecipe) -> dict[str, Any]:
     pack, given, source = _check(recipe, asks=False)
 
     async def go() -> DryRun:
-        writer = DryRun(source, pack, recipe.seed, sampling_of(recipe.turn))
+        writer = DryRun(source, pack, recipe.seed, answer_sampling=sampling_of(recipe.turn))
         made, _ = await _write(recipe, writer, given, None)
         rows = await _answer(recipe, writer, made.prompts)
         if recipe.judging.llm:
@@ -142,13 +142,13 @@ def _open(folder: Path, recipe: DatasetRecipe) -> Any:
     return held
 
 
-async def _write(recipe: DatasetRecipe, writer: Writer, given: Inputs, limit: int | None) -> tuple[Written, int]:
+async def _write(recipe: DatasetRecipe, writer: Writer, given: Inputs, limit: int | None) -> tuple[PipelineOutput, int]:
     """The pipelines' rows, then dialogues grown from the prompts; and how many prompts were too much alike."""
-    written = await write(writer, recipe.topics, recipe.pipelines, given, limit)
+    written = await run_pipelines(writer, recipe.topics, recipe.pipelines, inputs=given, limit=limit)
     written.prompts, alike = distinct(written.prompts, recipe.near_duplicates)
     if recipe.dialogues is not None:
         chosen = recipe.dialogues.chosen(writer, written.prompts)
-        async for row in first(recipe.dialogues.write(writer, chosen), limit):
+        async for row in take(recipe.dialogues.write(writer, chosen), limit):
             written.num["dialogues"] += 1
             written.demonstrations.append(row)
     written.demonstrations.sort(key=lambda d: (d.task, d.id))
@@ -164,7 +164,7 @@ async def _answer(recipe: DatasetRecipe, writer: Writer, prompts: Sequence[Promp
     async def answer(entry: tuple[Prompt, int]) -> list[Response]:
         prompt, index = entry
         sampling = sampling_of(answers, index)
-        replies = await writer.answers(prompt.messages, "answer", [prompt.id], f"response {prompt.id} {index}", sampling)
+        replies = await writer.answers(prompt.messages, "answer", [prompt.id], salt=f"response {prompt.id} {index}", sampling=sampling)
         return [
             Response(
                 f"{reply.id}#{number}",
@@ -210,7 +210,7 @@ class _Run:
             if isinstance(self.source, AbstractAsyncContextManager):
                 await stack.enter_async_context(self.source)
             self.client = CachedClient(self.source, journal, retry_failed=retry_failed)
-            self.writer = Writer(self.client, self.pack, recipe.seed, sampling_of(recipe.turn))
+            self.writer = Writer(self.client, self.pack, recipe.seed, answer_sampling=sampling_of(recipe.turn))
             ticking = asyncio.ensure_future(self._tick())
             stack.callback(ticking.cancel)
             with self.progress.stage("prompts"):
