@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from gristmill.miniature.problem import Problem, ask, pick
+from gristmill.miniature.problem import Problem, pick, single_turn
 
 TASK = "code"
 LEVELS = (1, 2, 3)
@@ -112,7 +112,7 @@ def sample(rng: random.Random, level: int | None = None) -> Problem:
     start, steps = plan(rng, level)
     question = pick(rng, OPENINGS).format(what=KINDS[start][0], steps=words(steps))
     truth = {"kind": "code", "tests": tests(start, steps)}
-    return ask(TASK, question, source(steps), truth, KINDS[start][1], level=level)
+    return single_turn(TASK, question, source(steps), truth=truth, topic=KINDS[start][1], level=level)
 
 
 def document(rng: random.Random) -> str:

@@ -1,4 +1,4 @@
-"""Two-turn questions: the second turn leans on the first."""
+"""Two-turn problems: the second question leans on the first."""
 
 import random
 import re
@@ -56,7 +56,7 @@ def sample(rng: random.Random, lands: Lands) -> Problem:
     )
     shape2 = pick(rng, [s for s in lists.SHAPES if s != shape])
     extras = rng.sample(list(lists.EXTRAS), pick(rng, (0, 1)))
-    truth = {**lists.truth(what, n, shape2, extras), "words": items}
+    truth = {**lists.truth(what, n, shape2, extras=extras), "words": items}
     return _two(first, pick(rng, NEXT_LIST).format(how=lists.how(shape2, extras)), lists.render(items, shape2, extras), truth)
 
 

@@ -47,7 +47,7 @@ def prompt(task: str, written: Topic, parents: Sequence[str]) -> Prompt:
     return Prompt(name, task, (Message("user", written.text),), written.origin, parents, request=written.request)
 
 
-def demonstration(task: str, messages: Sequence[Message], origin: str, parents: Sequence[str]) -> Demonstration:
+def demonstration(task: str, messages: Sequence[Message], origin: str, *, parents: Sequence[str]) -> Demonstration:
     """A whole conversation."""
     name = make_id(task, [(m.role, m.content) for m in messages], parents)
     return Demonstration(name, task, tuple(messages), origin, tuple(parents))

@@ -28,7 +28,7 @@ class DocumentQA(Pipeline):
                 reply = await writer.reply("document_answer", parents=parents, document=document.text, question=question.text)
                 asked = writer.templates["closed_prompt"].render(document=document.text, question=question.text)
                 talk = [Message("user", asked), Message("assistant", reply.text)]
-                return [demonstration("document_qa", talk, reply.model, [reply.id, *parents])]
+                return [demonstration("document_qa", talk, reply.model, parents=[reply.id, *parents])]
 
             return await writer.all(found, answer)
 

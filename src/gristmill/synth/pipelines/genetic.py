@@ -81,5 +81,5 @@ class Genetic(Pipeline):
         if not fit:
             raise ParseError("not fit")
         talk = [Message("user", child.text), Message("assistant", solution.text)]
-        row = demonstration("genetic", talk, solution.model, [solution.id, child.id, judged.id, *ids])
+        row = demonstration("genetic", talk, solution.model, parents=[solution.id, child.id, judged.id, *ids])
         return [(Topic(child.text, child.id), row)]

@@ -10,7 +10,7 @@ from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration
 from gristmill.synth.pipelines.base import Inputs, Pipeline, demonstration
 from gristmill.synth.writer import ParseError, Topic, Writer
-from gristmill.verify.json_schema import json_in, problem_of, schema_problem
+from gristmill.verify.json_schema import extract_json, schema_error, validation_error
 
 
 class Tools(Pipeline):
@@ -32,7 +32,7 @@ class Tools(Pipeline):
             async def serve(number: int) -> list[Demonstration]:
                 request = await writer.reply("tool_request", parents=parents, salt=number, tools=shown)
                 made = await writer.reply("tool_call", parents=[*parents, request.id], tools=shown, request=request.text)
-                call = json_in(made.text)
+                call = extract_json(made.text)
                 if why := call_problem(call, functions):
                     raise ParseError(why)
                 talk = [
@@ -40,7 +40,7 @@ class Tools(Pipeline):
                     Message("user", request.text),
                     Message("assistant", json.dumps(call, ensure_ascii=False)),
                 ]
-                return [demonstration("tools", talk, made.model, [*parents, request.id, made.id])]
+                return [demonstration("tools", talk, made.model, parents=[*parents, request.id, made.id])]
 
             return await writer.all(range(self.requests), serve)
 
@@ -51,13 +51,13 @@ class Tools(Pipeline):
 
 def functions_in(text: str) -> dict[str, dict[str, Any]]:
     """The functions of a JSON array whose parameters are a schema that can be checked, by name."""
-    found = json_in(text)
+    found = extract_json(text)
     functions: dict[str, dict[str, Any]] = {}
     for function in found if isinstance(found, list) else ():
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             continue
         parameters = function.get("parameters")
-        if isinstance(parameters, dict) and parameters.get("type") == "object" and not schema_problem(parameters):
+        if isinstance(parameters, dict) and parameters.get("type") == "object" and not schema_error(parameters):
             kept = {"name": function["name"], "description": str(function.get("description", "")), "parameters": parameters}
             functions.setdefault(function["name"], kept)
     return functions
@@ -69,4 +69,4 @@ def call_problem(call: Any, functions: dict[str, dict[str, Any]]) -> str:
         return "no call"
     if not isinstance(call["name"], str) or call["name"] not in functions:
         return "call of an unknown function"
-    return "arguments do not fit the schema" if problem_of(call["arguments"], functions[call["name"]]["parameters"]) else ""
+    return "arguments do not fit the schema" if validation_error(call["arguments"], functions[call["name"]]["parameters"]) else ""

@@ -35,7 +35,7 @@ class TopicFollowing(Pipeline):
             away = await writer.next_turn("distractor", talk[1:], parents, rules=rules.text)
             back = await writer.reply("return_to_topic", parents=[*parents, away.id], message=away.text, rules=rules.text)
             talk += [Message("user", away.text), Message("assistant", back.text)]
-            return [demonstration("topic_following", talk, back.model, [*parents, away.id, back.id])]
+            return [demonstration("topic_following", talk, back.model, parents=[*parents, away.id, back.id])]
 
         topics = writer.random("topic_following").sample(list(inputs.topics), min(self.dialogues, len(inputs.topics)))
         async for row in writer.each(topics, dialogue):

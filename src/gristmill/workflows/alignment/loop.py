@@ -21,7 +21,7 @@ from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Pair, Prompt, Rated, Response, make_id
 from gristmill.engine.engine import Engine
 from gristmill.evaluate import reward_bench as reward_evaluation
-from gristmill.evaluate.runner import MODES, score
+from gristmill.evaluate.runner import MODES, evaluate_model
 from gristmill.judge.pairwise import TEMPLATE, Comparison, Verdict, compare
 from gristmill.judge.reward import RewardScorer
 from gristmill.runs import artifacts
@@ -369,12 +369,12 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
     def trained(folder: Path) -> dict[str, Any]:
         facts = work(folder)
         engine = context.engine(name, folder / MODEL)
-        scores = score(
+        scores = evaluate_model(
             context.evaluation,
             lambda requests: context.generate(engine, requests, folder / "evaluation.jsonl"),
             context.check,
-            context.recipe.responses.max_tokens,
-            context.recipe.seed,
+            max_tokens=context.recipe.responses.max_tokens,
+            seed=context.recipe.seed,
         )
         artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
         return {**facts, **scores}

@@ -11,7 +11,6 @@ from gristmill.runs.journal import Journal
 from gristmill.synth.parsing import parse_list, unique
 
 ROWS = ("pairs", "demonstrations", "responses", "prompts")
-FACTS = ("task", "generator", "origin", "temperature", "judge", "rating", "score", "verified")
 SHOWN = 80  # characters of a text
 
 
