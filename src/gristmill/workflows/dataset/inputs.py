@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import check, conversation
+from gristmill.data.chat import check_turns, conversation
 from gristmill.data.rows import Prompt, make_id, read_records
 from gristmill.generation.openai_format import SURROGATE
 from gristmill.synth.pipelines.base import Inputs
@@ -64,7 +64,7 @@ def _prompts(path: Path) -> list[Prompt]:
         try:
             turns = record["messages"] if record.get("messages") else [{"role": "user", "content": record["prompt"]}]
             talk = conversation(turns)
-            check(talk)
+            check_turns(talk)
             if not talk[-1].content.strip() or any(SURROGATE.search(m.content) for m in talk):
                 raise InputError("the text is empty or cannot be encoded.")
             truth = record.get("truth")
