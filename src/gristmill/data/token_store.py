@@ -17,7 +17,7 @@ TOKEN = np.dtype("<i4")
 
 
 class TokenStore:
-    """The documents of a finished blend, through a memory map.
+    """Memory-mapped store of tokenized documents, as a finished blend leaves it.
 
     Args:
         folder: what `blend` wrote.

@@ -193,9 +193,9 @@ def _cut(ids: Sequence[list[int]], budget: int) -> list[list[int]]:
     return out
 
 
-def _beginning(text: str, tokenize: Tokenize, room: int) -> str:
-    """The longest beginning of a text that has no more than `room` tokens, for a text that has more."""
-    return text[: bisect_left(range(len(text)), True, key=lambda n: len(tokenize(text[:n])) > room) - 1]
+def _beginning(text: str, tokenize: Tokenize, max_tokens: int) -> str:
+    """The longest beginning of a text that has no more than `max_tokens` tokens, for a text that has more."""
+    return text[: bisect_left(range(len(text)), True, key=lambda n: len(tokenize(text[:n])) > max_tokens) - 1]
 
 
 def _total(ids: Sequence[Sequence[int]]) -> int:

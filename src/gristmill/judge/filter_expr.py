@@ -10,12 +10,12 @@ import math
 import operator
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from gristmill.core.errors import InputError
-from gristmill.data.rows import Rating
+from gristmill.data.rows import ATTRIBUTES
 
-NAMES = (*(f.name for f in fields(Rating)), "score")
+NAMES = (*ATTRIBUTES, "score")
 SIGNS = ("<", "<=", ">", ">=", "==")
 OPERATORS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq}
 MAX_DEPTH = 50  # brackets and `not` within each other

@@ -50,7 +50,7 @@ def compare(generator: Generator, comparisons: Iterable[Comparison], template: s
 
 
 def combine_verdicts(straight: str, swapped: str) -> Verdict:
-    """Combine the replies to (A = first, B = second) and to (A = second, B = first)."""
+    """Combine both verdicts: the replies to (A = first, B = second) and to (A = second, B = first)."""
     one, two = VERDICT.match(straight), VERDICT.match(swapped)
     if not one or not two:
         return "unparsed"

@@ -1,4 +1,4 @@
-"""One-line Python functions described in words; answers are really executed."""
+"""Code task: one-line Python functions described in words; answers are really executed."""
 
 import random
 from dataclasses import dataclass
@@ -128,7 +128,7 @@ def document(rng: random.Random) -> str:
     return "\n".join(parts)
 
 
-def understand(text: str) -> dict[str, str] | None:
+def parse_question(text: str) -> dict[str, str] | None:
     """The truth of a coding task written in the wordings of this world, or None."""
     for opening in OPENINGS:
         for kind, (what, _) in KINDS.items():

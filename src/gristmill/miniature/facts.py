@@ -1,4 +1,4 @@
-"""Facts about fictional lands: what the Base model has read in its documents and must learn to tell."""
+"""Facts task, about fictional lands: what the Base model has read in its documents and must learn to tell."""
 
 import random
 import re
@@ -117,7 +117,7 @@ class Lands:
             lines.append(f"Question: {pick(rng, ASK[a]).format(land=land)} Reply: {facts[a]}.")
         return "\n".join(lines)
 
-    def understand(self, text: str) -> tuple[str, str] | None:
+    def parse_question(self, text: str) -> tuple[str, str] | None:
         """(land, attribute) that a question asks for, or None when no land or wording of this world fits."""
         for attribute, wordings in ASK.items():
             for wording in wordings:

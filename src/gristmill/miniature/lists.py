@@ -1,4 +1,4 @@
-"""Lists under format instructions that a program can check."""
+"""Lists task: lists under format instructions that a program can check."""
 
 import random
 import re
@@ -90,7 +90,7 @@ def document(rng: random.Random) -> str:
     return "\n".join(parts)
 
 
-def understand(text: str) -> dict[str, Any] | None:
+def parse_question(text: str) -> dict[str, Any] | None:
     """The truth of a list request written in the wordings of this world, or None."""
     match = re.fullmatch(r"(?:List|Give me|Name) (\w+) (\w+) (.+)\.", text.strip())
     if not match or match[1] not in NUMBERS.values() or match[2] not in WORDS:

@@ -1,4 +1,4 @@
-"""Arithmetic word problems with worked steps."""
+"""Sums task: arithmetic word problems with worked steps."""
 
 import random
 import re
@@ -86,7 +86,7 @@ def document(rng: random.Random) -> str:
 OPENING = re.compile(r"(\w+) has (\d{1,4}) (\w+)\.")
 
 
-def understand(text: str) -> int | None:
+def parse_question(text: str) -> int | None:
     """The result of a word sum written in the wordings of this world, or None."""
     opening = OPENING.match(text)
     if not opening:

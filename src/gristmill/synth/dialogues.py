@@ -72,7 +72,7 @@ class Dialogues(Section):
 
 
 def strip_politeness(text: str) -> str:
-    """A simulated user's words without the name of the speaker, thanks and praise around what is wanted.
+    """Strip a simulated user's words of the speaker's name, thanks and praise around what is wanted.
 
     What a user turn holds after its own words (a made-up answer of the assistant) is cut off. A text of nothing but politeness stays.
     """

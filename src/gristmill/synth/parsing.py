@@ -13,7 +13,7 @@ MAX_ITEM_CHARS = 20_000  # characters of an item; more is no item of a list
 
 
 def parse_list(text: str) -> list[str]:
-    """The items of an answer's list, in order; [] where there is none.
+    """Parse a list: its items in order; [] where there is none.
 
     A JSON array is read as such. Otherwise lines with the outermost marker (`1.`, `2)`, `-`, `*`) begin items, and what follows
     a marked line belongs to its item, nested lists included. Without markers every line is an item, introductions aside.
@@ -26,12 +26,12 @@ def parse_list(text: str) -> list[str]:
 
 
 def normalize(text: str) -> str:
-    """A text as far as duplicates go: without case, runs of space, and the punctuation around it."""
+    """Normalize a text for comparison: without case, runs of space, and the punctuation around it."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(AROUND)
 
 
 def unique(items: Iterable[str]) -> list[str]:
-    """Items without those that an earlier one equals but for case, punctuation and space."""
+    """Deduplicate: items without those that an earlier one equals but for case, punctuation and space."""
     kept: dict[str, str] = {}
     for item in items:
         kept.setdefault(normalize(item) or item, item)
@@ -39,7 +39,7 @@ def unique(items: Iterable[str]) -> list[str]:
 
 
 def parse_yes_no(text: str) -> bool | None:
-    """Whether an answer begins with yes or no; None where it does neither."""
+    """Parse a yes/no answer by its first word; None where it is neither."""
     word = re.match(r"[\s*_\"'`(\[]*(yes|no)\b", text, re.I)
     return None if word is None else word[1].lower() == "yes"
 

@@ -25,7 +25,7 @@ MAX_CHARS_PER_TOKEN = 32  # characters on average; an answer with more of them h
 
 @dataclass(frozen=True)
 class Task:
-    """Limits of a task, in tokens.
+    """Rephrasing task: its limits, in tokens.
 
     Attributes:
         min_document, min_segment: shorter ones are left out.
@@ -69,7 +69,7 @@ _QUESTION, _ANSWER = re.compile(r"Question:", re.I), re.compile(r"\bAnswer:", re
 
 
 def template_name(name: TaskName) -> str:
-    """The template of a task."""
+    """Name of a task's template."""
     return f"rephrase_{name}"
 
 
@@ -82,7 +82,7 @@ def messages(name: TaskName, segment: str, templates: TemplatePack) -> tuple[Mes
 
 
 def max_segment_tokens(name: TaskName, templates: TemplatePack, count: CountTokens) -> int:
-    """Tokens of the longest segment that a task has room for beside its template."""
+    """Token budget of a segment: what a task's template leaves of its call."""
     return TASKS[name].max_input - sum(count([message.content for message in messages(name, "", templates)])) - 2
 
 
@@ -134,7 +134,7 @@ def parse_answer(
 
     Args:
         tokens: of the answer.
-        most: that the call allowed.
+        max_tokens: that the call allowed.
         segment: text and tokens of what was to be said in other words.
         draw: which of the pairs `diverse_qa` keeps, and in which order.
 
@@ -163,8 +163,10 @@ def parse_answer(
 
 
 def strip_markdown(text: str) -> str:
-    """The same as plain text: no headings, emphasis, links, rules and marks of code, which itself stays as it is. Points of lists begin
-    with a dash."""
+    """Strip Markdown: no headings, emphasis, links, rules and marks of code, which itself stays as it is.
+
+    Points of lists begin with a dash.
+    """
     out, at = [], 0
     for code in _CODE.finditer(text):
         out += [_plain(text[at : code.start()]), code[2] if code[3] is None else code[3]]

@@ -28,7 +28,7 @@ class Inputs:
 
 
 class Pipeline(Section):
-    """Options of a pipeline. What `write` yields depends on them, the inputs, the templates and the answers alone."""
+    """Pipeline with its options. What `write` yields depends on them, the inputs, the templates and the answers alone."""
 
     @property
     def needs(self) -> str:
@@ -41,13 +41,13 @@ class Pipeline(Section):
 
 
 def prompt(task: str, written: Topic, parents: Sequence[str]) -> Prompt:
-    """A single-turn prompt from what was written for it, itself the first of its parents."""
+    """Single-turn prompt row of a written text, itself the first of its parents."""
     parents = (written.id, *parents)
     name = make_id(task, written.text, parents)
     return Prompt(name, task, (Message("user", written.text),), written.origin, parents, request=written.request)
 
 
 def demonstration(task: str, messages: Sequence[Message], origin: str, *, parents: Sequence[str]) -> Demonstration:
-    """A whole conversation."""
+    """Demonstration row of a whole conversation."""
     name = make_id(task, [(m.role, m.content) for m in messages], parents)
     return Demonstration(name, task, tuple(messages), origin, tuple(parents))

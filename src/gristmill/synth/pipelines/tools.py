@@ -23,7 +23,7 @@ class Tools(Pipeline):
     async def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Demonstration]:
         async def about(topic: Topic) -> list[Demonstration]:
             reply = await writer.reply("tools", parents=[topic.id], num=self.functions, topic=topic.text)
-            functions = functions_in(reply.text)
+            functions = parse_functions(reply.text)
             if not functions:
                 raise ParseError("no function with a schema")
             shown = json.dumps(list(functions.values()), indent=1, ensure_ascii=False)
@@ -33,7 +33,7 @@ class Tools(Pipeline):
                 request = await writer.reply("tool_request", parents=parents, salt=number, tools=shown)
                 made = await writer.reply("tool_call", parents=[*parents, request.id], tools=shown, request=request.text)
                 call = extract_json(made.text)
-                if why := call_problem(call, functions):
+                if why := call_error(call, functions):
                     raise ParseError(why)
                 talk = [
                     Message("system", f"You can call these functions:\n{shown}\nTo call one, reply with its name and arguments as JSON."),
@@ -49,8 +49,8 @@ class Tools(Pipeline):
             yield row
 
 
-def functions_in(text: str) -> dict[str, dict[str, Any]]:
-    """The functions of a JSON array whose parameters are a schema that can be checked, by name."""
+def parse_functions(text: str) -> dict[str, dict[str, Any]]:
+    """Parse the functions of a JSON array whose parameters are a schema that can be checked, by name."""
     found = extract_json(text)
     functions: dict[str, dict[str, Any]] = {}
     for function in found if isinstance(found, list) else ():
@@ -63,7 +63,7 @@ def functions_in(text: str) -> dict[str, dict[str, Any]]:
     return functions
 
 
-def call_problem(call: Any, functions: dict[str, dict[str, Any]]) -> str:
+def call_error(call: Any, functions: dict[str, dict[str, Any]]) -> str:
     """Why a call is none of these functions'; "" where it is."""
     if not isinstance(call, dict) or set(call) != {"name", "arguments"} or not isinstance(call["arguments"], dict):
         return "no call"

@@ -13,7 +13,7 @@ from gristmill.synth.writer import Topic, Writer
 
 
 class Topics(Section):
-    """The topics of a run."""
+    """Recipe section of a run's topics."""
 
     macro: int = Field(10, ge=0, description="broad topics that the model names")
     subtopics: int = Field(10, ge=0, description="topics within each broad one")
@@ -51,7 +51,7 @@ def own_topics(texts: Sequence[str]) -> list[Topic]:
 
 
 def deduplicate(writer: Writer, topics: Sequence[Topic]) -> list[Topic]:
-    """The first of those that are alike but for case, spaces and punctuation; the writer takes note of them."""
+    """Deduplicate topics up to case, spaces and punctuation; the writer takes note of those that stay."""
     by_text = {topic.text: topic for topic in reversed(topics)}
     found = [by_text[text] for text in unique(topic.text for topic in topics)]
     writer.topics |= {topic.id: topic for topic in found}
