@@ -19,6 +19,7 @@ NAMES = (*ATTRIBUTES, "score")
 SIGNS = ("<", "<=", ">", ">=", "==")
 OPERATORS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq}
 MAX_DEPTH = 50  # brackets and `not` within each other
+MAX_LENGTH = 1_000_000  # characters
 MAX_SHOWN = 80  # characters of a text in an error
 TOKEN = re.compile(
     r"(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)|(?P<word>[a-z_]\w*)|(?P<mark><=|>=|==|[<>()])|(?P<wrong>\S)",
@@ -60,13 +61,14 @@ class FilterExpr:
 
 def _checked_tokens(text: str) -> list[str]:
     """The tokens of a condition, names known and numbers in normal form, in an order that Python's parser takes."""
-    tokens = [*TOKEN.finditer(text), None]
+    shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+    if len(text) > MAX_LENGTH:
+        raise InputError(f"The condition {shown!r} has {len(text):,} characters, and at most {MAX_LENGTH:,} are read: simplify it.")
     opened: list[str] = []  # "(" and "not" that wait for their end
     out: list[str] = []
     state = "left"  # what is due: the left side of a comparison, its sign, its right side, or what comes after it
-    for match in tokens:
+    for match in [*TOKEN.finditer(text), None]:
         token, kind = (match[0], match.lastgroup) if match else ("", None)
-        shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
         where = f"The condition {shown!r}, at character {match.start() + 1 if match else len(text) + 1},"
         due = ""
         if state == "left" and token in ("not", "("):
