@@ -148,7 +148,7 @@ def test_nesting_has_an_end(piece: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["score > 1 and " * 5_000 + "score > 1", "score > " + "9" * 100_000, "a" * 100_000, "%" * 100_000, "score > 1 and " * 1_000_000]
+    "text", ["score > 1 and " * 5_000 + "score > 1", "score > " + "9" * 100_000, "a" * 100_000, "%" * 100_000, "score > 1 and " * 100_000]
 )
 def test_a_long_text_takes_no_time_and_a_short_message(text: str) -> None:
     start = time.perf_counter()
