@@ -87,7 +87,7 @@ PIPELINES = {
     "closed_qa": "questions",
     "math": "levels topics subtopics problems forms own",
     "python": "topics subtopics problems levels own",
-    "instructions": "prompts most whole_talk revision",
+    "instructions": "prompts max_constraints whole_talk revision",
     "two_turn": "prompts",
     "by_task": "tasks prompts max_tokens",
     "from_file": "half limit",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gristmill.core.threads import LARGE_MODEL, merge, num_workers, workers
+from gristmill.core.threads import MAX_THREADED_PARAMETERS, merge, num_workers, workers
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def _threads() -> Iterator[None]:
 
 def test_small_models_use_every_core_and_large_ones_leave_them_to_torch() -> None:
     assert num_workers(nn.Linear(4, 4)) == 3
-    assert num_workers(nn.Linear(LARGE_MODEL, 1, bias=False, device="meta")) == 1
+    assert num_workers(nn.Linear(MAX_THREADED_PARAMETERS, 1, bias=False, device="meta")) == 1
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -11,7 +11,7 @@ from gristmill.data.chat import (
     Conversation,
     Message,
     Role,
-    check,
+    check_turns,
     conversation,
     guess_format,
     to_dicts,
@@ -219,7 +219,7 @@ def test_any_two_conversations_differ_in_ids(name: str) -> None:
 def test_turns_must_alternate(name: str, roles: list[str], message: str) -> None:
     turns = [Message(cast(Role, r), "x") for r in roles]
     with pytest.raises(InputError, match=message):
-        check(turns)
+        check_turns(turns)
     for render in (FORMATS[name].render, FORMATS[name].render_prompt):
         with pytest.raises(InputError):
             cast(Any, render)(turns, TOKENIZERS[name])

@@ -20,7 +20,7 @@ from gristmill.engine.layers import Decoder
 from gristmill.engine.sequence import Job
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.config import BlockConfig, ModelConfig
-from gristmill.model.quantized import LARGEST
+from gristmill.model.quantized import MAX_VALUES
 from gristmill.model.transformer import Transformer
 
 VOCABULARY = 80
@@ -305,7 +305,7 @@ def compare(make: Callable[..., Attention], dtype: torch.dtype, cache: torch.dty
         with torch.inference_mode():
             outs.append(attention.attend(0, qkv))
     exact = dtype == cache == torch.float32
-    far = 0.1 if cache in LARGEST else 0.03  # where a number lies between two of the cache's, either is right
+    far = 0.1 if cache in MAX_VALUES else 0.03  # where a number lies between two of the cache's, either is right
     assert torch.allclose(outs[0].float(), outs[1].float(), atol=2e-5 if exact else far, rtol=1e-4 if exact else 0.02)
     assert (outs[0][int(begin[-1]) :] == 0).all() and (outs[1][int(begin[-1]) :] == 0).all()
     kept = [stored(pool) for pool in pools]

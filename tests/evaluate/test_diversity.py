@@ -107,18 +107,18 @@ def test_compression_sees_repetition() -> None:
 
 def test_every_set_is_cut_to_one_budget() -> None:
     long, short = corpus(1, 400), corpus(2, 12)
-    assert measure(long, tokenize, 1000, long)["tokens"] == 1000
+    assert measure(long, tokenize, 1000, reference=long)["tokens"] == 1000
     in_short = len("".join(short))
-    assert measure(short, tokenize, 10_000, long)["tokens"] == in_short
-    assert measure(long, tokenize, 10_000, short)["tokens"] == in_short
-    assert measure(long, tokenize, 5, long)["tokens"] == 5
+    assert measure(short, tokenize, 10_000, reference=long)["tokens"] == in_short
+    assert measure(long, tokenize, 10_000, reference=short)["tokens"] == in_short
+    assert measure(long, tokenize, 5, reference=long)["tokens"] == 5
 
 
 def test_the_cut_by_hand() -> None:
     # abcdefgh + abcd: five 4-grams and one seen before. Of aabb, a and b are rare; c lies behind the cut.
-    got = measure(["abcdefgh", "abcdefgh", "xyz"], tokenize, 12, ["q" * 50])
+    got = measure(["abcdefgh", "abcdefgh", "xyz"], tokenize, 12, reference=["q" * 50])
     assert got["tokens"] == 12 and got["distinct_4"] == pytest.approx(5 / 6)
-    assert measure(["acac", "bb"], tokenize, 4, ["aabbcc"])["rare_types"] == 0.5
+    assert measure(["acac", "bb"], tokenize, 4, reference=["aabbcc"])["rare_types"] == 0.5
 
 
 def test_length_trap_more_text_is_not_less_variety() -> None:
@@ -126,7 +126,7 @@ def test_length_trap_more_text_is_not_less_variety() -> None:
     few, many = corpus(3, 30), corpus(4, 600)
     uncut = [distinct([tokenize(t) for t in texts], 4) for texts in (few, many)]
     assert uncut[1] < 0.7 * uncut[0]
-    a, b = (measure(texts, tokenize, 1500, corpus(5, 100)) for texts in (few, many))
+    a, b = (measure(texts, tokenize, 1500, reference=corpus(5, 100)) for texts in (few, many))
     assert a["tokens"] == b["tokens"] == 1500
     for name in ("distinct_4", "compression", "rare_types"):
         assert b[name] == pytest.approx(a[name], rel=0.15), name
@@ -134,35 +134,35 @@ def test_length_trap_more_text_is_not_less_variety() -> None:
 
 @pytest.mark.parametrize("budget", [25, 31, 99, 100])
 def test_a_text_cut_in_the_middle_is_not_scored_for_its_length(budget: int) -> None:
-    assert measure(["abcdefghij"] * 10, tokenize, budget, ["abcdefghij"] * 10)["self_bleu"] == 100
+    assert measure(["abcdefghij"] * 10, tokenize, budget, reference=["abcdefghij"] * 10)["self_bleu"] == 100
 
 
 def test_text_beyond_the_budget_changes_nothing() -> None:
     texts = corpus(6, 50)
-    assert measure(texts, tokenize, 700, texts) == measure([*texts, "zzzz" * 90], tokenize, 700, texts)
+    assert measure(texts, tokenize, 700, reference=texts) == measure([*texts, "zzzz" * 90], tokenize, 700, reference=texts)
 
 
 def test_compression_counts_only_the_text_within_the_budget() -> None:
     """A long text that is cut counts with its beginning: here the repetitive part lies behind the cut."""
     start = corpus(7, 1, words=40)[0]
-    cut = measure([start + "a" * 5000], tokenize, len(start), [start])
+    cut = measure([start + "a" * 5000], tokenize, len(start), reference=[start])
     assert cut["compression"] == compression([start])
 
 
 def test_a_silent_model_scores_zero_and_alarms() -> None:
     human = corpus(8, 60)
-    first = measure(corpus(9, 60), tokenize_words, 600, human)
+    first = measure(corpus(9, 60), tokenize_words, 600, reference=human)
     for silent in ([], ["", ""]):
-        now = measure(silent, tokenize_words, 600, human)
+        now = measure(silent, tokenize_words, 600, reference=human)
         assert now == dict.fromkeys(now, 0.0)
         assert {"distinct_4", "rare_types"} <= set(alarms(now, first))
 
 
 def test_bad_input() -> None:
     with pytest.raises(InputError, match="no reference text"):
-        measure(["a"], tokenize, 10, [""])
+        measure(["a"], tokenize, 10, reference=[""])
     with pytest.raises(InputError, match="at least 1"):
-        measure(["a"], tokenize, 0, ["a"])
+        measure(["a"], tokenize, 0, reference=["a"])
 
 
 @settings(max_examples=150, deadline=None)
@@ -174,7 +174,7 @@ def test_bad_input() -> None:
 def test_bounds(texts: list[str], reference: list[str], budget: int) -> None:
     if not any(reference):
         return
-    got = measure(texts, lambda t: list(t.encode()), budget, reference)
+    got = measure(texts, lambda t: list(t.encode()), budget, reference=reference)
     assert set(got) == {"distinct_4", "self_bleu", "compression", "rare_types", "tokens"}
     sizes = [sum(len(t.encode()) for t in s) for s in (texts, reference)]
     assert got["tokens"] == min(budget, *sizes)
@@ -188,10 +188,10 @@ def test_bounds(texts: list[str], reference: list[str], budget: int) -> None:
 
 def test_a_healthy_corpus_does_not_alarm_and_a_collapsed_one_does() -> None:
     human, healthy = corpus(10, 200), corpus(11, 200)
-    first = measure(human, tokenize_words, 2000, corpus(12, 200))
-    assert alarms(measure(healthy, tokenize_words, 2000, corpus(12, 200)), first) == []
+    first = measure(human, tokenize_words, 2000, reference=corpus(12, 200))
+    assert alarms(measure(healthy, tokenize_words, 2000, reference=corpus(12, 200)), first) == []
     collapsed = random.Random(0).choices(corpus(13, 5), k=200)
-    assert set(alarms(measure(collapsed, tokenize_words, 2000, corpus(12, 200)), first)) == {
+    assert set(alarms(measure(collapsed, tokenize_words, 2000, reference=corpus(12, 200)), first)) == {
         "distinct_4",
         "self_bleu",
         "compression",
@@ -205,8 +205,8 @@ def test_a_lost_tail_is_seen_by_rare_types_alone() -> None:
     reference = corpus(14, 100, vocabulary=400)
     frequent = [w for w, _ in Counter(" ".join(reference).split()).most_common(60)]
     tail_lost = [" ".join(rng.choices(frequent, k=12)) for _ in range(100)]
-    first = measure(corpus(15, 100, vocabulary=400), tokenize_words, 1200, reference)
-    assert alarms(measure(tail_lost, tokenize_words, 1200, reference), first) == ["rare_types"]
+    first = measure(corpus(15, 100, vocabulary=400), tokenize_words, 1200, reference=reference)
+    assert alarms(measure(tail_lost, tokenize_words, 1200, reference=reference), first) == ["rare_types"]
 
 
 def tokenize_words(text: str) -> list[int]:

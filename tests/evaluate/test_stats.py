@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gristmill.data.chat import Message
 from gristmill.data.rows import Prompt
-from gristmill.evaluate.runner import score
+from gristmill.evaluate.runner import evaluate_model
 from gristmill.evaluate.stats import accuracy, paired, wilson
 from gristmill.generation.api import Completion, Request
 
@@ -115,7 +115,7 @@ def test_score_asks_each_prompt_twice_and_keeps_answers_with_their_prompts() -> 
             out[request.id] = [Completion(text, 1, (-0.5,), "stop")]
         return out
 
-    got = score(prompts, generate, lambda cases: [t["v"] == answer for t, answer in cases], max_tokens=7, seed=11)
+    got = evaluate_model(prompts, generate, lambda cases: [t["v"] == answer for t, answer in cases], max_tokens=7, seed=11)
     assert len(asked) == 6 and len({r.id for r in asked}) == 6
     assert {(r.sampling.temperature, r.sampling.max_tokens, r.seed) for r in asked} == {
         (0.0, 7, 11),
@@ -140,5 +140,5 @@ def test_score_gives_the_checker_an_empty_truth_where_there_is_none() -> None:
         seen.extend(truth for truth, _ in cases)
         return [False] * len(cases)
 
-    score([prompt("a", "t", None)], lambda rs: {r.id: [Completion("", 0, (), "stop")] for r in rs}, check, 5, 0)
+    evaluate_model([prompt("a", "t", None)], lambda rs: {r.id: [Completion("", 0, (), "stop")] for r in rs}, check, max_tokens=5, seed=0)
     assert seen == [{}, {}]

@@ -161,8 +161,8 @@ def test_a_generator_answers_what_waits_together(tmp_path: Path) -> None:
             client = CachedClient(BatchingClient(echo), journal)
 
             async def chain(name: str) -> str:
-                first = await client.ask(ask(name))
-                second = await client.ask(ask(first[0].text))
+                first = await client.complete(ask(name))
+                second = await client.complete(ask(first[0].text))
                 return second[0].text
 
             return await asyncio.gather(*(chain(str(n)) for n in range(10)))
@@ -195,7 +195,7 @@ def test_the_same_request_may_wait_twice() -> None:
 def test_a_broken_generator_is_heard_of(tmp_path: Path) -> None:
     async def run() -> None:
         with Journal(tmp_path / "j.jsonl") as journal:
-            await CachedClient(BatchingClient(Echo()), journal).ask(ask("broken"))
+            await CachedClient(BatchingClient(Echo()), journal).complete(ask("broken"))
 
     with pytest.raises(ValueError, match="no model"):
         asyncio.run(run())

@@ -12,8 +12,7 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.generation import endpoint as module
 from gristmill.generation.api import Completion, Request, SamplingParams
-from gristmill.generation.endpoint import Endpoint, RowFailed, Target, _retry_after
-from gristmill.generation.rate_limit import RateLimit
+from gristmill.generation.endpoint import Endpoint, RowFailed, Target
 
 
 def ask(name: str, text: str, **sampling: Any) -> Request:
@@ -36,12 +35,12 @@ def client(server: Any, **options: Any) -> Endpoint:
 def test_what_can_pass_is_tried_again(endpoint: Any) -> None:
     fates = ["429 ok", "500 ok", "bad ok", "empty ok", "reset ok", "429 500 bad reset empty ok", "ok"]
     requests = [ask(str(n), f"row {n} [fate {fate}]") for n, fate in enumerate(fates)]
-    mill = client(endpoint)
-    for request, outs in zip(requests, complete(mill, requests), strict=True):
+    source = client(endpoint)
+    for request, outs in zip(requests, complete(source, requests), strict=True):
         assert isinstance(outs, list) and [out.text for out in outs] == [f"answer to {request.messages[0].content}"]
-    assert mill.usage.rows == len(fates) and mill.usage.failed == 0
-    assert mill.usage.errors == Counter({"429": 2, "500": 2, "malformed": 2, "empty": 2, "reset": 2})
-    assert endpoint.stats()["requests"] == mill.usage.requests == sum(len(fate.split()) for fate in fates)
+    assert source.usage.rows == len(fates) and source.usage.failed == 0
+    assert source.usage.errors == Counter({"429": 2, "500": 2, "malformed": 2, "empty": 2, "reset": 2})
+    assert endpoint.stats()["requests"] == source.usage.requests == sum(len(fate.split()) for fate in fates)
 
 
 def test_hostile_answers_fail_their_row_alone(endpoint: Any) -> None:
@@ -56,9 +55,9 @@ def test_hostile_answers_fail_their_row_alone(endpoint: Any) -> None:
 
 def test_a_key_at_the_edge_of_a_long_error_does_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOCK_KEY", "sk-very-secret")
-    line = module._Line(Target("http://x/v1", "m", api_key_env="MOCK_KEY"), 1)
+    replica = module._Replica(Target("http://x/v1", "m", api_key_env="MOCK_KEY"), 1)
     for padding in range(270, 301):
-        assert "sk" not in line.clean("y" * padding + " Bearer sk-very-secret")
+        assert "sk" not in replica.redact("y" * padding + " Bearer sk-very-secret")
 
 
 def test_a_replica_that_was_away_is_used_again(start_endpoint: Callable[..., Any]) -> None:
@@ -66,11 +65,11 @@ def test_a_replica_that_was_away_is_used_again(start_endpoint: Callable[..., Any
     away.kill()
 
     async def run() -> None:
-        async with Endpoint([Target(server.url, "mock") for server in (away, there)], concurrency=4) as mill:
-            await asyncio.gather(*(mill.complete(ask(str(n), f"row {n}")) for n in range(20)))
+        async with Endpoint([Target(server.url, "mock") for server in (away, there)], concurrency=4) as source:
+            await asyncio.gather(*(source.complete(ask(str(n), f"row {n}")) for n in range(20)))
             await asyncio.to_thread(away.start)
             await asyncio.sleep(1.0)
-            await asyncio.gather(*(mill.complete(ask(f"b{n}", f"row b{n}")) for n in range(40)))
+            await asyncio.gather(*(source.complete(ask(f"b{n}", f"row b{n}")) for n in range(40)))
 
     asyncio.run(run())
     assert away.stats()["requests"] >= 10
@@ -96,22 +95,16 @@ def test_retry_after_is_honoured_by_that_row_alone(endpoint: Any) -> None:
 
     async def run() -> None:
         start = time.monotonic()
-        async with client(endpoint) as mill:
+        async with client(endpoint) as source:
 
             async def row(name: str, text: str) -> None:
-                await mill.complete(ask(name, text))
+                await source.complete(ask(name, text))
                 ends[name] = time.monotonic() - start
 
             await asyncio.gather(row("slow", "slow [fate 429:1 ok]"), *(row(str(n), f"row {n}") for n in range(200)))
 
     asyncio.run(run())
     assert ends.pop("slow") > 1 > max(ends.values())
-
-
-def test_retry_after_may_be_a_date_or_nonsense() -> None:
-    assert _retry_after("2") == 2.0 and _retry_after(None) is None and _retry_after("soon") is None
-    assert _retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    assert _retry_after("99999") == module.LONGEST_RETRY_AFTER
 
 
 def test_samples_that_a_server_leaves_out_are_asked_for(endpoint: Any) -> None:
@@ -126,9 +119,9 @@ def test_the_request_says_what_was_asked_for(endpoint: Any) -> None:
     request = Request("a", (Message("system", "be kind"), Message("user", "hello")), SamplingParams(0.5, 0.9, 40, 17), seed=3)
     (outs,) = complete(client(endpoint, logprobs=True, price_in=1.0, price_out=2.0), [request])
     assert isinstance(outs, list) and outs[0].logprobs == (-0.5,) * 3 and outs[0].num_tokens == 3
-    (again,) = complete(mill := client(endpoint, kind="completions", price_in=1.0, price_out=2.0), [ask("b", "plain")])
+    (again,) = complete(source := client(endpoint, kind="completions", price_in=1.0, price_out=2.0), [ask("b", "plain")])
     assert isinstance(again, list) and again[0].num_tokens == 20 and again[0].text == "answer to plain"
-    assert (mill.usage.tokens_in, mill.usage.tokens_out) == (10, 20) and mill.usage.cost == pytest.approx(50e-6)
+    assert (source.usage.tokens_in, source.usage.tokens_out) == (10, 20) and source.usage.cost == pytest.approx(50e-6)
     chat, text = endpoint.stats()["bodies"]
     assert isinstance(chat.pop("seed"), int)
     assert chat == {
@@ -154,10 +147,10 @@ def test_an_endpoint_that_refuses_everything_ends_the_run(endpoint: Any, status:
 
 def test_the_key_is_sent_and_shown_nowhere(endpoint: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("MOCK_KEY", "sk-very-secret")
-    mill = client(endpoint, api_key_env="MOCK_KEY", retries=0)
-    (failed,) = complete(mill, [ask("a", "a [fate 500]")])
+    source = client(endpoint, api_key_env="MOCK_KEY", retries=0)
+    (failed,) = complete(source, [ask("a", "a [fate 500]")])
     assert endpoint.stats()["keys"] == ["Bearer sk-very-secret"]
-    assert "[key]" in str(failed) and "secret" not in str(failed) and "secret" not in repr(mill)
+    assert "[key]" in str(failed) and "secret" not in str(failed) and "secret" not in repr(source)
     (tmp_path / "key").write_text("sk-from-file\n")
     complete(client(endpoint, api_key_file=str(tmp_path / "key")), [ask("b", "b")])
     assert endpoint.stats()["keys"][-1] == "Bearer sk-from-file"
@@ -182,7 +175,7 @@ def test_wrong_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_address_where_nobody_is_ends_the_run(start_endpoint: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     server = start_endpoint()
     server.kill()
-    monkeypatch.setattr(module, "UNKNOWN_PATIENCE", 0.3)
+    monkeypatch.setattr(module, "STARTUP_PATIENCE", 0.3)
     (error,) = complete(client(server), [ask("a", "a")])
     assert isinstance(error, InputError) and "has not answered for" in str(error) and "start the server" in str(error)
 
@@ -191,9 +184,9 @@ def test_an_endpoint_that_dies_and_comes_back_loses_no_row(start_endpoint: Calla
     server = start_endpoint(latency=0.05)
 
     async def run() -> list[Any]:
-        async with client(server, concurrency=8, retries=2, patience=60.0) as mill:
-            rows = [asyncio.ensure_future(mill.complete(ask(str(n), f"row {n}"))) for n in range(60)]
-            while mill.usage.rows < 20:
+        async with client(server, concurrency=8, retries=2, patience=60.0) as source:
+            rows = [asyncio.ensure_future(source.complete(ask(str(n), f"row {n}"))) for n in range(60)]
+            while source.usage.rows < 20:
                 await asyncio.sleep(0.01)
             server.kill()
             await asyncio.sleep(1.5)
@@ -209,9 +202,9 @@ def test_an_outage_behind_a_gateway_costs_no_row_its_budget(endpoint: Any) -> No
 
 
 def test_a_row_that_only_gets_a_gateways_errors_fails_alone(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "UNKNOWN_PATIENCE", 0.5)
-    mill = client(endpoint, retries=1, patience=0.5)
-    poison, fine = complete(mill, [ask("a", "a [fate 504]"), ask("b", "b")])
+    monkeypatch.setattr(module, "STARTUP_PATIENCE", 0.5)
+    source = client(endpoint, retries=1, patience=0.5)
+    poison, fine = complete(source, [ask("a", "a [fate 504]"), ask("b", "b")])
     assert isinstance(poison, RowFailed) and poison.status == 504 and isinstance(fine, list)
     (alone,) = complete(client(endpoint, retries=1, patience=0.5), [ask("a", "a [fate 504]")])
     assert isinstance(alone, RowFailed)
@@ -223,73 +216,31 @@ def test_concurrency_is_reached_and_kept(start_endpoint: Callable[..., Any]) -> 
     assert server.stats()["most"] == 7
 
 
-def test_a_window_ignores_stray_refusals_and_halves_when_they_are_many() -> None:
-    async def run() -> None:
-        window = RateLimit(64)
-        for n in range(6400):
-            window.saw(refused=n % 20 == 0)
-        assert window.size == 64
-        for _ in range(64 + 32):
-            window.saw(refused=True)
-        assert window.size == 16
-        for _ in range(1000):
-            window.saw(refused=False)
-        assert window.size == 64
-        for _ in range(10000):
-            window.saw(refused=True)
-        assert window.size == 1
-
-    asyncio.run(run())
-
-
-def test_rows_that_were_sent_before_get_the_next_slot() -> None:
-    order: list[str] = []
-
-    async def run() -> None:
-        window = RateLimit(1)
-        await window.enter(again=False)
-
-        async def row(name: str, again: bool) -> None:
-            await window.enter(again)
-            order.append(name)
-            window.leave()
-
-        rows = [asyncio.ensure_future(row(name, name == "again")) for name in ("first", "gone", "second", "again")]
-        await asyncio.sleep(0)
-        rows[1].cancel()
-        window.leave()
-        await asyncio.gather(*rows, return_exceptions=True)
-        assert window.in_flight == 0
-
-    asyncio.run(run())
-    assert order == ["again", "first", "second"]
-
-
 def test_rows_go_to_models_by_weight_and_always_to_the_same() -> None:
-    def mill() -> Endpoint:
+    def source() -> Endpoint:
         return Endpoint([Target("http://a/v1", "large", 3.0), Target("http://b/v1", "small", 1.0), Target("http://c/v1", "small", 1.0)])
 
-    counts = Counter(mill().model_of(str(n)) for n in range(4000))
+    counts = Counter(source().model_of(str(n)) for n in range(4000))
     assert counts["large"] == pytest.approx(3000, abs=100) and counts["small"] == pytest.approx(1000, abs=100)
-    assert [mill().model_of(str(n)) for n in range(50)] == [mill().model_of(str(n)) for n in range(50)]
-    assert mill().name == "large+small"
+    assert [source().model_of(str(n)) for n in range(50)] == [source().model_of(str(n)) for n in range(50)]
+    assert source().name == "large+small"
 
 
 def test_replicas_share_the_rows(start_endpoint: Callable[..., Any]) -> None:
     servers = [start_endpoint(latency=0.05) for _ in range(2)]
-    mill = Endpoint([Target(server.url, "mock") for server in servers], concurrency=4)
-    complete(mill, [ask(str(n), f"row {n}") for n in range(40)])
+    source = Endpoint([Target(server.url, "mock") for server in servers], concurrency=4)
+    complete(source, [ask(str(n), f"row {n}") for n in range(40)])
     requests = [server.stats()["requests"] for server in servers]
     assert sum(requests) == 40 and min(requests) >= 15
 
 
 def test_it_is_a_generator(endpoint: Any) -> None:
     requests = [ask(str(n), f"row {n}") for n in range(30)]
-    mill = client(endpoint, concurrency=4)
-    results = {request.id: outs[0].text for request, outs in mill.generate(iter(requests))}
+    source = client(endpoint, concurrency=4)
+    results = {request.id: outs[0].text for request, outs in source.generate(iter(requests))}
     assert results == {str(n): f"answer to row {n}" for n in range(30)}
     with pytest.raises(RowFailed, match="400"):
-        list(mill.generate([ask("a", "a [fate 400]")]))
-    stream = mill.generate(iter(requests))
+        list(source.generate([ask("a", "a [fate 400]")]))
+    stream = source.generate(iter(requests))
     next(stream)
     stream.close()  # leaves nothing running behind

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gristmill.core.errors import InputError
 from gristmill.data.rows import Rating
-from gristmill.judge.filter_expr import DEEPEST, NAMES, FilterExpr
+from gristmill.judge.filter_expr import MAX_DEPTH, NAMES, FilterExpr
 from gristmill.model.reward import ATTRIBUTES
 
 ROW = asdict(Rating(3.0, 3.5, 4.0, 1.0, 2.0)) | {"score": 4.25}
@@ -140,14 +140,16 @@ def test_a_value_that_decides_must_be_there() -> None:
 
 @pytest.mark.parametrize("piece", ["(", "not ", "((score > 1) and "])
 def test_nesting_has_an_end(piece: str) -> None:
-    with pytest.raises(InputError, match=f"more than {DEEPEST} brackets"):
+    with pytest.raises(InputError, match=f"more than {MAX_DEPTH} brackets"):
         FilterExpr.parse(piece * 10_000)
-    assert FilterExpr.parse("(" * DEEPEST + "score > 1" + ")" * DEEPEST) == FilterExpr.parse("score > 1")
-    beside = " and ".join(["not (score < 1)"] * 2 * DEEPEST)
-    assert str(FilterExpr.parse(beside)).count("score") == 2 * DEEPEST, "what stands beside each other is not nested"
+    assert FilterExpr.parse("(" * MAX_DEPTH + "score > 1" + ")" * MAX_DEPTH) == FilterExpr.parse("score > 1")
+    beside = " and ".join(["not (score < 1)"] * 2 * MAX_DEPTH)
+    assert str(FilterExpr.parse(beside)).count("score") == 2 * MAX_DEPTH, "what stands beside each other is not nested"
 
 
-@pytest.mark.parametrize("text", ["score > 1 and " * 5_000 + "score > 1", "score > " + "9" * 100_000, "a" * 100_000, "%" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["score > 1 and " * 5_000 + "score > 1", "score > " + "9" * 100_000, "a" * 100_000, "%" * 100_000, "score > 1 and " * 100_000]
+)
 def test_a_long_text_takes_no_time_and_a_short_message(text: str) -> None:
     start = time.perf_counter()
     try:

@@ -100,9 +100,9 @@ def test_programs_run_in_batches_and_equal_ones_once(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(programs, "BATCH", 4)
     truth = {"kind": "code", "tests": "assert f() == 1"}
-    told: list[tuple[int, int, str]] = []
-    verifier = Verifier(Sandbox(), lambda *tick: told.append(tick))  # type: ignore[arg-type]
+    format_conversation: list[tuple[int, int, str]] = []
+    verifier = Verifier(Sandbox(), lambda *tick: format_conversation.append(tick))  # type: ignore[arg-type]
     cases: list[tuple[Mapping[str, Any], str]] = [(truth, f"def f(): return {'good' if n % 2 else n % 5}") for n in range(120)]
     assert verifier.verify(cases) == [n % 2 == 1 for n in range(120)]  # type: ignore[arg-type]
-    assert [len(batch) for batch in batches] == [4, 2] and told[-1] == (6, 6, "programs run")
+    assert [len(batch) for batch in batches] == [4, 2] and format_conversation[-1] == (6, 6, "programs run")
     assert verifier.verify(cases[:9]) and len(batches) == 2, "what programs did is remembered"

@@ -5,7 +5,7 @@ import pytest
 
 from gristmill.data.chat import Message
 from gristmill.generation.api import Completion, Request
-from gristmill.judge.pairwise import Comparison, compare, verdict
+from gristmill.judge.pairwise import Comparison, combine_verdicts, compare
 
 
 class Judge:
@@ -64,14 +64,14 @@ def test_both_orders_are_asked_greedily_with_the_same_request() -> None:
 
 @pytest.mark.parametrize("reply", ["A", "a", " A.", "[[A]]", "Answer A", "answer A is better", "A\nB"])
 def test_replies_that_name_an_answer(reply: str) -> None:
-    assert verdict(reply, "B") == "first"
-    assert verdict("B", reply) == "second"
-    assert verdict(reply, "A") == "tie"
+    assert combine_verdicts(reply, "B") == "first"
+    assert combine_verdicts("B", reply) == "second"
+    assert combine_verdicts(reply, "A") == "tie"
 
 
 @pytest.mark.parametrize("reply", ["", "C", "Both", "I prefer A", "Apples", "neither A nor B"])
 def test_replies_that_name_none(reply: str) -> None:
-    assert verdict(reply, "B") == verdict("B", reply) == verdict(reply, reply) == "unparsed"
+    assert combine_verdicts(reply, "B") == combine_verdicts("B", reply) == combine_verdicts(reply, reply) == "unparsed"
 
 
 def test_nothing_to_compare() -> None:

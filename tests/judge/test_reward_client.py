@@ -19,7 +19,7 @@ from gristmill.data.rows import Rating
 from gristmill.generation.api import Completion, Request
 from gristmill.generation.endpoint import RowFailed, Target
 from gristmill.judge import reward_client as module
-from gristmill.judge.reward_client import ATTRIBUTES, RewardEndpoint, RewardModel, rating_of, rating_of_text, weight_set
+from gristmill.judge.reward_client import ATTRIBUTES, RemoteRewardScorer, RewardModelEndpoint, parse_attributes, parse_choice, weight_set
 from gristmill.model.reward import ATTRIBUTES as MODEL_ATTRIBUTES
 from gristmill.model.reward import REWARD_WEIGHTS
 
@@ -53,7 +53,7 @@ def test_the_order_is_the_reward_model_s() -> None:
 
 @pytest.mark.parametrize(("name", "score"), [("nemotron4-340b", 3.3156), ("llama3-70b", 3.9551), ("goodness", 3.8605)])
 def test_the_documented_answer_and_its_weighted_sums(name: str, score: float) -> None:
-    assert rating_of_text(TEXT) == rating_of(choice(TEXT)) == rating_of(choice("", entries(RATING))) == RATING
+    assert parse_attributes(TEXT) == parse_choice(choice(TEXT)) == parse_choice(choice("", entries(RATING))) == RATING
     assert RATING.score(weight_set(name)) == pytest.approx(score, abs=5e-5)
     assert [n for n, weights in REWARD_WEIGHTS.items() if abs(RATING.score(weights) - score) < 5e-5] == [name]
 
@@ -61,9 +61,9 @@ def test_the_documented_answer_and_its_weighted_sums(name: str, score: float) ->
 @given(ratings, orders)
 def test_both_forms_hold_the_rating_in_any_order(rating: Rating, order: list[int]) -> None:
     pairs, numbered = text_of(rating).split(","), entries(rating)
-    assert rating_of_text(" , ".join(pairs[i].replace(":", " : ") for i in order)) == rating
+    assert parse_attributes(" , ".join(pairs[i].replace(":", " : ") for i in order)) == rating
     shuffled = json.loads(json.dumps(choice(None, [numbered[i] for i in order])))
-    assert rating_of(shuffled) == rating
+    assert parse_choice(shuffled) == rating
 
 
 @given(ratings, st.sampled_from(ATTRIBUTES))
@@ -72,60 +72,60 @@ def test_what_is_missing_or_double_is_named(rating: Rating, name: str) -> None:
     pairs, numbered = text_of(rating).split(","), entries(rating)
     for change, words in ((lambda x: x[:at] + x[at + 1 :], f"lacks {name}"), (lambda x: x + [x[at]], f"has {name} twice")):
         with pytest.raises(InputError, match=words):
-            rating_of_text(",".join(change(pairs)))
+            parse_attributes(",".join(change(pairs)))
         with pytest.raises(InputError, match=words):
-            rating_of(choice(TEXT, change(numbered)))
+            parse_choice(choice(TEXT, change(numbered)))
 
 
 def test_log_probabilities_go_before_the_text() -> None:
-    assert rating_of(choice(TEXT, entries(OTHER))) == OTHER
+    assert parse_choice(choice(TEXT, entries(OTHER))) == OTHER
 
 
 @pytest.mark.parametrize("logprobs", [None, {}, {"content": None}, {"content": []}, "x"])
 def test_without_log_probabilities_the_text_counts(logprobs: Any) -> None:
-    assert rating_of({**choice(TEXT), "logprobs": logprobs}) == RATING
-    assert rating_of({"message": {"content": TEXT}}) == RATING
+    assert parse_choice({**choice(TEXT), "logprobs": logprobs}) == RATING
+    assert parse_choice({"message": {"content": TEXT}}) == RATING
 
 
 def test_the_tokens_of_a_text_are_no_rating() -> None:
     tokens = [{"token": t, "logprob": -0.1} for t in ("helpfulness", ":", "1", ".", "6")]
-    assert rating_of(choice(TEXT, tokens)) == RATING
+    assert parse_choice(choice(TEXT, tokens)) == RATING
 
 
 def test_the_untrained_attributes_are_ignored() -> None:
-    assert rating_of_text("quality:-1.5,toxicity:nan,humor:2,creativity:," + TEXT) == RATING
-    assert rating_of(choice(None, [{"token": "quality", "logprob": None}, *entries(RATING)])) == RATING
+    assert parse_attributes("quality:-1.5,toxicity:nan,humor:2,creativity:," + TEXT) == RATING
+    assert parse_choice(choice(None, [{"token": "quality", "logprob": None}, *entries(RATING)])) == RATING
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "1e999", "", "-", "high", "1_0", "0x1", "1 2", "\u0663"])
 def test_a_text_that_is_no_number(value: str) -> None:
     with pytest.raises(InputError, match="The rating's coherence is .* which is no number"):
-        rating_of_text(TEXT.replace("3.3125", value))
+        parse_attributes(TEXT.replace("3.3125", value))
 
 
 @pytest.mark.parametrize("value", [None, "3.5", True, [], float("nan"), float("inf"), 10**400])
 def test_a_log_probability_that_is_no_number(value: Any) -> None:
     wrong = [e | ({"logprob": value} if e["token"] == "coherence" else {}) for e in entries(RATING)]
     with pytest.raises(InputError, match="The rating's coherence is .* which is no number"):
-        rating_of(choice(TEXT, wrong))
+        parse_choice(choice(TEXT, wrong))
 
 
 @pytest.mark.parametrize("text", ["", "I think it is good.", ":::,,,:", "x" * 1_000_000, "a:1," * 50_000])
 def test_prose_is_no_rating(text: str) -> None:
     with pytest.raises(InputError, match="lacks helpfulness, .*is the model a reward model") as e:
-        rating_of_text(text)
+        parse_attributes(text)
     assert len(str(e.value)) < 400
 
 
 @pytest.mark.parametrize("wrong", [{}, {"message": {}}, {"message": {"content": None}}, {"text": TEXT}, {"logprobs": {"content": [1]}}])
 def test_a_choice_with_neither_form(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="holds neither log-probabilities nor text"):
-        rating_of(wrong)
+        parse_choice(wrong)
 
 
 def test_unknown_weights() -> None:
     with pytest.raises(InputError, match="Unknown reward weights '340b': choose one of nemotron4-340b"):
-        RewardEndpoint(Fake(), "340b")
+        RemoteRewardScorer(Fake(), "340b")
 
 
 # ---- a server ----
@@ -188,8 +188,8 @@ def server() -> Iterator[Server]:
     running.stop()
 
 
-def client(server: Server, **options: Any) -> RewardModel:
-    return RewardModel([Target(server.url, "reward", **options)], concurrency=8, timeout=10, patience=10, retries=2)
+def client(server: Server, **options: Any) -> RewardModelEndpoint:
+    return RewardModelEndpoint([Target(server.url, "reward", **options)], concurrency=8, timeout=10, patience=10, retries=2)
 
 
 def talk(answer: str) -> Conversation:
@@ -200,7 +200,7 @@ def test_conversations_are_rated_in_their_order(server: Server) -> None:
     wanted = [Rating(float(n), n / 2, 1.0, 0.25, -n / 8) for n in range(40)]
     talks = [talk(("later " if n % 5 == 0 else "") + str(list(astuple(rating)))) for n, rating in enumerate(wanted)]
     endpoint = client(server)
-    rater = RewardEndpoint(endpoint)
+    rater = RemoteRewardScorer(endpoint)
     assert rater.score(talks) == wanted
     assert endpoint.usage.rows == 40 and endpoint.usage.errors == Counter({"500": 8})
     assert rater.total(wanted[2]) == pytest.approx(0.3 * 2 + 0.74 * 1 + 0.46 * 1 + 0.47 * 0.25 - 0.33 * -0.25)
@@ -214,7 +214,7 @@ def test_conversations_are_rated_in_their_order(server: Server) -> None:
 @pytest.mark.parametrize("form", [lambda r: choice(text_of(r)), lambda r: choice(None, entries(r)), lambda r: choice("", entries(r))])
 def test_either_form_will_do(server: Server, form: Callable[[Rating], dict[str, Any]]) -> None:
     server.form = form
-    rater = RewardEndpoint(client(server))
+    rater = RemoteRewardScorer(client(server))
     (rating,) = rater.score([talk(str(list(astuple(RATING))))])
     assert rating == RATING and rater.total(rating) == pytest.approx(3.3156, abs=5e-5)
 
@@ -222,7 +222,7 @@ def test_either_form_will_do(server: Server, form: Callable[[Rating], dict[str, 
 def test_one_row_at_a_time_within_a_loop(server: Server) -> None:
     async def run() -> Rating:
         async with client(server, logprobs=True) as endpoint:
-            return await RewardEndpoint(endpoint, "goodness").rate(talk(str(list(astuple(RATING)))), "row-1")
+            return await RemoteRewardScorer(endpoint, "goodness").rate(talk(str(list(astuple(RATING)))), "row-1")
 
     assert asyncio.run(run()) == RATING
     assert server.bodies[0]["logprobs"] is True
@@ -231,17 +231,17 @@ def test_one_row_at_a_time_within_a_loop(server: Server) -> None:
 def test_what_goes_wrong_names_the_row(server: Server) -> None:
     good = talk("[1, 2, 3, 4, 0]")
     with pytest.raises(RowFailed, match="the answer is no rating: The rating lacks helpfulness.* The answer was 'A fine answer.'"):
-        RewardEndpoint(client(server)).score([good, talk("what?")])
+        RemoteRewardScorer(client(server)).score([good, talk("what?")])
     with pytest.raises(RowFailed, match="refused"):
-        RewardEndpoint(client(server)).score([talk("refused")])
+        RemoteRewardScorer(client(server)).score([talk("refused")])
 
 
 @pytest.mark.parametrize("wrong", [(), (Message("user", "hi"),), (*talk("a"), Message("user", "b"))])
 def test_a_talk_without_an_answer_is_refused_before_anything_is_sent(
     server: Server, monkeypatch: pytest.MonkeyPatch, wrong: Conversation
 ) -> None:
-    monkeypatch.setattr(module, "AT_ONCE", 1)  # so that the first would be sent before the second is looked at
-    rater = RewardEndpoint(client(server))
+    monkeypatch.setattr(module, "MAX_CONCURRENT", 1)  # so that the first would be sent before the second is looked at
+    rater = RemoteRewardScorer(client(server))
     with pytest.raises(InputError, match="Conversation 1 does not end with the assistant"):
         rater.score([talk("[1, 2, 3, 4, 0]"), wrong])
     with pytest.raises(InputError, match="row-9 does not end with the assistant"):
@@ -250,4 +250,4 @@ def test_a_talk_without_an_answer_is_refused_before_anything_is_sent(
 
 
 def test_whatever_completes_can_rate() -> None:
-    assert RewardEndpoint(Fake()).score([talk("a")] * 3) == [RATING] * 3
+    assert RemoteRewardScorer(Fake()).score([talk("a")] * 3) == [RATING] * 3

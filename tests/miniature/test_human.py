@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gristmill.data.chat import FORMATS, conversation
 from gristmill.miniature import human
-from gristmill.miniature.human import Written, annotate, demonstrations, evaluation, ratings
+from gristmill.miniature.human import WrittenAnswer, annotate, demonstrations, evaluation, ratings
 from gristmill.miniature.world import TASKS, World
 from gristmill.model.hf import load_model
 from gristmill.model.reward import ATTRIBUTES
@@ -95,7 +95,7 @@ def test_annotators_see_what_is_right_and_disagree(world: World) -> None:
     for _ in range(400):
         problem = world.draw(rng, rng.choice(TASKS))
         for good in (True, False):
-            mark = annotate(rng, problem, Written(problem.answer if good else "I do not know."))
+            mark = annotate(rng, problem, WrittenAnswer(problem.answer if good else "I do not know."))
             if mark:
                 marks[good].append(mark)
     mean = {good: sum(m[1] for m in m2) / len(m2) for good, m2 in marks.items()}
@@ -121,7 +121,7 @@ def consensus(world: World, helpful: list[int]) -> tuple[tuple[int, ...] | None,
     problem = world.held_out["sums"][0]
     script = Marks(helpful)
     rng: Any = script
-    return annotate(rng, problem, Written(problem.answer)), len(helpful) - len(script.script) // 5
+    return annotate(rng, problem, WrittenAnswer(problem.answer)), len(helpful) - len(script.script) // 5
 
 
 @given(st.lists(st.integers(0, 4), min_size=5, max_size=5))

@@ -83,7 +83,7 @@ def test_every_task_but_facts_is_checked_by_programs() -> None:
 @given(seeds)
 def test_a_question_about_a_fact_is_read_back(seed: int) -> None:
     problem = problem_of("facts", seed)
-    read = WORLD.lands.understand(problem.question)
+    read = WORLD.lands.parse_question(problem.question)
     assert read is not None and WORLD.lands.facts[read[0]][read[1]] == problem.truth["value"] and read[0] == problem.topic
     assert problem.truth["value"] not in problem.others and len(problem.others) > 3
 
@@ -126,11 +126,11 @@ def test_a_second_turn_follows_what_was_said(seed: int) -> None:
     first, said, second = problem.messages
     if problem.truth["kind"] == "number":
         wrong = Message("assistant", re.sub(r"\d+\.$", "500.", said.content))
-        read = followups.understand((first, wrong, second))
+        read = followups.parse_question((first, wrong, second))
         step = int(re.findall(r"\d+", second.content)[0])
         assert read is not None and read["value"] in (500 + step, 500 - step)
     elif problem.truth["kind"] == "list":
-        assert followups.understand((first, Message("assistant", "nothing of the kind"), second)) is None
+        assert followups.parse_question((first, Message("assistant", "nothing of the kind"), second)) is None
 
 
 # ---- prompts that a model, or anyone, may have written ----
@@ -158,7 +158,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_hostile_coding_task_is_not_understood(text: str) -> None:
-    assert code.understand(text) is None
+    assert code.parse_question(text) is None
 
 
 @given(st.lists(st.sampled_from([o.words for o in code.OPERATIONS]), min_size=1, max_size=5), st.sampled_from("ntlx"), seeds)
@@ -166,7 +166,7 @@ def test_no_coding_task_makes_a_huge_program(words: list[str], kind: str, number
     what = code.KINDS.get(kind, ("a thing", ""))[0]
     steps = ", then ".join(w.replace("{k}", str(number)) for w in words)
     started = time.perf_counter()
-    truth = code.understand(f"Write f(x): it takes {what}, {steps} and returns the result.")
+    truth = code.parse_question(f"Write f(x): it takes {what}, {steps} and returns the result.")
     assert time.perf_counter() - started < 0.5
     if truth:
         assert len(truth["tests"]) < 30_000  # 9 * 9 * 9 times `Red fox` is the longest
@@ -178,19 +178,19 @@ def test_any_text_can_be_asked(text: str) -> None:
     for task in TASKS:
         assert WORLD.verifier(task, (Message("user", text),)) is None or any(c.isalpha() for c in text)
         WORLD.checkable(task, (Message("user", text),))
-    followups.understand((Message("user", text), Message("assistant", text), Message("user", text)))
-    WORLD.lands.understand(text)
+    followups.parse_question((Message("user", text), Message("assistant", text), Message("user", text)))
+    WORLD.lands.parse_question(text)
 
 
 def test_a_sum_with_a_huge_number_is_not_understood() -> None:
     many = "9" * 5000  # more digits than Python reads
-    assert sums.understand(f"Ana has {many} nuts. Ana buys 2 more. How many nuts are there now?") is None
-    assert sums.understand(f"Ana has 5 nuts. Ana buys {many} more. How many nuts are there now?") is None
+    assert sums.parse_question(f"Ana has {many} nuts. Ana buys 2 more. How many nuts are there now?") is None
+    assert sums.parse_question(f"Ana has 5 nuts. Ana buys {many} more. How many nuts are there now?") is None
     talk = (
         Message("user", "Ana has 5 nuts. Ana buys 2 more. How many nuts are there now?"),
         Message("assistant", f"The answer is {many}."),
     )
-    assert followups.understand((*talk, Message("user", "Now add 3."))) is None
+    assert followups.parse_question((*talk, Message("user", "Now add 3."))) is None
 
 
 @pytest.mark.parametrize(
@@ -207,9 +207,9 @@ def test_a_sum_with_a_huge_number_is_not_understood() -> None:
     ],
 )
 def test_which_sums_are_understood(text: str, value: int | None) -> None:
-    assert sums.understand(text) == value
+    assert sums.parse_question(text) == value
 
 
 @pytest.mark.parametrize("text", ["List six fruits separated by commas.", "List two cars separated by commas.", "List two fruits.", "List"])
 def test_lists_of_other_worlds_are_not_understood(text: str) -> None:
-    assert lists.understand(text) is None
+    assert lists.parse_question(text) is None

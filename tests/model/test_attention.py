@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gristmill.model import attention
-from gristmill.model.attention import STRETCH, varlen_attention
+from gristmill.model.attention import QUERY_CHUNK, varlen_attention
 from gristmill.model.packed import LONG_DOCUMENT, PackedShape
 
 
@@ -34,7 +34,7 @@ def document_lengths(draw: st.DrawFn, lengths: st.SearchStrategy[int]) -> tuple[
 
 
 short_documents = st.composite(document_lengths)(st.integers(1, 40))
-LENGTHS = [1, 2, 30, 36, LONG_DOCUMENT - 1, LONG_DOCUMENT, STRETCH + 1, 2 * STRETCH + 50]
+LENGTHS = [1, 2, 30, 36, LONG_DOCUMENT - 1, LONG_DOCUMENT, QUERY_CHUNK + 1, 2 * QUERY_CHUNK + 50]
 odd_documents = st.composite(document_lengths)(st.sampled_from(LENGTHS))
 
 
@@ -91,5 +91,5 @@ def test_a_mask_is_made_for_a_stretch_of_queries_at_a_time(monkeypatch: pytest.M
     shape = PackedShape.from_lengths([150, 300, 120], shared=[0, 100, 119])
     qkv = [x.detach().bfloat16() for x in inputs(shape.num_tokens)]
     whole = varlen_attention(*qkv, shape)
-    monkeypatch.setattr(attention, "MASKED_STRETCH", 64)
+    monkeypatch.setattr(attention, "MASKED_QUERY_CHUNK", 64)
     torch.testing.assert_close(varlen_attention(*qkv, shape), whole, rtol=0, atol=1e-2)

@@ -63,7 +63,7 @@ def test_the_formula_counts_the_module(config: ModelConfig) -> None:
     ],
 )
 def test_utilisation_table(name: str, gpus: int, batch: int, seconds: float, reported: float) -> None:
-    share = model_flops_utilisation(PRESETS[name], 4096, batch, seconds, gpus)
+    share = model_flops_utilisation(PRESETS[name], 4096, batch, step_seconds=seconds, num_devices=gpus)
     assert 100 * share == pytest.approx(reported, abs=0.3)
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.model.packed import MAX_EMPTY_SHARE, SHARES_ALL, PackedShape, num_shared, pack
+from gristmill.model.packed import ALWAYS_SHARED_LENGTH, MAX_EMPTY_SHARE, PackedShape, num_shared, pack
 
 lengths_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -49,6 +49,6 @@ def test_num_shared_leaves_every_document_a_token() -> None:
     assert num_shared([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3, 6]]) == 2
     assert num_shared([[1, 2], [1, 2, 3]]) == 1 and num_shared([[1, 2], [1, 2]]) == 1
     # a few tokens of long documents are not worth it
-    long = list(range(SHARES_ALL))
-    assert num_shared([[7, *long], [7, *long[::-1]]]) == 0 and num_shared([[*long, 1], [*long, 2]]) == SHARES_ALL
+    long = list(range(ALWAYS_SHARED_LENGTH))
+    assert num_shared([[7, *long], [7, *long[::-1]]]) == 0 and num_shared([[*long, 1], [*long, 2]]) == ALWAYS_SHARED_LENGTH
     assert num_shared([[1], [1, 2]]) == 0 == num_shared([[1, 2], [3, 2]])

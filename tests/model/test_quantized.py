@@ -14,7 +14,7 @@ from gristmill.data.chat import FORMATS, Message
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.hf import hf_tensors, load_model, save_quantized, saved_as
-from gristmill.model.quantized import KINDS, LARGEST, Quantize, compressed, restored, scaled
+from gristmill.model.quantized import KINDS, MAX_VALUES, Quantize, compress, decompress, scaled
 
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 9), columns=st.integers(1, 40))
@@ -24,19 +24,19 @@ def test_what_is_quantized_again_is_the_same(seed: int, rows: int, columns: int)
         values, scale = scaled(x, dtype)
         back = values.float() * scale[:, None]
         assert (back - x).abs().max() <= error * x.abs().max() * 1.001
-        assert (values.float().abs().amax(-1) == LARGEST[dtype]).all()
+        assert (values.float().abs().amax(-1) == MAX_VALUES[dtype]).all()
         assert torch.equal(scaled(back, dtype)[0].float(), values.float())
     for kind in KINDS:
-        parts = compressed("a_proj.weight", x, kind)
-        assert torch.equal(restored("a_proj.weight", kind, parts.__getitem__), restored("a_proj.weight", kind, parts.__getitem__))
-        assert (restored("a_proj.weight", kind, parts.__getitem__) - x).abs().max() <= x.abs().max() / (16 if kind == "fp8" else 250)
+        parts = compress("a_proj.weight", x, kind)
+        assert torch.equal(decompress("a_proj.weight", kind, parts.__getitem__), decompress("a_proj.weight", kind, parts.__getitem__))
+        assert (decompress("a_proj.weight", kind, parts.__getitem__) - x).abs().max() <= x.abs().max() / (16 if kind == "fp8" else 250)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_model_answers_as_one_quantized_when_it_is_loaded(tiny_base: Path, tmp_path: Path, kind: Quantize) -> None:
     model, tokenizer = load_model(tiny_base)
     assert saved_as(tiny_base) == ""
-    save_quantized(model, tokenizer, tmp_path / "small", kind, max_shard_bytes=20_000)
+    save_quantized(model, tokenizer, tmp_path / "small", kind=kind, max_shard_bytes=20_000)
     assert saved_as(tmp_path / "small") == kind
     again, _ = load_model(tmp_path / "small")
     for name, tensor in hf_tensors(again).items():
@@ -52,7 +52,7 @@ def test_a_saved_model_answers_as_one_quantized_when_it_is_loaded(tiny_base: Pat
 
 def test_integers_without_scales_are_refused(tiny_base: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(tiny_base)
-    save_quantized(model, tokenizer, tmp_path, "int8")
+    save_quantized(model, tokenizer, tmp_path, kind="int8")
     tensors = load_file(tmp_path / "model.safetensors")
     name = next(name for name in tensors if name.endswith("up_proj.weight_scale"))
     for wrong in (None, tensors[name][:1]):
@@ -63,7 +63,7 @@ def test_integers_without_scales_are_refused(tiny_base: Path, tmp_path: Path) ->
 
 def test_other_quantizations_are_refused(tiny_base: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(tiny_base)
-    save_quantized(model, tokenizer, tmp_path / "small", "int8")
+    save_quantized(model, tokenizer, tmp_path / "small", kind="int8")
     path = tmp_path / "small" / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4

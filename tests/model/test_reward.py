@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gristmill.core.errors import InputError
+from gristmill.data.rows import Rating
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.packed import PackedShape
 from gristmill.model.reward import ATTRIBUTES, REWARD_WEIGHTS, RewardModel
@@ -17,11 +18,10 @@ def test_the_order_of_attributes() -> None:
 
 
 def test_published_weights_give_the_published_scores() -> None:
-    scores_N5 = torch.tensor([[1.6171875, 1.6484375, 3.3125, 0.546875, 0.515625]])
+    rating = Rating(1.6171875, 1.6484375, 3.3125, 0.546875, 0.515625)
     expected = {"nemotron4-340b": 3.315625, "llama3-70b": 3.955078, "goodness": 3.860547}
     for name, score in expected.items():
-        model = RewardModel(Transformer(CONFIG), REWARD_WEIGHTS[name])
-        assert model.aggregate(scores_N5).item() == pytest.approx(score, abs=1e-6)
+        assert rating.score(REWARD_WEIGHTS[name]) == pytest.approx(score, abs=1e-6)
     assert RewardModel(Transformer(CONFIG)).weights == (0.3, 0.74, 0.46, 0.47, -0.33)
 
 

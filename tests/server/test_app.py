@@ -26,8 +26,7 @@ from gristmill.engine.core import Core
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.generation.endpoint import Endpoint, Target
-from gristmill.judge.reward_client import RewardEndpoint, rating_of
-from gristmill.judge.reward_client import RewardModel as RewardClient
+from gristmill.judge.reward_client import RemoteRewardScorer, RewardModelEndpoint, parse_choice
 from gristmill.model.hf import load_model, save_reward
 from gristmill.model.reward import RewardModel
 from gristmill.server.app import Limits, Server
@@ -288,9 +287,9 @@ def test_ratings_in_both_forms(full: str) -> None:
     status, reply = post(full, "/chat/completions", model="judge", messages=talk)
     assert status == 200
     choice = reply["choices"][0]
-    rating = rating_of(choice)
-    assert rating == rating_of({"message": choice["message"]}) and asdict(rating) == {k: v for k, v in rewards.items() if k != "score"}
-    (again,) = RewardEndpoint(RewardClient([Target(full, "judge", api_key_file=str(key_file()))])).score(
+    rating = parse_choice(choice)
+    assert rating == parse_choice({"message": choice["message"]}) and asdict(rating) == {k: v for k, v in rewards.items() if k != "score"}
+    (again,) = RemoteRewardScorer(RewardModelEndpoint([Target(full, "judge", api_key_file=str(key_file()))])).score(
         [tuple(Message(m["role"], m["content"]) for m in talk)]  # type: ignore[arg-type]
     )
     assert again == rating

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from gristmill.data.chat import Message
-from gristmill.synth.dialogues import ends, without_politeness
+from gristmill.synth.dialogues import ends_dialogue, strip_politeness
 
 
 @pytest.mark.parametrize(
@@ -23,17 +23,17 @@ from gristmill.synth.dialogues import ends, without_politeness
     ],
 )
 def test_politeness_is_taken_off(said: str, left: str) -> None:
-    assert without_politeness(said).rstrip("?") == left.rstrip("?")
+    assert strip_politeness(said).rstrip("?") == left.rstrip("?")
 
 
 def test_politeness_without_end_takes_no_time() -> None:
     start = time.monotonic()
     for text in ("So what! " + "Thanks!!! " * 2000 + "x", "Thanks! " * 2000, "thanks" + "!" * 5000, "a" + " ,." * 5000 + "thanks"):
-        assert without_politeness(text)
+        assert strip_politeness(text)
     assert time.monotonic() - start < 2
 
 
 def test_a_farewell_and_a_repetition_end_a_dialogue() -> None:
     talk = [Message("user", "What is a tide?"), Message("assistant", "The sea going up and down.")]
-    assert ends("That's all, goodbye!", talk) and ends("what is a tide", talk) and ends("...", talk)
-    assert not ends("Why does it say goodbye to the moon?", talk) and not ends("And the moon?", talk)
+    assert ends_dialogue("That's all, goodbye!", talk) and ends_dialogue("what is a tide", talk) and ends_dialogue("...", talk)
+    assert not ends_dialogue("Why does it say goodbye to the moon?", talk) and not ends_dialogue("And the moon?", talk)

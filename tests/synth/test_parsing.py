@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.synth.parsing import normalize, parse_list, says_yes, unique
+from gristmill.synth.parsing import normalize, parse_list, parse_yes_no, unique
 
 ITEMS = ["Tides and moon", "Bees in winter", "The price of bread"]
 FORMS = {
@@ -73,5 +73,5 @@ def test_duplicates_differ_in_more_than_case_and_punctuation() -> None:
 
 
 def test_yes_and_no_stand_at_the_beginning() -> None:
-    assert says_yes("Yes, it does.") and says_yes("**YES**") and says_yes(" yes") and says_yes("No.") is False
-    assert says_yes("Maybe yes") is None and says_yes("Nothing") is None and says_yes("") is None
+    assert parse_yes_no("Yes, it does.") and parse_yes_no("**YES**") and parse_yes_no(" yes") and parse_yes_no("No.") is False
+    assert parse_yes_no("Maybe yes") is None and parse_yes_no("Nothing") is None and parse_yes_no("") is None

@@ -41,7 +41,7 @@ def write(tmp_path: Path, say: Say, work: Callable[[Writer], Any], **options: An
 
     async def run() -> tuple[Any, Writer]:
         with Journal(tmp_path / "j.jsonl") as journal:
-            writer = Writer(CachedClient(source, journal), options.pop("pack", TemplatePack.load()), **options)
+            writer = Writer(CachedClient(source, journal), options.pop("templates", TemplatePack.load()), **options)
             return await work(writer), writer
 
     result, writer = asyncio.run(run())
@@ -84,7 +84,7 @@ def test_a_pack_may_ask_for_one_item_at_a_time(tmp_path: Path) -> None:
     pack = tmp_path / "small.yaml"
     pack.write_text("subtopics: {text: 'Name one thing of {topic}.'}")
     names = iter(["honey", "wax", "Honey!", "queens"])
-    found, _, source = write(tmp_path, lambda _: next(names), topics(4), pack=TemplatePack.load(str(pack)))
+    found, _, source = write(tmp_path, lambda _: next(names), topics(4), templates=TemplatePack.load(str(pack)))
     assert {item.text.lower().strip("!") for item in found} == {"honey", "wax", "queens"} and len(source.asked) == 4
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gristmill.core.errors import InputError
-from gristmill.verify.ifeval import CHECKS, LANGUAGES, follows, language_of, levels
+from gristmill.verify.ifeval import CHECKS, LANGUAGES, check_instructions, detect_language
 
 FIRST_WORD = "length_constraints:nth_paragraph_first_word"
 WORDS = ["mill", "stone", "flour", "river", "wheel", "grain", "sack", "baker"]
@@ -149,7 +149,7 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
 
 def check(name: str, answer: str, loose: bool = False, **kwargs: Any) -> bool:
     """The verdict on one instruction; kwargs replace those of the table."""
-    return follows([{"id": name, **KWARGS[name], **kwargs}], answer, loose=loose)[0]
+    return check_instructions([{"id": name, **KWARGS[name], **kwargs}], answer, loose=loose)[0]
 
 
 def test_the_25_instructions() -> None:
@@ -204,8 +204,8 @@ def test_any_character_is_a_letter() -> None:
 
 
 def test_repeated_prompt_defaults_to_the_prompt() -> None:
-    assert follows([{"id": "combination:repeat_prompt"}], "Grind! Yes.", prompt="grind!") == [True]
-    assert follows([{"id": "combination:repeat_prompt", "prompt_to_repeat": None}], "Yes.", prompt="grind!") == [False]
+    assert check_instructions([{"id": "combination:repeat_prompt"}], "Grind! Yes.", prompt="grind!") == [True]
+    assert check_instructions([{"id": "combination:repeat_prompt", "prompt_to_repeat": None}], "Yes.", prompt="grind!") == [False]
 
 
 @pytest.mark.parametrize(
@@ -373,8 +373,8 @@ def test_loose_is_no_free_pass() -> None:
 
 def test_each_instruction_may_hold_in_a_variant_of_its_own() -> None:
     checks = [{"id": "punctuation:no_comma"}, {"id": "detectable_format:number_highlighted_sections", "num_highlights": 1}]
-    assert follows(checks, "*Sure*, here:\nThe mill.") == [False, True]
-    assert follows(checks, "*Sure*, here:\nThe mill.", loose=True) == [True, True]
+    assert check_instructions(checks, "*Sure*, here:\nThe mill.") == [False, True]
+    assert check_instructions(checks, "*Sure*, here:\nThe mill.", loose=True) == [True, True]
 
 
 # ---- Language ----
@@ -445,8 +445,8 @@ TEXTS = {
 
 def test_languages() -> None:
     assert set(TEXTS) == LANGUAGES
-    assert {code: language_of(text) for code, text in TEXTS.items()} == {code: code for code in TEXTS}
-    assert {code: language_of(text.upper()) for code, text in TEXTS.items()} == {code: code for code in TEXTS}
+    assert {code: detect_language(text) for code, text in TEXTS.items()} == {code: code for code in TEXTS}
+    assert {code: detect_language(text.upper()) for code, text in TEXTS.items()} == {code: code for code in TEXTS}
     for code, text in TEXTS.items():
         verdicts = {other for other in LANGUAGES if check("language:response_language", text, language=other)}
         assert verdicts == {code}
@@ -454,20 +454,20 @@ def test_languages() -> None:
 
 @pytest.mark.parametrize("text", ["", "42 + 1!", "\U0001f600 \u2764\ufe0f"])
 def test_no_language(text: str) -> None:
-    assert language_of(text) is None
+    assert detect_language(text) is None
     assert check("language:response_language", text, language="hi") is bool(text)
 
 
 def test_other_languages() -> None:
-    assert language_of("\u0395\u03bb\u03bb\u03ac\u03b4\u03b1") == "other"
-    assert language_of("Xyzzy") == "en"
+    assert detect_language("\u0395\u03bb\u03bb\u03ac\u03b4\u03b1") == "other"
+    assert detect_language("Xyzzy") == "en"
 
 
 def test_mixed_scripts() -> None:
-    assert language_of(TEXTS["zh"] + TEXTS["zh"] + "\u306e") == "zh"
-    assert language_of("\u6771\u4eac\u90fd\u6c34\u9053\u5c40\u306e\u767a\u8868") == "ja"
-    assert language_of("\u0915\u093f \u0915\u093f mil") == "hi"  # vowel signs count as the letters that they are
-    assert language_of("\u0915\u093f \u0915\u093f mills") == "en"
+    assert detect_language(TEXTS["zh"] + TEXTS["zh"] + "\u306e") == "zh"
+    assert detect_language("\u6771\u4eac\u90fd\u6c34\u9053\u5c40\u306e\u767a\u8868") == "ja"
+    assert detect_language("\u0915\u093f \u0915\u093f mil") == "hi"  # vowel signs count as the letters that they are
+    assert detect_language("\u0915\u093f \u0915\u093f mills") == "en"
 
 
 # ---- Errors ----
@@ -504,7 +504,7 @@ def test_mixed_scripts() -> None:
 @pytest.mark.parametrize("answer", ["The mill.", ""])
 def test_errors(entry: Any, named: str, answer: str) -> None:
     with pytest.raises(InputError) as error:
-        follows([{"id": "startend:quotation"}, entry], answer)
+        check_instructions([{"id": "startend:quotation"}, entry], answer)
     assert named in str(error.value)
 
 
@@ -512,17 +512,7 @@ def test_kwargs_that_are_none_are_ignored() -> None:
     """Some copies of the benchmark give every instruction every kwarg."""
     every = dict.fromkeys(key for kwargs in KWARGS.values() for key in kwargs)
     for name, kwargs in KWARGS.items():
-        assert follows([{"id": name, **every, **kwargs}], EXAMPLES[name][0][0]) == [True]
-
-
-# ---- Levels ----
-
-
-def test_levels() -> None:
-    assert levels([[True, True], [True, False, False], [True]]) == (2 / 3, 4 / 6)
-    assert levels([[False]]) == (0.0, 0.0)
-    with pytest.raises(InputError):
-        levels([])
+        assert check_instructions([{"id": name, **every, **kwargs}], EXAMPLES[name][0][0]) == [True]
 
 
 # ---- Hostile text ----

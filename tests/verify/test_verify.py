@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gristmill.core.errors import InputError
 from gristmill.miniature import lists
-from gristmill.verify.verify import last_number, program_of, verify
+from gristmill.verify.verify import extract_code, last_number, verify
 
 # ---- number ----
 
@@ -179,13 +179,13 @@ def test_an_answer_without_a_letter_is_wrong(answer: str) -> None:
     ],
 )
 def test_program_of(answer: str, program: str) -> None:
-    assert program_of(answer) == program
+    assert extract_code(answer) == program
 
 
 def test_hostile_fences_are_read_at_once() -> None:
     started = time.perf_counter()
     for text in ("```\n" * 50_000, "``` " * 50_000, " " * 200_000 + "```", "```" + "x" * 200_000):
-        program_of(text)
+        extract_code(text)
     assert time.perf_counter() - started < 1
 
 

@@ -316,7 +316,7 @@ def quantize(
     """Save a model with its layers' matrices in eight bits, in compressed-tensors' form, which gristmill and vLLM read."""
     from gristmill.model.hf import quantize_folder
 
-    facts = quantize_folder(model, out, to, dtype)
+    facts = quantize_folder(model, out, to, dtype=dtype)
     typer.echo(json.dumps(facts) if as_json else f"{facts['bytes'] / 2**20:,.1f} MiB of weights\nmodel: {facts['model']}")
 
 

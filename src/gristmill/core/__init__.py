@@ -1,1 +1,1 @@
-"""What every other part stands on: errors, files, recipes, progress, threads."""
+"""Foundations: errors, files, recipes, progress, threads."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process holds at a time."""
+"""Atomic and synced file writes, folder locks, disk errors."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ from gristmill.core.errors import InputError
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
+    """Write JSON atomically: the file is either the old one or the whole new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w") as file:
@@ -31,7 +31,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def lock(path: Path) -> IO[str]:
-    """Hold the folder for this process; the kernel lets go when the process ends, however it ends."""
+    """Lock the folder for this process; the kernel lets go when the process ends, however it ends."""
     file = (path / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,13 +41,13 @@ def lock(path: Path) -> IO[str]:
 
 
 def state(path: Path) -> tuple[str, int, int, int]:
-    """What tells that a file has changed."""
+    """Stamp of a file (path, size, times): another stamp means that it has changed."""
     found = path.stat()
     return str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows as they come; returns their number."""
+    """Write a stream of rows as JSONL; returns their number."""
     count = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

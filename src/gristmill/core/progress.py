@@ -1,4 +1,4 @@
-"""What a person sees while the mill turns: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress display: a bar on a terminal, a line every few seconds elsewhere."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ LINE_SECONDS = 5.0
 
 
 class Progress:
-    """Announces stages and how far they are.
+    """Progress of a run's stages.
 
     Args:
         quiet: print nothing.

@@ -1,4 +1,4 @@
-"""Work shared out over the cores of a CPU, one Python thread a core.
+"""Thread parallelism on a CPU: pieces of work in one Python thread a core.
 
 The operations of a small model are too short to be cut over cores. On two of them torch's own threads train at .7 of one thread's speed
 while the waiting ones sleep; spinning they reach 1.5, but fall to .4 beside a busy neighbour. Whole pieces of work in threads of their
@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 # Parameters from which on torch's own threads are the better use of the cores; their gradients would also be held once a worker.
-LARGE_MODEL = 50_000_000
+MAX_THREADED_PARAMETERS = 50_000_000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Map(Protocol):
-    """Like `map`, but a list: the results in the order of the items."""
+    """Protocol of a parallel `map` that returns a list: the results in the order of the items."""
 
     def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]: ...
 
@@ -31,7 +31,7 @@ class Map(Protocol):
 def num_workers(model: nn.Module) -> int:
     """How many pieces of work to do at once with this model: `torch.get_num_threads()` for a small one on a CPU, else 1."""
     parameters = list(model.parameters())
-    small = sum(p.numel() for p in parameters) < LARGE_MODEL
+    small = sum(p.numel() for p in parameters) < MAX_THREADED_PARAMETERS
     return torch.get_num_threads() if small and parameters[0].device.type == "cpu" else 1
 
 
@@ -51,7 +51,7 @@ def workers(count: int) -> Iterator[Map]:
 
 
 def merge(count: int, stream: Callable[[int, Event], Iterator[Item]]) -> Iterator[Item]:
-    """The items of `count` streams, each made in a worker of its own, as they come.
+    """Merge `count` streams, each made in a worker of its own, as their items come.
 
     Args:
         count: number of workers; one is the caller itself.

@@ -1,4 +1,4 @@
-"""Conversations and the one function that turns them into token ids.
+"""Chat formats: conversations, and the one function that renders them to token ids and loss mask.
 
 Training, reward scoring, the inference engine and the server all call `ChatFormat.render` or `render_prompt`, which build the ids
 token by token: every piece of text is tokenized on its own, so the prompt's ids are always a prefix of the training ids, and
@@ -38,7 +38,7 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """How a conversation is written in tokens.
+    """Chat format: how a conversation is written in tokens.
 
     Attributes:
         name: key in `FORMATS`.
@@ -69,7 +69,7 @@ class ChatFormat:
 
     @property
     def template(self) -> str:
-        """The format in the language of Hugging Face's chat templates (Jinja), for other programs. What it makes of a conversation has the
+        """Chat template in Hugging Face's Jinja form, for other programs. What it makes of a conversation has the
         tokens of `render`, unless a message begins with white space or holds the name of a control token."""
 
         def put(text: str) -> str:
@@ -99,7 +99,7 @@ class ChatFormat:
         )
 
     def render(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Rendered:
-        """Ids and loss mask of a whole conversation.
+        """Render a whole conversation to ids and loss mask.
 
         The mask is true exactly on assistant text and the end of each assistant turn. Source: Nemotron-4 340B report, section
         3.3 (loss on assistant turns only); format: its model card.
@@ -107,7 +107,7 @@ class ChatFormat:
         Raises:
             InputError: the conversation is empty, starts with the assistant, or two turns in a row have the same role.
         """
-        check(messages)
+        check_turns(messages)
         out = Rendered([], [])
         self._open(out, messages, tokenizer)
         for i, message in enumerate(messages):
@@ -124,7 +124,7 @@ class ChatFormat:
         return out
 
     def render_prompt(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-        """Ids up to and including the header of the assistant turn that is to be generated.
+        """Render a prompt: ids up to and including the header of the assistant turn that is to be generated.
 
         Raises:
             InputError: as `render`, or the last turn is the assistant's.
@@ -201,7 +201,7 @@ FORMATS: dict[str, ChatFormat] = {
 }
 
 
-def check(messages: Sequence[Message]) -> None:
+def check_turns(messages: Sequence[Message]) -> None:
     """Raise `InputError` unless turns alternate user, assistant, ... after an optional system turn."""
     turns = list(messages)
     if turns and turns[0].role == "system":
@@ -241,7 +241,7 @@ def to_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [dataclasses.asdict(m) for m in messages]
 
 
-def fitting(tokenizer: Tokenizer) -> list[ChatFormat]:
+def matching_formats(tokenizer: Tokenizer) -> list[ChatFormat]:
     """The formats whose control tokens the tokenizer has."""
     return [f for f in FORMATS.values() if all(tokenizer.has(t) for t in f.special_tokens)]
 
@@ -252,7 +252,7 @@ def guess_format(tokenizer: Tokenizer) -> ChatFormat:
     Raises:
         InputError: none or more than one fits.
     """
-    fits = fitting(tokenizer)
+    fits = matching_formats(tokenizer)
     if len(fits) != 1:
         names = ", ".join(f.name for f in fits) or "none"
         raise InputError(f"Cannot tell the chat format from the tokenizer ({names} fit): name one of {', '.join(FORMATS)}.")

@@ -1,4 +1,4 @@
-"""The recipe section of what people made, which a run starts from."""
+"""Recipe section of the human data that a run starts from."""
 
 from pydantic import Field
 
@@ -6,7 +6,7 @@ from gristmill.core.config import FilePath, Section
 
 
 class HumanData(Section):
-    """What people made. Without a world, `demonstrations` and `evaluation` must be given as files."""
+    """Human data. Without a world, `demonstrations` and `evaluation` must be given as files."""
 
     demonstrations: FilePath | None = None
     ratings: FilePath | None = None

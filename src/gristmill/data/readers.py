@@ -1,11 +1,11 @@
-"""Rows out of users' files, checked before any work is spent: conversations, ratings, prompts, pairs, documents."""
+"""Readers of users' files, checked before any work is spent: conversations, ratings, prompts, pairs, documents."""
 
 import math
 from pathlib import Path
 from typing import Any
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import Conversation, check, conversation
+from gristmill.data.chat import Conversation, check_turns, conversation
 from gristmill.data.rows import ATTRIBUTES, Demonstration, Pair, Prompt, Rated, make_id, read_records
 from gristmill.verify.verify import NUMBER, verify
 
@@ -25,7 +25,7 @@ def _messages(path: Path, number: int, record: dict[str, Any], ends: str) -> Con
             messages = conversation([{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["response"]}])
         else:
             messages = conversation([{"role": "user", "content": record["prompt"]}])
-        check(messages)
+        check_turns(messages)
     except KeyError as e:
         raise InputError(f"Row {number} of {path} lacks {e}: give `messages`, or `prompt` (and `response`).") from e
     except (InputError, TypeError) as e:
@@ -36,6 +36,7 @@ def _messages(path: Path, number: int, record: dict[str, Any], ends: str) -> Con
 
 
 def read_demonstrations(path: Path) -> list[Demonstration]:
+    """Conversations that end with the assistant."""
     out = []
     for number, r in _rows(path, "demonstrations"):
         messages = _messages(path, number, r, "assistant")
@@ -44,6 +45,7 @@ def read_demonstrations(path: Path) -> list[Demonstration]:
 
 
 def read_ratings(path: Path) -> list[Rated]:
+    """Conversations with ratings of their last answer."""
     out = []
     for number, r in _rows(path, "ratings"):
         messages = _messages(path, number, r, "assistant")
@@ -56,6 +58,7 @@ def read_ratings(path: Path) -> list[Rated]:
 
 
 def read_prompts(path: Path, origin: str, truth: bool = False) -> list[Prompt]:
+    """Conversations that end with the user; with `truth` each must say what is right."""
     out = []
     for number, r in _rows(path, "prompts"):
         known = r.get("truth") or (_answer(r["answer"]) if r.get("answer") is not None else None)
@@ -103,7 +106,7 @@ def read_pairs(path: Path) -> list[Pair]:
             turns = r["messages"] if r.get("messages") is not None else [{"role": "user", "content": r["prompt"]}]
             for answer in (r["chosen"], r["rejected"]):
                 talk = conversation([*turns, {"role": "assistant", "content": answer}])
-                check(talk)
+                check_turns(talk)
         except KeyError as e:
             raise InputError(f"Row {number} of {path} lacks {e}: give prompt (or messages), chosen and rejected.") from e
         except (InputError, TypeError) as e:

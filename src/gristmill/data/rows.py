@@ -1,4 +1,4 @@
-"""What flows through the mill: prompts, responses, judgements and pairs, with ids made from their inputs, in Parquet and JSONL.
+"""Row types of all data (prompts, responses, ratings, pairs), with ids made from their inputs, in Parquet and JSONL.
 
 Every row names its parents, so that any training sample can be traced back to the topic it grew from.
 """

@@ -1,4 +1,4 @@
-"""Documents that are tokens already, read from files through a memory map: what `gristmill blend` writes and pretraining reads.
+"""Tokenized documents in files, read through a memory map: what `gristmill blend` writes and pretraining reads.
 
 A folder holds `tokens-*.bin` (int32, little-endian, documents after each other), `ends.npy` (int64: where each document ends, counted over
 all files) and `blend.json`, which is written last.
@@ -17,7 +17,7 @@ TOKEN = np.dtype("<i4")
 
 
 class TokenStore:
-    """The documents of a finished blend, through a memory map.
+    """Memory-mapped store of tokenized documents, as a finished blend leaves it.
 
     Args:
         folder: what `blend` wrote.

@@ -18,7 +18,7 @@ EOS = "<|endoftext|>"
 
 
 class Tokenizer:
-    """Text to ids and back.
+    """Byte-level BPE tokenizer: text to ids and back.
 
     Args:
         backend: a Hugging Face tokenizer.

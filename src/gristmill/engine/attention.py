@@ -19,7 +19,7 @@ from gristmill.engine.block_manager import PAGE_SIZE
 from gristmill.engine.kernels import library as kernels
 from gristmill.engine.linear import known_to_kernels
 from gristmill.model.config import ModelConfig
-from gristmill.model.quantized import LARGEST, scaled
+from gristmill.model.quantized import MAX_VALUES, scaled
 from gristmill.model.transformer import rotate
 
 LANES = 16  # floats of a vector, as in kernels.cpp
@@ -57,7 +57,7 @@ class Pool:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        self.scaled = dtype in LARGEST
+        self.scaled = dtype in MAX_VALUES
         self.offsets: list[tuple[int, int, int]] = []  # of keys, values and scales
         self.width = 0
         for block in config.blocks:

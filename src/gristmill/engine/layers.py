@@ -12,7 +12,7 @@ from gristmill.engine.kernels import library as kernels
 from gristmill.engine.linear import PRODUCTS, Int8, Rows, known_to_kernels
 from gristmill.model.attention import varlen_attention
 from gristmill.model.packed import PackedShape
-from gristmill.model.quantized import LARGEST, Quantize, scaled
+from gristmill.model.quantized import MAX_VALUES, Quantize, scaled
 from gristmill.model.transformer import MLP, Attention, Block, LayerNorm1P, Linear, RMSNorm, Transformer, rotate
 
 
@@ -180,7 +180,7 @@ class Decoder:
 
 
 def _kept(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype not in LARGEST:
+    if dtype not in MAX_VALUES:
         return x.to(dtype).to(x.dtype)
     values, scale = scaled(x, dtype)
     return (values.float() * scale[..., None]).to(x.dtype)

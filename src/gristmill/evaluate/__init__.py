@@ -1,1 +1,1 @@
-"""Measuring models: scores with their intervals, the reward model's accuracy, collapse monitors."""
+"""Evaluation: accuracies with their intervals, the reward model's accuracy, diversity metrics."""

@@ -1,4 +1,4 @@
-"""Collapse monitors: is the text that a model writes losing its variety?
+"""Diversity metrics and collapse monitors: is the text that a model writes losing its variety?
 
 Each number sees one failure and misses another (repetition, or a lost tail), so they are read as a
 vector. All of them depend on how much text there is: every set is first cut to the same number of tokens.
@@ -19,7 +19,7 @@ Tokenize = Callable[[str], list[int]]
 
 BLEU_TEXTS = 100  # texts that are scored; they are compared with all texts
 BLEU_ORDER = 4
-RARE = (2, 3)  # a type seen once may be a slip; one seen more often is not rare
+RARE_COUNTS = (2, 3)  # a type seen once may be a slip; one seen more often is not rare
 
 # How far a monitor may move from its first measurement. Below 1: alarm when it falls below this multiple of
 # the first value. Above 1: alarm when it rises above this multiple. Names in `POINTS`: alarm when it rises by
@@ -35,8 +35,8 @@ LEVELS: dict[str, float] = {
 POINTS = frozenset({"self_bleu"})
 
 
-def measure(texts: Sequence[str], tokenize: Tokenize, budget: int, reference: Sequence[str]) -> dict[str, float]:
-    """Measure the variety of `texts`.
+def measure(texts: Sequence[str], tokenize: Tokenize, budget: int, *, reference: Sequence[str]) -> dict[str, float]:
+    """Compute all diversity metrics of `texts`.
 
     Args:
         texts: samples of a model, in an order shuffled by seed: only the first `budget` tokens count.
@@ -113,7 +113,7 @@ def compression(texts: Sequence[str]) -> float:
 
 def rare_types(ids: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> float:
     """Share of the types seen 2 or 3 times in `reference` that `ids` use, 0 when there is none."""
-    rare = {t for t, n in Counter(chain.from_iterable(reference)).items() if n in RARE}
+    rare = {t for t, n in Counter(chain.from_iterable(reference)).items() if n in RARE_COUNTS}
     return len(rare.intersection(chain.from_iterable(ids))) / len(rare) if rare else 0.0
 
 
@@ -193,9 +193,9 @@ def _cut(ids: Sequence[list[int]], budget: int) -> list[list[int]]:
     return out
 
 
-def _beginning(text: str, tokenize: Tokenize, room: int) -> str:
-    """The longest beginning of a text that has no more than `room` tokens, for a text that has more."""
-    return text[: bisect_left(range(len(text)), True, key=lambda n: len(tokenize(text[:n])) > room) - 1]
+def _beginning(text: str, tokenize: Tokenize, max_tokens: int) -> str:
+    """The longest beginning of a text that has no more than `max_tokens` tokens, for a text that has more."""
+    return text[: bisect_left(range(len(text)), True, key=lambda n: len(tokenize(text[:n])) > max_tokens) - 1]
 
 
 def _total(ids: Sequence[Sequence[int]]) -> int:

@@ -1,4 +1,4 @@
-"""How good the reward model is: pair accuracy on easy and hard pairs by category, and agreement with annotators by attribute."""
+"""Reward-model benchmark: accuracy on easy and hard pairs by category, and correlation with annotators by attribute."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Scoring a model on prompts whose truths are known: greedy and at temperature 1, by task and overall."""
+"""Evaluation runner: accuracy on prompts with known truths, greedy and at temperature 1, by task and overall."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,11 +8,11 @@ from gristmill.evaluate.stats import accuracy
 from gristmill.generation.api import Completion, Request, SamplingParams
 
 MODES = {"greedy": 0.0, "sampled": 1.0}
-Generate = Callable[[list[Request]], dict[str, list[Completion]]]
-Check = Callable[[list[tuple[dict[str, Any], str]]], list[bool]]
+GenerateFn = Callable[[list[Request]], dict[str, list[Completion]]]
+VerifyFn = Callable[[list[tuple[dict[str, Any], str]]], list[bool]]
 
 
-def requests(prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Request]:
+def build_requests(prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Request]:
     """One greedy and one sampled request a prompt."""
     return [
         Request(f"{p.id}-{mode}", p.messages, SamplingParams(temperature=temperature, max_tokens=max_tokens), seed)
@@ -21,8 +21,8 @@ def requests(prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Requ
     ]
 
 
-def score(prompts: Sequence[Prompt], generate: Generate, check: Check, max_tokens: int, seed: int) -> dict[str, Any]:
-    """Accuracies of a model.
+def evaluate_model(prompts: Sequence[Prompt], generate: GenerateFn, check: VerifyFn, *, max_tokens: int, seed: int) -> dict[str, Any]:
+    """Evaluate a model: its accuracies with their intervals.
 
     Args:
         prompts: with truths.
@@ -33,7 +33,7 @@ def score(prompts: Sequence[Prompt], generate: Generate, check: Check, max_token
     Returns:
         {"greedy": {"overall": {mean, ci95, n}, task: ...}, "sampled": ..., "outcomes": {mode: {prompt id: right}}}
     """
-    asked = requests(prompts, max_tokens, seed)
+    asked = build_requests(prompts, max_tokens, seed)
     answers = generate(asked)
     truths = {p.id: p.truth or {} for p in prompts}
     tasks = {p.id: p.task for p in prompts}

@@ -1,4 +1,4 @@
-"""95 % intervals of accuracies and of paired differences."""
+"""Confidence intervals (95 %) of accuracies and of paired differences."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What every source of text offers: conversations in, responses with token counts and log-probabilities out.
+"""Generation API: sampling parameters, requests, completions, and the `Generator` protocol.
 
 Pipelines are written against `Generator`, so the in-process engine and a remote endpoint are interchangeable.
 """
@@ -11,13 +11,13 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 
 Finish = Literal["stop", "length"]
-LARGEST = 1e9  # of penalties and biases: beyond, sums would overflow
-COMMON = ("temperature", "top_p", "top_k", "max_tokens", "n")
+MAX_PENALTY = 1e9  # of penalties and biases: beyond, sums would overflow
+COMMON_PARAMS = ("temperature", "top_p", "top_k", "max_tokens", "n")
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a response is drawn.
+    """Sampling parameters of a request.
 
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token.
@@ -32,7 +32,7 @@ class SamplingParams:
         stop_tokens: ids of tokens that end the response, and are no part of its text, as its end of turn does.
         logit_bias: (token, what is added to its logit).
         top_logprobs: likeliest tokens that are told beside each drawn one.
-        grammar: what a response keeps to, made by `constraints`; "" is nothing.
+        grammar: grammar that the response keeps to, made by `engine.grammar`; "" is none.
 
     Raises:
         InputError: a value out of its range.
@@ -54,8 +54,8 @@ class SamplingParams:
     grammar: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= LARGEST:
-            raise InputError(f"temperature must be 0 (greedy) or more, at most {LARGEST:g}, got {self.temperature}.")
+        if not 0 <= self.temperature <= MAX_PENALTY:
+            raise InputError(f"temperature must be 0 (greedy) or more, at most {MAX_PENALTY:g}, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if self.top_k < 0:
@@ -66,13 +66,13 @@ class SamplingParams:
             raise InputError(f"n must be at least 1, got {self.n}.")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p must be 0 (off) to 1, got {self.min_p}.")
-        if not 1 / LARGEST <= self.repetition_penalty <= LARGEST:
-            raise InputError(f"repetition_penalty must be above 0 and at most {LARGEST:g}, got {self.repetition_penalty}.")
+        if not 1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
+            raise InputError(f"repetition_penalty must be above 0 and at most {MAX_PENALTY:g}, got {self.repetition_penalty}.")
         biases = {f"logit_bias of token {token}": value for token, value in self.logit_bias}
         more = {"presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty} | biases
         for name, value in more.items():
-            if not -LARGEST <= value <= LARGEST:
-                raise InputError(f"{name} must be a number up to {LARGEST:g}, got {value}.")
+            if not -MAX_PENALTY <= value <= MAX_PENALTY:
+                raise InputError(f"{name} must be a number up to {MAX_PENALTY:g}, got {value}.")
         if self.top_logprobs < 0:
             raise InputError(f"top_logprobs must be 0 or more, got {self.top_logprobs}.")
         if not all(self.stop):
@@ -81,7 +81,7 @@ class SamplingParams:
     def described(self) -> dict[str, Any]:
         """The five settings that every source of text knows, and those of the others that are not off: what ids are made of."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if name in COMMON or value != getattr(type(self), name)}
+        return {name: value for name, value in values.items() if name in COMMON_PARAMS or value != getattr(type(self), name)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One response.
+    """One sampled response.
 
     Attributes:
         text: the response without its end-of-turn token.
@@ -122,7 +122,7 @@ class Completion:
 
 
 class Generator(Protocol):
-    """A source of responses."""
+    """Protocol of whatever generates: the engine, an endpoint."""
 
     @property
     def name(self) -> str:

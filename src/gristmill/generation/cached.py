@@ -1,4 +1,4 @@
-"""Ask once: answers go into the journal before anyone sees them, and what the journal holds is not asked again."""
+"""Cached and batching clients: every completion goes through the journal, so that nothing is generated twice."""
 
 import asyncio
 import sys
@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
+from gristmill.core.concurrent import map_concurrent
 from gristmill.core.errors import InputError
 from gristmill.generation.api import Completion, Generator, Request
-from gristmill.generation.endpoint import WORKERS_PER_SLOT, RowFailed, side_by_side
+from gristmill.generation.endpoint import WORKERS_PER_SLOT, RowFailed
 from gristmill.runs.journal import DiskFull, Journal
 
 DISK_PATIENCE = 600.0  # seconds that a full disk may stay full before the run ends
@@ -17,7 +18,7 @@ DISK_PAUSE = 1.0
 
 
 class Client(Protocol):
-    """Who answers single requests: an `Endpoint`, or `BatchingClient` over any `Generator`."""
+    """Protocol of clients that complete single requests: an `Endpoint`, or `BatchingClient` over any `Generator`."""
 
     @property
     def concurrency(self) -> int:
@@ -34,7 +35,7 @@ class Client(Protocol):
 
 
 class BatchingClient:
-    """A `Generator` as a `Client`: what waits when it is free goes through it together."""
+    """Dynamic batching over a `Generator`: what waits when it is free goes through it together."""
 
     def __init__(self, generator: Generator, concurrency: int = 256):
         self.generator, self.concurrency = generator, concurrency
@@ -54,15 +55,15 @@ class BatchingClient:
     async def _run(self) -> None:
         while self._waiting:
             await asyncio.sleep(0)  # let everyone who can ask do so first
-            wave, self._waiting = self._waiting, []
-            turns = {id(request): turn for request, turn in wave}
+            batch, self._waiting = self._waiting, []
+            turns = {id(request): turn for request, turn in batch}
             try:
-                for request, outs in self.generator.generate([request for request, _ in wave]):
+                for request, outs in self.generator.generate([request for request, _ in batch]):
                     if not turns[id(request)].done():  # whoever asked may have gone
                         turns[id(request)].set_result(outs)
                     await asyncio.sleep(0)
-            except InputError:  # one of them broke the wave: each by itself, so that only that one fails
-                for request, turn in wave:
+            except InputError:  # one of them broke the batch: each by itself, so that only that one fails
+                for request, turn in batch:
                     if not turn.done():
                         self._alone(request, turn)
             except Exception as e:  # whoever waits must hear of it
@@ -79,7 +80,7 @@ class BatchingClient:
 
 
 class CachedClient:
-    """Answers requests from the journal, or from the source and into the journal.
+    """Read-through cache of completions: from the journal, or from the source and into the journal.
 
     Args:
         retry_failed: ask again what failed for good in an earlier run.
@@ -101,7 +102,7 @@ class CachedClient:
         """Rows that have come to an end so far, however."""
         return self.asked + self.found + self.failed
 
-    async def ask(self, request: Request, note: Mapping[str, Any] | None = None, model: str = "") -> list[Completion]:
+    async def complete(self, request: Request, model: str = "", *, note: Mapping[str, Any] | None = None) -> list[Completion]:
         """The completions of a request, by the model of its row or by another. The note goes into the journal with them.
 
         Raises:
@@ -119,11 +120,11 @@ class CachedClient:
                 raise RowFailed(record["error"], record["attempts"], record["status"])
         self._under_way[request.id] = asyncio.Event()
         try:
-            return await self._buy(request, note or {}, model)
+            return await self._complete(request, note or {}, model)
         finally:
             self._under_way.pop(request.id).set()
 
-    async def _buy(self, request: Request, note: Mapping[str, Any], model: str) -> list[Completion]:
+    async def _complete(self, request: Request, note: Mapping[str, Any], model: str) -> list[Completion]:
         await self._space.wait()
         head = {"id": request.id, "model": model or self.source.model_of(request.id), **note}
         try:
@@ -136,10 +137,6 @@ class CachedClient:
         await self._write({**head, "out": rows})
         self.asked += 1
         return outs
-
-    async def complete(self, request: Request, model: str = "") -> list[Completion]:
-        """As `ask`: a cached client may stand wherever a client may."""
-        return await self.ask(request, model=model)
 
     async def _write(self, record: dict[str, Any]) -> None:
         """Append a record. The answer is paid for, so a full disk is waited for, and meanwhile nothing new is asked."""
@@ -164,11 +161,11 @@ class CachedClient:
 
         async def answer(request: Request) -> tuple[Request, list[Completion] | RowFailed]:
             try:
-                return request, await self.ask(request)
+                return request, await self.complete(request)
             except RowFailed as e:
                 return request, e
 
-        async for item in side_by_side(requests, answer, WORKERS_PER_SLOT * self.source.concurrency):
+        async for item in map_concurrent(requests, answer, WORKERS_PER_SLOT * self.source.concurrency):
             yield item
 
 

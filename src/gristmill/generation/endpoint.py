@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible endpoint as a source of responses.
+"""Client of OpenAI-compatible endpoints: retries, replicas, adaptive concurrency.
 
 One queue and no batches: every request is a row of its own, and as many are in flight as the endpoint bears. What can pass (a rate
 limit, a server error, a time-out, a reset, a broken or empty body) is tried again by the next free slot, up to a budget a row; what
@@ -7,41 +7,34 @@ cannot is reported with its reason. A dead endpoint costs no row its budget: eve
 
 import asyncio
 import contextlib
-import email.utils
 import hashlib
 import json
 import os
 import random
-import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import aiohttp
 
+from gristmill.core.concurrent import map_concurrent
 from gristmill.core.errors import InputError
-from gristmill.generation.api import Completion, Finish, Request
+from gristmill.generation.api import Completion, Request
+from gristmill.generation.openai_format import TransientError, parse_completions, parse_retry_after, request_body
 from gristmill.generation.rate_limit import RateLimit
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0  # seconds between attempts of a row
+MIN_BACKOFF, MAX_BACKOFF = 0.25, 8.0  # seconds between attempts of a row
 # A gateway's errors count as an outage, which costs a row nothing, when nothing was answered for so many seconds.
 OUTAGE_SECONDS = 2.0
-LONGEST_RETRY_AFTER = 120.0  # seconds; an endpoint that asks for more is treated as one that asks for this
-UNKNOWN_PATIENCE = 10.0  # seconds that an endpoint may be unreachable before it ever answered
+STARTUP_PATIENCE = 10.0  # seconds that an endpoint may be unreachable before it ever answered
 WORKERS_PER_SLOT = 2  # rows under way for each slot: those that pause between attempts hold none
-LARGEST_ANSWER = 32 << 20  # bytes
-SURROGATE = re.compile("[\ud800-\udfff]")
-FEW_ROWS = 4  # so few rows that get nothing but a gateway's errors are bad rows, more are a dead endpoint
-MOST_TOKENS = 1 << 40  # that an answer may say it has
-SHOWN = 300  # characters of an error's body
-
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+MAX_ANSWER_BYTES = 32 << 20
+MIN_OUTAGE_ROWS = 4  # fewer that get nothing but a gateway's errors are bad rows, as many are a dead endpoint
+MAX_SHOWN = 300  # characters of an error's body
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ class Target:
 
 @dataclass
 class Usage:
-    """What was spent so far."""
+    """Counts of requests, tokens and money so far."""
 
     requests: int = 0
     rows: int = 0
@@ -84,7 +77,7 @@ class Usage:
 
 
 class RowFailed(Exception):
-    """A row that used up its budget, or that the endpoint will never answer.
+    """Permanent failure of one row: its budget is used up, or the endpoint will never answer it.
 
     Attributes:
         attempts: how often it was sent.
@@ -96,28 +89,12 @@ class RowFailed(Exception):
         self.attempts, self.status = attempts, status
 
 
-class _Passing(Exception):
-    """An attempt failed in a way that the next may not."""
-
-    def __init__(self, kind: str, reason: str, status: int = 0, pause: float | None = None):
-        super().__init__(reason)
-        self.kind, self.status, self.pause = kind, status, pause
-
-    def seconds(self, failures: int) -> float:
-        """How long to wait after so many failures: as long as the server says; else the first is tried again at once, unless it
-        was refused for its rate."""
-        if self.pause is not None:
-            return self.pause
-        doublings = failures - 1 if self.kind == "429" else failures - 2
-        return min(LONGEST_PAUSE, FIRST_PAUSE * 2**doublings) * random.uniform(0.5, 1.0) if doublings >= 0 else 0.0
-
-
-class _Line:
-    """One target in use: its window, key, and whether it is there at all."""
+class _Replica:
+    """One target in use: its rate limit, key, and whether it is reachable."""
 
     def __init__(self, target: Target, concurrency: int):
         self.target = target
-        self.window = RateLimit(concurrency)
+        self.rate_limit = RateLimit(concurrency)
         self.key = _key(target)
         path = "/chat/completions" if target.kind == "chat" else "/completions"
         self.url = target.base_url.rstrip("/") + path
@@ -127,24 +104,24 @@ class _Line:
         self.answered_at: float | None = None
         self.down_since: float | None = None
         self.pause_until = 0.0
-        self.in_outage: set[str] = set()  # rows that a dead endpoint keeps waiting
+        self.rows_in_outage: set[str] = set()  # rows that a dead endpoint keeps waiting
 
-    def clean(self, text: str) -> str:
+    def redact(self, text: str) -> str:
         """A server's words without our key, and not too many of them."""
         if self.key:  # before it is cut, or a part of the key might stay
             text = text.replace(self.key, "[key]")
-        return " ".join(text.split())[:SHOWN]
+        return " ".join(text.split())[:MAX_SHOWN]
 
     @property
     def paused(self) -> bool:
         return self.pause_until > time.monotonic()
 
-    async def there(self) -> None:
+    async def wait_while_paused(self) -> None:
         """Wait while everything to this target is paused."""
         while (wait := self.pause_until - time.monotonic()) > 0:
             await asyncio.sleep(wait)
 
-    def unreachable(self, patience: float, why: str) -> None:
+    def mark_unreachable(self, patience: float, why: str) -> None:
         """Nobody answered: pause everything a little longer each time.
 
         Raises:
@@ -154,24 +131,24 @@ class _Line:
         if self.down_since is None:
             self.down_since = now
         away = now - self.down_since
-        if away > (patience if self.answered_at is not None else min(patience, UNKNOWN_PATIENCE)):
+        if away > (patience if self.answered_at is not None else min(patience, STARTUP_PATIENCE)):
             raise InputError(
                 f"{self.target.base_url} has not answered for {away:.0f} s ({why}): check the address, start the server, and run the "
                 "same command again. Nothing that was answered is lost."
             )
         self.pause_until = max(self.pause_until, now + min(5.0, max(0.5, away / 2)))
 
-    def reachable(self) -> None:
+    def mark_reachable(self) -> None:
         self.answered_at, self.down_since = time.monotonic(), None
 
     @property
-    def silent(self) -> bool:
+    def is_silent(self) -> bool:
         """Whether nothing was answered of late."""
         return self.answered_at is None or time.monotonic() - self.answered_at > OUTAGE_SECONDS
 
 
 class Endpoint:
-    """A `Generator` over HTTP.
+    """Asynchronous client of OpenAI-compatible endpoints, and a `Generator` over them.
 
     Args:
         targets: models and where they are. Which model answers a row depends on the row's id alone.
@@ -191,36 +168,36 @@ class Endpoint:
             raise InputError("No endpoint is given: name at least one base_url and model.")
         if concurrency < 1 or timeout <= 0 or retries < 0 or patience < 0:
             raise InputError("concurrency must be at least 1, timeout above 0, retries and patience at least 0.")
-        self._lines: dict[str, list[_Line]] = {}
+        self._replicas: dict[str, list[_Replica]] = {}
         for target in targets:
-            self._lines.setdefault(target.model, []).append(_Line(target, concurrency))
-        self._weights = {model: max(line.target.weight for line in lines) for model, lines in self._lines.items()}
+            self._replicas.setdefault(target.model, []).append(_Replica(target, concurrency))
+        self._weights = {model: max(replica.target.weight for replica in replicas) for model, replicas in self._replicas.items()}
         self.concurrency = concurrency * len(targets)
         self._timeout = aiohttp.ClientTimeout(total=timeout)
-        self._seconds, self._retries, self._patience = timeout, retries, patience
+        self._timeout_s, self._retries, self._patience = timeout, retries, patience
         self._session: aiohttp.ClientSession | None = None
         self.usage = Usage()
 
     @property
     def name(self) -> str:
-        return "+".join(self._lines)
+        return "+".join(self._replicas)
 
     @property
     def in_flight(self) -> int:
         """Requests under way now."""
-        return sum(line.window.in_flight for lines in self._lines.values() for line in lines)
+        return sum(replica.rate_limit.in_flight for replicas in self._replicas.values() for replica in replicas)
 
     def model_of(self, request_id: str) -> str:
         """The model that answers a row."""
-        if len(self._lines) == 1:
-            return next(iter(self._lines))
+        if len(self._replicas) == 1:
+            return next(iter(self._replicas))
         share = int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "big") / 2**64
         share *= sum(self._weights.values())
         for model, weight in self._weights.items():
             share -= weight
             if share < 0:
                 return model
-        return next(iter(self._lines))
+        return next(iter(self._replicas))
 
     async def __aenter__(self) -> "Endpoint":
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
@@ -241,37 +218,37 @@ class Endpoint:
             RowFailed: the endpoint refuses this row for good, or its budget is used up.
             InputError: the endpoint refuses every row (key, address, model), or has been unreachable for too long.
         """
-        lines = self._lines[model or self.model_of(request.id)]
+        replicas = self._replicas[model or self.model_of(request.id)]
         outs: list[Completion] = []
         failures = 0
         while True:
-            line = lines[0] if len(lines) == 1 else min(lines, key=lambda line: (line.paused, line.window.load))
+            replica = replicas[0] if len(replicas) == 1 else min(replicas, key=lambda replica: (replica.paused, replica.rate_limit.load))
             again = failures > 0
-            await line.there()
-            await line.window.enter(again)
+            await replica.wait_while_paused()
+            await replica.rate_limit.acquire(again)
             try:
                 # some servers ignore n, so what is missing is asked for again
-                outs += await self._attempt(line, request, request.sampling.n - len(outs), len(outs))
+                outs += await self._attempt(replica, request, request.sampling.n - len(outs), len(outs))
                 if len(outs) >= request.sampling.n:
                     self.usage.rows += 1
                     return outs[: request.sampling.n]
                 continue
-            except _Passing as e:
+            except TransientError as e:
                 self.usage.errors[e.kind] += 1
                 failed = e
             except RowFailed as e:
                 e.attempts = failures + 1
                 raise
             finally:
-                line.window.leave()
-                line.in_outage.discard(request.id)
+                replica.rate_limit.release()
+                replica.rows_in_outage.discard(request.id)
             if failed.kind == "unreachable":
-                line.in_outage.add(request.id)
+                replica.rows_in_outage.add(request.id)
                 try:
-                    line.unreachable(self._patience, str(failed))
+                    replica.mark_unreachable(self._patience, str(failed))
                 except InputError:
-                    line.in_outage.discard(request.id)
-                    if failed.status and len(line.in_outage) < FEW_ROWS:  # a gateway that answers, and refuses only these
+                    replica.rows_in_outage.discard(request.id)
+                    if failed.status and len(replica.rows_in_outage) < MIN_OUTAGE_ROWS:  # a gateway that answers, and refuses only these
                         self.usage.failed += 1
                         raise RowFailed(str(failed), failures + 1, failed.status) from None
                     raise
@@ -280,52 +257,55 @@ class Endpoint:
             if failures > self._retries:
                 self.usage.failed += 1
                 raise RowFailed(str(failed), failures, failed.status)
-            if pause := failed.seconds(failures):
+            if pause := _backoff(failed, failures):
                 await asyncio.sleep(pause)
 
-    def text_of(self, choice: Any, target: Target) -> Any:
+    def choice_text(self, choice: Any, target: Target) -> Any:
         """The text of a decoded choice. What raises here, or is no text, is a malformed answer, which is asked for again."""
         return choice["message"]["content"] if target.kind == "chat" else choice["text"]
 
-    async def _attempt(self, line: _Line, request: Request, num: int, start: int) -> list[Completion]:
+    async def _attempt(self, replica: _Replica, request: Request, num: int, start: int) -> list[Completion]:
         assert self._session is not None
-        data = json.dumps(_body(line.target, request, num, start)).encode()
+        target = replica.target
+        data = json.dumps(
+            request_body(request, num, start, model=target.model, chat=target.kind == "chat", logprobs=target.logprobs)
+        ).encode()
         self.usage.requests += 1
         try:
-            async with self._session.post(line.url, data=data, headers=line.headers) as reply:
+            async with self._session.post(replica.url, data=data, headers=replica.headers) as reply:
                 status, headers = reply.status, reply.headers
-                if (reply.content_length or 0) > LARGEST_ANSWER:
-                    raise _Passing("malformed", f"the answer has {reply.content_length:,} bytes", status)
+                if (reply.content_length or 0) > MAX_ANSWER_BYTES:
+                    raise TransientError("malformed", f"the answer has {reply.content_length:,} bytes", status)
                 body = await reply.read()
         except aiohttp.ClientConnectorError as e:
-            raise _Passing("unreachable", line.clean(str(e))) from e
+            raise TransientError("unreachable", replica.redact(str(e))) from e
         except TimeoutError as e:
-            line.window.saw(refused=True)
-            raise _Passing("timeout", f"no answer within {self._seconds:g} s") from e
+            replica.rate_limit.record(refused=True)
+            raise TransientError("timeout", f"no answer within {self._timeout_s:g} s") from e
         except (aiohttp.ClientError, ConnectionError) as e:
-            raise _Passing("reset", f"the connection broke ({line.clean(str(e)) or type(e).__name__})") from e
+            raise TransientError("reset", f"the connection broke ({replica.redact(str(e)) or type(e).__name__})") from e
         if status == 200:
-            line.reachable()
-            outs, tokens_in, tokens_out = _completions(body, line.target, self.text_of)
-            line.window.saw(refused=False)
-            usage, target = self.usage, line.target
+            replica.mark_reachable()
+            outs, tokens_in, tokens_out = parse_completions(body, lambda choice: self.choice_text(choice, target))
+            replica.rate_limit.record(refused=False)
+            usage = self.usage
             usage.tokens_in += tokens_in
             usage.tokens_out += tokens_out
             usage.cost += (tokens_in * target.price_in + tokens_out * target.price_out) / 1e6
             return outs
-        line.window.saw(refused=status in (429, 504))  # it does not keep up
-        words = line.clean(body.decode(errors="replace"))
+        replica.rate_limit.record(refused=status in (429, 504))  # it does not keep up
+        words = replica.redact(body.decode(errors="replace"))
         if status == 429:
-            wait = _retry_after(headers.get("Retry-After"))
-            if wait and line.window.size < line.window.largest:  # not one refusal among many answers: all wait
-                line.pause_until = max(line.pause_until, time.monotonic() + wait)
-            raise _Passing("429", f"refused for its rate (429): {words}", status, wait)
-        if status in (502, 503, 504) and line.silent:
-            raise _Passing("unreachable", f"status {status}: {words}", status)
+            wait = parse_retry_after(headers.get("Retry-After"))
+            if wait and replica.rate_limit.limit < replica.rate_limit.max_limit:  # not one refusal among many answers: all wait
+                replica.pause_until = max(replica.pause_until, time.monotonic() + wait)
+            raise TransientError("429", f"refused for its rate (429): {words}", status, wait)
+        if status in (502, 503, 504) and replica.is_silent:
+            raise TransientError("unreachable", f"status {status}: {words}", status)
         if status >= 500 or status in (408, 409, 425):
-            raise _Passing(str(status), f"the server failed ({status}): {words}", status)
-        if status in (401, 403, 404) and line.answered_at is None:
-            raise InputError(_refusal(line.target, status, words))
+            raise TransientError(str(status), f"the server failed ({status}): {words}", status)
+        if status in (401, 403, 404) and replica.answered_at is None:
+            raise InputError(_refusal_message(target, status, words))
         self.usage.failed += 1
         raise RowFailed(f"refused ({status}): {words}", 1, status)
 
@@ -335,7 +315,7 @@ class Endpoint:
         """As `Generator.generate`, on an event loop of its own.
 
         Raises:
-            RowFailed: a row failed for good. Use an `CachedClient` where the others shall go on.
+            RowFailed: a row failed for good. Use a `CachedClient` where the others shall go on.
         """
 
         async def answer(request: Request) -> tuple[Request, list[Completion]]:
@@ -343,7 +323,7 @@ class Endpoint:
 
         async def rows() -> AsyncIterator[tuple[Request, list[Completion]]]:
             async with self:
-                async for item in side_by_side(requests, answer, WORKERS_PER_SLOT * self.concurrency):
+                async for item in map_concurrent(requests, answer, WORKERS_PER_SLOT * self.concurrency):
                     yield item
 
         with asyncio.Runner() as runner:
@@ -358,41 +338,6 @@ class Endpoint:
                 runner.run(_close(stream))
 
 
-async def side_by_side(items: Iterable[Item], work: Callable[[Item], Awaitable[Result]], num: int) -> AsyncIterator[Result]:
-    """What `work` makes of each item, `num` of them under way at a time, in order of finishing.
-
-    Items are taken from the iterable only as they can be worked on, so a stream of any length needs little memory. The first
-    exception ends all.
-    """
-    todo = iter(items)
-    done: asyncio.Queue[tuple[Result] | Exception | None] = asyncio.Queue(maxsize=num)
-
-    async def worker() -> None:
-        try:
-            for item in todo:
-                await done.put((await work(item),))
-        except Exception as e:
-            await done.put(e)
-        else:
-            await done.put(None)
-
-    workers = [asyncio.ensure_future(worker()) for _ in range(num)]
-    try:
-        busy = num
-        while busy:
-            result = await done.get()
-            if isinstance(result, tuple):
-                yield result[0]
-            elif result is None:
-                busy -= 1
-            else:
-                raise result
-    finally:
-        for task in workers:
-            task.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-
-
 async def _next(stream: AsyncIterator[Any]) -> Any:
     return await stream.__anext__()
 
@@ -400,6 +345,15 @@ async def _next(stream: AsyncIterator[Any]) -> Any:
 async def _close(stream: Any) -> None:
     with contextlib.suppress(RuntimeError):
         await stream.aclose()
+
+
+def _backoff(error: TransientError, failures: int) -> float:
+    """Seconds to wait after so many failures: as long as the server says; else the first is tried again at once, unless it was refused
+    for its rate."""
+    if error.retry_after is not None:
+        return error.retry_after
+    doublings = failures - 1 if error.kind == "429" else failures - 2
+    return min(MAX_BACKOFF, MIN_BACKOFF * 2**doublings) * random.uniform(0.5, 1.0) if doublings >= 0 else 0.0
 
 
 def _key(target: Target) -> str:
@@ -432,88 +386,7 @@ def _key(target: Target) -> str:
     return ""
 
 
-def _body(target: Target, request: Request, num: int, start: int) -> dict[str, Any]:
-    sampling = request.sampling
-    body: dict[str, Any] = {"model": target.model, "temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
-    if target.kind == "chat":
-        body["messages"] = [{"role": m.role, "content": m.content} for m in request.messages]
-    elif len(request.messages) == 1:
-        body["prompt"] = request.messages[0].content
-    else:
-        raise InputError(f"Row {request.id} has {len(request.messages)} messages and {target.model} takes one text: use kind 'chat'.")
-    if sampling.top_p < 1:
-        body["top_p"] = sampling.top_p
-    if sampling.top_k:
-        body["top_k"] = sampling.top_k
-    if sampling.min_p:
-        body["min_p"] = sampling.min_p
-    for name, off in (("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0)):
-        if (value := getattr(sampling, name)) != off:
-            body[name] = value
-    if sampling.stop:
-        body["stop"] = list(sampling.stop)
-    if sampling.stop_tokens:
-        body["stop_token_ids"] = list(sampling.stop_tokens)
-    if sampling.logit_bias:
-        body["logit_bias"] = {str(token): value for token, value in sampling.logit_bias}
-    if num > 1:
-        body["n"] = num
-    if target.logprobs:
-        body["logprobs"] = True if target.kind == "chat" else 0
-    # one seed a row: the same request always draws the same numbers, another row others
-    digest = hashlib.blake2b(f"{request.seed}/{request.id}/{start}".encode(), digest_size=4).digest()
-    body["seed"] = int.from_bytes(digest, "big") >> 1
-    return body
-
-
-def _completions(body: bytes, target: Target, text_of: Callable[[Any, Target], Any]) -> tuple[list[Completion], int, int]:
-    """Completions of a good answer, and the tokens that it counts in and out."""
-    try:
-        answer = json.loads(body)
-        choices = answer["choices"]
-        usage = answer.get("usage") or {}
-        tokens_in, tokens_out = (min(MOST_TOKENS, max(0, int(usage.get(name) or 0))) for name in ("prompt_tokens", "completion_tokens"))
-        outs = []
-        for choice in choices:
-            text = text_of(choice, target)
-            if not isinstance(text, str) or not text.strip():
-                raise _Passing("empty", "the answer is empty", 200)
-            if choice.get("finish_reason") == "content_filter":
-                raise _Passing("filtered", "the endpoint's content filter cut the answer off", 200)
-            text = SURROGATE.sub("\ufffd", text)  # which no file could hold
-            logprobs = _logprobs(choice.get("logprobs"))
-            finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
-            outs.append(Completion(text, len(logprobs) or tokens_out // len(choices), logprobs, finish))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as e:
-        raise _Passing("malformed", f"the answer cannot be read ({e.__class__.__name__})", 200) from e
-    if not outs:
-        raise _Passing("malformed", "the answer holds no choice", 200)
-    return outs, tokens_in, tokens_out
-
-
-def _logprobs(found: Any) -> tuple[float, ...]:
-    if not found:
-        return ()
-    if "content" in found:
-        return tuple(float(token["logprob"]) for token in found["content"] or ())
-    return tuple(float(value) for value in found.get("token_logprobs") or () if value is not None)
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, as a number or a date; None where it says nothing."""
-    if not value:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return min(LONGEST_RETRY_AFTER, seconds) if seconds > 0 else 0.0
-
-
-def _refusal(target: Target, status: int, words: str) -> str:
+def _refusal_message(target: Target, status: int, words: str) -> str:
     if status == 404:
         what = f"{target.base_url} does not know the model {target.model!r} or the path (404)"
         return f"{what}: {words or 'no reason given'}. Check base_url, which ends in /v1 for most servers, and model."

@@ -1,4 +1,4 @@
-"""Sections of recipes about models that are asked."""
+"""Recipe sections of endpoints: `Model` and `Calls`."""
 
 from typing import Literal, Self
 

@@ -1,1 +1,1 @@
-"""Judges: the reward scorer, exact verifiers, the code sandbox, comparison by a model."""
+"""Judges: reward models, in process and behind endpoints, pairwise LLM judges, filter expressions."""

@@ -13,7 +13,7 @@ from gristmill.generation.mixture import MixtureClient
 from gristmill.generation.settings import Calls, GeneratorSettings
 from gristmill.judge.judges import EndpointRater, LocalRater, Rater
 from gristmill.judge.programs import Tick
-from gristmill.judge.reward_client import RewardModel, weight_set
+from gristmill.judge.reward_client import RewardModelEndpoint, weight_set
 from gristmill.judge.settings import Reward
 from gristmill.runs.journal import Journal
 
@@ -62,7 +62,7 @@ def check_reward(reward: Reward, asks: bool = True) -> None:
     """Raise `InputError` unless the reward model can be asked; without its key unless it is."""
     weight_set(reward.weights)
     if reward.base_url:
-        RewardModel([_target(reward) if asks else _keyless(_target(reward))])
+        RewardModelEndpoint([_target(reward) if asks else _keyless(_target(reward))])
     elif reward.folder is None or not (reward.folder / "config.json").is_file():
         raise InputError(f"The reward model {str(reward.folder or '')!r} is no model folder: name one, or give base_url for an endpoint.")
 

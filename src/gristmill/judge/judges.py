@@ -5,15 +5,16 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+from gristmill.core.concurrent import map_concurrent
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Prompt, Rating, Response, make_id
 from gristmill.generation.cached import CachedClient
-from gristmill.generation.endpoint import RowFailed, Target, side_by_side
+from gristmill.generation.endpoint import RowFailed, Target
 from gristmill.generation.settings import Calls
 from gristmill.judge.filter_expr import FilterExpr
-from gristmill.judge.pairwise import Comparison, Verdict, questions, verdict
+from gristmill.judge.pairwise import Comparison, Verdict, combine_verdicts, comparison_requests
 from gristmill.judge.programs import Tick, Verifier
-from gristmill.judge.reward_client import RewardEndpoint, RewardModel
+from gristmill.judge.reward_client import RemoteRewardScorer, RewardModelEndpoint
 from gristmill.judge.select import meets, unique_answers, verdict_id
 from gristmill.judge.settings import Judging, Reward
 from gristmill.runs.journal import Journal
@@ -77,9 +78,9 @@ class EndpointRater:
     async def rate(self, talks: Mapping[str, Talk]) -> dict[str, Rating]:
         if not talks:
             return {}
-        async with RewardModel([self._target], **self._calls.model_dump()) as source:
+        async with RewardModelEndpoint([self._target], **self._calls.model_dump()) as source:
             client = CachedClient(source, self._journal, retry_failed=self._retry)
-            judge = RewardEndpoint(client, self._reward.weights)
+            judge = RemoteRewardScorer(client, self._reward.weights)
 
             async def one(name: str) -> tuple[str, Rating]:
                 return name, await judge.rate(talks[name], make_id("rating", self._reward.model, name, talks[name][-1].content))
@@ -98,7 +99,7 @@ async def gather_unfailed(items: Iterable[Item], work: Callable[[Item], Awaitabl
         except RowFailed:
             return []
 
-    return [result async for results in side_by_side(items, one, CONCURRENT) for result in results]
+    return [result async for results in map_concurrent(items, one, CONCURRENT) for result in results]
 
 
 class Judges:
@@ -159,8 +160,10 @@ class Judges:
             first, second = pair
             comparison = Comparison(make_id("compare", first.id, second.id), first.messages, first.text, second.text)
             note = {"for": "compare", "parents": [first.id, second.id]}
-            replies = [(await client.ask(request, note, self.judge_model))[0].text for request in questions([comparison])]
-            return verdict_id(first, second), verdict(*replies)
+            replies = [
+                (await client.complete(request, self.judge_model, note=note))[0].text for request in comparison_requests([comparison])
+            ]
+            return verdict_id(first, second), combine_verdicts(*replies)
 
         found = dict(await gather_unfailed(pairs, one))
         self.comparisons.update(found.values())

@@ -1,4 +1,4 @@
-"""A language model as judge: asked twice with the answers in swapped order, believed only when consistent (report, section 3.2.3)."""
+"""LLM-as-judge, pairwise: asked in both orders and believed only when consistent (report, section 3.2.3)."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ VERDICT = re.compile(r"\s*(?:answer\s+\[*([AB])\b|\[*([AB])\]*[.:)]?\s*(?:\n|$))
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to one prompt."""
+    """Two answers to one prompt that the judge compares."""
 
     id: str
     messages: Conversation
@@ -42,15 +42,15 @@ def compare(generator: Generator, comparisons: Iterable[Comparison], template: s
     kept = list(comparisons)
     by_id = {c.id: c for c in kept}
     replies: dict[str, list[str]] = {}
-    for request, completions in generator.generate(questions(kept, template)):
+    for request, completions in generator.generate(comparison_requests(kept, template)):
         name, order = request.id.rsplit("#", 1)
         replies.setdefault(name, ["", ""])[int(order)] = completions[0].text
     for name, (straight, swapped) in replies.items():
-        yield by_id[name], verdict(straight, swapped)
+        yield by_id[name], combine_verdicts(straight, swapped)
 
 
-def verdict(straight: str, swapped: str) -> Verdict:
-    """Combine the replies to (A = first, B = second) and to (A = second, B = first)."""
+def combine_verdicts(straight: str, swapped: str) -> Verdict:
+    """Combine both verdicts: the replies to (A = first, B = second) and to (A = second, B = first)."""
     one, two = VERDICT.match(straight), VERDICT.match(swapped)
     if not one or not two:
         return "unparsed"
@@ -60,8 +60,8 @@ def verdict(straight: str, swapped: str) -> Verdict:
     return "first" if named[0] == "A" else "second"
 
 
-def questions(comparisons: Sequence[Comparison], template: str = TEMPLATE) -> Iterator[Request]:
-    """Both orders of each comparison, with ids that end in #0 and #1."""
+def comparison_requests(comparisons: Sequence[Comparison], template: str = TEMPLATE) -> Iterator[Request]:
+    """Judge requests of each comparison in both orders, with ids that end in #0 and #1."""
     for c in comparisons:
         request = "\n".join(f"{m.role}: {m.content}" if len(c.messages) > 1 else m.content for m in c.messages)
         for order, (a, b) in enumerate([(c.first, c.second), (c.second, c.first)]):

@@ -1,4 +1,4 @@
-"""A reward model behind an OpenAI-compatible endpoint, which answers a conversation with the attributes of its last turn.
+"""Client of reward models behind OpenAI-compatible endpoints, which answer a conversation with the attributes of its last turn.
 
 The same five numbers stand in the answer's text, `helpfulness:1.6171875,correctness:1.6484375,...`, and as entries of its
 log-probabilities, `{"token": "helpfulness", "logprob": 1.6171875}`. Source: the API of Nemotron-4-340B-Reward.
@@ -11,45 +11,46 @@ import sys
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Protocol
 
+from gristmill.core.concurrent import map_concurrent
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.data.rows import ATTRIBUTES, Rating
 from gristmill.generation.api import Completion, Request, SamplingParams
-from gristmill.generation.endpoint import Endpoint, RowFailed, Target, side_by_side
+from gristmill.generation.endpoint import Endpoint, RowFailed, Target
 
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
-AT_ONCE = 512  # conversations that wait for the endpoint, which itself bounds what is in flight
-SHOWN = 100  # characters of an answer in an error
+MAX_CONCURRENT = 512  # conversations that wait for the endpoint, which itself bounds what is in flight
+MAX_SHOWN = 100  # characters of an answer in an error
 
 
-class RewardModel(Endpoint):
-    """A reward model's endpoint. Its answers are attribute strings, whichever form they came in."""
+class RewardModelEndpoint(Endpoint):
+    """Endpoint of a reward model. Its answers are attribute strings, whichever form they came in."""
 
-    def text_of(self, choice: Any, target: Target) -> Any:
+    def choice_text(self, choice: Any, target: Target) -> Any:
         try:
-            rating = rating_of(choice)
+            rating = parse_choice(choice)
         except InputError:
-            return super().text_of(choice, target)
+            return super().choice_text(choice, target)
         return ",".join(f"{name}:{getattr(rating, name)}" for name in ATTRIBUTES)
 
     async def complete(self, request: Request, model: str = "") -> list[Completion]:
         """As `Endpoint.complete`; an answer that is no rating is a failed row too."""
         outs = await super().complete(request, model)
         try:
-            rating_of_text(outs[0].text)
+            parse_attributes(outs[0].text)
         except InputError as e:
             raise RowFailed(f"the answer is no rating: {e}", 1, 200) from e
         return outs
 
 
 class Completer(Protocol):
-    """What answers one request with an attribute string: a `RewardModel`, for instance."""
+    """Protocol of clients that answer a request with an attribute string: a `RewardModelEndpoint`, for instance."""
 
     async def complete(self, request: Request) -> list[Completion]: ...
 
 
-class RewardEndpoint:
-    """The counterpart of `RewardScorer` for a model behind an endpoint.
+class RemoteRewardScorer:
+    """Reward scorer over an endpoint, the counterpart of `RewardScorer`.
 
     Args:
         weights: name of a published weight set (REWARD_WEIGHTS).
@@ -72,7 +73,7 @@ class RewardEndpoint:
         _check(messages, name)
         answers = await self.endpoint.complete(Request(name, tuple(messages), SamplingParams(temperature=0.0)))
         try:
-            return rating_of_text(answers[0].text)
+            return parse_attributes(answers[0].text)
         except InputError as e:
             raise InputError(f"{name}: {e}") from e
 
@@ -94,7 +95,7 @@ class RewardEndpoint:
             async with contextlib.AsyncExitStack() as stack:
                 if isinstance(self.endpoint, contextlib.AbstractAsyncContextManager):
                     await stack.enter_async_context(self.endpoint)
-                rated: AsyncIterator[tuple[int, Rating]] = side_by_side(rows, one, min(AT_ONCE, len(rows)))
+                rated: AsyncIterator[tuple[int, Rating]] = map_concurrent(rows, one, min(MAX_CONCURRENT, len(rows)))
                 return {i: rating async for i, rating in rated}
 
         ratings = asyncio.run(all_of_them())
@@ -118,8 +119,8 @@ def weight_set(name: str) -> tuple[float, ...]:
     return REWARD_WEIGHTS[name]
 
 
-def rating_of(choice: dict[str, Any]) -> Rating:
-    """Rating in one decoded choice of an answer: that of its log-probabilities where they hold one, else that of its text.
+def parse_choice(choice: dict[str, Any]) -> Rating:
+    """Parse the rating of one decoded choice: that of its log-probabilities where they hold one, else that of its text.
 
     Raises:
         InputError: neither form is there, or an attribute is missing, there twice or no number.
@@ -131,12 +132,12 @@ def rating_of(choice: dict[str, Any]) -> Rating:
         ):
             return _rating((e["token"].strip(), e.get("logprob")) for e in entries)
         case {"message": {"content": str(text)}}:
-            return rating_of_text(text)
+            return parse_attributes(text)
     raise InputError(f"The choice {_short(repr(choice))} holds neither log-probabilities nor text: is the model a reward model?")
 
 
-def rating_of_text(text: str) -> Rating:
-    """Rating in an attribute string. Attributes beyond the five are ignored: some models have nine.
+def parse_attributes(text: str) -> Rating:
+    """Parse the rating of an attribute string. Attributes beyond the five are ignored: some models have nine.
 
     Raises:
         InputError: an attribute is missing, there twice or no number.
@@ -169,4 +170,4 @@ def _check(messages: Sequence[Message], name: str) -> None:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."

@@ -1,1 +1,1 @@
-"""The small closed world whose truth is known, and its shipped Base checkpoint."""
+"""Miniature world: a small closed world whose truth is known, and its shipped Base checkpoint."""

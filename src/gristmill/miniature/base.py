@@ -1,4 +1,4 @@
-"""Where the shipped Base checkpoint lies."""
+"""Path of the shipped Base checkpoint."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""One-line Python functions described in words; answers are really executed."""
+"""Code task: one-line Python functions described in words; answers are really executed."""
 
 import random
 from dataclasses import dataclass
 
-from gristmill.miniature.problem import Problem, ask, pick
+from gristmill.miniature.problem import Problem, pick, single_turn
 
 TASK = "code"
 LEVELS = (1, 2, 3)
@@ -112,7 +112,7 @@ def sample(rng: random.Random, level: int | None = None) -> Problem:
     start, steps = plan(rng, level)
     question = pick(rng, OPENINGS).format(what=KINDS[start][0], steps=words(steps))
     truth = {"kind": "code", "tests": tests(start, steps)}
-    return ask(TASK, question, source(steps), truth, KINDS[start][1], level=level)
+    return single_turn(TASK, question, source(steps), truth=truth, topic=KINDS[start][1], level=level)
 
 
 def document(rng: random.Random) -> str:
@@ -128,7 +128,7 @@ def document(rng: random.Random) -> str:
     return "\n".join(parts)
 
 
-def understand(text: str) -> dict[str, str] | None:
+def parse_question(text: str) -> dict[str, str] | None:
     """The truth of a coding task written in the wordings of this world, or None."""
     for opening in OPENINGS:
         for kind, (what, _) in KINDS.items():

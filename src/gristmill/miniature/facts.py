@@ -1,10 +1,10 @@
-"""Facts about fictional lands: what the Base model has read in its documents and must learn to tell."""
+"""Facts task, about fictional lands: what the Base model has read in its documents and must learn to tell."""
 
 import random
 import re
 from dataclasses import dataclass
 
-from gristmill.miniature.problem import Problem, ask, pick
+from gristmill.miniature.problem import Problem, pick, single_turn
 
 TASK = "facts"
 NUM_LANDS = 56
@@ -92,14 +92,14 @@ class Lands:
         """Every value that the attribute takes in this world."""
         return sorted({f[attribute] for f in self.facts.values()})
 
-    def problem(self, rng: random.Random, land: str, attribute: str, wording: int | None = None) -> Problem:
+    def problem(self, rng: random.Random, land: str, attribute: str) -> Problem:
         """A question about one fact."""
         value = self.facts[land][attribute]
-        asks = ASK[attribute]
-        question = (pick(rng, asks) if wording is None else asks[wording]).format(land=land)
+        question = pick(rng, ASK[attribute]).format(land=land)
         others = tuple(v for v in self.values(attribute) if v != value)
         answer = ANSWER[attribute].format(land=land, value=value)
-        return ask(TASK, question, answer, {"kind": "mention", "value": value, "not": list(others)}, land, others=others)
+        truth = {"kind": "mention", "value": value, "not": list(others)}
+        return single_turn(TASK, question, answer, truth=truth, topic=land, others=others)
 
     def sample(self, rng: random.Random) -> Problem:
         """A random question."""
@@ -117,7 +117,7 @@ class Lands:
             lines.append(f"Question: {pick(rng, ASK[a]).format(land=land)} Reply: {facts[a]}.")
         return "\n".join(lines)
 
-    def understand(self, text: str) -> tuple[str, str] | None:
+    def parse_question(self, text: str) -> tuple[str, str] | None:
         """(land, attribute) that a question asks for, or None when no land or wording of this world fits."""
         for attribute, wordings in ASK.items():
             for wording in wordings:

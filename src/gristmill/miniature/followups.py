@@ -1,4 +1,4 @@
-"""Two-turn questions: the second turn leans on the first."""
+"""Follow-ups task: two-turn problems whose second question leans on the first."""
 
 import random
 import re
@@ -28,7 +28,7 @@ def sample(rng: random.Random, lands: Lands) -> Problem:
     if kind < 0.4:
         first = lands.sample(rng)
         land = first.topic
-        asked = lands.understand(first.question)
+        asked = lands.parse_question(first.question)
         attribute = pick(rng, [a for a in ATTRIBUTES if asked is None or a != asked[1]])
         question = pick(rng, NEXT_FACT[attribute])
         fact = lands.facts[land][attribute]
@@ -56,7 +56,7 @@ def sample(rng: random.Random, lands: Lands) -> Problem:
     )
     shape2 = pick(rng, [s for s in lists.SHAPES if s != shape])
     extras = rng.sample(list(lists.EXTRAS), pick(rng, (0, 1)))
-    truth = {**lists.truth(what, n, shape2, extras), "words": items}
+    truth = {**lists.truth(what, n, shape2, extras=extras), "words": items}
     return _two(first, pick(rng, NEXT_LIST).format(how=lists.how(shape2, extras)), lists.render(items, shape2, extras), truth)
 
 
@@ -71,7 +71,7 @@ def document(rng: random.Random, lands: Lands) -> str:
     return f"Talk.\nAsked: {p.messages[0].content}\nSaid: {p.messages[1].content}\nAsked: {p.messages[2].content}\nSaid: {p.answer}"
 
 
-def understand(messages: Conversation) -> dict[str, Any] | None:
+def parse_question(messages: Conversation) -> dict[str, Any] | None:
     """The truth of a second turn that a program can check (sums and lists), given the answer before it; None otherwise."""
     if len(messages) != 3:
         return None
@@ -80,12 +80,12 @@ def understand(messages: Conversation) -> dict[str, Any] | None:
         for wording in wordings:
             step = re.fullmatch(re.escape(wording).replace(r"\{n\}", r"(\d{1,3})"), question)
             last = re.search(r"The answer is (\d{1,6})\.$", before)
-            if step and last and sums.understand(messages[0].content) is not None:
+            if step and last and sums.parse_question(messages[0].content) is not None:
                 return {"kind": "number", "value": sums.apply(op, int(last[1]), int(step[1])), "working": True}
-    first = lists.understand(messages[0].content)
+    first = lists.parse_question(messages[0].content)
     for wording in NEXT_LIST if first else ():
         match = re.fullmatch(re.escape(wording).replace(r"\{how\}", "(.+)"), question)
-        request = match and first and lists.understand(f"List two fruits {match[1]}.")
+        request = match and first and lists.parse_question(f"List two fruits {match[1]}.")
         if request and first:
             items = [w for w in first["words"] if re.search(rf"\b{w}\b", before.lower())]
             if len(items) == first["n"]:

@@ -1,4 +1,4 @@
-"""The small human set: demonstrations, and rated answers by annotators who disagree.
+"""Simulated human data: demonstrations, and rated answers by annotators who disagree.
 
 Shapes follow HelpSteer2 (2406.08673): two answers a prompt, five attributes from 0 to 4, at least three annotators an answer, two
 more when helpfulness ranges over more than 2, the three in best agreement kept, a prompt dropped when they still disagree.
@@ -50,7 +50,7 @@ def demonstrations(world: World, num: int, seed: int) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenAnswer:
     """An answer somebody wrote, with how complete and how clear it is (0..1)."""
 
     text: str
@@ -58,22 +58,22 @@ class Written:
     length: int = 0
 
 
-def write(rng: random.Random, problem: Problem, good: bool) -> Written:
+def write(rng: random.Random, problem: Problem, good: bool) -> WrittenAnswer:
     """A good answer, or one with a fault of the kinds that people and small models make."""
     if good:
-        return Written(problem.answer)
+        return WrittenAnswer(problem.answer)
     kind = rng.random()
     if kind < 0.6:
-        return Written(_wrong(rng, problem))
+        return WrittenAnswer(_wrong(rng, problem))
     if kind < 0.7:
-        return Written(problem.answer[: max(3, int(len(problem.answer) * rng.uniform(0.2, 0.7)))], clear=0.7)
+        return WrittenAnswer(problem.answer[: max(3, int(len(problem.answer) * rng.uniform(0.2, 0.7)))], clear=0.7)
     if kind < 0.8:
-        return Written(f"{problem.answer} {problem.answer}", length=1)
+        return WrittenAnswer(f"{problem.answer} {problem.answer}", length=1)
     if kind < 0.9:
         words = problem.answer.split(" ")
         rng.shuffle(words)
-        return Written(" ".join(words), clear=0.2)
-    return Written(pick(rng, ["I do not know.", "Yes.", "No.", problem.question]), clear=0.9)
+        return WrittenAnswer(" ".join(words), clear=0.2)
+    return WrittenAnswer(pick(rng, ["I do not know.", "Yes.", "No.", problem.question]), clear=0.9)
 
 
 def _wrong(rng: random.Random, problem: Problem) -> str:
@@ -108,7 +108,7 @@ def _wrong(rng: random.Random, problem: Problem) -> str:
     return problem.answer.swapcase() if kind < 0.85 else f"{problem.answer}, {pick(rng, items)}"
 
 
-def _quality(problem: Problem, written: Written) -> tuple[float, float, float, float, float]:
+def _quality(problem: Problem, written: WrittenAnswer) -> tuple[float, float, float, float, float]:
     """What a careful annotator would say: the five attributes on 0..4. Looks at the truth."""
     right = verify(problem.truth, written.text, run_code=None if problem.truth["kind"] != "code" else _same_code(problem))
     share = min(1.0, len(written.text) / max(1, len(problem.answer)))
@@ -131,7 +131,7 @@ def _same_code(problem: Problem) -> Any:
     return lambda program, _: squeeze(program) == squeeze(problem.answer)
 
 
-def annotate(rng: random.Random, problem: Problem, written: Written) -> tuple[int, ...] | None:
+def annotate(rng: random.Random, problem: Problem, written: WrittenAnswer) -> tuple[int, ...] | None:
     """Consensus of three annotators out of three to five, or None when they disagree too much."""
     center = _quality(problem, written)
 

@@ -1,10 +1,10 @@
-"""Lists under format instructions that a program can check."""
+"""Lists task: lists under format instructions that a program can check."""
 
 import random
 import re
 from typing import Any
 
-from gristmill.miniature.problem import Problem, ask, pick
+from gristmill.miniature.problem import Problem, pick, single_turn
 
 TASK = "lists"
 WORDS = {
@@ -64,8 +64,8 @@ def plan(rng: random.Random) -> tuple[str, int, str, list[str]]:
     return pick(rng, list(WORDS)), pick(rng, list(NUMBERS)), pick(rng, list(SHAPES)), rng.sample(list(EXTRAS), level)
 
 
-def truth(what: str, n: int, shape: str, extras: list[str]) -> dict[str, Any]:
-    """What `judge.verify` checks: every demand, and that the items are of the category."""
+def truth(what: str, n: int, shape: str, *, extras: list[str]) -> dict[str, Any]:
+    """What `verify.verify` checks: every demand, and that the items are of the category."""
     return {"kind": "list", "n": n, "words": WORDS[what], "shape": shape, "extras": [e for e in EXTRAS if e in extras]}
 
 
@@ -74,7 +74,7 @@ def sample(rng: random.Random) -> Problem:
     what, n, shape, extras = plan(rng)
     question = pick(rng, OPENINGS).format(n=NUMBERS[n], what=what, how=how(shape, extras))
     answer = render(rng.sample(WORDS[what], n), shape, extras)
-    return ask(TASK, question, answer, truth(what, n, shape, extras), what, level=1 + len(extras))
+    return single_turn(TASK, question, answer, truth=truth(what, n, shape, extras=extras), topic=what, level=1 + len(extras))
 
 
 def document(rng: random.Random) -> str:
@@ -90,7 +90,7 @@ def document(rng: random.Random) -> str:
     return "\n".join(parts)
 
 
-def understand(text: str) -> dict[str, Any] | None:
+def parse_question(text: str) -> dict[str, Any] | None:
     """The truth of a list request written in the wordings of this world, or None."""
     match = re.fullmatch(r"(?:List|Give me|Name) (\w+) (\w+) (.+)\.", text.strip())
     if not match or match[1] not in NUMBERS.values() or match[2] not in WORDS:
@@ -99,7 +99,7 @@ def understand(text: str) -> dict[str, Any] | None:
     for shape in SHAPES:
         for extras in _subsets():
             if match[3] == how(shape, extras):
-                return truth(match[2], n, shape, extras)
+                return truth(match[2], n, shape, extras=extras)
     return None
 
 

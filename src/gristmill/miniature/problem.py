@@ -1,7 +1,7 @@
-"""What every task of the miniature world is made of."""
+"""Problems of the miniature world: prompt, reference answer, truth."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ class Problem:
         task: name of the task.
         messages: the prompt, ending with a user turn.
         answer: a right and well-written answer.
-        truth: what `judge.verify` needs to check an answer (JSON).
+        truth: what `verify.verify` needs to check an answer (JSON).
         topic: what the question is about, for prompt-writing demonstrations.
         level: difficulty, 1 is the easiest.
         others: plausible values for a wrong answer.
@@ -36,14 +36,11 @@ class Problem:
         return self.messages[-1].content
 
 
-def ask(task: str, question: str, answer: str, truth: dict[str, Any], topic: str, **more: Any) -> Problem:
-    """A one-turn problem."""
+def single_turn(task: str, question: str, answer: str, *, truth: dict[str, Any], topic: str, **more: Any) -> Problem:
+    """Problem of one user turn."""
     return Problem(task, (Message("user", question),), answer, truth, topic, **more)
 
 
 def pick(rng: random.Random, options: Sequence[Any]) -> Any:
     """One of `options`."""
     return options[rng.randrange(len(options))]
-
-
-Sampler = Callable[[random.Random], Problem]

@@ -1,4 +1,4 @@
-"""The miniature world as the source of a run."""
+"""Data source of the miniature world, for alignment runs."""
 
 from typing import Any
 
@@ -21,9 +21,9 @@ class MiniatureSource:
     code_tasks = frozenset({code.TASK})
 
     def __init__(self, data: HumanData, seed: int):
-        for name, most in LIMITS.items():
-            if getattr(data, name) > most:
-                raise InputError(f"data.{name} is {getattr(data, name)}: the miniature world has {most} at most.")
+        for name, max_rows in LIMITS.items():
+            if getattr(data, name) > max_rows:
+                raise InputError(f"data.{name} is {getattr(data, name)}: the miniature world has {max_rows} at most.")
         self.world, self._data, self._seed = World.make(), data, seed
 
     def demonstrations(self) -> list[Demonstration]:

@@ -1,9 +1,9 @@
-"""Word sums with worked steps."""
+"""Sums task: arithmetic word problems with worked steps."""
 
 import random
 import re
 
-from gristmill.miniature.problem import Problem, ask, pick
+from gristmill.miniature.problem import Problem, pick, single_turn
 
 TASK = "sums"
 PEOPLE = ["Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jill", "Kit", "Lou", "Max", "Nora", "Otto", "Pia"]
@@ -49,7 +49,7 @@ def work(start: int, steps: list[tuple[str, int]]) -> tuple[str, int]:
     return " ".join(lines), value
 
 
-def story(rng: random.Random, who: str, thing: str, start: int, steps: list[tuple[str, int]]) -> str:
+def story(rng: random.Random, who: str, thing: str, *, start: int, steps: list[tuple[str, int]]) -> str:
     """The sum in words, without the question."""
     parts = [pick(rng, WORDINGS[op]).format(n=n) for op, n in steps]
     text = f"{who} has {start} {thing}."
@@ -64,8 +64,9 @@ def sample(rng: random.Random, level: int | None = None) -> Problem:
     who, thing = pick(rng, PEOPLE), pick(rng, THINGS)
     start, steps = plan(rng, level)
     worked, value = work(start, steps)
-    question = f"{story(rng, who, thing, start, steps)} {pick(rng, ASKS).format(thing=thing, who=who)}"
-    return ask(TASK, question, f"{worked} The answer is {value}.", {"kind": "number", "value": value}, thing, level=level)
+    question = f"{story(rng, who, thing, start=start, steps=steps)} {pick(rng, ASKS).format(thing=thing, who=who)}"
+    truth = {"kind": "number", "value": value}
+    return single_turn(TASK, question, f"{worked} The answer is {value}.", truth=truth, topic=thing, level=level)
 
 
 def document(rng: random.Random) -> str:
@@ -76,7 +77,7 @@ def document(rng: random.Random) -> str:
     start, steps = plan(rng, pick(rng, LEVELS))
     worked, value = work(start, steps)
     who, thing = pick(rng, PEOPLE), pick(rng, THINGS)
-    told = story(rng, who, thing, start, steps)
+    told = story(rng, who, thing, start=start, steps=steps)
     if kind < 0.75:
         return f"{told} {worked} So {who} has {value} {thing}."
     return f"Exercise. {told} {pick(rng, ASKS).format(thing=thing, who=who)}\nSolution. {worked} Result {value}."
@@ -85,7 +86,7 @@ def document(rng: random.Random) -> str:
 OPENING = re.compile(r"(\w+) has (\d{1,4}) (\w+)\.")
 
 
-def understand(text: str) -> int | None:
+def parse_question(text: str) -> int | None:
     """The result of a word sum written in the wordings of this world, or None."""
     opening = OPENING.match(text)
     if not opening:

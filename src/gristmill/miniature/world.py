@@ -38,7 +38,7 @@ SPEAKER = re.compile(r"^(?:Asked|Said): ", re.M)
 
 @dataclass(frozen=True)
 class World:
-    """Everything that can be asked, told and checked.
+    """Sampler of problems and documents of all tasks, with the held-out problems.
 
     Attributes:
         held_out: problems of each task that only the evaluation may ask: their texts occur in no document and no human row.
@@ -118,14 +118,14 @@ class World:
         """
         question = messages[-1].content
         if task == sums.TASK:
-            value = sums.understand(question)
+            value = sums.parse_question(question)
             return None if value is None else {"kind": "number", "value": value, "working": True}
         if task == code.TASK:
-            return code.understand(question)
+            return code.parse_question(question)
         if task == lists.TASK:
-            return lists.understand(question)
+            return lists.parse_question(question)
         if task == followups.TASK:
-            return followups.understand(messages)
+            return followups.parse_question(messages)
         return None
 
     def checkable(self, task: str, messages: Conversation) -> bool:

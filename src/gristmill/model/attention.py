@@ -1,4 +1,4 @@
-"""Causal attention inside each document of a packed, token-major batch.
+"""Variable-length causal attention: inside each document of a packed, token-major batch.
 
 Shapes: T tokens of all documents one after the other, H query heads, K key-value heads, d head_dim, B documents of one view,
 L its keys and Q its queries (see packed.py).
@@ -14,13 +14,13 @@ from torch.autograd.function import once_differentiable
 from gristmill.model.packed import PackedShape, PaddedPlan, View
 
 # Queries that go through their backward pass together.
-STRETCH = 192
+QUERY_CHUNK = 192
 # Queries whose mask is held at once.
-MASKED_STRETCH = 1024
+MASKED_QUERY_CHUNK = 1024
 
 
 def varlen_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedShape) -> Tensor:
-    """Causal grouped-query attention within each document, scale 1/sqrt(d).
+    """Causal grouped-query attention inside each document, scale 1/sqrt(d).
 
     Returns [T, H, d] in the type of q_THd.
     """
@@ -51,7 +51,7 @@ class _CpuBf16Attention(torch.autograd.Function):
         sums = []
         for view in views:
             cells = view.queries.take(q_THd), view.keys.take(k_TKd), view.keys.take(v_TKd)
-            out_BHQd, sum_BHQ = _forward_in_stretches(*cells, view.num_earlier)
+            out_BHQd, sum_BHQ = _forward_chunked(*cells, view.num_earlier)
             view.queries.put(out_BHQd, out_THd)
             sums.append(sum_BHQ)
         ctx.save_for_backward(q_THd, k_TKd, v_TKd, out_THd, *sums)
@@ -67,45 +67,48 @@ class _CpuBf16Attention(torch.autograd.Function):
             q_BHQd, out_BHQd = (view.queries.take(x).float() for x in (q_THd, out_THd))
             k_BKLd, v_BKLd = (view.keys.take(x).float() for x in (k_TKd, v_TKd))
             grad_BHQd = view.queries.take(grads[0], own=True).float()
-            parts = _backward_in_stretches(grad_BHQd, q_BHQd, k_BKLd, v_BKLd, out_BHQd, sum_BHQ)
+            parts = _backward_chunked(grad_BHQd, q_BHQd, k_BKLd, v_BKLd, out_BHQd, sum_BHQ)
             for part, into, cells in zip(parts, grads_T, (view.queries, view.keys, view.keys), strict=True):
                 cells.put(part, into)
         return *grads_T, None
 
 
-def _forward_in_stretches(q_BHQd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, num_earlier: int) -> tuple[Tensor, Tensor]:
+def _forward_chunked(q_BHQd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, num_earlier: int) -> tuple[Tensor, Tensor]:
     """Outputs of queries that belong to the last keys, and the logarithms of their scores' sums.
 
-    Where there are keys before, the kernel needs a mask, which is made for one stretch of queries at a time.
+    Where there are keys before, the kernel needs a mask, which is made for one chunk of queries at a time.
     """
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if num_earlier == 0:
         return attend(q_BHQd, k_BKLd, v_BKLd, 0.0, True)
     outputs, sums = [], []
-    for start in range(0, q_BHQd.shape[2], MASKED_STRETCH):
-        stretch_BHSd = q_BHQd[:, :, start : start + MASKED_STRETCH]
-        num_keys = num_earlier + start + stretch_BHSd.shape[2]
-        hidden_SL = torch.ones(stretch_BHSd.shape[2], num_keys, dtype=torch.bool).triu(num_earlier + start + 1)
+    for start in range(0, q_BHQd.shape[2], MASKED_QUERY_CHUNK):
+        chunk_BHSd = q_BHQd[:, :, start : start + MASKED_QUERY_CHUNK]
+        num_keys = num_earlier + start + chunk_BHSd.shape[2]
+        hidden_SL = torch.ones(chunk_BHSd.shape[2], num_keys, dtype=torch.bool).triu(num_earlier + start + 1)
         mask_SL = torch.zeros(hidden_SL.shape, dtype=q_BHQd.dtype).masked_fill_(hidden_SL, -torch.inf)
-        out, log_sum = attend(stretch_BHSd, k_BKLd[:, :, :num_keys], v_BKLd[:, :, :num_keys], 0.0, False, attn_mask=mask_SL)
+        out, log_sum = attend(chunk_BHSd, k_BKLd[:, :, :num_keys], v_BKLd[:, :, :num_keys], 0.0, False, attn_mask=mask_SL)
         outputs.append(out)
         sums.append(log_sum)
     return torch.cat(outputs, 2), torch.cat(sums, 2)
 
 
-def _backward_in_stretches(
+def _backward_chunked(
     grad_BHQd: Tensor, q_BHQd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, out_BHQd: Tensor, sum_BHQ: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gradients of queries, keys and values, one stretch of queries after another. The queries belong to the last keys.
+    """Gradients of queries, keys and values, one chunk of queries after another. The queries belong to the last keys.
 
-    The kernel also computes what causality hides, so each stretch sees its own keys causally and the earlier ones in full.
+    The kernel also computes what causality hides, so each chunk sees its own keys causally and the earlier ones in full.
     """
     totals = tuple(torch.zeros_like(x) for x in (q_BHQd, k_BKLd, v_BKLd))
     num_queries, num_keys = q_BHQd.shape[2], k_BKLd.shape[2]
     num_earlier = num_keys - num_queries
-    for start in range(0, num_queries, STRETCH):
-        queries = slice(start, start + STRETCH)
-        for keys, is_causal in ((slice(num_earlier + start, num_earlier + start + STRETCH), True), (slice(0, num_earlier + start), False)):
+    for start in range(0, num_queries, QUERY_CHUNK):
+        queries = slice(start, start + QUERY_CHUNK)
+        for keys, is_causal in (
+            (slice(num_earlier + start, num_earlier + start + QUERY_CHUNK), True),
+            (slice(0, num_earlier + start), False),
+        ):
             if keys.stop == 0:
                 continue
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -1,4 +1,4 @@
-"""What a model is made of: one `BlockConfig` a layer, one `ModelConfig` a model, and the presets.
+"""Model configuration: one `BlockConfig` a layer, one `ModelConfig` a model, and the presets.
 
 Four families share one transformer. A family fixes the kind of norm, the MLP and the extras of attention;
 everything else is a number in the configuration. Sources: Nemotron-4 15B (arXiv 2402.16819) Table 1,
@@ -14,7 +14,7 @@ from gristmill.core.errors import InputError
 
 @dataclass(frozen=True)
 class Family:
-    """The parts that every model of one Hugging Face architecture has in common."""
+    """Architecture family: the parts that every model of one Hugging Face architecture has in common."""
 
     architecture: str
     zero_centred_norm: bool  # LayerNorm1P (mean removed, gain 1 + w, bias) instead of RMSNorm
@@ -34,7 +34,7 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One layer. `num_heads = 0` means no attention, `ffn_size = 0` means no MLP."""
+    """Configuration of one layer. `num_heads = 0` means no attention, `ffn_size = 0` means no MLP."""
 
     num_heads: int
     num_kv_heads: int
@@ -63,7 +63,7 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the low rotary frequencies (rope_type "llama3")."""
+    """RoPE scaling of Llama 3.1: stretching of the low rotary frequencies (rope_type "llama3")."""
 
     factor: float
     low_freq_factor: float
@@ -73,7 +73,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: `family` names the kind of block (a key of FAMILIES), `blocks` the layers in order."""
+    """Configuration of a decoder: `family` names the kind of block (a key of FAMILIES), `blocks` the layers in order."""
 
     family: str
     vocab_size: int

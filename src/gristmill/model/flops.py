@@ -1,4 +1,4 @@
-"""Parameters, training FLOPs, utilisation and memory of a configuration, without building it.
+"""Model sizes: parameters, training FLOPs, utilisation and memory of a configuration, without building it.
 
 Formulas as in the Nemotron-4 reports: embeddings count both matrices, FLOPs count the output matrix once and
 attention in full (not halved for causality), nothing is counted for recomputation.
@@ -56,6 +56,7 @@ def model_flops_utilisation(
     config: ModelConfig,
     seq_len: int,
     batch_size: int,
+    *,
     step_seconds: float,
     num_devices: int,
     device_flops: float = H100_FLOPS,

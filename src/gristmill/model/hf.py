@@ -1,4 +1,4 @@
-"""Model folders as Hugging Face keeps them: config.json, safetensors, generation_config.json, the tokenizer.
+"""Hugging Face model folders, read and written: config.json, safetensors, generation_config.json, the tokenizer.
 
 Every folder is written beside its target, flushed, and renamed into place, so a half-written model is never
 seen. Nothing is ever unpickled.
@@ -6,7 +6,6 @@ seen. Nothing is ever unpickled.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import fitting
+from gristmill.core.io import sync
+from gristmill.data.chat import matching_formats
 from gristmill.data.rows import ATTRIBUTES
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import ModelConfig
-from gristmill.model.quantized import Quantize, compressed, description, is_quantized, kind_of, restored, scale_name, stored_names
+from gristmill.model.quantized import Quantize, compress, decompress, is_quantized, kind_of, quantization_config, scale_name, stored_names
 from gristmill.model.reward import REWARD_WEIGHTS, RewardModel
 from gristmill.model.transformer import PRECISIONS, Block, Linear, Transformer
 
@@ -90,7 +90,7 @@ def _reward_tensors(model: RewardModel) -> dict[str, Tensor]:
 # ---- saving ----
 
 
-def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write a folder that `load_model` and every reader of Hugging Face folders understands.
 
     Values keep the parameters' dtype. An earlier model of the same name is replaced. Where layers differ
@@ -103,7 +103,7 @@ def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str, max
 
 
 def save_quantized(
-    model: Transformer, tokenizer: Tokenizer, folder: Path | str, kind: Quantize, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: Transformer, tokenizer: Tokenizer, folder: Path | str, *, kind: Quantize, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """As `save_model`, with the layers' matrices quantized in compressed-tensors' form; all else keeps its dtype.
 
@@ -112,8 +112,8 @@ def save_quantized(
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in hf_tensors(model).items():
-        tensors |= compressed(name, tensor, kind) if is_quantized(name) else {name: tensor}
-    _save(tensors, model.config, {"quantization_config": description(kind)}, tokenizer, Path(folder), max_shard_bytes)
+        tensors |= compress(name, tensor, kind) if is_quantized(name) else {name: tensor}
+    _save(tensors, model.config, {"quantization_config": quantization_config(kind)}, tokenizer, Path(folder), max_shard_bytes)
 
 
 def saved_as(folder: Path | str) -> Quantize:
@@ -125,7 +125,7 @@ def saved_as(folder: Path | str) -> Quantize:
     return kind_of(_read_json(Path(folder) / "config.json"))
 
 
-def save_reward(model: RewardModel, tokenizer: Tokenizer, folder: Path | str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_reward(model: RewardModel, tokenizer: Tokenizer, folder: Path | str, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write a reward model: as `save_model`, plus the tensors reward_head.weight and reward_head.bias and the
     keys reward_attributes and reward_weights in config.json.
 
@@ -147,7 +147,7 @@ def _save(
     _check_vocabulary(config, tokenizer, folder)
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     hf = config.to_hf() | {"torch_dtype": dtype, "eos_token_id": tokenizer.eos_id} | extra
-    formats = fitting(tokenizer)
+    formats = matching_formats(tokenizer)
     form = formats[0] if len(formats) == 1 else None
     # where other programs stop
     ends = tokenizer.eos_id if form is None else list(dict.fromkeys([tokenizer.eos_id, form.end_of_turn_id(tokenizer)]))
@@ -200,24 +200,16 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         new.mkdir(parents=True)
         yield new
         for path in [*new.iterdir(), new]:
-            _flush(path)
+            sync(path)
         if folder.exists():  # a folder that is not empty cannot be renamed over
             folder.rename(old)
         new.rename(folder)
-        _flush(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"Free some space or choose a writable place for {folder}: {error}.") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---- loading ----
@@ -341,7 +333,7 @@ def _fill(expected: dict[str, Tensor], folder: Path, config: ModelConfig, kind: 
 
         for name, view in expected.items():
             with _damage(folder):
-                tensor = restored(name, kind, read) if len(stored[name]) > 1 else read(name)
+                tensor = decompress(name, kind, read) if len(stored[name]) > 1 else read(name)
             if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
                 raise InputError(f"{MISFIT}: {folder} has {name} in {tensor.dtype} without its scales.")
             if tensor.shape != view.shape:
@@ -364,7 +356,7 @@ def _redundant(name: str, config: ModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
 
 
-def quantize_folder(folder: Path, out: Path, kind: Quantize, dtype: str) -> dict[str, Any]:
+def quantize_folder(folder: Path, out: Path, kind: Quantize, *, dtype: str) -> dict[str, Any]:
     """Write a model folder again with its layers' matrices quantized, all else in `dtype`."""
     if out.resolve() == folder.resolve():
         raise InputError(f"Choose another --out than the model itself: {folder} would be replaced.")
@@ -374,5 +366,5 @@ def quantize_folder(folder: Path, out: Path, kind: Quantize, dtype: str) -> dict
     for parameter in model.parameters():
         if not any(parameter is module.weight for module in model.blocks.modules() if isinstance(module, Linear)):
             parameter.data = parameter.data.to(PRECISIONS[dtype])
-    save_quantized(model, tokenizer, out, kind)
+    save_quantized(model, tokenizer, out, kind=kind)
     return {"model": str(out), "quantize": kind, "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors"))}

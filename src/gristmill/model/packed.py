@@ -1,4 +1,4 @@
-"""Documents laid end to end, the one layout of all models: where they begin, what they share, and how attention may group them.
+"""Packed batches, the one layout of all models: where documents begin, what prefixes they share, how attention groups them.
 
 Shapes: T tokens of all documents one after the other, N documents, X heads, d head_dim, C cells of all padded views together,
 B documents of one view, L its length.
@@ -19,14 +19,14 @@ MAX_EMPTY_SHARE = 0.25
 LONG_DOCUMENT = 96
 
 # A document of so many tokens shares only what is at least an eighth of it: attention to shared tokens has its own cost.
-SHARES_ALL, LEAST_SHARE = 1024, 8
+ALWAYS_SHARED_LENGTH, MIN_SHARED_DIVISOR = 1024, 8
 
 Ids = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """B rows of L cells, each with a token, and which of them are the row's own and which it shares with another row.
+    """Padded grid of B rows of L cells, each with a token, and which of them are the row's own and which it shares with another row.
 
     The others are padding: they repeat a row's last token. Causal attention hides them from all real ones, and what they give is
     never read. span: where a single row's tokens lie if they are neighbours, which then need no copy.
@@ -87,7 +87,7 @@ class Cells:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """Documents that go through attention together. Their queries are the last columns of their keys."""
+    """Group of documents that go through attention together. Their queries are the last columns of their keys."""
 
     queries: Cells
     keys: Cells
@@ -100,7 +100,7 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class PaddedPlan:
-    """How all documents become cells of padded views of similar length, one after the other, and back.
+    """Gather and scatter indices between packed tokens and padded views of documents of similar length.
 
     token_C: the token of each cell. cell_T: the own cell of each token. shared_S: the shared cells. views: (B, L) of each.
     """
@@ -113,7 +113,7 @@ class PaddedPlan:
 
 @dataclass(frozen=True, eq=False)
 class PackedShape:
-    """Where documents begin and end in a packed batch.
+    """Shape of a packed batch: where documents begin and end, and the prefixes they share.
 
     Answers to one prompt need not repeat it. A document whose first shared[n] tokens are also those of the last document before it
     that shares none lays out only the others; it sees the shared ones where they are. This changes no state, since a token sees
@@ -235,11 +235,11 @@ def num_shared(documents: Sequence[Ids]) -> int:
         differs = np.flatnonzero(ids[:count] != first[:count])
         count = int(differs[0]) if len(differs) else count
     longest = max(len(ids) for ids in documents)
-    return count if longest < SHARES_ALL or count * LEAST_SHARE >= longest else 0
+    return count if longest < ALWAYS_SHARED_LENGTH or count * MIN_SHARED_DIVISOR >= longest else 0
 
 
 def pack(groups: Sequence[Sequence[Ids]], device: torch.device) -> tuple[Tensor, PackedShape, int]:
-    """Ids [T], shape, and the number of real tokens of documents end to end.
+    """Pack documents end to end: ids [T], shape, and the number of real tokens.
 
     Documents of a group share what all of them begin with. Documents of one token fill the batch up, see `filled_length`.
     """

@@ -1,5 +1,4 @@
-"""Matrices quantized to eight bits, a scale a row, and the form in which folders keep them: compressed-tensors', which
-vLLM reads too.
+"""Eight-bit quantization of matrices, a scale a row, and its form on disk: compressed-tensors', which vLLM reads too.
 
 Shapes: N rows, D columns.
 """
@@ -15,15 +14,15 @@ from gristmill.core.errors import InputError
 
 Quantize = Literal["", "int8", "int8-weight", "fp8"]
 # Largest value of the types that numbers are quantized to.
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+MAX_VALUES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 DTYPES = {"int8": torch.int8, "int8-weight": torch.int8, "fp8": torch.float8_e4m3fn}
 KINDS: tuple[Quantize, ...] = ("int8", "int8-weight", "fp8")
 FORMATS = {"int8": "int-quantized", "int8-weight": "pack-quantized", "fp8": "float-quantized"}
 
 
 def scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [.., D] as values of `dtype` [.., D] and fp32 scales [..]: x = values * scale."""
-    scale = x.float().abs().amax(-1) / LARGEST[dtype]
+    """Quantize each row: x [.., D] as values of `dtype` [.., D] and fp32 scales [..]: x = values * scale."""
+    scale = x.float().abs().amax(-1) / MAX_VALUES[dtype]
     values = x.float() / scale.clamp(min=1e-30)[..., None]
     return (values.round() if dtype == torch.int8 else values).to(dtype), scale
 
@@ -33,8 +32,8 @@ def is_quantized(name: str) -> bool:
     return name.startswith("model.layers.") and name.endswith("_proj.weight")
 
 
-def description(kind: Quantize) -> dict[str, Any]:
-    """config.json's `quantization_config`."""
+def quantization_config(kind: Quantize) -> dict[str, Any]:
+    """The `quantization_config` of a config.json."""
     shared = {"num_bits": 8, "type": "float" if kind == "fp8" else "int", "symmetric": True}
     group: dict[str, Any] = {"targets": ["Linear"], "weights": shared | {"strategy": "channel", "dynamic": False}}
     if kind != "int8-weight":
@@ -48,7 +47,7 @@ def description(kind: Quantize) -> dict[str, Any]:
     }
 
 
-def _essence(config: Mapping[str, Any]) -> Any:
+def _known_fields(config: Mapping[str, Any]) -> Any:
     """What of a `quantization_config` must be as we know it: form, and how weights and activations are quantized."""
     groups = config.get("config_groups")
     parts = [group.get(part) or {} for group in groups.values() for part in ("weights", "input_activations")] if groups else []
@@ -67,11 +66,11 @@ def kind_of(hf: Mapping[str, Any]) -> Quantize:
     if not found:
         return ""
     try:
-        essence = _essence(found)
+        essence = _known_fields(found)
     except (AttributeError, TypeError):  # of no form that is known
         essence = None
     for kind in KINDS:
-        if essence == _essence(description(kind)):
+        if essence == _known_fields(quantization_config(kind)):
             return kind
     raise InputError(
         "Give the model as it was before it was quantized: of quantized folders "
@@ -89,8 +88,8 @@ def stored_names(name: str, kind: Quantize) -> tuple[str, ...]:
     return (name, scale_name(name)) if kind != "int8-weight" else (f"{name}_packed", scale_name(name), f"{name}_shape")
 
 
-def compressed(name: str, weight_ND: Tensor, kind: Quantize) -> dict[str, Tensor]:
-    """The tensors that stand for one matrix."""
+def compress(name: str, weight_ND: Tensor, kind: Quantize) -> dict[str, Tensor]:
+    """Compress one matrix to the tensors that stand for it on disk."""
     values_ND, scale_N = scaled(weight_ND, DTYPES[kind])
     if kind != "int8-weight":
         return dict(zip(stored_names(name, kind), (values_ND, scale_N[:, None]), strict=True))
@@ -99,8 +98,8 @@ def compressed(name: str, weight_ND: Tensor, kind: Quantize) -> dict[str, Tensor
     return dict(zip(stored_names(name, kind), parts, strict=True))
 
 
-def restored(name: str, kind: Quantize, read: Callable[[str], Tensor]) -> Tensor:
-    """The matrix [N, D] that such tensors stand for, fp32.
+def decompress(name: str, kind: Quantize, read: Callable[[str], Tensor]) -> Tensor:
+    """Decompress the matrix [N, D] that such tensors stand for, in fp32.
 
     Args:
         read: gives a tensor by its name.

@@ -1,4 +1,4 @@
-"""The reward model: the decoder with a linear head on the state of the end-of-turn token.
+"""Reward model: the decoder with a linear head on the state of the end-of-turn token.
 
 Shapes: T tokens of all documents, D hidden size, N scored turns, 5 attributes.
 """
@@ -24,7 +24,7 @@ REWARD_WEIGHTS: dict[str, tuple[float, ...]] = {
 
 
 class RewardModel(nn.Module):
-    """Five regression scores a turn and their weighted sum.
+    """Five regression scores a turn; `weights` make one score of them.
 
     The head has a bias, is initialised like the backbone's matrices and computes in fp32. Source: HelpSteer2
     section 3; Nemotron-4 340B report, section 3.1.
@@ -60,7 +60,3 @@ class RewardModel(nn.Module):
     def forward(self, ids_T: Tensor, shape: PackedShape, ends_N: Tensor) -> Tensor:
         """Scores [N, 5] in fp32. `ends_N` are the indices in ids_T of the end-of-turn tokens to score."""
         return self.head(self.backbone.hidden(ids_T, shape)[ends_N].float())
-
-    def aggregate(self, scores_N5: Tensor) -> Tensor:
-        """Weighted sums [N] of attribute scores [N, 5]."""
-        return scores_N5.float() @ torch.tensor(self.weights, device=scores_N5.device)

@@ -1,4 +1,4 @@
-"""One decoder for the Nemotron, Llama and Qwen families, on packed token-major activations.
+"""Decoder-only transformer of the Nemotron, Llama and Qwen families, on packed token-major activations.
 
 Shapes: T tokens of all documents, D hidden size, H query heads, K key-value heads, d head_dim, R pairs of
 rotated dimensions (half of `rotary_dims`), F ffn size, V vocabulary.

@@ -1,1 +1,1 @@
-"""Model-written programs, run in a jail."""
+"""Sandboxed execution of model-written programs."""

@@ -1,4 +1,4 @@
-"""Walls around one process: resource limits, Landlock, seccomp, namespaces (standard library only).
+"""Process isolation: resource limits, Landlock, seccomp, namespaces (standard library only).
 
 Everything here acts on the calling process and cannot be undone by it. The order of `enter` matters: Landlock
 and seccomp need no_new_privs first, and the system-call filter comes last because it forbids what the
@@ -24,7 +24,6 @@ _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same 
 _READ_FILE, _WRITE_FILE, _READ_DIR = 1 << 2, 1 << 1, 1 << 3
 _MAKE_DEVICES = 1 << 6 | 1 << 11
 _EXECUTE = 1 << 0
-_FILE_RIGHTS = _READ_FILE | _WRITE_FILE | 1 << 14  # 14: truncate
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 1, 4, 38, 22
 _NEW_NAMESPACES = 0x00020000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000  # mount, ipc, user, pid, net
 _MS_NOSUID_NODEV, _MS_PRIVATE_RECURSIVE = 2 | 4, 1 << 18 | 1 << 14

@@ -1,4 +1,4 @@
-"""Run untrusted Python against a check, a few milliseconds a run.
+"""Sandbox for untrusted Python: runs a program against a check, in a few milliseconds.
 
 A `Sandbox` keeps one or two clean zygote processes (see zygote.py, which also says what a pass proves and
 what it does not) that fork one jailed child a program. The jail (jail.py) is Landlock, a system-call filter
@@ -37,7 +37,7 @@ from typing import Any, Self
 from gristmill.core.errors import InputError
 from gristmill.sandbox import jail, seccomp, zygote
 
-WORKERS = 2
+NUM_WORKERS = 2
 _SWEEP_S = 0.5  # seconds to remove a folder in; a larger one is removed by a process of its own
 _GRACE_S = 5.0
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from gristmill.sandbox import zygote; zygote.main()"
@@ -46,7 +46,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class SandboxResult:
-    """How one program fared.
+    """Outcome of one program.
 
     Attributes:
         passed: the program and then the check ran to their end.
@@ -135,7 +135,7 @@ class _Worker:
             self.stop()
             raise _Broken(hello["error"])
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request and wait for its answer. Raises _Broken, and stops the zygote, if none comes."""
         assert self._process is not None and self._process.stdin is not None
         try:
@@ -225,7 +225,7 @@ class Sandbox:
 
     def __init__(self, unsafe: bool = False) -> None:
         self._candidates = _setups(unsafe)
-        self._workers = [_Worker() for _ in range(WORKERS)]
+        self._workers = [_Worker() for _ in range(NUM_WORKERS)]
         # Last in, first out: callers that run one program at a time start one zygote only.
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in self._workers:
@@ -266,7 +266,7 @@ class Sandbox:
             for _ in range(2):
                 self._start(worker)
                 try:
-                    return SandboxResult(**worker.ask(request))
+                    return SandboxResult(**worker.run(request))
                 except _Broken:
                     continue
             return SandboxResult(False, "error: the zygote process died twice", 0.0)
@@ -275,7 +275,7 @@ class Sandbox:
 
     def run_many(self, pairs: Sequence[tuple[str, str]], timeout_s: float = 3.0) -> list[SandboxResult]:
         """`run` for many (program, check) pairs, two at a time; results in the order of the pairs."""
-        with ThreadPoolExecutor(WORKERS) as pool:
+        with ThreadPoolExecutor(NUM_WORKERS) as pool:
             return list(pool.map(lambda pair: self.run(pair[0], pair[1], timeout_s), pairs))
 
     def _start(self, worker: _Worker) -> None:

@@ -1,4 +1,4 @@
-"""The process that runs untrusted programs: started clean, it forks one jailed child a program.
+"""Zygote process of the sandbox: started clean, it forks one jailed child a program.
 
 Started as `python -I -S -c BOOT source_folder config` with an empty environment, so that no key, file or
 device memory of the caller is in it, and it imports the standard library only. It reads requests from

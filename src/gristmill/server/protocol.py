@@ -9,7 +9,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import Conversation, check, conversation
+from gristmill.data.chat import Conversation, check_turns, conversation
 from gristmill.engine import grammar as constraints
 from gristmill.generation.api import SamplingParams
 
@@ -117,7 +117,7 @@ def talk_of(messages: list[Any]) -> Conversation:
         talk = conversation(messages)
     except TypeError as e:
         raise InputError("messages must be objects with `role` and `content`") from e
-    check(talk)
+    check_turns(talk)
     return talk
 
 

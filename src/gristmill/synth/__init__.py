@@ -1,1 +1,1 @@
-"""Writing data with models: the journal of everything generated."""
+"""Synthetic data generation: templates, the writer, and the prompt pipelines."""

@@ -1,4 +1,4 @@
-"""Dialogues: a model speaks for the assistant and, by persona, for the user (report, section 3.2.1)."""
+"""Multi-turn dialogue synthesis: a model is the assistant and, by persona, the user (report, section 3.2.1)."""
 
 import re
 from collections.abc import AsyncIterator, Sequence
@@ -27,12 +27,12 @@ POLITE_END = re.compile(
     r"(?: so much| very much| a lot| again| in advance)?(?: for your (?:help|time|patience))?[\s.!]{0,9})\Z",
     re.I,
 )
-LONGEST_POLITENESS = 200  # characters at either end
+MAX_POLITENESS_CHARS = 200  # characters at either end
 FAREWELL = re.compile(r"\b(?:goodbye|bye|that(?:'s| is) all|no (?:more|further) questions|have a (?:nice|great|good) (?:day|one))\b", re.I)
 
 
 class Dialogues(Section):
-    """Dialogues grown from prompts."""
+    """Recipe section of dialogues grown from prompts."""
 
     turns: int = Field(3, gt=0, description="user turns, the prompt's included")
     share: float = Field(0.2, ge=0, le=1, description="share of the single-turn prompts that become dialogues")
@@ -57,8 +57,8 @@ class Dialogues(Section):
                 if turn + 1 == self.turns:
                     break
                 reply = await writer.next_turn(PERSONAS[persona], talk, parents)
-                said = without_politeness(reply.text)
-                if ends(said, talk):
+                said = strip_politeness(reply.text)
+                if ends_dialogue(said, talk):
                     break
                 talk.append(Message("user", said))
                 parents.append(reply.id)
@@ -71,8 +71,8 @@ class Dialogues(Section):
             yield row
 
 
-def without_politeness(text: str) -> str:
-    """A simulated user's words without the name of the speaker, thanks and praise around what is wanted.
+def strip_politeness(text: str) -> str:
+    """Strip a simulated user's words of the speaker's name, thanks and praise around what is wanted.
 
     What a user turn holds after its own words (a made-up answer of the assistant) is cut off. A text of nothing but politeness stays.
     """
@@ -84,14 +84,14 @@ def without_politeness(text: str) -> str:
     shorter = text
     while found := POLITE_START.match(shorter):
         shorter = shorter[found.end() :]
-    while found := POLITE_END.search(shorter, max(0, len(shorter) - LONGEST_POLITENESS)):
+    while found := POLITE_END.search(shorter, max(0, len(shorter) - MAX_POLITENESS_CHARS)):
         shorter = shorter[: found.start("said")].rstrip(" ,")
     if not normalize(shorter):
         return text
     return shorter[0].upper() + shorter[1:] if shorter[0] != text[0] else shorter
 
 
-def ends(said: str, talk: Sequence[Message]) -> bool:
+def ends_dialogue(said: str, talk: Sequence[Message]) -> bool:
     """Whether a user's words end the dialogue: nothing is asked, it is a farewell, or it was said before."""
     folded = normalize(said)
     if not folded or (len(said) < 120 and "?" not in said and FAREWELL.search(said)):

@@ -1,4 +1,4 @@
-"""Lists out of free-form answers, without a second call: JSON, YAML, numbered, bulleted or plain lines."""
+"""Parsing of free-form answers: lists without a second call, as JSON, YAML, numbered, bulleted or plain lines."""
 
 import json
 import re
@@ -9,11 +9,11 @@ MARKER = re.compile(r"^(?P<indent>[ \t]*)(?P<marker>\(?\d{1,4}[.):](?=\s|$)|[-*+
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.S | re.M)
 QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "`": "`"}
 AROUND = " .,;:!?\"'`*_\u201c\u201d\u2018\u2019\u2026()[]"
-LONGEST = 20_000  # characters of an item; more is no item of a list
+MAX_ITEM_CHARS = 20_000  # characters of an item; more is no item of a list
 
 
 def parse_list(text: str) -> list[str]:
-    """The items of an answer's list, in order; [] where there is none.
+    """Parse a list: its items in order; [] where there is none.
 
     A JSON array is read as such. Otherwise lines with the outermost marker (`1.`, `2)`, `-`, `*`) begin items, and what follows
     a marked line belongs to its item, nested lists included. Without markers every line is an item, introductions aside.
@@ -26,20 +26,20 @@ def parse_list(text: str) -> list[str]:
 
 
 def normalize(text: str) -> str:
-    """A text as far as duplicates go: without case, runs of space, and the punctuation around it."""
+    """Normalize a text for comparison: without case, runs of space, and the punctuation around it."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(AROUND)
 
 
 def unique(items: Iterable[str]) -> list[str]:
-    """Items without those that an earlier one equals but for case, punctuation and space."""
+    """Deduplicate: items without those that an earlier one equals but for case, punctuation and space."""
     kept: dict[str, str] = {}
     for item in items:
         kept.setdefault(normalize(item) or item, item)
     return list(kept.values())
 
 
-def says_yes(text: str) -> bool | None:
-    """Whether an answer begins with yes or no; None where it does neither."""
+def parse_yes_no(text: str) -> bool | None:
+    """Parse a yes/no answer by its first word; None where it is neither."""
     word = re.match(r"[\s*_\"'`(\[]*(yes|no)\b", text, re.I)
     return None if word is None else word[1].lower() == "yes"
 
@@ -93,6 +93,6 @@ def _clean(items: Iterable[str]) -> list[str]:
         item = item.strip().strip("*").strip() if item.startswith("**") and item.endswith("**") else item.strip()
         if len(item) > 1 and QUOTES.get(item[0]) == item[-1] and item[0] not in item[1:-1]:
             item = item[1:-1].strip()
-        if item and len(item) <= LONGEST:
+        if item and len(item) <= MAX_ITEM_CHARS:
             out.append(item)
     return out

@@ -1,4 +1,4 @@
-"""What a recipe has written: which pipelines, from what, and the rows that they make."""
+"""Registry of the prompt pipelines: the recipe section that names them, and the run of all of them."""
 
 import asyncio
 from collections import Counter
@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 
 
 class Pipelines(Section):
-    """Which pipelines write, and how much. One that is not named writes nothing."""
+    """Recipe section of the pipelines, by name. One that is not named writes nothing."""
 
     open_qa: OpenQA | None = None
     writing: Writing | None = None
@@ -74,8 +74,8 @@ class Pipelines(Section):
 
 
 @dataclass
-class Written:
-    """Rows in an order that depends on them alone.
+class PipelineOutput:
+    """Rows of all pipelines, in an order that depends on the rows alone.
 
     Attributes:
         num: rows by pipeline.
@@ -86,31 +86,33 @@ class Written:
     num: Counter[str] = field(default_factory=Counter)
 
 
-async def write(writer: Writer, topics: Topics, pipelines: Pipelines, given: Inputs, limit: int | None = None) -> Written:
-    """Topics if a pipeline needs them, then all pipelines side by side.
+async def run_pipelines(
+    writer: Writer, topics: Topics, pipelines: Pipelines, *, inputs: Inputs, limit: int | None = None
+) -> PipelineOutput:
+    """Run all pipelines concurrently, after the topics if one needs them.
 
     Args:
         limit: most rows of a pipeline.
     """
-    written = Written()
+    output = PipelineOutput()
     if any("topics" in pipeline.needs for pipeline in pipelines.named().values()):
-        given = replace(given, topics=await topics.collect(writer))
+        inputs = replace(inputs, topics=await topics.collect(writer))
 
     async def one(name: str, pipeline: Pipeline) -> None:
-        async for row in first(pipeline.write(writer, given), limit):
-            written.num[name] += 1
+        async for row in take(pipeline.write(writer, inputs), limit):
+            output.num[name] += 1
             if isinstance(row, Prompt):
-                written.prompts.append(row)
+                output.prompts.append(row)
             else:
-                written.demonstrations.append(row)
+                output.demonstrations.append(row)
 
     await asyncio.gather(*(one(name, pipeline) for name, pipeline in pipelines.named().items()))
-    written.prompts.sort(key=lambda p: (p.task, p.id))
-    written.demonstrations.sort(key=lambda d: (d.task, d.id))
-    return written
+    output.prompts.sort(key=lambda p: (p.task, p.id))
+    output.demonstrations.sort(key=lambda d: (d.task, d.id))
+    return output
 
 
-async def first(rows: AsyncIterator[Item], limit: int | None) -> AsyncIterator[Item]:
+async def take(rows: AsyncIterator[Item], limit: int | None) -> AsyncIterator[Item]:
     """The first `limit` rows, or all. What is under way beyond them is cancelled."""
     num = 0
     try:

@@ -1,4 +1,4 @@
-"""Documents in other words: five tasks, what a model is asked for each, and how its answer becomes a text again.
+"""Rephrasing tasks of documents: prompts, segmentation, and parsing of the answers.
 
     document -> segments that fit into a call -> (a model) -> the answer read, or why it is of no use
 
@@ -16,16 +16,16 @@ from gristmill.data.chat import Message
 from gristmill.synth.templates import TemplatePack
 from gristmill.synth.writer import ParseError
 
-Name = Literal["wikipedia", "diverse_qa", "distill", "extract_knowledge", "knowledge_list"]
-Count = Callable[[Sequence[str]], list[int]]  # tokens of each text
+TaskName = Literal["wikipedia", "diverse_qa", "distill", "extract_knowledge", "knowledge_list"]
+CountTokens = Callable[[Sequence[str]], list[int]]  # tokens of each text
 
-TOKENS_A_PAIR = 15  # of a segment, for each pair of question and answer that it may have at most
-LONGEST_TOKEN = 32  # characters on average; an answer with more of them has another length than its server says
+TOKENS_PER_PAIR = 15  # of a segment, for each pair of question and answer that it may have at most
+MAX_CHARS_PER_TOKEN = 32  # characters on average; an answer with more of them has another length than its server says
 
 
 @dataclass(frozen=True)
 class Task:
-    """Limits of a task, in tokens.
+    """Rephrasing task: its limits, in tokens.
 
     Attributes:
         min_document, min_segment: shorter ones are left out.
@@ -43,7 +43,7 @@ class Task:
     system: str = "rephrase_system"
 
 
-TASKS: dict[Name, Task] = {
+TASKS: dict[TaskName, Task] = {
     "wikipedia": Task(5, 5, 512, 50, "Here is a paraphrase:"),
     "diverse_qa": Task(30, 30, 1000, 100),
     "distill": Task(30, 10, 2000, 50, "Shorter text:", "rephrase_system_faithful"),
@@ -68,23 +68,26 @@ _PASSAGE = re.compile(r"^\s*Passage(?:\s[1-9])?:\s*$", re.I)
 _QUESTION, _ANSWER = re.compile(r"Question:", re.I), re.compile(r"\bAnswer:", re.I)
 
 
-def template(name: Name) -> str:
-    """The template of a task."""
+def template_name(name: TaskName) -> str:
+    """Name of a task's template."""
     return f"rephrase_{name}"
 
 
-def messages(name: Name, segment: str, pack: TemplatePack) -> tuple[Message, ...]:
-    """What the model is told."""
-    return (Message("system", pack[TASKS[name].system].render()), Message("user", pack[template(name)].render(document=segment)))
+def messages(name: TaskName, segment: str, templates: TemplatePack) -> tuple[Message, ...]:
+    """Messages of the call for a segment."""
+    return (
+        Message("system", templates[TASKS[name].system].render()),
+        Message("user", templates[template_name(name)].render(document=segment)),
+    )
 
 
-def room(name: Name, pack: TemplatePack, count: Count) -> int:
-    """Tokens of the longest segment that a task has room for beside its template."""
-    return TASKS[name].max_input - sum(count([message.content for message in messages(name, "", pack)])) - 2
+def max_segment_tokens(name: TaskName, templates: TemplatePack, count: CountTokens) -> int:
+    """Token budget of a segment: what a task's template leaves of its call."""
+    return TASKS[name].max_input - sum(count([message.content for message in messages(name, "", templates)])) - 2
 
 
-def segments(name: Name, text: str, room: int, count: Count) -> list[tuple[str, int]]:
-    """Parts of a document that fit into a call, each with its tokens: lines that follow each other, as many as there is room for.
+def split_segments(name: TaskName, text: str, max_tokens: int, *, count: CountTokens) -> list[tuple[str, int]]:
+    """Split a document into segments that fit into a call, each with its tokens: consecutive lines, as many as there is room for.
 
     A line that does not fit is cut between sentences; a sentence that does not fit is left out.
     """
@@ -104,18 +107,18 @@ def segments(name: Name, text: str, room: int, count: Count) -> list[tuple[str, 
 
     def add(piece: str, more: int, separator: str) -> None:
         nonlocal part, size
-        if size + more + 1 > room:
+        if size + more + 1 > max_tokens:
             end()
         part, size = (part + separator + piece, size + more + 1) if part else (piece, more)
 
     for line, tokens in zip(lines, sizes, strict=True):
-        if tokens <= room:
+        if tokens <= max_tokens:
             add(line, tokens, "\n")
             continue
         separator = "\n"
         sentences = _SENTENCE_END.split(line)
         for sentence, more in zip(sentences, count(sentences), strict=True):
-            if more > room:
+            if more > max_tokens:
                 end()
             elif sentence:
                 add(sentence, more, separator)
@@ -124,22 +127,24 @@ def segments(name: Name, text: str, room: int, count: Count) -> list[tuple[str, 
     return found
 
 
-def read(name: Name, answer: str, tokens: int, most: int, segment: tuple[str, int], draw: random.Random, count: Count) -> tuple[str, str]:
-    """The text that an answer makes, and the part of it that the model wrote.
+def parse_answer(
+    name: TaskName, answer: str, tokens: int, *, max_tokens: int, segment: tuple[str, int], draw: random.Random, count: CountTokens
+) -> tuple[str, str]:
+    """Parse an answer: the text that it makes, and the part of it that the model wrote.
 
     Args:
         tokens: of the answer.
-        most: that the call allowed.
+        max_tokens: that the call allowed.
         segment: text and tokens of what was to be said in other words.
         draw: which of the pairs `diverse_qa` keeps, and in which order.
 
     Raises:
-        Unusable: it has not the form that was asked for, or is too short or too long.
+        ParseError: it has not the form that was asked for, or is too short or too long.
     """
     task = TASKS[name]
-    if tokens > most - 2 or len(answer) > LONGEST_TOKEN * most:
+    if tokens > max_tokens - 2 or len(answer) > MAX_CHARS_PER_TOKEN * max_tokens:
         raise ParseError("too many tokens")
-    text = without_markdown(answer).strip()
+    text = strip_markdown(answer).strip()
     if task.opening:
         if not text.casefold().startswith(task.opening.casefold()):
             raise ParseError("no opening")
@@ -157,9 +162,11 @@ def read(name: Name, answer: str, tokens: int, most: int, segment: tuple[str, in
     return whole, text
 
 
-def without_markdown(text: str) -> str:
-    """The same as plain text: no headings, emphasis, links, rules and marks of code, which itself stays as it is. Points of lists begin
-    with a dash."""
+def strip_markdown(text: str) -> str:
+    """Strip Markdown: no headings, emphasis, links, rules and marks of code, which itself stays as it is.
+
+    Points of lists begin with a dash.
+    """
     out, at = [], 0
     for code in _CODE.finditer(text):
         out += [_plain(text[at : code.start()]), code[2] if code[3] is None else code[3]]
@@ -203,4 +210,4 @@ def _pairs(text: str, tokens: int, draw: random.Random) -> str:
     if not pairs or not all(_ANSWER.search(pair) for pair in pairs):
         raise ParseError("a question without an answer" if pairs else "no question")
     draw.shuffle(pairs)
-    return "\n\n".join(pairs[: draw.randint(1, max(1, tokens // TOKENS_A_PAIR))])
+    return "\n\n".join(pairs[: draw.randint(1, max(1, tokens // TOKENS_PER_PAIR))])

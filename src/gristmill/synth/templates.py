@@ -1,4 +1,4 @@
-"""Prompt templates, which are data: a pack is a YAML file, and what it lacks is taken from `default.yaml`."""
+"""Prompt templates, kept as data: a pack is a YAML file, and what it lacks is taken from `default.yaml`."""
 
 import difflib
 import string
@@ -20,7 +20,7 @@ DEFAULT_SAMPLING = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=1024)
 
 @dataclass(frozen=True)
 class Template:
-    """One thing to say to a model.
+    """Prompt template with named slots, an answer parser and sampling parameters.
 
     Attributes:
         slots: what `render` needs.
@@ -50,7 +50,7 @@ class Template:
 
 
 class TemplatePack(Mapping[str, Template]):
-    """Templates by name."""
+    """Mapping of names to templates."""
 
     def __init__(self, templates: Mapping[str, Template]):
         self._templates = dict(templates)

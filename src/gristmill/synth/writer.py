@@ -1,4 +1,4 @@
-"""What a pipeline writes with: templates in, read answers out, each asked once and each with the ids it grew from."""
+"""Templated generation for pipelines: render a template, complete it through the cache, parse the answer, keep its lineage."""
 
 import asyncio
 import os
@@ -9,28 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gristmill.core.concurrent import map_concurrent
 from gristmill.data.chat import Message
 from gristmill.data.rows import make_id
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.generation.cached import CachedClient, Client
-from gristmill.generation.endpoint import RowFailed, side_by_side
+from gristmill.generation.endpoint import RowFailed
 from gristmill.runs.journal import Journal
-from gristmill.synth.parsing import normalize, parse_list, says_yes, unique
+from gristmill.synth.parsing import normalize, parse_list, parse_yes_no, unique
 from gristmill.synth.templates import TemplatePack
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-ANSWERING = SamplingParams(temperature=0.0, max_tokens=1024)
-SIDE_BY_SIDE = 64  # branches of a pipeline that are under way at once, at each level
+ANSWER_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1024)
+MAX_BRANCHES = 64  # branches of a pipeline that are under way at once, at each level
 
 
 class ParseError(Exception):
-    """An answer that cannot be read as what was asked for. One branch of a pipeline ends there."""
+    """An answer that cannot be parsed as what was asked for. One branch of a pipeline ends there."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer.
+    """Answer of a model, with the id of its call.
 
     Attributes:
         id: of the call.
@@ -50,7 +51,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Topic:
-    """A text that others grow from: a topic, a question, an item of a list. Its origin is a model, or "human".
+    """Seed text that others grow from: a topic, a question, an item of a list. Its origin is a model, or "human".
 
     The id of an item is that of the call that made it, "#" and its place; its root is what it grew from at last, a topic or document; its
     request is what the model was told, where the item was the whole answer.
@@ -64,10 +65,9 @@ class Topic:
 
 
 class Writer:
-    """Asks by template.
+    """Generation by template, for pipelines.
 
     Args:
-        pack: the templates.
         seed: another one gives other calls with other answers.
         answering: how an assistant's turn is drawn where a pipeline needs one.
 
@@ -76,8 +76,8 @@ class Writer:
         topics: what prompts grew from so far, by id.
     """
 
-    def __init__(self, client: CachedClient, pack: TemplatePack, seed: int = 0, answering: SamplingParams = ANSWERING):
-        self.client, self.pack, self.seed, self.answering = client, pack, seed, answering
+    def __init__(self, client: CachedClient, templates: TemplatePack, seed: int = 0, *, answer_sampling: SamplingParams = ANSWER_SAMPLING):
+        self.client, self.templates, self.seed, self.answer_sampling = client, templates, seed, answer_sampling
         self.dropped: Counter[str] = Counter()
         self.topics: dict[str, Topic] = {}
 
@@ -103,28 +103,30 @@ class Writer:
 
         Raises:
             RowFailed: there is no answer.
-            Unusable: the answer was cut off.
+            ParseError: the answer was cut off.
         """
-        form = self.pack[template]
-        message = Message("user", form.render(**slots))
-        return await self.answer((message,), template, parents, salt, sampling or form.sampling, slots.get("num"))
+        entry = self.templates[template]
+        message = Message("user", entry.render(**slots))
+        sampling = sampling or entry.sampling
+        return await self.answer((message,), template, parents, salt=salt, sampling=sampling, num=slots.get("num"))
 
     async def next_turn(self, template: str, talk: Sequence[Message], parents: Sequence[str], **slots: Any) -> Reply:
         """What a user says next in a conversation that the assistant spoke in last; as `reply`."""
         question, answer = talk[-2].content, talk[-1].content
-        return await self.reply(template, parents=parents, history=told(talk), question=question, answer=answer, **slots)
+        return await self.reply(template, parents=parents, history=format_conversation(talk), question=question, answer=answer, **slots)
 
     async def answer(
         self,
         messages: Sequence[Message],
         purpose: str,
         parents: Sequence[str],
+        *,
         salt: object = "",
         sampling: SamplingParams | None = None,
         num: object = None,
     ) -> Reply:
         """The assistant's next turn in a conversation; as `reply`."""
-        (reply,) = await self.answers(messages, purpose, parents, salt, sampling, num)
+        (reply,) = await self.answers(messages, purpose, parents, salt=salt, sampling=sampling, num=num)
         if not reply.finished:
             raise ParseError("cut off")
         return reply
@@ -134,6 +136,7 @@ class Writer:
         messages: Sequence[Message],
         purpose: str,
         parents: Sequence[str],
+        *,
         salt: object = "",
         sampling: SamplingParams | None = None,
         num: object = None,
@@ -144,11 +147,11 @@ class Writer:
 
         A list is asked for with its `num` of items; a call may be given another `name` than its hash.
         """
-        sampling = sampling or self.answering
+        sampling = sampling or self.answer_sampling
         name = name or make_id(purpose, [(m.role, m.content) for m in messages], sampling.described(), salt, self.seed)
         request = messages[-1].content
         note = {"for": purpose, "parents": list(parents), "sampling": sampling.described(), **({"num": num} if num else {})}
-        outs = await self.ask(Request(name, tuple(messages), sampling, self.seed), note)
+        outs = await self.complete(Request(name, tuple(messages), sampling, self.seed), note)
         model = self.client.source.model_of(name)
         return [
             Reply(
@@ -163,17 +166,17 @@ class Writer:
             for c in outs
         ]
 
-    async def ask(self, request: Request, note: Mapping[str, Any]) -> list[Completion]:
-        """Where every call goes through."""
-        return await self.client.ask(request, note)
+    async def complete(self, request: Request, note: Mapping[str, Any]) -> list[Completion]:
+        """Complete a request; every call goes through here."""
+        return await self.client.complete(request, note=note)
 
     async def items(self, template: str, num: int, *, parents: Sequence[str] = (), salt: object = "", **slots: Any) -> list[Topic]:
         """The different items of a list, `num` at most. A list that cannot be read is given back once, to be put in order.
 
         Raises:
-            RowFailed, Unusable: there is no answer, or no list in it.
+            RowFailed, ParseError: there is no answer, or no list in it.
         """
-        if self.pack[template].parser == "text":  # a pack for models that write one item at a time
+        if self.templates[template].parser == "text":  # a pack for models that write one item at a time
             return await self._one_by_one(template, num, parents, salt, slots)
         reply = await self.reply(template, parents=parents, salt=salt, num=num, **slots)
         found = unique(parse_list(reply.text))
@@ -197,7 +200,7 @@ class Writer:
         named = await self.all(range(num), one)
         times = Counter(normalize(topic.text) for topic in named)
         first = {normalize(topic.text): topic for topic in reversed(named)}
-        found = [first[text] for text, count in times.most_common() if count >= self.pack[template].agree]
+        found = [first[text] for text, count in times.most_common() if count >= self.templates[template].agree]
         if not found:
             raise ParseError("no list")
         return found
@@ -206,18 +209,18 @@ class Writer:
         """Whether the answer begins with yes, and the answer.
 
         Raises:
-            RowFailed, Unusable: there is no answer, or it says neither yes nor no.
+            RowFailed, ParseError: there is no answer, or it says neither yes nor no.
         """
         reply = await self.reply(template, parents=parents, **slots)
-        if self.pack[template].parser == "text":  # a pack for models that cannot judge
+        if self.templates[template].parser == "text":  # a pack for models that cannot judge
             return True, reply
-        verdict = says_yes(reply.text)
+        verdict = parse_yes_no(reply.text)
         if verdict is None:
             raise ParseError("neither yes nor no")
         return verdict, reply
 
     async def each(
-        self, items: Iterable[Item], work: Callable[[Item], Awaitable[Iterable[Result]]], num: int = SIDE_BY_SIDE
+        self, items: Iterable[Item], work: Callable[[Item], Awaitable[Iterable[Result]]], num: int = MAX_BRANCHES
     ) -> AsyncIterator[Result]:
         """What `work` makes of each item, `num` at a time, in order of finishing. A branch that fails is counted and left out."""
 
@@ -230,12 +233,12 @@ class Writer:
                 self.dropped[str(e)] += 1
             return []
 
-        async for results in side_by_side(items, branch, num):
+        async for results in map_concurrent(items, branch, num):
             for result in results:
                 yield result
 
     async def all(
-        self, items: Iterable[Item], work: Callable[[Item], Awaitable[Iterable[Result]]], num: int = SIDE_BY_SIDE
+        self, items: Iterable[Item], work: Callable[[Item], Awaitable[Iterable[Result]]], num: int = MAX_BRANCHES
     ) -> list[Result]:
         """As `each`, in the items' order."""
 
@@ -247,25 +250,26 @@ class Writer:
 
 
 class DryRun(Writer):
-    """A writer that asks nobody: it makes answers up in the asked form and adds up what the calls would take.
+    """Cost estimate without a model: answers are made up in the asked form, and the calls' tokens are added up.
 
     Attributes:
         calls, tokens_in, tokens_out: estimates, four characters a token.
     """
 
-    def __init__(self, source: Client, pack: TemplatePack, seed: int = 0, answering: SamplingParams = ANSWERING):
-        super().__init__(CachedClient(source, Journal(Path(os.devnull), read_only=True)), pack, seed, answering)
+    def __init__(self, source: Client, templates: TemplatePack, seed: int = 0, *, answer_sampling: SamplingParams = ANSWER_SAMPLING):
+        client = CachedClient(source, Journal(Path(os.devnull), read_only=True))
+        super().__init__(client, templates, seed, answer_sampling=answer_sampling)
         self.calls: Counter[str] = Counter()
         self.tokens_in: Counter[str] = Counter()
         self.tokens_out: Counter[str] = Counter()
 
-    async def ask(self, request: Request, note: Mapping[str, Any]) -> list[Completion]:
+    async def complete(self, request: Request, note: Mapping[str, Any]) -> list[Completion]:
         await asyncio.sleep(0)
-        form = self.pack.get(note["for"])
-        if form is not None and form.parser == "list":
+        entry = self.templates.get(note["for"])
+        if entry is not None and entry.parser == "list":
             items = (f"{n}. made-up item {request.id} {n} of a list, about as long as real ones are" for n in range(1, note["num"] + 1))
             text = "\n".join(items)
-        elif form is not None and form.parser == "yes":
+        elif entry is not None and entry.parser == "yes":
             text = "Yes, it is."
         else:
             text = f"made-up answer {request.id} " + "word " * (request.sampling.max_tokens // 4)
@@ -276,6 +280,6 @@ class DryRun(Writer):
         return [Completion(text, len(text) // 4, (), "stop")] * request.sampling.n
 
 
-def told(messages: Sequence[Message]) -> str:
-    """A conversation as plain text, one paragraph a turn."""
+def format_conversation(messages: Sequence[Message]) -> str:
+    """Format a conversation as plain text, one paragraph a turn."""
     return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in messages)

@@ -1,1 +1,1 @@
-"""Programs that check an answer: numbers, mathematics, formats, instructions, JSON schemas."""
+"""Rule-based verifiers of answers: numbers, mathematics, formats, instructions, JSON schemas."""

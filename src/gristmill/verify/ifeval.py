@@ -1,10 +1,10 @@
-"""The 25 verifiable instructions of IFEval (arXiv 2311.07911): programs that decide whether an answer follows them.
+"""IFEval (arXiv 2311.07911): checkers of its 25 verifiable instructions.
 
 Ids and kwargs are those of the benchmark's file, verdicts those of its checker (google-research, instruction_following_eval) with
 its oddities: a keyword counts inside a longer word too, the `1.` of a numbered list is a sentence, and so is the last mark of a
 final `!!`. On purpose four things differ. Words in kwargs are taken literally, not as regular expressions. A senseless kwarg is an
 error; there a random one replaces it. Sentences follow the rules of Punkt, with short lists of words in place of its trained model.
-The language is guessed by `language_of`, the same on every run.
+The language is guessed by `detect_language`, the same on every run.
 """
 
 import inspect
@@ -87,8 +87,8 @@ LANGUAGES = {script for script in SCRIPTS.values() if script.islower()} | {langu
 WORD = re.compile(r"[^\s\d!-/:-@[-`{-~\u00ab\u00bb\u2000-\u206f\u0964\u0965\u060c\u061b\u061f]+")
 
 
-def follows(checks: Sequence[dict[str, Any]], answer: str, *, loose: bool = False, prompt: str = "") -> list[bool]:
-    """Whether an answer follows each instruction. An empty answer follows none.
+def check_instructions(checks: Sequence[dict[str, Any]], answer: str, *, loose: bool = False, prompt: str = "") -> list[bool]:
+    """Check each instruction against an answer. An empty answer follows none.
 
     Args:
         checks: one `{"id": .., **kwargs}` an instruction, as in the benchmark's file; a kwarg that is None counts as absent.
@@ -103,19 +103,8 @@ def follows(checks: Sequence[dict[str, Any]], answer: str, *, loose: bool = Fals
     return [any(check(a, **kwargs) for a in answers) for check, kwargs in [_parse(c, prompt) for c in checks]]
 
 
-def levels(results: Sequence[Sequence[bool]]) -> tuple[float, float]:
-    """Prompt-level and instruction-level accuracy of what `follows` gave for each prompt.
-
-    Prompt level is the share of prompts with every instruction followed, instruction level that of all instructions (section 2.2).
-    """
-    verdicts = [verdict for result in results for verdict in result]
-    if not verdicts:
-        raise InputError("There are no verdicts to average: check at least one answer first.")
-    return sum(all(result) for result in results) / len(results), sum(verdicts) / len(verdicts)
-
-
-def language_of(text: str) -> str | None:
-    """A guess at the language of a text by its script, frequent words and typical letters; None for a text without letters.
+def detect_language(text: str) -> str | None:
+    """Guess the language of a text by its script, frequent words and typical letters; None for a text without letters.
 
     Knows ar bg bn de en es fa fi fr gu he hi it ja kn ko ml mr ne pa pl pt ru sw ta te th uk ur vi zh. In these scripts
     anything else gets the code nearest to it (English for Latin letters that tell nothing), in other scripts "other".
@@ -164,7 +153,7 @@ def _instruction(name: str) -> Callable[[Check], Check]:
                 verb = "lacks" if wrong[0] in needed else "has no use for"
                 raise InputError(f"The instruction {name} {verb} {', '.join(wrong)}: give {', '.join(needed) or 'its id alone'}.")
             for key, value in given.items():
-                if want := _senseless(key, value):
+                if want := _expected_value(key, value):
                     raise InputError(f"The instruction {name} has the {key} {value!r}: give {want}.")
             if given.get("nth_paragraph", 0) > given.get("num_paragraphs", 0):
                 raise InputError(f"The instruction {name} has an nth_paragraph beyond num_paragraphs: give one of those there are.")
@@ -176,8 +165,8 @@ def _instruction(name: str) -> Callable[[Check], Check]:
     return register
 
 
-def _senseless(key: str, value: Any) -> str:
-    """What a kwarg should be, if it is not that."""
+def _expected_value(key: str, value: Any) -> str:
+    """What a kwarg should be, "" if it is that."""
     if key.endswith("relation"):
         return "" if value in RELATIONS else " or ".join(RELATIONS)
     if key == "language":
@@ -219,7 +208,7 @@ def _letter_frequency(answer: str, letter: str, let_frequency: int, let_relation
 
 @_instruction("language:response_language")
 def _response_language(answer: str, language: str) -> bool:
-    return language_of(answer) in (language, None)
+    return detect_language(answer) in (language, None)
 
 
 @_instruction("length_constraints:number_sentences")
@@ -332,12 +321,12 @@ def _capital_word_frequency(answer: str, capital_frequency: int, capital_relatio
 
 @_instruction("change_case:english_capital")
 def _english_capital(answer: str) -> bool:
-    return answer.isupper() and language_of(answer) == "en"
+    return answer.isupper() and detect_language(answer) == "en"
 
 
 @_instruction("change_case:english_lowercase")
 def _english_lowercase(answer: str) -> bool:
-    return answer.islower() and language_of(answer) == "en"
+    return answer.islower() and detect_language(answer) == "en"
 
 
 @_instruction("punctuation:no_comma")

@@ -1,4 +1,4 @@
-"""JSON in answers, and whether it fits a JSON schema. Both come from models, so neither is trusted."""
+"""JSON extraction and JSON-schema validation. Both texts come from models, so neither is trusted."""
 
 import json
 import re
@@ -7,18 +7,18 @@ from typing import Any
 FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.S)
 # Keywords by which a schema could fetch something, or take forever.
 UNSAFE = ("$ref", "$dynamicRef", "$recursiveRef", "pattern", "patternProperties", "format")
-LARGEST = 100_000  # characters of JSON that is looked at
+MAX_JSON_CHARS = 100_000  # of JSON that is looked at
 
 
-def json_in(text: str) -> Any:
-    """The first JSON object or array in an answer: in a fenced block, or between its outermost braces; None where there is none."""
+def extract_json(text: str) -> Any:
+    """Extract the first JSON object or array of an answer: in a fenced block, or between its outermost braces; None where there is none."""
     for source in (*FENCE.findall(text), text):
         starts = [place for bracket in "{[" if (place := source.find(bracket)) >= 0]
         if not starts:
             continue
         start = min(starts)
         end = source.rfind("}" if source[start] == "{" else "]")
-        if end < start or end - start > LARGEST:
+        if end < start or end - start > MAX_JSON_CHARS:
             continue
         try:
             return json.loads(source[start : end + 1])
@@ -27,7 +27,7 @@ def json_in(text: str) -> Any:
     return None
 
 
-def schema_problem(schema: Any) -> str:
+def schema_error(schema: Any) -> str:
     """Why a schema cannot be used, "" where it can."""
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
@@ -43,8 +43,8 @@ def schema_problem(schema: Any) -> str:
     return ""
 
 
-def problem_of(value: Any, schema: dict[str, Any]) -> str:
-    """The first way in which a value does not fit a schema that `schema_problem` has passed; "" where it fits."""
+def validation_error(value: Any, schema: dict[str, Any]) -> str:
+    """The first way in which a value does not fit a schema that `schema_error` has passed; "" where it fits."""
     from jsonschema import Draft202012Validator
 
     try:

@@ -1,4 +1,4 @@
-r"""Final answers of mathematics problems: finding the one in a solution, and telling whether two are the same.
+r"""Math answers: extraction from a solution, and equivalence of two.
 
 An answer is read as text and never computed: numbers are compared as exact fractions, tuples and intervals element by element,
 lists and sets in any order, and everything else (`2\sqrt{3}`, `x^2+1`, `Monday`) as text in a normal form. Units, currency and
@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Hashable
 from fractions import Fraction
 
-LONGEST = 1000  # characters of an answer; a longer one is equal only to itself, white space aside
-DEEPEST = 20  # brackets within each other that are looked into
+MAX_ANSWER_CHARS = 1000  # a longer one is equal only to itself, white space aside
+MAX_DEPTH = 20  # brackets within each other that are looked into
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
 BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$\\]+)")
@@ -75,8 +75,8 @@ NO_UNIT = re.compile(
 )
 
 
-def final_answer(text: str) -> str | None:
-    r"""The final answer of a solution, or None.
+def extract_answer(text: str) -> str | None:
+    r"""Extract the final answer of a solution, or None.
 
     The content of the last `\boxed{...}`; else what follows the last "answer is" or "answer:", to the end of the sentence; else
     what follows the last `####`; else the last number.
@@ -84,8 +84,8 @@ def final_answer(text: str) -> str | None:
     return _boxed(text) or _stated(text) or _last(HASHES.findall(text)) or _number_text(text)
 
 
-def equal(a: str, b: str) -> bool:
-    """Whether two answers are the same. Texts that cannot be read are equal when they are alike."""
+def is_equiv(a: str, b: str) -> bool:
+    """Whether two answers are mathematically the same. Texts that cannot be read are equal when they are alike."""
     return _read(a) == _read(b)
 
 
@@ -109,7 +109,7 @@ def _boxed(text: str) -> str | None:
 
 def _stated(text: str) -> str | None:
     for m in reversed(list(STATED.finditer(text))):
-        tail = text[m.end() : m.end() + LONGEST]
+        tail = text[m.end() : m.end() + MAX_ANSWER_CHARS]
         math = MATH.match(tail)
         found = math[math.lastindex or 0] if math else SENTENCE_END.split(tail, maxsplit=1)[0]
         if found := found.lstrip(" *`").rstrip(" \t.,;:*`"):
@@ -134,7 +134,7 @@ def _last(found: list[str]) -> str | None:
 def _read(text: str) -> Hashable:
     """What an answer means: equal answers have equal readings."""
     text = " ".join(text.split()).strip(" *`")
-    if len(text) > LONGEST:
+    if len(text) > MAX_ANSWER_CHARS:
         return text
     for pattern, replacement in TIDY:
         text = pattern.sub(replacement, text)
@@ -166,7 +166,7 @@ def _end(text: str, start: int) -> int:
 
 def _value(text: str, depth: int = 0) -> Hashable:
     text = text.strip()
-    if depth > DEEPEST:
+    if depth > MAX_DEPTH:
         return _plain(text)
     if m := WRAPPED.fullmatch(text):
         return _value(m[1].strip().rstrip("."), depth + 1)

@@ -1,4 +1,4 @@
-"""Verifiers: programs that decide whether an answer is right. A truth is a small JSON object with a `kind`.
+"""Rule-based verifiers: programs that decide whether an answer is right. A truth is a small JSON object with a `kind`.
 
 | kind | fields | right when |
 |---|---|---|
@@ -19,9 +19,9 @@ from fractions import Fraction
 from typing import Any
 
 from gristmill.core.errors import InputError
-from gristmill.verify.ifeval import follows
-from gristmill.verify.json_schema import json_in, problem_of, schema_problem
-from gristmill.verify.math import equal, final_answer
+from gristmill.verify.ifeval import check_instructions
+from gristmill.verify.json_schema import extract_json, schema_error, validation_error
+from gristmill.verify.math import extract_answer, is_equiv
 
 KINDS = ("number", "exact", "mention", "choice", "code", "list", "math", "instructions", "schema")
 RunCode = Callable[[str, str], bool]
@@ -48,7 +48,7 @@ EXTRAS = {"upper", "sorted", "end", "start"}
 
 
 def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) -> bool:
-    """Whether `answer` is right.
+    """Verify an answer against a truth.
 
     Args:
         truth: see the module's table.
@@ -66,7 +66,7 @@ def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) 
             raise InputError(f"The truth {truth!r} has no number as value: use kind 'exact' for text.")
         return last_number(answer) == want and (not truth.get("working") or _working_holds(answer))
     if kind == "exact":
-        return _fold(answer) == _fold(str(_field(truth, "value")))
+        return _normalize(answer) == _normalize(str(_field(truth, "value")))
     if kind == "mention":
         return _mention(answer, str(_field(truth, "value")), truth.get("not", ()))
     if kind == "choice":
@@ -75,20 +75,20 @@ def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) 
     if kind == "code":
         if run_code is None:
             raise InputError("A truth of kind 'code' needs the sandbox: run where it is available or pass --unsafe-code.")
-        return run_code(program_of(answer), _field(truth, "tests"))
+        return run_code(extract_code(answer), _field(truth, "tests"))
     if kind == "list":
         return _list(truth, answer)
     if kind == "math":
-        found = final_answer(answer)
-        return found is not None and equal(found, str(_field(truth, "value")))
+        found = extract_answer(answer)
+        return found is not None and is_equiv(found, str(_field(truth, "value")))
     if kind == "instructions":
-        return all(follows(_field(truth, "checks"), answer, loose=bool(truth.get("loose"))))
+        return all(check_instructions(_field(truth, "checks"), answer, loose=bool(truth.get("loose"))))
     if kind == "schema":
         schema = _field(truth, "schema")
-        if why := schema_problem(schema):
+        if why := schema_error(schema):
             raise InputError(f"The truth {truth!r} has a schema that cannot be used: {why}.")
-        value = json_in(answer)
-        return value is not None and not problem_of(value, schema)
+        value = extract_json(answer)
+        return value is not None and not validation_error(value, schema)
     raise InputError(f"The truth {truth!r} has an unknown kind: use one of {', '.join(KINDS)}.")
 
 
@@ -114,8 +114,8 @@ def last_number(text: str) -> Fraction | None:
     return -value if found[0].startswith("-") else value
 
 
-def program_of(answer: str) -> str:
-    """The last fenced code block of an answer, else all of it. An unclosed block runs to the end."""
+def extract_code(answer: str) -> str:
+    """Extract the program of an answer: the last fenced code block, else all of it. An unclosed block runs to the end."""
     blocks = FENCE.findall(answer)
     return blocks[-1] if blocks else answer
 
@@ -126,19 +126,19 @@ def _field(truth: dict[str, Any], name: str) -> Any:
     return truth[name]
 
 
-def _fold(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(text.lower().split())
 
 
 def _spans(text: str, value: str) -> list[tuple[int, int]]:
     """Where a folded text has a value as a word."""
-    return [m.span() for m in re.finditer(rf"(?<!\w){re.escape(_fold(value))}(?!\w)", text)]
+    return [m.span() for m in re.finditer(rf"(?<!\w){re.escape(_normalize(value))}(?!\w)", text)]
 
 
 def _mention(answer: str, value: str, wrong: list[str] | tuple[str, ...]) -> bool:
     if not value.strip():
         raise InputError("A truth of kind 'mention' has an empty value: give the word to look for.")
-    text = _fold(answer)
+    text = _normalize(answer)
     right = _spans(text, value)
     bad = [span for w in wrong if w.strip() for span in _spans(text, w)]
     return bool(right) and all(any(a <= start and end <= b for a, b in right) for start, end in bad)

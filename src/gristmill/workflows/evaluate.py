@@ -10,7 +10,7 @@ from gristmill.data.human import HumanData
 from gristmill.data.readers import read_prompts
 from gristmill.engine.engine import Engine
 from gristmill.engine.parity import divergence
-from gristmill.evaluate.runner import score
+from gristmill.evaluate.runner import evaluate_model
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.miniature.source import MiniatureSource
 from gristmill.sandbox.sandbox import Sandbox
@@ -31,7 +31,7 @@ def evaluate(
         check = lambda cases: [  # noqa: E731
             verify(truth, answer, lambda p, t: sandbox is not None and sandbox.run(p, t).passed) for truth, answer in cases
         ]
-        scores = score(prompts, run, check, max_tokens, seed)
+        scores = evaluate_model(prompts, run, check, max_tokens=max_tokens, seed=seed)
     if engine.quantize or engine.cache_dtype != engine.dtype:  # on what the model itself answers
         own = Engine(engine.model, engine.tokenizer, engine.chat_format, engine.name, engine.max_batch)
         asked = [Request(str(i), p.messages, SamplingParams(temperature=0.0, max_tokens=max_tokens), seed) for i, p in enumerate(prompts)]

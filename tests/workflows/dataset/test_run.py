@@ -20,7 +20,7 @@ from gristmill.core.config import dump, load, read
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.data.rows import Demonstration, Pair, Prompt, Response, read_rows
-from gristmill.verify.ifeval import follows
+from gristmill.verify.ifeval import check_instructions
 from gristmill.workflows.dataset.lineage import errors, lineage
 from gristmill.workflows.dataset.recipe import DatasetRecipe
 from gristmill.workflows.dataset.run import dry_run, run
@@ -84,7 +84,7 @@ def test_every_pipeline_writes(start_endpoint: Callable[..., Any], tmp_path: Pat
     assert {p.task for p in prompts} == {"open_qa", "writing", "closed_qa", "math", "python", "instructions", "two_turn", "from_file"}
     assert len({p.id for p in prompts}) == len(prompts) == results["prompts"]
     assert all([m.role for m in p.messages] == ["user", "assistant", "user"] for p in prompts if p.task == "two_turn")
-    assert all(p.truth and follows(p.truth["checks"], "x") for p in prompts if p.task == "instructions")
+    assert all(p.truth and check_instructions(p.truth["checks"], "x") for p in prompts if p.task == "instructions")
     assert {p.origin for p in prompts} == {"mock", "file"}
 
     rows = read_rows(tmp_path / "run" / "02-judging" / "responses.parquet", Response)

@@ -131,9 +131,9 @@ def check(how: Rephrase) -> list[Path]:
             raise InputError(f"{folder} holds no tokenizer.json: give another folder as `{key}` of the step rephrase.")
     count = _counter(how)
     for task in how.tasks:
-        if "{document}" not in pack[tasks.template(task)].text:
-            raise InputError(f"The template {tasks.template(task)} lacks {{document}}: it would ask the same of every document.")
-        if tasks.room(task, pack, count) < tasks.TASKS[task].min_segment:
+        if "{document}" not in pack[tasks.template_name(task)].text:
+            raise InputError(f"The template {tasks.template_name(task)} lacks {{document}}: it would ask the same of every document.")
+        if tasks.max_segment_tokens(task, pack, count) < tasks.TASKS[task].min_segment:
             raise InputError(f"The templates of the task {task} leave no room for a document: make them shorter.")
     given = [how.folder, how.tokenizer, Path(how.templates) if how.templates.endswith((".yaml", ".yml")) else None]
     given.append(how.reward.folder if how.reward is not None else None)
@@ -207,8 +207,9 @@ class _Rephrasing:
         self.salt = make_id(writers, [] if how.folder is None else [state(path)[1:3] for path in sorted(how.folder.iterdir())])
 
     async def all(self) -> Outcome:
+        from gristmill.core.concurrent import map_concurrent
         from gristmill.generation.cached import CachedClient
-        from gristmill.generation.endpoint import WORKERS_PER_SLOT, side_by_side
+        from gristmill.generation.endpoint import WORKERS_PER_SLOT
         from gristmill.synth.writer import Writer
 
         work = self._work()
@@ -225,7 +226,7 @@ class _Rephrasing:
             async def one(item: _Work) -> _Made:
                 return await self._one(writer, item)
 
-            async for text in side_by_side(work, one, WORKERS_PER_SLOT * source.concurrency):
+            async for text in map_concurrent(work, one, WORKERS_PER_SLOT * source.concurrency):
                 made.append(text)
             if len(self.failures) > MOST_FAILED * len(work):
                 raise InputError(
@@ -244,7 +245,7 @@ class _Rephrasing:
 
         wanted_N = chosen(self.table, self.how.column, self.how.values)
         wanted_N &= drawn(self.table["id"], self.how.seed, "share") < self.how.share * 2.0**64
-        rooms = {task: tasks.room(task, self.pack, self.count) for task in self.how.tasks}
+        rooms = {task: tasks.max_segment_tokens(task, self.pack, self.count) for task in self.how.tasks}
         texts, ids = self.table["text"].to_pylist(), self.table["id"].to_pylist()
         taken = set(ids)
         out = []
@@ -253,7 +254,7 @@ class _Rephrasing:
                 continue
             text = texts[document] or ""
             for task in self.how.tasks:
-                found = tasks.segments(task, text, rooms[task], self.count)
+                found = tasks.split_segments(task, text, rooms[task], count=self.count)
                 self.counts["too short or without a part that fits"] += not found
                 for number, segment in enumerate(found):
                     name = plain = f"{ids[document] or ''}#{task}-{number}"
@@ -274,11 +275,11 @@ class _Rephrasing:
         task, segment = work.task, work.segment
         parent = self.table["id"][work.document].as_py() or ""
         asked = tasks.messages(task, segment[0], self.pack)
-        template = tasks.template(task)
+        template = tasks.template_name(task)
         meta: dict[str, Any] = {"": task, "of": parent, "segment": work.number}
         sampling = replace(self.pack[template].sampling, n=1)
         try:
-            (reply,) = await writer.answers(asked, template, [parent], self.salt, sampling)
+            (reply,) = await writer.answers(asked, template, [parent], salt=self.salt, sampling=sampling)
         except RowFailed as e:
             if e.status in (0, 429) or e.status >= 500:
                 self.failures.append(str(e))
@@ -289,7 +290,9 @@ class _Rephrasing:
             if not reply.finished:
                 raise ParseError("too many tokens" if reply.text else "empty")
             draw = writer.random("pairs", reply.id)
-            whole, written = tasks.read(task, reply.text, size, sampling.max_tokens, segment, draw, self.count)
+            whole, written = tasks.parse_answer(
+                task, reply.text, size, max_tokens=sampling.max_tokens, segment=segment, draw=draw, count=self.count
+            )
         except ParseError as e:
             return _Made(work, meta, (), reply.text[:MOST_SHOWN], str(e))
         found = faithful.figures(segment[0], written, segment[1], self.count([written])[0])

@@ -1,4 +1,4 @@
-"""What all pipelines are: options that a recipe may set, and a function that writes rows with them."""
+"""Base class of prompt pipelines: options that a recipe may set, and an asynchronous generator of rows."""
 
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Sequence
@@ -12,7 +12,7 @@ from gristmill.synth.writer import Topic, Writer
 
 @dataclass(frozen=True)
 class Inputs:
-    """What pipelines start from.
+    """Seeds that pipelines start from.
 
     Attributes:
         topics: of the run, made or given.
@@ -28,7 +28,7 @@ class Inputs:
 
 
 class Pipeline(Section):
-    """Options of a pipeline. What `write` yields depends on them, the inputs, the templates and the answers alone."""
+    """Pipeline with its options. What `write` yields depends on them, the inputs, the templates and the answers alone."""
 
     @property
     def needs(self) -> str:
@@ -41,13 +41,13 @@ class Pipeline(Section):
 
 
 def prompt(task: str, written: Topic, parents: Sequence[str]) -> Prompt:
-    """A single-turn prompt from what was written for it, itself the first of its parents."""
+    """Single-turn prompt row of a written text, itself the first of its parents."""
     parents = (written.id, *parents)
     name = make_id(task, written.text, parents)
     return Prompt(name, task, (Message("user", written.text),), written.origin, parents, request=written.request)
 
 
-def demonstration(task: str, messages: Sequence[Message], origin: str, parents: Sequence[str]) -> Demonstration:
-    """A whole conversation."""
+def demonstration(task: str, messages: Sequence[Message], origin: str, *, parents: Sequence[str]) -> Demonstration:
+    """Demonstration row of a whole conversation."""
     name = make_id(task, [(m.role, m.content) for m in messages], parents)
     return Demonstration(name, task, tuple(messages), origin, tuple(parents))

@@ -1,4 +1,4 @@
-"""Prompts of the user's own tasks, asked for by the task's name: a model that was trained on examples of them knows what is meant."""
+"""Pipeline for the user's own tasks, asked for by the task's name: a model that was trained on examples of them knows what is meant."""
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -22,8 +22,8 @@ class ByTask(Pipeline):
         return "" if self.tasks else "tasks"
 
     async def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Prompt]:
-        form = writer.pack["task_prompt"]
-        sampling = replace(form.sampling, max_tokens=self.max_tokens)
+        template = writer.templates["task_prompt"]
+        sampling = replace(template.sampling, max_tokens=self.max_tokens)
 
         async def one(entry: tuple[str, int]) -> list[Prompt]:
             task, number = entry

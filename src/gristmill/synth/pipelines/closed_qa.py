@@ -1,4 +1,4 @@
-"""Closed questions: a document -> questions and tasks about it, joined with it (report, section 3.2.1)."""
+"""Closed-QA pipeline: a document -> questions and tasks about it, joined with it (report, section 3.2.1)."""
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ class ClosedQA(Pipeline):
     async def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Prompt]:
         async def about(document: Topic) -> list[Prompt]:
             found = await writer.items("closed_questions", self.questions, parents=[document.id], document=document.text)
-            joined = writer.pack["closed_prompt"]
+            joined = writer.templates["closed_prompt"]
             texts = [(q, joined.render(document=document.text, question=q.text)) for q in found]
             return [prompt("closed_qa", replace(q, text=text, request=""), [document.id]) for q, text in texts]
 

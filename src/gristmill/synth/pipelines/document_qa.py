@@ -1,4 +1,4 @@
-"""Document question answering: a document -> questions that it answers -> answers that quote it (report, section 3.2.5)."""
+"""Document-QA pipeline: a document -> questions that it answers -> answers that quote it (report, section 3.2.5)."""
 
 from collections.abc import AsyncIterator
 
@@ -26,9 +26,9 @@ class DocumentQA(Pipeline):
             async def answer(question: Topic) -> list[Demonstration]:
                 parents = [question.id, document.id]
                 reply = await writer.reply("document_answer", parents=parents, document=document.text, question=question.text)
-                asked = writer.pack["closed_prompt"].render(document=document.text, question=question.text)
+                asked = writer.templates["closed_prompt"].render(document=document.text, question=question.text)
                 talk = [Message("user", asked), Message("assistant", reply.text)]
-                return [demonstration("document_qa", talk, reply.model, [reply.id, *parents])]
+                return [demonstration("document_qa", talk, reply.model, parents=[reply.id, *parents])]
 
             return await writer.all(found, answer)
 

@@ -1,4 +1,4 @@
-"""Prompts that people wrote, from a file, such as LMSYS-Chat-1M's (report, section 3.2.2)."""
+"""Prompts of a file that people wrote, such as LMSYS-Chat-1M's (report, section 3.2.2)."""
 
 from collections.abc import AsyncIterator
 from dataclasses import replace

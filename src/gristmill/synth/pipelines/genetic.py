@@ -1,4 +1,4 @@
-"""Genetic Instruct: programming tasks evolve by mutation and crossover, and a judge of fitness keeps the good (report, section 3.2.4)."""
+"""Genetic-Instruct pipeline: programming tasks evolve by mutation and crossover under a judge of fitness (report, section 3.2.4)."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -81,5 +81,5 @@ class Genetic(Pipeline):
         if not fit:
             raise ParseError("not fit")
         talk = [Message("user", child.text), Message("assistant", solution.text)]
-        row = demonstration("genetic", talk, solution.model, [solution.id, child.id, judged.id, *ids])
+        row = demonstration("genetic", talk, solution.model, parents=[solution.id, child.id, judged.id, *ids])
         return [(Topic(child.text, child.id), row)]

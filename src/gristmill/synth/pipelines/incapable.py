@@ -1,4 +1,4 @@
-"""Tasks that an assistant without tools cannot do, with answers that say so (report, section 3.2.5)."""
+"""Incapable-task pipeline: requests that an assistant without tools cannot fulfil, with answers that say so (report, section 3.2.5)."""
 
 from collections.abc import AsyncIterator
 
@@ -33,7 +33,7 @@ class Incapable(Pipeline):
             async def answer(request: Topic) -> list[Demonstration]:
                 reply = await writer.reply("incapable_answer", parents=[request.id], request=request.text, lack=lack)
                 talk = [Message("user", request.text), Message("assistant", reply.text)]
-                return [demonstration("incapable", talk, reply.model, [reply.id, request.id])]
+                return [demonstration("incapable", talk, reply.model, parents=[reply.id, request.id])]
 
             return await writer.all(await writer.items("incapable_tasks", self.tasks, lack=lack), answer)
 

@@ -1,4 +1,4 @@
-"""Prompts with instructions that a program can check: the 25 types of IFEval (2311.07911; report, section 3.2.1)."""
+"""Instruction-following pipeline: prompts with verifiable constraints, the 25 types of IFEval (2311.07911; report, section 3.2.1)."""
 
 import random
 from collections.abc import AsyncIterator, Callable
@@ -12,7 +12,7 @@ from gristmill.synth.pipelines.base import Inputs, Pipeline
 from gristmill.synth.pipelines.two_turn import openings
 from gristmill.synth.writer import Topic, Writer
 
-Make = Callable[[random.Random, str], tuple[dict[str, Any], str]]
+MakeConstraint = Callable[[random.Random, str], tuple[dict[str, Any], str]]
 WORDS = ("river", "balance", "window", "reason", "garden", "measure", "signal", "winter", "market", "bridge", "memory", "pattern")
 ENDINGS = ("Is there anything else I can help with?", "That is all you need.", "I hope this serves you well.")
 LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "it": "Italian", "pt": "Portuguese", "ru": "Russian", "hi": "Hindi"}
@@ -114,11 +114,11 @@ def _repeat(rng: random.Random, prompt: str) -> tuple[dict[str, Any], str]:
     }, "First repeat the request above word for word, without this sentence and all after it; then answer."
 
 
-def _plain(words: str) -> Make:
+def _plain(words: str) -> MakeConstraint:
     return lambda rng, prompt: ({}, words)
 
 
-CONSTRAINTS: dict[str, Make] = {
+CONSTRAINTS: dict[str, MakeConstraint] = {
     "length_constraints:number_words": _number_words,
     "length_constraints:number_sentences": _number_sentences,
     "length_constraints:number_paragraphs": _number_paragraphs,
@@ -173,7 +173,7 @@ CLASHES = (
 )
 
 
-def draw(rng: random.Random, prompt: str, num: int) -> tuple[list[dict[str, Any]], str]:
+def draw_constraints(rng: random.Random, prompt: str, num: int) -> tuple[list[dict[str, Any]], str]:
     """Up to `num` constraints that can hold together: their checks, and the words that ask for them."""
     chosen: list[str] = []
     for name in rng.sample(list(CONSTRAINTS), len(CONSTRAINTS)):
@@ -190,7 +190,7 @@ class Instructions(Pipeline):
     """Requests with constraints, in three forms: in the request, for a whole conversation, and as a revision of an answer."""
 
     prompts: int = Field(100, gt=0, description="prompts to write")
-    most: int = Field(3, gt=0, description="most constraints a prompt")
+    max_constraints: int = Field(3, gt=0, description="most constraints a prompt")
     whole_talk: float = Field(0.2, ge=0, le=1, description="share whose constraints hold for a conversation of two user turns")
     revision: float = Field(0.2, ge=0, le=1, description="share that ask for the last answer again, under constraints")
 
@@ -199,23 +199,23 @@ class Instructions(Pipeline):
         return "topics or prompts"
 
     async def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Prompt]:
-        pack = writer.pack
+        templates = writer.templates
 
         async def constrain(first: Topic) -> list[Prompt]:
             rng = writer.random("constraints", first.id)
-            checks, words = draw(rng, first.text, rng.randint(1, self.most))
+            checks, words = draw_constraints(rng, first.text, rng.randint(1, self.max_constraints))
             form = rng.random()
             talk, parents, origin = [Message("user", first.text)], [first.id], first.origin
             if form < self.whole_talk + self.revision:
                 # a request is repeated or ended in its own answer: no form for two turns
-                checks, words = draw(rng, first.text, 1) if checks[0]["id"] == "combination:repeat_prompt" else (checks, words)
+                checks, words = draw_constraints(rng, first.text, 1) if checks[0]["id"] == "combination:repeat_prompt" else (checks, words)
                 while checks[0]["id"] == "combination:repeat_prompt":
-                    checks, words = draw(rng, first.text, 1)
+                    checks, words = draw_constraints(rng, first.text, 1)
             if form < self.whole_talk:
-                rule = pack["instruction_whole_talk"].render(constraints=words)
+                rule = templates["instruction_whole_talk"].render(constraints=words)
                 talk = [Message("user", f"{rule}\n\n{first.text}")]
             elif form >= self.whole_talk + self.revision:
-                talk = [Message("user", pack["instruction_prompt"].render(prompt=first.text, constraints=words))]
+                talk = [Message("user", templates["instruction_prompt"].render(prompt=first.text, constraints=words))]
             if form < self.whole_talk + self.revision:
                 answer = await writer.answer(talk, "answer", parents)
                 talk.append(Message("assistant", answer.text))
@@ -225,7 +225,7 @@ class Instructions(Pipeline):
                     talk.append(Message("user", following[0].text))
                     parents.append(following[0].id)
                 else:
-                    talk.append(Message("user", pack["instruction_revision"].render(constraints=words)))
+                    talk.append(Message("user", templates["instruction_revision"].render(constraints=words)))
             truth = {"kind": "instructions", "checks": checks}
             name = make_id("instructions", [(m.role, m.content) for m in talk], parents)
             return [Prompt(name, "instructions", tuple(talk), origin, (*parents, first.root or first.id), truth=truth)]

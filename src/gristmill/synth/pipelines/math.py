@@ -1,4 +1,4 @@
-"""Mathematics: school levels -> topics -> subtopics and classified entities -> problems (report, section 3.2.1)."""
+"""Math pipeline: school levels -> topics -> subtopics and classified entities -> problems (report, section 3.2.1)."""
 
 from collections.abc import AsyncIterator
 from typing import Literal
@@ -7,7 +7,7 @@ from pydantic import Field
 
 from gristmill.data.rows import Prompt
 from gristmill.synth.pipelines.base import Inputs, Pipeline, prompt
-from gristmill.synth.pipelines.topics import different, own_topics
+from gristmill.synth.pipelines.topics import deduplicate, own_topics
 from gristmill.synth.writer import Topic, Writer
 
 LEVELS = ("elementary school", "middle school", "high school", "university")
@@ -42,5 +42,5 @@ class Math(Pipeline):
         topics = [*own_topics(self.own), *broad, *await writer.all(inputs.entities, classify)]
         if self.subtopics:
             topics += await writer.all(broad, lambda t: writer.items("math_subtopics", self.subtopics, parents=[t.id], topic=t.text))
-        async for row in writer.each(((topic, form) for topic in different(writer, topics) for form in self.forms), problems):
+        async for row in writer.each(((topic, form) for topic in deduplicate(writer, topics) for form in self.forms), problems):
             yield row

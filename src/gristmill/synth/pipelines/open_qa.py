@@ -1,4 +1,4 @@
-"""Open questions: topic -> questions -> revisions, since the first questions are too short (report, section 3.2.1)."""
+"""Open-QA pipeline: topic -> questions -> revisions, since the first questions are too short (report, section 3.2.1)."""
 
 from collections.abc import AsyncIterator
 

@@ -1,4 +1,4 @@
-"""Python: topics -> subtopics and classified entities -> problems at three levels (report, section 3.2.1)."""
+"""Python pipeline: topics -> subtopics and classified entities -> problems at three levels (report, section 3.2.1)."""
 
 from collections.abc import AsyncIterator
 from typing import Literal
@@ -7,7 +7,7 @@ from pydantic import Field
 
 from gristmill.data.rows import Prompt
 from gristmill.synth.pipelines.base import Inputs, Pipeline, prompt
-from gristmill.synth.pipelines.topics import different, own_topics
+from gristmill.synth.pipelines.topics import deduplicate, own_topics
 from gristmill.synth.writer import Topic, Writer
 
 
@@ -38,5 +38,5 @@ class Python(Pipeline):
         topics = [*own_topics(self.own), *broad, *await writer.all(inputs.entities, classify)]
         if self.subtopics:
             topics += await writer.all(broad, lambda t: writer.items("python_subtopics", self.subtopics, parents=[t.id], topic=t.text))
-        async for row in writer.each(((topic, level) for topic in different(writer, topics) for level in self.levels), problems):
+        async for row in writer.each(((topic, level) for topic in deduplicate(writer, topics) for level in self.levels), problems):
             yield row

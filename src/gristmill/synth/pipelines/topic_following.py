@@ -1,4 +1,4 @@
-"""Staying on the topic: an assistant with rules, a conversation, and users who lead away from it (CantTalkAboutThis, 2404.03820)."""
+"""Topic-following pipeline: an assistant with rules, and users who lead away from them (CantTalkAboutThis, 2404.03820)."""
 
 from collections.abc import AsyncIterator
 
@@ -6,7 +6,7 @@ from pydantic import Field
 
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration
-from gristmill.synth.dialogues import without_politeness
+from gristmill.synth.dialogues import strip_politeness
 from gristmill.synth.pipelines.base import Inputs, Pipeline, demonstration
 from gristmill.synth.writer import Topic, Writer
 
@@ -27,7 +27,7 @@ class TopicFollowing(Pipeline):
                 if turn:
                     reply = await writer.next_turn("next_turn", talk[1:], parents)
                     parents.append(reply.id)
-                    request = without_politeness(reply.text)
+                    request = strip_politeness(reply.text)
                 talk.append(Message("user", request))
                 answer = await writer.answer(talk, "answer", parents)
                 talk.append(Message("assistant", answer.text))
@@ -35,7 +35,7 @@ class TopicFollowing(Pipeline):
             away = await writer.next_turn("distractor", talk[1:], parents, rules=rules.text)
             back = await writer.reply("return_to_topic", parents=[*parents, away.id], message=away.text, rules=rules.text)
             talk += [Message("user", away.text), Message("assistant", back.text)]
-            return [demonstration("topic_following", talk, back.model, [*parents, away.id, back.id])]
+            return [demonstration("topic_following", talk, back.model, parents=[*parents, away.id, back.id])]
 
         topics = writer.random("topic_following").sample(list(inputs.topics), min(self.dialogues, len(inputs.topics)))
         async for row in writer.each(topics, dialogue):

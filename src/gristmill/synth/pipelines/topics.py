@@ -1,4 +1,4 @@
-"""Macro topics, subtopics of each, and the user's own topics (report, section 3.2.1)."""
+"""Topic generation: macro topics, subtopics of each, and the user's own topics (report, section 3.2.1)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from gristmill.synth.writer import Topic, Writer
 
 
 class Topics(Section):
-    """The topics of a run."""
+    """Recipe section of a run's topics."""
 
     macro: int = Field(10, ge=0, description="broad topics that the model names")
     subtopics: int = Field(10, ge=0, description="topics within each broad one")
@@ -30,7 +30,7 @@ class Topics(Section):
         """
         own = list(self.own)
         if self.file is not None:
-            own += lines(self.file, "topic")
+            own += read_lines(self.file, "topic")
         return unique(own)
 
     async def collect(self, writer: Writer) -> list[Topic]:
@@ -42,7 +42,7 @@ class Topics(Section):
         within: list[Topic] = []
         if self.subtopics:
             within = await writer.all(broad, lambda topic: writer.items("subtopics", self.subtopics, parents=[topic.id], topic=topic.text))
-        return different(writer, [*own_topics(self.given()), *(broad if self.combine else ()), *within])
+        return deduplicate(writer, [*own_topics(self.given()), *(broad if self.combine else ()), *within])
 
 
 def own_topics(texts: Sequence[str]) -> list[Topic]:
@@ -50,15 +50,15 @@ def own_topics(texts: Sequence[str]) -> list[Topic]:
     return [Topic(text, make_id("topic", text)) for text in texts]
 
 
-def different(writer: Writer, topics: Sequence[Topic]) -> list[Topic]:
-    """The first of those that are alike but for case, spaces and punctuation; the writer takes note of them."""
+def deduplicate(writer: Writer, topics: Sequence[Topic]) -> list[Topic]:
+    """Deduplicate topics up to case, spaces and punctuation; the writer takes note of those that stay."""
     by_text = {topic.text: topic for topic in reversed(topics)}
     found = [by_text[text] for text in unique(topic.text for topic in topics)]
     writer.topics |= {topic.id: topic for topic in found}
     return found
 
 
-def lines(path: Path, what: str) -> list[str]:
+def read_lines(path: Path, what: str) -> list[str]:
     """The lines of a text file that are not blank.
 
     Raises:

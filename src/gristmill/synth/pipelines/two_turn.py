@@ -1,4 +1,4 @@
-"""Two-turn prompts, user - assistant - user, for preference data (report, section 3.2.1)."""
+"""Two-turn pipeline: prompts of user - assistant - user, for preference data (report, section 3.2.1)."""
 
 from collections.abc import AsyncIterator
 
@@ -6,7 +6,7 @@ from pydantic import Field
 
 from gristmill.data.chat import Message
 from gristmill.data.rows import Prompt, make_id
-from gristmill.synth.dialogues import without_politeness
+from gristmill.synth.dialogues import strip_politeness
 from gristmill.synth.pipelines.base import Inputs, Pipeline
 from gristmill.synth.writer import Topic, Writer
 
@@ -26,7 +26,7 @@ class TwoTurn(Pipeline):
             answer = await writer.answer(talk, "answer", [first.id])
             talk.append(Message("assistant", answer.text))
             request = await writer.next_turn("next_turn", talk, [answer.id, first.id])
-            talk.append(Message("user", without_politeness(request.text)))
+            talk.append(Message("user", strip_politeness(request.text)))
             name = make_id("two_turn", request.id, first.id)
             parents = (request.id, answer.id, first.id, first.root or first.id)
             return [Prompt(name, "two_turn", tuple(talk), request.model, parents, request=request.request)]

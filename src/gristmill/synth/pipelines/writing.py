@@ -1,4 +1,4 @@
-"""Writing tasks: topic x kind of text -> tasks -> revisions (report, section 3.2.1)."""
+"""Writing-task pipeline: topic x kind of text -> tasks -> revisions (report, section 3.2.1)."""
 
 from collections.abc import AsyncIterator
 

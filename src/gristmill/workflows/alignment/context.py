@@ -175,7 +175,7 @@ class AlignmentContext:
         """Completions of every request; those that an earlier start finished are read from the journal."""
 
         async def ask(client: CachedClient) -> None:
-            await asyncio.gather(*(client.ask(request) for request in requests))
+            await asyncio.gather(*(client.complete(request) for request in requests))
 
         with Journal(journal) as done:
             asyncio.run(ask(self.cached(self.engine_client(engine), done)))

@@ -22,7 +22,7 @@ from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Pair, Prompt, Rated, Response, make_id
 from gristmill.engine.engine import Engine
 from gristmill.evaluate import reward_bench
-from gristmill.evaluate.runner import MODES, score
+from gristmill.evaluate.runner import MODES, evaluate_model
 from gristmill.generation.cached import Client
 from gristmill.judge.judges import Judges, LocalRater
 from gristmill.judge.pairwise import TEMPLATE, Comparison, Verdict, compare
@@ -368,12 +368,12 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
     def trained(folder: Path) -> dict[str, Any]:
         facts = work(folder)
         engine = context.engine(name, folder / MODEL)
-        scores = score(
+        scores = evaluate_model(
             context.evaluation,
             lambda requests: context.generate(engine, requests, folder / "evaluation.jsonl"),
             context.verifier.verify,
-            context.recipe.answers.max_tokens,
-            context.recipe.seed,
+            max_tokens=context.recipe.answers.max_tokens,
+            seed=context.recipe.seed,
         )
         artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
         return {**facts, **scores}

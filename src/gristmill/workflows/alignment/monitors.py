@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gristmill.data.chat import Message
-from gristmill.evaluate import diversity as collapse
+from gristmill.evaluate import diversity
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.workflows.alignment.context import AlignmentContext
 
@@ -29,13 +29,16 @@ def measure(context: AlignmentContext, state: "State", name: str, number: int) -
         human = [r.messages for r in state.ratings if (r.labels[1] or 0) >= 3][-len(prompts) :]
         human = human or [d.messages for d in state.demonstrations]
         random.Random(context.recipe.seed).shuffle(human)
-        now = collapse.measure(
-            [t[-1].content for t in talks], context.tokenizer.encode, context.recipe.collapse.tokens, [m[-1].content for m in human]
+        now = diversity.measure(
+            [t[-1].content for t in talks],
+            context.tokenizer.encode,
+            context.recipe.collapse.tokens,
+            reference=[m[-1].content for m in human],
         )
         now["human_nll"] = _nll(engine.loglikelihood(human))
         now["base_nll"] = _nll(base.loglikelihood([t for t in talks if context.holds(t)]))
         first = state.collapse[0]["values"] if state.collapse else now
-        return {"values": {k: round(v, 4) for k, v in now.items()}, "alarms": collapse.alarms(now, first)}
+        return {"values": {k: round(v, 4) for k, v in now.items()}, "alarms": diversity.alarms(now, first)}
 
     done = context.run.stage(f"r{number}-monitors" if number else "monitors", [state.chain, context.recipe.collapse.model_dump()], work)
     state.collapse.append({"round": number, "model": name, "values": done.summary["values"], "alarms": done.summary["alarms"]})

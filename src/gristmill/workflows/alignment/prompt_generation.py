@@ -15,7 +15,7 @@ from gristmill.generation.mixture import opened, shown
 from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
 from gristmill.synth.pipelines.base import Inputs
-from gristmill.synth.registry import Pipelines, Written, write
+from gristmill.synth.registry import PipelineOutput, Pipelines, run_pipelines
 from gristmill.synth.writer import Writer
 from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
@@ -52,7 +52,7 @@ def write_prompts(
 
     async def go(journal: Journal) -> tuple[Writer, list[Demonstration], dict[str, int]]:
         async with opened(client):
-            writer = Writer(context.cached(client, journal), context.templates, seed, answering)
+            writer = Writer(context.cached(client, journal), context.templates, seed, answer_sampling=answering)
             async with shown(writer.client, context.progress.tick):
                 whole, topics = await _write(context, writer, seen, refused, kept)
         return writer, whole, topics
@@ -81,13 +81,13 @@ async def _write(
         whole conversations, and how many different topics each task's prompts grew from.
     """
     settings, inputs = context.recipe, Inputs(tasks=context.source.tasks)
-    first = await write(writer, settings.topics, settings.pipelines.model_copy(update={"two_turn": None}), inputs)
+    first = await run_pipelines(writer, settings.topics, settings.pipelines.model_copy(update={"two_turn": None}), inputs=inputs)
     _keep(context, first.prompts, seen, refused, kept)
     openings = [p for p in kept if len(p.messages) == 1 and p.task not in context.source.code_tasks]
-    second = Written()
+    second = PipelineOutput()
     if openings and settings.pipelines.two_turn is not None:
         last = Pipelines(two_turn=settings.pipelines.two_turn)
-        second = await write(writer, settings.topics, last, replace(inputs, prompts=openings))
+        second = await run_pipelines(writer, settings.topics, last, inputs=replace(inputs, prompts=openings))
         _keep(context, second.prompts, seen, refused, kept)
     roots: dict[str, set[str]] = {}
     for p in first.prompts:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import check, conversation
+from gristmill.data.chat import check_turns, conversation
 from gristmill.data.rows import Prompt, make_id, read_records
-from gristmill.generation.endpoint import SURROGATE
+from gristmill.generation.openai_format import SURROGATE
 from gristmill.synth.pipelines.base import Inputs
-from gristmill.synth.pipelines.topics import lines
+from gristmill.synth.pipelines.topics import read_lines
 from gristmill.synth.writer import Topic
 from gristmill.verify.verify import verify
 from gristmill.workflows.dataset.recipe import DatasetRecipe
@@ -24,7 +24,7 @@ def read(recipe: DatasetRecipe) -> Inputs:
     room = recipe.context // 2 * CHARACTERS_A_TOKEN
     documents = _documents(recipe.documents, room) if recipe.documents else []
     prompts = _prompts(recipe.prompts) if recipe.prompts else []
-    entities = [Topic(text, make_id("entity", text)) for text in lines(recipe.entities, "word")] if recipe.entities else []
+    entities = [Topic(text, make_id("entity", text)) for text in read_lines(recipe.entities, "word")] if recipe.entities else []
     topics = bool(recipe.topics.given() or recipe.topics.macro or recipe.topics.broad)
     have = {"topics": topics, "documents": bool(documents), "prompts": bool(prompts), "entities": bool(entities)}
     recipe.pipelines.check([name for name, there in have.items() if there])
@@ -64,7 +64,7 @@ def _prompts(path: Path) -> list[Prompt]:
         try:
             turns = record["messages"] if record.get("messages") else [{"role": "user", "content": record["prompt"]}]
             talk = conversation(turns)
-            check(talk)
+            check_turns(talk)
             if not talk[-1].content.strip() or any(SURROGATE.search(m.content) for m in talk):
                 raise InputError("the text is empty or cannot be encoded.")
             truth = record.get("truth")

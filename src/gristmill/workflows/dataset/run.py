@@ -34,7 +34,7 @@ from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir, Stage
 from gristmill.synth.pipelines.base import Inputs
-from gristmill.synth.registry import Written, first, write
+from gristmill.synth.registry import PipelineOutput, run_pipelines, take
 from gristmill.synth.templates import TemplatePack
 from gristmill.synth.writer import DryRun, Writer
 from gristmill.workflows.dataset import inputs
@@ -55,7 +55,7 @@ def dry_run(recipe: DatasetRecipe) -> dict[str, Any]:
     templates, given, source = _check(recipe, asks=False)
 
     async def go() -> DryRun:
-        writer = DryRun(source, templates, recipe.seed, recipe.turn.sampling()[0])
+        writer = DryRun(source, templates, recipe.seed, answer_sampling=recipe.turn.sampling()[0])
         made, _ = await _write(recipe, writer, given, None)
         rows = await answer_prompts(writer, made.prompts, recipe.answers.sampling()) if recipe.answers else []
         if recipe.judging.llm:
@@ -126,13 +126,13 @@ def _judge_model(recipe: DatasetRecipe) -> str:
     return first_one.model or (first_one.folder.name if first_one.folder else "")
 
 
-async def _write(recipe: DatasetRecipe, writer: Writer, given: Inputs, limit: int | None) -> tuple[Written, list[Refused]]:
+async def _write(recipe: DatasetRecipe, writer: Writer, given: Inputs, limit: int | None) -> tuple[PipelineOutput, list[Refused]]:
     """The pipelines' rows, then dialogues grown from the prompts; and the prompts that were too much alike."""
-    written = await write(writer, recipe.topics, recipe.pipelines, given, limit)
+    written = await run_pipelines(writer, recipe.topics, recipe.pipelines, inputs=given, limit=limit)
     written.prompts, refused = distinct(written.prompts, recipe.near_duplicates)
     if recipe.dialogues is not None:
         chosen = recipe.dialogues.chosen(writer, written.prompts)
-        async for row in first(recipe.dialogues.write(writer, chosen), limit):
+        async for row in take(recipe.dialogues.write(writer, chosen), limit):
             written.num["dialogues"] += 1
             written.demonstrations.append(row)
     written.demonstrations.sort(key=lambda d: (d.task, d.id))
@@ -213,7 +213,7 @@ class _Run:
 
     def _writer(self, journal: Journal) -> Writer:
         client = CachedClient(self.source, journal, retry_failed=self.retry_failed)
-        return Writer(client, self.templates, self.recipe.seed, self.recipe.turn.sampling()[0])
+        return Writer(client, self.templates, self.recipe.seed, answer_sampling=self.recipe.turn.sampling()[0])
 
     async def _prompts(self, folder: Path) -> dict[str, Any]:
         with Journal(folder / artifacts.CALLS.file) as journal:

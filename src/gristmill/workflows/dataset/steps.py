@@ -70,7 +70,7 @@ async def answer_prompts(
         prompt, index, sampling = entry
         name = request_id(prompt, sampling) if request_id else ""
         salt = f"response {prompt.id} {index}"
-        replies = await writer.answers(prompt.messages, "answer", [prompt.id], salt, sampling, name=name, strip=strip)
+        replies = await writer.answers(prompt.messages, "answer", [prompt.id], salt=salt, sampling=sampling, name=name, strip=strip)
         return [
             Response(
                 f"{reply.id}#{number}",
