@@ -32,7 +32,7 @@ class SamplingParams:
         stop_tokens: ids of tokens that end the response, and are no part of its text, as its end of turn does.
         logit_bias: (token, what is added to its logit).
         top_logprobs: likeliest tokens that are told beside each drawn one.
-        grammar: what a response keeps to, made by `constraints`; "" is nothing.
+        grammar: what a response keeps to, made by `engine.grammar`; "" is nothing.
 
     Raises:
         InputError: a value out of its range.

@@ -102,7 +102,9 @@ class AlignmentContext:
             responses = self.recipe.responses
             dtype = torch.float32 if responses.precision == "fp32" else torch.bfloat16
             quantize: Quantize = "int8" if responses.precision == "int8" else ""
-            self._engines[key] = Engine(model, self.tokenizer, self.format, name, responses.max_batch, dtype, quantize=quantize)
+            self._engines[key] = Engine(
+                model, self.tokenizer, self.format, name=name, max_batch=responses.max_batch, dtype=dtype, quantize=quantize
+            )
         return self._engines[key]
 
     def scorer(self, folder: Path) -> RewardScorer:
