@@ -18,7 +18,7 @@ from gristmill.engine.core import Core
 from gristmill.engine.kernels import library as kernels
 from gristmill.engine.layers import Decoder
 from gristmill.engine.sequence import RequestState
-from gristmill.generation.api import Request, SamplingParams
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.model.quantized import LARGEST
 from gristmill.model.transformer import Transformer
@@ -102,6 +102,43 @@ def test_preempted_sequences_give_the_same_answers(model: Transformer, alone: di
     core = core_of(model, max_batch=8, blocks=blocks)
     assert finish(core, states_of(12)) == alone
     assert core.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("blocks", [6, 9])
+def test_preemption_shows_in_no_stream_and_no_completion(model: Transformer, blocks: int) -> None:
+    roomy, tight = core_of(model), core_of(model, blocks=blocks)
+    for core in (roomy, tight):
+        core.stop_V[:] = False  # long answers, so that blocks run out
+    expected, found = streams(roomy), streams(tight)
+    assert tight.scheduler.num_preemptions > 0 == roomy.scheduler.num_preemptions and found.keys() == expected.keys() and len(found) == 9
+    for key, (events, completion) in found.items():
+        other_events, other = expected[key]
+        assert [(token, last) for token, _, last, _ in events] == [(token, last) for token, _, last, _ in other_events]
+        assert (completion.text, completion.tokens, completion.finish) == (other.text, other.tokens, other.finish)
+        assert completion.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        # the whole answer is what was streamed, to the last digit
+        assert tuple(token for token, _, _, _ in events) == completion.tokens
+        assert tuple(logprob for _, logprob, _, _ in events) == completion.logprobs
+        assert tuple(top for _, _, _, top in events) == completion.top_logprobs
+        assert [last for _, _, last, _ in events] == [False] * (completion.num_tokens - 1) + [True]
+
+
+def streams(core: Core) -> dict[tuple[str, int], tuple[list[tuple[int, float, bool, object]], Completion]]:
+    """Events that each sample's listener hears, and its completion."""
+    heard: dict[tuple[str, int], list[tuple[int, float, bool, object]]] = {}
+    states = []
+    for i in range(6):
+        sampling = SamplingParams(temperature=float(i % 3 > 0), max_tokens=70 + i, n=1 + i % 2, top_logprobs=2)
+        state = RequestState(Request(f"r{i}", (), sampling, seed=i), np.arange(3 * i, 5 * i + 9, dtype=np.int32), 70 + i, i)
+        state.listener = lambda sample, *event, name=state.request.id: heard.setdefault((name, sample), []).append(event)  # type: ignore[misc]
+        states.append(state)
+    finish(core, states)
+    return {
+        (state.request.id, sample): (heard[state.request.id, sample], completion)
+        for state in states
+        for sample, completion in enumerate(state.completions)
+        if completion is not None
+    }
 
 
 def test_common_prefixes_are_prefilled_once(model: Transformer) -> None:
