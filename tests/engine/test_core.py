@@ -71,10 +71,10 @@ def finish(core: Core, states: list[RequestState]) -> dict[str, list[tuple[str, 
         and core.block_manager.num_used_blocks == 0
         and sorted(core.batch_state.free_slots) == list(range(core.batch_state.num_slots))
     )
-    return told(core.take_finished())
+    return answers_of(core.take_finished())
 
 
-def told(states: list[RequestState]) -> dict[str, list[tuple[str, int, str]]]:
+def answers_of(states: list[RequestState]) -> dict[str, list[tuple[str, int, str]]]:
     return {j.request.id: [(c.text, c.num_tokens, c.finish) for c in j.completions if c is not None] for j in states}
 
 
@@ -207,7 +207,7 @@ def test_cancelling_frees_everything_and_disturbs_nobody(seed: int) -> None:
                 core.cancel(state)
                 gone.add(state.request.id)
     assert core.block_manager.num_used_blocks == 0 and sorted(core.batch_state.free_slots) == list(range(core.batch_state.num_slots))
-    assert told(core.take_finished()) == {name: said for name, said in wanted.items() if name not in gone}
+    assert answers_of(core.take_finished()) == {name: said for name, said in wanted.items() if name not in gone}
 
 
 MODEL = model_of(blocks=(BlockConfig(4, 2, 8, 64),) * 2)

@@ -146,12 +146,12 @@ def test_which_worker_has_which_request_does_not_depend_on_their_speed() -> None
 def test_equal_prompts_are_prefilled_once(model: Transformer, tokenizer: Tokenizer) -> None:
     hot, cold = SamplingParams(temperature=1.0, max_tokens=8, n=2), SamplingParams(temperature=0.0, max_tokens=8)
     first, other = request(1, hot, num_words=9), request(2, hot, num_words=5)
-    twin = Request("twin", first.messages, cold)
+    greedy = Request("greedy", first.messages, cold)
     engine = make_engine(model, tokenizer)
-    together = run(engine, [first, other, twin])
+    together = run(engine, [first, other, greedy])
     prompts = [len(FORMAT.render_prompt(r.messages, tokenizer)) for r in (first, other)]
     assert engine.stats.prompt_tokens == sum(prompts)
-    for one in (first, other, twin):
+    for one in (first, other, greedy):
         assert same(together[one.id], run(make_engine(model, tokenizer), [one])[one.id])
 
 
@@ -164,8 +164,8 @@ def test_samples_are_distinct_and_reproducible(model: Transformer, tokenizer: To
     other = Request(base.id, base.messages, base.sampling, seed=base.seed + 1)
     assert [c.text for c in run(engine, [other])[base.id]] != [c.text for c in first]
     # Another id with the same words and seed is another draw.
-    twin = Request("twin", base.messages, base.sampling, seed=base.seed)
-    assert [c.text for c in run(engine, [twin])["twin"]] != [c.text for c in first]
+    other_id = Request("other", base.messages, base.sampling, seed=base.seed)
+    assert [c.text for c in run(engine, [other_id])["other"]] != [c.text for c in first]
 
 
 def different_layers(tokenizer: Tokenizer) -> Transformer:

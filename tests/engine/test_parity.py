@@ -77,13 +77,13 @@ def test_an_async_engine_takes_over_new_weights(tiny_base: Path) -> None:
 def test_quantization_is_near(tiny_base: Path, quantize: Quantize, bound: float, cache: torch.dtype | None) -> None:
     engine = engine_of(tiny_base, quantize=quantize, cache_dtype=cache)
     before = answers(engine_of(tiny_base))
-    talks = [(*r.messages, Message("assistant", outs[0].text or "x")) for r, outs in before]
-    found = divergence(engine, talks)
+    conversations = [(*r.messages, Message("assistant", outs[0].text or "x")) for r, outs in before]
+    found = divergence(engine, conversations)
     assert 0 <= found["kl"] < bound + (0.05 if cache else 0) and found["agreement"] > 0.8 and found["tokens"] > 20
-    told = answers(engine)
+    found_answers = answers(engine)
     released = engine_of(tiny_base, quantize=quantize, cache_dtype=cache, own=True)
-    assert [outs for _, outs in told] == [outs for _, outs in answers(released)]
-    for request, outs in told:
+    assert [outs for _, outs in found_answers] == [outs for _, outs in answers(released)]
+    for request, outs in found_answers:
         scored = released.prompt_logprobs([*(prompt := engine.prepare(request).prompt_ids), *outs[0].tokens], 0)[0][len(prompt) - 1 :]
         assert torch.allclose(torch.tensor(scored), torch.tensor(outs[0].logprobs), atol=0.05), "texts are scored as they are generated"
 

@@ -24,7 +24,7 @@ def divergence(engine: Engine, conversations: Sequence[Sequence[Message]]) -> di
         tokens: how many.
     """
     model = engine.model
-    rendered = [engine.chat_format.render(talk, engine.tokenizer) for talk in conversations]
+    rendered = [engine.chat_format.render(conversation, engine.tokenizer) for conversation in conversations]
     total, kl_max, same, count = 0.0, 0.0, 0, 0
     at = 0
     while at < len(rendered):

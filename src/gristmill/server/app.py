@@ -56,8 +56,8 @@ RateFn = Callable[[list[Conversation]], list[dict[str, float]]]
 class _HttpError(Exception):
     """HTTP error: a request that gets this status and these words."""
 
-    def __init__(self, status: int, words: str):
-        super().__init__(words)
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
         self.status = status
 
 
@@ -203,10 +203,10 @@ class Server:
         except Exception as e:
             return await self._error_reply(http, 500, f"the engine failed ({type(e).__name__})")
 
-    async def _error_reply(self, http: web.Request, status: int, words: str) -> web.StreamResponse:
+    async def _error_reply(self, http: web.Request, status: int, message: str) -> web.StreamResponse:
         """Error response of its own, or the last event of a stream that has begun."""
         reply = http.get(STREAM)
-        answer = _error(status, words)
+        answer = _error(status, message)
         if reply is None:
             return answer
         with contextlib.suppress(ConnectionError):
@@ -234,18 +234,20 @@ class Server:
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         body = await parse_body(http, ChatCompletionRequest)
-        talk = parse_messages(body.messages)
+        conversation = parse_messages(body.messages)
         if self.rate is not None and body.model == self.reward_name:
-            return await self._reward_chat(body, talk)
+            return await self._reward_chat(body, conversation)
         self._check_model(body.model, self.engine.name)
         if body.top_logprobs and not body.logprobs:
             raise InputError("top_logprobs needs logprobs: true")
-        if talk[-1].role != "user":
+        if conversation[-1].role != "user":
             raise InputError("the last message must be the user's")
         body.max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        prompt = await self._encoded(sum(len(m.content) for m in talk), self.engine.chat_format.render_prompt, talk, self.engine.tokenizer)
+        prompt = await self._encode(
+            sum(len(m.content) for m in conversation), self.engine.chat_format.render_prompt, conversation, self.engine.tokenizer
+        )
         sampling = body.to_sampling_params(256, self.context, (body.top_logprobs or 0) if body.logprobs else 0)
-        request = self._request("chatcmpl", body, talk, sampling=sampling, content=body.messages)
+        request = self._request("chatcmpl", body, conversation, sampling=sampling, content=body.messages)
         builder = ChatResponseBuilder(self.engine, bool(body.logprobs))
         return await self._respond(http, body, [(request, prompt)], builder=builder)
 
@@ -280,10 +282,10 @@ class Server:
         rating = await self._rating(parse_messages(body.messages))
         return web.json_response({"object": "reward", "model": self.reward_name, "rewards": rating})
 
-    async def _reward_chat(self, body: ChatCompletionRequest, talk: Conversation) -> web.StreamResponse:
+    async def _reward_chat(self, body: ChatCompletionRequest, conversation: Conversation) -> web.StreamResponse:
         if body.stream or (body.n or 1) > 1:
             raise InputError("a reward model gives one rating, whole: leave stream and n out")
-        rating = {name: value for name, value in (await self._rating(talk)).items() if name != "score"}
+        rating = {name: value for name, value in (await self._rating(conversation)).items() if name != "score"}
         text = ",".join(f"{name}:{value}" for name, value in rating.items())
         entries: list[dict[str, Any]] = [
             {"token": name, "logprob": value, "bytes": None, "top_logprobs": []} for name, value in rating.items()
@@ -301,13 +303,15 @@ class Server:
             also = f", and the reward model {self.reward_name!r}" if self.rate else ""
             raise _HttpError(404, f"the model {name or ''!r} does not exist here; this server has {self.engine.name!r}{also}")
 
-    def _request(self, kind: str, body: CompletionRequestBase, talk: Conversation, *, sampling: SamplingParams, content: Any) -> Request:
+    def _request(
+        self, kind: str, body: CompletionRequestBase, conversation: Conversation, *, sampling: SamplingParams, content: Any
+    ) -> Request:
         self._number += 1
         # the engine samples by id and seed: where a seed is given, equal requests shall have equal answers
         name = f"{kind}-{self._number}" if body.seed is None else f"{kind}-{make_id(content, body.seed)}"
-        return Request(name, talk, sampling, body.seed or 0)
+        return Request(name, conversation, sampling, body.seed or 0)
 
-    async def _encoded(self, characters: int, encode: Callable[..., list[int]], *args: Any) -> list[int]:
+    async def _encode(self, characters: int, encode: Callable[..., list[int]], *args: Any) -> list[int]:
         if characters > MAX_TOKEN_CHARS * self.context:
             raise InputError(f"the text has {characters:,} characters and the model's context is {self.context} tokens: shorten it")
         return encode(*args) if characters < MAX_INLINE_WORK else await asyncio.to_thread(encode, *args)
@@ -315,7 +319,7 @@ class Server:
     async def _tokenize(self, prompt: str | list[int]) -> list[int]:
         ids = prompt
         if isinstance(ids, str):
-            ids = await self._encoded(len(ids), self.engine.tokenizer.encode, ids)
+            ids = await self._encode(len(ids), self.engine.tokenizer.encode, ids)
         if not ids:
             raise InputError("a prompt is empty")
         if wrong := [token for token in ids if not 0 <= token < self.engine.model.config.vocab_size]:
@@ -325,11 +329,11 @@ class Server:
     async def _score(self, ids: list[int], top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
         return await asyncio.get_running_loop().run_in_executor(self._executor, self.engine.prompt_logprobs, ids, top)
 
-    async def _rating(self, talk: Conversation) -> dict[str, float]:
-        if talk[-1].role != "assistant":
+    async def _rating(self, conversation: Conversation) -> dict[str, float]:
+        if conversation[-1].role != "assistant":
             raise InputError("the last message must be the assistant's, which is rated")
         future: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
-        self._rating_queue.append((talk, future))
+        self._rating_queue.append((conversation, future))
         if self._rating_task is None or self._rating_task.done():  # of its own: whoever waits may go
             self._rating_task = asyncio.ensure_future(self._drain_ratings())
         return await future
@@ -343,7 +347,9 @@ class Server:
     async def _rate_batch(self, batch: list[tuple[Conversation, asyncio.Future[dict[str, float]]]]) -> None:
         assert self.rate is not None
         try:
-            ratings = await asyncio.get_running_loop().run_in_executor(self._executor, self.rate, [talk for talk, _ in batch])
+            ratings = await asyncio.get_running_loop().run_in_executor(
+                self._executor, self.rate, [conversation for conversation, _ in batch]
+            )
         except Exception as e:
             if len(batch) > 1:  # one of them broke it: each by itself
                 for one in batch:
@@ -445,7 +451,7 @@ class Server:
             await one.ended  # raises what went wrong
 
 
-def _error(status: int, words: str) -> web.Response:
+def _error(status: int, message: str) -> web.Response:
     headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return web.json_response({"error": {"message": words, "type": kind, "code": status}}, status=status, headers=headers)
+    return web.json_response({"error": {"message": message, "type": kind, "code": status}}, status=status, headers=headers)

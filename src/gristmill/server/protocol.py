@@ -123,11 +123,11 @@ def parse_messages(messages: list[Any]) -> Conversation:
     """Chat messages as a conversation."""
     messages = [_normalize(message) for message in messages]
     try:
-        talk = conversation(messages)
+        parsed = conversation(messages)
     except TypeError as e:
         raise InputError("messages must be objects with `role` and `content`") from e
-    check(talk)
-    return talk
+    check(parsed)
+    return parsed
 
 
 def _normalize(message: Any) -> Any:

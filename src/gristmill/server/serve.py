@@ -72,6 +72,7 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
 
 
 def _keys(variable: str, file: Path | None) -> list[str]:
+    """API keys of an environment variable and a file."""
     keys = os.environ.get(variable, "").split() if variable else []
     if file is not None:
         try:
@@ -84,9 +85,10 @@ def _keys(variable: str, file: Path | None) -> list[str]:
 
 
 def _rate_fn(folder: Path, chat_format: str) -> Any:
+    """Rating function of a reward model."""
     scorer = load_scorer(folder, chat_format)
 
-    def rate(talks: list[Any]) -> list[dict[str, float]]:
-        return [asdict(rating) | {"score": scorer.total(rating)} for rating in scorer.score(talks)]
+    def rate(conversations: list[Any]) -> list[dict[str, float]]:
+        return [asdict(rating) | {"score": scorer.total(rating)} for rating in scorer.score(conversations)]
 
     return rate
