@@ -86,20 +86,20 @@ def run_gristmill(folder: Path, precision: str, rows: list[Row], warm: list[Row]
     dtype, quantize, cache = OURS[precision]
     model, tokenizer = load_model(folder)
     types = {"dtype": getattr(torch, dtype), "cache_dtype": getattr(torch, cache), "quantize": quantize, "own": True}
-    engine = Engine(model.requires_grad_(False), tokenizer, FORMATS["nemotron"], "bench", IN_FLIGHT, **types)
+    engine = Engine(model.requires_grad_(False), tokenizer, FORMATS["nemotron"], name="bench", max_batch=IN_FLIGHT, **types)
     engine.stop_V = np.zeros(model.config.vocab_size, np.bool_)  # nobody stops early
     core = engine.core()
 
     def go(rows: list[Row], tag: str) -> int:
         before = core.output_tokens
         for i, (prompt, most, samples) in enumerate(rows):
-            core.add(engine.job_of(Request(f"{tag}{i}", (), SamplingParams(max_tokens=most, n=samples)), prompt))
+            core.add(engine.prepare(Request(f"{tag}{i}", (), SamplingParams(max_tokens=most, n=samples)), prompt))
         while not core.idle:
             core.step()
-        assert all(len(c.logprobs) == c.num_tokens for job in core.take_finished() for c in job.completions if c is not None)
+        assert all(len(c.logprobs) == c.num_tokens for state in core.take_finished() for c in state.completions if c is not None)
         return core.output_tokens - before
 
-    return timed(go, rows, warm) | {"attention": core.runner.attention.name, "prompt_tokens_computed": core.prompt_tokens}
+    return timed(go, rows, warm) | {"attention": core.model_runner.attention.name, "prompt_tokens_computed": core.prompt_tokens}
 
 
 def run_transformers(folder: Path, precision: str, rows: list[Row], warm: list[Row]) -> dict[str, Any]:

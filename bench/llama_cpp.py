@@ -140,14 +140,14 @@ def own_answers(engine: Engine, prompts: list[list[int]], most: int) -> list[Com
     engine.stop_V[engine.tokenizer.eos_id] = True  # a GGUF file knows no end of turn
     core = engine.core()
     for i, prompt in enumerate(prompts):
-        core.add(engine.job_of(Request(str(i), (), SamplingParams(temperature=0, max_tokens=most, top_logprobs=2)), prompt))
+        core.add(engine.prepare(Request(str(i), (), SamplingParams(temperature=0, max_tokens=most, top_logprobs=2)), prompt))
     answers: dict[int, Completion] = {}
     while not core.idle:
         core.step()
-        for job in core.take_finished():
-            (answer,) = job.completions
+        for state in core.take_finished():
+            (answer,) = state.completions
             assert answer is not None
-            answers[int(job.request.id)] = answer
+            answers[int(state.request.id)] = answer
     return [answers[i] for i in range(len(prompts))]
 
 

@@ -4,7 +4,7 @@
     PYTHONPATH=src python bench/serve.py fuzz MODEL --requests 10000
 
 `load` starts `gristmill serve MODEL` and lets so many clients stream answers, one after another; a fifth of the streams are broken off
-at a random moment. Then nothing may be left: no page of the cache in use, no sample open; every stream that was not broken off must be
+at a random moment. Then nothing may be left: no block of the cache in use, no sample open; every stream that was not broken off must be
 whole and equal to the answer of a quiet server (each asks with a seed of its own); SIGTERM in the middle of streams lets them end. Memory
 is told for both halves of the time. `fuzz` sends bodies that are wrong in every way; each must get a 4xx with a reason or an answer,
 never a 5xx, and the server must answer as before afterwards. Each prints one line of JSON and exits 1 if something is not so.

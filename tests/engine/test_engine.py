@@ -10,7 +10,7 @@ import torch
 from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS, Message
 from gristmill.data.tokenizer import Tokenizer
-from gristmill.engine.engine import Engine, _Shares
+from gristmill.engine.engine import Engine, _RoundRobin
 from gristmill.engine.kernels import library as kernels
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.model.config import BlockConfig, ModelConfig
@@ -60,7 +60,7 @@ RANDOM = SamplingParams(temperature=1.0, max_tokens=15)
 
 
 def make_engine(model: Transformer, tokenizer: Tokenizer, max_batch: int = 8) -> Engine:
-    return Engine(model, tokenizer, FORMAT, "test", max_batch=max_batch)
+    return Engine(model, tokenizer, FORMAT, name="test", max_batch=max_batch)
 
 
 def same(left: list[Completion], right: list[Completion]) -> bool:
@@ -95,7 +95,7 @@ def test_greedy_equals_transformers(family: str, tokenizer: Tokenizer, tmp_path:
         expected[one.id] = (text, len(ids), "stop" if stopped else "length")
     assert len({e[0] for e in expected.values()}) > 1
     neighbours = [request(100 + i, RANDOM) for i in range(9)]
-    # alone, in company, where others are sent back for want of pages, and by the other way of attending
+    # alone, in company, where others are preempted for want of blocks, and by the other attention backend
     for max_batch, extra, cache, compiled in [
         (1, [], None, True),
         (3, neighbours, None, True),
@@ -105,8 +105,8 @@ def test_greedy_equals_transformers(family: str, tokenizer: Tokenizer, tmp_path:
     ]:
         if not compiled:
             monkeypatch.setattr(kernels, "load", lambda: None)
-        engine = Engine(model, tokenizer, FORMAT, "test", max_batch, cache_tokens=cache)
-        assert engine.core().runner.attention.name == ("compiled" if kernels.load() else "torch")
+        engine = Engine(model, tokenizer, FORMAT, name="test", max_batch=max_batch, cache_tokens=cache)
+        assert engine.core().model_runner.attention.name == ("compiled" if kernels.load() else "torch")
         got = run(engine, [*extra, *requests, *requests])
         assert {k: (got[k][0].text, got[k][0].num_tokens, got[k][0].finish) for k in expected} == expected
 
@@ -138,20 +138,20 @@ def test_workers_generate_what_one_does(model: Transformer, tokenizer: Tokenizer
 
 
 def test_which_worker_has_which_request_does_not_depend_on_their_speed() -> None:
-    shares = _Shares((request(i, GREEDY) for i in range(7)), 3)
-    last, first, middle = (list(shares.of(number)) for number in (2, 0, 1))
+    dealt = _RoundRobin((request(i, GREEDY) for i in range(7)), 3)
+    last, first, middle = (list(dealt.of_worker(number)) for number in (2, 0, 1))
     assert [[r.id for r in share] for share in (first, middle, last)] == [["r0", "r3", "r6"], ["r1", "r4"], ["r2", "r5"]]
 
 
-def test_equal_prompts_are_read_once(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_equal_prompts_are_prefilled_once(model: Transformer, tokenizer: Tokenizer) -> None:
     hot, cold = SamplingParams(temperature=1.0, max_tokens=8, n=2), SamplingParams(temperature=0.0, max_tokens=8)
     first, other = request(1, hot, num_words=9), request(2, hot, num_words=5)
-    twin = Request("twin", first.messages, cold)
+    greedy = Request("greedy", first.messages, cold)
     engine = make_engine(model, tokenizer)
-    together = run(engine, [first, other, twin])
+    together = run(engine, [first, other, greedy])
     prompts = [len(FORMAT.render_prompt(r.messages, tokenizer)) for r in (first, other)]
     assert engine.stats.prompt_tokens == sum(prompts)
-    for one in (first, other, twin):
+    for one in (first, other, greedy):
         assert same(together[one.id], run(make_engine(model, tokenizer), [one])[one.id])
 
 
@@ -164,8 +164,8 @@ def test_samples_are_distinct_and_reproducible(model: Transformer, tokenizer: To
     other = Request(base.id, base.messages, base.sampling, seed=base.seed + 1)
     assert [c.text for c in run(engine, [other])[base.id]] != [c.text for c in first]
     # Another id with the same words and seed is another draw.
-    twin = Request("twin", base.messages, base.sampling, seed=base.seed)
-    assert [c.text for c in run(engine, [twin])["twin"]] != [c.text for c in first]
+    other_id = Request("other", base.messages, base.sampling, seed=base.seed)
+    assert [c.text for c in run(engine, [other_id])["other"]] != [c.text for c in first]
 
 
 def different_layers(tokenizer: Tokenizer) -> Transformer:
@@ -361,7 +361,7 @@ def test_too_long_conversation_is_refused(model: Transformer, tokenizer: Tokeniz
 
 
 def test_bf16_copy_leaves_the_model_alone(model: Transformer, tokenizer: Tokenizer) -> None:
-    engine = Engine(model, tokenizer, FORMAT, "half", max_batch=4, dtype=torch.bfloat16)
+    engine = Engine(model, tokenizer, FORMAT, name="half", max_batch=4, dtype=torch.bfloat16)
     got = run(engine, [request(i, RANDOM) for i in range(5)])
     assert len(got) == 5 and model.embedding.dtype == torch.float32 and model.compute_dtype == torch.float32
     exact = make_engine(model, tokenizer).text_loglikelihood(["the river of wheat"])[0][0]

@@ -1,4 +1,4 @@
-"""Responses keep to their grammars, whatever the model would rather say."""
+"""Guided decoding: responses keep to their grammars, whatever the model would rather say."""
 
 import json
 import re
@@ -8,8 +8,8 @@ import pytest
 
 from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS, Message
-from gristmill.engine import grammar as constraints
 from gristmill.engine.engine import Engine
+from gristmill.engine.grammar import choice_grammar, json_schema_grammar, regex_grammar
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.model.hf import load_model
 
@@ -23,7 +23,7 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def engine(tiny_base: Path) -> Engine:
-    return Engine(*load_model(tiny_base), FORMATS["nemotron"], "tiny", 8, cache_tokens=1024)
+    return Engine(*load_model(tiny_base), FORMATS["nemotron"], name="tiny", max_batch=8, cache_tokens=1024)
 
 
 def say(engine: Engine, grammar: str, **sampling: object) -> list[Completion]:
@@ -34,35 +34,35 @@ def say(engine: Engine, grammar: str, **sampling: object) -> list[Completion]:
 
 
 def test_json_by_its_schema(engine: Engine) -> None:
-    for out in say(engine, constraints.of_json_schema(SCHEMA)):
+    for out in say(engine, json_schema_grammar(SCHEMA)):
         if out.finish == "stop":
             found = json.loads(out.text)
             assert set(found) == {"name", "count"} and found["name"] in ("egg", "nut") and 0 <= found["count"] <= 99
-    assert any(out.finish == "stop" for out in say(engine, constraints.of_json_schema(SCHEMA)))
+    assert any(out.finish == "stop" for out in say(engine, json_schema_grammar(SCHEMA)))
 
 
 def test_a_regular_expression_and_a_choice(engine: Engine) -> None:
-    for out in say(engine, constraints.of_regex(r"[a-c]{3}-\d{2}")):
+    for out in say(engine, regex_grammar(r"[a-c]{3}-\d{2}")):
         assert re.fullmatch(r"[a-c]{3}-\d{2}", out.text) and out.finish == "stop"
     for temperature in (0.0, 2.0):
-        assert {out.text for out in say(engine, constraints.of_choice(["yes", 'no "x"']), temperature=temperature)} <= {"yes", 'no "x"'}
+        assert {out.text for out in say(engine, choice_grammar(["yes", 'no "x"']), temperature=temperature)} <= {"yes", 'no "x"'}
 
 
 def test_neighbours_say_what_they_want(engine: Engine) -> None:
     free = Request("free", (Message("user", "Name a land."),), SamplingParams(max_tokens=20, n=3))
-    bound = Request("bound", free.messages, SamplingParams(max_tokens=20, grammar=constraints.of_choice(["yes"])))
+    bound = Request("bound", free.messages, SamplingParams(max_tokens=20, grammar=choice_grammar(["yes"])))
     alone = dict((r.id, outs) for r, outs in engine.generate([free]))
     together = dict((r.id, outs) for r, outs in engine.generate([bound, free, bound]))
     assert [o.text for o in together["free"]] == [o.text for o in alone["free"]] and together["bound"][0].text == "yes"
 
 
-NONSENSE = constraints.of_json_schema({"type": "nonsense"})
+NONSENSE = json_schema_grammar({"type": "nonsense"})
 
 
 @pytest.mark.parametrize(
     ("grammar", "words"),
     [
-        (constraints.of_regex("(("), "cannot be used"),
+        (regex_grammar("(("), "cannot be used"),
         (NONSENSE, "nonsense"),
         ("x" * 200_000, "at most"),
     ],
@@ -75,4 +75,4 @@ def test_what_is_no_grammar_is_refused_before_work(engine: Engine, grammar: str,
 def test_a_choice_needs_texts() -> None:
     for choices in ([], [""]):
         with pytest.raises(InputError, match="texts to choose from"):
-            constraints.of_choice(choices)
+            choice_grammar(choices)

@@ -1,4 +1,4 @@
-"""What stands between the products, by kernels and by torch."""
+"""Fused kernels and quantized linear layers beside torch."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from gristmill.engine.kernels import library as kernels
 from gristmill.engine.layers import Norm
-from gristmill.engine.linear import PRODUCTS, Int8, Rows
-from gristmill.engine.sampler import Needs, choose
+from gristmill.engine.linear import LINEARS, Int8Activations, Int8Linear
+from gristmill.engine.sampler import SamplingMetadata, sample
 from gristmill.model.transformer import LayerNorm1P, Linear, RMSNorm
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
@@ -52,11 +52,11 @@ def test_int8_products(size: tuple[int, int, int], outputs: int) -> None:
     for parameter in linear.parameters():
         parameter.data.normal_()
     x_TD = torch.randn(rows, width)
-    product = Int8(linear, torch.float32)
-    plain = Int8(linear, torch.float32)
+    product = Int8Linear(linear, torch.float32)
+    plain = Int8Linear(linear, torch.float32)
     plain.library = None
-    quantized = Rows.of(x_TD)
-    assert torch.allclose(product.rows(quantized), plain.rows(quantized), atol=1e-4, rtol=1e-4)
+    quantized = Int8Activations.quantize(x_TD)
+    assert torch.allclose(product.matmul(quantized), plain.matmul(quantized), atol=1e-4, rtol=1e-4)
     exact = linear(x_TD)
     assert (product(x_TD) - exact).norm() <= 0.05 * exact.norm() + 0.1
     squared, squared_2 = product.squared_relu(quantized), plain.squared_relu(quantized)
@@ -66,13 +66,16 @@ def test_int8_products(size: tuple[int, int, int], outputs: int) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10**6), vocabulary=st.sampled_from([1, 3, 256, 257, 1000]), temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0]))
-def test_the_draw(seed: int, vocabulary: int, temperature: float) -> None:
+def test_sampling(seed: int, vocabulary: int, temperature: float) -> None:
     torch.manual_seed(seed)
     logits, u = torch.randn(9, vocabulary) * 3, torch.rand(9)
-    rest = (torch.full((9,), temperature), torch.ones(9), torch.zeros(9, dtype=torch.int64), torch.zeros(9))
-    needs = Needs(greedy=temperature == 0, random=temperature > 0, top_k=0, top_p=False)
-    tokens, logprobs = choose(logits, u, *rest, needs)
-    plain_tokens, plain_logprobs = choose(logits, u, *rest, needs, logits)  # given what to draw from, torch draws
+    temperatures = torch.full((9,), temperature)
+    rest = {"top_p_B": torch.ones(9), "top_k_B": torch.zeros(9, dtype=torch.int64), "min_p_B": torch.zeros(9)}
+    metadata = SamplingMetadata(any_greedy=temperature == 0, any_random=temperature > 0, max_top_k=0, any_top_p=False)
+    tokens, logprobs = sample(logits, u, temperatures, **rest, metadata=metadata)
+    plain_tokens, plain_logprobs = sample(
+        logits, u, temperatures, **rest, metadata=metadata, processed_BV=logits
+    )  # given processed logits, torch samples
     same = tokens == plain_tokens
     assert torch.allclose(logprobs, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0], atol=1e-5)
     assert torch.allclose(logprobs[same], plain_logprobs[same], atol=1e-5)
@@ -93,4 +96,4 @@ def test_quantized_products_of_any_shape(width: int, rows: int, kind: str, dtype
         parameter.data.normal_()
     x_TD = torch.randn(rows, width).to(dtype)
     exact = linear(x_TD.float())
-    assert (PRODUCTS[kind](linear, dtype)(x_TD).float() - exact).norm() <= (0.06 if kind == "fp8" else 0.03) * exact.norm() + 0.05
+    assert (LINEARS[kind](linear, dtype)(x_TD).float() - exact).norm() <= (0.06 if kind == "fp8" else 0.03) * exact.norm() + 0.05

@@ -1,4 +1,4 @@
-"""Sampler and trainer agree, before and after a step of training, and int8 is near."""
+"""Parity of sampler and trainer, before and after a step of training, and of quantized layers and cache."""
 
 from pathlib import Path
 from queue import SimpleQueue
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from gristmill.data.chat import FORMATS, Message
-from gristmill.engine.async_engine import Event, Live
+from gristmill.engine.async_engine import AsyncEngine, TokenEvent
 from gristmill.engine.engine import Engine
-from gristmill.engine.parity import divergence, mismatch
+from gristmill.engine.parity import divergence, logprob_parity
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.model.hf import load_model
 from gristmill.model.quantized import Quantize
@@ -20,7 +20,7 @@ REQUESTS = [Request(f"r{i}", (Message("user", f"Name a land. {i}"),), SamplingPa
 
 def engine_of(tiny_base: Path, **options: object) -> Engine:
     model, tokenizer = load_model(tiny_base)
-    return Engine(model, tokenizer, FORMATS["nemotron"], "tiny", 8, cache_tokens=2048, **options)  # type: ignore[arg-type]
+    return Engine(model, tokenizer, FORMATS["nemotron"], name="tiny", max_batch=8, cache_tokens=2048, **options)  # type: ignore[arg-type]
 
 
 def change(model: Transformer) -> None:
@@ -38,38 +38,38 @@ def answers(engine: Engine) -> list[tuple[Request, list[Completion]]]:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
 def test_sampler_and_trainer_agree_also_after_training(tiny_base: Path, dtype: torch.dtype, bound: float) -> None:
     model, tokenizer = load_model(tiny_base)
-    engine = Engine(model, tokenizer, FORMATS["nemotron"], "tiny", 8, dtype, cache_tokens=2048)
+    engine = Engine(model, tokenizer, FORMATS["nemotron"], name="tiny", max_batch=8, dtype=dtype, cache_tokens=2048)
     before = answers(engine)
     model.compute_dtype = dtype
-    found = mismatch(engine, model, before)
+    found = logprob_parity(engine, model, before)
     assert found["tokens"] == sum(out.num_tokens for _, outs in before for out in outs) > 50
-    assert found["largest"] < bound
+    assert found["max"] < bound
     change(model)
-    assert mismatch(engine, model, before)["largest"] > 10 * bound or dtype == torch.bfloat16
+    assert logprob_parity(engine, model, before)["max"] > 10 * bound or dtype == torch.bfloat16
     engine.refresh()
-    assert mismatch(engine, model, answers(engine))["largest"] < bound
+    assert logprob_parity(engine, model, answers(engine))["max"] < bound
 
 
-def test_a_live_engine_takes_over_new_weights(tiny_base: Path) -> None:
+def test_an_async_engine_takes_over_new_weights(tiny_base: Path) -> None:
     engine = engine_of(tiny_base)
-    ended: SimpleQueue[Event] = SimpleQueue()
-    live = Live(engine, lambda events: [ended.put(event) for event in events if event.sample < 0])
-    live.start()
+    ended: SimpleQueue[TokenEvent] = SimpleQueue()
+    async_engine = AsyncEngine(engine, lambda events: [ended.put(event) for event in events if event.sample < 0])
+    async_engine.start()
 
     def ask() -> list[Completion]:
-        job = engine.job(REQUESTS[0])
-        live.submit(job)
-        assert ended.get(timeout=20).job is job
-        return [c for c in job.completions if c is not None]
+        state = engine.prepare(REQUESTS[0])
+        async_engine.submit(state)
+        assert ended.get(timeout=20).state is state
+        return [c for c in state.completions if c is not None]
 
     try:
         first, again = ask(), ask()
         assert [c.text for c in first] == [c.text for c in again]
         change(engine.model)
-        live.refresh()
-        assert mismatch(engine, engine.model, [(REQUESTS[0], ask())])["largest"] < 1e-4, "no page of the old weights is read"
+        async_engine.refresh()
+        assert logprob_parity(engine, engine.model, [(REQUESTS[0], ask())])["max"] < 1e-4, "no block of the old weights is read"
     finally:
-        assert live.stop()
+        assert async_engine.stop()
 
 
 @pytest.mark.parametrize("cache", [None, torch.int8, torch.float8_e4m3fn])
@@ -77,14 +77,14 @@ def test_a_live_engine_takes_over_new_weights(tiny_base: Path) -> None:
 def test_quantization_is_near(tiny_base: Path, quantize: Quantize, bound: float, cache: torch.dtype | None) -> None:
     engine = engine_of(tiny_base, quantize=quantize, cache_dtype=cache)
     before = answers(engine_of(tiny_base))
-    talks = [(*r.messages, Message("assistant", outs[0].text or "x")) for r, outs in before]
-    found = divergence(engine, talks)
+    conversations = [(*r.messages, Message("assistant", outs[0].text or "x")) for r, outs in before]
+    found = divergence(engine, conversations)
     assert 0 <= found["kl"] < bound + (0.05 if cache else 0) and found["agreement"] > 0.8 and found["tokens"] > 20
-    told = answers(engine)
+    found_answers = answers(engine)
     released = engine_of(tiny_base, quantize=quantize, cache_dtype=cache, own=True)
-    assert [outs for _, outs in told] == [outs for _, outs in answers(released)]
-    for request, outs in told:
-        scored = released.prompt_logprobs([*(prompt := engine.job(request).prompt), *outs[0].tokens], 0)[0][len(prompt) - 1 :]
+    assert [outs for _, outs in found_answers] == [outs for _, outs in answers(released)]
+    for request, outs in found_answers:
+        scored = released.prompt_logprobs([*(prompt := engine.prepare(request).prompt_ids), *outs[0].tokens], 0)[0][len(prompt) - 1 :]
         assert torch.allclose(torch.tensor(scored), torch.tensor(outs[0].logprobs), atol=0.05), "texts are scored as they are generated"
 
 
@@ -92,5 +92,5 @@ def test_a_quantized_engine_takes_over_new_weights(tiny_base: Path) -> None:
     engine = engine_of(tiny_base, quantize="int8")
     change(engine.model)
     engine.refresh()
-    new = Engine(engine.model, engine.tokenizer, engine.chat_format, "x", 8, cache_tokens=2048, quantize="int8")
+    new = Engine(engine.model, engine.tokenizer, engine.chat_format, name="x", max_batch=8, cache_tokens=2048, quantize="int8")
     assert [outs for _, outs in answers(engine)] == [outs for _, outs in answers(new)]

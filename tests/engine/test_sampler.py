@@ -1,7 +1,9 @@
+"""Sampler: the distribution by definition, and random numbers of the request."""
+
 import pytest
 import torch
 
-from gristmill.engine.sampler import Needs, choose, sample_key, uniforms
+from gristmill.engine.sampler import SamplingMetadata, sample, sample_key, uniforms
 
 DRAWS = 20_000
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 1.0, -30.0, 0.2])
@@ -12,8 +14,13 @@ def draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     keys = torch.full((DRAWS,), sample_key(1, "a", 0))
     rows = (torch.full((DRAWS,), temperature), torch.full((DRAWS,), top_p), torch.full((DRAWS,), top_k), torch.full((DRAWS,), min_p))
-    u = uniforms(keys, torch.arange(DRAWS))
-    return choose(logits_V.expand(DRAWS, -1), u, *rows, Needs.of(*(row.numpy() for row in rows)))
+    return sample_rows(logits_V.expand(DRAWS, -1), uniforms(keys, torch.arange(DRAWS)), rows)
+
+
+def sample_rows(logits_BV: torch.Tensor, u_B: torch.Tensor, rows: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    temperature_B, top_p_B, top_k_B, min_p_B = rows
+    metadata = SamplingMetadata.of(temperature_B.numpy(), top_p_B.numpy(), top_k_B.numpy(), min_p_B=min_p_B.numpy())
+    return sample(logits_BV, u_B, temperature_B, top_p_B=top_p_B, top_k_B=top_k_B, min_p_B=min_p_B, metadata=metadata)
 
 
 def allowed(logits_V: torch.Tensor, temperature: float, top_p: float, top_k: int) -> torch.Tensor:
@@ -70,10 +77,10 @@ def test_rows_keep_their_own_settings() -> None:
     logits = LOGITS.expand(3, -1)
     rows = (torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1e-6]), torch.tensor([0, 1, 0]), torch.zeros(3))
     for u in (0.0, 0.5, 1 - 2**-23):
-        tokens, _ = choose(logits, torch.full((3,), u), *rows, Needs.of(*(row.numpy() for row in rows)))
+        tokens, _ = sample_rows(logits, torch.full((3,), u), rows)
         assert tokens.tolist() == [0, 0, 0]
     rows = (torch.tensor([0.0, 1.0, 1.0]), torch.ones(3), torch.tensor([0, 0, 2]), torch.zeros(3))
-    tokens, _ = choose(logits, torch.full((3,), 1 - 2**-23), *rows, Needs.of(*(row.numpy() for row in rows)))
+    tokens, _ = sample_rows(logits, torch.full((3,), 1 - 2**-23), rows)
     # The last token is the last of non-zero probability; with top_k = 2 (a tie keeps both) it is index 5.
     assert tokens.tolist() == [0, 7, 5]
 

@@ -44,7 +44,10 @@ def test_a_saved_model_answers_as_one_quantized_when_it_is_loaded(tiny_base: Pat
         assert torch.equal(tensor, exact) != name.endswith("_proj.weight") and torch.allclose(tensor, exact, atol=0.05)
     requests = [Request(str(i), (Message("user", f"Name a land. {i}"),), SamplingParams(max_tokens=12), seed=i) for i in range(3)]
     said = [
-        dict((r.id, outs[0].text) for r, outs in Engine(one, tokenizer, FORMATS["nemotron"], "x", 8, quantize=kind).generate(requests))
+        dict(
+            (r.id, outs[0].text)
+            for r, outs in Engine(one, tokenizer, FORMATS["nemotron"], name="x", max_batch=8, quantize=kind).generate(requests)
+        )
         for one in (model, again)
     ]
     assert said[0] == said[1]

@@ -51,7 +51,7 @@ def ask(text: str, **sampling: Any) -> Request:
 def test_greedy_answers_are_the_engines(served: tuple[Path, str]) -> None:
     folder, url = served
     model, tokenizer = load_model(folder)
-    engine = Engine(model, tokenizer, find_format("auto", tokenizer), "tiny", 8)
+    engine = Engine(model, tokenizer, find_format("auto", tokenizer), name="tiny", max_batch=8)
     words = ("Name a land.", "Name a thing to count.", "Name a kind of input for a function.", "Write a word sum about eggs.")
     requests = [ask(f"{text}{' Really.' * n}", temperature=0.0, max_tokens=24) for text in words for n in range(3)]
     own = {request.id: outs[0] for request, outs in engine.generate(requests)}
@@ -367,14 +367,14 @@ BIAS = {str(token): -100 for token in range(8)}  # so that no answer ends early
 
 
 def test_a_request_that_the_cache_cannot_hold_is_refused(tiny_base: Path) -> None:
-    engine = Engine(*load_model(tiny_base), FORMATS["nemotron"], "tiny", 4, cache_tokens=64)
+    engine = Engine(*load_model(tiny_base), FORMATS["nemotron"], name="tiny", max_batch=4, cache_tokens=64)
     with pytest.raises(InputError, match="the cache holds 64"):
         list(engine.generate([ask("Name a land.", max_tokens=200)]))
 
 
 async def served_here(tiny_base: Path, limits: Limits, rate: Any, work: Any) -> Any:
     """A server in this process, for what only happens when it is slow or broken."""
-    engine = Engine(*load_model(tiny_base), FORMATS["nemotron"], "Tiny", 4, cache_tokens=2048)
+    engine = Engine(*load_model(tiny_base), FORMATS["nemotron"], name="Tiny", max_batch=4, cache_tokens=2048)
     server = Server(engine, limits, rate)
     runner = web.AppRunner(server.app(), handler_cancellation=True)
     await runner.setup()
@@ -405,7 +405,7 @@ def test_a_stream_that_takes_too_long_ends_with_the_reason(tiny_base: Path) -> N
         async with session.post("/v1/chat/completions", json={"model": "nope", "messages": SAID}) as reply:
             assert reply.status == 404 and "has 'Tiny'" in (await reply.json())["error"]["message"]
 
-    asyncio.run(served_here(tiny_base, Limits(seconds=0.4), None, work))
+    asyncio.run(served_here(tiny_base, Limits(timeout=0.4), None, work))
 
 
 def test_who_leaves_takes_no_other_s_rating_along(tiny_base: Path) -> None:

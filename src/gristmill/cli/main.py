@@ -243,7 +243,7 @@ def generate(
         raise InputError("Give either a prompt or --prompts FILE.")
     asked = [(Message("user", prompt),)] if prompt is not None else [p.messages for p in read_prompts(prompts or Path(), "file")]
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
-    rows = answer_rows(load_engine(model, EngineArgs(chat_format=format)), asked, sampling, seed)
+    rows = answer_rows(load_engine(model, EngineArgs(chat_format=format)), asked, sampling, seed=seed)
     if out:
         typer.echo(f"{write_jsonl(out, rows)} prompts answered: {out}", err=as_json)
         return
@@ -286,7 +286,7 @@ def eval(
     from gristmill.model.hf import saved_as
     from gristmill.workflows.evaluate import evaluate
 
-    running = EngineArgs(dtype, quantize, cache, chat_format=format)
+    running = EngineArgs(dtype=dtype, quantize=quantize, cache=cache, chat_format=format)
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
         scores = evaluate(load_engine(model, running, own=False), prompts, max_tokens, seed, unsafe_code, progress)
     scores.pop("outcomes")
@@ -346,7 +346,7 @@ def chat(
             talk = []
             continue
         talk.append(Message("user", line))
-        row = next(answer_rows(engine, [talk], sampling, seed))
+        row = next(answer_rows(engine, [talk], sampling, seed=seed))
         answer = row["responses"][0]["text"]
         talk.append(Message("assistant", answer))
         typer.echo(f"{engine.name}> {answer}")
@@ -393,11 +393,23 @@ def serve(
 ) -> None:
     """Serve a model by the OpenAI protocol: chat and text completions, streamed too; ratings; /health and /metrics."""
     from gristmill.engine.load import EngineArgs
-    from gristmill.server.serve import Serving
+    from gristmill.server.serve import ServerArgs
     from gristmill.server.serve import serve as serve_model
 
-    how = Serving(host, port, name, reward, api_key_env, api_key_file, most_open, timeout)
-    serve_model(model, how, EngineArgs(dtype, quantize, cache, max_batch, cache_tokens, chat_format))
+    args = ServerArgs(
+        host=host,
+        port=port,
+        name=name,
+        reward=reward,
+        api_key_env=api_key_env,
+        api_key_file=api_key_file,
+        max_open_samples=most_open,
+        timeout=timeout,
+    )
+    engine_args = EngineArgs(
+        dtype=dtype, quantize=quantize, cache=cache, max_batch=max_batch, cache_tokens=cache_tokens, chat_format=chat_format
+    )
+    serve_model(model, args, engine_args)
 
 
 @command("gristmill synth recipe.yaml --dry-run")

@@ -1,1 +1,1 @@
-"""In-process inference: requests in, responses with token counts and log-probabilities out."""
+"""Inference engine: continuous batching over a paged KV cache, in this process."""

@@ -1,4 +1,4 @@
-"""An engine that is always at work: requests join and leave while others are on their way."""
+"""Asynchronous engine: worker threads that step their cores for ever, while requests join and leave."""
 
 import logging
 import queue
@@ -11,38 +11,42 @@ import torch
 from gristmill.core.errors import InputError
 from gristmill.engine.core import Core
 from gristmill.engine.engine import Engine
-from gristmill.engine.sequence import Job
+from gristmill.engine.sequence import RequestState
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """A token of a response that somebody listens to, or (sample -1) the end of a request, with its error if it failed."""
+class TokenEvent:
+    """Stream event: a token of a request with a listener, or (sample -1) the end of any request, with its error if it failed.
 
-    job: Job
+    Attributes:
+        last: the sample's last token.
+    """
+
+    state: RequestState
     sample: int
     token: int = 0
     logprob: float = 0.0
     last: bool = False
-    likeliest: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()
     error: Exception | None = None
 
 
-class Live:
-    """Threads that work for whoever submits.
+class AsyncEngine:
+    """Engine threads that serve whoever submits.
 
     Args:
         engine: the model; its `generate` may be used meanwhile.
         deliver: hears, from the threads, what a step brought. Without listeners, that is the ends of requests alone.
     """
 
-    def __init__(self, engine: Engine, deliver: Callable[[list[Event]], object]) -> None:
+    def __init__(self, engine: Engine, deliver: Callable[[list[TokenEvent]], object]) -> None:
         self.engine = engine
-        count = min(engine.num_workers, engine.max_batch)
+        num_workers = min(engine.num_workers, engine.max_batch)
         self._torch_threads = torch.get_num_threads()
         self._refreshing = threading.Lock()
-        self.workers = [_Worker(engine, count, deliver) for _ in range(count)]
+        self.workers = [_Worker(engine, num_workers, deliver) for _ in range(num_workers)]
 
     def start(self) -> None:
         if len(self.workers) > 1:  # one thread inside torch for each of ours
@@ -63,19 +67,24 @@ class Live:
     def healthy(self) -> bool:
         return all(worker.thread.is_alive() for worker in self.workers)
 
-    def submit(self, job: Job) -> None:
+    @property
+    def num_open(self) -> int:
+        """Samples that are submitted and not done."""
+        return sum(worker.load for worker in self.workers)
+
+    def submit(self, state: RequestState) -> None:
         """Take a request. Its end is delivered, whatever happens."""
         worker = min(self.workers, key=lambda one: one.load)
-        worker.add_load(len(job.completions))
-        worker.inbox.put((job, True))
+        worker.add_load(len(state.completions))
+        worker.inbox.put((state, True))
 
-    def cancel(self, job: Job) -> None:
-        """Forget a request; its end is delivered too."""
+    def cancel(self, state: RequestState) -> None:
+        """Abort a request; its end is delivered too."""
         for worker in self.workers:
-            worker.inbox.put((job, False))
+            worker.inbox.put((state, False))
 
     def refresh(self) -> None:
-        """Between two steps, take over the weights that training has changed in place. Returns when all threads have."""
+        """Weight update between two steps: take over what training has changed in place. Returns when all threads have."""
         with self._refreshing:  # two at once would wait for each other
             pause = threading.Barrier(len(self.workers) + 1)
             for worker in self.workers:
@@ -89,74 +98,78 @@ class Live:
 
 
 class _Worker:
-    """Attributes: `load`, samples that are submitted and not done."""
+    """A thread with a core.
 
-    def __init__(self, engine: Engine, count: int, deliver: Callable[[list[Event]], object]) -> None:
-        self.engine, self.count, self.deliver = engine, count, deliver
-        self.inbox: queue.SimpleQueue[tuple[Job, bool] | threading.Barrier | None] = queue.SimpleQueue()
-        self.jobs: set[Job] = set()
+    Attributes:
+        load: samples that are submitted and not done.
+    """
+
+    def __init__(self, engine: Engine, num_workers: int, deliver: Callable[[list[TokenEvent]], object]) -> None:
+        self.engine, self.num_workers, self.deliver = engine, num_workers, deliver
+        self.inbox: queue.SimpleQueue[tuple[RequestState, bool] | threading.Barrier | None] = queue.SimpleQueue()
+        self.states: set[RequestState] = set()
         self.load = 0
         self._lock = threading.Lock()
-        self.core: Core = engine.core(count)
-        self.events: list[Event] = []
-        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.core: Core = engine.core(num_workers)
+        self.events: list[TokenEvent] = []
+        self.thread = threading.Thread(target=self._run, daemon=True)
 
     def add_load(self, samples: int) -> None:
         with self._lock:
             self.load += samples
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while True:
             try:
-                order = self.inbox.get(block=self.core.idle)
-                if order is None:
+                message = self.inbox.get(block=self.core.idle)
+                if message is None:
                     return
-                if isinstance(order, threading.Barrier):
-                    order.wait()
-                    order.wait()
+                if isinstance(message, threading.Barrier):
+                    message.wait()
+                    message.wait()
                     self.core.refresh()
-                    order.wait()
+                    message.wait()
                     continue
-                self._obey(*order)
+                self._handle(*message)
                 continue
             except queue.Empty:
                 pass
             try:
                 self.core.step()
-                for job in self.core.take_finished():
-                    self._end(job, job.error)
+                for state in self.core.take_finished():
+                    self._end(state, state.error)
             except Exception as e:  # whatever it was, the others' state may be wrong too
-                for job in list(self.jobs):
-                    self._end(job, e)
-                self._tell()
+                for state in list(self.states):
+                    self._end(state, e)
+                self._flush()
                 try:
-                    self.core = self.engine.core(self.count)
+                    self.core = self.engine.core(self.num_workers)
                 except Exception:
                     log.exception("the engine cannot go on")
                     return
-            self._tell()
+            self._flush()
 
-    def _obey(self, job: Job, wanted: bool) -> None:
+    def _handle(self, state: RequestState, wanted: bool) -> None:
         if not wanted:
-            if job in self.jobs:
-                self.core.cancel(job)
-                self._end(job, InputError("cancelled"))
-        elif not job.cancelled:
-            self.jobs.add(job)
-            if job.listener is not None:
-                job.listener = lambda *heard: self.events.append(Event(job, *heard))
+            if state in self.states:
+                self.core.cancel(state)
+                self._end(state, InputError("cancelled"))
+        elif not state.cancelled:
+            self.states.add(state)
+            if state.listener is not None:
+                state.listener = lambda *token: self.events.append(TokenEvent(state, *token))
             try:
-                self.core.add(job)
+                self.core.add(state)
             except InputError as e:
-                self._end(job, e)
-        self._tell()
+                self._end(state, e)
+        self._flush()
 
-    def _end(self, job: Job, error: Exception | None = None) -> None:
-        self.jobs.discard(job)
-        self.add_load(-len(job.completions))
-        self.events.append(Event(job, -1, error=error))
+    def _end(self, state: RequestState, error: Exception | None = None) -> None:
+        self.states.discard(state)
+        self.add_load(-len(state.completions))
+        self.events.append(TokenEvent(state, -1, error=error))
 
-    def _tell(self) -> None:
+    def _flush(self) -> None:
         events, self.events = self.events, []
         if events:
             self.deliver(events)

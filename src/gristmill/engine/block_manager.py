@@ -1,104 +1,104 @@
-"""Which page of the cache belongs to whom: pages are counted, found again by what they hold, and given to others when nobody reads them.
+"""KV-cache block manager: reference counts, prefix caching and LRU eviction.
 
-A page holds PAGE_SIZE positions of all layers. A full page is known by its own tokens and all tokens before it, so that prompts that
-begin alike share pages without anyone saying so. Full pages are never written again; a page that is not full has one owner.
+A block holds BLOCK_SIZE positions of all layers. A full block is registered under its own tokens and all tokens before it, so that prompts
+that begin alike share blocks without anyone saying so. Full blocks are never written again; a block that is not full has one owner.
 """
 
 from collections import OrderedDict
 
-PAGE_SIZE = 32  # positions; as in kernels.cpp
-ROOT = 0  # what stands before the first page
-KEPT = 64  # unread pages that are kept in any case
+BLOCK_SIZE = 32  # positions; as in kernels.cpp
+ROOT = 0  # the prefix before the first block
+MIN_EVICTABLE = 64  # unused blocks that stay registered in any case
 
 
-class Pages:
-    """Reference counts of `count` pages, and the pages known by their content.
+class BlockManager:
+    """Block allocator with a prefix cache: reference counts of `num_blocks` blocks, and the blocks registered under their prefix.
 
-    A content is a number that is never given twice: that of (the content before, the tokens). A page that nobody reads keeps its
-    content until it is needed; the one unread for longest goes first. While fewer pages are in use than unread, those are taken before
-    memory that was never touched.
+    A prefix id is a number that is never given twice: that of (id of the prefix before, the block's tokens). A block without references
+    stays registered, and is evictable: the least recently used one goes first. While fewer blocks are in use than evictable, those are
+    evicted before memory that was never touched is.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._touched = 0  # pages from here on were never used
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._num_touched = 0  # blocks from here on were never used
         self._free: list[int] = []  # the last freed first: its memory is warm
-        self._readers = [0] * count
-        self._content = [ROOT] * count
-        self._key: dict[int, tuple[int, bytes]] = {}  # of a content
-        self._known: dict[tuple[int, bytes], tuple[int, int]] = {}  # -> page, content
-        self._unread: OrderedDict[int, None] = OrderedDict()
-        self._last_content = ROOT
+        self._ref_counts = [0] * num_blocks
+        self._prefix_ids = [ROOT] * num_blocks
+        self._key_of: dict[int, tuple[int, bytes]] = {}  # prefix id -> prefix before, tokens
+        self._registered: dict[tuple[int, bytes], tuple[int, int]] = {}  # prefix before, tokens -> block, prefix id
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._last_prefix_id = ROOT
 
     @property
-    def available(self) -> int:
-        """Pages that can be taken."""
-        return self.count - self._touched + len(self._free) + len(self._unread)
+    def num_free_blocks(self) -> int:
+        """Blocks that can be allocated, evictable ones among them."""
+        return self.num_blocks - self._num_touched + len(self._free) + len(self._evictable)
 
     @property
-    def in_use(self) -> int:
-        """Pages that somebody reads."""
-        return self.count - self.available
+    def num_used_blocks(self) -> int:
+        """Blocks with references."""
+        return self.num_blocks - self.num_free_blocks
 
-    def take(self) -> int | None:
-        """A page of one's own, or None if all are in use."""
-        fresh = self._touched < self.count
+    def allocate(self) -> int | None:
+        """A block with one reference, or None if all are in use."""
+        fresh = self._num_touched < self.num_blocks
         if self._free:
-            page = self._free.pop()
-        elif self._unread and (not fresh or len(self._unread) > max(KEPT, self.in_use)):
-            page, _ = self._unread.popitem(last=False)
-            self._forget(page)
+            block = self._free.pop()
+        elif self._evictable and (not fresh or len(self._evictable) > max(MIN_EVICTABLE, self.num_used_blocks)):
+            block, _ = self._evictable.popitem(last=False)
+            self._unregister(block)
         elif fresh:
-            page = self._touched
-            self._touched += 1
+            block = self._num_touched
+            self._num_touched += 1
         else:
             return None
-        self._readers[page] = 1
-        return page
+        self._ref_counts[block] = 1
+        return block
 
-    def share(self, page: int) -> None:
-        """One reader more."""
-        if not self._readers[page]:
-            del self._unread[page]
-        self._readers[page] += 1
+    def share(self, block: int) -> None:
+        """Add a reference."""
+        if not self._ref_counts[block]:
+            del self._evictable[block]
+        self._ref_counts[block] += 1
 
-    def release(self, pages: list[int]) -> None:
-        """One reader less, of each."""
-        for page in reversed(pages):  # the end of a text is less likely to be read again than its beginning
-            self._readers[page] -= 1
-            if self._readers[page]:
+    def release(self, blocks: list[int]) -> None:
+        """Drop a reference to each."""
+        for block in reversed(blocks):  # the end of a text is less likely to be read again than its beginning
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block]:
                 continue
-            if self._content[page] == ROOT:
-                self._free.append(page)
+            if self._prefix_ids[block] == ROOT:
+                self._free.append(block)
             else:
-                self._unread[page] = None
+                self._evictable[block] = None
 
-    def find(self, before: int, tokens: bytes) -> tuple[int, int] | None:
-        """The page that holds these tokens after that content, and its own content. It is not yet shared."""
-        return self._known.get((before, tokens))
+    def lookup(self, before: int, tokens: bytes) -> tuple[int, int] | None:
+        """Prefix-cache lookup: the block that holds these tokens after that prefix, and its own prefix id. It is not yet shared."""
+        return self._registered.get((before, tokens))
 
-    def name(self, page: int, before: int, tokens: bytes) -> int:
-        """Make a full page known; returns its content. A page beside one that holds the same stays unknown."""
+    def register(self, block: int, before: int, tokens: bytes) -> int:
+        """Put a full block into the prefix cache; returns its prefix id. A second block that holds the same stays outside."""
         key = (before, tokens)
-        if key in self._known:
-            return self._known[key][1]
-        self._last_content += 1
-        self._content[page] = self._last_content
-        self._key[self._last_content] = key
-        self._known[key] = (page, self._last_content)
-        return self._last_content
+        if key in self._registered:
+            return self._registered[key][1]
+        self._last_prefix_id += 1
+        self._prefix_ids[block] = self._last_prefix_id
+        self._key_of[self._last_prefix_id] = key
+        self._registered[key] = (block, self._last_prefix_id)
+        return self._last_prefix_id
 
-    def forget_all(self) -> None:
-        """No page is known any more: the weights have changed."""
-        for page in list(self._unread):
-            self._free.append(page)
-        self._unread.clear()
-        self._content = [ROOT] * self.count
-        self._known.clear()
-        self._key.clear()
+    def reset_prefix_cache(self) -> None:
+        """Unregister every block: the weights have changed."""
+        for block in list(self._evictable):
+            self._free.append(block)
+        self._evictable.clear()
+        self._prefix_ids = [ROOT] * self.num_blocks
+        self._registered.clear()
+        self._key_of.clear()
 
-    def _forget(self, page: int) -> None:
-        content = self._content[page]
-        if content != ROOT:
-            del self._known[self._key.pop(content)]
-            self._content[page] = ROOT
+    def _unregister(self, block: int) -> None:
+        prefix_id = self._prefix_ids[block]
+        if prefix_id != ROOT:
+            del self._registered[self._key_of.pop(prefix_id)]
+            self._prefix_ids[block] = ROOT

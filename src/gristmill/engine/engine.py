@@ -1,4 +1,4 @@
-"""The in-process generator: what callers see of the engine, and scoring of texts that are already there.
+"""Inference engine: offline batch generation, log-likelihood scoring, and cores for an asynchronous engine.
 
 Shapes: T packed tokens, P of them at a time, D hidden size, V vocabulary.
 """
@@ -22,17 +22,17 @@ from gristmill.core.threads import merge, num_workers, workers
 from gristmill.data.chat import ChatFormat, Message
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.core import Core
-from gristmill.engine.grammar import Constraints
+from gristmill.engine.grammar import GrammarBackend
 from gristmill.engine.layers import Decoder
-from gristmill.engine.sequence import Job
+from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Completion, Request
 from gristmill.model.packed import PackedShape
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import Transformer
 
-# Prompt tokens of one packed forward pass, and logits held at once: they bound the memory beside the cache.
-PACKED_TOKENS = 8192
-LOGIT_ELEMENTS = 16 * 2**20
+# Tokens of one packed forward pass, and logits held at once: they bound the memory beside the cache.
+MAX_PACKED_TOKENS = 8192
+MAX_LOGIT_ELEMENTS = 16 * 2**20
 
 
 Item = TypeVar("Item")
@@ -40,7 +40,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class EngineStats:
-    """Work done so far: prompt and scored tokens computed (a prompt that samples share counts once), tokens
+    """Engine counters: prompt and scored tokens computed (a prompt that samples share counts once), tokens
     generated, and seconds inside the engine, on average over its workers.
     """
 
@@ -60,10 +60,10 @@ class EngineStats:
 
 
 class Engine:
-    """A model, its tokenizer and its chat format as a `Generator`.
+    """Inference engine of a model with its tokenizer and chat format; a `Generator`.
 
-    Every `generate` call has its own rows and cache, so calls may be interleaved. On a CPU the requests of a
-    small model are dealt to several workers (see `workers.py`), each with a share of the rows. The engine reads the
+    Every `generate` call has its own slots and cache, so calls may be interleaved. On a CPU the requests of a
+    small model are dealt to several workers, each a `Core` with a share of the slots. The engine reads the
     model's weights in place where their type is `dtype`; otherwise it works on a converted copy and does not
     see later changes.
 
@@ -73,7 +73,7 @@ class Engine:
         chat_format: how conversations are written; its end-of-turn token (and the tokenizer's EOS) ends a
             response.
         name: for records and reports.
-        max_batch: most responses in flight.
+        max_batch: responses that may be in flight at once.
         dtype: of matrices and activations; norms and sampling are always float32.
         cache_tokens: positions that the cache of each worker holds; None for what `max_batch` responses can take, memory permitting.
         cache_dtype: of keys and values; None for `dtype`. int8 and float8_e4m3fn keep a scale for each head of a token.
@@ -87,6 +87,7 @@ class Engine:
         model: Transformer,
         tokenizer: Tokenizer,
         chat_format: ChatFormat,
+        *,
         name: str,
         max_batch: int = 256,
         dtype: torch.dtype = torch.float32,
@@ -123,7 +124,7 @@ class Engine:
         return self._name
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
-        """Yield each request with its completions when all its samples are done, in order of finishing.
+        """Generate: yield each request with its completions when all its samples are done, in order of finishing.
 
         Requests are taken from the iterable only as slots become free, so it may be endless or produced on the
         fly. A request's completions do not depend on what else is in flight (up to the last digits of
@@ -136,39 +137,36 @@ class Engine:
         if not self.quantize:
             self._decoder.refresh()
         count = min(self.num_workers, self.max_batch)
-        shares = _Shares(requests, count)
-        yield from merge(count, lambda number, stop: self._serve(shares, number, stop))
+        dealt = _RoundRobin(requests, count)
+        yield from merge(count, lambda number, stop: self._run_worker(dealt, number, stop))
 
     @cached_property
-    def constraints(self) -> Constraints:
-        """What requests with a grammar need; made for the first of them."""
-        return Constraints(self.tokenizer, self.model.config.vocab_size, self.stop_V.nonzero()[0].tolist())
+    def grammar_backend(self) -> GrammarBackend:
+        """Grammar backend, made for the first request with a grammar."""
+        return GrammarBackend(self.tokenizer, self.model.config.vocab_size, self.stop_V.nonzero()[0].tolist())
 
-    def core(self, workers: int = 1) -> Core:
-        """A worker of its own, one of so many that share the machine."""
-        text = lambda ids: self.chat_format.response_text(ids, self.tokenizer)  # noqa: E731
+    def core(self, num_workers: int = 1) -> Core:
+        """Engine core of a worker, one of so many that share the machine."""
         return Core(
             self._decoder,
-            max(1, self.max_batch // workers),
+            max(1, self.max_batch // num_workers),
             self.stop_V,
-            text,
-            self.tokenizer.decode,
-            self.cache_tokens,
-            self.cache_dtype,
-            workers,
-            constraints=lambda: self.constraints,
+            response_text=lambda ids: self.chat_format.response_text(ids, self.tokenizer),
+            decode=self.tokenizer.decode,
+            cache_tokens=self.cache_tokens,
+            cache_dtype=self.cache_dtype,
+            num_workers=num_workers,
+            grammar_backend=lambda: self.grammar_backend,
         )
 
-    def job(self, request: Request) -> Job:
-        """A request as a core takes it.
+    def prepare(self, request: Request, prompt: Sequence[int] | None = None) -> RequestState:
+        """Preprocess a request: render its messages into a prompt (or take one of token ids), and check it.
 
         Raises:
-            InputError: a prompt that leaves no room for an answer in the model's context.
+            InputError: a prompt that leaves no room for an answer in the model's context, or what the model does not have.
         """
-        return self.job_of(request, self.chat_format.render_prompt(request.messages, self.tokenizer))
-
-    def job_of(self, request: Request, prompt: Sequence[int]) -> Job:
-        """As `job`, for a prompt of token ids."""
+        if prompt is None:
+            prompt = self.chat_format.render_prompt(request.messages, self.tokenizer)
         room = self.model.config.max_positions - len(prompt)
         if room < 1:
             raise InputError(
@@ -176,46 +174,46 @@ class Engine:
                 f"answer in the model's {self.model.config.max_positions}: shorten it."
             )
         sampling = request.sampling
-        named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop": sampling.stop_tokens}
-        for what, tokens in named.items():
+        given = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop": sampling.stop_tokens}
+        for what, tokens in given.items():
             if wrong := [token for token in tokens if not 0 <= token < self.model.config.vocab_size]:
                 raise InputError(f"Request {request.id!r} has a {what} for token {wrong[0]}, which the model does not have.")
         if sampling.grammar:
-            self.constraints.check(sampling.grammar)
-        limit = min(sampling.max_tokens, room)
-        return Job(request, np.array(prompt, np.int32), limit, [None] * sampling.n, sampling.n, next(self._arrivals))
+            self.grammar_backend.validate(sampling.grammar)
+        max_tokens = min(sampling.max_tokens, room)
+        return RequestState(request, np.array(prompt, np.int32), max_tokens, next(self._arrivals))
 
-    def _serve(self, shares: "_Shares", number: int, stop: Event) -> Iterator[tuple[Request, list[Completion]]]:
-        """What one worker does until its share is exhausted."""
-        source = shares.of(number)
-        core = self.core(shares.count)
+    def _run_worker(self, dealt: "_RoundRobin", number: int, stop: Event) -> Iterator[tuple[Request, list[Completion]]]:
+        """Worker loop, until its requests are exhausted."""
+        source = dealt.of_worker(number)
+        core = self.core(dealt.num_workers)
         exhausted = False
         waiting = 0
         while not stop.is_set():
             started = time.perf_counter()
             prompts, outputs = core.prompt_tokens, core.output_tokens
-            while not exhausted and waiting < len(core.slots.free):
+            while not exhausted and waiting < len(core.batch_state.free_slots):
                 request = next(source, None)
                 if request is None:
                     exhausted = True
                 else:
-                    core.add(self.job(request))
+                    core.add(self.prepare(request))
                     waiting = len(core.scheduler.waiting)
             if not core.idle:
                 core.step()
             waiting = len(core.scheduler.waiting)
-            spent = (time.perf_counter() - started) / shares.count
+            spent = (time.perf_counter() - started) / dealt.num_workers
             self.stats.add(core.prompt_tokens - prompts, core.output_tokens - outputs, spent)
-            for job in core.take_finished():
-                if job.error is not None:
-                    raise job.error
-                yield job.request, [c for c in job.completions if c is not None]
+            for state in core.take_finished():
+                if state.error is not None:
+                    raise state.error
+                yield state.request, [c for c in state.completions if c is not None]
             if exhausted and core.idle:
                 return
 
     @torch.inference_mode()
     def prompt_logprobs(self, ids: Sequence[int], top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
-        """Log-probability of every token but the first, given those before it, and the `top` likeliest in its place.
+        """Prompt log-probabilities: of every token but the first, given those before it, and of the `top` likeliest in its place.
 
         Raises:
             InputError: more tokens than the model's context.
@@ -227,7 +225,7 @@ class Engine:
         h_TD = self.hidden(ids_T, PackedShape.from_lengths([len(ids)], self.device))
         logprobs: list[float] = []
         best: list[list[tuple[int, float]]] = []
-        for part in torch.arange(1, len(ids)).split(max(1, LOGIT_ELEMENTS // self.model.config.vocab_size)):
+        for part in torch.arange(1, len(ids)).split(max(1, MAX_LOGIT_ELEMENTS // self.model.config.vocab_size)):
             logits_PV = self.logits(h_TD[part - 1])
             total_P1 = logits_PV.logsumexp(-1, keepdim=True)
             logprobs += (logits_PV.gather(-1, ids_T[part][:, None]) - total_P1)[:, 0].tolist()
@@ -237,19 +235,19 @@ class Engine:
         return logprobs, best
 
     def hidden(self, ids_T: Tensor, shape: PackedShape) -> Tensor:
-        """States [T, D] of whole texts: the model's own, or what generation comes to where matrices or cache are quantized."""
+        """Hidden states [T, D] of whole texts: the model's own, or what generation comes to where matrices or cache are quantized."""
         if self.quantize or self.cache_dtype != self.dtype:
             return self._decoder.hidden(ids_T, shape, self.cache_dtype)
         return self.model.hidden(ids_T, shape)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Logits (.., V) of such states (.., D), fp32."""
+        """Logits (.., V) of such hidden states (.., D), fp32."""
         return self._decoder.logits(h).float()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the weights that training has changed in place, without a copy on disk. Calls of `generate` that are under way, and
-        scoring, must have ended; a `Live` engine is told by its own `refresh`.
+        """Weight update: take over what training has changed in place, without a copy on disk. Calls of `generate` that are under way, and
+        scoring, must have ended; an `AsyncEngine` has its own `refresh`.
         """
         if self.model is not self._trained:
             for mine, theirs in zip(self.model.parameters(), self._trained.parameters(), strict=True):
@@ -298,7 +296,7 @@ class Engine:
         started = time.perf_counter()
         out = [(0.0, 0)] * len(ids)
         order = sorted((i for i, one in enumerate(ids) if one), key=lambda i: len(ids[i]))
-        groups = list(_by_tokens(order, [len(ids[i]) for i in order], PACKED_TOKENS))
+        groups = list(_by_tokens(order, [len(ids[i]) for i in order], MAX_PACKED_TOKENS))
 
         def score(group: list[int]) -> list[tuple[float, int]]:
             return self._score_group([ids[i] for i in group], [masks[i] for i in group])
@@ -318,7 +316,7 @@ class Engine:
         target_T = (mask_T & (shape.positions_T > 0)).nonzero()[:, 0]
         h_TD = self.hidden(ids_T, shape)
         logprobs_T = torch.zeros(len(ids_T), dtype=torch.float64, device=self.device)
-        for part in target_T.split(max(1, LOGIT_ELEMENTS // self.model.config.vocab_size)):
+        for part in target_T.split(max(1, MAX_LOGIT_ELEMENTS // self.model.config.vocab_size)):
             logits_PV = self.logits(h_TD[part - 1])
             chosen_P = logits_PV.gather(-1, ids_T[part][:, None])[:, 0]
             logprobs_T[part] = (chosen_P - logits_PV.logsumexp(-1)).double()
@@ -328,27 +326,27 @@ class Engine:
         return [(float(sums.sum()), int(counts.sum())) for sums, counts in parts]
 
 
-class _Shares:
-    """Requests dealt out to workers one by one, so that which worker has which does not depend on their speed."""
+class _RoundRobin:
+    """Round-robin dispatcher: requests are dealt to workers one by one, so that which worker has which does not depend on their speed."""
 
-    def __init__(self, requests: Iterable[Request], count: int) -> None:
+    def __init__(self, requests: Iterable[Request], num_workers: int) -> None:
         self._requests = iter(requests)
         self._lock = Lock()
-        self._dealt: list[deque[Request]] = [deque() for _ in range(count)]
+        self._queues: list[deque[Request]] = [deque() for _ in range(num_workers)]
         self._next = 0
-        self.count = count
+        self.num_workers = num_workers
 
-    def of(self, number: int) -> Iterator[Request]:
+    def of_worker(self, number: int) -> Iterator[Request]:
         """The requests of one worker."""
-        mine = self._dealt[number]
+        mine = self._queues[number]
         while True:
             with self._lock:
                 while not mine:
                     request = next(self._requests, None)
                     if request is None:
                         return
-                    self._dealt[self._next].append(request)
-                    self._next = (self._next + 1) % self.count
+                    self._queues[self._next].append(request)
+                    self._next = (self._next + 1) % self.num_workers
                 request = mine.popleft()
             yield request
 

@@ -1,4 +1,4 @@
-"""A model's layers as the engine computes them: weights made ready once, and fewer passes over the activations than training needs.
+"""Inference layers with fused kernels: weights made ready once, and fewer passes over the activations than training needs.
 
 Shapes: T tokens, D hidden size, F ffn size, N outputs of a product.
 """
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
 from gristmill.engine.kernels import library as kernels
-from gristmill.engine.linear import PRODUCTS, Int8, Rows, known_to_kernels
+from gristmill.engine.linear import LINEARS, Int8Activations, Int8Linear, supported_by_kernels
 from gristmill.model.attention import varlen_attention
 from gristmill.model.packed import PackedShape
 from gristmill.model.quantized import MAX_VALUES, Quantize, scaled
@@ -17,7 +17,7 @@ from gristmill.model.transformer import MLP, Attention, Block, LayerNorm1P, Line
 
 
 class Norm:
-    """`LayerNorm1P` or `RMSNorm`, which first adds what the layer before has left to add."""
+    """Fused residual add and norm (`LayerNorm1P` or `RMSNorm`): it first adds what the layer before has left to add."""
 
     def __init__(self, norm: nn.Module) -> None:
         assert isinstance(norm, LayerNorm1P | RMSNorm)
@@ -29,7 +29,7 @@ class Norm:
         self.library = kernels.load() if self.gain_D.device.type == "cpu" else None
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x + delta (in x's place if it can be), and its norm."""
+        """Residual x + delta (in x's place if it can be), and its norm."""
         if self.library is None or x_TD.dtype not in kernels.TYPES:
             x_TD = x_TD if delta_TD is None else x_TD + delta_TD
             if self.centred:
@@ -39,12 +39,12 @@ class Norm:
         self._compiled(x_TD, delta_TD, out_TD.data_ptr(), None, None)
         return x_TD, out_TD
 
-    def quantized(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, "Rows"]:
-        """The same with the norm as int8 rows."""
+    def quantized(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, "Int8Activations"]:
+        """The same with the norm as int8 activations."""
         if self.library is None or x_TD.dtype not in kernels.TYPES:
             x_TD, normed_TD = self(x_TD, delta_TD)
-            return x_TD, Rows.of(normed_TD)
-        rows = Rows(torch.empty(x_TD.shape, dtype=torch.int8), torch.empty(len(x_TD)))
+            return x_TD, Int8Activations.quantize(normed_TD)
+        rows = Int8Activations(torch.empty(x_TD.shape, dtype=torch.int8), torch.empty(len(x_TD)))
         self._compiled(x_TD, delta_TD, None, rows.values_TD.data_ptr(), rows.scale_T.data_ptr())
         return x_TD, rows
 
@@ -66,11 +66,11 @@ class Norm:
         )
 
 
-class Layer:
-    """A `Block` in two halves around attention itself. What a half adds to the stream is left for the next norm to add."""
+class DecoderLayer:
+    """Decoder layer in two halves around attention itself. What a half adds to the residual stream is left for the next norm to add."""
 
     def __init__(self, block: Block, dtype: torch.dtype, quantize: Quantize = "") -> None:
-        make = PRODUCTS[quantize]
+        make = LINEARS[quantize]
         self.attention: Attention | None = block.attention
         self.mlp: MLP | None = block.mlp
         if block.attention is not None and block.attention_norm is not None:
@@ -80,29 +80,29 @@ class Layer:
             self.mlp_norm = Norm(block.mlp_norm)
             self.gate = None if block.mlp.gate is None else make(block.mlp.gate, dtype)
             self.up, self.down = make(block.mlp.up, dtype), make(block.mlp.down, dtype)
-            self.library = kernels.load() if known_to_kernels(block.mlp.up.weight.device, dtype) else None
+            self.library = kernels.load() if supported_by_kernels(block.mlp.up.weight.device, dtype) else None
 
-    def project(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The stream, and queries, keys and values [T, H + 2K, d] before the rotation."""
+    def project_qkv(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention norm and QKV projection: the residual stream, and queries, keys and values [T, H + 2K, d] before the rotation."""
         assert self.attention is not None
-        if isinstance(self.qkv, Int8):
+        if isinstance(self.qkv, Int8Linear):
             x_TD, rows = self.attention_norm.quantized(x_TD, delta_TD)
-            qkv = self.qkv.rows(rows)
+            qkv = self.qkv.matmul(rows)
         else:
             x_TD, normed_TD = self.attention_norm(x_TD, delta_TD)
             qkv = self.qkv(normed_TD)
         return x_TD, self.attention.heads(qkv)
 
-    def feed(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The stream, and what the MLP adds to it."""
+    def feed_forward(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """MLP norm and MLP: the residual stream, and what the MLP adds to it."""
         if self.mlp is None:
             return x_TD, delta_TD
-        if isinstance(self.up, Int8) and isinstance(self.down, Int8):
+        if isinstance(self.up, Int8Linear) and isinstance(self.down, Int8Linear):
             x_TD, rows = self.mlp_norm.quantized(x_TD, delta_TD)
             if self.gate is None:
-                return x_TD, self.down.rows(self.up.squared_relu(rows))
-            assert isinstance(self.gate, Int8)
-            return x_TD, self.down(F.silu(self.gate.rows(rows)) * self.up.rows(rows))
+                return x_TD, self.down.matmul(self.up.squared_relu(rows))
+            assert isinstance(self.gate, Int8Linear)
+            return x_TD, self.down(F.silu(self.gate.matmul(rows)) * self.up.matmul(rows))
         x_TD, normed_TD = self.mlp_norm(x_TD, delta_TD)
         up_TF = self.up(normed_TD)
         if self.gate is not None:
@@ -114,7 +114,7 @@ class Layer:
 
 
 class Decoder:
-    """A model made ready to compute with: what `Transformer` computes, by the layers above.
+    """Decoder stack for inference: what `Transformer` computes, by the layers above.
 
     Args:
         model: its matrices are read in place where nothing is quantized; they must then be of type `dtype`.
@@ -129,14 +129,14 @@ class Decoder:
         self.refresh()
 
     def refresh(self) -> None:
-        """Make the weights ready as they are now.
+        """Load the weights as they are now.
 
         Raises:
             InputError: they were released.
         """
         if self.released:
             raise InputError("The engine was made with own=True and has let go of the weights that it was made from: make another one.")
-        self.layers = [Layer(block, self.dtype, self.quantize) for block in self.model.blocks if isinstance(block, Block)]
+        self.layers = [DecoderLayer(block, self.dtype, self.quantize) for block in self.model.blocks if isinstance(block, Block)]
         self.final_norm = Norm(self.model.final_norm)
         self.embedding_VD = self.model.embedding.detach().to(self.dtype)
         self.unembedding_VD = self.model.unembedding().detach().to(self.dtype)
@@ -144,7 +144,7 @@ class Decoder:
             self.unembedding_VD = self.embedding_VD
 
     def release(self) -> None:
-        """Let go of the model's own copy of all that is quantized: nobody else may use the model any more, nor `refresh` be called."""
+        """Free the model's own copy of all that is quantized: nobody else may use the model any more, nor `refresh` be called."""
         for module in self.model.modules():
             if isinstance(module, Linear) and module is not self.model.lm_head:
                 module.weight.data = module.weight.data.new_empty(0)
@@ -153,7 +153,7 @@ class Decoder:
             self.model.lm_head.weight.data = self.unembedding_VD
         self.released = True
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # for the pages
+            torch.cuda.empty_cache()  # for the KV cache
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Token embeddings [T, D], a copy."""
@@ -164,22 +164,22 @@ class Decoder:
         return F.linear(h, self.unembedding_VD)
 
     def hidden(self, ids_T: Tensor, shape: PackedShape, cache_dtype: torch.dtype | None = None) -> Tensor:
-        """States [T, D] of whole texts after the final norm, with keys and values as a cache of this type would give them back."""
+        """Hidden states [T, D] of whole texts after the final norm, with keys and values as a cache of this type would give them back."""
         cos_TR, sin_TR = self.model.rope(shape.positions_T)
         x_TD, delta_TD = self.embed(ids_T), None
         for layer in self.layers:
             if layer.attention is not None:
                 heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
-                x_TD, qkv = layer.project(x_TD, delta_TD)
+                x_TD, qkv = layer.project_qkv(x_TD, delta_TD)
                 qk, v_TKd = qkv.split([heads + kv_heads, kv_heads], dim=1)
                 q_THd, k_TKd = rotate(qk, cos_TR, sin_TR).split([heads, kv_heads], dim=1)
-                k_TKd, v_TKd = (_kept(x, cache_dtype or self.dtype) for x in (k_TKd, v_TKd))
+                k_TKd, v_TKd = (_cache_round_trip(x, cache_dtype or self.dtype) for x in (k_TKd, v_TKd))
                 delta_TD = layer.output(varlen_attention(q_THd, k_TKd, v_TKd, shape).flatten(1))
-            x_TD, delta_TD = layer.feed(x_TD, delta_TD)
+            x_TD, delta_TD = layer.feed_forward(x_TD, delta_TD)
         return self.final_norm(x_TD, delta_TD)[1]
 
 
-def _kept(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _cache_round_trip(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype not in MAX_VALUES:
         return x.to(dtype).to(x.dtype)
     values, scale = scaled(x, dtype)

@@ -1,5 +1,4 @@
-"""Products with a layer's matrices, as they are or quantized: weights with a scale a row, activations with a scale a token where they
-are quantized too.
+"""Linear methods: unquantized, W8A8 int8, int8 weights alone, and fp8. Weights have a scale a row, quantized activations a scale a token.
 
 Shapes: T tokens, D inputs, N outputs of a product.
 """
@@ -16,41 +15,41 @@ from gristmill.engine.kernels import library as kernels
 from gristmill.model.quantized import scaled
 from gristmill.model.transformer import Linear
 
-LEAST_ROWS = 16  # of an int8 product on a GPU, and one more
+MIN_INT8_ROWS = 16  # of an int8 product on a GPU, and one more
 
 
-class Product(Protocol):
-    """x [T, D] -> [T, N]."""
+class LinearMethod(Protocol):
+    """Linear method: x [T, D] -> [T, N]."""
 
     def __call__(self, x_TD: Tensor) -> Tensor: ...
 
 
-def known_to_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether activations of this type are computed by kernels.cpp."""
+def supported_by_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels.cpp computes with activations of this type."""
     return device.type == "cpu" and dtype in kernels.TYPES and kernels.load() is not None
 
 
-class Rows:
-    """Activations as int8, a scale a row: value = int8 * scale."""
+class Int8Activations:
+    """Int8 activations with a scale a token: value = int8 * scale."""
 
     def __init__(self, values_TD: Tensor, scale_T: Tensor) -> None:
         self.values_TD, self.scale_T = values_TD, scale_T
 
     @staticmethod
-    def of(x_TD: Tensor) -> "Rows":
-        library = kernels.load() if known_to_kernels(x_TD.device, x_TD.dtype) else None
+    def quantize(x_TD: Tensor) -> "Int8Activations":
+        library = kernels.load() if supported_by_kernels(x_TD.device, x_TD.dtype) else None
         if library is None:
-            return Rows(*scaled(x_TD, torch.int8))
+            return Int8Activations(*scaled(x_TD, torch.int8))
         x_TD = x_TD.contiguous()
-        rows = Rows(torch.empty(x_TD.shape, dtype=torch.int8), torch.empty(len(x_TD)))
+        rows = Int8Activations(torch.empty(x_TD.shape, dtype=torch.int8), torch.empty(len(x_TD)))
         library.gristmill_quantize(
             x_TD.data_ptr(), rows.values_TD.data_ptr(), rows.scale_T.data_ptr(), len(x_TD), x_TD.shape[1], kernels.TYPES[x_TD.dtype]
         )
         return rows
 
 
-class Dense:
-    """A product with a matrix as it is. It reads the model's own weight, so that later changes of it are seen."""
+class UnquantizedLinear:
+    """Linear layer as it is. It reads the model's own weight, so that later changes of it are seen."""
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         self.weight_ND = linear.weight.detach()
@@ -67,8 +66,8 @@ def _check_widths(linear: Linear, step: int) -> None:
         raise InputError(f"A GPU multiplies eight-bit matrices whose sides are multiples of {step}, not {size}: quantize to int8-weight.")
 
 
-class Int8:
-    """A product with an int8 matrix; activations are quantized row by row as they come."""
+class Int8Linear:
+    """W8A8 linear layer: an int8 matrix, and activations quantized token by token as they come."""
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         _check_widths(linear, 8)
@@ -76,31 +75,31 @@ class Int8:
         self.weight_DN = weight_ND.T.clone(memory_format=torch.contiguous_format)
         self.bias_N = None if linear.bias is None else linear.bias.detach().float()
         self.dtype = dtype
-        self.library = kernels.load() if known_to_kernels(weight_ND.device, dtype) else None
+        self.library = kernels.load() if supported_by_kernels(weight_ND.device, dtype) else None
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.rows(Rows.of(x_TD))
+        return self.matmul(Int8Activations.quantize(x_TD))
 
-    def rows(self, rows: Rows) -> Tensor:
-        """The product with rows that are quantized already."""
-        values_TD, count = rows.values_TD, len(rows.values_TD)
-        if values_TD.device.type == "cuda" and count <= LEAST_ROWS:  # all that its product takes there
-            values_TD = F.pad(values_TD, (0, 0, 0, LEAST_ROWS + 1 - count))
+    def matmul(self, x: Int8Activations) -> Tensor:
+        """The product with activations that are quantized already."""
+        values_TD, count = x.values_TD, len(x.values_TD)
+        if values_TD.device.type == "cuda" and count <= MIN_INT8_ROWS:  # all that its product takes there
+            values_TD = F.pad(values_TD, (0, 0, 0, MIN_INT8_ROWS + 1 - count))
         product_TN = torch._int_mm(values_TD, self.weight_DN)[:count]
         if self.library is None:
-            out_TN = product_TN.float() * rows.scale_T[:, None] * self.scale_N
+            out_TN = product_TN.float() * x.scale_T[:, None] * self.scale_N
             return (out_TN if self.bias_N is None else out_TN + self.bias_N).to(self.dtype)
         out_TN = torch.empty(product_TN.shape, dtype=self.dtype)
-        self._dequantize(product_TN, rows.scale_T, out_TN.data_ptr(), None, None, kernels.TYPES[self.dtype])
+        self._dequantize(product_TN, x.scale_T, out_TN.data_ptr(), None, None, kernels.TYPES[self.dtype])
         return out_TN
 
-    def squared_relu(self, rows: Rows) -> Rows:
-        """relu(product)^2, quantized again."""
+    def squared_relu(self, x: Int8Activations) -> Int8Activations:
+        """Fused relu(product)^2, quantized again."""
         if self.library is None:
-            return Rows.of(self.rows(rows).float().relu().square())
-        product_TN = torch._int_mm(rows.values_TD, self.weight_DN)
-        out = Rows(torch.empty(product_TN.shape, dtype=torch.int8), torch.empty(len(product_TN)))
-        self._dequantize(product_TN, rows.scale_T, None, out.values_TD.data_ptr(), out.scale_T.data_ptr(), 0)
+            return Int8Activations.quantize(self.matmul(x).float().relu().square())
+        product_TN = torch._int_mm(x.values_TD, self.weight_DN)
+        out = Int8Activations(torch.empty(product_TN.shape, dtype=torch.int8), torch.empty(len(product_TN)))
+        self._dequantize(product_TN, x.scale_T, None, out.values_TD.data_ptr(), out.scale_T.data_ptr(), 0)
         return out
 
     def _dequantize(self, product_TN: Tensor, scale_T: Tensor, out: int | None, small: int | None, scale: int | None, kind: int) -> None:
@@ -110,10 +109,10 @@ class Int8:
         self.library.gristmill_dequantize(*at, *product_TN.shape, kind)
 
 
-class Int8Weight:
-    """A product with an int8 matrix and activations as they are: a quarter of the memory of fp32, half of bf16."""
+class Int8WeightLinear:
+    """Weight-only int8 linear layer, activations as they are: a quarter of the memory of fp32, half of bf16."""
 
-    FEW = 8  # rows up to which torch's mixed product beats making the matrix whole again (twice as fast as bf16 at one row)
+    MAX_MIXED_ROWS = 8  # rows up to which torch's mixed product beats making the matrix whole again (twice as fast as bf16 at one row)
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         self.weight_ND, scale_N = scaled(linear.weight.detach(), torch.int8)
@@ -123,15 +122,15 @@ class Int8Weight:
     def __call__(self, x_TD: Tensor) -> Tensor:
         # in bf16 torch reads beyond the rows' ends where they are no whole vectors
         safe = x_TD.dtype == torch.float32 or x_TD.shape[1] % 16 == 0
-        if len(x_TD) <= self.FEW and x_TD.device.type == "cpu" and safe:
+        if len(x_TD) <= self.MAX_MIXED_ROWS and x_TD.device.type == "cpu" and safe:
             out_TN = torch._weight_int8pack_mm(x_TD, self.weight_ND, self.scale_N)
         else:
             out_TN = F.linear(x_TD, self.weight_ND.to(x_TD.dtype)).mul_(self.scale_N)
         return out_TN if self.bias_N is None else out_TN.add_(self.bias_N)
 
 
-class Fp8:
-    """A product of float8_e4m3 rows with a float8_e4m3 matrix. On a CPU it is right and slow."""
+class Fp8Linear:
+    """W8A8 fp8 (e4m3) linear layer. On a CPU it is right and slow."""
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         device = linear.weight.device
@@ -150,4 +149,9 @@ class Fp8:
         return out_TN if self.bias_N is None else out_TN.add_(self.bias_N)
 
 
-PRODUCTS: dict[str, Callable[[Linear, torch.dtype], Product]] = {"": Dense, "int8": Int8, "int8-weight": Int8Weight, "fp8": Fp8}
+LINEARS: dict[str, Callable[[Linear, torch.dtype], LinearMethod]] = {
+    "": UnquantizedLinear,
+    "int8": Int8Linear,
+    "int8-weight": Int8WeightLinear,
+    "fp8": Fp8Linear,
+}

@@ -1,4 +1,4 @@
-"""A model folder as an engine that is ready to generate."""
+"""Engine arguments, and the engine of a model folder."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +14,12 @@ from gristmill.model.hf import load_model, saved_as
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import PRECISIONS
 
-CACHES = PRECISIONS | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CACHE_DTYPES = PRECISIONS | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineArgs:
-    """How a model computes in the engine.
+    """Engine arguments: types, quantization and sizes.
 
     Attributes:
         dtype: of activations, and of matrices that are not quantized.
@@ -37,27 +37,27 @@ class EngineArgs:
     chat_format: str = "auto"
 
 
-def load_engine(folder: Path, how: EngineArgs = EngineArgs(), name: str = "", own: bool = True) -> Engine:
-    """A model folder, ready to generate. `own` as in `Engine`."""
+def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = "", own: bool = True) -> Engine:
+    """Load a model folder into an engine. `own` as in `Engine`."""
     model, tokenizer = load_model(folder)
     if torch.cuda.is_available():
         model = model.cuda()
     return Engine(
         model,
         tokenizer,
-        find_format(how.chat_format, tokenizer),
-        name or folder.resolve().name,
-        how.max_batch,
-        PRECISIONS[how.dtype],
-        how.cache_tokens,
-        CACHES[how.cache] if how.cache else None,
-        how.quantize or saved_as(folder),
-        own,
+        find_format(args.chat_format, tokenizer),
+        name=name or folder.resolve().name,
+        max_batch=args.max_batch,
+        dtype=PRECISIONS[args.dtype],
+        cache_tokens=args.cache_tokens,
+        cache_dtype=CACHE_DTYPES[args.cache] if args.cache else None,
+        quantize=args.quantize or saved_as(folder),
+        own=own,
     )
 
 
-def answer_rows(engine: Engine, prompts: Sequence[Sequence[Message]], sampling: SamplingParams, seed: int) -> Iterator[dict[str, Any]]:
-    """Answers as rows, as they finish."""
+def answer_rows(engine: Engine, prompts: Sequence[Sequence[Message]], sampling: SamplingParams, *, seed: int) -> Iterator[dict[str, Any]]:
+    """Batch generation: answers as rows, as they finish."""
     requests = [Request(str(i), tuple(messages), sampling, seed) for i, messages in enumerate(prompts)]
     for request, completions in engine.generate(requests):
         yield {

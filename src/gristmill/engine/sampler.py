@@ -1,4 +1,4 @@
-"""Choosing the next token, with randomness that belongs to the request and not to the batch.
+"""Sampler: temperature, top-k, top-p and min-p, with random numbers that belong to the request and not to the batch.
 
 Shapes: B rows (responses in flight), V vocabulary.
 """
@@ -50,38 +50,39 @@ def uniforms(keys_B: Tensor, positions_B: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Which steps of `choose` a batch needs at all; found when requests come in, not at every step."""
+class SamplingMetadata:
+    """Sampling metadata of a batch: which steps of `sample` its rows need at all."""
 
-    greedy: bool
-    random: bool
-    top_k: int
-    top_p: bool
-    min_p: bool = False
+    any_greedy: bool
+    any_random: bool
+    max_top_k: int
+    any_top_p: bool
+    any_min_p: bool = False
 
     @staticmethod
-    def of(temperature_B: np.ndarray, top_p_B: np.ndarray, top_k_B: np.ndarray, min_p_B: np.ndarray) -> "Needs":
+    def of(temperature_B: np.ndarray, top_p_B: np.ndarray, top_k_B: np.ndarray, *, min_p_B: np.ndarray) -> "SamplingMetadata":
         greedy_B = temperature_B == 0
-        return Needs(
-            greedy=bool(greedy_B.any()),
-            random=not bool(greedy_B.all()),
-            top_k=int(top_k_B.max()),
-            top_p=bool((top_p_B < 1).any()),
-            min_p=bool((min_p_B > 0).any()),
+        return SamplingMetadata(
+            any_greedy=bool(greedy_B.any()),
+            any_random=not bool(greedy_B.all()),
+            max_top_k=int(top_k_B.max()),
+            any_top_p=bool((top_p_B < 1).any()),
+            any_min_p=bool((min_p_B > 0).any()),
         )
 
 
-def choose(
+def sample(
     logits_BV: Tensor,
     u_B: Tensor,
     temperature_B: Tensor,
+    *,
     top_p_B: Tensor,
     top_k_B: Tensor,
     min_p_B: Tensor,
-    needs: Needs,
-    adjusted_BV: Tensor | None = None,
+    metadata: SamplingMetadata,
+    processed_BV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution at `u`.
+    """Sample one token a row by inverting the cumulative distribution at `u`.
 
     Of equally likely tokens at the edge of top_k or top_p all are kept.
 
@@ -90,47 +91,47 @@ def choose(
         u_B: uniform numbers in [0, 1).
         temperature_B: 0 takes the likeliest token.
         top_p_B, top_k_B, min_p_B: as in `SamplingParams`.
-        needs: at least what these rows need.
-        adjusted_BV: what is drawn from instead of the logits: with penalties and biases.
+        metadata: at least what these rows need.
+        processed_BV: what is sampled from instead of the logits: with penalties, biases and grammar masks.
 
     Returns:
         tokens int64 [B] and their log-probability float32 [B] under softmax(logits), untempered and
         unrestricted.
     """
     logits_BV = logits_BV.float()
-    plain = adjusted_BV is None and not (needs.top_k or needs.top_p or needs.min_p)
+    plain = processed_BV is None and not (metadata.max_top_k or metadata.any_top_p or metadata.any_min_p)
     if plain and logits_BV.device.type == "cpu" and (library := kernels.load()) is not None:
         logits_BV, u_B, temperature_B = logits_BV.contiguous(), u_B.contiguous(), temperature_B.contiguous()
         tokens_B, logprobs_B = torch.empty(len(u_B), dtype=torch.int64), torch.empty(len(u_B))
         at = (x.data_ptr() for x in (logits_BV, u_B, temperature_B, tokens_B, logprobs_B))
-        library.gristmill_choose(*at, *logits_BV.shape)
+        library.gristmill_sample(*at, *logits_BV.shape)
         return tokens_B, logprobs_B
-    drawn_BV = logits_BV if adjusted_BV is None else adjusted_BV
-    if needs.random:
+    target_BV = logits_BV if processed_BV is None else processed_BV
+    if metadata.any_random:
         # Greedy rows go through with temperature 1; their choice is replaced below.
         divisor_B1 = torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
-        probs_BV = torch.softmax(drawn_BV / divisor_B1, -1)
-        if needs.top_k:
-            probs_BV = _keep_top_k(probs_BV, top_k_B, needs.top_k)
-        if needs.top_p:
+        probs_BV = torch.softmax(target_BV / divisor_B1, -1)
+        if metadata.max_top_k:
+            probs_BV = _keep_top_k(probs_BV, top_k_B, metadata.max_top_k)
+        if metadata.any_top_p:
             probs_BV = _keep_top_p(probs_BV, top_p_B)
-        if needs.min_p:
+        if metadata.any_min_p:
             probs_BV = torch.where(probs_BV >= min_p_B[:, None] * probs_BV.amax(-1, keepdim=True), probs_BV, 0.0)
         cdf_BV = probs_BV.cumsum(-1)
         # right=True: the first token whose cumulative probability exceeds u, which is never one of
         # probability 0.
         tokens_B = torch.searchsorted(cdf_BV, u_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
-        if needs.greedy:
-            tokens_B = torch.where(temperature_B == 0, drawn_BV.argmax(-1), tokens_B)
+        if metadata.any_greedy:
+            tokens_B = torch.where(temperature_B == 0, target_BV.argmax(-1), tokens_B)
     else:
-        tokens_B = drawn_BV.argmax(-1)
+        tokens_B = target_BV.argmax(-1)
     logprobs_B = logits_BV.gather(-1, tokens_B[:, None])[:, 0] - logits_BV.logsumexp(-1)
     return tokens_B, logprobs_B
 
 
-def _keep_top_k(probs_BV: Tensor, top_k_B: Tensor, largest_k: int) -> Tensor:
+def _keep_top_k(probs_BV: Tensor, top_k_B: Tensor, max_k: int) -> Tensor:
     vocab = probs_BV.shape[-1]
-    best_BK = probs_BV.topk(min(largest_k, vocab), -1).values
+    best_BK = probs_BV.topk(min(max_k, vocab), -1).values
     edge_B1 = best_BK.gather(-1, (top_k_B.clamp(1, vocab) - 1)[:, None])
     edge_B1 = torch.where(top_k_B[:, None] == 0, 0.0, edge_B1)
     return torch.where(probs_BV >= edge_B1, probs_BV, 0.0)

@@ -1,7 +1,8 @@
-"""Who computes what in the next step: every response in flight its next token, then prompts, in pieces, up to a number of tokens.
+"""Continuous-batching scheduler: waiting queue and running set, chunked prefill beside decoding, preemption by recomputation.
 
-Responses join and leave at every step. Nobody overtakes: what waits at the head is served first, and when pages run out the last to
-come gives its own back and waits again (its tokens are read anew later, its random numbers stay its own).
+Sequences join and leave at every step: every running one decodes its next token, then prompts are prefilled in chunks, up to a number of
+tokens. Nobody overtakes: the head of the queue is served first. When blocks run out, the last to come is preempted: it frees its own
+blocks and waits again. Its tokens are prefilled anew later, and its random numbers stay its own.
 """
 
 import heapq
@@ -9,298 +10,302 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gristmill.core.errors import InputError
-from gristmill.engine.block_manager import PAGE_SIZE, Pages
+from gristmill.engine.block_manager import BLOCK_SIZE, BlockManager
 from gristmill.engine.sampler import sample_key
-from gristmill.engine.sequence import Job, Sequence, Slots
+from gristmill.engine.sequence import BatchState, RequestState, Sequence
 
-COLDEST = 1e-3  # below, logits would overflow, and the likeliest token is as good as certain
+MIN_TEMPERATURE = 1e-3  # below, logits would overflow, and the likeliest token is as good as certain
 
 
 @dataclass
-class Step:
-    """What one forward pass computes.
+class SchedulerOutput:
+    """Work of one step: the tokens that one forward pass computes, and which of them are sampled from.
 
     Attributes:
-        sequences: those that have tokens in it, the first `decoding` of them one each.
-        starts, counts: first position and number of tokens of each.
-        drawn: for each token to draw, its sequence's place in `sequences`; behind the decoding ones come prompts read to their end.
-        heirs: for each token to draw, who gets it: the sequence itself or a twin.
+        sequences: those that have tokens in it, the first `num_decodes` of them one each.
+        starts, num_tokens: first position and number of tokens of each.
+        sample_rows: for each token to sample, the place in `sequences` that it is sampled from; behind the decodes come ended prefills.
+        sample_sequences: for each token to sample, who gets it: the sequence itself or a sibling.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
-    decoding: int = 0
+    num_decodes: int = 0
     starts: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    drawn: list[int] = field(default_factory=list)
-    heirs: list[Sequence] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    sample_rows: list[int] = field(default_factory=list)
+    sample_sequences: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
-    """The waiting and the running.
+    """Waiting queue and running set.
 
     Args:
-        slots, pages: what there is to give.
-        step_tokens: most tokens of a step.
+        batch_state, block_manager: slots and blocks that there are to give.
+        max_batched_tokens: of a step.
     """
 
-    def __init__(self, slots: Slots, pages: Pages, step_tokens: int) -> None:
-        self.slots, self.pages, self.step_tokens = slots, pages, step_tokens
+    def __init__(self, batch_state: BatchState, block_manager: BlockManager, max_batched_tokens: int) -> None:
+        self.batch_state, self.block_manager, self.max_batched_tokens = batch_state, block_manager, max_batched_tokens
         self.waiting: list[tuple[tuple[int, int, int], int, Sequence]] = []
-        self.running: list[Sequence] = []  # in order of coming
-        self.copies: list[tuple[int, int]] = []  # pages to copy before the next step: from, to
-        self.preemptions = 0
-        self._ticket = 0
+        self.running: list[Sequence] = []  # in scheduling order
+        self.block_copies: list[tuple[int, int]] = []  # copy-on-write before the next step: from, to
+        self.num_preemptions = 0
+        self._num_enqueued = 0
 
     @property
     def idle(self) -> bool:
         return not self.running and not self.waiting
 
-    def add(self, job: Job) -> None:
-        """Let all samples of a request wait.
+    def add(self, state: RequestState) -> None:
+        """Enqueue all samples of a request.
 
         Raises:
-            InputError: it could never be answered with the pages that there are.
+            InputError: it could never be answered with the blocks that there are.
         """
-        longest = len(job.prompt) + job.limit
-        if -(-longest // PAGE_SIZE) > self.pages.count:
+        max_length = len(state.prompt_ids) + state.max_tokens
+        if -(-max_length // BLOCK_SIZE) > self.block_manager.num_blocks:
             raise InputError(
-                f"Request {job.request.id!r} may take {longest} tokens and the cache holds {self.pages.count * PAGE_SIZE}: shorten it, "
-                "lower max_tokens, or give the engine more cache."
+                f"Request {state.request.id!r} may take {max_length} tokens and the cache holds "
+                f"{self.block_manager.num_blocks * BLOCK_SIZE}: shorten it, lower max_tokens, or give the engine more cache."
             )
-        for sample in range(job.request.sampling.n):
-            self._wait(Sequence(job, sample))
+        for sample in range(state.request.sampling.n):
+            self._enqueue(Sequence(state, sample))
 
-    def cancel(self, job: Job) -> None:
-        """Forget a request, whatever it is doing."""
-        job.cancelled = True  # those that wait are left out when their turn comes
-        for sequence in [s for s in self.running if s.job is job]:
-            self._stop(sequence)
+    def cancel(self, state: RequestState) -> None:
+        """Abort a request, whatever it is doing."""
+        state.cancelled = True  # those that wait are left out when their turn comes
+        for sequence in [s for s in self.running if s.state is state]:
+            self._free(sequence)
         for sequence in self.running:
-            for twin in [t for t in sequence.twins if t.job is job]:
-                sequence.twins.remove(twin)
-                self._free_slot(twin)
+            for sibling in [s for s in sequence.siblings if s.state is state]:
+                sequence.siblings.remove(sibling)
+                self._release_slot(sibling)
 
-    def retire(self, sequence: Sequence) -> None:
-        """A response has ended."""
-        self._stop(sequence)
+    def finish(self, sequence: Sequence) -> None:
+        """Free a sequence that has ended."""
+        self._free(sequence)
 
-    def schedule(self) -> Step:
+    def schedule(self) -> SchedulerOutput:
         """The next step. Tokens that it computes count as computed from here on."""
-        step = Step()
-        self._decode(step)
-        budget = self.step_tokens - step.decoding
+        step = SchedulerOutput()
+        self._schedule_decodes(step)
+        budget = self.max_batched_tokens - step.num_decodes
         for sequence in self.running:
             if budget <= 0:
                 break
-            if sequence.computed < sequence.length:
-                budget -= self._read(step, sequence, budget)
+            if sequence.num_computed < sequence.length:
+                budget -= self._prefill(step, sequence, budget)
         begun: dict[bytes, Sequence] = {}
-        while self.waiting and self.slots.free and budget > 0:
+        while self.waiting and self.batch_state.free_slots and budget > 0:
             sequence = self.waiting[0][2]
-            if sequence.job.cancelled:
+            if sequence.state.cancelled:
                 heapq.heappop(self.waiting)
                 continue
-            prompt = None if sequence.tokens is not None else sequence.job.prompt.tobytes()
-            twin_of = begun.get(prompt) if prompt is not None else None
-            if twin_of is not None:
-                if not self._room(len(twin_of.twins) + 2):
+            prompt = None if sequence.saved_tokens is not None else sequence.state.prompt_ids.tobytes()
+            parent = begun.get(prompt) if prompt is not None else None
+            if parent is not None:
+                if not self._can_allocate(len(parent.siblings) + 2):
                     break
                 heapq.heappop(self.waiting)
-                self._take_slot(sequence)
-                twin_of.twins.append(sequence)
-                if twin_of in step.heirs:  # its prompt ends in this step
-                    step.drawn.append(step.sequences.index(twin_of))
-                    step.heirs.append(sequence)
+                self._assign_slot(sequence)
+                parent.siblings.append(sequence)
+                if parent in step.sample_sequences:  # its prefill ends in this step
+                    step.sample_rows.append(step.sequences.index(parent))
+                    step.sample_sequences.append(sequence)
                 continue
-            # samples of one prompt begin together, so that it is read once
-            if len(self.slots.free) < min(sequence.job.waiting, self.slots.count) or not self._admit(sequence):
+            # samples of one prompt begin together, so that it is prefilled once
+            num_samples = min(sequence.state.num_waiting, self.batch_state.num_slots)
+            if len(self.batch_state.free_slots) < num_samples or not self._admit(sequence):
                 break
             heapq.heappop(self.waiting)
-            budget -= self._read(step, sequence, budget)
+            budget -= self._prefill(step, sequence, budget)
             if prompt is not None:
                 begun[prompt] = sequence
         return step
 
-    def take_twins(self, step: Step) -> None:
-        """Twins of prompts that were read to their end run on their own from now on."""
-        for sequence in [s for s in step.heirs if s.twins]:
-            full = len(sequence.job.prompt) // PAGE_SIZE
-            twins, sequence.twins = sequence.twins, []
-            for twin in twins:
-                for shared in sequence.pages[:full]:
-                    self.pages.share(shared)
-                self._own(twin, sequence.pages[:full])
-                if len(sequence.pages) > full:
-                    page = self.pages.take()
-                    if page is None:  # as if it had never begun
-                        self._send_back(twin)
+    def fork_siblings(self, step: SchedulerOutput) -> None:
+        """Let siblings of ended prefills run on their own: full blocks are shared, the last one is copied."""
+        for sequence in [s for s in step.sample_sequences if s.siblings]:
+            num_full = len(sequence.state.prompt_ids) // BLOCK_SIZE
+            siblings, sequence.siblings = sequence.siblings, []
+            for sibling in siblings:
+                for shared in sequence.block_ids[:num_full]:
+                    self.block_manager.share(shared)
+                self._append_blocks(sibling, sequence.block_ids[:num_full])
+                if len(sequence.block_ids) > num_full:
+                    block = self.block_manager.allocate()
+                    if block is None:  # as if it had never begun
+                        self._preempt(sibling)
                         continue
-                    self.copies.append((sequence.pages[full], page))
-                    self._own(twin, [page])
-                twin.computed, twin.named, twin.content = len(sequence.job.prompt), sequence.named, sequence.content
-                twin.stale = sequence.stale
-                self.running.append(twin)
+                    self.block_copies.append((sequence.block_ids[num_full], block))
+                    self._append_blocks(sibling, [block])
+                sibling.num_computed = len(sequence.state.prompt_ids)
+                sibling.num_registered, sibling.prefix_id = sequence.num_registered, sequence.prefix_id
+                sibling.stale = sequence.stale
+                self.running.append(sibling)
                 self.running.sort(key=lambda s: s.order)
 
     # ---- the parts of a step ----
 
-    def _decode(self, step: Step) -> None:
-        """Responses whose next token is due, each with a page for it."""
+    def _schedule_decodes(self, step: SchedulerOutput) -> None:
+        """Running sequences whose next token is due, each with a block for it."""
         place = 0
         while place < len(self.running):
             sequence = self.running[place]
             length = sequence.length
-            if sequence.computed == length - 1 >= len(sequence.job.prompt):
-                if (length - 1) // PAGE_SIZE >= len(sequence.pages):
-                    self._name_pages(sequence)
-                    if (page := self._take(sequence)) is None:
-                        assert not sequence.pages, "who is sent back has no pages"
+            if sequence.num_computed == length - 1 >= len(sequence.state.prompt_ids):
+                if (length - 1) // BLOCK_SIZE >= len(sequence.block_ids):
+                    self._register_full_blocks(sequence)
+                    if (block := self._allocate_or_preempt(sequence)) is None:
+                        assert not sequence.block_ids, "a preempted sequence has no blocks"
                         continue  # it was the last itself
-                    self._own(sequence, [page])
+                    self._append_blocks(sequence, [block])
                 step.sequences.append(sequence)
-                sequence.computed = length
+                sequence.num_computed = length
             place += 1
-        step.decoding = len(step.sequences)
-        step.starts = [s.computed - 1 for s in step.sequences]
-        step.counts = [1] * step.decoding
-        step.drawn = list(range(step.decoding))
-        step.heirs = list(step.sequences)
+        step.num_decodes = len(step.sequences)
+        step.starts = [s.num_computed - 1 for s in step.sequences]
+        step.num_tokens = [1] * step.num_decodes
+        step.sample_rows = list(range(step.num_decodes))
+        step.sample_sequences = list(step.sequences)
 
-    def _read(self, step: Step, sequence: Sequence, budget: int) -> int:
-        """Read what fits of a prompt; its number of tokens."""
+    def _prefill(self, step: SchedulerOutput, sequence: Sequence, budget: int) -> int:
+        """Schedule the next chunk of a prefill; its number of tokens."""
         length = sequence.length
-        count = min(budget, length - sequence.computed)
-        missing = -(-(sequence.computed + count) // PAGE_SIZE) - len(sequence.pages)
+        count = min(budget, length - sequence.num_computed)
+        missing = -(-(sequence.num_computed + count) // BLOCK_SIZE) - len(sequence.block_ids)
         if missing > 0:
-            if self.pages.available < missing:  # others need them more: wait a step
-                count = len(sequence.pages) * PAGE_SIZE - sequence.computed
+            if self.block_manager.num_free_blocks < missing:  # others need them more: wait a step
+                count = len(sequence.block_ids) * BLOCK_SIZE - sequence.num_computed
                 if count <= 0:
                     return 0
             else:
-                self._own(sequence, [page for _ in range(missing) if (page := self.pages.take()) is not None])
+                self._append_blocks(sequence, [b for _ in range(missing) if (b := self.block_manager.allocate()) is not None])
         step.sequences.append(sequence)
-        step.starts.append(sequence.computed)
-        step.counts.append(count)
-        sequence.computed += count
-        self._name_pages(sequence)
-        if sequence.computed == length:
-            step.drawn += [len(step.sequences) - 1] * (1 + len(sequence.twins))
-            step.heirs += [sequence, *sequence.twins]
+        step.starts.append(sequence.num_computed)
+        step.num_tokens.append(count)
+        sequence.num_computed += count
+        self._register_full_blocks(sequence)
+        if sequence.num_computed == length:
+            step.sample_rows += [len(step.sequences) - 1] * (1 + len(sequence.siblings))
+            step.sample_sequences += [sequence, *sequence.siblings]
         return count
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence a slot and the pages that hold its beginning. False if there is no room for all of its prompt."""
-        tokens = sequence.job.prompt if sequence.tokens is None else sequence.tokens
-        found: list[int] = []
-        content = sequence.content
-        for begin in range(0, len(tokens) - PAGE_SIZE, PAGE_SIZE):  # one token at least is computed
-            hit = self.pages.find(content, tokens[begin : begin + PAGE_SIZE].tobytes())
+        """Move a waiting sequence to the running set, with the cached blocks of its prefix. False if all its prompt has no room."""
+        tokens = sequence.state.prompt_ids if sequence.saved_tokens is None else sequence.saved_tokens
+        cached: list[int] = []
+        prefix_id = sequence.prefix_id
+        for begin in range(0, len(tokens) - BLOCK_SIZE, BLOCK_SIZE):  # one token at least is computed
+            hit = self.block_manager.lookup(prefix_id, tokens[begin : begin + BLOCK_SIZE].tobytes())
             if hit is None:
                 break
-            found.append(hit[0])
-            content = hit[1]
-        for page in found:
-            self.pages.share(page)
-        if not self._room(-(-(len(tokens) + 1) // PAGE_SIZE) - len(found)):
-            self.pages.release(found)
+            cached.append(hit[0])
+            prefix_id = hit[1]
+        for block in cached:
+            self.block_manager.share(block)
+        if not self._can_allocate(-(-(len(tokens) + 1) // BLOCK_SIZE) - len(cached)):
+            self.block_manager.release(cached)
             return False
-        self._take_slot(sequence)
-        self._own(sequence, found)
-        sequence.computed, sequence.named, sequence.content = len(found) * PAGE_SIZE, len(found), content
+        self._assign_slot(sequence)
+        self._append_blocks(sequence, cached)
+        sequence.num_computed, sequence.num_registered, sequence.prefix_id = len(cached) * BLOCK_SIZE, len(cached), prefix_id
         self.running.append(sequence)
         if len(self.running) > 1 and self.running[-2].order > sequence.order:
             self.running.sort(key=lambda s: s.order)
         return True
 
-    def _room(self, pages: int) -> bool:
-        """Whether that many pages can be taken beside what prompts that are being read still need. An empty house has always room."""
-        owed = sum(max(0, -(-s.length // PAGE_SIZE) - len(s.pages)) + len(s.twins) for s in self.running if s.computed < s.length)
-        return not self.running or self.pages.available >= pages + owed
+    def _can_allocate(self, num_blocks: int) -> bool:
+        """Whether that many blocks are free beside what prefills under way still need. With nobody running there always are."""
+        reserved = sum(
+            max(0, -(-s.length // BLOCK_SIZE) - len(s.block_ids)) + len(s.siblings) for s in self.running if s.num_computed < s.length
+        )
+        return not self.running or self.block_manager.num_free_blocks >= num_blocks + reserved
 
-    # ---- pages and slots ----
+    # ---- blocks and slots ----
 
-    def _take(self, sequence: Sequence) -> int | None:
-        """A page for a running sequence; the last of the running is sent back for it if there is none. None if that was itself."""
-        while (page := self.pages.take()) is None:
+    def _allocate_or_preempt(self, sequence: Sequence) -> int | None:
+        """A block for a running sequence; the last of the running is preempted for it if there is none. None if that was itself."""
+        while (block := self.block_manager.allocate()) is None:
             victim = self.running[-1]
-            self._send_back(victim)
+            self._preempt(victim)
             if victim is sequence:
                 return None
             if not self.running:
                 return None
-        return page
+        return block
 
-    def _send_back(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         """Take everything from a sequence but its tokens, and let it wait at the head."""
-        length, prompt = sequence.length, len(sequence.job.prompt)
+        length, prompt = sequence.length, len(sequence.state.prompt_ids)
         if length > prompt:
-            sequence.tokens = self.slots.tokens[sequence.slot, :length].copy()
-            sequence.logprobs = self.slots.logprobs[sequence.slot, prompt:length].copy()
-        twins, sequence.twins = sequence.twins, []
-        self._stop(sequence)
-        self.preemptions += 1
-        for waiting in (sequence, *twins):
+            sequence.saved_tokens = self.batch_state.token_ids[sequence.slot, :length].copy()
+            sequence.saved_logprobs = self.batch_state.logprobs[sequence.slot, prompt:length].copy()
+        siblings, sequence.siblings = sequence.siblings, []
+        self._free(sequence)
+        self.num_preemptions += 1
+        for waiting in (sequence, *siblings):
             if waiting is not sequence:
-                self._free_slot(waiting)
-            waiting.computed = waiting.named = waiting.content = 0
+                self._release_slot(waiting)
+            waiting.num_computed = waiting.num_registered = waiting.prefix_id = 0
             waiting.stale = False
-            self._wait(waiting)
+            self._enqueue(waiting)
 
-    def _stop(self, sequence: Sequence) -> None:
+    def _free(self, sequence: Sequence) -> None:
         if sequence in self.running:
             self.running.remove(sequence)
-        self._name_pages(sequence)
-        self.pages.release(sequence.pages)
-        sequence.pages = []
-        self._free_slot(sequence)
-        for twin in sequence.twins:  # its prompt was not read to the end: somebody else must
-            self._free_slot(twin)
-            if not twin.job.cancelled:
-                self._wait(twin)
-        sequence.twins = []
+        self._register_full_blocks(sequence)
+        self.block_manager.release(sequence.block_ids)
+        sequence.block_ids = []
+        self._release_slot(sequence)
+        for sibling in sequence.siblings:  # the prefill has not ended: somebody else must do it
+            self._release_slot(sibling)
+            if not sibling.state.cancelled:
+                self._enqueue(sibling)
+        sequence.siblings = []
 
-    def _wait(self, sequence: Sequence) -> None:
-        self._ticket += 1
-        sequence.job.waiting += 1
-        heapq.heappush(self.waiting, (sequence.order, self._ticket, sequence))
+    def _enqueue(self, sequence: Sequence) -> None:
+        self._num_enqueued += 1
+        sequence.state.num_waiting += 1
+        heapq.heappush(self.waiting, (sequence.order, self._num_enqueued, sequence))
 
-    def _take_slot(self, sequence: Sequence) -> None:
-        slots, job = self.slots, sequence.job
-        slot = sequence.slot = slots.free.pop()
-        job.waiting -= 1
-        tokens = job.prompt if sequence.tokens is None else sequence.tokens
-        prompt, sampling = len(job.prompt), job.request.sampling
-        slots.tokens[slot, : len(tokens)] = tokens
-        if sequence.logprobs is not None:
-            slots.logprobs[slot, prompt : len(tokens)] = sequence.logprobs
+    def _assign_slot(self, sequence: Sequence) -> None:
+        batch, state = self.batch_state, sequence.state
+        slot = sequence.slot = batch.free_slots.pop()
+        state.num_waiting -= 1
+        tokens = state.prompt_ids if sequence.saved_tokens is None else sequence.saved_tokens
+        prompt, sampling = len(state.prompt_ids), state.request.sampling
+        batch.token_ids[slot, : len(tokens)] = tokens
+        if sequence.saved_logprobs is not None:
+            batch.logprobs[slot, prompt : len(tokens)] = sequence.saved_logprobs
         sequence.length = len(tokens)
-        slots.ints[slot] = prompt, prompt + job.limit, sampling.top_k
-        slots.floats[slot] = (
-            sampling.temperature if sampling.temperature >= COLDEST else 0.0,
+        batch.ints[slot] = prompt, prompt + state.max_tokens, sampling.top_k
+        batch.floats[slot] = (
+            sampling.temperature if sampling.temperature >= MIN_TEMPERATURE else 0.0,
             sampling.top_p,
             sampling.min_p,
             sampling.repetition_penalty,
             sampling.presence_penalty,
             sampling.frequency_penalty,
         )
-        slots.keys[slot] = sample_key(job.request.seed, job.request.id, sequence.sample)
+        batch.rng_keys[slot] = sample_key(state.request.seed, state.request.id, sequence.sample)
 
-    def _free_slot(self, sequence: Sequence) -> None:
-        self.slots.free.append(sequence.slot)
+    def _release_slot(self, sequence: Sequence) -> None:
+        self.batch_state.free_slots.append(sequence.slot)
         sequence.slot = -1
 
-    def _own(self, sequence: Sequence, pages: Iterable[int]) -> None:
-        for page in pages:
-            self.slots.table[sequence.slot, len(sequence.pages)] = page
-            sequence.pages.append(page)
+    def _append_blocks(self, sequence: Sequence, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self.batch_state.block_tables[sequence.slot, len(sequence.block_ids)] = block
+            sequence.block_ids.append(block)
 
-    def _name_pages(self, sequence: Sequence) -> None:
-        """Make pages known that have become full."""
+    def _register_full_blocks(self, sequence: Sequence) -> None:
+        """Put blocks that have become full into the prefix cache."""
         if sequence.stale:
             return
-        tokens = self.slots.tokens[sequence.slot]
-        while (sequence.named + 1) * PAGE_SIZE <= sequence.computed:
-            begin = sequence.named * PAGE_SIZE
-            key = tokens[begin : begin + PAGE_SIZE].tobytes()
-            sequence.content = self.pages.name(sequence.pages[sequence.named], sequence.content, key)
-            sequence.named += 1
+        tokens = self.batch_state.token_ids[sequence.slot]
+        while (sequence.num_registered + 1) * BLOCK_SIZE <= sequence.num_computed:
+            begin = sequence.num_registered * BLOCK_SIZE
+            key = tokens[begin : begin + BLOCK_SIZE].tobytes()
+            sequence.prefix_id = self.block_manager.register(sequence.block_ids[sequence.num_registered], sequence.prefix_id, key)
+            sequence.num_registered += 1

@@ -1,6 +1,6 @@
-"""A request on its way, and the responses in flight, one slot each.
+"""State of requests and sequences, and the batch's arrays with a slot for each running sequence.
 
-Shapes: S slots, L positions, B pages of a sequence.
+Shapes: S slots, L positions, B blocks of a sequence.
 """
 
 from collections.abc import Callable
@@ -9,93 +9,97 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from gristmill.engine.block_manager import PAGE_SIZE, ROOT
-from gristmill.engine.grammar import Matcher
+from gristmill.engine.block_manager import BLOCK_SIZE, ROOT
+from gristmill.engine.grammar import GrammarMatcher
 from gristmill.generation.api import Completion, Request
 
-# Columns of `Slots.ints`.
+# Columns of `BatchState.ints`.
 PROMPT, LIMIT, TOP_K = range(3)
-# Columns of `Slots.floats`.
+# Columns of `BatchState.floats`.
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
 
-# sample, token, its log-probability, whether it is the last, the likeliest if asked for
-Listener = Callable[[int, int, float, bool, tuple[tuple[int, float], ...]], None]
+# sample, token, its log-probability, whether it is the last, top log-probabilities if asked for
+TokenListener = Callable[[int, int, float, bool, tuple[tuple[int, float], ...]], None]
 
 
 @dataclass(eq=False)
-class Job:
-    """A request: `open` of its samples are not done.
+class RequestState:
+    """A request in the engine, and its completions as they finish.
 
     Attributes:
-        prompt: token ids.
-        limit: most tokens of a response.
+        prompt_ids: token ids.
+        max_tokens: of a response.
         arrival: of requests of one priority the earliest goes first.
-        waiting: samples that have no slot.
-        listener: hears every token as it is drawn.
+        completions: of the samples that are done.
+        num_unfinished: samples that are not done.
+        num_waiting: samples that have no slot.
+        listener: streaming callback: hears every token once, as it is sampled.
         error: why it has no completions.
-        bias: tokens and what is added to their logits.
+        logit_bias: tokens and what is added to their logits.
     """
 
     request: Request
-    prompt: np.ndarray
-    limit: int
-    completions: list[Completion | None]
-    open: int
+    prompt_ids: np.ndarray
+    max_tokens: int
     arrival: int = 0
-    waiting: int = 0
-    listener: Listener | None = None
+    num_waiting: int = 0
+    listener: TokenListener | None = None
     cancelled: bool = False
     error: Exception | None = None
-    bias: tuple[Tensor, Tensor] | None = None
+    logit_bias: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.num_unfinished = self.request.sampling.n
+        self.completions: list[Completion | None] = [None] * self.num_unfinished
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One response, waiting or in a slot.
+    """One sample of a request, waiting or in a slot.
 
     Attributes:
         slot: -1 while it waits.
         length: tokens of prompt and response so far.
-        pages: of its positions, in order.
-        computed: positions whose keys and values are in the pages.
-        named: pages that are known by their content, the last of which has the content `content`.
-        stale: its pages hold what former weights made of its tokens, and shall not be known by them.
-        twins: responses to the same prompt that begin when its prompt has been read, each with a slot of its own.
+        block_ids: of its positions, in order.
+        num_computed: positions whose keys and values are in the blocks.
+        num_registered: blocks that are in the prefix cache, the last of which has the prefix id `prefix_id`.
+        stale: its blocks hold what former weights made of its tokens, and shall not be registered.
+        siblings: samples of the same prompt that fork when its prefill ends, each with a slot of its own.
         matcher: where it stands in its grammar, if it has one.
-        top_logprobs: of each token drawn, if asked for.
-        tokens, logprobs: what it had generated when it was sent back to wait.
+        top_logprobs: of each token sampled, if asked for.
+        saved_tokens, saved_logprobs: prompt and response, and the response's log-probabilities, when it was preempted.
     """
 
-    job: Job
+    state: RequestState
     sample: int
     slot: int = -1
     length: int = 0
-    pages: list[int] = field(default_factory=list)
-    computed: int = 0
-    named: int = 0
-    content: int = ROOT
+    block_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_registered: int = 0
+    prefix_id: int = ROOT
     stale: bool = False
-    twins: list["Sequence"] = field(default_factory=list)
-    matcher: Matcher | None = None
+    siblings: list["Sequence"] = field(default_factory=list)
+    matcher: GrammarMatcher | None = None
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    tokens: np.ndarray | None = None
-    logprobs: np.ndarray | None = None
+    saved_tokens: np.ndarray | None = None
+    saved_logprobs: np.ndarray | None = None
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Who goes first."""
-        return -self.job.request.priority, self.job.arrival, self.sample
+        """Scheduling order: priority, then arrival."""
+        return -self.state.request.priority, self.state.arrival, self.sample
 
 
-class Slots:
-    """What every step reads, a row for each response in flight. Pages of memory that no token has reached are never touched."""
+class BatchState:
+    """Persistent batch: arrays that every step reads, a row for each slot. Memory pages that no token has reached are never touched."""
 
-    def __init__(self, count: int, longest: int) -> None:
-        self.count = count
-        self.tokens = np.empty((count, longest), np.int32)
-        self.logprobs = np.empty((count, longest), np.float32)
-        self.table = np.zeros((count, -(-longest // PAGE_SIZE)), np.int32)
-        self.ints = np.zeros((count, 3), np.int64)
-        self.floats = np.zeros((count, 6), np.float32)
-        self.keys = np.zeros(count, np.int64)
-        self.free = list(range(count - 1, -1, -1))
+    def __init__(self, num_slots: int, max_positions: int) -> None:
+        self.num_slots = num_slots
+        self.token_ids = np.empty((num_slots, max_positions), np.int32)
+        self.logprobs = np.empty((num_slots, max_positions), np.float32)
+        self.block_tables = np.zeros((num_slots, -(-max_positions // BLOCK_SIZE)), np.int32)
+        self.ints = np.zeros((num_slots, 3), np.int64)
+        self.floats = np.zeros((num_slots, 6), np.float32)
+        self.rng_keys = np.zeros(num_slots, np.int64)
+        self.free_slots = list(range(num_slots - 1, -1, -1))

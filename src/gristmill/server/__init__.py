@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server."""
+"""OpenAI-compatible HTTP server."""

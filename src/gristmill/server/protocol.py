@@ -1,4 +1,4 @@
-"""What requests may say: their bodies, checked field by field, and what they mean to the engine.
+"""OpenAI request schemas: bodies checked field by field, and the sampling parameters that they mean.
 
 Sources: OpenAI's API reference; vLLM's for `structured_outputs` and the settings that OpenAI has not.
 """
@@ -10,18 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Conversation, check_turns, conversation
-from gristmill.engine import grammar as constraints
+from gristmill.engine.grammar import choice_grammar, json_schema_grammar, regex_grammar
 from gristmill.generation.api import SamplingParams
 
-MOST_SAMPLES = 128
-MOST_TOP_K = 1 << 20
-MOST_STOPS, LONGEST_STOP, MOST_BIASES = 16, 500, 1024
+MAX_N = 128
+MAX_TOP_K = 1 << 20
+MAX_STOPS, MAX_STOP_CHARS, MAX_BIASES = 16, 500, 1024
 Number = StrictFloat | StrictInt
-Stop = Annotated[StrictStr, Field(max_length=LONGEST_STOP)]
+Stop = Annotated[StrictStr, Field(max_length=MAX_STOP_CHARS)]
 
 
-class Body(BaseModel):
-    """What chat and text completions share."""
+class CompletionRequestBase(BaseModel):
+    """Fields of chat and text completion requests."""
 
     model_config = ConfigDict(extra="forbid")
     model: StrictStr | None = None
@@ -30,14 +30,14 @@ class Body(BaseModel):
     top_k: StrictInt | None = None
     min_p: Number | None = None
     max_tokens: StrictInt | None = None
-    n: StrictInt | None = Field(None, le=MOST_SAMPLES)
+    n: StrictInt | None = Field(None, le=MAX_N)
     seed: StrictInt | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    stop_token_ids: Annotated[list[StrictInt], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[StrictInt], Field(max_length=MAX_STOPS)] | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = Field(None, max_length=MOST_BIASES)
+    logit_bias: dict[str, Number] | None = Field(None, max_length=MAX_BIASES)
     stream: StrictBool | None = None
     stream_options: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
@@ -51,23 +51,24 @@ class Body(BaseModel):
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     user: Any = None
 
-    def sampling(self, default_tokens: int, most_tokens: int, top_logprobs: int) -> SamplingParams:
+    def to_sampling_params(self, default_tokens: int, max_tokens: int, top_logprobs: int) -> SamplingParams:
+        """Sampling parameters: at most `max_tokens`, and `default_tokens` where the request does not say."""
         wanted = default_tokens if self.max_tokens is None else self.max_tokens
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         try:
-            bias = tuple((int(token), _or(value, 0.0)) for token, value in (self.logit_bias or {}).items())
+            bias = tuple((int(token), _number(value, 0.0)) for token, value in (self.logit_bias or {}).items())
         except ValueError as e:
             raise InputError("the keys of logit_bias must be token ids") from e
         return SamplingParams(
-            temperature=_or(self.temperature, 1.0),
-            top_p=_or(self.top_p, 1.0),
-            top_k=min(self.top_k or 0, MOST_TOP_K),
-            max_tokens=min(wanted, most_tokens),
+            temperature=_number(self.temperature, 1.0),
+            top_p=_number(self.top_p, 1.0),
+            top_k=min(self.top_k or 0, MAX_TOP_K),
+            max_tokens=min(wanted, max_tokens),
             n=1 if self.n is None else self.n,
-            min_p=_or(self.min_p, 0.0),
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
-            presence_penalty=_or(self.presence_penalty, 0.0),
-            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            min_p=_number(self.min_p, 0.0),
+            repetition_penalty=_number(self.repetition_penalty, 1.0),
+            presence_penalty=_number(self.presence_penalty, 0.0),
+            frequency_penalty=_number(self.frequency_penalty, 0.0),
             stop=stop,
             stop_tokens=tuple(self.stop_token_ids or ()),
             logit_bias=bias,
@@ -76,29 +77,36 @@ class Body(BaseModel):
         )
 
 
-class ChatBody(Body):
+class ChatCompletionRequest(CompletionRequestBase):
+    """Body of /v1/chat/completions."""
+
     messages: list[Any]
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
     top_logprobs: StrictInt | None = Field(None, ge=0, le=20)
 
 
-class TextBody(Body):
+class CompletionRequest(CompletionRequestBase):
+    """Body of /v1/completions."""
+
     prompt: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
     logprobs: StrictInt | None = Field(None, ge=0, le=20)
     echo: StrictBool | None = None
 
 
-class RewardBody(BaseModel):
+class RewardRequest(BaseModel):
+    """Body of /v1/rewards."""
+
     model_config = ConfigDict(extra="forbid")
     model: StrictStr | None = None
     messages: list[Any]
 
 
-async def read(http: web.Request, kind: type[Any]) -> Any:
+async def parse_body(http: web.Request, schema: type[Any]) -> Any:
+    """Validate a request's body. Raises `InputError` with the first field that is wrong."""
     raw = await http.read()
     try:
-        return kind.model_validate_json(raw)
+        return schema.model_validate_json(raw)
     except ValidationError as e:
         first = e.errors()[0]
         if first["type"] == "json_invalid":
@@ -111,17 +119,18 @@ async def read(http: web.Request, kind: type[Any]) -> Any:
         raise InputError(f"{where}: {first['msg'].lower()}") from e
 
 
-def talk_of(messages: list[Any]) -> Conversation:
-    messages = [_plain(message) for message in messages]
+def parse_messages(messages: list[Any]) -> Conversation:
+    """Chat messages as a conversation."""
+    messages = [_normalize(message) for message in messages]
     try:
-        talk = conversation(messages)
+        parsed = conversation(messages)
     except TypeError as e:
         raise InputError("messages must be objects with `role` and `content`") from e
-    check_turns(talk)
-    return talk
+    check_turns(parsed)
+    return parsed
 
 
-def _plain(message: Any) -> Any:
+def _normalize(message: Any) -> Any:
     """A message whose content is text, where its parts are; a developer is a system."""
     if not isinstance(message, dict):
         return message
@@ -134,7 +143,8 @@ def _plain(message: Any) -> Any:
     return {name: value for name, value in out.items() if value is not None and name != "name"}
 
 
-def prompts_of(prompt: Any) -> list[str | list[int]]:
+def parse_prompts(prompt: Any) -> list[str | list[int]]:
+    """Prompts of a completion request, texts or token ids."""
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [prompt]
     if not prompt:
@@ -143,31 +153,31 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
 
 
 def _grammar(response_format: dict[str, Any] | None, structured: dict[str, Any] | None) -> str:
-    """OpenAI's `response_format`, or vLLM's `structured_outputs`, as a constraint."""
+    """Grammar of OpenAI's `response_format`, or of vLLM's `structured_outputs`."""
     if response_format and structured:
         raise InputError("give response_format or structured_outputs, not both")
     match response_format:
         case None | {"type": "text"}:
             pass
         case {"type": "json_object"}:
-            return constraints.of_json_schema({})
+            return json_schema_grammar({})
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-            return constraints.of_json_schema(schema)
+            return json_schema_grammar(schema)
         case _:
             raise InputError("response_format must be of type text, json_object, or json_schema with json_schema.schema")
     if structured is None:
         return ""
     match list(structured.items()):
         case [("json", dict(schema))]:
-            return constraints.of_json_schema(schema)
+            return json_schema_grammar(schema)
         case [("regex", str(regex))]:
-            return constraints.of_regex(regex)
+            return regex_grammar(regex)
         case [("choice", list(choices))] if all(isinstance(one, str) for one in choices):
-            return constraints.of_choice(choices)
+            return choice_grammar(choices)
     raise InputError("structured_outputs must hold one of json (a schema), regex (a string) and choice (strings)")
 
 
-def _or(value: float | None, default: float) -> float:
+def _number(value: float | None, default: float) -> float:
     try:
         return default if value is None else float(value)
     except OverflowError as e:

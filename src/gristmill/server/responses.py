@@ -1,4 +1,4 @@
-"""How answers are written down, whole or piece by piece. Source: OpenAI's API reference."""
+"""OpenAI response builders, whole or streamed, and the incremental detokenizer. Source: OpenAI's API reference."""
 
 import itertools
 import secrets
@@ -6,15 +6,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from gristmill.engine.async_engine import Event
+from gristmill.engine.async_engine import TokenEvent
 from gristmill.engine.engine import Engine
-from gristmill.engine.sequence import Job
+from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Completion
-from gristmill.server.protocol import TextBody
+from gristmill.server.protocol import CompletionRequest
 
 
-class GrowingText:
-    """Text of a response while it grows. What may yet turn out to be no text, or the beginning of a stop string, is held back."""
+class IncrementalDetokenizer:
+    """Incremental detokenizer of a stream. What may yet turn out to be no text, or the beginning of a stop string, is held back."""
 
     def __init__(self, engine: Engine, stop: Sequence[str]) -> None:
         self.engine = engine
@@ -25,7 +25,7 @@ class GrowingText:
         self.sent = 0
 
     def add(self, token: int) -> str:
-        """What can be sent now."""
+        """Text that can be sent now."""
         self.ids.append(token)
         text = self.done + self.engine.tokenizer.decode(self.ids[self.start :])
         if text.endswith("\ufffd"):  # in the middle of a character
@@ -36,57 +36,62 @@ class GrowingText:
             if text.startswith(self.done + head) and self.done + head + self.engine.tokenizer.decode(self.ids[middle:]) == text:
                 self.done, self.start = self.done + head, middle
         end = max(self.sent, len(text) - self.hold)
-        piece, self.sent = text[self.sent : end], end
-        return piece
+        delta, self.sent = text[self.sent : end], end
+        return delta
 
-    def rest(self, text: str) -> str:
+    def finish(self, text: str) -> str:
         """The rest of the whole text."""
         return text[self.sent :]
 
 
-class Shape:
-    """How answers are written down."""
+class ResponseBuilder:
+    """Response builder of an endpoint."""
 
-    def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
+    def response(self, states: list[RequestState], n: int) -> dict[str, Any]:
+        """The whole response."""
         raise NotImplementedError
 
-    def before(self) -> list[dict[str, Any]]:
-        """What is said before anything is drawn."""
+    def prompt_choices(self) -> list[dict[str, Any]]:
+        """Choices that a stream begins with, before anything is sampled: echoed prompts."""
         return []
 
-    def piece(self, index: int, text: str, event: Event, finish: str | None) -> dict[str, Any]:
+    def choice_delta(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> dict[str, Any]:
+        """A streamed choice: a token and the text that it completes."""
         raise NotImplementedError
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """A stream chunk."""
         raise NotImplementedError
 
 
-class ChatShape(Shape):
+class ChatResponseBuilder(ResponseBuilder):
+    """Chat completions and their chunks."""
+
     def __init__(self, engine: Engine, logprobs: bool) -> None:
         self.engine, self.logprobs = engine, logprobs
         self.name = f"chatcmpl-{secrets.token_hex(12)}"
-        self.begun: set[int] = set()
+        self.with_role: set[int] = set()  # choices whose role was sent
 
-    def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
-        (job,) = jobs
+    def response(self, states: list[RequestState], n: int) -> dict[str, Any]:
+        (state,) = states
         choices: list[dict[str, Any]] = []
-        for index, out in enumerate(c for c in job.completions if c is not None):
+        for index, out in enumerate(c for c in state.completions if c is not None):
             message = {"role": "assistant", "content": out.text}
             entries = {"content": self._entries(out)} if self.logprobs else None
             choices.append({"index": index, "message": message, "logprobs": entries, "finish_reason": out.finish})
-        usage = usage_of(len(job.prompt), drawn(jobs))
-        return envelope("chat.completion", self.name, self.engine.name, choices, usage)
+        usage = usage_counts(len(state.prompt_ids), num_output_tokens(states))
+        return envelope("chat.completion", self.name, self.engine.name, choices=choices, usage=usage)
 
-    def piece(self, index: int, text: str, event: Event, finish: str | None) -> dict[str, Any]:
+    def choice_delta(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> dict[str, Any]:
         delta: dict[str, Any] = {"content": text}
-        if index not in self.begun:
-            self.begun.add(index)
+        if index not in self.with_role:
+            self.with_role.add(index)
             delta["role"] = "assistant"
-        entries = {"content": [self._entry(event.token, event.logprob, event.likeliest)]} if self.logprobs else None
+        entries = {"content": [self._entry(event.token, event.logprob, event.top_logprobs)]} if self.logprobs else None
         return {"index": index, "delta": delta, "logprobs": entries, "finish_reason": finish}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return envelope("chat.completion.chunk", self.name, self.engine.name, choices, None)
+        return envelope("chat.completion.chunk", self.name, self.engine.name, choices=choices)
 
     def _entries(self, out: Completion) -> list[dict[str, Any]]:
         tops = out.top_logprobs or ((),) * len(out.tokens)
@@ -100,22 +105,28 @@ class ChatShape(Shape):
         return {"token": _token(self.engine, token), "logprob": logprob, "bytes": list(tokenizer.token_bytes(token))}
 
 
-class TextShape(Shape):
-    def __init__(self, engine: Engine, body: TextBody, prompts: list[list[int]], scored: list[Any] | None) -> None:
+class CompletionResponseBuilder(ResponseBuilder):
+    """Text completions and their chunks.
+
+    Args:
+        scored: log-probabilities of the prompts' tokens, where they are echoed.
+    """
+
+    def __init__(self, engine: Engine, body: CompletionRequest, prompts: list[list[int]], *, scored: list[Any] | None) -> None:
         self.engine, self.body, self.prompts, self.scored = engine, body, prompts, scored
         self.name = f"cmpl-{secrets.token_hex(12)}"
         self.offsets: dict[int, int] = {}  # of choices that are streamed
 
-    def whole(self, jobs: list[Job], n: int) -> dict[str, Any]:
+    def response(self, states: list[RequestState], n: int) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
         for place, ids in enumerate(self.prompts):
-            outs = [c for c in jobs[place].completions if c is not None] if jobs else [Completion("", 0, (), "length")] * n
+            outs = [c for c in states[place].completions if c is not None] if states else [Completion("", 0, (), "length")] * n
             for out in outs:
                 choices.append(self._choice(len(choices), place, ids, out))
-        usage = usage_of(sum(map(len, self.prompts)), drawn(jobs))
-        return envelope("text_completion", self.name, self.engine.name, choices, usage)
+        usage = usage_counts(sum(map(len, self.prompts)), num_output_tokens(states))
+        return envelope("text_completion", self.name, self.engine.name, choices=choices, usage=usage)
 
-    def before(self) -> list[dict[str, Any]]:
+    def prompt_choices(self) -> list[dict[str, Any]]:
         if not self.body.echo:
             return []
         n = 1 if self.body.n is None else self.body.n
@@ -123,21 +134,21 @@ class TextShape(Shape):
         places = [(place, ids, sample) for place, ids in enumerate(self.prompts) for sample in range(n)]
         return [self._choice(place * n + sample, place, ids, none) | {"finish_reason": finish} for place, ids, sample in places]
 
-    def piece(self, index: int, text: str, event: Event, finish: str | None) -> dict[str, Any]:
+    def choice_delta(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> dict[str, Any]:
         logprobs = None
         if self.body.logprobs is not None:
             word = _token(self.engine, event.token)
-            tops = [self._top(event.likeliest)] if self.body.logprobs else None
+            tops = [self._top(event.top_logprobs)] if self.body.logprobs else None
             offset = self.offsets.get(index, 0)
             self.offsets[index] = offset + len(word)
             logprobs = {"tokens": [word], "token_logprobs": [event.logprob], "top_logprobs": tops, "text_offset": [offset]}
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
-    def _top(self, likeliest: Sequence[tuple[int, float]]) -> dict[str, float]:
-        return {_token(self.engine, token): value for token, value in likeliest}
+    def _top(self, top_logprobs: Sequence[tuple[int, float]]) -> dict[str, float]:
+        return {_token(self.engine, token): value for token, value in top_logprobs}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return envelope("text_completion", self.name, self.engine.name, choices, None)
+        return envelope("text_completion", self.name, self.engine.name, choices=choices)
 
     def _choice(self, index: int, place: int, ids: list[int], out: Completion) -> dict[str, Any]:
         engine = self.engine
@@ -147,9 +158,9 @@ class TextShape(Shape):
             tokens, values = list(out.tokens), list[float | None](out.logprobs)
             tops: list[dict[str, float] | None] = [self._top(top) for top in out.top_logprobs]
             if self.scored is not None:
-                given, likeliest = self.scored[place]
+                given, top_logprobs = self.scored[place]
                 tokens, values = [*ids, *tokens], [None, *given, *values]
-                tops = [None, *(self._top(top) for top in likeliest), *tops]
+                tops = [None, *(self._top(top) for top in top_logprobs), *tops]
             words = [_token(engine, token) for token in tokens]
             offsets = [0, *itertools.accumulate(len(word) for word in words)]
             self.offsets[index] = offsets[-1]
@@ -158,17 +169,20 @@ class TextShape(Shape):
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": out.finish}
 
 
-def envelope(kind: str, name: str, model: str, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
+def envelope(kind: str, name: str, model: str, *, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
+    """Response object of a kind."""
     out = {"id": name, "object": kind, "created": int(time.time()), "model": model, "choices": choices}
     return out if usage is None else out | {"usage": usage}
 
 
-def usage_of(prompt: int, drawn: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+def usage_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """Usage object."""
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": prompt_tokens + completion_tokens}
 
 
-def drawn(jobs: list[Job]) -> int:
-    return sum(c.num_tokens for job in jobs for c in job.completions if c is not None)
+def num_output_tokens(states: list[RequestState]) -> int:
+    """Tokens of all completions."""
+    return sum(c.num_tokens for state in states for c in state.completions if c is not None)
 
 
 def _token(engine: Engine, token: int) -> str:

@@ -1,4 +1,4 @@
-"""`gristmill serve`: a model folder behind an address, until interrupted."""
+"""Server entry point, `gristmill serve`: a model folder behind an address, until interrupted."""
 
 import os
 import socket
@@ -14,14 +14,14 @@ from gristmill.judge.reward import load_scorer
 SHUTDOWN_SECONDS = 60.0  # that answers under way may take when the server is told to end
 
 
-@dataclass(frozen=True)
-class Serving:
-    """How a model is served.
+@dataclass(frozen=True, kw_only=True)
+class ServerArgs:
+    """Server arguments: address, keys, limits and the reward model.
 
     Attributes:
         reward: folder of a reward model that is served too.
         api_key_env, api_key_file: where the keys are that requests must bear, one a line; neither: everybody may ask.
-        most_open: samples under way or waiting, beyond which requests are sent away for a while.
+        max_open_samples: under way or waiting, beyond which requests are sent away for a while.
         timeout: seconds a request may take.
     """
 
@@ -31,11 +31,11 @@ class Serving:
     reward: Path | None = None
     api_key_env: str = ""
     api_key_file: Path | None = None
-    most_open: int = 4096
+    max_open_samples: int = 4096
     timeout: float = 600.0
 
 
-def serve(model_folder: Path, how: Serving, running: EngineArgs) -> None:
+def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None:
     """Serve a model until interrupted. Prints the address when it is ready.
 
     Raises:
@@ -45,26 +45,26 @@ def serve(model_folder: Path, how: Serving, running: EngineArgs) -> None:
 
     from gristmill.server.app import Limits, Server
 
-    if how.most_open < 1 or not how.timeout > 0 or (running.cache_tokens is not None and running.cache_tokens < 1):
+    if args.max_open_samples < 1 or not args.timeout > 0 or (engine_args.cache_tokens is not None and engine_args.cache_tokens < 1):
         raise InputError("--most-open and --cache-tokens must be at least 1, and --timeout above 0.")
-    keys = _keys(how.api_key_env, how.api_key_file)
-    name = how.name or model_folder.resolve().name
-    engine = load_engine(model_folder, running, name)
-    rate = _rater(how.reward, running.chat_format) if how.reward is not None else None
-    reward_name = how.reward.resolve().name if how.reward is not None else ""
+    keys = _keys(args.api_key_env, args.api_key_file)
+    name = args.name or model_folder.resolve().name
+    engine = load_engine(model_folder, engine_args, name=name)
+    rate = _rate_fn(args.reward, engine_args.chat_format) if args.reward is not None else None
+    reward_name = args.reward.resolve().name if args.reward is not None else ""
     if reward_name == name:
         reward_name += "-reward"
-    server = Server(engine, Limits(keys, how.most_open, how.timeout), rate, reward_name)
+    server = Server(engine, Limits(keys, args.max_open_samples, args.timeout), rate, reward_name=reward_name)
     try:
-        listening = socket.create_server((how.host, how.port))
+        listening = socket.create_server((args.host, args.port))
     except (OSError, OverflowError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise InputError(f"Nothing can listen at {how.host}:{how.port} ({reason}): choose another --host or --port.") from e
+        raise InputError(f"Nothing can listen at {args.host}:{args.port} ({reason}): choose another --host or --port.") from e
 
     def ready(_: object) -> None:
         both = f"{name} and the reward model {reward_name} answer" if rate else f"{name} answers"
-        print(f"{both} at http://{how.host}:{listening.getsockname()[1]}/v1", flush=True)
-        print(f"attention: {server.live.workers[0].core.runner.attention.name}", file=sys.stderr)
+        print(f"{both} at http://{args.host}:{listening.getsockname()[1]}/v1", flush=True)
+        print(f"attention: {server.async_engine.workers[0].core.model_runner.attention.name}", file=sys.stderr)
 
     web.run_app(server.app(), sock=listening, print=ready, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
     if not server.quiet:  # in the middle of a long step; torch's threads would not end quietly
@@ -72,6 +72,7 @@ def serve(model_folder: Path, how: Serving, running: EngineArgs) -> None:
 
 
 def _keys(variable: str, file: Path | None) -> list[str]:
+    """API keys of an environment variable and a file."""
     keys = os.environ.get(variable, "").split() if variable else []
     if file is not None:
         try:
@@ -83,10 +84,11 @@ def _keys(variable: str, file: Path | None) -> list[str]:
     return keys
 
 
-def _rater(folder: Path, chat_format: str) -> Any:
+def _rate_fn(folder: Path, chat_format: str) -> Any:
+    """Rating function of a reward model."""
     scorer = load_scorer(folder, chat_format)
 
-    def rate(talks: list[Any]) -> list[dict[str, float]]:
-        return [asdict(rating) | {"score": scorer.total(rating)} for rating in scorer.score(talks)]
+    def rate(conversations: list[Any]) -> list[dict[str, float]]:
+        return [asdict(rating) | {"score": scorer.total(rating)} for rating in scorer.score(conversations)]
 
     return rate

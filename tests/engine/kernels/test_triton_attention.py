@@ -1,4 +1,4 @@
-"""The GPU's attention and the recorded steps: on a GPU where there is one, else by Triton's interpreter, which knows no bfloat16."""
+"""Triton attention and CUDA graphs: on a GPU where there is one, else by Triton's interpreter, which knows no bfloat16."""
 
 import os
 
@@ -12,11 +12,11 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when it is imported
 pytest.importorskip("triton")
 
-from gristmill.engine import attention  # noqa: E402
+from gristmill.engine import model_runner  # noqa: E402
 from gristmill.engine.attention import TritonAttention  # noqa: E402
 from gristmill.engine.core import Core  # noqa: E402
 from gristmill.engine.kernels import library as kernels  # noqa: E402
-from tests.engine.test_core import compare, core_of, finish, jobs_of, model_of  # noqa: E402
+from tests.engine.test_core import compare, core_of, finish, model_of, states_of  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16])
@@ -27,13 +27,14 @@ def test_attention_equals_torchs(dtype: torch.dtype, cache: torch.dtype, seed: i
     compare(TritonAttention, dtype, cache, seed, DEVICE)
 
 
-@pytest.mark.parametrize("options", [{}, {"rows": 3, "pages": 12}])
-def test_recorded_steps_say_the_same(monkeypatch: pytest.MonkeyPatch, options: dict[str, int]) -> None:
+@pytest.mark.parametrize("options", [{}, {"max_batch": 3, "blocks": 12}])
+def test_captured_steps_give_the_same_answers(monkeypatch: pytest.MonkeyPatch, options: dict[str, int]) -> None:
     model = model_of().to(DEVICE)
-    plain = finish(core_of(model, **options), jobs_of(6, answer=12))
-    monkeypatch.setattr(attention, "choose", lambda config, pool, dtype, cos, sin: TritonAttention(config, pool, cos, sin))
+    plain = finish(core_of(model, **options), states_of(6, answer=12))
+    monkeypatch.setattr(model_runner, "select_backend", lambda config, cache, dtype, **rope: TritonAttention(config, cache, **rope))
     core: Core = core_of(model, **options)
-    assert finish(core, jobs_of(6, answer=12)) == plain
-    assert core.runner.graphs is not None and core.runner.graphs.recorded, "steps of one token a sequence are recorded"
+    assert finish(core, states_of(6, answer=12)) == plain
+    graphs = core.model_runner.cuda_graphs
+    assert graphs is not None and graphs.captured, "steps of one token a sequence are captured"
     core.refresh()
-    assert not core.runner.graphs.recorded
+    assert not graphs.captured

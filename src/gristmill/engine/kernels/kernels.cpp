@@ -1,7 +1,7 @@
-// Attention over paged keys and values for one layer of one step, on a CPU: rotates queries and keys, stores the step's keys and
-// values in their pages, attends. Built by kernels.py without any header of torch; called through ctypes.
+// Paged-attention kernel for CPUs, one layer of one step: rotates queries and keys, stores the step's keys and
+// values in their blocks, attends. Built by library.py without any header of torch; called through ctypes.
 //
-// A page holds BS positions of one layer: keys [K, d, BS] (transposed, so that vector lanes run along positions), values
+// A block holds BS positions of one layer: keys [K, d, BS] (transposed, so that vector lanes run along positions), values
 // [K, BS, e] with e = d rounded up to whole vectors. Where they are bytes (int8, fp8 e4m3), scales of keys [K, BS] and values [K, BS]
 // follow, one for each head of a token.
 // Rows of a tile are (token, query head) pairs that read the same keys. Scores and sums are float32 whatever the type in memory.
@@ -100,12 +100,12 @@ static inline f16 exp_(f16 x) {
     return y * (f16)((__builtin_convertvector(n, i16) + 127) << 23);
 }
 
-struct Layer { int64_t k_offset, v_offset, s_offset; int32_t heads, kv_heads, head_dim, pairs; };  // offsets in elements from a page's begin
+struct Layer { int64_t k_offset, v_offset, s_offset; int32_t heads, kv_heads, head_dim, pairs; };  // offsets in elements from a block's begin
 struct Step {
     int32_t num_seqs, table_stride, threads, padding;
-    int64_t page_stride;                                 // elements between two pages in the pool
-    const int32_t *begin, *length, *slot;                // of each sequence: first token of the step (n + 1 of them), positions with this step's
-    const int32_t* table;                                // [slots, table_stride]
+    int64_t block_stride;                                // elements between two blocks in the cache
+    const int32_t *query_start, *seq_lens, *slots;       // of each sequence: first token of the step (n + 1 of them), positions with this step's
+    const int32_t* block_tables;                         // [slots, table_stride]
     const float *cos, *sin;                              // [positions, pairs]
 };
 
@@ -133,22 +133,22 @@ template <typename C> static inline void scaled(const float* in, int n, float to
 
 // One tile: R rows over n keys of one head. q [R, d] is scaled; limit[r] is the number of keys that row r sees.
 template <int R, typename C>
-static void tile(const float* q, const C* pool, const int32_t* table, int64_t page_stride, int64_t k_at, int64_t v_at, int64_t s_at, int64_t v_scales,
+static void tile(const float* q, const C* cache, const int32_t* table, int64_t block_stride, int64_t k_at, int64_t v_at, int64_t s_at, int64_t v_scales,
                  int d, int e, int n, const int* limit, float* scores, float* out) {
-    const int pages = (n + BS - 1) / BS, width = pages * BS;
+    const int blocks = (n + BS - 1) / BS, width = blocks * BS;
     const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     f16 top[R];
     for (int r = 0; r < R; r++) top[r] = f16{} - 1e30f;
-    for (int p = 0; p < pages; p++) {
-        const C* k = pool + table[p] * page_stride + k_at;
+    for (int p = 0; p < blocks; p++) {
+        const C* k = cache + table[p] * block_stride + k_at;
         f16 acc[R][WORDS] = {};
         for (int i = 0; i < d; i++) {
             f16 key[WORDS];
             for (int w = 0; w < WORDS; w++) key[w] = load(k + i * BS + w * LANES);
             for (int r = 0; r < R; r++) for (int w = 0; w < WORDS; w++) acc[r][w] += q[r * d + i] * key[w];
         }
-        if (most(pool)) for (int w = 0; w < WORDS; w++) {
-            const f16 by = load((const float*)(pool + table[p] * page_stride + s_at) + w * LANES);
+        if (most(cache)) for (int w = 0; w < WORDS; w++) {
+            const f16 by = load((const float*)(cache + table[p] * block_stride + s_at) + w * LANES);
             for (int r = 0; r < R; r++) acc[r][w] *= by;
         }
         for (int r = 0; r < R; r++) for (int w = 0; w < WORDS; w++) {
@@ -163,11 +163,11 @@ static void tile(const float* q, const C* pool, const int32_t* table, int64_t pa
         const float m = max_of(top[r]);
         f16 sum = {};
         float* s = scores + (int64_t)r * width;
-        for (int p = 0; p < pages; p++) for (int w = 0; w < WORDS; w++) {
+        for (int p = 0; p < blocks; p++) for (int w = 0; w < WORDS; w++) {
             f16* at = (f16*)(s + p * BS + w * LANES);
             f16 e = exp_(*at - m);
             sum += e;
-            if (most(pool)) e *= load((const float*)(pool + table[p] * page_stride + s_at) + v_scales + w * LANES);
+            if (most(cache)) e *= load((const float*)(cache + table[p] * block_stride + s_at) + v_scales + w * LANES);
             *at = e;
         }
         inverse[r] = 1.f / sum_of(sum);
@@ -175,8 +175,8 @@ static void tile(const float* q, const C* pool, const int32_t* table, int64_t pa
     for (int at = 0; at < e; at += 2 * LANES) {  // two words of the value at a time, so that the sums stay in registers
         const int words = e - at >= 2 * LANES ? 2 : 1;
         f16 acc[R][2] = {};
-        for (int p = 0; p < pages; p++) {
-            const C* v = pool + table[p] * page_stride + v_at + at;
+        for (int p = 0; p < blocks; p++) {
+            const C* v = cache + table[p] * block_stride + v_at + at;
             const int filled = n - p * BS < BS ? n - p * BS : BS;
             for (int t = 0; t < filled; t++) {
                 f16 one = load(v + t * e), other = words == 2 ? load(v + t * e + LANES) : f16{};
@@ -192,26 +192,26 @@ static void tile(const float* q, const C* pool, const int32_t* table, int64_t pa
 }
 
 // A: type of activations, C: type of the cache. qkv [T, H + 2K, d], out [T, H, d].
-template <typename A, typename C> static void run(const Layer& l, const Step& s, const A* qkv, C* pool, A* out) {
+template <typename A, typename C> static void run(const Layer& l, const Step& s, const A* qkv, C* cache, A* out) {
     const int H = l.heads, K = l.kv_heads, d = l.head_dim, G = H / K, row = (H + 2 * K) * d, e = (d + LANES - 1) / LANES * LANES;
     const float scale = 1.f / std::sqrt((float)d);
-    // All keys and values first: sequences of one step may share pages that one of them fills.
+    // All keys and values first: sequences of one step may share blocks that one of them fills.
 #pragma omp parallel for if (s.threads > 1) num_threads(s.threads) schedule(static)
     for (int i = 0; i < s.num_seqs; i++) {
         std::vector<float> key(d);
-        const int count = s.begin[i + 1] - s.begin[i], first = s.length[i] - count;
-        const int32_t* table = s.table + (int64_t)s.slot[i] * s.table_stride;
+        const int count = s.query_start[i + 1] - s.query_start[i], first = s.seq_lens[i] - count;
+        const int32_t* table = s.block_tables + (int64_t)s.slots[i] * s.table_stride;
         for (int t = 0; t < count; t++) {
             const int position = first + t, at = position % BS;
-            const A* token = qkv + (int64_t)(s.begin[i] + t) * row;
-            C* page = pool + table[position / BS] * s.page_stride;
+            const A* token = qkv + (int64_t)(s.query_start[i] + t) * row;
+            C* block = cache + table[position / BS] * s.block_stride;
             for (int h = 0; h < K; h++) {
                 rotate(token + (H + h) * d, key.data(), d, l.pairs, s.cos + (int64_t)position * l.pairs, s.sin + (int64_t)position * l.pairs, 1.f);
-                C* k = page + l.k_offset + (int64_t)h * d * BS + at;
-                C* v = page + l.v_offset + ((int64_t)h * BS + at) * e;
+                C* k = block + l.k_offset + (int64_t)h * d * BS + at;
+                C* v = block + l.v_offset + ((int64_t)h * BS + at) * e;
                 const A* value = token + (H + K + h) * d;
-                if (const float top = most(pool)) {
-                    float* scales = (float*)(page + l.s_offset) + h * BS + at;
+                if (const float top = most(cache)) {
+                    float* scales = (float*)(block + l.s_offset) + h * BS + at;
                     scaled(key.data(), d, top, k, BS, scales);
                     widen(value, key.data(), d);
                     scaled(key.data(), d, top, v, 1, scales + K * BS);
@@ -228,9 +228,9 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
         std::vector<float> q(MAX_ROWS * d), result(MAX_ROWS * e), scores;
 #pragma omp for schedule(dynamic, 4)
         for (int i = 0; i < s.num_seqs; i++) {
-            const int count = s.begin[i + 1] - s.begin[i], first = s.length[i] - count, rows = count * G;
-            const int32_t* table = s.table + (int64_t)s.slot[i] * s.table_stride;
-            const int64_t need = (int64_t)MAX_ROWS * ((s.length[i] + BS - 1) / BS * BS);
+            const int count = s.query_start[i + 1] - s.query_start[i], first = s.seq_lens[i] - count, rows = count * G;
+            const int32_t* table = s.block_tables + (int64_t)s.slots[i] * s.table_stride;
+            const int64_t need = (int64_t)MAX_ROWS * ((s.seq_lens[i] + BS - 1) / BS * BS);
             if ((int64_t)scores.size() < need) scores.resize(need);
             for (int h = 0; h < K; h++) for (int start = 0; start < rows;) {
                 const int left = rows - start, size = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -238,21 +238,21 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
                 for (int r = 0; r < size; r++) {
                     const int t = (start + r) / G, g = (start + r) % G, position = first + t;
                     limit[r] = position + 1;
-                    rotate(qkv + (int64_t)(s.begin[i] + t) * row + (h * G + g) * d, q.data() + r * d, d, l.pairs,
+                    rotate(qkv + (int64_t)(s.query_start[i] + t) * row + (h * G + g) * d, q.data() + r * d, d, l.pairs,
                            s.cos + (int64_t)position * l.pairs, s.sin + (int64_t)position * l.pairs, scale);
                 }
                 const int n = limit[size - 1];
                 const int64_t k_at = l.k_offset + (int64_t)h * d * BS, v_at = l.v_offset + (int64_t)h * BS * e;
                 const int64_t s_at = l.s_offset + (int64_t)h * BS * sizeof(float);  // bytes, as elements are where there are scales
                 switch (size) {
-                    case 8: tile<8, C>(q.data(), pool, table, s.page_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data()); break;
-                    case 4: tile<4, C>(q.data(), pool, table, s.page_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data()); break;
-                    case 2: tile<2, C>(q.data(), pool, table, s.page_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data()); break;
-                    default: tile<1, C>(q.data(), pool, table, s.page_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data());
+                    case 8: tile<8, C>(q.data(), cache, table, s.block_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data()); break;
+                    case 4: tile<4, C>(q.data(), cache, table, s.block_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data()); break;
+                    case 2: tile<2, C>(q.data(), cache, table, s.block_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data()); break;
+                    default: tile<1, C>(q.data(), cache, table, s.block_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data());
                 }
                 for (int r = 0; r < size; r++) {
                     const int t = (start + r) / G, g = (start + r) % G;
-                    A* to = out + ((int64_t)(s.begin[i] + t) * H + h * G + g) * d;
+                    A* to = out + ((int64_t)(s.query_start[i] + t) * H + h * G + g) * d;
                     narrow(result.data() + r * e, to, d);
                 }
                 start += size;
@@ -261,21 +261,19 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
     }
 }
 
-extern "C" int gristmill_page_size() { return BS; }
-
-template <typename A> static void run(const Layer& l, const Step& s, const A* qkv, void* pool, int cache, A* out) {
-    switch (cache) {
-        case 0: return run(l, s, qkv, (float*)pool, out);
-        case 1: return run(l, s, qkv, (bf16*)pool, out);
-        case 2: return run(l, s, qkv, (int8_t*)pool, out);
-        default: run(l, s, qkv, (fp8*)pool, out);
+template <typename A> static void run(const Layer& l, const Step& s, const A* qkv, void* cache, int type, A* out) {
+    switch (type) {
+        case 0: return run(l, s, qkv, (float*)cache, out);
+        case 1: return run(l, s, qkv, (bf16*)cache, out);
+        case 2: return run(l, s, qkv, (int8_t*)cache, out);
+        default: run(l, s, qkv, (fp8*)cache, out);
     }
 }
 
 // Types: 0 float32, 1 bfloat16; of the cache also 2 int8, 3 fp8 e4m3.
-extern "C" void gristmill_attend(const Layer* l, const Step* s, const void* qkv, int activations, void* pool, int cache, void* out) {
-    if (activations == 0) run(*l, *s, (const float*)qkv, pool, cache, (float*)out);
-    else run(*l, *s, (const bf16*)qkv, pool, cache, (bf16*)out);
+extern "C" void gristmill_attend(const Layer* l, const Step* s, const void* qkv, int activations, void* cache, int type, void* out) {
+    if (activations == 0) run(*l, *s, (const float*)qkv, cache, type, (float*)out);
+    else run(*l, *s, (const bf16*)qkv, cache, type, (bf16*)out);
 }
 
 // ---- what stands between matrix products ----
@@ -365,7 +363,7 @@ extern "C" void gristmill_dequantize(const int32_t* product, const float* row_sc
 }
 
 // One token a row by inverting the cumulative distribution at u, and its log-probability; temperature 0 takes the likeliest. Logits float32.
-extern "C" void gristmill_choose(const float* logits, const float* u, const float* temperature, int64_t* tokens, float* logprobs, int rows, int n) {
+extern "C" void gristmill_sample(const float* logits, const float* u, const float* temperature, int64_t* tokens, float* logprobs, int rows, int n) {
     const int blocks = (n + 255) / 256;
     std::vector<float> e(n + LANES), sums(blocks);
     for (int r = 0; r < rows; r++) {

@@ -1,6 +1,6 @@
-"""Builds and loads the CPU's attention kernel (kernels.cpp): once a machine, in a second or two, with no header of torch.
+"""Just-in-time build and ctypes bindings of the CPU kernels (kernels.cpp): once a machine, in a second or two, with no header of torch.
 
-Without a compiler, or with GRISTMILL_KERNELS=0, there is none, and the engine attends with torch.
+Without a compiler, or with GRISTMILL_KERNELS=0, there are none, and the engine computes with torch.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Layer(ctypes.Structure):
-    """`Layer` of kernels.cpp."""
+    """ctypes mirror of `Layer` in kernels.cpp."""
 
     _fields_ = [
         ("k_offset", ctypes.c_int64),
@@ -38,18 +38,18 @@ class Layer(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """`Step` of kernels.cpp."""
+    """ctypes mirror of `Step` in kernels.cpp."""
 
     _fields_ = [
         ("num_seqs", ctypes.c_int32),
         ("table_stride", ctypes.c_int32),
         ("threads", ctypes.c_int32),
         ("padding", ctypes.c_int32),  # so that what follows lies at a multiple of 8
-        ("page_stride", ctypes.c_int64),
-        ("begin", ctypes.c_void_p),
-        ("length", ctypes.c_void_p),
-        ("slot", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
+        ("block_stride", ctypes.c_int64),
+        ("query_start", ctypes.c_void_p),
+        ("seq_lens", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("block_tables", ctypes.c_void_p),
         ("cos", ctypes.c_void_p),
         ("sin", ctypes.c_void_p),
     ]
@@ -57,7 +57,7 @@ class Step(ctypes.Structure):
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The library, or None where it cannot be had."""
+    """The compiled library, or None where it cannot be had."""
     if os.environ.get("GRISTMILL_KERNELS") == "0":
         return None
     compiler = os.environ.get("CXX", "g++")
@@ -76,7 +76,7 @@ def load() -> ctypes.CDLL | None:
         "squared_relu": [pointer, ctypes.c_int64, number],
         "quantize": [pointer] * 3 + [number] * 3,
         "dequantize": [pointer] * 7 + [number] * 3,
-        "choose": [pointer] * 5 + [number] * 2,
+        "sample": [pointer] * 5 + [number] * 2,
     }.items():
         function = getattr(library, f"gristmill_{name}")
         function.restype, function.argtypes = None, arguments
@@ -94,7 +94,7 @@ def load() -> ctypes.CDLL | None:
 
 
 def _key(compiler: str) -> str:
-    """Another source, compiler or processor needs another library."""
+    """Cache key: another source, compiler or processor needs another library."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=BUILD_SECONDS).stdout
     cpu = Path("/proc/cpuinfo")
     flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpu.exists() else ""

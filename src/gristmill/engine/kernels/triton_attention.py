@@ -1,4 +1,4 @@
-"""Attention over paged keys and values on a GPU, in Triton: the pages of attention.py read where they lie, one program a tile and head.
+"""Paged-attention kernel in Triton: the blocks of attention.py read where they lie, one program a tile and head.
 
 Shapes: a tile has R rows, (token, query head) pairs that read the same keys; D dimensions of a head, rounded up to a power of two.
 """
@@ -8,28 +8,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gristmill.engine.block_manager import PAGE_SIZE
+from gristmill.engine.block_manager import BLOCK_SIZE
 
 
 def attend(
     q_THd: Tensor,
     memory: Tensor,
     scales: Tensor | None,
-    at: tuple[int, int, int],
+    *,
+    offsets: tuple[int, int, int],
     tiles_N4: Tensor,
-    table_NP: Tensor,
+    block_tables_NP: Tensor,
     out_THd: Tensor,
     kv_heads: int,
     rows: int,
 ) -> None:
-    """Attention of some of a step's tokens, into out.
+    """Paged attention of some of a step's tokens, into out.
 
     Args:
-        memory: the pool, in the type of its elements.
-        scales: the pool as fp32, where it has scales.
-        at: offsets of a layer's keys, values and scales in a page.
+        memory: of the KV cache, in the type of its elements.
+        scales: the same memory as fp32, where it has scales.
+        offsets: of a layer's keys, values and scales in a block.
         tiles_N4: int32: sequence, its first token in this step, that token's position, tokens.
-        table_NP: int32 pages of each sequence.
+        block_tables_NP: int32, of each sequence.
         rows: of a tile; a power of two, at least 16 and at least tokens * query heads of a key head.
     """
     heads, size = q_THd.shape[1:]
@@ -39,18 +40,18 @@ def attend(
         memory if scales is None else scales,
         out_THd,
         tiles_N4,
-        table_NP,
-        table_NP.stride(0),
+        block_tables_NP,
+        block_tables_NP.stride(0),
         memory.stride(0),
-        at[0],
-        at[1],
-        at[2] // torch.float32.itemsize,
+        offsets[0],
+        offsets[1],
+        offsets[2] // torch.float32.itemsize,
         size**-0.5,
         heads,
         heads // kv_heads,
         size,
         -(-size // 16) * 16,
-        PAGE_SIZE,
+        BLOCK_SIZE,
         rows,
         max(16, triton.next_power_of_2(size)),
         scales is not None,
@@ -67,7 +68,7 @@ def _attend(
     tiles_ptr,
     table_ptr,
     table_stride,
-    page_stride,
+    block_stride,
     k_at,
     v_at,
     s_at,
@@ -76,7 +77,7 @@ def _attend(
     group: tl.constexpr,
     size: tl.constexpr,
     padded: tl.constexpr,
-    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
     SCALED: tl.constexpr,
@@ -84,7 +85,7 @@ def _attend(
     tile, head = tl.program_id(0), tl.program_id(1)
     sequence, token = tl.load(tiles_ptr + tile * 4), tl.load(tiles_ptr + tile * 4 + 1)
     position, count = tl.load(tiles_ptr + tile * 4 + 2), tl.load(tiles_ptr + tile * 4 + 3)
-    row, dim, place = tl.arange(0, R), tl.arange(0, D), tl.arange(0, PAGE)
+    row, dim, place = tl.arange(0, R), tl.arange(0, D), tl.arange(0, BLOCK)
     mine = row // group
     at = ((token + mine) * heads + head * group + row % group).to(tl.int64)[:, None] * size + dim[None, :]
     live = (mine < count)[:, None] & (dim < size)[None, :]
@@ -93,13 +94,13 @@ def _attend(
     total = tl.zeros([R], tl.float32)
     out = tl.zeros([R, D], tl.float32)
     end = position + count
-    for number in range(0, (end + PAGE - 1) // PAGE):
-        page = tl.load(table_ptr + sequence * table_stride + number).to(tl.int64)
-        here = number * PAGE + place
-        k_ptr = memory_ptr + page * page_stride + k_at + (head * size + dim)[:, None] * PAGE + place[None, :]
+    for number in range(0, (end + BLOCK - 1) // BLOCK):
+        block = tl.load(table_ptr + sequence * table_stride + number).to(tl.int64)
+        here = number * BLOCK + place
+        k_ptr = memory_ptr + block * block_stride + k_at + (head * size + dim)[:, None] * BLOCK + place[None, :]
         k = tl.load(k_ptr, mask=(dim < size)[:, None] & (here < end)[None, :], other=0.0)
         scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
-        scale_ptr = scales_ptr + page * (page_stride // 4) + s_at + head * PAGE + place  # four bytes each
+        scale_ptr = scales_ptr + block * (block_stride // 4) + s_at + head * BLOCK + place  # four bytes each
         if SCALED:
             scores *= tl.load(scale_ptr, mask=here < end, other=0.0)[None, :]
         scores = tl.where(here[None, :] <= (position + mine)[:, None], scores, -1e30)
@@ -108,9 +109,9 @@ def _attend(
         weights = tl.exp(scores - new_top[:, None])
         total = total * shrink + tl.sum(weights, 1)
         if SCALED:
-            values_scale_ptr = scale_ptr + tl.num_programs(1) * PAGE
+            values_scale_ptr = scale_ptr + tl.num_programs(1) * BLOCK
             weights *= tl.load(values_scale_ptr, mask=here < end, other=0.0)[None, :]
-        v_ptr = memory_ptr + page * page_stride + v_at + (head * PAGE + place)[:, None] * padded + dim[None, :]
+        v_ptr = memory_ptr + block * block_stride + v_at + (head * BLOCK + place)[:, None] * padded + dim[None, :]
         v = tl.load(v_ptr, mask=(here < end)[:, None] & (dim < size)[None, :], other=0.0)
         out = out * shrink[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         top = new_top

@@ -130,7 +130,9 @@ class AlignmentContext:
             settings = self.recipe.engine
             dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16
             quantize: Quantize = "int8" if settings.precision == "int8" else ""
-            self._engines[key] = Engine(model, tokenizer, chat_format, name, settings.max_batch, dtype, quantize=quantize)
+            self._engines[key] = Engine(
+                model, tokenizer, chat_format, name=name, max_batch=settings.max_batch, dtype=dtype, quantize=quantize
+            )
         return self._engines[key]
 
     def scorer(self, folder: Path) -> RewardScorer:
