@@ -91,12 +91,12 @@ def test_every_document_is_kept_or_dropped_for_a_reason(corpus: Path, done: Path
     assert steps.count("exact") == 20 and steps.count("filter") == 10
     assert 18 <= steps.count("fuzzy") <= 20
     assert not any("@example.org" in text for text in here.values()) and sum("<EMAIL>" in text for text in here.values()) == 20
-    funnel = json.loads((done / "funnel.json").read_text())
+    funnel = json.loads((done / "results.json").read_text())
     assert [step["step"] for step in funnel["steps"]] == [step["step"] for step in STEPS]
     assert funnel["read"]["documents"] == len(rows) and funnel["documents"] == len(here)
     for before, after in zip(funnel["steps"], funnel["steps"][1:], strict=False):
         assert before["documents_out"] == after["documents_in"] and before["bytes_out"] == after["bytes_in"]
-    assert not (done / "work").exists()
+    assert {path.name for path in done.iterdir()} == {".lock", "data", "dropped", "recipe.yaml", "results.json", "samples.json"}
 
 
 def test_why_a_document_is_gone(done: Path) -> None:
@@ -217,7 +217,7 @@ def test_the_driver_of_ray_is_killed(corpus: Path, done: Path, tmp_path: Path) -
         for least in (1, 15, 30):
             process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
             wanted = least + draw.randrange(12)
-            while process.poll() is None and sum(1 for _ in (tmp_path / "run").glob("work/*/*.json")) < wanted:
+            while process.poll() is None and sum(1 for _ in (tmp_path / "run").glob("*/*.json")) < wanted:
                 time.sleep(0.02)
             assert process.poll() is None, "it is stopped before its end"
             process.kill()
@@ -269,7 +269,7 @@ def test_an_index_is_neither_lost_nor_taken_for_another(corpus: Path, tmp_path: 
         patch.setattr(runs, "emit", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             curated(recipe_of(corpus, steps=remembering), tmp_path / "stopped")
-    assert (tmp_path / "stopped" / "work" / "index").exists()
+    assert (tmp_path / "stopped" / "02-remember" / "index").exists()
     curated(recipe_of(corpus, steps=[{"step": "exact"}]), tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "index").exists()
 
