@@ -19,14 +19,16 @@ class Metric:
     """Values of a metric, and the range that documents are held to.
 
     Attributes:
-        values_N: float64, of the documents that came in; NaN where nothing was measured.
+        values_N: float64; NaN where nothing was measured.
         min, max: the limits that keep a document; None for no limit.
+        of_input: the values are of the documents that came in, in their order, so that some can be shown.
     """
 
     values_N: np.ndarray
     min: float | None = None
     max: float | None = None
     description: str = ""
+    of_input: bool = True
 
     @property
     def within_N(self) -> np.ndarray:

@@ -119,7 +119,8 @@ def _write(step: Any, table: pa.Table, outcome: Outcome, kept: Path, dropped: Pa
 def _similar(outcome: Outcome, limit: float) -> Outcome:
     """With how like the dropped documents are to those that are kept for them."""
     values_N = outcome.dropped["figure"].to_numpy().astype(np.float64)
-    return replace(outcome, metrics={"similarity": Metric(values_N, max=limit, description="of a dropped document to the kept one")})
+    metric = Metric(values_N, max=limit, description="of a dropped document to the one that is kept for it", of_input=False)
+    return replace(outcome, metrics={"similarity": metric})
 
 
 def without(shard: int, sources: Sequence[Path], drops: Sequence[Path], kept: Path, dropped: Path, step: Any, limit: float) -> Facts:

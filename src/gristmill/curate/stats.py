@@ -34,7 +34,7 @@ def edge(number: int) -> float:
 
 def histogram(values_N: np.ndarray) -> dict[str, int]:
     """Number of values in each bin that has some, by the bin's number; NaN is in none."""
-    values_N = values_N[~np.isnan(values_N)].clip(-1e300, 1e300)
+    values_N = values_N[~np.isnan(values_N)].astype(np.float64).clip(-1e300, 1e300)
     size_N = np.abs(values_N)
     beyond_N = BINS_TO_ONE + BINS_PER_OCTAVE * np.log2(np.maximum(size_N, 1))
     bin_N = np.copysign(np.ceil(np.where(size_N <= 1, BINS_TO_ONE * size_N, beyond_N)), values_N).astype(np.int64)
@@ -106,7 +106,7 @@ def _kept_samples(before: pa.Table, outcome: Outcome) -> Facts:
     found: Facts = {}
     for name, metric in outcome.metrics.items():
         limits = [limit for limit in (metric.min, metric.max) if limit is not None]
-        if not limits or len(metric.values_N) != len(before):
+        if not limits or not metric.of_input:
             continue
         distance_N = np.min([np.abs(metric.values_N - limit) for limit in limits], axis=0)
         distance_N[~metric.within_N] = np.inf
