@@ -18,10 +18,12 @@ import yaml
 from gristmill.core.config import load
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
-from gristmill.curate import run as runs
+from gristmill.curate import run as curation
+from gristmill.curate import stages
 from gristmill.curate.recipe import Curation
 from gristmill.curate.run import explain, run
 from gristmill.report.curation import funnel_lines, write_page
+from gristmill.runs.reader import read_run
 
 STEPS: list[dict[str, Any]] = [
     {"step": "clean"},
@@ -131,6 +133,59 @@ def test_a_finished_run_is_not_done_again_and_a_changed_one_is(corpus: Path, tmp
     assert (tmp_path / "data" / "part-00000.parquet").stat().st_mtime_ns == at
     second = curated(recipe_of(corpus, steps=STEPS[:3]), tmp_path)
     assert second["documents"] > first["documents"] and not any(step == "fuzzy" for step, _ in dropped(tmp_path).values())
+
+
+def test_a_changed_recipe_begins_again_where_it_differs(corpus: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages before the change stay, of a run that was stopped; and the finished one has no more of them."""
+    other = [*STEPS[:3], {"step": "fuzzy", "threshold": 0.9}, STEPS[4]]
+    with monkeypatch.context() as patch:
+        patch.setattr(curation, "emit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            curated(recipe_of(corpus, steps=other), tmp_path)
+    names = ["00-read", "01-clean-filter", "02-exact", "03-fuzzy", "04-pii"]
+    redone = []
+    run_stage = stages.run_stage
+    monkeypatch.setattr(stages, "run_stage", lambda stage, steps: redone.append(stage.folder.name) or run_stage(stage, steps))
+    results = curated(recipe_of(corpus), tmp_path)
+    assert redone == names[3:]
+    assert kept(tmp_path) == kept(done) and dropped(tmp_path) == dropped(done)
+    assert [stage["folder"] for stage in results["stages"]] == [*names, "05-write"] and not list(tmp_path.glob("0*-*"))
+    data = read_run(tmp_path)
+    assert data.results == results and data.stages == results["stages"] and all(stage["peak_mib"] > 10 for stage in data.stages)
+
+
+@pytest.mark.parametrize("left", ["work", "funnel.json"])
+def test_a_folder_of_an_earlier_version_is_refused(corpus: Path, tmp_path: Path, left: str) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: curated\n")
+    (tmp_path / left).mkdir()
+    with pytest.raises(InputError, match="made by an earlier version of gristmill"):
+        curated(recipe_of(corpus), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([left, "recipe.yaml"])
+
+
+@pytest.mark.parametrize("moved", [1, 2, 3])
+def test_killed_while_the_products_are_moved(corpus: Path, tmp_path: Path, moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over those of a run of another recipe; then all are of the new one."""
+    steps = [{"step": "clean"}, {"step": "exact"}, {"step": "remember"}]
+    curated(recipe_of(corpus, steps=steps[1:]), tmp_path / "run")
+    curated(recipe_of(corpus, steps=steps), tmp_path / "calm")
+    rename, left = Path.rename, [moved]
+
+    def stopping(path: Path, target: Path) -> Path:
+        if target.name in curation.PRODUCTS:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            curated(recipe_of(corpus, steps=steps), tmp_path / "run")
+    curated(recipe_of(corpus, steps=steps), tmp_path / "run")
+    for name in curation.PRODUCTS:
+        mine, calm = ({path.name: path.read_bytes() for path in (tmp_path / run / name).iterdir()} for run in ("run", "calm"))
+        assert mine == calm, name
 
 
 def test_what_is_not_its_own_is_not_replaced(corpus: Path, tmp_path: Path) -> None:
@@ -266,7 +321,7 @@ def test_an_index_is_neither_lost_nor_taken_for_another(corpus: Path, tmp_path: 
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     # a run that has remembered and is stopped then leaves nothing to one that does not remember
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "emit", lambda *_: 1 / 0)
+        patch.setattr(curation, "emit", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             curated(recipe_of(corpus, steps=remembering), tmp_path / "stopped")
     assert (tmp_path / "stopped" / "02-remember" / "index").exists()

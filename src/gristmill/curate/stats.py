@@ -5,7 +5,6 @@ octave beyond, the same below 0. Bin b is (edge(b - 1), edge(b)], and bin 0 is 0
 """
 
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ MAX_SAMPLES = 2  # of a reason, or of a metric
 MAX_REASONS = 40  # with samples
 SAMPLE_CHARACTERS = 600
 MAX_COMPARED = 100_000  # characters, to find the first change
+WITH_ID = ("same text as ", "near duplicate of ", "seen before as ")  # reasons that name a document
 BEFORE_CHANGE = 100  # characters of a sample that is shown from where it was changed
 
 
@@ -75,7 +75,9 @@ def of_step(step: Any, before: pa.Table, outcome: Outcome, seconds: float = 0.0)
 
 def _general(reason: str) -> str:
     """A reason without the id that is in it."""
-    return re.sub(r"^(same text as|near duplicate of|seen before as) .*", r"\1 another", reason, flags=re.DOTALL)
+    if reason.startswith(WITH_ID):
+        return next(f"{words}another" for words in WITH_ID if reason.startswith(words))
+    return reason
 
 
 def _of_metric(metric: Metric) -> Facts:
