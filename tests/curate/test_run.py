@@ -163,20 +163,22 @@ def test_a_folder_of_an_earlier_version_is_refused(corpus: Path, tmp_path: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([left, "recipe.yaml"])
 
 
-@pytest.mark.parametrize("moved", [1, 2, 3])
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
 def test_killed_while_the_products_are_moved(corpus: Path, tmp_path: Path, moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over those of a run of another recipe; then all are of the new one."""
     steps = [{"step": "clean"}, {"step": "exact"}, {"step": "remember"}]
     curated(recipe_of(corpus, steps=steps[1:]), tmp_path / "run")
     curated(recipe_of(corpus, steps=steps), tmp_path / "calm")
-    rename, left = Path.rename, [moved]
+    rename, there = Path.rename, []
 
     def stopping(path: Path, target: Path) -> Path:
-        if target.name in curation.PRODUCTS:
-            left[0] -= 1
-            if not left[0]:
-                raise KeyboardInterrupt
-        return rename(path, target)
+        if target.name not in curation.PRODUCTS:
+            return rename(path, target)
+        if len(there) < moved:
+            there.append(rename(path, target))
+        if len(there) == moved:
+            raise KeyboardInterrupt
+        return there[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", stopping)
