@@ -18,10 +18,12 @@ import yaml
 from gristmill.core.config import load
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
-from gristmill.curate import run as runs
+from gristmill.curate import run as curation
+from gristmill.curate import stages
 from gristmill.curate.recipe import Curation
 from gristmill.curate.run import explain, run
 from gristmill.report.curation import funnel_lines, write_page
+from gristmill.runs.reader import read_run
 
 STEPS: list[dict[str, Any]] = [
     {"step": "clean"},
@@ -91,12 +93,12 @@ def test_every_document_is_kept_or_dropped_for_a_reason(corpus: Path, done: Path
     assert steps.count("exact") == 20 and steps.count("filter") == 10
     assert 18 <= steps.count("fuzzy") <= 20
     assert not any("@example.org" in text for text in here.values()) and sum("<EMAIL>" in text for text in here.values()) == 20
-    funnel = json.loads((done / "funnel.json").read_text())
+    funnel = json.loads((done / "results.json").read_text())
     assert [step["step"] for step in funnel["steps"]] == [step["step"] for step in STEPS]
     assert funnel["read"]["documents"] == len(rows) and funnel["documents"] == len(here)
     for before, after in zip(funnel["steps"], funnel["steps"][1:], strict=False):
         assert before["documents_out"] == after["documents_in"] and before["bytes_out"] == after["bytes_in"]
-    assert not (done / "work").exists()
+    assert {path.name for path in done.iterdir()} == {".lock", "data", "dropped", "recipe.yaml", "results.json", "samples.json"}
 
 
 def test_why_a_document_is_gone(done: Path) -> None:
@@ -131,6 +133,61 @@ def test_a_finished_run_is_not_done_again_and_a_changed_one_is(corpus: Path, tmp
     assert (tmp_path / "data" / "part-00000.parquet").stat().st_mtime_ns == at
     second = curated(recipe_of(corpus, steps=STEPS[:3]), tmp_path)
     assert second["documents"] > first["documents"] and not any(step == "fuzzy" for step, _ in dropped(tmp_path).values())
+
+
+def test_a_changed_recipe_begins_again_where_it_differs(corpus: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages before the change stay, of a run that was stopped; and the finished one has no more of them."""
+    other = [*STEPS[:3], {"step": "fuzzy", "threshold": 0.9}, STEPS[4]]
+    with monkeypatch.context() as patch:
+        patch.setattr(curation, "emit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            curated(recipe_of(corpus, steps=other), tmp_path)
+    names = ["00-read", "01-clean-filter", "02-exact", "03-fuzzy", "04-pii"]
+    redone = []
+    run_stage = stages.run_stage
+    monkeypatch.setattr(stages, "run_stage", lambda stage, steps: redone.append(stage.folder.name) or run_stage(stage, steps))
+    results = curated(recipe_of(corpus), tmp_path)
+    assert redone == names[3:]
+    assert kept(tmp_path) == kept(done) and dropped(tmp_path) == dropped(done)
+    assert [stage["folder"] for stage in results["stages"]] == [*names, "05-write"] and not list(tmp_path.glob("0*-*"))
+    data = read_run(tmp_path)
+    assert data.results == results and data.stages == results["stages"] and all(stage["peak_mib"] > 10 for stage in data.stages)
+
+
+@pytest.mark.parametrize("left", ["work", "funnel.json"])
+def test_a_folder_of_an_earlier_version_is_refused(corpus: Path, tmp_path: Path, left: str) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: curated\n")
+    (tmp_path / left).mkdir()
+    with pytest.raises(InputError, match="made by an earlier version of gristmill"):
+        curated(recipe_of(corpus), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([left, "recipe.yaml"])
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_killed_while_the_products_are_moved(corpus: Path, tmp_path: Path, moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over those of a run of another recipe; then all are of the new one."""
+    steps = [{"step": "clean"}, {"step": "exact"}, {"step": "remember"}]
+    curated(recipe_of(corpus, steps=steps[1:]), tmp_path / "run")
+    curated(recipe_of(corpus, steps=steps), tmp_path / "calm")
+    rename, there = Path.rename, []
+
+    def stopping(path: Path, target: Path) -> Path:
+        if target.name not in curation.PRODUCTS:
+            return rename(path, target)
+        if len(there) < moved:
+            there.append(rename(path, target))
+        if len(there) == moved:
+            raise KeyboardInterrupt
+        return there[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            curated(recipe_of(corpus, steps=steps), tmp_path / "run")
+    curated(recipe_of(corpus, steps=steps), tmp_path / "run")
+    for name in curation.PRODUCTS:
+        mine, calm = ({path.name: path.read_bytes() for path in (tmp_path / run / name).iterdir()} for run in ("run", "calm"))
+        assert mine == calm, name
 
 
 def test_what_is_not_its_own_is_not_replaced(corpus: Path, tmp_path: Path) -> None:
@@ -217,7 +274,7 @@ def test_the_driver_of_ray_is_killed(corpus: Path, done: Path, tmp_path: Path) -
         for least in (1, 15, 30):
             process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
             wanted = least + draw.randrange(12)
-            while process.poll() is None and sum(1 for _ in (tmp_path / "run").glob("work/*/*.json")) < wanted:
+            while process.poll() is None and sum(1 for _ in (tmp_path / "run").glob("*/*.json")) < wanted:
                 time.sleep(0.02)
             assert process.poll() is None, "it is stopped before its end"
             process.kill()
@@ -266,10 +323,10 @@ def test_an_index_is_neither_lost_nor_taken_for_another(corpus: Path, tmp_path: 
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     # a run that has remembered and is stopped then leaves nothing to one that does not remember
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "emit", lambda *_: 1 / 0)
+        patch.setattr(curation, "emit", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             curated(recipe_of(corpus, steps=remembering), tmp_path / "stopped")
-    assert (tmp_path / "stopped" / "work" / "index").exists()
+    assert (tmp_path / "stopped" / "02-remember" / "index").exists()
     curated(recipe_of(corpus, steps=[{"step": "exact"}]), tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "index").exists()
 

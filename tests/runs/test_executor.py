@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gristmill.core.errors import InputError
+from gristmill.core.progress import Progress
 from gristmill.runs import executor
 from gristmill.runs.executor import InProcess, Processes, Task
 
@@ -51,6 +52,20 @@ def test_each_task_is_done_once(tmp_path: Path, make: Any) -> None:
         one.close()
         assert {place: facts["square"] for place, facts in found.items()} == {i: i * i for i in range(8)}
     assert all((tmp_path / f"{i}.txt").read_text() == "done\n" for i in range(8)), "the second time only markers are read"
+
+
+def hold(num_bytes: int) -> dict[str, Any]:
+    time.sleep(0.05)
+    return {"held": len(b"x" * num_bytes)}
+
+
+def test_a_task_tells_its_time_and_memory_also_when_it_was_done_before(tmp_path: Path) -> None:
+    pool = Processes(1)
+    tasks = [Task(hold, (1 << 28,), tmp_path / "0.json")]
+    ((_, first),) = pool.run(tasks)
+    pool.close()
+    assert first["held"] == 1 << 28 and first["seconds"] >= 0.05 and first["peak_mib"] > 256
+    assert executor.run_tasks(InProcess(), tasks, Progress(quiet=True), "again") == [first]
 
 
 def test_a_killed_worker_costs_nothing(tmp_path: Path) -> None:

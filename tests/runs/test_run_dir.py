@@ -1,6 +1,7 @@
 """The run folder: stages are done once, nothing is half-written, and a folder belongs to one recipe and one process."""
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from gristmill.core.config import check, load
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
+from gristmill.curate.recipe import Curation
+from gristmill.runs.reader import read_run
 from gristmill.runs.run_dir import RunDir
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
@@ -78,6 +81,65 @@ def test_other_inputs_are_refused_and_what_is_made_stays(tmp_path: Path, snapsho
     with pytest.raises(InputError, match="00-data was made from other inputs"):
         open_run(tmp_path / "run").stage("data", {"seed": 1}, lambda folder: {"must": "not run"})
     assert snapshot(tmp_path / "run") == before
+
+
+def test_a_changed_stage_is_redone_with_all_after_it(tmp_path: Path) -> None:
+    def done(*inputs: object) -> list[str]:
+        run, made = open_run(tmp_path / "run"), []
+        for name, of_stage in zip("abc", inputs, strict=False):
+
+            def work(folder: Path, name: str = name) -> dict[str, Any]:
+                assert not (folder / "file").exists(), "from nothing"
+                (folder / "file").touch()
+                made.append(name)
+                return {}
+
+            run.stage(name, of_stage, work, on_change="redo")
+        run.close()
+        return made
+
+    assert done(1, 2, 3) == ["a", "b", "c"] and done(1, 2, 3) == []
+    assert done(1, 4, 3) == ["b", "c"] and done(1) == [] and done(1, 4, 3) == []
+    (tmp_path / "run" / "00-a" / "done.json").unlink()
+    (tmp_path / "run" / "00-a" / "file").unlink()
+    assert done(1, 4, 3) == ["a"], "cut off and unchanged, it is continued"
+    (tmp_path / "run" / "00-a").rename(tmp_path / "run" / "00-other")
+    assert done(1, 4, 3) == ["a", "b", "c"] and not (tmp_path / "run" / "00-other").exists()
+
+
+def test_half_a_removed_stage_is_not_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of removing: the stage is out of the way at once."""
+    run = open_run(tmp_path / "run")
+    run.stage("a", 1, lambda folder: {}, on_change="redo")
+    (run.path / "00-a" / "marker").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None if ignore_errors else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.drop_stages()
+    assert not (run.path / "00-a").exists()
+    run.close()
+    open_run(tmp_path / "run").stage("a", 2, lambda folder: {"old": (folder / "marker").exists()}, on_change="redo")
+    assert not json.loads((run.path / "00-a" / "done.json").read_text())["old"] and not (run.path / ".gone").exists()
+
+
+def test_results_count_while_they_are_of_the_same_inputs(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.stage("a", 1, lambda folder: {})
+    (run.path / "data").mkdir()
+    results = run.finish({"fingerprint": "x", "stages": [{"folder": "00-a", "name": "a", "seconds": 1.0, "fingerprint": "y"}]})
+    run.drop_stages()
+    assert run.finished("x", ["data"]) == results and read_run(run.path).stages == results["stages"]
+    assert run.finished("x", ["data", "index"]) is None and run.finished("x", ["data"]) is None, "they were taken back"
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.finish({})
+    run.close()
+    for _ in range(2):
+        with pytest.raises(InputError, match="holds a run of `gristmill run`"):
+            RunDir(tmp_path / "run", Curation(), Progress(quiet=True))
+        (tmp_path / "run" / "results.json").unlink(missing_ok=True)
 
 
 def test_a_folder_of_another_recipe_is_refused(tmp_path: Path, snapshot: Snapshot) -> None:

@@ -1,4 +1,4 @@
-"""What every step gives back: the documents that go on, those that do not and why, and what it changed; and what several steps need."""
+"""Result of a step on a shard: kept documents, dropped ones with their reasons, counts and metrics; and helpers that steps share."""
 
 import json
 from dataclasses import dataclass, field
@@ -15,12 +15,42 @@ DROPPED = pa.schema([*DOCUMENT, ("step", pa.string()), ("reason", pa.string()), 
 
 
 @dataclass(frozen=True)
+class Metric:
+    """Values of a metric, and the range that documents are held to.
+
+    Attributes:
+        values_N: float64; NaN where nothing was measured.
+        min, max: the limits that keep a document; None for no limit.
+        of_input: the values are of the documents that came in, in their order, so that some can be shown.
+    """
+
+    values_N: np.ndarray
+    min: float | None = None
+    max: float | None = None
+    description: str = ""
+    of_input: bool = True
+
+    @property
+    def within_N(self) -> np.ndarray:
+        """bool [N]: measured, and neither below nor above."""
+        low, high = -np.inf if self.min is None else self.min, np.inf if self.max is None else self.max
+        return (self.values_N >= low) & (self.values_N <= high)
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """Attributes: `kept` and `dropped` (of schema DROPPED) in the order they came in; `counts` of what was changed, by kind."""
+    """Result of a step on a shard.
+
+    Attributes:
+        kept, dropped: in the order they came in; the latter of schema DROPPED.
+        counts: of what was changed, by kind.
+        metrics: what was measured, by name.
+    """
 
     kept: pa.Table
     dropped: pa.Table
     counts: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
 
 def split(table: pa.Table, step: str, reasons: list[str | None], figures: np.ndarray, limits: np.ndarray) -> Outcome:

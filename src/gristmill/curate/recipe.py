@@ -1,6 +1,6 @@
-"""The recipe of a curation: what is read, the steps in their order, and how the rest is written."""
+"""Recipe of a curation: inputs, steps in their order, output format, executor."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -42,6 +42,10 @@ class Curation(Recipe):
     output: Output = Output()
     executor: Literal["processes", "ray"] = "processes"
     workers: int = Field(0, ge=0, description="processes; 0: one a core")
+
+    def changed(self, old: dict[str, Any]) -> list[str]:
+        """None: a run of another recipe begins again where they differ."""
+        return []
 
     @model_validator(mode="after")
     def _one_index(self) -> Self:

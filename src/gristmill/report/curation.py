@@ -1,18 +1,20 @@
-"""The funnel of a curation, as lines and as a page: documents and bytes after each step, reasons, and samples of what was dropped."""
+"""Curation report: every step's documents, time and memory, the distribution of every metric with its limits, and sample documents."""
 
-from collections.abc import Iterator
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from gristmill.core.errors import InputError
+from gristmill.report.distributions import distribution, short
 from gristmill.report.figures import funnel
 from gristmill.report.markup import Markup, document, el, table
 
-SAMPLES = 2  # of each reason
-SAMPLE_CHARACTERS = 600
-MOST_REASONS = 40  # with samples
+MAX_SKIPPED = 200  # skips that the page names
+MAX_REASONS = 12  # of a step, shown at once
+Facts = Mapping[str, Any]
 
 
 def _size(num: int) -> str:
@@ -22,17 +24,13 @@ def _size(num: int) -> str:
     return f"{num} B"
 
 
-def _less(num: int) -> str:
-    return _size(num) if num >= 0 else f"{_size(-num)} more"
-
-
-def funnel_lines(facts: dict[str, Any]) -> list[str]:
+def funnel_lines(results: Facts) -> list[str]:
     """What happened, a line a step."""
-    first = facts["read"]
+    first = results["read"]
     lines = [f"{'read':<14} {first['documents']:>9,} documents {_size(first['bytes']):>10}  of {first['files']:,} files"]
     if first["num_skipped"]:
         lines[0] += f", {first['num_skipped']:,} things skipped"
-    for step in facts["steps"]:
+    for step in results["steps"]:
         why = ", ".join(f"{reason} {count:,}" for reason, count in list(step["reasons"].items())[:4])
         changed = ", ".join(f"{count:,} {kind}" for kind, count in step["changed"].items())
         notes = "; ".join(text for text in (why, f"changed: {changed}" if changed else "") if text)
@@ -40,60 +38,155 @@ def funnel_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_page(folder: Path, facts: dict[str, Any]) -> Path:
-    """Write `report.html` into the run's folder; returns its path."""
-    first, steps = facts["read"], facts["steps"]
-    bars = [("documents", 0, ""), ("read", first["documents"], "fill")]
-    bars += [(step["step"], step["documents_out"], "fill") for step in steps]
-    rows = [("read", f"{first['documents']:,}", "", _size(first["bytes"]), "")]
-    for step in steps:
-        lost = sum(step["reasons"].values())  # a step may make documents too
-        share = f"{lost:,} ({lost / (lost + step['documents_out']):.1%})" if lost else "0"
-        rows.append(
-            (step["step"], f"{step['documents_out']:,}", share, _size(step["bytes_out"]), _less(step["bytes_in"] - step["bytes_out"]))
-        )
-    reasons = [(step["step"], reason, f"{count:,}") for step in steps for reason, count in step["reasons"].items()]
-    changes = [(step["step"], kind, f"{count:,}") for step in steps for kind, count in step["changed"].items()]
+def write_page(folder: Path, results: Facts) -> Path:
+    """Write `report.html` into the folder of a finished curation; returns its path.
+
+    Raises:
+        InputError: its samples cannot be read, or the page cannot be written.
+    """
+    try:
+        samples = json.loads((folder / "samples.json").read_text())["steps"]
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"{folder / 'samples.json'} cannot be read ({e}): run the same curation with another --out.") from e
+    explain = f"gristmill curate {shlex.quote(str(folder / 'recipe.yaml'))} --out {shlex.quote(str(folder))} --explain"
+    first, steps = results["read"], results["steps"]
+    titles = [f"{number}. {step['step']}" for number, step in enumerate(steps, 1)]
+    links = [el("a", title, href=f"#step-{number}") for number, title in enumerate(titles, 1)]
+    kept = (
+        f"{results['documents']:,} of {first['documents']:,} documents kept; files read: {first['files']:,}; {results['seconds']:,.1f} s."
+    )
     body: list[Any] = [
-        el("h1", facts["name"]),
+        el("h2", "Overview"),
+        el("p", "What became of a document, and why:", class_="soft"),
+        el("pre", f"{explain} ID"),
+        el("div", el("div", funnel(_bars(results)), class_="figure"), class_="grid funnels"),
+        _table(results),
         el(
             "p",
-            f"{first['files']:,} files, {first['documents']:,} documents read, {facts['documents']:,} kept, {facts['seconds']:,} s.",
-            class_="soft",
+            "Seconds are those that all workers together spent on a step; reading and writing shards counts where a stage has one step. "
+            "Memory is the most that one process has held up to the end of the stage.",
+            class_="note",
         ),
-        el("div", el("div", funnel(bars), class_="figure"), class_="grid funnels"),
-        table(("after", "documents", "dropped", "text", "less"), rows),
     ]
-    if reasons:
-        body += [el("h2", "Reasons"), table(("step", "reason", "documents"), reasons, numeric_from=2)]
-    if changes:
-        body += [el("h2", "Changed"), table(("step", "what", "number"), changes, numeric_from=2)]
     if first["skipped"]:
-        shown = first["skipped"][:200]
+        shown = first["skipped"][:MAX_SKIPPED]
         body += [el("h2", "Skipped while reading"), el("p", f"{len(shown)} of {first['num_skipped']:,}.", class_="soft")]
         body.append(table(("where", "why"), shown, numeric_from=2))
-    samples = list(_samples(folder))
-    if samples:
-        body += [el("h2", "Dropped, for example"), *samples]
+    for number, (title, step, of_step) in enumerate(zip(titles, steps, samples, strict=True), 1):
+        body.append(el("section", _step(title, step, of_step, explain), id=f"step-{number}"))
+    head = el("header", el("p", "Curation", class_="eyebrow"), el("h1", results["name"]), el("p", kept, class_="soft"), class_="top")
+    page = document(f"{results['name']}: curation", head, el("nav", el("div", links)) if links else None, el("main", body))
     path = folder / "report.html"
+    temporary = folder / f"report.html.{os.getpid()}.tmp"
     try:
-        path.write_text(document(f"{facts['name']}: curation", el("main", body)), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
     except OSError as e:
+        temporary.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written ({e.strerror}): free some space and run the same command again.") from e
     return path
 
 
-def _samples(folder: Path) -> Iterator[Markup]:
-    seen: dict[tuple[str, str], int] = {}
-    for path in sorted((folder / "dropped").glob("*.parquet")):
-        chosen = []
-        for number, row in enumerate(pq.read_table(path, columns=["step", "reason"]).to_pylist()):
-            kind = row["step"], row["reason"] if row["step"] not in ("exact", "fuzzy", "semantic", "seen") else ""
-            if seen.get(kind, 0) >= SAMPLES or (kind not in seen and len(seen) >= MOST_REASONS):
-                continue
-            seen[kind] = seen.get(kind, 0) + 1
-            chosen.append(number)
-        for row in pq.read_table(path).take(chosen).to_pylist() if chosen else []:  # most files have nothing new
-            measured = "" if row["figure"] is None else f" ({row['figure']:.3g}, limit {row['limit']:.3g})"
-            about = f"{row['step']}: {row['reason']}{measured}  {row['id']}"
-            yield el("details", el("summary", about), el("pre", row["text"][:SAMPLE_CHARACTERS]))
+# ---- all steps ----
+
+
+def _bars(results: Facts) -> list[tuple[str, int, str]]:
+    bars = [("documents", 0, ""), ("read", results["read"]["documents"], "fill")]
+    return bars + [(step["step"], step["documents_out"], "fill") for step in results["steps"]]
+
+
+def _table(results: Facts) -> Markup:
+    head = ("step", "documents in", "out", "dropped", "text in", "out", "seconds", "peak memory")
+    first, stage = results["read"], results["stages"][0]
+    rows: list[Sequence[Any]] = [
+        ("read", "", f"{first['documents']:,}", "", "", _size(first["bytes"]), f"{stage['seconds']:,.1f}", f"{stage['peak_mib']:,} MiB")
+    ]
+    for step in results["steps"]:
+        lost = sum(step["reasons"].values())  # a step may make documents too
+        share = f"{lost:,} ({lost / (lost + step['documents_out']):.1%})" if lost else "0"
+        documents = (f"{step['documents_in']:,}", f"{step['documents_out']:,}", share)
+        sizes = (_size(step["bytes_in"]), _size(step["bytes_out"]))
+        rows.append((step["step"], *documents, *sizes, f"{step['seconds']:,.1f}", f"{step['peak_mib']:,} MiB"))
+    return table(head, rows)
+
+
+# ---- one step ----
+
+
+def _step(title: str, step: Facts, samples: Facts, explain: str) -> list[Markup]:
+    """What a step does and did, its metrics, and the reasons that are no metric."""
+    flow = f"{step['documents_in']:,} documents came in, {step['documents_out']:,} went on."
+    words = [el("code", text) if place % 2 else text for place, text in enumerate(step["description"].split("`"))]
+    out = [el("h2", title), el("p", words), el("p", flow, class_="soft")]
+    if step["changed"]:
+        out.append(table(("what was changed", "number"), [(kind, f"{count:,}") for kind, count in step["changed"].items()], medium=True))
+    metrics = step["metrics"]
+    if metrics:
+        cards = [
+            _metric(name, metric, step["reasons"].get(name, 0), _of_rule(samples, name), explain)
+            for name, metric in metrics.items()
+            if metric["documents"]
+        ]
+        out.append(el("div", cards, class_="grid"))
+    others = [
+        _samples(f"{reason}: {count:,} dropped, for example", samples["dropped"].get(reason, []), explain)
+        for reason, count in step["reasons"].items()
+        if reason not in metrics
+    ]
+    out += others[:MAX_REASONS]
+    if rest := others[MAX_REASONS:]:
+        out.append(el("details", el("summary", f"{len(rest)} other reasons"), rest))
+    if not any(name in samples["kept"] for name in metrics):
+        what = "changed, for example" if step["changed"] else "kept, for example"
+        out.append(_samples(what, samples["kept"].get("", []), explain))
+    return out
+
+
+def _of_rule(samples: Facts, name: str) -> dict[str, list[Facts]]:
+    return {kind: samples[kind].get(name, []) for kind in ("dropped", "kept")}
+
+
+def _metric(name: str, metric: Facts, dropped: int, samples: Mapping[str, list[Facts]], explain: str) -> Markup:
+    limits = {"at least": metric["min"], "at most": metric["max"]}
+    rule = " and ".join(f"{word} {short(limit)}" for word, limit in limits.items() if limit is not None)
+    about = f"{metric['description']}; {rule} is kept" if rule else metric["description"]
+    counts = f"{metric['documents']:,} measured"
+    if rule:
+        counts += f", {metric['outside']:,} outside ({metric['outside'] / metric['documents']:.1%})"
+    if dropped:
+        counts += f", {dropped:,} dropped for it first"
+    return el(
+        "div",
+        el("p", name, class_="title"),
+        el("p", f"{about[:1].upper()}{about[1:]}.", class_="sub"),
+        distribution(metric["bins"], metric["min"], metric["max"]),
+        el("p", f"{counts}.", class_="sub"),
+        _samples("dropped", samples["dropped"], explain),
+        _samples("kept, nearest to the limit", samples["kept"], explain),
+        class_="figure",
+    )
+
+
+def _samples(what: str, samples: Sequence[Facts], explain: str) -> Markup:
+    """Documents, folded away; each with the command that explains it. Without any only what they would be, if that is a count."""
+    if not samples:
+        return el("p", what.removesuffix(", for example"), class_="soft") if ":" in what else Markup("")
+    inside = []
+    for sample in samples:
+        facts = [sample.get("reason")]
+        if sample.get("figure") is not None:
+            facts.append(f"measured {short(sample['figure'])}")
+        if sample.get("limit") is not None:
+            facts.append(f"limit {short(sample['limit'])}")
+        line = ", ".join(text for text in facts if text)
+        command = f"{explain} {shlex.quote(sample['id'] or '')}"
+        inside.append(
+            el(
+                "div",
+                el("p", el("b", sample["id"] or ""), f"  {line}" if line else "", class_="lineage"),
+                el("div", sample["text"] or "", class_="said"),
+                el("p", el("code", command), class_="lineage"),
+                class_="sample",
+            )
+        )
+    return el("details", el("summary", f"{what} ({len(samples)})"), inside)

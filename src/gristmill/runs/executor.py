@@ -1,9 +1,10 @@
-"""Who does the tasks: this process, local processes, or Ray. A task that left its marker is never done again."""
+"""Task executors: in process, a pool of local processes, or Ray. A task that left its marker is never done again."""
 
 import gc
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -29,7 +30,8 @@ class Task:
     """A call of a module's function that writes files and returns counts.
 
     Attributes:
-        marker: JSON of what it returned, written when its files are there: until then it is done again from the beginning.
+        marker: JSON of what it returned, with `seconds` and `peak_mib`, written when its files are there: until then it is done again from
+            the beginning.
     """
 
     work: Callable[..., dict[str, Any]]
@@ -38,22 +40,29 @@ class Task:
 
 
 def perform(task: Task) -> dict[str, Any]:
-    """Do a task, unless it was done before."""
+    """Do a task, unless it was done before.
+
+    Returns:
+        What it returned; beside it the `seconds` that it took, and `peak_mib`, the most memory that its process has held so far.
+    """
     if task.marker.exists():
         return json.loads(task.marker.read_text())
     before = gc.get_threshold()
     gc.set_threshold(100_000, 50, 100)  # rows come and go by the thousand, in no cycles: looking for some took a twentieth of the time
+    started = time.monotonic()
     try:
         result = task.work(*task.arguments)
     finally:
         gc.set_threshold(*before)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    result = {**result, "seconds": round(time.monotonic() - started, 4), "peak_mib": peak}
     task.marker.parent.mkdir(parents=True, exist_ok=True)
     write_json(task.marker, result)
     return result
 
 
 class Executor(Protocol):
-    """Does tasks in any order and gives back (place in the list, result) as they finish."""
+    """Runs tasks in any order and gives back (place in the list, result) as they finish."""
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]: ...
 
@@ -61,7 +70,7 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """One after the other, here."""
+    """Serial executor in this process."""
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
         for place, task in enumerate(tasks):
@@ -93,7 +102,7 @@ def _end_with(parent: int) -> None:
 
 
 class Processes:
-    """Local processes. A process that is killed costs the tasks under way, which are done again."""
+    """Pool of local processes. A process that is killed costs the tasks under way, which are done again."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -150,7 +159,7 @@ def _perform_for(driver: int, task: Task) -> dict[str, Any]:
 
 
 class Ray:
-    """Ray tasks, on the cluster that `RAY_ADDRESS` names or on a local one. Run folder and inputs must be where all nodes see them."""
+    """Ray executor, on the cluster that `RAY_ADDRESS` names or on a local one. Run folder and inputs must be where all nodes see them."""
 
     def __init__(self, workers: int) -> None:
         try:
@@ -187,14 +196,15 @@ class Ray:
             self.ray.shutdown()
 
 
-def do(executor: Executor, name: str, tasks: Sequence[Task], progress: Progress) -> list[dict[str, Any]]:
-    """Have tasks done under the eyes of whoever waits; their results in order."""
+def run_tasks(executor: Executor, tasks: Sequence[Task], progress: Progress, name: str) -> list[dict[str, Any]]:
+    """Run tasks and show how many are done; their results in order.
+
+    Args:
+        name: of this part of the stage, for the person who waits.
+    """
     out: list[dict[str, Any]] = [{}] * len(tasks)
-    started = time.monotonic()
-    with progress.stage(name):
-        for place, facts in progress.track(executor.run(tasks), len(tasks)):
-            out[place] = facts
-    progress.finished(name, {"seconds": time.monotonic() - started, "tasks": len(tasks)})
+    for place, result in progress.track(executor.run(tasks), len(tasks), lambda: name):
+        out[place] = result
     return out
 
 

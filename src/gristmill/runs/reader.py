@@ -80,7 +80,10 @@ def read_run(folder: Path) -> RunData:
     for _, path in sorted(numbered):
         done = path / "done.json"
         stages.append({**(_json(done) if done.is_file() else {}), "folder": path.name})
-    return RunData(folder, recipe, stages, _results(folder, stages))
+    results = _results(folder, stages)
+    if results and not stages:  # a finished run may have dropped their folders
+        stages = [stage for stage in results.get("stages", []) if "folder" in stage]
+    return RunData(folder, recipe, stages, results)
 
 
 def _results(folder: Path, stages: list[dict[str, Any]]) -> dict[str, Any] | None:

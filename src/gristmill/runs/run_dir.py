@@ -5,7 +5,8 @@
     runs/NAME/results.json      written at the end
     runs/NAME/report.html
 
-`done.json` is written last, by an atomic rename. A stage that has it is skipped on the next start; one without is continued.
+`done.json` is written last, by an atomic rename. A stage that has it is skipped on the next start; one without is continued. A folder is
+removed by a rename first, so that half of it is never taken for the whole.
 """
 
 import json
@@ -24,9 +25,12 @@ from gristmill.core.io import disk_errors, lock, write_json
 from gristmill.core.progress import Progress
 from gristmill.data.rows import make_id
 from gristmill.runs.artifacts import AnyArtifact
+from gristmill.runs.reader import STAGE_FOLDER
 
 RECIPE, MARKER, INPUTS, RESULTS = "recipe.yaml", "done.json", "inputs.json", "results.json"
-OnChange = Literal["refuse", "redo", "continue"]
+            on_change: what happens when the stage was made from other inputs: "refuse" it, "redo" it and all after it from nothing, or
+                "continue" with the files that are there, for work whose journals know each call by all that was asked.
+            again: whether a finished stage is continued all the same, by its summary.
 NEW_RECIPE = "recipe.yaml.tmp"  # may be all that a start leaves behind that was cut off at once
 
 
@@ -69,6 +73,7 @@ class RunDir:
             temporary = path / NEW_RECIPE
             temporary.write_text(dump(recipe))
             temporary.replace(path / RECIPE)
+            shutil.rmtree(path / GONE, ignore_errors=True)
         except OSError as e:
             raise InputError(f"{path} cannot be written ({e.strerror}): free some space, or choose another folder with --out.") from e
 
@@ -80,13 +85,13 @@ class RunDir:
             if self.path.exists() and any(p.name not in (".lock", NEW_RECIPE) for p in self.path.iterdir()):
                 raise InputError(f"{self.path} is not empty and holds no run: choose another folder with --out.")
             return
+        old, kind = read(saved), recipe.model_dump()["kind"]
+        if old.get("kind", kind) != kind:
+            raise InputError(f"{self.path} holds a run of `gristmill {COMMANDS.get(old['kind'], old['kind'])}`: choose another --out.")
         if not self.begun:
             return  # nothing is made yet: the recipe may change
-        old, kind = read(saved), recipe.model_dump()["kind"]
         if "kind" not in old:
             raise InputError(f"{self.path} was made by an earlier version of gristmill: finish it with that one, or choose another --out.")
-        if old["kind"] != kind:
-            raise InputError(f"{self.path} holds a run of `gristmill {COMMANDS.get(old['kind'], old['kind'])}`: choose another --out.")
         if changed := recipe.changed(old):
             raise InputError(
                 f"{self.path} was made by another recipe (they differ in {', '.join(changed)}): "
@@ -95,8 +100,12 @@ class RunDir:
 
     @property
     def begun(self) -> bool:
-        """Whether anything is made that another recipe could not go on with: a finished stage, or calls in a journal."""
-        return any(self.path.glob(f"*/{MARKER}")) or any(p.stat().st_size for p in self.path.glob("*/*.jsonl"))
+        """Whether anything is made that another recipe could not go on with: a finished stage, results, or calls in a journal."""
+        return (
+            (self.path / RESULTS).exists()
+            or any(self.path.glob(f"*/{MARKER}"))
+            or any(p.stat().st_size for p in self.path.glob("*/*.jsonl"))
+        )
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -125,9 +134,18 @@ class RunDir:
             inputs: anything (JSON) that decides its result.
             work: gets the stage's folder, which may hold what an interrupted start left; returns the summary.
             artifacts: the files that it writes.
-            on_change: what happens when the stage was made from other inputs: "refuse" it, "redo" it from nothing, or "continue" with the
-                files that are there, for work whose journals know each call by all that was asked.
-            again: whether a finished stage is continued all the same, by its summary.
+        changed = bool(done) and done["fingerprint"] != fingerprint
+        if on_change == "redo" and (changed or not done):
+            self._remove_from(len(self.stages) - 1)
+            done = {}
+        elif on_change == "continue" and (changed or (again is not None and found is marker and again(done))):
+            marker.unlink(missing_ok=True)
+            done = {}
+        elif changed and found is marker:
+            raise InputError(
+                f"{folder} was made from other inputs: delete that folder and those after it to make them again, "
+                "or choose another folder with --out."
+            )
         """
         with self._open(name, inputs, artifacts, on_change, again) as entry:
             if entry.summary is None:
@@ -165,6 +183,7 @@ class RunDir:
         marker, begun = folder / MARKER, folder / INPUTS
         found = marker if marker.exists() else begun
         done: dict[str, Any] = json.loads(found.read_text()) if found.exists() else {}
+<<<<<<< HEAD
         if done and (done["fingerprint"] != fingerprint or (again is not None and found is marker and again(done))):
             if on_change == "redo":
                 shutil.rmtree(folder)
@@ -177,6 +196,16 @@ class RunDir:
                     f"{folder} was made from other inputs: delete that folder and those after it to make them again, "
                     "or choose another folder with --out."
                 )
+=======
+        if on_change == "redo" and done.get("fingerprint") != fingerprint:
+            self._remove_from(len(self.stages) - 1)
+            done = {}
+        elif done and done["fingerprint"] != fingerprint and found is marker:
+            raise InputError(
+                f"{folder} was made from other inputs: delete that folder and those after it to make them again, "
+                "or choose another folder with --out."
+            )
+>>>>>>> wt-curate2
         if done and found is marker:
             yield _Entry(folder, {}, done)
             return
@@ -199,6 +228,34 @@ class RunDir:
         """Write `results.json`; returns the results."""
         write_json(self.path / RESULTS, results)
         return results
+
+    def finished(self, fingerprint: str, products: Sequence[str]) -> dict[str, Any] | None:
+        """The results, if they have this fingerprint and all products are there; others are removed, as they speak of other products."""
+        path = self.path / RESULTS
+        results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if results.get("fingerprint") == fingerprint and all((self.path / name).exists() for name in products):
+            return results
+        path.unlink(missing_ok=True)
+        return None
+
+    def drop_stages(self) -> None:
+        """Remove the folders of all stages: the results, and what was moved out of them, is all that stays."""
+        self._remove_from(0)
+
+    def _remove_from(self, number: int) -> None:
+        for folder in sorted(self.path.iterdir()):
+            if (place := STAGE_FOLDER.fullmatch(folder.name)) and int(place[1]) >= number:
+                self.remove(folder)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or folder in the run folder, or nothing."""
+        gone = self.path / GONE
+        shutil.rmtree(gone, ignore_errors=True)
+        if path.is_dir():
+            path.rename(gone)
+            shutil.rmtree(gone)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class _Entry:

@@ -134,7 +134,8 @@ def test_a_blend(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not any(text.startswith("english") for text in second) and facts["phases"][1]["sources"][0]["tokens"] == 0
     kinds = [text.split()[0] for text in found[: facts["phases"][0]["documents"]]]
     assert sum(a != b for a, b in zip(kinds, kinds[1:], strict=False)) > 10  # shuffled together
-    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix != ".bin") == [".lock", "blend.json", "ends.npy", "tokenizer"]
+    left = [".lock", "blend.json", "ends.npy", "recipe.yaml", "results.json", "tokenizer"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix != ".bin") == left
     assert Tokenizer.load(tmp_path / "out" / "tokenizer").fingerprint() == TOKENIZER.fingerprint()
     assert any("again" in line for line in blend_lines(facts)) and "phase 2" in "".join(blend_lines(facts))
     before = written(tmp_path / "out")
@@ -164,7 +165,7 @@ def test_going_on_after_a_stop(calls: int, inputs: Path, tmp_path: Path, monkeyp
         def call(*arguments: Any) -> Any:
             left[0] -= 1
             if not left[0]:
-                with module._whole(tmp_path / "out" / "work" / "half") as file:
+                with module._whole(tmp_path / "out" / "half") as file:
                     file.write(b"half")
                     raise KeyboardInterrupt
             return function(*arguments)

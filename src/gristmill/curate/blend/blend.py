@@ -9,11 +9,8 @@ Nemotron-4 (2402.16819) blends 70 % English, 15 % other languages and 15 % code,
 """
 
 import hashlib
-import json
 import math
 import os
-import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -26,7 +23,7 @@ from pydantic import Field, model_validator
 
 from gristmill.core.config import FilePath, PatternPath, Recipe, Section
 from gristmill.core.errors import InputError
-from gristmill.core.io import lock, state, write_json
+from gristmill.core.io import state, write_json
 from gristmill.core.progress import Progress
 from gristmill.curate.blend.encode import Encoder, fast_encoder
 from gristmill.curate.io import readers as documents
@@ -36,9 +33,11 @@ from gristmill.data.token_store import TOKEN
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.runs import executor
 from gristmill.runs.executor import Task
+from gristmill.runs.run_dir import RunDir, Stage
 
 SHARD_TOKENS = 1 << 28  # 1 GiB
 MOST_SKIPPED = 1000  # skips that are named one by one
+STORE = "blend.json"  # says that the token store is whole
 Facts = dict[str, Any]
 
 
@@ -71,6 +70,10 @@ class Blend(Recipe):
     reading: Reading = Reading()
     executor: Literal["processes", "ray"] = "processes"
     workers: int = Field(0, ge=0, description="processes; 0: one a core")
+
+    def changed(self, old: dict[str, Any]) -> list[str]:
+        """None: a run of another recipe begins again where they differ."""
+        return []
 
     @model_validator(mode="after")
     def _weights(self) -> Self:
@@ -290,122 +293,133 @@ def _ends(total: int, weights: Sequence[float]) -> np.ndarray:
 
 
 def blend(recipe: Blend, folder: Path, progress: Progress) -> Facts:
-    """Do what a recipe says, or what is left of it; returns what is in `blend.json`.
+    """Run a recipe, or what is left of it; returns what is in `results.json`.
 
     The folder then holds `tokens-00000.bin` and so on (int32), `ends.npy` (where documents end, in tokens from the first file's beginning,
-    int64), `tokenizer/` and `blend.json`; `TokenStore` opens it.
+    int64), `tokenizer/` and `blend.json`, which `TokenStore` opens; and `recipe.yaml` and `results.json`.
 
     Raises:
         InputError: an input is missing, a source has too few tokens, or the disk is full.
     """
     tokenizer = Tokenizer.load(recipe.tokenizer)
     files = {source.name: documents.names(source.inputs) for source in recipe.sources}
-    folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder)
-    try:
-        return _Run(recipe, folder, progress, tokenizer).all(files)
-    finally:
-        held.close()
+    with RunDir(folder, recipe, progress) as run_dir:
+        return _Run(recipe, run_dir, tokenizer, files=files).run()
 
 
 class _Run:
-    def __init__(self, recipe: Blend, folder: Path, progress: Progress, tokenizer: Tokenizer) -> None:
-        self.recipe, self.folder, self.progress, self.tokenizer = recipe, folder, progress, tokenizer
-        self.work = folder / "work"
-        self.fingerprint = tokenizer.fingerprint()
+    def __init__(self, recipe: Blend, run_dir: RunDir, tokenizer: Tokenizer, *, files: dict[str, dict[Path, str]]) -> None:
+        self.recipe, self.run_dir, self.tokenizer, self.files = recipe, run_dir, tokenizer, files
+        self.tokenizer_fingerprint = tokenizer.fingerprint()
 
-    def all(self, files: dict[str, dict[Path, str]]) -> Facts:
-        inputs = {name: [state(path) for path in paths] for name, paths in files.items()}
+    def run(self) -> Facts:
+        inputs = {name: [state(path) for path in paths] for name, paths in self.files.items()}
         settings = self.recipe.model_dump(mode="json", exclude={"executor", "workers", "name"})
-        key = make_id(inputs, settings, self.fingerprint)
-        done = self.folder / "blend.json"
-        if done.exists() and (facts := json.loads(done.read_text())).get("key") == key:
-            return facts
-        started = time.monotonic()
-        self.work.mkdir(exist_ok=True)
-        self.executor = executor.make(self.recipe.executor, self.recipe.workers or executor.cores())
-        try:
-            facts = self._all(files, key)
-        finally:
-            self.executor.close()
-        facts |= {"key": key, "name": self.recipe.name, "seconds": round(time.monotonic() - started, 2), "settings": settings}
-        self._move(done, self.work / key, facts)
-        return facts
+        whole = make_id(inputs, settings, self.tokenizer_fingerprint)
+        results = self.run_dir.finished(whole, [STORE])
+        if results is None:
+            self.executor = executor.make(self.recipe.executor, self.recipe.workers or executor.cores())
+            try:
+                results = self._results(inputs, settings)
+            finally:
+                self.executor.close()
+            head = {"kind": self.recipe.kind, "name": self.recipe.name, "fingerprint": whole, "settings": settings}
+            results = self.run_dir.finish({**head, **results})
+        self.run_dir.drop_stages()
+        return results
 
-    def _all(self, files: dict[str, dict[Path, str]], key: str) -> Facts:
-        encoded, facts = self._encode(files)
-        lengths, stems, firsts, number = [], [], [], 0
-        for shards in encoded:
-            of_source = [np.empty(0, np.int64)]
-            for stem, count in shards:
-                stems.append(stem)
-                firsts.append(number)
-                number += count
-                of_source.append(np.diff(np.load(stem.with_suffix(".npy")), prepend=0))
-            lengths.append(np.concatenate(of_source))
+    def _results(self, inputs: Facts, settings: Facts) -> Facts:
+        of_files = [inputs, [list(paths.values()) for paths in self.files.values()], settings["reading"], self.tokenizer_fingerprint]
+        encoded = self.run_dir.stage("encode", [*of_files, SHARD_TOKENS], self._encode, on_change="redo")
+        order = self.run_dir.stage("order", [encoded.fingerprint, settings], lambda out: self._order(out, encoded), on_change="redo")
+        written = self.run_dir.stage("write", [order.fingerprint], lambda out: self._write(out, encoded, order), on_change="redo")
+        stages, names = (encoded, order, written), ("name", "fingerprint", "seconds", "peak_mib")
+        of_sources = zip(order.summary["sources"], encoded.summary["sources"], strict=True)
+        return {
+            **{name: written.summary[name] for name in ("tokens", "documents", "shards", "tokenizer")},
+            "sources": [{**source, **{name: facts[name] for name in facts if name != "shards"}} for source, facts in of_sources],
+            "phases": order.summary["phases"],
+            "seconds": round(sum(stage.summary["seconds"] for stage in stages), 2),
+            "stages": [{"folder": stage.folder.name, **{name: stage.summary[name] for name in names}} for stage in stages],
+        }
+
+    def _tasks(self, name: str, tasks: Sequence[Task]) -> list[Facts]:
+        return executor.run_tasks(self.executor, tasks, self.run_dir.progress, name)
+
+    def _encode(self, folder: Path) -> Facts:
+        """Every file once: of each source its shards (stem and number of documents), and what was met on the way."""
+        tasks: list[Task] = []
+        reading, tokenizer = self.recipe.reading, self.recipe.tokenizer
+        for path, name in chain.from_iterable(paths.items() for paths in self.files.values()):
+            out = folder / make_id(str(path), name)
+            arguments = (path, name, out, tokenizer, self.tokenizer_fingerprint, self.tokenizer.eos_id, reading, SHARD_TOKENS)
+            tasks.append(Task(encode, arguments, out.with_suffix(".json")))
+        different = {task.marker: task for task in tasks}  # a file may stand in two sources
+        found = dict(zip(different, self._tasks("files", list(different.values())), strict=True))
+        done = iter([found[task.marker] for task in tasks])
+        sources = []
+        for paths in self.files.values():
+            mine = [next(done) for _ in paths]
+            summed = {name: sum(one[name] for one in mine) for name in ("empty", "num_skipped")}
+            skipped = [entry for one in mine for entry in one["skipped"]][:MOST_SKIPPED]
+            shards = [shard for one in mine for shard in one["shards"]]
+            exact = any(one["exact"] for one in mine)
+            sources.append({"files": len(mine), **summed, "skipped": skipped, "exact": exact, "shards": shards})
+        return {"sources": sources, "peak_mib": max(one["peak_mib"] for one in found.values())}
+
+    def _order(self, folder: Path, encoded: Stage) -> Facts:
+        """Which document comes when, into `order.npy` and `ends.npy`."""
+        lengths = []
+        for source in encoded.summary["sources"]:
+            stems = [encoded.folder / shard["stem"] for shard in source["shards"]]
+            lengths.append(np.concatenate([np.empty(0, np.int64), *(np.diff(np.load(f"{stem}.npy"), prepend=0) for stem in stems)]))
         order, phases, sources = draw(self.recipe, lengths)
-        ends = np.cumsum(np.concatenate(lengths)[order])
-        out = self.work / key
-        out.mkdir(exist_ok=True)
-        _save(out / "order.npy", order)
-        _save(out / "ends.npy", ends)
+        _save(folder / "order.npy", order)
+        _save(folder / "ends.npy", np.cumsum(np.concatenate(lengths)[order]))
+        return {"phases": phases, "sources": sources}
+
+    def _write(self, folder: Path, encoded: Stage, order: Stage) -> Facts:
+        shards = [shard for source in encoded.summary["sources"] for shard in source["shards"]]
+        stems = [encoded.folder / shard["stem"] for shard in shards]
+        firsts_S = np.cumsum([0, *(shard["documents"] for shard in shards)])[:-1]
+        order_file, ends_file = order.folder / "order.npy", order.folder / "ends.npy"
+        ends = np.load(ends_file)
         tasks: list[Task] = []
         begin = 0
-        while begin < len(order):
+        while begin < len(ends):
             before = int(ends[begin - 1]) if begin else 0
             end = max(begin + 1, int(np.searchsorted(ends, before + SHARD_TOKENS, side="right")))
             name = f"tokens-{len(tasks):05d}"
-            arguments = (stems, np.array(firsts), out / "order.npy", out / "ends.npy", begin, end, out / f"{name}.bin")
-            tasks.append(Task(gather, arguments, out / f"{name}.json"))
+            arguments = (stems, firsts_S, order_file, ends_file, begin, end, folder / f"{name}.bin")
+            tasks.append(Task(gather, arguments, folder / f"{name}.json"))
             begin = end
-        shards_written = self._do("write", tasks)
-        return {
-            "tokens": int(ends[-1]),
-            "documents": len(order),
-            "sources": [{**source, **fact} for source, fact in zip(sources, facts, strict=True)],
-            "phases": phases,
-            "shards": shards_written,
-            "tokenizer": {"fingerprint": self.fingerprint, "eos_id": self.tokenizer.eos_id, "vocab_size": self.tokenizer.vocab_size},
+        written = self._tasks("tokens", tasks)
+        tokenizer = {
+            "fingerprint": self.tokenizer_fingerprint,
+            "eos_id": self.tokenizer.eos_id,
+            "vocab_size": self.tokenizer.vocab_size,
         }
+        store = {
+            "tokens": int(ends[-1]),
+            "documents": len(ends),
+            "shards": [{name: one[name] for name in ("file", "documents", "tokens")} for one in written],
+            "tokenizer": tokenizer,
+        }
+        self._publish([ends_file, *(folder / one["file"] for one in written)], store)
+        return {**store, "peak_mib": max(one["peak_mib"] for one in written)}
 
-    def _encode(self, files: dict[str, dict[Path, str]]) -> tuple[list[list[tuple[Path, int]]], list[Facts]]:
-        """Stem and number of documents of every encoded shard, by source; and what was met on the way."""
-        tasks: list[Task] = []
-        for path, name in chain.from_iterable(paths.items() for paths in files.values()):
-            reading = self.recipe.reading
-            out = self.work / make_id(state(path), name, reading.model_dump(), self.fingerprint, SHARD_TOKENS)
-            arguments = (path, name, out, self.recipe.tokenizer, self.fingerprint, self.tokenizer.eos_id, reading, SHARD_TOKENS)
-            tasks.append(Task(encode, arguments, out.with_suffix(".json")))
-        different = {task.marker: task for task in tasks}  # a file may stand in two sources
-        found = dict(zip(different, self._do("encode", list(different.values())), strict=True))
-        done = iter([found[task.marker] for task in tasks])
-        encoded, facts = [], []
-        for paths in files.values():
-            mine = [next(done) for _ in paths]
-            encoded.append([(self.work / shard["stem"], shard["documents"]) for one in mine for shard in one["shards"]])
-            summed = {name: sum(one[name] for one in mine) for name in ("empty", "num_skipped")}
-            skipped = [entry for one in mine for entry in one["skipped"]][:MOST_SKIPPED]
-            facts.append({"files": len(mine), **summed, "skipped": skipped, "exact": any(one["exact"] for one in mine)})
-        return encoded, facts
-
-    def _do(self, name: str, tasks: Sequence[Task]) -> list[Facts]:
-        return executor.do(self.executor, name, tasks, self.progress)
-
-    def _move(self, done: Path, made: Path, facts: Facts) -> None:
-        """The files to their places, `blend.json` last: a folder without it is no blend. A run that is killed here finds all in `work`."""
-        done.unlink(missing_ok=True)
-        for old in self.folder.glob("tokens-*.bin"):
+    def _publish(self, made: Sequence[Path], store: Facts) -> None:
+        """The files to their places, `blend.json` last: a folder without it is no blend. The stages keep them until the run has ended."""
+        folder = self.run_dir.path
+        (folder / STORE).unlink(missing_ok=True)
+        for old in folder.glob("tokens-*.bin"):
             old.unlink()
-        for path in [made / "ends.npy", *(made / shard["file"] for shard in facts["shards"])]:
-            target = self.folder / path.name
+        for path in made:
+            target = folder / path.name
             target.unlink(missing_ok=True)
             target.hardlink_to(path)
-        self.tokenizer.save(self.folder / "tokenizer")
-        write_json(done, facts)
-        gone = self.folder / ".gone"
-        shutil.rmtree(gone, ignore_errors=True)
-        self.work.rename(gone)  # at once: half of it would be taken for the whole
-        shutil.rmtree(gone)
+        self.tokenizer.save(folder / "tokenizer")
+        write_json(folder / STORE, {"name": self.recipe.name, **store})
 
 
 def blend_lines(facts: Facts) -> list[str]:

@@ -36,7 +36,7 @@ from pydantic import Field
 
 from gristmill.core.config import Section
 from gristmill.curate.io import shards
-from gristmill.curate.outcome import Outcome, split, with_text
+from gristmill.curate.outcome import Metric, Outcome, split, with_text
 from gristmill.curate.text.text_column import DIGIT, LETTER, SPACE, Texts, classes, decoded, mixed
 
 BYTES_A_PART = 128 << 20
@@ -342,7 +342,7 @@ def cut(shard: int, source: Path, own: Path, ranges: Sequence[Path], how: Substr
     new_texts: dict[int, str] = {}
     removed = 0
     reasons: list[str | None] = [None] * len(table)
-    figures = np.zeros(len(table))
+    figures, share_N = np.zeros(len(table)), np.zeros(len(table))
     rows, starts = np.unique(row, return_index=True)
     for one, a, b in zip(rows.tolist(), starts.tolist(), [*starts.tolist(), len(row)][1:], strict=True):
         if first[a:b].all():
@@ -355,7 +355,9 @@ def cut(shard: int, source: Path, own: Path, ranges: Sequence[Path], how: Substr
         text = ""
         for piece in (texts.data_B[x:y].tobytes().decode() for x, y in pieces.tolist()):
             text += piece if not text or text[-1].isspace() or piece[0].isspace() else " " + piece
-        removed += len(bytes(texts.bytes_of(one)).decode()) - len(text)
+        before = len(bytes(texts.bytes_of(one)).decode())
+        removed += before - len(text)
+        share_N[one] = 1 - len(text) / before
         new_texts[one] = text
         if len(text) < how.least_left:
             reasons[one], figures[one] = "substring", len(text)
@@ -365,4 +367,5 @@ def cut(shard: int, source: Path, own: Path, ranges: Sequence[Path], how: Substr
     keep = np.array([reason is None for reason in reasons], bool)
     both = pa.concat_arrays([*table["text"].cast(pa.large_string()).chunks, pa.array(list(new_texts.values()), pa.large_string())])
     kept = with_text(table.filter(pa.array(keep)), both.take(pa.array(source_N[keep])))
-    return Outcome(kept, dropped, {"documents cut": len(new_texts), "characters removed": removed})
+    metrics = {"removed_share": Metric(share_N, description="share of a document's characters that stood before and were cut out")}
+    return Outcome(kept, dropped, {"documents cut": len(new_texts), "characters removed": removed}, metrics)

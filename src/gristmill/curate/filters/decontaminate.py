@@ -21,7 +21,7 @@ from pydantic import Field
 
 from gristmill.core.config import FilePath, Section
 from gristmill.core.errors import InputError
-from gristmill.curate.outcome import DOCUMENT, Outcome, none_dropped, split
+from gristmill.curate.outcome import DOCUMENT, Metric, Outcome, none_dropped, split
 from gristmill.curate.text.text_column import DIGIT, LETTER, Texts, classes, decoded, fixed, mixed, place_of, places
 from gristmill.data.rows import read_records
 
@@ -309,7 +309,7 @@ def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmar
     found = found[total_counts[found[:, 1]] <= settings.most_matches]
     if len(found) == 0:
         return Outcome(table, none_dropped())
-    figures = np.zeros(len(texts), np.float64)
+    figures, pieces_N = np.zeros(len(texts), np.float64), np.full(len(texts), np.nan)
     reasons: list[str | None] = [None] * len(texts)
     kept_parts: dict[int, list[str]] = {}
     changes = {"matches": len(found), "cut": 0, "parts": 0}
@@ -317,6 +317,7 @@ def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmar
     for doc, mine in zip(docs.tolist(), np.split(found, firsts[1:]), strict=True):
         raw = bytes(texts.bytes_of(doc))
         parts = _parts(raw.decode(), _spans(raw, mine[:, 2:] - texts.begin_N[doc]), settings)
+        pieces_N[doc] = len(parts)
         if not parts or len(parts) > settings.most_pieces:
             reasons[doc], figures[doc] = "contaminated", len(parts) or len(mine)
         else:
@@ -349,4 +350,5 @@ def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmar
     kept = table.take(pa.array(rows, pa.int64()))
     for name, column in (("id", pa.array(ids, pa.string())), ("text", whole.take(pa.array(sources, pa.int64())))):
         kept = kept.set_column(kept.schema.get_field_index(name), DOCUMENT.field(name), column)
-    return Outcome(kept, dropped, changes)
+    about = "what a document that shares text with a benchmark is cut into; 0 where nothing remains"
+    return Outcome(kept, dropped, changes, {"pieces": Metric(pieces_N, 1, settings.most_pieces, about)})

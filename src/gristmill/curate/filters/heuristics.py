@@ -7,6 +7,7 @@ Shapes: N documents.
 import difflib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -14,9 +15,9 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from gristmill.core.config import Section
-from gristmill.curate.outcome import Outcome, in_meta, split
+from gristmill.curate.outcome import Metric, Outcome, in_meta, split
 from gristmill.curate.text.text_column import Texts
-from gristmill.curate.text.text_metrics import DUPLICATE, FIGURES, NGRAMS, TOP, figures
+from gristmill.curate.text.text_metrics import DESCRIPTIONS, DUPLICATE, FIGURES, NGRAMS, TOP, figures
 
 
 class Rule(NamedTuple):
@@ -155,11 +156,17 @@ def heuristics(table: pa.Table, settings: Filter) -> Outcome:
     open_N = chosen(table, settings.column, settings.values)
     reasons: list[str | None] = [None] * len(table)
     figure_N, limit_N = np.zeros(len(table)), np.zeros(len(table))
+    chosen_N, metrics = open_N.copy(), {}
+    ngrams_N: np.ndarray | None = None  # the documents whose n-grams were looked at
     for rule in rules:
         value_N = figures_NF[:, FIGURES.index(rule.figure)]
+        if rule.figure in NGRAMS and ngrams_N is None:
+            ngrams_N = open_N.copy()
+        measured_N = ngrams_N if rule.figure in NGRAMS and ngrams_N is not None else chosen_N
+        metrics[rule.figure] = Metric(np.where(measured_N, value_N, np.nan), rule.least, rule.most, DESCRIPTIONS[rule.figure])
         for limit, broken_N in ((rule.least, np.less), (rule.most, np.greater)):
             if limit is None:
                 continue
             for d in np.flatnonzero(open_N & broken_N(value_N, limit)).tolist():
                 reasons[d], figure_N[d], limit_N[d], open_N[d] = rule.figure, value_N[d], limit, False
-    return split(table, "filter", reasons, figure_N, limit_N)
+    return replace(split(table, "filter", reasons, figure_N, limit_N), metrics=metrics)

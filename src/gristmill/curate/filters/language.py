@@ -2,6 +2,7 @@
 
 import importlib.util
 import threading
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from gristmill.core.config import Section
 from gristmill.core.errors import InputError
-from gristmill.curate.outcome import Outcome, split
+from gristmill.curate.outcome import Metric, Outcome, split
 from gristmill.curate.text.text_column import Texts
 
 UNDETERMINED = "und"  # of a text without a letter: the model would answer something all the same
@@ -87,4 +88,8 @@ def language(table: pa.Table, settings: Language) -> Outcome:
         if name in table.column_names:
             table = table.drop_columns([name])
         table = table.append_column(name, column)
-    return split(table, "language", reasons, scores_N, limits_N)
+    known_N = np.array([not wanted or code in wanted for code in codes], np.bool_)
+    limit = settings.threshold if wanted and not settings.thresholds else None
+    about = "probability of the language, of documents in one that is kept"
+    metrics = {"language_score": Metric(np.where(known_N, scores_N, np.nan), limit, description=about)}
+    return replace(split(table, "language", reasons, scores_N, limits_N), metrics=metrics)

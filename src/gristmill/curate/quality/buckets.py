@@ -8,6 +8,7 @@ Shapes: N documents, C classifiers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,7 +20,7 @@ from pydantic import Field, model_validator
 from gristmill.core.config import Section, SourceOrPath
 from gristmill.core.errors import InputError
 from gristmill.curate.io import readers as documents
-from gristmill.curate.outcome import Outcome, drawn, in_meta, split
+from gristmill.curate.outcome import Metric, Outcome, drawn, in_meta, split
 from gristmill.curate.quality import classifier, perplexity
 from gristmill.curate.quality import lm_scores as base
 from gristmill.curate.text.text_column import Texts
@@ -212,7 +213,11 @@ def quality(table: pa.Table, settings: Quality, scores: np.ndarray, limits: np.n
         if name in table.column_names:
             table = table.drop_columns([name])
         table = table.append_column(name, column)
-    return split(table, "quality", reasons, figures_N, limits_N)
+    metrics = {"quality_bucket": Metric(buckets_N.astype(np.float64), settings.least or None, description="highest of all classifiers")}
+    for name, scores_N, row in zip(settings.classifiers, scores.T, limits, strict=True):
+        least = float(row[settings.least - 1]) if settings.least and len(settings.classifiers) == 1 else None
+        metrics[name] = Metric(scores_N.astype(np.float64), least, description="score of this classifier; the higher, the better")
+    return replace(split(table, "quality", reasons, figures_N, limits_N), metrics=metrics)
 
 
 def learn(kind: Literal["classifier", "perplexity"], positive: Sequence[str], negative: Sequence[str], folder: Path) -> dict[str, Any]:

@@ -39,46 +39,53 @@ COUNTS = (
     *(f"top_{n}" for n in TOP),
     *(f"duplicate_{n}" for n in DUPLICATE),
 )
-# Figure: the count, and the count that it is divided by.
-_PARTS: dict[str, tuple[str, str]] = {
-    "non_alphanumeric": ("others", "characters"),  # not a-z A-Z 0-9 newline ? ! , . so that a space counts
-    "symbol_words": ("symbols", "words"),  # that are an ellipsis mark, or more than half hash signs
-    "digits": ("digits", "characters"),
-    "urls": ("urls", "characters"),  # from http://, https:// or www. to the end of the word
-    "white_space": ("white_space", "characters"),  # tab, newline, carriage return, backspace, space
-    "brackets": ("brackets", "characters"),  # ( ) [ ] { } and the angle brackets U+27E8 and U+27E9
-    "policy_paragraphs": ("policies", "parts"),  # with one of POLICY; 1 where lorem ipsum is anywhere
-    "unique_lines": ("unique_lines", "lines"),  # different lines / lines
-    "unique_paragraphs": ("unique_parts", "parts"),
-    "unique_line_characters": ("unique_line_characters", "line_characters"),
-    "unique_paragraph_characters": ("unique_part_characters", "part_characters"),
-    "words": ("words", ""),
-    "unpunctuated_lines": ("bare_lines", "lines"),  # that end in none of . ? ! " '
-    "words_with_letter": ("lettered", "words"),
-    "common_words": ("common", ""),  # how many words are one of COMMON
-    "mean_word": ("word_characters", "words"),
-    "longest_word": ("longest_word", ""),  # characters
-    "ellipsis_lines": ("ellipsis_lines", "lines"),  # that end in one of ELLIPSES
-    # in the most frequent n-gram: the first of equals, twice or more, from the left, none over another
-    **{f"top_{n}gram": (f"top_{n}", "characters") for n in TOP},
-    # in n-grams that stood before, each character once
-    **{f"duplicate_{n}gram": (f"duplicate_{n}", "characters") for n in DUPLICATE},
-    "bullet_lines": ("bullet_lines", "lines"),  # that start with one of BULLETS
-    "lines": ("lines", ""),
-    "sentences": ("sentences", ""),  # . ! ? before white space or the end
-    "hashes_per_word": ("hashes", "words"),
-    "ellipses_per_word": ("ellipses", "words"),  # three dots, or U+2026
-    "lorem_ipsum": ("lorem_ipsum", ""),  # 1 where it is anywhere, or 0
-    "javascript_lines": ("javascript_lines", "lines"),  # that name it
-    "curly_brackets": ("curly_brackets", ""),  # how many {
-    "short_lines": ("short_lines", "lines"),  # of at most 30 characters
-    "newlines_per_word": ("newlines", "words"),
-    "letters": ("letters", "characters"),
-    "letters_and_digits": ("letters_and_digits", "characters"),
-    "xml_header": ("xml_header", ""),  # 1 where it is within the first 100 characters, or 0
-    "mean_line": ("line_characters", "lines"),
-    "longest_line": ("longest_line", ""),  # characters
+# Figure: the count, the count that it is divided by, and what it says.
+_PARTS: dict[str, tuple[str, str, str]] = {
+    "non_alphanumeric": ("others", "characters", "share of characters other than a-z A-Z 0-9 newline ? ! , . (a space counts)"),
+    "symbol_words": ("symbols", "words", "share of words that are an ellipsis mark, or more than half hash signs"),
+    "digits": ("digits", "characters", "share of characters that are digits"),
+    "urls": ("urls", "characters", "share of characters from http://, https:// or www. to the end of the word"),
+    "white_space": ("white_space", "characters", "share of characters that are tab, newline, carriage return, backspace or space"),
+    "brackets": ("brackets", "characters", "share of characters that are ( ) [ ] { } or the angle brackets U+27E8 and U+27E9"),
+    "policy_paragraphs": ("policies", "parts", "share of paragraphs on cookies, privacy or terms of use; 1 where lorem ipsum is anywhere"),
+    "unique_lines": ("unique_lines", "lines", "different lines for each line"),
+    "unique_paragraphs": ("unique_parts", "parts", "different paragraphs for each paragraph"),
+    "unique_line_characters": ("unique_line_characters", "line_characters", "share of the lines' characters that are in different lines"),
+    "unique_paragraph_characters": (
+        "unique_part_characters",
+        "part_characters",
+        "share of the paragraphs' characters that are in different paragraphs",
+    ),
+    "words": ("words", "", "number of words"),
+    "unpunctuated_lines": ("bare_lines", "lines", "share of lines that end in none of . ? ! \" '"),
+    "words_with_letter": ("lettered", "words", "share of words that have a letter"),
+    "common_words": ("common", "", "how many words are one of: the, be, to, of, and, that, have, with"),
+    "mean_word": ("word_characters", "words", "characters of a word, in the mean"),
+    "longest_word": ("longest_word", "", "characters of the longest word"),
+    "ellipsis_lines": ("ellipsis_lines", "lines", "share of lines that end in an ellipsis, or in 'read more'"),
+    # the first of equals, twice or more, from the left, none over another
+    **{f"top_{n}gram": (f"top_{n}", "characters", f"share of characters in the most frequent run of {n} words") for n in TOP},
+    **{
+        f"duplicate_{n}gram": (f"duplicate_{n}", "characters", f"share of characters in runs of {n} words that stood before, each once")
+        for n in DUPLICATE
+    },
+    "bullet_lines": ("bullet_lines", "lines", "share of lines that start with a bullet"),
+    "lines": ("lines", "", "number of lines"),
+    "sentences": ("sentences", "", "number of . ! ? before white space or the end"),
+    "hashes_per_word": ("hashes", "words", "hash signs for each word"),
+    "ellipses_per_word": ("ellipses", "words", "ellipses (three dots, or U+2026) for each word"),
+    "lorem_ipsum": ("lorem_ipsum", "", "1 where lorem ipsum is anywhere, or 0"),
+    "javascript_lines": ("javascript_lines", "lines", "share of lines that name JavaScript"),
+    "curly_brackets": ("curly_brackets", "", "number of {"),
+    "short_lines": ("short_lines", "lines", "share of lines of at most 30 characters"),
+    "newlines_per_word": ("newlines", "words", "newlines for each word"),
+    "letters": ("letters", "characters", "share of characters that are letters"),
+    "letters_and_digits": ("letters_and_digits", "characters", "share of characters that are letters or digits"),
+    "xml_header": ("xml_header", "", "1 where an XML header is within the first 100 characters, or 0"),
+    "mean_line": ("line_characters", "lines", "characters of a line, in the mean"),
+    "longest_line": ("longest_line", "", "characters of the longest line"),
 }
+DESCRIPTIONS = {name: says for name, (_, _, says) in _PARTS.items()}
 FIGURES = tuple(_PARTS)
 NGRAMS = frozenset([*(f"top_{n}gram" for n in TOP), *(f"duplicate_{n}gram" for n in DUPLICATE)])  # figures that take time of their own
 
@@ -112,8 +119,8 @@ POLICY = _rows(
 ELLIPSES = _rows("...", "\u2026", "[...]", "(...)", "[\u2026]", "-\u00bb", "read more", "read more..")
 URLS = _rows("http://", "https://", "www.")
 # Of each figure: its count, the count that it is divided by (-1: none), and what it is where that is 0.
-PART = np.array([COUNTS.index(part) for part, _ in _PARTS.values()])
-WHOLE = np.array([COUNTS.index(whole) if whole else -1 for _, whole in _PARTS.values()])
+PART = np.array([COUNTS.index(part) for part, _, _ in _PARTS.values()])
+WHOLE = np.array([COUNTS.index(whole) if whole else -1 for _, whole, _ in _PARTS.values()])
 OF_NOTHING = np.array([float(name.startswith("unique") or name == "words_with_letter") for name in FIGURES])
 ELLIPSES_SIZE = np.count_nonzero(ELLIPSES, axis=1)
 TERMS, COOKIE, PRIVACY, LOREM = _rows("terms of use"), _rows("cookie"), _rows("privacy"), _rows("lorem ipsum")

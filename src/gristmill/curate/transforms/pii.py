@@ -26,12 +26,13 @@ from numba import njit
 from pydantic import Field
 
 from gristmill.core.config import Section
-from gristmill.curate.outcome import Outcome, none_dropped, split, with_text
+from gristmill.curate.outcome import Metric, Outcome, none_dropped, split, with_text
 from gristmill.curate.text.text_column import Texts
 
 Kind = Literal["key", "email", "iban", "card", "ssn", "ip", "phone"]
 # In this order: where findings overlap, the first kind names them all.
 KINDS: tuple[Kind, ...] = get_args(Kind)
+FINDINGS = "personal data found in a document, of the kinds that are looked for"
 KEY, EMAIL, IBAN, CARD, SSN, IP, PHONE = range(len(KINDS))
 ROUNDS = 8  # a placeholder may uncover what touched the finding that it stands for
 
@@ -389,11 +390,11 @@ def _column(pieces: list[bytes]) -> Texts:
     return Texts(np.frombuffer(b"".join(pieces), np.uint8), np.cumsum([0, *map(len, pieces)]).astype(np.int64))
 
 
-def _redacted(texts: Texts, kinds: Iterable[Kind]) -> tuple[dict[int, bytes], Counter[str]]:
-    """The documents that change, and how many findings of each kind were replaced."""
+def _redacted(texts: Texts, kinds: Iterable[Kind]) -> tuple[dict[int, bytes], Counter[str], np.ndarray]:
+    """The documents that change, how many findings of each kind were replaced, and how many in each document (float64)."""
     changed: dict[int, bytes] = {}
     counts: Counter[str] = Counter()
-    names = np.arange(len(texts))
+    names, findings_N = np.arange(len(texts)), np.zeros(len(texts))
     for _ in range(ROUNDS):
         fresh: list[int] = []
         for doc, spans in _find(texts, kinds).items():
@@ -403,18 +404,19 @@ def _redacted(texts: Texts, kinds: Iterable[Kind]) -> tuple[dict[int, bytes], Co
                 at = end
                 counts[KINDS[kind]] += 1
             fresh.append(int(names[doc]))
+            findings_N[fresh[-1]] += len(spans)
             changed[fresh[-1]] = b"".join([*pieces, text[at:]])
         if not fresh:
             break
         names = np.array(fresh)
         texts = _column([changed[name] for name in fresh])
-    return changed, counts
+    return changed, counts, findings_N
 
 
 def redact(text: str, kinds: Iterable[Kind] = KINDS) -> tuple[str, Counter[str]]:
     """A text with `<EMAIL>`, `<PHONE>` and so on in place of what was found, and how many were found of each kind."""
     raw = text.encode("utf-8", "surrogatepass")
-    changed, counts = _redacted(_column([raw]), kinds)
+    changed, counts, _ = _redacted(_column([raw]), kinds)
     return changed.get(0, raw).decode("utf-8", "surrogatepass"), counts
 
 
@@ -427,10 +429,12 @@ def pii(table: pa.Table, settings: Pii) -> Outcome:
         figures = np.array([len(found.get(i, ())) for i in range(len(texts))], np.float64)
         reasons = ["pii" if figure > settings.most else None for figure in figures.tolist()]
         outcome = split(table, "pii", reasons, figures, np.full(len(texts), settings.most, np.float64))
-        return Outcome(outcome.kept, outcome.dropped, dict(counts))
-    changed, counts = _redacted(texts, settings.kinds)
+        metrics = {"findings": Metric(figures, max=settings.most, description=FINDINGS)}
+        return Outcome(outcome.kept, outcome.dropped, dict(counts), metrics)
+    changed, counts, findings_N = _redacted(texts, settings.kinds)
+    metrics = {"findings": Metric(findings_N, description=FINDINGS)}
     if not changed:
-        return Outcome(table, none_dropped())
+        return Outcome(table, none_dropped(), metrics=metrics)
     pieces: list[bytes | memoryview] = []
     sizes = texts.sizes_N.copy()
     at = 0
@@ -440,4 +444,4 @@ def pii(table: pa.Table, settings: Pii) -> Outcome:
     pieces.append(memoryview(texts.data_B[texts.begin_N[at] : texts.begin_N[-1]]))  # type: ignore[arg-type]
     offsets = np.concatenate(([0], np.cumsum(sizes)))
     column = pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(pieces)))
-    return Outcome(with_text(table, column), none_dropped(), dict(counts))
+    return Outcome(with_text(table, column), none_dropped(), dict(counts), metrics)

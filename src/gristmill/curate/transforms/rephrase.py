@@ -25,7 +25,7 @@ from gristmill.core.config import FilePath, NameOrPath, Section
 from gristmill.core.errors import InputError
 from gristmill.core.io import state
 from gristmill.curate.filters.heuristics import chosen
-from gristmill.curate.outcome import DOCUMENT, Outcome, drawn, split
+from gristmill.curate.outcome import DOCUMENT, Metric, Outcome, drawn, split
 from gristmill.curate.quality import lm_scores as base
 from gristmill.curate.transforms import faithfulness as faithful
 from gristmill.data.rows import make_id
@@ -355,7 +355,17 @@ class _Rephrasing:
         limits = [0.0] * num + [one.limit for one in made]
         both = pa.concat_tables([table, new.select(table.column_names).cast(table.schema)])
         outcome = split(both, self.how.step, reasons + [one.reason or None for one in made], np.array(figures), np.array(limits))
-        return replace(outcome, counts={name: count for name, count in self.counts.items() if count})
+        metrics = {
+            f"{figure} of {task}": Metric(
+                np.array([one.meta[figure] for one in made if one.work.task == task and figure in one.meta], np.float64),
+                *limits,
+                "of the texts that this task gave, seen from their segments",
+                of_input=False,
+            )
+            for task in self.how.tasks
+            for figure, limits in self.how.limits_of(task).items()
+        }
+        return replace(outcome, counts={name: count for name, count in self.counts.items() if count}, metrics=metrics)
 
     async def _ticking(self, client: "CachedClient", source: "Client", total: int) -> None:
         usage = getattr(source, "usage", None)
