@@ -28,9 +28,8 @@ from gristmill.runs.artifacts import AnyArtifact
 from gristmill.runs.reader import STAGE_FOLDER
 
 RECIPE, MARKER, INPUTS, RESULTS = "recipe.yaml", "done.json", "inputs.json", "results.json"
-            on_change: what happens when the stage was made from other inputs: "refuse" it, "redo" it and all after it from nothing, or
-                "continue" with the files that are there, for work whose journals know each call by all that was asked.
-            again: whether a finished stage is continued all the same, by its summary.
+OnChange = Literal["refuse", "redo", "continue"]
+GONE = ".gone"  # what is being removed: renamed at once, so that half of it is never taken for the whole
 NEW_RECIPE = "recipe.yaml.tmp"  # may be all that a start leaves behind that was cut off at once
 
 
@@ -134,18 +133,9 @@ class RunDir:
             inputs: anything (JSON) that decides its result.
             work: gets the stage's folder, which may hold what an interrupted start left; returns the summary.
             artifacts: the files that it writes.
-        changed = bool(done) and done["fingerprint"] != fingerprint
-        if on_change == "redo" and (changed or not done):
-            self._remove_from(len(self.stages) - 1)
-            done = {}
-        elif on_change == "continue" and (changed or (again is not None and found is marker and again(done))):
-            marker.unlink(missing_ok=True)
-            done = {}
-        elif changed and found is marker:
-            raise InputError(
-                f"{folder} was made from other inputs: delete that folder and those after it to make them again, "
-                "or choose another folder with --out."
-            )
+            on_change: what happens when the stage was made from other inputs: "refuse" it, "redo" it and all after it from nothing, or
+                "continue" with the files that are there, for work whose journals know each call by all that was asked.
+            again: whether a finished stage is continued all the same, by its summary.
         """
         with self._open(name, inputs, artifacts, on_change, again) as entry:
             if entry.summary is None:
@@ -183,29 +173,18 @@ class RunDir:
         marker, begun = folder / MARKER, folder / INPUTS
         found = marker if marker.exists() else begun
         done: dict[str, Any] = json.loads(found.read_text()) if found.exists() else {}
-<<<<<<< HEAD
-        if done and (done["fingerprint"] != fingerprint or (again is not None and found is marker and again(done))):
-            if on_change == "redo":
-                shutil.rmtree(folder)
-                done = {}
-            elif on_change == "continue":
-                marker.unlink(missing_ok=True)
-                done = {}
-            elif found is marker:
-                raise InputError(
-                    f"{folder} was made from other inputs: delete that folder and those after it to make them again, "
-                    "or choose another folder with --out."
-                )
-=======
-        if on_change == "redo" and done.get("fingerprint") != fingerprint:
+        changed = bool(done) and done["fingerprint"] != fingerprint
+        if on_change == "redo" and (changed or not done):
             self._remove_from(len(self.stages) - 1)
             done = {}
-        elif done and done["fingerprint"] != fingerprint and found is marker:
+        elif on_change == "continue" and (changed or (again is not None and found is marker and again(done))):
+            marker.unlink(missing_ok=True)
+            done = {}
+        elif changed and found is marker:
             raise InputError(
                 f"{folder} was made from other inputs: delete that folder and those after it to make them again, "
                 "or choose another folder with --out."
             )
->>>>>>> wt-curate2
         if done and found is marker:
             yield _Entry(folder, {}, done)
             return
