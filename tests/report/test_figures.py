@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gristmill.evaluate.stats import accuracy
-from gristmill.report.figures import Series, accuracy_bars, funnel, gauge, histogram, stage_plot
+from gristmill.report.figures import Series, accuracy_bars, funnel, histogram, monitor_plot, stage_plot
 
 
 def coordinates(page: str) -> Iterator[tuple[str, float]]:
@@ -59,14 +59,14 @@ def test_histograms_stay_in_their_frame(before: list[float], after: list[float])
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=5), st.none() | st.floats(0, 200), st.booleans())
 def test_gauges_stay_in_their_frame(values: list[float], level: float | None, falls: bool) -> None:
-    page = gauge([str(i) for i in range(len(values))], values, level, falls)
+    page = monitor_plot([str(i) for i in range(len(values))], values, level, falls)
     assert inside(page)
     assert ("alarm" in page) == (level is not None)
 
 
 def test_the_alarm_zone_is_on_the_side_that_alarms() -> None:
     def zone(falls: bool) -> tuple[float, float]:
-        page = gauge(["start"], [1.0], 0.5 if falls else 1.5, falls)
+        page = monitor_plot(["start"], [1.0], 0.5 if falls else 1.5, falls)
         rect = re.search(r'<rect x="0" y="([\d.]+)" width="[\d.]+" height="([\d.]+)" class="alarm"', page)
         dot = re.search(r'cy="([\d.]+)"', page)
         assert rect and dot

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gristmill.evaluate.diversity import LEVELS, POINTS
-from gristmill.report.claims import bounds, figure, round_of, short
-from gristmill.report.figures import accuracy_bars, funnel, gauge, histogram
+from gristmill.report.comparisons import format_ci, format_score, round_of, short_label
+from gristmill.report.figures import accuracy_bars, funnel, histogram, monitor_plot
 from gristmill.report.markup import Markup, el, table
-from gristmill.report.samples import Batch
+from gristmill.report.samples import JudgedStage
 from gristmill.runs.reader import RunData
 
 # What each monitor tells, for a person.
@@ -97,7 +97,7 @@ def _funnel_tables(data: RunData, number: int) -> list[Markup]:
         rows = []
         for s in pairs:
             lists = [", ".join(f"{k} {n:,}" for k, n in s[key].items()) for key in ("tasks", "judges")]
-            rows.append([short(s["name"]), f"{s['pairs']:,}", *(f"{s['funnel'].get(why, 0):,}" for why in reasons), *lists])
+            rows.append([short_label(s["name"]), f"{s['pairs']:,}", *(f"{s['funnel'].get(why, 0):,}" for why in reasons), *lists])
         out.append(el("h3", f"Round {number}: preference pairs"))
         out.append(table(["stage", "pairs", *reasons, "tasks", "decided by"], rows))
     return out
@@ -110,10 +110,10 @@ def _share(part: int, whole: int) -> str:
 # ---- reward scores ----
 
 
-def scores_section(batches: Sequence[Batch]) -> list[Markup]:
+def scores_section(judged: Sequence[JudgedStage]) -> list[Markup]:
     """Distributions of the reward model's score over all answers, and over those that were kept."""
-    sft = [b for b in batches if not b.makes_pairs]
-    every = [r.score for b in sft for rows in b.answers.values() for r in rows if r.score is not None]
+    sft = [s for s in judged if not s.makes_pairs]
+    every = [r.score for s in sft for rows in s.answers.values() for r in rows if r.score is not None]
     if not every:
         return [el("p", "No answers have been scored in this run.", class_="soft")]
     low, high = min(every), max(every)
@@ -125,19 +125,19 @@ def scores_section(batches: Sequence[Batch]) -> list[Markup]:
         class_="legend",
     )
     out = [legend]
-    for batch in sft:
-        rows = [r for group in batch.answers.values() for r in group if r.score is not None]
+    for stage in sft:
+        rows = [r for group in stage.answers.values() for r in group if r.score is not None]
         tasks = ["all tasks", *dict.fromkeys(r.task for r in rows)]
         figures = []
         for task in tasks:
             mine = [r for r in rows if task in ("all tasks", r.task)]
-            before, after = [r.score or 0.0 for r in mine], [r.score or 0.0 for r in mine if r.id in batch.kept]
+            before, after = [r.score or 0.0 for r in mine], [r.score or 0.0 for r in mine if r.id in stage.kept]
             kept = f"{len(after):,} kept, mean {_mean(after)}" if after else "none kept"
             sub = f"{len(before):,} answers, mean {_mean(before)}; {kept}"
             figures.append(
                 el("div", el("p", task, class_="title"), el("p", sub, class_="sub"), histogram(before, after, low, high), class_="figure")
             )
-        out += [el("h3", f"Round {round_of(batch.stage)}"), el("div", figures, class_="grid")]
+        out += [el("h3", f"Round {round_of(stage.name)}"), el("div", figures, class_="grid")]
     return out
 
 
@@ -183,8 +183,8 @@ def _accuracy(score: Mapping[str, Any] | None) -> Markup | str:
     if not score or not score["n"]:
         return "\u2013"
     if "ci95" not in score:
-        return figure(score["mean"])
-    return el("td", el("b", figure(score["mean"]), " "), el("small", bounds(score)), class_="num")
+        return format_score(score["mean"])
+    return el("td", el("b", format_score(score["mean"]), " "), el("small", format_ci(score)), class_="num")
 
 
 def _bar(share: float) -> Markup:
@@ -215,7 +215,8 @@ def collapse_section(data: RunData) -> list[Markup]:
         ]
         title, sub = MONITORS[name]
         lost = el("span", " not a number", class_="chip bad") if len(pairs) < len(found) else None
-        picture = gauge([p for p, _ in pairs], [v for _, v in pairs], *alarm_level(name, found[0]["values"][name])) if pairs else None
+        level, falls = alarm_level(name, found[0]["values"][name])
+        picture = monitor_plot([p for p, _ in pairs], [v for _, v in pairs], level, falls) if pairs else None
         figures.append(el("div", el("p", title, lost, class_="title"), el("p", sub, class_="sub"), picture, class_="figure"))
     budget = found[0]["values"].get("tokens")
     equal = f" Every text set was cut to {budget:,.0f} tokens." if budget else ""
