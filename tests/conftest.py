@@ -180,11 +180,17 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def make_recipe(tiny_base: Path) -> MakeRecipe:
-    """The tiny recipe on the miniature world, with changes by key; a section's changes are merged into it."""
+def tiny_recipe(tiny_base: Path) -> dict[str, Any]:
+    """The tiny recipe on the miniature world, as plain values."""
+    return {"world": "miniature", "model": str(tiny_base), **TINY}
+
+
+@pytest.fixture(scope="session")
+def make_recipe(tiny_recipe: dict[str, Any]) -> MakeRecipe:
+    """The tiny recipe with changes by key; a section's changes are merged into it."""
 
     def make(**changes: Any) -> AlignmentRecipe:
-        values = {"world": "miniature", "model": str(tiny_base), **TINY}
+        values = dict(tiny_recipe)
         for key, value in changes.items():
             values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
         return check(AlignmentRecipe, values)
