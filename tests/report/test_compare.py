@@ -58,6 +58,14 @@ def test_an_unfinished_run_is_refused(make_run: MakeRun) -> None:
         compare_runs([make_run("real"), make_run("half", done=False)])
 
 
+def test_a_run_of_another_kind_is_refused(make_run: MakeRun) -> None:
+    folder = make_run()
+    saved = folder / "recipe.yaml"
+    saved.write_text(saved.read_text().replace("kind: alignment", "kind: curation"))
+    with pytest.raises(InputError, match="of `gristmill curate`: give one of `gristmill run`"):
+        compare_runs([folder])
+
+
 def test_no_runs_are_refused() -> None:
     with pytest.raises(InputError, match="at least one"):
         compare_runs([])

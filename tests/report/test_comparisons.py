@@ -49,7 +49,7 @@ def test_differences_are_paired_by_prompt_whatever_the_order(make_run: MakeRun, 
     artifacts.OUTCOMES.write(last, {mode: dict(reversed(right.items())) for mode, right in outcomes.items()})
     data = read_run(folder)
     stages = {s["name"]: s for s in data.stages}
-    found = paired_difference(data, stages["demonstrations"]["folder"], last.name, "greedy")
+    found = paired_difference(data, stages["demonstrations"]["folder"], last.name, mode="greedy")
     assert found is not None
     assert found["mean"] == 0.4 and found["n"] == 10
     assert found["ci95"][0] > 0.05  # only four prompts changed: paired, that is sure; unpaired it would not be
@@ -62,7 +62,7 @@ def test_a_difference_on_one_task_uses_that_tasks_prompts(make_run: MakeRun, sta
     data = read_run(folder)
     tasks = prompt_tasks(data)
     before, after = (stage_folder(folder, name).name for name in ("demonstrations", "r1-general-sft"))
-    found = paired_difference(data, before, after, "sampled", tasks, "sums")
+    found = paired_difference(data, before, after, mode="sampled", tasks=tasks, task="sums")
     assert found is not None and found["n"] == sum(task == "sums" for task in tasks.values()) == 2
 
 

@@ -30,6 +30,11 @@ def test_every_finished_stage_says_what_it_did(make_run: MakeRun) -> None:
     assert lines["data"] == "64 demonstrations, 68 ratings, 10 evaluation prompts"
 
 
+def test_a_stage_of_another_kind_is_told_by_its_counts() -> None:
+    done = {"name": "filter", "fingerprint": "f", "seconds": 1.5, "peak_mib": 90, "artifacts": [], "num_documents": 12000, "pairs": 3}
+    assert stage_line(done) == "12,000 documents, 3 pairs"
+
+
 def test_an_unfinished_stage_says_nothing() -> None:
     assert stage_line({"folder": "07-r1-code-sft"}) == ""
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from gristmill.core.config import COMMANDS
 from gristmill.core.errors import InputError
 from gristmill.report.comparisons import (
     MODES,
@@ -60,9 +59,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         InputError: the folder holds no run or one of another kind, or the page cannot be written.
     """
-    data = read_run(folder)
-    if data.kind != "alignment":
-        raise InputError(f"{folder} holds a run of `gristmill {COMMANDS.get(data.kind, data.kind)}`: give one of `gristmill run`.")
+    data = read_run(folder, kind="alignment")
     judged = read_judged(data)
     bodies: dict[str, tuple[str, Sequence[Markup | None]]] = {
         "stages": ("Accuracy on held-out prompts: greedy, and at temperature 1, with 95 % intervals.", _stages(data)),
@@ -152,7 +149,7 @@ def _cards(data: RunData) -> Markup | None:
         figures = []
         for mode in MODES:
             old, new = (format_score(m[mode]["overall"]["mean"]) for m in (first, last))
-            d = paired_difference(data, first["folder"], last["folder"], mode) if len(models) > 1 else None
+            d = paired_difference(data, first["folder"], last["folder"], mode=mode) if len(models) > 1 else None
             big = el("p", el("small", f"{old} \u2192 ") if d else None, new, class_="big")
             figures.append(el("div", el("p", mode, class_="label"), big, el("p", _change(d)) if d else None))
         label = (
@@ -307,7 +304,7 @@ def _task_differences(data: RunData, models: Sequence[Mapping[str, Any]], tasks:
     rows: list[list[Any]] = []
     for label, before, after in [*compared, ("last model, whole run", first, last)]:
         for mode in MODES:
-            found = [paired_difference(data, folders[before], folders[after], mode, of_prompt, t) for t in tasks]
+            found = [paired_difference(data, folders[before], folders[after], mode=mode, tasks=of_prompt, task=t) for t in tasks]
             shown = [label, stage_label(before)] if mode == MODES[0] else ["", ""]
             rows.append([*shown, mode, *(difference_cell(d) for d in found)])
     return [el("details", el("summary", "Paired differences by task"), table(["stage", "compared with", "", *tasks], rows, numeric_from=3))]

@@ -1,4 +1,4 @@
-"""Finished runs side by side: a run and its controls, or a run at several seeds."""
+"""Run comparison: finished runs side by side, a run and its controls, or a run at several seeds."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,11 +22,11 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
         "ci95"}, unpaired. "alarms" counts collapse alarms.
 
     Raises:
-        InputError: a folder holds no run, or its run is not finished.
+        InputError: a folder holds no run or one of another kind, or its run is not finished.
     """
     if not folders:
         raise InputError("Give at least one run folder to compare.")
-    runs = [_facts(read_run(folder)) for folder in folders]
+    runs = [_facts(read_run(folder, kind="alignment")) for folder in folders]
     for run in runs:
         run["difference"] = {m: unpaired_difference(runs[0]["last"][m]["overall"], run["last"][m]["overall"]) for m in MODES}
         run["gain"] = {m: unpaired_difference(run["first"][m]["overall"], run["last"][m]["overall"]) for m in MODES}

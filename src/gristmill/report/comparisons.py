@@ -78,7 +78,7 @@ def baselines(names: Sequence[str]) -> dict[str, str]:
 
 
 def paired_difference(
-    data: RunData, before: str, after: str, mode: str, tasks: Mapping[str, str] | None = None, task: str = ""
+    data: RunData, before: str, after: str, *, mode: str, tasks: Mapping[str, str] | None = None, task: str = ""
 ) -> dict[str, Any] | None:
     """Paired difference of the outcomes of two stages of a run, `after` minus `before`, by their folders; None without common outcomes.
 
@@ -100,7 +100,7 @@ def baseline_comparisons(data: RunData) -> list[Comparison]:
     folders = {s["name"]: s["folder"] for s in model_stages(data)}
     out = []
     for name, baseline in baselines(list(folders)).items():
-        found = {m: paired_difference(data, folders[baseline], folders[name], m) for m in MODES}
+        found = {m: paired_difference(data, folders[baseline], folders[name], mode=m) for m in MODES}
         out.append(Comparison(name, baseline, {m: d for m, d in found.items() if d}))
     return out
 
@@ -155,7 +155,7 @@ def shortfalls(data: RunData) -> list[str]:
             out += _failed(stage_label(comparison.name), stage_label(comparison.baseline), comparison.differences)
     ends = [[s for s in models if round_of(s["name"]) == r][-1] for r in sorted({round_of(s["name"]) for s in models} - {0})]
     for old, new in zip(ends, ends[1:], strict=False):
-        found = {m: paired_difference(data, old["folder"], new["folder"], m) for m in MODES}
+        found = {m: paired_difference(data, old["folder"], new["folder"], mode=m) for m in MODES}
         out += _failed(f"The end of round {round_of(new['name'])}", f"the end of round {round_of(old['name'])}", found)
     out += _reward(data)
     stopped = (data.results or {}).get("stopped")
@@ -163,12 +163,12 @@ def shortfalls(data: RunData) -> list[str]:
 
 
 def _whole(data: RunData, first: dict[str, Any], last: dict[str, Any]) -> list[str]:
-    found = {m: paired_difference(data, first["folder"], last["folder"], m) for m in MODES}
+    found = {m: paired_difference(data, first["folder"], last["folder"], mode=m) for m in MODES}
     out = _failed(f"The last model ({stage_label(last['name'])})", "the demonstrations alone", found)
     tasks = prompt_tasks(data)
     for task in dict.fromkeys(tasks.values()):
         for mode in MODES:
-            d = paired_difference(data, first["folder"], last["folder"], mode, tasks, task)
+            d = paired_difference(data, first["folder"], last["folder"], mode=mode, tasks=tasks, task=task)
             if d and significance(d) < 0:
                 out.append(f"On {task} ({mode}) the last model is worse than the demonstrations alone: {format_difference(d)}.")
     return out

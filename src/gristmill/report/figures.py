@@ -34,7 +34,7 @@ def svg(width: float, height: float, label: str, *children: Any) -> Markup:
     return el("svg", *children, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=label)
 
 
-def stage_plot(names: Sequence[str], rounds: Sequence[int], series: Sequence[Series], small: bool = False) -> Markup:
+def stage_plot(names: Sequence[str], rounds: Sequence[int], series: Sequence[Series], *, small: bool = False) -> Markup:
     """Accuracy (0 to 1) over stages with 95 % intervals, rounds as bands.
 
     Args:
@@ -115,7 +115,7 @@ def funnel(rows: Sequence[tuple[str, int, str]]) -> Markup:
     return svg(width, max(1, len(rows)) * high, "Data funnel", parts)
 
 
-def histogram(before: Sequence[float], after: Sequence[float], low: float, high: float) -> Markup:
+def histogram(before: Sequence[float], after: Sequence[float], *, low: float, high: float) -> Markup:
     """Two distributions over one another, each with its area 1: all answers, and the kept ones. Dashed lines are their means."""
     width, height, bottom = 330.0, 150.0, 20.0
     span = (high - low) or 1.0
@@ -154,7 +154,7 @@ def histogram(before: Sequence[float], after: Sequence[float], low: float, high:
     return svg(width, height, "Reward scores before and after the filter", parts)
 
 
-def monitor_plot(labels: Sequence[str], values: Sequence[float], level: float | None, falls: bool) -> Markup:
+def monitor_plot(labels: Sequence[str], values: Sequence[float], *, level: float | None, falls: bool) -> Markup:
     """A collapse monitor over the rounds with its alarm level: the shaded side is where it alarms.
 
     Args:

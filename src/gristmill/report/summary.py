@@ -17,26 +17,30 @@ from gristmill.runs.reader import read_run
 
 
 def stage_line(done: Mapping[str, Any]) -> str:
-    """What a finished stage did, in one line, from its `done.json`; empty for an unfinished one."""
+    """What a finished stage did, in one line, from its `done.json`; empty for an unfinished one.
+
+    A stage of an alignment run is told in words, one of another kind by its counts.
+    """
+    funnel = done.get("funnel", {})
     if "greedy" in done:
         return _model(done)
     if "llm_judge" in done:
         return f"pair accuracy easy {_pair(done, 'easy')}, hard {_pair(done, 'hard')}"
     if "alarms" in done:
         return f"alarms: {', '.join(done['alarms'])}" if done["alarms"] else "no alarm"
-    if "evaluation" in done:
+    if {"demonstrations", "ratings", "evaluation"} <= done.keys():
         return f"{done['demonstrations']:,} demonstrations, {done['ratings']:,} ratings, {done['evaluation']:,} evaluation prompts"
-    if "pairs" in done:
+    if "pairs" in done and "funnel" in done:
         return _pairs(done)
-    if "kept" in done:
-        answers = sum(f["answers"] for f in done["funnel"].values())
-        good = sum(f["good"] for f in done["funnel"].values())
+    if "kept" in done and "funnel" in done:
+        answers, good = (sum(of_task[key] for of_task in funnel.values()) for key in ("answers", "good"))
         return f"kept {done['kept']:,} of {answers:,} answers ({good:,} good)"
-    if "funnel" in done:
-        return _prompts(done["funnel"])
+    if "kept" in funnel:
+        return _prompts(funnel)
     if "metrics" in done:
         return f"{done['rows']:,} rows, {_training(done)}"
-    return ""
+    counts = {k: n for k, n in done.items() if isinstance(n, int) and k != "peak_mib"}
+    return ", ".join(f"{n:,} {name.removeprefix('num_').replace('_', ' ')}" for name, n in counts.items())
 
 
 def _model(done: Mapping[str, Any]) -> str:
@@ -86,7 +90,7 @@ def _gain(results: Mapping[str, Any], folder: Path | None) -> str:
         old, new = first[mode]["overall"], last[mode]["overall"]
         d, kind = None, "paired"
         if data is not None:
-            d = paired_difference(data, Path(first["model"]).parts[0], Path(last["model"]).parts[0], mode)
+            d = paired_difference(data, Path(first["model"]).parts[0], Path(last["model"]).parts[0], mode=mode)
         if d is None:
             d, kind = unpaired_difference(old, new), "unpaired"
         parts.append(f"{mode} {format_score_ci(old)} -> {format_score_ci(new)}, {kind} difference {format_difference(d)}")

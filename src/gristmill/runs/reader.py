@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import yaml
 
+from gristmill.core.config import COMMANDS
 from gristmill.core.errors import InputError
 from gristmill.core.io import read_json
 
@@ -72,11 +73,14 @@ class RunData:
                 yield from journal.values()
 
 
-def read_run(folder: Path) -> RunData:
-    """Read a run of any kind, finished or not.
+def read_run(folder: Path, *, kind: str | None = None) -> RunData:
+    """Read a run, finished or not.
+
+    Args:
+        kind: the only kind of recipe that will do; any, by default.
 
     Raises:
-        InputError: the folder holds no run, or one of its files is damaged.
+        InputError: the folder holds no run or one of another kind, or one of its files is damaged.
     """
     saved = folder / "recipe.yaml"
     if not saved.is_file():
@@ -89,6 +93,9 @@ def read_run(folder: Path) -> RunData:
         raise InputError(f"{saved} is no recipe: run the recipe in a new folder.")
     if "kind" not in recipe:
         raise InputError(f"{folder} was made by an earlier version of gristmill: read it with that one.")
+    if kind is not None and recipe["kind"] != kind:
+        command, other = COMMANDS.get(kind, kind), COMMANDS.get(recipe["kind"], recipe["kind"])
+        raise InputError(f"{folder} holds a run of `gristmill {other}`: give one of `gristmill {command}`.")
     numbered = [(int(m[1]), p) for p in folder.iterdir() if p.is_dir() and (m := STAGE_FOLDER.fullmatch(p.name))]
     stages: list[dict[str, Any]] = []
     for _, path in sorted(numbered):
