@@ -157,25 +157,23 @@ TINY: dict[str, Any] = {
     "rpo_iterations": 1,
     "threads": 1,
     "data": {"num_demonstrations": 64, "num_rated_prompts": 24, "num_prompts": 6, "num_evaluation": 2, "num_held_out_ratings": 10},
-    "writing": {
-        "topics": {"macro": 6, "subtopics": 0, "own": ["Batru", "Fikro"]},
-        "pipelines": {
-            "open_qa": {"questions": 4, "revisions": 0},
-            "math": {"own": ["apples"], "topics": 4, "subtopics": 0, "levels": ["school"], "forms": ["general"], "problems": 6},
-            "python": {"own": ["lists"], "topics": 4, "subtopics": 0, "levels": ["beginner"], "problems": 6},
-            "writing": {"own": ["fruits", "tools"], "kinds": ["list"], "kinds_per_topic": 1, "tasks": 6, "revisions": 0},
-            "two_turn": {"prompts": 12},
-        },
+    "topics": {"macro": 6, "subtopics": 0, "own": ["Batru", "Fikro"]},
+    "pipelines": {
+        "open_qa": {"questions": 4, "revisions": 0},
+        "math": {"own": ["apples"], "topics": 4, "subtopics": 0, "levels": ["school"], "forms": ["general"], "problems": 6},
+        "python": {"own": ["lists"], "topics": 4, "subtopics": 0, "levels": ["beginner"], "problems": 6},
+        "writing": {"own": ["fruits", "tools"], "kinds": ["list"], "kinds_per_topic": 1, "tasks": 6, "revisions": 0},
+        "two_turn": {"prompts": 12},
     },
-    "responses": {"samples": 4, "temperatures": [0.7, 1.0], "max_tokens": 32},
-    "judging": {"min_correctness": -99, "min_votes": 1, "min_gap": 0},
+    "answers": {"samples": 4, "temperatures": [0.7, 1.0], "max_tokens": 32},
+    "judging": {"keep": "correctness >= -99", "min_votes": 1, "min_gap": 0},
     "collapse": {"tokens": 400, "stop": 9},
     "demonstration_sft": {"lr": 1e-5, "steps": 2, "batch_size": 8},
     "reward": {"lr": 5e-4, "steps": 3, "batch_size": 8},
     "code_sft": {"lr": 1e-5, "steps": 2, "batch_size": 8},
     "general_sft": {"lr": 1e-5, "steps": 3, "batch_size": 8},
-    "dpo": {"lr": 1e-4, "steps": 2, "batch_size": 4, "num_prompts": 8, "min_chosen": -99},
-    "rpo": {"lr": 1e-4, "steps": 2, "batch_size": 4, "num_prompts": 8, "min_chosen": -99, "loss": "rpo"},
+    "dpo": {"lr": 1e-4, "steps": 2, "batch_size": 4, "num_prompts": 8, "keep_chosen": "correctness >= -99"},
+    "rpo": {"lr": 1e-4, "steps": 2, "batch_size": 4, "num_prompts": 8, "keep_chosen": "correctness >= -99", "loss": "rpo"},
 }
 
 

@@ -17,21 +17,26 @@ from gristmill.workflows.alignment.recipe import CONTROLS, AlignmentRecipe
 
 # Every key a recipe may have. A change here is a change of what users have written down: think twice, then edit.
 TRAINING = "optimizer lr muon_lr schedule warmup_steps min_lr_ratio steps epochs batch_size micro_batch_tokens weight_decay clip precision"
-PREFERENCE = f"{TRAINING} loss beta eta label_smoothing sft_weight logprobs num_prompts num_pairs min_chosen"
+PREFERENCE = f"{TRAINING} loss beta eta label_smoothing sft_weight logprobs num_prompts num_pairs keep_chosen"
+ANSWERS = "samples temperatures max_tokens"
+JUDGING = (
+    "reward llm keep keep_chosen max_per_prompt max_judged_per_prompt max_per_task max_per_topic min_votes max_pairs_per_prompt "
+    "max_pairs_per_task min_gap verified_gap near_duplicates"
+)
+GENERATOR = "base_url model folder checkpoint weight rounds kind api_key_env api_key_file price_in price_out logprobs"
 SURFACE = {
     "": (
-        "kind name world model chat_format seed rounds rpo_iterations control threads data writing responses judging collapse "
-        "demonstration_sft reward code_sft general_sft dpo rpo"
+        "kind name world model chat_format seed rounds rpo_iterations control threads device data generators calls templates topics "
+        "pipelines answers engine judging collapse demonstration_sft reward code_sft general_sft dpo rpo"
     ),
     "data": (
         "demonstrations ratings prompts evaluation num_demonstrations num_rated_prompts num_prompts num_evaluation num_held_out_ratings"
     ),
-    "writing": "templates topics pipelines",
-    "writing.topics": "macro subtopics combine broad own file",
-    "responses": "samples temperatures max_tokens max_batch precision",
-    "judging": (
-        "weights min_correctness keep_per_prompt pairs_per_prompt quota writing_quota code_quota code_share min_votes verified_gap min_gap"
-    ),
+    "calls": "concurrency timeout retries patience",
+    "topics": "macro subtopics combine broad own file",
+    "answers": ANSWERS,
+    "engine": "max_batch precision",
+    "judging": f"{JUDGING} max_code_per_task max_prompts_per_task code_share",
     "collapse": "tokens stop",
     "demonstration_sft": TRAINING,
     "reward": TRAINING,
@@ -63,7 +68,7 @@ def write(folder: Path, values: Any) -> Path:
 
 
 def test_surface_is_frozen() -> None:
-    pipelines = {"writing.pipelines": " ".join(PIPELINES)}
+    pipelines = {"pipelines": " ".join(PIPELINES)}
     assert keys_of(AlignmentRecipe) == {name: set(keys.split()) for name, keys in (SURFACE | pipelines).items()}
     assert CONTROLS == ("unfiltered", "random-filter", "reward-only", "human-only", "replace")
 
@@ -74,7 +79,7 @@ def test_pretraining_surface_is_frozen() -> None:
     assert keys_of(Pretraining) == {"": set(PRETRAINING.split())}
 
 
-DATASET = """kind name seed models folder chat_format context templates calls topics documents prompts entities pipelines turn dialogues
+DATASET = """kind name seed generators chat_format device context templates calls topics documents prompts entities pipelines turn dialogues
 answers judging near_duplicates licence"""
 PIPELINES = {
     "open_qa": "questions revisions",
@@ -122,7 +127,7 @@ def test_shipped_recipes_load() -> None:
     [
         ({"world": "miniature", "round": 3}, "round", "rounds"),
         ({"world": "miniature", "judgeing": {}}, "judgeing", "judging"),
-        ({"world": "miniature", "judging": {"qouta": 5}}, "judging.qouta", "quota"),
+        ({"world": "miniature", "judging": {"max_per_tsk": 5}}, "judging.max_per_tsk", "max_per_task"),
         ({"world": "miniature", "dpo": {"lr": 1e-4, "steps": 5, "betta": 0.1}}, "dpo.betta", "beta"),
         ({"world": "miniature", "data": {"demonstration": "a.jsonl"}}, "data.demonstration", "demonstrations"),
     ],
@@ -133,10 +138,66 @@ def test_an_unknown_key_names_the_nearest(values: dict[str, Any], unknown: str, 
     assert repr(unknown) in str(caught.value) and repr(nearest) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"judging": {"quota": 5}}, "'judging.quota': it is called 'max_per_task' now"),
+        ({"responses": {}}, "'responses': it is called 'answers' now"),
+        ({"writing": {}}, "templates, topics and pipelines stand in the recipe itself now"),
+    ],
+)
+def test_a_key_of_an_earlier_version_names_the_new_one(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check(AlignmentRecipe, {"world": "miniature", **values})
+
+
+def test_sections_mean_the_same_in_every_kind() -> None:
+    from gristmill.generation.settings import GeneratorSettings
+    from gristmill.judge.settings import Judging
+    from gristmill.workflows.dataset.recipe import Answers, DatasetRecipe
+
+    assert set(Judging.model_fields) == set(JUDGING.split()) and set(GeneratorSettings.model_fields) == set(GENERATOR.split())
+    assert set(Answers.model_fields) == set(ANSWERS.split())
+    shared = DatasetRecipe.model_fields.keys() & AlignmentRecipe.model_fields.keys()
+    assert {"generators", "calls", "templates", "topics", "pipelines", "answers", "judging", "device"} <= shared
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.yaml", "./miniature", "recipes/miniature", "domain"])
+def test_what_is_no_recipe_of_the_kind_says_what_would_be(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gristmill.core.config import find_recipe
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "miniature").mkdir()  # a folder of the name of a recipe is no recipe
+    assert find_recipe("miniature", "alignment").name == "miniature.yaml"
+    words = "use `gristmill synth domain`" if name == "domain" else "check the path" if name.endswith("yaml") else r"recipes \(miniature\)"
+    with pytest.raises(InputError, match=words):
+        find_recipe(name, "alignment")
+
+
+def test_a_file_of_another_kind_names_its_command(tmp_path: Path) -> None:
+    path = write(tmp_path, {"kind": "dataset", "name": "mine"})
+    with pytest.raises(InputError, match="is a recipe of the kind 'dataset', and 'alignment' is needed: use `gristmill synth"):
+        load(path, AlignmentRecipe)
+
+
+def test_paths_of_overrides_are_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gristmill.curate.recipe import Curation
+
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    step = {"step": "decontaminate", "benchmarks": ["test.jsonl"]}
+    path = write(folder, {"inputs": ["texts/*.txt"], "steps": [step]})
+    loaded = load(path, Curation, {"workers": 1})
+    assert loaded.inputs == [str(folder / "texts/*.txt")] and loaded.workers == 1
+    loaded = load(path, Curation, {"inputs": ["here"]})
+    assert loaded.inputs == ["here"] and loaded.steps[0].benchmarks == [folder / "test.jsonl"]  # type: ignore[union-attr]
+
+
 def test_a_key_like_no_other_lists_the_keys() -> None:
     with pytest.raises(InputError) as caught:
-        check(AlignmentRecipe, {"world": "miniature", "writing": {"zzzz": 1}})
-    assert all(key in str(caught.value) for key in SURFACE["writing"].split())
+        check(AlignmentRecipe, {"world": "miniature", "engine": {"zzzz": 1}})
+    assert all(key in str(caught.value) for key in SURFACE["engine"].split())
 
 
 @pytest.mark.parametrize(
@@ -146,7 +207,7 @@ def test_a_key_like_no_other_lists_the_keys() -> None:
         ({"world": "miniature", "rounds": 0}, "rounds"),
         ({"world": "miniature", "control": "unfilterd"}, "control"),
         ({"world": "miniature", "name": "../elsewhere"}, "name"),
-        ({"world": "miniature", "responses": {"samples": "many"}}, "responses.samples"),
+        ({"world": "miniature", "answers": {"samples": "many"}}, "answers.samples"),
         ({}, "data.demonstrations"),
         ({"data": {"demonstrations": "a.jsonl"}}, "data.evaluation"),
         ([], "mapping"),
@@ -232,7 +293,7 @@ def test_dump_and_load_are_inverse(
         "control": control,
         "model": "/models/llama",
         "data": {"demonstrations": "/data/a.jsonl", "evaluation": "/data/b.jsonl"},
-        "responses": {"temperatures": temperatures},
+        "answers": {"temperatures": temperatures},
         "rpo": {"lr": lr, "steps": 3, "loss": loss},
     }
     recipe = check(AlignmentRecipe, values)

@@ -24,6 +24,8 @@ RENAMED = {  # keys of earlier versions, for the error that names the new one
     "folder": "generators",
     "responses": "answers",
     "quota": "max_per_task",
+    "code_quota": "max_code_per_task",
+    "writing_quota": "max_prompts_per_task",
     "quota_per_topic": "max_per_topic",
     "keep_per_prompt": "max_per_prompt",
     "pairs_per_prompt": "max_pairs_per_prompt",
@@ -185,6 +187,8 @@ def explain(error: ValidationError, section: type[BaseModel]) -> str:
         return f"{where}: {first['msg']}." if where else f"{first['msg']}."
     known = _keys(first["loc"][:-1], section)
     key = str(first["loc"][-1])
+    if key == "writing" and "pipelines" in known:
+        return "unknown key 'writing': its keys templates, topics and pipelines stand in the recipe itself now."
     if (new := RENAMED.get(key)) in known:
         return f"unknown key {where!r}: it is called {new!r} now."
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)

@@ -96,6 +96,11 @@ class CachedClient:
         self._space = asyncio.Event()
         self._space.set()
 
+    @property
+    def calls(self) -> int:
+        """Rows that have come to an end so far, however."""
+        return self.asked + self.found + self.failed
+
     async def ask(self, request: Request, note: Mapping[str, Any] | None = None, model: str = "") -> list[Completion]:
         """The completions of a request, by the model of its row or by another. The note goes into the journal with them.
 

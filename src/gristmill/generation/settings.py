@@ -1,24 +1,10 @@
 """Sections of recipes about models that are asked."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from gristmill.core.config import PatternPath, Section
-
-
-class Model(Section):
-    """A model behind an OpenAI-compatible endpoint; see `synth.endpoint.Target`."""
-
-    base_url: str = Field(description="up to and including /v1")
-    model: str
-    weight: float = Field(1.0, gt=0, description="share of the rows, relative to the other models")
-    kind: Literal["chat", "completions"] = "chat"
-    api_key_env: str = Field("", description="environment variable that holds the key")
-    api_key_file: PatternPath = Field("", description="file that holds the key")
-    price_in: float = Field(0.0, ge=0, description="money a million tokens")
-    price_out: float = Field(0.0, ge=0)
-    logprobs: bool = False
+from gristmill.core.config import FilePath, PatternPath, Section
 
 
 class Calls(Section):
@@ -28,3 +14,33 @@ class Calls(Section):
     timeout: float = Field(120.0, gt=0, description="seconds an attempt may take")
     retries: int = Field(5, ge=0, description="further attempts of a row")
     patience: float = Field(600.0, ge=0, description="seconds that an endpoint may be away")
+
+
+class GeneratorSettings(Section):
+    """A model that writes: behind an OpenAI-compatible endpoint, in a folder, or a checkpoint of the run."""
+
+    base_url: str = Field("", description="of an endpoint, up to and including /v1")
+    model: str = Field("", description="name that the endpoint knows the model by")
+    folder: FilePath | None = Field(None, description="a model folder instead, run in process")
+    checkpoint: str = Field("", description="in an alignment run: a model of the run instead, `latest` or a stage such as r1-rpo3")
+    weight: float = Field(1.0, gt=0, description="share of the rows, relative to the other generators")
+    rounds: tuple[int, ...] = Field((), description="in an alignment run: the rounds that it writes in; none: all")
+    kind: Literal["chat", "completions"] = "chat"
+    api_key_env: str = Field("", description="environment variable that holds the key")
+    api_key_file: PatternPath = Field("", description="file that holds the key")
+    price_in: float = Field(0.0, ge=0, description="money a million tokens")
+    price_out: float = Field(0.0, ge=0)
+    logprobs: bool = False
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if bool(self.base_url) + (self.folder is not None) + bool(self.checkpoint) != 1:
+            raise ValueError("give one of base_url (with model), folder and checkpoint")
+        if bool(self.base_url) != bool(self.model):
+            raise ValueError("base_url and model go together")
+        return self
+
+    @property
+    def identity(self) -> list[str | float]:
+        """What decides which rows it writes."""
+        return [self.model or self.checkpoint or str(self.folder), self.kind, self.weight]

@@ -1,44 +1,61 @@
-"""The models that a recipe names, ready to be asked: who writes, behind endpoints or in this process, and the reward model."""
+"""The models that a recipe names, ready to be asked: generators and reward models, behind endpoints or in this process."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import Message
-from gristmill.data.rows import Rating, make_id
-from gristmill.generation.cached import CachedClient, Client
+from gristmill.generation.cached import Client
 from gristmill.generation.endpoint import Endpoint, Target
-from gristmill.generation.settings import Calls, Model
-from gristmill.judge.reward_client import RewardEndpoint, RewardModel, weight_set
+from gristmill.generation.mixture import MixtureClient
+from gristmill.generation.settings import Calls, GeneratorSettings
+from gristmill.judge.judges import EndpointRater, LocalRater, Rater
+from gristmill.judge.programs import Tick
+from gristmill.judge.reward_client import RewardModel, weight_set
 from gristmill.judge.settings import Reward
 from gristmill.runs.journal import Journal
-from gristmill.synth.writer import Writer
 
 if TYPE_CHECKING:
     from gristmill.judge.reward import RewardScorer
 
-Talk = Sequence[Message]
+Local = Callable[[GeneratorSettings], tuple[Client, str]]  # a client of a model in this process, and the model's name
 
 
-def source_of(models: Sequence[Model], folder: Path | None, calls: Calls, chat_format: str, *, asks: bool = True) -> Client:
-    """Who writes: models behind endpoints, or the one in the folder.
+def client_of(generators: Sequence[GeneratorSettings], calls: Calls, local: Local, *, asks: bool = True) -> Client:
+    """Who writes: one client for all generators, to which each request goes by their weights.
 
     Args:
-        asks: False for a source that is never asked and needs no key.
+        local: makes the client of a generator that is no endpoint.
+        asks: False for a client that is never asked and needs no key.
 
     Raises:
-        InputError: a URL or the folder is wrong, or a key is not where it should be.
+        InputError: a URL or a folder is wrong, or a key is not where it should be.
     """
-    if folder is None:
-        targets = [Target(**model.model_dump()) for model in models]
-        return Endpoint(targets if asks else [_keyless(target) for target in targets], **calls.model_dump())
+    clients: list[tuple[Client, float, Sequence[str]]] = []
+    if remote := [g for g in generators if g.base_url]:
+        targets = [_keyless(target_of(g)) if not asks else target_of(g) for g in remote]
+        clients.append((Endpoint(targets, **calls.model_dump()), sum(g.weight for g in remote), [g.model for g in remote]))
+    for g in generators:
+        if not g.base_url:
+            client, name = local(g)
+            clients.append((client, g.weight, [name]))
+    return clients[0][0] if len(clients) == 1 else MixtureClient(clients)
+
+
+def target_of(generator: GeneratorSettings) -> Target:
+    """A generator's endpoint."""
+    return Target(**generator.model_dump(exclude={"folder", "checkpoint", "rounds"}))
+
+
+def engine_client(folder: Path, chat_format: str = "auto", device: str = "auto") -> tuple[Client, str]:
+    """A model folder whose engine takes calls as they come, like an endpoint, and the model's name."""
     from gristmill.engine.async_source import AsyncEngineClient
     from gristmill.engine.load import EngineArgs, load_engine
 
-    return AsyncEngineClient(load_engine(folder, EngineArgs(chat_format=chat_format)))
+    engine = load_engine(folder, EngineArgs(chat_format=chat_format))
+    return AsyncEngineClient(engine), engine.name
 
 
 def check_reward(reward: Reward, asks: bool = True) -> None:
@@ -46,8 +63,18 @@ def check_reward(reward: Reward, asks: bool = True) -> None:
     weight_set(reward.weights)
     if reward.base_url:
         RewardModel([_target(reward) if asks else _keyless(_target(reward))])
-    elif not reward.model or not (Path(reward.model) / "config.json").is_file():
-        raise InputError(f"The reward model {reward.model!r} is no model folder: name one, or give base_url for an endpoint.")
+    elif reward.folder is None or not (reward.folder / "config.json").is_file():
+        raise InputError(f"The reward model {str(reward.folder or '')!r} is no model folder: name one, or give base_url for an endpoint.")
+
+
+def rater_of(
+    reward: Reward, calls: Calls, journal: Journal, *, chat_format: str = "auto", retry_failed: bool = False, tick: Tick | None = None
+) -> Rater:
+    """The reward model of a recipe."""
+    if reward.base_url:
+        return EndpointRater(_target(reward), reward, calls, journal, retry_failed=retry_failed)
+    assert reward.folder is not None
+    return LocalRater(_scorer(reward.folder, chat_format), tick)
 
 
 def _target(reward: Reward) -> Target:
@@ -63,30 +90,3 @@ def _scorer(folder: Path, chat_format: str) -> "RewardScorer":
     from gristmill.judge.reward import load_scorer
 
     return load_scorer(folder, chat_format)
-
-
-async def rate(
-    talks: Mapping[str, Talk], reward: Reward, calls: Calls, chat_format: str, writer: Writer, journal: Journal, *, retry_failed: bool
-) -> tuple[dict[str, Rating], int]:
-    """Ratings of the last turn of conversations, by their ids, and how many calls failed for good. There is none of one that is too long.
-
-    Args:
-        chat_format: of a reward model in a folder.
-        writer: counts what is left out; its templates are not used.
-        journal: of the ratings that were bought.
-    """
-    if not talks:
-        return {}, 0
-    if not reward.base_url:
-        scorer = _scorer(Path(reward.model), chat_format)
-        fitting = {name: talk for name, talk in talks.items() if scorer.fits(talk)}
-        return dict(zip(fitting, scorer.score(list(fitting.values())), strict=True)), 0
-    source = RewardModel([_target(reward)], **calls.model_dump())
-    async with source:
-        client = CachedClient(source, journal, retry_failed=retry_failed)
-        judge = RewardEndpoint(client, reward.weights)
-
-        async def one(name: str) -> list[tuple[str, Rating]]:
-            return [(name, await judge.rate(talks[name], make_id("rating", reward.model, name, talks[name][-1].content)))]
-
-        return dict(await writer.all(talks, one)), client.failed

@@ -1,15 +1,39 @@
-"""Sections of recipes about judges."""
+"""Sections of recipes about judges and what they keep."""
+
+from typing import Literal
 
 from pydantic import Field
 
-from gristmill.core.config import PatternPath, Section
+from gristmill.core.config import FilePath, PatternPath, Section
+
+Control = Literal["unfiltered", "random-filter", "reward-only", "human-only", "replace"]
 
 
 class Reward(Section):
-    """The reward model: behind an endpoint, or in a folder."""
+    """A reward model: behind an endpoint, or in a folder; neither: the one that the run trains."""
 
-    base_url: str = ""
-    model: str = Field("", description="name at the endpoint, or the folder of a reward model")
+    base_url: str = Field("", description="of an endpoint")
+    model: str = Field("", description="name that the endpoint knows it by")
+    folder: FilePath | None = Field(None, description="a reward model's folder instead, run in process")
     api_key_env: str = ""
     api_key_file: PatternPath = ""
     weights: str = Field("nemotron4-340b", description="named set of aggregation weights")
+
+
+class Judging(Section):
+    """Who judges answers, and what is kept. The order of judges: verifier, LLM judge (of pairs), reward model."""
+
+    reward: Reward | None = None
+    llm: bool = Field(False, description="let the first generator compare answers that no verifier decides, in both orders")
+    keep: str = Field("", description="condition on attributes and score of an answer to keep, as `correctness >= 3 and verbosity <= 2`")
+    keep_chosen: str = Field("", description="condition on the chosen answer of a pair that the reward model decides; none: that of keep")
+    max_per_prompt: int = Field(1, gt=0, description="answers kept a prompt")
+    max_judged_per_prompt: int = Field(1, gt=0, description="of them where no verifier decides: several may contradict each other")
+    max_per_task: int = Field(10_000, gt=0, description="answers kept a task")
+    max_per_topic: int = Field(10_000, gt=0, description="answers kept a topic, so that none crowds out the others")
+    min_votes: int = Field(1, gt=0, description="samples that must agree on an answer that no verifier decides")
+    max_pairs_per_prompt: int = Field(1, gt=0)
+    max_pairs_per_task: int = Field(10_000, gt=0, description="of more, as many easy as hard ones are kept")
+    min_gap: float = Field(0.5, ge=0, description="smallest reward gap of a pair that the reward model decides")
+    verified_gap: float = Field(2.0, gt=0, description="reward gap of a pair that a verifier or the LLM judge decides")
+    near_duplicates: float = Field(0.9, gt=0, le=1, description="Jaccard similarity from which two answers make no pair; 1: off")

@@ -26,6 +26,7 @@ from gristmill.data.rows import make_id
 from gristmill.runs.artifacts import AnyArtifact
 
 RECIPE, MARKER, INPUTS, RESULTS = "recipe.yaml", "done.json", "inputs.json", "results.json"
+OnChange = Literal["refuse", "redo", "continue"]
 NEW_RECIPE = "recipe.yaml.tmp"  # may be all that a start leaves behind that was cut off at once
 
 
@@ -114,7 +115,8 @@ class RunDir:
         work: Callable[[Path], dict[str, Any]],
         *,
         artifacts: Sequence[AnyArtifact] = (),
-        on_change: Literal["refuse", "redo"] = "refuse",
+        on_change: OnChange = "refuse",
+        again: Callable[[dict[str, Any]], bool] | None = None,
     ) -> Stage:
         """Do a stage, or give it back when it is done.
 
@@ -123,9 +125,11 @@ class RunDir:
             inputs: anything (JSON) that decides its result.
             work: gets the stage's folder, which may hold what an interrupted start left; returns the summary.
             artifacts: the files that it writes.
-            on_change: what happens when the stage was made from other inputs: "refuse" it, or "redo" it from nothing.
+            on_change: what happens when the stage was made from other inputs: "refuse" it, "redo" it from nothing, or "continue" with the
+                files that are there, for work whose journals know each call by all that was asked.
+            again: whether a finished stage is continued all the same, by its summary.
         """
-        with self._open(name, inputs, artifacts, on_change) as entry:
+        with self._open(name, inputs, artifacts, on_change, again) as entry:
             if entry.summary is None:
                 entry.summary = work(entry.folder)
         return Stage(entry.folder, entry.done)
@@ -137,25 +141,36 @@ class RunDir:
         work: Callable[[Path], Awaitable[dict[str, Any]]],
         *,
         artifacts: Sequence[AnyArtifact] = (),
-        on_change: Literal["refuse", "redo"] = "refuse",
+        on_change: OnChange = "refuse",
+        again: Callable[[dict[str, Any]], bool] | None = None,
     ) -> Stage:
         """As `stage`, for work that waits for others."""
-        with self._open(name, inputs, artifacts, on_change) as entry:
+        with self._open(name, inputs, artifacts, on_change, again) as entry:
             if entry.summary is None:
                 entry.summary = await work(entry.folder)
         return Stage(entry.folder, entry.done)
 
     @contextmanager
-    def _open(self, name: str, inputs: Any, artifacts: Sequence[AnyArtifact], on_change: str) -> Iterator["_Entry"]:
+    def _open(
+        self,
+        name: str,
+        inputs: Any,
+        artifacts: Sequence[AnyArtifact],
+        on_change: OnChange,
+        again: Callable[[dict[str, Any]], bool] | None,
+    ) -> Iterator["_Entry"]:
         folder = self.path / f"{len(self.stages):02d}-{name}"
         self.stages.append(folder.name)
         fingerprint = make_id(name, inputs)
         marker, begun = folder / MARKER, folder / INPUTS
         found = marker if marker.exists() else begun
         done: dict[str, Any] = json.loads(found.read_text()) if found.exists() else {}
-        if done and done["fingerprint"] != fingerprint:
+        if done and (done["fingerprint"] != fingerprint or (again is not None and found is marker and again(done))):
             if on_change == "redo":
                 shutil.rmtree(folder)
+                done = {}
+            elif on_change == "continue":
+                marker.unlink(missing_ok=True)
                 done = {}
             elif found is marker:
                 raise InputError(

@@ -137,22 +137,27 @@ class Writer:
         salt: object = "",
         sampling: SamplingParams | None = None,
         num: object = None,
+        name: str = "",
+        strip: bool = True,
     ) -> list[Reply]:
-        """All samples of the next turn. A list is asked for with its `num` of items."""
+        """All samples of the next turn, without the space around them unless `strip` is off.
+
+        A list is asked for with its `num` of items; a call may be given another `name` than its hash.
+        """
         sampling = sampling or self.answering
-        name = make_id(purpose, [(m.role, m.content) for m in messages], sampling.described(), salt, self.seed)
+        name = name or make_id(purpose, [(m.role, m.content) for m in messages], sampling.described(), salt, self.seed)
         request = messages[-1].content
         note = {"for": purpose, "parents": list(parents), "sampling": sampling.described(), **({"num": num} if num else {})}
         outs = await self.ask(Request(name, tuple(messages), sampling, self.seed), note)
         model = self.client.source.model_of(name)
         return [
             Reply(
-                c.text.strip(),
+                c.text.strip() if strip else c.text,
                 name,
                 model,
                 c.num_tokens,
                 sum(c.logprobs) if c.logprobs else None,
-                c.finish == "stop" and bool(c.text.strip()),
+                c.finish == "stop" and (bool(c.text.strip()) or not strip),
                 request,
             )
             for c in outs
@@ -211,8 +216,10 @@ class Writer:
             raise ParseError("neither yes nor no")
         return verdict, reply
 
-    async def each(self, items: Iterable[Item], work: Callable[[Item], Awaitable[Iterable[Result]]]) -> AsyncIterator[Result]:
-        """What `work` makes of each item, many at a time, in order of finishing. A branch that fails is counted and left out."""
+    async def each(
+        self, items: Iterable[Item], work: Callable[[Item], Awaitable[Iterable[Result]]], num: int = SIDE_BY_SIDE
+    ) -> AsyncIterator[Result]:
+        """What `work` makes of each item, `num` at a time, in order of finishing. A branch that fails is counted and left out."""
 
         async def branch(item: Item) -> list[Result]:
             try:
@@ -223,17 +230,19 @@ class Writer:
                 self.dropped[str(e)] += 1
             return []
 
-        async for results in side_by_side(items, branch, SIDE_BY_SIDE):
+        async for results in side_by_side(items, branch, num):
             for result in results:
                 yield result
 
-    async def all(self, items: Iterable[Item], work: Callable[[Item], Awaitable[Iterable[Result]]]) -> list[Result]:
+    async def all(
+        self, items: Iterable[Item], work: Callable[[Item], Awaitable[Iterable[Result]]], num: int = SIDE_BY_SIDE
+    ) -> list[Result]:
         """As `each`, in the items' order."""
 
         async def numbered(entry: tuple[int, Item]) -> list[tuple[int, Result]]:
             return [(entry[0], result) for result in await work(entry[1])]
 
-        found = [pair async for pair in self.each(enumerate(items), numbered)]
+        found = [pair async for pair in self.each(enumerate(items), numbered, num)]
         return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 
 

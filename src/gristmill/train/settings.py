@@ -45,7 +45,7 @@ class PreferenceTraining(Training):
     logprobs: Literal["sum", "mean"] = "sum"
     num_prompts: int = Field(400, gt=0, description="prompts that pairs are made for")
     num_pairs: int = Field(10_000, gt=0, description="pairs to train on, at most")
-    min_chosen: float = Field(2.0, description="lowest predicted correctness of a chosen answer that no verifier can check")
+    keep_chosen: str = Field("", description="instead of judging.keep_chosen, for this stage")
 
 
 def section(values: dict[str, Any], preference: bool) -> Training:

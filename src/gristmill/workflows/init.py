@@ -22,7 +22,7 @@ from gristmill.data.tokenizer import Tokenizer
 from gristmill.miniature.base import BASE
 from gristmill.model.hf import load_model
 from gristmill.train.settings import Training
-from gristmill.workflows.alignment.recipe import AlignmentRecipe
+from gristmill.workflows.alignment.recipe import OF_WORLD, AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 
 NEEDED = ("demonstrations", "evaluation")
@@ -78,7 +78,8 @@ def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force
         values["data"] = {k: _path(p, out) for k, p in files.items()}
     else:
         values["world"] = "miniature"
-        values["writing"] = read(RECIPES / "miniature.yaml")["writing"]
+        shipped = read(RECIPES / "miniature.yaml")
+        values |= {name: shipped[name] for name in OF_WORLD}
         if model != "miniature":
             _load(model)
     text = HEADER.format(file=out.name) + "\n".join(render(values)) + "\n"
@@ -144,7 +145,7 @@ def _limits(model: str, demonstrations: Sequence[Demonstration]) -> dict[str, An
     answers = [len(tokenizer.encode(d.messages[-1].content)) for d in sample]
     asked = [len(tokenizer.encode(next(m.content for m in d.messages if m.role == "user"))) for d in sample]
     of_prompts, of_answers = (_limit(lengths, longest // 2) for lengths in (asked, answers))
-    return {"writing": {"pipelines": {"by_task": {"max_tokens": of_prompts}}}, "responses": {"max_tokens": of_answers}}
+    return {"pipelines": {"by_task": {"max_tokens": of_prompts}}, "answers": {"max_tokens": of_answers}}
 
 
 def _limit(lengths: Sequence[int], most: int) -> int:

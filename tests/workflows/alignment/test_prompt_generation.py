@@ -13,13 +13,13 @@ from gristmill.data.chat import Conversation, Message
 from gristmill.data.rows import Demonstration, Prompt, read_rows
 from gristmill.generation.api import Completion, Request
 from gristmill.generation.cached import BatchingClient, CachedClient
+from gristmill.runs import artifacts
 from gristmill.synth.templates import TemplatePack
 from gristmill.workflows.alignment.prompt_generation import write_prompts
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import normalize_prompt
 
 Say = Callable[[Request], str | tuple[str, str]]
-ENGINE: Any = SimpleNamespace(name="instruct")
 TASKS = {"math": "sums", "open_qa": "facts", "two_turn": "followups"}
 SUMS = {"own": ["plums"], "levels": ["school"], "topics": 0, "subtopics": 0, "forms": ["general"], "problems": 6}
 
@@ -55,9 +55,9 @@ def mill_of(
     topics = {"macro": 0, "subtopics": 0, "own": ["plums"]}
     writing = {"topics": topics, "pipelines": {name: values for name, values in settings.items() if values is not None}}
     context = SimpleNamespace(
-        recipe=check(AlignmentRecipe, {"world": "miniature", "control": control, "writing": writing}),
+        recipe=check(AlignmentRecipe, {"world": "miniature", "control": control, **writing}),
         source=source,
-        pack=TemplatePack.load("miniature"),
+        templates=TemplatePack.load("miniature"),
         held_out=frozenset(normalize_prompt([Message("user", text)]) for text in held_out),
         fits=lambda messages: sum(len(m.content) for m in messages) <= longest,
         requests=[],
@@ -73,8 +73,19 @@ def mill_of(
                 text, finish = (said, "stop") if isinstance(said, str) else said
                 yield request, [Completion(text, 1, (0.0,), finish)]  # type: ignore[arg-type]
 
-    context.client = lambda engine, journal: CachedClient(BatchingClient(Fake()), journal)
+    context.cached = CachedClient
+    context.progress = SimpleNamespace(tick=None)
+    context.client = BatchingClient(Fake())
     return context
+
+
+def prompts_of(
+    context: Any, number: int, seen: set[str], answered: set[str], folder: Path
+) -> tuple[list[Prompt], list[Demonstration], dict[str, Any]]:
+    """What the stage of a round leaves in its folder: prompts, whole conversations; and its summary."""
+    folder.mkdir(exist_ok=True)
+    facts = write_prompts(context, context.client, number, seen=seen, answered=answered, folder=folder)
+    return artifacts.PROMPTS.read(folder), artifacts.CONVERSATIONS.read(folder), facts
 
 
 def asked_for(request: Request) -> str:
@@ -97,7 +108,7 @@ def source() -> FakeSource:
 def test_each_pipeline_writes_for_its_task(source: FakeSource, tmp_path: Path) -> None:
     seen: list[str] = []
     context = mill_of(lambda r: counting(r, seen), source)
-    prompts, whole, facts = write_prompts(context, ENGINE, 1, set(), set(), tmp_path)
+    prompts, whole, facts = prompts_of(context, 1, set(), set(), tmp_path)
     assert sorted(p.task for p in prompts) == ["facts"] * 6 + ["sums"] * 6 and whole == []
     assert {p.request for p in prompts} == {"Write a word sum about plums.", "Write a question about plums."}
     assert {p.origin for p in prompts} == {"instruct"} and all(len(p.parents) == 2 for p in prompts)
@@ -114,7 +125,7 @@ def test_topics_are_the_users_and_those_named_more_than_once(source: FakeSource,
         math=SUMS | {"topics": 4},
         open_qa=None,
     )
-    _, _, facts = write_prompts(context, ENGINE, 1, set(), set(), tmp_path)
+    _, _, facts = prompts_of(context, 1, set(), set(), tmp_path)
     about = {asked_for(r).removeprefix("Write a word sum about ") for r in context.requests if asked_for(r).startswith("Write")}
     assert about == {"plums.", "pears."} and facts["topics"] == {"sums": 2}
 
@@ -133,16 +144,16 @@ def test_topics_are_the_users_and_those_named_more_than_once(source: FakeSource,
 def test_what_is_dropped_and_why(source: FakeSource, tmp_path: Path, said: Any, why: str) -> None:
     only = SUMS | {"problems": 1}
     context = mill_of(lambda r: said, source, held_out=("What is one?",), longest=50, math=only, open_qa=None)
-    prompts, _, facts = write_prompts(context, ENGINE, 1, {"seen 7?"}, set(), tmp_path)
+    prompts, _, facts = prompts_of(context, 1, {"seen 7?"}, set(), tmp_path)
     assert prompts == [] and facts["funnel"][why] == 1 and facts["funnel"]["kept"] == 0
 
 
 def test_a_prompt_is_written_once_in_all_rounds(source: FakeSource, tmp_path: Path) -> None:
     seen: set[str] = set()
     context = mill_of(lambda r: " What is  5? ", source)
-    prompts, _, facts = write_prompts(context, ENGINE, 1, seen, set(), tmp_path / "1")
+    prompts, _, facts = prompts_of(context, 1, seen, set(), tmp_path / "1")
     assert [p.messages[-1].content for p in prompts] == ["What is  5?"] and facts["funnel"]["repeated"] == 1
-    again, _, facts = write_prompts(context, ENGINE, 2, seen, set(), tmp_path / "2")
+    again, _, facts = prompts_of(context, 2, seen, set(), tmp_path / "2")
     assert again == [] and facts["funnel"] == {"written": 2, "repeated": 2, "kept": 0}
 
 
@@ -150,7 +161,7 @@ def test_requests_differ_between_rounds_and_not_between_starts(source: FakeSourc
     ids = []
     for start, number in enumerate((1, 1, 2)):
         context = mill_of(asked_for, source)
-        write_prompts(context, ENGINE, number, set(), set(), tmp_path / str(start))
+        prompts_of(context, number, set(), set(), tmp_path / str(start))
         ids.append({r.id for r in context.requests})
     assert ids[0] == ids[1] and ids[0].isdisjoint(ids[2])
 
@@ -158,16 +169,16 @@ def test_requests_differ_between_rounds_and_not_between_starts(source: FakeSourc
 def test_what_was_asked_is_not_asked_again(source: FakeSource, tmp_path: Path) -> None:
     seen: list[str] = []
     context = mill_of(lambda r: counting(r, seen), source)
-    first = write_prompts(context, ENGINE, 1, set(), set(), tmp_path)
+    first = prompts_of(context, 1, set(), set(), tmp_path)
     assert context.requests
     context.requests.clear()
-    assert write_prompts(context, ENGINE, 1, set(), set(), tmp_path) == first and context.requests == []
+    assert prompts_of(context, 1, set(), set(), tmp_path) == first and context.requests == []
 
 
 def test_without_a_verifier_a_prompt_must_still_make_sense(source: FakeSource, tmp_path: Path) -> None:
     texts = (text for i in itertools.count() for text in (f"What is {i}?", "What is that?"))
     context = mill_of(lambda r: next(texts), source, control="reward-only")
-    prompts, _, facts = write_prompts(context, ENGINE, 1, set(), set(), tmp_path)
+    prompts, _, facts = prompts_of(context, 1, set(), set(), tmp_path)
     assert all(p.truth is None for p in prompts) and {p.task for p in prompts} == {"sums", "facts"}
     assert facts["funnel"]["not understood"] == 1
 
@@ -176,7 +187,7 @@ def test_given_prompts_come_first_and_are_decontaminated(source: FakeSource, tmp
     texts = ["What is 1?", "Held 3?", "Why?"]
     source.given = [Prompt(f"g{i}", "sums", (Message("user", t),), "file") for i, t in enumerate(texts)]
     context = mill_of(lambda r: "What is 1?", source, held_out=("held  3?",))
-    prompts, _, facts = write_prompts(context, ENGINE, 1, set(), set(), tmp_path)
+    prompts, _, facts = prompts_of(context, 1, set(), set(), tmp_path)
     assert sorted(p.id for p in prompts) == ["g0", "g2"]
     assert facts["funnel"] == {"from file": 3, "held out": 1, "written": 2, "repeated": 2, "kept": 2}
 
@@ -185,8 +196,8 @@ def test_given_prompts_are_asked_until_an_answer_was_kept(source: FakeSource, tm
     source.given = [Prompt(f"g{i}", "sums", (Message("user", f"How much is {i}?"),), "file") for i in range(3)]
     context = mill_of(lambda r: "", source)
     seen: set[str] = set()
-    write_prompts(context, ENGINE, 1, seen, set(), tmp_path / "1")
-    prompts, _, facts = write_prompts(context, ENGINE, 2, seen, {"g1"}, tmp_path / "2")
+    prompts_of(context, 1, seen, set(), tmp_path / "1")
+    prompts, _, facts = prompts_of(context, 2, seen, {"g1"}, tmp_path / "2")
     assert sorted(p.id for p in prompts) == ["g0", "g2"]
     assert facts["funnel"]["from file"] == 3 and facts["funnel"]["answered before"] == 1
 
@@ -201,7 +212,7 @@ def test_conversations_that_a_pipeline_writes_whole_are_handed_on(source: FakeSo
         open_qa=None,
         incapable={"lacks": ["eyes"], "tasks": 3},
     )
-    prompts, whole, facts = write_prompts(context, ENGINE, 1, set(), set(), tmp_path)
+    prompts, whole, facts = prompts_of(context, 1, set(), set(), tmp_path)
     assert prompts == [] and len(whole) == facts["conversations"] == 2, "one of three asks what is held out"
     assert read_rows(tmp_path / "conversations.parquet", Demonstration) == whole
 
@@ -229,7 +240,7 @@ TWO = {"two_turn": {"prompts": 4}, "math": SUMS | {"problems": 4}, "open_qa": {"
 def test_second_turns_grow_from_first_ones(source: FakeSource, tmp_path: Path) -> None:
     source.code_tasks = frozenset({"facts"})
     context = mill_of(conversing(), source, **TWO)
-    prompts, _, facts = write_prompts(context, ENGINE, 1, set(), set(), tmp_path)
+    prompts, _, facts = prompts_of(context, 1, set(), set(), tmp_path)
     first = {p.id: p for p in prompts if p.task != "followups"}
     second = [p for p in prompts if p.task == "followups"]
     assert len(first) == 8 and len(second) == 4, "programs have no second turn"
@@ -243,14 +254,14 @@ def test_second_turns_grow_from_first_ones(source: FakeSource, tmp_path: Path) -
 def test_second_turns_never_ask_what_is_held_out(source: FakeSource, tmp_path: Path) -> None:
     say = conversing()
     context = mill_of(lambda r: "Secret 4?" if asked_for(r).startswith("Asked") else say(r), source, held_out=("secret 4?",), **TWO)
-    prompts, _, facts = write_prompts(context, ENGINE, 1, set(), set(), tmp_path)
+    prompts, _, facts = prompts_of(context, 1, set(), set(), tmp_path)
     assert not [p for p in prompts if p.task == "followups"] and facts["funnel"]["held out"] == 4
 
 
 def test_a_second_turn_is_only_kept_where_it_fits(source: FakeSource, tmp_path: Path) -> None:
     say = conversing()
     context = mill_of(lambda r: "so " * 50 if asked_for(r).startswith("What") else say(r), source, longest=100, **TWO)
-    prompts, _, facts = write_prompts(context, ENGINE, 1, set(), set(), tmp_path)
+    prompts, _, facts = prompts_of(context, 1, set(), set(), tmp_path)
     assert len(prompts) == 8 and facts["funnel"]["too long"] == 4
 
 
@@ -258,5 +269,5 @@ def test_a_talk_that_has_its_second_turn_gets_no_third(source: FakeSource, tmp_p
     talk = (Message("user", "What is 1?"), Message("assistant", "1."), Message("user", "And 2 more?"))
     source.given = [Prompt("talk", "followups", talk, "file")]
     context = mill_of(conversing(), source, **TWO | {"two_turn": {"prompts": 99}})
-    prompts, _, _ = write_prompts(context, ENGINE, 1, set(), set(), tmp_path)
+    prompts, _, _ = prompts_of(context, 1, set(), set(), tmp_path)
     assert max(len(p.messages) for p in prompts) == 3 and "talk" in {p.id for p in prompts}

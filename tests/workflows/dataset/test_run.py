@@ -1,6 +1,5 @@
 """A dataset from a recipe through a real endpoint process: every pipeline, judged, paired, exported, and taken up after a kill."""
 
-import asyncio
 import json
 import os
 import random
@@ -20,10 +19,8 @@ import yaml
 from gristmill.core.config import dump, load, read
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
-from gristmill.data.chat import Message
-from gristmill.data.rows import Demonstration, Pair, Prompt, Rating, Response, make_id, read_rows
+from gristmill.data.rows import Demonstration, Pair, Prompt, Response, read_rows
 from gristmill.verify.ifeval import follows
-from gristmill.workflows.dataset.judging import Judges
 from gristmill.workflows.dataset.lineage import errors, lineage
 from gristmill.workflows.dataset.recipe import DatasetRecipe
 from gristmill.workflows.dataset.run import dry_run, run
@@ -55,7 +52,7 @@ def write(folder: Path, url: str, **parts: Any) -> Path:
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Tell me about lantern {n}."}) + "\n" for n in range(5)))
     values = {
         "name": "tides",
-        "models": [{"base_url": url, "model": "mock"}],
+        "generators": [{"base_url": url, "model": "mock"}],
         "topics": {"macro": 2, "subtopics": 1, "own": ["tides"]},
         "documents": "documents",
         "prompts": "prompts.jsonl",
@@ -83,17 +80,19 @@ def test_every_pipeline_writes(start_endpoint: Callable[..., Any], tmp_path: Pat
     # the rehearsal asked nobody and was near, from above but for dialogues, which end earlier or later
     assert estimate["calls"] == pytest.approx(server.stats()["requests"], rel=0.25)
 
-    prompts = read_rows(tmp_path / "run" / "prompts.parquet", Prompt)
+    prompts = read_rows(tmp_path / "run" / "00-prompts" / "prompts.parquet", Prompt)
     assert {p.task for p in prompts} == {"open_qa", "writing", "closed_qa", "math", "python", "instructions", "two_turn", "from_file"}
     assert len({p.id for p in prompts}) == len(prompts) == results["prompts"]
     assert all([m.role for m in p.messages] == ["user", "assistant", "user"] for p in prompts if p.task == "two_turn")
     assert all(p.truth and follows(p.truth["checks"], "x") for p in prompts if p.task == "instructions")
     assert {p.origin for p in prompts} == {"mock", "file"}
 
-    rows = read_rows(tmp_path / "run" / "responses.parquet", Response)
-    assert len(rows) == 3 * len(prompts) and {r.generator for r in rows} == {"mock"} and {r.num_tokens for r in rows} == {20}
+    rows = read_rows(tmp_path / "run" / "02-judging" / "responses.parquet", Response)
+    assert (
+        sum(r.votes for r in rows) == 3 * len(prompts) and {r.generator for r in rows} == {"mock"} and {r.num_tokens for r in rows} == {20}
+    )
     assert {r.judge for r in rows if r.task == "instructions"} == {"verifier"}
-    kept = read_rows(tmp_path / "run" / "demonstrations.parquet", Demonstration)
+    kept = read_rows(tmp_path / "run" / "02-judging" / "kept.parquet", Demonstration)
     assert {"topic_following", "incapable", "document_qa", "tools", "genetic", "dialogue", "open_qa"} <= {d.task for d in kept}
     for d in kept:
         roles = [m.role for m in d.messages if m.role != "system"]
@@ -109,8 +108,8 @@ def test_every_pipeline_writes(start_endpoint: Callable[..., Any], tmp_path: Pat
     assert {k: again[k] for k in ("prompts", "responses", "demonstrations", "pairs", "funnel")} == {
         k: results[k] for k in ("prompts", "responses", "demonstrations", "pairs", "funnel")
     }
-    assert read_rows(tmp_path / "run" / "prompts.parquet", Prompt) == prompts
-    assert read_rows(tmp_path / "run" / "demonstrations.parquet", Demonstration) == kept
+    assert read_rows(tmp_path / "run" / "00-prompts" / "prompts.parquet", Prompt) == prompts
+    assert read_rows(tmp_path / "run" / "02-judging" / "kept.parquet", Demonstration) == kept
 
     card = (tmp_path / "run" / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
@@ -137,13 +136,13 @@ def test_judged_answers_make_pairs(start_endpoint: Callable[..., Any], tmp_path:
         "reward": {"base_url": reward.url, "model": "mock-reward", "weights": "llama3-70b"},
         "keep": "correctness >= 2 and verbosity <= 3",
         "min_gap": 0.5,
-        "quota": 20,
+        "max_per_task": 20,
     }
     pipelines = {"open_qa": {"questions": 3, "revisions": 2}, "instructions": {"prompts": 8}}
     path = write(tmp_path, writer.url, pipelines=pipelines, answers={"samples": 4}, judging=judging)
     results = make(path)
-    rows = {r.id: r for r in read_rows(tmp_path / "run" / "responses.parquet", Response)}
-    pairs = read_rows(tmp_path / "run" / "pairs.parquet", Pair)
+    rows = {r.id: r for r in read_rows(tmp_path / "run" / "02-judging" / "responses.parquet", Response)}
+    pairs = read_rows(tmp_path / "run" / "02-judging" / "pairs.parquet", Pair)
     assert len(pairs) == results["pairs"] > 5
     for pair in pairs:
         chosen, rejected = rows[pair.parents[0]], rows[pair.parents[1]]
@@ -153,7 +152,7 @@ def test_judged_answers_make_pairs(start_endpoint: Callable[..., Any], tmp_path:
             assert chosen.good and chosen.rating and chosen.rating.correctness >= 2 and pair.chosen_reward == chosen.score
         else:
             assert pair.judge == "verifier" and chosen.verified and rejected.verified is False
-    kept = read_rows(tmp_path / "run" / "demonstrations.parquet", Demonstration)
+    kept = read_rows(tmp_path / "run" / "02-judging" / "kept.parquet", Demonstration)
     assert max(Counter(d.task for d in kept).values()) <= 20
     assert all(rows[d.parents[0]].good for d in kept)
     preference = pq.read_table(tmp_path / "run" / "export" / "preference.parquet").to_pylist()
@@ -162,6 +161,23 @@ def test_judged_answers_make_pairs(start_endpoint: Callable[..., Any], tmp_path:
     assert set(nemo[0]) == {"prompt", "chosen_response", "rejected_response", "chosen_reward", "rejected_reward"}
     make(path)
     assert reward.stats()["requests"] == len([r for r in rows.values() if r.finished])  # ratings are bought once too
+
+
+def test_a_verifiers_pair_has_the_right_answer_first(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
+    server = start_endpoint(latency=0.0, obedient=True)
+    path = write(tmp_path, server.url, pipelines={"from_file": None}, answers={"samples": 2, "temperatures": [0.5, 1.0]})
+    talk = json.dumps({"prompt": "Tell me about lantern 7."})
+    (tmp_path / "prompts.jsonl").write_text(talk + "\n")
+    make(path)
+    texts = [r.text for r in read_rows(tmp_path / "run" / "02-judging" / "responses.parquet", Response)]
+    assert len(texts) == 2
+    for right, wrong in (texts, texts[::-1]):  # whichever of the two is called the right one
+        row = json.loads(talk) | {"truth": {"kind": "exact", "value": right}}
+        (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+        results = run(load(path, DatasetRecipe), tmp_path / f"run-{texts.index(right)}", QUIET)
+        (made,) = read_rows(tmp_path / f"run-{texts.index(right)}" / "02-judging" / "pairs.parquet", Pair)
+        assert (made.chosen, made.rejected, made.judge, results["pairs"]) == (right, wrong, "verifier", 1)
+        assert made.chosen_reward - made.rejected_reward == 2.0
 
 
 def test_failed_calls_are_listed_and_asked_again_on_demand(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
@@ -199,8 +215,8 @@ def test_a_rating_that_cannot_be_read_is_a_failed_row(start_endpoint: Callable[.
     make(path, retry_failed=True)
     assert server.stats()["requests"] == asked + 2
     # an answer that was cut off is neither kept nor on a side of a pair
-    texts = [text for pair in read_rows(tmp_path / "run" / "pairs.parquet", Pair) for text in (pair.chosen, pair.rejected)]
-    assert all(texts) and all(d.messages[-1].content for d in read_rows(tmp_path / "run" / "demonstrations.parquet", Demonstration))
+    texts = [text for pair in read_rows(tmp_path / "run" / "02-judging" / "pairs.parquet", Pair) for text in (pair.chosen, pair.rejected)]
+    assert all(texts) and all(d.messages[-1].content for d in read_rows(tmp_path / "run" / "02-judging" / "kept.parquet", Demonstration))
 
 
 def test_quotas_a_topic_hold_where_questions_are_revised(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
@@ -208,7 +224,7 @@ def test_quotas_a_topic_hold_where_questions_are_revised(start_endpoint: Callabl
     pipelines = {"open_qa": {"questions": 5, "revisions": 2}, "two_turn": {"prompts": 6}}
     topics = {"macro": 0, "own": ["tides", "boats"]}
     path = write(
-        tmp_path, server.url, pipelines=pipelines, topics=topics, prompts=None, answers={"samples": 1}, judging={"quota_per_topic": 2}
+        tmp_path, server.url, pipelines=pipelines, topics=topics, prompts=None, answers={"samples": 1}, judging={"max_per_topic": 2}
     )
     assert make(path)["demonstrations"] == 4
 
@@ -220,7 +236,7 @@ def test_halves_of_a_file_do_not_overlap(start_endpoint: Callable[..., Any], tmp
         talks = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"row {n}"}] for n in range(40)]
         (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
         run(load(path, DatasetRecipe), tmp_path / half, Progress(quiet=True))
-        found[half] = {p.id for p in read_rows(tmp_path / half / "prompts.parquet", Prompt)}
+        found[half] = {p.id for p in read_rows(tmp_path / half / "00-prompts" / "prompts.parquet", Prompt)}
     assert not found["sft"] & found["preference"] and sum(map(len, found.values())) == 40 and min(map(len, found.values())) > 10
 
 
@@ -231,18 +247,21 @@ def test_killed_runs_end_with_the_same_rows(start_endpoint: Callable[..., Any], 
     undisturbed = run(load(path, DatasetRecipe), tmp_path / "whole", QUIET)
     asked, rng = server.stats()["requests"], random.Random(0)
     command = [sys.executable, "-m", "gristmill.cli", "synth", str(path), "--out", str(tmp_path / "run"), "--quiet"]
-    journal, kills = tmp_path / "run" / "journal.jsonl", 0
+    kills = 0
+
+    def known() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in (tmp_path / "run").glob("*/calls.jsonl"))
+
     for _ in range(4):
-        known = journal.read_bytes().count(b"\n") if journal.exists() else 0
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        target = known + rng.randint(1, asked // 5)
-        while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < target):
+        target = known() + rng.randint(1, asked // 5)
+        while process.poll() is None and known() < target:
             time.sleep(0.005)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0 and kills >= 2
-    for name in ("prompts", "responses", "demonstrations"):
+    for name in ("00-prompts/prompts", "02-judging/responses", "02-judging/kept", "02-judging/pairs"):
         whole, cut = ((tmp_path / folder / f"{name}.parquet") for folder in ("whole", "run"))
         assert pq.read_table(whole).equals(pq.read_table(cut)), name
     assert server.stats()["requests"] <= 2 * asked + 8 * kills
@@ -269,8 +288,10 @@ def test_a_limit_tries_a_recipe(start_endpoint: Callable[..., Any], tmp_path: Pa
         ({"entities": "nowhere.txt"}, "nowhere.txt cannot be read"),
         ({"pipelines": {"open_qas": None}}, "did you mean 'open_qa'"),
         ({"pipelines": {"open_qa": {"question": 3}}}, "did you mean 'questions'"),
-        ({"models": [{"base_url": "http://x/v1", "modell": "m"}]}, "did you mean 'model'"),
-        ({"models": []}, "give either models"),
+        ({"generators": [{"base_url": "http://x/v1", "modell": "m"}]}, "did you mean 'model'"),
+        ({"generators": []}, "name at least one endpoint"),
+        ({"models": []}, "unknown key 'models': it is called 'generators' now"),
+        ({"generators": [{"checkpoint": "latest"}]}, "are for alignment runs"),
         ({"pipelines": {}}, "name at least one pipeline"),
         ({"dialogues": {"personas": ["angry"]}}, "dialogues.personas.0: Input should be 'normal', 'complex' or 'concise'"),
         ({"judging": {"reward": {}}, "answers": {}}, "The reward model '' is no model folder"),
@@ -278,7 +299,7 @@ def test_a_limit_tries_a_recipe(start_endpoint: Callable[..., Any], tmp_path: Pa
         ({"prompts": "odd.jsonl"}, "Row 1 of .*odd.jsonl: A message needs a role"),
         ({"prompts": "untrue.jsonl"}, "Row 1 of .*untrue.jsonl: The truth .* has an unknown kind"),
         ({"prompts": "broken.jsonl"}, "Row 1 of .*broken.jsonl: the text is empty or cannot be encoded"),
-        ({"models": [{"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}]}, "NO_SUCH_KEY is empty"),
+        ({"generators": [{"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}]}, "NO_SUCH_KEY is empty"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_asked(endpoint: Any, tmp_path: Path, parts: dict[str, Any], words: str) -> None:
@@ -301,45 +322,24 @@ def test_an_input_that_is_taken_out_is_noticed(tmp_path: Path) -> None:
 
 def test_nobody_needs_a_key_to_rehearse(tmp_path: Path) -> None:
     models = [{"base_url": "http://localhost:1/v1", "model": "m", "api_key_env": "GRISTMILL_NO_SUCH_KEY"}]
-    path = write(tmp_path, "http://localhost:1/v1", models=models, pipelines={"incapable": {"tasks": 1}})
+    path = write(tmp_path, "http://localhost:1/v1", generators=models, pipelines={"incapable": {"tasks": 1}})
     assert dry_run(load(path, DatasetRecipe))["calls"] > 0
     with pytest.raises(InputError, match="GRISTMILL_NO_SUCH_KEY"):
         make(path)
 
 
-@pytest.mark.parametrize(("verdict", "judge"), [("first", "llm"), ("second", "llm"), ("tie", "reward"), (None, "reward")])
-def test_what_a_language_model_leaves_open_the_reward_model_decides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdict: str | None, judge: str
-) -> None:
-    path = write(tmp_path, "http://localhost:1/v1", pipelines={"incapable": {"tasks": 1}}, answers={"samples": 2}, judging={"llm": True})
-    talk = (Message("user", "What is 1?"),)
-    rows = [
-        Response(f"r{i}", "p", "open_qa", talk, text, "m", 1.0, i, 3, None, True, Rating(1, 1, 1, 1, 1), score, None, "reward", True)
-        for i, (text, score) in enumerate((("One apple it is.", 3.0), ("Nobody can say.", 1.0)))
-    ]
-
-    async def compare(self: Judges, pairs: Any) -> dict[str, Any]:
-        return {make_id(a.id, b.id): verdict for a, b in pairs if verdict}
-
-    monkeypatch.setattr(Judges, "_compare", compare)
-    judges = Judges(load(path, DatasetRecipe), tmp_path, None, retry_failed=False, unsafe_code=False)  # type: ignore[arg-type]
-    _, pairs = asyncio.run(judges.select([Prompt("p", "open_qa", talk, "m")], [], rows))
-    assert [pair.judge for pair in pairs] == [judge]
-    assert pairs[0].chosen == rows[1 if verdict == "second" else 0].text
-
-
 def test_a_folder_of_another_recipe_is_left_alone(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
     server = start_endpoint(latency=0.0, obedient=True)
     make(write(tmp_path, server.url, pipelines={"incapable": {"tasks": 1}}))
-    before = (tmp_path / "run" / "journal.jsonl").read_bytes()
+    before = (tmp_path / "run" / "00-prompts" / "calls.jsonl").read_bytes()
     with pytest.raises(InputError, match=r"was made by another recipe \(they differ in seed\)"):
         make(write(tmp_path, server.url, pipelines={"incapable": {"tasks": 1}}, seed=1))
     # what decides no call may change: the address, how it is called, and what is kept
     elsewhere = start_endpoint(latency=0.0, obedient=True)
     make(write(tmp_path, elsewhere.url, pipelines={"incapable": {"tasks": 1}}, calls={"concurrency": 3}, near_duplicates=0.5))
     assert elsewhere.stats()["requests"] == 0
-    assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
-    with pytest.raises(InputError, match="holds no dataset run"):
+    assert (tmp_path / "run" / "00-prompts" / "calls.jsonl").read_bytes() == before
+    with pytest.raises(InputError, match="holds no run"):
         lineage(tmp_path, "x")
     with pytest.raises(InputError, match="Nothing in .* has the id 'x'"):
         lineage(tmp_path / "run", "x")

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from gristmill.core.config import NameOrPath, Section
+from gristmill.core.config import FilePath, NameOrPath, Section
 from gristmill.core.errors import InputError
 from gristmill.core.io import state
 from gristmill.curate.filters.heuristics import chosen
@@ -29,7 +29,7 @@ from gristmill.curate.outcome import DOCUMENT, Outcome, drawn, split
 from gristmill.curate.quality import lm_scores as base
 from gristmill.curate.transforms import faithfulness as faithful
 from gristmill.data.rows import make_id
-from gristmill.generation.settings import Calls, Model
+from gristmill.generation.settings import Calls, GeneratorSettings
 from gristmill.judge.settings import Reward
 
 if TYPE_CHECKING:
@@ -64,11 +64,10 @@ class Rephrase(Section):
 
     step: Literal["rephrase"] = "rephrase"
     tasks: tuple[Task, ...] = Field(min_length=1)
-    models: tuple[Model, ...] = Field((), description="who writes: models behind endpoints")
-    folder: Path | None = Field(None, description="who writes instead: a model folder, run in process")
+    generators: tuple[GeneratorSettings, ...] = Field((), description="who writes: models behind endpoints, or one folder")
     chat_format: Literal["auto", "nemotron", "chatml", "llama3"] = "auto"
     templates: NameOrPath = Field("default", description="a shipped pack, or a file of templates")
-    tokenizer: Path | None = Field(None, description="folder of the writer's tokenizer; four bytes count as a token without one")
+    tokenizer: FilePath | None = Field(None, description="folder of the writer's tokenizer; four bytes count as a token without one")
     calls: Calls = Calls()
     column: str = Field("", description="of the table, or a key of `meta`")
     values: list[str] = Field([], description="of the column, of the documents to rephrase")
@@ -79,16 +78,21 @@ class Rephrase(Section):
     least_reward: float | None = Field(None, description="lowest score; null keeps all")
     seed: int = 0
 
+    @property
+    def folder(self) -> Path | None:
+        """The model that writes in this process, if it is one."""
+        return next((g.folder for g in self.generators if g.folder is not None), None)
+
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        if bool(self.models) == (self.folder is not None):
-            raise ValueError("give either models (endpoints) or folder (a model in process)")
+        if not self.generators or any(g.checkpoint for g in self.generators) or (self.folder is not None and len(self.generators) > 1):
+            raise ValueError("generators: give endpoints, or one folder (a model in process)")
         if bool(self.column) != bool(self.values):
             raise ValueError("give both column and values, or neither")
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError("tasks: each once")
-        if any(model.kind == "completions" for model in self.models):
-            raise ValueError("models: a task has a system message, which kind 'completions' does not take: use 'chat'")
+        if any(g.kind == "completions" for g in self.generators):
+            raise ValueError("generators: a task has a system message, which kind 'completions' does not take: use 'chat'")
         if self.least_reward is not None and self.reward is None:
             raise ValueError("least_reward needs a reward model: give reward")
         for name, (least, most) in self.limits.items():
@@ -111,7 +115,7 @@ def check(how: Rephrase) -> list[Path]:
     Raises:
         InputError: it is not.
     """
-    from gristmill.judge.backends import check_reward, source_of
+    from gristmill.judge.backends import check_reward
     from gristmill.synth import rephrase as tasks
     from gristmill.synth.templates import TemplatePack
 
@@ -119,10 +123,10 @@ def check(how: Rephrase) -> list[Path]:
     if how.reward is not None:
         check_reward(how.reward)
     if how.folder is None:
-        source_of(how.models, None, how.calls, how.chat_format)
+        _source(how)
     else:
         base.check(how.folder)
-    for folder, key in ((how.folder, "folder"), (how.tokenizer, "tokenizer")):
+    for folder, key in ((how.folder, "generators.folder"), (how.tokenizer, "tokenizer")):
         if folder is not None and not (folder / "tokenizer.json").exists():
             raise InputError(f"{folder} holds no tokenizer.json: give another folder as `{key}` of the step rephrase.")
     count = _counter(how)
@@ -132,7 +136,7 @@ def check(how: Rephrase) -> list[Path]:
         if tasks.room(task, pack, count) < tasks.TASKS[task].min_segment:
             raise InputError(f"The templates of the task {task} leave no room for a document: make them shorter.")
     given = [how.folder, how.tokenizer, Path(how.templates) if how.templates.endswith((".yaml", ".yml")) else None]
-    given.append(Path(how.reward.model) if how.reward is not None and not how.reward.base_url else None)
+    given.append(how.reward.folder if how.reward is not None else None)
     return [path for path in given if path is not None]
 
 
@@ -199,7 +203,7 @@ class _Rephrasing:
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []  # of calls that another time may not fail
         # an answer of another model is another answer
-        writers = sorted((model.model, model.weight) for model in how.models)
+        writers = sorted((g.model, g.weight) for g in how.generators if g.base_url)
         self.salt = make_id(writers, [] if how.folder is None else [state(path)[1:3] for path in sorted(how.folder.iterdir())])
 
     async def all(self) -> Outcome:
@@ -303,12 +307,13 @@ class _Rephrasing:
         how = self.how
         if how.reward is None or self.ratings is None:
             return made
-        from gristmill.judge.backends import rate
+        from gristmill.judge.backends import rater_of
         from gristmill.judge.reward_client import weight_set
 
         names = [make_id([message.content for message in one.talk]) for one in made]  # equal texts are scored once
         talks = {name: one.talk for one, name in zip(made, names, strict=True) if not one.reason}
-        ratings, failed = await rate(talks, how.reward, how.calls, how.chat_format, writer, self.ratings, retry_failed=True)
+        rater = rater_of(how.reward, how.calls, self.ratings, chat_format=how.chat_format, retry_failed=True)
+        ratings, failed = await rater.rate(talks), rater.failed
         if failed > MOST_FAILED * len(talks):
             raise InputError(
                 f"{failed:,} of {len(talks):,} texts got no rating ({self.ratings.path} says why): see to the reward model, and run the "
@@ -360,17 +365,17 @@ class _Rephrasing:
 
 
 def _source(how: Rephrase) -> "Client":
-    from gristmill.judge.backends import source_of
+    from gristmill.judge.backends import client_of
 
-    return _in_process(how.folder, how.chat_format) if how.folder is not None else source_of(how.models, None, how.calls, how.chat_format)
+    return client_of(how.generators, how.calls, lambda g: _in_process(g.folder or Path(), how.chat_format))
 
 
 @cache
-def _in_process(folder: Path, chat_format: str) -> "Client":
+def _in_process(folder: Path, chat_format: str) -> "tuple[Client, str]":
     """A model that is loaded once for all shards."""
-    from gristmill.judge.backends import source_of
+    from gristmill.judge.backends import engine_client
 
-    return source_of((), folder, Calls(), chat_format)
+    return engine_client(folder, chat_format)
 
 
 def _counter(how: Rephrase) -> Callable[[Sequence[str]], list[int]]:

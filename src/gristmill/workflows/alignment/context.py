@@ -1,4 +1,4 @@
-"""What every stage works with: the recipe, the models made so far, generation that loses nothing, and the judges."""
+"""What every stage of an alignment run works with: the recipe, models, engines, clients of the generators, and judges."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,31 +10,38 @@ import torch
 
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
-from gristmill.data.chat import FORMATS, ChatFormat, Message, guess_format
+from gristmill.data.chat import ChatFormat, Message, find_format
 from gristmill.data.rows import Prompt
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Completion, Request
-from gristmill.generation.cached import BatchingClient, CachedClient, completions_of
+from gristmill.generation.cached import BatchingClient, CachedClient, Client, completions_of
+from gristmill.generation.settings import GeneratorSettings
+from gristmill.judge.backends import client_of, rater_of
+from gristmill.judge.filter_expr import FilterExpr
+from gristmill.judge.judges import Judges, LocalRater
+from gristmill.judge.programs import is_code
 from gristmill.judge.reward import RewardScorer
+from gristmill.judge.reward_client import weight_set
 from gristmill.miniature.base import BASE
 from gristmill.miniature.source import MiniatureSource
 from gristmill.model.hf import fingerprint, load_model, load_reward
 from gristmill.model.quantized import Quantize
-from gristmill.model.reward import REWARD_WEIGHTS
 from gristmill.model.transformer import PRECISIONS
+from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir
-from gristmill.sandbox.sandbox import Sandbox
 from gristmill.synth.templates import TemplatePack
-from gristmill.verify.verify import verify
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
-from gristmill.workflows.alignment.source import FileSource, Source, normalize_prompt
+from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
+from gristmill.workflows.dataset.steps import open_verifier
 
 CONTEXT_MARGIN = 16  # an answer's text may take some tokens more when it is tokenized again
+ALL_AT_ONCE = 1 << 20  # requests: an engine makes its own batches
+LATEST = "latest"  # checkpoint of a generator: the model before this round
 
 
 class AlignmentContext:
-    """One run in progress.
+    """One alignment run in progress.
 
     Args:
         recipe: resolved.
@@ -50,45 +57,61 @@ class AlignmentContext:
         self.recipe, self.progress = recipe, progress
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        self.pack = TemplatePack.load(recipe.writing.templates)
-        asked = self.pack["task_prompt"]
-        self.source: Source = MiniatureSource(recipe.data, recipe.seed) if recipe.world else FileSource(recipe.data, asked)
-        topics = recipe.writing.topics
+        self.templates = TemplatePack.load(recipe.templates)
+        request = self.templates["task_prompt"]
+        self.source: DataSource = MiniatureSource(recipe.data, recipe.seed) if recipe.world else FileSource(recipe.data, request)
+        topics = recipe.topics
         have = {"tasks": bool(self.source.tasks), "topics": bool(topics.given() or topics.macro or topics.broad), "prompts": True}
-        recipe.writing.pipelines.check([name for name, there in have.items() if there])
+        recipe.pipelines.check([name for name, there in have.items() if there])
         self.base_folder = BASE if recipe.model == "miniature" else Path(recipe.model)
         base, self.tokenizer = load_model(self.base_folder)  # fails here, before any work, when the checkpoint is bad
-        self._context = base.config.max_positions
+        self.max_positions = base.config.max_positions
         self.base_fingerprint = fingerprint(self.base_folder)
-        self.format: ChatFormat = guess_format(self.tokenizer) if recipe.chat_format == "auto" else FORMATS[recipe.chat_format]
+        self.format: ChatFormat = find_format(recipe.chat_format, self.tokenizer)
         self.format.end_of_turn_id(self.tokenizer)
         self.evaluation: list[Prompt] = self.source.evaluation()
         self.held_out = frozenset(normalize_prompt(p.messages) for p in self.evaluation)
-        for p in [*self.evaluation, *self.source.prompts()]:
+        prompts = [*self.evaluation, *self.source.prompts()]
+        for p in prompts:
             if not self.fits(p.messages):
                 raise InputError(
-                    f"Prompt {p.messages[-1].content[:60]!r} leaves no room for an answer of {recipe.responses.max_tokens} tokens in the "
-                    f"model's context of {self._context}: take it out, or lower responses.max_tokens."
+                    f"Prompt {p.messages[-1].content[:60]!r} leaves no room for an answer of {recipe.answers.max_tokens} tokens in the "
+                    f"model's context of {self.max_positions}: take it out, or lower answers.max_tokens."
                 )
-        if recipe.judging.weights not in REWARD_WEIGHTS:
-            raise InputError(f"Unknown reward weights {recipe.judging.weights!r}: choose one of {', '.join(REWARD_WEIGHTS)}.")
+        for text in (recipe.judging.keep, recipe.judging.keep_chosen, recipe.dpo.keep_chosen, recipe.rpo.keep_chosen):
+            if text:
+                FilterExpr.parse(text)
+        self.weights = weight_set(recipe.judging.reward.weights) if recipe.judging.reward else ()
+        self._check_generators()
         self._resources = ExitStack()
-        needs_code = bool(self.source.code_tasks) or any((p.truth or {}).get("kind") == "code" for p in self.evaluation)
-        self._sandbox = self._resources.enter_context(Sandbox(unsafe=unsafe_code)) if needs_code else None
-        self._programs: dict[tuple[str, str], bool] = {}
+        needs_code = bool(self.source.code_tasks) or any(is_code(p.truth) for p in prompts)
+        self.verifier = open_verifier(self._resources, needs_code=needs_code, unsafe_code=unsafe_code, tick=progress.tick)
         self._engines: dict[str, Engine] = {}
         self._scorer: RewardScorer | None = None
         self.reward_report: dict[str, Any] = {}
         self.run = RunDir(folder, recipe, progress)
 
     def close(self) -> None:
-        """Stop the sandbox."""
+        """Stop the sandbox and let go of the folder."""
         self._resources.close()
+        self.run.close()
+
+    def _check_generators(self) -> None:
+        """Raise `InputError` unless every generator can be asked."""
+        for g in self.recipe.generators:
+            if g.base_url:
+                client_of([g], self.recipe.calls, lambda g: self._local(g, {}, ""))
+            elif g.folder is not None:
+                fingerprint(g.folder)
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether a prompt and its longest answer fit in the model's context."""
-        used = len(self.format.render_prompt(messages, self.tokenizer)) + self.recipe.responses.max_tokens
-        return used + CONTEXT_MARGIN <= self._context
+        used = len(self.format.render_prompt(messages, self.tokenizer)) + self.recipe.answers.max_tokens
+        return used + CONTEXT_MARGIN <= self.max_positions
+
+    def holds(self, messages: Sequence[Message]) -> bool:
+        """Whether a whole conversation fits in the model's context. Bytes that are no UTF-8 become up to three times as many tokens."""
+        return len(self.format.render(messages, self.tokenizer).ids) <= self.max_positions
 
     # ---- models ----
 
@@ -99,25 +122,49 @@ class AlignmentContext:
             while len(self._engines) >= 2:
                 self._engines.pop(next(iter(self._engines)))
             model, _ = load_model(folder)
-            responses = self.recipe.responses
-            dtype = torch.float32 if responses.precision == "fp32" else torch.bfloat16
-            quantize: Quantize = "int8" if responses.precision == "int8" else ""
-            self._engines[key] = Engine(model, self.tokenizer, self.format, name, responses.max_batch, dtype, quantize=quantize)
+            settings = self.recipe.engine
+            dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16
+            quantize: Quantize = "int8" if settings.precision == "int8" else ""
+            self._engines[key] = Engine(model, self.tokenizer, self.format, name, settings.max_batch, dtype, quantize=quantize)
         return self._engines[key]
 
     def scorer(self, folder: Path) -> RewardScorer:
-        """The reward model, with the recipe's aggregation weights."""
+        """The reward model that the run has trained, with the recipe's aggregation weights."""
         if self._scorer is None:
             model, tokenizer = load_reward(folder)
             model.backbone.compute_dtype = PRECISIONS[self.recipe.reward.precision]  # as in its training
-            self._scorer = RewardScorer(model, tokenizer, self.format, REWARD_WEIGHTS[self.recipe.judging.weights])
+            self._scorer = RewardScorer(model, tokenizer, self.format, self.weights)
         return self._scorer
 
     # ---- generation ----
 
-    def client(self, engine: Engine, journal: Journal) -> CachedClient:
-        """Asks an engine what the journal does not hold. A full disk ends the run at once: it is taken up when there is room."""
-        return CachedClient(BatchingClient(_Tracked(engine, self.progress)), journal, disk_patience=0.0)
+    def generators(self, number: int) -> list[GeneratorSettings]:
+        """Who writes in a round; none: its latest model."""
+        return [g for g in self.recipe.generators if not g.rounds or number in g.rounds]
+
+    def client(self, number: int, models: dict[str, Path], latest: str) -> Client:
+        """Who writes in a round: the recipe's generators, or else the latest model of the run."""
+        found = self.generators(number) or [GeneratorSettings(checkpoint=LATEST)]
+        return client_of(found, self.recipe.calls, lambda g: self._local(g, models, latest))
+
+    def _local(self, g: GeneratorSettings, models: dict[str, Path], latest: str) -> tuple[Client, str]:
+        """A model in this process, and its name: a checkpoint of the run, or a folder's."""
+        if g.folder is not None:
+            name, folder = g.folder.name, g.folder
+        else:
+            name = latest if g.checkpoint == LATEST else g.checkpoint
+            if name not in models:
+                raise InputError(f"The run has no model {name!r} yet: generators.checkpoint is one of {', '.join([LATEST, *models])}.")
+            folder = models[name]
+        return self.engine_client(self.engine(name, folder)), name
+
+    def engine_client(self, engine: Engine) -> Client:
+        """An engine whose answers show as progress. All that waits goes through it together, so that a run gives the same rows again."""
+        return BatchingClient(_Tracked(engine, self.progress), ALL_AT_ONCE)
+
+    def cached(self, client: Client, journal: Journal) -> CachedClient:
+        """Asks a client what the journal does not hold. A full disk ends the run at once: it is taken up when there is room."""
+        return CachedClient(client, journal, disk_patience=0.0)
 
     def generate(self, engine: Engine, requests: Sequence[Request], journal: Path) -> dict[str, list[Completion]]:
         """Completions of every request; those that an earlier start finished are read from the journal."""
@@ -126,40 +173,20 @@ class AlignmentContext:
             await asyncio.gather(*(client.ask(request) for request in requests))
 
         with Journal(journal) as done:
-            asyncio.run(ask(self.client(engine, done)))
+            asyncio.run(ask(self.cached(self.engine_client(engine), done)))
             return {request.id: completions_of(done[request.id]) for request in requests}
 
     # ---- judging ----
 
-    def check(self, cases: Sequence[tuple[dict[str, Any], str]]) -> list[bool]:
-        """Verify (truth, answer) pairs; programs run in the sandbox, each different one once."""
-        collected: list[tuple[str, str]] = []
-
-        def collect(program: str, tests: str) -> bool:
-            if (program, tests) not in self._programs:
-                collected.append((program, tests))
-            return False
-
-        for truth, answer in cases:
-            if truth.get("kind") == "code":
-                verify(truth, answer, collect)
-        if collected:
-            assert self._sandbox is not None
-            unique = list(dict.fromkeys(collected))
-            for start in range(0, len(unique), 64):
-                part = unique[start : start + 64]
-                for key, result in zip(part, self._sandbox.run_many(part), strict=True):
-                    self._programs[key] = result.passed
-                self.progress.tick(start + len(part), len(unique), "programs run")
-        return [verify(truth, answer, lambda p, t: self._programs[p, t]) for truth, answer in cases]
-
-    def rate(self, scorer: RewardScorer, conversations: Sequence[Sequence[Message]]) -> list[Any]:
-        """Ratings in portions, so that progress shows."""
-        out: list[Any] = []
-        for start in range(0, len(conversations), 512):
-            out += scorer.score(conversations[start : start + 512])
-            self.progress.tick(len(out), len(conversations), "answers rated")
-        return out
+    def judges(self, stack: ExitStack, folder: Path, *, reward_folder: Path | None, client: CachedClient) -> Judges:
+        """The judges of a stage, as long as the stack is open."""
+        reward, rater = self.recipe.judging.reward, None
+        if reward is not None and (reward.base_url or reward.folder):
+            ratings = stack.enter_context(Journal(folder / artifacts.RATING_CALLS.file))
+            rater = rater_of(reward, self.recipe.calls, ratings, chat_format=self.recipe.chat_format, tick=self.progress.tick)
+        elif reward is not None and reward_folder is not None:
+            rater = LocalRater(self.scorer(reward_folder), self.progress.tick)
+        return Judges(self.recipe.judging, self.verifier, rater, weights=self.weights, client=client)
 
 
 class _Tracked:

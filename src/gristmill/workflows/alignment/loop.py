@@ -7,6 +7,7 @@ Every round trains from Base; its prompts and first answers come from the last r
 blend, and earlier rounds' synthetic rows stay in it.
 """
 
+import asyncio
 import hashlib
 import json
 import random
@@ -20,33 +21,27 @@ from gristmill.core.progress import Progress
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Pair, Prompt, Rated, Response, make_id
 from gristmill.engine.engine import Engine
-from gristmill.evaluate import reward_bench as reward_evaluation
+from gristmill.evaluate import reward_bench
 from gristmill.evaluate.runner import MODES, score
+from gristmill.generation.cached import Client
+from gristmill.judge.judges import Judges, LocalRater
 from gristmill.judge.pairwise import TEMPLATE, Comparison, Verdict, compare
-from gristmill.judge.reward import RewardScorer
+from gristmill.judge.select import contested, select
 from gristmill.runs import artifacts
 from gristmill.train.settings import PreferenceTraining, Training
 from gristmill.workflows.alignment import monitors
+from gristmill.workflows.alignment.answering import answer, answer_pairs, prompt_demonstrations
 from gristmill.workflows.alignment.context import AlignmentContext
-from gristmill.workflows.alignment.judging import contested, holds, pair, respond, select, written
 from gristmill.workflows.alignment.prompt_generation import write_prompts
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 from gristmill.workflows.alignment.training import train_stage
+from gristmill.workflows.dataset.steps import KEPT_FILES, PAIR_FILES, PROMPT_FILES
 from gristmill.workflows.train import MODEL
 
 CODE_ROWS_MIN = 8
 HUMAN: list[artifacts.AnyArtifact] = [artifacts.HUMAN_DEMONSTRATIONS, artifacts.RATINGS, artifacts.EVALUATION]
-PROMPT_FILES: list[artifacts.AnyArtifact] = [
-    artifacts.PROMPTS,
-    artifacts.CONVERSATIONS,
-    artifacts.REFUSED,
-    artifacts.TOPICS,
-    artifacts.CALLS,
-]
-ANSWER_FILES: list[artifacts.AnyArtifact] = [artifacts.RESPONSES, artifacts.KEPT]
 MODEL_FILES: list[artifacts.AnyArtifact] = [artifacts.OUTCOMES, artifacts.EVALUATION_CALLS]
-PAIR_FILES: list[artifacts.AnyArtifact] = [artifacts.RESPONSES, artifacts.PAIRS]
 
 
 @dataclass
@@ -77,7 +72,6 @@ def run(recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: 
         return _run(context)
     finally:
         context.close()
-        context.run.close()
 
 
 def _run(context: AlignmentContext) -> dict[str, Any]:
@@ -112,12 +106,11 @@ def _data(context: AlignmentContext) -> State:
         for name, messages in asked:
             if contaminated(messages, context.held_out):
                 raise InputError(f"Human row {name} asks what the evaluation asks: take it out of one of the two files.")
-        base = context.engine("base", context.base_folder)
         whole = [d.messages for d in demonstrations if not d.parents] + [r.messages for r in ratings]
-        long = [messages for messages in whole if not holds(base, messages)]
+        long = [messages for messages in whole if not context.holds(messages)]
         if long:
             raise InputError(
-                f"{len(long)} human rows have more than the {base.model.config.max_positions} tokens of the model's context, the first is "
+                f"{len(long)} human rows have more than the {context.max_positions} tokens of the model's context, the first is "
                 f"{long[0][0].content[:60]!r}: take them out or shorten them."
             )
         artifacts.HUMAN_DEMONSTRATIONS.write(folder, demonstrations)
@@ -145,7 +138,7 @@ def _split_ratings(context: AlignmentContext, state: State) -> tuple[list[Rated]
 
 def _reward(context: AlignmentContext, state: State) -> None:
     rows, _ = _split_ratings(context, state)
-    settings = [context.recipe.reward.model_dump(), context.recipe.judging.weights, state.chain]
+    settings = [context.recipe.reward.model_dump(), list(context.weights), state.chain]
 
     def work(folder: Path) -> dict[str, Any]:
         return train_stage(context, "reward", context.base_folder, rows, context.recipe.reward, folder)
@@ -161,41 +154,43 @@ def _check_reward(context: AlignmentContext, state: State, instruct: Engine) -> 
         return
 
     def work(folder: Path) -> dict[str, Any]:
-        scorer = _scorer(context, state)
-        assert scorer is not None
+        assert state.reward_folder is not None
+        scorer = context.scorer(state.reward_folder)
         _, held = _split_ratings(context, state)
-        ratings = context.rate(scorer, [r.messages for r in held])
-        by_id = {r.id: scorer.total(x) for r, x in zip(held, ratings, strict=True)}
-        easy = reward_evaluation.easy_pairs(held)
-        answers = respond(context, [instruct], context.evaluation, scorer, context.recipe.seed, folder)
-        hard = reward_evaluation.hard_pairs([r for r in answers if r.verified is not None], 60)
+        ratings = asyncio.run(LocalRater(scorer, context.progress.tick).rate({r.id: r.messages for r in held}))
+        by_id = {name: scorer.total(rating) for name, rating in ratings.items()}
+
+        async def keep(rows: list[Response], judges: Judges) -> list[Response]:
+            return rows
+
+        client = context.engine_client(instruct)
+        seed = context.recipe.seed
+        answers = answer(context, client, context.evaluation, seed, folder=folder, reward_folder=state.reward_folder, work=keep)
+        easy = reward_bench.easy_pairs(held)
+        hard = reward_bench.hard_pairs([r for r in answers if r.verified is not None], 60)
         sides = {
             "easy": [(a.task, a.messages[:-1], a.messages[-1].content, b.messages[-1].content, by_id[a.id], by_id[b.id]) for a, b in easy],
             "hard": [(a.task, a.messages, a.text, b.text, a.score or 0.0, b.score or 0.0) for a, b in hard],
         }
-        out: dict[str, Any] = {"correlation": reward_evaluation.correlations(held, ratings), "llm_judge": {}}
+        out: dict[str, Any] = {"correlation": reward_bench.correlations(held, [ratings[r.id] for r in held]), "llm_judge": {}}
         for name, pairs in sides.items():
             tasks = [p[0] for p in pairs]
-            out[name] = reward_evaluation.pair_accuracy(tasks, [good > bad for *_, good, bad in pairs])
+            out[name] = reward_bench.pair_accuracy(tasks, [good > bad for *_, good, bad in pairs])
             comparisons = [Comparison(f"{name}-{i}", p[1], p[2], p[3]) for i, p in enumerate(pairs)]
             verdicts: dict[str, Verdict] = dict.fromkeys((c.id for c in comparisons), "unparsed")
-            verdicts |= {c.id: v for c, v in compare(instruct, [c for c in comparisons if _readable(instruct, c)])}
-            out["llm_judge"][name] = reward_evaluation.judge_accuracy(tasks, comparisons, verdicts)
+            verdicts |= {c.id: v for c, v in compare(instruct, [c for c in comparisons if _readable(context, c)])}
+            out["llm_judge"][name] = reward_bench.judge_accuracy(tasks, comparisons, verdicts)
         return out
 
-    state_inputs = [state.chain, context.recipe.responses.model_dump()]
-    done = context.run.stage("reward-check", state_inputs, work)
+    inputs = [state.chain, context.recipe.answers.model_dump()]
+    done = context.run.stage("reward-check", inputs, work, artifacts=[artifacts.RESPONSES])
     context.reward_report = {k: done.summary[k] for k in ("easy", "hard", "llm_judge", "correlation")}
 
 
-def _readable(judge: Engine, c: Comparison) -> bool:
+def _readable(context: AlignmentContext, c: Comparison) -> bool:
     """Whether a judge has room for both answers at once."""
     request = "\n".join(f"{m.role}: {m.content}" for m in c.messages)
-    return holds(judge, (Message("user", TEMPLATE.format(request=request, a=c.first, b=c.second)), Message("assistant", "A")))
-
-
-def _scorer(context: AlignmentContext, state: State) -> RewardScorer | None:
-    return context.scorer(state.reward_folder) if state.reward_folder else None
+    return context.holds((Message("user", TEMPLATE.format(request=request, a=c.first, b=c.second)), Message("assistant", "A")))
 
 
 # ---- one round ----
@@ -204,9 +199,9 @@ def _scorer(context: AlignmentContext, state: State) -> RewardScorer | None:
 def _round(context: AlignmentContext, state: State, number: int, generator: str) -> str:
     """One round; returns the name of its last model."""
     recipe, human_only = context.recipe, context.recipe.control == "human-only"
-    engine = context.engine(generator, state.models[generator])
-    prompts, whole = ([], []) if human_only else _prompts(context, state, number, engine)
-    code, general, answers = _answers(context, state, number, engine, prompts, whole)
+    client = context.client(number, state.models, generator)
+    prompts, whole = ([], []) if human_only else _prompts(context, state, number, client)
+    code, general, answers = _answers(context, state, number, client, prompts, whole)
     human_code = [d for d in state.demonstrations if d.task in context.source.code_tasks]
     start = context.base_folder
     rows = code if recipe.control == "replace" else [*human_code, *code]
@@ -226,11 +221,11 @@ def _round(context: AlignmentContext, state: State, number: int, generator: str)
         pool = contested(prompts, answers, settings.num_prompts)
         offset = i * settings.num_prompts
         chosen = [pool[(offset + k) % len(pool)] for k in range(min(settings.num_prompts, len(pool)))]
-        engines = [context.engine(current, state.models[current])]
+        client = context.engine_client(context.engine(current, state.models[current]))
         if human_only:
             pairs = _human_pairs(_split_ratings(context, state)[0], settings.num_pairs, seed=number * 100 + i)
         else:
-            pairs = _pairs(context, state, f"r{number}-{name}-pairs", engines, chosen, settings)
+            pairs = _pairs(context, state, f"r{number}-{name}-pairs", client, chosen, settings)
         if not pairs:  # no prompt had answers of different quality: the model stays as it is, and the report says so
             continue
         state.pairs += 0 if human_only else len(pairs)
@@ -240,45 +235,50 @@ def _round(context: AlignmentContext, state: State, number: int, generator: str)
     return current
 
 
-def _prompts(context: AlignmentContext, state: State, number: int, engine: Engine) -> tuple[list[Prompt], list[Demonstration]]:
+def _prompts(context: AlignmentContext, state: State, number: int, client: Client) -> tuple[list[Prompt], list[Demonstration]]:
     """This round's prompts, and conversations that were written whole."""
-    inputs = [state.chain, context.recipe.writing.model_dump(mode="json"), context.recipe.control, number]
-    answered = set() if context.recipe.control == "replace" else {parent for d in state.synthetic for parent in d.parents}
+    recipe = context.recipe
+    writing = recipe.model_dump(mode="json", include={"templates", "topics", "pipelines"})
+    inputs = [state.chain, writing, recipe.control, number, [g.identity for g in context.generators(number)]]
+    answered = set() if recipe.control == "replace" else {parent for d in state.synthetic for parent in d.parents}
 
     def work(folder: Path) -> dict[str, Any]:
-        return write_prompts(context, engine, number, state.seen, answered, folder)[2]
+        return write_prompts(context, client, number, seen=state.seen, answered=answered, folder=folder)
 
     done = context.run.stage(f"r{number}-prompts", inputs, work, artifacts=PROMPT_FILES)
-    folder = done.folder
-    prompts = artifacts.PROMPTS.read(folder)
+    prompts = artifacts.PROMPTS.read(done.folder)
     state.seen |= {normalize_prompt(p.messages) for p in prompts}
     state.chain = done.fingerprint
     if not prompts:
         raise InputError(f"Round {number} has no prompts left: see the funnel in {done.folder}/done.json.")
-    return prompts, artifacts.CONVERSATIONS.read(folder)
+    return prompts, artifacts.CONVERSATIONS.read(done.folder)
 
 
 def _answers(
-    context: AlignmentContext, state: State, number: int, engine: Engine, prompts: Sequence[Prompt], whole: Sequence[Demonstration]
+    context: AlignmentContext, state: State, number: int, client: Client, prompts: Sequence[Prompt], whole: Sequence[Demonstration]
 ) -> tuple[list[Demonstration], list[Demonstration], list[Response]]:
     """Kept answers of this round (and, unless replaced, of earlier ones): for code SFT, and for general SFT. And all of this one's."""
-    recipe, code_tasks = context.recipe, context.source.code_tasks
+    recipe, judging, code_tasks = context.recipe, context.recipe.judging, context.source.code_tasks
     answers: list[Response] = []
     if prompts:
 
         def work(folder: Path) -> dict[str, Any]:
-            responses = respond(context, [engine], prompts, _scorer(context, state), recipe.seed * 1000 + number, folder)
-            quotas = {t: recipe.judging.code_quota if t in code_tasks else recipe.judging.quota for t in {p.task for p in prompts}}
-            kept, funnel = select(context, responses, quotas, number)
-            kept += [*written(prompts, kept, recipe.judging.writing_quota), *whole]
-            artifacts.KEPT.write(folder, kept)
-            return {"funnel": funnel, "kept": len(kept)}
+            async def keep(rows: list[Response], judges: Judges) -> dict[str, Any]:
+                quotas = dict.fromkeys(code_tasks, judging.max_code_per_task)
+                topics = {p.id: p.parents[-1] for p in prompts if p.parents}
+                kept, funnel = select(rows, judging, number, control=recipe.control, topics=topics, quotas=quotas)
+                kept += [*prompt_demonstrations(prompts, kept, judging.max_prompts_per_task), *whole]
+                artifacts.KEPT.write(folder, kept)
+                return {"funnel": funnel, "kept": len(kept)}
 
-        inputs = [state.chain, recipe.responses.model_dump(), recipe.judging.model_dump()]
-        done = context.run.stage(f"r{number}-answers", inputs, work, artifacts=ANSWER_FILES)
-        folder = done.folder
-        kept = artifacts.KEPT.read(folder)
-        answers = artifacts.RESPONSES.read(folder)
+            seed = recipe.seed * 1000 + number
+            return answer(context, client, prompts, seed, folder=folder, reward_folder=state.reward_folder, work=keep)
+
+        generators = [g.identity for g in context.generators(number)]
+        inputs = [state.chain, recipe.answers.model_dump(), judging.model_dump(mode="json"), generators]
+        done = context.run.stage(f"r{number}-answers", inputs, work, artifacts=[*KEPT_FILES, artifacts.CALLS])
+        kept = artifacts.KEPT.read(done.folder)
+        answers = artifacts.RESPONSES.read(done.folder)
         state.synthetic = kept if recipe.control == "replace" else [*state.synthetic, *kept]
         state.chain = done.fingerprint
     code = [d for d in state.synthetic if d.task in code_tasks]
@@ -292,25 +292,24 @@ def _repeat(code: list[Demonstration], share: float, num_general: int, number: i
 
 
 def _pairs(
-    context: AlignmentContext, state: State, name: str, engines: Sequence[Engine], prompts: Sequence[Prompt], settings: PreferenceTraining
+    context: AlignmentContext, state: State, name: str, client: Client, prompts: Sequence[Prompt], settings: PreferenceTraining
 ) -> list[Pair]:
     def work(folder: Path) -> dict[str, Any]:
         seed = context.recipe.seed * 1000 + len(context.run.stages)
-        responses = respond(context, engines, prompts, _scorer(context, state), seed, folder)
-        pairs, facts = pair(context, responses, settings, seed)
+        pairs, facts = answer_pairs(context, client, prompts, settings, seed, folder=folder, reward_folder=state.reward_folder)
         pairs = pairs[: settings.num_pairs]
         artifacts.PAIRS.write(folder, pairs)
         return {**facts, "pairs": len(pairs)}
 
     inputs = [
         state.chain,
-        context.recipe.responses.model_dump(),
-        context.recipe.judging.model_dump(),
+        context.recipe.answers.model_dump(),
+        context.recipe.judging.model_dump(mode="json"),
         settings.num_prompts,
         settings.num_pairs,
-        settings.min_chosen,
+        settings.keep_chosen,
     ]
-    done = context.run.stage(name, inputs, work, artifacts=PAIR_FILES)
+    done = context.run.stage(name, inputs, work, artifacts=[*PAIR_FILES, artifacts.CALLS])
     state.chain = done.fingerprint
     return artifacts.PAIRS.read(done.folder)
 
@@ -372,14 +371,14 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
         scores = score(
             context.evaluation,
             lambda requests: context.generate(engine, requests, folder / "evaluation.jsonl"),
-            context.check,
-            context.recipe.responses.max_tokens,
+            context.verifier.verify,
+            context.recipe.answers.max_tokens,
             context.recipe.seed,
         )
         artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
         return {**facts, **scores}
 
-    done = context.run.stage(name, [inputs, context.recipe.responses.max_tokens], trained, artifacts=MODEL_FILES)
+    done = context.run.stage(name, [inputs, context.recipe.answers.max_tokens], trained, artifacts=MODEL_FILES)
     folder = done.folder
     state.models[name] = folder / MODEL
     state.chain = done.fingerprint

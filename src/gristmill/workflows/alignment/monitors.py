@@ -8,7 +8,6 @@ from gristmill.data.chat import Message
 from gristmill.evaluate import diversity as collapse
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.workflows.alignment.context import AlignmentContext
-from gristmill.workflows.alignment.judging import holds
 
 if TYPE_CHECKING:
     from gristmill.workflows.alignment.loop import State
@@ -23,7 +22,7 @@ def measure(context: AlignmentContext, state: "State", name: str, number: int) -
         engine, base = context.engine(name, state.models[name]), context.engine("base", context.base_folder)
         # shuffled, because the token budget cuts the texts off at the end
         prompts = random.Random(context.recipe.seed).sample(context.evaluation, min(SAMPLES, len(context.evaluation)))
-        sampling = SamplingParams(temperature=1.0, max_tokens=context.recipe.responses.max_tokens)
+        sampling = SamplingParams(temperature=1.0, max_tokens=context.recipe.answers.max_tokens)
         requests = [Request(f"{p.id}-monitor", p.messages, sampling, context.recipe.seed) for p in prompts]
         replies = context.generate(engine, requests, folder / "samples.jsonl")
         talks = [(*p.messages, Message("assistant", replies[f"{p.id}-monitor"][0].text)) for p in prompts]
@@ -34,7 +33,7 @@ def measure(context: AlignmentContext, state: "State", name: str, number: int) -
             [t[-1].content for t in talks], context.tokenizer.encode, context.recipe.collapse.tokens, [m[-1].content for m in human]
         )
         now["human_nll"] = _nll(engine.loglikelihood(human))
-        now["base_nll"] = _nll(base.loglikelihood([t for t in talks if holds(base, t)]))
+        now["base_nll"] = _nll(base.loglikelihood([t for t in talks if context.holds(t)]))
         first = state.collapse[0]["values"] if state.collapse else now
         return {"values": {k: round(v, 4) for k, v in now.items()}, "alarms": collapse.alarms(now, first)}
 

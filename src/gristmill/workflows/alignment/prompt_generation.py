@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gristmill.data.rows import Demonstration, Prompt, Refused, TopicRow
-from gristmill.engine.engine import Engine
+from gristmill.data.rows import Demonstration, Prompt, Refused
 from gristmill.generation.api import SamplingParams
+from gristmill.generation.cached import Client
+from gristmill.generation.mixture import opened, shown
 from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
 from gristmill.synth.pipelines.base import Inputs
@@ -18,19 +19,20 @@ from gristmill.synth.registry import Pipelines, Written, write
 from gristmill.synth.writer import Writer
 from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
+from gristmill.workflows.dataset.steps import write_topics
 
 
 def write_prompts(
-    context: AlignmentContext, engine: Engine, round_number: int, seen: set[str], answered: set[str], folder: Path
-) -> tuple[list[Prompt], list[Demonstration], dict[str, Any]]:
-    """A round's prompts, deduplicated against `seen` (earlier rounds and human rows) and decontaminated.
+    context: AlignmentContext, client: Client, number: int, *, seen: set[str], answered: set[str], folder: Path
+) -> dict[str, Any]:
+    """A round's prompts, deduplicated against `seen` (earlier rounds and human rows) and decontaminated, in random order.
 
     Prompts of a file are asked in every round until an answer was kept: `answered` are the ids of those.
 
     Returns:
-        prompts in random order, conversations that a pipeline wrote whole, and the funnel: how many were dropped and why.
+        the funnel (how many were dropped and why), topics by task, and how many conversations pipelines wrote whole.
     """
-    seed = context.recipe.seed * 1000 + round_number
+    seed = context.recipe.seed * 1000 + number
     funnel: Counter[str] = Counter()
     kept: list[Prompt] = []
     refused: list[Refused] = []
@@ -44,15 +46,21 @@ def write_prompts(
         else:
             seen.add(normalize_prompt(given.messages))
             kept.append(replace(given, truth=None) if context.recipe.control == "reward-only" else given)
-    responses = context.recipe.responses
-    answering = SamplingParams(temperature=min(responses.temperatures), max_tokens=responses.max_tokens)
-    with Journal(folder / "calls.jsonl") as journal:
-        writer = Writer(context.client(engine, journal), context.pack, seed, answering)
-        before = len(kept)
-        whole, topics = asyncio.run(_write(context, writer, seen, refused, kept))
-    given_ids = {p.id for p in context.source.prompts()}
-    written = [r for r in refused if r.id not in given_ids]
-    funnel["written"] = len(kept) - before + len(written)
+    num_given, given_refused = len(kept), len(refused)
+    answers = context.recipe.answers
+    answering = SamplingParams(temperature=min(answers.temperatures), max_tokens=answers.max_tokens)
+
+    async def go(journal: Journal) -> tuple[Writer, list[Demonstration], dict[str, int]]:
+        async with opened(client):
+            writer = Writer(context.cached(client, journal), context.templates, seed, answering)
+            async with shown(writer.client, context.progress.tick):
+                whole, topics = await _write(context, writer, seen, refused, kept)
+        return writer, whole, topics
+
+    with Journal(folder / artifacts.CALLS.file) as journal:
+        writer, whole, topics = asyncio.run(go(journal))
+    written = refused[given_refused:]
+    funnel["written"] = len(kept) - num_given + len(written)
     funnel.update(r.reason for r in written)
     funnel.update(writer.dropped)
     funnel["kept"] = len(kept)
@@ -60,8 +68,8 @@ def write_prompts(
     artifacts.PROMPTS.write(folder, kept)
     artifacts.CONVERSATIONS.write(folder, whole)
     artifacts.REFUSED.write(folder, refused)
-    artifacts.TOPICS.write(folder, [TopicRow(t.id, t.text, t.origin) for t in writer.topics.values()])
-    return kept, whole, {"funnel": dict(funnel), "topics": topics, "conversations": len(whole)}
+    write_topics(folder, writer)
+    return {"funnel": dict(funnel), "topics": topics, "conversations": len(whole)}
 
 
 async def _write(
@@ -72,7 +80,7 @@ async def _write(
     Returns:
         whole conversations, and how many different topics each task's prompts grew from.
     """
-    settings, inputs = context.recipe.writing, Inputs(tasks=context.source.tasks)
+    settings, inputs = context.recipe, Inputs(tasks=context.source.tasks)
     first = await write(writer, settings.topics, settings.pipelines.model_copy(update={"two_turn": None}), inputs)
     _keep(context, first.prompts, seen, refused, kept)
     openings = [p for p in kept if len(p.messages) == 1 and p.task not in context.source.code_tasks]

@@ -1,4 +1,4 @@
-"""The recipe of a run of the mill."""
+"""The recipe of an alignment run."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -6,14 +6,17 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from gristmill.core.config import RECIPES, NameOrPath, Recipe, Section, read, resolved
 from gristmill.data.human import HumanData
+from gristmill.generation.settings import Calls, GeneratorSettings
+from gristmill.judge.settings import Control, Judging, Reward
 from gristmill.synth.pipelines.by_task import ByTask
 from gristmill.synth.pipelines.topics import Topics
 from gristmill.synth.registry import Pipelines
 from gristmill.train.settings import PreferenceTraining, Training
+from gristmill.workflows.dataset.recipe import Answers
 
 World = Literal["miniature"]
-CONTROLS = ("unfiltered", "random-filter", "reward-only", "human-only", "replace")
-Control = Literal["unfiltered", "random-filter", "reward-only", "human-only", "replace"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
+OF_WORLD = ("templates", "topics", "pipelines")  # sections that a world's own recipe has in another way than the defaults
 
 
 def _model_path(name: str, info: ValidationInfo) -> str:
@@ -23,38 +26,27 @@ def _model_path(name: str, info: ValidationInfo) -> str:
 BaseModelPath = Annotated[str, AfterValidator(_model_path)]
 
 
-class Writing(Section):
-    """What a round's generator writes: the pipelines of `gristmill synth`. The second turns grow from the round's other prompts."""
+class EngineSettings(Section):
+    """How the run's models generate."""
 
-    templates: NameOrPath = Field("default", description="a shipped pack of templates, or a file of them")
-    topics: Topics = Field(Topics(macro=0, subtopics=0), description="for the pipelines that need topics")
-    pipelines: Pipelines = Field(Pipelines(by_task=ByTask()), description="which pipelines write, and how much")
-
-
-class Responses(Section):
-    """How answers are drawn."""
-
-    samples: int = Field(4, gt=0, description="answers a prompt and generator, spread over the temperatures")
-    temperatures: tuple[float, ...] = (0.7, 1.0)
-    max_tokens: int = Field(80, gt=0)
-    max_batch: int = Field(256, gt=0)
-    precision: Literal["fp32", "bf16", "int8"] = Field("fp32", description="of generation; int8: products in int8, all else in bf16")
+    max_batch: int = Field(256, gt=0, description="most responses in flight")
+    precision: Literal["fp32", "bf16", "int8"] = Field("fp32", description="of generation; int8: matrix products in int8, all else in bf16")
 
 
-class Judging(Section):
-    """What is kept."""
+class AlignmentJudging(Judging):
+    """Who judges answers, and what is kept, a round."""
 
-    weights: str = Field("goodness", description="named set of aggregation weights of the reward model")
-    min_correctness: float = Field(2.5, description="predicted correctness of an answer that no verifier can check")
-    keep_per_prompt: int = Field(2, gt=0)
-    pairs_per_prompt: int = Field(2, gt=0)
-    quota: int = Field(400, gt=0, description="answers kept a task and round for general SFT")
-    writing_quota: int = Field(150, ge=0, description="prompts of kept answers a task and round that general SFT learns to write")
-    code_quota: int = Field(400, gt=0, description="answers kept a round for code SFT")
+    reward: Reward | None = Field(Reward(weights="goodness"), description="default: the reward model that the run trains on data.ratings")
+    keep: str = Field("correctness >= 2.5", description="condition on attributes and score of an answer that no verifier can check")
+    keep_chosen: str = Field("correctness >= 2", description="condition on the chosen answer of a pair that the reward model decides")
+    max_per_prompt: int = Field(2, gt=0, description="answers kept a prompt")
+    max_per_task: int = Field(400, gt=0, description="answers kept a task and round for general SFT")
+    max_code_per_task: int = Field(400, gt=0, description="answers kept a task and round for code SFT")
+    max_prompts_per_task: int = Field(150, ge=0, description="prompts of kept answers a task and round that general SFT learns to write")
     code_share: float = Field(0.02, ge=0, le=1, description="share of code-SFT answers repeated in general SFT")
-    min_votes: int = Field(1, gt=0, description="samples that must agree on an answer that no verifier can check")
-    verified_gap: float = Field(2.0, gt=0, description="reward gap of a pair that a verifier decided")
-    min_gap: float = Field(1.5, ge=0, description="smallest reward gap of a pair that the reward model decided")
+    max_pairs_per_prompt: int = Field(2, gt=0)
+    min_gap: float = Field(1.5, ge=0, description="smallest reward gap of a pair that the reward model decides")
+    near_duplicates: float = Field(1.0, gt=0, le=1, description="Jaccard similarity from which two answers make no pair; 1: off")
 
 
 class Collapse(Section):
@@ -65,9 +57,9 @@ class Collapse(Section):
 
 
 class AlignmentRecipe(Recipe):
-    """A whole run."""
+    """A whole alignment run."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset({"rounds", "threads"})
+    may_change: ClassVar[frozenset[str]] = frozenset({"rounds", "threads", "device", "calls"})
 
     kind: Literal["alignment"] = "alignment"
     name: str = Field("miniature", pattern=r"^[A-Za-z0-9._-]+$")
@@ -79,10 +71,16 @@ class AlignmentRecipe(Recipe):
     rpo_iterations: int = Field(3, ge=0)
     control: Control | None = None
     threads: int | None = Field(None, gt=0, description="CPU threads; default all cores")
+    device: str = Field("auto", description="where models compute: auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     data: HumanData = HumanData()
-    writing: Writing = Writing()
-    responses: Responses = Responses()
-    judging: Judging = Judging()
+    generators: tuple[GeneratorSettings, ...] = Field((), description="who writes prompts and answers; none: the latest model of the run")
+    calls: Calls = Calls()
+    templates: NameOrPath = Field("default", description="a shipped pack of prompt templates, or a file of them")
+    topics: Topics = Field(Topics(macro=0, subtopics=0), description="for the pipelines that need topics")
+    pipelines: Pipelines = Field(Pipelines(by_task=ByTask()), description="which pipelines write prompts, and how many")
+    answers: Answers = Answers(max_tokens=80)
+    engine: EngineSettings = EngineSettings()
+    judging: AlignmentJudging = AlignmentJudging()
     collapse: Collapse = Collapse()
     demonstration_sft: Training = Training(lr=1e-3, epochs=15, batch_size=16)
     reward: Training = Training(lr=1e-3, epochs=3, batch_size=32)
@@ -94,15 +92,16 @@ class AlignmentRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        """A training section that is given in part keeps the rest of its own defaults, e.g. `rpo: {lr: 1e-5}` stays RPO."""
+        """A section that is given in part keeps the rest of its own defaults, e.g. `rpo: {lr: 1e-5}` stays RPO."""
         if not isinstance(values, dict):
             return values
         merged = dict(values)
-        if values.get("world") in get_args(World) and isinstance(given := values.get("writing", {}), dict):  # a world has its own way
-            merged["writing"] = {**read(RECIPES / f"{values['world']}.yaml")["writing"], **given}
+        if values.get("world") in get_args(World):  # a world has its own way to write prompts
+            shipped = read(RECIPES / f"{values['world']}.yaml")
+            merged = {**{name: shipped[name] for name in OF_WORLD}, **merged}
         for name, given in merged.items():
             default = cls.model_fields[name].default if name in cls.model_fields else None
-            if isinstance(default, Training) and isinstance(given, dict):
+            if isinstance(default, Training | Answers) and isinstance(given, dict):
                 kept = default.model_dump(exclude_unset=True)
                 for one, other in (("steps", "epochs"), ("epochs", "steps")):
                     if given.get(one) is not None:
@@ -117,5 +116,8 @@ class AlignmentRecipe(Recipe):
         return self
 
     def changed(self, old: dict[str, Any]) -> list[str]:
-        """As `Recipe.changed`; rounds may grow, not shrink."""
-        return [*super().changed(old), *(["rounds, which may grow, not shrink"] if self.rounds < old.get("rounds", 0) else [])]
+        """As `Recipe.changed`; rounds may grow, not shrink, and of the generators only what decides who answers what counts."""
+        asked = [GeneratorSettings.model_validate(g).identity for g in old.get("generators", ())]
+        same = asked == [g.identity for g in self.generators]
+        fewer = ["rounds, which may grow, not shrink"] if self.rounds < old.get("rounds", 0) else []
+        return [key for key in super().changed(old) if key != "generators" or not same] + fewer

@@ -10,7 +10,7 @@ from gristmill.data.rows import Demonstration, Prompt, Rated, make_id
 from gristmill.synth.templates import Template
 
 
-class Source(Protocol):
+class DataSource(Protocol):
     """Supplies a run. Only `evaluation` and verifiers know truths."""
 
     @property

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gristmill.model.reward import REWARD_WEIGHTS
 from gristmill.train.settings import Training
 from gristmill.workflows.alignment.context import AlignmentContext, on_step
 from gristmill.workflows.train import train_model
@@ -23,7 +22,7 @@ def train_stage(context: AlignmentContext, kind: str, start: Path, rows: Sequenc
         chat_format=context.format,
         seed=context.recipe.seed,
         checkpoint_every=CHECKPOINT_SECONDS,
-        weights=REWARD_WEIGHTS[context.recipe.judging.weights],
+        weights=context.weights or None,
         on_step=on_step(context.progress),
     )
     return {

@@ -5,17 +5,22 @@ export/preference.jsonl, preference.parquet      `prompt`, `chosen`, `rejected` 
 export/nemo_aligner.jsonl                        `prompt`, `chosen_response`, `rejected_response` and both rewards, as text
 """
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from gristmill.data.chat import to_dicts
 from gristmill.data.rows import Demonstration, Pair
+from gristmill.runs import artifacts
+from gristmill.runs.journal import Journal
 from gristmill.workflows.dataset.recipe import DatasetRecipe
+
+Item = TypeVar("Item")
 
 
 def export(folder: Path, recipe: DatasetRecipe, results: dict[str, Any], kept: Sequence[Demonstration], compared: Sequence[Pair]) -> None:
@@ -89,9 +94,9 @@ def card(recipe: DatasetRecipe, results: dict[str, Any], kept: Sequence[Demonstr
         "size_categories": [next((name for most, name in sizes if num < most), "1M<n<10M")],
         "configs": [{"config_name": name, "data_files": f"export/{name}.parquet"} for name, rows in configs if rows],
     }
-    writers = ", ".join(f"`{m.model}`" for m in recipe.models) or f"`{recipe.folder.name if recipe.folder else ''}` (in process)"
+    writers = ", ".join(f"`{g.model}`" if g.base_url else f"`{g.folder.name if g.folder else ''}` (in process)" for g in recipe.generators)
     reward = recipe.judging.reward
-    named = (reward.model if reward.base_url else Path(reward.model).name) if reward else ""
+    named = (reward.model if reward.base_url else reward.folder.name if reward.folder else "") if reward else ""
     judge = f"`{named}`, weights {reward.weights}" if reward else "none"
     tasks = Counter(d.task for d in kept)
     compared_tasks = Counter(p.task for p in compared)
@@ -120,3 +125,35 @@ def card(recipe: DatasetRecipe, results: dict[str, Any], kept: Sequence[Demonstr
         "",
     ]
     return "\n".join(lines)
+
+
+def write_calls(folder: Path) -> int:
+    """All journals of a run as `calls.parquet`, a few thousand rows at a time; returns the number of calls."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ("id", "model", "for", "error")
+    schema = pa.schema([*((name, pa.string()) for name in names), ("parents", pa.list_(pa.string())), ("answers", pa.list_(pa.string()))])
+    path = folder / "calls.parquet"
+    temporary = path.with_name(path.name + ".tmp")
+    num = 0
+    with pq.ParquetWriter(temporary, schema) as writer:
+        for found in sorted(folder.glob(f"*/{artifacts.CALLS.file}")):
+            with Journal(found, read_only=True) as journal:
+                for part in batched(journal.values(), 4096):
+                    rows = [
+                        {name: r.get(name) for name in names}
+                        | {"parents": r.get("parents") or [], "answers": [out[0] for out in r.get("out", ())]}
+                        for r in part
+                    ]
+                    writer.write_table(pa.Table.from_pylist(rows, schema))
+                    num += len(rows)
+    temporary.replace(path)
+    return num
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Items in lists of a size, the last one shorter."""
+    stream = iter(items)
+    while part := list(itertools.islice(stream, size)):
+        yield part

@@ -5,8 +5,9 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from gristmill.core.config import FilePath, NameOrPath, Recipe, Section
-from gristmill.generation.settings import Calls, Model
-from gristmill.judge.settings import Reward
+from gristmill.generation.api import SamplingParams
+from gristmill.generation.settings import Calls, GeneratorSettings
+from gristmill.judge.settings import Judging
 from gristmill.synth.dialogues import Dialogues
 from gristmill.synth.pipelines.topics import Topics
 from gristmill.synth.registry import Pipelines
@@ -19,25 +20,11 @@ class Answers(Section):
     temperatures: tuple[float, ...] = Field((0.7, 1.0), min_length=1)
     max_tokens: int = Field(1024, gt=0)
 
-
-class Judging(Section):
-    """What is kept. The order of judges: truth or verifier, language model, reward model."""
-
-    reward: Reward | None = None
-    llm: bool = Field(
-        False,
-        description="let the first generator compare answers that no verifier decides, in both orders; the reward model decides the rest",
-    )
-    keep: str = Field(
-        "", description="condition on attributes and score of an answer to keep, such as `correctness >= 3 and verbosity <= 2`"
-    )
-    quota: int = Field(10_000, gt=0, description="answers kept a task, the best first")
-    quota_per_topic: int = Field(10_000, gt=0, description="answers kept a topic, so that none crowds out the others")
-    keep_per_prompt: int = Field(1, gt=0)
-    min_gap: float = Field(0.5, ge=0, description="smallest reward gap of a pair")
-    min_chosen: float | None = Field(None, description="lowest reward of a chosen answer")
-    verified_gap: float = Field(2.0, gt=0, description="reward gap of a pair that a verifier or a language model decided")
-    pairs_per_task: int = Field(10_000, gt=0, description="most pairs a task, so that easy tasks do not fill the set")
+    def sampling(self) -> list[SamplingParams]:
+        """How the answers at each temperature are drawn; none where there are more temperatures than samples."""
+        share, more = divmod(self.samples, len(self.temperatures))
+        counts = [share + (i < more) for i in range(len(self.temperatures))]
+        return [SamplingParams(temperature=t, max_tokens=self.max_tokens, n=n) for t, n in zip(self.temperatures, counts, strict=True) if n]
 
 
 class DatasetRecipe(Recipe):
@@ -45,15 +32,15 @@ class DatasetRecipe(Recipe):
 
     # These decide who is called how, and what is kept, and no call.
     may_change: ClassVar[frozenset[str]] = frozenset(
-        {"calls", "judging", "near_duplicates", "licence", "context", "answers", "dialogues", "pipelines"}
+        {"calls", "judging", "near_duplicates", "licence", "context", "answers", "dialogues", "pipelines", "device"}
     )
 
     kind: Literal["dataset"] = "dataset"
     name: str = Field("dataset", pattern=r"^[A-Za-z0-9._-]+$")
     seed: int = 0
-    models: tuple[Model, ...] = Field((), description="who writes: models behind endpoints")
-    folder: FilePath | None = Field(None, description="who writes instead: a model folder, run in process")
+    generators: tuple[GeneratorSettings, ...] = Field((), description="who writes: endpoints and model folders, by weight")
     chat_format: Literal["auto", "nemotron", "chatml", "llama3"] = "auto"
+    device: str = Field("auto", description="where model folders compute: auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     context: int = Field(8192, gt=0, description="tokens that fit into the models, for documents that are too long")
     templates: NameOrPath = Field("default", description="a shipped pack, or a file of templates")
     calls: Calls = Calls()
@@ -71,14 +58,16 @@ class DatasetRecipe(Recipe):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if bool(self.models) == (self.folder is not None):
-            raise ValueError("give either models (endpoints) or folder (a model in process)")
+        if not self.generators:
+            raise ValueError("generators: name at least one endpoint (base_url and model) or folder")
+        if any(g.checkpoint or g.rounds for g in self.generators):
+            raise ValueError("generators: checkpoint and rounds are for alignment runs")
         if not self.pipelines.named():
             raise ValueError("name at least one pipeline")
         return self
 
     def changed(self, old: dict[str, Any]) -> list[str]:
-        """As `Recipe.changed`; of the models only what decides who answers what counts."""
-        asked = [[model["model"], model["kind"], model["weight"]] for model in old.get("models", ())]
-        same = asked == [[model.model, model.kind, model.weight] for model in self.models]
-        return [key for key in super().changed(old) if key != "models" or not same]
+        """As `Recipe.changed`; of the generators only what decides who answers what counts."""
+        asked = [GeneratorSettings.model_validate(g).identity for g in old.get("generators", ())]
+        same = asked == [g.identity for g in self.generators]
+        return [key for key in super().changed(old) if key != "generators" or not same]

@@ -1,50 +1,48 @@
-"""A dataset run: a folder that says what was asked, answered, judged and kept, and that is taken up where it was cut off.
+"""A dataset run: prompts, answers and judgements as stages of a run folder, then the files that other tools read.
 
-runs/NAME/recipe.yaml          the resolved recipe
-runs/NAME/journal.jsonl        every call that ended, with its answer as it came
-runs/NAME/calls.parquet        the same, for queries, written at the end
-runs/NAME/prompts.parquet, responses.parquet, demonstrations.parquet, pairs.parquet
+runs/NAME/00-prompts/          calls.jsonl (every call that ended, with its answer as it came), prompts, conversations, topics, refused
+runs/NAME/01-answers/          calls.jsonl, responses as they came
+runs/NAME/02-judging/          ratings.jsonl and calls.jsonl of endpoints, responses judged, kept, pairs
+runs/NAME/calls.parquet        all calls, for queries
 runs/NAME/export/, README.md   files that other tools read, and the dataset card
 runs/NAME/results.json
 """
 
 import asyncio
+import hashlib
+import random
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from gristmill.core.config import dump, read
 from gristmill.core.errors import InputError
-from gristmill.core.io import lock, write_json
 from gristmill.core.progress import Progress
-from gristmill.data.rows import Prompt, Response, write_rows
-from gristmill.generation.api import SamplingParams
+from gristmill.data.rows import Demonstration, Prompt, Refused, Response, make_id
 from gristmill.generation.cached import CachedClient, Client
-from gristmill.generation.endpoint import Endpoint
-from gristmill.judge.backends import check_reward, source_of
+from gristmill.generation.mixture import opened, shown, usage_of
+from gristmill.judge.backends import check_reward, client_of, engine_client, rater_of
 from gristmill.judge.filter_expr import FilterExpr
+from gristmill.judge.judges import Judges, Rater
+from gristmill.judge.programs import is_code
+from gristmill.judge.reward_client import weight_set
+from gristmill.judge.select import pair, select
+from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
+from gristmill.runs.run_dir import RunDir, Stage
 from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.registry import Written, first, write
 from gristmill.synth.templates import TemplatePack
 from gristmill.synth.writer import DryRun, Writer
 from gristmill.workflows.dataset import inputs
-from gristmill.workflows.dataset.export import export
-from gristmill.workflows.dataset.judging import Judges
-from gristmill.workflows.dataset.recipe import Answers, DatasetRecipe
-from gristmill.workflows.dataset.select import distinct
+from gristmill.workflows.dataset.export import export, write_calls
+from gristmill.workflows.dataset.recipe import DatasetRecipe
+from gristmill.workflows.dataset.steps import ANSWER_FILES, PROMPT_FILES, answer_prompts, distinct, open_verifier, write_topics
 
-TICK = 0.5  # seconds
-Item = TypeVar("Item")
-
-
-def sampling_of(answers: Answers, index: int = 0) -> SamplingParams:
-    """How the answers of one of the temperatures are drawn."""
-    num, temperatures = answers.samples, answers.temperatures
-    n = num // len(temperatures) + (index < num % len(temperatures))
-    return SamplingParams(temperature=temperatures[index], max_tokens=answers.max_tokens, n=max(1, n))
+JUDGING_FILES: list[artifacts.AnyArtifact] = [artifacts.RESPONSES, artifacts.KEPT, artifacts.PAIRS]
 
 
 def dry_run(recipe: DatasetRecipe) -> dict[str, Any]:
@@ -54,14 +52,14 @@ def dry_run(recipe: DatasetRecipe) -> dict[str, Any]:
     Raises:
         InputError: as `run`.
     """
-    pack, given, source = _check(recipe, asks=False)
+    templates, given, source = _check(recipe, asks=False)
 
     async def go() -> DryRun:
-        writer = DryRun(source, pack, recipe.seed, sampling_of(recipe.turn))
+        writer = DryRun(source, templates, recipe.seed, recipe.turn.sampling()[0])
         made, _ = await _write(recipe, writer, given, None)
-        rows = await _answer(recipe, writer, made.prompts)
+        rows = await answer_prompts(writer, made.prompts, recipe.answers.sampling()) if recipe.answers else []
         if recipe.judging.llm:
-            judge = recipe.models[0].model if recipe.models else source.model_of("")
+            judge = _judge_model(recipe) or source.model_of("")
             writer.calls[judge] += 2 * len(made.prompts)
             writer.tokens_in[judge] += 2 * sum(len(r.text) for r in rows) // 4
         if recipe.judging.reward is not None and recipe.judging.reward.base_url:
@@ -70,7 +68,7 @@ def dry_run(recipe: DatasetRecipe) -> dict[str, Any]:
         return writer
 
     writer = asyncio.run(go())
-    prices = {model.model: (model.price_in, model.price_out) for model in recipe.models}
+    prices = {g.model: (g.price_in, g.price_out) for g in recipe.generators}
     models = {}
     for name, calls in sorted(writer.calls.items()):
         tokens_in, tokens_out = writer.tokens_in[name], writer.tokens_out[name]
@@ -99,210 +97,203 @@ def run(
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}: give at least 1.")
-    pack, given, source = _check(recipe)
-    with _open(folder, recipe), progress:
-        return asyncio.run(_Run(recipe, folder, progress, pack, given, source, limit, unsafe_code).go(retry_failed))
+    templates, given, source = _check(recipe)
+    with progress, RunDir(folder, recipe, progress) as run_dir:
+        return asyncio.run(_Run(recipe, run_dir, templates, given, source, limit, retry_failed, unsafe_code).go())
 
 
 def _check(recipe: DatasetRecipe, asks: bool = True) -> tuple[TemplatePack, Inputs, Client]:
     """Everything that can be wrong before the first call is."""
-    pack, given = TemplatePack.load(recipe.templates), inputs.read(recipe)
-    if recipe.judging.keep:
-        FilterExpr.parse(recipe.judging.keep)
-        if recipe.judging.reward is None:
-            raise InputError("judging.keep needs ratings: name a reward model in judging.reward, or take the condition out.")
-    if recipe.answers is None and (recipe.judging.keep or recipe.judging.llm):
+    judging = recipe.judging
+    templates, given = TemplatePack.load(recipe.templates), inputs.read(recipe)
+    for name, text in (("keep", judging.keep), ("keep_chosen", judging.keep_chosen)):
+        if text:
+            FilterExpr.parse(text)
+            if judging.reward is None:
+                raise InputError(f"judging.{name} needs ratings: name a reward model in judging.reward, or take the condition out.")
+    if recipe.answers is None and (judging.keep or judging.keep_chosen or judging.llm):
         raise InputError("judging needs answers: add `answers:` to the recipe, or take keep and llm out.")
-    if recipe.judging.reward is not None:
-        check_reward(recipe.judging.reward, asks)
-    return pack, given, source_of(recipe.models, recipe.folder, recipe.calls, recipe.chat_format, asks=asks)
+    if judging.reward is not None:
+        check_reward(judging.reward, asks)
+
+    local = partial(engine_client, chat_format=recipe.chat_format, device=recipe.device)
+    return templates, given, client_of(recipe.generators, recipe.calls, lambda g: local(g.folder or Path()), asks=asks)
 
 
-def _open(folder: Path, recipe: DatasetRecipe) -> Any:
-    """Hold the folder for this process.
-
-    Raises:
-        InputError: it holds a run of another recipe, holds something else, or is in use.
-    """
-    saved, journal = folder / "recipe.yaml", folder / "journal.jsonl"
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: choose another with --out.")
-    if folder.exists() and not saved.exists() and any(p.name != ".lock" for p in folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no dataset run: choose another folder with --out.")
-    if saved.exists() and journal.exists() and journal.stat().st_size:
-        changed = recipe.changed(read(saved))
-        if changed:
-            raise InputError(
-                f"{folder} was made by another recipe (they differ in {', '.join(changed)}): choose another folder with --out, or go back "
-                "to that recipe."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder)
-    saved.write_text(dump(recipe))
-    return held
+def _judge_model(recipe: DatasetRecipe) -> str:
+    """The LLM judge, the same in both orders: the first generator."""
+    first_one = recipe.generators[0]
+    return first_one.model or (first_one.folder.name if first_one.folder else "")
 
 
-async def _write(recipe: DatasetRecipe, writer: Writer, given: Inputs, limit: int | None) -> tuple[Written, int]:
-    """The pipelines' rows, then dialogues grown from the prompts; and how many prompts were too much alike."""
+async def _write(recipe: DatasetRecipe, writer: Writer, given: Inputs, limit: int | None) -> tuple[Written, list[Refused]]:
+    """The pipelines' rows, then dialogues grown from the prompts; and the prompts that were too much alike."""
     written = await write(writer, recipe.topics, recipe.pipelines, given, limit)
-    written.prompts, alike = distinct(written.prompts, recipe.near_duplicates)
+    written.prompts, refused = distinct(written.prompts, recipe.near_duplicates)
     if recipe.dialogues is not None:
         chosen = recipe.dialogues.chosen(writer, written.prompts)
         async for row in first(recipe.dialogues.write(writer, chosen), limit):
             written.num["dialogues"] += 1
             written.demonstrations.append(row)
     written.demonstrations.sort(key=lambda d: (d.task, d.id))
-    return written, alike
-
-
-async def _answer(recipe: DatasetRecipe, writer: Writer, prompts: Sequence[Prompt]) -> list[Response]:
-    """Answers to every prompt, several at each temperature."""
-    if recipe.answers is None:
-        return []
-    answers = recipe.answers
-
-    async def answer(entry: tuple[Prompt, int]) -> list[Response]:
-        prompt, index = entry
-        sampling = sampling_of(answers, index)
-        replies = await writer.answers(prompt.messages, "answer", [prompt.id], f"response {prompt.id} {index}", sampling)
-        return [
-            Response(
-                f"{reply.id}#{number}",
-                prompt.id,
-                prompt.task,
-                prompt.messages,
-                reply.text,
-                reply.model,
-                sampling.temperature,
-                number,
-                reply.num_tokens,
-                reply.logprob,
-                reply.finished,
-            )
-            for number, reply in enumerate(replies)
-        ]
-
-    used = range(min(answers.samples, len(answers.temperatures)))
-    return await writer.all(((prompt, index) for prompt in prompts for index in used), answer)
+    return written, refused
 
 
 class _Run:
     def __init__(
         self,
         recipe: DatasetRecipe,
-        folder: Path,
-        progress: Progress,
-        pack: TemplatePack,
+        run_dir: RunDir,
+        templates: TemplatePack,
         given: Inputs,
         source: Client,
         limit: int | None,
+        retry_failed: bool,
         unsafe_code: bool,
     ):
-        self.recipe, self.folder, self.progress, self.pack = recipe, folder, progress, pack
-        self.given, self.source, self.limit, self.unsafe_code = given, source, limit, unsafe_code
-        self.total: int | None = None  # calls that this stage ends with, where that is known
+        self.recipe, self.run_dir, self.templates, self.given, self.source = recipe, run_dir, templates, given, source
+        self.limit, self.retry_failed, self.unsafe_code = limit, retry_failed, unsafe_code
+        self.asked = 0  # calls of this start
 
-    async def go(self, retry_failed: bool) -> dict[str, Any]:
+    async def go(self) -> dict[str, Any]:
         started = time.monotonic()
-        recipe = self.recipe
-        async with AsyncExitStack() as stack:
-            journal = stack.enter_context(Journal(self.folder / "journal.jsonl"))
-            if isinstance(self.source, AbstractAsyncContextManager):
-                await stack.enter_async_context(self.source)
-            self.client = CachedClient(self.source, journal, retry_failed=retry_failed)
-            self.writer = Writer(self.client, self.pack, recipe.seed, sampling_of(recipe.turn))
-            ticking = asyncio.ensure_future(self._tick())
-            stack.callback(ticking.cancel)
-            with self.progress.stage("prompts"):
-                made, alike = await _write(recipe, self.writer, self.given, self.limit)
-            written = dict(sorted(made.num.items())) | {"too much alike": alike}
-            write_rows(self.folder / "prompts.parquet", made.prompts)
-            with self.progress.stage("answers"):
-                if recipe.answers is not None:
-                    self.total = self._calls() + len(made.prompts) * min(recipe.answers.samples, len(recipe.answers.temperatures))
-                rows = await _answer(recipe, self.writer, made.prompts)
-            self.total = None
-            with self.progress.stage("judging"):
-                judges = Judges(recipe, self.folder, self.writer, retry_failed=retry_failed, unsafe_code=self.unsafe_code)
-                rows = await judges.judge(made.prompts, rows)
-                kept, compared = await judges.select(made.prompts, made.demonstrations, rows)
-            write_rows(self.folder / "responses.parquet", rows)
-            write_rows(self.folder / "demonstrations.parquet", kept)
-            write_rows(self.folder / "pairs.parquet", compared)
-            failed = self.client.failed + judges.failed_ratings
-            calls = _compact(journal, self.folder / "calls.parquet")
+        async with opened(self.source):
+            prompts = await self._stage("prompts", self._identity(), self._prompts, PROMPT_FILES)
+            rows = artifacts.PROMPTS.read(prompts.folder)
+            answers = await self._stage("answers", self._answers_identity(rows), partial(self._answers, rows), ANSWER_FILES)
+            judged = await self._judging(prompts, answers)
+        kept, pairs = artifacts.KEPT.read(judged.folder), artifacts.PAIRS.read(judged.folder)
         results = {
-            "name": recipe.name,
+            "name": self.recipe.name,
             "seconds": round(time.monotonic() - started, 2),
-            "prompts": len(made.prompts),
-            "responses": len(rows),
+            "prompts": len(rows),
+            "responses": judged.summary["responses"],
             "demonstrations": len(kept),
-            "pairs": len(compared),
-            "funnel": {"written": written, **judges.funnel},
-            "dropped": dict(self.writer.dropped),
-            "calls": {"in journal": calls, "asked now": self.client.asked, "failed": failed},
-            "usage_of_this_start": self._usage(),
+            "pairs": len(pairs),
+            "funnel": {"written": prompts.summary["written"], **judged.summary["funnel"]},
+            "dropped": dict(sum((Counter(s.summary["dropped"]) for s in (prompts, answers)), Counter())),
+            "calls": {
+                "in journal": write_calls(self.run_dir.path),
+                "asked now": self.asked,
+                "failed": sum(s.summary["failed"] for s in (prompts, answers, judged)),
+            },
+            "usage_of_this_start": usage_of(self.source),
         }
-        export(self.folder, recipe, results, kept, compared)
-        write_json(self.folder / "results.json", results)
-        return results
+        export(self.run_dir.path, self.recipe, results, kept, pairs)
+        return self.run_dir.finish(results)
 
-    def _usage(self) -> dict[str, Any]:
-        if not isinstance(self.source, Endpoint):
-            return {}
-        usage = self.source.usage
-        numbers = {"requests": usage.requests, "tokens_in": usage.tokens_in, "tokens_out": usage.tokens_out, "cost": round(usage.cost, 6)}
-        return numbers | {"errors": dict(usage.errors)}
+    async def _stage(self, name: str, stage_inputs: Any, work: Any, files: Sequence[artifacts.AnyArtifact]) -> Stage:
+        return await self.run_dir.stage_async(
+            name,
+            stage_inputs,
+            work,
+            artifacts=files,
+            on_change="continue",  # what was bought stays bought: the journal knows each call by all that was asked
+            again=lambda done: self.retry_failed and done["failed"] > 0,
+        )
 
-    async def _tick(self) -> None:
-        """The progress line: calls, tokens a second, errors, cost, and in the answers' stage the time left."""
-        tokens, calls, since = 0, self._calls(), time.monotonic()
-        while True:
-            await asyncio.sleep(TICK)
-            now, done = time.monotonic(), self._calls()
-            speed, calls = (done - calls) / (now - since), done
-            note = f"calls, {self.client.found:,} of them from the journal, {self.client.failed:,} failed"
-            if isinstance(self.source, Endpoint):
-                usage = self.source.usage
-                rate, tokens = (usage.tokens_out - tokens) / (now - since), usage.tokens_out
-                note += f", {self.source.in_flight} in flight, {rate:,.0f} tokens/s, {sum(usage.errors.values()):,} errors"
-                note += f", cost {usage.cost:.2f}" if usage.cost else ""
-            if self.total is not None and speed > 0:
-                note += f", {(self.total - done) / speed / 60:.0f} min left"
-            since = now
-            self.progress.tick(done, self.total, note)
+    def _identity(self) -> list[Any]:
+        recipe = self.recipe
+        parts = recipe.model_dump(mode="json", include={"seed", "topics", "pipelines", "turn", "dialogues", "near_duplicates"})
+        given = [[t.id for t in self.given.documents], [p.id for p in self.given.prompts], [t.id for t in self.given.entities]]
+        files = [path for path in (recipe.topics.file,) if path is not None]
+        texts = {name: [t.text, t.parser, t.sampling.described(), t.agree] for name, t in self.templates.items()}
+        return [
+            parts,
+            given,
+            [hashlib.blake2b(path.read_bytes()).hexdigest() for path in files],
+            texts,
+            [g.identity for g in recipe.generators],
+            self.limit,
+        ]
 
-    def _calls(self) -> int:
-        return self.client.asked + self.client.found + self.client.failed
+    def _answers_identity(self, prompts: Sequence[Prompt]) -> list[Any]:
+        answers = self.recipe.answers.model_dump(mode="json") if self.recipe.answers else None
+        return [make_id([p.id for p in prompts]), answers, self.recipe.seed, [g.identity for g in self.recipe.generators]]
+
+    def _writer(self, journal: Journal) -> Writer:
+        client = CachedClient(self.source, journal, retry_failed=self.retry_failed)
+        return Writer(client, self.templates, self.recipe.seed, self.recipe.turn.sampling()[0])
+
+    async def _prompts(self, folder: Path) -> dict[str, Any]:
+        with Journal(folder / artifacts.CALLS.file) as journal:
+            writer = self._writer(journal)
+            async with shown(writer.client, self.run_dir.progress.tick):
+                made, refused = await _write(self.recipe, writer, self.given, self.limit)
+        artifacts.PROMPTS.write(folder, made.prompts)
+        artifacts.CONVERSATIONS.write(folder, made.demonstrations)
+        artifacts.REFUSED.write(folder, refused)
+        write_topics(folder, writer)
+        written = dict(sorted(made.num.items())) | {"too much alike": len(refused)}
+        return {"written": written, "prompts": len(made.prompts), **self._counts(writer)}
+
+    async def _answers(self, prompts: Sequence[Prompt], folder: Path) -> dict[str, Any]:
+        samplings = self.recipe.answers.sampling() if self.recipe.answers else []
+        with Journal(folder / artifacts.CALLS.file) as journal:
+            writer = self._writer(journal)
+            async with shown(writer.client, self.run_dir.progress.tick, len(prompts) * len(samplings)):
+                rows = await answer_prompts(writer, prompts, samplings)
+        artifacts.RESPONSES.write(folder, rows)
+        return {"responses": len(rows), **self._counts(writer)}
+
+    def _counts(self, writer: Writer) -> dict[str, Any]:
+        self.asked += writer.client.asked
+        return {"dropped": dict(writer.dropped), "failed": writer.client.failed}
+
+    async def _judging(self, prompts: Stage, answers: Stage) -> Stage:
+        recipe = self.recipe
+        asked, written = artifacts.PROMPTS.read(prompts.folder), artifacts.CONVERSATIONS.read(prompts.folder)
+        rows = artifacts.RESPONSES.read(answers.folder)
+        content = [(r.id, r.text) for r in rows], [d.id for d in written], [(p.id, p.truth) for p in asked]
+        threshold = recipe.dialogues.threshold if recipe.dialogues else None
+        identity = [make_id(*content), recipe.judging.model_dump(mode="json"), threshold, recipe.seed]
+        return await self._stage("judging", identity, partial(self._judge, asked, written, rows), JUDGING_FILES)
+
+    async def _judge(
+        self, prompts: Sequence[Prompt], written: Sequence[Demonstration], rows: Sequence[Response], folder: Path
+    ) -> dict[str, Any]:
+        recipe, judging, tick = self.recipe, self.recipe.judging, self.run_dir.progress.tick
+        funnel: dict[str, Any] = {}
+        async with AsyncExitStack() as stack:
+            verifier = open_verifier(
+                stack.enter_context(ExitStack()), needs_code=any(is_code(p.truth) for p in prompts), unsafe_code=self.unsafe_code, tick=tick
+            )
+            ratings = stack.enter_context(Journal(folder / artifacts.RATING_CALLS.file))
+            calls = stack.enter_context(Journal(folder / artifacts.CALLS.file))
+            client = CachedClient(self.source, calls, retry_failed=self.retry_failed)
+            rater: Rater | None = None
+            weights: tuple[float, ...] = ()
+            if judging.reward is not None:
+                weights = weight_set(judging.reward.weights)
+                rater = rater_of(
+                    judging.reward,
+                    recipe.calls,
+                    ratings,
+                    chat_format=recipe.chat_format,
+                    retry_failed=self.retry_failed,
+                    tick=tick,
+                )
+            model = _judge_model(recipe)
+            judges = Judges(judging, verifier, rater, weights=weights, client=client, judge_model=model, finished_only=True)
+            judged = await judges.judge(prompts, rows)
+            dialogues, others = _parted(written)
+            if rater is not None and recipe.dialogues is not None and dialogues:
+                good = await judges.good_dialogues(dialogues, recipe.dialogues.threshold)
+                funnel["dialogues"] = {"written": len(dialogues), "kept": len(good)}
+                dialogues = good
+            topics = {p.id: p.parents[-1] for p in prompts if p.parents}
+            kept, funnel["answers"] = select(judged, judging, recipe.seed, topics=topics)
+            finished = [r for r in judged if r.finished]
+            pairs, funnel["pairs"] = await pair(finished, judging, recipe.seed, compare=judges.compare if judging.llm else None)
+        random.Random(recipe.seed).shuffle(pairs)
+        artifacts.RESPONSES.write(folder, judged)
+        artifacts.KEPT.write(folder, [*others, *dialogues, *kept])
+        artifacts.PAIRS.write(folder, pairs)
+        self.asked += client.asked
+        failed = client.failed + (rater.failed if rater else 0)
+        return {"responses": len(judged), "funnel": funnel, "pairs": len(pairs), "failed": failed}
 
 
-def _compact(journal: Journal, path: Path) -> int:
-    """The journal as Parquet, a few thousand rows at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    names = ("id", "model", "for", "error")
-    schema = pa.schema([*((name, pa.string()) for name in names), ("parents", pa.list_(pa.string())), ("answers", pa.list_(pa.string()))])
-    temporary = path.with_name(path.name + ".tmp")
-    num = 0
-    with pq.ParquetWriter(temporary, schema) as writer:
-        for part in _portions(journal.values(), 4096):
-            rows = [
-                {name: r.get(name) for name in names} | {"parents": r.get("parents") or [], "answers": [out[0] for out in r.get("out", ())]}
-                for r in part
-            ]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            num += len(rows)
-    temporary.replace(path)
-    return num
-
-
-def _portions(items: Iterable[Item], size: int) -> Iterable[list[Item]]:
-    part: list[Item] = []
-    for item in items:
-        part.append(item)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part
+def _parted(written: Sequence[Demonstration]) -> tuple[list[Demonstration], list[Demonstration]]:
+    """Dialogues, which the reward model rates, and what other pipelines wrote whole."""
+    return [d for d in written if d.task == "dialogue"], [d for d in written if d.task != "dialogue"]
