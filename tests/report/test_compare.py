@@ -8,26 +8,29 @@ from typing import Any
 import pytest
 
 from gristmill.core.errors import InputError
-from gristmill.report.claims import sign
 from gristmill.report.compare import compare_runs, comparison_text, write_comparison
+from gristmill.report.comparisons import significance
 
 MakeRun = Callable[..., Path]
 ReadPage = Callable[[str], Any]
 
 
-def test_a_run_and_a_worse_control(make_run: MakeRun) -> None:
-    table = compare_runs([make_run("real", gain=0.1), make_run("control", control="unfiltered", gain=-0.25)])
+def test_a_run_and_a_worse_control(make_run: MakeRun, set_outcomes: Any) -> None:
+    folders = [make_run("real"), make_run("control", control="unfiltered")]
+    for folder, right in zip(folders, (9, 1), strict=True):
+        set_outcomes(folder, "r1-rpo1", lambda i, task, right=right: i < right)
+    table = compare_runs(folders)
     assert json.loads(json.dumps(table)) == table
     real, control = table["runs"]
     assert (real["control"], control["control"]) == (None, "unfiltered")
-    assert real["first"]["stage"] == "demonstrations" and real["last"]["stage"] == "r2-rpo1"
-    assert real["difference"]["greedy"]["mean"] == 0
-    assert sign(control["difference"]["greedy"]) == -1
+    assert real["first"]["stage"] == "demonstrations" and real["last"]["stage"] == "r1-rpo1"
+    assert real["difference"]["greedy"]["mean"] == 0 and significance(real["gain"]["greedy"]) == 1
+    assert significance(control["difference"]["greedy"]) == -1
     for mode in ("greedy", "sampled"):
-        gap = control["last"][mode]["overall"]["mean"] - real["last"][mode]["overall"]["mean"]
-        assert control["difference"][mode]["mean"] == pytest.approx(gap, abs=1e-4)
-        assert set(real["last"][mode]) == {"overall", "facts", "sums", "code"}
-    assert (real["synthetic_share"], real["seconds"], real["alarms"]) == (0.9834, 312.4, 1)
+        assert control["difference"][mode]["mean"] == pytest.approx(-0.8)
+        assert set(real["last"][mode]) == {"overall", "facts", "sums", "code", "lists", "followups"}
+    results = json.loads((folders[0] / "results.json").read_text())
+    assert (real["synthetic_share"], real["seconds"], real["alarms"]) == (results["synthetic_share"], results["seconds"], 0)
 
 
 def test_the_text_is_aligned_and_names_every_run(make_run: MakeRun) -> None:
@@ -52,7 +55,15 @@ def test_the_page_is_safe_and_complete(make_run: MakeRun, tmp_path: Path, read_p
 
 def test_an_unfinished_run_is_refused(make_run: MakeRun) -> None:
     with pytest.raises(InputError, match="half is not finished"):
-        compare_runs([make_run("real"), make_run("half", finished=False)])
+        compare_runs([make_run("real"), make_run("half", done=False)])
+
+
+def test_a_run_of_another_kind_is_refused(make_run: MakeRun) -> None:
+    folder = make_run()
+    saved = folder / "recipe.yaml"
+    saved.write_text(saved.read_text().replace("kind: alignment", "kind: curation"))
+    with pytest.raises(InputError, match="of `gristmill curate`: give one of `gristmill run`"):
+        compare_runs([folder])
 
 
 def test_no_runs_are_refused() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gristmill.evaluate.stats import accuracy
-from gristmill.report.figures import Series, accuracy_bars, funnel, gauge, histogram, stage_plot
+from gristmill.report.figures import Series, accuracy_bars, funnel, histogram, monitor_plot, stage_plot
 
 
 def coordinates(page: str) -> Iterator[tuple[str, float]]:
@@ -32,7 +32,7 @@ def inside(page: str) -> bool:
 def test_stage_plots_stay_in_their_frame(small: bool, rights: list[int]) -> None:
     scores = [accuracy([i < r for i in range(20)]) for r in rights]
     series = [Series("greedy", scores), Series("sampled", scores[::-1], frozenset({0}))]
-    page = stage_plot([f"stage {i}" for i in range(len(rights))], [i // 4 for i in range(len(rights))], series, small)
+    page = stage_plot([f"stage {i}" for i in range(len(rights))], [i // 4 for i in range(len(rights))], series, small=small)
     assert inside(page)
     assert page.count("<circle") == 2 * len(rights) and page.count("whisker") == 2 * len(rights)
 
@@ -54,19 +54,19 @@ def test_a_specialist_is_drawn_apart_from_the_curve() -> None:
 @given(st.lists(st.floats(-5, 9), max_size=60), st.lists(st.floats(-5, 9), max_size=60))
 def test_histograms_stay_in_their_frame(before: list[float], after: list[float]) -> None:
     values = [*before, *after] or [0.0]
-    assert inside(histogram(before, after, min(values), max(values)))
+    assert inside(histogram(before, after, low=min(values), high=max(values)))
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=5), st.none() | st.floats(0, 200), st.booleans())
 def test_gauges_stay_in_their_frame(values: list[float], level: float | None, falls: bool) -> None:
-    page = gauge([str(i) for i in range(len(values))], values, level, falls)
+    page = monitor_plot([str(i) for i in range(len(values))], values, level=level, falls=falls)
     assert inside(page)
     assert ("alarm" in page) == (level is not None)
 
 
 def test_the_alarm_zone_is_on_the_side_that_alarms() -> None:
     def zone(falls: bool) -> tuple[float, float]:
-        page = gauge(["start"], [1.0], 0.5 if falls else 1.5, falls)
+        page = monitor_plot(["start"], [1.0], level=0.5 if falls else 1.5, falls=falls)
         rect = re.search(r'<rect x="0" y="([\d.]+)" width="[\d.]+" height="([\d.]+)" class="alarm"', page)
         dot = re.search(r'cy="([\d.]+)"', page)
         assert rect and dot

@@ -95,8 +95,8 @@ def run(
     name = "-".join([loaded.name, *([loaded.control] if loaded.control else []), *([f"seed{seed}"] if seed is not None else [])])
     folder = out or Path("runs") / name
     from gristmill.core.progress import Progress
-    from gristmill.report.report import write_report
-    from gristmill.report.text import headline, stage_line
+    from gristmill.report.alignment import write_report
+    from gristmill.report.summary import headline, stage_line
     from gristmill.workflows.alignment.loop import run as turn
 
     with Progress(quiet=quiet, describe=stage_line) as progress:
@@ -116,7 +116,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """What a run has done so far."""
-    from gristmill.report.text import stage_line
+    from gristmill.report.summary import stage_line
     from gristmill.runs.reader import read_run
 
     data = read_run(folder)
@@ -133,7 +133,7 @@ def status(
 @command("gristmill report runs/miniature")
 def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"), as_json: AsJson = False) -> None:
     """Write the page of a run again and print its path."""
-    from gristmill.report.report import write_report
+    from gristmill.report.alignment import write_report
 
     page = write_report(folder)
     typer.echo(json.dumps({"report": str(page)}) if as_json else str(page))

@@ -30,6 +30,21 @@ def write_json(path: Path, value: Any) -> None:
         raise InputError(f"{path} cannot be written ({e.strerror}): free some space and run the same command again.") from e
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that `write_json` wrote into a run.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} cannot be read ({e}): delete its folder and run the same command again.") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object: delete its folder and run the same command again.")
+    return value
+
+
 def lock(path: Path) -> IO[str]:
     """Lock the folder for this process; the kernel lets go when the process ends, however it ends."""
     file = (path / ".lock").open("w")

@@ -1,14 +1,14 @@
-"""Finished runs side by side: a run and its controls, or a run at several seeds."""
+"""Run comparison: finished runs side by side, a run and its controls, or a run at several seeds."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gristmill.core.errors import InputError
-from gristmill.report.claims import MODES, figure, full, interval, signed, unpaired
+from gristmill.report.alignment import difference_cell, footer, save_page, score_cell
+from gristmill.report.comparisons import MODES, format_difference, format_score, format_score_ci, stage_label, unpaired_difference
 from gristmill.report.markup import Markup, document, el, table
-from gristmill.report.report import difference_cell, footer, save_page, score_cell
-from gristmill.report.text import duration
+from gristmill.report.summary import duration
 from gristmill.runs.reader import RunData, read_run
 
 
@@ -22,14 +22,14 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
         "ci95"}, unpaired. "alarms" counts collapse alarms.
 
     Raises:
-        InputError: a folder holds no run, or its run is not finished.
+        InputError: a folder holds no run or one of another kind, or its run is not finished.
     """
     if not folders:
         raise InputError("Give at least one run folder to compare.")
-    runs = [_facts(read_run(folder)) for folder in folders]
+    runs = [_facts(read_run(folder, kind="alignment")) for folder in folders]
     for run in runs:
-        run["difference"] = {m: unpaired(runs[0]["last"][m]["overall"], run["last"][m]["overall"]) for m in MODES}
-        run["gain"] = {m: unpaired(run["first"][m]["overall"], run["last"][m]["overall"]) for m in MODES}
+        run["difference"] = {m: unpaired_difference(runs[0]["last"][m]["overall"], run["last"][m]["overall"]) for m in MODES}
+        run["gain"] = {m: unpaired_difference(run["first"][m]["overall"], run["last"][m]["overall"]) for m in MODES}
     return {"runs": runs}
 
 
@@ -69,25 +69,20 @@ def comparison_text(table: Mapping[str, Any]) -> str:
     for i, run in enumerate(runs):
         cells = [_label(run), run["control"] or "-", str(run["seed"])]
         for mode in MODES:
-            cells += [interval(run["last"][mode]["overall"]), signed(run["difference"][mode]) if i else "-"]
+            cells += [format_score_ci(run["last"][mode]["overall"]), format_difference(run["difference"][mode]) if i else "-"]
         rows.append([*cells, f"{run['synthetic_share']:.1%}", duration(run["seconds"]), str(run["alarms"])])
     lines += _aligned([head, *rows])
     lines += ["", "From the first model to the last, within each run"]
-    ends = [
-        [
-            _label(r),
-            *(
-                f"{figure(r['first'][m]['overall']['mean'])} -> {figure(r['last'][m]['overall']['mean'])}, {signed(r['gain'][m])}"
-                for m in MODES
-            ),
-        ]
-        for r in runs
-    ]
-    lines += _aligned([["run", *MODES], *ends])
+    lines += _aligned([["run", *MODES], *([_label(r), *(_gain(r, m) for m in MODES)] for r in runs)])
     tasks = _tasks(runs)
     lines += ["", "Last models by task, greedy/sampled"]
     lines += _aligned([["run", *tasks], *([_label(r), *(_task(r, t) for t in tasks)] for r in runs)])
     return "\n".join(lines)
+
+
+def _gain(run: Mapping[str, Any], mode: str) -> str:
+    before, after = (format_score(run[end][mode]["overall"]["mean"]) for end in ("first", "last"))
+    return f"{before} -> {after}, {format_difference(run['gain'][mode])}"
 
 
 def _task(run: Mapping[str, Any], task: str) -> str:
@@ -143,7 +138,7 @@ def _runs_table(runs: Sequence[Mapping[str, Any]]) -> Markup:
     for i, run in enumerate(runs):
         what = f"control: {run['control']}" if run["control"] else "real run"
         cells: list[Any] = [
-            el("td", el("b", _label(run)), el("br"), el("small", f"{what}, seed {run['seed']}, {full(run['last']['stage'])}"))
+            el("td", el("b", _label(run)), el("br"), el("small", f"{what}, seed {run['seed']}, {stage_label(run['last']['stage'])}"))
         ]
         for mode in MODES:
             cells += [score_cell(run["last"][mode]["overall"]), difference_cell(run["difference"][mode] if i else None)]

@@ -1,13 +1,14 @@
-"""Figures as inline SVG. Colours come from the page's style, so a figure fits a light and a dark background.
+"""Charts as inline SVG: accuracies over stages, funnels, histograms, monitors.
 
-Every function returns one `svg` element; hovering a mark shows its exact figures.
+Every function returns one `svg` element; hovering a mark shows its exact figures. Colours come from the page's style, so that a chart
+fits a light and a dark background.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gristmill.report.claims import figure, interval
+from gristmill.report.comparisons import format_score, format_score_ci
 from gristmill.report.markup import Markup, el
 
 BINS = 28
@@ -25,15 +26,15 @@ class Series:
 
     css: str
     scores: Sequence[Mapping[str, Any]]
-    apart: frozenset[int] = frozenset()
+    hollow: frozenset[int] = frozenset()
 
 
 def svg(width: float, height: float, label: str, *children: Any) -> Markup:
-    """A figure of that size, scaled to its place on the page."""
+    """The `svg` element of a chart, scaled to its place on the page."""
     return el("svg", *children, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=label)
 
 
-def stage_plot(names: Sequence[str], rounds: Sequence[int], series: Sequence[Series], small: bool = False) -> Markup:
+def stage_plot(names: Sequence[str], rounds: Sequence[int], series: Sequence[Series], *, small: bool = False) -> Markup:
     """Accuracy (0 to 1) over stages with 95 % intervals, rounds as bands.
 
     Args:
@@ -73,13 +74,15 @@ def stage_plot(names: Sequence[str], rounds: Sequence[int], series: Sequence[Ser
 
 
 def _curve(s: Series, names: Sequence[str], x: Any, y: Any, small: bool) -> list[Markup]:
-    joined = [i for i in range(len(s.scores)) if i not in s.apart]
+    joined = [i for i in range(len(s.scores)) if i not in s.hollow]
     points = " ".join(f"{x(i):.1f},{y(s.scores[i]['mean']):.1f}" for i in joined)
     out = [el("polyline", points=points, class_=f"{s.css} curve")]
     for i, score in enumerate(s.scores):
         low, high = score["ci95"]
-        dot = el("circle", cx=r1(x(i)), cy=r1(y(score["mean"])), r=2.4 if small else 4, class_=f"{s.css} hollow" if i in s.apart else s.css)
-        text = f"{names[i]}, {s.css}: {interval(score)}, n {score['n']}"
+        dot = el(
+            "circle", cx=r1(x(i)), cy=r1(y(score["mean"])), r=2.4 if small else 4, class_=f"{s.css} hollow" if i in s.hollow else s.css
+        )
+        text = f"{names[i]}, {s.css}: {format_score_ci(score)}, n {score['n']}"
         out.append(el("g", el("title", text), _line(x(i), y(low), x(i), y(high), f"{s.css} whisker"), dot))
     return out
 
@@ -112,7 +115,7 @@ def funnel(rows: Sequence[tuple[str, int, str]]) -> Markup:
     return svg(width, max(1, len(rows)) * high, "Data funnel", parts)
 
 
-def histogram(before: Sequence[float], after: Sequence[float], low: float, high: float) -> Markup:
+def histogram(before: Sequence[float], after: Sequence[float], *, low: float, high: float) -> Markup:
     """Two distributions over one another, each with its area 1: all answers, and the kept ones. Dashed lines are their means."""
     width, height, bottom = 330.0, 150.0, 20.0
     span = (high - low) or 1.0
@@ -151,8 +154,8 @@ def histogram(before: Sequence[float], after: Sequence[float], low: float, high:
     return svg(width, height, "Reward scores before and after the filter", parts)
 
 
-def gauge(labels: Sequence[str], values: Sequence[float], level: float | None, falls: bool) -> Markup:
-    """A monitor over the rounds with its alarm level: the shaded side is where it alarms.
+def monitor_plot(labels: Sequence[str], values: Sequence[float], *, level: float | None, falls: bool) -> Markup:
+    """A collapse monitor over the rounds with its alarm level: the shaded side is where it alarms.
 
     Args:
         labels: one a measurement.
@@ -194,7 +197,7 @@ def accuracy_bars(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> Markup:
     parts: list[Markup] = []
     for i, (label, score, css) in enumerate(rows):
         y = i * high
-        text = f"{label}: {interval(score) if 'ci95' in score else figure(score['mean'])}, n {score['n']}"
+        text = f"{label}: {format_score_ci(score) if 'ci95' in score else format_score(score['mean'])}, n {score['n']}"
         parts.append(el("text", label, x=left - 10, y=r1(y + 17), text_anchor="end"))
         parts.append(el("rect", x=left, y=r1(y + 5), width=scale, height=15, rx=3, class_="track"))
         parts.append(el("rect", el("title", text), x=left, y=r1(y + 5), width=r1(scale * score["mean"]), height=15, rx=3, class_=css))

@@ -1,4 +1,4 @@
-"""HTML that is safe by construction: `el` escapes every piece of text, and only what `el` made goes into a page unchanged.
+"""HTML builder that is safe by construction: `el` escapes every piece of text, and only what `el` made goes into a page unchanged.
 
 A model's text may try anything: tags, attribute breaks, control characters, text that reads backwards. It arrives here as `str`.
 """
@@ -24,7 +24,7 @@ Child = str | int | float | None | Iterable[Any]
 
 
 def visible(text: str) -> str:
-    """Text whose control characters, direction overrides and other invisible characters are written out as their code points."""
+    """Sanitized text: control characters, direction overrides and other invisible characters written out as their code points."""
     return "".join(
         c if c in "\n\t" or c in JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else f"\u2039U+{ord(c):04X}\u203a"
         for c in text.replace("\r\n", "\n")
@@ -47,7 +47,7 @@ def el(name: str, /, *children: Child, **attributes: str | int | float | None) -
 
 
 def join(children: Child) -> Markup:
-    """The pieces one after the other, text escaped."""
+    """Children concatenated, text escaped."""
     if children is None:
         return Markup("")
     if isinstance(children, Markup):
@@ -57,7 +57,7 @@ def join(children: Child) -> Markup:
     return Markup("".join(join(c) for c in children))
 
 
-def table(head: Iterable[Child], rows: Iterable[Iterable[Child]], numeric_from: int = 1, medium: bool = False) -> Markup:
+def table(head: Iterable[Child], rows: Iterable[Iterable[Child]], *, numeric_from: int = 1, medium: bool = False) -> Markup:
     """A table that scrolls sideways where it must; `medium` is narrower than the page. Cells are children of `td`, or a finished `td`."""
 
     def cell(value: Child, i: int) -> Markup:
@@ -71,7 +71,7 @@ def table(head: Iterable[Child], rows: Iterable[Iterable[Child]], numeric_from: 
 
 
 def document(title: str, *body: Child) -> Markup:
-    """A whole page that needs nothing from anywhere: its own style, no script, and a policy that forbids loading anything."""
+    """An HTML document that needs nothing from anywhere: its own style, no script, and a policy that forbids loading anything."""
     head = [
         el("meta", charset="utf-8"),
         el("meta", http_equiv="Content-Security-Policy", content=POLICY),

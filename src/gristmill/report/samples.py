@@ -1,184 +1,205 @@
-"""Rows of a run with the way they came: topic, prompt, answers with their judgements, and what became of them."""
+"""Samples of a run with their lineage: topic, prompt, answers with their judgements, and what became of them."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gristmill.data.chat import Conversation
-from gristmill.data.rows import ATTRIBUTES, Demonstration, Pair, Prompt, Response, make_id
-from gristmill.report.claims import full, round_of
-from gristmill.report.markup import Markup, el
+from gristmill.data.rows import ATTRIBUTES, Pair, Prompt, Refused, Response, TopicRow
+from gristmill.report.comparisons import round_of, short_label, stage_label
+from gristmill.report.markup import Markup, el, table
+from gristmill.runs import artifacts
 from gristmill.runs.reader import RunData
 
-KEPT, DROPPED, PAIRED, UNPAIRED, REFUSED = 2, 2, 2, 1, 4  # how many are shown, a task (refused prompts: a round)
-LONGEST = 1500  # characters of a text that are shown
+NUM_KEPT, NUM_DROPPED, NUM_PAIRED, NUM_UNPAIRED = 2, 2, 2, 1  # prompts that are shown, a task
+NUM_REFUSED = 2  # a round and reason
+MAX_CHARACTERS = 1500  # of a text that are shown
+MAX_CHIP_CHARACTERS = 80
+GIVEN = ("human", "file")  # origins of prompts that no model wrote
 JUDGES = {"reward": "the reward model", "verifier": "a verifier"}
 
 
 @dataclass
-class Batch:
+class JudgedStage:
     """The judged answers of one stage.
 
     Attributes:
-        stage: its name, such as "r1-answers" or "r2-dpo-pairs".
+        name: such as "r1-answers" or "r2-dpo-pairs".
+        makes_pairs: whether it made preference pairs, rather than demonstrations.
         answers: by prompt id.
         kept: ids of the answers that became training rows; of pair stages, of both answers of each pair.
-        pairs: by prompt id; empty for answer stages.
+        pairs: by prompt id.
     """
 
-    stage: str
+    name: str
+    makes_pairs: bool
     answers: dict[str, list[Response]] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
-    pairs: dict[str, Pair] = field(default_factory=dict)
-
-    @property
-    def makes_pairs(self) -> bool:
-        """Whether the stage made preference pairs."""
-        return self.stage.endswith("-pairs")
+    pairs: dict[str, list[Pair]] = field(default_factory=dict)
 
 
-def read_batches(data: RunData) -> list[Batch]:
-    """All finished stages with judged answers, in order."""
+def read_judged(data: RunData) -> list[JudgedStage]:
+    """All finished stages that made training rows of judged answers, in order."""
     out = []
-    for done in data.stages:
-        name = done.get("name", "")
-        if not round_of(name) or not name.endswith(("-answers", "-pairs")):
+    for done in data.stages_with(artifacts.RESPONSES):
+        makes_pairs = done in data.stages_with(artifacts.PAIRS)
+        if not makes_pairs and done not in data.stages_with(artifacts.KEPT):
             continue
-        batch = Batch(name)
-        for r in data.rows(done["folder"], "responses.parquet", Response):
-            batch.answers.setdefault(r.prompt, []).append(r)
-        if batch.makes_pairs:
-            batch.pairs = {p.prompt: p for p in data.rows(done["folder"], "pairs.parquet", Pair)}
-            batch.kept = {i for p in batch.pairs.values() for i in p.parents}
+        stage = JudgedStage(done["name"], makes_pairs)
+        for r in data.read(done["folder"], artifacts.RESPONSES):
+            stage.answers.setdefault(r.prompt, []).append(r)
+        if makes_pairs:
+            for p in data.read(done["folder"], artifacts.PAIRS):
+                stage.pairs.setdefault(p.prompt, []).append(p)
+                stage.kept |= set(p.parents)
         else:
-            batch.kept = {d.parents[0] for d in data.rows(done["folder"], "kept.parquet", Demonstration) if d.parents}
-        out.append(batch)
+            parents = {i for d in data.read(done["folder"], artifacts.KEPT) for i in d.parents}
+            stage.kept = {r.id for rows in stage.answers.values() for r in rows if r.id in parents}
+        out.append(stage)
     return out
 
 
 @dataclass(frozen=True)
-class Origins:
+class Lineage:
     """Where prompts came from.
 
     Attributes:
         prompts: by id, of all rounds.
-        topics: topic text by its id.
-        refused: by round, texts that were written but not kept, with whether the writer was cut off.
+        topics: by id, of all rounds.
+        refused: by stage, prompts that were written and not kept.
     """
 
     prompts: dict[str, Prompt]
-    topics: dict[str, str]
-    refused: dict[int, list[tuple[str, bool]]]
+    topics: dict[str, TopicRow]
+    refused: dict[str, list[Refused]]
+
+    def is_written(self, prompt_id: str) -> bool:
+        """Whether a model wrote a prompt."""
+        prompt = self.prompts.get(prompt_id)
+        return prompt is not None and prompt.origin not in GIVEN
+
+    def opening(self, prompt: Prompt) -> Prompt | None:
+        """The earlier prompt that this one goes on from."""
+        return next((self.prompts[p] for p in prompt.parents if p in self.prompts), None)
+
+    def topic(self, prompt: Prompt) -> TopicRow | None:
+        """The topic that a prompt grew from, by way of its opening where it has one."""
+        found = next((self.topics[p] for p in reversed(prompt.parents) if p in self.topics), None)
+        opening = self.opening(prompt)
+        return found or (self.topic(opening) if opening else None)
 
 
-def read_origins(data: RunData) -> Origins:
-    """Prompts of all rounds with their topics."""
-    prompts: dict[str, Prompt] = {}
-    topics: dict[str, str] = {}
-    refused: dict[int, list[tuple[str, bool]]] = {}
-    for done in data.stages:
-        name = done.get("name", "")
-        if not round_of(name) or not name.endswith("-prompts"):
-            continue
-        rows = {p.id: p for p in data.rows(done["folder"], "prompts.parquet", Prompt)}
-        prompts |= rows
-        texts = {_text(r) for r in data.journal(done["folder"], "topics.jsonl").values()}
-        topics |= {make_id("topic", task, text): text for task in done.get("topics", {}) for text in texts}
-        written = {**data.journal(done["folder"], "prompts.jsonl"), **data.journal(done["folder"], "next.jsonl")}
-        refused[round_of(name)] = [(_text(r), r["out"][0][3] != "stop") for i, r in written.items() if i not in rows]
-    return Origins(prompts, topics, refused)
+def read_lineage(data: RunData) -> Lineage:
+    """Prompts of all rounds with their topics, and the refused ones."""
+    prompts = {p.id: p for s in data.stages_with(artifacts.PROMPTS) for p in data.read(s["folder"], artifacts.PROMPTS)}
+    topics = {t.id: t for s in data.stages_with(artifacts.TOPICS) for t in data.read(s["folder"], artifacts.TOPICS)}
+    refused = {s["name"]: data.read(s["folder"], artifacts.REFUSED) for s in data.stages_with(artifacts.REFUSED)}
+    return Lineage(prompts, topics, refused)
 
 
-def _text(record: Mapping[str, Any]) -> str:
-    return str(record["out"][0][0]).strip()
-
-
-def samples_section(data: RunData, batches: Sequence[Batch], origins: Origins) -> list[Markup]:
-    """A few rows a task, drawn by the run's seed: kept and dropped answers, pairs, and prompts that no pair came of."""
+def samples_section(data: RunData, judged: Sequence[JudgedStage], lineage: Lineage) -> list[Markup]:
+    """A few prompts a task, drawn by the run's seed: with kept, dropped and paired answers, and without a pair. Then refused prompts."""
     seed = data.recipe.get("seed", 0)
-    tasks = list(dict.fromkeys(r.task for b in batches for rows in b.answers.values() for r in rows))
+    tasks = list(dict.fromkeys(r.task for stage in judged for rows in stage.answers.values() for r in rows))
     out = []
     for i, task in enumerate(tasks):
         rng = random.Random(f"samples-{seed}-{task}")
-        cards = [_card(batch, prompt, origins) for batch, prompt in _choose(batches, task, rng)]
+        cards = [_card(stage, prompt, lineage) for stage, prompt in _draw(judged, task, lineage, rng)]
         out.append(el("details", el("summary", task), cards, class_="task", open="" if i == 0 else None))
-    for number, texts in origins.refused.items():
-        chosen = random.Random(f"refused-{seed}-{number}").sample(texts, min(REFUSED, len(texts)))
-        rows = [
-            [el("td", el("div", _cut(t) or "(nothing)", class_="said")), "cut off" if cut else "repeated, held out or not understood"]
-            for t, cut in chosen
-        ]
+    for stage_name, refused in lineage.refused.items():
+        rng = random.Random(f"refused-{seed}-{stage_name}")
+        rows: list[Iterable[Any]] = []
+        for reason in dict.fromkeys(r.reason for r in refused):
+            same = [r for r in refused if r.reason == reason]
+            drawn = rng.sample(same, min(NUM_REFUSED, len(same)))
+            rows += [(el("td", el("div", _truncate(r.text) or "(nothing)", class_="said", dir="auto")), r.task, reason) for r in drawn]
         if rows:
-            out.append(el("h3", f"Prompts that round {number} wrote and did not keep"))
-            out.append(el("div", _plain_table(rows), class_="wide"))
+            out.append(el("h3", f"Prompts that {_origin(stage_name)} refused"))
+            out.append(table(["prompt", "task", "why"], rows, numeric_from=3))
     return out
 
 
-def _plain_table(rows: list[list[Any]]) -> Markup:
-    body = [el("tr", text, el("td", why, class_="soft")) for text, why in rows]
-    return el("table", el("thead", el("tr", el("th", "prompt", scope="col"), el("th", "why", scope="col"))), el("tbody", body))
+def _origin(name: str) -> str:
+    """A round, for a stage of one."""
+    number = round_of(name)
+    return f"round {number}" if number else name
 
 
-def _choose(batches: Sequence[Batch], task: str, rng: random.Random) -> list[tuple[Batch, str]]:
-    kinds: dict[str, list[tuple[Batch, str]]] = {"kept": [], "dropped": [], "paired": [], "unpaired": []}
-    for batch in batches:
-        for prompt, answers in batch.answers.items():
+def _draw(judged: Sequence[JudgedStage], task: str, lineage: Lineage, rng: random.Random) -> list[tuple[JudgedStage, str]]:
+    """Prompts of a task to show, with the stage that judged their answers; one of each kind that a model wrote, where there is one."""
+    groups: dict[str, list[tuple[JudgedStage, str]]] = {"kept": [], "dropped": [], "paired": [], "unpaired": []}
+    for stage in judged:
+        for prompt, answers in stage.answers.items():
             if answers[0].task != task:
                 continue
-            if batch.makes_pairs:
-                kind = "paired" if prompt in batch.pairs else "unpaired"
+            if stage.makes_pairs:
+                group = "paired" if prompt in stage.pairs else "unpaired"
             else:
-                kind = "kept" if any(r.id in batch.kept for r in answers) else "dropped"
-            kinds[kind].append((batch, prompt))
-    amounts = {"kept": KEPT, "dropped": DROPPED, "paired": PAIRED, "unpaired": UNPAIRED}
-    return [c for kind, found in kinds.items() for c in rng.sample(found, min(amounts[kind], len(found)))]
+                group = "kept" if any(r.id in stage.kept for r in answers) else "dropped"
+            groups[group].append((stage, prompt))
+    amounts = {"kept": NUM_KEPT, "dropped": NUM_DROPPED, "paired": NUM_PAIRED, "unpaired": NUM_UNPAIRED}
+    out = []
+    for group, found in groups.items():
+        drawn = rng.sample(found, len(found))
+        written = next((i for i, (_, prompt) in enumerate(drawn) if lineage.is_written(prompt)), 0)
+        out += [*drawn[written : written + 1], *drawn[:written], *drawn[written + 1 :]][: amounts[group]]
+    return out
 
 
-def _card(batch: Batch, prompt_id: str, origins: Origins) -> Markup:
-    answers, pair = batch.answers[prompt_id], batch.pairs.get(prompt_id)
-    if batch.makes_pairs:
-        fate = el("span", "pair" if pair else "no pair", class_="chip good" if pair else "chip")
+def _card(stage: JudgedStage, prompt_id: str, lineage: Lineage) -> Markup:
+    """A prompt, its lineage, and its answers: pair by pair, or kept ones first."""
+    answers, pairs = stage.answers[prompt_id], stage.pairs.get(prompt_id, [])
+    if stage.makes_pairs:
+        fate = el(
+            "span", f"{len(pairs)} pairs" if len(pairs) > 1 else "pair" if pairs else "no pair", class_="chip good" if pairs else "chip"
+        )
     else:
-        kept = any(r.id in batch.kept for r in answers)
+        kept = any(r.id in stage.kept for r in answers)
         fate = el("span", "kept" if kept else "dropped", class_="chip good" if kept else "chip bad")
-    lineage = el("p", fate, _lineage(batch, prompt_id, origins), class_="lineage")
-    first = pair.parents if pair else tuple(r.id for r in answers if r.id in batch.kept)
+    first = [i for p in pairs for i in p.parents] or [r.id for r in answers if r.id in stage.kept]
     ordered = sorted(answers, key=lambda r: (first.index(r.id) if r.id in first else len(first), -(r.score or 0.0)))
-    return el("div", lineage, _conversation(answers[0].messages), [_answer(r, batch, pair) for r in ordered], class_="sample")
+    top = el("p", fate, _chips(stage, prompt_id, lineage), class_="lineage")
+    return el("div", top, _conversation(answers[0].messages), [_answer(r, stage, pairs) for r in ordered], class_="sample")
 
 
-def _lineage(batch: Batch, prompt_id: str, origins: Origins) -> list[Markup]:
-    """Chips: round, topic, who wrote the prompt, what was done with it."""
-    steps = [f"round {round_of(batch.stage)}"]
-    prompt = origins.prompts.get(prompt_id)
+def _chips(stage: JudgedStage, prompt_id: str, lineage: Lineage) -> list[Markup]:
+    """The lineage: round, topic, who wrote the prompt, what was done with it."""
+    steps = [_origin(stage.name)]
+    prompt = lineage.prompts.get(prompt_id)
     if prompt is not None:
-        first = prompt
-        if prompt.parents and (earlier := origins.prompts.get(prompt.parents[0])) is not None:
-            first = earlier
-        topic = next((origins.topics[p] for p in first.parents if p in origins.topics), None)
+        topic, opening = lineage.topic(prompt), lineage.opening(prompt)
         if topic is not None:
-            steps.append(f"topic: {topic}")
-        steps.append(f"prompt by {full(prompt.origin)}")
-        if first is not prompt:
-            steps.append("second turn")
+            steps.append(f"topic: {topic.text}")
+        if opening is not None:
+            steps.append(f"prompt {_by(opening)}")
+        num_turns = sum(m.role == "user" for m in prompt.messages)
+        turn = "prompt" if num_turns == 1 else "second turn" if num_turns == 2 else f"turn {num_turns}"
+        steps.append(f"{turn} {_by(prompt)}")
         steps.append("a program can check it" if prompt.truth else "judged by the reward model")
-    steps.append(f"answers for {full(batch.stage)}" if batch.makes_pairs else "answers for SFT")
-    chips = [el("span", _cut(s, 80), class_="chip") for s in steps]
+    steps.append(f"answers for {short_label(stage.name)}" if stage.makes_pairs else "answers for SFT")
+    chips = [el("span", _truncate(s, MAX_CHIP_CHARACTERS), class_="chip") for s in steps]
     return [m for i, chip in enumerate(chips) for m in ([el("span", "\u2192")] if i else []) + [chip]]
+
+
+def _by(prompt: Prompt) -> str:
+    return "from the recipe's file" if prompt.origin == "file" else f"by {stage_label(prompt.origin)}"
 
 
 def _conversation(messages: Conversation) -> list[Markup]:
     return [
-        el("div", el("div", m.role, class_="who"), el("div", _cut(m.content), class_="said", dir="auto"), class_="turn") for m in messages
+        el("div", el("div", m.role, class_="who"), el("div", _truncate(m.content), class_="said", dir="auto"), class_="turn")
+        for m in messages
     ]
 
 
-def _answer(r: Response, batch: Batch, pair: Pair | None) -> Markup:
+def _answer(r: Response, stage: JudgedStage, pairs: Sequence[Pair]) -> Markup:
+    """An answer with its verdicts; the chosen one of a pair with the reward gap."""
+    pair = next((p for p in pairs if r.id in p.parents), None)
     side = ""
-    if pair is not None and r.id in pair.parents:
+    if pair is not None:
         side = "chosen" if r.id == pair.parents[0] else "rejected"
-    elif not batch.makes_pairs and r.id in batch.kept:
+    elif not stage.makes_pairs and r.id in stage.kept:
         side = "kept"
     facts: list[Markup] = []
     if side:
@@ -194,13 +215,14 @@ def _answer(r: Response, batch: Batch, pair: Pair | None) -> Markup:
     if r.rating is not None:
         facts.append(el("span", " \u00b7 ".join(f"{a} {getattr(r.rating, a):.1f}" for a in ATTRIBUTES)))
     if pair is not None and side == "chosen":
-        facts.append(
-            el("span", f"reward gap {pair.chosen_reward - pair.rejected_reward:.2f}, decided by {JUDGES.get(pair.judge, pair.judge)}")
-        )
-    facts.append(el("span", f"{full(r.generator)}, temperature {r.temperature:g}, {r.num_tokens} tokens"))
+        gap = pair.chosen_reward - pair.rejected_reward
+        facts.append(el("span", f"reward gap {gap:.2f}, decided by {JUDGES.get(pair.judge, pair.judge)}"))
+    facts.append(el("span", f"{stage_label(r.generator)}, temperature {r.temperature:g}, {r.num_tokens} tokens"))
+    if r.votes > 1:
+        facts.append(el("span", f"given {r.votes} times"))
     css = "answer rejected" if side == "rejected" else "answer kept" if side else "answer"
-    return el("div", el("div", _cut(r.text) or "(nothing)", class_="said", dir="auto"), el("div", facts, class_="facts"), class_=css)
+    return el("div", el("div", _truncate(r.text) or "(nothing)", class_="said", dir="auto"), el("div", facts, class_="facts"), class_=css)
 
 
-def _cut(text: str, longest: int = LONGEST) -> str:
+def _truncate(text: str, longest: int = MAX_CHARACTERS) -> str:
     return text if len(text) <= longest else f"{text[:longest]} [... {len(text) - longest:,} more characters]"

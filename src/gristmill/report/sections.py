@@ -1,14 +1,16 @@
-"""The page's parts about data and judges: funnel, reward scores, reward model, collapse monitors."""
+"""Report sections on data and judges: funnel, reward scores, reward model, collapse monitors."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gristmill.evaluate.diversity import LEVELS, POINTS
-from gristmill.report.claims import bounds, figure, round_of, short
-from gristmill.report.figures import accuracy_bars, funnel, gauge, histogram
+from gristmill.report.comparisons import format_ci, format_score, round_of, short_label
+from gristmill.report.figures import accuracy_bars, funnel, histogram, monitor_plot
 from gristmill.report.markup import Markup, el, table
-from gristmill.report.samples import Batch
+from gristmill.report.samples import JudgedStage
+from gristmill.runs import artifacts
+from gristmill.runs.artifacts import AnyArtifact
 from gristmill.runs.reader import RunData
 
 # What each monitor tells, for a person.
@@ -22,8 +24,8 @@ MONITORS = {
 }
 
 
-def _named(data: RunData, number: int, ending: str) -> list[dict[str, Any]]:
-    return [s for s in data.stages if round_of(s.get("name", "")) == number and s["name"].endswith(ending)]
+def _of_round(data: RunData, number: int, artifact: AnyArtifact) -> list[dict[str, Any]]:
+    return [s for s in data.stages_with(artifact) if round_of(s["name"]) == number]
 
 
 def rounds_of(data: RunData) -> list[int]:
@@ -35,7 +37,7 @@ def rounds_of(data: RunData) -> list[int]:
 
 
 def funnel_section(data: RunData) -> list[Markup]:
-    """From written prompts to training rows, a round at a time."""
+    """Data funnel: from written prompts to training rows, a round at a time."""
     pictures, tables = [], []
     for number in rounds_of(data):
         rows = _funnel_rows(data, number)
@@ -49,17 +51,17 @@ def funnel_section(data: RunData) -> list[Markup]:
 
 def _funnel_rows(data: RunData, number: int) -> list[tuple[str, int, str]]:
     rows: list[tuple[str, int, str]] = []
-    for done in _named(data, number, "-prompts"):
+    for done in _of_round(data, number, artifacts.PROMPTS):
         counts = done["funnel"]
         rows.append(("Prompts", 0, ""))
         rows += [(k, counts[k], "fill") for k in ("from file", "written") if counts.get(k)]
         rows += [(k, n, "fill2") for k, n in counts.items() if k not in ("from file", "written", "kept") and n]
         rows.append(("kept", counts["kept"], "fill"))
-    for done in _named(data, number, "-answers"):
+    for done in _of_round(data, number, artifacts.KEPT):
         counts = list(done["funnel"].values())
         rows += [("Answers for SFT", 0, ""), ("prompts", sum(c["prompts"] for c in counts), "fill")]
         rows += [(k, sum(c[k] for c in counts), "fill") for k in ("answers", "good", "kept")]
-    pairs = _named(data, number, "-pairs")
+    pairs = _of_round(data, number, artifacts.PAIRS)
     if pairs:
         total: dict[str, int] = {}
         for done in pairs:
@@ -73,7 +75,7 @@ def _funnel_rows(data: RunData, number: int) -> list[tuple[str, int, str]]:
 
 def _funnel_tables(data: RunData, number: int) -> list[Markup]:
     out = []
-    for done in _named(data, number, "-answers"):
+    for done in _of_round(data, number, artifacts.KEPT):
         rows = []
         for task, c in done["funnel"].items():
             judges = ", ".join(f"{k} {n:,}" for k, n in c["judge"].items())
@@ -91,13 +93,13 @@ def _funnel_tables(data: RunData, number: int) -> list[Markup]:
             )
         out.append(el("h3", f"Round {number}: answers for SFT"))
         out.append(table(["task", "prompts", "answers", "good", "kept", "judged by", "mean score, all \u2192 kept"], rows))
-    pairs = _named(data, number, "-pairs")
+    pairs = _of_round(data, number, artifacts.PAIRS)
     if pairs:
         reasons = list(dict.fromkeys(why for s in pairs for why in s["funnel"] if why != "pairs"))
         rows = []
         for s in pairs:
             lists = [", ".join(f"{k} {n:,}" for k, n in s[key].items()) for key in ("tasks", "judges")]
-            rows.append([short(s["name"]), f"{s['pairs']:,}", *(f"{s['funnel'].get(why, 0):,}" for why in reasons), *lists])
+            rows.append([short_label(s["name"]), f"{s['pairs']:,}", *(f"{s['funnel'].get(why, 0):,}" for why in reasons), *lists])
         out.append(el("h3", f"Round {number}: preference pairs"))
         out.append(table(["stage", "pairs", *reasons, "tasks", "decided by"], rows))
     return out
@@ -110,10 +112,10 @@ def _share(part: int, whole: int) -> str:
 # ---- reward scores ----
 
 
-def scores_section(batches: Sequence[Batch]) -> list[Markup]:
-    """Distributions of the reward model's score over all answers, and over those that were kept."""
-    sft = [b for b in batches if not b.makes_pairs]
-    every = [r.score for b in sft for rows in b.answers.values() for r in rows if r.score is not None]
+def scores_section(judged: Sequence[JudgedStage]) -> list[Markup]:
+    """Histograms of the reward model's score over all answers, and over those that were kept."""
+    sft = [s for s in judged if not s.makes_pairs]
+    every = [r.score for s in sft for rows in s.answers.values() for r in rows if r.score is not None]
     if not every:
         return [el("p", "No answers have been scored in this run.", class_="soft")]
     low, high = min(every), max(every)
@@ -125,19 +127,18 @@ def scores_section(batches: Sequence[Batch]) -> list[Markup]:
         class_="legend",
     )
     out = [legend]
-    for batch in sft:
-        rows = [r for group in batch.answers.values() for r in group if r.score is not None]
+    for stage in sft:
+        rows = [r for group in stage.answers.values() for r in group if r.score is not None]
         tasks = ["all tasks", *dict.fromkeys(r.task for r in rows)]
         figures = []
         for task in tasks:
             mine = [r for r in rows if task in ("all tasks", r.task)]
-            before, after = [r.score or 0.0 for r in mine], [r.score or 0.0 for r in mine if r.id in batch.kept]
+            before, after = [r.score or 0.0 for r in mine], [r.score or 0.0 for r in mine if r.id in stage.kept]
             kept = f"{len(after):,} kept, mean {_mean(after)}" if after else "none kept"
             sub = f"{len(before):,} answers, mean {_mean(before)}; {kept}"
-            figures.append(
-                el("div", el("p", task, class_="title"), el("p", sub, class_="sub"), histogram(before, after, low, high), class_="figure")
-            )
-        out += [el("h3", f"Round {round_of(batch.stage)}"), el("div", figures, class_="grid")]
+            title = [el("p", task, class_="title"), el("p", sub, class_="sub")]
+            figures.append(el("div", title, histogram(before, after, low=low, high=high), class_="figure"))
+        out += [el("h3", f"Round {round_of(stage.name)}"), el("div", figures, class_="grid")]
     return out
 
 
@@ -149,7 +150,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def reward_section(report: Mapping[str, Any]) -> list[Markup]:
-    """Pair accuracy by category beside the LLM judge, and agreement with annotators by attribute."""
+    """Reward model evaluation: pair accuracy by category beside the LLM judge, and agreement with annotators by attribute."""
     if not report:
         return [el("p", "The reward model has not been measured in this run.", class_="soft")]
     bars, rows = [], []
@@ -183,8 +184,8 @@ def _accuracy(score: Mapping[str, Any] | None) -> Markup | str:
     if not score or not score["n"]:
         return "\u2013"
     if "ci95" not in score:
-        return figure(score["mean"])
-    return el("td", el("b", figure(score["mean"]), " "), el("small", bounds(score)), class_="num")
+        return format_score(score["mean"])
+    return el("td", el("b", format_score(score["mean"]), " "), el("small", format_ci(score)), class_="num")
 
 
 def _bar(share: float) -> Markup:
@@ -195,7 +196,7 @@ def _bar(share: float) -> Markup:
 
 
 def collapse_section(data: RunData) -> list[Markup]:
-    """Each monitor over the rounds, with the level at which it alarms."""
+    """Collapse monitors over the rounds, with the level at which it alarms."""
     found = [s for s in data.stages if "alarms" in s]
     if not found:
         return [el("p", "No monitor has been read yet in this run.", class_="soft")]
@@ -215,7 +216,8 @@ def collapse_section(data: RunData) -> list[Markup]:
         ]
         title, sub = MONITORS[name]
         lost = el("span", " not a number", class_="chip bad") if len(pairs) < len(found) else None
-        picture = gauge([p for p, _ in pairs], [v for _, v in pairs], *alarm_level(name, found[0]["values"][name])) if pairs else None
+        level, falls = alarm_level(name, found[0]["values"][name])
+        picture = monitor_plot([p for p, _ in pairs], [v for _, v in pairs], level=level, falls=falls) if pairs else None
         figures.append(el("div", el("p", title, lost, class_="title"), el("p", sub, class_="sub"), picture, class_="figure"))
     budget = found[0]["values"].get("tokens")
     equal = f" Every text set was cut to {budget:,.0f} tokens." if budget else ""

@@ -1,4 +1,4 @@
-"""The look of every page: colours as variables, once for light and once for dark backgrounds."""
+"""CSS of every page: colours as variables, once for light and once for dark backgrounds."""
 
 STYLE = """
 :root {

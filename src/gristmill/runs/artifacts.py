@@ -3,15 +3,14 @@
 A stage declares what it writes, and its `done.json` names it; so a reader never guesses at file names.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from gristmill.core.errors import InputError
-from gristmill.core.io import write_json
+from gristmill.core.io import read_json, write_json
 from gristmill.data.rows import Demonstration, Pair, Prompt, Rated, Refused, Response, TopicRow, read_records, read_rows, write_rows
+from gristmill.runs.journal import Journal
 
 Row = TypeVar("Row")
 
@@ -66,15 +65,7 @@ class JsonArtifact:
             InputError: the file is damaged.
         """
         path = folder / self.file
-        if not path.is_file():
-            return {}
-        try:
-            value = json.loads(path.read_text())
-        except (OSError, ValueError) as e:
-            raise InputError(f"{path} cannot be read ({e}): delete its folder and run the same command again.") from e
-        if not isinstance(value, dict):
-            raise InputError(f"{path} holds no JSON object: delete its folder and run the same command again.")
-        return value
+        return read_json(path) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -86,6 +77,14 @@ class JournalArtifact:
     @property
     def file(self) -> str:
         return f"{self.name}.jsonl"
+
+    def read(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Records by id, without a torn last line; none where there is no file."""
+        path = folder / self.file
+        if not path.is_file():
+            return {}
+        with Journal(path, read_only=True) as journal:
+            return dict(journal)
 
 
 AnyArtifact = Artifact[Any] | JsonArtifact | JournalArtifact

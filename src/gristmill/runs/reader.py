@@ -1,14 +1,22 @@
-"""A run folder, read back. Only files are looked at, so an unfinished run reads as well as a finished one."""
+"""A run folder, read back: its kind, recipe, stages, results, and the artifacts of every stage.
 
-import json
+Only files are looked at, so an unfinished run reads as well as a finished one.
+"""
+
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import yaml
 
+from gristmill.core.config import COMMANDS
 from gristmill.core.errors import InputError
+from gristmill.core.io import read_json
+
+if TYPE_CHECKING:  # `gristmill status` starts without what rows need
+    from gristmill.runs.artifacts import AnyArtifact, Artifact, JournalArtifact, JsonArtifact
 
 Row = TypeVar("Row")
 STAGE_FOLDER = re.compile(r"(\d{2,})-.+")
@@ -20,51 +28,59 @@ class RunData:
 
     Attributes:
         folder: the run's folder.
-        recipe: its resolved recipe, as plain values.
+        kind: of its recipe: "alignment", "dataset", "curation" or another.
+        recipe: resolved, as plain values.
         stages: in order, what each stage's `done.json` says, and its folder's name under "folder". An unfinished stage has only that.
         results: `results.json`, or None while the run is not finished.
     """
 
     folder: Path
+    kind: str
     recipe: dict[str, Any]
     stages: list[dict[str, Any]]
     results: dict[str, Any] | None
 
-    def rows(self, stage: str, file: str, row: type[Row]) -> list[Row]:
-        """Dataclass rows of a Parquet or JSONL file in a stage's folder; none where the file is not there or holds no row.
+    def stages_with(self, artifact: "AnyArtifact") -> list[dict[str, Any]]:
+        """The finished stages that wrote an artifact, in order."""
+        return [s for s in self.stages if artifact.file in s.get("artifacts", ())]
+
+    @overload
+    def read(self, stage: str, artifact: "Artifact[Row]") -> list[Row]: ...
+    @overload
+    def read(self, stage: str, artifact: "JsonArtifact") -> dict[str, Any]: ...
+    @overload
+    def read(self, stage: str, artifact: "JournalArtifact") -> dict[str, dict[str, Any]]: ...
+
+    def read(self, stage: str, artifact: "AnyArtifact") -> Any:
+        """What a stage (given by its folder's name) wrote: rows, a JSON object, or records by id.
 
         Raises:
-            InputError: the file is damaged.
+            InputError: the stage is not finished or writes no such artifact, or the file is damaged or gone.
         """
-        from gristmill.data.rows import read_records, read_rows
+        path = self.folder / stage / artifact.file
+        if all(s["folder"] != stage for s in self.stages_with(artifact)):
+            raise InputError(f"{path} is not an artifact of a finished stage: run the same command again to finish it.")
+        if not path.is_file():
+            raise InputError(f"{path} is gone: put it back, or delete its folder and run the same command again.")
+        return artifact.read(path.parent)
 
-        path = self.folder / stage / file
-        return read_rows(path, row) if path.is_file() and read_records(path) else []
+    def calls(self, stage: str) -> Iterator[dict[str, Any]]:
+        """The records of all journals in a stage's folder, finished or not: what was paid for counts, declared or not."""
+        from gristmill.runs.journal import Journal
 
-    def journal(self, stage: str, file: str) -> dict[str, dict[str, Any]]:
-        """Records by id of a stage's journal; a torn last line is left out."""
-        path = self.folder / stage / file
-        out: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    break
-                out[record["id"]] = record
-        return out
-
-    def outcomes(self, stage: str) -> dict[str, dict[str, bool]]:
-        """Right or wrong by mode ("greedy", "sampled") and evaluation prompt; empty when the stage has not been evaluated."""
-        path = self.folder / stage / "outcomes.json"
-        return _json(path) if path.is_file() else {}
+        for path in sorted((self.folder / stage).glob("*.jsonl")):
+            with Journal(path, read_only=True) as journal:
+                yield from journal.values()
 
 
-def read_run(folder: Path) -> RunData:
+def read_run(folder: Path, *, kind: str | None = None) -> RunData:
     """Read a run, finished or not.
 
+    Args:
+        kind: the only kind of recipe that will do; any, by default.
+
     Raises:
-        InputError: the folder holds no run, or one of its files is damaged.
+        InputError: the folder holds no run or one of another kind, or one of its files is damaged.
     """
     saved = folder / "recipe.yaml"
     if not saved.is_file():
@@ -75,15 +91,20 @@ def read_run(folder: Path) -> RunData:
         raise InputError(f"{saved} is not YAML ({' '.join(str(e).split())}): run the recipe in a new folder.") from e
     if not isinstance(recipe, dict):
         raise InputError(f"{saved} is no recipe: run the recipe in a new folder.")
+    if "kind" not in recipe:
+        raise InputError(f"{folder} was made by an earlier version of gristmill: read it with that one.")
+    if kind is not None and recipe["kind"] != kind:
+        command, other = COMMANDS.get(kind, kind), COMMANDS.get(recipe["kind"], recipe["kind"])
+        raise InputError(f"{folder} holds a run of `gristmill {other}`: give one of `gristmill {command}`.")
     numbered = [(int(m[1]), p) for p in folder.iterdir() if p.is_dir() and (m := STAGE_FOLDER.fullmatch(p.name))]
     stages: list[dict[str, Any]] = []
     for _, path in sorted(numbered):
         done = path / "done.json"
-        stages.append({**(_json(done) if done.is_file() else {}), "folder": path.name})
+        stages.append({**(read_json(done) if done.is_file() else {}), "folder": path.name})
     results = _results(folder, stages)
     if results and not stages:  # a finished run may have dropped their folders
         stages = [stage for stage in results.get("stages", []) if "folder" in stage]
-    return RunData(folder, recipe, stages, results)
+    return RunData(folder, str(recipe["kind"]), recipe, stages, results)
 
 
 def _results(folder: Path, stages: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -91,16 +112,6 @@ def _results(folder: Path, stages: list[dict[str, Any]]) -> dict[str, Any] | Non
     path = folder / "results.json"
     if not path.is_file() or not all("fingerprint" in s for s in stages):
         return None
-    results = _json(path)
-    told = {s["name"] for s in results.get("stages", [])}
-    return results if all(s["name"] in told for s in stages if "greedy" in s) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path} cannot be read ({e}): delete its folder and run the same command again.") from e
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object: delete its folder and run the same command again.")
-    return value
+    results = read_json(path)
+    models = {s["name"] for s in stages if "greedy" in s}
+    return results if not models or models <= {s["name"] for s in results.get("stages", [])} else None

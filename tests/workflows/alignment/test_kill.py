@@ -25,7 +25,7 @@ ROWS = ("prompts.parquet", "kept.parquet", "pairs.parquet", "responses.parquet")
 # step, so that kills meet half-trained models.
 LAUNCHER = """
 import json, os, signal, sys, time
-import gristmill.workflows.alignment.loop, gristmill.report.report, gristmill.report.text
+import gristmill.workflows.alignment.loop, gristmill.report.alignment, gristmill.report.summary
 from gristmill.cli.main import app
 from gristmill.workflows.alignment import training
 from gristmill.runs.journal import Journal

@@ -42,5 +42,6 @@ class Writing(Pipeline):
             return writer.random("kinds", topic.text).sample(self.kinds, min(self.kinds_per_topic, len(self.kinds)))
 
         topics = own_topics(self.own) or inputs.topics
+        writer.topics |= {topic.id: topic for topic in topics}
         async for row in writer.each(((topic, kind) for topic in topics for kind in drawn(topic)), about):
             yield row

@@ -1,39 +1,51 @@
-"""A run in lines of text: one a stage, and the three that matter. Light to import, for `gristmill status`."""
+"""Text summary of a run: a line a stage, and the headline of three. Light to import, for `gristmill status`."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gristmill.report.claims import MODES, difference, figure, full, interval, signed, unpaired
-from gristmill.runs.reader import RunData
+from gristmill.report.comparisons import (
+    MODES,
+    format_difference,
+    format_score,
+    format_score_ci,
+    paired_difference,
+    stage_label,
+    unpaired_difference,
+)
+from gristmill.runs.reader import read_run
 
 
 def stage_line(done: Mapping[str, Any]) -> str:
-    """What a finished stage did, in one line, from its `done.json`; empty for an unfinished one."""
+    """What a finished stage did, in one line, from its `done.json`; empty for an unfinished one.
+
+    A stage of an alignment run is told in words, one of another kind by its counts.
+    """
+    funnel = done.get("funnel", {})
     if "greedy" in done:
         return _model(done)
     if "llm_judge" in done:
         return f"pair accuracy easy {_pair(done, 'easy')}, hard {_pair(done, 'hard')}"
     if "alarms" in done:
         return f"alarms: {', '.join(done['alarms'])}" if done["alarms"] else "no alarm"
-    if "evaluation" in done:
+    if {"demonstrations", "ratings", "evaluation"} <= done.keys():
         return f"{done['demonstrations']:,} demonstrations, {done['ratings']:,} ratings, {done['evaluation']:,} evaluation prompts"
-    if "pairs" in done:
+    if "pairs" in done and "funnel" in done:
         return _pairs(done)
-    if "kept" in done:
-        answers = sum(f["answers"] for f in done["funnel"].values())
-        good = sum(f["good"] for f in done["funnel"].values())
+    if "kept" in done and "funnel" in done:
+        answers, good = (sum(of_task[key] for of_task in funnel.values()) for key in ("answers", "good"))
         return f"kept {done['kept']:,} of {answers:,} answers ({good:,} good)"
-    if "funnel" in done:
-        return _prompts(done["funnel"])
+    if "kept" in funnel:
+        return _prompts(funnel)
     if "metrics" in done:
         return f"{done['rows']:,} rows, {_training(done)}"
-    return ""
+    counts = {k: n for k, n in done.items() if isinstance(n, int) and k != "peak_mib"}
+    return ", ".join(f"{n:,} {name.removeprefix('num_').replace('_', ' ')}" for name, n in counts.items())
 
 
 def _model(done: Mapping[str, Any]) -> str:
     tasks = [f"{t} {done['greedy'][t]['mean']:.2f}/{done['sampled'][t]['mean']:.2f}" for t in done["greedy"] if t != "overall"]
-    overall = f"greedy {figure(done['greedy']['overall']['mean'])} sampled {figure(done['sampled']['overall']['mean'])}"
+    overall = f"greedy {format_score(done['greedy']['overall']['mean'])} sampled {format_score(done['sampled']['overall']['mean'])}"
     return f"{overall} ({', '.join(tasks)}); {done['rows']:,} rows, {_training(done)}"
 
 
@@ -43,7 +55,7 @@ def _training(done: Mapping[str, Any]) -> str:
 
 
 def _pair(done: Mapping[str, Any], kind: str) -> str:
-    return f"{figure(done[kind]['overall']['mean'])} (LLM judge {figure(done['llm_judge'][kind]['overall']['mean'])})"
+    return f"{format_score(done[kind]['overall']['mean'])} (LLM judge {format_score(done['llm_judge'][kind]['overall']['mean'])})"
 
 
 def _pairs(done: Mapping[str, Any]) -> str:
@@ -58,13 +70,13 @@ def _prompts(funnel: Mapping[str, int]) -> str:
 
 
 def headline(results: Mapping[str, Any], folder: Path | None = None) -> list[str]:
-    """The three lines that matter: the models, the judge, the mill.
+    """The headline of a finished run: models, reward model, data.
 
     Args:
         results: what `results.json` holds.
         folder: the run's folder. With it, the difference of the last model to the first is paired by prompt (a narrower interval).
     """
-    return [_gain(results, folder), _judge(results.get("reward") or {}), _mill(results)]
+    return [_gain(results, folder), _judge(results.get("reward") or {}), _data_mix(results)]
 
 
 def _gain(results: Mapping[str, Any], folder: Path | None) -> str:
@@ -72,16 +84,17 @@ def _gain(results: Mapping[str, Any], folder: Path | None) -> str:
     if len(stages) < 2:
         return "Models: there is only one to show, nothing can be compared."
     first, last = stages[0], stages[-1]
+    data = read_run(folder) if folder is not None else None
     parts = []
     for mode in MODES:
         old, new = first[mode]["overall"], last[mode]["overall"]
         d, kind = None, "paired"
-        if folder is not None:
-            d = difference(RunData(folder, {}, [], None), Path(first["model"]).parts[0], Path(last["model"]).parts[0], mode)
+        if data is not None:
+            d = paired_difference(data, Path(first["model"]).parts[0], Path(last["model"]).parts[0], mode=mode)
         if d is None:
-            d, kind = unpaired(old, new), "unpaired"
-        parts.append(f"{mode} {interval(old)} -> {interval(new)}, {kind} difference {signed(d)}")
-    return f"Models: {full(first['name'])} -> {full(last['name'])}: {'; '.join(parts)}"
+            d, kind = unpaired_difference(old, new), "unpaired"
+        parts.append(f"{mode} {format_score_ci(old)} -> {format_score_ci(new)}, {kind} difference {format_difference(d)}")
+    return f"Models: {stage_label(first['name'])} -> {stage_label(last['name'])}: {'; '.join(parts)}"
 
 
 def _judge(reward: Mapping[str, Any]) -> str:
@@ -90,17 +103,19 @@ def _judge(reward: Mapping[str, Any]) -> str:
     kinds = []
     for kind in ("easy", "hard"):
         score, other = reward[kind]["overall"], reward["llm_judge"][kind]["overall"]
-        kinds.append(f"{kind} {interval(score)} (LLM judge {interval(other)}, n {score['n']})" if score["n"] else f"{kind}: no pairs")
+        kinds.append(
+            f"{kind} {format_score_ci(score)} (LLM judge {format_score_ci(other)}, n {score['n']})" if score["n"] else f"{kind}: no pairs"
+        )
     return f"Reward model: pair accuracy {'; '.join(kinds)}"
 
 
-def _mill(results: Mapping[str, Any]) -> str:
+def _data_mix(results: Mapping[str, Any]) -> str:
     samples = results["alignment_samples"]
     total = samples["human"] + samples["synthetic"]
     alarms = [f"round {c['round']} {', '.join(c['alarms'])}" for c in results["collapse"] if c["alarms"]]
     control = f"control {results['control']}: " if results.get("control") else ""
     return (
-        f"Mill: {control}{results['synthetic_share']:.1%} of {total:,} alignment samples synthetic, "
+        f"Data: {control}{results['synthetic_share']:.1%} of {total:,} alignment samples synthetic, "
         f"{duration(results['seconds'])}, collapse alarms: {'; '.join(alarms) or 'none'}"
     )
 

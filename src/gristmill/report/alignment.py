@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that opens from disk, loads nothing, runs no script, and says plainly what did not improve."""
+"""HTML report of an alignment run: one file that opens from disk, loads nothing, runs no script, and says plainly what did not improve."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,30 +8,30 @@ from typing import Any
 import yaml
 
 from gristmill.core.errors import InputError
-from gristmill.report.claims import (
+from gristmill.report.comparisons import (
     MODES,
-    Step,
-    bounds,
-    difference,
-    figure,
-    full,
-    is_specialist,
+    Comparison,
+    baseline_comparisons,
+    baselines,
+    format_ci,
+    format_difference,
+    format_score,
+    is_single_task,
     model_stages,
-    predecessors,
+    paired_difference,
     prompt_tasks,
     reward_report,
     round_of,
-    short,
-    sign,
-    signed,
-    statements,
-    steps,
+    short_label,
+    shortfalls,
+    significance,
+    stage_label,
 )
 from gristmill.report.figures import Series, stage_plot
 from gristmill.report.markup import Markup, document, el, table
-from gristmill.report.samples import Batch, read_batches, read_origins, samples_section
+from gristmill.report.samples import JudgedStage, read_judged, read_lineage, samples_section
 from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
-from gristmill.report.text import duration, headline
+from gristmill.report.summary import duration, headline
 from gristmill.runs.reader import RunData, read_run
 
 CONTROLS = {
@@ -57,14 +57,14 @@ def write_report(folder: Path) -> Path:
     """Write `report.html` into a run's folder, finished or not. Returns its path.
 
     Raises:
-        InputError: the folder holds no run, or the page cannot be written.
+        InputError: the folder holds no run or one of another kind, or the page cannot be written.
     """
-    data = read_run(folder)
-    batches = read_batches(data)
+    data = read_run(folder, kind="alignment")
+    judged = read_judged(data)
     bodies: dict[str, tuple[str, Sequence[Markup | None]]] = {
         "stages": ("Accuracy on held-out prompts: greedy, and at temperature 1, with 95 % intervals.", _stages(data)),
         "data": ("What each round wrote, what was refused, and what became training data.", funnel_section(data)),
-        "scores": ("The reward model's weighted score of every answer, and of those that were kept.", scores_section(batches)),
+        "scores": ("The reward model's weighted score of every answer, and of those that were kept.", scores_section(judged)),
         "judge": (
             "Which of two answers is better? Easy pairs are people's ratings far apart, hard ones a model's own right and wrong.",
             _judge(data),
@@ -73,14 +73,14 @@ def write_report(folder: Path) -> Path:
             "Is the text losing its variety? The shaded side of each dashed line is where the monitor alarms.",
             collapse_section(data),
         ),
-        "samples": ("Rows as they are, drawn by the run's seed, with the way they came.", _samples(data, batches)),
+        "samples": ("Rows as they are, drawn by the run's seed, with the way they came.", _samples(data, judged)),
         "time": ("Seconds a stage, and training speed.", _times(data)),
         "recipe": ("Every setting of this run.", [el("pre", yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True))]),
     }
     links = el("nav", el("div", [el("a", HEADING[k], href=f"#{k}") for k in bodies]), aria_label="Sections")
     sections = [el("section", el("h2", HEADING[k]), el("p", lead, class_="soft"), body, id=k) for k, (lead, body) in bodies.items()]
     name = str(data.recipe.get("name", folder.name))
-    main = el("main", _cards(data), _lines(data), _plainly(data), sections)
+    main = el("main", _cards(data), _headline(data), _shortfalls(data), sections)
     return save_page(folder / "report.html", document(f"gristmill: {name}", _top(data, name), links, main, footer()))
 
 
@@ -148,14 +148,14 @@ def _cards(data: RunData) -> Markup | None:
         first, last = models[0], models[-1]
         figures = []
         for mode in MODES:
-            old, new = (figure(m[mode]["overall"]["mean"]) for m in (first, last))
-            d = difference(data, first["folder"], last["folder"], mode) if len(models) > 1 else None
+            old, new = (format_score(m[mode]["overall"]["mean"]) for m in (first, last))
+            d = paired_difference(data, first["folder"], last["folder"], mode=mode) if len(models) > 1 else None
             big = el("p", el("small", f"{old} \u2192 ") if d else None, new, class_="big")
             figures.append(el("div", el("p", mode, class_="label"), big, el("p", _change(d)) if d else None))
         label = (
-            f"{full(first['name']).capitalize()} only \u2192 {full(last['name'])}"
+            f"{stage_label(first['name']).capitalize()} only \u2192 {stage_label(last['name'])}"
             if len(models) > 1
-            else f"Accuracy: {full(first['name'])}"
+            else f"Accuracy: {stage_label(first['name'])}"
         )
         cards.append(el("div", el("p", label, class_="title"), el("div", figures, class_="row"), class_="card"))
     report = reward_report(data)
@@ -163,12 +163,12 @@ def _cards(data: RunData) -> Markup | None:
         figures = []
         for kind in ("easy", "hard"):
             score, other = report[kind]["overall"], report["llm_judge"][kind]["overall"]
-            words = [f"LLM judge {figure(other['mean'])}", el("br"), f"n {score['n']}"] if score["n"] else "no pairs"
+            words = [f"LLM judge {format_score(other['mean'])}", el("br"), f"n {score['n']}"] if score["n"] else "no pairs"
             figures.append(
                 el(
                     "div",
                     el("p", kind, class_="label"),
-                    el("p", figure(score["mean"]) if score["n"] else "\u2013", class_="big"),
+                    el("p", format_score(score["mean"]) if score["n"] else "\u2013", class_="big"),
                     el("p", words),
                 )
             )
@@ -188,15 +188,15 @@ def _cards(data: RunData) -> Markup | None:
     return el("div", cards, class_="cards") if cards else None
 
 
-def _lines(data: RunData) -> Markup | None:
+def _headline(data: RunData) -> Markup | None:
     return el("ul", [el("li", unbroken(line)) for line in headline(data.results, data.folder)], class_="lines") if data.results else None
 
 
-def _plainly(data: RunData) -> Markup | None:
-    """What did not improve, before any figure can dazzle."""
+def _shortfalls(data: RunData) -> Markup | None:
+    """What did not improve, above every chart."""
     if len(model_stages(data)) < 2:
         return None
-    found = statements(data)
+    found = shortfalls(data)
     if not found:
         return el(
             "div", el("p", "Every model improved on the one before it, beyond its interval, greedy and sampled."), class_="plain fine"
@@ -211,8 +211,8 @@ def unbroken(text: str) -> str:
 
 def _change(d: Mapping[str, Any]) -> Markup:
     """A difference, coloured only when its interval excludes 0."""
-    css = {1: "up", -1: "down", 0: "flat"}[sign(d)]
-    return el("span", signed(d), class_=css)
+    css = {1: "up", -1: "down", 0: "flat"}[significance(d)]
+    return el("span", format_difference(d), class_=css)
 
 
 # ---- stages ----
@@ -223,23 +223,23 @@ def _stages(data: RunData) -> list[Markup]:
     if not models:
         return [el("p", "No model has been trained and evaluated yet.", class_="soft")]
     rounds = [round_of(m["name"]) for m in models]
-    names = [short(m["name"]) if number else "SFT" for m, number in zip(models, rounds, strict=True)]  # before the first round: human data
-    apart = frozenset(i for i, m in enumerate(models) if is_specialist(m["name"]))
+    names = [short_label(m["name"]) if number else "SFT" for m, number in zip(models, rounds, strict=True)]
+    hollow = frozenset(i for i, m in enumerate(models) if is_single_task(m["name"]))
     tasks = [t for t in models[0]["greedy"] if t != "overall"]
 
     def curves(task: str) -> list[Series]:
-        return [Series(mode, [m[mode][task] for m in models], apart) for mode in MODES]
+        return [Series(mode, [m[mode][task] for m in models], hollow) for mode in MODES]
 
     legend = el(
         "p",
         el("span", el("i", style="background:var(--greedy)"), "greedy"),
         el("span", el("i", style="background:var(--sampled)"), "sampled at temperature 1"),
-        el("span", "hollow: code SFT, which trains on code alone") if apart else None,
+        el("span", "hollow: code SFT, which trains on code alone") if hollow else None,
         class_="legend",
     )
     whole = el("div", el("p", "All tasks", class_="title"), legend, stage_plot(names, rounds, curves("overall")), class_="figure wideplot")
     small = [el("div", el("p", t, class_="title"), stage_plot(names, rounds, curves(t), small=True), class_="figure") for t in tasks]
-    found = {s.name: s for s in steps(data)}
+    found = {s.name: s for s in baseline_comparisons(data)}
     return [
         whole,
         el("div", small, class_="grid"),
@@ -251,16 +251,16 @@ def _stages(data: RunData) -> list[Markup]:
     ]
 
 
-def _stage_table(models: Sequence[Mapping[str, Any]], found: Mapping[str, Step]) -> Markup:
+def _stage_table(models: Sequence[Mapping[str, Any]], found: Mapping[str, Comparison]) -> Markup:
     rows = []
     for m in models:
-        step = found.get(m["name"])
+        comparison = found.get(m["name"])
         cells: list[Any] = [
-            el("td", el("b", full(m["name"])), el("br"), el("small", _trained_on(m))),
-            el("td", full(step.against) if step else "\u2013", class_="soft"),
+            el("td", el("b", stage_label(m["name"])), el("br"), el("small", _trained_on(m))),
+            el("td", stage_label(comparison.baseline) if comparison else "\u2013", class_="soft"),
         ]
         for mode in MODES:
-            d = step.differences.get(mode) if step else None
+            d = comparison.differences.get(mode) if comparison else None
             cells += [score_cell(m[mode]["overall"]), difference_cell(d)]
         rows.append(cells)
     return table(["stage", "compared with", "greedy", "difference", "sampled", "difference"], rows, numeric_from=2)
@@ -276,36 +276,36 @@ def _trained_on(m: Mapping[str, Any]) -> str:
 def score_cell(score: Mapping[str, Any], heat: str | None = None) -> Markup:
     """A table cell with an accuracy over its interval; `heat` (a mode) tints it by the accuracy."""
     style = f"--v:{score['mean']:.2f};--hue:var(--{heat})" if heat else None
-    return el("td", figure(score["mean"]), el("br"), el("small", bounds(score)), class_="num heat" if heat else "num", style=style)
+    return el("td", format_score(score["mean"]), el("br"), el("small", format_ci(score)), class_="num heat" if heat else "num", style=style)
 
 
 def difference_cell(d: Mapping[str, Any] | None) -> Markup:
     """A table cell with a difference over its interval, marked when that excludes 0."""
     if not d:
         return el("td", "\u2013", class_="num")
-    css, mark = {1: ("up", "\u25b2 "), -1: ("down", "\u25bc "), 0: ("flat", "\u00b7 ")}[sign(d)]
-    return el("td", el("span", f"{mark}{d['mean']:+.3f}", class_=css), el("br"), el("small", bounds(d, "+")), class_="num")
+    css, mark = {1: ("up", "\u25b2 "), -1: ("down", "\u25bc "), 0: ("flat", "\u00b7 ")}[significance(d)]
+    return el("td", el("span", f"{mark}{d['mean']:+.3f}", class_=css), el("br"), el("small", format_ci(d, "+")), class_="num")
 
 
 def _task_table(models: Sequence[Mapping[str, Any]], tasks: Sequence[str], mode: str) -> Markup:
     head = ["stage", *(f"{t} (n {models[0][mode][t]['n']})" for t in tasks)]
-    return table(head, [[full(m["name"]), *(score_cell(m[mode][t], mode) for t in tasks)] for m in models])
+    return table(head, [[stage_label(m["name"]), *(score_cell(m[mode][t], mode) for t in tasks)] for m in models])
 
 
 def _task_differences(data: RunData, models: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[Markup]:
     """Paired differences by task, folded away, and the last model against the first."""
     of_prompt = prompt_tasks(data)
     folders = {m["name"]: m["folder"] for m in models}
-    against = predecessors(list(folders))
+    against = baselines(list(folders))
     if not against or not of_prompt:
         return []
-    compared = [(full(name), before, name) for name, before in against.items()]
+    compared = [(stage_label(name), before, name) for name, before in against.items()]
     first, last = models[0]["name"], models[-1]["name"]
     rows: list[list[Any]] = []
     for label, before, after in [*compared, ("last model, whole run", first, last)]:
         for mode in MODES:
-            found = [difference(data, folders[before], folders[after], mode, of_prompt, t) for t in tasks]
-            shown = [label, full(before)] if mode == MODES[0] else ["", ""]
+            found = [paired_difference(data, folders[before], folders[after], mode=mode, tasks=of_prompt, task=t) for t in tasks]
+            shown = [label, stage_label(before)] if mode == MODES[0] else ["", ""]
             rows.append([*shown, mode, *(difference_cell(d) for d in found)])
     return [el("details", el("summary", "Paired differences by task"), table(["stage", "compared with", "", *tasks], rows, numeric_from=3))]
 
@@ -317,8 +317,8 @@ def _judge(data: RunData) -> Sequence[Markup | None]:
     return reward_section(reward_report(data))
 
 
-def _samples(data: RunData, batches: Sequence[Batch]) -> list[Markup]:
-    return samples_section(data, batches, read_origins(data)) or [el("p", "No rows have been made in this run.", class_="soft")]
+def _samples(data: RunData, judged: Sequence[JudgedStage]) -> list[Markup]:
+    return samples_section(data, judged, read_lineage(data)) or [el("p", "No rows have been made in this run.", class_="soft")]
 
 
 def _times(data: RunData) -> list[Markup]:
@@ -348,5 +348,4 @@ def _times(data: RunData) -> list[Markup]:
 
 def _tokens_written(data: RunData, stage: str) -> int:
     """Tokens that models generated in a stage, from its journals."""
-    journals = [data.journal(stage, path.name) for path in sorted((data.folder / stage).glob("*.jsonl"))]
-    return sum(out[1] for journal in journals for record in journal.values() for out in record.get("out", []))
+    return sum(out[1] for record in data.calls(stage) for out in record.get("out", []))

@@ -1,4 +1,4 @@
-"""What a run shows and what it does not: every model against the one it is meant to improve on, in plain sentences.
+"""Model comparisons: every model of a run against its baseline, with paired differences, and in words what did not improve.
 
 Differences between two models of one run are paired (the same prompts). Accuracies of different runs are compared by Newcombe's
 interval for two independent proportions.
@@ -18,17 +18,17 @@ Score = Mapping[str, Any]  # {"mean", "ci95": [low, high], "n"}
 
 
 @dataclass(frozen=True)
-class Step:
-    """A model and the paired difference to the model before it.
+class Comparison:
+    """A model and its paired difference to its baseline.
 
     Attributes:
         name: of the model's stage.
-        against: of the stage it is compared with.
+        baseline: of the stage that it is to improve on.
         differences: by mode, {"mean", "ci95", "n"}; a mode is absent when the outcomes are not there.
     """
 
     name: str
-    against: str
+    baseline: str
     differences: dict[str, dict[str, Any]]
 
 
@@ -43,26 +43,26 @@ def round_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def short(name: str) -> str:
-    """A stage's name for people: "r2-general-sft" is "general SFT", "r1-rpo3" is "RPO 3"."""
+def short_label(name: str) -> str:
+    """Label of a stage without its round: "r2-general-sft" is "general SFT", "r1-rpo3" is "RPO 3"."""
     bare = re.sub(r"^r\d+-", "", name)
     bare = re.sub(r"^rpo(\d+)", r"RPO \1", bare)
     return bare.replace("dpo", "DPO").replace("-sft", " SFT").replace("-", " ")
 
 
-def full(name: str) -> str:
-    """As `short`, with the round."""
+def stage_label(name: str) -> str:
+    """Label of a stage: as `short_label`, with the round."""
     number = round_of(name)
-    return f"round {number} {short(name)}" if number else short(name)
+    return f"round {number} {short_label(name)}" if number else short_label(name)
 
 
-def is_specialist(name: str) -> bool:
+def is_single_task(name: str) -> bool:
     """Whether a stage trains for one task only, so that its overall accuracy says little."""
     return name.endswith("code-sft")
 
 
-def predecessors(names: Sequence[str]) -> dict[str, str]:
-    """What each model is compared with.
+def baselines(names: Sequence[str]) -> dict[str, str]:
+    """The baseline of each model.
 
     Both SFT stages of a round start from Base and are to surpass the model that wrote their data: the last one of the round before.
     Every other stage continues the one before it.
@@ -77,10 +77,10 @@ def predecessors(names: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def difference(
-    data: RunData, before: str, after: str, mode: str, tasks: Mapping[str, str] | None = None, task: str = ""
+def paired_difference(
+    data: RunData, before: str, after: str, *, mode: str, tasks: Mapping[str, str] | None = None, task: str = ""
 ) -> dict[str, Any] | None:
-    """Paired difference of two stages of a run, `after` minus `before`, by their folders; None without common outcomes.
+    """Paired difference of the outcomes of two stages of a run, `after` minus `before`, by their folders; None without common outcomes.
 
     Args:
         before: stage folder.
@@ -88,22 +88,24 @@ def difference(
         mode: "greedy" or "sampled".
         tasks: task by prompt id, to compare on one `task` only.
     """
-    old, new = data.outcomes(before).get(mode, {}), data.outcomes(after).get(mode, {})
+    from gristmill.runs import artifacts  # `gristmill status` starts without what rows need
+
+    old, new = (data.read(stage, artifacts.OUTCOMES).get(mode, {}) for stage in (before, after))
     common = [i for i in old if i in new and (tasks is None or tasks.get(i) == task)]
     return paired([old[i] for i in common], [new[i] for i in common]) if common else None
 
 
-def steps(data: RunData) -> list[Step]:
-    """Every model of the run but the first, against its predecessor."""
+def baseline_comparisons(data: RunData) -> list[Comparison]:
+    """Every model of the run but the first, against its baseline."""
     folders = {s["name"]: s["folder"] for s in model_stages(data)}
     out = []
-    for name, against in predecessors(list(folders)).items():
-        found = {m: difference(data, folders[against], folders[name], m) for m in MODES}
-        out.append(Step(name, against, {m: d for m, d in found.items() if d}))
+    for name, baseline in baselines(list(folders)).items():
+        found = {m: paired_difference(data, folders[baseline], folders[name], mode=m) for m in MODES}
+        out.append(Comparison(name, baseline, {m: d for m, d in found.items() if d}))
     return out
 
 
-def unpaired(before: Score, after: Score) -> dict[str, Any]:
+def unpaired_difference(before: Score, after: Score) -> dict[str, Any]:
     """Difference of two accuracies that were measured independently, with Newcombe's 95 % interval.
 
     Source: Newcombe, Statistics in Medicine 17 (1998), method 10: the two Wilson intervals, combined.
@@ -115,45 +117,45 @@ def unpaired(before: Score, after: Score) -> dict[str, Any]:
     return {"mean": round(mean, 4), "ci95": [round(low, 4), round(high, 4)]}
 
 
-def sign(interval: Score) -> int:
-    """1 when the 95 % interval lies above 0, -1 when below, 0 when it holds 0."""
-    low, high = interval["ci95"]
+def significance(difference: Score) -> int:
+    """Sign of a significant difference: 1 when the 95 % interval lies above 0, -1 when below, 0 when it holds 0."""
+    low, high = difference["ci95"]
     return 1 if low > 0 else -1 if high < 0 else 0
 
 
-def figure(value: float) -> str:
+def format_score(value: float) -> str:
     """An accuracy, a share or a score."""
     return f"{value:.3f}"
 
 
-def bounds(score: Score, sign: str = "") -> str:
-    """An interval; `sign` "+" writes the signs of both ends."""
+def format_ci(score: Score, sign: str = "") -> str:
+    """A 95 % interval; `sign` "+" writes the signs of both ends."""
     low, high = score["ci95"]
     return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def interval(score: Score) -> str:
+def format_score_ci(score: Score) -> str:
     """A mean and its interval."""
-    return f"{figure(score['mean'])} {bounds(score)}"
+    return f"{format_score(score['mean'])} {format_ci(score)}"
 
 
-def signed(score: Score) -> str:
+def format_difference(score: Score) -> str:
     """A difference and its interval."""
-    return f"{score['mean']:+.3f} {bounds(score, '+')}"
+    return f"{score['mean']:+.3f} {format_ci(score, '+')}"
 
 
-def statements(data: RunData) -> list[str]:
-    """What did not improve, one sentence each; empty when everything did, or when there is nothing to compare yet."""
+def shortfalls(data: RunData) -> list[str]:
+    """Regressions and ties in words, one sentence each; empty when everything improved, or there is nothing to compare yet."""
     models = model_stages(data)
     out: list[str] = []
     if len(models) > 1:
         out += _whole(data, models[0], models[-1])
-    for step in steps(data):
-        if not is_specialist(step.name):
-            out += _failed(full(step.name), full(step.against), step.differences)
+    for comparison in baseline_comparisons(data):
+        if not is_single_task(comparison.name):
+            out += _failed(stage_label(comparison.name), stage_label(comparison.baseline), comparison.differences)
     ends = [[s for s in models if round_of(s["name"]) == r][-1] for r in sorted({round_of(s["name"]) for s in models} - {0})]
     for old, new in zip(ends, ends[1:], strict=False):
-        found = {m: difference(data, old["folder"], new["folder"], m) for m in MODES}
+        found = {m: paired_difference(data, old["folder"], new["folder"], mode=m) for m in MODES}
         out += _failed(f"The end of round {round_of(new['name'])}", f"the end of round {round_of(old['name'])}", found)
     out += _reward(data)
     stopped = (data.results or {}).get("stopped")
@@ -161,30 +163,29 @@ def statements(data: RunData) -> list[str]:
 
 
 def _whole(data: RunData, first: dict[str, Any], last: dict[str, Any]) -> list[str]:
-    found = {m: difference(data, first["folder"], last["folder"], m) for m in MODES}
-    out = _failed(f"The last model ({full(last['name'])})", "the demonstrations alone", found)
+    found = {m: paired_difference(data, first["folder"], last["folder"], mode=m) for m in MODES}
+    out = _failed(f"The last model ({stage_label(last['name'])})", "the demonstrations alone", found)
     tasks = prompt_tasks(data)
     for task in dict.fromkeys(tasks.values()):
         for mode in MODES:
-            d = difference(data, first["folder"], last["folder"], mode, tasks, task)
-            if d and sign(d) < 0:
-                out.append(f"On {task} ({mode}) the last model is worse than the demonstrations alone: {signed(d)}.")
+            d = paired_difference(data, first["folder"], last["folder"], mode=mode, tasks=tasks, task=task)
+            if d and significance(d) < 0:
+                out.append(f"On {task} ({mode}) the last model is worse than the demonstrations alone: {format_difference(d)}.")
     return out
 
 
 def prompt_tasks(data: RunData) -> dict[str, str]:
     """Task by evaluation prompt id."""
-    from gristmill.data.rows import Prompt
+    from gristmill.runs import artifacts
 
-    folder = next((s["folder"] for s in data.stages if s.get("name") == "data"), None)
-    return {p.id: p.task for p in data.rows(folder, "evaluation.parquet", Prompt)} if folder else {}
+    return {p.id: p.task for s in data.stages_with(artifacts.EVALUATION) for p in data.read(s["folder"], artifacts.EVALUATION)}
 
 
 def _failed(name: str, against: str, differences: Mapping[str, dict[str, Any] | None]) -> list[str]:
     """A sentence unless every known difference is an improvement."""
     known = {m: d for m, d in differences.items() if d}
-    worse = {m: d for m, d in known.items() if sign(d) < 0}
-    flat = {m: d for m, d in known.items() if sign(d) == 0}
+    worse = {m: d for m, d in known.items() if significance(d) < 0}
+    flat = {m: d for m, d in known.items() if significance(d) == 0}
     start = name[0].upper() + name[1:]
     out = []
     if worse:
@@ -195,7 +196,7 @@ def _failed(name: str, against: str, differences: Mapping[str, dict[str, Any] | 
 
 
 def _listed(differences: Mapping[str, dict[str, Any]]) -> str:
-    return ", ".join(f"{mode} {signed(d)}" for mode, d in differences.items())
+    return ", ".join(f"{mode} {format_difference(d)}" for mode, d in differences.items())
 
 
 def reward_report(data: RunData) -> dict[str, Any]:
@@ -213,9 +214,8 @@ def _reward(data: RunData) -> list[str]:
             out.append(f"There were no {kind} pairs to measure the reward model on.")
             continue
         if score["ci95"][0] <= 0.5:
-            out.append(f"On {kind} pairs the reward model is not measurably better than guessing: {interval(score)}.")
+            out.append(f"On {kind} pairs the reward model is not measurably better than guessing: {format_score_ci(score)}.")
         if score["mean"] <= other["mean"]:
-            out.append(
-                f"On {kind} pairs the reward model ({figure(score['mean'])}) is no better than the LLM judge ({figure(other['mean'])})."
-            )
+            means = [format_score(s["mean"]) for s in (score, other)]
+            out.append(f"On {kind} pairs the reward model ({means[0]}) is no better than the LLM judge ({means[1]}).")
     return out

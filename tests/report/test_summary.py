@@ -1,5 +1,6 @@
 """One line a stage, and the three that matter."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,22 +8,31 @@ from pathlib import Path
 
 import pytest
 
-from gristmill.report.text import duration, headline, stage_line
+from gristmill.report.summary import duration, headline, stage_line
 from gristmill.runs.reader import read_run
 
 MakeRun = Callable[..., Path]
 
 
 def test_every_finished_stage_says_what_it_did(make_run: MakeRun) -> None:
-    lines = {s["name"]: stage_line(s) for s in read_run(make_run()).stages}
+    data = read_run(make_run())
+    done = {s["name"]: s for s in data.stages}
+    lines = {name: stage_line(s) for name, s in done.items()}
     assert all(line and "\n" not in line for line in lines.values())
     assert "greedy" in lines["demonstrations"] and "facts" in lines["demonstrations"] and "tokens/s" in lines["demonstrations"]
-    assert lines["r1-prompts"].startswith("kept 24 of 27 written; 2 repeated, 1 held out")
-    assert lines["r1-answers"].startswith("kept 11 of 48 answers")
-    assert lines["r1-dpo-pairs"] == "12 pairs; no pair: 1 all right"
-    assert lines["r1-monitors"] == "no alarm" and lines["r2-monitors"] == "alarms: human_nll"
-    assert "easy 0.900 (LLM judge 0.500)" in lines["reward-check"]
-    assert lines["data"] == "24 demonstrations, 60 ratings, 120 evaluation prompts"
+    funnel = done["r1-prompts"]["funnel"]
+    assert lines["r1-prompts"].startswith(f"kept {funnel['kept']} of {funnel['written']} written and 6 from file; ")
+    assert f"{funnel['not understood']} not understood" in lines["r1-prompts"]
+    assert re.fullmatch(rf"kept {done['r1-answers']['kept']} of \d+ answers \(\d+ good\)", lines["r1-answers"])
+    assert lines["r1-dpo-pairs"].startswith(f"{done['r1-dpo-pairs']['pairs']} pairs")
+    assert lines["r1-monitors"] == "no alarm" and stage_line({**done["r1-monitors"], "alarms": ["human_nll"]}) == "alarms: human_nll"
+    assert lines["reward-check"].startswith("pair accuracy easy ")
+    assert lines["data"] == "64 demonstrations, 68 ratings, 10 evaluation prompts"
+
+
+def test_a_stage_of_another_kind_is_told_by_its_counts() -> None:
+    done = {"name": "filter", "fingerprint": "f", "seconds": 1.5, "peak_mib": 90, "artifacts": [], "num_documents": 12000, "pairs": 3}
+    assert stage_line(done) == "12,000 documents, 3 pairs"
 
 
 def test_an_unfinished_stage_says_nothing() -> None:
@@ -32,13 +42,16 @@ def test_an_unfinished_stage_says_nothing() -> None:
 def test_the_headline_has_three_lines(make_run: MakeRun) -> None:
     data = read_run(make_run())
     assert data.results is not None
-    models, judge, mill = headline(data.results, data.folder)
-    first, last = data.results["stages"][0], data.results["stages"][-1]
+    results = {**data.results, "seconds": 312.4}
+    results["collapse"] = [*results["collapse"][:-1], {**results["collapse"][-1], "alarms": ["human_nll"]}]
+    models, judge, mix = headline(results, data.folder)
+    first, last = results["stages"][0], results["stages"][-1]
     for mode in ("greedy", "sampled"):
         assert f"{first[mode]['overall']['mean']:.3f}" in models and f"{last[mode]['overall']['mean']:.3f}" in models
     assert models.count("paired difference") == 2 and "unpaired" not in models
-    assert "easy 0.900" in judge and "hard 0.500" in judge and judge.count("LLM judge 0.500") == 2
-    assert "98.3%" in mill and "5 min 12 s" in mill and "round 2 human_nll" in mill
+    easy, other = (part["easy"]["overall"]["mean"] for part in (results["reward"], results["reward"]["llm_judge"]))
+    assert f"easy {easy:.3f}" in judge and f"LLM judge {other:.3f}" in judge
+    assert f"{results['synthetic_share']:.1%}" in mix and "5 min 12 s" in mix and "round 1 human_nll" in mix
 
 
 def test_without_the_folder_the_difference_is_unpaired(make_run: MakeRun) -> None:
@@ -63,5 +76,5 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_the_terminal_lines_need_no_heavy_package() -> None:
-    code = "import sys, gristmill.report.text; print([m for m in ('torch', 'pyarrow', 'matplotlib', 'tokenizers') if m in sys.modules])"
+    code = "import sys, gristmill.report.summary; print([m for m in ('torch', 'pyarrow', 'matplotlib', 'tokenizers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
