@@ -24,7 +24,7 @@ from gristmill.train.batches import (
     group_rated,
     split_micro_batches,
 )
-from gristmill.train.objectives.next_token import document_samples
+from gristmill.train.objectives.next_token import token_samples
 
 CPU = torch.device("cpu")
 
@@ -48,19 +48,10 @@ def test_packed_input_target_pairs_are_the_separate_ones(docs: list[list[tuple[i
     assert batch.ids_T.tolist()[: batch.num_tokens] == [token for doc in docs for token, _ in doc]
 
 
-class Letters:
-    """A tokenizer of one token a letter."""
-
-    eos_id = 0
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) for letter in text]
-
-
 @pytest.mark.parametrize("capacity", [8])
 def test_documents_of_every_length_keep_their_tokens(capacity: int) -> None:
     texts = ["a" * (length - 1) for length in (capacity - 1, capacity, capacity + 1, 2 * capacity + 1, 2)]
-    samples = document_samples([*texts, ""], Letters(), capacity)
+    samples = token_samples(([*map(ord, text), 0] for text in texts), capacity)
     tokens = Counter(int(token) for sample in samples for token in sample.ids)
     assert tokens == Counter({ord("a"): sum(map(len, texts)), 0: len(texts)})
     assert max(sample.num_tokens for sample in samples) == capacity

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
-from gristmill.train.batches import MISSING
+from gristmill.train.batches import IGNORE_LABEL
 
 # Logits alive at once: 8 MiB in fp32, which on a CPU is within a tenth of the fastest size for vocabularies
 # of 1K to 32K. The memory of a loss does not depend on rows x vocabulary.
@@ -155,7 +155,7 @@ def masked_mse(scores_N5: Tensor, labels_N5: Tensor) -> tuple[Tensor, Tensor]:
 
     A label of -100 is missing and contributes to neither. Source: HelpSteer2 (2406.08673), section 3.
     """
-    present_N5 = labels_N5 != MISSING
+    present_N5 = labels_N5 != IGNORE_LABEL
     error_N5 = torch.where(present_N5, scores_N5.float() - labels_N5, 0.0)
     return error_N5.square().sum(), present_N5.sum()
 

@@ -14,7 +14,7 @@ from gristmill.model.transformer import Transformer
 from gristmill.train.batches import RatedBatch, RatedGroup, RatedSample, collate_rated, group_rated
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples
-from gristmill.train.trainer import LossOutput, TrainSettings, train
+from gristmill.train.trainer import LossOutput, Trainer, TrainSettings
 
 CPU = torch.device("cpu")
 TURNS = (
@@ -97,7 +97,7 @@ def test_a_batch_of_reward_training_is_counted_in_answers(make_model: Callable[.
         assert batch.num_tokens == 2 * len(batch.ends_N)
         return reward_objective(model, batch)
 
-    train(RewardModel(make_model()), count, samples, TrainSettings(epochs=2, batch_size=4))
+    Trainer(RewardModel(make_model()), count, TrainSettings(epochs=2, batch_size=4)).fit(samples)
     assert sizes == [4] * 6
 
 
@@ -110,7 +110,7 @@ def test_reward_training_learns_and_ignores_missing_labels(make_model: Callable[
     ]
     untouched = model.head.weight[3].detach().clone()
     settings = TrainSettings(lr=1e-2, weight_decay=0.0, schedule="constant", steps=150, batch_size=2)
-    result = train(model, reward_objective, samples, settings)
+    result = Trainer(model, reward_objective, settings).fit(samples)
     assert result.dropped_untrained == ["unlabelled"]
     assert result.metrics["loss"] < 0.02 and "mse_complexity" not in result.metrics
     assert result.metrics["mse_verbosity"] < 0.05

@@ -29,8 +29,9 @@ from gristmill.train.batches import (
     split_micro_batches,
 )
 from gristmill.train.checkpoint import fingerprint_model, fingerprint_text, save_tensors_atomic
+from gristmill.train.data import check_vocabulary
 from gristmill.train.losses import preference_loss, preference_name, token_logprobs
-from gristmill.train.trainer import LossOutput, check_vocabulary, compute_precision
+from gristmill.train.trainer import LossOutput, compute_precision
 
 LOGPROBS = ("sum", "mean")
 
