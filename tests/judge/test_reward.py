@@ -9,11 +9,13 @@ import pytest
 from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS, Message
 from gristmill.data.tokenizer import Tokenizer
-from gristmill.judge.reward import ANSWERS_TOGETHER, RewardScorer, rate_file
+from gristmill.judge import reward
+from gristmill.judge.reward import ANSWERS_TOGETHER, RewardScorer, load_scorer, rate_file
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.hf import load_model, save_reward
 from gristmill.model.reward import ATTRIBUTES, RewardModel
 from gristmill.model.transformer import Transformer
+from tests.other_device import OTHER, other_device
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,20 @@ def test_ratings_have_five_attributes_and_a_score(tmp_path: Path, rows: Path, ra
         assert set(rating) == {"id", "score", *ATTRIBUTES}
         weighted = zip(model.weights, ATTRIBUTES, strict=True)
         assert rating["score"] == pytest.approx(sum(w * rating[a] for w, a in weighted), abs=1e-3)
+
+
+def test_scores_are_the_same_on_another_device(tmp_path: Path, rows: Path, random_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tokenizer = load_model(random_base)
+    save_reward(RewardModel(base), tokenizer, tmp_path / "model")
+    here = rate_file(tmp_path / "model", rows, device="cpu")
+    asked: list[str] = []
+    monkeypatch.setattr(reward, "pick_device", lambda name: asked.append(name) or OTHER)
+    with other_device():
+        scorer = load_scorer(tmp_path / "model", device="cuda:1")
+        assert scorer.model.head.weight.device == OTHER and asked == ["cuda:1"]
+        there = rate_file(tmp_path / "model", rows)
+    for one, other in zip(here, there, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
 
 
 def test_a_language_model_does_not_rate(rows: Path, random_base: Path) -> None:

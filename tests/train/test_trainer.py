@@ -13,6 +13,7 @@ from torch import Tensor
 from gristmill.core.errors import InputError
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import (
+    BatchPlan,
     RatedGroup,
     RatedSample,
     Sample,
@@ -270,3 +271,43 @@ def test_counts_of_all_kinds_add_up(make_samples: MakeSamples) -> None:
     rated = collate([RatedGroup([RatedSample([1, 2], 1, [1, 2, 3, -100, -100])])], CPU)
     tokens = collate(make_samples(2), CPU)  # type: ignore[arg-type]
     assert global_count([rated, tokens]) == 3 + sum(sample.num_targets for sample in make_samples(2))
+
+
+def test_steps_taken_one_by_one_are_those_of_fit(make_model: Make, make_samples: MakeSamples) -> None:
+    samples, settings = make_samples(10), TrainSettings(lr=1e-2, steps=4, batch_size=4, warmup_steps=1, micro_batch_tokens=40)
+    whole, by_hand, ready = (Trainer(make_model(), next_token_objective, settings) for _ in range(3))
+    result = whole.fit(samples)
+    plan = BatchPlan([sample.num_tokens for sample in samples], seed=0, steps=4, batch_size=4)
+    for step in range(4):
+        chosen = [samples[index] for index in plan.step(step)]
+        metrics = by_hand.step(chosen)
+        ready.step([collate(group, CPU) for group in split_micro_batches(chosen, 40)])  # type: ignore[type-var]
+    assert metrics["loss"] == result.metrics["loss"] and by_hand.result.tokens == result.tokens
+    for other in (by_hand, ready):
+        assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_a_loaded_state_goes_on_as_the_trainer_that_gave_it(make_model: Make, make_samples: MakeSamples) -> None:
+    samples, settings = make_samples(12), TrainSettings(optimizer="muon", lr=1e-2, steps=6, batch_size=4)
+    whole, first, second = (Trainer(make_model(seed), next_token_objective, settings) for seed in (0, 0, 1))
+    expected = whole.fit(samples)
+    plan = BatchPlan([sample.num_tokens for sample in samples], seed=0, steps=6, batch_size=4)
+    for step in range(3):
+        first.step([samples[index] for index in plan.step(step)])
+    second.load_state(first.state())
+    first.step(samples)  # what it does from now on is no matter of the other's
+    result = second.fit(samples)
+    assert (result.steps, result.tokens, result.metrics["loss"]) == (6, expected.tokens, expected.metrics["loss"])
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+
+
+def test_steps_that_cannot_be_taken(make_model: Make, make_samples: MakeSamples) -> None:
+    model = make_model()
+    with pytest.raises(InputError, match="give steps instead of epochs"):
+        Trainer(model, next_token_objective, TrainSettings(epochs=1, batch_size=4)).step(make_samples(3))
+    with pytest.raises(InputError, match="the step has no samples"):
+        Trainer(model, next_token_objective, ONE_STEP).step([])
+    with pytest.raises(InputError, match="sample odd has token 48"):
+        Trainer(model, next_token_objective, ONE_STEP).step([Sample([1, 48], [False, True], "odd")])
+    for name, value in make_model().state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])

@@ -261,6 +261,7 @@ class Trainer:
             with self._running():
                 return self.step(samples)
         started = time.monotonic()
+        scale = self._lr_scale()
         batches = self._micro_batches(samples)
         totals = _MetricSums()
         for output in self._backward(batches, global_count(batches)):
@@ -273,7 +274,6 @@ class Trainer:
                 f"the loss is {metrics['loss']} and the gradient norm {norm} at step {self.result.steps + 1}; "
                 "lower the learning rate or look at the samples of that step"
             )
-        scale = self._lr_scale()
         self.optimizer.set_scale(scale)
         self.optimizer.step()
         self.optimizer.zero_grad()
