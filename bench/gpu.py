@@ -6,7 +6,8 @@
 
 Trains a random model by SFT, reward regression and DPO, each in fp32 and bf16; scores conversations; generates greedily with the shipped
 Base (fp32, bf16, and bf16 with an int8 cache); evaluates it on the miniature's prompts without code. Prints one JSON object. It fails when
-a loss, gradient norm or score is not finite, when the first losses are not the CPU's, or when greedy text in fp32 is not.
+a loss, gradient norm or score is not finite, when the first losses are not the CPU's, or (with --smoke: over long answers two
+devices may round a tie in two ways) when greedy text in fp32 is not.
 """
 
 import argparse
@@ -60,6 +61,7 @@ class Size:
     """How much is done."""
 
     def __init__(self, smoke: bool) -> None:
+        self.smoke = smoke
         heads = (2, 1, 16) if smoke else (16, 4, 64)
         hidden, self.layers = (32, 2) if smoke else (1024, 12)
         vocab, context = (512, 128) if smoke else (32_768, 2048)
@@ -88,7 +90,7 @@ def samples_of(kind: str, size: Size) -> list[AnySample]:
         elif kind == "dpo":
             out.append(PairSample(first, second, id=str(number)))
         else:
-            out.append(RatedSample(first.ids, first.num_tokens - 1, rng.integers(0, 5, 5), str(number)))
+            out.append(RatedSample(first.ids, first.num_tokens - 1, rng.integers(0, 5, 5), id=str(number)))
     return out
 
 
@@ -148,14 +150,14 @@ def generate(how: EngineArgs, size: Size, prompts: Sequence[Prompt], device: tor
 
     def answers(where: torch.device, asked: Sequence[Prompt]) -> dict[int, dict[str, Any]]:
         engine = load_engine(BASE, EngineArgs(how.dtype, cache=how.cache, device=str(where)))
-        rows = answer_rows(engine, [prompt.messages for prompt in asked], greedy, 0)
+        rows = answer_rows(engine, [prompt.messages for prompt in asked], greedy, seed=0)
         return {row["index"]: row["responses"][0] for row in rows}
 
     out, seconds = timed(lambda: answers(device, prompts), device)
     here = answers(torch.device("cpu"), prompts[: size.checked])
     same = float(np.mean([out[index]["text"] == row["text"] for index, row in here.items()]))
     assert all(math.isfinite(row["logprob"]) for row in out.values())
-    assert same == 1 or how.dtype != "fp32", f"{1 - same:.0%} of the greedy answers in fp32 are not the CPU's"
+    assert same == 1 or how.dtype != "fp32" or not size.smoke, f"{1 - same:.0%} of the greedy answers in fp32 are not the CPU's"
     tokens = sum(row["num_tokens"] for row in out.values())
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "same_as_cpu": same, "compared": len(here)}
 

@@ -149,7 +149,7 @@ def test_data_of_another_kind(make_model: Make) -> None:
 
 
 def test_a_list_is_known_by_its_samples(make_samples: MakeSamples, make_pairs: Callable[..., list[PairSample]]) -> None:
-    rated: list[Any] = [RatedSample([1, 2, n], 2, [1, 2, 3, -100, 4], str(n), prompt=str(n // 2)) for n in range(4)]
+    rated: list[Any] = [RatedSample([1, 2, n], 2, [1, 2, 3, -100, 4], id=str(n), prompt=str(n // 2)) for n in range(4)]
     for samples, num in ((make_samples(5), 5), (make_pairs(4), 4), (rated, 2)):
         data = ListData(samples)
         assert len(data) == num == len(data.lengths) and data.rows.sum() == len(samples)

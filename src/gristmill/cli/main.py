@@ -243,7 +243,7 @@ def generate(
         raise InputError("Give either a prompt or --prompts FILE.")
     asked = [(Message("user", prompt),)] if prompt is not None else [p.messages for p in read_prompts(prompts or Path(), "file")]
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
-    rows = answer_rows(load_engine(model, EngineArgs(chat_format=format)), asked, sampling, seed)
+    rows = answer_rows(load_engine(model, EngineArgs(chat_format=format)), asked, sampling, seed=seed)
     if out:
         typer.echo(f"{write_jsonl(out, rows)} prompts answered: {out}", err=as_json)
         return
@@ -348,7 +348,7 @@ def chat(
             talk = []
             continue
         talk.append(Message("user", line))
-        row = next(answer_rows(engine, [talk], sampling, seed))
+        row = next(answer_rows(engine, [talk], sampling, seed=seed))
         answer = row["responses"][0]["text"]
         talk.append(Message("assistant", answer))
         typer.echo(f"{engine.name}> {answer}")

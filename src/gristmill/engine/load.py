@@ -40,7 +40,7 @@ class EngineArgs:
     device: str = "auto"
 
 
-def load_engine(folder: Path, how: EngineArgs = EngineArgs(), name: str = "", own: bool = True) -> Engine:
+def load_engine(folder: Path, how: EngineArgs = EngineArgs(), name: str = "", *, own: bool = True) -> Engine:
     """A model folder, ready to generate. `own` as in `Engine`."""
     device = pick_device(how.device)
     model, tokenizer = load_model(folder)
@@ -58,7 +58,7 @@ def load_engine(folder: Path, how: EngineArgs = EngineArgs(), name: str = "", ow
     )
 
 
-def answer_rows(engine: Engine, prompts: Sequence[Sequence[Message]], sampling: SamplingParams, seed: int) -> Iterator[dict[str, Any]]:
+def answer_rows(engine: Engine, prompts: Sequence[Sequence[Message]], sampling: SamplingParams, *, seed: int) -> Iterator[dict[str, Any]]:
     """Answers as rows, as they finish."""
     requests = [Request(str(i), tuple(messages), sampling, seed) for i, messages in enumerate(prompts)]
     for request, completions in engine.generate(requests):

@@ -30,7 +30,7 @@ class RewardScorer:
         weights: aggregation weights of the five attributes; default the model's own.
     """
 
-    def __init__(self, model: RewardModel, tokenizer: Tokenizer, chat_format: ChatFormat, weights: Sequence[float] | None = None):
+    def __init__(self, model: RewardModel, tokenizer: Tokenizer, chat_format: ChatFormat, *, weights: Sequence[float] | None = None):
         self.model = model.eval()
         self.tokenizer, self.chat_format = tokenizer, chat_format
         self.weights = tuple(weights or model.weights)

@@ -1,6 +1,6 @@
-"""Samples, and the one batch layout that every objective trains on: packed and token-major.
+"""Packed batches: samples laid end to end without a batch axis, micro-batches, and the plan of which step sees which.
 
-A batch lays its documents end to end in one ``ids_T`` vector; there is no batch axis. Shape legend:
+A batch lays its documents end to end in one ``ids_T`` vector, token-major; every objective trains on it. Shape legend:
 
     T  tokens of a batch          R  rows of the hidden states that predict a trained target
     N  documents of a batch       P  preference pairs (N = 2 P: chosen 0, rejected 0, chosen 1, ...)
@@ -9,7 +9,7 @@ A batch lays its documents end to end in one ``ids_T`` vector; there is no batch
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 from typing import Protocol, TypeVar
@@ -69,6 +69,7 @@ class PairSample:
 
     chosen: Sample
     rejected: Sample
+    _: KW_ONLY
     chosen_reward: float = 1.0
     rejected_reward: float = 0.0
     id: str = ""
@@ -96,6 +97,7 @@ class RatedSample:
     ids: Sequence[int] | np.ndarray
     end: int
     labels: Sequence[float]
+    _: KW_ONLY
     id: str = ""
     prompt: str = ""
     num_targets: int = field(init=False, default=0)

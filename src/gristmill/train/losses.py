@@ -1,4 +1,4 @@
-"""Losses: pure functions on tensors that return a sum and a count, or one value a pair; the loop divides.
+"""Losses, chunked over the vocabulary: pure functions on tensors that return a sum and a count, or one value a pair; the loop divides.
 
 Shape legend: R rows (hidden states that predict a trained target), D hidden size, V vocabulary, C rows of a
 chunk, P preference pairs, N rated samples.
@@ -20,7 +20,7 @@ from gristmill.train.batches import IGNORE_LABEL
 CHUNK_LOGITS = 2**21
 # Log-softmax values that token_logprobs may keep for its backward pass, not making them again (32 MiB).
 KEPT_LOGITS = 2**23
-# Rows are padded to a multiple of this (or of a chunk's rows): see ``packing.filled_length``.
+# Rows are padded to a multiple of this (or of a chunk's rows): see ``packed.filled_length``.
 ROW_STEP = 128
 
 PREFERENCE_LOSSES = ("dpo", "cdpo", "ipo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")

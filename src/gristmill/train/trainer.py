@@ -1,6 +1,6 @@
 """Trainer: the one training loop of every objective, with exact resume and one global divisor a step.
 
-Shape legend: see packing.py.
+Shape legend: see batches.py.
 """
 
 import json
@@ -292,7 +292,13 @@ class Trainer:
         settings = self.settings
         if self.num_steps is None:
             raise InputError("the number of steps is not known before fit has seen the data; give steps instead of epochs")
-        return schedule_scale(settings.schedule, self.result.steps, self.num_steps, settings.warmup_steps, settings.min_lr_ratio)
+        return schedule_scale(
+            settings.schedule,
+            self.result.steps,
+            self.num_steps,
+            warmup_steps=settings.warmup_steps,
+            min_lr_ratio=settings.min_lr_ratio,
+        )
 
     def _micro_batches(self, samples: Sequence[AnySample | DataItem] | Sequence[Batch]) -> Sequence[Batch]:
         if not samples:

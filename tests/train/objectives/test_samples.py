@@ -88,7 +88,7 @@ def test_scores_do_not_depend_on_neighbours(make_model: Callable[..., Transforme
 
 
 def test_a_batch_of_reward_training_is_counted_in_answers(make_model: Callable[..., Transformer]) -> None:
-    samples = [RatedSample([1, 2, number], 2, [0] * 5, str(number), prompt=str(number // 2)) for number in range(12)]
+    samples = [RatedSample([1, 2, number], 2, [0] * 5, id=str(number), prompt=str(number // 2)) for number in range(12)]
     sizes: list[int] = []
 
     def count(model: RewardModel, batch: RatedBatch) -> LossOutput:
@@ -104,9 +104,9 @@ def test_a_batch_of_reward_training_is_counted_in_answers(make_model: Callable[.
 def test_reward_training_learns_and_ignores_missing_labels(make_model: Callable[..., Transformer]) -> None:
     model = RewardModel(make_model())
     samples = [
-        RatedSample([1, 2, 3], 2, [4, 3, 2, -100, 0], "a"),
-        RatedSample([4, 5, 3], 2, [0, 1, 2, -100, 4], "b"),
-        RatedSample([4, 5, 3], 2, [-100] * 5, "unlabelled"),
+        RatedSample([1, 2, 3], 2, [4, 3, 2, -100, 0], id="a"),
+        RatedSample([4, 5, 3], 2, [0, 1, 2, -100, 4], id="b"),
+        RatedSample([4, 5, 3], 2, [-100] * 5, id="unlabelled"),
     ]
     untouched = model.head.weight[3].detach().clone()
     settings = TrainSettings(lr=1e-2, weight_decay=0.0, schedule="constant", steps=150, batch_size=2)

@@ -46,5 +46,5 @@ def rated_samples(rows: Iterable[Rated], chat_format: ChatFormat, tokenizer: Tok
             raise InputError(f"rated row {row.id}: {error}") from error
         labels = [IGNORE_LABEL if label is None else label for label in row.labels]
         prompt = fingerprint_text(repr(row.messages[:-1]))
-        samples.append(RatedSample(ids, int(np.flatnonzero(np.array(ids) == end_id)[-1]), labels, row.id, prompt))
+        samples.append(RatedSample(ids, int(np.flatnonzero(np.array(ids) == end_id)[-1]), labels, id=row.id, prompt=prompt))
     return samples

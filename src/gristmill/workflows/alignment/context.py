@@ -110,7 +110,7 @@ class AlignmentContext:
         if self._scorer is None:
             model, tokenizer = load_reward(folder)
             model.backbone.compute_dtype = PRECISIONS[self.recipe.reward.precision]  # as in its training
-            self._scorer = RewardScorer(model, tokenizer, self.format, REWARD_WEIGHTS[self.recipe.judging.weights])
+            self._scorer = RewardScorer(model, tokenizer, self.format, weights=REWARD_WEIGHTS[self.recipe.judging.weights])
         return self._scorer
 
     # ---- generation ----
