@@ -93,7 +93,7 @@ def run_gristmill(folder: Path, precision: str, rows: list[Row], warm: list[Row]
     def go(rows: list[Row], tag: str) -> int:
         before = core.output_tokens
         for i, (prompt, most, samples) in enumerate(rows):
-            core.add(engine.prepare(Request(f"{tag}{i}", (), SamplingParams(max_tokens=most, n=samples)), prompt))
+            core.add(engine.prepare(Request(f"{tag}{i}", (), SamplingParams(max_tokens=most, n=samples), prompt_ids=tuple(prompt))))
         while not core.idle:
             core.step()
         assert all(len(c.logprobs) == c.num_tokens for state in core.take_finished() for c in state.completions if c is not None)

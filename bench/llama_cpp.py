@@ -140,7 +140,9 @@ def own_answers(engine: Engine, prompts: list[list[int]], most: int) -> list[Com
     engine.stop_V[engine.tokenizer.eos_id] = True  # a GGUF file knows no end of turn
     core = engine.core()
     for i, prompt in enumerate(prompts):
-        core.add(engine.prepare(Request(str(i), (), SamplingParams(temperature=0, max_tokens=most, top_logprobs=2)), prompt))
+        core.add(
+            engine.prepare(Request(str(i), (), SamplingParams(temperature=0, max_tokens=most, top_logprobs=2), prompt_ids=tuple(prompt)))
+        )
     answers: dict[int, Completion] = {}
     while not core.idle:
         core.step()

@@ -118,7 +118,7 @@ def train_gristmill(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs
     from gristmill.train.objectives.reward import reward_objective
     from gristmill.train.objectives.sft import sft_objective
-    from gristmill.train.trainer import TrainSettings, train
+    from gristmill.train.trainer import Trainer, TrainSettings
 
     def side(row: dict[str, Any], name: str) -> Sample:
         return Sample(row["prompt"] + row[name], [False] * len(row["prompt"]) + [True] * len(row[name]))
@@ -145,7 +145,7 @@ def train_gristmill(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     )
     losses: list[float] = []
     timer = Timer()
-    train(model, objective, samples, settings, on_step=lambda step, total, metrics: losses.append(metrics["loss"]))
+    Trainer(model, objective, settings, on_step=lambda step, total, metrics: losses.append(metrics["loss"])).fit(samples)
     return result | timer.read() | {"losses": losses}
 
 

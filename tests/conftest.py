@@ -1,6 +1,7 @@
 """A tiny Base made in seconds that knows a few sentences by heart; a whole run of it through the loop; and an endpoint."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.hf import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
-from gristmill.train.trainer import TrainSettings, train
+from gristmill.train.trainer import Trainer, TrainSettings
 from gristmill.workflows.alignment import loop
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
@@ -68,7 +69,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.init_weights(0)
     rows = [Demonstration(f"lesson-{i}", "", text, "human") for i, text in enumerate(texts)]
     settings = TrainSettings(optimizer="muon", lr=1e-2, muon_lr=0.05, steps=STEPS, batch_size=16, schedule="linear", warmup_steps=5)
-    train(model, sft_objective, demonstration_samples(rows, chat_format, tokenizer), settings)
+    Trainer(model, sft_objective, settings).fit(demonstration_samples(rows, chat_format, tokenizer))
     folder = tmp_path_factory.mktemp("tiny") / "base"
     save_model(model, tokenizer, folder)
     return folder
@@ -219,3 +220,26 @@ def finished(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) 
 def copy(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished run."""
     return Path(shutil.copytree(finished, tmp_path / "tiny"))
+
+
+@pytest.fixture
+def disk_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path, int | Path]]:
+    """What is really synced and renamed, in order: ("fsync", path, size then) and ("rename", from, to)."""
+    log: list[tuple[str, Path, int | Path]] = []
+    fsync = os.fsync
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        log.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor).st_size))
+
+    def renaming(rename: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def renamed(source: Any, target: Any) -> None:
+            rename(source, target)
+            log.append(("rename", Path(source), Path(target)))
+
+        return renamed
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renaming(os.rename))
+    monkeypatch.setattr(os, "replace", renaming(os.replace))
+    return log

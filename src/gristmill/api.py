@@ -154,7 +154,7 @@ def train(
 
     rows = Path(data) if isinstance(data, str | Path) else data
     section = training_section(objective, {"lr": 1e-5, **({} if "steps" in settings else {"epochs": 1.0}), **settings})
-    return train_model(objective, _folder(model), rows, Path(out), section, chat_format=chat_format, seed=seed, device=device)
+    return train_model(objective, _folder(model), rows, out=Path(out), recipe=section, chat_format=chat_format, seed=seed, device=device)
 
 
 def evaluate(

@@ -47,7 +47,7 @@ SURFACE = {
 }
 PRETRAINING = (
     "kind world documents preset tokenizer chat_format tokens seed batch_tokens micro_batch_tokens optimizer lr muon_lr schedule "
-    "warmup_steps min_lr_ratio weight_decay precision"
+    "warmup_steps min_lr_ratio weight_decay precision device"
 )
 SHIPPED = sorted((Path(gristmill.__file__).parent / "recipes").glob("*.yaml"))
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.runs.journal import PIECE, Journal
+from gristmill.runs.journal import PIECE, SYNC_SECONDS, Journal
 
 RECORDS: list[dict[str, Any]] = [
     {"id": "a", "out": [["text", 3, -0.5, "stop"]]},
@@ -166,6 +166,22 @@ def test_a_full_disk_is_one_clear_sentence_and_keeps_the_earlier_records(after: 
         numbers = [str(i) for i in range(appended)]
         expected = numbers if after == "full" else [*numbers[:-1], "later"]
         assert list(journal) == expected
+
+
+def test_records_reach_the_disk_every_few_seconds_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_log: list[tuple[str, Path, int]]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    path = tmp_path / "j.jsonl"
+    with Journal(path) as journal:
+        sizes = []
+        for number, seconds in enumerate([0.0, SYNC_SECONDS / 2, SYNC_SECONDS, 0.0, SYNC_SECONDS + 1, 1.0]):
+            now[0] += seconds
+            journal.append({"id": str(number)})
+            sizes.append(path.stat().st_size)
+        assert SYNC_SECONDS <= 5 and disk_log == [("fsync", path, sizes[2]), ("fsync", path, sizes[4])]
+    assert disk_log[2:] == [("fsync", path, sizes[5])]
 
 
 def test_closing_twice_is_harmless(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def make_pairs() -> Callable[..., list[PairSample]]:
                 mask = np.arange(len(prompt) + len(response)) >= len(prompt)
                 sides.append(Sample(np.concatenate([prompt, response]), mask))
             gap = float(rng.uniform(0, 3))
-            pairs.append(PairSample(sides[0], sides[1], 1.0 + gap, 1.0, f"p{number}"))
+            pairs.append(PairSample(sides[0], sides[1], chosen_reward=1.0 + gap, rejected_reward=1.0, id=f"p{number}"))
         return pairs
 
     return make

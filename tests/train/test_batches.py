@@ -24,7 +24,7 @@ from gristmill.train.batches import (
     group_rated,
     split_micro_batches,
 )
-from gristmill.train.objectives.next_token import document_samples
+from gristmill.train.objectives.next_token import token_samples
 
 CPU = torch.device("cpu")
 
@@ -48,19 +48,10 @@ def test_packed_input_target_pairs_are_the_separate_ones(docs: list[list[tuple[i
     assert batch.ids_T.tolist()[: batch.num_tokens] == [token for doc in docs for token, _ in doc]
 
 
-class Letters:
-    """A tokenizer of one token a letter."""
-
-    eos_id = 0
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) for letter in text]
-
-
 @pytest.mark.parametrize("capacity", [8])
 def test_documents_of_every_length_keep_their_tokens(capacity: int) -> None:
     texts = ["a" * (length - 1) for length in (capacity - 1, capacity, capacity + 1, 2 * capacity + 1, 2)]
-    samples = document_samples([*texts, ""], Letters(), capacity)
+    samples = token_samples(([*map(ord, text), 0] for text in texts), capacity)
     tokens = Counter(int(token) for sample in samples for token in sample.ids)
     assert tokens == Counter({ord("a"): sum(map(len, texts)), 0: len(texts)})
     assert max(sample.num_tokens for sample in samples) == capacity
@@ -119,7 +110,7 @@ def test_workers_get_equal_shares() -> None:
 
 
 def test_pairs_interleave_and_rows_know_their_document() -> None:
-    first = PairSample(Sample([1, 2, 3], [0, 1, 1]), Sample([4, 4], [0, 1]), 2.0, 0.5, ref_chosen=-1.0)
+    first = PairSample(Sample([1, 2, 3], [0, 1, 1]), Sample([4, 4], [0, 1]), chosen_reward=2.0, rejected_reward=0.5, ref_chosen=-1.0)
     second = PairSample(Sample([5, 6], [0, 1]), Sample([7, 7, 8], [0, 0, 1]))
     batch = collate_pairs([first, second], CPU)
     assert batch.tokens.ids_T.tolist() == [1, 2, 3, 4, 4, 5, 6, 7, 7, 8] and batch.num_tokens == 10
@@ -166,7 +157,7 @@ def test_rated_ends_point_at_the_end_of_turn_tokens() -> None:
 
 def test_answers_to_one_prompt_are_grouped_within_the_limits() -> None:
     prompts = ["a", "b", "a", "", "a", "", "b"]
-    samples = [RatedSample([1, 2, number], 2, [0] * 5, str(number), prompt) for number, prompt in enumerate(prompts)]
+    samples = [RatedSample([1, 2, number], 2, [0] * 5, id=str(number), prompt=prompt) for number, prompt in enumerate(prompts)]
 
     def names(max_answers: int, max_tokens: int) -> list[str]:
         return ["".join(answer.id for answer in group.answers) for group in group_rated(samples, max_answers, max_tokens)]  # type: ignore[union-attr]
@@ -177,7 +168,7 @@ def test_answers_to_one_prompt_are_grouped_within_the_limits() -> None:
     assert names(9, 3) == list("0123456")
     plain = as_sample([(1, True)])
     assert group_rated([plain], 1, 1) == [plain]
-    many = [RatedSample([1, 2, number], 2, [0] * 5, str(number), "a") for number in range(2 * MAX_ANSWERS + 1)]
+    many = [RatedSample([1, 2, number], 2, [0] * 5, id=str(number), prompt="a") for number in range(2 * MAX_ANSWERS + 1)]
     assert [len(group.answers) for group in group_rated(many, 99, 999)] == [MAX_ANSWERS, MAX_ANSWERS, 1]  # type: ignore[union-attr]
 
 
@@ -204,9 +195,9 @@ def test_the_fingerprint_sees_tokens_masks_rewards_and_order() -> None:
         [b, a],
         [a],
         [Sample([1, 3], [False, True]), b],
-        [PairSample(a, b, 1.0, 0.0)],
-        [PairSample(a, b, 2.0, 0.0)],
-        [PairSample(a, b, 1.0, 0.0, ref_chosen=-1.0)],
+        [PairSample(a, b, chosen_reward=1.0, rejected_reward=0.0)],
+        [PairSample(a, b, chosen_reward=2.0, rejected_reward=0.0)],
+        [PairSample(a, b, chosen_reward=1.0, rejected_reward=0.0, ref_chosen=-1.0)],
         [RatedSample([1, 2], 1, [0.0] * 5)],
         [RatedSample([1, 2], 1, [0.0] * 4 + [-100])],
         [RatedSample([1, 2], 1, [0.0] * 5)] * 2,

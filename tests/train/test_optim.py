@@ -15,13 +15,13 @@ Make = Callable[..., Transformer]
 
 def test_schedules() -> None:
     def scales(schedule: str) -> list[float]:
-        return [schedule_scale(schedule, step, 9, 2, 0.1) for step in range(9)]
+        return [schedule_scale(schedule, step, 9, warmup_steps=2, min_lr_ratio=0.1) for step in range(9)]
 
     assert scales("constant") == pytest.approx([1 / 3, 2 / 3] + [1.0] * 7)
     assert scales("linear")[2:] == pytest.approx([1, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1])
     cosine = scales("cosine")
     assert (cosine[2], cosine[5], cosine[8]) == pytest.approx((1.0, 0.55, 0.1))
-    assert schedule_scale("cosine", 0, 1, 0, 0.0) == 1.0  # a single step is taken at the full rate
+    assert schedule_scale("cosine", 0, 1, warmup_steps=0, min_lr_ratio=0.0) == 1.0  # a single step is taken at the full rate
 
 
 def test_norms_and_biases_are_not_decayed(make_model: Make) -> None:

@@ -17,7 +17,7 @@ from gristmill.model.transformer import Transformer
 from gristmill.train import checkpoint
 from gristmill.train.batches import Sample
 from gristmill.train.objectives.next_token import next_token_objective
-from gristmill.train.trainer import TrainSettings, train
+from gristmill.train.trainer import Trainer, TrainSettings
 
 Make = Callable[..., Transformer]
 MakeSamples = Callable[..., list[Sample]]
@@ -50,20 +50,15 @@ def test_resumed_run_is_the_uninterrupted_one(
     samples, held_out = make_samples(13), make_samples(3, seed=5)
     settings = replace(settings, validate_every=2)
     straight = make_model()
-    expected = train(straight, next_token_objective, samples, settings, tmp_path / "a", validation=held_out)
+    expected = Trainer(straight, next_token_objective, settings, folder=tmp_path / "a").fit(samples, held_out)
     folder = tmp_path / "b"
     for step in (2, 5):  # killed twice, the second time in another epoch
         with pytest.raises(Killed):
-            train(
-                make_model(), next_token_objective, samples, settings, folder,
-                validation=held_out, on_step=kill_at(step),
-            )  # fmt: skip
+            Trainer(make_model(), next_token_objective, settings, folder=folder, on_step=kill_at(step)).fit(samples, held_out)
     resumed = make_model()
     first: list[int] = []
-    result = train(
-        resumed, next_token_objective, samples, settings, folder,
-        validation=held_out, on_step=lambda step, total, metrics: first.append(step),
-    )  # fmt: skip
+    note = lambda step, total, metrics: first.append(step)  # noqa: E731
+    result = Trainer(resumed, next_token_objective, settings, folder=folder, on_step=note).fit(samples, held_out)
     assert first[0] == 5  # step 5 was done but not saved before the kill
     assert trace(folder) == trace(tmp_path / "a")
     for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
@@ -83,23 +78,23 @@ def test_random_state_is_restored(make_model: Make, make_samples: MakeSamples, t
     samples = make_samples(10)
     straight, resumed = make_model(), make_model()
     before = torch.get_rng_state()
-    train(straight, noisy, samples, SETTINGS, tmp_path / "a")
+    Trainer(straight, noisy, SETTINGS, folder=tmp_path / "a").fit(samples)
     assert torch.equal(before, torch.get_rng_state())  # the caller's generator is left alone
     with pytest.raises(Killed):
-        train(make_model(), noisy, samples, SETTINGS, tmp_path / "b", on_step=kill_at(4))
-    train(resumed, noisy, samples, SETTINGS, tmp_path / "b")
+        Trainer(make_model(), noisy, SETTINGS, folder=tmp_path / "b", on_step=kill_at(4)).fit(samples)
+    Trainer(resumed, noisy, SETTINGS, folder=tmp_path / "b").fit(samples)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
 def test_a_finished_folder_returns_at_once(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
     trained, again = make_model(), make_model()
     settings = replace(SETTINGS, checkpoint_every=0.0)
-    result = train(trained, next_token_objective, make_samples(8), settings, tmp_path)
+    result = Trainer(trained, next_token_objective, settings, folder=tmp_path).fit(make_samples(8))
 
     def no_step(step: int, total: int, metrics: dict[str, float]) -> None:
         raise AssertionError("a finished run took a step")
 
-    assert train(again, next_token_objective, make_samples(8), settings, tmp_path, on_step=no_step) == result
+    assert Trainer(again, next_token_objective, settings, folder=tmp_path, on_step=no_step).fit(make_samples(8)) == result
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
     files = sorted(path.name for path in tmp_path.glob("checkpoint*/*"))
     assert files == ["state.json", "state.safetensors"] and len(list(tmp_path.glob("checkpoint*"))) == 1
@@ -109,10 +104,10 @@ def test_a_finished_folder_returns_at_once(make_model: Make, make_samples: MakeS
 def test_another_run_is_refused_with_both_fingerprints(make_model: Make, make_samples: MakeSamples, tmp_path: Path, finished: bool) -> None:
     samples = make_samples(10)
     if finished:
-        train(make_model(), next_token_objective, samples, SETTINGS, tmp_path)
+        Trainer(make_model(), next_token_objective, SETTINGS, folder=tmp_path).fit(samples)
     else:
         with pytest.raises(Killed):
-            train(make_model(), next_token_objective, samples, SETTINGS, tmp_path, on_step=kill_at(3))
+            Trainer(make_model(), next_token_objective, SETTINGS, folder=tmp_path, on_step=kill_at(3)).fit(samples)
     state = json.loads(next(tmp_path.glob("checkpoint-*/state.json")).read_text())["identity"]
     others = {
         "starting model": (make_model(seed=1), samples, SETTINGS, "model"),
@@ -121,11 +116,11 @@ def test_another_run_is_refused_with_both_fingerprints(make_model: Make, make_sa
     }
     for noun, (model, data, settings, key) in others.items():
         with pytest.raises(InputError, match=rf"another {noun}|other {noun}") as caught:
-            train(model, next_token_objective, data, settings, tmp_path)
+            Trainer(model, next_token_objective, settings, folder=tmp_path).fit(data)
         assert state[key] in str(caught.value) and "now " in str(caught.value)
     # how often to save is no part of what is computed
     settings = replace(SETTINGS, checkpoint_every=0.0)
-    assert train(make_model(), next_token_objective, samples, settings, tmp_path).steps == 6
+    assert Trainer(make_model(), next_token_objective, settings, folder=tmp_path).fit(samples).steps == 6
 
 
 def full_disk(*_: object, **__: object) -> None:
@@ -143,7 +138,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 ) -> None:  # fmt: skip
     samples = make_samples(10)
     straight, resumed = make_model(), make_model()
-    train(straight, next_token_objective, samples, SETTINGS, tmp_path / "a")
+    Trainer(straight, next_token_objective, SETTINGS, folder=tmp_path / "a").fit(samples)
 
     def fill(step: int, total: int, metrics: dict[str, float]) -> None:
         if step == 3:
@@ -153,9 +148,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(InputError, match="the disk of .* is full; free some"),
     ):
-        train(make_model(), next_token_objective, samples, SETTINGS, tmp_path / "b", on_step=fill)
+        Trainer(make_model(), next_token_objective, SETTINGS, folder=tmp_path / "b", on_step=fill).fit(samples)
     assert sorted(path.name for path in (tmp_path / "b").glob("checkpoint*")) == ["checkpoint-00000002"]
-    train(resumed, next_token_objective, samples, SETTINGS, tmp_path / "b")
+    Trainer(resumed, next_token_objective, SETTINGS, folder=tmp_path / "b").fit(samples)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
@@ -164,28 +159,48 @@ def test_a_kill_while_writing_keeps_the_last_checkpoint(
 ) -> None:
     samples = make_samples(10)
     with pytest.raises(Killed):
-        train(make_model(), next_token_objective, samples, SETTINGS, tmp_path, on_step=kill_at(3))
+        Trainer(make_model(), next_token_objective, SETTINGS, folder=tmp_path, on_step=kill_at(3)).fit(samples)
     torn = tmp_path / "checkpoint.tmp"  # what a kill in the middle of the next write leaves
     torn.mkdir()
     (torn / "state.safetensors").write_bytes(b"\x10\x00")
-    assert train(make_model(), next_token_objective, samples, SETTINGS, tmp_path).steps == 6
+    assert Trainer(make_model(), next_token_objective, SETTINGS, folder=tmp_path).fit(samples).steps == 6
     assert not torn.exists()
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_the_last_one(
+    make_model: Make, make_samples: MakeSamples, tmp_path: Path, disk_log: list[tuple[str, Path, int | Path]]
+) -> None:
+    Trainer(make_model(), next_token_objective, replace(SETTINGS, checkpoint_every=0.0), folder=tmp_path).fit(make_samples(5))
+    temporary, final = tmp_path / "checkpoint.tmp", tmp_path / "checkpoint-00000003"
+    sizes = {name: (final / name).stat().st_size for name in ("state.safetensors", "state.json")}
+    assert disk_log[:2] == [("fsync", temporary / name, size) for name, size in sizes.items()]
+    events = [(kind, path) for kind, path, _ in disk_log[2:]]
+    assert events == [("fsync", temporary), ("rename", temporary), ("fsync", tmp_path)]
+    assert disk_log[3][2] == final
+
+
+def test_tensors_are_on_the_disk_before_they_have_their_name(tmp_path: Path, disk_log: list[tuple[str, Path, int | Path]]) -> None:
+    path = tmp_path / "reference.safetensors"
+    checkpoint.save_tensors_atomic({"a": torch.ones(3)}, path)
+    temporary = tmp_path / "reference.safetensors.tmp"
+    assert disk_log[:2] == [("fsync", temporary, path.stat().st_size), ("rename", temporary, path)]
+    assert [(kind, at) for kind, at, _ in disk_log[2:]] == [("fsync", tmp_path)]
 
 
 def test_an_unreadable_checkpoint_is_one_sentence(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
     samples = make_samples(6)
-    train(make_model(), next_token_objective, samples, SETTINGS, tmp_path)
+    Trainer(make_model(), next_token_objective, SETTINGS, folder=tmp_path).fit(samples)
     path = next(tmp_path.glob("checkpoint-*/state.safetensors"))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="cannot be read .* delete it to train anew"):
-        train(make_model(), next_token_objective, samples, SETTINGS, tmp_path)
+        Trainer(make_model(), next_token_objective, SETTINGS, folder=tmp_path).fit(samples)
 
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_kill_9_and_the_same_command(make_model: Make, make_samples: MakeSamples, tmp_path: Path, step: int) -> None:
     samples = make_samples(10)
     straight, resumed = make_model(), make_model()
-    train(straight, next_token_objective, samples, SETTINGS, tmp_path / "a")
+    Trainer(straight, next_token_objective, SETTINGS, folder=tmp_path / "a").fit(samples)
 
     def kill_9(now: int, total: int, metrics: dict[str, float]) -> None:
         if now == step:
@@ -193,9 +208,9 @@ def test_kill_9_and_the_same_command(make_model: Make, make_samples: MakeSamples
 
     child = os.fork()
     if child == 0:
-        train(make_model(), next_token_objective, samples, SETTINGS, tmp_path / "b", on_step=kill_9)
+        Trainer(make_model(), next_token_objective, SETTINGS, folder=tmp_path / "b", on_step=kill_9).fit(samples)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    train(resumed, next_token_objective, samples, SETTINGS, tmp_path / "b")
+    Trainer(resumed, next_token_objective, SETTINGS, folder=tmp_path / "b").fit(samples)
     assert trace(tmp_path / "a") == trace(tmp_path / "b")
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))

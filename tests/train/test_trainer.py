@@ -13,6 +13,7 @@ from torch import Tensor
 from gristmill.core.errors import InputError
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import (
+    BatchPlan,
     RatedGroup,
     RatedSample,
     Sample,
@@ -22,7 +23,7 @@ from gristmill.train.batches import (
     split_micro_batches,
 )
 from gristmill.train.objectives.next_token import next_token_objective
-from gristmill.train.trainer import LossOutput, TrainSettings, compute_precision, global_count, train
+from gristmill.train.trainer import LossOutput, Trainer, TrainSettings, compute_precision, global_count
 
 Make = Callable[..., Transformer]
 MakeSamples = Callable[..., list[Sample]]
@@ -54,7 +55,7 @@ def test_several_workers_train_the_same_model(make_model: Make, make_samples: Ma
     models = [make_model(), make_model()]
     for model, threads in zip(models, (1, 3), strict=True):
         torch.set_num_threads(threads)
-        results = train(model, next_token_objective, samples, settings, validation=make_samples(4, seed=1))
+        results = Trainer(model, next_token_objective, settings).fit(samples, make_samples(4, seed=1))
         assert torch.get_num_threads() == threads
         assert results.metrics["validation_loss"] > 0
     for one, other in zip(*(model.parameters() for model in models), strict=True):
@@ -67,7 +68,7 @@ def test_fully_masked_samples_change_nothing(make_model: Make, make_samples: Mak
     results = []
     for data in (samples, [*samples, *masked]):
         model = make_model()
-        result = train(model, next_token_objective, data, ONE_STEP)
+        result = Trainer(model, next_token_objective, ONE_STEP).fit(data)
         results.append((result, model.state_dict()))
     assert results[0][0].metrics["loss"] == results[1][0].metrics["loss"]
     assert results[1][0].dropped_untrained == [sample.id for sample in masked]
@@ -117,7 +118,7 @@ def test_every_parameter_moves_in_bf16(make_model: Make, make_samples: MakeSampl
                 parameter.fill_(1.0)  # where bf16 weights would stay for ever at this learning rate
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = TrainSettings(optimizer=optimizer, lr=1e-6, muon_lr=1e-6, weight_decay=0.0, steps=1, batch_size=32, precision="bf16")
-    train(model, next_token_objective, make_samples(32), settings)
+    Trainer(model, next_token_objective, settings).fit(make_samples(32))
     assert model.compute_dtype == torch.float32
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32
@@ -138,7 +139,7 @@ def test_bf16_loss_is_near_the_fp32_one(make_model: Make, make_samples: MakeSamp
 
 def test_bf16_weights_are_refused(make_model: Make, make_samples: MakeSamples) -> None:
     with pytest.raises(InputError, match="load the model in fp32"):
-        train(make_model().bfloat16(), next_token_objective, make_samples(3), ONE_STEP)
+        Trainer(make_model().bfloat16(), next_token_objective, ONE_STEP).fit(make_samples(3))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -146,7 +147,7 @@ def test_training_learns(make_model: Make, optimizer: str) -> None:
     data = [Sample([1, 2, 3, 4, 5], [True] * 5), Sample([7, 2, 9, 4, 11], [True] * 5)]
     settings = TrainSettings(optimizer=optimizer, lr=1e-2, steps=60, batch_size=2)
     losses: list[float] = []
-    train(make_model(), next_token_objective, data, settings, on_step=lambda s, n, m: losses.append(m["loss"]))
+    Trainer(make_model(), next_token_objective, settings, on_step=lambda s, n, m: losses.append(m["loss"])).fit(data)
     assert losses[0] == pytest.approx(math.log(48), abs=0.5) and losses[-1] < 0.3
 
 
@@ -156,24 +157,24 @@ def test_long_samples_are_dropped_and_named(make_model: Make, make_samples: Make
         Sample([1] * 11, [True] * 11, "long"),
         Sample([1] * 10, [True] * 10),
     ]
-    result = train(make_model(), next_token_objective, samples, replace(ONE_STEP, max_tokens=10, batch_size=5))
+    result = Trainer(make_model(), next_token_objective, replace(ONE_STEP, max_tokens=10, batch_size=5)).fit(samples)
     assert result.dropped_long == ["long"]
     assert result.tokens == sum(sample.num_tokens for sample in samples) - 11
     with pytest.raises(InputError, match="sample long and all others are over 5 tokens"):
-        train(make_model(), next_token_objective, samples[4:], replace(ONE_STEP, max_tokens=5))
+        Trainer(make_model(), next_token_objective, replace(ONE_STEP, max_tokens=5)).fit(samples[4:])
 
 
 def test_data_with_nothing_to_train_on_is_refused(make_model: Make) -> None:
     first_only = Sample([1, 2], [True, False], "first")  # the first token has nothing before it
     with pytest.raises(InputError, match="sample first has no trained target"):
-        train(make_model(), next_token_objective, [first_only, Sample([1, 2], [False, False])], ONE_STEP)
+        Trainer(make_model(), next_token_objective, ONE_STEP).fit([first_only, Sample([1, 2], [False, False])])
     with pytest.raises(InputError, match="the data set is empty"):
-        train(make_model(), next_token_objective, [], ONE_STEP)
+        Trainer(make_model(), next_token_objective, ONE_STEP).fit([])
 
 
 def test_a_token_outside_the_vocabulary_is_refused(make_model: Make) -> None:
     with pytest.raises(InputError, match="sample odd has token 48 but the model has 48"):
-        train(make_model(), next_token_objective, [Sample([1, 48], [False, True], "odd")], ONE_STEP)
+        Trainer(make_model(), next_token_objective, ONE_STEP).fit([Sample([1, 48], [False, True], "odd")])
 
 
 def test_an_infinite_loss_stops_before_the_weights_change(make_model: Make, make_samples: MakeSamples) -> None:
@@ -185,7 +186,7 @@ def test_an_infinite_loss_stops_before_the_weights_change(make_model: Make, make
         return LossOutput(output.sum * math.inf, output.count)
 
     with pytest.raises(InputError, match="the loss is inf .* at step 1; lower the learning rate"):
-        train(model, broken, make_samples(3), ONE_STEP)
+        Trainer(model, broken, ONE_STEP).fit(make_samples(3))
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -194,14 +195,8 @@ def test_metrics_are_written(make_model: Make, make_samples: MakeSamples, tmp_pa
     seen: list[tuple[int, int]] = []
     settings = TrainSettings(lr=0.01, schedule="linear", warmup_steps=1, epochs=2, batch_tokens=60)
     samples = make_samples(12)
-    result = train(
-        make_model(),
-        next_token_objective,
-        samples,
-        settings,
-        tmp_path,
-        on_step=lambda s, n, m: seen.append((s, n)),
-    )
+    trainer = Trainer(make_model(), next_token_objective, settings, folder=tmp_path, on_step=lambda s, n, m: seen.append((s, n)))
+    result = trainer.fit(samples)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, result.steps + 1))
     assert seen == [(step, result.steps) for step in range(1, result.steps + 1)]
@@ -225,7 +220,7 @@ def test_clipping_bounds_the_gradient(make_model: Make, make_samples: MakeSample
         return LossOutput(output.sum * 1000, output.count)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    result = train(make_model(), steep, make_samples(3), replace(ONE_STEP, clip=0.5))
+    result = Trainer(make_model(), steep, replace(ONE_STEP, clip=0.5)).fit(make_samples(3))
     assert result.metrics["grad_norm"] > 100 and norms == [pytest.approx(0.5, rel=1e-4)]
 
 
@@ -241,12 +236,12 @@ def test_validation_keeps_the_best_weights(make_model: Make, make_samples: MakeS
         if "validation_loss" in metrics:
             seen.append(metrics["validation_loss"])
 
-    result = train(model, next_token_objective, training, settings, tmp_path, validation=held_out, on_step=on_step)
+    result = Trainer(model, next_token_objective, settings, folder=tmp_path, on_step=on_step).fit(training, held_out)
     assert len(seen) == 3 and result.best_step == 2 * (1 + seen.index(min(seen))) < 6
     output = next_token_objective(model, collate(held_out, CPU))  # type: ignore[arg-type]
     assert output.sum.item() / output.count == pytest.approx(min(seen), rel=1e-5)
     again = make_model()
-    assert train(again, next_token_objective, training, settings, tmp_path, validation=held_out) == result
+    assert Trainer(again, next_token_objective, settings, folder=tmp_path).fit(training, held_out) == result
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -276,3 +271,43 @@ def test_counts_of_all_kinds_add_up(make_samples: MakeSamples) -> None:
     rated = collate([RatedGroup([RatedSample([1, 2], 1, [1, 2, 3, -100, -100])])], CPU)
     tokens = collate(make_samples(2), CPU)  # type: ignore[arg-type]
     assert global_count([rated, tokens]) == 3 + sum(sample.num_targets for sample in make_samples(2))
+
+
+def test_steps_taken_one_by_one_are_those_of_fit(make_model: Make, make_samples: MakeSamples) -> None:
+    samples, settings = make_samples(10), TrainSettings(lr=1e-2, steps=4, batch_size=4, warmup_steps=1, micro_batch_tokens=40)
+    whole, by_hand, ready = (Trainer(make_model(), next_token_objective, settings) for _ in range(3))
+    result = whole.fit(samples)
+    plan = BatchPlan([sample.num_tokens for sample in samples], seed=0, steps=4, batch_size=4)
+    for step in range(4):
+        chosen = [samples[index] for index in plan.step(step)]
+        metrics = by_hand.step(chosen)
+        ready.step([collate(group, CPU) for group in split_micro_batches(chosen, 40)])  # type: ignore[type-var]
+    assert metrics["loss"] == result.metrics["loss"] and by_hand.result.tokens == result.tokens
+    for other in (by_hand, ready):
+        assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_a_loaded_state_goes_on_as_the_trainer_that_gave_it(make_model: Make, make_samples: MakeSamples) -> None:
+    samples, settings = make_samples(12), TrainSettings(optimizer="muon", lr=1e-2, steps=6, batch_size=4)
+    whole, first, second = (Trainer(make_model(seed), next_token_objective, settings) for seed in (0, 0, 1))
+    expected = whole.fit(samples)
+    plan = BatchPlan([sample.num_tokens for sample in samples], seed=0, steps=6, batch_size=4)
+    for step in range(3):
+        first.step([samples[index] for index in plan.step(step)])
+    second.load_state(first.state())
+    first.step(samples)  # what it does from now on is no matter of the other's
+    result = second.fit(samples)
+    assert (result.steps, result.tokens, result.metrics["loss"]) == (6, expected.tokens, expected.metrics["loss"])
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+
+
+def test_steps_that_cannot_be_taken(make_model: Make, make_samples: MakeSamples) -> None:
+    model = make_model()
+    with pytest.raises(InputError, match="give steps instead of epochs"):
+        Trainer(model, next_token_objective, TrainSettings(epochs=1, batch_size=4)).step(make_samples(3))
+    with pytest.raises(InputError, match="the step has no samples"):
+        Trainer(model, next_token_objective, ONE_STEP).step([])
+    with pytest.raises(InputError, match="sample odd has token 48"):
+        Trainer(model, next_token_objective, ONE_STEP).step([Sample([1, 48], [False, True], "odd")])
+    for name, value in make_model().state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])

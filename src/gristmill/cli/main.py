@@ -205,7 +205,7 @@ def train(
         values |= {"beta": beta, "eta": eta, "sft_weight": sft_weight}
     settings = training_section(kind, values)
     with Progress(quiet=quiet) as progress, progress.stage(kind):
-        result = train_model(kind, model, data, out, settings, chat_format=format, seed=seed, on_step=on_step(progress))
+        result = train_model(kind, model, data, out=out, recipe=settings, chat_format=format, seed=seed, on_step=on_step(progress))
     _done(result, out / "model", as_json)
 
 
@@ -288,7 +288,9 @@ def eval(
 
     running = EngineArgs(dtype=dtype, quantize=quantize, cache=cache, chat_format=format)
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
-        scores = evaluate(load_engine(model, running, own=False), prompts, max_tokens, seed, unsafe_code, progress)
+        scores = evaluate(
+            load_engine(model, running, own=False), prompts, progress, max_tokens=max_tokens, seed=seed, unsafe_code=unsafe_code
+        )
     scores.pop("outcomes")
     if as_json:
         typer.echo(json.dumps(scores))

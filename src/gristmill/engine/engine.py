@@ -159,14 +159,13 @@ class Engine:
             grammar_backend=lambda: self.grammar_backend,
         )
 
-    def prepare(self, request: Request, prompt: Sequence[int] | None = None) -> RequestState:
-        """Preprocess a request: render its messages into a prompt (or take one of token ids), and check it.
+    def prepare(self, request: Request) -> RequestState:
+        """Preprocess a request: render its messages into a prompt, unless it has token ids, and check it.
 
         Raises:
             InputError: a prompt that leaves no room for an answer in the model's context, or what the model does not have.
         """
-        if prompt is None:
-            prompt = self.chat_format.render_prompt(request.messages, self.tokenizer)
+        prompt = request.prompt_ids or self.chat_format.render_prompt(request.messages, self.tokenizer)
         room = self.model.config.max_positions - len(prompt)
         if room < 1:
             raise InputError(

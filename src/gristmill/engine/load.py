@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from gristmill.core.device import pick_device
 from gristmill.data.chat import Message, find_format
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Request, SamplingParams
@@ -27,6 +28,7 @@ class EngineArgs:
         cache: type of keys and values; "" for `dtype`.
         max_batch, cache_tokens: as in `Engine`.
         chat_format: "auto", or a name.
+        device: as `pick_device` takes it.
     """
 
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -35,15 +37,15 @@ class EngineArgs:
     max_batch: int = 256
     cache_tokens: int | None = None
     chat_format: str = "auto"
+    device: str = "auto"
 
 
 def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = "", own: bool = True) -> Engine:
     """Load a model folder into an engine. `own` as in `Engine`."""
+    device = pick_device(args.device)
     model, tokenizer = load_model(folder)
-    if torch.cuda.is_available():
-        model = model.cuda()
     return Engine(
-        model,
+        model.to(device),
         tokenizer,
         find_format(args.chat_format, tokenizer),
         name=name or folder.resolve().name,

@@ -86,7 +86,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """A conversation that waits for the assistant's next turn.
+    """A conversation that waits for the assistant's next turn, or a prompt of token ids to continue as it is.
 
     The same request (id, messages, sampling, seed) to the same model gives the same responses, whatever else
     is in flight. Requests of a higher priority are served first.
@@ -97,6 +97,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     priority: int = 0
+    prompt_ids: tuple[int, ...] = ()  # what the model reads, where messages are not to be rendered
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def engine_client(folder: Path, chat_format: str = "auto", device: str = "auto")
     from gristmill.engine.async_source import AsyncEngineClient
     from gristmill.engine.load import EngineArgs, load_engine
 
-    engine = load_engine(folder, EngineArgs(chat_format=chat_format))
+    engine = load_engine(folder, EngineArgs(chat_format=chat_format, device=device))
     return AsyncEngineClient(engine), engine.name
 
 
@@ -68,13 +68,20 @@ def check_reward(reward: Reward, asks: bool = True) -> None:
 
 
 def rater_of(
-    reward: Reward, calls: Calls, journal: Journal, *, chat_format: str = "auto", retry_failed: bool = False, tick: Tick | None = None
+    reward: Reward,
+    calls: Calls,
+    journal: Journal,
+    *,
+    chat_format: str = "auto",
+    device: str = "auto",
+    retry_failed: bool = False,
+    tick: Tick | None = None,
 ) -> Rater:
     """The reward model of a recipe."""
     if reward.base_url:
         return EndpointRater(_target(reward), reward, calls, journal, retry_failed=retry_failed)
     assert reward.folder is not None
-    return LocalRater(_scorer(reward.folder, chat_format), tick)
+    return LocalRater(_scorer(reward.folder, chat_format, device), tick)
 
 
 def _target(reward: Reward) -> Target:
@@ -86,7 +93,7 @@ def _keyless(target: Target) -> Target:
 
 
 @cache
-def _scorer(folder: Path, chat_format: str) -> "RewardScorer":
+def _scorer(folder: Path, chat_format: str, device: str) -> "RewardScorer":
     from gristmill.judge.reward import load_scorer
 
-    return load_scorer(folder, chat_format)
+    return load_scorer(folder, chat_format, device=device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
 from gristmill.core.threads import num_workers, workers
 from gristmill.data.chat import ChatFormat, Message, find_format
@@ -23,13 +24,13 @@ ANSWERS_TOGETHER = 8
 
 
 class RewardScorer:
-    """A reward model with its tokenizer and chat format.
+    """A reward model with its tokenizer and chat format; it computes where the model is.
 
     Args:
         weights: aggregation weights of the five attributes; default the model's own.
     """
 
-    def __init__(self, model: RewardModel, tokenizer: Tokenizer, chat_format: ChatFormat, weights: Sequence[float] | None = None):
+    def __init__(self, model: RewardModel, tokenizer: Tokenizer, chat_format: ChatFormat, *, weights: Sequence[float] | None = None):
         self.model = model.eval()
         self.tokenizer, self.chat_format = tokenizer, chat_format
         self.weights = tuple(weights or model.weights)
@@ -94,15 +95,16 @@ def _packs(groups: list[list[int]], rendered: list[list[int]]) -> Iterator[list[
         yield together
 
 
-def load_scorer(folder: Path, chat_format: str = "auto") -> RewardScorer:
-    """The scorer of a reward model's folder."""
+def load_scorer(folder: Path, chat_format: str = "auto", *, device: str = "auto") -> RewardScorer:
+    """The scorer of a reward model's folder, on a device as `pick_device` takes it."""
+    where = pick_device(device)
     model, tokenizer = load_reward(folder)
-    return RewardScorer(model, tokenizer, find_format(chat_format, tokenizer))
+    return RewardScorer(model.to(where), tokenizer, find_format(chat_format, tokenizer))
 
 
-def rate_file(folder: Path, data: Path, chat_format: str = "auto") -> list[dict[str, Any]]:
+def rate_file(folder: Path, data: Path, chat_format: str = "auto", *, device: str = "auto") -> list[dict[str, Any]]:
     """Ratings of every conversation of a file."""
-    scorer = load_scorer(folder, chat_format)
+    scorer = load_scorer(folder, chat_format, device=device)
     rows = read_demonstrations(data)
     ratings = scorer.score([r.messages for r in rows])
     return [{"id": r.id, **asdict(x), "score": round(scorer.total(x), 4)} for r, x in zip(rows, ratings, strict=True)]

@@ -243,13 +243,13 @@ class Server:
         if conversation[-1].role != "user":
             raise InputError("the last message must be the user's")
         body.max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        prompt = await self._encode(
+        prompt_ids = await self._encode(
             sum(len(m.content) for m in conversation), self.engine.chat_format.render_prompt, conversation, self.engine.tokenizer
         )
         sampling = body.to_sampling_params(256, self.context, (body.top_logprobs or 0) if body.logprobs else 0)
-        request = self._request("chatcmpl", body, conversation, sampling=sampling, content=body.messages)
+        request = self._request("chatcmpl", body, conversation, prompt_ids, sampling=sampling, content=body.messages)
         builder = ChatResponseBuilder(self.engine, bool(body.logprobs))
-        return await self._respond(http, body, [(request, prompt)], builder=builder)
+        return await self._respond(http, body, [request], builder=builder)
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
         body = await parse_body(http, CompletionRequest)
@@ -265,9 +265,7 @@ class Server:
             sampling, requests = body.model_copy(update={"max_tokens": 1}).to_sampling_params(16, self.context, 0), []
         else:
             sampling = body.to_sampling_params(16, self.context, body.logprobs or 0)
-            requests = [
-                (self._request("cmpl", body, (), sampling=sampling, content=[body.prompt, i]), ids) for i, ids in enumerate(prompts)
-            ]
+            requests = [self._request("cmpl", body, (), ids, sampling=sampling, content=[body.prompt, i]) for i, ids in enumerate(prompts)]
         builder = CompletionResponseBuilder(self.engine, body, prompts, scored=scored)
         if not requests and not body.stream:
             return web.json_response(builder.response([], sampling.n))
@@ -304,12 +302,19 @@ class Server:
             raise _HttpError(404, f"the model {name or ''!r} does not exist here; this server has {self.engine.name!r}{also}")
 
     def _request(
-        self, kind: str, body: CompletionRequestBase, conversation: Conversation, *, sampling: SamplingParams, content: Any
+        self,
+        kind: str,
+        body: CompletionRequestBase,
+        conversation: Conversation,
+        prompt_ids: list[int],
+        *,
+        sampling: SamplingParams,
+        content: Any,
     ) -> Request:
         self._number += 1
         # the engine samples by id and seed: where a seed is given, equal requests shall have equal answers
         name = f"{kind}-{self._number}" if body.seed is None else f"{kind}-{make_id(content, body.seed)}"
-        return Request(name, conversation, sampling, body.seed or 0)
+        return Request(name, conversation, sampling, body.seed or 0, prompt_ids=tuple(prompt_ids))
 
     async def _encode(self, characters: int, encode: Callable[..., list[int]], *args: Any) -> list[int]:
         if characters > MAX_TOKEN_CHARS * self.context:
@@ -381,12 +386,12 @@ class Server:
                     one.ended.set_exception(event.error)
 
     async def _respond(
-        self, http: web.Request, body: CompletionRequestBase, requests: list[tuple[Request, list[int]]], *, builder: ResponseBuilder
+        self, http: web.Request, body: CompletionRequestBase, requests: list[Request], *, builder: ResponseBuilder
     ) -> web.StreamResponse:
         open_requests = []
         try:
-            for request, ids in requests:
-                state = self.engine.prepare(request, ids)
+            for request in requests:
+                state = self.engine.prepare(request)
                 if body.stream:
                     state.listener = lambda *_: None
                 open_requests.append(_OpenRequest(state, asyncio.get_running_loop().create_future()))

@@ -50,7 +50,7 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
     keys = _keys(args.api_key_env, args.api_key_file)
     name = args.name or model_folder.resolve().name
     engine = load_engine(model_folder, engine_args, name=name)
-    rate = _rate_fn(args.reward, engine_args.chat_format) if args.reward is not None else None
+    rate = _rate_fn(args.reward, engine_args.chat_format, engine_args.device) if args.reward is not None else None
     reward_name = args.reward.resolve().name if args.reward is not None else ""
     if reward_name == name:
         reward_name += "-reward"
@@ -84,9 +84,9 @@ def _keys(variable: str, file: Path | None) -> list[str]:
     return keys
 
 
-def _rate_fn(folder: Path, chat_format: str) -> Any:
+def _rate_fn(folder: Path, chat_format: str, device: str) -> Any:
     """Rating function of a reward model."""
-    scorer = load_scorer(folder, chat_format)
+    scorer = load_scorer(folder, chat_format, device=device)
 
     def rate(conversations: list[Any]) -> list[dict[str, float]]:
         return [asdict(rating) | {"score": scorer.total(rating)} for rating in scorer.score(conversations)]

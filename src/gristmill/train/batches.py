@@ -1,6 +1,6 @@
-"""Samples, and the one batch layout that every objective trains on: packed and token-major.
+"""Packed batches: samples laid end to end without a batch axis, micro-batches, and the plan of which step sees which.
 
-A batch lays its documents end to end in one ``ids_T`` vector; there is no batch axis. Shape legend:
+A batch lays its documents end to end in one ``ids_T`` vector, token-major; every objective trains on it. Shape legend:
 
     T  tokens of a batch          R  rows of the hidden states that predict a trained target
     N  documents of a batch       P  preference pairs (N = 2 P: chosen 0, rejected 0, chosen 1, ...)
@@ -9,10 +9,10 @@ A batch lays its documents end to end in one ``ids_T`` vector; there is no batch
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from itertools import zip_longest
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from gristmill.model.packed import PackedShape, num_shared, pack
 # Answers to one prompt that go through the model together. Attention repeats the prompt for each of them on some back-ends, and adds
 # their gradients up in the type of the computation.
 MAX_ANSWERS = 16
-MISSING = -100.0  # a label with this value is absent; the value NeMo-Aligner's regression data uses
+IGNORE_LABEL = -100.0  # a label with this value is absent; the value NeMo-Aligner's regression data uses
 
 
 @dataclass
@@ -69,6 +69,7 @@ class PairSample:
 
     chosen: Sample
     rejected: Sample
+    _: KW_ONLY
     chosen_reward: float = 1.0
     rejected_reward: float = 0.0
     id: str = ""
@@ -96,6 +97,7 @@ class RatedSample:
     ids: Sequence[int] | np.ndarray
     end: int
     labels: Sequence[float]
+    _: KW_ONLY
     id: str = ""
     prompt: str = ""
     num_targets: int = field(init=False, default=0)
@@ -108,7 +110,7 @@ class RatedSample:
                 f"sample {self.id or '(no id)'} is scored at token {self.end} of {len(self.ids)}; "
                 "give the index of its last end-of-turn token"
             )
-        self.num_targets = sum(label != MISSING for label in self.labels)
+        self.num_targets = sum(label != IGNORE_LABEL for label in self.labels)
 
     @property
     def num_tokens(self) -> int:
@@ -137,34 +139,34 @@ class RatedGroup:
 
 
 AnySample = Sample | PairSample | RatedSample
-# What a step is made of.
-Unit = Sample | PairSample | RatedGroup
+# What `SampleData` gives and a step is made of.
+DataItem = Sample | PairSample | RatedGroup
 
 
-def group_rated(samples: Sequence[AnySample], max_answers: int, max_tokens: float) -> list[Unit]:
+def group_rated(samples: Sequence[AnySample | DataItem], max_answers: int, max_tokens: float) -> list[DataItem]:
     """Rated samples of one prompt become groups: of `max_answers` and MAX_ANSWERS at most, and of so many tokens where they are several."""
     max_answers = min(max_answers, MAX_ANSWERS)
-    units: list[Unit] = []
+    items: list[DataItem] = []
     latest: dict[str, int] = {}  # of each prompt its last group's place
     for sample in samples:
         if not isinstance(sample, RatedSample):
-            units.append(sample)
+            items.append(sample)
             continue
         if sample.prompt in latest:
-            group = units[latest[sample.prompt]]
+            group = items[latest[sample.prompt]]
             assert isinstance(group, RatedGroup)
             larger = RatedGroup([*group.answers, sample])
             if len(larger.answers) <= max_answers and larger.num_tokens <= max_tokens:
-                units[latest[sample.prompt]] = larger
+                items[latest[sample.prompt]] = larger
                 continue
         if sample.prompt:
-            latest[sample.prompt] = len(units)
-        units.append(RatedGroup([sample]))
-    return units
+            latest[sample.prompt] = len(items)
+        items.append(RatedGroup([sample]))
+    return items
 
 
-def parts_of(sample: AnySample | Unit) -> Sequence[Sample | RatedSample]:
-    """The documents of a sample."""
+def documents_of(sample: AnySample | DataItem) -> Sequence[Sample | RatedSample]:
+    """The documents that a sample lays into a packed batch."""
     if isinstance(sample, PairSample):
         return sample.chosen, sample.rejected
     if isinstance(sample, RatedGroup):
@@ -219,10 +221,19 @@ class RatedBatch:
 
     @cached_property
     def count(self) -> int:
-        return int((self.labels_N5 != MISSING).sum())
+        return int((self.labels_N5 != IGNORE_LABEL).sum())
 
 
-Batch = TokenBatch | PairBatch | RatedBatch
+class Batch(Protocol):
+    """What the loop must know of a micro-batch, whatever its objective makes of it."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def count(self) -> int:
+        """Number of loss terms."""
+        ...
 
 
 def _token_batch(groups: Sequence[Sequence[Sample]], device: torch.device) -> TokenBatch:
@@ -267,20 +278,20 @@ def collate_rated(groups: Sequence[RatedGroup], device: torch.device) -> RatedBa
     return RatedBatch(ids_T, shape, num_tokens, ends_N, labels_N5)
 
 
-def collate(units: Sequence[Unit], device: torch.device) -> Batch:
+def collate(items: Sequence[DataItem], device: torch.device) -> TokenBatch | PairBatch | RatedBatch:
     """Pack samples of one kind into the batch of that kind."""
-    first = units[0]
+    first = items[0]
     if isinstance(first, Sample):
-        return collate_tokens(units, device)  # type: ignore[arg-type]
+        return collate_tokens(items, device)  # type: ignore[arg-type]
     if isinstance(first, PairSample):
-        return collate_pairs(units, device)  # type: ignore[arg-type]
-    return collate_rated(units, device)  # type: ignore[arg-type]
+        return collate_pairs(items, device)  # type: ignore[arg-type]
+    return collate_rated(items, device)  # type: ignore[arg-type]
 
 
-UnitT = TypeVar("UnitT", Sample, PairSample, RatedGroup, Unit)
+ItemT = TypeVar("ItemT", Sample, PairSample, RatedGroup, DataItem)
 
 
-def split_micro_batches(samples: Sequence[UnitT], max_tokens: int, num_workers: int = 1) -> list[list[UnitT]]:
+def split_micro_batches(samples: Sequence[ItemT], max_tokens: int, num_workers: int = 1) -> list[list[ItemT]]:
     """Cut the samples of one step into micro-batches, of which any ``num_workers`` neighbours hold at most ``max_tokens`` tokens.
 
     A longer sample gets one of its own. Sorted by length, so that the documents of a micro-batch are
@@ -291,8 +302,8 @@ def split_micro_batches(samples: Sequence[UnitT], max_tokens: int, num_workers: 
     return [group for turn in zip_longest(*shares) for group in turn if group]
 
 
-def _groups(samples: Sequence[UnitT], max_tokens: int) -> Iterator[list[UnitT]]:
-    group: list[UnitT] = []
+def _groups(samples: Sequence[ItemT], max_tokens: int) -> Iterator[list[ItemT]]:
+    group: list[ItemT] = []
     size = 0
     for sample in samples:
         if group and size + sample.num_tokens > max_tokens:
@@ -316,21 +327,21 @@ class BatchPlan:
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         *,
         seed: int,
         epochs: float | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
-        rows: Sequence[int] | None = None,
+        rows: Sequence[int] | np.ndarray | None = None,
         shuffle: bool = True,
     ) -> None:
-        if batch_tokens is not None and max(lengths) > batch_tokens:
+        if batch_tokens is not None and (longest := int(np.max(lengths))) > batch_tokens:
             raise InputError(
-                f"the longest sample has {max(lengths)} tokens, more than batch_tokens {batch_tokens}; raise batch_tokens or set max_tokens"
+                f"the longest sample has {longest} tokens, more than batch_tokens {batch_tokens}; raise batch_tokens or set max_tokens"
             )
-        weights = lengths if batch_tokens is not None else rows or np.ones(len(lengths))
+        weights = lengths if batch_tokens is not None else np.ones(len(lengths)) if rows is None else rows
         self._weights = np.asarray(weights, dtype=np.int64)
         self._epoch_weight = int(self._weights.sum())
         self._seed, self._shuffled = seed, shuffle
@@ -366,18 +377,18 @@ class BatchPlan:
         return chosen
 
 
-def fingerprint_samples(samples: Sequence[AnySample | Unit]) -> str:
+def fingerprint_samples(samples: Sequence[AnySample | DataItem]) -> str:
     """A hash of everything in the samples that training can see, in their order. 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     for sample in samples:
-        parts = parts_of(sample)
-        digest.update(np.int64(len(parts)).tobytes())
-        for part in parts:
-            digest.update(np.int64(part.num_tokens).tobytes() + np.asarray(part.ids).tobytes())
-            if isinstance(part, Sample):
-                digest.update(np.asarray(part.mask).tobytes())
+        documents = documents_of(sample)
+        digest.update(np.int64(len(documents)).tobytes())
+        for document in documents:
+            digest.update(np.int64(document.num_tokens).tobytes() + np.asarray(document.ids).tobytes())
+            if isinstance(document, Sample):
+                digest.update(np.asarray(document.mask).tobytes())
             else:
-                digest.update(np.array([part.end, *part.labels], dtype=np.float64).tobytes())
+                digest.update(np.array([document.end, *document.labels], dtype=np.float64).tobytes())
         if isinstance(sample, PairSample):
             numbers = (sample.chosen_reward, sample.rejected_reward, sample.ref_chosen, sample.ref_rejected)
             digest.update(repr(numbers).encode())

@@ -1,4 +1,4 @@
-"""Exact resume: a training folder holds at most one complete checkpoint, replaced by an atomic rename.
+"""Checkpoints for exact resume: a training folder holds at most one complete one, replaced by an atomic rename.
 
 A checkpoint is a folder of ``state.safetensors`` (every tensor, under a flat name) and ``state.json``. It
 is written under a temporary name, synced, and renamed; a kill at any byte leaves the previous one usable.

@@ -1,4 +1,4 @@
-"""Losses: pure functions on tensors that return a sum and a count, or one value a pair; the loop divides.
+"""Losses, chunked over the vocabulary: pure functions on tensors that return a sum and a count, or one value a pair; the loop divides.
 
 Shape legend: R rows (hidden states that predict a trained target), D hidden size, V vocabulary, C rows of a
 chunk, P preference pairs, N rated samples.
@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
-from gristmill.train.batches import MISSING
+from gristmill.train.batches import IGNORE_LABEL
 
 # Logits alive at once: 8 MiB in fp32, which on a CPU is within a tenth of the fastest size for vocabularies
 # of 1K to 32K. The memory of a loss does not depend on rows x vocabulary.
 CHUNK_LOGITS = 2**21
 # Log-softmax values that token_logprobs may keep for its backward pass, not making them again (32 MiB).
 KEPT_LOGITS = 2**23
-# Rows are padded to a multiple of this (or of a chunk's rows): see ``packing.filled_length``.
+# Rows are padded to a multiple of this (or of a chunk's rows): see ``packed.filled_length``.
 ROW_STEP = 128
 
 PREFERENCE_LOSSES = ("dpo", "cdpo", "ipo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
@@ -155,7 +155,7 @@ def masked_mse(scores_N5: Tensor, labels_N5: Tensor) -> tuple[Tensor, Tensor]:
 
     A label of -100 is missing and contributes to neither. Source: HelpSteer2 (2406.08673), section 3.
     """
-    present_N5 = labels_N5 != MISSING
+    present_N5 = labels_N5 != IGNORE_LABEL
     error_N5 = torch.where(present_N5, scores_N5.float() - labels_N5, 0.0)
     return error_N5.square().sum(), present_N5.sum()
 

@@ -24,7 +24,7 @@ class OptimSettings:
     weight_decay: float = 0.1
 
 
-def schedule_scale(schedule: str, step: int, total_steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
+def schedule_scale(schedule: str, step: int, total_steps: int, *, warmup_steps: int, min_lr_ratio: float) -> float:
     """The factor on every learning rate at ``step`` (counted from 0).
 
     Linear warmup, then constant, or cosine or linear decay that reaches ``min_lr_ratio`` on the last step.

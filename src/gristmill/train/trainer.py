@@ -1,6 +1,6 @@
-"""The one training loop: every objective runs in it, resumes exactly, and is divided by one global count.
+"""Trainer: the one training loop of every objective, with exact resume and one global divisor a step.
 
-Shape legend: see packing.py.
+Shape legend: see batches.py.
 """
 
 import json
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors
 from gristmill.core.threads import Map, num_workers, workers
@@ -24,15 +24,14 @@ from gristmill.train.batches import (
     AnySample,
     Batch,
     BatchPlan,
-    RatedGroup,
-    Unit,
+    DataItem,
     collate,
     fingerprint_samples,
     group_rated,
-    parts_of,
     split_micro_batches,
 )
 from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity, fingerprint_model, fingerprint_text
+from gristmill.train.data import ListData, SampleData, backbone, check_vocabulary, drop_long
 from gristmill.train.optim import SCHEDULES, Optimizer, OptimSettings, schedule_scale
 
 
@@ -115,153 +114,202 @@ class TrainResult:
     best_step: int | None = None  # with validation data: the step whose weights the model now has
 
 
-def train(
-    model: nn.Module,
-    objective: Objective,
-    samples: Sequence[AnySample],
-    settings: TrainSettings,
-    folder: Path | None = None,
-    *,
-    validation: Sequence[AnySample] = (),
-    on_step: OnStep | None = None,
-) -> TrainResult:
-    """Train ``model`` in place; with a ``folder``, resume from it and write metrics and checkpoints to it.
+class Trainer:
+    """Trains a model in place: one optimizer step at a time (`step`), or a whole plan with checkpoints and metrics (`fit`).
 
-    A folder whose run has finished gives its weights and result at once. With ``validation`` data the mean
-    loss over it is measured every ``validate_every`` steps, and the model ends with the weights of the
-    lowest (the rule of the report's reward model). ``on_step(step, total_steps, metrics)`` is called after
-    each step, counted from 1.
-
-    Raises InputError for data with nothing to train on, a folder that another run wrote, a full disk, or a
-    loss that is no longer finite.
+    Args:
+        model: with fp32 weights.
+        objective: from model and micro-batch to a loss sum.
+        device: where to train, as `pick_device` takes it; None for where the model is.
+        folder: `fit` resumes from it and writes metrics and checkpoints to it.
+        on_step: `fit` calls ``on_step(step, num_steps, metrics)`` after each step, counted from 1.
     """
-    return _Run(model, objective, samples, settings, folder, validation, on_step).run()
-
-
-class _Run:
-    """The state of one call of ``train``."""
 
     def __init__(
         self,
         model: nn.Module,
         objective: Objective,
-        samples: Sequence[AnySample],
         settings: TrainSettings,
-        folder: Path | None,
-        validation: Sequence[AnySample],
-        on_step: OnStep | None,
+        *,
+        device: torch.device | str | None = None,
+        folder: Path | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
-        self.model, self.objective, self.settings, self.on_step = model, objective, settings, on_step
-        usable, long, untrained = _usable(samples, settings.max_tokens)
-        valid, _, _ = _usable(validation, settings.max_tokens) if validation else ([], [], [])
-        self.samples, self.validation = (
-            group_rated(some, settings.batch_size or len(some), min(settings.micro_batch_tokens, settings.batch_tokens or math.inf))
-            for some in (usable, valid)
-        )
-        check_vocabulary(model, [*self.samples, *self.validation])
-        _check_masters(model)
+        _check_fp32_weights(model)
+        self.model = model if device is None else model.to(pick_device(device))
+        self.objective, self.settings, self.folder, self.on_step = objective, settings, folder, on_step
         self.device = next(model.parameters()).device
         self.num_workers = num_workers(model)
-        self.map: Map
-        self.plan = BatchPlan(
-            [sample.num_tokens for sample in self.samples],
+        self.num_steps = settings.steps  # `fit` knows it of epochs too
+        names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay")
+        self.optimizer = Optimizer(model, OptimSettings(**{name: getattr(settings, name) for name in names}))
+        self.result = TrainResult(0, 0, 0.0, {}, [], [])
+        self._best: dict[str, Tensor] = {}
+        self._best_loss = math.inf
+        self._map: Map | None = None
+
+    def fit(self, data: Sequence[AnySample] | SampleData, validation: Sequence[AnySample] | SampleData = ()) -> TrainResult:
+        """Train on all steps that the settings plan over the data; resume where the trainer's folder or `load_state` left off.
+
+        A folder whose run has finished gives its weights and result at once. With ``validation`` data the mean
+        loss over it is measured every ``validate_every`` steps, and the model ends with the weights of the
+        lowest (the rule of the report's reward model).
+
+        Raises InputError for data with nothing to train on, a folder that another run wrote, a full disk, or a
+        loss that is no longer finite.
+        """
+        data = self._usable(data, self.result)
+        held_out = self._usable(validation) if len(validation) else None
+        settings = self.settings
+        plan = BatchPlan(
+            data.lengths,
             seed=settings.seed,
             epochs=settings.epochs,
             steps=settings.steps,
             batch_size=settings.batch_size,
             batch_tokens=settings.batch_tokens,
             shuffle=settings.shuffle,
-            rows=[len(sample.answers) if isinstance(sample, RatedGroup) else 1 for sample in self.samples],
+            rows=data.rows if isinstance(data, ListData) else None,
         )
-        names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay")
-        self.optimizer = Optimizer(model, OptimSettings(**{name: getattr(settings, name) for name in names}))
-        self.result = TrainResult(0, 0, 0.0, {}, long, untrained)
-        self.best: dict[str, Tensor] = {}
-        self.best_loss = math.inf
-        self.folder = folder
-        self.store = CheckpointStore(folder, self._identity()) if folder is not None else None
+        self.num_steps = plan.num_steps
+        store = CheckpointStore(self.folder, self._identity(data, held_out)) if self.folder is not None else None
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus), self._running():
+            if self.result.steps == 0:
+                torch.manual_seed(settings.seed)
+            saved = store.load() if store else None
+            if saved is not None:
+                self.load_state(saved)
+                if saved.finished:
+                    return self.result
+            self._train(data, held_out, plan, store)
+            if self._best:
+                self.model.load_state_dict(self._best)
+            if store:
+                store.save(self.state(finished=True))
+        return self.result
 
-    def _identity(self) -> Identity:
+    def _usable(self, data: Sequence[AnySample] | SampleData, result: TrainResult | None = None) -> SampleData:
+        """Data without what cannot be trained on, which is named in the result."""
+        settings = self.settings
+        if isinstance(data, Sequence):
+            data = ListData(
+                data,
+                max_tokens=settings.max_tokens,
+                max_answers=settings.batch_size or len(data),
+                max_group_tokens=min(settings.micro_batch_tokens, settings.batch_tokens or math.inf),
+            )
+        usable, long = drop_long(data, None if isinstance(data, ListData) else settings.max_tokens)
+        if isinstance(data, ListData):  # other data are checked as they are read
+            check_vocabulary(self.model, data.items)
+            long = data.dropped_long
+        if result is not None:
+            result.dropped_long = long
+            result.dropped_untrained = data.dropped_untrained if isinstance(data, ListData) else []
+        return usable
+
+    def _identity(self, data: SampleData, validation: SampleData | None) -> Identity:
         # the interval of checkpoints changes nothing that is computed, so a run may be continued with another
         settings = asdict(self.settings) | {"checkpoint_every": None, "objective": _describe(self.objective)}
         return Identity(
             fingerprint_model(self.model),
-            fingerprint_samples([*self.samples, *self.validation]),
+            data.fingerprint() if validation is None else _fingerprint_both(data, validation),
             fingerprint_text(json.dumps(settings, sort_keys=True)),
         )
 
-    def run(self) -> TrainResult:
-        with (
-            torch.random.fork_rng(),
-            compute_precision(self.model, self.settings.precision),
-            workers(self.num_workers) as self.map,
-        ):
-            torch.manual_seed(self.settings.seed)
-            saved = self.store.load() if self.store else None
-            if saved is not None:
-                self._restore(saved)
-                if saved.finished:
-                    return self.result
-            self._train()
-            if self.best:
-                self.model.load_state_dict(self.best)
-            self._save(finished=True)
-        return self.result
-
-    def _train(self) -> None:
-        log = MetricsLog(self.folder, self.result.steps)
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """The model in the settings' precision, and workers to share micro-batches out to."""
         self.model.train()
+        try:
+            with compute_precision(self.model, self.settings.precision), workers(self.num_workers) as self._map:
+                yield
+        finally:
+            self._map = None
+
+    def _train(self, data: SampleData, validation: SampleData | None, plan: BatchPlan, store: CheckpointStore | None) -> None:
+        log = MetricsLog(self.folder, self.result.steps)
         before = self.result.seconds
         started = last_saved = time.monotonic()
-        while self.result.steps < self.plan.num_steps:
-            metrics = self._step(self.result.steps)
-            self.result.steps += 1
+        while self.result.steps < plan.num_steps:
+            metrics = self.step([data[index] for index in plan.step(self.result.steps)])
             step = self.result.steps
-            if self.validation and (step % self.settings.validate_every == 0 or step == self.plan.num_steps):
-                metrics["validation_loss"] = self._validate()
+            if validation is not None and (step % self.settings.validate_every == 0 or step == plan.num_steps):
+                metrics["validation_loss"] = self._validate(validation)
             self.result.metrics = metrics
             now = time.monotonic()
             self.result.seconds = before + now - started
             log.write(step, metrics)
             if self.on_step:
-                self.on_step(step, self.plan.num_steps, metrics)
+                self.on_step(step, plan.num_steps, metrics)
             every = self.settings.checkpoint_every
-            if every and now - last_saved >= every and step < self.plan.num_steps:
-                self._save(finished=False)
+            if store and every and now - last_saved >= every and step < plan.num_steps:
+                store.save(self.state())
                 last_saved = time.monotonic()
         log.close()
 
-    def _step(self, step: int) -> dict[str, float]:
-        """One optimizer step on the samples that the plan names."""
+    def step(self, samples: Sequence[AnySample | DataItem] | Sequence[Batch]) -> dict[str, float]:
+        """One optimizer step; returns its metrics.
+
+        Args:
+            samples: those of the step, or its micro-batches on the model's device. All micro-batches of a step share one divisor.
+
+        Raises:
+            InputError: the loss is not finite (before any weight has changed), or a token is not in the model's vocabulary.
+        """
+        if self._map is None:
+            with self._running():
+                return self.step(samples)
         started = time.monotonic()
-        chosen = [self.samples[index] for index in self.plan.step(step)]
-        groups = split_micro_batches(chosen, self.settings.micro_batch_tokens, self.num_workers)
-        batches = self.map(lambda group: collate(group, self.device), groups)
-        totals = _Totals()
+        scale = self._lr_scale()
+        batches = self._micro_batches(samples)
+        totals = _MetricSums()
         for output in self._backward(batches, global_count(batches)):
             totals.add(output)
-        parameters = self.optimizer.parameters
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf))
+        norm = float(nn.utils.clip_grad_norm_(self.optimizer.parameters, self.settings.clip or math.inf))
         metrics = totals.means()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
+            self.optimizer.zero_grad()
             raise InputError(
-                f"the loss is {metrics['loss']} and the gradient norm {norm} at step {step + 1}; "
+                f"the loss is {metrics['loss']} and the gradient norm {norm} at step {self.result.steps + 1}; "
                 "lower the learning rate or look at the samples of that step"
             )
-        settings = self.settings
-        scale = schedule_scale(settings.schedule, step, self.plan.num_steps, settings.warmup_steps, settings.min_lr_ratio)
         self.optimizer.set_scale(scale)
         self.optimizer.step()
         self.optimizer.zero_grad()
         num_tokens = sum(batch.num_tokens for batch in batches)
+        self.result.steps += 1
         self.result.tokens += num_tokens
         seconds = time.monotonic() - started
         return metrics | {
-            "lr": settings.lr * scale,
+            "lr": self.settings.lr * scale,
             "grad_norm": norm,
             "tokens": float(self.result.tokens),
             "tokens_per_second": num_tokens / seconds,
         }
+
+    def _lr_scale(self) -> float:
+        settings = self.settings
+        if self.num_steps is None:
+            raise InputError("the number of steps is not known before fit has seen the data; give steps instead of epochs")
+        return schedule_scale(
+            settings.schedule,
+            self.result.steps,
+            self.num_steps,
+            warmup_steps=settings.warmup_steps,
+            min_lr_ratio=settings.min_lr_ratio,
+        )
+
+    def _micro_batches(self, samples: Sequence[AnySample | DataItem] | Sequence[Batch]) -> Sequence[Batch]:
+        if not samples:
+            raise InputError("there is nothing to train on: the step has no samples")
+        if not isinstance(samples[0], AnySample | DataItem):
+            return cast(Sequence[Batch], samples)
+        assert self._map is not None
+        max_tokens = self.settings.micro_batch_tokens
+        items = group_rated(cast(Sequence[AnySample | DataItem], samples), len(samples), max_tokens)
+        check_vocabulary(self.model, items)
+        return self._map(lambda group: collate(group, self.device), split_micro_batches(items, max_tokens, self.num_workers))
 
     def _backward(self, batches: Sequence[Batch], count: int) -> Iterator[LossOutput]:
         """Add the gradients of all micro-batches, in their order. Each worker makes its own: there is only one `.grad` to add to."""
@@ -271,6 +319,7 @@ class _Run:
                 (output.sum / count).backward()
                 yield output
             return
+        assert self._map is not None
         parameters = self.optimizer.parameters
 
         def gradients(batch: Batch) -> tuple[LossOutput, tuple[Tensor | None, ...]]:
@@ -278,51 +327,62 @@ class _Run:
             return output, torch.autograd.grad(output.sum / count, parameters, allow_unused=True)
 
         for start in range(0, len(batches), self.num_workers):
-            for output, grads in self.map(gradients, batches[start : start + self.num_workers]):
+            for output, grads in self._map(gradients, batches[start : start + self.num_workers]):
                 for parameter, grad in zip(parameters, grads, strict=True):
                     if grad is not None:
                         parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
                 yield output
 
     @torch.no_grad()
-    def _validate(self) -> float:
+    def _validate(self, data: SampleData) -> float:
         """Mean loss over the validation data; keeps a copy of the weights when it is the lowest so far."""
+        assert self._map is not None
         self.model.eval()
-        totals = _Totals()
-        groups = split_micro_batches(self.validation, self.settings.micro_batch_tokens, self.num_workers)
-        for output in self.map(torch.no_grad()(lambda group: self.objective(self.model, collate(group, self.device))), groups):
+        totals = _MetricSums()
+        groups = split_micro_batches([data[index] for index in range(len(data))], self.settings.micro_batch_tokens, self.num_workers)
+        for output in self._map(torch.no_grad()(lambda group: self.objective(self.model, collate(group, self.device))), groups):
             totals.add(output)
         self.model.train()
         loss = totals.means()["loss"]
-        if loss < self.best_loss:
-            self.best_loss, self.result.best_step = loss, self.result.steps
-            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        if loss < self._best_loss:
+            self._best_loss, self.result.best_step = loss, self.result.steps
+            self._best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         return loss
 
-    def _save(self, *, finished: bool) -> None:
-        if self.store is None:
-            return
+    def state(self, *, finished: bool = False) -> Checkpoint:
+        """All that the next step depends on: weights, optimizer, random state and counts; when finished, only what is asked for later."""
         tensors = _prefixed("model", self.model.state_dict())
         if not finished:
-            tensors |= _prefixed("best", self.best) | _prefixed("optimizer", self.optimizer.state_tensors())
+            tensors |= _prefixed("best", self._best) | _prefixed("optimizer", self.optimizer.state_tensors())
             tensors["rng"] = torch.get_rng_state()
-        best_loss = self.best_loss if math.isfinite(self.best_loss) else None
+            if self.device.type == "cuda":
+                tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
+        best_loss = self._best_loss if math.isfinite(self._best_loss) else None
         info = {"result": asdict(self.result), "best_loss": best_loss}
-        self.store.save(Checkpoint(self.result.steps, finished, info, tensors))
+        return Checkpoint(self.result.steps, finished, info, tensors)
 
-    def _restore(self, saved: Checkpoint) -> None:
+    def load_state(self, saved: Checkpoint) -> None:
+        """Continue from what `state` gave, on whichever device it was made. The tensors are copied."""
         self.model.load_state_dict(_unprefixed("model", saved.tensors))
         self.result = TrainResult(**saved.info["result"])
         if saved.finished:
             return
-        self.best = _unprefixed("best", saved.tensors)
-        self.best_loss = math.inf if saved.info["best_loss"] is None else saved.info["best_loss"]
+        self._best = _unprefixed("best", saved.tensors)
+        self._best_loss = math.inf if saved.info["best_loss"] is None else saved.info["best_loss"]
         state = _unprefixed("optimizer", saved.tensors)
-        self.optimizer.load_state_tensors({name: tensor.to(self.device) for name, tensor in state.items()})
-        torch.set_rng_state(saved.tensors["rng"])
+        self.optimizer.load_state_tensors({name: tensor.to(self.device, copy=True) for name, tensor in state.items()})
+        torch.set_rng_state(saved.tensors["rng"].cpu())
+        if self.device.type == "cuda" and "rng_cuda" in saved.tensors:
+            torch.cuda.set_rng_state(saved.tensors["rng_cuda"].cpu(), self.device)
 
 
-class _Totals:
+def _fingerprint_both(data: SampleData, validation: SampleData) -> str:
+    if isinstance(data, ListData) and isinstance(validation, ListData):
+        return fingerprint_samples([*data.items, *validation.items])
+    return fingerprint_text(f"{data.fingerprint()} {validation.fingerprint()}")
+
+
+class _MetricSums:
     """Sums and counts of a loss and its metrics over micro-batches."""
 
     def __init__(self) -> None:
@@ -384,54 +444,11 @@ def global_count(batches: Sequence[Batch]) -> int:
     return max(1, sum(batch.count for batch in batches))
 
 
-def _usable(samples: Sequence[AnySample], max_tokens: int | None) -> tuple[list[AnySample], list[str], list[str]]:
-    """Samples that fit and have a trained target, and the names of those that are too long or have none."""
-    usable: list[AnySample] = []
-    long: list[str] = []
-    untrained: list[str] = []
-    for position, sample in enumerate(samples):
-        name = sample.id or f"#{position}"
-        if max_tokens is not None and max(part.num_tokens for part in parts_of(sample)) > max_tokens:
-            long.append(name)
-        elif sample.num_targets == 0:
-            untrained.append(name)
-        else:
-            usable.append(sample)
-    if usable:
-        return usable, long, untrained
-    if untrained:
-        raise InputError(
-            f"there is nothing to train on: sample {untrained[0]} has no trained target, nor has any other; "
-            "mark what the model shall learn (assistant turns, or at least one label)"
-        )
-    if long:
-        raise InputError(f"there is nothing to train on: sample {long[0]} and all others are over {max_tokens} tokens")
-    raise InputError("there is nothing to train on: the data set is empty")
-
-
-def check_vocabulary(model: nn.Module, samples: Sequence[AnySample | Unit]) -> None:
-    """InputError when a token id is outside the model's vocabulary: the data are of another tokenizer."""
-    vocab_size = backbone(model).config.vocab_size
-    for position, sample in enumerate(samples):
-        for part in parts_of(sample):
-            highest = int(np.max(part.ids))
-            if highest >= vocab_size:
-                raise InputError(
-                    f"sample {sample.id or f'#{position}'} has token {highest} but the model has "
-                    f"{vocab_size}; encode the data with the model's own tokenizer"
-                )
-
-
-def _check_masters(model: nn.Module) -> None:
+def _check_fp32_weights(model: nn.Module) -> None:
     """InputError unless every weight is fp32: a bf16 weight near 1 does not move at small learning rates."""
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise InputError(f"{name} is {parameter.dtype}; load the model in fp32 (precision bf16 still computes in bf16)")
-
-
-def backbone(model: nn.Module) -> Any:
-    """The Transformer inside a model (a reward model holds one; a Transformer is its own)."""
-    return getattr(model, "backbone", model)
 
 
 @contextmanager

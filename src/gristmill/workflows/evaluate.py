@@ -18,7 +18,7 @@ from gristmill.verify.verify import verify
 
 
 def evaluate(
-    engine: Engine, prompts_file: Path | None, max_tokens: int, seed: int, unsafe_code: bool, progress: Progress
+    engine: Engine, prompts_file: Path | None, progress: Progress, *, max_tokens: int, seed: int, unsafe_code: bool = False
 ) -> dict[str, Any]:
     """Greedy and sampled accuracy on a file's prompts with truths, or on the miniature world's."""
     prompts = MiniatureSource(HumanData(), seed).evaluation() if prompts_file is None else read_prompts(prompts_file, "human", truth=True)

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from gristmill.core.config import FilePath, Recipe
+from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS
 from gristmill.data.rows import read_records
@@ -18,8 +19,9 @@ from gristmill.model.config import PRESETS, ModelConfig
 from gristmill.model.hf import MAX_VOCAB_PADDING, save_model
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import Sample
-from gristmill.train.objectives.next_token import next_token_objective, store_samples, token_samples
-from gristmill.train.trainer import OnStep, TrainResult, TrainSettings, train
+from gristmill.train.data import SampleData, TokenStoreData
+from gristmill.train.objectives.next_token import next_token_objective, token_samples
+from gristmill.train.trainer import OnStep, Trainer, TrainResult, TrainSettings
 
 TOKENIZER_DOCUMENTS = 4000  # documents that a new tokenizer is trained on
 ENCODE_BATCH = 4096
@@ -48,6 +50,7 @@ class Pretraining(Recipe):
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.1, ge=0)
     precision: Literal["fp32", "bf16"] = "bf16"
+    device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:N or mps")
 
     @model_validator(mode="after")
     def _source(self) -> Self:
@@ -61,23 +64,26 @@ def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None) -> T
     if recipe.preset not in PRESETS:
         raise InputError(f"Unknown preset {recipe.preset!r}: choose one of {', '.join(PRESETS)}.")
     config = PRESETS[recipe.preset]
+    device = pick_device(recipe.device)
     blended = recipe.documents is not None and (recipe.documents / "blend.json").is_file()
-    tokenizer, samples = _blended(recipe, config.max_positions) if blended else _encoded(recipe, config)
+    data: SampleData | list[Sample]
+    tokenizer, data = _blended(recipe, config.max_positions) if blended else _encoded(recipe, config)
     model = Transformer(config)
     model.init_weights(recipe.seed)
     values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
     settings = TrainSettings(**values, epochs=1, checkpoint_every=120.0, shuffle=not blended)
-    result = train(model, next_token_objective, samples, settings, out / "train", on_step=on_step)
+    trainer = Trainer(model, next_token_objective, settings, device=device, folder=out / "train", on_step=on_step)
+    result = trainer.fit(data)
     save_model(model, tokenizer, out / "model")
     return result
 
 
-def _blended(recipe: Pretraining, max_tokens: int) -> tuple[Tokenizer, list[Sample]]:
+def _blended(recipe: Pretraining, max_tokens: int) -> tuple[Tokenizer, TokenStoreData]:
     """The documents of a folder that `gristmill blend` wrote, in its order."""
     assert recipe.documents is not None
     tokenizer = Tokenizer.load(recipe.tokenizer or recipe.documents / "tokenizer")
     _check_vocabulary(recipe.preset, tokenizer)
-    return tokenizer, store_samples(TokenStore(recipe.documents, tokenizer), max_tokens, recipe.tokens)
+    return tokenizer, TokenStoreData(TokenStore(recipe.documents, tokenizer), max_tokens, num_tokens=recipe.tokens)
 
 
 def _check_vocabulary(preset: str, tokenizer: Tokenizer) -> None:

@@ -19,7 +19,8 @@ from gristmill.curate.blend.blend import Blend, blend, blend_lines, draw
 from gristmill.data.token_store import TokenStore
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.train.batches import fingerprint_samples
-from gristmill.train.objectives.next_token import document_samples, store_samples
+from gristmill.train.data import TokenStoreData
+from gristmill.train.objectives.next_token import token_samples
 
 TOKENIZER_FOLDER = Path(gristmill.miniature.__file__).parent / "checkpoint"
 TOKENIZER = Tokenizer.load(TOKENIZER_FOLDER)
@@ -142,7 +143,8 @@ def test_a_blend(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert blend(recipe(inputs, phases=TWO_PHASES, tokens=8000), tmp_path / "out", QUIET) == facts  # nothing is left to do
     changed = blend(recipe(inputs, tokens=1000), tmp_path / "out", QUIET)
     assert changed["documents"] < facts["documents"] and written(tmp_path / "out") != before
-    assert len(store_samples(TokenStore(tmp_path / "out"), 64, tokens=300)) < len(store_samples(TokenStore(tmp_path / "out"), 64))
+    store = TokenStore(tmp_path / "out")
+    assert len(TokenStoreData(store, 64, num_tokens=300)) < len(TokenStoreData(store, 64))
 
 
 def test_only_documents_and_seed_matter(inputs: Path, tmp_path: Path) -> None:
@@ -205,8 +207,11 @@ def test_samples_are_those_of_the_documents(max_tokens: int, inputs: Path, tmp_p
     monkeypatch.setattr(module, "SHARD_TOKENS", 1500)
     blend(recipe(inputs), tmp_path / "out", QUIET)
     store = TokenStore(tmp_path / "out", TOKENIZER)
-    samples = store_samples(store, max_tokens)
-    wanted = document_samples(documents_of(tmp_path / "out"), TOKENIZER, max_tokens)
+    data = TokenStoreData(store, max_tokens)
+    samples = [data[index] for index in range(len(data))]
+    documents = ([*TOKENIZER.encode(text), TOKENIZER.eos_id] for text in documents_of(tmp_path / "out"))
+    wanted = [sample for sample in token_samples(documents, max_tokens) if sample.num_targets]
+    assert data.lengths.tolist() == [sample.num_tokens for sample in wanted]
     assert fingerprint_samples(samples) == fingerprint_samples(wanted)
     assert [s.id for s in samples] == [s.id for s in wanted]
     assert all(any(np.shares_memory(s.ids, shard) for shard in store.shards) for s in samples)

@@ -21,7 +21,7 @@ from gristmill.train.objectives.preference import (
     pair_samples,
     response_logprobs,
 )
-from gristmill.train.trainer import TrainSettings, compute_precision, train
+from gristmill.train.trainer import Trainer, TrainSettings, compute_precision
 
 Make = Callable[..., Transformer]
 MakePairs = Callable[..., list[PairSample]]
@@ -83,7 +83,7 @@ def test_training_moves_the_margin_to_its_target(make_model: Make, make_pairs: M
     settings = TrainSettings(lr=3e-3, steps=40, batch_size=8, schedule="constant", weight_decay=0.0)
     objective = PreferenceObjective(loss, beta=0.5, label_smoothing=0.1 if loss == "cdpo" else 0.0)
     first: list[dict[str, float]] = []
-    result = train(model, objective, pairs, settings, on_step=lambda step, total, metrics: first.append(metrics))
+    result = Trainer(model, objective, settings, on_step=lambda step, total, metrics: first.append(metrics)).fit(pairs)
     assert first[0]["margin"] == pytest.approx(0, abs=1e-4)
     assert result.metrics["accuracy"] == 1.0
     entropy = 0.325083 if loss == "cdpo" else 0.0  # of one flipped label in ten, which no model can undercut
@@ -139,9 +139,9 @@ def test_dropping_a_pair_leaves_the_loss_of_the_others(make_model: Make, make_pa
     empty = Sample([1, 2], [False, False])
     long = PairSample(Sample([1] * 30, [True] * 30), empty, id="long")
     settings = TrainSettings(steps=1, batch_size=4, max_tokens=29)
-    alone = train(model, PreferenceObjective(), pairs, settings)
+    alone = Trainer(model, PreferenceObjective(), settings).fit(pairs)
     void = replace(pairs[0], rejected=empty, id="void")
-    beside = train(make_model(), PreferenceObjective(), [*pairs, long, void], settings)
+    beside = Trainer(make_model(), PreferenceObjective(), settings).fit([*pairs, long, void])
     assert beside.metrics["loss"] == alone.metrics["loss"]
     assert beside.dropped_long == ["long"] and beside.dropped_untrained == ["void"]
 

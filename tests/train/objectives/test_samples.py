@@ -14,7 +14,7 @@ from gristmill.model.transformer import Transformer
 from gristmill.train.batches import RatedBatch, RatedGroup, RatedSample, collate_rated, group_rated
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples
-from gristmill.train.trainer import LossOutput, TrainSettings, train
+from gristmill.train.trainer import LossOutput, Trainer, TrainSettings
 
 CPU = torch.device("cpu")
 TURNS = (
@@ -88,7 +88,7 @@ def test_scores_do_not_depend_on_neighbours(make_model: Callable[..., Transforme
 
 
 def test_a_batch_of_reward_training_is_counted_in_answers(make_model: Callable[..., Transformer]) -> None:
-    samples = [RatedSample([1, 2, number], 2, [0] * 5, str(number), prompt=str(number // 2)) for number in range(12)]
+    samples = [RatedSample([1, 2, number], 2, [0] * 5, id=str(number), prompt=str(number // 2)) for number in range(12)]
     sizes: list[int] = []
 
     def count(model: RewardModel, batch: RatedBatch) -> LossOutput:
@@ -97,20 +97,20 @@ def test_a_batch_of_reward_training_is_counted_in_answers(make_model: Callable[.
         assert batch.num_tokens == 2 * len(batch.ends_N)
         return reward_objective(model, batch)
 
-    train(RewardModel(make_model()), count, samples, TrainSettings(epochs=2, batch_size=4))
+    Trainer(RewardModel(make_model()), count, TrainSettings(epochs=2, batch_size=4)).fit(samples)
     assert sizes == [4] * 6
 
 
 def test_reward_training_learns_and_ignores_missing_labels(make_model: Callable[..., Transformer]) -> None:
     model = RewardModel(make_model())
     samples = [
-        RatedSample([1, 2, 3], 2, [4, 3, 2, -100, 0], "a"),
-        RatedSample([4, 5, 3], 2, [0, 1, 2, -100, 4], "b"),
-        RatedSample([4, 5, 3], 2, [-100] * 5, "unlabelled"),
+        RatedSample([1, 2, 3], 2, [4, 3, 2, -100, 0], id="a"),
+        RatedSample([4, 5, 3], 2, [0, 1, 2, -100, 4], id="b"),
+        RatedSample([4, 5, 3], 2, [-100] * 5, id="unlabelled"),
     ]
     untouched = model.head.weight[3].detach().clone()
     settings = TrainSettings(lr=1e-2, weight_decay=0.0, schedule="constant", steps=150, batch_size=2)
-    result = train(model, reward_objective, samples, settings)
+    result = Trainer(model, reward_objective, settings).fit(samples)
     assert result.dropped_untrained == ["unlabelled"]
     assert result.metrics["loss"] < 0.02 and "mse_complexity" not in result.metrics
     assert result.metrics["mse_verbosity"] < 0.05

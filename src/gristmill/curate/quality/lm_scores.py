@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
 
@@ -35,12 +36,10 @@ def check(folder: Path) -> None:
 
 @cache
 def _model(folder: Path) -> Any:
-    import torch
-
     from gristmill.model.hf import load_model
 
     model, tokenizer = load_model(folder)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.eval().to(pick_device()), tokenizer
 
 
 def _hidden(model: Any, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any]]:

@@ -1,6 +1,6 @@
 """Preference optimisation: DPO, cDPO, IPO and the three distances of RPO, each with an SFT term.
 
-Shape legend: see packing.py. Source: Nemotron-4 340B report, section 3.3.2, and NeMo-Aligner's preference
+Shape legend: see batches.py. Source: Nemotron-4 340B report, section 3.3.2, and NeMo-Aligner's preference
 losses.
 """
 
@@ -29,8 +29,9 @@ from gristmill.train.batches import (
     split_micro_batches,
 )
 from gristmill.train.checkpoint import fingerprint_model, fingerprint_text, save_tensors_atomic
+from gristmill.train.data import check_vocabulary
 from gristmill.train.losses import preference_loss, preference_name, token_logprobs
-from gristmill.train.trainer import LossOutput, check_vocabulary, compute_precision
+from gristmill.train.trainer import LossOutput, compute_precision
 
 LOGPROBS = ("sum", "mean")
 
@@ -176,7 +177,7 @@ def pair_samples(pairs: Iterable[Pair], chat_format: ChatFormat, tokenizer: Toke
             )
         except InputError as error:
             raise InputError(f"pair {pair.id}: {error}") from error
-        samples.append(PairSample(chosen, rejected, pair.chosen_reward, pair.rejected_reward, pair.id))
+        samples.append(PairSample(chosen, rejected, chosen_reward=pair.chosen_reward, rejected_reward=pair.rejected_reward, id=pair.id))
     return samples
 
 

@@ -9,7 +9,7 @@ from gristmill.data.chat import ChatFormat
 from gristmill.data.rows import ATTRIBUTES, Rated
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.reward import RewardModel
-from gristmill.train.batches import MISSING, RatedBatch, RatedSample
+from gristmill.train.batches import IGNORE_LABEL, RatedBatch, RatedSample
 from gristmill.train.checkpoint import fingerprint_text
 from gristmill.train.losses import masked_mse
 from gristmill.train.trainer import LossOutput
@@ -44,7 +44,7 @@ def rated_samples(rows: Iterable[Rated], chat_format: ChatFormat, tokenizer: Tok
             ids = chat_format.render(row.messages, tokenizer).ids
         except InputError as error:
             raise InputError(f"rated row {row.id}: {error}") from error
-        labels = [MISSING if label is None else label for label in row.labels]
+        labels = [IGNORE_LABEL if label is None else label for label in row.labels]
         prompt = fingerprint_text(repr(row.messages[:-1]))
-        samples.append(RatedSample(ids, int(np.flatnonzero(np.array(ids) == end_id)[-1]), labels, row.id, prompt))
+        samples.append(RatedSample(ids, int(np.flatnonzero(np.array(ids) == end_id)[-1]), labels, id=row.id, prompt=prompt))
     return samples

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.data.chat import ChatFormat, Message, find_format
@@ -55,6 +56,7 @@ class AlignmentContext:
 
     def __init__(self, recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False):
         self.recipe, self.progress = recipe, progress
+        self.device = pick_device(recipe.device)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         self.templates = TemplatePack.load(recipe.templates)
@@ -131,7 +133,7 @@ class AlignmentContext:
             dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16
             quantize: Quantize = "int8" if settings.precision == "int8" else ""
             self._engines[key] = Engine(
-                model, tokenizer, chat_format, name=name, max_batch=settings.max_batch, dtype=dtype, quantize=quantize
+                model.to(self.device), tokenizer, chat_format, name=name, max_batch=settings.max_batch, dtype=dtype, quantize=quantize
             )
         return self._engines[key]
 
@@ -140,7 +142,7 @@ class AlignmentContext:
         if self._scorer is None:
             model, tokenizer = load_reward(folder)
             model.backbone.compute_dtype = PRECISIONS[self.recipe.reward.precision]  # as in its training
-            self._scorer = RewardScorer(model, tokenizer, self.format, self.weights)
+            self._scorer = RewardScorer(model.to(self.device), tokenizer, self.format, weights=self.weights)
         return self._scorer
 
     # ---- generation ----
@@ -190,7 +192,8 @@ class AlignmentContext:
         reward, rater = self.recipe.judging.reward, None
         if reward is not None and (reward.base_url or reward.folder):
             ratings = stack.enter_context(Journal(folder / artifacts.RATING_CALLS.file))
-            rater = rater_of(reward, self.recipe.calls, ratings, chat_format=self.recipe.chat_format, tick=self.progress.tick)
+            chat_format, device = self.recipe.chat_format, self.recipe.device
+            rater = rater_of(reward, self.recipe.calls, ratings, chat_format=chat_format, device=device, tick=self.progress.tick)
         elif reward is not None and reward_folder is not None:
             rater = LocalRater(self.scorer(reward_folder), self.progress.tick)
         return Judges(self.recipe.judging, self.verifier, rater, weights=self.weights, client=client)

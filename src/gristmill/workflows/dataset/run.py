@@ -270,6 +270,7 @@ class _Run:
                     recipe.calls,
                     ratings,
                     chat_format=recipe.chat_format,
+                    device=recipe.device,
                     retry_failed=self.retry_failed,
                     tick=tick,
                 )

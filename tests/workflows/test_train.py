@@ -1,0 +1,88 @@
+"""One training stage of each kind, and what it refuses before work."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gristmill.core.errors import InputError
+from gristmill.model.hf import load_model, load_reward
+from gristmill.train.settings import PreferenceTraining, Training
+from gristmill.workflows.train import train_model
+
+RATED = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
+STEPS = Training(lr=1e-3, steps=2, batch_size=4)
+PREFERENCE = PreferenceTraining(lr=1e-3, steps=2, batch_size=4)
+DEMONSTRATIONS = [{"prompt": f"Say {i}.", "response": f"It is {i}."} for i in range(8)]
+RATINGS = [{"prompt": f"Say {i // 2}.", "response": f"It is {i}.", **RATED} for i in range(8)]
+PAIRS = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": "No."} for i in range(8)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "recipe"),
+    [("sft", DEMONSTRATIONS, STEPS), ("reward", RATINGS, STEPS), ("dpo", PAIRS, PREFERENCE), ("rpo_sq", PAIRS, PREFERENCE)],
+)
+def test_each_kind_of_training(kind: str, rows: list[dict[str, Any]], recipe: Training, tmp_path: Path, random_base: Path) -> None:
+    data, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    result = train_model(kind, random_base, data, out=out, recipe=recipe)
+    assert result.steps == 2 and result.tokens > 0 and math.isfinite(result.metrics["loss"])
+    if kind == "dpo":
+        first = json.loads((out / "train" / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    assert weights != (random_base / "model.safetensors").read_bytes()
+    (load_reward if kind == "reward" else load_model)(out / "model")
+    again = train_model(kind, random_base, data, out=out, recipe=recipe, on_step=lambda *args: pytest.fail("it trained again"))
+    assert again == result and (out / "model" / "model.safetensors").read_bytes() == weights
+
+
+LONG = "word " * 100
+BAD: list[tuple[str, list[dict[str, Any]], str]] = [
+    ("sft", [], "holds no rows"),
+    ("reward", [], "holds no rows"),
+    ("dpo", [], "holds no pairs"),
+    ("sft", [{"messages": [{"role": "assistant", "content": "Hi"}]}], "Row 1 .* starting with the user"),
+    ("sft", [{"messages": [{"role": "user", "content": "Hi"}]}], "Row 1 .* end with the assistant"),
+    ("sft", [{"prompt": LONG, "response": LONG}], "over 256 tokens"),
+    ("reward", [{"prompt": "Q", "response": "A", **dict.fromkeys(RATED)}], "none of the columns"),
+    ("reward", [{"prompt": LONG, "response": LONG, **RATED}], "over 256 tokens"),
+    ("dpo", [{"prompt": "Q", "chosen": "A"}], "Row 1 .* lacks 'rejected'"),
+    ("dpo", [{"chosen": "A", "rejected": "B"}], "Row 1 .* lacks 'prompt'"),
+    ("dpo", [{"prompt": 5, "chosen": "A", "rejected": "B"}], "Row 1 .*text"),
+    ("dpo", [{"messages": 5, "chosen": "A", "rejected": "B"}], "Row 1"),
+    ("dpo", [{"prompt": "Q", "chosen": "A", "rejected": None}], "Row 1 .*text"),
+    ("dpo", [{"prompt": "Q", "chosen": "A", "rejected": "B", "chosen_reward": "much"}], "Row 1 .*chosen_reward 'much'"),
+    ("dpo", [{"prompt": "Q", "chosen": "A", "rejected": "A"}], "same answer on both sides"),
+    ("dpo", [{"messages": [{"role": "assistant", "content": "Hi"}], "chosen": "A", "rejected": "B"}], "starting with the user"),
+    ("rpo", [{"prompt": LONG, "chosen": LONG, "rejected": "B"}], "over 256 tokens"),
+]
+
+
+@pytest.mark.parametrize(("kind", "rows", "words"), BAD)
+def test_rows_that_cannot_be_trained_on(kind: str, rows: list[dict[str, Any]], words: str, tmp_path: Path, random_base: Path) -> None:
+    recipe = STEPS if kind in ("sft", "reward") else PREFERENCE
+    with pytest.raises(InputError, match=words) as caught:
+        train_model(kind, random_base, write(tmp_path / "bad.jsonl", rows), out=tmp_path / "out", recipe=recipe)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out" / "model").exists()
+
+
+def test_a_folder_that_another_training_wrote(tmp_path: Path, random_base: Path) -> None:
+    one, other = (write(tmp_path / f"{n}.jsonl", DEMONSTRATIONS[n:]) for n in (0, 1))
+    train_model("sft", random_base, one, out=tmp_path / "out", recipe=STEPS)
+    weights = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="another data set"):
+        train_model("sft", random_base, other, out=tmp_path / "out", recipe=STEPS)
+    assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_an_unknown_chat_format_lists_the_known(tmp_path: Path, random_base: Path) -> None:
+    rows = write(tmp_path / "d.jsonl", DEMONSTRATIONS)
+    with pytest.raises(InputError, match="chatml"):
+        train_model("sft", random_base, rows, out=tmp_path / "out", recipe=STEPS, chat_format="chatlm")
