@@ -26,6 +26,7 @@ LAYERS = [
     {"judge"},
     {"evaluate", "miniature", "curate"},
     {"workflows", "server", "report"},
+    {"api"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

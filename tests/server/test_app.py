@@ -155,7 +155,7 @@ def full(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("reward") / "judge"
     model, tokenizer = load_model(tiny_base)
     save_reward(RewardModel(model), tokenizer, folder)
-    options = ["--reward", str(folder), "--api-key-env", "GRISTMILL_TEST_KEYS", "--most-open", "64", "--cache-tokens", "4096"]
+    options = ["--reward", str(folder), "--api-key-env", "GRISTMILL_TEST_KEYS", "--max-open-samples", "64", "--cache-tokens", "4096"]
     command = [sys.executable, "-m", "gristmill.cli", "serve", str(tiny_base), "--port", "0", "--name", "tiny", *options]
     env = os.environ | {"GRISTMILL_TEST_KEYS": f"other {KEY}"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)

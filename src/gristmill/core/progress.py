@@ -75,6 +75,10 @@ class Progress:
             share = f"{done}/{total}" if total else str(done)
             self._print(f"{self._clock()}  {self._stage:<18} {time.monotonic() - self._stage_started:>6.1f} s  {share} {note}")
 
+    def train_step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        """Tick of a training step, with its loss and speed."""
+        self.tick(step, total, f"steps, loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
+
     def track(self, items: Iterable[Item], total: int | None, note: Callable[[], str] = lambda: "") -> Iterator[Item]:
         """Tick once an item."""
         for i, item in enumerate(items, 1):

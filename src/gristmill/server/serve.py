@@ -46,7 +46,7 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
     from gristmill.server.app import Limits, Server
 
     if args.max_open_samples < 1 or not args.timeout > 0 or (engine_args.cache_tokens is not None and engine_args.cache_tokens < 1):
-        raise InputError("--most-open and --cache-tokens must be at least 1, and --timeout above 0.")
+        raise InputError("--max-open-samples and --cache-tokens must be at least 1, and --timeout above 0.")
     keys = _keys(args.api_key_env, args.api_key_file)
     name = args.name or model_folder.resolve().name
     engine = load_engine(model_folder, engine_args, name=name)

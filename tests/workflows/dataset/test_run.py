@@ -187,12 +187,12 @@ def test_failed_calls_are_listed_and_asked_again_on_demand(start_endpoint: Calla
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
     command = [sys.executable, "-m", "gristmill.cli", "synth", str(path), "--out", str(tmp_path / "run"), "--quiet"]
     first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 3 and "1 calls failed for good: see `gristmill synth errors" in first.stderr
+    assert first.returncode == 3 and "1 calls failed for good: see `gristmill rows errors" in first.stderr
     assert "2 prompts, 1 responses" in first.stdout
     (failed,) = errors(tmp_path / "run")
     assert failed["status"] == 500 and failed["attempts"] == 2 and "broken" in failed["prompt"]
     listed = subprocess.run(
-        [sys.executable, "-m", "gristmill.cli", "synth", "errors", str(tmp_path / "run")], capture_output=True, text=True
+        [sys.executable, "-m", "gristmill.cli", "rows", "errors", "--folder", str(tmp_path / "run")], capture_output=True, text=True
     )
     assert listed.returncode == 0 and failed["id"] in listed.stdout and "2 attempts, status 500" in listed.stdout
     assert subprocess.run(command, capture_output=True).returncode == 3 and server.stats()["requests"] == 3

@@ -1,7 +1,7 @@
 """What every stage of an alignment run works with: the recipe, models, engines, clients of the generators, and judges."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -209,12 +209,3 @@ class _Tracked:
         wave, stats = list(requests), self.engine.stats
         tokens = stats.output_tokens
         yield from self.progress.track(self.engine.generate(wave), len(wave), lambda: f"answers, {stats.output_tokens - tokens:,} tokens")
-
-
-def on_step(progress: Progress) -> Callable[[int, int, dict[str, float]], None]:
-    """A training callback that shows step, loss and speed."""
-
-    def show(step: int, total: int, metrics: dict[str, float]) -> None:
-        progress.tick(step, total, f"steps, loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
-
-    return show

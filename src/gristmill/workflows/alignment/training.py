@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.train.settings import Training
-from gristmill.workflows.alignment.context import AlignmentContext, on_step
+from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.train import train_model
 
 CHECKPOINT_SECONDS = 20.0
@@ -24,7 +24,7 @@ def train_stage(context: AlignmentContext, kind: str, start: Path, rows: Sequenc
         seed=context.recipe.seed,
         checkpoint_every=CHECKPOINT_SECONDS,
         weights=context.weights or None,
-        on_step=on_step(context.progress),
+        on_step=context.progress.train_step,
     )
     return {
         "rows": len(rows),

@@ -1,0 +1,103 @@
+"""The command-line application: groups of commands, options that several share, and how errors end.
+
+Each command is a few lines that call the library; heavy imports wait until a command needs them. Exit codes: 0 done, 1 a bug (with a
+traceback), 2 bad input (one sentence), 3 rows failed for good, 130 interrupted.
+"""
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import typer.core
+
+from gristmill.core.errors import InputError
+
+# Before torch is loaded: threads that wait must not spin. On two cores with a busy neighbour, spinning costs up to 9x.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+GROUPS = {
+    "Whole runs": ("run", "synth", "curate", "blend", "pretrain", "init"),
+    "Look at runs": ("status", "report", "compare", "rows"),
+    "Single steps": ("train", "quality", "quantize", "generate", "score", "eval"),
+    "Talk and serve": ("chat", "serve"),
+}
+
+
+class Grouped(typer.core.TyperGroup):
+    """Lists the commands by what they are for, each with its whole help line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # classes of click, or of typer's copy of it
+        width = max(map(len, self.commands))
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), self.commands[name].get_short_help_str(limit=400)) for name in names])
+
+
+app = typer.Typer(
+    cls=Grouped,
+    help="Base, Instruct and Reward models that write, judge and learn from their own alignment data.",
+    epilog="`gristmill COMMAND --help` shows a command's options and an example.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
+RunOut = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/NAME.")]
+Dtype = Annotated[Literal["fp32", "bf16"], typer.Option("--dtype", help="Type to compute in.")]
+Quantized = Annotated[
+    Literal["", "int8", "int8-weight", "fp8"],
+    typer.Option("--quantize", help="Quantize the layers' matrices, and activations but for int8-weight; default as the folder was saved."),
+]
+CacheDtype = Annotated[
+    Literal["", "fp32", "bf16", "int8", "fp8"], typer.Option("--cache", help="Type of keys and values; default as --dtype.")
+]
+ChatFormat = Annotated[str, typer.Option("--format", help="Chat format: auto, nemotron, chatml or llama3.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, mps.")]
+RunDevice = Annotated[str | None, typer.Option("--device", help="Overrides the recipe's device: auto, cpu, cuda, cuda:1, mps.")]
+Unsafe = Annotated[bool, typer.Option("--unsafe-code", help="Run model-written programs WITHOUT a jail where the kernel offers none.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
+MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Workers = Annotated[int | None, typer.Option(help="Processes; default one a core.")]
+
+
+def command(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a command: its example closes its help, bad input ends in one sentence and exit code 2."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def safe(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except InputError as e:
+                typer.echo(f"gristmill: {e}", err=True)
+                raise typer.Exit(2) from e
+            except KeyboardInterrupt as e:
+                typer.echo("gristmill: interrupted; run the same command again to continue.", err=True)
+                raise typer.Exit(130) from e
+
+        app.command(epilog=f"Example: {example}")(safe)
+        return function
+
+    return register
+
+
+@app.callback(invoke_without_command=True)
+def version_or_help(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Base, Instruct and Reward models that write, judge and learn from their own alignment data."""
+    if version:
+        from gristmill import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in values.items() if value is not None}

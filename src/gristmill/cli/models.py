@@ -1,0 +1,272 @@
+"""Commands that train, run, judge and serve models."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from gristmill.cli.app import (
+    AsJson,
+    CacheDtype,
+    ChatFormat,
+    Device,
+    Dtype,
+    MaxTokens,
+    Out,
+    Quantized,
+    Quiet,
+    RunDevice,
+    Seed,
+    Unsafe,
+    command,
+    given,
+)
+from gristmill.core.errors import InputError
+
+
+@command("gristmill pretrain miniature-base --out runs/base")
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A pretraining recipe file, or the name of a shipped one.")],
+    out: Out,
+    tokens: Annotated[int | None, typer.Option(help="Overrides the recipe's tokens.")] = None,
+    device: RunDevice = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a Base model from scratch on documents."""
+    from gristmill.core.config import find_recipe, load
+    from gristmill.core.progress import Progress
+    from gristmill.workflows import pretrain as pretraining
+
+    loaded = load(find_recipe(recipe, "pretraining"), pretraining.Pretraining, given(tokens=tokens, device=device))
+    with Progress(quiet=quiet) as progress, progress.stage("pretrain"):
+        result = pretraining.pretrain(loaded, out, progress.train_step)
+    _done(result, out / "model", as_json)
+
+
+@command("gristmill train sft --model runs/base/model --data demonstrations.jsonl --out runs/sft")
+def train(
+    kind: Annotated[str, typer.Argument(help="sft, reward, dpo, cdpo, ipo, rpo, rpo_fwd_kl or rpo_sq.")],
+    model: Annotated[Path, typer.Option(help="Model folder to start from (Hugging Face layout).")],
+    data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages; ratings; or prompt, chosen, rejected.")],
+    out: Out,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-5,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Samples (or pairs) a step.")] = 64,
+    beta: Annotated[float, typer.Option(help="Preference losses: strength of the reference.")] = 0.1,
+    eta: Annotated[float, typer.Option(help="RPO: scale of the reward gap.")] = 1.0,
+    sft_weight: Annotated[float, typer.Option(help="Preference losses: weight of the SFT term.")] = 0.0,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16 compute; weights are always fp32.")] = "fp32",
+    device: Device = "auto",
+    format: ChatFormat = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """One training stage on your own rows."""
+    from gristmill.core.progress import Progress
+    from gristmill.train.settings import training_section
+    from gristmill.workflows.train import train_model
+
+    values: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "precision": precision}
+    if kind not in ("sft", "reward"):
+        values |= {"beta": beta, "eta": eta, "sft_weight": sft_weight}
+    settings = training_section(kind, values)
+    with Progress(quiet=quiet) as progress, progress.stage(kind):
+        result = train_model(
+            kind, model, data, out=out, recipe=settings, device=device, chat_format=format, seed=seed, on_step=progress.train_step
+        )
+    _done(result, out / "model", as_json)
+
+
+def _done(result: Any, model: Path, as_json: bool) -> None:
+    facts = {"model": str(model), "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "loss": result.metrics["loss"]}
+    text = (
+        f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.1f} s, last loss {result.metrics['loss']:.4f}\nmodel: {model}"
+    )
+    typer.echo(json.dumps(facts) if as_json else text)
+
+
+@command("gristmill quantize runs/miniature/02-demonstrations/model --to int8 --out runs/int8")
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    out: Out,
+    to: Annotated[Literal["int8", "int8-weight", "fp8"], typer.Option(help="int8 and fp8: activations too, as they come.")] = "int8",
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option("--dtype", help="Type of embeddings, norms and output matrix.")] = "bf16",
+    as_json: AsJson = False,
+) -> None:
+    """Save a model with its layers' matrices in eight bits, in compressed-tensors' form, which gristmill and vLLM read."""
+    from gristmill.model.hf import quantize_folder
+
+    facts = quantize_folder(model, out, to, dtype=dtype)
+    typer.echo(json.dumps(facts) if as_json else f"{facts['bytes'] / 2**20:,.1f} MiB of weights\nmodel: {facts['model']}")
+
+
+@command('gristmill generate runs/base/model "What is the capital of Runi?"')
+def generate(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    prompt: Annotated[str | None, typer.Argument(help="One prompt; or use --prompts.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL or Parquet with `prompt` or `messages`.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the answers; default standard output.")] = None,
+    n: Annotated[int, typer.Option(help="Answers a prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
+    max_tokens: MaxTokens = 128,
+    device: Device = "auto",
+    format: ChatFormat = "auto",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Answer prompts with a model."""
+    from gristmill.core.io import write_jsonl
+    from gristmill.data.chat import Message
+    from gristmill.data.readers import read_prompts
+    from gristmill.engine.load import EngineArgs, answer_rows, load_engine
+    from gristmill.generation.api import SamplingParams
+
+    if (prompt is None) == (prompts is None):
+        raise InputError("Give either a prompt or --prompts FILE.")
+    asked = [(Message("user", prompt),)] if prompt is not None else [p.messages for p in read_prompts(prompts or Path(), "file")]
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
+    rows = answer_rows(load_engine(model, EngineArgs(chat_format=format, device=device)), asked, sampling, seed=seed)
+    if out:
+        typer.echo(f"{write_jsonl(out, rows)} prompts answered: {out}", err=as_json)
+        return
+    for row in rows:
+        typer.echo(json.dumps(row) if as_json else "\n".join(r["text"] for r in row["responses"]))
+
+
+@command("gristmill score runs/miniature/01-reward/model --data answers.jsonl")
+def score(
+    model: Annotated[Path, typer.Argument(help="Reward model folder.")],
+    data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages ending with the assistant, or prompt and response.")],
+    device: Device = "auto",
+    format: ChatFormat = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Rate answers: helpfulness, correctness, coherence, complexity, verbosity, and their weighted sum."""
+    from gristmill.judge.reward import rate_file
+
+    for row in rate_file(model, data, format, device=device):
+        line = ",".join(f"{k}:{v:.4f}" for k, v in row.items() if k != "id")
+        typer.echo(json.dumps(row) if as_json else f"{row['id']}  {line}")
+
+
+@command("gristmill eval runs/miniature/02-demonstrations/model")
+def eval(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth` or `answer`; default the miniature world's.")] = None,
+    max_tokens: MaxTokens = 80,
+    dtype: Dtype = "fp32",
+    quantize: Quantized = "",
+    cache: CacheDtype = "",
+    device: Device = "auto",
+    format: ChatFormat = "auto",
+    seed: Seed = 0,
+    unsafe_code: Unsafe = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Greedy and sampled accuracy with 95 % intervals, by task; with --quantize or --cache also how far from the model that leads."""
+    from gristmill.core.progress import Progress
+    from gristmill.engine.load import EngineArgs, load_engine
+    from gristmill.model.hf import saved_as
+    from gristmill.workflows.evaluate import evaluate
+
+    running = EngineArgs(dtype=dtype, quantize=quantize, cache=cache, chat_format=format, device=device)
+    with Progress(quiet=quiet) as progress, progress.stage("eval"):
+        scores = evaluate(
+            load_engine(model, running, own=False), prompts, progress, max_tokens=max_tokens, seed=seed, unsafe_code=unsafe_code
+        )
+    scores.pop("outcomes")
+    if as_json:
+        typer.echo(json.dumps(scores))
+        return
+    for task in scores["greedy"]:
+        greedy, sampled = scores["greedy"][task], scores["sampled"][task]
+        cells = [f"{s['mean']:.3f} [{s['ci95'][0]:.3f}, {s['ci95'][1]:.3f}]" for s in (greedy, sampled)]
+        typer.echo(f"{task:<12} greedy {cells[0]}  sampled {cells[1]}  n {greedy['n']}")
+    if lost := scores.get("quantized"):
+        beside = "the weights that it was saved with" if saved_as(model) else "the model"
+        typer.echo(
+            f"beside {beside}: KL {lost['kl']:.2g} nats a token (at most {lost['kl_max']:.2g}), the likeliest token is the same for "
+            f"{lost['agreement']:.2%} of {lost['tokens']:,} tokens"
+        )
+
+
+@command("gristmill chat runs/miniature/02-demonstrations/model")
+def chat(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: MaxTokens = 256,
+    device: Device = "auto",
+    format: ChatFormat = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Talk with a model in the terminal. An empty line or Ctrl-D ends it; /new starts over."""
+    from gristmill.data.chat import Message
+    from gristmill.engine.load import EngineArgs, answer_rows, load_engine
+    from gristmill.generation.api import SamplingParams
+
+    engine = load_engine(model, EngineArgs(chat_format=format, device=device))
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    talk: list[Message] = []
+    while True:
+        typer.echo("you> ", nl=False)
+        line = sys.stdin.readline().strip()
+        if not line:
+            typer.echo("")
+            return
+        if line == "/new":
+            talk = []
+            continue
+        talk.append(Message("user", line))
+        row = next(answer_rows(engine, [talk], sampling, seed=seed))
+        answer = row["responses"][0]["text"]
+        talk.append(Message("assistant", answer))
+        typer.echo(f"{engine.name}> {answer}")
+
+
+@command("gristmill serve runs/miniature/29-r2-rpo3/model --reward runs/miniature/01-reward/model --port 8000")
+def serve(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    reward: Annotated[Path | None, typer.Option(help="Folder of a reward model, served beside it by its folder's name.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[str, typer.Option(help="Name that clients know the model by; default the folder's.")] = "",
+    api_key_env: Annotated[str, typer.Option(help="Environment variable with keys, parted by spaces.")] = "",
+    api_key_file: Annotated[Path | None, typer.Option(help="File with such keys, one a line.")] = None,
+    max_open_samples: Annotated[int, typer.Option(help="Samples under way or waiting, beyond which requests get status 429.")] = 4096,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    max_batch: Annotated[int, typer.Option(help="Most responses in flight.")] = 256,
+    cache_tokens: Annotated[
+        int | None, typer.Option(help="Positions in a worker's cache; default: a quarter of the memory at most.")
+    ] = None,
+    dtype: Dtype = "fp32",
+    quantize: Quantized = "",
+    cache: CacheDtype = "",
+    device: Device = "auto",
+    chat_format: ChatFormat = "auto",
+) -> None:
+    """Serve a model by the OpenAI protocol: chat and text completions, streamed too; ratings; /health and /metrics."""
+    from gristmill.engine.load import EngineArgs
+    from gristmill.server.serve import ServerArgs
+    from gristmill.server.serve import serve as serve_model
+
+    args = ServerArgs(
+        host=host,
+        port=port,
+        name=name,
+        reward=reward,
+        api_key_env=api_key_env,
+        api_key_file=api_key_file,
+        max_open_samples=max_open_samples,
+        timeout=timeout,
+    )
+    engine_args = EngineArgs(
+        dtype=dtype, quantize=quantize, cache=cache, max_batch=max_batch, cache_tokens=cache_tokens, chat_format=chat_format, device=device
+    )
+    serve_model(model, args, engine_args)
