@@ -70,20 +70,35 @@ def test_resumed_run_is_the_uninterrupted_one(
     )
 
 
-def test_random_state_is_restored(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
-    def noisy(model: Transformer, batch: object):  # type: ignore[no-untyped-def]
-        output = next_token_objective(model, batch)  # type: ignore[arg-type]
-        return replace(output, sum=output.sum * (1 + torch.rand(())))
+def noisy(model: Transformer, batch: object):  # type: ignore[no-untyped-def]
+    output = next_token_objective(model, batch)  # type: ignore[arg-type]
+    return replace(output, sum=output.sum * (1 + torch.rand(())))
 
+
+def test_random_state_is_restored(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
     samples = make_samples(10)
-    straight, resumed = make_model(), make_model()
+    straight, resumed, loaded = make_model(), make_model(), make_model(seed=1)
     before = torch.get_rng_state()
     Trainer(straight, noisy, SETTINGS, folder=tmp_path / "a").fit(samples)
     assert torch.equal(before, torch.get_rng_state())  # the caller's generator is left alone
     with pytest.raises(Killed):
         Trainer(make_model(), noisy, SETTINGS, folder=tmp_path / "b", on_step=kill_at(4)).fit(samples)
     Trainer(resumed, noisy, SETTINGS, folder=tmp_path / "b").fit(samples)
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    states: list[checkpoint.Checkpoint] = []
+
+    def keep(step: int, total: int, metrics: dict[str, float]) -> None:
+        if step == 4:
+            states.append(trainer.state())
+            raise Killed
+
+    trainer = Trainer(make_model(), noisy, SETTINGS, on_step=keep)
+    with pytest.raises(Killed):
+        trainer.fit(samples)
+    after = Trainer(loaded, noisy, SETTINGS)
+    after.load_state(states[0])
+    after.fit(samples)
+    for other in (resumed, loaded):
+        assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), other.parameters(), strict=True))
 
 
 def test_a_finished_folder_returns_at_once(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from gristmill.core.config import load
 from gristmill.core.errors import InputError
+from gristmill.data.token_store import TOKEN
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import PRESETS, ModelConfig, uniform_blocks
 from gristmill.model.hf import load_model
@@ -61,6 +63,30 @@ def test_pretraining_from_each_kind_of_text(kind: str, small: ModelConfig, texts
     model, tokenizer = load_model(tmp_path / "out" / "model")
     assert model.config == small and tokenizer.has("<extra_id_1>")
     assert len((tmp_path / "out" / "train" / "metrics.jsonl").read_text().splitlines()) == result.steps
+
+
+def test_pretraining_from_a_blend_of_tokens(small: ModelConfig, texts: Path, tmp_path: Path) -> None:
+    pretraining_.pretrain(pretraining(documents=texts), tmp_path / "one")
+    tokenizer = Tokenizer.load(tmp_path / "one" / "model")
+    documents = [[*tokenizer.encode(json.loads(line)["text"]), tokenizer.eos_id] for line in texts.read_text().splitlines()]
+    tokens, folder = np.concatenate(documents), tmp_path / "blend"
+    folder.mkdir()
+    tokens.astype(TOKEN).tofile(folder / "tokens-00000.bin")
+    np.save(folder / "ends.npy", np.cumsum([len(ids) for ids in documents]))
+    shards = [{"file": "tokens-00000.bin", "tokens": len(tokens), "documents": len(documents)}]
+    (folder / "blend.json").write_text(json.dumps({"shards": shards, "tokenizer": {"fingerprint": tokenizer.fingerprint()}}))
+    tokenizer.save(folder / "tokenizer")
+    result = pretraining_.pretrain(pretraining(documents=folder), tmp_path / "two")
+    assert result.steps >= 3 and 1900 <= result.tokens <= 2100 and math.isfinite(result.metrics["loss"])
+    assert load_model(tmp_path / "two" / "model")[0].config == small
+    again = pretraining_.pretrain(pretraining(documents=folder), tmp_path / "two", lambda *args: pytest.fail("it trained again"))
+    assert again == result
+
+
+def test_a_device_that_is_not_here_is_refused_before_work(small: ModelConfig, texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        pretraining_.pretrain(pretraining(documents=texts, device="gpu"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_pretraining_again_is_the_same_model_at_once(small: ModelConfig, texts: Path, tmp_path: Path) -> None:

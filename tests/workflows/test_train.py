@@ -86,3 +86,10 @@ def test_an_unknown_chat_format_lists_the_known(tmp_path: Path, random_base: Pat
     rows = write(tmp_path / "d.jsonl", DEMONSTRATIONS)
     with pytest.raises(InputError, match="chatml"):
         train_model("sft", random_base, rows, out=tmp_path / "out", recipe=STEPS, chat_format="chatlm")
+
+
+def test_a_device_that_is_not_here_is_refused_before_work(tmp_path: Path, random_base: Path) -> None:
+    rows = write(tmp_path / "d.jsonl", DEMONSTRATIONS)
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        train_model("sft", random_base, rows, out=tmp_path / "out", recipe=STEPS, device="gpu")
+    assert not (tmp_path / "out").exists()
