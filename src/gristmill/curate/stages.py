@@ -29,7 +29,7 @@ from gristmill.curate.outcome import Outcome, none_dropped
 from gristmill.curate.quality import buckets
 from gristmill.curate.quality import lm_scores as base
 from gristmill.curate.quality.buckets import Quality
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
 from gristmill.curate.transforms import rephrase
 from gristmill.curate.transforms.clean import clean
 from gristmill.curate.transforms.pii import pii
@@ -208,7 +208,7 @@ def rephrased(
 
 def num_bytes(table: pa.Table) -> int:
     """Of all texts, UTF-8."""
-    texts = Texts.of(table["text"])
+    texts = TextColumn.of(table["text"])
     return int(texts.begin_N[-1] - texts.begin_N[0])
 
 

@@ -16,7 +16,7 @@ from gristmill.core.config import check
 from gristmill.core.errors import InputError
 from gristmill.curate.filters.heuristics import RULES, Filter, heuristics
 from gristmill.curate.outcome import DOCUMENT, DROPPED
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
 from gristmill.curate.text.text_metrics import FIGURES, figures
 
 MARKS = ("...", "\u2026", "[...]", "(...)", "[\u2026]", "-\u00bb", "read more", "read more..")
@@ -118,7 +118,7 @@ def slow(text: str) -> dict[str, float]:
 
 
 def fast(texts: list[str]) -> list[dict[str, float]]:
-    return [dict(zip(FIGURES, row, strict=True)) for row in figures(Texts.of(pa.array(texts, pa.large_string()))).tolist()]
+    return [dict(zip(FIGURES, row, strict=True)) for row in figures(TextColumn.of(pa.array(texts, pa.large_string()))).tolist()]
 
 
 def same(texts: list[str]) -> None:
@@ -279,8 +279,8 @@ def test_only_the_documents_with_a_value_are_filtered() -> None:
     "unit", ["x", "\u4e2d", "k", "h", "w.", "/", "#", ".", "javascrip", "cooki", "a ", "\n", "a\n", "x y\n\n", "\u3000"]
 )
 def test_huge_documents_take_linear_time(unit: str) -> None:
-    figures(Texts.of(pa.array(["compiled before the clock starts"])))
-    texts = Texts.of(pa.array([unit * (2_000_000 // len(unit.encode()))], pa.large_string()))
+    figures(TextColumn.of(pa.array(["compiled before the clock starts"])))
+    texts = TextColumn.of(pa.array([unit * (2_000_000 // len(unit.encode()))], pa.large_string()))
     begin = time.process_time()
     figures(texts)
     assert time.process_time() - begin < 2  # of it 0.05 are needed, and hours if time were of the square

@@ -21,7 +21,8 @@ from gristmill.core.config import Section
 from gristmill.curate.dedup import minhash
 from gristmill.curate.io import shards
 from gristmill.curate.outcome import Outcome, split
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
+from gristmill.data.minhash import band_keys, jaccard
 
 KEYS_A_PART = 4_000_000
 NEIGHBOURS = 8  # documents before it in a bucket that each is paired with, beside the first
@@ -73,7 +74,7 @@ def num_parts(documents: int, keys_each: int) -> int:
 
 def exact_keys(shard: int, source: Path, out: Path, parts: int) -> dict[str, int]:
     """Hashes (xxh3, 128 bits) of a shard's texts."""
-    texts = Texts.of(shards.read(source)["text"])
+    texts = TextColumn.of(shards.read(source)["text"])
     digests = b"".join([xxhash.xxh3_128_digest(texts.bytes_of(i)) for i in range(len(texts))])
     high, low = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2).T
     table = pa.table({"high": high, "low": low, "number": shards.number(shard, np.arange(len(texts)))})
@@ -119,10 +120,10 @@ def drop(shard: int, sources: Sequence[Path], drops: Sequence[Path], step: str, 
 
 def sketch(shard: int, source: Path, keys: Path, signatures: Path, parts: int, how: Fuzzy) -> dict[str, int]:
     """Band keys of a shard, and its signatures where pairs are verified by them."""
-    texts = Texts.of(shards.read(source)["text"])
-    signature, counts = minhash.signatures(texts, how.words, how.shingle_size, how.bands * how.rows, how.seed)
+    texts = TextColumn.of(shards.read(source)["text"])
+    signature, counts = minhash.signatures(texts, how.words, how.shingle_size, num_hashes=how.bands * how.rows, seed=how.seed)
     some = np.flatnonzero(counts > 0)  # a text without words is like no other
-    key_NB = minhash.band_keys(signature[some], how.bands, how.rows)
+    key_NB = band_keys(signature[some], how.bands, how.rows)
     table = pa.table({"key": key_NB.ravel(), "number": np.repeat(shards.number(shard, some), how.bands)})
     shards.write_parts(keys, table, (key_NB.ravel() % np.uint64(parts)).astype(np.int64), parts)
     if how.verify == "estimate":
@@ -181,7 +182,7 @@ class Similar:
             self._number, self._sketch = left, self._read(left)
         other = self._read(right)
         if self.how.verify == "exact":
-            return float(minhash.jaccard(self._sketch, other))
+            return float(jaccard(self._sketch, other))
         return float((self._sketch == other).mean())
 
     def _read(self, number: int) -> np.ndarray:

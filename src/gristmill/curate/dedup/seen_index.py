@@ -22,7 +22,8 @@ from gristmill.curate.dedup import minhash
 from gristmill.curate.dedup.duplicates import NEIGHBOURS, PAIRS
 from gristmill.curate.io import shards
 from gristmill.curate.outcome import Outcome, split
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
+from gristmill.data.minhash import band_keys
 
 DESCRIPTION = "index.json"
 
@@ -60,9 +61,9 @@ def described(index: Path) -> Remember:
 
 def _sketched(table: pa.Table, how: Remember) -> pa.Table:
     """id, hash (16 bytes), signature (bytes; null of a text without shingles)."""
-    texts = Texts.of(table["text"])
+    texts = TextColumn.of(table["text"])
     words = how.shingle == "words"
-    signature, counts = minhash.signatures(texts, words, how.size or (5 if words else 24), how.bands * how.rows, how.seed)
+    signature, counts = minhash.signatures(texts, words, how.size or (5 if words else 24), num_hashes=how.bands * how.rows, seed=how.seed)
     hashes = [xxhash.xxh3_128_digest(texts.bytes_of(i)) for i in range(len(texts))]
     flat = [signature[i].tobytes() if counts[i] else None for i in range(len(texts))]
     return pa.table(
@@ -88,7 +89,7 @@ def keys(shard: int, sketched: Path, out: Path, parts: int, index: Path) -> dict
     hashes = np.frombuffer(b"".join(table["hash"].to_pylist()), np.uint64).reshape(-1, 2)
     some = np.flatnonzero(table["signature"].is_valid().to_numpy(zero_copy_only=False))
     signature = np.frombuffer(b"".join(table["signature"].drop_null().to_pylist()), np.uint32).reshape(-1, how.bands * how.rows)
-    bands = minhash.band_keys(np.ascontiguousarray(signature), how.bands, how.rows)
+    bands = band_keys(np.ascontiguousarray(signature), how.bands, how.rows)
     key = np.concatenate([hashes[:, 0], bands.ravel()])
     rows = np.concatenate([np.arange(len(hashes)), np.repeat(some, how.bands)])
     found = pa.table({"key": key, "number": shards.number(shard, rows)})

@@ -28,7 +28,9 @@ from gristmill.curate.dedup.duplicates import write_drops
 from gristmill.curate.io import shards
 from gristmill.curate.outcome import drawn
 from gristmill.curate.quality import lm_scores as base
-from gristmill.curate.text.text_column import Texts, mixed
+from gristmill.curate.text.text_column import TextColumn, longest
+from gristmill.curate.text.words import BYTES, buffers
+from gristmill.data.minhash import GOLDEN, mix64
 
 BLOCK = 1024  # vectors that are compared at once
 SAMPLE = 65_536  # documents that the start is drawn from, at most
@@ -59,16 +61,15 @@ def num_clusters(documents: int, how: Semantic) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _hashed(data_B, begin_N, lower, seed, vector_ND):  # type: ignore[no-untyped-def]
+def _hashed(data_B, begin_N, table, seed, vector_ND):  # type: ignore[no-untyped-def]
     """Sums of sign vectors of the words and pairs of words of each text, each weighted with log(1 + count)."""
-    room = 2
-    for n in range(len(begin_N) - 1):
-        room = max(room, 2 * (begin_N[n + 1] - begin_N[n]) + 2)
+    room = 2 * longest(begin_N)
+    _, start_W, stop_W = buffers(begin_N)
     word_F, pair_F = np.empty(room, np.uint64), np.empty(room, np.uint64)
     for n in range(len(begin_N) - 1):
         data = data_B[begin_N[n] : begin_N[n + 1]]
-        words = minhash.shingles_of(data, lower, True, 1, word_F)
-        pairs = minhash.shingles_of(data, lower, True, 2, pair_F) if words > 1 else 0
+        words = minhash.shingles_of(data, table, True, 1, word_F, start_W, stop_W)
+        pairs = minhash.shingles_of(data, table, True, 2, pair_F, start_W, stop_W) if words > 1 else 0
         hash_F = np.sort(np.concatenate((word_F[:words], pair_F[:pairs])))
         vector = vector_ND[n]
         i = 0
@@ -79,7 +80,7 @@ def _hashed(data_B, begin_N, lower, seed, vector_ND):  # type: ignore[no-untyped
             weight = np.float32(np.log(1.0 + (j - i)))
             bits = hash_F[i] ^ seed
             for d in range(0, len(vector), 64):
-                bits = mixed(bits + np.uint64(0x9E3779B97F4A7C15))
+                bits = mix64(bits + GOLDEN)
                 for k in range(min(64, len(vector) - d)):
                     vector[d + k] += weight if (bits >> np.uint64(k)) & np.uint64(1) else -weight
             i = j
@@ -106,9 +107,9 @@ def embed(shard: int, source: Path, out: Path, how: Semantic) -> dict[str, int]:
     """Vectors of a shard's documents, float32, of length 1 or 0, and the number that each document draws."""
     table = shards.read(source)
     if how.embedding == "hashed":
-        texts = Texts.of(table["text"])
+        texts = TextColumn.of(table["text"])
         vector_ND = np.zeros((len(texts), how.dimensions), np.float32)
-        _hashed(texts.data_B, texts.begin_N, minhash.LOWER, np.uint64(how.seed % 2**64), vector_ND)
+        _hashed(texts.data_B, texts.begin_N, BYTES, np.uint64(how.seed % 2**64), vector_ND)
     elif how.embedding.startswith(COLUMN):
         vector_ND = _of_column(table, how.embedding.removeprefix(COLUMN))
     else:

@@ -10,7 +10,6 @@ Shapes: N documents, B bytes of all of them, W words of one, G n-grams of the be
 
 import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +21,12 @@ from pydantic import Field
 from gristmill.core.config import FilePath, Section
 from gristmill.core.errors import InputError
 from gristmill.curate.outcome import DOCUMENT, Outcome, none_dropped, split
-from gristmill.curate.text.text_column import DIGIT, LETTER, Texts, classes, decoded, fixed, mixed, place_of, places
+from gristmill.curate.text.text_column import TextColumn, hash_table, lookup, read_only
+from gristmill.curate.text.words import FNV_OFFSET, buffers, lower_letters, tokenize
+from gristmill.data.minhash import GOLDEN, mix64
 from gristmill.data.rows import read_records
 
 _MARKS = ".!?"  # where sentences end
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # of the rolling hash: odd, so that no bit is lost
 
 
 class Decontaminate(Section):
@@ -46,88 +46,44 @@ class Decontaminate(Section):
 # --- words and n-grams ---------------------------------------------------------------------------------------------------
 
 
-@cache
-def _alphabet() -> np.ndarray:
-    """uint32 of each code point: its lower case (the first character of it), or 0 where it is no letter or digit."""
-    word = (classes() & (LETTER | DIGIT)) != 0
-    table = np.where(word, np.arange(len(word)), 0).astype(np.uint32)
-    for point in np.nonzero(word[:0x20000])[0].tolist():
-        table[point] = ord(chr(point).lower()[0])
-    return table
-
-
 @njit(cache=True, nogil=True)
-def _words(data_B, begin, end, alphabet, hash_W, start_W, stop_W):  # type: ignore[no-untyped-def]
-    """Hashes of the words of one text, and the bytes where they start and stop; their number."""
-    count, i, inside, value = 0, begin, False, np.uint64(0)
-    while i < end:
-        point, size = np.int64(data_B[i]), 1
-        if point >= 0x80:
-            point, size = decoded(data_B, i)
-        letter = np.uint64(alphabet[point])
-        if letter:
-            if not inside:
-                inside, value = True, np.uint64(0xCBF29CE484222325)
-                start_W[count] = i
-            value = (value ^ letter) * np.uint64(0x100000001B3)
-        elif inside:
-            inside = False
-            hash_W[count], stop_W[count] = mixed(value), i
-            count += 1
-        i += size
-    if inside:
-        hash_W[count], stop_W[count] = mixed(value), end
-        count += 1
-    return count
-
-
-@njit(cache=True, nogil=True)
-def _room(begin_N):  # type: ignore[no-untyped-def]
-    """Where `_words` writes: room for the words of the longest text."""
-    size = 2
-    for n in range(len(begin_N) - 1):
-        size = max(size, (begin_N[n + 1] - begin_N[n]) // 2 + 2)
-    return np.empty(size, np.uint64), np.empty(size, np.int64), np.empty(size, np.int64)
-
-
-@njit(cache=True, nogil=True)
-def _item_grams(data_B, begin_N, alphabet, ngram, least, factor):  # type: ignore[no-untyped-def]
+def _item_grams(data_B, begin_N, table, ngram, least):  # type: ignore[no-untyped-def]
     """uint64 hashes of the n-grams of every item, and their lengths."""
-    hash_W, start_W, stop_W = _room(begin_N)
+    hash_W, start_W, stop_W = buffers(begin_N)
     grams, sizes, total = np.empty(1024, np.uint64), np.empty(1024, np.int64), 0
     for n in range(len(begin_N) - 1):
-        words = _words(data_B, begin_N[n], begin_N[n + 1], alphabet, hash_W, start_W, stop_W)
+        words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
         if words < least:
             continue
         size = min(words, ngram)
         for first in range(words - size + 1):
             value = np.uint64(0)
             for k in range(first, first + size):
-                value = value * factor + hash_W[k]
+                value = value * GOLDEN + hash_W[k]
             if total == len(grams):
                 grams, sizes = np.concatenate((grams, np.empty_like(grams))), np.concatenate((sizes, np.empty_like(sizes)))
-            grams[total], sizes[total] = mixed(value + np.uint64(size)), size
+            grams[total], sizes[total] = mix64(value + np.uint64(size)), size
             total += 1
     return grams[:total], sizes[:total]
 
 
 @njit(cache=True, nogil=True)
-def _begins(data_B, begin_N, alphabet, size, factor, slots):  # type: ignore[no-untyped-def]
+def _begins(data_B, begin_N, table, size, slots):  # type: ignore[no-untyped-def]
     """bool [slots]: whether an item has words `size` of which hash to this slot: where no n-gram can begin, none is looked up."""
-    hash_W, start_W, stop_W = _room(begin_N)
+    hash_W, start_W, stop_W = buffers(begin_N)
     seen = np.zeros(slots, np.bool_)
     for n in range(len(begin_N) - 1):
-        words = _words(data_B, begin_N[n], begin_N[n + 1], alphabet, hash_W, start_W, stop_W)
+        words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
         for first in range(words - size + 1):
             value = np.uint64(0)
             for k in range(first, first + size):
-                value = value * factor + hash_W[k]
+                value = value * GOLDEN + hash_W[k]
             seen[np.int64((value >> np.uint64(32)) & np.uint64(slots - 1))] = True
     return seen
 
 
 @njit(cache=True, nogil=True)
-def _matches(data_B, begin_N, alphabet, grams_G, table_S, begins_S, lengths, factor):  # type: ignore[no-untyped-def]
+def _matches(data_B, begin_N, table, grams_G, table_S, begins_S, lengths):  # type: ignore[no-untyped-def]
     """Every n-gram of the benchmarks in the documents.
 
     Args:
@@ -136,17 +92,17 @@ def _matches(data_B, begin_N, alphabet, grams_G, table_S, begins_S, lengths, fac
     Returns:
         int64 [M, 4]: document, n-gram, and the bytes in `data_B` where it starts and stops; by document and start.
     """
-    hash_W, start_W, stop_W = _room(begin_N)
+    hash_W, start_W, stop_W = buffers(begin_N)
     least, last = lengths[0], np.uint64(1)
     for _ in range(least):
-        last *= factor
+        last *= GOLDEN
     slot_mask = np.uint64(len(begins_S) - 1)
     found, total = np.empty((64, 4), np.int64), 0
     for n in range(len(begin_N) - 1):
-        words = _words(data_B, begin_N[n], begin_N[n + 1], alphabet, hash_W, start_W, stop_W)
+        words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
         rolling = np.uint64(0)
         for w in range(words):
-            rolling = rolling * factor + hash_W[w]
+            rolling = rolling * GOLDEN + hash_W[w]
             if w >= least:
                 rolling -= last * hash_W[w - least]
             if w + 1 < least or not begins_S[np.int64((rolling >> np.uint64(32)) & slot_mask)]:
@@ -154,12 +110,12 @@ def _matches(data_B, begin_N, alphabet, grams_G, table_S, begins_S, lengths, fac
             first, value, k = w + 1 - least, rolling, 0
             for stop in range(w + 1, min(words, first + lengths[-1]) + 1):  # longer n-grams that begin at the same word
                 if stop > w + 1:
-                    value = value * factor + hash_W[stop - 1]
+                    value = value * GOLDEN + hash_W[stop - 1]
                 if stop - first != lengths[k]:
                     continue
                 k += 1
-                gram = mixed(value + np.uint64(stop - first))
-                place = place_of(gram, grams_G, table_S)
+                gram = mix64(value + np.uint64(stop - first))
+                place = lookup(gram, grams_G, table_S)
                 if place >= 0:
                     if total == len(found):
                         found = np.concatenate((found, np.empty_like(found)))
@@ -233,31 +189,31 @@ class Benchmarks:
             InputError: a file is missing, is not what its name says, or has not the fields; or no item is long enough.
         """
         items = [text for path in settings.benchmarks for text in _items(path, settings.fields)]
-        texts = Texts.of(pa.array(items, pa.large_string()))
-        data_B, begin_N = fixed(texts.data_B), fixed(texts.begin_N)
-        grams, sizes = _item_grams(data_B, begin_N, _alphabet(), settings.ngram, min(settings.least, settings.ngram), _FACTOR)
+        texts = TextColumn.of(pa.array(items, pa.large_string()))
+        data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
+        grams, sizes = _item_grams(data_B, begin_N, lower_letters(), settings.ngram, min(settings.least, settings.ngram))
         if len(grams) == 0:
             raise InputError(f"The benchmarks hold no text of {settings.least} words or more: check `benchmarks` and `fields`.")
         grams_G = np.unique(grams)
         lengths = np.unique(sizes)
         slots = 1 << (16 * len(grams_G)).bit_length()
-        begins_S = _begins(data_B, begin_N, _alphabet(), lengths[0], _FACTOR, slots)
-        return Benchmarks(grams_G, places(grams_G), begins_S, lengths)
+        begins_S = _begins(data_B, begin_N, lower_letters(), lengths[0], slots)
+        return Benchmarks(grams_G, hash_table(grams_G), begins_S, lengths)
 
     def __len__(self) -> int:
         return len(self.grams_G)
 
 
-def _find(texts: Texts, benchmarks: Benchmarks) -> np.ndarray:
+def _find(texts: TextColumn, benchmarks: Benchmarks) -> np.ndarray:
     """`_matches` of the documents."""
     b = benchmarks
-    data_B, begin_N = fixed(texts.data_B), fixed(texts.begin_N)
-    return np.asarray(_matches(data_B, begin_N, _alphabet(), b.grams_G, b.table_S, b.begins_S, b.lengths, _FACTOR))
+    data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
+    return np.asarray(_matches(data_B, begin_N, lower_letters(), b.grams_G, b.table_S, b.begins_S, b.lengths))
 
 
 def counts(table: pa.Table, benchmarks: Benchmarks) -> np.ndarray:
     """int64 [G]: how often each n-gram of the benchmarks occurs in this table. Sum them over the corpus."""
-    return np.bincount(_find(Texts.of(table["text"]), benchmarks)[:, 1], minlength=len(benchmarks)).astype(np.int64)
+    return np.bincount(_find(TextColumn.of(table["text"]), benchmarks)[:, 1], minlength=len(benchmarks)).astype(np.int64)
 
 
 # --- the step ------------------------------------------------------------------------------------------------------------
@@ -304,7 +260,7 @@ def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmar
     Args:
         total_counts: int64 [G], the sum of `counts` over the corpus.
     """
-    texts = Texts.of(table["text"])
+    texts = TextColumn.of(table["text"])
     found = _find(texts, benchmarks)
     found = found[total_counts[found[:, 1]] <= settings.most_matches]
     if len(found) == 0:

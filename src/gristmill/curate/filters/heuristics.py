@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from gristmill.core.config import Section
 from gristmill.curate.outcome import Outcome, in_meta, split
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
 from gristmill.curate.text.text_metrics import DUPLICATE, FIGURES, NGRAMS, TOP, figures
 
 
@@ -151,7 +151,7 @@ def _before_ngrams(rules: list[Rule]) -> dict[str, tuple[float, float]] | None:
 def heuristics(table: pa.Table, settings: Filter) -> Outcome:
     """Drop documents that break a rule. The first one in order is the reason; with it go the figure and the limit that it broke."""
     rules = settings.all_rules()
-    figures_NF = figures(Texts.of(table["text"]), _before_ngrams(rules))
+    figures_NF = figures(TextColumn.of(table["text"]), _before_ngrams(rules))
     open_N = chosen(table, settings.column, settings.values)
     reasons: list[str | None] = [None] * len(table)
     figure_N, limit_N = np.zeros(len(table)), np.zeros(len(table))

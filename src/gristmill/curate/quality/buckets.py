@@ -22,7 +22,7 @@ from gristmill.curate.io import readers as documents
 from gristmill.curate.outcome import Outcome, drawn, in_meta, split
 from gristmill.curate.quality import classifier, perplexity
 from gristmill.curate.quality import lm_scores as base
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
 
 Label = Literal["High", "Medium-High", "Medium", "Medium-Low", "Low"]
 COLUMN, PERPLEXITY = "column:", "perplexity:"
@@ -91,7 +91,7 @@ def _number(value: Any) -> float:
         return float("nan")
 
 
-def _score(table: pa.Table, texts: Texts, name: str) -> np.ndarray:
+def _score(table: pa.Table, texts: TextColumn, name: str) -> np.ndarray:
     """float32 [N]: one classifier's score of each document; the higher, the better; NaN where there is none."""
     if name.startswith(PERPLEXITY):
         folder = Path(name.removeprefix(PERPLEXITY))
@@ -115,7 +115,7 @@ def measure(table: pa.Table, settings: Quality) -> pa.Table:
     Raises:
         InputError: a model cannot be read, or a column holds no numbers.
     """
-    texts = Texts.of(table["text"])
+    texts = TextColumn.of(table["text"])
     columns: dict[str, np.ndarray] = {f"score_{c}": _score(table, texts, name) for c, name in enumerate(settings.classifiers)}
     return pa.table(columns | {"bytes": texts.sizes_N, "key": drawn(table["id"], settings.seed, "sample")})
 

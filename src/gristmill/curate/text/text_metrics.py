@@ -23,7 +23,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from gristmill.curate.text.text_column import DIGIT, LETTER, SPACE, Texts, classes, decoded
+from gristmill.curate.text.text_column import DIGIT, LETTER, TextColumn, char_classes, decode_utf8, read_only
+from gristmill.curate.text.words import FNV_OFFSET, split, tokenize
 
 TOP, DUPLICATE = (2, 3, 4), (2, 3, 4, 5, 6, 7, 8, 9, 10)  # lengths of n-grams
 
@@ -187,61 +188,50 @@ def _is_ellipsis(data_B, begin, end, whole):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _read(data_B, begin, end, classes, words, count_256):  # type: ignore[no-untyped-def]
-    """Cut a document into words, and count its ASCII bytes.
+def _read(data_B, begin, end, table, classes, words, count_256):  # type: ignore[no-untyped-def]
+    """Cut a document into words, and count its bytes.
 
     Returns: words, characters; and of those beyond ASCII letters, digits, angle brackets and ellipses.
     """
-    num, extra, letters, digits, brackets, ellipses = 0, 0, 0, 0, 0, 0
+    num = tokenize(data_B, begin, end, table, FNV_OFFSET, words.hash_W, words.begin_W, words.stop_W)
+    extra, letters, digits, brackets, ellipses = 0, 0, 0, 0, 0
     i = begin
-    while True:
+    for w in range(num + 1):
+        start, stop = (words.begin_W[w], words.stop_W[w]) if w < num else (end, end)
         gap, breaks = _SEED, 0
-        while i < end:
-            byte, size = data_B[i], 1
-            point = np.int64(byte)
-            if KIND[byte] & _WIDE:
-                point, size = decoded(data_B, i)
-                if not classes[point] & SPACE:
-                    break
-            elif KIND[byte] & _BLANK:
-                count_256[byte] += 1
-                breaks += byte == 10
-            else:
-                break
-            gap = (gap ^ np.uint64(point)) * _PRIME
-            extra += size - 1
-            i += size
-        if i >= end:
-            return num, end - begin - extra, letters, digits, brackets, ellipses
-        start, before, key, kinds = i, extra, _SEED, np.uint16(0)
-        while i < end:
+        while i < start:
             byte = data_B[i]
-            kind = KIND[byte]
-            if kind & (_BLANK | _WIDE):
-                if kind & _BLANK:
-                    break
-                point, size = decoded(data_B, i)
+            count_256[byte] += 1
+            breaks += byte == 10
+            gap = (gap ^ np.uint64(byte)) * _PRIME
+            extra += (byte & 0xC0) == 0x80
+            i += 1
+        if w == num:
+            break
+        before, kinds = extra, np.uint16(0)
+        while i < stop:
+            byte = data_B[i]
+            count_256[byte] += 1
+            kinds |= KIND[byte]
+            extra += (byte & 0xC0) == 0x80
+            i += 1
+        i = start
+        while kinds & _WIDE and i < stop:
+            point, size = np.int64(data_B[i]), 1
+            if point >= 0x80:
+                point, size = decode_utf8(data_B, i)
                 members = classes[point]
-                if members & SPACE:
-                    break
                 if members & LETTER:
                     letters += 1
-                    kind |= np.uint16(_LETTER)
+                    kinds |= np.uint16(_LETTER)
                 digits += (members & DIGIT) != 0
                 brackets += point == 0x27E8 or point == 0x27E9
                 ellipses += point == 0x2026
-                key = (key ^ np.uint64(point)) * _PRIME
-                extra += size - 1
-                i += size
-            else:
-                key = (key ^ np.uint64(byte)) * _PRIME
-                count_256[byte] += 1
-                i += 1
-            kinds |= kind
-        words.hash_W[num], words.gap_W[num], words.breaks_W[num] = _mixed(key, _ZERO), gap, breaks
-        words.begin_W[num], words.stop_W[num], words.kind_W[num] = start, i, kinds
-        words.at_W[num], words.size_W[num] = start - begin - before, i - start - (extra - before)
-        num += 1
+            i += size
+        i = stop
+        words.gap_W[w], words.breaks_W[w], words.kind_W[w] = gap, breaks, kinds
+        words.at_W[w], words.size_W[w] = start - begin - before, stop - start - (extra - before)
+    return num, end - begin - extra, letters, digits, brackets, ellipses
 
 
 @compiled
@@ -320,7 +310,7 @@ def _of_lines(data_B, words, num):  # type: ignore[no-untyped-def]
         bare += 1 - (END_MARK[data_B[stop - 1]] & 1)
         ellipses += _is_ellipsis(data_B, begin, stop, False)
         if data_B[begin] == 0xE2:  # every bullet starts with this byte
-            point, _ = decoded(data_B, begin)
+            point, _ = decode_utf8(data_B, begin)
             for bullet in BULLETS:
                 bullets += point == bullet
         short += size <= 30
@@ -494,10 +484,10 @@ def _has_xml_header(data_B, begin, end):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _counts(data_B, begin, end, classes, words, count_256, table_T2, epoch, at_C, key_C, counts_K):  # type: ignore[no-untyped-def]
+def _counts(data_B, begin, end, table, classes, words, count_256, table_T2, epoch, at_C, key_C, counts_K):  # type: ignore[no-untyped-def]
     """Write the counts of one document, but for those of n-grams. Returns its words."""
     count_256[:] = 0
-    num, characters, letters, digits, brackets, ellipses = _read(data_B, begin, end, classes, words, count_256)
+    num, characters, letters, digits, brackets, ellipses = _read(data_B, begin, end, table, classes, words, count_256)
     alphanumeric, ascii_letters, ascii_digits, white_space, ascii_brackets = _of_ascii(count_256)
     letters, digits = letters + ascii_letters, digits + ascii_digits
     of_words, dots = _of_words(data_B, words, num)
@@ -538,14 +528,14 @@ def _most_words(data_B, begin_N):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _count_all(data_B, begin_N, classes, words, limits_F2, at_C, key_C, place_C, again_C, figures_NF):  # type: ignore[no-untyped-def]
+def _count_all(data_B, begin_N, table, classes, words, limits_F2, at_C, key_C, place_C, again_C, figures_NF):  # type: ignore[no-untyped-def]
     table_T2, epoch = np.zeros((np.int64(_mask(len(at_C))) + 1, 2), np.uint64), _ONE
     count_256 = np.empty(256, np.int64)
     counts_K = np.empty(len(COUNTS), np.int64)
     top_3, again_9 = counts_K[-len(TOP) - len(DUPLICATE) : -len(DUPLICATE)], counts_K[-len(DUPLICATE) :]
     for d in range(len(begin_N) - 1):
         counts_K[:] = 0
-        num = _counts(data_B, begin_N[d], begin_N[d + 1], classes, words, count_256, table_T2, epoch, at_C, key_C, counts_K)
+        num = _counts(data_B, begin_N[d], begin_N[d + 1], table, classes, words, count_256, table_T2, epoch, at_C, key_C, counts_K)
         epoch += _ONE + _ONE
         _divide(counts_K, figures_NF[d])
         within = True
@@ -556,19 +546,18 @@ def _count_all(data_B, begin_N, classes, words, limits_F2, at_C, key_C, place_C,
             _divide(counts_K, figures_NF[d])
 
 
-def figures(texts: Texts, within: Mapping[str, tuple[float, float]] | None = MappingProxyType({})) -> np.ndarray:
+def figures(texts: TextColumn, within: Mapping[str, tuple[float, float]] | None = MappingProxyType({})) -> np.ndarray:
     """float64 [N, FIGURES] of the texts, which must be valid UTF-8.
 
     Args:
         within: least and most of other figures. Beyond them a document's n-grams are not looked at, and NGRAMS are 0; with None,
             everywhere.
     """
-    data_B, begin_N = texts.data_B.view(), texts.begin_N.view()
-    data_B.flags.writeable = begin_N.flags.writeable = False  # as Arrow's are: one kind of array to compile for
+    data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
     most = _most_words(data_B, begin_N)
     words = Words(*(np.empty(most, kind) for kind in ("u8", "u8", "i4", "i8", "i8", "i8", "i8", "u2")))
     at_C, key_C, place_C, again_C = (np.empty(most, kind) for kind in ("i8", "u8", "u8", "?"))
     limits_F2 = np.array([(1, 0) if within is None else within.get(name, (-np.inf, np.inf)) for name in FIGURES], np.float64)
     figures_NF = np.empty((len(texts), len(FIGURES)))
-    _count_all(data_B, begin_N, classes(), words, limits_F2, at_C, key_C, place_C, again_C, figures_NF)
+    _count_all(data_B, begin_N, split(), char_classes(), words, limits_F2, at_C, key_C, place_C, again_C, figures_NF)
     return figures_NF

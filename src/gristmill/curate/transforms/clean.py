@@ -18,7 +18,7 @@ from numba import njit
 
 from gristmill.core.config import Section
 from gristmill.curate.outcome import Outcome, split, with_text
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
 
 UNICODE, CONTROL, HTML, BOILERPLATE, NEWLINES = 1, 2, 4, 8, 16  # what a document may need
 KINDS = {"unicode": UNICODE, "control": CONTROL, "html": HTML, "boilerplate": BOILERPLATE, "newlines": NEWLINES}
@@ -223,7 +223,7 @@ def _word(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8)
 
 
-def needs(texts: Texts) -> np.ndarray:
+def needs(texts: TextColumn) -> np.ndarray:
     """uint8[N]: the repairs that each text may need, as bits."""
     return np.asarray(_scan(texts.data_B, texts.begin_N, _TAGS, *map(_word, ("cookie", "privacy", "terms of use", "lorem ipsum"))))
 
@@ -336,7 +336,7 @@ def clean(table: pa.Table, settings: Clean) -> Outcome:
         Counts: the documents that each kind of repair changed.
     """
     wanted = sum(bit for kind, bit in KINDS.items() if getattr(settings, kind))
-    texts = Texts.of(table["text"])
+    texts = TextColumn.of(table["text"])
     needs_N = needs(texts) & wanted
     made_N = needs_N & NEWLINES  # the pass is exact on these, where nothing else is needed
     slot_N = np.full(len(texts), -1, np.int64)
@@ -355,7 +355,7 @@ def clean(table: pa.Table, settings: Clean) -> Outcome:
     return Outcome(kept, outcome.dropped, counts)
 
 
-def _column(texts: Texts, runs_N: np.ndarray, slot_N: np.ndarray, mended: list[bytes]) -> tuple[Any, np.ndarray]:
+def _column(texts: TextColumn, runs_N: np.ndarray, slot_N: np.ndarray, mended: list[bytes]) -> tuple[Any, np.ndarray]:
     """The texts as they are now, and bool[N]: blank."""
     other_begin_M = np.cumsum([0, *map(len, mended)], dtype=np.int64)
     out_B = np.empty(int(texts.sizes_N.sum() + other_begin_M[-1]), np.uint8)

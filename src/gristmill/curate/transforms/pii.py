@@ -27,7 +27,7 @@ from pydantic import Field
 
 from gristmill.core.config import Section
 from gristmill.curate.outcome import Outcome, none_dropped, split, with_text
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn, read_only
 
 Kind = Literal["key", "email", "iban", "card", "ssn", "ip", "phone"]
 # In this order: where findings overlap, the first kind names them all.
@@ -358,19 +358,12 @@ def _key_starts() -> np.ndarray:
 # --- the step ------------------------------------------------------------------------------------------------------------
 
 
-def _fixed(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written to, so that one compiled function serves all arrays."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
-def _find(texts: Texts, kinds: Iterable[Kind]) -> dict[int, list[tuple[int, int, int]]]:
+def _find(texts: TextColumn, kinds: Iterable[Kind]) -> dict[int, list[tuple[int, int, int]]]:
     """Findings (begin, end, kind) of each document that has any; bytes within the document."""
     wanted = {KINDS.index(kind) for kind in kinds}
     if texts.begin_N[0] == texts.begin_N[-1]:
         return {}
-    where_C, what_C = _scan(_fixed(texts.data_B), _fixed(texts.begin_N), _CLASSES, _key_starts())
+    where_C, what_C = _scan(read_only(texts.data_B), read_only(texts.begin_N), _CLASSES, _key_starts())
     found: dict[int, list[tuple[int, int, int]]] = {}
     last, text, begin = -1, b"", 0
     for doc, what in zip(where_C.tolist(), what_C.tolist(), strict=True):
@@ -385,11 +378,11 @@ def _find(texts: Texts, kinds: Iterable[Kind]) -> dict[int, list[tuple[int, int,
     return {doc: list(_merged(spans)) for doc, spans in found.items()}
 
 
-def _column(pieces: list[bytes]) -> Texts:
-    return Texts(np.frombuffer(b"".join(pieces), np.uint8), np.cumsum([0, *map(len, pieces)]).astype(np.int64))
+def _column(pieces: list[bytes]) -> TextColumn:
+    return TextColumn(np.frombuffer(b"".join(pieces), np.uint8), np.cumsum([0, *map(len, pieces)]).astype(np.int64))
 
 
-def _redacted(texts: Texts, kinds: Iterable[Kind]) -> tuple[dict[int, bytes], Counter[str]]:
+def _redacted(texts: TextColumn, kinds: Iterable[Kind]) -> tuple[dict[int, bytes], Counter[str]]:
     """The documents that change, and how many findings of each kind were replaced."""
     changed: dict[int, bytes] = {}
     counts: Counter[str] = Counter()
@@ -420,7 +413,7 @@ def redact(text: str, kinds: Iterable[Kind] = KINDS) -> tuple[str, Counter[str]]
 
 def pii(table: pa.Table, settings: Pii) -> Outcome:
     """Redact, or drop documents with more than `most` findings. Counts are findings, by kind."""
-    texts = Texts.of(table["text"])
+    texts = TextColumn.of(table["text"])
     if settings.action == "drop":
         found = _find(texts, settings.kinds)
         counts = Counter[str](KINDS[kind] for spans in found.values() for _, _, kind in spans)
