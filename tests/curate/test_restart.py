@@ -11,12 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gristmill.curate.io import readers as documents
-from gristmill.curate.io import shards
+from gristmill.curate.io import readers, shards
 from gristmill.curate.io.readers import Reading
 from gristmill.curate.run import ingest
 
-READING = Reading(batch_bytes=3000, most_document_bytes=6000)
+READING = Reading(batch_bytes=3000, max_document_bytes=6000)
 Files = list[tuple[Path, str]]
 
 
@@ -108,14 +107,14 @@ def test_stopped_anywhere_it_makes_the_same_shards(tmp_path: Path, kind: str, mo
     (tmp_path / "in").mkdir()
     files = make(tmp_path / "in")
     calls = 0
-    original = getattr(documents, parsed)
+    original = getattr(readers, parsed)
 
     def counted(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         return original(*arguments)
 
-    monkeypatch.setattr(documents, parsed, counted)
+    monkeypatch.setattr(readers, parsed, counted)
     calm = ingest(files, tmp_path / "calm", READING, 7)
     num, all_calls = len(calm["shards"]), calls
     assert num > 9 and set(made(tmp_path / "calm")) == set(calm["shards"])

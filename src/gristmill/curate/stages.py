@@ -168,7 +168,7 @@ def decontaminated(source: Path, found: Sequence[Path], kept: Path, dropped: Pat
     """A shard without what the benchmarks hold."""
     total = np.sum([shards.read(path)["count"].to_numpy() for path in found], axis=0)
     table = shards.read(source)
-    outcome = decontaminate(table, settings, _benchmarks(settings.model_dump_json()), total)
+    outcome = decontaminate(table, settings, _benchmarks(settings.model_dump_json()), total_counts=total)
     return _leave(settings.step, table, outcome, kept, dropped)
 
 
@@ -189,7 +189,7 @@ def bucketed(source: Path, found: Path, limits: Path, kept: Path, dropped: Path,
     """A shard with its buckets of quality, without what is not wanted."""
     table = shards.read(source)
     limits_CB = np.stack([column.to_numpy() for column in shards.read(limits).columns])
-    outcome = buckets.quality(table, settings, buckets.scores_of(shards.read(found), settings), limits_CB)
+    outcome = buckets.quality(table, settings, buckets.scores_of(shards.read(found), settings), limits=limits_CB)
     return _leave(settings.step, table, outcome, kept, dropped)
 
 
@@ -203,7 +203,7 @@ def rephrased(
 ) -> Facts:
     """A shard with what a model made of its documents."""
     table = shards.read(source)
-    return _leave(how.step, table, rephrase.rephrase(table, how, journals, tick), kept, dropped)
+    return _leave(how.step, table, rephrase.rephrase(table, how, journals, tick=tick), kept, dropped)
 
 
 def num_bytes(table: pa.Table) -> int:
@@ -265,7 +265,7 @@ def _fuzzy(stage: Stage, how: Fuzzy) -> list[Facts]:
     stage.each("pairs", parts, lambda p: (duplicates.pairs, p, keys, found[p], num))
     stage.each("verification", num, lambda i: (duplicates.verify, i, found, sources, signatures, verified[i], how))
     stage.each("clusters", 1, lambda _: (duplicates.clusters, verified, cluster, num))
-    stage.each("settled", num, lambda p: (duplicates.settle, p, cluster, sources, signatures, drops[p], how))
+    stage.each("settled", num, lambda p: (duplicates.resolve_clusters, p, cluster, sources, signatures, drops[p], how))
     return _without(stage, how.step, drops, how.threshold)
 
 

@@ -71,7 +71,7 @@ def fuzzy_drops(folder: Path, sources: list[Path], how: Fuzzy, parts: int) -> li
         duplicates.verify(i, found, sources, signatures, verified[i], how)
     duplicates.clusters(verified, cluster, num)
     for p in range(num):
-        duplicates.settle(p, cluster, sources, signatures, drops[p], how)
+        duplicates.resolve_clusters(p, cluster, sources, signatures, drops[p], how)
     return [row for i in range(num) for row in duplicates.drop(i, sources, drops, "fuzzy", how.threshold).dropped.to_pylist()]
 
 

@@ -81,7 +81,7 @@ def measured(scores: list[float], sizes: list[int] | None = None) -> pa.Table:
 
 def cut(table: pa.Table, chosen: Quality) -> Outcome:
     found = measure(table, chosen)
-    return quality(table, chosen, scores_of(found, chosen), thresholds([found], chosen))
+    return quality(table, chosen, scores_of(found, chosen), limits=thresholds([found], chosen))
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +200,8 @@ def test_probabilities_sum_to_one(tmp_path: Path) -> None:
     def probability(model: perplexity.Trigrams, text: str) -> float:
         return 2 ** -(len(text.split()) * float(model.bits(texts_of([text]))[0])) if text else 1.0
 
-    for least in (1, 2, 3):
-        model = perplexity.train([documents(texts)], tmp_path, least=least)
+    for min_count in (1, 2, 3):
+        model = perplexity.train([documents(texts)], tmp_path, min_count=min_count)
         assert model.settings["words"] == 6 and model.settings["rare_words"] == 0
         for before in ("", "a", "a b", "f f", "b zzz"):  # the last of them never seen
             found = sum(probability(model, f"{before} {word}") for word in [*words, "zzz"])
@@ -227,7 +227,7 @@ def test_thresholds_of_equal_weights() -> None:
     scores = np.arange(100, dtype=np.float32)[:, None]
     found = thresholds([measured(list(range(100)))], chosen)
     assert found.shape == (1, 19) and found[0].tolist() == list(range(4, 95, 5))
-    outcome = quality(documents(["t"] * 100), chosen, scores, found)
+    outcome = quality(documents(["t"] * 100), chosen, scores, limits=found)
     assert np.bincount(outcome.kept["quality_bucket"].to_numpy()).tolist() == [4] + [5] * 18 + [6]
     weighted = thresholds([measured(list(range(100)), [7] * 100)], Quality(classifiers=["column:x"]))
     assert np.array_equal(weighted, found)
@@ -291,7 +291,7 @@ def test_the_ensemble_is_the_maximum_of_bins() -> None:
     chosen = Quality(classifiers=["column:a", "column:b", "column:c"])
     found = measure(table, chosen)
     limits = thresholds([found], chosen)
-    outcome = quality(table, chosen, scores_of(found, chosen), limits)
+    outcome = quality(table, chosen, scores_of(found, chosen), limits=limits)
     buckets = outcome.kept["quality_bucket"].to_numpy()
     singles = [np.digitize(scores[:, c], limits[c]) for c in range(3)]
     others = [n for n in range(400) if n not in (7, 8, 9)]
@@ -310,12 +310,12 @@ def test_labels() -> None:
 
 def test_low_buckets_and_unwanted_labels_are_dropped() -> None:
     table = documents(["t"] * 100, [{"x": i} for i in range(100)]).append_column("quality", pa.array(["old"] * 100))
-    low = cut(table, Quality(classifiers=["column:x"], least=18))
+    low = cut(table, Quality(classifiers=["column:x"], min_bucket=18))
     assert low.kept["id"].to_pylist() == [f"d{i}" for i in range(89, 100)]
     assert set(low.kept["quality"].to_pylist()) == {"Medium-High", "High"}
     assert low.dropped.schema == DROPPED and set(low.dropped["reason"].to_pylist()) == {"quality"}
     assert low.dropped["figure"].to_pylist()[:5] == [0, 0, 0, 0, 1] and set(low.dropped["limit"].to_pylist()) == {18}
-    kept = cut(table, Quality(classifiers=["column:x"], keep=["Low", "High"], least=1))
+    kept = cut(table, Quality(classifiers=["column:x"], keep=["Low", "High"], min_bucket=1))
     assert set(kept.kept["quality"].to_pylist()) == {"Low", "High"} and min(kept.kept["quality_bucket"].to_pylist()) == 1
     assert set(kept.dropped["reason"].to_pylist()) == {"quality", "quality Medium-Low", "quality Medium", "quality Medium-High"}
 
@@ -353,7 +353,7 @@ def test_pareto_keeps_with_the_probability_of_curator() -> None:
     chosen = Quality(classifiers=["column:p"], pareto=3, bins=2)
     kept: set[str] = set()
     for score, share in ((0, 0.125), (0.25, 0.187), (0.5, 0.296), (0.75, 0.512), (0.9, 0.751), (1, 1)):
-        outcome = quality(table, chosen, np.full((100_000, 1), score, np.float32), np.zeros((1, 1), np.float32))
+        outcome = quality(table, chosen, np.full((100_000, 1), score, np.float32), limits=np.zeros((1, 1), np.float32))
         found = len(outcome.kept) / 100_000
         exact = (2 - score) ** -3
         assert abs(exact - share) < 6e-4 and abs(found - exact) <= 3 * math.sqrt(exact * (1 - exact) / 100_000)
@@ -371,6 +371,6 @@ def test_what_pareto_refuses() -> None:
 
 
 def test_wrong_settings() -> None:
-    for values in ({"classifiers": []}, {"classifiers": ["column:"]}, {"least": 20}, {"keep": ["Best"]}, {"bins": 1}):
+    for values in ({"classifiers": []}, {"classifiers": ["column:"]}, {"min_bucket": 20}, {"keep": ["Best"]}, {"bins": 1}):
         with pytest.raises(ValidationError):
             Quality.model_validate({"classifiers": ["column:x"]} | values)

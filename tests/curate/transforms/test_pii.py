@@ -187,7 +187,7 @@ def test_neighbours_do_not_join() -> None:
 
 def test_documents_with_too_many_findings_are_dropped() -> None:
     table = documents(["none", "a@b.com", "a@b.com and c@d.org", ""])
-    outcome = pii(table, Pii(action="drop", most=1))
+    outcome = pii(table, Pii(action="drop", max_findings=1))
     assert outcome.kept["text"].to_pylist() == ["none", "a@b.com", ""]
     assert outcome.dropped.select(["id", "step", "reason", "figure", "limit"]).to_pylist() == [
         {"id": "d2", "step": "pii", "reason": "pii", "figure": 2.0, "limit": 1.0}

@@ -1,4 +1,4 @@
-"""Documents that an earlier curation has seen: `remember` keeps hash and signature of all that pass it, `seen` drops what is among them.
+"""Deduplication against earlier curations: `remember` keeps hash and signature of all that pass it, `seen` drops what is among them.
 
     seen: keys of each shard, keys of each file of the index -> pairs of each part -> drops of each shard
 
@@ -93,7 +93,7 @@ def keys(shard: int, sketched: Path, out: Path, parts: int, index: Path) -> dict
     key = np.concatenate([hashes[:, 0], bands.ravel()])
     rows = np.concatenate([np.arange(len(hashes)), np.repeat(some, how.bands)])
     found = pa.table({"key": key, "number": shards.number(shard, rows)})
-    shards.write_parts(out, found, (key % np.uint64(parts)).astype(np.int64), parts)
+    shards.write_parts(out, found, (key % np.uint64(parts)).astype(np.int64), num_parts=parts)
     return {}
 
 
@@ -108,18 +108,18 @@ def pairs(part: int, new: Sequence[Path], old: Sequence[Path], out: Path, num_sh
     new_key, new_number, old_key, old_number = columns
     left, right = _joined(new_key, new_number, old_key, old_number, NEIGHBOURS)
     table = pa.table({"left": left, "right": right}, schema=PAIRS)
-    shards.write_parts(out, table, shards.shard_of(left), num_shards)
+    shards.write_parts(out, table, shards.shard_of(left), num_parts=num_shards)
     return {}
 
 
 @njit(cache=True, nogil=True)
-def _joined(new_key, new_number, old_key, old_number, most):  # type: ignore[no-untyped-def]
+def _joined(new_key, new_number, old_key, old_number, max_old):  # type: ignore[no-untyped-def]
     left, right = [np.int64(0) for _ in range(0)], [np.int64(0) for _ in range(0)]
     at = 0
     for i in range(len(new_key)):
         while at < len(old_key) and old_key[at] < new_key[i]:
             at += 1
-        for k in range(at, min(at + most, len(old_key))):
+        for k in range(at, min(at + max_old, len(old_key))):
             if old_key[k] != new_key[i]:
                 break
             left.append(new_number[i])

@@ -1,4 +1,4 @@
-"""Documents that mean the same: of those whose vectors are nearly parallel one stays, inside clusters of like documents.
+"""Semantic deduplication (SemDeDup, 2303.09540): k-means over embeddings, then a cosine threshold inside each cluster.
 
     vectors of each shard -> start -> (sums of each shard -> centroids), again and again -> clusters of each shard -> drops of each part
 
@@ -26,8 +26,8 @@ from gristmill.core.errors import InputError
 from gristmill.curate.dedup import minhash
 from gristmill.curate.dedup.duplicates import write_drops
 from gristmill.curate.io import shards
-from gristmill.curate.outcome import drawn
-from gristmill.curate.quality import lm_scores as base
+from gristmill.curate.outcome import hash_uniform
+from gristmill.curate.quality import lm_scores
 from gristmill.curate.text.text_column import TextColumn, longest
 from gristmill.curate.text.words import BYTES, buffers
 from gristmill.data.minhash import GOLDEN, mix64
@@ -113,8 +113,8 @@ def embed(shard: int, source: Path, out: Path, how: Semantic) -> dict[str, int]:
     elif how.embedding.startswith(COLUMN):
         vector_ND = _of_column(table, how.embedding.removeprefix(COLUMN))
     else:
-        vector_ND = base.states(table["text"].to_pylist(), Path(how.embedding))
-    shards.write(out, pa.table({"vector": _packed(_unit(vector_ND)), "drawn": drawn(table["id"], how.seed, "rank")}))
+        vector_ND = lm_scores.mean_hidden_states(table["text"].to_pylist(), Path(how.embedding))
+    shards.write(out, pa.table({"vector": _packed(_unit(vector_ND)), "uniform": hash_uniform(table["id"], how.seed, "rank")}))
     return {"dimensions": vector_ND.shape[1]}
 
 
@@ -228,11 +228,11 @@ def assign(shard: int, embedding: Path, centroids: Path, out: Path, parts: int, 
     nearest, cosine = _nearest(vector_ND, _vectors(centroids))
     some = np.flatnonzero(vector_ND.any(1))
     if how.order == "random":
-        rank = shards.read(embedding)["drawn"].to_numpy()
+        rank = shards.read(embedding)["uniform"].to_numpy()
     else:
         rank = np.round((cosine if how.order == "hard" else -cosine).astype(np.float64), 6)
     names = {"cluster": nearest[some], "number": shards.number(shard, some), "rank": rank[some]}
-    shards.write_parts(out, pa.table(names), nearest[some] % parts, parts)
+    shards.write_parts(out, pa.table(names), nearest[some] % parts, num_parts=parts)
     return {}
 
 
@@ -245,14 +245,14 @@ def semantic_groups(part: int, assigned: Sequence[Path], embeddings: Sequence[Pa
     dropped: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for members in np.split(number, np.flatnonzero(np.diff(cluster)) + 1):
         if len(members) > 1:
-            dropped.append(_settled(members, embeddings, 1.0 - how.eps - ROUNDING))
+            dropped.append(_resolve_cluster(members, embeddings, 1.0 - how.eps - ROUNDING))
     nothing = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
     numbers, keepers, figures = (np.concatenate(column) for column in zip(nothing, *dropped, strict=True))
-    write_drops(out, numbers, keepers, figures, len(embeddings))
+    write_drops(out, numbers, keepers, figures=figures, num_shards=len(embeddings))
     return {"dropped": len(numbers)}
 
 
-def _settled(members: np.ndarray, embeddings: Sequence[Path], limit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _resolve_cluster(members: np.ndarray, embeddings: Sequence[Path], limit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Numbers, keepers and cosines of what is dropped of one cluster, whose members are in their order."""
     kept: list[tuple[np.ndarray, np.ndarray]] = []  # blocks of numbers and vectors
     keeper, figure = np.full(len(members), -1), np.zeros(len(members))

@@ -1,4 +1,4 @@
-"""Exact substrings across all shards: a span of text that occurs again is cut out of all but its first occurrence.
+"""Exact-substring deduplication across all shards: a span of text that recurs is cut out of all but its first occurrence.
 
 A token is a maximal run of letters and digits, or one other character that is no space; a window is n tokens that follow each other in one
 document; windows are the same if their tokens are, whatever the white space between them. The first occurrence of a window is the one of
@@ -9,7 +9,7 @@ fewer than n such tokens stay. Hence
 - every window that occurred twice or more still stands where it occurred first, and what is cut stood elsewhere before;
 - a window that recurs may stay a second time only where it overlaps the first occurrence of another one that recurs;
 - the result is a function of the corpus alone, not of its division into shards and parts.
-(A document that `least_left` drops takes its first occurrences with it.)
+(A document that `min_left` drops takes its first occurrences with it.)
 
 Windows are as many as tokens, too many to exchange. So each window has an anchor: of the k-grams in it (k = n / 2) the one of the least
 hash, the first of equals, as in winnowing (Schleimer, Wilkerson and Aiken 2003). The same windows have the same anchor, and there are about
@@ -50,7 +50,7 @@ class Substring(Section):
 
     step: Literal["substring"] = "substring"
     tokens: int = Field(50, gt=0, description="of the shortest span that is cut: words, and other characters that are no spaces")
-    least_left: int = Field(0, ge=0, description="characters; a document that is cut to fewer is dropped")
+    min_left: int = Field(0, ge=0, description="characters; a document that is cut to fewer is dropped")
 
 
 def num_parts(sources: Sequence[Path]) -> int:
@@ -191,7 +191,7 @@ def substring_keys(shard: int, source: Path, out: Path, parts: int, how: Substri
     """The different anchors of a shard, and which of them it has twice or more."""
     key, counts = np.unique(_found(source, how, None)[2], return_counts=True)
     table = pa.table({"key": key, "again": counts > 1})
-    shards.write_parts(out, table, (key % np.uint64(parts)).astype(np.int64), parts)
+    shards.write_parts(out, table, (key % np.uint64(parts)).astype(np.int64), num_parts=parts)
     return {"keys": len(key)}
 
 
@@ -205,7 +205,7 @@ def substring_repeats(part: int, keys: Sequence[Path], out: Path) -> dict[str, i
     same = key[order][1:] == key[order][:-1]
     again[order[1:][same]] = True
     again[order[:-1][same]] = True
-    shards.write_parts(out, pa.table({"key": key[again]}), shard[again], len(keys))
+    shards.write_parts(out, pa.table({"key": key[again]}), shard[again], num_parts=len(keys))
     return {"repeats": int(again.sum())}
 
 
@@ -220,7 +220,7 @@ def substring_windows(
     shards.write(own, _ranges(number[~first], at[~first], False))
     names = {"high": high, "low": low, "number": number, "at": at, "again": again}
     table = pa.table({name: column[first] for name, column in names.items()})
-    shards.write_parts(out, table, (key[first] % np.uint64(parts)).astype(np.int64), parts)
+    shards.write_parts(out, table, (key[first] % np.uint64(parts)).astype(np.int64), num_parts=parts)
     return {"windows": len(high), "sent": len(table)}
 
 
@@ -231,7 +231,7 @@ def substring_matches(part: int, windows: Sequence[Path], out: Path, num_shards:
     first, several = _grouped(high, low)
     again = first & (several | again)
     ranges = pa.concat_tables([_ranges(number[again], at[again], True), _ranges(number[~first], at[~first], False)])
-    shards.write_parts(out, ranges, shards.shard_of(ranges["number"].to_numpy()), num_shards)
+    shards.write_parts(out, ranges, shards.shard_of(ranges["number"].to_numpy()), num_parts=num_shards)
     return {"repeats": int((~first).sum())}
 
 
@@ -325,9 +325,9 @@ def cut(shard: int, source: Path, own: Path, ranges: Sequence[Path], how: Substr
             text += piece if not text or text[-1].isspace() or piece[0].isspace() else " " + piece
         removed += len(bytes(texts.bytes_of(one)).decode()) - len(text)
         new_texts[one] = text
-        if len(text) < how.least_left:
+        if len(text) < how.min_left:
             reasons[one], figures[one] = "substring", len(text)
-    dropped = split(table, how.step, reasons, figures, np.full(len(table), float(how.least_left))).dropped
+    dropped = split(table, how.step, reasons, figures, np.full(len(table), float(how.min_left))).dropped
     source_N = np.arange(len(table))
     source_N[list(new_texts)] = len(table) + np.arange(len(new_texts))
     keep = np.array([reason is None for reason in reasons], bool)

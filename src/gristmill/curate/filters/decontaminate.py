@@ -1,4 +1,4 @@
-"""Decontamination: benchmark text is cut out of the documents, by n-grams of words.
+"""Benchmark decontamination: word n-grams of test sets are cut out of the documents.
 
 Words are maximal runs of letters and digits, in lower case, each with its place in the text as it is, so that cuts are made
 where the match is. An item of 13 words or more gives all its 13-grams, one of 8 to 12 words is one n-gram of its own length,
@@ -36,24 +36,24 @@ class Decontaminate(Section):
     benchmarks: list[FilePath] = Field(min_length=1, description="files .jsonl, .json, .parquet, or .txt with one item a line")
     fields: list[str] | None = Field(None, description="fields of a record to read; all its texts if not given")
     ngram: int = Field(13, gt=0, description="words of an n-gram")
-    least: int = Field(8, gt=0, description="words of the shortest item to look for")
-    most_matches: int = Field(10, ge=0, description="occurrences in the corpus above which an n-gram is common and not used")
+    min_words: int = Field(8, gt=0, description="words of the shortest item to look for")
+    max_matches: int = Field(10, ge=0, description="occurrences in the corpus above which an n-gram is common and not used")
     margin: int = Field(200, ge=0, description="characters to cut on each side of a match, then on to the end of a sentence")
-    least_part: int = Field(200, ge=0, description="characters; what remains and is not longer is discarded")
-    most_pieces: int = Field(10, gt=0, description="pieces that a document may be cut into")
+    min_part: int = Field(200, ge=0, description="characters; what remains and is not longer is discarded")
+    max_pieces: int = Field(10, gt=0, description="pieces that a document may be cut into")
 
 
 # --- words and n-grams ---------------------------------------------------------------------------------------------------
 
 
 @njit(cache=True, nogil=True)
-def _item_grams(data_B, begin_N, table, ngram, least):  # type: ignore[no-untyped-def]
+def _item_grams(data_B, begin_N, table, ngram, min_words):  # type: ignore[no-untyped-def]
     """uint64 hashes of the n-grams of every item, and their lengths."""
     hash_W, start_W, stop_W = buffers(begin_N)
     grams, sizes, total = np.empty(1024, np.uint64), np.empty(1024, np.int64), 0
     for n in range(len(begin_N) - 1):
         words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
-        if words < least:
+        if words < min_words:
             continue
         size = min(words, ngram)
         for first in range(words - size + 1):
@@ -93,8 +93,8 @@ def _matches(data_B, begin_N, table, grams_G, table_S, begins_S, lengths):  # ty
         int64 [M, 4]: document, n-gram, and the bytes in `data_B` where it starts and stops; by document and start.
     """
     hash_W, start_W, stop_W = buffers(begin_N)
-    least, last = lengths[0], np.uint64(1)
-    for _ in range(least):
+    shortest, last = lengths[0], np.uint64(1)
+    for _ in range(shortest):
         last *= GOLDEN
     slot_mask = np.uint64(len(begins_S) - 1)
     found, total = np.empty((64, 4), np.int64), 0
@@ -103,11 +103,11 @@ def _matches(data_B, begin_N, table, grams_G, table_S, begins_S, lengths):  # ty
         rolling = np.uint64(0)
         for w in range(words):
             rolling = rolling * GOLDEN + hash_W[w]
-            if w >= least:
-                rolling -= last * hash_W[w - least]
-            if w + 1 < least or not begins_S[np.int64((rolling >> np.uint64(32)) & slot_mask)]:
+            if w >= shortest:
+                rolling -= last * hash_W[w - shortest]
+            if w + 1 < shortest or not begins_S[np.int64((rolling >> np.uint64(32)) & slot_mask)]:
                 continue
-            first, value, k = w + 1 - least, rolling, 0
+            first, value, k = w + 1 - shortest, rolling, 0
             for stop in range(w + 1, min(words, first + lengths[-1]) + 1):  # longer n-grams that begin at the same word
                 if stop > w + 1:
                     value = value * GOLDEN + hash_W[stop - 1]
@@ -191,9 +191,9 @@ class Benchmarks:
         items = [text for path in settings.benchmarks for text in _items(path, settings.fields)]
         texts = TextColumn.of(pa.array(items, pa.large_string()))
         data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
-        grams, sizes = _item_grams(data_B, begin_N, lower_letters(), settings.ngram, min(settings.least, settings.ngram))
+        grams, sizes = _item_grams(data_B, begin_N, lower_letters(), settings.ngram, min(settings.min_words, settings.ngram))
         if len(grams) == 0:
-            raise InputError(f"The benchmarks hold no text of {settings.least} words or more: check `benchmarks` and `fields`.")
+            raise InputError(f"The benchmarks hold no text of {settings.min_words} words or more: check `benchmarks` and `fields`.")
         grams_G = np.unique(grams)
         lengths = np.unique(sizes)
         slots = 1 << (16 * len(grams_G)).bit_length()
@@ -238,7 +238,7 @@ def _parts(text: str, spans: list[tuple[int, int]], settings: Decontaminate) -> 
         parts.append(text[at:left])
         at = min(stops) + 1 if stops else len(text)
     parts.append(text[at:])
-    return [part for part in (part.strip() for part in parts) if len(part) > settings.least_part]
+    return [part for part in (part.strip() for part in parts) if len(part) > settings.min_part]
 
 
 def _spans(raw: bytes, matches: np.ndarray) -> list[tuple[int, int]]:
@@ -254,7 +254,7 @@ def _spans(raw: bytes, matches: np.ndarray) -> list[tuple[int, int]]:
     return spans
 
 
-def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmarks, total_counts: np.ndarray) -> Outcome:
+def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmarks, *, total_counts: np.ndarray) -> Outcome:
     """Cut benchmark text out. A document that falls apart gives a row for each part: `ID`, `ID#2`, `ID#3` and so on.
 
     Args:
@@ -262,7 +262,7 @@ def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmar
     """
     texts = TextColumn.of(table["text"])
     found = _find(texts, benchmarks)
-    found = found[total_counts[found[:, 1]] <= settings.most_matches]
+    found = found[total_counts[found[:, 1]] <= settings.max_matches]
     if len(found) == 0:
         return Outcome(table, none_dropped())
     figures = np.zeros(len(texts), np.float64)
@@ -273,13 +273,13 @@ def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmar
     for doc, mine in zip(docs.tolist(), np.split(found, firsts[1:]), strict=True):
         raw = bytes(texts.bytes_of(doc))
         parts = _parts(raw.decode(), _spans(raw, mine[:, 2:] - texts.begin_N[doc]), settings)
-        if not parts or len(parts) > settings.most_pieces:
+        if not parts or len(parts) > settings.max_pieces:
             reasons[doc], figures[doc] = "contaminated", len(parts) or len(mine)
         else:
             kept_parts[doc] = parts
             changes["cut"] += 1
             changes["parts"] += len(parts)
-    dropped = split(table, "decontaminate", reasons, figures, np.full(len(texts), settings.most_pieces)).dropped
+    dropped = split(table, "decontaminate", reasons, figures, np.full(len(texts), settings.max_pieces)).dropped
     # rows of the result: documents, with the texts of parts counted on after those of the documents
     rows: list[int] = []
     sources: list[int] = []

@@ -1,4 +1,4 @@
-"""Perplexity by a trigram model of words of our own, in the manner of CCNet (1911.00359): the less, the more a text is like the model's.
+"""Perplexity of documents by a Kneser-Ney trigram model, in the manner of CCNet (1911.00359): the less, the more a text is like its own.
 
 A token is a run of letters and digits (those of ASCII in lower case) and of whatever else is not ASCII, a single mark, or a single
 Chinese or Japanese character. Probabilities are those of interpolated Kneser-Ney smoothing with one discount an order (Ney, Essen and
@@ -213,11 +213,13 @@ def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return keys[first], np.add.reduceat(counts, first)
 
 
-def _smoothed(keys: np.ndarray, counts: np.ndarray, least: int, lower: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _smoothed(
+    keys: np.ndarray, counts: np.ndarray, min_count: int, lower: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One order of the model from the next shorter one.
 
     Args:
-        keys: int64 [G], sorted. counts: int64 [G]. least: n-grams with fewer are left to the shorter ones.
+        keys: int64 [G], sorted. counts: int64 [G]. min_count: n-grams with fewer are left to the shorter ones.
         lower: float64 [G], probability of each n-gram's last word after the context without its first word.
 
     Returns:
@@ -227,18 +229,18 @@ def _smoothed(keys: np.ndarray, counts: np.ndarray, least: int, lower: np.ndarra
     discount = min(max(ones / max(ones + 2 * twos, 1), 0.1), 0.9)  # Ney, Essen and Kneser's estimate, within reason
     contexts, first, place = np.unique(keys >> _BITS, return_index=True, return_inverse=True)
     total = np.add.reduceat(counts, first).astype(np.float64)
-    kept = counts >= least
+    kept = counts >= min_count
     share = np.where(kept, counts - discount, 0.0) / total[place]
     gamma = np.maximum(1.0 - np.bincount(place, share, len(contexts)), 1e-9)
     return kept, share + gamma[place] * lower, contexts, gamma
 
 
-def train(tables: Iterable[pa.Table], folder: Path, least_words: int = 2, least: int = 2) -> Trigrams:
+def train(tables: Iterable[pa.Table], folder: Path, *, min_word_count: int = 2, min_count: int = 2) -> Trigrams:
     """Train a model on the texts of tables and write it. Needs about 20 times the texts' size of memory.
 
     Args:
-        least_words: occurrences of a word, below which it is unknown.
-        least: occurrences of a trigram, below which it is left to the shorter n-grams.
+        min_word_count: occurrences of a word, below which it is unknown.
+        min_count: occurrences of a trigram, below which it is left to the shorter n-grams.
 
     Raises:
         InputError: there is no word, or the folder cannot be written.
@@ -255,11 +257,11 @@ def train(tables: Iterable[pa.Table], folder: Path, least_words: int = 2, least:
     is_word = words != 0
     if not is_word.any():
         raise InputError("There is no word to train a model of perplexity on: check the files.")
-    known = is_word & (counts >= least_words)
-    most = 2**_BITS - 2
-    if known.sum() > most:  # the most frequent; of equals those of the smaller hash
+    known = is_word & (counts >= min_word_count)
+    max_known = 2**_BITS - 2
+    if known.sum() > max_known:  # the most frequent; of equals those of the smaller hash
         order = np.argsort(np.where(known, -counts, 1), kind="stable")
-        known[order[most:]] = False
+        known[order[max_known:]] = False
     numbers = np.where(is_word, UNKNOWN, START)
     numbers[known] = np.arange(2, 2 + known.sum())
     words_V = words[known]
@@ -278,7 +280,7 @@ def train(tables: Iterable[pa.Table], folder: Path, least_words: int = 2, least:
     _, pair_P, contexts, gamma = _smoothed(pairs, pair_counts, 1, single_P[pairs & _WORD])
     single_V = np.stack([np.log2(single_P), np.zeros(size_V)], 1).astype(np.float32)
     single_V[contexts, 1] = np.log2(gamma)
-    kept, triple_P, contexts, gamma = _smoothed(triples, triple_counts, least, pair_P[np.searchsorted(pairs, triples & _PAIR)])
+    kept, triple_P, contexts, gamma = _smoothed(triples, triple_counts, min_count, pair_P[np.searchsorted(pairs, triples & _PAIR)])
     # contexts of trigrams are pairs, but for that of a text's first word
     all_pairs = np.union1d(pairs, contexts)
     pair_values = np.zeros((len(all_pairs), 2), np.float32)
@@ -288,8 +290,8 @@ def train(tables: Iterable[pa.Table], folder: Path, least_words: int = 2, least:
 
     settings = {
         "kind": "trigrams",
-        "least_words": least_words,
-        "least": least,
+        "least_words": min_word_count,
+        "least": min_count,
         "documents": documents,
         "bytes": size,
         "tokens": int((ids_T != START).sum()),

@@ -1,4 +1,4 @@
-"""Personal data: e-mail addresses, telephone and account numbers, IP addresses and keys, found by shape and checksum.
+"""PII detection and redaction: e-mail addresses, telephone and account numbers, IP addresses and keys, found by shape and checksum.
 
 A compiled scan of the bytes names the places where something could begin; a regular expression, a checksum and the words
 before it confirm each place. Every pattern is bounded or cannot step back, so the time is linear in the text. Patterns are
@@ -42,7 +42,7 @@ class Pii(Section):
     step: Literal["pii"] = "pii"
     kinds: list[Kind] = Field(default=list(KINDS), min_length=1, description="what to look for")
     action: Literal["redact", "drop"] = "redact"
-    most: int = Field(0, ge=0, description="findings that a document may hold, where the action is drop")
+    max_findings: int = Field(0, ge=0, description="findings that a document may hold, where the action is drop")
 
 
 # --- patterns: matched at one place; the group "it" is the finding -------------------------------------------------------
@@ -412,14 +412,14 @@ def redact(text: str, kinds: Iterable[Kind] = KINDS) -> tuple[str, Counter[str]]
 
 
 def pii(table: pa.Table, settings: Pii) -> Outcome:
-    """Redact, or drop documents with more than `most` findings. Counts are findings, by kind."""
+    """Redact, or drop documents with more than `max_findings` findings. Counts are findings, by kind."""
     texts = TextColumn.of(table["text"])
     if settings.action == "drop":
         found = _find(texts, settings.kinds)
         counts = Counter[str](KINDS[kind] for spans in found.values() for _, _, kind in spans)
         figures = np.array([len(found.get(i, ())) for i in range(len(texts))], np.float64)
-        reasons = ["pii" if figure > settings.most else None for figure in figures.tolist()]
-        outcome = split(table, "pii", reasons, figures, np.full(len(texts), settings.most, np.float64))
+        reasons = ["pii" if figure > settings.max_findings else None for figure in figures.tolist()]
+        outcome = split(table, "pii", reasons, figures, np.full(len(texts), settings.max_findings, np.float64))
         return Outcome(outcome.kept, outcome.dropped, dict(counts))
     changed, counts = _redacted(texts, settings.kinds)
     if not changed:
