@@ -1,10 +1,10 @@
-"""Exact and near duplicates across all shards.
+"""Exact and fuzzy (MinHash, LSH) deduplication across all shards.
 
 Each is a chain of tasks over shards and over parts of a key's range; between them only (key, document) rows travel, in files. Nothing but
 the list of verified pairs is ever held whole.
 
     exact: keys of each shard -> groups of each part -> drops
-    fuzzy: sketches of each shard -> pairs of each part -> verified pairs of each shard -> clusters -> settled clusters -> drops
+    fuzzy: sketches of each shard -> pairs of each part -> verified pairs of each shard -> clusters -> resolved clusters -> drops
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ from gristmill.core.config import Section
 from gristmill.curate.dedup import minhash
 from gristmill.curate.io import shards
 from gristmill.curate.outcome import Outcome, split
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
+from gristmill.data.minhash import band_keys, jaccard
 
 KEYS_A_PART = 4_000_000
 NEIGHBOURS = 8  # documents before it in a bucket that each is paired with, beside the first
@@ -73,11 +74,11 @@ def num_parts(documents: int, keys_each: int) -> int:
 
 def exact_keys(shard: int, source: Path, out: Path, parts: int) -> dict[str, int]:
     """Hashes (xxh3, 128 bits) of a shard's texts."""
-    texts = Texts.of(shards.read(source)["text"])
+    texts = TextColumn.of(shards.read(source)["text"])
     digests = b"".join([xxhash.xxh3_128_digest(texts.bytes_of(i)) for i in range(len(texts))])
     high, low = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2).T
     table = pa.table({"high": high, "low": low, "number": shards.number(shard, np.arange(len(texts)))})
-    shards.write_parts(out, table, (low % np.uint64(parts)).astype(np.int64), parts)
+    shards.write_parts(out, table, (low % np.uint64(parts)).astype(np.int64), num_parts=parts)
     return {}
 
 
@@ -90,14 +91,14 @@ def exact_groups(part: int, keys: Sequence[Path], out: Path, num_shards: int) ->
     first = np.ones(len(numbers), bool)
     first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
     keeper = numbers[np.maximum.accumulate(np.where(first, np.arange(len(numbers)), 0))]
-    write_drops(out, numbers[~first], keeper[~first], np.ones((~first).sum()), num_shards)
+    write_drops(out, numbers[~first], keeper[~first], figures=np.ones((~first).sum()), num_shards=num_shards)
     return {}
 
 
-def write_drops(out: Path, numbers: np.ndarray, keepers: np.ndarray, figures: np.ndarray, num_shards: int) -> None:
+def write_drops(out: Path, numbers: np.ndarray, keepers: np.ndarray, *, figures: np.ndarray, num_shards: int) -> None:
     """Documents to drop, each with the one kept for it, by shards."""
     table = pa.table({"number": numbers, "keeper": keepers, "figure": figures}, schema=DROPS)
-    shards.write_parts(out, table, shards.shard_of(numbers), num_shards)
+    shards.write_parts(out, table, shards.shard_of(numbers), num_parts=num_shards)
 
 
 def drop(shard: int, sources: Sequence[Path], drops: Sequence[Path], step: str, limit: float) -> Outcome:
@@ -119,12 +120,12 @@ def drop(shard: int, sources: Sequence[Path], drops: Sequence[Path], step: str, 
 
 def sketch(shard: int, source: Path, keys: Path, signatures: Path, parts: int, how: Fuzzy) -> dict[str, int]:
     """Band keys of a shard, and its signatures where pairs are verified by them."""
-    texts = Texts.of(shards.read(source)["text"])
-    signature, counts = minhash.signatures(texts, how.words, how.shingle_size, how.bands * how.rows, how.seed)
+    texts = TextColumn.of(shards.read(source)["text"])
+    signature, counts = minhash.signatures(texts, how.words, how.shingle_size, num_hashes=how.bands * how.rows, seed=how.seed)
     some = np.flatnonzero(counts > 0)  # a text without words is like no other
-    key_NB = minhash.band_keys(signature[some], how.bands, how.rows)
+    key_NB = band_keys(signature[some], how.bands, how.rows)
     table = pa.table({"key": key_NB.ravel(), "number": np.repeat(shards.number(shard, some), how.bands)})
-    shards.write_parts(keys, table, (key_NB.ravel() % np.uint64(parts)).astype(np.int64), parts)
+    shards.write_parts(keys, table, (key_NB.ravel() % np.uint64(parts)).astype(np.int64), num_parts=parts)
     if how.verify == "estimate":
         flat = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(4 * signature.shape[1]), len(signature), [None, pa.py_buffer(signature.tobytes())]
@@ -166,7 +167,7 @@ def _write_pairs(out: Path, left: np.ndarray, right: np.ndarray, num_shards: int
     new = np.ones(len(left), bool)
     new[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
     table = pa.table({"left": left[new], "right": right[new]}, schema=PAIRS)
-    shards.write_parts(out, table, shards.shard_of(left[new]), num_shards)
+    shards.write_parts(out, table, shards.shard_of(left[new]), num_parts=num_shards)
 
 
 class Similar:
@@ -181,7 +182,7 @@ class Similar:
             self._number, self._sketch = left, self._read(left)
         other = self._read(right)
         if self.how.verify == "exact":
-            return float(minhash.jaccard(self._sketch, other))
+            return float(jaccard(self._sketch, other))
         return float((self._sketch == other).mean())
 
     def _read(self, number: int) -> np.ndarray:
@@ -213,7 +214,7 @@ def clusters(verified: Sequence[Path], out: Path, parts: int) -> dict[str, int]:
     nodes, places = np.unique(np.concatenate([left, right]), return_inverse=True)
     root = _components(len(nodes), places[: len(left)].astype(np.int64), places[len(left) :].astype(np.int64))
     table = pa.table({"cluster": root, "number": nodes})
-    shards.write_parts(out, table, root % parts, parts)
+    shards.write_parts(out, table, root % parts, num_parts=parts)
     return {"clusters": len(np.unique(root))}
 
 
@@ -237,7 +238,7 @@ def _components(count, left, right):  # type: ignore[no-untyped-def]
     return parent
 
 
-def settle(part: int, found: Path, sources: Sequence[Path], signatures: Sequence[Path], out: Path, how: Fuzzy) -> dict[str, int]:
+def resolve_clusters(part: int, found: Path, sources: Sequence[Path], signatures: Sequence[Path], out: Path, how: Fuzzy) -> dict[str, int]:
     """Of each cluster keep the best and drop what is similar to it; then the best of the rest, and so on. So nothing is dropped for a
     document that it is not like, however long the chain between them."""
     table = shards.read_part([found], part)
@@ -257,5 +258,5 @@ def settle(part: int, found: Path, sources: Sequence[Path], signatures: Sequence
             rest = [other for other, figure in zip(others, figures, strict=True) if figure < how.threshold]
     columns = list(zip(*dropped, strict=True)) or [(), (), ()]
     numbers, keepers = (np.array(column, np.int64) for column in columns[:2])
-    write_drops(out, numbers, keepers, np.array(columns[2], np.float64), len(sources))
+    write_drops(out, numbers, keepers, figures=np.array(columns[2], np.float64), num_shards=len(sources))
     return {}

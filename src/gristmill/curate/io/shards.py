@@ -46,7 +46,7 @@ def _opened(path: Path) -> pa.RecordBatchFileReader:
     return pa.ipc.open_file(pa.memory_map(str(path), "r"))
 
 
-def write_parts(path: Path, table: pa.Table, part_N: np.ndarray, num_parts: int) -> None:
+def write_parts(path: Path, table: pa.Table, part_N: np.ndarray, *, num_parts: int) -> None:
     """Write rows in the order of their parts, one record batch a part."""
     order = np.argsort(part_N, kind="stable")
     ends = np.searchsorted(part_N[order], np.arange(num_parts), side="right")
