@@ -117,7 +117,7 @@ def test_what_is_not_true_to_its_source_is_dropped(obedient: Any, tmp_path: Path
     assert "refused (400)" in gone["refused#wikipedia-0"]["meta"] and gone["refused#wikipedia-0"]["figure"] is None
     assert explain(tmp_path / "run", "lie#wikipedia-0")[0]["reason"] == "number_recall"
     page = write_page(tmp_path / "run", funnel).read_text()
-    assert "nan" not in page and "number_recall (0, limit 0.8)" in page and " more</td>" in page
+    assert "nan" not in page and "number_recall: 1 dropped" in page and "measured 0, limit 0.8" in page
 
 
 def test_some_documents_alone_and_without_the_originals(obedient: Any, tmp_path: Path) -> None:
