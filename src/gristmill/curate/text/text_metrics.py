@@ -547,7 +547,7 @@ def _count_all(data_B, begin_N, table, classes, words, limits_F2, at_C, key_C, p
 
 
 def compute(texts: TextColumn, within: Mapping[str, tuple[float, float]] | None = MappingProxyType({})) -> np.ndarray:
-    """float64 [N, FIGURES] of the texts, which must be valid UTF-8.
+    """float64 [N, METRICS] of the texts, which must be valid UTF-8.
 
     Args:
         within: min and max of other metrics. Beyond them a document's n-grams are not looked at, and NGRAMS are 0; with None,
