@@ -209,12 +209,10 @@ def _read(data_B, begin, end, table, classes, words, count_256):  # type: ignore
         if w == num:
             break
         before, kinds = extra, np.uint16(0)
-        while i < stop:
+        for i in range(start, stop):
             byte = data_B[i]
             count_256[byte] += 1
             kinds |= KIND[byte]
-            extra += (byte & 0xC0) == 0x80
-            i += 1
         i = start
         while kinds & _WIDE and i < stop:
             point, size = np.int64(data_B[i]), 1
@@ -227,6 +225,7 @@ def _read(data_B, begin, end, table, classes, words, count_256):  # type: ignore
                 digits += (members & DIGIT) != 0
                 brackets += point == 0x27E8 or point == 0x27E9
                 ellipses += point == 0x2026
+                extra += size - 1
             i += size
         i = stop
         words.gap_W[w], words.breaks_W[w], words.kind_W[w] = gap, breaks, kinds
