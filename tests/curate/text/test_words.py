@@ -45,3 +45,10 @@ def test_words_are_those_of_plain_python(name: str, text: str) -> None:
     assert [word for word, _ in found] == plain(text)
     hashes = {folded(word): value for word, value in found}
     assert all(hashes[folded(word)] == value for word, value in found) and len(set(hashes.values())) == len(hashes)
+
+
+def test_hashes_stay() -> None:
+    """Trained classifiers hold them: FNV-1a of a word's bytes, or the bytes of a mark or an ideograph as a number, through SplitMix64."""
+    abc, comma = ("abc", 996580060897260808), (",", 18098828467231111927)
+    assert cut("abc, \u8a9e", words.BYTES_AND_MARKS) == [abc, comma, ("\u8a9e", 14706904887240658719)]
+    assert cut("abc,", words.letters_and_marks()) == [abc, (",", 12514950921433800972)]

@@ -42,7 +42,7 @@ Facts = dict[str, Any]
 
 
 class Source(Section):
-    """Documents that share a weight."""
+    """Data source: documents that share a weight."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
     inputs: list[PatternPath] = Field(min_length=1, description="files, folders and patterns")
@@ -51,14 +51,14 @@ class Source(Section):
 
 
 class Phase(Section):
-    """A stretch of the training tokens."""
+    """Phase of the data schedule: a stretch of the training tokens, with weights of its own."""
 
     share: float = Field(gt=0, allow_inf_nan=False, description="of the tokens, relative to the other phases")
     weights: dict[str, float] = Field(default_factory=dict, description="by source, 0 for those not named; none: the sources' own")
 
 
 class Blend(Recipe):
-    """What is blended, and how much of it."""
+    """Blend recipe: what is blended, and how much of it."""
 
     kind: Literal["blend"] = "blend"
     name: str = Field("blend", pattern=r"^[\w.-]+$")

@@ -31,22 +31,18 @@ PAIRS = pa.schema([("left", pa.int64()), ("right", pa.int64())])
 
 
 class Exact(Section):
-    """Keep the first of documents whose texts are the same."""
+    """Exact deduplication: keep the first of documents whose texts are the same."""
 
     step: Literal["exact"] = "exact"
 
 
-class Fuzzy(Section):
-    """Of near duplicates keep one: MinHash, LSH, and every drop verified against the document that is kept for it."""
+class Signature(Section):
+    """MinHash signature and its LSH bands."""
 
-    step: Literal["fuzzy"] = "fuzzy"
     shingle: Literal["words", "characters"] = "words"
     size: int = Field(0, ge=0, description="of a shingle; 0: 5 words or 24 characters")
     bands: int = Field(20, gt=0)
     rows: int = Field(13, gt=0, description="hashes of a band")
-    threshold: float = Field(0.7, ge=0, le=1, description="least Jaccard similarity of a near duplicate and the document kept for it")
-    verify: Literal["exact", "estimate"] = Field("exact", description="by shingles, or by agreement of the signatures")
-    keep: Literal["longest", "first"] = "longest"
     seed: int = 0
 
     @model_validator(mode="after")
@@ -62,6 +58,19 @@ class Fuzzy(Section):
     @property
     def shingle_size(self) -> int:
         return self.size or (5 if self.words else 24)
+
+    def of(self, texts: TextColumn) -> tuple[np.ndarray, np.ndarray]:
+        """`minhash.signatures` of texts."""
+        return minhash.signatures(texts, self.words, self.shingle_size, num_hashes=self.bands * self.rows, seed=self.seed)
+
+
+class Fuzzy(Signature):
+    """Fuzzy deduplication: MinHash, LSH, and every drop verified against the document that is kept for it."""
+
+    step: Literal["fuzzy"] = "fuzzy"
+    threshold: float = Field(0.7, ge=0, le=1, description="min Jaccard similarity of a near duplicate and the document kept for it")
+    verify: Literal["exact", "estimate"] = Field("exact", description="by shingles, or by agreement of the signatures")
+    keep: Literal["longest", "first"] = "longest"
 
 
 def num_parts(documents: int, keys_each: int) -> int:
@@ -119,29 +128,27 @@ def drop(shard: int, sources: Sequence[Path], drops: Sequence[Path], step: str, 
 
 
 def sketch(shard: int, source: Path, keys: Path, signatures: Path, parts: int, how: Fuzzy) -> dict[str, int]:
-    """Band keys of a shard, and its signatures where pairs are verified by them."""
+    """LSH band keys of a shard, and its MinHash signatures where pairs are verified by them."""
     texts = TextColumn.of(shards.read(source)["text"])
-    signature, counts = minhash.signatures(texts, how.words, how.shingle_size, num_hashes=how.bands * how.rows, seed=how.seed)
+    signature, counts = how.of(texts)
     some = np.flatnonzero(counts > 0)  # a text without words is like no other
     key_NB = band_keys(signature[some], how.bands, how.rows)
     table = pa.table({"key": key_NB.ravel(), "number": np.repeat(shards.number(shard, some), how.bands)})
     shards.write_parts(keys, table, (key_NB.ravel() % np.uint64(parts)).astype(np.int64), num_parts=parts)
     if how.verify == "estimate":
-        flat = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(4 * signature.shape[1]), len(signature), [None, pa.py_buffer(signature.tobytes())]
-        )
-        shards.write(signatures, pa.table({"signature": flat}))
+        shards.write(signatures, pa.table({"signature": shards.packed(signature)}))
     return {}
 
 
 def pairs(part: int, keys: Sequence[Path], out: Path, num_shards: int) -> dict[str, int]:
-    """Pairs that share a band, of one part of the keys: each document with the first of its bucket and with those just before it."""
+    """Candidate pairs of one part of the keys: each document with the first of its bucket and with those just before it."""
     table = shards.read_part(keys, part)
     key, number = table["key"].to_numpy(), table["number"].to_numpy()
     order = np.lexsort((number, key))
-    left, right = _pairs(key[order], number[order], NEIGHBOURS)
-    _write_pairs(out, left, right, num_shards)
-    return {"pairs": len(left)}
+    found = _pairs(key[order], number[order], NEIGHBOURS)
+    left, right = _unique(*found)
+    shards.write_parts(out, pa.table({"left": left, "right": right}, schema=PAIRS), shards.shard_of(left), num_parts=num_shards)
+    return {"pairs": len(found[0])}
 
 
 @njit(cache=True, nogil=True)
@@ -161,17 +168,17 @@ def _pairs(key, number, neighbours):  # type: ignore[no-untyped-def]
     return np.array(left, np.int64), np.array(right, np.int64)
 
 
-def _write_pairs(out: Path, left: np.ndarray, right: np.ndarray, num_shards: int) -> None:
+def _unique(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Different pairs, sorted."""
     order = np.lexsort((right, left))
     left, right = left[order], right[order]
     new = np.ones(len(left), bool)
     new[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
-    table = pa.table({"left": left[new], "right": right[new]}, schema=PAIRS)
-    shards.write_parts(out, table, shards.shard_of(left[new]), num_parts=num_shards)
+    return left[new], right[new]
 
 
 class Similar:
-    """Similarity of documents by their numbers; the last one asked for on the left is kept at hand."""
+    """Jaccard similarity of documents by their numbers; the last one asked for on the left is kept at hand."""
 
     def __init__(self, sources: Sequence[Path], signatures: Sequence[Path], how: Fuzzy) -> None:
         self.sources, self.signatures, self.how = sources, signatures, how
@@ -193,22 +200,18 @@ class Similar:
 
 
 def verify(shard: int, found: Sequence[Path], sources: Sequence[Path], signatures: Sequence[Path], out: Path, how: Fuzzy) -> dict[str, int]:
-    """Those pairs whose first document is in this shard that are similar enough."""
+    """Verified pairs: candidates whose first document is in this shard, and that are similar enough."""
     table = shards.read_part(found, shard)
-    left, right = table["left"].to_numpy(), table["right"].to_numpy()
-    order = np.lexsort((right, left))
-    left, right = left[order], right[order]
-    new = np.ones(len(left), bool)
-    new[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])  # from several bands
+    left, right = _unique(table["left"].to_numpy(), table["right"].to_numpy())  # from several bands
     similar = Similar(sources, signatures, how)
-    kept = [(a, b) for a, b in zip(left[new].tolist(), right[new].tolist(), strict=True) if similar(a, b) >= how.threshold]
+    kept = [(a, b) for a, b in zip(left.tolist(), right.tolist(), strict=True) if similar(a, b) >= how.threshold]
     a, b = np.array(kept, np.int64).reshape(-1, 2).T
     shards.write(out, pa.table({"left": a, "right": b}, schema=PAIRS))
-    return {"pairs": int(new.sum()), "verified": len(kept)}
+    return {"pairs": len(left), "verified": len(kept)}
 
 
 def clusters(verified: Sequence[Path], out: Path, parts: int) -> dict[str, int]:
-    """Documents that verified pairs connect: (cluster, number), by parts."""
+    """Connected components of the verified pairs: (cluster, number), by parts."""
     tables = [shards.read(path) for path in verified]
     left, right = (np.concatenate([table[name].to_numpy() for table in tables] or [np.empty(0, np.int64)]) for name in ("left", "right"))
     nodes, places = np.unique(np.concatenate([left, right]), return_inverse=True)
@@ -239,8 +242,10 @@ def _components(count, left, right):  # type: ignore[no-untyped-def]
 
 
 def resolve_clusters(part: int, found: Path, sources: Sequence[Path], signatures: Sequence[Path], out: Path, how: Fuzzy) -> dict[str, int]:
-    """Of each cluster keep the best and drop what is similar to it; then the best of the rest, and so on. So nothing is dropped for a
-    document that it is not like, however long the chain between them."""
+    """Keep the best of each cluster and drop what is similar to it; then the best of the rest, and so on.
+
+    So nothing is dropped for a document that it is not like, however long the chain between them.
+    """
     table = shards.read_part([found], part)
     cluster, number = table["cluster"].to_numpy(), table["number"].to_numpy()
     order = np.lexsort((number, cluster))

@@ -1,4 +1,4 @@
-"""Shingles of texts, and their MinHash signatures (`data/minhash.py`).
+"""Shingling of texts, and their MinHash signatures (`data/minhash.py`).
 
 A shingle is n words that follow each other (a word: letters and digits of ASCII, lower-cased, and whatever is not ASCII), or n characters
 of the words joined by single spaces; a text with fewer is one shingle.

@@ -18,8 +18,7 @@ from pydantic import Field
 
 from gristmill.core.config import FilePath, Section
 from gristmill.core.errors import InputError
-from gristmill.curate.dedup import minhash
-from gristmill.curate.dedup.duplicates import NEIGHBOURS, PAIRS
+from gristmill.curate.dedup.duplicates import NEIGHBOURS, PAIRS, Signature
 from gristmill.curate.io import shards
 from gristmill.curate.outcome import Outcome, split
 from gristmill.curate.text.text_column import TextColumn
@@ -28,15 +27,10 @@ from gristmill.data.minhash import band_keys
 DESCRIPTION = "index.json"
 
 
-class Remember(Section):
-    """Put what passes here into the run's `index/`, for a later curation."""
+class Remember(Signature):
+    """Build a deduplication index: put what passes here into the run's `index/`, for a later curation."""
 
     step: Literal["remember"] = "remember"
-    shingle: Literal["words", "characters"] = "words"
-    size: int = Field(0, ge=0, description="of a shingle; 0: 5 words or 24 characters")
-    bands: int = Field(20, gt=0)
-    rows: int = Field(13, gt=0)
-    seed: int = 0
 
 
 class Seen(Section):
@@ -44,7 +38,7 @@ class Seen(Section):
 
     step: Literal["seen"] = "seen"
     index: FilePath = Field(description="the `index` folder of an earlier run")
-    threshold: float = Field(0.7, ge=0, le=1, description="least share of a signature that agrees; 1 drops only equal texts")
+    threshold: float = Field(0.7, ge=0, le=1, description="min share of a signature that agrees; 1 drops only equal texts")
 
 
 def described(index: Path) -> Remember:
@@ -62,8 +56,7 @@ def described(index: Path) -> Remember:
 def _sketched(table: pa.Table, how: Remember) -> pa.Table:
     """id, hash (16 bytes), signature (bytes; null of a text without shingles)."""
     texts = TextColumn.of(table["text"])
-    words = how.shingle == "words"
-    signature, counts = minhash.signatures(texts, words, how.size or (5 if words else 24), num_hashes=how.bands * how.rows, seed=how.seed)
+    signature, counts = how.of(texts)
     hashes = [xxhash.xxh3_128_digest(texts.bytes_of(i)) for i in range(len(texts))]
     flat = [signature[i].tobytes() if counts[i] else None for i in range(len(texts))]
     return pa.table(

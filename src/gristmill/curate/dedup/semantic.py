@@ -41,14 +41,14 @@ COLUMN = "column:"
 
 
 class Semantic(Section):
-    """Of documents whose vectors have a cosine of 1 - eps or more keep one."""
+    """Semantic deduplication: of documents whose embeddings have a cosine of 1 - eps or more keep one."""
 
     step: Literal["semantic"] = "semantic"
     embedding: SourceOrPath = Field("hashed", min_length=1, description="hashed (words and pairs of words), column:NAME, or a model folder")
     dimensions: int = Field(256, gt=0, le=8192, description="of hashed vectors")
     clusters: int = Field(0, ge=0, description="0: the square root of the number of documents")
     iterations: int = Field(20, ge=0, description="of k-means, at most")
-    eps: float = Field(0.01, ge=0, lt=1, description="1 - the least cosine of a duplicate")
+    eps: float = Field(0.01, ge=0, lt=1, description="1 - the min cosine of a duplicate")
     order: Literal["hard", "easy", "random"] = Field("hard", description="what stays: far from the centroid, near it, or by chance")
     seed: int = 0
 
@@ -104,7 +104,7 @@ def _of_column(table: pa.Table, name: str) -> np.ndarray:
 
 
 def embed(shard: int, source: Path, out: Path, how: Semantic) -> dict[str, int]:
-    """Vectors of a shard's documents, float32, of length 1 or 0, and the number that each document draws."""
+    """Embeddings of a shard's documents, float32, of length 1 or 0, and the number that each document draws."""
     table = shards.read(source)
     if how.embedding == "hashed":
         texts = TextColumn.of(table["text"])
@@ -114,18 +114,13 @@ def embed(shard: int, source: Path, out: Path, how: Semantic) -> dict[str, int]:
         vector_ND = _of_column(table, how.embedding.removeprefix(COLUMN))
     else:
         vector_ND = lm_scores.mean_hidden_states(table["text"].to_pylist(), Path(how.embedding))
-    shards.write(out, pa.table({"vector": _packed(_unit(vector_ND)), "uniform": hash_uniform(table["id"], how.seed, "rank")}))
+    shards.write(out, pa.table({"vector": shards.packed(_unit(vector_ND)), "uniform": hash_uniform(table["id"], how.seed, "rank")}))
     return {"dimensions": vector_ND.shape[1]}
 
 
 def _unit(vector_ND: np.ndarray) -> np.ndarray:
     lengths = np.sqrt(np.einsum("nd,nd->n", vector_ND, vector_ND, dtype=np.float64))
     return (vector_ND / np.where(lengths > 0, lengths, 1.0)[:, None]).astype(np.float32)
-
-
-def _packed(vector_ND: np.ndarray) -> pa.Array:
-    data = pa.py_buffer(np.ascontiguousarray(vector_ND, np.float32).tobytes())
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * vector_ND.shape[1]), len(vector_ND), [None, data])
 
 
 def _unpacked(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -145,8 +140,10 @@ def _vectors(path: Path) -> np.ndarray:
 
 
 def start(embeddings: Sequence[Path], out: Path, how: Semantic) -> dict[str, int]:
-    """The first centroids [K, D]: documents of a sample, each drawn by its squared distance from those drawn before; fewer than asked for
-    if there are no more that differ."""
+    """Initial centroids [K, D] (k-means++): documents of a sample, each drawn by its squared distance from those drawn before.
+
+    They are fewer than asked for if there are no more that differ.
+    """
     rows = [shards.num_rows(path) for path in embeddings]
     draw = np.random.default_rng(how.seed)
     chosen = np.sort(draw.choice(sum(rows), min(sum(rows), max(SAMPLE, 2 * how.clusters)), replace=False))
@@ -173,7 +170,7 @@ def start(embeddings: Sequence[Path], out: Path, how: Semantic) -> dict[str, int
                 weight_S[at : at + BLOCK] = np.minimum(weight_S[at : at + BLOCK], np.maximum(near, 0.0))
         count += size
     centroid_KD = np.concatenate(centroids)
-    shards.write(out, pa.table({"vector": _packed(centroid_KD if count else np.zeros((1, sample_SD.shape[1]), np.float32))}))
+    shards.write(out, pa.table({"vector": shards.packed(centroid_KD if count else np.zeros((1, sample_SD.shape[1]), np.float32))}))
     return {"clusters": max(1, count)}
 
 
@@ -201,8 +198,7 @@ def sums(shard: int, embedding: Path, centroids: Path, out: Path) -> dict[str, f
     some = np.flatnonzero(counts)
     if len(some):
         total_KD[some] = np.add.reduceat(vector_ND[order].astype(np.float64), (np.cumsum(counts) - counts)[some])
-    flat = pa.FixedSizeBinaryArray.from_buffers(pa.binary(8 * total_KD.shape[1]), len(total_KD), [None, pa.py_buffer(total_KD.tobytes())])
-    shards.write(out, pa.table({"total": flat}))
+    shards.write(out, pa.table({"total": shards.packed(total_KD)}))
     return {"cosine": float(cosine.sum())}
 
 
@@ -215,7 +211,7 @@ def centroids(partial: Sequence[Path], old: Path, out: Path) -> dict[str, float]
     new_KD = _unit(total_KD)
     empty = ~new_KD.any(1)
     new_KD[empty] = old_KD[empty]
-    shards.write(out, pa.table({"vector": _packed(new_KD)}))
+    shards.write(out, pa.table({"vector": shards.packed(new_KD)}))
     return {"moved": float(np.sqrt(((new_KD - old_KD) ** 2).sum(1)).max())}
 
 
@@ -223,7 +219,7 @@ def centroids(partial: Sequence[Path], old: Path, out: Path) -> dict[str, float]
 
 
 def assign(shard: int, embedding: Path, centroids: Path, out: Path, parts: int, how: Semantic) -> dict[str, int]:
-    """Of each document of a shard its cluster, and its rank there: the lowest stays; those without a vector are left out."""
+    """Cluster of each document of a shard, and its rank there: the lowest stays; those without a vector are left out."""
     vector_ND = _vectors(embedding)
     nearest, cosine = _nearest(vector_ND, _vectors(centroids))
     some = np.flatnonzero(vector_ND.any(1))

@@ -30,7 +30,7 @@ _MARKS = ".!?"  # where sentences end
 
 
 class Decontaminate(Section):
-    """Cut out what benchmarks hold; drop a document that falls into too many pieces or of which nothing remains."""
+    """Benchmark decontamination: cut out what test sets hold; drop what falls into too many pieces or to nothing."""
 
     step: Literal["decontaminate"] = "decontaminate"
     benchmarks: list[FilePath] = Field(min_length=1, description="files .jsonl, .json, .parquet, or .txt with one item a line")
@@ -167,7 +167,7 @@ def _items(path: Path, fields: list[str] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """N-grams to look for.
+    """Index of the n-grams of benchmarks.
 
     Attributes:
         grams_G: uint64 hashes, sorted.

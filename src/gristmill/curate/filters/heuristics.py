@@ -20,9 +20,11 @@ from gristmill.curate.text import text_metrics
 from gristmill.curate.text.text_column import TextColumn
 from gristmill.curate.text.text_metrics import DESCRIPTIONS, DUPLICATE, METRICS, NGRAMS, TOP
 
+Limits = dict[str, tuple[float | None, float | None]]  # min and max of metrics; None is no limit
+
 
 class Rule(NamedTuple):
-    """Keep a document whose metric is at least `min` and at most `max`."""
+    """Heuristic rule: keep a document whose metric is at least `min` and at most `max`."""
 
     metric: str
     min: float | None = None
@@ -100,25 +102,28 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 
 
+def check_limits(limits: Limits, metrics: Sequence[str]) -> None:
+    """Raise ValueError for a metric that is not there, or whose min is above its max."""
+    for name, (low, high) in limits.items():
+        if name not in metrics:
+            near = difflib.get_close_matches(name, metrics, n=1, cutoff=0)
+            raise ValueError(f"limits: there is no metric {name!r}: did you mean {near[0]!r}?")
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"limits: the min of {name} is above the max")
+
+
 class Filter(Section):
-    """Drop documents by the rules, in their order. With a `column`, only those whose value there is among the `values`."""
+    """Heuristic filter: rules in their order. With a `column`, only for documents whose value there is among the `values`."""
 
     step: Literal["filter"] = "filter"
     rules: Literal["english", "any-language", "gopher", "c4", "fineweb", "code"] = "english"
-    limits: dict[str, tuple[float | None, float | None]] = Field(
-        {}, description="metric: [min, max], in place of the rule's or after the rules; null is no limit"
-    )
+    limits: Limits = Field({}, description="metric: [min, max], in place of the rule's or after the rules; null is no limit")
     column: str = Field("", description="of the table, or a key of `meta`")
     values: list[str] = []
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        for name, (low, high) in self.limits.items():
-            if name not in METRICS:
-                near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0)
-                raise ValueError(f"limits: there is no metric {name!r}: did you mean {near[0]!r}?")
-            if low is not None and high is not None and low > high:
-                raise ValueError(f"limits: the min of {name} is above the max")
+        check_limits(self.limits, METRICS)
         if bool(self.column) != bool(self.values):
             raise ValueError("give both column and values, or neither")
         return self

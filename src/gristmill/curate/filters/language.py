@@ -22,7 +22,7 @@ _one_at_a_time = threading.Lock()  # the model does not promise more
 
 
 class Language(Section):
-    """Keep the documents in some languages; with an empty `keep`, label all of them and keep them."""
+    """Language filter: keep the documents in some languages; with an empty `keep`, label all of them and keep them."""
 
     step: Literal["language"] = "language"
     keep: list[str] = Field(["en"], description="codes of lid.176; none keeps every language")

@@ -42,7 +42,7 @@ _FLAT = re.compile("area|base|br|col|embed|hr|img|input|link|meta|param|source|t
 
 
 class Reading(Section):
-    """How files become documents."""
+    """Reader settings: how files become documents."""
 
     text_field: str = "text"
     id_field: str = "id"
@@ -485,7 +485,7 @@ def _warc(path: Path, name: str, codec: str | None, settings: Reading, on_skip: 
 
 
 class Writer:
-    """Documents into part-00000.parquet (or .jsonl, .jsonl.zst), part-00001...: each is whole or not there.
+    """Sharded writer: documents into part-00000.parquet (or .jsonl, .jsonl.zst), part-00001...: each is whole or not there.
 
     The cut depends on the documents alone, not on how they come in tables. `close` removes later parts of an earlier, longer run.
     """

@@ -31,7 +31,7 @@ _LABELS: tuple[tuple[Label, int], ...] = (("High", 19), ("Medium-High", 18), ("M
 
 
 class Quality(Section):
-    """Put documents into buckets of quality, and drop those of the lower ones."""
+    """Quality buckets from an ensemble of classifiers; the documents of the lower ones are dropped."""
 
     step: Literal["quality"] = "quality"
     classifiers: list[SourceOrPath] = Field(
@@ -221,7 +221,7 @@ def quality(table: pa.Table, settings: Quality, scores: np.ndarray, *, limits: n
 
 
 def learn(kind: Literal["classifier", "perplexity"], positive: Sequence[str], negative: Sequence[str], *, folder: Path) -> dict[str, Any]:
-    """Train a model of quality on files of documents and write it; returns its settings and figures.
+    """Train a model of quality on files of documents and write it; returns its settings and what it measured.
 
     Raises:
         InputError: files are missing, or without documents.

@@ -1,5 +1,4 @@
-"""Linear classifiers on hashed words and pairs of words: trained from files that are good and files that are not, read and written without
-pickles.
+"""Quality classifier: logistic regression on hashed word unigrams and bigrams, trained from files that are good and files that are not.
 
 Shapes: N documents, F buckets of features, T tokens of one document.
 """

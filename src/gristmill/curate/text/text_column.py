@@ -1,4 +1,4 @@
-"""A column of texts as numba reads it: all bytes in one array, and where each text begins.
+"""Text columns as numba reads them: all bytes in one array, and where each text begins.
 
 Shapes: N documents, B bytes of all of them.
 """
@@ -18,7 +18,7 @@ SPACE, LETTER, DIGIT = 1, 2, 4  # bits of `char_classes`
 
 @dataclass(frozen=True)
 class TextColumn:
-    """Attributes: `data_B` UTF-8 bytes, `begin_N` of each text, and one more: the end."""
+    """Arrow string column as arrays: `data_B`, its UTF-8 bytes, `begin_N` of each text, and one more: the end."""
 
     data_B: np.ndarray
     begin_N: np.ndarray
@@ -58,7 +58,7 @@ def read_only(array: np.ndarray) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def decode_utf8(data_B, i):  # type: ignore[no-untyped-def]
-    """The code point of more than one byte at i, in UTF-8 that Arrow has checked, and how many bytes."""
+    """Decode the code point of more than one byte at i, in UTF-8 that Arrow has checked, and how many bytes."""
     lead = np.int64(data_B[i])
     if lead < 0xE0:
         return (lead & 0x1F) << 6 | data_B[i + 1] & 0x3F, 2
@@ -78,7 +78,7 @@ def longest(begin_N):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def hash_table(hash_K):  # type: ignore[no-untyped-def]
-    """int32 [S], open addressing by the low bits: the place of a hash in hash_K, or -1. S is a power of 2, at least 4 K."""
+    """Hash table, int32 [S], by open addressing of the low bits: the place of a hash in hash_K, or -1. S is a power of 2, at least 4 K."""
     size = 16
     while size < 4 * len(hash_K):
         size *= 2
@@ -102,7 +102,7 @@ def lookup(wanted, hash_K, place_S):  # type: ignore[no-untyped-def]
 
 @cache
 def char_classes() -> np.ndarray:
-    """uint8 for every code point: what Python's str.isspace, str.isalpha and str.isdecimal say of it, as bits."""
+    """Character classes, uint8 for every code point: what Python's str.isspace, str.isalpha and str.isdecimal say of it, as bits."""
     table = np.zeros(sys.maxunicode + 1, np.uint8)
     for point in range(LAST_LETTER + 1):
         kind = unicodedata.category(chr(point))

@@ -216,12 +216,10 @@ def _read(data_B, begin, end, table, classes, words, count_256):  # type: ignore
         if w == num:
             break
         before, kinds = extra, np.uint16(0)
-        while i < stop:
+        for i in range(start, stop):
             byte = data_B[i]
             count_256[byte] += 1
             kinds |= KIND[byte]
-            extra += (byte & 0xC0) == 0x80
-            i += 1
         i = start
         while kinds & _WIDE and i < stop:
             point, size = np.int64(data_B[i]), 1
@@ -234,6 +232,7 @@ def _read(data_B, begin, end, table, classes, words, count_256):  # type: ignore
                 digits += (members & DIGIT) != 0
                 brackets += point == 0x27E8 or point == 0x27E9
                 ellipses += point == 0x2026
+                extra += size - 1
             i += size
         i = stop
         words.gap_W[w], words.breaks_W[w], words.kind_W[w] = gap, breaks, kinds
@@ -554,7 +553,7 @@ def _count_all(data_B, begin_N, table, classes, words, limits_F2, at_C, key_C, p
 
 
 def compute(texts: TextColumn, within: Mapping[str, tuple[float, float]] | None = MappingProxyType({})) -> np.ndarray:
-    """float64 [N, FIGURES] of the texts, which must be valid UTF-8.
+    """float64 [N, METRICS] of the texts, which must be valid UTF-8.
 
     Args:
         within: min and max of other metrics. Beyond them a document's n-grams are not looked at, and NGRAMS are 0; with None,

@@ -71,7 +71,7 @@ _PARAGRAPHS = re.compile(r"\n\s*\n")
 
 
 class Clean(Section):
-    """Repairs of a text, in the order they are made."""
+    """Text cleaning: repairs, in the order they are made."""
 
     step: Literal["clean"] = "clean"
     unicode: bool = True  # mojibake, C1 controls that were meant as Windows-1252, composed characters (NFC); see `mend`

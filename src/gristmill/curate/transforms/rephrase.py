@@ -7,7 +7,6 @@ Shapes: N documents, M texts made from them.
 """
 
 import asyncio
-import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from pydantic import Field, model_validator
 from gristmill.core.config import NameOrPath, Section
 from gristmill.core.errors import InputError
 from gristmill.core.io import state
-from gristmill.curate.filters.heuristics import chosen
+from gristmill.curate.filters.heuristics import Limits, check_limits, chosen
 from gristmill.curate.outcome import DOCUMENT, Metric, Outcome, hash_uniform, split
 from gristmill.curate.quality import lm_scores
 from gristmill.curate.transforms import faithfulness
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from gristmill.synth.writer import Writer
 
 Task = Literal["wikipedia", "diverse_qa", "distill", "extract_knowledge", "knowledge_list"]
-Limits = dict[str, tuple[float | None, float | None]]
 Tick = Callable[[int, int | None, str], None]
 TICK_SECONDS = 0.5
 MADE: Final = "rephrase"  # keys of a made document's `meta` begin with it; it alone holds the task
@@ -60,7 +58,7 @@ LIMITS: dict[Task, Limits] = {
 
 
 class Rephrase(Section):
-    """Let a model write documents in other words, and keep what says the same as they do."""
+    """Rephrasing by a language model; what is not faithful to its source is dropped."""
 
     step: Literal["rephrase"] = "rephrase"
     tasks: tuple[Task, ...] = Field(min_length=1)
@@ -91,12 +89,7 @@ class Rephrase(Section):
             raise ValueError("models: a task has a system message, which kind 'completions' does not take: use 'chat'")
         if self.min_reward is not None and self.reward is None:
             raise ValueError("min_reward needs a reward model: give reward")
-        for name, (low, high) in self.limits.items():
-            if low is not None and high is not None and low > high:
-                raise ValueError(f"limits: the min of {name} is above the max")
-            if name not in faithfulness.METRICS:
-                near = difflib.get_close_matches(name, faithfulness.METRICS, n=1, cutoff=0)
-                raise ValueError(f"limits: there is no metric {name!r}: did you mean {near[0]!r}?")
+        check_limits(self.limits, faithfulness.METRICS)
         return self
 
     def limits_of(self, task: Task) -> Limits:
@@ -289,13 +282,13 @@ class _Rephrasing:
         except ParseError as e:
             return _Made(work, meta, (), reply.text[:MAX_SHOWN], str(e))
         found = faithfulness.compute(segment[0], written, source_tokens=segment[1], tokens=self.count([written])[0])
-        meta |= {figure: round(value, 3) for figure, value in found.items()}
+        meta |= {metric: round(value, 3) for metric, value in found.items()}
         text = _Made(work, meta, (*asked[1:], Message("assistant", written)), whole)
-        for figure, (low, high) in self.how.limits_of(task).items():
-            if low is not None and found[figure] < low:
-                return replace(text, reason=figure, figure=found[figure], limit=low)
-            if high is not None and found[figure] > high:
-                return replace(text, reason=figure, figure=found[figure], limit=high)
+        for metric, (low, high) in self.how.limits_of(task).items():
+            if low is not None and found[metric] < low:
+                return replace(text, reason=metric, figure=found[metric], limit=low)
+            if high is not None and found[metric] > high:
+                return replace(text, reason=metric, figure=found[metric], limit=high)
         return text
 
     async def _scored(self, made: "list[_Made]", writer: "Writer") -> "list[_Made]":
