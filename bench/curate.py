@@ -118,11 +118,11 @@ def make_corpus(folder: Path, megabytes: int) -> dict[str, Any]:
 
 
 def tables(folder: Path, megabytes: float = 1e9) -> list[Any]:
-    from gristmill.curate.io import readers as documents
+    from gristmill.curate.io import readers
 
     found, size = [], 0
-    for path in documents.find([folder]):
-        for table in documents.read(path, documents.Reading(), lambda where, why: None):
+    for path in readers.list_files([folder]):
+        for table in readers.read(path, readers.Reading(), lambda where, why: None):
             found.append(table)
             size += table["text"].nbytes
             if size > megabytes * 1e6:
@@ -143,8 +143,8 @@ def steps(folder: Path) -> dict[str, float]:
     from gristmill.curate.filters.heuristics import Filter, heuristics
     from gristmill.curate.filters.language import Language, language
     from gristmill.curate.io import shards
-    from gristmill.curate.text.text_column import Texts
-    from gristmill.curate.text.text_metrics import figures
+    from gristmill.curate.text import text_metrics
+    from gristmill.curate.text.text_column import TextColumn
     from gristmill.curate.transforms.clean import Clean, clean
     from gristmill.curate.transforms.pii import Pii, pii
 
@@ -168,7 +168,7 @@ def steps(folder: Path) -> dict[str, float]:
 
     def signatures(some: list[Any], words: bool, size: int, hashes: int) -> None:
         for table in some:
-            minhash.signatures(Texts.of(table["text"]), words, size, hashes)
+            minhash.signatures(TextColumn.of(table["text"]), words, size, num_hashes=hashes)
 
     def decontamination(some: list[Any]) -> None:
         total = sum(counts(table, known) for table in some)
@@ -180,14 +180,14 @@ def steps(folder: Path) -> dict[str, float]:
         "minhash, words, 112": lambda some: signatures(some, True, 5, 112),
         "minhash, characters, 260": lambda some: signatures(some, False, 24, 260),
         "heuristics": lambda some: [heuristics(table, Filter()) for table in some],
-        "heuristics, figures alone": lambda some: [figures(Texts.of(table["text"])) for table in some],
+        "heuristics, metrics alone": lambda some: [text_metrics.compute(TextColumn.of(table["text"])) for table in some],
         "exact": exact,
         "clean": lambda some: [clean(table, Clean()) for table in some],
         "pii": lambda some: [pii(table, Pii()) for table in some],
         "decontaminate": decontamination,
         "language": lambda some: [language(table, Language()) for table in some],
     }
-    size = sum(Texts.of(table["text"]).sizes_N.sum() for table in all_tables) / 1e6
+    size = sum(TextColumn.of(table["text"]).sizes_N.sum() for table in all_tables) / 1e6
     out = {}
     for name, call in calls.items():
         call(small)

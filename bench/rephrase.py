@@ -15,7 +15,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gristmill.curate.transforms import faithfulness as faithful
+from gristmill.curate.transforms import faithfulness
 from gristmill.curate.transforms.rephrase import LIMITS, Rephrase
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
@@ -48,7 +48,7 @@ def paragraphs() -> Iterator[str]:
             size += len(block.split())
             if size >= 80:
                 whole = " ".join(text)
-                good = size <= 300 and len(faithful.entities(whole)) >= 4 and len(faithful.numbers(whole)) >= 3
+                good = size <= 300 and len(faithfulness.entities(whole)) >= 4 and len(faithfulness.numbers(whole)) >= 3
                 if good and whole not in seen and len(SENTENCE.split(whole)) >= 4:
                     seen.add(whole)
                     yield whole
@@ -71,9 +71,9 @@ def numbers_changed(draw: random.Random, source: str, other: str) -> str:
 
 
 def names_changed(draw: random.Random, source: str, other: str) -> str:
-    strange = sorted(faithful.entities(other) - faithful.entities(source)) or ["nobody"]
+    strange = sorted(faithfulness.entities(other) - faithfulness.entities(source)) or ["nobody"]
     text = good(draw, source, other)
-    for name in sorted(faithful.entities(source)):
+    for name in sorted(faithfulness.entities(source)):
         if draw.random() < 0.5:
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", draw.choice(strange).capitalize(), text, flags=re.I)
     return text
@@ -89,7 +89,8 @@ def half_of_another(draw: random.Random, source: str, other: str) -> str:
 
 
 def one_sentence_more(draw: random.Random, source: str, other: str) -> str:
-    strange = [s for s in SENTENCE.split(other) if faithful.numbers(s) and faithful.entities(f"It is so, {s}")] or SENTENCE.split(other)
+    said = SENTENCE.split(other)
+    strange = [s for s in said if faithfulness.numbers(s) and faithfulness.entities(f"It is so, {s}")] or said
     return good(draw, source, other) + " " + draw.choice(strange)
 
 
@@ -124,7 +125,7 @@ def main() -> None:
             kept = 0
             for i, source in enumerate(sources):
                 text = kind(draw, source, sources[i - 1])
-                found = faithful.figures(source, text, len(source.encode()) // 4, len(text.encode()) // 4)
+                found = faithfulness.compute(source, text, source_tokens=len(source.encode()) // 4, tokens=len(text.encode()) // 4)
                 limits = how.limits_of(task)
                 inside = ((found[f], least, most) for f, (least, most) in limits.items())
                 kept += all((least is None or value >= least) and (most is None or value <= most) for value, least, most in inside)

@@ -68,7 +68,7 @@ def test_it_ends_and_names_what_it_skipped(hostile: Path, tmp_path: Path) -> Non
         "name": "hostile",
         "inputs": [str(hostile)],
         "workers": 1,
-        "reading": {"most_document_bytes": 8 << 20, "most_expansion": 100},
+        "reading": {"max_document_bytes": 8 << 20, "max_expansion": 100},
         "steps": [{"step": step, **({"rules": "gopher"} if step == "filter" else {})} for step in STEPS],
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

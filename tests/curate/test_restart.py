@@ -15,7 +15,7 @@ from gristmill.curate.io import readers, shards
 from gristmill.curate.io.readers import Reading
 from gristmill.curate.run import ingest
 
-READING = Reading(batch_bytes=3000, most_document_bytes=6000)
+READING = Reading(batch_bytes=3000, max_document_bytes=6000)
 Files = list[tuple[Path, str]]
 
 

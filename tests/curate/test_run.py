@@ -392,7 +392,7 @@ def test_buckets_of_quality(corpus: Path, tmp_path: Path) -> None:
     learnt = command("quality", "classifier", "--positive", str(good), "--negative", str(bad), "--out", str(tmp_path / "c"))
     assert learnt["held_out_auc"] == 1
     assert command("quality", "perplexity", "--positive", str(good), "--out", str(tmp_path / "p"))["documents"] == 60
-    step = {"step": "quality", "classifiers": [str(tmp_path / "c"), f"perplexity:{tmp_path / 'p'}"], "least": 5}
+    step = {"step": "quality", "classifiers": [str(tmp_path / "c"), f"perplexity:{tmp_path / 'p'}"], "min_bucket": 5}
     funnel = curated(recipe_of(corpus, steps=[step]), tmp_path / "run")
     rows = [row for path in sorted((tmp_path / "run" / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
     assert {row["quality"] for row in rows} <= {"High", "Medium-High", "Medium", "Medium-Low", "Low"}

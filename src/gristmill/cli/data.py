@@ -119,7 +119,7 @@ def quality(
     """Train what the step `quality` of a curation scores documents by: a classifier, or a model of how usual a text is."""
     from gristmill.curate.quality.buckets import learn
 
-    facts = learn(kind, positive, negative or [], out)
+    facts = learn(kind, positive, negative or [], folder=out)
     typer.echo(json.dumps(facts) if as_json else "\n".join([*(f"{name}: {value}" for name, value in facts.items()), f"model: {out}"]))
 
 

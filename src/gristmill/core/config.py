@@ -34,6 +34,14 @@ RENAMED = {  # keys of earlier versions, for the error that names the new one
     "min_chosen": "keep_chosen",
     "most_document_bytes": "max_document_bytes",
     "most_expansion": "max_expansion",
+    "most_epochs": "max_epochs",
+    "most_matches": "max_matches",
+    "most_pieces": "max_pieces",
+    "most": "max_findings",
+    "least": "min_bucket",
+    "least_left": "min_left",
+    "least_part": "min_part",
+    "least_reward": "min_reward",
 }
 
 

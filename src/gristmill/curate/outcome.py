@@ -85,7 +85,7 @@ def in_meta(record: str | None, key: str) -> Any:
     return values.get(key) if isinstance(values, dict) else None
 
 
-def drawn(ids: pa.ChunkedArray, seed: int, purpose: str) -> np.ndarray:
+def hash_uniform(ids: pa.ChunkedArray, seed: int, purpose: str) -> np.ndarray:
     """uint64 [N]: a uniform number made of a document's id, the seed and the purpose, whatever shard the document is in."""
     salt = xxhash.xxh3_64_intdigest(f"{seed} {purpose}".encode())
     return np.array([xxhash.xxh3_64_intdigest((id_ or "").encode(), salt) for id_ in ids.to_pylist()], np.uint64)

@@ -60,7 +60,7 @@ def ingest(files: Sequence[tuple[Path, str]], folder: Path, reading: Reading, nu
 
     for i, (path, name) in enumerate(files[facts["file"] :], facts["file"]):
         before, start = told, facts["rows"] if i == facts["file"] else 0
-        for table, rows, told_of_rows in readers.read_from(start, path, reading, tell, name):
+        for table, rows, told_of_rows in readers.read_from(start, path, reading, on_skip=tell, name=name):
             more = num_bytes(table)
             if waiting and size + more > reading.batch_bytes:
                 write()
@@ -83,7 +83,7 @@ def _shard(number: int, i: int) -> str:
 
 def emit(sources: Sequence[Path], folder: Path, output: Output) -> Facts:
     """Shards into files of documents."""
-    paths = readers.write((shards.read(source) for source in sources), folder, output.format, output.shard_mb * 2**20)
+    paths = readers.write((shards.read(source) for source in sources), folder, output.format, shard_bytes=output.shard_mb * 2**20)
     return {"files": len(paths)}
 
 
@@ -99,7 +99,7 @@ def run(recipe: Curation, folder: Path, progress: Progress) -> Facts:
     if not recipe.inputs:
         raise InputError("There is nothing to read: give `inputs` in the recipe, or --input.")
     skipped: list[tuple[str, str]] = []
-    files = readers.names(recipe.inputs, lambda where, why: skipped.append((where, why)))
+    files = readers.list_files(recipe.inputs, lambda where, why: skipped.append((where, why)))
     _check_folder(folder, recipe, files)
     read_by = [stages.check(step) for step in recipe.steps]
     for file, *_ in (entry for of_step in read_by for entry in of_step):
@@ -270,7 +270,7 @@ def explain(folder: Path, name: str) -> list[Facts]:
     if not all((folder / part).exists() for part in (RESULTS, "data", "dropped")):
         raise InputError(f"{folder} holds no finished curation: run it first, and give its folder with --out.")
     found: list[Facts] = []
-    everything = Reading(most_document_bytes=2**40, most_expansion=2**40)
+    everything = Reading(max_document_bytes=2**40, max_expansion=2**40)
     name = name.encode("utf-8", "replace").decode()
     for path in sorted((folder / "dropped").glob("*.parquet")):
         table = pq.read_table(path, filters=[("id", "==", name)])

@@ -183,7 +183,7 @@ def decontaminated(source: Path, found: Sequence[Path], kept: Path, dropped: Pat
     """A shard without what the benchmarks hold."""
     total = np.sum([shards.read(path)["count"].to_numpy() for path in found], axis=0)
     table = shards.read(source)
-    outcome = decontaminate(table, settings, _benchmarks(settings.model_dump_json()), total)
+    outcome = decontaminate(table, settings, _benchmarks(settings.model_dump_json()), total_counts=total)
     return _write(settings, table, outcome, kept, dropped)
 
 
@@ -204,7 +204,7 @@ def bucketed(source: Path, found: Path, limits: Path, kept: Path, dropped: Path,
     """A shard with its buckets of quality, without what is not wanted."""
     table = shards.read(source)
     limits_CB = np.stack([column.to_numpy() for column in shards.read(limits).columns])
-    outcome = buckets.quality(table, settings, buckets.scores_of(shards.read(found), settings), limits_CB)
+    outcome = buckets.quality(table, settings, buckets.scores_of(shards.read(found), settings), limits=limits_CB)
     return _write(settings, table, outcome, kept, dropped)
 
 
@@ -218,7 +218,7 @@ def rephrased(
 ) -> Facts:
     """A shard with what a model made of its documents."""
     table = shards.read(source)
-    return _write(how, table, rephrase.rephrase(table, how, journals, tick), kept, dropped)
+    return _write(how, table, rephrase.rephrase(table, how, journals, tick=tick), kept, dropped)
 
 
 def _write_dropped(path: Path, tables: Sequence[pa.Table]) -> None:
@@ -257,7 +257,7 @@ def _fuzzy(stage: Stage, how: Fuzzy) -> list[Facts]:
     stage.map("pairs", parts, lambda p: (duplicates.pairs, p, keys, found[p], num))
     stage.map("verification", num, lambda i: (duplicates.verify, i, found, sources, signatures, verified[i], how))
     stage.map("clusters", 1, lambda _: (duplicates.clusters, verified, cluster, num))
-    stage.map("settled", num, lambda p: (duplicates.settle, p, cluster, sources, signatures, drops[p], how))
+    stage.map("settled", num, lambda p: (duplicates.resolve_clusters, p, cluster, sources, signatures, drops[p], how))
     return _without(stage, how, drops, how.threshold)
 
 

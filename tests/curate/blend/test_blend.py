@@ -82,7 +82,7 @@ def plans(pick: st.DrawFn) -> tuple[Blend, list[np.ndarray]]:
             st.builds(dict, share=weight, weights=st.just({}) | st.fixed_dictionaries({n: weight for n in names})), min_size=1, max_size=3
         )
     )
-    sources = [{"name": n, "inputs": ["x"], "weight": pick(weight), "most_epochs": 1e9} for n in names]
+    sources = [{"name": n, "inputs": ["x"], "weight": pick(weight), "max_epochs": 1e9} for n in names]
     return Blend(
         tokenizer=Path("x"), sources=sources, tokens=pick(st.integers(1, 900)), phases=phases, seed=pick(st.integers(0, 9))
     ), lengths
@@ -233,7 +233,7 @@ def test_too_many_epochs(inputs: Path, tmp_path: Path) -> None:
     present = sum(len(TOKENIZER.encode(text)) + 1 for text in SOURCES["code"])
     with pytest.raises(InputError) as error:
         blend(recipe(inputs, tokens=100_000), tmp_path / "out", QUIET)
-    assert all(text in str(error.value) for text in ("'english'", "wants 70,000 of it", "most_epochs 4"))
+    assert all(text in str(error.value) for text in ("'english'", "wants 70,000 of it", "max_epochs 4"))
     wanted = recipe(inputs, tokens=8 * present, phases=[{"share": 1, "weights": {"code": 1}}])
     with pytest.raises(InputError, match=f"'code' has {present:,} tokens and the blend wants {8 * present:,} of it, 8.00 epochs"):
         blend(wanted, tmp_path / "out", QUIET)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gristmill.curate.dedup import duplicates, minhash
 from gristmill.curate.dedup.duplicates import Fuzzy
 from gristmill.curate.io import shards
-from gristmill.curate.text.text_column import Texts
+from gristmill.data.minhash import jaccard
 
 words = st.lists(st.sampled_from(["a", "Bc", "naïve", "x1", "語", "-", "  ", "\n", "."]), max_size=30).map(" ".join)
 
@@ -38,48 +38,7 @@ def test_jaccard_is_that_of_the_sets(left: str, right: str, of_words: bool, size
     hashed = [minhash.shingle_set(as_bytes(text), of_words, size) for text in (left, right)]
     assert [len(s) for s in hashed] == [len(s) for s in sets]
     union = sets[0] | sets[1]
-    assert minhash.jaccard(*hashed) == pytest.approx(len(sets[0] & sets[1]) / len(union) if union else 0.0)
-
-
-@pytest.mark.parametrize("similarity", [0.5, 0.7, 0.8, 0.9])
-def test_signatures_estimate_jaccard_as_theory_says(similarity: float) -> None:
-    draw = np.random.default_rng(0)
-    pairs, true = [], []
-    for _ in range(60):
-        left = [str(x) for x in draw.integers(0, 10**9, 400)]
-        right = list(left)
-        changed = round(400 * (1 - similarity) / (1 + similarity))
-        right[-changed:] = [str(x) for x in draw.integers(0, 10**9, changed)]
-        pairs += [" ".join(left), " ".join(right)]
-        true.append(minhash.jaccard(*(minhash.shingle_set(as_bytes(text), True, 5) for text in pairs[-2:])))
-    signature, _ = minhash.signatures(Texts.of(pa.array(pairs)), True, 5, 260)
-    errors = (signature[::2] == signature[1::2]).mean(1) - np.array(true)
-    expected = np.sqrt(np.mean([j * (1 - j) / 260 for j in true]))
-    assert abs(errors.mean()) < 3 * expected / np.sqrt(60)
-    assert 0.7 * expected < np.sqrt((errors**2).mean()) < 1.3 * expected
-
-
-@pytest.mark.parametrize(
-    ("bands", "rows", "row"),
-    [
-        (20, 13, (0.0024, 0.0258, 0.1769, 0.3818, 0.6773, 0.9240, 0.9972, 1.0)),
-        (14, 8, (0.0533, 0.2111, 0.5645, 0.7716, 0.9235, 0.9884, 0.9996, 1.0)),
-        (25, 10, (0.0241, 0.1407, 0.5115, 0.7652, 0.9416, 0.9958, 1.0, 1.0)),
-    ],
-)
-def test_the_s_curve(bands: int, rows: int, row: tuple[float, ...]) -> None:
-    found = [minhash.candidate_probability(j, bands, rows) for j in (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)]
-    assert found == pytest.approx(row, abs=1e-4)
-
-
-def test_candidates_are_as_frequent_as_the_curve_says() -> None:
-    draw = np.random.default_rng(1)
-    agree = draw.random((4000, 112)) < 0.7  # places where two signatures of similarity .7 agree
-    left = draw.integers(0, 2**32, (4000, 112), np.uint32)
-    right = np.where(agree, left, draw.integers(0, 2**32, (4000, 112), np.uint32))
-    met = (minhash.band_keys(left, 14, 8) == minhash.band_keys(right, 14, 8)).any(1).mean()
-    expected = minhash.candidate_probability(0.7, 14, 8)
-    assert abs(met - expected) < 3 * np.sqrt(expected * (1 - expected) / 4000)
+    assert jaccard(*hashed) == pytest.approx(len(sets[0] & sets[1]) / len(union) if union else 0.0)
 
 
 # ---- chains of tasks ----
@@ -112,7 +71,7 @@ def fuzzy_drops(folder: Path, sources: list[Path], how: Fuzzy, parts: int) -> li
         duplicates.verify(i, found, sources, signatures, verified[i], how)
     duplicates.clusters(verified, cluster, num)
     for p in range(num):
-        duplicates.settle(p, cluster, sources, signatures, drops[p], how)
+        duplicates.resolve_clusters(p, cluster, sources, signatures, drops[p], how)
     return [row for i in range(num) for row in duplicates.drop(i, sources, drops, "fuzzy", how.threshold).dropped.to_pylist()]
 
 
@@ -150,8 +109,8 @@ def test_a_chain_does_not_pull_down_what_is_unlike(tmp_path: Path) -> None:
     sets = {f"d0.{i}": minhash.shingle_set(as_bytes(" ".join(one)), True, 5) for i, one in enumerate(chain)}
     kept = [name for name in sets if name not in gone]
     assert len(kept) > 1 and gone
-    assert all(keeper in kept and minhash.jaccard(sets[name], sets[keeper]) >= 0.7 for name, keeper in gone.items())
-    assert all(minhash.jaccard(sets[a], sets[b]) < 0.7 for a in kept for b in kept if a < b)
+    assert all(keeper in kept and jaccard(sets[name], sets[keeper]) >= 0.7 for name, keeper in gone.items())
+    assert all(jaccard(sets[a], sets[b]) < 0.7 for a in kept for b in kept if a < b)
 
 
 @given(st.lists(st.lists(st.sampled_from(["", "a", "b", "ab", "語"]), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(1, 3))

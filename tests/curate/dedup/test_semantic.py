@@ -12,7 +12,7 @@ from gristmill.core.errors import InputError
 from gristmill.curate.dedup import duplicates, semantic
 from gristmill.curate.dedup.semantic import Semantic
 from gristmill.curate.io import shards
-from gristmill.curate.quality import lm_scores as base
+from gristmill.curate.quality import lm_scores
 from gristmill.model.hf import load_model
 from gristmill.model.packed import PackedShape
 
@@ -81,9 +81,9 @@ def test_identical_vectors_leave_one_of_a_group(tmp_path: Path, clusters: int, e
 
 def test_without_eps_only_the_same_go(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
-    base = draw.standard_normal((50, 32))
-    near = base + draw.standard_normal((50, 32)) * 0.01  # cosine about 1 - 5e-5
-    gone = of_vectors(tmp_path, [base, np.concatenate([near, 3 * base[:10]])], Semantic(eps=0, clusters=3))
+    lm_scores = draw.standard_normal((50, 32))
+    near = lm_scores + draw.standard_normal((50, 32)) * 0.01  # cosine about 1 - 5e-5
+    gone = of_vectors(tmp_path, [lm_scores, np.concatenate([near, 3 * lm_scores[:10]])], Semantic(eps=0, clusters=3))
     pairs = {frozenset((name, keeper)) for name, (keeper, _) in gone.items()}
     assert pairs == {frozenset((f"d0.{j}", f"d1.{50 + j}")) for j in range(10)}
 
@@ -150,7 +150,7 @@ def test_small_documents_pass(tmp_path: Path, texts: list[list[str]]) -> None:
 
 
 def test_vectors_of_a_model_are_means_of_its_states(tmp_path: Path, random_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "PACK_TOKENS", 20)
+    monkeypatch.setattr(lm_scores, "PACK_TOKENS", 20)
     texts = ["a b c", "", "b " * 300, "c c a", "a b c"]
     (source,) = stored(tmp_path, [texts])
     semantic.embed(0, source, tmp_path / "v", Semantic(embedding=str(random_base)))

@@ -118,7 +118,7 @@ def test_a_copy_grows_nothing_but_empty_and_a_limit_drops_it(tmp_path: Path) -> 
     text = " ".join(words(random.Random(2), 70))
     columns = [[text, "an introduction: " + text], [text, "short"]]
     assert after(tmp_path, columns, Substring()) == [[text, "an introduction:"], ["", "short"]]
-    found = outcomes(tmp_path, columns, Substring(least_left=20))
+    found = outcomes(tmp_path, columns, Substring(min_left=20))
     assert [outcome.kept["text"].to_pylist() for outcome in found] == [[text], ["short"]]
     rows = [row for outcome in found for row in outcome.dropped.to_pylist()]
     assert [(row["id"], row["text"], row["reason"], row["figure"], row["limit"]) for row in rows] == [

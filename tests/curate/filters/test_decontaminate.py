@@ -32,7 +32,7 @@ def run(folder: Path, texts: list[str], items: list[str], **values: object) -> O
     chosen = Decontaminate(benchmarks=[benchmark(folder, items)], **values)
     benchmarks = Benchmarks.read(chosen)
     table = documents(texts)
-    return decontaminate(table, chosen, benchmarks, counts(table, benchmarks))
+    return decontaminate(table, chosen, benchmarks, total_counts=counts(table, benchmarks))
 
 
 def filler(size: int, first: int = 0) -> str:
@@ -91,7 +91,7 @@ def test_case_and_punctuation_do_not_matter_and_cuts_are_where_the_match_is(tmp_
     before = "«Ça», — “né” … (été)!!! " * 40
     shouted = "** " + " -- ".join(word.upper() for word in words(ITEM)) + " **"
     text = before + shouted + " Then. " + before
-    (first, second) = texts_of(run(tmp_path, [text], [ITEM], margin=0, least_part=0))
+    (first, second) = texts_of(run(tmp_path, [text], [ITEM], margin=0, min_part=0))
     assert first == before.strip() and second == before.strip()
 
 
@@ -139,7 +139,7 @@ def test_empty_and_tiny_documents_and_slices(tmp_path: Path) -> None:
     benchmarks = Benchmarks.read(chosen)
     table = documents(["x" * 50, f"{filler(500)} {ITEM}. {filler(500)}", "", "end"])
     pieces = pa.concat_tables([table.slice(1, 1), table.slice(2)])  # several chunks, none at the start of its buffer
-    outcome = decontaminate(pieces, chosen, benchmarks, counts(pieces, benchmarks))
+    outcome = decontaminate(pieces, chosen, benchmarks, total_counts=counts(pieces, benchmarks))
     assert outcome.kept["id"].to_pylist() == ["d1", "d1#2", "d2", "d3"] and texts_of(outcome)[2:] == ["", "end"]
     assert outcome.kept.schema == DOCUMENT
 
@@ -149,14 +149,16 @@ SMALL = st.lists(st.sampled_from(["a", "b", "A", "é", "É", "1", "Ω", "中", "
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(SMALL, min_size=1, max_size=4), st.lists(SMALL, max_size=4), st.integers(2, 5), st.integers(1, 5))
-def test_the_same_matches_as_by_definition(tmp_path: Path, items: list[str], texts: list[str], ngram: int, least: int) -> None:
+def test_the_same_matches_as_by_definition(tmp_path: Path, items: list[str], texts: list[str], ngram: int, min_words: int) -> None:
     grams: set[tuple[str, ...]] = set()
     for item in items:
         of_item = words(item)
-        if len(of_item) >= min(least, ngram):
+        if len(of_item) >= min(min_words, ngram):
             size = min(len(of_item), ngram)
             grams |= {tuple(of_item[i : i + size]) for i in range(len(of_item) - size + 1)}
-    chosen = Decontaminate(benchmarks=[benchmark(tmp_path, items)], ngram=ngram, least=least, margin=0, least_part=0, most_matches=10**6)
+    chosen = Decontaminate(
+        benchmarks=[benchmark(tmp_path, items)], ngram=ngram, min_words=min_words, margin=0, min_part=0, max_matches=10**6
+    )
     if not grams:
         with pytest.raises(InputError, match="no text of"):
             Benchmarks.read(chosen)
@@ -170,7 +172,7 @@ def test_the_same_matches_as_by_definition(tmp_path: Path, items: list[str], tex
             want.update(gram for i in range(len(of_text) - size + 1) if (gram := tuple(of_text[i : i + size])) in grams)
     found = counts(table, benchmarks)
     assert len(found) == len(grams) and sorted(found[found > 0].tolist()) == sorted(want.values())
-    clean = decontaminate(table, chosen, benchmarks, found)
+    clean = decontaminate(table, chosen, benchmarks, total_counts=found)
     assert counts(clean.kept, benchmarks).sum() == 0  # nothing of the benchmark remains
     names = {name.split("#")[0] for name in clean.kept["id"].to_pylist()} | set(clean.dropped["id"].to_pylist())
     assert names == {f"d{i}" for i in range(len(texts))}

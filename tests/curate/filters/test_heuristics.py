@@ -1,4 +1,4 @@
-"""The figures are what their definitions say, and the rules drop by them."""
+"""The text metrics are what their definitions say, and the rules drop by them."""
 
 import itertools
 import math
@@ -16,8 +16,8 @@ from gristmill.core.config import check
 from gristmill.core.errors import InputError
 from gristmill.curate.filters.heuristics import RULES, Filter, heuristics
 from gristmill.curate.outcome import DOCUMENT, DROPPED
-from gristmill.curate.text.text_column import Texts
-from gristmill.curate.text.text_metrics import FIGURES, figures
+from gristmill.curate.text.text_column import TextColumn
+from gristmill.curate.text.text_metrics import METRICS, compute
 
 MARKS = ("...", "\u2026", "[...]", "(...)", "[\u2026]", "-\u00bb", "read more", "read more..")
 PRIVACY = ("privacy policy", "privacy overview", "privacy cookies policy", "privacy & cookies policy", "privacy and cookies policy")
@@ -64,7 +64,7 @@ def duplicate(words: list[str], n: int) -> int:
 
 
 def slow(text: str) -> dict[str, float]:
-    """All figures from their definitions."""
+    """All metrics from their definitions."""
     words = text.split()
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     blocks = itertools.groupby(text.split("\n"), key=lambda line: bool(line.strip()))
@@ -118,13 +118,13 @@ def slow(text: str) -> dict[str, float]:
 
 
 def fast(texts: list[str]) -> list[dict[str, float]]:
-    return [dict(zip(FIGURES, row, strict=True)) for row in figures(Texts.of(pa.array(texts, pa.large_string()))).tolist()]
+    return [dict(zip(METRICS, row, strict=True)) for row in compute(TextColumn.of(pa.array(texts, pa.large_string()))).tolist()]
 
 
 def same(texts: list[str]) -> None:
     for text, row in zip(texts, fast(texts), strict=True):
         wanted = slow(text)
-        assert list(wanted) == list(FIGURES)
+        assert list(wanted) == list(METRICS)
         assert all(math.isfinite(value) for value in row.values())
         assert row == pytest.approx(wanted, rel=0, abs=1e-9), text
 
@@ -180,7 +180,7 @@ TEXTS = st.lists(PIECES, min_size=1, max_size=4).flatmap(
 
 
 @given(st.lists(TEXTS, max_size=4))
-def test_the_figures_are_those_of_the_definitions(texts: list[str]) -> None:
+def test_the_metrics_are_those_of_the_definitions(texts: list[str]) -> None:
     same(texts)
 
 
@@ -212,7 +212,7 @@ def test_repeated_ngrams_by_hand() -> None:
 def test_repeated_lines_and_words_without_letters_by_hand() -> None:
     lines, numbers = fast(["a\nb\na", "1 2 3 4"])
     assert lines["unique_lines"] == pytest.approx(2 / 3) and numbers["words_with_letter"] == 0
-    loose = {name: (None, None) for name in FIGURES if name not in ("unique_lines", "words_with_letter")}
+    loose = {name: (None, None) for name in METRICS if name not in ("unique_lines", "words_with_letter")}
     dropped = heuristics(documents(["a\nb\na", "1 2 3 4"]), Filter(limits=loose)).dropped
     assert dropped["reason"].to_pylist() == ["unique_lines", "words_with_letter"]
     assert dropped["limit"].to_pylist() == [0.7, 0.8]
@@ -256,11 +256,11 @@ def test_limits_replace_and_add_rules() -> None:
 def test_wrong_settings_are_told() -> None:
     with pytest.raises(InputError, match="'word': did you mean 'words'"):
         check(Filter, {"limits": {"word": [1, 2]}}, "filter")
-    with pytest.raises(InputError, match="least of words is above"):
+    with pytest.raises(InputError, match="min of words is above"):
         check(Filter, {"limits": {"words": [3, 2]}}, "filter")
     with pytest.raises(InputError, match="both column and values"):
         check(Filter, {"column": "quality"}, "filter")
-    assert {rule.figure for rules in RULES.values() for rule in rules} <= set(FIGURES)
+    assert {rule.metric for rules in RULES.values() for rule in rules} <= set(METRICS)
 
 
 def test_only_the_documents_with_a_value_are_filtered() -> None:
@@ -279,26 +279,26 @@ def test_only_the_documents_with_a_value_are_filtered() -> None:
     "unit", ["x", "\u4e2d", "k", "h", "w.", "/", "#", ".", "javascrip", "cooki", "a ", "\n", "a\n", "x y\n\n", "\u3000"]
 )
 def test_huge_documents_take_linear_time(unit: str) -> None:
-    figures(Texts.of(pa.array(["compiled before the clock starts"])))
-    texts = Texts.of(pa.array([unit * (2_000_000 // len(unit.encode()))], pa.large_string()))
+    compute(TextColumn.of(pa.array(["compiled before the clock starts"])))
+    texts = TextColumn.of(pa.array([unit * (2_000_000 // len(unit.encode()))], pa.large_string()))
     begin = time.process_time()
-    figures(texts)
+    compute(texts)
     assert time.process_time() - begin < 2  # of it 0.05 are needed, and hours if time were of the square
 
 
 LIMITS = st.tuples(st.none() | st.sampled_from([0.0, 0.5, 2.0]), st.none() | st.sampled_from([2.0, 5.0, 20.0]))
 
 
-@given(st.lists(TEXTS, max_size=4), st.sampled_from(sorted(RULES)), st.dictionaries(st.sampled_from(FIGURES), LIMITS, max_size=8))
+@given(st.lists(TEXTS, max_size=4), st.sampled_from(sorted(RULES)), st.dictionaries(st.sampled_from(METRICS), LIMITS, max_size=8))
 def test_ngrams_are_looked_at_wherever_they_matter(texts: list[str], name: str, limits: dict[str, tuple[float, float]]) -> None:
-    settings = Filter(rules=name, limits={rule.figure: (None, None) for rule in RULES[name]} | limits)  # type: ignore[arg-type]
+    settings = Filter(rules=name, limits={rule.metric: (None, None) for rule in RULES[name]} | limits)  # type: ignore[arg-type]
     expected = []
     for i, figure in enumerate(fast(texts)):
         broken = [
-            (str(i), rule.figure, figure[rule.figure], limit)
+            (str(i), rule.metric, figure[rule.metric], limit)
             for rule in settings.all_rules()
-            for limit, sign in ((rule.least, -1), (rule.most, 1))
-            if limit is not None and sign * (figure[rule.figure] - limit) > 0
+            for limit, sign in ((rule.min, -1), (rule.max, 1))
+            if limit is not None and sign * (figure[rule.metric] - limit) > 0
         ]
         expected += broken[:1]
     dropped = heuristics(documents(texts), settings).dropped.select(["id", "reason", "figure", "limit"]).to_pylist()

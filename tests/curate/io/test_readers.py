@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gristmill.core.errors import InputError
-from gristmill.curate.io import readers as documents
-from gristmill.curate.io.readers import Format, Reading, Writer, find, names, read, write
+from gristmill.curate.io import readers
+from gristmill.curate.io.readers import Format, Reading, Writer, list_files, read, write
 from gristmill.curate.outcome import DOCUMENT
 
 ROWS = [
@@ -84,12 +84,12 @@ def test_text_files_of_a_folder(tmp_path: Path) -> None:
     put(tmp_path / "in/.hidden/g.txt", b"no")
     put(tmp_path / "in/.h.txt", b"no")
     put(tmp_path / "in/i.txt.gz", gzip.compress(b"packed"))
-    found = names([tmp_path / "in"])
+    found = list_files([tmp_path / "in"])
     skipped: list[tuple[str, str]] = []
     rows = [
         row
         for path, name in found.items()
-        for table in read(path, Reading(), lambda where, why: skipped.append((where, why)), name)
+        for table in read(path, Reading(), lambda where, why: skipped.append((where, why)), name=name)
         for row in table.to_pylist()
     ]
     assert {row["id"]: row["text"].strip() for row in rows} == {
@@ -100,14 +100,14 @@ def test_text_files_of_a_folder(tmp_path: Path) -> None:
 
 def test_finding(tmp_path: Path) -> None:
     a, b, c = (put(tmp_path / name, b"x") for name in ("one/a.txt", "two/a.txt", "two/c.txt"))
-    assert find([tmp_path / "two", str(tmp_path / "*/a.txt"), a]) == [b, c, a]
-    assert names([tmp_path / "one", tmp_path / "two"]) == {a: a.as_posix(), b: b.as_posix(), c: "c.txt"}
+    assert list(list_files([tmp_path / "two", str(tmp_path / "*/a.txt"), a])) == [b, c, a]
+    assert list_files([tmp_path / "one", tmp_path / "two"]) == {a: a.as_posix(), b: b.as_posix(), c: "c.txt"}
     for nothing in ("none", "*.parquet"):
         with pytest.raises(InputError, match="There is no document"):
-            find([tmp_path / nothing])
+            list_files([tmp_path / nothing])
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError):
-        find([tmp_path / "empty"])
+        list_files([tmp_path / "empty"])
 
 
 def test_what_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,16 +127,16 @@ def test_what_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "scandir", guarded)
     for given in (tmp_path / "in", tmp_path / "in/**/*.txt", tmp_path / "i?/**"):
         told: dict[str, str] = {}
-        assert list(names([given], told.__setitem__)) == [good]
+        assert list(list_files([given], told.__setitem__)) == [good]
         why = {Path(where).name: reason for where, reason in told.items()}
         assert why.pop("shut") == "cannot be read: Permission denied"
         assert why.pop("broken.txt").startswith("cannot be read") and "links" in why.pop("turn.txt")
         assert why == {"one": "a link to a folder", "two": "a link to a folder"}
     told = {}
-    assert list(names([tmp_path / "in/*.txt"], told.__setitem__)) == [good]
+    assert list(list_files([tmp_path / "in/*.txt"], told.__setitem__)) == [good]
     assert {Path(where).name for where in told} == {"broken.txt", "turn.txt"}
     with pytest.raises(InputError, match=r"There is no document at .*shut \(.*Permission denied\)"):
-        names([tmp_path / "in/shut"])
+        list_files([tmp_path / "in/shut"])
 
 
 def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for place in map(Path, sorted(glob.glob(pattern, recursive=True))):
             below = sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith(".")) if place.is_dir() else [place]
             expected += [p for p in below if p not in expected]
-        assert find([pattern]) == expected, pattern
+        assert list(list_files([pattern])) == expected, pattern
 
 
 def test_names_that_are_not_unicode(tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_names_that_are_not_unicode(tmp_path: Path) -> None:
         Path(os.fsdecode(folder + b"/" + name)).write_bytes(content)
     pq.write_table(pa.table({"text": ["four"]}), tmp_path / "p")
     (tmp_path / "p").rename(os.fsdecode(folder + b"/c\xff.parquet"))
-    found = names([tmp_path / "in"])
+    found = list_files([tmp_path / "in"])
     rows, skipped = [], dict[str, str]()
     for path, name in found.items():
-        rows += [row for table in read(path, Reading(), skipped.__setitem__, name) for row in table.to_pylist()]
+        rows += [row for table in read(path, Reading(), skipped.__setitem__, name=name) for row in table.to_pylist()]
     texts = {row["id"]: row["text"] for row in rows}
     assert texts == {r"a\xfe.txt": "two", r"a\xff.txt": "one", r"b\xff.jsonl:1": "three", r"c\xff.parquet:1": "four"}
     assert skipped == {r"b\xff.jsonl:2": "not JSON"} and rows[0]["source"].endswith(r"in/a\xfe.txt")
@@ -223,7 +223,7 @@ def test_fields_that_cannot_be_written_are_left_out(tmp_path: Path, monkeypatch:
     nested: list = []
     for _ in range(100_000):
         nested = [nested]
-    monkeypatch.setattr(documents, "_value", lambda text: {"text": text, "deep": nested})
+    monkeypatch.setattr(readers, "_value", lambda text: {"text": text, "deep": nested})
     rows, skipped = all_of(put(tmp_path / "a.jsonl", b"one\ntwo\n"))
     assert [(row["text"], row["meta"]) for row in rows] == [("one", "{}"), ("two", "{}")]
     assert [where for where, why in skipped if "too deep" in why] == ["a.jsonl:1", "a.jsonl:2"]
@@ -232,7 +232,7 @@ def test_fields_that_cannot_be_written_are_left_out(tmp_path: Path, monkeypatch:
 def test_an_endless_line_is_not_held(tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "' + b"x" * 50_000_000 + b'"}\n{"text": "b"}\n')
     tracemalloc.start()
-    rows, skipped = all_of(path, Reading(most_document_bytes=1 << 20))
+    rows, skipped = all_of(path, Reading(max_document_bytes=1 << 20))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [row["id"] for row in rows] == ["a.jsonl:1", "a.jsonl:3"]
@@ -244,7 +244,7 @@ def test_a_bomb_is_left(tmp_path: Path, codec: str) -> None:
     data = b'{"text": "a"}\n' + b"\0" * 300_000_000
     path = put(tmp_path / f"a.jsonl.{codec}", gzip.compress(data, 9) if codec == "gz" else pa.compress(data, "zstd", asbytes=True))
     del data
-    rows, skipped = all_of(path, Reading(most_expansion=100))
+    rows, skipped = all_of(path, Reading(max_expansion=100))
     assert [row["text"] for row in rows] == ["a"]
     assert any("compressed byte" in why for _, why in skipped)
 
@@ -280,7 +280,7 @@ def test_pages_and_texts_that_are_too_large(tmp_path: Path) -> None:
     _, skipped = all_of(put(tmp_path / "a.html", b"<div><b>" * 100_000))
     assert "deep" in skipped[0][1]
     assert len(all_of(put(tmp_path / "a.html", b"<p><br><li>x</li><b>y</b>" * 5000))[0]) == 1  # wide, not deep
-    _, skipped = all_of(put(tmp_path / "a.txt", b"x" * 2000), Reading(most_document_bytes=1000))
+    _, skipped = all_of(put(tmp_path / "a.txt", b"x" * 2000), Reading(max_document_bytes=1000))
     assert "more than 1,000 bytes" in skipped[0][1]
 
 
@@ -295,16 +295,16 @@ def test_tables_are_bounded(tmp_path: Path) -> None:
 def test_shards(tmp_path: Path, format: Format) -> None:
     rows = [{"id": str(i), "text": "ü" * (i % 7 * 10), "source": None, "meta": json.dumps({"n": i})} for i in range(100)]
     table = pa.Table.from_pylist(rows, schema=DOCUMENT)
-    paths = write(iter([table]), tmp_path / "out", format, 1000)
+    paths = write(iter([table]), tmp_path / "out", format, shard_bytes=1000)
     assert [path.name for path in paths] == [f"part-{i:05d}.{format}" for i in range(len(paths))] and len(paths) > 3
     assert sorted((tmp_path / "out").iterdir()) == paths  # nothing temporary is left
     assert [row for path in paths for row in all_of(path)[0]] == rows
     pieces = [len(all_of(path)[0]) for path in paths]
-    again = write((table.slice(i, 9) for i in range(0, 100, 9)), tmp_path / "again", format, 1000)
+    again = write((table.slice(i, 9) for i in range(0, 100, 9)), tmp_path / "again", format, shard_bytes=1000)
     assert [len(all_of(path)[0]) for path in again] == pieces
-    fewer = write(iter([table.slice(0, 5)]), tmp_path / "out", format, 1 << 20)
+    fewer = write(iter([table.slice(0, 5)]), tmp_path / "out", format, shard_bytes=1 << 20)
     assert sorted((tmp_path / "out").iterdir()) == fewer  # an earlier run's parts are gone
-    assert write(iter([]), tmp_path / "none", format, 10) == []
+    assert write(iter([]), tmp_path / "none", format, shard_bytes=10) == []
 
 
 def test_a_part_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -329,5 +329,5 @@ def test_who_was_left_at_a_part_does_not_harm_it(tmp_path: Path, monkeypatch: py
 
 def test_labels_go_to_meta_on_the_way_back(tmp_path: Path) -> None:
     table = pa.Table.from_pylist([{"id": "a", "text": "x", "meta": '{"n": 1}'}], schema=DOCUMENT)
-    [path] = write(iter([table.append_column("language", pa.array(["en"]))]), tmp_path, "parquet", 10)
+    [path] = write(iter([table.append_column("language", pa.array(["en"]))]), tmp_path, "parquet", shard_bytes=10)
     assert json.loads(all_of(path)[0][0]["meta"]) == {"n": 1, "language": "en"}

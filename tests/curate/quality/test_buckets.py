@@ -15,8 +15,7 @@ from gristmill.curate.outcome import DOCUMENT, DROPPED, Outcome
 from gristmill.curate.quality import classifier, perplexity
 from gristmill.curate.quality.buckets import Quality, label, measure, models, quality, scores_of, thresholds
 from gristmill.curate.quality.classifier import load, train
-from gristmill.curate.quality.perplexity import KINDS, LOWER, tokenize
-from gristmill.curate.text.text_column import Texts, fixed
+from gristmill.curate.text.text_column import TextColumn
 
 NOUNS = [
     "river",
@@ -71,8 +70,8 @@ def documents(texts: list[str], metas: list[object] | None = None, first: int = 
     return pa.table([ids, texts, ["test"] * len(texts), [json.dumps(m) for m in metas or [{}] * len(texts)]], schema=DOCUMENT)
 
 
-def texts_of(texts: list[str]) -> Texts:
-    return Texts.of(pa.array(texts, pa.large_string()))
+def texts_of(texts: list[str]) -> TextColumn:
+    return TextColumn.of(pa.array(texts, pa.large_string()))
 
 
 def measured(scores: list[float], sizes: list[int] | None = None) -> pa.Table:
@@ -82,7 +81,7 @@ def measured(scores: list[float], sizes: list[int] | None = None) -> pa.Table:
 
 def cut(table: pa.Table, chosen: Quality) -> Outcome:
     found = measure(table, chosen)
-    return quality(table, chosen, scores_of(found, chosen), thresholds([found], chosen))
+    return quality(table, chosen, scores_of(found, chosen), limits=thresholds([found], chosen))
 
 
 @pytest.fixture(scope="module")
@@ -98,23 +97,6 @@ def trigrams(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trigrams")
     perplexity.train([documents([prose(i) for i in range(150)]), documents([prose(i) for i in range(150, 300)])], folder)
     return folder
-
-
-# --- tokens --------------------------------------------------------------------------------------------------------------
-
-
-def tokens(text: str) -> list[int]:
-    data = fixed(np.frombuffer(text.encode(), np.uint8))
-    out = np.empty(len(data) + 1, np.uint64)
-    return out[: tokenize(data, 0, len(data), KINDS, LOWER, out)].tolist()
-
-
-def test_tokens() -> None:
-    assert tokens("Hello, WORLD2!") == [*tokens("hello"), *tokens(","), *tokens("world2"), *tokens("!")]
-    assert len(tokens("\u65e5\u672c\u8a9e text")) == 4  # a token each
-    assert len(tokens("\u00fcber Stra\u00dfe \u0434\u043e\u043c")) == 3
-    assert tokens("") == tokens(" \n\t") == []
-    assert len(set(tokens("a b c d e f g . , ; : ! ?"))) == 13
 
 
 # --- classifiers ---------------------------------------------------------------------------------------------------------
@@ -206,8 +188,8 @@ def test_calibration_finds_scale_and_shift() -> None:
 def test_perplexity_is_lower_on_text_like_that_of_training(trigrams: Path) -> None:
     model = perplexity.load(trigrams)
     unlike = "Quarterly dividends fell sharply because wholesale copper contracts expired unsold."
-    own, new, mixed, other, script = model.perplexity(texts_of([prose(5), prose(5000), "of of the The a a river", unlike, code(1)]))
-    assert own < 40 and new < 40 and max(own, new) < mixed < other and max(own, new) < script
+    own, new, mix64, other, script = model.perplexity(texts_of([prose(5), prose(5000), "of of the The a a river", unlike, code(1)]))
+    assert own < 40 and new < 40 and max(own, new) < mix64 < other and max(own, new) < script
 
 
 def test_probabilities_sum_to_one(tmp_path: Path) -> None:
@@ -218,8 +200,8 @@ def test_probabilities_sum_to_one(tmp_path: Path) -> None:
     def probability(model: perplexity.Trigrams, text: str) -> float:
         return 2 ** -(len(text.split()) * float(model.bits(texts_of([text]))[0])) if text else 1.0
 
-    for least in (1, 2, 3):
-        model = perplexity.train([documents(texts)], tmp_path, least=least)
+    for min_count in (1, 2, 3):
+        model = perplexity.train([documents(texts)], tmp_path, min_count=min_count)
         assert model.settings["words"] == 6 and model.settings["rare_words"] == 0
         for before in ("", "a", "a b", "f f", "b zzz"):  # the last of them never seen
             found = sum(probability(model, f"{before} {word}") for word in [*words, "zzz"])
@@ -233,7 +215,7 @@ def test_a_model_is_the_same_after_loading_and_however_it_is_read(trigrams: Path
     assert np.array_equal(again.bits(texts), bits, equal_nan=True)
     assert np.array_equal(perplexity.load(tmp_path).bits(texts), bits, equal_nan=True)
     empty = [math.isnan(x) for x in bits[2:].tolist()]
-    assert empty == [not tokens(text) for text in ODD]
+    assert empty == [not text.strip(" \n\0") for text in ODD]
     assert np.array_equal(again.bits(texts_of([code(7)])), bits[1:2])
 
 
@@ -245,7 +227,7 @@ def test_thresholds_of_equal_weights() -> None:
     scores = np.arange(100, dtype=np.float32)[:, None]
     found = thresholds([measured(list(range(100)))], chosen)
     assert found.shape == (1, 19) and found[0].tolist() == list(range(4, 95, 5))
-    outcome = quality(documents(["t"] * 100), chosen, scores, found)
+    outcome = quality(documents(["t"] * 100), chosen, scores, limits=found)
     assert np.bincount(outcome.kept["quality_bucket"].to_numpy()).tolist() == [4] + [5] * 18 + [6]
     weighted = thresholds([measured(list(range(100)), [7] * 100)], Quality(classifiers=["column:x"]))
     assert np.array_equal(weighted, found)
@@ -275,8 +257,8 @@ def test_thresholds_do_not_depend_on_shards(data: st.DataObject) -> None:
     chosen = Quality(classifiers=["column:x"], weight=data.draw(st.sampled_from(["bytes", "documents"])), bins=7, sample=10_000)
     few = chosen.model_copy(update={"sample": data.draw(st.integers(1, 70))})
     cuts = sorted(data.draw(st.lists(st.integers(0, count), max_size=5)))
-    mixed = table.take(pa.array(data.draw(st.permutations(range(count)))))
-    parts = [mixed.slice(a, b - a) for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
+    mix64 = table.take(pa.array(data.draw(st.permutations(range(count)))))
+    parts = [mix64.slice(a, b - a) for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
     assert np.array_equal(thresholds([table], chosen), thresholds(parts, chosen))
     try:
         expected = thresholds([table], few)
@@ -309,7 +291,7 @@ def test_the_ensemble_is_the_maximum_of_bins() -> None:
     chosen = Quality(classifiers=["column:a", "column:b", "column:c"])
     found = measure(table, chosen)
     limits = thresholds([found], chosen)
-    outcome = quality(table, chosen, scores_of(found, chosen), limits)
+    outcome = quality(table, chosen, scores_of(found, chosen), limits=limits)
     buckets = outcome.kept["quality_bucket"].to_numpy()
     singles = [np.digitize(scores[:, c], limits[c]) for c in range(3)]
     others = [n for n in range(400) if n not in (7, 8, 9)]
@@ -328,12 +310,12 @@ def test_labels() -> None:
 
 def test_low_buckets_and_unwanted_labels_are_dropped() -> None:
     table = documents(["t"] * 100, [{"x": i} for i in range(100)]).append_column("quality", pa.array(["old"] * 100))
-    low = cut(table, Quality(classifiers=["column:x"], least=18))
+    low = cut(table, Quality(classifiers=["column:x"], min_bucket=18))
     assert low.kept["id"].to_pylist() == [f"d{i}" for i in range(89, 100)]
     assert set(low.kept["quality"].to_pylist()) == {"Medium-High", "High"}
     assert low.dropped.schema == DROPPED and set(low.dropped["reason"].to_pylist()) == {"quality"}
     assert low.dropped["figure"].to_pylist()[:5] == [0, 0, 0, 0, 1] and set(low.dropped["limit"].to_pylist()) == {18}
-    kept = cut(table, Quality(classifiers=["column:x"], keep=["Low", "High"], least=1))
+    kept = cut(table, Quality(classifiers=["column:x"], keep=["Low", "High"], min_bucket=1))
     assert set(kept.kept["quality"].to_pylist()) == {"Low", "High"} and min(kept.kept["quality_bucket"].to_pylist()) == 1
     assert set(kept.dropped["reason"].to_pylist()) == {"quality", "quality Medium-Low", "quality Medium", "quality Medium-High"}
 
@@ -371,7 +353,7 @@ def test_pareto_keeps_with_the_probability_of_curator() -> None:
     chosen = Quality(classifiers=["column:p"], pareto=3, bins=2)
     kept: set[str] = set()
     for score, share in ((0, 0.125), (0.25, 0.187), (0.5, 0.296), (0.75, 0.512), (0.9, 0.751), (1, 1)):
-        outcome = quality(table, chosen, np.full((100_000, 1), score, np.float32), np.zeros((1, 1), np.float32))
+        outcome = quality(table, chosen, np.full((100_000, 1), score, np.float32), limits=np.zeros((1, 1), np.float32))
         found = len(outcome.kept) / 100_000
         exact = (2 - score) ** -3
         assert abs(exact - share) < 6e-4 and abs(found - exact) <= 3 * math.sqrt(exact * (1 - exact) / 100_000)
@@ -389,6 +371,6 @@ def test_what_pareto_refuses() -> None:
 
 
 def test_wrong_settings() -> None:
-    for values in ({"classifiers": []}, {"classifiers": ["column:"]}, {"least": 20}, {"keep": ["Best"]}, {"bins": 1}):
+    for values in ({"classifiers": []}, {"classifiers": ["column:"]}, {"min_bucket": 20}, {"keep": ["Best"]}, {"bins": 1}):
         with pytest.raises(ValidationError):
             Quality.model_validate({"classifiers": ["column:x"]} | values)

@@ -6,11 +6,11 @@ import unicodedata
 import pyarrow as pa
 import pytest
 
-from gristmill.curate.text.text_column import DIGIT, LETTER, SPACE, Texts, classes
+from gristmill.curate.text.text_column import DIGIT, LETTER, SPACE, TextColumn, char_classes
 
 
 def test_classes_are_pythons() -> None:
-    table = classes()
+    table = char_classes()
     for point in range(sys.maxunicode + 1):
         char = chr(point)
         expected = SPACE * char.isspace() | LETTER * (unicodedata.category(char)[0] == "L") | DIGIT * char.isdecimal()
@@ -26,6 +26,6 @@ def test_texts_of_any_column(kind: pa.DataType) -> None:
         (pa.chunked_array([array, array.slice(2)]), 6),
         (pa.chunked_array([], kind), 0),
     ):
-        texts = Texts.of(column)
+        texts = TextColumn.of(column)
         assert len(texts) == expected == len(texts.sizes_N)
         assert [bytes(texts.bytes_of(i)).decode() for i in range(expected)] == column.to_pylist()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gristmill.curate.outcome import DOCUMENT, DROPPED
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
 from gristmill.curate.transforms import clean as module
 from gristmill.curate.transforms.clean import Clean, clean, mend, needs
 
@@ -147,7 +147,7 @@ def test_cleaning_twice_is_cleaning_once(texts: list[str]) -> None:
 @given(ANY)
 def test_the_scan_misses_nothing(text: str) -> None:
     """A text without a need comes back from every repair as it is; so does one from the repairs that it has no need of."""
-    mask = int(needs(Texts.of(pa.array([text])))[0])
+    mask = int(needs(TextColumn.of(pa.array([text])))[0])
     for bit, change in module._REPAIRS.items():
         if not mask & bit:
             assert change(text) == text
@@ -165,7 +165,7 @@ def test_ftfy_changes_no_plain_ascii_nor_inert_characters() -> None:
     assert all(fix_text(a + b, FTFY) == a + b for a in ascii for b in ascii)
     alphabet = [*INERT[:8], "、", "か", "漢", "한", "a", "A", "0", " ", "."]
     joined = "\n".join(map("".join, itertools.product(alphabet, repeat=4)))
-    assert needs(Texts.of(pa.array([joined.replace("\n", " ")])))[0] & module.UNICODE == 0
+    assert needs(TextColumn.of(pa.array([joined.replace("\n", " ")])))[0] & module.UNICODE == 0
     from ftfy.badness import is_bad
 
     assert not is_bad(joined) and fix_text("\n".join(INERT), FTFY) == "\n".join(INERT)
@@ -173,7 +173,7 @@ def test_ftfy_changes_no_plain_ascii_nor_inert_characters() -> None:
 
 def test_every_inert_character_is_composed_and_no_sign_of_mojibake() -> None:
     every = [chr(c) for c in (*range(0x2010, 0xD7B0), 0xFE0F, *range(0x1F000, 0x20000))]
-    inert = [c for c, need in zip(every, needs(Texts.of(pa.array(every))), strict=True) if not need & module.UNICODE]
+    inert = [c for c, need in zip(every, needs(TextColumn.of(pa.array(every))), strict=True) if not need & module.UNICODE]
     assert len(inert) > 30_000 and set(INERT) <= set(inert)
     rng = np.random.default_rng(0)
     text = "".join(rng.permutation(inert))

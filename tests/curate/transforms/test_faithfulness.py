@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from gristmill.curate.transforms.faithfulness import FIGURES, entities, figures, numbers
+from gristmill.curate.transforms.faithfulness import METRICS, compute, entities, numbers
 
 SOURCE = (
     "THE HISTORY OF THE BRIDGE\n"
@@ -12,6 +12,10 @@ SOURCE = (
     "it in seven years. Its spans are 521.3 metres long. On 4 March 1890 the Prince of Wales drove home the last rivet.\n"
     "Today trains of ScotRail cross the bridge; the RAIL board's painters never rest."
 )
+
+
+def measured(source: str, text: str, source_tokens: int, tokens: int) -> dict[str, float]:
+    return compute(source, text, source_tokens=source_tokens, tokens=tokens)
 
 
 def test_names_are_capitals_that_no_sentence_asks_for() -> None:
@@ -42,8 +46,8 @@ def test_numbers_are_written_in_one_way(text: str, found: set[str]) -> None:
 
 
 def test_the_source_itself_is_true_to_itself() -> None:
-    assert figures(SOURCE, SOURCE, 80, 80) == dict.fromkeys(FIGURES, 1.0)
-    assert figures("", "", 0, 0)["entity_recall"] == 1.0
+    assert measured(SOURCE, SOURCE, 80, 80) == dict.fromkeys(METRICS, 1.0)
+    assert measured("", "", 0, 0)["entity_recall"] == 1.0
 
 
 def test_other_words_for_the_same_are_true() -> None:
@@ -51,18 +55,21 @@ def test_other_words_for_the_same_are_true() -> None:
         "Designed by Benjamin Baker and John Fowler, the bridge across the Firth of Forth was begun in 1882; some 4600 men needed 7 years. "
         "Each span measures 521.3 m. The last rivet was driven by the Prince of Wales on 4 March 1890. It is crossed by ScotRail trains."
     )
-    found = figures(SOURCE, same, 80, 60)
+    found = measured(SOURCE, same, 80, 60)
     assert found["entity_recall"] >= 0.9 and found["number_recall"] == found["number_support"] == found["entity_support"] == 1.0
     assert found["length"] == 0.75
 
 
 def test_what_is_lost_and_what_is_made_up_shows() -> None:
-    lost = figures(SOURCE, "A bridge was built over the water by many men long ago. It is crossed by trains of ScotRail.", 80, 20)
+    lost = measured(SOURCE, "A bridge was built over the water by many men long ago. It is crossed by trains of ScotRail.", 80, 20)
     assert lost["entity_recall"] < 0.3 and lost["number_recall"] == 0.0 and lost["number_support"] == lost["entity_support"] == 1.0
-    about = figures(SOURCE, "The paragraph is rewritten clearly, keeping its original meaning. " * 4, 80, 40)
+    about = measured(SOURCE, "The paragraph is rewritten clearly, keeping its original meaning. " * 4, 80, 40)
     assert about["word_support"] == 0.0 and about["distinct"] < 0.3 and about["entity_support"] == about["number_support"] == 1.0
-    invented = figures(
-        SOURCE, "The bridge was designed by Gustave Eiffel and took 12 years; it opened in 1894 in Paris, with Queen Anne.", 80, 20
+    invented = measured(
+        SOURCE,
+        "The bridge was designed by Gustave Eiffel and took 12 years; it opened in 1894 in Paris, with Queen Anne.",
+        80,
+        20,
     )
     assert invented["number_support"] == 0.0 and invented["entity_support"] == 0.0
 
@@ -72,5 +79,5 @@ def test_what_is_lost_and_what_is_made_up_shows() -> None:
 )
 def test_letters_with_marks_are_found_again(text: str) -> None:
     assert len(entities(text)) == 2
-    found = figures(text, unicodedata.normalize("NFC", text), 10, 10)
+    found = measured(text, unicodedata.normalize("NFC", text), 10, 10)
     assert found["entity_recall"] == found["entity_support"] == found["word_support"] == 1.0

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gristmill.curate.outcome import DOCUMENT, DROPPED
+from gristmill.curate.text.text_column import read_only
 from gristmill.curate.transforms import pii as module
 from gristmill.curate.transforms.pii import KINDS, Pii, pii, redact
 
@@ -186,7 +187,7 @@ def test_neighbours_do_not_join() -> None:
 
 def test_documents_with_too_many_findings_are_dropped() -> None:
     table = documents(["none", "a@b.com", "a@b.com and c@d.org", ""])
-    outcome = pii(table, Pii(action="drop", most=1))
+    outcome = pii(table, Pii(action="drop", max_findings=1))
     assert outcome.kept["text"].to_pylist() == ["none", "a@b.com", ""]
     assert outcome.dropped.select(["id", "step", "reason", "figure", "limit"]).to_pylist() == [
         {"id": "d2", "step": "pii", "reason": "pii", "figure": 2.0, "limit": 1.0}
@@ -232,5 +233,5 @@ def test_long_lines_of_digits_and_signs_end() -> None:
 def test_the_scan_names_few_places_in_prose() -> None:
     text = "The quick brown fox, at 12:30 on 3 May 2024, jumped over 13 lazy dogs (see https://example.org/a?b=c). " * 50
     data_B, begin_N = np.frombuffer(text.encode(), np.uint8), np.array([0, len(text)])
-    where, _ = module._scan(*map(module._fixed, (data_B, begin_N)), module._CLASSES, module._key_starts())
+    where, _ = module._scan(*map(read_only, (data_B, begin_N)), module._CLASSES, module._key_starts())
     assert len(where) < len(text) / 300

@@ -117,7 +117,7 @@ def test_what_is_not_true_to_its_source_is_dropped(obedient: Any, tmp_path: Path
     assert "refused (400)" in gone["refused#wikipedia-0"]["meta"] and gone["refused#wikipedia-0"]["figure"] is None
     assert explain(tmp_path / "run", "lie#wikipedia-0")[0]["reason"] == "number_recall"
     page = write_page(tmp_path / "run", funnel).read_text()
-    assert "nan" not in page and "number_recall (0, limit 0.8)" in page and " more</td>" in page
+    assert "nan" not in page and "number_recall: 1 dropped" in page and "measured 0, limit 0.8" in page
 
 
 def test_some_documents_alone_and_without_the_originals(obedient: Any, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_some_documents_alone_and_without_the_originals(obedient: Any, tmp_path:
 def test_scores_of_a_reward_model(obedient: Any, tmp_path: Path) -> None:
     corpus = corpus_in(tmp_path, unrated=document(20, x="This one is unrated."), other=document(21))
     reward = {"base_url": obedient.url, "model": "mock-reward"}
-    curated(recipe_of(corpus, obedient, reward=reward, least_reward=3.5, calls={"retries": 0}), tmp_path / "run")
+    curated(recipe_of(corpus, obedient, reward=reward, min_reward=3.5, calls={"retries": 0}), tmp_path / "run")
     kept, gone = rows_in(tmp_path / "run" / "data"), rows_in(tmp_path / "run" / "dropped")
     made = {name: json.loads(row["meta"]) for name, row in (kept | gone).items() if "#" in name}
     for name, meta in made.items():
@@ -228,10 +228,10 @@ def test_killed_runs_buy_nothing_twice(start_endpoint: Callable[..., Any], tmp_p
         ({"generators": []}, "give endpoints, or one folder"),
         ({"column": "band"}, "both column and values"),
         ({"limits": {"entity_recal": [0, 1]}}, "did you mean 'entity_recall'"),
-        ({"limits": {"length": [2, 1]}}, "the least of length is above the most"),
+        ({"limits": {"length": [2, 1]}}, "the min of length is above the max"),
         ({"tasks": ["distill", "distill"]}, "each once"),
         ({"generators": [{"base_url": "http://localhost:1/v1", "model": "m", "kind": "completions"}]}, "use 'chat'"),
-        ({"least_reward": 2}, "needs a reward model"),
+        ({"min_reward": 2}, "needs a reward model"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], words: str) -> None:

@@ -1,4 +1,4 @@
-"""Documents of several sources, as tokens, in the order that they are trained on.
+"""Data blending: documents of several sources, as tokens, in the order that they are trained on.
 
 Each input file is encoded once. Then every phase draws whole documents of each source until the source has its share of the tokens; a
 source is gone through in one seeded permutation of its documents after another, from phase to phase, so that none comes a second time
@@ -26,7 +26,7 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import state, write_json
 from gristmill.core.progress import Progress
 from gristmill.curate.blend.encode import Encoder, fast_encoder
-from gristmill.curate.io import readers as documents
+from gristmill.curate.io import readers
 from gristmill.curate.io.readers import Reading
 from gristmill.data.rows import make_id
 from gristmill.data.token_store import TOKEN
@@ -36,29 +36,29 @@ from gristmill.runs.executor import Task
 from gristmill.runs.run_dir import RunDir, Stage
 
 SHARD_TOKENS = 1 << 28  # 1 GiB
-MOST_SKIPPED = 1000  # skips that are named one by one
+MAX_SKIPPED = 1000  # skips that are named one by one
 STORE = "blend.json"  # says that the token store is whole
 Facts = dict[str, Any]
 
 
 class Source(Section):
-    """Documents that share a weight."""
+    """Data source: documents that share a weight."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
     inputs: list[PatternPath] = Field(min_length=1, description="files, folders and patterns")
     weight: float = Field(gt=0, allow_inf_nan=False, description="of its tokens, relative to the other sources")
-    most_epochs: float = Field(4.0, gt=0, description="how often its tokens may be used; repeats beyond four are worth little (2305.16264)")
+    max_epochs: float = Field(4.0, gt=0, description="how often its tokens may be used; repeats beyond four are worth little (2305.16264)")
 
 
 class Phase(Section):
-    """A stretch of the training tokens."""
+    """Phase of the data schedule: a stretch of the training tokens, with weights of its own."""
 
     share: float = Field(gt=0, allow_inf_nan=False, description="of the tokens, relative to the other phases")
     weights: dict[str, float] = Field(default_factory=dict, description="by source, 0 for those not named; none: the sources' own")
 
 
 class Blend(Recipe):
-    """What is blended, and how much of it."""
+    """Blend recipe: what is blended, and how much of it."""
 
     kind: Literal["blend"] = "blend"
     name: str = Field("blend", pattern=r"^[\w.-]+$")
@@ -127,7 +127,7 @@ def encode(
     eos = np.array([eos_id], TOKEN).tobytes()
 
     def documents_of() -> Iterator[np.ndarray]:
-        for table in documents.read(source, reading, lambda where, why: skipped.append((where, why)), name):
+        for table in readers.read(source, reading, lambda where, why: skipped.append((where, why)), name=name):
             texts = [text for text in table["text"].to_pylist() if text]
             facts["empty"] += len(table) - len(texts)
             yield from encoder(texts)
@@ -148,7 +148,7 @@ def encode(
         facts["shards"].append({"stem": stem, "documents": len(ends)})
         facts["documents"] += len(ends)
         facts["tokens"] += size
-    return facts | {"exact": encoder.exact, "num_skipped": len(skipped), "skipped": skipped[:MOST_SKIPPED]}
+    return facts | {"exact": encoder.exact, "num_skipped": len(skipped), "skipped": skipped[:MAX_SKIPPED]}
 
 
 def gather(stems: Sequence[Path], firsts_S: np.ndarray, order: Path, ends: Path, begin: int, end: int, out: Path) -> Facts:
@@ -241,10 +241,10 @@ def draw(recipe: Blend, lengths: Sequence[np.ndarray]) -> tuple[np.ndarray, list
         present, name = int(one.lengths_N.sum()), one.source.name
         if wanted and not present:
             raise InputError(f"Source {name!r} holds no documents with text: give other inputs, or leave it out.")
-        if wanted > present * one.source.most_epochs:
+        if wanted > present * one.source.max_epochs:
             raise InputError(
                 f"Source {name!r} has {present:,} tokens and the blend wants {wanted:,} of it, {wanted / present:.2f} epochs, more "
-                f"than its most_epochs {one.source.most_epochs:g}: lower its weight or `tokens`, raise most_epochs, or add documents."
+                f"than its max_epochs {one.source.max_epochs:g}: lower its weight or `tokens`, raise max_epochs, or add documents."
             )
     order, phases = [], []
     for number, wanted_S in enumerate(targets):
@@ -302,7 +302,7 @@ def blend(recipe: Blend, folder: Path, progress: Progress) -> Facts:
         InputError: an input is missing, a source has too few tokens, or the disk is full.
     """
     tokenizer = Tokenizer.load(recipe.tokenizer)
-    files = {source.name: documents.names(source.inputs) for source in recipe.sources}
+    files = {source.name: readers.list_files(source.inputs) for source in recipe.sources}
     with RunDir(folder, recipe, progress) as run_dir:
         return _Run(recipe, run_dir, tokenizer, files=files).run()
 
@@ -361,7 +361,7 @@ class _Run:
         for paths in self.files.values():
             mine = [next(done) for _ in paths]
             summed = {name: sum(one[name] for one in mine) for name in ("empty", "num_skipped")}
-            skipped = [entry for one in mine for entry in one["skipped"]][:MOST_SKIPPED]
+            skipped = [entry for one in mine for entry in one["skipped"]][:MAX_SKIPPED]
             shards = [shard for one in mine for shard in one["shards"]]
             exact = any(one["exact"] for one in mine)
             sources.append({"files": len(mine), **summed, "skipped": skipped, "exact": exact, "shards": shards})

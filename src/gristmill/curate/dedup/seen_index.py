@@ -1,4 +1,4 @@
-"""Documents that an earlier curation has seen: `remember` keeps hash and signature of all that pass it, `seen` drops what is among them.
+"""Deduplication against earlier curations: `remember` keeps hash and signature of all that pass it, `seen` drops what is among them.
 
     seen: keys of each shard, keys of each file of the index -> pairs of each part -> drops of each shard
 
@@ -18,24 +18,19 @@ from pydantic import Field
 
 from gristmill.core.config import FilePath, Section
 from gristmill.core.errors import InputError
-from gristmill.curate.dedup import minhash
-from gristmill.curate.dedup.duplicates import NEIGHBOURS, PAIRS
+from gristmill.curate.dedup.duplicates import NEIGHBOURS, PAIRS, Signature
 from gristmill.curate.io import shards
 from gristmill.curate.outcome import Outcome, split
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
+from gristmill.data.minhash import band_keys
 
 DESCRIPTION = "index.json"
 
 
-class Remember(Section):
-    """Put what passes here into the run's `index/`, for a later curation."""
+class Remember(Signature):
+    """Build a deduplication index: put what passes here into the run's `index/`, for a later curation."""
 
     step: Literal["remember"] = "remember"
-    shingle: Literal["words", "characters"] = "words"
-    size: int = Field(0, ge=0, description="of a shingle; 0: 5 words or 24 characters")
-    bands: int = Field(20, gt=0)
-    rows: int = Field(13, gt=0)
-    seed: int = 0
 
 
 class Seen(Section):
@@ -43,7 +38,7 @@ class Seen(Section):
 
     step: Literal["seen"] = "seen"
     index: FilePath = Field(description="the `index` folder of an earlier run")
-    threshold: float = Field(0.7, ge=0, le=1, description="least share of a signature that agrees; 1 drops only equal texts")
+    threshold: float = Field(0.7, ge=0, le=1, description="min share of a signature that agrees; 1 drops only equal texts")
 
 
 def described(index: Path) -> Remember:
@@ -60,9 +55,8 @@ def described(index: Path) -> Remember:
 
 def _sketched(table: pa.Table, how: Remember) -> pa.Table:
     """id, hash (16 bytes), signature (bytes; null of a text without shingles)."""
-    texts = Texts.of(table["text"])
-    words = how.shingle == "words"
-    signature, counts = minhash.signatures(texts, words, how.size or (5 if words else 24), how.bands * how.rows, how.seed)
+    texts = TextColumn.of(table["text"])
+    signature, counts = how.of(texts)
     hashes = [xxhash.xxh3_128_digest(texts.bytes_of(i)) for i in range(len(texts))]
     flat = [signature[i].tobytes() if counts[i] else None for i in range(len(texts))]
     return pa.table(
@@ -88,11 +82,11 @@ def keys(shard: int, sketched: Path, out: Path, parts: int, index: Path) -> dict
     hashes = np.frombuffer(b"".join(table["hash"].to_pylist()), np.uint64).reshape(-1, 2)
     some = np.flatnonzero(table["signature"].is_valid().to_numpy(zero_copy_only=False))
     signature = np.frombuffer(b"".join(table["signature"].drop_null().to_pylist()), np.uint32).reshape(-1, how.bands * how.rows)
-    bands = minhash.band_keys(np.ascontiguousarray(signature), how.bands, how.rows)
+    bands = band_keys(np.ascontiguousarray(signature), how.bands, how.rows)
     key = np.concatenate([hashes[:, 0], bands.ravel()])
     rows = np.concatenate([np.arange(len(hashes)), np.repeat(some, how.bands)])
     found = pa.table({"key": key, "number": shards.number(shard, rows)})
-    shards.write_parts(out, found, (key % np.uint64(parts)).astype(np.int64), parts)
+    shards.write_parts(out, found, (key % np.uint64(parts)).astype(np.int64), num_parts=parts)
     return {}
 
 
@@ -107,18 +101,18 @@ def pairs(part: int, new: Sequence[Path], old: Sequence[Path], out: Path, num_sh
     new_key, new_number, old_key, old_number = columns
     left, right = _joined(new_key, new_number, old_key, old_number, NEIGHBOURS)
     table = pa.table({"left": left, "right": right}, schema=PAIRS)
-    shards.write_parts(out, table, shards.shard_of(left), num_shards)
+    shards.write_parts(out, table, shards.shard_of(left), num_parts=num_shards)
     return {}
 
 
 @njit(cache=True, nogil=True)
-def _joined(new_key, new_number, old_key, old_number, most):  # type: ignore[no-untyped-def]
+def _joined(new_key, new_number, old_key, old_number, max_old):  # type: ignore[no-untyped-def]
     left, right = [np.int64(0) for _ in range(0)], [np.int64(0) for _ in range(0)]
     at = 0
     for i in range(len(new_key)):
         while at < len(old_key) and old_key[at] < new_key[i]:
             at += 1
-        for k in range(at, min(at + most, len(old_key))):
+        for k in range(at, min(at + max_old, len(old_key))):
             if old_key[k] != new_key[i]:
                 break
             left.append(new_number[i])

@@ -1,4 +1,4 @@
-"""Documents that mean the same: of those whose vectors are nearly parallel one stays, inside clusters of like documents.
+"""Semantic deduplication (SemDeDup, 2303.09540): k-means over embeddings, then a cosine threshold inside each cluster.
 
     vectors of each shard -> start -> (sums of each shard -> centroids), again and again -> clusters of each shard -> drops of each part
 
@@ -26,9 +26,11 @@ from gristmill.core.errors import InputError
 from gristmill.curate.dedup import minhash
 from gristmill.curate.dedup.duplicates import write_drops
 from gristmill.curate.io import shards
-from gristmill.curate.outcome import drawn
-from gristmill.curate.quality import lm_scores as base
-from gristmill.curate.text.text_column import Texts, mixed
+from gristmill.curate.outcome import hash_uniform
+from gristmill.curate.quality import lm_scores
+from gristmill.curate.text.text_column import TextColumn, longest
+from gristmill.curate.text.words import BYTES, buffers
+from gristmill.data.minhash import GOLDEN, mix64
 
 BLOCK = 1024  # vectors that are compared at once
 SAMPLE = 65_536  # documents that the start is drawn from, at most
@@ -39,14 +41,14 @@ COLUMN = "column:"
 
 
 class Semantic(Section):
-    """Of documents whose vectors have a cosine of 1 - eps or more keep one."""
+    """Semantic deduplication: of documents whose embeddings have a cosine of 1 - eps or more keep one."""
 
     step: Literal["semantic"] = "semantic"
     embedding: SourceOrPath = Field("hashed", min_length=1, description="hashed (words and pairs of words), column:NAME, or a model folder")
     dimensions: int = Field(256, gt=0, le=8192, description="of hashed vectors")
     clusters: int = Field(0, ge=0, description="0: the square root of the number of documents")
     iterations: int = Field(20, ge=0, description="of k-means, at most")
-    eps: float = Field(0.01, ge=0, lt=1, description="1 - the least cosine of a duplicate")
+    eps: float = Field(0.01, ge=0, lt=1, description="1 - the min cosine of a duplicate")
     order: Literal["hard", "easy", "random"] = Field("hard", description="what stays: far from the centroid, near it, or by chance")
     seed: int = 0
 
@@ -59,16 +61,15 @@ def num_clusters(documents: int, how: Semantic) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _hashed(data_B, begin_N, lower, seed, vector_ND):  # type: ignore[no-untyped-def]
+def _hashed(data_B, begin_N, table, seed, vector_ND):  # type: ignore[no-untyped-def]
     """Sums of sign vectors of the words and pairs of words of each text, each weighted with log(1 + count)."""
-    room = 2
-    for n in range(len(begin_N) - 1):
-        room = max(room, 2 * (begin_N[n + 1] - begin_N[n]) + 2)
+    room = 2 * longest(begin_N)
+    _, start_W, stop_W = buffers(begin_N)
     word_F, pair_F = np.empty(room, np.uint64), np.empty(room, np.uint64)
     for n in range(len(begin_N) - 1):
         data = data_B[begin_N[n] : begin_N[n + 1]]
-        words = minhash.shingles_of(data, lower, True, 1, word_F)
-        pairs = minhash.shingles_of(data, lower, True, 2, pair_F) if words > 1 else 0
+        words = minhash.shingles_of(data, table, True, 1, word_F, start_W, stop_W)
+        pairs = minhash.shingles_of(data, table, True, 2, pair_F, start_W, stop_W) if words > 1 else 0
         hash_F = np.sort(np.concatenate((word_F[:words], pair_F[:pairs])))
         vector = vector_ND[n]
         i = 0
@@ -79,7 +80,7 @@ def _hashed(data_B, begin_N, lower, seed, vector_ND):  # type: ignore[no-untyped
             weight = np.float32(np.log(1.0 + (j - i)))
             bits = hash_F[i] ^ seed
             for d in range(0, len(vector), 64):
-                bits = mixed(bits + np.uint64(0x9E3779B97F4A7C15))
+                bits = mix64(bits + GOLDEN)
                 for k in range(min(64, len(vector) - d)):
                     vector[d + k] += weight if (bits >> np.uint64(k)) & np.uint64(1) else -weight
             i = j
@@ -103,28 +104,23 @@ def _of_column(table: pa.Table, name: str) -> np.ndarray:
 
 
 def embed(shard: int, source: Path, out: Path, how: Semantic) -> dict[str, int]:
-    """Vectors of a shard's documents, float32, of length 1 or 0, and the number that each document draws."""
+    """Embeddings of a shard's documents, float32, of length 1 or 0, and the number that each document draws."""
     table = shards.read(source)
     if how.embedding == "hashed":
-        texts = Texts.of(table["text"])
+        texts = TextColumn.of(table["text"])
         vector_ND = np.zeros((len(texts), how.dimensions), np.float32)
-        _hashed(texts.data_B, texts.begin_N, minhash.LOWER, np.uint64(how.seed % 2**64), vector_ND)
+        _hashed(texts.data_B, texts.begin_N, BYTES, np.uint64(how.seed % 2**64), vector_ND)
     elif how.embedding.startswith(COLUMN):
         vector_ND = _of_column(table, how.embedding.removeprefix(COLUMN))
     else:
-        vector_ND = base.states(table["text"].to_pylist(), Path(how.embedding))
-    shards.write(out, pa.table({"vector": _packed(_unit(vector_ND)), "drawn": drawn(table["id"], how.seed, "rank")}))
+        vector_ND = lm_scores.mean_hidden_states(table["text"].to_pylist(), Path(how.embedding))
+    shards.write(out, pa.table({"vector": shards.packed(_unit(vector_ND)), "uniform": hash_uniform(table["id"], how.seed, "rank")}))
     return {"dimensions": vector_ND.shape[1]}
 
 
 def _unit(vector_ND: np.ndarray) -> np.ndarray:
     lengths = np.sqrt(np.einsum("nd,nd->n", vector_ND, vector_ND, dtype=np.float64))
     return (vector_ND / np.where(lengths > 0, lengths, 1.0)[:, None]).astype(np.float32)
-
-
-def _packed(vector_ND: np.ndarray) -> pa.Array:
-    data = pa.py_buffer(np.ascontiguousarray(vector_ND, np.float32).tobytes())
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * vector_ND.shape[1]), len(vector_ND), [None, data])
 
 
 def _unpacked(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -144,8 +140,10 @@ def _vectors(path: Path) -> np.ndarray:
 
 
 def start(embeddings: Sequence[Path], out: Path, how: Semantic) -> dict[str, int]:
-    """The first centroids [K, D]: documents of a sample, each drawn by its squared distance from those drawn before; fewer than asked for
-    if there are no more that differ."""
+    """Initial centroids [K, D] (k-means++): documents of a sample, each drawn by its squared distance from those drawn before.
+
+    They are fewer than asked for if there are no more that differ.
+    """
     rows = [shards.num_rows(path) for path in embeddings]
     draw = np.random.default_rng(how.seed)
     chosen = np.sort(draw.choice(sum(rows), min(sum(rows), max(SAMPLE, 2 * how.clusters)), replace=False))
@@ -172,7 +170,7 @@ def start(embeddings: Sequence[Path], out: Path, how: Semantic) -> dict[str, int
                 weight_S[at : at + BLOCK] = np.minimum(weight_S[at : at + BLOCK], np.maximum(near, 0.0))
         count += size
     centroid_KD = np.concatenate(centroids)
-    shards.write(out, pa.table({"vector": _packed(centroid_KD if count else np.zeros((1, sample_SD.shape[1]), np.float32))}))
+    shards.write(out, pa.table({"vector": shards.packed(centroid_KD if count else np.zeros((1, sample_SD.shape[1]), np.float32))}))
     return {"clusters": max(1, count)}
 
 
@@ -200,8 +198,7 @@ def sums(shard: int, embedding: Path, centroids: Path, out: Path) -> dict[str, f
     some = np.flatnonzero(counts)
     if len(some):
         total_KD[some] = np.add.reduceat(vector_ND[order].astype(np.float64), (np.cumsum(counts) - counts)[some])
-    flat = pa.FixedSizeBinaryArray.from_buffers(pa.binary(8 * total_KD.shape[1]), len(total_KD), [None, pa.py_buffer(total_KD.tobytes())])
-    shards.write(out, pa.table({"total": flat}))
+    shards.write(out, pa.table({"total": shards.packed(total_KD)}))
     return {"cosine": float(cosine.sum())}
 
 
@@ -214,7 +211,7 @@ def centroids(partial: Sequence[Path], old: Path, out: Path) -> dict[str, float]
     new_KD = _unit(total_KD)
     empty = ~new_KD.any(1)
     new_KD[empty] = old_KD[empty]
-    shards.write(out, pa.table({"vector": _packed(new_KD)}))
+    shards.write(out, pa.table({"vector": shards.packed(new_KD)}))
     return {"moved": float(np.sqrt(((new_KD - old_KD) ** 2).sum(1)).max())}
 
 
@@ -222,16 +219,16 @@ def centroids(partial: Sequence[Path], old: Path, out: Path) -> dict[str, float]
 
 
 def assign(shard: int, embedding: Path, centroids: Path, out: Path, parts: int, how: Semantic) -> dict[str, int]:
-    """Of each document of a shard its cluster, and its rank there: the lowest stays; those without a vector are left out."""
+    """Cluster of each document of a shard, and its rank there: the lowest stays; those without a vector are left out."""
     vector_ND = _vectors(embedding)
     nearest, cosine = _nearest(vector_ND, _vectors(centroids))
     some = np.flatnonzero(vector_ND.any(1))
     if how.order == "random":
-        rank = shards.read(embedding)["drawn"].to_numpy()
+        rank = shards.read(embedding)["uniform"].to_numpy()
     else:
         rank = np.round((cosine if how.order == "hard" else -cosine).astype(np.float64), 6)
     names = {"cluster": nearest[some], "number": shards.number(shard, some), "rank": rank[some]}
-    shards.write_parts(out, pa.table(names), nearest[some] % parts, parts)
+    shards.write_parts(out, pa.table(names), nearest[some] % parts, num_parts=parts)
     return {}
 
 
@@ -244,14 +241,14 @@ def semantic_groups(part: int, assigned: Sequence[Path], embeddings: Sequence[Pa
     dropped: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for members in np.split(number, np.flatnonzero(np.diff(cluster)) + 1):
         if len(members) > 1:
-            dropped.append(_settled(members, embeddings, 1.0 - how.eps - ROUNDING))
+            dropped.append(_resolve_cluster(members, embeddings, 1.0 - how.eps - ROUNDING))
     nothing = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
     numbers, keepers, figures = (np.concatenate(column) for column in zip(nothing, *dropped, strict=True))
-    write_drops(out, numbers, keepers, figures, len(embeddings))
+    write_drops(out, numbers, keepers, figures=figures, num_shards=len(embeddings))
     return {"dropped": len(numbers)}
 
 
-def _settled(members: np.ndarray, embeddings: Sequence[Path], limit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _resolve_cluster(members: np.ndarray, embeddings: Sequence[Path], limit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Numbers, keepers and cosines of what is dropped of one cluster, whose members are in their order."""
     kept: list[tuple[np.ndarray, np.ndarray]] = []  # blocks of numbers and vectors
     keeper, figure = np.full(len(members), -1), np.zeros(len(members))

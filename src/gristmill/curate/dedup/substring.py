@@ -1,4 +1,4 @@
-"""Exact substrings across all shards: a span of text that occurs again is cut out of all but its first occurrence.
+"""Exact-substring deduplication across all shards: a span of text that recurs is cut out of all but its first occurrence.
 
 A token is a maximal run of letters and digits, or one other character that is no space; a window is n tokens that follow each other in one
 document; windows are the same if their tokens are, whatever the white space between them. The first occurrence of a window is the one of
@@ -9,7 +9,7 @@ fewer than n such tokens stay. Hence
 - every window that occurred twice or more still stands where it occurred first, and what is cut stood elsewhere before;
 - a window that recurs may stay a second time only where it overlaps the first occurrence of another one that recurs;
 - the result is a function of the corpus alone, not of its division into shards and parts.
-(A document that `least_left` drops takes its first occurrences with it.)
+(A document that `min_left` drops takes its first occurrences with it.)
 
 Windows are as many as tokens, too many to exchange. So each window has an anchor: of the k-grams in it (k = n / 2) the one of the least
 hash, the first of equals, as in winnowing (Schleimer, Wilkerson and Aiken 2003). The same windows have the same anchor, and there are about
@@ -25,7 +25,6 @@ Shapes: N documents, B bytes, T tokens of one document, W windows, R ranges.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -37,13 +36,13 @@ from pydantic import Field
 from gristmill.core.config import Section
 from gristmill.curate.io import shards
 from gristmill.curate.outcome import Metric, Outcome, split, with_text
-from gristmill.curate.text.text_column import DIGIT, LETTER, SPACE, Texts, classes, decoded, mixed
+from gristmill.curate.text.text_column import TextColumn, decode_utf8, longest
+from gristmill.curate.text.words import FNV_OFFSET, letters_and_marks, tokenize
+from gristmill.data.minhash import GOLDEN, mix64
 
 BYTES_A_PART = 128 << 20
 # Ranges of windows, by the tokens where they begin: of first occurrences, or of others.
 RANGES = pa.schema([("number", pa.int64()), ("begin", pa.int64()), ("end", pa.int64()), ("first", pa.bool_())])
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_OTHER, _WORD = np.uint8(1), np.uint8(2)
 
 
 class Substring(Section):
@@ -51,7 +50,7 @@ class Substring(Section):
 
     step: Literal["substring"] = "substring"
     tokens: int = Field(50, gt=0, description="of the shortest span that is cut: words, and other characters that are no spaces")
-    least_left: int = Field(0, ge=0, description="characters; a document that is cut to fewer is dropped")
+    min_left: int = Field(0, ge=0, description="characters; a document that is cut to fewer is dropped")
 
 
 def num_parts(sources: Sequence[Path]) -> int:
@@ -62,58 +61,33 @@ def num_parts(sources: Sequence[Path]) -> int:
 # ---- tokens, windows and anchors ----
 
 
-@cache
-def _kinds() -> np.ndarray:
-    """uint8 for every code point: 0 a space, _OTHER, or _WORD."""
-    kinds = np.where((classes() & (LETTER | DIGIT)) != 0, _WORD, _OTHER)
-    return np.where((classes() & SPACE) != 0, np.uint8(0), kinds).astype(np.uint8)
-
-
 @njit(cache=True, nogil=True)
-def _tokens(data_B, begin, end, kinds, high_T, low_T, start_T, stop_T):  # type: ignore[no-untyped-def]
-    """Two hashes of each token of one text, and the bytes where it starts and stops; their number."""
-    count, i, inside = 0, begin, False
-    high, low = np.uint64(0), np.uint64(0)
-    while i < end:
-        point, size = np.int64(data_B[i]), 1
-        if point >= 0x80:
-            point, size = decoded(data_B, i)
-        kind = kinds[point]
-        if inside and kind != 2:
-            inside = False
-            high_T[count], low_T[count], stop_T[count] = mixed(high), mixed(low), i
-            count += 1
-        if kind:
-            if not inside:
-                high, low = np.uint64(0xCBF29CE484222325), np.uint64(0x452821E638D01377)
-                start_T[count] = i
-            high = (high ^ np.uint64(point)) * np.uint64(0x100000001B3)
+def _second_hashes(data_B, start_T, stop_T, count, low_T):  # type: ignore[no-untyped-def]
+    """Other hashes of the tokens, which make 128 bits of 64."""
+    for t in range(count):
+        low, i = np.uint64(0x452821E638D01377), start_T[t]
+        while i < stop_T[t]:
+            point, size = np.int64(data_B[i]), 1
+            if point >= 0x80:
+                point, size = decode_utf8(data_B, i)
             low = (low + np.uint64(point)) * np.uint64(0xD6E8FEB86659FD93)
-            inside = kind == 2
-            if not inside:
-                high_T[count], low_T[count], stop_T[count] = mixed(high), mixed(low), i + size
-                count += 1
-        i += size
-    if inside:
-        high_T[count], low_T[count], stop_T[count] = mixed(high), mixed(low), end
-        count += 1
-    return count
+            i += size
+        low_T[t] = mix64(low)
 
 
 @njit(cache=True, nogil=True)
 def _grams(hash_T, count, size, out_T):  # type: ignore[no-untyped-def]
     """Hashes of all runs of `size` tokens, by doubling: of 2, 4, 8, .. tokens, and of two runs that overlap in the end."""
-    factor = np.uint64(0x9E3779B97F4A7C15)
     for i in range(count):
         out_T[i] = hash_T[i]
     span = 1
     while 2 * span <= size:
         for i in range(count - 2 * span + 1):  # in place: what is read lies ahead
-            out_T[i] = mixed(out_T[i] * factor + out_T[i + span])
+            out_T[i] = mix64(out_T[i] * GOLDEN + out_T[i + span])
         span *= 2
     if span < size:
         for i in range(count - size + 1):
-            out_T[i] = mixed(out_T[i] * factor + out_T[i + size - span])
+            out_T[i] = mix64(out_T[i] * GOLDEN + out_T[i + size - span])
 
 
 @njit(cache=True, nogil=True)
@@ -130,14 +104,6 @@ def _anchors(gram_T, windows, among, queue_T, anchor_T):  # type: ignore[no-unty
             if queue_T[head] < first:
                 head += 1
             anchor_T[first] = queue_T[head]
-
-
-@njit(cache=True, nogil=True)
-def _longest(begin_N):  # type: ignore[no-untyped-def]
-    size = 1
-    for n in range(len(begin_N) - 1):
-        size = max(size, begin_N[n + 1] - begin_N[n])
-    return size
 
 
 @njit(cache=True, nogil=True)
@@ -167,17 +133,17 @@ def _among(sorted_, key):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _windows(data_B, begin_N, kinds, n, k, repeated, only_keys):  # type: ignore[no-untyped-def]
+def _windows(data_B, begin_N, table, n, k, repeated, only_keys):  # type: ignore[no-untyped-def]
     """With `only_keys` the hashes of all anchors; else of each window whose anchor is in `repeated` (sorted): two hashes, that of its
     anchor, its document's row and its first token."""
-    room = _longest(begin_N)
+    room = longest(begin_N)
     high_T, low_T, gram_T, work_T = _four(room, np.uint64(0))
     start_T, stop_T, queue_T, anchor_T = _four(room, np.int64(0))
     high_W, low_W, key_W, _ = _four(1024, np.uint64(0))
     row_W, at_W, _, _ = _four(1024, np.int64(0))
     found = 0
     for row in range(len(begin_N) - 1):
-        count = _tokens(data_B, begin_N[row], begin_N[row + 1], kinds, high_T, low_T, start_T, stop_T)
+        count = tokenize(data_B, begin_N[row], begin_N[row + 1], table, FNV_OFFSET, high_T, start_T, stop_T)
         windows = count - n + 1
         if windows < 1:
             continue
@@ -199,6 +165,7 @@ def _windows(data_B, begin_N, kinds, n, k, repeated, only_keys):  # type: ignore
                     hashed = True
                     _grams(high_T, count, n, work_T)
                     high_T, work_T = work_T, high_T
+                    _second_hashes(data_B, start_T, stop_T, count, low_T)
                     _grams(low_T, count, n, work_T)
                     low_T, work_T = work_T, low_T
                 high_W, low_W, key_W = _grown(high_W, found), _grown(low_W, found), _grown(key_W, found)
@@ -209,10 +176,12 @@ def _windows(data_B, begin_N, kinds, n, k, repeated, only_keys):  # type: ignore
 
 
 def _found(source: Path, how: Substring, repeated: np.ndarray | None) -> tuple[np.ndarray, ...]:
-    texts = Texts.of(shards.read(source)["text"])
+    texts = TextColumn.of(shards.read(source)["text"])
     none = np.empty(0, np.uint64)
     k = max(1, how.tokens // 2)
-    return _windows(texts.data_B, texts.begin_N, _kinds(), how.tokens, k, none if repeated is None else repeated, repeated is None)
+    return _windows(
+        texts.data_B, texts.begin_N, letters_and_marks(), how.tokens, k, none if repeated is None else repeated, repeated is None
+    )
 
 
 # ---- tasks ----
@@ -222,7 +191,7 @@ def substring_keys(shard: int, source: Path, out: Path, parts: int, how: Substri
     """The different anchors of a shard, and which of them it has twice or more."""
     key, counts = np.unique(_found(source, how, None)[2], return_counts=True)
     table = pa.table({"key": key, "again": counts > 1})
-    shards.write_parts(out, table, (key % np.uint64(parts)).astype(np.int64), parts)
+    shards.write_parts(out, table, (key % np.uint64(parts)).astype(np.int64), num_parts=parts)
     return {"keys": len(key)}
 
 
@@ -236,7 +205,7 @@ def substring_repeats(part: int, keys: Sequence[Path], out: Path) -> dict[str, i
     same = key[order][1:] == key[order][:-1]
     again[order[1:][same]] = True
     again[order[:-1][same]] = True
-    shards.write_parts(out, pa.table({"key": key[again]}), shard[again], len(keys))
+    shards.write_parts(out, pa.table({"key": key[again]}), shard[again], num_parts=len(keys))
     return {"repeats": int(again.sum())}
 
 
@@ -251,7 +220,7 @@ def substring_windows(
     shards.write(own, _ranges(number[~first], at[~first], False))
     names = {"high": high, "low": low, "number": number, "at": at, "again": again}
     table = pa.table({name: column[first] for name, column in names.items()})
-    shards.write_parts(out, table, (key[first] % np.uint64(parts)).astype(np.int64), parts)
+    shards.write_parts(out, table, (key[first] % np.uint64(parts)).astype(np.int64), num_parts=parts)
     return {"windows": len(high), "sent": len(table)}
 
 
@@ -262,7 +231,7 @@ def substring_matches(part: int, windows: Sequence[Path], out: Path, num_shards:
     first, several = _grouped(high, low)
     again = first & (several | again)
     ranges = pa.concat_tables([_ranges(number[again], at[again], True), _ranges(number[~first], at[~first], False)])
-    shards.write_parts(out, ranges, shards.shard_of(ranges["number"].to_numpy()), num_shards)
+    shards.write_parts(out, ranges, shards.shard_of(ranges["number"].to_numpy()), num_parts=num_shards)
     return {"repeats": int((~first).sum())}
 
 
@@ -295,12 +264,11 @@ def _ranges(number: np.ndarray, at: np.ndarray, first: bool) -> pa.Table:
 
 
 @njit(cache=True, nogil=True)
-def _pieces(data_B, begin, end, kinds, n, begin_R, end_R, first_R):  # type: ignore[no-untyped-def]
+def _pieces(data_B, begin, end, table, n, begin_R, end_R, first_R):  # type: ignore[no-untyped-def]
     """Bytes (from, to) that stay of one text, given the windows in it that recur; nothing if it stays whole."""
     room = max(1, end - begin)
-    high_T, low_T, _, _ = _four(room, np.uint64(0))
-    start_T, stop_T, _, _ = _four(room, np.int64(0))
-    count = _tokens(data_B, begin, end, kinds, high_T, low_T, start_T, stop_T)
+    hash_T, start_T, stop_T = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.int64)
+    count = tokenize(data_B, begin, end, table, FNV_OFFSET, hash_T, start_T, stop_T)
     goes_T = np.zeros(count, np.bool_)
     for round_first in (False, True):
         for r in range(len(begin_R)):
@@ -334,7 +302,7 @@ def cut(shard: int, source: Path, own: Path, ranges: Sequence[Path], how: Substr
         ranges: what `substring_matches` found.
     """
     table = shards.read(source)
-    texts = Texts.of(table["text"])
+    texts = TextColumn.of(table["text"])
     found = pa.concat_tables([shards.read(own), shards.read_part(ranges, shard)])
     row, begin, end, first = (found[name].to_numpy() for name in RANGES.names)
     order = np.argsort(row, kind="stable")
@@ -348,7 +316,7 @@ def cut(shard: int, source: Path, own: Path, ranges: Sequence[Path], how: Substr
         if first[a:b].all():
             continue
         pieces, is_cut = _pieces(
-            texts.data_B, texts.begin_N[one], texts.begin_N[one + 1], _kinds(), how.tokens, begin[a:b], end[a:b], first[a:b]
+            texts.data_B, texts.begin_N[one], texts.begin_N[one + 1], letters_and_marks(), how.tokens, begin[a:b], end[a:b], first[a:b]
         )
         if not is_cut:
             continue
@@ -359,9 +327,9 @@ def cut(shard: int, source: Path, own: Path, ranges: Sequence[Path], how: Substr
         removed += before - len(text)
         share_N[one] = 1 - len(text) / before
         new_texts[one] = text
-        if len(text) < how.least_left:
+        if len(text) < how.min_left:
             reasons[one], figures[one] = "substring", len(text)
-    dropped = split(table, how.step, reasons, figures, np.full(len(table), float(how.least_left))).dropped
+    dropped = split(table, how.step, reasons, figures, np.full(len(table), float(how.min_left))).dropped
     source_N = np.arange(len(table))
     source_N[list(new_texts)] = len(table) + np.arange(len(new_texts))
     keep = np.array([reason is None for reason in reasons], bool)

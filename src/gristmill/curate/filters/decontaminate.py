@@ -1,4 +1,4 @@
-"""Decontamination: benchmark text is cut out of the documents, by n-grams of words.
+"""Benchmark decontamination: word n-grams of test sets are cut out of the documents.
 
 Words are maximal runs of letters and digits, in lower case, each with its place in the text as it is, so that cuts are made
 where the match is. An item of 13 words or more gives all its 13-grams, one of 8 to 12 words is one n-gram of its own length,
@@ -10,7 +10,6 @@ Shapes: N documents, B bytes of all of them, W words of one, G n-grams of the be
 
 import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,112 +21,69 @@ from pydantic import Field
 from gristmill.core.config import FilePath, Section
 from gristmill.core.errors import InputError
 from gristmill.curate.outcome import DOCUMENT, Metric, Outcome, none_dropped, split
-from gristmill.curate.text.text_column import DIGIT, LETTER, Texts, classes, decoded, fixed, mixed, place_of, places
+from gristmill.curate.text.text_column import TextColumn, hash_table, lookup, read_only
+from gristmill.curate.text.words import FNV_OFFSET, buffers, lower_letters, tokenize
+from gristmill.data.minhash import GOLDEN, mix64
 from gristmill.data.rows import read_records
 
 _MARKS = ".!?"  # where sentences end
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # of the rolling hash: odd, so that no bit is lost
 
 
 class Decontaminate(Section):
-    """Cut out what benchmarks hold; drop a document that falls into too many pieces or of which nothing remains."""
+    """Benchmark decontamination: cut out what test sets hold; drop what falls into too many pieces or to nothing."""
 
     step: Literal["decontaminate"] = "decontaminate"
     benchmarks: list[FilePath] = Field(min_length=1, description="files .jsonl, .json, .parquet, or .txt with one item a line")
     fields: list[str] | None = Field(None, description="fields of a record to read; all its texts if not given")
     ngram: int = Field(13, gt=0, description="words of an n-gram")
-    least: int = Field(8, gt=0, description="words of the shortest item to look for")
-    most_matches: int = Field(10, ge=0, description="occurrences in the corpus above which an n-gram is common and not used")
+    min_words: int = Field(8, gt=0, description="words of the shortest item to look for")
+    max_matches: int = Field(10, ge=0, description="occurrences in the corpus above which an n-gram is common and not used")
     margin: int = Field(200, ge=0, description="characters to cut on each side of a match, then on to the end of a sentence")
-    least_part: int = Field(200, ge=0, description="characters; what remains and is not longer is discarded")
-    most_pieces: int = Field(10, gt=0, description="pieces that a document may be cut into")
+    min_part: int = Field(200, ge=0, description="characters; what remains and is not longer is discarded")
+    max_pieces: int = Field(10, gt=0, description="pieces that a document may be cut into")
 
 
 # --- words and n-grams ---------------------------------------------------------------------------------------------------
 
 
-@cache
-def _alphabet() -> np.ndarray:
-    """uint32 of each code point: its lower case (the first character of it), or 0 where it is no letter or digit."""
-    word = (classes() & (LETTER | DIGIT)) != 0
-    table = np.where(word, np.arange(len(word)), 0).astype(np.uint32)
-    for point in np.nonzero(word[:0x20000])[0].tolist():
-        table[point] = ord(chr(point).lower()[0])
-    return table
-
-
 @njit(cache=True, nogil=True)
-def _words(data_B, begin, end, alphabet, hash_W, start_W, stop_W):  # type: ignore[no-untyped-def]
-    """Hashes of the words of one text, and the bytes where they start and stop; their number."""
-    count, i, inside, value = 0, begin, False, np.uint64(0)
-    while i < end:
-        point, size = np.int64(data_B[i]), 1
-        if point >= 0x80:
-            point, size = decoded(data_B, i)
-        letter = np.uint64(alphabet[point])
-        if letter:
-            if not inside:
-                inside, value = True, np.uint64(0xCBF29CE484222325)
-                start_W[count] = i
-            value = (value ^ letter) * np.uint64(0x100000001B3)
-        elif inside:
-            inside = False
-            hash_W[count], stop_W[count] = mixed(value), i
-            count += 1
-        i += size
-    if inside:
-        hash_W[count], stop_W[count] = mixed(value), end
-        count += 1
-    return count
-
-
-@njit(cache=True, nogil=True)
-def _room(begin_N):  # type: ignore[no-untyped-def]
-    """Where `_words` writes: room for the words of the longest text."""
-    size = 2
-    for n in range(len(begin_N) - 1):
-        size = max(size, (begin_N[n + 1] - begin_N[n]) // 2 + 2)
-    return np.empty(size, np.uint64), np.empty(size, np.int64), np.empty(size, np.int64)
-
-
-@njit(cache=True, nogil=True)
-def _item_grams(data_B, begin_N, alphabet, ngram, least, factor):  # type: ignore[no-untyped-def]
+def _item_grams(data_B, begin_N, table, ngram, min_words):  # type: ignore[no-untyped-def]
     """uint64 hashes of the n-grams of every item, and their lengths."""
-    hash_W, start_W, stop_W = _room(begin_N)
+    hash_W, start_W, stop_W = buffers(begin_N)
     grams, sizes, total = np.empty(1024, np.uint64), np.empty(1024, np.int64), 0
     for n in range(len(begin_N) - 1):
-        words = _words(data_B, begin_N[n], begin_N[n + 1], alphabet, hash_W, start_W, stop_W)
-        if words < least:
+        words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
+        if words < min_words:
             continue
         size = min(words, ngram)
         for first in range(words - size + 1):
             value = np.uint64(0)
             for k in range(first, first + size):
-                value = value * factor + hash_W[k]
+                value = value * GOLDEN + hash_W[k]
             if total == len(grams):
                 grams, sizes = np.concatenate((grams, np.empty_like(grams))), np.concatenate((sizes, np.empty_like(sizes)))
-            grams[total], sizes[total] = mixed(value + np.uint64(size)), size
+            grams[total], sizes[total] = mix64(value + np.uint64(size)), size
             total += 1
     return grams[:total], sizes[:total]
 
 
 @njit(cache=True, nogil=True)
-def _begins(data_B, begin_N, alphabet, size, factor, slots):  # type: ignore[no-untyped-def]
+def _begins(data_B, begin_N, table, size, slots):  # type: ignore[no-untyped-def]
     """bool [slots]: whether an item has words `size` of which hash to this slot: where no n-gram can begin, none is looked up."""
-    hash_W, start_W, stop_W = _room(begin_N)
+    hash_W, start_W, stop_W = buffers(begin_N)
     seen = np.zeros(slots, np.bool_)
     for n in range(len(begin_N) - 1):
-        words = _words(data_B, begin_N[n], begin_N[n + 1], alphabet, hash_W, start_W, stop_W)
+        words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
         for first in range(words - size + 1):
             value = np.uint64(0)
             for k in range(first, first + size):
-                value = value * factor + hash_W[k]
+                value = value * GOLDEN + hash_W[k]
             seen[np.int64((value >> np.uint64(32)) & np.uint64(slots - 1))] = True
     return seen
 
 
 @njit(cache=True, nogil=True)
-def _matches(data_B, begin_N, alphabet, grams_G, table_S, begins_S, lengths, factor):  # type: ignore[no-untyped-def]
+def _matches(data_B, begin_N, table, grams_G, table_S, begins_S, lengths):  # type: ignore[no-untyped-def]
     """Every n-gram of the benchmarks in the documents.
 
     Args:
@@ -136,30 +92,30 @@ def _matches(data_B, begin_N, alphabet, grams_G, table_S, begins_S, lengths, fac
     Returns:
         int64 [M, 4]: document, n-gram, and the bytes in `data_B` where it starts and stops; by document and start.
     """
-    hash_W, start_W, stop_W = _room(begin_N)
-    least, last = lengths[0], np.uint64(1)
-    for _ in range(least):
-        last *= factor
+    hash_W, start_W, stop_W = buffers(begin_N)
+    shortest, last = lengths[0], np.uint64(1)
+    for _ in range(shortest):
+        last *= GOLDEN
     slot_mask = np.uint64(len(begins_S) - 1)
     found, total = np.empty((64, 4), np.int64), 0
     for n in range(len(begin_N) - 1):
-        words = _words(data_B, begin_N[n], begin_N[n + 1], alphabet, hash_W, start_W, stop_W)
+        words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
         rolling = np.uint64(0)
         for w in range(words):
-            rolling = rolling * factor + hash_W[w]
-            if w >= least:
-                rolling -= last * hash_W[w - least]
-            if w + 1 < least or not begins_S[np.int64((rolling >> np.uint64(32)) & slot_mask)]:
+            rolling = rolling * GOLDEN + hash_W[w]
+            if w >= shortest:
+                rolling -= last * hash_W[w - shortest]
+            if w + 1 < shortest or not begins_S[np.int64((rolling >> np.uint64(32)) & slot_mask)]:
                 continue
-            first, value, k = w + 1 - least, rolling, 0
+            first, value, k = w + 1 - shortest, rolling, 0
             for stop in range(w + 1, min(words, first + lengths[-1]) + 1):  # longer n-grams that begin at the same word
                 if stop > w + 1:
-                    value = value * factor + hash_W[stop - 1]
+                    value = value * GOLDEN + hash_W[stop - 1]
                 if stop - first != lengths[k]:
                     continue
                 k += 1
-                gram = mixed(value + np.uint64(stop - first))
-                place = place_of(gram, grams_G, table_S)
+                gram = mix64(value + np.uint64(stop - first))
+                place = lookup(gram, grams_G, table_S)
                 if place >= 0:
                     if total == len(found):
                         found = np.concatenate((found, np.empty_like(found)))
@@ -211,7 +167,7 @@ def _items(path: Path, fields: list[str] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """N-grams to look for.
+    """Index of the n-grams of benchmarks.
 
     Attributes:
         grams_G: uint64 hashes, sorted.
@@ -233,31 +189,31 @@ class Benchmarks:
             InputError: a file is missing, is not what its name says, or has not the fields; or no item is long enough.
         """
         items = [text for path in settings.benchmarks for text in _items(path, settings.fields)]
-        texts = Texts.of(pa.array(items, pa.large_string()))
-        data_B, begin_N = fixed(texts.data_B), fixed(texts.begin_N)
-        grams, sizes = _item_grams(data_B, begin_N, _alphabet(), settings.ngram, min(settings.least, settings.ngram), _FACTOR)
+        texts = TextColumn.of(pa.array(items, pa.large_string()))
+        data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
+        grams, sizes = _item_grams(data_B, begin_N, lower_letters(), settings.ngram, min(settings.min_words, settings.ngram))
         if len(grams) == 0:
-            raise InputError(f"The benchmarks hold no text of {settings.least} words or more: check `benchmarks` and `fields`.")
+            raise InputError(f"The benchmarks hold no text of {settings.min_words} words or more: check `benchmarks` and `fields`.")
         grams_G = np.unique(grams)
         lengths = np.unique(sizes)
         slots = 1 << (16 * len(grams_G)).bit_length()
-        begins_S = _begins(data_B, begin_N, _alphabet(), lengths[0], _FACTOR, slots)
-        return Benchmarks(grams_G, places(grams_G), begins_S, lengths)
+        begins_S = _begins(data_B, begin_N, lower_letters(), lengths[0], slots)
+        return Benchmarks(grams_G, hash_table(grams_G), begins_S, lengths)
 
     def __len__(self) -> int:
         return len(self.grams_G)
 
 
-def _find(texts: Texts, benchmarks: Benchmarks) -> np.ndarray:
+def _find(texts: TextColumn, benchmarks: Benchmarks) -> np.ndarray:
     """`_matches` of the documents."""
     b = benchmarks
-    data_B, begin_N = fixed(texts.data_B), fixed(texts.begin_N)
-    return np.asarray(_matches(data_B, begin_N, _alphabet(), b.grams_G, b.table_S, b.begins_S, b.lengths, _FACTOR))
+    data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
+    return np.asarray(_matches(data_B, begin_N, lower_letters(), b.grams_G, b.table_S, b.begins_S, b.lengths))
 
 
 def counts(table: pa.Table, benchmarks: Benchmarks) -> np.ndarray:
     """int64 [G]: how often each n-gram of the benchmarks occurs in this table. Sum them over the corpus."""
-    return np.bincount(_find(Texts.of(table["text"]), benchmarks)[:, 1], minlength=len(benchmarks)).astype(np.int64)
+    return np.bincount(_find(TextColumn.of(table["text"]), benchmarks)[:, 1], minlength=len(benchmarks)).astype(np.int64)
 
 
 # --- the step ------------------------------------------------------------------------------------------------------------
@@ -282,7 +238,7 @@ def _parts(text: str, spans: list[tuple[int, int]], settings: Decontaminate) -> 
         parts.append(text[at:left])
         at = min(stops) + 1 if stops else len(text)
     parts.append(text[at:])
-    return [part for part in (part.strip() for part in parts) if len(part) > settings.least_part]
+    return [part for part in (part.strip() for part in parts) if len(part) > settings.min_part]
 
 
 def _spans(raw: bytes, matches: np.ndarray) -> list[tuple[int, int]]:
@@ -298,15 +254,15 @@ def _spans(raw: bytes, matches: np.ndarray) -> list[tuple[int, int]]:
     return spans
 
 
-def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmarks, total_counts: np.ndarray) -> Outcome:
+def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmarks, *, total_counts: np.ndarray) -> Outcome:
     """Cut benchmark text out. A document that falls apart gives a row for each part: `ID`, `ID#2`, `ID#3` and so on.
 
     Args:
         total_counts: int64 [G], the sum of `counts` over the corpus.
     """
-    texts = Texts.of(table["text"])
+    texts = TextColumn.of(table["text"])
     found = _find(texts, benchmarks)
-    found = found[total_counts[found[:, 1]] <= settings.most_matches]
+    found = found[total_counts[found[:, 1]] <= settings.max_matches]
     if len(found) == 0:
         return Outcome(table, none_dropped())
     figures, pieces_N = np.zeros(len(texts), np.float64), np.full(len(texts), np.nan)
@@ -318,13 +274,13 @@ def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmar
         raw = bytes(texts.bytes_of(doc))
         parts = _parts(raw.decode(), _spans(raw, mine[:, 2:] - texts.begin_N[doc]), settings)
         pieces_N[doc] = len(parts)
-        if not parts or len(parts) > settings.most_pieces:
+        if not parts or len(parts) > settings.max_pieces:
             reasons[doc], figures[doc] = "contaminated", len(parts) or len(mine)
         else:
             kept_parts[doc] = parts
             changes["cut"] += 1
             changes["parts"] += len(parts)
-    dropped = split(table, "decontaminate", reasons, figures, np.full(len(texts), settings.most_pieces)).dropped
+    dropped = split(table, "decontaminate", reasons, figures, np.full(len(texts), settings.max_pieces)).dropped
     # rows of the result: documents, with the texts of parts counted on after those of the documents
     rows: list[int] = []
     sources: list[int] = []
@@ -351,4 +307,4 @@ def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmar
     for name, column in (("id", pa.array(ids, pa.string())), ("text", whole.take(pa.array(sources, pa.int64())))):
         kept = kept.set_column(kept.schema.get_field_index(name), DOCUMENT.field(name), column)
     about = "what a document that shares text with a benchmark is cut into; 0 where nothing remains"
-    return Outcome(kept, dropped, changes, {"pieces": Metric(pieces_N, 1, settings.most_pieces, about)})
+    return Outcome(kept, dropped, changes, {"pieces": Metric(pieces_N, 1, settings.max_pieces, about)})

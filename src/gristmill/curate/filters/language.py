@@ -14,7 +14,7 @@ from pydantic import Field
 from gristmill.core.config import Section
 from gristmill.core.errors import InputError
 from gristmill.curate.outcome import Metric, Outcome, split
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
 
 UNDETERMINED = "und"  # of a text without a letter: the model would answer something all the same
 _SPACES = str.maketrans("\n\r\v\f\0", "     ")  # the model reads one line
@@ -22,7 +22,7 @@ _one_at_a_time = threading.Lock()  # the model does not promise more
 
 
 class Language(Section):
-    """Keep the documents in some languages; with an empty `keep`, label all of them and keep them."""
+    """Language filter: keep the documents in some languages; with an empty `keep`, label all of them and keep them."""
 
     step: Literal["language"] = "language"
     keep: list[str] = Field(["en"], description="codes of lid.176; none keeps every language")
@@ -51,7 +51,7 @@ def model() -> Any:
     raise InputError(missing)
 
 
-def identify(texts: Texts, characters: int) -> tuple[list[str], np.ndarray]:
+def identify(texts: TextColumn, characters: int) -> tuple[list[str], np.ndarray]:
     """The most probable language of each text.
 
     Returns:
@@ -77,7 +77,7 @@ def language(table: pa.Table, settings: Language) -> Outcome:
         The kept with two more columns: `language` (string) and `language_score` (float32, a probability). The figure of a dropped
         document is its score, the limit the threshold of its language.
     """
-    codes, scores_N = identify(Texts.of(table["text"]), settings.characters)
+    codes, scores_N = identify(TextColumn.of(table["text"]), settings.characters)
     limits_N = np.array([settings.thresholds.get(code, settings.threshold) for code in codes], np.float64)
     wanted = set(settings.keep)
     reasons = [

@@ -1,6 +1,6 @@
-"""Reading documents from files of every usual format, and writing them in shards. Nothing in a file stops the run: it is skipped and named.
+"""Document readers and writers of every usual format. Nothing in a file stops the run: it is skipped and named.
 
-Memory: one table (`batch_bytes` of text) and one document (`most_document_bytes`), whatever the size of the files.
+Memory: one table (`batch_bytes` of text) and one document (`max_document_bytes`), whatever the size of the files.
 """
 
 import glob
@@ -23,15 +23,15 @@ from gristmill.core.config import Section
 from gristmill.core.errors import InputError
 from gristmill.curate.outcome import DOCUMENT
 
-Skipped = Callable[[str, str], None]  # where, why
+OnSkip = Callable[[str, str], None]  # where, why
 Format = Literal["parquet", "jsonl", "jsonl.zst"]
 Row = tuple[str | None, str, str | None, dict[str, Any], str]  # id, text, source, everything else, where it is
 Numbered = tuple[int, Row]  # 1 for the first line of the file, row or record, whether or not it was a document
 ROW_BYTES = 64  # of a document beside its text and meta
 BLOCK = 1 << 18  # bytes read at a time; where a compressed file breaks off, what the last read gave is lost
 FREE_EXPANSION = 16 << 20  # decompressed bytes that no file is suspected for
-MOST_HTML = 16 << 20  # bytes of a page
-MOST_NESTING = 1000  # of a page's elements: the extraction's time grows with the square, 0.02 s at 1,000 and 7 minutes at 100,000
+MAX_HTML = 16 << 20  # bytes of a page
+MAX_NESTING = 1000  # of a page's elements: the extraction's time grows with the square, 0.02 s at 1,000 and 7 minutes at 100,000
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".html", ".htm"}
 
@@ -42,21 +42,21 @@ _FLAT = re.compile("area|base|br|col|embed|hr|img|input|link|meta|param|source|t
 
 
 class Reading(Section):
-    """How files become documents."""
+    """Reader settings: how files become documents."""
 
     text_field: str = "text"
     id_field: str = "id"
     source_field: str = "source"
     batch_bytes: int = Field(32 << 20, gt=0, description="of text in a table")
-    most_document_bytes: int = Field(64 << 20, gt=0, description="larger documents (and lines) are skipped")
-    most_expansion: int = Field(1000, gt=0, description="decompressed bytes to a compressed one; beyond it the file is left")
+    max_document_bytes: int = Field(64 << 20, gt=0, description="larger documents (and lines) are skipped")
+    max_expansion: int = Field(1000, gt=0, description="decompressed bytes to a compressed one; beyond it the file is left")
 
 
 class _Stop(Exception):
     """The rest of this file cannot be read; the message says why."""
 
 
-def names(inputs: Sequence[Path | str], skipped: Skipped = lambda where, why: None) -> dict[Path, str]:
+def list_files(inputs: Sequence[Path | str], on_skip: OnSkip = lambda where, why: None) -> dict[Path, str]:
     """Every file under the given files, folders and globs, with the name that its documents' ids begin with.
 
     The name is the path below the given folder, or the file's name; if two files would share it, the whole path. Bytes in it that are no
@@ -75,7 +75,7 @@ def names(inputs: Sequence[Path | str], skipped: Skipped = lambda where, why: No
         def passed(where: str, reason: str) -> None:
             nonlocal why
             why = why or f" ({where}: {reason})"
-            skipped(where, reason)
+            on_skip(where, reason)
 
         pairs: list[tuple[Path, str]] = []
         for place in _places(given, passed):
@@ -98,30 +98,30 @@ def _shown(path: Path) -> str:
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
-def _places(given: Path | str, skipped: Skipped) -> list[Path]:
+def _places(given: Path | str, on_skip: OnSkip) -> list[Path]:
     """What an input stands for: itself, or what matches it."""
     path = Path(given)
     if os.path.exists(path):
         return [path]
-    found = set(_matching(Path(path.anchor), path.parts[bool(path.anchor) :], skipped))
+    found = set(_matching(Path(path.anchor), path.parts[bool(path.anchor) :], on_skip))
     return sorted((one for one in found if one.is_dir() or not str(given).endswith("/")), key=str)
 
 
-def _entries(folder: Path, skipped: Skipped) -> Iterator[os.DirEntry[str]]:
+def _entries(folder: Path, on_skip: OnSkip) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             yield from entries
     except (FileNotFoundError, NotADirectoryError):  # a pattern asks for what may not be there
         return
     except OSError as e:
-        skipped(_shown(folder), f"cannot be read: {e.strerror}")
+        on_skip(_shown(folder), f"cannot be read: {e.strerror}")
 
 
-def _below(folder: Path, skipped: Skipped) -> Iterator[tuple[Path, bool]]:
+def _below(folder: Path, on_skip: OnSkip) -> Iterator[tuple[Path, bool]]:
     """Every file and folder (True) below, without hidden ones."""
     waiting = [folder]
     while waiting:
-        for entry in _entries(waiting.pop(), skipped):
+        for entry in _entries(waiting.pop(), on_skip):
             path = Path(entry.path)
             if entry.name.startswith("."):
                 continue
@@ -132,57 +132,48 @@ def _below(folder: Path, skipped: Skipped) -> Iterator[tuple[Path, bool]]:
                 elif stat.S_ISREG(entry.stat().st_mode):
                     yield path, False
                 else:
-                    skipped(_shown(path), "a link to a folder" if entry.is_dir() else "not a file")
+                    on_skip(_shown(path), "a link to a folder" if entry.is_dir() else "not a file")
             except OSError as e:
-                skipped(_shown(path), f"cannot be read: {e.strerror}")
+                on_skip(_shown(path), f"cannot be read: {e.strerror}")
 
 
-def _matching(folder: Path, parts: Sequence[str], skipped: Skipped) -> Iterator[Path]:
+def _matching(folder: Path, parts: Sequence[str], on_skip: OnSkip) -> Iterator[Path]:
     """What a pattern stands for. (`glob` follows links through `**`, in loops without end, and is silent about what it cannot read.)"""
     if not parts:
         try:
             os.stat(folder)
         except OSError as e:
             if os.path.islink(folder):
-                skipped(_shown(folder), f"cannot be read: {e.strerror}")
+                on_skip(_shown(folder), f"cannot be read: {e.strerror}")
         else:
             yield folder
         return
     first, rest = parts[0], parts[1:]
     if first == "**":
-        yield from _matching(folder, rest, skipped)
-        for path, is_dir in _below(folder, skipped):
+        yield from _matching(folder, rest, on_skip)
+        for path, is_dir in _below(folder, on_skip):
             if is_dir:
-                yield from _matching(path, rest, skipped)
+                yield from _matching(path, rest, on_skip)
     elif glob.has_magic(first):
-        for entry in _entries(folder, skipped):
+        for entry in _entries(folder, on_skip):
             if fnmatch(entry.name, first) and (first.startswith(".") or not entry.name.startswith(".")):
-                yield from _matching(Path(entry.path), rest, skipped)
+                yield from _matching(Path(entry.path), rest, on_skip)
     else:
-        yield from _matching(folder / first, rest, skipped)
+        yield from _matching(folder / first, rest, on_skip)
 
 
-def find(inputs: Sequence[Path | str]) -> list[Path]:
-    """The files of `names`, in its order.
-
-    Raises:
-        InputError: as `names`.
-    """
-    return list(names(inputs))
-
-
-def read(path: Path, settings: Reading, skipped: Skipped, name: str | None = None) -> Iterator[pa.Table]:
+def read(path: Path, settings: Reading, on_skip: OnSkip, *, name: str | None = None) -> Iterator[pa.Table]:
     """The documents of one file, in tables of schema DOCUMENT with at most `batch_bytes` of text (or one document).
 
     Args:
         skipped: told where and why, of everything that is left out or mended.
-        name: what ids of documents without one begin with (see `names`); the file's name if not given.
+        name: what ids of documents without one begin with (see `list_files`); the file's name if not given.
     """
-    for table, _, _ in read_from(0, path, settings, skipped, name or path.name):
+    for table, _, _ in read_from(0, path, settings, on_skip=on_skip, name=name or path.name):
         yield table
 
 
-def read_from(start: int, path: Path, settings: Reading, skipped: Skipped, name: str) -> Iterator[tuple[pa.Table, int, int]]:
+def read_from(start: int, path: Path, settings: Reading, *, on_skip: OnSkip, name: str) -> Iterator[tuple[pa.Table, int, int]]:
     """As `read`, without the first `start` rows (lines, rows of a table, records), which are not parsed.
 
     Returns:
@@ -192,20 +183,20 @@ def read_from(start: int, path: Path, settings: Reading, skipped: Skipped, name:
     batch = _Batch(settings)
     done, told, told_of_done = start, 0, 0
 
-    def tell(where: str, why: str) -> None:
+    def counted(where: str, why: str) -> None:
         nonlocal told
         told += 1
-        skipped(where, why)
+        on_skip(where, why)
 
     try:
-        for number, row in _rows(path, name, settings, tell, start):
-            for table in batch.add(row, tell):
+        for number, row in _rows(path, name, settings, counted, start):
+            for table in batch.add(row, counted):
                 yield table, done, told_of_done
             done, told_of_done = number, told
     except _Stop as e:
-        tell(name, str(e))
+        counted(name, str(e))
     except (OSError, EOFError, ValueError, pa.ArrowException) as e:
-        tell(name, f"the rest cannot be read: {' '.join(str(e).split())[:200]}")
+        counted(name, f"the rest cannot be read: {' '.join(str(e).split())[:200]}")
     for table in batch.rest():
         yield table, done, told_of_done
 
@@ -218,21 +209,21 @@ class _Batch:
         self.rows: list[tuple[str, bytes, str | None, str]] = []
         self.size = 0
 
-    def add(self, row: Row, skipped: Skipped) -> Iterator[pa.Table]:
+    def add(self, row: Row, on_skip: OnSkip) -> Iterator[pa.Table]:
         identity, text, source, rest, where = row
         try:
             data = text.encode()
         except UnicodeEncodeError:  # half a surrogate pair, as JSON can spell it
             data = _whole(text).encode()
-            skipped(where, "replaced: not Unicode")
-        if len(data) > self.settings.most_document_bytes:
-            skipped(where, f"a document of {len(data):,} bytes")
+            on_skip(where, "replaced: not Unicode")
+        if len(data) > self.settings.max_document_bytes:
+            on_skip(where, f"a document of {len(data):,} bytes")
             return
         try:
             meta = _meta(rest)
         except RecursionError:
             meta = "{}"
-            skipped(where, "its other fields: too deep in each other")
+            on_skip(where, "its other fields: too deep in each other")
         more = len(data) + len(meta) + ROW_BYTES
         if self.rows and self.size + more > self.settings.batch_bytes:
             yield from self.rest()
@@ -267,20 +258,20 @@ def _meta(rest: dict[str, Any]) -> str:
     return _ENCODER.encode(rest) if rest else "{}"
 
 
-def _rows(path: Path, name: str, settings: Reading, skipped: Skipped, start: int) -> Iterator[Numbered]:
+def _rows(path: Path, name: str, settings: Reading, on_skip: OnSkip, start: int) -> Iterator[Numbered]:
     suffixes = [s.lower() for s in path.suffixes]
     codec = CODECS.get(suffixes[-1]) if suffixes else None
     kind = (suffixes[:-1] if codec else suffixes)[-1:] or [""]
     if path.stat().st_size == 0:
-        skipped(name, "empty")
+        on_skip(name, "empty")
     elif kind[0] == ".parquet" and not codec:
-        yield from _parquet(path, name, settings, skipped, start)
+        yield from _parquet(path, name, settings, on_skip, start)
     elif kind[0] in (".jsonl", ".ndjson", ".json"):
-        yield from _json(path, name, codec, kind[0], settings, skipped, start)
+        yield from _json(path, name, codec, kind[0], settings, on_skip, start)
     elif kind[0] in (".warc", ".wet"):
-        yield from _warc(path, name, codec, settings, skipped, start)
+        yield from _warc(path, name, codec, settings, on_skip, start)
     elif start == 0:
-        yield 1, _text(path, name, codec, kind[0], settings, skipped)
+        yield 1, _text(path, name, codec, kind[0], settings, on_skip)
 
 
 class _Stream:
@@ -289,14 +280,14 @@ class _Stream:
     def __init__(self, path: Path, codec: str | None, settings: Reading):
         self.raw = pa.OSFile(os.fsencode(path))
         self.stream = pa.CompressedInputStream(self.raw, codec) if codec else self.raw
-        self.most = settings.most_expansion if codec else None
+        self.max_expansion = settings.max_expansion if codec else None
         self.given = 0
 
     def read(self, size: int = BLOCK) -> bytes:
         block = self.stream.read(min(size, BLOCK) if size >= 0 else BLOCK)
         self.given += len(block)
-        if self.most is not None and self.given > max(self.most * self.raw.tell(), FREE_EXPANSION):
-            raise _Stop(f"more than {self.most} bytes come out of each compressed byte")
+        if self.max_expansion is not None and self.given > max(self.max_expansion * self.raw.tell(), FREE_EXPANSION):
+            raise _Stop(f"more than {self.max_expansion} bytes come out of each compressed byte")
         return bytes(block)
 
     def tell(self) -> int:
@@ -322,14 +313,14 @@ def _lines(stream: _Stream, settings: Reading) -> Iterator[tuple[int, bytes | No
             raise
         *ends, last = block.split(b"\n")
         for end in ends:
-            if lost or len(held) + len(end) > settings.most_document_bytes:
+            if lost or len(held) + len(end) > settings.max_document_bytes:
                 yield number, None
             elif held or end.strip():
                 yield number, bytes(held) + end
             held.clear()
             number, lost = number + 1, False
         held += last
-        if len(held) > settings.most_document_bytes:
+        if len(held) > settings.max_document_bytes:
             held.clear()
             lost = True
         if not block:
@@ -338,12 +329,12 @@ def _lines(stream: _Stream, settings: Reading) -> Iterator[tuple[int, bytes | No
             return
 
 
-def _json(path: Path, name: str, codec: str | None, kind: str, settings: Reading, skipped: Skipped, start: int) -> Iterator[Numbered]:
-    if kind == ".json" and not codec and path.stat().st_size <= settings.most_document_bytes:
+def _json(path: Path, name: str, codec: str | None, kind: str, settings: Reading, on_skip: OnSkip, start: int) -> Iterator[Numbered]:
+    if kind == ".json" and not codec and path.stat().st_size <= settings.max_document_bytes:
         value = _value(path.read_bytes().decode("utf-8", "replace"))  # one value, which may be spread over lines
         rows = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
         for number, row in enumerate(rows[start:], start + 1):
-            yield from _object(row, number, f"{name}:{number}", settings, skipped)
+            yield from _object(row, number, f"{name}:{number}", settings, on_skip)
         if rows:
             return
     with closing(_Stream(path, codec, settings)) as stream:
@@ -352,18 +343,18 @@ def _json(path: Path, name: str, codec: str | None, kind: str, settings: Reading
                 continue
             where = f"{name}:{number}"
             if line is None:
-                skipped(where, f"a line of more than {settings.most_document_bytes:,} bytes")
+                on_skip(where, f"a line of more than {settings.max_document_bytes:,} bytes")
                 continue
             try:
                 text = line.decode()
             except UnicodeDecodeError:
                 text = line.decode("utf-8", "replace")
-                skipped(where, "replaced: not UTF-8")
+                on_skip(where, "replaced: not UTF-8")
             row = _value(text)
             if row is None:
-                skipped(where, "not JSON")
+                on_skip(where, "not JSON")
             else:
-                yield from _object(row, number, where, settings, skipped)
+                yield from _object(row, number, where, settings, on_skip)
 
 
 def _value(text: str) -> Any:
@@ -374,12 +365,12 @@ def _value(text: str) -> Any:
         return None
 
 
-def _object(row: Any, number: int, where: str, settings: Reading, skipped: Skipped) -> Iterator[Numbered]:
+def _object(row: Any, number: int, where: str, settings: Reading, on_skip: OnSkip) -> Iterator[Numbered]:
     text = row.get(settings.text_field) if isinstance(row, dict) else None
     if not isinstance(row, dict):
-        skipped(where, "not a JSON object")
+        on_skip(where, "not a JSON object")
     elif not isinstance(text, str):
-        skipped(where, f"no text in {settings.text_field!r}")
+        on_skip(where, f"no text in {settings.text_field!r}")
     else:
         fields = (settings.text_field, settings.id_field, settings.source_field)
         identity, source = (row.get(field) for field in fields[1:])
@@ -387,7 +378,7 @@ def _object(row: Any, number: int, where: str, settings: Reading, skipped: Skipp
         yield number, (None if identity in (None, "") else str(identity), text, None if source is None else str(source), rest, where)
 
 
-def _parquet(path: Path, name: str, settings: Reading, skipped: Skipped, start: int) -> Iterator[Numbered]:
+def _parquet(path: Path, name: str, settings: Reading, on_skip: OnSkip, start: int) -> Iterator[Numbered]:
     first = 0
     with pa.OSFile(os.fsencode(path)) as raw, pq.ParquetFile(raw, pre_buffer=False) as file:
         if settings.text_field not in file.schema_arrow.names:
@@ -408,12 +399,12 @@ def _parquet(path: Path, name: str, settings: Reading, skipped: Skipped, start: 
                         text = row[settings.text_field]
                         if isinstance(text, bytes):
                             row[settings.text_field] = text.decode("utf-8", "replace")
-                        yield from _object(row, number, f"{name}:{number}", settings, skipped)
+                        yield from _object(row, number, f"{name}:{number}", settings, on_skip)
             except (OSError, ValueError, pa.ArrowException) as e:  # the next group may be whole
-                skipped(f"{name}:{number + 1}", f"the rest of row group {group} cannot be read: {' '.join(str(e).split())[:200]}")
+                on_skip(f"{name}:{number + 1}", f"the rest of row group {group} cannot be read: {' '.join(str(e).split())[:200]}")
 
 
-def _text(path: Path, name: str, codec: str | None, kind: str, settings: Reading, skipped: Skipped) -> Row:
+def _text(path: Path, name: str, codec: str | None, kind: str, settings: Reading, on_skip: OnSkip) -> Row:
     parts: list[bytes] = []
     size = 0
     with closing(_Stream(path, codec, settings)) as stream:
@@ -422,15 +413,15 @@ def _text(path: Path, name: str, codec: str | None, kind: str, settings: Reading
                 raise _Stop("not text")
             parts.append(block)
             size += len(block)
-            if size > settings.most_document_bytes:
-                raise _Stop(f"a document of more than {settings.most_document_bytes:,} bytes")
+            if size > settings.max_document_bytes:
+                raise _Stop(f"a document of more than {settings.max_document_bytes:,} bytes")
     data = b"".join(parts)
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError:
         text = data.decode(encoding, "replace")
-        skipped(name, "replaced: not UTF-8")
+        on_skip(name, "replaced: not UTF-8")
     if kind in (".html", ".htm"):
         text = _visible(text)
     return name, text, _shown(path), {}, name
@@ -442,7 +433,7 @@ def _visible(page: str) -> str:
     Raises:
         _Stop: it is too large, or its elements lie too deep in each other.
     """
-    if len(page) > MOST_HTML:
+    if len(page) > MAX_HTML:
         raise _Stop(f"a page of {len(page):,} characters")
     deep, still_open = 0, dict[str, int]()
     for closes, tag in _TAG.findall(page):
@@ -452,8 +443,8 @@ def _visible(page: str) -> str:
         if not closes:
             still_open[tag] = still_open.get(tag, 0) + 1
             deep += 1
-            if deep > MOST_NESTING:
-                raise _Stop(f"a page of elements in each other more than {MOST_NESTING} deep")
+            if deep > MAX_NESTING:
+                raise _Stop(f"a page of elements in each other more than {MAX_NESTING} deep")
         elif still_open.get(tag, 0):
             still_open[tag] -= 1
             deep -= 1
@@ -462,7 +453,7 @@ def _visible(page: str) -> str:
     return str(extract_plain_text(page, main_content=True))
 
 
-def _warc(path: Path, name: str, codec: str | None, settings: Reading, skipped: Skipped, start: int) -> Iterator[Numbered]:
+def _warc(path: Path, name: str, codec: str | None, settings: Reading, on_skip: OnSkip, start: int) -> Iterator[Numbered]:
     from fastwarc.warc import ArchiveIterator, WarcRecordType
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
@@ -474,27 +465,27 @@ def _warc(path: Path, name: str, codec: str | None, settings: Reading, skipped: 
             record.parse_http()
             uri = record.headers.get("WARC-Target-URI")
             where = f"{name}:{number}"
-            if record.content_length > settings.most_document_bytes:
-                skipped(where, f"a document of {record.content_length:,} bytes")
+            if record.content_length > settings.max_document_bytes:
+                on_skip(where, f"a document of {record.content_length:,} bytes")
                 continue
             kind = record.http_content_type if record.is_http else (record.headers.get("Content-Type") or "text/plain").split(";")[0]
             kind = (kind or "").strip().lower()
             if kind not in ("text/plain", "text/html", "application/xhtml+xml"):
                 continue
-            body = record.reader.read(settings.most_document_bytes)
+            body = record.reader.read(settings.max_document_bytes)
             charset = (record.http_charset if record.is_http else "utf-8") or detect_encoding(body, from_html_meta=True) or "utf-8"
             try:
                 text = bytes_to_str(body, charset)
                 text = text if kind == "text/plain" else _visible(text)
             except (_Stop, ValueError, LookupError) as e:
-                skipped(where, str(e))
+                on_skip(where, str(e))
                 continue
             identity = record.record_id or record.headers.get("WARC-Record-ID") or uri
             yield number, (identity, text, uri, {"date": record.headers.get("WARC-Date")}, where)
 
 
 class Writer:
-    """Documents into part-00000.parquet (or .jsonl, .jsonl.zst), part-00001...: each is whole or not there.
+    """Sharded writer: documents into part-00000.parquet (or .jsonl, .jsonl.zst), part-00001...: each is whole or not there.
 
     The cut depends on the documents alone, not on how they come in tables. `close` removes later parts of an earlier, longer run.
     """
@@ -563,7 +554,7 @@ class Writer:
         self.paths.append(path)
 
 
-def write(tables: Iterator[pa.Table], folder: Path, format: Format, shard_bytes: int) -> list[Path]:
+def write(tables: Iterator[pa.Table], folder: Path, format: Format, *, shard_bytes: int) -> list[Path]:
     """All of the tables through a `Writer`."""
     writer = Writer(folder, format, shard_bytes)
     for table in tables:

@@ -1,4 +1,4 @@
-"""Shards on disk, and the exchange between them: rows sorted by the part that shall read them.
+"""Arrow shards on disk, and the shuffle between them: rows sorted by the part that shall read them.
 
 A shard is an Arrow file, uncompressed, so that single documents can be read from it through a memory map. A document is known by a number:
 shard * 2^32 + row.
@@ -46,8 +46,14 @@ def _opened(path: Path) -> pa.RecordBatchFileReader:
     return pa.ipc.open_file(pa.memory_map(str(path), "r"))
 
 
-def write_parts(path: Path, table: pa.Table, part_N: np.ndarray, num_parts: int) -> None:
-    """Write rows in the order of their parts, one record batch a part."""
+def packed(rows: np.ndarray) -> pa.Array:
+    """A two-dimensional array as a column: its rows as so many bytes each."""
+    data = pa.py_buffer(np.ascontiguousarray(rows).tobytes())
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.itemsize * rows.shape[1]), len(rows), [None, data])
+
+
+def write_parts(path: Path, table: pa.Table, part_N: np.ndarray, *, num_parts: int) -> None:
+    """Shuffle write: rows in the order of their parts, one record batch a part."""
     order = np.argsort(part_N, kind="stable")
     ends = np.searchsorted(part_N[order], np.arange(num_parts), side="right")
     ordered = table.take(pa.array(order)).combine_chunks()
@@ -63,7 +69,7 @@ def write_parts(path: Path, table: pa.Table, part_N: np.ndarray, num_parts: int)
 
 
 def read_part(paths: Sequence[Path], part: int) -> pa.Table:
-    """The rows of a part from all files that such rows were written to."""
+    """Shuffle read: the rows of a part from all files that such rows were written to."""
     batches = []
     for path in paths:  # one after the other: shards may be more than the files that a process may hold open
         with pa.OSFile(str(path), "rb") as file:

@@ -19,11 +19,10 @@ from pydantic import Field, model_validator
 
 from gristmill.core.config import Section, SourceOrPath
 from gristmill.core.errors import InputError
-from gristmill.curate.io import readers as documents
-from gristmill.curate.outcome import Metric, Outcome, drawn, in_meta, split
-from gristmill.curate.quality import classifier, perplexity
-from gristmill.curate.quality import lm_scores as base
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.io import readers
+from gristmill.curate.outcome import Metric, Outcome, hash_uniform, in_meta, split
+from gristmill.curate.quality import classifier, lm_scores, perplexity
+from gristmill.curate.text.text_column import TextColumn
 
 Label = Literal["High", "Medium-High", "Medium", "Medium-Low", "Low"]
 COLUMN, PERPLEXITY = "column:", "perplexity:"
@@ -32,7 +31,7 @@ _LABELS: tuple[tuple[Label, int], ...] = (("High", 19), ("Medium-High", 18), ("M
 
 
 class Quality(Section):
-    """Put documents into buckets of quality, and drop those of the lower ones."""
+    """Quality buckets from an ensemble of classifiers; the documents of the lower ones are dropped."""
 
     step: Literal["quality"] = "quality"
     classifiers: list[SourceOrPath] = Field(
@@ -42,7 +41,7 @@ class Quality(Section):
     )
     weight: Literal["bytes", "documents"] = Field("bytes", description="what the buckets of a classifier hold equal shares of")
     bins: int = Field(20, ge=2, le=1000, description="buckets")
-    least: int = Field(0, ge=0, description="lowest bucket to keep")
+    min_bucket: int = Field(0, ge=0, description="lowest bucket to keep")
     keep: list[Label] = Field([], description="labels to keep; none keeps all")
     sample: int = Field(1_000_000, gt=0, description="documents that the thresholds are made from")
     pareto: float = Field(0, ge=0, description="alpha: keep with probability (2 - s)^-alpha, s the first classifier's probability; 0: off")
@@ -50,8 +49,8 @@ class Quality(Section):
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        if self.least >= self.bins:
-            raise ValueError(f"least must be below bins: the highest bucket is {self.bins - 1}")
+        if self.min_bucket >= self.bins:
+            raise ValueError(f"min_bucket must be below bins: the highest bucket is {self.bins - 1}")
         if any(name in ("", COLUMN, PERPLEXITY) for name in self.classifiers):
             raise ValueError("a classifier is a folder, column:NAME or perplexity:FOLDER, none of them empty")
         if self.pareto and self.classifiers[0].startswith(PERPLEXITY):
@@ -63,7 +62,7 @@ _classifier = cache(classifier.load)
 _trigrams = cache(perplexity.load)
 
 
-def _is_base(folder: Path) -> bool:
+def _is_model(folder: Path) -> bool:
     return (folder / "config.json").exists()
 
 
@@ -76,8 +75,8 @@ def models(settings: Quality) -> None:
     for name in settings.classifiers:
         if name.startswith(PERPLEXITY):
             folder = Path(name.removeprefix(PERPLEXITY))
-            if _is_base(folder):
-                base.check(folder)
+            if _is_model(folder):
+                lm_scores.check(folder)
             else:
                 _trigrams(folder)
         elif not name.startswith(COLUMN):
@@ -92,12 +91,12 @@ def _number(value: Any) -> float:
         return float("nan")
 
 
-def _score(table: pa.Table, texts: Texts, name: str) -> np.ndarray:
+def _score(table: pa.Table, texts: TextColumn, name: str) -> np.ndarray:
     """float32 [N]: one classifier's score of each document; the higher, the better; NaN where there is none."""
     if name.startswith(PERPLEXITY):
         folder = Path(name.removeprefix(PERPLEXITY))
-        if _is_base(folder):
-            return (-base.bits(table["text"].to_pylist(), folder)).astype(np.float32)
+        if _is_model(folder):
+            return (-lm_scores.bits_per_byte(table["text"].to_pylist(), folder)).astype(np.float32)
         return (-_trigrams(folder).perplexity(texts)).astype(np.float32)
     if not name.startswith(COLUMN):
         return _classifier(Path(name)).scores(texts)
@@ -116,9 +115,9 @@ def measure(table: pa.Table, settings: Quality) -> pa.Table:
     Raises:
         InputError: a model cannot be read, or a column holds no numbers.
     """
-    texts = Texts.of(table["text"])
+    texts = TextColumn.of(table["text"])
     columns: dict[str, np.ndarray] = {f"score_{c}": _score(table, texts, name) for c, name in enumerate(settings.classifiers)}
-    return pa.table(columns | {"bytes": texts.sizes_N, "key": drawn(table["id"], settings.seed, "sample")})
+    return pa.table(columns | {"bytes": texts.sizes_N, "key": hash_uniform(table["id"], settings.seed, "sample")})
 
 
 def scores_of(measured: pa.Table, settings: Quality) -> np.ndarray:
@@ -169,7 +168,7 @@ def label(bucket: int, bins: int = 20) -> Label:
     return next(name for name, below in _LABELS if (bucket + 1) * 20 > below * bins)
 
 
-def quality(table: pa.Table, settings: Quality, scores: np.ndarray, limits: np.ndarray) -> Outcome:
+def quality(table: pa.Table, settings: Quality, scores: np.ndarray, *, limits: np.ndarray) -> Outcome:
     """Give every document its bucket, and drop those that are not wanted.
 
     Args:
@@ -178,7 +177,7 @@ def quality(table: pa.Table, settings: Quality, scores: np.ndarray, limits: np.n
 
     Returns:
         The kept with two more columns: `quality_bucket` (int32) and `quality` (string, the label). The figure of a document dropped for
-        its bucket or its label is the bucket, the limit `least` or the lowest bucket of a label to keep; of one that Pareto sampling
+        its bucket or its label is the bucket, the limit `min_bucket` or the lowest bucket of a label to keep; of one that Pareto sampling
         dropped, the probability and what it had to be.
 
     Raises:
@@ -193,17 +192,17 @@ def quality(table: pa.Table, settings: Quality, scores: np.ndarray, limits: np.n
     wanted = settings.keep or names
     lowest = next((bucket for bucket, name in enumerate(names) if name in wanted), settings.bins)
 
-    figures_N, limits_N = buckets_N.astype(np.float64), np.full(len(table), settings.least, np.float64)
+    figures_N, limits_N = buckets_N.astype(np.float64), np.full(len(table), settings.min_bucket, np.float64)
     reasons: list[str | None] = [None] * len(table)
     needed_N = np.full(len(table), -np.inf)
     if settings.pareto:
         first_N = np.nan_to_num(scores[:, 0].astype(np.float64), nan=0.0)
         if len(first_N) and not 0 <= first_N.min() <= first_N.max() <= 1:
             raise InputError(f"The scores of {settings.classifiers[0]!r} are no probabilities, which `pareto` needs: leave it out.")
-        uniform_N = ((drawn(table["id"], settings.seed, "pareto") >> np.uint64(11)) + 0.5) * 2.0**-53
+        uniform_N = ((hash_uniform(table["id"], settings.seed, "pareto") >> np.uint64(11)) + 0.5) * 2.0**-53
         needed_N = 2 - uniform_N ** (-1 / settings.pareto)  # u < (2 - s)^-alpha, solved for s
     for n, bucket in enumerate(buckets_N.tolist()):
-        if bucket < settings.least:
+        if bucket < settings.min_bucket:
             reasons[n] = "quality"
         elif labels[n] not in wanted:
             reasons[n], limits_N[n] = f"quality {labels[n]}", lowest
@@ -213,23 +212,24 @@ def quality(table: pa.Table, settings: Quality, scores: np.ndarray, limits: np.n
         if name in table.column_names:
             table = table.drop_columns([name])
         table = table.append_column(name, column)
-    metrics = {"quality_bucket": Metric(buckets_N.astype(np.float64), settings.least or None, description="highest of all classifiers")}
+    least = settings.min_bucket
+    metrics = {"quality_bucket": Metric(buckets_N.astype(np.float64), least or None, description="highest of all classifiers")}
     for name, scores_N, row in zip(settings.classifiers, scores.T, limits, strict=True):
-        least = float(row[settings.least - 1]) if settings.least and len(settings.classifiers) == 1 else None
-        metrics[name] = Metric(scores_N.astype(np.float64), least, description="score of this classifier; the higher, the better")
+        limit = float(row[least - 1]) if least and len(settings.classifiers) == 1 else None
+        metrics[name] = Metric(scores_N.astype(np.float64), limit, description="score of this classifier; the higher, the better")
     return replace(split(table, "quality", reasons, figures_N, limits_N), metrics=metrics)
 
 
-def learn(kind: Literal["classifier", "perplexity"], positive: Sequence[str], negative: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Train a model of quality on files of documents and write it; returns its settings and figures.
+def learn(kind: Literal["classifier", "perplexity"], positive: Sequence[str], negative: Sequence[str], *, folder: Path) -> dict[str, Any]:
+    """Train a model of quality on files of documents and write it; returns its settings and what it measured.
 
     Raises:
         InputError: files are missing, or without documents.
     """
 
     def tables(inputs: Sequence[str]) -> Iterator[pa.Table]:
-        for path, name in documents.names(inputs).items():
-            yield from documents.read(path, documents.Reading(), lambda where, why: None, name)
+        for path, name in readers.list_files(inputs).items():
+            yield from readers.read(path, readers.Reading(), lambda where, why: None, name=name)
 
     if kind == "perplexity":
         return perplexity.train(tables(positive), folder).settings

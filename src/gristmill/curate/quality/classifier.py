@@ -1,5 +1,4 @@
-"""Linear classifiers on hashed words and pairs of words: trained from files that are good and files that are not, read and written without
-pickles.
+"""Quality classifier: logistic regression on hashed word unigrams and bigrams, trained from files that are good and files that are not.
 
 Shapes: N documents, F buckets of features, T tokens of one document.
 """
@@ -14,30 +13,33 @@ import pyarrow as pa
 from numba import njit
 
 from gristmill.core.errors import InputError
-from gristmill.curate.quality.perplexity import KINDS, LOWER, longest, read_model, tokenize, write_model
-from gristmill.curate.text.text_column import Texts, fixed, mixed
+from gristmill.curate.quality.perplexity import read_model, write_model
+from gristmill.curate.text.text_column import TextColumn, longest, read_only
+from gristmill.curate.text.words import BYTES_AND_MARKS, FNV_OFFSET, buffers, tokenize
+from gristmill.data.minhash import GOLDEN, mix64
 
 
 @njit(cache=True, nogil=True)
-def _features(data_B, begin, end, kinds, lower, mask, tokens_T, out):  # type: ignore[no-untyped-def]
+def _features(data_B, begin, end, table, mask, buffers, out):  # type: ignore[no-untyped-def]
     """Places (int64) of the tokens and the pairs of tokens of one text among the weights; their number."""
-    count, total, last = tokenize(data_B, begin, end, kinds, lower, tokens_T), 0, np.uint64(0)
+    tokens_T, start_T, stop_T = buffers
+    count, total, last = tokenize(data_B, begin, end, table, FNV_OFFSET, tokens_T, start_T, stop_T), 0, np.uint64(0)
     for t in range(count):
         token = tokens_T[t]
         out[total] = np.int64(token & mask)
         total += 1
         if t:
-            out[total] = np.int64(mixed(last * np.uint64(0x9E3779B97F4A7C15) + token) & mask)
+            out[total] = np.int64(mix64(last * GOLDEN + token) & mask)
             total += 1
         last = token
     return total
 
 
 @njit(cache=True, nogil=True)
-def _logits(data_B, begin_N, kinds, lower, weights_F, bias, out_N):  # type: ignore[no-untyped-def]
-    tokens_T, places = np.empty(longest(begin_N), np.uint64), np.empty(2 * longest(begin_N), np.int64)
+def _logits(data_B, begin_N, table, weights_F, bias, out_N):  # type: ignore[no-untyped-def]
+    room, places = buffers(begin_N), np.empty(2 * longest(begin_N), np.int64)
     for n in range(len(begin_N) - 1):
-        count = _features(data_B, begin_N[n], begin_N[n + 1], kinds, lower, np.uint64(len(weights_F) - 1), tokens_T, places)
+        count = _features(data_B, begin_N[n], begin_N[n + 1], table, np.uint64(len(weights_F) - 1), room, places)
         total = 0.0
         for k in range(count):
             total += weights_F[places[k]]
@@ -45,11 +47,11 @@ def _logits(data_B, begin_N, kinds, lower, weights_F, bias, out_N):  # type: ign
 
 
 @njit(cache=True, nogil=True)
-def _epoch(data_B, begin_N, kinds, lower, order, labels_N, rate, weights_F, squares_F, bias):  # type: ignore[no-untyped-def]
+def _epoch(data_B, begin_N, table, order, labels_N, rate, weights_F, squares_F, bias):  # type: ignore[no-untyped-def]
     """AdaGrad on the logistic loss, one text at a time. Args: `bias`, float64 [2], the bias and the sum of its squared gradients."""
-    tokens_T, places = np.empty(longest(begin_N), np.uint64), np.empty(2 * longest(begin_N), np.int64)
+    room, places = buffers(begin_N), np.empty(2 * longest(begin_N), np.int64)
     for n in order:
-        count = _features(data_B, begin_N[n], begin_N[n + 1], kinds, lower, np.uint64(len(weights_F) - 1), tokens_T, places)
+        count = _features(data_B, begin_N[n], begin_N[n + 1], table, np.uint64(len(weights_F) - 1), room, places)
         total = 0.0
         for k in range(count):
             total += weights_F[places[k]]
@@ -77,13 +79,20 @@ class Classifier:
     weights_F: np.ndarray
     settings: dict[str, Any]
 
-    def logits(self, texts: Texts) -> np.ndarray:
+    def logits(self, texts: TextColumn) -> np.ndarray:
         """float64 [N]."""
         out_N = np.empty(len(texts), np.float64)
-        _logits(fixed(texts.data_B), fixed(texts.begin_N), KINDS, LOWER, fixed(self.weights_F), float(self.settings["bias"]), out_N)
+        _logits(
+            read_only(texts.data_B),
+            read_only(texts.begin_N),
+            BYTES_AND_MARKS,
+            read_only(self.weights_F),
+            float(self.settings["bias"]),
+            out_N,
+        )
         return out_N
 
-    def scores(self, texts: Texts) -> np.ndarray:
+    def scores(self, texts: TextColumn) -> np.ndarray:
         """float32 [N]: the probability that a text is like the positive ones."""
         return _sigmoid(self.logits(texts)).astype(np.float32)
 
@@ -173,7 +182,7 @@ def train(
     if buckets < 2 or buckets & (buckets - 1) or epochs < 1 or not 0 <= held_out < 1:
         raise InputError("A classifier needs buckets that are a power of 2, an epoch or more, and a held-out share from 0 to below 1.")
     classes = [_joined(positive, "positive"), _joined(negative, "negative")]
-    texts = Texts.of(pa.chunked_array([chunk for chunks in classes for chunk in chunks]))
+    texts = TextColumn.of(pa.chunked_array([chunk for chunks in classes for chunk in chunks]))
     num_positive = sum(map(len, classes[0]))
     del classes
     labels_N = np.arange(len(texts)) < num_positive
@@ -182,15 +191,15 @@ def train(
     aside = round(len(order) * held_out)
     checked, trained = order[:aside], order[aside:]
 
-    data_B, begin_N = fixed(texts.data_B), fixed(texts.begin_N)
+    data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
     weights_F, squares_F, bias = np.zeros(buckets, np.float32), np.zeros(buckets, np.float32), np.zeros(2)
     targets_N = labels_N.astype(np.float64)
     for epoch in range(epochs):
         draw.shuffle(trained)
         slower = rate * (1 - epoch / epochs)
-        _epoch(data_B, begin_N, KINDS, LOWER, trained, targets_N, slower, weights_F, squares_F, bias)
+        _epoch(data_B, begin_N, BYTES_AND_MARKS, trained, targets_N, slower, weights_F, squares_F, bias)
 
-    held = Texts.of(pa.array([str(texts.bytes_of(n), "utf-8") for n in checked.tolist()], pa.large_string()))
+    held = TextColumn.of(pa.array([str(texts.bytes_of(n), "utf-8") for n in checked.tolist()], pa.large_string()))
     logits = Classifier(weights_F, {"bias": bias[0]}).logits(held)
     half = len(checked) // 2
     scale, shift = _platt(logits[:half], labels_N[checked[:half]])

@@ -1,4 +1,4 @@
-"""What a model of ours says of documents: the means of its states, and how well it foretells them. It reads their beginnings.
+"""Scores of documents by a language model: mean-pooled hidden states, and bits per byte; of their first MAX_TOKENS tokens.
 
 Shapes: N documents, D dimensions of the model, T tokens read at once.
 """
@@ -15,7 +15,7 @@ from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
 
-MOST_TOKENS = 512  # of a document's beginning
+MAX_TOKENS = 512  # of a document's beginning
 PACK_TOKENS = 16_384  # read at once
 
 
@@ -60,13 +60,13 @@ def _hidden(model: Any, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int
         yield pack, model.hidden(tokens_T, PackedShape.from_lengths([len(ids[n]) for n in pack], device))
 
 
-def states(texts: Sequence[str], folder: Path) -> np.ndarray:
+def mean_hidden_states(texts: Sequence[str], folder: Path) -> np.ndarray:
     """float32 [N, D]: means of the states over the first tokens of each text; 0 for a text of none."""
     import torch
 
     model, tokenizer = _model(folder)
-    most = min(MOST_TOKENS, model.config.max_positions)
-    ids = [one[:most] for one in tokenizer.encode_batch(texts)]
+    max_tokens = min(MAX_TOKENS, model.config.max_positions)
+    ids = [one[:max_tokens] for one in tokenizer.encode_batch(texts)]
     mean_ND = np.zeros((len(texts), model.embedding.shape[1]), np.float32)
     with torch.inference_mode():
         for pack, h_TD in _hidden(model, ids):
@@ -76,15 +76,15 @@ def states(texts: Sequence[str], folder: Path) -> np.ndarray:
     return mean_ND
 
 
-def bits(texts: Sequence[str], folder: Path) -> np.ndarray:
+def bits_per_byte(texts: Sequence[str], folder: Path) -> np.ndarray:
     """float64 [N]: bits a byte of the beginning of each text, as one that follows the end of another; NaN for a text of no token."""
     import torch
 
     from gristmill.train.losses import token_logprobs
 
     model, tokenizer = _model(folder)
-    most = min(MOST_TOKENS, model.config.max_positions)
-    targets = [one[:most] for one in tokenizer.encode_batch(texts)]
+    max_tokens = min(MAX_TOKENS, model.config.max_positions)
+    targets = [one[:max_tokens] for one in tokenizer.encode_batch(texts)]
     ids = [[tokenizer.eos_id, *one[:-1]] if one else [] for one in targets]
     bits_N = np.full(len(texts), np.nan)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Perplexity by a trigram model of words of our own, in the manner of CCNet (1911.00359): the less, the more a text is like the model's.
+"""Perplexity of documents by a Kneser-Ney trigram model, in the manner of CCNet (1911.00359): the less, the more a text is like its own.
 
 A token is a run of letters and digits (those of ASCII in lower case) and of whatever else is not ASCII, a single mark, or a single
 Chinese or Japanese character. Probabilities are those of interpolated Kneser-Ney smoothing with one discount an order (Ney, Essen and
@@ -27,76 +27,16 @@ from safetensors.numpy import load_file, save_file
 
 from gristmill.core.errors import InputError
 from gristmill.core.io import write_json
-from gristmill.curate.text.text_column import Texts, fixed, mixed, place_of, places
+from gristmill.curate.text.text_column import TextColumn, hash_table, lookup, read_only
+from gristmill.curate.text.words import BYTES_AND_MARKS, FNV_OFFSET, buffers, tokenize
+from gristmill.data.minhash import mix64
 
-WORD, MARK, CHARACTER = 1, 2, 3  # what a byte is part of; 0 parts tokens
 WEIGHTS_FILE, SETTINGS_FILE = "model.safetensors", "model.json"
 UNKNOWN, START = 0, 1  # words that no text has; others follow
 _BITS = 21  # of a word's number: three of them fit into 63 bits
 _WORD = np.int64(2**_BITS - 1)
 _PAIR = np.int64(2 ** (2 * _BITS) - 1)
 _FREE = np.int64(-1)  # a slot without n-gram
-
-# --- tokens --------------------------------------------------------------------------------------------------------------
-
-
-def _bytes() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [256] each: what a byte is part of, and the byte as it counts."""
-    kinds, lower = np.zeros(256, np.uint8), np.arange(256, dtype=np.uint8)
-    for byte in range(256):
-        char = chr(byte)
-        if byte >= 128:
-            kinds[byte] = CHARACTER if 0xE3 <= byte <= 0xE9 else WORD  # first bytes of U+3000 to U+9FFF
-        elif char.isalnum():
-            kinds[byte], lower[byte] = WORD, ord(char.lower())
-        elif char.isprintable() and char != " ":
-            kinds[byte] = MARK
-    return kinds, lower
-
-
-KINDS, LOWER = _bytes()
-
-
-@njit(cache=True, nogil=True)
-def tokenize(data_B, begin, end, kinds, lower, out_T):  # type: ignore[no-untyped-def]
-    """uint64 hashes of the tokens of one text into out, which has room for one a byte; their number."""
-    count, i, inside, value = 0, begin, False, np.uint64(0)
-    while i < end:
-        byte = data_B[i]
-        kind = kinds[byte]
-        i += 1
-        if kind == WORD:
-            if not inside:
-                inside, value = True, np.uint64(0xCBF29CE484222325)
-            value = (value ^ np.uint64(lower[byte])) * np.uint64(0x100000001B3)
-            continue
-        if inside:
-            inside = False
-            out_T[count] = mixed(value)
-            count += 1
-        if kind:
-            value = np.uint64(byte)
-            if kind == CHARACTER:
-                for _ in range(2):
-                    if i < end:
-                        value = (value << np.uint64(8)) | np.uint64(data_B[i])
-                        i += 1
-            out_T[count] = mixed(value)
-            count += 1
-    if inside:
-        out_T[count] = mixed(value)
-        count += 1
-    return count
-
-
-@njit(cache=True, nogil=True)
-def longest(begin_N):  # type: ignore[no-untyped-def]
-    """Bytes of the longest text, and one more."""
-    size = 0
-    for n in range(len(begin_N) - 1):
-        size = max(size, begin_N[n + 1] - begin_N[n])
-    return size + 1
-
 
 # --- files of a trained model --------------------------------------------------------------------------------------------
 
@@ -149,7 +89,7 @@ def _slots(keys_G, values_G):  # type: ignore[no-untyped-def]
         size *= 2
     keys_S, values_S = np.full(size, _FREE, np.int64), np.zeros((size, values_G.shape[1]), np.float32)
     for g in range(len(keys_G)):
-        at = np.int64(mixed(np.uint64(keys_G[g])) & np.uint64(size - 1))
+        at = np.int64(mix64(np.uint64(keys_G[g])) & np.uint64(size - 1))
         while keys_S[at] != _FREE:
             at = (at + 1) & (size - 1)
         keys_S[at] = keys_G[g]
@@ -160,7 +100,7 @@ def _slots(keys_G, values_G):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, inline="always")
 def _slot(keys_S, key):  # type: ignore[no-untyped-def]
     """Where a key is, or -1."""
-    at = np.int64(mixed(np.uint64(key)) & np.uint64(len(keys_S) - 1))
+    at = np.int64(mix64(np.uint64(key)) & np.uint64(len(keys_S) - 1))
     while keys_S[at] != _FREE:
         if keys_S[at] == key:
             return at
@@ -169,15 +109,15 @@ def _slot(keys_S, key):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _bits(data_B, begin_N, kinds, lower, words_V, table_S, single_V, pairs, pair_values, triples, triple_values, rare, bits_N):  # type: ignore[no-untyped-def]
+def _bits(data_B, begin_N, table, words_V, table_S, single_V, pairs, pair_values, triples, triple_values, rare, bits_N):  # type: ignore[no-untyped-def]
     """float64 bits per token of each text; NaN where there is none. Args: `rare`, bits to pick one of the unknown words."""
-    tokens_T = np.empty(longest(begin_N), np.uint64)
+    tokens_T, start_T, stop_T = buffers(begin_N)
     for n in range(len(begin_N) - 1):
-        count = tokenize(data_B, begin_N[n], begin_N[n + 1], kinds, lower, tokens_T)
+        count = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, tokens_T, start_T, stop_T)
         total, a, b = 0.0, np.int64(START), np.int64(START)
         context = _slot(pairs, (a << _BITS) | b)
         for t in range(count):
-            place = place_of(tokens_T[t], words_V, table_S)
+            place = lookup(tokens_T[t], words_V, table_S)
             c = np.int64(place + 2 if place >= 0 else UNKNOWN)
             pair = _slot(pairs, (b << _BITS) | c)
             triple = _slot(triples, (((a << _BITS) | b) << _BITS) | c) if context >= 0 and pair >= 0 else -1
@@ -215,19 +155,24 @@ class Trigrams:
 
     @cached_property
     def _tables(self) -> tuple[np.ndarray, ...]:
-        pairs = _slots(fixed(self.pairs), fixed(self.pair_values))
-        return (places(fixed(self.words_V)), fixed(self.single_V), *pairs, *_slots(fixed(self.triples), fixed(self.triple_values)))
+        pairs = _slots(read_only(self.pairs), read_only(self.pair_values))
+        return (
+            hash_table(read_only(self.words_V)),
+            read_only(self.single_V),
+            *pairs,
+            *_slots(read_only(self.triples), read_only(self.triple_values)),
+        )
 
-    def bits(self, texts: Texts) -> np.ndarray:
+    def bits(self, texts: TextColumn) -> np.ndarray:
         """float64 [N]: bits per token of each text; NaN where it has none."""
         bits_N = np.empty(len(texts), np.float64)
         rare = float(np.log2(max(self.settings["rare_words"], 1)))
         words, single, pairs, pair_values, triples, triple_values = self._tables
-        data_B, begin_N, words_V = fixed(texts.data_B), fixed(texts.begin_N), fixed(self.words_V)
-        _bits(data_B, begin_N, KINDS, LOWER, words_V, words, single, pairs, pair_values, triples, triple_values, rare, bits_N)
+        data_B, begin_N, words_V = read_only(texts.data_B), read_only(texts.begin_N), read_only(self.words_V)
+        _bits(data_B, begin_N, BYTES_AND_MARKS, words_V, words, single, pairs, pair_values, triples, triple_values, rare, bits_N)
         return bits_N
 
-    def perplexity(self, texts: Texts) -> np.ndarray:
+    def perplexity(self, texts: TextColumn) -> np.ndarray:
         """float64 [N]: 2 to the power of `bits`."""
         return np.exp2(self.bits(texts))
 
@@ -246,14 +191,15 @@ def load(folder: Path) -> Trigrams:
 
 
 @njit(cache=True, nogil=True)
-def _stream(data_B, begin_N, kinds, lower):  # type: ignore[no-untyped-def]
+def _stream(data_B, begin_N, table):  # type: ignore[no-untyped-def]
     """Tokens of all texts (uint64), two zeros before those of each."""
     room = 2 * len(begin_N) + begin_N[-1] - begin_N[0] + 1
     out_T, count = np.empty(room, np.uint64), 0
+    _, start_T, stop_T = buffers(begin_N)
     for n in range(len(begin_N) - 1):
         out_T[count : count + 2] = 0
         count += 2
-        count += tokenize(data_B, begin_N[n], begin_N[n + 1], kinds, lower, out_T[count:])
+        count += tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, out_T[count:], start_T, stop_T)
     return out_T[:count].copy()
 
 
@@ -267,11 +213,13 @@ def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return keys[first], np.add.reduceat(counts, first)
 
 
-def _smoothed(keys: np.ndarray, counts: np.ndarray, least: int, lower: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _smoothed(
+    keys: np.ndarray, counts: np.ndarray, min_count: int, lower: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One order of the model from the next shorter one.
 
     Args:
-        keys: int64 [G], sorted. counts: int64 [G]. least: n-grams with fewer are left to the shorter ones.
+        keys: int64 [G], sorted. counts: int64 [G]. min_count: n-grams with fewer are left to the shorter ones.
         lower: float64 [G], probability of each n-gram's last word after the context without its first word.
 
     Returns:
@@ -281,26 +229,26 @@ def _smoothed(keys: np.ndarray, counts: np.ndarray, least: int, lower: np.ndarra
     discount = min(max(ones / max(ones + 2 * twos, 1), 0.1), 0.9)  # Ney, Essen and Kneser's estimate, within reason
     contexts, first, place = np.unique(keys >> _BITS, return_index=True, return_inverse=True)
     total = np.add.reduceat(counts, first).astype(np.float64)
-    kept = counts >= least
+    kept = counts >= min_count
     share = np.where(kept, counts - discount, 0.0) / total[place]
     gamma = np.maximum(1.0 - np.bincount(place, share, len(contexts)), 1e-9)
     return kept, share + gamma[place] * lower, contexts, gamma
 
 
-def train(tables: Iterable[pa.Table], folder: Path, least_words: int = 2, least: int = 2) -> Trigrams:
+def train(tables: Iterable[pa.Table], folder: Path, *, min_word_count: int = 2, min_count: int = 2) -> Trigrams:
     """Train a model on the texts of tables and write it. Needs about 20 times the texts' size of memory.
 
     Args:
-        least_words: occurrences of a word, below which it is unknown.
-        least: occurrences of a trigram, below which it is left to the shorter n-grams.
+        min_word_count: occurrences of a word, below which it is unknown.
+        min_count: occurrences of a trigram, below which it is left to the shorter n-grams.
 
     Raises:
         InputError: there is no word, or the folder cannot be written.
     """
     streams, documents, size = [], 0, 0
     for table in tables:
-        texts = Texts.of(table["text"])
-        streams.append(_stream(fixed(texts.data_B), fixed(texts.begin_N), KINDS, LOWER))
+        texts = TextColumn.of(table["text"])
+        streams.append(_stream(read_only(texts.data_B), read_only(texts.begin_N), BYTES_AND_MARKS))
         documents += len(texts)
         size += int(texts.begin_N[-1] - texts.begin_N[0])
     stream_T = np.concatenate([np.empty(0, np.uint64), *streams])
@@ -309,11 +257,11 @@ def train(tables: Iterable[pa.Table], folder: Path, least_words: int = 2, least:
     is_word = words != 0
     if not is_word.any():
         raise InputError("There is no word to train a model of perplexity on: check the files.")
-    known = is_word & (counts >= least_words)
-    most = 2**_BITS - 2
-    if known.sum() > most:  # the most frequent; of equals those of the smaller hash
+    known = is_word & (counts >= min_word_count)
+    max_known = 2**_BITS - 2
+    if known.sum() > max_known:  # the most frequent; of equals those of the smaller hash
         order = np.argsort(np.where(known, -counts, 1), kind="stable")
-        known[order[most:]] = False
+        known[order[max_known:]] = False
     numbers = np.where(is_word, UNKNOWN, START)
     numbers[known] = np.arange(2, 2 + known.sum())
     words_V = words[known]
@@ -332,7 +280,7 @@ def train(tables: Iterable[pa.Table], folder: Path, least_words: int = 2, least:
     _, pair_P, contexts, gamma = _smoothed(pairs, pair_counts, 1, single_P[pairs & _WORD])
     single_V = np.stack([np.log2(single_P), np.zeros(size_V)], 1).astype(np.float32)
     single_V[contexts, 1] = np.log2(gamma)
-    kept, triple_P, contexts, gamma = _smoothed(triples, triple_counts, least, pair_P[np.searchsorted(pairs, triples & _PAIR)])
+    kept, triple_P, contexts, gamma = _smoothed(triples, triple_counts, min_count, pair_P[np.searchsorted(pairs, triples & _PAIR)])
     # contexts of trigrams are pairs, but for that of a text's first word
     all_pairs = np.union1d(pairs, contexts)
     pair_values = np.zeros((len(all_pairs), 2), np.float32)
@@ -342,8 +290,8 @@ def train(tables: Iterable[pa.Table], folder: Path, least_words: int = 2, least:
 
     settings = {
         "kind": "trigrams",
-        "least_words": least_words,
-        "least": least,
+        "least_words": min_word_count,
+        "least": min_count,
         "documents": documents,
         "bytes": size,
         "tokens": int((ids_T != START).sum()),

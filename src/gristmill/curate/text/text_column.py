@@ -1,4 +1,4 @@
-"""A column of texts as numba reads it: all bytes in one array, and where each text begins.
+"""Text columns as numba reads them: all bytes in one array, and where each text begins.
 
 Shapes: N documents, B bytes of all of them.
 """
@@ -13,28 +13,28 @@ import pyarrow as pa
 from numba import njit
 
 LAST_LETTER = 0x323AF  # beyond it there are tags, selectors and private use; a test holds it to the Unicode of this Python
-SPACE, LETTER, DIGIT = 1, 2, 4  # bits of `classes`
+SPACE, LETTER, DIGIT = 1, 2, 4  # bits of `char_classes`
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Attributes: `data_B` UTF-8 bytes, `begin_N` of each text, and one more: the end."""
+class TextColumn:
+    """Arrow string column as arrays: `data_B`, its UTF-8 bytes, `begin_N` of each text, and one more: the end."""
 
     data_B: np.ndarray
     begin_N: np.ndarray
 
     @staticmethod
-    def of(column: pa.ChunkedArray | pa.Array) -> "Texts":
+    def of(column: pa.ChunkedArray | pa.Array) -> "TextColumn":
         """A column of strings; bytes are not copied where it is one piece."""
         chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
         array = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks or [pa.array([], pa.large_string())])
         array = array.cast(pa.large_string())
         _, offsets, data = array.buffers()
         if len(array) == 0 or offsets is None:
-            return Texts(np.empty(0, np.uint8), np.zeros(1, np.int64))
+            return TextColumn(np.empty(0, np.uint8), np.zeros(1, np.int64))
         begin_N = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
         data_B = np.empty(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
-        return Texts(data_B, begin_N)
+        return TextColumn(data_B, begin_N)
 
     def __len__(self) -> int:
         return len(self.begin_N) - 1
@@ -49,26 +49,16 @@ class Texts:
         return np.diff(self.begin_N)
 
 
-def fixed(array: np.ndarray) -> np.ndarray:
+def read_only(array: np.ndarray) -> np.ndarray:
     """A view that cannot be written to, so that one compiled function serves all arrays."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
-@njit(cache=True, nogil=True, inline="always")
-def mixed(x):  # type: ignore[no-untyped-def]
-    """A uint64 every bit of which depends on every bit of x: the last step of a hash (SplitMix64's)."""
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 @njit(cache=True, nogil=True)
-def decoded(data_B, i):  # type: ignore[no-untyped-def]
-    """The code point of more than one byte at i, in UTF-8 that Arrow has checked, and how many bytes."""
+def decode_utf8(data_B, i):  # type: ignore[no-untyped-def]
+    """Decode the code point of more than one byte at i, in UTF-8 that Arrow has checked, and how many bytes."""
     lead = np.int64(data_B[i])
     if lead < 0xE0:
         return (lead & 0x1F) << 6 | data_B[i + 1] & 0x3F, 2
@@ -78,8 +68,17 @@ def decoded(data_B, i):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def places(hash_K):  # type: ignore[no-untyped-def]
-    """int32 [S], open addressing by the low bits: the place of a hash in hash_K, or -1. S is a power of 2, at least 4 K."""
+def longest(begin_N):  # type: ignore[no-untyped-def]
+    """Bytes of the longest text, and one more."""
+    size = 0
+    for n in range(len(begin_N) - 1):
+        size = max(size, begin_N[n + 1] - begin_N[n])
+    return size + 1
+
+
+@njit(cache=True, nogil=True)
+def hash_table(hash_K):  # type: ignore[no-untyped-def]
+    """Hash table, int32 [S], by open addressing of the low bits: the place of a hash in hash_K, or -1. S is a power of 2, at least 4 K."""
     size = 16
     while size < 4 * len(hash_K):
         size *= 2
@@ -93,7 +92,7 @@ def places(hash_K):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, inline="always")
-def place_of(wanted, hash_K, place_S):  # type: ignore[no-untyped-def]
+def lookup(wanted, hash_K, place_S):  # type: ignore[no-untyped-def]
     """Where a hash is in hash_K, or -1."""
     at = np.int64(wanted & np.uint64(len(place_S) - 1))
     while place_S[at] >= 0 and hash_K[place_S[at]] != wanted:
@@ -102,8 +101,8 @@ def place_of(wanted, hash_K, place_S):  # type: ignore[no-untyped-def]
 
 
 @cache
-def classes() -> np.ndarray:
-    """uint8 for every code point: what Python's str.isspace, str.isalpha and str.isdecimal say of it, as bits."""
+def char_classes() -> np.ndarray:
+    """Character classes, uint8 for every code point: what Python's str.isspace, str.isalpha and str.isdecimal say of it, as bits."""
     table = np.zeros(sys.maxunicode + 1, np.uint8)
     for point in range(LAST_LETTER + 1):
         kind = unicodedata.category(chr(point))

@@ -1,4 +1,4 @@
-"""Figures of documents that need no model: counts and shares of characters, words, lines, paragraphs and n-grams, in one pass.
+"""Text metrics: counts and shares of characters, words, lines, paragraphs and n-grams of documents, in one pass.
 
 The bytes are read once, into words; everything else is counted over the words. Units:
 
@@ -8,7 +8,7 @@ The bytes are read once, into words; everything else is counted over the words. 
 - n-gram: n words that follow each other; its characters are those of the words joined by one space.
 - upper and lower case of ASCII are the same, except to `common_words`.
 
-Every figure has a value for every text. A share or mean of no words, lines, paragraphs or characters is 0, but the shares that rules
+Every metric has a value for every text. A share or mean of no words, lines, paragraphs or characters is 0, but the shares that rules
 want high (`unique_*`, `words_with_letter`) are 1. The first rule that an empty text breaks is that for words, lines or sentences.
 Fewer than n words repeat no n-gram: 0. One word, one line or one paragraph is unique: 1.
 
@@ -23,7 +23,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from gristmill.curate.text.text_column import DIGIT, LETTER, SPACE, Texts, classes, decoded
+from gristmill.curate.text.text_column import DIGIT, LETTER, TextColumn, char_classes, decode_utf8, read_only
+from gristmill.curate.text.words import FNV_OFFSET, split, tokenize
 
 TOP, DUPLICATE = (2, 3, 4), (2, 3, 4, 5, 6, 7, 8, 9, 10)  # lengths of n-grams
 
@@ -39,7 +40,7 @@ COUNTS = (
     *(f"top_{n}" for n in TOP),
     *(f"duplicate_{n}" for n in DUPLICATE),
 )
-# Figure: the count, the count that it is divided by, and what it says.
+# Metric: the count, the count that it is divided by, and what it says.
 _PARTS: dict[str, tuple[str, str, str]] = {
     "non_alphanumeric": ("others", "characters", "share of characters other than a-z A-Z 0-9 newline ? ! , . (a space counts)"),
     "symbol_words": ("symbols", "words", "share of words that are an ellipsis mark, or more than half hash signs"),
@@ -86,8 +87,8 @@ _PARTS: dict[str, tuple[str, str, str]] = {
     "longest_line": ("longest_line", "", "characters of the longest line"),
 }
 DESCRIPTIONS = {name: says for name, (_, _, says) in _PARTS.items()}
-FIGURES = tuple(_PARTS)
-NGRAMS = frozenset([*(f"top_{n}gram" for n in TOP), *(f"duplicate_{n}gram" for n in DUPLICATE)])  # figures that take time of their own
+METRICS = tuple(_PARTS)
+NGRAMS = frozenset([*(f"top_{n}gram" for n in TOP), *(f"duplicate_{n}gram" for n in DUPLICATE)])  # metrics that take time of their own
 
 
 # ---- what is looked for, as arrays that numba reads ----
@@ -103,13 +104,13 @@ def _bits(*members: str) -> np.ndarray:
     return np.array([sum(1 << k for k, those in enumerate(members) if byte < 128 and chr(byte) in those) for byte in range(256)], np.uint16)
 
 
-_LOWER, _FIGURES = "abcdefghijklmnopqrstuvwxyz", "0123456789"
+_LOWER, _DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 _LETTERS = _LOWER + _LOWER.upper()
 _BLANK, _WIDE, _LETTER, _J, _K, _M, _V, _W, _DOT, _SLASH, _HASH = (1 << k for k in range(11))
 # What a word is made of is known from these bits of its bytes; the rest is only looked at in words that may have it.
 KIND = _bits("".join(map(chr, (9, 10, 11, 12, 13, 28, 29, 30, 31, 32))), "", _LETTERS, "jJ", "kK", "mM", "vV", "wW", ".", "/", "#")
 KIND[128:] = _WIDE
-COUNTED = _bits(_LETTERS + _FIGURES + "\n?!,.", _LETTERS, _FIGURES, "\t\n\r\b ", "()[]{}")
+COUNTED = _bits(_LETTERS + _DIGITS + "\n?!,.", _LETTERS, _DIGITS, "\t\n\r\b ", "()[]{}")
 END_MARK = _bits(".?!\"'", ".?!")
 
 POLICY = _rows(
@@ -118,10 +119,10 @@ POLICY = _rows(
 )
 ELLIPSES = _rows("...", "\u2026", "[...]", "(...)", "[\u2026]", "-\u00bb", "read more", "read more..")
 URLS = _rows("http://", "https://", "www.")
-# Of each figure: its count, the count that it is divided by (-1: none), and what it is where that is 0.
+# Of each metric: its count, the count that it is divided by (-1: none), and what it is where that is 0.
 PART = np.array([COUNTS.index(part) for part, _, _ in _PARTS.values()])
 WHOLE = np.array([COUNTS.index(whole) if whole else -1 for _, whole, _ in _PARTS.values()])
-OF_NOTHING = np.array([float(name.startswith("unique") or name == "words_with_letter") for name in FIGURES])
+OF_NOTHING = np.array([float(name.startswith("unique") or name == "words_with_letter") for name in METRICS])
 ELLIPSES_SIZE = np.count_nonzero(ELLIPSES, axis=1)
 TERMS, COOKIE, PRIVACY, LOREM = _rows("terms of use"), _rows("cookie"), _rows("privacy"), _rows("lorem ipsum")
 JAVASCRIPT, XML = _rows("javascript"), _rows("<?xml version=")
@@ -194,61 +195,49 @@ def _is_ellipsis(data_B, begin, end, whole):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _read(data_B, begin, end, classes, words, count_256):  # type: ignore[no-untyped-def]
-    """Cut a document into words, and count its ASCII bytes.
+def _read(data_B, begin, end, table, classes, words, count_256):  # type: ignore[no-untyped-def]
+    """Cut a document into words, and count its bytes.
 
     Returns: words, characters; and of those beyond ASCII letters, digits, angle brackets and ellipses.
     """
-    num, extra, letters, digits, brackets, ellipses = 0, 0, 0, 0, 0, 0
+    num = tokenize(data_B, begin, end, table, FNV_OFFSET, words.hash_W, words.begin_W, words.stop_W)
+    extra, letters, digits, brackets, ellipses = 0, 0, 0, 0, 0
     i = begin
-    while True:
+    for w in range(num + 1):
+        start, stop = (words.begin_W[w], words.stop_W[w]) if w < num else (end, end)
         gap, breaks = _SEED, 0
-        while i < end:
-            byte, size = data_B[i], 1
-            point = np.int64(byte)
-            if KIND[byte] & _WIDE:
-                point, size = decoded(data_B, i)
-                if not classes[point] & SPACE:
-                    break
-            elif KIND[byte] & _BLANK:
-                count_256[byte] += 1
-                breaks += byte == 10
-            else:
-                break
-            gap = (gap ^ np.uint64(point)) * _PRIME
-            extra += size - 1
-            i += size
-        if i >= end:
-            return num, end - begin - extra, letters, digits, brackets, ellipses
-        start, before, key, kinds = i, extra, _SEED, np.uint16(0)
-        while i < end:
+        while i < start:
             byte = data_B[i]
-            kind = KIND[byte]
-            if kind & (_BLANK | _WIDE):
-                if kind & _BLANK:
-                    break
-                point, size = decoded(data_B, i)
+            count_256[byte] += 1
+            breaks += byte == 10
+            gap = (gap ^ np.uint64(byte)) * _PRIME
+            extra += (byte & 0xC0) == 0x80
+            i += 1
+        if w == num:
+            break
+        before, kinds = extra, np.uint16(0)
+        for i in range(start, stop):
+            byte = data_B[i]
+            count_256[byte] += 1
+            kinds |= KIND[byte]
+        i = start
+        while kinds & _WIDE and i < stop:
+            point, size = np.int64(data_B[i]), 1
+            if point >= 0x80:
+                point, size = decode_utf8(data_B, i)
                 members = classes[point]
-                if members & SPACE:
-                    break
                 if members & LETTER:
                     letters += 1
-                    kind |= np.uint16(_LETTER)
+                    kinds |= np.uint16(_LETTER)
                 digits += (members & DIGIT) != 0
                 brackets += point == 0x27E8 or point == 0x27E9
                 ellipses += point == 0x2026
-                key = (key ^ np.uint64(point)) * _PRIME
                 extra += size - 1
-                i += size
-            else:
-                key = (key ^ np.uint64(byte)) * _PRIME
-                count_256[byte] += 1
-                i += 1
-            kinds |= kind
-        words.hash_W[num], words.gap_W[num], words.breaks_W[num] = _mixed(key, _ZERO), gap, breaks
-        words.begin_W[num], words.stop_W[num], words.kind_W[num] = start, i, kinds
-        words.at_W[num], words.size_W[num] = start - begin - before, i - start - (extra - before)
-        num += 1
+            i += size
+        i = stop
+        words.gap_W[w], words.breaks_W[w], words.kind_W[w] = gap, breaks, kinds
+        words.at_W[w], words.size_W[w] = start - begin - before, stop - start - (extra - before)
+    return num, end - begin - extra, letters, digits, brackets, ellipses
 
 
 @compiled
@@ -327,7 +316,7 @@ def _of_lines(data_B, words, num):  # type: ignore[no-untyped-def]
         bare += 1 - (END_MARK[data_B[stop - 1]] & 1)
         ellipses += _is_ellipsis(data_B, begin, stop, False)
         if data_B[begin] == 0xE2:  # every bullet starts with this byte
-            point, _ = decoded(data_B, begin)
+            point, _ = decode_utf8(data_B, begin)
             for bullet in BULLETS:
                 bullets += point == bullet
         short += size <= 30
@@ -435,13 +424,13 @@ def _paragraphs(words, num, num_lines, table_T2, epoch, at_C, key_C):  # type: i
 @compiled
 def _covered_by_top(words, n, at_C, place_C, num, table_T2):  # type: ignore[no-untyped-def]
     """Characters in the most frequent n-gram."""
-    most, top, size = _ONE, _ZERO, 0
+    best, top, size = _ONE, _ZERO, 0
     for c in range(num):
         times = table_T2[place_C[c], 1] & _COUNT
-        if times > most:
-            most, top, size = times, place_C[c], words.size_W[at_C[c] : at_C[c] + n].sum() + n - 1
+        if times > best:
+            best, top, size = times, place_C[c], words.size_W[at_C[c] : at_C[c] + n].sum() + n - 1
     covered, free = 0, 0
-    for c in range(num if most > _ONE else 0):
+    for c in range(num if best > _ONE else 0):
         if place_C[c] == top and at_C[c] >= free:
             covered, free = covered + size, at_C[c] + n
     return covered
@@ -501,10 +490,10 @@ def _has_xml_header(data_B, begin, end):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _counts(data_B, begin, end, classes, words, count_256, table_T2, epoch, at_C, key_C, counts_K):  # type: ignore[no-untyped-def]
+def _counts(data_B, begin, end, table, classes, words, count_256, table_T2, epoch, at_C, key_C, counts_K):  # type: ignore[no-untyped-def]
     """Write the counts of one document, but for those of n-grams. Returns its words."""
     count_256[:] = 0
-    num, characters, letters, digits, brackets, ellipses = _read(data_B, begin, end, classes, words, count_256)
+    num, characters, letters, digits, brackets, ellipses = _read(data_B, begin, end, table, classes, words, count_256)
     alphanumeric, ascii_letters, ascii_digits, white_space, ascii_brackets = _of_ascii(count_256)
     letters, digits = letters + ascii_letters, digits + ascii_digits
     of_words, dots = _of_words(data_B, words, num)
@@ -526,56 +515,55 @@ def _counts(data_B, begin, end, classes, words, count_256, table_T2, epoch, at_C
 
 
 @compiled
-def _divide(counts_K, figures_F):  # type: ignore[no-untyped-def]
+def _divide(counts_K, metrics_F):  # type: ignore[no-untyped-def]
     for f in range(len(PART)):
         whole = counts_K[WHOLE[f]] if WHOLE[f] >= 0 else 1
-        figures_F[f] = counts_K[PART[f]] / whole if whole > 0 else OF_NOTHING[f]
+        metrics_F[f] = counts_K[PART[f]] / whole if whole > 0 else OF_NOTHING[f]
 
 
 @compiled
-def _most_words(data_B, begin_N):  # type: ignore[no-untyped-def]
+def _max_words(data_B, begin_N):  # type: ignore[no-untyped-def]
     """No document has more words: what may be white space, and one."""
-    most = 0
+    words = 0
     for d in range(len(begin_N) - 1):
         num = 1
         for byte in data_B[begin_N[d] : begin_N[d + 1]]:
             num += byte <= 32 or byte == 0xC2 or 0xE1 <= byte <= 0xE3
-        most = max(most, num)
-    return most
+        words = max(words, num)
+    return words
 
 
 @compiled
-def _count_all(data_B, begin_N, classes, words, limits_F2, at_C, key_C, place_C, again_C, figures_NF):  # type: ignore[no-untyped-def]
+def _count_all(data_B, begin_N, table, classes, words, limits_F2, at_C, key_C, place_C, again_C, metrics_NF):  # type: ignore[no-untyped-def]
     table_T2, epoch = np.zeros((np.int64(_mask(len(at_C))) + 1, 2), np.uint64), _ONE
     count_256 = np.empty(256, np.int64)
     counts_K = np.empty(len(COUNTS), np.int64)
     top_3, again_9 = counts_K[-len(TOP) - len(DUPLICATE) : -len(DUPLICATE)], counts_K[-len(DUPLICATE) :]
     for d in range(len(begin_N) - 1):
         counts_K[:] = 0
-        num = _counts(data_B, begin_N[d], begin_N[d + 1], classes, words, count_256, table_T2, epoch, at_C, key_C, counts_K)
+        num = _counts(data_B, begin_N[d], begin_N[d + 1], table, classes, words, count_256, table_T2, epoch, at_C, key_C, counts_K)
         epoch += _ONE + _ONE
-        _divide(counts_K, figures_NF[d])
+        _divide(counts_K, metrics_NF[d])
         within = True
         for f in range(len(limits_F2)):
-            within = within and limits_F2[f, 0] <= figures_NF[d, f] <= limits_F2[f, 1]
+            within = within and limits_F2[f, 0] <= metrics_NF[d, f] <= limits_F2[f, 1]
         if within:
             epoch = _ngrams(words, num, table_T2, epoch, at_C, key_C, place_C, again_C, top_3, again_9)
-            _divide(counts_K, figures_NF[d])
+            _divide(counts_K, metrics_NF[d])
 
 
-def figures(texts: Texts, within: Mapping[str, tuple[float, float]] | None = MappingProxyType({})) -> np.ndarray:
-    """float64 [N, FIGURES] of the texts, which must be valid UTF-8.
+def compute(texts: TextColumn, within: Mapping[str, tuple[float, float]] | None = MappingProxyType({})) -> np.ndarray:
+    """float64 [N, METRICS] of the texts, which must be valid UTF-8.
 
     Args:
-        within: least and most of other figures. Beyond them a document's n-grams are not looked at, and NGRAMS are 0; with None,
+        within: min and max of other metrics. Beyond them a document's n-grams are not looked at, and NGRAMS are 0; with None,
             everywhere.
     """
-    data_B, begin_N = texts.data_B.view(), texts.begin_N.view()
-    data_B.flags.writeable = begin_N.flags.writeable = False  # as Arrow's are: one kind of array to compile for
-    most = _most_words(data_B, begin_N)
-    words = Words(*(np.empty(most, kind) for kind in ("u8", "u8", "i4", "i8", "i8", "i8", "i8", "u2")))
-    at_C, key_C, place_C, again_C = (np.empty(most, kind) for kind in ("i8", "u8", "u8", "?"))
-    limits_F2 = np.array([(1, 0) if within is None else within.get(name, (-np.inf, np.inf)) for name in FIGURES], np.float64)
-    figures_NF = np.empty((len(texts), len(FIGURES)))
-    _count_all(data_B, begin_N, classes(), words, limits_F2, at_C, key_C, place_C, again_C, figures_NF)
-    return figures_NF
+    data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
+    room = _max_words(data_B, begin_N)
+    words = Words(*(np.empty(room, kind) for kind in ("u8", "u8", "i4", "i8", "i8", "i8", "i8", "u2")))
+    at_C, key_C, place_C, again_C = (np.empty(room, kind) for kind in ("i8", "u8", "u8", "?"))
+    limits_F2 = np.array([(1, 0) if within is None else within.get(name, (-np.inf, np.inf)) for name in METRICS], np.float64)
+    metrics_NF = np.empty((len(texts), len(METRICS)))
+    _count_all(data_B, begin_N, split(), char_classes(), words, limits_F2, at_C, key_C, place_C, again_C, metrics_NF)
+    return metrics_NF

@@ -1,4 +1,4 @@
-"""Repair of texts: mojibake, control characters, leftovers of HTML, cookie and privacy notices, runs of empty lines.
+"""Text cleaning: mojibake, control characters, leftovers of HTML, cookie and privacy notices, runs of empty lines.
 
 A pass over the bytes finds the documents that need something; all others are not touched. A document is repaired until nothing
 changes any more, so that cleaning twice is cleaning once.
@@ -18,11 +18,11 @@ from numba import njit
 
 from gristmill.core.config import Section
 from gristmill.curate.outcome import Outcome, split, with_text
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn
 
 UNICODE, CONTROL, HTML, BOILERPLATE, NEWLINES = 1, 2, 4, 8, 16  # what a document may need
 KINDS = {"unicode": UNICODE, "control": CONTROL, "html": HTML, "boilerplate": BOILERPLATE, "newlines": NEWLINES}
-MOST_ROUNDS = 100
+MAX_ROUNDS = 100
 
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028]")
@@ -33,7 +33,7 @@ _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u2060-\u2064\ufeff
 _FTFY_CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 # every sign of mojibake to ftfy has one of these: two characters beyond ASCII with at most one of ASCII between, or one of a few
 _SUSPECT = re.compile("[^\x00-\x7f][\x00-\x7f]?[^\x00-\x7f]|[\x80-\x9fÂÃŒœ]")
-MOST_LINE = 1_000_000  # characters: ftfy cuts longer lines and looks at each piece
+MAX_LINE = 1_000_000  # characters: ftfy cuts longer lines and looks at each piece
 _RUNS = re.compile("\n{3,}")
 
 _BLOCKS = "br|p|div|li|ul|ol|tr|table|tbody|thead|hr|h[1-6]|blockquote|center"
@@ -55,7 +55,7 @@ _CODE_LINE = re.compile(
     r"^\s*(?:import |from \S+ import|def |class |#include|#define|return\b|var |const |let |//|/\*|\*/|>>> )|[;{}]\s*$", re.M
 )
 _LINE = re.compile(r"^.*\S", re.M)
-MOST_CODE = 0.1  # share of lines that look like code, in a text
+MAX_CODE = 0.1  # share of lines that look like code, in a text
 
 _POLICY = re.compile(
     r"terms of use|privacy policy|cookie policy|privacy (?:&|and) cookies? policy|privacy overview|uses cookies|use (?:of )?cookies"
@@ -71,7 +71,7 @@ _PARAGRAPHS = re.compile(r"\n\s*\n")
 
 
 class Clean(Section):
-    """Repairs of a text, in the order they are made."""
+    """Text cleaning: repairs, in the order they are made."""
 
     step: Literal["clean"] = "clean"
     unicode: bool = True  # mojibake, C1 controls that were meant as Windows-1252, composed characters (NFC); see `mend`
@@ -223,7 +223,7 @@ def _word(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8)
 
 
-def needs(texts: Texts) -> np.ndarray:
+def needs(texts: TextColumn) -> np.ndarray:
     """uint8[N]: the repairs that each text may need, as bits."""
     return np.asarray(_scan(texts.data_B, texts.begin_N, _TAGS, *map(_word, ("cookie", "privacy", "terms of use", "lorem ipsum"))))
 
@@ -247,7 +247,7 @@ def mend(text: str) -> str:
             continue
         line += "\n" if i < len(lines) - 1 else ""  # the signs look at it
         bad = (controls and _FTFY_CONTROL.search(line)) or (_SUSPECT.search(line) and is_bad(line))
-        if bad or not unicodedata.is_normalized("NFC", line) or len(line) > MOST_LINE:
+        if bad or not unicodedata.is_normalized("NFC", line) or len(line) > MAX_LINE:
             lines[i] = fix_text(line, plain).removesuffix("\n")
     return "\n".join(lines)
 
@@ -261,7 +261,7 @@ def _html(text: str) -> str:
         return text
     lines = sum(1 for _ in _LINE.finditer(text))
     without = _ENTITY.sub("", text)  # whose semicolons end no statement
-    if sum(1 for _ in _CODE_LINE.finditer(without)) > MOST_CODE * lines:
+    if sum(1 for _ in _CODE_LINE.finditer(without)) > MAX_CODE * lines:
         return text
     lower = text.lower()
 
@@ -318,7 +318,7 @@ def repair(text: str, first: int, wanted: int) -> tuple[str, int]:
         The text, and the bits of the repairs that changed something.
     """
     made, bits = 0, first
-    for _ in range(MOST_ROUNDS):
+    for _ in range(MAX_ROUNDS):
         before = text
         for bit, change in _REPAIRS.items():
             if bits & bit and (changed := change(text)) != text:
@@ -336,7 +336,7 @@ def clean(table: pa.Table, settings: Clean) -> Outcome:
         Counts: the documents that each kind of repair changed.
     """
     wanted = sum(bit for kind, bit in KINDS.items() if getattr(settings, kind))
-    texts = Texts.of(table["text"])
+    texts = TextColumn.of(table["text"])
     needs_N = needs(texts) & wanted
     made_N = needs_N & NEWLINES  # the pass is exact on these, where nothing else is needed
     slot_N = np.full(len(texts), -1, np.int64)
@@ -355,7 +355,7 @@ def clean(table: pa.Table, settings: Clean) -> Outcome:
     return Outcome(kept, outcome.dropped, counts)
 
 
-def _column(texts: Texts, runs_N: np.ndarray, slot_N: np.ndarray, mended: list[bytes]) -> tuple[Any, np.ndarray]:
+def _column(texts: TextColumn, runs_N: np.ndarray, slot_N: np.ndarray, mended: list[bytes]) -> tuple[Any, np.ndarray]:
     """The texts as they are now, and bool[N]: blank."""
     other_begin_M = np.cumsum([0, *map(len, mended)], dtype=np.int64)
     out_B = np.empty(int(texts.sizes_N.sum() + other_begin_M[-1]), np.uint8)

@@ -1,4 +1,4 @@
-"""Whether a text says what its source says, as far as names, numbers, words and lengths tell: no model is asked.
+"""Faithfulness metrics of a rephrased text: recall and support of names, numbers and words, and lengths; no model is asked.
 
 A name is a word with a capital letter where the language asks for none: not one at the beginning of a sentence or line (unless it has
 several capitals), nor in a line of capitals, nor one that stands in small letters too. In a language that writes all nouns with capitals
@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-FIGURES = ("entity_recall", "number_recall", "entity_support", "number_support", "word_support", "distinct", "length")
+METRICS = ("entity_recall", "number_recall", "entity_support", "number_support", "word_support", "distinct", "length")
 STEM = 5  # letters
 
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019\-][^\W\d_]+)*")
@@ -31,8 +31,8 @@ _SPELT |= {word: 10 * n for words in (_TENS, _TENS.replace("y", "ieth")) for n, 
 _TIMES = {"hundred": 100, "thousand": 1000, "hundredth": 100, "thousandth": 1000}
 
 
-def figures(source: str, text: str, source_tokens: int, tokens: int) -> dict[str, float]:
-    """What there is to know of a text made from a source, by the names of FIGURES.
+def compute(source: str, text: str, *, source_tokens: int, tokens: int) -> dict[str, float]:
+    """The METRICS of a text that was made from a source, by their names.
 
     Returns:
         `entity_recall`, `number_recall`: share of the source's names and numbers that the text has, 1 where the source has none.
@@ -80,11 +80,11 @@ def _folded(word: str) -> str:
     return word.casefold().replace("\u0307", "")  # the dot of a Turkish capital
 
 
-def _stems(text: str, least: int = 1) -> set[str]:
+def _stems(text: str, min_letters: int = 1) -> set[str]:
     """The beginnings of all words of so many letters, folded, and of the parts of those with hyphens."""
     words = map(_folded, _WORD.findall(text))
     parts = (part for word in words for part in (word.removesuffix("'s").removesuffix("\u2019s"), *word.split("-")))
-    return {part[:STEM] for part in parts if len(part) >= least}
+    return {part[:STEM] for part in parts if len(part) >= min_letters}
 
 
 def _distinct(text: str) -> float:

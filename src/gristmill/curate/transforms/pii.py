@@ -1,4 +1,4 @@
-"""Personal data: e-mail addresses, telephone and account numbers, IP addresses and keys, found by shape and checksum.
+"""PII detection and redaction: e-mail addresses, telephone and account numbers, IP addresses and keys, found by shape and checksum.
 
 A compiled scan of the bytes names the places where something could begin; a regular expression, a checksum and the words
 before it confirm each place. Every pattern is bounded or cannot step back, so the time is linear in the text. Patterns are
@@ -27,7 +27,7 @@ from pydantic import Field
 
 from gristmill.core.config import Section
 from gristmill.curate.outcome import Metric, Outcome, none_dropped, split, with_text
-from gristmill.curate.text.text_column import Texts
+from gristmill.curate.text.text_column import TextColumn, read_only
 
 Kind = Literal["key", "email", "iban", "card", "ssn", "ip", "phone"]
 # In this order: where findings overlap, the first kind names them all.
@@ -43,7 +43,7 @@ class Pii(Section):
     step: Literal["pii"] = "pii"
     kinds: list[Kind] = Field(default=list(KINDS), min_length=1, description="what to look for")
     action: Literal["redact", "drop"] = "redact"
-    most: int = Field(0, ge=0, description="findings that a document may hold, where the action is drop")
+    max_findings: int = Field(0, ge=0, description="findings that a document may hold, where the action is drop")
 
 
 # --- patterns: matched at one place; the group "it" is the finding -------------------------------------------------------
@@ -359,19 +359,12 @@ def _key_starts() -> np.ndarray:
 # --- the step ------------------------------------------------------------------------------------------------------------
 
 
-def _fixed(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written to, so that one compiled function serves all arrays."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
-def _find(texts: Texts, kinds: Iterable[Kind]) -> dict[int, list[tuple[int, int, int]]]:
+def _find(texts: TextColumn, kinds: Iterable[Kind]) -> dict[int, list[tuple[int, int, int]]]:
     """Findings (begin, end, kind) of each document that has any; bytes within the document."""
     wanted = {KINDS.index(kind) for kind in kinds}
     if texts.begin_N[0] == texts.begin_N[-1]:
         return {}
-    where_C, what_C = _scan(_fixed(texts.data_B), _fixed(texts.begin_N), _CLASSES, _key_starts())
+    where_C, what_C = _scan(read_only(texts.data_B), read_only(texts.begin_N), _CLASSES, _key_starts())
     found: dict[int, list[tuple[int, int, int]]] = {}
     last, text, begin = -1, b"", 0
     for doc, what in zip(where_C.tolist(), what_C.tolist(), strict=True):
@@ -386,11 +379,11 @@ def _find(texts: Texts, kinds: Iterable[Kind]) -> dict[int, list[tuple[int, int,
     return {doc: list(_merged(spans)) for doc, spans in found.items()}
 
 
-def _column(pieces: list[bytes]) -> Texts:
-    return Texts(np.frombuffer(b"".join(pieces), np.uint8), np.cumsum([0, *map(len, pieces)]).astype(np.int64))
+def _column(pieces: list[bytes]) -> TextColumn:
+    return TextColumn(np.frombuffer(b"".join(pieces), np.uint8), np.cumsum([0, *map(len, pieces)]).astype(np.int64))
 
 
-def _redacted(texts: Texts, kinds: Iterable[Kind]) -> tuple[dict[int, bytes], Counter[str], np.ndarray]:
+def _redacted(texts: TextColumn, kinds: Iterable[Kind]) -> tuple[dict[int, bytes], Counter[str], np.ndarray]:
     """The documents that change, how many findings of each kind were replaced, and how many in each document (float64)."""
     changed: dict[int, bytes] = {}
     counts: Counter[str] = Counter()
@@ -421,15 +414,15 @@ def redact(text: str, kinds: Iterable[Kind] = KINDS) -> tuple[str, Counter[str]]
 
 
 def pii(table: pa.Table, settings: Pii) -> Outcome:
-    """Redact, or drop documents with more than `most` findings. Counts are findings, by kind."""
-    texts = Texts.of(table["text"])
+    """Redact, or drop documents with more than `max_findings` findings. Counts are findings, by kind."""
+    texts = TextColumn.of(table["text"])
     if settings.action == "drop":
         found = _find(texts, settings.kinds)
         counts = Counter[str](KINDS[kind] for spans in found.values() for _, _, kind in spans)
         figures = np.array([len(found.get(i, ())) for i in range(len(texts))], np.float64)
-        reasons = ["pii" if figure > settings.most else None for figure in figures.tolist()]
-        outcome = split(table, "pii", reasons, figures, np.full(len(texts), settings.most, np.float64))
-        metrics = {"findings": Metric(figures, max=settings.most, description=FINDINGS)}
+        reasons = ["pii" if figure > settings.max_findings else None for figure in figures.tolist()]
+        outcome = split(table, "pii", reasons, figures, np.full(len(texts), settings.max_findings, np.float64))
+        metrics = {"findings": Metric(figures, max=settings.max_findings, description=FINDINGS)}
         return Outcome(outcome.kept, outcome.dropped, dict(counts), metrics)
     changed, counts, findings_N = _redacted(texts, settings.kinds)
     metrics = {"findings": Metric(findings_N, description=FINDINGS)}

@@ -1,4 +1,4 @@
-"""Documents in other words, by a model, each checked against its source; the tasks are in `synth/rephrase.py`.
+"""Rephrasing: documents in other words, by a model, each checked against its source; the tasks are in `synth/rephrase.py`.
 
 Calls go out from the process that runs the curation, whoever does the other tasks: one window to an endpoint, or one model in memory.
 Every answer is in the run's `journal.jsonl` before it is used, and is never bought twice, not even by a changed recipe.
@@ -7,7 +7,6 @@ Shapes: N documents, M texts made from them.
 """
 
 import asyncio
-import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,10 +23,10 @@ from pydantic import Field, model_validator
 from gristmill.core.config import FilePath, NameOrPath, Section
 from gristmill.core.errors import InputError
 from gristmill.core.io import state
-from gristmill.curate.filters.heuristics import chosen
-from gristmill.curate.outcome import DOCUMENT, Metric, Outcome, drawn, split
-from gristmill.curate.quality import lm_scores as base
-from gristmill.curate.transforms import faithfulness as faithful
+from gristmill.curate.filters.heuristics import Limits, check_limits, chosen
+from gristmill.curate.outcome import DOCUMENT, Metric, Outcome, hash_uniform, split
+from gristmill.curate.quality import lm_scores
+from gristmill.curate.transforms import faithfulness
 from gristmill.data.rows import make_id
 from gristmill.generation.settings import Calls, GeneratorSettings
 from gristmill.judge.settings import Reward
@@ -39,15 +38,14 @@ if TYPE_CHECKING:
     from gristmill.synth.writer import Writer
 
 Task = Literal["wikipedia", "diverse_qa", "distill", "extract_knowledge", "knowledge_list"]
-Limits = dict[str, tuple[float | None, float | None]]
 Tick = Callable[[int, int | None, str], None]
 TICK_SECONDS = 0.5
 MADE: Final = "rephrase"  # keys of a made document's `meta` begin with it; it alone holds the task
-MOST_FAILED = 0.1  # of all calls, for reasons that may pass, or of all ratings; of more the run stops, to be taken up again
-MOST_SHOWN = 10_000  # characters of an answer that cannot be read
+MAX_FAILED = 0.1  # of all calls, for reasons that may pass, or of all ratings; of more the run stops, to be taken up again
+MAX_SHOWN = 10_000  # characters of an answer that cannot be read
 BYTES_A_TOKEN = 4  # where no tokenizer is given
 
-# [least, most] of each figure, for all tasks and for some: what says all of its source again must have most of its names and numbers,
+# [min, max] of each metric, for all tasks and for some: what says all of its source again must have most of its names and numbers,
 # what picks from it need not; questions may want a calculation. Measured in bench/rephrase.py.
 EVERY: Limits = {"entity_support": (0.8, None), "number_support": (0.9, None), "word_support": (0.4, None), "distinct": (0.5, None)}
 LIMITS: dict[Task, Limits] = {
@@ -60,7 +58,7 @@ LIMITS: dict[Task, Limits] = {
 
 
 class Rephrase(Section):
-    """Let a model write documents in other words, and keep what says the same as they do."""
+    """Rephrasing by a language model; what is not faithful to its source is dropped."""
 
     step: Literal["rephrase"] = "rephrase"
     tasks: tuple[Task, ...] = Field(min_length=1)
@@ -73,9 +71,9 @@ class Rephrase(Section):
     values: list[str] = Field([], description="of the column, of the documents to rephrase")
     share: float = Field(1.0, gt=0, le=1, description="of these documents")
     originals: bool = Field(True, description="keep documents that were rephrased as a whole")
-    limits: Limits = Field({}, description="figure: [least, most], instead of the task's; null is no limit")
+    limits: Limits = Field({}, description="metric: [min, max], instead of the task's; null is no limit")
     reward: Reward | None = Field(None, description="who scores")
-    least_reward: float | None = Field(None, description="lowest score; null keeps all")
+    min_reward: float | None = Field(None, description="lowest score; null keeps all")
     seed: int = 0
 
     @property
@@ -93,20 +91,15 @@ class Rephrase(Section):
             raise ValueError("tasks: each once")
         if any(g.kind == "completions" for g in self.generators):
             raise ValueError("generators: a task has a system message, which kind 'completions' does not take: use 'chat'")
-        if self.least_reward is not None and self.reward is None:
-            raise ValueError("least_reward needs a reward model: give reward")
-        for name, (least, most) in self.limits.items():
-            if least is not None and most is not None and least > most:
-                raise ValueError(f"limits: the least of {name} is above the most")
-            if name not in faithful.FIGURES:
-                near = difflib.get_close_matches(name, faithful.FIGURES, n=1, cutoff=0)
-                raise ValueError(f"limits: there is no figure {name!r}: did you mean {near[0]!r}?")
+        if self.min_reward is not None and self.reward is None:
+            raise ValueError("min_reward needs a reward model: give reward")
+        check_limits(self.limits, faithfulness.METRICS)
         return self
 
     def limits_of(self, task: Task) -> Limits:
-        """What a text of a task is held to, in the order of FIGURES."""
+        """What a text of a task is held to, in the order of METRICS."""
         limits = EVERY | LIMITS[task] | self.limits
-        return {name: limits[name] for name in faithful.FIGURES if name in limits}
+        return {name: limits[name] for name in faithfulness.METRICS if name in limits}
 
 
 def check(how: Rephrase) -> list[Path]:
@@ -125,7 +118,7 @@ def check(how: Rephrase) -> list[Path]:
     if how.folder is None:
         _source(how)
     else:
-        base.check(how.folder)
+        lm_scores.check(how.folder)
     for folder, key in ((how.folder, "generators.folder"), (how.tokenizer, "tokenizer")):
         if folder is not None and not (folder / "tokenizer.json").exists():
             raise InputError(f"{folder} holds no tokenizer.json: give another folder as `{key}` of the step rephrase.")
@@ -175,7 +168,7 @@ class _Made:
     limit: float = float("nan")
 
 
-def rephrase(table: pa.Table, how: Rephrase, journals: "tuple[Journal, Journal | None]", tick: Tick) -> Outcome:
+def rephrase(table: pa.Table, how: Rephrase, journals: "tuple[Journal, Journal | None]", *, tick: Tick) -> Outcome:
     """The documents, and what a model made of them that is true to them; what is not is dropped, with the figure and the limit.
 
     A made document's id is the document's with the task and the number of the segment, `ID#distill-0` (`ID#distill-0.2` if another has
@@ -228,7 +221,7 @@ class _Rephrasing:
 
             async for text in map_concurrent(work, one, WORKERS_PER_SLOT * source.concurrency):
                 made.append(text)
-            if len(self.failures) > MOST_FAILED * len(work):
+            if len(self.failures) > MAX_FAILED * len(work):
                 raise InputError(
                     f"{len(self.failures):,} of {len(work):,} calls got no answer (the last: {self.failures[-1]}): see to the endpoint, "
                     "and run the same command again. What was answered is not asked again."
@@ -244,7 +237,7 @@ class _Rephrasing:
         from gristmill.synth import rephrase as tasks
 
         wanted_N = chosen(self.table, self.how.column, self.how.values)
-        wanted_N &= drawn(self.table["id"], self.how.seed, "share") < self.how.share * 2.0**64
+        wanted_N &= hash_uniform(self.table["id"], self.how.seed, "share") < self.how.share * 2.0**64
         rooms = {task: tasks.max_segment_tokens(task, self.pack, self.count) for task in self.how.tasks}
         texts, ids = self.table["text"].to_pylist(), self.table["id"].to_pylist()
         taken = set(ids)
@@ -294,15 +287,15 @@ class _Rephrasing:
                 task, reply.text, size, max_tokens=sampling.max_tokens, segment=segment, draw=draw, count=self.count
             )
         except ParseError as e:
-            return _Made(work, meta, (), reply.text[:MOST_SHOWN], str(e))
-        found = faithful.figures(segment[0], written, segment[1], self.count([written])[0])
-        meta |= {figure: round(value, 3) for figure, value in found.items()}
+            return _Made(work, meta, (), reply.text[:MAX_SHOWN], str(e))
+        found = faithfulness.compute(segment[0], written, source_tokens=segment[1], tokens=self.count([written])[0])
+        meta |= {metric: round(value, 3) for metric, value in found.items()}
         text = _Made(work, meta, (*asked[1:], Message("assistant", written)), whole)
-        for figure, (least, most) in self.how.limits_of(task).items():
-            if least is not None and found[figure] < least:
-                return replace(text, reason=figure, figure=found[figure], limit=least)
-            if most is not None and found[figure] > most:
-                return replace(text, reason=figure, figure=found[figure], limit=most)
+        for metric, (low, high) in self.how.limits_of(task).items():
+            if low is not None and found[metric] < low:
+                return replace(text, reason=metric, figure=found[metric], limit=low)
+            if high is not None and found[metric] > high:
+                return replace(text, reason=metric, figure=found[metric], limit=high)
         return text
 
     async def _scored(self, made: "list[_Made]", writer: "Writer") -> "list[_Made]":
@@ -317,7 +310,7 @@ class _Rephrasing:
         talks = {name: one.talk for one, name in zip(made, names, strict=True) if not one.reason}
         rater = rater_of(how.reward, how.calls, self.ratings, chat_format=how.chat_format, retry_failed=True)
         ratings, failed = await rater.rate(talks), rater.failed
-        if failed > MOST_FAILED * len(talks):
+        if failed > MAX_FAILED * len(talks):
             raise InputError(
                 f"{failed:,} of {len(talks):,} texts got no rating ({self.ratings.path} says why): see to the reward model, and run the "
                 "same command again. What was answered is not asked again."
@@ -330,8 +323,8 @@ class _Rephrasing:
             elif not one.reason and rating is not None:
                 score = rating.score(weights)
                 one = replace(one, meta=one.meta | asdict(rating) | {"reward": round(score, 4)})
-                if how.least_reward is not None and not score >= how.least_reward:
-                    one = replace(one, reason="reward", figure=score, limit=how.least_reward)
+                if how.min_reward is not None and not score >= how.min_reward:
+                    one = replace(one, reason="reward", figure=score, limit=how.min_reward)
             out.append(one)
         return out
 
@@ -356,14 +349,14 @@ class _Rephrasing:
         both = pa.concat_tables([table, new.select(table.column_names).cast(table.schema)])
         outcome = split(both, self.how.step, reasons + [one.reason or None for one in made], np.array(figures), np.array(limits))
         metrics = {
-            f"{figure} of {task}": Metric(
-                np.array([one.meta[figure] for one in made if one.work.task == task and figure in one.meta], np.float64),
-                *limits,
+            f"{metric} of {task}": Metric(
+                np.array([one.meta[metric] for one in made if one.work.task == task and metric in one.meta], np.float64),
+                *limits_of,
                 "of the texts that this task gave, seen from their segments",
                 of_input=False,
             )
             for task in self.how.tasks
-            for figure, limits in self.how.limits_of(task).items()
+            for metric, limits_of in self.how.limits_of(task).items()
         }
         return replace(outcome, counts={name: count for name, count in self.counts.items() if count}, metrics=metrics)
 
