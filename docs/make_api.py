@@ -3,6 +3,7 @@
 import ast
 import inspect
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import gristmill
@@ -54,7 +55,7 @@ def page() -> str:
     """The whole page."""
     names = [name for name in sorted(gristmill.__all__, key=str.lower) if not name.startswith("__")]
     parts = [INTRO, *(snippet(path) for path in sorted((FOLDER / "snippets").glob("*.py"))), "# Reference\n"]
-    parts += [described(f"gristmill.{name}", getattr(gristmill, name), 2) for name in names]
+    parts += [described(f"gristmill.{name}", getattr(import_module(gristmill._API[name]), name), 2) for name in names]
     return "\n".join(parts)
 
 

@@ -27,6 +27,24 @@ def test_importing_costs_nothing() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("name", ["train", "evaluate", "synth", "curate"])
+def test_a_package_of_the_same_name_is_the_function_too(name: str) -> None:
+    code = f"""
+import gristmill
+before = gristmill.{name}
+import gristmill.{name} as package
+from gristmill import {name}
+assert package is gristmill.{name} is {name} and package.__path__
+for function in (before, package):
+    try:
+        function(bad=1)
+    except TypeError as e:
+        print(e)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(out) == 2 and out[0] == out[1] and f"{name}()" in out[0]
+
+
 @pytest.mark.parametrize("path", SNIPPETS, ids=lambda path: path.stem)
 def test_a_snippet_runs(path: Path, tmp_path: Path) -> None:
     done = subprocess.run(
