@@ -49,9 +49,9 @@ from gristmill.train.trainer import Objective, Trainer, TrainSettings
 BASE = Path(gristmill.miniature.__file__).parent / "checkpoint"
 OBJECTIVES: dict[str, Objective] = {"sft": next_token_objective, "reward": reward_objective, "dpo": PreferenceObjective("dpo")}
 ENGINES = {
-    "fp32": EngineArgs("fp32"),
-    "bf16": EngineArgs("bf16"),
-    "bf16, int8 cache": EngineArgs("bf16", cache="int8"),
+    "fp32": EngineArgs(dtype="fp32"),
+    "bf16": EngineArgs(dtype="bf16"),
+    "bf16, int8 cache": EngineArgs(dtype="bf16", cache="int8"),
 }
 # The first loss beside the CPU's: sums in another order, and the 8 bits of bf16.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
@@ -149,7 +149,7 @@ def generate(how: EngineArgs, size: Size, prompts: Sequence[Prompt], device: tor
     greedy = SamplingParams(temperature=0.0, max_tokens=size.new_tokens)
 
     def answers(where: torch.device, asked: Sequence[Prompt]) -> dict[int, dict[str, Any]]:
-        engine = load_engine(BASE, EngineArgs(how.dtype, cache=how.cache, device=str(where)))
+        engine = load_engine(BASE, EngineArgs(dtype=how.dtype, cache=how.cache, device=str(where)))
         rows = answer_rows(engine, [prompt.messages for prompt in asked], greedy, seed=0)
         return {row["index"]: row["responses"][0] for row in rows}
 

@@ -63,7 +63,10 @@ def test_every_key_is_there_and_taking_all_the_hashes_away_changes_nothing(tmp_p
     for name, field in AlignmentRecipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and name != "pipelines":  # those named only
             assert set(values[name]) == set(field.annotation.model_fields), name
-    assert check(AlignmentRecipe, values) == load(out, AlignmentRecipe)
+    written = load(out, AlignmentRecipe)
+    for name in [name for name in values["pipelines"] if getattr(written.pipelines, name) is None]:
+        del values["pipelines"][name]  # a pipeline behind a hash is off
+    assert check(AlignmentRecipe, values) == written
 
 
 def test_defaults_stand_behind_a_hash_with_their_meaning(tmp_path: Path) -> None:
