@@ -173,7 +173,7 @@ def steps(folder: Path) -> dict[str, float]:
     def decontamination(some: list[Any]) -> None:
         total = sum(counts(table, known) for table in some)
         for table in some:
-            decontaminate(table, contaminated, known, total)
+            decontaminate(table, contaminated, known, total_counts=total)
 
     calls: dict[str, Callable[[list[Any]], object]] = {
         "minhash, words, 260": lambda some: signatures(some, True, 5, 260),
