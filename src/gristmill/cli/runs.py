@@ -69,10 +69,12 @@ def status(
 
 @command("gristmill report runs/miniature")
 def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"), as_json: AsJson = False) -> None:
-    """Write the page of a run again and print its path."""
-    from gristmill.report.alignment import write_report
+    """Write the page of an alignment or a curation again and print its path."""
+    from gristmill.report import alignment, curation
+    from gristmill.runs.reader import read_run
 
-    page = write_report(folder)
+    data = read_run(folder)
+    page = curation.write_page(folder, data.results) if data.kind == "curation" and data.results else alignment.write_report(folder)
     typer.echo(json.dumps({"report": str(page)}) if as_json else str(page))
 
 

@@ -30,6 +30,9 @@ def stage_line(done: Mapping[str, Any]) -> str:
         return f"alarms: {', '.join(done['alarms'])}" if done["alarms"] else "no alarm"
     if {"demonstrations", "ratings", "evaluation"} <= done.keys():
         return f"{done['demonstrations']:,} demonstrations, {done['ratings']:,} ratings, {done['evaluation']:,} evaluation prompts"
+    if "answers" in funnel:
+        kept = sum(of_task["kept"] for of_task in funnel["answers"].values())
+        return f"kept {kept:,} of {done['responses']:,} answers, {done['pairs']:,} pairs"
     if "pairs" in done and "funnel" in done:
         return _pairs(done)
     if "kept" in done and "funnel" in done:
