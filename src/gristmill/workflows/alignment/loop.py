@@ -12,7 +12,6 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.prompt_generation import write_prompts
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
+from gristmill.workflows.alignment.state import State
 from gristmill.workflows.alignment.training import train_stage
 from gristmill.workflows.dataset.steps import KEPT_FILES, PAIR_FILES, PROMPT_FILES
 from gristmill.workflows.train import MODEL
@@ -42,23 +42,6 @@ from gristmill.workflows.train import MODEL
 CODE_ROWS_MIN = 8
 HUMAN: list[artifacts.AnyArtifact] = [artifacts.HUMAN_DEMONSTRATIONS, artifacts.RATINGS, artifacts.EVALUATION]
 MODEL_FILES: list[artifacts.AnyArtifact] = [artifacts.OUTCOMES, artifacts.EVALUATION_CALLS]
-
-
-@dataclass
-class State:
-    """What the loop carries from stage to stage."""
-
-    demonstrations: list[Demonstration]
-    ratings: list[Rated]
-    chain: str  # fingerprint of everything so far
-    reward_folder: Path | None = None
-    synthetic: list[Demonstration] = field(default_factory=list)  # kept answers of all rounds
-    pairs: int = 0
-    human_pairs: int = 0
-    seen: set[str] = field(default_factory=set)
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    collapse: list[dict[str, Any]] = field(default_factory=list)
-    models: dict[str, Path] = field(default_factory=dict)
 
 
 def run(recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False) -> dict[str, Any]:

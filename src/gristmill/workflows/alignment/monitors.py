@@ -1,21 +1,19 @@
-"""Collapse monitors of a run: what a model writes now, against what people wrote (see `evaluate.collapse` for the metrics)."""
+"""Collapse monitors of a run: what a model writes now, against what people wrote (see `evaluate.diversity` for the metrics)."""
 
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gristmill.data.chat import Message
 from gristmill.evaluate import diversity
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.workflows.alignment.context import AlignmentContext
-
-if TYPE_CHECKING:
-    from gristmill.workflows.alignment.loop import State
+from gristmill.workflows.alignment.state import State
 
 SAMPLES = 200
 
 
-def measure(context: AlignmentContext, state: "State", name: str, number: int) -> list[str]:
+def measure(context: AlignmentContext, state: State, name: str, number: int) -> list[str]:
     """Sample the model on the evaluation prompts (the same ones every time), measure, and return the alarms."""
 
     def work(folder: Path) -> dict[str, Any]:
