@@ -16,7 +16,10 @@ from gristmill.train.settings import training_section
 from gristmill.workflows.alignment.recipe import CONTROLS, AlignmentRecipe
 
 # Every key a recipe may have. A change here is a change of what users have written down: think twice, then edit.
-TRAINING = "optimizer lr muon_lr schedule warmup_steps min_lr_ratio steps epochs batch_size micro_batch_tokens weight_decay clip precision"
+TRAINING = (
+    "optimizer lr muon_lr schedule warmup_ratio warmup_steps min_lr_ratio steps epochs batch_size micro_batch_tokens weight_decay "
+    "clip precision"
+)
 PREFERENCE = f"{TRAINING} loss beta eta label_smoothing sft_weight logprobs num_prompts num_pairs keep_chosen"
 ANSWERS = "samples temperatures max_tokens"
 JUDGING = (
@@ -27,7 +30,7 @@ GENERATOR = "base_url model folder checkpoint weight rounds kind api_key_env api
 SURFACE = {
     "": (
         "kind name world model chat_format seed rounds rpo_iterations control threads device data generators calls templates topics "
-        "pipelines answers engine judging collapse demonstration_sft reward code_sft general_sft dpo rpo"
+        "pipelines answers engine judging collapse alarms demonstration_sft reward code_sft general_sft dpo rpo"
     ),
     "data": (
         "demonstrations ratings prompts evaluation num_demonstrations num_rated_prompts num_prompts num_evaluation num_held_out_ratings"
@@ -38,6 +41,7 @@ SURFACE = {
     "engine": "max_batch precision",
     "judging": f"{JUDGING} max_code_per_task max_prompts_per_task code_share",
     "collapse": "tokens stop",
+    "alarms": "min_steps",
     "demonstration_sft": TRAINING,
     "reward": TRAINING,
     "code_sft": TRAINING,
@@ -47,7 +51,7 @@ SURFACE = {
 }
 PRETRAINING = (
     "kind world documents preset tokenizer chat_format tokens seed batch_tokens micro_batch_tokens optimizer lr muon_lr schedule "
-    "warmup_steps min_lr_ratio weight_decay precision device"
+    "warmup_ratio warmup_steps min_lr_ratio weight_decay precision device"
 )
 SHIPPED = sorted((Path(gristmill.__file__).parent / "recipes").glob("*.yaml"))
 

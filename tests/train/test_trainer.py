@@ -206,6 +206,14 @@ def test_metrics_are_written(make_model: Make, make_samples: MakeSamples, tmp_pa
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.parametrize(("given", "warm"), [({"warmup_ratio": 0.25}, 2), ({"warmup_ratio": 0.25, "warmup_steps": 1}, 1), ({}, 0)])
+def test_warmup_is_a_share_of_the_steps(given: dict[str, Any], warm: int, make_model: Make, make_samples: MakeSamples) -> None:
+    rates: list[float] = []
+    settings = TrainSettings(lr=1.0e-3, schedule="constant", steps=8, batch_size=2, **given)
+    Trainer(make_model(), next_token_objective, settings, on_step=lambda s, n, m: rates.append(m["lr"])).fit(make_samples(4))
+    assert sum(rate < 1e-3 for rate in rates) == warm and len(rates) == 8
+
+
 def test_clipping_bounds_the_gradient(make_model: Make, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch) -> None:
     norms: list[float] = []
     original = torch.optim.AdamW.step

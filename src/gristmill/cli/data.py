@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gristmill.cli.app import AsJson, Out, Quiet, RunDevice, RunOut, Unsafe, Workers, command, given
+from gristmill.cli.app import AsJson, Out, Quiet, RunDevice, RunOut, Unsafe, Workers, command, end_with_alarms, given
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
@@ -53,6 +53,7 @@ def synth(
             err=True,
         )
         raise typer.Exit(3)
+    end_with_alarms(results["alarms"])
 
 
 @command("gristmill curate english-text --input docs --out runs/docs")

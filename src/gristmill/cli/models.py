@@ -26,6 +26,8 @@ from gristmill.cli.app import (
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
+MIN_STEPS = 20  # of a training; fewer are pointed out
+
 
 @command("gristmill pretrain miniature-base --out runs/base")
 def pretrain(
@@ -80,6 +82,8 @@ def train(
             kind, model, data, out=out, recipe=settings, device=device, chat_format=format, seed=seed, on_step=progress.train_step
         )
     _done(result, out / "model", as_json)
+    if result.steps < MIN_STEPS:
+        echo(f"gristmill: {result.steps} steps hardly change a model: lower --batch-size, raise --epochs, or give more rows.", err=True)
 
 
 def _done(result: Any, model: Path, as_json: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gristmill.cli.app import AsJson, Quiet, RunDevice, RunOut, Unsafe, command, given
+from gristmill.cli.app import AsJson, Quiet, RunDevice, RunOut, Unsafe, command, end_with_alarms, given
 from gristmill.core.echo import echo
 
 
@@ -46,6 +46,7 @@ def run(
         for line in headline(results, folder):
             echo(line)
         echo(f"report: {page}")
+    end_with_alarms(results["alarms"])
 
 
 @command("gristmill status runs/miniature")
@@ -65,6 +66,8 @@ def status(
     for s in data.stages:
         seconds = f"{s['seconds']:>7.1f} s" if "seconds" in s else "  unfinished"
         echo(f"{s['folder']:<22} {seconds}  {stage_line(s)}".rstrip())
+    for alarm in (data.results or {}).get("alarms", ()):
+        echo(f"alarm: {alarm['text']}")
     echo("finished" if data.results else "not finished: run the same command again to continue")
 
 

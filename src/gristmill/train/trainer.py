@@ -48,7 +48,8 @@ class TrainSettings:
     lr: float = 1e-3
     muon_lr: float = 0.02
     schedule: str = "cosine"  # "constant", "cosine" or "linear", after the warmup
-    warmup_steps: int = 0
+    warmup_ratio: float = 0.0  # share of the steps
+    warmup_steps: int | None = None  # instead of warmup_ratio
     min_lr_ratio: float = 0.0  # of the peak, reached on the last step
     epochs: float | None = None
     steps: int | None = None
@@ -296,7 +297,7 @@ class Trainer:
             settings.schedule,
             self.result.steps,
             self.num_steps,
-            warmup_steps=settings.warmup_steps,
+            warmup_steps=round(settings.warmup_ratio * self.num_steps) if settings.warmup_steps is None else settings.warmup_steps,
             min_lr_ratio=settings.min_lr_ratio,
         )
 

@@ -26,6 +26,7 @@ from gristmill.workflows.alignment.recipe import OF_WORLD, AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 
 NEEDED = ("demonstrations", "evaluation")
+SAMPLED = 240  # demonstrations that limits are read off
 SHARE = 0.99  # of the demonstrations that a limit in tokens must hold
 ROUND_TOKENS = 16  # limits are rounded up to a multiple of this
 BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
@@ -138,8 +139,7 @@ def _limits(model: str, demonstrations: Sequence[Demonstration]) -> dict[str, An
         InputError: the model does not load, or every demonstration is too long for it.
     """
     tokenizer, chat_format, longest = _load(model)
-    first = AlignmentRecipe.model_fields["data"].default.num_demonstrations
-    sample = demonstrations[:first]
+    sample = demonstrations[:SAMPLED]
     if all(len(chat_format.render(d.messages, tokenizer).ids) > longest for d in sample):
         raise InputError(f"Every demonstration is longer than the {longest} tokens of {model}: choose a model with more, or shorter ones.")
     answers = [len(tokenizer.encode(d.messages[-1].content)) for d in sample]

@@ -178,6 +178,7 @@ class _Run:
                 "failed": sum(s.summary["failed"] for s in (prompts, answers, judged)),
             },
             "usage_of_this_start": usage_of(self.source),
+            "alarms": _alarms(len(rows), judged.summary["responses"], len(kept)),
         }
         export(self.run_dir.path, self.recipe, results, kept, pairs)
         return self.run_dir.finish(results)
@@ -293,6 +294,22 @@ class _Run:
         self.asked += client.asked
         failed = client.failed + (rater.failed if rater else 0)
         return {"responses": len(judged), "funnel": funnel, "pairs": len(pairs), "failed": failed}
+
+
+def _alarms(num_prompts: int, num_responses: int, num_kept: int) -> list[dict[str, str]]:
+    """What leaves the dataset empty, and what to change."""
+    if num_kept:
+        return []
+    if not num_prompts:
+        text = "prompts: none is left. See `funnel` and `dropped` in results.json; ask for more, or let another model write (generators)."
+        return [{"stage": "prompts", "text": text}]
+    if not num_responses:
+        return []  # a dataset of prompts alone
+    text = (
+        f"judging keeps none of {num_responses:,} answers. See `funnel` in results.json; then lower judging.keep or judging.min_votes, ask "
+        "for more answers.samples, raise answers.max_tokens where answers are cut off, or let another model answer (generators)."
+    )
+    return [{"stage": "judging", "text": text}]
 
 
 def _parted(written: Sequence[Demonstration]) -> tuple[list[Demonstration], list[Demonstration]]:
