@@ -3,17 +3,17 @@
 Only files are looked at, so an unfinished run reads as well as a finished one.
 """
 
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-import yaml
-
-from gristmill.core.config import COMMANDS
+from gristmill.core.config import COMMANDS, read
 from gristmill.core.errors import InputError
-from gristmill.core.io import read_json
+from gristmill.core.io import read_json, reason
 
 if TYPE_CHECKING:  # `gristmill status` starts without what rows need
     from gristmill.runs.artifacts import AnyArtifact, Artifact, JournalArtifact, JsonArtifact
@@ -73,6 +73,20 @@ class RunData:
                 yield from journal.values()
 
 
+@contextmanager
+def reading_back(folder: Path) -> Iterator[None]:
+    """Turn what a file of another form leads to, wherever it is looked into, into an InputError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError, RecursionError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(
+            f"{folder} holds a file that is damaged or of another version ({type(e).__name__}: {reason(e)}): "
+            "run the command that made it again, which mends it."
+        ) from e
+
+
 def read_run(folder: Path, *, kind: str | None = None) -> RunData:
     """Read a run, finished or not.
 
@@ -83,18 +97,16 @@ def read_run(folder: Path, *, kind: str | None = None) -> RunData:
         InputError: the folder holds no run or one of another kind, or one of its files is damaged.
     """
     saved = folder / "recipe.yaml"
-    if not saved.is_file():
+    if not os.path.isfile(saved):
         raise InputError(f"{folder} holds no run: give the folder that `gristmill run` wrote.")
     try:
-        recipe = yaml.safe_load(saved.read_text())
-    except yaml.YAMLError as e:
-        raise InputError(f"{saved} is not YAML ({' '.join(str(e).split())}): run the recipe in a new folder.") from e
-    if not isinstance(recipe, dict):
-        raise InputError(f"{saved} is no recipe: run the recipe in a new folder.")
+        recipe = read(saved)
+    except InputError as e:
+        raise InputError(f"{e} Run the same command again, which writes it again.") from e
     if "kind" not in recipe:
         raise InputError(f"{folder} was made by an earlier version of gristmill: read it with that one.")
     if kind is not None and recipe["kind"] != kind:
-        command, other = COMMANDS.get(kind, kind), COMMANDS.get(recipe["kind"], recipe["kind"])
+        command, other = COMMANDS.get(kind, kind), COMMANDS.get(str(recipe["kind"]), recipe["kind"])
         raise InputError(f"{folder} holds a run of `gristmill {other}`: give one of `gristmill {command}`.")
     numbered = [(int(m[1]), p) for p in folder.iterdir() if p.is_dir() and (m := STAGE_FOLDER.fullmatch(p.name))]
     stages: list[dict[str, Any]] = []
