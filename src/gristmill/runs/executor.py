@@ -55,7 +55,8 @@ def perform(task: Task) -> dict[str, Any]:
     before = gc.get_threshold()
     gc.set_threshold(100_000, 50, 100)  # rows come and go by the thousand, in no cycles: looking for some took a twentieth of the time
     started = time.monotonic()
-    token = WRITTEN.set(written := [])
+    written: list[Path] = []
+    token = WRITTEN.set(written)
     try:
         result = task.work(*task.arguments)
     finally:

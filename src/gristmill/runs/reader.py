@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from gristmill.core.config import COMMANDS, read
 from gristmill.core.errors import InputError
-from gristmill.core.io import read_json, reason
+from gristmill.core.io import STAMPS, read_json, reason
 
 if TYPE_CHECKING:  # `gristmill status` starts without what rows need
     from gristmill.runs.artifacts import AnyArtifact, Artifact, JournalArtifact, JsonArtifact
 
 Row = TypeVar("Row")
+RECIPE_HASH, CHECK = "recipe", "check"  # in every marker: of the run's recipe, and of the marker's own values
+OF_MARKERS = (STAMPS, RECIPE_HASH, CHECK)
 STAGE_FOLDER = re.compile(r"(\d{2,})-.+")
 
 
@@ -112,18 +114,23 @@ def read_run(folder: Path, *, kind: str | None = None) -> RunData:
     stages: list[dict[str, Any]] = []
     for _, path in sorted(numbered):
         done = path / "done.json"
-        stages.append({**(read_json(done) if done.is_file() else {}), "folder": path.name})
+        stages.append({**(_said(done) if done.exists() else {}), "folder": path.name})
     results = _results(folder, stages)
     if results and not stages:  # a finished run may have dropped their folders
         stages = [stage for stage in results.get("stages", []) if "folder" in stage]
     return RunData(folder, str(recipe["kind"]), recipe, stages, results)
 
 
+def _said(path: Path) -> dict[str, Any]:
+    """What a marker says, without what it says of itself."""
+    return {key: value for key, value in read_json(path).items() if key not in OF_MARKERS}
+
+
 def _results(folder: Path, stages: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The results, unless there are none or they are those of an earlier, shorter run that is being continued."""
     path = folder / "results.json"
-    if not path.is_file() or not all("fingerprint" in s for s in stages):
+    if not path.exists() or not all("fingerprint" in s for s in stages):
         return None
-    results = read_json(path)
+    results = _said(path)
     models = {s["name"] for s in stages if "greedy" in s}
     return results if not models or models <= {s["name"] for s in results.get("stages", [])} else None

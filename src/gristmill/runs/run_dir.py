@@ -42,12 +42,11 @@ from gristmill.core.io import (
 from gristmill.core.progress import Progress
 from gristmill.data.rows import make_id
 from gristmill.runs.artifacts import AnyArtifact, JournalArtifact
-from gristmill.runs.reader import STAGE_FOLDER
+from gristmill.runs.reader import CHECK, OF_MARKERS, RECIPE_HASH, STAGE_FOLDER
 
 RECIPE, MARKER, INPUTS, RESULTS = "recipe.yaml", "done.json", "inputs.json", "results.json"
 OnChange = Literal["refuse", "redo", "continue"]
 GONE = ".gone"  # what is being removed: renamed at once, so that half of it is never taken for the whole
-KEY, CHECK = "recipe", "check"  # in every marker: hash of the recipe, and of the marker's own values
 OLD_TEMPORARY = "recipe.yaml.tmp"  # of earlier versions
 BEGINNINGS = re.compile(r"\.lock|\.recipe\.yaml\.\d+\.tmp|recipe\.yaml\.tmp")  # all that a start leaves behind that was cut off at once
 
@@ -134,7 +133,7 @@ class RunDir:
     def _is_of_this_recipe(self) -> bool:
         """Whether all that is finished says that it was made by this very recipe."""
         made = [found for path in (self.path / RESULTS, *self.path.glob(f"*/{MARKER}")) if (found := self._marker(path))]
-        return bool(made) and all(one.get(KEY, self._key) == self._key for one in made) and any(KEY in one for one in made)
+        return bool(made) and all(one.get(RECIPE_HASH, self._key) == self._key for one in made) and any(RECIPE_HASH in one for one in made)
 
     def _marker(self, path: Path) -> dict[str, Any]:
         """What a marker says; nothing where there is none, or one that is damaged."""
@@ -149,7 +148,7 @@ class RunDir:
         return found if sound else {}
 
     def _write_marker(self, path: Path, value: dict[str, Any]) -> None:
-        value = json.loads(json.dumps(value | {KEY: self._key}))  # as it will be read
+        value = json.loads(json.dumps(value | {RECIPE_HASH: self._key}))  # as it will be read
         write_json(path, value | {CHECK: make_id(value)})
 
     def _is_whole(self, folder: Path, done: dict[str, Any]) -> bool:
@@ -260,7 +259,7 @@ class RunDir:
                 "or choose another folder with --out."
             )
         if done and found is marker:
-            yield _Entry(folder, {}, {key: value for key, value in done.items() if key not in (STAMPS, KEY)})
+            yield _Entry(folder, {}, {key: value for key, value in done.items() if key not in OF_MARKERS})
             return
         with disk_errors(self.path):
             make_folder(folder)
@@ -302,7 +301,7 @@ class RunDir:
         results = self._marker(path)
         if results.get("fingerprint") == fingerprint and all((self.path / name).exists() for name in products):
             vouched = results.pop(STAMPS, {})
-            results.pop(KEY, None)
+            results.pop(RECIPE_HASH, None)
             if self._is_whole(self.path, {STAMPS: vouched}):
                 return results
         path.unlink(missing_ok=True)
