@@ -69,6 +69,13 @@ class Progress:
         else:
             self._print(line)
 
+    def warn(self, line: str) -> None:
+        """Something went wrong and was mended: say so, quiet or not."""
+        if self._bar:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
     def tick(self, done: int, total: int | None, note: str = "") -> None:
         """How far the stage is."""
         if self._bar:

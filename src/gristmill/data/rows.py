@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from gristmill.core.errors import InputError
+from gristmill.core.io import DamagedFile, reason, replacing, write_text
 from gristmill.data.chat import Conversation, conversation, to_dicts
 
 
@@ -157,20 +158,18 @@ _JSON = {"truth", "rating"}  # nested and free-form: kept as JSON text in Parque
 def write_rows(path: Path, rows: Iterable[Any]) -> int:
     """Write dataclass rows to `.parquet` or `.jsonl`, by the file's ending, atomically. Returns their number."""
     records = [_plain(r) for r in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    if path.suffix != ".parquet":
+        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        return len(records)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-        for record in records:
-            for key in _JSON & record.keys():
-                record[key] = None if record[key] is None else json.dumps(record[key])
-        pq.write_table(pa.Table.from_pylist(records) if records else pa.table({}), temporary)
-    else:
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
+    for record in records:
+        for key in _JSON & record.keys():
+            record[key] = None if record[key] is None else json.dumps(record[key])
+    table = pa.Table.from_pylist(records) if records else pa.table({})
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
     return len(records)
 
 
@@ -188,11 +187,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
         try:
             records = cast(list[dict[str, Any]], pq.read_table(path).to_pylist())
-        except pa.ArrowException as e:
-            raise InputError(f"{path} cannot be read as Parquet ({e}): write or download it again.") from e
+        except (pa.ArrowException, OSError, ValueError) as e:
+            raise DamagedFile(f"{path} cannot be read as Parquet ({reason(e)}): write or download it again.") from e
         for record in records:
             for key in _JSON & record.keys():
-                record[key] = json.loads(record[key]) if isinstance(record[key], str) else record[key]
+                record[key] = _parsed(record[key], path) if isinstance(record[key], str) else record[key]
         return records
     if path.suffix not in (".jsonl", ".json"):
         raise InputError(f"{path} is neither .parquet nor .jsonl: convert it to one of them.")
@@ -201,12 +200,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")  # some programs put a mark before the text
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 text ({e}): convert it.") from e
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror}): check the path and its permissions.") from e
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: text may hold U+2028 or U+0085
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise InputError(f"Line {number} of {path} is not JSON ({e}): write one JSON object a line.") from e
         if not isinstance(record, dict):
             raise InputError(f"Line {number} of {path} is not a JSON object: write one object a line.")
@@ -228,7 +229,21 @@ def read_rows(path: Path, row: type[Row]) -> list[Row]:
         missing = [n for n in needed if n not in record]
         if missing:
             raise InputError(f"Row {number} of {path} lacks {', '.join(missing)}: add the field to every row.")
-    return [_row({k: v for k, v in r.items() if k in names}, row) for r in records]
+    rows = []
+    for number, record in enumerate(records, 1):
+        try:
+            rows.append(_row({k: v for k, v in record.items() if k in names}, row))
+        except (TypeError, ValueError, KeyError, AttributeError) as e:
+            why = str(e) if isinstance(e, InputError) else f"a value of another type: {reason(e)}"
+            raise InputError(f"Row {number} of {path} cannot be read ({why}).") from e
+    return rows
+
+
+def _parsed(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise DamagedFile(f"{path} cannot be read ({reason(e)}): write or download it again.") from e
 
 
 def _plain(row: Any) -> dict[str, Any]:

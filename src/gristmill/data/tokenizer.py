@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as HFTokenizer
 
 from gristmill.core.errors import InputError
+from gristmill.core.io import write_json, write_text
 
 EOS = "<|endoftext|>"
 
@@ -92,11 +93,10 @@ class Tokenizer:
     def save(self, folder: Path, chat_template: str = "") -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, readable by `transformers`, with a chat template for other programs."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", self._backend.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "clean_up_tokenization_spaces": False}
         config |= {"chat_template": chat_template} if chat_template else {}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(folder / "tokenizer_config.json", config)
 
     @property
     def vocab_size(self) -> int:

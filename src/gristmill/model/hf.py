@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import sync
+from gristmill.core.io import make_folder, replacing, sync, write_json
 from gristmill.data.chat import matching_formats
 from gristmill.data.rows import ATTRIBUTES
 from gristmill.data.tokenizer import Tokenizer
@@ -153,8 +153,8 @@ def _save(
     ends = tokenizer.eos_id if form is None else list(dict.fromkeys([tokenizer.eos_id, form.end_of_turn_id(tokenizer)]))
     with _new_folder(folder) as new:
         tokenizer.save(new, "" if form is None else form.template)
-        _write_json(new / "config.json", hf)
-        _write_json(new / "generation_config.json", {"eos_token_id": ends})
+        write_json(new / "config.json", hf)
+        write_json(new / "generation_config.json", {"eos_token_id": ends})
         _write_shards(tensors, new, max_shard_bytes)
 
 
@@ -173,15 +173,12 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
         files = [SINGLE_FILE]
     for file, shard in zip(files, shards, strict=True):
         # Views of one merged matrix share memory, which the format refuses: write copies.
-        save_file({k: v.clone().cpu() for k, v in shard.items()}, folder / file, metadata={"format": "pt"})
+        with replacing(folder / file) as temporary:
+            save_file({k: v.clone().cpu() for k, v in shard.items()}, temporary, metadata={"format": "pt"})
     if count > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _is_ours(path: Path) -> bool:
@@ -197,10 +194,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     try:
         shutil.rmtree(new, ignore_errors=True)  # what a killed process may have left
         shutil.rmtree(old, ignore_errors=True)
-        new.mkdir(parents=True)
+        make_folder(new)
         yield new
-        for path in [*new.iterdir(), new]:
-            sync(path)
         if folder.exists():  # a folder that is not empty cannot be renamed over
             folder.rename(old)
         new.rename(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gristmill.core.errors import InputError
+from gristmill.core.io import write_text
 from gristmill.report.comparisons import (
     MODES,
     Comparison,
@@ -90,13 +90,7 @@ def save_page(path: Path, page: str) -> Path:
     Raises:
         InputError: the file cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({e.strerror}): free some space or choose another place.") from e
+    write_text(path, page)
     return path
 
 

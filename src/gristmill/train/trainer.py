@@ -5,6 +5,7 @@ Shape legend: see batches.py.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
-from gristmill.core.io import disk_errors
+from gristmill.core.io import disk_errors, read_bytes, sync, write_text
 from gristmill.core.threads import Map, num_workers, workers
 from gristmill.model.transformer import PRECISIONS
 from gristmill.train.batches import (
@@ -415,9 +416,8 @@ class MetricsLog:
 
         path = folder / "metrics.jsonl"
         with disk_errors(folder):
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_step]
-            path.write_text("".join(line + "\n" for line in kept))
+            lines = read_bytes(path).decode("utf-8", "replace").split("\n") if path.exists() else []
+            write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= resumed_step))
             self._file = path.open("a")
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -433,8 +433,19 @@ class MetricsLog:
     def close(self) -> None:
         if self._folder is not None:
             with disk_errors(self._folder):
+                os.fsync(self._file.fileno())
                 self._file.close()
                 self._board.close()
+                for path in (self._folder / "tensorboard").iterdir():
+                    sync(path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinity where it is torn."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return math.inf
 
 
 def global_count(batches: Sequence[Batch]) -> int:

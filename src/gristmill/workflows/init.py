@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from gristmill.core.config import RECIPES, Section, check, read
 from gristmill.core.errors import InputError
+from gristmill.core.io import write_text
 from gristmill.data.chat import ChatFormat, guess_format
 from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
 from gristmill.data.rows import Demonstration
@@ -85,14 +86,7 @@ def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force
             _load(model)
     text = HEADER.format(file=out.name) + "\n".join(render(values)) + "\n"
     check(AlignmentRecipe, yaml.safe_load(text))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(out)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{out} cannot be written ({e.strerror}): free some space or choose another place.") from e
+    write_text(out, text)
     return out
 
 

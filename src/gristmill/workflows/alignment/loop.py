@@ -9,13 +9,13 @@ blend, and earlier rounds' synthetic rows stay in it.
 
 import asyncio
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gristmill.core.errors import InputError
+from gristmill.core.io import read_json
 from gristmill.core.progress import Progress
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Pair, Prompt, Rated, Response, make_id
@@ -128,7 +128,7 @@ def _reward(context: AlignmentContext, state: State) -> None:
     def work(folder: Path) -> dict[str, Any]:
         return train_stage(context, "reward", context.base_folder, rows, context.recipe.reward, folder)
 
-    done = context.run.stage("reward", settings, work)
+    done = context.run.stage("reward", settings, work, files=[f"{MODEL}/*"])
     _watch_steps(context, state, "reward", done.summary, context.recipe.reward)
     state.reward_folder = done.folder / MODEL
     state.chain = done.fingerprint
@@ -381,7 +381,7 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
         artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
         return {**facts, **scores}
 
-    done = context.run.stage(name, [inputs, context.recipe.answers.max_tokens], trained, artifacts=MODEL_FILES)
+    done = context.run.stage(name, [inputs, context.recipe.answers.max_tokens], trained, artifacts=MODEL_FILES, files=[f"{MODEL}/*"])
     _watch_steps(context, state, name, done.summary, settings)
     folder = done.folder
     state.models[name] = folder / MODEL
@@ -395,7 +395,7 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
 
 def _results(context: AlignmentContext, state: State, stopped: str | None) -> dict[str, Any]:
     human, synthetic = len(state.demonstrations) + state.human_pairs, len(state.synthetic) + state.pairs
-    seconds = sum(json.loads((context.run.path / s / "done.json").read_text())["seconds"] for s in context.run.stages)
+    seconds = sum(read_json(context.run.path / s / "done.json")["seconds"] for s in context.run.stages)
     results = {
         "name": context.recipe.name,
         "control": context.recipe.control,
