@@ -241,7 +241,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         _check_ends(read_untrusted_json(generation), generation, config.vocab_size)
     if unknown := unknown_keys(hf, config):
         some = ", ".join(f"{quoted(key)[1:-1]} = {quoted(hf[key])}" for key in unknown[:5])
-        _warn(f"{path} has {len(unknown)} keys that are not read, and that may change what the model computes: {some}.")
+        more = f", and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        _warn(f"{path} has keys that are not read, and that may change what the model computes: {some}{more}.")
     return hf, config
 
 

@@ -54,6 +54,7 @@ MAX_RMS = 1e4
 CHECKED_VALUES = 1 << 18  # at a time while they are copied, so that they are still in the cache
 
 MISFIT = "Use a checkpoint whose tensors fit its config.json"
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 NO_MODEL = "Give a folder with a Hugging Face model"
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
@@ -63,13 +64,13 @@ AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 def hf_tensors(model: Transformer) -> dict[str, Tensor]:
     """Hugging Face names to views of the model's parameters; writing into a view changes the model."""
-    named = {"model.embed_tokens.weight": model.embedding.detach()}
+    named = {EMBEDDING: model.embedding.detach()}
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         named.update({f"model.layers.{index}.{name}": view for name, view in _block_tensors(block).items()})
     named.update(_vectors("model.norm", model.final_norm))
     if model.lm_head is not None:
-        named["lm_head.weight"] = model.lm_head.weight.detach()
+        named[OUTPUT] = model.lm_head.weight.detach()
     return named
 
 
@@ -165,7 +166,7 @@ def _save(
     max_shard_bytes: int,
 ) -> None:
     _check_vocabulary(config, tokenizer, folder)
-    dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     hf = config.to_hf() | {"torch_dtype": dtype, "eos_token_id": tokenizer.eos_id} | extra
     formats = matching_formats(tokenizer)
     form = formats[0] if len(formats) == 1 else None
@@ -338,7 +339,7 @@ def _fill(
     Args:
         tensors: Hugging Face names to views of the model's parameters.
     """
-    kind = kind_of(hf)
+    kind, tied = kind_of(hf), hf.get("tie_word_embeddings") is True
     with ExitStack() as stack:
         found: dict[str, Any] = {}  # the file that holds a name
         for path in _weight_files(folder):
@@ -347,7 +348,7 @@ def _fill(
                 if name in found:
                     raise InputError(f"{MISFIT}: {path} has {_shown(name)} a second time.")
                 found[name] = file
-        stored = _check_headers(found, tensors(model), folder, kind=kind, tied=hf.get("tie_word_embeddings") is True)
+        stored = _check_headers(found, tensors(model), folder, kind=kind, tied=tied)
         _check_memory(model, folder, dtype)
         model = model.to(dtype).to_empty(device="cpu")
 
@@ -358,6 +359,8 @@ def _fill(
         for name, view in tensors(model).items():
             with _damage(folder):
                 _copy(view, decompress(name, kind, read) if len(stored[name]) > 1 else read(name), f"{folder} has {name}")
+        if tied and OUTPUT in found and not torch.equal(read(OUTPUT), read(EMBEDDING)):  # which others read in different ways
+            raise InputError(f"Set tie_word_embeddings to false in {folder}: its {OUTPUT} is another matrix than {EMBEDDING}.")
     return model
 
 
@@ -382,7 +385,7 @@ def _check_headers(found: dict[str, Any], expected: dict[str, Tensor], folder: P
             elif shape not in shapes:
                 wrong = f"{MISFIT}: {folder} has {part} in shape {quoted(shape)}, not {shapes[0]}."
     # Some published files repeat the tied output matrix, old ones store the rotary frequencies.
-    redundant = (n for n in found if n.endswith("rotary_emb.inv_freq") or (tied and n == "lm_head.weight"))
+    redundant = (n for n in found if n.endswith("rotary_emb.inv_freq") or (tied and n == OUTPUT))
     if strange := sorted(found.keys() - known - set(redundant)):
         raise InputError(f"{MISFIT}: {folder} has an unexpected tensor {_shown(strange[0])} ({len(strange)} in all).")
     if missing := sorted(known - found.keys()):
@@ -400,9 +403,8 @@ def _check_memory(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
-        raise InputError(
-            f"Use a machine with more memory for {folder}: it takes {needed / 1e9:,.0f} GB, and {present / 1e9:,.0f} are there."
-        )
+        here = f"{present / 1e9:,.0f} GB are here"
+        raise InputError(f"Use a machine with more memory for {folder}: its weights take {needed / 1e9:,.0f} GB, and {here}.")
 
 
 def _copy(view: Tensor, tensor: Tensor, what: str) -> None:

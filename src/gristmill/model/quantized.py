@@ -127,7 +127,9 @@ def decompress(name: str, kind: Quantize, read: Callable[[str], Tensor]) -> Tens
     """
     values, scale, *shape = (read(part) for part in stored_names(name, kind))
     if shape:
-        values = values.contiguous().view(torch.uint8)[:, : int(shape[0][1])].int() - 128
+        values = values.contiguous().view(torch.uint8)[:, : max(0, int(shape[0][1]))].int() - 128
+        if list(values.shape) != shape[0].tolist():
+            raise ValueError(f"{name} has the shape {list(values.shape)}, not {shape[0].tolist()}")
     if scale.numel() != len(values):
         raise ValueError(f"{name} has {len(values)} rows and {scale.numel()} scales")
     return values.float() * scale.float().view(-1, 1)
