@@ -414,7 +414,7 @@ def _copy(view: Tensor, tensor: Tensor, what: str) -> None:
     total = 0.0
     for to, values in zip(view.view(-1).split(CHECKED_VALUES), tensor.reshape(-1).split(CHECKED_VALUES), strict=True):
         to.copy_(values)
-        total += float(torch.linalg.vector_norm(to, dtype=torch.float32)) ** 2
+        total += float(torch.dot(to, to) if to.dtype == torch.float32 else torch.linalg.vector_norm(to, dtype=torch.float32) ** 2)
     if not math.isfinite(total):
         raise InputError(f"Download or train the model again: {what} with values that are not finite, or too large to compute with.")
     if (rms := math.sqrt(total / view.numel())) > MAX_RMS:
