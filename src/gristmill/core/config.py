@@ -1,6 +1,7 @@
 """Recipes: typed sections read from YAML. An unknown key is an error that names the nearest right one; paths are relative to the file."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
@@ -11,6 +12,7 @@ from gristmill.core.errors import InputError
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
 RECIPES = Path(__file__).parents[1] / "recipes"  # the shipped ones
+MAX_RUN_NAME_BYTES = 200  # a seed and a control are appended to it
 SUFFIXES = (".yaml", ".yml")
 COMMANDS = {  # kind of recipe -> the command that takes it
     "alignment": "run",
@@ -75,6 +77,14 @@ def resolved(path: Path | str, info: ValidationInfo) -> str:
     return str(path) if base is None else str(base / Path(path).expanduser())
 
 
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or len(name.encode()) > MAX_RUN_NAME_BYTES:
+        raise ValueError(
+            f"a run's name has letters, digits, '_', '-' and '.', does not begin with '.', and has {MAX_RUN_NAME_BYTES} bytes at most"
+        )
+    return name
+
+
 def _resolved_path(path: Path, info: ValidationInfo) -> Path:
     found = Path(resolved(path, info))
     return found.resolve() if (info.context or {}).get("base") is not None else found
@@ -97,6 +107,7 @@ FilePath = Annotated[Path, AfterValidator(_resolved_path)]  # a file or folder
 PatternPath = Annotated[str, AfterValidator(_resolved_or_empty)]  # a file, folder or pattern; "" for none
 # A folder, `perplexity:FOLDER`, or something that is no path: `hashed`, `column:NAME`.
 SourceOrPath = Annotated[str, AfterValidator(_resolved_after_prefix)]
+RunName = Annotated[str, AfterValidator(_folder_name)]  # names the run's folder where no other is given
 NameOrPath = Annotated[str, AfterValidator(_resolved_yaml)]  # a shipped thing by its name, or a YAML file
 
 
