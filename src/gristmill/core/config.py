@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
@@ -14,6 +15,7 @@ from gristmill.core.io import DamagedFile, read_bytes
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
 RECIPES = Path(__file__).parents[1] / "recipes"  # the shipped ones
+MAX_RUN_NAME_BYTES = 200  # a seed and a control are appended to it
 SUFFIXES = (".yaml", ".yml")
 MAX_YAML_BYTES = 4 << 20
 MAX_NODES = 200_000
@@ -86,6 +88,14 @@ def resolved(path: Path | str, info: ValidationInfo) -> str:
         raise ValueError(f"{path}: there is no such user") from e
 
 
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or len(name.encode()) > MAX_RUN_NAME_BYTES:
+        raise ValueError(
+            f"a run's name has letters, digits, '_', '-' and '.', does not begin with '.', and has {MAX_RUN_NAME_BYTES} bytes at most"
+        )
+    return name
+
+
 def _resolved_path(path: Path, info: ValidationInfo) -> Path:
     found = Path(resolved(path, info))
     try:
@@ -111,6 +121,7 @@ FilePath = Annotated[Path, AfterValidator(_resolved_path)]  # a file or folder
 PatternPath = Annotated[str, AfterValidator(_resolved_or_empty)]  # a file, folder or pattern; "" for none
 # A folder, `perplexity:FOLDER`, or something that is no path: `hashed`, `column:NAME`.
 SourceOrPath = Annotated[str, AfterValidator(_resolved_after_prefix)]
+RunName = Annotated[str, AfterValidator(_folder_name)]  # names the run's folder where no other is given
 NameOrPath = Annotated[str, AfterValidator(_resolved_yaml)]  # a shipped thing by its name, or a YAML file
 
 

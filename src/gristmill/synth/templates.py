@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 from gristmill.core.config import read_yaml
 from gristmill.core.errors import InputError
 from gristmill.core.io import DamagedFile
+from gristmill.core.untrusted import is_bare_name
 from gristmill.generation.api import SamplingParams
 
 Parser = Literal["text", "list", "yes"]
@@ -77,7 +78,7 @@ class TemplatePack(Mapping[str, Template]):
         path = Path(name)
         if path.suffix not in (".yaml", ".yml"):
             path = FOLDER / f"{name}.yaml"
-            if not path.is_file():
+            if not is_bare_name(name) or not path.is_file():
                 shipped = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
                 raise InputError(f"There is no template pack {name!r}: give a .yaml file or one of {shipped}.")
         return TemplatePack({**default, **_read(path, default)})

@@ -21,7 +21,7 @@ from typing import IO, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from gristmill.core.config import FilePath, PatternPath, Recipe, Section
+from gristmill.core.config import FilePath, PatternPath, Recipe, RunName, Section
 from gristmill.core.errors import InputError
 from gristmill.core.io import replacing, state, sync, write_json
 from gristmill.core.progress import Progress
@@ -62,7 +62,7 @@ class Blend(Recipe):
     """Blend recipe: what is blended, and how much of it."""
 
     kind: Literal["blend"] = "blend"
-    name: str = Field("blend", pattern=r"^[\w.-]+$")
+    name: RunName = "blend"
     tokenizer: FilePath = Field(description="folder of a model or tokenizer")
     sources: list[Source] = Field(min_length=1)
     tokens: int = Field(gt=0, description="end-of-document tokens included")

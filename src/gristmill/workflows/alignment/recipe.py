@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
-from gristmill.core.config import RECIPES, NameOrPath, Recipe, Section, read, resolved
+from gristmill.core.config import RECIPES, NameOrPath, Recipe, RunName, Section, read, resolved
 from gristmill.data.human import HumanData
 from gristmill.generation.settings import Calls, GeneratorSettings
 from gristmill.judge.settings import Control, Judging, Reward
@@ -68,7 +68,7 @@ class AlignmentRecipe(Recipe):
     may_change: ClassVar[frozenset[str]] = frozenset({"rounds", "threads", "device", "calls", "alarms"})
 
     kind: Literal["alignment"] = "alignment"
-    name: str = Field("miniature", pattern=r"^[A-Za-z0-9._-]+$")
+    name: RunName = "miniature"
     world: World | None = Field(None, description="a built-in world that supplies data, or none: your own files")
     model: BaseModelPath = Field("miniature", description="Hugging Face folder of the Base model; `miniature` is the shipped one")
     chat_format: Literal["auto", "nemotron", "chatml", "llama3"] = "auto"
