@@ -230,6 +230,7 @@ class _Rephrasing:
             made.sort(key=lambda one: order[one.work.name])
             made = await self._scored(made, writer)
         self.counts.update({"calls": client.asked, "calls answered before": client.found, "calls without answer": client.failed})
+        self.counts.update({f"calls without {name}, which is refused": num for name, num in client.left_out.items()})
         return self._outcome(made)
 
     def _work(self) -> list[_Work]:
