@@ -5,6 +5,7 @@ traceback), 2 bad input (one sentence), 3 rows failed for good, 130 interrupted.
 """
 
 import os
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
 # Before torch is loaded: threads that wait must not spin. On two cores with a busy neighbour, spinning costs up to 9x.
@@ -75,12 +77,24 @@ def command(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def safe(*args: Any, **kwargs: Any) -> None:
             try:
                 function(*args, **kwargs)
+            except (typer.Exit, typer.Abort):
+                raise
             except InputError as e:
-                typer.echo(f"gristmill: {e}", err=True)
+                echo(f"gristmill: {e}", err=True)
                 raise typer.Exit(2) from e
             except KeyboardInterrupt as e:
-                typer.echo("gristmill: interrupted; run the same command again to continue.", err=True)
+                echo("gristmill: interrupted; run the same command again to continue.", err=True)
                 raise typer.Exit(130) from e
+            except BrokenPipeError as e:  # `gristmill ... | head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                raise typer.Exit(141) from e
+            except OSError as e:
+                where = f": {e.filename}" if e.filename else ""
+                echo(f"gristmill: {e.strerror or e}{where}. What was finished is kept: mend this and run the same command again.", err=True)
+                raise typer.Exit(2) from e
+            except Exception as e:  # a bug; its message may hold foreign text
+                echo(traceback.format_exc().rstrip(), err=True)
+                raise typer.Exit(1) from e
 
         app.command(epilog=f"Example: {example}")(safe)
         return function
@@ -94,7 +108,7 @@ def version_or_help(version: Annotated[bool, typer.Option("--version", help="Pri
     if version:
         from gristmill import __version__
 
-        typer.echo(__version__)
+        echo(__version__)
         raise typer.Exit
 
 

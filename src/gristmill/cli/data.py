@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from gristmill.cli.app import AsJson, Out, Quiet, RunDevice, RunOut, Unsafe, Workers, command, given
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
 
@@ -31,23 +32,23 @@ def synth(
     if dry_run:
         estimate = dataset.dry_run(loaded)
         if as_json:
-            typer.echo(json.dumps(estimate))
+            echo(json.dumps(estimate))
             return
         for name, m in estimate["models"].items():
-            typer.echo(f"{name}: {m['calls']:,} calls, {m['tokens_in']:,} tokens in, {m['tokens_out']:,} out, cost {m['cost']:.2f}")
-        typer.echo(f"in all about {estimate['calls']:,} calls, cost {estimate['cost']:.2f}; nothing was asked")
+            echo(f"{name}: {m['calls']:,} calls, {m['tokens_in']:,} tokens in, {m['tokens_out']:,} out, cost {m['cost']:.2f}")
+        echo(f"in all about {estimate['calls']:,} calls, cost {estimate['cost']:.2f}; nothing was asked")
         return
     from gristmill.core.progress import Progress
 
     target = out or Path("runs") / loaded.name
     results = dataset.run(loaded, target, Progress(quiet=quiet), limit=limit, retry_failed=retry_failed, unsafe_code=unsafe_code)
     if as_json:
-        typer.echo(json.dumps(results))
+        echo(json.dumps(results))
     else:
         counts = ", ".join(f"{results[name]:,} {name}" for name in ("prompts", "responses", "demonstrations", "pairs"))
-        typer.echo(f"{counts}: {target}")
+        echo(f"{counts}: {target}")
     if failed := results["calls"]["failed"]:
-        typer.echo(
+        echo(
             f"gristmill: {failed:,} calls failed for good: see `gristmill rows errors --folder {target}`, run again with --retry-failed.",
             err=True,
         )
@@ -77,7 +78,7 @@ def curate(
         for found in curation.explain(folder, explain):
             text = " ".join(found.pop("text").split())
             facts = ", ".join(f"{k} {v}" for k, v in found.items() if v not in (None, ""))
-            typer.echo(json.dumps(found | {"text": text}) if as_json else f"{facts}\n    {text[:300]}")
+            echo(json.dumps(found | {"text": text}) if as_json else f"{facts}\n    {text[:300]}")
         return
     from gristmill.core.progress import Progress
     from gristmill.report.curation import funnel_lines, write_page
@@ -85,7 +86,7 @@ def curate(
     with Progress(quiet=quiet) as progress:
         funnel = curation.run(loaded, folder, progress)
     page = write_page(folder, funnel)
-    typer.echo(json.dumps(funnel) if as_json else "\n".join([*funnel_lines(funnel), f"documents: {folder / 'data'}", f"report: {page}"]))
+    echo(json.dumps(funnel) if as_json else "\n".join([*funnel_lines(funnel), f"documents: {folder / 'data'}", f"report: {page}"]))
 
 
 @command("gristmill blend blend.yaml --out runs/blend")
@@ -105,7 +106,7 @@ def blend(
     folder = out or Path("runs") / loaded.name
     with Progress(quiet=quiet) as progress:
         facts = blends.blend(loaded, folder, progress)
-    typer.echo(json.dumps(facts) if as_json else "\n".join([*blends.blend_lines(facts), f"tokens: {folder}"]))
+    echo(json.dumps(facts) if as_json else "\n".join([*blends.blend_lines(facts), f"tokens: {folder}"]))
 
 
 @command("gristmill quality classifier --positive good.jsonl --negative 'crawl/*.jsonl' --out runs/good")
@@ -120,7 +121,7 @@ def quality(
     from gristmill.curate.quality.buckets import learn
 
     facts = learn(kind, positive, negative or [], folder=out)
-    typer.echo(json.dumps(facts) if as_json else "\n".join([*(f"{name}: {value}" for name, value in facts.items()), f"model: {out}"]))
+    echo(json.dumps(facts) if as_json else "\n".join([*(f"{name}: {value}" for name, value in facts.items()), f"model: {out}"]))
 
 
 @command("gristmill rows lineage 0123456789abcdef --folder runs/tides")
@@ -140,11 +141,11 @@ def rows(
         raise InputError("Use `gristmill rows lineage ID --folder RUN` or `gristmill rows errors --folder RUN`.")
     for entry in lineage(folder, name) if name else errors(folder):
         if as_json:
-            typer.echo(json.dumps(entry))
+            echo(json.dumps(entry))
         elif name:
             hidden = {"id", "depth", "kind", "text", "parents"}
             facts = ", ".join(f"{k} {v}" for k, v in entry.items() if k not in hidden and v not in ("", {}))
-            typer.echo(f"{'  ' * entry['depth']}{entry['id']}  {entry['kind']}  {facts}  {entry['text']}".rstrip())
+            echo(f"{'  ' * entry['depth']}{entry['id']}  {entry['kind']}  {facts}  {entry['text']}".rstrip())
         else:
             asked = " ".join(entry.get("prompt", "").split())[:80]
-            typer.echo(f"{entry['id']}  {entry['attempts']} attempts, status {entry['status']}: {entry['error']}  [{asked}]")
+            echo(f"{entry['id']}  {entry['attempts']} attempts, status {entry['status']}: {entry['error']}  [{asked}]")

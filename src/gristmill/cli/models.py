@@ -23,6 +23,7 @@ from gristmill.cli.app import (
     command,
     given,
 )
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
 
@@ -86,7 +87,7 @@ def _done(result: Any, model: Path, as_json: bool) -> None:
     text = (
         f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.1f} s, last loss {result.metrics['loss']:.4f}\nmodel: {model}"
     )
-    typer.echo(json.dumps(facts) if as_json else text)
+    echo(json.dumps(facts) if as_json else text)
 
 
 @command("gristmill quantize runs/miniature/02-demonstrations/model --to int8 --out runs/int8")
@@ -101,7 +102,7 @@ def quantize(
     from gristmill.model.hf import quantize_folder
 
     facts = quantize_folder(model, out, to, dtype=dtype)
-    typer.echo(json.dumps(facts) if as_json else f"{facts['bytes'] / 2**20:,.1f} MiB of weights\nmodel: {facts['model']}")
+    echo(json.dumps(facts) if as_json else f"{facts['bytes'] / 2**20:,.1f} MiB of weights\nmodel: {facts['model']}")
 
 
 @command('gristmill generate runs/base/model "What is the capital of Runi?"')
@@ -133,10 +134,10 @@ def generate(
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
     rows = answer_rows(load_engine(model, EngineArgs(chat_format=format, device=device)), asked, sampling, seed=seed)
     if out:
-        typer.echo(f"{write_jsonl(out, rows)} prompts answered: {out}", err=as_json)
+        echo(f"{write_jsonl(out, rows)} prompts answered: {out}", err=as_json)
         return
     for row in rows:
-        typer.echo(json.dumps(row) if as_json else "\n".join(r["text"] for r in row["responses"]))
+        echo(json.dumps(row) if as_json else "\n".join(r["text"] for r in row["responses"]))
 
 
 @command("gristmill score runs/miniature/01-reward/model --data answers.jsonl")
@@ -152,7 +153,7 @@ def score(
 
     for row in rate_file(model, data, format, device=device):
         line = ",".join(f"{k}:{v:.4f}" for k, v in row.items() if k != "id")
-        typer.echo(json.dumps(row) if as_json else f"{row['id']}  {line}")
+        echo(json.dumps(row) if as_json else f"{row['id']}  {line}")
 
 
 @command("gristmill eval runs/miniature/02-demonstrations/model")
@@ -183,15 +184,15 @@ def eval(
         )
     scores.pop("outcomes")
     if as_json:
-        typer.echo(json.dumps(scores))
+        echo(json.dumps(scores))
         return
     for task in scores["greedy"]:
         greedy, sampled = scores["greedy"][task], scores["sampled"][task]
         cells = [f"{s['mean']:.3f} [{s['ci95'][0]:.3f}, {s['ci95'][1]:.3f}]" for s in (greedy, sampled)]
-        typer.echo(f"{task:<12} greedy {cells[0]}  sampled {cells[1]}  n {greedy['n']}")
+        echo(f"{task:<12} greedy {cells[0]}  sampled {cells[1]}  n {greedy['n']}")
     if lost := scores.get("quantized"):
         beside = "the weights that it was saved with" if saved_as(model) else "the model"
-        typer.echo(
+        echo(
             f"beside {beside}: KL {lost['kl']:.2g} nats a token (at most {lost['kl_max']:.2g}), the likeliest token is the same for "
             f"{lost['agreement']:.2%} of {lost['tokens']:,} tokens"
         )
@@ -215,10 +216,10 @@ def chat(
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     talk: list[Message] = []
     while True:
-        typer.echo("you> ", nl=False)
+        echo("you> ", nl=False)
         line = sys.stdin.readline().strip()
         if not line:
-            typer.echo("")
+            echo("")
             return
         if line == "/new":
             talk = []
@@ -227,7 +228,7 @@ def chat(
         row = next(answer_rows(engine, [talk], sampling, seed=seed))
         answer = row["responses"][0]["text"]
         talk.append(Message("assistant", answer))
-        typer.echo(f"{engine.name}> {answer}")
+        echo(f"{engine.name}> {answer}")
 
 
 @command("gristmill serve runs/miniature/29-r2-rpo3/model --reward runs/miniature/01-reward/model --port 8000")

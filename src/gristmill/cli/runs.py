@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gristmill.cli.app import AsJson, Quiet, RunDevice, RunOut, Unsafe, command, given
+from gristmill.core.echo import echo
 
 
 @command("gristmill run miniature")
@@ -40,11 +41,11 @@ def run(
         results = run_loop(loaded, folder, progress, unsafe_code)
     page = write_report(folder)
     if as_json:
-        typer.echo(json.dumps(results))
+        echo(json.dumps(results))
     else:
         for line in headline(results, folder):
-            typer.echo(line)
-        typer.echo(f"report: {page}")
+            echo(line)
+        echo(f"report: {page}")
 
 
 @command("gristmill status runs/miniature")
@@ -59,12 +60,12 @@ def status(
     data = read_run(folder)
     stages = [{k: s.get(k) for k in ("folder", "seconds")} | {"done": s.get("fingerprint") is not None} for s in data.stages]
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), "finished": data.results is not None, "stages": stages}))
+        echo(json.dumps({"folder": str(folder), "finished": data.results is not None, "stages": stages}))
         return
     for s in data.stages:
         seconds = f"{s['seconds']:>7.1f} s" if "seconds" in s else "  unfinished"
-        typer.echo(f"{s['folder']:<22} {seconds}  {stage_line(s)}".rstrip())
-    typer.echo("finished" if data.results else "not finished: run the same command again to continue")
+        echo(f"{s['folder']:<22} {seconds}  {stage_line(s)}".rstrip())
+    echo("finished" if data.results else "not finished: run the same command again to continue")
 
 
 @command("gristmill report runs/miniature")
@@ -75,7 +76,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("r
 
     data = read_run(folder)
     page = curation.write_page(folder, data.results) if data.kind == "curation" and data.results else alignment.write_report(folder)
-    typer.echo(json.dumps({"report": str(page)}) if as_json else str(page))
+    echo(json.dumps({"report": str(page)}) if as_json else str(page))
 
 
 @command("gristmill compare runs/miniature runs/miniature-human-only")
@@ -88,9 +89,9 @@ def compare(
     from gristmill.report.compare import compare_runs, comparison_text, write_comparison
 
     table = compare_runs(folders)
-    typer.echo(json.dumps(table) if as_json else comparison_text(table))
+    echo(json.dumps(table) if as_json else comparison_text(table))
     if out:
-        typer.echo(str(write_comparison(table, out)), err=as_json)
+        echo(str(write_comparison(table, out)), err=as_json)
 
 
 @command("gristmill init --model ./llama --demonstrations demos.jsonl --ratings rated.jsonl --evaluation test.jsonl --out mine.yaml")
@@ -109,4 +110,4 @@ def init(
 
     files = {"demonstrations": demonstrations, "ratings": ratings, "prompts": prompts, "evaluation": evaluation}
     write_recipe(out, name, model, {k: v for k, v in files.items() if v is not None}, force)
-    typer.echo(f"{out} is written: read it, then `gristmill run {out}`.")
+    echo(f"{out} is written: read it, then `gristmill run {out}`.")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from gristmill.core.echo import echo, visible
+
 Item = TypeVar("Item")
 LINE_SECONDS = 5.0
 
@@ -31,9 +33,9 @@ class Progress:
 
             columns = (
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
             )
             self._bar = Bars(*columns, console=Console(stderr=True), transient=True)
@@ -63,14 +65,14 @@ class Progress:
         """A stage is done: leave one line."""
         line = f"{self._clock()}  {name:<18} {done['seconds']:>6.1f} s  {self._describe(done)}"
         if self._bar:
-            self._bar.console.print(line, markup=False, highlight=False)
+            self._bar.console.print(visible(line), markup=False, highlight=False)
         else:
             self._print(line)
 
     def tick(self, done: int, total: int | None, note: str = "") -> None:
         """How far the stage is."""
         if self._bar:
-            self._bar.update(self._task, completed=done, total=total, note=note)
+            self._bar.update(self._task, completed=done, total=total, note=visible(note))
         elif time.monotonic() - self._printed > LINE_SECONDS:
             share = f"{done}/{total}" if total else str(done)
             self._print(f"{self._clock()}  {self._stage:<18} {time.monotonic() - self._stage_started:>6.1f} s  {share} {note}")
@@ -91,5 +93,5 @@ class Progress:
 
     def _print(self, line: str) -> None:
         if not self._quiet:
-            print(line, file=sys.stderr, flush=True)
+            echo(line, err=True)
             self._printed = time.monotonic()

@@ -1,7 +1,6 @@
 """Cached and batching clients: every completion goes through the journal, so that nothing is generated twice."""
 
 import asyncio
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -9,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from gristmill.core.concurrent import map_concurrent
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.generation.api import Completion, Generator, Request
 from gristmill.generation.endpoint import WORKERS_PER_SLOT, RowFailed
@@ -157,7 +157,7 @@ class CachedClient:
                     raise
                 if self._space.is_set():
                     self._space.clear()
-                    print(f"{e} Waiting up to {self.disk_patience:.0f} s for space.", file=sys.stderr)
+                    echo(f"{e} Waiting up to {self.disk_patience:.0f} s for space.", err=True)
                 await asyncio.sleep(DISK_PAUSE)
 
     async def stream(self, requests: Iterable[Request]) -> AsyncIterator[tuple[Request, list[Completion] | RowFailed]]:

@@ -2,11 +2,11 @@
 
 import os
 import socket
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.judge.reward import load_scorer
@@ -63,8 +63,8 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
 
     def ready(_: object) -> None:
         both = f"{name} and the reward model {reward_name} answer" if rate else f"{name} answers"
-        print(f"{both} at http://{args.host}:{listening.getsockname()[1]}/v1", flush=True)
-        print(f"attention: {server.async_engine.workers[0].core.model_runner.attention.name}", file=sys.stderr)
+        echo(f"{both} at http://{args.host}:{listening.getsockname()[1]}/v1")
+        echo(f"attention: {server.async_engine.workers[0].core.model_runner.attention.name}", err=True)
 
     web.run_app(server.app(), sock=listening, print=ready, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
     if not server.quiet:  # in the middle of a long step; torch's threads would not end quietly

@@ -1,0 +1,28 @@
+"""Terminal output: the one place that prints, with the control characters of foreign text made visible.
+
+Names, answers, errors and paths may come from a model or a stranger. Raw, they could move the cursor, reach the clipboard
+(OSC 52) or turn the order of a line round.
+"""
+
+import re
+import sys
+
+# C0 and C1 but for tab and line feed, DEL, soft hyphen, direction marks, line and paragraph separators, byte order mark,
+# surrogates, annotation marks and tags. Joiners stay: scripts and emoji are written with them.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    """Text whose control characters are written as JSON writes them: ``\\u001b``. JSON stays JSON of the same value."""
+    return _UNSAFE.sub(lambda m: f"\\u{ord(m[0]):04x}" if ord(m[0]) < 0x10000 else f"\\U{ord(m[0]):08x}", text)
+
+
+def echo(text: str, err: bool = False, nl: bool = True) -> None:
+    """Print to standard output, or standard error; what the terminal's encoding lacks is escaped too."""
+    stream = sys.stderr if err else sys.stdout
+    line = visible(text)
+    encoding = stream.encoding or "utf-8"
+    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + ("\n" if nl else ""))
+    stream.flush()

@@ -1,0 +1,65 @@
+"""Foreign text never controls the terminal."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gristmill
+from gristmill.core.echo import echo, visible
+
+PACKAGE = Path(gristmill.__file__).parent
+CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4K\x07"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (CLIPBOARD, "\\u001b]52;c;cm0gLXJmIH4K\\u0007"),
+        ("a\rb", "a\\u000db"),  # would write over the line
+        ("\x9b2J", "\\u009b2J"),  # the one-byte CSI
+        ("gold\u202egpj.exe", "gold\\u202egpj.exe"),
+        ("\U000e0041", "\\U000e0041"),
+        ("\ud800", "\\ud800"),
+        ("tab\tand\nlines, \u65e5\u672c, \u0915\u094d\u200d\u0937", "tab\tand\nlines, \u65e5\u672c, \u0915\u094d\u200d\u0937"),
+    ],
+)
+def test_control_characters_are_shown(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_nothing_that_is_shown_is_a_control_character(text: str) -> None:
+    assert not {c for c in visible(text) if ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000} - {"\n", "\t"}
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_json_stays_json_of_the_same_value(text: str) -> None:
+    assert json.loads(visible(json.dumps({"text": text}))) == {"text": text}
+
+
+def test_what_the_terminal_cannot_encode_is_escaped() -> None:
+    code = "from gristmill.core.echo import echo; echo('\\u65e5 \\ud800 \\x1b')"
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert done.stdout == b"\\u65e5 \\ud800 \\u001b\n"
+
+
+def test_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    echo(CLIPBOARD, err=True, nl=False)
+    assert capsys.readouterr() == ("", "\\u001b]52;c;cm0gLXJmIH4K\\u0007")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_echo_alone_prints(path: Path) -> None:
+    if path == PACKAGE / "core" / "echo.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            printed = name in ("print", "typer.echo", "typer.secho", "sys.stdout.write", "sys.stderr.write")
+            assert not printed or "sandbox" in path.parts, f"{path}:{node.lineno}: {name} prints foreign text raw; use core.echo.echo"
