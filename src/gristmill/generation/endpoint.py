@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 import time
 import zlib
 from collections import Counter
@@ -24,6 +23,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from gristmill.core.concurrent import map_concurrent
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.generation.api import Completion, Request
 from gristmill.generation.openai_format import (
@@ -67,8 +67,8 @@ class Target:
         api_key_env, api_key_file: where the key is. It is never part of a recipe, log or journal.
         price_in, price_out: money a million tokens.
         logprobs: ask for log-probabilities of the chosen tokens.
-        fields: what the endpoint calls a field of a request, or None to leave it out: `{"max_tokens": "max_completion_tokens", "seed": None}`.
-            Without `n`, samples are asked for one at a time.
+        fields: what the endpoint calls a field of a request, or None to leave it out, as in
+            `{"max_tokens": "max_completion_tokens", "seed": None}`. Without `n`, samples are asked for one at a time.
         extra_body: what is sent besides.
     """
 
@@ -398,7 +398,7 @@ class Endpoint:
             return TransientError(str(status), f"{what} ({status}): {words}", status, wait)
         if 300 <= status < 400:
             where = replica.redact(headers.get("Location", "")) or "elsewhere"
-            words = f"{target.base_url} sends to {where} ({status}), where neither key nor prompts are sent: give the final address as base_url."
+            words = f"{target.base_url} sends to {where} ({status}), where neither key nor prompts go: give the final address as base_url."
             if replica.answered_at is None:
                 return InputError(words)
         if status in (401, 403, 404) and replica.answered_at is None:
@@ -411,7 +411,7 @@ class Endpoint:
         target = replica.target
         renamed = {"max_tokens": "max_completion_tokens", **target.fields}
         names = {name: name for name in FIELDS if name in body}  # what was sent, by what we call it
-        names |= {name: other for name, other in renamed.items() if other in body and other not in target.extra_body}
+        names |= {name: other for name, other in renamed.items() if other and other in body and other not in target.extra_body}
         refused = refused_fields(said, names.values())
         helped = False
         for name, sent in names.items():
@@ -423,7 +423,7 @@ class Endpoint:
                 helped = True
                 known = self.usage.refused_fields.setdefault(target.model, {})
                 if name not in known:
-                    print(f"{target.base_url} ({target.model}) refuses {name}, which is {what}.", file=sys.stderr)
+                    echo(f"{target.base_url} ({target.model}) refuses {name}, which is {what}.", err=True)
                 known[name] = what
         return helped
 

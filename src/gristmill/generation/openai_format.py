@@ -33,8 +33,12 @@ _REFUSAL = re.compile(
     r"|unrecognized|unknown|unexpected|extra[_ ](?:inputs?|fields?|forbidden)|only the default|deprecated",
     re.IGNORECASE,
 )
-_REFUSED_N = re.compile(r"(?<![\w.])(?:['\"`]n['\"`]|n)\s*(?::|=|>|must|should|can only|is not supp)|only (?:one|1) (?:completion|choice)", re.IGNORECASE)
-_DURATION = re.compile(r"(?:(?P<d>\d+)d)?(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m(?!s))?(?:(?P<s>\d+(?:\.\d+)?)s)?(?:(?P<ms>\d+(?:\.\d+)?)ms)?", re.ASCII)
+_REFUSED_N = re.compile(
+    r"(?<![\w.])(?:['\"`]n['\"`]|n)\s*(?::|=|>|must|should|can only|is not supp)|only (?:one|1) (?:completion|choice)", re.IGNORECASE
+)
+_DURATION = re.compile(
+    r"(?:(?P<d>\d+)d)?(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m(?!s))?(?:(?P<s>\d+(?:\.\d+)?)s)?(?:(?P<ms>\d+(?:\.\d+)?)ms)?", re.ASCII
+)
 _UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _NUMBER = re.compile(r"\d{1,30}(?:\.\d{1,30})?", re.ASCII)
 
@@ -160,7 +164,11 @@ def decode_answer(body: bytes) -> tuple[dict[str, Any], int, int]:
         answer = json.loads(body)
         if not isinstance(answer, dict):
             raise TypeError
-        if answer.get("error") or answer.get("object") == "error" or ("choices" not in answer and (answer.get("detail") or answer.get("message"))):
+        if (
+            answer.get("error")
+            or answer.get("object") == "error"
+            or ("choices" not in answer and (answer.get("detail") or answer.get("message")))
+        ):
             raise ErrorInAnswer(answer.get("error") or answer)
         usage = answer.get("usage") or {}
         tokens_in, tokens_out = (
@@ -171,9 +179,7 @@ def decode_answer(body: bytes) -> tuple[dict[str, Any], int, int]:
     return answer, tokens_in, tokens_out
 
 
-def parse_completions(
-    answer: dict[str, Any], num: int, tokens_out: int, choice_text: Callable[[Any], Any]
-) -> tuple[list[Completion], str]:
+def parse_completions(answer: dict[str, Any], num: int, tokens_out: int, choice_text: Callable[[Any], Any]) -> tuple[list[Completion], str]:
     """Completions of a decoded response, and why some of them have no text.
 
     An answer that is all reasoning, or a call of a tool, is a completion without text: to ask again would buy the same. One that
@@ -297,10 +303,10 @@ def refused_fields(words: str, sent: Iterable[str]) -> list[str]:
     found = []
     for name in sent:
         if name == "n":
-            hit = _REFUSED_N.search(words) or (near and name in named)
+            hit = bool(_REFUSED_N.search(words)) or (name in named and near != "")
         else:
-            hit = near and (name in named or re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", near))
-        if hit:
+            hit = name in named or bool(re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", near))
+        if hit and (near or name == "n"):
             found.append(name)
     # where the error gives a place, other fields are those that it advises
     return [name for name in found if name in named] or found

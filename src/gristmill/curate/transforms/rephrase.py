@@ -196,7 +196,8 @@ class _Rephrasing:
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []  # of calls that another time may not fail
         # an answer of another model is another answer
-        writers = sorted((g.model, g.weight) for g in how.generators if g.base_url)
+        writers: list[Any] = sorted((g.model, g.weight) for g in how.generators if g.base_url)
+        writers += [[g.fields, g.extra_body] for g in how.generators if g.fields or g.extra_body]
         self.salt = make_id(writers, [] if how.folder is None else [state(path)[1:3] for path in sorted(how.folder.iterdir())])
 
     async def all(self) -> Outcome:
