@@ -29,7 +29,7 @@ JUDGING = (
     "reward llm keep keep_chosen max_per_prompt max_judged_per_prompt max_per_task max_per_topic min_votes max_pairs_per_prompt "
     "max_pairs_per_task min_gap verified_gap near_duplicates"
 )
-GENERATOR = "base_url model folder checkpoint weight rounds kind api_key_env api_key_file price_in price_out logprobs"
+GENERATOR = "base_url model folder checkpoint weight rounds kind api_key_env api_key_file price_in price_out logprobs fields extra_body"
 SURFACE = {
     "": (
         "kind name world model chat_format seed rounds rpo_iterations control threads device data generators calls templates topics "

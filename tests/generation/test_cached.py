@@ -70,6 +70,40 @@ def test_failed_rows_are_records_and_are_asked_again_only_on_demand(endpoint: An
     assert answers(endpoint, path, rows)["b"].startswith("answer to b") and endpoint.stats()["requests"] == 4
 
 
+def test_a_record_that_cannot_be_read_is_asked_again(endpoint: Any, tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    outs: list[Any] = [None, [], [["text"]], [[3, 1, None, "stop"]], "text", {"a": 1}]
+    path.write_text(
+        "".join(json.dumps({"id": str(n), "out": out}) + "\n" for n, out in enumerate(outs)) + '{"id": "x"}\n{"id": "y", "error": 3}\n'
+    )
+    names = [*map(str, range(len(outs))), "x", "y"]
+    assert answers(endpoint, path, map(ask, names)) == {name: f"answer to row {name}" for name in names}
+    assert answers(endpoint, path, map(ask, names)) == {name: f"answer to row {name}" for name in names}
+    assert endpoint.stats()["requests"] == len(names)
+
+
+def test_what_was_asked_without_a_refused_field_is_told_again(tmp_path: Path) -> None:
+    class Source(Echo):
+        async def complete(self, request: Request, model: str = "") -> list[Completion]:
+            return [Completion("fine", 1, (), "stop", left_out=("seed", "temperature") if request.id == "a" else ())]
+
+        concurrency = 4
+
+        def model_of(self, request_id: str) -> str:
+            return "m"
+
+    async def run() -> CachedClient:
+        with Journal(tmp_path / "j.jsonl") as journal:
+            client = CachedClient(Source(), journal)
+            for name in ("a", "b"):
+                await client.complete(ask(name))
+            return client
+
+    for found in (0, 2):
+        client = asyncio.run(run())
+        assert client.found == found and client.left_out == Counter({"seed": 1, "temperature": 1})
+
+
 CLIENT = """
 import asyncio, resource, sys, threading
 from pathlib import Path

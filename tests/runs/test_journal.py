@@ -78,6 +78,15 @@ def test_records_behind_a_broken_line_stand(tmp_path: Path) -> None:
         assert list(journal) == ["a", "b", "c", "d"]
 
 
+def test_nul_bytes_and_deep_lines_take_no_record_with_them(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    deep = b'{"id": ' + b"[" * 100_000 + b"\n"
+    path.write_bytes(b'{"id": "a"}\n' + deep + b"\0" * 5000 + b'{"id": "b", "n": 1}\n' + b"\0" * 5000)
+    for _ in range(2):
+        with Journal(path) as journal:
+            assert list(journal.values()) == [{"id": "a"}, {"id": "b", "n": 1}]
+
+
 def test_long_records_are_read_back_whole(tmp_path: Path) -> None:
     records = [{"id": str(n), "text": "x" * (PIECE * n // 2)} for n in range(5)]
     path = tmp_path / "j.jsonl"

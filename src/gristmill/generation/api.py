@@ -112,6 +112,7 @@ class Completion:
         finish: "stop" if the model ended its turn, "length" if it hit max_tokens or the model's context.
         tokens: their ids, where the source tells them.
         top_logprobs: of each token the likeliest ones with their log-probabilities, if asked for.
+        left_out: fields of the request that the endpoint refused, and was asked without.
     """
 
     text: str
@@ -120,6 +121,7 @@ class Completion:
     finish: Finish
     tokens: tuple[int, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 class Generator(Protocol):

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
@@ -88,11 +89,13 @@ class CachedClient:
 
     Attributes:
         asked, found, failed: rows answered by the source, found in the journal, and without an answer, so far.
+        left_out: rows that were answered without a field that the endpoint refused, by field.
     """
 
     def __init__(self, source: Client, journal: Journal, *, retry_failed: bool = False, disk_patience: float = DISK_PATIENCE):
         self.source, self.journal, self.retry_failed, self.disk_patience = source, journal, retry_failed, disk_patience
         self.asked = self.found = self.failed = 0
+        self.left_out: Counter[str] = Counter()
         self._under_way: dict[str, asyncio.Event] = {}
         self._space = asyncio.Event()
         self._space.set()
@@ -112,12 +115,14 @@ class CachedClient:
             await under_way.wait()
         if request.id in self.journal:
             record = self.journal[request.id]
-            if "out" in record:
+            outs = completions_of(record)
+            if outs:
                 self.found += 1
-                return completions_of(record)
-            if not self.retry_failed:
+                self.left_out.update(outs[0].left_out)
+                return outs
+            if not self.retry_failed and isinstance(record.get("error"), str):
                 self.failed += 1
-                raise RowFailed(record["error"], record["attempts"], record["status"])
+                raise RowFailed(record["error"], record.get("attempts", 1), record.get("status", 0))
         self._under_way[request.id] = asyncio.Event()
         try:
             return await self._complete(request, note or {}, model)
@@ -134,8 +139,10 @@ class CachedClient:
             await self._write({**head, "error": str(e), "attempts": e.attempts, "status": e.status, "prompt": request.messages[-1].content})
             raise
         rows = [[c.text, c.num_tokens, round(sum(c.logprobs), 4) if c.logprobs else None, c.finish] for c in outs]
-        await self._write({**head, "out": rows})
+        left_out = sorted({name for c in outs for name in c.left_out})
+        await self._write({**head, "out": rows, **({"left_out": left_out} if left_out else {})})
         self.asked += 1
+        self.left_out.update(left_out)
         return outs
 
     async def _write(self, record: dict[str, Any]) -> None:
@@ -170,7 +177,13 @@ class CachedClient:
 
 
 def completions_of(record: dict[str, Any]) -> list[Completion]:
-    """The completions in a journal's record, each with its summed log-probability if there was one."""
-    return [
-        Completion(text, num_tokens, () if logprob is None else (logprob,), finish) for text, num_tokens, logprob, finish in record["out"]
-    ]
+    """The completions in a journal's record, each with its summed log-probability if there was one; none in any other record."""
+    try:
+        left_out = tuple(record.get("left_out", ()))
+        return [
+            Completion(text, num_tokens, () if logprob is None else (logprob,), finish, left_out=left_out)
+            for text, num_tokens, logprob, finish in record.get("out") or ()
+            if isinstance(text, str)
+        ]
+    except (TypeError, ValueError):
+        return []

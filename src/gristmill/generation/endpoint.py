@@ -12,9 +12,10 @@ import json
 import os
 import random
 import time
+import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -22,17 +23,33 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from gristmill.core.concurrent import map_concurrent
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.generation.api import Completion, Request
-from gristmill.generation.openai_format import TransientError, parse_completions, parse_retry_after, request_body
+from gristmill.generation.openai_format import (
+    FIELDS,
+    KEPT_FIELDS,
+    ErrorInAnswer,
+    TransientError,
+    check_fields,
+    decode_answer,
+    message_text,
+    parse_completions,
+    refused_fields,
+    request_body,
+    retry_after_of,
+)
 from gristmill.generation.rate_limit import RateLimit
+from gristmill.generation.redaction import KeyRedactor
 
 MIN_BACKOFF, MAX_BACKOFF = 0.25, 8.0  # seconds between attempts of a row
 # A gateway's errors count as an outage, which costs a row nothing, when nothing was answered for so many seconds.
 OUTAGE_SECONDS = 2.0
 STARTUP_PATIENCE = 10.0  # seconds that an endpoint may be unreachable before it ever answered
 WORKERS_PER_SLOT = 2  # rows under way for each slot: those that pause between attempts hold none
-MAX_ANSWER_BYTES = 32 << 20
+# Most bytes of an answer, decoded, counted as they arrive: some, and some for each token that it may have.
+MAX_ANSWER_BYTES, BASE_ANSWER_BYTES, BYTES_PER_TOKEN = 32 << 20, 4 << 20, 1 << 10
+MAX_ERROR_BYTES = 64 << 10  # read of an error
 MIN_OUTAGE_ROWS = 4  # fewer that get nothing but a gateway's errors are bad rows, as many are a dead endpoint
 MAX_SHOWN = 300  # characters of an error's body
 
@@ -50,6 +67,9 @@ class Target:
         api_key_env, api_key_file: where the key is. It is never part of a recipe, log or journal.
         price_in, price_out: money a million tokens.
         logprobs: ask for log-probabilities of the chosen tokens.
+        fields: what the endpoint calls a field of a request, or None to leave it out, as in
+            `{"max_tokens": "max_completion_tokens", "seed": None}`. Without `n`, samples are asked for one at a time.
+        extra_body: what is sent besides.
     """
 
     base_url: str
@@ -61,11 +81,13 @@ class Target:
     price_in: float = 0.0
     price_out: float = 0.0
     logprobs: bool = False
+    fields: Mapping[str, str | None] = field(default_factory=dict, hash=False)
+    extra_body: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass
 class Usage:
-    """Counts of requests, tokens and money so far."""
+    """Counts of requests, tokens and money so far, and the fields that an endpoint refused, by model: what became of them."""
 
     requests: int = 0
     rows: int = 0
@@ -74,6 +96,7 @@ class Usage:
     tokens_out: int = 0
     cost: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)  # attempts that ended badly, by kind
+    refused_fields: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 class RowFailed(Exception):
@@ -89,16 +112,24 @@ class RowFailed(Exception):
         self.attempts, self.status = attempts, status
 
 
+class _FieldRefused(Exception):
+    """A request that goes again, without a field."""
+
+
 class _Replica:
-    """One target in use: its rate limit, key, and whether it is reachable."""
+    """One target in use: its rate limit, key, the fields it takes, and whether it is reachable."""
 
     def __init__(self, target: Target, concurrency: int):
         self.target = target
         self.rate_limit = RateLimit(concurrency)
         self.key = _key(target)
+        self.redactor = KeyRedactor(self.key)
+        check_fields(target.fields, target.extra_body)
+        self.fields = dict(target.fields)
+        self.left_out: tuple[str, ...] = ()  # fields that it refused, without which an answer is drawn otherwise
         path = "/chat/completions" if target.kind == "chat" else "/completions"
         self.url = target.base_url.rstrip("/") + path
-        self.headers = {"Content-Type": "application/json"}
+        self.headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
         if self.key:
             self.headers["Authorization"] = f"Bearer {self.key}"
         self.answered_at: float | None = None
@@ -107,10 +138,27 @@ class _Replica:
         self.rows_in_outage: set[str] = set()  # rows that a dead endpoint keeps waiting
 
     def redact(self, text: str) -> str:
-        """A server's words without our key, and not too many of them."""
-        if self.key:  # before it is cut, or a part of the key might stay
-            text = text.replace(self.key, "[key]")
-        return " ".join(text.split())[:MAX_SHOWN]
+        """A server's words without our key, nothing in them that moves a terminal, and not too many of them."""
+        (text,) = self.redactor.redact([text])  # before it is cut, or a part of the key might stay
+        return " ".join("".join(c if c.isprintable() else " " for c in text[: 8 * MAX_SHOWN]).split())[:MAX_SHOWN]
+
+    def refuse(self, name: str) -> str:
+        """The endpoint refuses a field: ask without it from now on. Returns what is sent instead, or "" where nothing can be done."""
+        if name == "max_tokens":
+            if self.fields.get(name, name) != name:
+                return ""
+            self.fields[name] = "max_completion_tokens"
+            return "sent as max_completion_tokens"
+        if name in KEPT_FIELDS:
+            return ""
+        self.fields[name] = None
+        if name == "n":
+            return "left out: samples are asked for one at a time"
+        self.left_out = tuple(sorted({*self.left_out, name}))
+        return {
+            "seed": "left out: another run draws other answers",
+            "logprobs": "left out: answers have no log-probabilities",
+        }.get(name, "left out: answers are drawn with the endpoint's own")
 
     @property
     def paused(self) -> bool:
@@ -121,8 +169,8 @@ class _Replica:
         while (wait := self.pause_until - time.monotonic()) > 0:
             await asyncio.sleep(wait)
 
-    def mark_unreachable(self, patience: float, why: str) -> None:
-        """Nobody answered: pause everything a little longer each time.
+    def mark_unreachable(self, patience: float, why: str, retry_after: float | None = None) -> None:
+        """Nobody answered: pause everything a little longer each time, and as long as the server says.
 
         Raises:
             InputError: it has been so for longer than `patience` (or was never otherwise).
@@ -136,7 +184,7 @@ class _Replica:
                 f"{self.target.base_url} has not answered for {away:.0f} s ({why}): check the address, start the server, and run the "
                 "same command again. Nothing that was answered is lost."
             )
-        self.pause_until = max(self.pause_until, now + min(5.0, max(0.5, away / 2)))
+        self.pause_until = max(self.pause_until, now + max(retry_after or 0.0, min(5.0, max(0.5, away / 2))))
 
     def mark_reachable(self) -> None:
         self.answered_at, self.down_since = time.monotonic(), None
@@ -201,7 +249,12 @@ class Endpoint:
 
     async def __aenter__(self) -> "Endpoint":
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout, cookie_jar=aiohttp.DummyCookieJar())
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            timeout=self._timeout,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,  # which would decode a body before anyone can count its bytes
+        )
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -220,22 +273,28 @@ class Endpoint:
         """
         replicas = self._replicas[model or self.model_of(request.id)]
         outs: list[Completion] = []
-        failures = 0
+        failures, again, empty = 0, False, ""
         while True:
             replica = replicas[0] if len(replicas) == 1 else min(replicas, key=lambda replica: (replica.paused, replica.rate_limit.load))
-            again = failures > 0
             await replica.wait_while_paused()
             await replica.rate_limit.acquire(again)
             try:
                 # some servers ignore n, so what is missing is asked for again
-                outs += await self._attempt(replica, request, request.sampling.n - len(outs), len(outs))
-                if len(outs) >= request.sampling.n:
-                    self.usage.rows += 1
-                    return outs[: request.sampling.n]
+                more, why = await self._attempt(replica, request, request.sampling.n - len(outs), len(outs))
+                outs, empty = outs + more, empty or why
+                if len(outs) < request.sampling.n:
+                    continue
+                if empty and not any(out.text for out in outs):
+                    self.usage.failed += 1
+                    raise RowFailed(empty, failures + 1, 200)
+                self.usage.rows += 1
+                return outs[: request.sampling.n]
+            except _FieldRefused:  # each time one field fewer is sent
+                again = True
                 continue
             except TransientError as e:
                 self.usage.errors[e.kind] += 1
-                failed = e
+                failed, again = e, True
             except RowFailed as e:
                 e.attempts = failures + 1
                 raise
@@ -245,7 +304,7 @@ class Endpoint:
             if failed.kind == "unreachable":
                 replica.rows_in_outage.add(request.id)
                 try:
-                    replica.mark_unreachable(self._patience, str(failed))
+                    replica.mark_unreachable(self._patience, str(failed), failed.retry_after)
                 except InputError:
                     replica.rows_in_outage.discard(request.id)
                     if failed.status and len(replica.rows_in_outage) < MIN_OUTAGE_ROWS:  # a gateway that answers, and refuses only these
@@ -256,58 +315,117 @@ class Endpoint:
             failures += 1
             if failures > self._retries:
                 self.usage.failed += 1
+                if failed.status in (401, 403, 404) and replica.answered_at is None:
+                    raise InputError(_refusal_message(replica.target, failed.status, str(failed)))
                 raise RowFailed(str(failed), failures, failed.status)
             if pause := _backoff(failed, failures):
                 await asyncio.sleep(pause)
 
     def choice_text(self, choice: Any, target: Target) -> Any:
         """The text of a decoded choice. What raises here, or is no text, is a malformed answer, which is asked for again."""
-        return choice["message"]["content"] if target.kind == "chat" else choice["text"]
+        return message_text(choice, target.kind == "chat")
 
-    async def _attempt(self, replica: _Replica, request: Request, num: int, start: int) -> list[Completion]:
+    async def _attempt(self, replica: _Replica, request: Request, num: int, start: int) -> tuple[list[Completion], str]:
+        """One call: its completions, and why some have no text."""
         assert self._session is not None
         target = replica.target
-        data = json.dumps(
-            request_body(request, num, start, model=target.model, chat=target.kind == "chat", logprobs=target.logprobs)
-        ).encode()
+        num = 1 if replica.fields.get("n", "n") is None else num
+        body = request_body(
+            request,
+            num,
+            start,
+            model=target.model,
+            chat=target.kind == "chat",
+            logprobs=target.logprobs,
+            fields=replica.fields,
+            extra_body=target.extra_body,
+        )
+        left_out = replica.left_out
         self.usage.requests += 1
+        max_bytes = min(MAX_ANSWER_BYTES, BASE_ANSWER_BYTES + BYTES_PER_TOKEN * request.sampling.max_tokens * num)
         try:
-            async with self._session.post(replica.url, data=data, headers=replica.headers) as reply:
-                status, headers = reply.status, reply.headers
-                if (reply.content_length or 0) > MAX_ANSWER_BYTES:
-                    raise TransientError("malformed", f"the answer has {reply.content_length:,} bytes", status)
-                body = await reply.read()
+            async with self._session.post(
+                replica.url, data=json.dumps(body).encode(), headers=replica.headers, allow_redirects=False
+            ) as reply:
+                status, headers = reply.status, dict(reply.headers)
+                answer = await _read(reply, max_bytes) if 200 <= status < 300 else await _read(reply, MAX_ERROR_BYTES, cut=True)
         except aiohttp.ClientConnectorError as e:
             raise TransientError("unreachable", replica.redact(str(e))) from e
         except TimeoutError as e:
             replica.rate_limit.record(refused=True)
-            raise TransientError("timeout", f"no answer within {self._timeout_s:g} s") from e
+            raise TransientError("timeout", f"no whole answer within {self._timeout_s:g} s") from e
         except (aiohttp.ClientError, ConnectionError) as e:
             raise TransientError("reset", f"the connection broke ({replica.redact(str(e)) or type(e).__name__})") from e
-        if status == 200:
-            replica.mark_reachable()
-            outs, tokens_in, tokens_out = parse_completions(body, lambda choice: self.choice_text(choice, target))
-            replica.rate_limit.record(refused=False)
-            usage = self.usage
+        if not 200 <= status < 300:
+            raise self._refusal(replica, status, answer.decode(errors="replace"), headers, body)
+        try:
+            decoded, tokens_in, tokens_out = decode_answer(answer)
+            usage = self.usage  # an answer without text is paid for too
             usage.tokens_in += tokens_in
             usage.tokens_out += tokens_out
             usage.cost += (tokens_in * target.price_in + tokens_out * target.price_out) / 1e6
-            return outs
+            outs, empty = parse_completions(decoded, num, tokens_out, lambda choice: self.choice_text(choice, target))
+        except ErrorInAnswer as e:
+            raise self._refusal(replica, e.status, str(e), headers | e.headers, body) from e
+        except TransientError:
+            replica.mark_reachable()
+            raise
+        replica.mark_reachable()
+        replica.rate_limit.record(refused=False)
+        texts = replica.redactor.redact([out.text for out in outs], words=False)
+        return [
+            out if out.text == text and not left_out else replace(out, text=text, left_out=left_out)
+            for out, text in zip(outs, texts, strict=True)
+        ], empty
+
+    def _refusal(self, replica: _Replica, status: int, said: str, headers: Mapping[str, str], body: Mapping[str, Any]) -> Exception:
+        """What an error is to a row; `said` is what the server said, and `body` the request."""
+        target = replica.target
         replica.rate_limit.record(refused=status in (429, 504))  # it does not keep up
-        words = replica.redact(body.decode(errors="replace"))
+        said = said[:MAX_ERROR_BYTES]
+        words = replica.redact(said)
+        if status in (400, 422) and self._goes_without(replica, said, body):
+            return _FieldRefused()
+        wait = retry_after_of(headers, rate_limited=status == 429)
         if status == 429:
-            wait = parse_retry_after(headers.get("Retry-After"))
             if wait and replica.rate_limit.limit < replica.rate_limit.max_limit:  # not one refusal among many answers: all wait
                 replica.pause_until = max(replica.pause_until, time.monotonic() + wait)
-            raise TransientError("429", f"refused for its rate (429): {words}", status, wait)
+            return TransientError("429", f"refused for its rate (429): {words}", status, wait)
         if status in (502, 503, 504) and replica.is_silent:
-            raise TransientError("unreachable", f"status {status}: {words}", status)
-        if status >= 500 or status in (408, 409, 425):
-            raise TransientError(str(status), f"the server failed ({status}): {words}", status)
+            return TransientError("unreachable", f"status {status}: {words}", status, wait)
+        if status >= 500 or status in (408, 409, 425) or wait is not None:
+            what = "the server failed" if status >= 500 else "refused for now"
+            return TransientError(str(status), f"{what} ({status}): {words}", status, wait)
+        if 300 <= status < 400:
+            where = replica.redact(headers.get("Location", "")) or "elsewhere"
+            words = f"{target.base_url} sends to {where} ({status}), where neither key nor prompts go: give the final address as base_url."
+            if replica.answered_at is None:
+                return InputError(words)
         if status in (401, 403, 404) and replica.answered_at is None:
-            raise InputError(_refusal_message(target, status, words))
+            return InputError(_refusal_message(target, status, words))
         self.usage.failed += 1
-        raise RowFailed(f"refused ({status}): {words}", 1, status)
+        return RowFailed(f"refused ({status}): {words}", 1, status)
+
+    def _goes_without(self, replica: _Replica, said: str, body: Mapping[str, Any]) -> bool:
+        """Whether another request can do without the fields that the server's words refuse, which are left out from now on."""
+        target = replica.target
+        renamed = {"max_tokens": "max_completion_tokens", **target.fields}
+        names = {name: name for name in FIELDS if name in body}  # what was sent, by what we call it
+        names |= {name: other for name, other in renamed.items() if other and other in body and other not in target.extra_body}
+        refused = refused_fields(said, names.values())
+        helped = False
+        for name, sent in names.items():
+            if sent not in refused:
+                continue
+            if replica.fields.get(name, name) != sent:  # the refusal of another row came first
+                helped = True
+            elif what := replica.refuse(name):
+                helped = True
+                known = self.usage.refused_fields.setdefault(target.model, {})
+                if name not in known:
+                    echo(f"{target.base_url} ({target.model}) refuses {name}, which is {what}.", err=True)
+                known[name] = what
+        return helped
 
     # ---- many rows ----
 
@@ -347,13 +465,46 @@ async def _close(stream: Any) -> None:
         await stream.aclose()
 
 
+async def _read(reply: aiohttp.ClientResponse, max_bytes: int, *, cut: bool = False) -> bytes:
+    """The decoded body of an answer, of which no more than `max_bytes` are ever made.
+
+    Args:
+        cut: return what there is at the limit, instead of failing.
+
+    Raises:
+        TransientError: it is longer, or cannot be decoded.
+    """
+    encodings = [name.strip().lower() for name in reply.headers.get("Content-Encoding", "").split(",") if name.strip()]
+    if any(name not in ("gzip", "x-gzip", "deflate", "identity") for name in encodings) or len(encodings) > 1:
+        reply.close()
+        raise TransientError("malformed", "the answer is encoded in a way that was not asked for", reply.status)
+    decoder = zlib.decompressobj(47) if encodings and encodings != ["identity"] else None
+    body = bytearray()
+    try:
+        async for data in reply.content.iter_any():
+            if decoder and decoder.eof:  # what comes after the end is no part of it
+                reply.close()
+                break
+            body += decoder.decompress(data, max_bytes + 1 - len(body)) if decoder else data
+            if len(body) > max_bytes:
+                reply.close()  # what is on its way is not waited for
+                if cut:
+                    break
+                raise TransientError("malformed", f"the answer is longer than {max_bytes:,} bytes", reply.status)
+    except zlib.error as e:
+        reply.close()
+        raise TransientError("malformed", "the answer cannot be decompressed", reply.status) from e
+    if decoder and not decoder.eof and not cut:
+        raise TransientError("malformed", "the answer ends in its midst", reply.status)
+    return bytes(body[:max_bytes])
+
+
 def _backoff(error: TransientError, failures: int) -> float:
-    """Seconds to wait after so many failures: as long as the server says; else the first is tried again at once, unless it was refused
-    for its rate."""
-    if error.retry_after is not None:
-        return error.retry_after
+    """Seconds to wait after so many failures: the first is tried again at once, unless it was refused for its rate; as long as the
+    server says, if that is longer."""
     doublings = failures - 1 if error.kind == "429" else failures - 2
-    return min(MAX_BACKOFF, MIN_BACKOFF * 2**doublings) * random.uniform(0.5, 1.0) if doublings >= 0 else 0.0
+    pause = min(MAX_BACKOFF, MIN_BACKOFF * 2**doublings) * random.uniform(0.5, 1.0) if doublings >= 0 else 0.0
+    return max(pause, error.retry_after or 0.0)
 
 
 def _key(target: Target) -> str:

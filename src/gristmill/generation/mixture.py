@@ -75,6 +75,7 @@ def usage_of(client: Client) -> dict[str, Any]:
     return {name: sum(getattr(usage, name) for usage in used) for name in names} | {
         "cost": round(sum(usage.cost for usage in used), 6),
         "errors": dict(errors),
+        "refused_fields": {model: dict(fields) for usage in used for model, fields in usage.refused_fields.items()},
     }
 
 

@@ -1,10 +1,11 @@
 """Recipe sections of endpoints: `Model` and `Calls`."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from gristmill.core.config import FilePath, PatternPath, Section
+from gristmill.generation.openai_format import check_fields
 
 
 class Calls(Section):
@@ -31,6 +32,10 @@ class GeneratorSettings(Section):
     price_in: float = Field(0.0, ge=0, description="money a million tokens")
     price_out: float = Field(0.0, ge=0)
     logprobs: bool = False
+    fields: dict[str, str | None] = Field(
+        {}, description="what the endpoint calls a field, or null to leave it out: `{max_tokens: max_completion_tokens, seed: null}`"
+    )
+    extra_body: dict[str, Any] = Field({}, description="what is sent besides, as `{reasoning_effort: low}`")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -38,9 +43,13 @@ class GeneratorSettings(Section):
             raise ValueError("give one of base_url (with model), folder and checkpoint")
         if bool(self.base_url) != bool(self.model):
             raise ValueError("base_url and model go together")
+        if (self.fields or self.extra_body) and not self.base_url:
+            raise ValueError("fields and extra_body are of endpoints: give base_url, or leave them out")
+        check_fields(self.fields, self.extra_body)
         return self
 
     @property
-    def identity(self) -> list[str | float]:
+    def identity(self) -> list[Any]:
         """What decides which rows it writes."""
-        return [self.model or self.checkpoint or str(self.folder), self.kind, self.weight]
+        asked = [self.fields, self.extra_body] if self.fields or self.extra_body else []
+        return [self.model or self.checkpoint or str(self.folder), self.kind, self.weight, *asked]

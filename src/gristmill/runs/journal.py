@@ -135,8 +135,8 @@ class Journal(Mapping[str, dict[str, Any]]):
 
 def _record(line: bytes) -> dict[str, Any] | None:
     """The record of a whole line; None for anything else."""
-    try:
-        record = json.loads(line) if line.endswith(b"\n") else None
+    try:  # a power cut may leave NUL bytes where a torn line was
+        record = json.loads(line.lstrip(b"\0")) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("id"), str) else None

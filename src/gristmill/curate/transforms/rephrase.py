@@ -196,7 +196,8 @@ class _Rephrasing:
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []  # of calls that another time may not fail
         # an answer of another model is another answer
-        writers = sorted((g.model, g.weight) for g in how.generators if g.base_url)
+        writers: list[Any] = sorted((g.model, g.weight) for g in how.generators if g.base_url)
+        writers += [[g.fields, g.extra_body] for g in how.generators if g.fields or g.extra_body]
         self.salt = make_id(writers, [] if how.folder is None else [state(path)[1:3] for path in sorted(how.folder.iterdir())])
 
     async def all(self) -> Outcome:
@@ -230,6 +231,7 @@ class _Rephrasing:
             made.sort(key=lambda one: order[one.work.name])
             made = await self._scored(made, writer)
         self.counts.update({"calls": client.asked, "calls answered before": client.found, "calls without answer": client.failed})
+        self.counts.update({f"calls without {name}, which is refused": num for name, num in client.left_out.items()})
         return self._outcome(made)
 
     def _work(self) -> list[_Work]:

@@ -176,6 +176,8 @@ class _Run:
                 "in journal": write_calls(self.run_dir.path),
                 "asked now": self.asked,
                 "failed": sum(s.summary["failed"] for s in (prompts, answers, judged)),
+                # calls without a field that the endpoint refused, by field
+                "left out": dict(sum((Counter(s.summary.get("left_out", {})) for s in (prompts, answers, judged)), Counter())),
             },
             "usage_of_this_start": usage_of(self.source),
             "alarms": _alarms(len(rows), judged.summary["responses"], len(kept)),
@@ -239,7 +241,7 @@ class _Run:
 
     def _counts(self, writer: Writer) -> dict[str, Any]:
         self.asked += writer.client.asked
-        return {"dropped": dict(writer.dropped), "failed": writer.client.failed}
+        return {"dropped": dict(writer.dropped), "failed": writer.client.failed, "left_out": dict(writer.client.left_out)}
 
     async def _judging(self, prompts: Stage, answers: Stage) -> Stage:
         recipe = self.recipe
@@ -293,7 +295,7 @@ class _Run:
         artifacts.PAIRS.write(folder, pairs)
         self.asked += client.asked
         failed = client.failed + (rater.failed if rater else 0)
-        return {"responses": len(judged), "funnel": funnel, "pairs": len(pairs), "failed": failed}
+        return {"responses": len(judged), "funnel": funnel, "pairs": len(pairs), "failed": failed, "left_out": dict(client.left_out)}
 
 
 def _alarms(num_prompts: int, num_responses: int, num_kept: int) -> list[dict[str, str]]:
