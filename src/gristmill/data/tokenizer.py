@@ -6,6 +6,7 @@ even when it spells the name of a control token.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from gristmill.core.errors import InputError
 
 EOS = "<|endoftext|>"
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can spell it, and it is no text
 
 
 class Tokenizer:

@@ -3,17 +3,16 @@
 import email.utils
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 from gristmill.core.errors import InputError
+from gristmill.data.tokenizer import SURROGATE
 from gristmill.generation.api import Completion, Finish, Request
 
 MAX_RETRY_AFTER = 120.0  # seconds; an endpoint that asks for more is treated as one that asks for this
 MAX_REPORTED_TOKENS = 1 << 40  # that an answer may say it has
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TransientError(Exception):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from gristmill.data.chat import to_dicts
-from gristmill.data.rows import Demonstration, Pair
+from gristmill.data.rows import Demonstration, Pair, json_line
 from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
 from gristmill.workflows.dataset.recipe import DatasetRecipe
@@ -66,7 +66,8 @@ def _text(pair: Pair) -> str:
 
 def _jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    lines = (json_line(row, f"Row {number} for {path}") for number, row in enumerate(rows, 1))
+    temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
     temporary.replace(path)
 
 
