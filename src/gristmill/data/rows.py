@@ -6,6 +6,7 @@ Every row names its parents, so that any training sample can be traced back to t
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, TypeVar, cast
 from gristmill.core.errors import InputError
 from gristmill.core.io import DamagedFile, reason, replacing, write_text
 from gristmill.data.chat import Conversation, conversation, to_dicts
+from gristmill.data.tokenizer import SURROGATE
 
 
 def make_id(*parts: object) -> str:
@@ -48,6 +50,7 @@ class Prompt:
         parents: ids of what it was made from (a topic, an earlier prompt and its answer).
         request: what the model was asked when it wrote the prompt; empty for others.
         truth: what a verifier needs to check an answer, when anything can be checked.
+        meta: other columns of a user's file, in all rows that come from one.
     """
 
     id: str
@@ -57,6 +60,7 @@ class Prompt:
     parents: tuple[str, ...] = ()
     truth: dict[str, Any] | None = None
     request: str = ""
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class Pair:
     rejected_reward: float
     judge: str
     parents: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ class Demonstration:
     messages: Conversation
     origin: str
     parents: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,7 @@ class Rated:
     messages: Conversation
     labels: tuple[float | None, ...] = field(default=())
     pair: str = ""
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -152,32 +159,73 @@ class Refused:
 
 
 Row = TypeVar("Row")
-_JSON = {"truth", "rating"}  # nested and free-form: kept as JSON text in Parquet
+_JSON = {"truth", "rating", "meta"}  # nested and free-form: kept as JSON text in Parquet
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> int:
-    """Write dataclass rows to `.parquet` or `.jsonl`, by the file's ending, atomically. Returns their number."""
+    """Write dataclass rows to `.parquet` or `.jsonl`, by the file's ending, atomically. Returns their number.
+
+    Raises:
+        InputError: a number that JSON cannot say (NaN, an infinity) is where a number is due.
+    """
     records = [_plain(r) for r in rows]
+    if any(record.get("meta") for record in records):
+        for record in records:
+            record.setdefault("meta", {})  # a table has its columns in every row
     if path.suffix != ".parquet":
-        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        write_text(path, "".join(json_line(r, f"Row {number} for {path}") for number, r in enumerate(records, 1)))
         return len(records)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     for record in records:
         for key in _JSON & record.keys():
-            record[key] = None if record[key] is None else json.dumps(record[key])
+            record[key] = None if record[key] is None else strict_json(record[key])
     table = pa.Table.from_pylist(records) if records else pa.table({})
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
     return len(records)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Plain rows of a `.parquet` or `.jsonl` file.
+def strict_json(value: Any) -> str:
+    """JSON as other programs read it: NaN and infinities, which it cannot say, become null."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(finite(value), allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinities, however deep they lie."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {(finite(k) if isinstance(k, float) else k): finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def json_line(record: dict[str, Any], where: str) -> str:
+    """A row as a line of JSON. Free-form values have null for NaN and infinities.
 
     Raises:
-        InputError: the file is missing, has another ending, or a line is not a JSON object.
+        InputError: a column of its own holds one, or half of a surrogate pair.
+    """
+    record = {k: finite(v) if k in _JSON else v for k, v in record.items()}
+    try:
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as e:
+        raise InputError(f"{where} holds NaN or an infinity, which JSON cannot say: mend the number or leave the row out.") from e
+    if SURROGATE.search(line):
+        raise InputError(f"{where} holds half of a surrogate pair, which is no text: mend or remove it.")
+    return line
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Plain rows of a `.parquet` or `.jsonl` file, or of a `.json` file with one list of objects.
+
+    Raises:
+        InputError: the file is missing, has another ending, a line is not a JSON object or says a name twice, or holds half of a
+            surrogate pair.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist: check the path.")
@@ -195,24 +243,42 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return records
     if path.suffix not in (".jsonl", ".json"):
         raise InputError(f"{path} is neither .parquet nor .jsonl: convert it to one of them.")
-    records = []
     try:
         text = path.read_text(encoding="utf-8-sig")  # some programs put a mark before the text
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 text ({e}): convert it.") from e
     except OSError as e:
         raise InputError(f"{path} cannot be read ({e.strerror}): check the path and its permissions.") from e
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: text may hold U+2028 or U+0085
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise InputError(f"Line {number} of {path} is not JSON ({e}): write one JSON object a line.") from e
-        if not isinstance(record, dict):
-            raise InputError(f"Line {number} of {path} is not a JSON object: write one object a line.")
-        records.append(record)
-    return records
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        found = _parse_json(text, str(path), "write a list of objects")
+        return [_object(record, f"Item {number} of {path}", "write a list of objects") for number, record in enumerate(found, 1)]
+    places = ((f"Line {n} of {path}", line) for n, line in enumerate(text.split("\n"), 1))  # text may hold U+2028 or U+0085
+    lines = ((where, line) for where, line in places if line.strip())
+    return [_object(_parse_json(line, where, "write one JSON object a line"), where, "write one object a line") for where, line in lines]
+
+
+def _parse_json(text: str, where: str, what: str) -> Any:
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{where} is not JSON ({e}): {what}.") from e
+    if "\\ud" in text.lower() and SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise InputError(f"{where} holds half of a surrogate pair, which is no text: mend or remove it.")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it says {next(name for name in names if names.count(name) > 1)!r} twice")
+    return record
+
+
+def _object(record: Any, where: str, what: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is not a JSON object: {what}.")
+    return record
 
 
 def read_rows(path: Path, row: type[Row]) -> list[Row]:
@@ -252,6 +318,8 @@ def _plain(row: Any) -> dict[str, Any]:
         record["messages"] = to_dicts(record["messages"])
     if record.get("rating") is not None:
         record["rating"] = dataclasses.asdict(record["rating"])
+    if not record.get("meta", True):
+        del record["meta"]
     return {k: list(v) if isinstance(v, tuple) else v for k, v in record.items()}
 
 
@@ -263,4 +331,6 @@ def _row(record: dict[str, Any], row: type[Row]) -> Row:
     for key in ("parents", "labels"):
         if key in record:
             record[key] = tuple(record[key] or ())
+    if "meta" in record:
+        record["meta"] = record["meta"] or {}
     return row(**record)

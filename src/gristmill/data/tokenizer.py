@@ -5,6 +5,7 @@ even when it spells the name of a control token.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from gristmill.core.io import write_json, write_text
 from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
 
 EOS = "<|endoftext|>"
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can spell it, and it is no text
 
 
 MAX_BYTES = 1 << 28  # of a tokenizer.json; the largest published ones have 40 MB

@@ -16,7 +16,7 @@ import yaml
 
 from gristmill.core.io import replacing, write_text
 from gristmill.data.chat import to_dicts
-from gristmill.data.rows import Demonstration, Pair
+from gristmill.data.rows import Demonstration, Pair, json_line
 from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
 from gristmill.workflows.dataset.recipe import DatasetRecipe
@@ -65,7 +65,7 @@ def _text(pair: Pair) -> str:
 
 
 def _jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json_line(row, f"Row {number} for {path}") for number, row in enumerate(rows, 1)))
 
 
 def _parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
