@@ -71,7 +71,6 @@ _REFUSED_MODULES = frozenset(
         "_interpchannels",
         "_interpqueues",
         "_interpreters",
-        "_lsprof",
         "_posixsubprocess",
         "_remote_debugging",
         "_testbuffer",
@@ -84,13 +83,11 @@ _REFUSED_MODULES = frozenset(
         "_testlimitedcapi",
         "_testmultiphase",
         "_testsinglephase",
-        "_tracemalloc",
         "_xxinterpchannels",
         "_xxsubinterpreters",
         "_xxtestfuzz",
         "xxlimited",
         "xxlimited_35",
-        "xxsubtype",
     ]
 )
 

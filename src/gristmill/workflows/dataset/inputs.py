@@ -5,11 +5,12 @@ from pathlib import Path
 from gristmill.core.errors import InputError
 from gristmill.data.chat import check_turns, conversation
 from gristmill.data.rows import Prompt, make_id, read_records
+from gristmill.data.truths import read_truth
 from gristmill.generation.openai_format import SURROGATE
 from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.pipelines.topics import read_lines
 from gristmill.synth.writer import Topic
-from gristmill.verify.verify import verify
+from gristmill.verify.verify import check_truth
 from gristmill.workflows.dataset.recipe import DatasetRecipe
 
 CHARACTERS_A_TOKEN = 3  # at least, in most languages; an estimate, since an endpoint's tokenizer is unknown
@@ -67,9 +68,9 @@ def _prompts(path: Path) -> list[Prompt]:
             check_turns(talk)
             if not talk[-1].content.strip() or any(SURROGATE.search(m.content) for m in talk):
                 raise InputError("the text is empty or cannot be encoded.")
-            truth = record.get("truth")
+            truth = read_truth(record)
             if truth is not None:  # so that a wrong one is found before its answers are bought
-                verify(truth, "", lambda program, tests: False)
+                check_truth(truth)
         except KeyError as e:
             raise InputError(f"Row {number} of {path} lacks {e}: give prompt or messages.") from e
         except (InputError, TypeError) as e:
