@@ -210,7 +210,7 @@ def test_an_error_of_the_sandbox_is_not_taken_for_a_bad_truth() -> None:
         raise KeyError("program")
 
     with pytest.raises(KeyError):
-        verify({"kind": "code", "tests": ""}, "x", broken)
+        verify({"kind": "code", "tests": "assert f"}, "x", broken)
 
 
 # ---- list ----

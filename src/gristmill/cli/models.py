@@ -194,6 +194,8 @@ def eval(
         greedy, sampled = scores["greedy"][task], scores["sampled"][task]
         cells = [f"{s['mean']:.3f} [{s['ci95'][0]:.3f}, {s['ci95'][1]:.3f}]" for s in (greedy, sampled)]
         echo(f"{task:<12} greedy {cells[0]}  sampled {cells[1]}  n {greedy['n']}")
+    if weak := scores.get("weak"):
+        echo(f"weak: {weak} programs passed tests that they could have lied to (docs/design.md, judging)")
     if lost := scores.get("quantized"):
         beside = "the weights that it was saved with" if saved_as(model) else "the model"
         echo(

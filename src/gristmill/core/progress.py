@@ -21,7 +21,7 @@ class Progress:
     """
 
     def __init__(self, *, quiet: bool = False, describe: Callable[[dict[str, Any]], str] = lambda done: ""):
-        self._quiet, self._describe = quiet, describe
+        self.quiet, self._describe = quiet, describe
         self._bar: Any = None
         self._task: Any = None
         self._stage = ""
@@ -99,6 +99,6 @@ class Progress:
         return f"{seconds // 60:>3}:{seconds % 60:02d}"
 
     def _print(self, line: str) -> None:
-        if not self._quiet:
+        if not self.quiet:
             echo(line, err=True)
             self._printed = time.monotonic()

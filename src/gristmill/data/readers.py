@@ -9,7 +9,8 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import Conversation
 from gristmill.data.formats import REWARDS, parse_conversation, parse_pair
 from gristmill.data.rows import ATTRIBUTES, Demonstration, Pair, Prompt, Rated, make_id, read_records
-from gristmill.verify.verify import NUMBER, verify
+from gristmill.data.truths import TRUTH_COLUMNS, read_truth
+from gristmill.verify.verify import check_truth
 
 MISSING = -100  # how HelpSteer's files write a mark that nobody gave
 
@@ -62,18 +63,20 @@ def read_ratings(path: Path) -> list[Rated]:
 
 
 def read_prompts(path: Path, origin: str, truth: bool = False) -> list[Prompt]:
-    """Conversations that end with the user; with `truth` each must say what is right."""
+    """Conversations that end with the user; with `truth` each must say what is right (truths.py)."""
     out = []
     for number, r in _rows(path, "prompts"):
-        known = r.get("truth") or (_answer(r["answer"]) if r.get("answer") is not None else None)
+        try:
+            known = read_truth(r)
+            if known is not None:
+                check_truth(known)
+        except InputError as e:
+            raise InputError(f"Row {number} of {path}: {e}") from e
         if truth and known is None:
-            raise InputError(f"Row {number} of {path} has neither `truth` nor `answer`: the evaluation must know what is right.")
-        if known is not None:
-            try:
-                verify(known, "", lambda program, tests: False)
-            except InputError as e:
-                raise InputError(f"Row {number} of {path}: {e}") from e
-        messages, meta = _messages(path, number, r, ("truth", "answer"), answered=False)
+            raise InputError(
+                f"Row {number} of {path} has neither `truth` nor `answer`, and no tests: the evaluation must know what is right."
+            )
+        messages, meta = _messages(path, number, r, TRUTH_COLUMNS, answered=False)
         name = make_id(origin, number, [m.content for m in messages])
         out.append(Prompt(name, _task(path, number, r), messages, origin, (), known, meta=meta))
     return out
@@ -97,12 +100,6 @@ def _label(path: Path, number: int, name: str, value: Any) -> float | None:
     if not 0 <= mark <= 4:
         raise InputError(f"Row {number} of {path} has {name} {value!r}: give a number from 0 to 4.")
     return mark
-
-
-def _answer(value: Any) -> dict[str, Any]:
-    """A known final answer: compared as a number when it is one, else as text."""
-    text = str(value).strip()
-    return {"kind": "number" if NUMBER.fullmatch(text) else "exact", "value": text}
 
 
 def read_pairs(path: Path) -> list[Pair]:

@@ -73,6 +73,7 @@ class Response:
         score: weighted sum of the rating.
         logprob: sum over the answer's tokens, under the model that wrote it; None where the source told none.
         votes: how many of the prompt's samples said exactly this.
+        weak: the verifier ran a program that could have lied to its tests; None for all other judgements.
     """
 
     id: str
@@ -92,6 +93,7 @@ class Response:
     judge: str | None = None
     good: bool | None = None
     votes: int = 1
+    weak: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from pathlib import Path
 from gristmill.core.errors import InputError
 from gristmill.data.formats import parse_conversation
 from gristmill.data.rows import Prompt, make_id, read_records
+from gristmill.data.truths import TRUTH_COLUMNS, read_truth
 from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.pipelines.topics import read_lines
 from gristmill.synth.writer import Topic
-from gristmill.verify.verify import verify
+from gristmill.verify.verify import check_truth
 from gristmill.workflows.dataset.recipe import DatasetRecipe
 
 CHARACTERS_A_TOKEN = 3  # at least, in most languages; an estimate, since an endpoint's tokenizer is unknown
@@ -61,12 +62,12 @@ def _prompts(path: Path) -> list[Prompt]:
     rows = []
     for number, record in enumerate(read_records(path), 1):
         try:
-            talk, meta = parse_conversation(record, answered=False, known=("id", "task", "truth"))
+            talk, meta = parse_conversation(record, answered=False, known=("id", "task", *TRUTH_COLUMNS))
             if not talk[-1].content.strip():
                 raise InputError("the text is empty.")
-            truth = record.get("truth")
+            truth = read_truth(record)
             if truth is not None:  # so that a wrong one is found before its answers are bought
-                verify(truth, "", lambda program, tests: False)
+                check_truth(truth)
         except InputError as e:
             raise InputError(f"Row {number} of {path}: {e}") from e
         name = make_id("prompt", [(m.role, m.content) for m in talk])

@@ -40,7 +40,15 @@ from gristmill.synth.writer import DryRun, Writer
 from gristmill.workflows.dataset import inputs
 from gristmill.workflows.dataset.export import export, write_calls
 from gristmill.workflows.dataset.recipe import DatasetRecipe
-from gristmill.workflows.dataset.steps import ANSWER_FILES, PROMPT_FILES, answer_prompts, distinct, open_verifier, write_topics
+from gristmill.workflows.dataset.steps import (
+    ANSWER_FILES,
+    PROMPT_FILES,
+    answer_prompts,
+    check_given_tests,
+    distinct,
+    open_verifier,
+    write_topics,
+)
 
 JUDGING_FILES: list[artifacts.AnyArtifact] = [artifacts.RESPONSES, artifacts.KEPT, artifacts.PAIRS]
 
@@ -98,6 +106,7 @@ def run(
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}: give at least 1.")
     templates, given, source = _check(recipe)
+    check_given_tests(given.prompts, unsafe_code=unsafe_code, quiet=progress.quiet)
     with progress, RunDir(folder, recipe, progress) as run_dir:
         return asyncio.run(_Run(recipe, run_dir, templates, given, source, limit, retry_failed, unsafe_code).go())
 
