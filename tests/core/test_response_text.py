@@ -34,9 +34,7 @@ def test_strip_thinking(text: str, said: str) -> None:
     assert strip_thinking(text) == said
 
 
-@pytest.mark.parametrize(
-    "text", ["<think>4</think><answer>5</answer>", "So <answer>4</answer>, no: <answer>5</answer>.", "<final_answer>5"]
-)
+@pytest.mark.parametrize("text", ["<think>4</think><answer>5</answer>", "<answer>4</answer>, no: <answer>5</answer>.", "<final_answer>5"])
 def test_the_answer_is_between_the_last_answer_tags(text: str) -> None:
     assert answer_text(text) == "5"
 
@@ -118,7 +116,8 @@ def test_the_program_is_found_among_other_blocks(answer: str) -> None:
 
 
 def test_a_program_in_pieces_is_put_together() -> None:
-    answer = "```python\nimport math\n```\n```python\ndef g(x): return math.pi * x\n```\n```python\ndef f(x): return g(x)\n```\n```python\nf(2)\n```"
+    pieces = ["import math", "def g(x): return math.pi * x", "def f(x): return g(x)", "f(2)"]
+    answer = "\n".join(f"```python\n{piece}\n```" for piece in pieces)
     assert extract_code(answer) == "import math\n\ndef g(x): return math.pi * x\n\ndef f(x): return g(x)\n"
     assert extract_code("```python\ndef g(x): return x\n```\n```python\ndef f(x): return x\n```", "assert f(g(1))").count("def") == 2
 

@@ -24,59 +24,9 @@ LATE_FENCE = re.compile(r"(?:^|[ \t:])(?P<fence>`{3,})(?P<info>[\w+#.-]{1,20})[ 
 LANGUAGE = re.compile(r"[{. \t]*([\w+#.-]*)")
 PYTHON = re.compile(r"i?py(?:thon)?[\d.]*")
 # Blocks that are no program whatever is in them: commands, output, data.
-NO_PROGRAM = frozenset(
-    [
-        "bash",
-        "sh",
-        "shell",
-        "zsh",
-        "fish",
-        "console",
-        "shell-session",
-        "shellsession",
-        "terminal",
-        "powershell",
-        "ps1",
-        "cmd",
-        "bat",
-        "batch",
-        "dos",
-        "text",
-        "txt",
-        "plaintext",
-        "plain",
-        "output",
-        "out",
-        "stdout",
-        "stderr",
-        "log",
-        "logs",
-        "pycon",
-        "python-repl",
-        "json",
-        "jsonl",
-        "yaml",
-        "yml",
-        "toml",
-        "ini",
-        "csv",
-        "xml",
-        "html",
-        "css",
-        "markdown",
-        "md",
-        "diff",
-        "patch",
-        "mermaid",
-        "latex",
-        "tex",
-        "math",
-        "error",
-        "traceback",
-        "result",
-        "results",
-        "input",
-    ]
+NO_PROGRAM = re.compile(
+    r"bash|z?sh|(?:power)?shell|fish|console|shell-?session|terminal|ps1|cmd|bat(?:ch)?|dos|te?xt|plain(?:text)?|out(?:put)?|std(?:out|err)|logs?|"
+    r"pycon|python-repl|jsonl?|ya?ml|toml|ini|csv|xml|html|css|markdown|md|diff|patch|mermaid|(?:la)?tex|math|error|traceback|results?|input"
 )
 TOKEN = re.compile(r"#[^\n]*|'''|\"\"\"|'(?:\\.|[^'\\\n])*'?|\"(?:\\.|[^\"\\\n])*\"?")  # of Python: comments and strings
 STRING_END = {quotes: re.compile(rf"(?:\\.|(?!{quotes})[^\\])*+{quotes}", re.S) for quotes in ("'''", '"""')}
@@ -86,7 +36,8 @@ DEFINED = re.compile(
     re.M,
 )
 CODE_LINE = re.compile(
-    r"(?:async def|def|class|if|for|while|try|with)\b[^\n]*:|import \w|from [\w.]+ import\b|@\w|#|'''|\"\"\"|[^\W\d][\w.]*(?:\[[^\n]*\])?\s*[-+*/]?=[^=]"
+    r"(?:async def|def|class|if|for|while|try|with)\b[^\n]*:|import \w|from [\w.]+ import\b|@\w|#|'''|\"\"\""
+    r"|[^\W\d][\w.]*(?:\[[^\n]*\])?\s*[-+*/]?=[^=]"
 )
 PROSE = re.compile(r"[A-Z*#>-][^\n=(]*[\w.!:*`]$")
 
@@ -99,12 +50,14 @@ class CodeBlock:
         language: in lower case, "" where none is named.
         code: its lines, without the fence's own indentation.
         start, end: the span in the text, with both fences.
+        lines: numbers of the text's lines that it takes.
     """
 
     language: str
     code: str
     start: int
     end: int
+    lines: range
 
 
 def strip_thinking(text: str) -> str:
@@ -195,7 +148,7 @@ def code_blocks(text: str) -> list[CodeBlock]:
         code = "\n".join(re.sub(rf"^[ \t]{{0,{width}}}", "", entry) if width else entry for entry in body)
         if body and tail is None and following <= len(lines) and (following < len(lines) or _is_fence(lines[-1], opening["fence"][0])):
             code += "\n"
-        found.append(CodeBlock(language, code, starts[at] + opening.start(), min(starts[following], len(text))))
+        found.append(CodeBlock(language, code, starts[at] + opening.start(), min(starts[following], len(text)), range(at, following)))
         at = following
     return found
 
@@ -243,7 +196,7 @@ def _body(lines: Sequence[str], at: int, fence: str, *, language: str, quote: in
 
 
 def _is_language(word: str) -> bool:
-    return word.lower() in NO_PROGRAM or PYTHON.fullmatch(word.lower()) is not None
+    return (NO_PROGRAM.fullmatch(word) or PYTHON.fullmatch(word)) is not None
 
 
 def _open_string(line: str, quotes: str) -> str:
@@ -274,7 +227,7 @@ def extract_code(text: str, tests: str = "") -> str:
     blocks = code_blocks(text)
     if not blocks or _is_bare_program(text, blocks[0]):
         return _bare_program(text)
-    programs = [b for b in blocks if b.language not in NO_PROGRAM and not b.code.lstrip().startswith(">>>")]
+    programs = [b for b in blocks if not NO_PROGRAM.fullmatch(b.language) and not b.code.lstrip().startswith(">>>")]
     labelled = [b for b in programs if PYTHON.fullmatch(b.language)]
     if labelled and any(_defined(b.code) for b in labelled):
         programs = labelled
