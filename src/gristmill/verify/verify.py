@@ -6,11 +6,13 @@
 | exact | value | the answer equals it, white space and case aside |
 | mention | value, not | the answer mentions it as a word, and no wrong value except as a part of it |
 | choice | value | the last "answer is X", else the last letter A-Z standing alone, names it |
-| code | tests, or cases | the last code block (or the whole answer) passes the tests in the sandbox, see code_tests.py |
+| code | tests, or cases | the program in it (a code block, or the whole answer) passes the tests in the sandbox, see code_tests.py |
 | list | n, words, shape, extras | a list of n different words of the category in the asked form |
 | math | value | the final answer (boxed, stated or last) equals it as a mathematician would say |
 | instructions | checks, loose | every IFEval check holds, strictly or in the loose form |
 | schema | schema | the JSON in the answer fits the JSON schema |
+
+What a reasoning model thinks is no part of its answer (`core/response_text.py`).
 """
 
 import math
@@ -20,6 +22,7 @@ from fractions import Fraction
 from typing import Any
 
 from gristmill.core.errors import InputError
+from gristmill.core.response_text import answer_text, extract_code, strip_thinking
 from gristmill.verify.code_tests import check_text, complete
 from gristmill.verify.ifeval import check_instructions
 from gristmill.verify.json_schema import extract_json, schema_error, validation_error
@@ -34,7 +37,6 @@ NUMBER = re.compile(
     r"(?:/(\d+))?"
 )
 EQUATION = re.compile(r"(\d{1,9}) ([-+*]) (\d{1,9}) = (-?\d{1,18})")
-FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|```[ \t]*$|\Z)", re.S | re.M)
 # The pronoun and the article are no options: `I think`, `I'm`, `A good`; `A is right` is one.
 LETTER = r"\b(?!(?:I|A)(?:['\u2019]| (?!is\b)[a-z]))([A-Z])\b"
 STATED = re.compile(rf"(?i:\banswer(?:\s+is\b|\s*:))[\s:*(\[]*{LETTER}")
@@ -62,6 +64,7 @@ def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) 
             sandbox that was not given.
     """
     kind = _field(truth, "kind")
+    answer = strip_thinking(answer) if kind == "instructions" else answer_text(answer)
     if kind == "number":
         want = last_number(str(_field(truth, "value")))
         if want is None:
@@ -77,7 +80,8 @@ def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) 
     if kind == "code":
         if run_code is None:
             raise InputError("A truth of kind 'code' needs the sandbox: run where it is available or pass --unsafe-code.")
-        return run_code(complete(truth, extract_code(answer)), check_text(truth))
+        check = check_text(truth)
+        return run_code(complete(truth, extract_code(answer, check)), check)
     if kind == "list":
         return _list(truth, answer)
     if kind == "math":
@@ -156,12 +160,6 @@ def last_number(text: str) -> Fraction | None:
     except (ValueError, ZeroDivisionError):  # thousands of digits, or a division by zero
         return None
     return -value if found[0].startswith("-") else value
-
-
-def extract_code(answer: str) -> str:
-    """Extract the program of an answer: the last fenced code block, else all of it. An unclosed block runs to the end."""
-    blocks = FENCE.findall(answer)
-    return blocks[-1] if blocks else answer
 
 
 def _field(truth: dict[str, Any], name: str) -> Any:
