@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from gristmill.core.errors import InputError
 
 EOS = "<|endoftext|>"
+MAX_ENCODED_ALONE = 20_000  # characters; for longer texts the library lets other threads run only in a batch
 
 
 class Tokenizer:
@@ -105,6 +106,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; never contains a control token."""
+        if len(text) > MAX_ENCODED_ALONE:
+            return self.encode_batch([text])[0]
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
