@@ -112,12 +112,19 @@ class ChatFormat:
             InputError: the conversation is empty, starts with the assistant, or two turns in a row have the same role.
         """
         check_turns(messages)
+        return self._render(messages, tokenizer)
+
+    def _render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, last_open: bool = False) -> Rendered:
+        """`render` of turns in any order, the last of them without its end if it is `last_open`."""
         out = Rendered([], [])
         self._open(out, messages, tokenizer)
         for i, message in enumerate(messages):
             self._header(out, message.role, tokenizer)
             answer = message.role == "assistant"
             trained = answer and message.trained
+            if last_open and i + 1 == len(messages):
+                self._text(out, message.content, tokenizer)
+                break
             ids = tokenizer.encode(message.content + self.close)
             out.ids.extend(ids)
             out.mask.extend([trained] * len(ids))
@@ -142,6 +149,26 @@ class ChatFormat:
         self._header(out, "assistant", tokenizer)
         return out.ids
 
+    def render_turns(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> list[int]:
+        """Render a prompt of turns in any order, as a server is sent them; the names of the switches are Hugging Face's.
+
+        Args:
+            add_generation_prompt: end with the header of a new assistant turn.
+            continue_final_message: leave the last turn open instead, so that its text goes on.
+
+        Raises:
+            InputError: there are no turns.
+        """
+        if not messages:
+            raise InputError("The conversation has no user turn: start with a message whose role is 'user'.")
+        out = self._render(messages, tokenizer, last_open=continue_final_message)
+        if add_generation_prompt and not continue_final_message:
+            self._text(out, self.after, tokenizer)
+            self._header(out, "assistant", tokenizer)
+        return out.ids
+
     def response_text(self, ids: Sequence[int], tokenizer: Tokenizer) -> str:
         """Text of a generated answer: without the end-of-turn token and the line break that the format puts before it."""
         return tokenizer.decode(ids).removesuffix(self.close)
@@ -160,7 +187,7 @@ class ChatFormat:
 
     def _header(self, out: Rendered, role: str, tokenizer: Tokenizer) -> None:
         first, text, second, tail = self.headers[role]
-        if first and not (self.end_opens_next and role == "user" and out.ids and out.ids[-1] == tokenizer.special_id(self.end)):
+        if first and not (self.end_opens_next and first == self.end and out.ids and out.ids[-1] == tokenizer.special_id(self.end)):
             out.ids.append(tokenizer.special_id(first))
             out.mask.append(False)
         self._text(out, text, tokenizer)

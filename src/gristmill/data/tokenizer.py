@@ -21,6 +21,7 @@ EOS = "<|endoftext|>"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can spell it, and it is no text
 
 
+MAX_ENCODED_ALONE = 20_000  # characters; for longer texts the library lets other threads run only in a batch
 MAX_BYTES = 1 << 28  # of a tokenizer.json; the largest published ones have 40 MB
 MAX_UNUSED_IDS = 1 << 16  # ids below the highest that no token has
 PROBE = "A mill, 12.5 stones\n\n"
@@ -130,6 +131,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; never contains a control token."""
+        if len(text) > MAX_ENCODED_ALONE:
+            return self.encode_batch([text])[0]
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
