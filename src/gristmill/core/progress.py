@@ -72,9 +72,9 @@ class Progress:
     def warn(self, line: str) -> None:
         """Something went wrong and was mended: say so, quiet or not."""
         if self._bar:
-            self._bar.console.print(line, markup=False, highlight=False)
+            self._bar.console.print(visible(line), markup=False, highlight=False)
         else:
-            print(line, file=sys.stderr, flush=True)
+            echo(line, err=True)
 
     def tick(self, done: int, total: int | None, note: str = "") -> None:
         """How far the stage is."""

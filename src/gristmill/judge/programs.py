@@ -1,10 +1,10 @@
 """Verification of answers in batches: programs run in the sandbox, each different one once."""
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.data.rows import Prompt
 from gristmill.sandbox.sandbox import Sandbox, SandboxResult
@@ -102,7 +102,7 @@ def check_tests(prompts: Iterable[Prompt], sandbox: Sandbox, *, quiet: bool = Fa
         line = f"tests of {num_checked} prompts: no wrong program passes, {num_references} references do, {time.monotonic() - start:.1f} s"
         line += f"; {num_weak} verdicts are weak" if num_weak else ""
         line += f"; {len(waiting)} were not checked, for want of time" if waiting else ""
-        print(line, file=sys.stderr)
+        echo(line, err=True)
 
 
 def _named(prompt: Prompt) -> str:

@@ -6,13 +6,13 @@ Nemotron-4 340B report Table 1, and the published configurations of the models.
 """
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
 
@@ -248,7 +248,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 @cache
 def _warn(message: str) -> None:  # once a process, however often a model is loaded
-    print(f"Warning: {message}", file=sys.stderr)
+    echo(f"Warning: {message}", err=True)
 
 
 def _check_ends(values: Mapping[str, Any], path: Path, vocab_size: int) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.core.io import (
     STAMPS,
@@ -110,7 +110,7 @@ class CheckpointStore:
             except (DamagedFile, OSError, LookupError, TypeError, AttributeError, ValueError, SafetensorError) as error:
                 if isinstance(error, InputError) and not isinstance(error, DamagedFile):
                     raise
-                print(f"the checkpoint {path} is damaged ({reason(error)}): its steps are done again", file=sys.stderr)
+                echo(f"the checkpoint {path} is damaged ({reason(error)}): its steps are done again", err=True)
         return None
 
     def _check(self, saved: dict[str, str]) -> None:
