@@ -130,6 +130,7 @@ def test_dependencies_are_what_is_imported_and_each_has_its_reason() -> None:
         "yaml": "pyyaml",
         "prometheus_client": "prometheus-client",
         "fasttext": "fasttext-predict",
+        "pydantic_core": "pydantic",
     }  # module -> package, where they differ
     used: set[str] = set()
     for path in MODULES.values():
