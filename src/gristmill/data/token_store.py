@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gristmill.core.errors import InputError
+from gristmill.core.untrusted import is_bare_name
 from gristmill.data.tokenizer import Tokenizer
 
 TOKEN = np.dtype("<i4")
@@ -38,4 +39,10 @@ class TokenStore:
             raise InputError(f"The tokens in {folder} are not those that blend.json speaks of: copy the folder again, or blend again.")
         if tokenizer is not None and tokenizer.fingerprint() != facts["tokenizer"]["fingerprint"]:
             raise InputError(f"{folder} was made with another tokenizer than the model's: blend again with this one.")
+        whole = all(is_bare_name(shard["file"]) for shard in facts["shards"]) and self.ends_N.ndim == 1
+        if not whole or (np.diff(self.ends_N, prepend=0) < 0).any():
+            raise InputError(
+                f"{folder} is damaged (where its documents end, or names of its files): copy the folder again, or blend again."
+            )
+        self.max_id = np.iinfo(TOKEN).max if tokenizer is None else tokenizer.max_id
         self.facts: dict[str, Any] = facts
