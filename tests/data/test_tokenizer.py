@@ -1,6 +1,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -137,7 +138,67 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("config", ["{", "[]", '{"eos_token": null}'])
+def _with(change: Any, tokenizer: dict[str, Any]) -> str:
+    change(tokenizer)
+    return json.dumps(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t["model"].update(vocab=dict.fromkeys(t["model"]["vocab"], 0)),  # one id for all
+        lambda t: t["model"]["vocab"].update(zz=t["model"]["vocab"]["a"]),
+        lambda t: t["model"]["vocab"].update(zz=2**31),  # writing it out would fill the memory
+        lambda t: t["model"]["vocab"].update(zz=2**32 - 1),
+        lambda t: t["model"]["vocab"].update(zz=-1),
+        lambda t: t["model"]["vocab"].update(zz=2**64),
+        lambda t: t["model"].update(merges=[["zzz", "qqq"]]),
+        lambda t: t["model"].update(continuing_subword_prefix="x" * 1000),  # the library panics
+        lambda t: t.update(normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "x" * 9}),  # and when it encodes
+        lambda t: t.update(added_tokens=[{"id": -1, "content": "x"}]),
+        lambda t: t.update(model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[]),
+        lambda t: t.pop("model"),
+        lambda t: t.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "((("}, "behavior": "Isolated", "invert": False}),
+    ],
+)
+def test_a_damaged_vocabulary_is_told_in_one_sentence(change: Any, tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(_with(change, json.loads(path.read_text())))
+    with pytest.raises(InputError, match="tokenizer") as caught:
+        Tokenizer.load(tmp_path)
+    assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"a":' * 50_000, "\0", ""])
+def test_what_is_no_tokenizer_is_told_in_one_sentence(text: str, tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(InputError, match="cannot be read as a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_pattern_that_would_search_for_ever_is_told(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    bomb = {"type": "Split", "pattern": {"Regex": "((a+)+)+b"}, "behavior": "Isolated", "invert": False}
+    path.write_text(_with(lambda t: t.update(pre_tokenizer=bomb), json.loads(path.read_text())))
+    tokenizer = Tokenizer.load(tmp_path)
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text, "b"])):
+        with pytest.raises(InputError, match="cannot encode a text"):
+            encode("a" * 40)
+
+
+def test_unused_ids_are_no_damage(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(_with(lambda t: t["model"]["vocab"].update(zz=900), json.loads(path.read_text())))
+    assert Tokenizer.load(tmp_path).max_id == 900
+
+
+@pytest.mark.parametrize(
+    "config", ["{", "[]", '{"eos_token": null}', '{"eos_token": 5}', '{"eos_token": {"content": []}}', '{"a":' * 10**5]
+)
 def test_a_bad_tokenizer_config_is_named(config: str, tmp_path: Path) -> None:
     foreign("</s>").save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(config)

@@ -78,6 +78,40 @@ def test_pieces_of_documents_across_shards(store_folder: Path) -> None:
         assert len(TokenStoreData(TokenStore(store_folder), 16, num_tokens=num_tokens)) == last
 
 
+def test_a_token_beyond_the_vocabulary_ends_training_in_a_sentence(store_folder: Path) -> None:
+    path = store_folder / "tokens-00001.bin"
+    tokens = np.fromfile(path, TOKEN)
+    for wrong in (-1, np.iinfo(TOKEN).min):
+        tokens[3] = wrong
+        tokens.tofile(path)
+        data = TokenStoreData(TokenStore(store_folder), 16)
+        with pytest.raises(InputError, match="not in the tokenizer's vocabulary"):
+            list(map(data.__getitem__, range(len(data))))
+    tokens[3] = 48
+    tokens.tofile(path)
+    store = TokenStore(store_folder)
+    store.max_id = 47
+    with pytest.raises(InputError, match="document 4 has a token"):
+        list(map(TokenStoreData(store, 64).__getitem__, range(5)))
+
+
+@pytest.mark.parametrize("file", ["../blend/tokens-00000.bin", "{folder}/tokens-00000.bin"])
+def test_a_store_reads_files_of_its_own_folder(file: str, store_folder: Path) -> None:
+    facts = json.loads((store_folder / "blend.json").read_text())
+    facts["shards"][0]["file"] = file.format(folder=store_folder)
+    (store_folder / "blend.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="names of its files"):
+        TokenStore(store_folder)
+
+
+def test_ends_of_documents_only_grow(store_folder: Path) -> None:
+    ends = np.load(store_folder / "ends.npy")
+    ends[[1, 2]] = ends[[2, 1]]
+    np.save(store_folder / "ends.npy", ends)
+    with pytest.raises(InputError, match="where its documents end"):
+        TokenStore(store_folder)
+
+
 def test_only_the_tokens_of_the_steps_are_read(store_folder: Path, make_model: Make, tmp_path: Path) -> None:
     store = TokenStore(store_folder)
     shards = [Recorder(shard) for shard in store.shards]

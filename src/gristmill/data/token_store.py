@@ -11,6 +11,7 @@ import numpy as np
 
 from gristmill.core.errors import InputError
 from gristmill.core.io import read_json, reason
+from gristmill.core.untrusted import is_bare_name
 from gristmill.data.tokenizer import Tokenizer
 
 TOKEN = np.dtype("<i4")
@@ -30,6 +31,8 @@ class TokenStore:
     def __init__(self, folder: Path, tokenizer: Tokenizer | None = None) -> None:
         try:
             facts = read_json(folder / "blend.json")
+            if not all(is_bare_name(shard["file"]) for shard in facts["shards"]):
+                raise ValueError("it names files outside of it")
             self.ends_N: np.ndarray = np.load(folder / "ends.npy", mmap_mode="r")
             self.shards = [np.memmap(folder / shard["file"], TOKEN, "r") for shard in facts["shards"]]
             sizes, made_with = [shard["tokens"] for shard in facts["shards"]], facts["tokenizer"]["fingerprint"]
@@ -39,4 +42,7 @@ class TokenStore:
             raise InputError(f"The tokens in {folder} are not those that blend.json speaks of: copy the folder again, or blend again.")
         if tokenizer is not None and tokenizer.fingerprint() != made_with:
             raise InputError(f"{folder} was made with another tokenizer than the model's: blend again with this one.")
+        if self.ends_N.ndim != 1 or (np.diff(self.ends_N, prepend=0) < 0).any():
+            raise InputError(f"{folder} is damaged (where its documents end): copy the folder again, or blend again.")
+        self.max_id = np.iinfo(TOKEN).max if tokenizer is None else tokenizer.max_id
         self.facts: dict[str, Any] = facts

@@ -38,6 +38,13 @@ def _damage(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be read as a tokenizer ({quoted(str(e))[1:-1]}): download or save it again.") from None
 
 
+def _unless_panic(error: BaseException) -> BaseException:
+    """The error, or an InputError for a panic of the library, such as a pattern that would search for ever."""
+    if type(error).__name__ != "PanicException":
+        return error
+    return InputError(f"The tokenizer cannot encode a text ({quoted(str(error))[1:-1]}): correct the patterns in its tokenizer.json.")
+
+
 class Tokenizer:
     """Byte-level BPE tokenizer: text to ids and back.
 
@@ -133,11 +140,17 @@ class Tokenizer:
         """Ids of `text`; never contains a control token."""
         if len(text) > MAX_ENCODED_ALONE:
             return self.encode_batch([text])[0]
-        return self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except BaseException as e:
+            raise _unless_panic(e) from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
-        return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        try:
+            return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        except BaseException as e:
+            raise _unless_panic(e) from None
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Text of `ids`; control tokens are dropped unless `keep_special`."""

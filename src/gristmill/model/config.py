@@ -27,18 +27,30 @@ MAX_SIZES = {
     "max_positions": 2**22,
 }
 MAX_LAYERS = 512
+HF_NAMES = {  # where config.json calls them otherwise
+    "ffn_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings",
+    "rotary_fraction": "partial_rotary_factor",
+    "init_std": "initializer_range",
+}
+
+
+def _named(name: str) -> str:
+    return f"{name} ({HF_NAMES[name]} in config.json)" if name in HF_NAMES else name
 
 
 def _check_sizes(minimum: int, **sizes: Any) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= MAX_SIZES[name]:
-            raise InputError(f"Give {name} a whole number from {minimum} to {MAX_SIZES[name]}: it is {quoted(value)}.")
+            raise InputError(f"Give {_named(name)} a whole number from {minimum} to {MAX_SIZES[name]}: it is {quoted(value)}.")
 
 
 def _check_numbers(**numbers: tuple[Any, float, float]) -> None:
     for name, (value, low, high) in numbers.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:  # NaN is not
-            raise InputError(f"Give {name} a number from {low:g} to {high:g}: it is {quoted(value)}.")
+            raise InputError(f"Give {_named(name)} a number from {low:g} to {high:g}: it is {quoted(value)}.")
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class TokenStoreData:
         lengths_P = np.minimum(starts_P + max_tokens, ends_N[document_P]) - starts_P
         self._starts, self.lengths = starts_P[lengths_P > 1], lengths_P[lengths_P > 1]
         self._ends, self._max_tokens = ends_N, max_tokens
-        self._shards = store.shards
+        self._shards, self._max_id = store.shards, store.max_id
         self._shard_starts = np.cumsum([0, *map(len, self._shards)])
         self._mask = np.arange(max_tokens) > 0
         self._mask.flags.writeable = False
@@ -119,7 +119,10 @@ class TokenStoreData:
         shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         first = start - int(self._shard_starts[shard])
         name = f"document {document}" if whole else f"document {document} from token {start - begin}"
-        return Sample(np.asarray(self._shards[shard][first : first + length]), self._mask[:length], name)
+        ids = np.asarray(self._shards[shard][first : first + length])
+        if not 0 <= ids.min() <= ids.max() <= self._max_id:
+            raise InputError(f"The blend is damaged: {name} has a token that is not in the tokenizer's vocabulary. Blend again.")
+        return Sample(ids, self._mask[:length], name)
 
     def fingerprint(self) -> str:
         """Of what `blend.json` records: its key is made of the blend's inputs and settings, so no token is read."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.numpy import load_file
 
 from gristmill.core.errors import InputError
 from gristmill.curate.outcome import DOCUMENT, DROPPED, Outcome
@@ -161,6 +162,39 @@ def test_what_loading_refuses(trained: Path, trigrams: Path, tmp_path: Path) -> 
         (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match="no trained classifier model"):
         load(tmp_path)
+
+
+def test_tensors_that_the_kernels_would_misread_are_refused(trained: Path, trigrams: Path, tmp_path: Path) -> None:
+    def copy_of(source: Path, name: str, tensor: np.ndarray | None, **settings: object) -> Path:
+        tensors = load_file(source / "model.safetensors") | ({} if tensor is None else {name: tensor})
+        if tensor is None and name:
+            del tensors[name]
+        perplexity.write_model(tmp_path, tensors, json.loads((source / "model.json").read_text()) | settings)
+        return tmp_path
+
+    weights = load_file(trained / "model.safetensors")["weights_F"]
+    nan = weights.copy()
+    nan[3] = np.nan
+    for name, tensor in (
+        ("weights_F", weights[:-1]),
+        ("weights_F", weights[:0]),
+        ("weights_F", weights.astype(np.float64)),
+        ("weights_F", weights[:, None]),
+        ("weights_F", nan),
+        ("weights_F", None),
+        ("other\x1b[2J", weights),
+    ):
+        with pytest.raises(InputError, match="damaged"):
+            load(copy_of(trained, name, tensor))
+    for bias in (None, "1", float("nan")):
+        with pytest.raises(InputError, match="damaged"):
+            load(copy_of(trained, "", None, bias=bias))
+    whole = load_file(trigrams / "model.safetensors")
+    for name in whole:
+        for tensor in (None, whole[name][:-1], whole[name].astype(np.int32)):
+            with pytest.raises(InputError, match="damaged"):
+                perplexity.load(copy_of(trigrams, name, tensor))
+    perplexity.load(copy_of(trigrams, "", None))
 
 
 def test_area_under_the_curve_and_calibration() -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numba import njit
 
 from gristmill.core.errors import InputError
-from gristmill.curate.quality.perplexity import read_model, write_model
+from gristmill.curate.quality.perplexity import check_tensors, is_number, read_model, write_model
 from gristmill.curate.text.text_column import TextColumn, longest, read_only
 from gristmill.curate.text.words import BYTES_AND_MARKS, FNV_OFFSET, buffers, tokenize
 from gristmill.data.minhash import GOLDEN, mix64
@@ -104,6 +104,10 @@ def load(folder: Path) -> Classifier:
         InputError: the folder is missing, damaged, or holds a model of another kind.
     """
     tensors, settings = read_model(folder, "classifier")
+    check_tensors(folder, tensors, {"weights_F": (np.float32, 0)})
+    size = len(tensors["weights_F"])
+    if size < 2 or size & (size - 1) or not is_number(settings.get("bias")):
+        raise InputError(f"The folder {folder} holds a damaged classifier ({size} weights): copy it again or train it again.")
     return Classifier(tensors["weights_F"], settings)
 
 

@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from gristmill.core.errors import InputError
 from gristmill.core.io import DamagedFile, read_json, replacing, write_json
+from gristmill.core.untrusted import quoted
 from gristmill.curate.text.text_column import TextColumn, hash_table, lookup, read_only
 from gristmill.curate.text.words import BYTES_AND_MARKS, FNV_OFFSET, buffers, tokenize
 from gristmill.data.minhash import mix64
@@ -70,6 +71,28 @@ def read_model(folder: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str
     if found != kind:
         raise InputError(f"The folder {folder} holds a model of kind {found!r}, not {kind!r}: check the path.")
     return tensors, settings
+
+
+def check_tensors(folder: Path, tensors: dict[str, np.ndarray], wanted: dict[str, tuple[type, int]]) -> None:
+    """Refuse tensors that the kernels, which check nothing, would read beyond their ends or as other numbers.
+
+    Args:
+        wanted: by name the type and the number of columns, 0 for a vector.
+
+    Raises:
+        InputError: one is missing, superfluous, of another type or shape, or holds NaN.
+    """
+    for name in sorted(tensors.keys() | wanted.keys()):
+        tensor, (dtype, columns) = tensors.get(name), wanted.get(name, (None, 0))
+        if tensor is None or tensor.dtype != dtype or tensor.shape[1:] != ((columns,) if columns else ()) or not tensor.ndim:
+            raise InputError(f"The folder {folder} holds a damaged model ({quoted(name)}): copy it again or train it again.")
+        if tensor.dtype.kind == "f" and np.isnan(tensor).any():
+            raise InputError(f"The folder {folder} holds a damaged model (NaN in {name}): copy it again or train it again.")
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 # --- the model -----------------------------------------------------------------------------------------------------------
@@ -178,7 +201,23 @@ def load(folder: Path) -> Trigrams:
         InputError: the folder is missing, damaged, or holds a model of another kind.
     """
     tensors, settings = read_model(folder, "trigrams")
-    return Trigrams(**tensors, settings=settings)
+    check_tensors(
+        folder,
+        tensors,
+        {
+            "words_V": (np.uint64, 0),
+            "single_V": (np.float32, 2),
+            "pairs": (np.int64, 0),
+            "pair_values": (np.float32, 2),
+            "triples": (np.int64, 0),
+            "triple_values": (np.float32, 1),
+        },
+    )
+    found = Trigrams(**tensors, settings=settings)
+    sizes = len(found.words_V) + 2, len(found.pairs), len(found.triples)
+    if sizes != (len(found.single_V), len(found.pair_values), len(found.triple_values)) or not is_number(settings.get("rare_words")):
+        raise InputError(f"The folder {folder} holds a damaged trigrams model (parts of different sizes): copy it again or train it again.")
+    return found
 
 
 # --- training ------------------------------------------------------------------------------------------------------------
