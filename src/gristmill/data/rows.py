@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -240,7 +241,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"{path} cannot be read as Parquet ({e}): write or download it again.") from e
         for record in records:
             for key in _JSON & record.keys():
-                record[key] = json.loads(record[key]) if isinstance(record[key], str) else record[key]
+                with suppress(ValueError):  # a user's column of that name may hold any text
+                    record[key] = json.loads(record[key]) if isinstance(record[key], str) else record[key]
         return records
     if path.suffix not in (".jsonl", ".json"):
         raise InputError(f"{path} is neither .parquet nor .jsonl: convert it to one of them.")

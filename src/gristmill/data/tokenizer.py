@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
@@ -17,6 +18,28 @@ from gristmill.core.errors import InputError
 
 EOS = "<|endoftext|>"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can spell it, and it is no text
+# Control tokens by their names, for files that do not flag them: what opens and ends turns and documents.
+CONTROL = (
+    *("<|im_start|>", "<|im_end|>", "<|im_sep|>", "<extra_id_0>", "<extra_id_1>", "<start_of_turn>", "<end_of_turn>"),
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
+    *(
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|tool|>",
+        "<|start|>",
+        "<|end|>",
+        "<|message|>",
+        "<|channel|>",
+        "<|return|>",
+        "<|call|>",
+    ),
+)
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")  # in tokenizer_config.json
+# What chat formats write before the words of a turn. Elsewhere a chat template gives both as one text, which is cut here.
+HEADERS = ("System\n", "User\n", "Assistant\n", "system\n", "user\n", "assistant\n", "\n\n")
+CUT = r"\A(?:"  # how that cut begins in a saved tokenizer.json
+PLAIN = ("NoneType", "NFC", "NFKC", "NFD", "NFKD", "Lowercase")  # normalizers that change each character for itself
 
 
 class Tokenizer:
@@ -25,13 +48,22 @@ class Tokenizer:
     Args:
         backend: a Hugging Face tokenizer.
         eos: name of the end-of-document token.
+        control: names of further control tokens, beside those that are flagged so and those of `CONTROL`.
 
     Raises:
         InputError: the end-of-document token is not in the vocabulary.
     """
 
-    def __init__(self, backend: HFTokenizer, eos: str = EOS):
+    def __init__(self, backend: HFTokenizer, eos: str = EOS, control: Iterable[str] = ()):
         self._backend = backend
+        self._chat: HFTokenizer | None = None
+        blank = any(step.get("add_prefix_space") or step["type"] == "Metaspace" for step in _steps(backend))
+        self._apart = type(backend.normalizer).__name__ in PLAIN and not blank  # so that two texts have the ids of each
+        flagged = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+        names = [n for n in dict.fromkeys((*flagged, eos, *control, *CONTROL)) if backend.token_to_id(n) is not None]
+        # which also makes them leave the white space around them alone
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        _bar(backend, names)
         self._backend.encode_special_tokens = True  # text never becomes a control token
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -87,15 +119,26 @@ class Tokenizer:
             config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
             eos = config.get("eos_token") or EOS
             name = str(eos["content"] if isinstance(eos, dict) else eos)
-        except (ValueError, AttributeError, KeyError) as e:
+            others = [*map(config.get, NAMED), *(config.get("additional_special_tokens") or ())]
+            others += [token for token in (config.get("added_tokens_decoder") or {}).values() if token.get("special")]
+            control = [str(token["content"] if isinstance(token, dict) else token) for token in others if token]
+        except (ValueError, AttributeError, KeyError, TypeError) as e:
             raise InputError(f"{config_path} is not a tokenizer configuration ({e!r}): download it again.") from e
-        return Tokenizer(backend, name)
+        steps = _steps(backend)
+        if steps and steps[0].get("pattern", {}).get("Regex", "").startswith(CUT):  # it belongs to the template, see `save`
+            backend = _with_steps(backend, steps[1:])
+        return Tokenizer(backend, name, control)
 
     def save(self, folder: Path, chat_template: str = "") -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, readable by `transformers`, with a chat template for other programs."""
+        """Write `tokenizer.json` and `tokenizer_config.json`, readable by `transformers`, with a chat template for other programs.
+
+        With a template, the written tokenizer cuts a turn's header from the words after it, as rendering does piece by piece;
+        else a message that begins with a line break would have one token for the header's and its own.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / "tokenizer.json"))
+        headers = [header for header in HEADERS if json.dumps(header)[1:-1] in chat_template]
+        (_cut(self._backend, headers) if headers else self._backend).save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "clean_up_tokenization_spaces": False}
         config |= {"chat_template": chat_template} if chat_template else {}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -106,8 +149,32 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; never contains a control token."""
+        """Ids of `text`; never contains a control token.
+
+        Raises:
+            InputError: the text holds half of a surrogate pair.
+        """
+        if not text.isascii() and SURROGATE.search(text):
+            raise InputError("A text holds half of a surrogate pair, which is no text: mend or remove it.")
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_turn(self, header: str, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a turn's header and of the words after it, both as they are after a control token.
+
+        Those of the header are the same whatever follows. SentencePiece puts a blank before the first word of a text: where the words
+        are not the first, theirs has none.
+        """
+        if self._apart:
+            return (self.encode(header) if header else []), (self.encode(text) if text else [])
+        if self._chat is None:
+            self._chat = _cut(self._backend, HEADERS)
+            self._chat = _with_steps(
+                self._chat, [step | {"prepend_scheme": "never"} if _only_first(step) else step for step in _steps(self._chat)]
+            )
+        head, ids = (self._chat.encode(part, add_special_tokens=False).ids if part else [] for part in (header, header + text))
+        if ids[: len(head)] != head:
+            return head, self._chat.encode(text, add_special_tokens=False).ids
+        return head, ids[len(head) :]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
@@ -146,6 +213,66 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of the whole tokenizer, for caches and run folders."""
         return hashlib.blake2b(self._backend.to_str().encode(), digest_size=8).hexdigest()
+
+
+def _steps(backend: HFTokenizer) -> list[dict[str, Any]]:
+    """Pre-tokenizers of a tokenizer, one after the other, as in tokenizer.json."""
+    if backend.pre_tokenizer is None:
+        return []
+    found = json.loads(backend.pre_tokenizer.__getstate__())
+    return list(found["pretokenizers"]) if found["type"] == "Sequence" else [found]
+
+
+def _with_steps(backend: HFTokenizer, steps: Sequence[dict[str, Any]]) -> HFTokenizer:
+    """A copy with other pre-tokenizers."""
+    copy = HFTokenizer.from_str(backend.to_str())
+    copy.encode_special_tokens = backend.encode_special_tokens
+    copy.pre_tokenizer = _pre_tokenizer(steps)
+    return copy
+
+
+def _pre_tokenizer(steps: Sequence[dict[str, Any]]) -> Any:
+    if not steps:
+        return None
+    carrier = pre_tokenizers.Sequence([])
+    carrier.__setstate__(json.dumps({"type": "Sequence", "pretokenizers": list(steps)}).encode())
+    return carrier
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _cut(backend: HFTokenizer, headers: Sequence[str]) -> HFTokenizer:
+    """A copy that cuts headers from what follows them."""
+    normalize = (lambda text: text) if backend.normalizer is None else backend.normalizer.normalize_str
+    texts = dict.fromkeys(form for header in headers for form in (normalize(header), header) if form)
+    return _with_steps(backend, [_split(CUT + "|".join(map(_escape, texts)) + ")"), *_steps(backend)])
+
+
+def _only_first(step: dict[str, Any]) -> bool:
+    return step["type"] == "Metaspace" and step.get("prepend_scheme") == "first"
+
+
+def _bar(backend: HFTokenizer, names: Sequence[str]) -> None:
+    """Split the names of control tokens that the model itself could make of a text that spells them."""
+    if not any(backend.model.token_to_id(name) is not None for name in names):
+        return
+    model = json.loads(backend.to_str())["model"]
+    if model.get("type") == "BPE" and not model.get("ignore_merges"):
+        made = {"".join(m) if isinstance(m, list) else m.replace(" ", "") for m in model["merges"]}
+    else:
+        made = {piece[0] if isinstance(piece, list) else piece for piece in model["vocab"]}
+    made = {name for name in names if name in made}
+    if made:
+        pattern = "|".join(f"{_escape(name[0])}(?={_escape(name[1:])})" for name in sorted(made) if len(name) > 1)
+        steps = _steps(backend)
+        if _split(pattern) not in steps:
+            backend.pre_tokenizer = _pre_tokenizer([_split(pattern), *steps])
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([^\w\s])", r"\\\1", text)
 
 
 def _byte_names() -> dict[str, int]:
