@@ -334,7 +334,7 @@ def saved(kind: str, name: str) -> tuple[Tokenizer, Other]:
 
 @each_format
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(turns=SPACED)
 def test_the_template_gives_the_ids_of_render(kind: str, name: str, turns: Conversation) -> None:
     format, (tokenizer, other) = FORMATS[name], saved(kind, name)

@@ -124,9 +124,9 @@ class Tokenizer:
             control = [str(token["content"] if isinstance(token, dict) else token) for token in others if token]
         except (ValueError, AttributeError, KeyError, TypeError) as e:
             raise InputError(f"{config_path} is not a tokenizer configuration ({e!r}): download it again.") from e
-        steps = _steps(backend)
-        if steps and steps[0].get("pattern", {}).get("Regex", "").startswith(CUT):  # it belongs to the template, see `save`
-            backend = _with_steps(backend, steps[1:])
+        cut, *rest = _steps(backend) or [{}]
+        if cut.get("pattern", {}).get("Regex", "").startswith(CUT):  # it belongs to the template, see `save`
+            backend = _with(backend, rest[0] if rest else None)
         return Tokenizer(backend, name, control)
 
     def save(self, folder: Path, chat_template: str = "") -> None:
@@ -154,8 +154,7 @@ class Tokenizer:
         Raises:
             InputError: the text holds half of a surrogate pair.
         """
-        if not text.isascii() and SURROGATE.search(text):
-            raise InputError("A text holds half of a surrogate pair, which is no text: mend or remove it.")
+        _check_text(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_turn(self, header: str, text: str) -> tuple[list[int], list[int]]:
@@ -167,10 +166,9 @@ class Tokenizer:
         if self._apart:
             return (self.encode(header) if header else []), (self.encode(text) if text else [])
         if self._chat is None:
-            self._chat = _cut(self._backend, HEADERS)
-            self._chat = _with_steps(
-                self._chat, [step | {"prepend_scheme": "never"} if _only_first(step) else step for step in _steps(self._chat)]
-            )
+            # after a control token no word is the first
+            steps = [step | {"prepend_scheme": "never"} if _only_first(step) else step for step in _steps(self._backend)]
+            self._chat = _cut(_with(self._backend, {"type": "Sequence", "pretokenizers": steps}), HEADERS)
         head, ids = (self._chat.encode(part, add_special_tokens=False).ids if part else [] for part in (header, header + text))
         if ids[: len(head)] != head:
             return head, self._chat.encode(text, add_special_tokens=False).ids
@@ -178,6 +176,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
+        for text in texts:
+            _check_text(text)
         return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
@@ -215,6 +215,11 @@ class Tokenizer:
         return hashlib.blake2b(self._backend.to_str().encode(), digest_size=8).hexdigest()
 
 
+def _check_text(text: str) -> None:
+    if not text.isascii() and SURROGATE.search(text):
+        raise InputError("A text holds half of a surrogate pair, which is no text: mend or remove it.")
+
+
 def _steps(backend: HFTokenizer) -> list[dict[str, Any]]:
     """Pre-tokenizers of a tokenizer, one after the other, as in tokenizer.json."""
     if backend.pre_tokenizer is None:
@@ -223,20 +228,11 @@ def _steps(backend: HFTokenizer) -> list[dict[str, Any]]:
     return list(found["pretokenizers"]) if found["type"] == "Sequence" else [found]
 
 
-def _with_steps(backend: HFTokenizer, steps: Sequence[dict[str, Any]]) -> HFTokenizer:
-    """A copy with other pre-tokenizers."""
-    copy = HFTokenizer.from_str(backend.to_str())
+def _with(backend: HFTokenizer, pre_tokenizer: dict[str, Any] | None) -> HFTokenizer:
+    """A copy with another pre-tokenizer, as in tokenizer.json."""
+    copy = HFTokenizer.from_str(json.dumps(json.loads(backend.to_str()) | {"pre_tokenizer": pre_tokenizer}))
     copy.encode_special_tokens = backend.encode_special_tokens
-    copy.pre_tokenizer = _pre_tokenizer(steps)
     return copy
-
-
-def _pre_tokenizer(steps: Sequence[dict[str, Any]]) -> Any:
-    if not steps:
-        return None
-    carrier = pre_tokenizers.Sequence([])
-    carrier.__setstate__(json.dumps({"type": "Sequence", "pretokenizers": list(steps)}).encode())
-    return carrier
 
 
 def _split(pattern: str) -> dict[str, Any]:
@@ -247,7 +243,9 @@ def _cut(backend: HFTokenizer, headers: Sequence[str]) -> HFTokenizer:
     """A copy that cuts headers from what follows them."""
     normalize = (lambda text: text) if backend.normalizer is None else backend.normalizer.normalize_str
     texts = dict.fromkeys(form for header in headers for form in (normalize(header), header) if form)
-    return _with_steps(backend, [_split(CUT + "|".join(map(_escape, texts)) + ")"), *_steps(backend)])
+    whole = [] if backend.pre_tokenizer is None else [json.loads(backend.pre_tokenizer.__getstate__())]
+    cut = _split(CUT + "|".join(map(_escape, texts)) + ")")
+    return _with(backend, {"type": "Sequence", "pretokenizers": [cut, *whole]})
 
 
 def _only_first(step: dict[str, Any]) -> bool:
@@ -268,7 +266,9 @@ def _bar(backend: HFTokenizer, names: Sequence[str]) -> None:
         pattern = "|".join(f"{_escape(name[0])}(?={_escape(name[1:])})" for name in sorted(made) if len(name) > 1)
         steps = _steps(backend)
         if _split(pattern) not in steps:
-            backend.pre_tokenizer = _pre_tokenizer([_split(pattern), *steps])
+            carrier = pre_tokenizers.Sequence([])
+            carrier.__setstate__(json.dumps({"type": "Sequence", "pretokenizers": [_split(pattern), *steps]}).encode())
+            backend.pre_tokenizer = carrier
 
 
 def _escape(text: str) -> str:
