@@ -7,7 +7,7 @@ what means nothing to training is handed back as metadata.
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Conversation, Message, Role, check_turns, conversation
@@ -17,9 +17,9 @@ QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "input")
 ANSWERS = ("response", "completion", "output", "answer", "solution")
 SYSTEMS = ("system", "system_prompt")
 SPEAKERS: dict[str, Role] = {
-    **dict.fromkeys(("system", "developer"), cast(Role, "system")),
-    **dict.fromkeys(("user", "human", "prompter"), cast(Role, "user")),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"), cast(Role, "assistant")),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"), "assistant"),
 }
 UNUSABLE = {  # columns that change what a row means
     **dict.fromkeys(("tools", "functions"), "the chat formats have no tools"),
