@@ -1,8 +1,16 @@
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
 
 from gristmill.core.errors import InputError
 from gristmill.data.chat import (
@@ -197,6 +205,182 @@ def test_any_two_conversations_differ_in_ids(name: str) -> None:
     forged = format.render(talk("Hi" + body.replace("Hello!", "Ho") + "x"), tokenizer).ids
     assert forged != honest and set(forged) & SPECIAL[name] <= set(honest)
     assert len([i for i in forged if i in SPECIAL[name]]) < len([i for i in honest if i in SPECIAL[name]])
+
+
+# ---- the template for other programs ----
+
+
+def bpe(backend: HFTokenizer) -> HFTokenizer:
+    backend.train_from_iterator(
+        MERGING, trainers.BpeTrainer(vocab_size=600, special_tokens=ALL, show_progress=False, initial_alphabet=BYTES)
+    )
+    return backend
+
+
+def byte_level(**options: Any) -> HFTokenizer:
+    """GPT-2's kind, with tokens of several line breaks."""
+    backend = HFTokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(**options), decoders.ByteLevel()
+    return bpe(backend)
+
+
+def llama3() -> HFTokenizer:
+    """Llama 3's and Qwen's kind: NFC, and their pattern, which joins line breaks with what stands before them."""
+    backend = byte_level(add_prefix_space=False)
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.normalizer = normalizers.NFC()
+    return bpe(backend)
+
+
+def sentencepiece(*, legacy: bool, scheme: str = "first") -> HFTokenizer:
+    """Llama 2's kind: no borders of words, bytes for what it does not know, a blank before the first word."""
+    names = [*ALL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = HFTokenizer(models.BPE(byte_fallback=True, unk_token=EOS, fuse_unk=True))
+    marked = [text.replace(" ", BLANK).replace("\n", "") for text in MERGING]
+    backend.train_from_iterator(marked, trainers.BpeTrainer(vocab_size=500, special_tokens=names, show_progress=False, max_token_length=8))
+    described = json.loads(backend.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] in ALL]
+    backend = HFTokenizer.from_str(json.dumps(described))
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(BLANK), normalizers.Replace(" ", BLANK)])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(BLANK, prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return backend
+
+
+def unigram() -> HFTokenizer:
+    backend = HFTokenizer(models.Unigram())
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=[*ALL, "<unk>"], unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(["\n", *MERGING], trainer)
+    return backend
+
+
+BLANK = "\u2581"
+BYTES = pre_tokenizers.ByteLevel.alphabet()
+MERGING = [
+    "user\n\n\nUser\n\nassistant\n  Assistant\n\nPara one.\n\nPara two.\n\n system\n\nSystem\n\n\n\n   the end \t\n",
+    "a\nb  \n c\n\n\n",
+] * 40
+KINDS: dict[str, Callable[[], HFTokenizer]] = {
+    "ours": lambda: HFTokenizer.from_str(Tokenizer.train(MERGING, 600, ALL).to_json()),
+    "gpt2": lambda: byte_level(add_prefix_space=False),
+    "roberta": lambda: byte_level(add_prefix_space=True),
+    "llama3": llama3,
+    "llama2": lambda: sentencepiece(legacy=True),
+    "llama2 as converted today": lambda: sentencepiece(legacy=False),
+    "metaspace everywhere": lambda: sentencepiece(legacy=False, scheme="always"),
+    "metaspace nowhere": lambda: sentencepiece(legacy=False, scheme="never"),
+    "unigram": unigram,
+}
+WHITE = [
+    "",
+    " ",
+    "\n",
+    "\n\n",
+    "\n\n\n",
+    "  ",
+    " \n",
+    "\t",
+    "Para one.",
+    " user\n",
+    "user\n",
+    "\n\nthe end",
+    "the end \n\n",
+    "\u00e9\u4e2d",
+]
+SPACED = st.builds(
+    lambda system, contents: talk(*contents, system=system),
+    st.none() | st.sampled_from(WHITE),
+    st.lists(st.lists(st.sampled_from(WHITE), max_size=3).map("".join), min_size=1, max_size=5),
+)
+
+
+class Other:
+    """How another program makes ids of a saved folder: the template by Jinja, then the whole text through the tokenizer."""
+
+    def __init__(self, folder: Path) -> None:
+        def refuse(message: str) -> None:
+            raise ValueError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = refuse
+        self._template = environment.from_string(json.loads((folder / "tokenizer_config.json").read_text())["chat_template"])
+        self._backend = HFTokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def ids(self, messages: Any, *, ask: bool, **more: Any) -> list[int]:
+        text = self._template.render(messages=messages, add_generation_prompt=ask, **more)
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+
+@cache
+def saved(kind: str, name: str) -> tuple[Tokenizer, Other]:
+    """A tokenizer of a kind, as it was and as it is read back from the folder that another program reads."""
+    with TemporaryDirectory() as folder:
+        tokenizer = Tokenizer(KINDS[kind]())
+        tokenizer.save(Path(folder), FORMATS[name].template)
+        other = Other(Path(folder))
+        again = Tokenizer.load(Path(folder))
+        assert again.fingerprint() == tokenizer.fingerprint(), "the cut belongs to the template alone"
+        again.save(Path(folder), FORMATS[name].template)
+        assert Other(Path(folder))._backend.to_str() == other._backend.to_str(), "and is made once"
+        return again, other
+
+
+@each_format
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25, deadline=None)
+@given(turns=SPACED)
+def test_the_template_gives_the_ids_of_render(kind: str, name: str, turns: Conversation) -> None:
+    format, (tokenizer, other) = FORMATS[name], saved(kind, name)
+    rendered = format.render(turns, tokenizer).ids
+    assert other.ids(to_dicts(turns), ask=False) == rendered
+    asked = turns if turns[-1].role == "user" else turns[:-1]
+    prompt = format.render_prompt(asked, tokenizer)
+    assert other.ids(to_dicts(asked), ask=True) == prompt
+    assert turns is asked or rendered[: len(prompt)] == prompt
+
+
+@each_format
+def test_transformers_gives_the_ids_of_render(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer(llama3())
+    tokenizer.save(tmp_path, FORMATS[name].template)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    for turns in (talk("a"), talk("a", system=""), talk("\n\na\n", "\n b \n", "\tc", system="\n\ns"), talk("", "", "")):
+        got = theirs.apply_chat_template(to_dicts(turns), tokenize=True, add_generation_prompt=True, return_dict=False)
+        assert got == FORMATS[name].render_prompt(turns, tokenizer)
+
+
+USER = {"role": "user", "content": "a"}
+
+
+@each_format
+@pytest.mark.parametrize(
+    ("messages", "more"),
+    [
+        ([], {}),
+        ([{"role": "system", "content": "s"}], {}),
+        ([{"role": "assistant", "content": "b"}], {}),
+        ([USER, USER], {}),
+        ([USER, {"role": "tool", "content": "r"}], {}),
+        ([USER, {"role": "assistant", "content": "b"}, {"role": "system", "content": "s"}], {}),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], {}),
+        ([USER, {"role": "assistant", "content": None}], {}),
+        ([USER, {"role": "assistant", "content": "", "tool_calls": [{}]}], {}),
+        ([USER, {"role": "assistant", "content": "b"}], {"ask": True}),
+        ([USER], {"tools": [{"type": "function"}]}),
+    ],
+)
+def test_the_template_refuses_what_render_refuses(name: str, messages: list[dict[str, Any]], more: dict[str, Any]) -> None:
+    _, other = saved("ours", name)
+    with pytest.raises(ValueError):
+        other.ids(messages, **{"ask": False} | more)
 
 
 # ---- errors ----

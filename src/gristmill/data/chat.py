@@ -73,8 +73,11 @@ class ChatFormat:
 
     @property
     def template(self) -> str:
-        """Chat template in Hugging Face's Jinja form, for other programs. What it makes of a conversation has the
-        tokens of `render`, unless a message begins with white space or holds the name of a control token."""
+        """Chat template in Hugging Face's Jinja form, for other programs.
+
+        With the tokenizer that `Tokenizer.save` writes beside it, what it makes of a conversation has the tokens of `render`, unless a
+        message spells the name of a control token. Tools, and turns that `render` refuses, are an error there too.
+        """
 
         def put(text: str) -> str:
             return f"{{{{ {json.dumps(text)} }}}}" if text else ""
@@ -88,17 +91,32 @@ class ChatFormat:
         if self.end_opens_next:
             end = f"{{% if message.role == 'assistant' %}}{end}{{% endif %}}"
         between = f"{{% if not loop.last %}}{put(self.after)}{{% endif %}}" if self.after else ""
-        no_system = put(header["system"] + self.close)
+        no_system = put(header["system"]) + put(self.close)
+
+        def refuse(when: str, why: str) -> str:
+            return f"{{% if {when} %}}{{{{ raise_exception({json.dumps(why)}) }}}}{{% endif %}}"
+
+        first = "(1 if messages and messages[0].role == 'system' else 0)"
+        due = f"(loop.index0 - {first}) % 2 == 0"
         return "".join(
             (
+                refuse("tools", "This chat format has no tools."),
+                refuse(f"not messages or messages | length == {first}", "The conversation has no user turn."),
                 put(self.bos),
                 f"{{% if messages[0].role != 'system' %}}{no_system}{{% endif %}}" if self.always_system else "",
                 "{% for message in messages %}",
+                refuse(
+                    f"not (message.role == 'system' and loop.first) and message.role != ('user' if {due} else 'assistant')",
+                    "Turns must alternate user and assistant, after a system turn or none; there are no others.",
+                ),
+                refuse("message.content is not string or message.tool_calls", "A message must be text, and call no tool."),
                 f"{{% if message.role == 'system' %}}{put(header['system'])}{{% elif message.role == 'user' %}}{user}",
                 f"{{% else %}}{put(header['assistant'])}{{% endif %}}",
                 "{{ message.content }}" + put(self.close) + end + between,
                 "{% endfor %}",
-                f"{{% if add_generation_prompt %}}{put(self.after + header['assistant'])}{{% endif %}}",
+                "{% if add_generation_prompt %}",
+                refuse("messages[-1].role == 'assistant'", "The conversation already ends with the assistant."),
+                put(self.after + header["assistant"]) + "{% endif %}",
             )
         )
 
@@ -117,22 +135,21 @@ class ChatFormat:
     def _render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, last_open: bool = False) -> Rendered:
         """`render` of turns in any order, the last of them without its end if it is `last_open`."""
         out = Rendered([], [])
-        self._open(out, messages, tokenizer)
+        if self.bos:
+            self._token(out, self.bos, tokenizer)
+        if self.always_system and messages[0].role != "system":
+            self._turn(out, "system", self.close, tokenizer)
         for i, message in enumerate(messages):
-            self._header(out, message.role, tokenizer)
             answer = message.role == "assistant"
             trained = answer and message.trained
             if last_open and i + 1 == len(messages):
-                self._text(out, message.content, tokenizer)
+                self._turn(out, message.role, message.content, tokenizer)
                 break
-            ids = tokenizer.encode(message.content + self.close)
-            out.ids.extend(ids)
-            out.mask.extend([trained] * len(ids))
+            self._turn(out, message.role, message.content + self.close, tokenizer, trained=trained)
             if answer or not self.end_opens_next:
-                out.ids.append(tokenizer.special_id(self.end))
-                out.mask.append(trained)
+                self._token(out, self.end, tokenizer, trained=trained)
             if self.after and i + 1 < len(messages):
-                self._text(out, self.after, tokenizer)
+                self._text(out, tokenizer.encode_turn(self.after, "")[0])
         return out
 
     def render_prompt(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
@@ -145,8 +162,8 @@ class ChatFormat:
             raise InputError("The conversation already ends with the assistant: remove that turn to generate a new one.")
         out = self.render(messages, tokenizer)
         if self.after:
-            self._text(out, self.after, tokenizer)
-        self._header(out, "assistant", tokenizer)
+            self._text(out, tokenizer.encode_turn(self.after, "")[0])
+        self._turn(out, "assistant", "", tokenizer)
         return out.ids
 
     def render_turns(
@@ -165,8 +182,9 @@ class ChatFormat:
             raise InputError("The conversation has no user turn: start with a message whose role is 'user'.")
         out = self._render(messages, tokenizer, last_open=continue_final_message)
         if add_generation_prompt and not continue_final_message:
-            self._text(out, self.after, tokenizer)
-            self._header(out, "assistant", tokenizer)
+            if self.after:
+                self._text(out, tokenizer.encode_turn(self.after, "")[0])
+            self._turn(out, "assistant", "", tokenizer)
         return out.ids
 
     def response_text(self, ids: Sequence[int], tokenizer: Tokenizer) -> str:
@@ -177,30 +195,27 @@ class ChatFormat:
         """Id of the token that ends an assistant turn."""
         return tokenizer.special_id(self.end)
 
-    def _open(self, out: Rendered, messages: Sequence[Message], tokenizer: Tokenizer) -> None:
-        if self.bos:
-            out.ids.append(tokenizer.special_id(self.bos))
-            out.mask.append(False)
-        if self.always_system and messages[0].role != "system":
-            self._header(out, "system", tokenizer)
-            self._text(out, self.close, tokenizer)
-
-    def _header(self, out: Rendered, role: str, tokenizer: Tokenizer) -> None:
-        first, text, second, tail = self.headers[role]
+    def _turn(self, out: Rendered, role: str, text: str, tokenizer: Tokenizer, *, trained: bool = False) -> None:
+        first, header, second, tail = self.headers[role]
         if first and not (self.end_opens_next and first == self.end and out.ids and out.ids[-1] == tokenizer.special_id(self.end)):
-            out.ids.append(tokenizer.special_id(first))
-            out.mask.append(False)
-        self._text(out, text, tokenizer)
+            self._token(out, first, tokenizer)
         if second:
-            out.ids.append(tokenizer.special_id(second))
-            out.mask.append(False)
-        self._text(out, tail, tokenizer)
+            self._text(out, tokenizer.encode_turn(header, "")[0])
+            self._token(out, second, tokenizer)
+            header = tail
+        head, body = tokenizer.encode_turn(header, text)
+        self._text(out, head)
+        self._text(out, body, trained=trained)
 
     @staticmethod
-    def _text(out: Rendered, text: str, tokenizer: Tokenizer) -> None:
-        ids = tokenizer.encode(text) if text else []
+    def _token(out: Rendered, name: str, tokenizer: Tokenizer, *, trained: bool = False) -> None:
+        out.ids.append(tokenizer.special_id(name))
+        out.mask.append(trained)
+
+    @staticmethod
+    def _text(out: Rendered, ids: Sequence[int], *, trained: bool = False) -> None:
         out.ids.extend(ids)
-        out.mask.extend([False] * len(ids))
+        out.mask.extend([trained] * len(ids))
 
 
 FORMATS: dict[str, ChatFormat] = {

@@ -146,7 +146,8 @@ def _given(record: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
         if rest.get(name):
             raise InputError(f"it has `{name}`, and {why}: leave such rows out.")
         rest.pop(name, None)
-    return rest
+    meta = rest.pop("meta", {})  # our own rows hold such columns there
+    return rest | (meta if isinstance(meta, dict) and not meta.keys() & rest.keys() else {"meta": meta})
 
 
 def _talk(rest: dict[str, Any], sides: Sequence[str | Conversation] = ()) -> Conversation | None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -241,7 +242,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             raise DamagedFile(f"{path} cannot be read as Parquet ({reason(e)}): write or download it again.") from e
         for record in records:
             for key in _JSON & record.keys():
-                record[key] = _parsed(record[key], path) if isinstance(record[key], str) else record[key]
+                with suppress(ValueError, RecursionError):  # a user's column of that name may hold any text
+                    record[key] = json.loads(record[key]) if isinstance(record[key], str) else record[key]
         return records
     if path.suffix not in (".jsonl", ".json"):
         raise InputError(f"{path} is neither .parquet nor .jsonl: convert it to one of them.")
@@ -305,13 +307,6 @@ def read_rows(path: Path, row: type[Row]) -> list[Row]:
             why = str(e) if isinstance(e, InputError) else f"a value of another type: {reason(e)}"
             raise InputError(f"Row {number} of {path} cannot be read ({why}).") from e
     return rows
-
-
-def _parsed(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise DamagedFile(f"{path} cannot be read ({reason(e)}): write or download it again.") from e
 
 
 def _plain(row: Any) -> dict[str, Any]:

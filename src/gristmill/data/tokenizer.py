@@ -5,10 +5,12 @@ even when it spells the name of a control token.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
@@ -19,6 +21,28 @@ from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
 
 EOS = "<|endoftext|>"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can spell it, and it is no text
+# Control tokens by their names, for files that do not flag them: what opens and ends turns and documents.
+CONTROL = (
+    *("<|im_start|>", "<|im_end|>", "<|im_sep|>", "<extra_id_0>", "<extra_id_1>", "<start_of_turn>", "<end_of_turn>"),
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
+    *(
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|tool|>",
+        "<|start|>",
+        "<|end|>",
+        "<|message|>",
+        "<|channel|>",
+        "<|return|>",
+        "<|call|>",
+    ),
+)
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")  # in tokenizer_config.json
+# What chat formats write before the words of a turn. Elsewhere a chat template gives both as one text, which is cut here.
+HEADERS = ("System\n", "User\n", "Assistant\n", "system\n", "user\n", "assistant\n", "\n\n")
+CUT = r"\A(?:"  # how that cut begins in a saved tokenizer.json
+PLAIN = ("NoneType", "NFC", "NFKC", "NFD", "NFKD", "Lowercase")  # normalizers that change each character for itself
 
 
 MAX_ENCODED_ALONE = 20_000  # characters; for longer texts the library lets other threads run only in a batch
@@ -51,13 +75,22 @@ class Tokenizer:
     Args:
         backend: a Hugging Face tokenizer.
         eos: name of the end-of-document token.
+        control: names of further control tokens, beside those that are flagged so and those of `CONTROL`.
 
     Raises:
         InputError: the end-of-document token is not in the vocabulary.
     """
 
-    def __init__(self, backend: HFTokenizer, eos: str = EOS):
+    def __init__(self, backend: HFTokenizer, eos: str = EOS, control: Iterable[str] = ()):
         self._backend = backend
+        self._chat: HFTokenizer | None = None
+        blank = any(step.get("add_prefix_space") or step["type"] == "Metaspace" for step in _steps(backend))
+        self._apart = type(backend.normalizer).__name__ in PLAIN and not blank  # so that two texts have the ids of each
+        flagged = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+        names = [n for n in dict.fromkeys((*flagged, eos, *control, *CONTROL)) if backend.token_to_id(n) is not None]
+        # which also makes them leave the white space around them alone
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        _bar(backend, names)
         self._backend.encode_special_tokens = True  # text never becomes a control token
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -114,19 +147,34 @@ class Tokenizer:
             backend = HFTokenizer.from_file(str(path))
         config_path = path.with_name("tokenizer_config.json")
         config = read_untrusted_json(config_path) if config_path.exists() else {}
-        eos = config.get("eos_token") or EOS
-        name = eos.get("content") if isinstance(eos, dict) else eos
-        if not isinstance(name, str):
-            raise InputError(f"{config_path} is not a tokenizer configuration (eos_token is {quoted(eos)}): download it again.")
+        try:
+            eos = config.get("eos_token") or EOS
+            name = eos["content"] if isinstance(eos, dict) else eos
+            others = [*map(config.get, NAMED), *(config.get("additional_special_tokens") or ())]
+            others += [token for token in (config.get("added_tokens_decoder") or {}).values() if token.get("special")]
+            control = [token["content"] if isinstance(token, dict) else token for token in others if token]
+            if not all(isinstance(text, str) for text in (name, *control)):
+                raise TypeError("a token's name is no text")
+        except (ValueError, AttributeError, KeyError, TypeError) as e:
+            raise InputError(f"{config_path} is not a tokenizer configuration ({quoted(repr(e))[1:-1]}): download it again.") from e
         with _damage(path):
-            tokenizer = Tokenizer(backend, name)
+            cut, *rest = _steps(backend) or [{}]
+            if cut.get("pattern", {}).get("Regex", "").startswith(CUT):  # it belongs to the template, see `save`
+                backend = _with(backend, rest[0] if rest else None)
+            tokenizer = Tokenizer(backend, name, control)
             tokenizer.decode(tokenizer.encode(PROBE))  # what is wrong within shows when it is used
         return tokenizer
 
     def save(self, folder: Path, chat_template: str = "") -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, readable by `transformers`, with a chat template for other programs."""
+        """Write `tokenizer.json` and `tokenizer_config.json`, readable by `transformers`, with a chat template for other programs.
+
+        With a template, the written tokenizer cuts a turn's header from the words after it, as rendering does piece by piece;
+        else a message that begins with a line break would have one token for the header's and its own.
+        """
         folder = Path(folder)
-        write_text(folder / "tokenizer.json", self._backend.to_str(pretty=True))
+        headers = [header for header in HEADERS if json.dumps(header)[1:-1] in chat_template]
+        backend = _cut(self._backend, headers) if headers else self._backend
+        write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "clean_up_tokenization_spaces": False}
         config |= {"chat_template": chat_template} if chat_template else {}
         write_json(folder / "tokenizer_config.json", config)
@@ -137,16 +185,40 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; never contains a control token."""
+        """Ids of `text`; never contains a control token.
+
+        Raises:
+            InputError: the text holds half of a surrogate pair.
+        """
         if len(text) > MAX_ENCODED_ALONE:
             return self.encode_batch([text])[0]
+        _check_text(text)
         try:
             return self._backend.encode(text, add_special_tokens=False).ids
         except BaseException as e:
             raise _unless_panic(e) from None
 
+    def encode_turn(self, header: str, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a turn's header and of the words after it, both as they are after a control token.
+
+        Those of the header are the same whatever follows. SentencePiece puts a blank before the first word of a text: where the words
+        are not the first, theirs has none.
+        """
+        if self._apart:
+            return (self.encode(header) if header else []), (self.encode(text) if text else [])
+        if self._chat is None:
+            # after a control token no word is the first
+            steps = [step | {"prepend_scheme": "never"} if _only_first(step) else step for step in _steps(self._backend)]
+            self._chat = _cut(_with(self._backend, {"type": "Sequence", "pretokenizers": steps}), HEADERS)
+        head, ids = (self._chat.encode(part, add_special_tokens=False).ids if part else [] for part in (header, header + text))
+        if ids[: len(head)] != head:
+            return head, self._chat.encode(text, add_special_tokens=False).ids
+        return head, ids[len(head) :]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
+        for text in texts:
+            _check_text(text)
         try:
             return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
         except BaseException as e:
@@ -185,6 +257,66 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of the whole tokenizer, for caches and run folders."""
         return hashlib.blake2b(self._backend.to_str().encode(), digest_size=8).hexdigest()
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii() and SURROGATE.search(text):
+        raise InputError("A text holds half of a surrogate pair, which is no text: mend or remove it.")
+
+
+def _steps(backend: HFTokenizer) -> list[dict[str, Any]]:
+    """Pre-tokenizers of a tokenizer, one after the other, as in tokenizer.json."""
+    if backend.pre_tokenizer is None:
+        return []
+    found = json.loads(backend.pre_tokenizer.__getstate__())
+    return list(found["pretokenizers"]) if found["type"] == "Sequence" else [found]
+
+
+def _with(backend: HFTokenizer, pre_tokenizer: dict[str, Any] | None) -> HFTokenizer:
+    """A copy with another pre-tokenizer, as in tokenizer.json."""
+    copy = HFTokenizer.from_str(json.dumps(json.loads(backend.to_str()) | {"pre_tokenizer": pre_tokenizer}))
+    copy.encode_special_tokens = backend.encode_special_tokens
+    return copy
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _cut(backend: HFTokenizer, headers: Sequence[str]) -> HFTokenizer:
+    """A copy that cuts headers from what follows them."""
+    normalize = (lambda text: text) if backend.normalizer is None else backend.normalizer.normalize_str
+    texts = dict.fromkeys(form for header in headers for form in (normalize(header), header) if form)
+    whole = [] if backend.pre_tokenizer is None else [json.loads(backend.pre_tokenizer.__getstate__())]
+    cut = _split(CUT + "|".join(map(_escape, texts)) + ")")
+    return _with(backend, {"type": "Sequence", "pretokenizers": [cut, *whole]})
+
+
+def _only_first(step: dict[str, Any]) -> bool:
+    return step["type"] == "Metaspace" and step.get("prepend_scheme") == "first"
+
+
+def _bar(backend: HFTokenizer, names: Sequence[str]) -> None:
+    """Split the names of control tokens that the model itself could make of a text that spells them."""
+    if not any(backend.model.token_to_id(name) is not None for name in names):
+        return
+    model = json.loads(backend.to_str())["model"]
+    if model.get("type") == "BPE" and not model.get("ignore_merges"):
+        made = {"".join(m) if isinstance(m, list) else m.replace(" ", "") for m in model["merges"]}
+    else:
+        made = {piece[0] if isinstance(piece, list) else piece for piece in model["vocab"]}
+    made = {name for name in names if name in made}
+    if made:
+        pattern = "|".join(f"{_escape(name[0])}(?={_escape(name[1:])})" for name in sorted(made) if len(name) > 1)
+        steps = _steps(backend)
+        if _split(pattern) not in steps:
+            carrier = pre_tokenizers.Sequence([])
+            carrier.__setstate__(json.dumps({"type": "Sequence", "pretokenizers": [_split(pattern), *steps]}).encode())
+            backend.pre_tokenizer = carrier
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([^\w\s])", r"\\\1", text)
 
 
 def _byte_names() -> dict[str, int]:

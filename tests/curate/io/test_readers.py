@@ -331,3 +331,23 @@ def test_labels_go_to_meta_on_the_way_back(tmp_path: Path) -> None:
     table = pa.Table.from_pylist([{"id": "a", "text": "x", "meta": '{"n": 1}'}], schema=DOCUMENT)
     [path] = write(iter([table.append_column("language", pa.array(["en"]))]), tmp_path, "parquet", shard_bytes=10)
     assert json.loads(all_of(path)[0][0]["meta"]) == {"n": 1, "language": "en"}
+
+
+@pytest.mark.parametrize(
+    ("field", "kept"),
+    [
+        ("NaN", None),
+        ("[1.5, -Infinity]", [1.5, None]),
+        ('{"a": {"b": NaN}}', {"a": {"b": None}}),
+        ('"a\\ud83d"', "a\ufffd"),
+        ('["\\ud83d\\ude00", "\\\\ud83d"]', ["\U0001f600", "\\ud83d"]),
+    ],
+)
+def test_meta_is_json_as_others_read_it(field: str, kept: Any, tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", b'{"text": "x", "score": %s}' % field.encode())
+    [row] = all_of(path)[0]
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    assert json.loads(row["meta"], parse_constant=refuse) == {"score": kept}

@@ -23,6 +23,8 @@ from gristmill.core.config import Section
 from gristmill.core.errors import InputError
 from gristmill.core.io import make_folder, replacing
 from gristmill.curate.outcome import DOCUMENT
+from gristmill.data.rows import finite
+from gristmill.data.tokenizer import SURROGATE
 
 OnSkip = Callable[[str, str], None]  # where, why
 Format = Literal["parquet", "jsonl", "jsonl.zst"]
@@ -36,7 +38,7 @@ MAX_NESTING = 1000  # of a page's elements: the extraction's time grows with the
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".html", ".htm"}
 
-_ENCODER, _DECODER = json.JSONEncoder(default=str), json.JSONDecoder(strict=False)  # `json.dumps` would make one each time
+_ENCODER, _DECODER = json.JSONEncoder(default=str, allow_nan=False), json.JSONDecoder(strict=False)  # `json.dumps` would make one each time
 _TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)")
 # that hold nothing, or that the next one of their kind closes
 _FLAT = re.compile("area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr|p|li|dt|dd|td|th|tr|tbody|thead|tfoot|option")
@@ -247,7 +249,7 @@ def _whole(text: str) -> str:
 
 
 def _meta(rest: dict[str, Any]) -> str:
-    """Everything else of a document as JSON. A `meta` that is an object already is not put into another."""
+    """Everything else of a document as JSON (null for NaN and infinities). A `meta` that is an object is not put into another."""
     inner = rest.get("meta")
     if isinstance(inner, str):
         try:
@@ -256,7 +258,16 @@ def _meta(rest: dict[str, Any]) -> str:
             inner = None
     if isinstance(inner, dict):
         rest = {**inner, **{key: value for key, value in rest.items() if key != "meta"}}
-    return _ENCODER.encode(rest) if rest else "{}"
+    if not rest:
+        return "{}"
+    try:
+        text = _ENCODER.encode(rest)
+    except ValueError:  # JSON has no NaN
+        text = _ENCODER.encode(finite(rest))
+    if "\\ud" in text:  # whole pairs are written so too
+        whole = json.dumps(json.loads(text), ensure_ascii=False)
+        text = text if SURROGATE.search(whole) is None else json.dumps(json.loads(_whole(whole)))
+    return text
 
 
 def _rows(path: Path, name: str, settings: Reading, on_skip: OnSkip, start: int) -> Iterator[Numbered]:

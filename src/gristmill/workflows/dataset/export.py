@@ -26,6 +26,12 @@ Item = TypeVar("Item")
 
 def export(folder: Path, recipe: DatasetRecipe, results: dict[str, Any], kept: Sequence[Demonstration], compared: Sequence[Pair]) -> None:
     """Write all of them."""
+    write_tables(folder, kept, compared)
+    write_text(folder / "README.md", card(recipe, results, kept, compared))
+
+
+def write_tables(folder: Path, kept: Sequence[Demonstration], compared: Sequence[Pair]) -> None:
+    """Write the tables without the card."""
     sft = [{"id": d.id, "task": d.task, "messages": to_dicts(d.messages), "generator": d.origin} for d in kept]
     preference = [
         {
@@ -55,13 +61,13 @@ def export(folder: Path, recipe: DatasetRecipe, results: dict[str, Any], kept: S
         _jsonl(out / f"{name}.jsonl", rows)
         _parquet(out / f"{name}.parquet", rows)
     _jsonl(out / "nemo_aligner.jsonl", nemo)
-    write_text(folder / "README.md", card(recipe, results, kept, compared))
 
 
 def _text(pair: Pair) -> str:
-    if len(pair.messages) == 1:
-        return pair.messages[0].content
-    return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in pair.messages)
+    """A prompt as one text: earlier turns stand in it as in HelpSteer2, which the readers of both programs know."""
+    first, *others = pair.messages
+    text = f"<extra_id_0>System\n{first.content}" if first.role == "system" else first.content
+    return text + "".join(f"\n<extra_id_1>{m.role.capitalize()}\n{m.content}" for m in others)
 
 
 def _jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
