@@ -12,11 +12,17 @@ from pydantic import BaseModel
 import gristmill
 from gristmill.core.config import check, dump, load
 from gristmill.core.errors import InputError
+from gristmill.curate.blend.blend import Blend
+from gristmill.curate.recipe import Curation
 from gristmill.train.settings import training_section
 from gristmill.workflows.alignment.recipe import CONTROLS, AlignmentRecipe
+from gristmill.workflows.dataset.recipe import DatasetRecipe
 
 # Every key a recipe may have. A change here is a change of what users have written down: think twice, then edit.
-TRAINING = "optimizer lr muon_lr schedule warmup_steps min_lr_ratio steps epochs batch_size micro_batch_tokens weight_decay clip precision"
+TRAINING = (
+    "optimizer lr muon_lr schedule warmup_ratio warmup_steps min_lr_ratio steps epochs batch_size micro_batch_tokens weight_decay "
+    "clip precision"
+)
 PREFERENCE = f"{TRAINING} loss beta eta label_smoothing sft_weight logprobs num_prompts num_pairs keep_chosen"
 ANSWERS = "samples temperatures max_tokens"
 JUDGING = (
@@ -27,7 +33,7 @@ GENERATOR = "base_url model folder checkpoint weight rounds kind api_key_env api
 SURFACE = {
     "": (
         "kind name world model chat_format seed rounds rpo_iterations control threads device data generators calls templates topics "
-        "pipelines answers engine judging collapse demonstration_sft reward code_sft general_sft dpo rpo"
+        "pipelines answers engine judging collapse alarms demonstration_sft reward code_sft general_sft dpo rpo"
     ),
     "data": (
         "demonstrations ratings prompts evaluation num_demonstrations num_rated_prompts num_prompts num_evaluation num_held_out_ratings"
@@ -38,6 +44,7 @@ SURFACE = {
     "engine": "max_batch precision",
     "judging": f"{JUDGING} max_code_per_task max_prompts_per_task code_share",
     "collapse": "tokens stop",
+    "alarms": "min_steps",
     "demonstration_sft": TRAINING,
     "reward": TRAINING,
     "code_sft": TRAINING,
@@ -47,7 +54,7 @@ SURFACE = {
 }
 PRETRAINING = (
     "kind world documents preset tokenizer chat_format tokens seed batch_tokens micro_batch_tokens optimizer lr muon_lr schedule "
-    "warmup_steps min_lr_ratio weight_decay precision device"
+    "warmup_ratio warmup_steps min_lr_ratio weight_decay precision device"
 )
 SHIPPED = sorted((Path(gristmill.__file__).parent / "recipes").glob("*.yaml"))
 
@@ -230,6 +237,39 @@ def test_training_takes_steps_or_epochs(given_length: dict[str, int]) -> None:
 def test_training_with_one_length_is_fine(given_length: dict[str, float]) -> None:
     section = training_section("dpo", {"lr": 1e-3, **given_length})
     assert (section.steps, section.epochs) == (given_length.get("steps"), given_length.get("epochs"))
+
+
+NAMES = [
+    ".",
+    "..",
+    ".hidden",
+    "../up",
+    "a/b",
+    "/tmp/x",
+    "a\\b",
+    "a\nb",
+    "a\n",
+    "",
+    " ",
+    "a b",
+    "a\0b",
+    "\x1b[2J",
+    "x" * 201,
+    "\u00e9" * 101,
+]
+
+
+@pytest.mark.parametrize("recipe", [AlignmentRecipe, DatasetRecipe, Curation, Blend])
+def test_a_name_becomes_a_folder_in_its_place(recipe: type[BaseModel], tmp_path: Path) -> None:
+    def error_of(name: str) -> str:
+        try:
+            check(recipe, {"name": name})
+        except InputError as e:
+            return str(e)
+        return ""
+
+    assert not [name for name in NAMES if "a run's name" not in error_of(name)]
+    assert not [name for name in ("mine", "a.b-c_d", "2024", "-x", "a..b", "\u00e9t\u00e9", "x" * 200) if "a run's name" in error_of(name)]
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import lock, sync, write_json, write_jsonl, write_synced
+from gristmill.core.io import lock, sync, write_json, write_jsonl, write_text
 
 
 def no_space(*args: object) -> None:
@@ -32,15 +32,15 @@ DiskLog = list[tuple[str, Path, int | Path]]
 def test_json_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path: Path, disk_log: DiskLog) -> None:
     path = tmp_path / "results.json"
     write_json(path, {"a": 1})
-    (kind, synced, size), renamed = disk_log
-    assert (kind, size) == ("fsync", path.stat().st_size) and renamed == ("rename", synced, path)
+    (kind, synced, size), renamed, (_, folder, _) = disk_log
+    assert (kind, size) == ("fsync", path.stat().st_size) and renamed == ("rename", synced, path) and folder == tmp_path
 
 
-def test_a_synced_text_is_whole_on_the_disk(tmp_path: Path, disk_log: DiskLog) -> None:
-    write_synced(tmp_path / "state.json", "text")
+def test_a_new_folder_is_on_the_disk_before_what_is_in_it(tmp_path: Path, disk_log: DiskLog) -> None:
+    write_text(tmp_path / "a" / "b" / "state.json", "text")
+    assert [path for kind, path, _ in disk_log[:2]] == [tmp_path, tmp_path / "a"]
     sync(tmp_path)
-    assert disk_log[0] == ("fsync", tmp_path / "state.json", 4)
-    assert [(kind, path) for kind, path, _ in disk_log[1:]] == [("fsync", tmp_path)]
+    assert disk_log[-1][:2] == ("fsync", tmp_path)
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:

@@ -264,8 +264,34 @@ def test_a_bad_message_is_named(turn: Any) -> None:
         conversation([{"role": "user", "content": "fine"}, turn])
 
 
-def test_extra_fields_of_a_message_are_dropped() -> None:
-    assert conversation(cast(Any, [{"role": "user", "content": "x", "weight": 0}])) == talk("x")
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"training": False}, {"weight": 1, "train": False}])
+def test_a_turn_of_weight_0_is_context(mark: dict[str, Any]) -> None:
+    """Its ids are there, and no loss is taken on it, nor on its end; it keeps its mark through files."""
+    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    marked = conversation([turns[0] | mark, turns[1] | mark, turns[2], turns[3] | {"weight": 1}])
+    assert [m.trained for m in marked] == [True, False, True, True] and conversation(to_dicts(marked)) == marked
+    for name, format in FORMATS.items():
+        out, plain = (format.render(talk, TOKENIZERS[name]) for talk in (marked, conversation(turns)))
+        last = [*TOKENIZERS[name].encode("d" + format.close), format.end_of_turn_id(TOKENIZERS[name])]
+        assert out.ids == plain.ids and [i for i, trained in zip(out.ids, out.mask, strict=True) if trained] == last
+
+
+@pytest.mark.parametrize("weight", [0.5, 2, "0", [0]])
+def test_another_weight_is_refused(weight: Any) -> None:
+    with pytest.raises(InputError, match="weight"):
+        conversation([{"role": "assistant", "content": "x", "weight": weight}])
+
+
+@pytest.mark.parametrize("field", ["tool_calls", "function_call", "tool_call_id", "audio"])
+def test_a_message_of_a_tool_is_refused_and_an_empty_field_is_not(field: str) -> None:
+    with pytest.raises(InputError, match=field):
+        conversation([{"role": "assistant", "content": "x", field: [{"id": "1"}]}])
+    assert conversation([{"role": "assistant", "content": "x", field: None}]) == (Message("assistant", "x"),)
+
+
+def test_half_of_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(InputError, match="surrogate"):
+        conversation([{"role": "user", "content": "a\ud83d"}])
 
 
 @each_format

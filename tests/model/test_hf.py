@@ -1,11 +1,16 @@
 """Model folders: round trips, shards, and what is refused."""
 
 import json
+import os
+import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gristmill.core.errors import InputError
@@ -13,11 +18,13 @@ from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import BlockConfig, ModelConfig, uniform_blocks
 from gristmill.model.hf import (
     INDEX_FILE,
+    MAX_HEADER_BYTES,
     SINGLE_FILE,
     fingerprint,
     load_model,
     load_reward,
     save_model,
+    save_quantized,
     save_reward,
 )
 from gristmill.model.packed import PackedShape
@@ -132,6 +139,240 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, name: str, value: torch
     change_tensors(folder, name, value)
     with pytest.raises(InputError, match=said):
         load_model(folder)
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(hf | values))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 65_536},
+        {"intermediate_size": 500_000},
+        {"num_attention_heads": 1000, "num_key_value_heads": 1000},
+        {"head_dim": 1024},
+        {"num_hidden_layers": 512},
+        {"hidden_size": 65_536, "intermediate_size": 500_000, "num_hidden_layers": 512, "tie_word_embeddings": True},
+    ],
+)
+def test_no_memory_is_taken_for_what_the_file_does_not_hold(folder: Path, change: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*args: object, **kwargs: object) -> None:
+        raise AssertionError("memory was asked for")
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", allocate)
+    change_config(folder, **change)
+    with pytest.raises(InputError, match="tensors fit its config.json"):
+        load_model(folder)
+
+
+def test_more_memory_than_there_is_is_not_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.sysconf
+    monkeypatch.setattr("gristmill.model.hf.os.sysconf", lambda name: 10 if name == "SC_PHYS_PAGES" else real(name))
+    with pytest.raises(InputError, match="more memory"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        struct.pack("<Q", 2**63 - 1),
+        struct.pack("<Q", 2**64 - 1) + b"{}",
+        struct.pack("<Q", 2**40) + b"{}",
+        struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{" * (MAX_HEADER_BYTES + 1),
+        struct.pack("<Q", 10**5) + b"[" * 10**5,
+        struct.pack("<Q", 6) + b'{"a":1',
+        b"\x80\x04\x95pickled" * 9,
+        b"",
+    ],
+    ids=["2^63", "2^64", "2^40", "large", "deep", "torn", "pickle", "empty"],
+)
+def test_a_damaged_header_is_refused(folder: Path, header: bytes) -> None:
+    (folder / SINGLE_FILE).write_bytes(header)
+    with pytest.raises(InputError, match=SINGLE_FILE) as caught:
+        load_model(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_a_pointer_of_git_lfs_is_told_as_such(folder: Path) -> None:
+    (folder / SINGLE_FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(InputError, match="git lfs pull"):
+        load_model(folder)
+
+
+def parts(folder: Path) -> tuple[dict[str, Any], bytes]:
+    data = (folder / SINGLE_FILE).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def write_parts(folder: Path, header: dict[str, Any], body: bytes) -> None:
+    text = json.dumps(header).encode()
+    (folder / SINGLE_FILE).write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data_offsets": [0, 10**15]},
+        {"data_offsets": [-5, 10]},
+        {"data_offsets": [0, 0]},
+        {"shape": [2**62, 4]},
+        {"shape": [-16, -32]},
+        {"shape": []},
+        {"dtype": "\x1b[2JEVIL"},
+        {"dtype": "I32"},
+        {"dtype": "F8_E4M3", "shape": [64, 32]},
+        {"dtype": "U16", "shape": [16, 64]},
+    ],
+)
+def test_an_entry_that_does_not_fit_is_refused(folder: Path, change: dict) -> None:
+    header, body = parts(folder)
+    header["model.layers.1.self_attn.k_proj.weight"] |= change
+    write_parts(folder, header, body)
+    with pytest.raises(InputError, match=r"damaged|tensors fit") as caught:
+        load_model(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_a_name_that_cannot_be_printed_is_quoted(folder: Path) -> None:
+    change_tensors(folder, "model.\x1b[2J\x07.weight", torch.zeros(1))
+    with pytest.raises(InputError, match=r"unexpected tensor model\.\\x1b"):
+        load_model(folder)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_damage_is_refused_or_harmless(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    place = tmp_path_factory.mktemp("fuzzed")
+    save_model(Transformer(CONFIG), TOKENIZER, place / "model")
+    folder = place / "model"
+    name = data.draw(st.sampled_from([SINGLE_FILE, "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]))
+    whole = bytearray((folder / name).read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, min(len(whole), 4000) - 1))
+        put = data.draw(
+            st.sampled_from([b"", b"\0", b"9" * 20, b"-", b'"', b"{", b"]", b"null", b"\xff"]) | st.binary(min_size=1, max_size=9)
+        )
+        whole[at : at + data.draw(st.integers(0, 12))] = put
+    (folder / name).write_bytes(bytes(whole))
+    try:
+        model, _ = load_model(folder)
+    except InputError as error:
+        assert len(str(error)) < 1000
+        return
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, 3e38])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weight"])
+def test_values_that_no_training_makes_are_refused(folder: Path, name: str, value: float) -> None:
+    tensor = load_file(folder / SINGLE_FILE)[name]
+    tensor.view(-1)[-1] = value
+    change_tensors(folder, name, tensor)
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        load_model(folder)
+
+
+def test_values_beyond_the_type_that_is_asked_for_are_refused(folder: Path) -> None:
+    change_tensors(folder, "model.norm.weight", torch.full((32,), 1e300, dtype=torch.float64))
+    with pytest.raises(InputError, match=r"model\.norm\.weight"):
+        load_model(folder)
+
+
+def test_large_biases_of_published_models_are_not_too_large(folder: Path) -> None:
+    change_tensors(folder, "model.norm.bias", torch.full((32,), 900.0))
+    load_model(folder)
+
+
+def sharded(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    save_model(Transformer(CONFIG), TOKENIZER, tmp_path / "model", max_shard_bytes=20_000)
+    return tmp_path / "model", json.loads((tmp_path / "model" / INDEX_FILE).read_text())["weight_map"]
+
+
+@pytest.mark.parametrize(
+    "way", ["../other/{}", "{folder}/../other/{}", "/etc/passwd", "..", "", "a/../{}", "/dev/zero", "x\0y", "x" * 5000, 1, None, []]
+)
+def test_an_index_names_files_of_its_own_folder(tmp_path: Path, way: Any) -> None:
+    folder, weight_map = sharded(tmp_path)
+    (folder / ".." / "other").mkdir()
+    for path in folder.glob("*.safetensors"):
+        path.rename(tmp_path / "other" / path.name)
+    changed = {k: way.format(v, folder=folder) if isinstance(way, str) else way for k, v in weight_map.items()}
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": changed}))
+    for read in (load_model, fingerprint):
+        with pytest.raises(InputError, match="no name of a safetensors file in its folder"):
+            read(folder)
+
+
+@pytest.mark.parametrize("weight_map", [[1, 2], None, {}, 5, "a"])
+def test_an_index_without_a_map_is_refused(tmp_path: Path, weight_map: Any) -> None:
+    folder, _ = sharded(tmp_path)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match="no weight_map"):
+        load_model(folder)
+
+
+def test_links_into_a_cache_are_followed(tmp_path: Path) -> None:
+    folder, _ = sharded(tmp_path)
+    (tmp_path / "blobs").mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(tmp_path / "blobs" / str(number))
+        path.symlink_to(f"../blobs/{number}")
+    load_model(folder)
+
+
+def test_a_shard_of_another_model_is_told_by_the_tensor(tmp_path: Path) -> None:
+    folder, weight_map = sharded(tmp_path)
+    first, second = sorted(set(weight_map.values()))[:2]
+    (folder / second).write_bytes((folder / first).read_bytes())
+    with pytest.raises(InputError, match="a second time"):
+        load_model(folder)
+
+
+def test_one_file_goes_before_an_index_as_elsewhere(folder: Path) -> None:
+    (folder / INDEX_FILE).write_text('{"weight_map": {"a": "of-another-model.safetensors"}}')
+    load_model(folder)
+
+
+def test_a_tied_output_matrix_is_the_embedding(tmp_path: Path) -> None:
+    save_model(Transformer(replace(CONFIG, tie_embeddings=True)), TOKENIZER, tmp_path / "model")
+    embedding = load_file(tmp_path / "model" / SINGLE_FILE)["model.embed_tokens.weight"]
+    change_tensors(tmp_path / "model", "lm_head.weight", embedding.clone())
+    load_model(tmp_path / "model")
+    change_tensors(tmp_path / "model", "lm_head.weight", embedding + 0.01)
+    with pytest.raises(InputError, match="tie_word_embeddings"):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-weight", "fp8"])
+def test_parts_of_quantized_matrices_are_compared_too(kind: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_quantized(Transformer(CONFIG), TOKENIZER, folder, kind=kind)
+    load_model(folder)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors = load_file(folder / SINGLE_FILE)
+    values = f"{name}_packed" if kind == "int8-weight" else name
+    for part, value in (
+        (values, tensors[values][:, :-1].contiguous()),
+        (values, tensors[values].view(torch.uint8)),
+        (f"{name}_scale", torch.ones(3, 1)),
+        (f"{name}_scale", torch.full((32, 1), float("nan"))),
+        *([(f"{name}_shape", torch.tensor([32, 10**15]))] if kind == "int8-weight" else []),
+        *([(f"{name}_shape", torch.tensor([32, 60]))] if kind == "int8-weight" else []),
+    ):
+        save_file(tensors | {part: value}, folder / SINGLE_FILE)
+        with pytest.raises(InputError, match="down_proj"):
+            load_model(folder)
+
+
+@pytest.mark.parametrize("weights", [5, "abcde", [1, 2, 3, 4], [1, 2, 3, 4, "5"], [1, 2, 3, 4, 1e300], [1, 2, 3, 4, None]])
+def test_reward_weights_are_numbers(tmp_path: Path, weights: Any) -> None:
+    save_reward(RewardModel(Transformer(CONFIG)), TOKENIZER, tmp_path / "reward")
+    change_config(tmp_path / "reward", reward_weights=weights)
+    with pytest.raises(InputError, match="aggregation weights"):
+        load_reward(tmp_path / "reward")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])

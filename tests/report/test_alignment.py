@@ -1,6 +1,7 @@
 """The page: safe, self-contained, complete, and plain about what did not work."""
 
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -172,12 +173,10 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(make_run: MakeRun, mon
     folder = make_run()
     old = text_of(write_report(folder))
 
-    def disk_full(self: Path, *args: object, **kwargs: object) -> None:
+    def disk_full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    write: Callable[..., int] = Path.write_text
-    monkeypatch.setattr(Path, "write_text", disk_full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(InputError, match="No space left"):
         write_report(folder)
-    monkeypatch.setattr(Path, "write_text", write)
     assert text_of(folder / "report.html") == old

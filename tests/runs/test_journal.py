@@ -189,6 +189,7 @@ def test_records_reach_the_disk_every_few_seconds_and_at_the_end(
             now[0] += seconds
             journal.append({"id": str(number)})
             sizes.append(path.stat().st_size)
+        assert disk_log.pop(0)[:2] == ("fsync", tmp_path), "that it is there"
         assert SYNC_SECONDS <= 5 and disk_log == [("fsync", path, sizes[2]), ("fsync", path, sizes[4])]
     assert disk_log[2:] == [("fsync", path, sizes[5])]
 

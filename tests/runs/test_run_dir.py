@@ -200,11 +200,12 @@ def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_when_the_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "write_text", no_space)
-    with pytest.raises(InputError, match="No space left on device"):
-        open_run(tmp_path / "run")
-    monkeypatch.undo()
-    open_run(tmp_path / "run").stage("data", 1, lambda folder: {})
+    for function in ("fsync", "replace", "mkdir", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, no_space)
+            with pytest.raises(InputError, match="No space left on device"):
+                open_run(tmp_path / "run" / function)
+        open_run(tmp_path / "run" / function).stage("data", 1, lambda folder: {})
 
 
 def test_a_full_disk_in_a_stage_leaves_it_to_be_continued(tmp_path: Path) -> None:

@@ -240,13 +240,14 @@ def test_reasons(box: Sandbox, program: str, reason: str) -> None:
 
 
 @jailed
-def test_any_other_byte_in_the_verdict_pipe_spoils_a_pass(box: Sandbox) -> None:
+def test_any_other_byte_in_the_pipes_spoils_a_pass(box: Sandbox) -> None:
     program = (
         "import os\n"
         "for fd in range(3, 64):\n"
         "    try: os.write(fd, b'x')\n    except OSError: pass"
     )  # fmt: skip
-    assert box.run(program, "").reason == "error: the program wrote to the verdict pipe"
+    assert box.run(program, "").reason == "error: the program broke the protocol of the check"
+    assert box.run(program, "import gc").reason == "error: the program wrote to the verdict pipe"
 
 
 SPRAY = """

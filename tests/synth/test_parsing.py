@@ -74,4 +74,71 @@ def test_duplicates_differ_in_more_than_case_and_punctuation() -> None:
 
 def test_yes_and_no_stand_at_the_beginning() -> None:
     assert parse_yes_no("Yes, it does.") and parse_yes_no("**YES**") and parse_yes_no(" yes") and parse_yes_no("No.") is False
+    assert parse_yes_no("<think>No?</think>\n**Answer:** yes") and parse_yes_no("<think>yes") is None
     assert parse_yes_no("Maybe yes") is None and parse_yes_no("Nothing") is None and parse_yes_no("") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>\n1. no\n2. neither\n</think>\n1. Oats\n2. Rye",
+        "1. no\n2. neither\n</think>\n\n- Oats\n- Rye",
+        "**1. Oats**\n**2. Rye**",
+        "**1.** Oats\n**2.** Rye",
+        "__1) Oats__\n__2) Rye__",
+        "### 1. Oats\n### 2. **Rye**",
+        "> 1. Oats\n> 2. Rye",
+        "1\\. Oats\n2\\. Rye",
+        "[1] Oats\n[2] Rye",
+        "Topic 1: Oats\nTopic 2: Rye",
+        "1\uff0e Oats\n2\uff0e Rye",
+        "- [ ] Oats\n- [x] Rye",
+        "\u25cf Oats\n\u25cf Rye",
+        "### Grain\n1. Oats\n\n### More grain\n2. Rye\n\n---\nAnything else?",
+        "**Grain**\n- Oats\n\n**More grain**\n- Rye",
+        "# Grain\n\nOats\nRye",
+        "## Oats\n## Rye",
+        "**Oats**\n**Rye**",
+        "```\nOats\nRye\n```",
+        '```json\n[\n  "Oats",\n  "Rye",\n]\n```',
+        '~~~\n["Oats", "Rye"]\n~~~',
+        '```json\n["Oats", "Rye"]',
+        '["Oats",\n "Rye"',
+        "['Oats', 'Rye',]",
+        "[\u201cOats\u201d, \u201cRye\u201d]",
+        'grains = ["Oats", "Rye"]',
+        'Here they are: ["Oats", "Rye"].\nAnything else?',
+        '{"grains": ["Oats", "Rye"]}',
+        '{"1": "Oats", "2": "Rye"}',
+        '{"topic": "Oats"}\n{"topic": "Rye"}',
+        '[{"id": "a", "title": "Oats", "why": "x"}, {"id": "b", "title": "Rye", "why": "y"}]',
+    ],
+)
+def test_marks_fences_and_thinking_are_no_part_of_an_item(text: str) -> None:
+    assert parse_list(text) == ["Oats", "Rye"]
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        ['Say what f(["a", "b"]) gives.', "Sort it."],
+        ['Take the list\n["a", "b"]\nand turn it round.', "Sort it."],
+        ["Write this:\n```python\ndef f():\n    # - x\n    return []\n```", "Sort it."],
+        ["What does __init__ do?", "__slots__ and memory", "2 ** 3 ** 4", "**Kwargs"],
+        ["Bees: the winter", "It's a hive"],
+    ],
+)
+def test_arrays_code_and_stars_within_an_item_stay(items: list[str]) -> None:
+    assert parse_list("\n".join(f"{n}. " + item.replace("\n", "\n   ") for n, item in enumerate(items, 1))) == items
+    assert parse_list("\n\n".join("- " + item.replace("\n", "\n  ") for item in items) + "\n\nThat is all.") == items
+    assert parse_list(json.dumps(items)) == items
+
+
+def test_titles_lose_their_emphasis_and_quotes_within_an_array_stay() -> None:
+    assert parse_list("1. **Bees**: the winter\n2. **Oats:** the price") == ["Bees: the winter", "Oats: the price"]
+    assert parse_list("['It's here', 'say \"hi\" now']") == ["It's here", 'say "hi" now']
+
+
+@pytest.mark.parametrize("text", ["[1, 2,\n 3]", '{\n "a": 1\n}', "[Oats, Rye]", "[[\n1],\n[2]]"])
+def test_brackets_and_numbers_are_no_items(text: str) -> None:
+    assert parse_list(text) == []

@@ -146,7 +146,7 @@ def full_disk_of_text(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(("function", "failure"), [("save_file", full_disk), ("write_synced", full_disk_of_text)])
+@pytest.mark.parametrize(("function", "failure"), [("save_file", full_disk), ("write_json", full_disk_of_text)])
 def test_a_full_disk_keeps_the_last_checkpoint(
     make_model: Make, make_samples: MakeSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     function: str, failure: Callable[..., None],
@@ -187,28 +187,39 @@ def test_a_checkpoint_is_on_the_disk_before_it_is_the_last_one(
 ) -> None:
     Trainer(make_model(), next_token_objective, replace(SETTINGS, checkpoint_every=0.0), folder=tmp_path).fit(make_samples(5))
     temporary, final = tmp_path / "checkpoint.tmp", tmp_path / "checkpoint-00000003"
-    sizes = {name: (final / name).stat().st_size for name in ("state.safetensors", "state.json")}
-    assert disk_log[:2] == [("fsync", temporary / name, size) for name, size in sizes.items()]
-    events = [(kind, path) for kind, path, _ in disk_log[2:]]
-    assert events == [("fsync", temporary), ("rename", temporary), ("fsync", tmp_path)]
-    assert disk_log[3][2] == final
+    placed = disk_log.index(("rename", temporary, final))
+    synced = {(path, size) for kind, path, size in disk_log[:placed] if kind == "fsync"}
+    renamed = {target: source for kind, source, target in disk_log[:placed] if kind == "rename"}
+    for name in ("state.safetensors", "state.json"):
+        assert (renamed[temporary / name], (final / name).stat().st_size) in synced
+    assert disk_log[placed - 1][:2] == ("fsync", temporary) and disk_log[placed + 1][:2] == ("fsync", tmp_path)
 
 
 def test_tensors_are_on_the_disk_before_they_have_their_name(tmp_path: Path, disk_log: list[tuple[str, Path, int | Path]]) -> None:
     path = tmp_path / "reference.safetensors"
     checkpoint.save_tensors_atomic({"a": torch.ones(3)}, path)
-    temporary = tmp_path / "reference.safetensors.tmp"
-    assert disk_log[:2] == [("fsync", temporary, path.stat().st_size), ("rename", temporary, path)]
-    assert [(kind, at) for kind, at, _ in disk_log[2:]] == [("fsync", tmp_path)]
+    (kind, temporary, size), renamed, (_, folder, _) = disk_log
+    assert (kind, size) == ("fsync", path.stat().st_size) and renamed == ("rename", temporary, path) and folder == tmp_path
 
 
-def test_an_unreadable_checkpoint_is_one_sentence(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
-    samples = make_samples(6)
-    Trainer(make_model(), next_token_objective, SETTINGS, folder=tmp_path).fit(samples)
-    path = next(tmp_path.glob("checkpoint-*/state.safetensors"))
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="cannot be read .* delete it to train anew"):
-        Trainer(make_model(), next_token_objective, SETTINGS, folder=tmp_path).fit(samples)
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "other", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(
+    make_model: Make, make_samples: MakeSamples, tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = make_samples(10)
+    straight, resumed = make_model(), make_model()
+    Trainer(straight, next_token_objective, SETTINGS, folder=tmp_path).fit(samples)
+    path = next(tmp_path.glob(f"checkpoint-*/{name}"))
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[:100] if damage == "cut" else data[:-9] + bytes(9 * [7]))
+    Trainer(resumed, next_token_objective, SETTINGS, folder=tmp_path).fit(samples)
+    assert "is damaged" in capsys.readouterr().err
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert path.read_bytes() == data or name == "state.json", "and it was made again"
 
 
 @pytest.mark.parametrize("step", [1, 4])

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,6 +205,14 @@ def test_metrics_are_written(make_model: Make, make_samples: MakeSamples, tmp_pa
     assert lines[0]["lr"] == pytest.approx(0.005) and lines[1]["lr"] == pytest.approx(0.01)
     assert lines[-1]["tokens"] == result.tokens == 2 * sum(sample.num_tokens for sample in samples)
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize(("given", "warm"), [({"warmup_ratio": 0.25}, 2), ({"warmup_ratio": 0.25, "warmup_steps": 1}, 1), ({}, 0)])
+def test_warmup_is_a_share_of_the_steps(given: dict[str, Any], warm: int, make_model: Make, make_samples: MakeSamples) -> None:
+    rates: list[float] = []
+    settings = TrainSettings(lr=1.0e-3, schedule="constant", steps=8, batch_size=2, **given)
+    Trainer(make_model(), next_token_objective, settings, on_step=lambda s, n, m: rates.append(m["lr"])).fit(make_samples(4))
+    assert sum(rate < 1e-3 for rate in rates) == warm and len(rates) == 8
 
 
 def test_clipping_bounds_the_gradient(make_model: Make, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gristmill.core.errors import InputError
 from gristmill.miniature import lists
-from gristmill.verify.verify import extract_code, last_number, verify
+from gristmill.verify.verify import last_number, verify
 
 # ---- number ----
 
@@ -161,34 +161,6 @@ def test_an_answer_without_a_letter_is_wrong(answer: str) -> None:
 # ---- code ----
 
 
-@pytest.mark.parametrize(
-    ("answer", "program"),
-    [
-        ("def f(x): return x", "def f(x): return x"),
-        ("Here:\n```python\nx = 1\n```\nDone.", "x = 1\n"),
-        ("```\nx = 1\n```", "x = 1\n"),
-        ("```python\nx = 1\n```\nor\n```python\nx = 2\n```", "x = 2\n"),
-        ("```python3.11 title\nx = 1\n```\ntext\n```c++\nx = 2\n```", "x = 2\n"),
-        ("```py \r\nx = 1\n```", "x = 1\n"),
-        ("  ```python\n  x = 1\n  ```", "  x = 1\n"),
-        ("```python\nprint('```')\nx = 1\n```", "print('```')\nx = 1\n"),
-        ("```python\nx = 1```", "x = 1"),
-        ("```python\nx = 1", "x = 1"),
-        ("```python\nx = 1\n```\nor\n```python\nx = 2", "x = 2"),
-        ("", ""),
-    ],
-)
-def test_program_of(answer: str, program: str) -> None:
-    assert extract_code(answer) == program
-
-
-def test_hostile_fences_are_read_at_once() -> None:
-    started = time.perf_counter()
-    for text in ("```\n" * 50_000, "``` " * 50_000, " " * 200_000 + "```", "```" + "x" * 200_000):
-        extract_code(text)
-    assert time.perf_counter() - started < 1
-
-
 def test_code_is_handed_to_the_sandbox_and_never_run_here() -> None:
     seen: list[tuple[str, str]] = []
 
@@ -210,7 +182,7 @@ def test_an_error_of_the_sandbox_is_not_taken_for_a_bad_truth() -> None:
         raise KeyError("program")
 
     with pytest.raises(KeyError):
-        verify({"kind": "code", "tests": ""}, "x", broken)
+        verify({"kind": "code", "tests": "assert f"}, "x", broken)
 
 
 # ---- list ----
@@ -314,3 +286,21 @@ def test_lists_of_the_miniature_world_are_right_and_spoilt_ones_wrong(seed: int,
 def test_a_bad_truth_is_named(truth: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         verify(truth, "B 18", lambda program, tests: True)
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer"),
+    [
+        ({"kind": "number", "value": 5}, "5"),
+        ({"kind": "exact", "value": "gold"}, "gold"),
+        ({"kind": "mention", "value": "gold", "not": ["red"]}, "It is gold."),
+        ({"kind": "choice", "value": "B"}, "B"),
+        ({"kind": "math", "value": "5"}, "The answer is 5."),
+        ({"kind": "schema", "schema": {"type": "array"}}, "[1]"),
+        ({"kind": "instructions", "checks": [{"id": "punctuation:no_comma"}]}, "no comma"),
+    ],
+)
+def test_what_is_thought_is_no_part_of_the_answer(truth: dict[str, Any], answer: str) -> None:
+    drafts = "red, 7, {} (C) \\boxed{4}"
+    assert verify(truth, f"<think>\n{drafts}\n</think>\n\n{answer}") and verify(truth, f"{drafts}\n</think>\n{answer}")
+    assert not verify(truth, f"<think>{answer} {drafts}") or truth["kind"] == "instructions"

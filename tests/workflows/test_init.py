@@ -73,7 +73,7 @@ def test_defaults_stand_behind_a_hash_with_their_meaning(tmp_path: Path) -> None
     out = tmp_path / "recipe.yaml"
     write_recipe(out, "mine", "miniature", {})
     lines = out.read_text().splitlines()
-    assert "#  num_evaluation: 100  # held-out prompts a task" in lines
+    assert "#  num_evaluation: null  # held-out prompts a task; default all of the file" in lines
     assert "#control: null  # one of unfiltered, random-filter, reward-only, human-only, replace" in lines
     assert "#  code_share: 0.02  # share of code-SFT answers repeated in general SFT; at most 1" in lines
     assert "  loss: rpo  # one of dpo, cdpo, ipo, rpo, rpo_bwd_kl, rpo_fwd_kl, rpo_sq" in lines

@@ -1,12 +1,12 @@
 """The command-line application: groups of commands, options that several share, and how errors end.
 
 Each command is a few lines that call the library; heavy imports wait until a command needs them. Exit codes: 0 done, 1 a bug (with a
-traceback), 2 bad input (one sentence), 3 rows failed for good, 130 interrupted.
+traceback), 2 bad input (one sentence), 3 rows failed for good, 4 done with alarms, 130 interrupted.
 """
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -110,6 +110,14 @@ def version_or_help(version: Annotated[bool, typer.Option("--version", help="Pri
 
         echo(__version__)
         raise typer.Exit
+
+
+def end_with_alarms(alarms: Sequence[Mapping[str, str]]) -> None:
+    """Say each alarm of a finished run, and end with exit code 4 if there is one."""
+    for alarm in alarms:
+        echo(f"gristmill: alarm: {alarm['text']}", err=True)
+    if alarms:
+        raise typer.Exit(4)
 
 
 def given(**values: Any) -> dict[str, Any]:

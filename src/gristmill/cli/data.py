@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gristmill.cli.app import AsJson, Out, Quiet, RunDevice, RunOut, Unsafe, Workers, command, given
+from gristmill.cli.app import AsJson, Out, Quiet, RunDevice, RunOut, Unsafe, Workers, command, end_with_alarms, given
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
@@ -53,6 +53,7 @@ def synth(
             err=True,
         )
         raise typer.Exit(3)
+    end_with_alarms(results["alarms"])
 
 
 @command("gristmill curate english-text --input docs --out runs/docs")
@@ -135,11 +136,14 @@ def rows(
     as_json: AsJson = False,
 ) -> None:
     """Look into the rows and calls of a run."""
+    from gristmill.runs.reader import reading_back
     from gristmill.workflows.dataset.lineage import errors, lineage
 
     if (action == "lineage") != bool(name):
         raise InputError("Use `gristmill rows lineage ID --folder RUN` or `gristmill rows errors --folder RUN`.")
-    for entry in lineage(folder, name) if name else errors(folder):
+    with reading_back(folder):
+        found = list(lineage(folder, name) if name else errors(folder))
+    for entry in found:
         if as_json:
             echo(json.dumps(entry))
         elif name:

@@ -26,6 +26,8 @@ from gristmill.cli.app import (
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
+MIN_STEPS = 20  # of a training; fewer are pointed out
+
 
 @command("gristmill pretrain miniature-base --out runs/base")
 def pretrain(
@@ -80,6 +82,8 @@ def train(
             kind, model, data, out=out, recipe=settings, device=device, chat_format=format, seed=seed, on_step=progress.train_step
         )
     _done(result, out / "model", as_json)
+    if result.steps < MIN_STEPS:
+        echo(f"gristmill: {result.steps} steps hardly change a model: lower --batch-size, raise --epochs, or give more rows.", err=True)
 
 
 def _done(result: Any, model: Path, as_json: bool) -> None:
@@ -190,6 +194,8 @@ def eval(
         greedy, sampled = scores["greedy"][task], scores["sampled"][task]
         cells = [f"{s['mean']:.3f} [{s['ci95'][0]:.3f}, {s['ci95'][1]:.3f}]" for s in (greedy, sampled)]
         echo(f"{task:<12} greedy {cells[0]}  sampled {cells[1]}  n {greedy['n']}")
+    if weak := scores.get("weak"):
+        echo(f"weak: {weak} programs passed tests that they could have lied to (docs/design.md, judging)")
     if lost := scores.get("quantized"):
         beside = "the weights that it was saved with" if saved_as(model) else "the model"
         echo(

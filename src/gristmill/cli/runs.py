@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gristmill.cli.app import AsJson, Quiet, RunDevice, RunOut, Unsafe, command, given
+from gristmill.cli.app import AsJson, Quiet, RunDevice, RunOut, Unsafe, command, end_with_alarms, given
 from gristmill.core.echo import echo
 
 
@@ -46,6 +46,7 @@ def run(
         for line in headline(results, folder):
             echo(line)
         echo(f"report: {page}")
+    end_with_alarms(results["alarms"])
 
 
 @command("gristmill status runs/miniature")
@@ -55,27 +56,32 @@ def status(
 ) -> None:
     """What a run of any kind has done so far, stage by stage."""
     from gristmill.report.summary import stage_line
-    from gristmill.runs.reader import read_run
+    from gristmill.runs.reader import read_run, reading_back
 
-    data = read_run(folder)
-    stages = [{k: s.get(k) for k in ("folder", "seconds")} | {"done": s.get("fingerprint") is not None} for s in data.stages]
+    with reading_back(folder):
+        data = read_run(folder)
+        stages = [{k: s.get(k) for k in ("folder", "seconds")} | {"done": s.get("fingerprint") is not None} for s in data.stages]
+        lines = []
+        for s in data.stages:
+            seconds = f"{s['seconds']:>7.1f} s" if "seconds" in s else "  unfinished"
+            lines.append(f"{s['folder']:<22} {seconds}  {stage_line(s)}".rstrip())
     if as_json:
         echo(json.dumps({"folder": str(folder), "finished": data.results is not None, "stages": stages}))
         return
-    for s in data.stages:
-        seconds = f"{s['seconds']:>7.1f} s" if "seconds" in s else "  unfinished"
-        echo(f"{s['folder']:<22} {seconds}  {stage_line(s)}".rstrip())
-    echo("finished" if data.results else "not finished: run the same command again to continue")
+    lines += [f"alarm: {alarm['text']}" for alarm in (data.results or {}).get("alarms", ())]
+    lines.append("finished" if data.results else "not finished: run the same command again to continue")
+    echo("\n".join(lines))
 
 
 @command("gristmill report runs/miniature")
 def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"), as_json: AsJson = False) -> None:
     """Write the page of an alignment or a curation again and print its path."""
     from gristmill.report import alignment, curation
-    from gristmill.runs.reader import read_run
+    from gristmill.runs.reader import read_run, reading_back
 
-    data = read_run(folder)
-    page = curation.write_page(folder, data.results) if data.kind == "curation" and data.results else alignment.write_report(folder)
+    with reading_back(folder):
+        data = read_run(folder)
+        page = curation.write_page(folder, data.results) if data.kind == "curation" and data.results else alignment.write_report(folder)
     echo(json.dumps({"report": str(page)}) if as_json else str(page))
 
 
@@ -87,9 +93,12 @@ def compare(
 ) -> None:
     """Set finished runs side by side."""
     from gristmill.report.compare import compare_runs, comparison_text, write_comparison
+    from gristmill.runs.reader import reading_back
 
-    table = compare_runs(folders)
-    echo(json.dumps(table) if as_json else comparison_text(table))
+    with reading_back(Path(", ".join(map(str, folders)))):
+        table = compare_runs(folders)
+        text = json.dumps(table) if as_json else comparison_text(table)
+    echo(text)
     if out:
         echo(str(write_comparison(table, out)), err=as_json)
 

@@ -1,6 +1,9 @@
 """Recipes: typed sections read from YAML. An unknown key is an error that names the nearest right one; paths are relative to the file."""
 
 import difflib
+import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
@@ -8,10 +11,17 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 
 from gristmill.core.errors import InputError
+from gristmill.core.io import DamagedFile, read_bytes
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
 RECIPES = Path(__file__).parents[1] / "recipes"  # the shipped ones
+MAX_RUN_NAME_BYTES = 200  # a seed and a control are appended to it
 SUFFIXES = (".yaml", ".yml")
+MAX_YAML_BYTES = 4 << 20
+MAX_NODES = 200_000
+MAX_DEPTH = 64
+MAX_DIGITS = 100
+MAX_INTEGER = 1 << 53  # seeds are multiplied by a thousand, and stay below 2^63
 COMMANDS = {  # kind of recipe -> the command that takes it
     "alignment": "run",
     "dataset": "synth",
@@ -72,12 +82,26 @@ class Recipe(Section):
 def resolved(path: Path | str, info: ValidationInfo) -> str:
     """A path or pattern of a recipe, seen from the recipe's folder where it was read from a file."""
     base = (info.context or {}).get("base")
-    return str(path) if base is None else str(base / Path(path).expanduser())
+    try:
+        return str(path) if base is None else str(base / Path(path).expanduser())
+    except RuntimeError as e:
+        raise ValueError(f"{path}: there is no such user") from e
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or len(name.encode()) > MAX_RUN_NAME_BYTES:
+        raise ValueError(
+            f"a run's name has letters, digits, '_', '-' and '.', does not begin with '.', and has {MAX_RUN_NAME_BYTES} bytes at most"
+        )
+    return name
 
 
 def _resolved_path(path: Path, info: ValidationInfo) -> Path:
     found = Path(resolved(path, info))
-    return found.resolve() if (info.context or {}).get("base") is not None else found
+    try:
+        return found.resolve() if (info.context or {}).get("base") is not None else found
+    except (OSError, RuntimeError) as e:
+        raise ValueError(f"{path} is no path ({e})") from e
 
 
 def _resolved_or_empty(path: str, info: ValidationInfo) -> str:
@@ -97,6 +121,7 @@ FilePath = Annotated[Path, AfterValidator(_resolved_path)]  # a file or folder
 PatternPath = Annotated[str, AfterValidator(_resolved_or_empty)]  # a file, folder or pattern; "" for none
 # A folder, `perplexity:FOLDER`, or something that is no path: `hashed`, `column:NAME`.
 SourceOrPath = Annotated[str, AfterValidator(_resolved_after_prefix)]
+RunName = Annotated[str, AfterValidator(_folder_name)]  # names the run's folder where no other is given
 NameOrPath = Annotated[str, AfterValidator(_resolved_yaml)]  # a shipped thing by its name, or a YAML file
 
 
@@ -111,7 +136,7 @@ def find_recipe(name: str, kind: str) -> Path:
     """
     shipped = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
     if name.endswith(SUFFIXES):
-        if not Path(name).is_file():
+        if not os.path.isfile(name):
             raise InputError(f"There is no recipe {name!r}: check the path, or write a recipe with `gristmill init`.")
         return Path(name)
     fitting = [stem for stem, path in shipped.items() if read(path).get("kind") == kind]
@@ -133,7 +158,11 @@ def load(path: Path, recipe: type[AnySection], overrides: dict[str, Any] | None 
     values = read(path)
     kind = recipe.model_fields["kind"].default
     if (given := values.get("kind", kind)) != kind:
-        use = f": use `gristmill {COMMANDS[given]} {path}`" if given in COMMANDS else f": the kinds are {', '.join(COMMANDS)}"
+        use = (
+            f": use `gristmill {COMMANDS[given]} {path}`"
+            if isinstance(given, str) and given in COMMANDS
+            else f": the kinds are {', '.join(COMMANDS)}"
+        )
         raise InputError(f"{path} is a recipe of the kind {given!r}, and {kind!r} is needed{use}.")
     found = check(recipe, values, str(path), base=path.parent)
     if not overrides:
@@ -150,14 +179,83 @@ def read(path: Path) -> dict[str, Any]:
         InputError: the file is missing, or is not a YAML mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"The recipe {path} cannot be read ({e.strerror}): check the path, or write one with `gristmill init`.") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+        values = read_yaml(path)
+    except DamagedFile as e:
+        raise InputError(f"The recipe {e} Check the path, or write one with `gristmill init`.") from e
     if not isinstance(values, dict):
         raise InputError(f"{path} must be a mapping of keys to values.")
     return values
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values of a YAML file, whoever wrote it: its size, depth and numbers have limits, also with its aliases spelt out.
+
+    Raises:
+        DamagedFile: the file is missing or cannot be read.
+        InputError: it is not YAML, or is beyond a limit.
+    """
+    data = read_bytes(path, MAX_YAML_BYTES)
+    try:
+        loader = _Loader(data.decode("utf-8-sig"))
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _num_nodes(node, {}, 0)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError as e:
+        raise InputError(f"{path} is not YAML of ours: it is nested too deeply.") from e
+    # what a tag promises and its text does not hold raises whatever comes first
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, OverflowError) as e:
+        raise InputError(f"{path} is not YAML{' of ours' if isinstance(e, _BeyondLimit) else ''}: {' '.join(str(e).split())[:300]}") from e
+
+
+class _BeyondLimit(ValueError):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, without numbers that nothing here can count with."""
+
+    def int_of(self, node: Any) -> int:
+        value: int = self.construct_yaml_int(node)
+        if abs(value) > MAX_INTEGER:
+            raise _BeyondLimit(f"the number {node.value} (line {node.start_mark.line + 1}) is larger than 2^53.")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.int_of)
+
+
+def _num_nodes(node: Any, known: dict[int, int], depth: int) -> int:
+    """Values below a node, with every alias counted in full. `known` holds those of nodes seen before, 0 for those that are not through."""
+    where = f"(line {node.start_mark.line + 1})"
+    if id(node) in known:
+        if not known[id(node)]:
+            raise _BeyondLimit(f"an alias {where} stands in what it stands for.")
+        return known[id(node)]
+    known[id(node)] = 0
+    count = 1
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
+            raise _BeyondLimit(f"a number {where} has {len(node.value):,} digits.")
+        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in node.value):
+            raise _BeyondLimit(f"a text {where} holds a character that no file can: NUL, or half of a pair.")
+    elif depth > MAX_DEPTH:
+        raise _BeyondLimit(f"it is nested more than {MAX_DEPTH} deep {where}.")
+    elif isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key, times in Counter(keys).items() if times > 1 and key != "<<"]:
+            raise _BeyondLimit(f"the key {twice[0]!r} stands twice in the mapping {where}.")
+        count += sum(_num_nodes(part, known, depth + 1) for pair in node.value for part in pair)
+    else:
+        count += sum(_num_nodes(part, known, depth + 1) for part in node.value)
+    if count > MAX_NODES:
+        raise _BeyondLimit(f"it holds more than {MAX_NODES:,} values, its aliases spelt out {where}.")
+    known[id(node)] = count
+    return count
 
 
 def check(section: type[AnySection], values: Any, origin: str = "the recipe", *, base: Path | None = None) -> AnySection:

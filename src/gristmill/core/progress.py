@@ -21,7 +21,7 @@ class Progress:
     """
 
     def __init__(self, *, quiet: bool = False, describe: Callable[[dict[str, Any]], str] = lambda done: ""):
-        self._quiet, self._describe = quiet, describe
+        self.quiet, self._describe = quiet, describe
         self._bar: Any = None
         self._task: Any = None
         self._stage = ""
@@ -69,6 +69,13 @@ class Progress:
         else:
             self._print(line)
 
+    def warn(self, line: str) -> None:
+        """Something went wrong and was mended: say so, quiet or not."""
+        if self._bar:
+            self._bar.console.print(visible(line), markup=False, highlight=False)
+        else:
+            echo(line, err=True)
+
     def tick(self, done: int, total: int | None, note: str = "") -> None:
         """How far the stage is."""
         if self._bar:
@@ -92,6 +99,6 @@ class Progress:
         return f"{seconds // 60:>3}:{seconds % 60:02d}"
 
     def _print(self, line: str) -> None:
-        if not self._quiet:
+        if not self.quiet:
             echo(line, err=True)
             self._printed = time.monotonic()

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gristmill.core.config import PatternPath, Recipe, Section
+from gristmill.core.config import PatternPath, Recipe, RunName, Section
 from gristmill.curate.dedup.duplicates import Exact, Fuzzy
 from gristmill.curate.dedup.seen_index import Remember, Seen
 from gristmill.curate.dedup.semantic import Semantic
@@ -35,7 +35,7 @@ class Curation(Recipe):
     """A curation, from files to files."""
 
     kind: Literal["curation"] = "curation"
-    name: str = Field("curated", pattern=r"^[\w.-]+$")
+    name: RunName = "curated"
     inputs: list[PatternPath] = Field(default_factory=list, description="files, folders and patterns")
     reading: Reading = Reading()
     steps: list[Step] = Field(default_factory=list)

@@ -4,8 +4,8 @@ Every stage is a folder of the run; its fingerprint is of everything before it, 
 Steps that look at one document at a time are done in one pass.
 """
 
-import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import state, write_json
+from gristmill.core.io import STAMPS, DamagedFile, damaged, make_folder, read_json, stamp, state, sync, write_json
 from gristmill.core.progress import Progress
 from gristmill.curate import stages
 from gristmill.curate.io import readers, shards
@@ -41,9 +41,11 @@ def ingest(files: Sequence[tuple[Path, str]], folder: Path, reading: Reading, nu
     """
     note = folder / f"{number:05d}.note"
     # of the tables in shards and in `waiting`: how many shards and so on, and which row of which file is their last
-    facts: Facts = {"shards": 0, "documents": 0, "bytes": 0, "num_skipped": 0, "skipped": [], "file": 0, "rows": 0}
-    if note.exists():
-        facts = json.loads(note.read_text())
+    facts: Facts = {"shards": 0, "documents": 0, "bytes": 0, "num_skipped": 0, "skipped": [], "file": 0, "rows": 0, STAMPS: {}}
+    with suppress(DamagedFile):
+        noted = read_json(note) if note.exists() else {}
+        if facts.keys() <= noted.keys() and not damaged(folder, noted.get(STAMPS)):
+            facts = noted
     waiting: list[pa.Table] = []
     size, told, named = 0, facts["num_skipped"], list(facts["skipped"])  # of the next table too, which has been read
 
@@ -54,7 +56,9 @@ def ingest(files: Sequence[tuple[Path, str]], folder: Path, reading: Reading, nu
             named.append([where, why])
 
     def write() -> None:
-        shards.write(folder / _shard(number, facts["shards"]), pa.concat_tables(waiting))
+        path = folder / _shard(number, facts["shards"])
+        shards.write(path, pa.concat_tables(waiting))
+        facts[STAMPS][path.name] = stamp(path)
         facts["shards"] += 1
         waiting.clear()
 
@@ -74,7 +78,8 @@ def ingest(files: Sequence[tuple[Path, str]], folder: Path, reading: Reading, nu
     if waiting:
         write()
     made = [_shard(number, i) for i in range(facts["shards"])]
-    return {"shards": made, "documents": facts["documents"], "bytes": facts["bytes"], "num_skipped": told, "skipped": named}
+    counts = {"documents": facts["documents"], "bytes": facts["bytes"], "num_skipped": told, "skipped": named}
+    return {"shards": made, **counts, STAMPS: facts[STAMPS]}
 
 
 def _shard(number: int, i: int) -> str:
@@ -156,7 +161,9 @@ class _Run:
             finally:
                 self.executor.close()
             SAMPLES.write(self.run_dir.path, {"steps": self.samples})
-            results = self.run_dir.finish({"kind": self.recipe.kind, "name": self.recipe.name, "fingerprint": whole, **results})
+            head = {"kind": self.recipe.kind, "name": self.recipe.name, "fingerprint": whole}
+            products = [*(f"{name}/*" for name in _products(self.recipe)), SAMPLES.file]
+            results = self.run_dir.finish({**head, **results}, products)
         self.run_dir.drop_stages()
         return results
 
@@ -192,7 +199,8 @@ class _Run:
 
     def _stage(self, name: str, inputs: Any, work: Any) -> Facts:
         """A stage of the run: what its `done.json` says, and its folder's name."""
-        stage = self.run_dir.stage(name, [self.fingerprint, inputs], work, on_change="redo")
+        files = ("[0-9]*.arrow", "kept-*.arrow", "dropped-*.parquet", SAMPLES.file)
+        stage = self.run_dir.stage(name, [self.fingerprint, inputs], work, files=files, on_change="redo")
         self.fingerprint = stage.fingerprint
         self.done.append({**stage.summary, "folder": stage.folder.name})
         return self.done[-1]
@@ -239,12 +247,8 @@ class _Run:
             products["index"] = remember[0] / "index"
         data, dropped = products["data"], products["dropped"]
         task = Task(emit, (sources, data, self.recipe.output), folder / "data.json")
-        if not data.exists():  # moved away by a run that was killed right then
-            task.marker.unlink(missing_ok=True)
         (written,) = self._tasks("documents", [task])
-        for unfinished in data.glob(".part-*.tmp"):  # by a run that was killed
-            unfinished.unlink(missing_ok=True)
-        dropped.mkdir(exist_ok=True)
+        make_folder(dropped)
         for stage in self.folders:
             for path in sorted(stage.glob("dropped-*.parquet")):
                 target = dropped / f"{stage.name}-{path.name.removeprefix('dropped-')}"
@@ -253,7 +257,9 @@ class _Run:
         for name, made in products.items():
             if made.exists():  # or else it was moved by that run
                 self.run_dir.remove(self.run_dir.path / name)
+                sync(made)
                 made.rename(self.run_dir.path / name)
+                sync(self.run_dir.path)
         return {"files": int(written["files"]), "documents": _num_rows(sources), "peak_mib": written["peak_mib"]}
 
 

@@ -1,6 +1,5 @@
 """Stages: the tasks of each kind of step, over shards and over parts of the keys' range, and the order of the passes."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gristmill.core.io import state, write_json
+from gristmill.core.io import make_folder, replacing, state, write_json
 from gristmill.curate import stats
 from gristmill.curate.dedup import duplicates, seen_index, semantic, substring
 from gristmill.curate.dedup.duplicates import Exact, Fuzzy
@@ -224,9 +223,8 @@ def rephrased(
 def _write_dropped(path: Path, tables: Sequence[pa.Table]) -> None:
     table = pa.concat_tables([none_dropped(), *tables])
     if len(table):
-        temporary = path.with_suffix(f".{os.getpid()}")
-        pq.write_table(table, temporary, compression="zstd")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
 
 
 # ---- the passes of each step ----
@@ -268,7 +266,7 @@ def _decontaminate(stage: Stage, how: Decontaminate) -> list[Facts]:
 
 
 def _remember(stage: Stage, how: Remember) -> list[Facts]:
-    stage.index.mkdir(exist_ok=True)
+    make_folder(stage.index)
     stage.map("index", stage.num_shards, lambda i: (seen_index.remember, stage.sources[i], stage.paths("index", stage.num_shards)[i], how))
     for path in stage.paths("index", stage.num_shards):
         (stage.index / path.name).unlink(missing_ok=True)

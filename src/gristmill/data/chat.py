@@ -5,24 +5,28 @@ token by token: every piece of text is tokenized on its own, so the prompt's ids
 text can never produce a control token.
 """
 
-import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
 
 from gristmill.core.errors import InputError
-from gristmill.data.tokenizer import Tokenizer
+from gristmill.data.tokenizer import SURROGATE, Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        trained: false for an answer that is context, on which no loss is taken (`weight: 0` in files).
+    """
 
     role: Role
     content: str
+    trained: bool = field(default=True, repr=False)
 
 
 Conversation = tuple[Message, ...]
@@ -101,22 +105,30 @@ class ChatFormat:
     def render(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Rendered:
         """Render a whole conversation to ids and loss mask.
 
-        The mask is true exactly on assistant text and the end of each assistant turn. Source: Nemotron-4 340B report, section
-        3.3 (loss on assistant turns only); format: its model card.
+        The mask is true exactly on assistant text and the end of each assistant turn, but for turns that are not `trained`.
+        Source: Nemotron-4 340B report, section 3.3 (loss on assistant turns only); format: its model card.
 
         Raises:
             InputError: the conversation is empty, starts with the assistant, or two turns in a row have the same role.
         """
         check_turns(messages)
+        return self._render(messages, tokenizer)
+
+    def _render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, last_open: bool = False) -> Rendered:
+        """`render` of turns in any order, the last of them without its end if it is `last_open`."""
         out = Rendered([], [])
         self._open(out, messages, tokenizer)
         for i, message in enumerate(messages):
             self._header(out, message.role, tokenizer)
-            trained = message.role == "assistant"
+            answer = message.role == "assistant"
+            trained = answer and message.trained
+            if last_open and i + 1 == len(messages):
+                self._text(out, message.content, tokenizer)
+                break
             ids = tokenizer.encode(message.content + self.close)
             out.ids.extend(ids)
             out.mask.extend([trained] * len(ids))
-            if trained or not self.end_opens_next:
+            if answer or not self.end_opens_next:
                 out.ids.append(tokenizer.special_id(self.end))
                 out.mask.append(trained)
             if self.after and i + 1 < len(messages):
@@ -137,6 +149,26 @@ class ChatFormat:
         self._header(out, "assistant", tokenizer)
         return out.ids
 
+    def render_turns(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> list[int]:
+        """Render a prompt of turns in any order, as a server is sent them; the names of the switches are Hugging Face's.
+
+        Args:
+            add_generation_prompt: end with the header of a new assistant turn.
+            continue_final_message: leave the last turn open instead, so that its text goes on.
+
+        Raises:
+            InputError: there are no turns.
+        """
+        if not messages:
+            raise InputError("The conversation has no user turn: start with a message whose role is 'user'.")
+        out = self._render(messages, tokenizer, last_open=continue_final_message)
+        if add_generation_prompt and not continue_final_message:
+            self._text(out, self.after, tokenizer)
+            self._header(out, "assistant", tokenizer)
+        return out.ids
+
     def response_text(self, ids: Sequence[int], tokenizer: Tokenizer) -> str:
         """Text of a generated answer: without the end-of-turn token and the line break that the format puts before it."""
         return tokenizer.decode(ids).removesuffix(self.close)
@@ -155,7 +187,7 @@ class ChatFormat:
 
     def _header(self, out: Rendered, role: str, tokenizer: Tokenizer) -> None:
         first, text, second, tail = self.headers[role]
-        if first and not (self.end_opens_next and role == "user" and out.ids and out.ids[-1] == tokenizer.special_id(self.end)):
+        if first and not (self.end_opens_next and first == self.end and out.ids and out.ids[-1] == tokenizer.special_id(self.end)):
             out.ids.append(tokenizer.special_id(first))
             out.mask.append(False)
         self._text(out, text, tokenizer)
@@ -217,28 +249,37 @@ def check_turns(messages: Sequence[Message]) -> None:
             )
 
 
-def conversation(turns: Sequence[dict[str, str]] | Sequence[Message]) -> Conversation:
+def conversation(turns: Sequence[Mapping[str, Any]] | Sequence[Message]) -> Conversation:
     """Messages from dicts with `role` and `content` (or from messages, unchanged).
 
+    `weight: 0`, `train: false` or `training: false` marks an answer as context that is not trained.
+
     Raises:
-        InputError: a turn lacks a field, has an unknown role, or its content is not text.
+        InputError: a turn lacks a field, has an unknown role, calls a tool, or its content is not text.
     """
     out = []
     for turn in turns:
         if isinstance(turn, Message):
             out.append(turn)
             continue
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise InputError(f"A message must have 'role' and 'content', got {turn!r}.")
+        if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
+            raise InputError(f"A message must have 'role' and 'content', got {turn!r:.200}.")
         if turn["role"] not in get_args(Role) or not isinstance(turn["content"], str):
-            raise InputError(f"A message needs a role of {get_args(Role)} and text as content, got {turn!r}.")
-        out.append(Message(cast(Role, turn["role"]), turn["content"]))
+            raise InputError(f"A message needs a role of {get_args(Role)} and text as content, got {turn!r:.200}.")
+        if name := next((name for name in ("tool_calls", "function_call", "tool_call_id", "audio") if turn.get(name)), None):
+            raise InputError(f"A message has {name!r}, which the chat formats cannot say: write it as text, or leave the message out.")
+        if SURROGATE.search(turn["content"]):
+            raise InputError(f"A message of the {turn['role']} holds half of a surrogate pair, which is no text: mend or remove it.")
+        weights = [turn[name] for name in ("weight", "train", "training") if turn.get(name) is not None]
+        if any(weight not in (0, 1) for weight in weights):  # which are False and True, too
+            raise InputError(f"A message has the weight {weights[0]!r}: give 1 to train on an answer, or 0 not to.")
+        out.append(Message(cast(Role, turn["role"]), turn["content"], turn["role"] != "assistant" or all(weights)))
     return tuple(out)
 
 
-def to_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The plain form of a conversation, as in JSONL files and the OpenAI API."""
-    return [dataclasses.asdict(m) for m in messages]
+def to_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The plain form of a conversation, as in JSONL files and the OpenAI API: with a `weight` only where it is 0."""
+    return [{"role": m.role, "content": m.content} | ({} if m.trained else {"weight": 0}) for m in messages]
 
 
 def matching_formats(tokenizer: Tokenizer) -> list[ChatFormat]:

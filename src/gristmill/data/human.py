@@ -6,14 +6,14 @@ from gristmill.core.config import FilePath, Section
 
 
 class HumanData(Section):
-    """Human data. Without a world, `demonstrations` and `evaluation` must be given as files."""
+    """Human data. Without a world, `demonstrations` and `evaluation` must be given as files; a world writes its own rows."""
 
     demonstrations: FilePath | None = None
     ratings: FilePath | None = None
     prompts: FilePath | None = None
     evaluation: FilePath | None = None
-    num_demonstrations: int = Field(240, gt=0, description="human conversations to use")
-    num_rated_prompts: int = Field(900, gt=0, description="rated prompts to use (two answers each)")
-    num_prompts: int = Field(1000, ge=0, description="collected prompts to use beside those that the model writes")
-    num_evaluation: int = Field(100, gt=0, description="held-out prompts a task")
+    num_demonstrations: int | None = Field(None, gt=0, description="human conversations to use; default all of the file")
+    num_rated_prompts: int | None = Field(None, gt=0, description="rated prompts to train on; default all of the file")
+    num_prompts: int | None = Field(None, ge=0, description="collected prompts to use beside those that models write; default all")
+    num_evaluation: int | None = Field(None, gt=0, description="held-out prompts a task; default all of the file")
     num_held_out_ratings: int = Field(200, ge=0, description="rated prompts kept from the reward model, to measure it")

@@ -1,13 +1,18 @@
 """Readers of users' files, checked before any work is spent: conversations, ratings, prompts, pairs, documents."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import Conversation, check_turns, conversation
+from gristmill.data.chat import Conversation
+from gristmill.data.formats import REWARDS, parse_conversation, parse_pair
 from gristmill.data.rows import ATTRIBUTES, Demonstration, Pair, Prompt, Rated, make_id, read_records
-from gristmill.verify.verify import NUMBER, verify
+from gristmill.data.truths import TRUTH_COLUMNS, read_truth
+from gristmill.verify.verify import check_truth
+
+MISSING = -100  # how HelpSteer's files write a mark that nobody gave
 
 
 def _rows(path: Path, what: str) -> list[tuple[int, dict[str, Any]]]:
@@ -17,30 +22,27 @@ def _rows(path: Path, what: str) -> list[tuple[int, dict[str, Any]]]:
     return list(enumerate(records, 1))
 
 
-def _messages(path: Path, number: int, record: dict[str, Any], ends: str) -> Conversation:
+COLUMNS = ("id", "task")  # which every row may have
+
+
+def _messages(
+    path: Path, number: int, record: dict[str, Any], known: Sequence[str] = (), *, answered: bool
+) -> tuple[Conversation, dict[str, Any]]:
     try:
-        if record.get("messages") is not None:
-            messages = conversation(record["messages"])
-        elif ends == "assistant":
-            messages = conversation([{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["response"]}])
-        else:
-            messages = conversation([{"role": "user", "content": record["prompt"]}])
-        check_turns(messages)
-    except KeyError as e:
-        raise InputError(f"Row {number} of {path} lacks {e}: give `messages`, or `prompt` (and `response`).") from e
-    except (InputError, TypeError) as e:
+        return parse_conversation(record, answered=answered, known=(*COLUMNS, *known))
+    except InputError as e:
         raise InputError(f"Row {number} of {path}: {e}") from e
-    if messages[-1].role != ends:
-        raise InputError(f"Row {number} of {path} must end with the {ends}.")
-    return messages
 
 
 def read_demonstrations(path: Path) -> list[Demonstration]:
     """Conversations that end with the assistant."""
     out = []
     for number, r in _rows(path, "demonstrations"):
-        messages = _messages(path, number, r, "assistant")
-        out.append(Demonstration(make_id("human", number, [m.content for m in messages]), _task(path, number, r), messages, "human"))
+        messages, meta = _messages(path, number, r, answered=True)
+        if not any(m.trained for m in messages if m.role == "assistant"):
+            raise InputError(f"Row {number} of {path} has no answer to learn from: all have weight 0. Leave it out.")
+        name = make_id("human", number, [m.content for m in messages])
+        out.append(Demonstration(name, _task(path, number, r), messages, "human", meta=meta))
     return out
 
 
@@ -48,29 +50,35 @@ def read_ratings(path: Path) -> list[Rated]:
     """Conversations with ratings of their last answer."""
     out = []
     for number, r in _rows(path, "ratings"):
-        messages = _messages(path, number, r, "assistant")
-        labels = tuple(_label(path, number, a, r.get(a)) for a in ATTRIBUTES)
+        messages, meta = _messages(path, number, r, (*ATTRIBUTES, "labels", "pair"), answered=True)
+        own = r.get("labels")  # our own rows hold them so
+        marks = own if isinstance(own, list) and len(own) == len(ATTRIBUTES) else [r.get(a) for a in ATTRIBUTES]
+        labels = tuple(_label(path, number, a, mark) for a, mark in zip(ATTRIBUTES, marks, strict=True))
         if all(x is None for x in labels):
             raise InputError(f"Row {number} of {path} has none of the columns {', '.join(ATTRIBUTES)}.")
         pair = make_id([m.content for m in messages[:-1]])
-        out.append(Rated(make_id("rated", number, [m.content for m in messages]), _task(path, number, r), messages, labels, pair))
+        name = make_id("rated", number, [m.content for m in messages])
+        out.append(Rated(name, _task(path, number, r), messages, labels, pair, meta))
     return out
 
 
 def read_prompts(path: Path, origin: str, truth: bool = False) -> list[Prompt]:
-    """Conversations that end with the user; with `truth` each must say what is right."""
+    """Conversations that end with the user; with `truth` each must say what is right (truths.py)."""
     out = []
     for number, r in _rows(path, "prompts"):
-        known = r.get("truth") or (_answer(r["answer"]) if r.get("answer") is not None else None)
+        try:
+            known = read_truth(r)
+            if known is not None:
+                check_truth(known)
+        except InputError as e:
+            raise InputError(f"Row {number} of {path}: {e}") from e
         if truth and known is None:
-            raise InputError(f"Row {number} of {path} has neither `truth` nor `answer`: the evaluation must know what is right.")
-        if known is not None:
-            try:
-                verify(known, "", lambda program, tests: False)
-            except InputError as e:
-                raise InputError(f"Row {number} of {path}: {e}") from e
-        messages = _messages(path, number, r, "user")
-        out.append(Prompt(make_id(origin, number, [m.content for m in messages]), _task(path, number, r), messages, origin, (), known))
+            raise InputError(
+                f"Row {number} of {path} has neither `truth` nor `answer`, and no tests: the evaluation must know what is right."
+            )
+        messages, meta = _messages(path, number, r, TRUTH_COLUMNS, answered=False)
+        name = make_id(origin, number, [m.content for m in messages])
+        out.append(Prompt(name, _task(path, number, r), messages, origin, (), known, meta=meta))
     return out
 
 
@@ -82,41 +90,43 @@ def _task(path: Path, number: int, record: dict[str, Any]) -> str:
 
 
 def _label(path: Path, number: int, name: str, value: Any) -> float | None:
-    """A mark, or None where there is none (NaN in tables that have no other way to say so)."""
+    """A mark, or None where there is none (NaN in tables that have no other way to say so, -100 in HelpSteer's)."""
     try:
         mark = math.nan if value is None else float(value)
     except (TypeError, ValueError) as e:
         raise InputError(f"Row {number} of {path} has {name} {value!r}: give a number from 0 to 4.") from e
-    if math.isinf(mark):
+    if math.isnan(mark) or mark == MISSING:
+        return None
+    if not 0 <= mark <= 4:
         raise InputError(f"Row {number} of {path} has {name} {value!r}: give a number from 0 to 4.")
-    return None if math.isnan(mark) else mark
-
-
-def _answer(value: Any) -> dict[str, Any]:
-    """A known final answer: compared as a number when it is one, else as text."""
-    text = str(value).strip()
-    return {"kind": "number" if NUMBER.fullmatch(text) else "exact", "value": text}
+    return mark
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Pairs of our own files, or plain ones: `prompt` (or `messages`), `chosen`, `rejected`, optional rewards."""
+    """Pairs of our own files and exports, or of TRL's forms: a prompt, `chosen`, `rejected`, optional rewards."""
     out = []
+    known = (*COLUMNS, "judge", "parents", *(name for names in REWARDS for name in names))
     for number, r in enumerate(read_records(path), 1):
         try:
-            turns = r["messages"] if r.get("messages") is not None else [{"role": "user", "content": r["prompt"]}]
-            for answer in (r["chosen"], r["rejected"]):
-                talk = conversation([*turns, {"role": "assistant", "content": answer}])
-                check_turns(talk)
-        except KeyError as e:
-            raise InputError(f"Row {number} of {path} lacks {e}: give prompt (or messages), chosen and rejected.") from e
-        except (InputError, TypeError) as e:
+            messages, chosen, rejected, meta = parse_pair(r, known=known)
+        except InputError as e:
             raise InputError(f"Row {number} of {path}: {e}") from e
-        rewards = _reward(path, number, r, "chosen_reward", 1.0), _reward(path, number, r, "rejected_reward", 0.0)
-        name = str(r.get("id") or make_id(number, r["chosen"]))
-        out.append(Pair(name, "", r.get("task") or "", talk[:-1], r["chosen"], r["rejected"], *rewards, "file"))
+        better, worse = next((names for names in REWARDS if r.get(names[0]) is not None or r.get(names[1]) is not None), REWARDS[0])
+        rewards = _reward(path, number, r, better, 1.0), _reward(path, number, r, worse, 0.0)
+        name = str(r.get("id") or make_id(number, chosen))
+        out.append(Pair(name, "", r.get("task") or "", messages, chosen, rejected, *rewards, "file", meta=meta))
     if not out:
         raise InputError(f"{path} holds no pairs.")
+    if all(_repeats(pair.messages[-1].content, pair.chosen, pair.rejected) for pair in out):
+        raise InputError(
+            f"In every row of {path} both answers begin with the prompt (TRL's form of plain texts): take it out of `chosen` and "
+            "`rejected`, or it would be learnt as a part of the answer."
+        )
     return out
+
+
+def _repeats(prompt: str, *answers: str) -> bool:
+    return bool(prompt) and all(answer.startswith(prompt) and answer != prompt for answer in answers)
 
 
 def _reward(path: Path, number: int, record: dict[str, Any], name: str, default: float) -> float:

@@ -6,13 +6,16 @@ Every row names its parents, so that any training sample can be traced back to t
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from gristmill.core.errors import InputError
+from gristmill.core.io import DamagedFile, reason, replacing, write_text
 from gristmill.data.chat import Conversation, conversation, to_dicts
+from gristmill.data.tokenizer import SURROGATE
 
 
 def make_id(*parts: object) -> str:
@@ -47,6 +50,7 @@ class Prompt:
         parents: ids of what it was made from (a topic, an earlier prompt and its answer).
         request: what the model was asked when it wrote the prompt; empty for others.
         truth: what a verifier needs to check an answer, when anything can be checked.
+        meta: other columns of a user's file, in all rows that come from one.
     """
 
     id: str
@@ -56,6 +60,7 @@ class Prompt:
     parents: tuple[str, ...] = ()
     truth: dict[str, Any] | None = None
     request: str = ""
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Response:
         score: weighted sum of the rating.
         logprob: sum over the answer's tokens, under the model that wrote it; None where the source told none.
         votes: how many of the prompt's samples said exactly this.
+        weak: the verifier ran a program that could have lied to its tests; None for all other judgements.
     """
 
     id: str
@@ -87,6 +93,7 @@ class Response:
     judge: str | None = None
     good: bool | None = None
     votes: int = 1
+    weak: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class Pair:
     rejected_reward: float
     judge: str
     parents: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,7 @@ class Demonstration:
     messages: Conversation
     origin: str
     parents: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,7 @@ class Rated:
     messages: Conversation
     labels: tuple[float | None, ...] = field(default=())
     pair: str = ""
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -151,34 +161,73 @@ class Refused:
 
 
 Row = TypeVar("Row")
-_JSON = {"truth", "rating"}  # nested and free-form: kept as JSON text in Parquet
+_JSON = {"truth", "rating", "meta"}  # nested and free-form: kept as JSON text in Parquet
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> int:
-    """Write dataclass rows to `.parquet` or `.jsonl`, by the file's ending, atomically. Returns their number."""
-    records = [_plain(r) for r in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    """Write dataclass rows to `.parquet` or `.jsonl`, by the file's ending, atomically. Returns their number.
 
+    Raises:
+        InputError: a number that JSON cannot say (NaN, an infinity) is where a number is due.
+    """
+    records = [_plain(r) for r in rows]
+    if any(record.get("meta") for record in records):
         for record in records:
-            for key in _JSON & record.keys():
-                record[key] = None if record[key] is None else json.dumps(record[key])
-        pq.write_table(pa.Table.from_pylist(records) if records else pa.table({}), temporary)
-    else:
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
+            record.setdefault("meta", {})  # a table has its columns in every row
+    if path.suffix != ".parquet":
+        write_text(path, "".join(json_line(r, f"Row {number} for {path}") for number, r in enumerate(records, 1)))
+        return len(records)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for record in records:
+        for key in _JSON & record.keys():
+            record[key] = None if record[key] is None else strict_json(record[key])
+    table = pa.Table.from_pylist(records) if records else pa.table({})
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
     return len(records)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Plain rows of a `.parquet` or `.jsonl` file.
+def strict_json(value: Any) -> str:
+    """JSON as other programs read it: NaN and infinities, which it cannot say, become null."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(finite(value), allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinities, however deep they lie."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {(finite(k) if isinstance(k, float) else k): finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def json_line(record: dict[str, Any], where: str) -> str:
+    """A row as a line of JSON. Free-form values have null for NaN and infinities.
 
     Raises:
-        InputError: the file is missing, has another ending, or a line is not a JSON object.
+        InputError: a column of its own holds one, or half of a surrogate pair.
+    """
+    record = {k: finite(v) if k in _JSON else v for k, v in record.items()}
+    try:
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as e:
+        raise InputError(f"{where} holds NaN or an infinity, which JSON cannot say: mend the number or leave the row out.") from e
+    if SURROGATE.search(line):
+        raise InputError(f"{where} holds half of a surrogate pair, which is no text: mend or remove it.")
+    return line
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Plain rows of a `.parquet` or `.jsonl` file, or of a `.json` file with one list of objects.
+
+    Raises:
+        InputError: the file is missing, has another ending, a line is not a JSON object or says a name twice, or holds half of a
+            surrogate pair.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist: check the path.")
@@ -188,30 +237,50 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
         try:
             records = cast(list[dict[str, Any]], pq.read_table(path).to_pylist())
-        except pa.ArrowException as e:
-            raise InputError(f"{path} cannot be read as Parquet ({e}): write or download it again.") from e
+        except (pa.ArrowException, OSError, ValueError) as e:
+            raise DamagedFile(f"{path} cannot be read as Parquet ({reason(e)}): write or download it again.") from e
         for record in records:
             for key in _JSON & record.keys():
-                record[key] = json.loads(record[key]) if isinstance(record[key], str) else record[key]
+                record[key] = _parsed(record[key], path) if isinstance(record[key], str) else record[key]
         return records
     if path.suffix not in (".jsonl", ".json"):
         raise InputError(f"{path} is neither .parquet nor .jsonl: convert it to one of them.")
-    records = []
     try:
         text = path.read_text(encoding="utf-8-sig")  # some programs put a mark before the text
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 text ({e}): convert it.") from e
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: text may hold U+2028 or U+0085
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise InputError(f"Line {number} of {path} is not JSON ({e}): write one JSON object a line.") from e
-        if not isinstance(record, dict):
-            raise InputError(f"Line {number} of {path} is not a JSON object: write one object a line.")
-        records.append(record)
-    return records
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror}): check the path and its permissions.") from e
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        found = _parse_json(text, str(path), "write a list of objects")
+        return [_object(record, f"Item {number} of {path}", "write a list of objects") for number, record in enumerate(found, 1)]
+    places = ((f"Line {n} of {path}", line) for n, line in enumerate(text.split("\n"), 1))  # text may hold U+2028 or U+0085
+    lines = ((where, line) for where, line in places if line.strip())
+    return [_object(_parse_json(line, where, "write one JSON object a line"), where, "write one object a line") for where, line in lines]
+
+
+def _parse_json(text: str, where: str, what: str) -> Any:
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{where} is not JSON ({e}): {what}.") from e
+    if "\\ud" in text.lower() and SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise InputError(f"{where} holds half of a surrogate pair, which is no text: mend or remove it.")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it says {next(name for name in names if names.count(name) > 1)!r} twice")
+    return record
+
+
+def _object(record: Any, where: str, what: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is not a JSON object: {what}.")
+    return record
 
 
 def read_rows(path: Path, row: type[Row]) -> list[Row]:
@@ -228,7 +297,21 @@ def read_rows(path: Path, row: type[Row]) -> list[Row]:
         missing = [n for n in needed if n not in record]
         if missing:
             raise InputError(f"Row {number} of {path} lacks {', '.join(missing)}: add the field to every row.")
-    return [_row({k: v for k, v in r.items() if k in names}, row) for r in records]
+    rows = []
+    for number, record in enumerate(records, 1):
+        try:
+            rows.append(_row({k: v for k, v in record.items() if k in names}, row))
+        except (TypeError, ValueError, KeyError, AttributeError) as e:
+            why = str(e) if isinstance(e, InputError) else f"a value of another type: {reason(e)}"
+            raise InputError(f"Row {number} of {path} cannot be read ({why}).") from e
+    return rows
+
+
+def _parsed(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise DamagedFile(f"{path} cannot be read ({reason(e)}): write or download it again.") from e
 
 
 def _plain(row: Any) -> dict[str, Any]:
@@ -237,6 +320,8 @@ def _plain(row: Any) -> dict[str, Any]:
         record["messages"] = to_dicts(record["messages"])
     if record.get("rating") is not None:
         record["rating"] = dataclasses.asdict(record["rating"])
+    if not record.get("meta", True):
+        del record["meta"]
     return {k: list(v) if isinstance(v, tuple) else v for k, v in record.items()}
 
 
@@ -248,4 +333,6 @@ def _row(record: dict[str, Any], row: type[Row]) -> Row:
     for key in ("parents", "labels"):
         if key in record:
             record[key] = tuple(record[key] or ())
+    if "meta" in record:
+        record["meta"] = record["meta"] or {}
     return row(**record)

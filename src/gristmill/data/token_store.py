@@ -4,13 +4,13 @@ A folder holds `tokens-*.bin` (int32, little-endian, documents after each other)
 all files) and `blend.json`, which is written last.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gristmill.core.errors import InputError
+from gristmill.core.io import read_json, reason
 from gristmill.data.tokenizer import Tokenizer
 
 TOKEN = np.dtype("<i4")
@@ -29,13 +29,14 @@ class TokenStore:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer | None = None) -> None:
         try:
-            facts = json.loads((folder / "blend.json").read_text())
+            facts = read_json(folder / "blend.json")
             self.ends_N: np.ndarray = np.load(folder / "ends.npy", mmap_mode="r")
             self.shards = [np.memmap(folder / shard["file"], TOKEN, "r") for shard in facts["shards"]]
-        except (OSError, ValueError) as e:
-            raise InputError(f"{folder} holds no finished blend ({e}): run `gristmill blend` with --out {folder}.") from e
-        if [len(shard) for shard in self.shards] != [shard["tokens"] for shard in facts["shards"]]:
+            sizes, made_with = [shard["tokens"] for shard in facts["shards"]], facts["tokenizer"]["fingerprint"]
+        except (OSError, ValueError, TypeError, LookupError, EOFError) as e:
+            raise InputError(f"{folder} holds no finished blend ({reason(e)}): run `gristmill blend` with --out {folder}.") from e
+        if [len(shard) for shard in self.shards] != sizes or self.ends_N.dtype != np.int64 or self.ends_N[-1:].sum() != sum(sizes):
             raise InputError(f"The tokens in {folder} are not those that blend.json speaks of: copy the folder again, or blend again.")
-        if tokenizer is not None and tokenizer.fingerprint() != facts["tokenizer"]["fingerprint"]:
+        if tokenizer is not None and tokenizer.fingerprint() != made_with:
             raise InputError(f"{folder} was made with another tokenizer than the model's: blend again with this one.")
         self.facts: dict[str, Any] = facts

@@ -5,16 +5,37 @@ even when it spells the name of a control token.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from gristmill.core.errors import InputError
+from gristmill.core.io import write_json, write_text
+from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
 
 EOS = "<|endoftext|>"
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can spell it, and it is no text
+
+
+MAX_ENCODED_ALONE = 20_000  # characters; for longer texts the library lets other threads run only in a batch
+MAX_BYTES = 1 << 28  # of a tokenizer.json; the largest published ones have 40 MB
+MAX_UNUSED_IDS = 1 << 16  # ids below the highest that no token has
+PROBE = "A mill, 12.5 stones\n\n"
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged tokenizer.json makes the library raise into an InputError."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and its panics are no Exception
+        raise InputError(f"{path} cannot be read as a tokenizer ({quoted(str(e))[1:-1]}): download or save it again.") from None
 
 
 class Tokenizer:
@@ -33,6 +54,12 @@ class Tokenizer:
         self._backend.encode_special_tokens = True  # text never becomes a control token
         self._backend.no_padding()
         self._backend.no_truncation()
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        self.max_id = max(ids, default=-1)  # of all tokens; some vocabularies have unused ids below it
+        if len(set(ids)) < len(ids):
+            raise InputError("The tokenizer gives one id to several tokens: download or save its tokenizer.json again.")
+        if self.max_id >= len(ids) + MAX_UNUSED_IDS:
+            raise InputError(f"The tokenizer has {len(ids)} tokens and an id {self.max_id}: download or save its tokenizer.json again.")
         self.eos = eos
         self.eos_id = self.special_id(eos)
 
@@ -73,30 +100,29 @@ class Tokenizer:
         Raises:
             InputError: the file is missing or unreadable, or names no end-of-document token.
         """
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise InputError(f"{path} does not exist: a model folder needs its tokenizer.json.")
-        try:
+        path = existing_file(Path(folder) / "tokenizer.json", "A model folder needs its tokenizer.json")
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} cannot be read as a tokenizer (it is larger than {MAX_BYTES:,} bytes): download or save it again.")
+        with _damage(path):
             backend = HFTokenizer.from_file(str(path))
-        except Exception as e:  # the library raises bare Exception
-            raise InputError(f"{path} cannot be read as a tokenizer ({e}): download or save it again.") from e
         config_path = path.with_name("tokenizer_config.json")
-        try:
-            config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-            eos = config.get("eos_token") or EOS
-            name = str(eos["content"] if isinstance(eos, dict) else eos)
-        except (ValueError, AttributeError, KeyError) as e:
-            raise InputError(f"{config_path} is not a tokenizer configuration ({e!r}): download it again.") from e
-        return Tokenizer(backend, name)
+        config = read_untrusted_json(config_path) if config_path.exists() else {}
+        eos = config.get("eos_token") or EOS
+        name = eos.get("content") if isinstance(eos, dict) else eos
+        if not isinstance(name, str):
+            raise InputError(f"{config_path} is not a tokenizer configuration (eos_token is {quoted(eos)}): download it again.")
+        with _damage(path):
+            tokenizer = Tokenizer(backend, name)
+            tokenizer.decode(tokenizer.encode(PROBE))  # what is wrong within shows when it is used
+        return tokenizer
 
     def save(self, folder: Path, chat_template: str = "") -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, readable by `transformers`, with a chat template for other programs."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", self._backend.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "clean_up_tokenization_spaces": False}
         config |= {"chat_template": chat_template} if chat_template else {}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(folder / "tokenizer_config.json", config)
 
     @property
     def vocab_size(self) -> int:
@@ -105,6 +131,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; never contains a control token."""
+        if len(text) > MAX_ENCODED_ALONE:
+            return self.encode_batch([text])[0]
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gristmill.core.errors import InputError
+from gristmill.data.tokenizer import SURROGATE
 from gristmill.generation.api import Completion, Finish, Request
 
 MAX_RETRY_AFTER = 120.0  # seconds; an endpoint that asks for more is treated as one that asks for this
 MAX_REPORTED_TOKENS = 1 << 40  # that an answer may say it has
-SURROGATE = re.compile("[\ud800-\udfff]")
 # Fields of a request that some endpoints do not take, or take by another name.
 FIELDS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop",

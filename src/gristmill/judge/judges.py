@@ -143,7 +143,8 @@ class Judges:
         checkable = [r for r in judged if r.prompt in truths]
         verdicts = self.verifier.verify([(truths[r.prompt], r.text) for r in checkable])
         verified = {r.id: right for r, right in zip(checkable, verdicts, strict=True)}
-        return [self._judged(r, ratings.get(r.id), verified.get(r.id)) for r in rows]
+        weak = {r.id for r in checkable if self.verifier.is_weak(truths[r.prompt], r.text)}
+        return [replace(self._judged(r, ratings.get(r.id), verified.get(r.id)), weak=True if r.id in weak else None) for r in rows]
 
     def _judged(self, r: Response, rating: Rating | None, verified: bool | None) -> Response:
         score = round(rating.score(self.weights), 4) if rating else None

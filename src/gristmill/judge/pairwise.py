@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from gristmill.core.response_text import answer_text
 from gristmill.data.chat import Conversation, Message
 from gristmill.generation.api import Generator, Request, SamplingParams
 
@@ -18,8 +19,13 @@ Answer A:
 Answer B:
 {b}
 Which answer is better? Reply with A or B."""
-# "A", "[[B]]", "A." or "Answer B is better": a reply such as "A good answer" names nobody
-VERDICT = re.compile(r"\s*(?:answer\s+\[*([AB])\b|\[*([AB])\]*[.:)]?\s*(?:\n|$))", re.IGNORECASE)
+# "A", "[[B]]", "**A**", "Verdict: A." or "Answer B is better": a reply such as "A good answer" names nobody
+VERDICT = re.compile(
+    r"\W*(?:(?:(?:final\s+)?(?:verdict|answer|choice)\W*(?:is|:)|winner\W*(?:is|:)|the better (?:one|answer) is)\W*)?"
+    r"(?:answer\s+[\W_]*([AB])\b|\(?([AB])[\])*_.:]*\s*(?:\n|$))",
+    re.IGNORECASE,
+)
+MARKED_VERDICT = re.compile(r"\[\[([AB])\]\]")  # the form of judges that explain themselves first: the last one counts
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,21 @@ def compare(generator: Generator, comparisons: Iterable[Comparison], template: s
 
 def combine_verdicts(straight: str, swapped: str) -> Verdict:
     """Combine both verdicts: the replies to (A = first, B = second) and to (A = second, B = first)."""
-    one, two = VERDICT.match(straight), VERDICT.match(swapped)
+    one, two = _named(straight), _named(swapped)
     if not one or not two:
         return "unparsed"
-    named = [(m[1] or m[2]).upper() for m in (one, two)]
-    if named[0] == named[1]:
+    if one == two:
         return "tie"
-    return "first" if named[0] == "A" else "second"
+    return "first" if one == "A" else "second"
+
+
+def _named(reply: str) -> str:
+    """The answer that a reply names, "" for none."""
+    text = answer_text(reply)
+    if m := VERDICT.match(text):
+        return (m[1] or m[2]).upper()
+    marked = MARKED_VERDICT.findall(text)
+    return marked[-1] if marked else ""
 
 
 def comparison_requests(comparisons: Sequence[Comparison], template: str = TEMPLATE) -> Iterator[Request]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from gristmill.core.concurrent import map_concurrent
 from gristmill.core.errors import InputError
+from gristmill.core.response_text import answer_text
 from gristmill.data.chat import Message
 from gristmill.data.rows import ATTRIBUTES, Rating
 from gristmill.generation.api import Completion, Request, SamplingParams
@@ -142,7 +143,7 @@ def parse_attributes(text: str) -> Rating:
     Raises:
         InputError: an attribute is missing, there twice or no number.
     """
-    pairs = ([side.strip() for side in pair.partition(":")[::2]] for pair in text.split(","))
+    pairs = ([side.strip() for side in pair.partition(":")[::2]] for pair in answer_text(text).split(","))
     try:
         return _rating((name, float(value) if NUMBER.fullmatch(value) else value) for name, value in pairs)
     except InputError as e:

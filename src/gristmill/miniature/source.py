@@ -10,6 +10,7 @@ from gristmill.miniature import code, facts, followups, human, lists, sums
 from gristmill.miniature.world import HELD_OUT_PER_TASK, TASKS, World
 
 # Beyond these the world has too few different questions about facts.
+AMOUNTS = {"num_demonstrations": 240, "num_rated_prompts": 900, "num_prompts": 1000, "num_evaluation": 100}  # unless the recipe says
 LIMITS = {"num_demonstrations": 5000, "num_prompts": 4000, "num_evaluation": HELD_OUT_PER_TASK}
 PIPELINES = {"open_qa": facts.TASK, "math": sums.TASK, "python": code.TASK, "writing": lists.TASK, "two_turn": followups.TASK}
 
@@ -21,14 +22,15 @@ class MiniatureSource:
     code_tasks = frozenset({code.TASK})
 
     def __init__(self, data: HumanData, seed: int):
+        self._num = {name: default if getattr(data, name) is None else getattr(data, name) for name, default in AMOUNTS.items()}
         for name, max_rows in LIMITS.items():
-            if getattr(data, name) > max_rows:
-                raise InputError(f"data.{name} is {getattr(data, name)}: the miniature world has {max_rows} at most.")
-        self.world, self._data, self._seed = World.make(), data, seed
+            if self._num[name] > max_rows:
+                raise InputError(f"data.{name} is {self._num[name]}: the miniature world has {max_rows} at most.")
+        self.world, self._num_held_out, self._seed = World.make(), data.num_held_out_ratings, seed
 
     def demonstrations(self) -> list[Demonstration]:
         """Human-written conversations of all tasks and of prompt writing."""
-        rows = human.demonstrations(self.world, self._data.num_demonstrations, self._seed)
+        rows = human.demonstrations(self.world, self._num["num_demonstrations"], self._seed)
         return [Demonstration(make_id("human", self._seed, i), r["task"], conversation(r["messages"]), "human") for i, r in enumerate(rows)]
 
     def task(self, pipeline: str) -> str:
@@ -37,7 +39,7 @@ class MiniatureSource:
 
     def ratings(self) -> list[Rated]:
         """Rated answers, two a prompt."""
-        num = self._data.num_rated_prompts + self._data.num_held_out_ratings
+        num = self._num["num_rated_prompts"] + self._num_held_out
         rows = human.ratings(self.world, num, self._seed)
         return [
             Rated(
@@ -52,7 +54,7 @@ class MiniatureSource:
 
     def prompts(self) -> list[Prompt]:
         """Collected prompts; their verifiers are read off their texts, as for prompts that a model wrote."""
-        problems = human.collected(self.world, self._data.num_prompts, self._seed)
+        problems = human.collected(self.world, self._num["num_prompts"], self._seed)
         return [
             Prompt(make_id("collected", self._seed, i), p.task, p.messages, "file", (), self.truth(p.task, p.messages))
             for i, p in enumerate(problems)
@@ -60,7 +62,7 @@ class MiniatureSource:
 
     def evaluation(self) -> list[Prompt]:
         """Held-out prompts with truths."""
-        rows = human.evaluation(self.world, self._data.num_evaluation)
+        rows = human.evaluation(self.world, self._num["num_evaluation"])
         return [
             Prompt(make_id("evaluation", i), r["task"], conversation(r["messages"]), "human", (), r["truth"]) for i, r in enumerate(rows)
         ]

@@ -5,12 +5,13 @@ seen. Nothing is ever unpickled.
 """
 
 import hashlib
-import json
+import math
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +19,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import sync
+from gristmill.core.io import make_folder, replacing, sync, write_json
+from gristmill.core.untrusted import existing_file, is_bare_name, quoted, quoted_path, read_untrusted_json
 from gristmill.data.chat import matching_formats
 from gristmill.data.rows import ATTRIBUTES
 from gristmill.data.tokenizer import Tokenizer
-from gristmill.model.config import ModelConfig
-from gristmill.model.quantized import Quantize, compress, decompress, is_quantized, kind_of, quantization_config, scale_name, stored_names
+from gristmill.model.config import ModelConfig, read_config
+from gristmill.model.quantized import (
+    Quantize,
+    compress,
+    decompress,
+    is_quantized,
+    kind_of,
+    quantization_config,
+    scale_name,
+    stored_as,
+)
 from gristmill.model.reward import REWARD_WEIGHTS, RewardModel
 from gristmill.model.transformer import PRECISIONS, Block, Linear, Transformer
 
@@ -35,7 +46,16 @@ MAX_SHARD_BYTES = 5 * 1000**3
 # Published embeddings are padded to a multiple of 128, 256 or 512 beyond the tokenizer's ids.
 MAX_VOCAB_PADDING = 511
 
+# Largest header of a safetensors file that is read; those of published models with ten thousand tensors have 1 MB.
+MAX_HEADER_BYTES = 4 << 20
+# Largest root mean square of a tensor's values; trained weights stay below 10, biases below some hundreds.
+MAX_RMS = 1e4
+CHECKED_VALUES = 1 << 18  # at a time while they are copied, so that they are still in the cache
+
 MISFIT = "Use a checkpoint whose tensors fit its config.json"
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+NO_MODEL = "Give a folder with a Hugging Face model"
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 
 # ---- names: our parameters, or row ranges of them, under Hugging Face's names ----
@@ -43,13 +63,13 @@ MISFIT = "Use a checkpoint whose tensors fit its config.json"
 
 def hf_tensors(model: Transformer) -> dict[str, Tensor]:
     """Hugging Face names to views of the model's parameters; writing into a view changes the model."""
-    named = {"model.embed_tokens.weight": model.embedding.detach()}
+    named = {EMBEDDING: model.embedding.detach()}
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         named.update({f"model.layers.{index}.{name}": view for name, view in _block_tensors(block).items()})
     named.update(_vectors("model.norm", model.final_norm))
     if model.lm_head is not None:
-        named["lm_head.weight"] = model.lm_head.weight.detach()
+        named[OUTPUT] = model.lm_head.weight.detach()
     return named
 
 
@@ -93,8 +113,8 @@ def _reward_tensors(model: RewardModel) -> dict[str, Tensor]:
 def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write a folder that `load_model` and every reader of Hugging Face folders understands.
 
-    Values keep the parameters' dtype. An earlier model of the same name is replaced. Where layers differ
-    or lack a part, config.json holds them under "gristmill" and only `load_model` reads the folder.
+    Values keep the parameters' dtype. An earlier model of the same name is replaced. Where layers differ or lack a part,
+    config.json holds them under "gristmill" and names an architecture that only `load_model` reads and others refuse.
 
     Raises:
         InputError: the folder holds more than a model, the tokenizer does not fit, or the disk is full.
@@ -122,7 +142,7 @@ def saved_as(folder: Path | str) -> Quantize:
     Raises:
         InputError: there is no model, or it is quantized in a way that is not read here.
     """
-    return kind_of(_read_json(Path(folder) / "config.json"))
+    return kind_of(read_untrusted_json(existing_file(Path(folder) / "config.json", NO_MODEL)))
 
 
 def save_reward(model: RewardModel, tokenizer: Tokenizer, folder: Path | str, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -145,7 +165,7 @@ def _save(
     max_shard_bytes: int,
 ) -> None:
     _check_vocabulary(config, tokenizer, folder)
-    dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     hf = config.to_hf() | {"torch_dtype": dtype, "eos_token_id": tokenizer.eos_id} | extra
     formats = matching_formats(tokenizer)
     form = formats[0] if len(formats) == 1 else None
@@ -153,8 +173,8 @@ def _save(
     ends = tokenizer.eos_id if form is None else list(dict.fromkeys([tokenizer.eos_id, form.end_of_turn_id(tokenizer)]))
     with _new_folder(folder) as new:
         tokenizer.save(new, "" if form is None else form.template)
-        _write_json(new / "config.json", hf)
-        _write_json(new / "generation_config.json", {"eos_token_id": ends})
+        write_json(new / "config.json", hf)
+        write_json(new / "generation_config.json", {"eos_token_id": ends})
         _write_shards(tensors, new, max_shard_bytes)
 
 
@@ -173,15 +193,12 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
         files = [SINGLE_FILE]
     for file, shard in zip(files, shards, strict=True):
         # Views of one merged matrix share memory, which the format refuses: write copies.
-        save_file({k: v.clone().cpu() for k, v in shard.items()}, folder / file, metadata={"format": "pt"})
+        with replacing(folder / file) as temporary:
+            save_file({k: v.clone().cpu() for k, v in shard.items()}, temporary, metadata={"format": "pt"})
     if count > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _is_ours(path: Path) -> bool:
@@ -193,14 +210,13 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that replaces it if the body succeeds and vanishes if it fails."""
     if folder.exists() and not (folder.is_dir() and all(_is_ours(path) for path in folder.iterdir())):
         raise InputError(f"Choose another folder than {folder}: it holds more than a saved model.")
+    folder = Path(os.path.abspath(folder))  # "." and ".." have no name of their own
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     try:
         shutil.rmtree(new, ignore_errors=True)  # what a killed process may have left
         shutil.rmtree(old, ignore_errors=True)
-        new.mkdir(parents=True)
+        make_folder(new)
         yield new
-        for path in [*new.iterdir(), new]:
-            sync(path)
         if folder.exists():  # a folder that is not empty cannot be renamed over
             folder.rename(old)
         new.rename(folder)
@@ -226,9 +242,10 @@ def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple[
     hf, config, tokenizer = _read_descriptions(folder)
     if "reward_weights" in hf:
         raise InputError(f"Choose a language model instead of {folder}: it holds a reward model.")
-    model = _empty(config, dtype)
-    _fill(hf_tensors(model), folder, config, kind_of(hf))
-    return model, tokenizer
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.compute_dtype = dtype
+    return _fill(model, hf_tensors, folder, hf=hf, dtype=dtype), tokenizer
 
 
 def load_reward(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple[RewardModel, Tokenizer]:
@@ -241,10 +258,12 @@ def load_reward(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple
     hf, config, tokenizer = _read_descriptions(folder)
     attributes = hf.get("reward_attributes", list(ATTRIBUTES))
     if attributes != list(ATTRIBUTES):
-        raise InputError(f"Use a reward model that scores {', '.join(ATTRIBUTES)}: {folder} scores {attributes}.")
-    model = RewardModel(_empty(config, dtype), hf.get("reward_weights", REWARD_WEIGHTS["nemotron4-340b"]))
-    _fill(_reward_tensors(model), folder, config, kind_of(hf))
-    return model, tokenizer
+        raise InputError(f"Use a reward model that scores {', '.join(ATTRIBUTES)}: {folder} scores {quoted(attributes)}.")
+    with torch.device("meta"):
+        backbone = Transformer(config)
+    backbone.compute_dtype = dtype
+    model = RewardModel(backbone, hf.get("reward_weights", REWARD_WEIGHTS["nemotron4-340b"]))
+    return _fill(model, _reward_tensors, folder, hf=hf, dtype=dtype), tokenizer
 
 
 def fingerprint(folder: Path | str) -> str:
@@ -255,7 +274,7 @@ def fingerprint(folder: Path | str) -> str:
     """
     folder = Path(folder)
     digest = hashlib.blake2b(digest_size=8)
-    for path in [_existing(folder / "config.json"), *_weight_files(folder)]:
+    for path in [existing_file(folder / "config.json", NO_MODEL), *_weight_files(folder)]:
         digest.update(path.name.encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
@@ -263,8 +282,7 @@ def fingerprint(folder: Path | str) -> str:
 
 
 def _read_descriptions(folder: Path) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
-    hf = _read_json(folder / "config.json")
-    config = ModelConfig.from_hf(hf)
+    hf, config = read_config(folder)
     tokenizer = Tokenizer.load(folder)
     _check_vocabulary(config, tokenizer, folder)
     return hf, config, tokenizer
@@ -276,84 +294,136 @@ def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -
             f"Use the tokenizer that belongs to {folder}: the model has {config.vocab_size} embeddings, the "
             f"tokenizer {tokenizer.vocab_size} tokens."
         )
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise InputError(f"Give a folder with a Hugging Face model: {path} does not exist.")
-    return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    text = _existing(path).read_text()
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"Download or save {path} again: it is not valid JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise InputError(f"Download or save {path} again: it holds no JSON object.")
-    return value
+    if tokenizer.max_id >= config.vocab_size:
+        raise InputError(
+            f"Use the tokenizer that belongs to {folder}: the model has {config.vocab_size} embeddings, and a token has the id "
+            f"{tokenizer.max_id}."
+        )
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        return [_existing(folder / SINGLE_FILE)]
-    weight_map = _read_json(index).get("weight_map", {})
-    return [_existing(folder / name) for name in sorted(set(weight_map.values()))]
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.is_file() or not index.is_file():  # in this order, as transformers
+        return [existing_file(single, NO_MODEL)]
+    weight_map = read_untrusted_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"Download or save {index} again: it has no weight_map from tensors to files.")
+    for name in weight_map.values():
+        if not is_bare_name(name) or not name.endswith(".safetensors"):
+            raise InputError(f"Download or save {index} again: {quoted(name)} is no name of a safetensors file in its folder.")
+    return [existing_file(folder / name, NO_MODEL) for name in sorted(set(weight_map.values()))]
 
 
-def _empty(config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(config)
-    model.compute_dtype = dtype
-    return model.to(dtype).to_empty(device="cpu")
+def _open(path: Path, stack: ExitStack) -> Any:
+    """A safetensors file of which nothing but the header is read."""
+    with _damage(path), path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise InputError(f"Fetch {path} with `git lfs pull`: it is a pointer to the file.")
+        if (length := int.from_bytes(start, "little")) > MAX_HEADER_BYTES:
+            raise InputError(f"Download or save {path} again: it is no safetensors file, or has a header of {length:,} bytes.")
+        return stack.enter_context(safe_open(path, framework="pt"))
 
 
-def _fill(expected: dict[str, Tensor], folder: Path, config: ModelConfig, kind: Quantize) -> None:
-    """Copy each tensor of the folder into the view of its name; names and shapes must agree on both sides."""
+def _fill(
+    model: AnyModel, tensors: Callable[[AnyModel], dict[str, Tensor]], folder: Path, *, hf: dict[str, Any], dtype: torch.dtype
+) -> AnyModel:
+    """Give a model on the meta device memory and the tensors of a folder; names, types and shapes are compared before any is read.
+
+    Args:
+        tensors: Hugging Face names to views of the model's parameters.
+    """
+    kind, tied = kind_of(hf), hf.get("tie_word_embeddings") is True
     with ExitStack() as stack:
         found: dict[str, Any] = {}  # the file that holds a name
         for path in _weight_files(folder):
-            with _damage(path):
-                file = stack.enter_context(safe_open(path, framework="pt"))
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    if name in found:
-                        raise InputError(f"{MISFIT}: {path} has {name} a second time.")
-                    found[name] = file
-        stored = {name: stored_names(name, kind) if kind and scale_name(name) in found else (name,) for name in expected}
-        known = {part for parts in stored.values() for part in parts}
-        if strange := sorted(name for name in found if name not in known and not _redundant(name, config)):
-            raise InputError(f"{MISFIT}: {folder} has an unexpected tensor {strange[0]} ({len(strange)} in all).")
-        if missing := sorted(known - set(found)):
-            raise InputError(f"{MISFIT}: {folder} lacks {', '.join(missing[:3])} ({len(missing)} in all).")
+            file = _open(path, stack)
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if name in found:
+                    raise InputError(f"{MISFIT}: {path} has {_shown(name)} a second time.")
+                found[name] = file
+        stored = _check_headers(found, tensors(model), folder, kind=kind, tied=tied)
+        _check_memory(model, folder, dtype)
+        model = model.to(dtype).to_empty(device="cpu")
 
         def read(name: str) -> Tensor:
-            return found[name].get_tensor(name)
+            tensor: Tensor = found[name].get_tensor(name)
+            return tensor
 
-        for name, view in expected.items():
+        for name, view in tensors(model).items():
             with _damage(folder):
-                tensor = decompress(name, kind, read) if len(stored[name]) > 1 else read(name)
-            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-                raise InputError(f"{MISFIT}: {folder} has {name} in {tensor.dtype} without its scales.")
-            if tensor.shape != view.shape:
-                raise InputError(f"{MISFIT}: {folder} has {name} in shape {list(tensor.shape)}, not {list(view.shape)}.")
-            view.copy_(tensor)
+                _copy(view, decompress(name, kind, read) if len(stored[name]) > 1 else read(name), f"{folder} has {name}")
+        if tied and OUTPUT in found and not torch.equal(read(OUTPUT), read(EMBEDDING)):  # which others read in different ways
+            raise InputError(f"Set tie_word_embeddings to false in {folder}: its {OUTPUT} is another matrix than {EMBEDDING}.")
+    return model
+
+
+def _check_headers(found: dict[str, Any], expected: dict[str, Tensor], folder: Path, *, kind: Quantize, tied: bool) -> dict[str, list[str]]:
+    """Compare what the headers of files say with what a model needs; for each of its tensors, the names of those that stand for it."""
+    stored: dict[str, list[str]] = {}
+    known: set[str] = set()
+    wrong = ""  # told when no name is missing or unexpected
+    for name, view in expected.items():
+        parts = stored_as(name, kind if scale_name(name) in found else "", view.shape)
+        stored[name] = list(parts)
+        known.update(parts)
+        for part, (dtypes, shapes) in parts.items():
+            if wrong or part not in found:
+                continue
+            with _damage(folder):
+                header = found[part].get_slice(part)
+                dtype, shape = header.get_dtype(), header.get_shape()
+            if dtype not in dtypes:
+                scales = "" if dtype.startswith("F") and dtype[1:].isdigit() else " without its scales" if len(parts) == 1 else ""
+                wrong = f"{MISFIT}: {folder} has {part} in {quoted(dtype)[1:-1]}{scales}."
+            elif shape not in shapes:
+                wrong = f"{MISFIT}: {folder} has {part} in shape {quoted(shape)}, not {shapes[0]}."
+    # Some published files repeat the tied output matrix, old ones store the rotary frequencies.
+    redundant = (n for n in found if n.endswith("rotary_emb.inv_freq") or (tied and n == OUTPUT))
+    if strange := sorted(found.keys() - known - set(redundant)):
+        raise InputError(f"{MISFIT}: {folder} has an unexpected tensor {_shown(strange[0])} ({len(strange)} in all).")
+    if missing := sorted(known - found.keys()):
+        raise InputError(f"{MISFIT}: {folder} lacks {', '.join(missing[:3])} ({len(missing)} in all).")
+    if wrong:
+        raise InputError(wrong)
+    return stored
+
+
+def _shown(name: str) -> str:
+    return quoted(name)[1:-1]
+
+
+def _check_memory(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > present:
+        here = f"{present / 1e9:,.0f} GB are here"
+        raise InputError(f"Use a machine with more memory for {folder}: its weights take {needed / 1e9:,.0f} GB, and {here}.")
+
+
+def _copy(view: Tensor, tensor: Tensor, what: str) -> None:
+    """Copy a tensor, refusing values that are not finite or are beyond what any training makes."""
+    if tensor.shape != view.shape:
+        raise InputError(f"{MISFIT}: {what} in shape {list(tensor.shape)}, not {list(view.shape)}.")
+    total = 0.0
+    for to, values in zip(view.view(-1).split(CHECKED_VALUES), tensor.reshape(-1).split(CHECKED_VALUES), strict=True):
+        to.copy_(values)
+        total += float(torch.dot(to, to) if to.dtype == torch.float32 else torch.linalg.vector_norm(to, dtype=torch.float32) ** 2)
+    if not math.isfinite(total):
+        raise InputError(f"Download or train the model again: {what} with values that are not finite, or too large to compute with.")
+    if (rms := math.sqrt(total / view.numel())) > MAX_RMS:
+        raise InputError(f"Download or train the model again: {what} with values of {rms:.1e}, beyond what any training makes.")
 
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, RuntimeError, IndexError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, IndexError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"Download or save {path} again: a file is damaged ({error}).") from None
-
-
-def _redundant(name: str, config: ModelConfig) -> bool:
-    # Some published files repeat the tied output matrix, old ones store the rotary frequencies.
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
+        why = "".join(c for c in str(error) if c.isprintable())[:200]  # it may quote the file
+        raise InputError(f"Download or save {quoted_path(path)} again: a file is damaged ({why}).") from None
 
 
 def quantize_folder(folder: Path, out: Path, kind: Quantize, *, dtype: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Shapes: N rows, D columns.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,8 @@ Quantize = Literal["", "int8", "int8-weight", "fp8"]
 MAX_VALUES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 DTYPES = {"int8": torch.int8, "int8-weight": torch.int8, "fp8": torch.float8_e4m3fn}
 KINDS: tuple[Quantize, ...] = ("int8", "int8-weight", "fp8")
+STORED_DTYPES = {"int8": ("I8",), "fp8": ("F8_E4M3",)}  # as safetensors names them
+FLOATS = ("F32", "BF16", "F16", "F64")
 FORMATS = {"int8": "int-quantized", "int8-weight": "pack-quantized", "fp8": "float-quantized"}
 
 
@@ -50,7 +52,8 @@ def quantization_config(kind: Quantize) -> dict[str, Any]:
 def _known_fields(config: Mapping[str, Any]) -> Any:
     """What of a `quantization_config` must be as we know it: form, and how weights and activations are quantized."""
     groups = config.get("config_groups")
-    parts = [group.get(part) or {} for group in groups.values() for part in ("weights", "input_activations")] if groups else []
+    names = ("weights", "input_activations", "output_activations")
+    parts = [group.get(part) or {} for group in groups.values() for part in names] if groups else []
     return config.get("format"), [
         {key: part.get(key) for key in ("num_bits", "type", "symmetric", "strategy", "dynamic")} for part in parts
     ]
@@ -63,10 +66,12 @@ def kind_of(hf: Mapping[str, Any]) -> Quantize:
         InputError: in a way that is not read here.
     """
     found = hf.get("quantization_config")
-    if not found:
+    if found is None or found == {}:
         return ""
     try:
         essence = _known_fields(found)
+        if any(found.get(key) for key in ("kv_cache_scheme", "transform_config")) or _is_sparse(found.get("sparsity_config")):
+            essence = None
     except (AttributeError, TypeError):  # of no form that is known
         essence = None
     for kind in KINDS:
@@ -78,6 +83,10 @@ def kind_of(hf: Mapping[str, Any]) -> Quantize:
     )
 
 
+def _is_sparse(config: Any) -> bool:
+    return bool(config) and config.get("format") != "dense"
+
+
 def scale_name(name: str) -> str:
     """Name of the scales of a matrix."""
     return f"{name}_scale"
@@ -86,6 +95,18 @@ def scale_name(name: str) -> str:
 def stored_names(name: str, kind: Quantize) -> tuple[str, ...]:
     """Names of the tensors that stand for one matrix."""
     return (name, scale_name(name)) if kind != "int8-weight" else (f"{name}_packed", scale_name(name), f"{name}_shape")
+
+
+def stored_as(name: str, kind: Quantize, shape: Sequence[int]) -> dict[str, tuple[tuple[str, ...], list[list[int]]]]:
+    """Names of the tensors that stand for one of `shape`, with the types (safetensors' names) and the shapes that each may have."""
+    if not kind or len(shape) != 2:
+        return {name: (FLOATS, [list(shape)])}
+    N, D = shape
+    scales = (FLOATS, [[N, 1], [N]])
+    if kind != "int8-weight":
+        return dict(zip(stored_names(name, kind), ((STORED_DTYPES[kind], [[N, D]]), scales), strict=True))
+    parts = (("I32",), [[N, -(-D // 4)]]), scales, (("I64", "I32"), [[2]])
+    return dict(zip(stored_names(name, kind), parts, strict=True))
 
 
 def compress(name: str, weight_ND: Tensor, kind: Quantize) -> dict[str, Tensor]:
@@ -106,7 +127,9 @@ def decompress(name: str, kind: Quantize, read: Callable[[str], Tensor]) -> Tens
     """
     values, scale, *shape = (read(part) for part in stored_names(name, kind))
     if shape:
-        values = values.contiguous().view(torch.uint8)[:, : int(shape[0][1])].int() - 128
+        values = values.contiguous().view(torch.uint8)[:, : max(0, int(shape[0][1]))].int() - 128
+        if list(values.shape) != shape[0].tolist():
+            raise ValueError(f"{name} has the shape {list(values.shape)}, not {shape[0].tolist()}")
     if scale.numel() != len(values):
         raise ValueError(f"{name} has {len(values)} rows and {scale.numel()} scales")
     return values.float() * scale.float().view(-1, 1)

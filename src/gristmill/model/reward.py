@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
+from gristmill.core.untrusted import quoted
 from gristmill.data.rows import ATTRIBUTES
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Linear, Transformer
@@ -21,6 +22,8 @@ REWARD_WEIGHTS: dict[str, tuple[float, ...]] = {
     "llama3-70b": (0.65, 0.8, 0.45, 0.55, -0.4),
     "goodness": (0.65, 0.8, 0.45, 0.0, 0.0),
 }
+
+MAX_WEIGHT = 1e6  # absolute value of an aggregation weight
 
 
 class RewardModel(nn.Module):
@@ -44,9 +47,10 @@ class RewardModel(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if len(weights) != len(ATTRIBUTES):
+        numbers = isinstance(weights, list | tuple) and all(isinstance(w, int | float) and abs(w) <= MAX_WEIGHT for w in weights)
+        if not numbers or len(weights) != len(ATTRIBUTES):
             names = ", ".join(ATTRIBUTES)
-            raise InputError(f"Give {len(ATTRIBUTES)} aggregation weights ({names}), not {len(weights)}.")
+            raise InputError(f"Give {len(ATTRIBUTES)} aggregation weights ({names}), not {quoted(weights)}.")
         self.backbone = backbone
         self.weights = tuple(float(weight) for weight in weights)
         device = backbone.embedding.device

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gristmill.core.errors import InputError
+from gristmill.core.io import write_text
 from gristmill.report.comparisons import (
     MODES,
     Comparison,
@@ -90,13 +90,7 @@ def save_page(path: Path, page: str) -> Path:
     Raises:
         InputError: the file cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({e.strerror}): free some space or choose another place.") from e
+    write_text(path, page)
     return path
 
 
@@ -128,6 +122,7 @@ def _top(data: RunData, name: str) -> Markup:
         banners.append(_banner("This run is not finished. ", "The page shows what there is; run the same command again to continue."))
     elif results.get("stopped"):
         banners.append(_banner("Stopped by the collapse rule. ", results["stopped"]))
+    banners += [_banner("Alarm. ", alarm["text"]) for alarm in (results or {}).get("alarms", ())]
     eyebrow = f"gristmill {'control run' if control else 'run'}"
     return el(
         "header", el("p", eyebrow, class_="eyebrow"), el("h1", name), el("p", " \u00b7 ".join(facts), class_="soft"), banners, class_="top"

@@ -129,7 +129,6 @@ def write_comparison(comparison: Mapping[str, Any], out_path: Path) -> Path:
             )
         ],
     ]
-    out_path.parent.mkdir(parents=True, exist_ok=True)
     return save_page(out_path, document("gristmill: comparison", top, el("main", parts), footer("Newcombe's for independent proportions")))
 
 

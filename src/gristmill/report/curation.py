@@ -1,13 +1,12 @@
 """Curation report: every step's documents, time and memory, the distribution of every metric with its limits, and sample documents."""
 
-import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gristmill.core.errors import InputError
+from gristmill.core.io import DamagedFile, read_json, write_text
 from gristmill.report.distributions import distribution, short
 from gristmill.report.figures import funnel
 from gristmill.report.markup import Markup, document, el, table
@@ -45,8 +44,8 @@ def write_page(folder: Path, results: Facts) -> Path:
         InputError: its samples cannot be read, or the page cannot be written.
     """
     try:
-        samples = json.loads((folder / "samples.json").read_text())["steps"]
-    except (OSError, ValueError, KeyError) as e:
+        samples = read_json(folder / "samples.json")["steps"]
+    except (DamagedFile, KeyError) as e:
         raise InputError(f"{folder / 'samples.json'} cannot be read ({e}): run the same curation with another --out.") from e
     explain = f"gristmill curate {shlex.quote(str(folder / 'recipe.yaml'))} --out {shlex.quote(str(folder))} --explain"
     first, steps = results["read"], results["steps"]
@@ -77,13 +76,7 @@ def write_page(folder: Path, results: Facts) -> Path:
     head = el("header", el("p", "Curation", class_="eyebrow"), el("h1", results["name"]), el("p", kept, class_="soft"), class_="top")
     page = document(f"{results['name']}: curation", head, el("nav", el("div", links)) if links else None, el("main", body))
     path = folder / "report.html"
-    temporary = folder / f"report.html.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({e.strerror}): free some space and run the same command again.") from e
+    write_text(path, page)
     return path
 
 

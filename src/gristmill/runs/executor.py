@@ -1,7 +1,6 @@
 """Task executors: in process, a pool of local processes, or Ray. A task that left its marker is never done again."""
 
 import gc
-import json
 import multiprocessing
 import os
 import resource
@@ -11,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import write_json
+from gristmill.core.io import STAMPS, WRITTEN, DamagedFile, damaged, read_json, stamp, write_json
 from gristmill.core.progress import Progress
 
 WATCH_SECONDS = 2.0
@@ -30,8 +30,8 @@ class Task:
     """A call of a module's function that writes files and returns counts.
 
     Attributes:
-        marker: JSON of what it returned, with `seconds` and `peak_mib`, written when its files are there: until then it is done again from
-            the beginning.
+        marker: JSON of what it returned, with `seconds` and `peak_mib`, and sizes and hashes of the files that it wrote, written when
+            they are on the disk. Until then, or when one of them is damaged, it is done again from the beginning.
     """
 
     work: Callable[..., dict[str, Any]]
@@ -40,24 +40,32 @@ class Task:
 
 
 def perform(task: Task) -> dict[str, Any]:
-    """Do a task, unless it was done before.
+    """Do a task, unless it was done before. It may return STAMPS of files that an earlier start wrote.
 
     Returns:
         What it returned; beside it the `seconds` that it took, and `peak_mib`, the most memory that its process has held so far.
     """
+    folder = task.marker.parent
     if task.marker.exists():
-        return json.loads(task.marker.read_text())
+        with suppress(DamagedFile):
+            done = read_json(task.marker)
+            if {"seconds", "peak_mib"} <= done.keys() and not damaged(folder, done.pop(STAMPS, {})):
+                return done
+        task.marker.unlink(missing_ok=True)
     before = gc.get_threshold()
     gc.set_threshold(100_000, 50, 100)  # rows come and go by the thousand, in no cycles: looking for some took a twentieth of the time
     started = time.monotonic()
+    written: list[Path] = []
+    token = WRITTEN.set(written)
     try:
         result = task.work(*task.arguments)
     finally:
+        WRITTEN.reset(token)
         gc.set_threshold(*before)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     result = {**result, "seconds": round(time.monotonic() - started, 4), "peak_mib": peak}
-    task.marker.parent.mkdir(parents=True, exist_ok=True)
-    write_json(task.marker, result)
+    files = result.pop(STAMPS, {}) | {os.path.relpath(path, folder): stamp(path) for path in dict.fromkeys(written)}
+    write_json(task.marker, result | {STAMPS: files})
     return result
 
 

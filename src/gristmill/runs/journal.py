@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from gristmill.core.errors import InputError
+from gristmill.core.io import make_folder, reason, sync
 
 SYNC_SECONDS = 5.0
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode
@@ -39,15 +40,24 @@ class Journal(Mapping[str, dict[str, Any]]):
         self.path = path
         self._places: dict[str, int] = {}
         if read_only:
-            self._size = self._read()
-            self._file = path.open("rb", buffering=0)
+            try:
+                self._size = self._read()
+                self._file = path.open("rb", buffering=0)
+            except OSError as e:
+                raise InputError(f"{path} cannot be read ({reason(e)}): put it back, or run the same command again.") from e
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        good = self._read() if path.exists() else 0
-        self._file = path.open("ab+", buffering=0)  # a failed write leaves nothing behind that close would try again
-        self._size = good
-        if self._file.seek(0, os.SEEK_END) > good:
-            self._file.truncate(good)
+        try:
+            make_folder(path.parent)
+            is_new = not path.exists()
+            good = 0 if is_new else self._read()
+            self._file = path.open("ab+", buffering=0)  # a failed write leaves nothing behind that close would try again
+            self._size = good
+            if self._file.seek(0, os.SEEK_END) > good:
+                self._file.truncate(good)
+            if is_new:
+                sync(path.parent)
+        except OSError as e:
+            raise self._full(e) from e
         self._synced = time.monotonic()
 
     def _read(self) -> int:
@@ -103,7 +113,7 @@ class Journal(Mapping[str, dict[str, Any]]):
         self._size += len(data)
 
     def _full(self, e: OSError) -> DiskFull:
-        return DiskFull(f"{self.path} cannot be written ({e.strerror}): free some space and run the same command again.")
+        return DiskFull(f"{self.path} cannot be written ({reason(e)}): free some space and run the same command again.")
 
     def close(self) -> None:
         """Flush to disk and close."""

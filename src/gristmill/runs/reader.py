@@ -3,22 +3,24 @@
 Only files are looked at, so an unfinished run reads as well as a finished one.
 """
 
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-import yaml
-
-from gristmill.core.config import COMMANDS
+from gristmill.core.config import COMMANDS, read
 from gristmill.core.errors import InputError
-from gristmill.core.io import read_json
+from gristmill.core.io import STAMPS, read_json, reason
 
 if TYPE_CHECKING:  # `gristmill status` starts without what rows need
     from gristmill.runs.artifacts import AnyArtifact, Artifact, JournalArtifact, JsonArtifact
 
 Row = TypeVar("Row")
+RECIPE_HASH, CHECK = "recipe", "check"  # in every marker: of the run's recipe, and of the marker's own values
+OF_MARKERS = (STAMPS, RECIPE_HASH, CHECK)
 STAGE_FOLDER = re.compile(r"(\d{2,})-.+")
 
 
@@ -73,6 +75,20 @@ class RunData:
                 yield from journal.values()
 
 
+@contextmanager
+def reading_back(folder: Path) -> Iterator[None]:
+    """Turn what a file of another form leads to, wherever it is looked into, into an InputError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError, RecursionError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(
+            f"{folder} holds a file that is damaged or of another version ({type(e).__name__}: {reason(e)}): "
+            "run the command that made it again, which mends it."
+        ) from e
+
+
 def read_run(folder: Path, *, kind: str | None = None) -> RunData:
     """Read a run, finished or not.
 
@@ -83,35 +99,38 @@ def read_run(folder: Path, *, kind: str | None = None) -> RunData:
         InputError: the folder holds no run or one of another kind, or one of its files is damaged.
     """
     saved = folder / "recipe.yaml"
-    if not saved.is_file():
+    if not os.path.isfile(saved):
         raise InputError(f"{folder} holds no run: give the folder that `gristmill run` wrote.")
     try:
-        recipe = yaml.safe_load(saved.read_text())
-    except yaml.YAMLError as e:
-        raise InputError(f"{saved} is not YAML ({' '.join(str(e).split())}): run the recipe in a new folder.") from e
-    if not isinstance(recipe, dict):
-        raise InputError(f"{saved} is no recipe: run the recipe in a new folder.")
+        recipe = read(saved)
+    except InputError as e:
+        raise InputError(f"{e} Run the same command again, which writes it again.") from e
     if "kind" not in recipe:
         raise InputError(f"{folder} was made by an earlier version of gristmill: read it with that one.")
     if kind is not None and recipe["kind"] != kind:
-        command, other = COMMANDS.get(kind, kind), COMMANDS.get(recipe["kind"], recipe["kind"])
+        command, other = COMMANDS.get(kind, kind), COMMANDS.get(str(recipe["kind"]), recipe["kind"])
         raise InputError(f"{folder} holds a run of `gristmill {other}`: give one of `gristmill {command}`.")
     numbered = [(int(m[1]), p) for p in folder.iterdir() if p.is_dir() and (m := STAGE_FOLDER.fullmatch(p.name))]
     stages: list[dict[str, Any]] = []
     for _, path in sorted(numbered):
         done = path / "done.json"
-        stages.append({**(read_json(done) if done.is_file() else {}), "folder": path.name})
+        stages.append({**(_said(done) if done.exists() else {}), "folder": path.name})
     results = _results(folder, stages)
     if results and not stages:  # a finished run may have dropped their folders
         stages = [stage for stage in results.get("stages", []) if "folder" in stage]
     return RunData(folder, str(recipe["kind"]), recipe, stages, results)
 
 
+def _said(path: Path) -> dict[str, Any]:
+    """What a marker says, without what it says of itself."""
+    return {key: value for key, value in read_json(path).items() if key not in OF_MARKERS}
+
+
 def _results(folder: Path, stages: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The results, unless there are none or they are those of an earlier, shorter run that is being continued."""
     path = folder / "results.json"
-    if not path.is_file() or not all("fingerprint" in s for s in stages):
+    if not path.exists() or not all("fingerprint" in s for s in stages):
         return None
-    results = read_json(path)
+    results = _said(path)
     models = {s["name"] for s in stages if "greedy" in s}
     return results if not models or models <= {s["name"] for s in results.get("stages", [])} else None

@@ -1,15 +1,18 @@
 """Run folder: the stages of any workflow, each done once and complete when its marker is there.
 
     runs/NAME/recipe.yaml       the resolved recipe, with its kind
-    runs/NAME/03-r1-prompts/    a stage: its artifacts, and done.json (summary, seconds, artifacts, fingerprint of its inputs)
+    runs/NAME/03-r1-prompts/    a stage: its artifacts, and done.json (summary, seconds, artifacts, sizes and hashes of its files,
+                                fingerprint of its inputs)
     runs/NAME/results.json      written at the end
     runs/NAME/report.html
 
-`done.json` is written last, by an atomic rename. A stage that has it is skipped on the next start; one without is continued. A folder is
-removed by a rename first, so that half of it is never taken for the whole.
+`done.json` is written last, when all that it speaks of is on the disk. A stage that has it, and whose files still are what it says, is
+skipped on the next start; another is continued, and makes the damaged files again. A folder is removed by a rename first, so that half of
+it is never taken for the whole.
 """
 
 import json
+import re
 import resource
 import shutil
 import time
@@ -21,16 +24,31 @@ from typing import Any, Literal
 
 from gristmill.core.config import COMMANDS, Recipe, dump, read
 from gristmill.core.errors import InputError
-from gristmill.core.io import disk_errors, lock, write_json
+from gristmill.core.io import (
+    STAMPS,
+    DamagedFile,
+    damaged,
+    disk_errors,
+    lock,
+    make_folder,
+    read_json,
+    reason,
+    stamps,
+    sweep,
+    sync,
+    write_json,
+    write_text,
+)
 from gristmill.core.progress import Progress
 from gristmill.data.rows import make_id
-from gristmill.runs.artifacts import AnyArtifact
-from gristmill.runs.reader import STAGE_FOLDER
+from gristmill.runs.artifacts import AnyArtifact, JournalArtifact
+from gristmill.runs.reader import CHECK, OF_MARKERS, RECIPE_HASH, STAGE_FOLDER
 
 RECIPE, MARKER, INPUTS, RESULTS = "recipe.yaml", "done.json", "inputs.json", "results.json"
 OnChange = Literal["refuse", "redo", "continue"]
 GONE = ".gone"  # what is being removed: renamed at once, so that half of it is never taken for the whole
-NEW_RECIPE = "recipe.yaml.tmp"  # may be all that a start leaves behind that was cut off at once
+OLD_TEMPORARY = "recipe.yaml.tmp"  # of earlier versions
+BEGINNINGS = re.compile(r"\.lock|\.recipe\.yaml\.\d+\.tmp|recipe\.yaml\.tmp")  # all that a start leaves behind that was cut off at once
 
 
 @dataclass(frozen=True)
@@ -65,37 +83,84 @@ class RunDir:
     def __init__(self, path: Path, recipe: Recipe, progress: Progress):
         self.path, self.progress = path, progress
         self.stages: list[str] = []
-        self._check(recipe)
+        kept = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in recipe.may_change}
+        self._key = make_id(kept)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            self._check(recipe)
+            make_folder(path)
             self._lock = lock(path)
-            temporary = path / NEW_RECIPE
-            temporary.write_text(dump(recipe))
-            temporary.replace(path / RECIPE)
+            sweep(path)
+            (path / OLD_TEMPORARY).unlink(missing_ok=True)
+            write_text(path / RECIPE, dump(recipe))
             shutil.rmtree(path / GONE, ignore_errors=True)
-        except OSError as e:
-            raise InputError(f"{path} cannot be written ({e.strerror}): free some space, or choose another folder with --out.") from e
+        except (OSError, ValueError) as e:
+            if isinstance(e, InputError):
+                raise
+            raise InputError(f"{path} cannot be written ({reason(e)}): free some space, or choose another folder with --out.") from e
 
     def _check(self, recipe: Recipe) -> None:
         saved = self.path / RECIPE
-        if not saved.exists():
-            if self.path.exists() and not self.path.is_dir():
-                raise InputError(f"{self.path} is not a folder: choose another with --out.")
-            if self.path.exists() and any(p.name not in (".lock", NEW_RECIPE) for p in self.path.iterdir()):
-                raise InputError(f"{self.path} is not empty and holds no run: choose another folder with --out.")
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is not a folder: choose another with --out.")
+        found = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
+        if all(BEGINNINGS.fullmatch(name) for name in found):
+            return  # nothing is made yet
+        if not self.begun and not {".lock", RECIPE} <= found:
+            raise InputError(f"{self.path} is not empty and holds no run: choose another folder with --out.")
+        kind = recipe.model_dump()["kind"]
+        try:
+            old = read(saved)
+        except InputError as e:
+            if self.begun and not self._is_of_this_recipe():
+                raise InputError(f"{e} Put back the file that the run wrote, or choose another folder with --out.") from e
             return
-        old, kind = read(saved), recipe.model_dump()["kind"]
-        if old.get("kind", kind) != kind:
-            raise InputError(f"{self.path} holds a run of `gristmill {COMMANDS.get(old['kind'], old['kind'])}`: choose another --out.")
+        if (other := old.get("kind", kind)) != kind:
+            raise InputError(f"{self.path} holds a run of `gristmill {COMMANDS.get(str(other), other)}`: choose another --out.")
         if not self.begun:
             return  # nothing is made yet: the recipe may change
         if "kind" not in old:
             raise InputError(f"{self.path} was made by an earlier version of gristmill: finish it with that one, or choose another --out.")
-        if changed := recipe.changed(old):
+        try:
+            changed = recipe.changed(old)
+        except (TypeError, ValueError) as e:  # of which types its values are, nobody has checked
+            raise InputError(f"{saved} is damaged ({reason(e)}): choose another folder with --out.") from e
+        if changed:
             raise InputError(
                 f"{self.path} was made by another recipe (they differ in {', '.join(changed)}): "
                 "choose another folder with --out, or go back to that recipe."
             )
+
+    def _is_of_this_recipe(self) -> bool:
+        """Whether all that is finished says that it was made by this very recipe."""
+        made = [found for path in (self.path / RESULTS, *self.path.glob(f"*/{MARKER}")) if (found := self._marker(path))]
+        return bool(made) and all(one.get(RECIPE_HASH, self._key) == self._key for one in made) and any(RECIPE_HASH in one for one in made)
+
+    def _marker(self, path: Path) -> dict[str, Any]:
+        """What a marker says; nothing where there is none, or one that is damaged."""
+        try:
+            found = read_json(path) if path.exists() else {}
+        except DamagedFile:
+            found = {CHECK: ""}
+        check = found.pop(CHECK, None)
+        sound = check == make_id(found) if check is not None else not found or isinstance(found.get("fingerprint"), str)
+        if not sound:
+            self.progress.warn(f"{path} is damaged: what it speaks of is made again.")
+        return found if sound else {}
+
+    def _write_marker(self, path: Path, value: dict[str, Any]) -> None:
+        value = json.loads(json.dumps(value | {RECIPE_HASH: self._key}))  # as it will be read
+        write_json(path, value | {CHECK: make_id(value)})
+
+    def _is_whole(self, folder: Path, done: dict[str, Any]) -> bool:
+        """Whether a finished stage's files are what its marker says. Those of earlier versions name them only."""
+        if STAMPS in done:
+            bad = damaged(folder, done[STAMPS])
+        else:
+            names = [name for name in done.get("artifacts", ()) if not name.endswith(".jsonl")]
+            bad = [name for name in names if not (folder / name).is_file() or not (folder / name).stat().st_size]
+        if bad:
+            self.progress.warn(f"{folder / bad[0]} is gone or damaged: {folder.name} is made again.")
+        return not bad
 
     @property
     def begun(self) -> bool:
@@ -123,6 +188,7 @@ class RunDir:
         work: Callable[[Path], dict[str, Any]],
         *,
         artifacts: Sequence[AnyArtifact] = (),
+        files: Sequence[str] = (),
         on_change: OnChange = "refuse",
         again: Callable[[dict[str, Any]], bool] | None = None,
     ) -> Stage:
@@ -133,11 +199,12 @@ class RunDir:
             inputs: anything (JSON) that decides its result.
             work: gets the stage's folder, which may hold what an interrupted start left; returns the summary.
             artifacts: the files that it writes.
+            files: patterns of what else in its folder others will read. Journals are not vouched for: each line does that itself.
             on_change: what happens when the stage was made from other inputs: "refuse" it, "redo" it and all after it from nothing, or
                 "continue" with the files that are there, for work whose journals know each call by all that was asked.
             again: whether a finished stage is continued all the same, by its summary.
         """
-        with self._open(name, inputs, artifacts, on_change, again) as entry:
+        with self._open(name, inputs, artifacts, files, on_change, again) as entry:
             if entry.summary is None:
                 entry.summary = work(entry.folder)
         return Stage(entry.folder, entry.done)
@@ -149,11 +216,12 @@ class RunDir:
         work: Callable[[Path], Awaitable[dict[str, Any]]],
         *,
         artifacts: Sequence[AnyArtifact] = (),
+        files: Sequence[str] = (),
         on_change: OnChange = "refuse",
         again: Callable[[dict[str, Any]], bool] | None = None,
     ) -> Stage:
         """As `stage`, for work that waits for others."""
-        with self._open(name, inputs, artifacts, on_change, again) as entry:
+        with self._open(name, inputs, artifacts, files, on_change, again) as entry:
             if entry.summary is None:
                 entry.summary = await work(entry.folder)
         return Stage(entry.folder, entry.done)
@@ -164,6 +232,7 @@ class RunDir:
         name: str,
         inputs: Any,
         artifacts: Sequence[AnyArtifact],
+        files: Sequence[str],
         on_change: OnChange,
         again: Callable[[dict[str, Any]], bool] | None,
     ) -> Iterator["_Entry"]:
@@ -171,9 +240,13 @@ class RunDir:
         self.stages.append(folder.name)
         fingerprint = make_id(name, inputs)
         marker, begun = folder / MARKER, folder / INPUTS
-        found = marker if marker.exists() else begun
-        done: dict[str, Any] = json.loads(found.read_text()) if found.exists() else {}
+        done = self._marker(marker)
+        found = marker if done else begun
+        done = done or self._marker(begun)
         changed = bool(done) and done["fingerprint"] != fingerprint
+        if found is marker and not changed and not self._is_whole(folder, done):
+            marker.unlink()
+            found = begun
         if on_change == "redo" and (changed or not done):
             self._remove_from(len(self.stages) - 1)
             done = {}
@@ -186,12 +259,12 @@ class RunDir:
                 "or choose another folder with --out."
             )
         if done and found is marker:
-            yield _Entry(folder, {}, done)
+            yield _Entry(folder, {}, {key: value for key, value in done.items() if key not in OF_MARKERS})
             return
         with disk_errors(self.path):
-            folder.mkdir(exist_ok=True)
-        if on_change == "redo" and not begun.exists():
-            write_json(begun, {"fingerprint": fingerprint})
+            make_folder(folder)
+        if on_change == "redo" and not self._marker(begun):
+            self._write_marker(begun, {"fingerprint": fingerprint})
         entry, started = _Entry(folder), time.monotonic()
         with self.progress.stage(folder.name), disk_errors(folder):
             yield entry
@@ -200,20 +273,37 @@ class RunDir:
         assert not missing, f"stage {name} did not write {missing}"
         head = {"name": name, "fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 2), "peak_mib": peak_mib()}
         entry.done = {**head, "artifacts": [a.file for a in artifacts], **entry.summary}
-        write_json(marker, entry.done)
+        with disk_errors(folder):
+            vouched = stamps(folder, [*(a.file for a in artifacts if not isinstance(a, JournalArtifact)), *files])
+            sync(folder)
+        self._write_marker(marker, entry.done | {STAMPS: vouched})
         self.progress.finished(folder.name, entry.done)
 
-    def finish(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Write `results.json`; returns the results."""
-        write_json(self.path / RESULTS, results)
+    def finish(self, results: dict[str, Any], products: Sequence[str] = ()) -> dict[str, Any]:
+        """Write `results.json`; returns the results.
+
+        Args:
+            products: patterns of what stays when the stages are dropped; `finished` looks at it again.
+        """
+        if not products:
+            write_json(self.path / RESULTS, results)
+            return results
+        with disk_errors(self.path):
+            vouched = stamps(self.path, products)
+            sync(self.path)
+        self._write_marker(self.path / RESULTS, results | {STAMPS: vouched})
         return results
 
     def finished(self, fingerprint: str, products: Sequence[str]) -> dict[str, Any] | None:
-        """The results, if they have this fingerprint and all products are there; others are removed, as they speak of other products."""
+        """The results, if they have this fingerprint and all products are there and whole; others are removed, as they speak of other
+        products."""
         path = self.path / RESULTS
-        results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        results = self._marker(path)
         if results.get("fingerprint") == fingerprint and all((self.path / name).exists() for name in products):
-            return results
+            vouched = results.pop(STAMPS, {})
+            results.pop(RECIPE_HASH, None)
+            if self._is_whole(self.path, {STAMPS: vouched}):
+                return results
         path.unlink(missing_ok=True)
         return None
 
@@ -232,6 +322,7 @@ class RunDir:
         shutil.rmtree(gone, ignore_errors=True)
         if path.is_dir():
             path.rename(gone)
+            sync(self.path)
             shutil.rmtree(gone)
         else:
             path.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gristmill.core.errors import InputError
-from gristmill.sandbox import jail, seccomp, zygote
+from gristmill.sandbox import jail, seccomp, split, wire
 
 NUM_WORKERS = 2
 _SWEEP_S = 0.5  # seconds to remove a folder in; a larger one is removed by a process of its own
@@ -54,12 +54,14 @@ class SandboxResult:
             "timeout"; "early exit" (the process or the program's thread ended before the check did).
         seconds: wall time of the child, cleaning up not counted.
         output: the first 64 KiB of its standard output and error.
+        weak: something in the verdict was decided where the program could lie about it (see split.py).
     """
 
     passed: bool
     reason: str
     seconds: float
     output: str = ""
+    weak: bool = False
 
 
 class _Broken(Exception):
@@ -139,7 +141,7 @@ class _Worker:
         """Send one request and wait for its answer. Raises _Broken, and stops the zygote, if none comes."""
         assert self._process is not None and self._process.stdin is not None
         try:
-            zygote.send(self._process.stdin.fileno(), request)
+            wire.send(self._process.stdin.fileno(), request)
             answer = self._answer(time.monotonic() + request["timeout_s"] + _GRACE_S)
         except BaseException as error:
             self.stop()  # also after an interrupt: the next request must not meet this one's answer
@@ -259,7 +261,7 @@ class Sandbox:
         """
         if not 0 < timeout_s < 1e6:
             raise InputError(f"The time limit is {timeout_s} s; give a positive number of seconds.")
-        request = {"program": program, "check": check, "timeout_s": timeout_s}
+        request = {"program": program, "check": check, "timeout_s": timeout_s, "split": split.splits(check)}
         worker = self._idle.get()
         try:
             # A zygote that was killed between two runs is replaced; one that dies twice dies of this program.

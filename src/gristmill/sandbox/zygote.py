@@ -5,9 +5,13 @@ device memory of the caller is in it, and it imports the standard library only. 
 standard input and answers on standard output, each a 4-byte big-endian length and JSON, and ends when
 standard input closes.
 
-How a pass is proved. The zygote draws a 16-byte nonce for every program and believes a pass only when exactly
-these bytes, and nothing else, come through the child's private pipe. The exit code proves nothing. In the
-child:
+A check runs in a process of its own (split.py), jailed like the program's: it calls the program over two pipes, gets plain data back,
+and says through a pipe that no program ever has what came out. That process serves one check after the other, as long as none leaves a
+trace in it; the program's process is made for one program and killed.
+
+A check that must look into the program (splits, in split.py) runs in the program's process, and its verdict is weak. There a pass is
+proved by a 16-byte nonce, drawn for every program: only exactly these bytes, and nothing else, through the child's private pipe count.
+The exit code proves nothing. In such a child:
 
 - the main thread, the *keeper*, waits;
 - program and check run in a second thread whose only callers are C functions (`map` over `exec` inside
@@ -15,13 +19,12 @@ child:
   nonce, so it is written only if every assertion held; no Python frame holds it once the program can run;
 - an audit hook, which Python code cannot remove, refuses the calls that would reach other threads' frames,
   list the collector's objects, install a tracer (which can jump over an assertion) or call C functions
-  through ctypes;
+  through ctypes, and the import of modules that were made to get at the interpreter;
 - nothing secret lies in any pipe, and any other byte written to the private pipe spoils the pass.
 
-What this does not stop: a program that reads or writes its own memory natively (ctypes pointers, crafted
-bytecode) owns the interpreter the check runs in and can forge a pass, as can one whose objects lie (`__eq__`
-that is always true), that shadows a name the check uses, or that changes a module the check imports. The
-jail holds in all these cases: only the verdict is at stake.
+What this does not stop, and why such a verdict is weak: a program that reads or writes its own memory natively (ctypes pointers,
+crafted bytecode) owns the interpreter the check runs in and can forge a pass, as can one whose objects lie (`__eq__` that is always
+true), that shadows a name the check uses, or that changes a module the check imports. The jail holds in all these cases.
 """
 
 import builtins
@@ -40,20 +43,52 @@ import traceback
 import types
 from _thread import _count, allocate_lock, start_new_thread
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gristmill.sandbox import jail
+from gristmill.sandbox import jail, split, test_runner
+from gristmill.sandbox.wire import read_exactly, receive, send
 
 OUTPUT_BYTES = 64 << 10
 _NONCE_BYTES = 16
 _VERDICT_BYTES = 1000
 _REASON_CHARS = 200
+_LAST_WORDS_S = 0.1  # for the check, when the program's process has ended
+_CHECKER_CPU_S = 2.0  # far below its limit
 _SWEEP_S = 2.0  # a program may leave more files than can be removed in a reasonable time
 
 # Imported before the first fork: most programs import some of these, and a child inherits them for nothing.
 _COMMON_MODULES = (
     "abc bisect copy ctypes dataclasses datetime decimal enum fractions heapq hashlib itertools math random "
-    "re statistics string textwrap threading typing"
+    "re statistics string subprocess textwrap threading typing"
+)
+
+# Modules made to get at the interpreter or at other processes. What `ctypes` and `subprocess` need of them, they hold already.
+_REFUSED_MODULES = frozenset(
+    [
+        "_ctypes",
+        "_ctypes_test",
+        "_interpchannels",
+        "_interpqueues",
+        "_interpreters",
+        "_posixsubprocess",
+        "_remote_debugging",
+        "_testbuffer",
+        "_testcapi",
+        "_testclinic",
+        "_testclinic_limited",
+        "_testexternalinspection",
+        "_testimportmultiple",
+        "_testinternalcapi",
+        "_testlimitedcapi",
+        "_testmultiphase",
+        "_testsinglephase",
+        "_xxinterpchannels",
+        "_xxsubinterpreters",
+        "_xxtestfuzz",
+        "xxlimited",
+        "xxlimited_35",
+    ]
 )
 
 _REFUSED_EVENTS = frozenset(
@@ -80,57 +115,30 @@ _REFUSED_EVENTS = frozenset(
 )
 
 
-def read_exactly(fd: int, size: int) -> bytes:
-    """Read `size` bytes; fewer only at the end of the stream."""
-    parts = []
-    while size and (part := os.read(fd, min(size, 1 << 20))):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
-
-
-def send(fd: int, message: dict[str, Any]) -> None:
-    """Write one message."""
-    data = json.dumps(message).encode()
-    data = struct.pack(">I", len(data)) + data
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def receive(fd: int) -> dict[str, Any] | None:
-    """Read one message; None when the other side has gone."""
-    head = read_exactly(fd, 4)
-    if len(head) < 4:
-        return None
-    size = struct.unpack(">I", head)[0]
-    body = read_exactly(fd, size)
-    return json.loads(body) if len(body) == size else None
-
-
 # ---- in the child ------------------------------------------------------------------------------------------
 
 
 def _refuse_introspection() -> None:
     # The set is bound as a default: the hook's globals can be reached through a traceback and changed.
-    def hook(event: str, arguments: tuple[Any, ...], refused: frozenset[str] = _REFUSED_EVENTS) -> None:
+    def hook(
+        event: str,
+        arguments: tuple[Any, ...],
+        refused: frozenset[str] = _REFUSED_EVENTS,
+        modules: frozenset[str] = _REFUSED_MODULES,
+        library: str = os.path.dirname(os.path.realpath(os.__file__)) + os.sep,
+    ) -> None:
         if event in refused:
             raise PermissionError(f"{event} is not allowed here")
+        if event == "import":
+            name, file = arguments[:2]
+            if name.rpartition(".")[2] in modules or (type(file) is str and not os.path.realpath(file).startswith(library)):
+                raise ImportError(f"{name} is not allowed here")
 
     sys.addaudithook(hook)
 
 
-def _describe(error: BaseException | None) -> str:
-    if isinstance(error, AssertionError):
-        return "failed"
-    try:
-        text = " ".join(str(error).split())
-    except Exception:
-        text = ""
-    return f"error: {type(error).__name__}" + (f": {text}" if text else "")
-
-
 def _report(verdict: int, error: BaseException | None) -> None:
-    os.write(verdict, b"!" + _describe(error).encode(errors="replace")[:_VERDICT_BYTES])
+    os.write(verdict, b"!" + split.describe(error).encode(errors="replace")[:_VERDICT_BYTES])
 
 
 def _execute(program: str, check: str, verdict: int, secret: list[bytes]) -> None:
@@ -169,6 +177,8 @@ def _execute(program: str, check: str, verdict: int, secret: list[bytes]) -> Non
         # The check meets the real built-in functions, whatever the program replaced.
         functools.partial(functions.update, dict(functions)),
         functools.partial(namespace.__setitem__, "__builtins__", builtins),
+        functools.partial(namespace.__setitem__, "__run_tests__", functools.partial(test_runner.run_tests, namespace)),
+        functools.partial(sys.modules.__setitem__, "pytest", test_runner.pytest_module()),
         functools.partial(exec, codes[1], namespace),
         functools.partial(os.write, verdict, secret.pop()),
         failed.release,
@@ -187,56 +197,235 @@ def _execute(program: str, check: str, verdict: int, secret: list[bytes]) -> Non
         sleep(0.0005)
 
 
-def _child(request: dict[str, Any], ruleset: int | None, strict: bool, pipes: tuple[int, int], secret: list[bytes]) -> None:
-    verdict, output = pipes
+def _serve_check(program: str, script: bool, reader: int, writer: int) -> None:
+    """Run the program (unless the check runs it as a script), and then what its check, in another process, asks of it."""
+    module = types.ModuleType("program")
+    sys.modules["program"] = module
+    reason = ""
+    try:
+        code = compile(program, "<program>", "exec", dont_inherit=True, optimize=0)
+        if not script:
+            exec(code, module.__dict__)
+    except SystemExit:
+        reason = "early exit"
+    except BaseException as error:
+        traceback.print_exception(error, limit=0 if isinstance(error, SyntaxError) else None)
+        reason = split.describe(error)
+    send(writer, {"reason": reason, "names": [name for name in module.__dict__ if name[:2] != "__"]})
+    if not reason:
+        split.ProgramSide(reader, writer, module.__dict__, program).run()
+
+
+def _enter(ruleset: int | None, strict: bool, timeout_s: float, *, output: int, keep: tuple[int, ...]) -> None:
+    """Lock this child in, with its output and the pipes that are its own."""
     os.setsid()
     os.dup2(output, 1)
     os.dup2(output, 2)
-    jail.enter(ruleset, request["timeout_s"], strict=strict)
-    os.closerange(3, verdict)
-    os.closerange(verdict + 1, jail.OPEN_FILES * 4)
-    _refuse_introspection()
-    _execute(request["program"], request["check"], verdict, secret)
+    jail.enter(ruleset, timeout_s, strict=strict)
+    low = 3
+    for fd in (*sorted(keep), jail.OPEN_FILES * 4):
+        os.closerange(low, fd)
+        low = fd + 1
 
 
 # ---- in the zygote -----------------------------------------------------------------------------------------
 
 
-def _watch(verdict: int, output: int, control: int, deadline: float) -> tuple[bytes, bytes, bool]:
-    """Collect what a child says until its verdict pipe closes, the deadline passes or the caller dies.
+class _Checker:
+    """The jailed process that runs checks, one after the other, until one takes too long or leaves a trace in it.
 
-    Returns:
-        The verdict, at most OUTPUT_BYTES of output (the rest is read and dropped, so that the child never
-        blocks on a full pipe), and whether the deadline passed.
+    Programs get two of its pipes; none of them sees the one that its verdicts come through.
     """
+
+    def __init__(self, ruleset: int | None, strict: bool, timeout_s: float, *, scratch: str, output: int):
+        self.timeout_s = timeout_s
+        self.asked, ask = os.pipe()
+        self._told, self.tell = os.pipe()
+        jobs, self._jobs = os.pipe()
+        self.verdict, verdict = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                _enter(ruleset, strict, timeout_s, output=output, keep=(ask, self._told, jobs, verdict))
+                while (job := receive(jobs)) is not None:
+                    os.chdir(scratch)
+                    reason, weak, clean = split.run_check(job["check"], self._told, ask)
+                    clean = clean and time.process_time() < _CHECKER_CPU_S
+                    send(verdict, {"reason": reason, "weak": weak, "clean": clean})
+                    if not clean:
+                        break
+            finally:
+                os._exit(0)
+        for fd in (ask, jobs, verdict):
+            os.close(fd)
+
+    def begin(self, check: str) -> None:
+        """Start a check; the program's process exists already."""
+        with contextlib.suppress(OSError):  # it died meanwhile: no verdict will come
+            send(self._jobs, {"check": check})
+
+    def rest(self) -> None:
+        """Forget what the last program said after its check had ended."""
+        for fd in (self._told, self.asked):
+            _drain(fd, b"")
+
+    def stop(self) -> None:
+        """Kill it."""
+        _kill(self._pid)
+        for fd in (self.asked, self._told, self.tell, self._jobs, self.verdict):
+            os.close(fd)
+
+
+def _kill(pid: int) -> int:
+    """Kill a child and its process group; returns its status."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        os.killpg(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
+def _drain(fd: int, kept: bytes) -> bytes:
+    """What nobody will write to any more and still lies in a pipe, behind the first OUTPUT_BYTES of it."""
     poll = select.poll()
-    poll.register(verdict, select.POLLIN)
-    poll.register(output, select.POLLIN)
-    poll.register(control, 0)  # hang-up only
-    said, kept = b"", bytearray()
-    while True:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            return said, bytes(kept), True
-        for fd, _ in poll.poll(remaining * 1000 + 1):
-            if fd == control:
-                return b"", b"", True
-            part = os.read(fd, 1 << 16)
-            if fd == verdict:
-                said += part
-                if not part or len(said) > _VERDICT_BYTES + 1:
-                    return said, bytes(kept), False
-            elif part:
-                kept += part[: OUTPUT_BYTES - len(kept)]
-            else:
-                poll.unregister(output)
-
-
-def _drain(output: int, kept: bytes) -> bytes:
-    """What a dead child left in its output pipe: at most the pipe's capacity."""
-    while len(kept) < OUTPUT_BYTES and (part := os.read(output, OUTPUT_BYTES - len(kept))):
-        kept += part
+    poll.register(fd, select.POLLIN)
+    while poll.poll(0) and (part := os.read(fd, 1 << 16)):
+        kept += part[: max(0, OUTPUT_BYTES - len(kept))]
     return kept
+
+
+class _Runner:
+    """Runs programs with their checks, one at a time.
+
+    Args:
+        scratch: the folder that programs work in.
+        ruleset: from `jail.landlock_ruleset`, or None.
+        control: the caller's pipe; when it hangs up, all ends.
+    """
+
+    def __init__(self, scratch: str, ruleset: int | None, strict: bool, *, control: int):
+        self._scratch, self._ruleset, self._strict, self._control = scratch, ruleset, strict, control
+        self._output, self._output_end = os.pipe()
+        self._checker: _Checker | None = None
+
+    def run(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Run one program and its check, in two children or, where the check does not split, in one whose verdict is weak."""
+        start = time.monotonic()
+        deadline = start + request["timeout_s"]
+        os.makedirs(self._scratch, mode=0o700, exist_ok=True)
+        os.chdir(self._scratch)
+        apart = bool(request["split"])
+        reason, output, weak = self._apart(request, deadline) if apart else self._together(request, deadline)
+        if reason == "unsplit":
+            reason, output, weak = self._together(request, deadline)
+        seconds = time.monotonic() - start
+        os.chdir("/")
+        spent = not jail.empty_folder(os.path.dirname(self._scratch) if self._ruleset is None else self._scratch, _SWEEP_S)
+        text = output.decode(errors="replace")
+        return {"passed": reason == "passed", "reason": reason, "seconds": seconds, "output": text, "spent": spent, "weak": weak}
+
+    def _fork(self, timeout_s: float, keep: tuple[int, ...], work: Callable[[], None]) -> int:
+        leave = os._exit  # the program may replace it, see _execute
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _enter(self._ruleset, self._strict, timeout_s, output=self._output_end, keep=keep)
+                _refuse_introspection()
+                work()
+            finally:
+                leave(0)
+        return pid
+
+    def _apart(self, request: dict[str, Any], deadline: float) -> tuple[str, bytes, bool]:
+        timeout_s, check = request["timeout_s"], request["check"]
+        if self._checker is not None and self._checker.timeout_s < timeout_s:
+            self._checker.stop()
+            self._checker = None
+        if self._checker is None:
+            self._checker = _Checker(self._ruleset, self._strict, timeout_s, scratch=self._scratch, output=self._output_end)
+        checker = self._checker
+        alive, alive_end = os.pipe()  # closed with the program's process, which has the only other end
+        keep = (checker.asked, checker.tell, alive_end)
+        work = functools.partial(_serve_check, request["program"], "__run_script__(" in check, checker.asked, checker.tell)
+        pid = self._fork(timeout_s, keep, work)
+        os.close(alive_end)
+        checker.begin(check)
+        said, kept, late = self._watch(checker.verdict, alive, deadline)
+        os.close(alive)
+        status = _kill(pid)
+        kept = _drain(self._output, kept)
+        verdict = json.loads(said[4:]) if said and not late else {"reason": "", "weak": False, "clean": False}
+        if verdict["clean"]:
+            checker.rest()
+        else:
+            checker.stop()
+            self._checker = None
+        reason = verdict["reason"]
+        if late:
+            reason = "timeout"
+        elif reason in ("", "early exit"):
+            reason = _exit_reason(status)
+        return reason[:_REASON_CHARS], kept, bool(verdict["weak"])
+
+    def _together(self, request: dict[str, Any], deadline: float) -> tuple[str, bytes, bool]:
+        verdict, verdict_end = os.pipe()
+        nonce = os.urandom(_NONCE_BYTES)
+        secret = [nonce]
+        program, check = request["program"], request["check"]
+        leave = os._exit
+        pid = os.fork()
+        if pid == 0:
+            del nonce
+            try:
+                _enter(self._ruleset, self._strict, request["timeout_s"], output=self._output_end, keep=(verdict_end,))
+                _refuse_introspection()
+                _execute(program, check, verdict_end, secret)
+            finally:
+                leave(0)
+        os.close(verdict_end)
+        said, kept, late = self._watch(verdict, None, deadline)
+        status = _kill(pid)
+        kept = _drain(self._output, kept)
+        os.close(verdict)
+        return "passed" if said == nonce and not late else _reason(said, late, status), kept, True
+
+    def _watch(self, verdict: int, alive: int | None, deadline: float) -> tuple[bytes, bytes, bool]:
+        """Collect what is said until there is a whole verdict, nobody is left who could say one, or the deadline passes.
+
+        Args:
+            verdict: of a check in its own process (one message), or of one in the program's (until the pipe closes).
+            alive: hangs up when the program's process ends, where the check has its own.
+
+        Returns:
+            The verdict, at most OUTPUT_BYTES of output (the rest is read and dropped, so that a child never blocks on a full pipe),
+            and whether the deadline passed.
+        """
+        poll = select.poll()
+        poll.register(verdict, select.POLLIN)
+        poll.register(self._output, select.POLLIN)
+        poll.register(self._control, 0)  # hang-up only
+        if alive is not None:
+            poll.register(alive, select.POLLIN)
+        said, kept = b"", bytearray()
+        gone = False
+        while True:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return said, bytes(kept), not gone
+            for fd, _ in poll.poll(remaining * 1000 + 1):
+                if fd == self._control:
+                    return b"", b"", True
+                part = os.read(fd, 1 << 16)
+                if fd == verdict:
+                    said += part
+                    whole = len(said) >= 4 and len(said) >= 4 + struct.unpack(">I", said[:4])[0] if alive is not None else False
+                    if not part or whole or (alive is None and len(said) > _VERDICT_BYTES + 1):
+                        return said, bytes(kept), False
+                elif fd == alive:
+                    # The program ended: the check may still end too, if it asks no more.
+                    poll.unregister(alive)
+                    gone, deadline = True, min(deadline, time.monotonic() + _LAST_WORDS_S)
+                else:
+                    kept += part[: OUTPUT_BYTES - len(kept)]
 
 
 def _reason(said: bytes, late: bool, status: int) -> str:
@@ -247,44 +436,13 @@ def _reason(said: bytes, late: bool, status: int) -> str:
         return text[:_REASON_CHARS]
     if said:
         return "error: the program wrote to the verdict pipe"
+    return _exit_reason(status)
+
+
+def _exit_reason(status: int) -> str:
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL:
         return f"error: killed by {signal.Signals(os.WTERMSIG(status)).name}"
     return "early exit"
-
-
-def _run(request: dict[str, Any], scratch: str, ruleset: int | None, strict: bool, control: int) -> dict[str, Any]:
-    """Fork a jailed child for one program, watch it, kill it, clean up."""
-    os.makedirs(scratch, mode=0o700, exist_ok=True)
-    os.chdir(scratch)
-    verdict, verdict_end = os.pipe()
-    output, output_end = os.pipe()
-    nonce = os.urandom(_NONCE_BYTES)
-    leave = os._exit  # the program may replace it, see _execute
-    start = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        secret = [nonce]
-        del nonce
-        try:
-            _child(request, ruleset, strict, (verdict_end, output_end), secret)
-        finally:
-            leave(0)
-    os.close(verdict_end)
-    os.close(output_end)
-    said, kept, late = _watch(verdict, output, control, start + request["timeout_s"])
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-        os.killpg(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    seconds = time.monotonic() - start
-    kept = _drain(output, kept)
-    os.close(verdict)
-    os.close(output)
-    os.chdir("/")
-    spent = not jail.empty_folder(os.path.dirname(scratch) if ruleset is None else scratch, _SWEEP_S)
-    passed = said == nonce and not late
-    reason = "passed" if passed else _reason(said, late, status)
-    return {"passed": passed, "reason": reason, "seconds": seconds, "output": kept.decode(errors="replace"), "spent": spent}
 
 
 def _try_jail(ruleset: int | None) -> str:
@@ -315,8 +473,9 @@ def _serve(control: int, answers: int, config: dict[str, Any]) -> None:
     ruleset = jail.landlock_ruleset(config["landlock"], scratch) if config["landlock"] else None
     wrong = _try_jail(ruleset) if strict else ""
     send(answers, {"ready": not wrong, "error": wrong})
+    runner = _Runner(scratch, ruleset, strict, control=control)
     while not wrong and (request := receive(control)) is not None:
-        send(answers, _run(request, scratch, ruleset, strict, control))
+        send(answers, runner.run(request))
     jail.remove_base(base)  # the caller, which otherwise does this, has gone
 
 
@@ -326,6 +485,8 @@ def _prepare() -> None:
         __import__(name)
     for name in [name for name in sys.modules if name.split(".")[0] == "gristmill"]:
         del sys.modules[name]
+    for name in _REFUSED_MODULES:
+        sys.modules[name] = None  # type: ignore[assignment]  # an import fails
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.path.remove(sys.argv[1])
     sys.argv = ["program"]

@@ -9,56 +9,68 @@ import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from aiohttp import hdrs, web
+from prometheus_client import generate_latest
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import Conversation
+from gristmill.data.chat import Conversation, check_turns
 from gristmill.data.rows import make_id
 from gristmill.engine.async_engine import AsyncEngine, TokenEvent
+from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.engine import Engine
 from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Request, SamplingParams
+from gristmill.server.connections import BODY_SECONDS, Connection, ConnectionPool, log_failure
+from gristmill.server.metrics import Metrics
 from gristmill.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     CompletionRequestBase,
+    FieldError,
+    RequestBody,
     RewardRequest,
+    is_small,
     parse_body,
     parse_messages,
     parse_prompts,
+    shown,
 )
+from gristmill.server.ratings import RateFn, RatingQueue
 from gristmill.server.responses import (
     ChatResponseBuilder,
     CompletionResponseBuilder,
     IncrementalDetokenizer,
     ResponseBuilder,
+    dump_json,
     envelope,
+    error_response,
     num_output_tokens,
     usage_counts,
 )
 
 MAX_BODY_BYTES = 4 << 20
+MAX_BODIES_BYTES = 64 << 20  # of all requests that are on their way
 MAX_TOKEN_CHARS = 128  # as good as never more: a longer text is too long without counting
-MAX_INLINE_WORK = 20_000  # characters of a text, or tokens with their likeliest, that would hold up everybody else
-RETRY_SECONDS = 1
+MAX_INLINE_WORK = 20_000  # bytes of a body, or tokens with their likeliest, that would hold up everybody else
+MAX_GRAMMAR_WAIT = 15.0  # seconds
 CLIENT_CLOSED_REQUEST = 499
 STREAM = web.RequestKey("stream", web.StreamResponse)  # the answer that has begun
 JSON = "application/json"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-RateFn = Callable[[list[Conversation]], list[dict[str, float]]]
+Result = TypeVar("Result")
+Body = TypeVar("Body", bound=RequestBody)
 
 
 class _HttpError(Exception):
     """HTTP error: a request that gets this status and these words."""
 
-    def __init__(self, status: int, message: str):
+    def __init__(self, status: int, message: str, *, code: str | None = None):
         super().__init__(message)
-        self.status = status
+        self.status, self.code = status, code
 
 
 @dataclass
@@ -85,64 +97,51 @@ class _OpenRequest:
     tokens: "asyncio.Queue[TokenEvent | None]" = field(default_factory=asyncio.Queue)
 
 
-class _Metrics:
-    """Prometheus metrics."""
-
-    def __init__(self, server: "Server") -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter("gristmill_requests", "Requests by path and status.", ["path", "status"], registry=self.registry)
-        self.seconds = Histogram("gristmill_request_seconds", "Time to the end of an answer.", registry=self.registry)
-        self.first = Histogram("gristmill_first_token_seconds", "Time to the first token of a streamed answer.", registry=self.registry)
-        cores = lambda: [worker.core for worker in server.async_engine.workers]  # noqa: E731
-        for name, about, value in (
-            ("gristmill_open_samples", "Samples under way or waiting.", lambda: server.async_engine.num_open),
-            (
-                "gristmill_running",
-                "Samples that have a slot.",
-                lambda: sum(c.batch_state.num_slots - len(c.batch_state.free_slots) for c in cores()),
-            ),
-            ("gristmill_pages_in_use", "KV-cache blocks in use.", lambda: sum(c.block_manager.num_used_blocks for c in cores())),
-            ("gristmill_pages", "KV-cache blocks.", lambda: sum(c.block_manager.num_blocks for c in cores())),
-            ("gristmill_prompt_tokens", "Prompt tokens computed.", lambda: sum(c.prompt_tokens for c in cores())),
-            ("gristmill_output_tokens", "Tokens sampled.", lambda: sum(c.output_tokens for c in cores())),
-            (
-                "gristmill_preemptions",
-                "Samples preempted for want of KV-cache blocks.",
-                lambda: sum(c.scheduler.num_preemptions for c in cores()),
-            ),
-        ):
-            Gauge(name, about, registry=self.registry).set_function(value)
-
-
 class Server:
     """HTTP server over an asynchronous engine.
 
     Args:
         rate: the attributes of the last turn of conversations, by the reward model `reward_name`.
+        reward_context: tokens that it reads at most; None: as many as the engine's model.
+
+    Attributes:
+        pool: the connections, where their number is limited.
     """
 
-    def __init__(self, engine: Engine, limits: Limits | None = None, rate: RateFn | None = None, *, reward_name: str = "reward"):
-        self.engine, self.limits = engine, limits or Limits()
-        self.rate, self.reward_name = rate, reward_name
+    def __init__(
+        self,
+        engine: Engine,
+        limits: Limits | None = None,
+        rate: RateFn | None = None,
+        *,
+        reward_name: str = "reward",
+        reward_context: int | None = None,
+    ):
+        self.engine, self.limits, self.reward_name = engine, limits or Limits(), reward_name
         self.context = engine.model.config.max_positions
+        self.reward_context = self.context if reward_context is None else reward_context
         self.async_engine = AsyncEngine(engine, self._deliver)
-        self.metrics = _Metrics(self)
+        self.cache_tokens = min(worker.core.block_manager.num_blocks for worker in self.async_engine.workers) * BLOCK_SIZE
+        self.pool: ConnectionPool | None = None
+        self.metrics = Metrics(self.async_engine, lambda: self.pool)
         self.closing = False
         self._open: dict[RequestState, _OpenRequest] = {}
         self._number = 0
-        self._executor = ThreadPoolExecutor(1)  # scores and ratings, one at a time
-        self._rating_task: asyncio.Task[None] | None = None
-        self._rating_queue: list[tuple[Conversation, asyncio.Future[dict[str, float]]]] = []
+        self._num_posts = self._body_bytes = 0
+        self._scorer = ThreadPoolExecutor(1)  # scores and ratings, one at a time
+        self._grammars = ThreadPoolExecutor(1)  # so that grammars that take long wait for each other, and nobody for them
+        self._helpers = ThreadPoolExecutor(2)  # parses, encodes and writes what is long
+        self.ratings = RatingQueue(rate, self._scorer) if rate is not None else None
 
     def app(self) -> web.Application:
         """Application with its routes; the engine's threads start and stop with it."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._middleware])
+        app = web.Application(middlewares=[self._middleware])
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/chat/completions", self._chat)
-        app.router.add_post("/v1/completions", self._completions)
-        app.router.add_post("/v1/rewards", self._rewards)
+        app.router.add_post("/v1/chat/completions", self._chat, expect_handler=self._expect)
+        app.router.add_post("/v1/completions", self._completions, expect_handler=self._expect)
+        app.router.add_post("/v1/rewards", self._rewards, expect_handler=self._expect)
 
         async def start(app: web.Application) -> None:
             self._loop = asyncio.get_running_loop()
@@ -153,7 +152,8 @@ class Server:
 
         async def stop(app: web.Application) -> None:
             self.quiet = self.async_engine.stop()
-            self._executor.shutdown(wait=False, cancel_futures=True)
+            for executor in (self._scorer, self._grammars, self._helpers):
+                executor.shutdown(wait=False, cancel_futures=True)
 
         app.on_startup.append(start)
         app.on_shutdown.append(shut)
@@ -165,49 +165,83 @@ class Server:
     @web.middleware
     async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         http, started = request, time.monotonic()
-        try:
-            reply = await self._handle_errors(http, handler)
-        except asyncio.CancelledError:
-            self.metrics.requests.labels(http.path if http.match_info.route.resource else "?", "gone").inc()
-            raise
+        connection = http.protocol if isinstance(http.protocol, Connection) else None
         known = http.match_info.route.resource is not None
+        post = http.method == hdrs.METH_POST
+        self._num_posts += post
+        try:
+            refused = self._refuse(http)
+            if connection is not None and refused is None:
+                connection.read_body() if post else connection.work(self.limits.timeout)
+            reply = refused or await self._handle_errors(http, handler)
+        except asyncio.CancelledError:
+            self.metrics.requests.labels(http.path if known else "?", "gone").inc()
+            raise
+        finally:
+            self._num_posts -= post
+            if connection is not None:
+                connection.wait()
         self.metrics.requests.labels(http.path if known else "?", str(reply.status)).inc()
-        if known and http.method == "POST" and reply.status == 200:
+        if known and post and reply.status == 200:
             self.metrics.seconds.observe(time.monotonic() - started)
         return reply
 
+    def _refuse(self, http: web.Request) -> web.Response | None:
+        """What is refused by its headers alone. Its body is not read, and the connection ends."""
+        encoding = http.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
+        if self.limits.api_keys and http.path != "/health" and not self._has_key(http):
+            reply = error_response(401, "this server wants an API key: send `Authorization: Bearer KEY`")
+        elif encoding not in ("", "identity"):
+            reply = error_response(415, "the body is compressed, which is not taken: send it as it is, without Content-Encoding")
+        elif (http.content_length or 0) > MAX_BODY_BYTES:
+            reply = error_response(413, f"the body has more than {MAX_BODY_BYTES:,} bytes: send less at once")
+        elif http.method == hdrs.METH_POST and not self.async_engine.healthy:
+            reply = error_response(503, "the engine is broken: start the server again")
+        elif http.method == hdrs.METH_POST and self._num_posts > self.limits.max_open_samples:
+            reply = error_response(429, "too many requests are waiting: come back later")
+        else:
+            return None
+        if http.body_exists:
+            reply.force_close()
+        return reply
+
+    def _has_key(self, http: web.Request) -> bool:
+        given = http.headers.get(hdrs.AUTHORIZATION, "").removeprefix("Bearer ").encode(errors="surrogateescape")
+        return any([hmac.compare_digest(given, key.encode()) for key in self.limits.api_keys])
+
+    async def _expect(self, http: web.Request) -> web.StreamResponse | None:
+        """`Expect: 100-continue`: a client that would be refused need not send its body."""
+        if (refused := self._refuse(http)) is not None:
+            return refused
+        if http.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+            await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            http.writer.output_size = 0
+        return None
+
     async def _handle_errors(self, http: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            if self.limits.api_keys and http.path != "/health":
-                given = http.headers.get("Authorization", "").removeprefix("Bearer ").encode(errors="surrogateescape")
-                if not any(hmac.compare_digest(given, key.encode()) for key in self.limits.api_keys):
-                    return _error(401, "this server wants an API key: send `Authorization: Bearer KEY`")
-            if http.method == "POST":
-                if not self.async_engine.healthy:
-                    return _error(503, "the engine is broken: start the server again")
-                self._check_capacity(1)
             async with asyncio.timeout(self.limits.timeout):
                 return await handler(http)
-        except web.HTTPRequestEntityTooLarge:
-            return _error(413, f"the body has more than {MAX_BODY_BYTES:,} bytes")
         except _HttpError as e:
-            return await self._error_reply(http, e.status, str(e))
+            return await self._error_reply(http, error_response(e.status, str(e), code=e.code))
         except web.HTTPException as e:
-            return _error(e.status, e.reason.lower())
+            return error_response(e.status, e.reason.lower())
         except InputError as e:
-            return await self._error_reply(http, 400, str(e))
+            return await self._error_reply(http, error_response(400, str(e), param=e.field if isinstance(e, FieldError) else None))
         except TimeoutError:
-            return await self._error_reply(http, 504, f"no answer within {self.limits.timeout:g} s")
+            return await self._error_reply(http, error_response(504, f"no answer within {self.limits.timeout:g} s"))
         except ConnectionError:  # whoever asked is not there any more, and nobody reads this
             return web.Response(status=CLIENT_CLOSED_REQUEST)
         except Exception as e:
-            return await self._error_reply(http, 500, f"the engine failed ({type(e).__name__})")
+            log_failure(e)
+            return await self._error_reply(http, error_response(500, f"the engine failed ({type(e).__name__})"))
 
-    async def _error_reply(self, http: web.Request, status: int, message: str) -> web.StreamResponse:
+    async def _error_reply(self, http: web.Request, answer: web.Response) -> web.StreamResponse:
         """Error response of its own, or the last event of a stream that has begun."""
         reply = http.get(STREAM)
-        answer = _error(status, message)
         if reply is None:
+            if http.body_exists and not http.content.at_eof():
+                answer.force_close()
             return answer
         with contextlib.suppress(ConnectionError):
             await reply.write(b"data: " + (answer.body if isinstance(answer.body, bytes) else b"{}") + b"\n\n")
@@ -217,6 +251,45 @@ class Server:
     def _check_capacity(self, samples: int) -> None:
         if self.async_engine.num_open + samples > self.limits.max_open_samples:
             raise _HttpError(429, "too many requests are waiting, or this one is too large: come back later")
+
+    # ---- the one admission of all routes ----
+
+    async def _admit(self, http: web.Request, schema: type[Body]) -> tuple[Body, bool]:
+        """Read and parse a body, and say whether it is long: what is done with it then belongs into a thread."""
+        self._check_capacity(1)
+        raw = await self._read_body(http)
+        if isinstance(http.protocol, Connection):
+            http.protocol.work(self.limits.timeout)
+        long = len(raw) > MAX_INLINE_WORK
+        return await self._run(parse_body, raw, schema, long=long and not is_small(raw)), long
+
+    async def _read_body(self, http: web.Request) -> bytes:
+        """The body, counted as it arrives."""
+        raw = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in http.content.iter_any():
+                    raw += part
+                    self._body_bytes += len(part)
+                    if len(raw) > MAX_BODY_BYTES:
+                        raise _HttpError(413, f"the body has more than {MAX_BODY_BYTES:,} bytes: send less at once")
+                    if self._body_bytes > MAX_BODIES_BYTES:
+                        raise _HttpError(429, "too many large requests are on their way: come back later")
+        except TimeoutError as e:
+            raise _HttpError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from e
+        except web.RequestPayloadError as e:
+            raise InputError("the body is not as its headers say") from e
+        finally:
+            self._body_bytes -= len(raw)
+        return bytes(raw)
+
+    async def _run(self, work: Callable[..., Result], *args: Any, long: bool) -> Result:
+        """Do something here, or, where it takes long, in a thread."""
+        return await self._in(self._helpers, work, *args) if long else work(*args)
+
+    @staticmethod
+    async def _in(executor: Executor, work: Callable[..., Result], *args: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(executor, work, *args)
 
     # ---- routes ----
 
@@ -228,62 +301,58 @@ class Server:
         return web.Response(body=generate_latest(self.metrics.registry), content_type="text/plain", charset="utf-8")
 
     async def _models(self, _: web.Request) -> web.Response:
-        names = [self.engine.name, *([self.reward_name] if self.rate else [])]
+        names = [self.engine.name, *([self.reward_name] if self.ratings else [])]
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "gristmill"} for name in names]
         return web.json_response({"object": "list", "data": models})
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
-        body = await parse_body(http, ChatCompletionRequest)
-        conversation = parse_messages(body.messages)
-        if self.rate is not None and body.model == self.reward_name:
-            return await self._reward_chat(body, conversation)
+        body, long = await self._admit(http, ChatCompletionRequest)
+        if self.ratings is not None and body.model == self.reward_name:
+            return await self._reward_chat(body, long=long)
         self._check_model(body.model, self.engine.name)
-        if body.top_logprobs and not body.logprobs:
-            raise InputError("top_logprobs needs logprobs: true")
-        if conversation[-1].role != "user":
-            raise InputError("the last message must be the user's")
-        body.max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        prompt_ids = await self._encode(
-            sum(len(m.content) for m in conversation), self.engine.chat_format.render_prompt, conversation, self.engine.tokenizer
-        )
-        sampling = body.to_sampling_params(256, self.context, (body.top_logprobs or 0) if body.logprobs else 0)
+        self._check_capacity(1 if body.n is None else body.n)
+        conversation, prompt_ids = await self._run(self._render, body, long=long)
+        sampling = await self._sampling(body, self._room(len(prompt_ids)), (body.top_logprobs or 0) if body.logprobs else 0)
         request = self._request("chatcmpl", body, conversation, prompt_ids, sampling=sampling, content=body.messages)
         builder = ChatResponseBuilder(self.engine, bool(body.logprobs))
         return await self._respond(http, body, [request], builder=builder)
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
-        body = await parse_body(http, CompletionRequest)
+        body, long = await self._admit(http, CompletionRequest)
         self._check_model(body.model, self.engine.name)
-        texts = parse_prompts(body.prompt)
+        texts = await self._run(parse_prompts, body.prompt, long=long)
         self._check_capacity(len(texts) * (1 if body.n is None else body.n))
-        prompts = [await self._tokenize(one) for one in texts]
+        prompts = await self._run(lambda: [self._tokenize(one) for one in texts], long=long)
         wanted = 16 if body.max_tokens is None else body.max_tokens
-        scored = None
-        if body.echo and body.logprobs is not None:
-            scored = [await self._score(ids, body.logprobs) for ids in prompts]
+        scoring = body.echo and body.logprobs is not None
+        scored = [await self._in(self._scorer, self.engine.prompt_logprobs, ids, body.logprobs) for ids in prompts] if scoring else None
         if body.echo and wanted == 0:
-            sampling, requests = body.model_copy(update={"max_tokens": 1}).to_sampling_params(16, self.context, 0), []
+            sampling, requests = await self._sampling(body.model_copy(update={"max_tokens": 1}), 16, 0), []
         else:
-            sampling = body.to_sampling_params(16, self.context, body.logprobs or 0)
-            requests = [self._request("cmpl", body, (), ids, sampling=sampling, content=[body.prompt, i]) for i, ids in enumerate(prompts)]
+            sampling = await self._sampling(body, 16, body.logprobs or 0)
+            requests = await self._run(
+                lambda: [self._request("cmpl", body, (), ids, sampling=sampling, content=[texts[i], i]) for i, ids in enumerate(prompts)],
+                long=long,
+            )
         builder = CompletionResponseBuilder(self.engine, body, prompts, scored=scored)
         if not requests and not body.stream:
-            return web.json_response(builder.response([], sampling.n))
+            size = sum(map(len, prompts)) * sampling.n * (1 + (body.logprobs or 0))
+            return await self._whole(builder, [], sampling.n, long=size > MAX_INLINE_WORK)
         return await self._respond(http, body, requests, builder=builder)
 
     async def _rewards(self, http: web.Request) -> web.StreamResponse:
-        body = await parse_body(http, RewardRequest)
-        if self.rate is None:
+        body, long = await self._admit(http, RewardRequest)
+        if self.ratings is None:
             raise _HttpError(404, "this server has no reward model: start it with --reward")
         if body.model:
             self._check_model(body.model, self.reward_name)
-        rating = await self._rating(parse_messages(body.messages))
+        rating = await self._rating(body.messages, long=long)
         return web.json_response({"object": "reward", "model": self.reward_name, "rewards": rating})
 
-    async def _reward_chat(self, body: ChatCompletionRequest, conversation: Conversation) -> web.StreamResponse:
+    async def _reward_chat(self, body: ChatCompletionRequest, *, long: bool) -> web.StreamResponse:
         if body.stream or (body.n or 1) > 1:
             raise InputError("a reward model gives one rating, whole: leave stream and n out")
-        rating = {name: value for name, value in (await self._rating(conversation)).items() if name != "score"}
+        rating = {name: value for name, value in (await self._rating(body.messages, long=long)).items() if name != "score"}
         text = ",".join(f"{name}:{value}" for name, value in rating.items())
         entries: list[dict[str, Any]] = [
             {"token": name, "logprob": value, "bytes": None, "top_logprobs": []} for name, value in rating.items()
@@ -296,10 +365,67 @@ class Server:
 
     # ---- work ----
 
+    def _conversation(self, messages: list[Any], context: int) -> Conversation:
+        """Messages of a body, unless they are more than a context of so many tokens could ever hold."""
+        conversation = parse_messages(messages, context)
+        _check_length(sum(len(message.content) for message in conversation), context)
+        return conversation
+
+    def _render(self, body: ChatCompletionRequest) -> tuple[Conversation, list[int]]:
+        conversation = self._conversation(body.messages, self.context)
+        if body.continue_final_message and conversation[-1].role != "assistant":
+            raise FieldError("continue_final_message", "only an assistant's message can go on, and the last one is none")
+        begin, go_on = body.add_generation_prompt is not False, bool(body.continue_final_message)
+        return conversation, self.engine.chat_format.render_turns(
+            conversation, self.engine.tokenizer, add_generation_prompt=begin, continue_final_message=go_on
+        )
+
+    def _tokenize(self, prompt: str | list[int]) -> list[int]:
+        ids = prompt
+        if isinstance(ids, str):
+            _check_length(len(ids), self.context)
+            ids = self.engine.tokenizer.encode(ids)
+        if not ids:
+            raise FieldError("prompt", "a prompt is empty")
+        if wrong := [token for token in ids if not 0 <= token < self.engine.model.config.vocab_size]:
+            raise FieldError("prompt", f"the model has no token {wrong[0] if abs(wrong[0]) < 1 << 64 else 'of such a number'}")
+        return ids
+
+    def _room(self, num_prompt_tokens: int) -> int:
+        """Tokens that an answer has, where its request does not say: the rest of the context, or of the cache if that is less."""
+        return max(1, min(self.context, self.cache_tokens) - num_prompt_tokens)
+
+    async def _sampling(self, body: CompletionRequestBase, default_tokens: int, top_logprobs: int) -> SamplingParams:
+        """Sampling parameters, with a grammar that is built and found good where one is asked for."""
+        grammar = ""
+        if body.response_format is not None or body.structured_outputs is not None:
+
+            def build() -> str:
+                if made := body.to_grammar():
+                    self.engine.grammar_backend.validate(made)
+                return made
+
+            try:
+                grammar = await asyncio.wait_for(self._in(self._grammars, build), MAX_GRAMMAR_WAIT)
+            except TimeoutError as e:
+                raise _HttpError(
+                    503, f"the grammar was not built within {MAX_GRAMMAR_WAIT:g} s: make it simpler, or come back later"
+                ) from e
+        return body.to_sampling_params(default_tokens, self.context, top_logprobs=top_logprobs, grammar=grammar)
+
+    async def _rating(self, messages: list[Any], *, long: bool) -> dict[str, float]:
+        assert self.ratings is not None
+        conversation = await self._run(self._conversation, messages, self.reward_context, long=long)
+        check_turns(conversation)
+        if conversation[-1].role != "assistant":
+            raise FieldError("messages", "the last message must be the assistant's, which is rated")
+        return await self.ratings.rate(conversation)
+
     def _check_model(self, name: str | None, wanted: str) -> None:
         if name != wanted:
-            also = f", and the reward model {self.reward_name!r}" if self.rate else ""
-            raise _HttpError(404, f"the model {name or ''!r} does not exist here; this server has {self.engine.name!r}{also}")
+            also = f", and the reward model {self.reward_name!r}" if self.ratings else ""
+            words = f"the model '{shown(name or '')}' does not exist here; this server has {self.engine.name!r}{also}"
+            raise _HttpError(404, words, code="model_not_found")
 
     def _request(
         self,
@@ -315,56 +441,6 @@ class Server:
         # the engine samples by id and seed: where a seed is given, equal requests shall have equal answers
         name = f"{kind}-{self._number}" if body.seed is None else f"{kind}-{make_id(content, body.seed)}"
         return Request(name, conversation, sampling, body.seed or 0, prompt_ids=tuple(prompt_ids))
-
-    async def _encode(self, characters: int, encode: Callable[..., list[int]], *args: Any) -> list[int]:
-        if characters > MAX_TOKEN_CHARS * self.context:
-            raise InputError(f"the text has {characters:,} characters and the model's context is {self.context} tokens: shorten it")
-        return encode(*args) if characters < MAX_INLINE_WORK else await asyncio.to_thread(encode, *args)
-
-    async def _tokenize(self, prompt: str | list[int]) -> list[int]:
-        ids = prompt
-        if isinstance(ids, str):
-            ids = await self._encode(len(ids), self.engine.tokenizer.encode, ids)
-        if not ids:
-            raise InputError("a prompt is empty")
-        if wrong := [token for token in ids if not 0 <= token < self.engine.model.config.vocab_size]:
-            raise InputError(f"the model has no token {wrong[0]}")
-        return ids
-
-    async def _score(self, ids: list[int], top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self.engine.prompt_logprobs, ids, top)
-
-    async def _rating(self, conversation: Conversation) -> dict[str, float]:
-        if conversation[-1].role != "assistant":
-            raise InputError("the last message must be the assistant's, which is rated")
-        future: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
-        self._rating_queue.append((conversation, future))
-        if self._rating_task is None or self._rating_task.done():  # of its own: whoever waits may go
-            self._rating_task = asyncio.ensure_future(self._drain_ratings())
-        return await future
-
-    async def _drain_ratings(self) -> None:
-        while self._rating_queue:
-            batch, self._rating_queue = [one for one in self._rating_queue if not one[1].done()], []
-            if batch:
-                await self._rate_batch(batch)
-
-    async def _rate_batch(self, batch: list[tuple[Conversation, asyncio.Future[dict[str, float]]]]) -> None:
-        assert self.rate is not None
-        try:
-            ratings = await asyncio.get_running_loop().run_in_executor(
-                self._executor, self.rate, [conversation for conversation, _ in batch]
-            )
-        except Exception as e:
-            if len(batch) > 1:  # one of them broke it: each by itself
-                for one in batch:
-                    await self._rate_batch([one])
-            elif not batch[0][1].done():
-                batch[0][1].set_exception(e)
-            return
-        for (_, future), rating in zip(batch, ratings, strict=True):
-            if not future.done():
-                future.set_result(rating)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """Hand events from the engine's threads to the event loop."""
@@ -390,8 +466,8 @@ class Server:
     ) -> web.StreamResponse:
         open_requests = []
         try:
-            for request in requests:
-                state = self.engine.prepare(request)
+            long = sum(len(request.prompt_ids) for request in requests) + 100 * len(requests) > MAX_INLINE_WORK
+            for state in await self._run(lambda: [self.engine.prepare(request) for request in requests], long=long):
                 if body.stream:
                     state.listener = lambda *_: None
                 open_requests.append(_OpenRequest(state, asyncio.get_running_loop().create_future()))
@@ -403,17 +479,19 @@ class Server:
                 return await self._stream(http, body, open_requests, builder=builder)
             await asyncio.gather(*(one.ended for one in open_requests))
             states = [one.state for one in open_requests]
-            if num_output_tokens(states) * (1 + states[0].request.sampling.top_logprobs) > MAX_INLINE_WORK:
-                return web.Response(
-                    text=await asyncio.to_thread(lambda: json.dumps(builder.response(states, body.n or 1))), content_type=JSON
-                )
-            return web.json_response(builder.response(states, body.n or 1))
+            told = num_output_tokens(states) + (sum(len(state.prompt_ids) for state in states) if getattr(body, "echo", None) else 0)
+            size = told * (1 + states[0].request.sampling.top_logprobs) + 100 * len(states)
+            return await self._whole(builder, states, body.n or 1, long=size > MAX_INLINE_WORK)
         finally:  # the client has gone, or time is up: nobody wants the rest
             for one in open_requests:
                 if self._open.pop(one.state, None) is not None:
                     self.async_engine.cancel(one.state)
                 if one.ended.done() and not one.ended.cancelled():
                     one.ended.exception()  # heard, even where another request's came first
+
+    async def _whole(self, builder: ResponseBuilder, states: list[RequestState], n: int, *, long: bool) -> web.Response:
+        write = dump_json if long else json.dumps
+        return web.Response(text=await self._run(lambda: write(builder.response(states, n)), long=long), content_type=JSON)
 
     async def _stream(
         self, http: web.Request, body: CompletionRequestBase, open_requests: list[_OpenRequest], *, builder: ResponseBuilder
@@ -428,7 +506,7 @@ class Server:
                 self.metrics.first.observe(time.monotonic() - started)
             await reply.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
         assert reply is not None
-        if (body.stream_options or {}).get("include_usage"):
+        if body.include_usage:
             states = [one.state for one in open_requests]
             usage = usage_counts(sum(len(state.prompt_ids) for state in states), num_output_tokens(states))
             await reply.write(b"data: " + json.dumps(builder.chunk([]) | {"usage": usage}).encode() + b"\n\n")
@@ -438,7 +516,7 @@ class Server:
 
     async def _chunks(self, open_requests: list[_OpenRequest], builder: ResponseBuilder) -> AsyncIterator[dict[str, Any]]:
         """Stream chunks of all samples as they come: the requests' one after another, the samples' of one together."""
-        for choice in builder.prompt_choices():
+        for choice in await self._run(builder.prompt_choices, long=True) if builder.echoes else ():
             yield builder.chunk([choice])
         for place, one in enumerate(open_requests):
             num_samples = len(one.state.completions)
@@ -456,7 +534,6 @@ class Server:
             await one.ended  # raises what went wrong
 
 
-def _error(status: int, message: str) -> web.Response:
-    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return web.json_response({"error": {"message": message, "type": kind, "code": status}}, status=status, headers=headers)
+def _check_length(num_chars: int, context: int) -> None:
+    if num_chars > MAX_TOKEN_CHARS * context:
+        raise InputError(f"the text has {num_chars:,} characters and the model's context is {context} tokens: shorten it")

@@ -1,16 +1,23 @@
-"""OpenAI response builders, whole or streamed, and the incremental detokenizer. Source: OpenAI's API reference."""
+"""OpenAI response builders, whole or streamed, errors, and the incremental detokenizer. Source: OpenAI's API reference."""
 
-import itertools
+import codecs
+import json
 import secrets
 import time
 from collections.abc import Sequence
 from typing import Any
+
+from aiohttp import web
 
 from gristmill.engine.async_engine import TokenEvent
 from gristmill.engine.engine import Engine
 from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Completion
 from gristmill.server.protocol import CompletionRequest
+
+RETRY_SECONDS = 1
+MAX_PIECE = 1000  # entries that are written as JSON at once
+ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
 class IncrementalDetokenizer:
@@ -28,13 +35,13 @@ class IncrementalDetokenizer:
         """Text that can be sent now."""
         self.ids.append(token)
         text = self.done + self.engine.tokenizer.decode(self.ids[self.start :])
-        if text.endswith("\ufffd"):  # in the middle of a character
-            return ""
         if len(self.ids) - self.start > 64:  # so that long answers do not cost more and more
             middle = len(self.ids) - 16
             head = self.engine.tokenizer.decode(self.ids[self.start : middle])
             if text.startswith(self.done + head) and self.done + head + self.engine.tokenizer.decode(self.ids[middle:]) == text:
                 self.done, self.start = self.done + head, middle
+        if text.endswith("\ufffd"):  # in the middle of a character
+            return ""
         end = max(self.sent, len(text) - self.hold)
         delta, self.sent = text[self.sent : end], end
         return delta
@@ -44,8 +51,34 @@ class IncrementalDetokenizer:
         return text[self.sent :]
 
 
+class TextOffsets:
+    """Text offsets of tokens: how many characters the tokens before have completed. Bytes that are no text count as what replaces them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.tokenizer, self.chars = engine.tokenizer, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int, *, keep_special: bool) -> int:
+        """Where a token begins. Control tokens have no text unless `keep_special`."""
+        offset = self.chars
+        if keep_special or self.tokenizer.decode([token]):
+            self.chars += len(self._decoder.decode(self.tokenizer.token_bytes(token)))
+        return offset
+
+    def end(self) -> None:
+        """End a text: what follows is another, even in the middle of a character."""
+        self.chars += len(self._decoder.decode(b"", final=True))
+        self._decoder.reset()
+
+
 class ResponseBuilder:
-    """Response builder of an endpoint."""
+    """Response builder of an endpoint.
+
+    Attributes:
+        echoes: whether answers begin with their prompts.
+    """
+
+    echoes = False
 
     def response(self, states: list[RequestState], n: int) -> dict[str, Any]:
         """The whole response."""
@@ -114,8 +147,9 @@ class CompletionResponseBuilder(ResponseBuilder):
 
     def __init__(self, engine: Engine, body: CompletionRequest, prompts: list[list[int]], *, scored: list[Any] | None) -> None:
         self.engine, self.body, self.prompts, self.scored = engine, body, prompts, scored
+        self.echoes = bool(body.echo)
         self.name = f"cmpl-{secrets.token_hex(12)}"
-        self.offsets: dict[int, int] = {}  # of choices that are streamed
+        self.offsets: dict[int, TextOffsets] = {}  # of choices that are streamed
 
     def response(self, states: list[RequestState], n: int) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
@@ -127,8 +161,6 @@ class CompletionResponseBuilder(ResponseBuilder):
         return envelope("text_completion", self.name, self.engine.name, choices=choices, usage=usage)
 
     def prompt_choices(self) -> list[dict[str, Any]]:
-        if not self.body.echo:
-            return []
         n = 1 if self.body.n is None else self.body.n
         none, finish = Completion("", 0, (), "length"), None if self.body.max_tokens != 0 else "length"
         places = [(place, ids, sample) for place, ids in enumerate(self.prompts) for sample in range(n)]
@@ -139,8 +171,7 @@ class CompletionResponseBuilder(ResponseBuilder):
         if self.body.logprobs is not None:
             word = _token(self.engine, event.token)
             tops = [self._top(event.top_logprobs)] if self.body.logprobs else None
-            offset = self.offsets.get(index, 0)
-            self.offsets[index] = offset + len(word)
+            offset = self.offsets.setdefault(index, TextOffsets(self.engine)).add(event.token, keep_special=False)
             logprobs = {"tokens": [word], "token_logprobs": [event.logprob], "top_logprobs": tops, "text_offset": [offset]}
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
@@ -162,10 +193,13 @@ class CompletionResponseBuilder(ResponseBuilder):
                 tokens, values = [*ids, *tokens], [None, *given, *values]
                 tops = [None, *(self._top(top) for top in top_logprobs), *tops]
             words = [_token(engine, token) for token in tokens]
-            offsets = [0, *itertools.accumulate(len(word) for word in words)]
-            self.offsets[index] = offsets[-1]
+            where = self.offsets[index] = TextOffsets(engine)
+            given_ids = ids if self.body.echo else []
+            offsets = [where.add(token, keep_special=True) for token in given_ids]
+            where.end()
+            offsets = offsets[: len(tokens) - len(out.tokens)] + [where.add(token, keep_special=False) for token in out.tokens]
             told = tops if self.body.logprobs else None
-            logprobs = {"tokens": words, "token_logprobs": values, "top_logprobs": told, "text_offset": offsets[:-1]}
+            logprobs = {"tokens": words, "token_logprobs": values, "top_logprobs": told, "text_offset": offsets}
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": out.finish}
 
 
@@ -178,6 +212,24 @@ def envelope(kind: str, name: str, model: str, *, choices: list[dict[str, Any]],
 def usage_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     """Usage object."""
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": prompt_tokens + completion_tokens}
+
+
+def error_response(status: int, message: str, *, param: str | None = None, code: str | None = None) -> web.Response:
+    """Error in OpenAI's form; it says to come back where that may help."""
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": param, "code": code or ERROR_CODES.get(status)}
+    headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
+    headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    return web.json_response({"error": error}, status=status, headers=headers)
+
+
+def dump_json(value: Any) -> str:
+    """JSON of a large response, written in pieces, between which other threads have their turn."""
+    if isinstance(value, dict) and any(isinstance(one, dict | list) for one in value.values()):
+        return "{" + ", ".join(f"{json.dumps(name)}: {dump_json(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, list) and (len(value) > MAX_PIECE or any(isinstance(one, dict | list) for one in value)):
+        return "[" + ", ".join(dump_json(one) for one in value) + "]"
+    return json.dumps(value)
 
 
 def num_output_tokens(states: list[RequestState]) -> int:

@@ -1,16 +1,26 @@
 """Server entry point, `gristmill serve`: a model folder behind an address, until interrupted."""
 
+import asyncio
+import logging
 import os
+import signal
 import socket
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from aiohttp import web
 
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
+from gristmill.data.chat import Conversation
 from gristmill.engine.load import EngineArgs, load_engine
-from gristmill.judge.reward import load_scorer
+from gristmill.judge.reward import RewardScorer, load_scorer
+from gristmill.server.app import Limits, Server
+from gristmill.server.connections import ACCEPT_BURST, ConnectionPool, LogLimit, connection_limit
+from gristmill.server.ratings import RateFn
 
+BACKLOG = 1024
 SHUTDOWN_SECONDS = 60.0  # that answers under way may take when the server is told to end
 
 
@@ -41,34 +51,60 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
     Raises:
         InputError: a folder is no model, a key is missing, or the address cannot be used.
     """
-    from aiohttp import web
-
-    from gristmill.server.app import Limits, Server
-
     if args.max_open_samples < 1 or not args.timeout > 0 or (engine_args.cache_tokens is not None and engine_args.cache_tokens < 1):
         raise InputError("--max-open-samples and --cache-tokens must be at least 1, and --timeout above 0.")
     keys = _keys(args.api_key_env, args.api_key_file)
     name = args.name or model_folder.resolve().name
     engine = load_engine(model_folder, engine_args, name=name)
-    rate = _rate_fn(args.reward, engine_args.chat_format, engine_args.device) if args.reward is not None else None
+    scorer = load_scorer(args.reward, engine_args.chat_format, device=engine_args.device) if args.reward is not None else None
     reward_name = args.reward.resolve().name if args.reward is not None else ""
     if reward_name == name:
         reward_name += "-reward"
-    server = Server(engine, Limits(keys, args.max_open_samples, args.timeout), rate, reward_name=reward_name)
+    server = Server(
+        engine,
+        Limits(keys, args.max_open_samples, args.timeout),
+        _rate_fn(scorer) if scorer is not None else None,
+        reward_name=reward_name,
+        reward_context=scorer.model.backbone.config.max_positions if scorer is not None else None,
+    )
     try:
         listening = socket.create_server((args.host, args.port))
     except (OSError, OverflowError) as e:
         reason = getattr(e, "strerror", None) or e
         raise InputError(f"Nothing can listen at {args.host}:{args.port} ({reason}): choose another --host or --port.") from e
 
-    def ready(_: object) -> None:
-        both = f"{name} and the reward model {reward_name} answer" if rate else f"{name} answers"
+    def ready() -> None:
+        both = f"{name} and the reward model {reward_name} answer" if scorer is not None else f"{name} answers"
         echo(f"{both} at http://{args.host}:{listening.getsockname()[1]}/v1")
         echo(f"attention: {server.async_engine.workers[0].core.model_runner.attention.name}", err=True)
 
-    web.run_app(server.app(), sock=listening, print=ready, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+    for handler in (logging.lastResort, *logging.getLogger().handlers):
+        if handler is not None:
+            handler.addFilter(LogLimit())
+    asyncio.run(_listen(server, listening, ready))
     if not server.quiet:  # in the middle of a long step; torch's threads would not end quietly
         os._exit(0)
+
+
+async def _listen(server: Server, listening: socket.socket, ready: Callable[[], None]) -> None:
+    """Answer connections until SIGINT or SIGTERM, and then those requests that are under way."""
+    loop = asyncio.get_running_loop()
+    end = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end.set)
+    runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+    await runner.setup()
+    try:
+        assert runner.server is not None
+        server.pool = ConnectionPool(runner.server, connection_limit())
+        listener = await loop.create_server(server.pool, sock=listening, backlog=ACCEPT_BURST)
+        listening.listen(BACKLOG)  # the kernel may keep more waiting than asyncio accepts at once
+        ready()
+        await end.wait()
+        listener.close()
+        server.pool.stop()
+    finally:
+        await runner.cleanup()
 
 
 def _keys(variable: str, file: Path | None) -> list[str]:
@@ -84,11 +120,10 @@ def _keys(variable: str, file: Path | None) -> list[str]:
     return keys
 
 
-def _rate_fn(folder: Path, chat_format: str, device: str) -> Any:
+def _rate_fn(scorer: RewardScorer) -> RateFn:
     """Rating function of a reward model."""
-    scorer = load_scorer(folder, chat_format, device=device)
 
-    def rate(conversations: list[Any]) -> list[dict[str, float]]:
+    def rate(conversations: list[Conversation]) -> list[dict[str, float]]:
         return [asdict(rating) | {"score": scorer.total(rating)} for rating in scorer.score(conversations)]
 
     return rate

@@ -1,28 +1,55 @@
 """Parsing of free-form answers: lists without a second call, as JSON, YAML, numbered, bulleted or plain lines."""
 
+import itertools
 import json
 import re
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
-MARKER = re.compile(r"^(?P<indent>[ \t]*)(?P<marker>\(?\d{1,4}[.):](?=\s|$)|[-*+\u2022\u2013](?=\s))[ \t]*(?P<text>.*)$")
-FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.S | re.M)
+from gristmill.core.response_text import answer_text, code_blocks
+
+# Headings, quotations and emphasis about a number (`### 1.`, `**1.**`, `**2) Bees**`) are no part of the item.
+MARKER = re.compile(
+    r"^(?P<indent>[ \t]*)(?:>[ \t]?)*(?:#{1,6}[ \t]+)?(?P<bold>\*\*|__)?"
+    r"(?P<marker>(?:[(\[]?\d{1,4}\\?[.):\]\uff0e\uff09\u3001]\)?(?=(?:\*\*|__)?(?:\s|$)|(?P<close>\*\*|__)|[^\x00-\x7f])"
+    r"|(?:topic|item|question|task|prompt|idea|number|no\.?|\#)[ \t]?\#?\d{1,4}[.):](?=\W)"
+    r"|[-*+\u2022\u2013\u2014\u25aa\u25ab\u25cf\u25cb\u25e6\u2023\u2043\u00b7\u2219](?=\s)(?:[ \t]+\[[ xX]\](?=\s))?))"
+    r"[ \t]*(?P<text>.*)$",
+    re.I,
+)
+HEADING = re.compile(
+    r"[ \t]*(?:#{1,6}[ \t]|(?:-[ \t]*){3,}$|(?:\*[ \t]*){3,}$|(?:_[ \t]*){3,}$|(?:\*\*|__)[^*_]+(?:\*\*:?|__:?|:\*\*)[ \t]*$)"
+)
+EMPHASIS = re.compile(r"(\*\*\*|\*\*|__(?![a-z_]+__))(?=\S)((?:(?!\1).)+?)(?<=\S)\1(?=$|[\s:.,;!?)-])")
+STRING = re.compile(  # of an array, even where its own quotes are not escaped: it ends where a comma or a bracket follows
+    r"\s*(?:\"((?:\\.|\"(?!\s{0,99}(?:[,\]]|$))|[^\"\\])*+)\"|'((?:\\.|'(?!\s{0,99}(?:[,\]]|$))|[^'\\])*+)'"
+    r"|\u201c([^\u201c\u201d]*)\u201d)\s*(?:,|(?=\])|$)",
+    re.S,
+)
+ARRAY = re.compile(r"(?:^|(?<=[:=(]))[ \t]*(?:[`*]*[ \t]*)\[(?![^\W\d]\w*\])", re.M)
+NAMES = ("item", "topic", "subtopic", "name", "title", "question", "prompt", "instruction", "task", "text", "content", "value")
 QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "`": "`"}
 AROUND = " .,;:!?\"'`*_\u201c\u201d\u2018\u2019\u2026()[]"
+MAX_ARRAYS = 100  # of a text that are looked at
 MAX_ITEM_CHARS = 20_000  # characters of an item; more is no item of a list
 
 
 def parse_list(text: str) -> list[str]:
     """Parse a list: its items in order; [] where there is none.
 
-    A JSON array is read as such. Otherwise lines with the outermost marker (`1.`, `2)`, `-`, `*`) begin items, and what follows
-    a marked line belongs to its item, nested lists included. Without markers every line is an item, introductions aside.
+    Lines with the outermost marker (`1.`, `2)`, `-`, `*`) begin items, and what follows a marked line belongs to its item, nested lists,
+    arrays and code included. Without markers a JSON array is read, also one with a comma too many, with single quotes or cut off;
+    else every line is an item, introductions aside. What the model thinks, fences, and marks of headings and emphasis are no item.
     """
-    blocks = FENCE.findall(text)
-    for source in (*blocks, text):
-        if found := _json_list(source):
-            return found
-    return _clean(next((found for source in (*blocks, text) if (found := _marked(source))), []) or _plain(text))
+    text = answer_text(text)
+    blocks = [block.code for block in code_blocks(text)]
+    marked = _marked(text)
+    if not marked:
+        for source in (*blocks, text):
+            if found := _json_list(source):
+                return found
+    return _clean(marked or next((found for source in blocks if (found := _marked(source))), []) or _plain(text))
 
 
 def normalize(text: str) -> str:
@@ -39,58 +66,111 @@ def unique(items: Iterable[str]) -> list[str]:
 
 
 def parse_yes_no(text: str) -> bool | None:
-    """Parse a yes/no answer by its first word; None where it is neither."""
-    word = re.match(r"[\s*_\"'`(\[]*(yes|no)\b", text, re.I)
+    """Parse a yes/no answer by its first word, or the one after "answer:"; None where it is neither."""
+    word = re.match(r"[\s*_\"'`(\[#]*(?:(?:final\s)?answer[\s*_\"'`]*:[\s*_\"'`(\[]*)?(yes|no)\b", answer_text(text), re.I)
     return None if word is None else word[1].lower() == "yes"
 
 
 def _json_list(text: str) -> list[str]:
-    start, end = text.find("["), text.rfind("]")
-    if start < 0 or end < start or text[:start].strip().count("\n") > 3:
-        return []
-    try:
-        found = json.loads(text[start : end + 1])
-    except (ValueError, RecursionError):
-        return []
+    """The items of an array that is no part of a sentence: it begins its line, or follows a colon, and nothing but a mark follows it."""
+    stripped = text.strip()
+    if stripped.startswith("{"):
+        try:
+            return _clean(_items(json.loads(stripped)))
+        except (ValueError, RecursionError):
+            try:
+                return _clean(_items([json.loads(line) for line in stripped.split("\n") if line.strip()]))
+            except (ValueError, RecursionError):
+                pass
+    for m in itertools.islice(ARRAY.finditer(text), MAX_ARRAYS):
+        try:
+            found, end = json.JSONDecoder().raw_decode(text, m.end() - 1)
+        except (ValueError, RecursionError):
+            found, end = _loose_array(text, m.end())
+        rest = text[end:].partition("\n")[0].strip(" \t\r.,;)`*}")
+        if (items := _clean(_items(found))) and not rest:
+            return items
+    return []
+
+
+def _items(found: Any) -> list[str]:
+    """The texts in a JSON value: an array of texts or of objects with one, or an object that holds such an array or numbered texts."""
+    if isinstance(found, dict):
+        arrays = [value for value in found.values() if isinstance(value, list)]
+        if len(arrays) == 1:
+            return _items(arrays[0])
+        return list(found.values()) if all(key.isdigit() and isinstance(value, str) for key, value in found.items()) else []
     items = []
     for item in found if isinstance(found, list) else ():
-        if isinstance(item, dict) and len(item) == 1:
-            item = next(iter(item.values()))
+        if isinstance(item, dict):
+            texts = {key.lower(): value for key, value in item.items() if isinstance(value, str)}
+            item = next((texts[name] for name in NAMES if name in texts), next(iter(texts.values())) if len(texts) == 1 else None)
         if not isinstance(item, str):
             return []
         items.append(item)
-    return _clean(items)
+    return items
+
+
+def _loose_array(text: str, at: int) -> tuple[list[str], int]:
+    """The texts of an array that is not quite JSON, from behind its bracket on, and where it ends."""
+    items = []
+    while m := STRING.match(text, at):
+        item = next(group for group in m.groups() if group is not None)
+        items.append(re.sub(r"\\(.)", lambda c: {"n": "\n", "t": "\t"}.get(c[1], c[1]), item, flags=re.S))
+        at = m.end()
+    rest = re.compile(r"\s*(\]|$)").match(text, at)
+    return (items, rest.end()) if rest and (rest[1] or len(items) > 1) else ([], at)
 
 
 def _marked(text: str) -> list[str]:
     lines = text.split("\n")
-    found = [(number, match) for number, line in enumerate(lines) if (match := MARKER.match(line))]
+    blocks = [block.lines for block in code_blocks(text)]
+    fenced = {n for block in blocks for n in block if n > block[0] or not MARKER.match(lines[n])}  # a fence may share a marker's line
+    found = [(number, match) for number, line in enumerate(lines) if number not in fenced and (match := MARKER.match(line))]
+    found = [(number, match) for number, match in found if not HEADING.match(lines[number]) or _is_number(match)]
     if not found:
         return []
     outermost = min(len(match["indent"].expandtabs(4)) for _, match in found)
     outer = [(number, match) for number, match in found if len(match["indent"].expandtabs(4)) == outermost]
-    if any(match["marker"].strip("(")[0].isdigit() for _, match in outer):  # bullets between numbers belong to them
-        outer = [(number, match) for number, match in outer if match["marker"].strip("(")[0].isdigit()]
+    if any(_is_number(match) for _, match in outer):  # bullets between numbers belong to them
+        outer = [(number, match) for number, match in outer if _is_number(match)]
     items = []
     for (number, match), (following, _) in zip(outer, [*outer[1:], (len(lines), None)], strict=True):
-        rest = lines[number + 1 : following]
-        while rest and not rest[-1].strip():
-            rest.pop()
-        if following == len(lines) and "" in [line.strip() for line in rest]:  # words after a blank line close the list
-            rest = rest[: [line.strip() for line in rest].index("")]
-        items.append("\n".join([match["text"], *(line.strip() for line in rest)]).strip())
+        rest = range(number + 1, following)
+        end = next((n for n in rest if n not in fenced and HEADING.match(lines[n])), following)
+        if following == len(lines):  # words after a blank line close the list, unless they are indented as the item's
+            blank = (n for n in rest if not lines[n].strip() and n not in fenced)
+            end = min(end, next((n for n in blank if not re.match(rf"\s{{{outermost + 1}}}", "\n".join(lines[n + 1 : n + 2]))), end))
+        kept = lines[number + 1 : end]
+        inside = [line for n, line in zip(range(number + 1, end), kept, strict=True) if n in fenced and line.strip()]
+        width = min((len(line) - len(line.lstrip()) for line in inside), default=0)
+        words = [line[width:] if n in fenced else line.strip() for n, line in zip(range(number + 1, end), kept, strict=True)]
+        first = match["text"]
+        if match["bold"] and not match["close"]:  # `**1. Bees**`: the other end of what began before the number
+            first = first.replace(match["bold"], "", 1)
+        items.append("\n".join([first, *words]).strip())
     return items
 
 
+def _is_number(match: re.Match[str]) -> bool:
+    return any(c.isdigit() for c in match["marker"])
+
+
 def _plain(text: str) -> list[str]:
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    return [line for line in lines if not line.endswith(":")] if len(lines) > 1 else []
+    fences = {number for block in code_blocks(text) for number in (block.lines[0], block.lines[-1])}
+    lines = [line.strip() for number, line in enumerate(text.split("\n")) if line.strip() and number not in fences]
+    if len(lines) < 2 or lines[0][0] in "[{":  # JSON that is no list
+        return []
+    if not all(HEADING.match(line) for line in lines):
+        lines = [line for line in lines if not line.startswith("#") and not re.fullmatch(r"[-*_ ]+", line)]
+    return [line for line in lines if not line.rstrip("*_ ").endswith(":")]
 
 
 def _clean(items: Iterable[str]) -> list[str]:
     out = []
     for item in items:
-        item = item.strip().strip("*").strip() if item.startswith("**") and item.endswith("**") else item.strip()
+        item = EMPHASIS.sub(r"\2", re.sub(r"^#{1,6}[ \t]+", "", item.strip()), count=1) if item.lstrip()[:1] in "*_#" else item.strip()
+        item = item.strip()
         if len(item) > 1 and QUOTES.get(item[0]) == item[-1] and item[0] not in item[1:-1]:
             item = item[1:-1].strip()
         if item and len(item) <= MAX_ITEM_CHARS:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from gristmill.core.response_text import answer_text, code_blocks
 from gristmill.data.chat import Message
 from gristmill.synth.templates import TemplatePack
 from gristmill.synth.writer import ParseError
@@ -52,7 +53,7 @@ TASKS: dict[TaskName, Task] = {
 }
 
 _SENTENCE_END = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])\s+|(?<=[\u3002\uff01\uff1f])")
-_CODE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$\n?|\Z)|`([^`\n]{1,500})`", re.M | re.S)  # a block, or a few words
+_CODE = re.compile(r"`([^`\n]{1,500})`")  # a few words
 _MARKDOWN = (
     (re.compile(r"^[ \t]{0,3}#{1,6}[ \t]+", re.M), ""),
     (re.compile(r"^[ \t]*(?:\*[ \t]*){3,}$|^[ \t]*(?:-[ \t]*){3,}$|^[ \t]*(?:_[ \t]*){3,}$", re.M), ""),  # rules
@@ -144,7 +145,7 @@ def parse_answer(
     task = TASKS[name]
     if tokens > max_tokens - 2 or len(answer) > MAX_CHARS_PER_TOKEN * max_tokens:
         raise ParseError("too many tokens")
-    text = strip_markdown(answer).strip()
+    text = strip_markdown(answer_text(answer)).strip()
     if task.opening:
         if not text.casefold().startswith(task.opening.casefold()):
             raise ParseError("no opening")
@@ -168,8 +169,16 @@ def strip_markdown(text: str) -> str:
     Points of lists begin with a dash.
     """
     out, at = [], 0
+    for block in code_blocks(text):
+        out += [_without_marks(text[at : block.start]), block.code]
+        at = block.end
+    return "".join([*out, _without_marks(text[at:])])
+
+
+def _without_marks(text: str) -> str:
+    out, at = [], 0
     for code in _CODE.finditer(text):
-        out += [_plain(text[at : code.start()]), code[2] if code[3] is None else code[3]]
+        out += [_plain(text[at : code.start()]), code[1]]
         at = code.end()
     return "".join([*out, _plain(text[at:])])
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import yaml
-
+from gristmill.core.config import read_yaml
 from gristmill.core.errors import InputError
+from gristmill.core.io import DamagedFile
+from gristmill.core.untrusted import is_bare_name
 from gristmill.generation.api import SamplingParams
 
 Parser = Literal["text", "list", "yes"]
@@ -77,7 +78,7 @@ class TemplatePack(Mapping[str, Template]):
         path = Path(name)
         if path.suffix not in (".yaml", ".yml"):
             path = FOLDER / f"{name}.yaml"
-            if not path.is_file():
+            if not is_bare_name(name) or not path.is_file():
                 shipped = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
                 raise InputError(f"There is no template pack {name!r}: give a .yaml file or one of {shipped}.")
         return TemplatePack({**default, **_read(path, default)})
@@ -85,11 +86,9 @@ class TemplatePack(Mapping[str, Template]):
 
 def _read(path: Path, default: Mapping[str, Template] | None) -> dict[str, Template]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"The template pack {path} cannot be read ({e.strerror}).") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+        values = read_yaml(path)
+    except DamagedFile as e:
+        raise InputError(f"The template pack {e}") from e
     if not isinstance(values, dict):
         raise InputError(f"{path} must be a mapping of template names to templates.")
     templates = {str(name): _template(str(name), given, path) for name, given in values.items()}

@@ -5,11 +5,12 @@ import os
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gristmill.core.concurrent import map_concurrent
+from gristmill.core.response_text import strip_thinking
 from gristmill.data.chat import Message
 from gristmill.data.rows import make_id
 from gristmill.generation.api import Completion, Request, SamplingParams
@@ -94,7 +95,7 @@ class Writer:
         sampling: SamplingParams | None = None,
         **slots: Any,
     ) -> Reply:
-        """The answer to a template.
+        """The answer to a template, without what a reasoning model thinks before it.
 
         Args:
             parents: ids of what goes into the slots, the topic or document that all grew from last.
@@ -103,12 +104,16 @@ class Writer:
 
         Raises:
             RowFailed: there is no answer.
-            ParseError: the answer was cut off.
+            ParseError: the answer was cut off, or is nothing but thinking.
         """
         entry = self.templates[template]
         message = Message("user", entry.render(**slots))
         sampling = sampling or entry.sampling
-        return await self.answer((message,), template, parents, salt=salt, sampling=sampling, num=slots.get("num"))
+        reply = await self.answer((message,), template, parents, salt=salt, sampling=sampling, num=slots.get("num"))
+        text = strip_thinking(reply.text).strip()
+        if not text:
+            raise ParseError("only thinking")
+        return replace(reply, text=text)
 
     async def next_turn(self, template: str, talk: Sequence[Message], parents: Sequence[str], **slots: Any) -> Reply:
         """What a user says next in a conversation that the assistant spoke in last; as `reply`."""

@@ -1,12 +1,11 @@
 """Checkpoints for exact resume: a training folder holds at most one complete one, replaced by an atomic rename.
 
-A checkpoint is a folder of ``state.safetensors`` (every tensor, under a flat name) and ``state.json``. It
-is written under a temporary name, synced, and renamed; a kill at any byte leaves the previous one usable.
-Nothing is pickled.
+A checkpoint is a folder of ``state.safetensors`` (every tensor, under a flat name) and ``state.json``, with
+the size and hash of the former. It is written under a temporary name, synced, and renamed; a kill at any byte
+leaves the previous one usable. A damaged one is passed over, with a word. Nothing is pickled.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,11 +19,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
-from gristmill.core.io import disk_errors, sync, write_synced
+from gristmill.core.io import (
+    STAMPS,
+    DamagedFile,
+    damaged,
+    disk_errors,
+    make_folder,
+    read_json,
+    reason,
+    replacing,
+    stamps,
+    sweep,
+    sync,
+    write_json,
+)
 
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _TEMPORARY = "checkpoint.tmp"
+_TENSORS, _INFO = "state.safetensors", "state.json"
 
 
 def fingerprint_model(model: nn.Module) -> str:
@@ -43,19 +57,8 @@ def fingerprint_text(text: str) -> str:
 
 def save_tensors_atomic(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file under a temporary name, sync it and rename it to ``path``."""
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors(path.parent):
-        try:
-            _save_synced(tensors, temporary)
-            os.replace(temporary, path)
-            sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _save_synced(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    sync(path)
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 @dataclass(frozen=True)
@@ -84,28 +87,31 @@ class CheckpointStore:
         self.folder = folder
         self._identity = identity
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
+            sweep(folder)
 
     def _folders(self) -> list[Path]:
-        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        with disk_errors(self.folder):
+            return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
 
     def load(self) -> Checkpoint | None:
-        """The latest checkpoint, or None in a new folder.
+        """The latest checkpoint that is whole, or None where there is none: training then begins anew.
 
-        Raises InputError when it was written by a run of another model, data set or settings, or cannot be
-        read.
+        Raises InputError when it was written by a run of another model, data set or settings.
         """
-        folders = self._folders()
-        if not folders:
-            return None
-        path = folders[-1]
-        try:
-            info = json.loads((path / "state.json").read_text())
-            self._check(info.pop("identity"))
-            tensors = {name: tensor.clone() for name, tensor in load_file(path / "state.safetensors").items()}
-            return Checkpoint(info.pop("step"), info.pop("finished"), info, tensors)
-        except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
-            raise InputError(f"the checkpoint {path} cannot be read ({error}); delete it to train anew") from error
+        for path in reversed(self._folders()):
+            try:
+                info = read_json(path / _INFO)
+                self._check(info.pop("identity"))
+                if bad := damaged(path, info.pop(STAMPS, {})):
+                    raise DamagedFile(f"{path / bad[0]} is not what was written")
+                tensors = {name: tensor.clone() for name, tensor in load_file(path / _TENSORS).items()}
+                return Checkpoint(int(info.pop("step")), bool(info.pop("finished")), info, tensors)
+            except (DamagedFile, OSError, LookupError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+                if isinstance(error, InputError) and not isinstance(error, DamagedFile):
+                    raise
+                echo(f"the checkpoint {path} is damaged ({reason(error)}): its steps are done again", err=True)
+        return None
 
     def _check(self, saved: dict[str, str]) -> None:
         nouns = {"model": "another starting model", "data": "another data set", "settings": "other settings"}
@@ -125,14 +131,15 @@ class CheckpointStore:
         head = {"step": checkpoint.step, "finished": checkpoint.finished, "identity": vars(self._identity)}
         with disk_errors(self.folder):
             try:
-                temporary.mkdir()
-                _save_synced(checkpoint.tensors, temporary / "state.safetensors")
-                write_synced(temporary / "state.json", json.dumps(head | checkpoint.info, indent=1) + "\n")
-                sync(temporary)
+                make_folder(temporary)
+                save_tensors_atomic(checkpoint.tensors, temporary / _TENSORS)
+                write_json(temporary / _INFO, head | {STAMPS: stamps(temporary, [_TENSORS])} | checkpoint.info)
+                shutil.rmtree(final, ignore_errors=True)  # one that was damaged
                 os.rename(temporary, final)
                 sync(self.folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-        for path in self._folders():
-            if path != final:
-                shutil.rmtree(path)
+            for path in self._folders():
+                if path != final:
+                    path.rename(temporary)  # half of it is not taken for the whole
+                    shutil.rmtree(temporary)

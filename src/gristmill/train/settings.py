@@ -16,7 +16,8 @@ class Training(Section):
     lr: float = Field(gt=0)
     muon_lr: float = Field(0.02, gt=0)
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    warmup_steps: int = Field(5, ge=0)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps")
+    warmup_steps: int | None = Field(None, ge=0, description="instead of warmup_ratio")
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     steps: int | None = Field(None, gt=0)
     epochs: float | None = Field(None, gt=0)

@@ -5,6 +5,7 @@ Shape legend: see batches.py.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
-from gristmill.core.io import disk_errors
+from gristmill.core.io import disk_errors, read_bytes, sync, write_text
 from gristmill.core.threads import Map, num_workers, workers
 from gristmill.model.transformer import PRECISIONS
 from gristmill.train.batches import (
@@ -48,7 +49,8 @@ class TrainSettings:
     lr: float = 1e-3
     muon_lr: float = 0.02
     schedule: str = "cosine"  # "constant", "cosine" or "linear", after the warmup
-    warmup_steps: int = 0
+    warmup_ratio: float = 0.0  # share of the steps
+    warmup_steps: int | None = None  # instead of warmup_ratio
     min_lr_ratio: float = 0.0  # of the peak, reached on the last step
     epochs: float | None = None
     steps: int | None = None
@@ -296,7 +298,7 @@ class Trainer:
             settings.schedule,
             self.result.steps,
             self.num_steps,
-            warmup_steps=settings.warmup_steps,
+            warmup_steps=round(settings.warmup_ratio * self.num_steps) if settings.warmup_steps is None else settings.warmup_steps,
             min_lr_ratio=settings.min_lr_ratio,
         )
 
@@ -414,9 +416,8 @@ class MetricsLog:
 
         path = folder / "metrics.jsonl"
         with disk_errors(folder):
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_step]
-            path.write_text("".join(line + "\n" for line in kept))
+            lines = read_bytes(path).decode("utf-8", "replace").split("\n") if path.exists() else []
+            write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= resumed_step))
             self._file = path.open("a")
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -432,8 +433,19 @@ class MetricsLog:
     def close(self) -> None:
         if self._folder is not None:
             with disk_errors(self._folder):
+                os.fsync(self._file.fileno())
                 self._file.close()
                 self._board.close()
+                for path in (self._folder / "tensorboard").iterdir():
+                    sync(path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinity where it is torn."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return math.inf
 
 
 def global_count(batches: Sequence[Batch]) -> int:

@@ -1,10 +1,10 @@
 """JSON extraction and JSON-schema validation. Both texts come from models, so neither is trusted."""
 
 import json
-import re
 from typing import Any
 
-FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.S)
+from gristmill.core.response_text import answer_text, code_blocks
+
 # Keywords by which a schema could fetch something, or take forever.
 UNSAFE = ("$ref", "$dynamicRef", "$recursiveRef", "pattern", "patternProperties", "format")
 MAX_JSON_CHARS = 100_000  # of JSON that is looked at
@@ -12,7 +12,8 @@ MAX_JSON_CHARS = 100_000  # of JSON that is looked at
 
 def extract_json(text: str) -> Any:
     """Extract the first JSON object or array of an answer: in a fenced block, or between its outermost braces; None where there is none."""
-    for source in (*FENCE.findall(text), text):
+    text = answer_text(text)
+    for source in (*(block.code for block in code_blocks(text)), text):
         starts = [place for bracket in "{[" if (place := source.find(bracket)) >= 0]
         if not starts:
             continue

@@ -6,19 +6,24 @@
 | exact | value | the answer equals it, white space and case aside |
 | mention | value, not | the answer mentions it as a word, and no wrong value except as a part of it |
 | choice | value | the last "answer is X", else the last letter A-Z standing alone, names it |
-| code | tests | the last code block (or the whole answer) passes the tests in the sandbox |
+| code | tests, or cases | the program in it (a code block, or the whole answer) passes the tests in the sandbox, see code_tests.py |
 | list | n, words, shape, extras | a list of n different words of the category in the asked form |
 | math | value | the final answer (boxed, stated or last) equals it as a mathematician would say |
 | instructions | checks, loose | every IFEval check holds, strictly or in the loose form |
 | schema | schema | the JSON in the answer fits the JSON schema |
+
+What a reasoning model thinks is no part of its answer (`core/response_text.py`).
 """
 
+import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 from gristmill.core.errors import InputError
+from gristmill.core.response_text import answer_text, extract_code, strip_thinking
+from gristmill.verify.code_tests import check_text, complete
 from gristmill.verify.ifeval import check_instructions
 from gristmill.verify.json_schema import extract_json, schema_error, validation_error
 from gristmill.verify.math import extract_answer, is_equiv
@@ -32,7 +37,6 @@ NUMBER = re.compile(
     r"(?:/(\d+))?"
 )
 EQUATION = re.compile(r"(\d{1,9}) ([-+*]) (\d{1,9}) = (-?\d{1,18})")
-FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|```[ \t]*$|\Z)", re.S | re.M)
 # The pronoun and the article are no options: `I think`, `I'm`, `A good`; `A is right` is one.
 LETTER = r"\b(?!(?:I|A)(?:['\u2019]| (?!is\b)[a-z]))([A-Z])\b"
 STATED = re.compile(rf"(?i:\banswer(?:\s+is\b|\s*:))[\s:*(\[]*{LETTER}")
@@ -60,6 +64,7 @@ def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) 
             sandbox that was not given.
     """
     kind = _field(truth, "kind")
+    answer = strip_thinking(answer) if kind == "instructions" else answer_text(answer)
     if kind == "number":
         want = last_number(str(_field(truth, "value")))
         if want is None:
@@ -75,7 +80,8 @@ def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) 
     if kind == "code":
         if run_code is None:
             raise InputError("A truth of kind 'code' needs the sandbox: run where it is available or pass --unsafe-code.")
-        return run_code(extract_code(answer), _field(truth, "tests"))
+        check = check_text(truth)
+        return run_code(complete(truth, extract_code(answer, check)), check)
     if kind == "list":
         return _list(truth, answer)
     if kind == "math":
@@ -90,6 +96,48 @@ def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) 
         value = extract_json(answer)
         return value is not None and not validation_error(value, schema)
     raise InputError(f"The truth {truth!r} has an unknown kind: use one of {', '.join(KINDS)}.")
+
+
+def check_truth(truth: dict[str, Any]) -> None:
+    """Check, without running a program, that a truth can tell right from wrong: its own value passes, and an empty answer does not.
+
+    Raises:
+        InputError: as `verify`, or any answer passes, or none can.
+    """
+    if verify(truth, "", lambda program, tests: False):
+        raise InputError(f"The truth {_shown(truth)} accepts an empty answer: give a value that can be missed.")
+    kind = truth["kind"]
+    if kind == "exact" and len(str(truth["value"]).strip().splitlines()) > 1:
+        raise InputError(
+            f"The exact answer {_shown(truth['value'])} has several lines, which no answer repeats word by word: give the final answer "
+            "alone, or another kind of truth."
+        )
+    if kind == "choice" and not re.fullmatch(r"[A-Za-z]", str(truth["value"]).strip()):
+        raise InputError(f"The choice {_shown(truth['value'])} is not one letter: give the letter of the right option.")
+    if kind in ("exact", "number", "mention", "choice", "math"):
+        value = truth["value"]
+        if value is None or isinstance(value, (list, dict, bool)) or (isinstance(value, float) and not math.isfinite(value)):
+            raise InputError(f"The truth {_shown(truth)} has the value {_shown(value)}: give one text or number.")
+        own = f"\\boxed{{{value}}}" if kind == "math" else f"answer: {str(value).strip().upper()}" if kind == "choice" else str(value)
+        if not verify({k: v for k, v in truth.items() if k != "working"}, own):
+            raise InputError(
+                f"The truth {_shown(truth)} does not accept its own value, so that no answer is right: write the value plainly."
+            )
+    if kind == "instructions" and not truth["checks"]:
+        raise InputError(f"The truth {_shown(truth)} has no checks, so that any answer passes: give at least one.")
+    if kind == "list" and not 0 < truth["n"] <= len({str(w).lower() for w in truth["words"]}):
+        raise InputError(f"The truth {_shown(truth)} wants {truth['n']} different words of {len(truth['words'])}: no list has them.")
+    if kind == "schema" and not any(validation_error(probe, truth["schema"]) for probe in ({}, [], {"": None}, [0])):
+        raise InputError(f"The truth {_shown(truth)} has a schema that any JSON fits: name required properties or a type.")
+    reference = truth.get("reference")
+    if kind != "code" and reference is not None and not verify(truth, str(reference)):
+        raise InputError(f"The truth {_shown({k: v for k, v in truth.items() if k != 'reference'})} rejects its own reference answer "
+                         f"{_shown(reference)}: one of the two is wrong.")  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _working_holds(answer: str) -> bool:
@@ -112,12 +160,6 @@ def last_number(text: str) -> Fraction | None:
     except (ValueError, ZeroDivisionError):  # thousands of digits, or a division by zero
         return None
     return -value if found[0].startswith("-") else value
-
-
-def extract_code(answer: str) -> str:
-    """Extract the program of an answer: the last fenced code block, else all of it. An unclosed block runs to the end."""
-    blocks = FENCE.findall(answer)
-    return blocks[-1] if blocks else answer
 
 
 def _field(truth: dict[str, Any], name: str) -> Any:

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from gristmill.core.config import RECIPES, Section, check, read
 from gristmill.core.errors import InputError
+from gristmill.core.io import write_text
 from gristmill.data.chat import ChatFormat, guess_format
 from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
 from gristmill.data.rows import Demonstration
@@ -26,6 +27,7 @@ from gristmill.workflows.alignment.recipe import OF_WORLD, AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 
 NEEDED = ("demonstrations", "evaluation")
+SAMPLED = 240  # demonstrations that limits are read off
 SHARE = 0.99  # of the demonstrations that a limit in tokens must hold
 ROUND_TOKENS = 16  # limits are rounded up to a multiple of this
 BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
@@ -84,14 +86,7 @@ def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force
             _load(model)
     text = HEADER.format(file=out.name) + "\n".join(render(values)) + "\n"
     check(AlignmentRecipe, yaml.safe_load(text))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(out)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{out} cannot be written ({e.strerror}): free some space or choose another place.") from e
+    write_text(out, text)
     return out
 
 
@@ -138,8 +133,7 @@ def _limits(model: str, demonstrations: Sequence[Demonstration]) -> dict[str, An
         InputError: the model does not load, or every demonstration is too long for it.
     """
     tokenizer, chat_format, longest = _load(model)
-    first = AlignmentRecipe.model_fields["data"].default.num_demonstrations
-    sample = demonstrations[:first]
+    sample = demonstrations[:SAMPLED]
     if all(len(chat_format.render(d.messages, tokenizer).ids) > longest for d in sample):
         raise InputError(f"Every demonstration is longer than the {longest} tokens of {model}: choose a model with more, or shorter ones.")
     answers = [len(tokenizer.encode(d.messages[-1].content)) for d in sample]

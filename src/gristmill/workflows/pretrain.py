@@ -46,7 +46,8 @@ class Pretraining(Recipe):
     lr: float = Field(3e-3, gt=0)
     muon_lr: float = Field(0.02, gt=0)
     schedule: Literal["constant", "cosine", "linear"] = "linear"
-    warmup_steps: int = Field(50, ge=0)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    warmup_steps: int | None = Field(None, ge=0, description="instead of warmup_ratio")
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.1, ge=0)
     precision: Literal["fp32", "bf16"] = "bf16"

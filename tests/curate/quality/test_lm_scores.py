@@ -52,7 +52,7 @@ def test_a_folder_without_a_model(tmp_path: Path, random_base: Path) -> None:
     with pytest.raises(InputError, match="is no model folder"):
         lm_scores.check(tmp_path)
     sound = (random_base / "config.json").read_text()
-    for config, words in (("{", "cannot be read"), ("[]", "is not supported"), (sound, "needs its tokenizer")):
+    for config, words in (("{", "not valid JSON"), ("{}", "is not supported"), ("[]", "no JSON object"), (sound, "needs its tokenizer")):
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(InputError, match=words):
             models(Quality(classifiers=[f"perplexity:{tmp_path}"]))

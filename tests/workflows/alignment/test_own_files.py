@@ -1,5 +1,6 @@
 """A run on a user's own files: it turns without a world, and what cannot work is refused in one sentence before any work is done."""
 
+import inspect
 import json
 import re
 import shutil
@@ -14,9 +15,18 @@ import yaml
 from typer.testing import CliRunner
 
 from gristmill.cli.main import app
+from gristmill.core.config import Section, load
 from gristmill.data.rows import Demonstration, Pair, Prompt, Response, read_rows
+from gristmill.generation.settings import Calls
+from gristmill.synth.templates import TemplatePack
+from gristmill.train.objectives.preference import PreferenceObjective
+from gristmill.train.settings import PreferenceTraining, Training
+from gristmill.train.trainer import TrainSettings
+from gristmill.workflows.alignment.recipe import AlignmentRecipe
+from gristmill.workflows.alignment.source import FileSource
 
 Snapshot = Callable[[Path], dict[str, bytes]]
+DONE = (0, 4)  # with alarms: a random model may make no pair in a stage
 RATED = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
 STEPS = {"lr": 1e-4, "steps": 2, "batch_size": 4}
 RECIPE: dict[str, Any] = {
@@ -75,7 +85,7 @@ def refusal(recipe: Path, out: Path) -> str:
 def test_every_stage_runs_on_files(tmp_path: Path, random_base: Path) -> None:
     out = tmp_path / "run"
     result = start(write(tmp_path, random_base), out)
-    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert result.exit_code in DONE, result.output + repr(result.exception)
     stages = [s["name"] for s in json.loads((out / "results.json").read_text())["stages"]]
     assert stages[0] == "demonstrations" and "r1-general-sft" in stages and stages[-1] in ("r1-dpo", "r1-rpo1")
     (path,) = out.glob("*-r1-prompts/prompts.parquet")
@@ -94,7 +104,7 @@ def test_every_stage_runs_on_files(tmp_path: Path, random_base: Path) -> None:
 
 def test_known_answers_are_enough_to_judge(tmp_path: Path, random_base: Path) -> None:
     result = start(write(tmp_path, random_base, {"ratings": None}), tmp_path / "run")
-    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert result.exit_code in DONE, result.output + repr(result.exception)
     assert not list((tmp_path / "run").glob("*-reward*"))
     (path,) = (tmp_path / "run").glob("*-r1-answers/responses.parquet")
     assert {r.judge for r in read_rows(path, Response)} == {"verifier", "none"}
@@ -102,7 +112,7 @@ def test_known_answers_are_enough_to_judge(tmp_path: Path, random_base: Path) ->
 
 def test_a_file_that_changed_since_is_noticed(tmp_path: Path, random_base: Path, snapshot: Snapshot) -> None:
     recipe = write(tmp_path, random_base, {"ratings": None, "prompts": FILES["prompts"][:4]}, rpo_iterations=0)
-    assert start(recipe, tmp_path / "run").exit_code == 0
+    assert start(recipe, tmp_path / "run").exit_code in DONE
     before = snapshot(tmp_path / "run")
     with (tmp_path / "prompts.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "Add 8 and 8.", "answer": 16}) + "\n")
@@ -121,7 +131,7 @@ def test_answers_that_outgrow_the_context_do_not_end_the_run(tmp_path: Path, ran
         "ratings": [{"prompt": f"T{i // 2}", "response": filler + str(i), **RATED, "helpfulness": 4 * (i % 2)} for i in range(24)],
     }
     result = start(write(tmp_path, random_base, files, answers={"samples": 4, "max_tokens": 60}), tmp_path / "run")
-    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert result.exit_code in DONE, result.output + repr(result.exception)
     reward = json.loads((tmp_path / "run" / "results.json").read_text())["reward"]
     assert reward["llm_judge"]["easy"]["verdicts"]["unparsed"] == reward["easy"]["overall"]["n"] > 0
 
@@ -194,7 +204,7 @@ def test_a_truncated_checkpoint(tmp_path: Path, random_base: Path, share: float)
 def test_a_refused_run_goes_on_when_the_file_is_mended(tmp_path: Path, random_base: Path) -> None:
     long = {"demonstrations": [{"prompt": LONG, "response": "No."}]}
     refusal(write(tmp_path, random_base, long), tmp_path / "run")
-    assert start(write(tmp_path, random_base, rounds=1), tmp_path / "run").exit_code == 0
+    assert start(write(tmp_path, random_base, rounds=1), tmp_path / "run").exit_code in DONE
 
 
 def test_a_folder_of_another_recipe_is_left_alone(
@@ -246,7 +256,103 @@ def test_a_full_disk_is_one_sentence_and_the_next_start_goes_on(tmp_path: Path, 
     for size, (code, said), (next_code, next_said), finished, kept in map(json.loads, lines):
         assert code == 2 and said.count("gristmill: ") == 1, (size, said)
         assert said.splitlines()[-1].startswith("gristmill: ") and "space" in said.splitlines()[-1], (size, said)
-        assert next_code == 0, (size, next_said)
+        assert next_code in DONE, (size, next_said)
         assert kept, f"{size}: what was done is not done again"
         num_finished.append(finished)
     assert num_finished == sorted(num_finished) and num_finished[0] == 0 < num_finished[1] < num_finished[-1]
+
+
+# ---- every key is read ----
+
+
+def keys_read(monkeypatch: pytest.MonkeyPatch, start: Callable[[], Any]) -> set[str]:
+    """`Section.key` of every recipe value that a start looks at."""
+    read: set[str] = set()
+    plain = Section.__getattribute__
+
+    def recorded(self: Section, name: str) -> Any:
+        if name in type(self).__dict__.get("__pydantic_fields__", ()):
+            read.add(f"{type(self).__name__}.{name}")
+        return plain(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Section, "__getattribute__", recorded)
+        start()
+    return read
+
+
+SECTIONS = [
+    field.annotation
+    for field in AlignmentRecipe.model_fields.values()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+]
+TRAINED = {  # these go to the trainer and the loss as one dictionary
+    f"{section.__name__}.{key}"
+    for section in (Training, PreferenceTraining)
+    for key in section.model_fields
+    if key in TrainSettings.__dataclass_fields__ or key in inspect.signature(PreferenceObjective).parameters
+}
+FOR_ENDPOINTS = {f"Calls.{key}" for key in Calls.model_fields}
+FILE_KEYS = {"HumanData.demonstrations", "HumanData.ratings", "HumanData.prompts", "HumanData.evaluation"}
+# of own files: what these files have no use for, and a world's run shows that it is read
+WITHOUT_USE = {"AlignmentRecipe.code_sft", "AlignmentJudging.max_pairs_per_prompt", "Topics.combine", "Topics.subtopics"}
+
+
+@pytest.mark.parametrize("source", ["own files", "world"])
+def test_every_key_is_read(
+    source: str, tmp_path: Path, random_base: Path, run: Any, make_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe() if source == "world" else load(write(tmp_path, random_base), AlignmentRecipe)
+    everything = {f"{s.__name__}.{key}" for s in [AlignmentRecipe, *SECTIONS] for key in s.model_fields}
+    unread = everything - keys_read(monkeypatch, lambda: run(recipe, tmp_path / "run")) - TRAINED - FOR_ENDPOINTS
+    assert unread <= {"AlignmentRecipe.kind", *(FILE_KEYS if source == "world" else WITHOUT_USE)}  # a world refuses files
+
+
+@pytest.mark.parametrize("name", ["demonstrations", "ratings", "prompts", "evaluation"])
+def test_a_world_refuses_files_that_it_would_not_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    recipe = tmp_path / "world.yaml"
+    recipe.write_text(yaml.safe_dump({"world": "miniature", "data": {name: "rows.jsonl"}}))
+    assert f"data.{name} would not be read" in refusal(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("number", "name"), [("num_rated_prompts", "ratings"), ("num_prompts", "prompts")])
+def test_a_number_of_rows_needs_their_file(number: str, name: str, tmp_path: Path, random_base: Path) -> None:
+    recipe = write(tmp_path, random_base, {name: None})
+    values = yaml.safe_load(recipe.read_text())
+    values["data"][number] = 4
+    recipe.write_text(yaml.safe_dump(values))
+    assert f"data.{number} counts rows of data.{name}" in refusal(recipe, tmp_path / "run")
+
+
+def test_num_prompts_limits_own_prompts(tmp_path: Path, random_base: Path) -> None:
+    recipe = load(write(tmp_path, random_base), AlignmentRecipe)
+    for number, want in ((None, 10), (3, 3), (0, 0)):
+        data = recipe.data.model_copy(update={"num_prompts": number})
+        assert len(FileSource(data, TemplatePack.load()["task_prompt"]).prompts()) == want
+
+
+# ---- what went wrong is said at the end ----
+
+
+def test_a_mill_that_keeps_nothing_ends_with_alarms(tmp_path: Path, random_base: Path) -> None:
+    few = {"lr": 1e-4, "epochs": 1, "batch_size": 4}
+    judging = {"keep": "correctness >= 99", "keep_chosen": "correctness >= 99"}
+    changes = {"judging": judging, "demonstration_sft": few, "general_sft": few, "dpo": {**few, "num_prompts": 4}}
+    out = tmp_path / "run"
+    result = start(write(tmp_path, random_base, {"prompts": [{"prompt": f"Why {i}?"} for i in range(6)]}, **changes), out)
+    assert result.exit_code == 4, result.output + repr(result.exception)
+    alarms = {a["stage"]: a["text"] for a in json.loads((out / "results.json").read_text())["alarms"]}
+    assert "keeps no answer: none of" in alarms["r1-answers"] and "lower judging.keep" in alarms["r1-answers"]
+    assert "makes no pair" in alarms["r1-dpo-pairs"] and "lower judging.min_gap" in alarms["r1-dpo-pairs"]
+    assert "takes 3 steps only: 12 rows, 1 epochs, batches of 4" in alarms["demonstrations"]
+    assert "reward" not in alarms  # its steps were given as a number
+    assert [line for line in result.stderr.splitlines() if line.startswith("gristmill: alarm: ")] == [
+        f"gristmill: alarm: {text}" for text in alarms.values()
+    ]
+    again = CliRunner().invoke(app, ["run", str(tmp_path / "own.yaml"), "--out", str(out), "--quiet"])
+    assert again.exit_code == 4 and json.loads((out / "results.json").read_text())["alarms"] == [
+        {"stage": stage, "text": text} for stage, text in alarms.items()
+    ]
+    status = CliRunner().invoke(app, ["status", str(out)])
+    assert all(f"alarm: {text}" in status.stdout for text in alarms.values())

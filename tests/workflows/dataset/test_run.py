@@ -15,7 +15,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from gristmill.cli.main import app
 from gristmill.core.config import dump, load, read
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
@@ -198,6 +200,14 @@ def test_failed_calls_are_listed_and_asked_again_on_demand(start_endpoint: Calla
     assert subprocess.run(command, capture_output=True).returncode == 3 and server.stats()["requests"] == 3
     second = subprocess.run([*command, "--retry-failed"], capture_output=True, text=True)
     assert second.returncode == 0 and "2 prompts, 2 responses" in second.stdout and server.stats()["requests"] == 4
+
+
+def test_a_dataset_that_keeps_nothing_alarms(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
+    server = start_endpoint(latency=0.0, obedient=True)
+    judging = {"reward": {"base_url": server.url, "model": "mock-reward"}, "keep": "helpfulness >= 99"}
+    path = write(tmp_path, server.url, pipelines={"from_file": None}, answers={"samples": 2}, judging=judging)
+    result = CliRunner().invoke(app, ["synth", str(path), "--out", str(tmp_path / "run"), "--quiet"])
+    assert result.exit_code == 4 and "alarm: judging keeps none of" in result.stderr and "lower judging.keep" in result.stderr
 
 
 def test_a_rating_that_cannot_be_read_is_a_failed_row(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from typing import IO, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from gristmill.core.config import FilePath, PatternPath, Recipe, Section
+from gristmill.core.config import FilePath, PatternPath, Recipe, RunName, Section
 from gristmill.core.errors import InputError
-from gristmill.core.io import state, write_json
+from gristmill.core.io import replacing, state, sync, write_json
 from gristmill.core.progress import Progress
 from gristmill.curate.blend.encode import Encoder, fast_encoder
 from gristmill.curate.io import readers
@@ -38,6 +38,7 @@ from gristmill.runs.run_dir import RunDir, Stage
 SHARD_TOKENS = 1 << 28  # 1 GiB
 MAX_SKIPPED = 1000  # skips that are named one by one
 STORE = "blend.json"  # says that the token store is whole
+ORDER, ENDS = "order.npy", "ends.npy"
 Facts = dict[str, Any]
 
 
@@ -61,7 +62,7 @@ class Blend(Recipe):
     """Blend recipe: what is blended, and how much of it."""
 
     kind: Literal["blend"] = "blend"
-    name: str = Field("blend", pattern=r"^[\w.-]+$")
+    name: RunName = "blend"
     tokenizer: FilePath = Field(description="folder of a model or tokenizer")
     sources: list[Source] = Field(min_length=1)
     tokens: int = Field(gt=0, description="end-of-document tokens included")
@@ -99,17 +100,8 @@ def _encoder(folder: Path, fingerprint: str) -> Encoder:
 @contextmanager
 def _whole(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, that is at `path` once it is written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb+") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as e:
-        raise InputError(f"{path} cannot be written ({e.strerror}): free some space and run the same command again.") from e
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb+") as file:
+        yield file
 
 
 def _save(path: Path, values: np.ndarray) -> None:
@@ -324,7 +316,7 @@ class _Run:
             finally:
                 self.executor.close()
             head = {"kind": self.recipe.kind, "name": self.recipe.name, "fingerprint": whole, "settings": settings}
-            results = self.run_dir.finish({**head, **results})
+            results = self.run_dir.finish({**head, **results}, [STORE, ENDS, "tokens-*.bin", "tokenizer/*"])
         self.run_dir.drop_stages()
         return results
 
@@ -374,15 +366,15 @@ class _Run:
             stems = [encoded.folder / shard["stem"] for shard in source["shards"]]
             lengths.append(np.concatenate([np.empty(0, np.int64), *(np.diff(np.load(f"{stem}.npy"), prepend=0) for stem in stems)]))
         order, phases, sources = draw(self.recipe, lengths)
-        _save(folder / "order.npy", order)
-        _save(folder / "ends.npy", np.cumsum(np.concatenate(lengths)[order]))
+        _save(folder / ORDER, order)
+        _save(folder / ENDS, np.cumsum(np.concatenate(lengths)[order]))
         return {"phases": phases, "sources": sources}
 
     def _write(self, folder: Path, encoded: Stage, order: Stage) -> Facts:
         shards = [shard for source in encoded.summary["sources"] for shard in source["shards"]]
         stems = [encoded.folder / shard["stem"] for shard in shards]
         firsts_S = np.cumsum([0, *(shard["documents"] for shard in shards)])[:-1]
-        order_file, ends_file = order.folder / "order.npy", order.folder / "ends.npy"
+        order_file, ends_file = order.folder / ORDER, order.folder / ENDS
         ends = np.load(ends_file)
         tasks: list[Task] = []
         begin = 0
@@ -418,6 +410,7 @@ class _Run:
             target = folder / path.name
             target.unlink(missing_ok=True)
             target.hardlink_to(path)
+        sync(folder)
         self.tokenizer.save(folder / "tokenizer")
         write_json(folder / STORE, {"name": self.recipe.name, **store})
 

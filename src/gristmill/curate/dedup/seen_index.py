@@ -5,7 +5,6 @@
 Near duplicates are verified by the agreement of signatures: the earlier texts need not be there any more.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from pydantic import Field
 
 from gristmill.core.config import FilePath, Section
 from gristmill.core.errors import InputError
+from gristmill.core.io import read_json
 from gristmill.curate.dedup.duplicates import NEIGHBOURS, PAIRS, Signature
 from gristmill.curate.io import shards
 from gristmill.curate.outcome import Outcome, split
@@ -48,7 +48,7 @@ def described(index: Path) -> Remember:
         InputError: there is none.
     """
     try:
-        return Remember.model_validate(json.loads((index / DESCRIPTION).read_text()))
+        return Remember.model_validate(read_json(index / DESCRIPTION))
     except (OSError, ValueError) as e:
         raise InputError(f"{index} is no index of an earlier curation: give the `index` folder of a run with the step `remember`.") from e
 

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from pydantic import Field
 
 from gristmill.core.config import Section
 from gristmill.core.errors import InputError
+from gristmill.core.io import make_folder, replacing
 from gristmill.curate.outcome import DOCUMENT
 
 OnSkip = Callable[[str, str], None]  # where, why
@@ -493,11 +494,11 @@ class Writer:
     def __init__(self, folder: Path, format: Format, shard_bytes: int):
         self.folder, self.format, self.shard_bytes = folder, format, shard_bytes
         self.paths: list[Path] = []
-        self.process = os.getpid()  # a worker of a run that was killed may still be at the same part
+        self.place = ExitStack()  # of the part that is open
         self.size = 0  # bytes of text in the part that is open
         self.sink: Any = None
         self.parquet: pq.ParquetWriter | None = None
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def add(self, table: pa.Table) -> None:
         """Write the documents; a part ends with the one that fills it."""
@@ -523,12 +524,10 @@ class Writer:
                 old.unlink()
         return self.paths
 
-    def _temporary(self) -> Path:
-        return self.folder / f".part-{len(self.paths):05d}.{self.format}.{self.process}.tmp"
-
     def _write(self, piece: pa.Table) -> None:
         if self.sink is None:
-            self.sink = pa.OSFile(str(self._temporary()), "wb")
+            self.paths.append(self.folder / f"part-{len(self.paths):05d}.{self.format}")
+            self.sink = pa.OSFile(str(self.place.enter_context(replacing(self.paths[-1]))), "wb")
             if self.format == "parquet":
                 self.parquet = pq.ParquetWriter(self.sink, piece.schema, compression="zstd")
             elif self.format == "jsonl.zst":
@@ -546,17 +545,13 @@ class Writer:
             self.parquet.close()
         self.sink.close()
         self.sink, self.parquet, self.size = None, None, 0
-        temporary = self._temporary()
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        path = self.folder / f"part-{len(self.paths):05d}.{self.format}"
-        temporary.replace(path)
-        self.paths.append(path)
+        self.place.close()
 
 
 def write(tables: Iterator[pa.Table], folder: Path, format: Format, *, shard_bytes: int) -> list[Path]:
     """All of the tables through a `Writer`."""
     writer = Writer(folder, format, shard_bytes)
-    for table in tables:
-        writer.add(table)
-    return writer.close()
+    with writer.place:
+        for table in tables:
+            writer.add(table)
+        return writer.close()

@@ -4,7 +4,6 @@ A shard is an Arrow file, uncompressed, so that single documents can be read fro
 shard * 2^32 + row.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gristmill.core.errors import InputError
+from gristmill.core.io import replacing
 
 ROW_BITS = 32
 
@@ -24,17 +23,9 @@ def write(path: Path, table: pa.Table) -> None:
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        temporary.replace(path)
-    except OSError as e:
-        raise InputError(f"{path} cannot be written ({e.strerror}): free some space and run the same command again.") from e
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
 
 
 def read(path: Path) -> pa.Table:

@@ -3,7 +3,6 @@
 Shapes: N documents, D dimensions of the model, T tokens read at once.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
-from gristmill.model.config import ModelConfig
+from gristmill.model.config import read_config
 
 MAX_TOKENS = 512  # of a document's beginning
 PACK_TOKENS = 16_384  # read at once
@@ -23,14 +22,9 @@ def check(folder: Path) -> None:
     """Raise `InputError` unless there is a model of a kind that we know, and its tokenizer. Its weights are not looked at."""
     from gristmill.data.tokenizer import Tokenizer
 
-    path = folder / "config.json"
-    if not path.exists():
+    if not (folder / "config.json").exists():
         raise InputError(f"{folder} is no model folder: it holds no config.json.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path} cannot be read ({e}): save or download the model again.") from e
-    ModelConfig.from_hf(values if isinstance(values, dict) else {})
+    read_config(folder)
     Tokenizer.load(folder)
 
 

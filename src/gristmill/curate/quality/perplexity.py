@@ -12,7 +12,6 @@ probability of the unknown is shared by as many words as were rare in training, 
 Shapes: N documents, B bytes of all of them, T tokens, V words that the model knows, G n-grams, S slots of a hash table.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import write_json
+from gristmill.core.io import DamagedFile, read_json, replacing, write_json
 from gristmill.curate.text.text_column import TextColumn, hash_table, lookup, read_only
 from gristmill.curate.text.words import BYTES_AND_MARKS, FNV_OFFSET, buffers, tokenize
 from gristmill.data.minhash import mix64
@@ -47,14 +46,9 @@ def write_model(folder: Path, tensors: dict[str, np.ndarray], settings: dict[str
     Raises:
         InputError: the folder cannot be written.
     """
-    temporary = folder / (WEIGHTS_FILE + ".tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / WEIGHTS_FILE) as temporary:
         (folder / SETTINGS_FILE).unlink(missing_ok=True)
         save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, temporary)
-        temporary.replace(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"The folder {folder} cannot be written ({e}): check its permissions and the free space.") from e
     write_json(folder / SETTINGS_FILE, settings)
 
 
@@ -68,9 +62,9 @@ def read_model(folder: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str
         InputError: the folder is missing, damaged, or holds a model of another kind.
     """
     try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        settings = read_json(folder / SETTINGS_FILE)
         tensors = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (DamagedFile, OSError, SafetensorError) as e:
         raise InputError(f"The folder {folder} holds no trained {kind} model ({e}): check the path or train it again.") from e
     found = settings.get("kind") if isinstance(settings, dict) else None
     if found != kind:

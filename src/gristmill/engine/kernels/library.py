@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from gristmill.core.io import sync
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 BUILD_SECONDS = 120
@@ -107,4 +109,5 @@ def _build(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:  # beside the goal, so that the last step is a rename
         built = Path(temporary) / path.name
         subprocess.run([compiler, *FLAGS, "-o", str(built), str(SOURCE)], check=True, capture_output=True, timeout=BUILD_SECONDS)
+        sync(built)  # half a library would crash whoever loads it
         built.replace(path)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import disk_errors
 from gristmill.core.threads import num_workers, workers
 from gristmill.data.chat import ChatFormat, Message
 from gristmill.data.rows import Pair
@@ -139,8 +138,6 @@ def compute_reference_logprobs(
         reference_P2[[position[id(pair)] for pair in group]] = logprobs_D.view(-1, 2).cpu()
     model.train(was_training)
     if path is not None:
-        with disk_errors(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors_atomic({"reference_P2": reference_P2}, path)
     return _with_references(bare, reference_P2)
 
@@ -151,7 +148,7 @@ def _read_cache(path: Path, num_pairs: int) -> Tensor | None:
         return None
     try:
         reference_P2 = load_file(path)["reference_P2"].clone()
-    except (SafetensorError, KeyError):
+    except (SafetensorError, KeyError, OSError):
         return None
     return reference_P2 if reference_P2.shape == (num_pairs, 2) else None
 

@@ -34,7 +34,7 @@ from gristmill.runs.run_dir import RunDir
 from gristmill.synth.templates import TemplatePack
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
-from gristmill.workflows.dataset.steps import open_verifier
+from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 
 CONTEXT_MARGIN = 16  # an answer's text may take some tokens more when it is tokenized again
 ALL_AT_ONCE = 1 << 20  # requests: an engine makes its own batches
@@ -88,6 +88,8 @@ class AlignmentContext:
         self._resources = ExitStack()
         needs_code = bool(self.source.code_tasks) or any(is_code(p.truth) for p in prompts)
         self.verifier = open_verifier(self._resources, needs_code=needs_code, unsafe_code=unsafe_code, tick=progress.tick)
+        if not recipe.world:  # the built-in world's are known to be right
+            check_given_tests(prompts, unsafe_code=unsafe_code, quiet=progress.quiet)
         self._engines: dict[str, Engine] = {}
         self._scorer: RewardScorer | None = None
         self.reward_report: dict[str, Any] = {}

@@ -9,13 +9,13 @@ blend, and earlier rounds' synthetic rows stay in it.
 
 import asyncio
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gristmill.core.errors import InputError
+from gristmill.core.io import read_json
 from gristmill.core.progress import Progress
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Pair, Prompt, Rated, Response, make_id
@@ -29,6 +29,7 @@ from gristmill.judge.select import contested, select
 from gristmill.runs import artifacts
 from gristmill.train.settings import PreferenceTraining, Training
 from gristmill.workflows.alignment import monitors
+from gristmill.workflows.alignment.alarms import code_left_out, collapsed, few_steps, kept_nothing, no_pairs
 from gristmill.workflows.alignment.answering import answer, answer_pairs, prompt_demonstrations
 from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.prompt_generation import write_prompts
@@ -73,6 +74,7 @@ def _run(context: AlignmentContext) -> dict[str, Any]:
         alarms = monitors.measure(context, state, current, number)
         if len(alarms) >= context.recipe.collapse.stop:
             stopped = f"round {number}: {', '.join(alarms)}"
+            state.alarms.append(collapsed(f"r{number}-monitors", alarms))
             break
     return _results(context, state, stopped)
 
@@ -126,7 +128,8 @@ def _reward(context: AlignmentContext, state: State) -> None:
     def work(folder: Path) -> dict[str, Any]:
         return train_stage(context, "reward", context.base_folder, rows, context.recipe.reward, folder)
 
-    done = context.run.stage("reward", settings, work)
+    done = context.run.stage("reward", settings, work, files=[f"{MODEL}/*"])
+    _watch_steps(context, state, "reward", done.summary, context.recipe.reward)
     state.reward_folder = done.folder / MODEL
     state.chain = done.fingerprint
 
@@ -188,7 +191,9 @@ def _round(context: AlignmentContext, state: State, number: int, generator: str)
     human_code = [d for d in state.demonstrations if d.task in context.source.code_tasks]
     start = context.base_folder
     rows = code if recipe.control == "replace" else [*human_code, *code]
-    if len(rows) >= CODE_ROWS_MIN:
+    if 0 < len(rows) < CODE_ROWS_MIN:
+        state.alarms.append(code_left_out(f"r{number}-code-sft", len(rows), CODE_ROWS_MIN))
+    elif rows:
         _train(context, state, f"r{number}-code-sft", number, recipe.code_sft, start, rows)
         start = state.models[f"r{number}-code-sft"]
     repeat = _repeat(code, recipe.judging.code_share, len(general), number)
@@ -209,7 +214,10 @@ def _round(context: AlignmentContext, state: State, number: int, generator: str)
             pairs = _human_pairs(_split_ratings(context, state)[0], settings.num_pairs, seed=number * 100 + i)
         else:
             pairs = _pairs(context, state, f"r{number}-{name}-pairs", client, chosen, settings)
-        if not pairs:  # no prompt had answers of different quality: the model stays as it is, and the report says so
+        if not pairs:  # the model stays as it is
+            if human_only:
+                why = {"rated answers, none better than the other to its prompt": len(state.ratings)}
+                state.alarms.append(no_pairs(f"r{number}-{name}", why))
             continue
         state.pairs += 0 if human_only else len(pairs)
         state.human_pairs += len(pairs) if human_only else 0
@@ -262,6 +270,8 @@ def _answers(
         done = context.run.stage(f"r{number}-answers", inputs, work, artifacts=[*KEPT_FILES, artifacts.CALLS])
         kept = artifacts.KEPT.read(done.folder)
         answers = artifacts.RESPONSES.read(done.folder)
+        if not kept:
+            state.alarms.append(kept_nothing(f"r{number}-answers", done.summary["funnel"]))
         state.synthetic = kept if recipe.control == "replace" else [*state.synthetic, *kept]
         state.chain = done.fingerprint
     code = [d for d in state.synthetic if d.task in code_tasks]
@@ -294,7 +304,10 @@ def _pairs(
     ]
     done = context.run.stage(name, inputs, work, artifacts=[*PAIR_FILES, artifacts.CALLS])
     state.chain = done.fingerprint
-    return artifacts.PAIRS.read(done.folder)
+    pairs = artifacts.PAIRS.read(done.folder)
+    if not pairs:
+        state.alarms.append(no_pairs(name, done.summary["funnel"]))
+    return pairs
 
 
 def _human_pairs(ratings: Sequence[Rated], most: int, seed: int) -> list[Pair]:
@@ -333,19 +346,26 @@ def _train(
         return {**train_stage(context, "sft", start, rows, settings, folder), "human_rows": sum(r.origin == "human" for r in rows)}
 
     inputs = [state.chain, settings.model_dump(), make_id([r.id for r in rows]), str(start.name)]
-    return _model_stage(context, state, name, number, inputs, work)
+    return _model_stage(context, state, name, number, inputs, work, settings)
 
 
 def _prefer(
     context: AlignmentContext, state: State, name: str, number: int, settings: PreferenceTraining, start: Path, pairs: Sequence[Pair]
 ) -> Engine:
     inputs = [state.chain, settings.model_dump(), make_id([p.id for p in pairs])]
-    return _model_stage(
-        context, state, name, number, inputs, lambda folder: train_stage(context, settings.loss, start, pairs, settings, folder)
-    )
+
+    def work(folder: Path) -> dict[str, Any]:
+        return train_stage(context, settings.loss, start, pairs, settings, folder)
+
+    return _model_stage(context, state, name, number, inputs, work, settings)
 
 
-def _model_stage(context: AlignmentContext, state: State, name: str, number: int, inputs: Any, work: Any) -> Engine:
+def _watch_steps(context: AlignmentContext, state: State, name: str, done: dict[str, Any], settings: Training) -> None:
+    alarm = few_steps(name, done["steps"], done["rows"], settings=settings, min_steps=context.recipe.alarms.min_steps)
+    state.alarms += [alarm] if alarm else []
+
+
+def _model_stage(context: AlignmentContext, state: State, name: str, number: int, inputs: Any, work: Any, settings: Training) -> Engine:
     """Train, then evaluate on the held-out prompts."""
 
     def trained(folder: Path) -> dict[str, Any]:
@@ -361,7 +381,8 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
         artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
         return {**facts, **scores}
 
-    done = context.run.stage(name, [inputs, context.recipe.answers.max_tokens], trained, artifacts=MODEL_FILES)
+    done = context.run.stage(name, [inputs, context.recipe.answers.max_tokens], trained, artifacts=MODEL_FILES, files=[f"{MODEL}/*"])
+    _watch_steps(context, state, name, done.summary, settings)
     folder = done.folder
     state.models[name] = folder / MODEL
     state.chain = done.fingerprint
@@ -374,7 +395,7 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
 
 def _results(context: AlignmentContext, state: State, stopped: str | None) -> dict[str, Any]:
     human, synthetic = len(state.demonstrations) + state.human_pairs, len(state.synthetic) + state.pairs
-    seconds = sum(json.loads((context.run.path / s / "done.json").read_text())["seconds"] for s in context.run.stages)
+    seconds = sum(read_json(context.run.path / s / "done.json")["seconds"] for s in context.run.stages)
     results = {
         "name": context.recipe.name,
         "control": context.recipe.control,
@@ -386,5 +407,6 @@ def _results(context: AlignmentContext, state: State, stopped: str | None) -> di
         "reward": context.reward_report,
         "collapse": state.collapse,
         "stopped": stopped,
+        "alarms": state.alarms,
     }
     return context.run.finish(results)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
-from gristmill.core.config import RECIPES, NameOrPath, Recipe, Section, read, resolved
+from gristmill.core.config import RECIPES, NameOrPath, Recipe, RunName, Section, read, resolved
 from gristmill.data.human import HumanData
 from gristmill.generation.settings import Calls, GeneratorSettings
 from gristmill.judge.settings import Control, Judging, Reward
@@ -56,13 +56,19 @@ class Collapse(Section):
     stop: int = Field(4, gt=0)
 
 
+class Alarms(Section):
+    """What a run calls out, and ends with exit code 4 for."""
+
+    min_steps: int = Field(20, ge=0, description="a training stage of fewer steps alarms, unless its `steps` are given")
+
+
 class AlignmentRecipe(Recipe):
     """A whole alignment run."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset({"rounds", "threads", "device", "calls"})
+    may_change: ClassVar[frozenset[str]] = frozenset({"rounds", "threads", "device", "calls", "alarms"})
 
     kind: Literal["alignment"] = "alignment"
-    name: str = Field("miniature", pattern=r"^[A-Za-z0-9._-]+$")
+    name: RunName = "miniature"
     world: World | None = Field(None, description="a built-in world that supplies data, or none: your own files")
     model: BaseModelPath = Field("miniature", description="Hugging Face folder of the Base model; `miniature` is the shipped one")
     chat_format: Literal["auto", "nemotron", "chatml", "llama3"] = "auto"
@@ -82,6 +88,7 @@ class AlignmentRecipe(Recipe):
     engine: EngineSettings = EngineSettings()
     judging: AlignmentJudging = AlignmentJudging()
     collapse: Collapse = Collapse()
+    alarms: Alarms = Alarms()
     demonstration_sft: Training = Training(lr=1e-3, epochs=15, batch_size=16)
     reward: Training = Training(lr=1e-3, epochs=3, batch_size=32)
     code_sft: Training = Training(lr=1e-4, steps=15)
@@ -113,6 +120,12 @@ class AlignmentRecipe(Recipe):
     def _sources(self) -> Self:
         if self.world is None and (self.data.demonstrations is None or self.data.evaluation is None):
             raise ValueError("without a world, data.demonstrations and data.evaluation must name files")
+        files = {name: getattr(self.data, name) for name in ("demonstrations", "ratings", "prompts", "evaluation")}
+        if self.world is not None and (given := [f"data.{name}" for name, path in files.items() if path is not None]):
+            raise ValueError(f"{given[0]} would not be read, since the world {self.world} writes its own rows: take one of the two out")
+        for number, name in (("num_rated_prompts", "ratings"), ("num_prompts", "prompts")):
+            if self.world is None and files[name] is None and getattr(self.data, number) is not None:
+                raise ValueError(f"data.{number} counts rows of data.{name}, which is not given: name the file, or take the number out")
         return self
 
     def model_stages(self) -> list[str]:

@@ -72,7 +72,8 @@ class FileSource:
         self._demonstrations = read_demonstrations(data.demonstrations)[: data.num_demonstrations]
         self._evaluation = read_prompts(data.evaluation, "human", truth=True)
         self._prompts = read_prompts(data.prompts, "file") if data.prompts else []
-        self._ratings = read_ratings(data.ratings)[: 2 * (data.num_rated_prompts + data.num_held_out_ratings)] if data.ratings else []
+        self._prompts = self._prompts[: data.num_prompts]
+        self._ratings = _rated(read_ratings(data.ratings), data) if data.ratings else []
         self.tasks = tuple(dict.fromkeys(d.task for d in self._demonstrations))
         limited: list[Prompt] = []
         for task in dict.fromkeys(p.task for p in self._evaluation):
@@ -113,6 +114,14 @@ class FileSource:
     def checkable(self, task: str, messages: Conversation) -> bool:
         """Any prompt may be judged by the reward model."""
         return False
+
+
+def _rated(rows: list[Rated], data: HumanData) -> list[Rated]:
+    """Ratings of as many prompts as are asked for, those to be held out included."""
+    if data.num_rated_prompts is None:
+        return rows
+    wanted = set(list(dict.fromkeys(r.pair for r in rows))[: data.num_rated_prompts + data.num_held_out_ratings])
+    return [r for r in rows if r.pair in wanted]
 
 
 def contaminated(messages: Sequence[Message], held_out: frozenset[str]) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.data.rows import Demonstration, Rated
+from gristmill.workflows.alignment.alarms import Alarm
 
 
 @dataclass
@@ -21,4 +22,5 @@ class State:
     seen: set[str] = field(default_factory=set)
     stages: list[dict[str, Any]] = field(default_factory=list)
     collapse: list[dict[str, Any]] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
     models: dict[str, Path] = field(default_factory=dict)

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from gristmill.core.io import replacing, write_text
 from gristmill.data.chat import to_dicts
-from gristmill.data.rows import Demonstration, Pair
+from gristmill.data.rows import Demonstration, Pair, json_line
 from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
 from gristmill.workflows.dataset.recipe import DatasetRecipe
@@ -50,12 +51,11 @@ def export(folder: Path, recipe: DatasetRecipe, results: dict[str, Any], kept: S
         for p in compared
     ]
     out = folder / "export"
-    out.mkdir(exist_ok=True)
     for name, rows in (("sft", sft), ("preference", preference)):
         _jsonl(out / f"{name}.jsonl", rows)
         _parquet(out / f"{name}.parquet", rows)
     _jsonl(out / "nemo_aligner.jsonl", nemo)
-    (folder / "README.md").write_text(card(recipe, results, kept, compared), encoding="utf-8")
+    write_text(folder / "README.md", card(recipe, results, kept, compared))
 
 
 def _text(pair: Pair) -> str:
@@ -65,9 +65,7 @@ def _text(pair: Pair) -> str:
 
 
 def _jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
-    temporary.replace(path)
+    write_text(path, "".join(json_line(row, f"Row {number} for {path}") for number, row in enumerate(rows, 1)))
 
 
 def _parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -75,9 +73,8 @@ def _parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     import pyarrow.parquet as pq
 
     if rows:
-        temporary = path.with_name(path.name + ".tmp")
-        pq.write_table(pa.Table.from_pylist(list(rows)), temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            pq.write_table(pa.Table.from_pylist(list(rows)), temporary)
     else:
         path.unlink(missing_ok=True)
 
@@ -135,9 +132,8 @@ def write_calls(folder: Path) -> int:
     names = ("id", "model", "for", "error")
     schema = pa.schema([*((name, pa.string()) for name in names), ("parents", pa.list_(pa.string())), ("answers", pa.list_(pa.string()))])
     path = folder / "calls.parquet"
-    temporary = path.with_name(path.name + ".tmp")
     num = 0
-    with pq.ParquetWriter(temporary, schema) as writer:
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for found in sorted(folder.glob(f"*/{artifacts.CALLS.file}")):
             with Journal(found, read_only=True) as journal:
                 for part in batched(journal.values(), 4096):
@@ -148,7 +144,6 @@ def write_calls(folder: Path) -> int:
                     ]
                     writer.write_table(pa.Table.from_pylist(rows, schema))
                     num += len(rows)
-    temporary.replace(path)
     return num
 
 

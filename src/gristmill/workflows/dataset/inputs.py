@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import check_turns, conversation
+from gristmill.data.formats import parse_conversation
 from gristmill.data.rows import Prompt, make_id, read_records
-from gristmill.generation.openai_format import SURROGATE
+from gristmill.data.truths import TRUTH_COLUMNS, read_truth
 from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.pipelines.topics import read_lines
 from gristmill.synth.writer import Topic
-from gristmill.verify.verify import verify
+from gristmill.verify.verify import check_truth
 from gristmill.workflows.dataset.recipe import DatasetRecipe
 
 CHARACTERS_A_TOKEN = 3  # at least, in most languages; an estimate, since an endpoint's tokenizer is unknown
@@ -62,22 +62,16 @@ def _prompts(path: Path) -> list[Prompt]:
     rows = []
     for number, record in enumerate(read_records(path), 1):
         try:
-            turns = record["messages"] if record.get("messages") else [{"role": "user", "content": record["prompt"]}]
-            talk = conversation(turns)
-            check_turns(talk)
-            if not talk[-1].content.strip() or any(SURROGATE.search(m.content) for m in talk):
-                raise InputError("the text is empty or cannot be encoded.")
-            truth = record.get("truth")
+            talk, meta = parse_conversation(record, answered=False, known=("id", "task", *TRUTH_COLUMNS))
+            if not talk[-1].content.strip():
+                raise InputError("the text is empty.")
+            truth = read_truth(record)
             if truth is not None:  # so that a wrong one is found before its answers are bought
-                verify(truth, "", lambda program, tests: False)
-        except KeyError as e:
-            raise InputError(f"Row {number} of {path} lacks {e}: give prompt or messages.") from e
-        except (InputError, TypeError) as e:
+                check_truth(truth)
+        except InputError as e:
             raise InputError(f"Row {number} of {path}: {e}") from e
-        if talk[-1].role != "user":
-            raise InputError(f"Row {number} of {path} does not end with the user: leave the answer out.")
         name = make_id("prompt", [(m.role, m.content) for m in talk])
-        rows.append(Prompt(name, str(record.get("task") or "from_file"), talk, "file", (), truth))
+        rows.append(Prompt(name, str(record.get("task") or "from_file"), talk, "file", (), truth, meta=meta))
     if not rows:
         raise InputError(f"{path} is empty: give one prompt a row.")
     return rows

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gristmill.core.config import FilePath, NameOrPath, Recipe, Section
+from gristmill.core.config import FilePath, NameOrPath, Recipe, RunName, Section
 from gristmill.generation.api import SamplingParams
 from gristmill.generation.settings import Calls, GeneratorSettings
 from gristmill.judge.settings import Judging
@@ -36,7 +36,7 @@ class DatasetRecipe(Recipe):
     )
 
     kind: Literal["dataset"] = "dataset"
-    name: str = Field("dataset", pattern=r"^[A-Za-z0-9._-]+$")
+    name: RunName = "dataset"
     seed: int = 0
     generators: tuple[GeneratorSettings, ...] = Field((), description="who writes: endpoints and model folders, by weight")
     chat_format: Literal["auto", "nemotron", "chatml", "llama3"] = "auto"

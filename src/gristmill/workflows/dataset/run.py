@@ -40,7 +40,15 @@ from gristmill.synth.writer import DryRun, Writer
 from gristmill.workflows.dataset import inputs
 from gristmill.workflows.dataset.export import export, write_calls
 from gristmill.workflows.dataset.recipe import DatasetRecipe
-from gristmill.workflows.dataset.steps import ANSWER_FILES, PROMPT_FILES, answer_prompts, distinct, open_verifier, write_topics
+from gristmill.workflows.dataset.steps import (
+    ANSWER_FILES,
+    PROMPT_FILES,
+    answer_prompts,
+    check_given_tests,
+    distinct,
+    open_verifier,
+    write_topics,
+)
 
 JUDGING_FILES: list[artifacts.AnyArtifact] = [artifacts.RESPONSES, artifacts.KEPT, artifacts.PAIRS]
 
@@ -98,6 +106,7 @@ def run(
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}: give at least 1.")
     templates, given, source = _check(recipe)
+    check_given_tests(given.prompts, unsafe_code=unsafe_code, quiet=progress.quiet)
     with progress, RunDir(folder, recipe, progress) as run_dir:
         return asyncio.run(_Run(recipe, run_dir, templates, given, source, limit, retry_failed, unsafe_code).go())
 
@@ -180,6 +189,7 @@ class _Run:
                 "left out": dict(sum((Counter(s.summary.get("left_out", {})) for s in (prompts, answers, judged)), Counter())),
             },
             "usage_of_this_start": usage_of(self.source),
+            "alarms": _alarms(len(rows), judged.summary["responses"], len(kept)),
         }
         export(self.run_dir.path, self.recipe, results, kept, pairs)
         return self.run_dir.finish(results)
@@ -295,6 +305,22 @@ class _Run:
         self.asked += client.asked
         failed = client.failed + (rater.failed if rater else 0)
         return {"responses": len(judged), "funnel": funnel, "pairs": len(pairs), "failed": failed, "left_out": dict(client.left_out)}
+
+
+def _alarms(num_prompts: int, num_responses: int, num_kept: int) -> list[dict[str, str]]:
+    """What leaves the dataset empty, and what to change."""
+    if num_kept:
+        return []
+    if not num_prompts:
+        text = "prompts: none is left. See `funnel` and `dropped` in results.json; ask for more, or let another model write (generators)."
+        return [{"stage": "prompts", "text": text}]
+    if not num_responses:
+        return []  # a dataset of prompts alone
+    text = (
+        f"judging keeps none of {num_responses:,} answers. See `funnel` in results.json; then lower judging.keep or judging.min_votes, ask "
+        "for more answers.samples, raise answers.max_tokens where answers are cut off, or let another model answer (generators)."
+    )
+    return [{"stage": "judging", "text": text}]
 
 
 def _parted(written: Sequence[Demonstration]) -> tuple[list[Demonstration], list[Demonstration]]:

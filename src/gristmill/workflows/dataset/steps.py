@@ -9,7 +9,7 @@ from typing import Any
 from gristmill.data.chat import Message
 from gristmill.data.rows import Prompt, Refused, Response, TopicRow
 from gristmill.generation.api import SamplingParams
-from gristmill.judge.programs import Tick, Verifier
+from gristmill.judge.programs import Tick, Verifier, check_tests, is_code
 from gristmill.runs import artifacts
 from gristmill.sandbox.sandbox import Sandbox
 from gristmill.synth.dedup import NearDuplicates
@@ -105,3 +105,14 @@ def open_verifier(stack: ExitStack, *, needs_code: bool, unsafe_code: bool, tick
     """
     sandbox: Any = stack.enter_context(Sandbox(unsafe=unsafe_code)) if needs_code else None
     return Verifier(sandbox, tick)
+
+
+def check_given_tests(prompts: Sequence[Prompt], *, unsafe_code: bool, quiet: bool = False) -> None:
+    """Run the tests of a user's prompts before any answer to them is paid for.
+
+    Raises:
+        InputError: some pass any program or fail their reference, or the kernel offers no jail.
+    """
+    if any(is_code(p.truth) for p in prompts):
+        with Sandbox(unsafe=unsafe_code) as sandbox:
+            check_tests(prompts, sandbox, quiet=quiet)

@@ -1,0 +1,304 @@
+"""Response text of models: thinking taken away, fenced code blocks, and the program among them.
+
+Models wrap things round an answer: `<think>...</think>` (or only its end, where the prompt held its beginning), tags, fences. Every part
+that reads an answer reads it through this module, so that the same text means the same to all of them.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+_NAMES = r"(?:seed:)?think(?:ing)?|thoughts?|reasoning|reflection|scratchpad|inner_monologue|analysis|antthinking"
+_OPENING = rf"<\|?(?:{_NAMES})\|?(?:\s[^<>\n]{{0,100}})?>|<\|begin_of_thought\|>|<\|start_thinking\|>|(?-i:\[THINK\])|\u25c1think\u25b7"
+_CLOSING = rf"<\|?/(?:{_NAMES})\s*\|?>|<\|end_of_thought\|>|<\|end_thinking\|>|(?-i:\[/THINK\])|\u25c1/think\u25b7"
+# Channels: what follows the last one, `final`, is the answer.
+_CHANNEL = r"(?:<\|start\|>(?:assistant)?)?<\|channel\|>\s*(?:analysis|commentary)[^<\n]{0,100}(?:<\|message\|>)?"
+_FINAL = r"(?:<\|start\|>(?:assistant)?)?<\|channel\|>\s*final[^<\n]{0,100}<\|message\|>"
+THINKING = re.compile(rf"(?P<close>{_CLOSING}|{_FINAL})|(?P<open>{_OPENING}|{_CHANNEL})", re.I)
+ANSWER_TAG = re.compile(r"<(/?)(?:final_?)?answer>|<\|(?:begin|(end))_of_solution\|>", re.I)
+QUOTES = "\"'`"
+
+FENCE = re.compile(r"(?P<quote>(?:[ \t]{0,3}>)*)(?P<indent>[ \t]*(?:(?:[-*+]|\d{1,3}[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})(?P<info>[^\r\n]*)")
+LATE_FENCE = re.compile(r"(?:^|[ \t:])(?P<fence>`{3,})(?P<info>[\w+#.-]{1,20})[ \t\r]*$")  # `Here it is: ```python`
+LANGUAGE = re.compile(r"[{. \t]*([\w+#.-]*)")
+PYTHON = re.compile(r"i?py(?:thon)?[\d.]*")
+# Blocks that are no program whatever is in them: commands, output, data.
+NO_PROGRAM = re.compile(
+    r"bash|z?sh|(?:power)?shell|fish|console|shell-?session|terminal|ps1|cmd|bat(?:ch)?|dos|te?xt|plain(?:text)?|out(?:put)?|std(?:out|err)|logs?|"
+    r"pycon|python-repl|jsonl?|ya?ml|toml|ini|csv|xml|html|css|markdown|md|diff|patch|mermaid|(?:la)?tex|math|error|traceback|results?|input"
+)
+TOKEN = re.compile(r"#[^\n]*|'''|\"\"\"|'(?:\\.|[^'\\\n])*'?|\"(?:\\.|[^\"\\\n])*\"?")  # of Python: comments and strings
+STRING_END = {quotes: re.compile(rf"(?:\\.|(?!{quotes})[^\\])*+{quotes}", re.S) for quotes in ("'''", '"""')}
+DEFINED = re.compile(
+    r"^(?:async[ \t]+)?def[ \t]+(\w+)|^class[ \t]+(\w+)|^([^\W\d]\w*)[ \t]*(?::[^=\n]+)?=(?!=)"
+    r"|^(?:from\b[^\n]*?\bimport\b[ \t]*(?:\([^)]*\)|[^\n]*)|import\b[^\n]*)",
+    re.M,
+)
+CODE_LINE = re.compile(
+    r"(?:async def|def|class|if|for|while|try|with)\b[^\n]*:|import \w|from [\w.]+ import\b|@\w|#|'''|\"\"\""
+    r"|[^\W\d][\w.]*(?:\[[^\n]*\])?\s*[-+*/]?=[^=]"
+)
+PROSE = re.compile(r"[A-Z*#>-][^\n=(]*[\w.!:*`]$")
+
+
+@dataclass(frozen=True)
+class CodeBlock:
+    """Fenced code block of a text.
+
+    Attributes:
+        language: in lower case, "" where none is named.
+        code: its lines, without the fence's own indentation.
+        start, end: the span in the text, with both fences.
+        lines: numbers of the text's lines that it takes.
+    """
+
+    language: str
+    code: str
+    start: int
+    end: int
+    lines: range
+
+
+def strip_thinking(text: str) -> str:
+    """Strip the thinking of a response: what is left is what is said.
+
+    Thinking that never ends leaves nothing behind it; an end without a beginning takes away all before it. Tags that are quoted, or stand
+    in pairs within a code block, are text.
+    """
+    tags = list(THINKING.finditer(text)) if "<" in text or "[" in text or "\u25c1" in text else []
+    if not tags:
+        return text
+    starts = [m.start() for m in tags]
+    quoted: set[int] = set()  # places of the tags in code blocks that hold as many ends as beginnings
+    for block in code_blocks(text):
+        inside = tags[bisect_left(starts, block.start) : bisect_left(starts, block.end)]
+        if 2 * sum(m["open"] is not None for m in inside) == len(inside):
+            quoted.update(m.start() for m in inside)
+    said: list[str] = []
+    at, thinking = 0, False
+    for m in tags:
+        if m.start() in quoted or _is_quoted(text, m):
+            continue
+        if m["open"] is not None:
+            if not thinking:
+                said.append(text[at : m.start()])
+            thinking = True
+        else:
+            if not thinking:  # begun before the response
+                said.clear()
+            thinking = False
+        at = m.end()
+    if not at:
+        return text
+    said.append("" if thinking else re.sub(r"^(?:[ \t]*\r?\n)+", "", text[at:]))
+    return "".join(said)
+
+
+def answer_text(text: str) -> str:
+    """The answer of a response: without thinking, and what is between the last answer tags where there are some."""
+    text = strip_thinking(text)
+    start, end = 0, len(text)
+    for m in ANSWER_TAG.finditer(text):
+        if _is_quoted(text, m):
+            continue
+        if m[1] or m[2]:
+            end = m.start() if m.start() > start else end
+        else:
+            start, end = m.end(), len(text)
+    return text[start:end] if start else text
+
+
+def _is_quoted(text: str, m: re.Match[str]) -> bool:
+    before, after = text[m.start() - 1 : m.start()], text[m.end() : m.end() + 1]
+    line = text[max(0, m.start() - 200) : m.start()].rpartition("\n")[2]
+    return (before == after and before != "" and before in QUOTES) or (line.count("`") % 2 == 1 and "```" not in line)
+
+
+# ---- fences ----
+
+
+def code_blocks(text: str) -> list[CodeBlock]:
+    """The fenced code blocks of a text, in order. The last may be unclosed.
+
+    Fences may be indented, stand in a list or a quotation, or be of tildes. One within a triple-quoted string of a program is a part of
+    the program; one with a language ends a block that was left open.
+    """
+    if "```" not in text and "~~~" not in text:
+        return []
+    lines = text.split("\n")
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line) + 1)
+    found = []
+    at = 0
+    while at < len(lines):
+        line = lines[at]
+        opening = FENCE.match(line) or LATE_FENCE.search(line)
+        if opening is None or (opening["fence"][0] == "`" and "`" in opening["info"]):
+            at += 1
+            continue
+        groups = opening.groupdict()
+        quote, indent = (groups.get("quote") or "").count(">"), len(groups.get("indent") or "")
+        info = LANGUAGE.match(opening["info"])
+        language = info[1].lower().rstrip(".") if info else ""
+        body, following, tail = _body(lines, at + 1, opening["fence"], language=language, quote=quote, indent=indent)
+        first = next((entry for entry in body if entry.strip()), "")
+        width = min(indent, len(first) - len(first.lstrip(" \t")))
+        code = "\n".join(re.sub(rf"^[ \t]{{0,{width}}}", "", entry) if width else entry for entry in body)
+        if body and tail is None and following <= len(lines) and (following < len(lines) or _is_fence(lines[-1], opening["fence"][0])):
+            code += "\n"
+        found.append(CodeBlock(language, code, starts[at] + opening.start(), min(starts[following], len(text)), range(at, following)))
+        at = following
+    return found
+
+
+def _is_fence(line: str, mark: str) -> bool:
+    m = FENCE.match(line)
+    return m is not None and m["fence"][0] == mark
+
+
+def _body(lines: Sequence[str], at: int, fence: str, *, language: str, quote: int, indent: int) -> tuple[list[str], int, str | None]:
+    """Lines of the block that begins at a line, the line after it, and the code before a closing fence at the end of a line of code."""
+    body: list[str] = []
+    is_python = not language or PYTHON.fullmatch(language) is not None
+    nests = language in ("markdown", "md")
+    depth, string, first = 0, "", 0  # string: the quotes that are open; first: where a fence within a string was
+    for number in range(at, len(lines)):
+        line = lines[number]
+        if quote:
+            line = re.sub(rf"^(?:[ \t]{{0,3}}>){{1,{quote}}} ?", "", line)
+        m = FENCE.match(line)
+        if m and not m["quote"] and m["indent"].strip() == "" and m["fence"][0] == fence[0] and len(m["fence"]) >= len(fence):
+            info = m["info"].strip()
+            is_opening = re.fullmatch(r"[\w+#.{}-]*[\w+#}]( [^`]*)?", info) is not None and (
+                " " not in info or _is_language(info.split()[0])
+            )
+            if string:
+                first = first or number + 1
+            elif nests and is_opening:
+                depth += 1
+            elif depth and not info:
+                depth -= 1
+            elif is_opening:
+                return body, number, None
+            elif info or is_python or len(m["indent"]) <= indent + 3:
+                return body, number + 1, None
+        if is_python:
+            string = _open_string(line, string)
+        stripped = line.rstrip()
+        if not string and not m and not nests and stripped.endswith(fence) and not stripped.endswith("`" * (len(fence) + 1)):
+            return [*body, stripped[: -len(fence)]], number + 1, stripped
+        body.append(line)
+    if string and first:  # the string never ends, so it was none
+        return body[: first - 1 - at], first, None
+    return body, len(lines), None
+
+
+def _is_language(word: str) -> bool:
+    return (NO_PROGRAM.fullmatch(word) or PYTHON.fullmatch(word)) is not None
+
+
+def _open_string(line: str, quotes: str) -> str:
+    """The triple quotes that are open after a line of Python, "" for none."""
+    at = 0
+    while True:
+        if quotes:
+            m = STRING_END[quotes].match(line, at)
+            if m is None:
+                return quotes
+            at, quotes = m.end(), ""
+        m = next((m for m in TOKEN.finditer(line, at) if m[0] in ("'''", '"""')), None)
+        if m is None:
+            return ""
+        at, quotes = m.end(), m[0]
+
+
+# ---- programs ----
+
+
+def extract_code(text: str, tests: str = "") -> str:
+    """Extract the program of an answer: of its code blocks the one that holds the program, else the whole answer.
+
+    Python comes before other languages; commands, output and data are no program. The last block that defines a name which the tests use
+    is taken, else the last that defines something, with the other blocks whose definitions it needs.
+    """
+    text = answer_text(text)
+    blocks = code_blocks(text)
+    if not blocks or _is_bare_program(text, blocks[0]):
+        return _bare_program(text)
+    programs = [b for b in blocks if not NO_PROGRAM.fullmatch(b.language) and not b.code.lstrip().startswith(">>>")]
+    labelled = [b for b in programs if PYTHON.fullmatch(b.language)]
+    if labelled and any(_defined(b.code) for b in labelled):
+        programs = labelled
+    elif programs:
+        programs = [b for b in programs if not b.language or PYTHON.fullmatch(b.language)] or programs
+    else:
+        rest = "".join(text[a.end if a else 0 : b.start if b else len(text)] for a, b in zip([None, *blocks], [*blocks, None], strict=True))
+        if _defined(rest):
+            return _bare_program(rest)
+        return next((b.code for b in reversed(blocks) if _defined(b.code)), blocks[-1].code)
+    return _with_needed([b.code for b in programs], _words(tests) - _defined(tests))
+
+
+def _with_needed(programs: Sequence[str], tested: set[str]) -> str:
+    defined = [_defined(code) for code in programs]
+    wanted = tested & set().union(*defined)
+    order = range(len(programs) - 1, -1, -1)
+    functions = [n for n in order if re.search(r"^(?:async[ \t]+)?(?:def|class)\b", programs[n], re.M)]
+    base = next((n for n in order if wanted & defined[n]), next(iter(functions), next((n for n in order if defined[n]), order[0])))
+    chosen = {base}
+    needed = (_words(programs[base]) | wanted) - defined[base]
+    for n in order:
+        # a block that uses what the program defines is an example of its use, unless the tests ask for it
+        if n != base and needed & defined[n] and (wanted & needed & defined[n] or not _words(programs[n]) & defined[base]):
+            chosen.add(n)
+            needed = (needed | _words(programs[n])) - defined[n]
+    return programs[base] if len(chosen) == 1 else "\n".join(programs[n].rstrip("\n") + "\n" for n in sorted(chosen))
+
+
+def _defined(code: str) -> set[str]:
+    """Names that a program defines at its top level."""
+    names: set[str] = set()
+    for m in DEFINED.finditer(_without_strings(code)):
+        names.update([m[m.lastindex]] if m.lastindex else re.findall(r"\w+", m[0]))
+    return names - {"from", "import", "as"}
+
+
+def _words(code: str) -> set[str]:
+    return set(re.findall(r"[^\W\d]\w*", _without_strings(code)))
+
+
+def _without_strings(code: str) -> str:
+    return "\n".join(_code_lines(code))
+
+
+def _code_lines(code: str) -> Iterator[str]:
+    quotes = ""
+    for line in code.split("\n"):
+        opened, quotes = quotes, _open_string(line, quotes)
+        yield "" if opened else TOKEN.sub("''", line)
+
+
+def _is_bare_program(text: str, block: CodeBlock) -> bool:
+    """Whether a text is a program as it is, and its first fence stands in one of its strings."""
+    before = text[: block.start]
+    if not CODE_LINE.match(before.lstrip()):
+        return False
+    quotes = ""
+    for line in before.split("\n"):
+        quotes = _open_string(line, quotes)
+    return bool(quotes)
+
+
+def _bare_program(text: str) -> str:
+    """A program without a fence: the whole text, or from its first definition on where words stand before it."""
+    first = text.lstrip()
+    start = re.search(r"^(?:async def|def|class|import|from|@\w+)\b", text, re.M)
+    if start is None or not first or CODE_LINE.match(first) or text[: len(text) - len(first)].rpartition("\n")[2]:
+        return text
+    lines = text[start.start() :].split("\n")
+    for number, line in enumerate(lines):
+        if number and not lines[number - 1].strip() and PROSE.match(line) and not CODE_LINE.match(line):
+            return "\n".join(lines[:number])
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""Alarms of a run: what went on but cannot have done what it was meant for, with the reason and what to change."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gristmill.train.settings import Training
+
+Alarm = dict[str, str]  # stage, and one text that says what, why and what to change
+
+
+def kept_nothing(stage: str, funnel: Mapping[str, Mapping[str, Any]]) -> Alarm:
+    """A round whose judges keep no answer."""
+    answers, good = (sum(of_task[key] for of_task in funnel.values()) for key in ("answers", "good"))
+    why = (
+        "the models gave none"
+        if not answers
+        else f"none of {answers:,} is good by its judge"
+        if not good
+        else f"{good:,} of {answers:,} are good, and too few samples agree or the quotas are 0"
+    )
+    todo = (
+        "look at the answers in its folder; then lower judging.keep or judging.min_votes, ask for more answers.samples, raise "
+        "answers.max_tokens where answers are cut off, or let a stronger model write (generators)"
+    )
+    return {"stage": stage, "text": f"{stage} keeps no answer: {why}. The round trains on what people wrote alone. To change it, {todo}."}
+
+
+def no_pairs(stage: str, funnel: Mapping[str, int]) -> Alarm:
+    """A preference stage without a pair: the model stays as it is."""
+    lost = ", ".join(f"{n:,} {why}" for why, n in funnel.items() if why != "pairs" and n) or "no prompt was asked"
+    todo = "ask for more answers.samples or a higher temperature, lower judging.min_gap or keep_chosen, or raise num_prompts"
+    return {"stage": stage, "text": f"{stage} makes no pair: {lost}. The stage is left out. To change it, {todo}."}
+
+
+def code_left_out(stage: str, num_rows: int, min_rows: int) -> Alarm:
+    """A code-SFT stage that has too few rows."""
+    return {
+        "stage": stage,
+        "text": f"{stage} is left out: there are {num_rows} programs to learn from, and it needs {min_rows}. "
+        "To change it, give more demonstrations of code, or more prompts for programs.",
+    }
+
+
+def few_steps(stage: str, steps: int, num_rows: int, *, settings: Training, min_steps: int) -> Alarm | None:
+    """A training stage whose rows are too few for its passes; None where steps are enough, or were asked for as a number."""
+    if steps >= min_steps or settings.steps is not None:
+        return None
+    return {
+        "stage": stage,
+        "text": f"{stage} takes {steps} steps only: {num_rows:,} rows, {settings.epochs:g} epochs, batches of {settings.batch_size}. "
+        f"Under {min_steps} a model hardly changes. To change it, lower its batch_size, raise its epochs, or give it more rows "
+        "(its `steps` or alarms.min_steps say that few are meant).",
+    }
+
+
+def collapsed(stage: str, alarms: list[str]) -> Alarm:
+    """Monitors that ended the run."""
+    return {
+        "stage": stage,
+        "text": f"the run ends after {stage}, since the text is losing its variety: {', '.join(alarms)}. "
+        "Its last model is not to be trusted: compare it with the one before.",
+    }

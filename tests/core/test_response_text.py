@@ -1,0 +1,150 @@
+"""Thinking, code blocks and programs in the texts of models."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gristmill.core.response_text import answer_text, code_blocks, extract_code, strip_thinking
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("5", "5"),
+        ("<think>4?</think>\n\n5", "5"),
+        ("4? No.\n</think>\n5", "5"),
+        ("<think>it may be 4", ""),
+        ("Sure. <Thinking kind='long'>4?</Thinking>5", "Sure. 5"),
+        ("5 <thought>check", "5 "),
+        ("<think>a <think>b</think> c</think>5", "5"),
+        ("[THINK]4?[/THINK]5", "5"),
+        ("<|begin_of_thought|>4<|end_of_thought|>\n5", "5"),
+        ("\u25c1think\u25b74\u25c1/think\u25b75", "5"),
+        ("<|channel|>analysis<|message|>4?<|end|><|start|>assistant<|channel|>final<|message|>5", "5"),
+        ("<think>```python\nopen(\n</think>\n```python\nx = 5\n```", "```python\nx = 5\n```"),
+        ("The tag `<think>` opens it.", "The tag `<think>` opens it."),
+        ("text.split('</think>')[1]", "text.split('</think>')[1]"),
+        ("```xml\n<think>\n</think>\n```\n5", "```xml\n<think>\n</think>\n```\n5"),
+        ("I [think] so, 1 < 2", "I [think] so, 1 < 2"),
+    ],
+)
+def test_strip_thinking(text: str, said: str) -> None:
+    assert strip_thinking(text) == said
+
+
+@pytest.mark.parametrize("text", ["<think>4</think><answer>5</answer>", "<answer>4</answer>, no: <answer>5</answer>.", "<final_answer>5"])
+def test_the_answer_is_between_the_last_answer_tags(text: str) -> None:
+    assert answer_text(text) == "5"
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"),
+    [
+        ("", []),
+        ("a ``` b", []),
+        ("~~~ Python\nx\n~~~", [("python", "x\n")]),
+        ("> ```\n> x\n> ```\nhi", [("", "x\n")]),
+        ("Here: ```js\nx\n```", [("js", "x\n")]),
+        ("2. ```py\n   if x:\n       y\n   ```\nhi", [("py", "if x:\n    y\n")]),
+        ("- a\n\t```\n\tx\n\t\ty\n\t```", [("", "x\n\ty\n")]),
+        ("````markdown\n```python\nx\n```\n````\nhi", [("markdown", "```python\nx\n```\n")]),
+        ("```python\nx\n```bash\nls\n```", [("python", "x\n"), ("bash", "ls\n")]),
+        ("```text\nx\n``` and so on", [("text", "x\n")]),
+        ("```\nx", [("", "x")]),
+    ],
+)
+def test_code_blocks(text: str, blocks: list[tuple[str, str]]) -> None:
+    assert [(block.language, block.code) for block in code_blocks(text)] == blocks
+
+
+@given(st.lists(st.sampled_from(["```", "~~~", "python", "\n", "'''", "x", " ", "> ", "1. ", "`", "<think>", "</think>"]), max_size=40))
+def test_any_text_has_blocks_in_order_and_an_answer(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    spans = [end for block in code_blocks(text) for end in (block.start, block.end)]
+    assert spans == sorted(spans) and (not spans or spans[-1] <= len(text))
+    extract_code(text, "f(1)")
+    assert len(answer_text(text)) <= len(text)
+
+
+PROGRAM = "def f(x):\n    return x + 1\n"
+BLOCK = f"```python\n{PROGRAM}```\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "program"),
+    [
+        ("def f(x): return x", "def f(x): return x"),
+        ("Here:\n```python\nx = 1\n```\nDone.", "x = 1\n"),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("```python\nx = 1\n```\nor\n```python\nx = 2\n```", "x = 2\n"),
+        ("```python3.11 title\nx = 1\n```\ntext\n```c++\nx = 2\n```", "x = 1\n"),
+        ("```js\nlet a\n```\n", "let a\n"),
+        ("```py \r\nx = 1\n```", "x = 1\n"),
+        ("  ```python\n  x = 1\n  ```", "x = 1\n"),
+        ("```python\nprint('```')\nx = 1\n```", "print('```')\nx = 1\n"),
+        ("```python\nx = 1```", "x = 1"),
+        ("```python\nx = 1", "x = 1"),
+        ("```python\nx = 1\n```\nor\n```python\nx = 2", "x = 2"),
+        ("", ""),
+    ],
+)
+def test_extract_code(answer: str, program: str) -> None:
+    assert extract_code(answer) == program
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"{BLOCK}Usage:\n```python\nprint(f(1))\n```",
+        f"{BLOCK}Usage:\n```python\nvalue = f(1)\nprint(value)\n```",
+        f"{BLOCK}Output:\n```\n2\n```",
+        f"{BLOCK}Run:\n```bash\npython a.py\n```\n```text\nanswer = 2\n```",
+        f"{BLOCK}A check:\n```python\ndef test_f():\n    assert f(1) == 3\ntest_f()\n```",
+        f"{BLOCK}In the shell:\n```python\n>>> f(1)\n2\n```",
+        f"```python\ndef f(x): return x\n```\nBetter:\n{BLOCK}",
+        f"```bash\npip install x\n```\n```\n{PROGRAM}```",
+        f"<think>\n```python\ndef f(x): return 0\n```\n</think>\n{BLOCK}",
+        f"~~~python\n{PROGRAM}~~~",
+        "1. So:\n\n   ```python\n   def f(x):\n       return x + 1\n   ```\n2. Done.",
+        f"Sure, here it is:\n\n{PROGRAM}\nIt adds one.",
+    ],
+)
+def test_the_program_is_found_among_other_blocks(answer: str) -> None:
+    assert extract_code(answer, "assert f(1) == 2").rstrip() == PROGRAM.rstrip()
+
+
+def test_a_program_in_pieces_is_put_together() -> None:
+    pieces = ["import math", "def g(x): return math.pi * x", "def f(x): return g(x)", "f(2)"]
+    answer = "\n".join(f"```python\n{piece}\n```" for piece in pieces)
+    assert extract_code(answer) == "import math\n\ndef g(x): return math.pi * x\n\ndef f(x): return g(x)\n"
+    assert extract_code("```python\ndef g(x): return x\n```\n```python\ndef f(x): return x\n```", "assert f(g(1))").count("def") == 2
+
+
+@pytest.mark.parametrize("quotes", ["'''", '"""'])
+@pytest.mark.parametrize("indent", ["", "  ", "    "])
+def test_a_fence_in_a_string_of_the_program_does_not_end_it(quotes: str, indent: str) -> None:
+    string = f"{indent}s = {quotes}\n{indent}```python\n{indent}f(1)\n{indent}```\n{indent}{quotes}\n"
+    program = f"def f(x):\n{string}    return x\n" if indent else f"{string}def f(x):\n    return x\n"
+    assert extract_code(f"```python\n{program}```\nDone.") == program
+    assert extract_code(program) == program
+
+
+def test_hostile_texts_are_read_at_once() -> None:
+    started = time.perf_counter()
+    for text in (
+        "```\n" * 20_000,
+        "``` " * 50_000,
+        " " * 200_000 + "```",
+        "```" + "x" * 200_000,
+        "```python\n'''\n" * 10_000,
+        "```python\n" + "'" * 100_000,
+        "```python\n'''" + "\\" * 200_000,
+        "<think>\n```\n```\n" * 5_000,
+        "`<think>" * 20_000,
+        "from x import (" * 10_000,
+    ):
+        answer_text(text)
+        extract_code(text, text[:1000])
+    assert time.perf_counter() - started < 20
