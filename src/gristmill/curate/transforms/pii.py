@@ -222,11 +222,15 @@ def _email(text: bytes, at: int) -> tuple[int, int] | None:
     domain = _DOMAIN.match(text, at + 1)
     if not domain:
         return None
-    begin = max(0, at - _LOCAL_BYTES)
+    first = begin = max(0, at - _LOCAL_BYTES)
+    if text[at - 1 : at] != b'"':  # the search need not begin before what no local part holds
+        begin = max(begin, *(text.rfind(mark, begin, at) + 1 for mark in (b" ", b"\n", b"<", b":", b"(", b"=")))
     before = text[begin:at]
-    pattern = _LOCALS[2 if before.endswith(b'"') else 1 if _ENDS_IN_IDEOGRAPH.search(before) else 0]
+    pattern = _LOCALS[2 if before.endswith(b'"') else 1 if _ENDS_IN_IDEOGRAPH.search(before[-3:]) else 0]
     local = pattern.search(before)
-    if not local or (begin and local.start() < 4) or len(local[0].decode(errors="replace")) > MAX_LOCAL + 2 * local[0].startswith(b'"'):
+    if not local or len(local[0].decode(errors="replace")) > MAX_LOCAL + 2 * local[0].startswith(b'"'):
+        return None
+    if first and begin + local.start() < first + 4:  # it began before
         return None
     start, end = begin + local.start(), domain.end()
     is_login = _LOGIN_PATH.match(text, end) if local[0] in _LOGINS else _PATH.match(text, end)
@@ -288,7 +292,7 @@ def _confirm(kind: int, text: bytes, at: int) -> tuple[int, int] | None:
         match = next((match for pattern in _CARDS if (match := pattern.match(text, at)) and _is_card(match, text, at)), None)
     elif kind == SSN:
         match = _SSN.match(text, at)
-        before = text[max(0, at - 40) : at]
+        before = text[max(0, at - 40) : at] if match else b""
         if match and (_CODED.search(before) if _HYPHENS.fullmatch(match["a"]) else not _SSN_SAID.search(before)):
             match = None  # nine digits in other forms are many things
     elif kind == IP:
