@@ -1,14 +1,16 @@
 """PII detection and redaction: e-mail addresses, telephone and account numbers, IP addresses and keys, found by shape and checksum.
 
 A compiled scan of the bytes names the places where something could begin; a regular expression, a checksum and the words
-before it confirm each place. Every pattern is bounded or cannot step back, so the time is linear in the text. Patterns are
+around it confirm each place. Every pattern is bounded or cannot step back, so the time is linear in the text. Patterns are
 read on UTF-8 bytes, and texts in which nothing is found are neither decoded nor copied.
 
-Not reported: IP addresses that are not of the public internet (loopback, private, documentation, multicast), nor
-those whose first two numbers are single digits (most are versions and sections); nor national
-telephone numbers other than North American ones.
+Not reported: IP addresses that are not of the public internet (loopback, private, documentation, multicast), nor what the words around
+it call a version; nor those whose first two numbers are single digits (most are versions and sections) unless the words say that they
+are addresses; nor barcodes and the numbers of books and devices, where they are called so; nor `user@host:path` and `ssh://user@host`;
+nor national telephone numbers other than North American ones, nor national identity numbers other than the US social security number.
 
-Sources: IBAN registry (ISO 13616), card prefixes (ISO/IEC 7812), E.164 telephone numbers, RFC 5321 addresses.
+Sources: IBAN registry (ISO 13616), card prefixes and lengths (ISO/IEC 7812, the networks' published ranges), calling codes (ITU-T E.164),
+addresses (RFC 5321, 6531, 5890).
 Shapes: N documents, B bytes of all of them, C places where something could begin.
 """
 
@@ -48,35 +50,89 @@ class Pii(Section):
 
 # --- patterns: matched at one place; the group "it" is the finding -------------------------------------------------------
 
-_NUMBER = rb"(?<![A-Za-z0-9_])(?<![0-9][.-])(?<!\.)"  # before and after a number that is no part of a longer one
+_BLANK = rb"(?: |\xc2\xa0|\xe2\x80[\x80-\x8a\xaf]|\xe2\x81\x9f|\xe3\x80\x80)"  # of every width, no-break ones too
+_HYPHEN = rb"(?:-|\xc2\xad|\xe2\x80[\x90-\x95]|\xe2\x81\x83|\xe2\x88\x92|\xef\xb9\xa3|\xef\xbc\x8d)"  # hyphens, dashes, minus
+_MARK = rb"(?:%b|%b)" % (_BLANK, _HYPHEN)
+_DOTTED = rb"(?:\.|%b)" % _MARK
+# before and after a number that is no part of a longer one
+_NUMBER = rb"(?<![A-Za-z0-9_])(?<![0-9][.-])(?<!\.)(?<![0-9]\xe2\x80[\x90-\x95])(?<![0-9]\xe2\x88\x92)"
 _END = rb"(?![A-Za-z0-9_])"
-_NUMBER_END = _END + rb"(?![.-][0-9])"
+_NUMBER_END = _END + rb"(?!(?:\.|%b)[0-9])" % _HYPHEN
 _OCTET = rb"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 
-_EMAIL = re.compile(
-    rb"(?<![A-Za-z0-9_.%+-])[.%+-]{0,8}(?P<it>[A-Za-z0-9_][A-Za-z0-9_.%+-]{0,63}@"
-    rb"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}(?!(?:png|jpe?g|gif|svg|webp|css|html?|json)\b)[A-Za-z]{2,24})"
-    rb"(?![A-Za-z0-9_(@-])"
+# Letters beyond ASCII: of scripts that part words by spaces, and of those that do not.
+_LETTER = (
+    rb"(?:\xc3[\x80-\x96\x98-\xb6\xb8-\xbf]|[\xc4-\xd7][\x80-\xbf]|\xd8[\xa0-\xbf]|[\xd9\xda][\x80-\xbf]|\xdb[\x80-\x93\x95-\xbf]"
+    rb"|[\xdc-\xdf][\x80-\xbf]|\xe0(?:[\xa4\xa6-\xb7][\x80-\xbf]|\xa5[\x80-\xa3\xa6-\xbf])|\xe1(?:[\x82\x83\xb8-\xbf])[\x80-\xbf])"
 )
-_CARD = re.compile(
-    _NUMBER + rb"(?P<it>[2-6][0-9]{12,18}|[2-6][0-9]{3}([ -])[0-9]{4}\2[0-9]{4}\2[0-9]{4}(?:\2[0-9]{3})?"
-    rb"|3[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5})" + _NUMBER_END
+_IDEOGRAPH = rb"(?:\xe3[\x81-\x83][\x80-\xbf]|[\xe4-\xe9\xeb\xec][\x80-\xbf]{2}|\xea[\xb0-\xbf][\x80-\xbf]|\xed[\x80-\x9e][\x80-\xbf])"
+_APOSTROPHE = rb"(?<=[DLMNOdlmno])(?:'|\xe2\x80\x99)(?=[A-Za-z])"  # o'brien, d'angelo
+_LOCALS = [  # parts before the @, which the text that is searched ends with
+    re.compile(rb"(?:[A-Za-z0-9_]|%b)(?:[A-Za-z0-9_.%%+-]|%b|%b)*\Z" % (_LETTER, _LETTER, _APOSTROPHE)),
+    re.compile(rb"(?:[A-Za-z0-9_]|%b)(?:[A-Za-z0-9_.%%+-]|%b)*\Z" % (_IDEOGRAPH, _IDEOGRAPH)),
+    re.compile(rb'(?<![A-Za-z0-9_\\])"(?:[^"\\\r\n]|\\[^\r\n]){1,64}"\Z'),
+]
+_ENDS_IN_IDEOGRAPH = re.compile(_IDEOGRAPH + rb"\Z")
+MAX_LOCAL = 64  # characters before the @
+_LOCAL_BYTES = 4 * MAX_LOCAL
+_LABEL = rb"[A-Za-z0-9]|%b|%b" % (_LETTER, _IDEOGRAPH)
+_DOMAIN = re.compile(
+    rb"(?:(?:%b)(?:(?:%b|-){0,61}(?:%b))?\.){1,8}"
+    % (_LABEL, _LABEL, _LABEL)
+    + rb"(?:xn--[A-Za-z0-9-]{1,58}[A-Za-z0-9]|(?!(?:png|jpe?g|gif|svg|webp|ico|bmp|pdf|mp[34]|css|s[ac]ss|html?|json|ya?ml|toml|woff2?)\b)"
+    rb"[A-Za-z]{2,24}"
+    rb"|(?:%b|%b){1,24})(?![A-Za-z0-9_(@-])" % (_LETTER, _IDEOGRAPH)
 )
+# user@host:path and user@host/path are places for programs
+_LOGINS = frozenset((b"git", b"hg", b"svn", b"ssh", b"root", b"deploy", b"ubuntu", b"ec2-user"))
+_PATH = re.compile(rb"::[A-Za-z]|:(?:[/~]|\./|[^\s:/,;\"'<>)]{1,64}(?:/|\.git\b))")
+_LOGIN_PATH = re.compile(rb"[:/][^\s:]")
+
+_CARDS = [
+    re.compile(
+        _NUMBER + rb"(?P<it>[2-689][0-9]{13,18}|[2-689][0-9]{3}(?P<a>%b)[0-9]{4}(?P=a)[0-9]{4}(?P=a)[0-9]{4}%%b"
+        rb"|3[0-9]{3}(?P<b>%b)[0-9]{6}(?P=b)[0-9]{4,5}|6[0-9]{5}%b[0-9]{13})" % (_MARK, _MARK, _MARK) % rest + _NUMBER_END
+    )
+    for rest in (rb"(?P=a)[0-9]{3}", b"")
+]
+# By network: Visa and the Elo cards among them, Mastercard, American Express, Diners Club, Discover and Elo, JCB, UnionPay, RuPay, Maestro,
+# Mir, Elo, Verve, Troy, Uzcard and Humo. Visa's 13 digits are not issued any more, and a barcode has as many.
 _ISSUER = re.compile(
-    rb"4(?:.{12}|.{15}|.{18})|(?:5[1-5]..|222[1-9]|22[3-9].|2[3-6]..|27[01].|2720).{12}|3[47].{13}|3(?:0[0-5]|[689].).{11}"
-    rb"|(?:6011|65..|64[4-9].|35[2-8].|62..|5018|5020|5038|5893|6304|6759|676[1-3]).{12,15}"
+    rb"4(?:.{15}|.{18})|(?:5[1-5]..|222[1-9]|22[3-9].|2[3-6]..|27[01].|2720).{12}|3[47].{13}|3(?:0[0-59]|[689].).{11}"
+    rb"|(?:6011|65..|64[4-9].|35(?:2[89]|[3-8].)|62..|81[0-6].|817[01]|220[0-4]|5018|5020|5038|5893|6304|6759|676[1-3]).{12,15}"
+    rb"|(?:60..|8[12]..|508.|9792|8600|9860).{12}|(?:504175|506699|5067[0-6].|50677[0-8]|509...|627780|636297|636368).{10}"
+    rb"|(?:506099|5061[0-8].|50619[0-8]).{10,13}"
 )
-_SSN = re.compile(_NUMBER + rb"(?P<it>(?!000|666|9)[0-9]{3}-(?!00)[0-9]{2}-(?!0000)[0-9]{4})" + _NUMBER_END)
+_CODED = re.compile(
+    rb"(?:\b(?:ean|isbn|gtin|upc|jan|itf|issn|sscc|imei|sku|oclc|part|serial|lot|model|item)|bar ?code|article|timestamp)"
+    rb"(?:[-_ ]?(?:8|1[0-4]|no\.?|nr\.?|number|code|id))?[\s:#=\"'(]{0,6}\Z",
+    re.IGNORECASE,
+)
+_PAYS = re.compile(rb"\b(?:card|credit|debit|diners|pan|pay)", re.IGNORECASE)
+_SSN = re.compile(_NUMBER + rb"(?P<it>(?!000|666|9)[0-9]{3}(?P<a>%b|)(?!00)[0-9]{2}(?P=a)(?!0000)[0-9]{4})" % _MARK + _NUMBER_END)
+_HYPHENS = re.compile(_HYPHEN)
+_SSN_SAID = re.compile(rb"(?:\bssn|social[ -]security(?: (?:number|no\.?))?)(?: is)?[\s:#=.\"'(]{0,6}\Z", re.IGNORECASE)
 _V4 = re.compile(
     rb"(?<![A-Za-z0-9_.])(?<![A-Za-z_][/-])(?P<it>(?:" + _OCTET + rb"\.){3}" + _OCTET + rb")" + _END + rb"(?!\.[A-Za-z0-9_])(?!-[A-Za-z_])"
 )
 _V6 = re.compile(rb"(?<![A-Za-z0-9_:.])(?P<it>[23][0-9A-Fa-f]{3}(?::{1,2}[0-9A-Fa-f]{1,4}){2,7}(?:::)?)(?![A-Za-z0-9_]|:[0-9A-Fa-f:])")
+_CALLING = (
+    rb"(?:7|2(?:0|7|1[12368]|[2346].|5[0-8]|9[01789])|3(?:[0-469]|5.|7.|8[0-35-79])|4(?:[013-9]|2[013])|5(?:[1-8]|0.|9.)"
+    rb"|6(?:[0-6]|7[02-9]|8[0-3]|8[5-9]|9[0-2])|8(?:[1246]|00|08|5[02356]|70|78|8[01236-8])|9(?:[0-58]|6[0-8]|7[0-7]|9[2-68]))"
+).replace(b".", b"[0-9]")
 _PHONE = re.compile(
-    rb"(?<![A-Za-z0-9_+])(?<![0-9][.-])(?<!\.)(?P<it>"
-    rb"\+1[ .-]?(?:\([2-9][0-9]{2}\)|[2-9][0-9]{2})[ .-]?[0-9]{3}[ .-]?[0-9]{4}"
-    rb"|\+(?!1)[1-9][0-9]{0,2}(?:[ .-]?\([0-9]{1,5}\))?(?:[ .-]?[0-9]){6,13}"
-    rb"|(?:1[ .-])?(?:\([2-9][0-9]{2}\)[ .-]?[0-9]{3}[ .-]|[2-9][0-9]{2}-[0-9]{3}-|[2-9][0-9]{2}\.[0-9]{3}\.|[2-9][0-9]{2} [0-9]{3}-)"
-    rb"[0-9]{4})" + _NUMBER_END
+    (
+        rb"(?<![A-Za-z0-9_+])(?<![0-9][.-])(?<!\.)(?<![0-9]\xe2\x80[\x90-\x95])(?P<it>"
+        rb"\+1S?(?:\([2-9][0-9]{2}\)|[2-9][0-9]{2})S?[0-9]{3}S?[0-9]{4}"
+        rb"|\+CALLING(?:S?\([0-9]{1,5}\))?(?:S?[0-9]){4,13}"
+        rb"|(?:1S)?(?:\([2-9][0-9]{2}\)S?[0-9]{3}S|[2-9][0-9]{2}(?P<h>HYPHEN)[0-9]{3}(?P=h)|[2-9][0-9]{2}\.[0-9]{3}\.|[2-9][0-9]{2}BLANK[0-9]{3}HYPHEN)"
+        rb"[0-9]{4})"
+    )
+    .replace(b"HYPHEN", _HYPHEN)
+    .replace(b"BLANK", _BLANK)
+    .replace(b"CALLING", _CALLING)
+    .replace(b"S", _DOTTED)
+    + _NUMBER_END
 )
 _TOKEN = re.compile(
     rb"(?<![A-Za-z0-9_])(?P<it>(?<!-)(?:sk-[A-Za-z0-9_-]{20,250}+|xox[abeprs]-[A-Za-z0-9-]{20,250}+|AIza[A-Za-z0-9_-]{35}"
@@ -92,7 +148,31 @@ _SECRET = re.compile(
     rb"(?:password|passwd|pwd|secret|token|(?:api|access|auth|account|encryption|secret)[_-]?key)[\"']?\s{0,3}(?::=|=>|=|:)\s{0,3}[\"']?\Z",
     re.IGNORECASE,
 )
-_VERSION = re.compile(rb"(?:version|(?<![a-z])ver\.?|release|section|chapter|\boid)[\s_:=\"'(>]{0,6}\Z|[=<>~!]= ?\Z", re.IGNORECASE)
+# What the words around four numbers make of them.
+_VERSION = re.compile(
+    rb"(?:\b(?:version|ver\.?|v\.?|release|section|chapter|oid|firmware|build|driver|revision|rev\.?|kernel|bios|sdk|hotfix|installer|library"
+    rb"|plugin|changelog|notes (?:for|of)|tag(?:ged)?"
+    rb"|(?:updat|upgrad|downgrad|patch)(?:e|es|ed|ing)?|patch)(?:[_ -]?(?:number|string|no\.?))?(?: (?:to|from|is|was))?[\s_:=\"'(>]{0,6}"
+    rb"|[a-z]version[\s_:=\"'(>]{0,6}|[=<>~!]= ?|(?:\A|\n)#{1,6} \[?)\Z",
+    re.IGNORECASE,
+)
+_ADDRESSED = re.compile(
+    rb"(?:\b(?:ip(?:v[46])?|addr(?:ess(?:es)?)?|host|server|from|ping|traceroute|connect(?:ed|ing)?(?: to)?|peer|client|gateway|router|dns"
+    rb"|nameserver|resolver|proxy|bind|listen(?:ing)?(?: on)?|ssh|telnet|curl|inet|remote|src|dst|source|destination|via)[\s:=\"'(\[>]{1,4}"
+    rb"|://|@)\Z",
+    re.IGNORECASE,
+)
+_PORT = re.compile(rb":[0-9]{1,5}\b|/[0-9]{1,2}\b")
+_RELEASED = re.compile(
+    rb"[\s)\"']{0,2}(?:\(|-)?(?:(?:was|is|are|were|has been|got) (?:just )?(?:released|out\b|available|installed"
+    rb"|the (?:latest|newest|current))"
+    rb"|released?\b|build\b|beta|alpha|rc[0-9 .]|update\b|installer|(?:or|and) (?:later|newer|higher|above|earlier|older|up\b))",
+    re.IGNORECASE,
+)
+# The name of a product: capitals within, or a capital in the midst of a sentence.
+_PRODUCT = re.compile(rb"(?:(?:\A|[\s(\"'>])[A-Za-z]*[a-z][A-Z][A-Za-z]*|(?:\A|[\s(\"'>])[A-Z]{2,}[a-z]+|[A-Za-z]{2,} [A-Z][a-z]+) \Z")
+_NAME = re.compile(rb"(?:\A|[\s(\"'>])[A-Z][A-Za-z]*[a-z] \Z")
+_OLDER = re.compile(rb"(?<![0-9.])(?P<it>[0-9]{1,3}(?:\.[0-9]{1,3}){3}) (?:to|->) \Z")
 _DATE = re.compile(rb"\+?[0-9]{4}[.-][0-9]{2}[.-][0-9]{2}")
 # Characters of an IBAN, by country.
 _IBAN_SIZES = {
@@ -111,9 +191,11 @@ _IBAN_SIZES = {
 def _iban(size: int) -> re.Pattern[bytes]:
     """An IBAN of so many characters, written whole or in groups of four."""
     groups, rest = divmod(size - 4, 4)
-    tail = rb"(?: [A-Z0-9]{%d})" % rest if rest else b""
+    tail = rb"(?P=a)[A-Z0-9]{%d}" % rest if rest else b""
     return re.compile(
-        rb"(?<![A-Za-z0-9_])(?P<it>[A-Z]{2}[0-9]{2}(?:[A-Z0-9]{%d}|(?: [A-Z0-9]{4}){%d}%b))" % (size - 4, groups, tail) + _END
+        rb"(?<![A-Za-z0-9_])(?P<it>[A-Z]{2}[0-9]{2}(?:[A-Z0-9]{%d}|(?P<a>%b)[A-Z0-9]{4}(?:(?P=a)[A-Z0-9]{4}){%d}%b))"
+        % (size - 4, _MARK, groups - 1, tail)
+        + _END
     )
 
 
@@ -133,26 +215,89 @@ def _random(value: bytes) -> bool:
     return bits >= 3.2 and digits >= 2 and changes >= 4
 
 
+def _email(text: bytes, at: int) -> tuple[int, int] | None:
+    """The address around the @ at a byte."""
+    if text[at : at + 1] != b"@" or not at:
+        return None
+    domain = _DOMAIN.match(text, at + 1)
+    if not domain:
+        return None
+    first = begin = max(0, at - _LOCAL_BYTES)
+    if text[at - 1 : at] != b'"':  # the search need not begin before what no local part holds
+        begin = max(begin, *(text.rfind(mark, begin, at) + 1 for mark in (b" ", b"\n", b"<", b":", b"(", b"=")))
+    before = text[begin:at]
+    pattern = _LOCALS[2 if before.endswith(b'"') else 1 if _ENDS_IN_IDEOGRAPH.search(before[-3:]) else 0]
+    local = pattern.search(before)
+    if not local or len(local[0].decode(errors="replace")) > MAX_LOCAL + 2 * local[0].startswith(b'"'):
+        return None
+    if first and begin + local.start() < first + 4:  # it began before
+        return None
+    start, end = begin + local.start(), domain.end()
+    is_login = _LOGIN_PATH.match(text, end) if local[0] in _LOGINS else _PATH.match(text, end)
+    if is_login or (text[max(0, start - 3) : start] == b"://" and text[max(0, start - 9) : start] != b"mailto://"):
+        return None
+    return start, end
+
+
+def _is_card(match: re.Match[bytes], text: bytes, at: int) -> bool:
+    """Whether the digits of a match are of a network that has such numbers, pass Luhn's check, and are not called otherwise."""
+    digits = re.sub(rb"[^0-9]", b"", match["it"])
+    if not _ISSUER.fullmatch(digits) or not _luhn(digits):
+        return False
+    before = text[max(0, at - 40) : at]
+    if _CODED.search(before):
+        return False
+    # a trade item number has 14 digits too; one number in ten is right as either
+    return len(digits) != 14 or len(match["it"]) != 14 or not _gs1(digits) or _PAYS.search(before) is not None
+
+
+def _gs1(digits: bytes) -> bool:
+    """The checksum of barcodes: every second digit from the right counts three times."""
+    return (sum(c - 48 for c in digits[-1::-2]) + 3 * sum(c - 48 for c in digits[-2::-2])) % 10 == 0
+
+
+def _is_address(numbers: bytes, text: bytes, at: int, follows: bool = True) -> bool:
+    """Whether four numbers are an address by the words around them, and no version.
+
+    Args:
+        follows: whether they may be the second of two versions.
+    """
+    before, after = text[max(0, at - 40) : at], text[at + len(numbers) : at + len(numbers) + 40]
+    if _VERSION.search(before):
+        return False
+    if _ADDRESSED.search(before) or _PORT.match(after):
+        return True
+    if numbers[1:4:2] == b".." or _RELEASED.match(after):
+        return False
+    if follows and (older := _OLDER.search(before)) and not _is_address(older["it"], text, at - len(older[0]), False):
+        return False
+    first, second = numbers.split(b".")[:2]
+    if max(len(first), len(second)) > 2:
+        return True
+    return not _PRODUCT.search(before) and not (len(second) == 1 and _NAME.search(before))
+
+
 def _confirm(kind: int, text: bytes, at: int) -> tuple[int, int] | None:
-    """The finding of one kind whose pattern begins at a byte: where it begins and ends."""
+    """The finding of one kind whose pattern begins at a byte (of an address, whose @ is there): where it begins and ends."""
     if kind == EMAIL:
-        match = _EMAIL.match(text, at)
-    elif kind == IBAN:
+        return _email(text, at)
+    match: re.Match[bytes] | None
+    if kind == IBAN:
         size = _IBAN_SIZES.get(text[at : at + 2].decode("latin-1"))
         match = _iban(size).match(text, at) if size else None
         if match:
-            code = match["it"].replace(b" ", b"")
+            code = re.sub(rb"[^A-Z0-9]", b"", match["it"])
             match = match if int("".join(str(int(chr(c), 36)) for c in code[4:] + code[:4])) % 97 == 1 else None
     elif kind == CARD:
-        match = _CARD.match(text, at)
-        if match:
-            digits = re.sub(rb"[ -]", b"", match["it"])
-            match = match if _ISSUER.fullmatch(digits) and _luhn(digits) else None
+        match = next((match for pattern in _CARDS if (match := pattern.match(text, at)) and _is_card(match, text, at)), None)
     elif kind == SSN:
         match = _SSN.match(text, at)
+        before = text[max(0, at - 40) : at] if match else b""
+        if match and (_CODED.search(before) if _HYPHENS.fullmatch(match["a"]) else not _SSN_SAID.search(before)):
+            match = None  # nine digits in other forms are many things
     elif kind == IP:
         match = _V4.match(text, at)
-        if match and (match["it"][1:4:2] == b".." or _VERSION.search(text[max(0, at - 24) : at])):
+        if match and not _is_address(match["it"], text, at):
             match = None
         match = match or _V6.match(text, at)
         if match:
@@ -170,6 +315,8 @@ def _confirm(kind: int, text: bytes, at: int) -> tuple[int, int] | None:
             bare = len(digits) == len(whole) - 1 and len(digits) < 10
             decimal = len(digits) == len(whole) - 2 and b"." in whole
             match = None if bare or decimal or len(digits) < 8 or _DATE.match(whole) else match
+        elif match and (_CODED if b"." not in match["it"] else _VERSION).search(text[max(0, at - 40) : at]):
+            match = None
     else:
         match = _PEM.match(text, at)
         if match:
@@ -209,7 +356,7 @@ def _table() -> np.ndarray:
     sets = {
         _WORD: letters + digits + b"_", _DIGIT: digits, _LOCAL: letters + digits + b"_.%+-", _HEX: digits + b"abcdefABCDEF",
         _FIRST: digits + bytes(range(65, 91)) + b"sgxhner", _SIGN: b"@+(-=:>",
-        _VALUES: letters + digits + b"+/_-", _DIALLED: digits + b" .-()",
+        _VALUES: letters + digits + b"+/_-", _DIALLED: digits + b" .-()" + bytes(range(128, 256)),
     }  # fmt: skip
     for bit, members in sets.items():
         table[list(members)] |= bit
@@ -239,6 +386,32 @@ def _count(data_B: np.ndarray, at: int, end: int, table: np.ndarray, bit: int, o
 
 
 @njit(cache=True, nogil=True)
+def _mark(data_B: np.ndarray, at: int, end: int) -> tuple[int, int]:
+    """What parts two groups of digits at `at`: a blank (32), hyphen (45) or point (46) of any kind, or neither (0), and its bytes."""
+    if at >= end:
+        return 0, 1
+    first = data_B[at]
+    if first < 128:
+        return (first if first == 32 or first == 45 or first == 46 else 0), 1
+    if at + 1 < end and first == 0xC2:
+        second = data_B[at + 1]
+        return (32 if second == 0xA0 else 45 if second == 0xAD else 0), 2
+    if at + 2 < end:
+        second, third = data_B[at + 1], data_B[at + 2]
+        if first == 0xE2:
+            if second == 0x80:
+                return (32 if third <= 0x8A or third == 0xAF else 45 if 0x90 <= third <= 0x95 else 0), 3
+            if second == 0x81:
+                return (32 if third == 0x9F else 45 if third == 0x83 else 0), 3
+            return (45 if second == 0x88 and third == 0x92 else 0), 3
+        if first == 0xE3:
+            return (32 if second == 0x80 and third == 0x80 else 0), 3
+        if first == 0xEF:
+            return (45 if (second == 0xB9 and third == 0xA3) or (second == 0xBC and third == 0x8D) else 0), 3
+    return 0, 1
+
+
+@njit(cache=True, nogil=True)
 def _numeric(data_B: np.ndarray, at: int, end: int, table: np.ndarray) -> int:
     """What the number that begins at `at` may be, as bits of kinds: its groups of digits and what parts them."""
     groups = np.zeros(4, np.int64)
@@ -247,20 +420,21 @@ def _numeric(data_B: np.ndarray, at: int, end: int, table: np.ndarray) -> int:
     for k in range(4):
         stop = _run(data_B, j, min(end, j + 20), table, _DIGIT)
         groups[k] = stop - j
-        if stop < end:
-            marks[k] = data_B[stop]
-        j = stop + 1
-        if groups[k] == 0 or marks[k] not in (32, 45, 46):
+        mark, width = _mark(data_B, stop, end)
+        marks[k] = mark
+        j = stop + width
+        if groups[k] == 0 or mark == 0:
             break
     first = data_B[at]
-    if 50 <= first <= 54 and (13 <= groups[0] <= 19 or (groups[0] == 4 and 4 <= groups[1] <= 6 and marks[0] != 46)):
+    grouped = groups[0] == 4 and 4 <= groups[1] <= 6 and marks[0] != 46
+    if 50 <= first <= 57 and first != 55 and (14 <= groups[0] <= 19 or grouped or (groups[0] == 6 and groups[1] == 13)):
         found |= 1 << CARD
-    if groups[0] == 3 and groups[1] == 2 and groups[2] == 4 and marks[0] == 45:
+    if groups[0] == 9 or (groups[0] == 3 and groups[1] == 2 and groups[2] == 4 and marks[0] != 46):
         found |= 1 << SSN
     if groups[0] == 3 and groups[1] == 3 and groups[2] == 4:
         found |= 1 << PHONE
     # a country code of 1, then the area code, bare or in parentheses
-    if first == 49 and groups[0] == 1 and (groups[1] == 3 or (groups[1] == 0 and marks[0] in (32, 45, 46))):
+    if first == 49 and groups[0] == 1 and (groups[1] == 3 or (groups[1] == 0 and marks[0] > 0)):
         found |= 1 << PHONE
     if marks[0] == 46 and marks[1] == 46 and marks[2] == 46 and groups[0] <= 3 and 0 < groups[3] <= 3:
         found |= 1 << IP
@@ -318,12 +492,12 @@ def _scan(data_B: np.ndarray, begin_N: np.ndarray, table: np.ndarray, starts: np
                     if byte <= 90 and 65 <= second <= 90 and table[data_B[i + 2]] & table[data_B[i + 3]] & _DIGIT:
                         found |= 1 << IBAN
             elif byte == 64:  # @
-                if i > begin and table[data_B[i - 1]] & _LOCAL and i + 1 < end and table[data_B[i + 1]] & _WORD:
-                    while at > begin and i - at < 73 and table[data_B[at - 1]] & _LOCAL:
-                        at -= 1
-                    found = 1 << EMAIL
+                if i > begin and i + 1 < end and (table[data_B[i + 1]] & _WORD or data_B[i + 1] > 127):
+                    last = data_B[i - 1]
+                    if table[last] & _LOCAL or last > 127 or last == 34:
+                        found = 1 << EMAIL
             elif byte == 43:  # +
-                if i + 1 < end and 49 <= data_B[i + 1] <= 57 and _count(data_B, i + 1, min(end, i + 36), table, _DIGIT, _DIALLED) >= 7:
+                if i + 1 < end and 49 <= data_B[i + 1] <= 57 and _count(data_B, i + 1, min(end, i + 80), table, _DIGIT, _DIALLED) >= 7:
                     found = 1 << PHONE
             elif byte == 40:  # (
                 if i + 4 < end and data_B[i + 4] == 41 and 50 <= data_B[i + 1] <= 57 and table[data_B[i + 2]] & _DIGIT:
