@@ -254,6 +254,13 @@ def test_fields_that_cannot_be_written_are_left_out(tmp_path: Path, monkeypatch:
     assert [where for where, why in skipped if "too deep" in why] == ["a.jsonl:1", "a.jsonl:2"]
 
 
+def test_meta_is_json_whatever_the_numbers(tmp_path: Path) -> None:
+    rows, _ = all_of(put(tmp_path / "a.jsonl", b'{"text": "t", "a": NaN, "b": [1.5, {"c": -Infinity}]}\n'))
+    assert rows[0]["meta"] == '{"a": null, "b": [1.5, {"c": null}]}'
+    pq.write_table(pa.table({"text": ["t"], "a": pa.array([float("nan")])}), tmp_path / "a.parquet")
+    assert all_of(tmp_path / "a.parquet")[0][0]["meta"] == '{"a": null}'
+
+
 def test_an_endless_line_is_not_held(tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "' + b"x" * 50_000_000 + b'"}\n{"text": "b"}\n')
     tracemalloc.start()

@@ -5,6 +5,7 @@ Memory: one table (`batch_bytes` of text) and one document (`max_document_bytes`
 
 import glob
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ FREE_EXPANSION = 16 << 20  # decompressed bytes that no file is suspected for
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".html", ".htm"}
 
-_ENCODER, _DECODER = json.JSONEncoder(default=str), json.JSONDecoder(strict=False)  # `json.dumps` would make one each time
+_ENCODER, _DECODER = json.JSONEncoder(default=str, allow_nan=False), json.JSONDecoder(strict=False)  # `json.dumps` would make one each time
 
 
 class Reading(Section):
@@ -250,7 +251,19 @@ def _meta(rest: dict[str, Any]) -> str:
             inner = None
     if isinstance(inner, dict):
         rest = {**inner, **{key: value for key, value in rest.items() if key != "meta"}}
-    return _ENCODER.encode(rest) if rest else "{}"
+    try:
+        return _ENCODER.encode(rest) if rest else "{}"
+    except ValueError:  # JSON has no NaN and no infinity
+        return _ENCODER.encode(_finite(rest))
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON cannot write."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rows(path: Path, name: str, settings: Reading, on_skip: OnSkip, start: int) -> Iterator[Numbered]:
