@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gristmill.core.io import make_folder, replacing, state, write_json
+from gristmill.core.io import make_folder, replacing, state
 from gristmill.curate import stats
 from gristmill.curate.dedup import duplicates, seen_index, semantic, substring
 from gristmill.curate.dedup.duplicates import Exact, Fuzzy
@@ -271,7 +271,7 @@ def _remember(stage: Stage, how: Remember) -> list[Facts]:
     for path in stage.paths("index", stage.num_shards):
         (stage.index / path.name).unlink(missing_ok=True)
         (stage.index / path.name).hardlink_to(path)
-    write_json(stage.index / seen_index.DESCRIPTION, how.model_dump(mode="json"))
+    seen_index.describe(stage.index, how)
     return _locally(stage, [])
 
 

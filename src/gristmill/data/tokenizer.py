@@ -105,7 +105,7 @@ class Tokenizer:
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) -> "Tokenizer":
-        """Train a BPE vocabulary: single digits, whitespace kept, every byte representable.
+        """Train a BPE vocabulary: single digits, whitespace kept, combining marks in their words, every byte representable.
 
         Source: Nemotron-4 15B report, section 2 (tokenizer).
 
@@ -118,7 +118,7 @@ class Tokenizer:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
-                pre_tokenizers.Split(Regex(r" ?\p{L}+| ?[^\s\p{L}\d]|\d|\s+(?!\S)|\s"), behavior="isolated"),
+                pre_tokenizers.Split(Regex(r" ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\d]|\d|\s+(?!\S)|\s"), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

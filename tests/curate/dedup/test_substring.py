@@ -50,7 +50,7 @@ def after(folder: Path, texts: list[list[str]], how: Substring, parts: int = 1) 
 
 
 def tokens(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+|[^\w\s]|_", text)
+    return re.findall(r"語|[^\W_語]+|[^\w\s]|_", text)
 
 
 def plainly(documents: list[str], n: int) -> list[list[str]]:

@@ -16,8 +16,9 @@ from gristmill.core.config import check
 from gristmill.core.errors import InputError
 from gristmill.curate.filters.heuristics import RULES, Filter, heuristics
 from gristmill.curate.outcome import DOCUMENT, DROPPED
-from gristmill.curate.text.text_column import TextColumn
+from gristmill.curate.text.text_column import TERMINALS, TextColumn
 from gristmill.curate.text.text_metrics import METRICS, compute
+from gristmill.curate.text.words import CLUSTER, SINGLE, split
 
 MARKS = ("...", "\u2026", "[...]", "(...)", "[\u2026]", "-\u00bb", "read more", "read more..")
 PRIVACY = ("privacy policy", "privacy overview", "privacy cookies policy", "privacy & cookies policy", "privacy and cookies policy")
@@ -34,26 +35,77 @@ def is_letter(char: str) -> bool:
     return unicodedata.category(char).startswith("L")
 
 
+def no_spaces(char: str) -> bool:
+    """Whether it is a letter of a script that puts no spaces between words."""
+    return bool(split()[ord(char)] & SINGLE)
+
+
+def cut(text: str) -> list[str]:
+    """Words of `str.split()`, and in scripts without spaces each letter with what follows it and is no letter or digit."""
+    words = []
+    for run in text.split():
+        for i, char in enumerate(run):
+            plain = is_letter(char) or unicodedata.category(char) == "Nd"
+            if i == 0 or no_spaces(char) or (plain and no_spaces(words[-1][0])):
+                words.append(char)
+            else:
+                words[-1] += char
+    return words
+
+
+def joined(text: str, words: list[str]) -> list[int]:
+    """1 for each word that white space stands before."""
+    found, at = [], 0
+    for word in words:
+        begin = text.index(word, at)
+        found.append(int(begin > at and begin > 0 and bool(found)))
+        at = begin + len(word)
+    return found
+
+
+def ends(line: str) -> bool:
+    while line and ord(line[-1]) >= 0x80 and unicodedata.category(line[-1]) in ("Pe", "Pf", "Pi"):
+        line = line[:-1]
+    return line.endswith((".", "?", "!", '"', "'", *TERMINALS)) or "\u0e00" <= line[-1:] <= "\u0eff"
+
+
+def sentences(text: str) -> int:
+    runs = [list(cut(run)) for run in text.split()]
+    thai = sum(no_spaces(run[-1][0]) and "\u0e00" <= run[-1][-1] <= "\u0eff" for run in runs)
+    words = [word for run in runs for word in run]
+    marks = sum(len(re.findall(f"[{TERMINALS}]+", word)) for word in words)
+    return thai + marks + sum(word.endswith((".", "!", "?")) for word in words)
+
+
 def share(part: float, whole: float, of_nothing: float = 0.0) -> float:
     return part / whole if whole else of_nothing
 
 
-def top(words: list[str], n: int) -> int:
+def step(words: list[str]) -> int:
+    """How many letters stand for a word in n-grams."""
+    clusters = sum(bool(split()[ord(word[0])] & CLUSTER) for word in words)
+    letters = sum(no_spaces(word[0]) for word in words)
+    return 3 if 2 * clusters > len(words) else 2 if 2 * letters > len(words) else 1
+
+
+def top(words: list[str], spaces: list[int], n: int) -> int:
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     if not grams:
         return 0
     gram, times = Counter(grams).most_common(1)[0]  # of equals, the first met
+    first = grams.index(gram)
     found, i = 0, 0
     while times > 1 and i < len(grams):
         found, i = (found + 1, i + n) if grams[i] == gram else (found, i + 1)
-    return found * len(" ".join(gram))
+    return found * (len("".join(gram)) + sum(spaces[first + 1 : first + n]))
 
 
-def duplicate(words: list[str], n: int) -> int:
-    places, at = [], 0  # of each word, in the words joined by one space
-    for word in words:
+def duplicate(words: list[str], spaces: list[int], n: int) -> int:
+    places, at = [], 0  # of each word, in the words joined by one space where there is white space
+    for word, space in zip(words, spaces, strict=True):
+        at += space
         places.append((at, at + len(word)))
-        at += len(word) + 1
+        at += len(word)
     seen, covered = set(), set()
     for i in range(len(words) - n + 1):
         gram = tuple(words[i : i + n])
@@ -65,7 +117,8 @@ def duplicate(words: list[str], n: int) -> int:
 
 def slow(text: str) -> dict[str, float]:
     """All metrics from their definitions."""
-    words = text.split()
+    words = cut(text)
+    spaces, k = joined(text, words), step(words)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     blocks = itertools.groupby(text.split("\n"), key=lambda line: bool(line.strip()))
     parts = ["\n".join(block).strip() for full, block in blocks if full]
@@ -91,17 +144,17 @@ def slow(text: str) -> dict[str, float]:
         "unique_line_characters": share(sum(map(len, set(lines))), sum(map(len, lines)), 1),
         "unique_paragraph_characters": share(sum(map(len, set(parts))), sum(map(len, parts)), 1),
         "words": len(words),
-        "unpunctuated_lines": of_lines(lambda line: not line.endswith((".", "?", "!", '"', "'"))),
+        "unpunctuated_lines": of_lines(lambda line: not ends(line)),
         "words_with_letter": share(sum(any(map(is_letter, word)) for word in words), len(words), 1),
         "common_words": sum(word in COMMON for word in words),
-        "mean_word": share(sum(map(len, words)), len(words)),
+        "mean_word": share(sum(5 if no_spaces(word[0]) else len(word) for word in words), len(words)),
         "longest_word": max(map(len, words), default=0),
         "ellipsis_lines": of_lines(lambda line: lower(line).endswith(MARKS)),
-        **{f"top_{n}gram": share(top(words, n), chars) for n in range(2, 5)},
-        **{f"duplicate_{n}gram": share(duplicate(words, n), chars) for n in range(2, 11)},
+        **{f"top_{n}gram": share(top(words, spaces, n * k), chars) for n in range(2, 5)},
+        **{f"duplicate_{n}gram": share(duplicate(words, spaces, n * k), chars) for n in range(2, 11)},
         "bullet_lines": of_lines(lambda line: line.startswith(BULLETS)),
         "lines": len(lines),
-        "sentences": sum(word.endswith((".", "!", "?")) for word in words),
+        "sentences": sentences(text),
         "hashes_per_word": share(text.count("#"), len(words)),
         "ellipses_per_word": share(text.count("...") + text.count("\u2026"), len(words)),
         "lorem_ipsum": lorem,

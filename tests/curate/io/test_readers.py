@@ -200,6 +200,31 @@ def test_web_archives(tmp_path: Path, packed: bool) -> None:
     assert len(skipped) == 1 and "deep" in skipped[0][1]
 
 
+def test_records_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:
+    def packed(body: bytes, more: str) -> bytes:
+        return f"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=gb2312\r\n{more}\r\n".encode() + body
+
+    body = "<p>The mill by the \u9555\u6c5f</p>".encode("gbk")
+    gzipped = gzip.compress(body)
+    records = [
+        packed(gzipped, "Content-Encoding: gzip\r\n"),
+        packed(gzipped[:-9], "Content-Encoding: gzip\r\n"),
+        packed(b"%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n", "Transfer-Encoding: chunked\r\n"),
+        packed(gzip.compress(b"a" * 3_000_000), "Content-Encoding: gzip\r\n"),
+        packed(gzipped, ""),
+        packed(body, "X-Long: " + "x" * 100_000 + "\r\n"),
+        packed(body, ""),
+    ]
+    data = b"".join(record("response", f"http://{i}.org/", one, HTTP) for i, one in enumerate(records))
+    rows, skipped = all_of(put(tmp_path / "a.warc", data), Reading(max_document_bytes=1 << 20))
+    assert [row["source"] for row in rows] == ["http://0.org/", "http://2.org/", "http://6.org/"]
+    assert {row["text"].strip() for row in rows} == {"The mill by the \u9555\u6c5f"}
+    reasons = dict(skipped)
+    assert sorted(reasons) == ["a.warc:2", "a.warc:4", "a.warc:5", "a.warc:6"]
+    for number, why in ((2, "gzip cannot be undone"), (4, "1,048,576 bytes"), (5, "not text"), (6, "headers")):
+        assert why in reasons[f"a.warc:{number}"]
+
+
 def test_a_damaged_web_archive(tmp_path: Path) -> None:
     good = record("conversion", "http://d.org/", b"Plain text", "text/plain")
     rows, skipped = all_of(put(tmp_path / "a.warc.gz", b"".join(gzip.compress(good) for _ in range(3000)) + gzip.compress(good * 50)[:-30]))
@@ -227,6 +252,13 @@ def test_fields_that_cannot_be_written_are_left_out(tmp_path: Path, monkeypatch:
     rows, skipped = all_of(put(tmp_path / "a.jsonl", b"one\ntwo\n"))
     assert [(row["text"], row["meta"]) for row in rows] == [("one", "{}"), ("two", "{}")]
     assert [where for where, why in skipped if "too deep" in why] == ["a.jsonl:1", "a.jsonl:2"]
+
+
+def test_meta_is_json_whatever_the_numbers(tmp_path: Path) -> None:
+    rows, _ = all_of(put(tmp_path / "a.jsonl", b'{"text": "t", "a": NaN, "b": [1.5, {"c": -Infinity}]}\n'))
+    assert rows[0]["meta"] == '{"a": null, "b": [1.5, {"c": null}]}'
+    pq.write_table(pa.table({"text": ["t"], "a": pa.array([float("nan")])}), tmp_path / "a.parquet")
+    assert all_of(tmp_path / "a.parquet")[0][0]["meta"] == '{"a": null}'
 
 
 def test_an_endless_line_is_not_held(tmp_path: Path) -> None:

@@ -6,15 +6,31 @@ import unicodedata
 import pyarrow as pa
 import pytest
 
-from gristmill.curate.text.text_column import DIGIT, LETTER, SPACE, TextColumn, char_classes
+from gristmill.curate.text.text_column import (
+    CLOSER,
+    COMBINING,
+    DIGIT,
+    LETTER,
+    NUMERIC,
+    SPACE,
+    SYMBOL,
+    TERMINAL,
+    TERMINALS,
+    TextColumn,
+    char_classes,
+)
 
 
 def test_classes_are_pythons() -> None:
     table = char_classes()
     for point in range(sys.maxunicode + 1):
         char = chr(point)
-        expected = SPACE * char.isspace() | LETTER * (unicodedata.category(char)[0] == "L") | DIGIT * char.isdecimal()
-        assert table[point] == expected, hex(point)
+        kind = unicodedata.category(char)
+        expected = SPACE * char.isspace() | LETTER * (kind[0] == "L") | DIGIT * char.isdecimal() | COMBINING * (kind[0] == "M")
+        if point >= 0x80:
+            expected |= SYMBOL * (kind in ("Sm", "Sc")) | CLOSER * (kind in ("Pe", "Pf", "Pi")) | TERMINAL * (char in TERMINALS)
+        assert int(table[point]) & ~NUMERIC == expected, hex(point)
+        assert bool(table[point] & NUMERIC) == (unicodedata.numeric(char, None) is not None), hex(point)
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])

@@ -17,11 +17,12 @@ from pydantic import Field
 
 from gristmill.core.config import FilePath, Section
 from gristmill.core.errors import InputError
-from gristmill.core.io import read_json
+from gristmill.core.io import read_json, write_json
 from gristmill.curate.dedup.duplicates import NEIGHBOURS, PAIRS, Signature
 from gristmill.curate.io import shards
 from gristmill.curate.outcome import Outcome, split
 from gristmill.curate.text.text_column import TextColumn
+from gristmill.curate.text.words import VERSION
 from gristmill.data.minhash import band_keys
 
 DESCRIPTION = "index.json"
@@ -45,12 +46,25 @@ def described(index: Path) -> Remember:
     """How an index was made.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it was made by a version that took other words.
     """
     try:
-        return Remember.model_validate(read_json(index / DESCRIPTION))
-    except (OSError, ValueError) as e:
+        settings = read_json(index / DESCRIPTION)
+        version = settings.pop("words", 1)
+        how = Remember.model_validate(settings)
+    except (OSError, ValueError, AttributeError) as e:
         raise InputError(f"{index} is no index of an earlier curation: give the `index` folder of a run with the step `remember`.") from e
+    if version != VERSION:
+        raise InputError(
+            f"{index} holds signatures of other words (version {version}) than this gristmill makes ({VERSION}): "
+            "run the recipe with the step `remember` again, on the documents of that run."
+        )
+    return how
+
+
+def describe(index: Path, how: Remember) -> None:
+    """Write down how an index was made."""
+    write_json(index / DESCRIPTION, how.model_dump(mode="json") | {"words": VERSION})
 
 
 def _sketched(table: pa.Table, how: Remember) -> pa.Table:

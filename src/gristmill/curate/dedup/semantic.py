@@ -29,7 +29,7 @@ from gristmill.curate.io import shards
 from gristmill.curate.outcome import hash_uniform
 from gristmill.curate.quality import lm_scores
 from gristmill.curate.text.text_column import TextColumn, longest
-from gristmill.curate.text.words import BYTES, buffers
+from gristmill.curate.text.words import buffers, signs_and_lower
 from gristmill.data.minhash import GOLDEN, mix64
 
 BLOCK = 1024  # vectors that are compared at once
@@ -68,8 +68,8 @@ def _hashed(data_B, begin_N, table, seed, vector_ND):  # type: ignore[no-untyped
     word_F, pair_F = np.empty(room, np.uint64), np.empty(room, np.uint64)
     for n in range(len(begin_N) - 1):
         data = data_B[begin_N[n] : begin_N[n + 1]]
-        words = minhash.shingles_of(data, table, True, 1, word_F, start_W, stop_W)
-        pairs = minhash.shingles_of(data, table, True, 2, pair_F, start_W, stop_W) if words > 1 else 0
+        words = minhash.word_shingles(data, table, 1, word_F, start_W, stop_W)
+        pairs = minhash.word_shingles(data, table, 2, pair_F, start_W, stop_W) if words > 1 else 0
         hash_F = np.sort(np.concatenate((word_F[:words], pair_F[:pairs])))
         vector = vector_ND[n]
         i = 0
@@ -109,7 +109,7 @@ def embed(shard: int, source: Path, out: Path, how: Semantic) -> dict[str, int]:
     if how.embedding == "hashed":
         texts = TextColumn.of(table["text"])
         vector_ND = np.zeros((len(texts), how.dimensions), np.float32)
-        _hashed(texts.data_B, texts.begin_N, BYTES, np.uint64(how.seed % 2**64), vector_ND)
+        _hashed(texts.data_B, texts.begin_N, signs_and_lower(), np.uint64(how.seed % 2**64), vector_ND)
     elif how.embedding.startswith(COLUMN):
         vector_ND = _of_column(table, how.embedding.removeprefix(COLUMN))
     else:

@@ -2,13 +2,15 @@
 
 Words are maximal runs of letters and digits, in lower case, each with its place in the text as it is, so that cuts are made
 where the match is. An item of 13 words or more gives all its 13-grams, one of 8 to 12 words is one n-gram of its own length,
-and shorter items are ignored. N-grams met often in the corpus are common language and are not used, which takes two passes:
-`counts` over every table, then `decontaminate` with the sum.
+and shorter items are ignored. Signs between words (3 + 4) belong to an n-gram and count for nothing; a letter of Thai and other scripts
+without spaces counts for a third of a word, an ideograph or kana for a whole one. N-grams met often in the corpus are common language and
+are not used, which takes two passes: `counts` over every table, then `decontaminate` with the sum.
 
-Shapes: N documents, B bytes of all of them, W words of one, G n-grams of the benchmarks, M matches, S slots of the hash table.
+Shapes: N documents, B bytes of all of them, W words and signs of one, G n-grams of the benchmarks, M matches, S slots of the hash table.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +23,14 @@ from pydantic import Field
 from gristmill.core.config import FilePath, Section
 from gristmill.core.errors import InputError
 from gristmill.curate.outcome import DOCUMENT, Metric, Outcome, none_dropped, split
-from gristmill.curate.text.text_column import TextColumn, hash_table, lookup, read_only
-from gristmill.curate.text.words import FNV_OFFSET, buffers, lower_letters, tokenize
+from gristmill.curate.text.text_column import TERMINALS, TextColumn, hash_table, lookup, read_only
+from gristmill.curate.text.words import CLUSTER, FNV_OFFSET, HAN, WORD, buffers, first_entry, lower_letters, tokenize
 from gristmill.data.minhash import GOLDEN, mix64
 from gristmill.data.rows import read_records
 
-_MARKS = ".!?"  # where sentences end
+MAX_TOKENS = 8  # of an n-gram for each of its words; with more signs than that it is not looked for
+# Where sentences end; Thai and Lao have no marks.
+_END = re.compile(f"[.!?{TERMINALS}]|(?<=[\u0e00-\u0eff])\\s")
 
 
 class Decontaminate(Section):
@@ -50,15 +54,31 @@ class Decontaminate(Section):
 def _item_grams(data_B, begin_N, table, ngram, min_words):  # type: ignore[no-untyped-def]
     """uint64 hashes of the n-grams of every item, and their lengths."""
     hash_W, start_W, stop_W = buffers(begin_N)
+    weight_W = np.empty(len(hash_W), np.int64)  # thirds of a word
     grams, sizes, total = np.empty(1024, np.uint64), np.empty(1024, np.int64), 0
     for n in range(len(begin_N) - 1):
         words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
-        if words < min_words:
+        for w in range(words):
+            entry = first_entry(data_B, start_W[w], table)
+            weight_W[w] = 3 if entry & (WORD | HAN) else 1 if entry & CLUSTER else 0
+        whole = weight_W[:words].sum()
+        if whole < 3 * min_words:
             continue
-        size = min(words, ngram)
-        for first in range(words - size + 1):
+        wanted, stop, inside = min(whole, 3 * ngram), 0, 0
+        for first in range(words):
+            if weight_W[first] == 0:
+                continue
+            while stop < words and inside < wanted:
+                inside += weight_W[stop]
+                stop += 1
+            if inside < wanted:
+                break
+            inside -= weight_W[first]
+            size = stop - first
+            if size > MAX_TOKENS * ngram:
+                continue
             value = np.uint64(0)
-            for k in range(first, first + size):
+            for k in range(first, stop):
                 value = value * GOLDEN + hash_W[k]
             if total == len(grams):
                 grams, sizes = np.concatenate((grams, np.empty_like(grams))), np.concatenate((sizes, np.empty_like(sizes)))
@@ -232,11 +252,11 @@ def _parts(text: str, spans: list[tuple[int, int]], settings: Decontaminate) -> 
         if end <= at:
             continue
         left = max(at, begin - settings.margin)
-        left = max(at, max(text.rfind(mark, at, left) for mark in _MARKS) + 1)
+        left = max((found.end() for found in _END.finditer(text, at, left)), default=at)
         right = min(end + settings.margin, len(text))
-        stops = [stop for mark in _MARKS if (stop := text.find(mark, right)) >= 0]
+        stop = _END.search(text, right)
         parts.append(text[at:left])
-        at = min(stops) + 1 if stops else len(text)
+        at = stop.end() if stop else len(text)
     parts.append(text[at:])
     return [part for part in (part.strip() for part in parts) if len(part) > settings.min_part]
 

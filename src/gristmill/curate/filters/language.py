@@ -63,6 +63,8 @@ def identify(texts: TextColumn, characters: int) -> tuple[list[str], np.ndarray]
         # no character takes more than 4 bytes; one that the cut halves is left out
         opening = texts.data_B[begin : min(end, begin + 4 * characters)].tobytes().decode("utf-8", "ignore")[:characters]
         if any(map(str.isalpha, opening)):
+            if 2 * sum(map(str.isupper, opening)) > sum(map(str.isalpha, opening)):
+                opening = opening.lower()  # capitals are another language to the model
             with _one_at_a_time:
                 labels, probabilities = model().predict(opening.translate(_SPACES), 1)
             codes[i] = labels[0].removeprefix("__label__")

@@ -6,7 +6,6 @@ Memory: one table (`batch_bytes` of text) and one document (`max_document_bytes`
 import glob
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -22,6 +21,7 @@ from pydantic import Field
 from gristmill.core.config import Section
 from gristmill.core.errors import InputError
 from gristmill.core.io import make_folder, replacing
+from gristmill.curate.io import decode, html
 from gristmill.curate.outcome import DOCUMENT
 from gristmill.data.rows import finite
 from gristmill.data.tokenizer import SURROGATE
@@ -33,15 +33,10 @@ Numbered = tuple[int, Row]  # 1 for the first line of the file, row or record, w
 ROW_BYTES = 64  # of a document beside its text and meta
 BLOCK = 1 << 18  # bytes read at a time; where a compressed file breaks off, what the last read gave is lost
 FREE_EXPANSION = 16 << 20  # decompressed bytes that no file is suspected for
-MAX_HTML = 16 << 20  # bytes of a page
-MAX_NESTING = 1000  # of a page's elements: the extraction's time grows with the square, 0.02 s at 1,000 and 7 minutes at 100,000
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".html", ".htm"}
 
 _ENCODER, _DECODER = json.JSONEncoder(default=str, allow_nan=False), json.JSONDecoder(strict=False)  # `json.dumps` would make one each time
-_TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)")
-# that hold nothing, or that the next one of their kind closes
-_FLAT = re.compile("area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr|p|li|dt|dd|td|th|tr|tbody|thead|tfoot|option")
 
 
 class Reading(Section):
@@ -427,73 +422,65 @@ def _text(path: Path, name: str, codec: str | None, kind: str, settings: Reading
             size += len(block)
             if size > settings.max_document_bytes:
                 raise _Stop(f"a document of more than {settings.max_document_bytes:,} bytes")
-    data = b"".join(parts)
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    is_html = kind in (".html", ".htm")
     try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError:
-        text = data.decode(encoding, "replace")
-        on_skip(name, "replaced: not UTF-8")
-    if kind in (".html", ".htm"):
-        text = _visible(text)
+        text, note = decode.decoded_text(b"".join(parts), is_html=is_html)
+        text = html.main_text(text) if is_html else text
+    except (decode.UndecodableError, html.PageError) as e:
+        raise _Stop(str(e)) from e
+    if note:
+        on_skip(name, note)
     return name, text, _shown(path), {}, name
-
-
-def _visible(page: str) -> str:
-    """The main text of an HTML page.
-
-    Raises:
-        _Stop: it is too large, or its elements lie too deep in each other.
-    """
-    if len(page) > MAX_HTML:
-        raise _Stop(f"a page of {len(page):,} characters")
-    deep, still_open = 0, dict[str, int]()
-    for closes, tag in _TAG.findall(page):
-        tag = tag.lower()
-        if _FLAT.fullmatch(tag):
-            continue
-        if not closes:
-            still_open[tag] = still_open.get(tag, 0) + 1
-            deep += 1
-            if deep > MAX_NESTING:
-                raise _Stop(f"a page of elements in each other more than {MAX_NESTING} deep")
-        elif still_open.get(tag, 0):
-            still_open[tag] -= 1
-            deep -= 1
-    from resiliparse.extract.html2text import extract_plain_text
-
-    return str(extract_plain_text(page, main_content=True))
 
 
 def _warc(path: Path, name: str, codec: str | None, settings: Reading, on_skip: OnSkip, start: int) -> Iterator[Numbered]:
     from fastwarc.warc import ArchiveIterator, WarcRecordType
-    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
     kinds = WarcRecordType.response | WarcRecordType.conversion | WarcRecordType.resource
     with closing(_Stream(path, codec, settings)) as stream:
         for number, record in enumerate(ArchiveIterator(stream, record_types=kinds, parse_http=False), 1):
             if number <= start:
                 continue
-            record.parse_http()
-            uri = record.headers.get("WARC-Target-URI")
             where = f"{name}:{number}"
-            if record.content_length > settings.max_document_bytes:
-                on_skip(where, f"a document of {record.content_length:,} bytes")
-                continue
-            kind = record.http_content_type if record.is_http else (record.headers.get("Content-Type") or "text/plain").split(";")[0]
-            kind = (kind or "").strip().lower()
-            if kind not in ("text/plain", "text/html", "application/xhtml+xml"):
-                continue
-            body = record.reader.read(settings.max_document_bytes)
-            charset = (record.http_charset if record.is_http else "utf-8") or detect_encoding(body, from_html_meta=True) or "utf-8"
             try:
-                text = bytes_to_str(body, charset)
-                text = text if kind == "text/plain" else _visible(text)
-            except (_Stop, ValueError, LookupError) as e:
+                row = _record(record, where, settings, on_skip)
+            except (decode.UndecodableError, html.PageError) as e:
                 on_skip(where, str(e))
                 continue
-            identity = record.record_id or record.headers.get("WARC-Record-ID") or uri
-            yield number, (identity, text, uri, {"date": record.headers.get("WARC-Date")}, where)
+            if row is not None:
+                yield number, row
+
+
+def _record(record: Any, where: str, settings: Reading, on_skip: OnSkip) -> Row | None:
+    """The document of a record; None for a picture, a script and the like.
+
+    Raises:
+        UndecodableError, PageError: it is a text that cannot be read.
+    """
+    try:
+        record.parse_http()
+    except (OSError, ValueError) as e:
+        raise decode.UndecodableError(f"its HTTP headers cannot be read: {' '.join(str(e).split())[:100]}") from e
+    if record.content_length > settings.max_document_bytes:
+        raise decode.UndecodableError(f"a document of {record.content_length:,} bytes")
+    headers: dict[str, str] = {}
+    for key, value in (record.http_headers or record.headers).astuples() if record.is_http else record.headers.astuples():
+        key = key.lower()
+        headers[key] = f"{headers[key]}, {value}" if key in headers else value
+    kind = (headers.get("content-type") or ("" if record.is_http else "text/plain")).split(";")[0].split(",")[0].strip().lower()
+    if kind not in ("text/plain", "text/html", "application/xhtml+xml"):
+        return None
+    body = record.reader.read(settings.max_document_bytes)
+    label = (decode.label_of(headers.get("content-type", ""))) if record.is_http else "utf-8"
+    body = decode.decoded_body(body, headers if record.is_http else {}, settings.max_document_bytes)
+    is_html = kind != "text/plain"
+    text, note = decode.decoded_text(body, label, is_html=is_html)
+    text = html.main_text(text) if is_html else text
+    if note:
+        on_skip(where, note)
+    uri = record.headers.get("WARC-Target-URI")
+    identity = record.record_id or record.headers.get("WARC-Record-ID") or uri
+    return identity, text, uri, {"date": record.headers.get("WARC-Date")}, where
 
 
 class Writer:

@@ -13,7 +13,15 @@ import pyarrow as pa
 from numba import njit
 
 LAST_LETTER = 0x323AF  # beyond it there are tags, selectors and private use; a test holds it to the Unicode of this Python
-SPACE, LETTER, DIGIT = 1, 2, 4  # bits of `char_classes`
+# Bits of `char_classes`. NUMERIC is whatever has a value, an ideograph too; TERMINAL and CLOSER are beyond ASCII.
+SPACE, LETTER, DIGIT, COMBINING, SYMBOL, NUMERIC, CLOSER, TERMINAL = (1 << k for k in range(8))
+# Ends of sentences beyond ASCII: property Sentence_Terminal of Unicode, with the semicolon of Arabic.
+TERMINALS = (
+    "\u037e\u0589\u061b\u061d\u061e\u061f\u06d4\u0700\u0701\u0702\u07f9\u0837\u0839\u083d\u083e\u0964\u0965\u0f0d\u0f0e\u104a\u104b"
+    "\u1362\u1367\u1368\u166e\u1735\u1736\u17d4\u17d5\u1803\u1809\u1944\u1945\u1aa8\u1aa9\u1aaa\u1aab\u1b5a\u1b5b\u1b5e\u1b5f\u1c3b\u1c3c"
+    "\u1c7e\u1c7f\u203c\u203d\u2047\u2048\u2049\u2e2e\u2e3c\u3002\ua4ff\ua60e\ua60f\ua6f3\ua6f7\ua876\ua877\ua8ce\ua8cf\ua92f\ua9c8\ua9c9"
+    "\uaa5d\uaa5e\uaa5f\uaaf0\uaaf1\uabeb\ufe52\ufe56\ufe57\uff01\uff0e\uff1f\uff61"
+)
 
 
 @dataclass(frozen=True)
@@ -102,14 +110,24 @@ def lookup(wanted, hash_K, place_S):  # type: ignore[no-untyped-def]
 
 @cache
 def char_classes() -> np.ndarray:
-    """Character classes, uint8 for every code point: what Python's str.isspace, str.isalpha and str.isdecimal say of it, as bits."""
+    """Character classes, uint8 for every code point: what `unicodedata` says of it, as bits, and whether it ends a sentence."""
     table = np.zeros(sys.maxunicode + 1, np.uint8)
+    bits = {"Nd": DIGIT, "Sm": SYMBOL, "Sc": SYMBOL, "Pe": CLOSER, "Pf": CLOSER, "Pi": CLOSER}
     for point in range(LAST_LETTER + 1):
-        kind = unicodedata.category(chr(point))
+        char = chr(point)
+        kind = unicodedata.category(char)
         if kind[0] == "L":
-            table[point] |= LETTER
-        elif kind == "Nd":
-            table[point] |= DIGIT
+            table[point] = LETTER
+        elif kind[0] == "M":
+            table[point] = COMBINING
+        elif kind in bits and (point >= 0x80 or kind == "Nd"):
+            table[point] = bits[kind]
+        if unicodedata.numeric(char, None) is not None:
+            table[point] |= NUMERIC
+    for point in range(0xE0100, 0xE01F0):  # variation selectors
+        table[point] = COMBINING
+    for char in TERMINALS:
+        table[ord(char)] |= TERMINAL
     for point in range(0x3001):
         if chr(point).isspace():
             table[point] |= SPACE

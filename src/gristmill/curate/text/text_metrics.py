@@ -2,10 +2,13 @@
 
 The bytes are read once, into words; everything else is counted over the words. Units:
 
-- character: a code point. Word: what `str.split()` gives. Letter: of Unicode's kind L. Digit: of kind Nd.
+- character: a code point. Word: what `str.split()` gives, and of scripts without spaces (Chinese, Thai, ...) each letter, with the marks on
+  it and what stands between it and the next. Letter: of Unicode's kind L. Digit: of kind Nd.
 - line: of the pieces between newlines, one that is not blank, stripped at both ends.
 - paragraph: lines with no blank one between, with what stands between them, stripped at both ends.
-- n-gram: n words that follow each other; its characters are those of the words joined by one space.
+- n-gram: n words that follow each other; its characters are those of the words joined by one space where there is white space. In a
+  text that is mainly without spaces, two letters (East Asian) or three (others) stand for a word.
+- end of a sentence: . ! ? before white space, the marks of other scripts anywhere; of Thai and Lao, which have none, white space.
 - upper and lower case of ASCII are the same, except to `common_words`.
 
 Every metric has a value for every text. A share or mean of no words, lines, paragraphs or characters is 0, but the shares that rules
@@ -23,8 +26,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from gristmill.curate.text.text_column import DIGIT, LETTER, TextColumn, char_classes, decode_utf8, read_only
-from gristmill.curate.text.words import FNV_OFFSET, split, tokenize
+from gristmill.curate.text.text_column import CLOSER, DIGIT, LETTER, TERMINAL, TextColumn, char_classes, decode_utf8, read_only
+from gristmill.curate.text.words import CLUSTER, FNV_OFFSET, HAN, first_entry, split, tokenize
 
 TOP, DUPLICATE = (2, 3, 4), (2, 3, 4, 5, 6, 7, 8, 9, 10)  # lengths of n-grams
 
@@ -58,10 +61,14 @@ _PARTS: dict[str, tuple[str, str, str]] = {
         "share of the paragraphs' characters that are in different paragraphs",
     ),
     "words": ("words", "", "number of words"),
-    "unpunctuated_lines": ("bare_lines", "lines", "share of lines that end in none of . ? ! \" '"),
+    "unpunctuated_lines": ("bare_lines", "lines", "share of lines that end in none of . ? ! \" ' or the like of other scripts"),
     "words_with_letter": ("lettered", "words", "share of words that have a letter"),
     "common_words": ("common", "", "how many words are one of: the, be, to, of, and, that, have, with"),
-    "mean_word": ("word_characters", "words", "characters of a word, in the mean"),
+    "mean_word": (
+        "word_characters",
+        "words",
+        "characters of a word, in the mean; a letter of scripts without spaces counts as a word of 5",
+    ),
     "longest_word": ("longest_word", "", "characters of the longest word"),
     "ellipsis_lines": ("ellipsis_lines", "lines", "share of lines that end in an ellipsis, or in 'read more'"),
     # the first of equals, twice or more, from the left, none over another
@@ -72,7 +79,7 @@ _PARTS: dict[str, tuple[str, str, str]] = {
     },
     "bullet_lines": ("bullet_lines", "lines", "share of lines that start with a bullet"),
     "lines": ("lines", "", "number of lines"),
-    "sentences": ("sentences", "", "number of . ! ? before white space or the end"),
+    "sentences": ("sentences", "", "number of ends of sentences"),
     "hashes_per_word": ("hashes", "words", "hash signs for each word"),
     "ellipses_per_word": ("ellipses", "words", "ellipses (three dots, or U+2026) for each word"),
     "lorem_ipsum": ("lorem_ipsum", "", "1 where lorem ipsum is anywhere, or 0"),
@@ -106,7 +113,8 @@ def _bits(*members: str) -> np.ndarray:
 
 _LOWER, _DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 _LETTERS = _LOWER + _LOWER.upper()
-_BLANK, _WIDE, _LETTER, _J, _K, _M, _V, _W, _DOT, _SLASH, _HASH = (1 << k for k in range(11))
+_BLANK, _WIDE, _LETTER, _J, _K, _M, _V, _W, _DOT, _SLASH, _HASH, _HAN, _CLUSTER = (1 << k for k in range(13))
+MEAN_WORD = 5  # characters that a letter of a script without spaces counts for
 # What a word is made of is known from these bits of its bytes; the rest is only looked at in words that may have it.
 KIND = _bits("".join(map(chr, (9, 10, 11, 12, 13, 28, 29, 30, 31, 32))), "", _LETTERS, "jJ", "kK", "mM", "vV", "wW", ".", "/", "#")
 KIND[128:] = _WIDE
@@ -147,7 +155,7 @@ class Words(NamedTuple):
     stop_W: np.ndarray  # int64, the one after its last
     at_W: np.ndarray  # int64, characters before it
     size_W: np.ndarray  # int64, characters of it
-    kind_W: np.ndarray  # uint16, KIND of all its bytes
+    kind_W: np.ndarray  # uint16, KIND of all its bytes; of what script without spaces it is
 
 
 @compiled
@@ -198,10 +206,10 @@ def _is_ellipsis(data_B, begin, end, whole):  # type: ignore[no-untyped-def]
 def _read(data_B, begin, end, table, classes, words, count_256):  # type: ignore[no-untyped-def]
     """Cut a document into words, and count its bytes.
 
-    Returns: words, characters; and of those beyond ASCII letters, digits, angle brackets and ellipses.
+    Returns: words, characters; and of those beyond ASCII letters, digits, angle brackets, ellipses and ends of sentences.
     """
     num = tokenize(data_B, begin, end, table, FNV_OFFSET, words.hash_W, words.begin_W, words.stop_W)
-    extra, letters, digits, brackets, ellipses = 0, 0, 0, 0, 0
+    extra, letters, digits, brackets, ellipses, sentences = 0, 0, 0, 0, 0, 0
     i = begin
     for w in range(num + 1):
         start, stop = (words.begin_W[w], words.stop_W[w]) if w < num else (end, end)
@@ -220,16 +228,23 @@ def _read(data_B, begin, end, table, classes, words, count_256):  # type: ignore
             byte = data_B[i]
             count_256[byte] += 1
             kinds |= KIND[byte]
-        i = start
+        if kinds & _WIDE:
+            entry = first_entry(data_B, start, table)
+            kinds |= np.uint16(_HAN if entry & HAN else _CLUSTER if entry & CLUSTER else 0)
+        i, ends = start, False
         while kinds & _WIDE and i < stop:
             point, size = np.int64(data_B[i]), 1
-            if point >= 0x80:
+            if point < 0x80:
+                ends = False
+            else:
                 point, size = decode_utf8(data_B, i)
                 members = classes[point]
                 if members & LETTER:
                     letters += 1
                     kinds |= np.uint16(_LETTER)
                 digits += (members & DIGIT) != 0
+                sentences += (members & TERMINAL) != 0 and not ends
+                ends = (members & TERMINAL) != 0
                 brackets += point == 0x27E8 or point == 0x27E9
                 ellipses += point == 0x2026
                 extra += size - 1
@@ -237,7 +252,7 @@ def _read(data_B, begin, end, table, classes, words, count_256):  # type: ignore
         i = stop
         words.gap_W[w], words.breaks_W[w], words.kind_W[w] = gap, breaks, kinds
         words.at_W[w], words.size_W[w] = start - begin - before, stop - start - (extra - before)
-    return num, end - begin - extra, letters, digits, brackets, ellipses
+    return num, end - begin - extra, letters, digits, brackets, ellipses, sentences
 
 
 @compiled
@@ -277,13 +292,37 @@ def _count(data_B, begin, stop, byte, length):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def _is_thai_or_lao(data_B, i):  # type: ignore[no-untyped-def]
+    """Whether the three bytes at i are a character of U+0E00 to U+0EFF."""
+    return data_B[i] == 0xE0 and data_B[i + 1] >= 0xB8 and data_B[i + 1] <= 0xBB
+
+
+@compiled
+def _has_end_mark(data_B, begin, stop, classes):  # type: ignore[no-untyped-def]
+    """Whether a line ends as a sentence does, but for brackets and quotes beyond ASCII; in Thai and Lao every line does."""
+    while stop > begin:
+        if data_B[stop - 1] < 0x80:
+            return END_MARK[data_B[stop - 1]] & 1 != 0
+        start = stop - 1
+        while start > begin and data_B[start] & 0xC0 == 0x80:
+            start -= 1
+        point, _ = decode_utf8(data_B, start)
+        if not classes[point] & CLOSER:
+            return classes[point] & TERMINAL != 0 or 0xE00 <= point <= 0xEFF
+        stop = start
+    return False
+
+
+@compiled
 def _of_words(data_B, words, num):  # type: ignore[no-untyped-def]
     """Characters of all, of the longest and of URLs; how many have a letter, are symbols, are common, end a sentence. And "..." in them."""
     total, longest, urls, lettered, symbols, common, sentences, ellipses = 0, 0, 0, 0, 0, 0, 0, 0
     for w in range(num):
         begin, stop, kind, size = words.begin_W[w], words.stop_W[w], words.kind_W[w], words.size_W[w]
-        total += size
+        total += MEAN_WORD if kind & (_HAN | _CLUSTER) else size
         longest = max(longest, size)
+        if kind & _CLUSTER and (w + 1 == num or words.begin_W[w + 1] > stop):
+            sentences += _is_thai_or_lao(data_B, stop - 3)
         lettered += (kind & _LETTER) != 0
         sentences += END_MARK[data_B[stop - 1]] >> 1
         if 2 <= stop - begin <= 4:
@@ -303,7 +342,7 @@ def _of_words(data_B, words, num):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _of_lines(data_B, words, num):  # type: ignore[no-untyped-def]
+def _of_lines(data_B, words, num, classes):  # type: ignore[no-untyped-def]
     """Characters of the longest; how many have no end mark, end in an ellipsis, start with a bullet, are short, name JavaScript."""
     longest, bare, ellipses, bullets, short, scripts = 0, 0, 0, 0, 0, 0
     first, script = 0, False
@@ -313,7 +352,7 @@ def _of_lines(data_B, words, num):  # type: ignore[no-untyped-def]
             continue
         begin, stop, size = words.begin_W[first], words.stop_W[w], words.at_W[w] + words.size_W[w] - words.at_W[first]
         longest = max(longest, size)
-        bare += 1 - (END_MARK[data_B[stop - 1]] & 1)
+        bare += not _has_end_mark(data_B, begin, stop, classes)
         ellipses += _is_ellipsis(data_B, begin, stop, False)
         if data_B[begin] == 0xE2:  # every bullet starts with this byte
             point, _ = decode_utf8(data_B, begin)
@@ -422,13 +461,22 @@ def _paragraphs(words, num, num_lines, table_T2, epoch, at_C, key_C):  # type: i
 
 
 @compiled
+def _is_apart(words, w):  # type: ignore[no-untyped-def]
+    """Whether white space stands before a word that is not the first."""
+    return words.begin_W[w] > words.stop_W[w - 1]
+
+
+@compiled
 def _covered_by_top(words, n, at_C, place_C, num, table_T2):  # type: ignore[no-untyped-def]
-    """Characters in the most frequent n-gram."""
+    """Characters in the most frequent run of n words."""
     best, top, size = _ONE, _ZERO, 0
     for c in range(num):
         times = table_T2[place_C[c], 1] & _COUNT
         if times > best:
-            best, top, size = times, place_C[c], words.size_W[at_C[c] : at_C[c] + n].sum() + n - 1
+            at = at_C[c]
+            best, top, size = times, place_C[c], words.size_W[at]
+            for w in range(at + 1, at + n):
+                size += words.size_W[w] + _is_apart(words, w)
     covered, free = 0, 0
     for c in range(num if best > _ONE else 0):
         if place_C[c] == top and at_C[c] >= free:
@@ -438,39 +486,61 @@ def _covered_by_top(words, n, at_C, place_C, num, table_T2):  # type: ignore[no-
 
 @compiled
 def _covered_by_duplicates(words, n, at_C, again_C, num):  # type: ignore[no-untyped-def]
-    """Characters in n-grams that stood before."""
+    """Characters in runs of n words that stood before."""
     covered, free = 0, 0
     for c in range(num):
         if again_C[c]:
             at = at_C[c]
-            covered -= at >= free  # no space before the first word
             for w in range(max(at, free), at + n):
-                covered += words.size_W[w] + 1
+                covered += words.size_W[w] + (w > at and _is_apart(words, w))
             free = at + n
     return covered
 
 
 @compiled
+def _gram(words, at, step):  # type: ignore[no-untyped-def]
+    """Hash of the letters that stand for one word."""
+    key = words.hash_W[at]
+    for w in range(at + 1, at + step):
+        key = _mixed(key, words.hash_W[w])
+    return key
+
+
+@compiled
+def _step(words, num):  # type: ignore[no-untyped-def]
+    """How many words of a document stand for one in n-grams."""
+    han = clusters = 0
+    for w in range(num):
+        han += (words.kind_W[w] & _HAN) != 0
+        clusters += (words.kind_W[w] & _CLUSTER) != 0
+    return 3 if 2 * clusters > num else 2 if 2 * (han + clusters) > num else 1
+
+
+@compiled
 def _ngrams(words, num_words, table_T2, epoch, at_C, key_C, place_C, again_C, top_3, again_9):  # type: ignore[no-untyped-def]
-    """Characters that `top_*` and `duplicate_*` speak of, by n. An n-gram is looked at only where both (n-1)-grams in it are repeated."""
-    num = max(num_words - 1, 0)
+    """Characters that `top_*` and `duplicate_*` speak of, by n. An n-gram is looked at only where both (n-1)-grams in it are repeated
+    (where several letters stand for a word, the first of them)."""
+    step = _step(words, num_words)
+    num = max(num_words - 2 * step + 1, 0)
     for c in range(num):
-        at_C[c], key_C[c] = c, _mixed(words.hash_W[c], words.hash_W[c + 1])
+        at_C[c], key_C[c] = c, _mixed(_gram(words, c, step), _gram(words, c + step, step))
     for n in range(2, 11):
         mask = _mask(num)
         for c in range(num):
             place_C[c], times = _put(table_T2, mask, epoch, key_C[c])
             again_C[c] = times > _ONE
         if n <= 4:
-            top_3[n - 2] = _covered_by_top(words, n, at_C, place_C, num, table_T2)
-        again_9[n - 2] = _covered_by_duplicates(words, n, at_C, again_C, num)
+            top_3[n - 2] = _covered_by_top(words, n * step, at_C, place_C, num, table_T2)
+        again_9[n - 2] = _covered_by_duplicates(words, n * step, at_C, again_C, num)
         kept = 0
-        for c in range(num - 1):
+        for c in range(num):
             at = at_C[c]
-            repeated = (table_T2[place_C[c], 1] & _COUNT) > _ONE and (table_T2[place_C[c + 1], 1] & _COUNT) > _ONE
-            if repeated and at_C[c + 1] == at + 1:
-                at_C[kept], key_C[kept] = at, _mixed(key_C[c], words.hash_W[at + n])
-                kept += 1
+            if at + (n + 1) * step > num_words or (table_T2[place_C[c], 1] & _COUNT) == _ONE:
+                continue
+            if step == 1 and (c + 1 == num or at_C[c + 1] != at + 1 or (table_T2[place_C[c + 1], 1] & _COUNT) == _ONE):
+                continue
+            at_C[kept], key_C[kept] = at, _mixed(key_C[c], _gram(words, at + n * step, step))
+            kept += 1
         num, epoch = kept, epoch + _ONE
         if num == 0:
             break
@@ -493,7 +563,7 @@ def _has_xml_header(data_B, begin, end):  # type: ignore[no-untyped-def]
 def _counts(data_B, begin, end, table, classes, words, count_256, table_T2, epoch, at_C, key_C, counts_K):  # type: ignore[no-untyped-def]
     """Write the counts of one document, but for those of n-grams. Returns its words."""
     count_256[:] = 0
-    num, characters, letters, digits, brackets, ellipses = _read(data_B, begin, end, table, classes, words, count_256)
+    num, characters, letters, digits, brackets, ellipses, sentences = _read(data_B, begin, end, table, classes, words, count_256)
     alphanumeric, ascii_letters, ascii_digits, white_space, ascii_brackets = _of_ascii(count_256)
     letters, digits = letters + ascii_letters, digits + ascii_digits
     of_words, dots = _of_words(data_B, words, num)
@@ -503,10 +573,11 @@ def _counts(data_B, begin, end, table, classes, words, count_256, table_T2, epoc
     counts = (
         (num, characters, characters - alphanumeric, letters, digits, letters + digits, white_space, brackets + ascii_brackets)
         + (count_256[10], count_256[35], count_256[123], ellipses + dots)  # newline, hash sign, curly bracket
-        + of_words
+        + of_words[:-1]
+        + (of_words[-1] + sentences,)
         + lines
         + paragraphs
-        + _of_lines(data_B, words, num)
+        + _of_lines(data_B, words, num, classes)
         + (paragraphs[0] if lorem else policies, np.int64(lorem), np.int64(count_256[60] > 0 and _has_xml_header(data_B, begin, end)))
     )
     for k in range(len(counts)):
@@ -523,12 +594,12 @@ def _divide(counts_K, metrics_F):  # type: ignore[no-untyped-def]
 
 @compiled
 def _max_words(data_B, begin_N):  # type: ignore[no-untyped-def]
-    """No document has more words: what may be white space, and one."""
+    """No document has more words: what may be white space, and one; letters of scripts without spaces, and what stands before them."""
     words = 0
     for d in range(len(begin_N) - 1):
         num = 1
         for byte in data_B[begin_N[d] : begin_N[d + 1]]:
-            num += byte <= 32 or byte == 0xC2 or 0xE1 <= byte <= 0xE3
+            num += (byte <= 32 or byte == 0xC2) + 2 * (byte >= 0xE0)
         words = max(words, num)
     return words
 

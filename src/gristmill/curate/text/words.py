@@ -4,27 +4,125 @@ A table says of each character (or of each byte) whether it parts words, is a pi
 (lower case, say). The scanners differ in their tables, because they want different words:
 
 - text metrics: what `str.split()` gives, as it is (`split`);
-- near duplicates, hashed embeddings: ASCII letters and digits in lower case, and all bytes beyond ASCII (BYTES);
-- trigrams and classifiers: the same, but ASCII marks and ideographs are tokens of their own (BYTES_AND_MARKS);
+- near duplicates, hashed embeddings: ASCII letters and digits in lower case, what is beyond ASCII, and signs (`signs_and_lower`);
+- trigrams and classifiers: bytes; ASCII marks and ideographs are tokens of their own (BYTES_AND_MARKS);
 - exact substrings: letters and digits of Unicode as they are, and every other character but spaces (`letters_and_marks`);
-- decontamination: letters and digits of Unicode, each in lower case (`lower_letters`).
+- decontamination: letters and digits of Unicode, each in lower case, and signs (`lower_letters`).
+
+But for the third, which models were trained with: in scripts that put no spaces between words each letter is a word, with the combining
+marks on it (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan and others); everywhere a combining mark belongs to its word.
+
+A sign is what changes the meaning of what stands beside it: the plus of 3 + 4 and of C++, the minus of n - 1, but not a hyphen, a dash,
+the mark before a point of a list, emphasis, a heading or a ruled line (`_is_sign`). Symbols of mathematics and currencies beyond ASCII
+always are.
 """
 
+import unicodedata
 from functools import cache
 
 import numpy as np
 from numba import njit
 
-from gristmill.curate.text.text_column import DIGIT, LETTER, SPACE, char_classes, decode_utf8, longest
+from gristmill.curate.text.text_column import COMBINING, DIGIT, LETTER, NUMERIC, SPACE, SYMBOL, char_classes, decode_utf8, longest
 from gristmill.data.minhash import mix64
 
+VERSION = 2  # of what a word is; signatures of another one are of other words
 # Flags of a table's entries, above the value that is hashed; an entry of 0 parts words.
 VALUE = 0x1FFFFF
+NUMBER = 1 << 22  # beside others: a digit, or another character that says a number
+SIGN = 1 << 23  # beside SINGLE: only where `_is_sign` finds that it is one
 WORD = 1 << 24  # a piece of a word
 SINGLE = 1 << 25  # a token of its own, hashed as a word of one piece
 MARK = 1 << 26  # the same, its value mixed as it is
 IDEOGRAPH = 1 << 27  # the same, of this byte and the two that follow
+JOINS = 1 << 28  # beside WORD: a piece of the SINGLE right before it, too
+HAN, CLUSTER = 1 << 29, 1 << 30  # beside SINGLE: a letter of an East Asian script without spaces, or of another one
 FNV_OFFSET, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
+# Scripts without spaces: ideographs, kana, bopomofo, Yi, Tangut, Nushu; Thai, Lao, Tibetan, Burmese, Khmer, Tai, Balinese, Javanese.
+_HAN = (0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3021, 0x312F), (0x31A0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0xA48C), (0xF900, 0xFAFF)
+_HAN += (0xFF66, 0xFF9F), (0x16FE0, 0x18DFF), (0x1AFF0, 0x1B2FF), (0x20000, 0x323AF)
+_CLUSTER = (0x0E00, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19DF), (0x1A20, 0x1AAF), (0x1B00, 0x1B7F), (0xA980, 0xA9FF), (0xAA60, 0xAADF)
+_JOINERS = (0xAD, 0x200C, 0x200D, 0x2060)  # soft hyphen, zero-width non-joiner and joiner, word joiner
+
+
+# ---- signs ----
+
+
+@njit(cache=True, nogil=True)
+def _beside(data_B, begin, end, i, step, table):  # type: ignore[no-untyped-def]
+    """What stands at byte i, read by steps of 1 or -1: 2, an operand (a number, a letter alone, a bracket); 1, another word; 0, neither.
+
+    A number is 3.
+    """
+    if i < begin or i >= end:
+        return 0
+    byte = data_B[i]
+    if byte >= 0x80:
+        return 1
+    if 48 <= byte <= 57:
+        return 3
+    letter = 97 <= byte | 32 <= 122
+    if letter or byte == 95:
+        j = i + step
+        alone = not (begin <= j < end) or not (data_B[j] >= 0x80 or data_B[j] == 95 or table[data_B[j]] & WORD)
+        return 2 if alone and letter else 1
+    if step > 0:
+        if byte in (46, 45, 43) and i + 1 < end and 48 <= data_B[i + 1] <= 57:  # .5 -5 +5
+            return 3
+        return 2 if byte in (40, 91, 123, 92) else 0
+    return 2 if byte in (41, 93, 125) else 0
+
+
+@njit(cache=True, nogil=True)
+def _is_sign(data_B, begin, end, i, size, value, table):  # type: ignore[no-untyped-def]
+    """Whether the character at i, a mark of the given value, says what is done with its neighbours, and is no mark of writing."""
+    first, stop = i, i + size
+    if size == 1:
+        while first > begin and data_B[first - 1] == data_B[i] and i - first < 4:
+            first -= 1
+        while stop < end and data_B[stop] == data_B[i] and stop - i < 4:
+            stop += 1
+    run = stop - first if size == 1 else 1
+    if run > 3:  # a ruled line
+        return False
+    before, after = first - 1, stop
+    while before >= begin and (data_B[before] == 32 or data_B[before] == 9):
+        before -= 1
+    while after < end and (data_B[after] == 32 or data_B[after] == 9):
+        after += 1
+    spaced = before < first - 1 and after > stop
+    opens_line = before < begin or data_B[before] == 10
+    if opens_line and (after == end or data_B[after] == 10 or data_B[after] == 13):  # a ruled line, or nothing beside it
+        return False
+    left, right = _beside(data_B, begin, end, first - 1, -1, table), _beside(data_B, begin, end, stop, 1, table)
+    if value in (43, 62) and opens_line and after > stop:  # + or > before a point or a quotation
+        return False
+    if value == 45:  # -
+        if run == 2:
+            return (left == 2 and right == 0) or (left == 0 and right == 2)  # i--
+        if run == 1 and spaced:
+            if opens_line:
+                return False
+            left, right = _beside(data_B, begin, end, before, -1, table), _beside(data_B, begin, end, after, 1, table)
+            return right >= 2 and left > 0 or left == 2
+        return run == 1 and right >= 2 and left != 1
+    if value == 42:  # *
+        if spaced and not opens_line:
+            left, right = _beside(data_B, begin, end, before, -1, table), _beside(data_B, begin, end, after, 1, table)
+        return left > 0 and right > 0
+    if value == 47:  # /
+        if spaced:
+            return run == 1 and _beside(data_B, begin, end, before, -1, table) > 0 and _beside(data_B, begin, end, after, 1, table) > 0
+        return left > 0 and right > 0 and (left > 1 or right > 1)
+    if value == 35:  # #
+        return left > 0 or (right == 3 and not opens_line)
+    if value == 33:  # !
+        return left > 1 or right > 0 or (stop < end and data_B[stop] == 61)
+    if value == 36:  # $
+        return right == 3
+    if value == 46:  # .
+        return right == 3 and left == 0 and run == 1
+    return True
 
 
 @njit(cache=True, nogil=True)
@@ -48,6 +146,11 @@ def tokenize(data_B, begin, end, table, seed, hash_W, start_W, stop_W):  # type:
         entry = table[point]
         if entry & WORD:
             if not inside:
+                if entry & JOINS and count > 0 and stop_W[count - 1] == i:
+                    value = (value ^ np.uint64(entry & VALUE)) * FNV_PRIME
+                    i += size
+                    hash_W[count - 1], stop_W[count - 1] = mix64(value), i
+                    continue
                 inside, value = True, seed
                 start_W[count] = i
             value = (value ^ np.uint64(entry & VALUE)) * FNV_PRIME
@@ -56,12 +159,13 @@ def tokenize(data_B, begin, end, table, seed, hash_W, start_W, stop_W):  # type:
                 inside = False
                 hash_W[count], stop_W[count] = mix64(value), i
                 count += 1
-            if entry:
+            if entry and not (entry & SIGN and not _is_sign(data_B, begin, end, i, size, np.int64(entry & VALUE), table)):
                 value = np.uint64(entry & VALUE)
                 if entry & IDEOGRAPH:
                     value = value << np.uint64(16) | np.uint64(data_B[i + 1]) << np.uint64(8) | np.uint64(data_B[i + 2])
                     size = 3
-                hash_W[count] = mix64((seed ^ value) * FNV_PRIME if entry & SINGLE else value)
+                value = (seed ^ value) * FNV_PRIME if entry & SINGLE else value
+                hash_W[count] = mix64(value)
                 start_W[count], stop_W[count] = i, i + size
                 count += 1
         i += size
@@ -78,36 +182,71 @@ def buffers(begin_N):  # type: ignore[no-untyped-def]
     return np.empty(size, np.uint64), np.empty(size, np.int64), np.empty(size, np.int64)
 
 
+@njit(cache=True, nogil=True, inline="always")
+def first_entry(data_B, i, table):  # type: ignore[no-untyped-def]
+    """The table's entry of the character at i, by a table of code points."""
+    point = np.int64(data_B[i])
+    if point >= 0x80:
+        point, _ = decode_utf8(data_B, i)
+    return table[point]
+
+
 # ---- tables ----
 
 
-def _of_bytes(marks: bool) -> np.ndarray:
+def _of_bytes() -> np.ndarray:
     table = np.zeros(256, np.uint32)
     for byte in range(256):
         char = chr(byte)
         if byte >= 128:
-            table[byte] = byte | (IDEOGRAPH if marks and 0xE3 <= byte <= 0xE9 else WORD)  # first bytes of U+3000 to U+9FFF
+            table[byte] = byte | (IDEOGRAPH if 0xE3 <= byte <= 0xE9 else WORD)  # first bytes of U+3000 to U+9FFF
         elif char.isalnum():
             table[byte] = ord(char.lower()) | WORD
-        elif marks and char.isprintable() and char != " ":
+        elif char.isprintable() and char != " ":
             table[byte] = byte | MARK
     return table
 
 
-BYTES, BYTES_AND_MARKS = _of_bytes(False), _of_bytes(True)
+BYTES_AND_MARKS = _of_bytes()
 
 
 def _of_points(words: int, others: int) -> np.ndarray:
     """Code points of the classes in `words` are pieces of words; `others` is what all others are, but for spaces."""
     classes = char_classes()
-    table = np.where((classes & words) != 0, WORD, others) | np.arange(len(classes))
-    return np.where(((classes & SPACE) != 0) | (table < WORD), 0, table).astype(np.uint32)
+    points = np.arange(len(classes), dtype=np.uint32)
+    table = np.where((classes & words) != 0, WORD, others).astype(np.uint32) | points
+    table = np.where(((classes & SPACE) != 0) | (table < WORD), 0, table).astype(np.uint32)
+    joins = (classes & COMBINING) != 0
+    joins[list(_JOINERS)] = True
+    table[joins] = points[joins] | WORD | JOINS
+    for ranges, flag in ((_HAN, HAN), (_CLUSTER, CLUSTER)):
+        for first, last in ranges:
+            letters = first + np.flatnonzero(classes[first : last + 1] & LETTER)
+            table[letters] = letters.astype(np.uint32) | (SINGLE | flag)
+    table[0x3007] = 0x3007 | SINGLE | HAN  # zero, which is no letter
+    return table
+
+
+def _with_signs(table: np.ndarray, dashes: str) -> np.ndarray:
+    """The same with signs as tokens, and with numbers marked."""
+    classes = char_classes()
+    for point in np.flatnonzero(classes & SYMBOL).tolist():
+        plain = unicodedata.normalize("NFKC", chr(point)).translate({0x2212: "-", 0xD7: "*", 0xF7: "/"})
+        table[point] = SINGLE | (ord(plain) if len(plain) == 1 else point)
+    for char in "+-*/=<>^%&|~#!$.":
+        table[ord(char)] = SINGLE | SIGN | ord(char)
+    for char in dashes:
+        table[ord(char)] = SINGLE | SIGN | ord("-")
+    table[(table != 0) & ((classes & (NUMERIC | DIGIT)) != 0)] |= np.uint32(NUMBER)
+    return table
 
 
 @cache
 def split() -> np.ndarray:
-    """The words of `str.split()`."""
-    return _of_points(0, WORD)
+    """The words of `str.split()`; what is neither letter nor digit belongs to the letter without spaces before it."""
+    classes, table = char_classes(), _of_points(0, WORD)
+    table[((classes & (LETTER | DIGIT)) == 0) & (table != 0) & ((table & SINGLE) == 0)] |= np.uint32(JOINS)
+    return table
 
 
 @cache
@@ -117,9 +256,22 @@ def letters_and_marks() -> np.ndarray:
 
 
 @cache
+def signs_and_lower() -> np.ndarray:
+    """Runs of ASCII letters and digits in lower case and of all that is beyond ASCII, but for East Asian punctuation; and signs."""
+    table = _of_points(0, WORD)
+    for point in range(0x80):
+        table[point] = ord(chr(point).lower()) | WORD if chr(point).isalnum() else 0
+    for first, last in ((0x3000, 0x303F), (0xFE30, 0xFE6F), (0xFF00, 0xFF65)):
+        for point in range(first, last + 1):
+            if unicodedata.category(chr(point))[0] in "PZ":
+                table[point] = 0
+    return _with_signs(table, "")
+
+
+@cache
 def lower_letters() -> np.ndarray:
-    """Runs of letters and digits, in lower case (the first character of it)."""
-    table = _of_points(LETTER | DIGIT, 0)
-    for point in np.nonzero(table[:0x20000])[0].tolist():
-        table[point] = WORD | ord(chr(point).lower()[0])
-    return table
+    """Runs of letters, digits and other numbers, in lower case (the first character of it); and signs."""
+    table = _of_points(LETTER | DIGIT | NUMERIC, 0)
+    for point in np.nonzero(table[:0x20000] & WORD)[0].tolist():
+        table[point] = table[point] & ~np.uint32(VALUE) | np.uint32(ord(chr(point).lower()[0]))
+    return _with_signs(table, "\u2010\u2011\u2012\u2013")
