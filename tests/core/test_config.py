@@ -1,5 +1,6 @@
 """The recipe: a frozen surface, errors that name the right key, paths, and a round trip through YAML."""
 
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 import gristmill
-from gristmill.core.config import check, dump, load
+from gristmill.core.config import MAX_YAML_BYTES, check, dump, find_recipe, load, read
 from gristmill.core.errors import InputError
 from gristmill.curate.blend.blend import Blend
 from gristmill.curate.recipe import Curation
@@ -340,3 +341,62 @@ def test_dump_and_load_are_inverse(
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(dump(recipe))
     assert load(path, AlignmentRecipe) == recipe
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+MERGED = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
+HOSTILE = {
+    "huge integer": "seed: " + "9" * 5000,
+    "integer beyond 2^53": "seed: 99999999999999999",
+    "huge hexadecimal": "seed: 0x" + "f" * 100_000,
+    "sexagesimal": "seed: " + "1" + ":1" * 100_000,
+    "nested lists": "a: " + "[" * 50_000,
+    "nested, closed": "a: " + "[" * 200 + "]" * 200,
+    "nested mappings": "a: " + "{a: " * 5000 + "}" * 5000,
+    "nested blocks": "".join(" " * i + "a:\n" for i in range(300)),
+    "billion laughs": LAUGHS,
+    "billion laughs by merging": MERGED,
+    "an alias in itself": "a: &a [*a]",
+    "no date": "name: 2020-13-45",
+    "a wrong tag": "seed: !!int x",
+    "a wrong time": "seed: !!timestamp x",
+    "wrong base64": "seed: !!binary 'x'",
+    "an object": "seed: !!python/object/apply:os.system [ls]",
+    "NUL": 'name: "a\\0b"',
+    "half a pair": 'name: "\\ud800"',
+    "a list as a key": "? [a]\n: 1",
+    "a key twice": "seed: 1\nseed: 2",
+    "two documents": "a: 1\n---\na: 2",
+    "a list": "- 1",
+    "nothing": "",
+    "no UTF-8": b"name: \xff\xfe",
+    "control characters": b"name: \x07",
+    "too large": b"# " + b"x" * (MAX_YAML_BYTES + 1),
+    "no key of ours": "1: 2",
+    "user": "model: ~nobody-of-this-name/x.yaml",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_yaml_is_one_sentence(tmp_path: Path, name: str) -> None:
+    path, text = tmp_path / "r.yaml", HOSTILE[name]
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as caught:
+        load(path, AlignmentRecipe)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000 and "r.yaml" in str(caught.value)
+
+
+def test_places_that_hold_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name in ("folder.yaml", "pipe.yaml", "x" * 300 + ".yaml", "a\0b.yaml"):
+        with pytest.raises(InputError, match="There is no recipe"):
+            find_recipe(str(tmp_path / name), "alignment")
+        with pytest.raises(InputError, match="cannot be read"):
+            load(tmp_path / name, AlignmentRecipe)
+
+
+def test_aliases_and_merged_mappings_are_welcome(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: &a {lr: 1.0e-5, steps: 3}\nb: {<<: *a, steps: 4}\nc: [*a, *a]\nd: -12\n")
+    found = read(tmp_path / "r.yaml")
+    assert found["b"] == {"lr": 1e-5, "steps": 4} and found["c"] == [found["a"]] * 2 and found["d"] == -12

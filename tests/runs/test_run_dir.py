@@ -208,6 +208,43 @@ def test_a_full_disk_when_the_run_begins(tmp_path: Path, monkeypatch: pytest.Mon
         open_run(tmp_path / "run" / function).stage("data", 1, lambda folder: {})
 
 
+def test_a_full_disk_at_the_second_start_spoils_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot) -> None:
+    open_run(tmp_path / "run").stage("data", 1, lambda folder: {})
+    before = snapshot(tmp_path / "run")
+    for function in ("fsync", "replace", "open"):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left on device"):
+            patch.setattr(os, function, no_space)
+            open_run(tmp_path / "run")
+        assert snapshot(tmp_path / "run") == before
+    open_run(tmp_path / "run").close()
+
+
+def test_a_lost_recipe_is_written_again_for_the_same_one_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def made(text: str | None, given: AlignmentRecipe) -> None:
+        saved = tmp_path / "run" / "recipe.yaml"
+        saved.unlink(missing_ok=True)
+        if text is not None:
+            saved.write_text(text)
+        with open_run(tmp_path / "run", given) as run:
+            run.stage("data", 1, lambda folder: {})
+
+    made(None, recipe(seed=1))
+    for text in ("", "\0", "[", "1: 2\nkind: alignment\nrounds: many", None):
+        with pytest.raises(InputError, match="recipe.yaml is damaged"):
+            made(text, recipe(seed=2))
+        with pytest.raises(InputError, match=r"recipe.yaml is damaged|holds a run of"), RunDir(tmp_path / "run", Curation(), Progress()):
+            pass
+        made(text, recipe(seed=1))
+        assert load(tmp_path / "run" / "recipe.yaml", AlignmentRecipe).seed == 1
+
+
+def test_a_recipe_of_ones_own_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("kind: alignment  # mine\nworld: miniature\n")
+    with pytest.raises(InputError, match="holds no run"):
+        open_run(tmp_path)
+    assert "mine" in (tmp_path / "recipe.yaml").read_text()
+
+
 def test_a_full_disk_in_a_stage_leaves_it_to_be_continued(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     run.stage("data", 1, lambda folder: {})

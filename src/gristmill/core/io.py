@@ -40,8 +40,7 @@ class DamagedFile(InputError):
 def replacing(path: Path) -> Iterator[Path]:
     """Atomic file write: the body writes to the temporary path that it gets, which is then synced and takes the place of `path`.
 
-    A kill or a power cut at any moment leaves the old file or the whole new one, and at most a temporary that `sweep` removes. A device
-    or a pipe is written to as it is.
+    A kill or a power cut at any moment leaves the old file or the whole new one, and at most a temporary that `sweep` removes.
 
     Raises:
         InputError: the disk is full or the place cannot be written.
@@ -49,16 +48,17 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path
     try:
         path = Path(os.path.realpath(path)) if path.is_symlink() else path
-        is_device = path.exists() and not path.is_file() and not path.is_dir()
-        temporary = path if is_device else path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        if path.exists() and not path.is_file():
+            kind = errno.EISDIR if path.is_dir() else errno.EINVAL  # a device must stay one
+            raise OSError(kind, os.strerror(kind))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         make_folder(path.parent)
         yield temporary
-        if not is_device:
-            sync(temporary)
-            os.replace(temporary, path)
-            sync(path.parent)
-            if (written := WRITTEN.get()) is not None:
-                written.append(path)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+        if (written := WRITTEN.get()) is not None:
+            written.append(path)
     except (OSError, SafetensorError) as e:
         full = f"the disk of {path.parent} is full; " if error_number(e) in FULL else ""
         hint = "free some space and start again, finished work is kept" if full else "free some space or choose another place"
@@ -205,7 +205,7 @@ def damaged(folder: Path, stamped: Any) -> list[str]:
 
     def is_whole(name: str, wanted: Any) -> bool:
         try:
-            return bool(stamp(folder / name) == wanted)
+            return (folder / name).is_file() and bool(stamp(folder / name) == wanted)
         except (OSError, ValueError):
             return False
 
@@ -223,10 +223,11 @@ def state(path: Path) -> tuple[str, int, int, int]:
 
 def lock(path: Path) -> IO[str]:
     """Lock the folder for this process; the kernel lets go when the process ends, however it ends."""
-    file = (path / ".lock").open("w")
+    file = (path / ".lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
+        file.close()
         raise InputError(f"{path} is in use by another gristmill process: wait for it to end.") from e
     return file
 

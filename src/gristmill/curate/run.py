@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import STAMPS, DamagedFile, damaged, make_folder, read_json, stamp, state, sync, write_json
+from gristmill.core.io import STAMPS, DamagedFile, damaged, disk_errors, make_folder, read_json, stamp, state, sync, write_json
 from gristmill.core.progress import Progress
 from gristmill.curate import stages
 from gristmill.curate.io import readers, shards
@@ -105,7 +105,8 @@ def run(recipe: Curation, folder: Path, progress: Progress) -> Facts:
         raise InputError("There is nothing to read: give `inputs` in the recipe, or --input.")
     skipped: list[tuple[str, str]] = []
     files = readers.list_files(recipe.inputs, lambda where, why: skipped.append((where, why)))
-    _check_folder(folder, recipe, files)
+    with disk_errors(folder):
+        _check_folder(folder, recipe, files)
     read_by = [stages.check(step) for step in recipe.steps]
     for file, *_ in (entry for of_step in read_by for entry in of_step):
         if any(Path(file).resolve().is_relative_to((folder / name).resolve()) for name in PRODUCTS):

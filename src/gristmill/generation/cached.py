@@ -143,7 +143,7 @@ class CachedClient:
         await self._write({**head, "out": rows, **({"left_out": left_out} if left_out else {})})
         self.asked += 1
         self.left_out.update(left_out)
-        return outs
+        return completions_of({"out": rows, "left_out": left_out})  # what a later start would find, to the digit
 
     async def _write(self, record: dict[str, Any]) -> None:
         """Append a record. The answer is paid for, so a full disk is waited for, and meanwhile nothing new is asked."""

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import make_folder, replacing, sync, write_json
+from gristmill.core.io import disk_errors, make_folder, replacing, sync, write_json
 from gristmill.core.untrusted import existing_file, is_bare_name, quoted, quoted_path, read_untrusted_json
 from gristmill.data.chat import matching_formats
 from gristmill.data.rows import ATTRIBUTES
@@ -208,7 +208,9 @@ def _is_ours(path: Path) -> bool:
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that replaces it if the body succeeds and vanishes if it fails."""
-    if folder.exists() and not (folder.is_dir() and all(_is_ours(path) for path in folder.iterdir())):
+    with disk_errors(folder):
+        is_free = not folder.exists() or (folder.is_dir() and all(_is_ours(path) for path in folder.iterdir()))
+    if not is_free:
         raise InputError(f"Choose another folder than {folder}: it holds more than a saved model.")
     folder = Path(os.path.abspath(folder))  # "." and ".." have no name of their own
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")

@@ -17,7 +17,7 @@ import resource
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,11 +88,13 @@ class RunDir:
         try:
             self._check(recipe)
             make_folder(path)
-            self._lock = lock(path)
-            sweep(path)
-            (path / OLD_TEMPORARY).unlink(missing_ok=True)
-            write_text(path / RECIPE, dump(recipe))
-            shutil.rmtree(path / GONE, ignore_errors=True)
+            with ExitStack() as held:
+                self._lock = held.enter_context(lock(path))
+                sweep(path)
+                (path / OLD_TEMPORARY).unlink(missing_ok=True)
+                write_text(path / RECIPE, dump(recipe))
+                shutil.rmtree(path / GONE, ignore_errors=True)
+                held.pop_all()
         except (OSError, ValueError) as e:
             if isinstance(e, InputError):
                 raise
@@ -110,20 +112,17 @@ class RunDir:
         kind = recipe.model_dump()["kind"]
         try:
             old = read(saved)
-        except InputError as e:
-            if self.begun and not self._is_of_this_recipe():
-                raise InputError(f"{e} Put back the file that the run wrote, or choose another folder with --out.") from e
-            return
+            changed = recipe.changed(old) if old.get("kind") == kind else []
+        except (ValueError, TypeError) as e:  # of which types its values are, nobody has checked
+            if not self.begun or self._is_of_this_recipe():
+                return
+            raise InputError(f"{saved} is damaged ({reason(e)}): put it back, or choose another folder with --out.") from e
         if (other := old.get("kind", kind)) != kind:
             raise InputError(f"{self.path} holds a run of `gristmill {COMMANDS.get(str(other), other)}`: choose another --out.")
         if not self.begun:
             return  # nothing is made yet: the recipe may change
         if "kind" not in old:
             raise InputError(f"{self.path} was made by an earlier version of gristmill: finish it with that one, or choose another --out.")
-        try:
-            changed = recipe.changed(old)
-        except (TypeError, ValueError) as e:  # of which types its values are, nobody has checked
-            raise InputError(f"{saved} is damaged ({reason(e)}): choose another folder with --out.") from e
         if changed:
             raise InputError(
                 f"{self.path} was made by another recipe (they differ in {', '.join(changed)}): "
@@ -132,17 +131,20 @@ class RunDir:
 
     def _is_of_this_recipe(self) -> bool:
         """Whether all that is finished says that it was made by this very recipe."""
-        made = [found for path in (self.path / RESULTS, *self.path.glob(f"*/{MARKER}")) if (found := self._marker(path))]
+        paths = [*self.path.glob(f"*/{MARKER}"), self.path / RESULTS]
+        made = [found for path in paths if (found := self._marker(path))]
         return bool(made) and all(one.get(RECIPE_HASH, self._key) == self._key for one in made) and any(RECIPE_HASH in one for one in made)
 
     def _marker(self, path: Path) -> dict[str, Any]:
         """What a marker says; nothing where there is none, or one that is damaged."""
+        if not path.exists():
+            return {}
         try:
-            found = read_json(path) if path.exists() else {}
+            found = read_json(path)
         except DamagedFile:
             found = {CHECK: ""}
-        check = found.pop(CHECK, None)
-        sound = check == make_id(found) if check is not None else not found or isinstance(found.get("fingerprint"), str)
+        check = found.pop(CHECK, None)  # those of earlier versions have none
+        sound = check == make_id(found) if check is not None else isinstance(found.get("fingerprint"), str)
         if not sound:
             self.progress.warn(f"{path} is damaged: what it speaks of is made again.")
         return found if sound else {}
@@ -285,9 +287,6 @@ class RunDir:
         Args:
             products: patterns of what stays when the stages are dropped; `finished` looks at it again.
         """
-        if not products:
-            write_json(self.path / RESULTS, results)
-            return results
         with disk_errors(self.path):
             vouched = stamps(self.path, products)
             sync(self.path)
@@ -304,7 +303,8 @@ class RunDir:
             results.pop(RECIPE_HASH, None)
             if self._is_whole(self.path, {STAMPS: vouched}):
                 return results
-        path.unlink(missing_ok=True)
+        with disk_errors(self.path):
+            path.unlink(missing_ok=True)
         return None
 
     def drop_stages(self) -> None:
@@ -320,12 +320,13 @@ class RunDir:
         """Remove a file or folder in the run folder, or nothing."""
         gone = self.path / GONE
         shutil.rmtree(gone, ignore_errors=True)
-        if path.is_dir():
-            path.rename(gone)
-            sync(self.path)
-            shutil.rmtree(gone)
-        else:
-            path.unlink(missing_ok=True)
+        with disk_errors(self.path):
+            if path.is_dir():
+                path.rename(gone)
+                sync(self.path)
+                shutil.rmtree(gone)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class _Entry:

@@ -62,7 +62,7 @@ def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force
     Raises:
         InputError: a file or the model cannot be used, a file holds what the evaluation asks, `out` exists, or the name is no name.
     """
-    if out.exists() and not force:
+    if os.path.exists(out) and not force:
         raise InputError(f"{out} exists: give another file with --out, or --force to overwrite it.")
     values: dict[str, Any] = {"name": name, "model": model if model == "miniature" else _path(Path(model), out)}
     for path in files.values():
