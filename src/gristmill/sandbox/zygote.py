@@ -353,7 +353,7 @@ class _Runner:
         os.close(alive)
         status = _kill(pid)
         kept = _drain(self._output, kept)
-        verdict = json.loads(said[4:]) if said and not late else {"reason": "", "weak": False, "clean": False}
+        verdict: dict[str, Any] = json.loads(said[4:]) if said and not late else {"reason": "", "weak": False, "clean": False}
         if verdict["clean"]:
             checker.rest()
         else:
@@ -485,6 +485,7 @@ def _prepare() -> None:
         __import__(name)
     for name in [name for name in sys.modules if name.split(".")[0] == "gristmill"]:
         del sys.modules[name]
+    builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # scripts end so; `-S` leaves them out
     for name in _REFUSED_MODULES:
         sys.modules[name] = None  # type: ignore[assignment]  # an import fails
     sys.modules["__main__"] = types.ModuleType("__main__")

@@ -68,7 +68,7 @@ def _prompts(path: Path) -> list[Prompt]:
             check_turns(talk)
             if not talk[-1].content.strip() or any(SURROGATE.search(m.content) for m in talk):
                 raise InputError("the text is empty or cannot be encoded.")
-            truth = read_truth(record)
+            truth = read_truth({"truth": record.get("truth")})
             if truth is not None:  # so that a wrong one is found before its answers are bought
                 check_truth(truth)
         except KeyError as e:
