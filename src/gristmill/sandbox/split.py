@@ -353,8 +353,8 @@ class Remote:
     def __doc__(self) -> Any:  # type: ignore[override]
         return self._link.ask("getattr", self, "__doc__")
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         return type(self._value) if self._flag == "p" else self._link.ask("type", self)
 
     def __bool__(self) -> bool:

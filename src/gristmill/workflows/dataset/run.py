@@ -301,7 +301,9 @@ class _Run:
         artifacts.PAIRS.write(folder, pairs)
         self.asked += client.asked
         failed = client.failed + (rater.failed if rater else 0)
-        return {"responses": len(judged), "funnel": funnel, "pairs": len(pairs), "failed": failed}
+        weak = sum(r.weak is True for r in judged)
+        counts = {"responses": len(judged), "funnel": funnel, "pairs": len(pairs), "failed": failed}
+        return counts | ({"weak": weak} if weak else {})
 
 
 def _parted(written: Sequence[Demonstration]) -> tuple[list[Demonstration], list[Demonstration]]:
