@@ -68,6 +68,12 @@ CROSSES = {
     ),
     "a built-in name under test": ("def sum(a, b): return a - b", "assert sum(5, 3) == 2"),
     "imports of the program": ("def f(): return 1", "from my_solution import f as g\nimport answer\nassert g() == 1 and answer.f() == 1"),
+    "a set of objects": (
+        "class K:\n    def __init__(self, n): self.n = n\n    def __repr__(self): return 'K'\nk = K(1)\ndef f(): return [k, k]",
+        "assert len(set(f())) == 1 and repr(f()[0]) == 'K'",
+    ),
+    "keys": ("def f(d): return d.keys()", "assert f({1: 2}) == {1} and sorted(f({2: 1, 1: 1})) == [1, 2]"),
+    "a tracer of its own": ("import sys\ndef f(x):\n    sys.settrace(None)\n    return x", "assert f(1) == 1"),
     "names that the program imports": ("import math\nfrom collections import Counter", "assert Counter('aa') == {'a': 2} and math.pi > 3"),
     "test functions": (
         "def f(x): return x / 10",
@@ -152,6 +158,11 @@ def test_a_lying_program_fails(box: Sandbox, name: str) -> None:
     [
         ("class P:\n    def __init__(s, x): s.x = x\n    def __eq__(s, o): return s.x == o.x", "assert P(1) == P(1) and P(1) != P(2)"),
         ("class M:\n    def __init__(s, x): s.x = x\n    def __mul__(s, k): return M(s.x * k)", "assert (M(2) * 3).x == 6"),
+        (
+            "class K:\n    def __init__(s, n): s.n = n\n    def __eq__(s, o): return s.n == o.n\n    def __hash__(s): return s.n",
+            "assert len({K(1), K(1)}) == 1",
+        ),
+        ("import pickle\nclass A: pass", "assert isinstance(pickle.loads(pickle.dumps(A())), A)"),
         ("class A:\n    def f(self): return 1", "class B(A): pass\nassert B().f() == 1"),
         ("def f(x): return x", "import inspect\nassert len(inspect.signature(f).parameters) == 1"),
         ("def f(o): return o.read()", "import io\nassert f(io.StringIO('a')) == 'a'"),
@@ -171,7 +182,8 @@ def test_a_check_leaves_no_trace_for_the_next(box: Sandbox) -> None:
 
 @pytest.mark.parametrize("name", ["_testcapi", "_testinternalcapi", "_ctypes", "_xxsubinterpreters", "_posixsubprocess", "_testbuffer"])
 def test_modules_that_reach_into_the_interpreter_are_not_importable(box: Sandbox, name: str) -> None:
-    for program in (f"import {name}", f"import sys\nsys.modules.pop('{name}', None)\nimport {name}"):
+    again = f"import importlib, sys\nsys.modules.pop('{name}', None)\nimportlib.import_module('{name}')"
+    for program in (f"import {name}", f"import sys\nsys.modules.pop('{name}', None)\nimport {name}", again):
         assert box.run(program, "").reason.startswith(("error: ImportError", "error: ModuleNotFoundError"))
     assert box.run("import ctypes, subprocess, unittest.mock", "").passed
 

@@ -102,6 +102,8 @@ _BASES: dict[type, Callable[[Any], Any]] = {
     set: lambda v: set().union(v),
     bytearray: bytearray,
     deque: lambda v: deque(v, v.maxlen),
+    type({}.keys()): set,
+    type({}.items()): set,
 }
 _FROZEN = (int, float, complex, str, bytes, tuple, frozenset)
 _COMPARED = ["eq", "ne", "lt", "le", "gt", "ge"]
@@ -260,7 +262,7 @@ class ProgramSide(Peer):
         if isinstance(value, type) and issubclass(value, BaseException):
             return self._class(value)
         if kind is types.ModuleType:
-            return ["M", value.__name__]
+            return ["M", self._place(value), value.__name__]
         if kind in (types.FunctionType, types.BuiltinFunctionType) or isinstance(value, type):
             if id(value) in self._stubs:
                 return ["k", self._stubs[id(value)][0]]
@@ -365,6 +367,9 @@ class Remote:
         return bool(self._flag in ("c", "f") or self._link.ask("bool", self) is True)
 
     def __hash__(self) -> int:
+        if self._made and self._flag == "":
+            self._link.weak = True
+            return hash(self._link.ask("hash", self))
         return hash(self._value) if self._flag == "p" else hash(self._place)
 
     def __str__(self) -> str:
@@ -594,10 +599,11 @@ class CheckSide(Peer):
             return found
         if tag == "S" and rest[0] in SHARED_MODULES and rest[1] == self._finding:
             return getattr(importlib.import_module(rest[0]), rest[1])
-        if tag == "M" and str(rest[0]).split(".")[0] in SHARED_MODULES | {"time", "datetime", "random", "os", "sys", "io"}:
-            return importlib.import_module(rest[0])
-        if tag == "M":
-            raise ImportError(f"the check does not import {str(rest[0])[:100]}")
+        if tag == "M" and rest[1] in SHARED_MODULES | {"time", "datetime", "random", "os", "sys", "io"}:
+            return importlib.import_module(rest[1])
+        if tag == "M":  # of another module the check uses what the program has
+            self.weak = True
+            return self.unpack_other("o", [rest[0], "", None], table)
         if tag == "k":
             return self._functions[rest[0]]
         if tag in ("B", "E", "X"):
