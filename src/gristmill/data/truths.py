@@ -92,8 +92,8 @@ def _tests(record: dict[str, Any]) -> dict[str, Any] | None:
         truth |= _apps(record["input_output"])
     elif record.get("public_test_cases") is not None:
         truth |= _live_code(record)
-    elif (tests := record.get("tests", record.get("test"))) is not None:
-        truth["tests"] = tests
+    elif isinstance(given := record.get("tests", record.get("test")), (str, list)):
+        truth["tests"] = given
     else:
         return None
     if entry_point:

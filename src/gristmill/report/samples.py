@@ -220,6 +220,8 @@ def _answer(r: Response, stage: JudgedStage, pairs: Sequence[Pair]) -> Markup:
     facts.append(el("span", f"{stage_label(r.generator)}, temperature {r.temperature:g}, {r.num_tokens} tokens"))
     if r.votes > 1:
         facts.append(el("span", f"given {r.votes} times"))
+    if r.weak:
+        facts.append(el("span", "weak verdict: the program could have lied to its tests"))
     css = "answer rejected" if side == "rejected" else "answer kept" if side else "answer"
     return el("div", el("div", _truncate(r.text) or "(nothing)", class_="said", dir="auto"), el("div", facts, class_="facts"), class_=css)
 

@@ -102,12 +102,24 @@ _BASES: dict[type, Callable[[Any], Any]] = {
     set: lambda v: set().union(v),
     bytearray: bytearray,
     deque: lambda v: deque(v, v.maxlen),
+    type({}.keys()): set,
+    type({}.items()): set,
 }
 _FROZEN = (int, float, complex, str, bytes, tuple, frozenset)
 _COMPARED = ["eq", "ne", "lt", "le", "gt", "ge"]
 _BINARY = ["add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and_", "or_", "xor"]
 _UNARY = ["neg", "pos", "abs", "invert"]
-_OTHER = {"len": len, "iter": iter, "next": next, "bool": bool, "str": str, "repr": repr, "int": int, "float": float, "complex": complex}
+_OTHER: dict[str, Callable[..., Any]] = {
+    "len": len,
+    "iter": iter,
+    "next": next,
+    "bool": bool,
+    "str": str,
+    "repr": repr,
+    "int": int,
+    "float": float,
+    "complex": complex,
+}
 _OTHER |= {"index": operator.index, "getitem": operator.getitem, "setitem": operator.setitem, "delitem": operator.delitem}
 _OTHER |= {
     "contains": operator.contains,
@@ -170,6 +182,7 @@ class ProgramSide(Peer):
     def __init__(self, reader: int, writer: int, namespace: dict[str, Any], source: str):
         super().__init__(reader, writer)
         self._namespace, self._source = namespace, source
+        self._asked = ""  # the global name that is being looked up
         self._objects: list[Any] = []
         self._places: dict[int, int] = {}
         self._stubs: dict[int, Any] = {}
@@ -195,6 +208,7 @@ class ProgramSide(Peer):
                 answer["rest"] = stdin.read()
 
     def _do(self, op: str, operands: list[Any]) -> Any:
+        self._asked = operands[0] if op == "global" else ""
         if op == "global":
             return self._namespace[operands[0]]
         if op == "call":
@@ -248,13 +262,13 @@ class ProgramSide(Peer):
         if isinstance(value, type) and issubclass(value, BaseException):
             return self._class(value)
         if kind is types.ModuleType:
-            return ["M", value.__name__]
+            return ["M", self._place(value), value.__name__]
         if kind in (types.FunctionType, types.BuiltinFunctionType) or isinstance(value, type):
             if id(value) in self._stubs:
                 return ["k", self._stubs[id(value)][0]]
-            module = getattr(value, "__module__", None)
-            if module in SHARED_MODULES and getattr(sys.modules.get(module), value.__name__, None) is value:
-                return ["S", module, value.__name__]
+            module, name = getattr(value, "__module__", None), getattr(value, "__name__", "")
+            if name == self._asked and module in SHARED_MODULES and getattr(sys.modules.get(module), name, None) is value:
+                return ["S", module, name]
         for base, plain in _BASES.items():
             if isinstance(value, base):
                 return [
@@ -341,7 +355,7 @@ class Remote:
     def __doc__(self) -> Any:  # type: ignore[override]
         return self._link.ask("getattr", self, "__doc__")
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return type(self._value) if self._flag == "p" else self._link.ask("type", self)
 
@@ -353,6 +367,9 @@ class Remote:
         return bool(self._flag in ("c", "f") or self._link.ask("bool", self) is True)
 
     def __hash__(self) -> int:
+        if self._made and self._flag == "":
+            self._link.weak = True
+            return hash(self._link.ask("hash", self))
         return hash(self._value) if self._flag == "p" else hash(self._place)
 
     def __str__(self) -> str:
@@ -480,11 +497,12 @@ class CheckSide(Peer):
         super().__init__(reader, writer)
         self.weak = False
         self._remotes: dict[int, Remote] = {}
-        self._classes: dict[int, type[BaseException]] = {}
+        self._classes: dict[int | str, type[BaseException]] = {}
         self._functions: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._stdout, self._stdin = sys.stdout, sys.stdin
         self._hidden: frozenset[str] = frozenset()
+        self._finding = ""
 
     def begin(self, names: list[str], loaded: set[str]) -> None:
         """The program defines `names`, the check mentions `loaded`."""
@@ -494,11 +512,15 @@ class CheckSide(Peer):
             used = set()
         self._hidden = frozenset(vars(builtins).keys() - used)
 
-    def find(self, name: str) -> Any:
-        """An object of the program's, by its global name."""
-        if name in self._hidden or name[:2] == "__":
+    def find(self, name: str, *, imported: bool = False) -> Any:
+        """An object of the program's, by its global name; an import may name what hides a built-in."""
+        if (name in self._hidden and not imported) or name[:2] == "__":
             raise KeyError(name)
-        value = self.ask("global", name)
+        self._finding = name  # only what has this name may be the check's own object of that name
+        try:
+            value = self.ask("global", name)
+        finally:
+            self._finding = ""
         return _made(value) if type(value) is Remote and value._flag == "c" and name[0].isupper() else value
 
     def ask(self, op: str, *operands: Any, **more: Any) -> Any:
@@ -535,8 +557,8 @@ class CheckSide(Peer):
             module, name = getattr(value, "__module__", None), value.__name__
             if module in sys.stdlib_module_names and getattr(sys.modules.get(module), name, None) is value or module == "builtins":
                 return ["S", module, name]
-        if hasattr(kind, "__next__"):
-            items = []
+        if hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
+            items: list[Any] = []
             for item in value:
                 if len(items) >= MAX_DRAINED:
                     raise Unsplit
@@ -575,12 +597,13 @@ class CheckSide(Peer):
             if found is None or found._flag != flag:
                 found = self._remotes[place] = Remote(self, place, flag, value)
             return found
-        if tag == "S" and rest[0] in SHARED_MODULES and str(rest[1]).isidentifier() and str(rest[1])[0] != "_":
+        if tag == "S" and rest[0] in SHARED_MODULES and rest[1] == self._finding:
             return getattr(importlib.import_module(rest[0]), rest[1])
-        if tag == "M" and str(rest[0]).split(".")[0] in SHARED_MODULES | {"time", "datetime", "random", "os", "sys", "io"}:
-            return importlib.import_module(rest[0])
-        if tag == "M":
-            raise ImportError(f"the check does not import {str(rest[0])[:100]}")
+        if tag == "M" and rest[1] in SHARED_MODULES | {"time", "datetime", "random", "os", "sys", "io"}:
+            return importlib.import_module(rest[1])
+        if tag == "M":  # of another module the check uses what the program has
+            self.weak = True
+            return self.unpack_other("o", [rest[0], "", None], table)
         if tag == "k":
             return self._functions[rest[0]]
         if tag in ("B", "E", "X"):
@@ -750,4 +773,4 @@ class _ProgramFinder:
     def _find(self, name: str) -> Any:
         if name not in self.names:
             raise AttributeError(name)
-        return self._link.ask("global", name)
+        return self._link.find(name, imported=True)

@@ -86,7 +86,7 @@ def receive(fd: int, max_bytes: int = (1 << 32) - 1) -> Any:
 
 
 def _name_of(kind: type | None) -> str | None:
-    return kind.__name__ if kind in (int, float, str, list, dict, set, tuple, bool) else None  # type: ignore[union-attr]
+    return kind.__name__ if kind and kind in (int, float, str, list, dict, set) else None
 
 
 class Peer:
@@ -129,8 +129,8 @@ class Peer:
             return ["e", value is Ellipsis]
         if _is_value(kind) and getattr(value, "tzinfo", None) is None:
             return ["v", kind.__module__, kind.__name__, *[self.pack(v, nodes, places) for v in _parts(value)]]
-        if issubclass(kind, type) and vars(builtins).get(value.__name__) is value:
-            return ["T", value.__name__]
+        if issubclass(kind, type) and vars(builtins).get(name := str(getattr(value, "__name__", ""))) is value:
+            return ["T", name]
         return self.pack_other(value, nodes, places)
 
     def unpack(self, packed: Any, table: list[Any]) -> Any:

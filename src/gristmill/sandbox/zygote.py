@@ -118,12 +118,17 @@ _REFUSED_EVENTS = frozenset(
 # ---- in the child ------------------------------------------------------------------------------------------
 
 
-def _refuse_introspection() -> None:
+_TRACING = frozenset(("sys.settrace", "sys.setprofile", "sys.monitoring.register_callback"))
+
+
+def _refuse_introspection(tracing: bool) -> None:
+    """Refuse what reaches into the interpreter; `tracing` is of use to a program, and no danger where its check runs elsewhere."""
+
     # The set is bound as a default: the hook's globals can be reached through a traceback and changed.
     def hook(
         event: str,
         arguments: tuple[Any, ...],
-        refused: frozenset[str] = _REFUSED_EVENTS,
+        refused: frozenset[str] = _REFUSED_EVENTS - _TRACING if tracing else _REFUSED_EVENTS,
         modules: frozenset[str] = _REFUSED_MODULES,
         library: str = os.path.dirname(os.path.realpath(os.__file__)) + os.sep,
     ) -> None:
@@ -329,7 +334,7 @@ class _Runner:
         if pid == 0:
             try:
                 _enter(self._ruleset, self._strict, timeout_s, output=self._output_end, keep=keep)
-                _refuse_introspection()
+                _refuse_introspection(tracing=True)
                 work()
             finally:
                 leave(0)
@@ -353,7 +358,7 @@ class _Runner:
         os.close(alive)
         status = _kill(pid)
         kept = _drain(self._output, kept)
-        verdict = json.loads(said[4:]) if said and not late else {"reason": "", "weak": False, "clean": False}
+        verdict: dict[str, Any] = json.loads(said[4:]) if said and not late else {"reason": "", "weak": False, "clean": False}
         if verdict["clean"]:
             checker.rest()
         else:
@@ -377,7 +382,7 @@ class _Runner:
             del nonce
             try:
                 _enter(self._ruleset, self._strict, request["timeout_s"], output=self._output_end, keep=(verdict_end,))
-                _refuse_introspection()
+                _refuse_introspection(tracing=False)
                 _execute(program, check, verdict_end, secret)
             finally:
                 leave(0)
@@ -479,12 +484,22 @@ def _serve(control: int, answers: int, config: dict[str, Any]) -> None:
     jail.remove_base(base)  # the caller, which otherwise does this, has gone
 
 
+class _NoFinder:
+    """Finds none of the refused modules, wherever they lie."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None, modules: frozenset[str] = _REFUSED_MODULES) -> None:
+        if name.rpartition(".")[2] in modules:
+            raise ImportError(f"{name} is not allowed here")
+
+
 def _prepare() -> None:
     """Import what programs commonly import, and take this package and its names out of their reach."""
     for name in _COMMON_MODULES.split():
         __import__(name)
     for name in [name for name in sys.modules if name.split(".")[0] == "gristmill"]:
         del sys.modules[name]
+    sys.meta_path.insert(0, _NoFinder())  # type: ignore[arg-type]
+    builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # scripts end so; `-S` leaves them out
     for name in _REFUSED_MODULES:
         sys.modules[name] = None  # type: ignore[assignment]  # an import fails
     sys.modules["__main__"] = types.ModuleType("__main__")

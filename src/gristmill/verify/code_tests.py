@@ -285,7 +285,8 @@ def _always_true(test: ast.expr) -> bool:
 
 def _free_names(tree: ast.AST) -> set[str]:
     """Names that a check takes from the program."""
-    loaded, bound = set(), set(dir(builtins)) | {"__run_tests__", "__run_script__"}
+    loaded: set[str] = set()
+    bound = set(dir(builtins)) | {"__run_tests__", "__run_script__"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             (loaded if isinstance(node.ctx, ast.Load) else bound).add(node.id)

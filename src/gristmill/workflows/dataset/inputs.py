@@ -5,7 +5,7 @@ from pathlib import Path
 from gristmill.core.errors import InputError
 from gristmill.data.formats import parse_conversation
 from gristmill.data.rows import Prompt, make_id, read_records
-from gristmill.data.truths import TRUTH_COLUMNS, read_truth
+from gristmill.data.truths import read_truth
 from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.pipelines.topics import read_lines
 from gristmill.synth.writer import Topic
@@ -62,10 +62,10 @@ def _prompts(path: Path) -> list[Prompt]:
     rows = []
     for number, record in enumerate(read_records(path), 1):
         try:
-            talk, meta = parse_conversation(record, answered=False, known=("id", "task", *TRUTH_COLUMNS))
+            talk, meta = parse_conversation(record, answered=False, known=("id", "task", "truth"))
             if not talk[-1].content.strip():
                 raise InputError("the text is empty.")
-            truth = read_truth(record)
+            truth = read_truth({"truth": record.get("truth")})
             if truth is not None:  # so that a wrong one is found before its answers are bought
                 check_truth(truth)
         except InputError as e:

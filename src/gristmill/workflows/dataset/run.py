@@ -304,7 +304,9 @@ class _Run:
         artifacts.PAIRS.write(folder, pairs)
         self.asked += client.asked
         failed = client.failed + (rater.failed if rater else 0)
-        return {"responses": len(judged), "funnel": funnel, "pairs": len(pairs), "failed": failed, "left_out": dict(client.left_out)}
+        weak = sum(r.weak is True for r in judged)
+        counts = {"responses": len(judged), "funnel": funnel, "pairs": len(pairs), "failed": failed, "left_out": dict(client.left_out)}
+        return counts | ({"weak": weak} if weak else {})
 
 
 def _alarms(num_prompts: int, num_responses: int, num_kept: int) -> list[dict[str, str]]:

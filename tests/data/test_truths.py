@@ -1,0 +1,91 @@
+"""Truths in the forms of published data sets, and the ones that no answer can meet or miss."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gristmill.core.errors import InputError
+from gristmill.data.readers import read_prompts
+from gristmill.data.truths import read_truth
+from gristmill.verify.verify import check_truth, verify
+
+SOLUTION = "Each box holds 6 / 2 = <<6/2=3>>3 cups.\nSo there are 3 * 24 = <<3*24=72>>72.\n#### "
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "value"),
+    [
+        (SOLUTION + "72", "number", "72"),
+        (SOLUTION + "1,234", "number", "1,234"),
+        (SOLUTION + "$5.50\n", "number", "$5.50"),
+        ("3 + 4 = 7 #### 7", "number", "7"),
+        ("Long talk.\nMore of it.\n#### Paris", "exact", "Paris"),
+        ("We find\n$x = 3$, so $\\boxed{\\frac{1}{2}}$.", "math", "\\frac{1}{2}"),
+        ("\\frac{3}{4}", "math", "\\frac{3}{4}"),
+        ("Paris", "exact", "Paris"),
+        (72, "number", "72"),
+        (0, "number", "0"),
+    ],
+)
+def test_answers(answer: object, kind: str, value: str) -> None:
+    truth = read_truth({"answer": answer})
+    assert truth == {"kind": kind, "value": value}
+    check_truth(truth)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"answer": ""},
+        {"answer": "  \n"},
+        {"answer": "First this.\nThen that."},
+        {"answer": "one " * 30},
+        {"answer": ["a", "b"]},
+        {"answer": float("nan")},
+        {"answer": True},
+        {"truth": {}},
+        {"truth": "72"},
+        {"truth": {"kind": "exact", "value": ""}},
+        {"truth": {"kind": "exact", "value": "a\nb"}},
+        {"truth": {"kind": "exact", "value": ["a"]}},
+        {"truth": {"kind": "choice", "value": "Paris"}},
+        {"truth": {"kind": "choice", "value": ""}},
+        {"truth": {"kind": "number", "value": "many"}},
+        {"truth": {"kind": "instructions", "checks": []}},
+        {"truth": {"kind": "schema", "schema": {}}},
+        {"truth": {"kind": "list", "n": 3, "words": ["a", "b"], "shape": "commas", "extras": []}},
+        {"truth": {"kind": "number", "value": 3, "reference": "It is 4."}},
+        {"test": "def check(candidate):\n    assert candidate(1) == 2\n"},
+        {"test_list": []},
+        {"tests": ""},
+        {"input_output": '{"inputs": ["1"], "outputs": []}'},
+        {"public_test_cases": '[{"input": "1", "output": "2", "testtype": "functional"}]'},
+    ],
+)
+def test_truths_that_tell_nothing_are_refused(record: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "?", **record}) + "\n")
+    with pytest.raises(InputError, match=r"^Row 1 of "):
+        read_prompts(tmp_path / "p.jsonl", "human", truth=True)
+
+
+def test_published_forms_of_tests() -> None:
+    def passes(record: dict[str, Any], answer: str, tests: str) -> bool:
+        truth = read_truth(record)
+        assert truth is not None
+        check_truth(truth)
+        return verify(truth, answer, lambda program, check: tests in check and "def f" in program)
+
+    prompt = "import math\n\ndef f(x):\n    '''One more.'''\n"
+    human_eval = {"prompt": prompt, "test": "def check(candidate):\n    assert candidate(1) == 2\n", "entry_point": "f"}
+    assert passes(human_eval, "    return x + 1", "check(f)")
+    assert read_truth(human_eval | {"canonical_solution": "    return x + 1"})["reference"] == "    return x + 1"  # type: ignore[index]
+    mbpp = {"text": "?", "code": "def f(x): return x + 1", "test_list": ["assert f(1) == y"], "test_setup_code": "y = 2"}
+    assert passes(mbpp, "def f(x): pass", "y = 2\nassert f(1) == y")
+    apps = {"input_output": json.dumps({"inputs": [[1]], "outputs": [2], "fn_name": "f"})}
+    assert passes(apps, "def f(x): pass", "__entry__(*[1])")
+    script = {"input_output": {"inputs": ["1\n"], "outputs": ["2\n"]}}
+    assert passes(script, "def f(x): pass", "__run_script__('1\\n')")
+    live = {"public_test_cases": '[{"input": "[1, 2]\\n3", "output": "6", "testtype": "functional"}]', "metadata": '{"func_name": "f"}'}
+    assert passes(live, "def f(x): pass", "__entry__(*[[1, 2], 3])")
