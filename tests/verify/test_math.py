@@ -156,6 +156,10 @@ def test_the_same(a: str, b: str) -> None:
         ("7\u00ba", "7"),
         ("10 000", "10000"),
         ("\\\\frac{1}{2}", "0.5"),
+        ("\\boxed{5}", "5"),
+        ("2\u03b8", "2\\theta"),
+        ("\u2205", "\\varnothing"),
+        ("5 = x", "5"),
     ],
 )
 def test_the_same_in_other_notation(a: str, b: str) -> None:
@@ -248,6 +252,12 @@ def test_not_the_same(a: str, b: str) -> None:
         ("The answer is 5. The answer is not 4. Note: the answer is valid for x > 0. The answer is 6?", "5"),
         ("Answer: 5 (the answer is rounded)", "5"),
         ("The answer is Monday!", "Monday"),
+        ('The answer is "12".', "12"),
+        ("The chance is $\\frac{1}{2}$.", "\\frac{1}{2}"),
+        ("so $a = 1 + 2 = \\frac62$ here", "\\frac62"),
+        ("so $a = 1 + x_2$ here", "2"),
+        ("it costs $5 and not $6.", "$6"),
+        ("My answer is 5. Ask me if the answer is unclear.", "5"),
         ("2 and 1/4, so 2 1/4 cups", "2 1/4"),
         ("she has 2\u00bd", "2 1/2"),
         ("\\boxed{1}, no: \\boxed{ \\{1, \\{2\\}\\} }", "\\{1, \\{2\\}\\}"),

@@ -42,12 +42,13 @@ FILLER = re.compile(
 )
 REMARK = re.compile(
     r"(?:(?:not|neither|never|n't|in)\b|(?:\w+\s+)?(?:correct|incorrect|right|wrong|valid|invalid|reasonable|consistent|unique|plausible|verified|"
-    r"confirmed|checked|supported|justified|expected|accurate|complete|final|sensible|true|false)\b(?=\W*(?:$|because|since|as\b|for\b|by\b|and\b|if\b|in\b|"
+    r"confirmed|checked|supported|justified|expected|accurate|complete|final|sensible|clear|unclear|above|below|here|helpful|useful|known|unknown|true|false)\b(?=\W*(?:$|because|since|as\b|for\b|by\b|and\b|if\b|in\b|"
     r"with\b|when\b|only\b|on\b|here\b|[,.;!]))|(?:obtained|based|found|derived|computed|calculated|rounded|given|written|expressed|stated|"
     r"boxed|shown|measured|close|likely|what|that|because|since|in\s+the)\b)",
     re.I,
 )
 MATH = re.compile(r"\$\$?([^$]+)\$\$?(?!\d)[^$\n]*$|\\\(((?:(?!\\\)).)+)\\\)(?![^\n]*\\\()|\\\[((?:(?!\\\]).)+)\\\]", re.S | re.M)
+FORMULA = re.compile(r"\$\$?([^$\n]{1,500})\$|\\\(((?:(?!\\\)).){1,500})\\\)")
 SENTENCE_END = re.compile(r"[.;?!](?=[\s*_\"')]|$)|\n|,?\s(?:because|since|which|where|so|as)\b")
 HASHES = re.compile(r"####[ \t]*([^\s#][^\n]*)")
 NUMBER = re.compile(
@@ -57,7 +58,7 @@ NUMBER = re.compile(
     r"(?:[eE][+-]?\d+)?(?:/\d+)?(?:\s?\\?%)?"
 )
 
-TEXT = r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
+TEXT = r"\\(?:boxed|text(?:bf|it|rm|sf|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 WRAPPED = re.compile(TEXT)
 TIDY = [
     (re.compile(pattern), replacement)
@@ -73,6 +74,7 @@ TIDY = [
         (r"\\neq?(?![a-zA-Z])|\u2260|!=", r"\\ne "),
         (r"\u222a|(?<=[)\]])\s*U\s*(?=[(\[])|\\bigcup(?![a-zA-Z])", r"\\cup "),
         ("\u2208", r"\\in "),
+        (r"\u2205|\\varnothing(?![a-zA-Z])", r"\\emptyset "),
         (r"\u00b1|\+/-|\+-", r"\\pm "),
         (r"\u00f7|\\div(?![a-zA-Z])|[\u2044\u2215]", "/"),
         (r"\\lvert|\\rvert|\\vert(?![a-zA-Z])", "|"),
@@ -97,6 +99,7 @@ ASSIGNED = re.compile(r"(?:^|(?<=,))\s*([a-zA-Z](?:_\w)?)\s*(?:=|\\in(?![a-zA-Z]
 ASSIGNED_LAST = re.compile(r"([^=,<>\\]+)=\s*[a-zA-Z](?:_\w)?")
 # Neither after a bracket, where a comma separates, nor before further digits: `1,234` is one number, `1,2345` are two.
 THOUSANDS = re.compile(r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?!,?\d)")
+GREEK = re.compile("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)")
 SIMPLE = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?", re.A)  # most answers
 ROW = "\x1e"  # stands for the double backslash that ends a row
 MATRIX = re.compile(r"\\begin\s*\{((?:small|[pbBvV])?matrix|array)\*?\}(?:\s*\{[lcr| ]*\})?((?:(?!\\begin).)*)\\end\s*\{\1\*?\}", re.S)
@@ -177,19 +180,24 @@ def _stated(text: str) -> str | None:
             continue
         found = math[math.lastindex or 0] if math else tail[: end.start()] if end else tail
         found = re.sub(r"\s\((?=[a-z]+\s)[^()]*\)\W*$", "", found)  # a remark
-        if found := found.lstrip(" *`_").rstrip(" \t.,;:*`_"):
+        if found := found.lstrip(' *`_"').rstrip(' \t.,;:*`_"'):
             return found.strip()
     return None
 
 
 def _number_text(text: str) -> str | None:
+    """The last number, as it stands in its formula where it is all that the formula says, or comes to."""
     found = None
-    text = re.sub(
-        r"(\d?)([\u00bc-\u00be\u2150-\u215e])", lambda m: f"{m[1]} {unicodedata.normalize('NFKC', m[2])}".replace("\u2044", "/"), text
-    )
+    text = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda m: f" {unicodedata.normalize('NFKC', m[0])}".replace("\u2044", "/"), text)
     for found in NUMBER.finditer(re.sub("[\u2010-\u2012\u2212\ufe63\uff0d]", "-", text)):  # noqa: B007
         pass
-    return found[0] if found else None
+    if found is None:
+        return None
+    for m in FORMULA.finditer(text, max(0, found.start() - MAX_ANSWER_CHARS)):
+        if m.start() < found.start() and found.end() <= m.end():
+            value = re.split(r"=|\\approx", m[m.lastindex or 0])[-1].strip()
+            return value if _is_number(_read(value, _plain)) else found[0]
+    return found[0]
 
 
 def _last(found: list[str]) -> str | None:
@@ -233,10 +241,12 @@ def _to_ascii(text: str) -> str:
         if c in "\u00b0\u00ba":
             out.append("\u00b0")
         elif kind == "<fraction>" and len(parts) == 3:
-            top, _, bottom = plain
+            top, bottom = plain.split("\u2044")
             out.append(rf"\frac{{{top}}}{{{bottom}}}")
         elif kind in ("<super>", "<sub>"):
             out.append(f"{'^' if kind == '<super>' else '_'}{{{plain}}}")
+        elif letter := GREEK.fullmatch(unicodedata.name(c, "")):
+            out.append(f"\\{letter[2].lower() if letter[1] == 'SMALL' else letter[2].title()} ")
         elif (digit := unicodedata.decimal(c, None)) is not None:
             out.append(str(digit))
         else:
