@@ -109,6 +109,7 @@ def test_extract_code(answer: str, program: str) -> None:
         f"~~~python\n{PROGRAM}~~~",
         "1. So:\n\n   ```python\n   def f(x):\n       return x + 1\n   ```\n2. Done.",
         f"Sure, here it is:\n\n{PROGRAM}\nIt adds one.",
+        f"Sure, here it is:\n\n{PROGRAM}\nExample: f(1) gives 2.",
     ],
 )
 def test_the_program_is_found_among_other_blocks(answer: str) -> None:

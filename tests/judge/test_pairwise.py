@@ -62,10 +62,22 @@ def test_both_orders_are_asked_greedily_with_the_same_request() -> None:
     assert "Answer A:\none\nAnswer B:\ntwo\n" in straight and "Answer A:\ntwo\nAnswer B:\none\n" in swapped
 
 
-@pytest.mark.parametrize(
-    "reply",
-    ["A", "a", " A.", "[[A]]", "Answer A", "answer A is better", "A\nB", "**A**", "Verdict: A", "<think>B?</think>A", "Both try.\n[[A]]"],
-)
+REPLIES = [
+    "A",
+    "a",
+    " A.",
+    "[[A]]",
+    "Answer A",
+    "answer A is better",
+    "A\nB",
+    "**A**",
+    "Verdict: A",
+    "<think>B?</think>A",
+    "Both try.\n[[A]]",
+]
+
+
+@pytest.mark.parametrize("reply", REPLIES)
 def test_replies_that_name_an_answer(reply: str) -> None:
     assert combine_verdicts(reply, "B") == "first"
     assert combine_verdicts("B", reply) == "second"

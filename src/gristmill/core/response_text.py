@@ -39,7 +39,7 @@ CODE_LINE = re.compile(
     r"(?:async def|def|class|if|for|while|try|with)\b[^\n]*:|import \w|from [\w.]+ import\b|@\w|#|'''|\"\"\""
     r"|[^\W\d][\w.]*(?:\[[^\n]*\])?\s*[-+*/]?=[^=]"
 )
-PROSE = re.compile(r"[A-Z*#>-][^\n=(]*[\w.!:*`]$")
+PROSE = re.compile(r"(?:[*>-]|[A-Z][\w']*[ ,:])[^\n=]*$")
 
 
 @dataclass(frozen=True)

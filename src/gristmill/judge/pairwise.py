@@ -22,7 +22,7 @@ Which answer is better? Reply with A or B."""
 # "A", "[[B]]", "**A**", "Verdict: A." or "Answer B is better": a reply such as "A good answer" names nobody
 VERDICT = re.compile(
     r"\W*(?:(?:(?:final\s+)?(?:verdict|answer|choice)\W*(?:is|:)|winner\W*(?:is|:)|the better (?:one|answer) is)\W*)?"
-    r"(?:answer\s+[\W_]*([AB])\b|\(?([AB])[\])*_.:]*\s*(?:\n|$))",
+    r"(?:answer\s+[\W_]*([AB])\b|\(?([AB])[\])*_.:\"\'`]*\s*(?:\n|$))",
     re.IGNORECASE,
 )
 MARKED_VERDICT = re.compile(r"\[\[([AB])\]\]")  # the form of judges that explain themselves first: the last one counts

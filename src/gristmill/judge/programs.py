@@ -6,10 +6,11 @@ from typing import Any
 
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
+from gristmill.core.response_text import extract_code
 from gristmill.data.rows import Prompt
 from gristmill.sandbox.sandbox import Sandbox, SandboxResult
 from gristmill.verify.code_tests import check_text, complete, wrong_programs
-from gristmill.verify.verify import extract_code, verify
+from gristmill.verify.verify import verify
 
 BATCH = 64  # programs that the sandbox gets at once
 MAX_TRUTH_SECONDS = 60.0  # for the tests of prompts, before any answer is asked for

@@ -11,8 +11,8 @@ from gristmill.core.response_text import answer_text, code_blocks
 
 # Headings, quotations and emphasis about a number (`### 1.`, `**1.**`, `**2) Bees**`) are no part of the item.
 MARKER = re.compile(
-    r"^(?P<indent>[ \t]*)(?:>[ \t]?)*(?:#{1,6}[ \t]+)?(?P<bold>\*\*|__)?"
-    r"(?P<marker>(?:[(\[]?\d{1,4}\\?[.):\]\uff0e\uff09\u3001]\)?(?=(?:\*\*|__)?(?:\s|$)|(?P<close>\*\*|__)|[^\x00-\x7f])"
+    r"^(?P<indent>[ \t]*)(?:>[ \t]?)*(?:#{1,6}[ \t]+)?(?P<bold>\*{2,3}|__)?"
+    r"(?P<marker>(?:[(\[]?\d{1,4}\\?[.):\]\uff0e\uff09\u3001]\)?(?=(?:\*{2,3}|__)?(?:\s|$)|(?P<close>\*{2,3}|__)|[^\x00-\x7f])"
     r"|(?:topic|item|question|task|prompt|idea|number|no\.?|\#)[ \t]?\#?\d{1,4}[.):](?=\W)"
     r"|[-*+\u2022\u2013\u2014\u25aa\u25ab\u25cf\u25cb\u25e6\u2023\u2043\u00b7\u2219](?=\s)(?:[ \t]+\[[ xX]\](?=\s))?))"
     r"[ \t]*(?P<text>.*)$",
@@ -28,9 +28,11 @@ STRING = re.compile(  # of an array, even where its own quotes are not escaped: 
     re.S,
 )
 ARRAY = re.compile(r"(?:^|(?<=[:=(]))[ \t]*(?:[`*]*[ \t]*)\[(?![^\W\d]\w*\])", re.M)
+LIST_TAG = re.compile(r"<li(?:\s[^<>]{0,99})?>((?:(?!</?li\b).)*)", re.I | re.S)
 NAMES = ("item", "topic", "subtopic", "name", "title", "question", "prompt", "instruction", "task", "text", "content", "value")
 QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "`": "`"}
 AROUND = " .,;:!?\"'`*_\u201c\u201d\u2018\u2019\u2026()[]"
+MAX_MENDED = 3  # arrays that are put right before they are read
 MAX_ARRAYS = 100  # of a text that are looked at
 MAX_ITEM_CHARS = 20_000  # characters of an item; more is no item of a list
 
@@ -46,6 +48,8 @@ def parse_list(text: str) -> list[str]:
     blocks = [block.code for block in code_blocks(text)]
     marked = _marked(text)
     if not marked:
+        if tagged := LIST_TAG.findall(text):
+            return _clean(tagged)
         for source in (*blocks, text):
             if found := _json_list(source):
                 return found
@@ -82,15 +86,29 @@ def _json_list(text: str) -> list[str]:
                 return _clean(_items([json.loads(line) for line in stripped.split("\n") if line.strip()]))
             except (ValueError, RecursionError):
                 pass
-    for m in itertools.islice(ARRAY.finditer(text), MAX_ARRAYS):
-        try:
-            found, end = json.JSONDecoder().raw_decode(text, m.end() - 1)
-        except (ValueError, RecursionError):
-            found, end = _loose_array(text, m.end())
-        rest = text[end:].partition("\n")[0].strip(" \t\r.,;)`*}")
-        if (items := _clean(_items(found))) and not rest:
-            return items
+    for number, m in enumerate(itertools.islice(ARRAY.finditer(text), MAX_ARRAYS)):
+        source = text[m.end() - 1 :]
+        for read in (_array, _loose_array, _mended_array) if number < MAX_MENDED else (_array, _loose_array):
+            found, rest = read(source)
+            if (items := _clean(_items(found))) and not rest.partition("\n")[0].strip(" \t\r.,;)`*}"):
+                return items
     return []
+
+
+def _array(text: str) -> tuple[Any, str]:
+    try:
+        found, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return None, ""
+    return found, text[end:]
+
+
+def _mended_array(text: str) -> tuple[Any, str]:
+    """JSON with comments, commas too many or single quotes, put right."""
+    text = re.sub(r",(\s{0,99}[\]}])", r"\1", re.sub(r"^[ \t]*//[^\n]*\n", "", text, flags=re.M))
+    if '"' not in text:
+        text = re.sub(r"(?<=[\[{,:\s])'|'(?=\s{0,99}[\]},:])", '"', text)
+    return _array(text)
 
 
 def _items(found: Any) -> list[str]:
@@ -111,15 +129,15 @@ def _items(found: Any) -> list[str]:
     return items
 
 
-def _loose_array(text: str, at: int) -> tuple[list[str], int]:
-    """The texts of an array that is not quite JSON, from behind its bracket on, and where it ends."""
-    items = []
+def _loose_array(text: str) -> tuple[list[str], str]:
+    """The texts of an array that is not quite JSON, or cut off, and what follows it."""
+    items, at = [], 1
     while m := STRING.match(text, at):
         item = next(group for group in m.groups() if group is not None)
         items.append(re.sub(r"\\(.)", lambda c: {"n": "\n", "t": "\t"}.get(c[1], c[1]), item, flags=re.S))
         at = m.end()
-    rest = re.compile(r"\s*(\]|$)").match(text, at)
-    return (items, rest.end()) if rest and (rest[1] or len(items) > 1) else ([], at)
+    end = re.compile(r"\s*(\]|$)").match(text, at)
+    return (items, text[end.end() :]) if end and (end[1] or len(items) > 1) else ([], "")
 
 
 def _marked(text: str) -> list[str]:

@@ -1,36 +1,68 @@
 r"""Math answers: extraction from a solution, and equivalence of two.
 
-An answer is read as text and never computed: numbers are compared as exact fractions, tuples and intervals element by element,
-lists and sets in any order, and everything else (`2\sqrt{3}`, `x^2+1`, `Monday`) as text in a normal form. Units, currency and
-degree marks count for nothing; a percent sign counts. The forms are those of GSM8K and MATH.
+Numbers are compared as exact fractions, tuples, matrices and intervals element by element, lists, sets and unions in any order, and
+everything else (`2\sqrt{3}`, `x^2+1`, `Monday`) as text in a normal form. Expressions that differ as texts are compared by their
+values (`verify/expression.py`). Units, currency and degree marks count for nothing; a percent sign counts. The forms are those of GSM8K
+and MATH.
 """
 
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from fractions import Fraction
 
+from gristmill.core.response_text import answer_text
+from gristmill.verify.expression import expression_value
+
 MAX_ANSWER_CHARS = 1000  # a longer one is equal only to itself, white space aside
+MAX_BOXES = 10  # that make one answer
 MAX_DEPTH = 20  # brackets within each other that are looked into
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
-BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$\\]+)")
-STATED = re.compile(r"\banswer(?:\s+is\b|\s*:)[\s:*]*", re.I)
-MATH = re.compile(r"\$\$?([^$]+)\$\$?(?!\d)[^$\n]*$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S | re.M)
-SENTENCE_END = re.compile(r"[.;?](?=\s|$)|\n|,?\s(?:because|since|which|where|so|as)\b")
+BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$\\.,;:]+)")
+# What may stand between the boxes of one answer: `x = \boxed{1}` and `y = \boxed{2}`.
+JOINT = re.compile(r"(?:[\s$,;&*{}-]|\\[()\[\],;: ]|\\q?quad|\\text|\b(?:and|or)\b|[^\W\d_](?:_\{?\w\}?)?\s*=|^\s*[(]?\w[).](?=\s))*", re.M)
+MAX_JOINT_CHARS = 80
+PLACEHOLDER = re.compile(
+    r"(?:\\text\s*\{)?\W*(?:(?:your|the)\s+)?(?:(?:final|numerical|correct)\s+)?(?:answer|result|\.\.\.|\\l?dots|\\cdots)(?:\s+here)?\W*",
+    re.I,
+)
+STATED = re.compile(
+    r"\b(?:answers?|solutions?(?=\W*:))\W{0,5}(?:(?<=\s)(?:is|are|was|would\s+be|will\s+be|must\s+be|should\s+be|becomes|equals)\b|[:=])[\s:*_]*"
+    r"|^\s*#{1,6}\s*(?:the\s+)?(?:final\s+)?answers?\s*\n+\s*",
+    re.I | re.M,
+)
+# Words before the answer that are no part of it, and what begins a remark about an answer that was given before.
+FILLER = re.compile(
+    r"(?:(?:therefore|thus|hence|then|so|simply|just|only|exactly|approximately|about|roughly|around|nearly|clearly|obviously|indeed|also|now|"
+    r"actually|finally|equal\s+to|equals|given\s+by|found\s+to\s+be|calculated\s+(?:to\s+be|as)|as\s+follows|the\s+(?:number|value|integer|"
+    r"fraction|expression|choice|option)|choice|option|number|value|always)(?![\w-])(?:\s+(?:of|is))?|\\approx(?![a-zA-Z])|\u2248|~)[\s:,*_]*",
+    re.I,
+)
+REMARK = re.compile(
+    r"(?:(?:not|neither|never|n't|in)\b|(?:\w+\s+)?(?:correct|incorrect|right|wrong|valid|invalid|reasonable|consistent|unique|plausible|verified|"
+    r"confirmed|checked|supported|justified|expected|accurate|complete|final|sensible|clear|unclear|above|below|here|helpful|useful|known|unknown|true|false)\b(?=\W*(?:$|because|since|as\b|for\b|by\b|and\b|if\b|in\b|"
+    r"with\b|when\b|only\b|on\b|here\b|[,.;!]))|(?:obtained|based|found|derived|computed|calculated|rounded|given|written|expressed|stated|"
+    r"boxed|shown|measured|close|likely|what|that|because|since|in\s+the)\b)",
+    re.I,
+)
+MATH = re.compile(r"\$\$?([^$]+)\$\$?(?!\d)[^$\n]*$|\\\(((?:(?!\\\)).)+)\\\)(?![^\n]*\\\()|\\\[((?:(?!\\\]).)+)\\\]", re.S | re.M)
+FORMULA = re.compile(r"\$\$?([^$\n]{1,500})\$|\\\(((?:(?!\\\)).){1,500})\\\)")
+SENTENCE_END = re.compile(r"[.;?!](?=[\s*_\"')]|$)|\n|,?\s(?:because|since|which|where|so|as)\b")
 HASHES = re.compile(r"####[ \t]*([^\s#][^\n]*)")
 NUMBER = re.compile(
     r"(?:(?<![\w)\]])-)?(?:\\?\$)?"  # a minus after a digit, a name or a bracket subtracts: `20-13` ends with 13
+    r"(?:\d{1,9} (?=\d{1,9}/\d))?"  # of a mixed number
     r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"  # `1,234` is one number, `1,2` are two
     r"(?:[eE][+-]?\d+)?(?:/\d+)?(?:\s?\\?%)?"
 )
 
-TEXT = r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
+TEXT = r"\\(?:boxed|text(?:bf|it|rm|sf|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 WRAPPED = re.compile(TEXT)
 TIDY = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        ("[\u2212\u2013]", "-"),
         ("\u03c0", r"\\pi "),
         (r"\u221e|\binfinity\b", r"\\infty "),
         (r"\u221a\s*(\d+)", r"\\sqrt{\1}"),
@@ -38,6 +70,15 @@ TIDY = [
         (r"\\leq?(?![a-zA-Z])|\u2264|<=", r"\\le "),
         (r"\\geq?(?![a-zA-Z])|\u2265|>=", r"\\ge "),
         (r"(?<=\d)(?:\{,\}|,?\\[,!]|,\\ )(?=\d{3}(?!\d))", ""),  # thousands in LaTeX: `1{,}000`, `1\,000`, `1,\!000`
+        (r"(?<=\d)(?<!\d\d\d\d) (?=\d{3}(?:[ .]|$))(?=(?: ?\d{3})+(?:\.\d+)?$)", ""),  # `10 000`
+        (r"\\neq?(?![a-zA-Z])|\u2260|!=", r"\\ne "),
+        (r"\u222a|(?<=[)\]])\s*U\s*(?=[(\[])|\\bigcup(?![a-zA-Z])", r"\\cup "),
+        ("\u2208", r"\\in "),
+        (r"\u2205|\\varnothing(?![a-zA-Z])", r"\\emptyset "),
+        (r"\u00b1|\+/-|\+-", r"\\pm "),
+        (r"\u00f7|\\div(?![a-zA-Z])|[\u2044\u2215]", "/"),
+        (r"\\lvert|\\rvert|\\vert(?![a-zA-Z])", "|"),
+        (r"\\(?:lbrace|rbrace)(?![a-zA-Z])", lambda m: "{" if m[0][1] == "l" else "}"),
         (r"\\[()\[\]!]", ""),
         (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])", " "),
         (r"\\?[$\u20ac\u00a3]", ""),
@@ -45,7 +86,7 @@ TIDY = [
         (r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])|\u00b0", ""),
         (r"\\([{}])", r"\1"),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\(?:times|cdot)(?![a-zA-Z])|[\u00d7\u22c5\u00b7]", "*"),
+        (r"\\(?:times|cdot)(?![a-zA-Z])|[\u00d7\u22c5\u00b7\u2217\u2219]", "*"),
         (r"\*\*", "^"),
         (r"(?<![a-zA-Z])\\?sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
@@ -55,8 +96,14 @@ TIDY = [
     )
 ]
 ASSIGNED = re.compile(r"(?:^|(?<=,))\s*([a-zA-Z](?:_\w)?)\s*(?:=|\\in(?![a-zA-Z]))")
+ASSIGNED_LAST = re.compile(r"([^=,<>\\]+)=\s*[a-zA-Z](?:_\w)?")
 # Neither after a bracket, where a comma separates, nor before further digits: `1,234` is one number, `1,2345` are two.
 THOUSANDS = re.compile(r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?!,?\d)")
+GREEK = re.compile("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)")
+SIMPLE = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?", re.A)  # most answers
+ROW = "\x1e"  # stands for the double backslash that ends a row
+MATRIX = re.compile(r"\\begin\s*\{((?:small|[pbBvV])?matrix|array)\*?\}(?:\s*\{[lcr| ]*\})?((?:(?!\\begin).)*)\\end\s*\{\1\*?\}", re.S)
+RELATION = re.compile(r"(\\(?:le|ge|ne)(?![a-zA-Z])|[=<>])")
 CLOSING = {"(": ")]", "[": ")]", "{": "}"}
 
 DECIMAL = re.compile(r"(\d+\.?\d*|\.\d+)(?:e([-+]?\d{1,3})|\s*\*\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?)?", re.I | re.A)
@@ -78,15 +125,20 @@ NO_UNIT = re.compile(
 def extract_answer(text: str) -> str | None:
     r"""Extract the final answer of a solution, or None.
 
-    The content of the last `\boxed{...}`; else what follows the last "answer is" or "answer:", to the end of the sentence; else
-    what follows the last `####`; else the last number.
+    The content of the last `\boxed{...}`, with those that make one answer with it (`\boxed{1}` and `\boxed{2}`); else what follows the
+    last "answer is" or "answer:", to the end of the sentence, that is no remark about an answer; else what follows the last `####`; else
+    the last number. What is thought is no part of it.
     """
+    text = answer_text(text)
     return _boxed(text) or _stated(text) or _last(HASHES.findall(text)) or _number_text(text)
 
 
 def is_equiv(a: str, b: str) -> bool:
     """Whether two answers are mathematically the same. Texts that cannot be read are equal when they are alike."""
-    return _read(a) == _read(b)
+    one, other = _read(a, _plain), _read(b, _plain)
+    if one == other or (_is_number(one) and _is_number(other)):
+        return one == other
+    return _read(a, _symbolic) == _read(b, _symbolic)
 
 
 # ---- finding ----
@@ -101,27 +153,51 @@ def _boxed(text: str) -> str | None:
                 boxes.append((start, m.start()))
         elif m[0][-1] == "{" and m[0] != "\\{":
             opened.append(None if m[0] == "{" else m.end())
-    for start, end in sorted(boxes, reverse=True):
-        if found := text[start:end].strip():
-            return found
-    return _last(BARE_BOX.findall(text))
+    boxes = sorted((start, end) for start, end in boxes if (found := text[start:end].strip()) and not PLACEHOLDER.fullmatch(found))
+    if not boxes:
+        return _last(BARE_BOX.findall(text))
+    last, kept = boxes[-1], [text[slice(*boxes[-1])].strip()]
+    for start, end in reversed(boxes[:-1]):
+        if end >= last[1]:  # a box about the last one
+            continue
+        between = text[end + 1 : last[0]].rpartition("\\")[0] if len(kept) < MAX_BOXES else "."
+        if len(between) > MAX_JOINT_CHARS or not JOINT.fullmatch(between):
+            break
+        last, found = (start, end), text[start:end].strip()
+        if not any(is_equiv(found, other) for other in kept):
+            kept.insert(0, found)
+    return ", ".join(kept)
 
 
 def _stated(text: str) -> str | None:
     for m in reversed(list(STATED.finditer(text))):
-        tail = text[m.end() : m.end() + MAX_ANSWER_CHARS]
+        tail = text[m.end() : m.end() + MAX_ANSWER_CHARS].lstrip()
+        while filler := FILLER.match(tail):
+            tail = tail[filler.end() :]
         math = MATH.match(tail)
-        found = math[math.lastindex or 0] if math else SENTENCE_END.split(tail, maxsplit=1)[0]
-        if found := found.lstrip(" *`").rstrip(" \t.,;:*`"):
+        end = SENTENCE_END.search(tail)
+        if REMARK.match(tail) or (end and end[0] == "?" and not math):
+            continue
+        found = math[math.lastindex or 0] if math else tail[: end.start()] if end else tail
+        found = re.sub(r"\s\((?=[a-z]+\s)[^()]*\)\W*$", "", found)  # a remark
+        if found := found.lstrip(' *`_"').rstrip(' \t.,;:*`_"'):
             return found.strip()
     return None
 
 
 def _number_text(text: str) -> str | None:
+    """The last number, as it stands in its formula where it is all that the formula says, or comes to."""
     found = None
-    for found in NUMBER.finditer(text.replace("\u2212", "-")):  # noqa: B007
+    text = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda m: f" {unicodedata.normalize('NFKC', m[0])}".replace("\u2044", "/"), text)
+    for found in NUMBER.finditer(re.sub("[\u2010-\u2012\u2212\ufe63\uff0d]", "-", text)):  # noqa: B007
         pass
-    return found[0] if found else None
+    if found is None:
+        return None
+    for m in FORMULA.finditer(text, max(0, found.start() - MAX_ANSWER_CHARS)):
+        if m.start() < found.start() and found.end() <= m.end():
+            value = re.split(r"=|\\approx", m[m.lastindex or 0])[-1].strip()
+            return value if _is_number(_read(value, _plain)) else found[0]
+    return found[0]
 
 
 def _last(found: list[str]) -> str | None:
@@ -131,18 +207,51 @@ def _last(found: list[str]) -> str | None:
 # ---- reading ----
 
 
-def _read(text: str) -> Hashable:
-    """What an answer means: equal answers have equal readings."""
+def _read(text: str, of_other: Callable[[str], Hashable]) -> Hashable:
+    """What an answer means: equal answers have equal readings. What is no number is read by `of_other`."""
     text = " ".join(text.split()).strip(" *`")
     if len(text) > MAX_ANSWER_CHARS:
         return text
+    if SIMPLE.fullmatch(text):
+        return Fraction(text), False
+    if not text.isascii():
+        text = _to_ascii(text)
+    text = re.sub(r"\\\\(?:\[[^\]]*\])?", ROW if r"\begin" in text else r"\\", text)
     for pattern, replacement in TIDY:
         text = pattern.sub(replacement, text)
     text = _second_arguments(text).strip().rstrip(".,;: ")
     names = ASSIGNED.findall(text)
     if len(set(names)) == 1 and text.count("=") <= len(names):  # `x = 1, x = 2`, but not `x = 1, y = 2`
         text = ASSIGNED.sub("", text)
-    return _value(text)
+    elif m := ASSIGNED_LAST.fullmatch(text):
+        text = m[1]
+    return _value(text, of_other)
+
+
+def _is_number(reading: Hashable) -> bool:
+    return isinstance(reading, tuple) and isinstance(reading[0], Fraction)
+
+
+def _to_ascii(text: str) -> str:
+    """Digits, fractions, powers and minus signs beyond ASCII in their usual spelling."""
+    out = []
+    for c in text:
+        kind, *parts = unicodedata.decomposition(c).split() or [""]
+        plain = unicodedata.normalize("NFKC", c)
+        if c in "\u00b0\u00ba":
+            out.append("\u00b0")
+        elif kind == "<fraction>" and len(parts) == 3:
+            top, bottom = plain.split("\u2044")
+            out.append(rf"\frac{{{top}}}{{{bottom}}}")
+        elif kind in ("<super>", "<sub>"):
+            out.append(f"{'^' if kind == '<super>' else '_'}{{{plain}}}")
+        elif letter := GREEK.fullmatch(unicodedata.name(c, "")):
+            out.append(f"\\{letter[2].lower() if letter[1] == 'SMALL' else letter[2].title()} ")
+        elif (digit := unicodedata.decimal(c, None)) is not None:
+            out.append(str(digit))
+        else:
+            out.append("-" if c == "\u2212" or unicodedata.category(c) == "Pd" else plain)
+    return re.sub(r"\}[\^](?=\{)\{|\}_\{", "", "".join(out)).replace("\u2212", "-")
 
 
 def _second_arguments(text: str) -> str:
@@ -164,36 +273,51 @@ def _end(text: str, start: int) -> int:
     return 0
 
 
-def _value(text: str, depth: int = 0) -> Hashable:
+def _value(text: str, of_other: Callable[[str], Hashable], depth: int = 0) -> Hashable:
     text = text.strip()
     if depth > MAX_DEPTH:
-        return _plain(text)
+        return of_other(text)
     if m := WRAPPED.fullmatch(text):
-        return _value(m[1].strip().rstrip("."), depth + 1)
+        return _value(m[1].strip().rstrip("."), of_other, depth + 1)
+    if m := MATRIX.fullmatch(text):
+        rows = m[2].strip().removesuffix(ROW).split(ROW)
+        kind = "|" if m[1] and m[1][0] in "vV" else "matrix"
+        return kind, *(tuple(_value(cell, of_other, depth + 1) for cell in row.split("&")) for row in rows)
+    if len(sets := _pieces(text, r"\cup")) > 1:
+        return r"\cup", frozenset(_value(piece, of_other, depth + 1) for piece in sets)
     kind = ""
     if text and text[-1] in CLOSING.get(text[0], "") and _end(text, 0) == len(text) and text[1:-1].strip():
         kind, text = text[0] + text[-1], text[1:-1]
     else:
         text = THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
     pieces = _pieces(text)
+    if kind in ("", "{}"):
+        pieces = [signed for piece in pieces for signed in _signs(piece)]
     if kind in ("", "()", "{}") and len(pieces) == 1:
-        return _value(text, depth + 1) if kind else _atom(text)
-    parts = [_value(piece, depth + 1) for piece in pieces]
+        return _value(text, of_other, depth + 1) if kind else _atom(text, of_other)
+    parts = [_value(piece, of_other, depth + 1) for piece in pieces]
     return frozenset(Counter(parts).items()) if kind in ("", "{}") else (kind, *parts)
 
 
-def _pieces(text: str) -> list[str]:
-    """A text split at the commas outside all brackets."""
+def _signs(piece: str) -> list[str]:
+    r"""`a \pm b` as `a + b` and `a - b`."""
+    if r"\pm" not in piece:
+        return [piece]
+    return [re.sub(r"\\pm\s*", first, re.sub(r"\\mp\s*", second, piece)) for first, second in ("+-", "-+")]
+
+
+def _pieces(text: str, separator: str = ",") -> list[str]:
+    """A text split at the separators outside all brackets."""
     pieces, start, depth = [], 0, 0
     for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
-        if c == "," and depth == 0:
+        if depth == 0 and c == separator[0] and text.startswith(separator, i):
             pieces.append(text[start:i])
-            start = i + 1
+            start = i + len(separator)
     return [*pieces, text[start:]]
 
 
-def _atom(text: str) -> Hashable:
+def _atom(text: str, of_other: Callable[[str], Hashable]) -> Hashable:
     if (m := WRAPPED_UNIT.fullmatch(text)) and _is_unit(m[2]):
         text = m[1]
     text = WRAPPED.sub(r" \1 ", text).strip()
@@ -202,7 +326,22 @@ def _atom(text: str) -> Hashable:
         number = _number(candidate.removesuffix("%").strip())
         if number is not None:
             return number, candidate.endswith("%")
-    return _plain(text)
+    return of_other(text)
+
+
+def _symbolic(text: str) -> Hashable:
+    """The value of an expression or relation; the text in its normal form where it is none."""
+    plain = _plain(text)
+    sides = RELATION.split(plain)
+    if len(sides) == 1:
+        value = expression_value(plain)
+        return plain if value is None else (value, False) if isinstance(value, Fraction) else value
+    values, signs = [_symbolic(side) for side in sides[::2]], sides[1::2]
+    if all(sign in ("=", r"\ne") for sign in signs) and len(set(signs)) == 1:
+        return signs[0], frozenset(values)
+    if all(sign in (">", r"\ge") for sign in signs):
+        values, signs = values[::-1], [{">": "<", r"\ge": r"\le"}[sign] for sign in signs[::-1]]
+    return (*values, *signs)
 
 
 def _is_unit(words: str) -> bool:
@@ -246,7 +385,8 @@ def _plain(text: str) -> str:
     """The normal form of what is no number."""
     if re.fullmatch(r"[^\W\d_]+(?: [^\W\d_]+)*\)?", text):  # words, or the letter of a choice
         return text.rstrip(")").casefold()
-    text = text.replace(" ", "").removeprefix("+")
+    text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])", "\\1\t", text)
+    text = re.sub(r"(?<!\d) +| +(?!\d)", "", text).replace("\t", " ").removeprefix("+")  # `2 3` is not 23, nor `\pi r` `\pir`
     text = re.sub(r"\*(?=[a-zA-Z\\(])", "", text)
     if (m := re.fullmatch(r"(-?)([^/+-]+)/([^/+-]+)", text)) and all(side.count("{") == side.count("}") for side in m.groups()):
         text = rf"{m[1]}\frac{{{m[2]}}}{{{m[3]}}}"
