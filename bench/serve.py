@@ -2,39 +2,55 @@
 
     PYTHONPATH=src python bench/serve.py load MODEL --clients 500 --seconds 120
     PYTHONPATH=src python bench/serve.py fuzz MODEL --requests 10000
+    PYTHONPATH=src python bench/serve.py attack MODEL --seconds 10
 
 `load` starts `gristmill serve MODEL` and lets so many clients stream answers, one after another; a fifth of the streams are broken off
 at a random moment. Then nothing may be left: no block of the cache in use, no sample open; every stream that was not broken off must be
 whole and equal to the answer of a quiet server (each asks with a seed of its own); SIGTERM in the middle of streams lets them end. Memory
 is told for both halves of the time. `fuzz` sends bodies that are wrong in every way; each must get a 4xx with a reason or an answer,
-never a 5xx, and the server must answer as before afterwards. Each prints one line of JSON and exits 1 if something is not so.
+never a 5xx, and the server must answer as before afterwards. `attack` gives the server 1,024 files and a key, and does without the
+key what holds servers up: 1,500 connections with half a request that come again when they are dropped, as many that send a byte of a
+header a second, and gzip bodies of 3.5 GB; and with it bodies of 80,000 messages. Meanwhile somebody else asks for /health on new
+connections: 99 of 100 must be answered within 250 ms, and the log stay below 1 MB; memory is told after each. Each prints one line of
+JSON and exits 1 if something is not so.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import random
+import resource
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 
 QUESTIONS = ("Name a land.", "Write a word sum about eggs.", "What is the capital of Batru?", "List three fruits separated by commas.")
 BROKEN_OFF = 0.2
+NUM_HALF_OPEN = 1500
+KEYS = "GRISTMILL_BENCH_KEYS"
 
 
 class Served:
-    def __init__(self, model: str, *options: str):
+    def __init__(self, model: str, *options: str, num_files: int = 0, log: IO[str] | None = None):
         command = [sys.executable, "-m", "gristmill.cli", "serve", model, "--port", "0", "--name", "model", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        if num_files:
+            command = ["prlimit", f"--nofile={num_files}:{num_files}", *command]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().split()[-1]
 
@@ -49,8 +65,8 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(model: str, *options: str) -> Iterator[Served]:
-    served = Served(model, *options)
+def serving(model: str, *options: str, num_files: int = 0, log: IO[str] | None = None) -> Iterator[Served]:
+    served = Served(model, *options, num_files=num_files, log=log)
     try:
         yield served
     finally:
@@ -237,9 +253,96 @@ async def fuzz(served: Served, args: argparse.Namespace) -> dict[str, Any]:
     return found | {"same answer afterwards": whole and before == after}
 
 
+def health(address: tuple[str, int], stop: Event, found: "Queue[list[float]]") -> None:
+    """Ask for /health on new connections until told to stop; a process of its own, which the attack does not slow down."""
+    seconds: list[float] = []
+    found.put(seconds)  # ready
+    while not stop.is_set():
+        began = time.monotonic()
+        good = False
+        with contextlib.suppress(OSError), socket.create_connection(address, 20) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            good = connection.recv(100).startswith(b"HTTP/1.1 200")
+        seconds.append(time.monotonic() - began if good else 20.0)
+        time.sleep(0.01)
+    found.put(sorted(seconds))
+
+
+async def half_open(served: Served, seconds: float, *, slow: bool) -> Counter[str]:
+    """Connections that never send a whole request, and come again when they are dropped."""
+    host, port = served.url.split("/")[2].split(":")
+    count: Counter[str] = Counter()
+
+    async def one() -> None:
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection(host, int(port))
+                count["opened"] += 1
+                writer.write(b"GET /health HTTP/1.1\r\nX-a: ")
+                while slow and not reader.at_eof() and not writer.is_closing():
+                    await asyncio.sleep(1)
+                    writer.write(b"a")
+                await reader.read()
+            except OSError:
+                pass
+            count["dropped"] += 1
+            await asyncio.sleep(random.uniform(0.5, 2))
+
+    clients = [asyncio.ensure_future(one()) for _ in range(NUM_HALF_OPEN)]
+    await asyncio.sleep(seconds)
+    for client in clients:
+        client.cancel()
+    await asyncio.gather(*clients, return_exceptions=True)
+    return count
+
+
+async def bodies(served: Served, raw: bytes, headers: dict[str, str], times: int) -> Counter[str]:
+    """Requests with one body, one after another."""
+    count: Counter[str] = Counter()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+        for _ in range(times):
+            try:
+                async with session.post(f"{served.url}/chat/completions", data=raw, headers=headers) as reply:
+                    await reply.read()
+                    count[str(reply.status)] += 1
+            except aiohttp.ClientError as e:
+                count[type(e).__name__] += 1
+    return count
+
+
+async def attack(served: Served, args: argparse.Namespace, log: Path) -> dict[str, Any]:
+    compress = zlib.compressobj(9, zlib.DEFLATED, 31)
+    bomb = b"".join(compress.compress(b" " * (1 << 20)) for _ in range(3500)) + compress.flush()
+    empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}] * 40_000
+    many = json.dumps({"model": "model", "messages": [*empty, {"role": "user", "content": "x"}]}).encode()
+    gzip, key = {"Content-Encoding": "gzip"}, {"Authorization": "Bearer key"}
+    host, port = served.url.split("/")[2].split(":")
+    context = multiprocessing.get_context("spawn")
+    found: dict[str, Any] = {"memory_mib": [served.memory_mib()]}
+    for name, work in (
+        ("nothing", lambda: asyncio.sleep(args.seconds / 2)),
+        ("half-open", lambda: half_open(served, args.seconds, slow=False)),
+        ("slow headers", lambda: half_open(served, args.seconds, slow=True)),
+        ("gzip", lambda: bodies(served, bomb, gzip, 5)),
+        ("80,000 messages", lambda: bodies(served, many, key, 20)),
+    ):
+        stop, heard = context.Event(), context.Queue()
+        asking = context.Process(target=health, args=((host, int(port)), stop, heard))
+        asking.start()
+        heard.get(timeout=60)
+        count = await work()
+        stop.set()
+        seconds = heard.get(timeout=60)
+        asking.join()
+        ms = {f"p{share}": round(1000 * seconds[min(len(seconds) - 1, len(seconds) * share // 100)], 1) for share in (50, 99, 100)}
+        found[name] = {"health_ms": ms, "asked": len(seconds)} | dict(count or {})
+        found["memory_mib"].append(served.memory_mib())
+    return found | {"log_bytes": log.stat().st_size}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("load", "fuzz"))
+    parser.add_argument("what", choices=("load", "fuzz", "attack"))
     parser.add_argument("model")
     parser.add_argument("--clients", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=120)
@@ -247,6 +350,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ.setdefault("PYTHONPATH", str(Path(__file__).parent.parent / "src"))
+    if args.what == "attack":
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, max(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+        os.environ[KEYS] = "key"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "log"
+            with path.open("w") as log, serving(args.model, "--api-key-env", KEYS, num_files=1024, log=log) as served:
+                found = asyncio.run(attack(served, args, path))
+        print(json.dumps(found))
+        slow = max(phase["health_ms"]["p99"] for phase in found.values() if isinstance(phase, dict))
+        sys.exit(slow > 250 or found["log_bytes"] > 1 << 20)
     with serving(args.model, "--max-batch", "256") as served:
         found = asyncio.run((load if args.what == "load" else fuzz)(served, args))
     print(json.dumps(found))

@@ -105,7 +105,7 @@ class GrammarBackend:
         if not matcher.is_error():
             self.token_mask(matcher)
         if matcher.is_error():
-            return " ".join(matcher.get_error().split())[:MAX_ERROR_CHARS]
+            return " ".join(matcher.get_error().split("<state>")[0].split())[:MAX_ERROR_CHARS]
         built = time.thread_time()
         self.token_mask(matcher)
         if built - started > MAX_GRAMMAR_SECONDS or time.thread_time() - built > MAX_MASK_SECONDS:

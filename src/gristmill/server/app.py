@@ -24,7 +24,7 @@ from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.engine import Engine
 from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Request, SamplingParams
-from gristmill.server.connections import BODY_SECONDS, Connection, ConnectionPool, log_failure
+from gristmill.server.connections import BODY_SECONDS, SEND_SECONDS, Connection, ConnectionPool, log_failure
 from gristmill.server.metrics import Metrics
 from gristmill.server.protocol import (
     ChatCompletionRequest,
@@ -172,7 +172,12 @@ class Server:
         try:
             refused = self._refuse(http)
             if connection is not None and refused is None:
-                connection.read_body() if post else connection.work(self.limits.timeout)
+                if http.path != "/health" or not self.limits.api_keys:
+                    connection.trust()
+                if post:
+                    connection.wait(BODY_SECONDS + SEND_SECONDS)
+                else:
+                    connection.work(self.limits.timeout)
             reply = refused or await self._handle_errors(http, handler)
         except asyncio.CancelledError:
             self.metrics.requests.labels(http.path if known else "?", "gone").inc()
@@ -387,6 +392,8 @@ class Server:
             ids = self.engine.tokenizer.encode(ids)
         if not ids:
             raise FieldError("prompt", "a prompt is empty")
+        if len(ids) > self.context:
+            raise FieldError("prompt", f"a prompt has {len(ids):,} tokens and the model's context is {self.context}: shorten it")
         if wrong := [token for token in ids if not 0 <= token < self.engine.model.config.vocab_size]:
             raise FieldError("prompt", f"the model has no token {wrong[0] if abs(wrong[0]) < 1 << 64 else 'of such a number'}")
         return ids

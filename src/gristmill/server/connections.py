@@ -25,8 +25,8 @@ IDLE_SECONDS = 75.0  # between two requests of a connection
 SEND_SECONDS = 60.0  # beyond the time of an answer
 SWEEP_SECONDS = 1.0
 LINGER_SECONDS = 2.0  # in which what still arrives of a refused request is thrown away, so that its client reads why
-ACCEPT_BURST = 128  # connections that asyncio accepts at once, before any of them is counted
-RESERVED_FILES = 2 * ACCEPT_BURST + 64  # for those, and for what else opens files
+ACCEPT_BURST = 16  # connections that asyncio accepts in a turn of its loop; each is counted, and another dropped for it, some turns later
+RESERVED_FILES = 16 * ACCEPT_BURST + 64  # for those, and for what else opens files
 WANTED_FILES = MAX_CONNECTIONS + 1024
 MIN_CONNECTIONS = 16
 MAX_LOG_LINES, LOG_SECONDS, MAX_LOG_CHARS = 20, 10.0, 4000
@@ -63,6 +63,7 @@ class Connection(web.RequestHandler):  # type: ignore[type-arg,unused-ignore]
             loop=asyncio.get_running_loop(),
             access_log=None,  # type: ignore[arg-type]
             auto_decompress=False,
+            tcp_keepalive=False,  # the deadlines see to that
             lingering_time=LINGER_SECONDS,
             keepalive_timeout=IDLE_SECONDS,
         )
@@ -92,11 +93,10 @@ class Connection(web.RequestHandler):  # type: ignore[type-arg,unused-ignore]
             self.begun, self.deadline = True, time.monotonic() + HEADER_SECONDS
         super().data_received(data)
 
-    def read_body(self) -> None:
-        """The headers are here and a key among them is right: the body is waited for."""
+    def trust(self) -> None:
+        """A request has borne a key that is right, or none is asked for."""
         self.pool.unlist(self)
         self.trusted = True
-        self.wait(BODY_SECONDS + SEND_SECONDS)
 
     def work(self, seconds: float) -> None:
         """The request is here, and answered within so many seconds."""

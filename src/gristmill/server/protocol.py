@@ -116,9 +116,9 @@ class CompletionRequestBase(RequestBody):
         wanted = default_tokens if self.max_tokens is None else self.max_tokens
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         try:
-            bias = tuple((int(token), _number(value, 0.0)) for token, value in (self.logit_bias or {}).items())
+            bias = tuple((int(token.encode("ascii")), _number(value, 0.0)) for token, value in (self.logit_bias or {}).items())
         except ValueError as e:
-            raise InputError("the keys of logit_bias must be token ids") from e
+            raise FieldError("logit_bias", "the keys of logit_bias must be token ids") from e
         return SamplingParams(
             temperature=_number(self.temperature, 1.0),
             top_p=_number(self.top_p, 1.0),
