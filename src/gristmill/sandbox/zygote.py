@@ -498,7 +498,7 @@ def _prepare() -> None:
         __import__(name)
     for name in [name for name in sys.modules if name.split(".")[0] == "gristmill"]:
         del sys.modules[name]
-    sys.meta_path.insert(0, _NoFinder())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _NoFinder())
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # scripts end so; `-S` leaves them out
     for name in _REFUSED_MODULES:
         sys.modules[name] = None  # type: ignore[assignment]  # an import fails
