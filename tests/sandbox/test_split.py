@@ -136,6 +136,7 @@ CHEATS = {
         "        try: os.write(fd, struct.pack('>I', len(m)) + m)\n        except OSError: pass\n    os._exit(0)",
         FAIL,
     ),
+    "an end that is not the check's": ("def f(x): raise StopIteration", "assert all(map(lambda c: f(c[0]) == c[1], [(1, 42), (2, 43)]))"),
     "an iterator for True": ("def f(x):\n    yield 0", "assert f(1)"),
     "too much": ("def f(x): return 'x' * (70 << 20)", FAIL),
     "too deep": ("def f(x):\n    t = ()\n    for _ in range(100000): t = (t,)\n    return t", FAIL),

@@ -163,7 +163,7 @@ def score(
 @command("gristmill eval runs/miniature/02-demonstrations/model")
 def eval(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
-    prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth` or `answer`; default the miniature world's.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth`, `answer` or tests; default the miniature world's.")] = None,
     max_tokens: MaxTokens = 80,
     dtype: Dtype = "fp32",
     quantize: Quantized = "",

@@ -66,7 +66,7 @@ def _answer(value: Any) -> dict[str, Any]:
     text = str(value).strip()
     if final := FINAL.findall(text):
         return _answer(final[-1])
-    if not text:
+    if not text.strip("# "):
         raise InputError("`answer` is empty, so that an empty answer would be right: give the final answer, or leave the column out.")
     if NUMBER.fullmatch(text):
         return {"kind": "number", "value": text}

@@ -40,7 +40,7 @@ from gristmill.generation.openai_format import (
     retry_after_of,
 )
 from gristmill.generation.rate_limit import RateLimit
-from gristmill.generation.redaction import KeyRedactor
+from gristmill.generation.redaction import MARK, KeyRedactor
 
 MIN_BACKOFF, MAX_BACKOFF = 0.25, 8.0  # seconds between attempts of a row
 # A gateway's errors count as an outage, which costs a row nothing, when nothing was answered for so many seconds.
@@ -123,7 +123,7 @@ class _Replica:
         self.target = target
         self.rate_limit = RateLimit(concurrency)
         self.key = _key(target)
-        self.redactor = KeyRedactor(self.key)
+        self.redactor, self.sends_key = KeyRedactor(self.key), False
         check_fields(target.fields, target.extra_body)
         self.fields = dict(target.fields)
         self.left_out: tuple[str, ...] = ()  # fields that it refused, without which an answer is drawn otherwise
@@ -373,6 +373,9 @@ class Endpoint:
         replica.mark_reachable()
         replica.rate_limit.record(refused=False)
         texts = replica.redactor.redact([out.text for out in outs], words=False)
+        if not replica.sends_key and any(out.text != text for out, text in zip(outs, texts, strict=True)):
+            replica.sends_key = True
+            echo(f"{target.base_url} ({target.model}) sends the API key back in its answers, where it is hidden as {MARK}.", err=True)
         return [
             out if out.text == text and not left_out else replace(out, text=text, left_out=left_out)
             for out, text in zip(outs, texts, strict=True)

@@ -245,12 +245,13 @@ class Sandbox:
             worker.stop()
 
     def run(self, program: str, check: str, timeout_s: float = 3.0) -> SandboxResult:
-        """Execute a program and then a check in one namespace.
+        """Execute a program, and then a check of it in a process of its own (see split.py).
 
         Args:
             program: Python source, untrusted. `__name__` is "program" in it, so that a block under
                 `if __name__ == "__main__"` does not run.
-            check: Python source, usually assertions, that sees the program's names.
+            check: Python source, usually assertions, that sees the program's names. `__run_tests__()` runs its test functions and
+                classes, `__run_script__(stdin)` the program as a script, which gives what it printed.
             timeout_s: wall-clock limit in seconds for both together.
 
         Returns:

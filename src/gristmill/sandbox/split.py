@@ -503,9 +503,11 @@ class CheckSide(Peer):
         self._stdout, self._stdin = sys.stdout, sys.stdin
         self._hidden: frozenset[str] = frozenset()
         self._finding = ""
+        self._stops = False
 
     def begin(self, names: list[str], loaded: set[str]) -> None:
         """The program defines `names`, the check mentions `loaded`."""
+        self._stops = "StopIteration" in loaded
         used = loaded.intersection(names)
         # `len` is the built-in one, unless there is nothing else that the check could be about.
         if any(not hasattr(builtins, name) for name in used):
@@ -528,7 +530,12 @@ class CheckSide(Peer):
             more["capture"] = True
         if sys.stdin is not self._stdin and op in ("call", "script"):
             more["stdin"] = sys.stdin.read()
-        value = super().ask(op, *operands, **more)
+        try:
+            value = super().ask(op, *operands, **more)
+        except StopIteration as error:
+            if op == "call" and not self._stops:  # `all(map(f, ..))` would take it for its own end
+                raise RuntimeError("the program raised StopIteration") from error
+            raise
         if op == "call" and operands[0]._value == "method" and type(value) is bool:
             self.weak = True
         return _made(value) if op == "call" and operands[0]._flag == "c" and operands[0]._made else value

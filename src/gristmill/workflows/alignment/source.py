@@ -54,8 +54,8 @@ class FileSource:
     |---|---|
     | demonstrations | `messages` (ending with the assistant), or `prompt` and `response`; optional `task` |
     | ratings | HelpSteer2's: `prompt` and `response` (or `messages`), helpfulness, correctness, coherence, complexity, verbosity |
-    | prompts | `messages` or `prompt`; optional `truth` or `answer` (a known final answer), optional `task` |
-    | evaluation | as prompts, with `truth` or `answer` |
+    | prompts | `messages` or `prompt`; optional `truth`, `answer` (a known final answer) or tests (data/truths.py), optional `task` |
+    | evaluation | as prompts, with `truth`, `answer` or tests |
 
     The demonstrations also teach the model to write prompts: each first turn becomes the answer to a request for a prompt.
 
