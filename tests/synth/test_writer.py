@@ -140,3 +140,13 @@ def test_a_rehearsal_asks_nobody() -> None:
 
     writer = asyncio.run(run())
     assert writer.calls == {"scripted": 2} and writer.tokens_in["scripted"] > 20 and not writer.dropped
+
+
+def test_what_a_model_thinks_is_no_part_of_its_reply(tmp_path: Path) -> None:
+    def asked(writer: Writer) -> Any:
+        return writer.reply("subtopics", num=2, topic="bees")
+
+    reply, *_ = write(tmp_path, lambda _: "<think>\n1. Ants?\n</think>\n\n1. Honey\n2. Wax", asked)
+    assert reply.text == "1. Honey\n2. Wax"
+    with pytest.raises(ParseError, match="only thinking"):
+        write(tmp_path, lambda _: "<think>1. Ants", asked, seed=1)

@@ -349,6 +349,8 @@ HOSTILE = {
     "matrices": "\\begin{matrix}" * 60,
     "boxes side by side": "\\boxed{1}," * 20_000,
     "signs": "\\pm 1," * 140,
+    "lines": "1" + "\n" * 200_000,
+    "formulas": "1" + "\\(" * 100_000,
     "fillers": "answer is " + "so " * 60_000,
 }
 

@@ -32,7 +32,12 @@ TOKEN = re.compile(r"#[^\n]*|'''|\"\"\"|'(?:\\.|[^'\\\n])*'?|\"(?:\\.|[^\"\\\n])
 STRING_END = {quotes: re.compile(rf"(?:\\.|(?!{quotes})[^\\])*+{quotes}", re.S) for quotes in ("'''", '"""')}
 DEFINED = re.compile(
     r"^(?:async[ \t]+)?def[ \t]+(\w+)|^class[ \t]+(\w+)|^([^\W\d]\w*)[ \t]*(?::[^=\n]+)?=(?!=)"
-    r"|^(?:from\b[^\n]*?\bimport\b[ \t]*(?:\([^)]*\)|[^\n]*)|import\b[^\n]*)",
+    r"|^(?:from\b[^\n]*?\bimport\b[ \t]*(?:\([^)]{0,2000}\)|[^\n]*)|import\b[^\n]*)",
+    re.M,
+)
+BOUND = re.compile(
+    r"\bdef[ \t]+\w+[ \t]*\(([^)]{0,1000})\)|\blambda\b([^:\n]{0,200}):|\bfor\b([^\n]{0,200}?)\bin\b|\bas[ \t]+(\w+)"
+    r"|^[ \t]++([\w, \t]{1,200})=(?!=)|(\w{1,100})[ \t]*:=",
     re.M,
 )
 CODE_LINE = re.compile(
@@ -248,12 +253,12 @@ def _with_needed(programs: Sequence[str], tested: set[str]) -> str:
     functions = [n for n in order if re.search(r"^(?:async[ \t]+)?(?:def|class)\b", programs[n], re.M)]
     base = next((n for n in order if wanted & defined[n]), next(iter(functions), next((n for n in order if defined[n]), order[0])))
     chosen = {base}
-    needed = (_words(programs[base]) | wanted) - defined[base]
+    needed = ((_words(programs[base]) - _bound(programs[base])) | wanted) - defined[base]
     for n in order:
         # a block that uses what the program defines is an example of its use, unless the tests ask for it
         if n != base and needed & defined[n] and (wanted & needed & defined[n] or not _words(programs[n]) & defined[base]):
             chosen.add(n)
-            needed = (needed | _words(programs[n])) - defined[n]
+            needed = (needed | (_words(programs[n]) - _bound(programs[n]))) - defined[n]
     return programs[base] if len(chosen) == 1 else "\n".join(programs[n].rstrip("\n") + "\n" for n in sorted(chosen))
 
 
@@ -263,6 +268,11 @@ def _defined(code: str) -> set[str]:
     for m in DEFINED.finditer(_without_strings(code)):
         names.update([m[m.lastindex]] if m.lastindex else re.findall(r"\w+", m[0]))
     return names - {"from", "import", "as"}
+
+
+def _bound(code: str) -> set[str]:
+    """Names of a program's parameters and local variables."""
+    return {name for m in BOUND.finditer(_without_strings(code)) for group in m.groups() if group for name in re.findall(r"\w+", group)}
 
 
 def _words(code: str) -> set[str]:

@@ -30,7 +30,7 @@ PLACEHOLDER = re.compile(
 )
 STATED = re.compile(
     r"\b(?:answers?|solutions?(?=\W*:))\W{0,5}(?:(?<=\s)(?:is|are|was|would\s+be|will\s+be|must\s+be|should\s+be|becomes|equals)\b|[:=])[\s:*_]*"
-    r"|^\s*#{1,6}\s*(?:the\s+)?(?:final\s+)?answers?\s*\n+\s*",
+    r"|^[ \t]*#{1,6}[ \t]*(?:the\s+)?(?:final\s+)?answers?[ \t:]*\n\s*",
     re.I | re.M,
 )
 # Words before the answer that are no part of it, and what begins a remark about an answer that was given before.
@@ -193,7 +193,7 @@ def _number_text(text: str) -> str | None:
         pass
     if found is None:
         return None
-    for m in FORMULA.finditer(text, max(0, found.start() - MAX_ANSWER_CHARS)):
+    for m in FORMULA.finditer(text, max(0, found.start() - MAX_ANSWER_CHARS), found.end() + MAX_ANSWER_CHARS):
         if m.start() < found.start() and found.end() <= m.end():
             value = re.split(r"=|\\approx", m[m.lastindex or 0])[-1].strip()
             return value if _is_number(_read(value, _plain)) else found[0]
