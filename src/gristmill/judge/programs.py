@@ -99,8 +99,9 @@ def check_tests(prompts: Iterable[Prompt], sandbox: Sandbox, *, quiet: bool = Fa
     if wrong:
         more = f"; and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
         raise InputError(f"{'; '.join(list(wrong.values())[:MAX_NAMED])}{more}: mend the tests, or take the rows out.")
+    seconds = time.monotonic() - start
     if truths and not quiet:
-        line = f"tests of {num_checked} prompts: no wrong program passes, {num_references - num_late} references do, {time.monotonic() - start:.1f} s"
+        line = f"tests of {num_checked} prompts: no wrong program passes, {num_references - num_late} references do, {seconds:.1f} s"
         line += f"; {num_weak} verdicts are weak" if num_weak else ""
         line += f"; {num_late} references did not end in {REFERENCE_SECONDS:g} s" if num_late else ""
         line += f"; {len(waiting)} were not checked, for want of time" if waiting else ""
