@@ -10,6 +10,7 @@ import pytest
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.data.rows import Prompt
+from gristmill.judge import programs
 from gristmill.judge.programs import Verifier, check_tests
 from gristmill.sandbox import jail, seccomp
 from gristmill.sandbox.sandbox import Sandbox
@@ -35,6 +36,12 @@ def test_good_tests_are_counted(box: Sandbox, capsys: pytest.CaptureFixture[str]
     assert line.startswith("tests of 2 prompts: no wrong program passes, 1 references do, ") and "weak" not in line
     check_tests(prompts({"tests": "import inspect\nassert f(1) == 2", "reference": "def f(x): return x + 1"}), box)
     assert capsys.readouterr().err.rstrip().endswith("1 verdicts are weak")
+
+
+def test_a_slow_reference_is_told(box: Sandbox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "REFERENCE_SECONDS", 0.2)
+    check_tests(prompts({"tests": "assert f(1) == 2", "reference": "while True: pass"}), box)
+    assert "0 references do" in (line := capsys.readouterr().err) and line.rstrip().endswith("1 references did not end in 0.2 s")
 
 
 @pytest.mark.parametrize(
