@@ -415,6 +415,23 @@ def test_a_prompt_must_not_end_with_the_assistant(name: str) -> None:
         FORMATS[name].render_prompt(talk("a", "b"), TOKENIZERS[name])
 
 
+@each_format
+def test_turns_in_any_order_are_those_of_the_prompt_where_they_alternate(name: str) -> None:
+    format, tokenizer = FORMATS[name], TOKENIZERS[name]
+    assert format.render_turns(TALK[:-1], tokenizer) == format.render_prompt(TALK[:-1], tokenizer)
+    for roles in ("user user", "assistant user", "user assistant", "system user system", "assistant assistant"):
+        turns = [Message(cast(Any, role), "a word") for role in roles.split()]
+        prompt = format.render_turns(turns, tokenizer)
+        assert prompt[: len(header := format.render_turns(turns, tokenizer, add_generation_prompt=False))] == header
+        twice = [b for a, b in zip(prompt, prompt[1:], strict=False) if a == b and b in map(tokenizer.special_id, format.special_tokens)]
+        assert not twice, "no control token stands beside itself"
+    begun = [Message("user", "a"), Message("assistant", "a word")]
+    wanted = format.render_turns(begun[:1], tokenizer) + tokenizer.encode("a word")
+    assert format.render_turns(begun, tokenizer, continue_final_message=True) == wanted
+    with pytest.raises(InputError, match="no user turn"):
+        format.render_turns([], tokenizer)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("other", FORMATS)
 def test_a_tokenizer_of_another_format_is_refused(name: str, other: str) -> None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from gristmill.core.errors import InputError
 from gristmill.data import tokenizer
 from gristmill.data.chat import FORMATS, Message
-from gristmill.data.tokenizer import EOS, Tokenizer
+from gristmill.data.tokenizer import EOS, MAX_ENCODED_ALONE, Tokenizer
 
 CONTROL = list(dict.fromkeys(t for f in FORMATS.values() for t in f.special_tokens))
 # Documents that spell control tokens, so that merges inside their names are learnt.
@@ -211,6 +211,13 @@ def test_an_unknown_control_token_is_named() -> None:
     assert not TOKENIZER.has("<unheard>")
     with pytest.raises(InputError, match="<unheard>"):
         TOKENIZER.special_id("<unheard>")
+
+
+def test_a_long_text_has_the_ids_of_its_batch() -> None:
+    text = "the mill grinds 1234 sacks \u00e9 <|endoftext|>\n" * 600
+    assert len(text) > MAX_ENCODED_ALONE
+    ids = TOKENIZER.encode(text)
+    assert ids == TOKENIZER.encode_batch([text])[0] and TOKENIZER.decode(ids) == text and not SPECIAL & set(ids)
 
 
 # ---- control tokens, however a file flags them ----

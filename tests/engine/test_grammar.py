@@ -76,3 +76,24 @@ def test_a_choice_needs_texts() -> None:
     for choices in ([], [""]):
         with pytest.raises(InputError, match="texts to choose from"):
             choice_grammar(choices)
+
+
+def test_a_grammar_is_built_once_and_its_copies_go_their_own_ways(engine: Engine) -> None:
+    grammar = choice_grammar(["left", "right", "upwards"])
+    engine.grammar_backend.validate(grammar)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(engine.grammar_backend), "_build", lambda *_: pytest.fail("built again"))
+        assert {out.text for out in say(engine, grammar, n=8)} <= {"left", "right", "upwards"}
+
+
+def test_a_grammar_that_takes_too_long_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gristmill.engine.grammar.MAX_GRAMMAR_SECONDS", 0.0)
+    for _ in range(2):  # the refusal is known the second time
+        with pytest.raises(InputError, match="too long"):
+            say(engine, choice_grammar(["never", "built"]))
+
+
+def test_sizes_are_checked_before_any_work() -> None:
+    for make in (lambda: regex_grammar("a" * 200_000), lambda: choice_grammar(["x" * 100] * 2000)):
+        with pytest.raises(InputError, match="at most 100,000"):
+            make()

@@ -280,6 +280,86 @@ def test_answers_keep_to_a_format(full: str) -> None:
     assert post(full, "/chat/completions", response_format={"type": "poem"}, **ask)[0] == 400
 
 
+def test_a_json_object_keeps_to_its_schema(full: str) -> None:
+    schema = {"type": "object", "properties": {"zz": {"enum": [7]}}, "required": ["zz"], "additionalProperties": False}
+    ask = {"messages": SAID, "max_tokens": 60, "response_format": {"type": "json_object", "schema": schema}}
+    for _ in range(2):  # built, and taken from those that are built
+        _, reply = post(full, "/chat/completions", **ask)
+        assert json.loads(reply["choices"][0]["message"]["content"]) == {"zz": 7}
+    many = {"type": "json_schema", "json_schema": {"schema": {"enum": [f"{i:020}" for i in range(6000)]}}}
+    status, reply = post(full, "/chat/completions", messages=SAID, response_format=many)
+    assert status == 400 and "100,000 are taken" in reply["error"]["message"]
+
+
+def test_turns_in_any_order_and_answers_that_are_begun(full: str) -> None:
+    ask = {"max_tokens": 12, "temperature": 0, "logit_bias": BIAS}
+    for roles in ("user user", "user assistant system user", "assistant user", "system", "user assistant", "assistant assistant"):
+        talk = [{"role": role, "content": "Name a land."} for role in roles.split()]
+        status, reply = post(full, "/chat/completions", messages=talk, **ask)
+        assert status == 200 and reply["usage"]["completion_tokens"] == 12
+    _, whole = post(full, "/chat/completions", messages=SAID, **ask, logprobs=True)
+    tokens = [entry["token"] for entry in whole["choices"][0]["logprobs"]["content"]]
+    begun = [*SAID, {"role": "assistant", "content": "".join(tokens[:1])}]
+    _, rest = post(full, "/chat/completions", messages=begun, continue_final_message=True, **ask, logprobs=True)
+    assert [entry["token"] for entry in rest["choices"][0]["logprobs"]["content"]][:11] == tokens[1:], "it goes on where it was"
+    _, new = post(full, "/chat/completions", messages=begun, **ask)
+    assert new["usage"]["prompt_tokens"] > rest["usage"]["prompt_tokens"], "a turn of its own"
+    status, reply = post(full, "/chat/completions", messages=SAID, continue_final_message=True)
+    assert status == 400 and reply["error"]["param"] == "continue_final_message"
+
+
+def test_without_max_tokens_an_answer_has_the_rest_of_the_context(full: str) -> None:
+    _, reply = post(full, "/chat/completions", messages=SAID, logit_bias=BIAS, temperature=0)
+    assert reply["choices"][0]["finish_reason"] == "length" and reply["usage"]["total_tokens"] == 256
+    _, reply = post(full, "/completions", prompt="a", logit_bias=BIAS, temperature=0)
+    assert reply["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize("text", ["caf\u00e9 the sum", "\u65e5\u672c\u8a9e and \U0001f600 7", "\u00e9\u00e9\u00e9"])
+def test_offsets_and_bytes_of_tokens_that_are_parts_of_characters(full: str, tiny_base: Path, text: str) -> None:
+    ask = {"prompt": text, "max_tokens": 8, "echo": True, "logprobs": 1, "seed": 3, "temperature": 1.5, "logit_bias": BIAS}
+    _, reply = post(full, "/completions", **ask)
+    choice = reply["choices"][0]
+    scores = choice["logprobs"]
+    ids = load_model(tiny_base)[1].encode(text)
+    for place, (token, offset) in enumerate(zip(scores["tokens"], scores["text_offset"], strict=True)):
+        if not token.startswith("bytes:"):
+            assert choice["text"][offset : offset + len(token)] == token
+        elif place < len(ids):  # of its character
+            assert bytes.fromhex(token[6:].replace("\\x", "")) in choice["text"][offset].encode()
+    assert any(token.startswith("bytes:") for token in scores["tokens"])
+    _, raw = post(full, "/completions", **ask, stream=True)
+    parts = [c for part in chunks(raw) for c in part["choices"]]
+    assert [offset for c in parts for offset in c["logprobs"]["text_offset"]] == scores["text_offset"]
+
+
+def test_every_refusal_has_the_form_of_openai(full: str) -> None:
+    for path, body, status, code in (
+        ("/chat/completions", {"messages": SAID, "model": "nope"}, 404, "model_not_found"),
+        ("/chat/completions", {"messages": SAID, "n": 65}, 429, "rate_limit_exceeded"),
+        ("/completions", {"prompt": 5}, 400, None),
+        ("/embeddings", {"input": "x"}, 404, None),
+        ("/rewards", {"messages": SAID, "model": "judge"}, 400, None),
+    ):
+        found, reply = post(full, path, **body)
+        assert found == status and set(reply) == {"error"}
+        assert set(reply["error"]) == {"message", "type", "param", "code"} and reply["error"]["code"] == code
+    assert post(full, "/completions", prompt="x", key=None)[1]["error"]["code"] == "invalid_api_key"
+    status, reply = post(full, "/completions", prompt=[[5] * 5000])
+    assert status == 400 and "5,000 tokens" in reply["error"]["message"] and reply["error"]["param"] == "prompt"
+
+
+def test_long_bodies_are_refused_or_read_on_every_route(full: str) -> None:
+    many, long = [*SAID, {"role": "assistant", "content": ""}] * 5000, [{"role": "user", "content": "x " * 1_900_000}]
+    for path, model in (("/chat/completions", "tiny"), ("/chat/completions", "judge"), ("/rewards", "judge")):
+        for messages, words in ((many, "more than"), (long, "3,800,000 characters")):
+            status, reply = post(full, path, model=model, messages=[*messages, {"role": "assistant", "content": ""}])
+            assert status == 400 and words in reply["error"]["message"].replace("3,800,001", "3,800,000")
+    _, short = post(full, "/completions", prompt=[[5, 6]] * 2, max_tokens=1, temperature=0)
+    status, padded = post(full, "/completions", prompt=[[5, 6]] * 2, max_tokens=1, temperature=0, metadata=["x"] * 30_000)
+    assert status == 200 and [c["text"] for c in padded["choices"]] == [c["text"] for c in short["choices"]]
+
+
 def test_ratings_in_both_forms(full: str) -> None:
     talk = [*SAID, {"role": "assistant", "content": "Ana has 3 eggs."}]
     status, plain = post(full, "/rewards", model="judge", messages=talk)

@@ -9,8 +9,7 @@ import json
 import json.scanner
 from typing import Annotated, Any, TypeVar, cast, get_args
 
-from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
 
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Conversation, Message, Role
@@ -25,6 +24,7 @@ MAX_JSON_CONTAINERS, MAX_JSON_VALUES = 60_000, 600_000  # of a body: lists, obje
 MAX_SHOWN = 60  # characters of a request that an error repeats
 Number = StrictFloat | StrictInt
 Stop = Annotated[StrictStr, Field(max_length=MAX_STOP_CHARS)]
+JSON = TypeAdapter[Any](Any)
 Schema = TypeVar("Schema", bound="RequestBody")
 
 # What clients send along and what changes no answer.
@@ -210,12 +210,14 @@ def is_small(raw: bytes) -> bool:
 
 def parse_body(raw: bytes, schema: type[Schema]) -> Schema:
     """Validate a request's body. Raises `InputError` with the first field that is wrong."""
+    small = is_small(raw) and b"NaN" not in raw and b"Infinity" not in raw  # which are no JSON, and pydantic takes them
     try:
-        body = from_json(raw, allow_inf_nan=False) if is_small(raw) else _Decoder().decode(raw.decode())
+        body = JSON.validate_json(raw) if small else _Decoder().decode(raw.decode())
     except RecursionError as e:
         raise InputError("the body is not JSON that is read here: it is nested too deep") from e
     except ValueError as e:  # of a text that is no UTF-8, too
-        reason = "" if isinstance(e, UnicodeError) else f" ({str(e)[:MAX_SHOWN]})"
+        told = e.errors(include_input=False, include_url=False)[0]["msg"] if isinstance(e, ValidationError) else str(e)
+        reason = "" if isinstance(e, UnicodeError) else f" ({told[: 2 * MAX_SHOWN]})"
         raise InputError(f"the body is not JSON in UTF-8{reason}") from e
     if not isinstance(body, dict):
         raise InputError("the body must be an object")
@@ -344,7 +346,7 @@ def _grammar(response_format: dict[str, Any] | None, structured: dict[str, Any] 
             return json_schema_grammar(schema)
         case [("json", str(text))] if len(text) <= MAX_GRAMMAR_CHARS:
             try:
-                schema = from_json(text, allow_inf_nan=False)
+                schema = JSON.validate_json(text)
             except ValueError as e:
                 raise FieldError("structured_outputs.json", "is not JSON") from e
             if isinstance(schema, dict):

@@ -20,7 +20,7 @@ from gristmill.server.app import Limits, Server
 from gristmill.server.connections import ACCEPT_BURST, ConnectionPool, LogLimit, connection_limit
 from gristmill.server.ratings import RateFn
 
-BACKLOG = 1024
+BACKLOG = 4096  # where it is full, a client tries again only after a second
 SHUTDOWN_SECONDS = 60.0  # that answers under way may take when the server is told to end
 
 
