@@ -172,6 +172,7 @@ class _Run:
             answers = await self._stage("answers", self._answers_identity(rows), partial(self._answers, rows), ANSWER_FILES)
             judged = await self._judging(prompts, answers)
         kept, pairs = artifacts.KEPT.read(judged.folder), artifacts.PAIRS.read(judged.folder)
+        left_out = sum((Counter(s.summary.get("left_out", {})) for s in (prompts, answers, judged)), Counter())
         results = {
             "name": self.recipe.name,
             "seconds": round(time.monotonic() - started, 2),
@@ -185,8 +186,8 @@ class _Run:
                 "in journal": write_calls(self.run_dir.path),
                 "asked now": self.asked,
                 "failed": sum(s.summary["failed"] for s in (prompts, answers, judged)),
-                # calls without a field that the endpoint refused, by field
-                "left out": dict(sum((Counter(s.summary.get("left_out", {})) for s in (prompts, answers, judged)), Counter())),
+                # without a field that the endpoint refused, by field
+                **({"left out": dict(left_out)} if left_out else {}),
             },
             "usage_of_this_start": usage_of(self.source),
             "alarms": _alarms(len(rows), judged.summary["responses"], len(kept)),
