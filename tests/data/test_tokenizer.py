@@ -149,3 +149,10 @@ def test_an_unknown_control_token_is_named() -> None:
     assert not TOKENIZER.has("<unheard>")
     with pytest.raises(InputError, match="<unheard>"):
         TOKENIZER.special_id("<unheard>")
+
+
+def test_combining_marks_stay_in_their_words() -> None:
+    words = ["\u0939\u093f\u0928\u094d\u0926\u0940", "\u0928\u0926\u0940", "\u0e19\u0e49\u0e33\u0e19\u0e35\u0e49", "e\u0301te\u0301"]
+    tokenizer = Tokenizer.train([f" {word}" for word in words] * 50, 400, [])
+    assert [len(tokenizer.encode(f" {word}")) for word in words] == [1, 1, 1, 1]
+    assert tokenizer.decode(tokenizer.encode(" ".join(words))) == " ".join(words)
