@@ -312,6 +312,16 @@ def test_what_an_earlier_run_has_seen(corpus: Path, tmp_path: Path) -> None:
         curated(recipe_of(corpus, steps=[{"step": "seen", "index": str(tmp_path)}]), tmp_path / "third")
 
 
+def test_an_index_of_other_words_is_refused(corpus: Path, tmp_path: Path) -> None:
+    curated(recipe_of(corpus, steps=[{"step": "remember"}]), tmp_path / "run")
+    path = tmp_path / "run" / "index" / "index.json"
+    how = json.loads(path.read_text())
+    assert how.pop("words") == 2
+    path.write_text(json.dumps(how))  # as an earlier version wrote it
+    with pytest.raises(InputError, match="signatures of other words"):
+        curated(recipe_of(corpus, steps=[{"step": "seen", "index": str(tmp_path / "run" / "index")}]), tmp_path / "next")
+
+
 def test_an_index_is_neither_lost_nor_taken_for_another(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remembering = [{"step": "exact"}, {"step": "remember"}]
     curated(recipe_of(corpus, steps=remembering), tmp_path / "run")

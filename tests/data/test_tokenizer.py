@@ -213,6 +213,13 @@ def test_an_unknown_control_token_is_named() -> None:
         TOKENIZER.special_id("<unheard>")
 
 
+def test_combining_marks_stay_in_their_words() -> None:
+    words = ["\u0939\u093f\u0928\u094d\u0926\u0940", "\u0928\u0926\u0940", "\u0e19\u0e49\u0e33\u0e19\u0e35\u0e49", "e\u0301te\u0301"]
+    tokenizer = Tokenizer.train([f" {word}" for word in words] * 50, 400, [])
+    assert [len(tokenizer.encode(f" {word}")) for word in words] == [1, 1, 1, 1]
+    assert tokenizer.decode(tokenizer.encode(" ".join(words))) == " ".join(words)
+
+
 def test_a_long_text_has_the_ids_of_its_batch() -> None:
     text = "the mill grinds 1234 sacks \u00e9 <|endoftext|>\n" * 600
     assert len(text) > MAX_ENCODED_ALONE

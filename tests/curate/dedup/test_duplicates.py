@@ -41,6 +41,38 @@ def test_jaccard_is_that_of_the_sets(left: str, right: str, of_words: bool, size
     assert jaccard(*hashed) == pytest.approx(len(sets[0] & sets[1]) / len(union) if union else 0.0)
 
 
+REST = " while the children of the village watched from the wall and sang what their mothers had taught them on long winter evenings"
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("3 + 4", "3 - 4"),
+        ("we wrote it in C++", "we wrote it in C#"),
+        ("a < b", "a > b"),
+        ("12 sacks", "13 sacks"),
+        ("three sacks", "four sacks"),
+        ("$5", "5"),
+        ("1.5 pounds", "1,5 pounds"),
+        ("(a + b) * c", "a + (b * c)"),
+        ("x \u2264 y", "x \u2265 y"),
+        ("x\u00b2", "x\u00b3"),
+        ("\u4e09\u888b", "\u56db\u888b"),
+        ("width - height", "width * height"),
+    ],
+)
+def test_short_texts_of_other_signs_or_numbers_are_no_duplicates(left: str, right: str) -> None:
+    for of_words, size in ((True, 5), (False, 24)):
+        a, b, same = (minhash.shingle_set(as_bytes(text), of_words, size) for text in (left + REST, right + REST, f"{left},{REST}."))
+        assert jaccard(a, b) == 0 and jaccard(a, same) > 0.85
+
+
+def test_long_texts_of_other_numbers_are_duplicates() -> None:
+    long = " ".join(["and", *text_of(random.Random(2), minhash.MAX_SHORT)])
+    a, b = (minhash.shingle_set(as_bytes(f"{number} sacks {long}"), True, 5) for number in (12, 13))
+    assert 0.9 < jaccard(a, b) < 1
+
+
 # ---- chains of tasks ----
 
 

@@ -178,6 +178,30 @@ def test_the_same_matches_as_by_definition(tmp_path: Path, items: list[str], tex
     assert names == {f"d{i}" for i in range(len(texts))}
 
 
+ASKED = {
+    "zh": "磨坊里有五袋面粉，卖掉两袋，还剩几袋？",
+    "th": "โรงสีมีแป้งห้าถุงขายไปสองถุงเหลือกี่ถุง",
+    "hi": "चक्की में आटे की पाँच बोरियाँ थीं कितनी बचीं",
+}
+
+
+@pytest.mark.parametrize("language", ASKED)
+def test_items_of_every_script_are_cut_out(tmp_path: Path, language: str) -> None:
+    item = ASKED[language]
+    outcome = run(
+        tmp_path, [f"{filler(1000)}. {item} {filler(1000, 500)}", f"{filler(1000)}. {item[: len(item) // 3]} {filler(9)}"], [item]
+    )
+    first, rest, other = texts_of(outcome)
+    assert item not in first + rest and item[: len(item) // 3] in other
+
+
+def test_signs_are_part_of_an_item(tmp_path: Path) -> None:
+    item = "if the first wheel makes a + b turns then the second one makes how many turns"
+    texts = [f"{filler(1000)}. {text} {filler(1000, 500)}" for text in (item, item.replace("+", "-"), item.replace("a + b", "a+b"))]
+    kept = texts_of(run(tmp_path, texts, [item]))
+    assert len(kept) == 5 and sum("turns" in text for text in kept) == 1
+
+
 def test_files_of_every_kind_and_fields(tmp_path: Path) -> None:
     row = {
         "question": ITEM,

@@ -91,3 +91,8 @@ def test_the_package_of_the_model_is_not_imported_and_its_absence_is_told(monkey
     module.model.cache_clear()
     with pytest.raises(InputError, match="pip install"):
         module.model()
+
+
+@pytest.mark.parametrize("code", ["en", "de", "fr", "es", "ru", "el", "pl"])
+def test_capitals_are_no_other_language(code: str) -> None:
+    assert identify(TextColumn.of(pa.array([SHORT[code].upper()])), 1000)[0] == [code]

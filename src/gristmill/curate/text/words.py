@@ -39,16 +39,10 @@ JOINS = 1 << 28  # beside WORD: a piece of the SINGLE right before it, too
 HAN, CLUSTER = 1 << 29, 1 << 30  # beside SINGLE: a letter of an East Asian script without spaces, or of another one
 FNV_OFFSET, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 # Scripts without spaces: ideographs, kana, bopomofo, Yi, Tangut, Nushu; Thai, Lao, Tibetan, Burmese, Khmer, Tai, Balinese, Javanese.
-_HAN: tuple[tuple[int, int], ...] = (
-    (0x2E80, 0x2FDF),
-    (0x3005, 0x3007),
-    (0x3021, 0x312F),
-    (0x31A0, 0x31FF),
-    (0x3400, 0x4DBF),
-    (0x4E00, 0xA48C),
-    (0xF900, 0xFAFF),
+_HAN = (
+    *((0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3021, 0x312F), (0x31A0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0xA48C), (0xF900, 0xFAFF)),
+    *((0xFF66, 0xFF9F), (0x16FE0, 0x18DFF), (0x1AFF0, 0x1B2FF), (0x20000, 0x323AF)),
 )
-_HAN += (0xFF66, 0xFF9F), (0x16FE0, 0x18DFF), (0x1AFF0, 0x1B2FF), (0x20000, 0x323AF)
 _CLUSTER = (0x0E00, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19DF), (0x1A20, 0x1AAF), (0x1B00, 0x1B7F), (0xA980, 0xA9FF), (0xAA60, 0xAADF)
 _JOINERS = (0xAD, 0x200C, 0x200D, 0x2060)  # soft hyphen, zero-width non-joiner and joiner, word joiner
 
@@ -85,6 +79,10 @@ def _beside(data_B, begin, end, i, step, table):  # type: ignore[no-untyped-def]
 def _is_sign(data_B, begin, end, i, size, value, table):  # type: ignore[no-untyped-def]
     """Whether the character at i, a mark of the given value, says what is done with its neighbours, and is no mark of writing."""
     first, stop = i, i + size
+    if value == 46:  # .5
+        if stop == end or not 48 <= data_B[stop] <= 57:
+            return False
+        return i == begin or (data_B[i - 1] != 46 and _beside(data_B, begin, end, i - 1, -1, table) == 0)
     if size == 1:
         while first > begin and data_B[first - 1] == data_B[i] and i - first < 4:
             first -= 1
@@ -96,15 +94,17 @@ def _is_sign(data_B, begin, end, i, size, value, table):  # type: ignore[no-unty
     before, after = first - 1, stop
     while before >= begin and (data_B[before] == 32 or data_B[before] == 9):
         before -= 1
+    opens_line = before < begin or data_B[before] == 10
+    if not opens_line and value not in (33, 35, 36, 42, 45, 47):  # what is no mark of writing within a line
+        return True
     while after < end and (data_B[after] == 32 or data_B[after] == 9):
         after += 1
     spaced = before < first - 1 and after > stop
-    opens_line = before < begin or data_B[before] == 10
     if opens_line and (after == end or data_B[after] == 10 or data_B[after] == 13):  # a ruled line, or nothing beside it
         return False
-    left, right = _beside(data_B, begin, end, first - 1, -1, table), _beside(data_B, begin, end, stop, 1, table)
     if value in (43, 62) and opens_line and after > stop:  # + or > before a point or a quotation
         return False
+    left, right = _beside(data_B, begin, end, first - 1, -1, table), _beside(data_B, begin, end, stop, 1, table)
     if value == 45:  # -
         if run == 2:
             return (left == 2 and right == 0) or (left == 0 and right == 2)  # i--
@@ -128,8 +128,6 @@ def _is_sign(data_B, begin, end, i, size, value, table):  # type: ignore[no-unty
         return left > 1 or right > 0 or (stop < end and data_B[stop] == 61)
     if value == 36:  # $
         return right == 3
-    if value == 46:  # .
-        return right == 3 and left == 0 and run == 1
     return True
 
 
