@@ -196,6 +196,7 @@ NO_PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "q", "chosen": [], "rejected": "y"}, "list of turns"),
     ({"prompt": "q", "chosen": "x", "rejected": "y", "tools": [{}]}, "`tools`"),
     ({"prompt": openai("q"), "chosen": [{"role": "assistant", "content": "x", "weight": 0}], "rejected": "y"}, "weight 0"),
+    ({"prompt": "q", "chosen": [{"role": "system", "content": "s"}], "rejected": "y"}, "another than `prompt`"),
     ({"chosen": openai("q", "x", "z"), "rejected": openai("q", "y", "z")}, "must end with the assistant"),
 ]
 

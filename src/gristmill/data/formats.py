@@ -189,6 +189,8 @@ def _question(rest: dict[str, Any]) -> Conversation | None:
         if not names:
             return None
         name, value = names[0], rest.pop(names[0])
+        if not isinstance(value, str | list | dict):
+            raise InputError(f"`{name}` must be text, or a list of turns with `role` and `content`.")
         turns = _marked(value) if isinstance(value, str) else parse_turns(value, name)
         if rest.get("context"):
             raise InputError(f"it has `context` beside `{name}`: put it into the question, where it shall stand.")
@@ -260,7 +262,7 @@ def _whole(side: str | Conversation, prompt: Conversation | None, name: str) -> 
     if prompt is not None:
         system, asked = (prompt[:1], prompt[1:]) if prompt[0].role == "system" else ((), prompt)
         body = side[1:] if side[0].role == "system" else side
-        first_or_last = len(asked) == 1 and asked[0] in (body[0], *body[-2:-1])
+        first_or_last = len(asked) == 1 and asked[0] in (*body[:1], *body[-2:-1])
         if body[: len(asked)] != asked and not first_or_last:
             raise InputError(f"the prompt inside `{name}` is another than `prompt`: give one of them.")
         if system and side[0].role == "system" and side[:1] != system:

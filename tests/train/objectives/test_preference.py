@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import normalizers
 
 from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS, Message
@@ -209,3 +211,12 @@ def test_only_the_compared_answer_is_masked_in(tokenizer: Tokenizer, name: str) 
         pair_samples([replace(pair, rejected="two")], FORMATS[name], tokenizer)
     with pytest.raises(InputError, match="pair p: "):
         pair_samples([replace(pair, messages=turns[:2])], FORMATS[name], tokenizer)
+
+
+def test_answers_that_are_the_same_to_the_tokenizer_are_refused() -> None:
+    """NFC makes one letter of a letter and its accent."""
+    backend = HFTokenizer.from_str(Tokenizer.train(["a"], 300, FORMATS["chatml"].special_tokens).to_json())
+    backend.normalizer = normalizers.NFC()
+    pair = Pair("p", "", "", (Message("user", "q"),), "caf\u00e9", "cafe\u0301", 1.0, 0.0, "x")
+    with pytest.raises(InputError, match="pair p has the same tokens on both sides"):
+        pair_samples([pair], FORMATS["chatml"], Tokenizer(backend))

@@ -306,9 +306,9 @@ def test_a_limit_tries_a_recipe(start_endpoint: Callable[..., Any], tmp_path: Pa
         ({"dialogues": {"personas": ["angry"]}}, "dialogues.personas.0: Input should be 'normal', 'complex' or 'concise'"),
         ({"judging": {"reward": {}}, "answers": {}}, "The reward model '' is no model folder"),
         ({"judging": {"reward": {"base_url": "http://x/v1", "api_key_env": "NO_SUCH_KEY"}}, "answers": {}}, "NO_SUCH_KEY is empty"),
-        ({"prompts": "odd.jsonl"}, "Row 1 of .*odd.jsonl: A message needs a role"),
+        ({"prompts": "odd.jsonl"}, "Row 1 of .*odd.jsonl: `prompt` must be text"),
         ({"prompts": "untrue.jsonl"}, "Row 1 of .*untrue.jsonl: The truth .* has an unknown kind"),
-        ({"prompts": "broken.jsonl"}, "Row 1 of .*broken.jsonl: the text is empty or cannot be encoded"),
+        ({"prompts": "broken.jsonl"}, "Line 1 of .*broken.jsonl.* surrogate"),
         ({"generators": [{"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}]}, "NO_SUCH_KEY is empty"),
     ],
 )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -174,6 +175,8 @@ def pair_samples(pairs: Iterable[Pair], chat_format: ChatFormat, tokenizer: Toke
             )
         except InputError as error:
             raise InputError(f"pair {pair.id}: {error}") from error
+        if np.array_equal(chosen.ids, rejected.ids):
+            raise InputError(f"pair {pair.id} has the same tokens on both sides, since the tokenizer sees no difference; leave it out")
         samples.append(PairSample(chosen, rejected, chosen_reward=pair.chosen_reward, rejected_reward=pair.rejected_reward, id=pair.id))
     return samples
 
