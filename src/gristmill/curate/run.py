@@ -23,6 +23,7 @@ from gristmill.curate.io.readers import Reading
 from gristmill.curate.recipe import Curation, Output
 from gristmill.curate.stages import Stage
 from gristmill.curate.stats import Facts, num_bytes
+from gristmill.curate.text.words import VERSION
 from gristmill.data.rows import make_id
 from gristmill.runs import executor
 from gristmill.runs.artifacts import JsonArtifact
@@ -175,7 +176,8 @@ class _Run:
         for is_local, group in groupby(self.steps, key=lambda step: step[0].step in stages.LOCAL):
             for part in [list(group)] if is_local else [[step] for step in group]:
                 steps = [step for step, _ in part]
-                inputs = [(step.model_dump(mode="json"), read_by) for step, read_by in part]
+                # a stage that another version began would hold keys of other words
+                inputs = [VERSION, *((step.model_dump(mode="json"), read_by) for step, read_by in part)]
 
                 def work(folder: Path, steps: list[Any] = steps, sources: list[Path] = sources) -> Facts:
                     return self._run_steps(folder, steps, sources)
