@@ -38,8 +38,8 @@ class Journal(Mapping[str, dict[str, Any]]):
 
     def __init__(self, path: Path, *, read_only: bool = False):
         self.path = path
-        if path.exists() and not path.is_file():  # to open a pipe is to wait
-            raise InputError(f"{path} is no regular file: take it away, and run the same command again.")
+        if path.is_fifo():  # to open one is to wait
+            raise InputError(f"{path} is a pipe: take it away, and run the same command again.")
         self._places: dict[str, int] = {}
         if read_only:
             try:
