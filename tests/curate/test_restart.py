@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gristmill.curate.io import readers, shards
+from gristmill.curate.io import html, readers, shards
 from gristmill.curate.io.readers import Reading
 from gristmill.curate.run import ingest
 
@@ -91,7 +91,7 @@ KINDS: dict[str, tuple[Callable[[Path], Files], str]] = {
     "jsonl": (lambda folder: in_lines(folder, False), "_value"),
     "jsonl.gz": (lambda folder: in_lines(folder, True), "_value"),
     "parquet": (in_tables, "_object"),
-    "warc": (in_archives, "_visible"),
+    "warc": (in_archives, "main_text"),
     "text": (in_texts, "_text"),
     "json": (in_values, "_object"),
 }
@@ -107,14 +107,15 @@ def test_stopped_anywhere_it_makes_the_same_shards(tmp_path: Path, kind: str, mo
     (tmp_path / "in").mkdir()
     files = make(tmp_path / "in")
     calls = 0
-    original = getattr(readers, parsed)
+    owner = html if parsed == "main_text" else readers
+    original = getattr(owner, parsed)
 
     def counted(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         return original(*arguments)
 
-    monkeypatch.setattr(readers, parsed, counted)
+    monkeypatch.setattr(owner, parsed, counted)
     calm = ingest(files, tmp_path / "calm", READING, 7)
     num, all_calls = len(calm["shards"]), calls
     assert num > 9 and set(made(tmp_path / "calm")) == set(calm["shards"])

@@ -100,7 +100,7 @@ def test_a_store_reads_files_of_its_own_folder(file: str, store_folder: Path) ->
     facts = json.loads((store_folder / "blend.json").read_text())
     facts["shards"][0]["file"] = file.format(folder=store_folder)
     (store_folder / "blend.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match="names of its files"):
+    with pytest.raises(InputError, match="it names files outside of it"):
         TokenStore(store_folder)
 
 

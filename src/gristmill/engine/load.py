@@ -1,14 +1,14 @@
 """Engine arguments, and the engine of a model folder."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from gristmill.core.device import pick_device
-from gristmill.data.chat import Message, find_format
+from gristmill.data.chat import Message, find_format, to_dicts
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.hf import load_model, saved_as
@@ -64,7 +64,7 @@ def answer_rows(engine: Engine, prompts: Sequence[Sequence[Message]], sampling: 
     for request, completions in engine.generate(requests):
         yield {
             "index": int(request.id),
-            "messages": [asdict(m) for m in request.messages],
+            "messages": to_dicts(request.messages),
             "responses": [
                 {"text": c.text, "num_tokens": c.num_tokens, "logprob": sum(c.logprobs), "finish": c.finish} for c in completions
             ],

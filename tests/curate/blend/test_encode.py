@@ -114,6 +114,9 @@ def all_pairs(parts: dict) -> None:
     parts["model"] |= {"merges": merges, "ignore_merges": True}
     for token in parts["added_tokens"]:
         del vocab[token["content"]]
+    parts["model"]["vocab"] = {name: i for i, name in enumerate(sorted(vocab, key=vocab.get))}  # control tokens come after all others
+    for i, token in enumerate(parts["added_tokens"], len(vocab)):
+        token["id"] = i
 
 
 OWN = Tokenizer.train(DOCUMENTS, 600, SPECIAL)

@@ -358,7 +358,7 @@ def test_ngrams_are_looked_at_wherever_they_matter(texts: list[str], name: str, 
     assert [tuple(row.values()) for row in dropped] == expected
 
 
-PROSE = {  # a sentence of each: of a river, a mill and its bridge
+SENTENCES = {  # a sentence of each: of a river, a mill and its bridge
     "zh": "河水经过{}号磨坊，村里人在桥边等着面粉。",
     "ja": "川は{}番の水車小屋のそばを流れています。",
     "th": "แม่น้ำไหลผ่านโรงสีที่{}ในหมู่บ้าน ",
@@ -371,9 +371,9 @@ PROSE = {  # a sentence of each: of a river, a mill and its bridge
 }
 
 
-@pytest.mark.parametrize("language", PROSE)
+@pytest.mark.parametrize("language", SENTENCES)
 def test_sentences_and_words_of_every_script(language: str) -> None:
-    text = "\n".join(PROSE[language].format("abc"[i % 3] * (i + 1)) for i in range(12))
+    text = "\n".join(SENTENCES[language].format("abc"[i % 3] * (i + 1)) for i in range(12))
     (row,) = fast([text])
     assert row["sentences"] == 12 and row["unpunctuated_lines"] == 0
     assert 50 <= row["words"] <= len(text) and 3 <= row["mean_word"] <= 10 and row["longest_word"] <= 15

@@ -114,11 +114,11 @@ def test_a_task_name_with_braces_is_only_a_name(data: HumanData, tmp_path: Path)
 DEMONSTRATION, RATING, PROMPT, TEST = "demonstrations", "ratings", "prompts", "evaluation"
 BAD: list[tuple[str, list[dict[str, Any]], str]] = [
     *((kind, [], "holds no rows") for kind in (DEMONSTRATION, RATING, PROMPT, TEST)),
-    (DEMONSTRATION, [{"prompt": "Q?"}], "Row 1 .* lacks 'response'"),
-    (DEMONSTRATION, [{"prompt": "Q?", "response": "A."}, {"text": "?"}], "Row 2 .* lacks 'prompt'"),
+    (DEMONSTRATION, [{"prompt": "Q?"}], "Row 1 .* and one of response"),
+    (DEMONSTRATION, [{"prompt": "Q?", "response": "A."}, {"text": "?"}], "Row 2 .* looks like plain documents"),
     (DEMONSTRATION, [{"prompt": 5, "response": "A."}], "Row 1 .* text"),
-    (DEMONSTRATION, [{"prompt": "Q?", "response": None}], "Row 1 .* text"),
-    (DEMONSTRATION, [{"messages": []}], "Row 1 .* no user turn"),
+    (DEMONSTRATION, [{"prompt": "Q?", "response": None}], "Row 1 .* lacks a conversation"),
+    (DEMONSTRATION, [{"messages": []}], "Row 1 .* lacks a conversation"),
     (DEMONSTRATION, [{"messages": 5}], "Row 1 "),
     (DEMONSTRATION, [{"messages": "Hi?"}], "Row 1 "),
     (DEMONSTRATION, [{"messages": [ASSISTANT]}], "Row 1 .* starting with the user"),
