@@ -28,8 +28,8 @@ EXACT_CHARACTERS = 4 << 20  # given to `tokenizers` at once: its results take so
 # ByteLevel's own expression (GPT-2).
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Ours after digits are set apart, and the same without: there, text ends where a digit begins, which only the look ahead can see.
-OURS = r" ?\p{L}+| ?[^\s\p{L}\d]|\d|\s+(?!\S)|\s"
-OURS_WHOLE = r" ?\p{L}+| ?[^\s\p{L}\d]|\d|\s+(?![^\s\d])|\s"
+# The second is of tokenizers that were trained before marks stayed with their letters.
+OURS = (r" ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\d]|\d|\s+(?!\S)|\s", r" ?\p{L}+| ?[^\s\p{L}\d]|\d|\s+(?!\S)|\s")
 
 _ATOM = re.compile(
     r"(?P<kind>\\p\{[A-Z][a-z]?\}|\\[sSd])|(?P<open>\[\^?)|(?P<close>\])"
@@ -172,8 +172,8 @@ def _expression(pre_tokenizer: dict[str, Any] | None) -> str | None:
     if any(s["type"] != "Split" or s["behavior"] != "Isolated" or s["invert"] or "Regex" not in s["pattern"] for s in splits):
         return None
     expressions = [split["pattern"]["Regex"] for split in splits]
-    if expressions == [r"\d", OURS]:
-        return _translated(OURS_WHOLE)
+    if len(expressions) == 2 and expressions[0] == r"\d" and expressions[1] in OURS:
+        return _translated(expressions[1].replace(r"(?!\S)", r"(?![^\s\d])"))
     if len(expressions) > 1 or (whole := _translated(expressions[0])) is None or re.compile(_rough(expressions[0])).match(""):
         return None
     return rf"{whole}|(?:(?!{whole})(?s:.))+"  # what lies between matches is a piece too
