@@ -226,6 +226,8 @@ def _enter(ruleset: int | None, strict: bool, timeout_s: float, *, output: int, 
     os.setsid()
     os.dup2(output, 1)
     os.dup2(output, 2)
+    for fd in (1, *keep):  # an earlier program with the same pipe may have changed it for all who hold it
+        os.set_blocking(fd, True)
     jail.enter(ruleset, timeout_s, strict=strict)
     low = 3
     for fd in (*sorted(keep), jail.OPEN_FILES * 4):
