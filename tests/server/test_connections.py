@@ -94,7 +94,7 @@ def test_where_all_are_at_work_a_newcomer_is_told_to_come_back(tiny_base: Path) 
 
 def test_headers_bodies_and_idleness_have_deadlines(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "SWEEP_SECONDS", 0.05)
-    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 1.0)
     monkeypatch.setattr(app_module, "BODY_SECONDS", 0.3)
 
     async def go() -> None:
