@@ -109,7 +109,7 @@ def test_headers_bodies_and_idleness_have_deadlines(tiny_base: Path, monkeypatch
             assert await closed(silent) and await closed(slow)
             head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
             status, body = await answer(waiting := await opened(port, head))
-            assert status == 408 and "did not arrive" in str(body["error"]) and await closed(waiting)
+            assert status == 408 and "body did not arrive" in str(body["error"]) and await closed(waiting)
             idle = await opened(port, HEALTH)
             await answer(idle)
             next(iter(pool.connections)).wait(0.1)

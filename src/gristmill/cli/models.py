@@ -26,8 +26,6 @@ from gristmill.cli.app import (
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
-MIN_STEPS = 20  # of a training; fewer are pointed out
-
 
 @command("gristmill pretrain miniature-base --out runs/base")
 def pretrain(
@@ -70,7 +68,7 @@ def train(
 ) -> None:
     """One training stage on your own rows."""
     from gristmill.core.progress import Progress
-    from gristmill.train.settings import training_section
+    from gristmill.train.settings import MIN_STEPS, training_section
     from gristmill.workflows.train import train_model
 
     values: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "precision": precision}

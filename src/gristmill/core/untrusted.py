@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gristmill.core.errors import InputError
+from gristmill.core.io import read_bytes
 
 MAX_JSON_BYTES = 16 << 20  # ten times the largest configuration of a published tokenizer
 MAX_QUOTED = 80
@@ -53,13 +54,7 @@ def read_untrusted_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str
     Raises:
         InputError: the file is no regular one, cannot be read, is too large, or holds no JSON object.
     """
-    try:
-        with existing_file(path, "A file is missing").open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as e:
-        raise InputError(f"{quoted_path(path)} cannot be read ({e.strerror}): check its permissions.") from None
-    if len(data) > max_bytes:
-        raise InputError(f"Download or save {path} again: it is larger than {max_bytes:,} bytes.")
+    data = read_bytes(existing_file(path, "A file is missing"), max_bytes)
     try:
         value = json.loads(data.decode(), parse_constant=_refuse_constant)
     except RecursionError:

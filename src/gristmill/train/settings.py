@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from gristmill.core.config import Section, check
 
+MIN_STEPS = 20  # under which a training stage hardly changes a model
 Loss = Literal["dpo", "cdpo", "ipo", "rpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"]
 
 

@@ -11,7 +11,7 @@ from gristmill.judge.settings import Control, Judging, Reward
 from gristmill.synth.pipelines.by_task import ByTask
 from gristmill.synth.pipelines.topics import Topics
 from gristmill.synth.registry import Pipelines
-from gristmill.train.settings import PreferenceTraining, Training
+from gristmill.train.settings import MIN_STEPS, PreferenceTraining, Training
 from gristmill.workflows.dataset.recipe import Answers
 
 World = Literal["miniature"]
@@ -59,7 +59,7 @@ class Collapse(Section):
 class Alarms(Section):
     """What a run calls out, and ends with exit code 4 for."""
 
-    min_steps: int = Field(20, ge=0, description="a training stage of fewer steps alarms, unless its `steps` are given")
+    min_steps: int = Field(MIN_STEPS, ge=0, description="a training stage of fewer steps alarms, unless its `steps` are given")
 
 
 class AlignmentRecipe(Recipe):
