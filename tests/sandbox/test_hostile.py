@@ -158,7 +158,7 @@ HOSTILE: dict[str, tuple[str, str, str | tuple[str, ...]]] = {name: (text, "", "
         "import _thread, time\n"
         "_thread.stack_size(32 << 10)\n"
         "while True:\n"
-        "    try: _thread.start_new_thread(time.sleep, (60,))\n    except RuntimeError: pass",
+        "    try: _thread.start_new_thread(time.sleep, (60,))\n    except (RuntimeError, MemoryError): pass",
         "", "timeout",
     ),
     "a loop in C that keeps the interpreter's lock": ("import itertools\nsum(itertools.repeat(0))", "", "timeout"),
