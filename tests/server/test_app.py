@@ -7,11 +7,10 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def served(tiny_base: Path) -> Iterator[tuple[Path, str]]:
     assert line.startswith("tiny answers at http://127.0.0.1:"), line
     yield tiny_base, line.split()[-1]
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(120) == 0
 
 
 def ask(text: str, **sampling: Any) -> Request:
@@ -102,7 +101,7 @@ def test_it_ends_quietly_in_the_middle_of_an_answer(tiny_base: Path) -> None:
                     await asking
 
         asyncio.run(ask_and_end())
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
 
 
 @pytest.mark.parametrize(
@@ -163,7 +162,7 @@ def full(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     assert process.stdout is not None
     yield process.stdout.readline().split()[-1]
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(120) == 0
 
 
 def post(url: str, path: str, key: str | None = KEY, **body: Any) -> tuple[int, Any]:
@@ -171,7 +170,7 @@ def post(url: str, path: str, key: str | None = KEY, **body: Any) -> tuple[int, 
     if key:
         request.add_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with urllib.request.urlopen(request, timeout=300) as reply:
             raw = reply.read()
             return reply.status, raw if body.get("stream") else json.loads(raw)
     except urllib.error.HTTPError as e:
@@ -186,7 +185,7 @@ def chunks(raw: bytes) -> list[dict[str, Any]]:
 
 def metric(url: str, name: str) -> float:
     request = urllib.request.Request(f"{url.removesuffix('/v1')}/metrics", headers={"Authorization": f"Bearer {KEY}"})
-    with urllib.request.urlopen(request, timeout=30) as reply:
+    with urllib.request.urlopen(request, timeout=300) as reply:
         (line,) = [line for line in reply.read().decode().splitlines() if line.startswith(f"{name} ")]
     return float(line.split()[1])
 
@@ -360,7 +359,8 @@ def test_long_bodies_are_refused_or_read_on_every_route(full: str) -> None:
     assert status == 200 and [c["text"] for c in padded["choices"]] == [c["text"] for c in short["choices"]]
 
 
-def test_ratings_in_both_forms(full: str) -> None:
+def test_ratings_in_both_forms(full: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(KEY)
     talk = [*SAID, {"role": "assistant", "content": "Ana has 3 eggs."}]
     status, plain = post(full, "/rewards", model="judge", messages=talk)
     assert status == 200
@@ -370,18 +370,12 @@ def test_ratings_in_both_forms(full: str) -> None:
     choice = reply["choices"][0]
     rating = parse_choice(choice)
     assert rating == parse_choice({"message": choice["message"]}) and asdict(rating) == {k: v for k, v in rewards.items() if k != "score"}
-    (again,) = RemoteRewardScorer(RewardModelEndpoint([Target(full, "judge", api_key_file=str(key_file()))])).score(
+    (again,) = RemoteRewardScorer(RewardModelEndpoint([Target(full, "judge", api_key_file=str(tmp_path / "key"))])).score(
         [tuple(Message(m["role"], m["content"]) for m in talk)]  # type: ignore[arg-type]
     )
     assert again == rating
     assert post(full, "/rewards", model="judge", messages=SAID)[0] == 400 and post(full, "/rewards", messages=talk)[0] == 404
     assert post(full, "/chat/completions", model="judge", messages=talk, stream=True)[0] == 400
-
-
-def key_file() -> Path:
-    path = Path(tempfile.gettempdir()) / f"gristmill-test-key-{os.getpid()}"
-    path.write_text(KEY)
-    return path
 
 
 def test_what_clients_send_along_is_taken(full: str) -> None:
@@ -400,11 +394,13 @@ def test_a_key_is_asked_for_and_health_needs_none(full: str) -> None:
     for key in (None, "wrong", "\u00ff\u00fe"):
         status, reply = post(full, "/chat/completions", key=key, messages=SAID)
         assert status == 401 and "API key" in reply["error"]["message"]
-    with urllib.request.urlopen(f"{full.removesuffix('/v1')}/health", timeout=10) as reply:
+    with urllib.request.urlopen(f"{full.removesuffix('/v1')}/health", timeout=300) as reply:
         assert json.loads(reply.read()) == {"status": "ok"}
 
 
-def test_too_many_are_told_to_come_back_and_who_leaves_frees_everything(full: str) -> None:
+def test_too_many_are_told_to_come_back_and_who_leaves_frees_everything(
+    full: str, comes_true: Callable[[Callable[[], bool]], bool]
+) -> None:
     async def go() -> tuple[int, str | None]:
         headers = {"Authorization": f"Bearer {KEY}"}
         async with aiohttp.ClientSession(headers=headers) as session:
@@ -417,11 +413,8 @@ def test_too_many_are_told_to_come_back_and_who_leaves_frees_everything(full: st
             return found
 
     assert asyncio.run(go()) == (429, "1")
-    for _ in range(100):
-        if not metric(full, "gristmill_open_samples"):
-            break
-        time.sleep(0.1)
-    assert metric(full, "gristmill_open_samples") == metric(full, "gristmill_pages_in_use") == metric(full, "gristmill_running") == 0
+    names = ("gristmill_open_samples", "gristmill_pages_in_use", "gristmill_running")
+    assert comes_true(lambda: not any(metric(full, name) for name in names))
     assert post(full, "/chat/completions", messages=SAID, max_tokens=4)[0] == 200
 
 
@@ -462,7 +455,7 @@ async def served_here(tiny_base: Path, limits: Limits, rate: Any, work: Any) -> 
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}") as session:
-            return await asyncio.wait_for(work(server, session), 20)
+            return await asyncio.wait_for(work(server, session), 120)
     finally:
         await runner.cleanup()
 
@@ -472,8 +465,8 @@ def test_a_stream_that_takes_too_long_ends_with_the_reason(tiny_base: Path) -> N
         step = Core.step
 
         def slow(core: Core) -> None:
-            time.sleep(0.05)
             step(core)
+            time.sleep(0.2)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Core, "step", slow)
@@ -486,7 +479,7 @@ def test_a_stream_that_takes_too_long_ends_with_the_reason(tiny_base: Path) -> N
         async with session.post("/v1/chat/completions", json={"model": "nope", "messages": SAID}) as reply:
             assert reply.status == 404 and "has 'Tiny'" in (await reply.json())["error"]["message"]
 
-    asyncio.run(served_here(tiny_base, Limits(timeout=0.4), None, work))
+    asyncio.run(served_here(tiny_base, Limits(timeout=2.0), None, work))
 
 
 def test_who_leaves_takes_no_other_s_rating_along(tiny_base: Path) -> None:
@@ -546,4 +539,4 @@ def test_told_to_end_it_finishes_what_is_under_way(tiny_base: Path) -> None:
 
         parts = asyncio.run(go())
         assert sum(c["finish_reason"] is not None for part in parts for c in part["choices"]) == 8
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
