@@ -349,6 +349,8 @@ def test_every_refusal_has_the_form_of_openai(full: str) -> None:
         found, reply = post(full, path, **body)
         assert found == status and set(reply) == {"error"}
         assert set(reply["error"]) == {"message", "type", "param", "code"} and reply["error"]["code"] == code
+    assert "/v1/chat/completions, /v1/completions" in post(full, "/responses", input="x")[1]["error"]["message"]
+    assert post(full, "/models")[0] == 405 and "with GET" in post(full, "/models")[1]["error"]["message"]
     assert post(full, "/completions", prompt="x", key=None)[1]["error"]["code"] == "invalid_api_key"
     status, reply = post(full, "/completions", prompt=[[5] * 5000])
     assert status == 400 and "5,000 tokens" in reply["error"]["message"] and reply["error"]["param"] == "prompt"

@@ -235,6 +235,11 @@ class Server:
                 return await handler(http)
         except _HttpError as e:
             return await self._error_reply(http, error_response(e.status, str(e), code=e.code))
+        except web.HTTPNotFound:
+            paths = sorted({resource.canonical for resource in http.app.router.resources()})
+            return error_response(404, f"this server has no such path: ask one of {', '.join(paths)}")
+        except web.HTTPMethodNotAllowed as e:
+            return error_response(405, f"this path takes no such method: ask it with {' or '.join(sorted(e.allowed_methods))}")
         except web.HTTPException as e:
             return error_response(e.status, e.reason.lower())
         except InputError as e:
