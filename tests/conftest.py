@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +137,21 @@ def start_endpoint() -> Iterator[Callable[..., MockEndpoint]]:
 @pytest.fixture
 def endpoint(start_endpoint: Callable[..., MockEndpoint]) -> MockEndpoint:
     return start_endpoint()
+
+
+@pytest.fixture(scope="session")
+def comes_true() -> Callable[[Callable[[], bool]], bool]:
+    """Whether a condition comes true within a minute, which is enough for the busiest machine."""
+
+    def wait(condition: Callable[[], bool]) -> bool:
+        end = time.monotonic() + 60
+        while not condition():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.01)
+        return True
+
+    return wait
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.core.response_text import answer_text, code_blocks, extract_code, strip_thinking
+from gristmill.core.response_text import ReasoningParser, answer_text, code_blocks, extract_code, has_open_thinking, strip_thinking
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,54 @@ from gristmill.core.response_text import answer_text, code_blocks, extract_code,
 )
 def test_strip_thinking(text: str, said: str) -> None:
     assert strip_thinking(text) == said
+
+
+@pytest.mark.parametrize(
+    ("begun", "text", "thought", "said"),
+    [
+        (None, "<think>\n4?\n</think>\n\n5", "\n4?\n", "\n\n5"),
+        (None, " [THINK]4?[/THINK]5", "4?", "5"),
+        (None, "5, <think>not 4</think>", "", "5, <think>not 4</think>"),
+        (None, "4?</think>5", "", "4?</think>5"),
+        (None, "< 5", "", "< 5"),
+        (None, "<think>4", "4", ""),
+        (True, "4?</think>5", "4?", "5"),
+        (True, "<think>4?</think>5 <think>6</think>", "4?", "5 <think>6</think>"),
+        (True, "4", "4", ""),
+        (True, "`</think>` ends it</think>5", "`</think>` ends it", "5"),
+        (False, "<think>4</think>5", "", "<think>4</think>5"),
+    ],
+)
+def test_thinking_is_told_apart(begun: bool | None, text: str, thought: str, said: str) -> None:
+    assert ReasoningParser(begun).add(text, last=True) == (thought, said)
+
+
+PIECES = ["<think>", "</think>", "`", '"', "<", "</", "<|", ">", "think", "[THINK]", " ", "\n", "word ", "```"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.sampled_from([None, True, False]), st.data())
+def test_thinking_that_comes_in_pieces_is_the_same(text: str, begun: bool | None, data: st.DataObject) -> None:
+    parser, thought, said, at = ReasoningParser(begun), "", "", 0
+    while at < len(text):
+        end = at + data.draw(st.integers(1, 6))
+        told = parser.add(text[at:end], last=end >= len(text))
+        thought, said, at = thought + told[0], said + told[1], end
+    assert (thought, said) == ReasoningParser(begun).add(text, last=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "at_end", "begun"),
+    [
+        ("Assistant\n<think>\n", True, True),
+        ("Assistant\n<think>\n\n</think>\n\n", True, False),
+        ("What is <think>?\nAssistant\n", True, None),
+        ("<think>4", False, True),
+        ("<think>4</think>5", False, False),
+        ("5", False, None),
+    ],
+)
+def test_where_a_text_stops(text: str, at_end: bool, begun: bool | None) -> None:
+    assert has_open_thinking(text, at_end=at_end) is begun
 
 
 @pytest.mark.parametrize("text", ["<think>4</think><answer>5</answer>", "<answer>4</answer>, no: <answer>5</answer>.", "<final_answer>5"])

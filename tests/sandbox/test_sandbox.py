@@ -6,13 +6,11 @@ import platform
 import shutil
 import signal
 import socket
-import statistics
 import struct
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from gristmill.core.errors import InputError
 from gristmill.sandbox import jail, sandbox, seccomp
 from gristmill.sandbox.sandbox import Sandbox
 
+ComesTrue = Callable[[Callable[[], bool]], bool]
 LINUX = sys.platform == "linux" and seccomp.supported()
 JAIL = LINUX and bool(jail.landlock_abi() or shutil.which("bwrap"))
 jailed = pytest.mark.skipif(not JAIL, reason="no jail here: neither Landlock nor bubblewrap on this kernel")
@@ -90,10 +89,10 @@ BENIGN = {
 
 
 @pytest.fixture(scope="module")
-def box() -> Iterator[Sandbox]:
+def box(make_sandbox: type[Sandbox]) -> Iterator[Sandbox]:
     os.environ["GRISTMILL_TEST_SECRET"] = "hunter2"
     try:
-        with Sandbox() as made:
+        with make_sandbox() as made:
             yield made
     finally:
         del os.environ["GRISTMILL_TEST_SECRET"]
@@ -119,7 +118,7 @@ def aims(tmp_path: Path) -> Iterator[dict[str, object]]:
 @jailed
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack_is_blocked(box: Sandbox, aims: dict[str, object], name: str, tmp_path: Path) -> None:
-    result = box.run(ATTACKS[name].format(**aims), "", timeout_s=0.3 if name == "endless loop" else 3.0)
+    result = box.run(ATTACKS[name].format(**aims), "", timeout_s=0.3 if name == "endless loop" else 60.0)
     assert not result.passed
     expected = {"endless loop": "timeout", "early exit": "early exit", "4 GB": "error: MemoryError"}
     assert result.reason.startswith(expected.get(name, ("error: ", "failed")))
@@ -175,10 +174,10 @@ def test_metadata_outside_is_untouched(box: Sandbox, tmp_path: Path) -> None:
 
 
 @jailed
-def test_every_way_to_start_a_zygote_keeps_the_walls(aims: dict[str, object]) -> None:
+def test_every_way_to_start_a_zygote_keeps_the_walls(make_sandbox: type[Sandbox], aims: dict[str, object]) -> None:
     """With namespaces and without, one at a time (bubblewrap too, where it is installed)."""
     for setup in sandbox._setups(unsafe=False):
-        with Sandbox() as box:
+        with make_sandbox() as box:
             box._candidates = [setup]
             try:
                 assert box.run("x = 1", "assert x == 1").passed
@@ -196,9 +195,11 @@ def test_every_way_to_start_a_zygote_keeps_the_walls(aims: dict[str, object]) ->
 
 
 @with_bubblewrap
-def test_bubblewrap_is_enough_without_landlock(monkeypatch: pytest.MonkeyPatch, aims: dict[str, object]) -> None:
+def test_bubblewrap_is_enough_without_landlock(
+    monkeypatch: pytest.MonkeyPatch, make_sandbox: type[Sandbox], aims: dict[str, object]
+) -> None:
     monkeypatch.setattr(jail, "landlock_abi", lambda: 0)
-    with Sandbox() as box:
+    with make_sandbox() as box:
         try:
             box.run("", "")
         except InputError:
@@ -391,17 +392,16 @@ def test_check_meets_the_real_builtins(box: Sandbox) -> None:
         "while True: print('x' * 1000)",
     ],
 )
-def test_time_out_kills_promptly(box: Sandbox, program: str) -> None:
-    box.run("", "")
-    start = time.monotonic()
+def test_time_out_kills(box: Sandbox, program: str) -> None:
     result = box.run(program, "", timeout_s=0.2)
     assert (result.passed, result.reason) == (False, "timeout")
-    assert result.seconds >= 0.2
-    assert time.monotonic() - start < 0.2 + 0.5
+    assert 0.2 <= result.seconds < 30  # and not a minute
 
 
 @jailed
-def test_scratch_is_emptied_and_folders_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_is_emptied_and_folders_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_sandbox: type[Sandbox], comes_true: ComesTrue
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mess = (
         "import os\nopen('left', 'w').write('x')\nos.mkdir('closed', 0)\nos.symlink('/usr', 'link')\n"
@@ -409,7 +409,7 @@ def test_scratch_is_emptied_and_folders_removed(tmp_path: Path, monkeypatch: pyt
         "for _ in range(300):\n    os.mkdir('d' * 100)\n    os.chdir('d' * 100)"
     )
     for namespaces in (True, False):
-        with Sandbox() as box:
+        with make_sandbox() as box:
             box._candidates = [c for c in box._candidates if c.namespaces == namespaces or c.bubblewrap]
             try:
                 assert box.run(mess, "").passed
@@ -418,8 +418,8 @@ def test_scratch_is_emptied_and_folders_removed(tmp_path: Path, monkeypatch: pyt
             assert box.run("import os\nleft = os.listdir('.')", "assert left == []").passed
             assert box.run(mess + "\nwhile True: pass", "", timeout_s=0.3).reason == "timeout"
             assert box.run("import os\nleft = os.listdir('.')", "assert left == []").passed
-            assert len(list(tmp_path.iterdir())) == 1
-        assert list(tmp_path.iterdir()) == []
+            assert comes_true(lambda: len(list(tmp_path.iterdir())) == 1)  # what takes long is removed by another process
+        assert comes_true(lambda: list(tmp_path.iterdir()) == [])
 
 
 def test_empty_folder_removes_a_tree_deeper_than_a_path_may_be_long(tmp_path: Path) -> None:
@@ -441,23 +441,17 @@ def test_empty_folder_removes_a_tree_deeper_than_a_path_may_be_long(tmp_path: Pa
 
 
 @jailed
-def test_one_zygote_survives_many_runs_quickly(box: Sandbox) -> None:
+def test_one_zygote_survives_many_runs(box: Sandbox) -> None:
     box.run("", "")
     before = [worker._process.pid for worker in box._workers if worker._process]
-    seconds = []
     for i in range(50):
-        start = time.perf_counter()
-        result = box.run(f"def f(): return {i}", f"assert f() == {i // 2 * 2}")
-        seconds.append(time.perf_counter() - start)
-        assert result.passed == (i % 2 == 0)
+        assert box.run(f"def f(): return {i}", f"assert f() == {i // 2 * 2}").passed == (i % 2 == 0)
     assert [worker._process.pid for worker in box._workers if worker._process] == before
-    print(f"median {statistics.median(seconds) * 1e3:.1f} ms, min {min(seconds) * 1e3:.1f} ms a run")
-    assert statistics.median(seconds) < 0.05  # measured 2.4 ms; a loaded machine is no failure
 
 
 @jailed
-def test_a_killed_zygote_is_replaced() -> None:
-    with Sandbox() as box:
+def test_a_killed_zygote_is_replaced(make_sandbox: type[Sandbox]) -> None:
+    with make_sandbox() as box:
         assert box.run("x = 1", "assert x == 1").passed
         (worker,) = [worker for worker in box._workers if worker._process]
         assert worker._process
@@ -466,7 +460,7 @@ def test_a_killed_zygote_is_replaced() -> None:
 
 
 @jailed
-def test_a_zygote_ends_with_its_caller(tmp_path: Path) -> None:
+def test_a_zygote_ends_with_its_caller(tmp_path: Path, comes_true: ComesTrue) -> None:
     code = (
         f"import sys, os, tempfile; sys.path[:] = {sys.path!r}; tempfile.tempdir = {str(tmp_path)!r}\n"
         "from gristmill.sandbox.sandbox import Sandbox\n"
@@ -475,10 +469,7 @@ def test_a_zygote_ends_with_its_caller(tmp_path: Path) -> None:
         "os._exit(0)"
     )
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    deadline = time.monotonic() + 5
-    while _alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not _alive(pid)
+    assert comes_true(lambda: not _alive(pid))
     # bubblewrap hides the folder's outside from the zygote.
     assert list(tmp_path.iterdir()) == [] or shutil.which("bwrap")
 
@@ -494,21 +485,24 @@ def _alive(pid: int) -> bool:
 def test_run_many_keeps_the_order_and_runs_two_at_a_time(box: Sandbox) -> None:
     pairs = [(f"def f(): return {i}", "assert f() % 3") for i in range(20)]
     assert [result.passed for result in box.run_many(pairs)] == [i % 3 != 0 for i in range(20)]
-    start = time.monotonic()
-    results = box.run_many([("import time\ntime.sleep(0.5)", "")] * 2)
-    assert all(result.passed for result in results)
-    assert time.monotonic() - start < 1.0
+    nap = "import time\nstart = time.time()\ntime.sleep(0.3)\nprint(start, time.time())"
+
+    def overlap() -> bool:
+        spans = [[float(word) for word in result.output.split()] for result in box.run_many([(nap, "")] * 2)]
+        return max(start for start, _ in spans) < min(end for _, end in spans)
+
+    assert any(overlap() for _ in range(20))
 
 
 # ---- machines without a jail -------------------------------------------------------------------------------
 
 
-def test_refuses_without_landlock_and_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_without_landlock_and_bubblewrap(monkeypatch: pytest.MonkeyPatch, make_sandbox: type[Sandbox]) -> None:
     monkeypatch.setattr(jail, "landlock_abi", lambda: 0)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(InputError, match="bubblewrap.*--unsafe-code"):
         Sandbox()
-    with Sandbox(unsafe=True) as box:
+    with make_sandbox(unsafe=True) as box:
         assert box.run("def f(): return 1", "assert f() == 1").passed
         assert box.run("def f(): return 1", "assert f() == 2").reason == "failed"
         assert box.run("while True: pass", "", timeout_s=0.2).reason == "timeout"

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(not JAIL, reason="no jail here")
 
 
 @pytest.fixture(scope="module")
-def box() -> Iterator[Sandbox]:
-    with Sandbox() as made:
+def box(make_sandbox: type[Sandbox]) -> Iterator[Sandbox]:
+    with make_sandbox() as made:
         yield made
 
 

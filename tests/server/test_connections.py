@@ -5,7 +5,7 @@ import json
 import logging
 import resource
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -47,17 +47,23 @@ async def opened(port: int, begin: bytes = b"") -> Streams:
     return reader, writer
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 async def answer(streams: Streams) -> tuple[int, dict[str, object]]:
     """Status and body of the next answer."""
     reader, _ = streams
-    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)).decode()
+    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)).decode()
     length = int(head.lower().split("content-length: ")[1].split("\r\n")[0])
     return int(head.split()[1]), json.loads(await reader.readexactly(length))
 
 
 async def closed(streams: Streams) -> bool:
     try:
-        return not await asyncio.wait_for(streams[0].read(), 10)
+        return not await asyncio.wait_for(streams[0].read(), 60)
     except ConnectionError:
         return True
 
@@ -68,7 +74,7 @@ def test_half_open_connections_make_room_the_oldest_first(tiny_base: Path) -> No
             kept = await opened(port, HEALTH)
             assert (await answer(kept))[0] == 200
             half = [await opened(port, b"GET /health HTTP/1.1\r\nX-a: ") for _ in range(12)]
-            assert len(pool.connections) == 8 and pool.num_dropped["room"] == 5
+            await until(lambda: len(pool.connections) == 8 and pool.num_dropped["room"] == 5)
             assert all([await closed(one) for one in half[:5]])
             assert (await answer(await opened(port, HEALTH)))[0] == 200, "an honest newcomer is served"
             kept[1].write(HEALTH)
@@ -83,6 +89,7 @@ def test_where_all_are_at_work_a_newcomer_is_told_to_come_back(tiny_base: Path) 
     async def go() -> None:
         async with listening(tiny_base, 2) as (pool, port):
             busy = [await opened(port) for _ in range(2)]
+            await until(lambda: len(pool.connections) == 2)
             for connection in pool.connections:
                 connection.work(60)
             status, body = await answer(await opened(port))
@@ -94,7 +101,7 @@ def test_where_all_are_at_work_a_newcomer_is_told_to_come_back(tiny_base: Path) 
 
 def test_headers_bodies_and_idleness_have_deadlines(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "SWEEP_SECONDS", 0.05)
-    monkeypatch.setattr(connections, "HEADER_SECONDS", 1.0)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 2.0)
     monkeypatch.setattr(app_module, "BODY_SECONDS", 0.3)
 
     async def go() -> None:
@@ -110,11 +117,12 @@ def test_headers_bodies_and_idleness_have_deadlines(tiny_base: Path, monkeypatch
             head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
             status, body = await answer(waiting := await opened(port, head))
             assert status == 408 and "body did not arrive" in str(body["error"]) and await closed(waiting)
+            await until(lambda: not pool.connections)
             idle = await opened(port, HEALTH)
             await answer(idle)
             next(iter(pool.connections)).wait(0.1)
             assert await closed(idle)
-            assert not pool.connections and pool.num_dropped["deadline"] == 3
+            await until(lambda: not pool.connections and pool.num_dropped["deadline"] == 3)
 
     asyncio.run(go())
 

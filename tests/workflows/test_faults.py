@@ -1,6 +1,7 @@
 """Kills, full disks and power cuts at the operations on files of whole runs: the next start ends with the calm run's results.
 
-A sample of the operations is tried. `GRISTMILL_TEST_FAULTS=1` tries all of them, a larger number N every Nth: minutes to hours.
+A sample of the operations is tried. `GRISTMILL_TEST_FAULTS=1` tries all of them, N every Nth, N:K every Nth from the Kth (from 0) on:
+minutes to hours.
 """
 
 import errno
@@ -31,7 +32,7 @@ from gristmill.workflows.dataset import run as dataset
 from gristmill.workflows.dataset.recipe import DatasetRecipe
 from gristmill.workflows.train import train_model
 
-STRIDE = int(os.environ.get("GRISTMILL_TEST_FAULTS", "0"))
+STRIDE, _, FIRST = os.environ.get("GRISTMILL_TEST_FAULTS", "0").partition(":")
 VARYING = {
     "seconds",
     "peak_mib",
@@ -243,8 +244,8 @@ def test_struck_anywhere_the_next_start_ends_the_same(name: str, works: dict[str
     assert len(kinds) > 30
 
     def chosen(count: int, places: list[int]) -> list[int]:
-        stride = STRIDE or max(1, len(places) // count)
-        return places[stride // 2 :: stride]
+        stride = int(STRIDE) or max(1, len(places) // count)
+        return places[int(FIRST or stride // 2) :: stride]
 
     failed: list[str] = []
 

@@ -246,6 +246,10 @@ def serve(
     api_key_file: Annotated[Path | None, typer.Option(help="File with such keys, one a line.")] = None,
     max_open_samples: Annotated[int, typer.Option(help="Samples under way or waiting, beyond which requests get status 429.")] = 4096,
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    reasoning_parser: Annotated[
+        str,
+        typer.Option(help="Thinking as reasoning_content: think (where an answer begins with a tag), or vLLM's deepseek_r1 or qwen3."),
+    ] = "",
     max_batch: Annotated[int, typer.Option(help="Most responses in flight.")] = 256,
     cache_tokens: Annotated[
         int | None, typer.Option(help="Positions in a worker's cache; default: a quarter of the memory at most.")
@@ -270,6 +274,7 @@ def serve(
         api_key_file=api_key_file,
         max_open_samples=max_open_samples,
         timeout=timeout,
+        reasoning_parser=reasoning_parser,
     )
     engine_args = EngineArgs(
         dtype=dtype, quantize=quantize, cache=cache, max_batch=max_batch, cache_tokens=cache_tokens, chat_format=chat_format, device=device

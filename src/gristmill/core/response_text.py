@@ -16,6 +16,9 @@ _CLOSING = rf"<\|?/(?:{_NAMES})\s*\|?>|<\|end_of_thought\|>|<\|end_thinking\|>|(
 _CHANNEL = r"(?:<\|start\|>(?:assistant)?)?<\|channel\|>\s*(?:analysis|commentary)[^<\n]{0,100}(?:<\|message\|>)?"
 _FINAL = r"(?:<\|start\|>(?:assistant)?)?<\|channel\|>\s*final[^<\n]{0,100}<\|message\|>"
 THINKING = re.compile(rf"(?P<close>{_CLOSING}|{_FINAL})|(?P<open>{_OPENING}|{_CHANNEL})", re.I)
+OPENING, CLOSING = re.compile(rf"\s{{0,200}}(?:{_OPENING})", re.I), re.compile(_CLOSING, re.I)
+# What may yet become such a tag, at the end of a text that is still written.
+_BEGUN_TAG = re.compile(r"(?:<[|/\w:]{0,24}(?:\s[^<>\n]{0,100})?|\[/?[A-Z]{0,5}|\u25c1/?\w{0,5})\Z")
 ANSWER_TAG = re.compile(r"<(/?)(?:final_?)?answer>|<\|(?:begin|(end))_of_solution\|>", re.I)
 QUOTES = "\"'`"
 
@@ -98,6 +101,64 @@ def strip_thinking(text: str) -> str:
         return text
     said.append("" if thinking else re.sub(r"^(?:[ \t]*\r?\n)+", "", text[at:]))
     return "".join(said)
+
+
+# Whether a response begins in the midst of thinking, by the names of vLLM's reasoning parsers; None: where it begins with a tag.
+REASONING_PARSERS: dict[str, bool | None] = {"think": None, "deepseek_r1": True, "qwen3": True}
+
+
+def has_open_thinking(text: str, *, at_end: bool = False) -> bool | None:
+    """Whether a text stops in the midst of thinking; None where it has none, or, with `at_end`, does not end with a tag of it."""
+    tags = [m for m in THINKING.finditer(text) if not _is_quoted(text, m)]
+    if not tags or (at_end and text[tags[-1].end() :].strip()):
+        return None
+    return tags[-1]["open"] is not None
+
+
+class ReasoningParser:
+    """Reasoning parser: parts a response, as it arrives, into the thinking that it begins with and its content, both verbatim.
+
+    A response whose thinking never ends has no content. What follows the end is content, whatever tags are in it.
+
+    Args:
+        begun: whether the response begins in the midst of thinking; None: where it begins with a tag.
+    """
+
+    def __init__(self, begun: bool | None) -> None:
+        self.thinking = begun
+        self._text = ""  # what is not told yet, behind a little of what is
+        self._told = 0
+        self._opened = False
+
+    def add(self, text: str, *, last: bool = False) -> tuple[str, str]:
+        """Thinking and content that can be told now; with the `last` piece, all that is left."""
+        self._text += text
+        if self.thinking is not False and not self._opened:
+            m = OPENING.match(self._text)
+            before = self._text[: begun.start()] if (begun := _BEGUN_TAG.search(self._text)) else self._text
+            if m is None and not last and len(before) <= 200 and not before.strip():
+                return "", ""  # it may be one yet
+            self._opened, self._told, self.thinking = True, m.end() if m else 0, m is not None or bool(self.thinking)
+        thought = self._think(last) if self.thinking else ""
+        said = ""
+        if self.thinking is False:
+            said, self._text, self._told = self._text[self._told :], "", 0
+        return thought, said
+
+    def _think(self, last: bool) -> str:
+        text, start = self._text, self._told
+        for m in CLOSING.finditer(text, start):
+            if m.end() == len(text) and not last:  # a quotation mark may follow
+                self._told = m.start()
+                return text[start : m.start()]
+            if not _is_quoted(text, m):
+                self._told, self.thinking = m.end(), False
+                return text[start : m.start()]
+        begun = None if last else _BEGUN_TAG.search(text, start)
+        end = begun.start() if begun else len(text)
+        kept = max(0, end - 300)  # what tells whether a tag is quoted
+        self._text, self._told = text[kept:], end - kept
+        return text[start:end]
 
 
 def answer_text(text: str) -> str:

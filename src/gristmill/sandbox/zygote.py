@@ -54,6 +54,7 @@ _NONCE_BYTES = 16
 _VERDICT_BYTES = 1000
 _REASON_CHARS = 200
 _LAST_WORDS_S = 0.1  # for the check, when the program's process has ended
+_END_S = 5.0  # for the check to see that it has; more than that on no machine
 _CHECKER_CPU_S = 2.0  # far below its limit
 _SWEEP_S = 2.0  # a program may leave more files than can be removed in a reasonable time
 
@@ -271,6 +272,11 @@ class _Checker:
         with contextlib.suppress(OSError):  # it died meanwhile: no verdict will come
             send(self._jobs, {"check": check})
 
+    def hang_up(self) -> None:
+        """End what the program can say: what it has said is still read, and behind it the check meets its end."""
+        os.close(self.tell)
+        self.tell = -1
+
     def rest(self) -> None:
         """Forget what the last program said after its check had ended."""
         for fd in (self._told, self.asked):
@@ -280,7 +286,8 @@ class _Checker:
         """Kill it."""
         _kill(self._pid)
         for fd in (self.asked, self._told, self.tell, self._jobs, self.verdict):
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
 
 def _kill(pid: int) -> int:
@@ -356,12 +363,12 @@ class _Runner:
         pid = self._fork(timeout_s, keep, work)
         os.close(alive_end)
         checker.begin(check)
-        said, kept, late = self._watch(checker.verdict, alive, deadline)
+        said, kept, late = self._watch(checker.verdict, alive, deadline, checker.hang_up)
         os.close(alive)
         status = _kill(pid)
         kept = _drain(self._output, kept)
         verdict: dict[str, Any] = json.loads(said[4:]) if said and not late else {"reason": "", "weak": False, "clean": False}
-        if verdict["clean"]:
+        if verdict["clean"] and checker.tell >= 0:
             checker.rest()
         else:
             checker.stop()
@@ -395,12 +402,15 @@ class _Runner:
         os.close(verdict)
         return "passed" if said == nonce and not late else _reason(said, late, status), kept, True
 
-    def _watch(self, verdict: int, alive: int | None, deadline: float) -> tuple[bytes, bytes, bool]:
+    def _watch(
+        self, verdict: int, alive: int | None, deadline: float, hang_up: Callable[[], None] | None = None
+    ) -> tuple[bytes, bytes, bool]:
         """Collect what is said until there is a whole verdict, nobody is left who could say one, or the deadline passes.
 
         Args:
             verdict: of a check in its own process (one message), or of one in the program's (until the pipe closes).
             alive: hangs up when the program's process ends, where the check has its own.
+            hang_up: tells the check that nobody will answer it.
 
         Returns:
             The verdict, at most OUTPUT_BYTES of output (the rest is read and dropped, so that a child never blocks on a full pipe),
@@ -413,10 +423,14 @@ class _Runner:
         if alive is not None:
             poll.register(alive, select.POLLIN)
         said, kept = b"", bytearray()
-        gone = False
+        gone, last = False, deadline
         while True:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
+                if gone and hang_up is not None:
+                    hang_up()
+                    hang_up, deadline = None, min(last, time.monotonic() + _END_S)
+                    continue
                 return said, bytes(kept), not gone
             for fd, _ in poll.poll(remaining * 1000 + 1):
                 if fd == self._control:
@@ -428,7 +442,7 @@ class _Runner:
                     if not part or whole or (alive is None and len(said) > _VERDICT_BYTES + 1):
                         return said, bytes(kept), False
                 elif fd == alive:
-                    # The program ended: the check may still end too, if it asks no more.
+                    # The program ended: the check may still end too, if it asks no more, or has not read what was said last.
                     poll.unregister(alive)
                     gone, deadline = True, min(deadline, time.monotonic() + _LAST_WORDS_S)
                 else:

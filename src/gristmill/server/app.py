@@ -11,12 +11,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from aiohttp import hdrs, web
 from prometheus_client import generate_latest
 
 from gristmill.core.errors import InputError
+from gristmill.core.response_text import REASONING_PARSERS, ReasoningParser, has_open_thinking
 from gristmill.data.chat import Conversation, check_turns
 from gristmill.data.rows import make_id
 from gristmill.engine.async_engine import AsyncEngine, TokenEvent
@@ -57,6 +59,7 @@ MAX_BODIES_BYTES = 64 << 20  # of all requests that are on their way
 MAX_TOKEN_CHARS = 128  # as good as never more: a longer text is too long without counting
 MAX_INLINE_WORK = 20_000  # bytes of a body, or tokens with their likeliest, that would hold up everybody else
 MAX_GRAMMAR_WAIT = 15.0  # seconds
+PROMPT_TAIL = 16  # tokens of a prompt that may begin the answer's thinking, or end it
 CLIENT_CLOSED_REQUEST = 499
 STREAM = web.RequestKey("stream", web.StreamResponse)  # the answer that has begun
 JSON = "application/json"
@@ -103,6 +106,7 @@ class Server:
     Args:
         rate: the attributes of the last turn of conversations, by the reward model `reward_name`.
         reward_context: tokens that it reads at most; None: as many as the engine's model.
+        reasoning_parser: a name of REASONING_PARSERS: thinking is told apart from the content of chat answers.
 
     Attributes:
         pool: the connections, where their number is limited.
@@ -116,8 +120,10 @@ class Server:
         *,
         reward_name: str = "reward",
         reward_context: int | None = None,
+        reasoning_parser: str = "",
     ):
         self.engine, self.limits, self.reward_name = engine, limits or Limits(), reward_name
+        self.reasoning_parser = reasoning_parser
         self.context = engine.model.config.max_positions
         self.reward_context = self.context if reward_context is None else reward_context
         self.async_engine = AsyncEngine(engine, self._deliver)
@@ -229,6 +235,11 @@ class Server:
                 return await handler(http)
         except _HttpError as e:
             return await self._error_reply(http, error_response(e.status, str(e), code=e.code))
+        except web.HTTPNotFound:
+            paths = sorted({resource.canonical for resource in http.app.router.resources()})
+            return error_response(404, f"this server has no such path: ask one of {', '.join(paths)}")
+        except web.HTTPMethodNotAllowed as e:
+            return error_response(405, f"this path takes no such method: ask it with {' or '.join(sorted(e.allowed_methods))}")
         except web.HTTPException as e:
             return error_response(e.status, e.reason.lower())
         except InputError as e:
@@ -319,7 +330,7 @@ class Server:
         conversation, prompt_ids = await self._run(self._render, body, long=long)
         sampling = await self._sampling(body, self._room(len(prompt_ids)), (body.top_logprobs or 0) if body.logprobs else 0)
         request = self._request("chatcmpl", body, conversation, prompt_ids, sampling=sampling, content=body.messages)
-        builder = ChatResponseBuilder(self.engine, bool(body.logprobs))
+        builder = ChatResponseBuilder(self.engine, bool(body.logprobs), self._reasoning_parser(body, conversation, prompt_ids, sampling))
         return await self._respond(http, body, [request], builder=builder)
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
@@ -384,6 +395,19 @@ class Server:
         return conversation, self.engine.chat_format.render_turns(
             conversation, self.engine.tokenizer, add_generation_prompt=begin, continue_final_message=go_on
         )
+
+    def _reasoning_parser(
+        self, body: ChatCompletionRequest, conversation: Conversation, prompt_ids: list[int], sampling: SamplingParams
+    ) -> Callable[[], ReasoningParser] | None:
+        """Reasoning parsers of an answer's samples. What keeps to a grammar from its first token on does not think."""
+        if not self.reasoning_parser:
+            return None
+        begun: bool | None = False
+        if not sampling.grammar and body.continue_final_message:
+            begun = has_open_thinking(conversation[-1].content[-MAX_INLINE_WORK:])
+        elif not sampling.grammar:
+            begun = has_open_thinking(self.engine.tokenizer.decode(prompt_ids[-PROMPT_TAIL:], keep_special=True), at_end=True)
+        return partial(ReasoningParser, REASONING_PARSERS[self.reasoning_parser] if begun is None else begun)
 
     def _tokenize(self, prompt: str | list[int]) -> list[int]:
         ids = prompt

@@ -42,6 +42,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "ignore_eos": (False,),
+    "include_reasoning": (True,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "min_tokens": (0,),
@@ -286,8 +287,10 @@ def _message(where: str, message: Any) -> Message:
     role = "system" if message.get("role") == "developer" else message.get("role")
     if role not in get_args(Role):
         raise FieldError(f"{where}.role", "must be system, developer, user or assistant: nothing else is implemented")
+    # the thinking of earlier turns, as our own answers have it, is shown to no model
+    known = ("role", "content", "name", "annotations", *(("reasoning", "reasoning_content") if role == "assistant" else ()))
     for name, value in message.items():
-        if name not in ("role", "content", "name", "annotations") and value is not None and value != [] and value != {}:
+        if name not in known and value is not None and value != [] and value != {}:
             raise FieldError(f"{where}.{shown(name)}", "this server does not implement it: leave it out")
     content = message.get("content")
     parts = content if isinstance(content, list) else [content]

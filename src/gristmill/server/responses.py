@@ -4,11 +4,12 @@ import codecs
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiohttp import web
 
+from gristmill.core.response_text import ReasoningParser
 from gristmill.engine.async_engine import TokenEvent
 from gristmill.engine.engine import Engine
 from gristmill.engine.sequence import RequestState
@@ -98,10 +99,15 @@ class ResponseBuilder:
 
 
 class ChatResponseBuilder(ResponseBuilder):
-    """Chat completions and their chunks."""
+    """Chat completions and their chunks.
 
-    def __init__(self, engine: Engine, logprobs: bool) -> None:
-        self.engine, self.logprobs = engine, logprobs
+    Args:
+        reasoning_parser: makes a parser for each answer, where thinking is told apart from content.
+    """
+
+    def __init__(self, engine: Engine, logprobs: bool, reasoning_parser: Callable[[], ReasoningParser] | None = None) -> None:
+        self.engine, self.logprobs, self.reasoning_parser = engine, logprobs, reasoning_parser
+        self.parsers: dict[int, ReasoningParser] = {}  # of choices that are streamed
         self.name = f"chatcmpl-{secrets.token_hex(12)}"
         self.with_role: set[int] = set()  # choices whose role was sent
 
@@ -109,7 +115,10 @@ class ChatResponseBuilder(ResponseBuilder):
         (state,) = states
         choices: list[dict[str, Any]] = []
         for index, out in enumerate(c for c in state.completions if c is not None):
-            message = {"role": "assistant", "content": out.text}
+            message: dict[str, Any] = {"role": "assistant", "content": out.text}
+            if self.reasoning_parser is not None:
+                thought, said = self.reasoning_parser().add(out.text, last=True)
+                message |= {"content": said or None} | _reasoning(thought or None)
             entries = {"content": self._entries(out)} if self.logprobs else None
             choices.append({"index": index, "message": message, "logprobs": entries, "finish_reason": out.finish})
         usage = usage_counts(len(state.prompt_ids), num_output_tokens(states))
@@ -117,6 +126,10 @@ class ChatResponseBuilder(ResponseBuilder):
 
     def choice_delta(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> dict[str, Any]:
         delta: dict[str, Any] = {"content": text}
+        if self.reasoning_parser is not None:
+            parser = self.parsers.get(index) or self.parsers.setdefault(index, self.reasoning_parser())
+            thought, said = parser.add(text, last=finish is not None)
+            delta = ({"content": said} if said else {}) | (_reasoning(thought) if thought else {})
         if index not in self.with_role:
             self.with_role.add(index)
             delta["role"] = "assistant"
@@ -207,6 +220,11 @@ def envelope(kind: str, name: str, model: str, *, choices: list[dict[str, Any]],
     """Response object of a kind."""
     out = {"id": name, "object": kind, "created": int(time.time()), "model": model, "choices": choices}
     return out if usage is None else out | {"usage": usage}
+
+
+def _reasoning(thought: str | None) -> dict[str, Any]:
+    """Thinking, by vLLM's name of it and the earlier one, which is DeepSeek's."""
+    return {"reasoning": thought, "reasoning_content": thought}
 
 
 def usage_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

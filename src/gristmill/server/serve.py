@@ -13,6 +13,7 @@ from aiohttp import web
 
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
+from gristmill.core.response_text import REASONING_PARSERS
 from gristmill.data.chat import Conversation
 from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.judge.reward import RewardScorer, load_scorer
@@ -33,6 +34,7 @@ class ServerArgs:
         api_key_env, api_key_file: where the keys are that requests must bear, one a line; neither: everybody may ask.
         max_open_samples: under way or waiting, beyond which requests are sent away for a while.
         timeout: seconds a request may take.
+        reasoning_parser: how thinking is told apart from the content of chat answers; "": not at all.
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +45,7 @@ class ServerArgs:
     api_key_file: Path | None = None
     max_open_samples: int = 4096
     timeout: float = 600.0
+    reasoning_parser: str = ""
 
 
 def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None:
@@ -54,8 +57,16 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
     if args.max_open_samples < 1 or not args.timeout > 0 or (engine_args.cache_tokens is not None and engine_args.cache_tokens < 1):
         raise InputError("--max-open-samples and --cache-tokens must be at least 1, and --timeout above 0.")
     keys = _keys(args.api_key_env, args.api_key_file)
+    if args.reasoning_parser not in ("", *REASONING_PARSERS):
+        raise InputError(f"--reasoning-parser {args.reasoning_parser} is not one of {', '.join(REASONING_PARSERS)}.")
     name = args.name or model_folder.resolve().name
     engine = load_engine(model_folder, engine_args, name=name)
+    for tag in ("<think>", "</think>") if args.reasoning_parser else ():
+        if engine.tokenizer.has(tag) and not engine.tokenizer.decode([engine.tokenizer.special_id(tag)]):
+            raise InputError(
+                f"{model_folder}: {tag} is a control token there, which no answer shows, so that its thinking cannot be told apart: "
+                'set "special": false for it in tokenizer.json, or leave --reasoning-parser out.'
+            )
     scorer = load_scorer(args.reward, engine_args.chat_format, device=engine_args.device) if args.reward is not None else None
     reward_name = args.reward.resolve().name if args.reward is not None else ""
     if reward_name == name:
@@ -66,6 +77,7 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
         _rate_fn(scorer) if scorer is not None else None,
         reward_name=reward_name,
         reward_context=scorer.model.backbone.config.max_positions if scorer is not None else None,
+        reasoning_parser=args.reasoning_parser,
     )
     try:
         listening = socket.create_server((args.host, args.port))
