@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (the templates)
 """Chat templates of model folders: what transformers' `apply_chat_template` gives is the reference."""
 
 import json
@@ -223,7 +224,7 @@ QWEN3 = (
     {%- endif %}
 {%- endif %}
 """
-)  # noqa: E501
+)
 MISTRAL = """{%- if messages[0]["role"] == "system" %}
     {%- set system = messages[0]["content"] %}
     {%- set talk = messages[1:] %}
@@ -280,7 +281,7 @@ MISTRAL = """{%- if messages[0]["role"] == "system" %}
         {{- raise_exception("Only user and assistant roles are supported") }}
     {%- endif %}
 {%- endfor %}
-"""  # noqa: E501
+"""
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' }}{% endif %}"

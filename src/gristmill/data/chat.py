@@ -356,11 +356,11 @@ class TemplateFormat(ChatFormat):
     """
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, name: str = OWN) -> None:
-        self.name, self.close, self._template = name, "", template
+        self.name, self.close, self._template, self._place = name, "", template, tokenizer.place
         self._end = ""
         ask, answer = "A mill, 12.5 stones", "Yes, 7."
         turns = [{"role": "user", "content": ask}]
-        with _explained(self.name):
+        with _explained(self._place):
             (prompt,) = template.render([(turns, True)])
             if ask not in prompt.text:
                 raise TemplateError("it does not write what the user says")
@@ -410,7 +410,7 @@ class TemplateFormat(ChatFormat):
         for name in variables or ():
             if name in RESERVED or name not in self.variables:
                 raise InputError(f"The chat template has no variable {name!r} to set: leave it out.")
-        with _explained(self.name):
+        with _explained(self._place):
             (rendering,) = self._template.render(
                 [(_plain_turns(messages), add_generation_prompt and not continue_final_message)],
                 tools=tools,
@@ -431,7 +431,7 @@ class TemplateFormat(ChatFormat):
         turns = _plain_turns(messages)
         places = [i for i, message in enumerate(messages) if message.role == "assistant" and message.trained]
         calls = [call for i in places for call in ((turns[:i], True), (turns[: i + 1], False))]
-        with _explained(self.name):
+        with _explained(self._place):
             written = self._template.render([*calls, (turns, False)], tools=tools)
         whole = written.pop()
         open_answers = [self._answer(prompt, said) for prompt, said in zip(written[::2], written[1::2], strict=True)]
@@ -479,14 +479,14 @@ class _Answer:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn what is wrong with a template into a sentence that says what to do."""
+def _explained(place: str) -> Iterator[None]:
+    """Turn what is wrong with a template into a sentence that says where it is and what to do."""
     try:
         yield
     except TemplateError as e:
         if e.refusal:
-            raise InputError(f"The chat template refuses the conversation: {e}") from None
-        raise InputError(f"The chat template cannot be used, {name} ({e}): correct it, or name another chat format.") from None
+            raise InputError(f"The chat template of {place} refuses the conversation: {e}") from None
+        raise InputError(f"The chat template of {place} cannot be used ({e}): correct it, or name another chat format.") from None
 
 
 def _pattern(names: Iterable[str]) -> re.Pattern[str]:
@@ -571,7 +571,7 @@ def guess_format(tokenizer: Tokenizer) -> ChatFormat:
         for known in fits:
             if tokenizer.cuts_headers and tokenizer.chat_templates == {"default": known.template}:
                 return known
-        with _explained(OWN):
+        with _explained(tokenizer.place):
             template = ChatTemplate(tokenizer.chat_templates, tokenizer)
         own = TemplateFormat(template, tokenizer)
         return next((known for known in fits if _writes_as(own, known, tokenizer)), own)

@@ -23,7 +23,7 @@ from gristmill.core.untrusted import quoted
 from gristmill.data.tokenizer import Tokenizer
 
 MAX_TEMPLATE_CHARS = 1 << 20  # the longest published ones have 20,000
-MAX_SECONDS = 5.0  # of a processor, for one text
+MAX_SECONDS = 2.0  # of a processor, for one text
 MAX_MEMORY = 1 << 30  # bytes of the process that renders
 MAX_WAIT = 120.0  # seconds, on a machine that is busy with other things
 MAX_REPLY = 1 << 30  # bytes
