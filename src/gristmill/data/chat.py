@@ -9,8 +9,9 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
 from gristmill.core.errors import InputError
@@ -224,15 +225,11 @@ class TokenFormat(ChatFormat):
         return self._render(messages, tokenizer)
 
     def _check_plain(self, messages: Sequence[Message], tools: Sequence[Any]) -> None:
-        """Raise `InputError` where a conversation holds more than roles and texts."""
-        if tools:
-            raise InputError(f"The chat format {self.name} has no tools: leave them out.")
-        for message in messages:
-            if message.fields:
-                name = next(iter(json.loads(message.fields)))
-                raise InputError(f"A message has {name!r}, which the chat format {self.name} cannot say: write it as text, or drop it.")
-            if message.role == "tool":
-                raise InputError(f"The chat format {self.name} has no turns of tools: write them as text, or leave them out.")
+        """Raise `InputError` where a conversation has tools. Thoughts are left out: they are no part of an answer."""
+        calls = any(message.role == "tool" or '"tool_calls"' in message.fields for message in messages)
+        if tools or calls:
+            what = "a message calls a tool or is its answer" if calls else "there are tools"
+            raise InputError(f"{what}, and the chat format {self.name} has none: write them as text, or leave them out.")
 
     def _render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, last_open: bool = False) -> Rendered:
         """`render` of turns in any order, the last of them without its end if it is `last_open`."""
@@ -409,7 +406,7 @@ class TemplateFormat(ChatFormat):
         self._check(messages, tools)
         for name in variables or ():
             if name in RESERVED or name not in self.variables:
-                raise InputError(f"The chat template has no variable {name!r} to set: leave it out.")
+                raise InputError(f"The chat template of {self._place} has no variable {name[:80]!r} to set: leave it out.")
         with _explained(self._place):
             (rendering,) = self._template.render(
                 [(_plain_turns(messages), add_generation_prompt and not continue_final_message)],
@@ -423,7 +420,27 @@ class TemplateFormat(ChatFormat):
         if not messages:
             raise InputError("The conversation has no user turn: start with a message whose role is 'user'.")
         if tools and "tools" not in self.variables and "tool_use" not in self._template.sources:
-            raise InputError("The chat template has no place for tools: leave them out.")
+            raise InputError(f"The chat template of {self._place} has no place for tools: leave them out.")
+        given = {name for message in messages if message.fields for name in json.loads(message.fields)}
+        for name in sorted(given & {"tool_calls", "reasoning_content"}):
+            if not any(name in source for source in self._template.sources.values()):
+                raise InputError(f"The chat template of {self._place} has no place for {name!r} of a message: leave it out.")
+        if any(message.role == "tool" for message in messages) and not self._takes_results:
+            raise InputError(f"The chat template of {self._place} has no place for answers of tools: leave them out.")
+
+    @cached_property
+    def _takes_results(self) -> bool:
+        """Whether the template writes what a tool has answered; many leave out roles that they do not know."""
+        call = {"id": "abcdefghi", "type": "function", "function": {"name": "mill", "arguments": {}}}
+        said: list[dict[str, Any]] = [{"tool_calls": [call]}, {"content": "", "tool_calls": [call]}, {"content": "Wait."}]
+        for one in said:
+            turns = [{"role": "user", "content": "Grind."}, {"role": "assistant"} | one]
+            with suppress(TemplateError):
+                result = {"role": "tool", "content": "12.5 sacks", "tool_call_id": "abcdefghi", "name": "mill"}
+                (rendering,) = self._template.render([([*turns, result], True)])
+                if "12.5 sacks" in rendering.text:
+                    return True
+        return False
 
     def _render(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Any]) -> list[Rendered]:
         """The whole conversation, and those shorter ones that end with an answer which it does not write as it was said."""
@@ -505,25 +522,35 @@ def _check_prompt(messages: Sequence[Message]) -> None:
 
 
 def check_turns(messages: Sequence[Message]) -> None:
-    """Raise `InputError` unless turns alternate user, assistant, ... after an optional system turn."""
+    """Raise `InputError` unless turns alternate user, assistant, ... after an optional system turn.
+
+    An assistant that calls tools may be followed by their answers, and goes on after them.
+    """
     turns = list(messages)
     if turns and turns[0].role == "system":
         turns = turns[1:]
     if not turns:
         raise InputError("The conversation has no user turn: start with a message whose role is 'user'.")
+    expected = "user"
     for i, message in enumerate(turns):
-        expected = "user" if i % 2 == 0 else "assistant"
+        if message.role == "tool" and i > 0 and (turns[i - 1].role == "tool" or '"tool_calls"' in turns[i - 1].fields):
+            expected = "assistant"
+            continue
         if message.role != expected:
             raise InputError(
                 f"Turn {i + 1} of the conversation has role {message.role!r} where {expected!r} is due: "
                 "turns must alternate, starting with the user."
             )
+        expected = "assistant" if expected == "user" else "user"
 
 
-def conversation(turns: Sequence[Mapping[str, Any]] | Sequence[Message]) -> Conversation:
+def conversation(turns: Sequence[Mapping[str, Any]] | Sequence[Message], *, tools: bool = False) -> Conversation:
     """Messages from dicts with `role` and `content` (or from messages, unchanged).
 
     `weight: 0`, `train: false` or `training: false` marks an answer as context that is not trained.
+
+    Args:
+        tools: take calls of tools, their answers and thoughts (`reasoning_content`), which only a chat template can say.
 
     Raises:
         InputError: a turn lacks a field, has an unknown role, calls a tool, or its content is not text.
@@ -533,24 +560,72 @@ def conversation(turns: Sequence[Mapping[str, Any]] | Sequence[Message]) -> Conv
         if isinstance(turn, Message):
             out.append(turn)
             continue
+        fields = template_fields(turn) if tools and isinstance(turn, Mapping) else ""
+        if fields and turn.get("content") is None:
+            turn = {**turn, "content": ""}
         if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
             raise InputError(f"A message must have 'role' and 'content', got {turn!r:.200}.")
-        if turn["role"] not in get_args(Role) or not isinstance(turn["content"], str):
-            raise InputError(f"A message needs a role of {get_args(Role)} and text as content, got {turn!r:.200}.")
-        if name := next((name for name in ("tool_calls", "function_call", "tool_call_id", "audio") if turn.get(name)), None):
+        roles = get_args(Role) if tools else SPOKEN
+        if turn["role"] not in roles or not isinstance(turn["content"], str):
+            raise InputError(f"A message needs a role of {roles} and text as content, got {turn!r:.200}.")
+        unsaid = ("function_call", "audio") if tools else ("tool_calls", "function_call", "tool_call_id", "audio")
+        if name := next((name for name in unsaid if turn.get(name)), None):
             raise InputError(f"A message has {name!r}, which the chat formats cannot say: write it as text, or leave the message out.")
         if SURROGATE.search(turn["content"]):
             raise InputError(f"A message of the {turn['role']} holds half of a surrogate pair, which is no text: mend or remove it.")
         weights = [turn[name] for name in ("weight", "train", "training") if turn.get(name) is not None]
         if any(weight not in (0, 1) for weight in weights):  # which are False and True, too
             raise InputError(f"A message has the weight {weights[0]!r}: give 1 to train on an answer, or 0 not to.")
-        out.append(Message(cast(Role, turn["role"]), turn["content"], turn["role"] != "assistant" or all(weights)))
+        out.append(Message(cast(Role, turn["role"]), turn["content"], turn["role"] != "assistant" or all(weights), fields))
     return tuple(out)
+
+
+def template_fields(turn: Mapping[str, Any]) -> str:
+    """JSON of what only a chat template can say of a turn: calls of tools, whose call an answer belongs to, thoughts; "" for none of them.
+
+    Arguments of a call that are written as JSON become what they say, as templates want them.
+
+    Raises:
+        InputError: a call is of no known form.
+    """
+    fields: dict[str, Any] = {}
+    if isinstance(turn.get("reasoning_content"), str) and turn["reasoning_content"]:
+        fields["reasoning_content"] = turn["reasoning_content"]
+    if calls := turn.get("tool_calls"):
+        fields["tool_calls"] = [_tool_call(call) for call in (calls if isinstance(calls, list | tuple) else [calls])]
+    if turn.get("role") == "tool":
+        fields |= {name: turn[name] for name in ("tool_call_id", "name") if isinstance(turn.get(name), str)}
+    if fields and turn.get("content") is None:
+        fields["content"] = None
+    try:
+        text = json.dumps(fields, ensure_ascii=False) if fields else ""
+    except (TypeError, ValueError, RecursionError) as e:
+        raise InputError(f"A call of a tool holds what is no JSON ({e}): correct it.") from None
+    if SURROGATE.search(text):
+        raise InputError("A call of a tool holds half of a surrogate pair, which is no text: mend or remove it.")
+    return text
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise InputError("A call of a tool needs a `function` with its `name` and `arguments`.")
+    arguments = inner.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            raise InputError(f"The arguments of the call of {inner['name'][:80]!r} are no JSON: correct them.") from None
+    function = {k: v for k, v in inner.items() if v is not None} | {"arguments": arguments}
+    return {k: v for k, v in call.items() if v is not None} | {"function": function} if inner is not call else function
 
 
 def to_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The plain form of a conversation, as in JSONL files and the OpenAI API: with a `weight` only where it is 0."""
-    return [{"role": m.role, "content": m.content} | ({} if m.trained else {"weight": 0}) for m in messages]
+    return [
+        {"role": m.role, "content": m.content} | (json.loads(m.fields) if m.fields else {}) | ({} if m.trained else {"weight": 0})
+        for m in messages
+    ]
 
 
 def matching_formats(tokenizer: Tokenizer) -> list[TokenFormat]:

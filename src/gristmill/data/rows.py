@@ -322,7 +322,7 @@ def _plain(row: Any) -> dict[str, Any]:
 
 def _row(record: dict[str, Any], row: type[Row]) -> Row:
     if "messages" in record:
-        record["messages"] = conversation(record["messages"])
+        record["messages"] = conversation(record["messages"], tools=True)
     if record.get("rating") is not None:
         record["rating"] = Rating(**record["rating"])
     for key in ("parents", "labels"):

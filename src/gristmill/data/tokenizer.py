@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from gristmill.core.errors import InputError
 from gristmill.core.io import DamagedFile, read_bytes, write_bytes, write_json, write_text
-from gristmill.core.untrusted import existing_file, quoted, quoted_path, read_untrusted_json
+from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
 
 EOS = "<|endoftext|>"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can spell it, and it is no text
@@ -97,7 +97,7 @@ class Tokenizer:
 
     Attributes:
         files: of the folder that it was loaded from, by name; none for a tokenizer that was made here.
-        place: that folder, for errors.
+        place: name of that folder, for errors, which a server tells to strangers.
         chat_templates: Jinja texts of that folder by name, "default" first of all.
         token_names: what a chat template may call its tokens: `bos_token` and so on.
         end_ids: tokens that end a text by the folder's generation_config.json.
@@ -208,7 +208,7 @@ class Tokenizer:
             tokenizer = Tokenizer(backend, name, control)
             tokenizer.decode(tokenizer.encode(PROBE))  # what is wrong within shows when it is used
             tokenizer._check_losses(path)
-        tokenizer.files, tokenizer.chat_templates, tokenizer.place = files, templates, quoted_path(Path(folder))
+        tokenizer.files, tokenizer.chat_templates, tokenizer.place = files, templates, quoted(Path(folder).resolve().name)[1:-1]
         tokenizer.cuts_headers = cut_here
         named = {k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in config.items() if k.endswith("_token")}
         tokenizer.token_names = {k: v for k, v in named.items() if isinstance(v, str)}
