@@ -366,7 +366,7 @@ class Tokenizer:
 
     def special_ids(self) -> dict[str, int]:
         """Ids of the tokens that config.json may name, by its keys: `bos_token_id`, `pad_token_id` and so on."""
-        found = {f"{name}_id": self._backend.token_to_id(self.token_names[name]) for name in NAMED[:4] if name in self.token_names}
+        found = {f"{name}_id": self._backend.token_to_id(self.token_names[name]) for name in NAMED[:3] if name in self.token_names}
         return {name: token for name, token in found.items() if token is not None}
 
     def name_of(self, token: int) -> str:
