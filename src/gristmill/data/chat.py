@@ -654,7 +654,8 @@ def guess_format(tokenizer: Tokenizer) -> ChatFormat:
         names = ", ".join(f.name for f in fits) or "none"
         raise InputError(
             f"Cannot tell the chat format from the tokenizer ({names} fit), and the model folder brings no chat template: name one of "
-            f"{', '.join(FORMATS)}; or `plain`, which needs no tokens of its own; or add tokens with `gristmill add-chat-tokens`."
+            f"{', '.join(FORMATS)}; or `plain`, which needs no tokens of its own; or give the model tokens, by `gristmill init "
+            "--add-chat-tokens` or `gristmill add-chat-tokens`."
         )
     return fits[0]
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -255,6 +256,24 @@ class Tokenizer:
             changed.cuts_headers = bool(cut and headers)
             changed.files["tokenizer.json"] = backend.to_str(pretty=True).encode()
         return changed
+
+    def with_tokens(self, names: Sequence[str]) -> "Tokenizer":
+        """A copy with further control tokens, whose ids follow those that there are. Those that it has already stay as they are."""
+        whole = HFTokenizer.from_str(self.files.get("tokenizer.json", self._backend.to_str().encode()).decode())
+        flagged = {token.content for token in whole.get_added_tokens_decoder().values() if token.special}
+        added = [AddedToken(name, special=True, normalized=False) for name in names if name not in flagged]
+        whole.add_special_tokens(added)
+        files = self.files | {"tokenizer.json": whole.to_str(pretty=True).encode()}
+        config = json.loads(self.files.get("tokenizer_config.json", b"{}")) or self._config()
+        if isinstance(config.get("added_tokens_decoder"), dict):
+            for token in added:
+                told = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+                config["added_tokens_decoder"][str(whole.token_to_id(token.content))] = {"content": token.content, **told}
+        files["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+        with TemporaryDirectory() as folder:
+            for name, data in files.items():
+                write_bytes(Path(folder) / name, data)
+            return Tokenizer.load(Path(folder))
 
     def save(self, folder: Path, chat_template: str = "") -> None:
         """Write the files of the folder that it was loaded from, or, of one that was made here, those that `transformers` needs.

@@ -9,8 +9,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, make_folder, replacing, sync, write_json
 from gristmill.core.untrusted import existing_file, is_bare_name, quoted, quoted_path, read_untrusted_json
-from gristmill.data.chat import guess_format, matching_formats
+from gristmill.data.chat import FORMATS, guess_format, matching_formats
 from gristmill.data.rows import ATTRIBUTES
 from gristmill.data.tokenizer import FILES, TEMPLATES, Tokenizer
 from gristmill.model.config import ModelConfig, read_config
@@ -441,6 +442,56 @@ def _damage(path: Path) -> Iterator[None]:
             raise
         why = "".join(c for c in str(error) if c.isprintable())[:200]  # it may quote the file
         raise InputError(f"Download or save {quoted_path(path)} again: a file is damaged ({why}).") from None
+
+
+@torch.no_grad()
+def resize_embeddings(model: Transformer, num_tokens: int, new: Sequence[int]) -> None:
+    """Give a model rows for further tokens, in the embedding and the output matrix: each the mean of the rows of the other tokens.
+
+    Args:
+        num_tokens: ids that the tokenizer has, the new ones included; rows beyond them, which pad published models, are kept.
+        new: ids of the new tokens.
+    """
+    rows = max(model.config.vocab_size, num_tokens)
+    old = [token for token in range(min(num_tokens, model.config.vocab_size)) if token not in set(new)]
+
+    def resized(matrix: Tensor) -> nn.Parameter:
+        out = matrix.new_zeros(rows, matrix.shape[1])
+        out[: len(matrix)] = matrix
+        out[list(new)] = matrix[old].float().mean(0).to(matrix.dtype)
+        return nn.Parameter(out)
+
+    model.embedding = resized(model.embedding)
+    if model.lm_head is not None:
+        model.lm_head.weight = resized(model.lm_head.weight)
+    model.config = replace(model.config, vocab_size=rows)
+
+
+def add_chat_tokens(folder: Path, out: Path, name: str) -> dict[str, Any]:
+    """Write a Base again with the control tokens of a chat format, rows for them, and its chat template.
+
+    Raises:
+        InputError: the folder has a chat template already, or is no language model.
+    """
+    if name not in FORMATS:
+        raise InputError(f"Unknown chat format {name!r}: choose one of {', '.join(FORMATS)}.")
+    if out.resolve() == folder.resolve():
+        raise InputError(f"Choose another --out than the model itself: {folder} would be replaced.")
+    if saved_as(folder):
+        raise InputError(f"Give the model as it was before it was quantized: {folder} is quantized.")
+    if Tokenizer.load(folder).chat_templates:
+        raise InputError(f"{folder} brings a chat template already: it needs no tokens for another.")
+    model, tokenizer = load_model(folder, PRECISIONS["bf16"] if _is_bf16(folder) else torch.float32)
+    more = tokenizer.with_tokens(FORMATS[name].special_tokens)
+    new = [more.special_id(token) for token in FORMATS[name].special_tokens if not tokenizer.has(token)]
+    resize_embeddings(model, more.max_id + 1, new)
+    save_model(model, more.with_chat_template(FORMATS[name].template, cut=True), out)
+    return {"model": str(out), "chat_format": name, "added": len(new), "embeddings": model.config.vocab_size}
+
+
+def _is_bf16(folder: Path) -> bool:
+    hf = read_untrusted_json(existing_file(folder / "config.json", NO_MODEL))
+    return "bfloat16" in (hf.get("dtype"), hf.get("torch_dtype"))
 
 
 def quantize_folder(folder: Path, out: Path, kind: Quantize, *, dtype: str) -> dict[str, Any]:
