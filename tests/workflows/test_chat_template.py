@@ -9,6 +9,7 @@ import pytest
 from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS, PLAIN, Message, find_format, guess_format
 from gristmill.data.readers import read_demonstrations
+from gristmill.data.rows import Demonstration, read_rows, write_rows
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.judge.reward import load_scorer
 from gristmill.model.config import ModelConfig, uniform_blocks
@@ -95,6 +96,10 @@ def test_rows_with_tools_are_rendered_where_the_template_takes_them(base: Path, 
         (sample,) = demonstration_samples([row], guess_format(tokenizer), tokenizer)
         text = tokenizer.decode(sample.ids, keep_special=True)
         assert json.dumps(TOOLS) in text and 'assistant\nmill {"n": 1}<|im_end|>\n<|im_start|>tool\n3 sacks' in text
+        for name in ("own.parquet", "own.jsonl"):  # a run's own files
+            other = Demonstration("x", "general", (Message("user", "Hi"), Message("assistant", "Ho")), "human")
+            write_rows(tmp_path / name, [row, other])
+            assert read_rows(tmp_path / name, Demonstration) == [row, other]
         trained = [token for token, now in zip(sample.ids, sample.mask, strict=True) if now]
         assert tokenizer.decode(trained, keep_special=True) == 'mill {"n": 1}<|im_end|>Done.<|im_end|>'
         with pytest.raises(InputError, match=rf"conversation {row.id}: .*tool.* chatml has none"):
