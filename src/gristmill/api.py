@@ -48,7 +48,7 @@ class LLM:
         quantize: the layers' matrices: "int8", "int8-weight" or "fp8"; "" for what the folder was saved as.
         cache: type of keys and values; "" for `dtype`.
         max_batch: most responses in flight.
-        chat_format: "auto", or nemotron, chatml or llama3.
+        chat_format: "auto" (the folder's own), plain, nemotron, chatml or llama3.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
 
     Raises:
@@ -101,7 +101,7 @@ class RewardModel:
 
     Args:
         model: folder of a reward model.
-        chat_format: "auto", or nemotron, chatml or llama3.
+        chat_format: "auto" (the folder's own), plain, nemotron, chatml or llama3.
         device: as for `LLM`.
 
     Raises:

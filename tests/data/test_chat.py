@@ -254,7 +254,7 @@ def sentencepiece(*, legacy: bool, scheme: str = "first") -> HFTokenizer:
 
 def unigram() -> HFTokenizer:
     backend = HFTokenizer(models.Unigram())
-    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=[*ALL, "<unk>"], unk_token="<unk>", show_progress=False)
     backend.train_from_iterator(["\n", *MERGING], trainer)

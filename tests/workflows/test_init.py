@@ -174,3 +174,24 @@ def test_a_name_that_is_no_folder_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="name"):
         write_recipe(tmp_path / "recipe.yaml", "a/b", "miniature", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_without_chat_tokens_gets_them_or_the_plain_format(
+    tmp_path: Path, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = Tokenizer.train(["a b c"], 300, [])
+    blocks = uniform_blocks(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_size=32)
+    save_model(Transformer(ModelConfig("nemotron", tokenizer.vocab_size, 16, blocks, max_positions=256)), tokenizer, tmp_path / "base")
+    out = tmp_path / "recipe.yaml"
+    with pytest.raises(InputError, match=r"`plain`.*--add-chat-tokens"):
+        write_recipe(out, "mine", str(tmp_path / "base"), files)
+    assert not out.exists()
+    write_recipe(out, "mine", str(tmp_path / "base"), files, chat_format="plain")
+    assert yaml.safe_load(out.read_text())["chat_format"] == "plain" and "chat format: plain" in capsys.readouterr().err
+    with pytest.raises(InputError, match="does not exist"):
+        write_recipe(out, "mine", str(tmp_path / "base"), files | {"prompts": tmp_path / "none"}, True, add_chat_tokens="chatml")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["base"], "nothing is written before files are checked"
+    write_recipe(out, "mine", str(tmp_path / "base"), files, True, add_chat_tokens="chatml")
+    assert yaml.safe_load(out.read_text())["model"] == "recipe-chatml-base" and "chat format: chatml" in capsys.readouterr().err
+    assert Tokenizer.load(tmp_path / "recipe-chatml-base").has("<|im_end|>")
+    load(out, AlignmentRecipe)

@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 GROUPS = {
     "Whole runs": ("run", "synth", "curate", "blend", "pretrain", "init"),
     "Look at runs": ("status", "report", "compare", "rows"),
-    "Single steps": ("train", "quality", "quantize", "generate", "score", "eval"),
+    "Single steps": ("train", "quality", "quantize", "add-chat-tokens", "generate", "score", "eval"),
     "Talk and serve": ("chat", "serve"),
 }
 
@@ -60,7 +60,7 @@ Quantized = Annotated[
 CacheDtype = Annotated[
     Literal["", "fp32", "bf16", "int8", "fp8"], typer.Option("--cache", help="Type of keys and values; default as --dtype.")
 ]
-ChatFormat = Annotated[str, typer.Option("--format", help="Chat format: auto, nemotron, chatml or llama3.")]
+ChatFormat = Annotated[str, typer.Option("--format", help="Chat format: auto (the model folder's own), plain, nemotron, chatml or llama3.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, mps.")]
 RunDevice = Annotated[str | None, typer.Option("--device", help="Overrides the recipe's device: auto, cpu, cuda, cuda:1, mps.")]
 Unsafe = Annotated[bool, typer.Option("--unsafe-code", help="Run model-written programs WITHOUT a jail where the kernel offers none.")]

@@ -107,6 +107,21 @@ def quantize(
     echo(json.dumps(facts) if as_json else f"{facts['bytes'] / 2**20:,.1f} MiB of weights\nmodel: {facts['model']}")
 
 
+@command("gristmill add-chat-tokens ./base --to chatml --out runs/base-chatml")
+def add_chat_tokens(
+    model: Annotated[Path, typer.Argument(help="Folder of a Base model, without a chat template.")],
+    out: Out,
+    to: Annotated[Literal["chatml", "llama3", "nemotron"], typer.Option(help="Chat format whose tokens it gets.")] = "chatml",
+    as_json: AsJson = False,
+) -> None:
+    """Give a Base the control tokens of a chat format: rows of embeddings, each the mean of all, and the chat template."""
+    from gristmill.model import hf
+
+    facts = hf.add_chat_tokens(model, out, to)
+    text = f"{facts['added']} tokens added, {facts['embeddings']:,} embeddings, chat format {to}\nmodel: {facts['model']}"
+    echo(json.dumps(facts) if as_json else text)
+
+
 @command('gristmill generate runs/base/model "What is the capital of Runi?"')
 def generate(
     model: Annotated[Path, typer.Argument(help="Model folder.")],

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from gristmill.cli.app import AsJson, Quiet, RunDevice, RunOut, Unsafe, command, end_with_alarms, given
+from gristmill.cli.app import AsJson, ChatFormat, Quiet, RunDevice, RunOut, Unsafe, command, end_with_alarms, given
 from gristmill.core.echo import echo
+from gristmill.core.errors import InputError
 
 
 @command("gristmill run miniature")
@@ -111,6 +112,11 @@ def init(
     ratings: Annotated[Path | None, typer.Option(help="Rated answers, HelpSteer2's columns.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts, with or without known answers.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="Held-out prompts with known answers.")] = None,
+    format: ChatFormat = "auto",
+    add_chat_tokens: Annotated[
+        Literal["", "chatml", "llama3", "nemotron"],
+        typer.Option(help="Give a Base without tokens for chats those of this format; it is written beside the recipe."),
+    ] = "",
     name: Annotated[str, typer.Option(help="Name of the run.")] = "mine",
     force: Annotated[bool, typer.Option(help="Overwrite the recipe file.")] = False,
 ) -> None:
@@ -118,5 +124,8 @@ def init(
     from gristmill.workflows.init import write_recipe
 
     files = {"demonstrations": demonstrations, "ratings": ratings, "prompts": prompts, "evaluation": evaluation}
-    write_recipe(out, name, model, {k: v for k, v in files.items() if v is not None}, force)
+    if add_chat_tokens and model == "miniature":
+        raise InputError("Give --model with --add-chat-tokens: the shipped model has its tokens.")
+    given = {k: v for k, v in files.items() if v is not None}
+    write_recipe(out, name, model, given, force, chat_format=format, add_chat_tokens=add_chat_tokens)
     echo(f"{out} is written: read it, then `gristmill run {out}`.")

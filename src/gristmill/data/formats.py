@@ -5,6 +5,7 @@ HelpSteer2's turns inside `prompt`, HH-RLHF's transcripts, NeMo-Aligner's pairs.
 what means nothing to training is handed back as metadata.
 """
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -31,17 +32,21 @@ SPEECH = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \n]?")  # HH-RLHF
 ROW_ID = re.compile(r"[0-9a-f]{16}")
 
 
-def parse_conversation(record: Mapping[str, Any], *, answered: bool, known: Collection[str] = ()) -> tuple[Conversation, dict[str, Any]]:
+def parse_conversation(
+    record: Mapping[str, Any], *, answered: bool, known: Collection[str] = (), tools: bool = False
+) -> tuple[Conversation, dict[str, Any]]:
     """The conversation of a row, and its other columns.
 
     Args:
         answered: whether it ends with the assistant; else with the user, and an answer beside it is metadata.
         known: columns that the caller reads itself.
+        tools: take OpenAI's form of tools, with their descriptions as `tools` among the other columns. Whether the chat format can say
+            them shows when the row is rendered.
 
     Raises:
         InputError: the row is of a format that cannot be used, holds two conversations, or lacks one.
     """
-    rest = _given(record, known)
+    rest = _given(record, known, tools)
     if {"chosen", "rejected"} <= rest.keys():
         raise InputError("it looks like a preference pair (`chosen`, `rejected`): give such a file to `gristmill train dpo`.")
     if isinstance(rest.get("completions"), list):
@@ -51,7 +56,7 @@ def parse_conversation(record: Mapping[str, Any], *, answered: bool, known: Coll
             "it looks like KTO's unpaired form (`label`): an answer labelled false is none to imitate. Keep the true ones, without `label`."
         )
     system = _system(rest)
-    turns = _talk(rest)
+    turns = _talk(rest, tools=tools)
     if turns is None:
         turns = _question(rest)
         if turns is None:
@@ -97,7 +102,7 @@ def parse_pair(record: Mapping[str, Any], *, known: Collection[str] = ()) -> tup
     return chosen[:-1], chosen[-1].content, rejected[-1].content, rest
 
 
-def parse_turns(turns: Any, column: str) -> Conversation:
+def parse_turns(turns: Any, column: str, *, tools: bool = False) -> Conversation:
     """Messages of OpenAI's form (`role`, `content`) or ShareGPT's (`from`, `value`).
 
     A turn of weight 0, or `train: false`, is context: it is read, and no loss is taken on it.
@@ -109,14 +114,20 @@ def parse_turns(turns: Any, column: str) -> Conversation:
         turns = [turns]
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise InputError(f"`{column}` must be a list of turns with `role` and `content`, or `from` and `value`.")
-    return tuple(_turn(turn, f"turn {number} of `{column}`") for number, turn in enumerate(turns, 1))
+    return tuple(_turn(turn, f"turn {number} of `{column}`", tools) for number, turn in enumerate(turns, 1))
 
 
-def _turn(turn: Any, where: str) -> Message:
+def _turn(turn: Any, where: str, tools: bool) -> Message:
     if not isinstance(turn, Mapping):
         raise InputError(f"{where} is not an object: give every turn `role` and `content`.")
     given = {k: v for k, v in turn.items() if v is not None}
     speaker = given["role"] if "role" in given else given.get("from")
+    if tools and (speaker == "tool" or given.get("tool_calls") or given.get("reasoning_content")) and isinstance(given.get("role"), str):
+        try:
+            (message,) = conversation([turn], tools=True)
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from e
+        return message
     if speaker in ("tool", "function", "function_call", "observation", "ipython") or given.get("tool_calls") or given.get("function_call"):
         raise InputError(f"{where} calls a tool or is its answer: the chat formats have no tools. Write it as text, or leave the row out.")
     content = given["content"] if "content" in given else given.get("value")
@@ -139,23 +150,37 @@ def _turn(turn: Any, where: str) -> Message:
     return message
 
 
-def _given(record: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+def _given(record: Mapping[str, Any], known: Collection[str], tools: bool = False) -> dict[str, Any]:
     """The columns that hold something, without those that the caller reads."""
     rest = {name: value for name, value in record.items() if value is not None and name not in known}
+    described = _tools(rest.pop("tools", None)) if tools else []
     for name, why in UNUSABLE.items():
         if rest.get(name):
             raise InputError(f"it has `{name}`, and {why}: leave such rows out.")
         rest.pop(name, None)
     meta = rest.pop("meta", {})  # our own rows hold such columns there
-    return rest | (meta if isinstance(meta, dict) and not meta.keys() & rest.keys() else {"meta": meta})
+    rest |= meta if isinstance(meta, dict) and not meta.keys() & rest.keys() else {"meta": meta}
+    return rest | ({"tools": described} if described else {})
 
 
-def _talk(rest: dict[str, Any], sides: Sequence[str | Conversation] = ()) -> Conversation | None:
+def _tools(value: Any) -> list[Any]:
+    """Descriptions of tools, as a list or as JSON of one."""
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise InputError("`tools` is text that is no JSON: give a list of descriptions.") from None
+    if value and (not isinstance(value, list) or not all(isinstance(one, dict) for one in value)):
+        raise InputError("`tools` must be a list of descriptions, as in OpenAI's form.")
+    return list(value or ())
+
+
+def _talk(rest: dict[str, Any], sides: Sequence[str | Conversation] = (), *, tools: bool = False) -> Conversation | None:
     """The turns of `messages` or `conversations`. Other columns may repeat what they say, but not say something else."""
     names = [name for name in TALKS if rest.get(name)]
     if not names:
         return None
-    turns, *others = [parse_turns(rest.pop(name), name) for name in names]
+    turns, *others = [parse_turns(rest.pop(name), name, tools=tools) for name in names]
     if any(other != turns for other in others):
         raise InputError(f"it holds different conversations in {_join(names)}: keep one of them.")
     said = {m.content for m in turns}

@@ -26,19 +26,19 @@ COLUMNS = ("id", "task")  # which every row may have
 
 
 def _messages(
-    path: Path, number: int, record: dict[str, Any], known: Sequence[str] = (), *, answered: bool
+    path: Path, number: int, record: dict[str, Any], known: Sequence[str] = (), *, answered: bool, tools: bool = False
 ) -> tuple[Conversation, dict[str, Any]]:
     try:
-        return parse_conversation(record, answered=answered, known=(*COLUMNS, *known))
+        return parse_conversation(record, answered=answered, known=(*COLUMNS, *known), tools=tools)
     except InputError as e:
         raise InputError(f"Row {number} of {path}: {e}") from e
 
 
 def read_demonstrations(path: Path) -> list[Demonstration]:
-    """Conversations that end with the assistant."""
+    """Conversations that end with the assistant; calls of tools are taken, where the model's chat template has them."""
     out = []
     for number, r in _rows(path, "demonstrations"):
-        messages, meta = _messages(path, number, r, answered=True)
+        messages, meta = _messages(path, number, r, answered=True, tools=True)
         if not any(m.trained for m in messages if m.role == "assistant"):
             raise InputError(f"Row {number} of {path} has no answer to learn from: all have weight 0. Leave it out.")
         name = make_id("human", number, [m.content for m in messages])

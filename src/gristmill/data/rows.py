@@ -312,7 +312,9 @@ def read_rows(path: Path, row: type[Row]) -> list[Row]:
 def _plain(row: Any) -> dict[str, Any]:
     record = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
     if "messages" in record:
-        record["messages"] = to_dicts(record["messages"])
+        # calls of tools as text: in a table of structures each would have the names of all others
+        plain = to_dicts([dataclasses.replace(m, fields="") if m.fields else m for m in record["messages"]])
+        record["messages"] = [d | ({"fields": m.fields} if m.fields else {}) for d, m in zip(plain, record["messages"], strict=True)]
     if record.get("rating") is not None:
         record["rating"] = dataclasses.asdict(record["rating"])
     if not record.get("meta", True):
@@ -322,7 +324,8 @@ def _plain(row: Any) -> dict[str, Any]:
 
 def _row(record: dict[str, Any], row: type[Row]) -> Row:
     if "messages" in record:
-        record["messages"] = conversation(record["messages"])
+        turns = [{k: v for k, v in turn.items() if k != "fields"} | json.loads(turn.get("fields") or "{}") for turn in record["messages"]]
+        record["messages"] = conversation(turns, tools=True)
     if record.get("rating") is not None:
         record["rating"] = Rating(**record["rating"])
     for key in ("parents", "labels"):

@@ -4,19 +4,22 @@ Control tokens are reachable only through `special_id`; text typed by a user or 
 even when it spells the name of a control token.
 """
 
+import copy
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import write_json, write_text
+from gristmill.core.io import DamagedFile, read_bytes, write_bytes, write_json, write_text
 from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
 
 EOS = "<|endoftext|>"
@@ -48,6 +51,22 @@ PLAIN = ("NoneType", "NFC", "NFKC", "NFD", "NFKD", "Lowercase")  # normalizers t
 MAX_ENCODED_ALONE = 20_000  # characters; for longer texts the library lets other threads run only in a batch
 MAX_BYTES = 1 << 28  # of a tokenizer.json; the largest published ones have 40 MB
 MAX_UNUSED_IDS = 1 << 16  # ids below the highest that no token has
+# What a model folder says about its tokenizer and its chat template. A folder that was loaded is saved with the same bytes.
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "generation_config.json"),
+)
+MAX_TEMPLATES = 64
+TEMPLATES = "additional_chat_templates"  # a folder with further templates, NAME.jinja
+# Pairs of texts that a tokenizer must tell apart, or it would lose what stands behind them.
+LOSSES = (
+    ("A", "a", "capital letters"),
+    ("a\nb", "a b", "line breaks"),
+    ("a\n\nb", "a\nb", "line breaks"),
+    ("a\nb", "ab", "line breaks"),
+    ("a  b", "a b", "blanks beside blanks, and so every indentation"),
+    ("\u00e9", "e", "accents"),
+)
 PROBE = "A mill, 12.5 stones\n\n"
 
 
@@ -77,17 +96,36 @@ class Tokenizer:
         eos: name of the end-of-document token.
         control: names of further control tokens, beside those that are flagged so and those of `CONTROL`.
 
+    Attributes:
+        files: of the folder that it was loaded from, by name; none for a tokenizer that was made here.
+        place: name of that folder, for errors, which a server tells to strangers.
+        chat_templates: Jinja texts of that folder by name, "default" first of all.
+        token_names: what a chat template may call its tokens: `bos_token` and so on.
+        end_ids: tokens that end a text by the folder's generation_config.json.
+        cuts_headers: whether its files cut a turn's header from the words after it, see `with_chat_template`.
+        control: names of the control tokens; control_ids: their ids.
+
     Raises:
         InputError: the end-of-document token is not in the vocabulary.
     """
 
     def __init__(self, backend: HFTokenizer, eos: str = EOS, control: Iterable[str] = ()):
+        self.files: dict[str, bytes] = {}
+        self.chat_templates: dict[str, str] = {}
+        self.place = "the tokenizer"
+        self.token_names: dict[str, str] = {"eos_token": eos}
+        self.end_ids: tuple[int, ...] = ()
+        self.cuts_headers = False
+        self._whole: HFTokenizer | None = None  # as other programs have it
+        control = tuple(control)
         self._backend = backend
         self._chat: HFTokenizer | None = None
         blank = any(step.get("add_prefix_space") or step["type"] == "Metaspace" for step in _steps(backend))
         self._apart = type(backend.normalizer).__name__ in PLAIN and not blank  # so that two texts have the ids of each
         flagged = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
         names = [n for n in dict.fromkeys((*flagged, eos, *control, *CONTROL)) if backend.token_to_id(n) is not None]
+        self.control = tuple(names)
+        self._named = (eos, *control)
         # which also makes them leave the white space around them alone
         backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
         _bar(backend, names)
@@ -100,6 +138,7 @@ class Tokenizer:
             raise InputError("The tokenizer gives one id to several tokens: download or save its tokenizer.json again.")
         if self.max_id >= len(ids) + MAX_UNUSED_IDS:
             raise InputError(f"The tokenizer has {len(ids)} tokens and an id {self.max_id}: download or save its tokenizer.json again.")
+        self.control_ids = frozenset(self.special_id(name) for name in names)
         self.eos = eos
         self.eos_id = self.special_id(eos)
 
@@ -143,10 +182,14 @@ class Tokenizer:
         path = existing_file(Path(folder) / "tokenizer.json", "A model folder needs its tokenizer.json")
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} cannot be read as a tokenizer (it is larger than {MAX_BYTES:,} bytes): download or save it again.")
+        files = _read_files(Path(folder))
         with _damage(path):
-            backend = HFTokenizer.from_file(str(path))
+            backend = HFTokenizer.from_buffer(files["tokenizer.json"])
         config_path = path.with_name("tokenizer_config.json")
         config = read_untrusted_json(config_path) if config_path.exists() else {}
+        more_path = path.with_name("special_tokens_map.json")
+        if more_path.exists() and "added_tokens_decoder" not in config:  # as in transformers
+            config |= read_untrusted_json(more_path)
         try:
             eos = config.get("eos_token") or EOS
             name = eos["content"] if isinstance(eos, dict) else eos
@@ -155,29 +198,100 @@ class Tokenizer:
             control = [token["content"] if isinstance(token, dict) else token for token in others if token]
             if not all(isinstance(text, str) for text in (name, *control)):
                 raise TypeError("a token's name is no text")
+            templates = _templates(files, config.get("chat_template"))
         except (ValueError, AttributeError, KeyError, TypeError) as e:
             raise InputError(f"{config_path} is not a tokenizer configuration ({quoted(repr(e))[1:-1]}): download it again.") from e
         with _damage(path):
             cut, *rest = _steps(backend) or [{}]
-            if cut.get("pattern", {}).get("Regex", "").startswith(CUT):  # it belongs to the template, see `save`
+            cut_here = cut.get("pattern", {}).get("Regex", "").startswith(CUT)
+            if cut_here:  # it belongs to the template, see `with_chat_template`
                 backend = _with(backend, rest[0] if rest else None)
             tokenizer = Tokenizer(backend, name, control)
             tokenizer.decode(tokenizer.encode(PROBE))  # what is wrong within shows when it is used
+            tokenizer._check_losses(path)
+        tokenizer.files, tokenizer.chat_templates, tokenizer.place = files, templates, quoted(Path(folder).resolve().name)[1:-1]
+        tokenizer.cuts_headers = cut_here
+        named = {k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in config.items() if k.endswith("_token")}
+        tokenizer.token_names = {k: v for k, v in named.items() if isinstance(v, str)}
+        tokenizer.end_ids = tokenizer._ends()
         return tokenizer
 
-    def save(self, folder: Path, chat_template: str = "") -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, readable by `transformers`, with a chat template for other programs.
+    def _check_losses(self, path: Path) -> None:
+        """Raise `InputError` where the tokenizer drops what texts consist of: an answer could never be given back as it was."""
+        unknown = getattr(self._backend.model, "unk_token", None)
+        unknown_id = self._backend.token_to_id(unknown) if isinstance(unknown, str) else None
+        for text, other, lost in LOSSES:
+            ids = self.encode(text)
+            if ids == self.encode(other) and unknown_id not in ids:
+                raise InputError(f"{path} loses {lost}: texts would come back changed. Use a model whose tokenizer keeps every text.")
 
-        With a template, the written tokenizer cuts a turn's header from the words after it, as rendering does piece by piece;
-        else a message that begins with a line break would have one token for the header's and its own.
+    def _ends(self) -> tuple[int, ...]:
+        """Ends of text that generation_config.json names, as far as there are such tokens."""
+        try:
+            ends = json.loads(self.files.get("generation_config.json", b"{}")).get("eos_token_id")
+        except (ValueError, AttributeError, RecursionError):
+            return ()
+        several = ends if isinstance(ends, list) else [ends]
+        return tuple(end for end in several if type(end) is int and 0 <= end <= self.max_id)
+
+    def with_chat_template(self, template: str, *, cut: bool = False) -> "Tokenizer":
+        """A copy whose folder says that this template is the one; for a model that is trained in another format than its folder's.
+
+        Args:
+            cut: make the tokenizer cut a turn's header from the words after it, as rendering piece by piece does; else a message that
+                begins with a line break would have one token for the header's and its own.
         """
+        changed = copy.copy(self)
+        changed.chat_templates, changed._whole = {"default": template}, None
+        config = json.loads(self.files.get("tokenizer_config.json", b"{}")) or self._config()
+        config["chat_template"] = template
+        changed.token_names = {"eos_token": self.eos} | self.token_names
+        if not config.get("eos_token"):
+            config["eos_token"] = self.eos
+        changed.files = {name: data for name, data in self.files.items() if not name.endswith(".jinja")}
+        changed.files["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+        headers = [header for header in HEADERS if json.dumps(header)[1:-1] in template]
+        if cut or not self.files:
+            backend = _cut(self._backend, headers) if cut and headers else self._backend
+            changed.cuts_headers = bool(cut and headers)
+            changed.files["tokenizer.json"] = backend.to_str(pretty=True).encode()
+        return changed
+
+    def with_tokens(self, names: Sequence[str]) -> "Tokenizer":
+        """A copy with further control tokens, whose ids follow those that there are. Those that it has already stay as they are."""
+        whole = HFTokenizer.from_str(self.files.get("tokenizer.json", self._backend.to_str().encode()).decode())
+        flagged = {token.content for token in whole.get_added_tokens_decoder().values() if token.special}
+        added = [AddedToken(name, special=True, normalized=False) for name in names if name not in flagged]
+        whole.add_special_tokens(added)
+        files = self.files | {"tokenizer.json": whole.to_str(pretty=True).encode()}
+        config = json.loads(self.files.get("tokenizer_config.json", b"{}")) or self._config()
+        if isinstance(config.get("added_tokens_decoder"), dict):
+            for token in added:
+                told = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+                config["added_tokens_decoder"][str(whole.token_to_id(token.content))] = {"content": token.content, **told}
+        files["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+        with TemporaryDirectory() as folder:
+            for name, data in files.items():
+                write_bytes(Path(folder) / name, data)
+            return Tokenizer.load(Path(folder))
+
+    def save(self, folder: Path, chat_template: str = "") -> None:
+        """Write the files of the folder that it was loaded from, or, of one that was made here, those that `transformers` needs.
+
+        Args:
+            chat_template: see `with_chat_template`, with a cut; "" for the folder's own.
+        """
+        if chat_template and chat_template != self.chat_templates.get("default"):
+            return self.with_chat_template(chat_template, cut=True).save(folder)
         folder = Path(folder)
-        headers = [header for header in HEADERS if json.dumps(header)[1:-1] in chat_template]
-        backend = _cut(self._backend, headers) if headers else self._backend
-        write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "clean_up_tokenization_spaces": False}
-        config |= {"chat_template": chat_template} if chat_template else {}
-        write_json(folder / "tokenizer_config.json", config)
+        for name, data in self.files.items():
+            write_bytes(folder / name, data)
+        if not self.files:
+            write_text(folder / "tokenizer.json", self._backend.to_str(pretty=True))
+            write_json(folder / "tokenizer_config.json", self._config())
+
+    def _config(self) -> dict[str, Any]:
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "clean_up_tokenization_spaces": False}
 
     @property
     def vocab_size(self) -> int:
@@ -215,6 +329,29 @@ class Tokenizer:
             return head, self._chat.encode(text, add_special_tokens=False).ids
         return head, ids[len(head) :]
 
+    def encode_template(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of what a chat template wrote, as other programs make them, names of control tokens included; and where each stands.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        if self._whole is None:
+            if "tokenizer.json" in self.files:
+                self._whole = HFTokenizer.from_buffer(self.files["tokenizer.json"])
+                known = {token.content for token in self._whole.get_added_tokens_decoder().values()}
+                missing = [name for name in self._named if name in self.control and name not in known]
+                self._whole.add_special_tokens([AddedToken(name, special=True) for name in missing])
+                self._whole.no_padding()
+                self._whole.no_truncation()
+            else:
+                self._whole = HFTokenizer.from_str(self._backend.to_str())
+        _check_text(text)
+        try:
+            (found,) = self._whole.encode_batch([text], add_special_tokens=False)  # in a batch it lets other threads run
+        except BaseException as e:
+            raise _unless_panic(e) from None
+        return found.ids, found.offsets
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
         for text in texts:
@@ -246,6 +383,15 @@ class Tokenizer:
             raise InputError(f"The tokenizer has no token {name!r}: choose the chat format that the model was made for.")
         return token
 
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the tokens that config.json may name, by its keys: `bos_token_id`, `pad_token_id` and so on."""
+        found = {f"{name}_id": self._backend.token_to_id(self.token_names[name]) for name in NAMED[:3] if name in self.token_names}
+        return {name: token for name, token in found.items() if token is not None}
+
+    def name_of(self, token: int) -> str:
+        """Name of a token, as in the vocabulary; "" if there is none of this id."""
+        return self._backend.id_to_token(token) or ""
+
     def has(self, name: str) -> bool:
         """Whether `name` is one token of the vocabulary."""
         return self._backend.token_to_id(name) is not None
@@ -257,6 +403,34 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of the whole tokenizer, for caches and run folders."""
         return hashlib.blake2b(self._backend.to_str().encode(), digest_size=8).hexdigest()
+
+
+def _read_files(folder: Path) -> dict[str, bytes]:
+    """The files of `FILES` that a folder has, and its further chat templates.
+
+    Raises:
+        InputError: one is no regular file, cannot be read, or is too large.
+    """
+    paths = [folder / name for name in FILES if os.path.lexists(folder / name)]
+    more = folder / TEMPLATES
+    if more.is_dir():
+        paths += sorted(path for path in more.iterdir() if path.suffix == ".jinja")[:MAX_TEMPLATES]
+    try:
+        return {path.relative_to(folder).as_posix(): read_bytes(existing_file(path, "A file cannot be read")) for path in paths}
+    except DamagedFile as e:
+        raise InputError(f"{e} Download or save it again.") from e
+
+
+def _templates(files: Mapping[str, bytes], configured: Any) -> dict[str, str]:
+    """Chat templates by name: of the folder's .jinja files where there are any, else of tokenizer_config.json; as in transformers."""
+    names = {name: "default" if name == "chat_template.jinja" else Path(name).stem for name in files if name.endswith(".jinja")}
+    found = {names[name]: files[name].decode() for name in names}
+    if not found and configured:
+        several = [{"name": "default", "template": configured}] if isinstance(configured, str) else configured
+        found = {one["name"]: one["template"] for one in several}
+    if not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise TypeError("a chat template is no text")
+    return found
 
 
 def _check_text(text: str) -> None:

@@ -70,8 +70,8 @@ class Engine:
     Args:
         model: on the device where it is to run.
         tokenizer: the model's tokenizer.
-        chat_format: how conversations are written; its end-of-turn token (and the tokenizer's EOS) ends a
-            response.
+        chat_format: how conversations are written; its end-of-turn token ends a response, as do the tokenizer's EOS and the ends
+            of text that the model folder's generation_config.json names.
         name: for records and reports.
         max_batch: responses that may be in flight at once.
         dtype: of matrices and activations; norms and sampling are always float32.
@@ -116,7 +116,7 @@ class Engine:
         self._name = name
         self._arrivals = itertools.count()
         self.stop_V = np.zeros(model.config.vocab_size, np.bool_)
-        self.stop_V[[chat_format.end_of_turn_id(tokenizer), tokenizer.eos_id]] = True
+        self.stop_V[[chat_format.end_of_turn_id(tokenizer), tokenizer.eos_id, *tokenizer.end_ids]] = True
 
     @property
     def name(self) -> str:

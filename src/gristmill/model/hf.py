@@ -5,11 +5,13 @@ seen. Nothing is ever unpickled.
 """
 
 import hashlib
+import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +23,9 @@ from torch import Tensor, nn
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, make_folder, replacing, sync, write_json
 from gristmill.core.untrusted import existing_file, is_bare_name, quoted, quoted_path, read_untrusted_json
-from gristmill.data.chat import matching_formats
+from gristmill.data.chat import FORMATS, guess_format, matching_formats
 from gristmill.data.rows import ATTRIBUTES
-from gristmill.data.tokenizer import Tokenizer
+from gristmill.data.tokenizer import FILES, TEMPLATES, Tokenizer
 from gristmill.model.config import ModelConfig, read_config
 from gristmill.model.quantized import (
     Quantize,
@@ -41,7 +43,7 @@ from gristmill.model.transformer import PRECISIONS, Block, Linear, Transformer
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Beside the safetensors, all that a folder written here holds; only such a folder is ever replaced.
-SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX_FILE)
+SMALL_FILES = ("config.json", *FILES, INDEX_FILE)
 MAX_SHARD_BYTES = 5 * 1000**3
 # Published embeddings are padded to a multiple of 128, 256 or 512 beyond the tokenizer's ids.
 MAX_VOCAB_PADDING = 511
@@ -166,16 +168,29 @@ def _save(
 ) -> None:
     _check_vocabulary(config, tokenizer, folder)
     dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
-    hf = config.to_hf() | {"torch_dtype": dtype, "eos_token_id": tokenizer.eos_id} | extra
+    hf = config.to_hf() | {"torch_dtype": dtype} | tokenizer.special_ids() | {"eos_token_id": tokenizer.eos_id} | extra
     formats = matching_formats(tokenizer)
-    form = formats[0] if len(formats) == 1 else None
-    # where other programs stop
-    ends = tokenizer.eos_id if form is None else list(dict.fromkeys([tokenizer.eos_id, form.end_of_turn_id(tokenizer)]))
+    if not tokenizer.files and len(formats) == 1:  # one that was made here, for a format
+        tokenizer = tokenizer.with_chat_template(formats[0].template, cut=True)
     with _new_folder(folder) as new:
-        tokenizer.save(new, "" if form is None else form.template)
+        tokenizer.save(new)
         write_json(new / "config.json", hf)
-        write_json(new / "generation_config.json", {"eos_token_id": ends})
+        if (generation := _generation_config(tokenizer)) is not None:
+            write_json(new / "generation_config.json", generation)
         _write_shards(tensors, new, max_shard_bytes)
+
+
+def _generation_config(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """What tells other programs where to stop; None where the tokenizer's own file says all that is due."""
+    given = tokenizer.files.get("generation_config.json")
+    ends = [tokenizer.eos_id]
+    if tokenizer.chat_templates:
+        with suppress(InputError):  # a template that cannot be used has no end of its own
+            ends.append(guess_format(tokenizer).end_of_turn_id(tokenizer))
+    if given is not None and set(ends) <= set(tokenizer.end_ids):
+        return None
+    ends = list(dict.fromkeys([*tokenizer.end_ids, *ends]))
+    return (json.loads(given) if given else {}) | {"eos_token_id": ends if tokenizer.chat_templates or len(ends) > 1 else ends[0]}
 
 
 def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
@@ -202,7 +217,8 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
 
 
 def _is_ours(path: Path) -> bool:
-    return path.name in SMALL_FILES or path.name.endswith(".safetensors")
+    templates = path.name == TEMPLATES and path.is_dir() and all(one.suffix == ".jinja" for one in path.iterdir())
+    return path.name in SMALL_FILES or path.name.endswith(".safetensors") or templates
 
 
 @contextmanager
@@ -426,6 +442,56 @@ def _damage(path: Path) -> Iterator[None]:
             raise
         why = "".join(c for c in str(error) if c.isprintable())[:200]  # it may quote the file
         raise InputError(f"Download or save {quoted_path(path)} again: a file is damaged ({why}).") from None
+
+
+@torch.no_grad()
+def resize_embeddings(model: Transformer, num_tokens: int, new: Sequence[int]) -> None:
+    """Give a model rows for further tokens, in the embedding and the output matrix: each the mean of the rows of the other tokens.
+
+    Args:
+        num_tokens: ids that the tokenizer has, the new ones included; rows beyond them, which pad published models, are kept.
+        new: ids of the new tokens.
+    """
+    rows = max(model.config.vocab_size, num_tokens)
+    old = [token for token in range(min(num_tokens, model.config.vocab_size)) if token not in set(new)]
+
+    def resized(matrix: Tensor) -> nn.Parameter:
+        out = matrix.new_zeros(rows, matrix.shape[1])
+        out[: len(matrix)] = matrix
+        out[list(new)] = matrix[old].float().mean(0).to(matrix.dtype)
+        return nn.Parameter(out)
+
+    model.embedding = resized(model.embedding)
+    if model.lm_head is not None:
+        model.lm_head.weight = resized(model.lm_head.weight)
+    model.config = replace(model.config, vocab_size=rows)
+
+
+def add_chat_tokens(folder: Path, out: Path, name: str) -> dict[str, Any]:
+    """Write a Base again with the control tokens of a chat format, rows for them, and its chat template.
+
+    Raises:
+        InputError: the folder has a chat template already, or is no language model.
+    """
+    if name not in FORMATS:
+        raise InputError(f"Unknown chat format {name!r}: choose one of {', '.join(FORMATS)}.")
+    if out.resolve() == folder.resolve():
+        raise InputError(f"Choose another --out than the model itself: {folder} would be replaced.")
+    if saved_as(folder):
+        raise InputError(f"Give the model as it was before it was quantized: {folder} is quantized.")
+    if Tokenizer.load(folder).chat_templates:
+        raise InputError(f"{folder} brings a chat template already: it needs no tokens for another.")
+    model, tokenizer = load_model(folder, PRECISIONS["bf16"] if _is_bf16(folder) else torch.float32)
+    more = tokenizer.with_tokens(FORMATS[name].special_tokens)
+    new = [more.special_id(token) for token in FORMATS[name].special_tokens if not tokenizer.has(token)]
+    resize_embeddings(model, more.max_id + 1, new)
+    save_model(model, more.with_chat_template(FORMATS[name].template, cut=True), out)
+    return {"model": str(out), "chat_format": name, "added": len(new), "embeddings": model.config.vocab_size}
+
+
+def _is_bf16(folder: Path) -> bool:
+    hf = read_untrusted_json(existing_file(folder / "config.json", NO_MODEL))
+    return "bfloat16" in (hf.get("dtype"), hf.get("torch_dtype"))
 
 
 def quantize_folder(folder: Path, out: Path, kind: Quantize, *, dtype: str) -> dict[str, Any]:

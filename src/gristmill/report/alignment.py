@@ -111,6 +111,7 @@ def _top(data: RunData, name: str) -> Markup:
         f"seed {recipe.get('seed')}",
         f"{recipe.get('rounds')} rounds",
         f"Base: {recipe.get('model')}",
+        f"chat format: {(results or recipe).get('chat_format') or 'auto'}",
         f"data: {recipe.get('world') or 'own files'}",
         state,
     ]

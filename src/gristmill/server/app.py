@@ -35,6 +35,7 @@ from gristmill.server.protocol import (
     FieldError,
     RequestBody,
     RewardRequest,
+    TemplateChatRequest,
     is_small,
     parse_body,
     parse_messages,
@@ -322,12 +323,13 @@ class Server:
         return web.json_response({"object": "list", "data": models})
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
-        body, long = await self._admit(http, ChatCompletionRequest)
+        own = not self.engine.chat_format.in_process  # a template of the folder's
+        body, long = await self._admit(http, TemplateChatRequest if own else ChatCompletionRequest)
         if self.ratings is not None and body.model == self.reward_name:
             return await self._reward_chat(body, long=long)
         self._check_model(body.model, self.engine.name)
         self._check_capacity(1 if body.n is None else body.n)
-        conversation, prompt_ids = await self._run(self._render, body, long=long)
+        conversation, prompt_ids = await self._run(self._render, body, long=long or own)
         sampling = await self._sampling(body, self._room(len(prompt_ids)), (body.top_logprobs or 0) if body.logprobs else 0)
         request = self._request("chatcmpl", body, conversation, prompt_ids, sampling=sampling, content=body.messages)
         builder = ChatResponseBuilder(self.engine, bool(body.logprobs), self._reasoning_parser(body, conversation, prompt_ids, sampling))
@@ -381,19 +383,25 @@ class Server:
 
     # ---- work ----
 
-    def _conversation(self, messages: list[Any], context: int) -> Conversation:
+    def _conversation(self, messages: list[Any], context: int, tools: bool = False) -> Conversation:
         """Messages of a body, unless they are more than a context of so many tokens could ever hold."""
-        conversation = parse_messages(messages, context)
-        _check_length(sum(len(message.content) for message in conversation), context)
+        conversation = parse_messages(messages, context, tools=tools)
+        _check_length(sum(len(message.content) + len(message.fields) for message in conversation), context)
         return conversation
 
     def _render(self, body: ChatCompletionRequest) -> tuple[Conversation, list[int]]:
-        conversation = self._conversation(body.messages, self.context)
+        own = body if isinstance(body, TemplateChatRequest) else None
+        conversation = self._conversation(body.messages, self.context, own is not None)
         if body.continue_final_message and conversation[-1].role != "assistant":
             raise FieldError("continue_final_message", "only an assistant's message can go on, and the last one is none")
         begin, go_on = body.add_generation_prompt is not False, bool(body.continue_final_message)
         return conversation, self.engine.chat_format.render_turns(
-            conversation, self.engine.tokenizer, add_generation_prompt=begin, continue_final_message=go_on
+            conversation,
+            self.engine.tokenizer,
+            add_generation_prompt=begin,
+            continue_final_message=go_on,
+            tools=(own.tools or ()) if own else (),
+            variables=own.chat_template_kwargs if own else None,
         )
 
     def _reasoning_parser(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import Conversation, Message, Role
+from gristmill.data.chat import SPOKEN, Conversation, Message, Role, template_fields
 from gristmill.engine.grammar import MAX_GRAMMAR_CHARS, choice_grammar, json_schema_grammar, regex_grammar
 from gristmill.generation.api import SamplingParams
 
@@ -179,6 +179,28 @@ class ChatCompletionRequest(CompletionRequestBase):
         self.max_tokens = given[0] if given[1] is None else given[1]
 
 
+class TemplateChatRequest(ChatCompletionRequest):
+    """Body of /v1/chat/completions of a model whose folder brings a chat template; names as vLLM's.
+
+    Raises:
+        InputError: in `check`, a tool is to be called in any case, which nothing here can promise.
+    """
+
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: StrictBool | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.tool_choice not in (None, *NEUTRAL["tool_choice"]):
+            _refuse_field("tool_choice")
+        if self.enable_thinking is not None:
+            self.chat_template_kwargs = {"enable_thinking": self.enable_thinking} | (self.chat_template_kwargs or {})
+        if self.tool_choice == "none":
+            self.tools = None
+
+
 class CompletionRequest(CompletionRequestBase):
     """Body of /v1/completions."""
 
@@ -265,8 +287,8 @@ class _Decoder(json.JSONDecoder):
         raise ValueError(f"{name} is no number of JSON")
 
 
-def parse_messages(messages: list[Any], max_messages: int) -> Conversation:
-    """Chat messages as a conversation; their turns may come in any order.
+def parse_messages(messages: list[Any], max_messages: int, *, tools: bool = False) -> Conversation:
+    """Chat messages as a conversation; their turns may come in any order. With `tools` they may call tools, answer and think.
 
     Raises:
         InputError: a message is none, or holds what is not implemented. It says which.
@@ -277,28 +299,35 @@ def parse_messages(messages: list[Any], max_messages: int) -> Conversation:
         raise FieldError(
             "messages", f"there are {len(messages):,}, more than the {max_messages:,} tokens of the model's context: shorten it"
         )
-    return tuple(_message(f"messages.{place}", message) for place, message in enumerate(messages))
+    return tuple(_message(f"messages.{place}", message, tools) for place, message in enumerate(messages))
 
 
-def _message(where: str, message: Any) -> Message:
+def _message(where: str, message: Any, tools: bool) -> Message:
     """A message whose content is text, or parts of text; a developer is a system."""
     if not isinstance(message, dict):
         raise FieldError(where, "a message must be an object with `role` and `content`")
     role = "system" if message.get("role") == "developer" else message.get("role")
-    if role not in get_args(Role):
+    if role not in (get_args(Role) if tools else SPOKEN):
         raise FieldError(f"{where}.role", "must be system, developer, user or assistant: nothing else is implemented")
-    # the thinking of earlier turns, as our own answers have it, is shown to no model
-    known = ("role", "content", "name", "annotations", *(("reasoning", "reasoning_content") if role == "assistant" else ()))
+    known = ["role", "content", "name", "annotations", *(("tool_calls", "tool_call_id", "reasoning_content") if tools else ())]
+    if role == "assistant":  # the thinking of earlier turns, as our own answers have it; only templates that ask for it are shown it
+        known += ["reasoning", "reasoning_content"]
     for name, value in message.items():
         if name not in known and value is not None and value != [] and value != {}:
             raise FieldError(f"{where}.{shown(name)}", "this server does not implement it: leave it out")
+    try:
+        fields = template_fields(message) if tools else ""
+    except InputError as e:
+        raise FieldError(where, str(e)) from e
     content = message.get("content")
+    if content is None and fields:
+        return Message(cast(Role, role), "", fields=fields)
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
     plain = [text for text in texts if isinstance(text, str)]
     if len(plain) < len(texts):
         raise FieldError(f"{where}.content", "a message needs text as content, or parts of the type text: nothing else is implemented")
-    return Message(cast(Role, role), "\n".join(plain))
+    return Message(cast(Role, role), "\n".join(plain), fields=fields)
 
 
 def parse_prompts(prompt: Any) -> list[str | list[int]]:

@@ -14,14 +14,15 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from gristmill.core.config import RECIPES, Section, check, read
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.core.io import write_text
-from gristmill.data.chat import ChatFormat, guess_format
+from gristmill.data.chat import ChatFormat, find_format
 from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
 from gristmill.data.rows import Demonstration
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.miniature.base import BASE
-from gristmill.model.hf import load_model
+from gristmill.model import hf
 from gristmill.train.settings import Training
 from gristmill.workflows.alignment.recipe import OF_WORLD, AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
@@ -46,7 +47,16 @@ HEADER = """\
 """
 
 
-def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force: bool = False) -> Path:
+def write_recipe(
+    out: Path,
+    name: str,
+    model: str,
+    files: dict[str, Path],
+    force: bool = False,
+    *,
+    chat_format: str = "auto",
+    add_chat_tokens: str = "",
+) -> Path:
     """Check the files and the model, and write a commented recipe.
 
     Args:
@@ -55,6 +65,8 @@ def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force
         model: Hugging Face folder of the Base model, or "miniature".
         files: by kind: "demonstrations", "evaluation", and "ratings" or "prompts" or both; empty for the miniature world.
         force: overwrite `out`.
+        chat_format: "auto" for the model folder's own, or a name.
+        add_chat_tokens: give the model the tokens of this format first, in a folder beside `out`.
 
     Returns:
         `out`.
@@ -64,7 +76,8 @@ def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force
     """
     if os.path.exists(out) and not force:
         raise InputError(f"{out} exists: give another file with --out, or --force to overwrite it.")
-    values: dict[str, Any] = {"name": name, "model": model if model == "miniature" else _path(Path(model), out)}
+    values: dict[str, Any] = {"name": name}
+    demonstrations: list[Demonstration] = []
     for path in files.values():
         if not path.is_file():
             raise InputError(f"{path} does not exist: check the path.")
@@ -76,17 +89,27 @@ def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force
         if not {"ratings", "prompts"} & files.keys():
             raise InputError("Give --ratings for a reward model, or --prompts with known answers: something must judge the answers.")
         demonstrations = _check_files(files)
-        values |= _limits(model, demonstrations)
         values["data"] = {k: _path(p, out) for k, p in files.items()}
     else:
         values["world"] = "miniature"
         shipped = read(RECIPES / "miniature.yaml")
         values |= {name: shipped[name] for name in OF_WORLD}
-        if model != "miniature":
-            _load(model)
+    if add_chat_tokens:
+        changed = out.with_name(f"{out.stem}-{add_chat_tokens}-base")
+        hf.add_chat_tokens(Path(model), changed, add_chat_tokens)
+        model = str(changed)
+    values["model"] = model if model == "miniature" else _path(Path(model), out)
+    if chat_format != "auto":
+        values["chat_format"] = chat_format
+    told = ""
+    if files or model != "miniature":
+        limits, told = _limits(model, demonstrations, chat_format)
+        values |= limits
     text = HEADER.format(file=out.name) + "\n".join(render(values)) + "\n"
     check(AlignmentRecipe, yaml.safe_load(text))
     write_text(out, text)
+    if told:
+        echo(f"Model: {model}, chat format: {told}.", err=True)
     return out
 
 
@@ -120,26 +143,30 @@ def _check_files(files: dict[str, Path]) -> list[Demonstration]:
     return demonstrations
 
 
-def _load(model: str) -> tuple[Tokenizer, ChatFormat, int]:
+def _load(model: str, chat_format: str) -> tuple[Tokenizer, ChatFormat, int]:
     """Tokenizer, chat format and longest conversation of a model folder whose weights load."""
-    transformer, tokenizer = load_model(BASE if model == "miniature" else Path(model))
-    return tokenizer, guess_format(tokenizer), transformer.config.max_positions
+    transformer, tokenizer = hf.load_model(BASE if model == "miniature" else Path(model))
+    form = find_format(chat_format, tokenizer)
+    return tokenizer, form, transformer.config.max_positions
 
 
-def _limits(model: str, demonstrations: Sequence[Demonstration]) -> dict[str, Any]:
+def _limits(model: str, demonstrations: Sequence[Demonstration], name: str) -> tuple[dict[str, Any], str]:
     """Token limits that hold nearly all demonstrations: of a written prompt, and of an answer.
 
     Raises:
         InputError: the model does not load, or every demonstration is too long for it.
     """
-    tokenizer, chat_format, longest = _load(model)
+    tokenizer, chat_format, longest = _load(model, name)
     sample = demonstrations[:SAMPLED]
-    if all(len(chat_format.render(d.messages, tokenizer).ids) > longest for d in sample):
+    if not sample:
+        return {}, chat_format.name
+    rendered = [chat_format.render(d.messages, tokenizer, tools=d.meta.get("tools") or ()) for d in sample]
+    if all(len(one.ids) > longest for one in rendered):
         raise InputError(f"Every demonstration is longer than the {longest} tokens of {model}: choose a model with more, or shorter ones.")
     answers = [len(tokenizer.encode(d.messages[-1].content)) for d in sample]
     asked = [len(tokenizer.encode(next(m.content for m in d.messages if m.role == "user"))) for d in sample]
     of_prompts, of_answers = (_limit(lengths, longest // 2) for lengths in (asked, answers))
-    return {"pipelines": {"by_task": {"max_tokens": of_prompts}}, "answers": {"max_tokens": of_answers}}
+    return {"pipelines": {"by_task": {"max_tokens": of_prompts}}, "answers": {"max_tokens": of_answers}}, chat_format.name
 
 
 def _limit(lengths: Sequence[int], most: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gristmill.core.device import pick_device
-from gristmill.data.chat import ChatFormat, find_format
+from gristmill.data.chat import ChatFormat, find_format, with_template_of
 from gristmill.data.readers import read_demonstrations, read_pairs, read_ratings
 from gristmill.model.hf import load_model, save_model, save_reward
 from gristmill.model.reward import RewardModel
@@ -50,6 +50,7 @@ def train_model(
     where = pick_device(device)
     model, tokenizer = load_model(start)
     form = find_format(chat_format, tokenizer) if isinstance(chat_format, str) else chat_format
+    saved = with_template_of(form, tokenizer)
     if isinstance(rows, Path):
         rows = cast(Sequence[Any], READERS.get(kind, read_pairs)(rows))
     values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
@@ -63,7 +64,7 @@ def train_model(
     elif kind == "reward":  # the head is drawn on the CPU, so that it is the same on every device
         reward = RewardModel(model, seed=seed) if weights is None else RewardModel(model, weights, seed=seed)
         result = fit(reward, reward_objective, rated_samples(rows, form, tokenizer))
-        save_reward(reward, tokenizer, out / MODEL)
+        save_reward(reward, saved, out / MODEL)
         return result
     else:
         options = recipe.model_dump()
@@ -77,5 +78,5 @@ def train_model(
             micro_batch_tokens=settings.micro_batch_tokens,
         )
         result = fit(model, objective, pairs)
-    save_model(model, tokenizer, out / MODEL)
+    save_model(model, saved, out / MODEL)
     return result

@@ -63,7 +63,7 @@ class Rephrase(Section):
     step: Literal["rephrase"] = "rephrase"
     tasks: tuple[Task, ...] = Field(min_length=1)
     generators: tuple[GeneratorSettings, ...] = Field((), description="who writes: models behind endpoints, or one folder")
-    chat_format: Literal["auto", "nemotron", "chatml", "llama3"] = "auto"
+    chat_format: Literal["auto", "plain", "nemotron", "chatml", "llama3"] = "auto"
     templates: NameOrPath = Field("default", description="a shipped pack, or a file of templates")
     tokenizer: FilePath | None = Field(None, description="folder of the writer's tokenizer; four bytes count as a token without one")
     calls: Calls = Calls()

@@ -169,9 +169,9 @@ def pair_samples(pairs: Iterable[Pair], chat_format: ChatFormat, tokenizer: Toke
         if pair.chosen == pair.rejected:
             raise InputError(f"pair {pair.id} has the same answer on both sides; leave it out")
         try:
-            prompt = chat_format.render_prompt(pair.messages, tokenizer)
+            context = [replace(message, trained=False) for message in pair.messages]
             chosen, rejected = (
-                _response_sample(pair.messages, text, len(prompt), chat_format, tokenizer) for text in (pair.chosen, pair.rejected)
+                _response_sample([*context, Message("assistant", text)], chat_format, tokenizer) for text in (pair.chosen, pair.rejected)
             )
         except InputError as error:
             raise InputError(f"pair {pair.id}: {error}") from error
@@ -181,7 +181,6 @@ def pair_samples(pairs: Iterable[Pair], chat_format: ChatFormat, tokenizer: Toke
     return samples
 
 
-def _response_sample(messages: Sequence[Message], text: str, prompt_length: int, chat_format: ChatFormat, tokenizer: Tokenizer) -> Sample:
-    rendered = chat_format.render([*messages, Message("assistant", text)], tokenizer)
-    mask = [trained and position >= prompt_length for position, trained in enumerate(rendered.mask)]
-    return Sample(rendered.ids, mask)
+def _response_sample(messages: Sequence[Message], chat_format: ChatFormat, tokenizer: Tokenizer) -> Sample:
+    rendered = chat_format.render(messages, tokenizer)
+    return Sample(rendered.ids, rendered.mask)

@@ -11,7 +11,7 @@ import torch
 from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
-from gristmill.data.chat import ChatFormat, Message, find_format
+from gristmill.data.chat import ChatFormat, Message, find_format, with_template_of
 from gristmill.data.rows import Prompt
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Completion, Request
@@ -71,6 +71,7 @@ class AlignmentContext:
         self.base_fingerprint = fingerprint(self.base_folder)
         self.format: ChatFormat = find_format(recipe.chat_format, self.tokenizer)
         self.format.end_of_turn_id(self.tokenizer)
+        self.saved_templates = with_template_of(self.format, self.tokenizer).chat_templates
         self.evaluation: list[Prompt] = self.source.evaluation()
         self.held_out = frozenset(normalize_prompt(p.messages) for p in self.evaluation)
         prompts = [*self.evaluation, *self.source.prompts()]
@@ -129,7 +130,8 @@ class AlignmentContext:
             while len(self._engines) >= 2:
                 self._engines.pop(next(iter(self._engines)))
             model, tokenizer = load_model(folder)
-            same = tokenizer.fingerprint() == self.tokenizer.fingerprint()  # a generator may be another model
+            # a generator may be another model; the run's own have its format's template
+            same = tokenizer.fingerprint() == self.tokenizer.fingerprint() and tokenizer.chat_templates == self.saved_templates
             chat_format = self.format if same else find_format("auto", tokenizer)
             settings = self.recipe.engine
             dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16

@@ -400,6 +400,7 @@ def _results(context: AlignmentContext, state: State, stopped: str | None) -> di
         "name": context.recipe.name,
         "control": context.recipe.control,
         "seed": context.recipe.seed,
+        "chat_format": context.format.name,
         "seconds": round(seconds, 1),
         "synthetic_share": round(synthetic / max(1, human + synthetic), 4),
         "alignment_samples": {"human": human, "synthetic": synthetic, "human_ratings": len(state.ratings)},

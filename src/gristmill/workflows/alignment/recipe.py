@@ -71,7 +71,7 @@ class AlignmentRecipe(Recipe):
     name: RunName = "miniature"
     world: World | None = Field(None, description="a built-in world that supplies data, or none: your own files")
     model: BaseModelPath = Field("miniature", description="Hugging Face folder of the Base model; `miniature` is the shipped one")
-    chat_format: Literal["auto", "nemotron", "chatml", "llama3"] = "auto"
+    chat_format: Literal["auto", "plain", "nemotron", "chatml", "llama3"] = "auto"
     seed: int = 0
     rounds: int = Field(2, gt=0)
     rpo_iterations: int = Field(3, ge=0)

@@ -97,7 +97,10 @@ def card(recipe: DatasetRecipe, results: dict[str, Any], kept: Sequence[Demonstr
         "size_categories": [next((name for most, name in sizes if num < most), "1M<n<10M")],
         "configs": [{"config_name": name, "data_files": f"export/{name}.parquet"} for name, rows in configs if rows],
     }
-    writers = ", ".join(f"`{g.model}`" if g.base_url else f"`{g.folder.name if g.folder else ''}` (in process)" for g in recipe.generators)
+    formats = results.get("chat_formats", {})
+    own = [g.folder.name if g.folder else "" for g in recipe.generators]
+    local = [f"`{name}` (in process, chat format: {formats.get(name, 'auto')})" for name in own]
+    writers = ", ".join(f"`{g.model}`" if g.base_url else told for g, told in zip(recipe.generators, local, strict=True))
     reward = recipe.judging.reward
     named = (reward.model if reward.base_url else reward.folder.name if reward.folder else "") if reward else ""
     judge = f"`{named}`, weights {reward.weights}" if reward else "none"

@@ -39,7 +39,7 @@ class DatasetRecipe(Recipe):
     name: RunName = "dataset"
     seed: int = 0
     generators: tuple[GeneratorSettings, ...] = Field((), description="who writes: endpoints and model folders, by weight")
-    chat_format: Literal["auto", "nemotron", "chatml", "llama3"] = "auto"
+    chat_format: Literal["auto", "plain", "nemotron", "chatml", "llama3"] = "auto"
     device: str = Field("auto", description="where model folders compute: auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     context: int = Field(8192, gt=0, description="tokens that fit into the models, for documents that are too long")
     templates: NameOrPath = Field("default", description="a shipped pack, or a file of templates")

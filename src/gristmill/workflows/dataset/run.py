@@ -21,7 +21,9 @@ from typing import Any
 
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
+from gristmill.data.chat import find_format
 from gristmill.data.rows import Demonstration, Prompt, Refused, Response, make_id
+from gristmill.data.tokenizer import Tokenizer
 from gristmill.generation.cached import CachedClient, Client
 from gristmill.generation.mixture import opened, shown, usage_of
 from gristmill.judge.backends import check_reward, client_of, engine_client, rater_of
@@ -190,10 +192,16 @@ class _Run:
                 **({"left out": dict(left_out)} if left_out else {}),
             },
             "usage_of_this_start": usage_of(self.source),
+            "chat_formats": self._chat_formats(),
             "alarms": _alarms(len(rows), judged.summary["responses"], len(kept)),
         }
         export(self.run_dir.path, self.recipe, results, kept, pairs)
         return self.run_dir.finish(results)
+
+    def _chat_formats(self) -> dict[str, str]:
+        """How each model folder that wrote was asked; endpoints have formats of their own."""
+        folders = [g.folder for g in self.recipe.generators if g.folder is not None]
+        return {folder.name: find_format(self.recipe.chat_format, Tokenizer.load(folder)).name for folder in folders}
 
     async def _stage(self, name: str, stage_inputs: Any, work: Any, files: Sequence[artifacts.AnyArtifact]) -> Stage:
         return await self.run_dir.stage_async(
