@@ -120,17 +120,20 @@ class ChatFormat:
             )
         )
 
-    def render(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Rendered:
+    def render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, ended: bool = True) -> Rendered:
         """Render a whole conversation to ids and loss mask.
 
         The mask is true exactly on assistant text and the end of each assistant turn, but for turns that are not `trained`.
         Source: Nemotron-4 340B report, section 3.3 (loss on assistant turns only); format: its model card.
 
+        Args:
+            ended: whether the last turn came to its end. One that was cut off has no token that ends it.
+
         Raises:
             InputError: the conversation is empty, starts with the assistant, or two turns in a row have the same role.
         """
         check_turns(messages)
-        return self._render(messages, tokenizer)
+        return self._render(messages, tokenizer, last_open=not ended)
 
     def _render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, last_open: bool = False) -> Rendered:
         """`render` of turns in any order, the last of them without its end if it is `last_open`."""
@@ -143,7 +146,7 @@ class ChatFormat:
             answer = message.role == "assistant"
             trained = answer and message.trained
             if last_open and i + 1 == len(messages):
-                self._turn(out, message.role, message.content, tokenizer)
+                self._turn(out, message.role, message.content, tokenizer, trained=trained)
                 break
             self._turn(out, message.role, message.content + self.close, tokenizer, trained=trained)
             if answer or not self.end_opens_next:

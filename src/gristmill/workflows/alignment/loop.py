@@ -28,6 +28,7 @@ from gristmill.judge.pairwise import TEMPLATE, Comparison, Verdict, compare
 from gristmill.judge.select import contested, select
 from gristmill.runs import artifacts
 from gristmill.train.settings import PreferenceTraining, Training
+from gristmill.verify.repair import instructions_of
 from gristmill.workflows.alignment import monitors
 from gristmill.workflows.alignment.alarms import code_left_out, collapsed, few_steps, kept_nothing, no_pairs
 from gristmill.workflows.alignment.answering import answer, answer_pairs, prompt_demonstrations
@@ -257,13 +258,16 @@ def _answers(
             async def keep(rows: list[Response], judges: Judges) -> dict[str, Any]:
                 quotas = dict.fromkeys(code_tasks, judging.max_code_per_task)
                 topics = {p.id: p.parents[-1] for p in prompts if p.parents}
-                kept, funnel = select(rows, judging, number, control=recipe.control, topics=topics, quotas=quotas)
+                asked = {p.id: instructions_of(p.truth) for p in prompts}
+                kept, funnel = select(rows, judging, number, control=recipe.control, topics=topics, quotas=quotas, instructions=asked)
                 kept += [*prompt_demonstrations(prompts, kept, judging.max_prompts_per_task), *whole]
                 artifacts.KEPT.write(folder, kept)
-                return {"funnel": funnel, "kept": len(kept)}
+                edited = {r.id for r in rows if r.edits}
+                repaired = {"repaired": sum(d.parents[0] in edited for d in kept)} if judging.repair else {}
+                return {"funnel": funnel, "kept": len(kept), **repaired}
 
-            seed = recipe.seed * 1000 + number
-            return answer(context, client, prompts, seed, folder=folder, reward_folder=state.reward_folder, work=keep)
+            seed, repair = recipe.seed * 1000 + number, judging.repair is not None
+            return answer(context, client, prompts, seed, folder=folder, reward_folder=state.reward_folder, work=keep, repair=repair)
 
         generators = [g.identity for g in context.generators(number)]
         inputs = [state.chain, recipe.answers.model_dump(), judging.model_dump(mode="json"), generators]
@@ -273,6 +277,8 @@ def _answers(
         if not kept:
             state.alarms.append(kept_nothing(f"r{number}-answers", done.summary["funnel"]))
         state.synthetic = kept if recipe.control == "replace" else [*state.synthetic, *kept]
+        repaired = done.summary.get("repaired", 0)
+        state.repaired = repaired if recipe.control == "replace" else state.repaired + repaired
         state.chain = done.fingerprint
     code = [d for d in state.synthetic if d.task in code_tasks]
     return code, [d for d in state.synthetic if d.task not in code_tasks], answers
@@ -402,7 +408,8 @@ def _results(context: AlignmentContext, state: State, stopped: str | None) -> di
         "seed": context.recipe.seed,
         "seconds": round(seconds, 1),
         "synthetic_share": round(synthetic / max(1, human + synthetic), 4),
-        "alignment_samples": {"human": human, "synthetic": synthetic, "human_ratings": len(state.ratings)},
+        "alignment_samples": {"human": human, "synthetic": synthetic, "human_ratings": len(state.ratings)}
+        | ({"repaired": state.repaired} if context.recipe.judging.repair else {}),
         "stages": state.stages,
         "reward": context.reward_report,
         "collapse": state.collapse,
