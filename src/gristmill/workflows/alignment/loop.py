@@ -34,7 +34,7 @@ from gristmill.workflows.alignment.alarms import code_left_out, collapsed, few_s
 from gristmill.workflows.alignment.answering import answer, answer_pairs, prompt_demonstrations
 from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.prompt_generation import write_prompts
-from gristmill.workflows.alignment.recipe import AlignmentRecipe
+from gristmill.workflows.alignment.recipe import GIVEN, AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 from gristmill.workflows.alignment.state import State
 from gristmill.workflows.alignment.training import train_stage
@@ -60,15 +60,20 @@ def run(recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: 
 
 
 def _run(context: AlignmentContext) -> dict[str, Any]:
-    if context.recipe.world is None and not context.source.ratings() and all(p.truth is None for p in context.source.prompts()):
+    recipe, source = context.recipe, context.source
+    judged = recipe.world or recipe.pipelines.instructions or source.ratings() or any(p.truth is not None for p in source.prompts())
+    if not judged:
         raise InputError("Nothing can judge answers: give data.ratings for a reward model, or data.prompts with known answers.")
     state = _data(context)
     if state.ratings:
         _reward(context, state)
-    first = _train(context, state, "demonstrations", 0, context.recipe.demonstration_sft, context.base_folder, state.demonstrations)
+    current = "demonstrations" if state.demonstrations else GIVEN
+    if state.demonstrations:
+        first = _train(context, state, current, 0, recipe.demonstration_sft, context.base_folder, state.demonstrations)
+    else:
+        first = _given(context, state)
     _check_reward(context, state, first)
-    monitors.measure(context, state, "demonstrations", 0)
-    current = "demonstrations"
+    monitors.measure(context, state, current, 0)
     stopped = None
     for number in range(1, context.recipe.rounds + 1):
         current = _round(context, state, number, current)
@@ -133,6 +138,21 @@ def _reward(context: AlignmentContext, state: State) -> None:
     _watch_steps(context, state, "reward", done.summary, context.recipe.reward)
     state.reward_folder = done.folder / MODEL
     state.chain = done.fingerprint
+
+
+def _given(context: AlignmentContext, state: State) -> Engine:
+    """Evaluate the model as it was given: without demonstrations it is taken for an Instruct, and is the first generator."""
+    engine = context.engine(GIVEN, context.base_folder)
+
+    def work(folder: Path) -> dict[str, Any]:
+        return _evaluate(context, engine, folder)
+
+    inputs = [state.chain, context.recipe.answers.max_tokens]
+    done = context.run.stage(GIVEN, inputs, work, artifacts=MODEL_FILES)
+    state.models[GIVEN] = context.base_folder
+    state.chain = done.fingerprint
+    state.stages.append({"name": GIVEN, "round": 0, "model": done.folder.name, **{mode: done.summary[mode] for mode in MODES}})
+    return engine
 
 
 def _check_reward(context: AlignmentContext, state: State, instruct: Engine) -> None:
@@ -375,17 +395,7 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
     """Train, then evaluate on the held-out prompts."""
 
     def trained(folder: Path) -> dict[str, Any]:
-        facts = work(folder)
-        engine = context.engine(name, folder / MODEL)
-        scores = evaluate_model(
-            context.evaluation,
-            lambda requests: context.generate(engine, requests, folder / "evaluation.jsonl"),
-            context.verifier.verify,
-            max_tokens=context.recipe.answers.max_tokens,
-            seed=context.recipe.seed,
-        )
-        artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
-        return {**facts, **scores}
+        return {**work(folder), **_evaluate(context, context.engine(name, folder / MODEL), folder)}
 
     done = context.run.stage(name, [inputs, context.recipe.answers.max_tokens], trained, artifacts=MODEL_FILES, files=[f"{MODEL}/*"])
     _watch_steps(context, state, name, done.summary, settings)
@@ -394,6 +404,18 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
     state.chain = done.fingerprint
     state.stages.append({"name": name, "round": number, "model": f"{folder.name}/{MODEL}", **{mode: done.summary[mode] for mode in MODES}})
     return context.engine(name, folder / MODEL)
+
+
+def _evaluate(context: AlignmentContext, engine: Engine, folder: Path) -> dict[str, Any]:
+    scores = evaluate_model(
+        context.evaluation,
+        lambda requests: context.generate(engine, requests, folder / "evaluation.jsonl"),
+        context.verifier.verify,
+        max_tokens=context.recipe.answers.max_tokens,
+        seed=context.recipe.seed,
+    )
+    artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
+    return scores
 
 
 # ---- the end ----
