@@ -189,7 +189,13 @@ def test_what_is_no_recipe_of_the_kind_says_what_would_be(name: str, tmp_path: P
     monkeypatch.chdir(tmp_path)
     (tmp_path / "miniature").mkdir()  # a folder of the name of a recipe is no recipe
     assert find_recipe("miniature", "alignment").name == "miniature.yaml"
-    words = "use `gristmill synth domain`" if name == "domain" else "check the path" if name.endswith("yaml") else r"recipes \(miniature\)"
+    words = (
+        "use `gristmill synth domain`"
+        if name == "domain"
+        else "check the path"
+        if name.endswith("yaml")
+        else r"recipes \(miniature, real\)"
+    )
     with pytest.raises(InputError, match=words):
         find_recipe(name, "alignment")
 

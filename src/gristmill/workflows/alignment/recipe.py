@@ -120,9 +120,9 @@ class AlignmentRecipe(Recipe):
     @model_validator(mode="after")
     def _sources(self) -> Self:
         if self.world is None and self.data.evaluation is None:
-            raise ValueError("without a world, data.evaluation must name a file")
-        if self.world is None and self.data.demonstrations is None and (self.control == "human-only" or self.pipelines.by_task is not None):
-            raise ValueError("control human-only and the pipeline by_task need data.demonstrations: name a file")
+            raise ValueError("without a world, data.evaluation must name a file, and data.demonstrations unless the model is an Instruct")
+        if self.world is None and self.data.demonstrations is None and self.control == "human-only":
+            raise ValueError("control human-only needs data.demonstrations: name a file")
         files = {name: getattr(self.data, name) for name in ("demonstrations", "ratings", "prompts", "evaluation")}
         if self.world is not None and (given := [f"data.{name}" for name, path in files.items() if path is not None]):
             raise ValueError(f"{given[0]} would not be read, since the world {self.world} writes its own rows: take one of the two out")
