@@ -18,7 +18,7 @@ from gristmill.cli.main import app
 
 # Every command with its arguments and options. A change here is a change of what users type: think twice, then edit.
 SURFACE = {
-    "run": "RECIPE --out -o --control --seed --rounds --threads --device --unsafe-code --quiet -q --json",
+    "run": "RECIPE --out -o --model --control --seed --rounds --threads --device --unsafe-code --quiet -q --json",
     "status": "FOLDER --json",
     "report": "FOLDER --json",
     "compare": "FOLDERS --out -o --json",
@@ -29,7 +29,10 @@ SURFACE = {
     ),
     "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --device --format --seed --json",
     "score": "MODEL --data --device --format --json",
-    "eval": "MODEL --prompts --max-tokens --dtype --quantize --cache --device --format --seed --unsafe-code --quiet -q --json",
+    "eval": (
+        "MODEL --prompts --max-tokens --dtype --quantize --cache --device --format --seed --greedy --out -o --against --unsafe-code "
+        "--quiet -q --json"
+    ),
     "quantize": "MODEL --out -o --to --dtype --json",
     "add-chat-tokens": "MODEL --out -o --to --json",
     "chat": "MODEL --temperature --max-tokens --device --format --seed",

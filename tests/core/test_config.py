@@ -28,7 +28,7 @@ PREFERENCE = f"{TRAINING} loss beta eta label_smoothing sft_weight logprobs num_
 ANSWERS = "samples temperatures max_tokens"
 JUDGING = (
     "reward llm keep keep_chosen max_per_prompt max_judged_per_prompt max_per_task max_per_topic min_votes max_pairs_per_prompt "
-    "max_pairs_per_task min_gap verified_gap near_duplicates"
+    "max_pairs_per_task min_gap verified_gap near_duplicates max_repetition max_length_difference repair"
 )
 GENERATOR = "base_url model folder checkpoint weight rounds kind api_key_env api_key_file price_in price_out logprobs fields extra_body"
 SURFACE = {
@@ -95,7 +95,7 @@ PIPELINES = {
     "closed_qa": "questions",
     "math": "levels topics subtopics problems forms own",
     "python": "topics subtopics problems levels own",
-    "instructions": "prompts max_constraints whole_talk revision",
+    "instructions": "prompts max_constraints whole_talk revision forms",
     "two_turn": "prompts",
     "by_task": "tasks prompts max_tokens",
     "from_file": "half limit",
@@ -105,6 +105,18 @@ PIPELINES = {
     "tools": "functions requests topics",
     "genetic": "colonies generations births seeds",
 }
+
+
+def test_a_run_of_an_earlier_version_knows_no_key_that_came_later() -> None:
+    from gristmill.judge.settings import Judging, Repair
+    from gristmill.synth.pipelines.instructions import Instructions
+
+    assert not {"repair", "max_repetition", "max_length_difference"} & Judging().model_dump().keys()
+    assert Judging(repair=Repair(), max_repetition=0.5).model_dump(mode="json")["repair"]["max_per_instruction"] == 55
+    assert "forms" not in Instructions().model_dump() and Instructions(forms=1).model_dump()["forms"] == 1
+    recipe = AlignmentRecipe(world="miniature")
+    old = recipe.model_dump(mode="json")
+    assert not recipe.changed(old) and "repair" not in dump(recipe)
 
 
 def test_dataset_surface_is_frozen() -> None:
@@ -177,7 +189,13 @@ def test_what_is_no_recipe_of_the_kind_says_what_would_be(name: str, tmp_path: P
     monkeypatch.chdir(tmp_path)
     (tmp_path / "miniature").mkdir()  # a folder of the name of a recipe is no recipe
     assert find_recipe("miniature", "alignment").name == "miniature.yaml"
-    words = "use `gristmill synth domain`" if name == "domain" else "check the path" if name.endswith("yaml") else r"recipes \(miniature\)"
+    words = (
+        "use `gristmill synth domain`"
+        if name == "domain"
+        else "check the path"
+        if name.endswith("yaml")
+        else r"recipes \(miniature, real\)"
+    )
     with pytest.raises(InputError, match=words):
         find_recipe(name, "alignment")
 

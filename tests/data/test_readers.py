@@ -9,7 +9,7 @@ import pytest
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.data.readers import read_demonstrations, read_pairs, read_prompts, read_ratings
-from gristmill.data.rows import ATTRIBUTES, Demonstration, Pair, Rated, read_rows, write_rows
+from gristmill.data.rows import ATTRIBUTES, Demonstration, Pair, Rated, read_records, read_rows, write_rows
 from gristmill.workflows.dataset import export
 
 PAIRS = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": "No."} for i in range(8)]
@@ -48,6 +48,19 @@ def test_what_is_exported_is_read(file: str, name: str, tmp_path: Path) -> None:
     for ending in ("jsonl", "parquet"):
         (demonstration,) = read_demonstrations(tmp_path / "export" / f"sft.{ending}")
         assert demonstration.messages == shown.messages and demonstration.meta == {"generator": "m"}
+
+
+def test_pairs_say_which_answer_was_cut_off(tmp_path: Path) -> None:
+    pair = Pair("i", "0123456789abcdef", "t", TALKS["one turn"], "x", "y", 3.0, 1.5, "verifier", rejected_finished=False)
+    ended = Pair("j", "0123456789abcdef", "t", TALKS["one turn"], "x", "z", 3.0, 1.5, "verifier")
+    for name in ("pairs.jsonl", "pairs.parquet"):
+        write_rows(tmp_path / name, [ended, pair])
+        assert read_rows(tmp_path / name, Pair) == [ended, pair]
+        assert [(p.chosen_finished, p.rejected_finished) for p in read_pairs(tmp_path / name)] == [(True, True), (True, False)]
+        write_rows(tmp_path / name, [ended])  # as earlier versions wrote it
+        assert "rejected_finished" not in read_records(tmp_path / name)[0] and read_rows(tmp_path / name, Pair) == [ended]
+    with pytest.raises(InputError, match="rejected_finished 'no'"):
+        read_pairs(write(tmp_path / "p.jsonl", [PAIRS[0] | {"rejected_finished": "no"}]))
 
 
 def test_the_rewards_of_others_are_known(tmp_path: Path) -> None:

@@ -35,6 +35,22 @@ def test_answers(answer: object, kind: str, value: str) -> None:
     check_truth(truth)
 
 
+def test_ifevals_columns() -> None:
+    kwargs = [{"num_words": 30, "relation": "less than", "keyword": None}, {}]
+    record = {"key": 7, "instruction_id_list": ["length_constraints:number_words", "punctuation:no_comma"], "kwargs": kwargs}
+    checks = [
+        {"id": "length_constraints:number_words", "num_words": 30, "relation": "less than"},
+        {"id": "punctuation:no_comma"},
+    ]
+    for given in (record, record | {"kwargs": json.dumps(kwargs)}):  # as some tables hold them
+        truth = read_truth(given)
+        assert truth == {"kind": "instructions", "checks": checks}
+        check_truth(truth)
+    for wrong in ({"kwargs": [{}]}, {"kwargs": {}}, {"instruction_id_list": "punctuation"}, {"kwargs": [1, {}]}):
+        with pytest.raises(InputError, match="instruction_id_list|kwargs"):
+            read_truth(record | wrong)
+
+
 @pytest.mark.parametrize(
     "record",
     [

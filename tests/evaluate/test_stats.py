@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gristmill.data.chat import Message
 from gristmill.data.rows import Prompt
 from gristmill.evaluate.runner import evaluate_model
-from gristmill.evaluate.stats import accuracy, paired, wilson
+from gristmill.evaluate.stats import accuracy, clustered, paired, paired_clustered, wilson
 from gristmill.generation.api import Completion, Request
 
 # ---- intervals ----
@@ -142,3 +142,27 @@ def test_score_gives_the_checker_an_empty_truth_where_there_is_none() -> None:
 
     evaluate_model([prompt("a", "t", None)], lambda rs: {r.id: [Completion("", 0, (), "stop")] for r in rs}, check, max_tokens=5, seed=0)
     assert seen == [{}, {}]
+
+
+# ---- clusters ----
+
+
+def test_clusters_of_one_are_single_outcomes() -> None:
+    before, after = [True, False, False, True, False], [True, True, False, True, True]
+    assert paired_clustered([[x] for x in before], [[x] for x in after]) == paired(before, after)
+
+
+def test_outcomes_that_go_together_say_less() -> None:
+    """Derived by hand: of 4 prompts with 2 instructions each, 2 hold whole. Mean 1/2, residuals +-1, variance 4/3 * 4 / 8^2."""
+    together = clustered([[True, True], [True, True], [False, False], [False, False]])
+    half = 1.959964 * math.sqrt(4 / 3 * 4 / 64)
+    assert together["mean"] == 0.5 and together["n"] == 8
+    assert together["ci95"] == pytest.approx([max(0, 0.5 - half), min(1, 0.5 + half)], abs=1e-4)
+    apart = clustered([[True, False]] * 4)
+    assert apart["ci95"] == [0.5, 0.5], "where every prompt has one of two, clusters do not differ"
+
+
+def test_clusters_without_variation_are_not_certain() -> None:
+    low, high = clustered([[False, False]] * 10)["ci95"]
+    assert (low, high) == pytest.approx(wilson(0, 10), abs=1e-4)
+    assert clustered([]) == {"mean": 0.0, "ci95": [0.0, 1.0], "n": 0}

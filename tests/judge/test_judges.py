@@ -10,7 +10,7 @@ from gristmill.data.rows import Demonstration, Prompt, Rating, Response
 from gristmill.judge import programs
 from gristmill.judge.judges import Judges, LocalRater
 from gristmill.judge.programs import Verifier
-from gristmill.judge.settings import Judging
+from gristmill.judge.settings import Judging, Repair
 
 WEIGHTS = (0.0, 1.0, 0.0, 0.0, 0.0)
 
@@ -106,3 +106,37 @@ def test_programs_run_in_batches_and_equal_ones_once(monkeypatch: Any) -> None:
     assert verifier.verify(cases) == [n % 2 == 1 for n in range(120)]  # type: ignore[arg-type]
     assert [len(batch) for batch in batches] == [4, 2] and format_conversation[-1] == (6, 6, "programs run")
     assert verifier.verify(cases[:9]) and len(batches) == 2, "what programs did is remembered"
+
+
+# ---- loops and repairs ----
+
+LOWER = {"kind": "instructions", "checks": [{"id": "change_case:english_lowercase"}]}
+SAID = "The mill stands at the river and grinds grain for all who come to it."
+
+
+def test_an_answer_that_loops_is_not_good() -> None:
+    rows = [answer("a", 0, "the mill turns " * 9), answer("a", 1, "the mill turns at the river")]
+    for max_repetition, good in ((1.0, [True, True]), (0.3, [False, True])):
+        judges = Judges(Judging(max_repetition=max_repetition), Verifier(), None)
+        out = asyncio.run(judges.judge([prompt("a", LOWER)], rows))
+        assert [r.good for r in out] == good and all(r.verified for r in out)
+
+
+def test_failing_answers_are_repaired_verified_and_rated() -> None:
+    async def both(scorer: Scorer | None, rows: Sequence[Response], **settings: Any) -> list[Response]:
+        judging = Judging(repair=Repair(**settings))
+        judges = Judges(judging, Verifier(), LocalRater(scorer) if scorer else None, weights=WEIGHTS)
+        prompts = [prompt("a", LOWER), prompt("b", {"kind": "number", "value": 4}), prompt("c")]
+        return await judges.repair(prompts, await judges.judge(prompts, rows))
+
+    rows = [answer("a", 0, f"{SAID} 3"), answer("a", 1, f"{SAID} Well. 4", finished=False), answer("a", 2, "Short. 1")]
+    rows += [answer("b", 0, f"{SAID} 5"), answer("c", 0, f"{SAID} 6"), answer("a", 3, "Round and round we go " * 20 + "7")]
+    (done,) = asyncio.run(both(Scorer(), rows))
+    assert done.text == f"{SAID.lower()} 3" and done.finished and done.good and done.verified and done.judge == "verifier"
+    assert done.edits == ("change_case:english_lowercase",) and done.repaired_from == ("a-0",) and done.logprob is None
+    assert done.rating is not None and done.score == 3 and done.id not in {r.id for r in rows}
+    more = [answer("a", 4, f"And here is one that is longer by far. {SAID} 9"), *rows]
+    assert [r.repaired_from[0] for r in asyncio.run(both(None, more))] == ["a-4"], "the longest first"
+    assert len(asyncio.run(both(None, more, max_per_prompt=5, min_words=1))) == 3
+    known = [answer("a", 5, f"{SAID.lower()} 3"), *rows]
+    assert asyncio.run(both(None, known)) == [], "what a sample says already is no repair"

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from gristmill.data.rows import Pair, Prompt, Rating, Response
 from gristmill.judge import select as module
 from gristmill.judge.pairwise import Verdict
 from gristmill.judge.select import contested, select, unique_answers, verdict_id
-from gristmill.judge.settings import Judging
+from gristmill.judge.settings import Judging, Repair
 
 AGREED: dict[str, Any] = {"min_gap": 1.5, "keep_chosen": "correctness >= 2", "max_pairs_per_prompt": 9, "near_duplicates": 1.0}
 
@@ -242,3 +243,66 @@ def test_a_stage_may_ask_for_better_chosen_answers() -> None:
     assert pair(judging(), rows, keep_chosen="correctness >= 4.5")[1]["funnel"] == {"none good": 1}
     with pytest.raises(InputError, match="correctness"):
         pair(judging(), rows, keep_chosen="correctnes > 1")
+
+
+# ---- loops, lengths, cut answers ----
+
+
+def test_lengths_of_a_pair_may_be_kept_near() -> None:
+    rows = [
+        verified(
+            "a",
+            0,
+            True,
+        ),
+        verified("a", 1, False),
+        verified("a", 2, False),
+    ]
+    rows = [replace(r, text=text) for r, text in zip(rows, ["x" * 100, "y" * 300, "z" * 70], strict=True)]
+    (made,), _ = pair(judging(max_length_difference=0.4), rows)
+    assert made.rejected == "z" * 70
+    assert pair(judging(max_length_difference=0.2), rows)[1]["funnel"] == {"lengths too far apart": 1}
+    judged = [replace(answer("b", n), text="x" * size) for n, size in ((1, 100), (5, 300))]
+    assert pair(judging(max_length_difference=0.5), judged)[1]["funnel"] == {"lengths too far apart": 1}
+    assert len(pair(judging(), judged)[0]) == 1
+
+
+def test_a_pair_remembers_which_answer_was_cut_off() -> None:
+    (made,), _ = pair(judging(), [verified("a", 0, True), verified("a", 1, False, finished=False)])
+    assert made.chosen_finished and not made.rejected_finished
+
+    async def compare(pairs: Sequence[tuple[Response, Response]]) -> dict[str, Verdict]:
+        return {verdict_id(a, b): "first" for a, b in pairs}
+
+    cut = [answer("a", 5, finished=False), answer("a", 1)]
+    assert pair(judging(), cut, compare=compare)[1]["funnel"] == {"none good": 1}, "what was cut off is no example"
+
+
+# ---- repaired answers ----
+
+
+def repaired(prompt: str, number: int, parent: int, *edits: str, **more: Any) -> Response:
+    row = verified(prompt, number, True, **more)
+    return replace(row, edits=edits, repaired_from=(f"{prompt}-{parent}",))
+
+
+def test_sampled_and_repaired_answers_have_quotas_of_their_own_by_instruction() -> None:
+    rows = [verified(f"p{i}", 0, True) for i in range(6)] + [verified(f"p{i}", 1, False) for i in range(6)]
+    rows += [repaired(f"p{i}", 2, 1, "title" if i < 4 else "comma") for i in range(6)]
+    asked = {f"p{i}": ["comma", "title"] for i in range(6)}
+    quotas = Repair(max_per_instruction=3, max_sampled_per_instruction=2)
+    kept, funnel = select(rows, judging(repair=quotas), 0, instructions=asked)
+    names = [d.parents[0] for d in kept]
+    assert sum(name.endswith("-0") for name in names) == 2 and sum(name.endswith("-2") for name in names) == 5
+    assert funnel["sums"]["repaired"] == 6 and funnel["sums"]["repaired_kept"] == {"comma": 2, "title": 3}
+    assert (funnel["sums"]["answers"], funnel["sums"]["good"], funnel["sums"]["kept"]) == (12, 6, 7)
+    kept, funnel = select(rows, judging(repair=quotas), 0, control="unfiltered", instructions=asked)
+    assert not any(d.parents[0].endswith("-2") for d in kept), "a control that filters nothing repairs nothing"
+
+
+def test_repaired_answers_make_pairs_only_where_that_is_asked_for() -> None:
+    rows = [verified("a", 0, False), verified("a", 1, False), repaired("a", 2, 1, "title")]
+    assert pair(judging(repair=Repair()), rows)[1]["funnel"] == {"all wrong": 1}
+    (made,), facts = pair(judging(repair=Repair(pairs=True)), rows)
+    assert made.parents == ("a-2", "a-1") and made.judge == "verifier" and facts["funnel"] == {"pairs": 1}
+    assert contested([prompt("a")], rows, 0) == [] and contested([prompt("a")], rows, 1) == [prompt("a")]

@@ -30,3 +30,31 @@ def test_evaluation_on_a_file(tmp_path: Path, tiny_base: Path) -> None:
 def test_an_evaluation_must_know_what_is_right(tmp_path: Path, tiny_base: Path) -> None:
     with pytest.raises(InputError, match="neither `truth` nor `answer`"):
         evaluate(load_engine(tiny_base), write(tmp_path / "t.jsonl", [{"prompt": "?"}]), Progress(quiet=True), max_tokens=5, seed=0)
+
+
+IFEVAL = [
+    {"key": 1, "prompt": "Say a word.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    {
+        "key": 2,
+        "prompt": "Say two words.",
+        "instruction_id_list": ["length_constraints:number_words", "detectable_format:title"],
+        "kwargs": [{"num_words": 100, "relation": "less than"}, {}],
+    },
+]
+
+
+def test_ifevals_file_and_another_models_answers(tmp_path: Path, tiny_base: Path) -> None:
+    engine, prompts, quiet = load_engine(tiny_base), write(tmp_path / "ifeval.jsonl", IFEVAL), Progress(quiet=True)
+    out = tmp_path / "answers.jsonl"
+    scores = evaluate(engine, prompts, quiet, max_tokens=5, seed=0, greedy=True, out=out)
+    assert "sampled" not in scores and scores["instructions"]["instruction"]["strict"]["n"] == 3
+    assert scores["instructions"]["prompt"]["strict"] == scores["greedy"]["overall"] and scores["looping"]["n"] == 2
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["right"] for row in rows] == list(scores["outcomes"]["greedy"].values())
+    write(out, [row | {"text": "<<No>> comma", "right": True} for row in rows])
+    again = evaluate(engine, prompts, quiet, max_tokens=5, seed=0, greedy=True, against=out)
+    assert again["paired"]["prompt"]["strict"]["mean"] == again["paired"]["right"]["mean"] == scores["greedy"]["overall"]["mean"] - 1
+    assert again["paired"]["instruction"]["loose"]["n"] == 3 and again["paired"]["looping"]["n"] == 2
+    write(out, rows[:1])
+    with pytest.raises(InputError, match="no answer .* to prompt 2, 'Say two words.'"):
+        evaluate(engine, prompts, quiet, max_tokens=5, seed=0, against=out)

@@ -184,11 +184,14 @@ def eval(
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Greedy answers alone, as IFEval wants them.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the greedy answers.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Answers of another model (its --out), to compare with in pairs.")] = None,
     unsafe_code: Unsafe = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Greedy and sampled accuracy with 95 % intervals, by task; with --quantize or --cache also how far from the model that leads."""
+    """Greedy and sampled accuracy with 95 % intervals, by task; IFEval's scores; with --quantize or --cache what that costs."""
     from gristmill.core.progress import Progress
     from gristmill.engine.load import EngineArgs, load_engine
     from gristmill.model.hf import saved_as
@@ -197,16 +200,33 @@ def eval(
     running = EngineArgs(dtype=dtype, quantize=quantize, cache=cache, chat_format=format, device=device)
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
         scores = evaluate(
-            load_engine(model, running, own=False), prompts, progress, max_tokens=max_tokens, seed=seed, unsafe_code=unsafe_code
+            load_engine(model, running, own=False),
+            prompts,
+            progress,
+            max_tokens=max_tokens,
+            seed=seed,
+            unsafe_code=unsafe_code,
+            greedy=greedy,
+            out=out,
+            against=against,
         )
     scores.pop("outcomes")
     if as_json:
         echo(json.dumps(scores))
         return
     for task in scores["greedy"]:
-        greedy, sampled = scores["greedy"][task], scores["sampled"][task]
-        cells = [f"{s['mean']:.3f} [{s['ci95'][0]:.3f}, {s['ci95'][1]:.3f}]" for s in (greedy, sampled)]
-        echo(f"{task:<12} greedy {cells[0]}  sampled {cells[1]}  n {greedy['n']}")
+        cells = [f"{mode} {_interval(scores[mode][task])}" for mode in ("greedy", "sampled") if mode in scores]
+        echo(f"{task:<12} {'  '.join(cells)}  n {scores['greedy'][task]['n']}")
+    if found := scores.get("instructions"):
+        for level, s in {"prompts": found["prompt"], "instructions": found["instruction"], **found["types"]}.items():
+            echo(f"{level:<46} strict {_interval(s['strict'])}  loose {_interval(s['loose'])}  n {s['strict']['n']}")
+    echo(f"looping answers {_interval(scores['looping'])}")
+    if against is not None:
+        pairs = scores["paired"]
+        lines = {"right": pairs["right"], "looping": pairs["looping"]}
+        lines |= {f"{level}s, {mode}": s for level in ("prompt", "instruction") for mode, s in pairs.get(level, {}).items()}
+        for name, s in lines.items():
+            echo(f"against {against.name}: {name:<21} {_interval(s, '+.3f')}  n {s['n']}")
     if weak := scores.get("weak"):
         echo(f"weak: {weak} programs passed tests that they could have lied to (docs/design.md, judging)")
     if lost := scores.get("quantized"):
@@ -215,6 +235,11 @@ def eval(
             f"beside {beside}: KL {lost['kl']:.2g} nats a token (at most {lost['kl_max']:.2g}), the likeliest token is the same for "
             f"{lost['agreement']:.2%} of {lost['tokens']:,} tokens"
         )
+
+
+def _interval(score: dict[str, Any], form: str = ".3f") -> str:
+    low, high = score["ci95"]
+    return f"{score['mean']:{form}} [{low:{form}}, {high:{form}}]"
 
 
 @command("gristmill chat runs/miniature/02-demonstrations/model")

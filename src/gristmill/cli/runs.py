@@ -15,6 +15,7 @@ from gristmill.core.errors import InputError
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
     out: RunOut = None,
+    model: Annotated[str | None, typer.Option(help="Model folder to start from; overrides the recipe's model.")] = None,
     control: Annotated[
         str | None, typer.Option(help="Run a control instead: unfiltered, random-filter, reward-only, human-only or replace.")
     ] = None,
@@ -34,7 +35,7 @@ def run(
     from gristmill.workflows.alignment.loop import run as run_loop
     from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
-    overrides = given(control=control, seed=seed, rounds=rounds, threads=threads, device=device)
+    overrides = given(model=model, control=control, seed=seed, rounds=rounds, threads=threads, device=device)
     loaded = load(find_recipe(recipe, "alignment"), AlignmentRecipe, overrides)
     name = "-".join([loaded.name, *([loaded.control] if loaded.control else []), *([f"seed{seed}"] if seed is not None else [])])
     folder = out or Path("runs") / name

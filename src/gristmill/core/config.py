@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    model_serializer,
+)
 
 from gristmill.core.errors import InputError
 from gristmill.core.io import DamagedFile, read_bytes
@@ -56,9 +64,21 @@ RENAMED = {  # keys of earlier versions, for the error that names the new one
 
 
 class Section(BaseModel):
-    """A part of a recipe: immutable, unknown keys refused."""
+    """A part of a recipe: immutable, unknown keys refused.
+
+    Attributes:
+        added: keys that a run of an earlier version does not know. They are written out where they differ from their defaults, so that
+            such a run is taken up again.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    added: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_added(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = dump(self)
+        fields = type(self).model_fields
+        return {k: v for k, v in values.items() if k not in self.added or getattr(self, k) != fields[k].default}
 
 
 class Recipe(Section):

@@ -175,6 +175,13 @@ def answer_text(text: str) -> str:
     return text[start:end] if start else text
 
 
+def repetition(text: str, order: int = 4) -> float:
+    """Share of a text's n-grams of words that repeat an earlier one; 0 for a text of fewer words. A model that loops has most of them."""
+    words = text.lower().split()
+    grams = list(zip(*(words[i:] for i in range(order)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def _is_quoted(text: str, m: re.Match[str]) -> bool:
     before, after = text[m.start() - 1 : m.start()], text[m.end() : m.end() + 1]
     line = text[max(0, m.start() - 200) : m.start()].rpartition("\n")[2]

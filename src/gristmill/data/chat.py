@@ -77,7 +77,7 @@ class ChatFormat(ABC):
     close: str
 
     @abstractmethod
-    def render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] = ()) -> Rendered:
+    def render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] = (), ended: bool = True) -> Rendered:
         """Render a whole conversation to ids and loss mask.
 
         The mask is true exactly on assistant text and the end of each assistant turn, but for turns that are not `trained`.
@@ -85,6 +85,7 @@ class ChatFormat(ABC):
 
         Args:
             tools: descriptions of the tools that the assistant may call.
+            ended: whether the last turn came to its end. One that was cut off has no token that ends it.
 
         Raises:
             InputError: the format has no such conversation: it is empty, turns do not alternate, or it has tools and the format has not.
@@ -219,10 +220,10 @@ class TokenFormat(ChatFormat):
             )
         )
 
-    def render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] = ()) -> Rendered:
+    def render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] = (), ended: bool = True) -> Rendered:
         check_turns(messages)
         self._check_plain(messages, tools)
-        return self._render(messages, tokenizer)
+        return self._render(messages, tokenizer, last_open=not ended)
 
     def _check_plain(self, messages: Sequence[Message], tools: Sequence[Any]) -> None:
         """Raise `InputError` where a conversation has tools. Thoughts are left out: they are no part of an answer."""
@@ -242,7 +243,7 @@ class TokenFormat(ChatFormat):
             answer = message.role == "assistant"
             trained = answer and message.trained
             if last_open and i + 1 == len(messages):
-                self._turn(out, message.role, message.content, tokenizer)
+                self._turn(out, message.role, message.content, tokenizer, trained=trained)
                 break
             self._turn(out, message.role, message.content + self.close, tokenizer, trained=trained)
             if answer or not self.end_opens_next:
@@ -383,8 +384,14 @@ class TemplateFormat(ChatFormat):
     def end_of_turn_id(self, tokenizer: Tokenizer) -> int:
         return tokenizer.special_id(self._end) if self._end else tokenizer.eos_id
 
-    def render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] = ()) -> Rendered:
-        return self._render(messages, tokenizer, tools)[0]
+    def render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] = (), ended: bool = True) -> Rendered:
+        rendered = self._render(messages, tokenizer, tools)[0]
+        if ended:
+            return rendered
+        last = max(place for place, trained in enumerate(rendered.mask) if trained)  # the token that ends the answer
+        close = tokenizer.encode(self.close) if self.close else []
+        cut = last - len(close) if close and rendered.ids[last - len(close) : last] == close else last
+        return Rendered(rendered.ids[:cut], rendered.mask[:cut])
 
     def render_samples(self, messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] = ()) -> list[Rendered]:
         return self._render(messages, tokenizer, tools)

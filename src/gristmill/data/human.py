@@ -6,9 +6,9 @@ from gristmill.core.config import FilePath, Section
 
 
 class HumanData(Section):
-    """Human data. Without a world, `demonstrations` and `evaluation` must be given as files; a world writes its own rows."""
+    """Human data. Without a world, `evaluation` must be given as a file; a world writes its own rows."""
 
-    demonstrations: FilePath | None = None
+    demonstrations: FilePath | None = Field(None, description="none: the model is an Instruct already, and is the first generator")
     ratings: FilePath | None = None
     prompts: FilePath | None = None
     evaluation: FilePath | None = None

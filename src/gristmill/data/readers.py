@@ -23,6 +23,7 @@ def _rows(path: Path, what: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 COLUMNS = ("id", "task")  # which every row may have
+FINISHED = ("chosen_finished", "rejected_finished")  # of pairs: false for an answer that was cut off
 
 
 def _messages(
@@ -105,7 +106,7 @@ def _label(path: Path, number: int, name: str, value: Any) -> float | None:
 def read_pairs(path: Path) -> list[Pair]:
     """Pairs of our own files and exports, or of TRL's forms: a prompt, `chosen`, `rejected`, optional rewards."""
     out = []
-    known = (*COLUMNS, "judge", "parents", *(name for names in REWARDS for name in names))
+    known = (*COLUMNS, "judge", "parents", *FINISHED, *(name for names in REWARDS for name in names))
     for number, r in enumerate(read_records(path), 1):
         try:
             messages, chosen, rejected, meta = parse_pair(r, known=known)
@@ -114,7 +115,8 @@ def read_pairs(path: Path) -> list[Pair]:
         better, worse = next((names for names in REWARDS if r.get(names[0]) is not None or r.get(names[1]) is not None), REWARDS[0])
         rewards = _reward(path, number, r, better, 1.0), _reward(path, number, r, worse, 0.0)
         name = str(r.get("id") or make_id(number, chosen))
-        out.append(Pair(name, "", r.get("task") or "", messages, chosen, rejected, *rewards, "file", meta=meta))
+        ended = {key: _flag(path, number, r, key) for key in FINISHED}
+        out.append(Pair(name, "", r.get("task") or "", messages, chosen, rejected, *rewards, "file", meta=meta, **ended))
     if not out:
         raise InputError(f"{path} holds no pairs.")
     if all(_repeats(pair.messages[-1].content, pair.chosen, pair.rejected) for pair in out):
@@ -123,6 +125,13 @@ def read_pairs(path: Path) -> list[Pair]:
             "`rejected`, or it would be learnt as a part of the answer."
         )
     return out
+
+
+def _flag(path: Path, number: int, record: dict[str, Any], name: str) -> bool:
+    flag = record.get(name)
+    if flag not in (None, True, False):
+        raise InputError(f"Row {number} of {path} has {name} {flag!r}: give true, or false for an answer that was cut off.")
+    return flag is not False
 
 
 def _repeats(prompt: str, *answers: str) -> bool:

@@ -47,7 +47,7 @@ class Prompt:
     """A conversation that awaits an answer.
 
     Attributes:
-        origin: "human", "file", or the name of the model that wrote it.
+        origin: "human", "file", "template" (a form filled in by a program), or the name of the model that wrote it.
         parents: ids of what it was made from (a topic, an earlier prompt and its answer).
         request: what the model was asked when it wrote the prompt; empty for others.
         truth: what a verifier needs to check an answer, when anything can be checked.
@@ -75,6 +75,8 @@ class Response:
         logprob: sum over the answer's tokens, under the model that wrote it; None where the source told none.
         votes: how many of the prompt's samples said exactly this.
         weak: the verifier ran a program that could have lied to its tests; None for all other judgements.
+        edits: of an answer that a program has repaired: the instructions that it was edited for.
+        repaired_from: ids of the answers that it was made of, the failing one first.
     """
 
     id: str
@@ -95,11 +97,17 @@ class Response:
     good: bool | None = None
     votes: int = 1
     weak: bool | None = None
+    edits: tuple[str, ...] = ()
+    repaired_from: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, the better first, with the rewards whose gap RPO aims at."""
+    """Two answers to one prompt, the better first, with the rewards whose gap RPO aims at.
+
+    Attributes:
+        chosen_finished, rejected_finished: false for an answer that was cut off: it is not taught, nor blamed, to end there.
+    """
 
     id: str
     prompt: str
@@ -112,6 +120,8 @@ class Pair:
     judge: str
     parents: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict, hash=False)
+    chosen_finished: bool = True
+    rejected_finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,8 @@ class Refused:
 
 Row = TypeVar("Row")
 _JSON = {"truth", "rating", "meta"}  # nested and free-form: kept as JSON text in Parquet
+# Columns that stand in a table where a row needs them, with what they are elsewhere.
+_OPTIONAL: dict[str, Any] = {"meta": {}, "edits": [], "repaired_from": [], "chosen_finished": True, "rejected_finished": True}
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> int:
@@ -172,9 +184,10 @@ def write_rows(path: Path, rows: Iterable[Any]) -> int:
         InputError: a number that JSON cannot say (NaN, an infinity) is where a number is due.
     """
     records = [_plain(r) for r in rows]
-    if any(record.get("meta") for record in records):
-        for record in records:
-            record.setdefault("meta", {})  # a table has its columns in every row
+    for name, default in _OPTIONAL.items():
+        if any(name in record for record in records):
+            for record in records:
+                record.setdefault(name, default)  # a table has its columns in every row
     if path.suffix != ".parquet":
         write_text(path, "".join(json_line(r, f"Row {number} for {path}") for number, r in enumerate(records, 1)))
         return len(records)
@@ -317,9 +330,8 @@ def _plain(row: Any) -> dict[str, Any]:
         record["messages"] = [d | ({"fields": m.fields} if m.fields else {}) for d, m in zip(plain, record["messages"], strict=True)]
     if record.get("rating") is not None:
         record["rating"] = dataclasses.asdict(record["rating"])
-    if not record.get("meta", True):
-        del record["meta"]
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in record.items()}
+    record = {k: list(v) if isinstance(v, tuple) else v for k, v in record.items()}
+    return {k: v for k, v in record.items() if k not in _OPTIONAL or v != _OPTIONAL[k]}
 
 
 def _row(record: dict[str, Any], row: type[Row]) -> Row:
@@ -328,7 +340,7 @@ def _row(record: dict[str, Any], row: type[Row]) -> Row:
         record["messages"] = conversation(turns, tools=True)
     if record.get("rating") is not None:
         record["rating"] = Rating(**record["rating"])
-    for key in ("parents", "labels"):
+    for key in ("parents", "labels", "edits", "repaired_from"):
         if key in record:
             record[key] = tuple(record[key] or ())
     if "meta" in record:

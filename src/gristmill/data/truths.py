@@ -7,6 +7,7 @@
 | test or tests, entry_point | HumanEval's tests; what the row's prompt begins, an answer may continue |
 | test_list, test_setup_code, test_imports, challenge_test_list | MBPP's tests |
 | input_output | the cases of APPS: arguments of `fn_name`, else standard input and output |
+| instruction_id_list, kwargs | IFEval's instructions, each with its kwargs; keys that are null count as absent |
 | public_test_cases | the cases of LiveCodeBench that can be read: the private ones are pickled, and nothing is unpickled |
 
 A reference solution (canonical_solution, code, solution, reference) is kept in the truth, which must accept it.
@@ -27,7 +28,8 @@ MAX_EXACT_WORDS = 20
 REFERENCES = ("reference", "canonical_solution", "reference_solution", "solution", "code")
 TESTS = ("test", "tests", "entry_point", "test_list", "test_setup_code", "test_imports", "challenge_test_list")
 CASES = ("input_output", "public_test_cases", "private_test_cases")
-TRUTH_COLUMNS = ("truth", "answer", *TESTS, *CASES, *REFERENCES)
+INSTRUCTIONS = ("instruction_id_list", "kwargs")
+TRUTH_COLUMNS = ("truth", "answer", *INSTRUCTIONS, *TESTS, *CASES, *REFERENCES)
 LATEX = re.compile(r"\\[A-Za-z]+|\$.+\$")
 
 
@@ -39,6 +41,8 @@ def read_truth(record: dict[str, Any]) -> dict[str, Any] | None:
     """
     if record.get("truth") is not None:
         return _given(record["truth"])
+    if record.get("instruction_id_list") is not None:
+        return _ifeval(record)
     tests = _tests(record)
     if tests is not None:
         return tests
@@ -57,6 +61,24 @@ def _given(truth: Any) -> dict[str, Any]:
     if not isinstance(truth, dict):
         raise InputError(f"`truth` is {str(truth)[:100]} and lacks the field 'kind': give an object, or `answer` for a final answer.")
     return {k: v for k, v in truth.items() if v is not None}  # tables fill what other rows have with None
+
+
+def _ifeval(record: dict[str, Any]) -> dict[str, Any]:
+    """IFEval's columns: ids of instructions, and as many sets of kwargs."""
+    names, given = (_json(record.get(column), column) for column in INSTRUCTIONS)
+    kwargs = given if given is not None else [{}] * len(names) if isinstance(names, list) else None
+    if not isinstance(names, list) or not isinstance(kwargs, list) or len(names) != len(kwargs):
+        raise InputError("`instruction_id_list` and `kwargs` are no lists of one length: give the kwargs of each instruction.")
+    for name, values in zip(names, kwargs, strict=True):
+        if not isinstance(name, str) or not isinstance(values, dict | type(None)):
+            raise InputError(f"`kwargs` has {str(values)[:100]} for the instruction {str(name)[:100]}: give an object of its values.")
+    return {
+        "kind": "instructions",
+        "checks": [
+            {"id": name, **{key: value for key, value in (values or {}).items() if value is not None}}
+            for name, values in zip(names, kwargs, strict=True)
+        ],
+    }
 
 
 def _answer(value: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Evaluation runner: accuracy on prompts with known truths, greedy and at temperature 1, by task and overall."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gristmill.data.rows import Prompt
@@ -12,16 +12,18 @@ GenerateFn = Callable[[list[Request]], dict[str, list[Completion]]]
 VerifyFn = Callable[[list[tuple[dict[str, Any], str]]], list[bool]]
 
 
-def build_requests(prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Request]:
-    """One greedy and one sampled request a prompt."""
+def build_requests(prompts: Sequence[Prompt], max_tokens: int, seed: int, modes: Mapping[str, float] = MODES) -> list[Request]:
+    """A request a prompt and mode: one greedy, one sampled."""
     return [
         Request(f"{p.id}-{mode}", p.messages, SamplingParams(temperature=temperature, max_tokens=max_tokens), seed)
         for p in prompts
-        for mode, temperature in MODES.items()
+        for mode, temperature in modes.items()
     ]
 
 
-def evaluate_model(prompts: Sequence[Prompt], generate: GenerateFn, check: VerifyFn, *, max_tokens: int, seed: int) -> dict[str, Any]:
+def evaluate_model(
+    prompts: Sequence[Prompt], generate: GenerateFn, check: VerifyFn, *, max_tokens: int, seed: int, modes: Mapping[str, float] = MODES
+) -> dict[str, Any]:
     """Evaluate a model: its accuracies with their intervals.
 
     Args:
@@ -29,20 +31,21 @@ def evaluate_model(prompts: Sequence[Prompt], generate: GenerateFn, check: Verif
         generate: requests -> completions by request id.
         check: (truth, answer) pairs -> right or wrong.
         max_tokens: longest answer; a longer one is cut and judged as it is.
+        modes: names and temperatures of those that are asked for.
 
     Returns:
         {"greedy": {"overall": {mean, ci95, n}, task: ...}, "sampled": ..., "outcomes": {mode: {prompt id: right}}}
     """
-    asked = build_requests(prompts, max_tokens, seed)
+    asked = build_requests(prompts, max_tokens, seed, modes)
     answers = generate(asked)
     truths = {p.id: p.truth or {} for p in prompts}
     tasks = {p.id: p.task for p in prompts}
     keys = [r.id.rsplit("-", 1) for r in asked]
     right = check([(truths[i], answers[f"{i}-{mode}"][0].text) for i, mode in keys])
-    out: dict[str, Any] = {"outcomes": {mode: {} for mode in MODES}}
+    out: dict[str, Any] = {"outcomes": {mode: {} for mode in modes}}
     for (i, mode), ok in zip(keys, right, strict=True):
         out["outcomes"][mode][i] = ok
-    for mode in MODES:
+    for mode in modes:
         outcomes = out["outcomes"][mode]
         by_task = {t: accuracy([ok for i, ok in outcomes.items() if tasks[i] == t]) for t in dict.fromkeys(tasks.values())}
         out[mode] = {"overall": accuracy(list(outcomes.values())), **by_task}

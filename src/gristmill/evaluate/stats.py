@@ -34,3 +34,28 @@ def paired(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
     variance = sum((d - mean) ** 2 for d in differences) / (n - 1) if n > 1 else 0.0
     half = Z * math.sqrt(variance / n)
     return {"mean": round(mean, 4), "ci95": [round(mean - half, 4), round(mean + half, 4)], "n": n}
+
+
+def clustered(outcomes: Sequence[Sequence[bool]]) -> dict[str, Any]:
+    """Mean of right/wrong outcomes that come in clusters (a prompt's instructions), with a 95 % interval by the clusters' residuals."""
+    found = _ratio([(float(sum(cluster)), len(cluster)) for cluster in outcomes], (0.0, 1.0))
+    if found["mean"] in (0.0, 1.0):  # nothing varies, and yet nothing is certain
+        found["ci95"] = [round(bound, 4) for bound in wilson(round(found["mean"] * len(outcomes)), len(outcomes))]
+    return found
+
+
+def paired_clustered(before: Sequence[Sequence[bool]], after: Sequence[Sequence[bool]]) -> dict[str, Any]:
+    """Difference of two models on the same clustered outcomes, with a 95 % interval from the clusters' differences."""
+    return _ratio([(float(sum(b) - sum(a)), len(a)) for a, b in zip(before, after, strict=True)], (-1.0, 1.0))
+
+
+def _ratio(clusters: Sequence[tuple[float, int]], bounds: tuple[float, float]) -> dict[str, Any]:
+    """Sum over size of clusters: the ratio estimator, with its linearized variance."""
+    n, size = len(clusters), sum(num for _, num in clusters)
+    low, high = bounds
+    if n < 2 or not size:
+        mean = sum(value for value, _ in clusters) / size if size else 0.0
+        return {"mean": round(mean, 4), "ci95": [low, high], "n": size}
+    mean = sum(value for value, _ in clusters) / size
+    half = Z * math.sqrt(n / (n - 1) * sum((value - mean * num) ** 2 for value, num in clusters)) / size
+    return {"mean": round(mean, 4), "ci95": [round(max(low, mean - half), 4), round(min(high, mean + half), 4)], "n": size}

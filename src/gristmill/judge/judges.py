@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from gristmill.core.concurrent import map_concurrent
+from gristmill.core.response_text import repetition
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Prompt, Rating, Response, make_id
 from gristmill.generation.cached import CachedClient
@@ -15,9 +16,10 @@ from gristmill.judge.filter_expr import FilterExpr
 from gristmill.judge.pairwise import Comparison, Verdict, combine_verdicts, comparison_requests
 from gristmill.judge.programs import Tick, Verifier
 from gristmill.judge.reward_client import RemoteRewardScorer, RewardModelEndpoint
-from gristmill.judge.select import meets, unique_answers, verdict_id
+from gristmill.judge.select import by_prompt, meets, unique_answers, verdict_id
 from gristmill.judge.settings import Judging, Reward
 from gristmill.runs.journal import Journal
+from gristmill.verify.repair import MAX_REPETITION, Repaired, repair
 
 RATED_AT_ONCE = 512  # conversations, so that progress shows
 CONCURRENT = 512  # calls that wait for an endpoint, which itself bounds what is in flight
@@ -146,9 +148,32 @@ class Judges:
         weak = {r.id for r in checkable if self.verifier.is_weak(truths[r.prompt], r.text)}
         return [replace(self._judged(r, ratings.get(r.id), verified.get(r.id)), weak=True if r.id in weak else None) for r in rows]
 
+    async def repair(self, prompts: Iterable[Prompt], rows: Sequence[Response]) -> list[Response]:
+        """Judged answers that a program has edited until they pass: some a prompt, of those that ended, say something and do not loop."""
+        settings = self.judging.repair
+        assert settings is not None
+        truths = {p.id: p.truth for p in prompts if p.truth is not None}
+        max_repetition = min(self.judging.max_repetition, MAX_REPETITION)
+        made: list[Response] = []
+        for name, group in by_prompt(rows).items():
+            usable = [r for r in group if r.finished and r.verified is not None and repetition(r.text) <= max_repetition]
+            known = {r.text for r in group}
+            found: list[Response] = []
+            for r in usable:
+                if r.verified or len(r.text.split()) < settings.min_words:
+                    continue
+                others = [o for o in usable if o is not r]
+                done = repair(truths[name], r.text, [o.text for o in others])
+                if done is not None and done.text not in known:
+                    known.add(done.text)
+                    found.append(_repaired(r, done, [others[place].id for place in done.sources]))
+            made += sorted(found, key=lambda r: (len(r.edits), -len(r.text)))[: settings.max_per_prompt]
+        return await self.judge(prompts, made)
+
     def _judged(self, r: Response, rating: Rating | None, verified: bool | None) -> Response:
         score = round(rating.score(self.weights), 4) if rating else None
         good = verified if verified is not None else self._keep is None or meets(self._keep, rating, score)
+        good = good and (self.judging.max_repetition == 1 or repetition(r.text) <= self.judging.max_repetition)
         judge = "verifier" if verified is not None else "reward" if rating else "none"
         return replace(r, rating=rating, score=score, verified=verified, judge=judge, good=bool(good and r.finished))
 
@@ -178,3 +203,17 @@ class Judges:
         low = {turns[name][0].id for name, rating in ratings.items() if rating.score(self.weights) < min_score}
         unrated = {turns[name][0].id for name in turns.keys() - ratings.keys()}
         return [d for d in rows if d.id not in low | unrated]
+
+
+def _repaired(r: Response, done: Repaired, sources: Sequence[str]) -> Response:
+    """The row of a repaired answer. Its tokens are estimated by its length: it is text, and nobody has drawn it."""
+    return replace(
+        r,
+        id=make_id("repaired", r.id, done.text),
+        text=done.text,
+        num_tokens=round(r.num_tokens * len(done.text) / max(1, len(r.text))),
+        logprob=None,
+        votes=1,
+        edits=done.edits,
+        repaired_from=(r.id, *sources),
+    )

@@ -46,6 +46,7 @@ def select(
     control: Control | None = None,
     topics: Mapping[str, str] | None = None,
     quotas: Mapping[str, int] | None = None,
+    instructions: Mapping[str, Iterable[str]] | None = None,
 ) -> tuple[list[Demonstration], dict[str, Any]]:
     """The answers worth imitating: the best of each prompt, then at most a quota a task and a topic, spread over prompts.
 
@@ -55,14 +56,17 @@ def select(
         control: "unfiltered" takes answers as they come; "random-filter" keeps as many as the judge would, drawn blindly.
         topics: of each prompt the topic that it grew from.
         quotas: of tasks whose quota is not `judging.max_per_task`.
+        instructions: of each prompt the types of instruction that `judging.repair` counts sampled answers by.
 
     Returns:
-        demonstrations, and for each task how many prompts, answers, good and kept ones there were, by which judge, with what scores.
+        demonstrations, and for each task how many prompts, answers, good and kept ones there were, by which judge, with what scores; with
+        `judging.repair` how many answers were repaired, and how many of those were kept, by the instruction that they were edited for.
     """
     rng = random.Random(f"select-{seed}")
     kept: dict[str, list[Response]] = defaultdict(list)
+    repair = judging.repair if control is None else None
     for group in by_prompt(rows).values():
-        finished = [r for r in group if r.finished]
+        finished = [r for r in group if r.finished and not r.edits]
         good = sorted((r for r in finished if r.good), key=_rank, reverse=True)[: judging.max_per_prompt]
         if good and good[0].verified is None:
             good = good[: judging.max_judged_per_prompt if good[0].votes >= judging.min_votes else 0]
@@ -71,9 +75,12 @@ def select(
         elif control == "random-filter":
             good = rng.sample(finished, len(good))
         kept[group[0].task] += good
+        if repair is not None:
+            kept[group[0].task] += [r for r in group if r.edits and r.finished and r.good][: repair.max_per_prompt]
     out: list[Demonstration] = []
     funnel: dict[str, Any] = {}
     per_topic: Counter[str] = Counter()
+    per_instruction: Counter[tuple[bool, str]] = Counter()
     for task, good in kept.items():
         rng.shuffle(good)
         if control is None:  # stable: verified answers stay shuffled
@@ -81,10 +88,17 @@ def select(
         chosen: list[Response] = []
         for r in good:
             topic = (topics or {}).get(r.prompt, r.prompt)
-            if len(chosen) < (quotas or {}).get(task, judging.max_per_task) and per_topic[topic] < judging.max_per_topic:
-                per_topic[topic] += 1
-                chosen.append(r)
-        answers = [r for r in rows if r.task == task]
+            if len(chosen) >= (quotas or {}).get(task, judging.max_per_task) or per_topic[topic] >= judging.max_per_topic:
+                continue
+            if repair is not None:
+                limit = repair.max_per_instruction if r.edits else repair.max_sampled_per_instruction
+                counted = [(bool(r.edits), name) for name in dict.fromkeys(r.edits or (instructions or {}).get(r.prompt, ()))]
+                if any(per_instruction[key] >= limit for key in counted):
+                    continue
+                per_instruction.update(counted)
+            per_topic[topic] += 1
+            chosen.append(r)
+        answers = [r for r in rows if r.task == task and not r.edits]
         funnel[task] = {
             "prompts": len({r.prompt for r in answers}),
             "answers": len(answers),
@@ -94,6 +108,9 @@ def select(
             "score_before": _mean([r.score for r in answers]),
             "score_after": _mean([r.score for r in chosen]),
         }
+        if repair is not None:
+            funnel[task]["repaired"] = sum(bool(r.edits) for r in rows if r.task == task)
+            funnel[task]["repaired_kept"] = dict(sorted(Counter(name for r in chosen for name in r.edits).items()))
         for r in chosen:
             messages = (*r.messages, Message("assistant", r.text))
             out.append(Demonstration(make_id("kept", r.id), task, messages, r.generator, (r.id, r.prompt)))
@@ -105,7 +122,7 @@ def contested(prompts: Sequence[Prompt], rows: Sequence[Response], min_num: int)
 
     If there are fewer than `min_num`, those whose answers were all wrong come next, then all others.
     """
-    groups = by_prompt(rows)
+    groups = by_prompt(r for r in rows if not r.edits)
 
     def rank(prompt: Prompt) -> int:
         group = groups.get(prompt.id, [])
@@ -140,13 +157,17 @@ async def pair(
     """
     rng = random.Random(f"pair-{seed}")
     expr = FilterExpr.parse(keep_chosen or judging.keep_chosen) if keep_chosen or judging.keep_chosen else None
-    groups = [_comparable(group, judging) for group in by_prompt(rows).values()]
+    groups = [_comparable(group, judging) for group in by_prompt(r for r in rows if not r.edits).values()]
     undecided = [_ends(g) for g in groups if compare and len(g) > 1 and not _is_verified(g)]
     verdicts = await compare(undecided) if compare and undecided else {}
     out: list[Pair] = []
     funnel: Counter[str] = Counter()
+    repaired = by_prompt(r for r in rows if r.edits) if judging.repair and judging.repair.pairs and control is None else {}
     for group in groups:
         made = _pairs_of(group, judging, rng, expr, verdicts if compare else None)
+        mended = _repaired_pairs(repaired.get(group[0].prompt, []), group, judging) if group else []
+        if mended:
+            made = ([] if isinstance(made, str) else made) + mended
         if isinstance(made, str):
             funnel[made] += 1
             continue
@@ -172,7 +193,8 @@ def verdict_id(one: Response, other: Response) -> str:
 
 def _pair(chosen: Response, rejected: Response, high: float, low: float, judge: str) -> Pair:
     name, parents = make_id("pair", chosen.id, rejected.id), (chosen.id, rejected.id)
-    return Pair(name, chosen.prompt, chosen.task, chosen.messages, chosen.text, rejected.text, high, low, judge, parents)
+    ended = {"chosen_finished": chosen.finished, "rejected_finished": rejected.finished}
+    return Pair(name, chosen.prompt, chosen.task, chosen.messages, chosen.text, rejected.text, high, low, judge, parents, **ended)
 
 
 def _comparable(group: list[Response], judging: Judging) -> list[Response]:
@@ -211,21 +233,47 @@ def _pairs_of(
         if not right or not wrong:
             return "all right" if right else "all wrong"
         count = min(judging.max_pairs_per_prompt, len(right), len(wrong))
-        both = zip(rng.sample(right, count), rng.sample(wrong, count), strict=True)
-        return [(good, bad, "verifier") for good, bad in both]
+        if judging.max_length_difference == 1:
+            both = list(zip(rng.sample(right, count), rng.sample(wrong, count), strict=True))
+        else:
+            both, wrong = [], rng.sample(wrong, len(wrong))
+            for good in rng.sample(right, len(right)):
+                near = next((bad for bad in wrong if _near_in_length(good, bad, judging)), None)
+                if near is not None and len(both) < count:
+                    both.append((good, near))
+                    wrong.remove(near)
+        return [(good, bad, "verifier") for good, bad in both] or "lengths too far apart"
     best, worst = _ends(group)
     if verdicts is not None:
         verdict = verdicts.get(verdict_id(best, worst), "unparsed")
         if verdict in ("first", "second"):
-            return [(best, worst, "llm") if verdict == "first" else (worst, best, "llm")]
+            chosen, rejected = (best, worst) if verdict == "first" else (worst, best)
+            if not _near_in_length(best, worst, judging):
+                return "lengths too far apart"
+            return [(chosen, rejected, "llm")] if chosen.finished else "none good"  # what was cut off is no example
         if best.score is None:  # and nobody else can decide
             return "the judge contradicts itself" if verdict == "tie" else "no verdict"
     if best.score is None:
         return "no judge"
     if best.score - (worst.score or 0.0) < judging.min_gap:
         return "alike"
+    if not _near_in_length(best, worst, judging):
+        return "lengths too far apart"
     good = meets(expr, best.rating, best.score) if expr else bool(best.good)
     return [(best, worst, "reward")] if best.finished and best.votes >= judging.min_votes and good else "none good"
+
+
+def _near_in_length(one: Response, other: Response, judging: Judging) -> bool:
+    shorter, longer = sorted((len(one.text), len(other.text)))
+    return judging.max_length_difference == 1 or longer - shorter <= judging.max_length_difference * longer
+
+
+def _repaired_pairs(repaired: Sequence[Response], group: Sequence[Response], judging: Judging) -> list[Compared]:
+    """Repaired answers over the failing ones that they were made of."""
+    by_id = {r.id: r for r in group}
+    both = [(r, by_id[r.repaired_from[0]]) for r in repaired if r.good and r.repaired_from[0] in by_id]
+    near = [(r, failing) for r, failing in both if _near_in_length(r, failing, judging)]
+    return [(r, failing, "verifier") for r, failing in near[: judging.max_pairs_per_prompt]]
 
 
 def _thinned(pairs: list[Pair], max_per_task: int) -> list[Pair]:

@@ -1,6 +1,6 @@
 """Sections of recipes about judges and what they keep."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,8 +20,20 @@ class Reward(Section):
     weights: str = Field("nemotron4-340b", description="named set of aggregation weights")
 
 
+class Repair(Section):
+    """Repair of failing answers that a program can edit until they pass (`verify/repair.py`). It teaches what no sample shows."""
+
+    max_per_instruction: int = Field(55, ge=0, description="repaired answers kept, by each type of instruction that they were edited for")
+    max_sampled_per_instruction: int = Field(40, ge=0, description="answers kept as they were sampled, by type of instruction")
+    max_per_prompt: int = Field(1, gt=0, description="repaired answers kept a prompt: those of fewest edits, the longest first")
+    min_words: int = Field(10, ge=0, description="words of an answer that is worth a repair")
+    pairs: bool = Field(False, description="pairs of a repaired answer and the failing one that it was made of, beside the others")
+
+
 class Judging(Section):
     """Who judges answers, and what is kept. The order of judges: verifier, LLM judge (of pairs), reward model."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"max_repetition", "max_length_difference", "repair"})
 
     reward: Reward | None = None
     llm: bool = Field(False, description="let the first generator compare answers that no verifier decides, in both orders")
@@ -37,3 +49,10 @@ class Judging(Section):
     min_gap: float = Field(0.5, ge=0, description="smallest reward gap of a pair that the reward model decides")
     verified_gap: float = Field(2.0, gt=0, description="reward gap of a pair that a verifier or the LLM judge decides")
     near_duplicates: float = Field(0.9, gt=0, le=1, description="Jaccard similarity from which two answers make no pair; 1: off")
+    max_repetition: float = Field(
+        1.0, ge=0, le=1, description="share of repeated 4-grams of words beyond which an answer loops and is not good; 1: off"
+    )
+    max_length_difference: float = Field(
+        1.0, ge=0, le=1, description="share of the longer answer's characters by which a pair's answers may differ; 1: off"
+    )
+    repair: Repair | None = Field(None, description="edits of answers that fail verifiable instructions; none: off")

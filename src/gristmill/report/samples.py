@@ -218,6 +218,8 @@ def _answer(r: Response, stage: JudgedStage, pairs: Sequence[Pair]) -> Markup:
         gap = pair.chosen_reward - pair.rejected_reward
         facts.append(el("span", f"reward gap {gap:.2f}, decided by {JUDGES.get(pair.judge, pair.judge)}"))
     facts.append(el("span", f"{stage_label(r.generator)}, temperature {r.temperature:g}, {r.num_tokens} tokens"))
+    if r.edits:
+        facts.append(el("span", f"repaired by a program for {', '.join(r.edits)}"))
     if r.votes > 1:
         facts.append(el("span", f"given {r.votes} times"))
     if r.weak:

@@ -1,6 +1,7 @@
 """Report sections on data and judges: funnel, reward scores, reward model, collapse monitors."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ def _funnel_rows(data: RunData, number: int) -> list[tuple[str, int, str]]:
     for done in _of_round(data, number, artifacts.KEPT):
         counts = list(done["funnel"].values())
         rows += [("Answers for SFT", 0, ""), ("prompts", sum(c["prompts"] for c in counts), "fill")]
-        rows += [(k, sum(c[k] for c in counts), "fill") for k in ("answers", "good", "kept")]
+        rows += [(k, sum(c[k] for c in counts), "fill") for k in ("answers", "good", "repaired", "kept") if counts and k in counts[0]]
     pairs = _of_round(data, number, artifacts.PAIRS)
     if pairs:
         total: dict[str, int] = {}
@@ -86,13 +87,31 @@ def _funnel_tables(data: RunData, number: int) -> list[Markup]:
                     f"{c['prompts']:,}",
                     f"{c['answers']:,}",
                     f"{c['good']:,} ({_share(c['good'], c['answers'])})",
+                    *([f"{c['repaired']:,}"] if "repaired" in c else []),
                     f"{c['kept']:,}",
                     judges,
                     scores,
                 ]
             )
+        repaired = [c["repaired_kept"] for c in done["funnel"].values() if "repaired_kept" in c]
         out.append(el("h3", f"Round {number}: answers for SFT"))
-        out.append(table(["task", "prompts", "answers", "good", "kept", "judged by", "mean score, all \u2192 kept"], rows))
+        out.append(
+            table(
+                [
+                    "task",
+                    "prompts",
+                    "answers",
+                    "good",
+                    *(["repaired"] if repaired else []),
+                    "kept",
+                    "judged by",
+                    "mean score, all \u2192 kept",
+                ],
+                rows,
+            )
+        )
+        if counts := sum(map(Counter, repaired), Counter()):
+            out.append(table(["repaired for", "kept"], [[name, f"{n:,}"] for name, n in counts.most_common()]))
     pairs = _of_round(data, number, artifacts.PAIRS)
     if pairs:
         reasons = list(dict.fromkeys(why for s in pairs for why in s["funnel"] if why != "pairs"))

@@ -213,7 +213,7 @@ def _response_language(answer: str, language: str) -> bool:
 
 @_instruction("length_constraints:number_sentences")
 def _number_sentences(answer: str, num_sentences: int, relation: str) -> bool:
-    return _holds(_count_sentences(answer), relation, num_sentences)
+    return _holds(len(sentence_ends(answer)) + 1, relation, num_sentences)
 
 
 @_instruction("length_constraints:number_paragraphs")
@@ -340,15 +340,20 @@ def _count_parts(answer: str, divider: str) -> int:
     return sum(map(bool, parts)) if all(parts[1:-1]) else -1
 
 
-def _count_sentences(text: str) -> int:
-    """Sentences as Punkt (Kiss and Strunk 2006) finds them: at most one ends in a word, whatever case follows."""
-    words = text.rstrip(CLOSERS + whitespace).split()
-    num = 1
-    for word, following in zip_longest(words, words[1:], fillvalue=""):
+def sentence_ends(text: str) -> list[int]:
+    """Sentence boundaries of a text: where each sentence but the last ends, as Punkt (Kiss and Strunk 2006) finds them.
+
+    At most one ends in a word, whatever case follows.
+    """
+    words = list(re.finditer(r"\S+", text.rstrip(CLOSERS + whitespace)))
+    out = []
+    for match, following in zip_longest(words, words[1:]):
+        word = match[0]
         ends = [mark.end() for mark in MARK.finditer(word) if following or mark.end() < len(word)]
-        if ends:
-            num += _ends_sentence(word[: ends[-1]], word[ends[-1] :] or following)
-    return num
+        if ends and _ends_sentence(word[: ends[-1]], word[ends[-1] :] or following[0]):
+            rest = word[ends[-1] :]
+            out.append(match.end() if not rest.strip(CLOSERS + "*_") else match.start() + ends[-1])
+    return out
 
 
 def _ends_sentence(word: str, following: str) -> bool:

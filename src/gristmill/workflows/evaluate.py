@@ -1,31 +1,60 @@
 """Evaluation of one model on prompts with known answers."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from gristmill.core.errors import InputError
+from gristmill.core.io import write_jsonl
 from gristmill.core.progress import Progress
-from gristmill.data.chat import Message
+from gristmill.data.chat import Message, to_dicts
 from gristmill.data.human import HumanData
 from gristmill.data.readers import read_prompts
+from gristmill.data.rows import Prompt, read_records
 from gristmill.engine.engine import Engine
 from gristmill.engine.parity import divergence
-from gristmill.evaluate.runner import evaluate_model
-from gristmill.generation.api import Request, SamplingParams
+from gristmill.evaluate.instructions import instruction_scores, instruction_verdicts, looping, paired_scores
+from gristmill.evaluate.runner import MODES, evaluate_model
+from gristmill.evaluate.stats import accuracy, paired
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.judge.programs import Verifier, check_tests, is_code
 from gristmill.miniature.source import MiniatureSource
 from gristmill.sandbox.sandbox import Sandbox
 
 
 def evaluate(
-    engine: Engine, prompts_file: Path | None, progress: Progress, *, max_tokens: int, seed: int, unsafe_code: bool = False
+    engine: Engine,
+    prompts_file: Path | None,
+    progress: Progress,
+    *,
+    max_tokens: int,
+    seed: int,
+    unsafe_code: bool = False,
+    greedy: bool = False,
+    out: Path | None = None,
+    against: Path | None = None,
 ) -> dict[str, Any]:
-    """Greedy and sampled accuracy on a file's prompts with truths, or on the miniature world's."""
+    """Greedy and sampled accuracy on a file's prompts with truths, or on the miniature world's; IFEval's scores of verifiable instructions.
+
+    Args:
+        greedy: ask for greedy answers alone.
+        out: JSONL file for the greedy answers.
+        against: such a file of another model on the same prompts, to be compared with in pairs.
+
+    Raises:
+        InputError: a file is wrong, or `against` answers other prompts.
+    """
     prompts = MiniatureSource(HumanData(), seed).evaluation() if prompts_file is None else read_prompts(prompts_file, "human", truth=True)
+    baseline = _read_answers(against, prompts) if against is not None else None  # before work is spent
     needs_code = any(is_code(p.truth) for p in prompts)
 
+    answers: dict[str, Completion] = {}
+
     def run(requests: list[Request]) -> dict[str, Any]:
-        return {r.id: c for r, c in progress.track(engine.generate(requests), len(requests))}
+        done = {r.id: c for r, c in progress.track(engine.generate(requests), len(requests))}
+        answers.update({p.id: done[f"{p.id}-greedy"][0] for p in prompts})
+        return done
 
     with Sandbox(unsafe=unsafe_code) if needs_code else nullcontext() as sandbox:
         if sandbox is not None and prompts_file is not None:
@@ -39,7 +68,14 @@ def evaluate(
             num_weak = sum(verifier.is_weak(truth, answer) for (truth, answer), ok in zip(cases, right, strict=True) if ok)
             return right
 
-        scores = evaluate_model(prompts, run, check, max_tokens=max_tokens, seed=seed)
+        modes = {"greedy": MODES["greedy"]} if greedy else MODES
+        scores = evaluate_model(prompts, run, check, max_tokens=max_tokens, seed=seed, modes=modes)
+    right = scores["outcomes"]["greedy"]
+    facts = ((p, answers[p.id], {"id": p.id, "task": p.task, "messages": to_dicts(p.messages)}) for p in prompts)
+    rows = [known | {"text": c.text, "finished": c.finish == "stop", "right": right[p.id]} for p, c, known in facts]
+    if out is not None:
+        write_jsonl(out, rows)
+    scores |= _instructions(prompts, {row["id"]: row for row in rows}, baseline)
     if num_weak:
         scores["weak"] = num_weak
     if engine.quantize or engine.cache_dtype != engine.dtype:  # on what the model itself answers
@@ -48,3 +84,37 @@ def evaluate(
         said = [(*r.messages, Message("assistant", outs[0].text)) for r, outs in own.generate(asked) if outs[0].text.strip()]
         scores["quantized"] = divergence(engine, said)
     return scores
+
+
+def _read_answers(path: Path, prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
+    rows = {str(row.get("id")): row for row in read_records(path)}
+    for number, p in enumerate(prompts, 1):
+        row = rows.get(p.id, {})
+        if not isinstance(row.get("text"), str) or not isinstance(row.get("right"), bool):
+            raise InputError(
+                f"{path} has no answer (id, text, right) to prompt {number}, {p.messages[-1].content[:60]!r}: give a file that "
+                "`gristmill eval --out` wrote for the same prompts."
+            )
+    return rows
+
+
+def _instructions(
+    prompts: Sequence[Prompt], rows: Mapping[str, Mapping[str, Any]], baseline: Mapping[str, Mapping[str, Any]] | None
+) -> dict[str, Any]:
+    """Scores of the greedy answers: IFEval's where prompts have instructions, the share of looping answers, pairs with a baseline."""
+    truths = {p.id: p.truth or {} for p in prompts}
+    verdicts = instruction_verdicts(truths, {name: row["text"] for name, row in rows.items()})
+    loops = looping([rows[name]["text"] for name in truths])
+    out: dict[str, Any] = {"looping": accuracy(loops)}
+    if verdicts["strict"]:
+        out["instructions"] = instruction_scores(truths, verdicts)
+    if baseline is not None:
+        then = looping([baseline[name]["text"] for name in truths])
+        out["paired"] = {
+            "right": paired([baseline[name]["right"] for name in truths], [rows[name]["right"] for name in truths]),
+            "looping": paired(then, loops),
+        }
+        if verdicts["strict"]:
+            before = instruction_verdicts(truths, {name: row["text"] for name, row in baseline.items() if name in truths})
+            out["paired"] |= paired_scores(before, verdicts)
+    return out

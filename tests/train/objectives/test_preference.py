@@ -213,6 +213,24 @@ def test_only_the_compared_answer_is_masked_in(tokenizer: Tokenizer, name: str) 
         pair_samples([replace(pair, messages=turns[:2])], FORMATS[name], tokenizer)
 
 
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_an_answer_that_was_cut_off_does_not_end(tokenizer: Tokenizer, name: str) -> None:
+    """Token by token: prompt and text, and of the format's end nothing; the other side ends as ever."""
+    turns, end = (Message("user", "hello"),), FORMATS[name].end_of_turn_id(tokenizer)
+    pair = Pair("p", "q", "sums", turns, "two", "two is the sum", 3.0, 1.0, "verifier", rejected_finished=False)
+    (sample,) = pair_samples([pair], FORMATS[name], tokenizer)
+    prompt = FORMATS[name].render_prompt(turns, tokenizer)
+    assert list(sample.rejected.ids[: len(prompt)]) == prompt and not any(sample.rejected.mask[: len(prompt)])
+    response = [int(token) for token in sample.rejected.ids[len(prompt) :]]
+    assert all(sample.rejected.mask[len(prompt) :]) and tokenizer.decode(response) == "two is the sum" and end not in response
+    assert int(sample.chosen.ids[-1]) == end and sample.chosen.mask[-1]
+    (old,) = pair_samples([replace(pair, rejected_finished=True)], FORMATS[name], tokenizer)
+    assert int(old.rejected.ids[-1]) == end and list(old.chosen.ids) == list(sample.chosen.ids)
+    # both sides may say the same words, of which one ends: that is a difference
+    with pytest.raises(InputError, match="same answer on both sides"):
+        pair_samples([replace(pair, rejected="two")], FORMATS[name], tokenizer)
+
+
 def test_answers_that_are_the_same_to_the_tokenizer_are_refused() -> None:
     """NFC makes one letter of a letter and its accent."""
     backend = HFTokenizer.from_str(Tokenizer.train(["a"], 300, FORMATS["chatml"].special_tokens).to_json())

@@ -160,7 +160,7 @@ def _with_references(pairs: Sequence[PairSample], reference_P2: Tensor) -> list[
 
 
 def pair_samples(pairs: Iterable[Pair], chat_format: ChatFormat, tokenizer: Tokenizer) -> list[PairSample]:
-    """Samples of preference rows. Only the compared answer is masked in, not the assistant's earlier turns.
+    """Samples of preference rows. Only the compared answer is masked in, not the assistant's earlier turns; a cut-off one has no end.
 
     Raises InputError, naming the row, when its conversation cannot be rendered or both answers are the same.
     """
@@ -171,7 +171,8 @@ def pair_samples(pairs: Iterable[Pair], chat_format: ChatFormat, tokenizer: Toke
         try:
             context = [replace(message, trained=False) for message in pair.messages]
             chosen, rejected = (
-                _response_sample([*context, Message("assistant", text)], chat_format, tokenizer) for text in (pair.chosen, pair.rejected)
+                _response_sample([*context, Message("assistant", text)], chat_format, tokenizer, finished)
+                for text, finished in ((pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished))
             )
         except InputError as error:
             raise InputError(f"pair {pair.id}: {error}") from error
@@ -181,6 +182,6 @@ def pair_samples(pairs: Iterable[Pair], chat_format: ChatFormat, tokenizer: Toke
     return samples
 
 
-def _response_sample(messages: Sequence[Message], chat_format: ChatFormat, tokenizer: Tokenizer) -> Sample:
-    rendered = chat_format.render(messages, tokenizer)
+def _response_sample(messages: Sequence[Message], chat_format: ChatFormat, tokenizer: Tokenizer, finished: bool) -> Sample:
+    rendered = chat_format.render(messages, tokenizer, ended=finished)
     return Sample(rendered.ids, rendered.mask)

@@ -35,6 +35,7 @@ def answer(
     folder: Path,
     reward_folder: Path | None,
     work: Work[Result],
+    repair: bool = False,
 ) -> Result:
     """Judged answers to prompts, `answers.samples` each, and what `work` makes of them while the judges can still be asked.
 
@@ -43,6 +44,7 @@ def answer(
     Args:
         folder: the stage's, for the journals and the responses.
         reward_folder: of the reward model that the run has trained; None where it has none.
+        repair: add repaired answers (`judging.repair`).
     """
 
     def request_id(prompt: Prompt, sampling: SamplingParams) -> str:
@@ -59,6 +61,8 @@ def answer(
                     rows = await answer_prompts(writer, prompts, samplings, request_id=request_id, strip=False)
                 rows = [r for r in rows if context.holds(conversation_of(r))]
                 rows = await judges.judge(prompts, rows)
+                if repair:
+                    rows += [r for r in await judges.repair(prompts, rows) if context.holds(conversation_of(r))]
                 artifacts.RESPONSES.write(folder, rows)
                 return await work(rows, judges)
 
@@ -88,7 +92,8 @@ def answer_pairs(
             compare=judges.compare if judging.llm else None,
         )
 
-    return answer(context, client, prompts, seed, folder=folder, reward_folder=reward_folder, work=work)
+    repair = judging.repair is not None and judging.repair.pairs
+    return answer(context, client, prompts, seed, folder=folder, reward_folder=reward_folder, work=work, repair=repair)
 
 
 def prompt_demonstrations(prompts: Sequence[Prompt], kept: Sequence[Demonstration], max_per_task: int) -> list[Demonstration]:

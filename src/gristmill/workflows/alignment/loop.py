@@ -28,12 +28,13 @@ from gristmill.judge.pairwise import TEMPLATE, Comparison, Verdict, compare
 from gristmill.judge.select import contested, select
 from gristmill.runs import artifacts
 from gristmill.train.settings import PreferenceTraining, Training
+from gristmill.verify.repair import instructions_of
 from gristmill.workflows.alignment import monitors
 from gristmill.workflows.alignment.alarms import code_left_out, collapsed, few_steps, kept_nothing, no_pairs
 from gristmill.workflows.alignment.answering import answer, answer_pairs, prompt_demonstrations
 from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.prompt_generation import write_prompts
-from gristmill.workflows.alignment.recipe import AlignmentRecipe
+from gristmill.workflows.alignment.recipe import GIVEN, AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 from gristmill.workflows.alignment.state import State
 from gristmill.workflows.alignment.training import train_stage
@@ -59,15 +60,20 @@ def run(recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: 
 
 
 def _run(context: AlignmentContext) -> dict[str, Any]:
-    if context.recipe.world is None and not context.source.ratings() and all(p.truth is None for p in context.source.prompts()):
+    recipe, source = context.recipe, context.source
+    judged = recipe.world or recipe.pipelines.instructions or source.ratings() or any(p.truth is not None for p in source.prompts())
+    if not judged:
         raise InputError("Nothing can judge answers: give data.ratings for a reward model, or data.prompts with known answers.")
     state = _data(context)
     if state.ratings:
         _reward(context, state)
-    first = _train(context, state, "demonstrations", 0, context.recipe.demonstration_sft, context.base_folder, state.demonstrations)
+    current = "demonstrations" if state.demonstrations else GIVEN
+    if state.demonstrations:
+        first = _train(context, state, current, 0, recipe.demonstration_sft, context.base_folder, state.demonstrations)
+    else:
+        first = _given(context, state)
     _check_reward(context, state, first)
-    monitors.measure(context, state, "demonstrations", 0)
-    current = "demonstrations"
+    monitors.measure(context, state, current, 0)
     stopped = None
     for number in range(1, context.recipe.rounds + 1):
         current = _round(context, state, number, current)
@@ -132,6 +138,21 @@ def _reward(context: AlignmentContext, state: State) -> None:
     _watch_steps(context, state, "reward", done.summary, context.recipe.reward)
     state.reward_folder = done.folder / MODEL
     state.chain = done.fingerprint
+
+
+def _given(context: AlignmentContext, state: State) -> Engine:
+    """Evaluate the model as it was given: without demonstrations it is taken for an Instruct, and is the first generator."""
+    engine = context.engine(GIVEN, context.base_folder)
+
+    def work(folder: Path) -> dict[str, Any]:
+        return _evaluate(context, engine, folder)
+
+    inputs = [state.chain, context.recipe.answers.max_tokens]
+    done = context.run.stage(GIVEN, inputs, work, artifacts=MODEL_FILES)
+    state.models[GIVEN] = context.base_folder
+    state.chain = done.fingerprint
+    state.stages.append({"name": GIVEN, "round": 0, "model": done.folder.name, **{mode: done.summary[mode] for mode in MODES}})
+    return engine
 
 
 def _check_reward(context: AlignmentContext, state: State, instruct: Engine) -> None:
@@ -257,13 +278,16 @@ def _answers(
             async def keep(rows: list[Response], judges: Judges) -> dict[str, Any]:
                 quotas = dict.fromkeys(code_tasks, judging.max_code_per_task)
                 topics = {p.id: p.parents[-1] for p in prompts if p.parents}
-                kept, funnel = select(rows, judging, number, control=recipe.control, topics=topics, quotas=quotas)
+                asked = {p.id: instructions_of(p.truth) for p in prompts}
+                kept, funnel = select(rows, judging, number, control=recipe.control, topics=topics, quotas=quotas, instructions=asked)
                 kept += [*prompt_demonstrations(prompts, kept, judging.max_prompts_per_task), *whole]
                 artifacts.KEPT.write(folder, kept)
-                return {"funnel": funnel, "kept": len(kept)}
+                edited = {r.id for r in rows if r.edits}
+                repaired = {"repaired": sum(d.parents[0] in edited for d in kept)} if judging.repair else {}
+                return {"funnel": funnel, "kept": len(kept), **repaired}
 
-            seed = recipe.seed * 1000 + number
-            return answer(context, client, prompts, seed, folder=folder, reward_folder=state.reward_folder, work=keep)
+            seed, repair = recipe.seed * 1000 + number, judging.repair is not None
+            return answer(context, client, prompts, seed, folder=folder, reward_folder=state.reward_folder, work=keep, repair=repair)
 
         generators = [g.identity for g in context.generators(number)]
         inputs = [state.chain, recipe.answers.model_dump(), judging.model_dump(mode="json"), generators]
@@ -273,6 +297,8 @@ def _answers(
         if not kept:
             state.alarms.append(kept_nothing(f"r{number}-answers", done.summary["funnel"]))
         state.synthetic = kept if recipe.control == "replace" else [*state.synthetic, *kept]
+        repaired = done.summary.get("repaired", 0)
+        state.repaired = repaired if recipe.control == "replace" else state.repaired + repaired
         state.chain = done.fingerprint
     code = [d for d in state.synthetic if d.task in code_tasks]
     return code, [d for d in state.synthetic if d.task not in code_tasks], answers
@@ -369,17 +395,7 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
     """Train, then evaluate on the held-out prompts."""
 
     def trained(folder: Path) -> dict[str, Any]:
-        facts = work(folder)
-        engine = context.engine(name, folder / MODEL)
-        scores = evaluate_model(
-            context.evaluation,
-            lambda requests: context.generate(engine, requests, folder / "evaluation.jsonl"),
-            context.verifier.verify,
-            max_tokens=context.recipe.answers.max_tokens,
-            seed=context.recipe.seed,
-        )
-        artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
-        return {**facts, **scores}
+        return {**work(folder), **_evaluate(context, context.engine(name, folder / MODEL), folder)}
 
     done = context.run.stage(name, [inputs, context.recipe.answers.max_tokens], trained, artifacts=MODEL_FILES, files=[f"{MODEL}/*"])
     _watch_steps(context, state, name, done.summary, settings)
@@ -388,6 +404,18 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
     state.chain = done.fingerprint
     state.stages.append({"name": name, "round": number, "model": f"{folder.name}/{MODEL}", **{mode: done.summary[mode] for mode in MODES}})
     return context.engine(name, folder / MODEL)
+
+
+def _evaluate(context: AlignmentContext, engine: Engine, folder: Path) -> dict[str, Any]:
+    scores = evaluate_model(
+        context.evaluation,
+        lambda requests: context.generate(engine, requests, folder / "evaluation.jsonl"),
+        context.verifier.verify,
+        max_tokens=context.recipe.answers.max_tokens,
+        seed=context.recipe.seed,
+    )
+    artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
+    return scores
 
 
 # ---- the end ----
@@ -403,7 +431,8 @@ def _results(context: AlignmentContext, state: State, stopped: str | None) -> di
         "chat_format": context.format.name,
         "seconds": round(seconds, 1),
         "synthetic_share": round(synthetic / max(1, human + synthetic), 4),
-        "alignment_samples": {"human": human, "synthetic": synthetic, "human_ratings": len(state.ratings)},
+        "alignment_samples": {"human": human, "synthetic": synthetic, "human_ratings": len(state.ratings)}
+        | ({"repaired": state.repaired} if context.recipe.judging.repair else {}),
         "stages": state.stages,
         "reward": context.reward_report,
         "collapse": state.collapse,

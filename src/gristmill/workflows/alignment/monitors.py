@@ -14,7 +14,12 @@ SAMPLES = 200
 
 
 def measure(context: AlignmentContext, state: State, name: str, number: int) -> list[str]:
-    """Sample the model on the evaluation prompts (the same ones every time), measure, and return the alarms."""
+    """Sample the model on the evaluation prompts (the same ones every time), measure, and return the alarms.
+
+    Without a text that people wrote there is nothing to measure against, and no alarm.
+    """
+    if not state.ratings and not state.demonstrations:
+        return []
 
     def work(folder: Path) -> dict[str, Any]:
         engine, base = context.engine(name, state.models[name]), context.engine("base", context.base_folder)

@@ -16,6 +16,7 @@ from gristmill.workflows.dataset.recipe import Answers
 
 World = Literal["miniature"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
+GIVEN = "given"  # the model itself, where there are no demonstrations to make an Instruct of it
 OF_WORLD = ("templates", "topics", "pipelines")  # sections that a world's own recipe has in another way than the defaults
 
 
@@ -118,8 +119,10 @@ class AlignmentRecipe(Recipe):
 
     @model_validator(mode="after")
     def _sources(self) -> Self:
-        if self.world is None and (self.data.demonstrations is None or self.data.evaluation is None):
-            raise ValueError("without a world, data.demonstrations and data.evaluation must name files")
+        if self.world is None and self.data.evaluation is None:
+            raise ValueError("without a world, data.evaluation must name a file, and data.demonstrations unless the model is an Instruct")
+        if self.world is None and self.data.demonstrations is None and self.control == "human-only":
+            raise ValueError("control human-only needs data.demonstrations: name a file")
         files = {name: getattr(self.data, name) for name in ("demonstrations", "ratings", "prompts", "evaluation")}
         if self.world is not None and (given := [f"data.{name}" for name, path in files.items() if path is not None]):
             raise ValueError(f"{given[0]} would not be read, since the world {self.world} writes its own rows: take one of the two out")
@@ -131,7 +134,8 @@ class AlignmentRecipe(Recipe):
     def model_stages(self) -> list[str]:
         """The stages that train a language model, in their order."""
         each = ["code-sft", "general-sft", "dpo", *(f"rpo{i}" for i in range(1, self.rpo_iterations + 1))]
-        return ["demonstrations", *(f"r{number}-{name}" for number in range(1, self.rounds + 1) for name in each)]
+        first = GIVEN if self.world is None and self.data.demonstrations is None else "demonstrations"
+        return [first, *(f"r{number}-{name}" for number in range(1, self.rounds + 1) for name in each)]
 
     def changed(self, old: dict[str, Any]) -> list[str]:
         """As `Recipe.changed`; rounds may grow, not shrink, and of the generators only what decides who answers what counts."""

@@ -52,7 +52,7 @@ class FileSource:
 
     | file | columns |
     |---|---|
-    | demonstrations | `messages` (ending with the assistant), or `prompt` and `response`; optional `task` |
+    | demonstrations | `messages` (ending with the assistant), or `prompt` and `response`; optional `task`; none: the model is an Instruct |
     | ratings | HelpSteer2's: `prompt` and `response` (or `messages`), helpfulness, correctness, coherence, complexity, verbosity |
     | prompts | `messages` or `prompt`; optional `truth`, `answer` (a known final answer) or tests (data/truths.py), optional `task` |
     | evaluation | as prompts, with `truth`, `answer` or tests |
@@ -68,8 +68,9 @@ class FileSource:
 
     def __init__(self, data: HumanData, request: Template):
         self._request = request
-        assert data.demonstrations and data.evaluation
-        self._demonstrations = read_demonstrations(data.demonstrations)[: data.num_demonstrations]
+        assert data.evaluation
+        given = read_demonstrations(data.demonstrations) if data.demonstrations else []
+        self._demonstrations = given[: data.num_demonstrations]
         self._evaluation = read_prompts(data.evaluation, "human", truth=True)
         self._prompts = read_prompts(data.prompts, "file") if data.prompts else []
         self._prompts = self._prompts[: data.num_prompts]

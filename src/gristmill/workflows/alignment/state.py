@@ -17,6 +17,7 @@ class State:
     chain: str  # fingerprint of everything so far
     reward_folder: Path | None = None
     synthetic: list[Demonstration] = field(default_factory=list)  # kept answers of all rounds
+    repaired: int = 0  # of the synthetic ones, those that a program has edited
     pairs: int = 0
     human_pairs: int = 0
     seen: set[str] = field(default_factory=set)

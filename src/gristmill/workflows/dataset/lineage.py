@@ -87,11 +87,13 @@ def _of(folder: Path, artifact: artifacts.Artifact[Any], kind: str) -> Iterator[
                 "verified",
                 "chosen_reward",
                 "rejected_reward",
+                "edits",
             )
-            facts = {name: r[name] for name in names if r.get(name) is not None}
+            facts = {name: r[name] for name in names if r.get(name) not in (None, [])}
             text = r.get("text") or r.get("chosen") or (r["messages"][-1]["content"] if r.get("messages") else "")
             # an answer is one of those of its call, and an item of a list too
-            parents = [r["prompt"], r["id"].split("#")[0]] if kind == "response" else list(r.get("parents") or ())
+            made_of = r.get("repaired_from") or [r["id"].split("#")[0]]
+            parents = [r["prompt"], *made_of] if kind == "response" else list(r.get("parents") or ())
             if kind == "topic" and "#" in r["id"]:
                 parents = [r["id"].split("#")[0]]
             yield {"id": r["id"], "kind": kind, "text": _short(text), "parents": parents, **facts}

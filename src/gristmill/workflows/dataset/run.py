@@ -39,6 +39,7 @@ from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.registry import PipelineOutput, run_pipelines, take
 from gristmill.synth.templates import TemplatePack
 from gristmill.synth.writer import DryRun, Writer
+from gristmill.verify.repair import instructions_of
 from gristmill.workflows.dataset import inputs
 from gristmill.workflows.dataset.export import export, write_calls
 from gristmill.workflows.dataset.recipe import DatasetRecipe
@@ -181,6 +182,7 @@ class _Run:
             "prompts": len(rows),
             "responses": judged.summary["responses"],
             "demonstrations": len(kept),
+            **({"repaired": judged.summary["repaired"]} if "repaired" in judged.summary else {}),
             "pairs": len(pairs),
             "funnel": {"written": prompts.summary["written"], **judged.summary["funnel"]},
             "dropped": dict(sum((Counter(s.summary["dropped"]) for s in (prompts, answers)), Counter())),
@@ -298,13 +300,16 @@ class _Run:
             model = _judge_model(recipe)
             judges = Judges(judging, verifier, rater, weights=weights, client=client, judge_model=model, finished_only=True)
             judged = await judges.judge(prompts, rows)
+            if judging.repair is not None:
+                judged += await judges.repair(prompts, judged)
             dialogues, others = _parted(written)
             if rater is not None and recipe.dialogues is not None and dialogues:
                 good = await judges.good_dialogues(dialogues, recipe.dialogues.threshold)
                 funnel["dialogues"] = {"written": len(dialogues), "kept": len(good)}
                 dialogues = good
             topics = {p.id: p.parents[-1] for p in prompts if p.parents}
-            kept, funnel["answers"] = select(judged, judging, recipe.seed, topics=topics)
+            asked = {p.id: instructions_of(p.truth) for p in prompts}
+            kept, funnel["answers"] = select(judged, judging, recipe.seed, topics=topics, instructions=asked)
             finished = [r for r in judged if r.finished]
             pairs, funnel["pairs"] = await pair(finished, judging, recipe.seed, compare=judges.compare if judging.llm else None)
         random.Random(recipe.seed).shuffle(pairs)
@@ -314,7 +319,10 @@ class _Run:
         self.asked += client.asked
         failed = client.failed + (rater.failed if rater else 0)
         weak = sum(r.weak is True for r in judged)
-        counts = {"responses": len(judged), "funnel": funnel, "pairs": len(pairs), "failed": failed, "left_out": dict(client.left_out)}
+        num_answers = sum(not r.edits for r in judged)
+        counts = {"responses": num_answers, "funnel": funnel, "pairs": len(pairs), "failed": failed, "left_out": dict(client.left_out)}
+        edited = {r.id for r in judged if r.edits}
+        counts |= {"repaired": sum(d.parents[0] in edited for d in kept)} if judging.repair is not None else {}
         return counts | ({"weak": weak} if weak else {})
 
 
