@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -322,9 +323,14 @@ def compare(make: Callable[..., AttentionBackend], dtype: torch.dtype, cache: to
     draw = random.Random(seed)
     block = BlockConfig(*draw.choice(((4, 2, 8), (8, 1, 32), (3, 3, 48), (16, 2, 64), (2, 1, 20))), 16)
     config = ModelConfig("nemotron", 10, 32, (block,), 512, rotary_fraction=draw.choice((0.5, 1.0)))
+    if draw.random() < 0.7:  # windows, caps, scales, layers that do not rotate: parts of other families
+        family = draw.choice(("gemma2", "smollm3"))
+        block = replace(block, window=draw.choice((0, 1, 7, 32, 33, 100)), rope="none" if family == "smollm3" else "global")
+        factors = {"attention_scale": 0.7, "attention_soft_cap": draw.choice((None, 3.0, 50.0))} if family == "gemma2" else {}
+        config = ModelConfig(family, 10, 32, (block,), 512, **factors)
     model = Transformer(config)
     with torch.inference_mode():
-        cos_LR, sin_LR = (x.to(device) for x in model.rope(torch.arange(512)))
+        angles = model.rope(torch.arange(512, device=device))
     caches = [KVCache(config, cache, torch.device(device)) for _ in range(2)]
     caches[0].allocate(48)
     torch.manual_seed(seed)
@@ -343,8 +349,8 @@ def compare(make: Callable[..., AttentionBackend], dtype: torch.dtype, cache: to
     qkv = torch.randn(int(query_start[-1]) + 3, block.num_heads + 2 * block.num_kv_heads, block.head_dim).to(device, dtype)
     outs = []
     for attention in (
-        make(config, caches[0], cos_LR=cos_LR, sin_LR=sin_LR),
-        TorchAttention(config, caches[1], cos_LR=cos_LR, sin_LR=sin_LR),
+        make(config, caches[0], angles=angles),
+        TorchAttention(config, caches[1], angles=angles),
     ):
         attention.prepare(metadata)
         with torch.inference_mode():
@@ -395,8 +401,7 @@ def test_fp8_of_the_kernels_is_torchs() -> None:
     cache.allocate(-(-count // BLOCK_SIZE))
     library = kernels.load()
     assert library is not None
-    cos_LR, sin_LR = Transformer(config).rope(torch.arange(512))
-    attention = CompiledAttention(library, config, cache, cos_LR=cos_LR, sin_LR=sin_LR)
+    attention = CompiledAttention(library, config, cache, angles=Transformer(config).rope(torch.arange(512)))
     table = np.arange(cache.memory.shape[0], dtype=np.int32)[None]
     attention.prepare(AttentionMetadata(*(np.array(x, np.int32) for x in ([0, count], [count], [0])), table, np.arange(count), 0))
     out = attention.attend(0, qkv)

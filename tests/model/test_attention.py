@@ -7,18 +7,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gristmill.model import attention
-from gristmill.model.attention import QUERY_CHUNK, varlen_attention
+from gristmill.model.attention import PLAIN, QUERY_CHUNK, ScoreMod, varlen_attention
 from gristmill.model.packed import LONG_DOCUMENT, PackedShape
 
 
-def plain_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, lengths: list[int]) -> Tensor:
+def plain_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, lengths: list[int], mod: ScoreMod = PLAIN) -> Tensor:
     """Softmax attention one document at a time, by the formula."""
     groups = q_THd.shape[1] // k_TKd.shape[1]
     outputs = []
     for q, k, v in zip(q_THd.split(lengths), k_TKd.split(lengths), v_TKd.split(lengths), strict=True):
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
-        hidden = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (mod.scale or q.shape[-1] ** -0.5)
+        scores = scores if mod.soft_cap is None else mod.soft_cap * torch.tanh(scores / mod.soft_cap)
+        back = torch.arange(len(q))[:, None] - torch.arange(len(q))
+        hidden = (back < 0) | (back >= (mod.window or len(q)))
         outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
     return torch.cat(outputs)
 
@@ -35,13 +37,14 @@ def document_lengths(draw: st.DrawFn, lengths: st.SearchStrategy[int]) -> tuple[
 
 short_documents = st.composite(document_lengths)(st.integers(1, 40))
 LENGTHS = [1, 2, 30, 36, LONG_DOCUMENT - 1, LONG_DOCUMENT, QUERY_CHUNK + 1, 2 * QUERY_CHUNK + 50]
+mods = st.builds(ScoreMod, st.sampled_from([0, 1, 5, 33, 200]), st.sampled_from([None, 0.2]), st.sampled_from([None, 0.5, 2.0]))
 odd_documents = st.composite(document_lengths)(st.sampled_from(LENGTHS))
 
 
-def plain_shared(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedShape) -> Tensor:
+def plain_shared(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedShape, mod: ScoreMod = PLAIN) -> Tensor:
     """`plain_attention` of documents that each lay out all their tokens, cut back to those that are their own."""
     repeated = (x.index_select(0, shape.keys_S) for x in (q_THd, k_TKd, v_TKd))
-    outputs = plain_attention(*repeated, shape.lengths).split(shape.lengths)
+    outputs = plain_attention(*repeated, shape.lengths, mod).split(shape.lengths)
     return torch.cat([out[count:] for out, count in zip(outputs, shape.shared, strict=True)])
 
 
@@ -51,12 +54,12 @@ def inputs(total: int) -> list[Tensor]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(short_documents)
-def test_values_and_gradients_equal_the_formula(documents: tuple[list[int], list[int]]) -> None:
+@given(short_documents, mods)
+def test_values_and_gradients_equal_the_formula(documents: tuple[list[int], list[int]], mod: ScoreMod) -> None:
     shape = PackedShape.from_lengths(documents[0], shared=documents[1])
     qkv = inputs(shape.num_tokens)
     upstream = torch.randn(shape.num_tokens, 4, 8, generator=torch.Generator().manual_seed(1))
-    ours, plain = varlen_attention(*qkv, shape), plain_shared(*qkv, shape)
+    ours, plain = varlen_attention(*qkv, shape, mod=mod), plain_shared(*qkv, shape, mod)
     torch.testing.assert_close(ours, plain, atol=2e-6, rtol=1e-5)
     ours_grads = torch.autograd.grad(ours, qkv, upstream)
     plain_grads = torch.autograd.grad(plain, qkv, upstream)
@@ -72,13 +75,13 @@ def test_bf16_inputs_come_back_as_bf16_close_to_fp32() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(odd_documents)
-def test_bf16_values_and_gradients_are_near_the_formula(documents: tuple[list[int], list[int]]) -> None:
+@given(odd_documents, mods)
+def test_bf16_values_and_gradients_are_near_the_formula(documents: tuple[list[int], list[int]], mod: ScoreMod) -> None:
     shape = PackedShape.from_lengths(documents[0], shared=documents[1])
     qkv = [x.detach().bfloat16().requires_grad_() for x in inputs(shape.num_tokens)]
     exact_qkv = [x.detach().float().requires_grad_() for x in qkv]
     upstream = torch.randn(shape.num_tokens, 4, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
-    ours, plain = varlen_attention(*qkv, shape), plain_shared(*exact_qkv, shape)
+    ours, plain = varlen_attention(*qkv, shape, mod=mod), plain_shared(*exact_qkv, shape, mod)
     ours_grads = torch.autograd.grad(ours, qkv, upstream)
     plain_grads = torch.autograd.grad(plain, exact_qkv, upstream.float())
     for rough, exact in zip((ours, *ours_grads), (plain, *plain_grads), strict=True):
@@ -87,9 +90,12 @@ def test_bf16_values_and_gradients_are_near_the_formula(documents: tuple[list[in
         assert (rough.float() - exact).abs().max() < 0.01 * exact.abs().max().clamp(min=1.0)
 
 
-def test_a_mask_is_made_for_a_stretch_of_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mod", [PLAIN, ScoreMod(window=40), ScoreMod(soft_cap=2.0), ScoreMod(window=100, scale=0.5, soft_cap=1.0)])
+def test_a_mask_is_made_for_a_stretch_of_queries_at_a_time(mod: ScoreMod, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = PackedShape.from_lengths([150, 300, 120], shared=[0, 100, 119])
-    qkv = [x.detach().bfloat16() for x in inputs(shape.num_tokens)]
-    whole = varlen_attention(*qkv, shape)
-    monkeypatch.setattr(attention, "MASKED_QUERY_CHUNK", 64)
-    torch.testing.assert_close(varlen_attention(*qkv, shape), whole, rtol=0, atol=1e-2)
+    for dtype, far in ((torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
+        qkv = [x.detach().to(dtype) for x in inputs(shape.num_tokens)]
+        whole = varlen_attention(*qkv, shape, mod=mod)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "MASKED_QUERY_CHUNK", 64)
+            torch.testing.assert_close(varlen_attention(*qkv, shape, mod=mod), whole, rtol=0, atol=far)

@@ -83,11 +83,14 @@ def test_rope_parameters_of_newer_files_are_read() -> None:
     ("change", "said"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}, "proportional"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "some_beta": 2.0}}, "some_beta"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": 1.5}}, "truncate"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 1.0}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "8 numbers"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": 1}, "attention_bias"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"sliding_window": 127}, "sliding_window of 127"),
         ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}, "full attention"),
@@ -95,7 +98,7 @@ def test_rope_parameters_of_newer_files_are_read() -> None:
         ({"layer_types": "full"}, "'full'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
         ({"rope_scaling": {"rope_type": "llama3", "type": "yarn"}}, "yarn"),
         ({"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}}, "mrope_section"),
         ({"rope_scaling": {"factor": 8.0}, "rope_parameters": {"factor": 4.0}}, "not the same"),
@@ -178,25 +181,25 @@ def test_what_says_nothing_new_changes_nothing(change: dict) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_absent_keys_mean_what_they_mean_to_transformers(family: str) -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 32}
+    sizes = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 96, "num_hidden_layers": 8, "num_attention_heads": 32}
     theirs = transformers.AutoConfig.for_model(family, **sizes)
     ours = ModelConfig.from_hf(sizes | {"model_type": family})
-    rope = theirs.rope_parameters
-    head_dim = getattr(theirs, "head_dim", 16)
-    kv_heads = theirs.num_key_value_heads or 32
-    assert ours == ModelConfig(
-        family,
-        vocab_size=64,
-        hidden_size=512,
-        blocks=uniform_blocks(2, 32, kv_heads, head_dim, 96),
-        max_positions=theirs.max_position_embeddings,
-        norm_eps=theirs.norm_eps if family == "nemotron" else theirs.rms_norm_eps,
-        rotary_fraction=rope.get("partial_rotary_factor", 1.0),
-        rope_theta=rope["rope_theta"],
-        tie_embeddings=theirs.tie_word_embeddings,
-        init_std=theirs.initializer_range,
-    )
-    assert theirs.hidden_act == ("relu2" if family == "nemotron" else "silu")
+    assert ours == ModelConfig.from_hf(theirs.to_dict() | {"architectures": [ours.parts.architecture]})  # where every key is written
+    rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+    slides = getattr(theirs, "layer_types", None) or ["sliding_attention" if family == "mistral" else "full_attention"] * 8
+    expected = BlockConfig(32, theirs.num_key_value_heads or 32, getattr(theirs, "head_dim", 16), 96)
+    assert {replace(block, window=0, rope="global") for block in ours.blocks} == {expected}
+    assert [block.window for block in ours.blocks] == [theirs.sliding_window if one == "sliding_attention" else 0 for one in slides]
+    rotates = getattr(theirs, "no_rope_layers", [1] * 8)
+    assert [block.rope != "none" for block in ours.blocks] == [bool(one) for one in rotates]
+    assert (ours.max_positions, ours.tie_embeddings) == (theirs.max_position_embeddings, theirs.tie_word_embeddings)
+    assert ours.norm_eps == (theirs.norm_eps if family == "nemotron" else theirs.rms_norm_eps)
+    assert (ours.rotary_fraction, ours.rope_theta) == (rope.get("partial_rotary_factor", 1.0), rope["rope_theta"])
+    assert ours.init_std == theirs.initializer_range
+    assert ours.logits_soft_cap == getattr(theirs, "final_logit_softcapping", None)
+    assert ours.attention_soft_cap == getattr(theirs, "attn_logit_softcapping", None)
+    activation = getattr(theirs, "hidden_activation", None) or theirs.hidden_act
+    assert activation == {"silu": "silu", "relu2": "relu2", "gelu_tanh": "gelu_pytorch_tanh"}[ours.parts.activation]
 
 
 def test_keys_of_others_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,49 +221,110 @@ def test_an_end_of_text_beyond_the_vocabulary_is_refused(name: str, ends: Any, t
         read_config(tmp_path)
 
 
-def test_rotation_is_partial_in_nemotron_alone() -> None:
-    assert {family: ModelConfig(family, 64, 32, BLOCKS, 128).rotary_fraction for family in FAMILIES} == {
-        "nemotron": 0.5,
-        "llama": 1.0,
-        "qwen2": 1.0,
-        "qwen3": 1.0,
-    }
+def test_rotation_is_partial_in_nemotron_and_phi3_alone() -> None:
+    fractions = {family: ModelConfig(family, 64, 32, BLOCKS, 128).rotary_fraction for family in FAMILIES}
+    assert fractions == {family: 0.5 if family == "nemotron" else 1.0 for family in FAMILIES}
+    assert ModelConfig("phi3", 64, 32, BLOCKS, 128, rotary_fraction=0.75).rotary_dims == 12
     with pytest.raises(InputError, match="partial_rotary_factor"):
         replace(LLAMA, rotary_fraction=0.5)
 
 
-QWEN = ModelConfig("qwen2", 64, 32, BLOCKS, 128)
+LISTED = ["full_attention", "sliding_attention"]
 
 
 @pytest.mark.parametrize(
-    ("change", "fits"),
+    ("family", "change", "windows"),
     [
-        ({"sliding_window": 8}, True),  # which only use_sliding_window makes one
-        ({"use_sliding_window": True}, True),  # from layer 28 on, which is not there
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, True),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, False),
-        ({"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}, True),
-        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, True),
-        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 128}, False),  # transformers fails too
-        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 128, "use_sliding_window": True}, True),
+        ("qwen2", {"sliding_window": 8}, [0, 0]),  # which only use_sliding_window makes one
+        ("qwen2", {"use_sliding_window": True}, [0, 0]),  # from layer 28 on, which is not there
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, [0, 0]),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, [0, 8]),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}, [128, 128]),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, [0, 0]),
+        ("qwen2", {"layer_types": LISTED, "sliding_window": 128}, "sliding_window"),  # transformers fails too
+        ("qwen3", {"layer_types": LISTED, "sliding_window": 8, "use_sliding_window": True}, [0, 8]),
+        ("qwen3", {"layer_types": LISTED[:1], "sliding_window": 8, "use_sliding_window": True}, "layer_types"),
+        ("qwen3", {"layer_types": LISTED, "sliding_window": 0, "use_sliding_window": True}, "sliding_window"),
+        ("qwen3", {"layer_types": LISTED, "sliding_window": 8.5, "use_sliding_window": True}, "sliding_window"),
+        ("mistral", {"sliding_window": 8}, [8, 8]),
+        ("mistral", {"sliding_window": None}, [0, 0]),
+        ("mistral", {"sliding_window": 8, "layer_types": LISTED}, "sliding_window"),  # which transformers does not read there
+        ("mistral", {"sliding_window": 8, "use_sliding_window": False}, "sliding_window"),
+        ("mistral", {"sliding_window": 128, "use_sliding_window": False}, [0, 0]),
+        ("phi3", {"sliding_window": 8, "layer_types": LISTED[1:] * 2}, [8, 8]),
+        ("smollm3", {"sliding_window": 8, "use_sliding_window": True, "no_rope_layers": [0, 1], "layer_types": None}, [8, 0]),
+        ("smollm3", {"sliding_window": 8, "no_rope_layers": [0, 1]}, [0, 0]),
+        ("smollm3", {"no_rope_layers": [0]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+        ("gemma2", {"sliding_window": 8, "layer_types": None}, [8, 0]),
+        ("gemma2", {"sliding_window": None, "layer_types": None}, "sliding_window"),
+        ("gemma3_text", {"sliding_window": 8, "layer_types": None, "sliding_window_pattern": 2}, [8, 0]),
+        ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern"),
+        ("granite", {"sliding_window": 8}, "sliding_window"),
     ],
 )
-def test_windows_of_qwen(change: dict, fits: bool) -> None:
-    hf = QWEN.to_hf() | change
-    if fits:
-        assert ModelConfig.from_hf(hf) == QWEN
-    else:
-        with pytest.raises(InputError, match="sliding_window"):
+def test_windows(family: str, change: dict, windows: list[int] | str) -> None:
+    hf = ModelConfig(family, 64, 32, BLOCKS, 128).to_hf() | change
+    if isinstance(windows, str):
+        with pytest.raises(InputError, match=windows):
             ModelConfig.from_hf(hf)
+        return
+    config = ModelConfig.from_hf(hf)
+    assert [block.window for block in config.blocks] == windows
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
+PHI = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "said"),
+    [
+        ("phi3", {"rope_scaling": {"type": "su", **PHI}, "original_max_position_embeddings": 64}, ""),
+        ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}}, ""),
+        ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling_mine.Phi3ForCausalLM"}}, "auto_map"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ("phi3", {"attention_bias": True}, "attention_bias"),
+        ("gemma", {"hidden_act": "gelu"}, ""),  # gelu_pytorch_tanh in the first folders
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation"),
+        ("gemma2", {"query_pre_attn_scalar": 2.5}, "query_pre_attn_scalar"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "attention_soft_cap"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "rope_type"),
+        ("gemma3_text", {"rope_local_base_freq": 5000.0}, "rope_theta once"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}}, "dynamic|plain"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv"),
+    ],
+)
+def test_keys_of_single_families(family: str, change: dict, said: str) -> None:
+    hf = ModelConfig(family, 64, 32, BLOCKS, 128).to_hf() | change
+    if said:
+        with pytest.raises(InputError, match=said):
+            ModelConfig.from_hf(hf)
+    else:
+        config = ModelConfig.from_hf(hf)
+        assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config and not unknown_keys(hf, config)
+
+
+def test_longrope_is_read_up_to_the_positions_of_its_short_factors() -> None:
+    hf = ModelConfig("phi3", 64, 32, BLOCKS, 1024).to_hf()
+    hf |= {"rope_scaling": {"type": "longrope", **PHI}, "original_max_position_embeddings": 64}
+    config = ModelConfig.from_hf(hf)
+    assert config.max_positions == 64 and config.to_hf()["max_position_embeddings"] == 1024
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+QWEN = ModelConfig("qwen2", 64, 32, BLOCKS, 128)
 VALUES: Any = st.recursive(
     st.none() | st.booleans() | st.integers() | st.integers(-2, 600) | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=20), inner, max_size=3),
     max_leaves=6,
 )
 ROPE: Any = st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "rope_theta", "partial_rotary_factor", "x"]), VALUES)
-KEYS = sorted({*LLAMA.to_hf(), *QWEN.to_hf(), "gristmill", "layer_types", "sliding_window", "use_sliding_window", "max_window_layers"})
+KEYS = sorted({key for family in FAMILIES.values() for key in family.keys} | {*LLAMA.to_hf(), *QWEN.to_hf(), "gristmill", "layer_types"})
+KEYS += ["sliding_window", "use_sliding_window", "max_window_layers", "original_max_position_embeddings", "mlp_bias", "rope_parameters"]
 
 
 @settings(max_examples=300, deadline=None)

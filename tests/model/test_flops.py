@@ -40,6 +40,8 @@ VARIANTS = {
     "tied": replace(LLAMA, tie_embeddings=True),
     "qwen2": replace(LLAMA, family="qwen2"),
     "qwen3": replace(LLAMA, family="qwen3"),
+    "biases": replace(LLAMA, attention_bias=True, mlp_bias=True),
+    **{family: ModelConfig(family, 100, 32, uniform_blocks(2, 4, 2, 8, 48), 64) for family in ("olmo2", "phi3", "gemma2", "gemma3_text")},
     "mixed": replace(LLAMA, blocks=(BlockConfig(4, 1, 8, 48), BlockConfig(0, 0, 0, 16), BlockConfig(2, 2, 8, 0))),
 }
 

@@ -1,6 +1,7 @@
 """Logits equal those of transformers, with weights exchanged in both directions."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import transformers
 
 from gristmill.data.chat import FORMATS, Conversation, Message
 from gristmill.data.tokenizer import Tokenizer
-from gristmill.model.config import ModelConfig, RopeScaling, uniform_blocks
+from gristmill.model.config import BlockConfig, ModelConfig, RopeScaling, uniform_blocks
 from gristmill.model.hf import load_model, save_model
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Transformer
@@ -27,6 +28,50 @@ CONFIGS = {
     "qwen2": ModelConfig("qwen2", 272, 48, BLOCKS, 64, 1e-6, 1.0, 1e6, init_std=0.2),
     "qwen3": ModelConfig("qwen3", 272, 48, BLOCKS, 64, 1e-6, 1.0, 1e6, tie_embeddings=True, init_std=0.2),
 }
+FULL, WINDOW, NOPE, LOCAL = (
+    BlockConfig(6, 2, 16, 80, *rest) for rest in ((), (8,), (0, "none"), (5, "local"))
+)  # windows are smaller than the texts
+THREE = tuple(BlockConfig(3, 1, 16, 40, 8) for _ in range(2))
+YARN = RopeScaling(4.0, original_max_positions=16, kind="yarn")
+LINEAR = RopeScaling(2.5, kind="linear")
+LONG = RopeScaling(
+    kind="longrope",
+    short_factor=(1.0, 1.1, 1.2, 1.5, 2.0, 3.0),
+    long_factor=(1.0, 2.0, 3.0, 4.0, 5.0, 9.0),
+    original_max_positions=40,
+    extended_max_positions=160,
+)
+
+
+def of(family: str, *blocks: BlockConfig, **rest: Any) -> ModelConfig:
+    return ModelConfig(family, 272, 48, blocks, **{"max_positions": 64, "init_std": 0.2} | rest)
+
+
+CONFIGS |= {
+    "llama_biases": of("llama", FULL, FULL, attention_bias=True, mlp_bias=True, rope_scaling=LINEAR),
+    "llama_dynamic": of("llama", FULL, FULL, rope_scaling=RopeScaling(4.0, kind="dynamic")),
+    "llama_yarn": of("llama", FULL, FULL, rope_scaling=YARN, rope_theta=500.0),
+    "nemotron_yarn": of("nemotron", FULL, FULL, rope_scaling=replace(YARN, attention_factor=1.3, beta_fast=4.0, truncate=False)),
+    "qwen2_yarn": of("qwen2", FULL, WINDOW, WINDOW, rope_scaling=replace(YARN, mscale=0.7, mscale_all_dim=0.4, beta_slow=0.5)),
+    "qwen3_windows": of("qwen3", WINDOW, FULL, WINDOW, attention_bias=True),
+    "mistral": of("mistral", FULL, FULL),
+    "mistral_windows": of("mistral", WINDOW, WINDOW, rope_scaling=LLAMA3_ROPE, tie_embeddings=True),
+    "smollm3": of("smollm3", FULL, FULL, NOPE, FULL, tie_embeddings=True),
+    "smollm3_windows": of("smollm3", FULL, replace(NOPE, window=8), WINDOW, NOPE, attention_bias=True, mlp_bias=True),
+    "olmo2": of("olmo2", FULL, FULL, rope_scaling=YARN),
+    "olmo2_bias": of("olmo2", *uniform_blocks(2, 3, 1, 20, 40), attention_bias=True, tie_embeddings=True),
+    "granite": of(
+        "granite", FULL, FULL, attention_scale=0.1, embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=3.0, mlp_bias=True
+    ),
+    "phi3": of("phi3", FULL, FULL, rotary_fraction=0.75),
+    "phi3_long": of("phi3", *THREE, rotary_fraction=0.75, rope_scaling=LONG, max_positions=40),
+    "phi3_longer": of("phi3", *THREE, rotary_fraction=0.75, rope_scaling=replace(LONG, factor=8.0, attention_factor=1.4), max_positions=40),
+    "gemma": of("gemma", FULL, FULL, tie_embeddings=True, attention_bias=True),
+    "gemma2": of("gemma2", WINDOW, FULL, WINDOW, attention_scale=144**-0.5, attention_soft_cap=2.0, logits_soft_cap=3.0),
+    "gemma2_uncapped": of("gemma2", *uniform_blocks(2, 3, 3, 20, 40), attention_scale=20**-0.5, rope_scaling=LINEAR),
+    "gemma3": of("gemma3_text", LOCAL, LOCAL, FULL, attention_scale=24**-0.5, logits_soft_cap=4.0, rope_scaling=YARN, tie_embeddings=True),
+    "gemma3_local": of("gemma3_text", LOCAL, FULL, local_rope_scaling=LINEAR, local_rope_theta=300.0, rope_theta=1e6, attention_bias=True),
+}
 
 
 def assert_equal_logits(ours: Transformer, theirs: Any) -> None:
@@ -40,12 +85,12 @@ def assert_equal_logits(ours: Transformer, theirs: Any) -> None:
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Every vector a little off its start, so that each norm and bias is seen."""
+    """Every vector far off its start, so that each norm and bias is seen."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.4 * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -53,7 +98,9 @@ def test_transformers_reads_ours(name: str, tmp_path: Path) -> None:
     ours = Transformer(CONFIGS[name])
     randomise(ours)
     save_model(ours, TOKENIZER, tmp_path / "model", max_shard_bytes=50_000)
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", attn_implementation="eager", output_loading_info=True
+    )
     assert not any(report.values()), report
     assert type(theirs).__name__ == CONFIGS[name].parts.architecture
     assert_equal_logits(ours, theirs.float())
@@ -63,7 +110,8 @@ def test_transformers_reads_ours(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_we_read_transformers(name: str, tmp_path: Path) -> None:
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**CONFIGS[name].to_hf())).float()
+    config = transformers.AutoConfig.for_model(**CONFIGS[name].to_hf(), eos_token_id=TOKENIZER.eos_id)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     randomise(theirs)
     theirs.save_pretrained(tmp_path / "model")
     TOKENIZER.save(tmp_path / "model")

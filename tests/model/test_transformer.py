@@ -137,7 +137,7 @@ def test_layers_may_lack_attention_or_mlp() -> None:
 
 def test_a_cache_can_stand_between_the_halves_of_a_block() -> None:
     model, ids_T, shape = MODELS["qwen3"], random_ids(9), PackedShape.from_lengths([4, 5])
-    cos_TR, sin_TR = model.rope(shape.positions_T)
+    cos_TR, sin_TR = model.rope(shape.positions_T)["global"]
     with torch.no_grad():
         x_TD = model.embed(ids_T)
         for block in model.blocks:
@@ -155,7 +155,7 @@ def test_bf16_compute_on_fp32_weights() -> None:
     rough_TV.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     assert (rough_TV.float() - exact_TV).abs().max() < 0.05 * exact_TV.abs().max()
-    assert all(table.dtype == torch.float32 for table in model.rope(shape.positions_T))
+    assert all(table.dtype == torch.float32 for table in model.rope(shape.positions_T)["global"])
 
 
 def test_tied_embeddings_are_one_parameter() -> None:

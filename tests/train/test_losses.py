@@ -139,13 +139,18 @@ def chunk_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(losses, "KEPT_LOGITS", request.param[1] * 50)
 
 
+def logits(h: Tensor, w: Tensor, cap: float | None) -> Tensor:
+    return h @ w.T if cap is None else cap * torch.tanh(h @ w.T / cap)
+
+
 @pytest.mark.usefixtures("chunk_rows")
-def test_cross_entropy_is_pytorchs() -> None:
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_cross_entropy_is_pytorchs(cap: float | None) -> None:
     h, w, targets = inputs(31, 50)
-    total, count = cross_entropy_sum(h, w, targets)
+    total, count = cross_entropy_sum(h, w, targets, cap=cap)
     (2.5 * total).backward()
     plain_h, plain_w = h.detach().requires_grad_(), w.detach().requires_grad_()
-    plain = F.cross_entropy(plain_h @ plain_w.T, targets, reduction="sum")
+    plain = F.cross_entropy(logits(plain_h, plain_w, cap), targets, reduction="sum")
     (2.5 * plain).backward()
     assert count == 31
     torch.testing.assert_close(total, plain, rtol=1e-6, atol=1e-5)
@@ -154,19 +159,20 @@ def test_cross_entropy_is_pytorchs() -> None:
 
 
 @pytest.mark.usefixtures("chunk_rows")
-def test_token_logprobs_are_pytorchs() -> None:
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_token_logprobs_are_pytorchs(cap: float | None) -> None:
     h, w, targets = inputs(31, 50)
     weights = torch.linspace(-2, 3, 31)
-    logp = token_logprobs(h, w, targets)
+    logp = token_logprobs(h, w, targets, cap=cap)
     (logp * weights).sum().backward()
     plain_h, plain_w = h.detach().requires_grad_(), w.detach().requires_grad_()
-    plain = torch.log_softmax(plain_h @ plain_w.T, -1).gather(1, targets[:, None])[:, 0]
+    plain = torch.log_softmax(logits(plain_h, plain_w, cap), -1).gather(1, targets[:, None])[:, 0]
     (plain * weights).sum().backward()
     torch.testing.assert_close(logp, plain, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(h.grad, plain_h.grad, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(w.grad, plain_w.grad, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        assert torch.equal(token_logprobs(h, w, targets), logp)
+        assert torch.equal(token_logprobs(h, w, targets, cap=cap), logp)
 
 
 def test_bf16_states_give_fp32_losses_near_the_exact_ones() -> None:

@@ -18,9 +18,10 @@ from torch import Tensor
 from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.kernels import library as kernels
 from gristmill.engine.linear import supported_by_kernels
+from gristmill.model.attention import ScoreMod, capped_attention
 from gristmill.model.config import ModelConfig
 from gristmill.model.quantized import MAX_VALUES, scaled
-from gristmill.model.transformer import rotate
+from gristmill.model.transformer import Angles, rotate
 
 LANES = 16  # floats of a vector, as in kernels.cpp
 TILE_ROWS = 64  # (token, query head) pairs of a program on a GPU, where a sequence has more than one token
@@ -95,10 +96,14 @@ class AttentionBackend(Protocol):
     def attend(self, layer: int, qkv: Tensor) -> Tensor: ...
 
 
-def select_backend(config: ModelConfig, kv_cache: KVCache, dtype: torch.dtype, *, cos_LR: Tensor, sin_LR: Tensor) -> AttentionBackend:
-    """The best attention backend for activations of this type: the compiled kernel on a CPU, Triton on a GPU, torch elsewhere."""
+def select_backend(config: ModelConfig, kv_cache: KVCache, dtype: torch.dtype, *, angles: dict[str, Angles]) -> AttentionBackend:
+    """The best attention backend for activations of this type: the compiled kernel on a CPU, Triton on a GPU, torch elsewhere.
+
+    Args:
+        angles: of the rotation, of all positions, for each kind of layer (`BlockConfig.rope`).
+    """
     if supported_by_kernels(kv_cache.device, dtype) and (library := kernels.load()) is not None:
-        return CompiledAttention(library, config, kv_cache, cos_LR=cos_LR, sin_LR=sin_LR)
+        return CompiledAttention(library, config, kv_cache, angles=angles)
     group = max([block.num_heads // block.num_kv_heads for block in config.blocks if block.has_attention], default=1)
     if (
         kv_cache.device.type == "cuda"
@@ -106,8 +111,8 @@ def select_backend(config: ModelConfig, kv_cache: KVCache, dtype: torch.dtype, *
         and find_spec("triton") is not None
         and os.environ.get("GRISTMILL_KERNELS") != "0"
     ):
-        return TritonAttention(config, kv_cache, cos_LR=cos_LR, sin_LR=sin_LR)
-    return TorchAttention(config, kv_cache, cos_LR=cos_LR, sin_LR=sin_LR)
+        return TritonAttention(config, kv_cache, angles=angles)
+    return TorchAttention(config, kv_cache, angles=angles)
 
 
 class CompiledAttention:
@@ -115,14 +120,16 @@ class CompiledAttention:
 
     name = "compiled"
 
-    def __init__(self, library: ctypes.CDLL, config: ModelConfig, kv_cache: KVCache, *, cos_LR: Tensor, sin_LR: Tensor) -> None:
+    def __init__(self, library: ctypes.CDLL, config: ModelConfig, kv_cache: KVCache, *, angles: dict[str, Angles]) -> None:
         self.library, self.kv_cache = library, kv_cache
-        self.cos_LR, self.sin_LR = cos_LR.contiguous(), sin_LR.contiguous()
-        pairs = cos_LR.shape[1]
-        self.layers = [
-            kernels.Layer(*offsets, block.num_heads, block.num_kv_heads, block.head_dim, pairs)
-            for block, offsets in zip(config.blocks, kv_cache.offsets, strict=True)
-        ]
+        self.angles = {kind: (cos_LR.contiguous(), sin_LR.contiguous()) for kind, (cos_LR, sin_LR) in angles.items()}
+        self.layers = []
+        for block, offsets in zip(config.blocks, kv_cache.offsets, strict=True):
+            cos_LR, sin_LR = self.angles[block.rope]
+            heads = block.num_heads, block.num_kv_heads, block.head_dim, cos_LR.shape[1], block.window
+            # a scale of 0 is 1 / sqrt(head_dim), a cap of 0 none
+            factors = config.attention_scale or 0.0, config.attention_soft_cap or 0.0
+            self.layers.append(kernels.Layer(*offsets, *heads, *factors, 0, cos_LR.data_ptr(), sin_LR.data_ptr()))
         self.step = kernels.Step()
 
     def prepare(self, metadata: AttentionMetadata) -> None:
@@ -137,8 +144,6 @@ class CompiledAttention:
             metadata.seq_lens.ctypes.data,
             metadata.slots.ctypes.data,
             metadata.block_tables.ctypes.data,
-            self.cos_LR.data_ptr(),
-            self.sin_LR.data_ptr(),
         )
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
@@ -156,8 +161,8 @@ class TorchAttention:
 
     name = "torch"
 
-    def __init__(self, config: ModelConfig, kv_cache: KVCache, *, cos_LR: Tensor, sin_LR: Tensor) -> None:
-        self.config, self.kv_cache, self.cos_LR, self.sin_LR = config, kv_cache, cos_LR, sin_LR
+    def __init__(self, config: ModelConfig, kv_cache: KVCache, *, angles: dict[str, Angles]) -> None:
+        self.config, self.kv_cache, self.angles = config, kv_cache, angles
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         device, counts = self.kv_cache.device, np.diff(metadata.query_start)
@@ -167,20 +172,25 @@ class TorchAttention:
         self.metadata = metadata
         together = [slice(0, metadata.num_decodes)] if metadata.num_decodes else []
         self.groups = together + [slice(i, i + 1) for i in range(metadata.num_decodes, len(metadata.slots))]
-        self.blocks_NP, self.masks_NtL = [], []
+        self.blocks_NP: list[Tensor] = []
+        self.masks_NtL: list[dict[int, Tensor]] = []  # by window
+        windows = {0} | {block.window for block in self.config.blocks}
         for group in self.groups:
             longest = -(-int(metadata.seq_lens[group].max()) // BLOCK_SIZE)
             self.blocks_NP.append(torch.from_numpy(metadata.block_tables[metadata.slots[group], :longest].astype(np.int64)).to(device))
             tokens = slice(int(metadata.query_start[group.start]), int(metadata.query_start[group.stop]))
             mine = positions_T[tokens].unflatten(0, (group.stop - group.start, -1))
-            self.masks_NtL.append(torch.arange(longest * BLOCK_SIZE, device=device) <= mine[..., None])
+            here_L = torch.arange(longest * BLOCK_SIZE, device=device)
+            seen_NtL = here_L <= mine[..., None]
+            self.masks_NtL.append({window: seen_NtL & (here_L > mine[..., None] - window) if window else seen_NtL for window in windows})
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         cache = _LayerCache(self.config, self.kv_cache, layer)
-        q_THd = cache.store(qkv[: self.metadata.num_tokens], self.slot_mapping, self.cos_LR, self.sin_LR)
+        block, scale, cap = self.config.blocks[layer], self.config.attention_scale, self.config.attention_soft_cap
+        q_THd = cache.store(qkv[: self.metadata.num_tokens], self.slot_mapping, *self.angles[block.rope])
         heads, kv_heads, size = q_THd.shape[1], cache.kv_heads, cache.size
         out_THd = q_THd.new_zeros(len(qkv), heads, size)
-        for group, blocks_NP, mask_NtL in zip(self.groups, self.blocks_NP, self.masks_NtL, strict=True):
+        for group, blocks_NP, masks_NtL in zip(self.groups, self.blocks_NP, self.masks_NtL, strict=True):
             k_NKLd = cache.keys[blocks_NP].permute(0, 2, 1, 4, 3).flatten(2, 3)
             v_NKLd = cache.values[blocks_NP].transpose(1, 2).flatten(2, 3)[..., :size]
             if cache.scales is not None:
@@ -191,8 +201,13 @@ class TorchAttention:
             tokens = slice(int(self.metadata.query_start[group.start]), int(self.metadata.query_start[group.stop]))
             q_NHtd = q_THd[tokens].unflatten(0, (len(blocks_NP), -1)).transpose(1, 2)
             # what no token of the sequence has written may hold anything, and 0 * inf is no number
-            k_NKLd, v_NKLd = (torch.where(mask_NtL[:, -1, :, None][:, None], x.to(q_THd.dtype), 0.0) for x in (k_NKLd, v_NKLd))
-            attended = F.scaled_dot_product_attention(q_NHtd, k_NKLd, v_NKLd, mask_NtL[:, None], enable_gqa=heads != kv_heads)
+            written_N1L1 = masks_NtL[0][:, -1, :, None][:, None]
+            k_NKLd, v_NKLd = (torch.where(written_N1L1, x.to(q_THd.dtype), 0.0) for x in (k_NKLd, v_NKLd))
+            args = q_NHtd, k_NKLd, v_NKLd, masks_NtL[block.window][:, None]
+            if cap is None:
+                attended = F.scaled_dot_product_attention(*args, scale=scale, enable_gqa=heads != kv_heads)
+            else:
+                attended = capped_attention(*args, ScoreMod(block.window, scale, cap))
             out_THd[tokens] = attended.transpose(1, 2).flatten(0, 1)
         return out_THd
 
@@ -202,8 +217,8 @@ class TritonAttention:
 
     name = "triton"
 
-    def __init__(self, config: ModelConfig, kv_cache: KVCache, *, cos_LR: Tensor, sin_LR: Tensor) -> None:
-        self.config, self.kv_cache, self.cos_LR, self.sin_LR = config, kv_cache, cos_LR, sin_LR
+    def __init__(self, config: ModelConfig, kv_cache: KVCache, *, angles: dict[str, Angles]) -> None:
+        self.config, self.kv_cache, self.angles = config, kv_cache, angles
         self.group = max([block.num_heads // block.num_kv_heads for block in config.blocks if block.has_attention], default=1)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
@@ -241,7 +256,8 @@ class TritonAttention:
         from gristmill.engine.kernels.triton_attention import attend
 
         cache, inputs = _LayerCache(self.config, self.kv_cache, layer), self.inputs
-        q_THd = cache.store(qkv[: len(inputs["positions"])], _SlotMapping(inputs["positions"], inputs["blocks"]), self.cos_LR, self.sin_LR)
+        block, slot_mapping = self.config.blocks[layer], _SlotMapping(inputs["positions"], inputs["blocks"])
+        q_THd = cache.store(qkv[: len(inputs["positions"])], slot_mapping, *self.angles[block.rope])
         out_THd = q_THd.new_zeros(len(qkv), *q_THd.shape[1:])
         memory = self.kv_cache.memory.view(self.kv_cache.dtype)
         scales = self.kv_cache.memory.view(torch.float32) if self.kv_cache.scaled else None
@@ -257,6 +273,7 @@ class TritonAttention:
                     out_THd=out_THd,
                     kv_heads=cache.kv_heads,
                     rows=rows,
+                    mod=ScoreMod(block.window, self.config.attention_scale, self.config.attention_soft_cap),
                 )
         return out_THd
 

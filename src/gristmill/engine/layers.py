@@ -13,17 +13,34 @@ from gristmill.engine.linear import LINEARS, Int8Activations, Int8Linear, suppor
 from gristmill.model.attention import varlen_attention
 from gristmill.model.packed import PackedShape
 from gristmill.model.quantized import MAX_VALUES, Quantize, scaled
-from gristmill.model.transformer import MLP, Attention, Block, LayerNorm1P, Linear, RMSNorm, Transformer, rotate
+from gristmill.model.transformer import (
+    MLP,
+    Attention,
+    Block,
+    LayerNorm1P,
+    Linear,
+    RMSNorm,
+    Transformer,
+    check_length,
+    gate_activation,
+    rotate,
+    scale_embeddings,
+    soft_cap,
+)
 
 
 class Norm:
-    """Fused residual add and norm (`LayerNorm1P` or `RMSNorm`): it first adds what the layer before has left to add."""
+    """Fused residual add and norm (`LayerNorm1P` or `RMSNorm`): it first adds what the layer before has left to add.
 
-    def __init__(self, norm: nn.Module) -> None:
+    Args:
+        scale: of what an RMSNorm gives.
+    """
+
+    def __init__(self, norm: nn.Module, scale: float = 1.0) -> None:
         assert isinstance(norm, LayerNorm1P | RMSNorm)
         self.centred = isinstance(norm, LayerNorm1P)
-        gain_D = norm.weight.detach().float()
-        self.gain_D = (gain_D + 1.0 if self.centred else gain_D).contiguous()
+        gain_D = norm.gain().detach() if isinstance(norm, RMSNorm) else norm.weight.detach().float() + 1.0
+        self.gain_D = (gain_D if scale == 1 else gain_D * scale).contiguous()
         self.bias_D = norm.bias.detach().float().contiguous() if isinstance(norm, LayerNorm1P) else None
         self.eps = norm.eps
         self.library = kernels.load() if self.gain_D.device.type == "cpu" else None
@@ -71,46 +88,93 @@ class DecoderLayer:
 
     def __init__(self, block: Block, dtype: torch.dtype, quantize: Quantize = "") -> None:
         make = LINEARS[quantize]
+
+        def norm(module: nn.Module | None) -> Norm | None:
+            return None if module is None else Norm(module)
+
         self.attention: Attention | None = block.attention
         self.mlp: MLP | None = block.mlp
-        if block.attention is not None and block.attention_norm is not None:
-            self.attention_norm = Norm(block.attention_norm)
+        self.rope, self.mod, self.residual_multiplier = block.config.rope, block.mod, block.residual_multiplier
+        if block.attention is not None:
+            self.attention_norm, self.attention_post_norm = norm(block.attention_norm), norm(block.attention_post_norm)
             self.qkv, self.output = make(block.attention.qkv, dtype), make(block.attention.output, dtype)
-        if block.mlp is not None and block.mlp_norm is not None:
-            self.mlp_norm = Norm(block.mlp_norm)
-            self.gate = None if block.mlp.gate is None else make(block.mlp.gate, dtype)
-            self.up, self.down = make(block.mlp.up, dtype), make(block.mlp.down, dtype)
-            self.library = kernels.load() if supported_by_kernels(block.mlp.up.weight.device, dtype) else None
+        if block.mlp is not None:
+            self.mlp_norm, self.mlp_post_norm = norm(block.mlp_norm), norm(block.mlp_post_norm)
+            linears = (block.mlp.gate_up, block.mlp.gate, block.mlp.up)
+            self.gate_up, self.gate, self.up = (None if linear is None else make(linear, dtype) for linear in linears)
+            self.down = make(block.mlp.down, dtype)
+            self.library = kernels.load() if supported_by_kernels(block.mlp.down.weight.device, dtype) else None
 
     def project_qkv(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
         """Attention norm and QKV projection: the residual stream, and queries, keys and values [T, H + 2K, d] before the rotation."""
         assert self.attention is not None
         if isinstance(self.qkv, Int8Linear):
-            x_TD, rows = self.attention_norm.quantized(x_TD, delta_TD)
+            x_TD, rows = _quantized(self.attention_norm, x_TD, delta_TD)
             qkv = self.qkv.matmul(rows)
         else:
-            x_TD, normed_TD = self.attention_norm(x_TD, delta_TD)
+            x_TD, normed_TD = _normed(self.attention_norm, x_TD, delta_TD)
             qkv = self.qkv(normed_TD)
         return x_TD, self.attention.heads(qkv)
+
+    def project_output(self, attended_TN: Tensor) -> Tensor:
+        """What attention adds to the residual stream."""
+        return self._added(self.output(attended_TN), self.attention_post_norm)
 
     def feed_forward(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """MLP norm and MLP: the residual stream, and what the MLP adds to it."""
         if self.mlp is None:
             return x_TD, delta_TD
-        if isinstance(self.up, Int8Linear) and isinstance(self.down, Int8Linear):
-            x_TD, rows = self.mlp_norm.quantized(x_TD, delta_TD)
-            if self.gate is None:
-                return x_TD, self.down.matmul(self.up.squared_relu(rows))
-            assert isinstance(self.gate, Int8Linear)
-            return x_TD, self.down(F.silu(self.gate.matmul(rows)) * self.up.matmul(rows))
-        x_TD, normed_TD = self.mlp_norm(x_TD, delta_TD)
+        if isinstance(self.down, Int8Linear):
+            x_TD, rows = _quantized(self.mlp_norm, x_TD, delta_TD)
+            return x_TD, self._added(self._int8_mlp(rows), self.mlp_post_norm)
+        x_TD, normed_TD = _normed(self.mlp_norm, x_TD, delta_TD)
+        return x_TD, self._added(self._mlp(normed_TD), self.mlp_post_norm)
+
+    def _added(self, out_TD: Tensor, norm: Norm | None) -> Tensor:
+        if norm is not None:
+            out_TD = norm(out_TD)[1]
+        return out_TD if self.residual_multiplier == 1 else out_TD.mul_(self.residual_multiplier)
+
+    def _int8_mlp(self, rows: Int8Activations) -> Tensor:
+        assert self.mlp is not None and isinstance(self.down, Int8Linear)
+        if isinstance(self.gate_up, Int8Linear):
+            gate_TF, up_TF = self.gate_up.matmul(rows).chunk(2, dim=-1)
+            return self.down(gate_activation(gate_TF, self.mlp.parts) * up_TF)
+        assert isinstance(self.up, Int8Linear)
+        if self.gate is None:
+            return self.down.matmul(self.up.squared_relu(rows))
+        assert isinstance(self.gate, Int8Linear)
+        return self.down(gate_activation(self.gate.matmul(rows), self.mlp.parts) * self.up.matmul(rows))
+
+    def _mlp(self, normed_TD: Tensor) -> Tensor:
+        assert self.mlp is not None
+        if self.gate_up is not None:
+            gate_TF, up_TF = self.gate_up(normed_TD).chunk(2, dim=-1)
+            return self.down(gate_activation(gate_TF, self.mlp.parts).mul_(up_TF))
+        assert self.up is not None
         up_TF = self.up(normed_TD)
         if self.gate is not None:
-            return x_TD, self.down(F.silu(self.gate(normed_TD)).mul_(up_TF))
+            return self.down(gate_activation(self.gate(normed_TD), self.mlp.parts).mul_(up_TF))
         if self.library is None:
-            return x_TD, self.down(F.relu_(up_TF).square_())
+            return self.down(F.relu_(up_TF).square_())
         self.library.gristmill_squared_relu(up_TF.data_ptr(), up_TF.numel(), kernels.TYPES[up_TF.dtype])
-        return x_TD, self.down(up_TF)
+        return self.down(up_TF)
+
+
+def _normed(norm: Norm | None, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Residual x + delta, and its norm; twice the residual where a family has no norm there."""
+    if norm is not None:
+        return norm(x_TD, delta_TD)
+    x_TD = x_TD if delta_TD is None else x_TD + delta_TD
+    return x_TD, x_TD
+
+
+def _quantized(norm: Norm | None, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Int8Activations]:
+    """The same with the norm as int8 activations."""
+    if norm is not None:
+        return norm.quantized(x_TD, delta_TD)
+    x_TD, _ = _normed(None, x_TD, delta_TD)
+    return x_TD, Int8Activations.quantize(x_TD)
 
 
 class Decoder:
@@ -137,7 +201,7 @@ class Decoder:
         if self.released:
             raise InputError("The engine was made with own=True and has let go of the weights that it was made from: make another one.")
         self.layers = [DecoderLayer(block, self.dtype, self.quantize) for block in self.model.blocks if isinstance(block, Block)]
-        self.final_norm = Norm(self.model.final_norm)
+        self.final_norm = Norm(self.model.final_norm, 1 / self.config.logits_scaling)
         self.embedding_VD = self.model.embedding.detach().to(self.dtype)
         self.unembedding_VD = self.model.unembedding().detach().to(self.dtype)
         if self.model.lm_head is None:
@@ -157,24 +221,25 @@ class Decoder:
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Token embeddings [T, D], a copy."""
-        return F.embedding(ids_T, self.embedding_VD)
+        return scale_embeddings(F.embedding(ids_T, self.embedding_VD), self.config)
 
     def logits(self, h: Tensor) -> Tensor:
         """Logits (.., V) of states (.., D)."""
-        return F.linear(h, self.unembedding_VD)
+        return soft_cap(F.linear(h, self.unembedding_VD), self.config.logits_soft_cap)
 
     def hidden(self, ids_T: Tensor, shape: PackedShape, cache_dtype: torch.dtype | None = None) -> Tensor:
         """Hidden states [T, D] of whole texts after the final norm, with keys and values as a cache of this type would give them back."""
-        cos_TR, sin_TR = self.model.rope(shape.positions_T)
+        check_length(self.config, shape)
+        angles = self.model.rope(shape.positions_T)
         x_TD, delta_TD = self.embed(ids_T), None
         for layer in self.layers:
             if layer.attention is not None:
                 heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
                 x_TD, qkv = layer.project_qkv(x_TD, delta_TD)
                 qk, v_TKd = qkv.split([heads + kv_heads, kv_heads], dim=1)
-                q_THd, k_TKd = rotate(qk, cos_TR, sin_TR).split([heads, kv_heads], dim=1)
+                q_THd, k_TKd = rotate(qk, *angles[layer.rope]).split([heads, kv_heads], dim=1)
                 k_TKd, v_TKd = (_cache_round_trip(x, cache_dtype or self.dtype) for x in (k_TKd, v_TKd))
-                delta_TD = layer.output(varlen_attention(q_THd, k_TKd, v_TKd, shape).flatten(1))
+                delta_TD = layer.project_output(varlen_attention(q_THd, k_TKd, v_TKd, shape, mod=layer.mod).flatten(1))
             x_TD, delta_TD = layer.feed_forward(x_TD, delta_TD)
         return self.final_norm(x_TD, delta_TD)[1]
 

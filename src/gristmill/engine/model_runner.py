@@ -30,8 +30,8 @@ class ModelRunner:
         self.device = decoder.device
         self.kv_cache = KVCache(decoder.config, cache_dtype, self.device)
         with torch.inference_mode():
-            cos_LR, sin_LR = decoder.model.rope(torch.arange(decoder.config.max_positions, device=self.device))
-        self.attention = select_backend(decoder.config, self.kv_cache, decoder.dtype, cos_LR=cos_LR, sin_LR=sin_LR)
+            angles = decoder.model.rope(torch.arange(decoder.config.max_positions, device=self.device))
+        self.attention = select_backend(decoder.config, self.kv_cache, decoder.dtype, angles=angles)
         self.cuda_graphs: CudaGraphs | None = None
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
@@ -90,7 +90,7 @@ class ModelRunner:
                 delta_TD = None if delta_TD is None else delta_TD[last_R]
                 attended = None if attended is None else attended[last_R]
             if attended is not None:
-                delta_TD = layer.output(attended)
+                delta_TD = layer.project_output(attended)
             x_TD, delta_TD = layer.feed_forward(x_TD, delta_TD)
         _, normed_RD = self.decoder.final_norm(x_TD, delta_TD)
         return self.decoder.logits(normed_RD).float()

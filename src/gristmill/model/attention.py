@@ -4,12 +4,14 @@ Shapes: T tokens of all documents one after the other, H query heads, K key-valu
 L its keys and Q its queries (see packed.py).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from gristmill.model.packed import PackedShape, PaddedPlan, View
 
@@ -19,24 +21,44 @@ QUERY_CHUNK = 192
 MASKED_QUERY_CHUNK = 1024
 
 
-def varlen_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedShape) -> Tensor:
-    """Causal grouped-query attention inside each document, scale 1/sqrt(d).
+@dataclass(frozen=True)
+class ScoreMod:
+    """Score modification: what a layer does to the products of queries and keys.
+
+    Attributes:
+        window: tokens that a token sees, itself included; 0 for all before it.
+        scale: of the products; None for 1/sqrt(d).
+        soft_cap: scaled scores become cap * tanh(score / cap).
+    """
+
+    window: int = 0
+    scale: float | None = None
+    soft_cap: float | None = None
+
+
+PLAIN = ScoreMod()
+
+
+def varlen_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedShape, *, mod: ScoreMod = PLAIN) -> Tensor:
+    """Causal grouped-query attention inside each document.
 
     Returns [T, H, d] in the type of q_THd.
     """
-    if q_THd.is_cuda and q_THd.dtype in (torch.bfloat16, torch.float16):
+    window = mod.window if mod.window < shape.max_length else 0
+    if q_THd.is_cuda and q_THd.dtype in (torch.bfloat16, torch.float16) and mod.soft_cap is None:
         from torch.nn.attention.varlen import varlen_attn
 
         if any(shape.shared):
             k_TKd, v_TKd = (x.index_select(0, shape.keys_S) for x in (k_TKd, v_TKd))
         # A window that reaches all the way back but not ahead is plain causal attention; the last query sees the last key.
         longest = (shape.max_length,) * 2
-        out = varlen_attn(q_THd, k_TKd, v_TKd, shape.cu_seqlens, shape.cu_keys, *longest, window_size=(-1, 0), enable_gqa=True)
+        kwargs: dict[str, Any] = {"scale": mod.scale, "window_size": (window - 1, 0), "enable_gqa": True}
+        out = varlen_attn(q_THd, k_TKd, v_TKd, shape.cu_seqlens, shape.cu_keys, *longest, **kwargs)
         assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
         return out
-    if q_THd.device.type == "cpu" and q_THd.dtype == torch.bfloat16:
-        return _CpuBf16Attention.apply(q_THd, k_TKd, v_TKd, shape.views)
-    return _padded_attention(q_THd, k_TKd, v_TKd, shape.padded_plan)
+    if q_THd.device.type == "cpu" and q_THd.dtype == torch.bfloat16 and mod.soft_cap is None:
+        return _CpuBf16Attention.apply(q_THd, k_TKd, v_TKd, shape.views, mod)
+    return _padded_attention(q_THd, k_TKd, v_TKd, shape.padded_plan, mod)
 
 
 class _CpuBf16Attention(torch.autograd.Function):
@@ -46,16 +68,16 @@ class _CpuBf16Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, views: list[View]) -> Tensor:
+    def forward(ctx: Any, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, views: list[View], mod: ScoreMod) -> Tensor:
         out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
         sums = []
         for view in views:
             cells = view.queries.take(q_THd), view.keys.take(k_TKd), view.keys.take(v_TKd)
-            out_BHQd, sum_BHQ = _forward_chunked(*cells, view.num_earlier)
+            out_BHQd, sum_BHQ = _forward_chunked(*cells, view.num_earlier, mod)
             view.queries.put(out_BHQd, out_THd)
             sums.append(sum_BHQ)
         ctx.save_for_backward(q_THd, k_TKd, v_TKd, out_THd, *sums)
-        ctx.views = views
+        ctx.views, ctx.mod = views, mod
         return out_THd
 
     @staticmethod
@@ -67,48 +89,68 @@ class _CpuBf16Attention(torch.autograd.Function):
             q_BHQd, out_BHQd = (view.queries.take(x).float() for x in (q_THd, out_THd))
             k_BKLd, v_BKLd = (view.keys.take(x).float() for x in (k_TKd, v_TKd))
             grad_BHQd = view.queries.take(grads[0], own=True).float()
-            parts = _backward_chunked(grad_BHQd, q_BHQd, k_BKLd, v_BKLd, out_BHQd, sum_BHQ)
+            parts = _backward_chunked(grad_BHQd, q_BHQd, k_BKLd, v_BKLd, out_BHQd, sum_BHQ, ctx.mod)
             for part, into, cells in zip(parts, grads_T, (view.queries, view.keys, view.keys), strict=True):
                 cells.put(part, into)
-        return *grads_T, None
+        return *grads_T, None, None
 
 
-def _forward_chunked(q_BHQd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, num_earlier: int) -> tuple[Tensor, Tensor]:
+def hidden_keys(num_queries: int, num_keys: int, window: int, device: torch.device | None = None) -> Tensor:
+    """bool [Q, L]: the keys that are hidden from queries which belong to the last of them: those ahead, and those before the window."""
+    ones_QL = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    ahead_QL = ones_QL.triu(num_keys - num_queries + 1)
+    return ahead_QL | ones_QL.tril(num_keys - num_queries - window) if window else ahead_QL
+
+
+def _forward_chunked(q_BHQd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, num_earlier: int, mod: ScoreMod) -> tuple[Tensor, Tensor]:
     """Outputs of queries that belong to the last keys, and the logarithms of their scores' sums.
 
-    Where there are keys before, the kernel needs a mask, which is made for one chunk of queries at a time.
+    Where there are keys before, or a window, the kernel needs a mask, which is made for one chunk of queries at a time.
     """
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if num_earlier == 0:
-        return attend(q_BHQd, k_BKLd, v_BKLd, 0.0, True)
+    if num_earlier == 0 and (not mod.window or mod.window >= q_BHQd.shape[2]):
+        return attend(q_BHQd, k_BKLd, v_BKLd, 0.0, True, scale=mod.scale)
     outputs, sums = [], []
     for start in range(0, q_BHQd.shape[2], MASKED_QUERY_CHUNK):
         chunk_BHSd = q_BHQd[:, :, start : start + MASKED_QUERY_CHUNK]
-        num_keys = num_earlier + start + chunk_BHSd.shape[2]
-        hidden_SL = torch.ones(chunk_BHSd.shape[2], num_keys, dtype=torch.bool).triu(num_earlier + start + 1)
+        keys = _seen_keys(num_earlier + start, chunk_BHSd.shape[2], mod.window)
+        hidden_SL = hidden_keys(chunk_BHSd.shape[2], keys.stop - keys.start, mod.window)
         mask_SL = torch.zeros(hidden_SL.shape, dtype=q_BHQd.dtype).masked_fill_(hidden_SL, -torch.inf)
-        out, log_sum = attend(chunk_BHSd, k_BKLd[:, :, :num_keys], v_BKLd[:, :, :num_keys], 0.0, False, attn_mask=mask_SL)
+        out, log_sum = attend(chunk_BHSd, k_BKLd[:, :, keys], v_BKLd[:, :, keys], 0.0, False, attn_mask=mask_SL, scale=mod.scale)
         outputs.append(out)
         sums.append(log_sum)
     return torch.cat(outputs, 2), torch.cat(sums, 2)
 
 
+def _seen_keys(start: int, num_queries: int, window: int) -> slice:
+    """Keys that some of the queries at these positions see."""
+    return slice(max(0, start - window + 1) if window else 0, start + num_queries)
+
+
 def _backward_chunked(
-    grad_BHQd: Tensor, q_BHQd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, out_BHQd: Tensor, sum_BHQ: Tensor
+    grad_BHQd: Tensor, q_BHQd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, out_BHQd: Tensor, sum_BHQ: Tensor, mod: ScoreMod
 ) -> tuple[Tensor, ...]:
     """Gradients of queries, keys and values, one chunk of queries after another. The queries belong to the last keys.
 
-    The kernel also computes what causality hides, so each chunk sees its own keys causally and the earlier ones in full.
+    The kernel also computes what causality hides, so each chunk sees its own keys causally and the earlier ones in full; with a window
+    it sees all that reach into the window, under a mask.
     """
     totals = tuple(torch.zeros_like(x) for x in (q_BHQd, k_BKLd, v_BKLd))
     num_queries, num_keys = q_BHQd.shape[2], k_BKLd.shape[2]
     num_earlier = num_keys - num_queries
+    windowed = 0 < mod.window < num_keys
     for start in range(0, num_queries, QUERY_CHUNK):
         queries = slice(start, start + QUERY_CHUNK)
-        for keys, is_causal in (
-            (slice(num_earlier + start, num_earlier + start + QUERY_CHUNK), True),
-            (slice(0, num_earlier + start), False),
-        ):
+        parts_of_keys: list[tuple[slice, bool, Tensor | None]] = [
+            (slice(num_earlier + start, num_earlier + start + QUERY_CHUNK), True, None),
+            (slice(0, num_earlier + start), False, None),
+        ]
+        if windowed:
+            count = min(QUERY_CHUNK, num_queries - start)
+            seen = _seen_keys(num_earlier + start, count, mod.window)
+            hidden_SL = hidden_keys(count, seen.stop - seen.start, mod.window)
+            parts_of_keys = [(seen, False, torch.zeros(hidden_SL.shape).masked_fill_(hidden_SL, -torch.inf))]
+        for keys, is_causal, mask_SL in parts_of_keys:
             if keys.stop == 0:
                 continue
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -117,21 +159,53 @@ def _backward_chunked(
                 *(x[:, :, queries] for x in (out_BHQd, sum_BHQ)),
                 0.0,
                 is_causal,
+                attn_mask=mask_SL,
+                scale=mod.scale,
             )
             for total, part, where in zip(totals, parts, (queries, keys, keys), strict=True):
                 total[:, :, where] += part
     return totals
 
 
-def _padded_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, plan: PaddedPlan) -> Tensor:
+def _padded_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, plan: PaddedPlan, mod: ScoreMod) -> Tensor:
     cells = [_Pad.apply(x, plan) for x in (q_THd, k_TKd, v_TKd)]
     q_views, k_views, v_views = (x.split([B * L for B, L in plan.views]) for x in cells)
     outputs = []
     for (B, L), *views in zip(plan.views, q_views, k_views, v_views, strict=True):
         q_BHLd, k_BKLd, v_BKLd = (x.unflatten(0, (B, L)).transpose(1, 2) for x in views)
-        out_BHLd = F.scaled_dot_product_attention(q_BHLd, k_BKLd, v_BKLd, is_causal=True, enable_gqa=True)
+        if mod.soft_cap is None and not 0 < mod.window < L:
+            out_BHLd = F.scaled_dot_product_attention(q_BHLd, k_BKLd, v_BKLd, is_causal=True, scale=mod.scale, enable_gqa=True)
+        else:
+            out_BHLd = _masked_attention(q_BHLd, k_BKLd, v_BKLd, mod)
         outputs.append(out_BHLd.transpose(1, 2).flatten(0, 1))
     return _Unpad.apply(torch.cat(outputs), plan)
+
+
+def _masked_attention(q_BHLd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, mod: ScoreMod) -> Tensor:
+    """Attention within a window or with a soft cap, one chunk of queries after another: masks and scores of all are never held at once."""
+    outputs = []
+    for start in range(0, q_BHLd.shape[2], MASKED_QUERY_CHUNK):
+        chunk_BHSd = q_BHLd[:, :, start : start + MASKED_QUERY_CHUNK]
+        keys = _seen_keys(start, chunk_BHSd.shape[2], mod.window)
+        seen_SL = ~hidden_keys(chunk_BHSd.shape[2], keys.stop - keys.start, mod.window, q_BHLd.device)
+        k_BKMd, v_BKMd = k_BKLd[:, :, keys], v_BKLd[:, :, keys]
+        if mod.soft_cap is None:
+            outputs.append(F.scaled_dot_product_attention(chunk_BHSd, k_BKMd, v_BKMd, seen_SL, scale=mod.scale, enable_gqa=True))
+        else:  # no kernel has caps; scores are made again for the backward pass
+            args = (chunk_BHSd, k_BKMd, v_BKMd, seen_SL, mod)
+            outputs.append(checkpoint(capped_attention, *args, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(outputs, 2)
+
+
+def capped_attention(q_BHSd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, seen: Tensor, mod: ScoreMod) -> Tensor:
+    """Attention with a soft cap of the scores, in fp32: softmax(cap tanh(scale q k / cap)) v, over the keys that are seen."""
+    group = q_BHSd.shape[1] // k_BKLd.shape[1]
+    k_BHLd, v_BHLd = (x.float().repeat_interleave(group, 1) for x in (k_BKLd, v_BKLd))
+    scale = q_BHSd.shape[-1] ** -0.5 if mod.scale is None else mod.scale
+    scores_BHSL = torch.matmul(q_BHSd.float() * scale, k_BHLd.transpose(2, 3))
+    if mod.soft_cap is not None:
+        scores_BHSL = mod.soft_cap * torch.tanh(scores_BHSL / mod.soft_cap)
+    return torch.matmul(scores_BHSL.masked_fill(~seen, -torch.inf).softmax(-1), v_BHLd).to(q_BHSd.dtype)
 
 
 class _Pad(torch.autograd.Function):

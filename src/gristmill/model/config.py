@@ -1,80 +1,206 @@
 """Model configuration: one `BlockConfig` a layer, one `ModelConfig` a model, and the presets.
 
-Four families share one transformer. A family fixes the kind of norm, the MLP and the extras of attention;
+All families share one transformer. A family fixes the kinds and places of norms, the MLP and the extras of attention;
 everything else is a number in the configuration. Sources: Nemotron-4 15B (arXiv 2402.16819) Table 1,
-Nemotron-4 340B report Table 1, and the published configurations of the models.
+Nemotron-4 340B report Table 1, the published configurations of the models, and transformers for what absent keys mean.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
+from gristmill.model.bounds import MAX_FACTOR, MAX_SIZES, check_numbers, check_sizes, mapping_of, value_of
+from gristmill.model.rope import ORIGINAL, RopeScaling, read_rope, write_rope
 
-# Bounds of a configuration: several times the largest published model. Below them, what a model needs is known without overflow.
-MAX_SIZES = {
-    "vocab_size": 2**21,
-    "hidden_size": 2**16,
-    "ffn_size": 2**19,
-    "num_heads": 2**10,
-    "num_kv_heads": 2**10,
-    "head_dim": 2**10,
-    "max_positions": 2**22,
-}
 MAX_LAYERS = 512
-HF_NAMES = {  # where config.json calls them otherwise
-    "ffn_size": "intermediate_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "max_positions": "max_position_embeddings",
-    "rotary_fraction": "partial_rotary_factor",
-    "init_std": "initializer_range",
-}
 
 
-def _named(name: str) -> str:
-    return f"{name} ({HF_NAMES[name]} in config.json)" if name in HF_NAMES else name
-
-
-def _check_sizes(minimum: int, **sizes: Any) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= MAX_SIZES[name]:
-            raise InputError(f"Give {_named(name)} a whole number from {minimum} to {MAX_SIZES[name]}: it is {quoted(value)}.")
-
-
-def _check_numbers(**numbers: tuple[Any, float, float]) -> None:
-    for name, (value, low, high) in numbers.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:  # NaN is not
-            raise InputError(f"Give {_named(name)} a number from {low:g} to {high:g}: it is {quoted(value)}.")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """Architecture family: the parts that every model of one Hugging Face architecture has in common."""
+    """Architecture family: the parts that every model of one Hugging Face architecture has in common.
+
+    Attributes:
+        norm: RMSNorm with gain w or 1 + w, or LayerNorm1P (mean removed, gain 1 + w, bias).
+        pre_norm, post_norm: whether attention and MLP read a norm of the residual stream, and whether what they give is normed.
+        activation: of the MLP down(f(gate x) * up x), or down(relu(up x)^2).
+        qk_norm: RMSNorm before the rotation of every query and key head, or of all heads of a token together.
+        qkv_bias: whether queries, keys and values have a bias, but the output none.
+        fused: whether a file holds one matrix qkv_proj and one gate_up_proj.
+        scaled_embedding: whether embeddings are multiplied by sqrt(hidden_size).
+        partial_rotary: whether a part of each head may rotate.
+        optional_biases: keys by which a config.json may give attention (its output too) and MLP a bias.
+        windows: how a config.json says which layers see a window of tokens: none may, all do where there is one, or as listed.
+        rope: how it says which layers rotate: all do, some do not, or those with a window have angles of their own.
+        keys: those of its own that are read.
+        has_default_ids: whether absent ids of padding and beginning mean tokens of the published vocabulary.
+    """
 
     architecture: str
-    zero_centred_norm: bool  # LayerNorm1P (mean removed, gain 1 + w, bias) instead of RMSNorm
-    gated_silu: bool  # down(silu(gate x) * up x) instead of down(relu(up x)^2)
-    qk_norm: bool  # RMSNorm of every query and key head before the rotation
-    qkv_bias: bool
+    norm: Literal["rms", "rms1p", "layernorm1p"] = "rms"
+    pre_norm: bool = True
+    post_norm: bool = False
+    activation: Literal["silu", "gelu_tanh", "relu2"] = "silu"
+    qk_norm: Literal["", "head", "projection"] = ""
+    qkv_bias: bool = False
+    fused: bool = False
+    scaled_embedding: bool = False
+    partial_rotary: bool = False
+    optional_biases: tuple[str, ...] = ()
+    windows: Literal["", "all", "qwen", "nope", "gemma"] = ""
+    rope: Literal["all", "nope", "local"] = "all"
+    keys: tuple[str, ...] = ()
+    has_default_ids: bool = False
     # What transformers takes for keys that a config.json lacks; None: from the other sizes.
-    default_rotary_fraction: float
-    default_max_positions: int
-    default_kv_heads: int | None
-    default_head_dim: int | None
-    default_init_std: float
+    default_rotary_fraction: float = 1.0
+    default_rope_theta: float = 10_000.0
+    default_max_positions: int = 2048
+    default_kv_heads: int | None = None
+    default_head_dim: int | None = None
+    default_window: int | None = None
+    default_norm_eps: float = 1e-6
+    default_init_std: float = 0.02
+    default_tied: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate."""
+        return self.activation != "relu2"
 
 
+BIASES = ("attention_bias", "mlp_bias")
+GEMMA_KEYS = ("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping")
 FAMILIES: dict[str, Family] = {
-    "nemotron": Family("NemotronForCausalLM", True, False, False, False, 0.5, 4096, None, None, 0.0134),
-    "llama": Family("LlamaForCausalLM", False, True, False, False, 1.0, 2048, None, None, 0.02),
-    "qwen2": Family("Qwen2ForCausalLM", False, True, False, True, 1.0, 32_768, 32, None, 0.02),
-    "qwen3": Family("Qwen3ForCausalLM", False, True, True, False, 1.0, 32_768, 32, 128, 0.02),
+    "nemotron": Family(
+        architecture="NemotronForCausalLM",
+        norm="layernorm1p",
+        activation="relu2",
+        partial_rotary=True,
+        optional_biases=BIASES,
+        default_rotary_fraction=0.5,
+        default_max_positions=4096,
+        default_norm_eps=1e-5,
+        default_init_std=0.0134,
+    ),
+    "llama": Family(architecture="LlamaForCausalLM", optional_biases=BIASES),
+    "mistral": Family(
+        architecture="MistralForCausalLM", windows="all", default_max_positions=131_072, default_kv_heads=8, default_window=4096
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        qkv_bias=True,
+        windows="qwen",
+        default_max_positions=32_768,
+        default_kv_heads=32,
+        default_window=4096,
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        qk_norm="head",
+        optional_biases=("attention_bias",),
+        windows="qwen",
+        default_max_positions=32_768,
+        default_kv_heads=32,
+        default_head_dim=128,
+        default_window=4096,
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        has_default_ids=True,
+        optional_biases=BIASES,
+        windows="nope",
+        rope="nope",
+        keys=("no_rope_layers", "no_rope_layer_interval"),
+        default_rope_theta=2_000_000.0,
+        default_max_positions=32_768,
+        default_kv_heads=4,
+        default_tied=True,
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        has_default_ids=True,
+        pre_norm=False,
+        post_norm=True,
+        qk_norm="projection",
+        optional_biases=("attention_bias",),
+        default_norm_eps=1e-5,
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        optional_biases=BIASES,
+        keys=("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
+    ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        has_default_ids=True,
+        fused=True,
+        partial_rotary=True,
+        windows="all",
+        default_max_positions=4096,
+        default_norm_eps=1e-5,
+    ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        has_default_ids=True,
+        norm="rms1p",
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        optional_biases=("attention_bias",),
+        default_max_positions=8192,
+        default_kv_heads=16,
+        default_head_dim=256,
+        default_tied=True,
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        has_default_ids=True,
+        norm="rms1p",
+        post_norm=True,
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        optional_biases=("attention_bias",),
+        windows="gemma",
+        keys=GEMMA_KEYS,
+        default_max_positions=8192,
+        default_kv_heads=4,
+        default_head_dim=256,
+        default_window=4096,
+        default_tied=True,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        has_default_ids=True,
+        norm="rms1p",
+        post_norm=True,
+        activation="gelu_tanh",
+        qk_norm="head",
+        scaled_embedding=True,
+        optional_biases=("attention_bias",),
+        windows="gemma",
+        rope="local",
+        keys=(*GEMMA_KEYS, "sliding_window_pattern", "rope_local_base_freq"),
+        default_rope_theta=1_000_000.0,
+        default_max_positions=131_072,
+        default_kv_heads=4,
+        default_head_dim=256,
+        default_window=4096,
+        default_tied=True,
+    ),
+}
+LOCAL_ROPE_THETA = 10_000.0  # of Gemma 3's layers with a window
+ROPES = {"all": {"global"}, "nope": {"global", "none"}, "local": {"global", "local"}}  # of layers, by Family.rope
+FACTORS = {  # fields of ModelConfig, and the keys of a family that has them
+    "attention_scale": {"attention_multiplier", "query_pre_attn_scalar"},
+    "embedding_multiplier": {"embedding_multiplier"},
+    "residual_multiplier": {"residual_multiplier"},
+    "logits_scaling": {"logits_scaling"},
+    "attention_soft_cap": {"attn_logit_softcapping"},
+    "logits_soft_cap": {"final_logit_softcapping"},
 }
 # Architecture and model_type of a folder whose layers differ or lack a part. Named after a family, such a folder would be opened by
 # transformers, with random weights in place of those that it lacks.
@@ -83,15 +209,24 @@ OWN_ARCHITECTURE, OWN_MODEL_TYPE = "GristmillForCausalLM", "gristmill"
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Configuration of one layer. `num_heads = 0` means no attention, `ffn_size = 0` means no MLP."""
+    """Configuration of one layer. `num_heads = 0` means no attention, `ffn_size = 0` means no MLP.
+
+    Attributes:
+        window: tokens that a token sees, itself included; 0 for all before it.
+        rope: which angles rotate queries and keys: the model's, those of its layers with a window, or none.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     ffn_size: int
+    window: int = 0
+    rope: str = "global"
 
     def __post_init__(self) -> None:
-        _check_sizes(0, **asdict(self))
+        check_sizes(0, **{name: value for name, value in asdict(self).items() if name != "rope"})
+        if self.rope not in ("global", "local", "none"):
+            raise InputError(f"Give rope of a layer global, local or none: it is {quoted(self.rope)}.")
         if self.num_heads and (self.num_kv_heads == 0 or self.num_heads % self.num_kv_heads):
             raise InputError(
                 f"Choose a number of query heads ({self.num_heads}) that is a multiple of the number of "
@@ -110,27 +245,16 @@ class BlockConfig:
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """RoPE scaling of Llama 3.1: stretching of the low rotary frequencies (rope_type "llama3")."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-    def __post_init__(self) -> None:
-        _check_sizes(1, max_positions=self.original_max_positions)
-        _check_numbers(factor=(self.factor, 1e-3, 1e6), low_freq_factor=(self.low_freq_factor, 1e-6, 1e6))
-        _check_numbers(high_freq_factor=(self.high_freq_factor, 1e-6, 1e6))
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise InputError(
-                f"Give a high_freq_factor ({quoted(self.high_freq_factor)}) above low_freq_factor ({quoted(self.low_freq_factor)})."
-            )
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    """Configuration of a decoder: `family` names the kind of block (a key of FAMILIES), `blocks` the layers in order."""
+    """Configuration of a decoder: `family` names the kind of block (a key of FAMILIES), `blocks` the layers in order.
+
+    Attributes:
+        local_rope_theta, local_rope_scaling: of layers whose rope is "local".
+        attention_bias, mlp_bias: whether the matrices of attention (output included) and MLP have a bias.
+        attention_scale: of queries times keys; None for 1 / sqrt(head_dim).
+        embedding_multiplier, residual_multiplier: of embeddings, and of what attention and MLP add; logits are divided by logits_scaling.
+        attention_soft_cap, logits_soft_cap: x becomes cap * tanh(x / cap).
+    """
 
     family: str
     vocab_size: int
@@ -143,6 +267,16 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     init_std: float = 0.02
+    local_rope_theta: float = LOCAL_ROPE_THETA
+    local_rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_scale: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    attention_soft_cap: float | None = None
+    logits_soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -151,16 +285,33 @@ class ModelConfig:
             object.__setattr__(self, "rotary_fraction", self.parts.default_rotary_fraction)
         if not 1 <= len(self.blocks) <= MAX_LAYERS:
             raise InputError(f"Give the model from 1 to {MAX_LAYERS} layers: it has {len(self.blocks)}.")
-        _check_sizes(1, vocab_size=self.vocab_size, hidden_size=self.hidden_size, max_positions=self.max_positions)
-        _check_numbers(norm_eps=(self.norm_eps, 0, 1), init_std=(self.init_std, 0, 1))
-        _check_numbers(rotary_fraction=(self.rotary_fraction, 0, 1), rope_theta=(self.rope_theta, 1e-6, 1e15))
-        if self.rotary_fraction != 1 and self.parts.default_rotary_fraction == 1:
+        check_sizes(1, vocab_size=self.vocab_size, hidden_size=self.hidden_size, max_positions=self.max_positions)
+        check_numbers(norm_eps=(self.norm_eps, 0, 1), init_std=(self.init_std, 0, 1))
+        check_numbers(rotary_fraction=(self.rotary_fraction, 0, 1), rope_theta=(self.rope_theta, 1e-6, 1e15))
+        check_numbers(rope_local_base_freq=(self.local_rope_theta, 1e-6, 1e15))
+        if self.attention_scale is None and {"attention_multiplier", "query_pre_attn_scalar"} & set(self.parts.keys) and self.head_dim:
+            object.__setattr__(self, "attention_scale", self.head_dim**-0.5)
+        for name, keys in FACTORS.items():
+            if (value := getattr(self, name)) is not None:
+                check_numbers(**{name: (value, 1 / MAX_FACTOR, MAX_FACTOR)})
+                if value != 1 and not keys & set(self.parts.keys):
+                    raise InputError(f"Leave {name} as it is with {self.family}: it has none.")
+        if not {block.rope for block in self.blocks} <= ROPES[self.parts.rope]:
+            raise InputError(f"Give the layers of {self.family} one of the kinds of rope {', '.join(sorted(ROPES[self.parts.rope]))}.")
+        for name in BIASES:
+            if getattr(self, name) and name not in self.parts.optional_biases:
+                raise InputError(f"Use {name} = False with {self.family}.")
+        if self.rotary_fraction != 1 and not self.parts.partial_rotary:
             raise InputError(f"Use rotary_fraction (partial_rotary_factor) 1 with {self.family}: it has no partial rotation.")
         if len({b.head_dim for b in self.blocks if b.has_attention}) > 1:
             # One table of rotary angles serves all layers.
             raise InputError("Give all layers with attention the same head_dim.")
         if self.rotary_dims % 2:
             raise InputError(f"Choose head_dim and rotary_fraction so that an even number of dimensions rotates (now {self.rotary_dims}).")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
+            for factors in (self.rope_scaling.short_factor, self.rope_scaling.long_factor):
+                if len(factors) != self.rotary_dims // 2:
+                    raise InputError(f"Give short_factor and long_factor {self.rotary_dims // 2} numbers each, not {len(factors)}.")
 
     @property
     def parts(self) -> Family:
@@ -207,8 +358,9 @@ PRESETS: dict[str, ModelConfig] = {
 # ---- config.json, read as transformers reads it ----
 
 EXPECTED = "Use a checkpoint whose config.json has"
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
-LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
+ROPE_KINDS = {kind: kind for kind in ("default", "linear", "dynamic", "llama3", "yarn", "longrope")}
+PHI3_CODE = "modeling_phi3.Phi3ForCausalLM"  # beside published folders; transformers has since taken it in
+PHI3_ROPE_KINDS = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}  # as transformers reads them
 DTYPES = ("float64", "float32", "float16", "bfloat16", "double", "float", "half", "auto")
 
 # Keys that are read here or say nothing about the forward pass: tokens, sampling, training, and notes of other programs.
@@ -221,7 +373,7 @@ _HARMLESS = re.compile(
     r"|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|tokenizer_class|prefix|tf_legacy_loss"
     r"|tie_encoder_decoder|name_or_path|model_max_length|max_sequence_length|do_sample|early_stopping|temperature|top_[kp]|typical_p"
     r"|(min|max)_(length|new_tokens)|num_beams|num_beam_groups|num_return_sequences|.*_penalty|.*no_repeat_ngram_size|bad_words_ids"
-    r"|remove_invalid_values|(begin_)?suppress_tokens"
+    r"|remove_invalid_values|(begin_)?suppress_tokens|cache_implementation"
 )
 # Words in the names of keys by which other architectures change the forward pass, those of tomorrow included.
 _CHANGES = re.compile(
@@ -279,88 +431,78 @@ def _is_neutral(key: str, value: Any) -> bool:
 
 def unknown_keys(hf: Mapping[str, Any], config: ModelConfig) -> list[str]:
     """Keys of a config.json that nothing here reads, though their values say something."""
-    known = {"norm_eps" if config.family == "nemotron" else "rms_norm_eps", *_fixed_values(config.family)}
+    known = {"auto_map", "norm_eps" if config.family == "nemotron" else "rms_norm_eps", *config.parts.keys, *_fixed_values(config.family)}
     return sorted(key for key in hf if key not in known and not _HARMLESS.fullmatch(key) and not _is_neutral(key, hf[key]))
 
 
 def _fixed_values(family: str) -> dict[str, tuple[Any, ...]]:
     """Keys that choose between kinds of block, and the values that mean the kind of this family; the first where a key is absent."""
     parts = FAMILIES[family]
-    activations = ("silu", "swish", None) if parts.gated_silu else ("relu2", None)
+    activations = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",), "relu2": ("relu2",)}[parts.activation]
     names = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
-    fixed: dict[str, tuple[Any, ...]] = dict.fromkeys(names, activations)
-    fixed["hidden_act"] = activations[:-1]
-    fixed |= {"mlp_bias": (False, None), "is_causal": (True, None), "position_embedding_type": ("rope", "rotary", None)}
+    fixed: dict[str, tuple[Any, ...]] = dict.fromkeys(names, (*activations, None))
+    # What Gemma's first folders call gelu is gelu_pytorch_tanh; those after it have the key hidden_activation.
+    fixed["hidden_act"] = (*activations, "gelu") if family == "gemma" else (*activations, None) if parts.windows == "gemma" else activations
+    fixed |= {"is_causal": (True, None), "position_embedding_type": ("rope", "rotary", None)}
     fixed |= dict.fromkeys(("is_encoder_decoder", "add_cross_attention"), (False, None))
-    fixed |= dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm"), (parts.qk_norm, None))
+    fixed |= dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm"), (bool(parts.qk_norm), None))
+    fixed |= {key: (False, True, None) if key in parts.optional_biases else (False, None) for key in BIASES}
     # Qwen2 has a bias on q, k and v whatever this key says.
-    fixed |= {"attention_bias": (False, True, None) if parts.qkv_bias else (False, None), "qkv_bias": (parts.qkv_bias, None)}
+    fixed |= {"qkv_bias": (parts.qkv_bias, None)} | ({"attention_bias": (False, True, None)} if parts.qkv_bias else {})
+    if family == "gemma3_text":  # transformers does not apply it, others do
+        fixed["attn_logit_softcapping"] = (None,)
     fixed |= dict.fromkeys(("torch_dtype", "dtype"), (None, *DTYPES, *(f"torch.{name}" for name in DTYPES)))
     return fixed
 
 
 def _refuse_unsupported(hf: Mapping[str, Any], family: str) -> None:
-    fixed = _fixed_values(family)
+    fixed, keys = _fixed_values(family), FAMILIES[family].keys
     for key, value in hf.items():
+        if family == "phi3" and key == "auto_map" and isinstance(value, dict) and value.get("AutoModelForCausalLM") == PHI3_CODE:
+            continue
         if key in fixed:
             # by type too: 0 and 1 are no booleans
             if not any(value == one and type(value) is type(one) for one in fixed[key]):
                 raise InputError(f"{EXPECTED} {key} = {fixed[key][0]!r}: {key} = {quoted(value)} is not supported for {family}.")
-        elif not _HARMLESS.fullmatch(key) and _CHANGES.search(key) and not _is_neutral(key, value):
+        elif key not in keys and not _HARMLESS.fullmatch(key) and _CHANGES.search(key) and not _is_neutral(key, value):
             raise InputError(
                 f"Use a checkpoint without the key {quoted(key)[1:-1]} in its config.json: {quoted(value)} may change what the model "
                 f"computes, and is not supported for {family}."
             )
 
 
-def _value(hf: Mapping[str, Any], key: str, default: Any = None, *, null: Any = None) -> Any:
-    """The value of a key, `default` where it is absent, `null` where it is null.
-
-    Raises:
-        InputError: it is absent or null, and that means nothing.
-    """
-    if key not in hf and default is None:
-        raise InputError(f"Add the missing key {key!r} to the model's config.json.")
-    value = hf.get(key, default)
-    if value is None and null is None:
-        raise InputError(f"Give {key!r} a value in the model's config.json: it is null.")
-    return null if value is None else value
-
-
-def _mapping(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = {} if hf.get(key) is None else hf[key]
-    if not isinstance(value, dict):
-        raise InputError(f"Correct {key} in the model's config.json: {quoted(value)} is no JSON object.")
-    return value
-
-
-def _rope_from_hf(hf: Mapping[str, Any], parts: Family, max_positions: int) -> tuple[float, RopeScaling | None, float]:
+def _rope_from_hf(hf: Mapping[str, Any], family: str, max_positions: int) -> dict[str, Any]:
+    """Bases, scalings and rotating fraction, as fields of ModelConfig."""
     # Newer writers gather everything in "rope_parameters"; older ones spread it over three keys.
-    new, old = _mapping(hf, "rope_parameters"), _mapping(hf, "rope_scaling")
+    parts, new, old = FAMILIES[family], mapping_of(hf, "rope_parameters"), mapping_of(hf, "rope_scaling")
+    given = value_of(hf, "rope_theta") if "rope_theta" in hf else None
+    kinds = PHI3_ROPE_KINDS if family == "phi3" else ROPE_KINDS
+    if parts.rope == "local":
+        if strange := new.keys() - {"full_attention", "sliding_attention"}:
+            raise InputError(
+                f"Give rope_parameters of {family} for full_attention and sliding_attention, not {quoted(sorted(strange)[0])}."
+            )
+        full, local = mapping_of(new, "full_attention"), mapping_of(new, "sliding_attention")
+        theta, scaling = read_rope(full | old, hf, max_positions, kinds=kinds, theta=given, default_theta=parts.default_rope_theta)
+        given = value_of(hf, "rope_local_base_freq") if "rope_local_base_freq" in hf else None
+        local_theta, local_scaling = read_rope(local, hf, max_positions, kinds=kinds, theta=given, default_theta=LOCAL_ROPE_THETA)
+        for one in (scaling, local_scaling):
+            if one is not None and (one.depends_on_length or one.truncate is False):  # which transformers reads for both kinds or none
+                raise InputError(f"Use a checkpoint with plain, linear, llama3 or yarn rope scaling with {family}, and no truncate.")
+        return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta, "local_rope_scaling": local_scaling}
     if new and old and new != old:
         raise InputError("Take rope_scaling or rope_parameters out of the model's config.json: they are not the same.")
-    rope = old or new
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3") or rope.get("type", kind) != kind:
-        raise InputError(f"Use a checkpoint with plain or llama3 rope scaling: {quoted(rope.get('type', kind))} is not supported.")
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in rope and key in hf and rope[key] != hf[key]:
-            raise InputError(f"Give {key} once in the model's config.json: it is {quoted(rope[key])} and {quoted(hf[key])}.")
-    known = ROPE_KEYS | (set(LLAMA3_KEYS) if kind == "llama3" else set())
-    for key, value in rope.items():
-        if key not in known and value not in (None, 1, False):
-            raise InputError(f"Use a checkpoint with plain or llama3 rope scaling: {quoted(key)[1:-1]} = {quoted(value)} is not supported.")
-    theta = _value({**hf, **rope}, "rope_theta", 10_000.0)
-    fraction = _value({**hf, **rope}, "partial_rotary_factor", parts.default_rotary_fraction, null=None if parts.zero_centred_norm else 1.0)
-    if kind == "default":
-        return theta, None, fraction
-    original = hf.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", max_positions))
-    factor, low, high = (_value(rope, key) for key in LLAMA3_KEYS)
-    return theta, RopeScaling(factor, low, high, original), fraction
+    rope, key = old or new, "partial_rotary_factor"
+    if key in rope and key in hf and rope[key] != hf[key]:
+        raise InputError(f"Give {key} once in the model's config.json: it is {quoted(rope[key])} and {quoted(hf[key])}.")
+    fraction = value_of({**hf, **rope}, key, parts.default_rotary_fraction, null=None if parts.partial_rotary else 1.0)
+    hf = {ORIGINAL: 4096, **hf} if family == "phi3" else hf
+    theta, scaling = read_rope(rope, hf, max_positions, kinds=kinds, theta=given, default_theta=parts.default_rope_theta)
+    return {"rope_theta": theta, "rope_scaling": scaling, "rotary_fraction": fraction}
 
 
-def _blocks_from_hf(hf: Mapping[str, Any], parts: Family) -> tuple[BlockConfig, ...]:
-    listed = _mapping(hf, "gristmill").get("blocks")
+def _blocks_from_hf(hf: Mapping[str, Any], family: str, max_positions: int) -> tuple[BlockConfig, ...]:
+    parts, listed = FAMILIES[family], mapping_of(hf, "gristmill").get("blocks")
     if listed is not None:
         if not isinstance(listed, list) or len(listed) > MAX_LAYERS:
             raise InputError(f"Correct the list of blocks in the model's config.json: it is no list of up to {MAX_LAYERS}.")
@@ -369,40 +511,80 @@ def _blocks_from_hf(hf: Mapping[str, Any], parts: Family) -> tuple[BlockConfig, 
         except TypeError:
             names = ", ".join(BlockConfig.__dataclass_fields__)
             raise InputError(f"Correct the list of blocks in the model's config.json: each has {names}.") from None
-    hidden, heads = _value(hf, "hidden_size"), _value(hf, "num_attention_heads")
-    _check_sizes(1, hidden_size=hidden, num_heads=heads)
-    kv_heads = _value(hf, "num_key_value_heads", parts.default_kv_heads or heads, null=heads)
-    head_dim = _value(hf, "head_dim", parts.default_head_dim or hidden // heads, null=parts.default_head_dim or hidden // heads)
-    layers, ffn = _value(hf, "num_hidden_layers"), _value(hf, "intermediate_size")
-    _check_sizes(1, num_kv_heads=kv_heads, head_dim=head_dim, ffn_size=ffn)
+    hidden, heads = value_of(hf, "hidden_size"), value_of(hf, "num_attention_heads")
+    check_sizes(1, hidden_size=hidden, num_heads=heads)
+    kv_heads = value_of(hf, "num_key_value_heads", parts.default_kv_heads or heads, null=heads)
+    head_dim = value_of(hf, "head_dim", parts.default_head_dim or hidden // heads, null=parts.default_head_dim or hidden // heads)
+    layers, ffn = value_of(hf, "num_hidden_layers"), value_of(hf, "intermediate_size")
+    check_sizes(1, num_kv_heads=kv_heads, head_dim=head_dim, ffn_size=ffn)
     if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= MAX_LAYERS:
         raise InputError(f"Give num_hidden_layers a whole number from 1 to {MAX_LAYERS}: it is {quoted(layers)}.")
-    return uniform_blocks(layers, heads, kv_heads, head_dim, ffn)
+    rotates = _rotating_layers(hf, layers) if parts.rope == "nope" else [True] * layers
+    windows = _windows_from_hf(hf, family, rotates, max_positions)
+    blocks = []
+    for rotated, window in zip(rotates, windows, strict=True):
+        rope = "none" if not rotated else "local" if window and parts.rope == "local" else "global"
+        blocks.append(BlockConfig(heads, kv_heads, head_dim, ffn, window, rope))
+    return tuple(blocks)
 
 
-def _refuse_windows(hf: Mapping[str, Any], family: str, num_layers: int, max_positions: int) -> None:
-    """Refuse layers that see only a window of the tokens before them, unless the window holds the whole context."""
-    qwen = FAMILIES[family].default_kv_heads is not None
-    used = hf.get("use_sliding_window", None if qwen else hf.get("sliding_window") is not None)
+def _rotating_layers(hf: Mapping[str, Any], num_layers: int) -> list[bool]:
+    """Which layers rotate queries and keys, by SmolLM3's keys; all but every fourth where they are absent."""
+    interval, listed = hf.get("no_rope_layer_interval", 4), hf.get("no_rope_layers")
+    if listed is None:
+        if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+            raise InputError(f"Give no_rope_layer_interval a whole number from 1: it is {quoted(interval)}.")
+        return [(layer + 1) % interval != 0 for layer in range(num_layers)]
+    if not isinstance(listed, list) or len(listed) < num_layers or any(one not in (0, 1) for one in listed):
+        raise InputError(f"Give no_rope_layers 1 (rotates) or 0 for each of {num_layers} layers: it is {quoted(listed)}.")
+    return [bool(one) for one in listed[:num_layers]]
+
+
+def _windows_from_hf(hf: Mapping[str, Any], family: str, rotates: Sequence[bool], max_positions: int) -> list[int]:
+    """Windows of the layers, 0 for none: how many tokens a token sees, itself included."""
+    parts, num_layers = FAMILIES[family], len(rotates)
+    used, types = hf.get("use_sliding_window"), hf.get("layer_types")
+    window = hf.get("sliding_window", parts.default_window)
     if not isinstance(used, bool | None):
-        raise InputError(f"{EXPECTED} use_sliding_window = False: it is {quoted(used)}.")
-    # Qwen's default, which only `use_sliding_window` makes one
-    window = hf.get("sliding_window", 4096 if qwen else None) if used else None
-    types = hf.get("layer_types")
-    if types is None:
-        first = hf.get("max_window_layers", 28) if qwen else 0
-        windowed = bool(used) and (not isinstance(first, int) or first < num_layers) and (window is not None or not qwen)
-    else:
+        raise InputError(f"{EXPECTED} use_sliding_window true or false: it is {quoted(used)}.")
+    if types is not None:
         known = ("full_attention", "attention", "sliding_attention")
         strange = [one for one in types if one not in known] if isinstance(types, list) else [types]
         if strange:
             raise InputError(f"{EXPECTED} layers of full attention: {quoted(strange[0])} is not supported.")
-        windowed = "sliding_attention" in types
-    if windowed and (not isinstance(window, int) or window < max_positions):
+    if parts.windows in ("qwen", "nope") and not used:
+        window = None  # only use_sliding_window makes it one
+    if types is not None:
+        slides = [one == "sliding_attention" for one in types]
+        if parts.windows and len(slides) != num_layers:
+            raise InputError(f"Give layer_types a type for each of {num_layers} layers: there are {len(slides)}.")
+    elif parts.windows == "qwen":
+        first = hf.get("max_window_layers", 28)
+        slides = [window is not None and (not isinstance(first, int) or layer >= first) for layer in range(num_layers)]
+    elif parts.windows == "nope":
+        slides = [window is not None and not rotated for rotated in rotates]
+    elif parts.windows == "gemma":
+        every = hf.get("sliding_window_pattern", 6) if parts.rope == "local" else 2
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise InputError(f"Give sliding_window_pattern a whole number from 1: it is {quoted(every)}.")
+        slides = [bool((layer + 1) % every) for layer in range(num_layers)]
+    else:
+        slides = [bool(used) if used is not None else window is not None] * num_layers
+    # Programs read differently: other keys of Mistral and Phi-3 than sliding_window, and any key in a family without windows.
+    at_odds = parts.windows == "all" and set(slides) != {window is not None}
+    holds_all = isinstance(window, int) and window >= max_positions
+    if holds_all and (at_odds or not parts.windows):
+        return [0] * num_layers
+    if at_odds or (any(slides) and (not parts.windows or window is None)):
         raise InputError(
-            f"{EXPECTED} layers of full attention (use_sliding_window = False): a sliding_window of {quoted(window)} tokens is not "
-            f"supported, unless it holds the whole context of {max_positions}."
+            f"{EXPECTED} layers of full attention (use_sliding_window = False): a sliding_window of {quoted(window)} tokens in "
+            f"{sum(slides)} of {num_layers} layers is not supported for {family}, unless it holds the whole context of {max_positions}."
         )
+    if not any(slides):
+        return [0] * num_layers
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise InputError(f"Give sliding_window a whole number from 1 or null: it is {quoted(window)}.")
+    return [min(window, MAX_SIZES["window"]) if one else 0 for one in slides]
 
 
 def _family_from_hf(hf: Mapping[str, Any]) -> str:
@@ -412,7 +594,7 @@ def _family_from_hf(hf: Mapping[str, Any]) -> str:
         raise InputError(f"Correct architectures ({quoted(architectures)}) or model_type ({quoted(kind)}) in the model's config.json.")
     found = architectures[0] if architectures else kind
     if found == OWN_ARCHITECTURE and kind == OWN_MODEL_TYPE:
-        family = _mapping(hf, "gristmill").get("family")
+        family = mapping_of(hf, "gristmill").get("family")
     else:
         family = names.get(found, found if not architectures else None) if isinstance(found, str) else None
         if isinstance(kind, str) and family in FAMILIES and kind != family:
@@ -426,33 +608,54 @@ def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     family = _family_from_hf(hf)
     parts = FAMILIES[family]
     _refuse_unsupported(hf, family)
-    max_positions = _value(hf, "max_position_embeddings", parts.default_max_positions)
-    _check_sizes(1, max_positions=max_positions)
-    blocks = _blocks_from_hf(hf, parts)
-    _refuse_windows(hf, family, len(blocks), max_positions)
-    theta, scaling, fraction = _rope_from_hf(hf, parts, max_positions)
-    tied = hf.get("tie_word_embeddings", False)
+    max_positions = value_of(hf, "max_position_embeddings", parts.default_max_positions)
+    check_sizes(1, max_positions=max_positions)
+    rope = _rope_from_hf(hf, family, max_positions)
+    scaling = rope["rope_scaling"]
+    if scaling is not None and scaling.kind == "longrope":
+        max_positions = min(max_positions, scaling.original_max_positions)
+    blocks = _blocks_from_hf(hf, family, max_positions)
+    tied = hf.get("tie_word_embeddings", parts.default_tied)
     if not isinstance(tied, bool):
         raise InputError(f"Give tie_word_embeddings true or false in the model's config.json: it is {quoted(tied)}.")
     return ModelConfig(
         family=family,
-        vocab_size=_value(hf, "vocab_size"),
-        hidden_size=_value(hf, "hidden_size"),
+        vocab_size=value_of(hf, "vocab_size"),
+        hidden_size=value_of(hf, "hidden_size"),
         blocks=blocks,
         max_positions=max_positions,
-        norm_eps=_value(hf, "norm_eps", 1e-5) if parts.zero_centred_norm else _value(hf, "rms_norm_eps", 1e-6),
-        rotary_fraction=fraction,
-        rope_theta=theta,
-        rope_scaling=scaling,
+        norm_eps=value_of(hf, "norm_eps" if family == "nemotron" else "rms_norm_eps", parts.default_norm_eps),
         tie_embeddings=tied,
-        init_std=_value(hf, "initializer_range", parts.default_init_std),
+        init_std=value_of(hf, "initializer_range", parts.default_init_std),
+        attention_bias=bool(hf.get("attention_bias")) and not parts.qkv_bias,
+        mlp_bias=bool(hf.get("mlp_bias")),
+        **rope,
+        **_factors_from_hf(hf, parts),
     )
+
+
+def _factors_from_hf(hf: Mapping[str, Any], parts: Family) -> dict[str, Any]:
+    """Multipliers of Granite, scale and caps of Gemma 2 and 3, as fields of ModelConfig."""
+    if "attention_multiplier" in parts.keys:
+        names = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+        return {"attention_scale": value_of(hf, "attention_multiplier", 1.0), **{name: value_of(hf, name, 1.0) for name in names}}
+    if "query_pre_attn_scalar" not in parts.keys:
+        return {}
+    scalar = value_of(hf, "query_pre_attn_scalar", 256)
+    if not isinstance(scalar, int) or isinstance(scalar, bool) or not 1 <= scalar <= MAX_SIZES["hidden_size"]:
+        raise InputError(f"Give query_pre_attn_scalar a whole number from 1 to {MAX_SIZES['hidden_size']}: it is {quoted(scalar)}.")
+    defaults = (None, None) if parts.rope == "local" else (50.0, 30.0)
+    caps = (hf.get(key, default) for key, default in zip(("attn_logit_softcapping", "final_logit_softcapping"), defaults, strict=True))
+    return {"attention_scale": scalar**-0.5, **dict(zip(("attention_soft_cap", "logits_soft_cap"), caps, strict=True))}
 
 
 def _to_hf(config: ModelConfig) -> dict[str, Any]:
     parts, first = config.parts, config.blocks[0]
     # Hugging Face's keys cannot express layers that differ or lack a part.
-    uniform = len(set(config.blocks)) == 1 and first.has_attention and first.has_mlp
+    alike = {replace(block, window=0, rope="global") for block in config.blocks}
+    layers = _layers_to_hf(config)
+    uniform = len(alike) == 1 and first.has_attention and first.has_mlp and layers is not None
+    scaling = config.rope_scaling
     hf: dict[str, Any] = {
         "architectures": [parts.architecture if uniform else OWN_ARCHITECTURE],
         "model_type": config.family if uniform else OWN_MODEL_TYPE,
@@ -463,30 +666,66 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": first.num_kv_heads,
         "head_dim": first.head_dim,
         "intermediate_size": first.ffn_size,
-        "max_position_embeddings": config.max_positions,
-        "hidden_act": "silu" if parts.gated_silu else "relu2",
-        "norm_eps" if parts.zero_centred_norm else "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_positions if scaling is None else max(config.max_positions, scaling.extended_max_positions),
+        "hidden_activation" if parts.windows == "gemma" else "hidden_act": _fixed_values(config.family)["hidden_activation"][0],
+        "norm_eps" if config.family == "nemotron" else "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
         "attention_dropout": 0.0,
         "use_cache": True,
     }
-    if parts.default_rotary_fraction != 1.0:
+    if parts.partial_rotary:
         hf["partial_rotary_factor"] = config.rotary_fraction
     if not parts.qkv_bias:
-        hf["attention_bias"] = False
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        hf["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
+        hf["attention_bias"] = config.attention_bias
+    if config.mlp_bias:
+        hf["mlp_bias"] = True
+    if parts.has_default_ids:
+        hf |= {"bos_token_id": None, "pad_token_id": None}
+    if "attention_multiplier" in parts.keys:
+        hf["attention_multiplier"] = first.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        hf |= {name: getattr(config, name) for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")}
+    if "query_pre_attn_scalar" in parts.keys:
+        hf["query_pre_attn_scalar"] = first.head_dim if config.attention_scale is None else round(config.attention_scale**-2)
+        hf |= {"attn_logit_softcapping": config.attention_soft_cap, "final_logit_softcapping": config.logits_soft_cap}
+    if scaling is not None:
+        hf["rope_scaling"] = write_rope(scaling)
+        if config.family == "phi3":
+            hf[ORIGINAL] = scaling.original_max_positions
+    if parts.rope == "local":
+        local = {} if config.local_rope_scaling is None else write_rope(config.local_rope_scaling)
+        full = {"rope_type": "default", **hf.pop("rope_scaling", {}), "rope_theta": hf.pop("rope_theta")}
+        hf["rope_parameters"] = {
+            "full_attention": full,
+            "sliding_attention": {"rope_type": "default", **local, "rope_theta": config.local_rope_theta},
         }
-    if not uniform:
-        for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
-            del hf[key]
-        hf["gristmill"] = {"family": config.family, "blocks": [asdict(block) for block in config.blocks]}
+    if uniform:
+        return hf | (layers or {})
+    for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
+        del hf[key]
+    usual = {"window": 0, "rope": "global"}
+    blocks = [{name: value for name, value in asdict(block).items() if usual.get(name) != value} for block in config.blocks]
+    hf["gristmill"] = {"family": config.family, "blocks": blocks}
     return hf
+
+
+def _layers_to_hf(config: ModelConfig) -> dict[str, Any] | None:
+    """The keys of a config.json that say which layers rotate and see a window; None where the family has none for these."""
+    parts = config.parts
+    windows, ropes = [block.window for block in config.blocks], [block.rope for block in config.blocks]
+    sizes = sorted(set(windows) - {0})
+    if len(sizes) > 1 or (sizes and (not parts.windows or (parts.windows == "all" and 0 in windows))):
+        return None
+    if parts.rope == "local" and any((rope == "local") != bool(window) for rope, window in zip(ropes, windows, strict=True)):
+        return None
+    window = sizes[0] if sizes else None
+    types: dict[str, Any] = {"layer_types": ["sliding_attention" if one else "full_attention" for one in windows]}
+    if parts.windows == "all":
+        return {"sliding_window": window}
+    if parts.windows == "gemma":
+        return types if window is None else types | {"sliding_window": window}
+    layers = types | {"use_sliding_window": True, "sliding_window": window} if window is not None else {}
+    if parts.rope == "nope":
+        layers |= {"no_rope_layers": [int(rope != "none") for rope in ropes]}
+    return layers

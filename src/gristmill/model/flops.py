@@ -20,20 +20,23 @@ def matrix_parameters(config: ModelConfig) -> int:
     for block in config.blocks:
         heads = 2 * block.num_heads + 2 * block.num_kv_heads if block.has_attention else 0
         total += config.hidden_size * heads * block.head_dim
-        total += config.hidden_size * block.ffn_size * (3 if config.parts.gated_silu else 2)
+        total += config.hidden_size * block.ffn_size * (3 if config.parts.gated else 2)
     return total
 
 
 def vector_parameters(config: ModelConfig) -> int:
     """Gains and biases of norms, and biases of projections; published totals leave them out."""
-    norm = config.hidden_size * (2 if config.parts.zero_centred_norm else 1)
+    parts, hidden = config.parts, config.hidden_size
+    norm = hidden * (2 if parts.norm == "layernorm1p" else 1)
     total = norm
     for block in config.blocks:
-        total += norm * (block.has_attention + block.has_mlp)
-        if block.has_attention and config.parts.qk_norm:
-            total += 2 * block.head_dim
-        if block.has_attention and config.parts.qkv_bias:
-            total += (block.num_heads + 2 * block.num_kv_heads) * block.head_dim
+        total += norm * (block.has_attention + block.has_mlp) * (parts.pre_norm + parts.post_norm)
+        if block.has_attention:
+            heads = {"": 0, "head": 2, "projection": block.num_heads + block.num_kv_heads}[parts.qk_norm]
+            heads += (block.num_heads + 2 * block.num_kv_heads) * (parts.qkv_bias or config.attention_bias)
+            total += heads * block.head_dim + hidden * config.attention_bias
+        if block.has_mlp and config.mlp_bias:
+            total += block.ffn_size * (2 if parts.gated else 1) + hidden
     return total
 
 
@@ -45,11 +48,11 @@ def num_parameters(config: ModelConfig) -> int:
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """FLOPs of forward and backward for one token of a sequence.
 
-    6 (matrix parameters + V D) + 12 seq_len (sum over layers of heads * head_dim).
+    6 (matrix parameters + V D) + 12 (sum over layers of heads * head_dim * min(seq_len, window)).
     """
     matrices = matrix_parameters(config) + config.vocab_size * config.hidden_size
-    attention_width = sum(block.num_heads * block.head_dim for block in config.blocks)
-    return 6.0 * matrices + 12.0 * seq_len * attention_width
+    attended = sum(block.num_heads * block.head_dim * min(seq_len, block.window or seq_len) for block in config.blocks)
+    return 6.0 * matrices + 12.0 * attended
 
 
 def model_flops_utilisation(

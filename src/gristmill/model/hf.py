@@ -77,31 +77,33 @@ def hf_tensors(model: Transformer) -> dict[str, Tensor]:
 
 def _block_tensors(block: Block) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
-    if block.attention is not None:
-        attention = block.attention
-        assert block.attention_norm is not None
+    attention, mlp = block.attention, block.mlp
+    if attention is not None:
         named.update(_vectors("input_layernorm", block.attention_norm))
         rows = [heads * attention.head_dim for heads in (attention.num_heads, *(attention.num_kv_heads,) * 2)]
-        for kind in ("weight", "bias") if attention.qkv.bias is not None else ("weight",):
-            merged = getattr(attention.qkv, kind).detach()
-            for name, view in zip("qkv", merged.split(rows), strict=True):
-                named[f"self_attn.{name}_proj.{kind}"] = view
-        named["self_attn.o_proj.weight"] = attention.output.weight.detach()
-        if attention.q_norm is not None and attention.k_norm is not None:
-            named["self_attn.q_norm.weight"] = attention.q_norm.weight.detach()
-            named["self_attn.k_norm.weight"] = attention.k_norm.weight.detach()
-    if block.mlp is not None:
-        assert block.mlp_norm is not None
-        named.update(_vectors("post_attention_layernorm", block.mlp_norm))
-        if block.mlp.gate is not None:
-            named["mlp.gate_proj.weight"] = block.mlp.gate.weight.detach()
-        named["mlp.up_proj.weight"] = block.mlp.up.weight.detach()
-        named["mlp.down_proj.weight"] = block.mlp.down.weight.detach()
+        for kind, merged in _parts("", attention.qkv).items():
+            views = {"qkv": merged} if block.fused else dict(zip("qkv", merged.split(rows), strict=True))
+            named |= {f"self_attn.{name}_proj{kind}": view for name, view in views.items()}
+        named |= _parts("self_attn.o_proj", attention.output)
+        named |= _vectors("self_attn.q_norm", attention.q_norm) | _vectors("self_attn.k_norm", attention.k_norm)
+        named |= _vectors("post_attention_layernorm", block.attention_post_norm)
+    if mlp is not None:
+        has_post_norm = block.mlp_post_norm is not None
+        named |= _vectors("pre_feedforward_layernorm" if has_post_norm else "post_attention_layernorm", block.mlp_norm)
+        for name, linear in {"gate_up": mlp.gate_up, "gate": mlp.gate, "up": mlp.up, "down": mlp.down}.items():
+            named |= {} if linear is None else _parts(f"mlp.{name}_proj", linear)
+        named |= _vectors("post_feedforward_layernorm", block.mlp_post_norm)
     return named
 
 
-def _vectors(prefix: str, norm: nn.Module) -> dict[str, Tensor]:
-    return {f"{prefix}.{name}": parameter.detach() for name, parameter in norm.named_parameters()}
+def _parts(name: str, linear: Linear) -> dict[str, Tensor]:
+    """Weight of a linear layer, and its bias if it has one."""
+    weight = {f"{name}.weight": linear.weight.detach()}
+    return weight if linear.bias is None else weight | {f"{name}.bias": linear.bias.detach()}
+
+
+def _vectors(prefix: str, norm: nn.Module | None) -> dict[str, Tensor]:
+    return {} if norm is None else {f"{prefix}.{name}": parameter.detach() for name, parameter in norm.named_parameters()}
 
 
 def _reward_tensors(model: RewardModel) -> dict[str, Tensor]:
@@ -351,7 +353,7 @@ def _fill(
     Args:
         tensors: Hugging Face names to views of the model's parameters.
     """
-    kind, tied = kind_of(hf), hf.get("tie_word_embeddings") is True
+    kind, tied = kind_of(hf), ModelConfig.from_hf(hf).tie_embeddings
     with ExitStack() as stack:
         found: dict[str, Any] = {}  # the file that holds a name
         for path in _weight_files(folder):

@@ -1,4 +1,4 @@
-"""Decoder-only transformer of the Nemotron, Llama and Qwen families, on packed token-major activations.
+"""Decoder-only transformer of all families (config.FAMILIES), on packed token-major activations.
 
 Shapes: T tokens of all documents, D hidden size, H query heads, K key-value heads, d head_dim, R pairs of
 rotated dimensions (half of `rotary_dims`), F ffn size, V vocabulary.
@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gristmill.model.attention import varlen_attention
-from gristmill.model.config import BlockConfig, ModelConfig
+from gristmill.core.errors import InputError
+from gristmill.model.attention import ScoreMod, varlen_attention
+from gristmill.model.config import BlockConfig, Family, ModelConfig
 from gristmill.model.packed import PackedShape
+from gristmill.model.rope import RopeScaling
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # types that a model computes in, by their names in recipes
+Angles = tuple[Tensor, Tensor]  # cosines and sines of rotary angles
 
 
 class Linear(nn.Linear):
@@ -69,24 +72,31 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+    """y = x / sqrt(mean(x^2) + eps) * gain, over the last dimension; the gain is weight, or 1 + weight where it is stored around zero."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, zero_centred: bool = False) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.zero_centred = eps, zero_centred
         self.weight = nn.Parameter(torch.empty(size))
 
+    def gain(self) -> Tensor:
+        """Effective gain, fp32."""
+        return self.weight.float() + 1.0 if self.zero_centred else self.weight.float()
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.gain(), self.eps).to(x.dtype)
 
 
-def _norm(config: ModelConfig) -> nn.Module:
-    kind = LayerNorm1P if config.parts.zero_centred_norm else RMSNorm
-    return kind(config.hidden_size, config.norm_eps)
+def _norm(config: ModelConfig, size: int = 0) -> nn.Module:
+    if config.parts.norm == "layernorm1p" and not size:
+        return LayerNorm1P(config.hidden_size, config.norm_eps)
+    return RMSNorm(size or config.hidden_size, config.norm_eps, zero_centred=config.parts.norm == "rms1p")
 
 
 def rotate(x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotate the first 2R dimensions of each head, pairing i with i + R; the rest passes through."""
+    if not cos_TR.shape[1]:
+        return x_THd
     return _Rotate.apply(x_THd, cos_TR.unsqueeze(1), sin_TR.unsqueeze(1))
 
 
@@ -135,10 +145,14 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = block.num_heads, block.num_kv_heads, block.head_dim
         rows = (block.num_heads + 2 * block.num_kv_heads) * block.head_dim
-        self.qkv = Linear(config.hidden_size, rows, bias=config.parts.qkv_bias)
-        self.output = Linear(block.num_heads * block.head_dim, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(block.head_dim, config.norm_eps) if config.parts.qk_norm else None
-        self.k_norm = RMSNorm(block.head_dim, config.norm_eps) if config.parts.qk_norm else None
+        self.qkv = Linear(config.hidden_size, rows, bias=config.parts.qkv_bias or config.attention_bias)
+        self.output = Linear(block.num_heads * block.head_dim, config.hidden_size, bias=config.attention_bias)
+        self.norms_whole = config.parts.qk_norm == "projection"
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if config.parts.qk_norm:
+            heads = (1, 1) if config.parts.qk_norm == "head" else (block.num_heads, block.num_kv_heads)
+            self.q_norm, self.k_norm = (_norm(config, count * block.head_dim) for count in heads)
 
     def heads(self, qkv_TN: Tensor) -> Tensor:
         """Queries, keys and values [T, H + 2K, d] of their product, before the rotation."""
@@ -146,7 +160,10 @@ class Attention(nn.Module):
         if self.q_norm is None or self.k_norm is None:
             return qkv
         q_THd, k_TKd, v_TKd = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return torch.cat([self.q_norm(q_THd), self.k_norm(k_TKd), v_TKd], dim=1)
+        return torch.cat([self._normed(q_THd, self.q_norm), self._normed(k_TKd, self.k_norm), v_TKd], dim=1)
+
+    def _normed(self, x_TXd: Tensor, norm: nn.Module) -> Tensor:
+        return norm(x_TXd.flatten(1)).view_as(x_TXd) if self.norms_whole else norm(x_TXd)
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, d], keys and values [T, K, d]; queries and keys ready for attention."""
@@ -157,58 +174,78 @@ class Attention(nn.Module):
             q_THd, k_TKd = rotate(qk, cos_TR, sin_TR).split([heads, kv_heads], dim=1)
             return q_THd, k_TKd, v_TKd
         q_THd, k_TKd, v_TKd = qkv.split([heads, kv_heads, kv_heads], dim=1)
-        return rotate(self.q_norm(q_THd), cos_TR, sin_TR), rotate(self.k_norm(k_TKd), cos_TR, sin_TR), v_TKd
+        q_THd, k_TKd = self._normed(q_THd, self.q_norm), self._normed(k_TKd, self.k_norm)
+        return rotate(q_THd, cos_TR, sin_TR), rotate(k_TKd, cos_TR, sin_TR), v_TKd
+
+
+def gate_activation(gate_TF: Tensor, parts: Family) -> Tensor:
+    """SiLU, or GELU in its tanh form, of a gate."""
+    return F.silu(gate_TF) if parts.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
 
 
 class MLP(nn.Module):
-    """down(relu(up x)^2), or down(silu(gate x) * up x) in the gated families."""
+    """down(relu(up x)^2), or down(f(gate x) * up x) in the gated families. Rows of `gate_up`: the gate's, then those of up."""
 
     def __init__(self, config: ModelConfig, block: BlockConfig) -> None:
         super().__init__()
-        hidden, ffn = config.hidden_size, block.ffn_size
-        self.gate = Linear(hidden, ffn, bias=False) if config.parts.gated_silu else None
-        self.up = Linear(hidden, ffn, bias=False)
-        self.down = Linear(ffn, hidden, bias=False)
+        hidden, ffn, parts, bias = config.hidden_size, block.ffn_size, config.parts, config.mlp_bias
+        self.parts = parts
+        self.gate_up = Linear(hidden, 2 * ffn, bias=bias) if parts.fused else None
+        self.gate = Linear(hidden, ffn, bias=bias) if parts.gated and not parts.fused else None
+        self.up = None if parts.fused else Linear(hidden, ffn, bias=bias)
+        self.down = Linear(ffn, hidden, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        if self.gate_up is not None:
+            gate_TF, up_TF = self.gate_up(x_TD).chunk(2, dim=-1)
+            return self.down(gate_activation(gate_TF, self.parts) * up_TF)
+        assert self.up is not None
         up_TF = self.up(x_TD)
         if self.gate is None:
             return self.down(_SquaredReLU.apply(up_TF))
-        return self.down(F.silu(self.gate(x_TD)) * up_TF)
+        return self.down(gate_activation(self.gate(x_TD), self.parts) * up_TF)
 
 
 class Block(nn.Module):
-    """x + Attention(norm(x)), then x + MLP(norm(x)). Either half may be absent.
+    """x + Attention(norm(x)), then x + MLP(norm(x)). Either half may be absent; some families norm what a half gives, or scale it.
 
     `qkv` and `finish` are the halves around attention itself, so that a KV cache can stand between them.
     """
 
     def __init__(self, config: ModelConfig, block: BlockConfig) -> None:
         super().__init__()
-        self.config = block
-        self.attention_norm = _norm(config) if block.has_attention else None
+        self.config, self.residual_multiplier, self.fused = block, config.residual_multiplier, config.parts.fused
+        self.mod = ScoreMod(block.window, config.attention_scale, config.attention_soft_cap)
+        pre, post = config.parts.pre_norm, config.parts.post_norm
+        self.attention_norm = _norm(config) if block.has_attention and pre else None
         self.attention = Attention(config, block) if block.has_attention else None
-        self.mlp_norm = _norm(config) if block.has_mlp else None
+        self.attention_post_norm = _norm(config) if block.has_attention and post else None
+        self.mlp_norm = _norm(config) if block.has_mlp and pre else None
         self.mlp = MLP(config, block) if block.has_mlp else None
+        self.mlp_post_norm = _norm(config) if block.has_mlp and post else None
 
     def qkv(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Norm, projection and rotation: queries [T, H, d], keys [T, K, d], values [T, K, d]."""
-        assert self.attention is not None and self.attention_norm is not None
-        return self.attention(self.attention_norm(x_TD), cos_TR, sin_TR)
+        assert self.attention is not None
+        return self.attention(x_TD if self.attention_norm is None else self.attention_norm(x_TD), cos_TR, sin_TR)
 
     def finish(self, x_TD: Tensor, attended_THd: Tensor | None) -> Tensor:
         """Add the projected attention output (None in a layer without attention) and the MLP to x_TD."""
         if attended_THd is not None:
             assert self.attention is not None
-            x_TD = x_TD + self.attention.output(attended_THd.flatten(1))
-        if self.mlp is not None and self.mlp_norm is not None:
-            x_TD = x_TD + self.mlp(self.mlp_norm(x_TD))
+            x_TD = x_TD + self._added(self.attention.output(attended_THd.flatten(1)), self.attention_post_norm)
+        if self.mlp is not None:
+            x_TD = x_TD + self._added(self.mlp(x_TD if self.mlp_norm is None else self.mlp_norm(x_TD)), self.mlp_post_norm)
         return x_TD
+
+    def _added(self, out_TD: Tensor, norm: nn.Module | None) -> Tensor:
+        out_TD = out_TD if norm is None else norm(out_TD)
+        return out_TD if self.residual_multiplier == 1 else out_TD * self.residual_multiplier
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, shape: PackedShape) -> Tensor:
         if self.attention is None:
             return self.finish(x_TD, None)
-        return self.finish(x_TD, varlen_attention(*self.qkv(x_TD, cos_TR, sin_TR), shape))
+        return self.finish(x_TD, varlen_attention(*self.qkv(x_TD, cos_TR, sin_TR), shape, mod=self.mod))
 
 
 class Transformer(nn.Module):
@@ -248,27 +285,42 @@ class Transformer(nn.Module):
             else:
                 parameter.zero_()
         for module in self.modules():
-            if isinstance(module, RMSNorm):
+            if isinstance(module, RMSNorm) and not module.zero_centred:
                 module.weight.fill_(1.0)
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Token embeddings [T, D] in compute_dtype."""
-        return F.embedding(ids_T, self.embedding).to(self.compute_dtype)
+        return scale_embeddings(F.embedding(ids_T, self.embedding).to(self.compute_dtype), self.config)
 
-    def rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, R] of the rotary angles, in fp32."""
-        inverse_R = _inverse_frequencies(self.config).to(positions_T.device)
-        angles_TR = positions_T.float()[:, None] * inverse_R
-        return angles_TR.cos(), angles_TR.sin()
+    def rope(self, positions_T: Tensor) -> dict[str, Angles]:
+        """Cosines and sines [T, R] of the rotary angles, in fp32, of each kind of layer (`BlockConfig.rope`)."""
+        config = self.config
+        given = {"global": (config.rope_theta, config.rope_scaling), "local": (config.local_rope_theta, config.local_rope_scaling)}
+        angles: dict[str, Angles] = {}
+        for kind in dict.fromkeys(block.rope for block in config.blocks):
+            if kind == "none":
+                angles[kind] = (positions_T.new_empty(len(positions_T), 0, dtype=torch.float32),) * 2
+                continue
+            inverse_R, factor = _inverse_frequencies(config, *given[kind])
+            angles_TR = positions_T.float()[:, None] * inverse_R.to(positions_T.device)
+            cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
+            angles[kind] = (cos_TR, sin_TR) if factor == 1 else (cos_TR * factor, sin_TR * factor)
+        return angles
 
     def hidden(self, ids_T: Tensor, shape: PackedShape) -> Tensor:
-        """States [T, D] after the final norm."""
+        """States [T, D] after the final norm, divided by `logits_scaling`.
+
+        Raises:
+            InputError: a document beyond the positions where the angles of all its tokens would depend on its length.
+        """
         assert ids_T.shape == shape.positions_T.shape, "the packed shape must describe these tokens"
-        cos_TR, sin_TR = self.rope(shape.positions_T)
+        check_length(self.config, shape)
+        angles = self.rope(shape.positions_T)
         x_TD = self.embed(ids_T)
-        for block in self.blocks:
-            x_TD = block(x_TD, cos_TR, sin_TR, shape)
-        return self.final_norm(x_TD)
+        for block, layer in zip(self.blocks, self.config.blocks, strict=True):
+            x_TD = block(x_TD, *angles[layer.rope], shape)
+        h_TD = self.final_norm(x_TD)
+        return h_TD if self.config.logits_scaling == 1 else h_TD / self.config.logits_scaling
 
     def unembedding(self) -> Tensor:
         """The output matrix [V, D] (the embedding itself where they are tied)."""
@@ -276,22 +328,78 @@ class Transformer(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """Logits (.., V) of states (.., D)."""
-        return F.linear(h, self.unembedding().to(h.dtype))
+        return soft_cap(F.linear(h, self.unembedding().to(h.dtype)), self.config.logits_soft_cap)
 
     def forward(self, ids_T: Tensor, shape: PackedShape) -> Tensor:
         """Logits [T, V]. Training uses `hidden` and a chunked loss instead, which never holds them all."""
         return self.logits(self.hidden(ids_T, shape))
 
 
-def _inverse_frequencies(config: ModelConfig) -> Tensor:
-    exponents_R = torch.arange(0, config.rotary_dims, 2, dtype=torch.float32) / max(1, config.rotary_dims)
-    inverse_R = 1.0 / (config.rope_theta**exponents_R)
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(x / cap); x itself without a cap."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def scale_embeddings(x_TD: Tensor, config: ModelConfig) -> Tensor:
+    """Embeddings times the model's factor, which is rounded to their type first, as in training of the published models."""
+    factor = config.hidden_size**0.5 if config.parts.scaled_embedding else config.embedding_multiplier
+    return x_TD if factor == 1 else x_TD * float(torch.tensor(factor, dtype=x_TD.dtype))
+
+
+def check_length(config: ModelConfig, shape: PackedShape) -> None:
+    """Raise InputError for a document whose length would change the angles of all its tokens."""
     scaling = config.rope_scaling
-    if scaling is None:
-        return inverse_R
+    if scaling is not None and scaling.depends_on_length and shape.max_length > config.max_positions:
+        raise InputError(
+            f"Give texts of at most {config.max_positions} tokens, not {shape.max_length}: beyond, rope scaling of the kind {scaling.kind} "
+            "rotates every token by an angle that depends on the length of the text, which neither a cache nor shared prompts allow."
+        )
+
+
+def _inverse_frequencies(config: ModelConfig, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, float]:
+    """Inverse frequencies [R], and the factor of cosines and sines."""
+    dims = config.rotary_dims
+    exponents_R = torch.arange(0, dims, 2, dtype=torch.float32) / max(1, dims)
+    inverse_R = 1.0 / (theta**exponents_R)
+    if scaling is None or scaling.kind == "dynamic":  # which changes nothing within max_positions
+        return inverse_R, 1.0
+    if scaling.kind == "longrope":
+        factor = scaling.extended_max_positions / scaling.original_max_positions if scaling.factor is None else scaling.factor
+        grown = math.sqrt(1 + math.log(factor) / math.log(scaling.original_max_positions)) if factor > 1 else 1.0
+        short_R = torch.tensor(scaling.short_factor, dtype=torch.float32)
+        return 1.0 / (short_R * theta**exponents_R), grown if scaling.attention_factor is None else scaling.attention_factor
+    assert scaling.factor is not None
+    if scaling.kind == "linear":
+        return inverse_R / scaling.factor, 1.0
+    if scaling.kind == "yarn":
+        return _yarn(dims, theta, scaling, scaling.factor)
     # Llama 3.1: short wavelengths stay, long ones are slowed by `factor`, and between the two limits the
     # share of each changes linearly in original_max_positions / wavelength.
     turns_R = scaling.original_max_positions * inverse_R / (2 * math.pi)
     kept_R = (turns_R - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept_R = kept_R.clamp(0.0, 1.0)
-    return inverse_R * (kept_R + (1.0 - kept_R) / scaling.factor)
+    return inverse_R * (kept_R + (1.0 - kept_R) / scaling.factor), 1.0
+
+
+def _yarn(dims: int, theta: float, scaling: RopeScaling, factor: float) -> tuple[Tensor, float]:
+    """YaRN (arXiv 2309.00071, section 3): as Llama 3.1, but linear in the dimension's number, and with a factor of cosines and sines."""
+
+    def dimension(turns: float) -> float:  # which turns so often within the original positions
+        return dims * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    def temperature(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    low, high = dimension(scaling.beta_fast or 32), dimension(scaling.beta_slow or 1)
+    if scaling.truncate is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    ramp_R = (torch.arange(dims // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
+    kept_R = 1 - ramp_R.clamp(0, 1)
+    frequencies_R = theta ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+    inverse_R = 1.0 / (factor * frequencies_R) * (1 - kept_R) + 1.0 / frequencies_R * kept_R
+    if scaling.attention_factor is not None:
+        return inverse_R, scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return inverse_R, temperature(scaling.mscale) / temperature(scaling.mscale_all_dim)
+    return inverse_R, temperature(1)

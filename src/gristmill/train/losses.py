@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
+from gristmill.model.transformer import soft_cap
 from gristmill.train.batches import IGNORE_LABEL
 
 # Logits alive at once: 8 MiB in fp32, which on a CPU is within a tenth of the fastest size for vocabularies
@@ -37,9 +38,16 @@ def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, num_rows))
 
 
-def _log_softmax(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    """Of the logits, in fp32 whatever the matmul's dtype: bf16 has 8 bits, a vocabulary needs more."""
-    return torch.log_softmax(hidden_CD @ weight_VD.T, dim=-1, dtype=torch.float32)
+def _log_softmax(hidden_CD: Tensor, weight_VD: Tensor, cap: float | None = None) -> tuple[Tensor, Tensor | None]:
+    """Of the logits, in fp32 whatever the matmul's dtype: bf16 has 8 bits, a vocabulary needs more.
+
+    With a cap also the slope of the capped logits: (cap tanh(x / cap))' = 1 - tanh(x / cap)^2.
+    """
+    logits_CV = hidden_CD @ weight_VD.T
+    if cap is None:
+        return torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32), None
+    capped_CV = soft_cap(logits_CV.float(), cap)
+    return torch.log_softmax(capped_CV, dim=-1), 1 - (capped_CV / cap).square_()
 
 
 def _add_product(sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor) -> None:
@@ -58,20 +66,24 @@ class _CrossEntropySum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, num_rows: int, need_grad: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, num_rows: int, need_grad: bool, cap: float | None
+    ) -> Tensor:
         total = hidden_RD.new_zeros((), dtype=torch.float32)
         grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad else None
         for chunk in _chunks(len(hidden_RD), len(weight_VD)):
             hidden_CD, targets_C1 = hidden_RD[chunk], targets_R[chunk, None]
             num_real = min(chunk.stop, num_rows) - chunk.start
-            logp_CV = _log_softmax(hidden_CD, weight_VD)
+            logp_CV, slope_CV = _log_softmax(hidden_CD, weight_VD, cap)
             total -= logp_CV.gather(1, targets_C1)[:num_real].sum()
             if grad_hidden_RD is not None and grad_weight_VD is not None:
                 # d loss / d logits = softmax - onehot
                 grad_CV = logp_CV.exp_()
                 grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full(targets_C1.shape, -1.0))
                 grad_CV[num_real:] = 0.0
+                if slope_CV is not None:
+                    grad_CV *= slope_CV
                 grad_CV = grad_CV.to(hidden_RD.dtype)
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_RD[chunk])
                 _add_product(grad_weight_VD, grad_CV, hidden_CD)
@@ -84,7 +96,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
         grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
-        return grad_hidden_RD * grad.to(grad_hidden_RD.dtype), grad_weight_VD, None, None, None
+        return grad_hidden_RD * grad.to(grad_hidden_RD.dtype), grad_weight_VD, None, None, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -95,17 +107,18 @@ class _TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, need_grad: bool) -> Tensor:
+    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, need_grad: bool, cap: float | None) -> Tensor:
         logp_R = hidden_RD.new_empty(len(hidden_RD), dtype=torch.float32)
-        kept = need_grad and len(hidden_RD) * len(weight_VD) <= KEPT_LOGITS
+        kept = need_grad and len(hidden_RD) * len(weight_VD) <= KEPT_LOGITS and cap is None
         chunks: list[Tensor] = []
         for chunk in _chunks(len(hidden_RD), len(weight_VD)):
-            logp_CV = _log_softmax(hidden_RD[chunk], weight_VD)
+            logp_CV, _ = _log_softmax(hidden_RD[chunk], weight_VD, cap)
             logp_R[chunk] = logp_CV.gather(1, targets_R[chunk, None])[:, 0]
             if kept:
                 chunks.append(logp_CV)
         if need_grad:
             ctx.save_for_backward(hidden_RD, weight_VD, targets_R, *chunks)
+            ctx.cap = cap
         return logp_R
 
     @staticmethod
@@ -116,12 +129,14 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         for number, chunk in enumerate(_chunks(len(hidden_RD), len(weight_VD))):
             hidden_CD, grad_C1 = hidden_RD[chunk], grad_R[chunk, None]
-            prob_CV = chunks[number].exp() if chunks else _log_softmax(hidden_CD, weight_VD).exp_()
-            grad_CV = prob_CV.mul_(-grad_C1).scatter_add_(1, targets_R[chunk, None], grad_C1)
+            logp_CV, slope_CV = (chunks[number], None) if chunks else _log_softmax(hidden_CD, weight_VD, ctx.cap)
+            grad_CV = (logp_CV.exp() if chunks else logp_CV.exp_()).mul_(-grad_C1).scatter_add_(1, targets_R[chunk, None], grad_C1)
+            if slope_CV is not None:
+                grad_CV *= slope_CV
             grad_CV = grad_CV.to(hidden_RD.dtype)
             torch.mm(grad_CV, weight_VD, out=grad_hidden_RD[chunk])
             _add_product(grad_weight_VD, grad_CV, hidden_CD)
-        return grad_hidden_RD, grad_weight_VD.to(weight_VD.dtype), None, None
+        return grad_hidden_RD, grad_weight_VD.to(weight_VD.dtype), None, None, None
 
 
 def _prepare(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -132,22 +147,22 @@ def _prepare(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[T
     return padded_RD, weight_VD.to(hidden_RD.dtype), padded_R, need_grad
 
 
-def cross_entropy_sum(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, int]:
-    """Next-token loss: (sum over rows of -log softmax(hidden @ weight.T)[target], number of rows).
+def cross_entropy_sum(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, *, cap: float | None = None) -> tuple[Tensor, int]:
+    """Next-token loss: (sum over rows of -log softmax(hidden @ weight.T)[target], number of rows). `cap`: soft cap of logits.
 
     Never holds more than ``CHUNK_LOGITS`` logits (or those of one row). Select the rows that predict a
     trained target beforehand. No rows give a sum of 0 with a zero gradient.
     """
     num_rows = len(targets_R)
     hidden_RD, weight_VD, targets_R, need_grad = _prepare(hidden_RD, weight_VD, targets_R)
-    return _CrossEntropySum.apply(hidden_RD, weight_VD, targets_R, num_rows, need_grad), num_rows
+    return _CrossEntropySum.apply(hidden_RD, weight_VD, targets_R, num_rows, need_grad, cap), num_rows
 
 
-def token_logprobs(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> Tensor:
-    """log softmax(hidden @ weight.T)[target] of each row, (R,) in fp32, within the same memory bound."""
+def token_logprobs(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, *, cap: float | None = None) -> Tensor:
+    """log softmax(hidden @ weight.T)[target] of each row, (R,) in fp32, within the same memory bound. `cap`: soft cap of the logits."""
     num_rows = len(targets_R)
     hidden_RD, weight_VD, targets_R, need_grad = _prepare(hidden_RD, weight_VD, targets_R)
-    return _TokenLogprobs.apply(hidden_RD, weight_VD, targets_R, need_grad)[:num_rows]
+    return _TokenLogprobs.apply(hidden_RD, weight_VD, targets_R, need_grad, cap)[:num_rows]
 
 
 def masked_mse(scores_N5: Tensor, labels_N5: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def test_attention_equals_torchs(dtype: torch.dtype, cache: torch.dtype, seed: i
 def test_captured_steps_give_the_same_answers(monkeypatch: pytest.MonkeyPatch, options: dict[str, int]) -> None:
     model = model_of().to(DEVICE)
     plain = finish(core_of(model, **options), states_of(6, answer=12))
-    monkeypatch.setattr(model_runner, "select_backend", lambda config, cache, dtype, **rope: TritonAttention(config, cache, **rope))
+    monkeypatch.setattr(model_runner, "select_backend", lambda config, cache, dtype, **angles: TritonAttention(config, cache, **angles))
     core: Core = core_of(model, **options)
     assert finish(core, states_of(6, answer=12)) == plain
     graphs = core.model_runner.cuda_graphs

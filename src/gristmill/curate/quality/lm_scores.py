@@ -84,7 +84,7 @@ def bits_per_byte(texts: Sequence[str], folder: Path) -> np.ndarray:
     with torch.inference_mode():
         for pack, h_TD in _hidden(model, ids):
             target_T = torch.tensor([token for n in pack for token in targets[n]], device=h_TD.device)
-            nats_T = -token_logprobs(h_TD, model.unembedding(), target_T).double().cpu().numpy()
+            nats_T = -token_logprobs(h_TD, model.unembedding(), target_T, cap=model.config.logits_soft_cap).double().cpu().numpy()
             lengths = [len(ids[n]) for n in pack]
             begins = np.concatenate([[0], np.cumsum(lengths)[:-1]])
             sizes = np.array([len(tokenizer.decode(targets[n], keep_special=True).encode()) for n in pack])

@@ -100,13 +100,26 @@ static inline f16 exp_(f16 x) {
     return y * (f16)((__builtin_convertvector(n, i16) + 127) << 23);
 }
 
-struct Layer { int64_t k_offset, v_offset, s_offset; int32_t heads, kv_heads, head_dim, pairs; };  // offsets in elements from a block's begin
+// tanh x, relative error below 1e-6: by a Pade approximant below 1, by exponentials above.
+static inline f16 tanh_(f16 x) {
+    const f16 size = x < 0 ? -x : x, s = x * x;
+    const f16 e = exp_(-2.f * size), far = (1.f - e) / (1.f + e);
+    const f16 near = x * (10395.f + s * (1260.f + s * 21.f)) / (10395.f + s * (4725.f + s * (210.f + s)));
+    return size < 1 ? near : x < 0 ? -far : far;
+}
+
+struct Layer {
+    int64_t k_offset, v_offset, s_offset;         // in elements from a block's begin
+    int32_t heads, kv_heads, head_dim, pairs, window;  // tokens that a token sees, itself included; 0 for all
+    float scale, cap;                             // of scores; 0 for 1 / sqrt(head_dim), and for none
+    int32_t padding;
+    const float *cos, *sin;                       // [positions, pairs]
+};
 struct Step {
     int32_t num_seqs, table_stride, threads, padding;
     int64_t block_stride;                                // elements between two blocks in the cache
     const int32_t *query_start, *seq_lens, *slots;       // of each sequence: first token of the step (n + 1 of them), positions with this step's
     const int32_t* block_tables;                         // [slots, table_stride]
-    const float *cos, *sin;                              // [positions, pairs]
 };
 
 // A head of one token, rotated, rounded to its type and scaled.
@@ -131,10 +144,10 @@ template <typename C> static inline void scaled(const float* in, int n, float to
     for (int i = 0; i < n; i++) { const float x = in[i] * by; put(out + i * stride, x > top ? top : x < -top ? -top : x); }
 }
 
-// One tile: R rows over n keys of one head. q [R, d] is scaled; limit[r] is the number of keys that row r sees.
+// One tile: R rows over n keys of one head. q [R, d] is scaled; row r sees the keys before limit[r], and none before from[r].
 template <int R, typename C>
 static void tile(const float* q, const C* cache, const int32_t* table, int64_t block_stride, int64_t k_at, int64_t v_at, int64_t s_at, int64_t v_scales,
-                 int d, int e, int n, const int* limit, float* scores, float* out) {
+                 int d, int e, int n, const int* limit, const int* from, float cap, float* scores, float* out) {
     const int blocks = (n + BS - 1) / BS, width = blocks * BS;
     const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     f16 top[R];
@@ -153,6 +166,8 @@ static void tile(const float* q, const C* cache, const int32_t* table, int64_t b
         }
         for (int r = 0; r < R; r++) for (int w = 0; w < WORDS; w++) {
             i16 seen = lane + (p * BS + w * LANES) < limit[r];
+            if (from) seen &= lane + (p * BS + w * LANES) >= from[r];
+            if (cap > 0) acc[r][w] = cap * tanh_(acc[r][w] * (1.f / cap));
             f16 s = seen ? acc[r][w] : (f16{} - 1e30f);
             top[r] = s > top[r] ? s : top[r];
             *(f16*)(scores + (int64_t)r * width + p * BS + w * LANES) = s;
@@ -194,7 +209,7 @@ static void tile(const float* q, const C* cache, const int32_t* table, int64_t b
 // A: type of activations, C: type of the cache. qkv [T, H + 2K, d], out [T, H, d].
 template <typename A, typename C> static void run(const Layer& l, const Step& s, const A* qkv, C* cache, A* out) {
     const int H = l.heads, K = l.kv_heads, d = l.head_dim, G = H / K, row = (H + 2 * K) * d, e = (d + LANES - 1) / LANES * LANES;
-    const float scale = 1.f / std::sqrt((float)d);
+    const float scale = l.scale > 0 ? l.scale : 1.f / std::sqrt((float)d);
     // All keys and values first: sequences of one step may share blocks that one of them fills.
 #pragma omp parallel for if (s.threads > 1) num_threads(s.threads) schedule(static)
     for (int i = 0; i < s.num_seqs; i++) {
@@ -206,7 +221,7 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
             const A* token = qkv + (int64_t)(s.query_start[i] + t) * row;
             C* block = cache + table[position / BS] * s.block_stride;
             for (int h = 0; h < K; h++) {
-                rotate(token + (H + h) * d, key.data(), d, l.pairs, s.cos + (int64_t)position * l.pairs, s.sin + (int64_t)position * l.pairs, 1.f);
+                rotate(token + (H + h) * d, key.data(), d, l.pairs, l.cos + (int64_t)position * l.pairs, l.sin + (int64_t)position * l.pairs, 1.f);
                 C* k = block + l.k_offset + (int64_t)h * d * BS + at;
                 C* v = block + l.v_offset + ((int64_t)h * BS + at) * e;
                 const A* value = token + (H + K + h) * d;
@@ -239,16 +254,27 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
                     const int t = (start + r) / G, g = (start + r) % G, position = first + t;
                     limit[r] = position + 1;
                     rotate(qkv + (int64_t)(s.query_start[i] + t) * row + (h * G + g) * d, q.data() + r * d, d, l.pairs,
-                           s.cos + (int64_t)position * l.pairs, s.sin + (int64_t)position * l.pairs, scale);
+                           l.cos + (int64_t)position * l.pairs, l.sin + (int64_t)position * l.pairs, scale);
+                }
+                // Blocks that lie before the first row's window are left out.
+                int from[MAX_ROWS] = {};
+                const int skipped = l.window && limit[0] > l.window ? (limit[0] - l.window) / BS : 0;
+                for (int r = 0; l.window && r < size; r++) {
+                    from[r] = (limit[r] > l.window ? limit[r] - l.window : 0) - skipped * BS;
+                    limit[r] -= skipped * BS;
                 }
                 const int n = limit[size - 1];
                 const int64_t k_at = l.k_offset + (int64_t)h * d * BS, v_at = l.v_offset + (int64_t)h * BS * e;
                 const int64_t s_at = l.s_offset + (int64_t)h * BS * sizeof(float);  // bytes, as elements are where there are scales
+const auto attend = [&](auto rows) {
+                    rows(q.data(), cache, table + skipped, s.block_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, l.window ? from : nullptr,
+                         l.cap, scores.data(), result.data());
+                };
                 switch (size) {
-                    case 8: tile<8, C>(q.data(), cache, table, s.block_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data()); break;
-                    case 4: tile<4, C>(q.data(), cache, table, s.block_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data()); break;
-                    case 2: tile<2, C>(q.data(), cache, table, s.block_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data()); break;
-                    default: tile<1, C>(q.data(), cache, table, s.block_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, scores.data(), result.data());
+                    case 8: attend(tile<8, C>); break;
+                    case 4: attend(tile<4, C>); break;
+                    case 2: attend(tile<2, C>); break;
+                    default: attend(tile<1, C>);
                 }
                 for (int r = 0; r < size; r++) {
                     const int t = (start + r) / G, g = (start + r) % G;

@@ -36,6 +36,12 @@ class Layer(ctypes.Structure):
         ("kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("pairs", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
+        ("padding", ctypes.c_int32),  # so that what follows lies at a multiple of 8
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
     ]
 
 
@@ -52,8 +58,6 @@ class Step(ctypes.Structure):
         ("seq_lens", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("block_tables", ctypes.c_void_p),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
     ]
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gristmill.engine.block_manager import BLOCK_SIZE
+from gristmill.model.attention import ScoreMod
 
 
 def attend(
@@ -22,6 +23,7 @@ def attend(
     out_THd: Tensor,
     kv_heads: int,
     rows: int,
+    mod: ScoreMod,
 ) -> None:
     """Paged attention of some of a step's tokens, into out.
 
@@ -32,6 +34,7 @@ def attend(
         tiles_N4: int32: sequence, its first token in this step, that token's position, tokens.
         block_tables_NP: int32, of each sequence.
         rows: of a tile; a power of two, at least 16 and at least tokens * query heads of a key head.
+        mod: window, scale and cap.
     """
     heads, size = q_THd.shape[1:]
     _attend[(len(tiles_N4), kv_heads)](
@@ -46,7 +49,9 @@ def attend(
         offsets[0],
         offsets[1],
         offsets[2] // torch.float32.itemsize,
-        size**-0.5,
+        size**-0.5 if mod.scale is None else mod.scale,
+        mod.soft_cap or 0.0,
+        mod.window,
         heads,
         heads // kv_heads,
         size,
@@ -55,6 +60,7 @@ def attend(
         rows,
         max(16, triton.next_power_of_2(size)),
         scales is not None,
+        mod.soft_cap is not None,
         num_warps=4,
     )
 
@@ -73,6 +79,8 @@ def _attend(
     v_at,
     s_at,
     scale,
+    cap,
+    window,
     heads,
     group: tl.constexpr,
     size: tl.constexpr,
@@ -81,6 +89,7 @@ def _attend(
     R: tl.constexpr,
     D: tl.constexpr,
     SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     tile, head = tl.program_id(0), tl.program_id(1)
     sequence, token = tl.load(tiles_ptr + tile * 4), tl.load(tiles_ptr + tile * 4 + 1)
@@ -94,7 +103,10 @@ def _attend(
     total = tl.zeros([R], tl.float32)
     out = tl.zeros([R, D], tl.float32)
     end = position + count
-    for number in range(0, (end + BLOCK - 1) // BLOCK):
+    begin = 0  # of the window of the tile's first token
+    if window > 0:
+        begin = tl.maximum(position - window + 1, 0) // BLOCK
+    for number in range(begin, (end + BLOCK - 1) // BLOCK):
         block = tl.load(table_ptr + sequence * table_stride + number).to(tl.int64)
         here = number * BLOCK + place
         k_ptr = memory_ptr + block * block_stride + k_at + (head * size + dim)[:, None] * BLOCK + place[None, :]
@@ -103,7 +115,13 @@ def _attend(
         scale_ptr = scales_ptr + block * (block_stride // 4) + s_at + head * BLOCK + place  # four bytes each
         if SCALED:
             scores *= tl.load(scale_ptr, mask=here < end, other=0.0)[None, :]
-        scores = tl.where(here[None, :] <= (position + mine)[:, None], scores, -1e30)
+        if CAPPED:  # cap * tanh(score / cap)
+            scores = cap * (2.0 / (1.0 + tl.exp(-2.0 / cap * scores)) - 1.0)
+        at_row = (position + mine)[:, None]
+        seen = here[None, :] <= at_row
+        if window > 0:
+            seen = seen & (here[None, :] > at_row - window)
+        scores = tl.where(seen, scores, -1e30)
         new_top = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp(top - new_top)
         weights = tl.exp(scores - new_top[:, None])
