@@ -1,7 +1,7 @@
 """Losses, chunked over the vocabulary: pure functions on tensors that return a sum and a count, or one value a pair; the loop divides.
 
 Shape legend: R rows (hidden states that predict a trained target), D hidden size, V vocabulary, C rows of a
-chunk, P preference pairs, N rated samples.
+chunk, S rows of a slice of it, P preference pairs, N rated samples.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,12 @@ from torch.autograd.function import once_differentiable
 from gristmill.core.errors import InputError
 from gristmill.train.batches import IGNORE_LABEL
 
-# Logits alive at once: 8 MiB in fp32, which on a CPU is within a tenth of the fastest size for vocabularies
-# of 1K to 32K. The memory of a loss does not depend on rows x vocabulary.
+# A chunk of rows goes through the products with the output matrix at once: at least so many, since with a large vocabulary fewer cost
+# 3 to 7 times the time. What a loss holds is the chunk's logits in the type of the states, MIN_CHUNK_ROWS x V or CHUNK_LOGITS.
+MIN_CHUNK_ROWS = 1024
+# The softmax is made in fp32 for a slice of the chunk: 8 MiB, which on a CPU stay in the cache. A GPU takes 256 MiB, to launch less.
 CHUNK_LOGITS = 2**21
+GPU_SLICE_LOGITS = 2**26
 # Log-softmax values that token_logprobs may keep for its backward pass, not making them again (32 MiB).
 KEPT_LOGITS = 2**23
 # Rows are padded to a multiple of this (or of a chunk's rows): see ``packed.filled_length``.
@@ -28,26 +31,33 @@ _ALIASES = {"rpo": "rpo_bwd_kl"}
 
 
 def _chunk_rows(vocab_size: int) -> int:
-    return max(1, CHUNK_LOGITS // vocab_size)
+    return max(MIN_CHUNK_ROWS, CHUNK_LOGITS // vocab_size)
 
 
-def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    rows = _chunk_rows(vocab_size)
-    for start in range(0, num_rows, rows):
-        yield slice(start, min(start + rows, num_rows))
+def _slices(num_rows: int, step: int) -> Iterator[slice]:
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
 
 
-def _log_softmax(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+def _softmax_slices(logits_CV: Tensor) -> Iterator[slice]:
+    limit = GPU_SLICE_LOGITS if logits_CV.is_cuda else CHUNK_LOGITS
+    return _slices(len(logits_CV), max(1, limit // logits_CV.shape[1]))
+
+
+def _log_softmax(logits_SV: Tensor) -> Tensor:
     """Of the logits, in fp32 whatever the matmul's dtype: bf16 has 8 bits, a vocabulary needs more."""
-    return torch.log_softmax(hidden_CD @ weight_VD.T, dim=-1, dtype=torch.float32)
+    return torch.log_softmax(logits_SV, dim=-1, dtype=torch.float32)
 
 
 def _add_product(sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor) -> None:
-    """sum += left.T @ right, accumulated in fp32."""
+    """sum += left.T @ right, accumulated in fp32, without another matrix of that size."""
     if left_CV.dtype == torch.float32:
         sum_VD.addmm_(left_CV.T, right_CD)
-    else:
-        sum_VD += left_CV.T @ right_CD
+    elif left_CV.is_cuda:
+        torch.addmm(sum_VD, left_CV.T, right_CD, out_dtype=torch.float32, out=sum_VD)
+    else:  # torch has no product of bf16 with a sum in fp32 there
+        for rows in _slices(len(sum_VD), max(1, CHUNK_LOGITS // right_CD.shape[1])):
+            sum_VD[rows] += left_CV[:, rows].T @ right_CD
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -61,20 +71,25 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, num_rows: int, need_grad: bool) -> Tensor:
         total = hidden_RD.new_zeros((), dtype=torch.float32)
         grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad else None
-        for chunk in _chunks(len(hidden_RD), len(weight_VD)):
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad and ctx.needs_input_grad[1] else None
+        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
             hidden_CD, targets_C1 = hidden_RD[chunk], targets_R[chunk, None]
-            num_real = min(chunk.stop, num_rows) - chunk.start
-            logp_CV = _log_softmax(hidden_CD, weight_VD)
-            total -= logp_CV.gather(1, targets_C1)[:num_real].sum()
-            if grad_hidden_RD is not None and grad_weight_VD is not None:
-                # d loss / d logits = softmax - onehot
-                grad_CV = logp_CV.exp_()
-                grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full(targets_C1.shape, -1.0))
-                grad_CV[num_real:] = 0.0
-                grad_CV = grad_CV.to(hidden_RD.dtype)
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_RD[chunk])
-                _add_product(grad_weight_VD, grad_CV, hidden_CD)
+            num_real = max(0, num_rows - chunk.start)  # those behind are padding
+            logits_CV = hidden_CD @ weight_VD.T  # the gradient takes their place
+            for rows in _softmax_slices(logits_CV):
+                logp_SV, targets_S1 = _log_softmax(logits_CV[rows]), targets_C1[rows]
+                real = max(0, num_real - rows.start)
+                total -= logp_SV.gather(1, targets_S1)[:real].sum()
+                if need_grad:
+                    # d loss / d logits = softmax - onehot
+                    grad_SV = logp_SV.exp_()
+                    grad_SV.scatter_add_(1, targets_S1, grad_SV.new_full(targets_S1.shape, -1.0))
+                    grad_SV[real:] = 0.0
+                    logits_CV[rows] = grad_SV
+            if grad_hidden_RD is not None:
+                torch.mm(logits_CV, weight_VD, out=grad_hidden_RD[chunk])
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, logits_CV, hidden_CD)
         ctx.save_for_backward(grad_hidden_RD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -83,7 +98,8 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
-        grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
+        if grad_weight_VD is not None:
+            grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
         return grad_hidden_RD * grad.to(grad_hidden_RD.dtype), grad_weight_VD, None, None, None
 
 
@@ -98,30 +114,35 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, need_grad: bool) -> Tensor:
         logp_R = hidden_RD.new_empty(len(hidden_RD), dtype=torch.float32)
         kept = need_grad and len(hidden_RD) * len(weight_VD) <= KEPT_LOGITS
-        chunks: list[Tensor] = []
-        for chunk in _chunks(len(hidden_RD), len(weight_VD)):
-            logp_CV = _log_softmax(hidden_RD[chunk], weight_VD)
-            logp_R[chunk] = logp_CV.gather(1, targets_R[chunk, None])[:, 0]
-            if kept:
-                chunks.append(logp_CV)
+        slices: list[Tensor] = []
+        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
+            logits_CV = hidden_RD[chunk] @ weight_VD.T
+            for rows in _softmax_slices(logits_CV):
+                logp_SV = _log_softmax(logits_CV[rows])
+                logp_R[chunk][rows] = logp_SV.gather(1, targets_R[chunk][rows, None])[:, 0]
+                if kept:
+                    slices.append(logp_SV)
         if need_grad:
-            ctx.save_for_backward(hidden_RD, weight_VD, targets_R, *chunks)
+            ctx.save_for_backward(hidden_RD, weight_VD, targets_R, *slices)
         return logp_R
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_RD, weight_VD, targets_R, *chunks = ctx.saved_tensors
+        hidden_RD, weight_VD, targets_R, *slices = ctx.saved_tensors
+        kept = iter(slices)
         grad_hidden_RD = torch.empty_like(hidden_RD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for number, chunk in enumerate(_chunks(len(hidden_RD), len(weight_VD))):
-            hidden_CD, grad_C1 = hidden_RD[chunk], grad_R[chunk, None]
-            prob_CV = chunks[number].exp() if chunks else _log_softmax(hidden_CD, weight_VD).exp_()
-            grad_CV = prob_CV.mul_(-grad_C1).scatter_add_(1, targets_R[chunk, None], grad_C1)
-            grad_CV = grad_CV.to(hidden_RD.dtype)
-            torch.mm(grad_CV, weight_VD, out=grad_hidden_RD[chunk])
-            _add_product(grad_weight_VD, grad_CV, hidden_CD)
-        return grad_hidden_RD, grad_weight_VD.to(weight_VD.dtype), None, None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
+            hidden_CD, grad_C1, targets_C1 = hidden_RD[chunk], grad_R[chunk, None], targets_R[chunk, None]
+            logits_CV = hidden_CD.new_empty(len(hidden_CD), len(weight_VD)) if slices else hidden_CD @ weight_VD.T
+            for rows in _softmax_slices(logits_CV):
+                prob_SV = next(kept).exp() if slices else _log_softmax(logits_CV[rows]).exp_()
+                logits_CV[rows] = prob_SV.mul_(-grad_C1[rows]).scatter_add_(1, targets_C1[rows], grad_C1[rows])
+            torch.mm(logits_CV, weight_VD, out=grad_hidden_RD[chunk])
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, logits_CV, hidden_CD)
+        return grad_hidden_RD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype), None, None
 
 
 def _prepare(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -135,8 +156,8 @@ def _prepare(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[T
 def cross_entropy_sum(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, int]:
     """Next-token loss: (sum over rows of -log softmax(hidden @ weight.T)[target], number of rows).
 
-    Never holds more than ``CHUNK_LOGITS`` logits (or those of one row). Select the rows that predict a
-    trained target beforehand. No rows give a sum of 0 with a zero gradient.
+    Holds the logits of ``MIN_CHUNK_ROWS`` rows (more where that is still within ``CHUNK_LOGITS``), however many rows there are. Select
+    the rows that predict a trained target beforehand. No rows give a sum of 0 with a zero gradient.
     """
     num_rows = len(targets_R)
     hidden_RD, weight_VD, targets_R, need_grad = _prepare(hidden_RD, weight_VD, targets_R)
