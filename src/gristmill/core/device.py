@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +67,12 @@ def free_memory(device: torch.device) -> int:
     if limit != resource.RLIM_INFINITY:
         free.append(limit - (_fields(Path("/proc/self/status"), "VmSize:") or 0) * 1024)
     return max(0, min(free))
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system: glibc keeps what reading a large tokenizer leaves, tens of megabytes."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fields(path: Path, name: str) -> int | None:

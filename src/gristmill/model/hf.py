@@ -11,14 +11,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gristmill.core.device import free_memory
+from gristmill.core.device import free_memory, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, make_folder, replacing, sync, write_json
 from gristmill.core.untrusted import existing_file, is_bare_name, quoted, quoted_path, read_untrusted_json
@@ -312,6 +312,7 @@ def fingerprint(folder: Path | str) -> str:
 def _read_descriptions(folder: Path) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
     hf, config = read_config(folder)
     tokenizer = Tokenizer.load(folder)
+    trim_heap()
     _check_vocabulary(config, tokenizer, folder)
     return hf, config, tokenizer
 
@@ -378,7 +379,7 @@ def _fill(
                     raise InputError(f"{MISFIT}: {path} has {_shown(name)} a second time.")
                 found[name], files[name] = file, path
         stored = _check_headers(found, tensors(model), folder, kind=kind, tied=tied)
-    backbone: Transformer = getattr(model, "backbone", model)
+    backbone = cast(Transformer, getattr(model, "backbone", model))
     if on_block is not None:
         backbone.blocks.float()
     _check_memory(model, backbone.blocks, folder, device=device, quantized=on_block is not None)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from gristmill.model.attention import varlen_attention
 from gristmill.model.config import BlockConfig, ModelConfig
@@ -222,6 +223,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.checkpoint_activations = False  # a block's are computed again in the backward pass, only its input is kept
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.blocks = nn.ModuleList(Block(config, block) for block in config.blocks)
         self.final_norm = _norm(config)
@@ -267,7 +269,11 @@ class Transformer(nn.Module):
         cos_TR, sin_TR = self.rope(shape.positions_T)
         x_TD = self.embed(ids_T)
         for block in self.blocks:
-            x_TD = block(x_TD, cos_TR, sin_TR, shape)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # nothing in a block is random, so there is no state to keep
+                x_TD = checkpoint(block, x_TD, cos_TR, sin_TR, shape, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TD = block(x_TD, cos_TR, sin_TR, shape)
         return self.final_norm(x_TD)
 
     def unembedding(self) -> Tensor:

@@ -34,6 +34,13 @@ def _chunk_rows(vocab_size: int) -> int:
     return max(MIN_CHUNK_ROWS, CHUNK_LOGITS // vocab_size)
 
 
+def loss_bytes(num_rows: int, vocab_size: int, hidden_size: int, bytes_per_value: int) -> int:
+    """Memory of a loss over the vocabulary: its chunk of logits, rows, the gradients of output matrix and of input embedding."""
+    chunk = min(num_rows, _chunk_rows(vocab_size)) * vocab_size * bytes_per_value
+    matrices = vocab_size * hidden_size * (2 * 4 + (bytes_per_value if bytes_per_value < 4 else 0))
+    return chunk + 16 * CHUNK_LOGITS + matrices + 4 * num_rows * hidden_size * bytes_per_value
+
+
 def _slices(num_rows: int, step: int) -> Iterator[slice]:
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
@@ -99,7 +106,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
         if grad_weight_VD is not None:
-            grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
+            grad_weight_VD = grad_weight_VD.mul_(grad).to(ctx.weight_dtype)  # in place: a second backward pass is an error
         return grad_hidden_RD * grad.to(grad_hidden_RD.dtype), grad_weight_VD, None, None, None
 
 
