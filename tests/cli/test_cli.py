@@ -24,18 +24,19 @@ SURFACE = {
     "compare": "FOLDERS --out -o --json",
     "pretrain": "RECIPE --out -o --tokens --device --quiet -q --json",
     "train": (
-        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --precision --device --format --seed "
-        "--quiet -q --json"
+        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --precision --micro-batch-tokens "
+        "--checkpoint-activations --device --format --seed --quiet -q --json"
     ),
-    "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --device --format --seed --json",
-    "score": "MODEL --data --device --format --json",
+    "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --dtype --quantize --device "
+    "--format --seed --json",
+    "score": "MODEL --data --dtype --device --format --json",
     "eval": (
         "MODEL --prompts --max-tokens --dtype --quantize --cache --device --format --seed --greedy --out -o --against --unsafe-code "
         "--quiet -q --json"
     ),
     "quantize": "MODEL --out -o --to --dtype --json",
     "add-chat-tokens": "MODEL --out -o --to --json",
-    "chat": "MODEL --temperature --max-tokens --device --format --seed",
+    "chat": "MODEL --temperature --max-tokens --dtype --quantize --device --format --seed",
     "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --format --add-chat-tokens --name --force --no-force",
     "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --max-open-samples --timeout --reasoning-parser "
     "--max-batch --cache-tokens --dtype --quantize --cache --device --format",

@@ -21,8 +21,8 @@ from gristmill.workflows.dataset.recipe import DatasetRecipe
 
 # Every key a recipe may have. A change here is a change of what users have written down: think twice, then edit.
 TRAINING = (
-    "optimizer lr muon_lr schedule warmup_ratio warmup_steps min_lr_ratio steps epochs batch_size micro_batch_tokens weight_decay "
-    "clip precision"
+    "optimizer lr muon_lr schedule warmup_ratio warmup_steps min_lr_ratio steps epochs batch_size micro_batch_tokens "
+    "checkpoint_activations weight_decay clip precision"
 )
 PREFERENCE = f"{TRAINING} loss beta eta label_smoothing sft_weight logprobs num_prompts num_pairs keep_chosen"
 ANSWERS = "samples temperatures max_tokens"
@@ -54,8 +54,8 @@ SURFACE = {
     "rpo": PREFERENCE,
 }
 PRETRAINING = (
-    "kind world documents preset tokenizer chat_format tokens seed batch_tokens micro_batch_tokens optimizer lr muon_lr schedule "
-    "warmup_ratio warmup_steps min_lr_ratio weight_decay precision device"
+    "kind world documents preset tokenizer chat_format tokens seed batch_tokens micro_batch_tokens checkpoint_activations optimizer lr "
+    "muon_lr schedule warmup_ratio warmup_steps min_lr_ratio weight_decay precision device"
 )
 SHIPPED = sorted((Path(gristmill.__file__).parent / "recipes").glob("*.yaml"))
 

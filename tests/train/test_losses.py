@@ -136,6 +136,7 @@ def inputs(rows: int, vocab: int, hidden: int = 12, dtype: torch.dtype = torch.f
 @pytest.fixture(params=[(1, 0), (7, 0), (7, 31), (31, 31)], ids=lambda rows: f"chunk {rows[0]} keep {rows[1]}")
 def chunk_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK_LOGITS", request.param[0] * 50)
+    monkeypatch.setattr(losses, "MIN_CHUNK_ROWS", 2 * request.param[0])
     monkeypatch.setattr(losses, "KEPT_LOGITS", request.param[1] * 50)
 
 
@@ -185,6 +186,30 @@ def test_bf16_states_give_fp32_losses_near_the_exact_ones() -> None:
     assert w.grad is not None and w.grad.dtype == torch.float32 and h.grad is not None
 
 
+@pytest.mark.parametrize(("vocab", "min_rows"), [(1000, 1024), (1500, 1024), (16_000, 1), (20_000, 256)])
+def test_the_loss_is_right_near_the_borders_of_chunks_and_slices(vocab: int, min_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # rows are padded to a multiple of 128, so that a chunk of 131 or 1398 rows may be followed by padding alone
+    monkeypatch.setattr(losses, "MIN_CHUNK_ROWS", min_rows)
+    chunk, step = losses._chunk_rows(vocab), losses.CHUNK_LOGITS // vocab
+    borders = {1, 127, 129, step, step + 1, chunk - 1, chunk, chunk + 1, 2 * chunk - 1, 2 * chunk + 1}
+    with torch.no_grad():
+        h, w, targets = inputs(max(borders), vocab, hidden=2)
+        exact_R = F.cross_entropy(h @ w.T, targets, reduction="none")
+        for rows in borders:
+            total, count = cross_entropy_sum(h[:rows], w, targets[:rows])
+            assert count == rows and total.item() == pytest.approx(exact_R[:rows].sum().item(), rel=1e-5)
+            torch.testing.assert_close(token_logprobs(h[:rows], w, targets[:rows]), -exact_R[:rows], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [cross_entropy_sum, token_logprobs])
+def test_a_frozen_output_matrix_has_no_gradient(function: object) -> None:
+    h, w, targets = inputs(31, 50)
+    frozen = w.detach()
+    out = [function(h, matrix, targets) for matrix in (w, frozen)]  # type: ignore[operator]
+    (whole, part) = ((one[0] if isinstance(one, tuple) else one.sum()) for one in out)
+    assert torch.equal(torch.autograd.grad(whole, h)[0], torch.autograd.grad(part, h)[0]) and frozen.grad is None
+
+
 def test_no_rows_give_zero_loss_and_zero_gradient() -> None:
     for function in (cross_entropy_sum, token_logprobs):
         h, w, targets = inputs(0, 50)
@@ -197,6 +222,7 @@ def test_no_rows_give_zero_loss_and_zero_gradient() -> None:
 @pytest.mark.parametrize("function", [cross_entropy_sum, token_logprobs])
 def test_bytes_kept_for_backward_do_not_grow_with_rows_times_vocabulary(function: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 4000)
+    monkeypatch.setattr(losses, "MIN_CHUNK_ROWS", 4)
     monkeypatch.setattr(losses, "KEPT_LOGITS", 4000)
 
     def saved_bytes(rows: int) -> int:

@@ -60,6 +60,13 @@ def train(
     eta: Annotated[float, typer.Option(help="RPO: scale of the reward gap.")] = 1.0,
     sft_weight: Annotated[float, typer.Option(help="Preference losses: weight of the SFT term.")] = 0.0,
     precision: Annotated[str, typer.Option(help="fp32 or bf16 compute; weights are always fp32.")] = "fp32",
+    micro_batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that go through the model at once; default: as many as pay, within the free memory.")
+    ] = None,
+    checkpoint_activations: Annotated[
+        Literal["auto", "true", "false"],
+        typer.Option(help="Compute activations twice, to keep fewer; auto: where memory is short."),
+    ] = "auto",
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
@@ -72,12 +79,23 @@ def train(
     from gristmill.workflows.train import train_model
 
     values: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "precision": precision}
+    values |= given(micro_batch_tokens=micro_batch_tokens)
+    values["checkpoint_activations"] = checkpoint_activations if checkpoint_activations == "auto" else checkpoint_activations == "true"
     if kind not in ("sft", "reward"):
         values |= {"beta": beta, "eta": eta, "sft_weight": sft_weight}
     settings = training_section(kind, values)
     with Progress(quiet=quiet) as progress, progress.stage(kind):
         result = train_model(
-            kind, model, data, out=out, recipe=settings, device=device, chat_format=format, seed=seed, on_step=progress.train_step
+            kind,
+            model,
+            data,
+            out=out,
+            recipe=settings,
+            device=device,
+            chat_format=format,
+            seed=seed,
+            on_step=progress.train_step,
+            on_estimate=progress.note,
         )
     _done(result, out / "model", as_json)
     if result.steps < MIN_STEPS:
@@ -133,6 +151,8 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
     max_tokens: MaxTokens = 128,
+    dtype: Dtype = "fp32",
+    quantize: Quantized = "",
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
@@ -149,7 +169,8 @@ def generate(
         raise InputError("Give either a prompt or --prompts FILE.")
     asked = [(Message("user", prompt),)] if prompt is not None else [p.messages for p in read_prompts(prompts or Path(), "file")]
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
-    rows = answer_rows(load_engine(model, EngineArgs(chat_format=format, device=device)), asked, sampling, seed=seed)
+    args = EngineArgs(dtype=dtype, quantize=quantize, chat_format=format, device=device)
+    rows = answer_rows(load_engine(model, args), asked, sampling, seed=seed)
     if out:
         echo(f"{write_jsonl(out, rows)} prompts answered: {out}", err=as_json)
         return
@@ -161,6 +182,7 @@ def generate(
 def score(
     model: Annotated[Path, typer.Argument(help="Reward model folder.")],
     data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages ending with the assistant, or prompt and response.")],
+    dtype: Dtype = "fp32",
     device: Device = "auto",
     format: ChatFormat = "auto",
     as_json: AsJson = False,
@@ -168,7 +190,7 @@ def score(
     """Rate answers: helpfulness, correctness, coherence, complexity, verbosity, and their weighted sum."""
     from gristmill.judge.reward import rate_file
 
-    for row in rate_file(model, data, format, device=device):
+    for row in rate_file(model, data, format, device=device, dtype=dtype):
         line = ",".join(f"{k}:{v:.4f}" for k, v in row.items() if k != "id")
         echo(json.dumps(row) if as_json else f"{row['id']}  {line}")
 
@@ -247,6 +269,8 @@ def chat(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     max_tokens: MaxTokens = 256,
+    dtype: Dtype = "fp32",
+    quantize: Quantized = "",
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
@@ -256,7 +280,7 @@ def chat(
     from gristmill.engine.load import EngineArgs, answer_rows, load_engine
     from gristmill.generation.api import SamplingParams
 
-    engine = load_engine(model, EngineArgs(chat_format=format, device=device))
+    engine = load_engine(model, EngineArgs(dtype=dtype, quantize=quantize, chat_format=format, device=device))
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     talk: list[Message] = []
     while True:

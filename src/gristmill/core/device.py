@@ -1,7 +1,12 @@
-"""Device selection: from what a recipe or a command says to a torch.device that exists here."""
+"""Devices: from what a recipe or a command says to a torch.device that exists here, and the memory that it has free."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import resource
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gristmill.core.errors import InputError
@@ -37,3 +42,61 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError(f"device is {name!r} but torch finds no Apple GPU here; choose cpu or auto")
     return device
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """InputError where a GPU has no arithmetic of this type."""
+    import torch
+
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise InputError(f"{torch.cuda.get_device_name(device)} does not compute in bf16: choose fp32.")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken: of a GPU, or of this machine within the limits of container (cgroup) and process (ulimit)."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_free_in_cgroup()]
+    if (available := _fields(Path("/proc/meminfo"), "MemAvailable:")) is not None:
+        free.append(available * 1024)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        free.append(limit - (_fields(Path("/proc/self/status"), "VmSize:") or 0) * 1024)
+    return max(0, min(free))
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system: glibc keeps what reading a large tokenizer leaves, tens of megabytes."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _fields(path: Path, name: str) -> int | None:
+    """The number after a name that begins a line of one of the kernel's files; None where there is none."""
+    try:
+        lines = path.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
+def _free_in_cgroup() -> list[int]:
+    """What each limit of this process's cgroup (v2) and those around it leaves; the page cache can be had back."""
+    free: list[int] = []
+    root = Path("/sys/fs/cgroup")
+    try:
+        inner = Path("/proc/self/cgroup").read_text().rsplit("::", 1)[1].strip().lstrip("/")
+        for folder in (root / inner, *(root / inner).parents):
+            if root not in (folder, *folder.parents):
+                break
+            limit = folder / "memory.max"
+            if limit.exists() and (text := limit.read_text().strip()).isdigit():
+                cache = _fields(folder / "memory.stat", "inactive_file ") or 0
+                free.append(int(text) - int((folder / "memory.current").read_text()) + cache)
+    except (OSError, IndexError, ValueError):
+        pass
+    return free

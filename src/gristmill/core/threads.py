@@ -28,11 +28,13 @@ class Map(Protocol):
     def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]: ...
 
 
-def num_workers(model: nn.Module) -> int:
-    """How many pieces of work to do at once with this model: `torch.get_num_threads()` for a small one on a CPU, else 1."""
+def num_workers(model: nn.Module, device: torch.device | None = None) -> int:
+    """How many pieces of work to do at once with this model, on a device (None: where it is): `torch.get_num_threads()` for a small one
+    on a CPU, else 1.
+    """
     parameters = list(model.parameters())
     small = sum(p.numel() for p in parameters) < MAX_THREADED_PARAMETERS
-    return torch.get_num_threads() if small and parameters[0].device.type == "cpu" else 1
+    return torch.get_num_threads() if small and (device or parameters[0].device).type == "cpu" else 1
 
 
 @contextmanager

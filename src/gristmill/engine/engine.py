@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gristmill.core.device import check_dtype
 from gristmill.core.errors import InputError
 from gristmill.core.threads import merge, num_workers, workers
 from gristmill.data.chat import ChatFormat, Message
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.core import Core
 from gristmill.engine.grammar import GrammarBackend
-from gristmill.engine.layers import Decoder
+from gristmill.engine.layers import Decoder, DecoderLayer
 from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Completion, Request
 from gristmill.model.packed import PackedShape
@@ -79,7 +80,8 @@ class Engine:
         cache_dtype: of keys and values; None for `dtype`. int8 and float8_e4m3fn keep a scale for each head of a token.
         quantize: the layers' matrices, here and now: "int8" (and activations, a scale a token), "int8-weight" (matrices alone) or "fp8"
             (both). Everything is then computed by them, scores too.
-        own: nobody else uses the model: what is quantized may be dropped from it.
+        own: nobody else uses the model: what is quantized or converted is dropped from it.
+        layers: quantized layers, made already from blocks that were released; the model is owned then.
     """
 
     def __init__(
@@ -95,17 +97,19 @@ class Engine:
         cache_dtype: torch.dtype | None = None,
         quantize: Quantize = "",
         own: bool = False,
+        layers: list[DecoderLayer] | None = None,
     ) -> None:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}.")
         device = model.embedding.device
         if cache_dtype == torch.float8_e4m3fn and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             raise InputError(f"{torch.cuda.get_device_name(device)} has no fp8: keep the cache in int8 or bf16.")
-        self._trained, self.model = model, model if quantize else _in_dtype(model, dtype)
+        check_dtype(device, dtype)
+        self._trained, self.model = model, model if quantize else _in_dtype(model, dtype, own)
         self.num_workers = num_workers(model)
         self.quantize = quantize
-        self._decoder = Decoder(self.model, dtype, quantize)
-        if own and quantize:
+        self._decoder = Decoder(self.model, dtype, quantize, layers=layers)
+        if own and quantize and layers is None:
             self._decoder.release()
         self.tokenizer = tokenizer
         self.chat_format = chat_format
@@ -350,11 +354,11 @@ class _RoundRobin:
             yield request
 
 
-def _in_dtype(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The model itself where its matrices and activations have this type, else a copy; norms keep theirs."""
+def _in_dtype(model: Transformer, dtype: torch.dtype, own: bool) -> Transformer:
+    """The model itself where its matrices and activations have this type or it is owned, else a copy; norms keep theirs."""
     if model.embedding.dtype == dtype and model.compute_dtype == dtype:
         return model
-    converted = copy.deepcopy(model).requires_grad_(False)
+    converted = (model if own else copy.deepcopy(model)).requires_grad_(False)
     for parameter in converted.parameters():
         if parameter.ndim == 2:
             parameter.data = parameter.data.to(dtype)

@@ -177,6 +177,13 @@ def _quantized(norm: Norm | None, x_TD: Tensor, delta_TD: Tensor | None) -> tupl
     return x_TD, Int8Activations.quantize(x_TD)
 
 
+def release(block: nn.Module) -> None:
+    """Free the matrices of a block that a quantized layer was made from."""
+    for module in block.modules():
+        if isinstance(module, Linear):
+            module.to("meta")
+
+
 class Decoder:
     """Decoder stack for inference: what `Transformer` computes, by the layers above.
 
@@ -184,13 +191,17 @@ class Decoder:
         model: its matrices are read in place where nothing is quantized; they must then be of type `dtype`.
         dtype: of activations.
         quantize: the layers' matrices; embeddings and output matrix stay as they are.
+        layers: made already from the model's blocks, which are released.
     """
 
-    def __init__(self, model: Transformer, dtype: torch.dtype, quantize: Quantize = "") -> None:
+    def __init__(
+        self, model: Transformer, dtype: torch.dtype, quantize: Quantize = "", *, layers: list[DecoderLayer] | None = None
+    ) -> None:
         self.model, self.config, self.dtype, self.quantize = model, model.config, dtype, quantize
         self.device = model.embedding.device
         self.released = False
-        self.refresh()
+        self._read(layers)
+        self.released = layers is not None
 
     def refresh(self) -> None:
         """Load the weights as they are now.
@@ -200,7 +211,11 @@ class Decoder:
         """
         if self.released:
             raise InputError("The engine was made with own=True and has let go of the weights that it was made from: make another one.")
-        self.layers = [DecoderLayer(block, self.dtype, self.quantize) for block in self.model.blocks if isinstance(block, Block)]
+        self._read(None)
+
+    def _read(self, layers: list[DecoderLayer] | None) -> None:
+        blocks = [block for block in self.model.blocks if isinstance(block, Block)]
+        self.layers = [DecoderLayer(block, self.dtype, self.quantize) for block in blocks] if layers is None else layers
         self.final_norm = Norm(self.model.final_norm, 1 / self.config.logits_scaling)
         self.embedding_VD = self.model.embedding.detach().to(self.dtype)
         self.unembedding_VD = self.model.unembedding().detach().to(self.dtype)
@@ -209,9 +224,8 @@ class Decoder:
 
     def release(self) -> None:
         """Free the model's own copy of all that is quantized: nobody else may use the model any more, nor `refresh` be called."""
-        for module in self.model.modules():
-            if isinstance(module, Linear) and module is not self.model.lm_head:
-                module.weight.data = module.weight.data.new_empty(0)
+        for block in self.model.blocks:
+            release(block)
         self.model.embedding.data = self.embedding_VD
         if self.model.lm_head is not None:
             self.model.lm_head.weight.data = self.unembedding_VD

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import torch
 
-from gristmill.core.device import pick_device
+from gristmill.core.device import check_dtype, pick_device
 from gristmill.data.chat import Message, find_format, to_dicts
 from gristmill.engine.engine import Engine
+from gristmill.engine.layers import DecoderLayer, release
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.hf import load_model, saved_as
 from gristmill.model.quantized import Quantize
-from gristmill.model.transformer import PRECISIONS
+from gristmill.model.transformer import PRECISIONS, Block
 
 CACHE_DTYPES = PRECISIONS | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -42,19 +43,35 @@ class EngineArgs:
 
 def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = "", own: bool = True) -> Engine:
     """Load a model folder into an engine. `own` as in `Engine`."""
-    device = pick_device(args.device)
-    model, tokenizer = load_model(folder)
+    device, dtype = pick_device(args.device), PRECISIONS[args.dtype]
+    check_dtype(device, dtype)
+    quantize = args.quantize or saved_as(folder)
+    layers: list[DecoderLayer] = []
+
+    def quantized(block: Block) -> None:  # before the next is read, so that only one has its matrices in fp32
+        layers.append(DecoderLayer(block, dtype, quantize))
+        release(block)
+
+    by_block = own and bool(quantize)
+    model, tokenizer = load_model(
+        folder,
+        torch.float32 if quantize and not own else dtype,
+        vector_dtype=torch.float32,
+        device=device,
+        on_block=quantized if by_block else None,
+    )
     return Engine(
-        model.to(device),
+        model,
         tokenizer,
         find_format(args.chat_format, tokenizer),
         name=name or folder.resolve().name,
         max_batch=args.max_batch,
-        dtype=PRECISIONS[args.dtype],
+        dtype=dtype,
         cache_tokens=args.cache_tokens,
         cache_dtype=CACHE_DTYPES[args.cache] if args.cache else None,
-        quantize=args.quantize or saved_as(folder),
+        quantize=quantize,
         own=own,
+        layers=layers if by_block else None,
     )
 
 

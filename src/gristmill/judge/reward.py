@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gristmill.core.device import pick_device
+from gristmill.core.device import check_dtype, pick_device
 from gristmill.core.errors import InputError
 from gristmill.core.threads import num_workers, workers
 from gristmill.data.chat import ChatFormat, Message, find_format
@@ -17,6 +17,7 @@ from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.hf import load_reward
 from gristmill.model.packed import pack
 from gristmill.model.reward import RewardModel
+from gristmill.model.transformer import PRECISIONS
 
 PACKED_TOKENS = 4096
 # Rated in one pass, so that the model reads their prompt once.
@@ -95,16 +96,17 @@ def _packs(groups: list[list[int]], rendered: list[list[int]]) -> Iterator[list[
         yield together
 
 
-def load_scorer(folder: Path, chat_format: str = "auto", *, device: str = "auto") -> RewardScorer:
-    """The scorer of a reward model's folder, on a device as `pick_device` takes it."""
+def load_scorer(folder: Path, chat_format: str = "auto", *, device: str = "auto", dtype: str = "fp32") -> RewardScorer:
+    """The scorer of a reward model's folder, on a device as `pick_device` takes it, computing in fp32 or bf16."""
     where = pick_device(device)
-    model, tokenizer = load_reward(folder)
-    return RewardScorer(model.to(where), tokenizer, find_format(chat_format, tokenizer))
+    check_dtype(where, PRECISIONS[dtype])
+    model, tokenizer = load_reward(folder, PRECISIONS[dtype], vector_dtype=torch.float32, device=where)
+    return RewardScorer(model, tokenizer, find_format(chat_format, tokenizer))
 
 
-def rate_file(folder: Path, data: Path, chat_format: str = "auto", *, device: str = "auto") -> list[dict[str, Any]]:
+def rate_file(folder: Path, data: Path, chat_format: str = "auto", *, device: str = "auto", dtype: str = "fp32") -> list[dict[str, Any]]:
     """Ratings of every conversation of a file."""
-    scorer = load_scorer(folder, chat_format, device=device)
+    scorer = load_scorer(folder, chat_format, device=device, dtype=dtype)
     rows = read_demonstrations(data)
     ratings = scorer.score([r.messages for r in rows])
     return [{"id": r.id, **asdict(x), "score": round(scorer.total(x), 4)} for r, x in zip(rows, ratings, strict=True)]

@@ -4,7 +4,7 @@ Formulas as in the Nemotron-4 reports: embeddings count both matrices, FLOPs cou
 attention in full (not halved for causality), nothing is counted for recomputation.
 """
 
-from gristmill.model.config import ModelConfig
+from gristmill.model.config import BlockConfig, ModelConfig
 
 H100_FLOPS = 989e12  # bf16, dense, a GPU
 
@@ -81,3 +81,23 @@ def kv_bytes_per_token(config: ModelConfig, bytes_per_value: float = 2) -> int:
 def weight_bytes(config: ModelConfig, bytes_per_value: float = 2) -> int:
     """Bytes of the weights when each takes `bytes_per_value` (2 for bf16, 1 for fp8)."""
     return int(num_parameters(config) * bytes_per_value)
+
+
+def block_activation_bytes_per_token(config: ModelConfig, block: BlockConfig, bytes_per_value: float = 4) -> int:
+    """Bytes that a layer keeps of one token for its backward pass, the padding of attention included (on a CPU, within a tenth)."""
+    queries, keys = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
+    values = 0.0
+    norms = (1 if config.parts.norm == "layernorm1p" else 2) * (1 + config.parts.post_norm)
+    if block.has_attention:
+        # rotated heads and values, the same in padded views, outputs in both, and the input of the output projection
+        values += norms * config.hidden_size + 5.4 * queries + 2.4 * keys
+        values += 2.5 * (queries + keys) * (config.parts.qk_norm != "")
+    if block.has_mlp:
+        values += norms * config.hidden_size + block.ffn_size * (4 if config.parts.gated else 2)
+    return int(values * bytes_per_value)
+
+
+def activation_bytes_per_token(config: ModelConfig, bytes_per_value: float = 4) -> int:
+    """Bytes that the whole model keeps of one token for its backward pass, without the loss."""
+    layers = sum(block_activation_bytes_per_token(config, block, bytes_per_value) for block in config.blocks)
+    return layers + int(4 * config.hidden_size * bytes_per_value)

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gristmill.core.device import free_memory, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, make_folder, replacing, sync, write_json
 from gristmill.core.untrusted import existing_file, is_bare_name, quoted, quoted_path, read_untrusted_json
@@ -251,12 +252,28 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 # ---- loading ----
 
 
-def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
+OnBlock = Callable[[Block], None]
+
+
+def load_model(
+    folder: Path | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    vector_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    on_block: OnBlock | None = None,
+) -> tuple[Transformer, Tokenizer]:
     """Read a model folder; parameters and `compute_dtype` become `dtype`, quantized ones too (see `saved_as`).
+
+    Each tensor is mapped and copied by itself, block after block, so that memory holds the weights once.
+
+    Args:
+        vector_dtype: of norms and biases; None for `dtype`. What only generates keeps them in fp32.
+        on_block: is given each block when it is read, in fp32. What it moves to the meta device makes room for the next.
 
     Raises:
         InputError: the folder or a file is absent or damaged, the architecture is not supported, a tensor is
-            missing, unexpected or misshapen, or the tokenizer belongs to another model.
+            missing, unexpected or misshapen, the tokenizer belongs to another model, or the memory is not enough.
     """
     folder = Path(folder)
     hf, config, tokenizer = _read_descriptions(folder)
@@ -265,11 +282,14 @@ def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple[
     with torch.device("meta"):
         model = Transformer(config)
     model.compute_dtype = dtype
-    return _fill(model, hf_tensors, folder, hf=hf, dtype=dtype), tokenizer
+    _set_dtypes(model, dtype, vector_dtype)
+    return _fill(model, hf_tensors, folder, hf=hf, device=torch.device(device), on_block=on_block), tokenizer
 
 
-def load_reward(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple[RewardModel, Tokenizer]:
-    """Read a reward model folder; see `load_model`.
+def load_reward(
+    folder: Path | str, dtype: torch.dtype = torch.float32, *, vector_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[RewardModel, Tokenizer]:
+    """Read a reward model folder; see `load_model`. The head stays in fp32, in which it computes.
 
     Raises:
         InputError: as `load_model`, or the folder holds no reward head for our attributes.
@@ -283,7 +303,13 @@ def load_reward(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple
         backbone = Transformer(config)
     backbone.compute_dtype = dtype
     model = RewardModel(backbone, hf.get("reward_weights", REWARD_WEIGHTS["nemotron4-340b"]))
-    return _fill(model, _reward_tensors, folder, hf=hf, dtype=dtype), tokenizer
+    _set_dtypes(backbone, dtype, vector_dtype)
+    return _fill(model, _reward_tensors, folder, hf=hf, device=torch.device(device)), tokenizer
+
+
+def _set_dtypes(model: Transformer, dtype: torch.dtype, vector_dtype: torch.dtype | None) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype if parameter.ndim == 2 else vector_dtype or dtype)
 
 
 def fingerprint(folder: Path | str) -> str:
@@ -304,6 +330,7 @@ def fingerprint(folder: Path | str) -> str:
 def _read_descriptions(folder: Path) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
     hf, config = read_config(folder)
     tokenizer = Tokenizer.load(folder)
+    trim_heap()
     _check_vocabulary(config, tokenizer, folder)
     return hf, config, tokenizer
 
@@ -346,7 +373,13 @@ def _open(path: Path, stack: ExitStack) -> Any:
 
 
 def _fill(
-    model: AnyModel, tensors: Callable[[AnyModel], dict[str, Tensor]], folder: Path, *, hf: dict[str, Any], dtype: torch.dtype
+    model: AnyModel,
+    tensors: Callable[[AnyModel], dict[str, Tensor]],
+    folder: Path,
+    *,
+    hf: dict[str, Any],
+    device: torch.device,
+    on_block: OnBlock | None = None,
 ) -> AnyModel:
     """Give a model on the meta device memory and the tensors of a folder; names, types and shapes are compared before any is read.
 
@@ -354,6 +387,7 @@ def _fill(
         tensors: Hugging Face names to views of the model's parameters.
     """
     kind, tied = kind_of(hf), ModelConfig.from_hf(hf).tie_embeddings
+    files: dict[str, Path] = {}
     with ExitStack() as stack:
         found: dict[str, Any] = {}  # the file that holds a name
         for path in _weight_files(folder):
@@ -361,20 +395,40 @@ def _fill(
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 if name in found:
                     raise InputError(f"{MISFIT}: {path} has {_shown(name)} a second time.")
-                found[name] = file
+                found[name], files[name] = file, path
         stored = _check_headers(found, tensors(model), folder, kind=kind, tied=tied)
-        _check_memory(model, folder, dtype)
-        model = model.to(dtype).to_empty(device="cpu")
+    backbone = cast(Transformer, getattr(model, "backbone", model))
+    if on_block is not None:
+        backbone.blocks.float()
+    _check_memory(model, backbone.blocks, folder, device=device, quantized=on_block is not None)
 
-        def read(name: str) -> Tensor:
-            tensor: Tensor = found[name].get_tensor(name)
-            return tensor
+    def read(name: str) -> Tensor:  # a file is mapped for one tensor, or its pages would stay in memory beside the copies
+        with safe_open(files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
 
+    def fill(module: nn.Module, *, recurse: bool) -> None:
+        module.to_empty(device="cpu", recurse=recurse)
         for name, view in tensors(model).items():
-            with _damage(folder):
-                _copy(view, decompress(name, kind, read) if len(stored[name]) > 1 else read(name), f"{folder} has {name}")
-        if tied and OUTPUT in found and not torch.equal(read(OUTPUT), read(EMBEDDING)):  # which others read in different ways
-            raise InputError(f"Set tie_word_embeddings to false in {folder}: its {OUTPUT} is another matrix than {EMBEDDING}.")
+            if name in stored and not view.is_meta:
+                parts = stored.pop(name)
+                with _damage(folder):
+                    _copy(view, decompress(name, kind, read) if len(parts) > 1 else read(name), f"{folder} has {name}")
+
+    in_blocks = set(backbone.blocks.modules())
+    others = [module for module in model.modules() if module not in in_blocks]
+    for module in others:
+        fill(module, recurse=False)
+    if tied and OUTPUT in files and not torch.equal(read(OUTPUT), read(EMBEDDING)):  # which others read in different ways
+        raise InputError(f"Set tie_word_embeddings to false in {folder}: its {OUTPUT} is another matrix than {EMBEDDING}.")
+    for module in others:
+        module._apply(lambda tensor: tensor.to(device), recurse=False)
+    for block in backbone.blocks:
+        assert isinstance(block, Block)
+        fill(block, recurse=True)
+        block.to(device)
+        if on_block is not None:
+            on_block(block)
     return model
 
 
@@ -413,12 +467,23 @@ def _shown(name: str) -> str:
     return quoted(name)[1:-1]
 
 
-def _check_memory(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > present:
-        here = f"{present / 1e9:,.0f} GB are here"
-        raise InputError(f"Use a machine with more memory for {folder}: its weights take {needed / 1e9:,.0f} GB, and {here}.")
+def _check_memory(model: nn.Module, blocks: nn.ModuleList, folder: Path, *, device: torch.device, quantized: bool) -> None:
+    """InputError where the weights are more than the memory that is free (`quantized`: the blocks in eight bits)."""
+
+    def size(module: nn.Module) -> int:
+        return sum(parameter.nbytes for parameter in module.parameters())
+
+    needed = size(model)
+    if quantized:
+        needed -= size(blocks) * 3 // 4 - max((size(block) for block in blocks), default=0)
+    if needed > (free := free_memory(device)):
+        widest = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
+        taken = f"{needed / 1e9:,.1f} GB{'' if quantized else ' in ' + str(widest).removeprefix('torch.')}"
+        less = "" if quantized else "int8, " if widest != torch.float32 else "bf16 (half of that), int8, "
+        raise InputError(
+            f"{folder} does not fit: its weights take {taken}, and {free / 1e9:,.1f} GB of memory are free. "
+            f"Use {less}{'or ' if less else ''}a smaller model, or a machine with more memory."
+        )
 
 
 def _copy(view: Tensor, tensor: Tensor, what: str) -> None:

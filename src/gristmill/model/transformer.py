@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from gristmill.core.errors import InputError
 from gristmill.model.attention import ScoreMod, varlen_attention
@@ -259,6 +260,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.checkpoint_activations = False  # a block's are computed again in the backward pass, only its input is kept
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.blocks = nn.ModuleList(Block(config, block) for block in config.blocks)
         self.final_norm = _norm(config)
@@ -318,7 +320,12 @@ class Transformer(nn.Module):
         angles = self.rope(shape.positions_T)
         x_TD = self.embed(ids_T)
         for block, layer in zip(self.blocks, self.config.blocks, strict=True):
-            x_TD = block(x_TD, *angles[layer.rope], shape)
+            given = (x_TD, *angles[layer.rope], shape)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # nothing in a block is random, so there is no state to keep
+                x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TD = block(*given)
         h_TD = self.final_norm(x_TD)
         return h_TD if self.config.logits_scaling == 1 else h_TD / self.config.logits_scaling
 

@@ -1,7 +1,7 @@
 """Losses, chunked over the vocabulary: pure functions on tensors that return a sum and a count, or one value a pair; the loop divides.
 
 Shape legend: R rows (hidden states that predict a trained target), D hidden size, V vocabulary, C rows of a
-chunk, P preference pairs, N rated samples.
+chunk, S rows of a slice of it, P preference pairs, N rated samples.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,12 @@ from gristmill.core.errors import InputError
 from gristmill.model.transformer import soft_cap
 from gristmill.train.batches import IGNORE_LABEL
 
-# Logits alive at once: 8 MiB in fp32, which on a CPU is within a tenth of the fastest size for vocabularies
-# of 1K to 32K. The memory of a loss does not depend on rows x vocabulary.
+# A chunk of rows goes through the products with the output matrix at once: at least so many, since with a large vocabulary fewer cost
+# 3 to 7 times the time. What a loss holds is the chunk's logits in the type of the states, MIN_CHUNK_ROWS x V or CHUNK_LOGITS.
+MIN_CHUNK_ROWS = 1024
+# The softmax is made in fp32 for a slice of the chunk: 8 MiB, which on a CPU stay in the cache. A GPU takes 256 MiB, to launch less.
 CHUNK_LOGITS = 2**21
+GPU_SLICE_LOGITS = 2**26
 # Log-softmax values that token_logprobs may keep for its backward pass, not making them again (32 MiB).
 KEPT_LOGITS = 2**23
 # Rows are padded to a multiple of this (or of a chunk's rows): see ``packed.filled_length``.
@@ -29,33 +32,46 @@ _ALIASES = {"rpo": "rpo_bwd_kl"}
 
 
 def _chunk_rows(vocab_size: int) -> int:
-    return max(1, CHUNK_LOGITS // vocab_size)
+    return max(MIN_CHUNK_ROWS, CHUNK_LOGITS // vocab_size)
 
 
-def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    rows = _chunk_rows(vocab_size)
-    for start in range(0, num_rows, rows):
-        yield slice(start, min(start + rows, num_rows))
+def loss_bytes(num_rows: int, vocab_size: int, hidden_size: int, bytes_per_value: int) -> int:
+    """Memory of a loss over the vocabulary: its chunk of logits, rows, the gradients of output matrix and of input embedding."""
+    chunk = min(num_rows, _chunk_rows(vocab_size)) * vocab_size * bytes_per_value
+    matrices = vocab_size * hidden_size * (2 * 4 + (bytes_per_value if bytes_per_value < 4 else 0))
+    return chunk + 16 * CHUNK_LOGITS + matrices + 4 * num_rows * hidden_size * bytes_per_value
 
 
-def _log_softmax(hidden_CD: Tensor, weight_VD: Tensor, cap: float | None = None) -> tuple[Tensor, Tensor | None]:
+def _slices(num_rows: int, step: int) -> Iterator[slice]:
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def _softmax_slices(logits_CV: Tensor) -> Iterator[slice]:
+    limit = GPU_SLICE_LOGITS if logits_CV.is_cuda else CHUNK_LOGITS
+    return _slices(len(logits_CV), max(1, limit // logits_CV.shape[1]))
+
+
+def _log_softmax(logits_SV: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
     """Of the logits, in fp32 whatever the matmul's dtype: bf16 has 8 bits, a vocabulary needs more.
 
     With a cap also the slope of the capped logits: (cap tanh(x / cap))' = 1 - tanh(x / cap)^2.
     """
-    logits_CV = hidden_CD @ weight_VD.T
     if cap is None:
-        return torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32), None
-    capped_CV = soft_cap(logits_CV.float(), cap)
-    return torch.log_softmax(capped_CV, dim=-1), 1 - (capped_CV / cap).square_()
+        return torch.log_softmax(logits_SV, dim=-1, dtype=torch.float32), None
+    capped_SV = soft_cap(logits_SV.float(), cap)
+    return torch.log_softmax(capped_SV, dim=-1), 1 - (capped_SV / cap).square_()
 
 
 def _add_product(sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor) -> None:
-    """sum += left.T @ right, accumulated in fp32."""
+    """sum += left.T @ right, accumulated in fp32, without another matrix of that size."""
     if left_CV.dtype == torch.float32:
         sum_VD.addmm_(left_CV.T, right_CD)
-    else:
-        sum_VD += left_CV.T @ right_CD
+    elif left_CV.is_cuda:
+        torch.addmm(sum_VD, left_CV.T, right_CD, out_dtype=torch.float32, out=sum_VD)
+    else:  # torch has no product of bf16 with a sum in fp32 there
+        for rows in _slices(len(sum_VD), max(1, CHUNK_LOGITS // right_CD.shape[1])):
+            sum_VD[rows] += left_CV[:, rows].T @ right_CD
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -71,22 +87,25 @@ class _CrossEntropySum(torch.autograd.Function):
     ) -> Tensor:
         total = hidden_RD.new_zeros((), dtype=torch.float32)
         grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad else None
-        for chunk in _chunks(len(hidden_RD), len(weight_VD)):
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad and ctx.needs_input_grad[1] else None
+        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
             hidden_CD, targets_C1 = hidden_RD[chunk], targets_R[chunk, None]
-            num_real = min(chunk.stop, num_rows) - chunk.start
-            logp_CV, slope_CV = _log_softmax(hidden_CD, weight_VD, cap)
-            total -= logp_CV.gather(1, targets_C1)[:num_real].sum()
-            if grad_hidden_RD is not None and grad_weight_VD is not None:
-                # d loss / d logits = softmax - onehot
-                grad_CV = logp_CV.exp_()
-                grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full(targets_C1.shape, -1.0))
-                grad_CV[num_real:] = 0.0
-                if slope_CV is not None:
-                    grad_CV *= slope_CV
-                grad_CV = grad_CV.to(hidden_RD.dtype)
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_RD[chunk])
-                _add_product(grad_weight_VD, grad_CV, hidden_CD)
+            num_real = max(0, num_rows - chunk.start)  # those behind are padding
+            logits_CV = hidden_CD @ weight_VD.T  # the gradient takes their place
+            for rows in _softmax_slices(logits_CV):
+                logp_SV, slope_SV = _log_softmax(logits_CV[rows], cap)
+                targets_S1, real = targets_C1[rows], max(0, num_real - rows.start)
+                total -= logp_SV.gather(1, targets_S1)[:real].sum()
+                if need_grad:
+                    # d loss / d logits = softmax - onehot
+                    grad_SV = logp_SV.exp_()
+                    grad_SV.scatter_add_(1, targets_S1, grad_SV.new_full(targets_S1.shape, -1.0))
+                    grad_SV[real:] = 0.0
+                    logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
+            if grad_hidden_RD is not None:
+                torch.mm(logits_CV, weight_VD, out=grad_hidden_RD[chunk])
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, logits_CV, hidden_CD)
         ctx.save_for_backward(grad_hidden_RD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -95,7 +114,8 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
-        grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.mul_(grad).to(ctx.weight_dtype)  # in place: a second backward pass is an error
         return grad_hidden_RD * grad.to(grad_hidden_RD.dtype), grad_weight_VD, None, None, None, None
 
 
@@ -110,33 +130,38 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, need_grad: bool, cap: float | None) -> Tensor:
         logp_R = hidden_RD.new_empty(len(hidden_RD), dtype=torch.float32)
         kept = need_grad and len(hidden_RD) * len(weight_VD) <= KEPT_LOGITS and cap is None
-        chunks: list[Tensor] = []
-        for chunk in _chunks(len(hidden_RD), len(weight_VD)):
-            logp_CV, _ = _log_softmax(hidden_RD[chunk], weight_VD, cap)
-            logp_R[chunk] = logp_CV.gather(1, targets_R[chunk, None])[:, 0]
-            if kept:
-                chunks.append(logp_CV)
+        slices: list[Tensor] = []
+        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
+            logits_CV = hidden_RD[chunk] @ weight_VD.T
+            for rows in _softmax_slices(logits_CV):
+                logp_SV, _ = _log_softmax(logits_CV[rows], cap)
+                logp_R[chunk][rows] = logp_SV.gather(1, targets_R[chunk][rows, None])[:, 0]
+                if kept:
+                    slices.append(logp_SV)
         if need_grad:
-            ctx.save_for_backward(hidden_RD, weight_VD, targets_R, *chunks)
+            ctx.save_for_backward(hidden_RD, weight_VD, targets_R, *slices)
             ctx.cap = cap
         return logp_R
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_RD, weight_VD, targets_R, *chunks = ctx.saved_tensors
+        hidden_RD, weight_VD, targets_R, *slices = ctx.saved_tensors
+        kept = iter(slices)
         grad_hidden_RD = torch.empty_like(hidden_RD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for number, chunk in enumerate(_chunks(len(hidden_RD), len(weight_VD))):
-            hidden_CD, grad_C1 = hidden_RD[chunk], grad_R[chunk, None]
-            logp_CV, slope_CV = (chunks[number], None) if chunks else _log_softmax(hidden_CD, weight_VD, ctx.cap)
-            grad_CV = (logp_CV.exp() if chunks else logp_CV.exp_()).mul_(-grad_C1).scatter_add_(1, targets_R[chunk, None], grad_C1)
-            if slope_CV is not None:
-                grad_CV *= slope_CV
-            grad_CV = grad_CV.to(hidden_RD.dtype)
-            torch.mm(grad_CV, weight_VD, out=grad_hidden_RD[chunk])
-            _add_product(grad_weight_VD, grad_CV, hidden_CD)
-        return grad_hidden_RD, grad_weight_VD.to(weight_VD.dtype), None, None, None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
+            hidden_CD, grad_C1, targets_C1 = hidden_RD[chunk], grad_R[chunk, None], targets_R[chunk, None]
+            logits_CV = hidden_CD.new_empty(len(hidden_CD), len(weight_VD)) if slices else hidden_CD @ weight_VD.T
+            for rows in _softmax_slices(logits_CV):
+                logp_SV, slope_SV = (next(kept), None) if slices else _log_softmax(logits_CV[rows], ctx.cap)
+                prob_SV = logp_SV.exp() if slices else logp_SV.exp_()
+                grad_SV = prob_SV.mul_(-grad_C1[rows]).scatter_add_(1, targets_C1[rows], grad_C1[rows])
+                logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
+            torch.mm(logits_CV, weight_VD, out=grad_hidden_RD[chunk])
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, logits_CV, hidden_CD)
+        return grad_hidden_RD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype), None, None, None
 
 
 def _prepare(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -150,8 +175,8 @@ def _prepare(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[T
 def cross_entropy_sum(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, *, cap: float | None = None) -> tuple[Tensor, int]:
     """Next-token loss: (sum over rows of -log softmax(hidden @ weight.T)[target], number of rows). `cap`: soft cap of logits.
 
-    Never holds more than ``CHUNK_LOGITS`` logits (or those of one row). Select the rows that predict a
-    trained target beforehand. No rows give a sum of 0 with a zero gradient.
+    Holds the logits of ``MIN_CHUNK_ROWS`` rows (more where that is still within ``CHUNK_LOGITS``), however many rows there are. Select
+    the rows that predict a trained target beforehand. No rows give a sum of 0 with a zero gradient.
     """
     num_rows = len(targets_R)
     hidden_RD, weight_VD, targets_R, need_grad = _prepare(hidden_RD, weight_VD, targets_R)

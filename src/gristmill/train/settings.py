@@ -23,7 +23,8 @@ class Training(Section):
     steps: int | None = Field(None, gt=0)
     epochs: float | None = Field(None, gt=0)
     batch_size: int = Field(64, gt=0)
-    micro_batch_tokens: int = Field(8192, gt=0)
+    micro_batch_tokens: int | None = Field(None, gt=0, description="tokens at once; null: as many as pay, within the free memory")
+    checkpoint_activations: Literal["auto"] | bool = Field("auto", description="compute activations twice; auto: where memory is short")
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"

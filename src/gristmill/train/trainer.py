@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from gristmill.core.device import pick_device
+from gristmill.core.device import check_dtype, pick_device
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, read_bytes, sync, write_text
 from gristmill.core.threads import Map, num_workers, workers
@@ -33,6 +33,7 @@ from gristmill.train.batches import (
 )
 from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity, fingerprint_model, fingerprint_text
 from gristmill.train.data import ListData, SampleData, backbone, check_vocabulary, drop_long
+from gristmill.train.memory import choose_micro_batch, fitting, record_micro_batch, recorded_micro_batch
 from gristmill.train.optim import SCHEDULES, Optimizer, OptimSettings, schedule_scale
 
 
@@ -56,7 +57,8 @@ class TrainSettings:
     steps: int | None = None
     batch_size: int | None = None  # samples a step
     batch_tokens: int | None = None  # tokens a step, on average
-    micro_batch_tokens: int = 8192  # memory bound: tokens that go through the model at once
+    micro_batch_tokens: int | None = None  # tokens that go through the model at once; None: as many as pay, within the free memory
+    checkpoint_activations: Literal["auto"] | bool = "auto"  # compute activations again in the backward pass; "auto": to fit
     max_tokens: int | None = None  # longer samples are dropped and counted
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -141,7 +143,13 @@ class Trainer:
         self.model = model if device is None else model.to(pick_device(device))
         self.objective, self.settings, self.folder, self.on_step = objective, settings, folder, on_step
         self.device = next(model.parameters()).device
+        check_dtype(self.device, PRECISIONS[settings.precision])
         self.num_workers = num_workers(model)
+        chosen = settings.micro_batch_tokens or recorded_micro_batch(folder)
+        self.micro_batch_tokens = chosen or choose_micro_batch(
+            model, settings.optimizer, precision=settings.precision, device=self.device, loaded=True
+        )
+        self._checkpointed = settings.checkpoint_activations is True
         self.num_steps = settings.steps  # `fit` knows it of epochs too
         names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay")
         self.optimizer = Optimizer(model, OptimSettings(**{name: getattr(settings, name) for name in names}))
@@ -174,14 +182,28 @@ class Trainer:
             rows=data.rows if isinstance(data, ListData) else None,
         )
         self.num_steps = plan.num_steps
+        checkpoint = None if settings.checkpoint_activations == "auto" else settings.checkpoint_activations
+        longest = max(int(part.lengths.max()) for part in (data, held_out) if part is not None)
+        self._checkpointed = fitting(
+            self.model,
+            settings.optimizer,
+            precision=settings.precision,
+            tokens=self.micro_batch_tokens,
+            device=self.device,
+            loaded=True,
+            checkpoint=checkpoint,
+            longest=longest,
+        ).checkpointed
         store = CheckpointStore(self.folder, self._identity(data, held_out)) if self.folder is not None else None
+        if self.folder is not None:
+            record_micro_batch(self.folder, self.micro_batch_tokens)
         gpus = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(gpus), self._running():
             if self.result.steps == 0:
                 torch.manual_seed(settings.seed)
             saved = store.load() if store else None
             if saved is not None:
-                self.load_state(saved)
+                self._take_state(saved, saved.tensors)
                 if saved.finished:
                     return self.result
             self._train(data, held_out, plan, store)
@@ -199,7 +221,7 @@ class Trainer:
                 data,
                 max_tokens=settings.max_tokens,
                 max_answers=settings.batch_size or len(data),
-                max_group_tokens=min(settings.micro_batch_tokens, settings.batch_tokens or math.inf),
+                max_group_tokens=min(self.micro_batch_tokens, settings.batch_tokens or math.inf),
             )
         usable, long = drop_long(data, None if isinstance(data, ListData) else settings.max_tokens)
         if isinstance(data, ListData):  # other data are checked as they are read
@@ -212,7 +234,10 @@ class Trainer:
 
     def _identity(self, data: SampleData, validation: SampleData | None) -> Identity:
         # the interval of checkpoints changes nothing that is computed, so a run may be continued with another
+        # (nor do activations that are computed twice)
         settings = asdict(self.settings) | {"checkpoint_every": None, "objective": _describe(self.objective)}
+        settings["micro_batch_tokens"] = self.micro_batch_tokens
+        del settings["checkpoint_activations"]
         return Identity(
             fingerprint_model(self.model),
             data.fingerprint() if validation is None else _fingerprint_both(data, validation),
@@ -223,11 +248,13 @@ class Trainer:
     def _running(self) -> Iterator[None]:
         """The model in the settings' precision, and workers to share micro-batches out to."""
         self.model.train()
+        backbone(self.model).checkpoint_activations = self._checkpointed
         try:
             with compute_precision(self.model, self.settings.precision), workers(self.num_workers) as self._map:
                 yield
         finally:
             self._map = None
+            backbone(self.model).checkpoint_activations = False
 
     def _train(self, data: SampleData, validation: SampleData | None, plan: BatchPlan, store: CheckpointStore | None) -> None:
         log = MetricsLog(self.folder, self.result.steps)
@@ -308,7 +335,7 @@ class Trainer:
         if not isinstance(samples[0], AnySample | DataItem):
             return cast(Sequence[Batch], samples)
         assert self._map is not None
-        max_tokens = self.settings.micro_batch_tokens
+        max_tokens = self.micro_batch_tokens
         items = group_rated(cast(Sequence[AnySample | DataItem], samples), len(samples), max_tokens)
         check_vocabulary(self.model, items)
         return self._map(lambda group: collate(group, self.device), split_micro_batches(items, max_tokens, self.num_workers))
@@ -341,7 +368,7 @@ class Trainer:
         assert self._map is not None
         self.model.eval()
         totals = _MetricSums()
-        groups = split_micro_batches([data[index] for index in range(len(data))], self.settings.micro_batch_tokens, self.num_workers)
+        groups = split_micro_batches([data[index] for index in range(len(data))], self.micro_batch_tokens, self.num_workers)
         for output in self._map(torch.no_grad()(lambda group: self.objective(self.model, collate(group, self.device))), groups):
             totals.add(output)
         self.model.train()
@@ -365,14 +392,18 @@ class Trainer:
 
     def load_state(self, saved: Checkpoint) -> None:
         """Continue from what `state` gave, on whichever device it was made. The tensors are copied."""
-        self.model.load_state_dict(_unprefixed("model", saved.tensors))
+        self._take_state(saved, dict(saved.tensors))
+
+    def _take_state(self, saved: Checkpoint, tensors: dict[str, Tensor]) -> None:
+        """Copy the state out of tensors, each of which is let go as it is copied: there is no room for all of them twice."""
+        self.model.load_state_dict(_unprefixed("model", tensors))
         self.result = TrainResult(**saved.info["result"])
         if saved.finished:
             return
-        self._best = _unprefixed("best", saved.tensors)
+        self._best = _unprefixed("best", tensors)
         self._best_loss = math.inf if saved.info["best_loss"] is None else saved.info["best_loss"]
-        state = _unprefixed("optimizer", saved.tensors)
-        self.optimizer.load_state_tensors({name: tensor.to(self.device, copy=True) for name, tensor in state.items()})
+        state = _unprefixed("optimizer", tensors)
+        self.optimizer.load_state_tensors({name: state.pop(name).to(self.device, copy=True) for name in list(state)})
         torch.set_rng_state(saved.tensors["rng"].cpu())
         if self.device.type == "cuda" and "rng_cuda" in saved.tensors:
             torch.cuda.set_rng_state(saved.tensors["rng_cuda"].cpu(), self.device)
@@ -487,5 +518,6 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unprefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take what has a prefix out of tensors."""
     start = f"{prefix}|"
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    return {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}

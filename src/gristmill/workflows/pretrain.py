@@ -41,7 +41,8 @@ class Pretraining(Recipe):
     tokens: int = Field(8_000_000, gt=0, description="tokens to train on; fewer when the documents end")
     seed: int = 0
     batch_tokens: int = Field(8192, gt=0)
-    micro_batch_tokens: int = Field(8192, gt=0)
+    micro_batch_tokens: int | None = Field(None, gt=0, description="tokens at once; null: as many as pay, within the free memory")
+    checkpoint_activations: Literal["auto"] | bool = Field("auto", description="compute activations twice; auto: where memory is short")
     optimizer: Literal["adamw", "muon"] = "muon"
     lr: float = Field(3e-3, gt=0)
     muon_lr: float = Field(0.02, gt=0)

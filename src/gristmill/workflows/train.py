@@ -1,18 +1,21 @@
 """One training stage: a model folder and rows in, a model folder out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from gristmill.core.device import pick_device
+from gristmill.core.device import check_dtype, pick_device
 from gristmill.data.chat import ChatFormat, find_format, with_template_of
 from gristmill.data.readers import read_demonstrations, read_pairs, read_ratings
+from gristmill.model.config import read_config
 from gristmill.model.hf import load_model, save_model, save_reward
 from gristmill.model.reward import RewardModel
+from gristmill.model.transformer import PRECISIONS, Transformer
 from gristmill.train.batches import AnySample
+from gristmill.train.memory import choose_micro_batch, fitting, recorded_micro_batch
 from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
@@ -36,6 +39,7 @@ def train_model(
     checkpoint_every: float = 60.0,
     weights: Sequence[float] | None = None,
     on_step: OnStep | None = None,
+    on_estimate: Callable[[str], object] | None = None,
 ) -> TrainResult:
     """Train a model on rows, or on those of a user's file; it goes to `out/model`, log and checkpoints to `out/train`.
 
@@ -46,15 +50,22 @@ def train_model(
         device: where to train, as `pick_device` takes it.
         checkpoint_every: seconds between checkpoints.
         weights: aggregation weights that a reward model is saved with.
+        on_estimate: hears, before any weight is read, how much memory training will take.
+
+    Raises:
+        InputError: the model or a row cannot be used, or training does not fit into the memory.
     """
     where = pick_device(device)
+    check_dtype(where, PRECISIONS[recipe.precision])
+    micro_batch_tokens = _fit_memory(start, recipe, where, out / "train", on_estimate)
     model, tokenizer = load_model(start)
     form = find_format(chat_format, tokenizer) if isinstance(chat_format, str) else chat_format
     saved = with_template_of(form, tokenizer)
     if isinstance(rows, Path):
         rows = cast(Sequence[Any], READERS.get(kind, read_pairs)(rows))
     values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
-    settings = TrainSettings(**values, seed=seed, max_tokens=model.config.max_positions, checkpoint_every=checkpoint_every)
+    values |= {"micro_batch_tokens": micro_batch_tokens, "max_tokens": model.config.max_positions}
+    settings = TrainSettings(**values, seed=seed, checkpoint_every=checkpoint_every)
 
     def fit(model: nn.Module, objective: Objective, samples: Sequence[AnySample]) -> TrainResult:
         return Trainer(model, objective, settings, device=where, folder=out / "train", on_step=on_step).fit(samples)
@@ -75,8 +86,22 @@ def train_model(
             pair_samples(rows, form, tokenizer),
             out / "train",
             precision=settings.precision,
-            micro_batch_tokens=settings.micro_batch_tokens,
+            micro_batch_tokens=micro_batch_tokens,
         )
         result = fit(model, objective, pairs)
     save_model(model, saved, out / MODEL)
     return result
+
+
+def _fit_memory(start: Path, recipe: Training, device: torch.device, folder: Path, on_estimate: Callable[[str], object] | None) -> int:
+    """Tokens of a micro-batch: the recipe's, those that the run of the folder has, or as many as fit. InputError where none do."""
+    with torch.device("meta"):
+        model = Transformer(read_config(start)[1])
+    optimizer, precision = recipe.optimizer, recipe.precision
+    tokens = recipe.micro_batch_tokens or recorded_micro_batch(folder)
+    tokens = tokens or choose_micro_batch(model, optimizer, precision=precision, device=device, loaded=False)
+    checkpoint = None if recipe.checkpoint_activations == "auto" else recipe.checkpoint_activations
+    needed = fitting(model, optimizer, precision=precision, tokens=tokens, device=device, loaded=False, checkpoint=checkpoint)
+    if on_estimate is not None:
+        on_estimate(f"memory of training: {needed}")
+    return tokens

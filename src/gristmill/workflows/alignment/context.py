@@ -129,24 +129,25 @@ class AlignmentContext:
         if key not in self._engines:
             while len(self._engines) >= 2:
                 self._engines.pop(next(iter(self._engines)))
-            model, tokenizer = load_model(folder)
-            # a generator may be another model; the run's own have its format's template
-            same = tokenizer.fingerprint() == self.tokenizer.fingerprint() and tokenizer.chat_templates == self.saved_templates
-            chat_format = self.format if same else find_format("auto", tokenizer)
             settings = self.recipe.engine
             dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16
             quantize: Quantize = "int8" if settings.precision == "int8" else ""
+            held = torch.float32 if quantize else dtype
+            model, tokenizer = load_model(folder, held, vector_dtype=torch.float32, device=self.device)
+            # a generator may be another model; the run's own have its format's template
+            same = tokenizer.fingerprint() == self.tokenizer.fingerprint() and tokenizer.chat_templates == self.saved_templates
+            chat_format = self.format if same else find_format("auto", tokenizer)
             self._engines[key] = Engine(
-                model.to(self.device), tokenizer, chat_format, name=name, max_batch=settings.max_batch, dtype=dtype, quantize=quantize
+                model, tokenizer, chat_format, name=name, max_batch=settings.max_batch, dtype=dtype, quantize=quantize, own=True
             )
         return self._engines[key]
 
     def scorer(self, folder: Path) -> RewardScorer:
         """The reward model that the run has trained, with the recipe's aggregation weights."""
         if self._scorer is None:
-            model, tokenizer = load_reward(folder)
-            model.backbone.compute_dtype = PRECISIONS[self.recipe.reward.precision]  # as in its training
-            self._scorer = RewardScorer(model.to(self.device), tokenizer, self.format, weights=self.weights)
+            precision = PRECISIONS[self.recipe.reward.precision]  # as in its training
+            model, tokenizer = load_reward(folder, precision, vector_dtype=torch.float32, device=self.device)
+            self._scorer = RewardScorer(model, tokenizer, self.format, weights=self.weights)
         return self._scorer
 
     # ---- generation ----

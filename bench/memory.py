@@ -1,0 +1,73 @@
+"""Memory of real sizes: what loading, generating and serving a folder takes beside its file, and a random folder to try it on.
+
+    PYTHONPATH=src python bench/memory.py make FOLDER --tokenizer SMOL      a Llama of 1.24B parameters with random weights in bf16
+    PYTHONPATH=src python bench/memory.py load FOLDER [--dtype bf16] [--quantize int8] [--tokens 4]
+
+Prints one line of JSON: MiB of the weight files, of the process before (imports, tokenizer), at its peak (VmHWM) and at rest, and of the
+file pages among the last (RssFile).
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+
+def memory(*names: str) -> list[int]:
+    """Lines of /proc/self/status, in MiB."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(("Vm", "Rss")))
+    return [int(lines[name].split()[0]) // 1024 for name in names]
+
+
+def make(folder: Path, tokenizer_folder: Path) -> None:
+    """Save a random Llama of the size of Llama 3.2 1B; its vocabulary is the tokenizer's."""
+    import torch
+
+    from gristmill.data.tokenizer import Tokenizer
+    from gristmill.model.config import read_config, uniform_blocks
+    from gristmill.model.hf import save_model
+    from gristmill.model.transformer import Transformer
+
+    _, config = read_config(tokenizer_folder)
+    config = replace(config, hidden_size=2048, blocks=uniform_blocks(18, 32, 8, 64, 8192))
+    with torch.device("meta"):
+        model = Transformer(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    model.init_weights(0)
+    save_model(model, Tokenizer.load(tokenizer_folder), folder)
+
+
+def load(folder: Path, dtype: str, quantize: str, *, num_tokens: int, num_prompts: int) -> None:
+    """Load an engine, and let it say a few tokens."""
+    from gristmill.data.tokenizer import Tokenizer
+    from gristmill.engine.load import EngineArgs, load_engine
+    from gristmill.generation.api import Request, SamplingParams
+
+    Tokenizer.load(folder)
+    (before,) = memory("VmRSS")
+    started = time.process_time()
+    engine = load_engine(folder, EngineArgs(dtype=dtype, quantize=quantize))  # type: ignore[arg-type]
+    seconds = time.process_time() - started
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0)
+    list(engine.generate([Request(str(i), (), sampling, 0, prompt_ids=(5 + i, 6, 7)) for i in range(num_prompts)]))
+    peak, rest, files = memory("VmHWM", "VmRSS", "RssFile")
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2**20
+    facts = {"file": weights, "before": before, "peak": peak, "rest": rest, "rest_files": files, "load_cpu_seconds": round(seconds, 1)}
+    print(json.dumps({"dtype": dtype, "quantize": quantize} | facts | {"peak_to_file": round(peak / weights, 3)}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["make", "load"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer and kind of model are taken")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--quantize", default="")
+    parser.add_argument("--tokens", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=1)
+    args = parser.parse_args()
+    if args.what == "make":
+        make(args.folder, args.tokenizer)
+    else:
+        load(args.folder, args.dtype, args.quantize, num_tokens=args.tokens, num_prompts=args.prompts)
