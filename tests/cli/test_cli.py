@@ -24,9 +24,10 @@ SURFACE = {
     "compare": "FOLDERS --out -o --json",
     "pretrain": "RECIPE --out -o --tokens --device --quiet -q --json",
     "train": (
-        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --precision --device --format --seed "
-        "--quiet -q --json"
+        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --precision --lora-rank --lora-alpha "
+        "--lora-targets --lora-base --lora-b-lr-ratio --rslora --dora --device --format --seed --quiet -q --json"
     ),
+    "merge": "ADAPTER --out -o --base --dtype --json",
     "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --device --format --seed --json",
     "score": "MODEL --data --device --format --json",
     "eval": "MODEL --prompts --max-tokens --dtype --quantize --cache --device --format --seed --unsafe-code --quiet -q --json",

@@ -60,13 +60,20 @@ def train(
     eta: Annotated[float, typer.Option(help="RPO: scale of the reward gap.")] = 1.0,
     sft_weight: Annotated[float, typer.Option(help="Preference losses: weight of the SFT term.")] = 0.0,
     precision: Annotated[str, typer.Option(help="fp32 or bf16 compute; weights are always fp32.")] = "fp32",
+    lora_rank: Annotated[int, typer.Option(help="Train a LoRA adapter of this rank, written to OUT/adapter; 0: all weights.")] = 0,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA: alpha / rank scales the update; default twice the rank.")] = None,
+    lora_targets: Annotated[str, typer.Option(help="LoRA: names as q_proj,v_proj parted by commas; default all there are.")] = "",
+    lora_base: Annotated[Literal["fp32", "bf16", "int8", "nf4"], typer.Option(help="LoRA: type of the frozen matrices.")] = "fp32",
+    lora_b_lr_ratio: Annotated[float, typer.Option(help="LoRA+: learning rate of B, in those of A.")] = 1.0,
+    rslora: Annotated[bool, typer.Option("--rslora", help="LoRA: alpha / sqrt(rank) in place of alpha / rank.")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="LoRA: train the lengths of the updated rows too.")] = False,
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """One training stage on your own rows."""
+    """One training stage on your own rows: of the whole model, or with --lora-rank of an adapter beside it."""
     from gristmill.core.progress import Progress
     from gristmill.train.settings import MIN_STEPS, training_section
     from gristmill.workflows.train import train_model
@@ -74,12 +81,18 @@ def train(
     values: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "precision": precision}
     if kind not in ("sft", "reward"):
         values |= {"beta": beta, "eta": eta, "sft_weight": sft_weight}
+    lora = given(alpha=lora_alpha) | {"targets": tuple(lora_targets.replace(",", " ").split()), "rslora": rslora, "dora": dora}
+    lora |= {"base": lora_base, "b_lr_ratio": lora_b_lr_ratio}
+    if lora_rank:
+        values["lora"] = {"rank": lora_rank, **lora}
+    elif lora != {"targets": (), "rslora": False, "dora": False, "base": "fp32", "b_lr_ratio": 1.0}:
+        raise InputError("Give --lora-rank with the other options of LoRA: without it all weights are trained.")
     settings = training_section(kind, values)
     with Progress(quiet=quiet) as progress, progress.stage(kind):
         result = train_model(
             kind, model, data, out=out, recipe=settings, device=device, chat_format=format, seed=seed, on_step=progress.train_step
         )
-    _done(result, out / "model", as_json)
+    _done(result, out / ("adapter" if lora_rank else "model"), as_json)
     if result.steps < MIN_STEPS:
         echo(f"gristmill: {result.steps} steps hardly change a model: lower --batch-size, raise --epochs, or give more rows.", err=True)
 
@@ -90,6 +103,29 @@ def _done(result: Any, model: Path, as_json: bool) -> None:
         f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.1f} s, last loss {result.metrics['loss']:.4f}\nmodel: {model}"
     )
     echo(json.dumps(facts) if as_json else text)
+
+
+@command("gristmill merge runs/sft/adapter --out runs/sft/merged")
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder (PEFT layout).")],
+    out: Out,
+    base: Annotated[Path | None, typer.Option(help="Model folder to merge into; default the one that the adapter names.")] = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option("--dtype", help="Type to store; bf16 rounds small updates away.")] = "fp32",
+    as_json: AsJson = False,
+) -> None:
+    """Merge a LoRA adapter into its base, in fp32, and say how large the update is, and how much of it the stored type keeps."""
+    from gristmill.model.adapters import merge_folder
+
+    facts = merge_folder(adapter, out, base=base, dtype=dtype)
+    if as_json:
+        echo(json.dumps(facts))
+        return
+    for name, found in facts["update"].items():
+        lost = f"  rounding in {dtype} changes {found['rounding']:.2%} of it, {found['unmoved']:.2%} of the weights stay"
+        echo(f"{name:<10} |D|/|W| {found['update']:.2e}{lost if dtype != 'fp32' else ''}")
+    if facts["base_dtype"] != "fp32":
+        echo(f"trained on a base in {facts['base_dtype']} and merged into the original weights: it differs a little from what was trained")
+    echo(f"model: {facts['model']}")
 
 
 @command("gristmill quantize runs/miniature/02-demonstrations/model --to int8 --out runs/int8")
@@ -109,7 +145,7 @@ def quantize(
 
 @command('gristmill generate runs/base/model "What is the capital of Runi?"')
 def generate(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    model: Annotated[Path, typer.Argument(help="Model or adapter folder.")],
     prompt: Annotated[str | None, typer.Argument(help="One prompt; or use --prompts.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL or Parquet with `prompt` or `messages`.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the answers; default standard output.")] = None,
@@ -144,7 +180,7 @@ def generate(
 
 @command("gristmill score runs/miniature/01-reward/model --data answers.jsonl")
 def score(
-    model: Annotated[Path, typer.Argument(help="Reward model folder.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a reward model, or of its adapter.")],
     data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages ending with the assistant, or prompt and response.")],
     device: Device = "auto",
     format: ChatFormat = "auto",
@@ -160,7 +196,7 @@ def score(
 
 @command("gristmill eval runs/miniature/02-demonstrations/model")
 def eval(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    model: Annotated[Path, typer.Argument(help="Model or adapter folder.")],
     prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth`, `answer` or tests; default the miniature world's.")] = None,
     max_tokens: MaxTokens = 80,
     dtype: Dtype = "fp32",
@@ -176,6 +212,7 @@ def eval(
     """Greedy and sampled accuracy with 95 % intervals, by task; with --quantize or --cache also how far from the model that leads."""
     from gristmill.core.progress import Progress
     from gristmill.engine.load import EngineArgs, load_engine
+    from gristmill.model.adapters import is_adapter
     from gristmill.model.hf import saved_as
     from gristmill.workflows.evaluate import evaluate
 
@@ -195,7 +232,7 @@ def eval(
     if weak := scores.get("weak"):
         echo(f"weak: {weak} programs passed tests that they could have lied to (docs/design.md, judging)")
     if lost := scores.get("quantized"):
-        beside = "the weights that it was saved with" if saved_as(model) else "the model"
+        beside = "the model" if is_adapter(model) or not saved_as(model) else "the weights that it was saved with"
         echo(
             f"beside {beside}: KL {lost['kl']:.2g} nats a token (at most {lost['kl_max']:.2g}), the likeliest token is the same for "
             f"{lost['agreement']:.2%} of {lost['tokens']:,} tokens"
@@ -204,7 +241,7 @@ def eval(
 
 @command("gristmill chat runs/miniature/02-demonstrations/model")
 def chat(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    model: Annotated[Path, typer.Argument(help="Model or adapter folder.")],
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     max_tokens: MaxTokens = 256,
     device: Device = "auto",

@@ -11,7 +11,8 @@ from gristmill.core.device import pick_device
 from gristmill.data.chat import Message, find_format, to_dicts
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Request, SamplingParams
-from gristmill.model.hf import load_model, saved_as
+from gristmill.model.adapters import is_adapter, load_model
+from gristmill.model.hf import saved_as
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import PRECISIONS
 
@@ -41,7 +42,7 @@ class EngineArgs:
 
 
 def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = "", own: bool = True) -> Engine:
-    """Load a model folder into an engine. `own` as in `Engine`."""
+    """Load a model folder, or an adapter folder merged into its base, into an engine. `own` as in `Engine`."""
     device = pick_device(args.device)
     model, tokenizer = load_model(folder)
     return Engine(
@@ -53,7 +54,8 @@ def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = ""
         dtype=PRECISIONS[args.dtype],
         cache_tokens=args.cache_tokens,
         cache_dtype=CACHE_DTYPES[args.cache] if args.cache else None,
-        quantize=args.quantize or saved_as(folder),
+        # quantizing what was merged would lose what was trained: only who asks for it gets it
+        quantize=args.quantize or ("" if is_adapter(folder) else saved_as(folder)),
         own=own,
     )
 

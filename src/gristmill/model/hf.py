@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -201,15 +201,15 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _is_ours(path: Path) -> bool:
-    return path.name in SMALL_FILES or path.name.endswith(".safetensors")
+def _is_ours(path: Path, small_files: Sequence[str]) -> bool:
+    return path.name in small_files or path.name.endswith(".safetensors")
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def _new_folder(folder: Path, small_files: Sequence[str] = SMALL_FILES) -> Iterator[Path]:
     """A temporary folder beside `folder` that replaces it if the body succeeds and vanishes if it fails."""
     with disk_errors(folder):
-        is_free = not folder.exists() or (folder.is_dir() and all(_is_ours(path) for path in folder.iterdir()))
+        is_free = not folder.exists() or (folder.is_dir() and all(_is_ours(path, small_files) for path in folder.iterdir()))
     if not is_free:
         raise InputError(f"Choose another folder than {folder}: it holds more than a saved model.")
     folder = Path(os.path.abspath(folder))  # "." and ".." have no name of their own

@@ -61,20 +61,22 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, num_rows: int, need_grad: bool) -> Tensor:
         total = hidden_RD.new_zeros((), dtype=torch.float32)
         grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad else None
+        need_weight = need_grad and ctx.needs_input_grad[1]  # it may be frozen
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
         for chunk in _chunks(len(hidden_RD), len(weight_VD)):
             hidden_CD, targets_C1 = hidden_RD[chunk], targets_R[chunk, None]
             num_real = min(chunk.stop, num_rows) - chunk.start
             logp_CV = _log_softmax(hidden_CD, weight_VD)
             total -= logp_CV.gather(1, targets_C1)[:num_real].sum()
-            if grad_hidden_RD is not None and grad_weight_VD is not None:
+            if grad_hidden_RD is not None:
                 # d loss / d logits = softmax - onehot
                 grad_CV = logp_CV.exp_()
                 grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full(targets_C1.shape, -1.0))
                 grad_CV[num_real:] = 0.0
                 grad_CV = grad_CV.to(hidden_RD.dtype)
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_RD[chunk])
-                _add_product(grad_weight_VD, grad_CV, hidden_CD)
+                if grad_weight_VD is not None:
+                    _add_product(grad_weight_VD, grad_CV, hidden_CD)
         ctx.save_for_backward(grad_hidden_RD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -83,7 +85,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
-        grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
+        grad_weight_VD = None if grad_weight_VD is None else (grad_weight_VD * grad).to(ctx.weight_dtype)
         return grad_hidden_RD * grad.to(grad_hidden_RD.dtype), grad_weight_VD, None, None, None
 
 
@@ -113,15 +115,16 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
         hidden_RD, weight_VD, targets_R, *chunks = ctx.saved_tensors
         grad_hidden_RD = torch.empty_like(hidden_RD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for number, chunk in enumerate(_chunks(len(hidden_RD), len(weight_VD))):
             hidden_CD, grad_C1 = hidden_RD[chunk], grad_R[chunk, None]
             prob_CV = chunks[number].exp() if chunks else _log_softmax(hidden_CD, weight_VD).exp_()
             grad_CV = prob_CV.mul_(-grad_C1).scatter_add_(1, targets_R[chunk, None], grad_C1)
             grad_CV = grad_CV.to(hidden_RD.dtype)
             torch.mm(grad_CV, weight_VD, out=grad_hidden_RD[chunk])
-            _add_product(grad_weight_VD, grad_CV, hidden_CD)
-        return grad_hidden_RD, grad_weight_VD.to(weight_VD.dtype), None, None
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, grad_CV, hidden_CD)
+        return grad_hidden_RD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype), None, None
 
 
 def _prepare(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:

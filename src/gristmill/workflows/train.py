@@ -1,4 +1,4 @@
-"""One training stage: a model folder and rows in, a model folder out."""
+"""One training stage: a model folder and rows in, a model folder or the folder of a LoRA adapter out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +8,22 @@ import torch
 from torch import nn
 
 from gristmill.core.device import pick_device
+from gristmill.core.errors import InputError
 from gristmill.data.chat import ChatFormat, find_format
 from gristmill.data.readers import read_demonstrations, read_pairs, read_ratings
-from gristmill.model.hf import load_model, save_model, save_reward
+from gristmill.model.adapters import is_adapter, load_model, save_adapter
+from gristmill.model.hf import save_model, save_reward
+from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.reward import RewardModel
+from gristmill.model.transformer import Transformer
 from gristmill.train.batches import AnySample
 from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
-from gristmill.train.settings import Training
+from gristmill.train.settings import Lora, Training
 from gristmill.train.trainer import Objective, OnStep, Trainer, TrainResult, TrainSettings
 
-MODEL = "model"  # the subfolder that holds the model
+MODEL, ADAPTER = "model", "adapter"  # the subfolders that hold the model, and the adapter of a training with LoRA
 READERS = {"sft": read_demonstrations, "reward": read_ratings}  # any other kind is a preference loss
 
 
@@ -39,6 +43,8 @@ def train_model(
 ) -> TrainResult:
     """Train a model on rows, or on those of a user's file; it goes to `out/model`, log and checkpoints to `out/train`.
 
+    With `recipe.lora` an adapter is trained, which goes to `out/adapter`; `merge_folder` makes a model of it.
+
     Args:
         kind: sft, reward, or the name of a preference loss.
         start: folder of the model to begin from; for preference losses it is also the reference.
@@ -47,24 +53,29 @@ def train_model(
         checkpoint_every: seconds between checkpoints.
         weights: aggregation weights that a reward model is saved with.
     """
-    where = pick_device(device)
-    model, tokenizer = load_model(start)
+    where, lora = pick_device(device), recipe.lora
+    if lora is not None and is_adapter(start):
+        raise InputError(f"Merge the adapter first (`gristmill merge {start} --out DIR`), and train on what it made: {start} is no model.")
+    # what is frozen in fewer bits is not held in more
+    model, tokenizer = load_model(start, torch.float32 if lora is None or lora.base == "fp32" else torch.bfloat16)
     form = find_format(chat_format, tokenizer) if isinstance(chat_format, str) else chat_format
     if isinstance(rows, Path):
         rows = cast(Sequence[Any], READERS.get(kind, read_pairs)(rows))
     values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
+    if lora is not None:
+        values["b_lr_ratio"] = lora.b_lr_ratio
+        config = _add_adapters(model.to(where), lora, seed)
     settings = TrainSettings(**values, seed=seed, max_tokens=model.config.max_positions, checkpoint_every=checkpoint_every)
 
     def fit(model: nn.Module, objective: Objective, samples: Sequence[AnySample]) -> TrainResult:
         return Trainer(model, objective, settings, device=where, folder=out / "train", on_step=on_step).fit(samples)
 
+    reward: RewardModel | None = None
     if kind == "sft":
         result = fit(model, sft_objective, demonstration_samples(rows, form, tokenizer))
     elif kind == "reward":  # the head is drawn on the CPU, so that it is the same on every device
         reward = RewardModel(model, seed=seed) if weights is None else RewardModel(model, weights, seed=seed)
         result = fit(reward, reward_objective, rated_samples(rows, form, tokenizer))
-        save_reward(reward, tokenizer, out / MODEL)
-        return result
     else:
         options = recipe.model_dump()
         names = ("beta", "eta", "label_smoothing", "sft_weight", "logprobs")
@@ -77,5 +88,17 @@ def train_model(
             micro_batch_tokens=settings.micro_batch_tokens,
         )
         result = fit(model, objective, pairs)
-    save_model(model, tokenizer, out / MODEL)
+    if lora is not None:
+        save_adapter(model if reward is None else reward, config, out / ADAPTER, base=start, base_dtype=lora.base)
+    elif reward is not None:
+        save_reward(reward, tokenizer, out / MODEL)
+    else:
+        save_model(model, tokenizer, out / MODEL)
     return result
+
+
+def _add_adapters(model: Transformer, lora: Lora, seed: int) -> LoraConfig:
+    alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+    config = LoraConfig(rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, dora=lora.dora)
+    add_adapters(model, config, seed=seed, base=lora.base)
+    return config
