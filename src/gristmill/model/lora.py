@@ -240,11 +240,8 @@ def matrices_by_layer(model: Transformer) -> list[dict[str, dict[str, int]]]:
     return layers
 
 
-def add_adapters(model: Transformer, config: LoraConfig, *, seed: int, base: str = "fp32") -> None:
-    """Freeze a model and put a fresh adapter into it: A ~ U(-1/sqrt(D), 1/sqrt(D)) (Kaiming with a = sqrt(5)), B zero.
-
-    Args:
-        base: type of the frozen matrices: fp32, bf16, int8 with a scale a row, or nf4.
+def check_adapters(model: Transformer, config: LoraConfig, *, base: str = "fp32") -> tuple[str, ...]:
+    """The targets that a configuration means with this model.
 
     Raises:
         InputError: a target that the model lacks, a rank that is more than a matrix has, or no bitsandbytes for nf4.
@@ -253,12 +250,27 @@ def add_adapters(model: Transformer, config: LoraConfig, *, seed: int, base: str
     there = {name.rpartition(".")[2] for name in shapes}
     if lacking := [name for name in config.targets if name not in there]:
         raise InputError(f"Leave {lacking[0]} out of LoRA's targets: the model has {', '.join(n for n in TARGETS if n in there)}.")
-    targets = config.targets or tuple(there)
+    targets = config.targets or tuple(name for name in TARGETS if name in there)
     adapted = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in targets}
     largest = min((min(shape) for shape in adapted.values()), default=0)
     if config.rank > largest:
         name, (rows, columns) = next((name, shape) for name, shape in adapted.items() if min(shape) == largest)
         raise InputError(f"Choose a LoRA rank of at most {largest}, not {config.rank}: {name} has {rows} rows and {columns} columns.")
+    if base == "nf4":
+        _bitsandbytes()
+    return targets
+
+
+def add_adapters(model: Transformer, config: LoraConfig, *, seed: int, base: str = "fp32") -> None:
+    """Freeze a model and put a fresh adapter into it: A ~ U(-1/sqrt(D), 1/sqrt(D)) (Kaiming with a = sqrt(5)), B zero.
+
+    Args:
+        base: type of the frozen matrices: fp32, bf16, int8 with a scale a row, or nf4.
+
+    Raises:
+        InputError: as `check_adapters`.
+    """
+    targets = check_adapters(model, config, base=base)
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that it is the same on every device
     model.requires_grad_(False)
     if base != "fp32":  # as `gristmill quantize` keeps them

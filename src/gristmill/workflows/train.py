@@ -15,7 +15,6 @@ from gristmill.model.adapters import is_adapter, load_model, save_adapter
 from gristmill.model.hf import save_model, save_reward
 from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.reward import RewardModel
-from gristmill.model.transformer import Transformer
 from gristmill.train.batches import AnySample
 from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.objectives.reward import rated_samples, reward_objective
@@ -64,7 +63,7 @@ def train_model(
     values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
     if lora is not None:
         values["b_lr_ratio"] = lora.b_lr_ratio
-        config = _add_adapters(model.to(where), lora, seed)
+        add_adapters(model.to(where), lora_config(lora), seed=seed, base=lora.base)
     settings = TrainSettings(**values, seed=seed, max_tokens=model.config.max_positions, checkpoint_every=checkpoint_every)
 
     def fit(model: nn.Module, objective: Objective, samples: Sequence[AnySample]) -> TrainResult:
@@ -89,7 +88,7 @@ def train_model(
         )
         result = fit(model, objective, pairs)
     if lora is not None:
-        save_adapter(model if reward is None else reward, config, out / ADAPTER, base=start, base_dtype=lora.base)
+        save_adapter(model if reward is None else reward, lora_config(lora), out / ADAPTER, base=start, base_dtype=lora.base)
     elif reward is not None:
         save_reward(reward, tokenizer, out / MODEL)
     else:
@@ -97,8 +96,11 @@ def train_model(
     return result
 
 
-def _add_adapters(model: Transformer, lora: Lora, seed: int) -> LoraConfig:
+def lora_config(lora: Lora) -> LoraConfig:
+    """What a recipe's section means.
+
+    Raises:
+        InputError: a target that is not adapted.
+    """
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
-    config = LoraConfig(rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, dora=lora.dora)
-    add_adapters(model, config, seed=seed, base=lora.base)
-    return config
+    return LoraConfig(rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, dora=lora.dora)
