@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gristmill.core.errors import InputError
 from gristmill.engine.kernels import library as kernels
 from gristmill.engine.linear import LINEARS, Int8Activations, Int8Linear, supported_by_kernels
+from gristmill.engine.lora import LoraRows
 from gristmill.model.attention import varlen_attention
 from gristmill.model.packed import PackedShape
 from gristmill.model.quantized import MAX_VALUES, Quantize, scaled
@@ -67,10 +68,13 @@ class Norm:
 
 
 class DecoderLayer:
-    """Decoder layer in two halves around attention itself. What a half adds to the residual stream is left for the next norm to add."""
+    """Decoder layer in two halves around attention itself. What a half adds to the residual stream is left for the next norm to add.
 
-    def __init__(self, block: Block, dtype: torch.dtype, quantize: Quantize = "") -> None:
-        make = LINEARS[quantize]
+    The `lora` of its methods are the rows of the step that adapters change, if there are any.
+    """
+
+    def __init__(self, block: Block, dtype: torch.dtype, quantize: Quantize = "", number: int = 0) -> None:
+        make, self.number = LINEARS[quantize], number
         self.attention: Attention | None = block.attention
         self.mlp: MLP | None = block.mlp
         if block.attention is not None and block.attention_norm is not None:
@@ -82,21 +86,32 @@ class DecoderLayer:
             self.up, self.down = make(block.mlp.up, dtype), make(block.mlp.down, dtype)
             self.library = kernels.load() if supported_by_kernels(block.mlp.up.weight.device, dtype) else None
 
-    def project_qkv(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+    def project_qkv(self, x_TD: Tensor, delta_TD: Tensor | None, lora: LoraRows | None = None) -> tuple[Tensor, Tensor]:
         """Attention norm and QKV projection: the residual stream, and queries, keys and values [T, H + 2K, d] before the rotation."""
         assert self.attention is not None
-        if isinstance(self.qkv, Int8Linear):
+        if isinstance(self.qkv, Int8Linear) and lora is None:
             x_TD, rows = self.attention_norm.quantized(x_TD, delta_TD)
             qkv = self.qkv.matmul(rows)
         else:
             x_TD, normed_TD = self.attention_norm(x_TD, delta_TD)
             qkv = self.qkv(normed_TD)
+            if lora is not None:
+                lora.add(self.number, "qkv", normed_TD, qkv)
         return x_TD, self.attention.heads(qkv)
 
-    def feed_forward(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def project_output(self, attended_TN: Tensor, lora: LoraRows | None = None) -> Tensor:
+        """Output projection of attention."""
+        out_TD = self.output(attended_TN)
+        if lora is not None:
+            lora.add(self.number, "output", attended_TN, out_TD)
+        return out_TD
+
+    def feed_forward(self, x_TD: Tensor, delta_TD: Tensor | None, lora: LoraRows | None = None) -> tuple[Tensor, Tensor | None]:
         """MLP norm and MLP: the residual stream, and what the MLP adds to it."""
         if self.mlp is None:
             return x_TD, delta_TD
+        if lora is not None:
+            return self._feed_forward_with(lora, *self.mlp_norm(x_TD, delta_TD))
         if isinstance(self.up, Int8Linear) and isinstance(self.down, Int8Linear):
             x_TD, rows = self.mlp_norm.quantized(x_TD, delta_TD)
             if self.gate is None:
@@ -111,6 +126,20 @@ class DecoderLayer:
             return x_TD, self.down(F.relu_(up_TF).square_())
         self.library.gristmill_squared_relu(up_TF.data_ptr(), up_TF.numel(), kernels.TYPES[up_TF.dtype])
         return x_TD, self.down(up_TF)
+
+    def _feed_forward_with(self, lora: LoraRows, x_TD: Tensor, normed_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """MLP without fused kernels: adapters change what stands between them."""
+        inner_TF = self.up(normed_TD)
+        lora.add(self.number, "up", normed_TD, inner_TF)
+        if self.gate is None:
+            inner_TF = F.relu_(inner_TF).square_()
+        else:
+            gate_TF = self.gate(normed_TD)
+            lora.add(self.number, "gate", normed_TD, gate_TF)
+            inner_TF = F.silu(gate_TF).mul_(inner_TF)
+        out_TD = self.down(inner_TF)
+        lora.add(self.number, "down", inner_TF, out_TD)
+        return x_TD, out_TD
 
 
 class Decoder:
@@ -136,7 +165,8 @@ class Decoder:
         """
         if self.released:
             raise InputError("The engine was made with own=True and has let go of the weights that it was made from: make another one.")
-        self.layers = [DecoderLayer(block, self.dtype, self.quantize) for block in self.model.blocks if isinstance(block, Block)]
+        blocks = [block for block in self.model.blocks if isinstance(block, Block)]
+        self.layers = [DecoderLayer(block, self.dtype, self.quantize, number) for number, block in enumerate(blocks)]
         self.final_norm = Norm(self.model.final_norm)
         self.embedding_VD = self.model.embedding.detach().to(self.dtype)
         self.unembedding_VD = self.model.unembedding().detach().to(self.dtype)
@@ -163,19 +193,19 @@ class Decoder:
         """Logits (.., V) of states (.., D)."""
         return F.linear(h, self.unembedding_VD)
 
-    def hidden(self, ids_T: Tensor, shape: PackedShape, cache_dtype: torch.dtype | None = None) -> Tensor:
+    def hidden(self, ids_T: Tensor, shape: PackedShape, cache_dtype: torch.dtype | None = None, lora: LoraRows | None = None) -> Tensor:
         """Hidden states [T, D] of whole texts after the final norm, with keys and values as a cache of this type would give them back."""
         cos_TR, sin_TR = self.model.rope(shape.positions_T)
         x_TD, delta_TD = self.embed(ids_T), None
         for layer in self.layers:
             if layer.attention is not None:
                 heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
-                x_TD, qkv = layer.project_qkv(x_TD, delta_TD)
+                x_TD, qkv = layer.project_qkv(x_TD, delta_TD, lora)
                 qk, v_TKd = qkv.split([heads + kv_heads, kv_heads], dim=1)
                 q_THd, k_TKd = rotate(qk, cos_TR, sin_TR).split([heads, kv_heads], dim=1)
                 k_TKd, v_TKd = (_cache_round_trip(x, cache_dtype or self.dtype) for x in (k_TKd, v_TKd))
-                delta_TD = layer.output(varlen_attention(q_THd, k_TKd, v_TKd, shape).flatten(1))
-            x_TD, delta_TD = layer.feed_forward(x_TD, delta_TD)
+                delta_TD = layer.project_output(varlen_attention(q_THd, k_TKd, v_TKd, shape).flatten(1), lora)
+            x_TD, delta_TD = layer.feed_forward(x_TD, delta_TD, lora)
         return self.final_norm(x_TD, delta_TD)[1]
 
 
