@@ -35,7 +35,7 @@ SURFACE = {
     "chat": "MODEL --temperature --max-tokens --device --format --seed",
     "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --name --force --no-force",
     "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --max-open-samples --timeout --max-batch --cache-tokens "
-    "--dtype --quantize --cache --device --format",
+    "--enable-lora --lora-modules --max-loras --max-lora-rank --lora-folder --dtype --quantize --cache --device --format",
     "synth": "RECIPE --out -o --dry-run --limit --retry-failed --device --unsafe-code --quiet -q --json",
     "curate": "RECIPE --input -i --out -o --workers --executor --explain --quiet -q --json",
     "blend": "RECIPE --out -o --workers --quiet -q --json",

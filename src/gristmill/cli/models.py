@@ -274,7 +274,7 @@ def chat(
 
 @command("gristmill serve runs/miniature/29-r2-rpo3/model --reward runs/miniature/01-reward/model --port 8000")
 def serve(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    model: Annotated[Path, typer.Argument(help="Model or adapter folder.")],
     reward: Annotated[Path | None, typer.Option(help="Folder of a reward model, served beside it by its folder's name.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
@@ -287,14 +287,22 @@ def serve(
     cache_tokens: Annotated[
         int | None, typer.Option(help="Positions in a worker's cache; default: a quarter of the memory at most.")
     ] = None,
+    enable_lora: Annotated[bool, typer.Option("--enable-lora", help="Serve LoRA adapters beside the model.")] = False,
+    lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=PATH of an adapter; may be given several times.")] = None,
+    max_loras: Annotated[int, typer.Option(help="Adapters whose requests may be in flight at once.")] = 8,
+    max_lora_rank: Annotated[int, typer.Option(help="Largest rank of an adapter.")] = 64,
+    lora_folder: Annotated[
+        Path | None, typer.Option(help="Requests may load adapters from here, if VLLM_ALLOW_RUNTIME_LORA_UPDATING is set to True.")
+    ] = None,
     dtype: Dtype = "fp32",
     quantize: Quantized = "",
     cache: CacheDtype = "",
     device: Device = "auto",
     chat_format: ChatFormat = "auto",
 ) -> None:
-    """Serve a model by the OpenAI protocol: chat and text completions, streamed too; ratings; /health and /metrics."""
+    """Serve a model by the OpenAI protocol: chat and text completions, streamed too; adapters; ratings; /health and /metrics."""
     from gristmill.engine.load import EngineArgs
+    from gristmill.server.adapters import LoraArgs
     from gristmill.server.serve import ServerArgs
     from gristmill.server.serve import serve as serve_model
 
@@ -307,6 +315,7 @@ def serve(
         api_key_file=api_key_file,
         max_open_samples=max_open_samples,
         timeout=timeout,
+        lora=LoraArgs(enable=enable_lora, modules=lora_modules or (), max_loras=max_loras, max_rank=max_lora_rank, folder=lora_folder),
     )
     engine_args = EngineArgs(
         dtype=dtype, quantize=quantize, cache=cache, max_batch=max_batch, cache_tokens=cache_tokens, chat_format=chat_format, device=device

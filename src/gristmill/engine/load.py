@@ -27,7 +27,7 @@ class EngineArgs:
         dtype: of activations, and of matrices that are not quantized.
         quantize: as in `Engine`; "" for what the model's folder was saved as.
         cache: type of keys and values; "" for `dtype`.
-        max_batch, cache_tokens: as in `Engine`.
+        max_batch, max_loras, cache_tokens: as in `Engine`.
         chat_format: "auto", or a name.
         device: as `pick_device` takes it.
     """
@@ -36,6 +36,7 @@ class EngineArgs:
     quantize: Quantize = ""
     cache: Literal["", "fp32", "bf16", "int8", "fp8"] = ""
     max_batch: int = 256
+    max_loras: int = 8
     cache_tokens: int | None = None
     chat_format: str = "auto"
     device: str = "auto"
@@ -51,6 +52,7 @@ def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = ""
         find_format(args.chat_format, tokenizer),
         name=name or folder.resolve().name,
         max_batch=args.max_batch,
+        max_loras=args.max_loras,
         dtype=PRECISIONS[args.dtype],
         cache_tokens=args.cache_tokens,
         cache_dtype=CACHE_DTYPES[args.cache] if args.cache else None,

@@ -336,9 +336,9 @@ def base_of(folder: Path | str) -> Path:
     raise InputError(f"Download the base of {quoted_path(folder)} and name it ({merge}): {quoted(named)} is no model folder here.")
 
 
-def check_base(adapter: Adapter, base: Path | str, folder: Path | str) -> None:
-    """Raise `InputError` where an adapter records another base than this one."""
-    if adapter.base_fingerprint and (now := fingerprint(base)) != adapter.base_fingerprint:
+def check_base(adapter: Adapter, base: Path | str, folder: Path | str, *, known: str = "") -> None:
+    """Raise `InputError` where an adapter records another base than this one, whose fingerprint may be known."""
+    if adapter.base_fingerprint and (now := known or fingerprint(base)) != adapter.base_fingerprint:
         raise InputError(
             f"Take the base that {quoted_path(Path(folder))} was trained on: {quoted_path(Path(base))} is another model "
             f"(fingerprint {now}, in the adapter {quoted(adapter.base_fingerprint)[1:-1]})."
