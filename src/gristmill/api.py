@@ -16,7 +16,7 @@ from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.judge.reward import load_scorer
 from gristmill.miniature.base import BASE
-from gristmill.model.hf import load_model
+from gristmill.model.adapters import load_model
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import Transformer
 from gristmill.train.settings import training_section
@@ -43,7 +43,7 @@ class LLM:
     """Inference engine over a model folder.
 
     Args:
-        model: a Hugging Face folder; "miniature" is the shipped Base.
+        model: a Hugging Face folder, or the folder of a LoRA adapter; "miniature" is the shipped Base.
         dtype: of matrices and activations.
         quantize: the layers' matrices: "int8", "int8-weight" or "fp8"; "" for what the folder was saved as.
         cache: type of keys and values; "" for `dtype`.
@@ -121,7 +121,7 @@ class RewardModel:
 
 
 def load(model: str | Path) -> tuple[Transformer, Tokenizer]:
-    """The weights of a Hugging Face folder as a `torch.nn.Module`, in fp32, and its tokenizer.
+    """The weights of a Hugging Face folder (or of a LoRA adapter's, merged) as a `torch.nn.Module`, in fp32, and its tokenizer.
 
     Raises:
         InputError: a tensor is missing, unexpected or misshapen, or the architecture is unknown.
@@ -142,10 +142,12 @@ def train(
 ) -> TrainResult:
     """Train a model on rows; it goes to `out/model`, checkpoints and metrics to `out/train`. Run again, it resumes.
 
+    With `lora={"rank": 16, ...}` an adapter is trained, which goes to `out/adapter`.
+
     Args:
         objective: sft, reward, or a preference loss: dpo, cdpo, ipo, rpo, rpo_fwd_kl, rpo_sq.
         data: a JSONL or Parquet file, or rows of `gristmill.data.rows`.
-        settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, ...
+        settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, lora, ...
 
     Raises:
         InputError: a row or a setting is wrong, or `out` holds another training.

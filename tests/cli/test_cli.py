@@ -25,8 +25,10 @@ SURFACE = {
     "pretrain": "RECIPE --out -o --tokens --device --quiet -q --json",
     "train": (
         "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --precision --micro-batch-tokens "
-        "--checkpoint-activations --device --format --seed --quiet -q --json"
+        "--checkpoint-activations --lora-rank --lora-alpha --lora-targets --lora-base --lora-b-lr-ratio --rslora --dora --device --format "
+        "--seed --quiet -q --json"
     ),
+    "merge": "ADAPTER --out -o --base --dtype --json",
     "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --dtype --quantize --device "
     "--format --seed --json",
     "score": "MODEL --data --dtype --device --format --json",
@@ -39,7 +41,8 @@ SURFACE = {
     "chat": "MODEL --temperature --max-tokens --dtype --quantize --device --format --seed",
     "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --format --add-chat-tokens --name --force --no-force",
     "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --max-open-samples --timeout --reasoning-parser "
-    "--max-batch --cache-tokens --dtype --quantize --cache --device --format",
+    "--max-batch --cache-tokens --enable-lora --lora-modules --max-loras --max-lora-rank --lora-folder --dtype --quantize --cache "
+    "--device --format",
     "synth": "RECIPE --out -o --dry-run --limit --retry-failed --device --unsafe-code --quiet -q --json",
     "curate": "RECIPE --input -i --out -o --workers --executor --explain --quiet -q --json",
     "blend": "RECIPE --out -o --workers --quiet -q --json",

@@ -22,7 +22,7 @@ from gristmill.workflows.dataset.recipe import DatasetRecipe
 # Every key a recipe may have. A change here is a change of what users have written down: think twice, then edit.
 TRAINING = (
     "optimizer lr muon_lr schedule warmup_ratio warmup_steps min_lr_ratio steps epochs batch_size micro_batch_tokens "
-    "checkpoint_activations weight_decay clip precision"
+    "checkpoint_activations weight_decay clip precision lora"
 )
 PREFERENCE = f"{TRAINING} loss beta eta label_smoothing sft_weight logprobs num_prompts num_pairs keep_chosen"
 ANSWERS = "samples temperatures max_tokens"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gristmill.core.errors import InputError
+from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
 from gristmill.train.optim import Optimizer, OptimSettings, schedule_scale
@@ -51,6 +52,20 @@ def test_muon_takes_the_hidden_matrices_only(make_model: Make) -> None:
     assert muon == matrices
     adamw = {name.split("|")[0] for name in optimizer.state_tensors() if name.endswith("exp_avg")}
     assert adamw == {name for name, _ in model.named_parameters()} - matrices
+
+
+def test_lora_plus_steps_b_by_its_own_rate(make_model: Make) -> None:
+    model = make_model()
+    add_adapters(model, LoraConfig(rank=2, alpha=2.0, dora=True), seed=0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = Optimizer(model, OptimSettings(lr=1e-2, weight_decay=0.0, b_lr_ratio=16.0))
+    for parameter in optimizer.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.set_scale(0.5)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        rate = 0.0 if not parameter.requires_grad else 0.08 if name.endswith("lora_B") else 0.005
+        torch.testing.assert_close(parameter.detach(), before[name] - rate, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

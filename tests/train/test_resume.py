@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from gristmill.core.errors import InputError
+from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.transformer import Transformer
 from gristmill.train import checkpoint
 from gristmill.train.batches import Sample
@@ -68,6 +70,35 @@ def test_resumed_run_is_the_uninterrupted_one(
         expected.tokens,
         expected.best_step,
     )
+
+
+@pytest.mark.parametrize(("base", "dora"), [("fp32", False), ("int8", True)])
+def test_a_resumed_adapter_is_the_uninterrupted_one_and_its_checkpoints_hold_no_base(
+    make_model: Make, make_samples: MakeSamples, tmp_path: Path, base: str, dora: bool
+) -> None:
+    def make(alpha: float = 8.0) -> Transformer:
+        model = make_model()
+        add_adapters(model, LoraConfig(rank=4, alpha=alpha, dora=dora), seed=0, base=base)
+        return model
+
+    settings, samples = replace(SETTINGS, precision="bf16", b_lr_ratio=4.0), make_samples(13)
+    straight, resumed = make(), make()
+    Trainer(straight, next_token_objective, settings, folder=tmp_path / "a").fit(samples)
+    with pytest.raises(Killed):
+        Trainer(make(), next_token_objective, settings, folder=tmp_path / "b", on_step=kill_at(4)).fit(samples)
+    store = next((tmp_path / "b").glob("checkpoint-*/state.safetensors"))
+    names = {name.split("|")[1] for name in load_file(store) if "|" in name}
+    assert names == {name for name, parameter in straight.named_parameters() if parameter.requires_grad}
+    Trainer(resumed, next_token_objective, settings, folder=tmp_path / "b").fit(samples)
+    assert trace(tmp_path / "a") == trace(tmp_path / "b")
+    frozen, changed = make().state_dict(), set()
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+        if not torch.equal(a, frozen[name]):
+            changed.add(name)
+    assert changed == names  # all that is trained, and nothing else
+    with pytest.raises(InputError, match="another starting model"):  # another scaling goes on from no checkpoint
+        Trainer(make(alpha=16.0), next_token_objective, settings, folder=tmp_path / "b").fit(samples)
 
 
 def noisy(model: Transformer, batch: object):  # type: ignore[no-untyped-def]

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from gristmill.core.errors import InputError
+from gristmill.model.adapters import load_model as load_adapter
+from gristmill.model.adapters import load_reward as load_reward_adapter
 from gristmill.model.hf import load_model, load_reward
-from gristmill.train.settings import PreferenceTraining, Training
+from gristmill.train.settings import Lora, PreferenceTraining, Training
 from gristmill.workflows.train import train_model
 
 RATED = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
@@ -41,6 +43,32 @@ def test_each_kind_of_training(kind: str, rows: list[dict[str, Any]], recipe: Tr
     (load_reward if kind == "reward" else load_model)(out / "model")
     again = train_model(kind, random_base, data, out=out, recipe=recipe, on_step=lambda *args: pytest.fail("it trained again"))
     assert again == result and (out / "model" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "recipe"),
+    [("sft", DEMONSTRATIONS, STEPS), ("reward", RATINGS, STEPS), ("dpo", PAIRS, PREFERENCE)],
+)
+def test_each_kind_of_training_with_an_adapter(
+    kind: str, rows: list[dict[str, Any]], recipe: Training, tmp_path: Path, random_base: Path
+) -> None:
+    data, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    lora = recipe.model_copy(update={"lora": Lora(rank=4, base="int8" if kind == "dpo" else "fp32")})
+    result = train_model(kind, random_base, data, out=out, recipe=lora)
+    first = json.loads((out / "train" / "metrics.jsonl").read_text().splitlines()[0])
+    if kind == "dpo":
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    elif kind == "sft":
+        train_model(kind, random_base, data, out=tmp_path / "whole", recipe=recipe)
+        whole = json.loads((tmp_path / "whole" / "train" / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["loss"] == whole["loss"]  # the first step is the base's
+    assert not (out / "model").exists()
+    weights = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    (load_reward_adapter if kind == "reward" else load_adapter)(out / "adapter")
+    again = train_model(kind, random_base, data, out=out, recipe=lora, on_step=lambda *args: pytest.fail("it trained again"))
+    assert again == result and (out / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    with pytest.raises(InputError, match="Merge the adapter first"):
+        train_model(kind, out / "adapter", data, out=tmp_path / "more", recipe=lora)
 
 
 LONG = "word " * 100

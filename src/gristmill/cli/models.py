@@ -67,13 +67,20 @@ def train(
         Literal["auto", "true", "false"],
         typer.Option(help="Compute activations twice, to keep fewer; auto: where memory is short."),
     ] = "auto",
+    lora_rank: Annotated[int, typer.Option(help="Train a LoRA adapter of this rank, written to OUT/adapter; 0: all weights.")] = 0,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA: alpha / rank scales the update; default twice the rank.")] = None,
+    lora_targets: Annotated[str, typer.Option(help="LoRA: names as q_proj,v_proj parted by commas; default all there are.")] = "",
+    lora_base: Annotated[Literal["fp32", "bf16", "int8", "nf4"], typer.Option(help="LoRA: type of the frozen matrices.")] = "fp32",
+    lora_b_lr_ratio: Annotated[float, typer.Option(help="LoRA+: learning rate of B, in those of A.")] = 1.0,
+    rslora: Annotated[bool, typer.Option("--rslora", help="LoRA: alpha / sqrt(rank) in place of alpha / rank.")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="LoRA: train the lengths of the updated rows too.")] = False,
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """One training stage on your own rows."""
+    """One training stage on your own rows: of the whole model, or with --lora-rank of an adapter beside it."""
     from gristmill.core.progress import Progress
     from gristmill.train.settings import MIN_STEPS, training_section
     from gristmill.workflows.train import train_model
@@ -83,6 +90,12 @@ def train(
     values["checkpoint_activations"] = checkpoint_activations if checkpoint_activations == "auto" else checkpoint_activations == "true"
     if kind not in ("sft", "reward"):
         values |= {"beta": beta, "eta": eta, "sft_weight": sft_weight}
+    lora = given(alpha=lora_alpha) | {"targets": tuple(lora_targets.replace(",", " ").split()), "rslora": rslora, "dora": dora}
+    lora |= {"base": lora_base, "b_lr_ratio": lora_b_lr_ratio}
+    if lora_rank:
+        values["lora"] = {"rank": lora_rank, **lora}
+    elif lora != {"targets": (), "rslora": False, "dora": False, "base": "fp32", "b_lr_ratio": 1.0}:
+        raise InputError("Give --lora-rank with the other options of LoRA: without it all weights are trained.")
     settings = training_section(kind, values)
     with Progress(quiet=quiet) as progress, progress.stage(kind):
         result = train_model(
@@ -97,7 +110,7 @@ def train(
             on_step=progress.train_step,
             on_estimate=progress.note,
         )
-    _done(result, out / "model", as_json)
+    _done(result, out / ("adapter" if lora_rank else "model"), as_json)
     if result.steps < MIN_STEPS:
         echo(f"gristmill: {result.steps} steps hardly change a model: lower --batch-size, raise --epochs, or give more rows.", err=True)
 
@@ -108,6 +121,29 @@ def _done(result: Any, model: Path, as_json: bool) -> None:
         f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.1f} s, last loss {result.metrics['loss']:.4f}\nmodel: {model}"
     )
     echo(json.dumps(facts) if as_json else text)
+
+
+@command("gristmill merge runs/sft/adapter --out runs/sft/merged")
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder (PEFT layout).")],
+    out: Out,
+    base: Annotated[Path | None, typer.Option(help="Model folder to merge into; default the one that the adapter names.")] = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option("--dtype", help="Type to store; bf16 rounds small updates away.")] = "fp32",
+    as_json: AsJson = False,
+) -> None:
+    """Merge a LoRA adapter into its base, in fp32, and say how large the update is, and how much of it the stored type keeps."""
+    from gristmill.model.adapters import merge_folder
+
+    facts = merge_folder(adapter, out, base=base, dtype=dtype)
+    if as_json:
+        echo(json.dumps(facts))
+        return
+    for name, found in facts["update"].items():
+        lost = f"  rounding in {dtype} changes {found['rounding']:.2%} of it, {found['unmoved']:.2%} of the weights stay"
+        echo(f"{name:<10} |D|/|W| {found['update']:.2e}{lost if dtype != 'fp32' else ''}")
+    if facts["base_dtype"] != "fp32":
+        echo(f"trained on a base in {facts['base_dtype']} and merged into the original weights: it differs a little from what was trained")
+    echo(f"model: {facts['model']}")
 
 
 @command("gristmill quantize runs/miniature/02-demonstrations/model --to int8 --out runs/int8")
@@ -142,7 +178,7 @@ def add_chat_tokens(
 
 @command('gristmill generate runs/base/model "What is the capital of Runi?"')
 def generate(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    model: Annotated[Path, typer.Argument(help="Model or adapter folder.")],
     prompt: Annotated[str | None, typer.Argument(help="One prompt; or use --prompts.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL or Parquet with `prompt` or `messages`.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the answers; default standard output.")] = None,
@@ -180,7 +216,7 @@ def generate(
 
 @command("gristmill score runs/miniature/01-reward/model --data answers.jsonl")
 def score(
-    model: Annotated[Path, typer.Argument(help="Reward model folder.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a reward model, or of its adapter.")],
     data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages ending with the assistant, or prompt and response.")],
     dtype: Dtype = "fp32",
     device: Device = "auto",
@@ -197,7 +233,7 @@ def score(
 
 @command("gristmill eval runs/miniature/02-demonstrations/model")
 def eval(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    model: Annotated[Path, typer.Argument(help="Model or adapter folder.")],
     prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth`, `answer` or tests; default the miniature world's.")] = None,
     max_tokens: MaxTokens = 80,
     dtype: Dtype = "fp32",
@@ -216,6 +252,7 @@ def eval(
     """Greedy and sampled accuracy with 95 % intervals, by task; IFEval's scores; with --quantize or --cache what that costs."""
     from gristmill.core.progress import Progress
     from gristmill.engine.load import EngineArgs, load_engine
+    from gristmill.model.adapters import is_adapter
     from gristmill.model.hf import saved_as
     from gristmill.workflows.evaluate import evaluate
 
@@ -252,7 +289,7 @@ def eval(
     if weak := scores.get("weak"):
         echo(f"weak: {weak} programs passed tests that they could have lied to (docs/design.md, judging)")
     if lost := scores.get("quantized"):
-        beside = "the weights that it was saved with" if saved_as(model) else "the model"
+        beside = "the model" if is_adapter(model) or not saved_as(model) else "the weights that it was saved with"
         echo(
             f"beside {beside}: KL {lost['kl']:.2g} nats a token (at most {lost['kl_max']:.2g}), the likeliest token is the same for "
             f"{lost['agreement']:.2%} of {lost['tokens']:,} tokens"
@@ -266,7 +303,7 @@ def _interval(score: dict[str, Any], form: str = ".3f") -> str:
 
 @command("gristmill chat runs/miniature/02-demonstrations/model")
 def chat(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    model: Annotated[Path, typer.Argument(help="Model or adapter folder.")],
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     max_tokens: MaxTokens = 256,
     dtype: Dtype = "fp32",
@@ -301,7 +338,7 @@ def chat(
 
 @command("gristmill serve runs/miniature/29-r2-rpo3/model --reward runs/miniature/01-reward/model --port 8000")
 def serve(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    model: Annotated[Path, typer.Argument(help="Model or adapter folder.")],
     reward: Annotated[Path | None, typer.Option(help="Folder of a reward model, served beside it by its folder's name.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
@@ -318,14 +355,22 @@ def serve(
     cache_tokens: Annotated[
         int | None, typer.Option(help="Positions in a worker's cache; default: a quarter of the memory at most.")
     ] = None,
+    enable_lora: Annotated[bool, typer.Option("--enable-lora", help="Serve LoRA adapters beside the model.")] = False,
+    lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=PATH of an adapter; may be given several times.")] = None,
+    max_loras: Annotated[int, typer.Option(help="Adapters whose requests may be in flight at once.")] = 8,
+    max_lora_rank: Annotated[int, typer.Option(help="Largest rank of an adapter.")] = 64,
+    lora_folder: Annotated[
+        Path | None, typer.Option(help="Requests may load adapters from here, if VLLM_ALLOW_RUNTIME_LORA_UPDATING is set to True.")
+    ] = None,
     dtype: Dtype = "fp32",
     quantize: Quantized = "",
     cache: CacheDtype = "",
     device: Device = "auto",
     chat_format: ChatFormat = "auto",
 ) -> None:
-    """Serve a model by the OpenAI protocol: chat and text completions, streamed too; ratings; /health and /metrics."""
+    """Serve a model by the OpenAI protocol: chat and text completions, streamed too; adapters; ratings; /health and /metrics."""
     from gristmill.engine.load import EngineArgs
+    from gristmill.server.adapters import LoraArgs
     from gristmill.server.serve import ServerArgs
     from gristmill.server.serve import serve as serve_model
 
@@ -339,6 +384,7 @@ def serve(
         max_open_samples=max_open_samples,
         timeout=timeout,
         reasoning_parser=reasoning_parser,
+        lora=LoraArgs(enable=enable_lora, modules=lora_modules or (), max_loras=max_loras, max_rank=max_lora_rank, folder=lora_folder),
     )
     engine_args = EngineArgs(
         dtype=dtype, quantize=quantize, cache=cache, max_batch=max_batch, cache_tokens=cache_tokens, chat_format=chat_format, device=device

@@ -7,7 +7,7 @@ that begin alike share blocks without anyone saying so. Full blocks are never wr
 from collections import OrderedDict
 
 BLOCK_SIZE = 32  # positions; as in kernels.cpp
-ROOT = 0  # the prefix before the first block
+ROOT = 0  # the prefix before the first block; those of adapters are below zero, each its own
 MIN_EVICTABLE = 64  # unused blocks that stay registered in any case
 
 

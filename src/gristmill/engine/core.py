@@ -51,6 +51,7 @@ class Core:
         num_workers: that share the machine.
         max_batched_tokens: of a forward pass.
         grammar_backend: gives what requests with a grammar need.
+        max_loras: adapters of a step.
 
     Attributes:
         prompt_tokens, output_tokens: computed and sampled so far.
@@ -69,6 +70,7 @@ class Core:
         num_workers: int = 1,
         max_batched_tokens: int = MAX_BATCHED_TOKENS,
         grammar_backend: Callable[[], GrammarBackend] | None = None,
+        max_loras: int = 8,
     ) -> None:
         max_positions = decoder.config.max_positions
         self.batch_state = BatchState(max_batch, max_positions)
@@ -78,7 +80,7 @@ class Core:
             memory = _cache_memory(self.model_runner.device) / num_workers
             num_blocks = min(num_blocks, max(1, int(memory / self.model_runner.kv_cache.bytes_per_block)))
         self.block_manager = BlockManager(num_blocks)
-        self.scheduler = Scheduler(self.batch_state, self.block_manager, max(max_batched_tokens, max_batch))
+        self.scheduler = Scheduler(self.batch_state, self.block_manager, max(max_batched_tokens, max_batch), max_loras)
         self.stop_V, self.response_text, self.decode, self.grammar_backend = stop_V, response_text, decode, grammar_backend
         self.finished: list[RequestState] = []
         self.prompt_tokens = self.output_tokens = 0

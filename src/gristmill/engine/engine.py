@@ -25,8 +25,10 @@ from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.core import Core
 from gristmill.engine.grammar import GrammarBackend
 from gristmill.engine.layers import Decoder, DecoderLayer
+from gristmill.engine.lora import MAX_ADAPTERS, LoadedAdapter, LoraRows
 from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Completion, Request
+from gristmill.model.adapters import Adapter
 from gristmill.model.packed import PackedShape
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import Transformer
@@ -82,6 +84,10 @@ class Engine:
             (both). Everything is then computed by them, scores too.
         own: nobody else uses the model: what is quantized or converted is dropped from it.
         layers: quantized layers, made already from blocks that were released; the model is owned then.
+        max_loras: adapters whose requests may be in flight at once.
+
+    Attributes:
+        adapters: LoRA adapters that requests may name.
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class Engine:
         quantize: Quantize = "",
         own: bool = False,
         layers: list[DecoderLayer] | None = None,
+        max_loras: int = 8,
     ) -> None:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}.")
@@ -117,6 +124,8 @@ class Engine:
         self.dtype, self.cache_dtype, self.cache_tokens = dtype, cache_dtype or dtype, cache_tokens
         self.device = device
         self.stats = EngineStats()
+        self.max_loras = max_loras
+        self.adapters: dict[str, LoadedAdapter] = {}
         self._name = name
         self._arrivals = itertools.count()
         self.stop_V = np.zeros(model.config.vocab_size, np.bool_)
@@ -144,6 +153,40 @@ class Engine:
         dealt = _RoundRobin(requests, count)
         yield from merge(count, lambda number, stop: self._run_worker(dealt, number, stop))
 
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Load a LoRA adapter, which requests then name. Those that are under way keep the one they began with.
+
+        Raises:
+            InputError: it cannot be served, the name is taken, or there are too many.
+        """
+        loaded = LoadedAdapter(name, adapter, self.model, self.dtype)
+        if name == self.name or name in self.adapters:
+            raise InputError(f"Choose another name for the adapter, or unload that one: {name!r} is loaded already.")
+        if len(self.adapters) >= MAX_ADAPTERS:
+            raise InputError(f"Unload an adapter first: {MAX_ADAPTERS} are loaded.")
+        self.adapters[name] = loaded
+
+    def remove_adapter(self, name: str) -> None:
+        """Unload a LoRA adapter; requests that are under way still have it.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        if self.adapters.pop(name, None) is None:
+            raise InputError(f"There is no adapter {name!r} to unload.")
+
+    def adapter(self, name: str) -> LoadedAdapter | None:
+        """The adapter of a name; None for "", the model itself.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        if not name:
+            return None
+        if (found := self.adapters.get(name)) is None:
+            raise InputError(f"There is no adapter {name!r}: load it first.")
+        return found
+
     @cached_property
     def grammar_backend(self) -> GrammarBackend:
         """Grammar backend, made for the first request with a grammar."""
@@ -161,6 +204,7 @@ class Engine:
             cache_dtype=self.cache_dtype,
             num_workers=num_workers,
             grammar_backend=lambda: self.grammar_backend,
+            max_loras=self.max_loras,
         )
 
     def prepare(self, request: Request) -> RequestState:
@@ -184,7 +228,8 @@ class Engine:
         if sampling.grammar:
             self.grammar_backend.validate(sampling.grammar)
         max_tokens = min(sampling.max_tokens, room)
-        return RequestState(request, np.array(prompt, np.int32), max_tokens, next(self._arrivals))
+        adapter = self.adapter(request.adapter)
+        return RequestState(request, np.array(prompt, np.int32), max_tokens, next(self._arrivals), adapter=adapter)
 
     def _run_worker(self, dealt: "_RoundRobin", number: int, stop: Event) -> Iterator[tuple[Request, list[Completion]]]:
         """Worker loop, until its requests are exhausted."""
@@ -215,8 +260,11 @@ class Engine:
                 return
 
     @torch.inference_mode()
-    def prompt_logprobs(self, ids: Sequence[int], top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
+    def prompt_logprobs(self, ids: Sequence[int], top: int, adapter: str = "") -> tuple[list[float], list[list[tuple[int, float]]]]:
         """Prompt log-probabilities: of every token but the first, given those before it, and of the `top` likeliest in its place.
+
+        Args:
+            adapter: name of the adapter to compute them with.
 
         Raises:
             InputError: more tokens than the model's context.
@@ -225,7 +273,7 @@ class Engine:
         if len(ids) > limit:
             raise InputError(f"The prompt has {len(ids)} tokens and the model's context is {limit}: shorten it.")
         ids_T = torch.tensor(ids, device=self.device)
-        h_TD = self.hidden(ids_T, PackedShape.from_lengths([len(ids)], self.device))
+        h_TD = self.hidden(ids_T, PackedShape.from_lengths([len(ids)], self.device), self.adapter(adapter))
         logprobs: list[float] = []
         best: list[list[tuple[int, float]]] = []
         for part in torch.arange(1, len(ids)).split(max(1, MAX_LOGIT_ELEMENTS // self.model.config.vocab_size)):
@@ -237,10 +285,13 @@ class Engine:
             best += [list(zip(i, v, strict=True)) for i, v in zip(found.indices.tolist(), values, strict=True)]
         return logprobs, best
 
-    def hidden(self, ids_T: Tensor, shape: PackedShape) -> Tensor:
-        """Hidden states [T, D] of whole texts: the model's own, or what generation comes to where matrices or cache are quantized."""
-        if self.quantize or self.cache_dtype != self.dtype:
-            return self._decoder.hidden(ids_T, shape, self.cache_dtype)
+    def hidden(self, ids_T: Tensor, shape: PackedShape, adapter: LoadedAdapter | None = None) -> Tensor:
+        """Hidden states [T, D] of whole texts: the model's own, or what generation comes to with an adapter, or where matrices or cache
+        are quantized.
+        """
+        if self.quantize or self.cache_dtype != self.dtype or adapter is not None:
+            lora = None if adapter is None else LoraRows([(adapter, slice(None))])
+            return self._decoder.hidden(ids_T, shape, self.cache_dtype, lora)
         return self.model.hidden(ids_T, shape)
 
     def logits(self, h: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
 from gristmill.engine.kernels import library as kernels
-from gristmill.engine.linear import LINEARS, Int8Activations, Int8Linear, supported_by_kernels
+from gristmill.engine.linear import LINEARS, Int8Activations, Int8Linear, LinearMethod, supported_by_kernels
+from gristmill.engine.lora import LoraRows
 from gristmill.model.attention import varlen_attention
 from gristmill.model.packed import PackedShape
 from gristmill.model.quantized import MAX_VALUES, Quantize, scaled
@@ -84,10 +85,13 @@ class Norm:
 
 
 class DecoderLayer:
-    """Decoder layer in two halves around attention itself. What a half adds to the residual stream is left for the next norm to add."""
+    """Decoder layer in two halves around attention itself. What a half adds to the residual stream is left for the next norm to add.
 
-    def __init__(self, block: Block, dtype: torch.dtype, quantize: Quantize = "") -> None:
-        make = LINEARS[quantize]
+    The `lora` of its methods are the rows of the step that adapters change, if there are any.
+    """
+
+    def __init__(self, block: Block, dtype: torch.dtype, quantize: Quantize = "", number: int = 0) -> None:
+        make, self.number = LINEARS[quantize], number
 
         def norm(module: nn.Module | None) -> Norm | None:
             return None if module is None else Norm(module)
@@ -105,30 +109,36 @@ class DecoderLayer:
             self.down = make(block.mlp.down, dtype)
             self.library = kernels.load() if supported_by_kernels(block.mlp.down.weight.device, dtype) else None
 
-    def project_qkv(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+    def project_qkv(self, x_TD: Tensor, delta_TD: Tensor | None, lora: LoraRows | None = None) -> tuple[Tensor, Tensor]:
         """Attention norm and QKV projection: the residual stream, and queries, keys and values [T, H + 2K, d] before the rotation."""
         assert self.attention is not None
-        if isinstance(self.qkv, Int8Linear):
+        if isinstance(self.qkv, Int8Linear) and lora is None:
             x_TD, rows = _quantized(self.attention_norm, x_TD, delta_TD)
             qkv = self.qkv.matmul(rows)
         else:
             x_TD, normed_TD = _normed(self.attention_norm, x_TD, delta_TD)
             qkv = self.qkv(normed_TD)
+            if lora is not None:
+                lora.add(self.number, "qkv", normed_TD, qkv)
         return x_TD, self.attention.heads(qkv)
 
-    def project_output(self, attended_TN: Tensor) -> Tensor:
+    def project_output(self, attended_TN: Tensor, lora: LoraRows | None = None) -> Tensor:
         """What attention adds to the residual stream."""
-        return self._added(self.output(attended_TN), self.attention_post_norm)
+        out_TD = self.output(attended_TN)
+        if lora is not None:
+            lora.add(self.number, "output", attended_TN, out_TD)
+        return self._added(out_TD, self.attention_post_norm)
 
-    def feed_forward(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def feed_forward(self, x_TD: Tensor, delta_TD: Tensor | None, lora: LoraRows | None = None) -> tuple[Tensor, Tensor | None]:
         """MLP norm and MLP: the residual stream, and what the MLP adds to it."""
         if self.mlp is None:
             return x_TD, delta_TD
-        if isinstance(self.down, Int8Linear):
+        if isinstance(self.down, Int8Linear) and lora is None:
             x_TD, rows = _quantized(self.mlp_norm, x_TD, delta_TD)
             return x_TD, self._added(self._int8_mlp(rows), self.mlp_post_norm)
         x_TD, normed_TD = _normed(self.mlp_norm, x_TD, delta_TD)
-        return x_TD, self._added(self._mlp(normed_TD), self.mlp_post_norm)
+        out_TD = self._mlp(normed_TD) if lora is None else self._mlp_with(lora, normed_TD)
+        return x_TD, self._added(out_TD, self.mlp_post_norm)
 
     def _added(self, out_TD: Tensor, norm: Norm | None) -> Tensor:
         if norm is not None:
@@ -159,6 +169,27 @@ class DecoderLayer:
             return self.down(F.relu_(up_TF).square_())
         self.library.gristmill_squared_relu(up_TF.data_ptr(), up_TF.numel(), kernels.TYPES[up_TF.dtype])
         return self.down(up_TF)
+
+    def _mlp_with(self, lora: LoraRows, normed_TD: Tensor) -> Tensor:
+        """MLP without fused kernels: adapters change what stands between them."""
+        assert self.mlp is not None
+
+        def product(name: str, linear: LinearMethod | None, x_TD: Tensor) -> Tensor:
+            assert linear is not None
+            out = linear(x_TD)
+            lora.add(self.number, name, x_TD, out)
+            return out
+
+        if self.gate_up is not None:
+            gate_TF, up_TF = product("gate_up", self.gate_up, normed_TD).chunk(2, dim=-1)
+            inner_TF = gate_activation(gate_TF, self.mlp.parts).mul_(up_TF)
+        else:
+            inner_TF = product("up", self.up, normed_TD)
+            if self.gate is None:
+                inner_TF = F.relu_(inner_TF).square_()
+            else:
+                inner_TF = gate_activation(product("gate", self.gate, normed_TD), self.mlp.parts).mul_(inner_TF)
+        return product("down", self.down, inner_TF)
 
 
 def _normed(norm: Norm | None, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -214,8 +245,10 @@ class Decoder:
         self._read(None)
 
     def _read(self, layers: list[DecoderLayer] | None) -> None:
-        blocks = [block for block in self.model.blocks if isinstance(block, Block)]
-        self.layers = [DecoderLayer(block, self.dtype, self.quantize) for block in blocks] if layers is None else layers
+        if layers is None:
+            blocks = [block for block in self.model.blocks if isinstance(block, Block)]
+            layers = [DecoderLayer(block, self.dtype, self.quantize, number) for number, block in enumerate(blocks)]
+        self.layers = layers
         self.final_norm = Norm(self.model.final_norm, 1 / self.config.logits_scaling)
         self.embedding_VD = self.model.embedding.detach().to(self.dtype)
         self.unembedding_VD = self.model.unembedding().detach().to(self.dtype)
@@ -241,7 +274,7 @@ class Decoder:
         """Logits (.., V) of states (.., D)."""
         return soft_cap(F.linear(h, self.unembedding_VD), self.config.logits_soft_cap)
 
-    def hidden(self, ids_T: Tensor, shape: PackedShape, cache_dtype: torch.dtype | None = None) -> Tensor:
+    def hidden(self, ids_T: Tensor, shape: PackedShape, cache_dtype: torch.dtype | None = None, lora: LoraRows | None = None) -> Tensor:
         """Hidden states [T, D] of whole texts after the final norm, with keys and values as a cache of this type would give them back."""
         check_length(self.config, shape)
         angles = self.model.rope(shape.positions_T)
@@ -249,12 +282,13 @@ class Decoder:
         for layer in self.layers:
             if layer.attention is not None:
                 heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
-                x_TD, qkv = layer.project_qkv(x_TD, delta_TD)
+                x_TD, qkv = layer.project_qkv(x_TD, delta_TD, lora)
                 qk, v_TKd = qkv.split([heads + kv_heads, kv_heads], dim=1)
                 q_THd, k_TKd = rotate(qk, *angles[layer.rope]).split([heads, kv_heads], dim=1)
                 k_TKd, v_TKd = (_cache_round_trip(x, cache_dtype or self.dtype) for x in (k_TKd, v_TKd))
-                delta_TD = layer.project_output(varlen_attention(q_THd, k_TKd, v_TKd, shape, mod=layer.mod).flatten(1))
-            x_TD, delta_TD = layer.feed_forward(x_TD, delta_TD)
+                attended_TN = varlen_attention(q_THd, k_TKd, v_TKd, shape, mod=layer.mod).flatten(1)
+                delta_TD = layer.project_output(attended_TN, lora)
+            x_TD, delta_TD = layer.feed_forward(x_TD, delta_TD, lora)
         return self.final_norm(x_TD, delta_TD)[1]
 
 

@@ -12,7 +12,8 @@ from gristmill.data.chat import Message, find_format, to_dicts
 from gristmill.engine.engine import Engine
 from gristmill.engine.layers import DecoderLayer, release
 from gristmill.generation.api import Request, SamplingParams
-from gristmill.model.hf import load_model, saved_as
+from gristmill.model.adapters import is_adapter, load_model
+from gristmill.model.hf import saved_as
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import PRECISIONS, Block
 
@@ -27,7 +28,7 @@ class EngineArgs:
         dtype: of activations, and of matrices that are not quantized.
         quantize: as in `Engine`; "" for what the model's folder was saved as.
         cache: type of keys and values; "" for `dtype`.
-        max_batch, cache_tokens: as in `Engine`.
+        max_batch, max_loras, cache_tokens: as in `Engine`.
         chat_format: "auto", or a name.
         device: as `pick_device` takes it.
     """
@@ -36,26 +37,29 @@ class EngineArgs:
     quantize: Quantize = ""
     cache: Literal["", "fp32", "bf16", "int8", "fp8"] = ""
     max_batch: int = 256
+    max_loras: int = 8
     cache_tokens: int | None = None
     chat_format: str = "auto"
     device: str = "auto"
 
 
 def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = "", own: bool = True) -> Engine:
-    """Load a model folder into an engine. `own` as in `Engine`."""
+    """Load a model folder, or an adapter folder merged into its base, into an engine. `own` as in `Engine`."""
     device, dtype = pick_device(args.device), PRECISIONS[args.dtype]
     check_dtype(device, dtype)
-    quantize = args.quantize or saved_as(folder)
+    adapter = is_adapter(folder)
+    # quantizing what was merged would lose what was trained: only who asks for it gets it
+    quantize = args.quantize or ("" if adapter else saved_as(folder))
     layers: list[DecoderLayer] = []
 
     def quantized(block: Block) -> None:  # before the next is read, so that only one has its matrices in fp32
-        layers.append(DecoderLayer(block, dtype, quantize))
+        layers.append(DecoderLayer(block, dtype, quantize, len(layers)))
         release(block)
 
-    by_block = own and bool(quantize)
+    by_block = own and bool(quantize) and not adapter
     model, tokenizer = load_model(
         folder,
-        torch.float32 if quantize and not own else dtype,
+        torch.float32 if quantize and not by_block else dtype,
         vector_dtype=torch.float32,
         device=device,
         on_block=quantized if by_block else None,
@@ -66,6 +70,7 @@ def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = ""
         find_format(args.chat_format, tokenizer),
         name=name or folder.resolve().name,
         max_batch=args.max_batch,
+        max_loras=args.max_loras,
         dtype=dtype,
         cache_tokens=args.cache_tokens,
         cache_dtype=CACHE_DTYPES[args.cache] if args.cache else None,

@@ -10,6 +10,7 @@ from torch import Tensor
 from gristmill.engine.attention import AttentionMetadata, KVCache, TritonAttention, select_backend
 from gristmill.engine.cuda_graph import CudaGraphs
 from gristmill.engine.layers import Decoder
+from gristmill.engine.lora import LoraRows
 from gristmill.engine.scheduler import SchedulerOutput
 from gristmill.engine.sequence import BatchState
 
@@ -61,26 +62,35 @@ class ModelRunner:
         seq_lens = (starts + counts).astype(np.int32)
         metadata = AttentionMetadata(query_start, seq_lens, slots, self.batch_state.block_tables, positions, step.num_decodes)
         distinct = list(dict.fromkeys(step.sample_rows))  # siblings sample from the same row
-        if self.cuda_graphs is not None and step.num_decodes == len(counts) and distinct == list(range(len(counts))):
+        adapters = [s.state.adapter for s in step.sequences]
+        lora = LoraRows.of(adapters, step.num_tokens, self.device) if any(adapters) else None
+        if lora is None and self.cuda_graphs is not None and step.num_decodes == len(counts) and distinct == list(range(len(counts))):
             logits = self.cuda_graphs.run(ids, metadata)
         else:
             self.attention.prepare(metadata)
-            last_R = None
+            last_R, last_lora = None, lora
             if len(distinct) < len(positions):
                 ends = [int(query_start[place + 1]) - 1 for place in distinct]
                 last_R = torch.tensor(ends + [0] * (self._padded(len(ends)) - len(ends)), dtype=torch.int64, device=self.device)
-            logits = self._forward(torch.from_numpy(ids).to(self.device), last_R)
+                last_lora = lora and LoraRows.of([adapters[place] for place in distinct], [1] * len(distinct), self.device)
+            logits = self._forward(torch.from_numpy(ids).to(self.device), last_R, lora, last_lora)
         row_of = {place: row for row, place in enumerate(distinct)}
         rows = [row_of[place] for place in step.sample_rows]
         return logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, dtype=torch.int64, device=self.device)]
 
-    def _forward(self, ids_T: Tensor, last_R: Tensor | None = None) -> Tensor:
-        """Logits of the tokens at last_R, or of all; the attention backend knows the rest about the step."""
+    def _forward(
+        self, ids_T: Tensor, last_R: Tensor | None = None, lora: LoraRows | None = None, last_lora: LoraRows | None = None
+    ) -> Tensor:
+        """Logits of the tokens at last_R, or of all; the attention backend knows the rest about the step.
+
+        Args:
+            lora, last_lora: rows that adapters change, of all tokens, and of those at last_R.
+        """
         layers = self.decoder.layers
         x_TD, delta_TD = self.decoder.embed(ids_T), None
         for number, layer in enumerate(layers):
             if layer.attention is not None:
-                x_TD, qkv = layer.project_qkv(x_TD, delta_TD)
+                x_TD, qkv = layer.project_qkv(x_TD, delta_TD, lora)
                 attended = self.attention.attend(number, qkv).flatten(1)
                 delta_TD = None
             else:
@@ -89,9 +99,10 @@ class ModelRunner:
                 x_TD = x_TD[last_R]
                 delta_TD = None if delta_TD is None else delta_TD[last_R]
                 attended = None if attended is None else attended[last_R]
+                lora = last_lora
             if attended is not None:
-                delta_TD = layer.project_output(attended)
-            x_TD, delta_TD = layer.feed_forward(x_TD, delta_TD)
+                delta_TD = layer.project_output(attended, lora)
+            x_TD, delta_TD = layer.feed_forward(x_TD, delta_TD, lora)
         _, normed_RD = self.decoder.final_norm(x_TD, delta_TD)
         return self.decoder.logits(normed_RD).float()
 

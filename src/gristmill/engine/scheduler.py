@@ -42,10 +42,12 @@ class Scheduler:
     Args:
         batch_state, block_manager: slots and blocks that there are to give.
         max_batched_tokens: of a step.
+        max_loras: adapters of a step.
     """
 
-    def __init__(self, batch_state: BatchState, block_manager: BlockManager, max_batched_tokens: int) -> None:
+    def __init__(self, batch_state: BatchState, block_manager: BlockManager, max_batched_tokens: int, max_loras: int = 8) -> None:
         self.batch_state, self.block_manager, self.max_batched_tokens = batch_state, block_manager, max_batched_tokens
+        self.max_loras = max_loras
         self.waiting: list[tuple[tuple[int, int, int], int, Sequence]] = []
         self.running: list[Sequence] = []  # in scheduling order
         self.block_copies: list[tuple[int, int]] = []  # copy-on-write before the next step: from, to
@@ -69,7 +71,7 @@ class Scheduler:
                 f"{self.block_manager.num_blocks * BLOCK_SIZE}: shorten it, lower max_tokens, or give the engine more cache."
             )
         for sample in range(state.request.sampling.n):
-            self._enqueue(Sequence(state, sample))
+            self._enqueue(Sequence(state, sample, prefix_id=state.root))
 
     def cancel(self, state: RequestState) -> None:
         """Abort a request, whatever it is doing."""
@@ -95,13 +97,13 @@ class Scheduler:
                 break
             if sequence.num_computed < sequence.length:
                 budget -= self._prefill(step, sequence, budget)
-        begun: dict[bytes, Sequence] = {}
+        begun: dict[tuple[int, bytes], Sequence] = {}
         while self.waiting and self.batch_state.free_slots and budget > 0:
             sequence = self.waiting[0][2]
             if sequence.state.cancelled:
                 heapq.heappop(self.waiting)
                 continue
-            prompt = None if sequence.saved_tokens is not None else sequence.state.prompt_ids.tobytes()
+            prompt = None if sequence.saved_tokens is not None else (sequence.state.root, sequence.state.prompt_ids.tobytes())
             parent = begun.get(prompt) if prompt is not None else None
             if parent is not None:
                 if not self._can_allocate(len(parent.siblings) + 2):
@@ -115,7 +117,7 @@ class Scheduler:
                 continue
             # samples of one prompt begin together, so that it is prefilled once
             num_samples = min(sequence.state.num_waiting, self.batch_state.num_slots)
-            if len(self.batch_state.free_slots) < num_samples or not self._admit(sequence):
+            if len(self.batch_state.free_slots) < num_samples or not self._has_lora_slot(sequence) or not self._admit(sequence):
                 break
             heapq.heappop(self.waiting)
             budget -= self._prefill(step, sequence, budget)
@@ -215,6 +217,14 @@ class Scheduler:
             self.running.sort(key=lambda s: s.order)
         return True
 
+    def _has_lora_slot(self, sequence: Sequence) -> bool:
+        """Whether a step may have this sequence's adapter beside those of the running ones."""
+        adapter = sequence.state.adapter
+        if adapter is None:
+            return True
+        running = {s.state.adapter for s in self.running} - {None, adapter}
+        return len(running) < self.max_loras
+
     def _can_allocate(self, num_blocks: int) -> bool:
         """Whether that many blocks are free beside what prefills under way still need. With nobody running there always are."""
         reserved = sum(
@@ -247,7 +257,8 @@ class Scheduler:
         for waiting in (sequence, *siblings):
             if waiting is not sequence:
                 self._release_slot(waiting)
-            waiting.num_computed = waiting.num_registered = waiting.prefix_id = 0
+            waiting.num_computed = waiting.num_registered = 0
+            waiting.prefix_id = waiting.state.root
             waiting.stale = False
             self._enqueue(waiting)
 

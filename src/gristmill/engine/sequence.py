@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gristmill.engine.block_manager import BLOCK_SIZE, ROOT
 from gristmill.engine.grammar import GrammarMatcher
+from gristmill.engine.lora import LoadedAdapter
 from gristmill.generation.api import Completion, Request
 
 # Columns of `BatchState.ints`.
@@ -36,6 +37,7 @@ class RequestState:
         listener: streaming callback: hears every token once, as it is sampled.
         error: why it has no completions.
         logit_bias: tokens and what is added to their logits.
+        adapter: that changes the model for it, even if it has been unloaded since.
     """
 
     request: Request
@@ -47,6 +49,12 @@ class RequestState:
     cancelled: bool = False
     error: Exception | None = None
     logit_bias: tuple[Tensor, Tensor] | None = None
+    adapter: LoadedAdapter | None = None
+
+    @property
+    def root(self) -> int:
+        """The prefix before its first block."""
+        return ROOT if self.adapter is None else self.adapter.root
 
     def __post_init__(self) -> None:
         self.num_unfinished = self.request.sampling.n

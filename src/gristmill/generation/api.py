@@ -98,6 +98,7 @@ class Request:
     seed: int = 0
     priority: int = 0
     prompt_ids: tuple[int, ...] = ()  # what the model reads, where messages are not to be rendered
+    adapter: str = ""  # name of a LoRA adapter that the engine has loaded
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from gristmill.data.chat import ChatFormat, Message, find_format
 from gristmill.data.readers import read_demonstrations
 from gristmill.data.rows import Rating
 from gristmill.data.tokenizer import Tokenizer
-from gristmill.model.hf import load_reward
+from gristmill.model.adapters import load_reward
 from gristmill.model.packed import pack
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS

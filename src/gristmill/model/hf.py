@@ -219,16 +219,16 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: Path, small_files: Sequence[str]) -> bool:
     templates = path.name == TEMPLATES and path.is_dir() and all(one.suffix == ".jinja" for one in path.iterdir())
-    return path.name in SMALL_FILES or path.name.endswith(".safetensors") or templates
+    return path.name in small_files or path.name.endswith(".safetensors") or templates
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def _new_folder(folder: Path, small_files: Sequence[str] = SMALL_FILES) -> Iterator[Path]:
     """A temporary folder beside `folder` that replaces it if the body succeeds and vanishes if it fails."""
     with disk_errors(folder):
-        is_free = not folder.exists() or (folder.is_dir() and all(_is_ours(path) for path in folder.iterdir()))
+        is_free = not folder.exists() or (folder.is_dir() and all(_is_ours(path, small_files) for path in folder.iterdir()))
     if not is_free:
         raise InputError(f"Choose another folder than {folder}: it holds more than a saved model.")
     folder = Path(os.path.abspath(folder))  # "." and ".." have no name of their own
@@ -282,7 +282,7 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(config)
     model.compute_dtype = dtype
-    _set_dtypes(model, dtype, vector_dtype)
+    set_dtypes(model, dtype, vector_dtype)
     return _fill(model, hf_tensors, folder, hf=hf, device=torch.device(device), on_block=on_block), tokenizer
 
 
@@ -303,11 +303,12 @@ def load_reward(
         backbone = Transformer(config)
     backbone.compute_dtype = dtype
     model = RewardModel(backbone, hf.get("reward_weights", REWARD_WEIGHTS["nemotron4-340b"]))
-    _set_dtypes(backbone, dtype, vector_dtype)
+    set_dtypes(backbone, dtype, vector_dtype)
     return _fill(model, _reward_tensors, folder, hf=hf, device=torch.device(device)), tokenizer
 
 
-def _set_dtypes(model: Transformer, dtype: torch.dtype, vector_dtype: torch.dtype | None) -> None:
+def set_dtypes(model: Transformer, dtype: torch.dtype, vector_dtype: torch.dtype | None) -> None:
+    """Cast matrices to a type, and norms and biases to another (None: the same)."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype if parameter.ndim == 2 else vector_dtype or dtype)
 

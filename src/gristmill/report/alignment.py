@@ -31,7 +31,7 @@ from gristmill.report.figures import Series, stage_plot
 from gristmill.report.markup import Markup, document, el, table
 from gristmill.report.samples import JudgedStage, read_judged, read_lineage, samples_section
 from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
-from gristmill.report.summary import duration, headline
+from gristmill.report.summary import duration, headline, lora_update
 from gristmill.runs.reader import RunData, read_run
 
 CONTROLS = {
@@ -266,7 +266,7 @@ def _trained_on(m: Mapping[str, Any]) -> str:
     human = f", {m['human_rows']:,} by people" if "human_rows" in m else ""
     dropped = f", {m['dropped']:,} dropped as too long" if m.get("dropped") else ""
     kind = "rows" if "human_rows" in m else "pairs"
-    return f"{m['rows']:,} {kind}{human}{dropped}, {m['steps']:,} steps"
+    return f"{m['rows']:,} {kind}{human}{dropped}, {m['steps']:,} steps{lora_update(m)}"
 
 
 def score_cell(score: Mapping[str, Any], heat: str | None = None) -> Markup:

@@ -54,7 +54,15 @@ def _model(done: Mapping[str, Any]) -> str:
 
 def _training(done: Mapping[str, Any]) -> str:
     dropped = f", {done['dropped']:,} dropped as too long" if done.get("dropped") else ""
-    return f"loss {done['metrics'].get('loss', float('nan')):.3f}, {done['tokens_per_second']:,} tokens/s{dropped}"
+    return f"loss {done['metrics'].get('loss', float('nan')):.3f}, {done['tokens_per_second']:,} tokens/s{dropped}{lora_update(done)}"
+
+
+def lora_update(done: Mapping[str, Any]) -> str:
+    """Rank of a stage's adapter and the size |D|/|W| of its update, from the smallest to the largest kind of matrix; "" without one."""
+    if not (lora := done.get("lora")):
+        return ""
+    sizes = sorted(lora["update"].values())
+    return f", LoRA of rank {lora['rank']}, |D|/|W| {sizes[0]:.1e} to {sizes[-1]:.1e}"
 
 
 def _pair(done: Mapping[str, Any], kind: str) -> str:

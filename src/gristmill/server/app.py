@@ -5,6 +5,7 @@ Sources of the protocol: OpenAI's API reference; for rewards, the API of Nemotro
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import time
@@ -26,6 +27,7 @@ from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.engine import Engine
 from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Request, SamplingParams
+from gristmill.server.adapters import AdapterLoader
 from gristmill.server.connections import BODY_SECONDS, SEND_SECONDS, Connection, ConnectionPool, log_failure
 from gristmill.server.metrics import Metrics
 from gristmill.server.protocol import (
@@ -33,9 +35,11 @@ from gristmill.server.protocol import (
     CompletionRequest,
     CompletionRequestBase,
     FieldError,
+    LoadAdapterRequest,
     RequestBody,
     RewardRequest,
     TemplateChatRequest,
+    UnloadAdapterRequest,
     is_small,
     parse_body,
     parse_messages,
@@ -61,6 +65,7 @@ MAX_TOKEN_CHARS = 128  # as good as never more: a longer text is too long withou
 MAX_INLINE_WORK = 20_000  # bytes of a body, or tokens with their likeliest, that would hold up everybody else
 MAX_GRAMMAR_WAIT = 15.0  # seconds
 PROMPT_TAIL = 16  # tokens of a prompt that may begin the answer's thinking, or end it
+MAX_NAMES = 20  # of adapters, that an error tells
 CLIENT_CLOSED_REQUEST = 499
 STREAM = web.RequestKey("stream", web.StreamResponse)  # the answer that has begun
 JSON = "application/json"
@@ -108,6 +113,7 @@ class Server:
         rate: the attributes of the last turn of conversations, by the reward model `reward_name`.
         reward_context: tokens that it reads at most; None: as many as the engine's model.
         reasoning_parser: a name of REASONING_PARSERS: thinking is told apart from the content of chat answers.
+        adapters: loads LoRA adapters when a request asks for it, where that is allowed.
 
     Attributes:
         pool: the connections, where their number is limited.
@@ -122,6 +128,7 @@ class Server:
         reward_name: str = "reward",
         reward_context: int | None = None,
         reasoning_parser: str = "",
+        adapters: AdapterLoader | None = None,
     ):
         self.engine, self.limits, self.reward_name = engine, limits or Limits(), reward_name
         self.reasoning_parser = reasoning_parser
@@ -129,6 +136,7 @@ class Server:
         self.reward_context = self.context if reward_context is None else reward_context
         self.async_engine = AsyncEngine(engine, self._deliver)
         self.cache_tokens = min(worker.core.block_manager.num_blocks for worker in self.async_engine.workers) * BLOCK_SIZE
+        self.adapters = adapters
         self.pool: ConnectionPool | None = None
         self.metrics = Metrics(self.async_engine, lambda: self.pool)
         self.closing = False
@@ -149,6 +157,9 @@ class Server:
         app.router.add_post("/v1/chat/completions", self._chat, expect_handler=self._expect)
         app.router.add_post("/v1/completions", self._completions, expect_handler=self._expect)
         app.router.add_post("/v1/rewards", self._rewards, expect_handler=self._expect)
+        if self.adapters is not None:
+            app.router.add_post("/v1/load_lora_adapter", self._load_adapter, expect_handler=self._expect)
+            app.router.add_post("/v1/unload_lora_adapter", self._unload_adapter, expect_handler=self._expect)
 
         async def start(app: web.Application) -> None:
             self._loop = asyncio.get_running_loop()
@@ -320,6 +331,7 @@ class Server:
     async def _models(self, _: web.Request) -> web.Response:
         names = [self.engine.name, *([self.reward_name] if self.ratings else [])]
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "gristmill"} for name in names]
+        models += [{**models[0], "id": name, "parent": self.engine.name} for name in list(self.engine.adapters)]
         return web.json_response({"object": "list", "data": models})
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
@@ -327,23 +339,25 @@ class Server:
         body, long = await self._admit(http, TemplateChatRequest if own else ChatCompletionRequest)
         if self.ratings is not None and body.model == self.reward_name:
             return await self._reward_chat(body, long=long)
-        self._check_model(body.model, self.engine.name)
+        self._check_model(body.model, self.engine.name, *self.engine.adapters)
         self._check_capacity(1 if body.n is None else body.n)
         conversation, prompt_ids = await self._run(self._render, body, long=long or own)
         sampling = await self._sampling(body, self._room(len(prompt_ids)), (body.top_logprobs or 0) if body.logprobs else 0)
         request = self._request("chatcmpl", body, conversation, prompt_ids, sampling=sampling, content=body.messages)
-        builder = ChatResponseBuilder(self.engine, bool(body.logprobs), self._reasoning_parser(body, conversation, prompt_ids, sampling))
+        reasoning = self._reasoning_parser(body, conversation, prompt_ids, sampling)
+        builder = ChatResponseBuilder(self.engine, bool(body.logprobs), reasoning, model=body.model or "")
         return await self._respond(http, body, [request], builder=builder)
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
         body, long = await self._admit(http, CompletionRequest)
-        self._check_model(body.model, self.engine.name)
+        self._check_model(body.model, self.engine.name, *self.engine.adapters)
         texts = await self._run(parse_prompts, body.prompt, long=long)
         self._check_capacity(len(texts) * (1 if body.n is None else body.n))
         prompts = await self._run(lambda: [self._tokenize(one) for one in texts], long=long)
         wanted = 16 if body.max_tokens is None else body.max_tokens
         scoring = body.echo and body.logprobs is not None
-        scored = [await self._in(self._scorer, self.engine.prompt_logprobs, ids, body.logprobs) for ids in prompts] if scoring else None
+        score = functools.partial(self.engine.prompt_logprobs, top=body.logprobs or 0, adapter=self._adapter(body))
+        scored = [await self._in(self._scorer, score, ids) for ids in prompts] if scoring else None
         if body.echo and wanted == 0:
             sampling, requests = await self._sampling(body.model_copy(update={"max_tokens": 1}), 16, 0), []
         else:
@@ -352,7 +366,7 @@ class Server:
                 lambda: [self._request("cmpl", body, (), ids, sampling=sampling, content=[texts[i], i]) for i, ids in enumerate(prompts)],
                 long=long,
             )
-        builder = CompletionResponseBuilder(self.engine, body, prompts, scored=scored)
+        builder = CompletionResponseBuilder(self.engine, body, prompts, scored=scored, model=body.model or "")
         if not requests and not body.stream:
             size = sum(map(len, prompts)) * sampling.n * (1 + (body.logprobs or 0))
             return await self._whole(builder, [], sampling.n, long=size > MAX_INLINE_WORK)
@@ -366,6 +380,21 @@ class Server:
             self._check_model(body.model, self.reward_name)
         rating = await self._rating(body.messages, long=long)
         return web.json_response({"object": "reward", "model": self.reward_name, "rewards": rating})
+
+    async def _load_adapter(self, http: web.Request) -> web.StreamResponse:
+        body, _ = await self._admit(http, LoadAdapterRequest)
+        assert self.adapters is not None
+        if body.lora_name == self.reward_name and self.ratings is not None:
+            raise FieldError("lora_name", "the reward model has this name: choose another")
+        await self._in(self._grammars, self.adapters.load, body.lora_name, body.lora_path)  # one at a time
+        return web.Response(text=f"Success: LoRA adapter '{shown(body.lora_name)}' added successfully.")
+
+    async def _unload_adapter(self, http: web.Request) -> web.StreamResponse:
+        body, _ = await self._admit(http, UnloadAdapterRequest)
+        if body.lora_name not in self.engine.adapters:
+            raise _HttpError(404, f"there is no LoRA adapter '{shown(body.lora_name)}' to unload", code="model_not_found")
+        self.engine.remove_adapter(body.lora_name)
+        return web.Response(text=f"Success: LoRA adapter '{shown(body.lora_name)}' removed successfully.")
 
     async def _reward_chat(self, body: ChatCompletionRequest, *, long: bool) -> web.StreamResponse:
         if body.stream or (body.n or 1) > 1:
@@ -460,9 +489,15 @@ class Server:
             raise FieldError("messages", "the last message must be the assistant's, which is rated")
         return await self.ratings.rate(conversation)
 
-    def _check_model(self, name: str | None, wanted: str) -> None:
-        if name != wanted:
-            also = f", and the reward model {self.reward_name!r}" if self.ratings else ""
+    def _adapter(self, body: CompletionRequestBase) -> str:
+        """Name of the adapter that a request names as its model; "" for the model itself."""
+        return "" if body.model in (None, self.engine.name) else str(body.model)
+
+    def _check_model(self, name: str | None, *known: str) -> None:
+        if name not in known:
+            adapters = ", ".join(map(repr, list(self.engine.adapters)[:MAX_NAMES]))
+            also = f", adapters {adapters}" if adapters else ""
+            also += f", and the reward model {self.reward_name!r}" if self.ratings else ""
             words = f"the model '{shown(name or '')}' does not exist here; this server has {self.engine.name!r}{also}"
             raise _HttpError(404, words, code="model_not_found")
 
@@ -479,7 +514,7 @@ class Server:
         self._number += 1
         # the engine samples by id and seed: where a seed is given, equal requests shall have equal answers
         name = f"{kind}-{self._number}" if body.seed is None else f"{kind}-{make_id(content, body.seed)}"
-        return Request(name, conversation, sampling, body.seed or 0, prompt_ids=tuple(prompt_ids))
+        return Request(name, conversation, sampling, body.seed or 0, prompt_ids=tuple(prompt_ids), adapter=self._adapter(body))
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """Hand events from the engine's threads to the event loop."""

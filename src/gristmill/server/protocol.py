@@ -2,7 +2,7 @@
 
 A field at null is as good as absent. One that is not implemented is taken where its value changes nothing, and else refused by its name.
 
-Sources: OpenAI's API reference; vLLM's for `structured_outputs` and the settings that OpenAI has not.
+Sources: OpenAI's API reference; vLLM's for `structured_outputs`, LoRA adapters and the settings that OpenAI has not.
 """
 
 import json
@@ -21,6 +21,7 @@ MAX_TOP_K = 1 << 20
 MAX_STOPS, MAX_STOP_CHARS, MAX_BIASES = 16, 500, 1024
 MAX_INLINE_VALUES = 10_000  # of a body, that are parsed at once; more take a thread that lets others run
 MAX_JSON_CONTAINERS, MAX_JSON_VALUES = 60_000, 600_000  # of a body: lists, objects and their names; values
+MAX_NAME_CHARS, MAX_PATH_CHARS = 200, 4096  # of an adapter
 MAX_SHOWN = 60  # characters of a request that an error repeats
 Number = StrictFloat | StrictInt
 Stop = Annotated[StrictStr, Field(max_length=MAX_STOP_CHARS)]
@@ -213,6 +214,20 @@ class RewardRequest(RequestBody):
     """Body of /v1/rewards."""
 
     messages: list[Any]
+
+
+class LoadAdapterRequest(RequestBody):
+    """Body of /v1/load_lora_adapter."""
+
+    lora_name: StrictStr = Field(min_length=1, max_length=MAX_NAME_CHARS)
+    lora_path: StrictStr = Field(min_length=1, max_length=MAX_PATH_CHARS)
+
+
+class UnloadAdapterRequest(RequestBody):
+    """Body of /v1/unload_lora_adapter."""
+
+    lora_name: StrictStr = Field(max_length=MAX_NAME_CHARS)
+    lora_int_id: StrictInt | None = None  # vLLM's number, which it does not need either
 
 
 def is_small(raw: bytes) -> bool:

@@ -77,9 +77,11 @@ class ResponseBuilder:
 
     Attributes:
         echoes: whether answers begin with their prompts.
+        model: name that the response bears.
     """
 
     echoes = False
+    model = ""
 
     def response(self, states: list[RequestState], n: int) -> dict[str, Any]:
         """The whole response."""
@@ -105,8 +107,10 @@ class ChatResponseBuilder(ResponseBuilder):
         reasoning_parser: makes a parser for each answer, where thinking is told apart from content.
     """
 
-    def __init__(self, engine: Engine, logprobs: bool, reasoning_parser: Callable[[], ReasoningParser] | None = None) -> None:
-        self.engine, self.logprobs, self.reasoning_parser = engine, logprobs, reasoning_parser
+    def __init__(
+        self, engine: Engine, logprobs: bool, reasoning_parser: Callable[[], ReasoningParser] | None = None, *, model: str
+    ) -> None:
+        self.engine, self.logprobs, self.reasoning_parser, self.model = engine, logprobs, reasoning_parser, model
         self.parsers: dict[int, ReasoningParser] = {}  # of choices that are streamed
         self.name = f"chatcmpl-{secrets.token_hex(12)}"
         self.with_role: set[int] = set()  # choices whose role was sent
@@ -122,7 +126,7 @@ class ChatResponseBuilder(ResponseBuilder):
             entries = {"content": self._entries(out)} if self.logprobs else None
             choices.append({"index": index, "message": message, "logprobs": entries, "finish_reason": out.finish})
         usage = usage_counts(len(state.prompt_ids), num_output_tokens(states))
-        return envelope("chat.completion", self.name, self.engine.name, choices=choices, usage=usage)
+        return envelope("chat.completion", self.name, self.model, choices=choices, usage=usage)
 
     def choice_delta(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> dict[str, Any]:
         delta: dict[str, Any] = {"content": text}
@@ -137,7 +141,7 @@ class ChatResponseBuilder(ResponseBuilder):
         return {"index": index, "delta": delta, "logprobs": entries, "finish_reason": finish}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return envelope("chat.completion.chunk", self.name, self.engine.name, choices=choices)
+        return envelope("chat.completion.chunk", self.name, self.model, choices=choices)
 
     def _entries(self, out: Completion) -> list[dict[str, Any]]:
         tops = out.top_logprobs or ((),) * len(out.tokens)
@@ -158,8 +162,8 @@ class CompletionResponseBuilder(ResponseBuilder):
         scored: log-probabilities of the prompts' tokens, where they are echoed.
     """
 
-    def __init__(self, engine: Engine, body: CompletionRequest, prompts: list[list[int]], *, scored: list[Any] | None) -> None:
-        self.engine, self.body, self.prompts, self.scored = engine, body, prompts, scored
+    def __init__(self, engine: Engine, body: CompletionRequest, prompts: list[list[int]], *, scored: list[Any] | None, model: str) -> None:
+        self.engine, self.body, self.prompts, self.scored, self.model = engine, body, prompts, scored, model
         self.echoes = bool(body.echo)
         self.name = f"cmpl-{secrets.token_hex(12)}"
         self.offsets: dict[int, TextOffsets] = {}  # of choices that are streamed
@@ -171,7 +175,7 @@ class CompletionResponseBuilder(ResponseBuilder):
             for out in outs:
                 choices.append(self._choice(len(choices), place, ids, out))
         usage = usage_counts(sum(map(len, self.prompts)), num_output_tokens(states))
-        return envelope("text_completion", self.name, self.engine.name, choices=choices, usage=usage)
+        return envelope("text_completion", self.name, self.model, choices=choices, usage=usage)
 
     def prompt_choices(self) -> list[dict[str, Any]]:
         n = 1 if self.body.n is None else self.body.n
@@ -192,7 +196,7 @@ class CompletionResponseBuilder(ResponseBuilder):
         return {_token(self.engine, token): value for token, value in top_logprobs}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return envelope("text_completion", self.name, self.engine.name, choices=choices)
+        return envelope("text_completion", self.name, self.model, choices=choices)
 
     def _choice(self, index: int, place: int, ids: list[int], out: Completion) -> dict[str, Any]:
         engine = self.engine

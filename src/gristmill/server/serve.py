@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from aiohttp import web
@@ -17,6 +17,8 @@ from gristmill.core.response_text import REASONING_PARSERS
 from gristmill.data.chat import Conversation
 from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.judge.reward import RewardScorer, load_scorer
+from gristmill.model.adapters import is_adapter
+from gristmill.server.adapters import AdapterLoader, LoraArgs
 from gristmill.server.app import Limits, Server
 from gristmill.server.connections import ACCEPT_BURST, ConnectionPool, LogLimit, connection_limit
 from gristmill.server.ratings import RateFn
@@ -35,6 +37,7 @@ class ServerArgs:
         max_open_samples: under way or waiting, beyond which requests are sent away for a while.
         timeout: seconds a request may take.
         reasoning_parser: how thinking is told apart from the content of chat answers; "": not at all.
+        lora: adapters that are served beside the model.
     """
 
     host: str = "127.0.0.1"
@@ -46,6 +49,7 @@ class ServerArgs:
     max_open_samples: int = 4096
     timeout: float = 600.0
     reasoning_parser: str = ""
+    lora: LoraArgs = field(default_factory=LoraArgs)
 
 
 def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None:
@@ -56,20 +60,25 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
     """
     if args.max_open_samples < 1 or not args.timeout > 0 or (engine_args.cache_tokens is not None and engine_args.cache_tokens < 1):
         raise InputError("--max-open-samples and --cache-tokens must be at least 1, and --timeout above 0.")
+    args.lora.check()
+    if args.lora.enable and is_adapter(model_folder):
+        raise InputError(f"Serve the base of {model_folder}, and the adapter with --lora-modules NAME={model_folder}.")
     keys = _keys(args.api_key_env, args.api_key_file)
     if args.reasoning_parser not in ("", *REASONING_PARSERS):
         raise InputError(f"--reasoning-parser {args.reasoning_parser} is not one of {', '.join(REASONING_PARSERS)}.")
     name = args.name or model_folder.resolve().name
-    engine = load_engine(model_folder, engine_args, name=name)
+    engine = load_engine(model_folder, replace(engine_args, max_loras=args.lora.max_loras), name=name)
     for tag in ("<think>", "</think>") if args.reasoning_parser else ():
         if engine.tokenizer.has(tag) and not engine.tokenizer.decode([engine.tokenizer.special_id(tag)]):
             raise InputError(
                 f"{model_folder}: {tag} is a control token there, which no answer shows, so that its thinking cannot be told apart: "
                 'set "special": false for it in tokenizer.json, or leave --reasoning-parser out.'
             )
+    loader = AdapterLoader(engine, model_folder, args.lora)
+    loader.start()
     scorer = load_scorer(args.reward, engine_args.chat_format, device=engine_args.device) if args.reward is not None else None
     reward_name = args.reward.resolve().name if args.reward is not None else ""
-    if reward_name == name:
+    if reward_name in (name, *engine.adapters):
         reward_name += "-reward"
     server = Server(
         engine,
@@ -78,6 +87,7 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
         reward_name=reward_name,
         reward_context=scorer.model.backbone.config.max_positions if scorer is not None else None,
         reasoning_parser=args.reasoning_parser,
+        adapters=loader if args.lora.may_change else None,
     )
     try:
         listening = socket.create_server((args.host, args.port))

@@ -15,13 +15,14 @@ SCHEDULES = ("constant", "cosine", "linear")
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """What an optimiser needs: ``lr`` is AdamW's rate, ``muon_lr`` that of Muon's matrices."""
+    """What an optimiser needs: ``lr`` is AdamW's rate, ``muon_lr`` that of Muon's matrices, ``b_lr_ratio`` LoRA+'s factor for B."""
 
     optimizer: str = "adamw"
     lr: float = 1e-3
     muon_lr: float = 0.02
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
+    b_lr_ratio: float = 1.0
 
 
 def schedule_scale(schedule: str, step: int, total_steps: int, *, warmup_steps: int, min_lr_ratio: float) -> float:
@@ -53,10 +54,12 @@ class Optimizer:
         if settings.optimizer not in OPTIMIZERS:
             raise InputError(f"unknown optimizer {settings.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
         self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        muon, decayed, plain = [], [], []
+        muon, decayed, plain, b_matrices = [], [], [], []
         for parameter, name in self._names.items():
             if settings.optimizer == "muon" and _is_hidden_matrix(name, parameter):
                 muon.append(parameter)
+            elif settings.b_lr_ratio != 1.0 and name.endswith(".lora_B"):
+                b_matrices.append(parameter)
             elif parameter.ndim >= 2:
                 decayed.append(parameter)
             else:
@@ -64,6 +67,7 @@ class Optimizer:
         groups = [
             {"params": decayed, "weight_decay": settings.weight_decay},
             {"params": plain, "weight_decay": 0.0},
+            {"params": b_matrices, "weight_decay": settings.weight_decay, "lr_ratio": settings.b_lr_ratio},
         ]
         self._parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
@@ -85,7 +89,7 @@ class Optimizer:
         """Set every learning rate to ``scale`` times its configured value."""
         for part, lr in zip(self._parts, self._base_lrs, strict=False):
             for group in part.param_groups:
-                group["lr"] = lr * scale
+                group["lr"] = lr * scale * group.get("lr_ratio", 1.0)
 
     def step(self) -> None:
         for part in self._parts:

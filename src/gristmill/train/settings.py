@@ -2,12 +2,24 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from gristmill.core.config import Section, check
 
 MIN_STEPS = 20  # under which a training stage hardly changes a model
 Loss = Literal["dpo", "cdpo", "ipo", "rpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"]
+
+
+class Lora(Section):
+    """A LoRA adapter in place of the model's own weights."""
+
+    rank: int = Field(16, gt=0, le=4096)
+    alpha: float | None = Field(None, gt=0, le=1e6, description="alpha / rank scales the update; default twice the rank")
+    targets: tuple[str, ...] = Field((), description="q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; none: all there are")
+    rslora: bool = Field(False, description="alpha / sqrt(rank) in place of alpha / rank")
+    dora: bool = Field(False, description="the lengths of the updated rows are trained too")
+    b_lr_ratio: float = Field(1.0, gt=0, le=1e4, description="LoRA+: learning rate of B, in those of A; the paper's is 16")
+    base: Literal["fp32", "bf16", "int8", "nf4"] = Field("fp32", description="type that the frozen matrices are kept in; nf4: bitsandbytes")
 
 
 class Training(Section):
@@ -28,12 +40,22 @@ class Training(Section):
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
+    lora: Lora | None = Field(None, description="train an adapter; none: all weights")
 
     @model_validator(mode="after")
     def _length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs, not both or neither")
+        if self.lora is not None and self.optimizer != "adamw":
+            raise ValueError("lora trains with optimizer: adamw, since muon is made for whole matrices")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if self.lora is None:  # recipes and stages of earlier versions stay equal to today's
+            values.pop("lora", None)
+        return values
 
 
 class PreferenceTraining(Training):

@@ -61,6 +61,7 @@ class TrainSettings:
     checkpoint_activations: Literal["auto"] | bool = "auto"  # compute activations again in the backward pass; "auto": to fit
     max_tokens: int | None = None  # longer samples are dropped and counted
     weight_decay: float = 0.1
+    b_lr_ratio: float = 1.0  # LoRA+: learning rate of B, in those of A
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # largest gradient norm; 0 does not clip
     seed: int = 0
@@ -121,8 +122,10 @@ class TrainResult:
 class Trainer:
     """Trains a model in place: one optimizer step at a time (`step`), or a whole plan with checkpoints and metrics (`fit`).
 
+    Optimizer and checkpoints hold what is trained: of a model with adapters (`model.lora`), these alone.
+
     Args:
-        model: with fp32 weights.
+        model: with fp32 weights, of which those that need a gradient are trained.
         objective: from model and micro-batch to a loss sum.
         device: where to train, as `pick_device` takes it; None for where the model is.
         folder: `fit` resumes from it and writes metrics and checkpoints to it.
@@ -151,7 +154,7 @@ class Trainer:
         )
         self._checkpointed = settings.checkpoint_activations is True
         self.num_steps = settings.steps  # `fit` knows it of epochs too
-        names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay")
+        names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay", "b_lr_ratio")
         self.optimizer = Optimizer(model, OptimSettings(**{name: getattr(settings, name) for name in names}))
         self.result = TrainResult(0, 0, 0.0, {}, [], [])
         self._best: dict[str, Tensor] = {}
@@ -208,7 +211,7 @@ class Trainer:
                     return self.result
             self._train(data, held_out, plan, store)
             if self._best:
-                self.model.load_state_dict(self._best)
+                self._restore(self._best)
             if store:
                 store.save(self.state(finished=True))
         return self.result
@@ -238,6 +241,8 @@ class Trainer:
         settings = asdict(self.settings) | {"checkpoint_every": None, "objective": _describe(self.objective)}
         settings["micro_batch_tokens"] = self.micro_batch_tokens
         del settings["checkpoint_activations"]
+        if self.settings.b_lr_ratio == 1.0:  # as before there was one
+            del settings["b_lr_ratio"]
         return Identity(
             fingerprint_model(self.model),
             data.fingerprint() if validation is None else _fingerprint_both(data, validation),
@@ -375,12 +380,18 @@ class Trainer:
         loss = totals.means()["loss"]
         if loss < self._best_loss:
             self._best_loss, self.result.best_step = loss, self.result.steps
-            self._best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self._best = {name: tensor.clone() for name, tensor in self._trained().items()}
         return loss
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _restore(self, trained: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(self.model.state_dict() | trained)
 
     def state(self, *, finished: bool = False) -> Checkpoint:
         """All that the next step depends on: weights, optimizer, random state and counts; when finished, only what is asked for later."""
-        tensors = _prefixed("model", self.model.state_dict())
+        tensors = _prefixed("model", self._trained())
         if not finished:
             tensors |= _prefixed("best", self._best) | _prefixed("optimizer", self.optimizer.state_tensors())
             tensors["rng"] = torch.get_rng_state()
@@ -396,7 +407,7 @@ class Trainer:
 
     def _take_state(self, saved: Checkpoint, tensors: dict[str, Tensor]) -> None:
         """Copy the state out of tensors, each of which is let go as it is copied: there is no room for all of them twice."""
-        self.model.load_state_dict(_unprefixed("model", tensors))
+        self._restore(_unprefixed("model", tensors))
         self.result = TrainResult(**saved.info["result"])
         if saved.finished:
             return
@@ -488,9 +499,9 @@ def global_count(batches: Sequence[Batch]) -> int:
 
 
 def _check_fp32_weights(model: nn.Module) -> None:
-    """InputError unless every weight is fp32: a bf16 weight near 1 does not move at small learning rates."""
+    """InputError unless every trained weight is fp32: a bf16 weight near 1 does not move at small learning rates."""
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
+        if parameter.requires_grad and parameter.dtype != torch.float32:
             raise InputError(f"{name} is {parameter.dtype}; load the model in fp32 (precision bf16 still computes in bf16)")
 
 

@@ -1,4 +1,4 @@
-"""One training stage: a model folder and rows in, a model folder out."""
+"""One training stage: a model folder and rows in, a model folder or the folder of a LoRA adapter out."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from gristmill.core.device import check_dtype, pick_device
+from gristmill.core.errors import InputError
 from gristmill.data.chat import ChatFormat, find_format, with_template_of
 from gristmill.data.readers import read_demonstrations, read_pairs, read_ratings
+from gristmill.model.adapters import base_of, is_adapter, load_model, save_adapter
 from gristmill.model.config import read_config
-from gristmill.model.hf import load_model, save_model, save_reward
+from gristmill.model.hf import save_model, save_reward
+from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS, Transformer
 from gristmill.train.batches import AnySample
@@ -19,10 +22,10 @@ from gristmill.train.memory import choose_micro_batch, fitting, recorded_micro_b
 from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
-from gristmill.train.settings import Training
+from gristmill.train.settings import Lora, Training
 from gristmill.train.trainer import Objective, OnStep, Trainer, TrainResult, TrainSettings
 
-MODEL = "model"  # the subfolder that holds the model
+MODEL, ADAPTER = "model", "adapter"  # the subfolders that hold the model, and the adapter of a training with LoRA
 READERS = {"sft": read_demonstrations, "reward": read_ratings}  # any other kind is a preference loss
 
 
@@ -43,6 +46,8 @@ def train_model(
 ) -> TrainResult:
     """Train a model on rows, or on those of a user's file; it goes to `out/model`, log and checkpoints to `out/train`.
 
+    With `recipe.lora` an adapter is trained, which goes to `out/adapter`; `merge_folder` makes a model of it.
+
     Args:
         kind: sft, reward, or the name of a preference loss.
         start: folder of the model to begin from; for preference losses it is also the reference.
@@ -55,28 +60,33 @@ def train_model(
     Raises:
         InputError: the model or a row cannot be used, or training does not fit into the memory.
     """
-    where = pick_device(device)
+    where, lora = pick_device(device), recipe.lora
     check_dtype(where, PRECISIONS[recipe.precision])
+    if lora is not None and is_adapter(start):
+        raise InputError(f"Merge the adapter first (`gristmill merge {start} --out DIR`), and train on what it made: {start} is no model.")
     micro_batch_tokens = _fit_memory(start, recipe, where, out / "train", on_estimate)
-    model, tokenizer = load_model(start)
+    # what is frozen in fewer bits is not held in more
+    model, tokenizer = load_model(start, torch.float32 if lora is None or lora.base == "fp32" else torch.bfloat16)
     form = find_format(chat_format, tokenizer) if isinstance(chat_format, str) else chat_format
     saved = with_template_of(form, tokenizer)
     if isinstance(rows, Path):
         rows = cast(Sequence[Any], READERS.get(kind, read_pairs)(rows))
     values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
     values |= {"micro_batch_tokens": micro_batch_tokens, "max_tokens": model.config.max_positions}
+    if lora is not None:
+        values["b_lr_ratio"] = lora.b_lr_ratio
+        add_adapters(model.to(where), lora_config(lora), seed=seed, base=lora.base)
     settings = TrainSettings(**values, seed=seed, checkpoint_every=checkpoint_every)
 
     def fit(model: nn.Module, objective: Objective, samples: Sequence[AnySample]) -> TrainResult:
         return Trainer(model, objective, settings, device=where, folder=out / "train", on_step=on_step).fit(samples)
 
+    reward: RewardModel | None = None
     if kind == "sft":
         result = fit(model, sft_objective, demonstration_samples(rows, form, tokenizer))
     elif kind == "reward":  # the head is drawn on the CPU, so that it is the same on every device
         reward = RewardModel(model, seed=seed) if weights is None else RewardModel(model, weights, seed=seed)
         result = fit(reward, reward_objective, rated_samples(rows, form, tokenizer))
-        save_reward(reward, saved, out / MODEL)
-        return result
     else:
         options = recipe.model_dump()
         names = ("beta", "eta", "label_smoothing", "sft_weight", "logprobs")
@@ -89,14 +99,19 @@ def train_model(
             micro_batch_tokens=micro_batch_tokens,
         )
         result = fit(model, objective, pairs)
-    save_model(model, saved, out / MODEL)
+    if lora is not None:
+        save_adapter(model if reward is None else reward, lora_config(lora), out / ADAPTER, base=start, base_dtype=lora.base)
+    elif reward is not None:
+        save_reward(reward, saved, out / MODEL)
+    else:
+        save_model(model, saved, out / MODEL)
     return result
 
 
 def _fit_memory(start: Path, recipe: Training, device: torch.device, folder: Path, on_estimate: Callable[[str], object] | None) -> int:
     """Tokens of a micro-batch: the recipe's, those that the run of the folder has, or as many as fit. InputError where none do."""
     with torch.device("meta"):
-        model = Transformer(read_config(start)[1])
+        model = Transformer(read_config(base_of(start) if is_adapter(start) else start)[1])
     optimizer, precision = recipe.optimizer, recipe.precision
     tokens = recipe.micro_batch_tokens or recorded_micro_batch(folder)
     tokens = tokens or choose_micro_batch(model, optimizer, precision=precision, device=device, loaded=False)
@@ -105,3 +120,13 @@ def _fit_memory(start: Path, recipe: Training, device: torch.device, folder: Pat
     if on_estimate is not None:
         on_estimate(f"memory of training: {needed}")
     return tokens
+
+
+def lora_config(lora: Lora) -> LoraConfig:
+    """What a recipe's section means.
+
+    Raises:
+        InputError: a target that is not adapted.
+    """
+    alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+    return LoraConfig(rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, dora=lora.dora)

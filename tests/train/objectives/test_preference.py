@@ -14,6 +14,7 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS, Message
 from gristmill.data.rows import Pair
 from gristmill.data.tokenizer import Tokenizer
+from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import PairBatch, PairSample, Sample, collate_pairs
 from gristmill.train.objectives import preference
@@ -50,6 +51,23 @@ def test_the_first_dpo_loss_is_ln_2_packed(make_model: Make, make_pairs: MakePai
     assert first_loss(model, pairs, loss="ipo", beta=0.1) == pytest.approx(25.0, abs=1e-3)
     equal = [replace(pair, chosen_reward=1.0, rejected_reward=1.0) for pair in pairs]
     assert first_loss(model, equal, loss="rpo") == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("base", "precision"), [("fp32", "fp32"), ("int8", "bf16")])
+def test_the_base_with_adapters_off_is_the_reference(
+    make_model: Make, make_pairs: MakePairs, base: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    add_adapters(model, LoraConfig(rank=4, alpha=8.0), seed=0, base=base)
+    monkeypatch.setattr(preference, "num_workers", lambda model: 2)  # each thread switches them off for itself
+    pairs = compute_reference_logprobs(model, make_pairs(9), micro_batch_tokens=40, precision=precision)
+    with compute_precision(model, precision):
+        assert first_loss(model, pairs, beta=0.1) == pytest.approx(math.log(2), abs=1e-6 if precision == "fp32" else 1e-3)
+    Trainer(model, PreferenceObjective(), TrainSettings(lr=1e-2, steps=9, batch_size=9, precision=precision)).fit(pairs)
+    with compute_precision(model, precision):
+        assert first_loss(model, pairs, beta=0.1) < 0.6
+    again = compute_reference_logprobs(model, pairs, micro_batch_tokens=40, precision=precision)
+    assert [(pair.ref_chosen, pair.ref_rejected) for pair in again] == [(pair.ref_chosen, pair.ref_rejected) for pair in pairs]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -9,6 +9,7 @@ import pytest
 
 from gristmill.core.errors import InputError
 from gristmill.data.rows import Demonstration, Pair, Prompt, Response, read_rows
+from gristmill.model.adapters import merge_folder
 from gristmill.workflows.alignment import loop, monitors
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
@@ -247,3 +248,33 @@ def test_replace_forgets_what_people_wrote(run: Run, make_recipe: Make, tmp_path
         kept = [d for d in read_rows(path, Demonstration) if d.task != "code"]
         repeated = sft["rows"] - len(kept)  # a little code; all else is of this round
         assert sft["human_rows"] == 0 and 0 <= repeated <= 1 + 0.03 * len(kept)
+
+
+def test_every_stage_trains_an_adapter_and_the_stored_model_goes_on(run: Run, make_recipe: Make, tmp_path: Path) -> None:
+    lora = {name: {"lora": {"rank": 4}} for name in ("demonstration_sft", "reward", "code_sft", "general_sft", "dpo", "rpo")}
+    recipe = make_recipe(**lora)
+    results = run(recipe, tmp_path / "run")
+    assert [stage["name"] for stage in results["stages"]] == MODELS
+    before = tmp_path / "run"
+    for stage in results["stages"]:
+        folder = tmp_path / "run" / stage["model"]
+        adapter = json.loads((folder.parent / "adapter" / "adapter_config.json").read_text())
+        expected = merge_folder(folder.parent / "adapter", tmp_path / "again")
+        assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+        assert done(tmp_path / "run", stage["name"])["lora"] == {
+            "rank": 4,
+            "update": {name: found["update"] for name, found in expected["update"].items()},
+        }
+        if stage["name"] in ("r1-dpo", "r1-rpo1"):  # each is trained on the model before it, as it is stored
+            assert adapter["base_model_name_or_path"] == str(before)
+        before = folder
+    assert (tmp_path / "run" / "01-reward" / "adapter").is_dir()
+    written = (tmp_path / "run" / "recipe.yaml").read_text()
+    run(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == written
+
+
+def test_a_rank_that_does_not_fit_is_told_before_work(run: Run, make_recipe: Make, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="LoRA rank of at most 16, not 64"):
+        run(make_recipe(rpo={"lora": {"rank": 64}}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

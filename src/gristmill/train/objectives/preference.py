@@ -19,6 +19,7 @@ from gristmill.core.threads import num_workers, workers
 from gristmill.data.chat import ChatFormat, Message
 from gristmill.data.rows import Pair
 from gristmill.data.tokenizer import Tokenizer
+from gristmill.model.lora import adapters_disabled
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import (
     PairBatch,
@@ -109,7 +110,7 @@ def compute_reference_logprobs(
     precision: str = "fp32",
     micro_batch_tokens: int = 8192,
 ) -> list[PairSample]:
-    """The pairs with ``model``'s log-probabilities of both responses filled in.
+    """The pairs with ``model``'s log-probabilities of both responses filled in; a model with adapters has its base as reference.
 
     Use the precision of the training that follows. With a ``cache_folder`` they are computed once and read
     back whenever model, pairs and settings are the same; the file's name is the fingerprint of all three.
@@ -133,8 +134,9 @@ def compute_reference_logprobs(
     count = num_workers(model)
     groups = split_micro_batches(bare, micro_batch_tokens, count)
     with compute_precision(model, precision), workers(count) as each:
-        # gradients are switched off by thread
-        logprobs = each(torch.no_grad()(lambda group: response_logprobs(model, collate_pairs(group, device))), groups)
+        # gradients are switched off by thread, and so are adapters
+        score = adapters_disabled()(torch.no_grad()(lambda group: response_logprobs(model, collate_pairs(group, device))))
+        logprobs = each(score, groups)
     for group, logprobs_D in zip(groups, logprobs, strict=True):
         reference_P2[[position[id(pair)] for pair in group]] = logprobs_D.view(-1, 2).cpu()
     model.train(was_training)

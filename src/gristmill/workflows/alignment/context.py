@@ -26,6 +26,7 @@ from gristmill.judge.reward_client import weight_set
 from gristmill.miniature.base import BASE
 from gristmill.miniature.source import MiniatureSource
 from gristmill.model.hf import fingerprint, load_model, load_reward
+from gristmill.model.lora import check_adapters
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import PRECISIONS
 from gristmill.runs import artifacts
@@ -35,6 +36,7 @@ from gristmill.synth.templates import TemplatePack
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
+from gristmill.workflows.train import lora_config
 
 CONTEXT_MARGIN = 16  # an answer's text may take some tokens more when it is tokenized again
 ALL_AT_ONCE = 1 << 20  # requests: an engine makes its own batches
@@ -67,6 +69,9 @@ class AlignmentContext:
         recipe.pipelines.check([name for name, there in have.items() if there])
         self.base_folder = BASE if recipe.model == "miniature" else Path(recipe.model)
         base, self.tokenizer = load_model(self.base_folder)  # fails here, before any work, when the checkpoint is bad
+        for section in (recipe.demonstration_sft, recipe.reward, recipe.code_sft, recipe.general_sft, recipe.dpo, recipe.rpo):
+            if section.lora is not None:
+                check_adapters(base, lora_config(section.lora), base=section.lora.base)
         self.max_positions = base.config.max_positions
         self.base_fingerprint = fingerprint(self.base_folder)
         self.format: ChatFormat = find_format(recipe.chat_format, self.tokenizer)

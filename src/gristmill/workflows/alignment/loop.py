@@ -39,10 +39,11 @@ from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 from gristmill.workflows.alignment.state import State
 from gristmill.workflows.alignment.training import train_stage
 from gristmill.workflows.dataset.steps import KEPT_FILES, PAIR_FILES, PROMPT_FILES
-from gristmill.workflows.train import MODEL
+from gristmill.workflows.train import ADAPTER, MODEL
 
 CODE_ROWS_MIN = 8
 HUMAN: list[artifacts.AnyArtifact] = [artifacts.HUMAN_DEMONSTRATIONS, artifacts.RATINGS, artifacts.EVALUATION]
+TRAINED = [f"{MODEL}/*", f"{ADAPTER}/*"]
 MODEL_FILES: list[artifacts.AnyArtifact] = [artifacts.OUTCOMES, artifacts.EVALUATION_CALLS]
 
 
@@ -134,7 +135,7 @@ def _reward(context: AlignmentContext, state: State) -> None:
     def work(folder: Path) -> dict[str, Any]:
         return train_stage(context, "reward", context.base_folder, rows, context.recipe.reward, folder)
 
-    done = context.run.stage("reward", settings, work, files=[f"{MODEL}/*"])
+    done = context.run.stage("reward", settings, work, files=TRAINED)
     _watch_steps(context, state, "reward", done.summary, context.recipe.reward)
     state.reward_folder = done.folder / MODEL
     state.chain = done.fingerprint
@@ -397,7 +398,7 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
     def trained(folder: Path) -> dict[str, Any]:
         return {**work(folder), **_evaluate(context, context.engine(name, folder / MODEL), folder)}
 
-    done = context.run.stage(name, [inputs, context.recipe.answers.max_tokens], trained, artifacts=MODEL_FILES, files=[f"{MODEL}/*"])
+    done = context.run.stage(name, [inputs, context.recipe.answers.max_tokens], trained, artifacts=MODEL_FILES, files=TRAINED)
     _watch_steps(context, state, name, done.summary, settings)
     folder = done.folder
     state.models[name] = folder / MODEL

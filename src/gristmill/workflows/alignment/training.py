@@ -4,15 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gristmill.model.adapters import merge_folder
 from gristmill.train.settings import Training
 from gristmill.workflows.alignment.context import AlignmentContext
-from gristmill.workflows.train import train_model
+from gristmill.workflows.train import ADAPTER, MODEL, train_model
 
 CHECKPOINT_SECONDS = 20.0
 
 
 def train_stage(context: AlignmentContext, kind: str, start: Path, rows: Sequence[Any], recipe: Training, folder: Path) -> dict[str, Any]:
-    """Train on rows as `train_model` does; the summary of a stage."""
+    """Train on rows as `train_model` does; the summary of a stage.
+
+    An adapter is merged into a model at once: what is evaluated, generates and is trained on next is the folder that is stored.
+    """
     result = train_model(
         kind,
         start,
@@ -26,6 +30,10 @@ def train_stage(context: AlignmentContext, kind: str, start: Path, rows: Sequenc
         weights=context.weights or None,
         on_step=context.progress.train_step,
     )
+    lora = {}
+    if recipe.lora is not None:
+        update = merge_folder(folder / ADAPTER, folder / MODEL)["update"]
+        lora = {"lora": {"rank": recipe.lora.rank, "update": {name: found["update"] for name, found in update.items()}}}
     return {
         "rows": len(rows),
         "steps": result.steps,
@@ -34,4 +42,5 @@ def train_stage(context: AlignmentContext, kind: str, start: Path, rows: Sequenc
         "tokens_per_second": round(result.tokens / max(result.seconds, 1e-9)),
         "metrics": {k: round(v, 5) for k, v in result.metrics.items()},
         "dropped": len(result.dropped_long) + len(result.dropped_untrained),
+        **lora,
     }

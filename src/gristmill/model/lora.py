@@ -1,0 +1,353 @@
+"""LoRA: low-rank updates beside frozen matrices, with rsLoRA's scaling and DoRA's magnitudes, switched off, and merged in fp32.
+
+W' = W + s B A with s = alpha / r, rsLoRA alpha / sqrt(r); DoRA scales every row of W' to a length that is trained. B begins as zero, so
+that the first step computes what the base does, bit for bit. A merged projection has an A and a B for each of its parts, as PEFT has.
+
+Shapes: T tokens, D inputs of a matrix, N its outputs, r rank.
+Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), LoRA+ (2402.12354), DoRA (2402.09353), QLoRA (2305.14314) for frozen NF4.
+"""
+
+import importlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gristmill.core.errors import InputError
+from gristmill.core.untrusted import quoted
+from gristmill.model.quantized import scaled
+from gristmill.model.transformer import Block, Linear, Transformer
+
+# By the names of Hugging Face's modules; those that hold several matrices in one are some families' own.
+TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+OUTSIDE = ("lm_head", "embed_tokens")
+BASES = ("fp32", "bf16", "int8", "nf4")
+MAX_SCALE = 1e6  # of alpha, and of what it becomes
+
+_ENABLED: ContextVar[bool] = ContextVar("_ENABLED", default=True)  # of this thread alone
+
+
+@contextmanager
+def adapters_disabled() -> Iterator[None]:
+    """Compute what the base does, in this thread: a worker enters it itself, as it does `torch.no_grad`."""
+    token = _ENABLED.set(False)
+    try:
+        yield
+    finally:
+        _ENABLED.reset(token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """LoRA configuration: rank, scaling and targets.
+
+    Attributes:
+        alpha: divided by the rank, or with `rslora` by its root, it scales the update.
+        targets: names out of TARGETS; none: all that the model has.
+        dora: rows of the updated matrix have trained lengths.
+
+    Raises:
+        InputError: a value out of its range, or a target that is not adapted.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ()
+    rslora: bool = False
+    dora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"Give LoRA a rank of at least 1: it is {quoted(self.rank)}.")
+        if not 0 < self.alpha <= MAX_SCALE:
+            raise InputError(f"Give LoRA an alpha above 0, {MAX_SCALE:g} at most: it is {quoted(self.alpha)}.")
+        if outside := [name for name in self.targets if name in OUTSIDE]:
+            raise InputError(
+                f"Leave {outside[0]} out of LoRA's targets: only the layers' matrices are adapted, since embedding and output may be "
+                "one matrix, which merging would part."
+            )
+        if wrong := [name for name in self.targets if name not in TARGETS]:
+            raise InputError(f"Choose LoRA's targets among {', '.join(TARGETS)}: {quoted(wrong[0])} is none of them.")
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """Factor of the product B A of a rank and an alpha, which may be exceptions from the configuration's."""
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+class LowRank(nn.Module):
+    """Low-rank update of one matrix: scaling * B A, and with DoRA the lengths of the updated matrix's rows."""
+
+    scaling: Tensor
+
+    def __init__(self, a_rD: Tensor, b_Nr: Tensor, scaling: float, magnitude_N: Tensor | None = None) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Parameter(a_rD), nn.Parameter(b_Nr)
+        self.magnitude = None if magnitude_N is None else nn.Parameter(magnitude_N)
+        self.register_buffer("scaling", torch.tensor(scaling, device=a_rD.device))  # among what a checkpoint is compared by
+
+    @property
+    def rank(self) -> int:
+        return len(self.lora_A)
+
+    def updated(self, weight_ND: Tensor) -> Tensor:
+        """The updated matrix, before DoRA scales its rows, in fp32."""
+        return weight_ND.float() + self.scaling.float() * (self.lora_B.float() @ self.lora_A.float())
+
+    def merged(self, weight_ND: Tensor) -> Tensor:
+        """The matrix that stands for both, in fp32."""
+        updated_ND = self.updated(weight_ND)
+        return updated_ND if self.magnitude is None else updated_ND * (self.magnitude.float() / row_lengths(updated_ND))[:, None]
+
+
+def row_lengths(weight_ND: Tensor) -> Tensor:
+    """Euclidean lengths of a matrix's rows, never zero."""
+    return torch.linalg.vector_norm(weight_ND, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class LoraLinear(Linear):
+    """A frozen linear layer and the low-rank updates of its parts.
+
+    Args:
+        linear: gives its weight, as it is or made small by `freeze`, and bias.
+        spans: names of the parts and their numbers of rows, in order; one but for a merged projection.
+    """
+
+    scale_N: Tensor | None
+
+    def __init__(self, linear: Linear, spans: dict[str, int]) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.spans, self.parts = spans, nn.ModuleDict()
+        self.register_buffer("scale_N", None)
+        self._state: Any = None  # bitsandbytes' of NF4
+
+    def freeze(self, base: str) -> None:
+        """Keep the weight in another type."""
+        weight_ND = self.weight.detach()
+        if base == "bf16":
+            weight_ND = weight_ND.bfloat16()
+        elif base == "int8":
+            weight_ND, self.scale_N = scaled(weight_ND, torch.int8)
+        elif base == "nf4":
+            quantize = _bitsandbytes().quantize_4bit
+            weight_ND, self._state = quantize(weight_ND.float(), blocksize=64, compress_statistics=True, quant_type="nf4")
+        self.weight = nn.Parameter(weight_ND, requires_grad=False)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The frozen weight [N, D] in a floating-point type."""
+        if self._state is not None:
+            return cast(Tensor, _bitsandbytes().dequantize_4bit(self.weight, self._state).to(dtype))
+        if self.scale_N is not None:
+            return (self.weight.float() * self.scale_N[:, None]).to(dtype)
+        return self.weight.to(dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias_N = None if self.bias is None else self.bias.to(input.dtype)
+        same = self.weight.dtype == input.dtype
+        out_TN = F.linear(input, self.weight, bias_N) if same else _FrozenProduct.apply(input, bias_N, self)
+        if not self.parts or not _ENABLED.get():
+            return out_TN
+        parts = cast("dict[str, LowRank]", dict(self.parts.items()))
+        low = F.linear(input, torch.cat([part.lora_A for part in parts.values()]).to(input.dtype))
+        lows = dict(zip(parts, low.split([part.rank for part in parts.values()], -1), strict=True))
+        pieces, start = [], 0
+        for (name, size), piece in zip(self.spans.items(), out_TN.split(list(self.spans.values()), -1), strict=True):
+            rows, start = slice(start, start + size), start + size
+            pieces.append(self._update(piece, lows[name], parts[name], rows) if name in parts else piece)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+    def _update(self, out_TN: Tensor, low_Tr: Tensor, part: LowRank, rows: slice) -> Tensor:
+        delta_TN = F.linear(low_Tr, part.lora_B.to(low_Tr.dtype)) * part.scaling
+        if part.magnitude is None:
+            return out_TN + delta_TN
+        with torch.no_grad():  # the lengths count as constants in the backward pass (DoRA, section 4.3)
+            lengths_N = row_lengths(part.updated(self.dense(torch.float32)[rows]))
+        gain_N = part.magnitude / lengths_N
+        plain_TN = out_TN if self.bias is None else out_TN - self.bias[rows].to(out_TN.dtype)
+        # in this form a gain of 1 changes no bit
+        return out_TN + (gain_N - 1.0).to(out_TN.dtype) * plain_TN + gain_N.to(out_TN.dtype) * delta_TN
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T + b of a frozen weight in another type, made dense in each pass anew, where autograd would keep the dense copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, bias_N: Tensor | None, layer: LoraLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x_TD, layer.dense(x_TD.dtype), bias_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ ctx.layer.dense(grads[0].dtype), None, None
+
+
+def _bitsandbytes() -> Any:
+    try:
+        return importlib.import_module("bitsandbytes.functional")  # where a user has it: nothing else needs it
+    except ImportError:
+        raise InputError("Install bitsandbytes for a LoRA base in nf4, or choose int8: there is no bitsandbytes here.") from None
+
+
+# ---- a model's matrices ----
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A linear layer in a model."""
+
+    prefix: str  # of its parts' Hugging Face names
+    parent: nn.Module
+    attribute: str
+    spans: dict[str, int]
+
+    @property
+    def linear(self) -> Linear:
+        return cast(Linear, getattr(self.parent, self.attribute))
+
+
+def _places(model: Transformer) -> Iterator[_Place]:
+    """All linear layers inside the blocks."""
+    for index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        if (attention := block.attention) is not None:
+            rows = [heads * attention.head_dim for heads in (attention.num_heads, *(attention.num_kv_heads,) * 2)]
+            prefix = f"model.layers.{index}.self_attn."
+            parts = {"qkv_proj": sum(rows)} if model.config.parts.fused else dict(zip(("q_proj", "k_proj", "v_proj"), rows, strict=True))
+            yield _Place(prefix, attention, "qkv", parts)
+            yield _Place(prefix, attention, "output", {"o_proj": attention.output.out_features})
+        if block.mlp is not None:
+            for name in ("gate_up", "gate", "up", "down"):
+                if (linear := getattr(block.mlp, name)) is not None:
+                    yield _Place(f"model.layers.{index}.mlp.", block.mlp, name, {f"{name}_proj": linear.out_features})
+
+
+def matrix_shapes(model: Transformer) -> dict[str, tuple[int, int]]:
+    """Shapes [N, D] of all matrices that can be adapted, by their Hugging Face module names."""
+    return {place.prefix + name: (rows, place.linear.in_features) for place in _places(model) for name, rows in place.spans.items()}
+
+
+def matrices_by_layer(model: Transformer) -> list[dict[str, dict[str, int]]]:
+    """Of each layer, the linear layers by attribute, each with the Hugging Face names and numbers of rows of its parts."""
+    layers: list[dict[str, dict[str, int]]] = [{} for _ in model.blocks]
+    for place in _places(model):
+        layers[int(place.prefix.split(".")[2])][place.attribute] = {place.prefix + name: rows for name, rows in place.spans.items()}
+    return layers
+
+
+def check_adapters(model: Transformer, config: LoraConfig, *, base: str = "fp32") -> tuple[str, ...]:
+    """The targets that a configuration means with this model.
+
+    Raises:
+        InputError: a target that the model lacks, a rank that is more than a matrix has, or no bitsandbytes for nf4.
+    """
+    shapes = matrix_shapes(model)
+    there = {name.rpartition(".")[2] for name in shapes}
+    if lacking := [name for name in config.targets if name not in there]:
+        raise InputError(f"Leave {lacking[0]} out of LoRA's targets: the model has {', '.join(n for n in TARGETS if n in there)}.")
+    targets = config.targets or tuple(name for name in TARGETS if name in there)
+    adapted = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in targets}
+    largest = min((min(shape) for shape in adapted.values()), default=0)
+    if config.rank > largest:
+        name, (rows, columns) = next((name, shape) for name, shape in adapted.items() if min(shape) == largest)
+        raise InputError(f"Choose a LoRA rank of at most {largest}, not {config.rank}: {name} has {rows} rows and {columns} columns.")
+    if base == "nf4":
+        _bitsandbytes()
+    return targets
+
+
+def add_adapters(model: Transformer, config: LoraConfig, *, seed: int, base: str = "fp32") -> None:
+    """Freeze a model and put a fresh adapter into it: A ~ U(-1/sqrt(D), 1/sqrt(D)) (Kaiming with a = sqrt(5)), B zero.
+
+    Args:
+        base: type of the frozen matrices: fp32, bf16, int8 with a scale a row, or nf4.
+
+    Raises:
+        InputError: as `check_adapters`.
+    """
+    targets = check_adapters(model, config, base=base)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that it is the same on every device
+    model.requires_grad_(False)
+    if base != "fp32":  # as `gristmill quantize` keeps them
+        for matrix in (model.embedding, None if model.lm_head is None else model.lm_head.weight):
+            if matrix is not None:
+                matrix.data = matrix.data.bfloat16()
+    for place in _places(model):
+        chosen = [name for name in place.spans if name in targets]
+        if not chosen and base == "fp32":
+            continue
+        layer = LoraLinear(place.linear, place.spans)
+        layer.freeze(base)
+        device = layer.weight.device
+        dense_ND = layer.dense(torch.float32) if config.dora and chosen else None
+        pieces = {} if dense_ND is None else dict(zip(place.spans, dense_ND.split(list(place.spans.values())), strict=True))
+        for name in chosen:
+            a_rD = torch.empty(config.rank, layer.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(layer.in_features)
+            b_Nr = torch.zeros(place.spans[name], config.rank, device=device)
+            part = LowRank(a_rD.to(device), b_Nr, config.scaling(config.rank, config.alpha))
+            if name in pieces:
+                part.magnitude = nn.Parameter(row_lengths(part.updated(pieces[name]).detach()))
+            layer.parts[name] = part
+        setattr(place.parent, place.attribute, layer)
+
+
+def load_adapters(model: Transformer, matrices: dict[str, LowRank]) -> None:
+    """Put the values of stored updates, by the names of their matrices, into the adapters of a model."""
+    with torch.no_grad():
+        for name, part in adapter_parts(model).items():
+            for own, stored in zip(part.state_dict().values(), matrices[name].state_dict().values(), strict=True):
+                own.copy_(stored)
+
+
+def adapter_parts(model: Transformer) -> dict[str, LowRank]:
+    """Updates of a model's matrices, by the Hugging Face names of their modules."""
+    return {
+        place.prefix + name: cast(LowRank, part)
+        for place in _places(model)
+        if isinstance(place.linear, LoraLinear)
+        for name, part in place.linear.parts.items()
+    }
+
+
+@torch.no_grad()
+def merge_adapter(
+    model: Transformer, matrices: dict[str, LowRank], *, stored_as: torch.dtype = torch.float32
+) -> dict[str, dict[str, float]]:
+    """Merge updates into a model in fp32.
+
+    Args:
+        stored_as: type in which the model is going to be stored, for the figures alone.
+
+    Returns:
+        For each kind of matrix: update, |D| / |W| over all layers; rounding, the share of |D| that the stored type changes; unmoved, the
+        share of weights that are stored as they were before.
+    """
+    sums: dict[str, Tensor] = {}
+    for place in _places(model):
+        start = 0
+        for name, size in place.spans.items():
+            rows, start = slice(start, start + size), start + size
+            if (part := matrices.get(place.prefix + name)) is None:
+                continue
+            weight_ND = place.linear.weight.detach()[rows]
+            merged_ND = part.to(weight_ND.device).merged(weight_ND)
+            kept_ND = merged_ND.to(stored_as)
+            parts = [weight_ND.double().square().sum(), (merged_ND - weight_ND).double().square().sum()]
+            parts += [(kept_ND.float() - merged_ND).double().square().sum(), (kept_ND == weight_ND.to(stored_as)).double().sum()]
+            parts.append(torch.tensor(float(weight_ND.numel()), dtype=torch.float64, device=weight_ND.device))
+            sums[name] = sums.get(name, 0.0) + torch.stack(parts)
+            weight_ND.copy_(merged_ND)
+    found = {}
+    for name in TARGETS:
+        if name in sums:
+            base, update, lost, unmoved, count = sums[name].tolist()
+            rounding = math.sqrt(lost / update) if update else 0.0
+            found[name] = {"update": math.sqrt(update / base) if base else 0.0, "rounding": rounding, "unmoved": unmoved / count}
+    return found
