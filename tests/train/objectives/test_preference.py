@@ -14,6 +14,7 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS, Message
 from gristmill.data.rows import Pair
 from gristmill.data.tokenizer import Tokenizer
+from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import PairBatch, PairSample, Sample, collate_pairs
@@ -128,6 +129,8 @@ def test_pairs_of_another_tokenizer_are_refused(make_model: Make) -> None:
 def test_doubling_a_response_doubles_its_summed_logprob_only() -> None:
     class Uniform:
         """Every token has probability 1/48 whatever came before."""
+
+        config = ModelConfig("nemotron", 48, 4, (BlockConfig(1, 1, 4, 4),), 64)
 
         def hidden(self, ids_T: torch.Tensor, shape: object) -> torch.Tensor:
             return torch.zeros(len(ids_T), 4)
