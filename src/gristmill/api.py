@@ -44,7 +44,7 @@ class LLM:
 
     Args:
         model: a Hugging Face folder; "miniature" is the shipped Base.
-        dtype: of matrices and activations.
+        dtype: of matrices and activations; "auto": bf16 on a GPU, else fp32.
         quantize: the layers' matrices: "int8", "int8-weight" or "fp8"; "" for what the folder was saved as.
         cache: type of keys and values; "" for `dtype`.
         max_batch: most responses in flight.
@@ -59,7 +59,7 @@ class LLM:
         self,
         model: str | Path,
         *,
-        dtype: Literal["fp32", "bf16"] = "fp32",
+        dtype: Literal["auto", "fp32", "bf16"] = "auto",
         quantize: Quantize = "",
         cache: Literal["", "fp32", "bf16", "int8", "fp8"] = "",
         max_batch: int = 256,
@@ -145,7 +145,8 @@ def train(
     Args:
         objective: sft, reward, or a preference loss: dpo, cdpo, ipo, rpo, rpo_fwd_kl, rpo_sq.
         data: a JSONL or Parquet file, or rows of `gristmill.data.rows`.
-        settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, ...
+        settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, ...; what is left out is chosen
+            by the model's size (docs/settings.md).
 
     Raises:
         InputError: a row or a setting is wrong, or `out` holds another training.
@@ -153,7 +154,7 @@ def train(
     from gristmill.workflows.train import train_model
 
     rows = Path(data) if isinstance(data, str | Path) else data
-    section = training_section(objective, {"lr": 1e-5, **({} if "steps" in settings else {"epochs": 1.0}), **settings})
+    section = training_section(objective, settings)
     return train_model(objective, _folder(model), rows, out=Path(out), recipe=section, chat_format=chat_format, seed=seed, device=device)
 
 

@@ -53,13 +53,13 @@ def train(
     model: Annotated[Path, typer.Option(help="Model folder to start from (Hugging Face layout).")],
     data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages; ratings; or prompt, chosen, rejected.")],
     out: Out,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-5,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Samples (or pairs) a step.")] = 64,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default by the model's size.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default by the model's size.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples (or pairs) a step; default by the model's size and the rows.")] = None,
     beta: Annotated[float, typer.Option(help="Preference losses: strength of the reference.")] = 0.1,
     eta: Annotated[float, typer.Option(help="RPO: scale of the reward gap.")] = 1.0,
     sft_weight: Annotated[float, typer.Option(help="Preference losses: weight of the SFT term.")] = 0.0,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16 compute; weights are always fp32.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 compute; weights are always fp32.")] = "auto",
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
@@ -72,12 +72,17 @@ def train(
     from gristmill.workflows.train import train_model
 
     values: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "precision": precision}
+
+    def say(line: str) -> None:
+        if not quiet:
+            echo(line, err=True)
+
     if kind not in ("sft", "reward"):
         values |= {"beta": beta, "eta": eta, "sft_weight": sft_weight}
     settings = training_section(kind, values)
     with Progress(quiet=quiet) as progress, progress.stage(kind):
         result = train_model(
-            kind, model, data, out=out, recipe=settings, device=device, chat_format=format, seed=seed, on_step=progress.train_step
+            kind, model, data, out=out, recipe=settings, device=device, chat_format=format, seed=seed, on_step=progress.train_step, say=say
         )
     _done(result, out / "model", as_json)
     if result.steps < MIN_STEPS:
@@ -163,7 +168,7 @@ def eval(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
     prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth`, `answer` or tests; default the miniature world's.")] = None,
     max_tokens: MaxTokens = 80,
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "auto",
     quantize: Quantized = "",
     cache: CacheDtype = "",
     device: Device = "auto",
@@ -250,7 +255,7 @@ def serve(
     cache_tokens: Annotated[
         int | None, typer.Option(help="Positions in a worker's cache; default: a quarter of the memory at most.")
     ] = None,
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "auto",
     quantize: Quantized = "",
     cache: CacheDtype = "",
     device: Device = "auto",

@@ -76,6 +76,11 @@ class Progress:
         else:
             echo(line, err=True)
 
+    def say(self, line: str) -> None:
+        """A line that stays, unless quiet."""
+        if not self.quiet:
+            self.warn(line)
+
     def tick(self, done: int, total: int | None, note: str = "") -> None:
         """How far the stage is."""
         if self._bar:

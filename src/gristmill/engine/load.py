@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from gristmill.core.device import pick_device
+from gristmill.core.device import pick_device, pick_precision
 from gristmill.data.chat import Message, find_format, to_dicts
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Request, SamplingParams
@@ -23,7 +23,7 @@ class EngineArgs:
     """Engine arguments: types, quantization and sizes.
 
     Attributes:
-        dtype: of activations, and of matrices that are not quantized.
+        dtype: of activations, and of matrices that are not quantized; "auto": bf16 on a GPU, else fp32.
         quantize: as in `Engine`; "" for what the model's folder was saved as.
         cache: type of keys and values; "" for `dtype`.
         max_batch, cache_tokens: as in `Engine`.
@@ -31,7 +31,7 @@ class EngineArgs:
         device: as `pick_device` takes it.
     """
 
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
     quantize: Quantize = ""
     cache: Literal["", "fp32", "bf16", "int8", "fp8"] = ""
     max_batch: int = 256
@@ -50,7 +50,7 @@ def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = ""
         find_format(args.chat_format, tokenizer),
         name=name or folder.resolve().name,
         max_batch=args.max_batch,
-        dtype=PRECISIONS[args.dtype],
+        dtype=PRECISIONS[pick_precision(device, cpu="fp32") if args.dtype == "auto" else args.dtype],
         cache_tokens=args.cache_tokens,
         cache_dtype=CACHE_DTYPES[args.cache] if args.cache else None,
         quantize=args.quantize or saved_as(folder),

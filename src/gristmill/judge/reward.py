@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gristmill.core.device import pick_device
+from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.core.threads import num_workers, workers
 from gristmill.data.chat import ChatFormat, Message, find_format
@@ -17,6 +17,7 @@ from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.hf import load_reward
 from gristmill.model.packed import pack
 from gristmill.model.reward import RewardModel
+from gristmill.model.transformer import PRECISIONS
 
 PACKED_TOKENS = 4096
 # Rated in one pass, so that the model reads their prompt once.
@@ -99,6 +100,7 @@ def load_scorer(folder: Path, chat_format: str = "auto", *, device: str = "auto"
     """The scorer of a reward model's folder, on a device as `pick_device` takes it."""
     where = pick_device(device)
     model, tokenizer = load_reward(folder)
+    model.backbone.compute_dtype = PRECISIONS[pick_precision(where, cpu="fp32")]
     return RewardScorer(model.to(where), tokenizer, find_format(chat_format, tokenizer))
 
 

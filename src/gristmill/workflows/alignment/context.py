@@ -1,14 +1,15 @@
 """What every stage of an alignment run works with: the recipe, models, engines, clients of the generators, and judges."""
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gristmill.core.device import pick_device
+from gristmill.core.config import read
+from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.data.chat import ChatFormat, Message, find_format
@@ -25,6 +26,7 @@ from gristmill.judge.reward import RewardScorer
 from gristmill.judge.reward_client import weight_set
 from gristmill.miniature.base import BASE
 from gristmill.miniature.source import MiniatureSource
+from gristmill.model.flops import num_parameters
 from gristmill.model.hf import fingerprint, load_model, load_reward
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import PRECISIONS
@@ -32,13 +34,55 @@ from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir
 from gristmill.synth.templates import TemplatePack
+from gristmill.train.by_size import Kind, described, fill
+from gristmill.train.settings import Training
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 
 CONTEXT_MARGIN = 16  # an answer's text may take some tokens more when it is tokenized again
 ALL_AT_ONCE = 1 << 20  # requests: an engine makes its own batches
+STAGE_KINDS: dict[str, Kind] = {
+    "demonstration_sft": "demonstration_sft",
+    "reward": "reward",
+    "code_sft": "code_sft",
+    "general_sft": "sft",
+    "dpo": "preference",
+    "rpo": "preference",
+}
+ROWS_OF: dict[str, Callable[[DataSource], Sequence[Any]]] = {  # where they are known before the run
+    "demonstration_sft": lambda source: source.demonstrations(),
+    "reward": lambda source: source.ratings(),
+}
 LATEST = "latest"  # checkpoint of a generator: the model before this round
+
+
+def resolved_recipe(
+    recipe: AlignmentRecipe, num_parameters: int, device: torch.device, *, source: DataSource, folder: Path
+) -> AlignmentRecipe:
+    """The recipe with everything that it leaves to the model's size and the device, as `train.by_size` chooses it.
+
+    Args:
+        num_parameters: of the Base model.
+        folder: the run's. What computes in which precision stays as it was there, also on another device.
+    """
+    before: dict[str, Any] = {}
+    with suppress(InputError):
+        before = read(folder / "recipe.yaml")
+
+    def precision(name: str) -> str:
+        section = before.get(name)
+        found = section.get("precision") if isinstance(section, dict) else None
+        return found if found in PRECISIONS else ""
+
+    changes: dict[str, Any] = {}
+    for name, kind in STAGE_KINDS.items():
+        section: Training = getattr(recipe, name)
+        rows = ROWS_OF[name](source) if name in ROWS_OF and section.batch_size is None else ()
+        changes[name] = fill(section, kind, num_parameters, device=device, num_rows=len(rows), precision=precision(name))
+    if recipe.engine.precision == "auto":
+        changes["engine"] = recipe.engine.model_copy(update={"precision": precision("engine") or pick_precision(device)})
+    return recipe.model_copy(update=changes)
 
 
 class AlignmentContext:
@@ -55,8 +99,7 @@ class AlignmentContext:
     """
 
     def __init__(self, recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False):
-        self.recipe, self.progress = recipe, progress
-        self.device = pick_device(recipe.device)
+        self.device, self.progress = pick_device(recipe.device), progress
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         self.templates = TemplatePack.load(recipe.templates)
@@ -68,6 +111,8 @@ class AlignmentContext:
         self.base_folder = BASE if recipe.model == "miniature" else Path(recipe.model)
         base, self.tokenizer = load_model(self.base_folder)  # fails here, before any work, when the checkpoint is bad
         self.max_positions = base.config.max_positions
+        given, size = recipe, num_parameters(base.config)
+        self.recipe = recipe = resolved_recipe(given, size, self.device, source=self.source, folder=folder)
         self.base_fingerprint = fingerprint(self.base_folder)
         self.format: ChatFormat = find_format(recipe.chat_format, self.tokenizer)
         self.format.end_of_turn_id(self.tokenizer)
@@ -94,6 +139,10 @@ class AlignmentContext:
         self._scorer: RewardScorer | None = None
         self.reward_report: dict[str, Any] = {}
         self.run = RunDir(folder, recipe, progress)
+        if chosen := [name for name in STAGE_KINDS if getattr(recipe, name) != getattr(given, name)]:
+            progress.say(f"settings for {size / 1e6:,.4g}M parameters on {self.device}, where the recipe gives none:")
+            for name in chosen:
+                progress.say(f"  {name}: {described(getattr(recipe, name))}")
 
     def close(self) -> None:
         """Stop the sandbox and let go of the folder."""

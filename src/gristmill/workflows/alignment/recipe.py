@@ -30,7 +30,9 @@ class EngineSettings(Section):
     """How the run's models generate."""
 
     max_batch: int = Field(256, gt=0, description="most responses in flight")
-    precision: Literal["fp32", "bf16", "int8"] = Field("fp32", description="of generation; int8: matrix products in int8, all else in bf16")
+    precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        "auto", description="of generation; auto: bf16 where the device is made for it; int8: matrix products in int8, all else in bf16"
+    )
 
 
 class AlignmentJudging(Judging):
@@ -89,12 +91,12 @@ class AlignmentRecipe(Recipe):
     judging: AlignmentJudging = AlignmentJudging()
     collapse: Collapse = Collapse()
     alarms: Alarms = Alarms()
-    demonstration_sft: Training = Training(lr=1e-3, epochs=15, batch_size=16)
-    reward: Training = Training(lr=1e-3, epochs=3, batch_size=32)
-    code_sft: Training = Training(lr=1e-4, steps=15)
-    general_sft: Training = Training(lr=1e-3, epochs=5, batch_size=32)
-    dpo: PreferenceTraining = PreferenceTraining(lr=5e-5, epochs=3, batch_size=32, beta=0.1, sft_weight=1.0)
-    rpo: PreferenceTraining = PreferenceTraining(lr=5e-5, epochs=3, batch_size=32, beta=0.1, sft_weight=1.0, loss="rpo")
+    demonstration_sft: Training = Training()
+    reward: Training = Training()
+    code_sft: Training = Training()
+    general_sft: Training = Training()
+    dpo: PreferenceTraining = PreferenceTraining()
+    rpo: PreferenceTraining = PreferenceTraining(loss="rpo")
 
     @model_validator(mode="before")
     @classmethod
@@ -109,11 +111,7 @@ class AlignmentRecipe(Recipe):
         for name, given in merged.items():
             default = cls.model_fields[name].default if name in cls.model_fields else None
             if isinstance(default, Training | Answers) and isinstance(given, dict):
-                kept = default.model_dump(exclude_unset=True)
-                for one, other in (("steps", "epochs"), ("epochs", "steps")):
-                    if given.get(one) is not None:
-                        kept.pop(other, None)
-                merged[name] = {**kept, **given}
+                merged[name] = {**default.model_dump(exclude_unset=True), **given}
         return merged
 
     @model_validator(mode="after")
