@@ -5,15 +5,20 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from gristmill.core.config import Section, check, load
 from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS
 from gristmill.data.tokenizer import Tokenizer
-from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.miniature.base import BASE
+from gristmill.model.config import ModelConfig, read_config, uniform_blocks
+from gristmill.model.flops import num_parameters
 from gristmill.model.hf import save_model
 from gristmill.model.transformer import Transformer
+from gristmill.train.by_size import fill
+from gristmill.workflows.alignment.context import STAGE_KINDS
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.init import write_recipe
 
@@ -66,7 +71,19 @@ def test_every_key_is_there_and_taking_all_the_hashes_away_changes_nothing(tmp_p
     written = load(out, AlignmentRecipe)
     for name in [name for name in values["pipelines"] if getattr(written.pipelines, name) is None]:
         del values["pipelines"][name]  # a pipeline behind a hash is off
-    assert check(AlignmentRecipe, values) == written
+    size = num_parameters(read_config(BASE)[1])
+    cpu = torch.device("cpu")
+    filled = {name: fill(getattr(written, name), kind, size, device=cpu, precision="auto") for name, kind in STAGE_KINDS.items()}
+    assert check(AlignmentRecipe, values) == written.model_copy(update=filled)
+
+
+def test_training_stands_there_as_the_size_of_the_model_has_it(tmp_path: Path, files: dict[str, Path], model: Path) -> None:
+    out = tmp_path / "recipe.yaml"
+    write_recipe(out, "mine", str(model), files)
+    text = out.read_text()
+    section = text[text.index("#demonstration_sft:") : text.index("#reward:")]
+    assert "#  lr: 0.001 " in section and "#  epochs: 15.0 " in section and "#  batch_size: 8 " in section  # of 48 rows
+    assert load(out, AlignmentRecipe).demonstration_sft.lr is None
 
 
 def test_defaults_stand_behind_a_hash_with_their_meaning(tmp_path: Path) -> None:

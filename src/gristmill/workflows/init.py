@@ -7,22 +7,27 @@ In the recipe a value stands bare where it differs from its section's default, a
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import torch
 import yaml
 from pydantic.fields import FieldInfo
 
 from gristmill.core.config import RECIPES, Section, check, read
 from gristmill.core.errors import InputError
 from gristmill.core.io import write_text
-from gristmill.data.chat import ChatFormat, guess_format
+from gristmill.data.chat import guess_format
 from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
 from gristmill.data.rows import Demonstration
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.miniature.base import BASE
+from gristmill.model.flops import num_parameters
 from gristmill.model.hf import load_model
+from gristmill.train.by_size import fill
 from gristmill.train.settings import Training
+from gristmill.workflows.alignment.context import STAGE_KINDS
 from gristmill.workflows.alignment.recipe import OF_WORLD, AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 
@@ -65,6 +70,7 @@ def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force
     if os.path.exists(out) and not force:
         raise InputError(f"{out} exists: give another file with --out, or --force to overwrite it.")
     values: dict[str, Any] = {"name": name, "model": model if model == "miniature" else _path(Path(model), out)}
+    rows: dict[str, int] = {}
     for path in files.values():
         if not path.is_file():
             raise InputError(f"{path} does not exist: check the path.")
@@ -75,16 +81,17 @@ def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force
             raise InputError(f"Give {options} too: your own data needs {', '.join(NEEDED)}.")
         if not {"ratings", "prompts"} & files.keys():
             raise InputError("Give --ratings for a reward model, or --prompts with known answers: something must judge the answers.")
-        demonstrations = _check_files(files)
-        values |= _limits(model, demonstrations)
+        demonstrations, num_ratings = _check_files(files)
+        loaded = _load(model)
+        values |= _limits(model, loaded, demonstrations)
+        rows = {"demonstration_sft": len(demonstrations) + len(demonstrations[::5]), "reward": num_ratings}
         values["data"] = {k: _path(p, out) for k, p in files.items()}
     else:
         values["world"] = "miniature"
         shipped = read(RECIPES / "miniature.yaml")
         values |= {name: shipped[name] for name in OF_WORLD}
-        if model != "miniature":
-            _load(model)
-    text = HEADER.format(file=out.name) + "\n".join(render(values)) + "\n"
+        loaded = _load(model)
+    text = HEADER.format(file=out.name) + "\n".join(render(values, _sized(loaded.num_parameters, rows))) + "\n"
     check(AlignmentRecipe, yaml.safe_load(text))
     write_text(out, text)
     return out
@@ -100,8 +107,8 @@ def _path(path: Path, out: Path) -> str:
 # ---- checks ----
 
 
-def _check_files(files: dict[str, Path]) -> list[Demonstration]:
-    """Read every file whole, and refuse rows that ask what the evaluation asks."""
+def _check_files(files: dict[str, Path]) -> tuple[list[Demonstration], int]:
+    """Read every file whole, and refuse rows that ask what the evaluation asks; the demonstrations, and how many ratings there are."""
     demonstrations = read_demonstrations(files["demonstrations"])
     ratings = read_ratings(files["ratings"]) if "ratings" in files else []
     prompts = read_prompts(files["prompts"], "file") if "prompts" in files else []
@@ -117,22 +124,41 @@ def _check_files(files: dict[str, Path]) -> list[Demonstration]:
                 raise InputError(
                     f"Row {number} of {files[kind]} asks what a row of {files['evaluation']} asks: take it out of one of the two files."
                 )
-    return demonstrations
+    return demonstrations, len(ratings)
 
 
-def _load(model: str) -> tuple[Tokenizer, ChatFormat, int]:
-    """Tokenizer, chat format and longest conversation of a model folder whose weights load."""
+@dataclass(frozen=True)
+class _Loaded:
+    """What a recipe needs to know of a model whose weights load."""
+
+    tokenizer: Tokenizer
+    max_positions: int
+    num_parameters: int
+
+
+def _load(model: str) -> _Loaded:
     transformer, tokenizer = load_model(BASE if model == "miniature" else Path(model))
-    return tokenizer, guess_format(tokenizer), transformer.config.max_positions
+    return _Loaded(tokenizer, transformer.config.max_positions, num_parameters(transformer.config))
 
 
-def _limits(model: str, demonstrations: Sequence[Demonstration]) -> dict[str, Any]:
+def _sized(size: int, rows: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """What every training section takes for a model of this size where it gives nothing, as plain values."""
+    out = {}
+    for name, kind in STAGE_KINDS.items():
+        default: Training = AlignmentRecipe.model_fields[name].default
+        found = fill(default, kind, size, device=torch.device("cpu"), num_rows=rows.get(name), precision="auto")
+        out[name] = found.model_dump(mode="json")
+    return out
+
+
+def _limits(model: str, loaded: _Loaded, demonstrations: Sequence[Demonstration]) -> dict[str, Any]:
     """Token limits that hold nearly all demonstrations: of a written prompt, and of an answer.
 
     Raises:
-        InputError: the model does not load, or every demonstration is too long for it.
+        InputError: the model has no chat format that is known, or every demonstration is too long for it.
     """
-    tokenizer, chat_format, longest = _load(model)
+    tokenizer, longest = loaded.tokenizer, loaded.max_positions
+    chat_format = guess_format(tokenizer)
     sample = demonstrations[:SAMPLED]
     if all(len(chat_format.render(d.messages, tokenizer).ids) > longest for d in sample):
         raise InputError(f"Every demonstration is longer than the {longest} tokens of {model}: choose a model with more, or shorter ones.")
@@ -151,25 +177,26 @@ def _limit(lengths: Sequence[int], most: int) -> int:
 # ---- the text ----
 
 
-def render(values: dict[str, Any]) -> list[str]:
+def render(values: dict[str, Any], sized: dict[str, dict[str, Any]]) -> list[str]:
     """Lines of a recipe with every key, its default and what it means.
 
     Args:
         values: what differs from the defaults, as plain values; sections as mappings.
+        sized: training sections with the defaults of the model's size, as plain values.
     """
     lines: list[str] = []
     for key, field in AlignmentRecipe.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            lines += ["", *_section(key, kind, field.default, values.get(key, {}))]
+            lines += ["", *_section(key, kind, field.default, values.get(key, {}), sized.get(key))]
         else:
             lines.append(_line(key, field, field.default, values))
     return lines
 
 
-def _section(key: str, kind: type[Section], default: Section, values: dict[str, Any]) -> list[str]:
-    """A section's lines. A training section's own values are written out: given at all, a section replaces the default one whole."""
-    plain = default.model_dump(mode="json")
+def _section(key: str, kind: type[Section], default: Section, values: dict[str, Any], sized: dict[str, Any] | None) -> list[str]:
+    """A section's lines. What a training section's default sets itself is written out: it makes the section what it is."""
+    plain = sized or default.model_dump(mode="json")
     if issubclass(kind, Training):
         values = {k: plain[k] for k in kind.model_fields if k in default.model_fields_set} | values
     about = STAGES.get(key) or " ".join((kind.__doc__ or "").split())
