@@ -18,7 +18,7 @@ from gristmill.cli.main import app
 
 # Every command with its arguments and options. A change here is a change of what users type: think twice, then edit.
 SURFACE = {
-    "run": "RECIPE --out -o --control --seed --rounds --threads --device --unsafe-code --quiet -q --json",
+    "run": "RECIPE --out -o --control --seed --rounds --threads --device --redo --unsafe-code --quiet -q --json",
     "status": "FOLDER --json",
     "report": "FOLDER --json",
     "compare": "FOLDERS --out -o --json",

@@ -21,6 +21,9 @@ def run(
     rounds: Annotated[int | None, typer.Option(help="Overrides the recipe's rounds.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
     device: RunDevice = None,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Make again what was made from another recipe or other files; what is there is moved aside.")
+    ] = False,
     unsafe_code: Unsafe = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -29,7 +32,7 @@ def run(
     from gristmill.core.config import find_recipe, load
     from gristmill.core.progress import Progress
     from gristmill.report.alignment import write_report
-    from gristmill.report.summary import headline, stage_line
+    from gristmill.report.summary import best_lines, headline, stage_line
     from gristmill.workflows.alignment.loop import run as run_loop
     from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
@@ -38,12 +41,12 @@ def run(
     name = "-".join([loaded.name, *([loaded.control] if loaded.control else []), *([f"seed{seed}"] if seed is not None else [])])
     folder = out or Path("runs") / name
     with Progress(quiet=quiet, describe=stage_line) as progress:
-        results = run_loop(loaded, folder, progress, unsafe_code)
+        results = run_loop(loaded, folder, progress, unsafe_code, redo=redo)
     page = write_report(folder)
     if as_json:
         echo(json.dumps(results))
     else:
-        for line in headline(results, folder):
+        for line in [*headline(results, folder), *best_lines(results, folder)]:
             echo(line)
         echo(f"report: {page}")
     end_with_alarms(results["alarms"])
@@ -55,7 +58,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """What a run of any kind has done so far, stage by stage."""
-    from gristmill.report.summary import stage_line
+    from gristmill.report.summary import best_lines, stage_line
     from gristmill.runs.reader import read_run, reading_back
 
     with reading_back(folder):
@@ -65,6 +68,8 @@ def status(
         for s in data.stages:
             seconds = f"{s['seconds']:>7.1f} s" if "seconds" in s else "  unfinished"
             lines.append(f"{s['folder']:<22} {seconds}  {stage_line(s)}".rstrip())
+        if data.results and data.kind == "alignment":
+            lines += best_lines(data.results, folder)
     if as_json:
         echo(json.dumps({"folder": str(folder), "finished": data.results is not None, "stages": stages}))
         return

@@ -31,7 +31,7 @@ from gristmill.report.figures import Series, stage_plot
 from gristmill.report.markup import Markup, document, el, table
 from gristmill.report.samples import JudgedStage, read_judged, read_lineage, samples_section
 from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
-from gristmill.report.summary import duration, headline
+from gristmill.report.summary import best_lines, duration, headline
 from gristmill.runs.reader import RunData, read_run
 
 CONTROLS = {
@@ -148,9 +148,7 @@ def _cards(data: RunData) -> Markup | None:
             big = el("p", el("small", f"{old} \u2192 ") if d else None, new, class_="big")
             figures.append(el("div", el("p", mode, class_="label"), big, el("p", _change(d)) if d else None))
         label = (
-            f"{stage_label(first['name']).capitalize()} only \u2192 {stage_label(last['name'])}"
-            if len(models) > 1
-            else f"Accuracy: {stage_label(first['name'])}"
+            f"{_first(first['name'])} \u2192 {stage_label(last['name'])}" if len(models) > 1 else f"Accuracy: {stage_label(first['name'])}"
         )
         cards.append(el("div", el("p", label, class_="title"), el("div", figures, class_="row"), class_="card"))
     report = reward_report(data)
@@ -183,8 +181,15 @@ def _cards(data: RunData) -> Markup | None:
     return el("div", cards, class_="cards") if cards else None
 
 
+def _first(name: str) -> str:
+    return "As given" if name == "base" else f"{stage_label(name).capitalize()} only"
+
+
 def _headline(data: RunData) -> Markup | None:
-    return el("ul", [el("li", unbroken(line)) for line in headline(data.results, data.folder)], class_="lines") if data.results else None
+    if not data.results:
+        return None
+    lines = [*headline(data.results, data.folder), *best_lines(data.results, data.folder)]
+    return el("ul", [el("li", unbroken(line)) for line in lines], class_="lines")
 
 
 def _shortfalls(data: RunData) -> Markup | None:
@@ -218,7 +223,7 @@ def _stages(data: RunData) -> list[Markup]:
     if not models:
         return [el("p", "No model has been trained and evaluated yet.", class_="soft")]
     rounds = [round_of(m["name"]) for m in models]
-    names = [short_label(m["name"]) if number else "SFT" for m, number in zip(models, rounds, strict=True)]
+    names = ["SFT" if m["name"] == "demonstrations" else short_label(m["name"]) for m in models]
     hollow = frozenset(i for i, m in enumerate(models) if is_single_task(m["name"]))
     tasks = [t for t in models[0]["greedy"] if t != "overall"]
 
@@ -262,6 +267,8 @@ def _stage_table(models: Sequence[Mapping[str, Any]], found: Mapping[str, Compar
 
 
 def _trained_on(m: Mapping[str, Any]) -> str:
+    if "rows" not in m:
+        return f"the model as given, asked {m['asked']}"
     human = f", {m['human_rows']:,} by people" if "human_rows" in m else ""
     dropped = f", {m['dropped']:,} dropped as too long" if m.get("dropped") else ""
     kind = "rows" if "human_rows" in m else "pairs"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gristmill.core.config import read
+from gristmill.core.config import Section, read
 from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
@@ -54,6 +54,9 @@ ROWS_OF: dict[str, Callable[[DataSource], Sequence[Any]]] = {  # where they are 
     "demonstration_sft": lambda source: source.demonstrations(),
     "reward": lambda source: source.ratings(),
 }
+WHERE = {"base_url", "api_key_env", "api_key_file"}  # of a model that is asked
+BASE_ROW = "base"  # the model as given, in results
+ASKED = ("answers.max_tokens", "engine.precision")  # how models are evaluated
 LATEST = "latest"  # checkpoint of a generator: the model before this round
 
 
@@ -93,12 +96,13 @@ class AlignmentContext:
         folder: the run's folder.
         progress: where work announces itself.
         unsafe_code: run model-written programs without a jail.
+        redo: as `RunDir` takes it.
 
     Raises:
         InputError: a file of the recipe is missing or wrong, or there is no jail for a run that needs one.
     """
 
-    def __init__(self, recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False):
+    def __init__(self, recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False, *, redo: bool = False):
         self.device, self.progress = pick_device(recipe.device), progress
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
@@ -117,8 +121,11 @@ class AlignmentContext:
         self.format: ChatFormat = find_format(recipe.chat_format, self.tokenizer)
         self.format.end_of_turn_id(self.tokenizer)
         self.evaluation: list[Prompt] = self.source.evaluation()
-        self.held_out = frozenset(normalize_prompt(p.messages) for p in self.evaluation)
-        prompts = [*self.evaluation, *self.source.prompts()]
+        self.validation: list[Prompt] = self.source.validation()
+        self.evaluated = frozenset(normalize_prompt(p.messages) for p in self.evaluation)
+        # A world's prompts stay as they always were: what a round asked is no validation prompt any more (`best`).
+        self.held_out = self.evaluated if recipe.world else self.evaluated | {normalize_prompt(p.messages) for p in self.validation}
+        prompts = [*self.evaluation, *self.validation, *self.source.prompts()]
         for p in prompts:
             if not self.fits(p.messages):
                 raise InputError(
@@ -138,7 +145,7 @@ class AlignmentContext:
         self._engines: dict[str, Engine] = {}
         self._scorer: RewardScorer | None = None
         self.reward_report: dict[str, Any] = {}
-        self.run = RunDir(folder, recipe, progress)
+        self.run = RunDir(folder, recipe, progress, redo=redo)
         if chosen := [name for name in STAGE_KINDS if getattr(recipe, name) != getattr(given, name)]:
             progress.say(f"settings for {size / 1e6:,.4g}M parameters on {self.device}, where the recipe gives none:")
             for name in chosen:
@@ -159,6 +166,32 @@ class AlignmentContext:
             elif g.checkpoint not in (LATEST, *self.recipe.model_stages()):
                 names = ", ".join((LATEST, *self.recipe.model_stages()))
                 raise InputError(f"The run will have no checkpoint {g.checkpoint!r}: generators.checkpoint is one of {names}.")
+
+    # ---- what a stage is made from ----
+
+    def parts(self, *paths: str) -> dict[str, Any]:
+        """Keys of the recipe, as `section` or `section.key`, that a stage reads, with their plain values."""
+        out = {}
+        for path in paths:
+            value: Any = self.recipe
+            for key in path.split("."):
+                value = getattr(value, key)
+            out[path] = value.model_dump(mode="json", exclude=WHERE) if isinstance(value, Section) else value
+        return out
+
+    def judging_parts(self, without: frozenset[str]) -> dict[str, Any]:
+        """The section of the judges but for some keys; where a reward model answers, and with which key, changes nothing."""
+        found = self.recipe.judging.model_dump(mode="json", exclude=set(without))
+        reward = found.get("reward")
+        return found | {"reward": reward and {key: value for key, value in reward.items() if key not in WHERE}}
+
+    def who(self, number: int, made: dict[str, str], latest: str) -> list[Any]:
+        """What decides how the generators of a round write: what was asked of them, and which models they are."""
+        out: list[Any] = []
+        for g in self.generators(number) or [GeneratorSettings(checkpoint=LATEST)]:
+            name = latest if g.checkpoint == LATEST else g.checkpoint
+            out.append([g.identity, made.get(name, "") if g.checkpoint else fingerprint(g.folder) if g.folder else ""])
+        return out
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether a prompt and its longest answer fit in the model's context."""

@@ -118,7 +118,7 @@ class AlignmentRecipe(Recipe):
     def _sources(self) -> Self:
         if self.world is None and (self.data.demonstrations is None or self.data.evaluation is None):
             raise ValueError("without a world, data.demonstrations and data.evaluation must name files")
-        files = {name: getattr(self.data, name) for name in ("demonstrations", "ratings", "prompts", "evaluation")}
+        files = {name: getattr(self.data, name) for name in ("demonstrations", "ratings", "prompts", "evaluation", "validation")}
         if self.world is not None and (given := [f"data.{name}" for name, path in files.items() if path is not None]):
             raise ValueError(f"{given[0]} would not be read, since the world {self.world} writes its own rows: take one of the two out")
         for number, name in (("num_rated_prompts", "ratings"), ("num_prompts", "prompts")):
@@ -135,5 +135,8 @@ class AlignmentRecipe(Recipe):
         """As `Recipe.changed`; rounds may grow, not shrink, and of the generators only what decides who answers what counts."""
         asked = [GeneratorSettings.model_validate(g).identity for g in old.get("generators", ())]
         same = asked == [g.identity for g in self.generators]
-        fewer = ["rounds, which may grow, not shrink"] if self.rounds < old.get("rounds", 0) else []
-        return [key for key in super().changed(old) if key != "generators" or not same] + fewer
+        return [key for key in super().changed(old) if key != "generators" or not same] + self.forbidden(old)
+
+    def forbidden(self, old: dict[str, Any]) -> list[str]:
+        """Fewer rounds: what they have made would be of no run."""
+        return ["rounds, which may grow, not shrink"] if self.rounds < old.get("rounds", 0) else []

@@ -35,6 +35,15 @@ class DataSource(Protocol):
 
     def evaluation(self) -> list[Prompt]: ...
 
+    def validation(self) -> list[Prompt]:
+        """Prompts with truths by which the best model is chosen: neither evaluated nor trained on."""
+        ...
+
+    @property
+    def validated_on(self) -> str:
+        """Which prompts those are."""
+        ...
+
     def truth(self, task: str, messages: Conversation) -> dict[str, Any] | None:
         """What a verifier needs for a prompt that a model wrote, or None."""
         ...
@@ -44,6 +53,9 @@ class DataSource(Protocol):
         ...
 
 
+MIN_SPLIT = 5  # rows with known answers from which some are held out to choose the best model
+SPLIT = 5  # every fifth of them
+MAX_VALIDATION = 200
 CODE_PIPELINES = frozenset({"python", "genetic"})
 
 
@@ -56,8 +68,11 @@ class FileSource:
     | ratings | HelpSteer2's: `prompt` and `response` (or `messages`), helpfulness, correctness, coherence, complexity, verbosity |
     | prompts | `messages` or `prompt`; optional `truth`, `answer` (a known final answer) or tests (data/truths.py), optional `task` |
     | evaluation | as prompts, with `truth`, `answer` or tests |
+    | validation | as evaluation |
 
-    The demonstrations also teach the model to write prompts: each first turn becomes the answer to a request for a prompt.
+    Without a file the validation rows are those with known answers that `num_evaluation` or else `num_prompts` leave out, else every fifth
+    prompt with a known answer, else every fifth evaluation row; none where there are fewer than five. The demonstrations also teach the
+    model to write prompts: each first turn becomes the answer to a request for a prompt.
 
     Args:
         request: template of that request.
@@ -72,15 +87,39 @@ class FileSource:
         self._demonstrations = read_demonstrations(data.demonstrations)[: data.num_demonstrations]
         self._evaluation = read_prompts(data.evaluation, "human", truth=True)
         self._prompts = read_prompts(data.prompts, "file") if data.prompts else []
+        known_beyond = [p for p in self._prompts[data.num_prompts :] if p.truth] if data.num_prompts is not None else []
         self._prompts = self._prompts[: data.num_prompts]
         self._ratings = _rated(read_ratings(data.ratings), data) if data.ratings else []
         self.tasks = tuple(dict.fromkeys(d.task for d in self._demonstrations))
         limited: list[Prompt] = []
         for task in dict.fromkeys(p.task for p in self._evaluation):
             limited += [p for p in self._evaluation if p.task == task][: data.num_evaluation]
+        beyond = [p for p in self._evaluation if p not in limited]
         self._evaluation = limited
+        self._validation, self.validated_on = self._split(data, beyond, known_beyond)
         checked = {p.task for p in [*self._prompts, *self._evaluation] if (p.truth or {}).get("kind") == "code"}
         self.code_tasks = frozenset({t for t in self.tasks if "code" in t.lower()} | checked | CODE_PIPELINES)
+
+    def _split(self, data: HumanData, *beyond: list[Prompt]) -> tuple[list[Prompt], str]:
+        """Rows that choose the best model, and which they are; taken out of what they were."""
+        if data.validation is not None:
+            return read_prompts(data.validation, "validation", truth=True)[:MAX_VALIDATION], "data.validation"
+        for rows, words in zip(beyond, ("evaluation rows beyond data.num_evaluation", "prompts beyond data.num_prompts"), strict=True):
+            if len(rows) >= MIN_SPLIT:
+                return rows[:MAX_VALIDATION], f"{words}, which the run does not use"
+        known = [p for p in self._prompts if p.truth]
+        for rows, words in ((known, "prompts with a known answer, which the run does not train on"), (self._evaluation, "evaluation rows")):
+            if len(rows) >= MIN_SPLIT:
+                held = rows[SPLIT - 1 :: SPLIT][:MAX_VALIDATION]
+                names = {p.id for p in held}
+                self._prompts = [p for p in self._prompts if p.id not in names]
+                self._evaluation = [p for p in self._evaluation if p.id not in names]
+                return held, f"a fifth of the {words}"
+        return [], ""
+
+    def validation(self) -> list[Prompt]:
+        """Held-out prompts that choose the best model."""
+        return self._validation
 
     def demonstrations(self) -> list[Demonstration]:
         """The user's conversations, and prompt-writing ones derived from them (a fifth as many)."""
