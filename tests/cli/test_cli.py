@@ -18,9 +18,10 @@ from gristmill.cli.main import app
 
 # Every command with its arguments and options. A change here is a change of what users type: think twice, then edit.
 SURFACE = {
-    "run": "RECIPE --out -o --control --seed --rounds --threads --device --redo --unsafe-code --quiet -q --json",
+    "run": "RECIPE --out -o --control --seed --rounds --threads --device --redo --dry-run --unsafe-code --quiet -q --json",
     "status": "FOLDER --json",
     "report": "FOLDER --json",
+    "answers": "FOLDER --prompt --sampled --json",
     "compare": "FOLDERS --out -o --json",
     "pretrain": "RECIPE --out -o --tokens --device --quiet -q --json",
     "train": (

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 GROUPS = {
     "Whole runs": ("run", "synth", "curate", "blend", "pretrain", "init"),
-    "Look at runs": ("status", "report", "compare", "rows"),
+    "Look at runs": ("status", "report", "answers", "compare", "rows"),
     "Single steps": ("train", "quality", "quantize", "generate", "score", "eval"),
     "Talk and serve": ("chat", "serve"),
 }

@@ -24,6 +24,9 @@ def run(
     redo: Annotated[
         bool, typer.Option("--redo", help="Make again what was made from another recipe or other files; what is there is moved aside.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Make nothing: probe the model for some seconds and print time, memory and disk.")
+    ] = False,
     unsafe_code: Unsafe = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -38,6 +41,15 @@ def run(
 
     overrides = given(control=control, seed=seed, rounds=rounds, threads=threads, device=device)
     loaded = load(find_recipe(recipe, "alignment"), AlignmentRecipe, overrides)
+    if dry_run:
+        from gristmill.report.summary import duration
+        from gristmill.workflows.alignment.estimate import dry_run as estimate_run
+        from gristmill.workflows.alignment.estimate import estimate_lines
+
+        with Progress(quiet=quiet) as progress:
+            estimate = estimate_run(loaded, progress, unsafe_code)
+        echo(json.dumps(estimate) if as_json else "\n".join(estimate_lines(estimate, duration)))
+        return
     name = "-".join([loaded.name, *([loaded.control] if loaded.control else []), *([f"seed{seed}"] if seed is not None else [])])
     folder = out or Path("runs") / name
     with Progress(quiet=quiet, describe=stage_line) as progress:
@@ -63,11 +75,15 @@ def status(
 
     with reading_back(folder):
         data = read_run(folder)
-        stages = [{k: s.get(k) for k in ("folder", "seconds")} | {"done": s.get("fingerprint") is not None} for s in data.stages]
+        stages = [
+            {k: s.get(k) for k in ("folder", "seconds", "tokens_per_second", "peak_mib")} | {"done": s.get("fingerprint") is not None}
+            for s in data.stages
+        ]
         lines = []
         for s in data.stages:
             seconds = f"{s['seconds']:>7.1f} s" if "seconds" in s else "  unfinished"
-            lines.append(f"{s['folder']:<22} {seconds}  {stage_line(s)}".rstrip())
+            peak = f"{s['peak_mib']:>7,} MiB" if "peak_mib" in s else ""
+            lines.append(f"{s['folder']:<22} {seconds}{peak}  {stage_line(s)}".rstrip())
         if data.results and data.kind == "alignment":
             lines += best_lines(data.results, folder)
     if as_json:
@@ -76,6 +92,25 @@ def status(
     lines += [f"alarm: {alarm['text']}" for alarm in (data.results or {}).get("alarms", ())]
     lines.append("finished" if data.results else "not finished: run the same command again to continue")
     echo("\n".join(lines))
+
+
+@command("gristmill answers runs/miniature --prompt 12")
+def answers(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"),
+    prompt: Annotated[
+        str, typer.Option(help="An evaluation prompt by its id or number; default one that the first model fails and the last answers.")
+    ] = "",
+    sampled: Annotated[bool, typer.Option("--sampled", help="The answers at temperature 1 instead of the greedy ones.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """One question with the answers of all models of a run side by side."""
+    from gristmill.report.answers import Answers, answers_lines, answers_table
+    from gristmill.runs.reader import read_run, reading_back
+
+    with reading_back(folder):
+        found = Answers(read_run(folder, kind="alignment"), "sampled" if sampled else "greedy")
+        table = answers_table(found, found.find(prompt))
+    echo(json.dumps(table) if as_json else "\n".join(answers_lines(table)))
 
 
 @command("gristmill report runs/miniature")

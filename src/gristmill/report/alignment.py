@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from gristmill.core.io import write_text
+from gristmill.report.answers import answers_section
 from gristmill.report.comparisons import (
     MODES,
     Comparison,
@@ -32,6 +33,7 @@ from gristmill.report.markup import Markup, document, el, table
 from gristmill.report.samples import JudgedStage, read_judged, read_lineage, samples_section
 from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
 from gristmill.report.summary import best_lines, duration, headline
+from gristmill.report.training import training_section
 from gristmill.runs.reader import RunData, read_run
 
 CONTROLS = {
@@ -47,7 +49,9 @@ HEADING = {
     "scores": "Reward scores",
     "judge": "Reward model",
     "collapse": "Collapse",
+    "answers": "Answers side by side",
     "samples": "Samples",
+    "training": "Training",
     "time": "Time",
     "recipe": "Recipe",
 }
@@ -73,8 +77,13 @@ def write_report(folder: Path) -> Path:
             "Is the text losing its variety? The shaded side of each dashed line is where the monitor alarms.",
             collapse_section(data),
         ),
+        "answers": (
+            "Evaluation questions with the greedy answers of all models; `gristmill answers` shows any other.",
+            answers_section(data),
+        ),
         "samples": ("Rows as they are, drawn by the run's seed, with the way they came.", _samples(data, judged)),
-        "time": ("Seconds a stage, and training speed.", _times(data)),
+        "training": ("The loss of every stage that trains, over its steps.", _training(data)),
+        "time": ("Seconds a stage, training speed, and the most memory that the process had held by then.", _times(data)),
         "recipe": ("Every setting of this run.", [el("pre", yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True))]),
     }
     links = el("nav", el("div", [el("a", HEADING[k], href=f"#{k}") for k in bodies]), aria_label="Sections")
@@ -323,6 +332,10 @@ def _samples(data: RunData, judged: Sequence[JudgedStage]) -> list[Markup]:
     return samples_section(data, judged, read_lineage(data)) or [el("p", "No rows have been made in this run.", class_="soft")]
 
 
+def _training(data: RunData) -> list[Markup]:
+    return training_section(data) or [el("p", "No stage has trained yet, or the logs are not there.", class_="soft")]
+
+
 def _times(data: RunData) -> list[Markup]:
     finished = [s for s in data.stages if "seconds" in s]
     if not finished:
@@ -331,16 +344,16 @@ def _times(data: RunData) -> list[Markup]:
     rows: list[list[Any]] = []
     for s in data.stages:
         if "seconds" not in s:
-            rows.append([s["folder"], "unfinished", *[""] * 6])
+            rows.append([s["folder"], "unfinished", *[""] * 7])
             continue
         bar = el("td", el("span", class_="bar", style=f"width:{round(160 * s['seconds'] / most)}px"))
         trained = [f"{s[k]:,}" if k in s else "" for k in ("steps", "tokens", "tokens_per_second")]
         written = _tokens_written(data, s["folder"])
         rest = s["seconds"] - s.get("train_seconds", 0.0)
         generated = [f"{written:,}", f"{written / rest:,.0f}" if rest > 0 else "\u2013"] if written else ["", ""]
-        rows.append([s["folder"], f"{s['seconds']:.1f}", bar, *trained, *generated])
+        rows.append([s["folder"], f"{s['seconds']:.1f}", bar, *trained, *generated, f"{s['peak_mib']:,}" if "peak_mib" in s else ""])
     training = sum(s.get("train_seconds", 0.0) for s in finished)
-    head = ["stage", "seconds", "", "training steps", "tokens", "tokens/s", "generated tokens", "tokens/s"]
+    head = ["stage", "seconds", "", "training steps", "tokens", "tokens/s", "generated tokens", "tokens/s", "peak MiB"]
     return [
         el("p", f"{duration(total)} in all, {duration(training)} of it training; the rest is generating, judging and evaluating."),
         table(head, rows),

@@ -315,8 +315,9 @@ class RunDir:
 
     def _numbered(self, first: int, end: int | None) -> list[Path]:
         """Folders of stages with a number from `first` to before `end` in which something was made."""
-        places = [(int(place[1]), path) for path in sorted(self.path.iterdir()) if (place := STAGE_FOLDER.fullmatch(path.name))]
-        return [path for number, path in places if number >= first and (end is None or number < end) and any(path.iterdir())]
+        folders = [path for path in sorted(self.path.iterdir()) if STAGE_FOLDER.fullmatch(path.name) and path.is_dir()]
+        numbers = [int(path.name.split("-")[0]) for path in folders]
+        return [p for n, p in zip(numbers, folders, strict=True) if n >= first and (end is None or n < end) and any(p.iterdir())]
 
     def _move_aside(self, folders: Sequence[Path]) -> None:
         """Move stages that were made from other inputs, and what was written about them, to `replaced/N/`.

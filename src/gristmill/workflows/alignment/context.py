@@ -114,7 +114,7 @@ class AlignmentContext:
         recipe.pipelines.check([name for name, there in have.items() if there])
         self.base_folder = BASE if recipe.model == "miniature" else Path(recipe.model)
         base, self.tokenizer = load_model(self.base_folder)  # fails here, before any work, when the checkpoint is bad
-        self.max_positions = base.config.max_positions
+        self.base_config, self.max_positions = base.config, base.config.max_positions
         given, size = recipe, num_parameters(base.config)
         self.recipe = recipe = resolved_recipe(given, size, self.device, source=self.source, folder=folder)
         self.base_fingerprint = fingerprint(self.base_folder)

@@ -54,6 +54,7 @@ class DataSource(Protocol):
 
 
 MIN_SPLIT = 5  # rows with known answers from which some are held out to choose the best model
+MIN_SPLIT_EVALUATION = 20  # evaluation rows from which some are, where nothing else is there
 SPLIT = 5  # every fifth of them
 MAX_VALIDATION = 200
 CODE_PIPELINES = frozenset({"python", "genetic"})
@@ -70,9 +71,10 @@ class FileSource:
     | evaluation | as prompts, with `truth`, `answer` or tests |
     | validation | as evaluation |
 
-    Without a file the validation rows are those with known answers that `num_evaluation` or else `num_prompts` leave out, else every fifth
-    prompt with a known answer, else every fifth evaluation row; none where there are fewer than five. The demonstrations also teach the
-    model to write prompts: each first turn becomes the answer to a request for a prompt.
+    Without a file the validation rows are those with known answers that `num_evaluation` and `num_prompts` leave out, where these are
+    five or more; else every fifth prompt with a known answer; else every fifth of 20 or more evaluation rows. A number that is given is
+    held: nothing is taken from those rows. The demonstrations also teach the model to write prompts: each first turn becomes the answer
+    to a request for a prompt.
 
     Args:
         request: template of that request.
@@ -104,17 +106,18 @@ class FileSource:
         """Rows that choose the best model, and which they are; taken out of what they were."""
         if data.validation is not None:
             return read_prompts(data.validation, "validation", truth=True)[:MAX_VALIDATION], "data.validation"
-        for rows, words in zip(beyond, ("evaluation rows beyond data.num_evaluation", "prompts beyond data.num_prompts"), strict=True):
-            if len(rows) >= MIN_SPLIT:
-                return rows[:MAX_VALIDATION], f"{words}, which the run does not use"
+        unused = [p for rows in beyond for p in rows]
+        if len(unused) >= MIN_SPLIT:
+            return unused[:MAX_VALIDATION], "rows with known answers beyond data.num_evaluation and data.num_prompts"
         known = [p for p in self._prompts if p.truth]
-        for rows, words in ((known, "prompts with a known answer, which the run does not train on"), (self._evaluation, "evaluation rows")):
-            if len(rows) >= MIN_SPLIT:
-                held = rows[SPLIT - 1 :: SPLIT][:MAX_VALIDATION]
-                names = {p.id for p in held}
-                self._prompts = [p for p in self._prompts if p.id not in names]
-                self._evaluation = [p for p in self._evaluation if p.id not in names]
-                return held, f"a fifth of the {words}"
+        if data.num_prompts is None and len(known) >= MIN_SPLIT:
+            held = known[SPLIT - 1 :: SPLIT][:MAX_VALIDATION]
+            self._prompts = [p for p in self._prompts if p not in held]
+            return held, "a fifth of the prompts with known answers, which the run does not train on"
+        if data.num_evaluation is None and len(self._evaluation) >= MIN_SPLIT_EVALUATION:
+            held = self._evaluation[SPLIT - 1 :: SPLIT][:MAX_VALIDATION]
+            self._evaluation = [p for p in self._evaluation if p not in held]
+            return held, "a fifth of the evaluation rows, which are not reported"
         return [], ""
 
     def validation(self) -> list[Prompt]:
