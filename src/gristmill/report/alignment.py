@@ -130,7 +130,7 @@ def _top(data: RunData, name: str) -> Markup:
     if not results:
         banners.append(_banner("This run is not finished. ", "The page shows what there is; run the same command again to continue."))
     elif results.get("stopped"):
-        banners.append(_banner("Stopped by the collapse rule. ", results["stopped"]))
+        banners.append(_banner("Stopped before its end. ", results["stopped"]))
     banners += [_banner("Alarm. ", alarm["text"]) for alarm in (results or {}).get("alarms", ())]
     eyebrow = f"gristmill {'control run' if control else 'run'}"
     return el(

@@ -159,7 +159,7 @@ def shortfalls(data: RunData) -> list[str]:
         out += _failed(f"The end of round {round_of(new['name'])}", f"the end of round {round_of(old['name'])}", found)
     out += _reward(data)
     stopped = (data.results or {}).get("stopped")
-    return [*out, f"The stop rule ended the run in {stopped}."] if stopped else out
+    return [*out, f"The run was stopped in {stopped}."] if stopped else out
 
 
 def _whole(data: RunData, first: dict[str, Any], last: dict[str, Any]) -> list[str]:

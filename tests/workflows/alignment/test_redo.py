@@ -42,6 +42,7 @@ GIVEN: dict[str, Any] = {  # another value of every key, by the first stage that
         "templates": "default",
         "data": {"num_prompts": 5},
         "topics": {"macro": 7},
+        "probe": {"num_prompts": 7, "min_usable": 0.5, "fallback": {"open_qa": {}}},
         "pipelines": {"two_turn": {"prompts": 11}},
         "generators": [{"checkpoint": "demonstrations"}],
     },
@@ -100,7 +101,7 @@ def test_every_key_is_looked_at() -> None:
         if name in WITHOUT:
             continue
         section = field.annotation
-        if name in ("judging", "answers", "engine", "collapse", "alarms", "data"):
+        if name in ("judging", "answers", "engine", "collapse", "alarms", "data", "probe"):
             assert isinstance(section, type) and issubclass(section, Section)
             assert {key for n, key in given if n == name} == set(section.model_fields) - (OF_FILES if name == "data" else set()), name
         else:

@@ -111,7 +111,8 @@ class AlignmentContext:
         self.source: DataSource = MiniatureSource(recipe.data, recipe.seed) if recipe.world else FileSource(recipe.data, request)
         topics = recipe.topics
         have = {"tasks": bool(self.source.tasks), "topics": bool(topics.given() or topics.macro or topics.broad), "prompts": True}
-        recipe.pipelines.check([name for name, there in have.items() if there])
+        for pipelines in (recipe.pipelines, recipe.probe.fallback):
+            pipelines.check([name for name, there in have.items() if there])
         self.base_folder = BASE if recipe.model == "miniature" else Path(recipe.model)
         base, self.tokenizer = load_model(self.base_folder)  # fails here, before any work, when the checkpoint is bad
         self.base_config, self.max_positions = base.config, base.config.max_positions

@@ -29,7 +29,7 @@ from gristmill.judge.select import contested, select
 from gristmill.runs import artifacts
 from gristmill.train.settings import PreferenceTraining, Training
 from gristmill.workflows.alignment import monitors
-from gristmill.workflows.alignment.alarms import code_left_out, collapsed, few_steps, kept_nothing, no_pairs
+from gristmill.workflows.alignment.alarms import code_left_out, collapsed, few_steps, kept_nothing, no_pairs, no_prompts, unusable_prompts
 from gristmill.workflows.alignment.answering import answer, answer_pairs, prompt_demonstrations
 from gristmill.workflows.alignment.best import choose_best
 from gristmill.workflows.alignment.context import ASKED, BASE_ROW, AlignmentContext
@@ -79,6 +79,10 @@ def run(recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: 
         context.close()
 
 
+class _NoPrompts(Exception):
+    """A round that has no prompt left; what it made so far stays."""
+
+
 def _run(context: AlignmentContext) -> dict[str, Any]:
     if context.recipe.world is None and not context.source.ratings() and all(p.truth is None for p in context.source.prompts()):
         raise InputError("Nothing can judge answers: give data.ratings for a reward model, or data.prompts with known answers.")
@@ -92,7 +96,12 @@ def _run(context: AlignmentContext) -> dict[str, Any]:
     current = "demonstrations"
     stopped = None
     for number in range(1, context.recipe.rounds + 1):
-        current = _round(context, state, number, current)
+        try:
+            current = _round(context, state, number, current)
+        except _NoPrompts as e:
+            stopped = f"round {number}: no prompts"
+            state.alarms.append(no_prompts(str(e)))
+            break
         alarms = monitors.measure(context, state, current, number)
         if len(alarms) >= context.recipe.collapse.stop:
             stopped = f"round {number}: {', '.join(alarms)}"
@@ -276,7 +285,7 @@ def _prompts(
     recipe = context.recipe
     inputs = [
         state.of("data", *state.rounds_made(number)),
-        context.parts("topics", "pipelines", "answers.temperatures", "control", *ASKED),
+        context.parts("topics", "pipelines", "probe", "answers.temperatures", "control", *ASKED),
         context.templates.identity,
         number,
         context.who(number, state.made, generator),
@@ -292,8 +301,10 @@ def _prompts(
     prompts = artifacts.PROMPTS.read(done.folder)
     state.seen |= {normalize_prompt(p.messages) for p in prompts}
     state.made[f"r{number}-prompts"] = done.fingerprint
+    if probe := done.summary.get("probe"):
+        state.alarms.append(unusable_prompts(f"r{number}-prompts", probe))
     if not prompts:
-        raise InputError(f"Round {number} has no prompts left: see the funnel in {done.folder}/done.json.")
+        raise _NoPrompts(f"r{number}-prompts")
     return prompts, artifacts.CONVERSATIONS.read(done.folder)
 
 

@@ -58,6 +58,14 @@ class Collapse(Section):
     stop: int = Field(4, gt=0)
 
 
+class Probe(Section):
+    """A few calls, before a round buys its prompts, that show whether the model writes usable ones for `pipelines.by_task`."""
+
+    num_prompts: int = Field(8, ge=0, description="prompts asked for first; 0: no probe")
+    min_usable: float = Field(0.25, ge=0, le=1, description="share of them that must be usable")
+    fallback: Pipelines = Field(Pipelines(), description="pipelines that write instead where it is less; none: nobody writes")
+
+
 class Alarms(Section):
     """What a run calls out, and ends with exit code 4 for."""
 
@@ -86,6 +94,7 @@ class AlignmentRecipe(Recipe):
     templates: NameOrPath = Field("default", description="a shipped pack of prompt templates, or a file of them")
     topics: Topics = Field(Topics(macro=0, subtopics=0), description="for the pipelines that need topics")
     pipelines: Pipelines = Field(Pipelines(by_task=ByTask()), description="which pipelines write prompts, and how many")
+    probe: Probe = Probe()
     answers: Answers = Answers(max_tokens=80)
     engine: EngineSettings = EngineSettings()
     judging: AlignmentJudging = AlignmentJudging()
