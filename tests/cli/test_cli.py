@@ -33,7 +33,8 @@ SURFACE = {
     "eval": "MODEL --prompts --max-tokens --dtype --quantize --cache --device --format --seed --unsafe-code --quiet -q --json",
     "quantize": "MODEL --out -o --to --dtype --json",
     "chat": "MODEL --temperature --max-tokens --device --format --seed",
-    "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --name --force --no-force",
+    "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --validation --teacher --teacher-model --teacher-key-env "
+    "--name --force --no-force",
     "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --max-open-samples --timeout --max-batch --cache-tokens "
     "--dtype --quantize --cache --device --format",
     "synth": "RECIPE --out -o --dry-run --limit --retry-failed --device --unsafe-code --quiet -q --json",

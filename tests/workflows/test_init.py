@@ -2,15 +2,21 @@
 
 import json
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
+from gristmill.cli.main import app
 from gristmill.core.config import Section, check, load
 from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS
+from gristmill.data.rows import Response, read_rows
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.miniature.base import BASE
 from gristmill.model.config import ModelConfig, read_config, uniform_blocks
@@ -191,3 +197,60 @@ def test_a_name_that_is_no_folder_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="name"):
         write_recipe(tmp_path / "recipe.yaml", "a/b", "miniature", {})
     assert not list(tmp_path.iterdir())
+
+
+# ---- a teacher ----
+
+
+@pytest.fixture(scope="module")
+def served(tiny_base: Path) -> Iterator[str]:
+    """Base URL of the server process with the tiny model."""
+    command = [sys.executable, "-m", "gristmill.cli", "serve", str(tiny_base), "--port", "0", "--name", "tiny"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield process.stdout.readline().split()[-1]
+    process.terminate()
+    process.wait(20)
+
+
+def test_an_endpoint_writes_for_a_model(served: str, tmp_path: Path, files: dict[str, Path], model: Path) -> None:
+    out = tmp_path / "recipe.yaml"
+    shown = CliRunner().invoke(
+        app,
+        ["init", "--model", str(model), "--teacher", served, "--out", str(out)]
+        + [word for kind, path in files.items() for word in (f"--{kind}", str(path))],
+    )
+    assert shown.exit_code == 0, shown.output
+    (generator,) = load(out, AlignmentRecipe).generators
+    assert (generator.base_url, generator.model, generator.rounds) == (served, "tiny", ())
+    steps = {"lr": 1e-5, "steps": 1, "batch_size": 2}
+    small = {
+        "rounds": 1,
+        "rpo_iterations": 0,
+        "threads": 1,
+        "answers": {"samples": 1, "max_tokens": 8},
+        "collapse": {"tokens": 300, "stop": 9},
+    }
+    small |= {name: steps for name in ("demonstration_sft", "reward", "code_sft", "general_sft", "dpo")}
+    small |= {"pipelines": {"by_task": {"prompts": 2, "max_tokens": 8}}, "judging": {"keep": "correctness >= -99"}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**yaml.safe_load(out.read_text()), **small}))
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "run"), "--quiet"])
+    assert done.exit_code in (0, 4), done.output
+    (answers,) = (tmp_path / "run").glob("*-r1-answers/responses.parquet")
+    assert {r.generator for r in read_rows(answers, Response)} == {"tiny"}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"base_url": "SERVED", "model": "other"}, "does not serve 'other': it serves tiny"),
+        ({"base_url": "http://127.0.0.1:9/v1"}, "does not say which models it serves"),
+        ({"base_url": "SERVED/nowhere"}, "does not say which models it serves"),
+        ({"base_url": "file:///etc/passwd"}, "base URL|does not say"),
+    ],
+)
+def test_a_teacher_that_cannot_be_asked(given: dict[str, str], words: str, served: str, tmp_path: Path) -> None:
+    teacher = given | {"base_url": given["base_url"].replace("SERVED", served)}
+    with pytest.raises(InputError, match=words):
+        write_recipe(tmp_path / "recipe.yaml", "mine", "miniature", {}, teacher=teacher)
+    assert not (tmp_path / "recipe.yaml").exists()

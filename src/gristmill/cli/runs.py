@@ -8,6 +8,7 @@ import typer
 
 from gristmill.cli.app import AsJson, Quiet, RunDevice, RunOut, Unsafe, command, end_with_alarms, given
 from gristmill.core.echo import echo
+from gristmill.core.errors import InputError
 
 
 @command("gristmill run miniature")
@@ -151,12 +152,19 @@ def init(
     ratings: Annotated[Path | None, typer.Option(help="Rated answers, HelpSteer2's columns.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts, with or without known answers.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="Held-out prompts with known answers.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="Prompts with known answers that choose the best model.")] = None,
+    teacher: Annotated[str, typer.Option(help="Base URL of an endpoint whose model writes prompts and answers, up to /v1.")] = "",
+    teacher_model: Annotated[str, typer.Option(help="Name of the teacher's model, where it serves several.")] = "",
+    teacher_key_env: Annotated[str, typer.Option(help="Environment variable with the teacher's key.")] = "",
     name: Annotated[str, typer.Option(help="Name of the run.")] = "mine",
     force: Annotated[bool, typer.Option(help="Overwrite the recipe file.")] = False,
 ) -> None:
     """Check your files and write a commented recipe for them (or for the miniature world, without files)."""
     from gristmill.workflows.init import write_recipe
 
-    files = {"demonstrations": demonstrations, "ratings": ratings, "prompts": prompts, "evaluation": evaluation}
-    write_recipe(out, name, model, {k: v for k, v in files.items() if v is not None}, force)
+    files = {"demonstrations": demonstrations, "ratings": ratings, "prompts": prompts, "evaluation": evaluation, "validation": validation}
+    asked = {"base_url": teacher, "model": teacher_model, "api_key_env": teacher_key_env}
+    if not teacher and any(asked.values()):
+        raise InputError("--teacher-model and --teacher-key-env are of a teacher: give --teacher URL, or leave them out.")
+    write_recipe(out, name, model, {k: v for k, v in files.items() if v is not None}, force, teacher=asked if teacher else None)
     echo(f"{out} is written: read it, then `gristmill run {out}`.")

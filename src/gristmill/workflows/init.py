@@ -4,8 +4,11 @@ In the recipe a value stands bare where it differs from its section's default, a
 `#` away changes nothing until the value is changed.
 """
 
+import http.client
+import json
 import math
 import os
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +19,14 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from gristmill.core.config import RECIPES, Section, check, read
+from gristmill.core.echo import visible
 from gristmill.core.errors import InputError
-from gristmill.core.io import write_text
+from gristmill.core.io import reason, write_text
 from gristmill.data.chat import guess_format
 from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
 from gristmill.data.rows import Demonstration
 from gristmill.data.tokenizer import Tokenizer
+from gristmill.generation.settings import GeneratorSettings
 from gristmill.miniature.base import BASE
 from gristmill.model.flops import num_parameters
 from gristmill.model.hf import load_model
@@ -35,6 +40,8 @@ NEEDED = ("demonstrations", "evaluation")
 SAMPLED = 240  # demonstrations that limits are read off
 SHARE = 0.99  # of the demonstrations that a limit in tokens must hold
 ROUND_TOKENS = 16  # limits are rounded up to a multiple of this
+TEACHER_SECONDS = 10.0
+MAX_MODELS_BYTES, MAX_MODELS_SHOWN = 4 << 20, 10
 BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 STAGES = {
     "demonstration_sft": "SFT of Base on the demonstrations: the first Instruct.",
@@ -51,7 +58,9 @@ HEADER = """\
 """
 
 
-def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force: bool = False) -> Path:
+def write_recipe(
+    out: Path, name: str, model: str, files: dict[str, Path], force: bool = False, *, teacher: dict[str, str] | None = None
+) -> Path:
     """Check the files and the model, and write a commented recipe.
 
     Args:
@@ -60,6 +69,8 @@ def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force
         model: Hugging Face folder of the Base model, or "miniature".
         files: by kind: "demonstrations", "evaluation", and "ratings" or "prompts" or both; empty for the miniature world.
         force: overwrite `out`.
+        teacher: an endpoint that writes prompts and answers instead of the run's models: its base_url, and where they are needed its
+            model and api_key_env.
 
     Returns:
         `out`.
@@ -70,6 +81,8 @@ def write_recipe(out: Path, name: str, model: str, files: dict[str, Path], force
     if os.path.exists(out) and not force:
         raise InputError(f"{out} exists: give another file with --out, or --force to overwrite it.")
     values: dict[str, Any] = {"name": name, "model": model if model == "miniature" else _path(Path(model), out)}
+    if teacher:
+        values["generators"] = [_teacher(**teacher)]
     rows: dict[str, int] = {}
     for path in files.values():
         if not path.is_file():
@@ -107,6 +120,33 @@ def _path(path: Path, out: Path) -> str:
 # ---- checks ----
 
 
+def _teacher(base_url: str, model: str = "", api_key_env: str = "") -> dict[str, str]:
+    """A generator of the recipe. An endpoint that serves one model need not be told its name.
+
+    Raises:
+        InputError: the endpoint does not answer, or does not serve the model.
+    """
+    named = {"base_url": base_url, "model": model, "api_key_env": api_key_env}
+    check(GeneratorSettings, named | {"model": model or "?"}, "--teacher")
+    key = os.environ.get(api_key_env, "") if api_key_env else ""
+    try:
+        request = urllib.request.Request(base_url.rstrip("/") + "/models", headers={"Authorization": f"Bearer {key}"} if key else {})
+        with urllib.request.urlopen(request, timeout=TEACHER_SECONDS) as reply:
+            answer = json.loads(reply.read(MAX_MODELS_BYTES))
+        known = [str(entry["id"]) for entry in answer["data"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, http.client.HTTPException) as e:
+        raise InputError(
+            f"The teacher {base_url} does not say which models it serves ({reason(e)}): give the base URL up to and including /v1, and "
+            "--teacher-key-env where it wants a key."
+        ) from e
+    shown = ", ".join(map(visible, known[:MAX_MODELS_SHOWN])) or "none"
+    if not model and len(known) != 1:
+        raise InputError(f"The teacher {base_url} serves several models or none ({shown}): name one with --teacher-model.")
+    if model and model not in known:
+        raise InputError(f"The teacher {base_url} does not serve {model!r}: it serves {shown}.")
+    return {k: v for k, v in (named | {"model": model or known[0]}).items() if v}
+
+
 def _check_files(files: dict[str, Path]) -> tuple[list[Demonstration], int]:
     """Read every file whole, and refuse rows that ask what the evaluation asks; the demonstrations, and how many ratings there are."""
     demonstrations = read_demonstrations(files["demonstrations"])
@@ -117,6 +157,7 @@ def _check_files(files: dict[str, Path]) -> tuple[list[Demonstration], int]:
         "demonstrations": [d.messages[:-1] for d in demonstrations],
         "ratings": [r.messages[:-1] for r in ratings],
         "prompts": [p.messages for p in prompts],
+        "validation": [p.messages for p in read_prompts(files["validation"], "validation", truth=True)] if "validation" in files else [],
     }
     for kind, rows in asked.items():
         for number, messages in enumerate(rows, 1):

@@ -74,6 +74,12 @@ def test_rows_that_choose_the_best_model_are_used_for_nothing_else(data: HumanDa
     assert split(validation=many, prompts=prompts) == (12, 6, [f"M {i}?" for i in range(20)])
 
 
+def test_a_validation_row_that_is_evaluated_too_is_refused(data: HumanData, tmp_path: Path) -> None:
+    rows = write(tmp_path / "validation.jsonl", [{"prompt": "New?", "answer": 1}, {"prompt": " e2? ", "answer": 2}])
+    with pytest.raises(InputError, match="Row 2 of .*validation.jsonl asks what the evaluation asks"):
+        files_of(data.model_copy(update={"validation": rows}))
+
+
 def test_the_demonstrations_teach_to_write_prompts(data: HumanData) -> None:
     source = files_of(data)
     asked = "Write a prompt for the task talk."

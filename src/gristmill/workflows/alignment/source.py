@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from gristmill.core.errors import InputError
 from gristmill.data.chat import Conversation, Message
 from gristmill.data.human import HumanData
 from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
@@ -104,12 +105,19 @@ class FileSource:
 
     def _split(self, data: HumanData, *beyond: list[Prompt]) -> tuple[list[Prompt], str]:
         """Rows that choose the best model, and which they are; taken out of what they were."""
+        held_out = frozenset(normalize_prompt(p.messages) for p in self._evaluation)
         if data.validation is not None:
-            return read_prompts(data.validation, "validation", truth=True)[:MAX_VALIDATION], "data.validation"
-        unused = [p for rows in beyond for p in rows]
+            rows = read_prompts(data.validation, "validation", truth=True)
+            for number, p in enumerate(rows, 1):
+                if contaminated(p.messages, held_out):
+                    raise InputError(
+                        f"Row {number} of {data.validation} asks what the evaluation asks: take it out of one of the two files."
+                    )
+            return rows, "data.validation"
+        unused = [p for rows in beyond for p in rows if not contaminated(p.messages, held_out)]
         if len(unused) >= MIN_SPLIT:
             return unused[:MAX_VALIDATION], "rows with known answers beyond data.num_evaluation and data.num_prompts"
-        known = [p for p in self._prompts if p.truth]
+        known = [p for p in self._prompts if p.truth and not contaminated(p.messages, held_out)]
         if data.num_prompts is None and len(known) >= MIN_SPLIT:
             held = known[SPLIT - 1 :: SPLIT][:MAX_VALIDATION]
             self._prompts = [p for p in self._prompts if p not in held]
