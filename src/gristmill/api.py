@@ -212,20 +212,23 @@ def curate(recipe: str | Path | Mapping[str, Any], *, out: str | Path | None = N
     return run(loaded, Path(out or Path("runs") / loaded.name), Progress(quiet=True))
 
 
-def align(recipe: str | Path | Mapping[str, Any], *, out: str | Path | None = None, unsafe_code: bool = False) -> dict[str, Any]:
+def align(
+    recipe: str | Path | Mapping[str, Any], *, out: str | Path | None = None, unsafe_code: bool = False, redo: bool = False
+) -> dict[str, Any]:
     """Run the alignment loop; what stands in its `results.json`. Run again, it goes on where it was cut off.
 
     Args:
         recipe: a recipe file, the name of a shipped recipe, or its values.
         out: run folder; default runs/NAME.
         unsafe_code: run model-written programs without a jail where the kernel offers none.
+        redo: make stages again that were made from another recipe or other files; what is there is moved aside.
     """
     from gristmill.workflows.alignment.loop import run
     from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
     loaded = _recipe(recipe, AlignmentRecipe)
     with Progress(quiet=True) as progress:
-        return run(loaded, Path(out or Path("runs") / loaded.name), progress, unsafe_code)
+        return run(loaded, Path(out or Path("runs") / loaded.name), progress, unsafe_code, redo=redo)
 
 
 def _folder(model: str | Path) -> Path:

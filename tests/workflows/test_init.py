@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -224,7 +225,7 @@ def test_an_endpoint_writes_for_a_model(served: str, tmp_path: Path, files: dict
     (generator,) = load(out, AlignmentRecipe).generators
     assert (generator.base_url, generator.model, generator.rounds) == (served, "tiny", ())
     steps = {"lr": 1e-5, "steps": 1, "batch_size": 2}
-    small = {
+    small: dict[str, Any] = {
         "rounds": 1,
         "rpo_iterations": 0,
         "threads": 1,
@@ -246,7 +247,7 @@ def test_an_endpoint_writes_for_a_model(served: str, tmp_path: Path, files: dict
         ({"base_url": "SERVED", "model": "other"}, "does not serve 'other': it serves tiny"),
         ({"base_url": "http://127.0.0.1:9/v1"}, "does not say which models it serves"),
         ({"base_url": "SERVED/nowhere"}, "does not say which models it serves"),
-        ({"base_url": "file:///etc/passwd"}, "base URL|does not say"),
+        ({"base_url": "file:///etc/passwd"}, "is no base URL"),
     ],
 )
 def test_a_teacher_that_cannot_be_asked(given: dict[str, str], words: str, served: str, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """Sections of recipes about training."""
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from gristmill.core.config import Section, check
+from gristmill.core.errors import InputError
 
 MIN_STEPS = 20  # under which a training stage hardly changes a model
 Loss = Literal["dpo", "cdpo", "ipo", "rpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"]
@@ -60,4 +61,6 @@ def training_section(objective: str, values: dict[str, Any]) -> Training:
     """
     if objective in ("sft", "reward"):
         return check(Training, values, f"train {objective}")
+    if objective not in get_args(Loss):
+        raise InputError(f"There is no training {objective!r}: choose one of sft, reward, {', '.join(get_args(Loss))}.")
     return check(PreferenceTraining, {**values, "loss": objective}, f"train {objective}")

@@ -126,6 +126,8 @@ def _teacher(base_url: str, model: str = "", api_key_env: str = "") -> dict[str,
     Raises:
         InputError: the endpoint does not answer, or does not serve the model.
     """
+    if not base_url.startswith(("http://", "https://")):
+        raise InputError(f"The teacher {base_url!r} is no base URL: give one as http://127.0.0.1:8000/v1.")
     named = {"base_url": base_url, "model": model, "api_key_env": api_key_env}
     check(GeneratorSettings, named | {"model": model or "?"}, "--teacher")
     key = os.environ.get(api_key_env, "") if api_key_env else ""
