@@ -44,7 +44,7 @@ class LLM:
 
     Args:
         model: a Hugging Face folder, or the folder of a LoRA adapter; "miniature" is the shipped Base.
-        dtype: of matrices and activations.
+        dtype: of matrices and activations; "auto": bf16 on a GPU, else fp32.
         quantize: the layers' matrices: "int8", "int8-weight" or "fp8"; "" for what the folder was saved as.
         cache: type of keys and values; "" for `dtype`.
         max_batch: most responses in flight.
@@ -59,7 +59,7 @@ class LLM:
         self,
         model: str | Path,
         *,
-        dtype: Literal["fp32", "bf16"] = "fp32",
+        dtype: Literal["auto", "fp32", "bf16"] = "auto",
         quantize: Quantize = "",
         cache: Literal["", "fp32", "bf16", "int8", "fp8"] = "",
         max_batch: int = 256,
@@ -147,7 +147,8 @@ def train(
     Args:
         objective: sft, reward, or a preference loss: dpo, cdpo, ipo, rpo, rpo_fwd_kl, rpo_sq.
         data: a JSONL or Parquet file, or rows of `gristmill.data.rows`.
-        settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, lora, ...
+        settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, lora, ...; what is left out is
+            chosen by the model's size (docs/settings.md).
 
     Raises:
         InputError: a row or a setting is wrong, or `out` holds another training.
@@ -155,7 +156,7 @@ def train(
     from gristmill.workflows.train import train_model
 
     rows = Path(data) if isinstance(data, str | Path) else data
-    section = training_section(objective, {"lr": 1e-5, **({} if "steps" in settings else {"epochs": 1.0}), **settings})
+    section = training_section(objective, settings)
     return train_model(objective, _folder(model), rows, out=Path(out), recipe=section, chat_format=chat_format, seed=seed, device=device)
 
 
@@ -213,20 +214,23 @@ def curate(recipe: str | Path | Mapping[str, Any], *, out: str | Path | None = N
     return run(loaded, Path(out or Path("runs") / loaded.name), Progress(quiet=True))
 
 
-def align(recipe: str | Path | Mapping[str, Any], *, out: str | Path | None = None, unsafe_code: bool = False) -> dict[str, Any]:
+def align(
+    recipe: str | Path | Mapping[str, Any], *, out: str | Path | None = None, unsafe_code: bool = False, redo: bool = False
+) -> dict[str, Any]:
     """Run the alignment loop; what stands in its `results.json`. Run again, it goes on where it was cut off.
 
     Args:
         recipe: a recipe file, the name of a shipped recipe, or its values.
         out: run folder; default runs/NAME.
         unsafe_code: run model-written programs without a jail where the kernel offers none.
+        redo: make stages again that were made from another recipe or other files; what is there is moved aside.
     """
     from gristmill.workflows.alignment.loop import run
     from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
     loaded = _recipe(recipe, AlignmentRecipe)
     with Progress(quiet=True) as progress:
-        return run(loaded, Path(out or Path("runs") / loaded.name), progress, unsafe_code)
+        return run(loaded, Path(out or Path("runs") / loaded.name), progress, unsafe_code, redo=redo)
 
 
 def _folder(model: str | Path) -> Path:

@@ -18,9 +18,10 @@ from gristmill.cli.main import app
 
 # Every command with its arguments and options. A change here is a change of what users type: think twice, then edit.
 SURFACE = {
-    "run": "RECIPE --out -o --model --control --seed --rounds --threads --device --unsafe-code --quiet -q --json",
+    "run": ("RECIPE --out -o --model --control --seed --rounds --threads --device --redo --dry-run --unsafe-code --quiet -q --json"),
     "status": "FOLDER --json",
     "report": "FOLDER --json",
+    "answers": "FOLDER --prompt --sampled --json",
     "compare": "FOLDERS --out -o --json",
     "pretrain": "RECIPE --out -o --tokens --device --quiet -q --json",
     "train": (
@@ -39,7 +40,8 @@ SURFACE = {
     "quantize": "MODEL --out -o --to --dtype --json",
     "add-chat-tokens": "MODEL --out -o --to --json",
     "chat": "MODEL --temperature --max-tokens --dtype --quantize --device --format --seed",
-    "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --format --add-chat-tokens --name --force --no-force",
+    "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --format --add-chat-tokens --validation --teacher "
+    "--teacher-model --teacher-key-env --name --force --no-force",
     "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --max-open-samples --timeout --reasoning-parser "
     "--max-batch --cache-tokens --enable-lora --lora-modules --max-loras --max-lora-rank --lora-folder --dtype --quantize --cache "
     "--device --format",

@@ -59,7 +59,7 @@ def test_a_finished_run(page: str, read_page: ReadPage) -> None:
 
 def test_every_model_has_its_interval_and_its_difference(page: str) -> None:
     rows = re.findall(r"<tr><td><b>(.*?)</b>.*?</tr>", page)
-    assert rows[:3] == ["demonstrations", "round 1 code SFT", "round 1 general SFT"]
+    assert rows[:3] == ["base", "demonstrations", "round 1 code SFT"]
     assert len(re.findall(r'class="(?:up|down|flat)">[^<]*[+-]\d\.\d{3}', page)) >= 8
 
 

@@ -18,12 +18,13 @@ ReadPage = Callable[[str], Any]
 def test_a_run_and_a_worse_control(make_run: MakeRun, set_outcomes: Any) -> None:
     folders = [make_run("real"), make_run("control", control="unfiltered")]
     for folder, right in zip(folders, (9, 1), strict=True):
+        set_outcomes(folder, "base", lambda i, task: False)
         set_outcomes(folder, "r1-rpo1", lambda i, task, right=right: i < right)
     table = compare_runs(folders)
     assert json.loads(json.dumps(table)) == table
     real, control = table["runs"]
     assert (real["control"], control["control"]) == (None, "unfiltered")
-    assert real["first"]["stage"] == "demonstrations" and real["last"]["stage"] == "r1-rpo1"
+    assert real["first"]["stage"] == "base" and real["last"]["stage"] == "r1-rpo1"
     assert real["difference"]["greedy"]["mean"] == 0 and significance(real["gain"]["greedy"]) == 1
     assert significance(control["difference"]["greedy"]) == -1
     for mode in ("greedy", "sampled"):

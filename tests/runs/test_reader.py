@@ -22,7 +22,7 @@ def folder_of(data: RunData, name: str) -> str:
 
 def test_stages_come_in_order_with_their_folders(finished: Path) -> None:
     data = read_run(finished)
-    assert [s["folder"] for s in data.stages][:4] == ["00-data", "01-reward", "02-demonstrations", "03-reward-check"]
+    assert [s["folder"] for s in data.stages][:5] == ["00-base", "00-data", "00-validation", "01-reward", "02-demonstrations"]
     assert all(s["folder"].split("-", 1)[1] == s["name"] for s in data.stages)
     assert data.results is not None and data.recipe["name"] == "tiny" and data.kind == "alignment"
 

@@ -2,18 +2,30 @@
 
 import json
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from typer.testing import CliRunner
 
+from gristmill.cli.main import app
 from gristmill.core.config import Section, check, load
 from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS
+from gristmill.data.rows import Response, read_rows
 from gristmill.data.tokenizer import Tokenizer
-from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.miniature.base import BASE
+from gristmill.model.config import ModelConfig, read_config, uniform_blocks
+from gristmill.model.flops import num_parameters
 from gristmill.model.hf import save_model
 from gristmill.model.transformer import Transformer
+from gristmill.train.by_size import fill
+from gristmill.workflows.alignment.context import STAGE_KINDS
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.init import write_recipe
 
@@ -66,7 +78,19 @@ def test_every_key_is_there_and_taking_all_the_hashes_away_changes_nothing(tmp_p
     written = load(out, AlignmentRecipe)
     for name in [name for name in values["pipelines"] if getattr(written.pipelines, name) is None]:
         del values["pipelines"][name]  # a pipeline behind a hash is off
-    assert check(AlignmentRecipe, values) == written
+    size = num_parameters(read_config(BASE)[1])
+    cpu = torch.device("cpu")
+    filled = {name: fill(getattr(written, name), kind, size, device=cpu, precision="auto") for name, kind in STAGE_KINDS.items()}
+    assert check(AlignmentRecipe, values) == written.model_copy(update=filled)
+
+
+def test_training_stands_there_as_the_size_of_the_model_has_it(tmp_path: Path, files: dict[str, Path], model: Path) -> None:
+    out = tmp_path / "recipe.yaml"
+    write_recipe(out, "mine", str(model), files)
+    text = out.read_text()
+    section = text[text.index("#demonstration_sft:") : text.index("#reward:")]
+    assert "#  lr: 0.001 " in section and "#  epochs: 15.0 " in section and "#  batch_size: 8 " in section  # of 48 rows
+    assert load(out, AlignmentRecipe).demonstration_sft.lr is None
 
 
 def test_defaults_stand_behind_a_hash_with_their_meaning(tmp_path: Path) -> None:
@@ -195,3 +219,60 @@ def test_a_base_without_chat_tokens_gets_them_or_the_plain_format(
     assert yaml.safe_load(out.read_text())["model"] == "recipe-chatml-base" and "chat format: chatml" in capsys.readouterr().err
     assert Tokenizer.load(tmp_path / "recipe-chatml-base").has("<|im_end|>")
     load(out, AlignmentRecipe)
+
+
+# ---- a teacher ----
+
+
+@pytest.fixture(scope="module")
+def served(tiny_base: Path) -> Iterator[str]:
+    """Base URL of the server process with the tiny model."""
+    command = [sys.executable, "-m", "gristmill.cli", "serve", str(tiny_base), "--port", "0", "--name", "tiny"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield process.stdout.readline().split()[-1]
+    process.terminate()
+    process.wait(20)
+
+
+def test_an_endpoint_writes_for_a_model(served: str, tmp_path: Path, files: dict[str, Path], model: Path) -> None:
+    out = tmp_path / "recipe.yaml"
+    shown = CliRunner().invoke(
+        app,
+        ["init", "--model", str(model), "--teacher", served, "--out", str(out)]
+        + [word for kind, path in files.items() for word in (f"--{kind}", str(path))],
+    )
+    assert shown.exit_code == 0, shown.output
+    (generator,) = load(out, AlignmentRecipe).generators
+    assert (generator.base_url, generator.model, generator.rounds) == (served, "tiny", ())
+    steps = {"lr": 1e-5, "steps": 1, "batch_size": 2}
+    small: dict[str, Any] = {
+        "rounds": 1,
+        "rpo_iterations": 0,
+        "threads": 1,
+        "answers": {"samples": 1, "max_tokens": 8},
+        "collapse": {"tokens": 300, "stop": 9},
+    }
+    small |= {name: steps for name in ("demonstration_sft", "reward", "code_sft", "general_sft", "dpo")}
+    small |= {"pipelines": {"by_task": {"prompts": 2, "max_tokens": 8}}, "judging": {"keep": "correctness >= -99"}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**yaml.safe_load(out.read_text()), **small}))
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "run"), "--quiet"])
+    assert done.exit_code in (0, 4), done.output
+    (answers,) = (tmp_path / "run").glob("*-r1-answers/responses.parquet")
+    assert {r.generator for r in read_rows(answers, Response)} == {"tiny"}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"base_url": "SERVED", "model": "other"}, "does not serve 'other': it serves tiny"),
+        ({"base_url": "http://127.0.0.1:9/v1"}, "does not say which models it serves"),
+        ({"base_url": "SERVED/nowhere"}, "does not say which models it serves"),
+        ({"base_url": "file:///etc/passwd"}, "is no base URL"),
+    ],
+)
+def test_a_teacher_that_cannot_be_asked(given: dict[str, str], words: str, served: str, tmp_path: Path) -> None:
+    teacher = given | {"base_url": given["base_url"].replace("SERVED", served)}
+    with pytest.raises(InputError, match=words):
+        write_recipe(tmp_path / "recipe.yaml", "mine", "miniature", {}, teacher=teacher)
+    assert not (tmp_path / "recipe.yaml").exists()

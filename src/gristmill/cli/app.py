@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 GROUPS = {
     "Whole runs": ("run", "synth", "curate", "blend", "pretrain", "init"),
-    "Look at runs": ("status", "report", "compare", "rows"),
+    "Look at runs": ("status", "report", "answers", "compare", "rows"),
     "Single steps": ("train", "merge", "quality", "quantize", "add-chat-tokens", "generate", "score", "eval"),
     "Talk and serve": ("chat", "serve"),
 }
@@ -52,7 +52,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
 RunOut = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/NAME.")]
-Dtype = Annotated[Literal["fp32", "bf16"], typer.Option("--dtype", help="Type to compute in.")]
+Dtype = Annotated[Literal["auto", "fp32", "bf16"], typer.Option("--dtype", help="Type to compute in; auto: bf16 on a GPU, else fp32.")]
 Quantized = Annotated[
     Literal["", "int8", "int8-weight", "fp8"],
     typer.Option("--quantize", help="Quantize the layers' matrices, and activations but for int8-weight; default as the folder was saved."),

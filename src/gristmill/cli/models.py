@@ -53,13 +53,13 @@ def train(
     model: Annotated[Path, typer.Option(help="Model folder to start from (Hugging Face layout).")],
     data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages; ratings; or prompt, chosen, rejected.")],
     out: Out,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-5,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Samples (or pairs) a step.")] = 64,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default by the model's size.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default by the model's size.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples (or pairs) a step; default by the model's size and the rows.")] = None,
     beta: Annotated[float, typer.Option(help="Preference losses: strength of the reference.")] = 0.1,
     eta: Annotated[float, typer.Option(help="RPO: scale of the reward gap.")] = 1.0,
     sft_weight: Annotated[float, typer.Option(help="Preference losses: weight of the SFT term.")] = 0.0,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16 compute; weights are always fp32.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 compute; weights are always fp32.")] = "auto",
     micro_batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens that go through the model at once; default: as many as pay, within the free memory.")
     ] = None,
@@ -108,7 +108,7 @@ def train(
             chat_format=format,
             seed=seed,
             on_step=progress.train_step,
-            on_estimate=progress.note,
+            say=progress.say,
         )
     _done(result, out / ("adapter" if lora_rank else "model"), as_json)
     if result.steps < MIN_STEPS:
@@ -187,7 +187,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
     max_tokens: MaxTokens = 128,
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "auto",
     quantize: Quantized = "",
     device: Device = "auto",
     format: ChatFormat = "auto",
@@ -218,7 +218,7 @@ def generate(
 def score(
     model: Annotated[Path, typer.Argument(help="Folder of a reward model, or of its adapter.")],
     data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages ending with the assistant, or prompt and response.")],
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "auto",
     device: Device = "auto",
     format: ChatFormat = "auto",
     as_json: AsJson = False,
@@ -236,7 +236,7 @@ def eval(
     model: Annotated[Path, typer.Argument(help="Model or adapter folder.")],
     prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth`, `answer` or tests; default the miniature world's.")] = None,
     max_tokens: MaxTokens = 80,
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "auto",
     quantize: Quantized = "",
     cache: CacheDtype = "",
     device: Device = "auto",
@@ -306,7 +306,7 @@ def chat(
     model: Annotated[Path, typer.Argument(help="Model or adapter folder.")],
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     max_tokens: MaxTokens = 256,
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "auto",
     quantize: Quantized = "",
     device: Device = "auto",
     format: ChatFormat = "auto",
@@ -362,7 +362,7 @@ def serve(
     lora_folder: Annotated[
         Path | None, typer.Option(help="Requests may load adapters from here, if VLLM_ALLOW_RUNTIME_LORA_UPDATING is set to True.")
     ] = None,
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "auto",
     quantize: Quantized = "",
     cache: CacheDtype = "",
     device: Device = "auto",

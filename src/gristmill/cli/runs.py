@@ -23,6 +23,12 @@ def run(
     rounds: Annotated[int | None, typer.Option(help="Overrides the recipe's rounds.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
     device: RunDevice = None,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Make again what was made from another recipe or other files; what is there is moved aside.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Make nothing: probe the model for some seconds and print time, memory and disk.")
+    ] = False,
     unsafe_code: Unsafe = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -31,21 +37,30 @@ def run(
     from gristmill.core.config import find_recipe, load
     from gristmill.core.progress import Progress
     from gristmill.report.alignment import write_report
-    from gristmill.report.summary import headline, stage_line
+    from gristmill.report.summary import best_lines, headline, stage_line
     from gristmill.workflows.alignment.loop import run as run_loop
     from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
     overrides = given(model=model, control=control, seed=seed, rounds=rounds, threads=threads, device=device)
     loaded = load(find_recipe(recipe, "alignment"), AlignmentRecipe, overrides)
+    if dry_run:
+        from gristmill.report.summary import duration
+        from gristmill.workflows.alignment.estimate import dry_run as estimate_run
+        from gristmill.workflows.alignment.estimate import estimate_lines
+
+        with Progress(quiet=quiet) as progress:
+            estimate = estimate_run(loaded, progress, unsafe_code)
+        echo(json.dumps(estimate) if as_json else "\n".join(estimate_lines(estimate, duration)))
+        return
     name = "-".join([loaded.name, *([loaded.control] if loaded.control else []), *([f"seed{seed}"] if seed is not None else [])])
     folder = out or Path("runs") / name
     with Progress(quiet=quiet, describe=stage_line) as progress:
-        results = run_loop(loaded, folder, progress, unsafe_code)
+        results = run_loop(loaded, folder, progress, unsafe_code, redo=redo)
     page = write_report(folder)
     if as_json:
         echo(json.dumps(results))
     else:
-        for line in headline(results, folder):
+        for line in [*headline(results, folder), *best_lines(results, folder)]:
             echo(line)
         echo(f"report: {page}")
     end_with_alarms(results["alarms"])
@@ -57,22 +72,47 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """What a run of any kind has done so far, stage by stage."""
-    from gristmill.report.summary import stage_line
+    from gristmill.report.summary import best_lines, stage_line
     from gristmill.runs.reader import read_run, reading_back
 
     with reading_back(folder):
         data = read_run(folder)
-        stages = [{k: s.get(k) for k in ("folder", "seconds")} | {"done": s.get("fingerprint") is not None} for s in data.stages]
+        stages = [
+            {k: s.get(k) for k in ("folder", "seconds", "tokens_per_second", "peak_mib")} | {"done": s.get("fingerprint") is not None}
+            for s in data.stages
+        ]
         lines = []
         for s in data.stages:
             seconds = f"{s['seconds']:>7.1f} s" if "seconds" in s else "  unfinished"
-            lines.append(f"{s['folder']:<22} {seconds}  {stage_line(s)}".rstrip())
+            peak = f"{s['peak_mib']:>7,} MiB" if "peak_mib" in s else ""
+            lines.append(f"{s['folder']:<22} {seconds}{peak}  {stage_line(s)}".rstrip())
+        if data.results and data.kind == "alignment":
+            lines += best_lines(data.results, folder)
     if as_json:
         echo(json.dumps({"folder": str(folder), "finished": data.results is not None, "stages": stages}))
         return
     lines += [f"alarm: {alarm['text']}" for alarm in (data.results or {}).get("alarms", ())]
     lines.append("finished" if data.results else "not finished: run the same command again to continue")
     echo("\n".join(lines))
+
+
+@command("gristmill answers runs/miniature --prompt 12")
+def answers(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"),
+    prompt: Annotated[
+        str, typer.Option(help="An evaluation prompt by its id or number; default one that the first model fails and the last answers.")
+    ] = "",
+    sampled: Annotated[bool, typer.Option("--sampled", help="The answers at temperature 1 instead of the greedy ones.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """One question with the answers of all models of a run side by side."""
+    from gristmill.report.answers import Answers, answers_lines, answers_table
+    from gristmill.runs.reader import read_run, reading_back
+
+    with reading_back(folder):
+        found = Answers(read_run(folder, kind="alignment"), "sampled" if sampled else "greedy")
+        table = answers_table(found, found.find(prompt))
+    echo(json.dumps(table) if as_json else "\n".join(answers_lines(table)))
 
 
 @command("gristmill report runs/miniature")
@@ -118,15 +158,30 @@ def init(
         Literal["", "chatml", "llama3", "nemotron"],
         typer.Option(help="Give a Base without tokens for chats those of this format; it is written beside the recipe."),
     ] = "",
+    validation: Annotated[Path | None, typer.Option(help="Prompts with known answers that choose the best model.")] = None,
+    teacher: Annotated[str, typer.Option(help="Base URL of an endpoint whose model writes prompts and answers, up to /v1.")] = "",
+    teacher_model: Annotated[str, typer.Option(help="Name of the teacher's model, where it serves several.")] = "",
+    teacher_key_env: Annotated[str, typer.Option(help="Environment variable with the teacher's key.")] = "",
     name: Annotated[str, typer.Option(help="Name of the run.")] = "mine",
     force: Annotated[bool, typer.Option(help="Overwrite the recipe file.")] = False,
 ) -> None:
     """Check your files and write a commented recipe for them (or for the miniature world, without files)."""
     from gristmill.workflows.init import write_recipe
 
-    files = {"demonstrations": demonstrations, "ratings": ratings, "prompts": prompts, "evaluation": evaluation}
+    files = {"demonstrations": demonstrations, "ratings": ratings, "prompts": prompts, "evaluation": evaluation, "validation": validation}
+    asked = {"base_url": teacher, "model": teacher_model, "api_key_env": teacher_key_env}
+    if not teacher and any(asked.values()):
+        raise InputError("--teacher-model and --teacher-key-env are of a teacher: give --teacher URL, or leave them out.")
     if add_chat_tokens and model == "miniature":
         raise InputError("Give --model with --add-chat-tokens: the shipped model has its tokens.")
-    given = {k: v for k, v in files.items() if v is not None}
-    write_recipe(out, name, model, given, force, chat_format=format, add_chat_tokens=add_chat_tokens)
+    write_recipe(
+        out,
+        name,
+        model,
+        {k: v for k, v in files.items() if v is not None},
+        force,
+        chat_format=format,
+        add_chat_tokens=add_chat_tokens,
+        teacher=asked if teacher else None,
+    )
     echo(f"{out} is written: read it, then `gristmill run {out}`.")

@@ -95,6 +95,10 @@ class Recipe(Section):
         new = self.model_dump(mode="json")
         return [key for key in sorted(old.keys() | new.keys()) if key not in self.may_change and old.get(key) != new.get(key)]
 
+    def forbidden(self, old: dict[str, Any]) -> list[str]:
+        """Of the `changed` keys those that may not change even where each stage knows what it was made from."""
+        return self.changed(old)
+
 
 # ---- paths ----
 

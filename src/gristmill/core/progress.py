@@ -76,8 +76,8 @@ class Progress:
         else:
             echo(line, err=True)
 
-    def note(self, line: str) -> None:
-        """A line of its own, unless quiet."""
+    def say(self, line: str) -> None:
+        """A line that stays, unless quiet."""
         if not self.quiet:
             self.warn(line)
 

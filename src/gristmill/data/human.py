@@ -12,6 +12,11 @@ class HumanData(Section):
     ratings: FilePath | None = None
     prompts: FilePath | None = None
     evaluation: FilePath | None = None
+    validation: FilePath | None = Field(
+        None,
+        exclude_if=lambda path: path is None,
+        description="prompts with known answers that choose the best model; default a part of the rows above",
+    )
     num_demonstrations: int | None = Field(None, gt=0, description="human conversations to use; default all of the file")
     num_rated_prompts: int | None = Field(None, gt=0, description="rated prompts to train on; default all of the file")
     num_prompts: int | None = Field(None, ge=0, description="collected prompts to use beside those that models write; default all")

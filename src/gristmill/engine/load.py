@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from gristmill.core.device import check_dtype, pick_device
+from gristmill.core.device import check_dtype, pick_device, pick_precision
 from gristmill.data.chat import Message, find_format, to_dicts
 from gristmill.engine.engine import Engine
 from gristmill.engine.layers import DecoderLayer, release
@@ -25,7 +25,7 @@ class EngineArgs:
     """Engine arguments: types, quantization and sizes.
 
     Attributes:
-        dtype: of activations, and of matrices that are not quantized.
+        dtype: of activations, and of matrices that are not quantized; "auto": bf16 on a GPU, else fp32.
         quantize: as in `Engine`; "" for what the model's folder was saved as.
         cache: type of keys and values; "" for `dtype`.
         max_batch, max_loras, cache_tokens: as in `Engine`.
@@ -33,7 +33,7 @@ class EngineArgs:
         device: as `pick_device` takes it.
     """
 
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
     quantize: Quantize = ""
     cache: Literal["", "fp32", "bf16", "int8", "fp8"] = ""
     max_batch: int = 256
@@ -45,7 +45,8 @@ class EngineArgs:
 
 def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = "", own: bool = True) -> Engine:
     """Load a model folder, or an adapter folder merged into its base, into an engine. `own` as in `Engine`."""
-    device, dtype = pick_device(args.device), PRECISIONS[args.dtype]
+    device = pick_device(args.device)
+    dtype = PRECISIONS[pick_precision(device, cpu="fp32") if args.dtype == "auto" else args.dtype]
     check_dtype(device, dtype)
     adapter = is_adapter(folder)
     # quantizing what was merged would lose what was trained: only who asks for it gets it

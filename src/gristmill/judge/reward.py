@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gristmill.core.device import check_dtype, pick_device
+from gristmill.core.device import check_dtype, pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.core.threads import num_workers, workers
 from gristmill.data.chat import ChatFormat, Message, find_format
@@ -96,15 +96,16 @@ def _packs(groups: list[list[int]], rendered: list[list[int]]) -> Iterator[list[
         yield together
 
 
-def load_scorer(folder: Path, chat_format: str = "auto", *, device: str = "auto", dtype: str = "fp32") -> RewardScorer:
-    """The scorer of a reward model's folder, on a device as `pick_device` takes it, computing in fp32 or bf16."""
+def load_scorer(folder: Path, chat_format: str = "auto", *, device: str = "auto", dtype: str = "auto") -> RewardScorer:
+    """The scorer of a reward model's folder, on a device as `pick_device` takes it, computing in fp32 or bf16 (auto: bf16 on a GPU)."""
     where = pick_device(device)
-    check_dtype(where, PRECISIONS[dtype])
-    model, tokenizer = load_reward(folder, PRECISIONS[dtype], vector_dtype=torch.float32, device=where)
+    precision = PRECISIONS[pick_precision(where, cpu="fp32") if dtype == "auto" else dtype]
+    check_dtype(where, precision)
+    model, tokenizer = load_reward(folder, precision, vector_dtype=torch.float32, device=where)
     return RewardScorer(model, tokenizer, find_format(chat_format, tokenizer))
 
 
-def rate_file(folder: Path, data: Path, chat_format: str = "auto", *, device: str = "auto", dtype: str = "fp32") -> list[dict[str, Any]]:
+def rate_file(folder: Path, data: Path, chat_format: str = "auto", *, device: str = "auto", dtype: str = "auto") -> list[dict[str, Any]]:
     """Ratings of every conversation of a file."""
     scorer = load_scorer(folder, chat_format, device=device, dtype=dtype)
     rows = read_demonstrations(data)

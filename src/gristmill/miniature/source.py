@@ -12,6 +12,7 @@ from gristmill.miniature.world import HELD_OUT_PER_TASK, TASKS, World
 # Beyond these the world has too few different questions about facts.
 AMOUNTS = {"num_demonstrations": 240, "num_rated_prompts": 900, "num_prompts": 1000, "num_evaluation": 100}  # unless the recipe says
 LIMITS = {"num_demonstrations": 5000, "num_prompts": 4000, "num_evaluation": HELD_OUT_PER_TASK}
+VALIDATION_PER_TASK = 20
 PIPELINES = {"open_qa": facts.TASK, "math": sums.TASK, "python": code.TASK, "writing": lists.TASK, "two_turn": followups.TASK}
 
 
@@ -65,6 +66,16 @@ class MiniatureSource:
         rows = human.evaluation(self.world, self._num["num_evaluation"])
         return [
             Prompt(make_id("evaluation", i), r["task"], conversation(r["messages"]), "human", (), r["truth"]) for i, r in enumerate(rows)
+        ]
+
+    validated_on = "held-out prompts of the world that are not evaluated"
+
+    def validation(self) -> list[Prompt]:
+        """Held-out prompts beyond those of the evaluation."""
+        first, num = self._num["num_evaluation"], min(VALIDATION_PER_TASK, HELD_OUT_PER_TASK - self._num["num_evaluation"])
+        rows = [r for i, r in enumerate(human.evaluation(self.world, first + num)) if i % (first + num) >= first]
+        return [
+            Prompt(make_id("validation", i), r["task"], conversation(r["messages"]), "human", (), r["truth"]) for i, r in enumerate(rows)
         ]
 
     def truth(self, task: str, messages: Conversation) -> dict[str, Any] | None:

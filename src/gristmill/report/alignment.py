@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from gristmill.core.io import write_text
+from gristmill.report.answers import answers_section
 from gristmill.report.comparisons import (
     MODES,
     Comparison,
@@ -31,7 +32,8 @@ from gristmill.report.figures import Series, stage_plot
 from gristmill.report.markup import Markup, document, el, table
 from gristmill.report.samples import JudgedStage, read_judged, read_lineage, samples_section
 from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
-from gristmill.report.summary import duration, headline, lora_update
+from gristmill.report.summary import best_lines, duration, headline, lora_update
+from gristmill.report.training import training_section
 from gristmill.runs.reader import RunData, read_run
 
 CONTROLS = {
@@ -47,7 +49,9 @@ HEADING = {
     "scores": "Reward scores",
     "judge": "Reward model",
     "collapse": "Collapse",
+    "answers": "Answers side by side",
     "samples": "Samples",
+    "training": "Training",
     "time": "Time",
     "recipe": "Recipe",
 }
@@ -73,8 +77,13 @@ def write_report(folder: Path) -> Path:
             "Is the text losing its variety? The shaded side of each dashed line is where the monitor alarms.",
             collapse_section(data),
         ),
+        "answers": (
+            "Evaluation questions with the greedy answers of all models; `gristmill answers` shows any other.",
+            answers_section(data),
+        ),
         "samples": ("Rows as they are, drawn by the run's seed, with the way they came.", _samples(data, judged)),
-        "time": ("Seconds a stage, and training speed.", _times(data)),
+        "training": ("The loss of every stage that trains, over its steps.", _training(data)),
+        "time": ("Seconds a stage, training speed, and the most memory that the process had held by then.", _times(data)),
         "recipe": ("Every setting of this run.", [el("pre", yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True))]),
     }
     links = el("nav", el("div", [el("a", HEADING[k], href=f"#{k}") for k in bodies]), aria_label="Sections")
@@ -122,7 +131,7 @@ def _top(data: RunData, name: str) -> Markup:
     if not results:
         banners.append(_banner("This run is not finished. ", "The page shows what there is; run the same command again to continue."))
     elif results.get("stopped"):
-        banners.append(_banner("Stopped by the collapse rule. ", results["stopped"]))
+        banners.append(_banner("Stopped before its end. ", results["stopped"]))
     banners += [_banner("Alarm. ", alarm["text"]) for alarm in (results or {}).get("alarms", ())]
     eyebrow = f"gristmill {'control run' if control else 'run'}"
     return el(
@@ -149,9 +158,7 @@ def _cards(data: RunData) -> Markup | None:
             big = el("p", el("small", f"{old} \u2192 ") if d else None, new, class_="big")
             figures.append(el("div", el("p", mode, class_="label"), big, el("p", _change(d)) if d else None))
         label = (
-            f"{stage_label(first['name']).capitalize()} only \u2192 {stage_label(last['name'])}"
-            if len(models) > 1
-            else f"Accuracy: {stage_label(first['name'])}"
+            f"{_first(first['name'])} \u2192 {stage_label(last['name'])}" if len(models) > 1 else f"Accuracy: {stage_label(first['name'])}"
         )
         cards.append(el("div", el("p", label, class_="title"), el("div", figures, class_="row"), class_="card"))
     report = reward_report(data)
@@ -184,8 +191,15 @@ def _cards(data: RunData) -> Markup | None:
     return el("div", cards, class_="cards") if cards else None
 
 
+def _first(name: str) -> str:
+    return "As given" if name == "base" else f"{stage_label(name).capitalize()} only"
+
+
 def _headline(data: RunData) -> Markup | None:
-    return el("ul", [el("li", unbroken(line)) for line in headline(data.results, data.folder)], class_="lines") if data.results else None
+    if not data.results:
+        return None
+    lines = [*headline(data.results, data.folder), *best_lines(data.results, data.folder)]
+    return el("ul", [el("li", unbroken(line)) for line in lines], class_="lines")
 
 
 def _shortfalls(data: RunData) -> Markup | None:
@@ -219,7 +233,7 @@ def _stages(data: RunData) -> list[Markup]:
     if not models:
         return [el("p", "No model has been trained and evaluated yet.", class_="soft")]
     rounds = [round_of(m["name"]) for m in models]
-    names = [short_label(m["name"]) if number else "SFT" for m, number in zip(models, rounds, strict=True)]
+    names = ["SFT" if m["name"] == "demonstrations" else short_label(m["name"]) for m in models]
     hollow = frozenset(i for i, m in enumerate(models) if is_single_task(m["name"]))
     tasks = [t for t in models[0]["greedy"] if t != "overall"]
 
@@ -263,6 +277,8 @@ def _stage_table(models: Sequence[Mapping[str, Any]], found: Mapping[str, Compar
 
 
 def _trained_on(m: Mapping[str, Any]) -> str:
+    if "rows" not in m:
+        return f"the model as given, asked {m['asked']}"
     human = f", {m['human_rows']:,} by people" if "human_rows" in m else ""
     dropped = f", {m['dropped']:,} dropped as too long" if m.get("dropped") else ""
     kind = "rows" if "human_rows" in m else "pairs"
@@ -317,6 +333,10 @@ def _samples(data: RunData, judged: Sequence[JudgedStage]) -> list[Markup]:
     return samples_section(data, judged, read_lineage(data)) or [el("p", "No rows have been made in this run.", class_="soft")]
 
 
+def _training(data: RunData) -> list[Markup]:
+    return training_section(data) or [el("p", "No stage has trained yet, or the logs are not there.", class_="soft")]
+
+
 def _times(data: RunData) -> list[Markup]:
     finished = [s for s in data.stages if "seconds" in s]
     if not finished:
@@ -325,16 +345,16 @@ def _times(data: RunData) -> list[Markup]:
     rows: list[list[Any]] = []
     for s in data.stages:
         if "seconds" not in s:
-            rows.append([s["folder"], "unfinished", *[""] * 6])
+            rows.append([s["folder"], "unfinished", *[""] * 7])
             continue
         bar = el("td", el("span", class_="bar", style=f"width:{round(160 * s['seconds'] / most)}px"))
         trained = [f"{s[k]:,}" if k in s else "" for k in ("steps", "tokens", "tokens_per_second")]
         written = _tokens_written(data, s["folder"])
         rest = s["seconds"] - s.get("train_seconds", 0.0)
         generated = [f"{written:,}", f"{written / rest:,.0f}" if rest > 0 else "\u2013"] if written else ["", ""]
-        rows.append([s["folder"], f"{s['seconds']:.1f}", bar, *trained, *generated])
+        rows.append([s["folder"], f"{s['seconds']:.1f}", bar, *trained, *generated, f"{s['peak_mib']:,}" if "peak_mib" in s else ""])
     training = sum(s.get("train_seconds", 0.0) for s in finished)
-    head = ["stage", "seconds", "", "training steps", "tokens", "tokens/s", "generated tokens", "tokens/s"]
+    head = ["stage", "seconds", "", "training steps", "tokens", "tokens/s", "generated tokens", "tokens/s", "peak MiB"]
     return [
         el("p", f"{duration(total)} in all, {duration(training)} of it training; the rest is generating, judging and evaluating."),
         table(head, rows),

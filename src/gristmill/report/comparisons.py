@@ -159,18 +159,19 @@ def shortfalls(data: RunData) -> list[str]:
         out += _failed(f"The end of round {round_of(new['name'])}", f"the end of round {round_of(old['name'])}", found)
     out += _reward(data)
     stopped = (data.results or {}).get("stopped")
-    return [*out, f"The stop rule ended the run in {stopped}."] if stopped else out
+    return [*out, f"The run was stopped in {stopped}."] if stopped else out
 
 
 def _whole(data: RunData, first: dict[str, Any], last: dict[str, Any]) -> list[str]:
     found = {m: paired_difference(data, first["folder"], last["folder"], mode=m) for m in MODES}
-    out = _failed(f"The last model ({stage_label(last['name'])})", "the demonstrations alone", found)
+    against = "the model as given" if first["name"] == "base" else "the demonstrations alone"
+    out = _failed(f"The last model ({stage_label(last['name'])})", against, found)
     tasks = prompt_tasks(data)
     for task in dict.fromkeys(tasks.values()):
         for mode in MODES:
             d = paired_difference(data, first["folder"], last["folder"], mode=mode, tasks=tasks, task=task)
             if d and significance(d) < 0:
-                out.append(f"On {task} ({mode}) the last model is worse than the demonstrations alone: {format_difference(d)}.")
+                out.append(f"On {task} ({mode}) the last model is worse than {against}: {format_difference(d)}.")
     return out
 
 

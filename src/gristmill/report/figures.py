@@ -190,6 +190,29 @@ def monitor_plot(labels: Sequence[str], values: Sequence[float], *, level: float
     return svg(width, height, "Collapse monitor", parts)
 
 
+def loss_plot(points: Sequence[tuple[float, float]]) -> Markup:
+    """A loss over the steps of a training: (step, loss), in order."""
+    width, height, top, bottom, side = 330.0, 140.0, 10.0, 22.0, 40.0
+    low, high = (f(v for _, v in points) for f in (min, max))
+    span, last = (high - low) or 1.0, max(points[-1][0] - points[0][0], 1)
+
+    def x(step: float) -> float:
+        return side + (width - side - 8) * (step - points[0][0]) / last
+
+    def y(value: float) -> float:
+        return top + (high - value) / span * (height - top - bottom)
+
+    parts = [_line(side, height - bottom, width - 8, height - bottom, "base")]
+    for value in dict.fromkeys((low, high)):
+        parts.append(el("text", f"{value:.3g}", x=r1(side - 6), y=r1(y(value) + 4), text_anchor="end"))
+    for step, anchor in ((points[0][0], "start"), (points[-1][0], "end")):
+        parts.append(el("text", f"{step:,.0f}", x=r1(x(step)), y=r1(height - 6), text_anchor=anchor))
+    parts.append(el("polyline", points=" ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points), class_="greedy curve"))
+    if len(points) == 1:
+        parts.append(el("circle", cx=r1(x(points[0][0])), cy=r1(y(points[0][1])), r=3, class_="greedy"))
+    return svg(width, height, f"Loss from {points[0][1]:.3g} to {points[-1][1]:.3g}", parts)
+
+
 def accuracy_bars(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> Markup:
     """Accuracies from 0 to 1 as bars with 95 % whiskers where they are known; the dashed line is guessing, 0.5."""
     width, left, right, high = 500.0, 190.0, 52.0, 26.0

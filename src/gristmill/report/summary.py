@@ -1,5 +1,6 @@
 """Text summary of a run: a line a stage, and the headline of three. Light to import, for `gristmill status`."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def stage_line(done: Mapping[str, Any]) -> str:
     funnel = done.get("funnel", {})
     if "greedy" in done:
         return _model(done)
+    if "scores" in done:
+        return ", ".join(f"{stage_label(name)} {format_score(score['mean'])}" for name, score in done["scores"].items())
     if "llm_judge" in done:
         return f"pair accuracy easy {_pair(done, 'easy')}, hard {_pair(done, 'hard')}"
     if "alarms" in done:
@@ -49,7 +52,8 @@ def stage_line(done: Mapping[str, Any]) -> str:
 def _model(done: Mapping[str, Any]) -> str:
     tasks = [f"{t} {done['greedy'][t]['mean']:.2f}/{done['sampled'][t]['mean']:.2f}" for t in done["greedy"] if t != "overall"]
     overall = f"greedy {format_score(done['greedy']['overall']['mean'])} sampled {format_score(done['sampled']['overall']['mean'])}"
-    return f"{overall} ({', '.join(tasks)}); {done['rows']:,} rows, {_training(done)}"
+    trained = f"{done['rows']:,} rows, {_training(done)}" if "rows" in done else "the model as given"
+    return f"{overall} ({', '.join(tasks)}); {trained}"
 
 
 def _training(done: Mapping[str, Any]) -> str:
@@ -90,6 +94,18 @@ def headline(results: Mapping[str, Any], folder: Path | None = None) -> list[str
     return [_gain(results, folder), _judge(results.get("reward") or {}), _data_mix(results)]
 
 
+def best_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
+    """The best model of a finished run, how it was chosen, and the command that serves it; nothing of a run of an earlier version."""
+    best = results.get("best")
+    if not best:
+        return []
+    score = f", {format_score_ci(best['score'])}" if best["score"] else ""
+    return [
+        f"Best: {stage_label(best['name'])}{score}: {best['rule']}",
+        f"serve it: gristmill serve {shlex.quote(str(folder / best['model']))}",
+    ]
+
+
 def _gain(results: Mapping[str, Any], folder: Path | None) -> str:
     stages = results["stages"]
     if len(stages) < 2:
@@ -101,7 +117,8 @@ def _gain(results: Mapping[str, Any], folder: Path | None) -> str:
         old, new = first[mode]["overall"], last[mode]["overall"]
         d, kind = None, "paired"
         if data is not None:
-            d = paired_difference(data, Path(first["model"]).parts[0], Path(last["model"]).parts[0], mode=mode)
+            before, after = (row.get("folder") or Path(row["model"]).parts[0] for row in (first, last))
+            d = paired_difference(data, before, after, mode=mode)
         if d is None:
             d, kind = unpaired_difference(old, new), "unpaired"
         parts.append(f"{mode} {format_score_ci(old)} -> {format_score_ci(new)}, {kind} difference {format_difference(d)}")

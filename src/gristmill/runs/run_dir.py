@@ -8,7 +8,8 @@
 
 `done.json` is written last, when all that it speaks of is on the disk. A stage that has it, and whose files still are what it says, is
 skipped on the next start; another is continued, and makes the damaged files again. A folder is removed by a rename first, so that half of
-it is never taken for the whole.
+it is never taken for the whole. Where a recipe may change, a stage that was made from other inputs is moved to `replaced/N/` when the user
+asks for it, and stays untouched otherwise: nothing that was made is lost.
 """
 
 import json
@@ -45,6 +46,7 @@ from gristmill.runs.artifacts import AnyArtifact, JournalArtifact
 from gristmill.runs.reader import CHECK, OF_MARKERS, RECIPE_HASH, STAGE_FOLDER
 
 RECIPE, MARKER, INPUTS, RESULTS = "recipe.yaml", "done.json", "inputs.json", "results.json"
+REPORT, REPLACED = "report.html", "replaced"
 OnChange = Literal["refuse", "redo", "continue"]
 GONE = ".gone"  # what is being removed: renamed at once, so that half of it is never taken for the whole
 OLD_TEMPORARY = "recipe.yaml.tmp"  # of earlier versions
@@ -75,14 +77,18 @@ class RunDir:
         path: the folder; created when absent.
         recipe: the resolved recipe.
         progress: where stages announce themselves.
+        redo: whether stages that were made from other inputs are moved aside and made again; None: the kind of recipe refuses changes.
 
     Raises:
         InputError: the folder holds a run of another recipe, holds something else, or is in use.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, progress: Progress):
-        self.path, self.progress = path, progress
+    def __init__(self, path: Path, recipe: Recipe, progress: Progress, *, redo: bool | None = None):
+        self.path, self.progress, self.redo = path, progress, redo
         self.stages: list[str] = []
+        self.beside: list[str] = []  # stages out of the order
+        self._differs: list[str] = []  # keys in which the recipe is another than the one that the folder has
+        self._aside: Path | None = None
         kept = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in recipe.may_change}
         self._key = make_id(kept)
         try:
@@ -92,7 +98,9 @@ class RunDir:
                 self._lock = held.enter_context(lock(path))
                 sweep(path)
                 (path / OLD_TEMPORARY).unlink(missing_ok=True)
-                write_text(path / RECIPE, dump(recipe))
+                self._recipe = dump(recipe)
+                if not self._differs:  # else when the first stage is worked on: a start that is refused leaves all as it was
+                    write_text(path / RECIPE, self._recipe)
                 shutil.rmtree(path / GONE, ignore_errors=True)
                 held.pop_all()
         except (OSError, ValueError) as e:
@@ -113,6 +121,10 @@ class RunDir:
         try:
             old = read(saved)
             changed = recipe.changed(old) if old.get("kind") == kind else []
+            if self.redo is not None and changed:
+                new = recipe.model_dump(mode="json")
+                self._differs = [name for key in changed for name in _differences(old.get(key), new.get(key), key)]
+                changed = recipe.forbidden(old)
         except (ValueError, TypeError) as e:  # of which types its values are, nobody has checked
             if not self.begun or self._is_of_this_recipe():
                 return
@@ -120,6 +132,7 @@ class RunDir:
         if (other := old.get("kind", kind)) != kind:
             raise InputError(f"{self.path} holds a run of `gristmill {COMMANDS.get(str(other), other)}`: choose another --out.")
         if not self.begun:
+            self._differs = []
             return  # nothing is made yet: the recipe may change
         if "kind" not in old:
             raise InputError(f"{self.path} was made by an earlier version of gristmill: finish it with that one, or choose another --out.")
@@ -193,6 +206,7 @@ class RunDir:
         files: Sequence[str] = (),
         on_change: OnChange = "refuse",
         again: Callable[[dict[str, Any]], bool] | None = None,
+        beside: bool = False,
     ) -> Stage:
         """Do a stage, or give it back when it is done.
 
@@ -205,8 +219,9 @@ class RunDir:
             on_change: what happens when the stage was made from other inputs: "refuse" it, "redo" it and all after it from nothing, or
                 "continue" with the files that are there, for work whose journals know each call by all that was asked.
             again: whether a finished stage is continued all the same, by its summary.
+            beside: it has no place in the order: its number is 0.
         """
-        with self._open(name, inputs, artifacts, files, on_change, again) as entry:
+        with self._open(name, inputs, artifacts, files, on_change, again, beside) as entry:
             if entry.summary is None:
                 entry.summary = work(entry.folder)
         return Stage(entry.folder, entry.done)
@@ -237,9 +252,10 @@ class RunDir:
         files: Sequence[str],
         on_change: OnChange,
         again: Callable[[dict[str, Any]], bool] | None,
+        beside: bool = False,
     ) -> Iterator["_Entry"]:
-        folder = self.path / f"{len(self.stages):02d}-{name}"
-        self.stages.append(folder.name)
+        folder = self.path / f"{0 if beside else len(self.stages):02d}-{name}"
+        (self.beside if beside else self.stages).append(folder.name)
         fingerprint = make_id(name, inputs)
         marker, begun = folder / MARKER, folder / INPUTS
         done = self._marker(marker)
@@ -255,6 +271,15 @@ class RunDir:
         elif on_change == "continue" and (changed or (again is not None and found is marker and again(done))):
             marker.unlink(missing_ok=True)
             done = {}
+        elif self.redo is not None and on_change == "refuse":
+            if (
+                not done and self._differs and folder.is_dir() and any(folder.iterdir())
+            ):  # half made, by a version that did not say from what
+                changed = True
+            others = [] if beside or len(self.stages) == 1 else self._numbered(len(self.stages) - 1, len(self.stages))
+            if stale := [path for path in others if path != folder] + [folder] * changed:
+                self._move_aside(stale)
+                done = {} if changed else done
         elif changed and found is marker:
             raise InputError(
                 f"{folder} was made from other inputs: delete that folder and those after it to make them again, "
@@ -264,8 +289,9 @@ class RunDir:
             yield _Entry(folder, {}, {key: value for key, value in done.items() if key not in OF_MARKERS})
             return
         with disk_errors(self.path):
+            self._settle()
             make_folder(folder)
-        if on_change == "redo" and not self._marker(begun):
+        if (on_change == "redo" or (self.redo is not None and on_change == "refuse")) and not self._marker(begun):
             self._write_marker(begun, {"fingerprint": fingerprint})
         entry, started = _Entry(folder), time.monotonic()
         with self.progress.stage(folder.name), disk_errors(folder):
@@ -281,13 +307,57 @@ class RunDir:
         self._write_marker(marker, entry.done | {STAMPS: vouched})
         self.progress.finished(folder.name, entry.done)
 
+    def _settle(self) -> None:
+        """Write down the recipe that the folder goes on with."""
+        if self._differs:
+            write_text(self.path / RECIPE, self._recipe)
+            self._differs = []
+
+    def _numbered(self, first: int, end: int | None) -> list[Path]:
+        """Folders of stages with a number from `first` to before `end` in which something was made."""
+        folders = [path for path in sorted(self.path.iterdir()) if STAGE_FOLDER.fullmatch(path.name) and path.is_dir()]
+        numbers = [int(path.name.split("-")[0]) for path in folders]
+        return [p for n, p in zip(numbers, folders, strict=True) if n >= first and (end is None or n < end) and any(p.iterdir())]
+
+    def _move_aside(self, folders: Sequence[Path]) -> None:
+        """Move stages that were made from other inputs, and what was written about them, to `replaced/N/`.
+
+        Raises:
+            InputError: nobody has asked for it.
+        """
+        names = ", ".join(path.name for path in folders)
+        if not self.redo:
+            why = f"by another recipe (they differ in {', '.join(self._differs)})" if self._differs else "from other inputs"
+            raise InputError(
+                f"{folders[0]} was made {why}: give --redo to make it and all that depends on it again (what is there is moved to "
+                f"{self.path / REPLACED}), choose another folder with --out, or go back."
+            )
+        with disk_errors(self.path):
+            if self._aside is None:
+                number = 1 + max((int(p.name) for p in (self.path / REPLACED).glob("*") if p.name.isdecimal()), default=0)
+                self._aside = self.path / REPLACED / str(number)
+                make_folder(self._aside)
+                for name in (RESULTS, REPORT, RECIPE):  # the recipe that they were made by is copied: a run has one
+                    if name == RECIPE and (self.path / name).is_file():
+                        shutil.copy(self.path / name, self._aside / name)
+                    elif (self.path / name).is_file():
+                        (self.path / name).rename(self._aside / name)
+            for path in folders:
+                path.rename(self._aside / path.name)
+            sync(self._aside)
+            sync(self.path)
+        self.progress.warn(f"redo: {names} was made from other inputs and is now in {self._aside}")
+
     def finish(self, results: dict[str, Any], products: Sequence[str] = ()) -> dict[str, Any]:
         """Write `results.json`; returns the results.
 
         Args:
             products: patterns of what stays when the stages are dropped; `finished` looks at it again.
         """
+        if self.redo is not None and (left := self._numbered(len(self.stages), None)):
+            self._move_aside(left)
         with disk_errors(self.path):
+            self._settle()
             vouched = stamps(self.path, products)
             sync(self.path)
         self._write_marker(self.path / RESULTS, results | {STAMPS: vouched})
@@ -327,6 +397,13 @@ class RunDir:
                 shutil.rmtree(gone)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _differences(old: Any, new: Any, name: str) -> list[str]:
+    """Keys, as `section.key`, under which two plain values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [found for key in sorted(old.keys() | new.keys()) for found in _differences(old.get(key), new.get(key), f"{name}.{key}")]
+    return [] if old == new else [name]
 
 
 class _Entry:

@@ -11,6 +11,7 @@ from gristmill.core.config import read_yaml
 from gristmill.core.errors import InputError
 from gristmill.core.io import DamagedFile
 from gristmill.core.untrusted import is_bare_name
+from gristmill.data.rows import make_id
 from gristmill.generation.api import SamplingParams
 
 Parser = Literal["text", "list", "yes"]
@@ -64,6 +65,11 @@ class TemplatePack(Mapping[str, Template]):
 
     def __len__(self) -> int:
         return len(self._templates)
+
+    @property
+    def identity(self) -> str:
+        """Of all that the templates say and ask for."""
+        return make_id(sorted(repr(template) for template in self._templates.values()))
 
     @staticmethod
     def load(name: str = "default") -> "TemplatePack":

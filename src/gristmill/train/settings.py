@@ -1,10 +1,11 @@
 """Sections of recipes about training."""
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from gristmill.core.config import Section, check
+from gristmill.core.errors import InputError
 
 MIN_STEPS = 20  # under which a training stage hardly changes a model
 Loss = Literal["dpo", "cdpo", "ipo", "rpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"]
@@ -23,29 +24,29 @@ class Lora(Section):
 
 
 class Training(Section):
-    """One training stage. Give `steps` or `epochs`."""
+    """One training stage, as long as `steps` or `epochs` say. What is left out is chosen by the model's size (docs/settings.md)."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(gt=0)
+    lr: float | None = Field(None, gt=0, description="default by the model's size")
     muon_lr: float = Field(0.02, gt=0)
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps")
     warmup_steps: int | None = Field(None, ge=0, description="instead of warmup_ratio")
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     steps: int | None = Field(None, gt=0)
-    epochs: float | None = Field(None, gt=0)
-    batch_size: int = Field(64, gt=0)
+    epochs: float | None = Field(None, gt=0, description="default by the model's size, unless steps are given")
+    batch_size: int | None = Field(None, gt=0, description="default by the model's size")
     micro_batch_tokens: int | None = Field(None, gt=0, description="tokens at once; null: as many as pay, within the free memory")
     checkpoint_activations: Literal["auto"] | bool = Field("auto", description="compute activations twice; auto: where memory is short")
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, ge=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of computing; auto: bf16 where the device is made for it")
     lora: Lora | None = Field(None, description="train an adapter; none: all weights")
 
     @model_validator(mode="after")
     def _length(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs, not both or neither")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give either steps or epochs, not both")
         if self.lora is not None and self.optimizer != "adamw":
             raise ValueError("lora trains with optimizer: adamw, since muon is made for whole matrices")
         return self
@@ -65,7 +66,7 @@ class PreferenceTraining(Training):
     beta: float = Field(0.1, gt=0)
     eta: float = Field(1.0, gt=0)
     label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="cdpo only")
-    sft_weight: float = Field(0.0, ge=0, description="of -log p(chosen), added to the loss")
+    sft_weight: float | None = Field(None, ge=0, description="of -log p(chosen), added to the loss; default by the model's size")
     logprobs: Literal["sum", "mean"] = "sum"
     num_prompts: int = Field(400, gt=0, description="prompts that pairs are made for")
     num_pairs: int = Field(10_000, gt=0, description="pairs to train on, at most")
@@ -83,4 +84,6 @@ def training_section(objective: str, values: dict[str, Any]) -> Training:
     """
     if objective in ("sft", "reward"):
         return check(Training, values, f"train {objective}")
+    if objective not in get_args(Loss):
+        raise InputError(f"There is no training {objective!r}: choose one of sft, reward, {', '.join(get_args(Loss))}.")
     return check(PreferenceTraining, {**values, "loss": objective}, f"train {objective}")

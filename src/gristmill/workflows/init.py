@@ -4,26 +4,35 @@ In the recipe a value stands bare where it differs from its section's default, a
 `#` away changes nothing until the value is changed.
 """
 
+import http.client
+import json
 import math
 import os
+import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import torch
 import yaml
 from pydantic.fields import FieldInfo
 
 from gristmill.core.config import RECIPES, Section, check, read
-from gristmill.core.echo import echo
+from gristmill.core.echo import echo, visible
 from gristmill.core.errors import InputError
-from gristmill.core.io import write_text
+from gristmill.core.io import reason, write_text
 from gristmill.data.chat import ChatFormat, find_format
 from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
 from gristmill.data.rows import Demonstration
 from gristmill.data.tokenizer import Tokenizer
+from gristmill.generation.settings import GeneratorSettings
 from gristmill.miniature.base import BASE
 from gristmill.model import hf
+from gristmill.model.flops import num_parameters
+from gristmill.train.by_size import fill
 from gristmill.train.settings import Training
+from gristmill.workflows.alignment.context import STAGE_KINDS
 from gristmill.workflows.alignment.recipe import OF_WORLD, AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 
@@ -31,6 +40,8 @@ NEEDED = ("demonstrations", "evaluation")
 SAMPLED = 240  # demonstrations that limits are read off
 SHARE = 0.99  # of the demonstrations that a limit in tokens must hold
 ROUND_TOKENS = 16  # limits are rounded up to a multiple of this
+TEACHER_SECONDS = 10.0
+MAX_MODELS_BYTES, MAX_MODELS_SHOWN = 4 << 20, 10
 BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 STAGES = {
     "demonstration_sft": "SFT of Base on the demonstrations: the first Instruct.",
@@ -56,6 +67,7 @@ def write_recipe(
     *,
     chat_format: str = "auto",
     add_chat_tokens: str = "",
+    teacher: dict[str, str] | None = None,
 ) -> Path:
     """Check the files and the model, and write a commented recipe.
 
@@ -67,6 +79,8 @@ def write_recipe(
         force: overwrite `out`.
         chat_format: "auto" for the model folder's own, or a name.
         add_chat_tokens: give the model the tokens of this format first, in a folder beside `out`.
+        teacher: an endpoint that writes prompts and answers instead of the run's models: its base_url, and where they are needed its
+            model and api_key_env.
 
     Returns:
         `out`.
@@ -77,7 +91,10 @@ def write_recipe(
     if os.path.exists(out) and not force:
         raise InputError(f"{out} exists: give another file with --out, or --force to overwrite it.")
     values: dict[str, Any] = {"name": name}
+    if teacher:
+        values["generators"] = [_teacher(**teacher)]
     demonstrations: list[Demonstration] = []
+    rows: dict[str, int] = {}
     for path in files.values():
         if not path.is_file():
             raise InputError(f"{path} does not exist: check the path.")
@@ -88,7 +105,8 @@ def write_recipe(
             raise InputError(f"Give {options} too: your own data needs {', '.join(NEEDED)}.")
         if not {"ratings", "prompts"} & files.keys():
             raise InputError("Give --ratings for a reward model, or --prompts with known answers: something must judge the answers.")
-        demonstrations = _check_files(files)
+        demonstrations, num_ratings = _check_files(files)
+        rows = {"demonstration_sft": len(demonstrations) + len(demonstrations[::5]), "reward": num_ratings}
         values["data"] = {k: _path(p, out) for k, p in files.items()}
     else:
         values["world"] = "miniature"
@@ -101,15 +119,14 @@ def write_recipe(
     values["model"] = model if model == "miniature" else _path(Path(model), out)
     if chat_format != "auto":
         values["chat_format"] = chat_format
-    told = ""
-    if files or model != "miniature":
-        limits, told = _limits(model, demonstrations, chat_format)
-        values |= limits
-    text = HEADER.format(file=out.name) + "\n".join(render(values)) + "\n"
+    loaded = _load(model, chat_format)
+    if files:
+        values |= _limits(model, loaded, demonstrations)
+    text = HEADER.format(file=out.name) + "\n".join(render(values, _sized(loaded.num_parameters, rows))) + "\n"
     check(AlignmentRecipe, yaml.safe_load(text))
     write_text(out, text)
-    if told:
-        echo(f"Model: {model}, chat format: {told}.", err=True)
+    if files or model != "miniature":
+        echo(f"Model: {model}, chat format: {loaded.chat_format.name}.", err=True)
     return out
 
 
@@ -123,8 +140,37 @@ def _path(path: Path, out: Path) -> str:
 # ---- checks ----
 
 
-def _check_files(files: dict[str, Path]) -> list[Demonstration]:
-    """Read every file whole, and refuse rows that ask what the evaluation asks."""
+def _teacher(base_url: str, model: str = "", api_key_env: str = "") -> dict[str, str]:
+    """A generator of the recipe. An endpoint that serves one model need not be told its name.
+
+    Raises:
+        InputError: the endpoint does not answer, or does not serve the model.
+    """
+    if not base_url.startswith(("http://", "https://")):
+        raise InputError(f"The teacher {base_url!r} is no base URL: give one as http://127.0.0.1:8000/v1.")
+    named = {"base_url": base_url, "model": model, "api_key_env": api_key_env}
+    check(GeneratorSettings, named | {"model": model or "?"}, "--teacher")
+    key = os.environ.get(api_key_env, "") if api_key_env else ""
+    try:
+        request = urllib.request.Request(base_url.rstrip("/") + "/models", headers={"Authorization": f"Bearer {key}"} if key else {})
+        with urllib.request.urlopen(request, timeout=TEACHER_SECONDS) as reply:
+            answer = json.loads(reply.read(MAX_MODELS_BYTES))
+        known = [str(entry["id"]) for entry in answer["data"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, http.client.HTTPException) as e:
+        raise InputError(
+            f"The teacher {base_url} does not say which models it serves ({reason(e)}): give the base URL up to and including /v1, and "
+            "--teacher-key-env where it wants a key."
+        ) from e
+    shown = ", ".join(map(visible, known[:MAX_MODELS_SHOWN])) or "none"
+    if not model and len(known) != 1:
+        raise InputError(f"The teacher {base_url} serves several models or none ({shown}): name one with --teacher-model.")
+    if model and model not in known:
+        raise InputError(f"The teacher {base_url} does not serve {model!r}: it serves {shown}.")
+    return {k: v for k, v in (named | {"model": model or known[0]}).items() if v}
+
+
+def _check_files(files: dict[str, Path]) -> tuple[list[Demonstration], int]:
+    """Read every file whole, and refuse rows that ask what the evaluation asks; the demonstrations, and how many ratings there are."""
     demonstrations = read_demonstrations(files["demonstrations"])
     ratings = read_ratings(files["ratings"]) if "ratings" in files else []
     prompts = read_prompts(files["prompts"], "file") if "prompts" in files else []
@@ -133,6 +179,7 @@ def _check_files(files: dict[str, Path]) -> list[Demonstration]:
         "demonstrations": [d.messages[:-1] for d in demonstrations],
         "ratings": [r.messages[:-1] for r in ratings],
         "prompts": [p.messages for p in prompts],
+        "validation": [p.messages for p in read_prompts(files["validation"], "validation", truth=True)] if "validation" in files else [],
     }
     for kind, rows in asked.items():
         for number, messages in enumerate(rows, 1):
@@ -140,33 +187,57 @@ def _check_files(files: dict[str, Path]) -> list[Demonstration]:
                 raise InputError(
                     f"Row {number} of {files[kind]} asks what a row of {files['evaluation']} asks: take it out of one of the two files."
                 )
-    return demonstrations
+    return demonstrations, len(ratings)
 
 
-def _load(model: str, chat_format: str) -> tuple[Tokenizer, ChatFormat, int]:
-    """Tokenizer, chat format and longest conversation of a model folder whose weights load."""
+@dataclass(frozen=True)
+class _Loaded:
+    """What a recipe needs to know of a model whose weights load."""
+
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    max_positions: int
+    num_parameters: int
+
+
+def _load(model: str, chat_format: str) -> _Loaded:
+    """A model folder whose weights load.
+
+    Raises:
+        InputError: they do not, or the model has no chat format that is known.
+    """
     transformer, tokenizer = hf.load_model(BASE if model == "miniature" else Path(model))
-    form = find_format(chat_format, tokenizer)
-    return tokenizer, form, transformer.config.max_positions
+    form, config = find_format(chat_format, tokenizer), transformer.config
+    return _Loaded(tokenizer, form, config.max_positions, num_parameters(config))
 
 
-def _limits(model: str, demonstrations: Sequence[Demonstration], name: str) -> tuple[dict[str, Any], str]:
+def _sized(size: int, rows: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """What every training section takes for a model of this size where it gives nothing, as plain values."""
+    out = {}
+    for name, kind in STAGE_KINDS.items():
+        default: Training = AlignmentRecipe.model_fields[name].default
+        found = fill(default, kind, size, device=torch.device("cpu"), num_rows=rows.get(name), precision="auto")
+        out[name] = found.model_dump(mode="json")
+    return out
+
+
+def _limits(model: str, loaded: _Loaded, demonstrations: Sequence[Demonstration]) -> dict[str, Any]:
     """Token limits that hold nearly all demonstrations: of a written prompt, and of an answer.
 
     Raises:
-        InputError: the model does not load, or every demonstration is too long for it.
+        InputError: every demonstration is too long for the model.
     """
-    tokenizer, chat_format, longest = _load(model, name)
+    tokenizer, chat_format, longest = loaded.tokenizer, loaded.chat_format, loaded.max_positions
     sample = demonstrations[:SAMPLED]
     if not sample:
-        return {}, chat_format.name
+        return {}
     rendered = [chat_format.render(d.messages, tokenizer, tools=d.meta.get("tools") or ()) for d in sample]
     if all(len(one.ids) > longest for one in rendered):
         raise InputError(f"Every demonstration is longer than the {longest} tokens of {model}: choose a model with more, or shorter ones.")
     answers = [len(tokenizer.encode(d.messages[-1].content)) for d in sample]
     asked = [len(tokenizer.encode(next(m.content for m in d.messages if m.role == "user"))) for d in sample]
     of_prompts, of_answers = (_limit(lengths, longest // 2) for lengths in (asked, answers))
-    return {"pipelines": {"by_task": {"max_tokens": of_prompts}}, "answers": {"max_tokens": of_answers}}, chat_format.name
+    return {"pipelines": {"by_task": {"max_tokens": of_prompts}}, "answers": {"max_tokens": of_answers}}
 
 
 def _limit(lengths: Sequence[int], most: int) -> int:
@@ -178,25 +249,26 @@ def _limit(lengths: Sequence[int], most: int) -> int:
 # ---- the text ----
 
 
-def render(values: dict[str, Any]) -> list[str]:
+def render(values: dict[str, Any], sized: dict[str, dict[str, Any]]) -> list[str]:
     """Lines of a recipe with every key, its default and what it means.
 
     Args:
         values: what differs from the defaults, as plain values; sections as mappings.
+        sized: training sections with the defaults of the model's size, as plain values.
     """
     lines: list[str] = []
     for key, field in AlignmentRecipe.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            lines += ["", *_section(key, kind, field.default, values.get(key, {}))]
+            lines += ["", *_section(key, kind, field.default, values.get(key, {}), sized.get(key))]
         else:
             lines.append(_line(key, field, field.default, values))
     return lines
 
 
-def _section(key: str, kind: type[Section], default: Section, values: dict[str, Any]) -> list[str]:
-    """A section's lines. A training section's own values are written out: given at all, a section replaces the default one whole."""
-    plain = default.model_dump(mode="json")
+def _section(key: str, kind: type[Section], default: Section, values: dict[str, Any], sized: dict[str, Any] | None) -> list[str]:
+    """A section's lines. What a training section's default sets itself is written out: it makes the section what it is."""
+    plain = sized or default.model_dump(mode="json")
     if issubclass(kind, Training):
         values = {k: plain[k] for k in kind.model_fields if k in default.model_fields_set} | values
     about = STAGES.get(key) or " ".join((kind.__doc__ or "").split())

@@ -12,17 +12,19 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import ChatFormat, find_format, with_template_of
 from gristmill.data.readers import read_demonstrations, read_pairs, read_ratings
 from gristmill.model.adapters import base_of, is_adapter, load_model, save_adapter
-from gristmill.model.config import read_config
+from gristmill.model.config import ModelConfig, read_config
+from gristmill.model.flops import num_parameters
 from gristmill.model.hf import save_model, save_reward
 from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS, Transformer
 from gristmill.train.batches import AnySample
+from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.memory import choose_micro_batch, fitting, recorded_micro_batch
 from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
-from gristmill.train.settings import Lora, Training
+from gristmill.train.settings import Lora, PreferenceTraining, Training
 from gristmill.train.trainer import Objective, OnStep, Trainer, TrainResult, TrainSettings
 
 MODEL, ADAPTER = "model", "adapter"  # the subfolders that hold the model, and the adapter of a training with LoRA
@@ -42,7 +44,7 @@ def train_model(
     checkpoint_every: float = 60.0,
     weights: Sequence[float] | None = None,
     on_step: OnStep | None = None,
-    on_estimate: Callable[[str], object] | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> TrainResult:
     """Train a model on rows, or on those of a user's file; it goes to `out/model`, log and checkpoints to `out/train`.
 
@@ -51,26 +53,32 @@ def train_model(
     Args:
         kind: sft, reward, or the name of a preference loss.
         start: folder of the model to begin from; for preference losses it is also the reference.
-        recipe: a `Training`, or a `PreferenceTraining` for preference losses.
+        recipe: a `Training`, or a `PreferenceTraining` for preference losses; what it leaves out is chosen by the model's size.
         device: where to train, as `pick_device` takes it.
         checkpoint_every: seconds between checkpoints.
         weights: aggregation weights that a reward model is saved with.
-        on_estimate: hears, before any weight is read, how much memory training will take.
+        say: hears, before any weight is read, which settings were chosen and how much memory training will take.
 
     Raises:
         InputError: the model or a row cannot be used, or training does not fit into the memory.
     """
     where, lora = pick_device(device), recipe.lora
-    check_dtype(where, PRECISIONS[recipe.precision])
     if lora is not None and is_adapter(start):
         raise InputError(f"Merge the adapter first (`gristmill merge {start} --out DIR`), and train on what it made: {start} is no model.")
-    micro_batch_tokens = _fit_memory(start, recipe, where, out / "train", on_estimate)
+    config = read_config(base_of(start) if is_adapter(start) else start)[1]
+    if isinstance(rows, Path):
+        rows = cast(Sequence[Any], READERS.get(kind, read_pairs)(rows))
+    if isinstance(recipe, PreferenceTraining) and recipe.sft_weight is None:
+        recipe = recipe.model_copy(update={"sft_weight": 0.0})  # the loss that was named, and no other
+    sized: Kind = "sft" if kind == "sft" else "reward" if kind == "reward" else "preference"
+    recipe = fill(recipe, sized, num_parameters(config), device=where, num_rows=len(rows))
+    say(f"{num_parameters(config) / 1e6:,.4g}M parameters, {len(rows):,} rows, {where}: {described(recipe)}")
+    check_dtype(where, PRECISIONS[recipe.precision])
+    micro_batch_tokens = _fit_memory(config, recipe, where, out / "train", say)
     # what is frozen in fewer bits is not held in more
     model, tokenizer = load_model(start, torch.float32 if lora is None or lora.base == "fp32" else torch.bfloat16)
     form = find_format(chat_format, tokenizer) if isinstance(chat_format, str) else chat_format
     saved = with_template_of(form, tokenizer)
-    if isinstance(rows, Path):
-        rows = cast(Sequence[Any], READERS.get(kind, read_pairs)(rows))
     values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
     values |= {"micro_batch_tokens": micro_batch_tokens, "max_tokens": model.config.max_positions}
     if lora is not None:
@@ -108,17 +116,16 @@ def train_model(
     return result
 
 
-def _fit_memory(start: Path, recipe: Training, device: torch.device, folder: Path, on_estimate: Callable[[str], object] | None) -> int:
+def _fit_memory(config: ModelConfig, recipe: Training, device: torch.device, folder: Path, say: Callable[[str], object]) -> int:
     """Tokens of a micro-batch: the recipe's, those that the run of the folder has, or as many as fit. InputError where none do."""
     with torch.device("meta"):
-        model = Transformer(read_config(base_of(start) if is_adapter(start) else start)[1])
+        model = Transformer(config)
     optimizer, precision = recipe.optimizer, recipe.precision
     tokens = recipe.micro_batch_tokens or recorded_micro_batch(folder)
     tokens = tokens or choose_micro_batch(model, optimizer, precision=precision, device=device, loaded=False)
     checkpoint = None if recipe.checkpoint_activations == "auto" else recipe.checkpoint_activations
     needed = fitting(model, optimizer, precision=precision, tokens=tokens, device=device, loaded=False, checkpoint=checkpoint)
-    if on_estimate is not None:
-        on_estimate(f"memory of training: {needed}")
+    say(f"memory of training: {needed}")
     return tokens
 
 

@@ -21,7 +21,8 @@ Snapshot = Callable[[Path], dict[str, bytes]]
 FIRST = ["data", "reward", "demonstrations", "reward-check", "monitors"]
 ROUND = ["prompts", "answers", "code-sft", "general-sft", "dpo-pairs", "dpo", "rpo1-pairs", "rpo1", "monitors"]
 STAGES = FIRST + [f"r1-{name}" for name in ROUND]
-MODELS = ["demonstrations", "r1-code-sft", "r1-general-sft", "r1-dpo", "r1-rpo1"]
+BESIDE = ["base", "validation"]  # numbered 0
+MODELS = ["base", "demonstrations", "r1-code-sft", "r1-general-sft", "r1-dpo", "r1-rpo1"]
 TASKS = {"overall", "facts", "sums", "code", "lists", "followups"}
 WRITTEN_AT_EACH_START = {"results.json", "recipe.yaml", ".lock"}
 
@@ -38,7 +39,7 @@ def made(folder: Path, name: str, row: type[Any]) -> list[Any]:
 
 
 def stages_of(folder: Path) -> list[str]:
-    return [p.parent.name[3:] for p in sorted(folder.glob("*/done.json"))]
+    return [name for p in sorted(folder.glob("*/done.json")) if (name := p.parent.name[3:]) not in BESIDE]
 
 
 # ---- one whole run ----
@@ -46,7 +47,8 @@ def stages_of(folder: Path) -> list[str]:
 
 def test_every_stage_is_done_in_order(finished: Path) -> None:
     assert stages_of(finished) == STAGES
-    assert sorted(p.name for p in finished.iterdir() if p.is_dir()) == [f"{i:02d}-{name}" for i, name in enumerate(STAGES)]
+    names = [f"{i:02d}-{name}" for i, name in enumerate(STAGES)] + [f"00-{name}" for name in BESIDE]
+    assert sorted(p.name for p in finished.iterdir() if p.is_dir()) == sorted(names)
 
 
 def test_both_judges_made_pairs_for_both_losses(finished: Path) -> None:
@@ -62,7 +64,7 @@ def test_results_have_their_shape(finished: Path) -> None:
     assert 0 < results["synthetic_share"] < 1 and results["seconds"] > 0 and results["stopped"] is None
     assert [s["name"] for s in results["stages"]] == MODELS
     for stage in results["stages"]:
-        assert stage["round"] == (0 if stage["name"] == "demonstrations" else 1)
+        assert stage["round"] == (0 if stage["name"] in MODELS[:2] else 1)
         assert (finished / stage["model"] / "model.safetensors").is_file()
         for mode in ("greedy", "sampled"):
             assert stage[mode].keys() == TASKS
@@ -124,6 +126,25 @@ def test_every_row_can_be_traced_to_what_it_grew_from(finished: Path) -> None:
     assert {row.task for row in kept} >= {"prompt-writing", "code"}
 
 
+def test_the_model_as_given_is_the_first_row(finished: Path, tiny_base: Path) -> None:
+    row = json.loads((finished / "results.json").read_text())["stages"][0]
+    assert row["name"] == "base" and row["model"] == str(tiny_base) and row["folder"] == "00-base"
+    assert "chat format nemotron" in row["asked"]
+    assert json.loads((finished / "00-base" / "outcomes.json").read_text()).keys() == {"greedy", "sampled"}
+
+
+def test_the_best_model_is_chosen_on_prompts_that_are_not_reported(finished: Path) -> None:
+    best = json.loads((finished / "results.json").read_text())["best"]
+    outcomes = json.loads((finished / "00-validation" / "outcomes.json").read_text())
+    assert list(outcomes) == MODELS and list(best["scores"]) == MODELS
+    means = {name: sum(found.values()) / len(found) for name, found in outcomes.items()}
+    assert best["name"] == max(MODELS, key=lambda name: means[name]) and best["score"] == best["scores"][best["name"]]
+    assert best["score"]["mean"] == pytest.approx(max(means.values()), abs=1e-4)
+    assert f"{len(outcomes['base'])} validation prompts" in best["rule"] and (finished / best["model"] / "config.json").is_file()
+    evaluated = {p.id for p in made(finished, "evaluation", Prompt)}
+    assert not evaluated & outcomes["base"].keys() and 0 < len(outcomes["base"]) <= 100
+
+
 # ---- taken up again ----
 
 
@@ -151,7 +172,10 @@ def test_rounds_can_grow(copy: Path, run: Run, make_recipe: Make, snapshot: Snap
     before = snapshot(copy)
     results = run(make_recipe(rounds=2), copy)
     after = snapshot(copy)
-    assert [name for name in before if before[name] != after[name] and name not in WRITTEN_AT_EACH_START] == []
+    changed = [name for name in before if before[name] != after[name] and name not in WRITTEN_AT_EACH_START]
+    assert changed == [f"00-validation/{name}" for name in ("done.json", "evaluation.jsonl", "outcomes.json")]
+    asked = "00-validation/evaluation.jsonl"
+    assert after[asked].startswith(before[asked]), "models of earlier rounds are not asked again"
     assert stages_of(copy)[: len(STAGES)] == STAGES and stages_of(copy)[len(STAGES)] == "r2-prompts"
     assert {s["round"] for s in results["stages"]} == {0, 1, 2} and [c["round"] for c in results["collapse"]] == [0, 1, 2]
     first, second = (read_rows(next(copy.glob(f"*-r{n}-prompts")) / "prompts.parquet", Prompt) for n in (1, 2))
@@ -166,14 +190,14 @@ def test_rounds_can_grow(copy: Path, run: Run, make_recipe: Make, snapshot: Snap
 
 def test_the_folder_of_another_recipe_is_left_alone(copy: Path, run: Run, make_recipe: Make, snapshot: Snapshot) -> None:
     before = snapshot(copy)
-    with pytest.raises(InputError, match="another recipe .*templates"):
+    with pytest.raises(InputError, match="05-r1-prompts was made by another recipe .*templates"):
         run(make_recipe(templates="default"), copy)
     assert snapshot(copy) == before
 
 
 def test_another_base_is_refused(copy: Path, run: Run, make_recipe: Make, snapshot: Snapshot, random_base: Path) -> None:
     before = snapshot(copy)
-    with pytest.raises(InputError, match="another recipe .*model"):
+    with pytest.raises(InputError, match="00-data was made by another recipe .*model.*--redo"):
         run(make_recipe(model=str(random_base)), copy)
     assert snapshot(copy) == before
 

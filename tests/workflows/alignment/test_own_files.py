@@ -87,7 +87,7 @@ def test_every_stage_runs_on_files(tmp_path: Path, random_base: Path) -> None:
     result = start(write(tmp_path, random_base), out)
     assert result.exit_code in DONE, result.output + repr(result.exception)
     stages = [s["name"] for s in json.loads((out / "results.json").read_text())["stages"]]
-    assert stages[0] == "demonstrations" and "r1-general-sft" in stages and stages[-1] in ("r1-dpo", "r1-rpo1")
+    assert stages[:2] == ["base", "demonstrations"] and "r1-general-sft" in stages and stages[-1] in ("r1-dpo", "r1-rpo1")
     (path,) = out.glob("*-r1-prompts/prompts.parquet")
     prompts = {p.id: p for p in read_rows(path, Prompt)}
     assert [p.origin for p in prompts.values()].count("file") == len(FILES["prompts"])
@@ -293,7 +293,7 @@ TRAINED = {  # these go to the trainer and the loss as one dictionary
     if key in TrainSettings.__dataclass_fields__ or key in inspect.signature(PreferenceObjective).parameters
 }
 FOR_ENDPOINTS = {f"Calls.{key}" for key in Calls.model_fields}
-FILE_KEYS = {"HumanData.demonstrations", "HumanData.ratings", "HumanData.prompts", "HumanData.evaluation"}
+FILE_KEYS = {f"HumanData.{name}" for name in ("demonstrations", "ratings", "prompts", "evaluation", "validation")}
 # of own files: what these files have no use for, and a world's run shows that it is read
 WITHOUT_USE = {"AlignmentRecipe.code_sft", "AlignmentJudging.max_pairs_per_prompt", "Topics.combine", "Topics.subtopics"}
 
@@ -308,7 +308,7 @@ def test_every_key_is_read(
     assert unread <= {"AlignmentRecipe.kind", *(FILE_KEYS if source == "world" else WITHOUT_USE)}  # a world refuses files
 
 
-@pytest.mark.parametrize("name", ["demonstrations", "ratings", "prompts", "evaluation"])
+@pytest.mark.parametrize("name", ["demonstrations", "ratings", "prompts", "evaluation", "validation"])
 def test_a_world_refuses_files_that_it_would_not_read(name: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}\n")
     recipe = tmp_path / "world.yaml"

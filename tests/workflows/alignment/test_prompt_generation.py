@@ -15,7 +15,7 @@ from gristmill.generation.api import Completion, Request
 from gristmill.generation.cached import BatchingClient, CachedClient
 from gristmill.runs import artifacts
 from gristmill.synth.templates import TemplatePack
-from gristmill.workflows.alignment.prompt_generation import write_prompts
+from gristmill.workflows.alignment.prompt_generation import is_usable_prompt, write_prompts
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import normalize_prompt
 
@@ -271,3 +271,62 @@ def test_a_talk_that_has_its_second_turn_gets_no_third(source: FakeSource, tmp_p
     context = mill_of(conversing(), source, **TWO | {"two_turn": {"prompts": 99}})
     prompts, _, _ = prompts_of(context, 1, set(), set(), tmp_path)
     assert max(len(p.messages) for p in prompts) == 3 and "talk" in {p.id for p in prompts}
+
+
+# ---- the probe of by_task ----
+
+GOOD = "Which of these plums is the ripest, and why number {n}?"
+
+
+def by_task_of(source: FakeSource, say: Say, **probe: Any) -> Any:
+    context = mill_of(say, source, math=None, open_qa=None, by_task={"prompts": 6, "max_tokens": 40})
+    context.recipe = context.recipe.model_copy(update={"probe": context.recipe.probe.model_validate(probe)})
+    return context
+
+
+def test_a_model_that_can_write_is_asked_for_nothing_twice(source: FakeSource, tmp_path: Path) -> None:
+    numbers = itertools.count()
+    context = by_task_of(source, lambda r: GOOD.format(n=next(numbers)), num_prompts=5)
+    prompts, _, facts = prompts_of(context, 1, set(), set(), tmp_path)
+    assert len(prompts) == 12 and "probe" not in facts
+    assert len(context.requests) == len({r.id for r in context.requests}) == 12
+
+
+@pytest.mark.parametrize(
+    "said", ["", "## ** ## ||", "\u0000\u0001\ufffd\ufffd\ufffd abcdefgh", "so so so so so so so so so so", ("Which of", "length"), GOOD]
+)
+def test_a_model_that_cannot_is_found_out_by_a_few_calls(said: str | tuple[str, str], source: FakeSource, tmp_path: Path) -> None:
+    context = by_task_of(source, lambda r: said)  # the last one is fine, but always the same
+    prompts, _, facts = prompts_of(context, 1, set(), set(), tmp_path)
+    assert prompts == [] and len(context.requests) == 8
+    assert facts["probe"]["asked"] == 8 and facts["probe"]["usable"] <= 1 and facts["probe"]["instead"] == ""
+
+
+def test_the_fallback_writes_in_its_place(source: FakeSource, tmp_path: Path) -> None:
+    numbers = itertools.count()
+    context = by_task_of(
+        source,
+        lambda r: GOOD.format(n=next(numbers)) if "question about" in asked_for(r) else "?",
+        fallback={"open_qa": {"questions": 4, "revisions": 0}},
+    )
+    prompts, _, facts = prompts_of(context, 1, set(), set(), tmp_path)
+    assert [p.task for p in prompts] == ["facts"] * 4 and facts["probe"]["instead"] == "open_qa"
+
+
+def test_without_a_probe_everything_is_bought(source: FakeSource, tmp_path: Path) -> None:
+    context = by_task_of(source, lambda r: "?", num_prompts=0)
+    _, _, facts = prompts_of(context, 1, set(), set(), tmp_path)
+    assert len(context.requests) == 12 and "probe" not in facts
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is 12 + 7?",
+        "Write a haiku about rain.",
+        "\u4ec0\u4e48\u662f\u5149\u5408\u4f5c\u7528\uff1f",
+        "def f(x): return x  # what does it do?",
+    ],
+)
+def test_prompts_of_many_kinds_are_usable(text: str) -> None:
+    assert is_usable_prompt(text)

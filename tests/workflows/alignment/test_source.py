@@ -52,6 +52,34 @@ def test_amounts_are_those_of_the_recipe(data: HumanData) -> None:
     assert [p.task for p in source.evaluation()] == ["t0"] * 3 + ["t1"] * 3  # a task
 
 
+def known(num: int, what: str) -> list[dict[str, Any]]:
+    return [{"prompt": f"{what} {i}?", "answer": i} for i in range(num)]
+
+
+def test_rows_that_choose_the_best_model_are_used_for_nothing_else(data: HumanData, tmp_path: Path) -> None:
+    def split(**changes: Any) -> tuple[int, int, list[str]]:
+        source = files_of(data.model_copy(update=changes))
+        rows = source.validation()
+        used = [p.id for p in [*source.prompts(), *source.evaluation()]]
+        assert not set(used) & {p.id for p in rows} and all(p.truth for p in rows) and bool(rows) == bool(source.validated_on)
+        return len(source.prompts()), len(source.evaluation()), [p.messages[-1].content for p in rows]
+
+    prompts = write(tmp_path / "known.jsonl", [{"prompt": "Why?"}, *known(11, "P")])
+    many = write(tmp_path / "many.jsonl", known(20, "M"))
+    assert split() == (2, 6, [])  # 4 rows beyond num_evaluation are too few, and the evaluation is as large as was asked for
+    assert split(num_evaluation=2) == (2, 4, ["E4?", "E5?", "E6?", "E7?", "E8?", "E9?"])
+    assert split(prompts=prompts) == (10, 6, ["P 4?", "P 9?"])
+    assert split(prompts=prompts, num_prompts=6) == (6, 6, ["E6?", "E7?", "E8?", "E9?", *(f"P {i}?" for i in range(5, 11))])
+    assert split(evaluation=many, num_evaluation=None) == (2, 16, ["M 4?", "M 9?", "M 14?", "M 19?"])
+    assert split(validation=many, prompts=prompts) == (12, 6, [f"M {i}?" for i in range(20)])
+
+
+def test_a_validation_row_that_is_evaluated_too_is_refused(data: HumanData, tmp_path: Path) -> None:
+    rows = write(tmp_path / "validation.jsonl", [{"prompt": "New?", "answer": 1}, {"prompt": " e2? ", "answer": 2}])
+    with pytest.raises(InputError, match="Row 2 of .*validation.jsonl asks what the evaluation asks"):
+        files_of(data.model_copy(update={"validation": rows}))
+
+
 def test_the_demonstrations_teach_to_write_prompts(data: HumanData) -> None:
     source = files_of(data)
     asked = "Write a prompt for the task talk."

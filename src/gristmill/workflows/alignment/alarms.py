@@ -8,6 +8,23 @@ from gristmill.train.settings import Training
 Alarm = dict[str, str]  # stage, and one text that says what, why and what to change
 
 
+def unusable_prompts(stage: str, probe: Mapping[str, Any]) -> Alarm:
+    """A model that cannot write prompts for the recipe's tasks."""
+    instead = f"{probe['instead']} write instead" if probe["instead"] else "nobody writes in its place"
+    return {
+        "stage": stage,
+        "text": f"{stage}: the model writes no usable prompts by task ({probe['usable']} of {probe['asked']}, the first is "
+        f"{probe['example']!r}), so by_task is left out and {instead}. To change it, name probe.fallback or other pipelines, let a "
+        "stronger model write (generators), or give data.prompts.",
+    }
+
+
+def no_prompts(stage: str) -> Alarm:
+    """A round that nobody has a prompt for."""
+    text = f"the run ends at {stage}, which has no prompts left: see the funnel in its done.json. To change it, give more data.prompts."
+    return {"stage": stage, "text": text}
+
+
 def kept_nothing(stage: str, funnel: Mapping[str, Mapping[str, Any]]) -> Alarm:
     """A round whose judges keep no answer."""
     answers, good = (sum(of_task[key] for of_task in funnel.values()) for key in ("answers", "good"))

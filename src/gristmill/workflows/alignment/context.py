@@ -1,14 +1,15 @@
 """What every stage of an alignment run works with: the recipe, models, engines, clients of the generators, and judges."""
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gristmill.core.device import pick_device
+from gristmill.core.config import Section, read
+from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.data.chat import ChatFormat, Message, find_format, with_template_of
@@ -25,6 +26,7 @@ from gristmill.judge.reward import RewardScorer
 from gristmill.judge.reward_client import weight_set
 from gristmill.miniature.base import BASE
 from gristmill.miniature.source import MiniatureSource
+from gristmill.model.flops import num_parameters
 from gristmill.model.hf import fingerprint, load_model, load_reward
 from gristmill.model.lora import check_adapters
 from gristmill.model.quantized import Quantize
@@ -33,6 +35,8 @@ from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir
 from gristmill.synth.templates import TemplatePack
+from gristmill.train.by_size import Kind, described, fill
+from gristmill.train.settings import Training
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
@@ -40,7 +44,49 @@ from gristmill.workflows.train import lora_config
 
 CONTEXT_MARGIN = 16  # an answer's text may take some tokens more when it is tokenized again
 ALL_AT_ONCE = 1 << 20  # requests: an engine makes its own batches
+STAGE_KINDS: dict[str, Kind] = {
+    "demonstration_sft": "demonstration_sft",
+    "reward": "reward",
+    "code_sft": "code_sft",
+    "general_sft": "sft",
+    "dpo": "preference",
+    "rpo": "preference",
+}
+ROWS_OF: dict[str, Callable[[DataSource], Sequence[Any]]] = {  # where they are known before the run
+    "demonstration_sft": lambda source: source.demonstrations(),
+    "reward": lambda source: source.ratings(),
+}
+WHERE = {"base_url", "api_key_env", "api_key_file"}  # of a model that is asked
+ASKED = ("answers.max_tokens", "engine.precision")  # how models are evaluated
 LATEST = "latest"  # checkpoint of a generator: the model before this round
+
+
+def resolved_recipe(
+    recipe: AlignmentRecipe, num_parameters: int, device: torch.device, *, source: DataSource, folder: Path
+) -> AlignmentRecipe:
+    """The recipe with everything that it leaves to the model's size and the device, as `train.by_size` chooses it.
+
+    Args:
+        num_parameters: of the Base model.
+        folder: the run's. What computes in which precision stays as it was there, also on another device.
+    """
+    before: dict[str, Any] = {}
+    with suppress(InputError):
+        before = read(folder / "recipe.yaml")
+
+    def precision(name: str) -> str:
+        section = before.get(name)
+        found = section.get("precision") if isinstance(section, dict) else None
+        return found if found in PRECISIONS else ""
+
+    changes: dict[str, Any] = {}
+    for name, kind in STAGE_KINDS.items():
+        section: Training = getattr(recipe, name)
+        rows = ROWS_OF[name](source) if name in ROWS_OF and section.batch_size is None else ()
+        changes[name] = fill(section, kind, num_parameters, device=device, num_rows=len(rows), precision=precision(name))
+    if recipe.engine.precision == "auto":
+        changes["engine"] = recipe.engine.model_copy(update={"precision": precision("engine") or pick_precision(device)})
+    return recipe.model_copy(update=changes)
 
 
 class AlignmentContext:
@@ -51,14 +97,14 @@ class AlignmentContext:
         folder: the run's folder.
         progress: where work announces itself.
         unsafe_code: run model-written programs without a jail.
+        redo: as `RunDir` takes it.
 
     Raises:
         InputError: a file of the recipe is missing or wrong, or there is no jail for a run that needs one.
     """
 
-    def __init__(self, recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False):
-        self.recipe, self.progress = recipe, progress
-        self.device = pick_device(recipe.device)
+    def __init__(self, recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False, *, redo: bool = False):
+        self.device, self.progress = pick_device(recipe.device), progress
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         self.templates = TemplatePack.load(recipe.templates)
@@ -66,20 +112,26 @@ class AlignmentContext:
         self.source: DataSource = MiniatureSource(recipe.data, recipe.seed) if recipe.world else FileSource(recipe.data, request)
         topics = recipe.topics
         have = {"tasks": bool(self.source.tasks), "topics": bool(topics.given() or topics.macro or topics.broad), "prompts": True}
-        recipe.pipelines.check([name for name, there in have.items() if there])
+        for pipelines in (recipe.pipelines, recipe.probe.fallback):
+            pipelines.check([name for name, there in have.items() if there])
         self.base_folder = BASE if recipe.model == "miniature" else Path(recipe.model)
         base, self.tokenizer = load_model(self.base_folder)  # fails here, before any work, when the checkpoint is bad
         for section in (recipe.demonstration_sft, recipe.reward, recipe.code_sft, recipe.general_sft, recipe.dpo, recipe.rpo):
             if section.lora is not None:
                 check_adapters(base, lora_config(section.lora), base=section.lora.base)
-        self.max_positions = base.config.max_positions
+        self.base_config, self.max_positions = base.config, base.config.max_positions
+        given, size = recipe, num_parameters(base.config)
+        self.recipe = recipe = resolved_recipe(given, size, self.device, source=self.source, folder=folder)
         self.base_fingerprint = fingerprint(self.base_folder)
         self.format: ChatFormat = find_format(recipe.chat_format, self.tokenizer)
         self.format.end_of_turn_id(self.tokenizer)
         self.saved_templates = with_template_of(self.format, self.tokenizer).chat_templates
         self.evaluation: list[Prompt] = self.source.evaluation()
-        self.held_out = frozenset(normalize_prompt(p.messages) for p in self.evaluation)
-        prompts = [*self.evaluation, *self.source.prompts()]
+        self.validation: list[Prompt] = self.source.validation()
+        self.evaluated = frozenset(normalize_prompt(p.messages) for p in self.evaluation)
+        # A world's prompts stay as they always were: what a round asked is no validation prompt any more (`best`).
+        self.held_out = self.evaluated if recipe.world else self.evaluated | {normalize_prompt(p.messages) for p in self.validation}
+        prompts = [*self.evaluation, *self.validation, *self.source.prompts()]
         for p in prompts:
             if not self.fits(p.messages):
                 raise InputError(
@@ -99,7 +151,11 @@ class AlignmentContext:
         self._engines: dict[str, Engine] = {}
         self._scorer: RewardScorer | None = None
         self.reward_report: dict[str, Any] = {}
-        self.run = RunDir(folder, recipe, progress)
+        self.run = RunDir(folder, recipe, progress, redo=redo)
+        if chosen := [name for name in STAGE_KINDS if getattr(recipe, name) != getattr(given, name)]:
+            progress.say(f"settings for {size / 1e6:,.4g}M parameters on {self.device}, where the recipe gives none:")
+            for name in chosen:
+                progress.say(f"  {name}: {described(getattr(recipe, name))}")
 
     def close(self) -> None:
         """Stop the sandbox and let go of the folder."""
@@ -116,6 +172,32 @@ class AlignmentContext:
             elif g.checkpoint not in (LATEST, *self.recipe.model_stages()):
                 names = ", ".join((LATEST, *self.recipe.model_stages()))
                 raise InputError(f"The run will have no checkpoint {g.checkpoint!r}: generators.checkpoint is one of {names}.")
+
+    # ---- what a stage is made from ----
+
+    def parts(self, *paths: str) -> dict[str, Any]:
+        """Keys of the recipe, as `section` or `section.key`, that a stage reads, with their plain values."""
+        out = {}
+        for path in paths:
+            value: Any = self.recipe
+            for key in path.split("."):
+                value = getattr(value, key)
+            out[path] = value.model_dump(mode="json", exclude=WHERE) if isinstance(value, Section) else value
+        return out
+
+    def judging_parts(self, without: frozenset[str]) -> dict[str, Any]:
+        """The section of the judges but for some keys; where a reward model answers, and with which key, changes nothing."""
+        found = self.recipe.judging.model_dump(mode="json", exclude=set(without))
+        reward = found.get("reward")
+        return found | {"reward": reward and {key: value for key, value in reward.items() if key not in WHERE}}
+
+    def who(self, number: int, made: dict[str, str], latest: str) -> list[Any]:
+        """What decides how the generators of a round write: what was asked of them, and which models they are."""
+        out: list[Any] = []
+        for g in self.generators(number) or [GeneratorSettings(checkpoint=LATEST)]:
+            name = latest if g.checkpoint == LATEST else g.checkpoint
+            out.append([g.identity, made.get(name, "") if g.checkpoint else fingerprint(g.folder) if g.folder else ""])
+        return out
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether a prompt and its longest answer fit in the model's context."""

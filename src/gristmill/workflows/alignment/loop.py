@@ -30,11 +30,12 @@ from gristmill.runs import artifacts
 from gristmill.train.settings import PreferenceTraining, Training
 from gristmill.verify.repair import instructions_of
 from gristmill.workflows.alignment import monitors
-from gristmill.workflows.alignment.alarms import code_left_out, collapsed, few_steps, kept_nothing, no_pairs
+from gristmill.workflows.alignment.alarms import code_left_out, collapsed, few_steps, kept_nothing, no_pairs, no_prompts, unusable_prompts
 from gristmill.workflows.alignment.answering import answer, answer_pairs, prompt_demonstrations
-from gristmill.workflows.alignment.context import AlignmentContext
+from gristmill.workflows.alignment.best import choose_best
+from gristmill.workflows.alignment.context import ASKED, AlignmentContext
 from gristmill.workflows.alignment.prompt_generation import write_prompts
-from gristmill.workflows.alignment.recipe import GIVEN, AlignmentRecipe
+from gristmill.workflows.alignment.recipe import BASE_ROW, AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
 from gristmill.workflows.alignment.state import State
 from gristmill.workflows.alignment.training import train_stage
@@ -43,21 +44,46 @@ from gristmill.workflows.train import ADAPTER, MODEL
 
 CODE_ROWS_MIN = 8
 HUMAN: list[artifacts.AnyArtifact] = [artifacts.HUMAN_DEMONSTRATIONS, artifacts.RATINGS, artifacts.EVALUATION]
+NUM_HUMAN = ("demonstrations", "rated_prompts", "evaluation", "held_out_ratings")
+# What of judging only the choice of rows reads, and only that of pairs.
+OF_ROWS = frozenset(
+    {"max_per_prompt", "max_judged_per_prompt", "max_per_task", "max_code_per_task", "max_prompts_per_task", "max_per_topic", "code_share"}
+)
+OF_PAIRS = frozenset(
+    {
+        "llm",
+        "keep_chosen",
+        "max_pairs_per_prompt",
+        "max_pairs_per_task",
+        "min_gap",
+        "verified_gap",
+        "near_duplicates",
+        "max_length_difference",
+        "code_share",
+    }
+)
 TRAINED = [f"{MODEL}/*", f"{ADAPTER}/*"]
 MODEL_FILES: list[artifacts.AnyArtifact] = [artifacts.OUTCOMES, artifacts.EVALUATION_CALLS]
 
 
-def run(recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False) -> dict[str, Any]:
+def run(recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False, *, redo: bool = False) -> dict[str, Any]:
     """Turn the mill, from the start or from where an earlier start was cut off. Returns what `results.json` holds.
+
+    Args:
+        redo: make stages again that were made from another recipe or other files, and what depends on them; else they are refused.
 
     Raises:
         InputError: bad input, before work is spent.
     """
-    context = AlignmentContext(recipe, folder, progress, unsafe_code)
+    context = AlignmentContext(recipe, folder, progress, unsafe_code, redo=redo)
     try:
         return _run(context)
     finally:
         context.close()
+
+
+class _NoPrompts(Exception):
+    """A round that has no prompt left; what it made so far stays."""
 
 
 def _run(context: AlignmentContext) -> dict[str, Any]:
@@ -66,18 +92,24 @@ def _run(context: AlignmentContext) -> dict[str, Any]:
     if not judged:
         raise InputError("Nothing can judge answers: give data.ratings for a reward model, or data.prompts with known answers.")
     state = _data(context)
+    _base(context, state)
     if state.ratings:
         _reward(context, state)
-    current = "demonstrations" if state.demonstrations else GIVEN
+    current = "demonstrations" if state.demonstrations else BASE_ROW
     if state.demonstrations:
         first = _train(context, state, current, 0, recipe.demonstration_sft, context.base_folder, state.demonstrations)
     else:
-        first = _given(context, state)
+        first = context.engine(BASE_ROW, context.base_folder)  # taken for an Instruct
     _check_reward(context, state, first)
     monitors.measure(context, state, current, 0)
     stopped = None
     for number in range(1, context.recipe.rounds + 1):
-        current = _round(context, state, number, current)
+        try:
+            current = _round(context, state, number, current)
+        except _NoPrompts as e:
+            stopped = f"round {number}: no prompts"
+            state.alarms.append(no_prompts(str(e)))
+            break
         alarms = monitors.measure(context, state, current, number)
         if len(alarms) >= context.recipe.collapse.stop:
             stopped = f"round {number}: {', '.join(alarms)}"
@@ -96,7 +128,7 @@ def _data(context: AlignmentContext) -> State:
         demonstrations, ratings = context.source.demonstrations(), context.source.ratings()
         asked = [(d.id, d.messages[:-1]) for d in demonstrations] + [(r.id, r.messages[:-1]) for r in ratings]
         for name, messages in asked:
-            if contaminated(messages, context.held_out):
+            if contaminated(messages, context.evaluated):
                 raise InputError(f"Human row {name} asks what the evaluation asks: take it out of one of the two files.")
         whole = [d.messages for d in demonstrations if not d.parents] + [r.messages for r in ratings]
         long = [messages for messages in whole if not context.holds(messages)]
@@ -110,13 +142,20 @@ def _data(context: AlignmentContext) -> State:
         artifacts.EVALUATION.write(folder, context.evaluation)
         return {"demonstrations": len(demonstrations), "ratings": len(ratings), "evaluation": len(context.evaluation)}
 
-    settings = recipe.model_dump(mode="json", include={"data", "world", "seed"})
-    files = {k: hashlib.blake2b(v.read_bytes()).hexdigest() for k, v in recipe.data if isinstance(v, Path)}
-    done = context.run.stage("data", [settings, files, context.base_fingerprint], work, artifacts=HUMAN)
+    used = [k for k in ("demonstrations", "ratings", "evaluation") if getattr(recipe.data, k) is not None]
+    files = {k: hashlib.blake2b(getattr(recipe.data, k).read_bytes()).hexdigest() for k in used}
+    inputs = [
+        context.parts("world", "seed", "chat_format", *(f"data.num_{k}" for k in NUM_HUMAN)),
+        files,
+        make_id([p.id for p in context.evaluation]),
+        "" if recipe.world else context.templates["task_prompt"].text,  # of the demonstrations of prompt writing
+        context.base_fingerprint,
+    ]
+    done = context.run.stage("data", inputs, work, artifacts=HUMAN)
     folder = done.folder
     demonstrations = artifacts.HUMAN_DEMONSTRATIONS.read(folder)
     ratings = artifacts.RATINGS.read(folder)
-    state = State(demonstrations, ratings, done.fingerprint)
+    state = State(demonstrations, ratings, {"data": done.fingerprint})
     state.seen = {normalize_prompt(d.messages[:-1]) for d in demonstrations}
     return state
 
@@ -128,9 +167,23 @@ def _split_ratings(context: AlignmentContext, state: State) -> tuple[list[Rated]
     return [r for r in state.ratings if r.pair not in held], [r for r in state.ratings if r.pair in held]
 
 
+def _base(context: AlignmentContext, state: State) -> None:
+    """Row 0: the model as it was given, asked as all models of the run are."""
+
+    def work(folder: Path) -> dict[str, Any]:
+        scores = _evaluate(context, context.engine(BASE_ROW, context.base_folder), folder)
+        return {**scores, "asked": f"in the chat format {context.format.name}, as every model of the run, also where it never saw one"}
+
+    done = context.run.stage(BASE_ROW, [state.made["data"], context.parts(*ASKED)], work, artifacts=MODEL_FILES, beside=True)
+    state.made[BASE_ROW] = done.fingerprint
+    state.models[BASE_ROW] = context.base_folder
+    row = {"name": BASE_ROW, "round": 0, "model": str(context.base_folder), "folder": done.folder.name}
+    state.stages.append(row | {key: done.summary[key] for key in (*MODES, "asked")})
+
+
 def _reward(context: AlignmentContext, state: State) -> None:
     rows, _ = _split_ratings(context, state)
-    settings = [context.recipe.reward.model_dump(), list(context.weights), state.chain]
+    settings = [context.recipe.reward.model_dump(), list(context.weights), state.made["data"]]
 
     def work(folder: Path) -> dict[str, Any]:
         return train_stage(context, "reward", context.base_folder, rows, context.recipe.reward, folder)
@@ -138,22 +191,7 @@ def _reward(context: AlignmentContext, state: State) -> None:
     done = context.run.stage("reward", settings, work, files=TRAINED)
     _watch_steps(context, state, "reward", done.summary, context.recipe.reward)
     state.reward_folder = done.folder / MODEL
-    state.chain = done.fingerprint
-
-
-def _given(context: AlignmentContext, state: State) -> Engine:
-    """Evaluate the model as it was given: without demonstrations it is taken for an Instruct, and is the first generator."""
-    engine = context.engine(GIVEN, context.base_folder)
-
-    def work(folder: Path) -> dict[str, Any]:
-        return _evaluate(context, engine, folder)
-
-    inputs = [state.chain, context.recipe.answers.max_tokens]
-    done = context.run.stage(GIVEN, inputs, work, artifacts=MODEL_FILES)
-    state.models[GIVEN] = context.base_folder
-    state.chain = done.fingerprint
-    state.stages.append({"name": GIVEN, "round": 0, "model": done.folder.name, **{mode: done.summary[mode] for mode in MODES}})
-    return engine
+    state.made["reward"] = done.fingerprint
 
 
 def _check_reward(context: AlignmentContext, state: State, instruct: Engine) -> None:
@@ -190,8 +228,8 @@ def _check_reward(context: AlignmentContext, state: State, instruct: Engine) -> 
             out["llm_judge"][name] = reward_bench.judge_accuracy(tasks, comparisons, verdicts)
         return out
 
-    inputs = [state.chain, context.recipe.answers.model_dump()]
-    done = context.run.stage("reward-check", inputs, work, artifacts=[artifacts.RESPONSES])
+    parts = context.parts("answers", "engine.precision", "judging.reward")
+    done = context.run.stage("reward-check", [state.of("reward", "demonstrations"), parts], work, artifacts=[artifacts.RESPONSES])
     context.reward_report = {k: done.summary[k] for k in ("easy", "hard", "llm_judge", "correlation")}
 
 
@@ -208,8 +246,8 @@ def _round(context: AlignmentContext, state: State, number: int, generator: str)
     """One round; returns the name of its last model."""
     recipe, human_only = context.recipe, context.recipe.control == "human-only"
     client = context.client(number, state.models, generator)
-    prompts, whole = ([], []) if human_only else _prompts(context, state, number, client)
-    code, general, answers = _answers(context, state, number, client, prompts, whole)
+    prompts, whole = ([], []) if human_only else _prompts(context, state, number, client, generator)
+    code, general, answers = _answers(context, state, number, client, generator, prompts, whole)
     human_code = [d for d in state.demonstrations if d.task in context.source.code_tasks]
     start = context.base_folder
     rows = code if recipe.control == "replace" else [*human_code, *code]
@@ -235,7 +273,7 @@ def _round(context: AlignmentContext, state: State, number: int, generator: str)
         if human_only:
             pairs = _human_pairs(_split_ratings(context, state)[0], settings.num_pairs, seed=number * 100 + i)
         else:
-            pairs = _pairs(context, state, f"r{number}-{name}-pairs", client, chosen, settings)
+            pairs = _pairs(context, state, f"r{number}-{name}-pairs", client, chosen, current=current, settings=settings)
         if not pairs:  # the model stays as it is
             if human_only:
                 why = {"rated answers, none better than the other to its prompt": len(state.ratings)}
@@ -248,11 +286,20 @@ def _round(context: AlignmentContext, state: State, number: int, generator: str)
     return current
 
 
-def _prompts(context: AlignmentContext, state: State, number: int, client: Client) -> tuple[list[Prompt], list[Demonstration]]:
+def _prompts(
+    context: AlignmentContext, state: State, number: int, client: Client, generator: str
+) -> tuple[list[Prompt], list[Demonstration]]:
     """This round's prompts, and conversations that were written whole."""
     recipe = context.recipe
-    writing = recipe.model_dump(mode="json", include={"templates", "topics", "pipelines"})
-    inputs = [state.chain, writing, recipe.control, number, [g.identity for g in context.generators(number)]]
+    inputs = [
+        state.of("data", *state.rounds_made(number)),
+        context.parts("topics", "pipelines", "probe", "answers.temperatures", "control", *ASKED),
+        context.templates.identity,
+        number,
+        context.who(number, state.made, generator),
+        [[p.id, p.truth] for p in context.source.prompts()],
+        make_id(sorted(context.held_out)),
+    ]
     answered = set() if recipe.control == "replace" else {parent for d in state.synthetic for parent in d.parents}
 
     def work(folder: Path) -> dict[str, Any]:
@@ -261,14 +308,22 @@ def _prompts(context: AlignmentContext, state: State, number: int, client: Clien
     done = context.run.stage(f"r{number}-prompts", inputs, work, artifacts=PROMPT_FILES)
     prompts = artifacts.PROMPTS.read(done.folder)
     state.seen |= {normalize_prompt(p.messages) for p in prompts}
-    state.chain = done.fingerprint
+    state.made[f"r{number}-prompts"] = done.fingerprint
+    if probe := done.summary.get("probe"):
+        state.alarms.append(unusable_prompts(f"r{number}-prompts", probe))
     if not prompts:
-        raise InputError(f"Round {number} has no prompts left: see the funnel in {done.folder}/done.json.")
+        raise _NoPrompts(f"r{number}-prompts")
     return prompts, artifacts.CONVERSATIONS.read(done.folder)
 
 
 def _answers(
-    context: AlignmentContext, state: State, number: int, client: Client, prompts: Sequence[Prompt], whole: Sequence[Demonstration]
+    context: AlignmentContext,
+    state: State,
+    number: int,
+    client: Client,
+    generator: str,
+    prompts: Sequence[Prompt],
+    whole: Sequence[Demonstration],
 ) -> tuple[list[Demonstration], list[Demonstration], list[Response]]:
     """Kept answers of this round (and, unless replaced, of earlier ones): for code SFT, and for general SFT. And all of this one's."""
     recipe, judging, code_tasks = context.recipe, context.recipe.judging, context.source.code_tasks
@@ -290,8 +345,12 @@ def _answers(
             seed, repair = recipe.seed * 1000 + number, judging.repair is not None
             return answer(context, client, prompts, seed, folder=folder, reward_folder=state.reward_folder, work=keep, repair=repair)
 
-        generators = [g.identity for g in context.generators(number)]
-        inputs = [state.chain, recipe.answers.model_dump(), judging.model_dump(mode="json"), generators]
+        inputs = [
+            state.of("reward", f"r{number}-prompts"),
+            context.parts("answers", "engine.precision", "control"),
+            context.judging_parts(without=OF_PAIRS),
+            context.who(number, state.made, generator),
+        ]
         done = context.run.stage(f"r{number}-answers", inputs, work, artifacts=[*KEPT_FILES, artifacts.CALLS])
         kept = artifacts.KEPT.read(done.folder)
         answers = artifacts.RESPONSES.read(done.folder)
@@ -300,7 +359,7 @@ def _answers(
         state.synthetic = kept if recipe.control == "replace" else [*state.synthetic, *kept]
         repaired = done.summary.get("repaired", 0)
         state.repaired = repaired if recipe.control == "replace" else state.repaired + repaired
-        state.chain = done.fingerprint
+        state.made[f"r{number}-answers"] = done.fingerprint
     code = [d for d in state.synthetic if d.task in code_tasks]
     return code, [d for d in state.synthetic if d.task not in code_tasks], answers
 
@@ -312,7 +371,14 @@ def _repeat(code: list[Demonstration], share: float, num_general: int, number: i
 
 
 def _pairs(
-    context: AlignmentContext, state: State, name: str, client: Client, prompts: Sequence[Prompt], settings: PreferenceTraining
+    context: AlignmentContext,
+    state: State,
+    name: str,
+    client: Client,
+    prompts: Sequence[Prompt],
+    *,
+    current: str,
+    settings: PreferenceTraining,
 ) -> list[Pair]:
     def work(folder: Path) -> dict[str, Any]:
         seed = context.recipe.seed * 1000 + len(context.run.stages)
@@ -321,16 +387,18 @@ def _pairs(
         artifacts.PAIRS.write(folder, pairs)
         return {**facts, "pairs": len(pairs)}
 
+    round_ = name.split("-")[0]
     inputs = [
-        state.chain,
-        context.recipe.answers.model_dump(),
-        context.recipe.judging.model_dump(mode="json"),
-        settings.num_prompts,
+        state.of("reward", current, f"{round_}-prompts", f"{round_}-answers"),
+        context.parts("answers", "engine.precision", "control"),
+        context.judging_parts(without=OF_ROWS),
+        [p.id for p in prompts],
         settings.num_pairs,
         settings.keep_chosen,
+        len(context.run.stages),  # which the seed is made of
     ]
     done = context.run.stage(name, inputs, work, artifacts=[*PAIR_FILES, artifacts.CALLS])
-    state.chain = done.fingerprint
+    state.made[name] = done.fingerprint
     pairs = artifacts.PAIRS.read(done.folder)
     if not pairs:
         state.alarms.append(no_pairs(name, done.summary["funnel"]))
@@ -372,14 +440,18 @@ def _train(
     def work(folder: Path) -> dict[str, Any]:
         return {**train_stage(context, "sft", start, rows, settings, folder), "human_rows": sum(r.origin == "human" for r in rows)}
 
-    inputs = [state.chain, settings.model_dump(), make_id([r.id for r in rows]), str(start.name)]
+    # an answer's id says who was asked what, so what made the rows must be said too
+    sources = [f"r{i}-answers" for i in range(1, number + 1)]
+    begun = next((stage for stage, folder in state.models.items() if folder == start), BASE_ROW)
+    inputs = [state.of("data", *sources, begun), settings.model_dump(), make_id([r.id for r in rows])]
     return _model_stage(context, state, name, number, inputs, work, settings)
 
 
 def _prefer(
     context: AlignmentContext, state: State, name: str, number: int, settings: PreferenceTraining, start: Path, pairs: Sequence[Pair]
 ) -> Engine:
-    inputs = [state.chain, settings.model_dump(), make_id([p.id for p in pairs])]
+    begun = next(stage for stage, folder in state.models.items() if folder == start)
+    inputs = [state.of("data", begun, f"{name}-pairs"), settings.model_dump(), make_id([p.id for p in pairs])]
 
     def work(folder: Path) -> dict[str, Any]:
         return train_stage(context, settings.loss, start, pairs, settings, folder)
@@ -396,21 +468,24 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
     """Train, then evaluate on the held-out prompts."""
 
     def trained(folder: Path) -> dict[str, Any]:
-        return {**work(folder), **_evaluate(context, context.engine(name, folder / MODEL), folder)}
+        facts = work(folder)
+        return {**facts, **_evaluate(context, context.engine(name, folder / MODEL), folder)}
 
-    done = context.run.stage(name, [inputs, context.recipe.answers.max_tokens], trained, artifacts=MODEL_FILES, files=TRAINED)
+    done = context.run.stage(name, [inputs, context.parts(*ASKED)], trained, artifacts=MODEL_FILES, files=TRAINED)
     _watch_steps(context, state, name, done.summary, settings)
     folder = done.folder
     state.models[name] = folder / MODEL
-    state.chain = done.fingerprint
-    state.stages.append({"name": name, "round": number, "model": f"{folder.name}/{MODEL}", **{mode: done.summary[mode] for mode in MODES}})
+    state.made[name] = done.fingerprint
+    row = {"name": name, "round": number, "model": f"{folder.name}/{MODEL}", "folder": folder.name}
+    state.stages.append(row | {mode: done.summary[mode] for mode in MODES})
     return context.engine(name, folder / MODEL)
 
 
 def _evaluate(context: AlignmentContext, engine: Engine, folder: Path) -> dict[str, Any]:
+    """Accuracy on the held-out prompts; the outcomes go to the stage's folder."""
     scores = evaluate_model(
         context.evaluation,
-        lambda requests: context.generate(engine, requests, folder / "evaluation.jsonl"),
+        lambda requests: context.generate(engine, requests, folder / artifacts.EVALUATION_CALLS.file),
         context.verifier.verify,
         max_tokens=context.recipe.answers.max_tokens,
         seed=context.recipe.seed,
@@ -423,8 +498,9 @@ def _evaluate(context: AlignmentContext, engine: Engine, folder: Path) -> dict[s
 
 
 def _results(context: AlignmentContext, state: State, stopped: str | None) -> dict[str, Any]:
+    best = choose_best(context, state)
     human, synthetic = len(state.demonstrations) + state.human_pairs, len(state.synthetic) + state.pairs
-    seconds = sum(read_json(context.run.path / s / "done.json")["seconds"] for s in context.run.stages)
+    seconds = sum(read_json(context.run.path / s / "done.json")["seconds"] for s in [*context.run.beside, *context.run.stages])
     results = {
         "name": context.recipe.name,
         "control": context.recipe.control,
@@ -435,6 +511,7 @@ def _results(context: AlignmentContext, state: State, stopped: str | None) -> di
         "alignment_samples": {"human": human, "synthetic": synthetic, "human_ratings": len(state.ratings)}
         | ({"repaired": state.repaired} if context.recipe.judging.repair else {}),
         "stages": state.stages,
+        "best": best,
         "reward": context.reward_report,
         "collapse": state.collapse,
         "stopped": stopped,

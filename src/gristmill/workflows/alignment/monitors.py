@@ -7,7 +7,7 @@ from typing import Any
 from gristmill.data.chat import Message
 from gristmill.evaluate import diversity
 from gristmill.generation.api import Request, SamplingParams
-from gristmill.workflows.alignment.context import AlignmentContext
+from gristmill.workflows.alignment.context import ASKED, AlignmentContext
 from gristmill.workflows.alignment.state import State
 
 SAMPLES = 200
@@ -43,7 +43,9 @@ def measure(context: AlignmentContext, state: State, name: str, number: int) -> 
         first = state.collapse[0]["values"] if state.collapse else now
         return {"values": {k: round(v, 4) for k, v in now.items()}, "alarms": diversity.alarms(now, first)}
 
-    done = context.run.stage(f"r{number}-monitors" if number else "monitors", [state.chain, context.recipe.collapse.model_dump()], work)
+    inputs = [state.of(name, "data", *(["monitors"] if number else [])), context.parts("collapse.tokens", *ASKED)]
+    done = context.run.stage(f"r{number}-monitors" if number else "monitors", inputs, work)
+    state.made[f"r{number}-monitors" if number else "monitors"] = done.fingerprint
     state.collapse.append({"round": number, "model": name, "values": done.summary["values"], "alarms": done.summary["alarms"]})
     return list(done.summary["alarms"])
 

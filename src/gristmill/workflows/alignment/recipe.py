@@ -16,7 +16,7 @@ from gristmill.workflows.dataset.recipe import Answers
 
 World = Literal["miniature"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
-GIVEN = "given"  # the model itself, where there are no demonstrations to make an Instruct of it
+BASE_ROW = "base"  # the model as given, in results; without demonstrations it is the first Instruct
 OF_WORLD = ("templates", "topics", "pipelines")  # sections that a world's own recipe has in another way than the defaults
 
 
@@ -31,7 +31,9 @@ class EngineSettings(Section):
     """How the run's models generate."""
 
     max_batch: int = Field(256, gt=0, description="most responses in flight")
-    precision: Literal["fp32", "bf16", "int8"] = Field("fp32", description="of generation; int8: matrix products in int8, all else in bf16")
+    precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        "auto", description="of generation; auto: bf16 where the device is made for it; int8: matrix products in int8, all else in bf16"
+    )
 
 
 class AlignmentJudging(Judging):
@@ -55,6 +57,14 @@ class Collapse(Section):
 
     tokens: int = Field(4000, gt=0, description="token budget every text set is cut to")
     stop: int = Field(4, gt=0)
+
+
+class Probe(Section):
+    """A few calls, before a round buys its prompts, that show whether the model writes usable ones for `pipelines.by_task`."""
+
+    num_prompts: int = Field(8, ge=0, description="prompts asked for first; 0: no probe")
+    min_usable: float = Field(0.25, ge=0, le=1, description="share of them that must be usable")
+    fallback: Pipelines = Field(Pipelines(), description="pipelines that write instead where it is less; none: nobody writes")
 
 
 class Alarms(Section):
@@ -85,17 +95,18 @@ class AlignmentRecipe(Recipe):
     templates: NameOrPath = Field("default", description="a shipped pack of prompt templates, or a file of them")
     topics: Topics = Field(Topics(macro=0, subtopics=0), description="for the pipelines that need topics")
     pipelines: Pipelines = Field(Pipelines(by_task=ByTask()), description="which pipelines write prompts, and how many")
+    probe: Probe = Probe()
     answers: Answers = Answers(max_tokens=80)
     engine: EngineSettings = EngineSettings()
     judging: AlignmentJudging = AlignmentJudging()
     collapse: Collapse = Collapse()
     alarms: Alarms = Alarms()
-    demonstration_sft: Training = Training(lr=1e-3, epochs=15, batch_size=16)
-    reward: Training = Training(lr=1e-3, epochs=3, batch_size=32)
-    code_sft: Training = Training(lr=1e-4, steps=15)
-    general_sft: Training = Training(lr=1e-3, epochs=5, batch_size=32)
-    dpo: PreferenceTraining = PreferenceTraining(lr=5e-5, epochs=3, batch_size=32, beta=0.1, sft_weight=1.0)
-    rpo: PreferenceTraining = PreferenceTraining(lr=5e-5, epochs=3, batch_size=32, beta=0.1, sft_weight=1.0, loss="rpo")
+    demonstration_sft: Training = Training()
+    reward: Training = Training()
+    code_sft: Training = Training()
+    general_sft: Training = Training()
+    dpo: PreferenceTraining = PreferenceTraining()
+    rpo: PreferenceTraining = PreferenceTraining(loss="rpo")
 
     @model_validator(mode="before")
     @classmethod
@@ -110,11 +121,7 @@ class AlignmentRecipe(Recipe):
         for name, given in merged.items():
             default = cls.model_fields[name].default if name in cls.model_fields else None
             if isinstance(default, Training | Answers) and isinstance(given, dict):
-                kept = default.model_dump(exclude_unset=True)
-                for one, other in (("steps", "epochs"), ("epochs", "steps")):
-                    if given.get(one) is not None:
-                        kept.pop(other, None)
-                merged[name] = {**kept, **given}
+                merged[name] = {**default.model_dump(exclude_unset=True), **given}
         return merged
 
     @model_validator(mode="after")
@@ -123,7 +130,7 @@ class AlignmentRecipe(Recipe):
             raise ValueError("without a world, data.evaluation must name a file, and data.demonstrations unless the model is an Instruct")
         if self.world is None and self.data.demonstrations is None and self.control == "human-only":
             raise ValueError("control human-only needs data.demonstrations: name a file")
-        files = {name: getattr(self.data, name) for name in ("demonstrations", "ratings", "prompts", "evaluation")}
+        files = {name: getattr(self.data, name) for name in ("demonstrations", "ratings", "prompts", "evaluation", "validation")}
         if self.world is not None and (given := [f"data.{name}" for name, path in files.items() if path is not None]):
             raise ValueError(f"{given[0]} would not be read, since the world {self.world} writes its own rows: take one of the two out")
         for number, name in (("num_rated_prompts", "ratings"), ("num_prompts", "prompts")):
@@ -134,12 +141,15 @@ class AlignmentRecipe(Recipe):
     def model_stages(self) -> list[str]:
         """The stages that train a language model, in their order."""
         each = ["code-sft", "general-sft", "dpo", *(f"rpo{i}" for i in range(1, self.rpo_iterations + 1))]
-        first = GIVEN if self.world is None and self.data.demonstrations is None else "demonstrations"
+        first = BASE_ROW if self.world is None and self.data.demonstrations is None else "demonstrations"
         return [first, *(f"r{number}-{name}" for number in range(1, self.rounds + 1) for name in each)]
 
     def changed(self, old: dict[str, Any]) -> list[str]:
         """As `Recipe.changed`; rounds may grow, not shrink, and of the generators only what decides who answers what counts."""
         asked = [GeneratorSettings.model_validate(g).identity for g in old.get("generators", ())]
         same = asked == [g.identity for g in self.generators]
-        fewer = ["rounds, which may grow, not shrink"] if self.rounds < old.get("rounds", 0) else []
-        return [key for key in super().changed(old) if key != "generators" or not same] + fewer
+        return [key for key in super().changed(old) if key != "generators" or not same] + self.forbidden(old)
+
+    def forbidden(self, old: dict[str, Any]) -> list[str]:
+        """Fewer rounds: what they have made would be of no run."""
+        return ["rounds, which may grow, not shrink"] if self.rounds < old.get("rounds", 0) else []

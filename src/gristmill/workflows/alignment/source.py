@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from gristmill.core.errors import InputError
 from gristmill.data.chat import Conversation, Message
 from gristmill.data.human import HumanData
 from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
@@ -35,6 +36,15 @@ class DataSource(Protocol):
 
     def evaluation(self) -> list[Prompt]: ...
 
+    def validation(self) -> list[Prompt]:
+        """Prompts with truths by which the best model is chosen: neither evaluated nor trained on."""
+        ...
+
+    @property
+    def validated_on(self) -> str:
+        """Which prompts those are."""
+        ...
+
     def truth(self, task: str, messages: Conversation) -> dict[str, Any] | None:
         """What a verifier needs for a prompt that a model wrote, or None."""
         ...
@@ -44,6 +54,10 @@ class DataSource(Protocol):
         ...
 
 
+MIN_SPLIT = 5  # rows with known answers from which some are held out to choose the best model
+MIN_SPLIT_EVALUATION = 20  # evaluation rows from which some are, where nothing else is there
+SPLIT = 5  # every fifth of them
+MAX_VALIDATION = 200
 CODE_PIPELINES = frozenset({"python", "genetic"})
 
 
@@ -56,8 +70,12 @@ class FileSource:
     | ratings | HelpSteer2's: `prompt` and `response` (or `messages`), helpfulness, correctness, coherence, complexity, verbosity |
     | prompts | `messages` or `prompt`; optional `truth`, `answer` (a known final answer) or tests (data/truths.py), optional `task` |
     | evaluation | as prompts, with `truth`, `answer` or tests |
+    | validation | as evaluation |
 
-    The demonstrations also teach the model to write prompts: each first turn becomes the answer to a request for a prompt.
+    Without a file the validation rows are those with known answers that `num_evaluation` and `num_prompts` leave out, where these are
+    five or more; else every fifth prompt with a known answer; else every fifth of 20 or more evaluation rows. A number that is given is
+    held: nothing is taken from those rows. The demonstrations also teach the model to write prompts: each first turn becomes the answer
+    to a request for a prompt.
 
     Args:
         request: template of that request.
@@ -73,15 +91,47 @@ class FileSource:
         self._demonstrations = given[: data.num_demonstrations]
         self._evaluation = read_prompts(data.evaluation, "human", truth=True)
         self._prompts = read_prompts(data.prompts, "file") if data.prompts else []
+        known_beyond = [p for p in self._prompts[data.num_prompts :] if p.truth] if data.num_prompts is not None else []
         self._prompts = self._prompts[: data.num_prompts]
         self._ratings = _rated(read_ratings(data.ratings), data) if data.ratings else []
         self.tasks = tuple(dict.fromkeys(d.task for d in self._demonstrations))
         limited: list[Prompt] = []
         for task in dict.fromkeys(p.task for p in self._evaluation):
             limited += [p for p in self._evaluation if p.task == task][: data.num_evaluation]
+        beyond = [p for p in self._evaluation if p not in limited]
         self._evaluation = limited
+        self._validation, self.validated_on = self._split(data, beyond, known_beyond)
         checked = {p.task for p in [*self._prompts, *self._evaluation] if (p.truth or {}).get("kind") == "code"}
         self.code_tasks = frozenset({t for t in self.tasks if "code" in t.lower()} | checked | CODE_PIPELINES)
+
+    def _split(self, data: HumanData, *beyond: list[Prompt]) -> tuple[list[Prompt], str]:
+        """Rows that choose the best model, and which they are; taken out of what they were."""
+        held_out = frozenset(normalize_prompt(p.messages) for p in self._evaluation)
+        if data.validation is not None:
+            rows = read_prompts(data.validation, "validation", truth=True)
+            for number, p in enumerate(rows, 1):
+                if contaminated(p.messages, held_out):
+                    raise InputError(
+                        f"Row {number} of {data.validation} asks what the evaluation asks: take it out of one of the two files."
+                    )
+            return rows, "data.validation"
+        unused = [p for rows in beyond for p in rows if not contaminated(p.messages, held_out)]
+        if len(unused) >= MIN_SPLIT:
+            return unused[:MAX_VALIDATION], "rows with known answers beyond data.num_evaluation and data.num_prompts"
+        known = [p for p in self._prompts if p.truth and not contaminated(p.messages, held_out)]
+        if data.num_prompts is None and len(known) >= MIN_SPLIT:
+            held = known[SPLIT - 1 :: SPLIT][:MAX_VALIDATION]
+            self._prompts = [p for p in self._prompts if p not in held]
+            return held, "a fifth of the prompts with known answers, which the run does not train on"
+        if data.num_evaluation is None and len(self._evaluation) >= MIN_SPLIT_EVALUATION:
+            held = self._evaluation[SPLIT - 1 :: SPLIT][:MAX_VALIDATION]
+            self._evaluation = [p for p in self._evaluation if p not in held]
+            return held, "a fifth of the evaluation rows, which are not reported"
+        return [], ""
+
+    def validation(self) -> list[Prompt]:
+        """Held-out prompts that choose the best model."""
+        return self._validation
 
     def demonstrations(self) -> list[Demonstration]:
         """The user's conversations, and prompt-writing ones derived from them (a fifth as many)."""

@@ -10,11 +10,15 @@ from gristmill.workflows.alignment.alarms import Alarm
 
 @dataclass
 class State:
-    """Rows, models and counts so far; `chain` names everything they come from."""
+    """Rows, models and counts so far.
+
+    Attributes:
+        made: fingerprint of each stage by its name.
+    """
 
     demonstrations: list[Demonstration]
     ratings: list[Rated]
-    chain: str  # fingerprint of everything so far
+    made: dict[str, str]
     reward_folder: Path | None = None
     synthetic: list[Demonstration] = field(default_factory=list)  # kept answers of all rounds
     repaired: int = 0  # of the synthetic ones, those that a program has edited
@@ -25,3 +29,11 @@ class State:
     collapse: list[dict[str, Any]] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
     models: dict[str, Path] = field(default_factory=dict)
+
+    def of(self, *names: str) -> dict[str, str]:
+        """Fingerprints of the stages that another one reads, where the run has them."""
+        return {name: self.made[name] for name in names if name in self.made}
+
+    def rounds_made(self, number: int) -> list[str]:
+        """Stages of earlier rounds that say which prompts were asked and answered."""
+        return [f"r{i}-{name}" for i in range(1, number) for name in ("prompts", "answers")]

@@ -1,0 +1,117 @@
+"""One question with the answers of all models of a run, side by side: from the evaluation's prompts, outcomes and journals."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gristmill.core.errors import InputError
+from gristmill.data.chat import to_dicts
+from gristmill.data.rows import Prompt
+from gristmill.report.comparisons import MODES, model_stages, stage_label
+from gristmill.report.markup import Markup, el
+from gristmill.runs import artifacts
+from gristmill.runs.reader import RunData
+
+NUM_SHOWN = 5  # questions on the page
+MAX_CHARACTERS = 1200  # of an answer on the page
+
+
+@dataclass(frozen=True)
+class Said:
+    """A model's answer to a question, and whether it is right."""
+
+    model: str
+    text: str
+    right: bool
+
+
+class Answers:
+    """The answers of all evaluated models of a run.
+
+    Attributes:
+        prompts: the evaluation's, in their order.
+
+    Raises:
+        InputError: no model is evaluated yet, or a file is damaged.
+    """
+
+    def __init__(self, data: RunData, mode: str = MODES[0]):
+        self.mode = mode
+        self.prompts: list[Prompt] = [
+            p for s in data.stages_with(artifacts.EVALUATION) for p in data.read(s["folder"], artifacts.EVALUATION)
+        ]
+        self._models: list[tuple[str, dict[str, dict[str, Any]], Mapping[str, bool]]] = []
+        for stage in model_stages(data):
+            calls = data.read(stage["folder"], artifacts.EVALUATION_CALLS)
+            self._models.append((stage["name"], calls, data.read(stage["folder"], artifacts.OUTCOMES).get(mode, {})))
+        if not self._models or not self.prompts:
+            raise InputError(f"{data.folder} has no evaluated model yet: run the same command again to finish it.")
+
+    def to(self, prompt: Prompt) -> list[Said]:
+        """What every model says to a prompt, in the order of the run."""
+        out = []
+        for name, calls, outcomes in self._models:
+            if record := calls.get(f"{prompt.id}-{self.mode}"):
+                out.append(Said(name, str(record["out"][0][0]), bool(outcomes.get(prompt.id))))
+        return out
+
+    def find(self, prompt: str) -> Prompt:
+        """The prompt with an id, or of a place counted from 1; with "" the first that the first model fails and the last one answers."""
+        if not prompt:
+            return next((p for p in self.prompts if _turned(self.to(p))), self.prompts[0])
+        if prompt.isdecimal() and 1 <= int(prompt) <= len(self.prompts):
+            return self.prompts[int(prompt) - 1]
+        found = next((p for p in self.prompts if p.id == prompt), None)
+        if found is None:
+            raise InputError(f"There is no evaluation prompt {prompt!r}: give its id, or a number from 1 to {len(self.prompts)}.")
+        return found
+
+
+def _turned(said: Sequence[Said]) -> bool:
+    return bool(said) and not said[0].right and said[-1].right
+
+
+def answers_table(answers: Answers, prompt: Prompt) -> dict[str, Any]:
+    """One question and its answers as plain values."""
+    rows = [{"model": s.model, "right": s.right, "text": s.text} for s in answers.to(prompt)]
+    place = answers.prompts.index(prompt) + 1
+    asked = {"id": prompt.id, "number": place, "of": len(answers.prompts), "task": prompt.task, "messages": to_dicts(prompt.messages)}
+    return {**asked, "mode": answers.mode, "answers": rows}
+
+
+def answers_lines(table: Mapping[str, Any]) -> list[str]:
+    """The same for a terminal."""
+    lines = [f"prompt {table['number']} of {table['of']}, id {table['id']}, task {table['task']}, {table['mode']}"]
+    for message in table["messages"]:
+        lines += [f"{message['role']}> {message['content']}"]
+    for row in table["answers"]:
+        lines += ["", f"{stage_label(row['model'])}: {'right' if row['right'] else 'wrong'}", f"  {row['text']}".replace("\n", "\n  ")]
+    return lines
+
+
+def answers_section(data: RunData) -> list[Markup]:
+    """A few questions, drawn by the run's seed, those first on which the models disagree; each with all models' answers."""
+    if not model_stages(data) or not data.stages_with(artifacts.EVALUATION):
+        return [el("p", "No model has been evaluated yet.", class_="soft")]
+    answers = Answers(data)
+    drawn = random.Random(f"answers-{data.recipe.get('seed', 0)}").sample(answers.prompts, len(answers.prompts))
+    drawn.sort(key=lambda p: len({s.right for s in answers.to(p)}) < 2)
+    return [_card(prompt, answers.to(prompt)) for prompt in drawn[:NUM_SHOWN]]
+
+
+def _card(prompt: Prompt, said: Sequence[Said]) -> Markup:
+    asked = [
+        el("div", el("div", m.role, class_="who"), el("div", _cut(m.content), class_="said", dir="auto"), class_="turn")
+        for m in prompt.messages
+    ]
+    rows = []
+    for s in said:
+        mark = el("span", "right" if s.right else "wrong", class_="chip good" if s.right else "chip bad")
+        words = el("div", _cut(s.text) or "(nothing)", class_="said", dir="auto")
+        rows.append(el("div", words, el("div", mark, el("span", stage_label(s.model)), class_="facts"), class_="answer"))
+    return el("div", asked, rows, class_="sample")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} [... {len(text) - MAX_CHARACTERS:,} more characters]"
