@@ -262,6 +262,8 @@ def _stage_table(models: Sequence[Mapping[str, Any]], found: Mapping[str, Compar
 
 
 def _trained_on(m: Mapping[str, Any]) -> str:
+    if "rows" not in m:
+        return "as it was given"
     human = f", {m['human_rows']:,} by people" if "human_rows" in m else ""
     dropped = f", {m['dropped']:,} dropped as too long" if m.get("dropped") else ""
     kind = "rows" if "human_rows" in m else "pairs"
