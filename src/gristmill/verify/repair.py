@@ -22,6 +22,7 @@ from gristmill.verify.verify import verify
 REPAIRED_KINDS = ("instructions", "list", "schema")  # to repair a number or a program would be to write the solution down
 MAX_REPETITION = 0.3  # of what is joined, and of what comes out where the answer itself repeats less
 MIN_WORDS = 3  # of a repaired answer, or as many as it had
+MIN_SHARE = 0.3  # of an answer's words that stay where sentences with unwanted words go
 MAX_TRIES = 4  # a limit on words is met again with less room, for what later edits add
 MAX_CHARS = 100_000  # of an answer that is edited
 
@@ -246,7 +247,7 @@ def _drop(text: str, bad: Callable[[str], int], fits: Callable[[str], bool]) -> 
         gone.add((i, k))
         rest = _text([[s for n, s in enumerate(line) if (at, n) not in gone] for at, line in enumerate(lines)])
         if fits(rest):
-            return rest if len(WORD.findall(rest)) >= MIN_WORDS else text
+            return rest if len(WORD.findall(rest)) >= max(MIN_WORDS, MIN_SHARE * len(WORD.findall(text))) else text
     return text
 
 
