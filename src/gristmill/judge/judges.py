@@ -164,7 +164,7 @@ class Judges:
                     continue
                 others = [o for o in usable if o is not r]
                 done = repair(truths[name], r.text, [o.text for o in others])
-                if done is not None and done.text not in known:
+                if done is not None and done.text not in known and len(done.text.split()) >= settings.min_words:
                     known.add(done.text)
                     found.append(_repaired(r, done, [others[place].id for place in done.sources]))
             made += sorted(found, key=lambda r: (len(r.edits), -len(r.text)))[: settings.max_per_prompt]

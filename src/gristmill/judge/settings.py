@@ -26,7 +26,7 @@ class Repair(Section):
     max_per_instruction: int = Field(55, ge=0, description="repaired answers kept, by each type of instruction that they were edited for")
     max_sampled_per_instruction: int = Field(40, ge=0, description="answers kept as they were sampled, by type of instruction")
     max_per_prompt: int = Field(1, gt=0, description="repaired answers kept a prompt: those of fewest edits, the longest first")
-    min_words: int = Field(10, ge=0, description="words of an answer that is worth a repair")
+    min_words: int = Field(10, ge=0, description="words of an answer that is worth a repair, before and after it")
     pairs: bool = Field(False, description="pairs of a repaired answer and the failing one that it was made of, beside the others")
 
 

@@ -35,12 +35,14 @@ def stage_line(done: Mapping[str, Any]) -> str:
         return f"{done['demonstrations']:,} demonstrations, {done['ratings']:,} ratings, {done['evaluation']:,} evaluation prompts"
     if "answers" in funnel:
         kept = sum(of_task["kept"] for of_task in funnel["answers"].values())
-        return f"kept {kept:,} of {done['responses']:,} answers, {done['pairs']:,} pairs"
+        repaired = f" ({done['repaired']:,} repaired)" if "repaired" in done else ""
+        return f"kept {kept:,}{repaired} of {done['responses']:,} answers, {done['pairs']:,} pairs"
     if "pairs" in done and "funnel" in done:
         return _pairs(done)
     if "kept" in done and "funnel" in done:
         answers, good = (sum(of_task[key] for of_task in funnel.values()) for key in ("answers", "good"))
-        return f"kept {done['kept']:,} of {answers:,} answers ({good:,} good)"
+        repaired = f", {done['repaired']:,} of them repaired" if "repaired" in done else ""
+        return f"kept {done['kept']:,} of {answers:,} answers ({good:,} good){repaired}"
     if "kept" in funnel:
         return _prompts(funnel)
     if "metrics" in done:
@@ -142,8 +144,9 @@ def _data_mix(results: Mapping[str, Any]) -> str:
     total = samples["human"] + samples["synthetic"]
     alarms = [f"round {c['round']} {', '.join(c['alarms'])}" for c in results["collapse"] if c["alarms"]]
     control = f"control {results['control']}: " if results.get("control") else ""
+    repaired = f" ({samples['repaired']:,} repaired)" if "repaired" in samples else ""
     return (
-        f"Data: {control}{results['synthetic_share']:.1%} of {total:,} alignment samples synthetic, "
+        f"Data: {control}{results['synthetic_share']:.1%} of {total:,} alignment samples synthetic{repaired}, "
         f"{duration(results['seconds'])}, collapse alarms: {'; '.join(alarms) or 'none'}"
     )
 

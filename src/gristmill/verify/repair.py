@@ -22,6 +22,7 @@ from gristmill.verify.verify import verify
 REPAIRED_KINDS = ("instructions", "list", "schema")  # to repair a number or a program would be to write the solution down
 MAX_REPETITION = 0.3  # of what is joined, and of what comes out where the answer itself repeats less
 MIN_WORDS = 3  # of a repaired answer, or as many as it had
+MIN_SHARE = 0.3  # of an answer's words that stay where sentences with unwanted words go
 MAX_TRIES = 4  # a limit on words is met again with less room, for what later edits add
 MAX_CHARS = 100_000  # of an answer that is edited
 
@@ -246,7 +247,7 @@ def _drop(text: str, bad: Callable[[str], int], fits: Callable[[str], bool]) -> 
         gone.add((i, k))
         rest = _text([[s for n, s in enumerate(line) if (at, n) not in gone] for at, line in enumerate(lines)])
         if fits(rest):
-            return rest if len(WORD.findall(rest)) >= MIN_WORDS else text
+            return rest if len(WORD.findall(rest)) >= max(MIN_WORDS, MIN_SHARE * len(WORD.findall(text))) else text
     return text
 
 
@@ -306,7 +307,22 @@ def _split(text: str, num: int, job: _Job) -> list[str] | None:
             glued = _glued(units, "\n" if mark == " " else mark)
             if len(glued) >= num:
                 return [mark.join(group) for group in _groups(glued, num)]
-    return None
+    clauses = _clauses(_glued((s.strip() for line in _lines(text) for s in line), "\n"), num)
+    return clauses if len(clauses) == num else None
+
+
+def _clauses(sentences: Sequence[str], num: int) -> list[str]:
+    """Sentences of which long ones are cut in two, at a comma or semicolon near the middle, until there are `num` or none can be cut."""
+    out = list(sentences)
+    while len(out) < num:
+        cuts = [(len(s), -abs(2 * m.start() - len(s)), i, m.start()) for i, s in enumerate(out) for m in re.finditer(r"[,;](?=\s)", s)]
+        cuts = [cut for cut in cuts if all(len(WORD.findall(part)) >= MIN_WORDS for part in (out[cut[2]][: cut[3]], out[cut[2]][cut[3] :]))]
+        if not cuts:
+            break
+        _, _, place, at = max(cuts)
+        first, second = out[place][:at].rstrip() + ".", out[place][at + 1 :].strip()
+        out[place : place + 1] = [first, second[:1].upper() + second[1:]]
+    return out
 
 
 def _glued(units: Iterable[str], mark: str) -> list[str]:
@@ -500,7 +516,7 @@ def _bullets(text: str, job: _Job, num_bullets: int) -> str:
         found = [(line, ITEM.match(line)) for line in lines if line.strip()]
         units = _glued((s.strip() for line, m in found for s in ([m["text"]] if m else _sentences(line))), " ")
         before, after, items = units[:1] if len(units) > num_bullets else [], [], units[len(units) > num_bullets :]
-    items = [item for item in items if _plain(item)]
+    items = _clauses([item for item in items if _plain(item)], num_bullets)
     if len(items) < num_bullets:
         return text
     bullets = [f"{mark} {' '.join(group)}" for group in _groups(items, num_bullets)] if num_bullets else items

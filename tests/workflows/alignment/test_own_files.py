@@ -110,6 +110,36 @@ def test_known_answers_are_enough_to_judge(tmp_path: Path, random_base: Path) ->
     assert {r.judge for r in read_rows(path, Response)} == {"verifier", "none"}
 
 
+def test_an_instruct_model_needs_no_human_data(tmp_path: Path, tiny_base: Path) -> None:
+    """Programs judge, failing answers are repaired, and the model as it was given is the first that is evaluated."""
+    rows = [
+        {"prompt": f"Add {n} and 1.", "truth": {"kind": "instructions", "checks": [{"id": name}]}}
+        for n, name in enumerate(["detectable_format:title", "startend:quotation"] * 4)
+    ]
+    files = {"demonstrations": None, "ratings": None, "prompts": rows}
+    pipelines = {"instructions": {"prompts": 4, "forms": 1, "whole_talk": 0, "revision": 0}}
+    topics = {"macro": 0, "subtopics": 0, "own": ["bees", "moss"]}
+    judging = {"repair": {"min_words": 1, "pairs": True}}
+    recipe = write(tmp_path, tiny_base, files, pipelines=pipelines, topics=topics, judging=judging)
+    out = tmp_path / "run"
+    result = start(recipe, out)
+    assert result.exit_code in DONE, result.output + repr(result.exception)
+    results = json.loads((out / "results.json").read_text())
+    assert [s["name"] for s in results["stages"]][:2] == ["given", "r1-general-sft"] and results["collapse"] == []
+    samples = results["alignment_samples"]
+    assert 0 < samples["repaired"] <= samples["synthetic"] and samples["human"] == 0 and results["synthetic_share"] == 1.0
+    (path,) = out.glob("*-r1-answers/responses.parquet")
+    responses = {r.id: r for r in read_rows(path, Response)}
+    assert any(r.edits for r in responses.values())
+    for r in responses.values():
+        if r.edits:
+            assert r.good and not responses[r.repaired_from[0]].verified
+    assert "repaired for" in (out / "report.html").read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/done.json")}
+    assert start(recipe, out).exit_code in DONE
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/done.json")} == before, "nothing is done twice"
+
+
 def test_a_file_that_changed_since_is_noticed(tmp_path: Path, random_base: Path, snapshot: Snapshot) -> None:
     recipe = write(tmp_path, random_base, {"ratings": None, "prompts": FILES["prompts"][:4]}, rpo_iterations=0)
     assert start(recipe, tmp_path / "run").exit_code in DONE

@@ -182,6 +182,38 @@ def test_a_verifiers_pair_has_the_right_answer_first(start_endpoint: Callable[..
         assert made.chosen_reward - made.rejected_reward == 2.0
 
 
+def test_failing_answers_are_repaired_and_say_what_they_come_from(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
+    server = start_endpoint(latency=0.0)  # which repeats the prompt behind some words
+    repair = {"min_words": 1, "max_sampled_per_instruction": 2, "pairs": True}
+    path = write(
+        tmp_path, server.url, pipelines={"from_file": None}, answers={"samples": 2}, judging={"repair": repair, "max_per_topic": 99}
+    )
+    checks = {"title": "detectable_format:title", "comma": "punctuation:no_comma"}
+    rows = [
+        {"prompt": f"Tell me all about lantern {n}", "truth": {"kind": "instructions", "checks": [{"id": checks[name]}]}}
+        for n, name in enumerate(["title"] * 3 + ["comma"] * 4)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = make(path)
+    judged = read_rows(tmp_path / "run" / "02-judging" / "responses.parquet", Response)
+    repaired = [r for r in judged if r.edits]
+    assert len(repaired) == 3 == results["repaired"] and results["responses"] == len(judged) - 3 == 7
+    assert all(r.edits == ("detectable_format:title",) and r.verified and r.text.startswith("<<") for r in repaired)
+    funnel = results["funnel"]["answers"]["from_file"]
+    assert (funnel["kept"], funnel["repaired"], funnel["repaired_kept"]) == (5, 3, {"detectable_format:title": 3}), "two were sampled"
+    assert results["demonstrations"] == 5 and results["pairs"] == 3
+    pairs = read_rows(tmp_path / "run" / "02-judging" / "pairs.parquet", Pair)
+    assert {p.parents for p in pairs} == {(r.id, r.repaired_from[0]) for r in repaired}
+    kept = next(
+        d for d in read_rows(tmp_path / "run" / "02-judging" / "kept.parquet", Demonstration) if d.parents[0] in {r.id for r in repaired}
+    )
+    chain = lineage(tmp_path / "run", kept.id)
+    assert [(entry["kind"], entry["depth"]) for entry in chain[:2]] == [("demonstration", 0), ("response", 1)]
+    assert chain[1]["edits"] == ["detectable_format:title"]
+    failing = next(entry for entry in chain if entry["kind"] == "response" and "edits" not in entry)
+    assert failing["depth"] == 2 and failing["verified"] is False and any(entry["kind"] == "call" for entry in chain)
+
+
 def test_failed_calls_are_listed_and_asked_again_on_demand(start_endpoint: Callable[..., Any], tmp_path: Path) -> None:
     server = start_endpoint(latency=0.0, obedient=True)
     prompts = [{"prompt": "fine"}, {"prompt": "broken [fate 500 500 ok]"}]

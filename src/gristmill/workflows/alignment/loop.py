@@ -259,7 +259,8 @@ def _round(context: AlignmentContext, state: State, number: int, generator: str)
     repeat = _repeat(code, recipe.judging.code_share, len(general), number)
     rows = [*general, *repeat] if recipe.control == "replace" else [*state.demonstrations, *general, *repeat]
     if not rows:
-        raise InputError(f"Round {number} kept no answer, and control {recipe.control} trains on nothing else: ask for more prompts.")
+        alone = f"control {recipe.control} trains on nothing else" if recipe.control == "replace" else "there are no demonstrations"
+        raise InputError(f"Round {number} kept no answer, and {alone}: ask for more prompts, or look at its answers.")
     current = f"r{number}-general-sft"
     # Demonstrations alone are few: passes that suit a blend with synthetic rows would teach next to nothing.
     _train(context, state, current, number, recipe.demonstration_sft if human_only else recipe.general_sft, start, rows)
