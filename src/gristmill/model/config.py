@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
-from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
+from gristmill.core.untrusted import quoted, read_untrusted_json
 from gristmill.model.bounds import MAX_FACTOR, MAX_SIZES, check_numbers, check_sizes, mapping_of, value_of
+from gristmill.model.folder import model_file
 from gristmill.model.rope import ORIGINAL, RopeScaling, read_rope, write_rope
 
 MAX_LAYERS = 512
@@ -393,7 +394,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     Raises:
         InputError: a file is absent or damaged, or the model is one that we cannot run.
     """
-    path = existing_file(folder / "config.json", "Give a folder with a Hugging Face model")
+    path = model_file(folder, "config.json")
     hf = read_untrusted_json(path)
     try:
         config = ModelConfig.from_hf(hf)
