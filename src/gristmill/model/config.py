@@ -488,8 +488,8 @@ def _rope_from_hf(hf: Mapping[str, Any], family: str, max_positions: int) -> dic
         given = value_of(hf, "rope_local_base_freq") if "rope_local_base_freq" in hf else None
         local_theta, local_scaling = read_rope(local, hf, max_positions, kinds=kinds, theta=given, default_theta=LOCAL_ROPE_THETA)
         for one in (scaling, local_scaling):
-            if one is not None and (one.depends_on_length or one.truncate is False):  # which transformers reads for both kinds or none
-                raise InputError(f"Use a checkpoint with plain, linear, llama3 or yarn rope scaling with {family}, and no truncate.")
+            if one is not None and (one.kind == "longrope" or one.truncate is False):  # read for both or none
+                raise InputError(f"Use a checkpoint of {family} whose rope scaling is no longrope and has no truncate = false.")
         return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta, "local_rope_scaling": local_scaling}
     if new and old and new != old:
         raise InputError("Take rope_scaling or rope_parameters out of the model's config.json: they are not the same.")
