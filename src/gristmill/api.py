@@ -7,7 +7,6 @@ from typing import Any, Literal, TypeVar
 
 from gristmill.core.config import Recipe, check, find_recipe
 from gristmill.core.config import load as load_recipe
-from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.data.chat import Conversation, conversation
 from gristmill.data.rows import Rating
@@ -16,7 +15,8 @@ from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.judge.reward import load_scorer
 from gristmill.miniature.base import BASE
-from gristmill.model.adapters import load_model
+from gristmill.model.adapters import is_adapter, load_model
+from gristmill.model.folder import model_file
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import Transformer
 from gristmill.train.settings import training_section
@@ -235,9 +235,7 @@ def align(
 
 def _folder(model: str | Path) -> Path:
     folder = BASE if model == "miniature" else Path(model)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: give the folder of a model, or 'miniature' for the shipped one.")
-    return folder
+    return folder if is_adapter(folder) else model_file(folder, "config.json").parent
 
 
 def _recipe(recipe: str | Path | Mapping[str, Any], kind: type[AnyRecipe]) -> AnyRecipe:

@@ -8,15 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gristmill.core.errors import InputError
 from gristmill.model.attention import varlen_attention
 from gristmill.model.config import PRESETS, BlockConfig, ModelConfig, uniform_blocks
 from gristmill.model.packed import PackedShape
+from gristmill.model.rope import RopeScaling
 from gristmill.model.transformer import MLP, LayerNorm1P, Transformer, rotate
 
 NEMOTRON = ModelConfig("nemotron", 50, 32, uniform_blocks(2, 4, 2, 8, 64), 64, init_std=0.2)
 MODELS = {
     family: Transformer(replace(NEMOTRON, family=family, rotary_fraction=fraction))
     for family, fraction in (("nemotron", 0.5), ("llama", 1.0), ("qwen2", 1.0), ("qwen3", 1.0))
+}
+WINDOWS = (BlockConfig(4, 2, 8, 64, 5), BlockConfig(4, 2, 8, 64))
+MODELS |= {
+    "olmo2": Transformer(ModelConfig("olmo2", 50, 32, WINDOWS, 64, init_std=0.2)),
+    "gemma2": Transformer(ModelConfig("gemma2", 50, 32, WINDOWS, 64, init_std=0.2, attention_soft_cap=2.0, logits_soft_cap=5.0)),
 }
 
 
@@ -162,3 +169,13 @@ def test_tied_embeddings_are_one_parameter() -> None:
     model = Transformer(replace(NEMOTRON, tie_embeddings=True))
     assert model.unembedding() is model.embedding
     assert not any("lm_head" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_depend_on_the_length_are_refused_beyond_the_positions(kind: str) -> None:
+    scaling = RopeScaling(2.0, kind=kind, short_factor=(1.0,) * 4, long_factor=(2.0,) * 4, original_max_positions=8)
+    config = ModelConfig("llama", 64, 32, uniform_blocks(1, 4, 2, 8, 48), 8, rope_scaling=scaling)
+    model = Transformer(config)
+    model(random_ids(12) % 64, PackedShape.from_lengths([8, 4]))
+    with pytest.raises(InputError, match=f"at most 8 tokens, not 9.*{kind}"):
+        model(random_ids(12) % 64, PackedShape.from_lengths([3, 9]))

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
-from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
+from gristmill.core.untrusted import quoted, read_untrusted_json
 from gristmill.model.bounds import MAX_FACTOR, MAX_SIZES, check_numbers, check_sizes, mapping_of, value_of
+from gristmill.model.folder import model_file
 from gristmill.model.rope import ORIGINAL, RopeScaling, read_rope, write_rope
 
 MAX_LAYERS = 512
@@ -393,7 +394,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     Raises:
         InputError: a file is absent or damaged, or the model is one that we cannot run.
     """
-    path = existing_file(folder / "config.json", "Give a folder with a Hugging Face model")
+    path = model_file(folder, "config.json")
     hf = read_untrusted_json(path)
     try:
         config = ModelConfig.from_hf(hf)
@@ -487,8 +488,8 @@ def _rope_from_hf(hf: Mapping[str, Any], family: str, max_positions: int) -> dic
         given = value_of(hf, "rope_local_base_freq") if "rope_local_base_freq" in hf else None
         local_theta, local_scaling = read_rope(local, hf, max_positions, kinds=kinds, theta=given, default_theta=LOCAL_ROPE_THETA)
         for one in (scaling, local_scaling):
-            if one is not None and (one.depends_on_length or one.truncate is False):  # which transformers reads for both kinds or none
-                raise InputError(f"Use a checkpoint with plain, linear, llama3 or yarn rope scaling with {family}, and no truncate.")
+            if one is not None and (one.kind == "longrope" or one.truncate is False):  # read for both or none
+                raise InputError(f"Use a checkpoint of {family} whose rope scaling is no longrope and has no truncate = false.")
         return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta, "local_rope_scaling": local_scaling}
     if new and old and new != old:
         raise InputError("Take rope_scaling or rope_parameters out of the model's config.json: they are not the same.")

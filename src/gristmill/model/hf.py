@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from gristmill.core.device import free_memory, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, make_folder, replacing, sync, write_json
-from gristmill.core.untrusted import existing_file, is_bare_name, quoted, quoted_path, read_untrusted_json
+from gristmill.core.untrusted import is_bare_name, quoted, quoted_path, read_untrusted_json
 from gristmill.data.chat import FORMATS, guess_format, matching_formats
 from gristmill.data.rows import ATTRIBUTES
 from gristmill.data.tokenizer import FILES, TEMPLATES, Tokenizer
 from gristmill.model.config import ModelConfig, read_config
+from gristmill.model.folder import model_file
 from gristmill.model.quantized import (
     Quantize,
     compress,
@@ -57,7 +58,6 @@ CHECKED_VALUES = 1 << 18  # at a time while they are copied, so that they are st
 
 MISFIT = "Use a checkpoint whose tensors fit its config.json"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-NO_MODEL = "Give a folder with a Hugging Face model"
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 
@@ -147,7 +147,7 @@ def saved_as(folder: Path | str) -> Quantize:
     Raises:
         InputError: there is no model, or it is quantized in a way that is not read here.
     """
-    return kind_of(read_untrusted_json(existing_file(Path(folder) / "config.json", NO_MODEL)))
+    return kind_of(read_untrusted_json(model_file(Path(folder), "config.json")))
 
 
 def save_reward(model: RewardModel, tokenizer: Tokenizer, folder: Path | str, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -321,7 +321,7 @@ def fingerprint(folder: Path | str) -> str:
     """
     folder = Path(folder)
     digest = hashlib.blake2b(digest_size=8)
-    for path in [existing_file(folder / "config.json", NO_MODEL), *_weight_files(folder)]:
+    for path in [model_file(folder, "config.json"), *_weight_files(folder)]:
         digest.update(path.name.encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
@@ -352,14 +352,14 @@ def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -
 def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file() or not index.is_file():  # in this order, as transformers
-        return [existing_file(single, NO_MODEL)]
+        return [model_file(folder, SINGLE_FILE)]
     weight_map = read_untrusted_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"Download or save {index} again: it has no weight_map from tensors to files.")
     for name in weight_map.values():
         if not is_bare_name(name) or not name.endswith(".safetensors"):
             raise InputError(f"Download or save {index} again: {quoted(name)} is no name of a safetensors file in its folder.")
-    return [existing_file(folder / name, NO_MODEL) for name in sorted(set(weight_map.values()))]
+    return [model_file(folder, name) for name in sorted(set(weight_map.values()))]
 
 
 def _open(path: Path, stack: ExitStack) -> Any:
@@ -558,7 +558,7 @@ def add_chat_tokens(folder: Path, out: Path, name: str) -> dict[str, Any]:
 
 
 def _is_bf16(folder: Path) -> bool:
-    hf = read_untrusted_json(existing_file(folder / "config.json", NO_MODEL))
+    hf = read_untrusted_json(model_file(folder, "config.json"))
     return "bfloat16" in (hf.get("dtype"), hf.get("torch_dtype"))
 
 

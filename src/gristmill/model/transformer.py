@@ -355,12 +355,15 @@ def scale_embeddings(x_TD: Tensor, config: ModelConfig) -> Tensor:
 
 def check_length(config: ModelConfig, shape: PackedShape) -> None:
     """Raise InputError for a document whose length would change the angles of all its tokens."""
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.depends_on_length and shape.max_length > config.max_positions:
-        raise InputError(
-            f"Give texts of at most {config.max_positions} tokens, not {shape.max_length}: beyond, rope scaling of the kind {scaling.kind} "
-            "rotates every token by an angle that depends on the length of the text, which neither a cache nor shared prompts allow."
-        )
+    if shape.max_length <= config.max_positions:
+        return
+    for scaling in (config.rope_scaling, config.local_rope_scaling):
+        if scaling is not None and scaling.depends_on_length:
+            raise InputError(
+                f"Give texts of at most {config.max_positions} tokens, not {shape.max_length}: beyond, rope scaling of the kind "
+                f"{scaling.kind} rotates every token by an angle that depends on the length of the text, which neither a cache nor "
+                "shared prompts allow."
+            )
 
 
 def _inverse_frequencies(config: ModelConfig, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, float]:

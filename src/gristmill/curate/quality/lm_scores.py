@@ -13,6 +13,7 @@ import numpy as np
 from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
 from gristmill.model.config import read_config
+from gristmill.model.folder import refuse_other_forms
 
 MAX_TOKENS = 512  # of a document's beginning
 PACK_TOKENS = 16_384  # read at once
@@ -23,6 +24,7 @@ def check(folder: Path) -> None:
     from gristmill.data.tokenizer import Tokenizer
 
     if not (folder / "config.json").exists():
+        refuse_other_forms(folder)
         raise InputError(f"{folder} is no model folder: it holds no config.json.")
     read_config(folder)
     Tokenizer.load(folder)

@@ -164,10 +164,12 @@ static void tile(const float* q, const C* cache, const int32_t* table, int64_t b
             const f16 by = load((const float*)(cache + table[p] * block_stride + s_at) + w * LANES);
             for (int r = 0; r < R; r++) acc[r][w] *= by;
         }
+        if (from || cap > 0) for (int r = 0; r < R; r++) for (int w = 0; w < WORDS; w++) {
+            if (cap > 0) acc[r][w] = cap * tanh_(acc[r][w] * (1.f / cap));
+            if (from) acc[r][w] = lane + (p * BS + w * LANES) >= from[r] ? acc[r][w] : (f16{} - 1e30f);
+        }
         for (int r = 0; r < R; r++) for (int w = 0; w < WORDS; w++) {
             i16 seen = lane + (p * BS + w * LANES) < limit[r];
-            if (from) seen &= lane + (p * BS + w * LANES) >= from[r];
-            if (cap > 0) acc[r][w] = cap * tanh_(acc[r][w] * (1.f / cap));
             f16 s = seen ? acc[r][w] : (f16{} - 1e30f);
             top[r] = s > top[r] ? s : top[r];
             *(f16*)(scores + (int64_t)r * width + p * BS + w * LANES) = s;
