@@ -634,6 +634,20 @@ def test_an_answer_goes_on() -> None:
             assert found == own.reference(turns, ask=False, continue_final_message=True)
 
 
+@pytest.mark.parametrize("more", [{}, {"legacy": True}, {"legacy": False}, {"add_prefix_space": False}])
+@pytest.mark.parametrize("family", ["llama2", "zephyr", "phi3"])
+def test_llamas_class_of_tokenizers_puts_blanks_as_transformers_does(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
+    template, kind, names, bos, eos = FAMILIES[family]
+    backend = kind([AddedToken(name, special=True, normalized=False) for name in names])
+    write_folder(tmp_path, backend, template, bos, eos, tokenizer_class="LlamaTokenizer", unk_token="<unk>", **more)
+    own = Model(tmp_path)
+    for turns in TALKS:
+        assert own.format.render_prompt(messages(turns), own.tokenizer) == own.reference(turns, ask=True), turns
+    turns = messages(talk("Hi", "Hello there!", "And <s> so?", "  Yes."))
+    prompt = own.format.render_prompt(turns[:3], own.tokenizer)
+    assert own.format.render(turns, own.tokenizer).ids[: len(prompt)] == prompt
+
+
 # ---- templates that cannot be used ----
 
 

@@ -428,10 +428,9 @@ class TemplateFormat(ChatFormat):
             raise InputError("The conversation has no user turn: start with a message whose role is 'user'.")
         if tools and "tools" not in self.variables and "tool_use" not in self._template.sources:
             raise InputError(f"The chat template of {self._place} has no place for tools: leave them out.")
-        given = {name for message in messages if message.fields for name in json.loads(message.fields)}
-        for name in sorted(given & {"tool_calls", "reasoning_content"}):
-            if not any(name in source for source in self._template.sources.values()):
-                raise InputError(f"The chat template of {self._place} has no place for {name!r} of a message: leave it out.")
+        calls = any('"tool_calls"' in message.fields for message in messages)
+        if calls and not any("tool_calls" in source for source in self._template.sources.values()):
+            raise InputError(f"The chat template of {self._place} has no place for 'tool_calls' of a message: leave it out.")
         if any(message.role == "tool" for message in messages) and not self._takes_results:
             raise InputError(f"The chat template of {self._place} has no place for answers of tools: leave them out.")
 
@@ -520,6 +519,7 @@ def _pattern(names: Iterable[str]) -> re.Pattern[str]:
 def _plain_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as a chat template gets them: without what is null."""
     turns = [{"role": m.role, "content": m.content} | (json.loads(m.fields) if m.fields else {}) for m in messages]
+    turns = [turn | ({"thinking": turn["reasoning_content"]} if "reasoning_content" in turn else {}) for turn in turns]  # an older name
     return [{name: value for name, value in turn.items() if value is not None} for turn in turns]
 
 
@@ -596,8 +596,9 @@ def template_fields(turn: Mapping[str, Any]) -> str:
         InputError: a call is of no known form.
     """
     fields: dict[str, Any] = {}
-    if isinstance(turn.get("reasoning_content"), str) and turn["reasoning_content"]:
-        fields["reasoning_content"] = turn["reasoning_content"]
+    thoughts = (turn[name] for name in ("reasoning_content", "thinking", "reasoning") if turn.get(name) and isinstance(turn[name], str))
+    if turn.get("role") == "assistant" and (thought := next(thoughts, "")):
+        fields["reasoning_content"] = thought
     if calls := turn.get("tool_calls"):
         fields["tool_calls"] = [_tool_call(call) for call in (calls if isinstance(calls, list | tuple) else [calls])]
     if turn.get("role") == "tool":

@@ -122,7 +122,8 @@ def _turn(turn: Any, where: str, tools: bool) -> Message:
         raise InputError(f"{where} is not an object: give every turn `role` and `content`.")
     given = {k: v for k, v in turn.items() if v is not None}
     speaker = given["role"] if "role" in given else given.get("from")
-    if tools and (speaker == "tool" or given.get("tool_calls") or given.get("reasoning_content")) and isinstance(given.get("role"), str):
+    more = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+    if tools and (speaker == "tool" or any(given.get(name) for name in more)) and given.get("role") in ("assistant", "tool"):
         try:
             (message,) = conversation([turn], tools=True)
         except InputError as e:

@@ -29,7 +29,7 @@ MAX_WAIT = 120.0  # seconds, on a machine that is busy with other things
 MAX_REPLY = 1 << 30  # bytes
 BOOT = "import sys; sys.path[:] = sys.argv[1:]; from gristmill.data.template_worker import main; main({}, {})"
 PRIVATE = range(0xF0000, 0xFFFF0, 4)  # private-use characters, of which four serve as marks
-RESERVED = ("messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")  # that no caller may set
+RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")  # that no caller may set
 
 
 class TemplateError(InputError):
@@ -148,12 +148,18 @@ class ChatTemplate:
             TemplateError: the template refuses, is no Jinja, or takes too long.
         """
         given = [[list(messages) for messages, _ in calls], list(tools), dict(variables or {})]
-        told = json.dumps(given, ensure_ascii=False) + "".join(self.sources.values())
+        try:
+            told = json.dumps(given, ensure_ascii=False) + "".join(self.sources.values())
+        except RecursionError:
+            raise TemplateError("a conversation or its tools are nested too deeply", refusal=True) from None
         marks = next((m for m in PRIVATE if not any(chr(m + i) in told for i in range(4))), None)
         if marks is None:
             raise TemplateError("a conversation holds every private-use character, and none is left to mark what it spells")
         mark, begin, end, tag = (chr(marks + i) for i in range(4))
-        conversations, tools, more = self._marked(given, mark)
+        try:
+            conversations, tools, more = self._marked(given, mark)
+        except RecursionError:
+            raise TemplateError("a conversation or its tools are nested too deeply", refusal=True) from None
         if go_on:
             conversations = [[*talk[:-1], talk[-1] | {"content": f"{talk[-1]['content']}{tag} "}] for talk in conversations]
         values = {"tools": tools or None, "documents": None, **self._names, **more}

@@ -116,6 +116,7 @@ class Tokenizer:
         self.token_names: dict[str, str] = {"eos_token": eos}
         self.end_ids: tuple[int, ...] = ()
         self.cuts_headers = False
+        self._prefix = ""  # of Llama's class: where transformers puts a blank before words, whatever tokenizer.json says
         self._whole: HFTokenizer | None = None  # as other programs have it
         control = tuple(control)
         self._backend = backend
@@ -211,6 +212,9 @@ class Tokenizer:
             tokenizer._check_losses(path)
         tokenizer.files, tokenizer.chat_templates, tokenizer.place = files, templates, quoted(Path(folder).resolve().name)[1:-1]
         tokenizer.cuts_headers = cut_here
+        if config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
+            always = "always" if config.get("legacy") else "first"
+            tokenizer._prefix = "never" if config.get("add_prefix_space") is False else always
         named = {k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in config.items() if k.endswith("_token")}
         tokenizer.token_names = {k: v for k, v in named.items() if isinstance(v, str)}
         tokenizer.end_ids = tokenizer._ends()
@@ -341,6 +345,9 @@ class Tokenizer:
                 known = {token.content for token in self._whole.get_added_tokens_decoder().values()}
                 missing = [name for name in self._named if name in self.control and name not in known]
                 self._whole.add_special_tokens([AddedToken(name, special=True) for name in missing])
+                if self._prefix:
+                    self._whole.normalizer = None
+                    self._whole.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme=self._prefix, split=False)
                 self._whole.no_padding()
                 self._whole.no_truncation()
             else:

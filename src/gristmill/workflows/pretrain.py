@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from gristmill.core.config import FilePath, Recipe
 from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS
+from gristmill.data.chat import FORMATS, matching_formats, with_template_of
 from gristmill.data.rows import read_records
 from gristmill.data.token_store import TokenStore
 from gristmill.data.tokenizer import Tokenizer
@@ -76,6 +76,9 @@ def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None) -> T
     settings = TrainSettings(**values, epochs=1, checkpoint_every=120.0, shuffle=not blended)
     trainer = Trainer(model, next_token_objective, settings, device=device, folder=out / "train", on_step=on_step)
     result = trainer.fit(data)
+    formats = matching_formats(tokenizer)
+    if len(formats) == 1 and not tokenizer.chat_templates:  # it was made for one
+        tokenizer = with_template_of(formats[0], tokenizer)
     save_model(model, tokenizer, out / "model")
     return result
 
