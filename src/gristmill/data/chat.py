@@ -187,9 +187,9 @@ class ChatFormat:
             self._turn(out, "assistant", "", tokenizer)
         return out.ids
 
-    def response_text(self, ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    def response_text(self, ids: Sequence[int], tokenizer: Tokenizer, *, continued: bool = False) -> str:
         """Text of a generated answer: without the end-of-turn token and the line break that the format puts before it."""
-        return tokenizer.decode(ids).removesuffix(self.close)
+        return tokenizer.decode(ids, continued=continued).removesuffix(self.close)
 
     def end_of_turn_id(self, tokenizer: Tokenizer) -> int:
         """Id of the token that ends an assistant turn."""

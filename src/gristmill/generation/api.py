@@ -99,6 +99,11 @@ class Request:
     priority: int = 0
     prompt_ids: tuple[int, ...] = ()  # what the model reads, where messages are not to be rendered
 
+    @property
+    def continues_text(self) -> bool:
+        """Whether the response goes on with a text: a prompt of token ids, or an assistant's message that was left open."""
+        return not self.messages or self.messages[-1].role == "assistant"
+
 
 @dataclass(frozen=True)
 class Completion:
