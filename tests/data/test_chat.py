@@ -504,3 +504,17 @@ def test_the_format_is_guessed_from_the_tokenizer(name: str) -> None:
 def test_a_guess_that_is_none_or_not_unique_is_an_error(tokens: list[str]) -> None:
     with pytest.raises(InputError, match="Cannot tell the chat format"):
         guess_format(Tokenizer.train(["a"], 300, tokens))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["the end", " user", "  \nPara one. \u00e9\u4f60\U0001f600!", "a", "system\n\n the"])
+def test_pieces_one_by_one_join_to_the_text_of_the_whole(kind: str, text: str) -> None:
+    tokenizer = Tokenizer(KINDS[kind]())
+    ids = [token for token in tokenizer.encode(text) if not tokenizer.is_special(token)]
+    whole, going_on = tokenizer.decode(ids), tokenizer.decode(ids, continued=True)
+    pieces = [tokenizer.token_bytes(token, first=number == 0) for number, token in enumerate(ids)]
+    assert b"".join(pieces).decode() == whole
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == going_on and going_on.lstrip(" ") == whole.lstrip(" ")
+    half = len(ids) // 2
+    if all(piece.isascii() for piece in pieces):
+        assert tokenizer.decode(ids[:half]) + tokenizer.decode(ids[half:], continued=half > 0) == whole

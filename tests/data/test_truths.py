@@ -25,6 +25,8 @@ SOLUTION = "Each box holds 6 / 2 = <<6/2=3>>3 cups.\nSo there are 3 * 24 = <<3*2
         ("We find\n$x = 3$, so $\\boxed{\\frac{1}{2}}$.", "math", "\\frac{1}{2}"),
         ("\\frac{3}{4}", "math", "\\frac{3}{4}"),
         ("Paris", "exact", "Paris"),
+        ("3 1/2", "number", "3 1/2"),
+        ("\u00bd", "number", "\u00bd"),
         (72, "number", "72"),
         (0, "number", "0"),
     ],

@@ -146,3 +146,19 @@ def test_titles_lose_their_emphasis_and_quotes_within_an_array_stay() -> None:
 @pytest.mark.parametrize("text", ["[1, 2,\n 3]", '{\n "a": 1\n}', "[Oats, Rye]", "[[\n1],\n[2]]"])
 def test_brackets_and_numbers_are_no_items(text: str) -> None:
     assert parse_list(text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("a) Bees\nb) Ants\n   of the wood\nc) Cats", ["Bees", "Ants\nof the wood", "Cats"]),
+        ("(A) Bees\n(B) Ants", ["Bees", "Ants"]),
+        ("**a.** Bees\n**b.** Ants", ["Bees", "Ants"]),
+        ("1. Which?\n   a) Bees\n   b) Ants\n2. Why?", ["Which?\na) Bees\nb) Ants", "Why?"]),
+        ("I. Newton wrote this,\nand more", ["I. Newton wrote this,", "and more"]),
+        ("Here:\n\n| # | Topic | Why |\n|---|:---:|---|\n| 1 | Bees | honey |\n| 2 | **Ants** | work |\n\nBye", ["Bees", "Ants"]),
+        ("Animal | Legs\n--- | ---\nCat \\| dog | 4\nBird | 2", ["Cat | dog", "Bird"]),
+    ],
+)
+def test_letters_that_run_on_and_tables_are_lists(text: str, items: list[str]) -> None:
+    assert parse_list(text) == items

@@ -256,7 +256,7 @@ def test_not_the_same(a: str, b: str) -> None:
         ("The chance is $\\frac{1}{2}$.", "\\frac{1}{2}"),
         ("so $a = 1 + 2 = \\frac62$ here", "\\frac62"),
         ("so $a = 1 + x_2$ here", "2"),
-        ("it costs $5 and not $6.", "$6"),
+        ("it costs $5 and not $6.", "$5"),
         ("My answer is 5. Ask me if the answer is unclear.", "5"),
         ("2 and 1/4, so 2 1/4 cups", "2 1/4"),
         ("she has 2\u00bd", "2 1/2"),
@@ -362,3 +362,35 @@ def test_hostile_texts_take_no_time(name: str) -> None:
     extract_answer(text)
     assert is_equiv(text, text) and not is_equiv(text, text + "7x")
     assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("5 \u33a0", "5 cm^2"),
+        ("5 \u33a5", "5"),
+        ("60\u339e", "60"),
+        ("5\u2103", "5"),
+        ("5 \u2126", "5"),
+        ("5 \u00b5m", "5"),
+        ("5 sq. cm", "5"),
+        ("3\u00bd", "7/2"),
+        ("\\text{(B)}", "b"),
+        ("(B)", "B"),
+        ("B", "b"),
+        ("Monday", "monday"),
+    ],
+)
+def test_units_of_one_character_and_choices(a: str, b: str) -> None:
+    assert is_equiv(a, b) and is_equiv(b, a)
+
+
+@pytest.mark.parametrize(("a", "b"), [("r", "R"), ("2\\pi r", "2\\pi R"), ("x", "X"), ("(B)", "c"), ("v", "V^2"), ("5\u33a0", "6\u33a0")])
+def test_letters_that_differ_by_case_are_different(a: str, b: str) -> None:
+    assert not is_equiv(a, b) and not is_equiv(b, a)
+
+
+@pytest.mark.parametrize("text", ["The answer is not 4.", "It can't be 4.", "The answer cannot be $4$.", "The answer is neither 4 nor 5."])
+def test_what_is_denied_is_no_answer(text: str) -> None:
+    assert extract_answer(text) is None
+    assert extract_answer(text + " Rather, it is 6") == "6"

@@ -45,6 +45,27 @@ from gristmill.verify.verify import last_number, verify
         ("20 - 13 = 7", 7),
         ("(20)-13", 13),
         ("COVID-19", 19),
+        ("It is \u00bd.", Fraction(1, 2)),
+        ("3\u00bd cups", Fraction(7, 2)),
+        ("3 \u00bd", Fraction(7, 2)),
+        ("3 1/2", Fraction(7, 2)),
+        ("2 5/2", Fraction(5, 2)),
+        ("\\frac{3}{4}", Fraction(3, 4)),
+        ("$3\\frac12$", Fraction(7, 2)),
+        ("The answer is not 4.\nIt is 5", 5),
+        ("5, not 4", 5),
+        ("5 rather than 4", 5),
+        ("1 000 000", 10**6),
+        ("1\u202f000 and 1'500", 1500),
+        ("$1{,}000$", 1000),
+        ("1.5 \u00d7 10^3", 1500),
+        ("$1.5 \\times 10^{-3}$", Fraction(3, 2000)),
+        ("10\u00b3", 1000),
+        ("5 m^2", 5),
+        ("5 cm\u00b2", 5),
+        ("the answer is minus 3", -3),
+        ("negative 3", -3),
+        ("20 minus 13", 13),
         ("05", 5),
     ],
 )
@@ -52,7 +73,9 @@ def test_last_number(text: str, number: Fraction | int) -> None:
     assert last_number(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "none", "-", ".", "$", "3/0", "5 and then 3/0"])
+@pytest.mark.parametrize(
+    "text", ["", "none", "-", ".", "$", "3/0", "5 and then 3/0", "The answer is not 4.", "It isn't 4", "it can't be 4", "never $4$"]
+)
 def test_no_number(text: str) -> None:
     assert last_number(text) is None
 
@@ -89,6 +112,11 @@ def test_an_answer_without_a_number_is_wrong() -> None:
     assert not verify({"kind": "number", "value": 0}, "no idea")
 
 
+def test_a_remark_behind_the_box_is_no_answer() -> None:
+    text = "\\boxed{5}. I used 3 steps."
+    assert verify({"kind": "number", "value": 5}, text) and not verify({"kind": "number", "value": 3}, text)
+
+
 # ---- exact, mention, choice ----
 
 
@@ -97,6 +125,8 @@ def test_exact_ignores_case_and_white_space_only() -> None:
     assert verify(truth, "  not NOW\n")
     assert not verify(truth, "not now.") and not verify(truth, "notnow") and not verify(truth, "")
     assert verify({"kind": "exact", "value": 12}, "12")
+    assert verify({"kind": "exact", "value": "don't: caf\u00e9, -1"}, "don\u2019t: cafe\u0301, \u22121")
+    assert not verify({"kind": "exact", "value": "C#"}, "C") and not verify({"kind": "exact", "value": "C"}, "C++")
 
 
 @pytest.mark.parametrize(
@@ -144,6 +174,19 @@ def test_mention_needs_no_wrong_values() -> None:
         ("I'm for C", "C"),
         ("I", "I"),
         ("It is \\boxed{D}", "D"),
+        ("\\boxed{\\text{B}}, for A is too long", "B"),
+        ("b", "B"),
+        ("(b)", "B"),
+        ("b) Paris", "B"),
+        ("B. Paris, as C is wrong", "B"),
+        ("The answer is (b).", "B"),
+        ("The correct option is B, since C is too small.", "B"),
+        ("The answer is option B. D is wrong.", "B"),
+        ("I choose B over D. D is too long.", "B"),
+        ("The answer is B and A is wrong", "B"),
+        ("The answer is not A. It is B.", "B"),
+        ("\uff22", "B"),
+        ("\u24b7", "B"),
     ],
 )
 def test_choice(answer: str, letter: str) -> None:
@@ -152,7 +195,10 @@ def test_choice(answer: str, letter: str) -> None:
     assert not verify({"kind": "choice", "value": "Z"}, answer)
 
 
-@pytest.mark.parametrize("answer", ["", "none of them", "ABBA", "I think so", "A good question"])
+@pytest.mark.parametrize(
+    "answer",
+    ["", "none of them", "ABBA", "I think so", "A good question", "A or B", "The answer is A or B.", "Both (A) and (B)", "It is not A."],
+)
 def test_an_answer_without_a_letter_is_wrong(answer: str) -> None:
     for letter in "ABI":
         assert not verify({"kind": "choice", "value": letter}, answer)

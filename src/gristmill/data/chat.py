@@ -130,9 +130,9 @@ class ChatFormat(ABC):
         """Render a conversation for training: once, or more often where later turns change how earlier answers are written."""
         return [self.render(messages, tokenizer, tools=tools)]
 
-    def response_text(self, ids: Sequence[int], tokenizer: Tokenizer) -> str:
-        """Text of a generated answer: without the end-of-turn token and what the format puts before it."""
-        return tokenizer.decode(ids).removesuffix(self.close)
+    def response_text(self, ids: Sequence[int], tokenizer: Tokenizer, *, continued: bool = False) -> str:
+        """Text of a generated answer, or (`continued`) of its rest: without the end-of-turn token and what the format puts before it."""
+        return tokenizer.decode(ids, continued=continued).removesuffix(self.close)
 
     @property
     def in_process(self) -> bool:

@@ -45,6 +45,7 @@ NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_t
 # What chat formats write before the words of a turn. Elsewhere a chat template gives both as one text, which is cut here.
 HEADERS = ("System\n", "User\n", "Assistant\n", "system\n", "user\n", "assistant\n", "\n\n")
 CUT = r"\A(?:"  # how that cut begins in a saved tokenizer.json
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's name of a byte
 PLAIN = ("NoneType", "NFC", "NFKC", "NFD", "NFKD", "Lowercase")  # normalizers that change each character for itself
 
 
@@ -131,6 +132,9 @@ class Tokenizer:
         backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
         _bar(backend, names)
         self._backend.encode_special_tokens = True  # text never becomes a control token
+        self._special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
+        decoder = {} if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+        self._decoders = {step["type"] for step in decoder.get("decoders", [decoder] if decoder else [])}
         self._backend.no_padding()
         self._backend.no_truncation()
         ids = backend.get_vocab(with_added_tokens=True).values()
@@ -368,16 +372,39 @@ class Tokenizer:
         except BaseException as e:
             raise _unless_panic(e) from None
 
-    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
-        """Text of `ids`; control tokens are dropped unless `keep_special`."""
-        return self._backend.decode(list(ids), skip_special_tokens=not keep_special)
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False, continued: bool = False) -> str:
+        """Text of `ids`; control tokens are dropped unless `keep_special`.
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that one id stands for, which may be a part of a character."""
+        Args:
+            continued: the text goes on from another, so that a blank before its first word stays, which SentencePiece drops.
+        """
+        if not continued or "ByteLevel" in self._decoders:
+            return self._backend.decode(list(ids), skip_special_tokens=not keep_special)
+        names = (self._backend.id_to_token(token) for token in ids if keep_special or not self.is_special(token))
+        return self._said([name for name in names if name], first=False)
+
+    def token_bytes(self, token: int, *, first: bool = False) -> bytes:
+        """The bytes that one id adds to a text, which may be a part of a character; or has at its beginning, if it is the `first`."""
         name = self._backend.id_to_token(token) or ""
-        if name and all(c in BYTE_NAMES for c in name) and self.decode([token]):
+        if self.is_special(token):
+            return name.encode()
+        if name and "ByteLevel" in self._decoders and all(c in BYTE_NAMES for c in name):
             return bytes(BYTE_NAMES[c] for c in name)
-        return self.decode([token], keep_special=True).encode()
+        byte = BYTE_PIECE.fullmatch(name) if "ByteFallback" in self._decoders else None
+        if byte and int(byte[1], 16) >= 128:
+            return bytes([int(byte[1], 16)])
+        return self._said([name], first).encode()
+
+    def is_special(self, token: int) -> bool:
+        """Whether an id is a control token's."""
+        return token in self._special
+
+    def _said(self, names: list[str], first: bool) -> str:
+        """Text of tokens by their names, at the beginning of a text or after others."""
+        decoder = self._backend.decoder
+        if decoder is None:
+            return "".join(f" {name}" for name in names).removeprefix(" " if first else "")
+        return str(decoder.decode(names) if first else decoder.decode(["a", *names])[1:])
 
     def special_id(self, name: str) -> int:
         """Id of a control token.

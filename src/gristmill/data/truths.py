@@ -21,7 +21,7 @@ from typing import Any
 
 from gristmill.core.errors import InputError
 from gristmill.verify.math import extract_answer
-from gristmill.verify.verify import NUMBER
+from gristmill.verify.verify import NUMBER, plain_numbers
 
 FINAL = re.compile(r"####[ \t]*(\S[^\n]*)")
 MAX_EXACT_WORDS = 20
@@ -90,7 +90,7 @@ def _answer(value: Any) -> dict[str, Any]:
         return _answer(final[-1])
     if not text.strip("# "):
         raise InputError("`answer` is empty, so that an empty answer would be right: give the final answer, or leave the column out.")
-    if NUMBER.fullmatch(text):
+    if NUMBER.fullmatch(text) or (not LATEX.search(text) and NUMBER.fullmatch(plain_numbers(text).strip())):
         return {"kind": "number", "value": text}
     if "\\boxed" in text:
         return {"kind": "math", "value": extract_answer(text) or text}

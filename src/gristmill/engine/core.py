@@ -34,7 +34,7 @@ MAX_BATCHED_TOKENS = 2048
 CPU_CACHE_FRACTION = 0.25  # of the machine's memory, for the KV caches of all workers
 GPU_CACHE_FRACTION = 0.8  # of the GPU's free memory
 
-Detokenize = Callable[[list[int]], str]
+Detokenize = Callable[[list[int], bool], str]
 
 
 class Core:
@@ -44,8 +44,8 @@ class Core:
         decoder: the model's layers, shared between workers.
         max_batch: sequences that may run at once.
         stop_V: bool, tokens that end a response.
-        response_text: text of a response's token ids.
-        decode: text of any token ids, in which stop strings are looked for.
+        response_text: text of a response's token ids, and whether it goes on with another.
+        decode: the same of any token ids, in which stop strings are looked for.
         cache_tokens: positions that fit into the cache; None for as many as `max_batch` responses can take, memory permitting.
         cache_dtype: of keys and values.
         num_workers: that share the machine.
@@ -216,10 +216,10 @@ class Core:
         stop = sequence.state.request.sampling.stop
         start = len(sequence.state.prompt_ids)
         tokens = self.batch_state.token_ids[sequence.slot, start : sequence.length]
-        end = self.decode(tokens[-max(len(s.encode()) for s in stop) - 8 :].tolist())  # a token holds a byte at least
+        end = self.decode(tokens[-max(len(s.encode()) for s in stop) - 8 :].tolist(), True)  # a token holds a byte at least
         if not any(s in end for s in stop):
             return None
-        text = self.decode(tokens.tolist())
+        text = self.decode(tokens.tolist(), sequence.state.request.continues_text)
         found = [place for s in stop if (place := text.find(s)) >= 0]
         return min(found) if found else None
 
@@ -234,7 +234,8 @@ class Core:
         tokens = batch.token_ids[sequence.slot, start:length].tolist()
         logprobs = tuple(batch.logprobs[sequence.slot, start:length].tolist())
         finish: Finish = "stop" if stopped or cut is not None else "length"
-        text = self.response_text(tokens[:-1] if stopped else tokens) if cut is None else self.decode(tokens)[:cut]
+        goes_on = state.request.continues_text
+        text = self.response_text(tokens[:-1] if stopped else tokens, goes_on) if cut is None else self.decode(tokens, goes_on)[:cut]
         completion = Completion(text, length - start, logprobs, finish, tuple(tokens), tuple(sequence.top_logprobs))
         state.completions[sequence.sample] = completion
         self.scheduler.finish(sequence)

@@ -100,6 +100,11 @@ class Request:
     prompt_ids: tuple[int, ...] = ()  # what the model reads, where messages are not to be rendered
     adapter: str = ""  # name of a LoRA adapter that the engine has loaded
 
+    @property
+    def continues_text(self) -> bool:
+        """Whether the response goes on with a text: a prompt of token ids, or an assistant's message that was left open."""
+        return not self.messages or self.messages[-1].role == "assistant"
+
 
 @dataclass(frozen=True)
 class Completion:

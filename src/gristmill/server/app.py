@@ -344,8 +344,8 @@ class Server:
         conversation, prompt_ids = await self._run(self._render, body, long=long or own)
         sampling = await self._sampling(body, self._room(len(prompt_ids)), (body.top_logprobs or 0) if body.logprobs else 0)
         request = self._request("chatcmpl", body, conversation, prompt_ids, sampling=sampling, content=body.messages)
-        reasoning = self._reasoning_parser(body, conversation, prompt_ids, sampling)
-        builder = ChatResponseBuilder(self.engine, bool(body.logprobs), reasoning, model=body.model or "")
+        reasoning, continued = self._reasoning_parser(body, conversation, prompt_ids, sampling), request.continues_text
+        builder = ChatResponseBuilder(self.engine, bool(body.logprobs), reasoning, model=body.model or "", continued=continued)
         return await self._respond(http, body, [request], builder=builder)
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
@@ -594,7 +594,8 @@ class Server:
             yield builder.chunk([choice])
         for place, one in enumerate(open_requests):
             num_samples = len(one.state.completions)
-            detokenizers = [IncrementalDetokenizer(self.engine, one.state.request.sampling.stop) for _ in range(num_samples)]
+            stop, continued = one.state.request.sampling.stop, one.state.request.continues_text
+            detokenizers = [IncrementalDetokenizer(self.engine, stop, continued=continued) for _ in range(num_samples)]
             while (event := await one.tokens.get()) is not None:
                 index = place * num_samples + event.sample
                 if not event.last:

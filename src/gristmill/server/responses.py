@@ -24,8 +24,8 @@ ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 class IncrementalDetokenizer:
     """Incremental detokenizer of a stream. What may yet turn out to be no text, or the beginning of a stop string, is held back."""
 
-    def __init__(self, engine: Engine, stop: Sequence[str]) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, stop: Sequence[str], *, continued: bool = False) -> None:
+        self.engine, self.continued = engine, continued
         self.hold = max([len(engine.chat_format.close), *(len(s) - 1 for s in stop)])
         self.ids: list[int] = []
         self.done = ""  # text of ids before `start`, which ends where characters do
@@ -35,11 +35,11 @@ class IncrementalDetokenizer:
     def add(self, token: int) -> str:
         """Text that can be sent now."""
         self.ids.append(token)
-        text = self.done + self.engine.tokenizer.decode(self.ids[self.start :])
+        text = self.done + self._decode(self.start, len(self.ids))
         if len(self.ids) - self.start > 64:  # so that long answers do not cost more and more
             middle = len(self.ids) - 16
-            head = self.engine.tokenizer.decode(self.ids[self.start : middle])
-            if text.startswith(self.done + head) and self.done + head + self.engine.tokenizer.decode(self.ids[middle:]) == text:
+            head = self._decode(self.start, middle)
+            if text.startswith(self.done + head) and self.done + head + self._decode(middle, len(self.ids)) == text:
                 self.done, self.start = self.done + head, middle
         if text.endswith("\ufffd"):  # in the middle of a character
             return ""
@@ -47,28 +47,37 @@ class IncrementalDetokenizer:
         delta, self.sent = text[self.sent : end], end
         return delta
 
+    def _decode(self, start: int, stop: int) -> str:
+        return self.engine.tokenizer.decode(self.ids[start:stop], continued=self.continued or start > 0)
+
     def finish(self, text: str) -> str:
         """The rest of the whole text."""
         return text[self.sent :]
 
 
 class TextOffsets:
-    """Text offsets of tokens: how many characters the tokens before have completed. Bytes that are no text count as what replaces them."""
+    """Text offsets of tokens: how many characters the tokens before have completed. Bytes that are no text count as what replaces them.
 
-    def __init__(self, engine: Engine) -> None:
-        self.tokenizer, self.chars = engine.tokenizer, 0
+    Args:
+        continued: the text goes on from another.
+    """
+
+    def __init__(self, engine: Engine, *, continued: bool = False) -> None:
+        self.tokenizer, self.chars, self.first = engine.tokenizer, 0, not continued
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int, *, keep_special: bool) -> int:
         """Where a token begins. Control tokens have no text unless `keep_special`."""
         offset = self.chars
-        if keep_special or self.tokenizer.decode([token]):
-            self.chars += len(self._decoder.decode(self.tokenizer.token_bytes(token)))
+        if keep_special or not self.tokenizer.is_special(token):
+            self.chars += len(self._decoder.decode(self.tokenizer.token_bytes(token, first=self.first)))
+            self.first = False
         return offset
 
     def end(self) -> None:
         """End a text: what follows is another, even in the middle of a character."""
         self.chars += len(self._decoder.decode(b"", final=True))
+        self.first = False
         self._decoder.reset()
 
 
@@ -105,12 +114,20 @@ class ChatResponseBuilder(ResponseBuilder):
 
     Args:
         reasoning_parser: makes a parser for each answer, where thinking is told apart from content.
+        continued: the answers go on with a message.
     """
 
     def __init__(
-        self, engine: Engine, logprobs: bool, reasoning_parser: Callable[[], ReasoningParser] | None = None, *, model: str
+        self,
+        engine: Engine,
+        logprobs: bool,
+        reasoning_parser: Callable[[], ReasoningParser] | None = None,
+        *,
+        model: str,
+        continued: bool = False,
     ) -> None:
         self.engine, self.logprobs, self.reasoning_parser, self.model = engine, logprobs, reasoning_parser, model
+        self.continued = continued
         self.parsers: dict[int, ReasoningParser] = {}  # of choices that are streamed
         self.name = f"chatcmpl-{secrets.token_hex(12)}"
         self.with_role: set[int] = set()  # choices whose role was sent
@@ -134,10 +151,11 @@ class ChatResponseBuilder(ResponseBuilder):
             parser = self.parsers.get(index) or self.parsers.setdefault(index, self.reasoning_parser())
             thought, said = parser.add(text, last=finish is not None)
             delta = ({"content": said} if said else {}) | (_reasoning(thought) if thought else {})
-        if index not in self.with_role:
+        first = index not in self.with_role
+        if first:
             self.with_role.add(index)
             delta["role"] = "assistant"
-        entries = {"content": [self._entry(event.token, event.logprob, event.top_logprobs)]} if self.logprobs else None
+        entries = {"content": [self._entry(event.token, event.logprob, event.top_logprobs, first)]} if self.logprobs else None
         return {"index": index, "delta": delta, "logprobs": entries, "finish_reason": finish}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -145,14 +163,16 @@ class ChatResponseBuilder(ResponseBuilder):
 
     def _entries(self, out: Completion) -> list[dict[str, Any]]:
         tops = out.top_logprobs or ((),) * len(out.tokens)
-        return [self._entry(token, value, top) for token, value, top in zip(out.tokens, out.logprobs, tops, strict=True)]
+        told = zip(out.tokens, out.logprobs, tops, strict=True)
+        return [self._entry(token, value, top, number == 0) for number, (token, value, top) in enumerate(told)]
 
-    def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> dict[str, Any]:
-        return self._one(token, logprob) | {"top_logprobs": [self._one(*other) for other in top]}
+    def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]], first: bool) -> dict[str, Any]:
+        first = first and not self.continued
+        return self._one(token, logprob, first) | {"top_logprobs": [self._one(*other, first) for other in top]}
 
-    def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        tokenizer = self.engine.tokenizer
-        return {"token": _token(self.engine, token), "logprob": logprob, "bytes": list(tokenizer.token_bytes(token))}
+    def _one(self, token: int, logprob: float, first: bool) -> dict[str, Any]:
+        told = self.engine.tokenizer.token_bytes(token, first=first)
+        return {"token": _shown(told), "logprob": logprob, "bytes": list(told)}
 
 
 class CompletionResponseBuilder(ResponseBuilder):
@@ -188,7 +208,7 @@ class CompletionResponseBuilder(ResponseBuilder):
         if self.body.logprobs is not None:
             word = _token(self.engine, event.token)
             tops = [self._top(event.top_logprobs)] if self.body.logprobs else None
-            offset = self.offsets.setdefault(index, TextOffsets(self.engine)).add(event.token, keep_special=False)
+            offset = self.offsets.setdefault(index, TextOffsets(self.engine, continued=True)).add(event.token, keep_special=False)
             logprobs = {"tokens": [word], "token_logprobs": [event.logprob], "top_logprobs": tops, "text_offset": [offset]}
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
@@ -209,8 +229,8 @@ class CompletionResponseBuilder(ResponseBuilder):
                 given, top_logprobs = self.scored[place]
                 tokens, values = [*ids, *tokens], [None, *given, *values]
                 tops = [None, *(self._top(top) for top in top_logprobs), *tops]
-            words = [_token(engine, token) for token in tokens]
-            where = self.offsets[index] = TextOffsets(engine)
+            words = [_token(engine, token, first=self.echoes and not number) for number, token in enumerate(tokens)]
+            where = self.offsets[index] = TextOffsets(engine, continued=not self.body.echo)
             given_ids = ids if self.body.echo else []
             offsets = [where.add(token, keep_special=True) for token in given_ids]
             where.end()
@@ -259,9 +279,13 @@ def num_output_tokens(states: list[RequestState]) -> int:
     return sum(c.num_tokens for state in states for c in state.completions if c is not None)
 
 
-def _token(engine: Engine, token: int) -> str:
-    """The text of a token; of a part of a character its bytes, written out."""
-    text = engine.tokenizer.decode([token], keep_special=True)
-    if "\ufffd" not in text:
-        return text
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in engine.tokenizer.token_bytes(token))
+def _token(engine: Engine, token: int, *, first: bool = False) -> str:
+    return _shown(engine.tokenizer.token_bytes(token, first=first))
+
+
+def _shown(told: bytes) -> str:
+    """Bytes of a token as text; of a part of a character, written out."""
+    try:
+        return told.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in told)

@@ -18,6 +18,8 @@ MARKER = re.compile(
     r"[ \t]*(?P<text>.*)$",
     re.I,
 )
+LETTERED = re.compile(r"^([ \t]*)((?:\*\*)?[(\[]?)([a-zA-Z])([.)\]](?:\*\*)?[ \t]+)(?=\S)")  # `a) Bees`, where b) follows
+RULE = re.compile(r"^[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$")  # below the head of a Markdown table
 HEADING = re.compile(
     r"[ \t]*(?:#{1,6}[ \t]|(?:-[ \t]*){3,}$|(?:\*[ \t]*){3,}$|(?:_[ \t]*){3,}$|(?:\*\*|__)[^*_]+(?:\*\*:?|__:?|:\*\*)[ \t]*$)"
 )
@@ -27,7 +29,8 @@ STRING = re.compile(  # of an array, even where its own quotes are not escaped: 
     r"|\u201c([^\u201c\u201d]*)\u201d)\s*(?:,|(?=\])|$)",
     re.S,
 )
-ARRAY = re.compile(r"(?:^|(?<=[:=(]))[ \t]*(?:[`*]*[ \t]*)\[(?![^\W\d]\w*\])", re.M)
+CELL = re.compile(r"(?<!\\)\|")
+ARRAY = re.compile(r"(?:^|(?<=[:=(]))[ \t]*(?:[`*]+[ \t]*)?\[(?![^\W\d]\w*\])", re.M)
 LIST_TAG = re.compile(r"<li(?:\s[^<>]{0,99})?>((?:(?!</?li\b).)*)", re.I | re.S)
 NAMES = ("item", "topic", "subtopic", "name", "title", "question", "prompt", "instruction", "task", "text", "content", "value")
 QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "`": "`"}
@@ -42,12 +45,15 @@ def parse_list(text: str) -> list[str]:
 
     Lines with the outermost marker (`1.`, `2)`, `-`, `*`) begin items, and what follows a marked line belongs to its item, nested lists,
     arrays and code included. Without markers a JSON array is read, also one with a comma too many, with single quotes or cut off;
-    else every line is an item, introductions aside. What the model thinks, fences, and marks of headings and emphasis are no item.
+    else every line is an item, introductions aside. Letters (`a)`, `b)`) are markers where they run on from the first. Of a table each row
+    is an item, by its first column that is no number. What the model thinks, fences, and marks of headings and emphasis are no item.
     """
     text = answer_text(text)
     blocks = [block.code for block in code_blocks(text)]
     marked = _marked(text)
     if not marked:
+        if rows := _table(text.split("\n")):
+            return _clean(rows)
         if tagged := LIST_TAG.findall(text):
             return _clean(tagged)
         for source in (*blocks, text):
@@ -140,8 +146,39 @@ def _loose_array(text: str) -> tuple[list[str], str]:
     return (items, text[end.end() :]) if end and (end[1] or len(items) > 1) else ([], "")
 
 
+def _table(lines: list[str]) -> list[str]:
+    """The rows of a Markdown table: of each the column with one of `NAMES` as its head, else the first that is no number."""
+    at = next((n for n in range(1, len(lines)) if "|" in lines[n] and RULE.match(lines[n]) and "|" in lines[n - 1]), 0)
+    if not at:
+        return []
+    rows = list(itertools.takewhile(lambda line: "|" in line, lines[at + 1 :]))
+    bare = (re.sub(r"^[ \t]*\||\|[ \t]*$", "", row) for row in (lines[at - 1], *rows))
+    head, *cells = ([cell.strip().replace("\\|", "|") for cell in CELL.split(row)] for row in bare)
+    columns = range(len(head))
+    named = (n for n in columns if normalize(head[n]).rstrip("s") in NAMES)
+    worded = (n for n in columns if any(n < len(row) and re.search(r"[^\W\d_]", row[n]) for row in cells))
+    column = next(named, next(worded, None))
+    return [] if column is None else [row[column] for row in cells if column < len(row)]
+
+
+def _with_numbers(lines: list[str]) -> list[str]:
+    """The same lines, with numbers for letters where these run on from the first."""
+    found = [(n, m) for n, line in enumerate(lines) if (m := LETTERED.match(line))]
+    outer = min((len(m[1].expandtabs(4)) for _, m in found), default=0)
+    found = [(n, m) for n, m in found if len(m[1].expandtabs(4)) == outer]
+    run = [m[3] for _, m in found]
+    if len(run) < 2 or run[0] not in "aA" or run != [chr(ord(run[0]) + k) for k in range(len(run))]:
+        return lines
+    if any((m := MARKER.match(line)) and _is_number(m) and len(m["indent"].expandtabs(4)) <= outer for line in lines):
+        return lines
+    lines = lines.copy()
+    for k, (n, m) in enumerate(found, 1):
+        lines[n] = f"{m[1]}{m[2]}{k}{lines[n][m.end(3) :]}"
+    return lines
+
+
 def _marked(text: str) -> list[str]:
-    lines = text.split("\n")
+    lines = _with_numbers(text.split("\n"))
     blocks = [block.lines for block in code_blocks(text)]
     fenced = {n for block in blocks for n in block if n > block[0] or not MARKER.match(lines[n])}  # a fence may share a marker's line
     found = [(number, match) for number, line in enumerate(lines) if number not in fenced and (match := MARKER.match(line))]

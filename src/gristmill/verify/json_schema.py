@@ -7,25 +7,47 @@ from gristmill.core.response_text import answer_text, code_blocks
 
 # Keywords by which a schema could fetch something, or take forever.
 UNSAFE = ("$ref", "$dynamicRef", "$recursiveRef", "pattern", "patternProperties", "format")
+MAX_STARTS = 50  # places at which JSON may begin that are tried
 MAX_JSON_CHARS = 100_000  # of JSON that is looked at
 
 
 def extract_json(text: str) -> Any:
-    """Extract the first JSON object or array of an answer: in a fenced block, or between its outermost braces; None where there is none."""
+    """Extract the JSON object or array of an answer: in a fenced block, between its outermost braces, or the longest; None for none."""
     text = answer_text(text)
     for source in (*(block.code for block in code_blocks(text)), text):
         starts = [place for bracket in "{[" if (place := source.find(bracket)) >= 0]
         if not starts:
             continue
         start = min(starts)
-        end = source.rfind("}" if source[start] == "{" else "]")
+        end = max(source.rfind("}"), source.rfind("]"))
         if end < start or end - start > MAX_JSON_CHARS:
             continue
-        try:
-            return json.loads(source[start : end + 1])
-        except (ValueError, RecursionError):
-            continue
+        if found := _longest(source, start, end + 1):
+            return found[0]
     return None
+
+
+def _longest(source: str, start: int, end: int) -> tuple[Any] | None:
+    """The whole JSON between two places, else the longest piece of it: text with braces of its own may stand around it."""
+    decoder = json.JSONDecoder(parse_constant=_no_json)
+    longest, found, at = 0, None, start
+    for _ in range(MAX_STARTS):
+        try:
+            value, stop = decoder.raw_decode(source, at)
+        except (ValueError, RecursionError):
+            stop = at + 1
+        else:
+            if stop - at > longest:
+                longest, found = stop - at, (value,)
+        places = [place for bracket in "{[" if (place := source.find(bracket, stop, end)) >= 0]
+        if not places:
+            break
+        at = min(places)
+    return found
+
+
+def _no_json(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def schema_error(schema: Any) -> str:

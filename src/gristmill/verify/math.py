@@ -8,7 +8,7 @@ and MATH.
 
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from fractions import Fraction
 
@@ -58,6 +58,15 @@ NUMBER = re.compile(
     r"(?:[eE][+-]?\d+)?(?:/\d+)?(?:\s?\\?%)?"
 )
 
+# What denies the number after it: `not 4`, `isn't equal to 4`, `rather than 4`.
+DENIED = re.compile(
+    r"(?:\b(?:not|never|cannot|neither|nor|rather\s+than|instead\s+of)|n['\u2019]t|\u2260|!=|\\neq?(?![a-zA-Z]))"
+    r"(?:\s+(?:be|is|equal(?:\s+to)?|equals|the\s+(?:number|value)|exactly|simply))*[\s$*_(\[\\]*$",
+    re.I,
+)
+MAX_DENIAL_CHARS = 60
+MAX_DENIED = 10  # numbers at the end of a text, among which one is looked for that is not denied
+
 TEXT = r"\\(?:boxed|text(?:bf|it|rm|sf|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 WRAPPED = re.compile(TEXT)
 TIDY = [
@@ -95,6 +104,7 @@ TIDY = [
         (r",?\s*\\text\s*\{\s*(?:and|or)\s*\}|,?\s+(?:and|or)(?=\s)", ","),
     )
 ]
+CHOICE = re.compile(r"(?:\\text(?:bf|it|rm)?\s*\{)?[\s(*]*([a-zA-Z])[\s).:*]*\}?[\s).]*")
 ASSIGNED = re.compile(r"(?:^|(?<=,))\s*([a-zA-Z](?:_\w)?)\s*(?:=|\\in(?![a-zA-Z]))")
 ASSIGNED_LAST = re.compile(r"([^=,<>\\]+)=\s*[a-zA-Z](?:_\w)?")
 # Neither after a bracket, where a comma separates, nor before further digits: `1,234` is one number, `1,2345` are two.
@@ -110,8 +120,9 @@ DECIMAL = re.compile(r"(\d+\.?\d*|\.\d+)(?:e([-+]?\d{1,3})|\s*\*\s*10\s*\^\s*\{?
 RATIO = re.compile(r"(?:(\d+)\s+)?(\d+\.?\d*|\.\d+)\s*/\s*([-+]?(?:\d+\.?\d*|\.\d+))", re.A)
 WHOLE_FRAC = re.compile(r"(\d*)\s*\\frac\s*(?=\{)", re.A)
 
+UNIT_SIGNS = {"\u2126": "ohm", "\u212a": "kelvin", "\u212b": "angstrom"}  # and the units of CJK compatibility
 POWER = r"(?:\s*\^\s*\{?\d\}?)?"
-UNIT = re.compile(rf"(.*?[\d.%)}}])\s+([a-zA-Z]{{2,}}(?:[\s/-]+[a-zA-Z]{{2,}}){{0,3}}{POWER})", re.S)
+UNIT = re.compile(rf"(.*?[\d.%)}}])\s+((?:(?:sq|cu)\.\s*)?[a-zA-Z]{{2,}}(?:[\s/-]+[a-zA-Z]{{2,}}){{0,3}}{POWER})", re.S)
 SHORT_UNIT = re.compile(rf"(.*?\d)\s*((?:[mck]m|[mk]g|lbs?|oz|ft|m[lL]|km/h|m/s|mph|hrs?){POWER})", re.S)
 WRAPPED_UNIT = re.compile(rf"(.*[\w.%)}}])\s*{TEXT}{POWER}", re.S)
 # A word that changes what the number before it means.
@@ -134,7 +145,13 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_equiv(a: str, b: str) -> bool:
-    """Whether two answers are mathematically the same. Texts that cannot be read are equal when they are alike."""
+    """Whether two answers are mathematically the same. Texts that cannot be read are equal when they are alike.
+
+    Letters are variables, and r is another one than R, but for `(B)` and `\\text{B}`, which are choices.
+    """
+    choices = [m for m in map(CHOICE.fullmatch, (a.strip(), b.strip())) if m]
+    if len(choices) == 2 and any(m[1].isupper() and (len(m[0]) > 1 or m[1] <= "E") for m in choices):
+        return choices[0][1].upper() == choices[1][1].upper()
     one, other = _read(a, _plain), _read(b, _plain)
     if one == other or (_is_number(one) and _is_number(other)):
         return one == other
@@ -187,10 +204,9 @@ def _stated(text: str) -> str | None:
 
 def _number_text(text: str) -> str | None:
     """The last number, as it stands in its formula where it is all that the formula says, or comes to."""
-    found = None
-    text = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda m: f" {unicodedata.normalize('NFKC', m[0])}".replace("\u2044", "/"), text)
-    for found in NUMBER.finditer(re.sub("[\u2010-\u2012\u2212\ufe63\uff0d]", "-", text)):  # noqa: B007
-        pass
+    text = spelt_fractions(text)
+    numbers = deque(NUMBER.finditer(re.sub("[\u2010-\u2012\u2212\ufe63\uff0d]", "-", text)), maxlen=MAX_DENIED)
+    found = next((m for m in reversed(numbers) if not is_denied(text, m.start())), None)
     if found is None:
         return None
     for m in FORMULA.finditer(text, max(0, found.start() - MAX_ANSWER_CHARS), found.end() + MAX_ANSWER_CHARS):
@@ -198,6 +214,19 @@ def _number_text(text: str) -> str | None:
             value = re.split(r"=|\\approx", m[m.lastindex or 0])[-1].strip()
             return value if _is_number(_read(value, _plain)) else found[0]
     return found[0]
+
+
+def spelt_fractions(text: str) -> str:
+    """Spell fractions of one character: `3\u00bd` as `3 1/2`."""
+    if text.isascii():
+        return text
+    one = lambda m: " " + unicodedata.normalize("NFKC", m[1]).replace("\u2044", "/")  # noqa: E731
+    return re.sub("[ \u00a0\u2009\u202f]*([\u00bc-\u00be\u2150-\u215e])", one, text)
+
+
+def is_denied(text: str, start: int) -> bool:
+    """Whether what stands at `start` is said not to be so."""
+    return DENIED.search(text[max(0, start - MAX_DENIAL_CHARS) : start]) is not None
 
 
 def _last(found: list[str]) -> str | None:
@@ -238,8 +267,13 @@ def _to_ascii(text: str) -> str:
     for c in text:
         kind, *parts = unicodedata.decomposition(c).split() or [""]
         plain = unicodedata.normalize("NFKC", c)
-        if c in "\u00b0\u00ba":
+        if c in "\u00b0\u00ba\u2103\u2109":  # degrees, Celsius and Fahrenheit too
             out.append("\u00b0")
+        elif c in UNIT_SIGNS or (kind == "<square>" and "\u3371" <= c <= "\u33df"):  # cm^2 as one character
+            word = UNIT_SIGNS.get(c) or re.sub(r"[^a-zA-Z\d]", "", plain)
+            out.append(re.sub(r"(\D+)(\d?)", lambda m: rf"\text{{ {m[1]}}}" + (m[2] and f"^{m[2]}"), word, count=1))
+        elif c == "\u00b5":  # micro, not the variable mu
+            out.append("u")
         elif kind == "<fraction>" and len(parts) == 3:
             top, bottom = plain.split("\u2044")
             out.append(rf"\frac{{{top}}}{{{bottom}}}")
@@ -384,7 +418,8 @@ def _unsigned(text: str) -> Fraction | None:
 def _plain(text: str) -> str:
     """The normal form of what is no number."""
     if re.fullmatch(r"[^\W\d_]+(?: [^\W\d_]+)*\)?", text):  # words, or the letter of a choice
-        return text.rstrip(")").casefold()
+        text = text.rstrip(")")
+        return text.casefold() if len(text) > 1 else text  # r is not R
     text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])", "\\1\t", text)
     text = re.sub(r"(?<!\d) +| +(?!\d)", "", text).replace("\t", " ").removeprefix("+")  # `2 3` is not 23, nor `\pi r` `\pir`
     text = re.sub(r"\*(?=[a-zA-Z\\(])", "", text)

@@ -2,10 +2,11 @@
 
 | kind | fields | right when |
 |---|---|---|
-| number | value, working | the last number in the answer equals it; with `working`, every equation in the answer must hold too |
-| exact | value | the answer equals it, white space and case aside |
+| number | value, working | the last number in the answer (in its last box, if it has one) that is not denied (`not 4`) equals it; with
+`working`, every equation in the answer must hold too |
+| exact | value | the answer equals it, white space, case and the forms of quotes and minus signs aside |
 | mention | value, not | the answer mentions it as a word, and no wrong value except as a part of it |
-| choice | value | the last "answer is X", else the last letter A-Z standing alone, names it |
+| choice | value | the last "answer is X" or box, else the last letter A-Z standing alone, names it and no second one (`A or B`) |
 | code | tests, or cases | the program in it (a code block, or the whole answer) passes the tests in the sandbox, see code_tests.py |
 | list | n, words, shape, extras | a list of n different words of the category in the asked form |
 | math | value | the final answer (boxed, stated or last) equals it as a mathematician would say |
@@ -15,8 +16,10 @@
 What a reasoning model thinks is no part of its answer (`core/response_text.py`).
 """
 
+import collections
 import math
 import re
+import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -26,20 +29,44 @@ from gristmill.core.response_text import answer_text, extract_code, strip_thinki
 from gristmill.verify.code_tests import check_text, complete
 from gristmill.verify.ifeval import check_instructions
 from gristmill.verify.json_schema import extract_json, schema_error, validation_error
-from gristmill.verify.math import extract_answer, is_equiv
+from gristmill.verify.math import MAX_DENIED, extract_answer, is_denied, is_equiv, spelt_fractions
 
 KINDS = ("number", "exact", "mention", "choice", "code", "list", "math", "instructions", "schema")
 RunCode = Callable[[str, str], bool]
 NUMBER = re.compile(
     r"(?:(?<![\w)\]])-)?\$?"  # a minus after a digit, a name or a bracket subtracts: `20-13` ends with 13
+    r"(?:(\d{1,9}) (?=\d{1,9}/[1-9]))?"  # of a mixed number
     r"((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"  # `1,234` is one number, `1,2` are two
     r"((?:[eE][+-]?\d{1,3}(?!\d))?)"  # a longer exponent would make a number that fills the memory
     r"(?:/(\d+))?"
 )
+SPELT = [  # numbers as they are also written, and their plain form
+    (re.compile(pattern, re.I), replacement)
+    for pattern, replacement in (
+        (r"\\[dtc]?frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", r" \1\2/\3\4"),
+        ("\u2044", "/"),
+        (r"(?<=\d)(?:\{,\}|\\[,!]|,\\!|[\u00a0\u2009\u202f'\u2019_])(?=\d{3}(?!\d))", ","),  # `1{,}000`, `1'000`
+        (r"(?<![\d.,/^-])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]|,\d| \d)", lambda m: m[0].replace(" ", ",")),  # `10 000`
+        (r"[ \t]{0,3}(?:\\times|\\cdot|[*x\u00d7\u22c5\u00b7])\s*10\s*(?:\^|\*\*)\s*\{?\s*([-+]?\d{1,3})(?!\d)\s*\}?", r"e\1"),
+        (r"(?<![\w.^])(\d{1,9})[ ]?(?:\^|\*\*)[ ]?(?:\{(\d{1,2})\}|(\d{1,2})(?!\d))", lambda m: str(int(m[1]) ** int(m[2] or m[3]))),
+        (r"\^ ?(?:\{[ ]?-?\d{1,9}[ ]?\}|-?\d{1,9})", ""),  # of a unit or a name: `5 m^2`
+        (r"(?<![\w)\]] )(?<![\w)\]])minus (?=\$?\d)|\bnegative (?=\$?\d)|(?<=[a-z]{2} )minus (?=\$?\d)", "-"),
+    )
+]
+SUPERSCRIPTS = re.compile("[\u207b\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 EQUATION = re.compile(r"(\d{1,9}) ([-+*]) (\d{1,9}) = (-?\d{1,18})")
 # The pronoun and the article are no options: `I think`, `I'm`, `A good`; `A is right` is one.
-LETTER = r"\b(?!(?:I|A)(?:['\u2019]| (?!is\b)[a-z]))([A-Z])\b"
-STATED = re.compile(rf"(?i:\banswer(?:\s+is\b|\s*:))[\s:*(\[]*{LETTER}")
+LETTER = r"\b(?!(?:I|A)(?:['\u2019]| (?!is\b|or\b|and\b)[a-z]))([A-Z])\b"
+STATED = re.compile(
+    r"(?i:\b(?:answer|option|choice)(?:\s+is\b|\s*:)|\bI\s+(?:choose|chose|pick|select)\b|\\boxed\s*\{)"
+    rf"(?:[\s:*(\[{{]|\\text(?:bf|rm|it)?|(?i:option|choice)\b)*(?:{LETTER}|(?<=\()([a-z])(?=\)))"
+)
+ONLY = re.compile(r"\W*([a-zA-Z])(?:\W*|[.):]\s.*)", re.S)  # an answer of one letter, or that begins with an option's
+SECOND = re.compile(
+    rf"[)\]*.}}]*\s*(?:\b(?:or|and)\b|[/&])\s*(?i:option\s+|choice\s+)?[(\[*]*{LETTER}(?!\s+(?:is|was|are|has|does|cannot|can|would)\b)"
+)
+PLAIN = str.maketrans("\u2018\u2019\u201c\u201d\u2212\u2010\u2011", "''\"\"---")
 ITEM = r"[A-Za-z]+"
 ITEMS = {  # shape -> separator and pattern of an item
     "commas": (", ", ITEM),
@@ -69,14 +96,15 @@ def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) 
         want = last_number(str(_field(truth, "value")))
         if want is None:
             raise InputError(f"The truth {truth!r} has no number as value: use kind 'exact' for text.")
-        return last_number(answer) == want and (not truth.get("working") or _working_holds(answer))
+        boxed = BOXED.findall(answer)
+        number = last_number(boxed[-1]) if boxed else None
+        return (last_number(answer) if number is None else number) == want and (not truth.get("working") or _working_holds(answer))
     if kind == "exact":
         return _normalize(answer) == _normalize(str(_field(truth, "value")))
     if kind == "mention":
         return _mention(answer, str(_field(truth, "value")), truth.get("not", ()))
     if kind == "choice":
-        letters = STATED.findall(answer) or re.findall(LETTER, answer)
-        return bool(letters) and letters[-1] == str(_field(truth, "value")).upper()
+        return _choice(answer) == str(_field(truth, "value")).strip().upper()
     if kind == "code":
         if run_code is None:
             raise InputError("A truth of kind 'code' needs the sandbox: run where it is available or pass --unsafe-code.")
@@ -147,19 +175,47 @@ def _working_holds(answer: str) -> bool:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a text, or None. `1,234.50`, `3/4`, `.5`, `2e3` and `-$5` are read as numbers."""
-    text = text.replace("\u2212", "-")  # the typographic minus
-    found = None
-    for found in NUMBER.finditer(text):  # noqa: B007
-        pass
+    """The last number in a text that is not denied (`not 4`), or None.
+
+    `1,234.50`, `3/4`, `3 1/2` in all their forms, `.5`, `2e3`, `10^3`, `minus 5` and `-$5` are read as numbers.
+    """
+    text = plain_numbers(text)
+    numbers = collections.deque(NUMBER.finditer(text), maxlen=MAX_DENIED)
+    found = next((m for m in reversed(numbers) if not is_denied(text, m.start())), None)
     if found is None:
         return None
-    digits, exponent, divisor = found.groups()
+    whole, digits, exponent, divisor = found.groups()
     try:
         value = Fraction(digits.replace(",", "") + exponent) / int(divisor or 1)
     except (ValueError, ZeroDivisionError):  # thousands of digits, or a division by zero
         return None
+    value += int(whole) if whole and value < 1 else 0  # `2 5/2` are two numbers
     return -value if found[0].startswith("-") else value
+
+
+def plain_numbers(text: str) -> str:
+    """A text with its numbers in their plain form."""
+    text = spelt_fractions(text.replace("\u2212", "-"))  # the typographic minus
+    if not text.isascii():
+        text = SUPERSCRIPTS.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}".replace("\u2212", "-"), text)
+    for pattern, replacement in SPELT:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _choice(answer: str) -> str:
+    """The letter that an answer chooses; "" where it chooses none, or several."""
+    answer = unicodedata.normalize("NFKC", answer)
+    if only := ONLY.fullmatch(answer):
+        return only[1].upper()
+    found = [(m, m[1] or m[2]) for m in STATED.finditer(answer)]
+    found = found or [(m, m[1]) for m in re.finditer(LETTER, answer) if not is_denied(answer, m.start())]
+    if not found:
+        return ""
+    last, letter = found[-1]
+    if any((second := SECOND.match(answer, m.end())) and second[1] != m[m.lastindex or 0].upper() for m, _ in found[-2:]):
+        return ""
+    return letter.upper()
 
 
 def _field(truth: dict[str, Any], name: str) -> Any:
@@ -169,6 +225,8 @@ def _field(truth: dict[str, Any], name: str) -> Any:
 
 
 def _normalize(text: str) -> str:
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text).translate(PLAIN)
     return " ".join(text.lower().split())
 
 

@@ -39,12 +39,15 @@ def _shingles_of(data, table, words, size, spelt, out, start_W, stop_W):  # type
         facts = _facts(data, table, spelt, out[:num_words], start_W, stop_W)
     if words:  # shingles over the words
         span = min(size, num_words)
-        for first in range(num_words - span + 1):
-            whole = np.uint64(0)
-            for k in range(span):
-                whole = whole * GOLDEN + out[first + k]
+        whole, power = np.uint64(0), np.uint64(1)
+        for w in range(span - 1):
+            whole, power = whole * GOLDEN + out[w], power * GOLDEN
+        for count in range(num_words - span + 1):
+            whole = whole * GOLDEN + out[count + span - 1]
+            first = out[count]
             out[count] = mix64(whole)
-            count += 1
+            whole -= power * first
+        count = num_words - span + 1
     else:
         count = _of_characters(data, table, num_words, size, out, start_W, stop_W)
     if facts:

@@ -50,17 +50,23 @@ class Decontaminate(Section):
 # --- words and n-grams ---------------------------------------------------------------------------------------------------
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _thirds(data_B, i, table):  # type: ignore[no-untyped-def]
+    """What the word or sign at byte i counts, in thirds of a word."""
+    entry = first_entry(data_B, i, table)
+    return 3 if entry & (WORD | HAN) else 1 if entry & CLUSTER else 0
+
+
 @njit(cache=True, nogil=True)
 def _item_grams(data_B, begin_N, table, ngram, min_words):  # type: ignore[no-untyped-def]
-    """uint64 hashes of the n-grams of every item, and their lengths."""
+    """uint64 hashes of the n-grams of every item, and how long they are: in words and signs, and in thirds of words."""
     hash_W, start_W, stop_W = buffers(begin_N)
-    weight_W = np.empty(len(hash_W), np.int64)  # thirds of a word
-    grams, sizes, total = np.empty(1024, np.uint64), np.empty(1024, np.int64), 0
+    weight_W = np.empty(len(hash_W), np.int64)
+    grams, lengths, total = np.empty(1024, np.uint64), np.empty((1024, 2), np.int64), 0
     for n in range(len(begin_N) - 1):
         words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
         for w in range(words):
-            entry = first_entry(data_B, start_W[w], table)
-            weight_W[w] = 3 if entry & (WORD | HAN) else 1 if entry & CLUSTER else 0
+            weight_W[w] = _thirds(data_B, start_W[w], table)
         whole = weight_W[:words].sum()
         if whole < 3 * min_words:
             continue
@@ -81,10 +87,10 @@ def _item_grams(data_B, begin_N, table, ngram, min_words):  # type: ignore[no-un
             for k in range(first, stop):
                 value = value * GOLDEN + hash_W[k]
             if total == len(grams):
-                grams, sizes = np.concatenate((grams, np.empty_like(grams))), np.concatenate((sizes, np.empty_like(sizes)))
-            grams[total], sizes[total] = mix64(value + np.uint64(size)), size
+                grams, lengths = np.concatenate((grams, np.empty_like(grams))), np.concatenate((lengths, np.empty_like(lengths)))
+            grams[total], lengths[total, 0], lengths[total, 1] = mix64(value + np.uint64(size)), size, wanted
             total += 1
-    return grams[:total], sizes[:total]
+    return grams[:total], lengths[:total]
 
 
 @njit(cache=True, nogil=True)
@@ -95,6 +101,8 @@ def _begins(data_B, begin_N, table, size, slots):  # type: ignore[no-untyped-def
     for n in range(len(begin_N) - 1):
         words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
         for first in range(words - size + 1):
+            if _thirds(data_B, start_W[first], table) == 0:
+                continue
             value = np.uint64(0)
             for k in range(first, first + size):
                 value = value * GOLDEN + hash_W[k]
@@ -103,17 +111,18 @@ def _begins(data_B, begin_N, table, size, slots):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True, nogil=True)
-def _matches(data_B, begin_N, table, grams_G, table_S, begins_S, lengths):  # type: ignore[no-untyped-def]
+def _matches(data_B, begin_N, table, grams_G, table_S, begins_S, shortest, lengths):  # type: ignore[no-untyped-def]
     """Every n-gram of the benchmarks in the documents.
 
     Args:
-        lengths: int64, the lengths in words that there are, ascending.
+        shortest: words and signs of the shortest one.
+        lengths: int64, the lengths in thirds of words that there are, ascending.
 
     Returns:
         int64 [M, 4]: document, n-gram, and the bytes in `data_B` where it starts and stops; by document and start.
     """
     hash_W, start_W, stop_W = buffers(begin_N)
-    shortest, last = lengths[0], np.uint64(1)
+    last = np.uint64(1)
     for _ in range(shortest):
         last *= GOLDEN
     slot_mask = np.uint64(len(begins_S) - 1)
@@ -125,22 +134,25 @@ def _matches(data_B, begin_N, table, grams_G, table_S, begins_S, lengths):  # ty
             rolling = rolling * GOLDEN + hash_W[w]
             if w >= shortest:
                 rolling -= last * hash_W[w - shortest]
-            if w + 1 < shortest or not begins_S[np.int64((rolling >> np.uint64(32)) & slot_mask)]:
+            if w + 1 < shortest or not begins_S[(rolling >> np.uint64(32)) & slot_mask]:
                 continue
-            first, value, k = w + 1 - shortest, rolling, 0
-            for stop in range(w + 1, min(words, first + lengths[-1]) + 1):  # longer n-grams that begin at the same word
-                if stop > w + 1:
-                    value = value * GOLDEN + hash_W[stop - 1]
-                if stop - first != lengths[k]:
+            first = w + 1 - shortest
+            value, stop, inside, before = np.uint64(0), first, 0, first
+            for wanted in lengths:  # where each of them would end that begins at this word
+                while stop < words and inside < wanted:
+                    value = value * GOLDEN + hash_W[stop]
+                    inside += _thirds(data_B, start_W[stop], table)
+                    stop += 1
+                if inside < wanted:
+                    break
+                if stop == before:  # the same words, longer by a third or two than the length before
                     continue
-                k += 1
-                gram = mix64(value + np.uint64(stop - first))
-                place = lookup(gram, grams_G, table_S)
+                before = stop
+                place = lookup(mix64(value + np.uint64(stop - first)), grams_G, table_S)
                 if place >= 0:
                     if total == len(found):
                         found = np.concatenate((found, np.empty_like(found)))
-                    found[total, 0], found[total, 1] = n, place
-                    found[total, 2], found[total, 3] = start_W[first], stop_W[stop - 1]
+                    found[total, 0], found[total, 1], found[total, 2], found[total, 3] = n, place, start_W[first], stop_W[stop - 1]
                     total += 1
     return found[:total]
 
@@ -192,13 +204,15 @@ class Benchmarks:
     Attributes:
         grams_G: uint64 hashes, sorted.
         table_S: int32, where to find them.
-        begins_S: bool, which first words of the shortest length they may have.
-        lengths: int64, the lengths in words that there are, ascending.
+        begins_S: bool, which hashes their first words may have, as many as the shortest has.
+        shortest: words and signs of the shortest.
+        lengths: int64, the lengths in thirds of words that there are, ascending.
     """
 
     grams_G: np.ndarray
     table_S: np.ndarray
     begins_S: np.ndarray
+    shortest: int
     lengths: np.ndarray
 
     @staticmethod
@@ -211,14 +225,13 @@ class Benchmarks:
         items = [text for path in settings.benchmarks for text in _items(path, settings.fields)]
         texts = TextColumn.of(pa.array(items, pa.large_string()))
         data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
-        grams, sizes = _item_grams(data_B, begin_N, lower_letters(), settings.ngram, min(settings.min_words, settings.ngram))
+        grams, lengths = _item_grams(data_B, begin_N, lower_letters(), settings.ngram, min(settings.min_words, settings.ngram))
         if len(grams) == 0:
             raise InputError(f"The benchmarks hold no text of {settings.min_words} words or more: check `benchmarks` and `fields`.")
         grams_G = np.unique(grams)
-        lengths = np.unique(sizes)
-        slots = 1 << (16 * len(grams_G)).bit_length()
-        begins_S = _begins(data_B, begin_N, lower_letters(), lengths[0], slots)
-        return Benchmarks(grams_G, hash_table(grams_G), begins_S, lengths)
+        shortest, slots = int(lengths[:, 0].min()), 1 << (16 * len(grams_G)).bit_length()
+        begins_S = _begins(data_B, begin_N, lower_letters(), shortest, slots)
+        return Benchmarks(grams_G, hash_table(grams_G), begins_S, shortest, np.unique(lengths[:, 1]))
 
     def __len__(self) -> int:
         return len(self.grams_G)
@@ -228,7 +241,7 @@ def _find(texts: TextColumn, benchmarks: Benchmarks) -> np.ndarray:
     """`_matches` of the documents."""
     b = benchmarks
     data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
-    return np.asarray(_matches(data_B, begin_N, lower_letters(), b.grams_G, b.table_S, b.begins_S, b.lengths))
+    return np.asarray(_matches(data_B, begin_N, lower_letters(), b.grams_G, b.table_S, b.begins_S, b.shortest, b.lengths))
 
 
 def counts(table: pa.Table, benchmarks: Benchmarks) -> np.ndarray:

@@ -49,85 +49,92 @@ _JOINERS = (0xAD, 0x200C, 0x200D, 0x2060)  # soft hyphen, zero-width non-joiner 
 
 # ---- signs ----
 
-
-@njit(cache=True, nogil=True)
-def _beside(data_B, begin, end, i, step, table):  # type: ignore[no-untyped-def]
-    """What stands at byte i, read by steps of 1 or -1: 2, an operand (a number, a letter alone, a bracket); 1, another word; 0, neither.
-
-    A number is 3.
-    """
-    if i < begin or i >= end:
-        return 0
-    byte = data_B[i]
-    if byte >= 0x80:
-        return 1
-    if 48 <= byte <= 57:
-        return 3
-    letter = 97 <= byte | 32 <= 122
-    if letter or byte == 95:
-        j = i + step
-        alone = not (begin <= j < end) or not (data_B[j] >= 0x80 or data_B[j] == 95 or table[data_B[j]] & WORD)
-        return 2 if alone and letter else 1
-    if step > 0:
-        if byte in (46, 45, 43) and i + 1 < end and 48 <= data_B[i + 1] <= 57:  # .5 -5 +5
-            return 3
-        return 2 if byte in (40, 91, 123, 92) else 0
-    return 2 if byte in (41, 93, 125) else 0
+# What a byte is to a sign beside it: 0, no operand; 1, a word; 2, an operand (a bracket); 3, a number; 4, a letter, of a word or alone; 5,
+# what begins a number where a digit follows.
+_IN_WORD = np.array([byte >= 0x80 or chr(byte).isalnum() or byte == 95 for byte in range(256)])
+_KINDS = [1 if byte >= 0x80 or byte == 95 else 3 if 48 <= byte <= 57 else 4 if chr(byte).isalpha() else 0 for byte in range(256)]
+_LEFT, _RIGHT = np.array(_KINDS, np.uint8), np.array(_KINDS, np.uint8)
+_LEFT[list(b")]}")], _RIGHT[list(b"([{\\")], _RIGHT[list(b".-+")] = 2, 2, 5
+_ANYWHERE = np.array([chr(byte) in "%&+<=>^|~" for byte in range(256)])  # within a line no mark of writing
 
 
 @njit(cache=True, nogil=True)
-def _is_sign(data_B, begin, end, i, size, value, table):  # type: ignore[no-untyped-def]
+def _left(data_B, begin, i):  # type: ignore[no-untyped-def]
+    """What stands to the left of byte i: 2 or more, an operand (3, a number); 1, another word; 0, neither."""
+    if i == begin:
+        return np.uint8(0)
+    kind = _LEFT[data_B[i - 1]]
+    if kind == 4:
+        kind = np.uint8(1 if i - 1 > begin and _IN_WORD[data_B[i - 2]] else 2)
+    return kind
+
+
+@njit(cache=True, nogil=True)
+def _right(data_B, end, i):  # type: ignore[no-untyped-def]
+    """The same of byte i and what follows it."""
+    if i == end:
+        return np.uint8(0)
+    kind = _RIGHT[data_B[i]]
+    if kind == 4:
+        kind = np.uint8(1 if i + 1 < end and _IN_WORD[data_B[i + 1]] else 2)
+    elif kind == 5:
+        kind = np.uint8(3 if i + 1 < end and 48 <= data_B[i + 1] <= 57 else 0)
+    return kind
+
+
+@njit(cache=True, nogil=True)
+def _is_sign(data_B, begin, end, i, size, value):  # type: ignore[no-untyped-def]
     """Whether the character at i, a mark of the given value, says what is done with its neighbours, and is no mark of writing."""
     first, stop = i, i + size
     if value == 46:  # .5
-        if stop == end or not 48 <= data_B[stop] <= 57:
-            return False
-        return i == begin or (data_B[i - 1] != 46 and _beside(data_B, begin, end, i - 1, -1, table) == 0)
+        return stop < end and 48 <= data_B[stop] <= 57 and (i == begin or data_B[i - 1] != 46) and _left(data_B, begin, i) == 0
     if size == 1:
         while first > begin and data_B[first - 1] == data_B[i] and i - first < 4:
             first -= 1
         while stop < end and data_B[stop] == data_B[i] and stop - i < 4:
             stop += 1
+        if stop - first > 3:  # a ruled line
+            return False
     run = stop - first if size == 1 else 1
-    if run > 3:  # a ruled line
-        return False
-    before, after = first - 1, stop
-    while before >= begin and (data_B[before] == 32 or data_B[before] == 9):
+    before, after = first, stop
+    while before > begin and (data_B[before - 1] == 32 or data_B[before - 1] == 9):
         before -= 1
-    opens_line = before < begin or data_B[before] == 10
-    if not opens_line and value not in (33, 35, 36, 42, 45, 47):  # what is no mark of writing within a line
+    opens_line = before == begin or data_B[before - 1] == 10
+    if not opens_line and (value > 255 or _ANYWHERE[value]):
         return True
     while after < end and (data_B[after] == 32 or data_B[after] == 9):
         after += 1
-    spaced = before < first - 1 and after > stop
-    if opens_line and (after == end or data_B[after] == 10 or data_B[after] == 13):  # a ruled line, or nothing beside it
-        return False
-    if value in (43, 62) and opens_line and after > stop:  # + or > before a point or a quotation
-        return False
-    left, right = _beside(data_B, begin, end, first - 1, -1, table), _beside(data_B, begin, end, stop, 1, table)
+    spaced = before < first and after > stop
+    if opens_line:
+        if after == end or data_B[after] == 10 or data_B[after] == 13:  # a ruled line, or nothing beside it
+            return False
+        if (value == 43 or value == 62) and after > stop:  # + or > before a point or a quotation
+            return False
+        if value == 45 and run == 1 and spaced:
+            return False
     if value == 45:  # -
+        if run == 1 and spaced:
+            left, right = _left(data_B, begin, before), _right(data_B, end, after)
+            return right >= 2 and left > 0 or left == 2
+        left, right = _left(data_B, begin, first), _right(data_B, end, stop)
         if run == 2:
             return (left == 2 and right == 0) or (left == 0 and right == 2)  # i--
-        if run == 1 and spaced:
-            if opens_line:
-                return False
-            left, right = _beside(data_B, begin, end, before, -1, table), _beside(data_B, begin, end, after, 1, table)
-            return right >= 2 and left > 0 or left == 2
         return run == 1 and right >= 2 and left != 1
     if value == 42:  # *
         if spaced and not opens_line:
-            left, right = _beside(data_B, begin, end, before, -1, table), _beside(data_B, begin, end, after, 1, table)
-        return left > 0 and right > 0
+            return _left(data_B, begin, before) > 0 and _right(data_B, end, after) > 0
+        return _left(data_B, begin, first) > 0 and _right(data_B, end, stop) > 0
     if value == 47:  # /
         if spaced:
-            return run == 1 and _beside(data_B, begin, end, before, -1, table) > 0 and _beside(data_B, begin, end, after, 1, table) > 0
+            return run == 1 and _left(data_B, begin, before) > 0 and _right(data_B, end, after) > 0
+        left, right = _left(data_B, begin, first), _right(data_B, end, stop)
         return left > 0 and right > 0 and (left > 1 or right > 1)
     if value == 35:  # #
-        return left > 0 or (right == 3 and not opens_line)
+        return _left(data_B, begin, first) > 0 or (_right(data_B, end, stop) == 3 and not opens_line)
     if value == 33:  # !
-        return left > 1 or right > 0 or (stop < end and data_B[stop] == 61)
+        return _left(data_B, begin, first) > 1 or _right(data_B, end, stop) > 0 or (stop < end and data_B[stop] == 61)
     if value == 36:  # $
-        return right == 3
+        return _right(data_B, end, stop) == 3
     return True
 
 
@@ -144,41 +151,57 @@ def tokenize(data_B, begin, end, table, seed, hash_W, start_W, stop_W):  # type:
         How many words there are.
     """
     points = len(table) > 256
-    count, i, inside, value = 0, begin, False, seed
-    while i < end:
-        point, size = np.int64(data_B[i]), 1
-        if points and point >= 0x80:
-            point, size = decode_utf8(data_B, i)
-        entry = table[point]
-        if entry & WORD:
-            if not inside:
-                if entry & JOINS and count > 0 and stop_W[count - 1] == i:
+    one = np.uint64(1)  # indexes without a sign cost nothing to check
+    i, stop, size, count, value, entry = np.uint64(begin), np.uint64(end), one, np.uint64(0), seed, np.uint32(0)
+    while i < stop:
+        while i < stop:  # up to a character that may be a sign: judged in this loop, signs would make all of it slow
+            point, size = np.uint64(data_B[i]), one
+            if points and point >= 0x80:
+                wide, width = decode_utf8(data_B, np.int64(i))
+                point, size = np.uint64(wide), np.uint64(width)
+            entry = table[point]
+            if entry & WORD:
+                if entry & JOINS and count > 0 and stop_W[count - one] == np.int64(i):
                     value = (value ^ np.uint64(entry & VALUE)) * FNV_PRIME
                     i += size
-                    hash_W[count - 1], stop_W[count - 1] = mix64(value), i
+                    hash_W[count - one], stop_W[count - one] = mix64(value), i
                     continue
-                inside, value = True, seed
-                start_W[count] = i
-            value = (value ^ np.uint64(entry & VALUE)) * FNV_PRIME
-        else:
-            if inside:
-                inside = False
+                start_W[count], value = i, seed
+                while entry & WORD:
+                    value = (value ^ np.uint64(entry & VALUE)) * FNV_PRIME
+                    i += size
+                    if i == stop:
+                        break
+                    point, size = np.uint64(data_B[i]), one
+                    if points and point >= 0x80:
+                        wide, width = decode_utf8(data_B, np.int64(i))
+                        point, size = np.uint64(wide), np.uint64(width)
+                    entry = table[point]
                 hash_W[count], stop_W[count] = mix64(value), i
-                count += 1
-            if entry and not (entry & SIGN and not _is_sign(data_B, begin, end, i, size, np.int64(entry & VALUE), table)):
+                count += one
+                if i == stop:
+                    break
+            if entry & SIGN:
+                if point != 46 or (i + one < stop and 48 <= data_B[i + one] <= 57):  # most points are none
+                    break
+            elif entry:
                 value = np.uint64(entry & VALUE)
                 if entry & IDEOGRAPH:
-                    value = value << np.uint64(16) | np.uint64(data_B[i + 1]) << np.uint64(8) | np.uint64(data_B[i + 2])
-                    size = 3
+                    value = value << np.uint64(16) | np.uint64(data_B[i + one]) << np.uint64(8) | np.uint64(data_B[i + one + one])
+                    size = np.uint64(3)
                 value = (seed ^ value) * FNV_PRIME if entry & SINGLE else value
                 hash_W[count] = mix64(value)
                 start_W[count], stop_W[count] = i, i + size
-                count += 1
-        i += size
-    if inside:
-        hash_W[count], stop_W[count] = mix64(value), end
-        count += 1
-    return count
+                count += one
+            i += size
+        if i < stop:
+            if _is_sign(data_B, begin, end, np.int64(i), np.int64(size), np.int64(entry & VALUE)):
+                value = (seed ^ np.uint64(entry & VALUE)) * FNV_PRIME
+                hash_W[count] = mix64(value)
+                start_W[count], stop_W[count] = i, i + size
+                count += one
+            i += size
+    return np.int64(count)
 
 
 @njit(cache=True, nogil=True)

@@ -1,0 +1,74 @@
+"""Text, bytes and offsets of tokens, with tokenizers that put a blank before the first word."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from gristmill.data.tokenizer import EOS, Tokenizer
+from gristmill.engine.engine import Engine
+from gristmill.generation.api import Completion
+from gristmill.server.protocol import CompletionRequest
+from gristmill.server.responses import ChatResponseBuilder, CompletionResponseBuilder, IncrementalDetokenizer
+
+BLANK = "\u2581"
+WORDS = [EOS, "<unk>", f"{BLANK}to", f"{BLANK}be", BLANK, "s", ",", "\u00e9", *(f"<0x{byte:02X}>" for byte in range(256))]
+
+
+def engine(scheme: str) -> Engine:
+    """What builders and detokenizers know of an engine: its tokenizer, of a decoder as Llama's, or of a Metaspace alone."""
+    backend = HFTokenizer(models.BPE({word: n for n, word in enumerate(WORDS)}, [], unk_token="<unk>", byte_fallback=True))
+    backend.add_special_tokens([EOS])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if scheme == "llama" else scheme)
+    llama = decoders.Sequence([decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = llama if scheme == "llama" else decoders.Metaspace(prepend_scheme=scheme)
+    fake = SimpleNamespace(tokenizer=Tokenizer(backend), chat_format=SimpleNamespace(close=""), name="m")
+    return cast(Engine, fake)
+
+
+def ids(*words: str) -> list[int]:
+    return [WORDS.index(word) for word in words]
+
+
+SAID = ids(f"{BLANK}to", "s", f"{BLANK}be", BLANK, ",", "\u00e9")
+
+
+@pytest.mark.parametrize("scheme", ["llama", "always", "first", "never"])
+def test_a_completion_goes_on_after_its_prompt(scheme: str) -> None:
+    mill = engine(scheme)
+    prompt = ids(f"{BLANK}be", ",")
+    text = mill.tokenizer.decode(SAID, continued=True)
+    assert text == " tos be ,\u00e9"
+    for echo in (False, True):
+        body = CompletionRequest.model_construct(echo=echo, logprobs=1, n=1, max_tokens=9)
+        zeros = [0.0] * len(prompt[1:]), [()] * len(prompt[1:])
+        builder = CompletionResponseBuilder(mill, body, [prompt], scored=[zeros] if echo else None)
+        out = Completion(text, len(SAID), (0.0,) * len(SAID), "stop", tuple(SAID), ((),) * len(SAID))
+        choice: dict[str, Any] = builder._choice(0, 0, prompt, out)
+        told = choice["logprobs"]
+        assert "".join(told["tokens"]) == choice["text"] and len(told["tokens"]) == len(SAID) + 2 * echo
+        assert all(choice["text"][at:].startswith(token) for token, at in zip(told["tokens"], told["text_offset"], strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["llama", "always", "first", "never"])
+@pytest.mark.parametrize("continued", [False, True])
+def test_bytes_of_a_chat_join_to_its_content(scheme: str, continued: bool) -> None:
+    mill = engine(scheme)
+    said = [*SAID, *ids("<0xE4>", "<0xBD>", "<0xA0>")] if scheme == "llama" else SAID
+    text = mill.tokenizer.decode(said, continued=continued)
+    assert text.startswith(" ") is (continued or scheme == "never")
+    entries = ChatResponseBuilder(mill, True, continued=continued)._entries(Completion(text, 0, (0.0,) * len(said), "stop", tuple(said)))
+    assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == text
+    detokenizer = IncrementalDetokenizer(mill, (), continued=continued)
+    assert "".join(map(detokenizer.add, said)) + detokenizer.finish(text) == text
+
+
+@pytest.mark.parametrize("scheme", ["llama", "first"])
+def test_long_streams_keep_their_blanks(scheme: str) -> None:
+    mill = engine(scheme)
+    said = SAID[:3] * 60
+    detokenizer = IncrementalDetokenizer(mill, ())
+    text = mill.tokenizer.decode(said)
+    assert "".join(map(detokenizer.add, said)) + detokenizer.finish(text) == text and detokenizer.start > 60
