@@ -165,9 +165,9 @@ def test_a_hostile_coding_task_is_not_understood(text: str) -> None:
 def test_no_coding_task_makes_a_huge_program(words: list[str], kind: str, number: int) -> None:
     what = code.KINDS.get(kind, ("a thing", ""))[0]
     steps = ", then ".join(w.replace("{k}", str(number)) for w in words)
-    started = time.perf_counter()
+    started = time.process_time()
     truth = code.parse_question(f"Write f(x): it takes {what}, {steps} and returns the result.")
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 10
     if truth:
         assert len(truth["tests"]) < 30_000  # 9 * 9 * 9 times `Red fox` is the longest
         assert len(words) <= max(code.LEVELS) and (number <= 9 or not any("{k}" in w for w in words))

@@ -226,11 +226,11 @@ def works(
 
     servers: list[str] = []
     return {
-        "run": Work(lambda folder: run(make_recipe(), folder), 3, 1, 1),
-        "synth": Work(synth, 5, 3, 3),
-        "curate": Work(lambda folder: curation.run(check(Curation, curate), folder, QUIET), 6, 4, 4),
-        "blend": Work(lambda folder: blending.blend(check(blending.Blend, blend), folder, QUIET), 6, 4, 4),
-        "train": Work(train, 8, 4, 4),
+        "run": Work(lambda folder: run(make_recipe(), folder), 2, 1, 1),
+        "synth": Work(synth, 3, 2, 2),
+        "curate": Work(lambda folder: curation.run(check(Curation, curate), folder, QUIET), 4, 2, 3),
+        "blend": Work(lambda folder: blending.blend(check(blending.Blend, blend), folder, QUIET), 4, 2, 3),
+        "train": Work(train, 5, 3, 3),
     }
 
 

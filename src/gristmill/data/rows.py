@@ -18,6 +18,11 @@ from gristmill.core.io import DamagedFile, reason, replacing, write_text
 from gristmill.data.chat import Conversation, conversation, to_dicts
 from gristmill.data.tokenizer import SURROGATE
 
+# A few bytes of a Parquet file may stand for many long texts: it is read some rows at a time, and bytes are counted as they come out.
+PARQUET_ROWS = 16
+MAX_EXPANSION = 1000  # bytes that may come out of one
+FREE_EXPANSION = 16 << 20  # bytes that no file is suspected for
+
 
 def make_id(*parts: object) -> str:
     """A short id from the inputs that made a row: the same inputs give the same id."""
@@ -236,6 +241,13 @@ def json_line(record: dict[str, Any], where: str) -> str:
     return line
 
 
+def num_bytes(value: Any) -> int:
+    """Bytes of a plain value, as good as: one a character, and eight of anything else."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(num_bytes, value)) if isinstance(value, list) else len(value) if isinstance(value, str | bytes) else 8
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Plain rows of a `.parquet` or `.jsonl` file, or of a `.json` file with one list of objects.
 
@@ -249,8 +261,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        records: list[dict[str, Any]] = []
+        size, most = 0, max(MAX_EXPANSION * path.stat().st_size, FREE_EXPANSION)
         try:
-            records = cast(list[dict[str, Any]], pq.read_table(path).to_pylist())
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
+                    records += (rows := batch.to_pylist())
+                    if (size := size + num_bytes(rows)) > most:
+                        raise InputError(f"{path} holds more than {MAX_EXPANSION} bytes of text to a byte: write it without repetitions.")
+        except InputError:
+            raise
         except (pa.ArrowException, OSError, ValueError) as e:
             raise DamagedFile(f"{path} cannot be read as Parquet ({reason(e)}): write or download it again.") from e
         for record in records:

@@ -17,6 +17,7 @@ from gristmill.core.errors import InputError
 from gristmill.curate.io import readers
 from gristmill.curate.io.readers import Format, Reading, Writer, list_files, read, write
 from gristmill.curate.outcome import DOCUMENT
+from gristmill.data.rows import read_records
 
 ROWS = [
     {"id": "a", "text": "First text.", "source": "here", "year": 1999, "tags": ["x"]},
@@ -304,6 +305,22 @@ def test_files_that_are_damaged(tmp_path: Path) -> None:
         [{"id": "bad.txt", "text": "caf\ufffd \0", "source": str(tmp_path / "bad.txt"), "meta": "{}"}],
         [("bad.txt", "replaced: not UTF-8")],
     )
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_parquet_that_unfolds_is_left(tmp_path: Path, typed: bool) -> None:
+    path = tmp_path / "bomb.parquet"
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 4000), ["a" * 500_000])  # 2 GB, written out
+    pq.write_table(pa.table({"text": column}), path, compression="zstd", store_schema=typed)
+    assert path.stat().st_size < 2000
+    before = pa.total_allocated_bytes()
+    taken, skipped = [], []
+    for table in read(path, Reading(), lambda where, why: skipped.append((where, why))):
+        taken.append(len(table))
+        assert pa.total_allocated_bytes() - before < 200 << 20
+    assert sum(taken) < 100 and skipped == [("bomb.parquet", "more than 1000 bytes come out of each of its bytes")]
+    with pytest.raises(InputError, match="more than 1000 bytes of text to a byte"):
+        read_records(path)
 
 
 def test_pages_and_texts_that_are_too_large(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import make_folder, replacing
 from gristmill.curate.io import decode, html
 from gristmill.curate.outcome import DOCUMENT
-from gristmill.data.rows import finite
+from gristmill.data.rows import FREE_EXPANSION, MAX_EXPANSION, PARQUET_ROWS, finite, num_bytes
 from gristmill.data.tokenizer import SURROGATE
 
 OnSkip = Callable[[str, str], None]  # where, why
@@ -32,7 +32,6 @@ Row = tuple[str | None, str, str | None, dict[str, Any], str]  # id, text, sourc
 Numbered = tuple[int, Row]  # 1 for the first line of the file, row or record, whether or not it was a document
 ROW_BYTES = 64  # of a document beside its text and meta
 BLOCK = 1 << 18  # bytes read at a time; where a compressed file breaks off, what the last read gave is lost
-FREE_EXPANSION = 16 << 20  # decompressed bytes that no file is suspected for
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".html", ".htm"}
 
@@ -47,7 +46,7 @@ class Reading(Section):
     source_field: str = "source"
     batch_bytes: int = Field(32 << 20, gt=0, description="of text in a table")
     max_document_bytes: int = Field(64 << 20, gt=0, description="larger documents (and lines) are skipped")
-    max_expansion: int = Field(1000, gt=0, description="decompressed bytes to a compressed one; beyond it the file is left")
+    max_expansion: int = Field(MAX_EXPANSION, gt=0, description="decompressed bytes to a compressed one; beyond it the file is left")
 
 
 class _Stop(Exception):
@@ -386,7 +385,8 @@ def _object(row: Any, number: int, where: str, settings: Reading, on_skip: OnSki
 
 
 def _parquet(path: Path, name: str, settings: Reading, on_skip: OnSkip, start: int) -> Iterator[Numbered]:
-    first = 0
+    first = given = 0
+    most = max(settings.max_expansion * path.stat().st_size, FREE_EXPANSION)
     with pa.OSFile(os.fsencode(path)) as raw, pq.ParquetFile(raw, pre_buffer=False) as file:
         if settings.text_field not in file.schema_arrow.names:
             raise _Stop(f"no column {settings.text_field!r}")
@@ -395,13 +395,15 @@ def _parquet(path: Path, name: str, settings: Reading, on_skip: OnSkip, start: i
             number, first = first, first + about.num_rows
             if first <= start:
                 continue
-            mean = max(1, about.total_byte_size // max(1, about.num_rows))
-            rows = min(8192, max(1, settings.batch_bytes // mean))
             try:
-                for batch in file.iter_batches(batch_size=rows, row_groups=[group], use_threads=False):
+                for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[group], use_threads=False):
                     passed = min(len(batch), max(0, start - number))
                     number += passed
-                    for row in batch.slice(passed).to_pylist():
+                    taken = batch.slice(passed).to_pylist()
+                    given += num_bytes(taken)
+                    if given > most:
+                        raise _Stop(f"more than {settings.max_expansion} bytes come out of each of its bytes")
+                    for row in taken:
                         number += 1
                         text = row[settings.text_field]
                         if isinstance(text, bytes):
