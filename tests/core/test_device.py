@@ -1,9 +1,12 @@
 """A device by its name: one that is here, or a sentence that says what to do."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 
-from gristmill.core.device import pick_device
+from gristmill.core.device import check_dtype, free_memory, pick_device
 from gristmill.core.errors import InputError
 
 
@@ -39,3 +42,24 @@ def test_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert pick_device("mps") == torch.device("mps")
+
+
+def test_a_gpu_without_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An Old Card")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    check_dtype(torch.device("cpu"), torch.bfloat16)
+    check_dtype(torch.device("cuda"), torch.float32)
+    with pytest.raises(InputError, match=r"An Old Card does not compute in bf16: choose fp32\."):
+        check_dtype(torch.device("cuda"), torch.bfloat16)
+
+
+def test_free_memory_is_within_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < (free := free_memory(torch.device("cpu"))) < 2**50
+    size = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (size + free // 4, resource.RLIM_INFINITY))
+    assert 0 < free_memory(torch.device("cpu")) <= free // 4 + 2**24
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1, 1))
+    assert free_memory(torch.device("cpu")) == 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 9))
+    assert free_memory(torch.device("cuda")) == 5

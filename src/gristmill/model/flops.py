@@ -86,14 +86,15 @@ def weight_bytes(config: ModelConfig, bytes_per_value: float = 2) -> int:
 def block_activation_bytes_per_token(config: ModelConfig, block: BlockConfig, bytes_per_value: float = 4) -> int:
     """Bytes that a layer keeps of one token for its backward pass, the padding of attention included (on a CPU, within a tenth)."""
     queries, keys = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
+    short = bytes_per_value < 4  # RMS norms keep their input in fp32 all the same
+    norm = config.hidden_size * (1 if config.parts.norm == "layernorm1p" else 3 if short else 2) * (1 + config.parts.post_norm)
     values = 0.0
-    norms = (1 if config.parts.norm == "layernorm1p" else 2) * (1 + config.parts.post_norm)
     if block.has_attention:
         # rotated heads and values, the same in padded views, outputs in both, and the input of the output projection
-        values += norms * config.hidden_size + 5.4 * queries + 2.4 * keys
-        values += 2.5 * (queries + keys) * (config.parts.qk_norm != "")
+        values += norm + 5.4 * queries + 2.4 * keys
+        values += (4.1 if short else 2.5) * (queries + keys) * (config.parts.qk_norm != "")
     if block.has_mlp:
-        values += norms * config.hidden_size + block.ffn_size * (4 if config.parts.gated else 2)
+        values += norm + block.ffn_size * (4 if config.parts.gated else 2)
     return int(values * bytes_per_value)
 
 

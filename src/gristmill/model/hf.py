@@ -40,7 +40,7 @@ from gristmill.model.quantized import (
     stored_as,
 )
 from gristmill.model.reward import REWARD_WEIGHTS, RewardModel
-from gristmill.model.transformer import PRECISIONS, Block, Linear, Transformer
+from gristmill.model.transformer import PRECISIONS, Block, Transformer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -135,10 +135,16 @@ def save_quantized(
     Raises:
         InputError: as `save_model`.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in hf_tensors(model).items():
-        tensors |= compress(name, tensor, kind) if is_quantized(name) else {name: tensor}
+    tensors = _compressed(hf_tensors(model), kind)
     _save(tensors, model.config, {"quantization_config": quantization_config(kind)}, tokenizer, Path(folder), max_shard_bytes)
+
+
+def _compressed(named: dict[str, Tensor], kind: Quantize, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Tensors as a quantized folder holds them; those that are not quantized in `dtype` (None: as they are)."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        tensors |= compress(name, tensor, kind) if is_quantized(name) else {name: tensor if dtype is None else tensor.to(dtype)}
+    return tensors
 
 
 def saved_as(folder: Path | str) -> Quantize:
@@ -210,13 +216,18 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
     if count == 1:
         files = [SINGLE_FILE]
     for file, shard in zip(files, shards, strict=True):
-        # Views of one merged matrix share memory, which the format refuses: write copies.
         with replacing(folder / file) as temporary:
-            save_file({k: v.clone().cpu() for k, v in shard.items()}, temporary, metadata={"format": "pt"})
+            save_file({name: _apart(tensor) for name, tensor in shard.items()}, temporary, metadata={"format": "pt"})
     if count > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own: views of one merged matrix share theirs, which the format refuses."""
+    tensor = tensor.cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _is_ours(path: Path, small_files: Sequence[str]) -> bool:
@@ -568,9 +579,17 @@ def quantize_folder(folder: Path, out: Path, kind: Quantize, *, dtype: str) -> d
         raise InputError(f"Choose another --out than the model itself: {folder} would be replaced.")
     if saved_as(folder):
         raise InputError(f"Give the model as it was before it was quantized: {folder} is quantized already.")
-    model, tokenizer = load_model(folder)
-    for parameter in model.parameters():
-        if not any(parameter is module.weight for module in model.blocks.modules() if isinstance(module, Linear)):
-            parameter.data = parameter.data.to(PRECISIONS[dtype])
-    save_quantized(model, tokenizer, out, kind=kind)
+    held: dict[str, Tensor] = {}
+    num_blocks = 0
+
+    def compress_block(block: Block) -> None:  # before the next is read
+        nonlocal num_blocks
+        named = {f"model.layers.{num_blocks}.{name}": view for name, view in _block_tensors(block).items()}
+        held.update(_compressed(named, kind, PRECISIONS[dtype]))
+        block.to("meta")
+        num_blocks += 1
+
+    model, tokenizer = load_model(folder, PRECISIONS[dtype], on_block=compress_block)
+    tensors = {name: held.get(name, view) for name, view in hf_tensors(model).items() if name in held or not view.is_meta} | held
+    _save(tensors, model.config, {"quantization_config": quantization_config(kind)}, tokenizer, out, MAX_SHARD_BYTES)
     return {"model": str(out), "quantize": kind, "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors"))}
