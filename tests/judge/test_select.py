@@ -276,6 +276,9 @@ def test_a_pair_remembers_which_answer_was_cut_off() -> None:
 
     cut = [answer("a", 5, finished=False), answer("a", 1)]
     assert pair(judging(), cut, compare=compare)[1]["funnel"] == {"none good": 1}, "what was cut off is no example"
+    loop = [replace(answer("a", 5), text="round and round " * 9), answer("a", 1)]
+    assert len(pair(judging(), loop)[0]) == 1
+    assert pair(judging(max_repetition=0.3), loop)[1]["funnel"] == {"none good": 1}
 
 
 # ---- repaired answers ----

@@ -115,8 +115,8 @@ def read_pairs(path: Path) -> list[Pair]:
         better, worse = next((names for names in REWARDS if r.get(names[0]) is not None or r.get(names[1]) is not None), REWARDS[0])
         rewards = _reward(path, number, r, better, 1.0), _reward(path, number, r, worse, 0.0)
         name = str(r.get("id") or make_id(number, chosen))
-        ended = {key: _flag(path, number, r, key) for key in FINISHED}
-        out.append(Pair(name, "", r.get("task") or "", messages, chosen, rejected, *rewards, "file", meta=meta, **ended))
+        ended = [_flag(path, number, r, key) for key in FINISHED]
+        out.append(Pair(name, "", r.get("task") or "", messages, chosen, rejected, *rewards, "file", (), meta, *ended))
     if not out:
         raise InputError(f"{path} holds no pairs.")
     if all(_repeats(pair.messages[-1].content, pair.chosen, pair.rejected) for pair in out):

@@ -16,7 +16,7 @@ from gristmill.judge.filter_expr import FilterExpr
 from gristmill.judge.pairwise import Comparison, Verdict, combine_verdicts, comparison_requests
 from gristmill.judge.programs import Tick, Verifier
 from gristmill.judge.reward_client import RemoteRewardScorer, RewardModelEndpoint
-from gristmill.judge.select import by_prompt, meets, unique_answers, verdict_id
+from gristmill.judge.select import by_prompt, loops, meets, unique_answers, verdict_id
 from gristmill.judge.settings import Judging, Reward
 from gristmill.runs.journal import Journal
 from gristmill.verify.repair import MAX_REPETITION, Repaired, repair
@@ -173,7 +173,7 @@ class Judges:
     def _judged(self, r: Response, rating: Rating | None, verified: bool | None) -> Response:
         score = round(rating.score(self.weights), 4) if rating else None
         good = verified if verified is not None else self._keep is None or meets(self._keep, rating, score)
-        good = good and (self.judging.max_repetition == 1 or repetition(r.text) <= self.judging.max_repetition)
+        good = good and not loops(r.text, self.judging)
         judge = "verifier" if verified is not None else "reward" if rating else "none"
         return replace(r, rating=rating, score=score, verified=verified, judge=judge, good=bool(good and r.finished))
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from gristmill.core.response_text import repetition
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Pair, Prompt, Rating, Response, make_id
 from gristmill.judge.filter_expr import FilterExpr
@@ -28,6 +29,11 @@ def unique_answers(rows: Sequence[Response]) -> list[Response]:
 def meets(expr: FilterExpr, rating: Rating | None, score: float | None) -> bool:
     """Whether an answer's attributes and score meet a condition; an answer without them does not."""
     return rating is not None and score is not None and expr.holds({**asdict(rating), "score": score})
+
+
+def loops(text: str, judging: Judging) -> bool:
+    """Whether an answer repeats itself more than the recipe allows."""
+    return judging.max_repetition < 1 and repetition(text) > judging.max_repetition
 
 
 def by_prompt(rows: Iterable[Response]) -> dict[str, list[Response]]:
@@ -193,8 +199,8 @@ def verdict_id(one: Response, other: Response) -> str:
 
 def _pair(chosen: Response, rejected: Response, high: float, low: float, judge: str) -> Pair:
     name, parents = make_id("pair", chosen.id, rejected.id), (chosen.id, rejected.id)
-    ended = {"chosen_finished": chosen.finished, "rejected_finished": rejected.finished}
-    return Pair(name, chosen.prompt, chosen.task, chosen.messages, chosen.text, rejected.text, high, low, judge, parents, **ended)
+    ended = chosen.finished, rejected.finished
+    return Pair(name, chosen.prompt, chosen.task, chosen.messages, chosen.text, rejected.text, high, low, judge, parents, {}, *ended)
 
 
 def _comparable(group: list[Response], judging: Judging) -> list[Response]:
@@ -237,12 +243,12 @@ def _pairs_of(
             both = list(zip(rng.sample(right, count), rng.sample(wrong, count), strict=True))
         else:
             both, wrong = [], rng.sample(wrong, len(wrong))
-            for good in rng.sample(right, len(right)):
-                near = next((bad for bad in wrong if _near_in_length(good, bad, judging)), None)
+            for chosen in rng.sample(right, len(right)):
+                near = next((bad for bad in wrong if _near_in_length(chosen, bad, judging)), None)
                 if near is not None and len(both) < count:
-                    both.append((good, near))
+                    both.append((chosen, near))
                     wrong.remove(near)
-        return [(good, bad, "verifier") for good, bad in both] or "lengths too far apart"
+        return [(chosen, bad, "verifier") for chosen, bad in both] or "lengths too far apart"
     best, worst = _ends(group)
     if verdicts is not None:
         verdict = verdicts.get(verdict_id(best, worst), "unparsed")
@@ -250,7 +256,7 @@ def _pairs_of(
             chosen, rejected = (best, worst) if verdict == "first" else (worst, best)
             if not _near_in_length(best, worst, judging):
                 return "lengths too far apart"
-            return [(chosen, rejected, "llm")] if chosen.finished else "none good"  # what was cut off is no example
+            return [(chosen, rejected, "llm")] if chosen.finished and not loops(chosen.text, judging) else "none good"
         if best.score is None:  # and nobody else can decide
             return "the judge contradicts itself" if verdict == "tie" else "no verdict"
     if best.score is None:
@@ -260,6 +266,7 @@ def _pairs_of(
     if not _near_in_length(best, worst, judging):
         return "lengths too far apart"
     good = meets(expr, best.rating, best.score) if expr else bool(best.good)
+    good = good and not loops(best.text, judging)
     return [(best, worst, "reward")] if best.finished and best.votes >= judging.min_votes and good else "none good"
 
 

@@ -95,22 +95,10 @@ def _funnel_tables(data: RunData, number: int) -> list[Markup]:
             )
         repaired = [c["repaired_kept"] for c in done["funnel"].values() if "repaired_kept" in c]
         out.append(el("h3", f"Round {number}: answers for SFT"))
-        out.append(
-            table(
-                [
-                    "task",
-                    "prompts",
-                    "answers",
-                    "good",
-                    *(["repaired"] if repaired else []),
-                    "kept",
-                    "judged by",
-                    "mean score, all \u2192 kept",
-                ],
-                rows,
-            )
-        )
-        if counts := sum(map(Counter, repaired), Counter()):
+        names = ["task", "prompts", "answers", "good", *(["repaired"] if repaired else []), "kept", "judged by"]
+        out.append(table([*names, "mean score, all \u2192 kept"], rows))
+        counts: Counter[str] = sum(map(Counter, repaired), Counter())
+        if counts:
             out.append(table(["repaired for", "kept"], [[name, f"{n:,}"] for name, n in counts.most_common()]))
     pairs = _of_round(data, number, artifacts.PAIRS)
     if pairs:

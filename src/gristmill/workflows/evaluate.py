@@ -71,8 +71,11 @@ def evaluate(
         modes = {"greedy": MODES["greedy"]} if greedy else MODES
         scores = evaluate_model(prompts, run, check, max_tokens=max_tokens, seed=seed, modes=modes)
     right = scores["outcomes"]["greedy"]
-    facts = ((p, answers[p.id], {"id": p.id, "task": p.task, "messages": to_dicts(p.messages)}) for p in prompts)
-    rows = [known | {"text": c.text, "finished": c.finish == "stop", "right": right[p.id]} for p, c, known in facts]
+    rows: list[dict[str, Any]] = []
+    for p in prompts:
+        answer = answers[p.id]
+        told = {"text": answer.text, "finished": answer.finish == "stop", "right": right[p.id]}
+        rows.append({"id": p.id, "task": p.task, "messages": to_dicts(p.messages), **told})
     if out is not None:
         write_jsonl(out, rows)
     scores |= _instructions(prompts, {row["id"]: row for row in rows}, baseline)
