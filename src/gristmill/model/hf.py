@@ -40,7 +40,7 @@ from gristmill.model.quantized import (
     stored_as,
 )
 from gristmill.model.reward import REWARD_WEIGHTS, RewardModel
-from gristmill.model.transformer import PRECISIONS, Block, Transformer
+from gristmill.model.transformer import PRECISIONS, Block, Linear, Transformer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
