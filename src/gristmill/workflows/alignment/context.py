@@ -130,8 +130,9 @@ class AlignmentContext:
             while len(self._engines) >= 2:
                 self._engines.pop(next(iter(self._engines)))
             model, tokenizer = load_model(folder)
-            # a generator may be another model; the run's own have its format's template
-            same = tokenizer.fingerprint() == self.tokenizer.fingerprint() and tokenizer.chat_templates == self.saved_templates
+            # a generator may be another model; Base has its folder's template, the run's other models that of the run's format
+            same = tokenizer.fingerprint() == self.tokenizer.fingerprint()
+            same = same and tokenizer.chat_templates in (self.tokenizer.chat_templates, self.saved_templates)
             chat_format = self.format if same else find_format("auto", tokenizer)
             settings = self.recipe.engine
             dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16
