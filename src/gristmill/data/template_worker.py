@@ -9,6 +9,7 @@ import json
 import resource
 import signal
 import sys
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, cast
@@ -117,8 +118,9 @@ def main(max_seconds: float, max_memory: int) -> None:
         max_seconds: of a processor, for one text.
         max_memory: bytes of the whole process.
     """
-    resource.setrlimit(resource.RLIMIT_AS, (max_memory, max_memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    for kind, limit in ((resource.RLIMIT_AS, max_memory), (resource.RLIMIT_FSIZE, 0)):
+        with suppress(ValueError, OSError):  # some systems have no such limit
+            resource.setrlimit(kind, (limit, limit))
     for line in sys.stdin.buffer:
         replies = []
         for source, values, marks in json.loads(line):

@@ -233,12 +233,17 @@ class Tokenizer:
             if ids == self.encode(other) and unknown_id not in ids:
                 raise InputError(f"{path} loses {lost}: texts would come back changed. Use a model whose tokenizer keeps every text.")
 
+    def generation_config(self) -> dict[str, Any]:
+        """What the folder's generation_config.json says; nothing where it is no JSON object, which no generation here depends on."""
+        try:
+            found = json.loads(self.files.get("generation_config.json", b"{}"))
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def _ends(self) -> tuple[int, ...]:
         """Ends of text that generation_config.json names, as far as there are such tokens."""
-        try:
-            ends = json.loads(self.files.get("generation_config.json", b"{}")).get("eos_token_id")
-        except (ValueError, AttributeError, RecursionError):
-            return ()
+        ends = self.generation_config().get("eos_token_id")
         several = ends if isinstance(ends, list) else [ends]
         return tuple(end for end in several if type(end) is int and 0 <= end <= self.max_id)
 

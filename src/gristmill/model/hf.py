@@ -5,7 +5,6 @@ seen. Nothing is ever unpickled.
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -191,15 +190,15 @@ def _save(
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """What tells other programs where to stop; None where the tokenizer's own file says all that is due."""
-    given = tokenizer.files.get("generation_config.json")
+    given = tokenizer.generation_config()
     ends = [tokenizer.eos_id]
     if tokenizer.chat_templates:
         with suppress(InputError):  # a template that cannot be used has no end of its own
             ends.append(guess_format(tokenizer).end_of_turn_id(tokenizer))
-    if given is not None and set(ends) <= set(tokenizer.end_ids):
+    if given and set(ends) <= set(tokenizer.end_ids):
         return None
     ends = list(dict.fromkeys([*tokenizer.end_ids, *ends]))
-    return (json.loads(given) if given else {}) | {"eos_token_id": ends if tokenizer.chat_templates or len(ends) > 1 else ends[0]}
+    return given | {"eos_token_id": ends if tokenizer.chat_templates or len(ends) > 1 else ends[0]}
 
 
 def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:

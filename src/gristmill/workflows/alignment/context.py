@@ -221,8 +221,9 @@ class AlignmentContext:
             quantize: Quantize = "int8" if settings.precision == "int8" else ""
             held = torch.float32 if quantize else dtype
             model, tokenizer = load_model(folder, held, vector_dtype=torch.float32, device=self.device)
-            # a generator may be another model; the run's own have its format's template
-            same = tokenizer.fingerprint() == self.tokenizer.fingerprint() and tokenizer.chat_templates == self.saved_templates
+            # a generator may be another model; Base has its folder's template, the run's other models that of the run's format
+            same = tokenizer.fingerprint() == self.tokenizer.fingerprint()
+            same = same and tokenizer.chat_templates in (self.tokenizer.chat_templates, self.saved_templates)
             chat_format = self.format if same else find_format("auto", tokenizer)
             self._engines[key] = Engine(
                 model, tokenizer, chat_format, name=name, max_batch=settings.max_batch, dtype=dtype, quantize=quantize, own=True
