@@ -407,8 +407,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     scaling = config.rope_scaling
     if scaling is not None and scaling.extended_max_positions > config.max_positions:
         _warn(
-            f"{path} is read with a context of {config.max_positions:,} of {scaling.extended_max_positions:,} tokens: in longer texts longrope "
-            "rotates all tokens by other angles."
+            f"{path} is read with a context of {config.max_positions:,} of {scaling.extended_max_positions:,} tokens: in longer texts "
+            "longrope rotates all tokens by other angles."
         )
     if unknown := unknown_keys(hf, config):
         some = ", ".join(f"{quoted(key)[1:-1]} = {quoted(hf[key])}" for key in unknown[:5])
@@ -623,11 +623,8 @@ def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     scaling = rope["rope_scaling"]
     if scaling is not None and scaling.kind == "longrope":
         max_positions = min(max_positions, scaling.original_max_positions)
-    if (
-        scaling is not None
-        and scaling.kind == "yarn"
-        and ORIGINAL in {**hf, **mapping_of(hf, "rope_scaling"), **mapping_of(hf, "rope_parameters")}
-    ):
+    given = {**hf, **mapping_of(hf, "rope_scaling"), **mapping_of(hf, "rope_parameters")}
+    if scaling is not None and scaling.kind == "yarn" and ORIGINAL in given:
         # Cards of models say to add the scaling, and to leave max_position_embeddings as it was.
         extended = int(scaling.original_max_positions * (scaling.factor or 1))
         max_positions = max(max_positions, min(extended, MAX_SIZES["max_positions"]))
