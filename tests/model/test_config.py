@@ -309,11 +309,20 @@ def test_keys_of_single_families(family: str, change: dict, said: str) -> None:
         assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config and not unknown_keys(hf, config)
 
 
-def test_longrope_is_read_up_to_the_positions_of_its_short_factors() -> None:
+def test_yarn_makes_the_context_as_long_as_it_says() -> None:
+    hf = QWEN.to_hf() | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}
+    config = ModelConfig.from_hf(hf)
+    assert config.max_positions == 512 and ModelConfig.from_hf(config.to_hf()) == config
+    assert ModelConfig.from_hf(hf | {"max_position_embeddings": 1024}).max_positions == 1024
+
+
+def test_longrope_is_read_up_to_the_positions_of_its_short_factors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf = ModelConfig("phi3", 64, 32, BLOCKS, 1024).to_hf()
     hf |= {"rope_scaling": {"type": "longrope", **PHI}, "original_max_position_embeddings": 64}
     config = ModelConfig.from_hf(hf)
     assert config.max_positions == 64 and config.to_hf()["max_position_embeddings"] == 1024
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    assert read_config(tmp_path)[1] == config and "a context of 64 of 1,024 tokens" in capsys.readouterr().err
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 

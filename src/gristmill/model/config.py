@@ -404,6 +404,12 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     generation = folder / "generation_config.json"
     if generation.exists():
         _check_ends(read_untrusted_json(generation), generation, config.vocab_size)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.extended_max_positions > config.max_positions:
+        _warn(
+            f"{path} is read with a context of {config.max_positions:,} of {scaling.extended_max_positions:,} tokens: in longer texts "
+            "longrope rotates all tokens by other angles."
+        )
     if unknown := unknown_keys(hf, config):
         some = ", ".join(f"{quoted(key)[1:-1]} = {quoted(hf[key])}" for key in unknown[:5])
         more = f", and {len(unknown) - 5} more" if len(unknown) > 5 else ""
@@ -452,6 +458,8 @@ def _fixed_values(family: str) -> dict[str, tuple[Any, ...]]:
     fixed |= {"qkv_bias": (parts.qkv_bias, None)} | ({"attention_bias": (False, True, None)} if parts.qkv_bias else {})
     if family == "gemma3_text":  # transformers does not apply it, others do
         fixed["attn_logit_softcapping"] = (None,)
+    if family == "phi3":  # of the code beside Phi-4-mini
+        fixed |= dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1, None))
     fixed |= dict.fromkeys(("torch_dtype", "dtype"), (None, *DTYPES, *(f"torch.{name}" for name in DTYPES)))
     return fixed
 
@@ -615,6 +623,11 @@ def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     scaling = rope["rope_scaling"]
     if scaling is not None and scaling.kind == "longrope":
         max_positions = min(max_positions, scaling.original_max_positions)
+    given = {**hf, **mapping_of(hf, "rope_scaling"), **mapping_of(hf, "rope_parameters")}
+    if scaling is not None and scaling.kind == "yarn" and ORIGINAL in given:
+        # Cards of models say to add the scaling, and to leave max_position_embeddings as it was.
+        extended = int(scaling.original_max_positions * (scaling.factor or 1))
+        max_positions = max(max_positions, min(extended, MAX_SIZES["max_positions"]))
     blocks = _blocks_from_hf(hf, family, max_positions)
     tied = hf.get("tie_word_embeddings", parts.default_tied)
     if not isinstance(tied, bool):
