@@ -1,6 +1,7 @@
 """Server entry point, `gristmill serve`: a model folder behind an address, until interrupted."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -103,6 +104,9 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
     for handler in (logging.lastResort, *logging.getLogger().handlers):
         if handler is not None:
             handler.addFilter(LogLimit())
+    # What is loaded by now stays: a collection of garbage, which stops all answers meanwhile, need not look through it.
+    gc.collect()
+    gc.freeze()
     asyncio.run(_listen(server, listening, ready))
     if not server.quiet:  # in the middle of a long step; torch's threads would not end quietly
         os._exit(0)
