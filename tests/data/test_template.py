@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -733,9 +735,9 @@ def test_named_templates_and_jinja_files(tmp_path: Path) -> None:
     named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": tools}]
     write_folder(tmp_path, backend, named, None, "<|im_end|>")
     own = Model(tmp_path)
-    for given in ([], TOOLS):
-        found = own.format.render_turns(messages(talk("Hi")), own.tokenizer, tools=given)
-        assert found == own.reference(talk("Hi"), ask=True, tools=given or None)
+    for tools_given in ([], TOOLS):
+        found = own.format.render_turns(messages(talk("Hi")), own.tokenizer, tools=tools_given)
+        assert found == own.reference(talk("Hi"), ask=True, tools=tools_given or None)
     (tmp_path / "chat_template.jinja").write_text(SMOLLM2)
     own = Model(tmp_path)
     assert own.format.render_prompt(messages(talk("Hi")), own.tokenizer) == own.reference(talk("Hi"), ask=True)
@@ -837,3 +839,32 @@ def test_a_lossy_tokenizer_is_refused(tmp_path: Path, normalizer: Any, lost: str
 def test_other_forms_of_the_same_text_are_no_loss(tmp_path: Path, normalizer: Any) -> None:
     write_folder(tmp_path, lossy(normalizer), None, None, "</s>")
     assert Tokenizer.load(tmp_path).eos == "</s>"
+
+
+# ---- properties ----
+
+PIECES = ["", " ", "\n", "\n\n", "  ", "\t", "Hi", "the mill", "Yes.", "</think>", "\u00e9\u4e2d\U0001f642", "<", "|>", "[INST]", "user\n"]
+
+
+@pytest.mark.parametrize(
+    "family", ["llama2", "llama2 as converted today", "qwen2.5", "qwen3", "mistral v0.3", "smollm2", "gemma", "phi3", "zephyr"]
+)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_words_keep_the_promises(family: str, data: st.DataObject) -> None:
+    """The prompt's ids are transformers' and a prefix of the training ids, the mask begins after them, and words make no control token."""
+    own = model(family)
+    words = st.lists(st.sampled_from([*PIECES, *own.tokenizer.control]) | st.text(max_size=3), max_size=4).map("".join)
+    turns = talk(*data.draw(st.lists(words, min_size=2, max_size=4).filter(lambda texts: len(texts) % 2 == 0)))
+    asked = messages(turns[:-1])
+    prompt = own.format.render_prompt(asked, own.tokenizer)
+    if not any(name in turn["content"] for turn in turns for name in own.tokenizer.control):
+        assert prompt == own.reference(turns[:-1], ask=True)
+    empty = own.format.render_prompt([Message(m.role, "x") for m in asked], own.tokenizer)
+    assert control(own, prompt) == control(own, empty)
+    for number, rendered in enumerate(own.format.render_samples(messages(turns), own.tokenizer)):
+        last = max(i for i, now in enumerate(rendered.mask) if now)
+        assert rendered.ids[last] == own.format.end_of_turn_id(own.tokenizer)
+        if number == 0:
+            assert rendered.ids[: len(prompt)] == prompt and all(rendered.mask[len(prompt) : last + 1])
+            assert not rendered.mask[len(prompt) - 1] and not any(rendered.mask[last + 1 :])

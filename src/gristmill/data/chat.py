@@ -449,7 +449,7 @@ class TemplateFormat(ChatFormat):
         return False
 
     def _render(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Any]) -> list[Rendered]:
-        """The whole conversation, and those shorter ones that end with an answer which it does not write as it was said."""
+        """The whole conversation, and those shorter ones that end with an answer which it does not write, or tokenize, as it was said."""
         self._check(messages, tools)
         turns = _plain_turns(messages)
         places = [i for i, message in enumerate(messages) if message.role == "assistant" and message.trained]
@@ -461,8 +461,10 @@ class TemplateFormat(ChatFormat):
         out: list[Rendered] = []
         while not out or open_answers:
             there = [answer for answer in open_answers if answer.stands_in(whole)]
-            open_answers = [answer for answer in open_answers if not answer.stands_in(whole)]
-            ids, starts = encode_rendering(whole, tokenizer, sorted({cut for answer in there for cut in answer.cuts}))
+            borders = [cut for answer in there[:-1] for cut in answer.cuts]  # an earlier answer's tokens are the next one's prompt
+            ids, starts, crossed = encode_rendering(whole, tokenizer, there[-1].cuts if there else (), borders=borders)
+            there = [answer for answer in there if answer is there[-1] or not crossed & set(answer.cuts)]
+            open_answers = [answer for answer in open_answers if all(answer is not other for other in there)]
             mask = [any(answer.begin <= start < answer.end for answer in there) for start in starts]
             out.append(Rendered(ids, mask))
             if open_answers:

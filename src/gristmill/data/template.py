@@ -214,40 +214,54 @@ def _spans(text: str, mark: str, begin: str, end: str) -> Rendering:
     return Rendering("".join(parts), mark, tuple(spans))
 
 
-def encode_rendering(rendering: Rendering, tokenizer: Tokenizer, cuts: Sequence[int] = ()) -> tuple[list[int], list[int]]:
-    """Token ids of what a template wrote, and where each begins in the text.
+def encode_rendering(
+    rendering: Rendering, tokenizer: Tokenizer, cuts: Sequence[int] = (), *, borders: Sequence[int] = ()
+) -> tuple[list[int], list[int], set[int]]:
+    """Token ids of what a template wrote, where each begins in the text, and the borders that tokens reach over.
 
-    They are those of the whole text, as other programs make them, but for two things. What a message spells is no control token. And no
+    The ids are those of the whole text, as other programs make them, but for two things. What a message spells is no control token. And no
     token reaches over a cut, where an answer begins, so that the prompt of inference is a prefix of what training sees.
+
+    Args:
+        cuts: where the tokens before must be those of a text that ends there.
+        borders: where it is to be found out whether they are.
     """
     text, mark = rendering.text, rendering.mark
     ids, offsets = tokenizer.encode_template(text)
     out_ids: list[int] = []
     out_starts: list[int] = []
-    runs = _runs(ids, offsets, tokenizer.control_ids, len(text))
-    for before, first, last, begin, end in runs:
-        inside = [cut for cut in cuts if begin < cut < end]
-        piece = text[begin:end]
-        if mark not in piece and all(_is_border(text, ids, offsets, (before, first, last), cut=cut, tokenizer=tokenizer) for cut in inside):
-            out_ids += ids[first:last]
-            out_starts += [start for start, _ in offsets[first:last]]
-        else:
-            head, at = "", begin
-            for stop in (*inside, end):
-                part = _plain(text[at:stop], mark)
-                if not head and mark not in text[at:stop] and inside:  # as in the prompt, which ends here
-                    found = _prompt_ids(text, offsets, before, cut=stop, tokenizer=tokenizer)
-                elif at == 0:
-                    found = tokenizer.encode(part)
-                else:
-                    found = tokenizer.encode_turn(head, part)[1]
-                out_ids += found
-                out_starts += [at] * len(found)
-                head, at = part, stop
+    crossed: set[int] = set()
+    for before, first, last, begin, end in _runs(ids, offsets, tokenizer.control_ids, len(text)):
+
+        def until(stop: int, before: int = before, begin: int = begin) -> list[int]:
+            """Ids of the run, if the text ended there."""
+            if mark in text[begin:stop]:
+                plain = _plain(text[begin:stop], mark)
+                return tokenizer.encode(plain) if before < 0 else tokenizer.encode_turn("", plain)[1]
+            from_token = 0 if before < 0 else offsets[before][0]
+            return tokenizer.encode_template(text[from_token:stop])[0][before >= 0 :]
+
+        run, starts = list(ids[first:last]), [start for start, _ in offsets[first:last]]
+        if mark in text[begin:end]:
+            run = until(end)
+            starts = [begin] * len(run)
+        for cut in sorted({*cuts, *borders}):
+            if not begin < cut < end:
+                continue
+            head = until(cut)
+            if run[: len(head)] != head:
+                if cut not in cuts:
+                    crossed.add(cut)
+                    continue
+                run = head + tokenizer.encode_turn(_plain(text[begin:cut], mark), _plain(text[cut:end], mark))[1]
+                starts = [*starts[: len(head)], *[cut] * len(run)][: len(run)]
+            starts = [*(min(start, cut - 1) for start in starts[: len(head)]), *(max(start, cut) for start in starts[len(head) :])]
+        out_ids += run
+        out_starts += starts
         if last < len(ids):
             out_ids.append(ids[last])
             out_starts.append(offsets[last][0])
-    return out_ids, out_starts
+    return out_ids, out_starts, crossed
 
 
 def _plain(text: str, mark: str) -> str:
@@ -267,27 +281,3 @@ def _runs(
         if place < len(ids):
             before, begin = place, offsets[place][1]
     return runs
-
-
-def _prompt_ids(text: str, offsets: Sequence[tuple[int, int]], before: int, *, cut: int, tokenizer: Tokenizer) -> list[int]:
-    """Ids of the text after a control token and up to a cut, as they are where the text ends there."""
-    if before < 0:
-        return tokenizer.encode_template(text[:cut])[0]
-    return tokenizer.encode_template(text[offsets[before][0] : cut])[0][1:]
-
-
-def _is_border(
-    text: str,
-    ids: Sequence[int],
-    offsets: Sequence[tuple[int, int]],
-    run: tuple[int, int, int],
-    *,
-    cut: int,
-    tokenizer: Tokenizer,
-) -> bool:
-    """Whether the tokens before a cut are those of a text that ends there."""
-    before, first, last = run
-    head = [i for i in range(first, last) if offsets[i][0] < cut]
-    return all(offsets[i][1] <= cut for i in head[-1:]) and _prompt_ids(text, offsets, before, cut=cut, tokenizer=tokenizer) == [
-        ids[i] for i in head
-    ]
