@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from gristmill.data.chat import FORMATS, Conversation, Message
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import BlockConfig, ModelConfig, RopeScaling, uniform_blocks
-from gristmill.model.hf import load_model, save_model
+from gristmill.model.hf import hf_tensors, load_model, save_model
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Transformer
+from gristmill.train.losses import cross_entropy_sum
 
 TOKENIZER = Tokenizer.train(["a mill that grinds its own grain"] * 3, 270, [])
 LENGTHS = [7, 1, 33, 20]
@@ -118,6 +120,26 @@ def test_we_read_transformers(name: str, tmp_path: Path) -> None:
     ours, _ = load_model(tmp_path / "model")
     assert ours.config == CONFIGS[name], json.loads((tmp_path / "model" / "config.json").read_text())
     assert_equal_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["mistral_windows", "smollm3_windows", "olmo2_bias", "granite", "phi3_long", "gemma2", "gemma3"])
+def test_gradients_are_transformers(name: str, tmp_path: Path) -> None:
+    ours = Transformer(CONFIGS[name])
+    randomise(ours)
+    save_model(ours, TOKENIZER, tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    ids_T = torch.randint(0, 272, (53,), generator=torch.Generator().manual_seed(0))
+    h_TD = ours.hidden(ids_T, PackedShape.from_lengths([33, 20]))
+    rows_R = torch.tensor([*range(32), *range(33, 52)])
+    cross_entropy_sum(h_TD[rows_R], ours.unembedding(), ids_T[rows_R + 1], cap=ours.config.logits_soft_cap)[0].backward()
+    for ids in ids_T.split([33, 20]):
+        F.cross_entropy(theirs(ids[None]).logits[0, :-1], ids[1:], reduction="sum").backward()
+    for parameter in ours.parameters():
+        assert parameter.grad is not None
+        parameter.data = parameter.grad  # so that the gradients get Hugging Face's names
+    mine = hf_tensors(ours)
+    for key, parameter in theirs.named_parameters():
+        assert parameter.grad is not None and (mine[key] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-5, key
 
 
 SYSTEM, SAID = Message("system", "Be kind."), Message("assistant", "A mill.")
