@@ -175,6 +175,15 @@ def test_more_memory_than_there_is_is_not_asked_for(folder: Path, monkeypatch: p
         load_model(folder)
 
 
+def test_a_file_that_cannot_be_mapped_is_not_called_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, framework: str) -> None:
+        raise RuntimeError(f"unable to mmap 99 bytes from file <{path}>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("gristmill.model.hf.safe_open", refuse)
+    with pytest.raises(InputError, match=r"does not fit into the memory that this process may take .*: .* GB are free"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize(
     "header",
     [

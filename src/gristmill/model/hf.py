@@ -4,6 +4,7 @@ Every folder is written beside its target, flushed, and renamed into place, so a
 seen. Nothing is ever unpickled.
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -518,6 +519,9 @@ def _damage(path: Path) -> Iterator[None]:
     except (SafetensorError, OSError, RuntimeError, IndexError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
+        if f"({errno.ENOMEM})" in str(error):
+            free = f"{free_memory(torch.device('cpu')) / 1e9:,.1f} GB are free"
+            raise InputError(f"{quoted_path(path)} does not fit into the memory that this process may take (ulimit -v): {free}.") from None
         why = "".join(c for c in str(error) if c.isprintable())[:200]  # it may quote the file
         raise InputError(f"Download or save {quoted_path(path)} again: a file is damaged ({why}).") from None
 
