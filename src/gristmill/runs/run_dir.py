@@ -272,10 +272,11 @@ class RunDir:
             marker.unlink(missing_ok=True)
             done = {}
         elif self.redo is not None and on_change == "refuse":
-            if (
-                not done and self._differs and folder.is_dir() and any(folder.iterdir())
-            ):  # half made, by a version that did not say from what
-                changed = True
+            if found is begun and not any(p.stat().st_size for p in folder.glob("**/*") if p.is_file() and p != begun):
+                changed = False  # nothing is made yet
+                done = {}
+            elif not done and self._differs:
+                changed = True  # half made, by a version that did not say from what
             others = [] if beside or len(self.stages) == 1 else self._numbered(len(self.stages) - 1, len(self.stages))
             if stale := [path for path in others if path != folder] + [folder] * changed:
                 self._move_aside(stale)
@@ -291,7 +292,9 @@ class RunDir:
         with disk_errors(self.path):
             self._settle()
             make_folder(folder)
-        if (on_change == "redo" or (self.redo is not None and on_change == "refuse")) and not self._marker(begun):
+        # the first stage of a run has no journal, and begins from nothing
+        says = on_change == "redo" or (self.redo is not None and on_change == "refuse" and (beside or len(self.stages) > 1))
+        if says and self._marker(begun).get("fingerprint") != fingerprint:
             self._write_marker(begun, {"fingerprint": fingerprint})
         entry, started = _Entry(folder), time.monotonic()
         with self.progress.stage(folder.name), disk_errors(folder):

@@ -44,7 +44,8 @@ def choose_best(context: AlignmentContext, state: State) -> dict[str, Any]:
     done = context.run.stage(STAGE, inputs, work, artifacts=MODEL_FILES, on_change="continue", beside=True)
     scores = done.summary["scores"]
     best = max(rows, key=lambda name: scores[name]["mean"])  # the first of equals
-    rule = RULE.format(num=len(prompts), which=context.source.validated_on)
+    which = "data.validation" if context.recipe.data.validation else context.source.validated_on
+    rule = RULE.format(num=len(prompts), which=which)
     return {"name": best, "model": rows[best]["model"], "rule": rule, "score": scores[best], "scores": scores}
 
 

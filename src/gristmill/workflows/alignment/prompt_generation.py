@@ -88,7 +88,8 @@ async def _probed(context: AlignmentContext, writer: Writer) -> tuple[Pipelines,
         the pipelines, and what was found where by_task is left out.
     """
     settings, pipelines = context.recipe.probe, context.recipe.pipelines
-    if pipelines.by_task is None or not settings.num_prompts:
+    least = settings.min_usable
+    if not settings.num_prompts or pipelines.by_task is None:
         return pipelines, None
     texts: list[str] = []
     template = context.templates["task_prompt"]
@@ -107,7 +108,7 @@ async def _probed(context: AlignmentContext, writer: Writer) -> tuple[Pipelines,
     await asyncio.gather(*(one(entry) for entry in calls))
     writer.dropped.clear()
     usable = {text for text in texts if is_usable_prompt(text)}
-    if len(usable) >= settings.min_usable * len(calls):
+    if len(usable) >= least * len(calls):
         return pipelines, None
     instead = ", ".join(settings.fallback.named())
     found = {"asked": len(calls), "usable": len(usable), "example": min(texts, default="cut off")[:60], "instead": instead}
