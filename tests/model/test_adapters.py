@@ -129,6 +129,12 @@ def test_a_merged_model_can_be_stored_in_bf16(adapter: Path, tmp_path: Path) -> 
     assert all(0 < found["rounding"] < 0.2 for found in facts["update"].values())
 
 
+def test_the_config_of_its_base_beside_an_adapter_makes_no_model_of_it(adapter: Path, base: Path) -> None:
+    before, _ = load_model(adapter)
+    shutil.copy(base / "config.json", adapter)
+    torch.testing.assert_close(load_model(adapter)[0].state_dict(), before.state_dict(), rtol=0, atol=0)
+
+
 def test_a_quantized_base_is_not_quantized_again(base: Path, tmp_path: Path) -> None:
     from gristmill.engine.load import load_engine
 

@@ -8,7 +8,7 @@ import torch
 
 from gristmill.core import device as devices
 from gristmill.train.by_size import TABLE, Kind, described, fill
-from gristmill.train.settings import PreferenceTraining, Training
+from gristmill.train.settings import Lora, PreferenceTraining, Training
 
 CPU = torch.device("cpu")
 KINDS: tuple[Kind, ...] = ("demonstration_sft", "sft", "code_sft", "reward", "preference")
@@ -31,6 +31,14 @@ def test_larger_models_get_smaller_rates_and_no_gap_stays(kind: Kind) -> None:
 def test_what_is_given_stays() -> None:
     given = PreferenceTraining(lr=1.0, steps=3, batch_size=5, precision="bf16", sft_weight=0.5)
     assert fill(given, "preference", 10**9, device=CPU, num_rows=4) == given
+
+
+def test_an_adapter_takes_a_larger_rate_unless_one_is_given() -> None:
+    lora = Lora()
+    for kind in KINDS:
+        whole, adapter = (fill(section(kind).model_copy(update={"lora": one}), kind, 10**8, device=CPU) for one in (None, lora))
+        assert whole.lr is not None and adapter.lr == pytest.approx(10 * whole.lr)
+    assert fill(Training(lr=0.5, lora=lora), "sft", 10**8, device=CPU).lr == 0.5
 
 
 def test_the_smallest_row_is_what_the_miniature_was_tuned_with() -> None:

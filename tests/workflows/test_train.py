@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gristmill.core.errors import InputError
 from gristmill.model.adapters import load_model as load_adapter
 from gristmill.model.adapters import load_reward as load_reward_adapter
+from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.hf import load_model, load_reward
+from gristmill.train import memory
 from gristmill.train.settings import Lora, PreferenceTraining, Training
-from gristmill.workflows.train import train_model
+from gristmill.workflows.train import _fit_memory, train_model
 
 RATED = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
 STEPS = Training(lr=1e-3, steps=2, batch_size=4)
@@ -69,6 +72,17 @@ def test_each_kind_of_training_with_an_adapter(
     assert again == result and (out / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     with pytest.raises(InputError, match="Merge the adapter first"):
         train_model(kind, out / "adapter", data, out=tmp_path / "more", recipe=lora)
+
+
+def test_what_does_not_fit_whole_is_trained_with_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig("llama", 1000, 2048, uniform_blocks(8, 16, 16, 128, 8192), 512)  # half a billion parameters
+    monkeypatch.setattr(memory, "free_memory", lambda device: 5_000_000_000)
+    told: list[str] = []
+    small = STEPS.model_copy(update={"lora": Lora(rank=8, base="bf16"), "precision": "bf16"})
+    assert _fit_memory(config, small, torch.device("cpu"), tmp_path / "train", told.append) > 0
+    assert "weights 1.1, gradients 0.01, optimizer 0.02" in told[0]
+    with pytest.raises(InputError, match="train with LoRA"):
+        _fit_memory(config, STEPS.model_copy(update={"precision": "fp32"}), torch.device("cpu"), tmp_path / "train", told.append)
 
 
 LONG = "word " * 100

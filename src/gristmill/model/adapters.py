@@ -75,8 +75,9 @@ class Adapter:
 
 
 def is_adapter(folder: Path | str) -> bool:
-    """Whether a folder holds an adapter, and no model."""
-    return (Path(folder) / CONFIG_FILE).is_file() and not (Path(folder) / "config.json").exists()
+    """Whether a folder holds an adapter, and no model. Some have their base's config.json beside them."""
+    weights = (hf.SINGLE_FILE, hf.INDEX_FILE)
+    return (Path(folder) / CONFIG_FILE).is_file() and not any((Path(folder) / name).exists() for name in weights)
 
 
 # ---- writing ----
@@ -329,10 +330,10 @@ def base_of(folder: Path | str) -> Path:
     if not named or "\0" in named:
         raise InputError(f"Name the base of {quoted_path(folder)}, which it does not say itself: {merge}.")
     for base in (Path(named), folder / named):
-        if (base / "config.json").is_file():
-            return base
         if is_adapter(base):
             raise InputError(f"Merge {quoted_path(base)} first: {quoted_path(folder)} was trained on it, and it is an adapter itself.")
+        if (base / "config.json").is_file():
+            return base
     raise InputError(f"Download the base of {quoted_path(folder)} and name it ({merge}): {quoted(named)} is no model folder here.")
 
 

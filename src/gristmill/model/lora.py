@@ -135,6 +135,8 @@ class LoraLinear(Linear):
             weight_ND = weight_ND.bfloat16()
         elif base == "int8":
             weight_ND, self.scale_N = scaled(weight_ND, torch.int8)
+        elif base == "nf4" and weight_ND.is_meta:  # for its size alone
+            weight_ND = torch.empty(weight_ND.numel() // 2, 1, dtype=torch.uint8, device="meta")
         elif base == "nf4":
             quantize = _bitsandbytes().quantize_4bit
             weight_ND, self._state = quantize(weight_ND.float(), blocksize=64, compress_statistics=True, quant_type="nf4")

@@ -12,6 +12,7 @@ Kind = Literal["demonstration_sft", "sft", "code_sft", "reward", "preference"]
 AnyTraining = TypeVar("AnyTraining", bound=Training)
 MIN_BATCH = 8  # below which a batch is not lowered for few rows
 WANTED_STEPS = 50  # that a batch is lowered for
+LORA_LR_FACTOR = 10  # learning rate of an adapter, in those of all weights
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def fill(
     chosen = next(of_kind[kind] for largest, of_kind in TABLE if num_parameters <= largest)
     values: dict[str, Any] = {}
     if settings.lr is None:
-        values["lr"] = chosen.lr
+        values["lr"] = chosen.lr * (1 if settings.lora is None else LORA_LR_FACTOR)
     if settings.epochs is None and settings.steps is None:
         values |= {"epochs": chosen.epochs, "steps": chosen.steps}
     if settings.batch_size is None:

@@ -70,7 +70,7 @@ def estimate_memory(
     else:
         per_token = activation_bytes_per_token(config, itemsize)
         if itemsize < 4:  # the weights in the type of the computation are kept for the backward pass
-            weights += sum(p.numel() for p in decoder.blocks.parameters()) * itemsize
+            weights += sum(p.numel() for p in decoder.blocks.parameters() if p.requires_grad) * itemsize
     head = workers * loss_bytes(-(-tokens // workers), config.vocab_size, config.hidden_size, itemsize)
     return MemoryEstimate(
         weights=weights,

@@ -120,6 +120,8 @@ def _fit_memory(config: ModelConfig, recipe: Training, device: torch.device, fol
     """Tokens of a micro-batch: the recipe's, those that the run of the folder has, or as many as fit. InputError where none do."""
     with torch.device("meta"):
         model = Transformer(config)
+    if recipe.lora is not None:
+        add_adapters(model, lora_config(recipe.lora), seed=0, base=recipe.lora.base)
     optimizer, precision = recipe.optimizer, recipe.precision
     tokens = recipe.micro_batch_tokens or recorded_micro_batch(folder)
     tokens = tokens or choose_micro_batch(model, optimizer, precision=precision, device=device, loaded=False)
