@@ -254,10 +254,11 @@ def sentencepiece(*, legacy: bool, scheme: str = "first") -> HFTokenizer:
 
 def unigram() -> HFTokenizer:
     backend = HFTokenizer(models.Unigram())
-    backend.normalizer = normalizers.NFKC()
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=[*ALL, "<unk>"], unk_token="<unk>", show_progress=False)
     backend.train_from_iterator(["\n", *MERGING], trainer)
+    backend.normalizer = normalizers.NFKC()  # a tokenizer that loses blanks is refused
     return backend
 
 
