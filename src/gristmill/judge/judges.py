@@ -38,6 +38,7 @@ class Rater(Protocol):
     """A reward model, wherever it is."""
 
     failed: int
+    left_out: Counter[str]  # ratings without a field that the endpoint refused, by field
 
     async def rate(self, talks: Mapping[str, Talk]) -> dict[str, Rating]:
         """Ratings of the last turn of conversations, by their ids; none of those that cannot be rated."""
@@ -51,6 +52,7 @@ class LocalRater:
 
     def __init__(self, scorer: Scorer, tick: Tick | None = None):
         self._scorer, self._tick = scorer, tick
+        self.left_out: Counter[str] = Counter()
 
     async def rate(self, talks: Mapping[str, Talk]) -> dict[str, Rating]:
         fitting = {name: talk for name, talk in talks.items() if self._scorer.fits(talk)}
@@ -74,6 +76,7 @@ class EndpointRater:
     def __init__(self, target: Target, reward: Reward, calls: Calls, journal: Journal, *, retry_failed: bool = False):
         self._target, self._reward, self._calls, self._journal, self._retry = target, reward, calls, journal, retry_failed
         self.failed = 0
+        self.left_out: Counter[str] = Counter()
 
     async def rate(self, talks: Mapping[str, Talk]) -> dict[str, Rating]:
         if not talks:
@@ -87,6 +90,7 @@ class EndpointRater:
 
             found = await gather_unfailed(list(talks), one)
         self.failed += client.failed
+        self.left_out += client.left_out
         return dict(found)
 
 
@@ -145,6 +149,12 @@ class Judges:
         verified = {r.id: right for r, right in zip(checkable, verdicts, strict=True)}
         weak = {r.id for r in checkable if self.verifier.is_weak(truths[r.prompt], r.text)}
         return [replace(self._judged(r, ratings.get(r.id), verified.get(r.id)), weak=True if r.id in weak else None) for r in rows]
+
+    def left_out(self) -> dict[str, dict[str, int]]:
+        """For a stage's summary: the rows that were asked for without a field that an endpoint refused, by field, where there are some."""
+        sources = [source.left_out for source in (self.client, self.rater) if source is not None]
+        found = sum(sources, Counter[str]())
+        return {"left_out": dict(found)} if found else {}
 
     def _judged(self, r: Response, rating: Rating | None, verified: bool | None) -> Response:
         score = round(rating.score(self.weights), 4) if rating else None

@@ -31,7 +31,7 @@ from gristmill.report.figures import Series, stage_plot
 from gristmill.report.markup import Markup, document, el, table
 from gristmill.report.samples import JudgedStage, read_judged, read_lineage, samples_section
 from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
-from gristmill.report.summary import duration, headline
+from gristmill.report.summary import doubts, duration, headline
 from gristmill.runs.reader import RunData, read_run
 
 CONTROLS = {
@@ -123,6 +123,7 @@ def _top(data: RunData, name: str) -> Markup:
     elif results.get("stopped"):
         banners.append(_banner("Stopped by the collapse rule. ", results["stopped"]))
     banners += [_banner("Alarm. ", alarm["text"]) for alarm in (results or {}).get("alarms", ())]
+    banners += [_banner(head, words) for head, words in doubts(results or {})]
     eyebrow = f"gristmill {'control run' if control else 'run'}"
     return el(
         "header", el("p", eyebrow, class_="eyebrow"), el("h1", name), el("p", " \u00b7 ".join(facts), class_="soft"), banners, class_="top"

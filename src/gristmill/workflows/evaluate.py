@@ -36,7 +36,7 @@ def evaluate(
         def check(cases: list[tuple[dict[str, Any], str]]) -> list[bool]:
             nonlocal num_weak
             right = verifier.verify(cases)
-            num_weak = sum(verifier.is_weak(truth, answer) for (truth, answer), ok in zip(cases, right, strict=True) if ok)
+            num_weak = verifier.num_weak(cases, right)
             return right
 
         scores = evaluate_model(prompts, run, check, max_tokens=max_tokens, seed=seed)

@@ -79,7 +79,7 @@ def answer_pairs(
     judging = context.recipe.judging
 
     async def work(rows: list[Response], judges: Judges) -> tuple[list[Pair], dict[str, Any]]:
-        return await pair(
+        pairs, facts = await pair(
             rows,
             judging,
             seed,
@@ -87,6 +87,7 @@ def answer_pairs(
             control=context.recipe.control,
             compare=judges.compare if judging.llm else None,
         )
+        return pairs, facts | judges.left_out()
 
     return answer(context, client, prompts, seed, folder=folder, reward_folder=reward_folder, work=work)
 

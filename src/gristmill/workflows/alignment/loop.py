@@ -10,6 +10,7 @@ blend, and earlier rounds' synthetic rows stay in it.
 import asyncio
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,7 @@ def _answers(
                 kept, funnel = select(rows, judging, number, control=recipe.control, topics=topics, quotas=quotas)
                 kept += [*prompt_demonstrations(prompts, kept, judging.max_prompts_per_task), *whole]
                 artifacts.KEPT.write(folder, kept)
-                return {"funnel": funnel, "kept": len(kept)}
+                return {"funnel": funnel, "kept": len(kept), **judges.left_out()}
 
             seed = recipe.seed * 1000 + number
             return answer(context, client, prompts, seed, folder=folder, reward_folder=state.reward_folder, work=keep)
@@ -371,22 +372,31 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
     def trained(folder: Path) -> dict[str, Any]:
         facts = work(folder)
         engine = context.engine(name, folder / MODEL)
+        num_weak = 0
+
+        def check(cases: list[tuple[dict[str, Any], str]]) -> list[bool]:
+            nonlocal num_weak
+            right = context.verifier.verify(cases)
+            num_weak = context.verifier.num_weak(cases, right)
+            return right
+
         scores = evaluate_model(
             context.evaluation,
             lambda requests: context.generate(engine, requests, folder / "evaluation.jsonl"),
-            context.verifier.verify,
+            check,
             max_tokens=context.recipe.answers.max_tokens,
             seed=context.recipe.seed,
         )
         artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
-        return {**facts, **scores}
+        return {**facts, **scores, **({"weak": num_weak} if num_weak else {})}
 
     done = context.run.stage(name, [inputs, context.recipe.answers.max_tokens], trained, artifacts=MODEL_FILES, files=[f"{MODEL}/*"])
     _watch_steps(context, state, name, done.summary, settings)
     folder = done.folder
     state.models[name] = folder / MODEL
     state.chain = done.fingerprint
-    state.stages.append({"name": name, "round": number, "model": f"{folder.name}/{MODEL}", **{mode: done.summary[mode] for mode in MODES}})
+    told = {key: done.summary[key] for key in (*MODES, "weak") if key in done.summary}
+    state.stages.append({"name": name, "round": number, "model": f"{folder.name}/{MODEL}", **told})
     return context.engine(name, folder / MODEL)
 
 
@@ -395,7 +405,10 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
 
 def _results(context: AlignmentContext, state: State, stopped: str | None) -> dict[str, Any]:
     human, synthetic = len(state.demonstrations) + state.human_pairs, len(state.synthetic) + state.pairs
-    seconds = sum(read_json(context.run.path / s / "done.json")["seconds"] for s in context.run.stages)
+    done = [read_json(context.run.path / s / "done.json") for s in context.run.stages]
+    seconds = sum(s["seconds"] for s in done)
+    num_weak = sum(s.get("weak", 0) for s in done)
+    left_out = sum((Counter(s.get("left_out", {})) for s in done), Counter[str]())
     results = {
         "name": context.recipe.name,
         "control": context.recipe.control,
@@ -408,5 +421,7 @@ def _results(context: AlignmentContext, state: State, stopped: str | None) -> di
         "collapse": state.collapse,
         "stopped": stopped,
         "alarms": state.alarms,
+        **({"weak": num_weak} if num_weak else {}),  # verdicts of the evaluations that rest on what programs say of themselves
+        **({"left_out": dict(left_out)} if left_out else {}),  # calls without a field that an endpoint refused, by field
     }
     return context.run.finish(results)

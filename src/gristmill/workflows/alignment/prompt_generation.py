@@ -69,7 +69,8 @@ def write_prompts(
     artifacts.CONVERSATIONS.write(folder, whole)
     artifacts.REFUSED.write(folder, refused)
     write_topics(folder, writer)
-    return {"funnel": dict(funnel), "topics": topics, "conversations": len(whole)}
+    left_out = {"left_out": dict(writer.client.left_out)} if writer.client.left_out else {}
+    return {"funnel": dict(funnel), "topics": topics, "conversations": len(whole), **left_out}
 
 
 async def _write(
