@@ -14,7 +14,8 @@ import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from gristmill.curate.transforms.pii import KINDS, redact
+from gristmill.curate.transforms.pii import redact
+from gristmill.curate.transforms.pii_patterns import KINDS
 from gristmill.evaluate.stats import wilson
 
 SEED = 20240229

@@ -67,3 +67,4 @@ def test_the_verifier_knows_weak_verdicts(box: Sandbox) -> None:
     assert verifier.verify([(plain, answer), (inside, answer)]) == [True, True]
     assert not verifier.is_weak(plain, answer) and verifier.is_weak(inside, answer)
     assert not verifier.is_weak({"kind": "number", "value": 1}, "1")
+    assert verifier.num_weak([(plain, answer), (inside, answer), (inside, answer)], [True, True, False]) == 1

@@ -6,22 +6,31 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gristmill.core.config import check
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Conversation, Message
 from gristmill.data.rows import Rating
-from gristmill.generation.api import Completion, Request
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.generation.endpoint import RowFailed, Target
+from gristmill.generation.settings import Calls
 from gristmill.judge import reward_client as module
+from gristmill.judge.backends import rater_of
+from gristmill.judge.judges import Judges
+from gristmill.judge.programs import Verifier
 from gristmill.judge.reward_client import ATTRIBUTES, RemoteRewardScorer, RewardModelEndpoint, parse_attributes, parse_choice, weight_set
+from gristmill.judge.settings import Judging, Reward
 from gristmill.model.reward import ATTRIBUTES as MODEL_ATTRIBUTES
 from gristmill.model.reward import REWARD_WEIGHTS
+from gristmill.runs.journal import Journal
 
 # The example of the API's documentation.
 TEXT = "helpfulness:1.6171875,correctness:1.6484375,coherence:3.3125,complexity:0.546875,verbosity:0.515625"
@@ -206,7 +215,7 @@ def test_conversations_are_rated_in_their_order(server: Server) -> None:
     assert rater.total(wanted[2]) == pytest.approx(0.3 * 2 + 0.74 * 1 + 0.46 * 1 + 0.47 * 0.25 - 0.33 * -0.25)
     body = server.bodies[0]
     assert [m["role"] for m in body["messages"]] == ["user", "assistant"], "what is to be rated is sent as it is"
-    assert body["model"] == "reward" and body["temperature"] == 0
+    assert body["model"] == "reward" and "temperature" not in body
     assert rater.score(talks[:2] * 2) == wanted[:2] * 2, "it can be used again, and the same answer may come twice"
     assert rater.score([]) == []
 
@@ -251,3 +260,35 @@ def test_a_talk_without_an_answer_is_refused_before_anything_is_sent(
 
 def test_whatever_completes_can_rate() -> None:
     assert RemoteRewardScorer(Fake()).score([talk("a")] * 3) == [RATING] * 3
+
+
+def test_no_sampling_is_sent_but_what_the_recipe_names(server: Server, tmp_path: Path) -> None:
+    given = {"base_url": server.url, "model": "reward", "fields": {"max_tokens": "limit"}, "extra_body": {"truncate": True}}
+    reward = check(Reward, given)
+    with Journal(tmp_path / "ratings.jsonl") as journal:
+        rater = rater_of(reward, Calls(retries=0), journal)
+        found = asyncio.run(rater.rate({"a": talk("[1, 2, 3, 4, 0]")}))
+    assert found == {"a": Rating(1.0, 2.0, 3.0, 4.0, 0.0)}
+    assert {name: value for name, value in server.bodies[-1].items() if name not in ("model", "messages")} == {
+        "limit": SamplingParams().max_tokens,
+        "truncate": True,
+    }
+    scorer = RemoteRewardScorer(client(server))
+    scorer.score([talk("[1, 2, 3, 4, 0]")])
+    assert server.bodies[-1].keys() == {"model", "messages"}
+
+
+def test_settings_of_a_reward_endpoint() -> None:
+    given = {"base_url": "http://host/v1", "model": "m"}
+    assert "fields" not in check(Reward, given).model_dump() and "extra_body" not in check(Reward, given).model_dump(mode="json")
+    assert check(Reward, given | {"fields": {"seed": None}}).model_dump()["fields"] == {"seed": None}
+    with pytest.raises(InputError, match="fields and extra_body are of endpoints"):
+        check(Reward, {"extra_body": {"a": 1}})
+    with pytest.raises(InputError, match="extra_body sets 'model'"):
+        check(Reward, given | {"extra_body": {"model": "n"}})
+
+
+def test_what_endpoints_refused_is_told_of_a_stage() -> None:
+    rater, writer = SimpleNamespace(left_out=Counter(seed=2)), SimpleNamespace(left_out=Counter(seed=1, top_p=1))
+    told = Judges(Judging(), Verifier(), cast(Any, rater), client=cast(Any, writer)).left_out()
+    assert told == {"left_out": {"seed": 3, "top_p": 1}} and Judges(Judging(), Verifier(), None).left_out() == {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gristmill.report.summary import duration, headline, stage_line
+from gristmill.report.summary import doubts, duration, headline, stage_line
 from gristmill.runs.reader import read_run
 
 MakeRun = Callable[..., Path]
@@ -26,6 +26,7 @@ def test_every_finished_stage_says_what_it_did(make_run: MakeRun) -> None:
     assert re.fullmatch(rf"kept {done['r1-answers']['kept']} of \d+ answers \(\d+ good\)", lines["r1-answers"])
     assert lines["r1-dpo-pairs"].startswith(f"{done['r1-dpo-pairs']['pairs']} pairs")
     assert lines["r1-monitors"] == "no alarm" and stage_line({**done["r1-monitors"], "alarms": ["human_nll"]}) == "alarms: human_nll"
+    assert stage_line({**done["demonstrations"], "weak": 2}).endswith("; 2 verdicts are weak")
     assert lines["reward-check"].startswith("pair accuracy easy ")
     assert lines["data"] == "64 demonstrations, 68 ratings, 10 evaluation prompts"
 
@@ -33,6 +34,12 @@ def test_every_finished_stage_says_what_it_did(make_run: MakeRun) -> None:
 def test_a_stage_of_another_kind_is_told_by_its_counts() -> None:
     done = {"name": "filter", "fingerprint": "f", "seconds": 1.5, "peak_mib": 90, "artifacts": [], "num_documents": 12000, "pairs": 3}
     assert stage_line(done) == "12,000 documents, 3 pairs"
+
+
+def test_doubts_are_told() -> None:
+    found = dict(doubts({"weak": 3, "left_out": {"seed": 12}}))
+    assert found["Weak verdicts. "].startswith("3 programs ") and "without: seed (12 calls)." in found["Fields left out. "]
+    assert doubts({}) == []
 
 
 def test_an_unfinished_stage_says_nothing() -> None:

@@ -72,7 +72,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """What a run of any kind has done so far, stage by stage."""
-    from gristmill.report.summary import best_lines, stage_line
+    from gristmill.report.summary import best_lines, doubts, stage_line
     from gristmill.runs.reader import read_run, reading_back
 
     with reading_back(folder):
@@ -92,6 +92,7 @@ def status(
         echo(json.dumps({"folder": str(folder), "finished": data.results is not None, "stages": stages}))
         return
     lines += [f"alarm: {alarm['text']}" for alarm in (data.results or {}).get("alarms", ())]
+    lines += [f"{head.strip(' .').lower()}: {words}" for head, words in doubts(data.results or {})]
     lines.append("finished" if data.results else "not finished: run the same command again to continue")
     echo("\n".join(lines))
 

@@ -17,7 +17,16 @@ class Calls(Section):
     patience: float = Field(600.0, ge=0, description="seconds that an endpoint may be away")
 
 
-class GeneratorSettings(Section):
+class RequestFields(Section):
+    """What an endpoint's requests are made of, where it is not the usual."""
+
+    fields: dict[str, str | None] = Field(
+        {}, description="what the endpoint calls a field, or null to leave it out: `{max_tokens: max_completion_tokens, seed: null}`"
+    )
+    extra_body: dict[str, Any] = Field({}, description="what is sent besides, as `{reasoning_effort: low}`")
+
+
+class GeneratorSettings(RequestFields):
     """A model that writes: behind an OpenAI-compatible endpoint, in a folder, or a checkpoint of the run."""
 
     base_url: str = Field("", description="of an endpoint, up to and including /v1")
@@ -32,10 +41,6 @@ class GeneratorSettings(Section):
     price_in: float = Field(0.0, ge=0, description="money a million tokens")
     price_out: float = Field(0.0, ge=0)
     logprobs: bool = False
-    fields: dict[str, str | None] = Field(
-        {}, description="what the endpoint calls a field, or null to leave it out: `{max_tokens: max_completion_tokens, seed: null}`"
-    )
-    extra_body: dict[str, Any] = Field({}, description="what is sent besides, as `{reasoning_effort: low}`")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

@@ -88,7 +88,8 @@ def rater_of(
 
 
 def _target(reward: Reward) -> Target:
-    return Target(reward.base_url, reward.model, api_key_env=reward.api_key_env, api_key_file=reward.api_key_file)
+    given = reward.model_dump(include={"base_url", "model", "api_key_env", "api_key_file", "fields", "extra_body"})
+    return Target(**given)
 
 
 def _keyless(target: Target) -> Target:

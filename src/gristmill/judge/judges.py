@@ -40,6 +40,7 @@ class Rater(Protocol):
     """A reward model, wherever it is."""
 
     failed: int
+    left_out: Counter[str]  # ratings without a field that the endpoint refused, by field
 
     async def rate(self, talks: Mapping[str, Talk]) -> dict[str, Rating]:
         """Ratings of the last turn of conversations, by their ids; none of those that cannot be rated."""
@@ -53,6 +54,7 @@ class LocalRater:
 
     def __init__(self, scorer: Scorer, tick: Tick | None = None):
         self._scorer, self._tick = scorer, tick
+        self.left_out: Counter[str] = Counter()
 
     async def rate(self, talks: Mapping[str, Talk]) -> dict[str, Rating]:
         fitting = {name: talk for name, talk in talks.items() if self._scorer.fits(talk)}
@@ -76,6 +78,7 @@ class EndpointRater:
     def __init__(self, target: Target, reward: Reward, calls: Calls, journal: Journal, *, retry_failed: bool = False):
         self._target, self._reward, self._calls, self._journal, self._retry = target, reward, calls, journal, retry_failed
         self.failed = 0
+        self.left_out: Counter[str] = Counter()
 
     async def rate(self, talks: Mapping[str, Talk]) -> dict[str, Rating]:
         if not talks:
@@ -89,6 +92,7 @@ class EndpointRater:
 
             found = await gather_unfailed(list(talks), one)
         self.failed += client.failed
+        self.left_out += client.left_out
         return dict(found)
 
 
@@ -169,6 +173,12 @@ class Judges:
                     found.append(_repaired(r, done, [others[place].id for place in done.sources]))
             made += sorted(found, key=lambda r: (len(r.edits), -len(r.text)))[: settings.max_per_prompt]
         return await self.judge(prompts, made)
+
+    def left_out(self) -> dict[str, dict[str, int]]:
+        """For a stage's summary: the rows that were asked for without a field that an endpoint refused, by field, where there are some."""
+        sources = [source.left_out for source in (self.client, self.rater) if source is not None]
+        found = sum(sources, Counter[str]())
+        return {"left_out": dict(found)} if found else {}
 
     def _judged(self, r: Response, rating: Rating | None, verified: bool | None) -> Response:
         score = round(rating.score(self.weights), 4) if rating else None

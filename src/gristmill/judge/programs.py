@@ -61,6 +61,10 @@ class Verifier:
             verify(truth, answer, lambda program, tests: bool(weak.append(self._results[program, tests].weak)))  # type: ignore[func-returns-value]
         return any(weak)
 
+    def num_weak(self, cases: Sequence[tuple[dict[str, Any], str]], right: Sequence[bool]) -> int:
+        """How many of the answers that were found right are so by a weak verdict."""
+        return sum(self.is_weak(truth, answer) for (truth, answer), ok in zip(cases, right, strict=True) if ok)
+
 
 def is_code(truth: dict[str, Any] | None) -> bool:
     """Whether a truth is checked by running the answer."""

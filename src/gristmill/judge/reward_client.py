@@ -9,6 +9,7 @@ import contextlib
 import re
 import sys
 from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from gristmill.core.concurrent import map_concurrent
@@ -18,6 +19,7 @@ from gristmill.data.chat import Message
 from gristmill.data.rows import ATTRIBUTES, Rating
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.generation.endpoint import Endpoint, RowFailed, Target
+from gristmill.generation.openai_format import FIELDS
 
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
 MAX_CONCURRENT = 512  # conversations that wait for the endpoint, which itself bounds what is in flight
@@ -25,7 +27,14 @@ MAX_SHOWN = 100  # characters of an answer in an error
 
 
 class RewardModelEndpoint(Endpoint):
-    """Endpoint of a reward model. Its answers are attribute strings, whichever form they came in."""
+    """Endpoint of a reward model. Its answers are attribute strings, whichever form they came in.
+
+    It draws nothing, so that no field of sampling is sent but those that a target's `fields` name.
+    """
+
+    def __init__(self, targets: Sequence[Target], **options: Any):
+        sampling = {name: None for name in FIELDS if name != "logprobs"}
+        super().__init__([replace(target, fields={**sampling, **target.fields}) for target in targets], **options)
 
     def choice_text(self, choice: Any, target: Target) -> Any:
         try:

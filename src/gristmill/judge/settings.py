@@ -1,15 +1,17 @@
 """Sections of recipes about judges and what they keep."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from gristmill.core.config import FilePath, PatternPath, Section
+from gristmill.generation.openai_format import check_fields
+from gristmill.generation.settings import RequestFields
 
 Control = Literal["unfiltered", "random-filter", "reward-only", "human-only", "replace"]
 
 
-class Reward(Section):
+class Reward(RequestFields):
     """A reward model: behind an endpoint, or in a folder; neither: the one that the run trains."""
 
     base_url: str = Field("", description="of an endpoint")
@@ -18,6 +20,18 @@ class Reward(Section):
     api_key_env: str = ""
     api_key_file: PatternPath = ""
     weights: str = Field("nemotron4-340b", description="named set of aggregation weights")
+
+    @model_validator(mode="after")
+    def _of_endpoints(self) -> Self:
+        if (self.fields or self.extra_body) and not self.base_url:
+            raise ValueError("fields and extra_body are of endpoints: give base_url, or leave them out")
+        check_fields(self.fields, self.extra_body)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is not given is not written: earlier runs know it by this."""
+        return {name: value for name, value in serialize(self).items() if value or name not in RequestFields.model_fields}
 
 
 class Repair(Section):

@@ -32,7 +32,7 @@ from gristmill.report.figures import Series, stage_plot
 from gristmill.report.markup import Markup, document, el, table
 from gristmill.report.samples import JudgedStage, read_judged, read_lineage, samples_section
 from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
-from gristmill.report.summary import best_lines, duration, headline, lora_update
+from gristmill.report.summary import best_lines, doubts, duration, headline, lora_update
 from gristmill.report.training import training_section
 from gristmill.runs.reader import RunData, read_run
 
@@ -133,6 +133,7 @@ def _top(data: RunData, name: str) -> Markup:
     elif results.get("stopped"):
         banners.append(_banner("Stopped before its end. ", results["stopped"]))
     banners += [_banner("Alarm. ", alarm["text"]) for alarm in (results or {}).get("alarms", ())]
+    banners += [_banner(head, words) for head, words in doubts(results or {})]
     eyebrow = f"gristmill {'control run' if control else 'run'}"
     return el(
         "header", el("p", eyebrow, class_="eyebrow"), el("h1", name), el("p", " \u00b7 ".join(facts), class_="soft"), banners, class_="top"

@@ -54,8 +54,9 @@ def stage_line(done: Mapping[str, Any]) -> str:
 def _model(done: Mapping[str, Any]) -> str:
     tasks = [f"{t} {done['greedy'][t]['mean']:.2f}/{done['sampled'][t]['mean']:.2f}" for t in done["greedy"] if t != "overall"]
     overall = f"greedy {format_score(done['greedy']['overall']['mean'])} sampled {format_score(done['sampled']['overall']['mean'])}"
+    weak = f"; {done['weak']:,} verdicts are weak" if done.get("weak") else ""
     trained = f"{done['rows']:,} rows, {_training(done)}" if "rows" in done else "the model as given"
-    return f"{overall} ({', '.join(tasks)}); {trained}"
+    return f"{overall} ({', '.join(tasks)}); {trained}{weak}"
 
 
 def _training(done: Mapping[str, Any]) -> str:
@@ -137,6 +138,18 @@ def _judge(reward: Mapping[str, Any]) -> str:
             f"{kind} {format_score_ci(score)} (LLM judge {format_score_ci(other)}, n {score['n']})" if score["n"] else f"{kind}: no pairs"
         )
     return f"Reward model: pair accuracy {'; '.join(kinds)}"
+
+
+def doubts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a run's results rest on that a reader should know: weak verdicts, and fields that endpoints refused; head and words of each."""
+    found = []
+    if weak := results.get("weak"):
+        words = f"{weak:,} programs of the evaluations passed tests that they could have lied to (docs/design.md, judging)."
+        found.append(("Weak verdicts. ", words))
+    if left_out := results.get("left_out"):
+        words = ", ".join(f"{name} ({num:,} calls)" for name, num in left_out.items())
+        found.append(("Fields left out. ", f"An endpoint refused what the run asks with, and was asked without: {words}."))
+    return found
 
 
 def _data_mix(results: Mapping[str, Any]) -> str:

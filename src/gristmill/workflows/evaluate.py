@@ -65,7 +65,7 @@ def evaluate(
         def check(cases: list[tuple[dict[str, Any], str]]) -> list[bool]:
             nonlocal num_weak
             right = verifier.verify(cases)
-            num_weak = sum(verifier.is_weak(truth, answer) for (truth, answer), ok in zip(cases, right, strict=True) if ok)
+            num_weak = verifier.num_weak(cases, right)
             return right
 
         modes = {"greedy": MODES["greedy"]} if greedy else MODES

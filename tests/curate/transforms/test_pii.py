@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from gristmill.curate.outcome import DOCUMENT, DROPPED
 from gristmill.curate.text.text_column import read_only
 from gristmill.curate.transforms import pii as module
-from gristmill.curate.transforms.pii import KINDS, Pii, pii, redact
+from gristmill.curate.transforms import pii_patterns as patterns
+from gristmill.curate.transforms.pii import Pii, pii, redact
+from gristmill.curate.transforms.pii_patterns import KINDS
 
 # Formats from the standards' and the makers' own examples, and what a whole text becomes.
 KNOWN = {
@@ -102,7 +104,7 @@ def slow(text: str, kinds: tuple[str, ...] = KINDS) -> tuple[str, Counter[str]]:
             (*span, kind)
             for at in range(len(raw))
             for kind in range(len(KINDS))
-            if KINDS[kind] in kinds and (span := module._confirm(kind, raw, at))
+            if KINDS[kind] in kinds and (span := patterns.confirm(kind, raw, at))
         ]
         merged = list(module._merged(spans))
         if not merged:
@@ -146,7 +148,7 @@ def test_what_is_not_personal_stays(text: str) -> None:
 def luhn(prefix: str, size: int) -> str:
     """A number of a prefix with the last digit that ISO/IEC 7812 asks for."""
     body = prefix.ljust(size - 1, "3")
-    return next(body + digit for digit in "0123456789" if module._luhn((body + digit).encode()))
+    return next(body + digit for digit in "0123456789" if patterns._luhn((body + digit).encode()))
 
 
 @pytest.mark.parametrize(
@@ -193,9 +195,9 @@ def test_one_wrong_digit_is_not_found(kind: str) -> None:
 
 def test_luhn_by_definition() -> None:
     for number in ("79927398713", "0", "18", "4111111111111111"):
-        assert module._luhn(number.encode())
+        assert patterns._luhn(number.encode())
         wrong = number[:-1] + str((int(number[-1]) + 1) % 10)
-        assert not module._luhn(wrong.encode())
+        assert not patterns._luhn(wrong.encode())
 
 
 FRAGMENTS = st.sampled_from(

@@ -125,18 +125,22 @@ def _matches(data_B, begin_N, table, grams_G, table_S, begins_S, shortest, lengt
     last = np.uint64(1)
     for _ in range(shortest):
         last *= GOLDEN
-    slot_mask = np.uint64(len(begins_S) - 1)
+    slot_mask, size, one = np.uint64(len(begins_S) - 1), np.uint64(shortest), np.uint64(1)
     found, total = np.empty((64, 4), np.int64), 0
     for n in range(len(begin_N) - 1):
         words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
-        rolling = np.uint64(0)
-        for w in range(words):
-            rolling = rolling * GOLDEN + hash_W[w]
-            if w >= shortest:
-                rolling -= last * hash_W[w - shortest]
-            if w + 1 < shortest or not begins_S[(rolling >> np.uint64(32)) & slot_mask]:
-                continue
-            first = w + 1 - shortest
+        rolling, w, num_words, begins = np.uint64(0), np.uint64(0), np.uint64(words), True
+        while begins:
+            begins = False
+            while w < num_words and not begins:  # up to words with which an n-gram may begin: the rest in this loop would make it slow
+                rolling = rolling * GOLDEN + hash_W[w]
+                if w >= size:
+                    rolling -= last * hash_W[w - size]
+                w += one
+                begins = w >= size and bool(begins_S[(rolling >> np.uint64(32)) & slot_mask])
+            if not begins:
+                break
+            first = np.int64(w - size)
             value, stop, inside, before = np.uint64(0), first, 0, first
             for wanted in lengths:  # where each of them would end that begins at this word
                 while stop < words and inside < wanted:

@@ -83,7 +83,7 @@ def answer_pairs(
     judging = context.recipe.judging
 
     async def work(rows: list[Response], judges: Judges) -> tuple[list[Pair], dict[str, Any]]:
-        return await pair(
+        pairs, facts = await pair(
             rows,
             judging,
             seed,
@@ -91,6 +91,7 @@ def answer_pairs(
             control=context.recipe.control,
             compare=judges.compare if judging.llm else None,
         )
+        return pairs, facts | judges.left_out()
 
     repair = judging.repair is not None and judging.repair.pairs
     return answer(context, client, prompts, seed, folder=folder, reward_folder=reward_folder, work=work, repair=repair)

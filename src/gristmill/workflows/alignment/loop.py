@@ -10,6 +10,7 @@ blend, and earlier rounds' synthetic rows stay in it.
 import asyncio
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def _base(context: AlignmentContext, state: State) -> None:
     state.made[BASE_ROW] = done.fingerprint
     state.models[BASE_ROW] = context.base_folder
     row = {"name": BASE_ROW, "round": 0, "model": str(context.base_folder), "folder": done.folder.name}
-    state.stages.append(row | {key: done.summary[key] for key in (*MODES, "asked")})
+    state.stages.append(row | _scores(done.summary))
 
 
 def _reward(context: AlignmentContext, state: State) -> None:
@@ -341,7 +342,7 @@ def _answers(
                 artifacts.KEPT.write(folder, kept)
                 edited = {r.id for r in rows if r.edits}
                 repaired = {"repaired": sum(d.parents[0] in edited for d in kept)} if judging.repair else {}
-                return {"funnel": funnel, "kept": len(kept), **repaired}
+                return {"funnel": funnel, "kept": len(kept), **repaired, **judges.left_out()}
 
             seed, repair = recipe.seed * 1000 + number, judging.repair is not None
             return answer(context, client, prompts, seed, folder=folder, reward_folder=state.reward_folder, work=keep, repair=repair)
@@ -478,21 +479,34 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
     state.models[name] = folder / MODEL
     state.made[name] = done.fingerprint
     row = {"name": name, "round": number, "model": f"{folder.name}/{MODEL}", "folder": folder.name}
-    state.stages.append(row | {mode: done.summary[mode] for mode in MODES})
+    state.stages.append(row | _scores(done.summary))
     return context.engine(name, folder / MODEL)
 
 
 def _evaluate(context: AlignmentContext, engine: Engine, folder: Path) -> dict[str, Any]:
     """Accuracy on the held-out prompts; the outcomes go to the stage's folder."""
+    num_weak = 0
+
+    def check(cases: list[tuple[dict[str, Any], str]]) -> list[bool]:
+        nonlocal num_weak
+        right = context.verifier.verify(cases)
+        num_weak = context.verifier.num_weak(cases, right)
+        return right
+
     scores = evaluate_model(
         context.evaluation,
         lambda requests: context.generate(engine, requests, folder / artifacts.EVALUATION_CALLS.file),
-        context.verifier.verify,
+        check,
         max_tokens=context.recipe.answers.max_tokens,
         seed=context.recipe.seed,
     )
     artifacts.OUTCOMES.write(folder, scores.pop("outcomes"))
-    return scores
+    return scores | ({"weak": num_weak} if num_weak else {})
+
+
+def _scores(summary: dict[str, Any]) -> dict[str, Any]:
+    """What results hold of an evaluation."""
+    return {key: summary[key] for key in (*MODES, "asked", "weak") if key in summary}
 
 
 # ---- the end ----
@@ -501,7 +515,10 @@ def _evaluate(context: AlignmentContext, engine: Engine, folder: Path) -> dict[s
 def _results(context: AlignmentContext, state: State, stopped: str | None) -> dict[str, Any]:
     best = choose_best(context, state)
     human, synthetic = len(state.demonstrations) + state.human_pairs, len(state.synthetic) + state.pairs
-    seconds = sum(read_json(context.run.path / s / "done.json")["seconds"] for s in [*context.run.beside, *context.run.stages])
+    done = [read_json(context.run.path / s / "done.json") for s in [*context.run.beside, *context.run.stages]]
+    seconds = sum(s["seconds"] for s in done)
+    num_weak = sum(s.get("weak", 0) for s in done)
+    left_out = sum((Counter(s.get("left_out", {})) for s in done), Counter[str]())
     results = {
         "name": context.recipe.name,
         "control": context.recipe.control,
@@ -517,5 +534,7 @@ def _results(context: AlignmentContext, state: State, stopped: str | None) -> di
         "collapse": state.collapse,
         "stopped": stopped,
         "alarms": state.alarms,
+        **({"weak": num_weak} if num_weak else {}),  # verdicts of the evaluations that rest on what programs say of themselves
+        **({"left_out": dict(left_out)} if left_out else {}),  # calls without a field that an endpoint refused, by field
     }
     return context.run.finish(results)

@@ -76,7 +76,8 @@ def write_prompts(
     artifacts.CONVERSATIONS.write(folder, whole)
     artifacts.REFUSED.write(folder, refused)
     write_topics(folder, writer)
-    return {"funnel": dict(funnel), "topics": topics, "conversations": len(whole)} | ({"probe": probe} if probe else {})
+    left_out = {"left_out": dict(writer.client.left_out)} if writer.client.left_out else {}
+    return {"funnel": dict(funnel), "topics": topics, "conversations": len(whole), **left_out} | ({"probe": probe} if probe else {})
 
 
 async def _probed(context: AlignmentContext, writer: Writer) -> tuple[Pipelines, dict[str, Any] | None]:
