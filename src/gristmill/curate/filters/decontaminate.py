@@ -137,7 +137,7 @@ def _matches(data_B, begin_N, table, grams_G, table_S, begins_S, shortest, lengt
                 if w >= size:
                     rolling -= last * hash_W[w - size]
                 w += one
-                begins = w >= size and bool(begins_S[(rolling >> np.uint64(32)) & slot_mask])
+                begins = bool(w >= size and begins_S[(rolling >> np.uint64(32)) & slot_mask])
             if not begins:
                 break
             first = np.int64(w - size)
