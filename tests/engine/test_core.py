@@ -34,7 +34,7 @@ def model_of(family: str = "nemotron", blocks: tuple[BlockConfig, ...] = WIDE, l
     return model.requires_grad_(False)
 
 
-def words(ids: list[int]) -> str:
+def words(ids: list[int], continued: bool = False) -> str:
     return " ".join(map(str, ids))
 
 

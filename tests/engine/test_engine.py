@@ -185,7 +185,7 @@ def test_logprobs_equal_the_packed_forward(tokenizer: Tokenizer, monkeypatch: py
     # Read the raw ids where they become text: text does not always encode back to the same ids.
     decode = tokenizer.decode
 
-    def note(ids: list[int]) -> str:
+    def note(ids: list[int], *, continued: bool = False) -> str:
         seen[decode(ids)] = ids
         return decode(ids)
 

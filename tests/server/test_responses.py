@@ -44,7 +44,7 @@ def test_a_completion_goes_on_after_its_prompt(scheme: str) -> None:
     for echo in (False, True):
         body = CompletionRequest.model_construct(echo=echo, logprobs=1, n=1, max_tokens=9)
         zeros = [0.0] * len(prompt[1:]), [()] * len(prompt[1:])
-        builder = CompletionResponseBuilder(mill, body, [prompt], scored=[zeros] if echo else None)
+        builder = CompletionResponseBuilder(mill, body, [prompt], scored=[zeros] if echo else None, model="mill")
         out = Completion(text, len(SAID), (0.0,) * len(SAID), "stop", tuple(SAID), ((),) * len(SAID))
         choice: dict[str, Any] = builder._choice(0, 0, prompt, out)
         told = choice["logprobs"]
@@ -59,7 +59,9 @@ def test_bytes_of_a_chat_join_to_its_content(scheme: str, continued: bool) -> No
     said = [*SAID, *ids("<0xE4>", "<0xBD>", "<0xA0>")] if scheme == "llama" else SAID
     text = mill.tokenizer.decode(said, continued=continued)
     assert text.startswith(" ") is (continued or scheme == "never")
-    entries = ChatResponseBuilder(mill, True, continued=continued)._entries(Completion(text, 0, (0.0,) * len(said), "stop", tuple(said)))
+    entries = ChatResponseBuilder(mill, True, model="mill", continued=continued)._entries(
+        Completion(text, 0, (0.0,) * len(said), "stop", tuple(said))
+    )
     assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == text
     detokenizer = IncrementalDetokenizer(mill, (), continued=continued)
     assert "".join(map(detokenizer.add, said)) + detokenizer.finish(text) == text

@@ -524,4 +524,4 @@ def test_hostile_text_costs_no_time(piece: str) -> None:
     for name, kwargs in KWARGS.items():
         start = time.process_time()
         CHECKS[name](answer, **kwargs)
-        assert time.process_time() - start < 1, name
+        assert time.process_time() - start < 10, name  # of minutes, where it goes wrong

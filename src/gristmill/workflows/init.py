@@ -30,6 +30,7 @@ from gristmill.generation.settings import GeneratorSettings
 from gristmill.miniature.base import BASE
 from gristmill.model import hf
 from gristmill.model.flops import num_parameters
+from gristmill.synth.registry import Pipelines
 from gristmill.train.by_size import fill
 from gristmill.train.settings import Training
 from gristmill.workflows.alignment.context import STAGE_KINDS
@@ -274,9 +275,9 @@ def _section(key: str, kind: type[Section], default: Section, values: dict[str, 
     about = STAGES.get(key) or " ".join((kind.__doc__ or "").split())
     lines = [f"# {about}", f"{key}:" if values else f"#{key}:"]
     for name, field in kind.model_fields.items():
-        if name not in plain and name not in values:
-            continue  # a pipeline that is not named; named alone, it would write
-        line = _line(name, field, plain.get(name), values)
+        if kind is Pipelines and name not in plain and name not in values:
+            continue  # named alone, it would write
+        line = _line(name, field, plain.get(name, getattr(default, name)), values)
         lines.append(f"  {line}" if values else f"#  {line.removeprefix('#')}")
     return lines
 

@@ -280,7 +280,7 @@ def test_every_stage_trains_an_adapter_and_the_stored_model_goes_on(run: Run, ma
     results = run(recipe, tmp_path / "run")
     assert [stage["name"] for stage in results["stages"]] == MODELS
     before = tmp_path / "run"
-    for stage in results["stages"]:
+    for stage in results["stages"][1:]:  # after the model as given
         folder = tmp_path / "run" / stage["model"]
         adapter = json.loads((folder.parent / "adapter" / "adapter_config.json").read_text())
         expected = merge_folder(folder.parent / "adapter", tmp_path / "again")

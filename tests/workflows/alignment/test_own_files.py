@@ -125,7 +125,7 @@ def test_an_instruct_model_needs_no_human_data(tmp_path: Path, tiny_base: Path) 
     result = start(recipe, out)
     assert result.exit_code in DONE, result.output + repr(result.exception)
     results = json.loads((out / "results.json").read_text())
-    assert [s["name"] for s in results["stages"]][:2] == ["given", "r1-general-sft"] and results["collapse"] == []
+    assert [s["name"] for s in results["stages"]][:2] == ["base", "r1-general-sft"] and results["collapse"] == []
     samples = results["alignment_samples"]
     assert 0 < samples["repaired"] <= samples["synthetic"] and samples["human"] == 0 and results["synthetic_share"] == 1.0
     (path,) = out.glob("*-r1-answers/responses.parquet")
