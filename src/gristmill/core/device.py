@@ -6,11 +6,14 @@ import ctypes
 import os
 import resource
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gristmill.core.errors import InputError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +71,22 @@ def free_memory(device: torch.device) -> int:
     if limit != resource.RLIM_INFINITY:
         free.append(limit - (_fields(Path("/proc/self/status"), "VmSize:") or 0) * 1024)
     return max(0, min(free))
+
+
+@contextmanager
+def returned_at_once() -> Iterator[None]:
+    """Large blocks of memory go back to the system as soon as they are freed; glibc else keeps the holes that they leave in its heap."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:  # what glibc comes to by itself when blocks of this size are freed, and how much it then keeps: faster for activations
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 def trim_heap() -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gristmill.core.device import free_memory, trim_heap
+from gristmill.core.device import free_memory, returned_at_once, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, make_folder, replacing, sync, write_json
 from gristmill.core.untrusted import is_bare_name, quoted, quoted_path, read_untrusted_json
@@ -427,20 +427,21 @@ def _fill(
                 with _damage(folder):
                     _copy(view, decompress(name, kind, read) if len(parts) > 1 else read(name), f"{folder} has {name}")
 
-    in_blocks = set(backbone.blocks.modules())
-    others = [module for module in model.modules() if module not in in_blocks]
-    for module in others:
-        fill(module, recurse=False)
-    if tied and OUTPUT in files and not torch.equal(read(OUTPUT), read(EMBEDDING)):  # which others read in different ways
-        raise InputError(f"Set tie_word_embeddings to false in {folder}: its {OUTPUT} is another matrix than {EMBEDDING}.")
-    for module in others:
-        module._apply(lambda tensor: tensor.to(device), recurse=False)
-    for block in backbone.blocks:
-        assert isinstance(block, Block)
-        fill(block, recurse=True)
-        block.to(device)
-        if on_block is not None:
-            on_block(block)
+    with returned_at_once():
+        in_blocks = set(backbone.blocks.modules())
+        others = [module for module in model.modules() if module not in in_blocks]
+        for module in others:
+            fill(module, recurse=False)
+        if tied and OUTPUT in files and not torch.equal(read(OUTPUT), read(EMBEDDING)):  # which others read in different ways
+            raise InputError(f"Set tie_word_embeddings to false in {folder}: its {OUTPUT} is another matrix than {EMBEDDING}.")
+        for module in others:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
+        for block in backbone.blocks:
+            assert isinstance(block, Block)
+            fill(block, recurse=True)
+            block.to(device)
+            if on_block is not None:
+                on_block(block)
     return model
 
 
