@@ -202,7 +202,7 @@ class _Run:
 
     def _stage(self, name: str, inputs: Any, work: Any) -> Facts:
         """A stage of the run: what its `done.json` says, and its folder's name."""
-        files = ("[0-9]*.arrow", "kept-*.arrow", "dropped-*.parquet", SAMPLES.file)
+        files = ("[0-9]*.arrow", "kept-*.arrow", "dropped-*.parquet", "index/*", SAMPLES.file)
         stage = self.run_dir.stage(name, [self.fingerprint, inputs], work, files=files, on_change="redo")
         self.fingerprint = stage.fingerprint
         self.done.append({**stage.summary, "folder": stage.folder.name})
@@ -246,17 +246,20 @@ class _Run:
     def _write(self, folder: Path, sources: list[Path]) -> Facts:
         """The documents that are left, and those that are not, in folders that appear whole at their places in the run's folder."""
         products = {"data": folder / "data", "dropped": folder / "dropped"}
-        if remember := [path for path in self.folders if path.name.endswith("-remember")]:
-            products["index"] = remember[0] / "index"
-        data, dropped = products["data"], products["dropped"]
-        task = Task(emit, (sources, data, self.recipe.output), folder / "data.json")
+        task = Task(emit, (sources, products["data"], self.recipe.output), folder / "data.json")
         (written,) = self._tasks("documents", [task])
-        make_folder(dropped)
+        links: list[tuple[Path, Path]] = []  # what stages have made stays with them until the run is finished
         for stage in self.folders:
-            for path in sorted(stage.glob("dropped-*.parquet")):
-                target = dropped / f"{stage.name}-{path.name.removeprefix('dropped-')}"
-                target.unlink(missing_ok=True)
-                target.hardlink_to(path)
+            names = {path: f"{stage.name}-{path.name.removeprefix('dropped-')}" for path in sorted(stage.glob("dropped-*.parquet"))}
+            links += [(path, products["dropped"] / name) for path, name in names.items()]
+            if stage.name.endswith("-remember"):
+                products["index"] = folder / "index"
+                links += [(path, products["index"] / path.name) for path in sorted((stage / "index").iterdir())]
+        make_folder(products["dropped"])
+        for path, target in links:
+            make_folder(target.parent)
+            target.unlink(missing_ok=True)
+            target.hardlink_to(path)
         for name, made in products.items():
             if made.exists():  # or else it was moved by that run
                 self.run_dir.remove(self.run_dir.path / name)

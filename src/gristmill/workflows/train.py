@@ -20,7 +20,7 @@ from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS, Transformer
 from gristmill.train.batches import AnySample
 from gristmill.train.by_size import Kind, described, fill
-from gristmill.train.memory import choose_micro_batch, fitting, recorded_micro_batch
+from gristmill.train.memory import MemoryEstimate, choose_micro_batch, fitting, recorded_micro_batch
 from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
@@ -74,13 +74,14 @@ def train_model(
     recipe = fill(recipe, sized, num_parameters(config), device=where, num_rows=len(rows))
     say(f"{num_parameters(config) / 1e6:,.4g}M parameters, {len(rows):,} rows, {where}: {described(recipe)}")
     check_dtype(where, PRECISIONS[recipe.precision])
-    micro_batch_tokens = _fit_memory(config, recipe, where, out / "train", say)
+    needed = training_memory(config, recipe, where, out / "train")
+    say(f"memory of training: {needed}")
     # what is frozen in fewer bits is not held in more
     model, tokenizer = load_model(start, torch.float32 if lora is None or lora.base == "fp32" else torch.bfloat16)
     form = find_format(chat_format, tokenizer) if isinstance(chat_format, str) else chat_format
     saved = with_template_of(form, tokenizer)
     values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
-    values |= {"micro_batch_tokens": micro_batch_tokens, "max_tokens": model.config.max_positions}
+    values |= {"micro_batch_tokens": needed.tokens, "max_tokens": model.config.max_positions}
     if lora is not None:
         values["b_lr_ratio"] = lora.b_lr_ratio
         add_adapters(model.to(where), lora_config(lora), seed=seed, base=lora.base)
@@ -104,7 +105,7 @@ def train_model(
             pair_samples(rows, form, tokenizer),
             out / "train",
             precision=settings.precision,
-            micro_batch_tokens=micro_batch_tokens,
+            micro_batch_tokens=needed.tokens,
         )
         result = fit(model, objective, pairs)
     if lora is not None:
@@ -116,8 +117,12 @@ def train_model(
     return result
 
 
-def _fit_memory(config: ModelConfig, recipe: Training, device: torch.device, folder: Path, say: Callable[[str], object]) -> int:
-    """Tokens of a micro-batch: the recipe's, those that the run of the folder has, or as many as fit. InputError where none do."""
+def training_memory(config: ModelConfig, recipe: Training, device: torch.device, folder: Path | None = None) -> MemoryEstimate:
+    """Memory of a training stage, whose micro-batches are the recipe's, those that the run of the folder has, or as large as fit.
+
+    Raises:
+        InputError: none fit.
+    """
     with torch.device("meta"):
         model = Transformer(config)
     if recipe.lora is not None:
@@ -126,9 +131,7 @@ def _fit_memory(config: ModelConfig, recipe: Training, device: torch.device, fol
     tokens = recipe.micro_batch_tokens or recorded_micro_batch(folder)
     tokens = tokens or choose_micro_batch(model, optimizer, precision=precision, device=device, loaded=False)
     checkpoint = None if recipe.checkpoint_activations == "auto" else recipe.checkpoint_activations
-    needed = fitting(model, optimizer, precision=precision, tokens=tokens, device=device, loaded=False, checkpoint=checkpoint)
-    say(f"memory of training: {needed}")
-    return tokens
+    return fitting(model, optimizer, precision=precision, tokens=tokens, device=device, loaded=False, checkpoint=checkpoint)
 
 
 def lora_config(lora: Lora) -> LoraConfig:

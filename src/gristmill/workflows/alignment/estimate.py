@@ -9,6 +9,8 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import torch
+
 from gristmill.core.progress import Progress
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Prompt
@@ -30,12 +32,14 @@ from gristmill.train.trainer import Trainer, TrainSettings
 from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.monitors import SAMPLES
 from gristmill.workflows.alignment.recipe import BASE_ROW, AlignmentRecipe
+from gristmill.workflows.train import training_memory
 
 PROBE_SECONDS = 3.0  # of each of the probes
 PROBE_PROMPTS = 16
 KEPT = 0.5  # of the prompts get an answer that is kept, and of those that pairs are made for a pair: nobody knows before
 REFERENCE = 1 / 3  # of training's work a token: log-probabilities of the reference, forward only
 ROW_BYTES = 6  # a token, in rows and journals
+LIBRARY_BYTES = 200 * 2**20  # of a run, beside what training alone loads
 
 
 @dataclass(frozen=True)
@@ -101,30 +105,21 @@ def dry_run(recipe: AlignmentRecipe, progress: Progress, unsafe_code: bool = Fal
         "probe": asdict(speeds),
         "parameters": size,
         "device": str(context.device),
-        "peak_memory_mib": round(peak_bytes(config, context.recipe, speeds.answer_tokens) / 2**20),
+        "peak_memory_mib": round(_peak_bytes(config, context.recipe, context.device) / 2**20),
     }
 
 
-def peak_bytes(config: ModelConfig, recipe: AlignmentRecipe, answer_tokens: float) -> float:
-    """Memory of the largest stage: weights, gradients and AdamW's states in fp32 with a micro-batch's activations, beside the two
-    engines that a run keeps. An estimate: activations by the widths of the layers, as measured at 135M."""
-    size = num_parameters(config)
-    step = max(_step_tokens(section, config, answer_tokens) for section in _sections(recipe))
-    floats = sum(14 * config.hidden_size + 3 * block.ffn_size for block in config.blocks)
-    engines = 2 * size * (4 if recipe.engine.precision == "fp32" else 6)
+def _peak_bytes(config: ModelConfig, recipe: AlignmentRecipe, device: torch.device) -> float:
+    """Memory of the largest training stage beside the two engines that a run keeps."""
+    training = max(training_memory(config, section, device).total for section in _sections(recipe))
+    engines = 2 * num_parameters(config) * (4 if recipe.engine.precision == "fp32" else 6)
     in_flight = min(recipe.engine.max_batch, PROBE_PROMPTS * 4)
     cache = in_flight * kv_bytes_per_token(config, 4) * 2 * (recipe.answers.max_tokens + 128)
-    return 16 * size + 4 * floats * step + engines + cache + 500 * 2**20  # the last: Python and its libraries
+    return training + engines + cache + LIBRARY_BYTES
 
 
 def _sections(recipe: AlignmentRecipe) -> list[Training]:
     return [recipe.demonstration_sft, recipe.reward, recipe.code_sft, recipe.general_sft, recipe.dpo, recipe.rpo]
-
-
-def _step_tokens(section: Training, config: ModelConfig, answer_tokens: float) -> float:
-    """Tokens that go through the model at once."""
-    sides = 2 if isinstance(section, PreferenceTraining) else 1
-    return min(section.micro_batch_tokens or 8192, (section.batch_size or 1) * sides * (answer_tokens + 64))
 
 
 # ---- the probe ----
