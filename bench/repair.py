@@ -1,6 +1,6 @@
 """How often repair makes failing answers pass, by type of instruction: samples of a model on prompts of the recipe `real`.
 
-python bench/repair.py SmolLM2-135M-Instruct --system "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+PYTHONPATH=src python bench/repair.py SmolLM2-135M-Instruct
 """
 
 import argparse
