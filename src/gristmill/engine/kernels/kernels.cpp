@@ -144,6 +144,44 @@ template <typename C> static inline void scaled(const float* in, int n, float to
     for (int i = 0; i < n; i++) { const float x = in[i] * by; put(out + i * stride, x > top ? top : x < -top ? -top : x); }
 }
 
+// Sums that stay in registers: AVX-512 has 32 of 16 floats, others 16 of 8 or less.
+#ifdef __AVX512F__
+static const int ROWS = MAX_ROWS, SUMS = WORDS;
+#else
+static const int ROWS = 4, SUMS = 1;
+#endif
+
+// Scores of R rows of q [R, d] with the keys of a block, SUMS words of them from word w on.
+template <int R, typename C> static inline void scores_of(const float* q, const C* k, int d, f16 (*out)[WORDS], int w) {
+    f16 acc[R][SUMS] = {};
+    for (int i = 0; i < d; i++) {
+        f16 key[SUMS];
+        for (int j = 0; j < SUMS; j++) key[j] = load(k + i * BS + j * LANES);
+        for (int r = 0; r < R; r++) for (int j = 0; j < SUMS; j++) acc[r][j] += q[r * d + i] * key[j];
+    }
+    for (int r = 0; r < R; r++) for (int j = 0; j < SUMS; j++) out[r][w + j] = acc[r][j];
+}
+
+// Weighted sums of n values for R rows, of at most SUMS words of a head.
+template <int R, typename C>
+static inline void values_of(const float* scores, int width, const C* v, const int32_t* table, int64_t block_stride, int e, int left, int n, const float* inverse, float* out) {
+    const int words = left >= SUMS * LANES ? SUMS : left / LANES;
+    f16 acc[R][SUMS] = {};
+    for (int p = 0; p * BS < n; p++) {
+        const C* at = v + table[p] * block_stride;
+        const int filled = n - p * BS < BS ? n - p * BS : BS;
+        for (int t = 0; t < filled; t++) {
+            f16 value[SUMS] = {};
+            for (int j = 0; j < words; j++) value[j] = load(at + t * e + j * LANES);
+            for (int r = 0; r < R; r++) {
+                const float s = scores[(int64_t)r * width + p * BS + t];
+                for (int j = 0; j < SUMS; j++) acc[r][j] += s * value[j];
+            }
+        }
+    }
+    for (int r = 0; r < R; r++) for (int j = 0; j < words; j++) *(f16*)(out + r * e + j * LANES) = acc[r][j] * inverse[r];
+}
+
 // One tile: R rows over n keys of one head. q [R, d] is scaled; row r sees the keys before limit[r], and none before from[r].
 template <int R, typename C>
 static void tile(const float* q, const C* cache, const int32_t* table, int64_t block_stride, int64_t k_at, int64_t v_at, int64_t s_at, int64_t v_scales,
@@ -154,12 +192,9 @@ static void tile(const float* q, const C* cache, const int32_t* table, int64_t b
     for (int r = 0; r < R; r++) top[r] = f16{} - 1e30f;
     for (int p = 0; p < blocks; p++) {
         const C* k = cache + table[p] * block_stride + k_at;
-        f16 acc[R][WORDS] = {};
-        for (int i = 0; i < d; i++) {
-            f16 key[WORDS];
-            for (int w = 0; w < WORDS; w++) key[w] = load(k + i * BS + w * LANES);
-            for (int r = 0; r < R; r++) for (int w = 0; w < WORDS; w++) acc[r][w] += q[r * d + i] * key[w];
-        }
+        f16 acc[R][WORDS];
+        for (int r = 0; r < R; r += ROWS < R ? ROWS : R) for (int w = 0; w < WORDS; w += SUMS)
+            scores_of<(ROWS < R ? ROWS : R)>(q + r * d, k + w * LANES, d, acc + r, w);
         if (most(cache)) for (int w = 0; w < WORDS; w++) {
             const f16 by = load((const float*)(cache + table[p] * block_stride + s_at) + w * LANES);
             for (int r = 0; r < R; r++) acc[r][w] *= by;
@@ -189,23 +224,8 @@ static void tile(const float* q, const C* cache, const int32_t* table, int64_t b
         }
         inverse[r] = 1.f / sum_of(sum);
     }
-    for (int at = 0; at < e; at += 2 * LANES) {  // two words of the value at a time, so that the sums stay in registers
-        const int words = e - at >= 2 * LANES ? 2 : 1;
-        f16 acc[R][2] = {};
-        for (int p = 0; p < blocks; p++) {
-            const C* v = cache + table[p] * block_stride + v_at + at;
-            const int filled = n - p * BS < BS ? n - p * BS : BS;
-            for (int t = 0; t < filled; t++) {
-                f16 one = load(v + t * e), other = words == 2 ? load(v + t * e + LANES) : f16{};
-                for (int r = 0; r < R; r++) {
-                    float s = scores[(int64_t)r * width + p * BS + t];
-                    acc[r][0] += s * one;
-                    acc[r][1] += s * other;
-                }
-            }
-        }
-        for (int r = 0; r < R; r++) for (int w = 0; w < words; w++) *(f16*)(out + r * e + at + w * LANES) = acc[r][w] * inverse[r];
-    }
+    for (int r = 0; r < R; r += ROWS < R ? ROWS : R) for (int at = 0; at < e; at += SUMS * LANES)
+        values_of<(ROWS < R ? ROWS : R)>(scores + (int64_t)r * width, width, cache + v_at + at, table, block_stride, e, e - at, n, inverse + r, out + r * e + at);
 }
 
 // A: type of activations, C: type of the cache. qkv [T, H + 2K, d], out [T, H, d].
@@ -250,7 +270,7 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
             const int64_t need = (int64_t)MAX_ROWS * ((s.seq_lens[i] + BS - 1) / BS * BS);
             if ((int64_t)scores.size() < need) scores.resize(need);
             for (int h = 0; h < K; h++) for (int start = 0; start < rows;) {
-                const int left = rows - start, size = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                const int left = rows - start, size = left >= 8 ? 8 : left >= 4 ? 4 : left;
                 int limit[MAX_ROWS];
                 for (int r = 0; r < size; r++) {
                     const int t = (start + r) / G, g = (start + r) % G, position = first + t;
@@ -275,6 +295,7 @@ const auto attend = [&](auto rows) {
                 switch (size) {
                     case 8: attend(tile<8, C>); break;
                     case 4: attend(tile<4, C>); break;
+                    case 3: attend(tile<3, C>); break;
                     case 2: attend(tile<2, C>); break;
                     default: attend(tile<1, C>);
                 }
