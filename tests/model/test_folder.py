@@ -18,6 +18,7 @@ from gristmill.model.folder import model_file
         ("gone/model.gguf", "GGUF is not read"),
         ("config.json", "not one of its files"),
         ("Some-Org/Some_Model-1.5B", "hf download Some-Org/Some_Model-1.5B --local-dir Some_Model-1.5B"),
+        ("stage", "that of .*stage is .*stage/model"),  # as `train` and `run` leave it
         ("nowhere", "nowhere/config.json does not exist"),
         ("a/b/c/d", "d/config.json does not exist"),
         ("a\0b", "does not exist"),
@@ -29,6 +30,8 @@ def test_other_forms_of_models(given: str, said: str, tmp_path: Path, monkeypatc
     for name in ("file.gguf", "file.bin", "ggufs/q8_0.gguf"):
         (tmp_path / name).write_bytes(b"GGUF\3\0\0\0")
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "stage" / "model").mkdir(parents=True)
+    (tmp_path / "stage" / "model" / "config.json").write_text("{}")
     for path in (Path(given), tmp_path / given):  # as on the command line, and as in a recipe
         with pytest.raises(InputError, match=said):
             read_config(path)

@@ -43,6 +43,8 @@ def _instead(folder: Path) -> str:
             f"Save {shown} as safetensors first (transformers: from_pretrained, then save_pretrained): "
             "its weights are pickled, and opening them would run code."
         )
+    if (folder / "model" / "config.json").is_file():  # a stage of ours, beside what it kept of its training
+        return f"{NO_MODEL}: that of {shown} is {quoted_path(folder / 'model')}."
     names = (parent.name, folder.name)
     if not os.path.lexists(parent) and parent.parent.is_dir() and all(HUB_NAME.fullmatch(one) for one in names):
         name = "/".join(names)
