@@ -143,6 +143,17 @@ def test_which_worker_has_which_request_does_not_depend_on_their_speed() -> None
     assert [[r.id for r in share] for share in (first, middle, last)] == [["r0", "r3", "r6"], ["r1", "r4"], ["r2", "r5"]]
 
 
+def test_requests_of_one_prompt_are_dealt_to_one_worker() -> None:
+    twice = [Request(f"{r.id}-{mode}", r.messages) for r in (request(i, GREEDY) for i in range(5)) for mode in "ab"]
+    dealt = _RoundRobin(twice, 2)
+    assert [[r.id for r in dealt.of_worker(n)] for n in (0, 1)] == [
+        ["r0-a", "r0-b", "r2-a", "r2-b", "r4-a", "r4-b"],
+        ["r1-a", "r1-b", "r3-a", "r3-b"],
+    ]
+    same = _RoundRobin((Request(str(i), twice[0].messages) for i in range(24)), 2)  # and no worker is idle for that
+    assert [len(list(same.of_worker(n))) for n in (0, 1)] == [16, 8]
+
+
 def test_equal_prompts_are_prefilled_once(model: Transformer, tokenizer: Tokenizer) -> None:
     hot, cold = SamplingParams(temperature=1.0, max_tokens=8, n=2), SamplingParams(temperature=0.0, max_tokens=8)
     first, other = request(1, hot, num_words=9), request(2, hot, num_words=5)

@@ -38,6 +38,8 @@ MAX_PACKED_TOKENS = 8192
 MAX_LOGIT_ELEMENTS = 16 * 2**20
 
 
+MAX_RUN = 8  # requests of one prompt that a worker is dealt in a row
+
 Item = TypeVar("Item")
 
 
@@ -381,13 +383,18 @@ class Engine:
 
 
 class _RoundRobin:
-    """Round-robin dispatcher: requests are dealt to workers one by one, so that which worker has which does not depend on their speed."""
+    """Round-robin dispatcher of requests to workers, so that which worker has which does not depend on their speed.
+
+    Requests of one prompt that follow each other go to one worker, whose prefix cache has the prompt then: some of them, lest a
+    single prompt keep the others idle.
+    """
 
     def __init__(self, requests: Iterable[Request], num_workers: int) -> None:
         self._requests = iter(requests)
         self._lock = Lock()
         self._queues: list[deque[Request]] = [deque() for _ in range(num_workers)]
-        self._next = 0
+        self._next, self._run = 0, 0
+        self._last: Request | None = None
         self.num_workers = num_workers
 
     def of_worker(self, number: int) -> Iterator[Request]:
@@ -399,8 +406,12 @@ class _RoundRobin:
                     request = next(self._requests, None)
                     if request is None:
                         return
+                    last, self._last = self._last, request
+                    same = last is not None and (last.messages, last.prompt_ids) == (request.messages, request.prompt_ids)
+                    self._run = self._run + 1 if same and self._run < MAX_RUN else 1
+                    if last is not None and self._run == 1:
+                        self._next = (self._next + 1) % self.num_workers
                     self._queues[self._next].append(request)
-                    self._next = (self._next + 1) % self.num_workers
                 request = mine.popleft()
             yield request
 
