@@ -1,6 +1,6 @@
-"""Linear methods: unquantized, W8A8 int8, int8 or int4 weights alone, and fp8. Weights of eight bits have a scale a row, of four bits a scale
-a group of columns; quantized activations have a scale a token.
+"""Linear methods: unquantized, W8A8 int8, int8 or int4 weights alone, and fp8.
 
+Weights of eight bits have a scale a row, of four bits a scale a group of columns; quantized activations have a scale a token.
 Shapes: T tokens, D inputs, N outputs of a product.
 """
 

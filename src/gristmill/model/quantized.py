@@ -40,7 +40,10 @@ def scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def check_groups(columns: int, group: int) -> None:
     """InputError where the columns of a matrix are no whole groups of int4."""
     if columns % group:
-        raise InputError(f"int4 has a scale for each {group} columns, and a matrix has {columns}, no multiple of that: quantize to int8-weight.")
+        smaller = " or take smaller groups" if group > INT4_GROUP and columns % INT4_GROUP == 0 else ""
+        raise InputError(
+            f"Quantize to int8-weight{smaller}: int4 has a scale for each {group} columns, and a matrix has {columns} of them."
+        )
 
 
 def check_widths(config: ModelConfig, group: int = INT4_GROUP) -> None:
@@ -132,8 +135,8 @@ def kind_of(hf: Mapping[str, Any]) -> Quantize:
             return kind
     raise InputError(
         "Give the model as it was before it was quantized: of quantized folders "
-        "those of compressed-tensors are read with eight bits, a scale a row and a scale a token, or with four bits of weights alone, symmetric, "
-        f"in groups of {INT4_GROUPS[0]}, {INT4_GROUPS[1]} or {INT4_GROUPS[2]}."
+        "those of compressed-tensors are read with eight bits, a scale a row and a scale a token, or with four bits, "
+        f"of weights alone, symmetric, in groups of {INT4_GROUPS[0]}, {INT4_GROUPS[1]} or {INT4_GROUPS[2]}."
     )
 
 
