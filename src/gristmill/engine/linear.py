@@ -67,11 +67,11 @@ class CompiledProduct:
     def __call__(self, x_TD: Tensor, dtype: torch.dtype | None = None, scale_T: Tensor | None = None) -> Tensor:
         """The product in `dtype`, which activations that are int8 have to name, with their scales."""
         x_TD, dtype = x_TD.contiguous(), dtype or x_TD.dtype
-        out_TN = torch.empty(len(x_TD), self.num_outputs, dtype=dtype)
+        out_TN = torch.empty(x_TD.shape[0], self.num_outputs, dtype=dtype)
         weight, scale, bias = self.pointers
         row_scale = None if scale_T is None else scale_T.data_ptr()
         types = kernels.CACHE_TYPES[x_TD.dtype], self.kind, kernels.TYPES[dtype]
-        sizes = len(x_TD), self.num_outputs, self.width, torch.get_num_threads()
+        sizes = x_TD.shape[0], self.num_outputs, self.width, torch.get_num_threads()
         step = kernels.Product(x_TD.data_ptr(), weight, scale, row_scale, bias, out_TN.data_ptr(), *types, *sizes)
         self.function(ctypes.byref(step))
         return out_TN
@@ -120,7 +120,7 @@ class UnquantizedLinear:
             self.compiled = CompiledProduct(BF16, self.weight_ND, None, bias_N, shape=self.weight_ND.shape)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        if len(x_TD) <= self.max_rows:
+        if x_TD.shape[0] <= self.max_rows:
             return self.compiled(x_TD)
         return F.linear(x_TD, self.weight_ND, self.bias_N)
 
@@ -200,7 +200,7 @@ class Int8WeightLinear:
             self.weight_ND = held[:, : values_ND.shape[1]]
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        if len(x_TD) <= self.max_rows:
+        if x_TD.shape[0] <= self.max_rows:
             return self.compiled(x_TD)
         # in bf16 torch reads beyond the rows' ends where they are no whole vectors
         safe = x_TD.dtype == torch.float32 or x_TD.shape[1] % 16 == 0
@@ -226,7 +226,7 @@ class Int4WeightLinear:
             self.compiled = CompiledProduct(INT4, *self.held, None if self.bias_N is None else self.bias_N.float(), shape=self.shape)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.compiled(x_TD) if len(x_TD) <= self.max_rows else F.linear(x_TD, self._whole(), self.bias_N)
+        return self.compiled(x_TD) if x_TD.shape[0] <= self.max_rows else F.linear(x_TD, self._whole(), self.bias_N)
 
     def _whole(self) -> Tensor:
         """The matrix [N, D]."""
