@@ -17,7 +17,7 @@ from gristmill.judge.reward import load_scorer
 from gristmill.miniature.base import BASE
 from gristmill.model.adapters import is_adapter, load_model
 from gristmill.model.folder import model_file
-from gristmill.model.quantized import Quantize
+from gristmill.model.quantized import Head, Quantize
 from gristmill.model.transformer import Transformer
 from gristmill.train.settings import training_section
 from gristmill.train.trainer import TrainResult
@@ -45,7 +45,8 @@ class LLM:
     Args:
         model: a Hugging Face folder, or the folder of a LoRA adapter; "miniature" is the shipped Base.
         dtype: of matrices and activations; "auto": bf16 on a GPU, else fp32.
-        quantize: the layers' matrices: "int8", "int8-weight" or "fp8"; "" for what the folder was saved as.
+        quantize: the layers' matrices: "int8", "int8-weight", "int4" or "fp8"; "" for what the folder was saved as.
+        head: "int8": the output matrix in eight bits too, its weights alone.
         cache: type of keys and values; "" for `dtype`.
         max_batch: most responses in flight.
         chat_format: "auto" (the folder's own), plain, nemotron, chatml or llama3.
@@ -61,12 +62,15 @@ class LLM:
         *,
         dtype: Literal["auto", "fp32", "bf16"] = "auto",
         quantize: Quantize = "",
+        head: Head = "",
         cache: Literal["", "fp32", "bf16", "int8", "fp8"] = "",
         max_batch: int = 256,
         chat_format: str = "auto",
         device: str = "auto",
     ):
-        args = EngineArgs(dtype=dtype, quantize=quantize, cache=cache, max_batch=max_batch, chat_format=chat_format, device=device)
+        args = EngineArgs(
+            dtype=dtype, quantize=quantize, head=head, cache=cache, max_batch=max_batch, chat_format=chat_format, device=device
+        )
         self.engine = load_engine(_folder(model), args, own=False)
 
     def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None, *, seed: int = 0) -> list[RequestOutput]:

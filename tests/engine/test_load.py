@@ -50,7 +50,7 @@ def test_an_engine_on_another_device_says_the_same(tiny_base: Path, monkeypatch:
     assert there[1][0] == pytest.approx(here[1][0], rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8-weight", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "int8-weight", "int4", "fp8"])
 def test_layers_quantized_while_they_are_read_are_those_of_the_whole_model(kind: Any, tiny_base: Path) -> None:
     greedy, talk = SamplingParams(temperature=0.0, max_tokens=8), [Message("user", "Name a land.")]
     whole, by_block = (load_engine(tiny_base, EngineArgs(dtype="bf16", quantize=kind), own=own) for own in (False, True))

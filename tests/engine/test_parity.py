@@ -73,7 +73,7 @@ def test_an_async_engine_takes_over_new_weights(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", [None, torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize(("quantize", "bound"), [("", 0.01), ("int8", 0.05), ("int8-weight", 0.01), ("fp8", 0.1)])
+@pytest.mark.parametrize(("quantize", "bound"), [("", 0.01), ("int8", 0.05), ("int8-weight", 0.01), ("int4", 0.3), ("fp8", 0.1)])
 def test_quantization_is_near(tiny_base: Path, quantize: Quantize, bound: float, cache: torch.dtype | None) -> None:
     engine = engine_of(tiny_base, quantize=quantize, cache_dtype=cache)
     before = answers(engine_of(tiny_base))

@@ -27,6 +27,7 @@ from gristmill.model.hf import (
     save_reward,
 )
 from gristmill.model.packed import PackedShape
+from gristmill.model.quantized import PACKED
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
 
@@ -356,21 +357,21 @@ def test_a_tied_output_matrix_is_the_embedding(tmp_path: Path) -> None:
         load_model(tmp_path / "model")
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8-weight", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "int8-weight", "int4", "fp8"])
 def test_parts_of_quantized_matrices_are_compared_too(kind: Any, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     save_quantized(Transformer(CONFIG), TOKENIZER, folder, kind=kind)
     load_model(folder)
     name = "model.layers.1.mlp.down_proj.weight"
     tensors = load_file(folder / SINGLE_FILE)
-    values = f"{name}_packed" if kind == "int8-weight" else name
+    values = f"{name}_packed" if kind in PACKED else name
     for part, value in (
         (values, tensors[values][:, :-1].contiguous()),
         (values, tensors[values].view(torch.uint8)),
         (f"{name}_scale", torch.ones(3, 1)),
         (f"{name}_scale", torch.full((32, 1), float("nan"))),
-        *([(f"{name}_shape", torch.tensor([32, 10**15]))] if kind == "int8-weight" else []),
-        *([(f"{name}_shape", torch.tensor([32, 60]))] if kind == "int8-weight" else []),
+        *([(f"{name}_shape", torch.tensor([32, 10**15]))] if kind in PACKED else []),
+        *([(f"{name}_shape", torch.tensor([32, 60]))] if kind in PACKED else []),
     ):
         save_file(tensors | {part: value}, folder / SINGLE_FILE)
         with pytest.raises(InputError, match="down_proj"):

@@ -54,9 +54,10 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
 RunOut = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/NAME.")]
 Dtype = Annotated[Literal["auto", "fp32", "bf16"], typer.Option("--dtype", help="Type to compute in; auto: bf16 on a GPU, else fp32.")]
 Quantized = Annotated[
-    Literal["", "int8", "int8-weight", "fp8"],
-    typer.Option("--quantize", help="Quantize the layers' matrices, and activations but for int8-weight; default as the folder was saved."),
+    Literal["", "int8", "int8-weight", "int4", "fp8"],
+    typer.Option("--quantize", help="Quantize the layers' matrices, and of int8 and fp8 activations; default as the folder was saved."),
 ]
+QuantizedHead = Annotated[Literal["", "int8"], typer.Option("--head", help="Quantize the output matrix too, its weights alone.")]
 CacheDtype = Annotated[
     Literal["", "fp32", "bf16", "int8", "fp8"], typer.Option("--cache", help="Type of keys and values; default as --dtype.")
 ]

@@ -16,6 +16,7 @@ from gristmill.cli.app import (
     MaxTokens,
     Out,
     Quantized,
+    QuantizedHead,
     Quiet,
     RunDevice,
     Seed,
@@ -150,15 +151,32 @@ def merge(
 def quantize(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
     out: Out,
-    to: Annotated[Literal["int8", "int8-weight", "fp8"], typer.Option(help="int8 and fp8: activations too, as they come.")] = "int8",
+    to: Annotated[
+        Literal["int8", "int8-weight", "int4", "fp8"], typer.Option(help="int8 and fp8: activations too, as they come.")
+    ] = "int8",
+    group: Annotated[int, typer.Option(help="Columns of int4 that share a scale: 32, 64 or 128.")] = 32,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option("--dtype", help="Type of embeddings, norms and output matrix.")] = "bf16",
+    text: Annotated[Path | None, typer.Option(help="Text file on which the KL from the model is measured; default a built-in one.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Save a model with its layers' matrices in eight bits, in compressed-tensors' form, which gristmill and vLLM read."""
+    """Save a model with its layers' matrices in eight or four bits, in compressed-tensors' form, which gristmill and vLLM read."""
+    from gristmill.engine.parity import read_sample, saved_divergence
     from gristmill.model.hf import quantize_folder
 
-    facts = quantize_folder(model, out, to, dtype=dtype)
-    echo(json.dumps(facts) if as_json else f"{facts['bytes'] / 2**20:,.1f} MiB of weights\nmodel: {facts['model']}")
+    sample = read_sample(text)
+    facts = quantize_folder(model, out, to, dtype=dtype, group=group)
+    facts |= saved_divergence(model, out, sample)
+    if as_json:
+        echo(json.dumps(facts))
+        return
+    echo(f"{facts['bytes'] / 2**20:,.1f} MiB of weights\nmodel: {facts['model']}\n{_lost(facts, 'the model')}")
+
+
+def _lost(found: dict[str, Any], beside: str) -> str:
+    return (
+        f"beside {beside}: KL {found['kl']:.2g} nats a token (at most {found['kl_max']:.2g}), the likeliest token is the same for "
+        f"{found['agreement']:.2%} of {found['tokens']:,} tokens"
+    )
 
 
 @command("gristmill add-chat-tokens ./base --to chatml --out runs/base-chatml")
@@ -189,6 +207,7 @@ def generate(
     max_tokens: MaxTokens = 128,
     dtype: Dtype = "auto",
     quantize: Quantized = "",
+    head: QuantizedHead = "",
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
@@ -205,7 +224,7 @@ def generate(
         raise InputError("Give either a prompt or --prompts FILE.")
     asked = [(Message("user", prompt),)] if prompt is not None else [p.messages for p in read_prompts(prompts or Path(), "file")]
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
-    args = EngineArgs(dtype=dtype, quantize=quantize, chat_format=format, device=device)
+    args = EngineArgs(dtype=dtype, quantize=quantize, head=head, chat_format=format, device=device)
     rows = answer_rows(load_engine(model, args), asked, sampling, seed=seed)
     if out:
         echo(f"{write_jsonl(out, rows)} prompts answered: {out}", err=as_json)
@@ -238,6 +257,7 @@ def eval(
     max_tokens: MaxTokens = 80,
     dtype: Dtype = "auto",
     quantize: Quantized = "",
+    head: QuantizedHead = "",
     cache: CacheDtype = "",
     device: Device = "auto",
     format: ChatFormat = "auto",
@@ -256,7 +276,7 @@ def eval(
     from gristmill.model.hf import saved_as
     from gristmill.workflows.evaluate import evaluate
 
-    running = EngineArgs(dtype=dtype, quantize=quantize, cache=cache, chat_format=format, device=device)
+    running = EngineArgs(dtype=dtype, quantize=quantize, head=head, cache=cache, chat_format=format, device=device)
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
         scores = evaluate(
             load_engine(model, running, own=False),
@@ -290,10 +310,7 @@ def eval(
         echo(f"weak: {weak} programs passed tests that they could have lied to (docs/design.md, judging)")
     if lost := scores.get("quantized"):
         beside = "the model" if is_adapter(model) or not saved_as(model) else "the weights that it was saved with"
-        echo(
-            f"beside {beside}: KL {lost['kl']:.2g} nats a token (at most {lost['kl_max']:.2g}), the likeliest token is the same for "
-            f"{lost['agreement']:.2%} of {lost['tokens']:,} tokens"
-        )
+        echo(_lost(lost, beside))
 
 
 def _interval(score: dict[str, Any], form: str = ".3f") -> str:
@@ -308,6 +325,7 @@ def chat(
     max_tokens: MaxTokens = 256,
     dtype: Dtype = "auto",
     quantize: Quantized = "",
+    head: QuantizedHead = "",
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
@@ -317,7 +335,7 @@ def chat(
     from gristmill.engine.load import EngineArgs, answer_rows, load_engine
     from gristmill.generation.api import SamplingParams
 
-    engine = load_engine(model, EngineArgs(dtype=dtype, quantize=quantize, chat_format=format, device=device))
+    engine = load_engine(model, EngineArgs(dtype=dtype, quantize=quantize, head=head, chat_format=format, device=device))
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     talk: list[Message] = []
     while True:
@@ -364,6 +382,7 @@ def serve(
     ] = None,
     dtype: Dtype = "auto",
     quantize: Quantized = "",
+    head: QuantizedHead = "",
     cache: CacheDtype = "",
     device: Device = "auto",
     chat_format: ChatFormat = "auto",
@@ -387,6 +406,13 @@ def serve(
         lora=LoraArgs(enable=enable_lora, modules=lora_modules or (), max_loras=max_loras, max_rank=max_lora_rank, folder=lora_folder),
     )
     engine_args = EngineArgs(
-        dtype=dtype, quantize=quantize, cache=cache, max_batch=max_batch, cache_tokens=cache_tokens, chat_format=chat_format, device=device
+        dtype=dtype,
+        quantize=quantize,
+        head=head,
+        cache=cache,
+        max_batch=max_batch,
+        cache_tokens=cache_tokens,
+        chat_format=chat_format,
+        device=device,
     )
     serve_model(model, args, engine_args)

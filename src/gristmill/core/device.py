@@ -136,12 +136,12 @@ def pick_precision(device: torch.device, *, cpu: str = "") -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu" and cpu:
         return cpu
-    if device.type != "cpu" or not _has_bf16_products():
+    if device.type != "cpu" or not has_bf16_products():
         return "fp32"
     return "bf16" if _seconds_of_product(torch.bfloat16) < _seconds_of_product(torch.float32) else "fp32"
 
 
-def _has_bf16_products() -> bool:
+def has_bf16_products() -> bool:
     """Whether the CPU multiplies matrices in bf16: AMX or AVX-512's bf16 on x86, bf16 on ARM."""
     import platform
 

@@ -30,7 +30,7 @@ from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Completion, Request
 from gristmill.model.adapters import Adapter
 from gristmill.model.packed import PackedShape
-from gristmill.model.quantized import Quantize
+from gristmill.model.quantized import Head, Quantize, check_widths
 from gristmill.model.transformer import Transformer
 
 # Tokens of one packed forward pass, and logits held at once: they bound the memory beside the cache.
@@ -82,8 +82,9 @@ class Engine:
         dtype: of matrices and activations; norms and sampling are always float32.
         cache_tokens: positions that the cache of each worker holds; None for what `max_batch` responses can take, memory permitting.
         cache_dtype: of keys and values; None for `dtype`. int8 and float8_e4m3fn keep a scale for each head of a token.
-        quantize: the layers' matrices, here and now: "int8" (and activations, a scale a token), "int8-weight" (matrices alone) or "fp8"
-            (both). Everything is then computed by them, scores too.
+        quantize: the layers' matrices, here and now: "int8" (and activations, a scale a token), "int8-weight" or "int4" (matrices alone)
+            or "fp8" (both). Everything is then computed by them, scores too.
+        head: "int8": the output matrix in eight bits, its weights alone.
         own: nobody else uses the model: what is quantized or converted is dropped from it.
         layers: quantized layers, made already from blocks that were released; the model is owned then.
         max_loras: adapters whose requests may be in flight at once.
@@ -104,6 +105,7 @@ class Engine:
         cache_tokens: int | None = None,
         cache_dtype: torch.dtype | None = None,
         quantize: Quantize = "",
+        head: Head = "",
         own: bool = False,
         layers: list[DecoderLayer] | None = None,
         max_loras: int = 8,
@@ -114,10 +116,12 @@ class Engine:
         if cache_dtype == torch.float8_e4m3fn and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             raise InputError(f"{torch.cuda.get_device_name(device)} has no fp8: keep the cache in int8 or bf16.")
         check_dtype(device, dtype)
+        if quantize == "int4" and layers is None:
+            check_widths(model.config)
         self._trained, self.model = model, model if quantize else _in_dtype(model, dtype, own)
         self.num_workers = num_workers(model)
-        self.quantize = quantize
-        self._decoder = Decoder(self.model, dtype, quantize, layers=layers)
+        self.quantize, self.head = quantize, head
+        self._decoder = Decoder(self.model, dtype, quantize, head=head, layers=layers)
         if own and quantize and layers is None:
             self._decoder.release()
         self.tokenizer = tokenizer
@@ -132,6 +136,11 @@ class Engine:
         self._arrivals = itertools.count()
         self.stop_V = np.zeros(model.config.vocab_size, np.bool_)
         self.stop_V[[chat_format.end_of_turn_id(tokenizer), tokenizer.eos_id, *tokenizer.end_ids]] = True
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether anything is computed in another way than the model does."""
+        return bool(self.quantize or self.head) or self.cache_dtype != self.dtype
 
     @property
     def name(self) -> str:
@@ -291,7 +300,7 @@ class Engine:
         """Hidden states [T, D] of whole texts: the model's own, or what generation comes to with an adapter, or where matrices or cache
         are quantized.
         """
-        if self.quantize or self.cache_dtype != self.dtype or adapter is not None:
+        if self.is_quantized or adapter is not None:
             lora = None if adapter is None else LoraRows([(adapter, slice(None))])
             return self._decoder.hidden(ids_T, shape, self.cache_dtype, lora)
         return self.model.hidden(ids_T, shape)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
 from gristmill.engine.kernels import library as kernels
-from gristmill.engine.linear import LINEARS, Int8Activations, Int8Linear, LinearMethod, supported_by_kernels
+from gristmill.engine.linear import BF16, INT4, INT8, LINEARS, Int8Activations, Int8Linear, LinearMethod, max_rows, supported_by_kernels
 from gristmill.engine.lora import LoraRows
 from gristmill.model.attention import varlen_attention
 from gristmill.model.packed import PackedShape
-from gristmill.model.quantized import MAX_VALUES, Quantize, scaled
+from gristmill.model.quantized import MAX_VALUES, Head, Quantize, scaled
 from gristmill.model.transformer import (
     MLP,
     Attention,
@@ -221,14 +221,21 @@ class Decoder:
     Args:
         model: its matrices are read in place where nothing is quantized; they must then be of type `dtype`.
         dtype: of activations.
-        quantize: the layers' matrices; embeddings and output matrix stay as they are.
+        quantize: the layers' matrices; embeddings stay as they are.
+        head: how the output matrix is quantized; "" for as it is.
         layers: made already from the model's blocks, which are released.
     """
 
     def __init__(
-        self, model: Transformer, dtype: torch.dtype, quantize: Quantize = "", *, layers: list[DecoderLayer] | None = None
+        self,
+        model: Transformer,
+        dtype: torch.dtype,
+        quantize: Quantize = "",
+        *,
+        head: Head = "",
+        layers: list[DecoderLayer] | None = None,
     ) -> None:
-        self.model, self.config, self.dtype, self.quantize = model, model.config, dtype, quantize
+        self.model, self.config, self.dtype, self.quantize, self.head = model, model.config, dtype, quantize, head
         self.device = model.embedding.device
         self.released = False
         self._read(layers)
@@ -254,6 +261,17 @@ class Decoder:
         self.unembedding_VD = self.model.unembedding().detach().to(self.dtype)
         if self.model.lm_head is None:
             self.unembedding_VD = self.embedding_VD
+        output = Linear(1, 1, bias=False)
+        output.weight = nn.Parameter(self.unembedding_VD, requires_grad=False)
+        self.output = LINEARS["int8-weight" if self.head else ""](output, self.dtype)
+
+    @property
+    def any_rows(self) -> bool:
+        """Whether products take any number of rows alike: nothing is gained by padding it."""
+        kinds = {"": BF16, "int8-weight": INT8, "int4": INT4}
+        if self.device.type != "cpu" or self.dtype != torch.bfloat16 or self.quantize not in kinds:
+            return False
+        return min(max_rows(kinds[self.quantize]), max_rows(INT8 if self.head else BF16)) > 1 << 20
 
     def release(self) -> None:
         """Free the model's own copy of all that is quantized: nobody else may use the model any more, nor `refresh` be called."""
@@ -261,7 +279,9 @@ class Decoder:
             release(block)
         self.model.embedding.data = self.embedding_VD
         if self.model.lm_head is not None:
-            self.model.lm_head.weight.data = self.unembedding_VD
+            self.model.lm_head.weight.data = self.unembedding_VD if not self.head else self.unembedding_VD.to("meta")
+        if self.head:
+            self.unembedding_VD = self.unembedding_VD.to("meta")
         self.released = True
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # for the KV cache
@@ -272,7 +292,7 @@ class Decoder:
 
     def logits(self, h: Tensor) -> Tensor:
         """Logits (.., V) of states (.., D)."""
-        return soft_cap(F.linear(h, self.unembedding_VD), self.config.logits_soft_cap)
+        return soft_cap(self.output(h.flatten(0, -2)).unflatten(0, h.shape[:-1]), self.config.logits_soft_cap)
 
     def hidden(self, ids_T: Tensor, shape: PackedShape, cache_dtype: torch.dtype | None = None, lora: LoraRows | None = None) -> Tensor:
         """Hidden states [T, D] of whole texts after the final norm, with keys and values as a cache of this type would give them back."""

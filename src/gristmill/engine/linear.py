@@ -1,18 +1,23 @@
-"""Linear methods: unquantized, W8A8 int8, int8 weights alone, and fp8. Weights have a scale a row, quantized activations a scale a token.
+"""Linear methods: unquantized, W8A8 int8, int8 or int4 weights alone, and fp8.
 
+Weights of eight bits have a scale a row, of four bits a scale a group of columns; quantized activations have a scale a token.
 Shapes: T tokens, D inputs, N outputs of a product.
 """
 
+import ctypes
+import platform
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gristmill.core.device import has_bf16_products
 from gristmill.core.errors import InputError
 from gristmill.engine.kernels import library as kernels
-from gristmill.model.quantized import scaled
+from gristmill.model.quantized import INT4_GROUP, check_groups, grouped, scaled
 from gristmill.model.transformer import Linear
 
 MIN_INT8_ROWS = 16  # of an int8 product on a GPU, and one more
@@ -27,6 +32,61 @@ class LinearMethod(Protocol):
 def supported_by_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernels.cpp computes with activations of this type."""
     return device.type == "cpu" and dtype in kernels.TYPES and kernels.load() is not None
+
+
+BF16, INT8, INT4 = 1, 2, 3  # matrices, as linear.cpp is told them
+CHUNK, PAIR = 256, 64  # columns that int4's scales and bytes are padded to
+# Rows up to which own products beat torch's on a CPU that has instructions for bf16. On others they do at any number.
+MAX_ROWS = {BF16: 8, INT8: 16, INT4: 64}
+
+
+@cache
+def max_rows(kind: int) -> int:
+    """Rows up to which linear.cpp multiplies by a matrix of this kind; 0 where torch does."""
+    if kernels.load() is None or (kind != BF16 and platform.machine() not in ("x86_64", "AMD64")):
+        return 0
+    return MAX_ROWS[kind] if has_bf16_products() else 2**31
+
+
+class CompiledProduct:
+    """Product x [T, D] -> [T, N] by linear.cpp, with a matrix that stays where it is.
+
+    Args:
+        weight: bf16 [N, D], or as `int8_rows` and `int4_blocks` lay it out; contiguous.
+        scale: fp32 [N] of int8, bf16 of int4.
+        bias_N: fp32.
+    """
+
+    def __init__(self, kind: int, weight: Tensor, scale: Tensor | None, bias_N: Tensor | None, *, shape: torch.Size) -> None:
+        library = kernels.load()
+        assert library is not None and weight.is_contiguous()
+        self.function, self.kind, (self.num_outputs, self.width) = library.gristmill_product, kind, shape
+        self.held = weight, scale, bias_N  # what the pointers point to
+        self.pointers = [None if tensor is None else tensor.data_ptr() for tensor in self.held]
+
+    def __call__(self, x_TD: Tensor, dtype: torch.dtype | None = None, scale_T: Tensor | None = None) -> Tensor:
+        """The product in `dtype`, which activations that are int8 have to name, with their scales."""
+        x_TD, dtype = x_TD.contiguous(), dtype or x_TD.dtype
+        out_TN = torch.empty(x_TD.shape[0], self.num_outputs, dtype=dtype)
+        weight, scale, bias = self.pointers
+        row_scale = None if scale_T is None else scale_T.data_ptr()
+        types = kernels.CACHE_TYPES[x_TD.dtype], self.kind, kernels.TYPES[dtype]
+        sizes = x_TD.shape[0], self.num_outputs, self.width, torch.get_num_threads()
+        step = kernels.Product(x_TD.data_ptr(), weight, scale, row_scale, bias, out_TN.data_ptr(), *types, *sizes)
+        self.function(ctypes.byref(step))
+        return out_TN
+
+
+def int8_rows(values_ND: Tensor) -> Tensor:
+    """Int8 matrix [N, D] as linear.cpp reads it: rows of whole vectors."""
+    return F.pad(values_ND, (0, -values_ND.shape[1] % 16)).contiguous()
+
+
+def int4_blocks(values_ND: Tensor, scale_NG: Tensor) -> tuple[Tensor, Tensor]:
+    """Int4 values [N, D] with scales [N, G] as linear.cpp reads them: two columns a byte, 32 apart, and scales in bf16 for whole chunks."""
+    raised = (F.pad(values_ND, (0, -values_ND.shape[1] % PAIR)) + 8).to(torch.uint8).unflatten(1, (-1, 2, PAIR // 2))
+    scale_NG = F.pad(scale_NG.bfloat16(), (0, -scale_NG.shape[1] % (CHUNK // INT4_GROUP)))
+    return (raised[:, :, 0] | raised[:, :, 1] << 4).flatten(1).contiguous(), scale_NG.contiguous()
 
 
 class Int8Activations:
@@ -54,8 +114,14 @@ class UnquantizedLinear:
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         self.weight_ND = linear.weight.detach()
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.max_rows = max_rows(BF16) if self.weight_ND.device.type == "cpu" and dtype == self.weight_ND.dtype == torch.bfloat16 else 0
+        if self.max_rows:
+            bias_N = None if self.bias_N is None else self.bias_N.float()
+            self.compiled = CompiledProduct(BF16, self.weight_ND, None, bias_N, shape=self.weight_ND.shape)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
+        if x_TD.shape[0] <= self.max_rows:
+            return self.compiled(x_TD)
         return F.linear(x_TD, self.weight_ND, self.bias_N)
 
 
@@ -72,16 +138,23 @@ class Int8Linear:
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         _check_widths(linear, 8)
         weight_ND, self.scale_N = scaled(linear.weight.detach(), torch.int8)
-        self.weight_DN = weight_ND.T.clone(memory_format=torch.contiguous_format)
         self.bias_N = None if linear.bias is None else linear.bias.detach().float()
         self.dtype = dtype
         self.library = kernels.load() if supported_by_kernels(weight_ND.device, dtype) else None
+        self.compiled: CompiledProduct | None = None
+        # torch's int8 product is slower than any other on a CPU that has no instructions for it
+        if self.library is not None and max_rows(INT8) and not torch.cpu._is_vnni_supported():
+            self.compiled = CompiledProduct(INT8, int8_rows(weight_ND), self.scale_N, self.bias_N, shape=weight_ND.shape)
+        else:
+            self.weight_DN = weight_ND.T.clone(memory_format=torch.contiguous_format)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self.matmul(Int8Activations.quantize(x_TD))
 
     def matmul(self, x: Int8Activations) -> Tensor:
         """The product with activations that are quantized already."""
+        if self.compiled is not None:
+            return self.compiled(x.values_TD, self.dtype, x.scale_T)
         values_TD, count = x.values_TD, len(x.values_TD)
         if values_TD.device.type == "cuda" and count <= MIN_INT8_ROWS:  # all that its product takes there
             values_TD = F.pad(values_TD, (0, 0, 0, MIN_INT8_ROWS + 1 - count))
@@ -95,6 +168,8 @@ class Int8Linear:
 
     def squared_relu(self, x: Int8Activations) -> Int8Activations:
         """Fused relu(product)^2, quantized again."""
+        if self.compiled is not None:
+            return Int8Activations.quantize(self.compiled(x.values_TD, torch.float32, x.scale_T).relu_().square_())
         if self.library is None:
             return Int8Activations.quantize(self.matmul(x).float().relu().square())
         product_TN = torch._int_mm(x.values_TD, self.weight_DN)
@@ -115,18 +190,50 @@ class Int8WeightLinear:
     MAX_MIXED_ROWS = 8  # rows up to which torch's mixed product beats making the matrix whole again (twice as fast as bf16 at one row)
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
-        self.weight_ND, scale_N = scaled(linear.weight.detach(), torch.int8)
-        self.scale_N = scale_N.to(dtype)
+        values_ND, scale_N = scaled(linear.weight.detach(), torch.int8)
+        self.weight_ND, self.scale_N = values_ND, scale_N.to(dtype)
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.max_rows = max_rows(INT8) if supported_by_kernels(values_ND.device, dtype) else 0
+        if self.max_rows:
+            held, bias_N = int8_rows(values_ND), None if self.bias_N is None else self.bias_N.float()
+            self.compiled = CompiledProduct(INT8, held, scale_N, bias_N, shape=values_ND.shape)
+            self.weight_ND = held[:, : values_ND.shape[1]]
 
     def __call__(self, x_TD: Tensor) -> Tensor:
+        if x_TD.shape[0] <= self.max_rows:
+            return self.compiled(x_TD)
         # in bf16 torch reads beyond the rows' ends where they are no whole vectors
         safe = x_TD.dtype == torch.float32 or x_TD.shape[1] % 16 == 0
-        if len(x_TD) <= self.MAX_MIXED_ROWS and x_TD.device.type == "cpu" and safe:
+        if len(x_TD) <= self.MAX_MIXED_ROWS and x_TD.device.type == "cpu" and safe and not self.max_rows:
             out_TN = torch._weight_int8pack_mm(x_TD, self.weight_ND, self.scale_N)
         else:
             out_TN = F.linear(x_TD, self.weight_ND.to(x_TD.dtype)).mul_(self.scale_N)
         return out_TN if self.bias_N is None else out_TN.add_(self.bias_N)
+
+
+class Int4WeightLinear:
+    """Weight-only int4 linear layer, a scale for each group of columns: an eighth of the memory of fp32 and a little more. Without kernels
+    it is right and slow.
+    """
+
+    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = linear.weight.shape, dtype
+        check_groups(self.shape[1], INT4_GROUP)
+        self.held = int4_blocks(*grouped(linear.weight.detach(), INT4_GROUP))
+        self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.max_rows = max_rows(INT4) if supported_by_kernels(linear.weight.device, dtype) else 0
+        if self.max_rows:
+            self.compiled = CompiledProduct(INT4, *self.held, None if self.bias_N is None else self.bias_N.float(), shape=self.shape)
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return self.compiled(x_TD) if x_TD.shape[0] <= self.max_rows else F.linear(x_TD, self._whole(), self.bias_N)
+
+    def _whole(self) -> Tensor:
+        """The matrix [N, D]."""
+        both, scale_NG = self.held
+        raised = torch.stack((both & 15, both >> 4), 1).unflatten(2, (-1, INT4_GROUP)).transpose(1, 2).flatten(1, 2)
+        blocks = raised.to(self.dtype) - 8
+        return (blocks * scale_NG[:, : blocks.shape[1], None].to(self.dtype)).flatten(1)[:, : self.shape[1]]
 
 
 class Fp8Linear:
@@ -153,5 +260,6 @@ LINEARS: dict[str, Callable[[Linear, torch.dtype], LinearMethod]] = {
     "": UnquantizedLinear,
     "int8": Int8Linear,
     "int8-weight": Int8WeightLinear,
+    "int4": Int4WeightLinear,
     "fp8": Fp8Linear,
 }

@@ -13,8 +13,8 @@ from gristmill.engine.engine import Engine
 from gristmill.engine.layers import DecoderLayer, release
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.adapters import is_adapter, load_model
-from gristmill.model.hf import saved_as
-from gristmill.model.quantized import Quantize
+from gristmill.model.hf import read_config, saved_as
+from gristmill.model.quantized import Head, Quantize, check_widths
 from gristmill.model.transformer import PRECISIONS, Block
 
 CACHE_DTYPES = PRECISIONS | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -27,6 +27,7 @@ class EngineArgs:
     Attributes:
         dtype: of activations, and of matrices that are not quantized; "auto": bf16 on a GPU, else fp32.
         quantize: as in `Engine`; "" for what the model's folder was saved as.
+        head: as in `Engine`.
         cache: type of keys and values; "" for `dtype`.
         max_batch, max_loras, cache_tokens: as in `Engine`.
         chat_format: "auto", or a name.
@@ -35,6 +36,7 @@ class EngineArgs:
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     quantize: Quantize = ""
+    head: Head = ""
     cache: Literal["", "fp32", "bf16", "int8", "fp8"] = ""
     max_batch: int = 256
     max_loras: int = 8
@@ -51,6 +53,8 @@ def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = ""
     adapter = is_adapter(folder)
     # quantizing what was merged would lose what was trained: only who asks for it gets it
     quantize = args.quantize or ("" if adapter else saved_as(folder))
+    if quantize == "int4" and not adapter:
+        check_widths(read_config(folder)[1])
     layers: list[DecoderLayer] = []
 
     def quantized(block: Block) -> None:  # before the next is read, so that only one has its matrices in fp32
@@ -76,6 +80,7 @@ def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = ""
         cache_tokens=args.cache_tokens,
         cache_dtype=CACHE_DTYPES[args.cache] if args.cache else None,
         quantize=quantize,
+        head=args.head,
         own=own,
         layers=layers if by_block else None,
     )

@@ -111,4 +111,4 @@ class ModelRunner:
         GPU at least two multiples, as the int8 product asks for."""
         if self.device.type == "cuda":
             return max(2, -(-count // PADDING_MULTIPLE)) * PADDING_MULTIPLE
-        return count if count <= PADDING_MULTIPLE else -(-count // PADDING_MULTIPLE) * PADDING_MULTIPLE
+        return count if count <= PADDING_MULTIPLE or self.decoder.any_rows else -(-count // PADDING_MULTIPLE) * PADDING_MULTIPLE

@@ -4,18 +4,26 @@ Shapes: T tokens of packed conversations, P of them at a time, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gristmill.core.device import pick_precision
+from gristmill.core.errors import InputError
+from gristmill.core.io import read_bytes
 from gristmill.data.chat import Message
 from gristmill.engine.engine import MAX_LOGIT_ELEMENTS, MAX_PACKED_TOKENS, Engine
+from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.generation.api import Completion, Request
+from gristmill.model.hf import load_model
 from gristmill.model.packed import PackedShape
-from gristmill.model.transformer import Transformer
+from gristmill.model.transformer import PRECISIONS, Transformer
+
+SAMPLE = Path(__file__).with_name("sample.txt")
+MAX_SAMPLE_BYTES, MAX_SAMPLE_TOKENS, SAMPLE_PIECE = 1 << 20, 4096, 512
 
 
-@torch.inference_mode()
 def divergence(engine: Engine, conversations: Sequence[Sequence[Message]]) -> dict[str, float]:
     """KL divergence of the engine, with its quantized layers and cache, from its model, on every token that an assistant says.
 
@@ -23,19 +31,47 @@ def divergence(engine: Engine, conversations: Sequence[Sequence[Message]]) -> di
         kl: mean of KL(model || quantized), nats a token; kl_max: the largest; agreement: share of tokens whose argmax is the same;
         tokens: how many.
     """
-    model = engine.model
     rendered = [engine.chat_format.render(conversation, engine.tokenizer) for conversation in conversations]
+    return _divergence(engine, engine.model, [(one.ids, one.mask) for one in rendered])
+
+
+def read_sample(path: Path | None) -> str:
+    """The text of a file, or a built-in one: prose, talk, code and figures.
+
+    Raises:
+        InputError: the file cannot be read, or holds no text.
+    """
+    text = read_bytes(path or SAMPLE)[:MAX_SAMPLE_BYTES].decode("utf-8", "replace").strip()
+    if not text:
+        raise InputError(f"Give a file with text: {path} holds none.")
+    return text
+
+
+def saved_divergence(folder: Path, quantized: Path, text: str) -> dict[str, float]:
+    """KL divergence of a quantized folder from the folder that it was made of, on the first tokens of a text; as `divergence` gives it."""
+    dtype = pick_precision(torch.device("cpu"))
+    engine = load_engine(quantized, EngineArgs(dtype=dtype, device="cpu"))  # type: ignore[arg-type]
+    model, tokenizer = load_model(folder, PRECISIONS[dtype], vector_dtype=torch.float32)
+    ids = tokenizer.encode(text)[:MAX_SAMPLE_TOKENS]
+    size = min(SAMPLE_PIECE, model.config.max_positions)
+    pieces = [ids[at : at + size] for at in range(0, len(ids), size)]
+    return _divergence(engine, model, [(piece, [True] * len(piece)) for piece in pieces])
+
+
+@torch.inference_mode()
+def _divergence(engine: Engine, model: Transformer, texts: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> dict[str, float]:
+    """Of texts: ids, and whether each counts."""
     total, kl_max, same, count = 0.0, 0.0, 0, 0
     at = 0
-    while at < len(rendered):
+    while at < len(texts):
         end, size = at, 0
-        while end < len(rendered) and (end == at or size + len(rendered[end].ids) <= MAX_PACKED_TOKENS):
-            size += len(rendered[end].ids)
+        while end < len(texts) and (end == at or size + len(texts[end][0]) <= MAX_PACKED_TOKENS):
+            size += len(texts[end][0])
             end += 1
-        part, at = rendered[at:end], end
-        shape = PackedShape.from_lengths([len(one.ids) for one in part], engine.device)
-        ids_T = torch.tensor([token for one in part for token in one.ids], device=engine.device)
-        mask_T = torch.tensor([trained for one in part for trained in one.mask], device=engine.device)
+        part, at = texts[at:end], end
+        shape = PackedShape.from_lengths([len(ids) for ids, _ in part], engine.device)
+        ids_T = torch.tensor([token for ids, _ in part for token in ids], device=engine.device)
+        mask_T = torch.tensor([counts for _, mask in part for counts in mask], device=engine.device)
         target_T = (mask_T & (shape.positions_T > 0)).nonzero()[:, 0]
         own_TD, small_TD = model.hidden(ids_T, shape), engine.hidden(ids_T, shape)
         for rows_P in target_T.split(max(1, MAX_LOGIT_ELEMENTS // model.config.vocab_size)):

@@ -30,7 +30,10 @@ from gristmill.data.tokenizer import FILES, TEMPLATES, Tokenizer
 from gristmill.model.config import ModelConfig, read_config
 from gristmill.model.folder import model_file
 from gristmill.model.quantized import (
+    INT4_GROUP,
+    INT4_GROUPS,
     Quantize,
+    check_widths,
     compress,
     decompress,
     is_quantized,
@@ -139,11 +142,15 @@ def save_quantized(
     _save(tensors, model.config, {"quantization_config": quantization_config(kind)}, tokenizer, Path(folder), max_shard_bytes)
 
 
-def _compressed(named: dict[str, Tensor], kind: Quantize, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def _compressed(
+    named: dict[str, Tensor], kind: Quantize, dtype: torch.dtype | None = None, *, group: int = INT4_GROUP
+) -> dict[str, Tensor]:
     """Tensors as a quantized folder holds them; those that are not quantized in `dtype` (None: as they are)."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in named.items():
-        tensors |= compress(name, tensor, kind) if is_quantized(name) else {name: tensor if dtype is None else tensor.to(dtype)}
+        tensors |= (
+            compress(name, tensor, kind, group=group) if is_quantized(name) else {name: tensor if dtype is None else tensor.to(dtype)}
+        )
     return tensors
 
 
@@ -577,23 +584,27 @@ def _is_bf16(folder: Path) -> bool:
     return "bfloat16" in (hf.get("dtype"), hf.get("torch_dtype"))
 
 
-def quantize_folder(folder: Path, out: Path, kind: Quantize, *, dtype: str) -> dict[str, Any]:
-    """Write a model folder again with its layers' matrices quantized, all else in `dtype`."""
+def quantize_folder(folder: Path, out: Path, kind: Quantize, *, dtype: str, group: int = INT4_GROUP) -> dict[str, Any]:
+    """Write a model folder again with its layers' matrices quantized, all else in `dtype`; `group` of int4."""
+    if group not in INT4_GROUPS:
+        raise InputError(f"Choose a --group of {', '.join(map(str, INT4_GROUPS))} columns: {group} is none.")
     if out.resolve() == folder.resolve():
         raise InputError(f"Choose another --out than the model itself: {folder} would be replaced.")
     if saved_as(folder):
         raise InputError(f"Give the model as it was before it was quantized: {folder} is quantized already.")
+    if kind == "int4":
+        check_widths(read_config(folder)[1], group)
     held: dict[str, Tensor] = {}
     num_blocks = 0
 
     def compress_block(block: Block) -> None:  # before the next is read
         nonlocal num_blocks
         named = {f"model.layers.{num_blocks}.{name}": view for name, view in _block_tensors(block).items()}
-        held.update(_compressed(named, kind, PRECISIONS[dtype]))
+        held.update(_compressed(named, kind, PRECISIONS[dtype], group=group))
         block.to("meta")
         num_blocks += 1
 
     model, tokenizer = load_model(folder, PRECISIONS[dtype], on_block=compress_block)
     tensors = {name: held.get(name, view) for name, view in hf_tensors(model).items() if name in held or not view.is_meta} | held
-    _save(tensors, model.config, {"quantization_config": quantization_config(kind)}, tokenizer, out, MAX_SHARD_BYTES)
+    _save(tensors, model.config, {"quantization_config": quantization_config(kind, group)}, tokenizer, out, MAX_SHARD_BYTES)
     return {"model": str(out), "quantize": kind, "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors"))}

@@ -81,7 +81,7 @@ def evaluate(
     scores |= _instructions(prompts, {row["id"]: row for row in rows}, baseline)
     if num_weak:
         scores["weak"] = num_weak
-    if engine.quantize or engine.cache_dtype != engine.dtype:  # on what the model itself answers
+    if engine.is_quantized:  # on what the model itself answers
         own = Engine(engine.model, engine.tokenizer, engine.chat_format, name=engine.name, max_batch=engine.max_batch)
         asked = [Request(str(i), p.messages, SamplingParams(temperature=0.0, max_tokens=max_tokens), seed) for i, p in enumerate(prompts)]
         said = [(*r.messages, Message("assistant", outs[0].text)) for r, outs in own.generate(asked) if outs[0].text.strip()]

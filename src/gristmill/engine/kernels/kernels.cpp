@@ -10,39 +10,55 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-typedef float f16 __attribute__((vector_size(64), aligned(4)));  // sixteen floats
-typedef int i16 __attribute__((vector_size(64)));
-typedef unsigned u16 __attribute__((vector_size(64)));
-typedef unsigned short h16 __attribute__((vector_size(32), aligned(2)));
-typedef unsigned char b16 __attribute__((vector_size(16), aligned(1)));
-typedef signed char s16 __attribute__((vector_size(16), aligned(1)));
+// Vectors as wide as registers are: compilers make wider ones out of memory. Sums are over sixteen numbers in any case, and so the same.
+#ifdef __AVX512F__
+#define BYTES 64
+#else
+#define BYTES 32
+#endif
+typedef float fv __attribute__((vector_size(BYTES), aligned(4)));
+typedef int iv __attribute__((vector_size(BYTES)));
+typedef unsigned uv __attribute__((vector_size(BYTES)));
+typedef unsigned short hv __attribute__((vector_size(BYTES / 2), aligned(2)));
+typedef unsigned char bv __attribute__((vector_size(BYTES / 4), aligned(1)));
+typedef signed char sv __attribute__((vector_size(BYTES / 4), aligned(1)));
 typedef uint16_t bf16;
 struct fp8 { uint8_t bits; };  // e4m3 without infinities
 
-static const int BS = 32, LANES = 16, WORDS = BS / LANES, MAX_ROWS = 8;
+static const int BS = 32, PAD = 16, LANES = BYTES / 4, WORDS = BS / LANES, PARTS = PAD / LANES, MAX_ROWS = 8;
+static const int SUMS = BYTES / 4;  // vectors of sums that registers hold beside what is added
 
-static inline f16 load(const float* p) { return *(const f16*)p; }
+static inline fv load(const float* p) { return *(const fv*)p; }
 #ifdef __AVX512BW__  // compilers make five instructions of these where there is one
-static inline u16 wide(const bf16* p) { return (u16)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
-static inline h16 low(u16 x) { return (h16)_mm512_cvtepi32_epi16((__m512i)x); }
-static inline i16 wide(const int8_t* p) { return (i16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-static inline u16 wide(const fp8* p) { return (u16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static inline uv wide(const bf16* p) { return (uv)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+static inline hv low(uv x) { return (hv)_mm512_cvtepi32_epi16((__m512i)x); }
+static inline iv wide(const int8_t* p) { return (iv)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static inline uv wide(const fp8* p) { return (uv)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 #else
-static inline u16 wide(const bf16* p) { return __builtin_convertvector(*(const h16*)p, u16); }
-static inline h16 low(u16 x) { return __builtin_convertvector(x, h16); }
-static inline i16 wide(const int8_t* p) { return __builtin_convertvector(*(const s16*)p, i16); }
-static inline u16 wide(const fp8* p) { return __builtin_convertvector(*(const b16*)p, u16); }
+#if defined(__AVX2__)
+static inline uv wide(const bf16* p) { return (uv)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static inline hv low(uv x) {
+    return (hv)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)x), 8));
+}
+static inline iv wide(const int8_t* p) { return (iv)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+static inline uv wide(const fp8* p) { return (uv)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+#else
+static inline uv wide(const bf16* p) { return __builtin_convertvector(*(const hv*)p, uv); }
+static inline hv low(uv x) { return __builtin_convertvector(x, hv); }
+static inline iv wide(const int8_t* p) { return __builtin_convertvector(*(const sv*)p, iv); }
+static inline uv wide(const fp8* p) { return __builtin_convertvector(*(const bv*)p, uv); }
 #endif
-static inline f16 load(const bf16* p) { return (f16)(wide(p) << 16); }
-static inline f16 load(const int8_t* p) { return __builtin_convertvector(wide(p), f16); }
-static inline f16 load(const fp8* p) {
-    const u16 u = wide(p), size = u & 0x7f;
-    const f16 tiny = __builtin_convertvector((i16)size, f16) * (1.f / 512);  // below 2^-6 eighths of it, evenly
-    return (f16)((size < 8 ? (u16)tiny : (size << 20) + (120u << 23)) | (u & 0x80) << 24);
+#endif
+static inline fv load(const bf16* p) { return (fv)(wide(p) << 16); }
+static inline fv load(const int8_t* p) { return __builtin_convertvector(wide(p), fv); }
+static inline fv load(const fp8* p) {
+    const uv u = wide(p), size = u & 0x7f;
+    const fv tiny = __builtin_convertvector((iv)size, fv) * (1.f / 512);  // below 2^-6 eighths of it, evenly
+    return (fv)((size < 8 ? (uv)tiny : (size << 20) + (120u << 23)) | (u & 0x80) << 24);
 }
 static inline float get(const float* p) { return *p; }
 static inline float get(const bf16* p) { uint32_t u = (uint32_t)*p << 16; float x; memcpy(&x, &u, 4); return x; }
@@ -64,11 +80,11 @@ static inline float most(const float*) { return 0; }  // largest value of a type
 static inline float most(const bf16*) { return 0; }
 static inline float most(const int8_t*) { return 127; }
 static inline float most(const fp8*) { return 448; }
-static inline void store(float* p, f16 x) { *(f16*)p = x; }
-static inline u16 rounded_bits(f16 x) { u16 u = (u16)x; return u + 0x7fff + ((u >> 16) & 1); }
-static inline void store(bf16* p, f16 x) { *(h16*)p = low(rounded_bits(x) >> 16); }
-static inline f16 rounded(f16 x, const float*) { return x; }  // to the type behind the pointer
-static inline f16 rounded(f16 x, const bf16*) { return (f16)(rounded_bits(x) & 0xffff0000u); }
+static inline void store(float* p, fv x) { *(fv*)p = x; }
+static inline uv rounded_bits(fv x) { uv u = (uv)x; return u + 0x7fff + ((u >> 16) & 1); }
+static inline void store(bf16* p, fv x) { *(hv*)p = low(rounded_bits(x) >> 16); }
+static inline fv rounded(fv x, const float*) { return x; }  // to the type behind the pointer
+static inline fv rounded(fv x, const bf16*) { return (fv)(rounded_bits(x) & 0xffff0000u); }
 static inline float rounded(float x, const float*) { return x; }
 static inline float rounded(float x, const bf16*) { bf16 b; put(&b, x); return get(&b); }
 template <typename A> static inline void widen(const A* in, float* out, int n) {
@@ -83,28 +99,28 @@ template <typename A> static inline void narrow(const float* in, A* out, int n) 
 }
 
 #ifdef __AVX512F__
-static inline float sum_of(f16 x) { return _mm512_reduce_add_ps((__m512)x); }
-static inline float max_of(f16 x) { return _mm512_reduce_max_ps((__m512)x); }
+static inline float sum_of(const fv* x) { return _mm512_reduce_add_ps((__m512)*x); }  // of PARTS vectors
+static inline float max_of(fv x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
-static inline float sum_of(f16 x) { float s = 0; for (int j = 0; j < LANES; j++) s += x[j]; return s; }
-static inline float max_of(f16 x) { float m = x[0]; for (int j = 1; j < LANES; j++) m = x[j] > m ? x[j] : m; return m; }
+static inline float sum_of(const fv* x) { float s = 0; for (int i = 0; i < PARTS; i++) for (int j = 0; j < LANES; j++) s += x[i][j]; return s; }
+static inline float max_of(fv x) { float m = x[0]; for (int j = 1; j < LANES; j++) m = x[j] > m ? x[j] : m; return m; }
 #endif
 
 // e^x for x <= 0, relative error below 4e-7: 2^n by the exponent bits, 2^f by a polynomial on [-1/2, 1/2].
-static inline f16 exp_(f16 x) {
+static inline fv exp_(fv x) {
     x *= 1.44269504f;
-    x = x < -126.f ? (f16{} - 126.f) : x;
-    f16 n = __builtin_convertvector(__builtin_convertvector(x - 0.5f, i16), f16);  // truncation towards 0 rounds, since x <= 0
-    f16 r = x - n;
-    f16 y = 1.f + r * (0.6931471806f + r * (0.2402265070f + r * (0.0555041087f + r * (0.0096181291f + r * (0.0013333558f + r * 0.0001540353f)))));
-    return y * (f16)((__builtin_convertvector(n, i16) + 127) << 23);
+    x = x < -126.f ? (fv{} - 126.f) : x;
+    fv n = __builtin_convertvector(__builtin_convertvector(x - 0.5f, iv), fv);  // truncation towards 0 rounds, since x <= 0
+    fv r = x - n;
+    fv y = 1.f + r * (0.6931471806f + r * (0.2402265070f + r * (0.0555041087f + r * (0.0096181291f + r * (0.0013333558f + r * 0.0001540353f)))));
+    return y * (fv)((__builtin_convertvector(n, iv) + 127) << 23);
 }
 
 // tanh x, relative error below 1e-6: by a Pade approximant below 1, by exponentials above.
-static inline f16 tanh_(f16 x) {
-    const f16 size = x < 0 ? -x : x, s = x * x;
-    const f16 e = exp_(-2.f * size), far = (1.f - e) / (1.f + e);
-    const f16 near = x * (10395.f + s * (1260.f + s * 21.f)) / (10395.f + s * (4725.f + s * (210.f + s)));
+static inline fv tanh_(fv x) {
+    const fv size = x < 0 ? -x : x, s = x * x;
+    const fv e = exp_(-2.f * size), far = (1.f - e) / (1.f + e);
+    const fv near = x * (10395.f + s * (1260.f + s * 21.f)) / (10395.f + s * (4725.f + s * (210.f + s)));
     return size < 1 ? near : x < 0 ? -far : far;
 }
 
@@ -144,42 +160,23 @@ template <typename C> static inline void scaled(const float* in, int n, float to
     for (int i = 0; i < n; i++) { const float x = in[i] * by; put(out + i * stride, x > top ? top : x < -top ? -top : x); }
 }
 
-// Sums that stay in registers: AVX-512 has 32 of 16 floats, others 16 of 8 or less.
-#ifdef __AVX512F__
-static const int ROWS = MAX_ROWS, SUMS = WORDS;
-#else
-static const int ROWS = 4, SUMS = 1;
-#endif
-
-// Scores of R rows of q [R, d] with the keys of a block, SUMS words of them from word w on.
-template <int R, typename C> static inline void scores_of(const float* q, const C* k, int d, f16 (*out)[WORDS], int w) {
-    f16 acc[R][SUMS] = {};
-    for (int i = 0; i < d; i++) {
-        f16 key[SUMS];
-        for (int j = 0; j < SUMS; j++) key[j] = load(k + i * BS + j * LANES);
-        for (int r = 0; r < R; r++) for (int j = 0; j < SUMS; j++) acc[r][j] += q[r * d + i] * key[j];
-    }
-    for (int r = 0; r < R; r++) for (int j = 0; j < SUMS; j++) out[r][w + j] = acc[r][j];
-}
-
-// Weighted sums of n values for R rows, of at most SUMS words of a head.
-template <int R, typename C>
-static inline void values_of(const float* scores, int width, const C* v, const int32_t* table, int64_t block_stride, int e, int left, int n, const float* inverse, float* out) {
-    const int words = left >= SUMS * LANES ? SUMS : left / LANES;
-    f16 acc[R][SUMS] = {};
+// W words of the sums of n values, weighted by scores: so many that they stay in registers.
+template <int R, int W, typename C>
+static void values(const C* cache, const int32_t* table, int64_t block_stride, int64_t v_at, int e, int n, const float* scores, int width, const float* inverse, float* out) {
+    fv acc[R][W] = {};
     for (int p = 0; p * BS < n; p++) {
-        const C* at = v + table[p] * block_stride;
+        const C* v = cache + table[p] * block_stride + v_at;
         const int filled = n - p * BS < BS ? n - p * BS : BS;
         for (int t = 0; t < filled; t++) {
-            f16 value[SUMS] = {};
-            for (int j = 0; j < words; j++) value[j] = load(at + t * e + j * LANES);
+            fv value[W];
+            for (int w = 0; w < W; w++) value[w] = load(v + t * e + w * LANES);
             for (int r = 0; r < R; r++) {
                 const float s = scores[(int64_t)r * width + p * BS + t];
-                for (int j = 0; j < SUMS; j++) acc[r][j] += s * value[j];
+                for (int w = 0; w < W; w++) acc[r][w] += s * value[w];
             }
         }
     }
-    for (int r = 0; r < R; r++) for (int j = 0; j < words; j++) *(f16*)(out + r * e + j * LANES) = acc[r][j] * inverse[r];
+    for (int r = 0; r < R; r++) for (int w = 0; w < W; w++) *(fv*)(out + r * e + w * LANES) = acc[r][w] * inverse[r];
 }
 
 // One tile: R rows over n keys of one head. q [R, d] is scaled; row r sees the keys before limit[r], and none before from[r].
@@ -187,50 +184,60 @@ template <int R, typename C>
 static void tile(const float* q, const C* cache, const int32_t* table, int64_t block_stride, int64_t k_at, int64_t v_at, int64_t s_at, int64_t v_scales,
                  int d, int e, int n, const int* limit, const int* from, float cap, float* scores, float* out) {
     const int blocks = (n + BS - 1) / BS, width = blocks * BS;
-    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    f16 top[R];
-    for (int r = 0; r < R; r++) top[r] = f16{} - 1e30f;
+    constexpr int AT_ONCE = SUMS / R < 1 ? 1 : SUMS / R < WORDS ? SUMS / R : WORDS, WIDE = SUMS / R < 1 ? 1 : SUMS / R < 4 ? SUMS / R : 4;
+    iv lane;
+    for (int j = 0; j < LANES; j++) lane[j] = j;
+    fv top[R];
+    for (int r = 0; r < R; r++) top[r] = fv{} - 1e30f;
     for (int p = 0; p < blocks; p++) {
         const C* k = cache + table[p] * block_stride + k_at;
-        f16 acc[R][WORDS];
-        for (int r = 0; r < R; r += ROWS < R ? ROWS : R) for (int w = 0; w < WORDS; w += SUMS)
-            scores_of<(ROWS < R ? ROWS : R)>(q + r * d, k + w * LANES, d, acc + r, w);
+        fv acc[R][WORDS];
+        for (int from_word = 0; from_word < WORDS; from_word += AT_ONCE) {
+            fv sum[R][AT_ONCE] = {};
+            for (int i = 0; i < d; i++) {
+                fv key[AT_ONCE];
+                for (int w = 0; w < AT_ONCE; w++) key[w] = load(k + i * BS + (from_word + w) * LANES);
+                for (int r = 0; r < R; r++) for (int w = 0; w < AT_ONCE; w++) sum[r][w] += q[r * d + i] * key[w];
+            }
+            for (int r = 0; r < R; r++) for (int w = 0; w < AT_ONCE; w++) acc[r][from_word + w] = sum[r][w];
+        }
         if (most(cache)) for (int w = 0; w < WORDS; w++) {
-            const f16 by = load((const float*)(cache + table[p] * block_stride + s_at) + w * LANES);
+            const fv by = load((const float*)(cache + table[p] * block_stride + s_at) + w * LANES);
             for (int r = 0; r < R; r++) acc[r][w] *= by;
         }
         if (from || cap > 0) for (int r = 0; r < R; r++) for (int w = 0; w < WORDS; w++) {
             if (cap > 0) acc[r][w] = cap * tanh_(acc[r][w] * (1.f / cap));
-            if (from) acc[r][w] = lane + (p * BS + w * LANES) >= from[r] ? acc[r][w] : (f16{} - 1e30f);
+            if (from) acc[r][w] = lane + (p * BS + w * LANES) >= from[r] ? acc[r][w] : (fv{} - 1e30f);
         }
         for (int r = 0; r < R; r++) for (int w = 0; w < WORDS; w++) {
-            i16 seen = lane + (p * BS + w * LANES) < limit[r];
-            f16 s = seen ? acc[r][w] : (f16{} - 1e30f);
+            iv seen = lane + (p * BS + w * LANES) < limit[r];
+            fv s = seen ? acc[r][w] : (fv{} - 1e30f);
             top[r] = s > top[r] ? s : top[r];
-            *(f16*)(scores + (int64_t)r * width + p * BS + w * LANES) = s;
+            *(fv*)(scores + (int64_t)r * width + p * BS + w * LANES) = s;
         }
     }
     float inverse[R];
     for (int r = 0; r < R; r++) {
         const float m = max_of(top[r]);
-        f16 sum = {};
+        fv sum[PARTS] = {};
         float* s = scores + (int64_t)r * width;
         for (int p = 0; p < blocks; p++) for (int w = 0; w < WORDS; w++) {
-            f16* at = (f16*)(s + p * BS + w * LANES);
-            f16 e = exp_(*at - m);
-            sum += e;
+            fv* at = (fv*)(s + p * BS + w * LANES);
+            fv e = exp_(*at - m);
+            sum[w % PARTS] += e;
             if (most(cache)) e *= load((const float*)(cache + table[p] * block_stride + s_at) + v_scales + w * LANES);
             *at = e;
         }
         inverse[r] = 1.f / sum_of(sum);
     }
-    for (int r = 0; r < R; r += ROWS < R ? ROWS : R) for (int at = 0; at < e; at += SUMS * LANES)
-        values_of<(ROWS < R ? ROWS : R)>(scores + (int64_t)r * width, width, cache + v_at + at, table, block_stride, e, e - at, n, inverse + r, out + r * e + at);
+    int at = 0;
+    for (; at + WIDE * LANES <= e; at += WIDE * LANES) values<R, WIDE>(cache, table, block_stride, v_at + at, e, n, scores, width, inverse, out + at);
+    for (; at < e; at += LANES) values<R, 1>(cache, table, block_stride, v_at + at, e, n, scores, width, inverse, out + at);
 }
 
 // A: type of activations, C: type of the cache. qkv [T, H + 2K, d], out [T, H, d].
 template <typename A, typename C> static void run(const Layer& l, const Step& s, const A* qkv, C* cache, A* out) {
-    const int H = l.heads, K = l.kv_heads, d = l.head_dim, G = H / K, row = (H + 2 * K) * d, e = (d + LANES - 1) / LANES * LANES;
+    const int H = l.heads, K = l.kv_heads, d = l.head_dim, G = H / K, row = (H + 2 * K) * d, e = (d + PAD - 1) / PAD * PAD;
     const float scale = l.scale > 0 ? l.scale : 1.f / std::sqrt((float)d);
     // All keys and values first: sequences of one step may share blocks that one of them fills.
 #pragma omp parallel for if (s.threads > 1) num_threads(s.threads) schedule(static)
@@ -263,13 +270,14 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
 #pragma omp parallel if (s.threads > 1) num_threads(s.threads)
     {
         std::vector<float> q(MAX_ROWS * d), result(MAX_ROWS * e), scores;
-#pragma omp for schedule(dynamic, 4)
-        for (int i = 0; i < s.num_seqs; i++) {
+#pragma omp for schedule(dynamic, 1)
+        for (int job = 0; job < s.num_seqs * K; job++) {
+            const int i = job / K, h = job % K;
             const int count = s.query_start[i + 1] - s.query_start[i], first = s.seq_lens[i] - count, rows = count * G;
             const int32_t* table = s.block_tables + (int64_t)s.slots[i] * s.table_stride;
             const int64_t need = (int64_t)MAX_ROWS * ((s.seq_lens[i] + BS - 1) / BS * BS);
             if ((int64_t)scores.size() < need) scores.resize(need);
-            for (int h = 0; h < K; h++) for (int start = 0; start < rows;) {
+            for (int start = 0; start < rows;) {
                 const int left = rows - start, size = left >= 8 ? 8 : left >= 4 ? 4 : left;
                 int limit[MAX_ROWS];
                 for (int r = 0; r < size; r++) {
@@ -288,7 +296,7 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
                 const int n = limit[size - 1];
                 const int64_t k_at = l.k_offset + (int64_t)h * d * BS, v_at = l.v_offset + (int64_t)h * BS * e;
                 const int64_t s_at = l.s_offset + (int64_t)h * BS * sizeof(float);  // bytes, as elements are where there are scales
-const auto attend = [&](auto rows) {
+                const auto attend = [&](auto rows) {
                     rows(q.data(), cache, table + skipped, s.block_stride, k_at, v_at, s_at, (int64_t)K * BS, d, e, n, limit, l.window ? from : nullptr,
                          l.cap, scores.data(), result.data());
                 };
@@ -328,16 +336,16 @@ extern "C" void gristmill_attend(const Layer* l, const Step* s, const void* qkv,
 // ---- what stands between matrix products ----
 
 static void quantize(const float* row, int n, int8_t* out, float* scale) {
-    f16 top16 = {};
+    fv top16 = {};
     int i = 0;
-    for (; i + LANES <= n; i += LANES) { f16 v = load(row + i); v = v < 0 ? -v : v; top16 = v > top16 ? v : top16; }
+    for (; i + LANES <= n; i += LANES) { fv v = load(row + i); v = v < 0 ? -v : v; top16 = v > top16 ? v : top16; }
     float largest = max_of(top16);
     for (; i < n; i++) { float v = std::fabs(row[i]); largest = v > largest ? v : largest; }
     *scale = largest / 127.f;
     const float inverse = largest > 0 ? 127.f / largest : 0.f;
     for (i = 0; i + LANES <= n; i += LANES) {
-        f16 v = load(row + i) * inverse;
-        *(s16*)(out + i) = __builtin_convertvector(__builtin_convertvector(v + (v < 0 ? (f16{} - .5f) : (f16{} + .5f)), i16), s16);
+        fv v = load(row + i) * inverse;
+        *(sv*)(out + i) = __builtin_convertvector(__builtin_convertvector(v + (v < 0 ? (fv{} - .5f) : (fv{} + .5f)), iv), sv);
     }
     for (; i < n; i++) out[i] = (int8_t)(int)(row[i] * inverse + (row[i] >= 0 ? .5f : -.5f));
 }
@@ -357,9 +365,9 @@ static void norm(A* x, const A* delta, const float* gain, const float* bias, A* 
         double mean = 0, square = 0;
         float s = 0, q = 0;
         widen(p, row.data(), n);
-        if (centred) { f16 a = {}; int i = 0; for (; i + LANES <= n; i += LANES) a += load(row.data() + i); s = sum_of(a); for (; i < n; i++) s += row[i]; mean = s / n; }
+        if (centred) { fv a[PARTS] = {}; int i = 0; for (; i + LANES <= n; i += LANES) a[i / LANES % PARTS] += load(row.data() + i); s = sum_of(a); for (; i < n; i++) s += row[i]; mean = s / n; }
         const float m = (float)mean;
-        { f16 a = {}; int i = 0; for (; i + LANES <= n; i += LANES) { f16 v = load(row.data() + i) - m; a += v * v; } q = sum_of(a); for (; i < n; i++) q += (row[i] - m) * (row[i] - m); square = q / n; }
+        { fv a[PARTS] = {}; int i = 0; for (; i + LANES <= n; i += LANES) { fv v = load(row.data() + i) - m; a[i / LANES % PARTS] += v * v; } q = sum_of(a); for (; i < n; i++) q += (row[i] - m) * (row[i] - m); square = q / n; }
         const float by = (float)(1.0 / std::sqrt(square + eps));
         for (int i = 0; i < n; i++) row[i] = (row[i] - m) * by * gain[i] + (bias ? bias[i] : 0.f);
         if (out) narrow(row.data(), out + (int64_t)r * n, n);
@@ -380,7 +388,7 @@ extern "C" void gristmill_squared_relu(void* x, int64_t n, int type) {
     if (type == 0) { float* p = (float*)x; for (int64_t i = 0; i < n; i++) { float a = p[i] > 0 ? p[i] : 0; p[i] = a * a; } return; }
     bf16* p = (bf16*)x;
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) { f16 a = load(p + i); a = a > 0 ? a : f16{}; store(p + i, a * a); }
+    for (; i + LANES <= n; i += LANES) { fv a = load(p + i); a = a > 0 ? a : fv{}; store(p + i, a * a); }
     for (; i < n; i++) { float a = get(p + i); a = a > 0 ? a : 0; put(p + i, a * a); }
 }
 
@@ -417,9 +425,9 @@ extern "C" void gristmill_sample(const float* logits, const float* u, const floa
     std::vector<float> e(n + LANES), sums(blocks);
     for (int r = 0; r < rows; r++) {
         const float* p = logits + (int64_t)r * n;
-        f16 m16 = f16{} - INFINITY;
+        fv m16 = fv{} - INFINITY;
         int i = 0;
-        for (; i + LANES <= n; i += LANES) { f16 v = load(p + i); m16 = v > m16 ? v : m16; }
+        for (; i + LANES <= n; i += LANES) { fv v = load(p + i); m16 = v > m16 ? v : m16; }
         float m = max_of(m16);
         for (; i < n; i++) m = p[i] > m ? p[i] : m;
         double plain = 0, drawn = 0;
@@ -427,12 +435,12 @@ extern "C" void gristmill_sample(const float* logits, const float* u, const floa
         int best = -1;
         for (int b = 0; b < blocks; b++) {
             const int from = b * 256, to = from + 256 < n ? from + 256 : n;
-            f16 one = {}, other = {};
+            fv one[PARTS] = {}, other[PARTS] = {};
             int j = from;
             for (; j + LANES <= to; j += LANES) {
-                f16 v = load(p + j) - m, w = exp_(v);
-                one += w;
-                if (t > 0) { if (t != 1) w = exp_(v * by); *(f16*)(e.data() + j) = w; other += w; }
+                fv v = load(p + j) - m, w = exp_(v);
+                one[j / LANES % PARTS] += w;
+                if (t > 0) { if (t != 1) w = exp_(v * by); *(fv*)(e.data() + j) = w; other[j / LANES % PARTS] += w; }
             }
             float s = sum_of(one), d = sum_of(other);
             for (; j < to; j++) { float w = std::exp(p[j] - m); s += w; if (t > 0) { if (t != 1) w = std::exp((p[j] - m) * by); e[j] = w; d += w; } }

@@ -1,4 +1,4 @@
-"""Just-in-time build and ctypes bindings of the CPU kernels (kernels.cpp): once a machine, in a second or two, with no header of torch.
+"""Just-in-time build and ctypes bindings of the CPU kernels (*.cpp): once a machine, in a few seconds, with no header of torch.
 
 Without a compiler, or with GRISTMILL_KERNELS=0, there are none, and the engine computes with torch.
 """
@@ -17,7 +17,7 @@ import torch
 
 from gristmill.core.io import sync
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "linear.cpp"))
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 BUILD_SECONDS = 120
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of activations, as the kernels are told them
@@ -61,6 +61,15 @@ class Step(ctypes.Structure):
     ]
 
 
+class Product(ctypes.Structure):
+    """ctypes mirror of `Product` in linear.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "row_scale", "bias", "out")),
+        *((name, ctypes.c_int32) for name in ("activations", "kind", "out_type", "rows", "n", "d", "threads")),
+    ]
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be had."""
@@ -86,6 +95,7 @@ def load() -> ctypes.CDLL | None:
     }.items():
         function = getattr(library, f"gristmill_{name}")
         function.restype, function.argtypes = None, arguments
+    library.gristmill_product.restype, library.gristmill_product.argtypes = None, [ctypes.POINTER(Product)]
     library.gristmill_attend.restype = None
     library.gristmill_attend.argtypes = [
         ctypes.POINTER(Layer),
@@ -104,7 +114,7 @@ def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=BUILD_SECONDS).stdout
     cpu = Path("/proc/cpuinfo")
     flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpu.exists() else ""
-    parts = (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), flags.encode(), platform.machine().encode())
+    parts = (*(source.read_bytes() for source in SOURCES), version, " ".join(FLAGS).encode(), flags.encode(), platform.machine().encode())
     return hashlib.blake2b(b"\0".join(parts), digest_size=10).hexdigest()
 
 
@@ -112,6 +122,6 @@ def _build(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:  # beside the goal, so that the last step is a rename
         built = Path(temporary) / path.name
-        subprocess.run([compiler, *FLAGS, "-o", str(built), str(SOURCE)], check=True, capture_output=True, timeout=BUILD_SECONDS)
+        subprocess.run([compiler, *FLAGS, "-o", str(built), *map(str, SOURCES)], check=True, capture_output=True, timeout=BUILD_SECONDS)
         sync(built)  # half a library would crash whoever loads it
         built.replace(path)

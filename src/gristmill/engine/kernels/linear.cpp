@@ -1,0 +1,343 @@
+// Matrix products for CPUs, a few rows of activations [T, D] with a matrix [N, D] as it lies in memory: bf16, int8 with a scale a row, or
+// int4 with a scale a group of columns. Built and called by library.py as kernels.cpp is.
+//
+// At one row the matrix is read at memory speed; at many rows the arithmetic bounds. A bf16 matrix is multiplied in fp32. For integers each
+// stretch of CHUNK columns of a row of activations becomes int16 with a scale of its own, far finer than bf16, and sums are exact int32.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+#define VECTOR_BYTES 64
+#else
+#define VECTOR_BYTES 32
+#endif
+typedef float fv __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
+typedef unsigned uv __attribute__((vector_size(VECTOR_BYTES), aligned(2)));
+typedef float f8 __attribute__((vector_size(32), aligned(4)));
+typedef int i8 __attribute__((vector_size(32), aligned(2)));
+typedef uint16_t bf16;
+
+static const int LANES = VECTOR_BYTES / 4, PAIR = 2 * LANES;  // a vector of words holds PAIR numbers of two bytes
+static const int CHUNK = 256, BLOCK = 32;                     // columns with one scale of activations; columns of 16 bytes in int4
+static const int MAX_ROWS = 64, L1_BYTES = 24 << 10;          // rows of activations made ready at once; of the matrix while they pass
+static const int64_t MIN_SHARED = 1 << 18;                    // products of numbers that are worth another thread
+
+static inline float get(const float* p) { return *p; }
+static inline float get(const bf16* p) { uint32_t u = (uint32_t)*p << 16; float x; memcpy(&x, &u, 4); return x; }
+static inline float get(const int8_t* p) { return *p; }
+static inline void put(float* p, float x) { *p = x; }
+static inline void put(bf16* p, float x) {
+    uint32_t u; memcpy(&u, &x, 4);
+    *p = (x != x) ? 0x7fc0 : (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+template <typename V> static inline float sum_of(V x) { float s = 0; for (size_t j = 0; j < sizeof(V) / 4; j++) s += x[j]; return s; }
+#ifdef __AVX2__
+static inline float sum_of(f8 x) {
+    __m128 a = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+}
+#endif
+
+template <typename T> struct Aligned {  // to a line of the cache: vectors that cross two take twice as long
+    std::vector<char> memory;
+    T* values = nullptr;
+    void resize(int64_t n) { memory.resize(n * sizeof(T) + 64); values = (T*)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63); }
+    T* data() const { return values; }
+    T& operator[](int64_t i) const { return values[i]; }
+};
+
+// ---- bf16: activations in fp32, of each PAIR the even ones before the odd ones ----
+
+struct Floats {
+    Aligned<float> values;
+    int width;  // of a row
+    template <typename A> void fill(const A* x, int r, int d, int) {
+        float* row = values.data() + (int64_t)r * width;
+        int k = 0;
+        for (; k + PAIR <= d; k += PAIR) for (int j = 0; j < LANES; j++) { row[k + j] = get(x + k + 2 * j); row[k + LANES + j] = get(x + k + 2 * j + 1); }
+        if (k < d) memset(row + k, 0, PAIR * sizeof(float));
+        for (int j = 0; k + j < d; j++) row[k + j / 2 + j % 2 * LANES] = get(x + k + j);
+    }
+};
+
+struct Bf16Matrix {
+    typedef Floats Rows;
+    const bf16* weight;
+    int d;
+    int64_t bytes() const { return (int64_t)d * 2; }
+    template <int R, int N> void tile(const Rows& x, int r0, int n0, float out[R][N]) const {
+        constexpr int S = R * N < 8 ? 2 : 1;  // sums, enough to hide what an addition takes
+        fv acc[R][N][S] = {};
+        const float* row = x.values.data() + (int64_t)r0 * x.width;
+        const bf16* w = weight + (int64_t)n0 * d;
+        const auto step = [&](int k, const uv* words) {
+            for (int n = 0; n < N; n++) {
+                const fv even = (fv)(words[n] << 16), odd = (fv)(words[n] & 0xffff0000u);
+                for (int r = 0; r < R; r++) {
+                    acc[r][n][0] += *(const fv*)(row + (int64_t)r * x.width + k) * even;
+                    acc[r][n][S - 1] += *(const fv*)(row + (int64_t)r * x.width + k + LANES) * odd;
+                }
+            }
+        };
+        int k = 0;
+        for (; k + PAIR <= d; k += PAIR) {
+            uv words[N];
+            for (int n = 0; n < N; n++) words[n] = *(const uv*)(w + (int64_t)n * d + k);
+            step(k, words);
+        }
+        if (k < d) {
+            uv words[N] = {};
+            for (int n = 0; n < N; n++) memcpy(&words[n], w + (int64_t)n * d + k, (d - k) * sizeof(bf16));
+            step(k, words);
+        }
+        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_of(S == 2 ? acc[r][n][0] + acc[r][n][1] : acc[r][n][0]);
+    }
+};
+
+// ---- integers: activations in int16, with a scale a chunk ----
+
+static inline i8 multiply_add(i8 sum, i8 a, i8 b) {  // of sixteen int16 each, neighbours added
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return (i8)_mm256_dpwssd_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    return sum + (i8)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    int16_t x[16], y[16];
+    memcpy(x, &a, 32);
+    memcpy(y, &b, 32);
+    for (int j = 0; j < 8; j++) sum[j] += x[2 * j] * y[2 * j] + x[2 * j + 1] * y[2 * j + 1];
+    return sum;
+#endif
+}
+static inline i8 wide(const int8_t* p) {
+#ifdef __AVX2__
+    return (i8)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+#else
+    int16_t x[16];
+    for (int j = 0; j < 16; j++) x[j] = p[j];
+    i8 out;
+    memcpy(&out, x, 32);
+    return out;
+#endif
+}
+static inline i8 dot(i8 a, i8 b) {  // of 32 bytes each, a 0 to 15 and b signed, four neighbours added
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return (i8)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    return (i8)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)a, (__m256i)b), _mm256_set1_epi16(1));
+#else
+    uint8_t x[32];
+    int8_t y[32];
+    memcpy(x, &a, 32);
+    memcpy(y, &b, 32);
+    i8 sum = {};
+    for (int j = 0; j < 32; j++) sum[j / 4] += x[j] * y[j];
+    return sum;
+#endif
+}
+static inline f8 floats(i8 x) { return __builtin_convertvector(x, f8); }
+
+struct Integers {
+    Aligned<int16_t> values;
+    Aligned<float> scales;  // [rows, chunks]
+    int width, chunks;
+    const float* given;  // scales of rows that are integers already
+    void fill(const int8_t* x, int r, int d, int row_of_all) {
+        int16_t* row = values.data() + (int64_t)r * width;
+        for (int k = 0; k < d; k++) row[k] = x[k];
+        memset(row + d, 0, (width - d) * sizeof(int16_t));
+        for (int c = 0; c < chunks; c++) scales[(int64_t)r * chunks + c] = given[row_of_all];
+    }
+    template <typename A> void fill(const A* x, int r, int d, int) {
+        int16_t* row = values.data() + (int64_t)r * width;
+        for (int c = 0; c < chunks; c++) {
+            const int at = c * CHUNK, count = d - at < CHUNK ? d - at : CHUNK;
+            float v[CHUNK], largest = 0, none = 0;
+            for (int k = 0; k < count; k++) v[k] = get(x + at + k);
+            for (int k = 0; k < count; k++) { const float size = std::fabs(v[k]); largest = size > largest ? size : largest; none += v[k] * 0; }
+            const float by = largest > 1e-30f && none == 0 ? 32767.f / largest : 0.f;
+            scales[(int64_t)r * chunks + c] = none == 0 ? largest / 32767.f : NAN;  // what is no number stays none
+            for (int k = 0; k < count; k++) { const float y = v[k] * by; row[at + k] = none == 0 ? (int16_t)(int)(y + (y < 0 ? -.5f : .5f)) : 0; }
+        }
+        memset(row + d, 0, (width - d) * sizeof(int16_t));
+    }
+};
+
+struct Int8Matrix {
+    typedef Integers Rows;
+    const int8_t* weight;
+    const float* scale;  // a row
+    int stride;          // bytes of a row, a multiple of 16; zeros beyond the columns
+    int64_t bytes() const { return stride; }
+    template <int R, int N> void tile(const Rows& x, int r0, int n0, float out[R][N]) const {
+        f8 total[R][N] = {};
+        const int16_t* row = x.values.data() + (int64_t)r0 * x.width;
+        const int8_t* w = weight + (int64_t)n0 * stride;
+        for (int c = 0; c < x.chunks; c++) {
+            const int end = (c + 1) * CHUNK < stride ? (c + 1) * CHUNK : stride;
+            i8 acc[R][N] = {};
+            for (int k = c * CHUNK; k < end; k += 16) {
+                i8 part[N];
+                for (int n = 0; n < N; n++) part[n] = wide(w + (int64_t)n * stride + k);
+                for (int r = 0; r < R; r++) {
+                    const i8 mine = *(const i8*)(row + (int64_t)r * x.width + k);
+                    for (int n = 0; n < N; n++) acc[r][n] = multiply_add(acc[r][n], part[n], mine);
+                }
+            }
+            for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) total[r][n] += floats(acc[r][n]) * x.scales[(int64_t)(r0 + r) * x.chunks + c];
+        }
+        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_of(total[r][n]) * scale[n0 + n];
+    }
+};
+
+// ---- int4: activations in int8, with a scale a BLOCK ----
+
+struct Bytes {
+    Aligned<int8_t> values;
+    Aligned<float> scales, sums;  // [rows, blocks], sums of the block's activations
+    int width, blocks;                // columns and blocks of a row, in whole chunks
+    template <typename A> void fill(const A* x, int r, int d, int) {
+        for (int b = 0; b < blocks; b++) {
+            const int at = b * BLOCK, count = d - at < 0 ? 0 : d - at < BLOCK ? d - at : BLOCK;
+            int8_t* to = values.data() + (int64_t)r * width + at;
+            float v[BLOCK] = {}, largest = 0, none = 0;
+            for (int k = 0; k < count; k++) v[k] = get(x + at + k);
+            for (int k = 0; k < BLOCK; k++) { const float size = std::fabs(v[k]); largest = size > largest ? size : largest; none += v[k] * 0; }
+            const float by = largest > 1e-30f && none == 0 ? 127.f / largest : 0.f, scale = none == 0 ? largest / 127.f : NAN;
+            int sum = 0;
+            for (int k = 0; k < BLOCK; k++) {
+                const float y = none == 0 ? v[k] * by : 0.f;
+                const int i = (int)(y + (y < 0 ? -.5f : .5f));
+                to[k] = (int8_t)i;
+                sum += i;
+            }
+            scales[(int64_t)r * blocks + b] = scale;
+            sums[(int64_t)r * blocks + b] = 8 * scale * (float)sum;
+        }
+    }
+};
+
+// A row: of each 2 * BLOCK columns BLOCK bytes, in byte j column j and, in the high half, column BLOCK + j, both plus 8. Scales of blocks
+// in bf16. Rows end with whole chunks of scales, and with whole pairs of blocks of bytes.
+struct Int4Matrix {
+    typedef Bytes Rows;
+    const uint8_t* weight;
+    const bf16* scale;
+    int stride;
+    int64_t bytes() const { return stride; }
+    template <int R, int N> void tile(const Rows& x, int r0, int n0, float out[R][N]) const {
+        constexpr int B = CHUNK / BLOCK;
+        const int8_t* row = x.values.data() + (int64_t)r0 * x.width;
+        const uint8_t* w = weight + (int64_t)n0 * stride;
+        f8 acc[R][N] = {}, rest[R][N] = {};
+        for (int c = 0; c < x.blocks; c += B) {
+            float by[R][N][B];
+            for (int n = 0; n < N; n++) {
+                const f8 mine = scales(scale + (int64_t)(n0 + n) * x.blocks + c);
+                for (int r = 0; r < R; r++) {
+                    const int64_t at = (int64_t)(r0 + r) * x.blocks + c;
+                    *(f8*)by[r][n] = mine * *(const f8*)(x.scales.data() + at);
+                    rest[r][n] += mine * *(const f8*)(x.sums.data() + at);  // the 8 that every weight was raised by
+                }
+            }
+            const int end = stride - c * (BLOCK / 2) < CHUNK / 2 ? stride - c * (BLOCK / 2) : CHUNK / 2;
+            for (int k = 0, b = 0; k < end; k += BLOCK, b += 2) for (int n = 0; n < N; n++) {
+                const i8 both = *(const i8*)(w + (int64_t)n * stride + c * (BLOCK / 2) + k), mask = i8{} + 0x0f0f0f0f;
+                const i8 low = both & mask, high = both >> 4 & mask;
+                for (int r = 0; r < R; r++) {
+                    const int8_t* mine = row + (int64_t)r * x.width + (c + b) * BLOCK;
+                    acc[r][n] += floats(dot(low, *(const i8*)mine)) * by[r][n][b];
+                    acc[r][n] += floats(dot(high, *(const i8*)(mine + BLOCK))) * by[r][n][b + 1];
+                }
+            }
+        }
+        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_of(acc[r][n] - rest[r][n]);
+    }
+    static f8 scales(const bf16* p) {
+        typedef unsigned short h8 __attribute__((vector_size(16), aligned(2)));
+        typedef unsigned u8 __attribute__((vector_size(32)));
+        return (f8)(__builtin_convertvector(*(const h8*)p, u8) << 16);
+    }
+};
+
+// ---- products ----
+
+template <int R, typename M, typename O> static void strip(const M& m, const typename M::Rows& x, int r0, int from, int to, int n, const float* bias, O* out) {
+    constexpr int N = R == 4 ? 3 : 4;
+    const auto write = [&](int at, int count, const float* found, int stride) {
+        for (int r = 0; r < R; r++) for (int j = 0; j < count; j++) put(out + (int64_t)(r0 + r) * n + at + j, found[r * stride + j] + (bias ? bias[at + j] : 0));
+    };
+    int at = from;
+    for (; at + N <= to; at += N) { float found[R][N]; m.template tile<R, N>(x, r0, at, found); write(at, N, found[0], N); }
+    for (; at < to; at++) { float found[R][1]; m.template tile<R, 1>(x, r0, at, found); write(at, 1, found[0], 1); }
+}
+
+template <typename M, typename A, typename O> static void product(const M& m, typename M::Rows& x, const A* in, int rows, int n, int d, const float* bias, O* out, int threads) {
+    const int wanted = (int)(L1_BYTES / m.bytes()), size = wanted < 12 ? 12 : wanted / 12 * 12, blocks = (n + size - 1) / size;
+#pragma omp parallel if (threads > 1 && (int64_t)rows * n * d >= MIN_SHARED) num_threads(threads)
+    for (int start = 0; start < rows; start += MAX_ROWS) {
+        const int count = rows - start < MAX_ROWS ? rows - start : MAX_ROWS;
+#pragma omp for schedule(static)
+        for (int r = 0; r < count; r++) x.fill(in + (int64_t)(start + r) * d, r, d, start + r);
+#pragma omp for schedule(static)
+        for (int b = 0; b < blocks; b++) {
+            const int from = b * size, to = from + size < n ? from + size : n;
+            O* to_rows = out + (int64_t)start * n;
+            int r = 0;
+            for (; count - r >= 6 || count - r == 4; r += 4) strip<4>(m, x, r, from, to, n, bias, to_rows);
+            for (; count - r >= 3; r += 3) strip<3>(m, x, r, from, to, n, bias, to_rows);
+            if (count - r == 2) strip<2>(m, x, r, from, to, n, bias, to_rows);
+            else if (count - r == 1) strip<1>(m, x, r, from, to, n, bias, to_rows);
+        }
+    }
+}
+
+struct Product {
+    const void *x, *weight, *scale, *row_scale;  // row_scale: of activations that are int8 already
+    const float* bias;
+    void* out;
+    int32_t activations, kind, out_type;  // float32 0, bfloat16 1, int8 2; bf16 1, int8 2, int4 3; float32 0, bfloat16 1
+    int32_t rows, n, d, threads;
+};
+
+template <typename A, typename O> static void run(const Product& p) {
+    const int held = p.rows < MAX_ROWS ? p.rows : MAX_ROWS;
+    const A* in = (const A*)p.x;
+    O* out = (O*)p.out;
+    if (p.kind == 1) {
+        Floats x;
+        x.width = (p.d + PAIR - 1) / PAIR * PAIR;
+        x.values.resize((int64_t)held * x.width);
+        return product(Bf16Matrix{(const bf16*)p.weight, p.d}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
+    }
+    if (p.kind == 2) {
+        Integers x;
+        x.width = (p.d + 15) / 16 * 16;
+        x.chunks = (p.d + CHUNK - 1) / CHUNK;
+        x.given = (const float*)p.row_scale;
+        x.values.resize((int64_t)held * x.width);
+        x.scales.resize((int64_t)held * x.chunks);
+        return product(Int8Matrix{(const int8_t*)p.weight, (const float*)p.scale, x.width}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
+    }
+    Bytes x;
+    x.width = (p.d + CHUNK - 1) / CHUNK * CHUNK;
+    x.blocks = x.width / BLOCK;
+    x.values.resize((int64_t)held * x.width);
+    x.scales.resize((int64_t)held * x.blocks);
+    x.sums.resize((int64_t)held * x.blocks);
+    const int stride = (p.d + 2 * BLOCK - 1) / (2 * BLOCK) * BLOCK;
+    product(Int4Matrix{(const uint8_t*)p.weight, (const bf16*)p.scale, stride}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
+}
+
+extern "C" void gristmill_product(const Product* p) {
+    if (p->activations == 2) { if (p->out_type == 0) run<int8_t, float>(*p); else run<int8_t, bf16>(*p); }
+    else if (p->activations == 0) run<float, float>(*p);
+    else run<bf16, bf16>(*p);
+}
