@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import replacing, write_json
+from gristmill.core.io import write_json
+from gristmill.core.tensors import write_tensors
 from gristmill.core.untrusted import existing_file, quoted, quoted_path, read_untrusted_json
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model import hf
@@ -122,8 +122,7 @@ def save_adapter(model: Transformer | RewardModel, config: LoraConfig, folder: P
     with _new_folder(folder, (CONFIG_FILE, FACTS_FILE)) as new:
         write_json(new / CONFIG_FILE, values)
         write_json(new / FACTS_FILE, facts)
-        with replacing(new / WEIGHTS_FILE) as temporary:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+        write_tensors(new / WEIGHTS_FILE, tensors, {"format": "pt"})
 
 
 # ---- reading ----
