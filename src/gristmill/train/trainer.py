@@ -16,10 +16,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from gristmill.core.device import check_dtype, pick_device, zeros_outside_heap
+from gristmill.core.device import check_dtype, pick_device, trim_heap, zeros_outside_heap
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, read_bytes, sync, write_text
-from gristmill.core.threads import Map, num_workers, workers
+from gristmill.core.threads import MAX_THREADED_PARAMETERS, Map, num_workers, workers
 from gristmill.model.transformer import PRECISIONS
 from gristmill.train.batches import (
     AnySample,
@@ -148,6 +148,8 @@ class Trainer:
         self.device = next(model.parameters()).device
         check_dtype(self.device, PRECISIONS[settings.precision])
         self.num_workers = num_workers(model)
+        # what activations leave is too small for those of more tokens; a large model computes long enough to have the pages made anew
+        self._trims_heap = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) >= MAX_THREADED_PARAMETERS
         chosen = settings.micro_batch_tokens or recorded_micro_batch(folder)
         self.micro_batch_tokens = chosen or choose_micro_batch(
             model, settings.optimizer, precision=settings.precision, device=self.device, loaded=True
@@ -354,6 +356,8 @@ class Trainer:
                 for batch in batches:
                     output = self.objective(self.model, batch)
                     (output.sum / count).backward()
+                    if self._trims_heap:
+                        trim_heap()
                     yield output
             return
         assert self._map is not None
