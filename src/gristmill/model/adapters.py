@@ -21,8 +21,8 @@ from gristmill.core.tensors import write_tensors
 from gristmill.core.untrusted import existing_file, quoted, quoted_path, read_untrusted_json
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model import hf
-from gristmill.model.config import read_config
 from gristmill.model.hf import _copy, _damage, _new_folder, _open, fingerprint
+from gristmill.model.hf_config import read_config
 from gristmill.model.lora import MAX_SCALE, OUTSIDE, LoraConfig, LowRank, adapter_parts, attach_adapter, matrix_shapes, merge_adapter
 from gristmill.model.quantized import FLOATS
 from gristmill.model.reward import REWARD_WEIGHTS, RewardModel

@@ -27,8 +27,9 @@ from gristmill.core.untrusted import is_bare_name, quoted, quoted_path, read_unt
 from gristmill.data.chat import FORMATS, guess_format, matching_formats
 from gristmill.data.rows import ATTRIBUTES
 from gristmill.data.tokenizer import FILES, TEMPLATES, Tokenizer
-from gristmill.model.config import ModelConfig, read_config
+from gristmill.model.config import ModelConfig
 from gristmill.model.folder import model_file
+from gristmill.model.hf_config import from_hf, read_config, to_hf
 from gristmill.model.quantized import (
     Quantize,
     compress,
@@ -177,7 +178,7 @@ def _save(
 ) -> None:
     _check_vocabulary(config, tokenizer, folder)
     dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
-    hf = config.to_hf() | {"torch_dtype": dtype} | tokenizer.special_ids() | {"eos_token_id": tokenizer.eos_id} | extra
+    hf = to_hf(config) | {"torch_dtype": dtype} | tokenizer.special_ids() | {"eos_token_id": tokenizer.eos_id} | extra
     formats = matching_formats(tokenizer)
     if not tokenizer.files and len(formats) == 1:  # one that was made here, for a format
         tokenizer = tokenizer.with_chat_template(formats[0].template, cut=True)
@@ -391,7 +392,7 @@ def _fill(
     Args:
         tensors: Hugging Face names to views of the model's parameters.
     """
-    kind, tied = kind_of(hf), ModelConfig.from_hf(hf).tie_embeddings
+    kind, tied = kind_of(hf), from_hf(hf).tie_embeddings
     files: dict[str, Path] = {}
     with ExitStack() as stack:
         found: dict[str, Any] = {}  # the file that holds a name

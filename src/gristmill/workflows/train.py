@@ -22,9 +22,10 @@ from gristmill.model.adapters import (
     merge_folder,
     save_adapter,
 )
-from gristmill.model.config import ModelConfig, read_config
+from gristmill.model.config import ModelConfig
 from gristmill.model.flops import num_parameters
 from gristmill.model.hf import save_model, save_reward
+from gristmill.model.hf_config import read_config
 from gristmill.model.lora import LoraConfig, adapters_disabled, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS, Transformer
