@@ -25,8 +25,9 @@ def make(folder: Path, tokenizer_folder: Path) -> None:
     import torch
 
     from gristmill.data.tokenizer import Tokenizer
-    from gristmill.model.config import read_config, uniform_blocks
+    from gristmill.model.config import uniform_blocks
     from gristmill.model.hf import save_model
+    from gristmill.model.hf_config import read_config
     from gristmill.model.transformer import Transformer
 
     _, config = read_config(tokenizer_folder)

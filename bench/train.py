@@ -95,6 +95,7 @@ def prepare(folder: Path, steps: int, seed: int) -> None:
     from safetensors.torch import save_file
 
     from gristmill.model.hf import hf_tensors
+    from gristmill.model.hf_config import to_hf
     from gristmill.model.packed import PackedShape
 
     conversations = make_conversations(steps * BATCH, seed)
@@ -104,7 +105,7 @@ def prepare(folder: Path, steps: int, seed: int) -> None:
     model = _our_model()
     save_file({name: tensor.clone() for name, tensor in hf_tensors(model).items()}, folder / "model.safetensors", {"format": "pt"})
     special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(model.config.to_hf() | special))
+    (folder / "config.json").write_text(json.dumps(to_hf(model.config) | special))
     documents = [row["ids"] for row in conversations[:BATCH]]
     with torch.no_grad():
         logits_TV = model(torch.tensor(sum(documents, [])), PackedShape.from_lengths([len(ids) for ids in documents]))

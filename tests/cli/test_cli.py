@@ -29,7 +29,7 @@ SURFACE = {
         "--checkpoint-activations --lora-rank --lora-alpha --lora-targets --lora-base --lora-b-lr-ratio --rslora --dora --device --format "
         "--seed --quiet -q --json"
     ),
-    "merge": "ADAPTER --out -o --base --dtype --json",
+    "merge": "ADAPTER --out -o --base --dtype --rows --json",
     "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --dtype --quantize --head --device "
     "--format --seed --json",
     "score": "MODEL --data --dtype --device --format --json",

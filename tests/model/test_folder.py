@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from gristmill.core.errors import InputError
-from gristmill.model.config import read_config
 from gristmill.model.folder import model_file
+from gristmill.model.hf_config import read_config
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -448,13 +450,53 @@ def test_saving_never_removes_other_files(folder: Path) -> None:
     assert (folder / "notes.txt").read_text() == "mine" and fingerprint(folder) == before
 
 
+BIG = """
+import resource, sys
+from pathlib import Path
+import torch
+from gristmill.data.tokenizer import Tokenizer
+from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.hf import save_model
+from gristmill.model.transformer import Transformer
+from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+folder = Path(sys.argv[1])
+tokenizer = Tokenizer.load(folder)
+with torch.device("meta"):
+    model = Transformer(ModelConfig("nemotron", 272, 1024, uniform_blocks(7, 32, 32, 64, 64), 64))
+model = model.to_empty(device="cpu")
+model.init_weights(0)
+size = sum(parameter.nbytes for parameter in model.parameters())
+before = peak()
+save_model(model, tokenizer, folder / "big")
+store = CheckpointStore(folder / "train", Identity("model", "data", "settings"))
+store.save(Checkpoint(1, False, {}, {name: parameter.T for name, parameter in model.named_parameters()}))
+print(size, peak() - before)
+del model
+before = peak()
+assert store.load() is not None
+print(size, peak() - before)
+"""
+
+
+def test_neither_a_save_nor_a_load_holds_a_second_copy(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    out = subprocess.run([sys.executable, "-c", BIG, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    for line in out.splitlines():
+        size, more = map(int, line.split())
+        assert size > 200_000_000 and more < 0.25 * size
+
+
 def test_a_failed_save_leaves_the_old_model_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint(folder)
 
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gristmill.model.hf.save_file", full_disk)
+    monkeypatch.setattr("gristmill.model.hf.write_tensors", full_disk)
     with pytest.raises(InputError, match="No space left"):
         save_model(Transformer(CONFIG), TOKENIZER, folder)
     assert fingerprint(folder) == before

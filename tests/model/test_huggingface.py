@@ -14,6 +14,7 @@ from gristmill.data.chat import FORMATS, Conversation, Message
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import BlockConfig, ModelConfig, RopeScaling, uniform_blocks
 from gristmill.model.hf import hf_tensors, load_model, save_model
+from gristmill.model.hf_config import to_hf
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Transformer
 from gristmill.train.losses import cross_entropy_sum
@@ -112,7 +113,7 @@ def test_transformers_reads_ours(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_we_read_transformers(name: str, tmp_path: Path) -> None:
-    config = transformers.AutoConfig.for_model(**CONFIGS[name].to_hf(), eos_token_id=TOKENIZER.eos_id)
+    config = transformers.AutoConfig.for_model(**to_hf(CONFIGS[name]), eos_token_id=TOKENIZER.eos_id)
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     randomise(theirs)
     theirs.save_pretrained(tmp_path / "model")

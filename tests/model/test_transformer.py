@@ -13,7 +13,7 @@ from gristmill.model.attention import varlen_attention
 from gristmill.model.config import PRESETS, BlockConfig, ModelConfig, uniform_blocks
 from gristmill.model.packed import PackedShape
 from gristmill.model.rope import RopeScaling
-from gristmill.model.transformer import MLP, LayerNorm1P, Transformer, rotate
+from gristmill.model.transformer import MLP, LayerNorm1P, Transformer, gate_activation, rotate
 
 NEMOTRON = ModelConfig("nemotron", 50, 32, uniform_blocks(2, 4, 2, 8, 64), 64, init_std=0.2)
 MODELS = {
@@ -53,6 +53,36 @@ def test_a_token_does_not_see_the_future(family: str) -> None:
         before_TV, after_TV = model(ids_T, shape), model(changed_T, shape)
     torch.testing.assert_close(before_TV[:10], after_TV[:10], atol=1e-6, rtol=0)
     assert (before_TV[10:] - after_TV[10:]).abs().min(dim=-1).values.max() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_mlp_keeps_gate_and_up_alone(family: str, dtype: torch.dtype) -> None:
+    config = replace(NEMOTRON, family=family, rotary_fraction=1.0)
+    mlp = MLP(config, config.blocks[0])
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x_TD, grad_TD = torch.randn(2, 9, 32).to(dtype)
+
+    def plain(x_TD: torch.Tensor) -> torch.Tensor:
+        gate_TF, up_TF = (mlp.gate(x_TD), mlp.up(x_TD)) if mlp.gate and mlp.up else mlp.gate_up(x_TD).chunk(2, dim=-1)  # type: ignore[misc]
+        return mlp.down(gate_activation(gate_TF, config.parts) * up_TF)
+
+    results, kept = [], []
+    for function in (mlp, plain):
+        leaves = [x_TD.clone().requires_grad_(), *mlp.parameters()]
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out_TD = function(leaves[0])
+        results.append([out_TD, *torch.autograd.grad(out_TD, leaves, grad_TD)])
+        kept.append(sum(sizes.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] - kept[0] == 2 * 9 * 64 * dtype.itemsize
 
 
 def test_initial_stds_follow_the_published_recipe() -> None:

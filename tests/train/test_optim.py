@@ -92,3 +92,15 @@ def test_state_round_trips(make_model: Make, name: str) -> None:
 def test_an_unknown_optimizer_is_refused(make_model: Make) -> None:
     with pytest.raises(InputError, match="unknown optimizer 'sgd'; choose one of adamw, muon"):
         Optimizer(make_model(), OptimSettings(optimizer="sgd"))
+
+
+def test_what_training_needed_is_let_go(make_model: Make) -> None:
+    model = make_model()
+    optimizer = Optimizer(model, OptimSettings())
+    for parameter in optimizer.parameters[1:]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    untouched = {name.rpartition("|")[0] for name in optimizer.state_tensors()}
+    assert len(untouched) == len(optimizer.parameters) - 1  # one without a gradient has no state
+    optimizer.release()
+    assert not optimizer.state_tensors() and all(parameter.grad is None for parameter in model.parameters())

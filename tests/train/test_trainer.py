@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gristmill.train.batches import (
     collate_tokens,
     split_micro_batches,
 )
+from gristmill.train.checkpoint import Checkpoint, CheckpointStore
 from gristmill.train.objectives.next_token import next_token_objective
 from gristmill.train.trainer import LossOutput, Trainer, TrainSettings, compute_precision, global_count
 
@@ -49,6 +51,45 @@ def test_accumulation_gives_one_gradient(make_model: Make, make_samples: MakeSam
     for limit in (total // 2 + 24, total // 4 + 24, 1):
         for name, gradient in gradients(model, samples, limit).items():
             torch.testing.assert_close(gradient, whole[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_where_gradients_and_states_lie_changes_nothing(
+    make_model: Make, make_samples: MakeSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    torch.set_num_threads(1)  # with several workers gradients are added up elsewhere
+    samples, settings = make_samples(16), TrainSettings(optimizer=optimizer, steps=3, batch_size=8, micro_batch_tokens=60)
+    models, places = [make_model(), make_model()], []
+    moved = Trainer(models[0], next_token_objective, settings)
+
+    def look(model: Transformer, batch: Any) -> LossOutput:
+        places.append([parameter.grad.data_ptr() for parameter in model.parameters() if parameter.grad is not None])
+        return next_token_objective(model, batch)
+
+    moved.objective = look
+    moved.fit(samples)
+    spans = [max(found) - min(found) for found in places if found]
+    assert spans and max(spans) < sum(parameter.nbytes for parameter in models[0].parameters())  # side by side
+    monkeypatch.setattr(Trainer, "_gradients_outside_heap", nullcontext)
+    monkeypatch.setattr("gristmill.train.optim.Optimizer._make_states", lambda self, new: None)
+    Trainer(models[1], next_token_objective, settings).fit(samples)
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_the_last_save_finds_gradients_and_states_gone(
+    make_model: Make, make_samples: MakeSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(make_model(), next_token_objective, TrainSettings(steps=2, batch_size=8), folder=tmp_path)
+    held: list[int] = []
+    save = CheckpointStore.save
+
+    def look(store: CheckpointStore, checkpoint: Checkpoint) -> None:
+        held.append(len(trainer.optimizer.state_tensors()))
+        save(store, checkpoint)
+
+    monkeypatch.setattr(CheckpointStore, "save", look)
+    trainer.fit(make_samples(16))
+    assert held == [0] and all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
 def test_several_workers_train_the_same_model(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:

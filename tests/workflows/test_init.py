@@ -20,9 +20,10 @@ from gristmill.data.chat import FORMATS
 from gristmill.data.rows import Response, read_rows
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.miniature.base import BASE
-from gristmill.model.config import ModelConfig, read_config, uniform_blocks
+from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.flops import num_parameters
 from gristmill.model.hf import save_model
+from gristmill.model.hf_config import read_config
 from gristmill.model.transformer import Transformer
 from gristmill.train.by_size import fill
 from gristmill.workflows.alignment.context import STAGE_KINDS

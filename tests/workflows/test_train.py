@@ -15,7 +15,7 @@ from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.hf import load_model, load_reward
 from gristmill.train import memory
 from gristmill.train.settings import Lora, PreferenceTraining, Training
-from gristmill.workflows.train import train_model, training_memory
+from gristmill.workflows.train import merge_adapter_folder, train_model, training_memory
 
 RATED = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
 STEPS = Training(lr=1e-3, steps=2, batch_size=4)
@@ -72,6 +72,25 @@ def test_each_kind_of_training_with_an_adapter(
     assert again == result and (out / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     with pytest.raises(InputError, match="Merge the adapter first"):
         train_model(kind, out / "adapter", data, out=tmp_path / "more", recipe=lora)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("sft", DEMONSTRATIONS), ("reward", RATINGS)])
+def test_merging_measures_the_loss_before_and_after(kind: str, rows: list[dict[str, Any]], tmp_path: Path, random_base: Path) -> None:
+    data, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    lora = Training(lr=1e-2, steps=6, batch_size=8, precision="fp32", lora=Lora(rank=4))
+    train_model(kind, random_base, data, out=out, recipe=lora)
+    first = json.loads((out / "train" / "metrics.jsonl").read_text().splitlines()[0])["loss"]  # of all rows, before any step
+    facts = merge_adapter_folder(out / "adapter", tmp_path / "merged", data)
+    loss = facts["loss"]
+    assert facts["rows"] == 8 and loss["base"] == pytest.approx(first, rel=1e-5) and loss["adapter"] < 0.95 * loss["base"]
+    assert loss["stored"] == pytest.approx(loss["adapter"], rel=1e-5)
+    again = train_model(kind, tmp_path / "merged", data, out=tmp_path / "more", recipe=lora.model_copy(update={"lora": None, "steps": 1}))
+    assert again.metrics["loss"] == pytest.approx(loss["stored"], rel=1e-5)
+    rounded = merge_adapter_folder(out / "adapter", tmp_path / "rounded", data, dtype="bf16")["loss"]
+    assert rounded["adapter"] == loss["adapter"] and rounded["stored"] != loss["stored"]
+    with pytest.raises(InputError, match="holds no rows"):
+        merge_adapter_folder(out / "adapter", tmp_path / "none", write(tmp_path / "empty.jsonl", []))
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_does_not_fit_whole_is_trained_with_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:

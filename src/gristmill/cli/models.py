@@ -130,18 +130,25 @@ def merge(
     out: Out,
     base: Annotated[Path | None, typer.Option(help="Model folder to merge into; default the one that the adapter names.")] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option("--dtype", help="Type to store; bf16 rounds small updates away.")] = "fp32",
+    rows: Annotated[Path | None, typer.Option(help="Rows as for `train`: the loss on them of base, adapter and stored model.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge a LoRA adapter into its base, in fp32, and say how large the update is, and how much of it the stored type keeps."""
-    from gristmill.model.adapters import merge_folder
+    from gristmill.workflows.train import merge_adapter_folder
 
-    facts = merge_folder(adapter, out, base=base, dtype=dtype)
+    facts = merge_adapter_folder(adapter, out, rows, base=base, dtype=dtype)
     if as_json:
         echo(json.dumps(facts))
         return
     for name, found in facts["update"].items():
         lost = f"  rounding in {dtype} changes {found['rounding']:.2%} of it, {found['unmoved']:.2%} of the weights stay"
         echo(f"{name:<10} |D|/|W| {found['update']:.2e}{lost if dtype != 'fp32' else ''}")
+    if loss := facts.get("loss"):
+        dropped = f", {facts['dropped']} left out" if facts["dropped"] else ""
+        echo(
+            f"loss on {facts['rows']:,} rows{dropped}: base {loss['base']:.4f}, with the adapter {loss['adapter']:.4f}, "
+            f"merged and stored {loss['stored']:.4f}"
+        )
     if facts["base_dtype"] != "fp32":
         echo(f"trained on a base in {facts['base_dtype']} and merged into the original weights: it differs a little from what was trained")
     echo(f"model: {facts['model']}")

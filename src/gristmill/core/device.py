@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,6 +89,23 @@ def returned_at_once() -> Iterator[None]:
     finally:  # what glibc comes to by itself when blocks of this size are freed, and how much it then keeps: faster for activations
         mallopt(M_MMAP_THRESHOLD, 32 << 20)
         mallopt(M_TRIM_THRESHOLD, 64 << 20)
+
+
+def zeros_outside_heap(like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Zeros in fp32 of the shapes of tensors, on a CPU in one mapping of their own, which goes back to the system with the last of them.
+
+    What stays for long must not lie in the heap between activations, which come and go: the holes are never the right ones for the next.
+    """
+    import torch
+
+    if not like or like[0].device.type != "cpu":
+        return [torch.zeros_like(one, dtype=torch.float32) for one in like]
+    sizes = [math.prod(one.shape) for one in like]
+    memory = mmap.mmap(-1, max(1, 4 * sum(sizes)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # fewer page faults, where the kernel has large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    flat = torch.frombuffer(memory, dtype=torch.float32, count=sum(sizes))
+    return [part.view(one.shape) for part, one in zip(flat.split(sizes), like, strict=True)]
 
 
 def trim_heap() -> None:

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import replacing, write_json
+from gristmill.core.io import write_json
+from gristmill.core.tensors import write_tensors
 from gristmill.core.untrusted import existing_file, quoted, quoted_path, read_untrusted_json
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model import hf
-from gristmill.model.config import read_config
 from gristmill.model.hf import _copy, _damage, _new_folder, _open, fingerprint
-from gristmill.model.lora import MAX_SCALE, OUTSIDE, LoraConfig, LowRank, adapter_parts, matrix_shapes, merge_adapter
+from gristmill.model.hf_config import read_config
+from gristmill.model.lora import MAX_SCALE, OUTSIDE, LoraConfig, LowRank, adapter_parts, attach_adapter, matrix_shapes, merge_adapter
 from gristmill.model.quantized import FLOATS
 from gristmill.model.reward import REWARD_WEIGHTS, RewardModel
 from gristmill.model.transformer import PRECISIONS, Transformer
@@ -122,8 +122,7 @@ def save_adapter(model: Transformer | RewardModel, config: LoraConfig, folder: P
     with _new_folder(folder, (CONFIG_FILE, FACTS_FILE)) as new:
         write_json(new / CONFIG_FILE, values)
         write_json(new / FACTS_FILE, facts)
-        with replacing(new / WEIGHTS_FILE) as temporary:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+        write_tensors(new / WEIGHTS_FILE, tensors, {"format": "pt"})
 
 
 # ---- reading ----
@@ -346,16 +345,40 @@ def check_base(adapter: Adapter, base: Path | str, folder: Path | str, *, known:
         )
 
 
-def _merged(folder: Path, base: Path | None, dtype: torch.dtype) -> tuple[Transformer, Tokenizer, Adapter, dict[str, dict[str, float]]]:
-    """An adapter's base with the adapter merged in fp32."""
+def _loaded(folder: Path, base: Path | None) -> tuple[Transformer, Tokenizer, Adapter]:
+    """An adapter and its base."""
     base = base_of(folder) if base is None else base
     _, config = read_config(base)
     with torch.device("meta"):
         shapes = matrix_shapes(Transformer(config))
     adapter = read_adapter(folder, shapes)  # before the base, which is larger
     check_base(adapter, base, folder)
-    model, tokenizer = hf.load_model(base)
+    return *hf.load_model(base), adapter
+
+
+def _merged(folder: Path, base: Path | None, dtype: torch.dtype) -> tuple[Transformer, Tokenizer, Adapter, dict[str, dict[str, float]]]:
+    """An adapter's base with the adapter merged in fp32."""
+    model, tokenizer, adapter = _loaded(folder, base)
     return model, tokenizer, adapter, merge_adapter(model, adapter.matrices, stored_as=dtype)
+
+
+def load_unmerged(folder: Path, base: Path | None = None) -> Transformer | RewardModel:
+    """An adapter's base with the adapter beside its matrices, which are in the type that it was trained on (nf4: as they are stored).
+
+    Args:
+        base: instead of the path that the adapter names.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    model, _, adapter = _loaded(folder, base)
+    attach_adapter(model, adapter.matrices, base=adapter.base_dtype if adapter.base_dtype in ("bf16", "int8") else "fp32")
+    return _with_head(model, adapter, folder) if adapter.head else model
+
+
+def is_reward_adapter(folder: Path | str) -> bool:
+    """Whether an adapter folder holds a reward model's."""
+    return _read_config(Path(folder)).get("modules_to_save") == [HEAD]
 
 
 def load_model(

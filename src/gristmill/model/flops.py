@@ -83,8 +83,12 @@ def weight_bytes(config: ModelConfig, bytes_per_value: float = 2) -> int:
     return int(num_parameters(config) * bytes_per_value)
 
 
-def block_activation_bytes_per_token(config: ModelConfig, block: BlockConfig, bytes_per_value: float = 4) -> int:
-    """Bytes that a layer keeps of one token for its backward pass, the padding of attention included (on a CPU, within a tenth)."""
+def block_activation_bytes_per_token(config: ModelConfig, block: BlockConfig, bytes_per_value: float = 4, *, adapted: bool = False) -> int:
+    """Bytes that a layer keeps of one token for its backward pass, the padding of attention included (on a CPU, within a tenth).
+
+    Args:
+        adapted: the MLP's last matrix has a LoRA adapter, and keeps what a gated MLP else makes again, as one with a bias does.
+    """
     queries, keys = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
     short = bytes_per_value < 4  # RMS norms keep their input in fp32 all the same
     norm = config.hidden_size * (1 if config.parts.norm == "layernorm1p" else 3 if short else 2) * (1 + config.parts.post_norm)
@@ -94,11 +98,11 @@ def block_activation_bytes_per_token(config: ModelConfig, block: BlockConfig, by
         values += norm + 5.4 * queries + 2.4 * keys
         values += (4.1 if short else 2.5) * (queries + keys) * (config.parts.qk_norm != "")
     if block.has_mlp:
-        values += norm + block.ffn_size * (4 if config.parts.gated else 2)
+        values += norm + block.ffn_size * (4 if config.parts.gated and (config.mlp_bias or adapted) else 2)
     return int(values * bytes_per_value)
 
 
-def activation_bytes_per_token(config: ModelConfig, bytes_per_value: float = 4) -> int:
+def activation_bytes_per_token(config: ModelConfig, bytes_per_value: float = 4, *, adapted: bool = False) -> int:
     """Bytes that the whole model keeps of one token for its backward pass, without the loss."""
-    layers = sum(block_activation_bytes_per_token(config, block, bytes_per_value) for block in config.blocks)
+    layers = sum(block_activation_bytes_per_token(config, block, bytes_per_value, adapted=adapted) for block in config.blocks)
     return layers + int(4 * config.hidden_size * bytes_per_value)

@@ -17,18 +17,19 @@ from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gristmill.core.device import free_memory, returned_at_once, trim_heap
 from gristmill.core.errors import InputError
-from gristmill.core.io import disk_errors, make_folder, replacing, sync, write_json
+from gristmill.core.io import disk_errors, make_folder, sync, write_json
+from gristmill.core.tensors import write_tensors
 from gristmill.core.untrusted import is_bare_name, quoted, quoted_path, read_untrusted_json
 from gristmill.data.chat import FORMATS, guess_format, matching_formats
 from gristmill.data.rows import ATTRIBUTES
 from gristmill.data.tokenizer import FILES, TEMPLATES, Tokenizer
-from gristmill.model.config import ModelConfig, read_config
+from gristmill.model.config import ModelConfig
 from gristmill.model.folder import model_file
+from gristmill.model.hf_config import from_hf, read_config, to_hf
 from gristmill.model.quantized import (
     INT4_GROUP,
     INT4_GROUPS,
@@ -184,7 +185,7 @@ def _save(
 ) -> None:
     _check_vocabulary(config, tokenizer, folder)
     dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
-    hf = config.to_hf() | {"torch_dtype": dtype} | tokenizer.special_ids() | {"eos_token_id": tokenizer.eos_id} | extra
+    hf = to_hf(config) | {"torch_dtype": dtype} | tokenizer.special_ids() | {"eos_token_id": tokenizer.eos_id} | extra
     formats = matching_formats(tokenizer)
     if not tokenizer.files and len(formats) == 1:  # one that was made here, for a format
         tokenizer = tokenizer.with_chat_template(formats[0].template, cut=True)
@@ -223,18 +224,11 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
     if count == 1:
         files = [SINGLE_FILE]
     for file, shard in zip(files, shards, strict=True):
-        with replacing(folder / file) as temporary:
-            save_file({name: _apart(tensor) for name, tensor in shard.items()}, temporary, metadata={"format": "pt"})
+        write_tensors(folder / file, shard, {"format": "pt"})
     if count > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _apart(tensor: Tensor) -> Tensor:
-    """The tensor in memory of its own: views of one merged matrix share theirs, which the format refuses."""
-    tensor = tensor.cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _is_ours(path: Path, small_files: Sequence[str]) -> bool:
@@ -405,7 +399,7 @@ def _fill(
     Args:
         tensors: Hugging Face names to views of the model's parameters.
     """
-    kind, tied = kind_of(hf), ModelConfig.from_hf(hf).tie_embeddings
+    kind, tied = kind_of(hf), from_hf(hf).tie_embeddings
     files: dict[str, Path] = {}
     with ExitStack() as stack:
         found: dict[str, Any] = {}  # the file that holds a name

@@ -276,11 +276,7 @@ def add_adapters(model: Transformer, config: LoraConfig, *, seed: int, base: str
     """
     targets = check_adapters(model, config, base=base)
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that it is the same on every device
-    model.requires_grad_(False)
-    if base != "fp32":  # as `gristmill quantize` keeps them
-        for matrix in (model.embedding, None if model.lm_head is None else model.lm_head.weight):
-            if matrix is not None:
-                matrix.data = matrix.data.bfloat16()
+    _freeze_outside(model, base)
     for place in _places(model):
         chosen = [name for name in place.spans if name in targets]
         if not chosen and base == "fp32":
@@ -298,6 +294,26 @@ def add_adapters(model: Transformer, config: LoraConfig, *, seed: int, base: str
                 part.magnitude = nn.Parameter(row_lengths(part.updated(pieces[name]).detach()))
             layer.parts[name] = part
         setattr(place.parent, place.attribute, layer)
+
+
+def _freeze_outside(model: Transformer, base: str) -> None:
+    model.requires_grad_(False)
+    if base != "fp32":  # as `gristmill quantize` keeps them
+        for matrix in (model.embedding, None if model.lm_head is None else model.lm_head.weight):
+            if matrix is not None:
+                matrix.data = matrix.data.bfloat16()
+
+
+def attach_adapter(model: Transformer, matrices: dict[str, LowRank], *, base: str = "fp32") -> None:
+    """Freeze a model and put stored updates, by the names of their matrices, beside its matrices; `base` as in `add_adapters`."""
+    _freeze_outside(model, base)
+    for place in _places(model):
+        parts = {name: matrices[place.prefix + name] for name in place.spans if place.prefix + name in matrices}
+        if parts or base != "fp32":
+            layer = LoraLinear(place.linear, place.spans)
+            layer.freeze(base)
+            layer.parts.update(parts)
+            setattr(place.parent, place.attribute, layer)
 
 
 def load_adapters(model: Transformer, matrices: dict[str, LowRank]) -> None:

@@ -184,6 +184,26 @@ def gate_activation(gate_TF: Tensor, parts: Family) -> Tensor:
     return F.silu(gate_TF) if parts.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
 
 
+class _GatedDown(torch.autograd.Function):
+    """(f(gate) * up) @ down.T that keeps gate and up and makes the product again; autograd would keep f(gate) and the product too."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor, down_DF: Tensor, parts: Family) -> Tensor:
+        ctx.save_for_backward(gate_TF, up_TF, down_DF)
+        ctx.parts = parts
+        return F.linear(gate_activation(gate_TF, parts) * up_TF, down_DF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate_TF, up_TF, down_DF = ctx.saved_tensors
+        with torch.enable_grad():
+            halves = gate_TF.detach().requires_grad_(), up_TF.detach().requires_grad_()
+            inner_TF = gate_activation(halves[0], ctx.parts) * halves[1]
+        grad_DF = grads[0].T @ inner_TF.detach() if ctx.needs_input_grad[2] else None
+        return *torch.autograd.grad(inner_TF, halves, grads[0] @ down_DF), grad_DF, None
+
+
 class MLP(nn.Module):
     """down(relu(up x)^2), or down(f(gate x) * up x) in the gated families. Rows of `gate_up`: the gate's, then those of up."""
 
@@ -199,12 +219,15 @@ class MLP(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.gate_up is not None:
             gate_TF, up_TF = self.gate_up(x_TD).chunk(2, dim=-1)
-            return self.down(gate_activation(gate_TF, self.parts) * up_TF)
-        assert self.up is not None
-        up_TF = self.up(x_TD)
-        if self.gate is None:
-            return self.down(_SquaredReLU.apply(up_TF))
-        return self.down(gate_activation(self.gate(x_TD), self.parts) * up_TF)
+        else:
+            assert self.up is not None
+            up_TF = self.up(x_TD)
+            if self.gate is None:
+                return self.down(_SquaredReLU.apply(up_TF))
+            gate_TF = self.gate(x_TD)
+        if type(self.down) is Linear and self.down.bias is None and torch.is_grad_enabled():
+            return _GatedDown.apply(gate_TF, up_TF, self.down.weight.to(x_TD.dtype), self.parts)
+        return self.down(gate_activation(gate_TF, self.parts) * up_TF)
 
 
 class Block(nn.Module):

@@ -9,14 +9,13 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gristmill.core.echo import echo
@@ -29,12 +28,12 @@ from gristmill.core.io import (
     make_folder,
     read_json,
     reason,
-    replacing,
     stamps,
     sweep,
     sync,
     write_json,
 )
+from gristmill.core.tensors import write_tensors
 
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _TEMPORARY = "checkpoint.tmp"
@@ -53,12 +52,6 @@ def fingerprint_model(model: nn.Module) -> str:
 def fingerprint_text(text: str) -> str:
     """A hash of a text. 16 hexadecimal digits."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def save_tensors_atomic(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file under a temporary name, sync it and rename it to ``path``."""
-    with replacing(path) as temporary:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class CheckpointStore:
                 self._check(info.pop("identity"))
                 if bad := damaged(path, info.pop(STAMPS, {})):
                     raise DamagedFile(f"{path / bad[0]} is not what was written")
-                tensors = {name: tensor.clone() for name, tensor in load_file(path / _TENSORS).items()}
+                tensors = load_file(path / _TENSORS, backend="pread")  # mapped pages would be held beside their copies
                 return Checkpoint(int(info.pop("step")), bool(info.pop("finished")), info, tensors)
             except (DamagedFile, OSError, LookupError, TypeError, AttributeError, ValueError, SafetensorError) as error:
                 if isinstance(error, InputError) and not isinstance(error, DamagedFile):
@@ -132,7 +125,7 @@ class CheckpointStore:
         with disk_errors(self.folder):
             try:
                 make_folder(temporary)
-                save_tensors_atomic(checkpoint.tensors, temporary / _TENSORS)
+                write_tensors(temporary / _TENSORS, checkpoint.tensors)
                 write_json(temporary / _INFO, head | {STAMPS: stamps(temporary, [_TENSORS])} | checkpoint.info)
                 shutil.rmtree(final, ignore_errors=True)  # one that was damaged
                 os.rename(temporary, final)

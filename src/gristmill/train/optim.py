@@ -1,12 +1,13 @@
 """Optimisers and schedules: AdamW, and Muon for hidden matrices with AdamW for everything else."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from gristmill.core.device import zeros_outside_heap
 from gristmill.core.errors import InputError
 
 OPTIMIZERS = ("adamw", "muon")
@@ -92,12 +93,27 @@ class Optimizer:
                 group["lr"] = lr * scale * group.get("lr_ratio", 1.0)
 
     def step(self) -> None:
+        self._make_states([(part, p) for _, part, p in self._states() if p.grad is not None and not part.state[p]])
         for part in self._parts:
             part.step()
+
+    def _make_states(self, new: Sequence[tuple[torch.optim.Optimizer, nn.Parameter]]) -> None:
+        """States as torch's optimizers begin with, which would lie in the heap between activations."""
+        names = [("momentum_buffer",) if isinstance(part, torch.optim.Muon) else ("exp_avg", "exp_avg_sq") for part, _ in new]
+        zeros = iter(zeros_outside_heap([parameter for (_, parameter), keys in zip(new, names, strict=True) for _ in keys]))
+        for (part, parameter), keys in zip(new, names, strict=True):
+            step = {} if "momentum_buffer" in keys else {"step": torch.zeros((), device=parameter.device)}
+            part.state[parameter] = step | {key: next(zeros) for key in keys}
 
     def zero_grad(self) -> None:
         for part in self._parts:
             part.zero_grad(set_to_none=True)
+
+    def release(self) -> None:
+        """Free gradients and states, which nothing needs when training has ended."""
+        self.zero_grad()
+        for part in self._parts:
+            part.state.clear()
 
     def _states(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter]]:
         for part in self._parts:
@@ -110,11 +126,10 @@ class Optimizer:
         return {f"{name}|{key}": value for name, part, parameter in self._states() for key, value in part.state[parameter].items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what ``state_tensors`` gave."""
-        saved: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            name, _, entry = key.rpartition("|")
-            saved.setdefault(name, {})[entry] = value
-        for name, part, parameter in self._states():
-            if name in saved:
-                part.state[parameter] = dict(saved[name])
+        """Copy what ``state_tensors`` gave out of the dictionary, which is emptied: there is no room for all of it twice."""
+        saved = {key.rpartition("|")[0] for key in tensors}
+        found = [(name, part, parameter) for name, part, parameter in self._states() if name in saved]
+        self._make_states([(part, parameter) for _, part, parameter in found])
+        for name, part, parameter in found:
+            for key, value in part.state[parameter].items():
+                value.copy_(tensors.pop(f"{name}|{key}"))

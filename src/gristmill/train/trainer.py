@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,10 +16,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from gristmill.core.device import check_dtype, pick_device
+from gristmill.core.device import check_dtype, pick_device, trim_heap, zeros_outside_heap
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, read_bytes, sync, write_text
-from gristmill.core.threads import Map, num_workers, workers
+from gristmill.core.threads import MAX_THREADED_PARAMETERS, Map, num_workers, workers
 from gristmill.model.transformer import PRECISIONS
 from gristmill.train.batches import (
     AnySample,
@@ -148,6 +148,8 @@ class Trainer:
         self.device = next(model.parameters()).device
         check_dtype(self.device, PRECISIONS[settings.precision])
         self.num_workers = num_workers(model)
+        # what activations leave is too small for those of more tokens; a large model computes long enough to have the pages made anew
+        self._trims_heap = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) >= MAX_THREADED_PARAMETERS
         chosen = settings.micro_batch_tokens or recorded_micro_batch(folder)
         self.micro_batch_tokens = chosen or choose_micro_batch(
             model, settings.optimizer, precision=settings.precision, device=self.device, loaded=True
@@ -210,8 +212,10 @@ class Trainer:
                 if saved.finished:
                     return self.result
             self._train(data, held_out, plan, store)
+            self.optimizer.release()
             if self._best:
                 self._restore(self._best)
+                self._best = {}
             if store:
                 store.save(self.state(finished=True))
         return self.result
@@ -348,10 +352,13 @@ class Trainer:
     def _backward(self, batches: Sequence[Batch], count: int) -> Iterator[LossOutput]:
         """Add the gradients of all micro-batches, in their order. Each worker makes its own: there is only one `.grad` to add to."""
         if self.num_workers == 1:
-            for batch in batches:
-                output = self.objective(self.model, batch)
-                (output.sum / count).backward()
-                yield output
+            with self._gradients_outside_heap() if len(batches) > 1 and self.device.type == "cpu" else nullcontext():
+                for batch in batches:
+                    output = self.objective(self.model, batch)
+                    (output.sum / count).backward()
+                    if self._trims_heap:
+                        trim_heap()
+                    yield output
             return
         assert self._map is not None
         parameters = self.optimizer.parameters
@@ -366,6 +373,22 @@ class Trainer:
                     if grad is not None:
                         parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
                 yield output
+
+    @contextmanager
+    def _gradients_outside_heap(self) -> Iterator[None]:
+        """Move each gradient that others will be added to, as it comes: else they lie scattered over what activations leave in the heap."""
+        places = dict(zip(self.optimizer.parameters, zeros_outside_heap(self.optimizer.parameters), strict=True))
+
+        def move(parameter: Tensor) -> None:
+            if parameter.grad is not None and parameter.grad is not places[cast(nn.Parameter, parameter)]:
+                parameter.grad = places[cast(nn.Parameter, parameter)].copy_(parameter.grad)
+
+        hooks = [parameter.register_post_accumulate_grad_hook(move) for parameter in places]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def _validate(self, data: SampleData) -> float:
@@ -413,8 +436,7 @@ class Trainer:
             return
         self._best = _unprefixed("best", tensors)
         self._best_loss = math.inf if saved.info["best_loss"] is None else saved.info["best_loss"]
-        state = _unprefixed("optimizer", tensors)
-        self.optimizer.load_state_tensors({name: state.pop(name).to(self.device, copy=True) for name in list(state)})
+        self.optimizer.load_state_tensors(_unprefixed("optimizer", tensors))
         torch.set_rng_state(saved.tensors["rng"].cpu())
         if self.device.type == "cuda" and "rng_cuda" in saved.tensors:
             torch.cuda.set_rng_state(saved.tensors["rng_cuda"].cpu(), self.device)

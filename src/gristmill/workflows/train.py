@@ -11,16 +11,28 @@ from gristmill.core.device import check_dtype, pick_device
 from gristmill.core.errors import InputError
 from gristmill.data.chat import ChatFormat, find_format, with_template_of
 from gristmill.data.readers import read_demonstrations, read_pairs, read_ratings
-from gristmill.model.adapters import base_of, is_adapter, load_model, save_adapter
-from gristmill.model.config import ModelConfig, read_config
+from gristmill.data.tokenizer import Tokenizer
+from gristmill.model.adapters import (
+    base_of,
+    is_adapter,
+    is_reward_adapter,
+    load_model,
+    load_reward,
+    load_unmerged,
+    merge_folder,
+    save_adapter,
+)
+from gristmill.model.config import ModelConfig
 from gristmill.model.flops import num_parameters
 from gristmill.model.hf import save_model, save_reward
-from gristmill.model.lora import LoraConfig, add_adapters
+from gristmill.model.hf_config import read_config
+from gristmill.model.lora import LoraConfig, adapters_disabled, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS, Transformer
-from gristmill.train.batches import AnySample
+from gristmill.train.batches import AnySample, collate, split_micro_batches
 from gristmill.train.by_size import Kind, described, fill
-from gristmill.train.memory import MemoryEstimate, choose_micro_batch, fitting, recorded_micro_batch
+from gristmill.train.data import ListData, check_vocabulary
+from gristmill.train.memory import MIN_MICRO_BATCH, MemoryEstimate, choose_micro_batch, fitting, recorded_micro_batch
 from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
@@ -115,6 +127,48 @@ def train_model(
     else:
         save_model(model, saved, out / MODEL)
     return result
+
+
+def merge_adapter_folder(
+    adapter: Path, out: Path, rows: Path | None = None, *, base: Path | None = None, dtype: str = "fp32"
+) -> dict[str, Any]:
+    """Merge an adapter folder, as `merge_folder`, and with rows measure their mean loss before and after: SFT's, or a reward model's.
+
+    Returns:
+        What `merge_folder` tells. With rows also `loss`, all computed in fp32: of the base alone, of the base with the adapter beside
+        it, and of the folder that was stored; and the number of rows, and of those left out as too long or without a trained token.
+
+    Raises:
+        InputError: as `merge_folder`, or a row cannot be used.
+    """
+    if rows is None:
+        return merge_folder(adapter, out, base=base, dtype=dtype)
+    start = base_of(adapter) if base is None else base
+    tokenizer = Tokenizer.load(start)
+    form, rated = find_format("auto", tokenizer), is_reward_adapter(adapter)
+    read = read_ratings(rows) if rated else read_demonstrations(rows)
+    samples: Sequence[AnySample] = rated_samples(read, form, tokenizer) if rated else demonstration_samples(read, form, tokenizer)  # type: ignore[arg-type]
+    data = ListData(samples, max_tokens=read_config(start)[1].max_positions)
+    objective = reward_objective if rated else sft_objective
+    facts = merge_folder(adapter, out, base=base, dtype=dtype)
+    model = load_unmerged(adapter, base)
+    check_vocabulary(model, data.items)
+    with adapters_disabled():
+        losses = {"base": mean_loss(model, objective, data)}
+    losses["adapter"] = mean_loss(model, objective, data)
+    del model
+    losses["stored"] = mean_loss((load_reward if rated else load_model)(out)[0], objective, data)
+    dropped = len(data.dropped_long) + len(data.dropped_untrained)
+    return facts | {"loss": losses, "rows": len(read), "dropped": dropped}
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, objective: Objective, data: ListData) -> float:
+    """Mean loss of an objective over data."""
+    model.eval()
+    device = next(model.parameters()).device
+    outputs = [objective(model, collate(group, device)) for group in split_micro_batches(data.items, MIN_MICRO_BATCH)]
+    return sum(float(output.sum) for output in outputs) / max(1, sum(output.count for output in outputs))
 
 
 def training_memory(config: ModelConfig, recipe: Training, device: torch.device, folder: Path | None = None) -> MemoryEstimate:

@@ -12,8 +12,8 @@ import numpy as np
 
 from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
-from gristmill.model.config import read_config
 from gristmill.model.folder import refuse_other_forms
+from gristmill.model.hf_config import read_config
 
 MAX_TOKENS = 512  # of a document's beginning
 PACK_TOKENS = 16_384  # read at once

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gristmill.core.errors import InputError
+from gristmill.core.tensors import write_tensors
 from gristmill.core.threads import num_workers, workers
 from gristmill.data.chat import ChatFormat, Message
 from gristmill.data.rows import Pair
@@ -29,7 +30,7 @@ from gristmill.train.batches import (
     fingerprint_samples,
     split_micro_batches,
 )
-from gristmill.train.checkpoint import fingerprint_model, fingerprint_text, save_tensors_atomic
+from gristmill.train.checkpoint import fingerprint_model, fingerprint_text
 from gristmill.train.data import check_vocabulary
 from gristmill.train.losses import preference_loss, preference_name, token_logprobs
 from gristmill.train.trainer import LossOutput, compute_precision
@@ -141,7 +142,7 @@ def compute_reference_logprobs(
         reference_P2[[position[id(pair)] for pair in group]] = logprobs_D.view(-1, 2).cpu()
     model.train(was_training)
     if path is not None:
-        save_tensors_atomic({"reference_P2": reference_P2}, path)
+        write_tensors(path, {"reference_P2": reference_P2})
     return _with_references(bare, reference_P2)
 
 
