@@ -351,6 +351,12 @@ def serve(
         str,
         typer.Option(help="Thinking as reasoning_content: think (where an answer begins with a tag), or vLLM's deepseek_r1 or qwen3."),
     ] = "",
+    tool_call_parser: Annotated[
+        str, typer.Option(help="How the model writes calls of tools: hermes, llama3_json, mistral, ...; default as its chat template does.")
+    ] = "",
+    enable_auto_tool_choice: Annotated[
+        bool, typer.Option("--enable-auto-tool-choice", help="Start only if the model's calls of tools can be told from text.")
+    ] = False,
     max_batch: Annotated[int, typer.Option(help="Most responses in flight.")] = 256,
     cache_tokens: Annotated[
         int | None, typer.Option(help="Positions in a worker's cache; default: a quarter of the memory at most.")
@@ -384,6 +390,8 @@ def serve(
         max_open_samples=max_open_samples,
         timeout=timeout,
         reasoning_parser=reasoning_parser,
+        tool_call_parser=tool_call_parser,
+        enable_auto_tool_choice=enable_auto_tool_choice,
         lora=LoraArgs(enable=enable_lora, modules=lora_modules or (), max_loras=max_loras, max_rank=max_lora_rank, folder=lora_folder),
     )
     engine_args = EngineArgs(

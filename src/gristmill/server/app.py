@@ -59,6 +59,7 @@ from gristmill.server.responses import (
     text_keeping,
     usage_counts,
 )
+from gristmill.server.responses_api import ResponsesBuilder, ResponsesRequest
 from gristmill.server.tools import ToolUse, find_support, use_tools
 
 MAX_BODY_BYTES = 4 << 20
@@ -160,6 +161,9 @@ class Server:
         app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat, expect_handler=self._expect)
+        app.router.add_get("/v1/models/{name}", self._model)
+        app.router.add_post("/v1/responses", self._responses, expect_handler=self._expect)
+        app.router.add_post("/v1/embeddings", self._embeddings, expect_handler=self._expect)
         app.router.add_post("/v1/completions", self._completions, expect_handler=self._expect)
         app.router.add_post("/v1/rewards", self._rewards, expect_handler=self._expect)
         if self.adapters is not None:
@@ -334,10 +338,21 @@ class Server:
         return web.Response(body=generate_latest(self.metrics.registry), content_type="text/plain", charset="utf-8")
 
     async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": self._model_list()})
+
+    async def _model(self, http: web.Request) -> web.Response:
+        name = http.match_info["name"]
+        models = {model["id"]: model for model in self._model_list()}
+        self._check_model(name, *models)
+        return web.json_response(models[name])
+
+    async def _embeddings(self, _: web.Request) -> web.Response:
+        raise _HttpError(404, "this server makes no embeddings: its models write text; ask one that serves an embedding model")
+
+    def _model_list(self) -> list[dict[str, Any]]:
         names = [self.engine.name, *([self.reward_name] if self.ratings else [])]
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "gristmill"} for name in names]
-        models += [{**models[0], "id": name, "parent": self.engine.name} for name in list(self.engine.adapters)]
-        return web.json_response({"object": "list", "data": models})
+        return models + [{**models[0], "id": name, "parent": self.engine.name} for name in list(self.engine.adapters)]
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         in_process = self.engine.chat_format.in_process  # no template of the folder's
@@ -353,6 +368,17 @@ class Server:
             self.engine, bool(body.logprobs), reasoning, model=body.model or "", continued=request.continues_text, tools=tools
         )
         return await self._respond(http, body, [request], builder=builder)
+
+    async def _responses(self, http: web.Request) -> web.StreamResponse:
+        asked, long = await self._admit(http, ResponsesRequest)
+        self._check_model(asked.model, self.engine.name, *self.engine.adapters)
+        body = await self._run(lambda: asked.to_chat(template=not self.engine.chat_format.in_process), long=long)
+        parallel = asked.parallel_tool_calls
+        tools = use_tools(self.tool_support, asked.tools or [], asked.tool_choice, parallel=parallel, flat=True)
+        request, reasoning = await self._chat_request(body, tools, long=long)
+        model, continued = body.model or "", request.continues_text
+        chat = ChatResponseBuilder(self.engine, asked.told_logprobs, reasoning, model=model, continued=continued, tools=tools)
+        return await self._respond(http, body, [request], builder=ResponsesBuilder(asked, chat))
 
     async def _chat_request(
         self, body: ChatCompletionRequest, tools: ToolUse | None, *, long: bool

@@ -228,7 +228,7 @@ class ChatResponseBuilder(ResponseBuilder):
         """Message of a completion, and why it ended."""
         if self.reasoning_parser is None and self.tools is None:
             return {"role": "assistant", "content": out.text}, out.finish
-        parser = AnswerParser(self.reasoning_parser, self.tools)
+        parser = self.parser(live=False)
         thought, said, calls = "", "", list[dict[str, Any]]()
         for piece in parser.add(text_keeping(self.engine, state, out, self.keep), last=True):
             if isinstance(piece, Thought):
@@ -246,17 +246,29 @@ class ChatResponseBuilder(ResponseBuilder):
             message["tool_calls"] = [{name: value for name, value in call.items() if name != "index"} for call in calls]
         return message, "tool_calls" if calls and out.finish == "stop" else out.finish
 
-    def _call(self, piece: CallDelta) -> dict[str, Any]:
+    def parser(self, *, live: bool) -> AnswerParser:
+        """Parser of an answer; `live` as in `AnswerParser`."""
+        return AnswerParser(self.reasoning_parser, self.tools, live=live)
+
+    def new_call_id(self) -> str:
+        """Id of a call."""
         assert self.tools is not None
+        return self.tools.new_id()
+
+    def token_entry(self, event: TokenEvent, *, first: bool) -> dict[str, Any]:
+        """Log-probabilities of a streamed token."""
+        return self._entry(event.token, event.logprob, event.top_logprobs, first)
+
+    def _call(self, piece: CallDelta) -> dict[str, Any]:
         function = {"name": piece.name, "arguments": ""}
-        return {"index": piece.index, "id": self.tools.new_id(), "type": "function", "function": function}
+        return {"index": piece.index, "id": self.new_call_id(), "type": "function", "function": function}
 
     def choice_deltas(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = [{"content": text}]
         if self.reasoning_parser is not None or self.tools is not None:
             parser = self.parsers.get(index)
             if parser is None:
-                parser = self.parsers[index] = AnswerParser(self.reasoning_parser, self.tools, live=True)
+                parser = self.parsers[index] = self.parser(live=True)
             deltas = []
             for piece in parser.add(text, last=finish is not None):
                 if isinstance(piece, Thought):
