@@ -258,6 +258,19 @@ def test_models_without_tools_or_without_a_known_form_say_so() -> None:
     assert [one.name for one in parse_tools([{"type": "function", "name": "f", "parameters": {}}], flat=True)] == ["f"]
 
 
+def test_a_call_has_no_arguments_but_those_of_its_schema() -> None:
+    inner = {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"]}
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/in"}, "b": {"type": "array", "items": inner, "maxItems": 1}}}
+    whole = schema | {"required": ["a", "b"], "$defs": {"in": inner}}
+    (found,) = ask(HERMES, chat(tools=[tool(parameters=whole)], tool_choice="required", parallel_tool_calls=False))
+    told = json.loads(found["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"])
+    assert told in ({"a": {"x": 1}, "b": []}, {"a": {"x": 1}, "b": [{"x": 1}]})
+    free = {"allOf": [{"properties": {"a": {"const": 1}}, "required": ["a"]}, {"properties": {"b": {"const": 2}}, "required": ["b"]}]}
+    closed = {"allOf": [one | {"additionalProperties": True} for one in free["allOf"]], "type": "object"}
+    use = use_tools(HERMES.tool_support, [tool(parameters=closed)], "required")
+    assert use is not None and use.build_grammar("", HERMES.engine.tokenizer, HERMES.engine.grammar_backend.validate)
+
+
 def test_allowed_tools() -> None:
     some = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "rest"}}]}}
     use = use_tools(HERMES.tool_support, TOOLS, some)

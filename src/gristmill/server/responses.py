@@ -240,7 +240,7 @@ class ChatResponseBuilder(ResponseBuilder):
             else:
                 calls[-1]["function"]["arguments"] += piece.arguments
         blank = None if calls or self.reasoning_parser is not None else ""
-        message = {"role": "assistant", "content": said or blank}
+        message: dict[str, Any] = {"role": "assistant", "content": said or blank}
         message |= _reasoning(thought or None) if self.reasoning_parser is not None else {}
         if calls:
             message["tool_calls"] = [{name: value for name, value in call.items() if name != "index"} for call in calls]

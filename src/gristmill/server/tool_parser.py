@@ -102,10 +102,11 @@ class ToolCallParser:
         self._text = ""  # what is not told yet, behind what is passed
         self._passed = ""  # what a call has begun with, and is text if it is none
         self._skip = 0  # characters of the text that are known not to begin a call
-        self._step = self._plain if form.begin else self._start
+        self._step: Callable[[bool], bool] = self._plain if form.begin else self._start
         self._list = self._outer = False
         self._name = ""
-        self._rewind()
+        self._at = self._depth = 0  # how far an object is read, and how deep it is there
+        self._in_string = self._escaped = False
         self._out: list[Piece] = []
 
     def add(self, text: str, *, last: bool = False) -> list[Piece]:
@@ -264,7 +265,7 @@ class ToolCallParser:
         return True
 
     def _rewind(self) -> None:
-        self._at = self._depth = 0  # how far an object is read, and how deep it is there
+        self._at = self._depth = 0
         self._in_string = self._escaped = False
 
     def _say(self, text: str) -> None:

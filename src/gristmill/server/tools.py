@@ -237,7 +237,30 @@ def _at(place: str, schema: Any) -> Any:
 
 
 def _object(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(schema) | {"type": "object"}
+    """Schema of arguments by which calls are held: what it does not name is no argument, unless it says otherwise."""
+    whole = dict(schema) | {"type": "object"}
+    return whole if '"allOf"' in json.dumps(whole) else dict(_closed(whole))  # of what is put together no part can be closed
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have no properties but those that they name, where it says nothing about others."""
+    if not isinstance(schema, dict):
+        return schema
+    out, named = dict(schema), isinstance(schema.get("properties"), dict)
+    for name in ("properties", "$defs", "definitions"):
+        if isinstance(schema.get(name), dict):
+            out[name] = {key: _closed(value) for key, value in schema[name].items()}
+    for name in ("anyOf", "oneOf", "prefixItems"):
+        if isinstance(schema.get(name), list) and not named:
+            out[name] = [_closed(value) for value in schema[name]]
+    if isinstance(schema.get("items"), dict):
+        out["items"] = _closed(schema["items"])
+    if named and not _OPEN & schema.keys():
+        out["additionalProperties"] = False
+    return out
+
+
+_OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas"}
 
 
 class _Lark:
@@ -343,7 +366,7 @@ def _fields(schema: Mapping[str, Any]) -> list[tuple[str, bool]]:
 
 
 def _with_definitions(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {name: root[name] for name in ("$defs", "definitions") if name in root} | dict(schema)
+    return _closed({name: root[name] for name in ("$defs", "definitions") if name in root} | dict(schema))  # type: ignore[no-any-return]
 
 
 # ---- requests ----
