@@ -366,7 +366,7 @@ def _fields(schema: Mapping[str, Any]) -> list[tuple[str, bool]]:
 
 
 def _with_definitions(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
-    return _closed({name: root[name] for name in ("$defs", "definitions") if name in root} | dict(schema))  # type: ignore[no-any-return]
+    return _closed({name: root[name] for name in ("$defs", "definitions") if name in root} | dict(schema))
 
 
 # ---- requests ----
