@@ -33,7 +33,7 @@ WEATHER = {
 }
 TOOL = {"type": "function", "function": {"name": "get_weather", "description": "Weather of a city.", "parameters": WEATHER}}
 ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
-LIMIT = 300  # tokens of an answer
+LIMIT = 120  # tokens of an answer
 
 
 def check_arguments(arguments: Any) -> None:
@@ -112,7 +112,7 @@ def try_langchain(url: str, model: str) -> None:
 
     for responses in (False, True):
         llm = ChatOpenAI(model=model, base_url=url, api_key="none", max_tokens=LIMIT, use_responses_api=responses, max_retries=0)
-        assert llm.bind(max_tokens=10).invoke("Hi").usage_metadata["output_tokens"] == 10
+        assert llm.bind(max_tokens=10).invoke("Hi").usage_metadata["output_tokens"] <= 10
         assert "".join(str(chunk.text) for chunk in llm.bind(max_tokens=10).stream("Hi")) is not None
         bound = llm.bind_tools([add], tool_choice="add", parallel_tool_calls=False)
         answer = bound.invoke("What is 2 + 3?")

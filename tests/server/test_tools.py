@@ -243,6 +243,25 @@ def test_a_schema_of_which_a_part_is_unknown_is_held_to_the_rest_unless_a_call_i
     assert use is not None and use.build_grammar("", HERMES.engine.tokenizer, HERMES.engine.grammar_backend.validate) and use.held
 
 
+def test_other_control_tokens_may_stand_in_a_text_and_none_in_a_call() -> None:
+    engine = HERMES.engine
+    use, other, end = (
+        use_tools(HERMES.tool_support, TOOLS),
+        engine.tokenizer.special_id("[ARGS]"),
+        engine.tokenizer.special_id("<|im_end|>"),
+    )
+    assert use is not None
+    grammar = use.build_grammar("", engine.tokenizer, engine.grammar_backend.validate, {end, engine.tokenizer.eos_id})
+    matcher = engine.grammar_backend.new_matcher(grammar)
+    allowed = []
+    for token in [other, *engine.tokenizer.encode("so "), other, *engine.tokenizer.encode("<tool_call>\n{")]:
+        assert matcher.accept_token(token) == ""
+        mask = matcher.token_mask()
+        assert mask is not None
+        allowed.append((bool(mask[other]), bool(mask[end])))
+    assert allowed[0] == allowed[5] == (True, True) and allowed[-1] == (False, False)
+
+
 def test_models_without_tools_or_without_a_known_form_say_so() -> None:
     tokenizer = Tokenizer.train(["hello"] * 3, 300, FORMATS["chatml"].special_tokens)
     with pytest.raises(FieldError, match="no place for tools"):
@@ -253,6 +272,7 @@ def test_models_without_tools_or_without_a_known_form_say_so() -> None:
     assert use_tools(unknown.tool_support, TOOLS) is None
     told = find_support(unknown.engine.chat_format, unknown.engine.tokenizer, "hermes")
     assert told.form is FORMS["hermes"] and use_tools(told, TOOLS, "required") is not None
+    assert find_support(FORMATS["chatml"], tokenizer, "qwen3_xml").form is FORMS["qwen3_coder"]
     with pytest.raises(InputError, match="not one of hermes, "):
         find_support(unknown.engine.chat_format, unknown.engine.tokenizer, "hermss")
     assert [one.name for one in parse_tools([{"type": "function", "name": "f", "parameters": {}}], flat=True)] == ["f"]

@@ -161,7 +161,7 @@ class Server:
         app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat, expect_handler=self._expect)
-        app.router.add_get("/v1/models/{name}", self._model)
+        app.router.add_get("/v1/models/{name:.+}", self._model)
         app.router.add_post("/v1/responses", self._responses, expect_handler=self._expect)
         app.router.add_post("/v1/embeddings", self._embeddings, expect_handler=self._expect)
         app.router.add_post("/v1/completions", self._completions, expect_handler=self._expect)
@@ -193,7 +193,8 @@ class Server:
     async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         http, started = request, time.monotonic()
         connection = http.protocol if isinstance(http.protocol, Connection) else None
-        known = http.match_info.route.resource is not None
+        resource = http.match_info.route.resource
+        known, path = resource is not None, resource.canonical if resource is not None else "?"
         post = http.method == hdrs.METH_POST
         self._num_posts += post
         try:
@@ -207,13 +208,13 @@ class Server:
                     connection.work(self.limits.timeout)
             reply = refused or await self._handle_errors(http, handler)
         except asyncio.CancelledError:
-            self.metrics.requests.labels(http.path if known else "?", "gone").inc()
+            self.metrics.requests.labels(path, "gone").inc()
             raise
         finally:
             self._num_posts -= post
             if connection is not None:
                 connection.wait()
-        self.metrics.requests.labels(http.path if known else "?", str(reply.status)).inc()
+        self.metrics.requests.labels(path, str(reply.status)).inc()
         if known and post and reply.status == 200:
             self.metrics.seconds.observe(time.monotonic() - started)
         return reply
@@ -521,7 +522,7 @@ class Server:
             def build() -> str:
                 made, validate = body.to_grammar(), self.engine.grammar_backend.validate
                 if tools is not None:
-                    return tools.build_grammar(made, self.engine.tokenizer, validate)
+                    return tools.build_grammar(made, self.engine.tokenizer, validate, set(self.engine.stop_V.nonzero()[0].tolist()))
                 if made:
                     validate(made)
                 return made

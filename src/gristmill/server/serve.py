@@ -24,6 +24,7 @@ from gristmill.server.app import Limits, Server
 from gristmill.server.connections import ACCEPT_BURST, ConnectionPool, LogLimit, connection_limit
 from gristmill.server.ratings import RateFn
 from gristmill.server.tool_parser import FORMS
+from gristmill.server.tools import form_of
 
 BACKLOG = 4096  # where it is full, a client tries again only after a second
 SHUTDOWN_SECONDS = 60.0  # that answers under way may take when the server is told to end
@@ -70,8 +71,8 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
     if args.lora.enable and is_adapter(model_folder):
         raise InputError(f"Serve the base of {model_folder}, and the adapter with --lora-modules NAME={model_folder}.")
     keys = _keys(args.api_key_env, args.api_key_file)
-    if args.tool_call_parser not in ("", *FORMS):
-        raise InputError(f"--tool-call-parser {args.tool_call_parser} is not one of {', '.join(FORMS)}.")
+    if args.tool_call_parser:
+        form_of(args.tool_call_parser)
     if args.reasoning_parser not in ("", *REASONING_PARSERS):
         raise InputError(f"--reasoning-parser {args.reasoning_parser} is not one of {', '.join(REASONING_PARSERS)}.")
     name = args.name or model_folder.resolve().name

@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from gristmill.server.tool_parser import FORMS, NAME, ToolCallParser, ToolForm, 
 
 MAX_TOOLS = 128  # as with OpenAI
 MAX_PROBED_CHARS = 100_000
+ALIASES = {"granite4": "hermes", "llama4_json": "llama3_json", "llama4_pythonic": "pythonic", "qwen3_xml": "qwen3_coder"}
 LONG_ID, SHORT_ID = "call_0123456789abcdef01234567", "abcdefghi"  # Mistral's templates take those of nine letters alone
 # What llguidance says of a schema that is right, and of which it does not know a part.
 _UNKNOWN = re.compile(r"Unimplemented|Unknown format|look-around|look-ahead|not supported|too large|too many|limit", re.I)
@@ -58,6 +59,17 @@ class ToolSupport:
     short_ids: bool = False
 
 
+def form_of(name: str) -> ToolForm:
+    """The form of a name, or of another name that vLLM has for it.
+
+    Raises:
+        InputError: there is none.
+    """
+    if (name := ALIASES.get(name, name)) not in FORMS:
+        raise InputError(f"--tool-call-parser {name} is not one of {', '.join(FORMS)}.")
+    return FORMS[name]
+
+
 def find_support(chat_format: ChatFormat, tokenizer: Tokenizer, parser: str = "") -> ToolSupport:
     """How a model's chat template writes calls: the form whose parser reads back what it has written.
 
@@ -67,9 +79,7 @@ def find_support(chat_format: ChatFormat, tokenizer: Tokenizer, parser: str = ""
     Raises:
         InputError: there is no such form.
     """
-    if parser and parser not in FORMS:
-        raise InputError(f"--tool-call-parser {parser} is not one of {', '.join(FORMS)}.")
-    named = FORMS[parser] if parser else None
+    named = form_of(parser) if parser else None
     if not isinstance(chat_format, TemplateFormat):
         return ToolSupport(named, False)
     tool = {
@@ -138,23 +148,23 @@ class ToolUse:
         """Id of a call."""
         return secrets.token_hex(5)[:9] if self.support.short_ids else f"call_{secrets.token_hex(12)}"
 
-    def build_grammar(self, answer: str, tokenizer: Tokenizer, validate: Callable[[str], None]) -> str:
+    def build_grammar(self, answer: str, tokenizer: Tokenizer, validate: Callable[[str], None], stops: Set[int] = frozenset()) -> str:
         """Grammar of an answer that may or must call tools; where it may, "" if no grammar can hold it.
 
         Args:
             answer: grammar of answers without a call; "" for any text.
             validate: raises `InputError` for a grammar that cannot be used.
+            stops: tokens that end an answer.
 
         Raises:
             FieldError: the schema of a tool cannot be met, or held to where that is due.
         """
         self.free = not answer
-        must = self.required or any(tool.strict for tool in self.tools)
         why: InputError | None = None
         for lenient in (False, True):
-            if lenient and must:
+            if lenient and self.required:
                 break
-            grammar = self._grammar(answer, tokenizer, lenient=lenient)
+            grammar = self._grammar(answer, tokenizer, stops, lenient=lenient)
             try:
                 validate(grammar)
             except InputError as e:
@@ -170,14 +180,14 @@ class ToolUse:
             try:
                 validate(json_schema_grammar(_object(tool.schema)))
             except InputError as e:
-                if must or not _UNKNOWN.search(str(e)):
+                if self.required or tool.strict or not _UNKNOWN.search(str(e)):
                     reason = str(e).removeprefix("the grammar cannot be used: ")
                     raise FieldError(tool.place, f"no call of {tool.name!r} can be held to its schema: {reason}") from e
-        if must or answer:
+        if self.required or answer or any(tool.strict for tool in self.tools):
             raise why
         return ""
 
-    def _grammar(self, answer: str, tokenizer: Tokenizer, *, lenient: bool) -> str:
+    def _grammar(self, answer: str, tokenizer: Tokenizer, stops: Set[int], *, lenient: bool) -> str:
         form = self.support.form
         assert form is not None
         lark = _Lark(tokenizer, lenient)
@@ -192,6 +202,11 @@ class ToolUse:
             tag = f"({lark.literal(form.also)})?"
         more = f"({lark.literal(form.between)} {tag} {body})*" if self.parallel and not form.joint else ""
         only = f"{tag} {body} {more}"
+        # other control tokens may stand in a text, such as those around thinking
+        others = sorted(tokenizer.control_ids - stops - self.kept(tokenizer))
+        control = f"<[{','.join(map(str, others))}]>" if others else ""
+        noise = lark.rule(f"(TEXT {control})*") if control else ""
+        several_tags = self.parallel and not form.joint
         if self.required:
             start = only
         elif answer and not form.begin and form.kind == "json":
@@ -201,12 +216,12 @@ class ToolUse:
         elif not form.begin:
             begun = r"\[[ \n]*[A-Za-z_][A-Za-z0-9_.]*\(" if form.kind == "python" else r"\{[ \n]*\"name\""
             lark.lines.append(rf"NO_CALL: TEXT & ~/[ \t\r\n]*{begun}(.|\n)*/")
-            start = f"NO_CALL | {only}"
+            start = f"NO_CALL {f'({control} TEXT)*' if control else ''} | {only}"
         elif tokenizer.has(form.begin) and tokenizer.is_special(tokenizer.special_id(form.begin)):
-            start = f"(TEXT {tag} {body})* TEXT" if self.parallel and not form.joint else f"TEXT ({tag} {body})?"
+            start = f"({noise} TEXT {tag} {body})* {noise} TEXT" if several_tags else f"{noise} TEXT ({tag} {body})?"
         else:
             lark.lines.append(f"trigger[lazy]: TEXT {json.dumps(form.begin)}")
-            start = f"(trigger {body})* TEXT" if self.parallel and not form.joint else f"TEXT | trigger {body}"
+            start = f"({noise} trigger {body})* {noise} TEXT" if several_tags else f"{noise} (TEXT | trigger {body})"
         grammars: list[dict[str, Any]] = [{"lark_grammar": "\n".join((f"start: {start}", r"TEXT: /(.|\n)*/", *lark.lines))}]
         if "@answer" in start:
             grammars += [one | {"name": "answer"} for one in json.loads(answer)["grammars"]]
@@ -282,11 +297,11 @@ class _Lark:
         parts = re.split("(" + "|".join(map(re.escape, control)) + ")", text) if control else [text]
         return " ".join(f"<[{control[part]}]>" if part in control else json.dumps(part) for part in parts if part)
 
-    def json(self, schema: Mapping[str, Any]) -> str:
+    def json(self, schema: Mapping[str, Any], *, strict: bool = False) -> str:
         """JSON that a schema accepts."""
         told = schema.get("x-guidance")
         guidance = (told if isinstance(told, dict) else {}) | {"whitespace_pattern": WHITESPACE}
-        guidance |= {"lenient": True} if self.lenient else {}
+        guidance |= {"lenient": True} if self.lenient and not strict else {}
         return f"%json {json.dumps(dict(schema) | {'x-guidance': guidance})}"
 
     def call(self, form: ToolForm, tool: Tool, lead: str = "") -> str:
@@ -294,10 +309,10 @@ class _Lark:
         name = tool.name
         if form.kind == "json":
             begin = json.dumps(f'{lead}{{"name": "{name}", "{form.key}": ')
-            return f'{begin} {self.json(_object(tool.schema))} "}}"'
+            return f'{begin} {self.json(_object(tool.schema), strict=tool.strict)} "}}"'
         if form.kind == "named":
             args = self.literal("[ARGS]") if self.tokenizer.has("[ARGS]") else ""
-            return f"{json.dumps(name)} {args} {self.json(_object(tool.schema))}"
+            return f"{json.dumps(name)} {args} {self.json(_object(tool.schema), strict=tool.strict)}"
         if form.kind == "xml":
             tags = [(self.rule(self._tag(tool, key)), needed) for key, needed in _fields(tool.schema)]
             fields = " ".join(tag if needed else f"({tag})?" for tag, needed in tags)
@@ -315,18 +330,18 @@ class _Lark:
             texts = (value if isinstance(value, str) else json.dumps(value) for value in values)
             return f"{begin} ({' | '.join(map(json.dumps, texts))}) {json.dumps(end)}"
         if takes_text(schema):
-            text = self._text(schema)
+            text = self._text(schema, strict=tool.strict)
             self.lines.append(f"r{len(self.lines)}[lazy]: {text} {json.dumps(end)}")
             return f"{begin} {self.lines[-1].partition('[')[0]}"
-        return f"{begin} {self.json(_with_definitions(schema, tool.schema))} {json.dumps(end)}"
+        return f"{begin} {self.json(_with_definitions(schema, tool.schema), strict=tool.strict)} {json.dumps(end)}"
 
-    def _text(self, schema: Mapping[str, Any]) -> str:
+    def _text(self, schema: Mapping[str, Any], *, strict: bool) -> str:
         """Terminal of a text that is not quoted."""
         least, most, pattern = schema.get("minLength"), schema.get("maxLength"), schema.get("pattern")
         terms = []
         if isinstance(least, int) or isinstance(most, int):
             terms.append(f"/(.|\\n){{{least or 0},{'' if most is None else most}}}/")
-        if isinstance(pattern, str) and not self.lenient:
+        if isinstance(pattern, str) and (strict or not self.lenient):
             inner = pattern.removeprefix("^").removesuffix("$").replace("/", "\\/")
             head, tail = ("" if pattern.startswith("^") else "(.|\\n)*"), ("" if pattern.endswith("$") else "(.|\\n)*")
             terms.append(f"/{head}({inner}){tail}/")
@@ -355,7 +370,7 @@ class _Lark:
         schema = property_schema(tool.schema, key)
         if schema.get("type") == "boolean" and "enum" not in schema and "const" not in schema:
             return '("True" | "False")'
-        return self.json(_with_definitions(schema, tool.schema))
+        return self.json(_with_definitions(schema, tool.schema), strict=tool.strict)
 
 
 def _fields(schema: Mapping[str, Any]) -> list[tuple[str, bool]]:
@@ -444,14 +459,12 @@ def use_tools(
             raise FieldError("tool_choice", words)
     if (unknown := next((name for name in names if name not in {tool.name for tool in found}), None)) is not None:
         raise FieldError("tool_choice", f"there is no tool '{shown(unknown)}' among the tools: name one that there is")
-    if not found or not names:
+    if not found or not names or choice == "none":
         if required:
             raise FieldError("tool_choice", "a tool must be called, and there are no tools: give some, or leave it out")
         return None
     if not support.takes_tools:
         raise FieldError("tools", "the chat template of this model has no place for tools: leave them out, or serve a model that has it")
-    if choice == "none":
-        return None
     if support.form is None:
         if required or any(tool.strict for tool in found):
             why = "the form in which this model writes calls is not known: start the server with --tool-call-parser NAME"
