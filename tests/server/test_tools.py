@@ -154,6 +154,17 @@ def test_calls_that_must_be_made_keep_to_their_schemas(form: str) -> None:
     assert again["status"] == 200
 
 
+@pytest.mark.parametrize("form", ["mistral", "mistral_args"])
+def test_a_model_that_opens_a_call_of_its_own_accord(form: str) -> None:
+    server = server_of(form)
+    wish = {"logit_bias": {str(server.engine.tokenizer.special_id("[TOOL_CALLS]")): 1000}, "parallel_tool_calls": False}
+    whole, streamed = ask(server, chat(**wish), chat(**wish, stream=True))
+    (choice,) = whole["choices"]
+    assert choice["finish_reason"] == "tool_calls" and len(choice["message"]["tool_calls"]) == 1
+    check(choice["message"])
+    assert [one["function"] for one in joined(streamed)["tool_calls"]] == [one["function"] for one in choice["message"]["tool_calls"]]
+
+
 def test_a_call_that_is_cut_off_is_text() -> None:
     cut, auto = ask(server_of("hermes"), chat(tool_choice="required", max_tokens=30), chat(max_tokens=30))
     (choice,) = cut["choices"]

@@ -274,7 +274,7 @@ def parse_body(raw: bytes, schema: type[Schema]) -> Schema:
     for name, value in body.items():
         if name not in schema.model_fields and value is not None and name not in HARMLESS and value not in NEUTRAL.get(name, ()):
             _refuse_field(name)
-        if name not in ("messages", "prompt", "metadata") and isinstance(value, list | dict) and len(value) > MAX_BIASES:
+        if name not in ("messages", "input", "prompt", "metadata") and isinstance(value, list | dict) and len(value) > MAX_BIASES:
             raise FieldError(shown(name), f"has {len(value):,} entries, and at most {MAX_BIASES:,} are taken")
     try:
         found = schema.model_validate({name: value for name, value in body.items() if name in schema.model_fields})

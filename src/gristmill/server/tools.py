@@ -182,7 +182,9 @@ class ToolUse:
             except InputError as e:
                 if self.required or tool.strict or not _UNKNOWN.search(str(e)):
                     reason = str(e).removeprefix("the grammar cannot be used: ")
-                    raise FieldError(tool.place, f"no call of {tool.name!r} can be held to its schema: {reason}") from e
+                    raise FieldError(
+                        tool.place, f"no call of {tool.name!r} can be held to its schema ({reason}): change it, or leave the tool out"
+                    ) from e
         if self.required or answer or any(tool.strict for tool in self.tools):
             raise why
         return ""
