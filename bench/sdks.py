@@ -111,9 +111,10 @@ def try_langchain(url: str, model: str) -> None:
         return a + b
 
     for responses in (False, True):
-        llm = ChatOpenAI(model=model, base_url=url, api_key="none", max_tokens=LIMIT, use_responses_api=responses, max_retries=0)
-        assert llm.bind(max_tokens=10).invoke("Hi").usage_metadata["output_tokens"] <= 10
-        assert "".join(str(chunk.text) for chunk in llm.bind(max_tokens=10).stream("Hi")) is not None
+        common: dict[str, Any] = {"model": model, "base_url": url, "api_key": "none", "use_responses_api": responses, "max_retries": 0}
+        llm, short = ChatOpenAI(max_tokens=LIMIT, **common), ChatOpenAI(max_tokens=10, **common)
+        assert short.invoke("Hi").usage_metadata["output_tokens"] <= 10
+        assert list(short.stream("Hi"))
         bound = llm.bind_tools([add], tool_choice="add", parallel_tool_calls=False)
         answer = bound.invoke("What is 2 + 3?")
         (call,) = answer.tool_calls
@@ -125,7 +126,7 @@ def try_langchain(url: str, model: str) -> None:
         (call,) = together.tool_calls
         assert call["name"] == "add" and set(call["args"]) == {"a", "b"}, call
         told = ToolMessage(str(add.invoke(answer.tool_calls[0]["args"])), tool_call_id=answer.tool_calls[0]["id"])
-        llm.bind_tools([add]).bind(max_tokens=5).invoke([HumanMessage("What is 2 + 3?"), answer, told])
+        short.bind_tools([add]).invoke([HumanMessage("What is 2 + 3?"), answer, told])
         assert llm.with_structured_output({"title": "Weather", **WEATHER}, method="json_schema").invoke("Rome?")["city"] in ("Rome", "Oslo")
 
 

@@ -109,7 +109,8 @@ def test_a_format_and_log_probabilities() -> None:
     part = whole["output"][0]["content"][0]
     assert json.loads(part["text"])["sacks"] in (1, 2)
     assert len(part["logprobs"]) == whole["usage"]["output_tokens"] and len(part["logprobs"][0]["top_logprobs"]) == 2
-    assert all(event["logprobs"][0]["bytes"] for event in events if event["type"].endswith("text.delta"))
+    told_of = [entry for event in events if event["type"].endswith("text.delta") for entry in event["logprobs"]]
+    assert len(told_of) == len(events[-1]["response"]["output"][0]["content"][0]["logprobs"]) == 12
 
 
 @pytest.mark.parametrize(

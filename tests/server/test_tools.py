@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -12,10 +13,12 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS, find_format
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine
+from gristmill.engine.load import EngineArgs
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.transformer import Transformer
 from gristmill.server.app import Server
 from gristmill.server.protocol import FieldError
+from gristmill.server.serve import ServerArgs, serve
 from gristmill.server.tool_parser import FORMS
 from gristmill.server.tools import find_support, parse_tools, use_tools
 
@@ -214,6 +217,9 @@ def test_tools_beside_a_response_format() -> None:
         elif choice["finish_reason"] == "stop":
             assert json.loads(message["content"])["a"] == 1
 
+    (refused,) = ask(server_of("llama3_json"), chat(structured_outputs={"regex": "a+"}))
+    assert refused["status"] == 400 and refused["error"]["param"] == "structured_outputs"
+
 
 def tool(**fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "mill"} | fields}
@@ -300,6 +306,13 @@ def test_a_call_has_no_arguments_but_those_of_its_schema() -> None:
     closed = {"allOf": [one | {"additionalProperties": True} for one in free["allOf"]], "type": "object"}
     use = use_tools(HERMES.tool_support, [tool(parameters=closed)], "required")
     assert use is not None and use.build_grammar("", HERMES.engine.tokenizer, HERMES.engine.grammar_backend.validate)
+
+
+def test_a_server_that_must_tell_calls_does_not_start_where_it_cannot(tiny_base: Path) -> None:
+    with pytest.raises(InputError, match="there is no place for tools"):
+        serve(tiny_base, ServerArgs(enable_auto_tool_choice=True), EngineArgs(max_batch=1))
+    with pytest.raises(InputError, match="--tool-call-parser hermss is not one of"):
+        serve(tiny_base, ServerArgs(tool_call_parser="hermss"), EngineArgs())
 
 
 def test_allowed_tools() -> None:

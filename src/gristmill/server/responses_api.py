@@ -248,6 +248,7 @@ class ResponsesBuilder(ResponseBuilder):
         self.created = int(time.time())
         self.items = ResponseItems(chat)
         self._parser: AnswerParser | None = None  # of a stream
+        self._entries: list[dict[str, Any]] = []  # log-probabilities of tokens whose text is not told yet
         self._finish = "stop"
         self._number = 0
 
@@ -267,9 +268,11 @@ class ResponsesBuilder(ResponseBuilder):
             self._parser = self.chat.parser(live=True)
             begun = self._response("in_progress")
             events = [{"type": f"response.{kind}", "response": begun} for kind in ("created", "in_progress")]
-        entries = [self.chat.token_entry(event, first=len(events) > 0)] if self.body.told_logprobs else []
+        if self.body.told_logprobs:
+            self._entries.append(self.chat.token_entry(event, first=len(events) > 0))
         for piece in self._parser.add(text, last=finish is not None):
-            events += self.items.add(piece, entries)
+            events += self.items.add(piece, self._entries)
+            self._entries = [] if isinstance(piece, str) else self._entries
         self._finish = finish or self._finish
         return events
 

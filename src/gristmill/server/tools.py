@@ -234,7 +234,7 @@ class ToolUse:
         form = self.support.form
         assert form is not None
         (told,) = json.loads(answer)["grammars"]
-        if "json_schema" not in told:
+        if told.get("json_schema") is None:
             raise FieldError("structured_outputs", "with tools this model's answers can keep to JSON alone: leave one out")
         defs = {"answer": _at("#/$defs/answer", told["json_schema"])}
         calls: list[dict[str, Any]] = [{"$ref": "#/$defs/answer"}]
