@@ -185,6 +185,22 @@ def test_any_text_is_told_the_same_in_pieces_and_nothing_but_white_space_is_lost
     assert calls or said == text
 
 
+def test_an_answer_full_of_broken_calls_is_read_in_no_time() -> None:
+    text = "<tool_call>{" * 2_000
+    parser = ToolCallParser(FORMS["hermes"], TOOLS)
+    scanned = 0
+    scan = parser._scan
+
+    def counted() -> int:
+        nonlocal scanned
+        scanned += len(parser._text) - parser._at
+        return scan()
+
+    parser._scan = counted  # type: ignore[method-assign]
+    assert parser.add(text, last=True)[-1] and scanned < 40 * len(text)
+    assert parse_calls(text, FORMS["hermes"], TOOLS) == (text, [])
+
+
 def test_arguments_come_as_they_are_written() -> None:
     parser = ToolCallParser(FORMS["hermes"], TOOLS, live=True)
     assert parser.add('<tool_call>\n{"name": "mill", "argum') == []

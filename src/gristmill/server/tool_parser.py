@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 MAX_PYTHON_CHARS = 100_000  # of calls that are written as Python, which are parsed as a whole
+MAX_BROKEN = 32  # calls that break off, behind which an answer is text: each may be read to the end of the answer
 MAX_NAME = 64  # characters of a tool's name, as with OpenAI
 NAME = rf"[A-Za-z0-9_.\-]{{1,{MAX_NAME}}}"
 _HEADER = re.compile(rf'\{{\s*"name"\s*:\s*"({NAME})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)')
 _NAMED = re.compile(rf"({NAME})(?:\[ARGS\])?\s*(?=\{{)")
 _NAMED_BEGUN = re.compile(rf"(?:{NAME})?(?:\[(?:A(?:R(?:G(?:S\]?)?)?)?)?)?\s*")
+_OUTSIDE, _IN_STRING = re.compile(r'["{}\[\]]'), re.compile(r'["\\]')
 _FIRST_KEY = re.compile(r'\{\s*"([^"\\]*)"')
 _PYTHON = re.compile(r"\[\s*(?:[A-Za-z_][\w.]*\s*(?:\(|\Z)|\Z)")
 _FUNCTION, _FUNCTION_END = re.compile(rf"<function=({NAME})>"), re.compile(r"\s*</function>")
@@ -102,6 +104,7 @@ class ToolCallParser:
         self._text = ""  # what is not told yet, behind what is passed
         self._passed = ""  # what a call has begun with, and is text if it is none
         self._skip = 0  # characters of the text that are known not to begin a call
+        self._num_broken = 0
         self._step: Callable[[bool], bool] = self._plain if form.begin else self._start
         self._list = self._outer = False
         self._name = ""
@@ -134,7 +137,7 @@ class ToolCallParser:
 
     def _plain(self, last: bool) -> bool:
         """Text up to the next tag, or as far as none can begin in it."""
-        tag, text = self.form.begin, self._text
+        tag, text = self.form.begin if self._num_broken < MAX_BROKEN else "", self._text
         found = text.find(tag, self._skip) if tag else -1
         if found >= 0:
             said = text[:found].rstrip()
@@ -283,6 +286,7 @@ class ToolCallParser:
 
     def _broken(self) -> bool:
         """What has begun like a call is text."""
+        self._num_broken += 1
         tag = self.form.begin
         self._skip = self._passed.index(tag) + len(tag) if tag and self._passed.lstrip().startswith(tag) else 0
         self._text, self._passed = self._passed + self._text, ""
@@ -290,25 +294,25 @@ class ToolCallParser:
 
     def _scan(self) -> int:
         """Where the object at the beginning of the text ends; 0 while it does not."""
-        for at in range(self._at, len(self._text)):
-            c = self._text[at]
+        text, at = self._text, self._at
+        while at < len(text):
+            if self._escaped:
+                self._escaped, at = False, at + 1
+                continue
+            found = (_IN_STRING if self._in_string else _OUTSIDE).search(text, at)
+            if found is None:
+                break
+            at, mark = found.end(), found[0]
             if self._in_string:
-                if self._escaped:
-                    self._escaped = False
-                elif c == "\\":
-                    self._escaped = True
-                elif c == '"':
-                    self._in_string = False
-            elif c == '"':
+                self._escaped, self._in_string = mark == "\\", mark == "\\"
+            elif mark == '"':
                 self._in_string = True
-            elif c in "{[":
-                self._depth += 1
-            elif c in "}]":
-                self._depth -= 1
+            else:
+                self._depth += 1 if mark in "{[" else -1
                 if self._depth == 0:
                     self._at = 0
-                    return at + 1
-        self._at = len(self._text)
+                    return at
+        self._at = len(text)
         return 0
 
 
