@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine
 from gristmill.engine.load import EngineArgs
 from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.hf import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.server.app import Server
 from gristmill.server.protocol import FieldError
@@ -130,6 +132,15 @@ def test_the_form_is_the_one_that_the_template_writes(form: str) -> None:
     support = server_of(form).tool_support
     assert support.form is (FORMS[form] if form else None) and support.takes_tools
     assert (support.parallel, support.short_ids) == (form != "llama3_json", form == "mistral")
+    assert support.name == (form or "unknown: calls stay text")
+
+
+def test_white_space_before_a_call_is_that_of_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TEMPLATES, "mistral", TEMPLATES["mistral"].replace("'[TOOL_CALLS] ['", "'[TOOL_CALLS]['"))
+    server = server_of("mistral")
+    assert server.tool_support.form == replace(FORMS["mistral"], lead="[") and server.tool_support.name == "mistral"
+    (found,) = ask(server, chat(tool_choice="required"))
+    check(found["choices"][0]["message"])
 
 
 @pytest.mark.parametrize("form", [form for form in TEMPLATES if form])
@@ -308,11 +319,13 @@ def test_a_call_has_no_arguments_but_those_of_its_schema() -> None:
     assert use is not None and use.build_grammar("", HERMES.engine.tokenizer, HERMES.engine.grammar_backend.validate)
 
 
-def test_a_server_that_must_tell_calls_does_not_start_where_it_cannot(tiny_base: Path) -> None:
+def test_a_server_that_must_tell_calls_does_not_start_where_it_cannot(tmp_path: Path) -> None:
+    tokenizer = HERMES.engine.tokenizer.with_chat_template(FORMATS["chatml"].template)
+    save_model(HERMES.engine.model, tokenizer, tmp_path / "m")
     with pytest.raises(InputError, match="there is no place for tools"):
-        serve(tiny_base, ServerArgs(enable_auto_tool_choice=True), EngineArgs(max_batch=1))
+        serve(tmp_path / "m", ServerArgs(enable_auto_tool_choice=True), EngineArgs(max_batch=1))
     with pytest.raises(InputError, match="--tool-call-parser hermss is not one of"):
-        serve(tiny_base, ServerArgs(tool_call_parser="hermss"), EngineArgs())
+        serve(tmp_path, ServerArgs(tool_call_parser="hermss"), EngineArgs())
 
 
 def test_allowed_tools() -> None:

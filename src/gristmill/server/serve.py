@@ -23,7 +23,6 @@ from gristmill.server.adapters import AdapterLoader, LoraArgs
 from gristmill.server.app import Limits, Server
 from gristmill.server.connections import ACCEPT_BURST, ConnectionPool, LogLimit, connection_limit
 from gristmill.server.ratings import RateFn
-from gristmill.server.tool_parser import FORMS
 from gristmill.server.tools import form_of
 
 BACKLOG = 4096  # where it is full, a client tries again only after a second
@@ -114,8 +113,7 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
         both = f"{name} and the reward model {reward_name} answer" if scorer is not None else f"{name} answers"
         echo(f"{both} at http://{args.host}:{listening.getsockname()[1]}/v1")
         if support.takes_tools:
-            form = next((known for known, form in FORMS.items() if form is support.form), "unknown: calls stay text")
-            echo(f"tools: {form}", err=True)
+            echo(f"calls of tools: {support.name}", err=True)
         echo(f"attention: {server.async_engine.workers[0].core.model_runner.attention.name}", err=True)
 
     for handler in (logging.lastResort, *logging.getLogger().handlers):

@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gristmill.core.errors import InputError
@@ -48,12 +48,14 @@ class ToolSupport:
 
     Attributes:
         form: of calls; None: no known one.
+        name: of the form, for people.
         takes_tools: whether its chat format has a place for tools.
         parallel: whether it can be shown several calls in one turn.
         short_ids: ids of calls must have nine letters.
     """
 
     form: ToolForm | None = None
+    name: str = "unknown: calls stay text"
     takes_tools: bool = False
     parallel: bool = True
     short_ids: bool = False
@@ -79,9 +81,9 @@ def find_support(chat_format: ChatFormat, tokenizer: Tokenizer, parser: str = ""
     Raises:
         InputError: there is no such form.
     """
-    named = form_of(parser) if parser else None
+    named, name = (form_of(parser), parser) if parser else (None, ToolSupport.name)
     if not isinstance(chat_format, TemplateFormat):
-        return ToolSupport(named, False)
+        return ToolSupport(named, name)
     tool = {
         "type": "function",
         "function": {"name": "mill_wheel", "description": "Grinds.", "parameters": {"type": "object", "properties": {"sacks": _INTEGER}}},
@@ -97,13 +99,16 @@ def find_support(chat_format: ChatFormat, tokenizer: Tokenizer, parser: str = ""
         text, short = written(1, SHORT_ID), True
     parallel = not text or bool(written(2, SHORT_ID if short else LONG_ID))
     expected = [("mill_wheel", {"sacks": 12})]
-    for form in FORMS.values() if named is None else ():
+    for known, form in FORMS.items() if named is None else ():
         # what a template puts before a call, such as an empty thought, is no part of it
         for start in (0, text.rfind("</think>") + len("</think>")) if "</think>" in text else (0,):
             said, calls = parse_calls(text[start:MAX_PROBED_CHARS], form, {"mill_wheel": {"properties": {"sacks": _INTEGER}}})
             if not said.strip() and [(name, json.loads(arguments)) for name, arguments in calls] == expected:
-                return ToolSupport(form, chat_format.takes_tools, parallel, short)
-    return ToolSupport(named, chat_format.takes_tools, parallel, bool(text) and short)
+                # the white space before the first call, in which templates of a form differ
+                lead = re.search(rf"{re.escape(form.begin)}(\s*\[?\s*)\{{", text) if form.begin and form.kind == "json" else None
+                form = form if lead is None or lead[1] == form.lead else replace(form, lead=lead[1])
+                return ToolSupport(form, known, chat_format.takes_tools, parallel, short)
+    return ToolSupport(named, name, chat_format.takes_tools, parallel, bool(text) and short)
 
 
 _INTEGER = {"type": "integer"}
