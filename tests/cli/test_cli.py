@@ -39,10 +39,11 @@ SURFACE = {
     ),
     "quantize": "MODEL --out -o --to --group --dtype --text --json",
     "add-chat-tokens": "MODEL --out -o --to --json",
-    "chat": "MODEL --temperature --max-tokens --dtype --quantize --head --device --format --seed",
+    "chat": "MODEL --system --history --temperature --top-p --max-tokens --dtype --quantize --head --device --format --seed",
     "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --format --add-chat-tokens --validation --teacher "
     "--teacher-model --teacher-key-env --name --force --no-force",
     "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --max-open-samples --timeout --reasoning-parser "
+    "--tool-call-parser --enable-auto-tool-choice "
     "--max-batch --cache-tokens --enable-lora --lora-modules --max-loras --max-lora-rank --lora-folder --dtype --quantize --head --cache "
     "--device --format",
     "synth": "RECIPE --out -o --dry-run --limit --retry-failed --device --unsafe-code --quiet -q --json",

@@ -349,7 +349,7 @@ def test_every_refusal_has_the_form_of_openai(full: str) -> None:
         found, reply = post(full, path, **body)
         assert found == status and set(reply) == {"error"}
         assert set(reply["error"]) == {"message", "type", "param", "code"} and reply["error"]["code"] == code
-    assert "/v1/chat/completions, /v1/completions" in post(full, "/responses", input="x")[1]["error"]["message"]
+    assert "/v1/chat/completions, /v1/completions" in post(full, "/moderations", input="x")[1]["error"]["message"]
     assert post(full, "/models")[0] == 405 and "with GET" in post(full, "/models")[1]["error"]["message"]
     assert post(full, "/completions", prompt="x", key=None)[1]["error"]["code"] == "invalid_api_key"
     status, reply = post(full, "/completions", prompt=[[5] * 5000])
@@ -362,6 +362,8 @@ def test_long_bodies_are_refused_or_read_on_every_route(full: str) -> None:
         for messages, words in ((many, "more than"), (long, "3,800,000 characters")):
             status, reply = post(full, path, model=model, messages=[*messages, {"role": "assistant", "content": ""}])
             assert status == 400 and words in reply["error"]["message"].replace("3,800,001", "3,800,000")
+    status, reply = post(full, "/responses", input=many)
+    assert status == 400 and "more than" in reply["error"]["message"]
     _, short = post(full, "/completions", prompt=[[5, 6]] * 2, max_tokens=1, temperature=0)
     status, padded = post(full, "/completions", prompt=[[5, 6]] * 2, max_tokens=1, temperature=0, metadata=["x"] * 30_000)
     assert status == 200 and [c["text"] for c in padded["choices"]] == [c["text"] for c in short["choices"]]

@@ -124,3 +124,27 @@ def test_the_route_takes_what_the_format_has(name: str) -> None:
     assert [status for status, _ in found] == [200, *([200] * 3 if name == "auto" else [400] * 3), 200]
     used = [reply["usage"]["prompt_tokens"] if status == 200 else 0 for status, reply in found]
     assert name != "auto" or used[0] < used[3] < used[1] < used[2] + 100
+
+
+def test_a_message_with_a_prefix_goes_on_and_other_routes_say_what_there_is(own: Server) -> None:
+    begun = [*TALK[:1], {"role": "assistant", "content": "It is"}]
+    assert prompt(own, messages=[*begun[:1], begun[1] | {"prefix": True}]) == prompt(own, messages=begun, continue_final_message=True)
+    assert prompt(own, messages=[*begun[:1], begun[1] | {"prefix": False}]) == prompt(own, messages=begun)
+
+    async def ask() -> list[tuple[int, dict[str, Any]]]:
+        found = []
+        async with TestClient(TestServer(own.app())) as client:
+            for reply in (
+                await client.get("/v1/models/m"),
+                await client.get("/v1/models/a/b"),
+                await client.post("/v1/embeddings", json={"model": "m", "input": "x"}),
+            ):
+                found.append((reply.status, await reply.json()))
+            metrics = await (await client.get("/metrics")).text()
+        assert "/v1/models/{name" in metrics and "a/b" not in metrics  # one label whatever is asked
+        return found
+
+    (model, unknown, embeddings) = asyncio.run(ask())
+    assert model[0] == 200 and model[1]["id"] == "m"
+    assert unknown[0] == 404 and unknown[1]["error"]["code"] == "model_not_found"
+    assert embeddings[0] == 404 and "makes no embeddings" in embeddings[1]["error"]["message"]

@@ -1,7 +1,6 @@
 """Commands that train, run, judge and serve models."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -328,7 +327,12 @@ def _interval(score: dict[str, Any], form: str = ".3f") -> str:
 @command("gristmill chat runs/miniature/02-demonstrations/model")
 def chat(
     model: Annotated[Path, typer.Argument(help="Model or adapter folder.")],
+    system: Annotated[str, typer.Option(help="System message that conversations begin with.")] = "",
+    history: Annotated[
+        Path | None, typer.Option(help="JSONL file of conversations: the last goes on, and is saved after every answer.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
     max_tokens: MaxTokens = 256,
     dtype: Dtype = "auto",
     quantize: Quantized = "",
@@ -337,28 +341,14 @@ def chat(
     format: ChatFormat = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Talk with a model in the terminal. An empty line or Ctrl-D ends it; /new starts over."""
-    from gristmill.data.chat import Message
-    from gristmill.engine.load import EngineArgs, answer_rows, load_engine
+    """Talk with a model in the terminal. /help lists the commands; an empty line or Ctrl-D ends it."""
+    from gristmill.cli.chat import ChatSession
+    from gristmill.engine.load import EngineArgs, load_engine
     from gristmill.generation.api import SamplingParams
 
-    engine = load_engine(model, EngineArgs(dtype=dtype, quantize=quantize, head=head, chat_format=format, device=device))
-    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
-    talk: list[Message] = []
-    while True:
-        echo("you> ", nl=False)
-        line = sys.stdin.readline().strip()
-        if not line:
-            echo("")
-            return
-        if line == "/new":
-            talk = []
-            continue
-        talk.append(Message("user", line))
-        row = next(answer_rows(engine, [talk], sampling, seed=seed))
-        answer = row["responses"][0]["text"]
-        talk.append(Message("assistant", answer))
-        echo(f"{engine.name}> {answer}")
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    engine = load_engine(model, EngineArgs(dtype=dtype, quantize=quantize, head=head, max_batch=1, chat_format=format, device=device))
+    ChatSession(engine, sampling, seed=seed, system=system, history=history).run()
 
 
 @command("gristmill serve runs/miniature/29-r2-rpo3/model --reward runs/miniature/01-reward/model --port 8000")
@@ -376,6 +366,12 @@ def serve(
         str,
         typer.Option(help="Thinking as reasoning_content: think (where an answer begins with a tag), or vLLM's deepseek_r1 or qwen3."),
     ] = "",
+    tool_call_parser: Annotated[
+        str, typer.Option(help="How the model writes calls of tools: hermes, llama3_json, mistral, ...; default as its chat template does.")
+    ] = "",
+    enable_auto_tool_choice: Annotated[
+        bool, typer.Option("--enable-auto-tool-choice", help="Start only if the model's calls of tools can be told from text.")
+    ] = False,
     max_batch: Annotated[int, typer.Option(help="Most responses in flight.")] = 256,
     cache_tokens: Annotated[
         int | None, typer.Option(help="Positions in a worker's cache; default: a quarter of the memory at most.")
@@ -410,6 +406,8 @@ def serve(
         max_open_samples=max_open_samples,
         timeout=timeout,
         reasoning_parser=reasoning_parser,
+        tool_call_parser=tool_call_parser,
+        enable_auto_tool_choice=enable_auto_tool_choice,
         lora=LoraArgs(enable=enable_lora, modules=lora_modules or (), max_loras=max_loras, max_rank=max_lora_rank, folder=lora_folder),
     )
     engine_args = EngineArgs(

@@ -423,10 +423,27 @@ class TemplateFormat(ChatFormat):
             )
         return encode_rendering(rendering, tokenizer)[0]
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template has a place for tools."""
+        return "tools" in self.variables or "tool_use" in self._template.sources
+
+    def write_answer(self, fields: Mapping[str, Any], *, tools: Sequence[Any] = ()) -> str:
+        """Text that the template writes of an answer with such fields, up to the end of its turn; "" where it refuses."""
+        turns = [{"role": "user", "content": "Grind."}]
+        for said in (fields, {**fields, "content": fields.get("content") or ""}, {k: v for k, v in fields.items() if k != "content"}):
+            with suppress(TemplateError):
+                calls = [(turns, True), ([*turns, {"role": "assistant", **said}], False)]
+                prompt, whole = (one.text for one in self._template.render(calls, tools=tools))
+                begin = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
+                end = self._ends.search(whole, begin)
+                return whole[begin : end.start() if end else len(whole)]
+        return ""
+
     def _check(self, messages: Sequence[Message], tools: Sequence[Any]) -> None:
         if not messages:
             raise InputError("The conversation has no user turn: start with a message whose role is 'user'.")
-        if tools and "tools" not in self.variables and "tool_use" not in self._template.sources:
+        if tools and not self.takes_tools:
             raise InputError(f"The chat template of {self._place} has no place for tools: leave them out.")
         calls = any('"tool_calls"' in message.fields for message in messages)
         if calls and not any("tool_calls" in source for source in self._template.sources.values()):

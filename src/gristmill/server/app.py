@@ -56,8 +56,11 @@ from gristmill.server.responses import (
     envelope,
     error_response,
     num_output_tokens,
+    text_keeping,
     usage_counts,
 )
+from gristmill.server.responses_api import ResponsesBuilder, ResponsesRequest
+from gristmill.server.tools import ToolUse, find_support, use_tools
 
 MAX_BODY_BYTES = 4 << 20
 MAX_BODIES_BYTES = 64 << 20  # of all requests that are on their way
@@ -113,6 +116,7 @@ class Server:
         rate: the attributes of the last turn of conversations, by the reward model `reward_name`.
         reward_context: tokens that it reads at most; None: as many as the engine's model.
         reasoning_parser: a name of REASONING_PARSERS: thinking is told apart from the content of chat answers.
+        tool_call_parser: a name of `tool_parser.FORMS`: how the model writes calls of tools; "": as its chat template does.
         adapters: loads LoRA adapters when a request asks for it, where that is allowed.
 
     Attributes:
@@ -128,10 +132,12 @@ class Server:
         reward_name: str = "reward",
         reward_context: int | None = None,
         reasoning_parser: str = "",
+        tool_call_parser: str = "",
         adapters: AdapterLoader | None = None,
     ):
         self.engine, self.limits, self.reward_name = engine, limits or Limits(), reward_name
         self.reasoning_parser = reasoning_parser
+        self.tool_support = find_support(engine.chat_format, engine.tokenizer, tool_call_parser)
         self.context = engine.model.config.max_positions
         self.reward_context = self.context if reward_context is None else reward_context
         self.async_engine = AsyncEngine(engine, self._deliver)
@@ -155,6 +161,9 @@ class Server:
         app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat, expect_handler=self._expect)
+        app.router.add_get("/v1/models/{name:.+}", self._model)
+        app.router.add_post("/v1/responses", self._responses, expect_handler=self._expect)
+        app.router.add_post("/v1/embeddings", self._embeddings, expect_handler=self._expect)
         app.router.add_post("/v1/completions", self._completions, expect_handler=self._expect)
         app.router.add_post("/v1/rewards", self._rewards, expect_handler=self._expect)
         if self.adapters is not None:
@@ -184,7 +193,8 @@ class Server:
     async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         http, started = request, time.monotonic()
         connection = http.protocol if isinstance(http.protocol, Connection) else None
-        known = http.match_info.route.resource is not None
+        resource = http.match_info.route.resource
+        known, path = resource is not None, resource.canonical if resource is not None else "?"
         post = http.method == hdrs.METH_POST
         self._num_posts += post
         try:
@@ -198,13 +208,13 @@ class Server:
                     connection.work(self.limits.timeout)
             reply = refused or await self._handle_errors(http, handler)
         except asyncio.CancelledError:
-            self.metrics.requests.labels(http.path if known else "?", "gone").inc()
+            self.metrics.requests.labels(path, "gone").inc()
             raise
         finally:
             self._num_posts -= post
             if connection is not None:
                 connection.wait()
-        self.metrics.requests.labels(http.path if known else "?", str(reply.status)).inc()
+        self.metrics.requests.labels(path, str(reply.status)).inc()
         if known and post and reply.status == 200:
             self.metrics.seconds.observe(time.monotonic() - started)
         return reply
@@ -329,24 +339,57 @@ class Server:
         return web.Response(body=generate_latest(self.metrics.registry), content_type="text/plain", charset="utf-8")
 
     async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": self._model_list()})
+
+    async def _model(self, http: web.Request) -> web.Response:
+        name = http.match_info["name"]
+        models = {model["id"]: model for model in self._model_list()}
+        self._check_model(name, *models)
+        return web.json_response(models[name])
+
+    async def _embeddings(self, _: web.Request) -> web.Response:
+        raise _HttpError(404, "this server makes no embeddings: its models write text; ask one that serves an embedding model")
+
+    def _model_list(self) -> list[dict[str, Any]]:
         names = [self.engine.name, *([self.reward_name] if self.ratings else [])]
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "gristmill"} for name in names]
-        models += [{**models[0], "id": name, "parent": self.engine.name} for name in list(self.engine.adapters)]
-        return web.json_response({"object": "list", "data": models})
+        return models + [{**models[0], "id": name, "parent": self.engine.name} for name in list(self.engine.adapters)]
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
-        own = not self.engine.chat_format.in_process  # a template of the folder's
-        body, long = await self._admit(http, TemplateChatRequest if own else ChatCompletionRequest)
+        in_process = self.engine.chat_format.in_process  # no template of the folder's
+        body, long = await self._admit(http, ChatCompletionRequest if in_process else TemplateChatRequest)
         if self.ratings is not None and body.model == self.reward_name:
             return await self._reward_chat(body, long=long)
         self._check_model(body.model, self.engine.name, *self.engine.adapters)
         self._check_capacity(1 if body.n is None else body.n)
-        conversation, prompt_ids = await self._run(self._render, body, long=long or own)
-        sampling = await self._sampling(body, self._room(len(prompt_ids)), (body.top_logprobs or 0) if body.logprobs else 0)
-        request = self._request("chatcmpl", body, conversation, prompt_ids, sampling=sampling, content=body.messages)
-        reasoning, continued = self._reasoning_parser(body, conversation, prompt_ids, sampling), request.continues_text
-        builder = ChatResponseBuilder(self.engine, bool(body.logprobs), reasoning, model=body.model or "", continued=continued)
+        own = body if isinstance(body, TemplateChatRequest) else None
+        tools = use_tools(self.tool_support, own.tools or [], own.tool_choice, parallel=own.parallel_tool_calls) if own else None
+        request, reasoning = await self._chat_request(body, tools, long=long)
+        builder = ChatResponseBuilder(
+            self.engine, bool(body.logprobs), reasoning, model=body.model or "", continued=request.continues_text, tools=tools
+        )
         return await self._respond(http, body, [request], builder=builder)
+
+    async def _responses(self, http: web.Request) -> web.StreamResponse:
+        asked, long = await self._admit(http, ResponsesRequest)
+        self._check_model(asked.model, self.engine.name, *self.engine.adapters)
+        body = await self._run(lambda: asked.to_chat(template=not self.engine.chat_format.in_process), long=long)
+        parallel = asked.parallel_tool_calls
+        tools = use_tools(self.tool_support, asked.tools or [], asked.tool_choice, parallel=parallel, flat=True)
+        request, reasoning = await self._chat_request(body, tools, long=long)
+        model, continued = body.model or "", request.continues_text
+        chat = ChatResponseBuilder(self.engine, asked.told_logprobs, reasoning, model=model, continued=continued, tools=tools)
+        return await self._respond(http, body, [request], builder=ResponsesBuilder(asked, chat))
+
+    async def _chat_request(
+        self, body: ChatCompletionRequest, tools: ToolUse | None, *, long: bool
+    ) -> tuple[Request, Callable[[], ReasoningParser] | None]:
+        """Request of a chat's next turn, and what tells the thinking of its answers apart."""
+        conversation, prompt_ids = await self._run(self._render, body, long=long or not self.engine.chat_format.in_process)
+        room = self._room(len(prompt_ids))
+        sampling = await self._sampling(body, room, (body.top_logprobs or 0) if body.logprobs else 0, tools=tools)
+        request = self._request("chatcmpl", body, conversation, prompt_ids, sampling=sampling, content=body.messages)
+        return request, self._reasoning_parser(body, conversation, prompt_ids, sampling, tools)
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
         body, long = await self._admit(http, CompletionRequest)
@@ -434,15 +477,21 @@ class Server:
         )
 
     def _reasoning_parser(
-        self, body: ChatCompletionRequest, conversation: Conversation, prompt_ids: list[int], sampling: SamplingParams
+        self,
+        body: ChatCompletionRequest,
+        conversation: Conversation,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        tools: ToolUse | None = None,
     ) -> Callable[[], ReasoningParser] | None:
         """Reasoning parsers of an answer's samples. What keeps to a grammar from its first token on does not think."""
         if not self.reasoning_parser:
             return None
         begun: bool | None = False
-        if not sampling.grammar and body.continue_final_message:
+        free = not sampling.grammar or (tools is not None and tools.lets_think)
+        if free and body.continue_final_message:
             begun = has_open_thinking(conversation[-1].content[-MAX_INLINE_WORK:])
-        elif not sampling.grammar:
+        elif free:
             begun = has_open_thinking(self.engine.tokenizer.decode(prompt_ids[-PROMPT_TAIL:], keep_special=True), at_end=True)
         return partial(ReasoningParser, REASONING_PARSERS[self.reasoning_parser] if begun is None else begun)
 
@@ -463,14 +512,19 @@ class Server:
         """Tokens that an answer has, where its request does not say: the rest of the context, or of the cache if that is less."""
         return max(1, min(self.context, self.cache_tokens) - num_prompt_tokens)
 
-    async def _sampling(self, body: CompletionRequestBase, default_tokens: int, top_logprobs: int) -> SamplingParams:
+    async def _sampling(
+        self, body: CompletionRequestBase, default_tokens: int, top_logprobs: int, *, tools: ToolUse | None = None
+    ) -> SamplingParams:
         """Sampling parameters, with a grammar that is built and found good where one is asked for."""
         grammar = ""
-        if body.response_format is not None or body.structured_outputs is not None:
+        if body.response_format is not None or body.structured_outputs is not None or tools is not None:
 
             def build() -> str:
-                if made := body.to_grammar():
-                    self.engine.grammar_backend.validate(made)
+                made, validate = body.to_grammar(), self.engine.grammar_backend.validate
+                if tools is not None:
+                    return tools.build_grammar(made, self.engine.tokenizer, validate, set(self.engine.stop_V.nonzero()[0].tolist()))
+                if made:
+                    validate(made)
                 return made
 
             try:
@@ -578,13 +632,10 @@ class Server:
                 await reply.prepare(http)
                 http[STREAM] = reply
                 self.metrics.first.observe(time.monotonic() - started)
-            await reply.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+            await reply.write(builder.encode(chunk))
         assert reply is not None
-        if body.include_usage:
-            states = [one.state for one in open_requests]
-            usage = usage_counts(sum(len(state.prompt_ids) for state in states), num_output_tokens(states))
-            await reply.write(b"data: " + json.dumps(builder.chunk([]) | {"usage": usage}).encode() + b"\n\n")
-        await reply.write(b"data: [DONE]\n\n")
+        last = builder.last_chunks([one.state for one in open_requests], body.include_usage)
+        await reply.write(b"".join(map(builder.encode, last)) + builder.done)
         await reply.write_eof()
         return reply
 
@@ -595,17 +646,19 @@ class Server:
         for place, one in enumerate(open_requests):
             num_samples = len(one.state.completions)
             stop, continued = one.state.request.sampling.stop, one.state.request.continues_text
-            detokenizers = [IncrementalDetokenizer(self.engine, stop, continued=continued) for _ in range(num_samples)]
+            detokenizers = [IncrementalDetokenizer(self.engine, stop, continued=continued, keep=builder.keep) for _ in range(num_samples)]
             while (event := await one.tokens.get()) is not None:
                 index = place * num_samples + event.sample
+                finish = None
                 if not event.last:
                     text = detokenizers[event.sample].add(event.token)
-                    yield builder.chunk([builder.choice_delta(index, text, event, finish=None)])
                 else:
                     completion = one.state.completions[event.sample]
                     assert completion is not None
-                    text = detokenizers[event.sample].finish(completion.text)
-                    yield builder.chunk([builder.choice_delta(index, text, event, finish=completion.finish)])
+                    text = detokenizers[event.sample].finish(text_keeping(self.engine, one.state, completion, builder.keep))
+                    finish = completion.finish
+                for chunk in builder.token_chunks(index, text, event, finish=finish):
+                    yield chunk
             await one.ended  # raises what went wrong
 
 

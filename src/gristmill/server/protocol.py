@@ -31,11 +31,12 @@ Schema = TypeVar("Schema", bound="RequestBody")
 # What clients send along and what changes no answer.
 HARMLESS = frozenset(
     ("metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "user")
-    + ("cache_prompt", "cache_salt")
+    + ("cache_prompt", "cache_salt", "client_metadata")
 )
 # Settings that are not implemented, and the values at which they change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
+    "background": (False,),
     "bad_words": ([],),
     "chat_template_kwargs": ({},),
     "documents": ([],),
@@ -58,9 +59,20 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "truncation": ("disabled",),
     "typical_p": (1,),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
+}
+NO_TOOLS = "the chat format of this model has no place for tools"
+NOT_STORED = "no response is stored here: send the turns before again, in input"
+REASONS = {
+    "conversation": NOT_STORED,
+    "functions": "this is the former name of tools: say tools",
+    "function_call": "this is the former name of tool_choice: say tool_choice",
+    "previous_response_id": NOT_STORED,
+    "tool_choice": NO_TOOLS,
+    "tools": NO_TOOLS,
 }
 HINTS = {
     "guided_json": "say structured_outputs: {json: ...}",
@@ -172,6 +184,9 @@ class ChatCompletionRequest(CompletionRequestBase):
             raise FieldError("top_logprobs", "needs logprobs: true")
         if self.echo:
             raise FieldError("echo", "only /v1/completions repeats its prompt: leave it out")
+        last = self.messages[-1] if self.messages else None
+        if isinstance(last, dict) and last.get("prefix") is True:  # as with Mistral and DeepSeek
+            self.continue_final_message = True
         if self.continue_final_message and self.add_generation_prompt:
             raise FieldError("continue_final_message", "the last message goes on, or a new one begins: leave out add_generation_prompt")
         given = self.max_tokens, self.max_completion_tokens
@@ -181,21 +196,18 @@ class ChatCompletionRequest(CompletionRequestBase):
 
 
 class TemplateChatRequest(ChatCompletionRequest):
-    """Body of /v1/chat/completions of a model whose folder brings a chat template; names as vLLM's.
-
-    Raises:
-        InputError: in `check`, a tool is to be called in any case, which nothing here can promise.
-    """
+    """Body of /v1/chat/completions of a model whose folder brings a chat template; names as vLLM's."""
 
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: StrictBool | None = None
 
     def check(self) -> None:
         super().check()
-        if self.tool_choice not in (None, *NEUTRAL["tool_choice"]):
-            _refuse_field("tool_choice")
+        if self.tool_choice not in (None, *NEUTRAL["tool_choice"]) and not self.tools:
+            raise FieldError("tool_choice", "there are no tools to call: give some, or leave it out")
         if self.enable_thinking is not None:
             self.chat_template_kwargs = {"enable_thinking": self.enable_thinking} | (self.chat_template_kwargs or {})
         if self.tool_choice == "none":
@@ -262,7 +274,7 @@ def parse_body(raw: bytes, schema: type[Schema]) -> Schema:
     for name, value in body.items():
         if name not in schema.model_fields and value is not None and name not in HARMLESS and value not in NEUTRAL.get(name, ()):
             _refuse_field(name)
-        if name not in ("messages", "prompt", "metadata") and isinstance(value, list | dict) and len(value) > MAX_BIASES:
+        if name not in ("messages", "input", "prompt", "metadata") and isinstance(value, list | dict) and len(value) > MAX_BIASES:
             raise FieldError(shown(name), f"has {len(value):,} entries, and at most {MAX_BIASES:,} are taken")
     try:
         found = schema.model_validate({name: value for name, value in body.items() if name in schema.model_fields})
@@ -277,7 +289,9 @@ def parse_body(raw: bytes, schema: type[Schema]) -> Schema:
 def _refuse_field(name: str) -> None:
     if name in NEUTRAL:
         taken = " or ".join(json.dumps(value) for value in NEUTRAL[name])
-        raise FieldError(name, f"this server does not implement it: leave it out, or say {taken}")
+        raise FieldError(name, f"{REASONS.get(name, 'this server does not implement it')}: leave it out, or say {taken}")
+    if name in REASONS:
+        raise FieldError(name, REASONS[name])
     hint = f": {HINTS[name]}" if name in HINTS else ": leave it out"
     raise FieldError(shown(name), f"unknown field '{shown(name)}'{hint}")
 
@@ -326,9 +340,9 @@ def _message(where: str, message: Any, tools: bool) -> Message:
         raise FieldError(f"{where}.role", "must be system, developer, user or assistant: nothing else is implemented")
     known = ["role", "content", "name", "annotations", *(("tool_calls", "tool_call_id", "reasoning_content") if tools else ())]
     if role == "assistant":  # the thinking of earlier turns, as our own answers have it; only templates that ask for it are shown it
-        known += ["reasoning", "reasoning_content"]
+        known += ["reasoning", "reasoning_content", "prefix"]
     for name, value in message.items():
-        if name not in known and value is not None and value != [] and value != {}:
+        if name not in known and value is not None and value != [] and value != {} and value is not False:
             raise FieldError(f"{where}.{shown(name)}", "this server does not implement it: leave it out")
     try:
         fields = template_fields(message) if tools else ""

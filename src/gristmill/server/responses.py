@@ -4,7 +4,8 @@ import codecs
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -15,6 +16,8 @@ from gristmill.engine.engine import Engine
 from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Completion
 from gristmill.server.protocol import CompletionRequest
+from gristmill.server.tool_parser import CallDelta
+from gristmill.server.tools import ToolUse
 
 RETRY_SECONDS = 1
 MAX_PIECE = 1000  # entries that are written as JSON at once
@@ -22,10 +25,14 @@ ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
 class IncrementalDetokenizer:
-    """Incremental detokenizer of a stream. What may yet turn out to be no text, or the beginning of a stop string, is held back."""
+    """Incremental detokenizer of a stream. What may yet turn out to be no text, or the beginning of a stop string, is held back.
 
-    def __init__(self, engine: Engine, stop: Sequence[str], *, continued: bool = False) -> None:
-        self.engine, self.continued = engine, continued
+    Args:
+        keep: control tokens whose names are a part of the text.
+    """
+
+    def __init__(self, engine: Engine, stop: Sequence[str], *, continued: bool = False, keep: Set[int] = frozenset()) -> None:
+        self.engine, self.continued, self.keep = engine, continued, keep
         self.hold = max([len(engine.chat_format.close), *(len(s) - 1 for s in stop)])
         self.ids: list[int] = []
         self.done = ""  # text of ids before `start`, which ends where characters do
@@ -48,11 +55,31 @@ class IncrementalDetokenizer:
         return delta
 
     def _decode(self, start: int, stop: int) -> str:
-        return self.engine.tokenizer.decode(self.ids[start:stop], continued=self.continued or start > 0)
+        return decode_keeping(self.engine, self.ids[start:stop], self.keep, continued=self.continued or start > 0)
 
     def finish(self, text: str) -> str:
         """The rest of the whole text."""
         return text[self.sent :]
+
+
+def decode_keeping(engine: Engine, ids: Sequence[int], keep: Set[int], *, continued: bool) -> str:
+    """Text of token ids, with the names of the control tokens in `keep`."""
+    parts, begin = [], 0
+    for place in [*(i for i, token in enumerate(ids) if token in keep), len(ids)] if keep else [len(ids)]:
+        parts.append(engine.tokenizer.decode(ids[begin:place], continued=continued or begin > 0))
+        if place < len(ids):
+            parts.append(engine.tokenizer.name_of(ids[place]))
+        begin = place + 1
+    return "".join(parts)
+
+
+def text_keeping(engine: Engine, state: RequestState, out: Completion, keep: Set[int]) -> str:
+    """Text of a completion, with the names of the control tokens in `keep`."""
+    if keep.isdisjoint(out.tokens):
+        return out.text
+    text = decode_keeping(engine, out.tokens, keep, continued=state.request.continues_text)
+    cuts = [place for stop in state.request.sampling.stop if (place := text.find(stop)) >= 0]
+    return text[: min(cuts)] if cuts else text.removesuffix(engine.chat_format.close)
 
 
 class TextOffsets:
@@ -81,16 +108,55 @@ class TextOffsets:
         self._decoder.reset()
 
 
+@dataclass(frozen=True)
+class Thought:
+    """Piece of thinking."""
+
+    text: str
+
+
+class AnswerParser:
+    """Parser of an answer: thinking, content and calls of tools, as they come.
+
+    Args:
+        reasoning: tells thinking apart, if anything does.
+        tools: that the answer may call.
+        live: as in `ToolCallParser`, where a grammar holds calls.
+    """
+
+    def __init__(self, reasoning: Callable[[], ReasoningParser] | None, tools: ToolUse | None, *, live: bool = False) -> None:
+        self._reasoning = reasoning() if reasoning is not None else None
+        # behind thinking a grammar does not hold calls that have no tag
+        tagged = tools is not None and tools.support.form is not None and tools.support.form.begin != ""
+        self._calls = tools.parser(live=live and (tagged or reasoning is None)) if tools is not None else None
+
+    @property
+    def num_calls(self) -> int:
+        return self._calls.num_calls if self._calls is not None else 0
+
+    def add(self, text: str, *, last: bool = False) -> list[Thought | str | CallDelta]:
+        """What can be told now, in order; with the `last` piece, all that is left."""
+        thought = ""
+        if self._reasoning is not None:
+            thought, text = self._reasoning.add(text, last=last)
+        said = self._calls.add(text, last=last) if self._calls is not None else [text] if text else []
+        return [*([Thought(thought)] if thought else []), *said]
+
+
 class ResponseBuilder:
     """Response builder of an endpoint.
 
     Attributes:
         echoes: whether answers begin with their prompts.
         model: name that the response bears.
+        keep: control tokens whose names are a part of the text that is parsed.
+        done: what a stream ends with.
     """
 
     echoes = False
     model = ""
+    keep: Set[int] = frozenset()
+    done = b"data: [DONE]\n\n"
 
     def response(self, states: list[RequestState], n: int) -> dict[str, Any]:
         """The whole response."""
@@ -100,13 +166,26 @@ class ResponseBuilder:
         """Choices that a stream begins with, before anything is sampled: echoed prompts."""
         return []
 
-    def choice_delta(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> dict[str, Any]:
-        """A streamed choice: a token and the text that it completes."""
+    def choice_deltas(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> list[dict[str, Any]]:
+        """Streamed choices: a token and the text that it completes."""
         raise NotImplementedError
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """A stream chunk."""
         raise NotImplementedError
+
+    def token_chunks(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> list[dict[str, Any]]:
+        """Stream chunks of a token."""
+        return [self.chunk([choice]) for choice in self.choice_deltas(index, text, event, finish=finish)]
+
+    def last_chunks(self, states: list[RequestState], include_usage: bool) -> list[dict[str, Any]]:
+        """Stream chunks behind the last token."""
+        usage = usage_counts(sum(len(state.prompt_ids) for state in states), num_output_tokens(states))
+        return [self.chunk([]) | {"usage": usage}] if include_usage else []
+
+    def encode(self, chunk: dict[str, Any]) -> bytes:
+        """A stream chunk as an event."""
+        return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
 
 class ChatResponseBuilder(ResponseBuilder):
@@ -114,6 +193,7 @@ class ChatResponseBuilder(ResponseBuilder):
 
     Args:
         reasoning_parser: makes a parser for each answer, where thinking is told apart from content.
+        tools: that the answers may call.
         continued: the answers go on with a message.
     """
 
@@ -125,10 +205,12 @@ class ChatResponseBuilder(ResponseBuilder):
         *,
         model: str,
         continued: bool = False,
+        tools: ToolUse | None = None,
     ) -> None:
         self.engine, self.logprobs, self.reasoning_parser, self.model = engine, logprobs, reasoning_parser, model
-        self.continued = continued
-        self.parsers: dict[int, ReasoningParser] = {}  # of choices that are streamed
+        self.continued, self.tools = continued, tools
+        self.keep = tools.kept(engine.tokenizer) if tools is not None else frozenset()
+        self.parsers: dict[int, AnswerParser] = {}  # of choices that are streamed
         self.name = f"chatcmpl-{secrets.token_hex(12)}"
         self.with_role: set[int] = set()  # choices whose role was sent
 
@@ -136,27 +218,81 @@ class ChatResponseBuilder(ResponseBuilder):
         (state,) = states
         choices: list[dict[str, Any]] = []
         for index, out in enumerate(c for c in state.completions if c is not None):
-            message: dict[str, Any] = {"role": "assistant", "content": out.text}
-            if self.reasoning_parser is not None:
-                thought, said = self.reasoning_parser().add(out.text, last=True)
-                message |= {"content": said or None} | _reasoning(thought or None)
+            message, finish = self._message(state, out)
             entries = {"content": self._entries(out)} if self.logprobs else None
-            choices.append({"index": index, "message": message, "logprobs": entries, "finish_reason": out.finish})
+            choices.append({"index": index, "message": message, "logprobs": entries, "finish_reason": finish})
         usage = usage_counts(len(state.prompt_ids), num_output_tokens(states))
         return envelope("chat.completion", self.name, self.model, choices=choices, usage=usage)
 
-    def choice_delta(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> dict[str, Any]:
-        delta: dict[str, Any] = {"content": text}
-        if self.reasoning_parser is not None:
-            parser = self.parsers.get(index) or self.parsers.setdefault(index, self.reasoning_parser())
-            thought, said = parser.add(text, last=finish is not None)
-            delta = ({"content": said} if said else {}) | (_reasoning(thought) if thought else {})
+    def _message(self, state: RequestState, out: Completion) -> tuple[dict[str, Any], str]:
+        """Message of a completion, and why it ended."""
+        if self.reasoning_parser is None and self.tools is None:
+            return {"role": "assistant", "content": out.text}, out.finish
+        parser = self.parser(live=False)
+        thought, said, calls = "", "", list[dict[str, Any]]()
+        for piece in parser.add(text_keeping(self.engine, state, out, self.keep), last=True):
+            if isinstance(piece, Thought):
+                thought += piece.text
+            elif isinstance(piece, str):
+                said += piece
+            elif piece.name:
+                calls.append(self._call(piece))
+            else:
+                calls[-1]["function"]["arguments"] += piece.arguments
+        blank = None if calls or self.reasoning_parser is not None else ""
+        message: dict[str, Any] = {"role": "assistant", "content": said or blank}
+        message |= _reasoning(thought or None) if self.reasoning_parser is not None else {}
+        if calls:
+            message["tool_calls"] = [{name: value for name, value in call.items() if name != "index"} for call in calls]
+        return message, "tool_calls" if calls and out.finish == "stop" else out.finish
+
+    def parser(self, *, live: bool) -> AnswerParser:
+        """Parser of an answer; `live` as in `AnswerParser`."""
+        return AnswerParser(self.reasoning_parser, self.tools, live=live)
+
+    def new_call_id(self) -> str:
+        """Id of a call."""
+        assert self.tools is not None
+        return self.tools.new_id()
+
+    def token_entry(self, event: TokenEvent, *, first: bool) -> dict[str, Any]:
+        """Log-probabilities of a streamed token."""
+        return self._entry(event.token, event.logprob, event.top_logprobs, first)
+
+    def _call(self, piece: CallDelta) -> dict[str, Any]:
+        function = {"name": piece.name, "arguments": ""}
+        return {"index": piece.index, "id": self.new_call_id(), "type": "function", "function": function}
+
+    def choice_deltas(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> list[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = [{"content": text}]
+        if self.reasoning_parser is not None or self.tools is not None:
+            parser = self.parsers.get(index)
+            if parser is None:
+                parser = self.parsers[index] = self.parser(live=True)
+            deltas = []
+            for piece in parser.add(text, last=finish is not None):
+                if isinstance(piece, Thought):
+                    deltas.append(_reasoning(piece.text))
+                elif isinstance(piece, str):
+                    deltas.append({"content": piece})
+                elif piece.name:
+                    deltas.append({"tool_calls": [self._call(piece)]})
+                else:
+                    deltas.append({"tool_calls": [{"index": piece.index, "function": {"arguments": piece.arguments}}]})
+            if len(deltas) == 2 and isinstance(deltas[1].get("content"), str) and "reasoning" in deltas[0]:
+                deltas = [deltas[1] | deltas[0]]  # the end of thinking and the beginning of content, which one token may hold
+            finish = "tool_calls" if parser.num_calls and finish == "stop" else finish
+        deltas = deltas or [{}]
         first = index not in self.with_role
         if first:
             self.with_role.add(index)
-            delta["role"] = "assistant"
+            deltas[0]["role"] = "assistant"
         entries = {"content": [self._entry(event.token, event.logprob, event.top_logprobs, first)]} if self.logprobs else None
-        return {"index": index, "delta": delta, "logprobs": entries, "finish_reason": finish}
+        last = len(deltas) - 1
+        return [
+            {"index": index, "delta": delta, "logprobs": None if place else entries, "finish_reason": finish if place == last else None}
+            for place, delta in enumerate(deltas)
+        ]
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return envelope("chat.completion.chunk", self.name, self.model, choices=choices)
@@ -203,14 +339,14 @@ class CompletionResponseBuilder(ResponseBuilder):
         places = [(place, ids, sample) for place, ids in enumerate(self.prompts) for sample in range(n)]
         return [self._choice(place * n + sample, place, ids, none) | {"finish_reason": finish} for place, ids, sample in places]
 
-    def choice_delta(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> dict[str, Any]:
+    def choice_deltas(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> list[dict[str, Any]]:
         logprobs = None
         if self.body.logprobs is not None:
             word = _token(self.engine, event.token)
             tops = [self._top(event.top_logprobs)] if self.body.logprobs else None
             offset = self.offsets.setdefault(index, TextOffsets(self.engine, continued=True)).add(event.token, keep_special=False)
             logprobs = {"tokens": [word], "token_logprobs": [event.logprob], "top_logprobs": tops, "text_offset": [offset]}
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}]
 
     def _top(self, top_logprobs: Sequence[tuple[int, float]]) -> dict[str, float]:
         return {_token(self.engine, token): value for token, value in top_logprobs}

@@ -23,6 +23,7 @@ from gristmill.server.adapters import AdapterLoader, LoraArgs
 from gristmill.server.app import Limits, Server
 from gristmill.server.connections import ACCEPT_BURST, ConnectionPool, LogLimit, connection_limit
 from gristmill.server.ratings import RateFn
+from gristmill.server.tools import form_of
 
 BACKLOG = 4096  # where it is full, a client tries again only after a second
 SHUTDOWN_SECONDS = 60.0  # that answers under way may take when the server is told to end
@@ -38,6 +39,8 @@ class ServerArgs:
         max_open_samples: under way or waiting, beyond which requests are sent away for a while.
         timeout: seconds a request may take.
         reasoning_parser: how thinking is told apart from the content of chat answers; "": not at all.
+        tool_call_parser: how the model writes calls of tools; "": as its chat template does.
+        enable_auto_tool_choice: start only if calls can be told from text.
         lora: adapters that are served beside the model.
     """
 
@@ -50,6 +53,8 @@ class ServerArgs:
     max_open_samples: int = 4096
     timeout: float = 600.0
     reasoning_parser: str = ""
+    tool_call_parser: str = ""
+    enable_auto_tool_choice: bool = False
     lora: LoraArgs = field(default_factory=LoraArgs)
 
 
@@ -65,6 +70,8 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
     if args.lora.enable and is_adapter(model_folder):
         raise InputError(f"Serve the base of {model_folder}, and the adapter with --lora-modules NAME={model_folder}.")
     keys = _keys(args.api_key_env, args.api_key_file)
+    if args.tool_call_parser:
+        form_of(args.tool_call_parser)
     if args.reasoning_parser not in ("", *REASONING_PARSERS):
         raise InputError(f"--reasoning-parser {args.reasoning_parser} is not one of {', '.join(REASONING_PARSERS)}.")
     name = args.name or model_folder.resolve().name
@@ -88,8 +95,14 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
         reward_name=reward_name,
         reward_context=scorer.model.backbone.config.max_positions if scorer is not None else None,
         reasoning_parser=args.reasoning_parser,
+        tool_call_parser=args.tool_call_parser,
         adapters=loader if args.lora.may_change else None,
     )
+    support = server.tool_support
+    if args.enable_auto_tool_choice and not (support.takes_tools and support.form):
+        unknown = "the form of calls is not known: name it with --tool-call-parser"
+        why = unknown if support.takes_tools else "there is no place for tools: serve another model"
+        raise InputError(f"{model_folder} cannot call tools, since in its chat template {why}, or leave --enable-auto-tool-choice out.")
     try:
         listening = socket.create_server((args.host, args.port))
     except (OSError, OverflowError) as e:
@@ -99,6 +112,8 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
     def ready() -> None:
         both = f"{name} and the reward model {reward_name} answer" if scorer is not None else f"{name} answers"
         echo(f"{both} at http://{args.host}:{listening.getsockname()[1]}/v1")
+        if support.takes_tools:
+            echo(f"calls of tools: {support.name}", err=True)
         echo(f"attention: {server.async_engine.workers[0].core.model_runner.attention.name}", err=True)
 
     for handler in (logging.lastResort, *logging.getLogger().handlers):
