@@ -11,6 +11,7 @@ from gristmill.core.device import check_dtype, pick_device, pick_precision
 from gristmill.data.chat import Message, find_format, to_dicts
 from gristmill.engine.engine import Engine
 from gristmill.engine.layers import DecoderLayer, release
+from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.adapters import is_adapter, load_model
 from gristmill.model.hf import saved_as
@@ -28,7 +29,7 @@ class EngineArgs:
         dtype: of activations, and of matrices that are not quantized; "auto": bf16 on a GPU, else fp32.
         quantize: as in `Engine`; "" for what the model's folder was saved as.
         cache: type of keys and values; "" for `dtype`.
-        max_batch, max_loras, cache_tokens: as in `Engine`.
+        max_batch, max_loras, cache_tokens, step_tokens, speculative: as in `Engine`.
         chat_format: "auto", or a name.
         device: as `pick_device` takes it.
     """
@@ -39,6 +40,8 @@ class EngineArgs:
     max_batch: int = 256
     max_loras: int = 8
     cache_tokens: int | None = None
+    step_tokens: int | None = None
+    speculative: SpeculativeConfig | None = None
     chat_format: str = "auto"
     device: str = "auto"
 
@@ -74,6 +77,8 @@ def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = ""
         max_loras=args.max_loras,
         dtype=dtype,
         cache_tokens=args.cache_tokens,
+        step_tokens=args.step_tokens,
+        speculative=args.speculative,
         cache_dtype=CACHE_DTYPES[args.cache] if args.cache else None,
         quantize=quantize,
         own=own,

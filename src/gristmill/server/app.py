@@ -134,7 +134,7 @@ class Server:
         self.reasoning_parser = reasoning_parser
         self.context = engine.model.config.max_positions
         self.reward_context = self.context if reward_context is None else reward_context
-        self.async_engine = AsyncEngine(engine, self._deliver)
+        self.async_engine = AsyncEngine(engine, self._deliver, interactive=True)
         self.cache_tokens = min(worker.core.block_manager.num_blocks for worker in self.async_engine.workers) * BLOCK_SIZE
         self.adapters = adapters
         self.pool: ConnectionPool | None = None

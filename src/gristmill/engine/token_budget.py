@@ -1,0 +1,41 @@
+"""Adaptive token budget of chunked prefill: prompt tokens that a step may read, so that whoever decodes does not wait long for it."""
+
+import numpy as np
+
+STEP_RATIO = 3.0  # a step that also reads prompts takes at most so many times one that only decodes
+MIN_STEP_SECONDS = 0.03  # or so long, where that is more: nobody sees such a gap, and small steps waste time
+IDLE_STEP_SECONDS = 0.5  # where nobody decodes: who comes meanwhile waits until its end
+FIRST_PROMPT_TOKENS = 256  # while nothing is known
+MIN_PROMPT_TOKENS = 32  # of a step in any case, so that prompts get on
+FORGETTING = 0.97  # weight of a step beside the next: the mean looks back over some thirty steps
+SCALES = np.array([1.0, 16.0, 256.0])  # of the three parts of a step, so that they count alike
+RIDGE = 1e-4
+
+
+class TokenBudget:
+    """Linear model of a step's time, fitted as steps go by: a constant, a part for each decoded token and one for each prompt token.
+
+    Errors count as shares of the step's time (recursive least squares with forgetting), so that a rare slow step says little.
+    """
+
+    def __init__(self) -> None:
+        self._moments = np.zeros((3, 3))
+        self._sums = np.zeros(3)
+
+    def observe(self, num_decoded: int, num_prompt: int, seconds: float) -> None:
+        """Learn from a step that has ended: its tokens that were decoded, drafts among them, and those of prompts."""
+        parts = np.array([1.0, num_decoded, num_prompt]) / SCALES / max(seconds, 1e-6)
+        self._moments = FORGETTING * self._moments + np.outer(parts, parts)
+        self._sums = FORGETTING * self._sums + parts
+
+    def prompt_tokens(self, num_decoded: int, most: int) -> int:
+        """Prompt tokens that a step with so many decoded ones may read, at most `most`."""
+        scale = float(np.trace(self._moments))
+        if scale == 0:
+            return min(most, FIRST_PROMPT_TOKENS)
+        constant, decoded, prompt = np.linalg.solve(self._moments + RIDGE * scale * np.eye(3), self._sums) / SCALES
+        alone = max(0.0, constant) + max(0.0, decoded) * num_decoded
+        target = max(STEP_RATIO * alone, MIN_STEP_SECONDS) if num_decoded else IDLE_STEP_SECONDS
+        if prompt * most <= target - alone:
+            return most
+        return min(most, max(MIN_PROMPT_TOKENS, int((target - alone) / prompt)))
