@@ -30,8 +30,8 @@ SURFACE = {
         "--seed --quiet -q --json"
     ),
     "merge": "ADAPTER --out -o --base --dtype --json",
-    "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --dtype --quantize --device "
-    "--format --seed --json",
+    "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --dtype --quantize "
+    "--step-tokens --speculative-config --device --format --seed --json",
     "score": "MODEL --data --dtype --device --format --json",
     "eval": (
         "MODEL --prompts --max-tokens --dtype --quantize --cache --device --format --seed --greedy --out -o --against --unsafe-code "
@@ -43,8 +43,8 @@ SURFACE = {
     "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --format --add-chat-tokens --validation --teacher "
     "--teacher-model --teacher-key-env --name --force --no-force",
     "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --max-open-samples --timeout --reasoning-parser "
-    "--max-batch --cache-tokens --enable-lora --lora-modules --max-loras --max-lora-rank --lora-folder --dtype --quantize --cache "
-    "--device --format",
+    "--max-batch --cache-tokens --step-tokens --speculative-config --enable-lora --lora-modules --max-loras --max-lora-rank "
+    "--lora-folder --dtype --quantize --cache --device --format",
     "synth": "RECIPE --out -o --dry-run --limit --retry-failed --device --unsafe-code --quiet -q --json",
     "curate": "RECIPE --input -i --out -o --workers --executor --explain --quiet -q --json",
     "blend": "RECIPE --out -o --workers --quiet -q --json",

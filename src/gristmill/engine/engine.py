@@ -57,6 +57,12 @@ class EngineStats:
     def __post_init__(self) -> None:
         self._lock = Lock()
 
+    @property
+    def acceptance(self) -> str:
+        """Acceptance of drafts, in words."""
+        share = f" ({self.accepted_tokens / self.draft_tokens:.0%})" if self.draft_tokens else ""
+        return f"drafts: {self.accepted_tokens:,} of {self.draft_tokens:,} tokens accepted{share}"
+
     def add(
         self, prompt_tokens: int = 0, output_tokens: int = 0, seconds: float = 0.0, *, draft_tokens: int = 0, accepted_tokens: int = 0
     ) -> None:
@@ -120,8 +126,6 @@ class Engine:
     ) -> None:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}.")
-        if step_tokens is not None and step_tokens < 1:
-            raise InputError(f"The tokens of a step must be at least 1, got {step_tokens}.")
         device = model.embedding.device
         if cache_dtype == torch.float8_e4m3fn and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             raise InputError(f"{torch.cuda.get_device_name(device)} has no fp8: keep the cache in int8 or bf16.")

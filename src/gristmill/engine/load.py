@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from gristmill.core.device import check_dtype, pick_device, pick_precision
+from gristmill.core.errors import InputError
 from gristmill.data.chat import Message, find_format, to_dicts
 from gristmill.engine.engine import Engine
 from gristmill.engine.layers import DecoderLayer, release
@@ -32,6 +33,9 @@ class EngineArgs:
         max_batch, max_loras, cache_tokens, step_tokens, speculative: as in `Engine`.
         chat_format: "auto", or a name.
         device: as `pick_device` takes it.
+
+    Raises:
+        InputError: a step of no tokens.
     """
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -44,6 +48,10 @@ class EngineArgs:
     speculative: SpeculativeConfig | None = None
     chat_format: str = "auto"
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.step_tokens is not None and self.step_tokens < 1:
+            raise InputError(f"A step must have at least 1 token, got {self.step_tokens}: raise --step-tokens, or leave it out.")
 
 
 def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = "", own: bool = True) -> Engine:

@@ -21,7 +21,7 @@ from gristmill.engine.token_budget import TokenBudget
 # Where the order is by age, a request is as if it had come after so many tokens of work for each of its prompt's, and that many later for
 # each step of priority below. So short prompts overtake long ones, and none is overtaken for ever.
 TOKENS_PER_PROMPT_TOKEN = 4
-TOKENS_PER_PRIORITY = 1024
+TOKENS_PER_PRIORITY = 256
 MAX_ROWS_WITH_DRAFTS = 64  # of a step: beyond, a draft's row costs about as much as a step of its own
 MIN_TEMPERATURE = 1e-3  # below, logits would overflow, and the likeliest token is as good as certain
 

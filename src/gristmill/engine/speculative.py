@@ -66,7 +66,7 @@ class SpeculativeConfig:
         for name, value in values.items():
             if name not in known or type(value) is not int:
                 what = "is a whole number" if name in known else f"is unknown: give {', '.join(known)}"
-                raise InputError(f"{ascii(str(name))[1:61]} of the speculative config {what}.")
+                raise InputError(f"{ascii(str(name)[:60])[1:-1]} of the speculative config {what}.")
         if "prompt_lookup_min" not in values:  # as with vLLM, the larger one alone may be given
             values["prompt_lookup_min"] = min(SpeculativeConfig.prompt_lookup_min, values.get("prompt_lookup_max", MAX_LOOKUP))
         values.setdefault("prompt_lookup_max", max(SpeculativeConfig.prompt_lookup_max, values["prompt_lookup_min"]))

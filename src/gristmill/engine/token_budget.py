@@ -9,7 +9,7 @@ FIRST_PROMPT_TOKENS = 256  # while nothing is known
 MIN_PROMPT_TOKENS = 32  # of a step in any case, so that prompts get on
 FORGETTING = 0.97  # weight of a step beside the next: the mean looks back over some thirty steps
 SCALES = np.array([1.0, 16.0, 256.0])  # of the three parts of a step, so that they count alike
-RIDGE = 1e-4
+RIDGE = 1e-8  # where steps are all alike, any split of their time is as good
 
 
 class TokenBudget:

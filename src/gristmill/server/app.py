@@ -514,7 +514,8 @@ class Server:
         self._number += 1
         # the engine samples by id and seed: where a seed is given, equal requests shall have equal answers
         name = f"{kind}-{self._number}" if body.seed is None else f"{kind}-{make_id(content, body.seed)}"
-        return Request(name, conversation, sampling, body.seed or 0, prompt_ids=tuple(prompt_ids), adapter=self._adapter(body))
+        priority = -(body.priority or 0)  # vLLM's way round: the lower goes first
+        return Request(name, conversation, sampling, body.seed or 0, priority, tuple(prompt_ids), self._adapter(body))
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """Hand events from the engine's threads to the event loop."""

@@ -1,0 +1,48 @@
+"""Adaptive token budget: steps stay short on machines of several speeds, and prompts get on."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from gristmill.engine.token_budget import IDLE_STEP_SECONDS, MIN_PROMPT_TOKENS, MIN_STEP_SECONDS, STEP_RATIO, TokenBudget
+
+MOST = 2048
+# seconds of a step with so many decoded and prompt tokens
+SLOW_CPU = lambda decoded, prompt: 0.03 + 0.003 * decoded + 0.0028 * prompt  # noqa: E731
+SMALL_MODEL = lambda decoded, prompt: 0.0008 + 0.00005 * decoded + 0.00003 * prompt  # noqa: E731
+GPU_GRAPHS = lambda decoded, prompt: 0.003 if not prompt else 0.015 + 2e-5 * prompt  # noqa: E731  # launches cost more beside prompts
+
+
+@pytest.mark.parametrize("machine", [SLOW_CPU, SMALL_MODEL, GPU_GRAPHS])
+@pytest.mark.parametrize("decoded", [1, 8, 64])
+def test_steps_stay_short_and_use_the_time_they_have(machine: Callable[[int, int], float], decoded: int) -> None:
+    budget, draw = TokenBudget(), random.Random(0)
+    for step in range(300):
+        rows = max(1, decoded + draw.randint(-3, 3)) if step > 4 else 0
+        prompt = budget.prompt_tokens(rows, MOST) if draw.random() < 0.7 or not rows else 0
+        if draw.random() < 0.2:  # the last piece of a prompt
+            prompt = min(prompt, draw.randint(1, 100))
+        seconds = machine(rows, prompt)
+        budget.observe(rows, prompt, seconds * draw.uniform(0.95, 1.05) * (8 if draw.random() < 0.01 else 1))
+        if step > 60 and prompt > MIN_PROMPT_TOKENS:
+            assert seconds < 1.3 * max(STEP_RATIO * machine(rows, 0), MIN_STEP_SECONDS)
+    prompt = budget.prompt_tokens(decoded, MOST)
+    assert prompt == MOST or machine(decoded, prompt) > 0.6 * max(STEP_RATIO * machine(decoded, 0), MIN_STEP_SECONDS)
+
+
+def test_where_nobody_decodes_a_step_is_longer() -> None:
+    budget = TokenBudget()
+    assert budget.prompt_tokens(0, MOST) < MOST, "nothing is known yet"
+    for _ in range(50):
+        prompt = budget.prompt_tokens(0, MOST)
+        budget.observe(0, prompt, SLOW_CPU(0, prompt))
+    assert SLOW_CPU(0, prompt) == pytest.approx(IDLE_STEP_SECONDS, rel=0.1)
+
+
+def test_prompts_always_get_on() -> None:
+    budget = TokenBudget()
+    for _ in range(50):
+        budget.observe(1, 40, 1.0)
+        budget.observe(1, 0, 0.01)
+    assert budget.prompt_tokens(1, MOST) == MIN_PROMPT_TOKENS and budget.prompt_tokens(1, 3) == 3
