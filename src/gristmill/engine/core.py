@@ -91,7 +91,7 @@ class Core:
         self.scheduler = Scheduler(
             self.batch_state,
             self.block_manager,
-            max(max_batched_tokens or MAX_BATCHED_TOKENS, max_batch),
+            max_batched_tokens or max(MAX_BATCHED_TOKENS, max_batch),
             max_loras=max_loras,
             token_budget=TokenBudget() if interactive and max_batched_tokens is None else None,
             by_age=interactive,
@@ -146,7 +146,9 @@ class Core:
         self.prompt_tokens += num_prompt
         self.scheduler.fork_siblings(step)
         drafts = [step.num_drafts[place] for place in step.sample_rows]
-        rows = [sequence for sequence, count in zip(step.sample_sequences, drafts, strict=True) for _ in range(1 + count)]
+        rows = step.sample_sequences
+        if step.num_drafted:
+            rows = [sequence for sequence, count in zip(rows, drafts, strict=True) for _ in range(1 + count)]
         if any(sequence.slot < 0 for sequence in rows):  # preempted before its first token, when it has no draft
             kept = [i for i, sequence in enumerate(rows) if sequence.slot >= 0]
             rows, logits_RV = [rows[i] for i in kept], logits_RV[torch.tensor(kept, device=logits_RV.device)]

@@ -16,7 +16,7 @@ from gristmill.engine.block_manager import BLOCK_SIZE, BlockManager
 from gristmill.engine.sampler import sample_key
 from gristmill.engine.sequence import LIMIT, BatchState, RequestState, Sequence
 from gristmill.engine.speculative import SpeculativeConfig, propose
-from gristmill.engine.token_budget import TokenBudget
+from gristmill.engine.token_budget import MIN_PROMPT_TOKENS, TokenBudget
 
 # Where the order is by age, a request is as if it had come after so many tokens of work for each of its prompt's, and that many later for
 # each step of priority below. So short prompts overtake long ones, and none is overtaken for ever.
@@ -58,7 +58,7 @@ class Scheduler:
 
     Args:
         batch_state, block_manager: slots and blocks that there are to give.
-        max_batched_tokens: of a step.
+        max_batched_tokens: of a step. All that decode have their token in any case, and prompts MIN_PROMPT_TOKENS.
         max_loras: adapters of a step.
         token_budget: says how many tokens of prompts a step reads, within that; None: as many as there are.
         by_age: order by the work done before a request came, its priority and its prompt's length; else by priority, then arrival.
@@ -127,8 +127,8 @@ class Scheduler:
         step = SchedulerOutput()
         self._schedule_decodes(step)
         num_decoded = step.num_decoded_tokens
-        budget = self.max_batched_tokens - num_decoded
-        if self.token_budget is not None and budget > 0:
+        budget = max(self.max_batched_tokens - num_decoded, min(MIN_PROMPT_TOKENS, self.max_batched_tokens))
+        if self.token_budget is not None:
             budget = self.token_budget.prompt_tokens(num_decoded, budget)
         self._schedule_prompts(step, budget)
         self._age += sum(step.num_tokens)

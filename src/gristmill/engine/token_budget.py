@@ -3,10 +3,10 @@
 import numpy as np
 
 STEP_RATIO = 3.0  # a step that also reads prompts takes at most so many times one that only decodes
-MIN_STEP_SECONDS = 0.03  # or so long, where that is more: nobody sees such a gap, and small steps waste time
+MIN_STEP_SECONDS = 0.02  # or so long, where that is more: nobody sees such a gap, and small steps waste time
 IDLE_STEP_SECONDS = 0.5  # where nobody decodes: who comes meanwhile waits until its end
 FIRST_PROMPT_TOKENS = 256  # while nothing is known
-MIN_PROMPT_TOKENS = 32  # of a step in any case, so that prompts get on
+MIN_PROMPT_TOKENS = 16  # of a step in any case, so that prompts get on
 FORGETTING = 0.97  # weight of a step beside the next: the mean looks back over some thirty steps
 SCALES = np.array([1.0, 16.0, 256.0])  # of the three parts of a step, so that they count alike
 RIDGE = 1e-8  # where steps are all alike, any split of their time is as good
