@@ -20,24 +20,34 @@ def test_steps_stay_short_and_use_the_time_they_have(machine: Callable[[int, int
     budget, draw = TokenBudget(), random.Random(0)
     for step in range(300):
         rows = max(1, decoded + draw.randint(-3, 3)) if step > 4 else 0
-        prompt = budget.prompt_tokens(rows, MOST) if draw.random() < 0.7 or not rows else 0
+        prompt = budget.prompt_tokens(rows, 0, MOST) if draw.random() < 0.7 or not rows else 0
         if draw.random() < 0.2:  # the last piece of a prompt
             prompt = min(prompt, draw.randint(1, 100))
         seconds = machine(rows, prompt)
         budget.observe(rows, prompt, seconds * draw.uniform(0.95, 1.05) * (8 if draw.random() < 0.01 else 1))
         if step > 60 and prompt > MIN_PROMPT_TOKENS:
             assert seconds < 1.3 * max(STEP_RATIO * machine(rows, 0), MIN_STEP_SECONDS)
-    prompt = budget.prompt_tokens(decoded, MOST)
+    prompt = budget.prompt_tokens(decoded, 0, MOST)
     assert prompt == MOST or machine(decoded, prompt) > 0.6 * max(STEP_RATIO * machine(decoded, 0), MIN_STEP_SECONDS)
 
 
 def test_where_nobody_decodes_a_step_is_longer() -> None:
     budget = TokenBudget()
-    assert budget.prompt_tokens(0, MOST) < MOST, "nothing is known yet"
+    assert budget.prompt_tokens(0, 9, MOST) < MOST, "nothing is known yet"
     for _ in range(50):
-        prompt = budget.prompt_tokens(0, MOST)
+        prompt = budget.prompt_tokens(0, 9, MOST)
         budget.observe(0, prompt, SLOW_CPU(0, prompt))
     assert SLOW_CPU(0, prompt) == pytest.approx(IDLE_STEP_SECONDS, rel=0.1)
+
+
+def test_those_who_wait_make_a_step_longer() -> None:
+    budget, draw = TokenBudget(), random.Random(0)
+    for _ in range(60):
+        rows, prompt = draw.randint(1, 9), draw.choice((0, 20, 40))
+        budget.observe(rows, prompt, SLOW_CPU(rows, prompt))
+    for waiting in (0, 7, 40):
+        prompt = budget.prompt_tokens(8, waiting, MOST)
+        assert SLOW_CPU(8, prompt) == pytest.approx(STEP_RATIO * SLOW_CPU(8 + waiting, 0), rel=0.02)
 
 
 def test_prompts_always_get_on() -> None:
@@ -45,4 +55,4 @@ def test_prompts_always_get_on() -> None:
     for _ in range(50):
         budget.observe(1, 40, 1.0)
         budget.observe(1, 0, 0.01)
-    assert budget.prompt_tokens(1, MOST) == MIN_PROMPT_TOKENS and budget.prompt_tokens(1, 3) == 3
+    assert budget.prompt_tokens(1, 0, MOST) == MIN_PROMPT_TOKENS and budget.prompt_tokens(1, 0, 3) == 3

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-STEP_RATIO = 3.0  # a step that also reads prompts takes at most so many times one that only decodes
+STEP_RATIO = 3.0  # a step takes at most so many times one in which all who are here, those that wait among them, decode
 MIN_STEP_SECONDS = 0.02  # or so long, where that is more: nobody sees such a gap, and small steps waste time
 IDLE_STEP_SECONDS = 0.5  # where nobody decodes: who comes meanwhile waits until its end
 FIRST_PROMPT_TOKENS = 256  # while nothing is known
@@ -28,14 +28,18 @@ class TokenBudget:
         self._moments = FORGETTING * self._moments + np.outer(parts, parts)
         self._sums = FORGETTING * self._sums + parts
 
-    def prompt_tokens(self, num_decoded: int, most: int) -> int:
-        """Prompt tokens that a step with so many decoded ones may read, at most `most`."""
+    def prompt_tokens(self, num_decoded: int, num_waiting: int, most: int) -> int:
+        """Prompt tokens that a step with so many decoded ones may read, at most `most`.
+
+        Args:
+            num_waiting: sequences that wait for their prompts. The more they are, the longer those that decode wait for them.
+        """
         scale = float(np.trace(self._moments))
         if scale == 0:
             return min(most, FIRST_PROMPT_TOKENS)
         constant, decoded, prompt = np.linalg.solve(self._moments + RIDGE * scale * np.eye(3), self._sums) / SCALES
         alone = max(0.0, constant) + max(0.0, decoded) * num_decoded
-        target = max(STEP_RATIO * alone, MIN_STEP_SECONDS) if num_decoded else IDLE_STEP_SECONDS
+        target = max(STEP_RATIO * (alone + max(0.0, decoded) * num_waiting), MIN_STEP_SECONDS) if num_decoded else IDLE_STEP_SECONDS
         if prompt * most <= target - alone:
             return most
         return min(most, max(MIN_PROMPT_TOKENS, int((target - alone) / prompt)))
