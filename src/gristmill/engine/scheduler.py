@@ -22,7 +22,7 @@ from gristmill.engine.token_budget import MIN_PROMPT_TOKENS, TokenBudget
 # each step of priority below. So short prompts overtake long ones, and none is overtaken for ever.
 TOKENS_PER_PROMPT_TOKEN = 4
 TOKENS_PER_PRIORITY = 256
-MAX_ROWS_WITH_DRAFTS = 64  # of a step: beyond, a draft's row costs about as much as a step of its own
+MAX_ROWS_WITH_DRAFTS = 64  # of a step: beyond, a row costs about as much as a token does without drafts
 MIN_TEMPERATURE = 1e-3  # below, logits would overflow, and the likeliest token is as good as certain
 
 
