@@ -6,7 +6,8 @@
 `gaps`: so many clients, each of which asks again as soon as its answer has ended, ask a core as the server has one (`interactive`): prompts
 of 16 to 1,024 random tokens (log-uniform), answers of 16 to 128. Told are the time to the first token and the gaps between tokens in ms,
 the first token of the shorter half of the prompts, and output tokens a second. The clock is the processor time of the process, by which
-clients live too: a neighbour does not stretch it. `auto` is the server's default. `drafts`: greedy answers with and without n-gram
+clients live too: a neighbour does not stretch it. `auto` is the server's default. With `--cost` nothing is computed, and the clock is
+moved by what each step would take. `drafts`: greedy answers with and without n-gram
 drafts, to prompts that ask for a text again with a small change, and to plain questions; answers must be the same. Each measurement
 prints a line of JSON; the last line of `drafts` has the ratios.
 """
@@ -27,6 +28,7 @@ from gristmill.core.device import check_dtype
 from gristmill.engine.core import Core
 from gristmill.engine.engine import Engine
 from gristmill.engine.load import EngineArgs, load_engine
+from gristmill.engine.scheduler import SchedulerOutput
 from gristmill.engine.sequence import RequestState
 from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.generation.api import Request, SamplingParams
@@ -65,11 +67,27 @@ def asked(draw: random.Random, vocabulary: int, context: int) -> tuple[list[int]
     return [draw.randrange(vocabulary) for _ in range(length)], draw.randint(16, 128)
 
 
-def gaps(engine: Engine, step_tokens: int | None, clients: int, *, num_requests: int, seed: int) -> dict[str, Any]:
+def simulate(core: Core, cost: list[float]) -> None:
+    """Let a core's steps take what they cost, without computing anything."""
+    now = [0.0]
+
+    def run(step: SchedulerOutput) -> torch.Tensor:
+        decoded = step.num_decoded_tokens
+        now[0] += cost[0] + cost[1] * decoded + cost[2] * (sum(step.num_tokens) - decoded)
+        return torch.zeros(len(step.sample_rows), len(core.stop_V))
+
+    core.clock, core.model_runner.run = (lambda: now[0]), run  # type: ignore[method-assign]
+
+
+def gaps(
+    engine: Engine, step_tokens: int | None, clients: int, *, num_requests: int, seed: int, cost: list[float] | None
+) -> dict[str, Any]:
     """Clients in a closed loop."""
     engine.step_tokens = step_tokens
     core = engine.core(interactive=True)
     core.clock = time.process_time
+    if cost is not None:
+        simulate(core, cost)
     core.stop_V = np.zeros_like(core.stop_V)  # nobody stops early
     draw = random.Random(seed)
     config = engine.model.config
@@ -173,6 +191,7 @@ def main() -> None:
     parser.add_argument("--step-tokens", nargs="+", default=["auto", "2048"], help="numbers, or auto")
     parser.add_argument("--requests", type=int, default=0, help="default: three a client, twelve at least")
     parser.add_argument("--warm", type=int, default=12, help="requests before those that are measured")
+    parser.add_argument("--cost", type=float, nargs=3, help="simulate: seconds of a step, of a decoded token and of a prompt token in it")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--speculative-config", default="ngram")
@@ -188,7 +207,7 @@ def main() -> None:
         for each in args.step_tokens:
             for seed, num_requests in ((1, args.warm), (0, args.requests or max(12, 3 * clients))):  # products are made ready by sizes
                 step_tokens = None if each == "auto" else int(each)
-                found = gaps(engine, step_tokens, clients, num_requests=num_requests, seed=seed)
+                found = gaps(engine, step_tokens, clients, num_requests=num_requests, seed=seed, cost=args.cost)
             print(json.dumps(found), flush=True)
 
 
