@@ -50,6 +50,15 @@ def test_those_who_wait_make_a_step_longer() -> None:
         assert SLOW_CPU(8, prompt) == pytest.approx(STEP_RATIO * SLOW_CPU(8 + waiting, 0), rel=0.02)
 
 
+def test_steps_that_no_line_fits_do_not_mislead_it() -> None:
+    """Seconds of a small model's steps as they came, the dearest beside long prompts: free fits make the constant -30 ms."""
+    budget = TokenBudget()
+    beside = [(0, 256, 0.0374), (4, 512, 0.1172), (7, 101, 0.0366), (7, 40, 0.023)]
+    for step in [*beside, (7, 0, 0.006), (7, 50, 0.0116), (7, 0, 0.005), (6, 0, 0.0045)]:
+        budget.observe(*step)
+    assert 40 < budget.prompt_tokens(7, 1, MOST) < 110
+
+
 def test_prompts_always_get_on() -> None:
     budget = TokenBudget()
     for _ in range(50):

@@ -37,9 +37,20 @@ class TokenBudget:
         scale = float(np.trace(self._moments))
         if scale == 0:
             return min(most, FIRST_PROMPT_TOKENS)
-        constant, decoded, prompt = np.linalg.solve(self._moments + RIDGE * scale * np.eye(3), self._sums) / SCALES
-        alone = max(0.0, constant) + max(0.0, decoded) * num_decoded
-        target = max(STEP_RATIO * (alone + max(0.0, decoded) * num_waiting), MIN_STEP_SECONDS) if num_decoded else IDLE_STEP_SECONDS
+        constant, decoded, prompt = self._fit(RIDGE * scale)
+        alone = constant + decoded * num_decoded
+        target = max(STEP_RATIO * (alone + decoded * num_waiting), MIN_STEP_SECONDS) if num_decoded else IDLE_STEP_SECONDS
         if prompt * most <= target - alone:
             return most
         return min(most, max(MIN_PROMPT_TOKENS, int((target - alone) / prompt)))
+
+    def _fit(self, ridge: float) -> np.ndarray:
+        """Seconds of each of the three parts. None is below zero: parts that would be are left out, the lowest first."""
+        moments, found, kept = self._moments + ridge * np.eye(3), np.zeros(3), [0, 1, 2]
+        while kept:
+            values = np.linalg.solve(moments[np.ix_(kept, kept)], self._sums[kept])
+            if values.min() >= 0:
+                found[kept] = values
+                break
+            del kept[int(values.argmin())]
+        return found / SCALES
