@@ -7,8 +7,8 @@
 of 16 to 1,024 random tokens (log-uniform), answers of 16 to 128. Told are the time to the first token and the gaps between tokens in ms,
 the first token of the shorter half of the prompts, and output tokens a second. The clock is the processor time of the process, by which
 clients live too: a neighbour does not stretch it. `auto` is the server's default. With `--cost` nothing is computed, and the clock is
-moved by what each step would take. `drafts`: greedy answers with and without n-gram
-drafts, to prompts that ask for a text again with a small change, and to plain questions; answers must be the same. Each measurement
+moved by what each step would take. `drafts`: greedy answers with and without n-gram drafts, to prompts that ask for a text again with a
+small change, and to plain questions; answers must be the same. Each measurement
 prints a line of JSON; the last line of `drafts` has the ratios.
 """
 
