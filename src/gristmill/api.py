@@ -11,7 +11,9 @@ from gristmill.core.progress import Progress
 from gristmill.data.chat import Conversation, conversation
 from gristmill.data.rows import Rating
 from gristmill.data.tokenizer import Tokenizer
+from gristmill.engine.engine import EngineStats
 from gristmill.engine.load import EngineArgs, load_engine
+from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.judge.reward import load_scorer
 from gristmill.miniature.base import BASE
@@ -49,11 +51,14 @@ class LLM:
         head: "int8": the output matrix in eight bits too, its weights alone.
         cache: type of keys and values; "" for `dtype`.
         max_batch: most responses in flight.
+        step_tokens: most tokens that are computed at once (vLLM's max_num_batched_tokens); None for what gives the most tokens a second.
+        speculative_config: draft tokens by n-gram look-up, with vLLM's settings: {"method": "ngram", "num_speculative_tokens": 5,
+            "prompt_lookup_max": 4, "prompt_lookup_min": 2}, or "ngram" for these; None: no drafts. Answers are the same.
         chat_format: "auto" (the folder's own), plain, nemotron, chatml or llama3.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
 
     Raises:
-        InputError: the folder holds no model that is known, or the device is not there.
+        InputError: the folder holds no model that is known, a setting is wrong, or the device is not there.
     """
 
     def __init__(
@@ -65,13 +70,28 @@ class LLM:
         head: Head = "",
         cache: Literal["", "fp32", "bf16", "int8", "fp8"] = "",
         max_batch: int = 256,
+        step_tokens: int | None = None,
+        speculative_config: str | Mapping[str, Any] | None = None,
         chat_format: str = "auto",
         device: str = "auto",
     ):
         args = EngineArgs(
-            dtype=dtype, quantize=quantize, head=head, cache=cache, max_batch=max_batch, chat_format=chat_format, device=device
+            dtype=dtype,
+            quantize=quantize,
+            head=head,
+            cache=cache,
+            max_batch=max_batch,
+            step_tokens=step_tokens,
+            speculative=SpeculativeConfig.parse(speculative_config),
+            chat_format=chat_format,
+            device=device,
         )
         self.engine = load_engine(_folder(model), args, own=False)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Tokens computed, generated, drafted and accepted so far, and seconds."""
+        return self.engine.stats
 
     def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None, *, seed: int = 0) -> list[RequestOutput]:
         """Continue texts as they are, without a chat format."""

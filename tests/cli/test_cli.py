@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 import gristmill
 from gristmill.cli.app import GROUPS
 from gristmill.cli.main import app
+from gristmill.miniature.base import BASE
 
 # Every command with its arguments and options. A change here is a change of what users type: think twice, then edit.
 SURFACE = {
@@ -30,8 +32,8 @@ SURFACE = {
         "--seed --quiet -q --json"
     ),
     "merge": "ADAPTER --out -o --base --dtype --rows --json",
-    "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --dtype --quantize --head --device "
-    "--format --seed --json",
+    "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --dtype --quantize --head "
+    "--step-tokens --speculative-config --device --format --seed --json",
     "score": "MODEL --data --dtype --device --format --json",
     "eval": (
         "MODEL --prompts --max-tokens --dtype --quantize --head --cache --device --format --seed --greedy --out -o --against --unsafe-code "
@@ -44,8 +46,8 @@ SURFACE = {
     "--teacher-model --teacher-key-env --name --force --no-force",
     "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --max-open-samples --timeout --reasoning-parser "
     "--tool-call-parser --enable-auto-tool-choice "
-    "--max-batch --cache-tokens --enable-lora --lora-modules --max-loras --max-lora-rank --lora-folder --dtype --quantize --head --cache "
-    "--device --format",
+    "--max-batch --cache-tokens --step-tokens --speculative-config --enable-lora --lora-modules --max-loras --max-lora-rank "
+    "--lora-folder --dtype --quantize --head --cache --device --format",
     "synth": "RECIPE --out -o --dry-run --limit --retry-failed --device --unsafe-code --quiet -q --json",
     "curate": "RECIPE --input -i --out -o --workers --executor --explain --quiet -q --json",
     "blend": "RECIPE --out -o --workers --quiet -q --json",
@@ -219,6 +221,20 @@ def test_a_model_folder_that_is_not_there(args: list[str], tmp_path: Path, monke
 @pytest.mark.parametrize("args", [["generate", "m"], ["generate", "m", "a prompt", "--prompts", "p.jsonl"]])
 def test_generate_takes_a_prompt_or_a_file(args: list[str]) -> None:
     assert "prompt" in complaint(*args)
+
+
+def test_generate_says_how_many_drafted_tokens_were_accepted() -> None:
+    asked = ["generate", str(BASE), "one two one two one two", "--max-tokens", "40"]
+    plain = CliRunner().invoke(app, asked)
+    found = CliRunner().invoke(app, [*asked, "--speculative-config", "ngram", "--step-tokens", "20"])
+    assert found.exit_code == plain.exit_code == 0 and found.stdout == plain.stdout
+    assert re.fullmatch(r"drafts: [\d,]+ of [\d,]+ tokens accepted( \(\d+%\))?\n", found.stderr) and not plain.stderr
+
+
+@pytest.mark.parametrize(("option", "value", "words"), [("--step-tokens", "0", "at least 1 token"), ("--speculative-config", "x", "JSON")])
+def test_step_tokens_and_drafts_are_refused_before_a_model_is_read(option: str, value: str, words: str) -> None:
+    for command in (["generate", "m", "a prompt"], ["serve", "m"]):
+        assert words in complaint(*command, option, value)
 
 
 def test_pretraining_refuses_an_unknown_key(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.core import Core
 from gristmill.engine.kernels import library as kernels
 from gristmill.engine.layers import Decoder
+from gristmill.engine.scheduler import SchedulerOutput
 from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.model.config import BlockConfig, ModelConfig
@@ -187,6 +188,78 @@ def test_priority_goes_first_and_nobody_starves(model: Transformer) -> None:
         order += [state.request.id for state in core.take_finished()]
     names = [state.request.id for state in states]
     assert order.index("urgent") <= 1 and [name for name in order if name != "urgent"] == names
+
+
+def first_tokens(core: Core, arrivals: list[tuple[str, int, int]], priority: dict[str, int] | None = None) -> dict[str, int]:
+    """Prompt tokens that had been computed when each request said its first token.
+
+    Args:
+        arrivals: name, prompt length, and prompt tokens that are computed before it comes.
+        priority: of some of them.
+    """
+    heard: dict[str, int] = {}
+    todo = list(arrivals)
+    while todo or not core.idle:
+        while todo and (core.prompt_tokens >= todo[0][2] or core.idle):
+            name, length, _ = todo.pop(0)
+            request = Request(name, (), SamplingParams(0.0, max_tokens=2), priority=(priority or {}).get(name, 0))
+            state = RequestState(request, np.arange(length, dtype=np.int32) * 7 % VOCABULARY, 2, len(arrivals) - len(todo))
+            state.prompt_ids[0] = len(todo) % VOCABULARY  # no two begin alike
+            state.listener = lambda *_, name=name: heard.setdefault(name, core.prompt_tokens)
+            core.add(state)
+        core.step()
+    return heard
+
+
+def test_a_short_prompt_need_not_wait_for_a_long_one(model: Transformer) -> None:
+    arrivals = [("long", 200, 0), ("short", 9, 20)]
+    waiting = first_tokens(core_of(model, max_batched_tokens=16), arrivals)
+    assert waiting["long"] < waiting["short"]
+    found = first_tokens(core_of(model, max_batched_tokens=16, interactive=True), arrivals)
+    assert found["short"] <= 60 and found["long"] == 209
+
+
+def test_no_prompt_waits_for_ever(model: Transformer) -> None:
+    """Short prompts that come without an end take turns with a long one once it is old enough; and priority is only a head start."""
+    shorts = [(f"s{i}", 10, 10 * i) for i in range(300)]
+    for priority in ({}, {name: 1 for name, _, _ in shorts}):
+        found = first_tokens(core_of(model, max_batched_tokens=12, interactive=True), [("long", 200, 0), *shorts], priority)
+        assert 500 < found["long"] < 200 * 5 + 256 + 100
+    assert first_tokens(core_of(model, max_batched_tokens=12), [("long", 200, 0), *shorts], priority)["long"] > 2900, "strict there"
+
+
+def test_priority_goes_before_those_that_came_earlier(model: Transformer) -> None:
+    arrivals = [("one", 100, 0), ("two", 100, 0), ("three", 100, 0)]
+    found = first_tokens(core_of(model, max_batched_tokens=16, interactive=True), arrivals, {"three": 1})
+    assert sorted(found, key=lambda name: found[name]) == ["three", "one", "two"]
+
+
+def longest_gap(core: Core) -> float:
+    """Longest gap of a response beside which prompts of 240 tokens arrive, on a machine whose steps take 10 ms, 1 ms a decoded token and
+    .5 ms a prompt token: the core's clock is moved as its model runs."""
+    now, run = [0.0], core.model_runner.run
+
+    def slow(step: SchedulerOutput) -> Tensor:
+        decoded = step.num_decoded_tokens
+        now[0] += 0.01 + 0.001 * decoded + 0.0005 * (sum(step.num_tokens) - decoded)
+        return run(step)
+
+    core.clock, core.stop_V[:] = (lambda: now[0]), False
+    core.model_runner.run = slow  # type: ignore[method-assign]
+    heard: list[float] = []
+    state = RequestState(Request("d", (), SamplingParams(0.0, max_tokens=90)), np.arange(4, dtype=np.int32), 90)
+    state.listener = lambda *_: heard.append(now[0])
+    core.add(state)
+    for i in range(90):
+        if i in (10, 30, 50):
+            core.add(RequestState(Request(f"p{i}", (), SamplingParams(max_tokens=1)), np.full(240, i, np.int32), 1, i))
+        core.step()
+    return max(after - before for before, after in zip(heard[20:], heard[21:], strict=False))
+
+
+def test_interactive_steps_are_as_long_as_whoever_decodes_can_bear(model: Transformer) -> None:
+    assert longest_gap(core_of(model)) == pytest.approx(0.131)
+    assert 0.02 < longest_gap(core_of(model, interactive=True)) < 0.04
 
 
 @settings(deadline=None, max_examples=25)

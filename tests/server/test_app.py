@@ -162,6 +162,7 @@ def full(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     model, tokenizer = load_model(tiny_base)
     save_reward(RewardModel(model), tokenizer, folder)
     options = ["--reward", str(folder), "--api-key-env", "GRISTMILL_TEST_KEYS", "--max-open-samples", "64", "--cache-tokens", "4096"]
+    options += ["--step-tokens", "128", "--speculative-config", "ngram"]
     command = [sys.executable, "-m", "gristmill.cli", "serve", str(tiny_base), "--port", "0", "--name", "tiny", *options]
     env = os.environ | {"GRISTMILL_TEST_KEYS": f"other {KEY}"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
@@ -426,6 +427,18 @@ def test_too_many_are_told_to_come_back_and_who_leaves_frees_everything(
     names = ("gristmill_open_samples", "gristmill_pages_in_use", "gristmill_running")
     assert comes_true(lambda: not any(metric(full, name) for name in names))
     assert post(full, "/chat/completions", messages=SAID, max_tokens=4)[0] == 200
+
+
+def test_drafts_are_counted_and_priority_is_taken(full: str) -> None:
+    before = metric(full, "gristmill_draft_tokens")
+    asked = {"messages": [{"role": "user", "content": "egg, mill, egg, mill, " * 6}], "max_tokens": 60, "temperature": 0.0}
+    status, plain = post(full, "/chat/completions", **asked, logit_bias={"5": -0.0})  # with a bias nothing is drafted
+    assert status == 200 and metric(full, "gristmill_draft_tokens") == before
+    status, found = post(full, "/chat/completions", **asked, priority=-3)
+    assert status == 200 and found["choices"][0]["message"] == plain["choices"][0]["message"]
+    assert metric(full, "gristmill_draft_tokens") > before
+    assert metric(full, "gristmill_accepted_tokens") <= metric(full, "gristmill_draft_tokens")
+    assert post(full, "/chat/completions", **asked, priority=101)[0] == 400
 
 
 def test_one_request_cannot_ask_for_more_than_there_is_room_for(full: str) -> None:

@@ -27,6 +27,13 @@ def chat(**fields: Any) -> ChatCompletionRequest:
     return parse_body(json.dumps({"messages": SAID} | fields).encode(), ChatCompletionRequest)
 
 
+def test_priority_is_a_number_within_bounds() -> None:
+    assert [chat(priority=value).priority for value in (-100, 0, 7, None)] == [-100, 0, 7, None]
+    for value in (101, -101, 10**30, 0.5, "1"):
+        with pytest.raises(FieldError, match="priority"):
+            chat(priority=value)
+
+
 def test_null_and_neutral_values_are_as_good_as_absent() -> None:
     names = [*NEUTRAL, *ChatCompletionRequest.model_fields, "prediction", "audio", "web_search_options", "never_heard_of"]
     plain = chat()

@@ -61,6 +61,18 @@ QuantizedHead = Annotated[Literal["", "int8"], typer.Option("--head", help="Quan
 CacheDtype = Annotated[
     Literal["", "fp32", "bf16", "int8", "fp8"], typer.Option("--cache", help="Type of keys and values; default as --dtype.")
 ]
+StepTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Most tokens computed at once (vLLM's max_num_batched_tokens); default: as many as is fastest, in serve as keep gaps short."
+    ),
+]
+Speculative = Annotated[
+    str,
+    typer.Option(
+        "--speculative-config", help="Draft tokens by n-gram look-up: ngram, or vLLM's JSON. Same answers, sooner where they copy a text."
+    ),
+]
 ChatFormat = Annotated[str, typer.Option("--format", help="Chat format: auto (the model folder's own), plain, nemotron, chatml or llama3.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, mps.")]
 RunDevice = Annotated[str | None, typer.Option("--device", help="Overrides the recipe's device: auto, cpu, cuda, cuda:1, mps.")]

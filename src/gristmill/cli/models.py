@@ -19,6 +19,8 @@ from gristmill.cli.app import (
     Quiet,
     RunDevice,
     Seed,
+    Speculative,
+    StepTokens,
     Unsafe,
     command,
     given,
@@ -214,6 +216,8 @@ def generate(
     dtype: Dtype = "auto",
     quantize: Quantized = "",
     head: QuantizedHead = "",
+    step_tokens: StepTokens = None,
+    speculative_config: Speculative = "",
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
@@ -224,19 +228,26 @@ def generate(
     from gristmill.data.chat import Message
     from gristmill.data.readers import read_prompts
     from gristmill.engine.load import EngineArgs, answer_rows, load_engine
+    from gristmill.engine.speculative import SpeculativeConfig
     from gristmill.generation.api import SamplingParams
 
     if (prompt is None) == (prompts is None):
         raise InputError("Give either a prompt or --prompts FILE.")
     asked = [(Message("user", prompt),)] if prompt is not None else [p.messages for p in read_prompts(prompts or Path(), "file")]
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
-    args = EngineArgs(dtype=dtype, quantize=quantize, head=head, chat_format=format, device=device)
-    rows = answer_rows(load_engine(model, args), asked, sampling, seed=seed)
+    speculative = SpeculativeConfig.parse(speculative_config)
+    args = EngineArgs(
+        dtype=dtype, quantize=quantize, head=head, step_tokens=step_tokens, speculative=speculative, chat_format=format, device=device
+    )
+    engine = load_engine(model, args)
+    rows = answer_rows(engine, asked, sampling, seed=seed)
     if out:
         echo(f"{write_jsonl(out, rows)} prompts answered: {out}", err=as_json)
-        return
-    for row in rows:
-        echo(json.dumps(row) if as_json else "\n".join(r["text"] for r in row["responses"]))
+    else:
+        for row in rows:
+            echo(json.dumps(row) if as_json else "\n".join(r["text"] for r in row["responses"]))
+    if speculative is not None:
+        echo(engine.stats.acceptance, err=True)
 
 
 @command("gristmill score runs/miniature/01-reward/model --data answers.jsonl")
@@ -376,6 +387,8 @@ def serve(
     cache_tokens: Annotated[
         int | None, typer.Option(help="Positions in a worker's cache; default: a quarter of the memory at most.")
     ] = None,
+    step_tokens: StepTokens = None,
+    speculative_config: Speculative = "",
     enable_lora: Annotated[bool, typer.Option("--enable-lora", help="Serve LoRA adapters beside the model.")] = False,
     lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=PATH of an adapter; may be given several times.")] = None,
     max_loras: Annotated[int, typer.Option(help="Adapters whose requests may be in flight at once.")] = 8,
@@ -392,6 +405,7 @@ def serve(
 ) -> None:
     """Serve a model by the OpenAI protocol: chat and text completions, streamed too; adapters; ratings; /health and /metrics."""
     from gristmill.engine.load import EngineArgs
+    from gristmill.engine.speculative import SpeculativeConfig
     from gristmill.server.adapters import LoraArgs
     from gristmill.server.serve import ServerArgs
     from gristmill.server.serve import serve as serve_model
@@ -417,6 +431,8 @@ def serve(
         cache=cache,
         max_batch=max_batch,
         cache_tokens=cache_tokens,
+        step_tokens=step_tokens,
+        speculative=SpeculativeConfig.parse(speculative_config),
         chat_format=chat_format,
         device=device,
     )

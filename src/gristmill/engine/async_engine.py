@@ -39,14 +39,15 @@ class AsyncEngine:
     Args:
         engine: the model; its `generate` may be used meanwhile.
         deliver: hears, from the threads, what a step brought. Without listeners, that is the ends of requests alone.
+        interactive: as in `Core`.
     """
 
-    def __init__(self, engine: Engine, deliver: Callable[[list[TokenEvent]], object]) -> None:
+    def __init__(self, engine: Engine, deliver: Callable[[list[TokenEvent]], object], *, interactive: bool = False) -> None:
         self.engine = engine
         num_workers = min(engine.num_workers, engine.max_batch)
         self._torch_threads = torch.get_num_threads()
         self._refreshing = threading.Lock()
-        self.workers = [_Worker(engine, num_workers, deliver) for _ in range(num_workers)]
+        self.workers = [_Worker(engine, num_workers, deliver, interactive) for _ in range(num_workers)]
 
     def start(self) -> None:
         if len(self.workers) > 1:  # one thread inside torch for each of ours
@@ -104,13 +105,13 @@ class _Worker:
         load: samples that are submitted and not done.
     """
 
-    def __init__(self, engine: Engine, num_workers: int, deliver: Callable[[list[TokenEvent]], object]) -> None:
-        self.engine, self.num_workers, self.deliver = engine, num_workers, deliver
+    def __init__(self, engine: Engine, num_workers: int, deliver: Callable[[list[TokenEvent]], object], interactive: bool) -> None:
+        self.engine, self.num_workers, self.deliver, self.interactive = engine, num_workers, deliver, interactive
         self.inbox: queue.SimpleQueue[tuple[RequestState, bool] | threading.Barrier | None] = queue.SimpleQueue()
         self.states: set[RequestState] = set()
         self.load = 0
         self._lock = threading.Lock()
-        self.core: Core = engine.core(num_workers)
+        self.core: Core = engine.core(num_workers, interactive=interactive)
         self.events: list[TokenEvent] = []
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -143,7 +144,7 @@ class _Worker:
                     self._end(state, e)
                 self._flush()
                 try:
-                    self.core = self.engine.core(self.num_workers)
+                    self.core = self.engine.core(self.num_workers, interactive=self.interactive)
                 except Exception:
                     log.exception("the engine cannot go on")
                     return

@@ -1,6 +1,7 @@
 """Engine core: one worker's batch, block manager and scheduler over shared weights; a step schedules, runs the model and samples."""
 
 import os
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -28,6 +29,8 @@ from gristmill.engine.sequence import (
     RequestState,
     Sequence,
 )
+from gristmill.engine.speculative import SpeculativeConfig
+from gristmill.engine.token_budget import TokenBudget
 from gristmill.generation.api import Completion, Finish
 
 MAX_BATCHED_TOKENS = 2048
@@ -49,12 +52,15 @@ class Core:
         cache_tokens: positions that fit into the cache; None for as many as `max_batch` responses can take, memory permitting.
         cache_dtype: of keys and values.
         num_workers: that share the machine.
-        max_batched_tokens: of a forward pass.
+        max_batched_tokens: of a forward pass; None for what gives the most tokens a second, and less where somebody waits for each.
         grammar_backend: gives what requests with a grammar need.
         max_loras: adapters of a step.
+        interactive: somebody waits for every token: steps stay short (`TokenBudget`), and short prompts go before long ones.
+        speculative: how tokens are drafted; None: they are not.
 
     Attributes:
         prompt_tokens, output_tokens: computed and sampled so far.
+        draft_tokens, accepted_tokens: drafted so far, and how many of those were what was sampled.
     """
 
     def __init__(
@@ -68,9 +74,11 @@ class Core:
         cache_tokens: int | None,
         cache_dtype: torch.dtype,
         num_workers: int = 1,
-        max_batched_tokens: int = MAX_BATCHED_TOKENS,
+        max_batched_tokens: int | None = None,
         grammar_backend: Callable[[], GrammarBackend] | None = None,
         max_loras: int = 8,
+        interactive: bool = False,
+        speculative: SpeculativeConfig | None = None,
     ) -> None:
         max_positions = decoder.config.max_positions
         self.batch_state = BatchState(max_batch, max_positions)
@@ -80,10 +88,19 @@ class Core:
             memory = _cache_memory(self.model_runner.device) / num_workers
             num_blocks = min(num_blocks, max(1, int(memory / self.model_runner.kv_cache.bytes_per_block)))
         self.block_manager = BlockManager(num_blocks)
-        self.scheduler = Scheduler(self.batch_state, self.block_manager, max(max_batched_tokens, max_batch), max_loras)
+        self.scheduler = Scheduler(
+            self.batch_state,
+            self.block_manager,
+            max_batched_tokens or max(MAX_BATCHED_TOKENS, max_batch),
+            max_loras=max_loras,
+            token_budget=TokenBudget() if interactive and max_batched_tokens is None else None,
+            by_age=interactive,
+            speculative=speculative,
+        )
         self.stop_V, self.response_text, self.decode, self.grammar_backend = stop_V, response_text, decode, grammar_backend
         self.finished: list[RequestState] = []
-        self.prompt_tokens = self.output_tokens = 0
+        self.prompt_tokens = self.output_tokens = self.draft_tokens = self.accepted_tokens = 0
+        self.clock = time.perf_counter
         self._allocated = False
 
     @property
@@ -112,10 +129,11 @@ class Core:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One forward pass, and one token more for every sequence whose turn it was."""
+        """One forward pass, and a token more for every sequence whose turn it was, or several where its draft was right."""
         if not self._allocated:
             self.model_runner.allocate_kv_cache(self.block_manager.num_blocks)
             self._allocated = True
+        started = self.clock()
         step = self.scheduler.schedule()
         if not step.sequences:
             return
@@ -123,19 +141,35 @@ class Core:
             self.model_runner.kv_cache.copy(copies)
             self.scheduler.block_copies = []
         logits_RV = self.model_runner.run(step)
-        self.prompt_tokens += sum(step.num_tokens[step.num_decodes :])
+        num_decoded = step.num_decoded_tokens
+        num_prompt = sum(step.num_tokens) - num_decoded
+        self.prompt_tokens += num_prompt
         self.scheduler.fork_siblings(step)
-        sequences = step.sample_sequences
-        if any(sequence.slot < 0 for sequence in sequences):  # preempted before its first token
-            kept = [i for i, sequence in enumerate(sequences) if sequence.slot >= 0]
-            sequences, logits_RV = [sequences[i] for i in kept], logits_RV[torch.tensor(kept, device=logits_RV.device)]
-        if sequences:
-            self._sample(sequences, logits_RV)
+        drafts = [step.num_drafts[place] for place in step.sample_rows]
+        rows = step.sample_sequences
+        if step.num_drafted:
+            rows = [sequence for sequence, count in zip(rows, drafts, strict=True) for _ in range(1 + count)]
+        if any(sequence.slot < 0 for sequence in rows):  # preempted before its first token, when it has no draft
+            kept = [i for i, sequence in enumerate(rows) if sequence.slot >= 0]
+            rows, logits_RV = [rows[i] for i in kept], logits_RV[torch.tensor(kept, device=logits_RV.device)]
+            drafts = [count for sequence, count in zip(step.sample_sequences, drafts, strict=True) if sequence.slot >= 0]
+        if rows:
+            self._sample(rows, drafts, logits_RV)
+        if self.scheduler.token_budget is not None:
+            self.scheduler.token_budget.observe(num_decoded, num_prompt, self.clock() - started)
 
-    def _sample(self, sequences: list[Sequence], logits_RV: Tensor) -> None:
+    def _sample(self, rows: list[Sequence], drafts: list[int], logits_RV: Tensor) -> None:
+        """Sample a token for each row, and give each sequence those of its rows up to the first that its draft does not have.
+
+        Args:
+            rows: sequences, each one as often as it has draft tokens, and once more.
+            drafts: number of draft tokens of each sequence.
+        """
         batch, device = self.batch_state, logits_RV.device
-        slot_R = np.array([sequence.slot for sequence in sequences])
-        length_R = np.array([sequence.length for sequence in sequences])
+        slot_R = np.array([sequence.slot for sequence in rows])
+        length_R = np.array([sequence.length for sequence in rows])
+        if len(drafts) < len(rows):
+            length_R += np.concatenate([np.arange(1 + count) for count in drafts])
         ints, floats = batch.ints[slot_R], batch.floats[slot_R]
         metadata = SamplingMetadata.of(floats[:, TEMPERATURE], floats[:, TOP_P], ints[:, TOP_K], min_p_B=floats[:, MIN_P])
         put = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device)  # noqa: E731
@@ -147,38 +181,60 @@ class Core:
             top_k_B=put(ints[:, TOP_K]),
             min_p_B=put(floats[:, MIN_P]),
             metadata=metadata,
-            processed_BV=self._process_logits(sequences, floats, logits_RV),
+            processed_BV=self._process_logits(rows, floats, logits_RV),
         )
         token_R, logprob_R = tokens.cpu().numpy(), logprobs.cpu().numpy()
+        right_R = batch.token_ids[slot_R, length_R] == token_R  # behind a draft's last token it says nothing
         batch.token_ids[slot_R, length_R] = token_R
         batch.logprobs[slot_R, length_R] = logprob_R
         stopped_R = self.stop_V[token_R]
         done_R = stopped_R | (length_R + 1 >= ints[:, LIMIT])
-        self.output_tokens += len(sequences)
-        self._record_top_logprobs(sequences, logits_RV)
-        for i, sequence in enumerate(sequences):
-            sequence.length += 1
-            state = sequence.state
-            if state.cancelled:  # with a sample before this one
-                continue
-            if sequence.matcher is not None and (error := sequence.matcher.accept_token(int(token_R[i]))):
-                self._fail(state, InputError(f"the grammar gave up: {error}"))
-                continue
-            sampling = state.request.sampling
-            stopped = bool(stopped_R[i]) or (bool(sampling.stop_tokens) and int(token_R[i]) in sampling.stop_tokens)
-            cut = self._find_stop_string(sequence) if sampling.stop else None
-            done = stopped or bool(done_R[i]) or cut is not None
-            if state.listener is not None:
-                top_logprobs = sequence.top_logprobs[-1] if sequence.top_logprobs else ()
-                state.listener(sequence.sample, int(token_R[i]), float(logprob_R[i]), done, top_logprobs)
-            if done:
-                self._finish(sequence, stopped, cut)
+        row = 0
+        for count in drafts:
+            sequence, last = rows[row], row + count
+            accepted = -1
+            for i in range(row, last + 1):
+                accepted += 1
+                sequence.num_computed += i > row
+                self.output_tokens += 1
+                if not self._append(sequence, int(token_R[i]), logits_RV[i], ended=bool(stopped_R[i]), full=bool(done_R[i])):
+                    break
+                if i < last and not right_R[i]:
+                    break
+            if count:
+                self.draft_tokens += count
+                self.accepted_tokens += accepted
+                if sequence.slot >= 0:
+                    self.scheduler.accept(sequence, count, accepted)
+            row = last + 1
 
-    def _record_top_logprobs(self, sequences: list[Sequence], logits_RV: Tensor) -> None:
-        for i, sequence in enumerate(sequences):
-            if count := sequence.state.request.sampling.top_logprobs:
-                best = torch.log_softmax(logits_RV[i], -1).topk(min(count, logits_RV.shape[1]))
-                sequence.top_logprobs.append(tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+    def _append(self, sequence: Sequence, token: int, logits_V: Tensor, *, ended: bool, full: bool) -> bool:
+        """Append a sampled token to its sequence. False if that was its last, or nobody wants it.
+
+        Args:
+            ended: the token ends any response.
+            full: the response may have no token more, or `ended`.
+        """
+        sequence.length += 1
+        state, sampling = sequence.state, sequence.state.request.sampling
+        if state.cancelled:  # with a sample before this one
+            return False
+        if sampling.top_logprobs:
+            best = torch.log_softmax(logits_V, -1).topk(min(sampling.top_logprobs, len(logits_V)))
+            sequence.top_logprobs.append(tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        if sequence.matcher is not None and (error := sequence.matcher.accept_token(token)):
+            self._fail(state, InputError(f"the grammar gave up: {error}"))
+            return False
+        stopped = ended or (bool(sampling.stop_tokens) and token in sampling.stop_tokens)
+        cut = self._find_stop_string(sequence) if sampling.stop else None
+        done = stopped or full or cut is not None
+        if state.listener is not None:
+            top_logprobs = sequence.top_logprobs[-1] if sequence.top_logprobs else ()
+            logprob = float(self.batch_state.logprobs[sequence.slot, sequence.length - 1])
+            state.listener(sequence.sample, token, logprob, done, top_logprobs)
+        if done:
+            self._finish(sequence, stopped, cut)
+        return not done
 
     def _process_logits(self, sequences: list[Sequence], floats: np.ndarray, logits_RV: Tensor) -> Tensor | None:
         """Logits processors: penalties, biases and grammar masks. None if nobody has any."""

@@ -27,6 +27,7 @@ from gristmill.engine.grammar import GrammarBackend
 from gristmill.engine.layers import Decoder, DecoderLayer
 from gristmill.engine.lora import MAX_ADAPTERS, LoadedAdapter, LoraRows
 from gristmill.engine.sequence import RequestState
+from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.generation.api import Completion, Request
 from gristmill.model.adapters import Adapter
 from gristmill.model.packed import PackedShape
@@ -46,22 +47,34 @@ Item = TypeVar("Item")
 @dataclass
 class EngineStats:
     """Engine counters: prompt and scored tokens computed (a prompt that samples share counts once), tokens
-    generated, and seconds inside the engine, on average over its workers.
+    generated, seconds inside the engine, on average over its workers, tokens drafted, and those of them that were right.
     """
 
     prompt_tokens: int = 0
     output_tokens: int = 0
     seconds: float = 0.0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     def __post_init__(self) -> None:
         self._lock = Lock()
 
-    def add(self, prompt_tokens: int = 0, output_tokens: int = 0, seconds: float = 0.0) -> None:
+    @property
+    def acceptance(self) -> str:
+        """Acceptance of drafts, in words."""
+        share = f" ({self.accepted_tokens / self.draft_tokens:.0%})" if self.draft_tokens else ""
+        return f"drafts: {self.accepted_tokens:,} of {self.draft_tokens:,} tokens accepted{share}"
+
+    def add(
+        self, prompt_tokens: int = 0, output_tokens: int = 0, seconds: float = 0.0, *, draft_tokens: int = 0, accepted_tokens: int = 0
+    ) -> None:
         """Count work; workers may do so at the same time."""
         with self._lock:
             self.prompt_tokens += prompt_tokens
             self.output_tokens += output_tokens
             self.seconds += seconds
+            self.draft_tokens += draft_tokens
+            self.accepted_tokens += accepted_tokens
 
 
 class Engine:
@@ -88,6 +101,9 @@ class Engine:
         own: nobody else uses the model: what is quantized or converted is dropped from it.
         layers: quantized layers, made already from blocks that were released; the model is owned then.
         max_loras: adapters whose requests may be in flight at once.
+        step_tokens: most tokens that a worker computes at once; long prompts are read in as many pieces. None for what gives the most
+            tokens a second, and, where somebody waits for every token (`core`, interactive), as many as keep the step short.
+        speculative: how tokens are drafted (speculative decoding); None: they are not. Answers are the same.
 
     Attributes:
         adapters: LoRA adapters that requests may name.
@@ -109,6 +125,8 @@ class Engine:
         own: bool = False,
         layers: list[DecoderLayer] | None = None,
         max_loras: int = 8,
+        step_tokens: int | None = None,
+        speculative: SpeculativeConfig | None = None,
     ) -> None:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}.")
@@ -131,6 +149,7 @@ class Engine:
         self.device = device
         self.stats = EngineStats()
         self.max_loras = max_loras
+        self.step_tokens, self.speculative = step_tokens, speculative
         self.adapters: dict[str, LoadedAdapter] = {}
         self._name = name
         self._arrivals = itertools.count()
@@ -203,8 +222,8 @@ class Engine:
         """Grammar backend, made for the first request with a grammar."""
         return GrammarBackend(self.tokenizer, self.model.config.vocab_size, self.stop_V.nonzero()[0].tolist())
 
-    def core(self, num_workers: int = 1) -> Core:
-        """Engine core of a worker, one of so many that share the machine."""
+    def core(self, num_workers: int = 1, *, interactive: bool = False) -> Core:
+        """Engine core of a worker, one of so many that share the machine. `interactive` as in `Core`."""
         return Core(
             self._decoder,
             max(1, self.max_batch // num_workers),
@@ -216,6 +235,9 @@ class Engine:
             num_workers=num_workers,
             grammar_backend=lambda: self.grammar_backend,
             max_loras=self.max_loras,
+            max_batched_tokens=self.step_tokens,
+            interactive=interactive,
+            speculative=self.speculative,
         )
 
     def prepare(self, request: Request) -> RequestState:
@@ -251,6 +273,7 @@ class Engine:
         while not stop.is_set():
             started = time.perf_counter()
             prompts, outputs = core.prompt_tokens, core.output_tokens
+            drafts, accepted = core.draft_tokens, core.accepted_tokens
             while not exhausted and waiting < len(core.batch_state.free_slots):
                 request = next(source, None)
                 if request is None:
@@ -262,7 +285,8 @@ class Engine:
                 core.step()
             waiting = len(core.scheduler.waiting)
             spent = (time.perf_counter() - started) / dealt.num_workers
-            self.stats.add(core.prompt_tokens - prompts, core.output_tokens - outputs, spent)
+            drafted = {"draft_tokens": core.draft_tokens - drafts, "accepted_tokens": core.accepted_tokens - accepted}
+            self.stats.add(core.prompt_tokens - prompts, core.output_tokens - outputs, spent, **drafted)
             for state in core.take_finished():
                 if state.error is not None:
                     raise state.error

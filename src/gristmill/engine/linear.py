@@ -120,7 +120,7 @@ class UnquantizedLinear:
             self.compiled = CompiledProduct(BF16, self.weight_ND, None, bias_N, shape=self.weight_ND.shape)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        if x_TD.shape[0] <= self.max_rows:
+        if 0 < x_TD.shape[0] <= self.max_rows:
             return self.compiled(x_TD)
         return F.linear(x_TD, self.weight_ND, self.bias_N)
 
@@ -200,7 +200,7 @@ class Int8WeightLinear:
             self.weight_ND = held[:, : values_ND.shape[1]]
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        if x_TD.shape[0] <= self.max_rows:
+        if 0 < x_TD.shape[0] <= self.max_rows:
             return self.compiled(x_TD)
         # in bf16 torch reads beyond the rows' ends where they are no whole vectors
         safe = x_TD.dtype == torch.float32 or x_TD.shape[1] % 16 == 0

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 
 from gristmill.core.device import check_dtype, pick_device, pick_precision
+from gristmill.core.errors import InputError
 from gristmill.data.chat import Message, find_format, to_dicts
 from gristmill.engine.engine import Engine
 from gristmill.engine.layers import DecoderLayer, release
+from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.adapters import is_adapter, load_model
 from gristmill.model.hf import read_config, saved_as
@@ -29,9 +31,12 @@ class EngineArgs:
         quantize: as in `Engine`; "" for what the model's folder was saved as.
         head: as in `Engine`.
         cache: type of keys and values; "" for `dtype`.
-        max_batch, max_loras, cache_tokens: as in `Engine`.
+        max_batch, max_loras, cache_tokens, step_tokens, speculative: as in `Engine`.
         chat_format: "auto", or a name.
         device: as `pick_device` takes it.
+
+    Raises:
+        InputError: a step of no tokens.
     """
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -41,8 +46,14 @@ class EngineArgs:
     max_batch: int = 256
     max_loras: int = 8
     cache_tokens: int | None = None
+    step_tokens: int | None = None
+    speculative: SpeculativeConfig | None = None
     chat_format: str = "auto"
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.step_tokens is not None and self.step_tokens < 1:
+            raise InputError(f"A step must have at least 1 token, got {self.step_tokens}: raise --step-tokens, or leave it out.")
 
 
 def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = "", own: bool = True) -> Engine:
@@ -78,6 +89,8 @@ def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = ""
         max_loras=args.max_loras,
         dtype=dtype,
         cache_tokens=args.cache_tokens,
+        step_tokens=args.step_tokens,
+        speculative=args.speculative,
         cache_dtype=CACHE_DTYPES[args.cache] if args.cache else None,
         quantize=quantize,
         head=args.head,

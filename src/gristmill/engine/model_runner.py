@@ -3,6 +3,8 @@
 Shapes: T tokens of the step, D hidden size, H query heads, K key-value heads, d head size, R tokens to sample, V vocabulary.
 """
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: SchedulerOutput) -> Tensor:
-        """Logits [R, V] to sample from: after the tokens of `step.sample_rows`."""
+        """Logits [R, V] to sample from: after the last tokens of `step.sample_rows`, and after those before their drafts' tokens."""
         counts = np.array(step.num_tokens)
         query_start = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
@@ -64,18 +66,19 @@ class ModelRunner:
         distinct = list(dict.fromkeys(step.sample_rows))  # siblings sample from the same row
         adapters = [s.state.adapter for s in step.sequences]
         lora = LoraRows.of(adapters, step.num_tokens, self.device) if any(adapters) else None
+        num_rows = [1 + step.num_drafts[place] for place in distinct]
         if lora is None and self.cuda_graphs is not None and step.num_decodes == len(counts) and distinct == list(range(len(counts))):
             logits = self.cuda_graphs.run(ids, metadata)
         else:
             self.attention.prepare(metadata)
             last_R, last_lora = None, lora
-            if len(distinct) < len(positions):
-                ends = [int(query_start[place + 1]) - 1 for place in distinct]
+            if sum(num_rows) < len(positions):
+                ends = [int(query_start[place + 1]) - back for place, n in zip(distinct, num_rows, strict=True) for back in range(n, 0, -1)]
                 last_R = torch.tensor(ends + [0] * (self._padded(len(ends)) - len(ends)), dtype=torch.int64, device=self.device)
-                last_lora = lora and LoraRows.of([adapters[place] for place in distinct], [1] * len(distinct), self.device)
+                last_lora = lora and LoraRows.of([adapters[place] for place in distinct], num_rows, self.device)
             logits = self._forward(torch.from_numpy(ids).to(self.device), last_R, lora, last_lora)
-        row_of = {place: row for row, place in enumerate(distinct)}
-        rows = [row_of[place] for place in step.sample_rows]
+        end_of = dict(zip(distinct, accumulate(num_rows), strict=True))
+        rows = [row for place in step.sample_rows for row in range(end_of[place] - 1 - step.num_drafts[place], end_of[place])]
         return logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, dtype=torch.int64, device=self.device)]
 
     def _forward(

@@ -1,19 +1,28 @@
 """Continuous-batching scheduler: waiting queue and running set, chunked prefill beside decoding, preemption by recomputation.
 
-Sequences join and leave at every step: every running one decodes its next token, then prompts are prefilled in chunks, up to a number of
-tokens. Nobody overtakes: the head of the queue is served first. When blocks run out, the last to come is preempted: it frees its own
-blocks and waits again. Its tokens are prefilled anew later, and its random numbers stay its own.
+Sequences join and leave at every step: every running one decodes its next token, and has a draft of those after it verified if it has one;
+then prompts are prefilled in chunks, up to a number of tokens. The first in order is served first, and nobody overtakes it while it waits
+for room. When blocks run out, the last in order is preempted: it frees its own blocks and waits again. Its tokens are prefilled anew
+later, and its random numbers stay its own.
 """
 
 import heapq
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gristmill.core.errors import InputError
 from gristmill.engine.block_manager import BLOCK_SIZE, BlockManager
 from gristmill.engine.sampler import sample_key
-from gristmill.engine.sequence import BatchState, RequestState, Sequence
+from gristmill.engine.sequence import LIMIT, BatchState, RequestState, Sequence
+from gristmill.engine.speculative import SpeculativeConfig, propose
+from gristmill.engine.token_budget import MIN_PROMPT_TOKENS, TokenBudget
 
+# Where the order is by age, a request is as if it had come after so many tokens of work for each of its prompt's, and that many later for
+# each step of priority below. So short prompts overtake long ones, and none is overtaken for ever.
+TOKENS_PER_PROMPT_TOKEN = 4
+TOKENS_PER_PRIORITY = 256
+MAX_ROWS_WITH_DRAFTS = 64  # of a step: beyond, a row costs about as much as a token does without drafts
 MIN_TEMPERATURE = 1e-3  # below, logits would overflow, and the likeliest token is as good as certain
 
 
@@ -22,18 +31,26 @@ class SchedulerOutput:
     """Work of one step: the tokens that one forward pass computes, and which of them are sampled from.
 
     Attributes:
-        sequences: those that have tokens in it, the first `num_decodes` of them one each.
+        sequences: those that have tokens in it, the first `num_decodes` of them one each; then `num_drafted` with drafts.
         starts, num_tokens: first position and number of tokens of each.
+        num_drafts: of each how many of its tokens are a draft: they, and the token before, are all sampled behind.
         sample_rows: for each token to sample, the place in `sequences` that it is sampled from; behind the decodes come ended prefills.
         sample_sequences: for each token to sample, who gets it: the sequence itself or a sibling.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
     num_decodes: int = 0
+    num_drafted: int = 0
     starts: list[int] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
+    num_drafts: list[int] = field(default_factory=list)
     sample_rows: list[int] = field(default_factory=list)
     sample_sequences: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_decoded_tokens(self) -> int:
+        """Tokens that are decoded, drafts among them; the others are of prompts."""
+        return sum(self.num_tokens[: self.num_decodes + self.num_drafted])
 
 
 class Scheduler:
@@ -41,18 +58,32 @@ class Scheduler:
 
     Args:
         batch_state, block_manager: slots and blocks that there are to give.
-        max_batched_tokens: of a step.
+        max_batched_tokens: of a step. All that decode have their token in any case, and prompts MIN_PROMPT_TOKENS.
         max_loras: adapters of a step.
+        token_budget: says how many tokens of prompts a step reads, within that; None: as many as there are.
+        by_age: order by the work done before a request came, its priority and its prompt's length; else by priority, then arrival.
+        speculative: how drafts are made; None: there are none.
     """
 
-    def __init__(self, batch_state: BatchState, block_manager: BlockManager, max_batched_tokens: int, max_loras: int = 8) -> None:
+    def __init__(
+        self,
+        batch_state: BatchState,
+        block_manager: BlockManager,
+        max_batched_tokens: int,
+        *,
+        max_loras: int = 8,
+        token_budget: TokenBudget | None = None,
+        by_age: bool = False,
+        speculative: SpeculativeConfig | None = None,
+    ) -> None:
         self.batch_state, self.block_manager, self.max_batched_tokens = batch_state, block_manager, max_batched_tokens
-        self.max_loras = max_loras
+        self.max_loras, self.token_budget, self.by_age, self.speculative = max_loras, token_budget, by_age, speculative
         self.waiting: list[tuple[tuple[int, int, int], int, Sequence]] = []
         self.running: list[Sequence] = []  # in scheduling order
         self.block_copies: list[tuple[int, int]] = []  # copy-on-write before the next step: from, to
         self.num_preemptions = 0
         self._num_enqueued = 0
+        self._age = 0  # tokens scheduled so far
 
     @property
     def idle(self) -> bool:
@@ -70,6 +101,10 @@ class Scheduler:
                 f"Request {state.request.id!r} may take {max_length} tokens and the cache holds "
                 f"{self.block_manager.num_blocks * BLOCK_SIZE}: shorten it, lower max_tokens, or give the engine more cache."
             )
+        priority = state.request.priority
+        state.rank = -priority
+        if self.by_age:
+            state.rank = self._age + TOKENS_PER_PROMPT_TOKEN * len(state.prompt_ids) - TOKENS_PER_PRIORITY * priority
         for sample in range(state.request.sampling.n):
             self._enqueue(Sequence(state, sample, prefix_id=state.root))
 
@@ -91,23 +126,35 @@ class Scheduler:
         """The next step. Tokens that it computes count as computed from here on."""
         step = SchedulerOutput()
         self._schedule_decodes(step)
-        budget = self.max_batched_tokens - step.num_decodes
-        for sequence in self.running:
-            if budget <= 0:
-                break
-            if sequence.num_computed < sequence.length:
-                budget -= self._prefill(step, sequence, budget)
+        num_decoded = step.num_decoded_tokens
+        budget = max(self.max_batched_tokens - num_decoded, min(MIN_PROMPT_TOKENS, self.max_batched_tokens))
+        if self.token_budget is not None:
+            num_waiting = min(len(self.running) + len(self.waiting), self.batch_state.num_slots) - len(step.sequences)
+            budget = self.token_budget.prompt_tokens(num_decoded, num_waiting, budget)
+        self._schedule_prompts(step, budget)
+        self._age += sum(step.num_tokens)
+        return step
+
+    def _schedule_prompts(self, step: SchedulerOutput, budget: int) -> None:
+        """Chunks of prompts, of running and of waiting sequences, in order."""
+        prefills = deque(s for s in self.running if s.num_computed < s.length)
         begun: dict[tuple[int, bytes], Sequence] = {}
-        while self.waiting and self.batch_state.free_slots and budget > 0:
-            sequence = self.waiting[0][2]
-            if sequence.state.cancelled:
+        blocked = False  # the first that waits has no room
+        while budget > 0:
+            while self.waiting and self.waiting[0][2].state.cancelled:
                 heapq.heappop(self.waiting)
+            sequence = self.waiting[0][2] if self.waiting and self.batch_state.free_slots and not blocked else None
+            if prefills and (sequence is None or prefills[0].order < sequence.order):
+                budget -= self._prefill(step, prefills.popleft(), budget)
                 continue
+            if sequence is None:
+                return
             prompt = None if sequence.saved_tokens is not None else (sequence.state.root, sequence.state.prompt_ids.tobytes())
             parent = begun.get(prompt) if prompt is not None else None
             if parent is not None:
                 if not self._can_allocate(len(parent.siblings) + 2):
-                    break
+                    blocked = True
+                    continue
                 heapq.heappop(self.waiting)
                 self._assign_slot(sequence)
                 parent.siblings.append(sequence)
@@ -118,12 +165,12 @@ class Scheduler:
             # samples of one prompt begin together, so that it is prefilled once
             num_samples = min(sequence.state.num_waiting, self.batch_state.num_slots)
             if len(self.batch_state.free_slots) < num_samples or not self._has_lora_slot(sequence) or not self._admit(sequence):
-                break
+                blocked = True
+                continue
             heapq.heappop(self.waiting)
             budget -= self._prefill(step, sequence, budget)
             if prompt is not None:
                 begun[prompt] = sequence
-        return step
 
     def fork_siblings(self, step: SchedulerOutput) -> None:
         """Let siblings of ended prefills run on their own: full blocks are shared, the last one is copied."""
@@ -165,11 +212,53 @@ class Scheduler:
                 step.sequences.append(sequence)
                 sequence.num_computed = length
             place += 1
-        step.num_decodes = len(step.sequences)
+        drafts = {} if self.speculative is None else self._draft(self.speculative, step.sequences)
+        if drafts:
+            step.sequences.sort(key=lambda s: s in drafts)  # stable
+        step.num_drafted = len(drafts)
+        step.num_decodes = len(step.sequences) - len(drafts)
         step.starts = [s.num_computed - 1 for s in step.sequences]
-        step.num_tokens = [1] * step.num_decodes
-        step.sample_rows = list(range(step.num_decodes))
+        step.num_drafts = [drafts.get(s, 0) for s in step.sequences]
+        step.num_tokens = [1 + count for count in step.num_drafts]
+        step.sample_rows = list(range(len(step.sequences)))
         step.sample_sequences = list(step.sequences)
+
+    def _draft(self, config: SpeculativeConfig, sequences: list[Sequence]) -> dict[Sequence, int]:
+        """Write drafts behind the tokens of sequences that decode, where there are blocks to spare; how many tokens each got.
+
+        Those whose logits depend on the tokens before (penalties, biases, grammars) get none.
+        """
+        drafts: dict[Sequence, int] = {}
+        room = min(MAX_ROWS_WITH_DRAFTS, self.max_batched_tokens) - len(sequences)
+        for sequence in sequences:
+            slot, length = sequence.slot, sequence.length
+            most = min(sequence.max_draft or config.num_speculative_tokens, room, int(self.batch_state.ints[slot, LIMIT]) - length - 1)
+            if most <= 0 or sequence.state.request.sampling.processes_logits:
+                continue
+            tokens = self.batch_state.token_ids[slot]
+            lookup = {"max_ngram": config.prompt_lookup_max, "min_ngram": config.prompt_lookup_min}
+            draft = propose(tokens[:length], most, **lookup)
+            missing = -(-(length + len(draft)) // BLOCK_SIZE) - len(sequence.block_ids)
+            if missing > 0:
+                self._register_full_blocks(sequence)
+                if not self._can_allocate(missing):
+                    draft = draft[: len(sequence.block_ids) * BLOCK_SIZE - length]
+                else:
+                    self._append_blocks(sequence, [b for _ in range(missing) if (b := self.block_manager.allocate()) is not None])
+            if len(draft):
+                tokens[length : length + len(draft)] = draft
+                drafts[sequence] = len(draft)
+                room -= len(draft)
+        return drafts
+
+    def accept(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
+        """End the verification of a draft: blocks that only rejected tokens are in are freed, and the next draft is as long as pays."""
+        assert self.speculative is not None
+        grown = min(self.speculative.num_speculative_tokens, 2 * num_drafts)
+        sequence.max_draft = grown if num_accepted == num_drafts else max(1, num_accepted)
+        used = -(-sequence.length // BLOCK_SIZE)
+        self.block_manager.release(sequence.block_ids[used:])
+        del sequence.block_ids[used:]
 
     def _prefill(self, step: SchedulerOutput, sequence: Sequence, budget: int) -> int:
         """Schedule the next chunk of a prefill; its number of tokens."""
@@ -186,6 +275,7 @@ class Scheduler:
         step.sequences.append(sequence)
         step.starts.append(sequence.num_computed)
         step.num_tokens.append(count)
+        step.num_drafts.append(0)
         sequence.num_computed += count
         self._register_full_blocks(sequence)
         if sequence.num_computed == length:

@@ -30,7 +30,8 @@ class RequestState:
     Attributes:
         prompt_ids: token ids.
         max_tokens: of a response.
-        arrival: of requests of one priority the earliest goes first.
+        rank: the lowest goes first; the scheduler sets it.
+        arrival: of requests of one rank the earliest goes first.
         completions: of the samples that are done.
         num_unfinished: samples that are not done.
         num_waiting: samples that have no slot.
@@ -44,6 +45,7 @@ class RequestState:
     prompt_ids: np.ndarray
     max_tokens: int
     arrival: int = 0
+    rank: int = 0
     num_waiting: int = 0
     listener: TokenListener | None = None
     cancelled: bool = False
@@ -75,6 +77,7 @@ class Sequence:
         siblings: samples of the same prompt that fork when its prefill ends, each with a slot of its own.
         matcher: where it stands in its grammar, if it has one.
         top_logprobs: of each token sampled, if asked for.
+        max_draft: most tokens of its next draft; 0 until there was one.
         saved_tokens, saved_logprobs: prompt and response, and the response's log-probabilities, when it was preempted.
     """
 
@@ -90,13 +93,14 @@ class Sequence:
     siblings: list["Sequence"] = field(default_factory=list)
     matcher: GrammarMatcher | None = None
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    max_draft: int = 0
     saved_tokens: np.ndarray | None = None
     saved_logprobs: np.ndarray | None = None
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Scheduling order: priority, then arrival."""
-        return -self.state.request.priority, self.state.arrival, self.sample
+        """Scheduling order: rank, then arrival."""
+        return self.state.rank, self.state.arrival, self.sample
 
 
 class BatchState:

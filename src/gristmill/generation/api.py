@@ -78,6 +78,12 @@ class SamplingParams:
         if not all(self.stop):
             raise InputError("stop holds an empty string: every answer would end at once.")
 
+    @property
+    def processes_logits(self) -> bool:
+        """Whether anything but temperature and cuts changes what is sampled from: a penalty, a bias or a grammar."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalties or bool(self.logit_bias) or bool(self.grammar)
+
     def described(self) -> dict[str, Any]:
         """The five settings that every source of text knows, and those of the others that are not off: what ids are made of."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

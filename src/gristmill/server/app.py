@@ -140,7 +140,7 @@ class Server:
         self.tool_support = find_support(engine.chat_format, engine.tokenizer, tool_call_parser)
         self.context = engine.model.config.max_positions
         self.reward_context = self.context if reward_context is None else reward_context
-        self.async_engine = AsyncEngine(engine, self._deliver)
+        self.async_engine = AsyncEngine(engine, self._deliver, interactive=True)
         self.cache_tokens = min(worker.core.block_manager.num_blocks for worker in self.async_engine.workers) * BLOCK_SIZE
         self.adapters = adapters
         self.pool: ConnectionPool | None = None
@@ -568,7 +568,8 @@ class Server:
         self._number += 1
         # the engine samples by id and seed: where a seed is given, equal requests shall have equal answers
         name = f"{kind}-{self._number}" if body.seed is None else f"{kind}-{make_id(content, body.seed)}"
-        return Request(name, conversation, sampling, body.seed or 0, prompt_ids=tuple(prompt_ids), adapter=self._adapter(body))
+        priority = -(body.priority or 0)  # vLLM's way round: the lower goes first
+        return Request(name, conversation, sampling, body.seed or 0, priority, tuple(prompt_ids), self._adapter(body))
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """Hand events from the engine's threads to the event loop."""

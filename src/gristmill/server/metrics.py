@@ -38,6 +38,8 @@ class Metrics:
             ("gristmill_pages", "KV-cache blocks.", lambda: sum(c.block_manager.num_blocks for c in cores())),
             ("gristmill_prompt_tokens", "Prompt tokens computed.", lambda: sum(c.prompt_tokens for c in cores())),
             ("gristmill_output_tokens", "Tokens sampled.", lambda: sum(c.output_tokens for c in cores())),
+            ("gristmill_draft_tokens", "Tokens drafted (speculative decoding).", lambda: sum(c.draft_tokens for c in cores())),
+            ("gristmill_accepted_tokens", "Drafted tokens that were accepted.", lambda: sum(c.accepted_tokens for c in cores())),
             (
                 "gristmill_preemptions",
                 "Samples preempted for want of KV-cache blocks.",

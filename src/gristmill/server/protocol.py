@@ -22,6 +22,7 @@ MAX_STOPS, MAX_STOP_CHARS, MAX_BIASES = 16, 500, 1024
 MAX_INLINE_VALUES = 10_000  # of a body, that are parsed at once; more take a thread that lets others run
 MAX_JSON_CONTAINERS, MAX_JSON_VALUES = 60_000, 600_000  # of a body: lists, objects and their names; values
 MAX_NAME_CHARS, MAX_PATH_CHARS = 200, 4096  # of an adapter
+MAX_PRIORITY = 100  # either way
 MAX_SHOWN = 60  # characters of a request that an error repeats
 Number = StrictFloat | StrictInt
 Stop = Annotated[StrictStr, Field(max_length=MAX_STOP_CHARS)]
@@ -49,7 +50,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "min_tokens": (0,),
     "modalities": (["text"],),
-    "priority": (0,),
     "reasoning_effort": ("none",),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
@@ -114,6 +114,7 @@ class CompletionRequestBase(RequestBody):
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
     logit_bias: dict[str, Number] | None = Field(None, max_length=MAX_BIASES)
+    priority: StrictInt | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     stream: StrictBool | None = None
     stream_options: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None

@@ -114,7 +114,11 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
         echo(f"{both} at http://{args.host}:{listening.getsockname()[1]}/v1")
         if support.takes_tools:
             echo(f"calls of tools: {support.name}", err=True)
-        echo(f"attention: {server.async_engine.workers[0].core.model_runner.attention.name}", err=True)
+        runner = server.async_engine.workers[0].core.model_runner
+        echo(f"attention: {runner.attention.name}", err=True)
+        if engine.speculative is not None:
+            eager = "; a step that verifies one is not replayed as a CUDA graph" if engine.device.type == "cuda" else ""
+            echo(f"drafts: n-gram look-up, {engine.speculative.num_speculative_tokens} tokens at most{eager}", err=True)
 
     for handler in (logging.lastResort, *logging.getLogger().handlers):
         if handler is not None:

@@ -1,6 +1,7 @@
 """Triton attention and CUDA graphs: on a GPU where there is one, else by Triton's interpreter, which knows no bfloat16."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gristmill.engine import model_runner  # noqa: E402
 from gristmill.engine.attention import TritonAttention  # noqa: E402
 from gristmill.engine.core import Core  # noqa: E402
 from gristmill.engine.kernels import library as kernels  # noqa: E402
+from gristmill.engine.speculative import SpeculativeConfig  # noqa: E402
 from tests.engine.test_core import compare, core_of, finish, model_of, states_of  # noqa: E402
 
 
@@ -27,8 +29,8 @@ def test_attention_equals_torchs(dtype: torch.dtype, cache: torch.dtype, seed: i
     compare(TritonAttention, dtype, cache, seed, DEVICE)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_batch": 3, "blocks": 12}])
-def test_captured_steps_give_the_same_answers(monkeypatch: pytest.MonkeyPatch, options: dict[str, int]) -> None:
+@pytest.mark.parametrize("options", [{}, {"max_batch": 3, "blocks": 12}, {"speculative": SpeculativeConfig(prompt_lookup_min=1)}])
+def test_captured_steps_give_the_same_answers(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     model = model_of().to(DEVICE)
     plain = finish(core_of(model, **options), states_of(6, answer=12))
     monkeypatch.setattr(model_runner, "select_backend", lambda config, cache, dtype, **angles: TritonAttention(config, cache, **angles))
