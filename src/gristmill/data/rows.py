@@ -20,6 +20,7 @@ from gristmill.data.chat import Conversation, conversation, to_dicts
 from gristmill.data.tokenizer import SURROGATE
 
 if TYPE_CHECKING:  # rows in JSONL need no Arrow
+    import numpy as np
     import pyarrow as pa
 
 # A few bytes of a Parquet file may stand for many long texts: it is read some rows at a time, and bytes are counted as they come out.
@@ -254,8 +255,11 @@ def num_bytes(value: Any) -> int:
     return sum(map(num_bytes, value)) if isinstance(value, list) else len(value) if isinstance(value, str | bytes) else 8
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path, at: Sequence[int] | None = None) -> list[dict[str, Any]]:
     """Plain rows of a `.parquet` or `.jsonl` file, or of a `.json` file with one list of objects.
+
+    Args:
+        at: the numbers of the only rows to read, from 0 and sorted, of a Parquet file.
 
     Raises:
         InputError: the file is missing, has another ending, a line is not a JSON object or says a name twice, or holds half of a
@@ -263,6 +267,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist: check the path.")
+    if at is not None:
+        return _records_at(path, at)
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
@@ -376,6 +382,16 @@ def read_columns(path: Path, row: type[Row], names: Sequence[str]) -> "dict[str,
     return out
 
 
+def rows_of(texts: "pa.Array", wanted: "pa.Array") -> "np.ndarray":
+    """The number of the last row of a dictionary array that holds each wanted text; -1 where none does."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    last = np.full(len(texts.dictionary) + 1, -1)
+    last[texts.indices.to_numpy()] = np.arange(len(texts))
+    return last[pc.fill_null(pc.index_in(wanted, value_set=texts.dictionary), len(texts.dictionary)).to_numpy()]
+
+
 def _joined(parts: "list[pa.Array]", kind: "pa.DataType", num_rows: int) -> "pa.Array":
     """Parts of a column as one array of a type; nulls where there is none of them."""
     import pyarrow as pa
@@ -424,7 +440,7 @@ def read_rows(path: Path, row: type[Row], at: Sequence[int] | None = None) -> li
     fields = dataclasses.fields(cast(Any, row))
     names = {f.name for f in fields}
     needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    records = read_records(path) if at is None else _records_at(path, at)
+    records = read_records(path, at)
     numbers = range(len(records)) if at is None else at
     for number, record in zip(numbers, records, strict=True):
         missing = [n for n in needed if n not in record]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gristmill.data.chat import Conversation
-from gristmill.data.rows import ATTRIBUTES, Pair, Prompt, Response, TopicRow
+from gristmill.data.rows import ATTRIBUTES, Pair, Prompt, Response, TopicRow, rows_of
 from gristmill.report.comparisons import round_of, short_label, stage_label
 from gristmill.report.markup import Markup, el, table
 from gristmill.runs import artifacts
@@ -172,13 +172,6 @@ class Ancestry:
             rows = rows_of(self._data.columns(stage["folder"], artifacts.TOPICS, "id")["id"], names)
             topics |= {t.id: t for t in self._data.read(stage["folder"], artifacts.TOPICS, sorted(rows[rows >= 0].tolist()))}
         return Lineage(found, topics)
-
-
-def rows_of(texts: pa.Array, wanted: pa.Array) -> np.ndarray:
-    """The last row of a dictionary array that holds each wanted text; -1 where none does."""
-    last = np.full(len(texts.dictionary) + 1, -1)
-    last[texts.indices.to_numpy()] = np.arange(len(texts))
-    return last[pc.fill_null(pc.index_in(wanted, value_set=texts.dictionary), len(texts.dictionary)).to_numpy()]
 
 
 @dataclass(frozen=True)
