@@ -62,7 +62,7 @@ def errors(folder: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: the folder holds no run.
     """
-    out = []
+    out: list[dict[str, Any]] = []
     for path in [*_journals(folder, artifacts.CALLS), *_journals(folder, artifacts.RATING_CALLS)]:
         failed: dict[str, dict[str, Any]] = {}
         for record in read_once(path):  # one that was asked again may have an answer by now
