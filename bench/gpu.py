@@ -5,26 +5,35 @@
     PYTHONPATH=src python bench/gpu.py --device cuda:1
 
 Trains a random model by SFT, reward regression and DPO, each in fp32 and bf16; scores conversations; generates greedily with the shipped
-Base (fp32, bf16, and bf16 with an int8 cache); evaluates it on the miniature's prompts without code. Prints one JSON object. It fails when
-a loss, gradient norm or score is not finite, when the first losses are not the CPU's, or (with --smoke: over long answers two
-devices may round a tie in two ways) when greedy text in fp32 is not.
+Base (fp32, bf16, and bf16 with an int8 cache); evaluates it on the miniature's prompts without code. Then the engine's parts for a GPU,
+each beside torch's operations: keys split over programs, tiles of several sizes, rotation and store, residual add and norm,
+pinned copies, penalties and sampling. Prints one JSON object. It fails when a loss, gradient norm or score is not finite, when the first
+losses are not the CPU's, when a part for a GPU differs from torch's, or (with --smoke: over long answers two devices may round a tie in two
+ways) when greedy text in fp32 is not the CPU's. Without a GPU, --smoke runs Triton's interpreter, where Triton is installed, and records
+nothing.
 """
 
 import argparse
 import json
 import math
+import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+if "--smoke" in sys.argv and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when it is imported
 
 import gristmill.miniature
 from gristmill.core.device import pick_device
@@ -32,6 +41,7 @@ from gristmill.core.progress import Progress
 from gristmill.data.chat import FORMATS, Message
 from gristmill.data.human import HumanData
 from gristmill.data.rows import Prompt
+from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.load import EngineArgs, answer_rows, load_engine
 from gristmill.generation.api import SamplingParams
 from gristmill.judge.reward import RewardScorer
@@ -162,6 +172,130 @@ def generate(how: EngineArgs, size: Size, prompts: Sequence[Prompt], device: tor
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "same_as_cpu": same, "compared": len(here)}
 
 
+def attention_parts(size: Size, device: torch.device) -> dict[str, Any]:
+    """Attention of a step with long sequences that decode and prompts that begin, by Triton beside torch, with keys split and tiles of
+    several sizes; rotation and store are part of each."""
+    from gristmill.engine import attention
+
+    heads = (4, 2, 16) if size.smoke else (32, 8, 128)
+    config = ModelConfig("llama", 512, 64, uniform_blocks(1, *heads, 64), max_positions=4096)
+    angles = Transformer(config).rope(torch.arange(4096))
+    angles = {kind: (cos.to(device), sin.to(device)) for kind, (cos, sin) in angles.items()}
+    seq_lens = np.array([100, 33, 40, 12] if size.smoke else [4000, 900, 2000, 1024], np.int32)
+    counts = np.array([1, 1, 24, 10] if size.smoke else [1, 1, 1500, 1024])
+    blocks = -(-int(seq_lens.max()) // BLOCK_SIZE)
+    tables = np.random.default_rng(0).permutation(4 * blocks).astype(np.int32).reshape(4, blocks)
+    start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    positions = np.concatenate([np.arange(n - c, n) for n, c in zip(seq_lens, counts, strict=True)])
+    step = attention.AttentionMetadata(start, seq_lens, np.arange(4, dtype=np.int32), tables, positions.astype(np.int64), 2)
+    dtype = torch.float32 if size.smoke else torch.bfloat16
+    qkv = torch.randn(int(start[-1]), heads[0] + 2 * heads[1], heads[2], device=device).to(dtype)
+    found: dict[str, Any] = {}
+    expected: torch.Tensor | None = None
+    for splits, rows in ((1, 64), (1, 128), (4, 128), (16, 128)):
+        with patched(attention, MAX_SPLITS=splits, TILE_ROWS=rows):
+            for make in (attention.TorchAttention, attention.TritonAttention) if expected is None else (attention.TritonAttention,):
+                cache = attention.KVCache(config, dtype, device)
+                cache.allocate(4 * blocks)
+                torch.manual_seed(0)
+                cache.memory.normal_()
+                backend = make(config, cache, angles=angles)
+                backend.prepare(step)
+                if not size.smoke:
+                    backend.attend(0, qkv)  # compiles
+                out, seconds = timed(lambda backend=backend: backend.attend(0, qkv), device)
+                if expected is None:
+                    expected, stored = out, cache.memory
+                    found["torch"] = {"seconds": seconds}
+                    continue
+                far = float((out - expected).abs().max())
+                assert far < (1e-4 if size.smoke else 0.05) and torch.allclose(cache.memory, stored, atol=1e-5 if size.smoke else 0.05), far
+                found[f"{splits} splits, tiles of {rows}"] = {"seconds": seconds, "largest_difference": far}
+    return found
+
+
+def norm_part(size: Size, device: torch.device) -> dict[str, Any]:
+    """Residual add and RMS norm in one kernel beside torch's."""
+    from gristmill.engine.layers import Norm
+    from gristmill.model.transformer import RMSNorm
+
+    width = 96 if size.smoke else 4096
+    module = RMSNorm(width, 1e-5).to(device).requires_grad_(False)
+    torch.nn.init.normal_(module.weight)
+    norm, outs, found = Norm(module), [], {}
+    norm.library = None
+    x, delta = torch.randn(2, 8 if size.smoke else 512, width, device=device)
+    for norm.fused in (False, True):
+        norm(x.clone(), delta)
+        mine = x.clone()
+        out, seconds = timed(lambda mine=mine: norm(mine, delta), device)
+        outs.append(out)
+        found["fused" if norm.fused else "torch"] = {"seconds": seconds}
+    assert torch.equal(outs[0][0], outs[1][0]) and torch.allclose(outs[0][1], outs[1][1], atol=1e-5)
+    return found
+
+
+def sampling_part(size: Size, device: torch.device) -> dict[str, Any]:
+    """Penalties, top-k, top-p and min-p on the device beside the CPU: the same tokens."""
+    from gristmill.core.device import put
+    from gristmill.engine.sampler import SamplingMetadata, penalise, sample
+
+    rng, (rows, vocab) = np.random.default_rng(0), (6, 500) if size.smoke else (64, 128_256)
+    logits, u = rng.normal(0, 3, (rows, vocab)).astype(np.float32), rng.random(rows, np.float32)
+    histories = [(rng.integers(0, vocab, 40, np.int32), rng.integers(0, vocab, 20, np.int32)) for _ in range(rows)]
+    params = [SamplingParams(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.1)] * rows
+    settings = {
+        "top_p_B": np.where(np.arange(rows) % 2, 0.9, 1.0).astype(np.float32),
+        "top_k_B": np.arange(rows) % 3 * 20,
+        "min_p_B": np.where(np.arange(rows) % 5, 0.0, 0.05).astype(np.float32),
+    }
+    temperature = np.where(np.arange(rows) % 4, 0.8, 0.0).astype(np.float32)
+    outs, found = [], {}
+    for where in (torch.device("cpu"), device):
+        need = SamplingMetadata.of(temperature, settings["top_p_B"], settings["top_k_B"], min_p_B=settings["min_p_B"])
+
+        def draw(where: torch.device = where, need: SamplingMetadata = need) -> torch.Tensor:
+            plain = put(logits, where)
+            processed = plain.clone()
+            penalise(processed, list(range(rows)), histories, params)
+            others = {name: put(array, where) for name, array in settings.items()}
+            given = put(u, where), put(temperature, where)
+            return sample(plain, *given, **others, metadata=need, processed_BV=processed)[0]
+
+        draw()
+        tokens, seconds = timed(draw, where)
+        outs.append(tokens.cpu())
+        found[str(where)] = {"seconds": seconds}
+    same = float((outs[0] == outs[1]).float().mean())
+    assert same == 1 or not size.smoke, same
+    pinned = device.type == "cuda" and torch.from_numpy(logits).pin_memory().is_pinned()
+    return found | {"same_tokens": same, "pinned_copies": pinned}
+
+
+@contextmanager
+def patched(place: Any, **values: Any) -> Iterator[None]:
+    """Other values of a module's or class's names, for a while."""
+    old = {name: getattr(place, name) for name in values}
+    for name, value in values.items():
+        setattr(place, name, value)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            setattr(place, name, value)
+
+
+def engine_parts(size: Size, device: torch.device) -> dict[str, Any]:
+    """The engine's parts for a GPU."""
+    parts: dict[str, Any] = {"sampling": sampling_part(size, device)}
+    if find_spec("triton") is None:
+        return parts | {"triton": "it is not installed: pip install triton"}
+    if device.type != "cuda" and not size.smoke:
+        return parts | {"triton": "its interpreter is for --smoke"}
+    with torch.inference_mode():
+        return parts | {"attention": attention_parts(size, device), "add and norm": norm_part(size, device)}
+
+
 def evaluation(size: Size, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
     """Accuracy of the shipped Base."""
     from gristmill.workflows.evaluate import evaluate
@@ -193,6 +327,7 @@ def main() -> None:
         "score": score(size, asked, device),
         "generate": {name: generate(how, size, asked, device) for name, how in ENGINES.items()},
         "evaluate": evaluation(size, prompts, device),
+        "engine": engine_parts(size, device),
     }
     if device.type == "cuda":
         report["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import gristmill
@@ -21,3 +22,9 @@ def test_the_gpu_check_at_toy_size() -> None:
     assert report["generate"]["fp32"]["same_as_cpu"] == 1 and report["generate"].keys() == {"fp32", "bf16", "bf16, int8 cache"}
     assert report["evaluate"]["greedy"]["n"] == 6 and report["score"]["conversations"] == 4
     assert report["name"] and report["versions"]["torch"]
+    parts = report["engine"]
+    assert parts["sampling"]["same_tokens"] == 1
+    if find_spec("triton") is None:
+        assert "not installed" in parts["triton"]
+    else:
+        assert len(parts["attention"]) == 5 and parts["add and norm"].keys() == {"torch", "fused"}

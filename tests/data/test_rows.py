@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gristmill.core.errors import InputError
+from gristmill.data import rows as rows_module
 from gristmill.data.chat import Message
 from gristmill.data.rows import (
     Demonstration,
@@ -20,7 +23,9 @@ from gristmill.data.rows import (
     Rated,
     Rating,
     Response,
+    TopicRow,
     make_id,
+    read_columns,
     read_records,
     read_rows,
     write_rows,
@@ -207,3 +212,60 @@ def test_parquet_keeps_free_form_json_as_text(tmp_path: Path) -> None:
     column = pq.read_table(tmp_path / "r.parquet").column("truth").to_pylist()
     assert [c and json.loads(c) for c in column] == truths
     assert [p.truth for p in read_rows(tmp_path / "r.parquet", Prompt)] == truths
+
+
+def big_rows(num: int) -> list[Response]:
+    return [
+        Response(f"r{i}", f"p{i % 7}", "facts", (Message("user", f"ask {i}"),), f"say {i % 3}", "m", 0.0, i, 1, None, True)
+        if i % 5
+        else Response(f"r{i}", f"p{i % 7}", "code", (), "", "m", 1.0, i, 1, -0.5, False, score=i / 4, edits=("a", f"e{i}"))
+        for i in range(num)
+    ]
+
+
+@pytest.mark.parametrize("group", [10**6, 300])
+def test_some_rows_and_columns_are_those_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    monkeypatch.setattr(rows_module, "COLUMN_ROWS", 256)  # parts with dictionaries of their own
+    path, rows = tmp_path / "r.parquet", big_rows(2500)
+    write_rows(path, rows)
+    pq.write_table(pq.read_table(path), path, row_group_size=group)
+    at = [0, 1, 299, 300, 1023, 1024, 2499]
+    assert read_rows(path, Response, at) == [rows[i] for i in at] and read_rows(path, Response, []) == []
+    columns = read_columns(path, Response, ["id", "prompt", "score", "edits"])
+    assert columns["id"].to_pylist() == [r.id for r in rows] and columns["prompt"].to_pylist() == [r.prompt for r in rows]
+    assert columns["score"].to_pylist() == [r.score for r in rows]
+    assert [tuple(edits) for edits in columns["edits"].to_pylist()] == [r.edits for r in rows]
+
+
+def test_columns_that_no_row_fills_are_nulls_and_a_needed_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    write_rows(path, [])
+    assert {name: len(column) for name, column in read_columns(path, Response, ["id", "score"]).items()} == {"id": 0, "score": 0}
+    write_rows(path, [dataclasses.replace(big_rows(2)[1], score=None)])
+    columns = read_columns(path, Response, ["score", "repaired_from"])
+    assert columns["score"].to_pylist() == [None] and columns["repaired_from"].to_pylist() == [None]
+    pq.write_table(pq.read_table(path).drop_columns(["prompt"]), path)
+    with pytest.raises(InputError, match="lacks prompt"):
+        read_columns(path, Response, ["id", "prompt"])
+    pq.write_table(pa.table({"id": [1, 2], "score": ["high", "low"], "parents": ["a", "b"]}), path)
+    for row, name in ((Response, "id"), (Response, "score"), (Prompt, "parents")):
+        with pytest.raises(InputError, match=f"another type in {name}"):
+            read_columns(path, row, [name])
+    pq.write_table(pa.table({"id": ["a", None]}), path)
+    with pytest.raises(InputError, match="lacks id"):
+        read_columns(path, Response, ["id"])
+
+
+def test_a_few_bytes_that_stand_for_many_texts_are_refused_in_every_way_of_reading(tmp_path: Path) -> None:
+    path, num = tmp_path / "r.parquet", 20_000
+    text = pa.array(["x" * 10_000]).dictionary_encode().dictionary
+    table = pa.table(
+        {"id": pa.DictionaryArray.from_arrays(pa.array([0] * num, pa.int32()), text), "text": ["t"] * num, "origin": ["o"] * num}
+    )
+    pq.write_table(table, path)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(InputError, match="bytes of text to a byte"):
+        read_rows(path, TopicRow)
+    with pytest.raises(InputError, match="bytes of text to a byte"):
+        read_rows(path, TopicRow, range(num))
+    assert len(read_columns(path, TopicRow, ["id"])["id"].dictionary) == 1  # as numbers they take no room

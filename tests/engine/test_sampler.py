@@ -1,9 +1,13 @@
 """Sampler: the distribution by definition, and random numbers of the request."""
 
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
 
-from gristmill.engine.sampler import SamplingMetadata, sample, sample_key, uniforms
+from gristmill.engine.sampler import SamplingMetadata, penalise, sample, sample_key, uniforms
+from gristmill.generation.api import SamplingParams
 
 DRAWS = 20_000
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 1.0, -30.0, 0.2])
@@ -116,3 +120,27 @@ def test_uniforms_are_splitmix64() -> None:
     for key in (0, 5, -7, 2**63 - 1):
         want = (reference(key % 2**64) >> 41) * 2.0**-23
         assert float(uniforms(torch.tensor([key]), torch.tensor([0]))) == want
+
+
+def test_penalties_of_all_rows_together_are_those_of_each() -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(5, 20)
+    params = [
+        SamplingParams(repetition_penalty=1.3),
+        SamplingParams(presence_penalty=0.7, frequency_penalty=-0.1),
+        SamplingParams(repetition_penalty=0.9, presence_penalty=-1.0, frequency_penalty=0.3),
+    ]
+    histories = [
+        (np.array([3, 3, 5], np.int32), np.array([5, 7, 7, 7], np.int32)),
+        (np.array([1], np.int32), np.array([1, 2, 2], np.int32)),
+        (np.array([4], np.int32), np.array([], np.int32)),
+    ]
+    found, expected = logits.clone(), logits.clone()
+    penalise(found, [0, 2, 3], histories, params)
+    for row, (prompt, answer), p in zip([0, 2, 3], histories, params, strict=True):
+        for token in {*prompt.tolist(), *answer.tolist()}:
+            there = expected[row, token]
+            expected[row, token] = there / p.repetition_penalty if there > 0 else there * p.repetition_penalty
+        for token, count in Counter(answer.tolist()).items():
+            expected[row, token] -= p.presence_penalty + p.frequency_penalty * count
+    assert torch.equal(found, expected) and torch.equal(found[[1, 4]], logits[[1, 4]])

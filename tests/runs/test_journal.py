@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.runs.journal import PIECE, SYNC_SECONDS, Journal
+from gristmill.runs.journal import PIECE, SYNC_SECONDS, Journal, read_once
 
 RECORDS: list[dict[str, Any]] = [
     {"id": "a", "out": [["text", 3, -0.5, "stop"]]},
@@ -95,6 +95,19 @@ def test_long_records_are_read_back_whole(tmp_path: Path) -> None:
             journal.append(record)
             assert journal[record["id"]] == record
         assert list(journal.values()) == records
+
+
+@pytest.mark.parametrize("ids", [{"a"}, {'q"uote', "back\\slash"}, {"\u00e9", "b"}, set(), {"nobody"}])
+def test_reading_once_gives_what_the_journal_holds(tmp_path: Path, ids: set[str]) -> None:
+    path = tmp_path / "j.jsonl"
+    records = [{"id": one, "n": n} for n, one in enumerate(["a", 'q"uote', "\u00e9", "back\\slash", "a", "b", 'q"uote'])]
+    write(path, records)
+    with path.open("ab") as file:
+        file.write(b'{"n": 1, "id": "b"}\n[1]\n{"id": "a", "n": }\n\0\0{"id": "a", "n": "\\ud800"}\n{"id": "a", "n"')
+    with Journal(path, read_only=True) as journal:
+        assert {r["id"]: r for r in read_once(path)} == dict(journal) and journal["a"]["n"] == "\ud800"
+        assert {r["id"]: r for r in read_once(path, ids)} == {one: journal[one] for one in ids if one in journal}
+    assert [r["n"] for r in read_once(path)] == [*range(7), 1, "\ud800"]
 
 
 def test_the_last_record_of_an_id_counts(tmp_path: Path) -> None:

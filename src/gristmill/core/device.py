@@ -18,6 +18,7 @@ from gristmill.core.errors import InputError
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -48,6 +49,14 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError(f"device is {name!r} but torch finds no Apple GPU here; choose cpu or auto")
     return device
+
+
+def put(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array as a tensor on a device; on its way to a GPU nobody waits: it is copied from pinned memory, in the order of the stream."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def check_dtype(device: torch.device, dtype: torch.dtype) -> None:

@@ -7,21 +7,28 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from gristmill.core.errors import InputError
 from gristmill.core.io import DamagedFile, reason, replacing, write_text
 from gristmill.data.chat import Conversation, conversation, to_dicts
 from gristmill.data.tokenizer import SURROGATE
 
+if TYPE_CHECKING:  # rows in JSONL need no Arrow
+    import numpy as np
+    import pyarrow as pa
+
 # A few bytes of a Parquet file may stand for many long texts: it is read some rows at a time, and bytes are counted as they come out.
 PARQUET_ROWS = 16
 MAX_EXPANSION = 1000  # bytes that may come out of one
 FREE_EXPANSION = 16 << 20  # bytes that no file is suspected for
+# With texts as numbers into a dictionary, as the file holds them, a row takes no more than the file gives: many may be decoded together.
+COLUMN_ROWS, CODED_ROWS = 1 << 16, 1 << 10  # of a few columns, of whole rows
 
 
 def make_id(*parts: object) -> str:
@@ -248,8 +255,11 @@ def num_bytes(value: Any) -> int:
     return sum(map(num_bytes, value)) if isinstance(value, list) else len(value) if isinstance(value, str | bytes) else 8
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path, at: Sequence[int] | None = None) -> list[dict[str, Any]]:
     """Plain rows of a `.parquet` or `.jsonl` file, or of a `.json` file with one list of objects.
+
+    Args:
+        at: the numbers of the only rows to read, from 0 and sorted, of a Parquet file.
 
     Raises:
         InputError: the file is missing, has another ending, a line is not a JSON object or says a name twice, or holds half of a
@@ -257,27 +267,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist: check the path.")
+    if at is not None:
+        return _records_at(path, at)
     if path.suffix == ".parquet":
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         records: list[dict[str, Any]] = []
-        size, most = 0, max(MAX_EXPANSION * path.stat().st_size, FREE_EXPANSION)
-        try:
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
-                    records += (rows := batch.to_pylist())
-                    if (size := size + num_bytes(rows)) > most:
-                        raise InputError(f"{path} holds more than {MAX_EXPANSION} bytes of text to a byte: write it without repetitions.")
-        except InputError:
-            raise
-        except (pa.ArrowException, OSError, ValueError) as e:
-            raise DamagedFile(f"{path} cannot be read as Parquet ({reason(e)}): write or download it again.") from e
-        for record in records:
-            for key in _JSON & record.keys():
-                with suppress(ValueError, RecursionError):  # a user's column of that name may hold any text
-                    record[key] = json.loads(record[key]) if isinstance(record[key], str) else record[key]
-        return records
+        size, most = 0, _max_bytes(path)
+        with _reading(path), pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
+                records += (rows := batch.to_pylist())
+                if (size := size + num_bytes(rows)) > most:
+                    raise _expanded(path)
+        return _with_values(records)
     if path.suffix not in (".jsonl", ".json"):
         raise InputError(f"{path} is neither .parquet nor .jsonl: convert it to one of them.")
     try:
@@ -292,6 +294,114 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     places = ((f"Line {n} of {path}", line) for n, line in enumerate(text.split("\n"), 1))  # text may hold U+2028 or U+0085
     lines = ((where, line) for where, line in places if line.strip())
     return [_object(_parse_json(line, where, "write one JSON object a line"), where, "write one object a line") for where, line in lines]
+
+
+def _max_bytes(path: Path) -> int:
+    return max(MAX_EXPANSION * path.stat().st_size, FREE_EXPANSION)
+
+
+def _expanded(path: Path) -> InputError:
+    return InputError(f"{path} holds more than {MAX_EXPANSION} bytes of text to a byte: write it without repetitions.")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise DamagedFile(f"{path} cannot be read as Parquet ({reason(e)}): write or download it again.") from e
+
+
+def _with_values(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records whose columns of JSON text are read."""
+    for record in records:
+        for key in _JSON & record.keys():
+            with suppress(ValueError, RecursionError):  # a user's column of that name may hold any text
+                record[key] = json.loads(record[key]) if isinstance(record[key], str) else record[key]
+    return records
+
+
+def _coded(
+    path: Path, names: Sequence[str] | None, num_rows: int, at: Sequence[int] | None = None
+) -> "Iterator[tuple[int, pa.RecordBatch]]":
+    """Batches of a Parquet file with texts as dictionaries, each with the number of its first row.
+
+    Args:
+        names: of its columns; those that it lacks are left out. None for all.
+        at: numbers of the rows that are wanted, sorted; row groups without any are skipped.
+    """
+    import pyarrow.parquet as pq
+
+    size, most = 0, _max_bytes(path)
+    with _reading(path):
+        facts = pq.read_metadata(path)
+        leaves = [facts.schema.column(i) for i in range(facts.num_columns)]
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        with pq.ParquetFile(path, metadata=facts, read_dictionary=texts) as file:
+            columns = None if names is None else [name for name in names if name in file.schema_arrow.names]
+            first = 0
+            for group in range(facts.num_row_groups):
+                end = first + facts.row_group(group).num_rows
+                if at is not None and bisect_left(at, first) == bisect_left(at, end):
+                    first = end
+                    continue
+                for batch in file.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False):
+                    if (size := size + batch.nbytes) > most:
+                        raise _expanded(path)
+                    yield first, batch
+                    first += batch.num_rows
+
+
+def read_columns(path: Path, row: type[Row], names: Sequence[str]) -> "dict[str, pa.Array]":
+    """Some fields of all rows that `write_rows` wrote to a Parquet file, as Arrow arrays: texts as dictionaries, and lists of such.
+
+    Raises:
+        InputError: the file is damaged, or a column is missing or of another type than the field.
+    """
+    import pyarrow as pa
+
+    coded = pa.dictionary(pa.int32(), pa.string())
+    types: dict[Any, pa.DataType] = {str: coded, tuple[str, ...]: pa.list_(coded), float: pa.float64(), float | None: pa.float64()}
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, row))}
+    batches = [batch for _, batch in _coded(path, names, COLUMN_ROWS)]
+    num_rows, out = sum(batch.num_rows for batch in batches), {}
+    for name in names:
+        kind, parts = types[fields[name].type], [batch.column(name) for batch in batches if name in batch.schema.names]
+        if num_rows and not parts and fields[name].default is fields[name].default_factory:
+            raise InputError(f"Row 1 of {path} lacks {name}: add the field to every row.")
+        try:
+            out[name] = _joined(parts, kind, num_rows)
+        except (pa.ArrowException, NotImplementedError) as e:
+            raise InputError(f"{path} cannot be read (a value of another type in {name}: {reason(e)}).") from e
+        if kind is coded and out[name].null_count:
+            raise InputError(f"A row of {path} lacks {name}: add the field to every row.")
+    return out
+
+
+def rows_of(texts: "pa.Array", wanted: "pa.Array") -> "np.ndarray":
+    """The number of the last row of a dictionary array that holds each wanted text; -1 where none does."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    last = np.full(len(texts.dictionary) + 1, -1)
+    last[texts.indices.to_numpy()] = np.arange(len(texts))
+    return last[pc.fill_null(pc.index_in(wanted, value_set=texts.dictionary), len(texts.dictionary)).to_numpy()]
+
+
+def _joined(parts: "list[pa.Array]", kind: "pa.DataType", num_rows: int) -> "pa.Array":
+    """Parts of a column as one array of a type; nulls where there is none of them."""
+    import pyarrow as pa
+
+    if not parts or all(pa.types.is_null(part.type) for part in parts):
+        return pa.nulls(num_rows, kind)
+    if pa.types.is_list(kind) and all(pa.types.is_list(part.type) and pa.types.is_null(part.type.value_type) for part in parts):
+        return pa.concat_arrays([pa.ListArray.from_arrays(part.offsets, pa.nulls(len(part.values), kind.value_type)) for part in parts])
+    joined = pa.chunked_array(parts).unify_dictionaries().combine_chunks()
+    return joined.cast(kind)
 
 
 def _parse_json(text: str, where: str, what: str) -> Any:
@@ -318,8 +428,11 @@ def _object(record: Any, where: str, what: str) -> dict[str, Any]:
     return record
 
 
-def read_rows(path: Path, row: type[Row]) -> list[Row]:
+def read_rows(path: Path, row: type[Row], at: Sequence[int] | None = None) -> list[Row]:
     """Dataclass rows written by `write_rows`.
+
+    Args:
+        at: the numbers of the only rows to read, from 0 and sorted, of a Parquet file.
 
     Raises:
         InputError: as `read_records`, or a row lacks a field.
@@ -327,19 +440,36 @@ def read_rows(path: Path, row: type[Row]) -> list[Row]:
     fields = dataclasses.fields(cast(Any, row))
     names = {f.name for f in fields}
     needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    records = read_records(path)
-    for number, record in enumerate(records, 1):
+    records = read_records(path, at)
+    numbers = range(len(records)) if at is None else at
+    for number, record in zip(numbers, records, strict=True):
         missing = [n for n in needed if n not in record]
         if missing:
-            raise InputError(f"Row {number} of {path} lacks {', '.join(missing)}: add the field to every row.")
+            raise InputError(f"Row {number + 1} of {path} lacks {', '.join(missing)}: add the field to every row.")
     rows = []
-    for number, record in enumerate(records, 1):
+    for number, record in zip(numbers, records, strict=True):
         try:
             rows.append(_row({k: v for k, v in record.items() if k in names}, row))
         except (TypeError, ValueError, KeyError, AttributeError) as e:
             why = str(e) if isinstance(e, InputError) else f"a value of another type: {reason(e)}"
-            raise InputError(f"Row {number} of {path} cannot be read ({why}).") from e
+            raise InputError(f"Row {number + 1} of {path} cannot be read ({why}).") from e
     return rows
+
+
+def _records_at(path: Path, at: Sequence[int]) -> list[dict[str, Any]]:
+    """Plain rows of a Parquet file, given by their numbers, sorted."""
+    import pyarrow as pa
+
+    records: list[dict[str, Any]] = []
+    size, most = 0, _max_bytes(path)
+    for first, batch in _coded(path, None, CODED_ROWS, at) if at else ():
+        mine = at[bisect_left(at, first) : bisect_left(at, first + batch.num_rows)]
+        for start in range(0, len(mine), PARQUET_ROWS):
+            places = pa.array([number - first for number in mine[start : start + PARQUET_ROWS]], pa.int64())
+            records += (rows := batch.take(places).to_pylist())
+            if (size := size + num_bytes(rows)) > most:
+                raise _expanded(path)
+    return _with_values(records)
 
 
 def _plain(row: Any) -> dict[str, Any]:

@@ -5,9 +5,7 @@ the longest of them, L = P * BLOCK_SIZE positions, G = H / K.
 """
 
 import ctypes
-import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
@@ -15,16 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gristmill.core.device import put
 from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.kernels import library as kernels
-from gristmill.engine.linear import supported_by_kernels
+from gristmill.engine.linear import has_triton, supported_by_kernels
 from gristmill.model.attention import ScoreMod, capped_attention
 from gristmill.model.config import ModelConfig
 from gristmill.model.quantized import MAX_VALUES, scaled
 from gristmill.model.transformer import Angles, rotate
 
 LANES = 16  # floats of a vector, as in kernels.cpp
-TILE_ROWS = 64  # (token, query head) pairs of a program on a GPU, where a sequence has more than one token
+TILE_ROWS = 128  # most (token, query head) pairs of a program on a GPU, where a sequence has more than one token
+MAX_SPLITS = 16  # programs that share the keys of a token
+NUM_PROGRAMS = 264  # that decoding is split up to on a GPU: two for each processor of an H200
 
 
 @dataclass
@@ -105,12 +106,7 @@ def select_backend(config: ModelConfig, kv_cache: KVCache, dtype: torch.dtype, *
     if supported_by_kernels(kv_cache.device, dtype) and (library := kernels.load()) is not None:
         return CompiledAttention(library, config, kv_cache, angles=angles)
     group = max([block.num_heads // block.num_kv_heads for block in config.blocks if block.has_attention], default=1)
-    if (
-        kv_cache.device.type == "cuda"
-        and group <= TILE_ROWS
-        and find_spec("triton") is not None
-        and os.environ.get("GRISTMILL_KERNELS") != "0"
-    ):
+    if group <= TILE_ROWS and has_triton(kv_cache.device):
         return TritonAttention(config, kv_cache, angles=angles)
     return TorchAttention(config, kv_cache, angles=angles)
 
@@ -222,7 +218,7 @@ class TritonAttention:
         self.group = max([block.num_heads // block.num_kv_heads for block in config.blocks if block.has_attention], default=1)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        self.inputs = {name: torch.from_numpy(array).to(self.kv_cache.device) for name, array in self.build_inputs(metadata).items()}
+        self.inputs = {name: put(array, self.kv_cache.device) for name, array in self.build_inputs(metadata).items()}
 
     def build_inputs(self, metadata: AttentionMetadata) -> dict[str, np.ndarray]:
         """Kernel inputs: positions and blocks of the tokens, tiles of sequences with one token and of others, block tables of sequences."""
@@ -237,7 +233,9 @@ class TritonAttention:
             ],
             1,
         )
-        tile_tokens = TILE_ROWS // self.group
+        longest = int(counts[metadata.num_decodes :].max(initial=1))
+        self.prefill_rows = min(TILE_ROWS, _power_of_2(max(16, longest * self.group)))  # no more than the longest fills
+        tile_tokens = self.prefill_rows // self.group
         prefills = [
             (i, metadata.query_start[i] + start, first[i] + start, min(tile_tokens, counts[i] - start))
             for i in range(metadata.num_decodes, len(counts))
@@ -252,30 +250,58 @@ class TritonAttention:
         }
         return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
-    def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        from gristmill.engine.kernels.triton_attention import attend
+    def _num_splits(self, num_programs: int) -> int:
+        """Programs to share the keys of each token that decodes: a function of shapes alone, as a CUDA graph needs it."""
+        wanted = min(MAX_SPLITS, NUM_PROGRAMS // max(1, num_programs), self.inputs["block_tables"].shape[1])
+        return _power_of_2(max(1, wanted) // 2 + 1)  # at most as many
 
-        cache, inputs = _LayerCache(self.config, self.kv_cache, layer), self.inputs
-        block, slot_mapping = self.config.blocks[layer], _SlotMapping(inputs["positions"], inputs["blocks"])
-        q_THd = cache.store(qkv[: len(inputs["positions"])], slot_mapping, *self.angles[block.rope])
-        out_THd = q_THd.new_zeros(len(qkv), *q_THd.shape[1:])
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        from gristmill.engine.kernels.triton_attention import attend, rotate_and_store
+
+        inputs, block, offsets = self.inputs, self.config.blocks[layer], self.kv_cache.offsets[layer]
         memory = self.kv_cache.memory.view(self.kv_cache.dtype)
         scales = self.kv_cache.memory.view(torch.float32) if self.kv_cache.scaled else None
-        for tiles, rows in ((inputs["decodes"], max(16, 1 << (self.group - 1).bit_length())), (inputs["prefills"], TILE_ROWS)):
+        if self.kv_cache.dtype == torch.float8_e4m3fn:  # Triton's own rounding to eight bits is not torch's
+            slot_mapping = _SlotMapping(inputs["positions"], inputs["blocks"])
+            cache = _LayerCache(self.config, self.kv_cache, layer)
+            q_THd = cache.store(qkv[: len(inputs["positions"])], slot_mapping, *self.angles[block.rope]).contiguous()
+        else:
+            q_THd = rotate_and_store(
+                qkv,
+                memory,
+                scales,
+                offsets=offsets,
+                positions_T=inputs["positions"],
+                blocks_T=inputs["blocks"],
+                angles=self.angles[block.rope],
+                kv_heads=block.num_kv_heads,
+            )
+        out_THd = q_THd.new_zeros(len(qkv), *q_THd.shape[1:])
+        decodes, prefills = inputs["decodes"], inputs["prefills"]
+        for tiles, rows, num_splits in (
+            (decodes, _power_of_2(max(16, self.group)), self._num_splits(len(decodes) * block.num_kv_heads)),
+            (prefills, self.prefill_rows, 1),
+        ):
             if len(tiles):
                 attend(
-                    q_THd.contiguous(),
+                    q_THd,
                     memory,
                     scales,
-                    offsets=self.kv_cache.offsets[layer],
+                    offsets=offsets,
                     tiles_N4=tiles,
                     block_tables_NP=inputs["block_tables"],
                     out_THd=out_THd,
-                    kv_heads=cache.kv_heads,
+                    kv_heads=block.num_kv_heads,
                     rows=rows,
                     mod=ScoreMod(block.window, self.config.attention_scale, self.config.attention_soft_cap),
+                    num_splits=num_splits,
                 )
         return out_THd
+
+
+def _power_of_2(number: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << (number - 1).bit_length()
 
 
 @dataclass

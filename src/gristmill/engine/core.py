@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gristmill.core.device import put
 from gristmill.core.errors import InputError
 from gristmill.engine.block_manager import BLOCK_SIZE, BlockManager
 from gristmill.engine.grammar import GrammarBackend
 from gristmill.engine.layers import Decoder
 from gristmill.engine.model_runner import ModelRunner
-from gristmill.engine.sampler import SamplingMetadata, sample, uniforms
+from gristmill.engine.sampler import SamplingMetadata, penalise, sample, uniforms
 from gristmill.engine.scheduler import Scheduler
 from gristmill.engine.sequence import (
     FREQUENCY,
@@ -37,6 +38,7 @@ MAX_BATCHED_TOKENS = 2048
 CPU_CACHE_FRACTION = 0.25  # of the machine's memory, for the KV caches of all workers
 GPU_CACHE_FRACTION = 0.8  # of the GPU's free memory
 
+TopLogprobs = tuple[tuple[int, float], ...]
 Detokenize = Callable[[list[int], bool], str]
 
 
@@ -172,24 +174,26 @@ class Core:
             length_R += np.concatenate([np.arange(1 + count) for count in drafts])
         ints, floats = batch.ints[slot_R], batch.floats[slot_R]
         metadata = SamplingMetadata.of(floats[:, TEMPERATURE], floats[:, TOP_P], ints[:, TOP_K], min_p_B=floats[:, MIN_P])
-        put = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device)  # noqa: E731
+        on_device = lambda array: put(np.ascontiguousarray(array), device)  # noqa: E731
         tokens, logprobs = sample(
             logits_RV,
-            uniforms(put(batch.rng_keys[slot_R]), put(length_R - ints[:, PROMPT])),
-            put(floats[:, TEMPERATURE]),
-            top_p_B=put(floats[:, TOP_P]),
-            top_k_B=put(ints[:, TOP_K]),
-            min_p_B=put(floats[:, MIN_P]),
+            uniforms(on_device(batch.rng_keys[slot_R]), on_device(length_R - ints[:, PROMPT])),
+            on_device(floats[:, TEMPERATURE]),
+            top_p_B=on_device(floats[:, TOP_P]),
+            top_k_B=on_device(ints[:, TOP_K]),
+            min_p_B=on_device(floats[:, MIN_P]),
             metadata=metadata,
             processed_BV=self._process_logits(rows, floats, logits_RV),
         )
-        token_R, logprob_R = tokens.cpu().numpy(), logprobs.cpu().numpy()
+        if device.type == "cuda":  # one wait for both
+            tokens, logprobs = torch.stack([tokens.double(), logprobs.double()]).cpu()
+        token_R, logprob_R = tokens.cpu().numpy().astype(np.int64), logprobs.cpu().numpy().astype(np.float32)
         right_R = batch.token_ids[slot_R, length_R] == token_R  # behind a draft's last token it says nothing
         batch.token_ids[slot_R, length_R] = token_R
         batch.logprobs[slot_R, length_R] = logprob_R
         stopped_R = self.stop_V[token_R]
         done_R = stopped_R | (length_R + 1 >= ints[:, LIMIT])
-        row = 0
+        best, row = self._top_logprobs(rows, logits_RV), 0
         for count in drafts:
             sequence, last = rows[row], row + count
             accepted = -1
@@ -197,7 +201,7 @@ class Core:
                 accepted += 1
                 sequence.num_computed += i > row
                 self.output_tokens += 1
-                if not self._append(sequence, int(token_R[i]), logits_RV[i], ended=bool(stopped_R[i]), full=bool(done_R[i])):
+                if not self._append(sequence, int(token_R[i]), best.get(i), ended=bool(stopped_R[i]), full=bool(done_R[i])):
                     break
                 if i < last and not right_R[i]:
                     break
@@ -208,10 +212,11 @@ class Core:
                     self.scheduler.accept(sequence, count, accepted)
             row = last + 1
 
-    def _append(self, sequence: Sequence, token: int, logits_V: Tensor, *, ended: bool, full: bool) -> bool:
+    def _append(self, sequence: Sequence, token: int, best: TopLogprobs | None, *, ended: bool, full: bool) -> bool:
         """Append a sampled token to its sequence. False if that was its last, or nobody wants it.
 
         Args:
+            best: the likeliest tokens in its place, where they are asked for.
             ended: the token ends any response.
             full: the response may have no token more, or `ended`.
         """
@@ -219,9 +224,8 @@ class Core:
         state, sampling = sequence.state, sequence.state.request.sampling
         if state.cancelled:  # with a sample before this one
             return False
-        if sampling.top_logprobs:
-            best = torch.log_softmax(logits_V, -1).topk(min(sampling.top_logprobs, len(logits_V)))
-            sequence.top_logprobs.append(tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        if best is not None:
+            sequence.top_logprobs.append(best)
         if sequence.matcher is not None and (error := sequence.matcher.accept_token(token)):
             self._fail(state, InputError(f"the grammar gave up: {error}"))
             return False
@@ -236,6 +240,20 @@ class Core:
             self._finish(sequence, stopped, cut)
         return not done
 
+    @staticmethod
+    def _top_logprobs(rows: list[Sequence], logits_RV: Tensor) -> dict[int, TopLogprobs]:
+        """The likeliest tokens of those rows whose requests ask for them."""
+        out: dict[int, TopLogprobs] = {}
+        by_count: dict[int, list[int]] = {}
+        for i, sequence in enumerate(rows):
+            if count := sequence.state.request.sampling.top_logprobs:
+                by_count.setdefault(min(count, logits_RV.shape[1]), []).append(i)
+        for count, asked in by_count.items():
+            best = torch.log_softmax(logits_RV[put(np.array(asked, np.int64), logits_RV.device)], -1).topk(count)
+            for i, tokens, values in zip(asked, best.indices.tolist(), best.values.tolist(), strict=True):
+                out[i] = tuple(zip(tokens, values, strict=True))
+        return out
+
     def _process_logits(self, sequences: list[Sequence], floats: np.ndarray, logits_RV: Tensor) -> Tensor | None:
         """Logits processors: penalties, biases and grammar masks. None if nobody has any."""
         penalised = (floats[:, REPETITION] != 1) | (floats[:, PRESENCE] != 0) | (floats[:, FREQUENCY] != 0)
@@ -247,25 +265,31 @@ class Core:
         if not penalised.any() and not any(biased) and all(sequence.matcher is None for sequence in sequences):
             return None
         out_RV = logits_RV.clone()
+        device = out_RV.device
+        if penalised.any():
+            rows = np.flatnonzero(penalised).tolist()
+            penalise(out_RV, rows, [self._history(sequences[i]) for i in rows], [sequences[i].state.request.sampling for i in rows])
+        masked: list[int] = []
+        masks: list[np.ndarray] = []
         for i, sequence in enumerate(sequences):
             state = sequence.state
-            row_V, sampling = out_RV[i], state.request.sampling
-            if penalised[i]:
-                tokens = self.batch_state.token_ids[sequence.slot, : sequence.length]
-                seen = torch.from_numpy(np.unique(tokens).astype(np.int64)).to(row_V.device)
-                there = row_V[seen]
-                row_V[seen] = torch.where(there > 0, there / sampling.repetition_penalty, there * sampling.repetition_penalty)
-                said, counts = np.unique(tokens[len(state.prompt_ids) :], return_counts=True)
-                less = sampling.presence_penalty + sampling.frequency_penalty * counts
-                row_V[torch.from_numpy(said.astype(np.int64)).to(row_V.device)] -= torch.from_numpy(less).to(row_V)
-            if sampling.logit_bias:
+            if state.request.sampling.logit_bias:
                 if state.logit_bias is None:
-                    tokens_B, values_B = zip(*dict(sampling.logit_bias).items(), strict=True)
-                    state.logit_bias = torch.tensor(tokens_B, device=row_V.device), torch.tensor(values_B, device=row_V.device)
-                row_V.index_add_(0, state.logit_bias[0], state.logit_bias[1].to(row_V.dtype))
+                    tokens_B, values_B = zip(*dict(state.request.sampling.logit_bias).items(), strict=True)
+                    state.logit_bias = torch.tensor(tokens_B, device=device), torch.tensor(values_B, device=device)
+                out_RV[i].index_add_(0, state.logit_bias[0], state.logit_bias[1].to(out_RV.dtype))
             if sequence.matcher is not None and (allowed_V := sequence.matcher.token_mask()) is not None:
-                row_V[torch.from_numpy(~allowed_V).to(row_V.device)] = float("-inf")
+                masked.append(i)
+                masks.append(allowed_V)
+        if masked:
+            places = put(np.array(masked, np.int64), device)
+            out_RV[places] = out_RV[places].masked_fill(~put(np.stack(masks), device), float("-inf"))
         return out_RV
+
+    def _history(self, sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of a prompt, and of its response so far."""
+        tokens = self.batch_state.token_ids[sequence.slot, : sequence.length]
+        return tokens[: len(sequence.state.prompt_ids)], tokens[len(sequence.state.prompt_ids) :]
 
     def _find_stop_string(self, sequence: Sequence) -> int | None:
         """Characters before the first stop string in the response, or None. Looks back only as far as a new token can complete one."""

@@ -1,17 +1,21 @@
-"""CUDA graphs of decode steps, captured once for each of a few batch sizes and replayed: a GPU computes a small step faster than Python
-launches its kernels.
+"""CUDA graphs of decode steps, captured at the start for a list of batch sizes and replayed: a GPU computes a small step faster than
+Python launches its kernels. Of other steps what lies between the attentions is captured.
 
-Shapes: N rows of a step, padding included.
+Shapes: N rows of a step, padding included; T tokens of one; D hidden size.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.engine.attention import AttentionMetadata, TritonAttention
+from gristmill.core.device import put
+from gristmill.engine.attention import AttentionBackend, AttentionMetadata, TritonAttention
+from gristmill.engine.layers import Decoder
 
 
 class CudaGraphs:
@@ -44,6 +48,16 @@ class CudaGraphs:
         """Drop all graphs: weights are elsewhere."""
         self.captured: dict[int, tuple[dict[str, Tensor], Callable[[], Tensor], object]] = {}
 
+    def record(self, sizes: Sequence[int]) -> None:
+        """Capture graphs of so many rows before there is anything to compute: none is then captured while requests wait. The largest comes
+        first: those after it find room in its memory."""
+        nothing = np.zeros(0, np.int32)
+        empty = AttentionMetadata(
+            np.zeros(1, np.int32), nothing, nothing, np.zeros((1, self.max_blocks), np.int32), np.zeros(0, np.int64), 0
+        )
+        for size in sorted(set(sizes), reverse=True):
+            self.run(np.zeros(size, np.int64), empty)
+
     def run(self, ids: np.ndarray, metadata: AttentionMetadata) -> Tensor:
         """Logits [N, V] of a step.
 
@@ -56,7 +70,7 @@ class CudaGraphs:
             self.captured[len(ids)] = (*self._capture(arrays), self.weights())
         tensors, replay, _ = self.captured[len(ids)]
         for name, array in arrays.items():
-            tensors[name].copy_(torch.from_numpy(array), non_blocking=True)
+            tensors[name].copy_(put(array, self.device), non_blocking=True)
         return replay()
 
     def _pad(self, ids: np.ndarray, metadata: AttentionMetadata) -> dict[str, np.ndarray]:
@@ -77,19 +91,125 @@ class CudaGraphs:
             self.attention.inputs = tensors
             return self.forward(tensors["ids"])
 
-        if self.device.type != "cuda":  # nothing to capture with
-            return tensors, compute
-        warmup: Any = torch.cuda.Stream(self.device)
-        warmup.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(warmup):  # what is made at the first call must not be captured
-            compute()
-        torch.cuda.current_stream(self.device).wait_stream(warmup)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others may compute meanwhile
-            out = compute()
+        replay, _ = capture(compute, self.device, self.pool)
+        return tensors, replay
 
-        def replay() -> Tensor:
-            graph.replay()
+
+class PiecewiseGraphs:
+    """Captured graphs of steps with prompts: from the embeddings to an attention, and from there to the next one, for a list of numbers of
+    tokens. Attention, whose tiles no two steps share, runs as it comes, and so does what follows the last one.
+
+    Args:
+        decoder: whose layers are captured.
+        attention: of the model runner.
+    """
+
+    def __init__(self, decoder: Decoder, attention: AttentionBackend) -> None:
+        self.decoder, self.attention, self.device = decoder, attention, decoder.device
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop all graphs: weights are elsewhere."""
+        self.captured: dict[int, tuple[Tensor, list[_Piece], object]] = {}
+
+    def record(self, sizes: Sequence[int]) -> None:
+        """Capture graphs for so many tokens, the largest first."""
+        if any(layer.attention is not None for layer in self.decoder.layers):
+            self.captured = {size: self._capture(size) for size in sorted(set(sizes), reverse=True)}
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether there are graphs of at least so many tokens."""
+        return num_tokens <= max(self.captured, default=0)
+
+    def run(self, ids: np.ndarray, last_R: Tensor | None) -> Tensor:
+        """Logits of the tokens at last_R, or of all and some padding, after `attention.prepare`.
+
+        Args:
+            ids: of the step's tokens.
+        """
+        size = min(size for size in self.captured if size >= len(ids))
+        ids_T, pieces, _ = self.captured[size]
+        ids_T.copy_(put(np.concatenate([ids, np.zeros(size - len(ids), np.int64)]), self.device), non_blocking=True)
+        for piece in pieces:
+            x_TD, qkv = piece.replay()
+            piece.attended.copy_(self.attention.attend(piece.layer, qkv).flatten(1))
+        attended = piece.attended
+        if last_R is not None:  # from here on only what is sampled from is read
+            x_TD, attended = x_TD[last_R], attended[last_R]
+        layers = self.decoder.layers
+        x_RD, delta_RD = layers[piece.layer].feed_forward(x_TD, layers[piece.layer].project_output(attended))
+        for layer in layers[piece.layer + 1 :]:
+            x_RD, delta_RD = layer.feed_forward(x_RD, delta_RD)
+        return self.decoder.logits(self.decoder.final_norm(x_RD, delta_RD)[1]).float()
+
+    def _capture(self, size: int) -> tuple[Tensor, list["_Piece"], object]:
+        layers = self.decoder.layers
+        ids_T = torch.zeros(size, dtype=torch.int64, device=self.device)
+        pieces: list[_Piece] = []
+        before: tuple[int, Tensor, Tensor] | None = None
+        for number, layer in enumerate(layers):
+            if layer.attention is None:
+                continue
+            replay, (x_TD, qkv) = capture(partial(self._between, before, number, ids_T), self.device, self.pool)
+            attended = qkv.new_zeros(size, layer.attention.num_heads * qkv.shape[2])
+            pieces.append(_Piece(number, replay, attended))
+            before = number, x_TD, attended
+        return ids_T, pieces, (layers, self.decoder.final_norm)
+
+    def _between(self, before: tuple[int, Tensor, Tensor] | None, number: int, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual stream, and queries, keys and values of a layer, from the embeddings or from the attention of the one before."""
+        layers = self.decoder.layers
+        delta_TD: Tensor | None = None
+        if before is None:
+            first, x_TD = 0, self.decoder.embed(ids_T)
+        else:
+            last, x_TD, attended = before
+            x_TD, delta_TD = layers[last].feed_forward(x_TD, layers[last].project_output(attended))
+            first = last + 1
+        for layer in layers[first:number]:
+            x_TD, delta_TD = layer.feed_forward(x_TD, delta_TD)
+        return layers[number].project_qkv(x_TD, delta_TD)
+
+
+@dataclass
+class _Piece:
+    """What is computed up to the attention of a layer, and where that puts what it finds."""
+
+    layer: int
+    replay: Callable[[], tuple[Tensor, Tensor]]
+    attended: Tensor
+
+
+Result = TypeVar("Result")
+
+
+def capture(compute: Callable[[], Result], device: torch.device, pool: Any) -> tuple[Callable[[], Result], Result]:
+    """A CUDA graph of a computation: what replays it into the same tensors, and these. Elsewhere it is computed anew each time."""
+    if device.type != "cuda":  # nothing to capture with
+
+        def again() -> Result:
+            for old, new in zip(_tensors(out), _tensors(compute()), strict=True):
+                old.copy_(new)
             return out
 
-        return tensors, replay
+        out = compute()
+        return again, out
+    warmup: Any = torch.cuda.Stream(device)
+    warmup.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(warmup):  # what is made at the first call must not be captured
+        compute()
+    torch.cuda.current_stream(device).wait_stream(warmup)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others may compute meanwhile
+        found = compute()
+
+    def replay() -> Result:
+        graph.replay()
+        return found
+
+    return replay, found
+
+
+def _tensors(found: object) -> Sequence[Tensor]:
+    return found if isinstance(found, tuple) else [found]  # type: ignore[list-item]

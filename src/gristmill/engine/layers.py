@@ -9,7 +9,18 @@ from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
 from gristmill.engine.kernels import library as kernels
-from gristmill.engine.linear import BF16, INT4, INT8, LINEARS, Int8Activations, Int8Linear, LinearMethod, max_rows, supported_by_kernels
+from gristmill.engine.linear import (
+    BF16,
+    INT4,
+    INT8,
+    LINEARS,
+    Int8Activations,
+    Int8Linear,
+    LinearMethod,
+    has_triton,
+    max_rows,
+    supported_by_kernels,
+)
 from gristmill.engine.lora import LoraRows
 from gristmill.model.attention import varlen_attention
 from gristmill.model.packed import PackedShape
@@ -45,9 +56,14 @@ class Norm:
         self.bias_D = norm.bias.detach().float().contiguous() if isinstance(norm, LayerNorm1P) else None
         self.eps = norm.eps
         self.library = kernels.load() if self.gain_D.device.type == "cpu" else None
+        self.fused = has_triton(self.gain_D.device)
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Residual x + delta (in x's place if it can be), and its norm."""
+        if self.fused:
+            from gristmill.engine.kernels.triton_norm import add_norm
+
+            return x_TD, add_norm(x_TD, delta_TD, self.gain_D, self.bias_D, eps=self.eps, centred=self.centred)
         if self.library is None or x_TD.dtype not in kernels.TYPES:
             x_TD = x_TD if delta_TD is None else x_TD + delta_TD
             if self.centred:

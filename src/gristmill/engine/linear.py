@@ -5,9 +5,11 @@ Shapes: T tokens, D inputs, N outputs of a product.
 """
 
 import ctypes
+import os
 import platform
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -32,6 +34,11 @@ class LinearMethod(Protocol):
 def supported_by_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernels.cpp computes with activations of this type."""
     return device.type == "cpu" and dtype in kernels.TYPES and kernels.load() is not None
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels compute on this device."""
+    return device.type == "cuda" and find_spec("triton") is not None and os.environ.get("GRISTMILL_KERNELS") != "0"
 
 
 BF16, INT8, INT4 = 1, 2, 3  # matrices, as linear.cpp is told them

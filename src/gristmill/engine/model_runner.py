@@ -1,4 +1,4 @@
-"""Model runner: one forward pass over the tokens of a step, as a CUDA graph where every sequence decodes.
+"""Model runner: one forward pass over the tokens of a step, as a CUDA graph where every sequence decodes, else in pieces.
 
 Shapes: T tokens of the step, D hidden size, H query heads, K key-value heads, d head size, R tokens to sample, V vocabulary.
 """
@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gristmill.core.device import put
 from gristmill.engine.attention import AttentionMetadata, KVCache, TritonAttention, select_backend
-from gristmill.engine.cuda_graph import CudaGraphs
+from gristmill.engine.cuda_graph import CudaGraphs, PiecewiseGraphs
 from gristmill.engine.layers import Decoder
 from gristmill.engine.lora import LoraRows
 from gristmill.engine.scheduler import SchedulerOutput
 from gristmill.engine.sequence import BatchState
 
 PADDING_MULTIPLE = 16  # rows
+PIECEWISE_SIZES = (32, 64, 128, 256, 512)  # tokens; larger steps compute for longer than their kernels take to launch
 
 
 class ModelRunner:
@@ -36,6 +38,7 @@ class ModelRunner:
             angles = decoder.model.rope(torch.arange(decoder.config.max_positions, device=self.device))
         self.attention = select_backend(decoder.config, self.kv_cache, decoder.dtype, angles=angles)
         self.cuda_graphs: CudaGraphs | None = None
+        self.piecewise_graphs: PiecewiseGraphs | None = None
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Make room for so many blocks, and one more, which nobody reads: where graphs put what pads their rows."""
@@ -44,11 +47,17 @@ class ModelRunner:
             weights = lambda: (self.decoder.layers, self.decoder.final_norm)  # noqa: E731
             max_blocks = self.batch_state.block_tables.shape[1]
             self.cuda_graphs = CudaGraphs(self._forward, weights, self.attention, padding_block=num_blocks, max_blocks=max_blocks)
+            with torch.inference_mode():
+                self.cuda_graphs.record([self._padded(count) for count in range(1, self.batch_state.num_slots + 1)])
+                self.piecewise_graphs = PiecewiseGraphs(self.decoder, self.attention)
+                self.piecewise_graphs.record(PIECEWISE_SIZES)
 
     def reset_graphs(self) -> None:
         """Drop CUDA graphs: the decoder's weights are others now."""
         if self.cuda_graphs is not None:
             self.cuda_graphs.reset()
+        if self.piecewise_graphs is not None:
+            self.piecewise_graphs.reset()
 
     @torch.inference_mode()
     def run(self, step: SchedulerOutput) -> Tensor:
@@ -74,12 +83,15 @@ class ModelRunner:
             last_R, last_lora = None, lora
             if sum(num_rows) < len(positions):
                 ends = [int(query_start[place + 1]) - back for place, n in zip(distinct, num_rows, strict=True) for back in range(n, 0, -1)]
-                last_R = torch.tensor(ends + [0] * (self._padded(len(ends)) - len(ends)), dtype=torch.int64, device=self.device)
+                last_R = put(np.array(ends + [0] * (self._padded(len(ends)) - len(ends)), np.int64), self.device)
                 last_lora = lora and LoraRows.of([adapters[place] for place in distinct], num_rows, self.device)
-            logits = self._forward(torch.from_numpy(ids).to(self.device), last_R, lora, last_lora)
+            if lora is None and self.piecewise_graphs is not None and self.piecewise_graphs.fits(len(positions)):
+                logits = self.piecewise_graphs.run(ids[: len(positions)], last_R)
+            else:
+                logits = self._forward(put(ids, self.device), last_R, lora, last_lora)
         end_of = dict(zip(distinct, accumulate(num_rows), strict=True))
         rows = [row for place in step.sample_rows for row in range(end_of[place] - 1 - step.num_drafts[place], end_of[place])]
-        return logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, dtype=torch.int64, device=self.device)]
+        return logits if rows == list(range(len(logits))) else logits[put(np.array(rows, np.int64), self.device)]
 
     def _forward(
         self, ids_T: Tensor, last_R: Tensor | None = None, lora: LoraRows | None = None, last_lora: LoraRows | None = None

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gristmill.core.device import put
 from gristmill.engine.kernels import library as kernels
+from gristmill.generation.api import SamplingParams
 
 # The nucleus of a trained model rarely has more tokens; rows for which it has are sorted in full.
 NUCLEUS_GUESS = 64
@@ -69,6 +71,33 @@ class SamplingMetadata:
             any_top_p=bool((top_p_B < 1).any()),
             any_min_p=bool((min_p_B > 0).any()),
         )
+
+
+def penalise(logits_BV: Tensor, rows: list[int], histories: list[tuple[np.ndarray, np.ndarray]], params: list[SamplingParams]) -> None:
+    """Repetition, presence and frequency penalties, in place, of all rows together.
+
+    Args:
+        rows: that have any.
+        histories: tokens of prompt and response, of each of these.
+        params: of each of these.
+    """
+    device = logits_BV.device
+
+    def together(parts: list[np.ndarray], dtype: type) -> Tensor:
+        return put(np.concatenate(parts).astype(dtype), device)
+
+    seen = [np.unique(np.concatenate(history)) for history in histories]
+    said = [np.unique(answer, return_counts=True) for _, answer in histories]
+    less = [p.presence_penalty + p.frequency_penalty * counts for p, (_, counts) in zip(params, said, strict=True)]
+    row_E, token_E = (
+        together([np.full(len(tokens), row) for row, tokens in zip(rows, seen, strict=True)], np.int64),
+        together(seen, np.int64),
+    )
+    by_E = together([np.full(len(tokens), p.repetition_penalty) for p, tokens in zip(params, seen, strict=True)], np.float32)
+    there_E = logits_BV[row_E, token_E]
+    logits_BV[row_E, token_E] = torch.where(there_E > 0, there_E / by_E, there_E * by_E)
+    row_E = together([np.full(len(tokens), row) for row, (tokens, _) in zip(rows, said, strict=True)], np.int64)
+    logits_BV[row_E, together([tokens for tokens, _ in said], np.int64)] -= together(less, np.float32)
 
 
 def sample(

@@ -30,7 +30,7 @@ from gristmill.report.comparisons import (
 )
 from gristmill.report.figures import Series, stage_plot
 from gristmill.report.markup import Markup, document, el, table
-from gristmill.report.samples import JudgedStage, read_judged, read_lineage, samples_section
+from gristmill.report.samples import read_judged, samples_section
 from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
 from gristmill.report.summary import best_lines, doubts, duration, headline, lora_update
 from gristmill.report.training import training_section
@@ -65,6 +65,7 @@ def write_report(folder: Path) -> Path:
     """
     data = read_run(folder, kind="alignment")
     judged = read_judged(data)
+    samples = samples_section(data, judged) or [el("p", "No rows have been made in this run.", class_="soft")]
     bodies: dict[str, tuple[str, Sequence[Markup | None]]] = {
         "stages": ("Accuracy on held-out prompts: greedy, and at temperature 1, with 95 % intervals.", _stages(data)),
         "data": ("What each round wrote, what was refused, and what became training data.", funnel_section(data)),
@@ -81,7 +82,7 @@ def write_report(folder: Path) -> Path:
             "Evaluation questions with the greedy answers of all models; `gristmill answers` shows any other.",
             answers_section(data),
         ),
-        "samples": ("Rows as they are, drawn by the run's seed, with the way they came.", _samples(data, judged)),
+        "samples": ("Rows as they are, drawn by the run's seed, with the way they came.", samples),
         "training": ("The loss of every stage that trains, over its steps.", _training(data)),
         "time": ("Seconds a stage, training speed, and the most memory that the process had held by then.", _times(data)),
         "recipe": ("Every setting of this run.", [el("pre", yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True))]),
@@ -330,10 +331,6 @@ def _judge(data: RunData) -> Sequence[Markup | None]:
     return reward_section(reward_report(data))
 
 
-def _samples(data: RunData, judged: Sequence[JudgedStage]) -> list[Markup]:
-    return samples_section(data, judged, read_lineage(data)) or [el("p", "No rows have been made in this run.", class_="soft")]
-
-
 def _training(data: RunData) -> list[Markup]:
     return training_section(data) or [el("p", "No stage has trained yet, or the logs are not there.", class_="soft")]
 
@@ -350,7 +347,7 @@ def _times(data: RunData) -> list[Markup]:
             continue
         bar = el("td", el("span", class_="bar", style=f"width:{round(160 * s['seconds'] / most)}px"))
         trained = [f"{s[k]:,}" if k in s else "" for k in ("steps", "tokens", "tokens_per_second")]
-        written = _tokens_written(data, s["folder"])
+        written = data.tokens_written(s["folder"])
         rest = s["seconds"] - s.get("train_seconds", 0.0)
         generated = [f"{written:,}", f"{written / rest:,.0f}" if rest > 0 else "\u2013"] if written else ["", ""]
         rows.append([s["folder"], f"{s['seconds']:.1f}", bar, *trained, *generated, f"{s['peak_mib']:,}" if "peak_mib" in s else ""])
@@ -361,8 +358,3 @@ def _times(data: RunData) -> list[Markup]:
         table(head, rows),
         el("p", "Generated tokens are divided by all the seconds that a stage did not train, its judging included.", class_="note"),
     ]
-
-
-def _tokens_written(data: RunData, stage: str) -> int:
-    """Tokens that models generated in a stage, from its journals."""
-    return sum(out[1] for record in data.calls(stage) for out in record.get("out", []))

@@ -41,25 +41,32 @@ class Answers:
         self.prompts: list[Prompt] = [
             p for s in data.stages_with(artifacts.EVALUATION) for p in data.read(s["folder"], artifacts.EVALUATION)
         ]
-        self._models: list[tuple[str, dict[str, dict[str, Any]], Mapping[str, bool]]] = []
-        for stage in model_stages(data):
-            calls = data.read(stage["folder"], artifacts.EVALUATION_CALLS)
-            self._models.append((stage["name"], calls, data.read(stage["folder"], artifacts.OUTCOMES).get(mode, {})))
+        self._data = data
+        self._models: list[tuple[str, str, Mapping[str, bool]]] = [
+            (stage["name"], stage["folder"], data.read(stage["folder"], artifacts.OUTCOMES).get(mode, {})) for stage in model_stages(data)
+        ]
         if not self._models or not self.prompts:
             raise InputError(f"{data.folder} has no evaluated model yet: run the same command again to finish it.")
 
-    def to(self, prompt: Prompt) -> list[Said]:
-        """What every model says to a prompt, in the order of the run."""
-        out = []
-        for name, calls, outcomes in self._models:
-            if record := calls.get(f"{prompt.id}-{self.mode}"):
-                out.append(Said(name, str(record["out"][0][0]), bool(outcomes.get(prompt.id))))
+    def right(self, prompt: Prompt) -> list[bool]:
+        """Whether the answer of each model that was asked is right, in the order of the run."""
+        return [outcomes[prompt.id] for *_, outcomes in self._models if prompt.id in outcomes]
+
+    def to(self, prompts: Sequence[Prompt]) -> list[list[Said]]:
+        """What every model says to each of some prompts, in the order of the run."""
+        names = {prompt.id: f"{prompt.id}-{self.mode}" for prompt in prompts}
+        out: list[list[Said]] = [[] for _ in prompts]
+        for model, folder, outcomes in self._models:
+            calls = self._data.records(folder, artifacts.EVALUATION_CALLS, set(names.values()))
+            for said, prompt in zip(out, prompts, strict=True):
+                if record := calls.get(names[prompt.id]):
+                    said.append(Said(model, str(record["out"][0][0]), bool(outcomes.get(prompt.id))))
         return out
 
     def find(self, prompt: str) -> Prompt:
         """The prompt with an id, or of a place counted from 1; with "" the first that the first model fails and the last one answers."""
         if not prompt:
-            return next((p for p in self.prompts if _turned(self.to(p))), self.prompts[0])
+            return next((p for p in self.prompts if _turned(self.right(p))), self.prompts[0])
         if prompt.isdecimal() and 1 <= int(prompt) <= len(self.prompts):
             return self.prompts[int(prompt) - 1]
         found = next((p for p in self.prompts if p.id == prompt), None)
@@ -68,13 +75,14 @@ class Answers:
         return found
 
 
-def _turned(said: Sequence[Said]) -> bool:
-    return bool(said) and not said[0].right and said[-1].right
+def _turned(right: Sequence[bool]) -> bool:
+    return bool(right) and not right[0] and right[-1]
 
 
 def answers_table(answers: Answers, prompt: Prompt) -> dict[str, Any]:
     """One question and its answers as plain values."""
-    rows = [{"model": s.model, "right": s.right, "text": s.text} for s in answers.to(prompt)]
+    (said,) = answers.to([prompt])
+    rows = [{"model": s.model, "right": s.right, "text": s.text} for s in said]
     place = answers.prompts.index(prompt) + 1
     asked = {"id": prompt.id, "number": place, "of": len(answers.prompts), "task": prompt.task, "messages": to_dicts(prompt.messages)}
     return {**asked, "mode": answers.mode, "answers": rows}
@@ -96,8 +104,8 @@ def answers_section(data: RunData) -> list[Markup]:
         return [el("p", "No model has been evaluated yet.", class_="soft")]
     answers = Answers(data)
     drawn = random.Random(f"answers-{data.recipe.get('seed', 0)}").sample(answers.prompts, len(answers.prompts))
-    drawn.sort(key=lambda p: len({s.right for s in answers.to(p)}) < 2)
-    return [_card(prompt, answers.to(prompt)) for prompt in drawn[:NUM_SHOWN]]
+    shown = sorted(drawn, key=lambda p: len(set(answers.right(p))) < 2)[:NUM_SHOWN]
+    return [_card(prompt, said) for prompt, said in zip(shown, answers.to(shown), strict=True)]
 
 
 def _card(prompt: Prompt, said: Sequence[Said]) -> Markup:

@@ -179,7 +179,11 @@ def prompt_tasks(data: RunData) -> dict[str, str]:
     """Task by evaluation prompt id."""
     from gristmill.runs import artifacts
 
-    return {p.id: p.task for s in data.stages_with(artifacts.EVALUATION) for p in data.read(s["folder"], artifacts.EVALUATION)}
+    out: dict[str, str] = {}
+    for stage in data.stages_with(artifacts.EVALUATION):
+        columns = data.columns(stage["folder"], artifacts.EVALUATION, "id", "task")
+        out.update(zip(columns["id"].to_pylist(), columns["task"].to_pylist(), strict=True))
+    return out
 
 
 def _failed(name: str, against: str, differences: Mapping[str, dict[str, Any] | None]) -> list[str]:

@@ -4,9 +4,12 @@ Every function returns one `svg` element; hovering a mark shows its exact figure
 fits a light and a dark background.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from gristmill.report.comparisons import format_score, format_score_ci
 from gristmill.report.markup import Markup, el
@@ -115,7 +118,7 @@ def funnel(rows: Sequence[tuple[str, int, str]]) -> Markup:
     return svg(width, max(1, len(rows)) * high, "Data funnel", parts)
 
 
-def histogram(before: Sequence[float], after: Sequence[float], *, low: float, high: float) -> Markup:
+def histogram(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray, *, low: float, high: float) -> Markup:
     """Two distributions over one another, each with its area 1: all answers, and the kept ones. Dashed lines are their means."""
     width, height, bottom = 330.0, 150.0, 20.0
     span = (high - low) or 1.0
@@ -123,13 +126,12 @@ def histogram(before: Sequence[float], after: Sequence[float], *, low: float, hi
     def x(value: float) -> float:
         return (value - low) / span * width
 
-    def shares(values: Sequence[float]) -> list[float]:
-        counts = [0] * BINS
-        for v in values:
-            counts[min(BINS - 1, max(0, int((v - low) / span * BINS)))] += 1
-        return [c / max(1, len(values)) for c in counts]
+    def shares(values: np.ndarray) -> list[float]:
+        bins = np.clip(((values - low) / span * BINS).astype(int), 0, BINS - 1)
+        return [c / len(values) for c in np.bincount(bins, minlength=BINS).tolist()]
 
-    sides = [(name, css, values, shares(values)) for name, css, values in (("all", "before", before), ("kept", "after", after)) if values]
+    named = [(name, css, np.asarray(values, float)) for name, css, values in (("all", "before", before), ("kept", "after", after))]
+    sides = [(name, css, values, shares(values)) for name, css, values in named if values.size]
     most = max([max(s) for *_, s in sides] or [1.0])
     parts: list[Markup] = []
     for name, css, values, heights in sides:
@@ -146,7 +148,7 @@ def histogram(before: Sequence[float], after: Sequence[float], *, low: float, hi
                 class_=css,
             )
             parts += [bar] if share else []
-        mean = sum(values) / len(values)
+        mean = math.fsum(values) / len(values)
         parts.append(_line(x(mean), 2, x(mean), height - bottom, "mark" if name == "kept" else "mark light"))
     parts.append(_line(0, height - bottom, width, height - bottom, "base"))
     for place, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):

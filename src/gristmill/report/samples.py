@@ -1,12 +1,16 @@
 """Samples of a run with their lineage: topic, prompt, answers with their judgements, and what became of them."""
 
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from gristmill.data.chat import Conversation
-from gristmill.data.rows import ATTRIBUTES, Pair, Prompt, Refused, Response, TopicRow
+from gristmill.data.rows import ATTRIBUTES, Pair, Prompt, Response, TopicRow, rows_of
 from gristmill.report.comparisons import round_of, short_label, stage_label
 from gristmill.report.markup import Markup, el, table
 from gristmill.runs import artifacts
@@ -20,23 +24,42 @@ GIVEN = ("human", "file")  # origins of prompts that no model wrote
 JUDGES = {"reward": "the reward model", "verifier": "a verifier"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class JudgedStage:
-    """The judged answers of one stage.
+    """The judged answers of one stage as columns, those of a prompt together; texts stay on the disk.
+
+    N answers, in the order in which their prompts first come, to P prompts.
 
     Attributes:
         name: such as "r1-answers" or "r2-dpo-pairs".
+        folder: the stage's.
         makes_pairs: whether it made preference pairs, rather than demonstrations.
-        answers: by prompt id.
-        kept: ids of the answers that became training rows; of pair stages, of both answers of each pair.
-        pairs: by prompt id.
+        prompts: ids of the prompts.
+        tasks: their names.
+        row_N: numbers of the answers in their file.
+        prompt_N: the place of each answer's prompt in `prompts`, rising.
+        task_N: the place of each answer's task in `tasks`.
+        score_N: NaN where there is none.
+        kept_N: whether the answer became a training row; of pair stages, one of a pair.
+        pair_prompts: prompt id of each pair.
     """
 
     name: str
+    folder: str
     makes_pairs: bool
-    answers: dict[str, list[Response]] = field(default_factory=dict)
-    kept: set[str] = field(default_factory=set)
-    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    prompts: pa.Array
+    tasks: list[str]
+    row_N: np.ndarray
+    prompt_N: np.ndarray
+    task_N: np.ndarray
+    score_N: np.ndarray
+    kept_N: np.ndarray
+    pair_prompts: pa.Array
+
+    @property
+    def starts_P(self) -> np.ndarray:
+        """The place of each prompt's first answer."""
+        return np.searchsorted(self.prompt_N, np.arange(len(self.prompts)))
 
 
 def read_judged(data: RunData) -> list[JudgedStage]:
@@ -46,38 +69,60 @@ def read_judged(data: RunData) -> list[JudgedStage]:
         makes_pairs = done in data.stages_with(artifacts.PAIRS)
         if not makes_pairs and done not in data.stages_with(artifacts.KEPT):
             continue
-        stage = JudgedStage(done["name"], makes_pairs)
-        for r in data.read(done["folder"], artifacts.RESPONSES):
-            stage.answers.setdefault(r.prompt, []).append(r)
-        if makes_pairs:
-            for p in data.read(done["folder"], artifacts.PAIRS):
-                stage.pairs.setdefault(p.prompt, []).append(p)
-                stage.kept |= set(p.parents)
-        else:
-            parents = {i for d in data.read(done["folder"], artifacts.KEPT) for i in d.parents}
-            stage.kept = {r.id for rows in stage.answers.values() for r in rows if r.id in parents}
-        out.append(stage)
+        folder = done["folder"]
+        columns = data.columns(folder, artifacts.RESPONSES, "id", "prompt", "task", "score")
+        rows = (
+            data.columns(folder, artifacts.PAIRS, "prompt", "parents") if makes_pairs else data.columns(folder, artifacts.KEPT, "parents")
+        )
+        prompts, prompt_N = by_first(columns["prompt"])
+        order_N = np.argsort(prompt_N, kind="stable")
+        tasks, task_N = by_first(columns["task"].take(pa.array(order_N)))
+        kept_N = is_in(columns["id"], rows["parents"].flatten())
+        out.append(
+            JudgedStage(
+                done["name"],
+                folder,
+                makes_pairs,
+                prompts,
+                tasks.to_pylist(),
+                row_N=order_N,
+                prompt_N=prompt_N[order_N],
+                task_N=task_N,
+                score_N=columns["score"].to_numpy(zero_copy_only=False)[order_N],
+                kept_N=kept_N[order_N],
+                pair_prompts=rows["prompt"] if makes_pairs else rows["parents"].flatten()[:0],
+            )
+        )
     return out
+
+
+def by_first(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """The different texts of a dictionary array in the order in which they first come, and the place of each row's among them."""
+    codes_N = texts.indices.to_numpy()
+    found, first, place_N = np.unique(codes_N, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return texts.dictionary.take(pa.array(found[order])), rank[place_N]
+
+
+def is_in(texts: pa.Array, among: pa.Array) -> np.ndarray:
+    """Which rows of a dictionary array are among the texts of another."""
+    used = among.dictionary.take(pc.unique(among.indices.drop_null()))
+    return pc.is_in(texts.dictionary, value_set=used).to_numpy(zero_copy_only=False)[texts.indices.to_numpy()]
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where prompts came from.
+    """Where some prompts came from.
 
     Attributes:
-        prompts: by id, of all rounds.
-        topics: by id, of all rounds.
-        refused: by stage, prompts that were written and not kept.
+        prompts: by id, with all that they grew from.
+        topics: by id.
     """
 
     prompts: dict[str, Prompt]
     topics: dict[str, TopicRow]
-    refused: dict[str, list[Refused]]
-
-    def is_written(self, prompt_id: str) -> bool:
-        """Whether a model wrote a prompt."""
-        prompt = self.prompts.get(prompt_id)
-        return prompt is not None and prompt.origin not in GIVEN
 
     def opening(self, prompt: Prompt) -> Prompt | None:
         """The earlier prompt that this one goes on from."""
@@ -90,34 +135,90 @@ class Lineage:
         return found or (self.topic(opening) if opening else None)
 
 
-def read_lineage(data: RunData) -> Lineage:
-    """Prompts of all rounds with their topics, and the refused ones."""
-    prompts = {p.id: p for s in data.stages_with(artifacts.PROMPTS) for p in data.read(s["folder"], artifacts.PROMPTS)}
-    topics = {t.id: t for s in data.stages_with(artifacts.TOPICS) for t in data.read(s["folder"], artifacts.TOPICS)}
-    refused = {s["name"]: data.read(s["folder"], artifacts.REFUSED) for s in data.stages_with(artifacts.REFUSED)}
-    return Lineage(prompts, topics, refused)
+class Ancestry:
+    """Ids, origins and parents of the prompts of all rounds; of a prompt that is in several rounds the last row counts."""
+
+    def __init__(self, data: RunData):
+        self._data = data
+        names = ("id", "origin", "parents")
+        self._stages = [(s["folder"], data.columns(s["folder"], artifacts.PROMPTS, *names)) for s in data.stages_with(artifacts.PROMPTS)]
+
+    def written(self, prompts: pa.Array) -> np.ndarray:
+        """Which prompts, given by their ids, a model wrote."""
+        out = np.zeros(len(prompts), bool)
+        for _, columns in self._stages:
+            row_P = rows_of(columns["id"], prompts)
+            given = ~is_in(columns["origin"], pa.array(GIVEN).dictionary_encode())
+            out[row_P >= 0] = given[row_P[row_P >= 0]]
+        return out
+
+    def lineage(self, prompts: Collection[str]) -> Lineage:
+        """Prompts, given by their ids, and what they grew from."""
+        wanted, news = set(prompts), set(prompts)
+        while news:
+            names, parents = pa.array(sorted(news), pa.string()), set()
+            for _, columns in self._stages:
+                rows = rows_of(columns["id"], names)
+                parents |= {p for of in columns["parents"].take(pa.array(rows[rows >= 0])).to_pylist() for p in of or ()}
+            news = parents - wanted
+            wanted |= news
+        names = pa.array(sorted(wanted), pa.string())
+        found: dict[str, Prompt] = {}
+        for folder, columns in self._stages:
+            rows = rows_of(columns["id"], names)
+            found |= {p.id: p for p in self._data.read(folder, artifacts.PROMPTS, sorted(rows[rows >= 0].tolist()))}
+        topics: dict[str, TopicRow] = {}
+        for stage in self._data.stages_with(artifacts.TOPICS):
+            rows = rows_of(self._data.columns(stage["folder"], artifacts.TOPICS, "id")["id"], names)
+            topics |= {t.id: t for t in self._data.read(stage["folder"], artifacts.TOPICS, sorted(rows[rows >= 0].tolist()))}
+        return Lineage(found, topics)
 
 
-def samples_section(data: RunData, judged: Sequence[JudgedStage], lineage: Lineage) -> list[Markup]:
+@dataclass(frozen=True)
+class Drawn:
+    """A prompt to show with the answers of a stage and their pairs."""
+
+    stage: JudgedStage
+    prompt: str
+    answers: list[Response]
+    kept: set[str]
+    pairs: list[Pair]
+
+
+def samples_section(data: RunData, judged: Sequence[JudgedStage]) -> list[Markup]:
     """A few prompts a task, drawn by the run's seed: with kept, dropped and paired answers, and without a pair. Then refused prompts."""
     seed = data.recipe.get("seed", 0)
-    tasks = list(dict.fromkeys(r.task for stage in judged for rows in stage.answers.values() for r in rows))
+    ancestry = Ancestry(data)
+    written = [ancestry.written(stage.prompts) for stage in judged]
+    tasks = list(dict.fromkeys(task for stage in judged for task in stage.tasks))
+    places = {task: _draw(judged, task, written, random.Random(f"samples-{seed}-{task}")) for task in tasks}
+    drawn = _read_drawn(data, judged, [place for of_task in places.values() for place in of_task])
+    lineage = ancestry.lineage({d.prompt for d in drawn.values()})
     out = []
     for i, task in enumerate(tasks):
-        rng = random.Random(f"samples-{seed}-{task}")
-        cards = [_card(stage, prompt, lineage) for stage, prompt in _draw(judged, task, lineage, rng)]
+        cards = [_card(drawn[place], lineage) for place in places[task]]
         out.append(el("details", el("summary", task), cards, class_="task", open="" if i == 0 else None))
-    for stage_name, refused in lineage.refused.items():
-        rng = random.Random(f"refused-{seed}-{stage_name}")
-        rows: list[Iterable[Any]] = []
-        for reason in dict.fromkeys(r.reason for r in refused):
-            same = [r for r in refused if r.reason == reason]
-            drawn = rng.sample(same, min(NUM_REFUSED, len(same)))
-            rows += [(el("td", el("div", _truncate(r.text) or "(nothing)", class_="said", dir="auto")), r.task, reason) for r in drawn]
+    for stage in data.stages_with(artifacts.REFUSED):
+        rows = _refused(data, stage["folder"], random.Random(f"refused-{seed}-{stage['name']}"))
         if rows:
-            out.append(el("h3", f"Prompts that {_origin(stage_name)} refused"))
+            out.append(el("h3", f"Prompts that {_origin(stage['name'])} refused"))
             out.append(table(["prompt", "task", "why"], rows, numeric_from=3))
     return out
+
+
+def _refused(data: RunData, folder: str, rng: random.Random) -> list[Iterable[Any]]:
+    """A few refused prompts of each reason, as rows of a table."""
+    reasons, reason_N = by_first(data.columns(folder, artifacts.REFUSED, "reason")["reason"])
+    drawn: list[int] = []
+    for place in range(len(reasons)):
+        same = np.flatnonzero(reason_N == place).tolist()
+        drawn += rng.sample(same, min(NUM_REFUSED, len(same)))
+    numbers = sorted(drawn)
+    found = dict(zip(numbers, data.read(folder, artifacts.REFUSED, numbers), strict=True))
+    return [
+        (el("td", el("div", _truncate(r.text) or "(nothing)", class_="said", dir="auto")), r.task, r.reason)
+        for r in (found[number] for number in drawn)
+    ]
 
 
 def _origin(name: str) -> str:
@@ -126,41 +227,70 @@ def _origin(name: str) -> str:
     return f"round {number}" if number else name
 
 
-def _draw(judged: Sequence[JudgedStage], task: str, lineage: Lineage, rng: random.Random) -> list[tuple[JudgedStage, str]]:
-    """Prompts of a task to show, with the stage that judged their answers; one of each kind that a model wrote, where there is one."""
-    groups: dict[str, list[tuple[JudgedStage, str]]] = {"kept": [], "dropped": [], "paired": [], "unpaired": []}
-    for stage in judged:
-        for prompt, answers in stage.answers.items():
-            if answers[0].task != task:
-                continue
-            if stage.makes_pairs:
-                group = "paired" if prompt in stage.pairs else "unpaired"
-            else:
-                group = "kept" if any(r.id in stage.kept for r in answers) else "dropped"
-            groups[group].append((stage, prompt))
+Place = tuple[int, int]  # of a prompt: its stage among those that judged, and the prompt in it
+
+
+def _draw(judged: Sequence[JudgedStage], task: str, written: Sequence[np.ndarray], rng: random.Random) -> list[Place]:
+    """Prompts of a task to show; one of each kind that a model wrote, where there is one."""
+    groups: dict[str, list[Place]] = {"kept": [], "dropped": [], "paired": [], "unpaired": []}
+    for number, stage in enumerate(judged):
+        if task not in stage.tasks:
+            continue
+        is_task_P = stage.task_N[stage.starts_P] == stage.tasks.index(task)
+        if stage.makes_pairs:
+            names, is_first_P = ("paired", "unpaired"), pc.is_in(stage.prompts, value_set=stage.pair_prompts.dictionary).to_numpy(False)
+        else:
+            names, is_first_P = ("kept", "dropped"), np.bincount(stage.prompt_N[stage.kept_N], minlength=len(stage.prompts)) > 0
+        for name, is_in_group_P in zip(names, (is_first_P, ~is_first_P), strict=True):
+            groups[name] += [(number, place) for place in np.flatnonzero(is_task_P & is_in_group_P).tolist()]
     amounts = {"kept": NUM_KEPT, "dropped": NUM_DROPPED, "paired": NUM_PAIRED, "unpaired": NUM_UNPAIRED}
     out = []
     for group, found in groups.items():
         drawn = rng.sample(found, len(found))
-        written = next((i for i, (_, prompt) in enumerate(drawn) if lineage.is_written(prompt)), 0)
-        out += [*drawn[written : written + 1], *drawn[:written], *drawn[written + 1 :]][: amounts[group]]
+        first = next((i for i, (number, place) in enumerate(drawn) if written[number][place]), 0)
+        out += [*drawn[first : first + 1], *drawn[:first], *drawn[first + 1 :]][: amounts[group]]
     return out
 
 
-def _card(stage: JudgedStage, prompt_id: str, lineage: Lineage) -> Markup:
+def _read_drawn(data: RunData, judged: Sequence[JudgedStage], places: Sequence[Place]) -> dict[Place, Drawn]:
+    """The texts of what was drawn, each stage's in one pass over its files."""
+    out = {}
+    for number in {number for number, _ in places}:
+        stage = judged[number]
+        mine = sorted({place for of, place in places if of == number})
+        which_N = np.isin(stage.prompt_N, mine)
+        rows = np.sort(stage.row_N[which_N])
+        kept_rows = set(stage.row_N[which_N & stage.kept_N].tolist())
+        answers: dict[str, list[Response]] = {}
+        kept = set()
+        for row, r in zip(rows.tolist(), data.read(stage.folder, artifacts.RESPONSES, rows.tolist()), strict=True):
+            answers.setdefault(r.prompt, []).append(r)
+            kept |= {r.id} if row in kept_rows else set()
+        pairs: dict[str, list[Pair]] = {}
+        if stage.makes_pairs:
+            chosen = is_in(stage.pair_prompts, stage.prompts.take(pa.array(mine)).dictionary_encode())
+            for p in data.read(stage.folder, artifacts.PAIRS, np.flatnonzero(chosen).tolist()):
+                pairs.setdefault(p.prompt, []).append(p)
+        for place in mine:
+            prompt = stage.prompts[place].as_py()
+            out[number, place] = Drawn(stage, prompt, answers[prompt], kept, pairs.get(prompt, []))
+    return out
+
+
+def _card(drawn: Drawn, lineage: Lineage) -> Markup:
     """A prompt, its lineage, and its answers: pair by pair, or kept ones first."""
-    answers, pairs = stage.answers[prompt_id], stage.pairs.get(prompt_id, [])
-    if stage.makes_pairs:
+    answers, pairs = drawn.answers, drawn.pairs
+    if drawn.stage.makes_pairs:
         fate = el(
             "span", f"{len(pairs)} pairs" if len(pairs) > 1 else "pair" if pairs else "no pair", class_="chip good" if pairs else "chip"
         )
     else:
-        kept = any(r.id in stage.kept for r in answers)
+        kept = any(r.id in drawn.kept for r in answers)
         fate = el("span", "kept" if kept else "dropped", class_="chip good" if kept else "chip bad")
-    first = [i for p in pairs for i in p.parents] or [r.id for r in answers if r.id in stage.kept]
+    first = [i for p in pairs for i in p.parents] or [r.id for r in answers if r.id in drawn.kept]
     ordered = sorted(answers, key=lambda r: (first.index(r.id) if r.id in first else len(first), -(r.score or 0.0)))
-    top = el("p", fate, _chips(stage, prompt_id, lineage), class_="lineage")
-    return el("div", top, _conversation(answers[0].messages), [_answer(r, stage, pairs) for r in ordered], class_="sample")
+    top = el("p", fate, _chips(drawn.stage, drawn.prompt, lineage), class_="lineage")
+    return el("div", top, _conversation(answers[0].messages), [_answer(r, drawn) for r in ordered], class_="sample")
 
 
 def _chips(stage: JudgedStage, prompt_id: str, lineage: Lineage) -> list[Markup]:
@@ -193,13 +323,13 @@ def _conversation(messages: Conversation) -> list[Markup]:
     ]
 
 
-def _answer(r: Response, stage: JudgedStage, pairs: Sequence[Pair]) -> Markup:
+def _answer(r: Response, drawn: Drawn) -> Markup:
     """An answer with its verdicts; the chosen one of a pair with the reward gap."""
-    pair = next((p for p in pairs if r.id in p.parents), None)
+    pair = next((p for p in drawn.pairs if r.id in p.parents), None)
     side = ""
     if pair is not None:
         side = "chosen" if r.id == pair.parents[0] else "rejected"
-    elif not stage.makes_pairs and r.id in stage.kept:
+    elif not drawn.stage.makes_pairs and r.id in drawn.kept:
         side = "kept"
     facts: list[Markup] = []
     if side:

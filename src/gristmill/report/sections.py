@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from gristmill.evaluate.diversity import LEVELS, POINTS
 from gristmill.report.comparisons import format_ci, format_score, round_of, short_label
 from gristmill.report.figures import accuracy_bars, funnel, histogram, monitor_plot
@@ -122,10 +124,11 @@ def _share(part: int, whole: int) -> str:
 def scores_section(judged: Sequence[JudgedStage]) -> list[Markup]:
     """Histograms of the reward model's score over all answers, and over those that were kept."""
     sft = [s for s in judged if not s.makes_pairs]
-    every = [r.score for s in sft for rows in s.answers.values() for r in rows if r.score is not None]
+    every = [stage.score_N[np.isfinite(stage.score_N)] for stage in sft]
+    every = [scores for scores in every if scores.size]
     if not every:
         return [el("p", "No answers have been scored in this run.", class_="soft")]
-    low, high = min(every), max(every)
+    low, high = float(min(scores.min() for scores in every)), float(max(scores.max() for scores in every))
     legend = el(
         "p",
         el("span", el("i", style="background:var(--soft);opacity:.5"), "all answers"),
@@ -135,22 +138,21 @@ def scores_section(judged: Sequence[JudgedStage]) -> list[Markup]:
     )
     out = [legend]
     for stage in sft:
-        rows = [r for group in stage.answers.values() for r in group if r.score is not None]
-        tasks = ["all tasks", *dict.fromkeys(r.task for r in rows)]
+        scored_N = np.isfinite(stage.score_N)
         figures = []
-        for task in tasks:
-            mine = [r for r in rows if task in ("all tasks", r.task)]
-            before, after = [r.score or 0.0 for r in mine], [r.score or 0.0 for r in mine if r.id in stage.kept]
-            kept = f"{len(after):,} kept, mean {_mean(after)}" if after else "none kept"
+        for task in (None, *dict.fromkeys(stage.task_N[scored_N].tolist())):
+            mine_N = scored_N if task is None else scored_N & (stage.task_N == task)
+            before, after = stage.score_N[mine_N], stage.score_N[mine_N & stage.kept_N]
+            kept = f"{len(after):,} kept, mean {_mean(after)}" if after.size else "none kept"
             sub = f"{len(before):,} answers, mean {_mean(before)}; {kept}"
-            title = [el("p", task, class_="title"), el("p", sub, class_="sub")]
+            title = [el("p", "all tasks" if task is None else stage.tasks[task], class_="title"), el("p", sub, class_="sub")]
             figures.append(el("div", title, histogram(before, after, low=low, high=high), class_="figure"))
         out += [el("h3", f"Round {round_of(stage.name)}"), el("div", figures, class_="grid")]
     return out
 
 
-def _mean(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.2f}" if values else "\u2013"
+def _mean(values: np.ndarray) -> str:
+    return f"{math.fsum(values) / len(values):.2f}" if len(values) else "\u2013"
 
 
 # ---- the reward model ----

@@ -61,8 +61,8 @@ ul.lines li { margin: 3px 0; overflow-wrap: anywhere; }
 .figure { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px 12px; margin: 14px 0;
   overflow-x: auto; }
 .figure > svg { display: block; width: 100%; height: auto; }
-.figure.wideplot > svg { min-width: 720px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 14px; margin: 14px 0; }
+.figure.wideplot > svg { min-width: 720px; } .funnels > .figure > svg, .figure.medium > svg { min-width: 360px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)); gap: 14px; margin: 14px 0; }
 .grid .figure { margin: 0; }
 .grid.funnels { grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); }
 .figure.medium { max-width: 620px; } .wide.medium { max-width: 620px; }

@@ -3,14 +3,17 @@
 A stage declares what it writes, and its `done.json` names it; so a reader never guesses at file names.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gristmill.core.io import read_json, write_json
-from gristmill.data.rows import Demonstration, Pair, Prompt, Rated, Refused, Response, TopicRow, read_records, read_rows, write_rows
+from gristmill.data.rows import Demonstration, Pair, Prompt, Rated, Refused, Response, TopicRow, read_columns, read_rows, write_rows
 from gristmill.runs.journal import Journal
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Row = TypeVar("Row")
 
@@ -35,14 +38,22 @@ class Artifact(Generic[Row]):
         """Write the rows; returns their number."""
         return write_rows(folder / self.file, rows)
 
-    def read(self, folder: Path) -> list[Row]:
-        """The rows; none where there is no file.
+    def read(self, folder: Path, at: Sequence[int] | None = None) -> list[Row]:
+        """The rows, or those of some numbers (from 0, sorted); none where there is no file.
 
         Raises:
             InputError: the file is damaged.
         """
         path = folder / self.file
-        return read_rows(path, self.row) if path.is_file() and read_records(path) else []
+        return read_rows(path, self.row, at) if path.is_file() else []
+
+    def columns(self, folder: Path, names: Sequence[str]) -> "dict[str, pa.Array]":
+        """Some fields of all rows, as `read_columns` gives them.
+
+        Raises:
+            InputError: the file is damaged or is not there.
+        """
+        return read_columns(folder / self.file, self.row, names)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ Only files are looked at, so an unfinished run reads as well as a finished one.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -16,6 +16,8 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import STAMPS, read_json, reason
 
 if TYPE_CHECKING:  # `gristmill status` starts without what rows need
+    import pyarrow as pa
+
     from gristmill.runs.artifacts import AnyArtifact, Artifact, JournalArtifact, JsonArtifact
 
 Row = TypeVar("Row")
@@ -34,6 +36,8 @@ class RunData:
         recipe: resolved, as plain values.
         stages: in order, what each stage's `done.json` says, and its folder's name under "folder". An unfinished stage has only that.
         results: `results.json`, or None while the run is not finished.
+
+    A JSON object is read once, the first time that it is asked for.
     """
 
     folder: Path
@@ -41,38 +45,70 @@ class RunData:
     recipe: dict[str, Any]
     stages: list[dict[str, Any]]
     results: dict[str, Any] | None
+    _objects: dict[Path, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     def stages_with(self, artifact: "AnyArtifact") -> list[dict[str, Any]]:
         """The finished stages that wrote an artifact, in order."""
         return [s for s in self.stages if artifact.file in s.get("artifacts", ())]
 
     @overload
-    def read(self, stage: str, artifact: "Artifact[Row]") -> list[Row]: ...
+    def read(self, stage: str, artifact: "Artifact[Row]", at: Sequence[int] | None = None) -> list[Row]: ...
     @overload
     def read(self, stage: str, artifact: "JsonArtifact") -> dict[str, Any]: ...
     @overload
     def read(self, stage: str, artifact: "JournalArtifact") -> dict[str, dict[str, Any]]: ...
 
-    def read(self, stage: str, artifact: "AnyArtifact") -> Any:
-        """What a stage (given by its folder's name) wrote: rows, a JSON object, or records by id.
+    def read(self, stage: str, artifact: "AnyArtifact", at: Sequence[int] | None = None) -> Any:
+        """What a stage (given by its folder's name) wrote: rows (or those of some numbers), a JSON object, or records by id.
 
         Raises:
             InputError: the stage is not finished or writes no such artifact, or the file is damaged or gone.
         """
+        from gristmill.runs.artifacts import JsonArtifact
+
+        folder = self._folder(stage, artifact)
+        if isinstance(artifact, JsonArtifact):
+            path = folder / artifact.file
+            if path not in self._objects:
+                self._objects[path] = artifact.read(folder)
+            return self._objects[path]
+        return artifact.read(folder) if at is None else artifact.read(folder, at)  # type: ignore[call-arg]
+
+    def columns(self, stage: str, artifact: "Artifact[Any]", *names: str) -> "dict[str, pa.Array]":
+        """Some fields of all rows that a stage wrote, as `data.rows.read_columns` gives them.
+
+        Raises:
+            InputError: as `read`.
+        """
+        return artifact.columns(self._folder(stage, artifact), names)
+
+    def _folder(self, stage: str, artifact: "AnyArtifact") -> Path:
         path = self.folder / stage / artifact.file
         if all(s["folder"] != stage for s in self.stages_with(artifact)):
             raise InputError(f"{path} is not an artifact of a finished stage: run the same command again to finish it.")
         if not path.is_file():
             raise InputError(f"{path} is gone: put it back, or delete its folder and run the same command again.")
-        return artifact.read(path.parent)
+        return path.parent
 
-    def calls(self, stage: str) -> Iterator[dict[str, Any]]:
-        """The records of all journals in a stage's folder, finished or not: what was paid for counts, declared or not."""
-        from gristmill.runs.journal import Journal
+    def tokens_written(self, stage: str) -> int:
+        """Tokens that models generated in a stage, by all journals in its folder: what was paid for counts, declared or not."""
+        from gristmill.runs.journal import read_once
 
+        total = 0
         for path in sorted((self.folder / stage).glob("*.jsonl")):
-            with Journal(path, read_only=True) as journal:
-                yield from journal.values()
+            tokens = {record["id"]: sum([out[1] for out in record.get("out", ())]) for record in read_once(path)}
+            total += sum(tokens.values())
+        return total
+
+    def records(self, stage: str, artifact: "JournalArtifact", ids: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Some records of a stage's journal, by id.
+
+        Raises:
+            InputError: as `read`.
+        """
+        from gristmill.runs.journal import read_once
+
+        return {record["id"]: record for record in read_once(self._folder(stage, artifact) / artifact.file, ids)}
 
 
 @contextmanager

@@ -13,11 +13,13 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when it is imported
 pytest.importorskip("triton")
 
-from gristmill.engine import model_runner  # noqa: E402
+from gristmill.engine import attention, model_runner  # noqa: E402
 from gristmill.engine.attention import TritonAttention  # noqa: E402
 from gristmill.engine.core import Core  # noqa: E402
 from gristmill.engine.kernels import library as kernels  # noqa: E402
+from gristmill.engine.layers import Norm  # noqa: E402
 from gristmill.engine.speculative import SpeculativeConfig  # noqa: E402
+from gristmill.model.transformer import LayerNorm1P, RMSNorm  # noqa: E402
 from tests.engine.test_core import compare, core_of, finish, model_of, states_of  # noqa: E402
 
 
@@ -29,6 +31,43 @@ def test_attention_equals_torchs(dtype: torch.dtype, cache: torch.dtype, seed: i
     compare(TritonAttention, dtype, cache, seed, DEVICE)
 
 
+@pytest.mark.parametrize("most", [1, 2, 16])
+def test_split_keys_give_the_same(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(attention, "MAX_SPLITS", most)
+    for seed in range(3):
+        compare(TritonAttention, torch.float32, torch.float32, seed, DEVICE)
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+def test_tiles_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(attention, "TILE_ROWS", rows)
+    compare(TritonAttention, torch.float32, torch.float32, 3, DEVICE)
+
+
+@pytest.mark.parametrize("family", ["nemotron", "llama"])
+@pytest.mark.parametrize("size", [1, 40, 64])
+def test_a_fused_norm_equals_torchs(family: str, size: int) -> None:
+    torch.manual_seed(0)
+    module = model_of(family).final_norm if size == 32 else norm_of(family, size)
+    norm = Norm(module.to(DEVICE))
+    norm.library = None
+    x, delta = (3 * torch.randn(5, size, device=DEVICE) + 1 for _ in range(2))
+    for added in (None, delta):
+        norm.fused = False
+        expected = norm(x.clone(), added)
+        norm.fused = True
+        mine = x.clone()
+        found = norm(mine, added)
+        assert found[0] is mine and torch.equal(mine, expected[0]) and torch.allclose(found[1], expected[1], atol=1e-5)
+
+
+def norm_of(family: str, size: int) -> torch.nn.Module:
+    norm: torch.nn.Module = LayerNorm1P(size, 1e-5) if family == "nemotron" else RMSNorm(size, 1e-5)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    return norm.requires_grad_(False)
+
+
 @pytest.mark.parametrize("options", [{}, {"max_batch": 3, "blocks": 12}, {"speculative": SpeculativeConfig(prompt_lookup_min=1)}])
 def test_captured_steps_give_the_same_answers(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     model = model_of().to(DEVICE)
@@ -37,6 +76,6 @@ def test_captured_steps_give_the_same_answers(monkeypatch: pytest.MonkeyPatch, o
     core: Core = core_of(model, **options)
     assert finish(core, states_of(6, answer=12)) == plain
     graphs = core.model_runner.cuda_graphs
-    assert graphs is not None and graphs.captured, "steps of one token a sequence are captured"
+    assert graphs is not None and len(graphs.captured) == core.batch_state.num_slots, "of every size, at the start"
     core.refresh()
     assert not graphs.captured

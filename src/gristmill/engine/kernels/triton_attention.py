@@ -1,4 +1,5 @@
-"""Paged-attention kernel in Triton: the blocks of attention.py read where they lie, one program a tile and head.
+"""Paged-attention kernels in Triton: the blocks of attention.py written and read where they lie, one program a
+tile, head and split of the keys.
 
 Shapes: a tile has R rows, (token, query head) pairs that read the same keys; D dimensions of a head, rounded up to a power of two.
 """
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.model.attention import ScoreMod
+from gristmill.model.transformer import Angles
 
 
 def attend(
@@ -24,6 +26,7 @@ def attend(
     kv_heads: int,
     rows: int,
     mod: ScoreMod,
+    num_splits: int = 1,
 ) -> None:
     """Paged attention of some of a step's tokens, into out.
 
@@ -35,13 +38,22 @@ def attend(
         block_tables_NP: int32, of each sequence.
         rows: of a tile; a power of two, at least 16 and at least tokens * query heads of a key head.
         mod: window, scale and cap.
+        num_splits: programs that share the keys of a tile of one token, a power of two; a second pass joins what they found
+            (flash-decoding: Dao and others, 2023). The tiles are then those of the first tokens.
     """
     heads, size = q_THd.shape[1:]
-    _attend[(len(tiles_N4), kv_heads)](
+    parts, stats = out_THd, out_THd  # unused
+    if num_splits > 1:
+        parts = q_THd.new_empty(num_splits, len(tiles_N4), heads, size, dtype=torch.float32)
+        stats = q_THd.new_empty(2, num_splits, len(tiles_N4), heads, dtype=torch.float32)
+    dims = max(16, triton.next_power_of_2(size))
+    _attend[(len(tiles_N4), kv_heads, num_splits)](
         q_THd,
         memory,
         memory if scales is None else scales,
         out_THd,
+        parts,
+        stats,
         tiles_N4,
         block_tables_NP,
         block_tables_NP.stride(0),
@@ -58,11 +70,64 @@ def attend(
         -(-size // 16) * 16,
         BLOCK_SIZE,
         rows,
-        max(16, triton.next_power_of_2(size)),
+        dims,
         scales is not None,
         mod.soft_cap is not None,
-        num_warps=4,
+        num_splits,
+        num_warps=8 if rows >= 128 else 4,
     )
+    if num_splits > 1:
+        _join[(len(tiles_N4), heads)](parts, stats, out_THd, size, num_splits, dims)
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    memory: Tensor,
+    scales: Tensor | None,
+    *,
+    offsets: tuple[int, int, int],
+    positions_T: Tensor,
+    blocks_T: Tensor,
+    angles: Angles,
+    kv_heads: int,
+) -> Tensor:
+    """Queries [T, H, d] after the rotation; keys, rotated, and values of [T, H + 2K, d] go into their blocks.
+
+    Args:
+        memory, scales, offsets: as in `attend`; with scales the memory is int8.
+        positions_T, blocks_T: int64, where each token belongs.
+        angles: fp32, of all positions.
+    """
+    num_tokens, (heads, size) = len(positions_T), (qkv.shape[1] - 2 * kv_heads, qkv.shape[2])
+    cos_LR, sin_LR = (angle_LR.contiguous() for angle_LR in angles)
+    assert qkv.stride(2) == 1 and (scales is None or memory.dtype == torch.int8)
+    q_THd = qkv.new_empty(num_tokens, heads, size)
+    _rotate_and_store[(num_tokens, heads + 2 * kv_heads)](
+        qkv,
+        qkv.stride(0),
+        qkv.stride(1),
+        q_THd,
+        memory,
+        memory if scales is None else scales,
+        positions_T,
+        blocks_T,
+        cos_LR,
+        sin_LR,
+        memory.stride(0),
+        offsets[0],
+        offsets[1],
+        offsets[2] // torch.float32.itemsize,
+        heads,
+        kv_heads,
+        size,
+        -(-size // 16) * 16,
+        cos_LR.shape[1],
+        BLOCK_SIZE,
+        max(16, triton.next_power_of_2(size)),
+        scales is not None,
+        num_warps=1,
+    )
+    return q_THd
 
 
 @triton.jit
@@ -71,6 +136,8 @@ def _attend(
     memory_ptr,
     scales_ptr,
     out_ptr,
+    parts_ptr,
+    stats_ptr,
     tiles_ptr,
     table_ptr,
     table_stride,
@@ -90,8 +157,9 @@ def _attend(
     D: tl.constexpr,
     SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    tile, head = tl.program_id(0), tl.program_id(1)
+    tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, token = tl.load(tiles_ptr + tile * 4), tl.load(tiles_ptr + tile * 4 + 1)
     position, count = tl.load(tiles_ptr + tile * 4 + 2), tl.load(tiles_ptr + tile * 4 + 3)
     row, dim, place = tl.arange(0, R), tl.arange(0, D), tl.arange(0, BLOCK)
@@ -106,7 +174,12 @@ def _attend(
     begin = 0  # of the window of the tile's first token
     if window > 0:
         begin = tl.maximum(position - window + 1, 0) // BLOCK
-    for number in range(begin, (end + BLOCK - 1) // BLOCK):
+    last = (end + BLOCK - 1) // BLOCK
+    if SPLITS > 1:
+        share = (last - begin + SPLITS - 1) // SPLITS
+        begin += split * share
+        last = tl.minimum(begin + share, last)
+    for number in range(begin, last):
         block = tl.load(table_ptr + sequence * table_stride + number).to(tl.int64)
         here = number * BLOCK + place
         k_ptr = memory_ptr + block * block_stride + k_at + (head * size + dim)[:, None] * BLOCK + place[None, :]
@@ -133,4 +206,76 @@ def _attend(
         v = tl.load(v_ptr, mask=(here < end)[:, None] & (dim < size)[None, :], other=0.0)
         out = out * shrink[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         top = new_top
-    tl.store(out_ptr + at, (out / total[:, None]).to(q.dtype), mask=live)
+    if SPLITS > 1:  # one token a tile
+        row_at = (split * tl.num_programs(0) + tile) * heads + head * group + row
+        tl.store(parts_ptr + row_at[:, None] * size + dim[None, :], out, mask=live)
+        tl.store(stats_ptr + row_at, top, mask=row < group)
+        tl.store(stats_ptr + SPLITS * tl.num_programs(0) * heads + row_at, total, mask=row < group)
+    else:
+        tl.store(out_ptr + at, (out / total[:, None]).to(q.dtype), mask=live)
+
+
+@triton.jit
+def _join(parts_ptr, stats_ptr, out_ptr, size: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr):
+    rows = tl.num_programs(0) * tl.num_programs(1)
+    row = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    split, dim = tl.arange(0, SPLITS), tl.arange(0, D)
+    top = tl.load(stats_ptr + split * rows + row)
+    weight = tl.exp(top - tl.max(top, 0))
+    total = tl.sum(weight * tl.load(stats_ptr + (SPLITS + split) * rows + row), 0)
+    at = (split * rows + row)[:, None] * size + dim[None, :]
+    parts = tl.load(parts_ptr + at, mask=(dim < size)[None, :], other=0.0)
+    out = tl.sum(weight[:, None] * parts, 0) / total
+    tl.store(out_ptr + row * size + dim, out.to(out_ptr.dtype.element_ty), mask=dim < size)
+
+
+@triton.jit
+def _rotate_and_store(
+    qkv_ptr,
+    token_stride,
+    head_stride,
+    q_ptr,
+    memory_ptr,
+    scales_ptr,
+    positions_ptr,
+    blocks_ptr,
+    cos_ptr,
+    sin_ptr,
+    block_stride,
+    k_at,
+    v_at,
+    s_at,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    size: tl.constexpr,
+    padded: tl.constexpr,
+    pairs: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dim = tl.arange(0, D)
+    x_ptr = qkv_ptr + token * token_stride + head * head_stride
+    position = tl.load(positions_ptr + token)
+    x = tl.load(x_ptr + dim, mask=dim < size, other=0.0)
+    if pairs > 0:  # noqa: SIM102 (one is known when it is compiled)
+        if head < heads + kv_heads:  # pairs i with i + R
+            turned, low = dim < 2 * pairs, dim < pairs
+            pair = tl.where(low, dim, dim - pairs)
+            other = tl.load(x_ptr + tl.where(low, dim + pairs, pair), mask=turned, other=0.0).to(tl.float32)
+            cos = tl.load(cos_ptr + position * pairs + pair, mask=turned, other=1.0)
+            sin = tl.load(sin_ptr + position * pairs + pair, mask=turned, other=0.0)
+            x = (x.to(tl.float32) * cos + other * tl.where(low, -sin, sin)).to(x.dtype)
+    if head < heads:
+        tl.store(q_ptr + (token * heads + head) * size + dim, x, mask=dim < size)
+    else:
+        block, place = tl.load(blocks_ptr + token), position % BLOCK
+        own, value = (head - heads) % kv_heads, (head - heads) // kv_heads
+        at = tl.where(value == 0, k_at + (own * size + dim) * BLOCK + place, v_at + (own * BLOCK + place) * padded + dim)
+        kept = x.to(tl.float32)
+        if SCALED:
+            scale = tl.max(tl.abs(kept), 0) / 127.0
+            tl.store(scales_ptr + block * (block_stride // 4) + s_at + (value * kv_heads + own) * BLOCK + place, scale)
+            kept = (kept / tl.maximum(scale, 1e-30) + 12582912.0) - 12582912.0  # to even: beyond 2**23 a float has no halves
+        tl.store(memory_ptr + block * block_stride + at, kept.to(memory_ptr.dtype.element_ty), mask=dim < size)
