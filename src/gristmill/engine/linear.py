@@ -120,7 +120,7 @@ class UnquantizedLinear:
             self.compiled = CompiledProduct(BF16, self.weight_ND, None, bias_N, shape=self.weight_ND.shape)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        if x_TD.shape[0] <= self.max_rows:
+        if 0 < x_TD.shape[0] <= self.max_rows:
             return self.compiled(x_TD)
         return F.linear(x_TD, self.weight_ND, self.bias_N)
 
@@ -200,7 +200,7 @@ class Int8WeightLinear:
             self.weight_ND = held[:, : values_ND.shape[1]]
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        if x_TD.shape[0] <= self.max_rows:
+        if 0 < x_TD.shape[0] <= self.max_rows:
             return self.compiled(x_TD)
         # in bf16 torch reads beyond the rows' ends where they are no whole vectors
         safe = x_TD.dtype == torch.float32 or x_TD.shape[1] % 16 == 0
@@ -226,7 +226,7 @@ class Int4WeightLinear:
             self.compiled = CompiledProduct(INT4, *self.held, None if self.bias_N is None else self.bias_N.float(), shape=self.shape)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.compiled(x_TD) if x_TD.shape[0] <= self.max_rows else F.linear(x_TD, self._whole(), self.bias_N)
+        return self.compiled(x_TD) if 0 < x_TD.shape[0] <= self.max_rows else F.linear(x_TD, self._whole(), self.bias_N)
 
     def _whole(self) -> Tensor:
         """The matrix [N, D]."""
