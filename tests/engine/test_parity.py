@@ -6,12 +6,13 @@ from queue import SimpleQueue
 import pytest
 import torch
 
+from gristmill.core.errors import InputError
 from gristmill.data.chat import FORMATS, Message
 from gristmill.engine.async_engine import AsyncEngine, TokenEvent
 from gristmill.engine.engine import Engine
-from gristmill.engine.parity import divergence, logprob_parity
+from gristmill.engine.parity import divergence, logprob_parity, read_sample, saved_divergence
 from gristmill.generation.api import Completion, Request, SamplingParams
-from gristmill.model.hf import load_model
+from gristmill.model.hf import load_model, quantize_folder
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import Transformer
 
@@ -86,6 +87,35 @@ def test_quantization_is_near(tiny_base: Path, quantize: Quantize, bound: float,
     for request, outs in found_answers:
         scored = released.prompt_logprobs([*(prompt := engine.prepare(request).prompt_ids), *outs[0].tokens], 0)[0][len(prompt) - 1 :]
         assert torch.allclose(torch.tensor(scored), torch.tensor(outs[0].logprobs), atol=0.05), "texts are scored as they are generated"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_output_matrix_in_eight_bits_is_near(tiny_base: Path, own: bool) -> None:
+    plain = answers(engine_of(tiny_base))
+    engine = engine_of(tiny_base, head="int8", own=own)
+    assert engine.is_quantized and (engine.model.lm_head is None or engine.model.lm_head.weight.is_meta == own)
+    found = answers(engine)
+    assert [outs for _, outs in found] == [outs for _, outs in answers(engine)]
+    if not own:
+        conversations = [(*r.messages, Message("assistant", outs[0].text or "x")) for r, outs in plain]
+        assert 0 < divergence(engine, conversations)["kl"] < 0.01
+    for request, outs in found:
+        scored = engine.prompt_logprobs([*(prompt := engine.prepare(request).prompt_ids), *outs[0].tokens], 0)[0][len(prompt) - 1 :]
+        assert torch.allclose(torch.tensor(scored), torch.tensor(outs[0].logprobs), atol=0.01), "texts are scored as they are generated"
+
+
+def test_a_saved_folder_is_compared_with_the_one_it_was_made_of(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Name a land. It is one of many, and its city lies by the sea. " * 20)
+    sample = read_sample(tmp_path / "text.txt")
+    found = {}
+    for kind in ("int8-weight", "int4"):
+        quantize_folder(tiny_base, tmp_path / kind, kind, dtype="fp32")  # type: ignore[arg-type]
+        found[kind] = saved_divergence(tiny_base, tmp_path / kind, sample)
+    assert 0 <= found["int8-weight"]["kl"] < found["int4"]["kl"] < 1 and found["int4"]["tokens"] > 100
+    assert len(read_sample(None)) > 2000 and read_sample(None).isascii()
+    (tmp_path / "empty.txt").write_text(" ")
+    with pytest.raises(InputError, match="holds none"):
+        read_sample(tmp_path / "empty.txt")
 
 
 def test_a_quantized_engine_takes_over_new_weights(tiny_base: Path) -> None:

@@ -54,7 +54,7 @@ def test_four_bits_have_a_scale_a_group(seed: int, rows: int, groups: int, group
 
 
 def test_four_bits_where_columns_are_no_whole_groups(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Quantize to int8-weight: int4 has a scale for each 32 columns, a matrix has 40"):
+    with pytest.raises(InputError, match="Quantize to int8-weight: int4 has a scale for each 32 columns, and a matrix has 40"):
         compress("a_proj.weight", torch.ones(2, 40), "int4")
     with pytest.raises(InputError, match="or take smaller groups"):
         compress("a_proj.weight", torch.ones(2, 96), "int4", group=64)

@@ -142,6 +142,8 @@ class Engine:
         self._decoder = Decoder(self.model, dtype, quantize, head=head, layers=layers)
         if own and quantize and layers is None:
             self._decoder.release()
+        elif own and head:
+            self._decoder.release_head()
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.max_batch = max_batch
@@ -177,7 +179,7 @@ class Engine:
             InputError: a prompt that leaves no room for an answer in the model's context, before anything is
                 computed for it.
         """
-        if not self.quantize:
+        if not self.quantize and not self.head:
             self._decoder.refresh()
         count = min(self.num_workers, self.max_batch)
         dealt = _RoundRobin(requests, count)

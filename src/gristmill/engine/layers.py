@@ -295,12 +295,19 @@ class Decoder:
             release(block)
         self.model.embedding.data = self.embedding_VD
         if self.model.lm_head is not None:
-            self.model.lm_head.weight.data = self.unembedding_VD if not self.head else self.unembedding_VD.to("meta")
+            self.model.lm_head.weight.data = self.unembedding_VD
         if self.head:
-            self.unembedding_VD = self.unembedding_VD.to("meta")
+            self.release_head()
         self.released = True
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # for the KV cache
+
+    def release_head(self) -> None:
+        """Free the output matrix that a quantized one was made from."""
+        if self.model.lm_head is not None:
+            self.model.lm_head.to("meta")
+        self.unembedding_VD = self.unembedding_VD.to("meta")
+        self.released = True
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Token embeddings [T, D], a copy."""

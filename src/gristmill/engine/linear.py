@@ -4,7 +4,6 @@ Weights of eight bits have a scale a row, of four bits a scale a group of column
 Shapes: T tokens, D inputs, N outputs of a product.
 """
 
-import ctypes
 import os
 import platform
 from collections.abc import Callable
@@ -69,18 +68,17 @@ class CompiledProduct:
         assert library is not None and weight.is_contiguous()
         self.function, self.kind, (self.num_outputs, self.width) = library.gristmill_product, kind, shape
         self.held = weight, scale, bias_N  # what the pointers point to
-        self.pointers = [None if tensor is None else tensor.data_ptr() for tensor in self.held]
+        self.pointers = [0 if tensor is None else tensor.data_ptr() for tensor in self.held]
 
     def __call__(self, x_TD: Tensor, dtype: torch.dtype | None = None, scale_T: Tensor | None = None) -> Tensor:
         """The product in `dtype`, which activations that are int8 have to name, with their scales."""
         x_TD, dtype = x_TD.contiguous(), dtype or x_TD.dtype
         out_TN = torch.empty(x_TD.shape[0], self.num_outputs, dtype=dtype)
         weight, scale, bias = self.pointers
-        row_scale = None if scale_T is None else scale_T.data_ptr()
+        row_scale = 0 if scale_T is None else scale_T.data_ptr()
         types = kernels.CACHE_TYPES[x_TD.dtype], self.kind, kernels.TYPES[dtype]
         sizes = x_TD.shape[0], self.num_outputs, self.width, torch.get_num_threads()
-        step = kernels.Product(x_TD.data_ptr(), weight, scale, row_scale, bias, out_TN.data_ptr(), *types, *sizes)
-        self.function(ctypes.byref(step))
+        self.function(kernels.PRODUCT.pack(x_TD.data_ptr(), weight, scale, row_scale, bias, out_TN.data_ptr(), *types, *sizes))
         return out_TN
 
 
@@ -233,7 +231,7 @@ class Int4WeightLinear:
             self.compiled = CompiledProduct(INT4, *self.held, None if self.bias_N is None else self.bias_N.float(), shape=self.shape)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.compiled(x_TD) if x_TD.shape[0] <= self.max_rows else F.linear(x_TD, self._whole(), self.bias_N)
+        return self.compiled(x_TD) if 0 < x_TD.shape[0] <= self.max_rows else F.linear(x_TD, self._whole(), self.bias_N)
 
     def _whole(self) -> Tensor:
         """The matrix [N, D]."""

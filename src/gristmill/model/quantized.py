@@ -24,7 +24,7 @@ KINDS: tuple[Quantize, ...] = ("int8", "int8-weight", "int4", "fp8")
 INT4_GROUP, INT4_GROUPS = 32, (32, 64, 128)  # columns of a group: as the engine multiplies, and as folders may have them
 # A group's scale is its largest number over one of these: first what finds the scales again of numbers that were quantized before.
 INT4_STEPS = (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 7.5, 6.5, 5.5)
-MAX_GROUPS_AT_ONCE = 1 << 16
+MAX_GROUPS_AT_ONCE = 1 << 12  # so that all that is computed of them stays in a cache
 STORED_DTYPES = {"int8": ("I8",), "fp8": ("F8_E4M3",)}  # as safetensors names them
 FLOATS = ("F32", "BF16", "F16", "F64")
 FORMATS = {"int8": "int-quantized", "int8-weight": "pack-quantized", "int4": "pack-quantized", "fp8": "float-quantized"}
@@ -73,8 +73,12 @@ def _searched(x_Gg: Tensor) -> tuple[Tensor, Tensor]:
         left = error_G.nonzero()[:, 0]
         if not len(left):
             break
-        mine_Gg = x_Gg[left]
         scale = (top_G[left] / step).bfloat16().float()
+        if step <= 3:  # so few values are no choice, but what another program may have left: looked at where they fit
+            some = x_Gg[left, :4] / scale.clamp(min=1e-30)[:, None]
+            fits = ((some - some.round()).abs() < 0.02).all(1)
+            left, scale = left[fits], scale[fits]
+        mine_Gg = x_Gg[left]
         values = (mine_Gg / scale.clamp(min=1e-30)[:, None]).round_().clamp_(-8, 7)
         error = torch.addcmul(mine_Gg, values, scale[:, None], value=-1).square_().sum(1)
         better = error < error_G[left]

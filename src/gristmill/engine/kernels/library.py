@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -22,6 +23,9 @@ FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno",
 BUILD_SECONDS = 120
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of activations, as the kernels are told them
 CACHE_TYPES = TYPES | {torch.int8: 2, torch.float8_e4m3fn: 3}
+# `Product` in linear.cpp, as bytes, which are made in less time than a ctypes structure: pointers to activations, matrix, scales of both,
+# bias and output, then types, sizes and threads.
+PRODUCT = struct.Struct("6P7i")
 log = logging.getLogger(__name__)
 
 
@@ -61,15 +65,6 @@ class Step(ctypes.Structure):
     ]
 
 
-class Product(ctypes.Structure):
-    """ctypes mirror of `Product` in linear.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "row_scale", "bias", "out")),
-        *((name, ctypes.c_int32) for name in ("activations", "kind", "out_type", "rows", "n", "d", "threads")),
-    ]
-
-
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be had."""
@@ -95,7 +90,7 @@ def load() -> ctypes.CDLL | None:
     }.items():
         function = getattr(library, f"gristmill_{name}")
         function.restype, function.argtypes = None, arguments
-    library.gristmill_product.restype, library.gristmill_product.argtypes = None, [ctypes.POINTER(Product)]
+    library.gristmill_product.restype, library.gristmill_product.argtypes = None, [ctypes.c_char_p]
     library.gristmill_attend.restype = None
     library.gristmill_attend.argtypes = [
         ctypes.POINTER(Layer),

@@ -26,6 +26,7 @@ typedef uint16_t bf16;
 static const int LANES = VECTOR_BYTES / 4, PAIR = 2 * LANES;  // a vector of words holds PAIR numbers of two bytes
 static const int CHUNK = 256, BLOCK = 32;                     // columns with one scale of activations; columns of 16 bytes in int4
 static const int MAX_ROWS = 64, L1_BYTES = 24 << 10;          // rows of activations made ready at once; of the matrix while they pass
+static const int AHEAD = 3;                                   // tiles of the matrix that are fetched before they are due
 static const int64_t MIN_SHARED = 1 << 18;                    // products of numbers that are worth another thread
 
 static inline float get(const float* p) { return *p; }
@@ -89,7 +90,10 @@ struct Bf16Matrix {
         int k = 0;
         for (; k + PAIR <= d; k += PAIR) {
             uv words[N];
-            for (int n = 0; n < N; n++) words[n] = *(const uv*)(w + (int64_t)n * d + k);
+            for (int n = 0; n < N; n++) {
+                words[n] = *(const uv*)(w + (int64_t)n * d + k);
+                __builtin_prefetch(w + (int64_t)(n + AHEAD * N) * d + k);
+            }
             step(k, words);
         }
         if (k < d) {
@@ -185,7 +189,10 @@ struct Int8Matrix {
             i8 acc[R][N] = {};
             for (int k = c * CHUNK; k < end; k += 16) {
                 i8 part[N];
-                for (int n = 0; n < N; n++) part[n] = wide(w + (int64_t)n * stride + k);
+                for (int n = 0; n < N; n++) {
+                    part[n] = wide(w + (int64_t)n * stride + k);
+                    __builtin_prefetch(w + (int64_t)(n + AHEAD * N) * stride + k);
+                }
                 for (int r = 0; r < R; r++) {
                     const i8 mine = *(const i8*)(row + (int64_t)r * x.width + k);
                     for (int n = 0; n < N; n++) acc[r][n] = multiply_add(acc[r][n], part[n], mine);
@@ -249,6 +256,7 @@ struct Int4Matrix {
             }
             const int end = stride - c * (BLOCK / 2) < CHUNK / 2 ? stride - c * (BLOCK / 2) : CHUNK / 2;
             for (int k = 0, b = 0; k < end; k += BLOCK, b += 2) for (int n = 0; n < N; n++) {
+                __builtin_prefetch(w + (int64_t)(n + AHEAD * N) * stride + c * (BLOCK / 2) + k);
                 const i8 both = *(const i8*)(w + (int64_t)n * stride + c * (BLOCK / 2) + k), mask = i8{} + 0x0f0f0f0f;
                 const i8 low = both & mask, high = both >> 4 & mask;
                 for (int r = 0; r < R; r++) {
