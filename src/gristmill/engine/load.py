@@ -15,8 +15,8 @@ from gristmill.engine.layers import DecoderLayer, release
 from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.adapters import is_adapter, load_model
-from gristmill.model.config import read_config
 from gristmill.model.hf import saved_as
+from gristmill.model.hf_config import read_config
 from gristmill.model.quantized import Head, Quantize, check_widths
 from gristmill.model.transformer import PRECISIONS, Block
 
