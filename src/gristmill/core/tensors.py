@@ -47,7 +47,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 @dataclass(frozen=True)

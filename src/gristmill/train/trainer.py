@@ -168,7 +168,7 @@ class Trainer:
 
         A folder whose run has finished gives its weights and result at once. With ``validation`` data the mean
         loss over it is measured every ``validate_every`` steps, and the model ends with the weights of the
-        lowest (the rule of the report's reward model).
+        lowest (the rule of the report's reward model). Gradients and optimizer states are let go before the last save.
 
         Raises InputError for data with nothing to train on, a folder that another run wrote, a full disk, or a
         loss that is no longer finite.
