@@ -207,3 +207,10 @@ def test_parquet_keeps_free_form_json_as_text(tmp_path: Path) -> None:
     column = pq.read_table(tmp_path / "r.parquet").column("truth").to_pylist()
     assert [c and json.loads(c) for c in column] == truths
     assert [p.truth for p in read_rows(tmp_path / "r.parquet", Prompt)] == truths
+
+
+def test_a_folder_is_no_file_of_rows(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is no file: give a \.parquet, \.jsonl or \.json file\.$"):
+        read_records(tmp_path)
+    with pytest.raises(InputError, match=r"does not exist: check the path\.$"):
+        read_records(tmp_path / "none.jsonl")

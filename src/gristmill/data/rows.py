@@ -256,7 +256,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             surrogate pair.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist: check the path.")
+        what = "is no file: give a .parquet, .jsonl or .json file" if path.exists() else "does not exist: check the path"
+        raise InputError(f"{path} {what}.")
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
