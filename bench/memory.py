@@ -2,13 +2,19 @@
 
     PYTHONPATH=src python bench/memory.py make FOLDER --tokenizer SMOL      a Llama of 1.24B parameters with random weights in bf16
     PYTHONPATH=src python bench/memory.py load FOLDER [--dtype bf16] [--quantize int8] [--tokens 4]
+    PYTHONPATH=src python bench/memory.py train SMOL --rows gsm8k/train.jsonl [--num-rows 64]      `gristmill train sft`, default settings
 
-Prints one line of JSON: MiB of the weight files, of the process before (imports, tokenizer), at its peak (VmHWM) and at rest, and of the
-file pages among the last (RssFile).
+Prints one line of JSON. Of load: MiB of the weight files, of the process before (imports, tokenizer), at its peak (VmHWM) and at rest, and
+of the file pages among the last (RssFile). Of train: bytes at the peak, and seconds to the first line, in all and of the processor.
 """
 
 import argparse
+import gzip
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -58,17 +64,43 @@ def load(folder: Path, dtype: str, quantize: str, *, num_tokens: int, num_prompt
     print(json.dumps({"dtype": dtype, "quantize": quantize} | facts | {"peak_to_file": round(peak / weights, 3)}))
 
 
+def train(folder: Path, rows: Path, num_rows: int) -> None:
+    """Train on questions and answers as conversations, in a process of its own."""
+    with gzip.open(rows, "rt") if rows.suffix == ".gz" else rows.open() as file:
+        given = [json.loads(line) for line, _ in zip(file, range(num_rows), strict=False)]
+    with tempfile.TemporaryDirectory() as place:
+        data = Path(place, "rows.jsonl")
+        talks = [[{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in given]
+        data.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+        command = [sys.executable, "-m", "gristmill.cli", "train", "sft", "--model", folder, "--data", data, "--out", Path(place, "out")]
+        started = time.monotonic()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert process.stdout is not None
+        process.stdout.readline()
+        first = time.monotonic() - started
+        output = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)  # of this process alone
+        if status:
+            sys.exit(output.decode())
+    facts = {"rows": len(given), "peak_bytes": used.ru_maxrss * 1024, "first_line_seconds": round(first, 1)}
+    print(json.dumps(facts | {"seconds": round(time.monotonic() - started), "cpu_seconds": round(used.ru_utime + used.ru_stime)}))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "load"])
+    parser.add_argument("what", choices=["make", "load", "train"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer and kind of model are taken")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--quantize", default="")
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--rows", type=Path, help="JSONL with question and answer, gzip too")
+    parser.add_argument("--num-rows", type=int, default=64)
     args = parser.parse_args()
     if args.what == "make":
         make(args.folder, args.tokenizer)
+    elif args.what == "train":
+        train(args.folder, args.rows, args.num_rows)
     else:
         load(args.folder, args.dtype, args.quantize, num_tokens=args.tokens, num_prompts=args.prompts)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from gristmill.core.errors import InputError
-from gristmill.core.tensors import TYPES, write_tensors
+from gristmill.core.tensors import TYPES, places, write_tensors
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
@@ -41,3 +41,16 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match=r"model\.safetensors cannot be written .*the disk of .* is full"):
         write_tensors(path, {"a": torch.zeros(2)})
     assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_tensors_are_read_in_pieces(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(7, 5).bfloat16(), "a": torch.randn(3), "none": torch.zeros(0, 4), "long": torch.arange(9)}
+    write_tensors(tmp_path / "file", tensors)
+    found = places(tmp_path / "file")
+    for name, tensor in tensors.items():
+        pieces = [piece.clone() for piece in found[name].pieces(4)]
+        assert [len(piece) for piece in pieces] == [len(part) for part in tensor.reshape(-1).split(4) if len(part)]
+        assert torch.equal(torch.cat([torch.empty(0, dtype=tensor.dtype), *pieces]), tensor.reshape(-1))
+    os.truncate(tmp_path / "file", (tmp_path / "file").stat().st_size - 2)
+    with pytest.raises(ValueError, match="cut off"):
+        list(found["b"].pieces(4))

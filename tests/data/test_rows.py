@@ -269,3 +269,10 @@ def test_a_few_bytes_that_stand_for_many_texts_are_refused_in_every_way_of_readi
     with pytest.raises(InputError, match="bytes of text to a byte"):
         read_rows(path, TopicRow, range(num))
     assert len(read_columns(path, TopicRow, ["id"])["id"].dictionary) == 1  # as numbers they take no room
+
+
+def test_a_folder_is_no_file_of_rows(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is no file: give a \.parquet, \.jsonl or \.json file\.$"):
+        read_records(tmp_path)
+    with pytest.raises(InputError, match=r"does not exist: check the path\.$"):
+        read_records(tmp_path / "none.jsonl")

@@ -481,6 +481,18 @@ assert store.load() is not None
 print(size, peak() - before)
 """
 
+LOADING = """
+import resource, sys
+from gristmill.model.hf import load_model
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = peak()
+model, _ = load_model(sys.argv[1])
+print(peak() - before)
+"""
+
 
 def test_neither_a_save_nor_a_load_holds_a_second_copy(tmp_path: Path) -> None:
     TOKENIZER.save(tmp_path)
@@ -488,6 +500,8 @@ def test_neither_a_save_nor_a_load_holds_a_second_copy(tmp_path: Path) -> None:
     for line in out.splitlines():
         size, more = map(int, line.split())
         assert size > 200_000_000 and more < 0.25 * size
+    loading = subprocess.run([sys.executable, "-c", LOADING, str(tmp_path / "big")], capture_output=True, text=True, check=True).stdout
+    assert int(loading) < 1.08 * size
 
 
 def test_a_failed_save_leaves_the_old_model_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

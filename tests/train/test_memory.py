@@ -37,11 +37,11 @@ def small_llama() -> nn.Module:
 
 
 def test_the_estimate_of_135_million_parameters(small_llama: nn.Module) -> None:
-    needed = estimate_memory(small_llama, "adamw", precision="fp32", tokens=512, device=CPU)
+    needed = estimate_memory(small_llama, "adamw", precision="fp32", tokens=384, device=CPU)
     count = num_parameters(SMALL_LLAMA)
     assert (needed.weights, needed.gradients, needed.optimizer) == (4 * count, 4 * count, 8 * count)
-    assert str(needed).startswith("about 3.4 GB: weights 0.5, gradients 0.5, optimizer 1.1, activations 0.9 (of 512 tokens at once)")
-    twice = estimate_memory(small_llama, "adamw", precision="fp32", tokens=1024, device=CPU)
+    assert str(needed).startswith("about 3.2 GB: weights 0.5, gradients 0.5, optimizer 1.1, activations 0.8 (of 384 tokens at once)")
+    twice = estimate_memory(small_llama, "adamw", precision="fp32", tokens=768, device=CPU)
     assert 1.5 < twice.activations / needed.activations < 2
     checkpointed = estimate_memory(small_llama, "adamw", precision="fp32", tokens=4096, device=CPU, checkpointed=True)
     assert checkpointed.activations < twice.activations
@@ -61,12 +61,12 @@ def test_workers_hold_gradients_of_their_own(make_model: Make) -> None:
 def test_a_micro_batch_is_what_pays_and_fits(make_model: Make, small_llama: nn.Module, free: Callable[[float], None]) -> None:
     choose = lambda model, device=CPU: choose_micro_batch(model, "adamw", precision="fp32", device=device, loaded=False)  # noqa: E731
     free(100e9)
-    assert choose(make_model()) == 8192 and choose(small_llama) == 512
+    assert choose(make_model()) == 8192 and choose(small_llama) == 384
     assert choose(small_llama, torch.device("cuda")) == 8192
     free(8e9)
-    assert 512 < choose(small_llama, torch.device("cuda")) < 8192
+    assert 384 < choose(small_llama, torch.device("cuda")) < 8192
     free(1e9)
-    assert choose(small_llama, torch.device("cuda")) == 512
+    assert choose(small_llama, torch.device("cuda")) == 384
 
 
 def test_what_does_not_fit_is_refused_with_what_to_do(small_llama: nn.Module, free: Callable[[float], None]) -> None:

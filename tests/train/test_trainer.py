@@ -76,6 +76,20 @@ def test_where_gradients_and_states_lie_changes_nothing(
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
+def test_a_large_model_gives_holes_back_after_each_pass_of_its_blocks(
+    make_model: Make, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    samples, settings, calls = make_samples(16), replace(ONE_STEP, batch_size=16, micro_batch_tokens=60), []
+    models = [make_model(), make_model()]
+    Trainer(models[0], next_token_objective, settings).step(samples)
+    monkeypatch.setattr("gristmill.train.trainer.MAX_THREADED_PARAMETERS", 0)
+    monkeypatch.setattr("gristmill.train.trainer.trim_heap", lambda: calls.append(1))
+    Trainer(models[1], next_token_objective, settings).step(samples)
+    assert len(calls) == 2 * len(split_micro_batches(samples, 60)) and models[1].after_blocks is None
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
 def test_the_last_save_finds_gradients_and_states_gone(
     make_model: Make, make_samples: MakeSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

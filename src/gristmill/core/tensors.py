@@ -1,7 +1,8 @@
-"""Safetensors files, written tensor by tensor: no more than one is held a second time, where it has to be made contiguous or cast."""
+"""Safetensors files, written tensor by tensor and read piece by piece: what stands in memory already is not held a second time."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -46,3 +48,41 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             file.write(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a safetensors file."""
+
+    path: Path
+    dtype: torch.dtype
+    start: int
+    end: int
+
+    def pieces(self, num_values: int) -> Iterator[Tensor]:
+        """Read its values, so many at a time; each piece takes the place of the one before.
+
+        Raises:
+            ValueError: the file ends before.
+        """
+        buffer = bytearray(num_values * self.dtype.itemsize)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            for start in range(self.start, self.end, len(buffer)):
+                wanted = memoryview(buffer)[: self.end - start]
+                filled = 0
+                while filled < len(wanted):
+                    if not (more := file.readinto(wanted[filled:])):
+                        raise ValueError("the file is cut off")
+                    filled += more
+                yield torch.frombuffer(wanted, dtype=self.dtype)
+
+
+def places(path: Path) -> dict[str, Place]:
+    """Where the tensors of a file lie, whose header safetensors has accepted; those of types that we do not know are left out."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    known = {name: one for name, one in header.items() if one["dtype"] in DTYPES}
+    return {name: Place(path, DTYPES[one["dtype"]], *(8 + length + at for at in one["data_offsets"])) for name, one in known.items()}

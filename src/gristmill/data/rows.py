@@ -266,7 +266,8 @@ def read_records(path: Path, at: Sequence[int] | None = None) -> list[dict[str, 
             surrogate pair.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist: check the path.")
+        what = "is no file: give a .parquet, .jsonl or .json file" if path.exists() else "does not exist: check the path"
+        raise InputError(f"{path} {what}.")
     if at is not None:
         return _records_at(path, at)
     if path.suffix == ".parquet":

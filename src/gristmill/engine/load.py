@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from gristmill.core.device import check_dtype, pick_device, pick_precision
+from gristmill.core.device import check_dtype, pick_device, pick_precision, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Message, find_format, to_dicts
 from gristmill.engine.engine import Engine
@@ -81,10 +81,12 @@ def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = ""
         device=device,
         on_block=quantized if by_block else None,
     )
+    chat_format = find_format(args.chat_format, tokenizer)
+    trim_heap()  # a template's language leaves tens of megabytes
     return Engine(
         model,
         tokenizer,
-        find_format(args.chat_format, tokenizer),
+        chat_format,
         name=name or folder.resolve().name,
         max_batch=args.max_batch,
         max_loras=args.max_loras,

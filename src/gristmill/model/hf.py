@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gristmill.core.device import free_memory, returned_at_once, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, make_folder, sync, write_json
-from gristmill.core.tensors import write_tensors
+from gristmill.core.tensors import Place, places, write_tensors
 from gristmill.core.untrusted import is_bare_name, quoted, quoted_path, read_untrusted_json
 from gristmill.data.chat import FORMATS, guess_format, matching_formats
 from gristmill.data.rows import ATTRIBUTES
@@ -401,10 +401,13 @@ def _fill(
     """
     kind, tied = kind_of(hf), from_hf(hf).tie_embeddings
     files: dict[str, Path] = {}
+    lies: dict[str, Place] = {}
     with ExitStack() as stack:
         found: dict[str, Any] = {}  # the file that holds a name
         for path in _weight_files(folder):
             file = _open(path, stack)
+            with _damage(path):
+                lies |= places(path)
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 if name in found:
                     raise InputError(f"{MISFIT}: {path} has {_shown(name)} a second time.")
@@ -415,7 +418,7 @@ def _fill(
         backbone.blocks.float()
     _check_memory(model, backbone.blocks, folder, device=device, quantized=on_block is not None)
 
-    def read(name: str) -> Tensor:  # a file is mapped for one tensor, or its pages would stay in memory beside the copies
+    def read(name: str) -> Tensor:  # a file is mapped for one tensor, or its pages would stay in memory
         with safe_open(files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
@@ -426,7 +429,10 @@ def _fill(
             if name in stored and not view.is_meta:
                 parts = stored.pop(name)
                 with _damage(folder):
-                    _copy(view, decompress(name, kind, read) if len(parts) > 1 else read(name), f"{folder} has {name}")
+                    if len(parts) > 1:
+                        _copy(view, decompress(name, kind, read), f"{folder} has {name}")
+                    else:  # mapped, or read whole, it would be held beside its copy
+                        _copy_pieces(view, lies[name].pieces(CHECKED_VALUES), f"{folder} has {name}")
 
     with returned_at_once():
         in_blocks = set(backbone.blocks.modules())
@@ -504,8 +510,13 @@ def _copy(view: Tensor, tensor: Tensor, what: str) -> None:
     """Copy a tensor, refusing values that are not finite or are beyond what any training makes."""
     if tensor.shape != view.shape:
         raise InputError(f"{MISFIT}: {what} in shape {list(tensor.shape)}, not {list(view.shape)}.")
+    _copy_pieces(view, tensor.reshape(-1).split(CHECKED_VALUES), what)
+
+
+def _copy_pieces(view: Tensor, pieces: Iterable[Tensor], what: str) -> None:
+    """The same of CHECKED_VALUES at a time."""
     total = 0.0
-    for to, values in zip(view.view(-1).split(CHECKED_VALUES), tensor.reshape(-1).split(CHECKED_VALUES), strict=True):
+    for to, values in zip(view.view(-1).split(CHECKED_VALUES), pieces, strict=True):
         to.copy_(values)
         total += float(torch.dot(to, to) if to.dtype == torch.float32 else torch.linalg.vector_norm(to, dtype=torch.float32) ** 2)
     if not math.isfinite(total):

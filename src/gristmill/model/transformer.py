@@ -8,6 +8,7 @@ Parameters may be fp32 while activations are bf16: every layer casts its weight 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -283,6 +284,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.after_blocks: Callable[[], None] | None = None  # called where the blocks' forward pass ends, and their backward pass
         self.checkpoint_activations = False  # a block's are computed again in the backward pass, only its input is kept
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.blocks = nn.ModuleList(Block(config, block) for block in config.blocks)
@@ -342,6 +344,8 @@ class Transformer(nn.Module):
         check_length(self.config, shape)
         angles = self.rope(shape.positions_T)
         x_TD = self.embed(ids_T)
+        if (after := self.after_blocks) is not None and x_TD.requires_grad:
+            x_TD.register_hook(lambda grad_TD: after())
         for block, layer in zip(self.blocks, self.config.blocks, strict=True):
             given = (x_TD, *angles[layer.rope], shape)
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -349,6 +353,8 @@ class Transformer(nn.Module):
                 x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TD = block(*given)
+        if after is not None:
+            after()
         h_TD = self.final_norm(x_TD)
         return h_TD if self.config.logits_scaling == 1 else h_TD / self.config.logits_scaling
 

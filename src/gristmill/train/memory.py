@@ -20,8 +20,8 @@ from gristmill.train.data import backbone
 from gristmill.train.losses import loss_bytes
 
 # Small operations need many tokens to be worth their start, large ones do not: so many parameters times tokens are enough on a CPU.
-CPU_MICRO_BATCH_WORK = 2**36
-MIN_MICRO_BATCH, MAX_MICRO_BATCH = 512, 8192  # tokens of a micro-batch that is chosen
+CPU_MICRO_BATCH_WORK = 3 * 2**34
+MIN_MICRO_BATCH, MAX_MICRO_BATCH = 384, 8192  # tokens of a micro-batch that is chosen
 USABLE_SHARE = 0.9  # of the free memory; the estimate may be wrong by a tenth
 PROGRAM_BYTES = 300_000_000  # of Python, torch and the tokenizer
 RECORD = "micro-batch.json"  # in a training folder: what its run has chosen

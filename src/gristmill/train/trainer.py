@@ -148,7 +148,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         check_dtype(self.device, PRECISIONS[settings.precision])
         self.num_workers = num_workers(model)
-        # what activations leave is too small for those of more tokens; a large model computes long enough to have the pages made anew
+        # Holes in the heap count as memory that is held; a large model computes long enough for their pages to be made anew.
         self._trims_heap = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) >= MAX_THREADED_PARAMETERS
         chosen = settings.micro_batch_tokens or recorded_micro_batch(folder)
         self.micro_batch_tokens = chosen or choose_micro_batch(
@@ -168,7 +168,7 @@ class Trainer:
 
         A folder whose run has finished gives its weights and result at once. With ``validation`` data the mean
         loss over it is measured every ``validate_every`` steps, and the model ends with the weights of the
-        lowest (the rule of the report's reward model).
+        lowest (the rule of the report's reward model). Gradients and optimizer states are let go before the last save.
 
         Raises InputError for data with nothing to train on, a folder that another run wrote, a full disk, or a
         loss that is no longer finite.
@@ -258,12 +258,14 @@ class Trainer:
         """The model in the settings' precision, and workers to share micro-batches out to."""
         self.model.train()
         backbone(self.model).checkpoint_activations = self._checkpointed
+        backbone(self.model).after_blocks = trim_heap if self._trims_heap else None
         try:
             with compute_precision(self.model, self.settings.precision), workers(self.num_workers) as self._map:
                 yield
         finally:
             self._map = None
             backbone(self.model).checkpoint_activations = False
+            backbone(self.model).after_blocks = None
 
     def _train(self, data: SampleData, validation: SampleData | None, plan: BatchPlan, store: CheckpointStore | None) -> None:
         log = MetricsLog(self.folder, self.result.steps)
@@ -356,8 +358,6 @@ class Trainer:
                 for batch in batches:
                     output = self.objective(self.model, batch)
                     (output.sum / count).backward()
-                    if self._trims_heap:
-                        trim_heap()
                     yield output
             return
         assert self._map is not None

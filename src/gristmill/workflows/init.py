@@ -98,7 +98,7 @@ def write_recipe(
     rows: dict[str, int] = {}
     for path in files.values():
         if not path.is_file():
-            raise InputError(f"{path} does not exist: check the path.")
+            raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}: check the path.")
     if files:
         missing = [k for k in NEEDED if k not in files]
         if missing:

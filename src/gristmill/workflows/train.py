@@ -135,8 +135,9 @@ def merge_adapter_folder(
     """Merge an adapter folder, as `merge_folder`, and with rows measure their mean loss before and after: SFT's, or a reward model's.
 
     Returns:
-        What `merge_folder` tells. With rows also `loss`, all computed in fp32: of the base alone, of the base with the adapter beside
-        it, and of the folder that was stored; and the number of rows, and of those left out as too long or without a trained token.
+        What `merge_folder` tells. With rows also `loss`, all computed in fp32: of the base alone (a reward model's with the adapter's
+        head), of the base with the adapter beside it, and of the folder that was stored; and the number of rows, and of those left
+        out as too long or without a trained token.
 
     Raises:
         InputError: as `merge_folder`, or a row cannot be used.

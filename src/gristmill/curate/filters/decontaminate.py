@@ -175,7 +175,7 @@ def _strings(value: Any) -> list[str]:
 def _items(path: Path, fields: list[str] | None) -> list[str]:
     """The texts of a benchmark file."""
     if not path.is_file():
-        raise InputError(f"The benchmark {path} does not exist: check the path.")
+        raise InputError(f"The benchmark {path} {'is no file' if path.exists() else 'does not exist'}: check the path.")
     try:
         if path.suffix == ".txt":
             return path.read_text(encoding="utf-8-sig").splitlines()
