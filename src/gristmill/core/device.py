@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import resource
 import time
@@ -89,6 +90,23 @@ def returned_at_once() -> Iterator[None]:
         mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
+@contextmanager
+def kept_heap() -> Iterator[None]:
+    """Freed memory is kept for what comes next, which else costs a page fault each 4 KiB; it goes back at the end."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        trim_heap()
+
+
 def trim_heap() -> None:
     """Give freed memory back to the system: glibc keeps what reading a large tokenizer leaves, tens of megabytes."""
     with suppress(OSError, AttributeError, TypeError):
@@ -136,12 +154,13 @@ def pick_precision(device: torch.device, *, cpu: str = "") -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu" and cpu:
         return cpu
-    if device.type != "cpu" or not _has_bf16_products():
+    if device.type != "cpu" or not has_bf16_products():
         return "fp32"
     return "bf16" if _seconds_of_product(torch.bfloat16) < _seconds_of_product(torch.float32) else "fp32"
 
 
-def _has_bf16_products() -> bool:
+@functools.cache
+def has_bf16_products() -> bool:
     """Whether the CPU multiplies matrices in bf16: AMX or AVX-512's bf16 on x86, bf16 on ARM."""
     import platform
 

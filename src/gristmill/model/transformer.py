@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from gristmill.core.errors import InputError
-from gristmill.model.attention import ScoreMod, varlen_attention
+from gristmill.model import fused
+from gristmill.model.attention import ScoreMod, compiled_attention, varlen_attention
 from gristmill.model.config import BlockConfig, Family, ModelConfig
 from gristmill.model.packed import PackedShape
 from gristmill.model.rope import RopeScaling
@@ -46,8 +47,14 @@ class LayerNorm1P(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.bias = nn.Parameter(torch.empty(size))
 
+    def gain(self) -> Tensor:
+        """Effective gain, fp32."""
+        return self.weight.float() + 1.0
+
     def forward(self, x_TD: Tensor) -> Tensor:
-        gain_D, bias_D = self.weight.float() + 1.0, self.bias.float()
+        gain_D, bias_D = self.gain(), self.bias.float()
+        if (normed_TD := fused.norm(x_TD, gain_D, bias_D, eps=self.eps)) is not None:
+            return normed_TD
         if x_TD.dtype != torch.float32 and torch.is_grad_enabled():
             return _LayerNorm.apply(x_TD, gain_D, bias_D, self.eps)
         return F.layer_norm(x_TD.float(), gain_D.shape, gain_D, bias_D, self.eps).to(x_TD.dtype)
@@ -85,7 +92,19 @@ class RMSNorm(nn.Module):
         return self.weight.float() + 1.0 if self.zero_centred else self.weight.float()
 
     def forward(self, x: Tensor) -> Tensor:
+        if (normed := fused.norm(x, self.gain(), None, eps=self.eps)) is not None:
+            return normed
         return F.rms_norm(x.float(), self.weight.shape, self.gain(), self.eps).to(x.dtype)
+
+
+def add_norm(x_TD: Tensor, delta_TD: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """Residual x + delta, and its norm; twice the residual where a family has no norm there."""
+    if isinstance(norm, LayerNorm1P | RMSNorm):
+        bias_D = norm.bias.float() if isinstance(norm, LayerNorm1P) else None
+        if (both := fused.add_norm(x_TD, delta_TD, norm.gain(), bias_D, eps=norm.eps)) is not None:
+            return both
+    x_TD = x_TD + delta_TD
+    return x_TD, x_TD if norm is None else norm(x_TD)
 
 
 def _norm(config: ModelConfig, size: int = 0) -> nn.Module:
@@ -168,15 +187,18 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, d], keys and values [T, K, d]; queries and keys ready for attention."""
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x_TD).view(-1, heads + 2 * kv_heads, self.head_dim)
-        if self.q_norm is None or self.k_norm is None:
-            qk, v_TKd = qkv.split([heads + kv_heads, kv_heads], dim=1)
-            q_THd, k_TKd = rotate(qk, cos_TR, sin_TR).split([heads, kv_heads], dim=1)
-            return q_THd, k_TKd, v_TKd
-        q_THd, k_TKd, v_TKd = qkv.split([heads, kv_heads, kv_heads], dim=1)
-        q_THd, k_TKd = self._normed(q_THd, self.q_norm), self._normed(k_TKd, self.k_norm)
-        return rotate(q_THd, cos_TR, sin_TR), rotate(k_TKd, cos_TR, sin_TR), v_TKd
+        return self.rotated(self.heads(self.qkv(x_TD)), cos_TR, sin_TR)
+
+    def rotated(self, qkv_TXd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of what `heads` gave."""
+        qk, v_TKd = qkv_TXd.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        q_THd, k_TKd = rotate(qk, cos_TR, sin_TR).split([self.num_heads, self.num_kv_heads], dim=1)
+        return q_THd, k_TKd, v_TKd
+
+
+def _activation_kind(parts: Family) -> str:
+    """Its name among the kernels."""
+    return "squared_relu" if not parts.gated else "silu" if parts.activation == "silu" else "gelu"
 
 
 def gate_activation(gate_TF: Tensor, parts: Family) -> Tensor:
@@ -198,13 +220,20 @@ class MLP(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.gate_up is not None:
-            gate_TF, up_TF = self.gate_up(x_TD).chunk(2, dim=-1)
-            return self.down(gate_activation(gate_TF, self.parts) * up_TF)
+            both = self.gate_up(x_TD)
+            if (inner_TF := fused.activation(both, None, _activation_kind(self.parts))) is None:
+                gate_TF, up_TF = both.chunk(2, dim=-1)
+                inner_TF = gate_activation(gate_TF, self.parts) * up_TF
+            return self.down(inner_TF)
         assert self.up is not None
         up_TF = self.up(x_TD)
         if self.gate is None:
-            return self.down(_SquaredReLU.apply(up_TF))
-        return self.down(gate_activation(self.gate(x_TD), self.parts) * up_TF)
+            inner_TF = fused.activation(up_TF, None, _activation_kind(self.parts))
+            return self.down(_SquaredReLU.apply(up_TF) if inner_TF is None else inner_TF)
+        gate_TF = self.gate(x_TD)
+        if (inner_TF := fused.activation(gate_TF, up_TF, _activation_kind(self.parts))) is None:
+            inner_TF = gate_activation(gate_TF, self.parts) * up_TF
+        return self.down(inner_TF)
 
 
 class Block(nn.Module):
@@ -234,7 +263,11 @@ class Block(nn.Module):
         """Add the projected attention output (None in a layer without attention) and the MLP to x_TD."""
         if attended_THd is not None:
             assert self.attention is not None
-            x_TD = x_TD + self._added(self.attention.output(attended_THd.flatten(1)), self.attention_post_norm)
+            delta_TD = self._added(self.attention.output(attended_THd.flatten(1)), self.attention_post_norm)
+            if self.mlp is None:
+                return x_TD + delta_TD
+            x_TD, normed_TD = add_norm(x_TD, delta_TD, self.mlp_norm)
+            return x_TD + self._added(self.mlp(normed_TD), self.mlp_post_norm)
         if self.mlp is not None:
             x_TD = x_TD + self._added(self.mlp(x_TD if self.mlp_norm is None else self.mlp_norm(x_TD)), self.mlp_post_norm)
         return x_TD
@@ -246,7 +279,11 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, shape: PackedShape) -> Tensor:
         if self.attention is None:
             return self.finish(x_TD, None)
-        return self.finish(x_TD, varlen_attention(*self.qkv(x_TD, cos_TR, sin_TR), shape, mod=self.mod))
+        qkv_TXd = self.attention.heads(self.attention.qkv(x_TD if self.attention_norm is None else self.attention_norm(x_TD)))
+        attended_THd = compiled_attention(qkv_TXd, shape, num_heads=self.attention.num_heads, angles=(cos_TR, sin_TR), mod=self.mod)
+        if attended_THd is None:
+            attended_THd = varlen_attention(*self.attention.rotated(qkv_TXd, cos_TR, sin_TR), shape, mod=self.mod)
+        return self.finish(x_TD, attended_THd)
 
 
 class Transformer(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from gristmill.core.device import check_dtype, pick_device
+from gristmill.core.device import check_dtype, kept_heap, pick_device
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, read_bytes, sync, write_text
 from gristmill.core.threads import Map, num_workers, workers
@@ -255,7 +255,7 @@ class Trainer:
         self.model.train()
         backbone(self.model).checkpoint_activations = self._checkpointed
         try:
-            with compute_precision(self.model, self.settings.precision), workers(self.num_workers) as self._map:
+            with kept_heap(), compute_precision(self.model, self.settings.precision), workers(self.num_workers) as self._map:
                 yield
         finally:
             self._map = None
