@@ -1,15 +1,21 @@
-"""Fused operations between the matrix products of a layer: residual add and norm, gated activations.
+"""Fused operations between matrix products: residual add and norm, gated activations, softmax over the vocabulary.
 
-Shapes: T tokens, D hidden size, F ffn size.
+Shapes: T tokens, D hidden size, F ffn size, R rows of logits, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.model.kernels import library as kernels
+
+MAX_PRODUCT = 2**21  # elements of a bf16 product that is made before it is added to its sum
 
 
 def norm(x: Tensor, gain_D: Tensor, bias_D: Tensor | None, *, eps: float) -> Tensor | None:
@@ -109,3 +115,116 @@ def _activate(
     addresses = [kernels.pointer_of(x) for x in (gate, up_TF, out_TF, grad_TF, grad_gate, grad_up)]
     numbers = gate.shape[0], size, gate.shape[1], kernels.ACTIVATIONS[ctx.kind], kernels.TYPES[gate.dtype], torch.get_num_threads()
     library.gristmill_activate(*addresses, *numbers)
+
+
+def softmax_statistics(logits_RV: Tensor) -> Tensor | None:
+    """Softmax of each row as fp32 numbers [R, 2]: the largest logit, and the logarithm of the sum of exp(logit - largest).
+
+    None where there is no kernel for the logits.
+    """
+    if (library := kernels.library_for(logits_RV)) is None:
+        return None
+    assert logits_RV.is_contiguous()
+    statistics_R2 = torch.empty(len(logits_RV), 2)
+    library.gristmill_softmax_forward(logits_RV.data_ptr(), statistics_R2.data_ptr(), *_sizes(logits_RV))
+    return statistics_R2
+
+
+def softmax_gradient(logits_RV: Tensor, statistics_R2: Tensor, targets_R: Tensor, factor_R: Tensor, *, out_RV: Tensor) -> None:
+    """factor * (softmax - onehot of the target) into out, which may be the logits themselves."""
+    library = kernels.library_for(logits_RV)
+    assert library is not None and logits_RV.is_contiguous() and out_RV.is_contiguous()
+    tensors = logits_RV, statistics_R2, targets_R.contiguous(), factor_R.contiguous(), out_RV
+    library.gristmill_softmax_backward(*(x.data_ptr() for x in tensors), *_sizes(logits_RV))
+
+
+def _sizes(logits_RV: Tensor) -> tuple[int, int, int, int]:
+    return len(logits_RV), logits_RV.shape[1], kernels.TYPES[logits_RV.dtype], torch.get_num_threads()
+
+
+# Copies of weights in the type of the computation, while gradients are accumulated in place; None else.
+_copies: ContextVar[dict[Tensor, Tensor] | None] = ContextVar("_copies", default=None)
+
+
+@contextmanager
+def accumulating_in_place() -> Iterator[None]:
+    """Backward passes add weights' gradients to `.grad` as they are made, with no matrix of that size in between; weights do not change.
+
+    Each weight is copied once into another type of computation, however many backward passes there are.
+    """
+    token = _copies.set({})
+    try:
+        yield
+    finally:
+        _copies.reset(token)
+
+
+def accumulates(weight: Tensor) -> bool:
+    """Whether the gradient of a weight is to be added in place: it is trained, fp32 and on a CPU, and `accumulating_in_place` is on."""
+    trained = weight.requires_grad and weight.is_leaf and torch.is_grad_enabled()
+    return trained and _copies.get() is not None and weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
+def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x weight^T + bias in the type of x, of a weight that `accumulates`."""
+    copies = _copies.get()
+    assert copies is not None
+    used_ND = weight_ND.detach()
+    if used_ND.dtype != x_TD.dtype:
+        if weight_ND not in copies:
+            copies[weight_ND] = used_ND.to(x_TD.dtype)
+        used_ND = copies[weight_ND]
+    return _Linear.apply(x_TD, weight_ND, used_ND, None if bias_N is None else bias_N.to(x_TD.dtype))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor, used_ND: Tensor, bias_N: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TD, used_ND)
+        ctx.weight_ND = weight_ND
+        return F.linear(x_TD, used_ND, bias_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_TN,), (x_TD, used_ND), weight_ND = grads, ctx.saved_tensors, ctx.weight_ND
+        if weight_ND.grad is None:
+            weight_ND.grad = torch.mm(grad_TN.T, x_TD).float()
+        else:
+            add_product(weight_ND.grad, grad_TN, x_TD)
+        grad_x_TD = grad_TN @ used_ND if ctx.needs_input_grad[0] else None
+        return grad_x_TD, None, None, grad_TN.sum(0) if ctx.needs_input_grad[3] else None
+
+
+def embedding(ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+    """Rows of a weight that `accumulates`."""
+    return _Embedding.apply(ids_T, weight_VD)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(ids_T)
+        ctx.weight_VD = weight_VD
+        return F.embedding(ids_T, weight_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        (ids_T,), weight_VD = ctx.saved_tensors, ctx.weight_VD
+        if weight_VD.grad is None:
+            weight_VD.grad = torch.zeros_like(weight_VD)
+        weight_VD.grad.index_add_(0, ids_T, grads[0])
+        return None, None
+
+
+def add_product(sum_VD: Tensor, left_TV: Tensor, right_TD: Tensor) -> None:
+    """sum += left^T right, accumulated in fp32, without another matrix of that size."""
+    if left_TV.dtype == torch.float32:
+        sum_VD.addmm_(left_TV.T, right_TD)
+    elif left_TV.is_cuda:
+        torch.addmm(sum_VD, left_TV.T, right_TD, out_dtype=torch.float32, out=sum_VD)
+    else:  # torch has no product of bf16 with a sum in fp32 there
+        step = max(1, MAX_PRODUCT // right_TD.shape[1])
+        for start in range(0, len(sum_VD), step):
+            sum_VD[start : start + step] += left_TV[:, start : start + step].T @ right_TD

@@ -34,6 +34,8 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, input: Tensor) -> Tensor:
+        if fused.accumulates(self.weight):
+            return fused.linear(input, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
@@ -329,7 +331,8 @@ class Transformer(nn.Module):
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Token embeddings [T, D] in compute_dtype."""
-        return scale_embeddings(F.embedding(ids_T, self.embedding).to(self.compute_dtype), self.config)
+        rows_TD = fused.embedding(ids_T, self.embedding) if fused.accumulates(self.embedding) else F.embedding(ids_T, self.embedding)
+        return scale_embeddings(rows_TD.to(self.compute_dtype), self.config)
 
     def rope(self, positions_T: Tensor) -> dict[str, Angles]:
         """Cosines and sines [T, R] of the rotary angles, in fp32, of each kind of layer (`BlockConfig.rope`)."""

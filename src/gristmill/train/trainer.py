@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,6 +20,7 @@ from gristmill.core.device import check_dtype, kept_heap, pick_device
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, read_bytes, sync, write_text
 from gristmill.core.threads import Map, num_workers, workers
+from gristmill.model import fused
 from gristmill.model.transformer import PRECISIONS
 from gristmill.train.batches import (
     AnySample,
@@ -298,8 +299,9 @@ class Trainer:
         scale = self._lr_scale()
         batches = self._micro_batches(samples)
         totals = _MetricSums()
-        for output in self._backward(batches, global_count(batches)):
-            totals.add(output)
+        with fused.accumulating_in_place() if self.num_workers == 1 else nullcontext():
+            for output in self._backward(batches, global_count(batches)):
+                totals.add(output)
         norm = float(nn.utils.clip_grad_norm_(self.optimizer.parameters, self.settings.clip or math.inf))
         metrics = totals.means()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):

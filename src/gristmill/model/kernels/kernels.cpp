@@ -456,8 +456,8 @@ extern "C" void gristmill_activate(const void* gate, const void* up, void* out, 
 
 // ---- softmax over the vocabulary ----
 
-// Logarithm of the sum of exponentials of each row.
-template <typename A> static void log_sums(const A* logits, float* lse, int rows, int n, int threads) {
+// Statistics [rows, 2] of a softmax: the largest number of each row, and the logarithm of the sum of exponentials of the distances from it.
+template <typename A> static void softmax_forward(const A* logits, float* statistics, int rows, int n, int threads) {
 #pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
     for (int r = 0; r < rows; r++) {
         const A* p = logits + (int64_t)r * n;
@@ -469,29 +469,33 @@ template <typename A> static void log_sums(const A* logits, float* lse, int rows
         double total = 0;
         for (i = 0; i + VL <= n;) {
             vec part = {};
-            for (int end = i + 64 * VL; i + VL <= n && i < end; i += VL) part += exp_(load(p + i) - m);
+            for (const int end = i + 64 * VL; i + VL <= n && i < end; i += VL) part += exp_(load(p + i) - m);
             total += sum_of(part);
         }
         for (; i < n; i++) total += std::exp(get(p + i) - m);
-        lse[r] = m + (float)std::log(total);
+        statistics[2 * (int64_t)r] = m;
+        statistics[2 * (int64_t)r + 1] = (float)std::log(total);
     }
 }
 
-// Logits to factor * (softmax - onehot of the target), in place.
-template <typename A> static void softmax_backward(A* logits, const float* lse, const int64_t* targets, const float* factor, int rows, int n, int threads) {
+// out = factor * (softmax - onehot of the target); out may be the logits themselves.
+template <typename A>
+static void softmax_backward(const A* logits, const float* statistics, const int64_t* targets, const float* factor, A* out, int rows, int n, int threads) {
 #pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
     for (int r = 0; r < rows; r++) {
-        A* p = logits + (int64_t)r * n;
-        const float sum = lse[r], by = factor[r], target = std::exp(get(p + targets[r]) - sum);
-        for (int i = 0; i < n; i += VL) keep(p + i, by * exp_(some(p + i, n - i) - sum), n - i);
-        put(p + targets[r], by * (target - 1.f));
+        const A* p = logits + (int64_t)r * n;
+        A* to = out + (int64_t)r * n;
+        const float m = statistics[2 * (int64_t)r], sum = statistics[2 * (int64_t)r + 1], by = factor[r], target = std::exp(get(p + targets[r]) - m - sum);
+        for (int i = 0; i < n; i += VL) keep(to + i, by * exp_(some(p + i, n - i) - m - sum), n - i);
+        put(to + targets[r], by * (target - 1.f));
     }
 }
-extern "C" void gristmill_log_sums(const void* logits, float* lse, int rows, int n, int type, int threads) {
-    if (type == 0) log_sums((const float*)logits, lse, rows, n, threads);
-    else log_sums((const bf16*)logits, lse, rows, n, threads);
+extern "C" void gristmill_softmax_forward(const void* logits, float* statistics, int rows, int n, int type, int threads) {
+    if (type == 0) softmax_forward((const float*)logits, statistics, rows, n, threads);
+    else softmax_forward((const bf16*)logits, statistics, rows, n, threads);
 }
-extern "C" void gristmill_softmax_backward(void* logits, const float* lse, const int64_t* targets, const float* factor, int rows, int n, int type, int threads) {
-    if (type == 0) softmax_backward((float*)logits, lse, targets, factor, rows, n, threads);
-    else softmax_backward((bf16*)logits, lse, targets, factor, rows, n, threads);
+extern "C" void gristmill_softmax_backward(const void* logits, const float* statistics, const int64_t* targets, const float* factor, void* out, int rows, int n,
+                                           int type, int threads) {
+    if (type == 0) softmax_backward((const float*)logits, statistics, targets, factor, (float*)out, rows, n, threads);
+    else softmax_backward((const bf16*)logits, statistics, targets, factor, (bf16*)out, rows, n, threads);
 }

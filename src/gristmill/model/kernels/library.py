@@ -40,8 +40,8 @@ def load() -> ctypes.CDLL | None:
         "norm_forward": [pointer] * 7 + [number] * 2 + [real] + [number] * 3,
         "norm_backward": [pointer] * 8 + [number] * 5,
         "activate": [pointer] * 6 + [number] * 2 + [ctypes.c_int64] + [number] * 3,
-        "log_sums": [pointer] * 2 + [number] * 4,
-        "softmax_backward": [pointer] * 4 + [number] * 4,
+        "softmax_forward": [pointer] * 2 + [number] * 4,
+        "softmax_backward": [pointer] * 5 + [number] * 4,
     }.items():
         function = getattr(library, f"gristmill_{name}")
         function.restype, function.argtypes = None, arguments
