@@ -20,7 +20,7 @@ from gristmill.core.errors import InputError
 from gristmill.model import fused
 from gristmill.model.attention import ScoreMod, compiled_attention, varlen_attention
 from gristmill.model.config import BlockConfig, Family, ModelConfig
-from gristmill.model.packed import PackedShape
+from gristmill.model.packed import PackedShape, filled_length
 from gristmill.model.rope import RopeScaling
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # types that a model computes in, by their names in recipes
@@ -278,13 +278,16 @@ class Block(nn.Module):
         out_TD = out_TD if norm is None else norm(out_TD)
         return out_TD if self.residual_multiplier == 1 else out_TD * self.residual_multiplier
 
-    def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, shape: PackedShape) -> Tensor:
+    def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, shape: PackedShape, rows_S: Tensor | None = None) -> Tensor:
+        """States of all tokens, or of these alone."""
         if self.attention is None:
-            return self.finish(x_TD, None)
+            return self.finish(x_TD if rows_S is None else x_TD[rows_S], None)
         qkv_TXd = self.attention.heads(self.attention.qkv(x_TD if self.attention_norm is None else self.attention_norm(x_TD)))
         attended_THd = compiled_attention(qkv_TXd, shape, num_heads=self.attention.num_heads, angles=(cos_TR, sin_TR), mod=self.mod)
         if attended_THd is None:
             attended_THd = varlen_attention(*self.attention.rotated(qkv_TXd, cos_TR, sin_TR), shape, mod=self.mod)
+        if rows_S is not None:
+            x_TD, attended_THd = x_TD[rows_S], attended_THd[rows_S]
         return self.finish(x_TD, attended_THd)
 
 
@@ -349,8 +352,11 @@ class Transformer(nn.Module):
             angles[kind] = (cos_TR, sin_TR) if factor == 1 else (cos_TR * factor, sin_TR * factor)
         return angles
 
-    def hidden(self, ids_T: Tensor, shape: PackedShape) -> Tensor:
+    def hidden(self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None = None) -> Tensor:
         """States [T, D] after the final norm, divided by `logits_scaling`.
+
+        Args:
+            rows_S: tokens whose states alone are needed, in this order: [S, D]. The last layer computes no others.
 
         Raises:
             InputError: a document beyond the positions where the angles of all its tokens would depend on its length.
@@ -359,14 +365,17 @@ class Transformer(nn.Module):
         check_length(self.config, shape)
         angles = self.rope(shape.positions_T)
         x_TD = self.embed(ids_T)
-        for block, layer in zip(self.blocks, self.config.blocks, strict=True):
-            given = (x_TD, *angles[layer.rope], shape)
+        num_rows = None if rows_S is None else len(rows_S)
+        if rows_S is not None and self.compute_dtype != torch.float32:  # see filled_length
+            rows_S = F.pad(rows_S, (0, filled_length(len(rows_S)) - len(rows_S)))
+        for number, (block, layer) in enumerate(zip(self.blocks, self.config.blocks, strict=True)):
+            given = (x_TD, *angles[layer.rope], shape, rows_S if number == len(self.blocks) - 1 else None)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # nothing in a block is random, so there is no state to keep
                 x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TD = block(*given)
-        h_TD = self.final_norm(x_TD)
+        h_TD = self.final_norm(x_TD)[:num_rows]
         return h_TD if self.config.logits_scaling == 1 else h_TD / self.config.logits_scaling
 
     def unembedding(self) -> Tensor:
