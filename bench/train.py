@@ -2,6 +2,7 @@
 
     PYTHONPATH=src python bench/train.py --trl-python TRL_VENV/bin/python --steps 3 --repeats 3
     PYTHONPATH=src python bench/train.py --trl-python TRL_VENV/bin/python --shape 135m --repeats 3
+    PYTHONPATH=src python bench/train.py --shape 135m --profile
 
 One model with the same weights is trained by both on the same conversations and pairs. Every measurement is a process of its own and
 prints one line of JSON; the last line is the summary. README.md beside this file says what is counted and with which settings. The top
@@ -172,6 +173,54 @@ def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], precisi
     timer = Timer()
     Trainer(model, objective, settings, on_step=lambda step, total, metrics: losses.append(metrics["loss"])).fit(samples)
     return result | timer.read() | {"losses": losses}
+
+
+# Operations by the part of a step that they belong to; all others are norms, rotations, activations, softmax, sums and copies.
+PARTS = {"products": r"^aten::(addmm_?|mm|bmm)$", "attention": r"attention|attend|Pad|Unpad", "optimizer": r"adam|clip|norm\.default"}
+
+
+def profile_step(shape: Shape, precision: str) -> dict[str, Any]:
+    """CPU seconds by part of an SFT step of the four shortest conversations, and those of its products alone."""
+    import re
+
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from gristmill.train.batches import Sample
+    from gristmill.train.objectives.sft import sft_objective
+    from gristmill.train.trainer import Trainer, TrainSettings
+
+    torch.set_num_threads(1)
+    conversations = sorted(make_conversations(BATCH, 0, shape.vocab_size), key=lambda row: len(row["ids"]))
+    samples = [Sample(row["ids"], row["mask"]) for row in conversations[:4]]
+    settings = TrainSettings(lr=LEARNING_RATE, schedule="constant", steps=9, batch_size=BATCH, clip=CLIP, precision=precision)
+    trainer = Trainer(_our_model(shape), sft_objective, settings)
+    trainer.step(samples)  # the optimizer's states come into being
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        trainer.step(samples)
+    seconds = dict.fromkeys((*PARTS, "others"), 0.0)
+    for event in found.key_averages():
+        part = next((name for name, pattern in PARTS.items() if re.search(pattern, event.key)), "others")
+        seconds[part] += event.self_cpu_time_total / 1e6
+    tokens, rows = sum(len(sample.ids) for sample in samples), sum(sample.num_targets for sample in samples)
+    weights = [(module.weight.detach(), tokens) for module in trainer.model.modules() if isinstance(module, torch.nn.Linear)]
+    weights = [pair for pair in weights if pair[0].shape[0] != shape.vocab_size] + [(trainer.model.unembedding().detach(), rows)]
+    floor = 0.0
+    for weight_ND, count in weights:
+        kind = torch.bfloat16 if precision == "bf16" else torch.float32
+        grad_TN, x_TD = (torch.ones(count, size, dtype=kind) for size in weight_ND.shape)
+        used_ND = weight_ND.to(kind)
+        start = time.process_time()
+        x_TD @ used_ND.T, grad_TN @ used_ND, grad_TN.T @ x_TD
+        floor += time.process_time() - start
+    return {
+        "shape": shape.family,
+        "precision": precision,
+        "tokens": tokens,
+        "targets": rows,
+        "cpu_seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "products_alone": round(floor, 3),
+    }
 
 
 # ---- TRL ----
@@ -433,11 +482,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="each with other data")
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL (default: this one)")
+    parser.add_argument("--profile", action="store_true", help="CPU seconds of one of our SFT steps by part, and nothing else")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         return _run_job(options)
+    if options.profile:
+        return print(json.dumps(profile_step(SHAPES[options.shape], options.precision or _fastest_precision())))
     if not _has_trl(options.trl_python):
         sys.exit(f"{options.trl_python} has no TRL; give --trl-python an interpreter that has (bench/README.md says how to make one).")
     python = {"gristmill": sys.executable, "trl": options.trl_python}
