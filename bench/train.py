@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -196,12 +196,16 @@ def profile_step(shape: Shape, precision: str) -> dict[str, Any]:
     settings = TrainSettings(lr=LEARNING_RATE, schedule="constant", steps=9, batch_size=BATCH, clip=CLIP, precision=precision)
     trainer = Trainer(_our_model(shape), sft_objective, settings)
     trainer.step(samples)  # the optimizer's states come into being
+    started = time.process_time()
     with profile(activities=[ProfilerActivity.CPU]) as found:
         trainer.step(samples)
+        total = time.process_time() - started
     seconds = dict.fromkeys((*PARTS, "others"), 0.0)
     for event in found.key_averages():
         part = next((name for name, pattern in PARTS.items() if re.search(pattern, event.key)), "others")
-        seconds[part] += event.self_cpu_time_total / 1e6
+        seconds[part] += event.self_cpu_time_total
+    # the profiler's times are those of a clock on the wall: the step's CPU seconds are shared out by them
+    seconds = {name: value * total / sum(seconds.values()) for name, value in seconds.items()}
     tokens, rows = sum(len(sample.ids) for sample in samples), sum(sample.num_targets for sample in samples)
     weights = [(module.weight.detach(), tokens) for module in trainer.model.modules() if isinstance(module, torch.nn.Linear)]
     weights = [pair for pair in weights if pair[0].shape[0] != shape.vocab_size] + [(trainer.model.unembedding().detach(), rows)]
@@ -214,7 +218,8 @@ def profile_step(shape: Shape, precision: str) -> dict[str, Any]:
         x_TD @ used_ND.T, grad_TN @ used_ND, grad_TN.T @ x_TD
         floor += time.process_time() - start
     return {
-        "shape": shape.family,
+        "family": shape.family,
+        "layers": shape.layers[0],
         "precision": precision,
         "tokens": tokens,
         "targets": rows,
@@ -483,13 +488,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL (default: this one)")
     parser.add_argument("--profile", action="store_true", help="CPU seconds of one of our SFT steps by part, and nothing else")
+    parser.add_argument("--layers", type=int, help="of the model that is profiled (default: all)")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         return _run_job(options)
     if options.profile:
-        return print(json.dumps(profile_step(SHAPES[options.shape], options.precision or _fastest_precision())))
+        shape = SHAPES[options.shape]
+        shape = replace(shape, layers=(options.layers or shape.layers[0], *shape.layers[1:]))
+        return print(json.dumps(profile_step(shape, options.precision or _fastest_precision())))
     if not _has_trl(options.trl_python):
         sys.exit(f"{options.trl_python} has no TRL; give --trl-python an interpreter that has (bench/README.md says how to make one).")
     python = {"gristmill": sys.executable, "trl": options.trl_python}

@@ -13,7 +13,7 @@ from gristmill.model import fused
 from gristmill.model.kernels import library as kernels
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
-rows, widths = st.integers(1, 140), st.sampled_from([1, 3, 8, 16, 31, 64, 100])
+rows, widths = st.integers(0, 140), st.sampled_from([1, 3, 8, 16, 31, 64, 100])
 
 
 def drawn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -30,7 +30,7 @@ def assert_same(ours: Any, plain: Any, inputs: list[Tensor], exact_inputs: list[
     grads = torch.autograd.grad(ours, inputs, upstream)
     plain_grads = torch.autograd.grad(plain, exact_inputs, [x.double() for x in upstream])
     for one, other in zip((*ours, *grads), (*plain, *plain_grads), strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * max(1.0, float(other.abs().max())))
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * max([1.0, *other.detach().abs().flatten().tolist()]))
 
 
 @settings(max_examples=30, deadline=None)

@@ -369,10 +369,12 @@ static void norm_backward(const A* grad, const A* grad_sum, const A* x, const fl
             for (; i < n; i++) put(to + i, by * (get(g + i) * gain[i] - shift - (get(p + i) - mean) * by * slope) + (more ? get(more + i) : 0.f));
         }
     }
+    if (grad_gain) memset(grad_gain, 0, n * sizeof(float));
+    if (grad_bias) memset(grad_bias, 0, n * sizeof(float));
     for (int c = 0; c < chunks; c++) for (int i = 0; i < n; i++) {
         const float *gains = parts.data() + (size_t)c * 2 * n;
-        if (grad_gain) grad_gain[i] = (c ? grad_gain[i] : 0.f) + gains[i];
-        if (grad_bias) grad_bias[i] = (c ? grad_bias[i] : 0.f) + gains[n + i];
+        if (grad_gain) grad_gain[i] += gains[i];
+        if (grad_bias) grad_bias[i] += gains[n + i];
     }
 }
 
