@@ -193,7 +193,7 @@ def test_kernels_compute_what_torch_does(family: str, monkeypatch: pytest.Monkey
         grads = torch.autograd.grad(states_SD.square().sum(), list(model.parameters()), allow_unused=True)
         results.append([states_SD, *(grad for grad in grads if grad is not None)])
         monkeypatch.setattr(kernels, "load", lambda: None)
-    assert all((ours - plain).abs().max() <= 2e-4 * plain.abs().max() for ours, plain in zip(*results, strict=True))
+    assert all((ours - plain).abs().max() <= 2e-3 * plain.abs().max() for ours, plain in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
