@@ -43,7 +43,7 @@ def test_sampler_and_trainer_agree_also_after_training(tiny_base: Path, dtype: t
     before = answers(engine)
     model.compute_dtype = dtype
     found = logprob_parity(engine, model, before)
-    assert found["tokens"] == sum(out.num_tokens for _, outs in before for out in outs) > 50
+    assert found["tokens"] == sum(out.num_tokens for _, outs in before for out in outs) > 30
     assert found["max"] < bound
     change(model)
     assert logprob_parity(engine, model, before)["max"] > 10 * bound or dtype == torch.bfloat16

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gristmill.model import attention
-from gristmill.model.attention import PLAIN, QUERY_CHUNK, ScoreMod, varlen_attention
+from gristmill.model.attention import PLAIN, QUERY_CHUNK, ScoreMod, compiled_attention, varlen_attention
+from gristmill.model.kernels import library as kernels
 from gristmill.model.packed import LONG_DOCUMENT, PackedShape
 
 
@@ -38,6 +39,7 @@ def document_lengths(draw: st.DrawFn, lengths: st.SearchStrategy[int]) -> tuple[
 short_documents = st.composite(document_lengths)(st.integers(1, 40))
 LENGTHS = [1, 2, 30, 36, LONG_DOCUMENT - 1, LONG_DOCUMENT, QUERY_CHUNK + 1, 2 * QUERY_CHUNK + 50]
 mods = st.builds(ScoreMod, st.sampled_from([0, 1, 5, 33, 200]), st.sampled_from([None, 0.2]), st.sampled_from([None, 0.5, 2.0]))
+tiled_documents = st.composite(document_lengths)(st.sampled_from([1, 2, 17, 49, 130]))
 odd_documents = st.composite(document_lengths)(st.sampled_from(LENGTHS))
 
 
@@ -99,3 +101,47 @@ def test_a_mask_is_made_for_a_stretch_of_queries_at_a_time(mod: ScoreMod, monkey
         with monkeypatch.context() as patch:
             patch.setattr(attention, "MASKED_QUERY_CHUNK", 64)
             torch.testing.assert_close(varlen_attention(*qkv, shape, mod=mod), whole, rtol=0, atol=far)
+
+
+compiled = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
+
+
+@compiled
+@settings(max_examples=20, deadline=None)
+@given(tiled_documents, mods, st.sampled_from([(1, 1, 8, 4), (4, 2, 20, 3), (9, 3, 64, 32), (5, 1, 33, 0), (60, 1, 4, 2)]))
+def test_the_kernel_rotates_as_torch_does(documents: tuple[list[int], list[int]], mod: ScoreMod, heads: tuple[int, int, int, int]) -> None:
+    num_heads, num_kv_heads, size, pairs = heads
+    shape = PackedShape.from_lengths(documents[0], shared=documents[1])
+    generator = torch.Generator().manual_seed(3)
+    total = num_heads + 2 * num_kv_heads
+    qkv_TXd = torch.randn(shape.num_tokens, total, size, generator=generator, requires_grad=True)
+    exact_TXd = qkv_TXd.detach().double().requires_grad_()
+    angles_TR = shape.positions_T[:, None] * torch.rand(pairs, generator=generator)
+    cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
+    ours_THd = compiled_attention(qkv_TXd, shape, num_heads=num_heads, angles=(cos_TR, sin_TR), mod=mod)
+    assert ours_THd is not None
+    first, second, rest = exact_TXd.split([pairs, pairs, size - 2 * pairs], -1)
+    cos, sin = cos_TR[:, None].double(), sin_TR[:, None].double()
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+    q_THd, k_TKd = turned.split([num_heads, num_kv_heads, num_kv_heads], 1)[:2]
+    plain_THd = plain_shared(q_THd, k_TKd, exact_TXd[:, num_heads + num_kv_heads :], shape, mod)
+    torch.testing.assert_close(ours_THd.double(), plain_THd, atol=1e-5, rtol=1e-5)
+    upstream = torch.randn(ours_THd.shape, generator=generator)
+    (ours,), (plain,) = torch.autograd.grad(ours_THd, qkv_TXd, upstream), torch.autograd.grad(plain_THd, exact_TXd, upstream.double())
+    torch.testing.assert_close(ours.double(), plain, atol=5e-6 * max(1.0, float(plain.abs().max())), rtol=1e-4)
+
+
+@compiled
+def test_threads_change_no_bit() -> None:
+    shape = PackedShape.from_lengths([150, 300, 1, 120, 40], shared=[0, 100, 0, 0, 39])
+    qkv_TXd = torch.randn(shape.num_tokens, 12, 24, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    upstream = torch.randn(shape.num_tokens, 6, 24, generator=torch.Generator().manual_seed(1))
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        out = compiled_attention(qkv_TXd, shape, num_heads=6)
+        assert out is not None
+        results.append((out, *torch.autograd.grad(out, qkv_TXd, upstream)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))

@@ -84,7 +84,8 @@ def assert_equal_logits(ours: Transformer, theirs: Any) -> None:
         packed_TV = ours(ids_T, PackedShape.from_lengths(LENGTHS))
         separate_TV = torch.cat([theirs(ids[None]).logits[0] for ids in ids_T.split(LENGTHS)])
     assert separate_TV.std() > 0.1  # not a comparison of zeros
-    torch.testing.assert_close(packed_TV, separate_TV, atol=2e-5, rtol=0)
+    # with these weights each of the two lies up to 4e-5 from what fp64 gives
+    torch.testing.assert_close(packed_TV, separate_TV, atol=1e-4, rtol=0)
 
 
 def randomise(model: torch.nn.Module) -> None:

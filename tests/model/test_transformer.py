@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gristmill.core.errors import InputError
 from gristmill.model.attention import varlen_attention
 from gristmill.model.config import PRESETS, BlockConfig, ModelConfig, uniform_blocks
+from gristmill.model.kernels import library as kernels
 from gristmill.model.packed import PackedShape
 from gristmill.model.rope import RopeScaling
 from gristmill.model.transformer import MLP, LayerNorm1P, Transformer, gate_activation, rotate
@@ -81,7 +82,8 @@ def test_a_gated_mlp_keeps_gate_and_up_alone(family: str, dtype: torch.dtype) ->
             out_TD = function(leaves[0])
         results.append([out_TD, *torch.autograd.grad(out_TD, leaves, grad_TD)])
         kept.append(sum(sizes.values()))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    error = 1e-5 if dtype == torch.float32 else 0.02
+    assert all((ours - plain).abs().max() <= error * plain.abs().max() for ours, plain in zip(*results, strict=True))
     assert kept[1] - kept[0] == 2 * 9 * 64 * dtype.itemsize
 
 
@@ -209,3 +211,29 @@ def test_angles_that_depend_on_the_length_are_refused_beyond_the_positions(kind:
     model(random_ids(12) % 64, PackedShape.from_lengths([8, 4]))
     with pytest.raises(InputError, match=f"at most 8 tokens, not 9.*{kind}"):
         model(random_ids(12) % 64, PackedShape.from_lengths([3, 9]))
+
+
+@pytest.mark.parametrize("family", ["nemotron", "llama", "qwen3", "gemma2", "phi3", "olmo2"])
+def test_kernels_compute_what_torch_does(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(family, 50, 24, uniform_blocks(2, 4, 2, 8, 20), 64, attention_soft_cap=2.0 if family == "gemma2" else None)
+    model, ids_T, shape = Transformer(config), torch.arange(40) * 7 % 50, PackedShape.from_lengths([20, 15, 12], shared=[0, 0, 7])
+    rows_S = torch.tensor([39, 3, 3, 0])
+    results = []
+    for _ in range(2):
+        states_SD = model.hidden(ids_T, shape, rows_S)
+        weights_SD = torch.arange(states_SD.numel()).view_as(states_SD).sin()  # a sum of squares behind a norm has no gradient
+        grads = torch.autograd.grad((states_SD * weights_SD).sum(), list(model.parameters()), allow_unused=True)
+        results.append([states_SD, *(grad for grad in grads if grad is not None)])
+        monkeypatch.setattr(kernels, "load", lambda: None)
+    assert all((ours - plain).abs().max() <= 1e-4 * plain.abs().max() for ours, plain in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_of_some_tokens_are_those_of_all(dtype: torch.dtype) -> None:
+    model = Transformer(ModelConfig("nemotron", 50, 24, uniform_blocks(2, 4, 2, 8, 20), 64))
+    model.compute_dtype = dtype
+    ids_T, shape = torch.arange(40), PackedShape.from_lengths([20, 20])
+    whole_TD = model.hidden(ids_T, shape)
+    far = 1e-5 if dtype == torch.float32 else 0.02
+    for rows_S in (torch.tensor([39, 3, 3, 0]), torch.arange(37), torch.empty(0, dtype=torch.int64)):
+        torch.testing.assert_close(model.hidden(ids_T, shape, rows_S), whole_TD[rows_S], rtol=0, atol=far)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.flops import num_parameters
+from gristmill.model.kernels import library as kernels
 from gristmill.model.transformer import Transformer
 from gristmill.train import memory
 from gristmill.train.batches import Sample, collate_tokens
@@ -40,7 +41,9 @@ def test_the_estimate_of_135_million_parameters(small_llama: nn.Module) -> None:
     needed = estimate_memory(small_llama, "adamw", precision="fp32", tokens=384, device=CPU)
     count = num_parameters(SMALL_LLAMA)
     assert (needed.weights, needed.gradients, needed.optimizer) == (4 * count, 4 * count, 8 * count)
-    assert str(needed).startswith("about 3.2 GB: weights 0.5, gradients 0.5, optimizer 1.1, activations 0.8 (of 384 tokens at once)")
+    total, activations = ("3.1", "0.7") if kernels.load() else ("3.2", "0.8")
+    parts = f"about {total} GB: weights 0.5, gradients 0.5, optimizer 1.1, activations {activations} (of 384 tokens at once)"
+    assert str(needed).startswith(parts), str(needed)
     twice = estimate_memory(small_llama, "adamw", precision="fp32", tokens=768, device=CPU)
     assert 1.5 < twice.activations / needed.activations < 2
     checkpointed = estimate_memory(small_llama, "adamw", precision="fp32", tokens=4096, device=CPU, checkpointed=True)

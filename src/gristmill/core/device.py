@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import mmap
 import os
@@ -117,6 +118,23 @@ def zeros_outside_heap(like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [part.view(one.shape) for part, one in zip(flat.split(sizes), like, strict=True)]
 
 
+@contextmanager
+def kept_heap() -> Iterator[None]:
+    """Freed memory is kept for what comes next, which else costs a page fault each 4 KiB; it goes back at the end."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        trim_heap()
+
+
 def trim_heap() -> None:
     """Give freed memory back to the system: glibc keeps what reading a large tokenizer leaves, tens of megabytes."""
     with suppress(OSError, AttributeError, TypeError):
@@ -169,6 +187,7 @@ def pick_precision(device: torch.device, *, cpu: str = "") -> str:
     return "bf16" if _seconds_of_product(torch.bfloat16) < _seconds_of_product(torch.float32) else "fp32"
 
 
+@functools.cache
 def has_bf16_products() -> bool:
     """Whether the CPU multiplies matrices in bf16: AMX or AVX-512's bf16 on x86, bf16 on ARM."""
     import platform

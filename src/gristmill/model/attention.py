@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from gristmill.core.device import has_bf16_products
+from gristmill.model.kernels import library as kernels
 from gristmill.model.packed import PackedShape, PaddedPlan, View
 
 # Queries that go through their backward pass together.
@@ -39,11 +41,88 @@ class ScoreMod:
 PLAIN = ScoreMod()
 
 
+def compiled_attention(
+    qkv_TXd: Tensor, shape: PackedShape, *, num_heads: int, angles: tuple[Tensor, Tensor] | None = None, mod: ScoreMod = PLAIN
+) -> Tensor | None:
+    """Causal grouped-query attention inside each document by the compiled kernel, rotation included.
+
+    In bf16 torch's own kernels are the faster ones where the CPU has products in it, and this one (in fp32) elsewhere.
+
+    Args:
+        qkv_TXd: queries, keys and values before the rotation, X = H + 2K.
+        num_heads: H.
+        angles: cosines and sines [T, R], fp32; None without a rotation.
+
+    Returns:
+        [T, H, d] in the type of qkv_TXd; None where the kernel does not compute with such tensors.
+    """
+    if kernels.library_for(qkv_TXd) is None or (qkv_TXd.dtype == torch.bfloat16 and has_bf16_products()):
+        return None
+    cos_TR, sin_TR = angles or (torch.empty(qkv_TXd.shape[0], 0),) * 2
+    return _CompiledAttention.apply(qkv_TXd, cos_TR, sin_TR, shape, num_heads, mod)
+
+
+class _CompiledAttention(torch.autograd.Function):
+    """Attention by kernels.cpp. Of scores only the logarithm of each row's sum is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_TXd: Tensor, cos_TR: Tensor, sin_TR: Tensor, shape: PackedShape, num_heads: int, mod: ScoreMod) -> Tensor:
+        qkv_TXd, cos_TR, sin_TR = (x.contiguous() for x in (qkv_TXd, cos_TR, sin_TR))
+        library = kernels.load()
+        assert library is not None and qkv_TXd.shape[0] == shape.num_tokens
+        exact_TXd = qkv_TXd.float()
+        out_THd = exact_TXd.new_empty(shape.num_tokens, num_heads, qkv_TXd.shape[2])
+        log_sum_TH = exact_TXd.new_empty(shape.num_tokens, num_heads) if ctx.needs_input_grad[0] else None
+        call = _kernel_call(qkv_TXd, cos_TR, sin_TR, shape=shape, num_heads=num_heads, mod=mod)
+        library.gristmill_attention_forward(call, exact_TXd.data_ptr(), out_THd.data_ptr(), kernels.pointer_of(log_sum_TH))
+        out_THd = out_THd.to(qkv_TXd.dtype)
+        ctx.save_for_backward(qkv_TXd, cos_TR, sin_TR, out_THd, log_sum_TH)
+        ctx.shape, ctx.mod = shape, mod
+        return out_THd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_TXd, cos_TR, sin_TR, out_THd, log_sum_TH = ctx.saved_tensors
+        library = kernels.load()
+        assert library is not None
+        grad_TXd = torch.empty_like(qkv_TXd, dtype=torch.float32)
+        call = _kernel_call(qkv_TXd, cos_TR, sin_TR, shape=ctx.shape, num_heads=out_THd.shape[1], mod=ctx.mod)
+        tensors = [x.float().contiguous() for x in (qkv_TXd, out_THd, log_sum_TH, grads[0])]
+        library.gristmill_attention_backward(call, *(x.data_ptr() for x in (*tensors, grad_TXd)))
+        return grad_TXd.to(qkv_TXd.dtype), None, None, None, None, None
+
+
+def _kernel_call(
+    qkv_TXd: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, shape: PackedShape, num_heads: int, mod: ScoreMod
+) -> kernels.Attention:
+    """What the kernel is told; the tensors must live while it runs."""
+    documents, groups = shape.documents
+    num_kv_heads, head_dim = (qkv_TXd.shape[1] - num_heads) // 2, qkv_TXd.shape[2]
+    return kernels.Attention(
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        cos_TR.shape[1],
+        mod.window,
+        torch.get_num_threads(),
+        len(documents),
+        len(groups) - 1,
+        head_dim**-0.5 if mod.scale is None else mod.scale,
+        mod.soft_cap or 0.0,
+        *(x.data_ptr() for x in (documents, groups, cos_TR, sin_TR)),
+    )
+
+
 def varlen_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedShape, *, mod: ScoreMod = PLAIN) -> Tensor:
     """Causal grouped-query attention inside each document.
 
     Returns [T, H, d] in the type of q_THd.
     """
+    if kernels.library_for(q_THd) is not None:
+        out_THd = compiled_attention(torch.cat([q_THd, k_TKd, v_TKd], 1), shape, num_heads=q_THd.shape[1], mod=mod)
+        if out_THd is not None:
+            return out_THd
     window = mod.window if mod.window < shape.max_length else 0
     if q_THd.is_cuda and q_THd.dtype in (torch.bfloat16, torch.float16) and mod.soft_cap is None:
         from torch.nn.attention.varlen import varlen_attn

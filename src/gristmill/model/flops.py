@@ -4,6 +4,7 @@ Formulas as in the Nemotron-4 reports: embeddings count both matrices, FLOPs cou
 attention in full (not halved for causality), nothing is counted for recomputation.
 """
 
+from gristmill.core.device import has_bf16_products
 from gristmill.model.config import BlockConfig, ModelConfig
 
 H100_FLOPS = 989e12  # bf16, dense, a GPU
@@ -83,14 +84,27 @@ def weight_bytes(config: ModelConfig, bytes_per_value: float = 2) -> int:
     return int(num_parameters(config) * bytes_per_value)
 
 
-def block_activation_bytes_per_token(config: ModelConfig, block: BlockConfig, bytes_per_value: float = 4, *, adapted: bool = False) -> int:
-    """Bytes that a layer keeps of one token for its backward pass, the padding of attention included (on a CPU, within a tenth).
+def block_activation_bytes_per_token(
+    config: ModelConfig, block: BlockConfig, bytes_per_value: float = 4, *, adapted: bool = False, compiled: bool = False
+) -> int:
+    """Bytes that a layer keeps of one token for its backward pass (on a CPU, within a tenth).
 
     Args:
         adapted: the MLP's last matrix has a LoRA adapter, and keeps what a gated MLP else makes again, as one with a bias does.
+        compiled: the kernels of model/kernels compute what they can; else torch does, and attention has padding.
     """
     queries, keys = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
-    short = bytes_per_value < 4  # RMS norms keep their input in fp32 all the same
+    short = bytes_per_value < 4
+    if compiled and not (short and has_bf16_products()):
+        # the inputs of norms, products, attention and activations, each once
+        norm = config.hidden_size * (2 + config.parts.post_norm)
+        values = float(norm * (block.has_attention + block.has_mlp))
+        if block.has_attention:
+            values += 2 * queries + 2 * keys + block.num_heads + (queries + keys) * (config.parts.qk_norm != "")
+        if block.has_mlp:
+            values += block.ffn_size * (3 if config.parts.gated and (config.mlp_bias or adapted) else 2)
+        return int(values * bytes_per_value)
+    # RMS norms of torch keep their input in fp32 also in bf16
     norm = config.hidden_size * (1 if config.parts.norm == "layernorm1p" else 3 if short else 2) * (1 + config.parts.post_norm)
     values = 0.0
     if block.has_attention:
@@ -102,7 +116,9 @@ def block_activation_bytes_per_token(config: ModelConfig, block: BlockConfig, by
     return int(values * bytes_per_value)
 
 
-def activation_bytes_per_token(config: ModelConfig, bytes_per_value: float = 4, *, adapted: bool = False) -> int:
-    """Bytes that the whole model keeps of one token for its backward pass, without the loss."""
-    layers = sum(block_activation_bytes_per_token(config, block, bytes_per_value, adapted=adapted) for block in config.blocks)
+def activation_bytes_per_token(config: ModelConfig, bytes_per_value: float = 4, *, adapted: bool = False, compiled: bool = False) -> int:
+    """Bytes that the whole model keeps of one token for its backward pass, without the loss; `adapted` and `compiled` as above."""
+    layers = sum(
+        block_activation_bytes_per_token(config, block, bytes_per_value, adapted=adapted, compiled=compiled) for block in config.blocks
+    )
     return layers + int(4 * config.hidden_size * bytes_per_value)

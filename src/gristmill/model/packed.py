@@ -170,6 +170,17 @@ class PackedShape:
         return F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).to(self.cu_seqlens)
 
     @cached_property
+    def documents(self) -> tuple[Tensor, Tensor]:
+        """What the compiled kernels read, int32 on the CPU. [N, 4]: of each document its first own token, own tokens, shared tokens, and
+        where those lie. [groups + 1]: where groups begin, each a document that shares nothing and those that share with it.
+        """
+        starts_N, shared_N = self.cu_seqlens[:-1].cpu(), torch.tensor(self.shared, dtype=torch.int32)
+        first_G = (shared_N == 0).nonzero()[:, 0]
+        group_N = (shared_N == 0).cumsum(0) - 1
+        columns = starts_N, self.cu_seqlens.diff().cpu(), shared_N, starts_N[first_G[group_N]]
+        return torch.stack(columns, 1).contiguous(), F.pad(first_G, (0, 1), value=len(shared_N)).to(torch.int32)
+
+    @cached_property
     def padded_plan(self) -> PaddedPlan:
         views = list(self._padded(range(len(self.lengths))))
         token_C, own_C, shared_C = (

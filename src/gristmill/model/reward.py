@@ -63,4 +63,4 @@ class RewardModel(nn.Module):
 
     def forward(self, ids_T: Tensor, shape: PackedShape, ends_N: Tensor) -> Tensor:
         """Scores [N, 5] in fp32. `ends_N` are the indices in ids_T of the end-of-turn tokens to score."""
-        return self.head(self.backbone.hidden(ids_T, shape)[ends_N].float())
+        return self.head(self.backbone.hidden(ids_T, shape, ends_N).float())

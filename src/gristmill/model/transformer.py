@@ -18,9 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from gristmill.core.errors import InputError
-from gristmill.model.attention import ScoreMod, varlen_attention
+from gristmill.model import fused
+from gristmill.model.attention import ScoreMod, compiled_attention, varlen_attention
 from gristmill.model.config import BlockConfig, Family, ModelConfig
-from gristmill.model.packed import PackedShape
+from gristmill.model.packed import PackedShape, filled_length
 from gristmill.model.rope import RopeScaling
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # types that a model computes in, by their names in recipes
@@ -34,6 +35,8 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, input: Tensor) -> Tensor:
+        if fused.accumulates(self.weight):
+            return fused.linear(input, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
@@ -47,8 +50,14 @@ class LayerNorm1P(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.bias = nn.Parameter(torch.empty(size))
 
+    def gain(self) -> Tensor:
+        """Effective gain, fp32."""
+        return self.weight.float() + 1.0
+
     def forward(self, x_TD: Tensor) -> Tensor:
-        gain_D, bias_D = self.weight.float() + 1.0, self.bias.float()
+        gain_D, bias_D = self.gain(), self.bias.float()
+        if (normed_TD := fused.norm(x_TD, gain_D, bias_D, eps=self.eps)) is not None:
+            return normed_TD
         if x_TD.dtype != torch.float32 and torch.is_grad_enabled():
             return _LayerNorm.apply(x_TD, gain_D, bias_D, self.eps)
         return F.layer_norm(x_TD.float(), gain_D.shape, gain_D, bias_D, self.eps).to(x_TD.dtype)
@@ -86,7 +95,19 @@ class RMSNorm(nn.Module):
         return self.weight.float() + 1.0 if self.zero_centred else self.weight.float()
 
     def forward(self, x: Tensor) -> Tensor:
+        if (normed := fused.norm(x, self.gain(), None, eps=self.eps)) is not None:
+            return normed
         return F.rms_norm(x.float(), self.weight.shape, self.gain(), self.eps).to(x.dtype)
+
+
+def add_norm(x_TD: Tensor, delta_TD: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """Residual x + delta, and its norm; twice the residual where a family has no norm there."""
+    if isinstance(norm, LayerNorm1P | RMSNorm):
+        bias_D = norm.bias.float() if isinstance(norm, LayerNorm1P) else None
+        if (both := fused.add_norm(x_TD, delta_TD, norm.gain(), bias_D, eps=norm.eps)) is not None:
+            return both
+    x_TD = x_TD + delta_TD
+    return x_TD, x_TD if norm is None else norm(x_TD)
 
 
 def _norm(config: ModelConfig, size: int = 0) -> nn.Module:
@@ -169,15 +190,18 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, d], keys and values [T, K, d]; queries and keys ready for attention."""
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x_TD).view(-1, heads + 2 * kv_heads, self.head_dim)
-        if self.q_norm is None or self.k_norm is None:
-            qk, v_TKd = qkv.split([heads + kv_heads, kv_heads], dim=1)
-            q_THd, k_TKd = rotate(qk, cos_TR, sin_TR).split([heads, kv_heads], dim=1)
-            return q_THd, k_TKd, v_TKd
-        q_THd, k_TKd, v_TKd = qkv.split([heads, kv_heads, kv_heads], dim=1)
-        q_THd, k_TKd = self._normed(q_THd, self.q_norm), self._normed(k_TKd, self.k_norm)
-        return rotate(q_THd, cos_TR, sin_TR), rotate(k_TKd, cos_TR, sin_TR), v_TKd
+        return self.rotated(self.heads(self.qkv(x_TD)), cos_TR, sin_TR)
+
+    def rotated(self, qkv_TXd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of what `heads` gave."""
+        qk, v_TKd = qkv_TXd.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        q_THd, k_TKd = rotate(qk, cos_TR, sin_TR).split([self.num_heads, self.num_kv_heads], dim=1)
+        return q_THd, k_TKd, v_TKd
+
+
+def _activation_kind(parts: Family) -> str:
+    """Its name among the kernels."""
+    return "squared_relu" if not parts.gated else "silu" if parts.activation == "silu" else "gelu"
 
 
 def gate_activation(gate_TF: Tensor, parts: Family) -> Tensor:
@@ -185,24 +209,41 @@ def gate_activation(gate_TF: Tensor, parts: Family) -> Tensor:
     return F.silu(gate_TF) if parts.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
 
 
+def activated(gate: Tensor, up_TF: Tensor | None, parts: Family) -> Tensor:
+    """What an MLP's last matrix multiplies: relu(gate)^2, or f(gate) * up, where without an up it lies behind the gate."""
+    if (inner_TF := fused.activation(gate, up_TF, _activation_kind(parts))) is not None:
+        return inner_TF
+    if not parts.gated:
+        return _SquaredReLU.apply(gate)
+    if up_TF is None:
+        gate, up_TF = gate.chunk(2, dim=-1)
+    return gate_activation(gate, parts) * up_TF
+
+
 class _GatedDown(torch.autograd.Function):
     """(f(gate) * up) @ down.T that keeps gate and up and makes the product again; autograd would keep f(gate) and the product too."""
 
     @staticmethod
-    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor, down_DF: Tensor, parts: Family) -> Tensor:
-        ctx.save_for_backward(gate_TF, up_TF, down_DF)
-        ctx.parts = parts
-        return F.linear(gate_activation(gate_TF, parts) * up_TF, down_DF)
+    def forward(ctx: Any, gate: Tensor, up_TF: Tensor | None, weight_DF: Tensor, parts: Family, in_place: bool) -> Tensor:
+        used_DF = fused.working_copy(weight_DF, gate.dtype) if in_place else weight_DF
+        ctx.save_for_backward(gate, up_TF, used_DF)
+        ctx.parts, ctx.weight_DF = parts, weight_DF if in_place else None
+        return F.linear(activated(gate, up_TF, parts), used_DF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate_TF, up_TF, down_DF = ctx.saved_tensors
+        gate, up_TF, used_DF = ctx.saved_tensors
+        halves = [half.detach().requires_grad_() for half in (gate, up_TF) if half is not None]
         with torch.enable_grad():
-            halves = gate_TF.detach().requires_grad_(), up_TF.detach().requires_grad_()
-            inner_TF = gate_activation(halves[0], ctx.parts) * halves[1]
-        grad_DF = grads[0].T @ inner_TF.detach() if ctx.needs_input_grad[2] else None
-        return *torch.autograd.grad(inner_TF, halves, grads[0] @ down_DF), grad_DF, None
+            inner_TF = activated(halves[0], halves[1] if len(halves) > 1 else None, ctx.parts)
+        grad_DF = None
+        if ctx.weight_DF is not None and ctx.needs_input_grad[2]:
+            fused.add_gradient(ctx.weight_DF, grads[0], inner_TF.detach())
+        elif ctx.needs_input_grad[2]:
+            grad_DF = grads[0].T @ inner_TF.detach()
+        grad_halves = torch.autograd.grad(inner_TF, halves, grads[0] @ used_DF)
+        return grad_halves[0], grad_halves[1] if len(halves) > 1 else None, grad_DF, None, None
 
 
 class MLP(nn.Module):
@@ -219,16 +260,16 @@ class MLP(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.gate_up is not None:
-            gate_TF, up_TF = self.gate_up(x_TD).chunk(2, dim=-1)
+            gate, up_TF = self.gate_up(x_TD), None
         else:
             assert self.up is not None
-            up_TF = self.up(x_TD)
-            if self.gate is None:
-                return self.down(_SquaredReLU.apply(up_TF))
-            gate_TF = self.gate(x_TD)
-        if type(self.down) is Linear and self.down.bias is None and torch.is_grad_enabled():
-            return _GatedDown.apply(gate_TF, up_TF, self.down.weight.to(x_TD.dtype), self.parts)
-        return self.down(gate_activation(gate_TF, self.parts) * up_TF)
+            gate, up_TF = self.up(x_TD), None
+            if self.gate is not None:
+                gate, up_TF = self.gate(x_TD), gate
+        if self.parts.gated and type(self.down) is Linear and self.down.bias is None and torch.is_grad_enabled():
+            in_place = fused.accumulates(self.down.weight)
+            return _GatedDown.apply(gate, up_TF, self.down.weight if in_place else self.down.weight.to(x_TD.dtype), self.parts, in_place)
+        return self.down(activated(gate, up_TF, self.parts))
 
 
 class Block(nn.Module):
@@ -258,7 +299,11 @@ class Block(nn.Module):
         """Add the projected attention output (None in a layer without attention) and the MLP to x_TD."""
         if attended_THd is not None:
             assert self.attention is not None
-            x_TD = x_TD + self._added(self.attention.output(attended_THd.flatten(1)), self.attention_post_norm)
+            delta_TD = self._added(self.attention.output(attended_THd.flatten(1)), self.attention_post_norm)
+            if self.mlp is None:
+                return x_TD + delta_TD
+            x_TD, normed_TD = add_norm(x_TD, delta_TD, self.mlp_norm)
+            return x_TD + self._added(self.mlp(normed_TD), self.mlp_post_norm)
         if self.mlp is not None:
             x_TD = x_TD + self._added(self.mlp(x_TD if self.mlp_norm is None else self.mlp_norm(x_TD)), self.mlp_post_norm)
         return x_TD
@@ -267,10 +312,17 @@ class Block(nn.Module):
         out_TD = out_TD if norm is None else norm(out_TD)
         return out_TD if self.residual_multiplier == 1 else out_TD * self.residual_multiplier
 
-    def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, shape: PackedShape) -> Tensor:
+    def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, shape: PackedShape, rows_S: Tensor | None = None) -> Tensor:
+        """States of all tokens, or of these alone."""
         if self.attention is None:
-            return self.finish(x_TD, None)
-        return self.finish(x_TD, varlen_attention(*self.qkv(x_TD, cos_TR, sin_TR), shape, mod=self.mod))
+            return self.finish(x_TD if rows_S is None else x_TD[rows_S], None)
+        qkv_TXd = self.attention.heads(self.attention.qkv(x_TD if self.attention_norm is None else self.attention_norm(x_TD)))
+        attended_THd = compiled_attention(qkv_TXd, shape, num_heads=self.attention.num_heads, angles=(cos_TR, sin_TR), mod=self.mod)
+        if attended_THd is None:
+            attended_THd = varlen_attention(*self.attention.rotated(qkv_TXd, cos_TR, sin_TR), shape, mod=self.mod)
+        if rows_S is not None:
+            x_TD, attended_THd = x_TD[rows_S], attended_THd[rows_S]
+        return self.finish(x_TD, attended_THd)
 
 
 class Transformer(nn.Module):
@@ -317,7 +369,8 @@ class Transformer(nn.Module):
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Token embeddings [T, D] in compute_dtype."""
-        return scale_embeddings(F.embedding(ids_T, self.embedding).to(self.compute_dtype), self.config)
+        rows_TD = fused.embedding(ids_T, self.embedding) if fused.accumulates(self.embedding) else F.embedding(ids_T, self.embedding)
+        return scale_embeddings(rows_TD.to(self.compute_dtype), self.config)
 
     def rope(self, positions_T: Tensor) -> dict[str, Angles]:
         """Cosines and sines [T, R] of the rotary angles, in fp32, of each kind of layer (`BlockConfig.rope`)."""
@@ -334,8 +387,11 @@ class Transformer(nn.Module):
             angles[kind] = (cos_TR, sin_TR) if factor == 1 else (cos_TR * factor, sin_TR * factor)
         return angles
 
-    def hidden(self, ids_T: Tensor, shape: PackedShape) -> Tensor:
+    def hidden(self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None = None) -> Tensor:
         """States [T, D] after the final norm, divided by `logits_scaling`.
+
+        Args:
+            rows_S: tokens whose states alone are needed, in this order: [S, D]. The last layer computes no others.
 
         Raises:
             InputError: a document beyond the positions where the angles of all its tokens would depend on its length.
@@ -346,8 +402,11 @@ class Transformer(nn.Module):
         x_TD = self.embed(ids_T)
         if (after := self.after_blocks) is not None and x_TD.requires_grad:
             x_TD.register_hook(lambda grad_TD: after())
-        for block, layer in zip(self.blocks, self.config.blocks, strict=True):
-            given = (x_TD, *angles[layer.rope], shape)
+        num_rows = None if rows_S is None else len(rows_S)
+        if rows_S is not None and self.compute_dtype != torch.float32:  # see filled_length
+            rows_S = F.pad(rows_S, (0, filled_length(len(rows_S)) - len(rows_S)))
+        for number, (block, layer) in enumerate(zip(self.blocks, self.config.blocks, strict=True)):
+            given = (x_TD, *angles[layer.rope], shape, rows_S if number == len(self.blocks) - 1 else None)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # nothing in a block is random, so there is no state to keep
                 x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
@@ -355,7 +414,7 @@ class Transformer(nn.Module):
                 x_TD = block(*given)
         if after is not None:
             after()
-        h_TD = self.final_norm(x_TD)
+        h_TD = self.final_norm(x_TD)[:num_rows]
         return h_TD if self.config.logits_scaling == 1 else h_TD / self.config.logits_scaling
 
     def unembedding(self) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
+from gristmill.model import fused
+from gristmill.model.kernels import library as kernels
 from gristmill.model.transformer import soft_cap
 from gristmill.train.batches import IGNORE_LABEL
 
@@ -63,15 +65,19 @@ def _log_softmax(logits_SV: Tensor, cap: float | None) -> tuple[Tensor, Tensor |
     return torch.log_softmax(capped_SV, dim=-1), 1 - (capped_SV / cap).square_()
 
 
-def _add_product(sum_VD: Tensor, left_CV: Tensor, right_CD: Tensor) -> None:
-    """sum += left.T @ right, accumulated in fp32, without another matrix of that size."""
-    if left_CV.dtype == torch.float32:
-        sum_VD.addmm_(left_CV.T, right_CD)
-    elif left_CV.is_cuda:
-        torch.addmm(sum_VD, left_CV.T, right_CD, out_dtype=torch.float32, out=sum_VD)
-    else:  # torch has no product of bf16 with a sum in fp32 there
-        for rows in _slices(len(sum_VD), max(1, CHUNK_LOGITS // right_CD.shape[1])):
-            sum_VD[rows] += left_CV[:, rows].T @ right_CD
+def _add_products(
+    grad_CV: Tensor, weight_VD: Tensor, hidden_CD: Tensor, grad_hidden_CD: Tensor | None, grad_weight_VD: Tensor | None
+) -> None:
+    """From the gradient of a chunk's logits, that of its states; it is added to that of the weight."""
+    if grad_hidden_CD is not None:
+        torch.mm(grad_CV, weight_VD, out=grad_hidden_CD)
+    if grad_weight_VD is not None:
+        fused.add_product(grad_weight_VD, grad_CV, hidden_CD)
+
+
+def _target_logprobs(logits_CV: Tensor, statistics_C2: Tensor, targets_C1: Tensor) -> Tensor:
+    """Log-probability of each row's target."""
+    return logits_CV.gather(1, targets_C1)[:, 0].float() - statistics_C2[:, 0] - statistics_C2[:, 1]
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -83,16 +89,23 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, num_rows: int, need_grad: bool, cap: float | None
+        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, num_rows: int, need_grad: bool, in_place: bool, cap: float | None
     ) -> Tensor:
         total = hidden_RD.new_zeros((), dtype=torch.float32)
+        ctx.weight_VD = weight_VD if in_place else None
         grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad and ctx.needs_input_grad[1] else None
         for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
             hidden_CD, targets_C1 = hidden_RD[chunk], targets_R[chunk, None]
             num_real = max(0, num_rows - chunk.start)  # those behind are padding
             logits_CV = hidden_CD @ weight_VD.T  # the gradient takes their place
-            for rows in _softmax_slices(logits_CV):
+            statistics_C2 = fused.softmax_statistics(logits_CV) if cap is None else None
+            if statistics_C2 is not None:
+                total -= _target_logprobs(logits_CV, statistics_C2, targets_C1)[:num_real].sum()
+                if need_grad:
+                    real_C = (torch.arange(len(logits_CV)) < num_real).float()
+                    fused.softmax_gradient(logits_CV, statistics_C2, targets_C1, real_C, out_RV=logits_CV)
+            for rows in _softmax_slices(logits_CV) if statistics_C2 is None else ():
                 logp_SV, slope_SV = _log_softmax(logits_CV[rows], cap)
                 targets_S1, real = targets_C1[rows], max(0, num_real - rows.start)
                 total -= logp_SV.gather(1, targets_S1)[:real].sum()
@@ -102,10 +115,7 @@ class _CrossEntropySum(torch.autograd.Function):
                     grad_SV.scatter_add_(1, targets_S1, grad_SV.new_full(targets_S1.shape, -1.0))
                     grad_SV[real:] = 0.0
                     logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
-            if grad_hidden_RD is not None:
-                torch.mm(logits_CV, weight_VD, out=grad_hidden_RD[chunk])
-            if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, logits_CV, hidden_CD)
+            _add_products(logits_CV, weight_VD, hidden_CD, None if grad_hidden_RD is None else grad_hidden_RD[chunk], grad_weight_VD)
         ctx.save_for_backward(grad_hidden_RD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -114,9 +124,15 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
-        if grad_weight_VD is not None:
+        weight_VD = ctx.weight_VD
+        if grad_weight_VD is not None and weight_VD is not None and weight_VD.grad is not None:
+            weight_VD.grad.add_(grad_weight_VD, alpha=float(grad))
+            grad_weight_VD = None
+        elif grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.mul_(grad).to(ctx.weight_dtype)  # in place: a second backward pass is an error
-        return grad_hidden_RD * grad.to(grad_hidden_RD.dtype), grad_weight_VD, None, None, None, None
+            if weight_VD is not None:
+                weight_VD.grad, grad_weight_VD = grad_weight_VD, None
+        return grad_hidden_RD * grad.to(grad_hidden_RD.dtype), grad_weight_VD, None, None, None, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -127,12 +143,18 @@ class _TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, need_grad: bool, cap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, need_grad: bool, in_place: bool, cap: float | None
+    ) -> Tensor:
         logp_R = hidden_RD.new_empty(len(hidden_RD), dtype=torch.float32)
         kept = need_grad and len(hidden_RD) * len(weight_VD) <= KEPT_LOGITS and cap is None
-        slices: list[Tensor] = []
+        slices: list[Tensor] = []  # of log-softmax values; or, of each chunk, its logits and their statistics
         for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
             logits_CV = hidden_RD[chunk] @ weight_VD.T
+            if cap is None and (statistics_C2 := fused.softmax_statistics(logits_CV)) is not None:
+                logp_R[chunk] = _target_logprobs(logits_CV, statistics_C2, targets_R[chunk, None])
+                slices += [logits_CV, statistics_C2] if kept else []
+                continue
             for rows in _softmax_slices(logits_CV):
                 logp_SV, _ = _log_softmax(logits_CV[rows], cap)
                 logp_R[chunk][rows] = logp_SV.gather(1, targets_R[chunk][rows, None])[:, 0]
@@ -140,6 +162,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     slices.append(logp_SV)
         if need_grad:
             ctx.save_for_backward(hidden_RD, weight_VD, targets_R, *slices)
+            ctx.weight_VD = weight_VD if in_place else None
             ctx.cap = cap
         return logp_R
 
@@ -149,27 +172,42 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_RD, weight_VD, targets_R, *slices = ctx.saved_tensors
         kept = iter(slices)
         grad_hidden_RD = torch.empty_like(hidden_RD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] and ctx.weight_VD is None else None
+        if ctx.weight_VD is not None:
+            if ctx.weight_VD.grad is None:
+                ctx.weight_VD.grad = torch.zeros_like(ctx.weight_VD)
+            grad_weight_VD = ctx.weight_VD.grad
         for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
             hidden_CD, grad_C1, targets_C1 = hidden_RD[chunk], grad_R[chunk, None], targets_R[chunk, None]
+            if ctx.cap is None and kernels.library_for(hidden_RD) is not None:
+                logits_CV = next(kept) if slices else hidden_CD @ weight_VD.T
+                statistics_C2 = next(kept) if slices else fused.softmax_statistics(logits_CV)
+                assert statistics_C2 is not None
+                gradient_CV = torch.empty_like(logits_CV) if slices else logits_CV
+                fused.softmax_gradient(logits_CV, statistics_C2, targets_C1, -grad_C1, out_RV=gradient_CV)
+                _add_products(gradient_CV, weight_VD, hidden_CD, grad_hidden_RD[chunk], grad_weight_VD)
+                continue
             logits_CV = hidden_CD.new_empty(len(hidden_CD), len(weight_VD)) if slices else hidden_CD @ weight_VD.T
             for rows in _softmax_slices(logits_CV):
                 logp_SV, slope_SV = (next(kept), None) if slices else _log_softmax(logits_CV[rows], ctx.cap)
                 prob_SV = logp_SV.exp() if slices else logp_SV.exp_()
                 grad_SV = prob_SV.mul_(-grad_C1[rows]).scatter_add_(1, targets_C1[rows], grad_C1[rows])
                 logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
-            torch.mm(logits_CV, weight_VD, out=grad_hidden_RD[chunk])
-            if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, logits_CV, hidden_CD)
-        return grad_hidden_RD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype), None, None, None
+            _add_products(logits_CV, weight_VD, hidden_CD, grad_hidden_RD[chunk], grad_weight_VD)
+        if grad_weight_VD is None or ctx.weight_VD is not None:
+            return grad_hidden_RD, None, None, None, None, None
+        return grad_hidden_RD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None
 
 
-def _prepare(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Rows and targets padded to ROW_STEP, the weight in the states' dtype, and whether a gradient is due."""
+def _prepare(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor, Tensor, bool, bool]:
+    """Rows and targets padded to ROW_STEP, the weight in the states' dtype, whether a gradient is due, and whether the weight's is added
+    in place.
+    """
     num_extra = -len(hidden_RD) % min(ROW_STEP, _chunk_rows(len(weight_VD)))
     need_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
     padded_RD, padded_R = F.pad(hidden_RD, (0, 0, 0, num_extra)), F.pad(targets_R, (0, num_extra))
-    return padded_RD, weight_VD.to(hidden_RD.dtype), padded_R, need_grad
+    in_place = weight_VD.dtype == hidden_RD.dtype and fused.accumulates(weight_VD)
+    return padded_RD, weight_VD.to(hidden_RD.dtype), padded_R, need_grad, in_place
 
 
 def cross_entropy_sum(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, *, cap: float | None = None) -> tuple[Tensor, int]:
@@ -179,15 +217,15 @@ def cross_entropy_sum(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, *
     the rows that predict a trained target beforehand. No rows give a sum of 0 with a zero gradient.
     """
     num_rows = len(targets_R)
-    hidden_RD, weight_VD, targets_R, need_grad = _prepare(hidden_RD, weight_VD, targets_R)
-    return _CrossEntropySum.apply(hidden_RD, weight_VD, targets_R, num_rows, need_grad, cap), num_rows
+    hidden_RD, weight_VD, targets_R, *flags = _prepare(hidden_RD, weight_VD, targets_R)
+    return _CrossEntropySum.apply(hidden_RD, weight_VD, targets_R, num_rows, *flags, cap), num_rows
 
 
 def token_logprobs(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, *, cap: float | None = None) -> Tensor:
     """log softmax(hidden @ weight.T)[target] of each row, (R,) in fp32, within the same memory bound. `cap`: soft cap of the logits."""
     num_rows = len(targets_R)
-    hidden_RD, weight_VD, targets_R, need_grad = _prepare(hidden_RD, weight_VD, targets_R)
-    return _TokenLogprobs.apply(hidden_RD, weight_VD, targets_R, need_grad, cap)[:num_rows]
+    hidden_RD, weight_VD, targets_R, *flags = _prepare(hidden_RD, weight_VD, targets_R)
+    return _TokenLogprobs.apply(hidden_RD, weight_VD, targets_R, *flags, cap)[:num_rows]
 
 
 def masked_mse(scores_N5: Tensor, labels_N5: Tensor) -> tuple[Tensor, Tensor]:

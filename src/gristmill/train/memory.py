@@ -15,6 +15,7 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import read_json, write_json
 from gristmill.core.threads import num_workers
 from gristmill.model.flops import activation_bytes_per_token, block_activation_bytes_per_token
+from gristmill.model.kernels import library as kernels
 from gristmill.model.transformer import PRECISIONS
 from gristmill.train.data import backbone
 from gristmill.train.losses import loss_bytes
@@ -64,12 +65,15 @@ def estimate_memory(
     hidden = sum(parameter.numel() for parameter in decoder.blocks.parameters() if parameter.requires_grad and parameter.ndim == 2)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     workers = num_workers(model, device)
-    adapted = any(name.endswith("mlp.down.parts.down_proj.lora_A") for name, _ in decoder.named_parameters())
+    options = {
+        "adapted": any(name.endswith("mlp.down.parts.down_proj.lora_A") for name, _ in decoder.named_parameters()),
+        "compiled": device.type == "cpu" and kernels.load() is not None,
+    }
     if checkpointed:
         layers = config.num_layers * config.hidden_size * itemsize
-        per_token = layers + max(block_activation_bytes_per_token(config, block, itemsize, adapted=adapted) for block in config.blocks)
+        per_token = layers + max(block_activation_bytes_per_token(config, block, itemsize, **options) for block in config.blocks)
     else:
-        per_token = activation_bytes_per_token(config, itemsize, adapted=adapted)
+        per_token = activation_bytes_per_token(config, itemsize, **options)
         if itemsize < 4:  # the weights in the type of the computation are kept for the backward pass
             weights += sum(p.numel() for p in decoder.blocks.parameters() if p.requires_grad) * itemsize
     head = workers * loss_bytes(-(-tokens // workers), config.vocab_size, config.hidden_size, itemsize)

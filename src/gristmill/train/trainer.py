@@ -16,10 +16,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from gristmill.core.device import check_dtype, pick_device, trim_heap, zeros_outside_heap
+from gristmill.core.device import check_dtype, kept_heap, pick_device, trim_heap, zeros_outside_heap
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, read_bytes, sync, write_text
 from gristmill.core.threads import MAX_THREADED_PARAMETERS, Map, num_workers, workers
+from gristmill.model import fused
 from gristmill.model.transformer import PRECISIONS
 from gristmill.train.batches import (
     AnySample,
@@ -260,7 +261,8 @@ class Trainer:
         backbone(self.model).checkpoint_activations = self._checkpointed
         backbone(self.model).after_blocks = trim_heap if self._trims_heap else None
         try:
-            with compute_precision(self.model, self.settings.precision), workers(self.num_workers) as self._map:
+            kept = nullcontext() if self._trims_heap else kept_heap()
+            with kept, compute_precision(self.model, self.settings.precision), workers(self.num_workers) as self._map:
                 yield
         finally:
             self._map = None
@@ -304,8 +306,9 @@ class Trainer:
         scale = self._lr_scale()
         batches = self._micro_batches(samples)
         totals = _MetricSums()
-        for output in self._backward(batches, global_count(batches)):
-            totals.add(output)
+        with fused.accumulating_in_place() if self.num_workers == 1 else nullcontext():
+            for output in self._backward(batches, global_count(batches)):
+                totals.add(output)
         norm = float(nn.utils.clip_grad_norm_(self.optimizer.parameters, self.settings.clip or math.inf))
         metrics = totals.means()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):

@@ -132,8 +132,8 @@ def test_doubling_a_response_doubles_its_summed_logprob_only() -> None:
 
         config = ModelConfig("nemotron", 48, 4, (BlockConfig(1, 1, 4, 4),), 64)
 
-        def hidden(self, ids_T: torch.Tensor, shape: object) -> torch.Tensor:
-            return torch.zeros(len(ids_T), 4)
+        def hidden(self, ids_T: torch.Tensor, shape: object, rows_S: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(rows_S), 4)
 
         def unembedding(self) -> torch.Tensor:
             return torch.zeros(48, 4)

@@ -12,7 +12,7 @@ from gristmill.train.trainer import LossOutput
 
 def next_token_objective(model: Transformer, batch: TokenBatch) -> LossOutput:
     """Cross entropy over the trained targets of packed documents; the objective of pretraining and of SFT."""
-    hidden_RD = model.hidden(batch.ids_T, batch.shape)[batch.rows_R]
+    hidden_RD = model.hidden(batch.ids_T, batch.shape, batch.rows_R)
     total, count = cross_entropy_sum(hidden_RD, model.unembedding(), batch.targets_R, cap=model.config.logits_soft_cap)
     return LossOutput(total, count)
 

@@ -97,7 +97,7 @@ def response_logprobs(model: Transformer, batch: PairBatch) -> Tensor:
     Policy and reference both come from here, so that their ratio is 1 when they are one model.
     """
     tokens = batch.tokens
-    hidden_RD = model.hidden(tokens.ids_T, tokens.shape)[tokens.rows_R]
+    hidden_RD = model.hidden(tokens.ids_T, tokens.shape, tokens.rows_R)
     logprobs_R = token_logprobs(hidden_RD, model.unembedding(), tokens.targets_R, cap=model.config.logits_soft_cap)
     return logprobs_R.new_zeros(len(batch.lengths_N)).index_add(0, batch.documents_R, logprobs_R)
 

@@ -1,0 +1,239 @@
+"""Fused operations between matrix products: residual add and norm, gated activations, softmax over the vocabulary.
+
+Shapes: T tokens, D hidden size, F ffn size, R rows of logits, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gristmill.model.kernels import library as kernels
+
+MAX_PRODUCT = 2**21  # elements of a bf16 product that is made before it is added to its sum
+
+
+def norm(x: Tensor, gain_D: Tensor, bias_D: Tensor | None, *, eps: float) -> Tensor | None:
+    """RMS norm of the last dimension, or with a bias layer norm, in the type of x; None where there is no kernel for x."""
+    if kernels.library_for(x) is None:
+        return None
+    return _AddNorm.apply(x, None, gain_D, bias_D, eps)[1]
+
+
+def add_norm(x_TD: Tensor, delta_TD: Tensor, gain_D: Tensor, bias_D: Tensor | None, *, eps: float) -> tuple[Tensor, Tensor] | None:
+    """Residual add and norm: x + delta, and its norm; None where there is no kernel for x."""
+    return None if kernels.library_for(x_TD) is None else _AddNorm.apply(x_TD, delta_TD, gain_D, bias_D, eps)
+
+
+class _AddNorm(torch.autograd.Function):
+    """Keeps the sum and two numbers a row. Without a delta the sum is x itself, so that its two gradients are added here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor | None, gain_D: Tensor, bias_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        x, size = x.contiguous(), len(gain_D)
+        library = kernels.library_for(x)
+        assert library is not None
+        delta = None if delta is None else delta.contiguous()
+        total = x.view_as(x) if delta is None else torch.empty_like(x)
+        out, statistics = torch.empty_like(x), torch.empty(x.numel() // size, 2)
+        addresses = [kernels.pointer_of(tensor) for tensor in (x, delta, gain_D, bias_D, total, out, statistics)]
+        numbers = len(statistics), size, eps, int(bias_D is not None), kernels.TYPES[x.dtype], torch.get_num_threads()
+        library.gristmill_norm_forward(*addresses, *numbers)
+        ctx.save_for_backward(total, gain_D, statistics)
+        ctx.centred, ctx.adds = bias_D is not None, delta is not None
+        ctx.set_materialize_grads(False)
+        return total, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_total, grad = grads
+        if grad is None:
+            return grad_total, grad_total if ctx.adds else None, None, None, None
+        total, gain_D, statistics = ctx.saved_tensors
+        library = kernels.library_for(total)
+        assert library is not None
+        grad, grad_total = grad.contiguous(), None if grad_total is None else grad_total.contiguous()
+        grad_x = torch.empty_like(total)
+        grad_gain_D = torch.empty_like(gain_D) if ctx.needs_input_grad[2] else None
+        grad_bias_D = torch.empty_like(gain_D) if ctx.centred and ctx.needs_input_grad[3] else None
+        tensors = grad, grad_total, total, gain_D, statistics, grad_x, grad_gain_D, grad_bias_D
+        numbers = len(statistics), len(gain_D), int(ctx.centred), kernels.TYPES[total.dtype], torch.get_num_threads()
+        library.gristmill_norm_backward(*(kernels.pointer_of(tensor) for tensor in tensors), *numbers)
+        return grad_x, grad_x if ctx.adds else None, grad_gain_D, grad_bias_D, None
+
+
+def activation(gate: Tensor, up_TF: Tensor | None, kind: str) -> Tensor | None:
+    """f(gate) * up, or f(gate) where there is no up; None where there is no kernel for them.
+
+    Args:
+        gate: [T, F]; or [T, 2 F] with up behind the gate, of a gated kind.
+        kind: of kernels.ACTIVATIONS; squared ReLU has no up.
+    """
+    return None if kernels.library_for(gate) is None else _Activation.apply(gate, up_TF, kind)
+
+
+class _Activation(torch.autograd.Function):
+    """Keeps its inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up_TF: Tensor | None, kind: str) -> Tensor:
+        gate, up_TF = gate.contiguous(), None if up_TF is None else up_TF.contiguous()
+        ctx.save_for_backward(gate, up_TF)
+        ctx.kind, ctx.fused = kind, up_TF is None and kind != "squared_relu"
+        out_TF = gate.new_empty(gate.shape[0], gate.shape[1] // (2 if ctx.fused else 1))
+        _activate(gate, up_TF, out_TF, None, None, None, ctx)
+        return out_TF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up_TF = ctx.saved_tensors
+        grad_gate, grad_up_TF = torch.empty_like(gate), None if up_TF is None else torch.empty_like(up_TF)
+        _activate(gate, up_TF, None, grads[0].contiguous(), grad_gate, grad_up_TF, ctx)
+        return grad_gate, grad_up_TF, None
+
+
+def _activate(
+    gate: Tensor,
+    up_TF: Tensor | None,
+    out_TF: Tensor | None,
+    grad_TF: Tensor | None,
+    grad_gate: Tensor | None,
+    grad_up: Tensor | None,
+    ctx: Any,
+) -> None:
+    library, size = kernels.library_for(gate), gate.shape[1] // (2 if ctx.fused else 1)
+    assert library is not None
+    if ctx.fused:
+        up_TF, grad_up = gate[:, size:], None if grad_gate is None else grad_gate[:, size:]
+    addresses = [kernels.pointer_of(x) for x in (gate, up_TF, out_TF, grad_TF, grad_gate, grad_up)]
+    numbers = gate.shape[0], size, gate.shape[1], kernels.ACTIVATIONS[ctx.kind], kernels.TYPES[gate.dtype], torch.get_num_threads()
+    library.gristmill_activate(*addresses, *numbers)
+
+
+def softmax_statistics(logits_RV: Tensor) -> Tensor | None:
+    """Softmax of each row as fp32 numbers [R, 2]: the largest logit, and the logarithm of the sum of exp(logit - largest).
+
+    None where there is no kernel for the logits.
+    """
+    if (library := kernels.library_for(logits_RV)) is None:
+        return None
+    assert logits_RV.is_contiguous()
+    statistics_R2 = torch.empty(len(logits_RV), 2)
+    library.gristmill_softmax_forward(logits_RV.data_ptr(), statistics_R2.data_ptr(), *_sizes(logits_RV))
+    return statistics_R2
+
+
+def softmax_gradient(logits_RV: Tensor, statistics_R2: Tensor, targets_R: Tensor, factor_R: Tensor, *, out_RV: Tensor) -> None:
+    """factor * (softmax - onehot of the target) into out, which may be the logits themselves."""
+    library = kernels.library_for(logits_RV)
+    assert library is not None and logits_RV.is_contiguous() and out_RV.is_contiguous()
+    tensors = logits_RV, statistics_R2, targets_R.contiguous(), factor_R.contiguous(), out_RV
+    library.gristmill_softmax_backward(*(x.data_ptr() for x in tensors), *_sizes(logits_RV))
+
+
+def _sizes(logits_RV: Tensor) -> tuple[int, int, int, int]:
+    return len(logits_RV), logits_RV.shape[1], kernels.TYPES[logits_RV.dtype], torch.get_num_threads()
+
+
+# Copies of weights in the type of the computation, while gradients are accumulated in place; None else.
+_copies: ContextVar[dict[Tensor, Tensor] | None] = ContextVar("_copies", default=None)
+
+
+@contextmanager
+def accumulating_in_place() -> Iterator[None]:
+    """Backward passes add weights' gradients to `.grad` as they are made, with no matrix of that size in between; weights do not change.
+
+    Each weight is copied once into another type of computation, however many backward passes there are.
+    """
+    token = _copies.set({})
+    try:
+        yield
+    finally:
+        _copies.reset(token)
+
+
+def accumulates(weight: Tensor) -> bool:
+    """Whether the gradient of a weight is to be added in place: it is trained, fp32 and on a CPU, and `accumulating_in_place` is on."""
+    trained = weight.requires_grad and weight.is_leaf and torch.is_grad_enabled()
+    return trained and _copies.get() is not None and weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
+def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x weight^T + bias in the type of x, of a weight that `accumulates`."""
+    return _Linear.apply(x_TD, weight_ND, working_copy(weight_ND, x_TD.dtype), None if bias_N is None else bias_N.to(x_TD.dtype))
+
+
+def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight that `accumulates`, in the type of the computation: copied once."""
+    copies = _copies.get()
+    assert copies is not None
+    if weight.dtype == dtype:
+        return weight.detach()
+    if weight not in copies:
+        copies[weight] = weight.detach().to(dtype)
+    return copies[weight]
+
+
+def add_gradient(weight_ND: Tensor, grad_TN: Tensor, x_TD: Tensor) -> None:
+    """Add the gradient of a weight that `accumulates`, where x weight^T had this gradient."""
+    if weight_ND.grad is None:
+        weight_ND.grad = torch.mm(grad_TN.T, x_TD).float()
+    else:
+        add_product(weight_ND.grad, grad_TN, x_TD)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor, used_ND: Tensor, bias_N: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TD, used_ND)
+        ctx.weight_ND = weight_ND
+        return F.linear(x_TD, used_ND, bias_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_TN,), (x_TD, used_ND), weight_ND = grads, ctx.saved_tensors, ctx.weight_ND
+        add_gradient(weight_ND, grad_TN, x_TD)
+        grad_x_TD = grad_TN @ used_ND if ctx.needs_input_grad[0] else None
+        return grad_x_TD, None, None, grad_TN.sum(0) if ctx.needs_input_grad[3] else None
+
+
+def embedding(ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+    """Rows of a weight that `accumulates`."""
+    return _Embedding.apply(ids_T, weight_VD)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(ids_T)
+        ctx.weight_VD = weight_VD
+        return F.embedding(ids_T, weight_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        (ids_T,), weight_VD = ctx.saved_tensors, ctx.weight_VD
+        if weight_VD.grad is None:
+            weight_VD.grad = torch.zeros_like(weight_VD)
+        weight_VD.grad.index_add_(0, ids_T, grads[0])
+        return None, None
+
+
+def add_product(sum_VD: Tensor, left_TV: Tensor, right_TD: Tensor) -> None:
+    """sum += left^T right, accumulated in fp32, without another matrix of that size."""
+    if left_TV.dtype == torch.float32:
+        sum_VD.addmm_(left_TV.T, right_TD)
+    elif left_TV.is_cuda:
+        torch.addmm(sum_VD, left_TV.T, right_TD, out_dtype=torch.float32, out=sum_VD)
+    else:  # torch has no product of bf16 with a sum in fp32 there
+        step = max(1, MAX_PRODUCT // right_TD.shape[1])
+        for start in range(0, len(sum_VD), step):
+            sum_VD[start : start + step] += left_TV[:, start : start + step].T @ right_TD

@@ -1,0 +1,1 @@
+"""Compiled kernels of the model's forward and backward passes on CPUs."""

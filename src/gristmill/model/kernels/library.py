@@ -1,0 +1,58 @@
+"""ctypes bindings of the model's CPU kernels (kernels.cpp)."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gristmill.core.native import build_library
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of activations, as the kernels are told them
+ACTIVATIONS = {"silu": 0, "gelu": 1, "squared_relu": 2}
+
+
+class Attention(ctypes.Structure):
+    """ctypes mirror of `Attention` in kernels.cpp."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int32)
+            for name in ("heads", "kv_heads", "head_dim", "pairs", "window", "threads", "num_documents", "num_groups")
+        ),
+        ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("documents", "groups", "cos", "sin")),
+    ]
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The compiled library, or None where it cannot be had."""
+    library = build_library(Path(__file__).with_name("kernels.cpp"), "model")
+    if library is None:
+        return None
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+    for name, arguments in {
+        "attention_forward": [ctypes.POINTER(Attention)] + [pointer] * 3,
+        "attention_backward": [ctypes.POINTER(Attention)] + [pointer] * 5,
+        "norm_forward": [pointer] * 7 + [number] * 2 + [real] + [number] * 3,
+        "norm_backward": [pointer] * 8 + [number] * 5,
+        "activate": [pointer] * 6 + [number] * 2 + [ctypes.c_int64] + [number] * 3,
+        "softmax_forward": [pointer] * 2 + [number] * 4,
+        "softmax_backward": [pointer] * 5 + [number] * 4,
+    }.items():
+        function = getattr(library, f"gristmill_{name}")
+        function.restype, function.argtypes = None, arguments
+    return library
+
+
+def library_for(x: Tensor) -> ctypes.CDLL | None:
+    """The compiled library where it computes with such tensors."""
+    return load() if x.device.type == "cpu" and x.dtype in TYPES else None
+
+
+def pointer_of(x: Tensor | None) -> int | None:
+    """Address of a tensor's first element; null for None."""
+    return None if x is None else x.data_ptr()

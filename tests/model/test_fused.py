@@ -1,0 +1,119 @@
+"""Compiled norms, activations, softmax and in-place gradients against torch in fp64."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gristmill.model import fused
+from gristmill.model.kernels import library as kernels
+
+pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
+rows, widths = st.integers(0, 140), st.sampled_from([1, 3, 8, 16, 31, 64, 100])
+
+
+def drawn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul_(scale).requires_grad_()
+
+
+def exact(*tensors: Tensor) -> list[Tensor]:
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
+def assert_same(ours: Any, plain: Any, inputs: list[Tensor], exact_inputs: list[Tensor]) -> None:
+    """Values and gradients, a random gradient coming from above."""
+    upstream = [torch.randn(x.shape, generator=torch.Generator().manual_seed(9)) for x in ours]
+    grads = torch.autograd.grad(ours, inputs, upstream)
+    plain_grads = torch.autograd.grad(plain, exact_inputs, [x.double() for x in upstream])
+    for one, other in zip((*ours, *grads), (*plain, *plain_grads), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * max([1.0, *other.detach().abs().flatten().tolist()]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows, widths, st.booleans(), st.booleans())
+def test_a_norm_and_the_sum_before_it(count: int, width: int, centred: bool, adds: bool) -> None:
+    inputs = [drawn(count, width, seed=0, scale=3.0), drawn(width, seed=1)]
+    inputs += [drawn(width, seed=2)] if centred else []
+    inputs += [drawn(count, width, seed=3)] if adds else []
+    exacts = exact(*inputs)
+
+    def of(x: Tensor, gain: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + rest[-1] if adds else x
+        if centred:
+            return total, F.layer_norm(total, (width,), gain, rest[0], 0.01)
+        return total, F.rms_norm(total, (width,), gain, 0.01)
+
+    bias, delta = inputs[2] if centred else None, inputs[-1] if adds else None
+    if delta is None:
+        ours, plain = [fused.norm(inputs[0], inputs[1], bias, eps=0.01)], of(*exacts)[1:]
+    else:
+        ours, plain = fused.add_norm(inputs[0], delta, inputs[1], bias, eps=0.01), of(*exacts)
+    assert_same(ours, plain, inputs, exacts)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows, widths, st.sampled_from(["silu", "gelu", "squared_relu"]), st.booleans(), st.sampled_from([1.0, 30.0]))
+def test_an_activation(count: int, width: int, kind: str, together: bool, scale: float) -> None:
+    gated = kind != "squared_relu"
+    inputs = [drawn(count, width * (2 if gated and together else 1), seed=0, scale=scale)]
+    inputs += [drawn(count, width, seed=1)] if gated and not together else []
+    exacts = exact(*inputs)
+    gate, up = exacts[0].chunk(2, -1) if gated and together else (exacts[0], exacts[-1])
+    plain = {"silu": F.silu(gate), "gelu": F.gelu(gate, approximate="tanh"), "squared_relu": F.relu(gate).square()}[kind]
+    ours = fused.activation(inputs[0], inputs[1] if len(inputs) > 1 else None, kind)
+    assert_same([ours], [plain * up if gated else plain], inputs, exacts)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.sampled_from([1, 2, 15, 16, 17, 1000, 4099]), st.sampled_from([1.0, 100.0, 3e4]))
+def test_softmax_over_the_vocabulary(count: int, vocab_size: int, scale: float) -> None:
+    logits = drawn(count, vocab_size, seed=0, scale=scale).detach()
+    targets, factor = torch.arange(count) * 7 % vocab_size, torch.linspace(-1, 2, count)
+    statistics = fused.softmax_statistics(logits)
+    assert statistics is not None
+    (exact_logits,) = exact(logits)
+    logp = exact_logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    ours = logits.gather(1, targets[:, None])[:, 0] - statistics[:, 0] - statistics[:, 1]
+    torch.testing.assert_close(ours.double(), logp, rtol=1e-6, atol=2e-6)
+    (gradient,) = torch.autograd.grad(-(logp * factor).sum(), exact_logits)
+    out = torch.empty_like(logits)
+    fused.softmax_gradient(logits, statistics, targets, factor, out_RV=out)
+    torch.testing.assert_close(out.double(), gradient, rtol=1e-5, atol=1e-6)
+    fused.softmax_gradient(logits, statistics, targets, factor, out_RV=logits)
+    assert torch.equal(logits, out)
+
+
+def test_bf16_is_rounded_once() -> None:
+    x, gain = drawn(40, 33, seed=0).bfloat16(), drawn(33, seed=1).detach()
+    normed = fused.norm(x, gain, None, eps=0.01)
+    assert normed is not None and torch.equal(normed, F.rms_norm(x.float(), (33,), gain, 0.01).bfloat16())
+    squared = fused.activation(x, None, "squared_relu")
+    assert squared is not None and torch.equal(squared, x.float().relu().square().bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_are_added_in_place_are_autograds(dtype: torch.dtype) -> None:
+    tables, weights, biases = ([drawn(*shape, seed=5) for _ in range(2)] for shape in ((11, 6), (4, 6), (4,)))
+    ids = torch.tensor([3, 3, 10, 0])
+
+    def loss(number: int, *, in_place: bool) -> Tensor:
+        table, weight, bias = tables[number], weights[number], biases[number]
+        rows_TD = (fused.embedding(ids, table) if in_place else F.embedding(ids, table)).to(dtype)
+        if in_place:
+            assert fused.accumulates(weight) and not fused.accumulates(weight.detach())
+            return fused.linear(rows_TD, weight, bias).float().square().sum()
+        return F.linear(rows_TD, weight.to(dtype), bias.to(dtype)).float().square().sum()
+
+    for _ in range(3):
+        loss(0, in_place=False).backward()
+    with fused.accumulating_in_place():
+        for _ in range(3):
+            loss(1, in_place=True).backward()
+    assert not fused.accumulates(weights[1])
+    for plain, ours in (tables, weights, biases):
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=tolerance, atol=tolerance * float(plain.grad.abs().max()))
