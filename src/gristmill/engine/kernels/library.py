@@ -1,32 +1,20 @@
-"""Just-in-time build and ctypes bindings of the CPU kernels (*.cpp): once a machine, in a few seconds, with no header of torch.
-
-Without a compiler, or with GRISTMILL_KERNELS=0, there are none, and the engine computes with torch.
-"""
+"""ctypes bindings of the engine's CPU kernels (*.cpp)."""
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
 import struct
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
-from gristmill.core.io import sync
+from gristmill.core.native import build_library
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "linear.cpp"))
-FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
-BUILD_SECONDS = 120
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of activations, as the kernels are told them
 CACHE_TYPES = TYPES | {torch.int8: 2, torch.float8_e4m3fn: 3}
 # `Product` in linear.cpp, as bytes, which are made in less time than a ctypes structure: pointers to activations, matrix, scales of both,
 # bias and output, then types, sizes and threads.
 PRODUCT = struct.Struct("6P7i")
-log = logging.getLogger(__name__)
 
 
 class Layer(ctypes.Structure):
@@ -68,17 +56,8 @@ class Step(ctypes.Structure):
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be had."""
-    if os.environ.get("GRISTMILL_KERNELS") == "0":
-        return None
-    compiler = os.environ.get("CXX", "g++")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gristmill"
-    try:
-        path = folder / f"kernels-{_key(compiler)}.so"
-        if not path.exists():
-            _build(compiler, path)
-        library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as e:
-        log.info("no compiled attention, torch attends instead: %s", e)
+    library = build_library(SOURCES, "engine")
+    if library is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     for name, arguments in {
@@ -102,21 +81,3 @@ def load() -> ctypes.CDLL | None:
         ctypes.c_void_p,
     ]
     return library
-
-
-def _key(compiler: str) -> str:
-    """Cache key: another source, compiler or processor needs another library."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=BUILD_SECONDS).stdout
-    cpu = Path("/proc/cpuinfo")
-    flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpu.exists() else ""
-    parts = (*(source.read_bytes() for source in SOURCES), version, " ".join(FLAGS).encode(), flags.encode(), platform.machine().encode())
-    return hashlib.blake2b(b"\0".join(parts), digest_size=10).hexdigest()
-
-
-def _build(compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:  # beside the goal, so that the last step is a rename
-        built = Path(temporary) / path.name
-        subprocess.run([compiler, *FLAGS, "-o", str(built), *map(str, SOURCES)], check=True, capture_output=True, timeout=BUILD_SECONDS)
-        sync(built)  # half a library would crash whoever loads it
-        built.replace(path)

@@ -30,7 +30,7 @@ class Attention(ctypes.Structure):
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be had."""
-    library = build_library(Path(__file__).with_name("kernels.cpp"), "model")
+    library = build_library([Path(__file__).with_name("kernels.cpp")], "model")
     if library is None:
         return None
     pointer, number, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
