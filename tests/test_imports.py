@@ -44,7 +44,7 @@ NEVER = {
 STANDARD_LIBRARY_ONLY = ["sandbox.zygote", "sandbox.jail", "sandbox.seccomp", "sandbox.split", "sandbox.wire", "sandbox.test_runner"]
 
 # On machines with a GPU, and nowhere else.
-COMES_WITH_TORCH = {"engine.kernels.triton_attention": "triton"}
+COMES_WITH_TORCH = {"engine.kernels.triton_attention": "triton", "engine.kernels.triton_norm": "triton"}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(PACKAGE.rglob("*.py"))
