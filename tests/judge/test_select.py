@@ -267,6 +267,14 @@ def test_lengths_of_a_pair_may_be_kept_near() -> None:
     assert len(pair(judging(), judged)[0]) == 1
 
 
+def test_an_answer_that_loops_is_paired_at_any_length() -> None:
+    rows = [verified("p", 0, True, text="short"), verified("p", 1, False, text="it goes on and on " * 40, finished=False)]
+    near = judging(max_length_difference=0.2, max_repetition=0.3)
+    (made,), _ = pair(near, rows)
+    assert made.rejected.startswith("it goes on and on") and not made.rejected_finished
+    assert pair(judging(max_length_difference=0.2), rows)[1]["funnel"] == {"lengths too far apart": 1}  # where nobody calls it a loop
+
+
 def test_a_pair_remembers_which_answer_was_cut_off() -> None:
     (made,), _ = pair(judging(), [verified("a", 0, True), verified("a", 1, False, finished=False)])
     assert made.chosen_finished and not made.rejected_finished

@@ -271,8 +271,11 @@ def _pairs_of(
 
 
 def _near_in_length(one: Response, other: Response, judging: Judging) -> bool:
+    """Whether the sides of a pair are about as long. One that loops is as long as it was let, and so compares with any."""
+    if judging.max_length_difference == 1 or any(loops(r.text, judging) for r in (one, other)):
+        return True
     shorter, longer = sorted((len(one.text), len(other.text)))
-    return judging.max_length_difference == 1 or longer - shorter <= judging.max_length_difference * longer
+    return longer - shorter <= judging.max_length_difference * longer
 
 
 def _repaired_pairs(repaired: Sequence[Response], group: Sequence[Response], judging: Judging) -> list[Compared]:

@@ -67,6 +67,9 @@ class Judging(Section):
         1.0, ge=0, le=1, description="share of repeated 4-grams of words beyond which an answer loops and is not good; 1: off"
     )
     max_length_difference: float = Field(
-        1.0, ge=0, le=1, description="share of the longer answer's characters by which a pair's answers may differ; 1: off"
+        1.0,
+        ge=0,
+        le=1,
+        description="share of the longer answer's characters by which a pair's answers may differ, unless one loops; 1: off",
     )
     repair: Repair | None = Field(None, description="edits of answers that fail verifiable instructions; none: off")
