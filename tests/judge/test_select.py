@@ -268,7 +268,7 @@ def test_lengths_of_a_pair_may_be_kept_near() -> None:
 
 
 def test_an_answer_that_loops_is_paired_at_any_length() -> None:
-    rows = [verified("p", 0, True, text="short"), verified("p", 1, False, text="it goes on and on " * 40, finished=False)]
+    rows = [verified("p", 0, True), replace(verified("p", 1, False), text="it goes on and on " * 40, finished=False)]
     near = judging(max_length_difference=0.2, max_repetition=0.3)
     (made,), _ = pair(near, rows)
     assert made.rejected.startswith("it goes on and on") and not made.rejected_finished

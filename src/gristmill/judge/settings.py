@@ -70,6 +70,6 @@ class Judging(Section):
         1.0,
         ge=0,
         le=1,
-        description="share of the longer answer's characters by which a pair's answers may differ, unless one loops; 1: off",
+        description="share of the longer answer's characters by which those of a pair may differ, unless one loops; 1: off",
     )
     repair: Repair | None = Field(None, description="edits of answers that fail verifiable instructions; none: off")
