@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
-from gristmill.core.io import read_bytes, replacing
+from gristmill.core.io import read_bytes, replacing, write_jsonl
 from gristmill.core.untrusted import quoted_path
 from gristmill.data.chat import Message, conversation, to_dicts
 from gristmill.engine.engine import Engine
@@ -169,9 +169,7 @@ class ChatSession:
             return
         talks = [*self.earlier, *([tuple(self.talk)] if len(self.talk) > len(self.system) else [])]
         with replacing(self.history) as path:
-            path.write_text(
-                "".join(json.dumps({"messages": to_dicts(talk)}, ensure_ascii=False) + "\n" for talk in talks), encoding="utf-8"
-            )
+            write_jsonl(path, ({"messages": to_dicts(talk)} for talk in talks))
 
 
 def _read_history(file: Path) -> list[tuple[Message, ...]]:
