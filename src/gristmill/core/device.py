@@ -88,17 +88,11 @@ def free_memory(device: torch.device) -> int:
 @contextmanager
 def returned_at_once() -> Iterator[None]:
     """Large blocks of memory go back to the system as soon as they are freed; glibc else keeps the holes that they leave in its heap."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another C library
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    _set_heap(mmap_threshold=1 << 20)
     try:
         yield
     finally:  # what glibc comes to by itself when blocks of this size are freed, and how much it then keeps: faster for activations
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        _set_heap(mmap_threshold=32 << 20, trim_threshold=64 << 20)
 
 
 def zeros_outside_heap(like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -121,18 +115,21 @@ def zeros_outside_heap(like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 @contextmanager
 def kept_heap() -> Iterator[None]:
     """Freed memory is kept for what comes next, which else costs a page fault each 4 KiB; it goes back at the end."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another C library
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    _set_heap(mmap_threshold=32 << 20, trim_threshold=2**31 - 1)
     try:
         yield
     finally:
-        mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        _set_heap(trim_threshold=64 << 20)
         trim_heap()
+
+
+def _set_heap(mmap_threshold: int | None = None, trim_threshold: int | None = None) -> None:
+    """Bytes from which glibc maps a block by itself, and free bytes from which it gives its heap back; nothing in other C libraries."""
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_MMAP_THRESHOLD, mmap_threshold), (M_TRIM_THRESHOLD, trim_threshold)):
+            if value is not None:
+                mallopt(option, value)
 
 
 def trim_heap() -> None:
