@@ -24,7 +24,7 @@ TRAINING = (
     "optimizer lr muon_lr schedule warmup_ratio warmup_steps min_lr_ratio steps epochs batch_size micro_batch_tokens "
     "checkpoint_activations weight_decay clip precision lora"
 )
-PREFERENCE = f"{TRAINING} loss beta eta label_smoothing sft_weight logprobs num_prompts num_pairs keep_chosen"
+PREFERENCE = f"{TRAINING} loss beta eta label_smoothing sft_weight logprobs num_prompts num_pairs temperatures keep_chosen"
 ANSWERS = "samples temperatures max_tokens"
 JUDGING = (
     "reward llm keep keep_chosen max_per_prompt max_judged_per_prompt max_per_task max_per_topic min_votes max_pairs_per_prompt "

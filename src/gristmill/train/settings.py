@@ -1,8 +1,8 @@
 """Sections of recipes about training."""
 
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from gristmill.core.config import Section, check
 from gristmill.core.errors import InputError
@@ -25,6 +25,8 @@ class Lora(Section):
 
 class Training(Section):
     """One training stage, as long as `steps` or `epochs` say. What is left out is chosen by the model's size (docs/settings.md)."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"lora"})
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float | None = Field(None, gt=0, description="default by the model's size")
@@ -51,16 +53,11 @@ class Training(Section):
             raise ValueError("lora trains with optimizer: adamw, since muon is made for whole matrices")
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = handler(self)
-        if self.lora is None:  # recipes and stages of earlier versions stay equal to today's
-            values.pop("lora", None)
-        return values
-
 
 class PreferenceTraining(Training):
     """DPO and its relatives."""
+
+    added: ClassVar[frozenset[str]] = Training.added | {"temperatures"}
 
     loss: Loss = "dpo"
     beta: float = Field(0.1, gt=0)
@@ -70,6 +67,7 @@ class PreferenceTraining(Training):
     logprobs: Literal["sum", "mean"] = "sum"
     num_prompts: int = Field(400, gt=0, description="prompts that pairs are made for")
     num_pairs: int = Field(10_000, gt=0, description="pairs to train on, at most")
+    temperatures: tuple[float, ...] = Field((), description="of the answers that pairs are made of; none: those of answers")
     keep_chosen: str = Field("", description="instead of judging.keep_chosen, for this stage")
 
 

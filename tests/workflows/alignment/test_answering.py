@@ -26,7 +26,9 @@ def prompt(name: str, task: str = "sums", **more: Any) -> Prompt:
     return Prompt(name, task, (Message("user", f"Ask {name}"),), "model", **more)
 
 
-def answered(folder: Path, text: Any, prompts: list[Prompt], max_characters: int = 10**6) -> tuple[list[Response], list[Request]]:
+def answered(
+    folder: Path, text: Any, prompts: list[Prompt], max_characters: int = 10**6, temperatures: tuple[float, ...] = ()
+) -> tuple[list[Response], list[Request]]:
     """Answers of a fake model to prompts, and what it was asked."""
     recipe = check(AlignmentRecipe, {"world": "miniature", "answers": {"samples": 5}})
     asked: list[Request] = []
@@ -52,7 +54,7 @@ def answered(folder: Path, text: Any, prompts: list[Prompt], max_characters: int
         return rows
 
     client = BatchingClient(Fake(), 1000)
-    return answer(context, client, prompts, 0, folder=folder, reward_folder=None, work=work), asked
+    return answer(context, client, prompts, 0, folder=folder, reward_folder=None, work=work, temperatures=temperatures), asked
 
 
 def test_samples_are_spread_over_the_temperatures(tmp_path: Path) -> None:
@@ -65,6 +67,11 @@ def test_samples_are_spread_over_the_temperatures(tmp_path: Path) -> None:
     assert artifacts.RESPONSES.read(tmp_path) == rows
     again, asked = answered(tmp_path, lambda r, k: "other", [prompt("a"), prompt("b")])
     assert again == rows and not asked, "nothing is drawn twice"
+
+
+def test_a_stage_of_pairs_has_its_own_temperatures(tmp_path: Path) -> None:
+    rows, _ = answered(tmp_path, lambda r, k: f" {r.sampling.temperature} {k}", [prompt("a")], temperatures=(0.3,))
+    assert [r.temperature for r in rows] == [0.3] * 5
 
 
 def test_a_repeated_answer_to_a_prompt_counts_as_a_vote(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ GIVEN: dict[str, Any] = {  # another value of every key, by the first stage that
     "07-r1-code-sft": {"code_sft": {"lr": 2e-5}},
     "08-r1-general-sft": {"general_sft": {"lr": 2e-5}, "judging": {"code_share": 0.9}},
     "09-r1-dpo-pairs": {
-        "dpo": {"num_prompts": 1, "num_pairs": 9, "keep_chosen": "correctness >= -98"},
+        "dpo": {"num_prompts": 1, "num_pairs": 9, "temperatures": [0.3], "keep_chosen": "correctness >= -98"},
         "judging": {
             "llm": True,
             "keep_chosen": "correctness >= -98",

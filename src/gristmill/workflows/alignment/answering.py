@@ -36,6 +36,7 @@ def answer(
     reward_folder: Path | None,
     work: Work[Result],
     repair: bool = False,
+    temperatures: tuple[float, ...] = (),
 ) -> Result:
     """Judged answers to prompts, `answers.samples` each, and what `work` makes of them while the judges can still be asked.
 
@@ -45,6 +46,7 @@ def answer(
         folder: the stage's, for the journals and the responses.
         reward_folder: of the reward model that the run has trained; None where it has none.
         repair: add repaired answers (`judging.repair`).
+        temperatures: instead of `answers.temperatures`.
     """
 
     def request_id(prompt: Prompt, sampling: SamplingParams) -> str:
@@ -56,7 +58,8 @@ def answer(
             async with opened(client):
                 writer = Writer(context.cached(client, journal), context.templates, seed)
                 judges = context.judges(stack, folder, reward_folder=reward_folder, client=writer.client)
-                samplings = context.recipe.answers.sampling()
+                answers = context.recipe.answers
+                samplings = (answers.model_copy(update={"temperatures": temperatures}) if temperatures else answers).sampling()
                 async with shown(writer.client, context.progress.tick, len(prompts) * len(samplings)):
                     rows = await answer_prompts(writer, prompts, samplings, request_id=request_id, strip=False)
                 rows = [r for r in rows if context.holds(conversation_of(r))]
@@ -94,7 +97,17 @@ def answer_pairs(
         return pairs, facts | judges.left_out()
 
     repair = judging.repair is not None and judging.repair.pairs
-    return answer(context, client, prompts, seed, folder=folder, reward_folder=reward_folder, work=work, repair=repair)
+    return answer(
+        context,
+        client,
+        prompts,
+        seed,
+        folder=folder,
+        reward_folder=reward_folder,
+        work=work,
+        repair=repair,
+        temperatures=settings.temperatures,
+    )
 
 
 def prompt_demonstrations(prompts: Sequence[Prompt], kept: Sequence[Demonstration], max_per_task: int) -> list[Demonstration]:

@@ -398,6 +398,7 @@ def _pairs(
         settings.num_pairs,
         settings.keep_chosen,
         len(context.run.stages),  # which the seed is made of
+        *([settings.temperatures] if settings.temperatures else []),
     ]
     done = context.run.stage(name, inputs, work, artifacts=[*PAIR_FILES, artifacts.CALLS])
     state.made[name] = done.fingerprint
