@@ -58,3 +58,25 @@ def test_ifevals_file_and_another_models_answers(tmp_path: Path, tiny_base: Path
     write(out, rows[:1])
     with pytest.raises(InputError, match="no answer .* to prompt 2, 'Say two words.'"):
         evaluate(engine, prompts, quiet, max_tokens=5, seed=0, against=out)
+
+
+def test_a_killed_evaluation_asks_only_for_what_is_missing(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, prompts, quiet = load_engine(tiny_base), write(tmp_path / "ifeval.jsonl", IFEVAL), Progress(quiet=True)
+    out, asked, generate = tmp_path / "answers.jsonl", [], engine.generate
+
+    def watched(requests: Any) -> Any:
+        for r, outs in generate(requests):
+            asked.append(r.id)
+            yield r, outs
+
+    monkeypatch.setattr(engine, "generate", watched)
+    how: dict[str, Any] = {"max_tokens": 5, "seed": 0, "greedy": True, "out": out}
+    whole, wanted = evaluate(engine, prompts, quiet, **how, identity="one"), out.read_bytes()
+    journal = tmp_path / "answers.jsonl.journal"
+    journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0] + b'{"id": "torn')
+    out.unlink()
+    asked.clear()
+    assert evaluate(engine, prompts, quiet, **how, identity="one") == whole and out.read_bytes() == wanted
+    assert len(asked) == 1
+    evaluate(engine, prompts, quiet, **how, identity="another model")
+    assert len(asked) == 3

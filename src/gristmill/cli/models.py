@@ -280,7 +280,7 @@ def eval(
     format: ChatFormat = "auto",
     seed: Seed = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Greedy answers alone, as IFEval wants them.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the greedy answers.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the greedy answers; killed, it goes on.")] = None,
     against: Annotated[Path | None, typer.Option(help="Answers of another model (its --out), to compare with in pairs.")] = None,
     unsafe_code: Unsafe = False,
     quiet: Quiet = False,
@@ -291,7 +291,7 @@ def eval(
     from gristmill.engine.load import EngineArgs, load_engine
     from gristmill.model.adapters import is_adapter
     from gristmill.model.hf import saved_as
-    from gristmill.workflows.evaluate import evaluate
+    from gristmill.workflows.evaluate import evaluate, model_identity
 
     running = EngineArgs(dtype=dtype, quantize=quantize, head=head, cache=cache, chat_format=format, device=device)
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
@@ -305,6 +305,7 @@ def eval(
             greedy=greedy,
             out=out,
             against=against,
+            identity=model_identity(model, running),
         )
     scores.pop("outcomes")
     if as_json:

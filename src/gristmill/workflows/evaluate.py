@@ -1,25 +1,28 @@
 """Evaluation of one model on prompts with known answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import write_jsonl
+from gristmill.core.io import stamp, write_jsonl
 from gristmill.core.progress import Progress
 from gristmill.data.chat import Message, to_dicts
 from gristmill.data.human import HumanData
 from gristmill.data.readers import read_prompts
-from gristmill.data.rows import Prompt, read_records
+from gristmill.data.rows import Prompt, make_id, read_records
 from gristmill.engine.engine import Engine
 from gristmill.engine.parity import divergence
 from gristmill.evaluate.instructions import instruction_scores, instruction_verdicts, looping, paired_scores
 from gristmill.evaluate.runner import MODES, evaluate_model
 from gristmill.evaluate.stats import accuracy, paired
 from gristmill.generation.api import Completion, Request, SamplingParams
+from gristmill.generation.cached import completions_of
 from gristmill.judge.programs import Verifier, check_tests, is_code
 from gristmill.miniature.source import MiniatureSource
+from gristmill.runs.journal import Journal
 from gristmill.sandbox.sandbox import Sandbox
 
 
@@ -34,13 +37,15 @@ def evaluate(
     greedy: bool = False,
     out: Path | None = None,
     against: Path | None = None,
+    identity: str = "",
 ) -> dict[str, Any]:
     """Greedy and sampled accuracy on a file's prompts with truths, or on the miniature world's; IFEval's scores of verifiable instructions.
 
     Args:
         greedy: ask for greedy answers alone.
-        out: JSONL file for the greedy answers.
+        out: JSONL file for the greedy answers. Beside it is a journal, so that a killed evaluation goes on where it was.
         against: such a file of another model on the same prompts, to be compared with in pairs.
+        identity: of the model and of how it runs; answers of another one in the journal are not taken.
 
     Raises:
         InputError: a file is wrong, or `against` answers other prompts.
@@ -52,7 +57,8 @@ def evaluate(
     answers: dict[str, Completion] = {}
 
     def run(requests: list[Request]) -> dict[str, Any]:
-        done = {r.id: c for r, c in progress.track(engine.generate(requests), len(requests))}
+        with Journal(out.with_name(f"{out.name}.journal")) if out is not None else nullcontext() as journal:
+            done = {r.id: c for r, c in progress.track(_answered(engine, requests, journal, identity), len(requests))}
         answers.update({p.id: done[f"{p.id}-greedy"][0] for p in prompts})
         return done
 
@@ -87,6 +93,27 @@ def evaluate(
         said = [(*r.messages, Message("assistant", outs[0].text)) for r, outs in own.generate(asked) if outs[0].text.strip()]
         scores["quantized"] = divergence(engine, said)
     return scores
+
+
+def model_identity(folder: Path, running: object) -> str:
+    """Identity of a model folder, by its files' contents, and of how it is run."""
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return make_id([(path.name, stamp(path)) for path in files], repr(running))
+
+
+def _answered(
+    engine: Engine, requests: Sequence[Request], journal: Journal | None, identity: str
+) -> Iterator[tuple[Request, list[Completion]]]:
+    """Completions of the requests: those of an earlier start from the journal, then the others, journalled as they come."""
+    if journal is None:
+        yield from engine.generate(requests)
+        return
+    keys = {r.id: make_id(identity, r.id, to_dicts(r.messages), asdict(r.sampling), r.seed) for r in requests}
+    found = {r.id: completions_of(journal[keys[r.id]]) for r in requests if keys[r.id] in journal}
+    yield from ((r, found[r.id]) for r in requests if found.get(r.id))
+    for r, outs in engine.generate([r for r in requests if not found.get(r.id)]):
+        journal.append({"id": keys[r.id], "out": [[c.text, c.num_tokens, None, c.finish] for c in outs]})
+        yield r, outs
 
 
 def _read_answers(path: Path, prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
