@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gristmill.cli.app import AsJson, ChatFormat, Quiet, RunDevice, RunOut, Unsafe, command, end_with_alarms, given
+from gristmill.cli.app import AsJson, ChatFormat, Out, Quiet, RunDevice, RunOut, Unsafe, command, end_with_alarms, given
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
@@ -144,6 +144,55 @@ def compare(
     echo(text)
     if out:
         echo(str(write_comparison(table, out)), err=as_json)
+
+
+@command("gristmill claims --seeds 3 --only rpo --only accumulate")
+def claims(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")] = "miniature",
+    out: Out = Path("runs/claims"),
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Seeds, from 0; an interval needs two.")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="A claim by its name, again for each; default all. --list names them.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; default one for each core, two at most.")] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Make again what was made from other files.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Run nothing: list the claims and the runs that each needs.")] = False,
+    unsafe_code: Unsafe = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """What of the report holds here: a recipe and its controls over several seeds, and one table. Run it again after a kill."""
+    import os
+
+    from gristmill.core.config import find_recipe
+    from gristmill.core.io import make_folder, write_json
+    from gristmill.core.progress import Progress
+    from gristmill.report.claims import CLAIMS, claims_lines, measure_claims, write_claims
+    from gristmill.runs.reader import read_run
+    from gristmill.workflows.claims import plan, run_grid
+
+    chosen = [c for c in CLAIMS if not only or c.name in only]
+    if unknown := set(only or ()) - {c.name for c in CLAIMS}:
+        raise InputError(f"There is no claim {sorted(unknown)[0]!r}: choose of {', '.join(c.name for c in CLAIMS)}.")
+    if list_:
+        rows = [{"claim": c.name, "text": c.text, "figure": c.figure, "runs": c.variants} for c in chosen]
+        echo(json.dumps(rows) if as_json else "\n".join(f"{r['claim']:<18} {r['text']} ({', '.join(r['runs'])})" for r in rows))
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = jobs or min(2, cores)
+    make_folder(out)
+    runs = plan(find_recipe(recipe, "alignment"), out, list(dict.fromkeys(v for c in chosen for v in c.variants)), range(seeds))
+    with Progress(quiet=quiet) as progress, progress.stage("claims"):
+        failed = run_grid(runs, progress, jobs=jobs, threads=max(1, cores // jobs), redo=redo, unsafe_code=unsafe_code)
+    finished = {seed: {r.variant: read_run(r.folder) for r in runs if r.seed == seed and r.name not in failed} for seed in range(seeds)}
+    table = measure_claims(chosen, finished)
+    write_json(out / "results.json", {"recipe": recipe, "seeds": seeds, "claims": table, "failed": failed})
+    page = write_claims(out, table, f"{recipe}, {seeds} seeds, {len(runs) - len(failed)} runs")
+    echo(json.dumps({"claims": table, "failed": failed, "report": str(page)}) if as_json else "\n".join(claims_lines(table)))
+    for name, line in failed.items():
+        echo(f"gristmill: {name} failed: {line} Mend it and run the same command again; its log is {out / name}.log.", err=True)
+    if not as_json:
+        echo(f"report: {page}")
+    if failed:
+        raise typer.Exit(3)
 
 
 @command("gristmill init --model ./llama --demonstrations demos.jsonl --ratings rated.jsonl --evaluation test.jsonl --out mine.yaml")
