@@ -49,6 +49,7 @@ class BenchmarkArgs:
         chat: generated answers are asked for as a message, in the model's chat format.
         out: folder for answers, samples and results; with it a killed evaluation goes on where it was.
         against: such a folder of another model, compared with in pairs.
+        subsets: of tasks that have some, the only ones; none: all.
         contamination: folder of a run, or a file of rows, whose texts test items are looked for in.
     """
 
@@ -62,6 +63,7 @@ class BenchmarkArgs:
     against: Path | None = None
     contamination: Path | None = None
     unsafe_code: bool = False
+    subsets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -155,7 +157,12 @@ def _parts(args: BenchmarkArgs) -> list[_Part]:
     parts = []
     for task in find_tasks(args.tasks):
         num_fewshot = task.num_fewshot if args.num_fewshot is None else args.num_fewshot
-        for data in read_task(task, args.data, num_fewshot=num_fewshot):
+        read = read_task(task, args.data, num_fewshot=num_fewshot)
+        if task.subsets and args.subsets:
+            if unknown := [name for name in args.subsets if name not in {data.subset for data in read}]:
+                raise InputError(f"{task.task} has no subset {unknown[0]!r}: choose among {', '.join(data.subset for data in read)}.")
+            read = [data for data in read if data.subset in args.subsets]
+        for data in read:
             prompter = Prompter(data, num_fewshot=num_fewshot, seed=args.seed)
             parts.append(_Part(data, num_fewshot, prompter.items(args.limit)))
     return parts
