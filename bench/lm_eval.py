@@ -7,7 +7,8 @@
 The first compares, for each task and subset, the first items: prompts and continuations byte for byte, log-likelihoods, answers, what is
 extracted of them, and metrics; ties within 1e-5 are told. Both read the same rows. It exits 1 if anything differs.
 The second counts requests a second of processor time, in one thread, of lm-eval's HF back-end and of ours.
-The third scores questions about the miniature world's lands by lm-eval's `local-completions` through `gristmill serve MODEL`, and in process.
+The third scores questions about the miniature world's lands by lm-eval's `local-completions` through `gristmill serve MODEL`, and in
+process.
 VENV needs lm-eval 0.4.13, and nothing of gristmill. Programs that a model wrote are compared as texts, and not run.
 """
 
@@ -180,7 +181,7 @@ def write_task(data: TaskData, items: int, folder: Path, package: Path) -> None:
 def compare_benchmarks(args: argparse.Namespace) -> bool:
     """Run both on the same rows; prints a line of JSON a task. Whether anything differs."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_ALLOW_CODE_EVAL": "1", "OMP_NUM_THREADS": "1"}
+    env |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ALLOW_CODE_EVAL", "OMP_NUM_THREADS"), "1")
     found = subprocess.run([args.lm_eval_python, "-c", "import lm_eval; print(lm_eval.__file__)"], env=env, capture_output=True, text=True)
     package = Path(found.stdout.strip()).parent
     torch.set_num_threads(1)
@@ -207,7 +208,8 @@ def compare_benchmarks(args: argparse.Namespace) -> bool:
         before = time.process_time()
         engine = load_engine(args.model, EngineArgs(device="cpu", dtype="fp32"))
         loaded = time.process_time() - before
-        ours = BenchmarkArgs(tasks=names, data=args.data, limit=args.items, out=folder / "ours", subsets=tuple(args.subsets.split(",")) if args.subsets else ())
+        subsets = tuple(args.subsets.split(",")) if args.subsets else ()
+        ours = BenchmarkArgs(tasks=names, data=args.data, limit=args.items, out=folder / "ours", subsets=subsets)
         with Progress(quiet=True) as progress, progress.stage("eval"):
             report = run_benchmarks(lambda: EngineSource(engine), {"model": str(args.model)}, ours, progress)
         spent = time.process_time() - before - loaded
@@ -229,7 +231,8 @@ def compare_task(name: str, theirs: dict[str, Any], report: dict[str, Any], rows
     """What differs of a task: prompts, log-likelihoods, answers, what was extracted, metrics."""
     samples = theirs["samples"][f"x_{name}"]
     first = samples[0]["filter"]
-    line: dict[str, Any] = {"task": name, "items": len(rows), "requests": 0, "prompts": 0, "worst": 0.0, "answers": 0, "extracted": 0, "scores": 0}
+    line: dict[str, Any] = {"task": name, "items": len(rows), "worst": 0.0}
+    line |= dict.fromkeys(("requests", "prompts", "answers", "extracted", "scores"), 0)
     for sample in samples:
         row = rows[sample["doc_id"]]
         if "continuations" in row:

@@ -36,7 +36,8 @@ SURFACE = {
     "--step-tokens --speculative-config --device --format --seed --json",
     "score": "MODEL --data --dtype --device --format --json",
     "eval": (
-        "MODEL --prompts --max-tokens --dtype --quantize --head --cache --device --format --seed --greedy --out -o --against --unsafe-code "
+        "MODEL --tasks --data --endpoint --endpoint-model --api-key-env --num-fewshot --limit --subsets --chat --contamination "
+        "--prompts --max-tokens --dtype --quantize --head --cache --device --format --seed --greedy --out -o --against --unsafe-code "
         "--quiet -q --json"
     ),
     "quantize": "MODEL --out -o --to --group --dtype --text --json",

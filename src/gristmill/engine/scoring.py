@@ -99,7 +99,8 @@ class PrefixScorer:
         waiting = list(reversed(texts))
         under_way: _Text | None = None
         while (waiting or under_way) and not (stop and stop.is_set()):
-            step, taken = SchedulerOutput(), []
+            step = SchedulerOutput()
+            taken: list[tuple[_Text, int]] = []
             tokens, rows = self.step_tokens, self.max_rows
             while tokens > 0 and rows > 0 and len(taken) < NUM_SLOTS and (under_way or waiting):
                 text = under_way or waiting.pop()
@@ -211,8 +212,8 @@ class PrefixScorer:
 
 def shares(texts: Sequence[_Text], count: int) -> list[Sequence[_Text]]:
     """Contiguous shares of sorted texts for so many workers, of about as many tokens each."""
+    if not texts:
+        return [[]] * count
     ends = np.cumsum([text.length for text in texts])
-    cuts = [0, *(int(np.searchsorted(ends, ends[-1] * i / count)) for i in range(1, count)), len(texts)] if len(texts) else [0] * (count + 1)
+    cuts = [0, *(int(np.searchsorted(ends, ends[-1] * i / count)) for i in range(1, count)), len(texts)]
     return [texts[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
-
-

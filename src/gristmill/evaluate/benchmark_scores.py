@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.evaluate.stats import clustered, paired, wilson
+from gristmill.evaluate.stats import clustered, wilson
 
 NUM_RESAMPLES = 1000
 CLOSE = 1e-5  # nats between two choices that another machine's arithmetic may rank otherwise
@@ -94,12 +94,6 @@ def group(parts: Mapping[str, Sequence[Outcome]], scores: Mapping[str, Mapping[s
             pooled = sum((size - 1) * error**2 * size for size, error in zip(sizes, errors, strict=True)) / (sum(sizes) - len(sizes))
             one["stderr"] = math.sqrt(pooled / sum(sizes))
     return micro
-
-
-def compare(before: Mapping[int, float], after: Mapping[int, float]) -> dict[str, Any]:
-    """Difference of two models on the documents that both answered, in pairs."""
-    both = [number for number in after if number in before]
-    return paired([before[number] for number in both], [after[number] for number in both])
 
 
 def margin(values: Sequence[float]) -> float | None:

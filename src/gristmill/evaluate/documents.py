@@ -162,9 +162,8 @@ class _Source:
         if not parts:
             files = self.find(name)
             if not files and column:  # the Hub's copy: a folder for each value of the column
-                files = sorted(
-                    path for place in self.folders for path in place.glob(f"*/{name}-*-of-*.parquet") if path.parent.name not in ("all", "auxiliary_train")
-                )
+                found = [path for place in self.folders for path in place.glob(f"*/{name}-*-of-*.parquet")]
+                files = sorted(path for path in found if path.parent.name not in ("all", "auxiliary_train"))
             if not files:
                 raise InputError(self._missing(name))
             docs = self._documents(name, files, notes)
@@ -173,9 +172,9 @@ class _Source:
                 if task.subsets and not (isinstance(key, str) and key):
                     raise InputError(f"{files[0]} has a document without {column or 'subset'!r}, which names its part of {task.task}.")
                 parts.setdefault(key, []).append(doc)
-        if task.subsets and task.subsets.names and name == task.evaluated_split:
-            if missing := [subset for subset in task.subsets.names if subset not in parts]:
-                notes.append(f"{len(missing)} of {len(task.subsets.names)} subsets have no file ({', '.join(missing[:3])}..)")
+        missing = [subset for subset in (task.subsets.names if task.subsets else ()) if subset not in parts]
+        if missing and name == task.evaluated_split:
+            notes.append(f"there are no documents of {', '.join(missing[:3])}{' and others' * (len(missing) > 3)}")
         num, spec = sum(map(len, parts.values())), task.splits[name]
         if spec.count and num not in (spec.count, *spec.counts):
             notes.append(f"{num:,} documents, and the published split {name} has {spec.count:,}")
@@ -266,10 +265,8 @@ def read_table(path: Path) -> list[Doc]:
     if name.endswith(".csv"):
         return list(_csv_rows(text, path))
     try:
-        if name.endswith(".jsonl"):
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            rows = json.loads(text)
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows = [json.loads(line) for line in lines] if name.endswith(".jsonl") else json.loads(text)
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is not JSON ({reason(e)}): download it again.") from e
     if isinstance(rows, dict):

@@ -94,7 +94,7 @@ class Prompter:
         if not self._excludes:
             return self.draw.sample(range(len(pool)), num)
         if len(pool) <= num:
-            raise InputError(f"{self.data.name} draws {num + 1} shots, of which a document itself is left out, and its pool has {len(pool)}.")
+            raise InputError(f"{self.data.name} draws one shot more than {num}, lest it be the document, and its pool has {len(pool)}.")
         drawn = [i for i in self.draw.sample(range(len(pool)), num + 1) if pool[i] != doc][:num]
         if len(drawn) < num:  # the pool has the document several times
             drawn = self.draw.sample([i for i, one in enumerate(pool) if one != doc], num)

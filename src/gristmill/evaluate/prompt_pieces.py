@@ -20,11 +20,8 @@ MAX_LOOP_DEPTH = 2
 ONE_EXPRESSION = re.compile(r"\s*\{\{((?:(?!\{\{|\}\}|\{%).)*)\}\}\s*", re.S)
 FILTERS = ("capitalize", "default", "first", "int", "join", "last", "length", "list", "lower", "map", "replace", "string", "trim", "upper")
 REFUSED = (nodes.Macro, nodes.CallBlock, nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends, nodes.Block)
-SAFE_METHODS = {
-    str: {"strip", "lstrip", "rstrip", "lower", "upper", "capitalize", "title", "split", "startswith", "endswith", "index", "find", "replace"},
-    list: {"index", "count"},
-    dict: {"get", "items", "keys", "values"},
-}
+TEXT_METHODS = "strip lstrip rstrip lower upper capitalize title split startswith endswith index find replace"
+SAFE_METHODS = {str: set(TEXT_METHODS.split()), list: {"index", "count"}, dict: {"get", "items", "keys", "values"}}
 
 
 def hellaswag_clean(text: str) -> str:

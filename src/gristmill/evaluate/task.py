@@ -147,7 +147,8 @@ class Task(Section):
         if self.test_split is None and self.validation_split is None:
             raise ValueError("give test_split or validation_split: one is evaluated")
         if wrong := [m.metric for m in self.metric_list if m.metric not in METRICS[self.output_type]]:
-            raise ValueError(f"metric {wrong[0]} is none of {self.output_type}, whose metrics are {', '.join(sorted(METRICS[self.output_type]))}")
+            known = ", ".join(sorted(METRICS[self.output_type]))
+            raise ValueError(f"metric {wrong[0]} is none of {self.output_type}, whose metrics are {known}")
         if (self.output_type == "multiple_choice") != (self.doc_to_choice is not None):
             raise ValueError("doc_to_choice belongs to output_type multiple_choice, which needs it")
         if self.own is not None and self.output_type != "generate_until":

@@ -99,7 +99,7 @@ class EngineSource:
             if num < 1:
                 raise InputError(f"The continuation {continuation[:60]!r} adds no token to its context: choices must be texts.")
             if num > self.max_length:
-                raise InputError(f"A continuation has {num} tokens and the model's context is {self.max_length}: use a model with a longer one.")
+                raise InputError(f"A continuation has {num} tokens and the model's context is {self.max_length}: use another model.")
             if len(whole) > self.max_length + 1:
                 whole = whole[-(self.max_length + 1) :]
                 kept[number] = len(self.engine.tokenizer.decode(whole[: max(0, len(whole) - num)], continued=True))
@@ -171,7 +171,7 @@ class EndpointSource:
         values = json.loads(told)
         if not values:
             raise InputError(
-                f"{self.base_url} ({self.model}) repeats no prompt with log-probabilities (echo and logprobs of /completions), without which "
+                f"{self.base_url} ({self.model}) repeats no prompt with its log-probabilities (echo, logprobs of /completions), without which "
                 "no choice can be scored: use a server that does, as `gristmill serve` or vLLM, or tasks that generate."
             )
         total, num = 0.0, 0
@@ -216,8 +216,7 @@ def _complete(endpoint: Endpoint, requests: Iterable[Request]) -> Iterator[tuple
                 if e.status == 200 and "empty" in str(e):
                     return request, [Completion("", 0, (), "stop")]
                 raise InputError(
-                    f"The endpoint does not answer request {int(request.id) + 1}: {e}. What was answered is kept: mend this and run the same "
-                    "command again."
+                    f"The endpoint does not answer request {int(request.id) + 1}: {e}. What was answered is kept: mend this and run it again."
                 ) from e
 
         async def rows() -> AsyncIterator[tuple[Request, list[Completion]]]:

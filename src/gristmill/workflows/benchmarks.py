@@ -11,7 +11,7 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import lock, make_folder, read_json, write_json, write_jsonl
 from gristmill.core.progress import Progress
 from gristmill.data.rows import make_id, read_records
-from gristmill.evaluate.benchmark_scores import CLOSE, Outcome, compare, group, margin, score
+from gristmill.evaluate.benchmark_scores import CLOSE, Outcome, group, margin, score
 from gristmill.evaluate.documents import TaskData, read_task
 from gristmill.evaluate.harness import (
     INVALID,
@@ -26,6 +26,7 @@ from gristmill.evaluate.harness import (
     programs,
     text_sizes,
 )
+from gristmill.evaluate.stats import paired
 from gristmill.evaluate.task import FEWSHOT_SEED, Task, find_tasks
 from gristmill.runs.journal import Journal
 from gristmill.sandbox.sandbox import Sandbox
@@ -34,6 +35,7 @@ from gristmill.workflows.contamination import contaminated
 
 BATCH = 64  # programs that the sandbox gets at once
 RESULTS, ANSWERS, MODEL, SAMPLES = "results.json", "answers.jsonl", "evaluation.json", "samples"
+Pairs = list[tuple[float, float]]
 Store = dict[str, dict[str, Any]] | Journal
 
 
@@ -126,6 +128,7 @@ def run_benchmarks(
         sandbox = stack.enter_context(Sandbox(unsafe=args.unsafe_code) if codes else nullcontext())
         outcomes: dict[str, list[Outcome]] = {}
         results: dict[str, dict[str, Any]] = {}
+        pairs: dict[str, Pairs] = {}
         for part in parts:
             found, rows = _judge(part, store, args, sandbox, progress)
             for outcome in found:
@@ -133,7 +136,8 @@ def run_benchmarks(
             outcomes[part.name] = found
             results[part.name] = _summary(part, found, rows, marked is not None)
             if earlier is not None:
-                results[part.name]["against"] = _compared(part, rows, earlier)
+                column, pairs[part.name] = _paired(part, rows, earlier)
+                results[part.name]["against"] = _difference(column, pairs[part.name])
             if args.out is not None:
                 write_jsonl(args.out / SAMPLES / f"{part.name}.jsonl", _samples(part, found, rows))
     settings = {
@@ -144,8 +148,8 @@ def run_benchmarks(
         "chat": args.chat,
         "contamination": None if args.contamination is None else str(args.contamination),
     }
-    report = {"model": dict(model), "settings": settings, "tasks": results, "groups": _groups(parts, outcomes, results)}
-    report |= {"seconds": round(time.monotonic() - started, 1)}
+    report: dict[str, Any] = {"model": dict(model), "settings": settings, "tasks": results}
+    report |= {"groups": _groups(parts, outcomes, results=results, pairs=pairs), "seconds": round(time.monotonic() - started, 1)}
     if args.against is not None:
         report["against"] = str(args.against)
     if args.out is not None:
@@ -210,7 +214,8 @@ def _ask(part: _Part, source: AnswerSource, store: Store, args: BenchmarkArgs, p
         left = (time.monotonic() - started) / max(1, done) * (len(names) - done)
         return f"{part.name}, {int(left) // 60}:{int(left) % 60:02d} left"
 
-    for done, (number, answer) in enumerate(progress.track(answers, len(names), note), 1):
+    for number, answer in progress.track(answers, len(names), note):
+        done += 1
         _keep(store, {"id": names[number], **{k: v for k, v in asdict(answer).items() if v is not None}})
 
 
@@ -222,12 +227,15 @@ def _judge(
 ) -> tuple[list[Outcome], list[dict[str, Any]]]:
     """What each answer was worth, and its record."""
     task = part.task
-    outcomes, rows, runs = [], [], []
+    outcomes: list[Outcome] = []
+    rows: list[dict[str, Any]] = []
+    runs: list[Any] = []
     for item in part.items:
         asked = part.requests(item, args.chat)
         told = [store[name] for name, _ in asked]
         outcome = Outcome(item.number)
-        row: dict[str, Any] = {"doc_id": item.number, "kept_chars": min((one["kept_chars"] for one in told if "kept_chars" in one), default=None)}
+        cut = [one["kept_chars"] for one in told if "kept_chars" in one]
+        row: dict[str, Any] = {"doc_id": item.number, "kept_chars": min(cut, default=None)}
         if task.output_type == "multiple_choice":
             answer = Answer(logprobs=[one["logprob"] for one in told])
             outcome.scores = choice_scores(task, item, answer)
@@ -339,7 +347,11 @@ def _shots_left(item: Item, kept: int) -> int:
 
 
 def _groups(
-    parts: Sequence[_Part], outcomes: Mapping[str, Sequence[Outcome]], results: Mapping[str, Mapping[str, Any]]
+    parts: Sequence[_Part],
+    outcomes: Mapping[str, Sequence[Outcome]],
+    *,
+    results: Mapping[str, Mapping[str, Any]],
+    pairs: Mapping[str, Pairs],
 ) -> dict[str, dict[str, Any]]:
     """Tasks of several subsets: micro over all documents, as the harness weights them, and the mean of the subsets beside it."""
     out: dict[str, dict[str, Any]] = {}
@@ -348,11 +360,8 @@ def _groups(
         metrics = {name: results[name]["metrics"] for name in mine}
         num = sum(map(len, mine.values()))
         out[task] = {"n": num, "subsets": len(mine), "metrics": group(mine, metrics)}
-        pairs = [results[name].get("against") for name in mine]
-        if all(pairs):
-            differences = [(one["mean"], one["n"]) for one in pairs if one]
-            total = sum(n for _, n in differences)
-            out[task]["against"] = {"mean": sum(mean * n for mean, n in differences) / max(1, total), "n": total, "ci95": None}
+        if told := next((one for name in mine if (one := results[name].get("against"))), None):
+            out[task]["against"] = _difference(told["column"], [pair for name in mine for pair in pairs[name]])
     return out
 
 
@@ -393,16 +402,15 @@ def _read_against(folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def _compared(part: _Part, rows: Sequence[Mapping[str, Any]], earlier: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """This model minus the other, on the documents that both answered, by the first column that both have."""
-    known = earlier.get(part.name)
-    if not known or not rows or not rows[0]["scores"]:
-        return None
-    column = next(iter(rows[0]["scores"]))
-    before, after = {}, {}
-    for item, row in zip(part.items, rows, strict=True):
-        then = known.get(make_id(_plain(item.doc)))
-        if then and column in then:
-            before[item.number], after[item.number] = float(then[column]), float(row["scores"][column])
-    return {"column": column, **compare(before, after)} if after else None
+def _paired(part: _Part, rows: Sequence[Mapping[str, Any]], earlier: Mapping[str, Mapping[str, Any]]) -> tuple[str, Pairs]:
+    """Scores of the other model and of this one on the documents that both answered, by the first column."""
+    known = earlier.get(part.name, {})
+    column = next(iter(rows[0]["scores"]), "") if rows else ""
+    before = [known.get(make_id(_plain(item.doc)), {}).get(column) for item in part.items]
+    both = [(one, row["scores"].get(column)) for one, row in zip(before, rows, strict=True)]
+    return column, [(float(one), float(other)) for one, other in both if one is not None and other is not None]
 
+
+def _difference(column: str, pairs: Pairs) -> dict[str, Any] | None:
+    """This model minus the other, with its interval; None where no document is common."""
+    return {"column": column, **paired([a for a, _ in pairs], [b for _, b in pairs])} if pairs else None
