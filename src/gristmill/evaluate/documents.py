@@ -74,7 +74,7 @@ def read_task(task: Task, folder: Path, *, num_fewshot: int) -> list[TaskData]:
         data.description = task.description
         if config.samples:
             data.pool = [dict(one) for one in config.samples]
-        elif config.prompt_file and num_fewshot:
+        elif config.prompt_file:
             data.description, data.pool = read_prompt_file(source.file(config.prompt_file.format(subset=subset)))
         elif pools is not None:
             data.pool = pools.get(subset, [])
@@ -253,7 +253,8 @@ def read_prompt_file(path: Path) -> tuple[str, list[Doc]]:
 
 
 def read_table(path: Path) -> list[Doc]:
-    """Rows of a table: Parquet, JSONL, JSON (a list, or an object with one list of objects), CSV with a header; the last three in gzip too.
+    """Rows of a table: Parquet, JSONL, JSON (a list, or an object with one list of objects), CSV with a header, the last three in gzip
+    too; and plain text, which is one document.
 
     Raises:
         InputError: it cannot be read.
@@ -262,6 +263,8 @@ def read_table(path: Path) -> list[Doc]:
     if name.endswith(".parquet") or path.name.endswith(".jsonl"):
         return read_records(path)
     text = _text(path)
+    if name.endswith(".txt"):
+        return [{"text": text}]
     if name.endswith(".csv"):
         return list(_csv_rows(text, path))
     try:

@@ -38,7 +38,7 @@ class Item:
         prompt: text to continue, or, of a rolling task, whose log-likelihood is asked for.
         gold: number of the right choice, or the right text.
         in_shots: whether the document is among its own shots.
-        shot_chars: characters of each shot, to say how many are left where a context is cut.
+        shot_chars, question_chars: sizes of each shot, and of what follows them, to say how many are left where a context is cut.
     """
 
     number: int
@@ -49,6 +49,7 @@ class Item:
     gold: int | str | tuple[int, ...] = ""
     in_shots: bool = False
     shot_chars: tuple[int, ...] = ()
+    question_chars: int = 0
 
 
 @dataclass
@@ -82,7 +83,13 @@ class Prompter:
 
     def items(self, limit: int | None = None) -> list[Item]:
         """The documents' items, of the first so many."""
-        return [self._item(number, doc) for number, doc in enumerate(self.data.docs[:limit])]
+        found = []
+        for number, doc in enumerate(self.data.docs[:limit]):
+            try:
+                found.append(self._item(number, doc))
+            except InputError as e:
+                raise InputError(f"Document {number + 1} of {self.data.name}: {e}") from e
+        return found
 
     def _places(self, doc: Doc) -> list[int]:
         """Places in the pool of a document's shots."""
@@ -128,6 +135,7 @@ class Prompter:
         if task.output_type == "loglikelihood_rolling":
             return Item(number, doc, prompt=text_piece(task.doc_to_target, doc) if isinstance(task.doc_to_target, str) else "")
         question = piece(task.doc_to_text, doc)
+        of_shots["question_chars"] = len(str(question))
         if task.output_type == "generate_until":
             return Item(number, doc, prompt=f"{head}{question}", gold=str(piece(task.doc_to_target, doc)), **of_shots)
         choices = _choices(task, doc)

@@ -171,7 +171,7 @@ class EndpointSource:
         values = json.loads(told)
         if not values:
             raise InputError(
-                f"{self.base_url} ({self.model}) repeats no prompt with its log-probabilities (echo, logprobs of /completions), without which "
+                f"{self.base_url} ({self.model}) tells no log-probabilities of a prompt (echo, logprobs of /completions), without which "
                 "no choice can be scored: use a server that does, as `gristmill serve` or vLLM, or tasks that generate."
             )
         total, num = 0.0, 0
@@ -216,7 +216,7 @@ def _complete(endpoint: Endpoint, requests: Iterable[Request]) -> Iterator[tuple
                 if e.status == 200 and "empty" in str(e):
                     return request, [Completion("", 0, (), "stop")]
                 raise InputError(
-                    f"The endpoint does not answer request {int(request.id) + 1}: {e}. What was answered is kept: mend this and run it again."
+                    f"The endpoint does not answer request {int(request.id) + 1}: {e}. Mend this, and run the same again."
                 ) from e
 
         async def rows() -> AsyncIterator[tuple[Request, list[Completion]]]:

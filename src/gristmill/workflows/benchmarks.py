@@ -277,6 +277,7 @@ def _judge_text(task: Task, item: Item, text: str, *, outcome: Outcome, row: dic
             if extracted.own is not None:
                 outcome.scores["own"] = float(all(ifeval_verdicts(item.doc, extracted.own)["strict"]))
         elif spec.metric == "pass@1":
+            row["extracted"] = extracted.by_filter
             for name, run in programs(task, item, extracted).items():
                 runs.append(((outcome, row, name if name == "own" else f"pass@1,{name}"), run))
         else:
@@ -305,6 +306,8 @@ def _summary(part: _Part, outcomes: Sequence[Outcome], rows: Sequence[Mapping[st
     }
     if (num := sum(item.in_shots for item in part.items)) > 0:
         out["notes"].append(f"{num:,} documents are among their own shots, as the harness draws them from the evaluated split")
+    if (num := sum(item.gold == -1 for item in part.items)) > 0:
+        out["notes"].append(f"{num:,} documents name no right choice among theirs, and count as wrong")
     cut = [(item, row["kept_chars"]) for item, row in zip(part.items, rows, strict=True) if row["kept_chars"] is not None]
     if cut:
         fit = min(_shots_left(item, kept) for item, kept in cut)
@@ -333,11 +336,7 @@ def _summary(part: _Part, outcomes: Sequence[Outcome], rows: Sequence[Mapping[st
 
 def _shots_left(item: Item, kept: int) -> int:
     """Shots that are whole in the characters that were kept of a context."""
-    context = item.pairs[0][0] if item.pairs else item.prompt
-    head = sum(item.shot_chars)
-    size = len(context) - head - (context.find("\n\n") + 2 if len(context) - head > kept else 0)
-    left = kept - max(0, min(size, len(context) - head))
-    count = 0
+    left, count = kept - item.question_chars, 0
     for chars in reversed(item.shot_chars):
         left -= chars
         if left < 0:
