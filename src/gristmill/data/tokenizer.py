@@ -425,13 +425,9 @@ class Tokenizer:
 
     @cached_property
     def text_prefix(self) -> list[int]:
-        """Ids that other programs put before every text: a beginning-of-text token, where the folder's files say so."""
-        config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
-        if "tokenizer.json" not in self.files or config.get("add_bos_token") is False:
+        """Ids that other programs put before every text: a beginning-of-text token, where tokenizer.json says so, which alone decides."""
+        if "tokenizer.json" not in self.files:
             return []
-        bos = self.special_ids().get("bos_token_id")
-        if config.get("add_bos_token") is True:
-            return [] if bos is None else [bos]
         whole = HFTokenizer.from_buffer(self.files["tokenizer.json"])
         whole.no_truncation()
         with_added, plain = whole.encode("a").ids, whole.encode("a", add_special_tokens=False).ids
