@@ -135,6 +135,7 @@ def test_filters_and_our_own_extraction(name: str, text: str, strict: str, flexi
 
 def test_what_is_right() -> None:
     spec = task("gsm8k").metric_list[0]
+    assert own_is_right(task("bbh"), Item(0, {}, gold=("Yes", "True")), "true")
     assert is_exact(spec, "$1,800.", "Add.\n#### 1800") and not is_exact(spec, "18.00", "18")
     item = Item(0, {"answer": "Add.\n#### 18"}, gold="Add.\n#### 18")
     assert own_is_right(task("gsm8k"), item, "18") and not own_is_right(task("gsm8k"), item, "19")

@@ -51,6 +51,8 @@ def test_groups_are_spelt_out_once() -> None:
     assert [one.task for one in find_tasks(["truthfulqa", "truthfulqa_mc1"])] == ["truthfulqa_mc1", "truthfulqa_mc2"]
     with pytest.raises(InputError, match="no task 'mmlx'.*mmlu"):
         find_tasks(["mmlx"])
+    with pytest.raises(InputError, match="ask for --tasks mmlu --subsets anatomy"):
+        find_tasks(["mmlu_anatomy"])
 
 
 def test_a_users_own_task_file(tmp_path: Path) -> None:
@@ -69,6 +71,13 @@ def test_a_users_own_task_file(tmp_path: Path) -> None:
         ({"doc_to_choice": ["a"]}, "doc_to_choice belongs to output_type multiple_choice"),
         ({"splits": {"test": {"counts": "x"}}}, "splits.test.counts"),
         ({"metric_list": []}, "metric_list"),
+        ({"doc_to_text": "{{q"}, "template '{{q' cannot be used"),
+        ({"own": {"extract": "number", "target": "{% macro x() %}{% endmacro %}"}}, "Macro has no place in a task"),
+        (
+            {"filter_list": [{"name": "a", "filter": [{"function": "regex", "regex_pattern": "("}]}]},
+            "regular expression '(' cannot be used",
+        ),
+        ({"metric_list": [{"metric": "ifeval"}]}, "metric ifeval needs instruction_id_list among columns"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(change: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ class _Source:
         if not folder.is_dir():
             raise InputError(f"The data folder {folder} {'is no folder' if folder.exists() else 'does not exist'}: give --data a folder.")
         names = dict.fromkeys((task.task, *task.folders))
-        self.folders = [folder / name for name in names if (folder / name).is_dir()]
+        self.folders = [folder / name for name in names if (folder / name).is_dir()] + [folder] * (folder.name in names)
 
     def file(self, name: str) -> Path:
         """A file of the task's folder by its name."""

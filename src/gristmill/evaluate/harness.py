@@ -36,7 +36,7 @@ class Item:
     Attributes:
         pairs: contexts and continuations whose log-likelihoods are asked for.
         prompt: text to continue, or, of a rolling task, whose log-likelihood is asked for.
-        gold: number of the right choice, or the right text.
+        gold: number of the right choice, or the right text; or several.
         in_shots: whether the document is among its own shots.
         shot_chars, question_chars: sizes of each shot, and of what follows them, to say how many are left where a context is cut.
     """
@@ -46,10 +46,15 @@ class Item:
     pairs: tuple[tuple[str, str], ...] = ()
     prompt: str = ""
     choices: tuple[str, ...] = ()
-    gold: int | str | tuple[int, ...] = ""
+    gold: int | str | tuple[int, ...] | tuple[str, ...] = ""
     in_shots: bool = False
     shot_chars: tuple[int, ...] = ()
     question_chars: int = 0
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """The right texts."""
+        return tuple(map(str, self.gold)) if isinstance(self.gold, tuple) else (str(self.gold),)
 
 
 @dataclass
@@ -137,7 +142,11 @@ class Prompter:
         question = piece(task.doc_to_text, doc)
         of_shots["question_chars"] = len(str(question))
         if task.output_type == "generate_until":
-            return Item(number, doc, prompt=f"{head}{question}", gold=str(piece(task.doc_to_target, doc)), **of_shots)
+            target = piece(task.doc_to_target, doc)
+            gold = tuple(map(str, target)) if isinstance(target, list | tuple) else str(target)
+            if task.own is not None and task.own.target:
+                text_piece(task.own.target, doc)  # which fails here rather than after the answers
+            return Item(number, doc, prompt=f"{head}{question}", gold=gold, **of_shots)
         choices = _choices(task, doc)
         target = piece(task.doc_to_target, doc)
         right = _number(question)
@@ -244,7 +253,7 @@ def _filtered(step: FilterStep, text: str, doc: Doc) -> str:
             match = next((group for group in match if group), step.fallback)
         return str(match).strip()
     if step.function == "prompt_and_answer":
-        return f"{doc['prompt']}{text}"
+        return f"{doc.get('prompt', '')}{text}"
     if step.function == "code_block":
         blocks = FENCED.findall("```" + text) or FENCED.findall(text.replace("```python", "```"))
         return FUTURE + (blocks[0] if blocks else text)
@@ -280,11 +289,10 @@ def own_is_right(task: Task, item: Item, found: str) -> bool:
     assert task.own is not None
     if found == INVALID:
         return False
-    gold = text_piece(task.own.target, item.doc) if task.own.target else str(item.gold)
+    golds = (text_piece(task.own.target, item.doc),) if task.own.target else item.golds
     if task.own.extract == "number":
-        wanted = last_number(gold)
-        return wanted is not None and last_number(found) == wanted
-    return " ".join(found.lower().split()) == " ".join(gold.lower().split()) or is_equiv(found, gold)
+        return any((wanted := last_number(gold)) is not None and last_number(found) == wanted for gold in golds)
+    return any(" ".join(found.lower().split()) == " ".join(gold.lower().split()) or is_equiv(found, gold) for gold in golds)
 
 
 def programs(task: Task, item: Item, extracted: Extracted) -> dict[str, tuple[str, str]]:

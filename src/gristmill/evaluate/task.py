@@ -4,7 +4,8 @@ A task file says where its documents come from, how a document becomes prompt pi
 the model, and how its answer becomes a score. `own` names our extraction, which is reported beside the harness's.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,6 +13,7 @@ from pydantic import Field, model_validator
 
 from gristmill.core.config import SUFFIXES, Section, check, read
 from gristmill.core.errors import InputError
+from gristmill.evaluate.prompt_pieces import compile_piece
 
 TASKS = Path(__file__).parent / "tasks"  # the shipped ones
 MAX_GEN_TOKS = 256  # the harness's, unless the task says otherwise
@@ -151,9 +153,28 @@ class Task(Section):
             raise ValueError(f"metric {wrong[0]} is none of {self.output_type}, whose metrics are {known}")
         if (self.output_type == "multiple_choice") != (self.doc_to_choice is not None):
             raise ValueError("doc_to_choice belongs to output_type multiple_choice, which needs it")
+        names = {spec.metric for spec in self.metric_list}
+        if "ifeval" in names and (lacks := {"prompt", "instruction_id_list", "kwargs"} - set(self.columns)):
+            raise ValueError(f"metric ifeval needs {min(lacks)} among columns")
+        patterns = [step.regex_pattern for chain in self.filter_list for step in chain.filter]
+        for pattern in (*patterns, *(pattern for spec in self.metric_list for pattern in spec.regexes_to_ignore)):
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise ValueError(f"the regular expression {pattern!r} cannot be used ({e})") from e
+        for template in self._templates():
+            compile_piece(template)
         if self.own is not None and self.output_type != "generate_until":
             raise ValueError("own is for generated answers: leave it out")
         return self
+
+    def _templates(self) -> Iterator[str]:
+        """All templates, so that what cannot be used is found before work is spent."""
+        config, choices = self.fewshot_config, self.doc_to_choice
+        fields = (self.description, self.doc_to_text, self.doc_to_target, config.doc_to_text, config.doc_to_target)
+        made = [template for layout in self.layouts for template in layout.doc.values()]
+        more = [*self.process_docs.values(), *made, *([choices] if isinstance(choices, str) else choices or ())]
+        yield from (one for one in (*fields, *more, self.own.target if self.own else "") if isinstance(one, str))
 
     @property
     def evaluated_split(self) -> str:
@@ -191,7 +212,9 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
     for name in names:
         one = _load(Path(name)) if name.endswith(SUFFIXES) else known.get(name)
         if one is None:
-            raise InputError(f"There is no task {name!r}: give a task file (.yaml), or one of {', '.join(known)}.")
+            whole = [task for task in known.values() if isinstance(task, Task) and task.subsets and name.startswith(f"{task.task}_")]
+            hint = f"ask for --tasks {whole[0].task} --subsets {name.removeprefix(whole[0].task + '_')}" if whole else ""
+            raise InputError(f"There is no task {name!r}: {hint or 'give a task file (.yaml), or one of ' + ', '.join(known)}.")
         for task in [one] if isinstance(one, Task) else find_tasks(one.tasks):
             if found.setdefault(task.task, task) != task:
                 raise InputError(f"Two different tasks are called {task.task!r}: rename one.")

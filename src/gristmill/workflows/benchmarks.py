@@ -197,7 +197,9 @@ def _keep(store: Store, record: dict[str, Any]) -> None:
 
 def _ask(part: _Part, source: AnswerSource, store: Store, args: BenchmarkArgs, progress: Progress) -> None:
     """Have a part's requests answered, those that are not yet."""
-    waiting = {name: what for item in part.items for name, what in part.requests(item, args.chat) if name not in store}
+    needed = "text" if part.task.output_type == "generate_until" else "logprob"
+    asked = ((name, what) for item in part.items for name, what in part.requests(item, args.chat))
+    waiting = {name: what for name, what in asked if name not in store or needed not in store[name]}
     if not waiting:
         return
     names, contents = list(waiting), list(waiting.values())
@@ -283,7 +285,7 @@ def _judge_text(task: Task, item: Item, text: str, *, outcome: Outcome, row: dic
         else:
             for name, found in extracted.by_filter.items():
                 column = f"exact_match,{name}" if task.filter_list else "exact_match"
-                outcome.scores[column] = float(is_exact(spec, found, str(item.gold)))
+                outcome.scores[column] = float(any(is_exact(spec, found, gold) for gold in item.golds))
                 if found == INVALID:
                     outcome.unparsed.append(column)
             if extracted.own is not None:
@@ -306,7 +308,7 @@ def _summary(part: _Part, outcomes: Sequence[Outcome], rows: Sequence[Mapping[st
     }
     if (num := sum(item.in_shots for item in part.items)) > 0:
         out["notes"].append(f"{num:,} documents are among their own shots, as the harness draws them from the evaluated split")
-    if (num := sum(item.gold == -1 for item in part.items)) > 0:
+    if (num := sum(item.gold in (-1, (), (-1,)) for item in part.items)) > 0:
         out["notes"].append(f"{num:,} documents name no right choice among theirs, and count as wrong")
     cut = [(item, row["kept_chars"]) for item, row in zip(part.items, rows, strict=True) if row["kept_chars"] is not None]
     if cut:
