@@ -10,6 +10,7 @@ import pytest
 
 from gristmill.core.errors import InputError
 from gristmill.evaluate.documents import TaskData, read_prompt_file, read_table, read_task
+from gristmill.evaluate.harness import Answer, Prompter, choice_scores
 from gristmill.evaluate.task import find_tasks
 from tests.evaluate.benchmarks import ARC, GSM8K, HUMANEVAL, MBPP, MMLU, MMLU_DEV, jsonl, write_data
 
@@ -49,6 +50,19 @@ def test_compressed_files_and_files_of_all_splits(tmp_path: Path) -> None:
     (mbpp,) = read("mbpp", tmp_path, 3)
     assert [doc["task_id"] for doc in mbpp.docs] == [11, 12] and [doc["task_id"] for doc in mbpp.pool] == [2, 3, 4]
     assert "\r\n" in mbpp.pool[0]["code"]
+
+
+def test_truthfulqas_published_file(tmp_path: Path) -> None:
+    targets = {"No": 0, "Yes": 1, "Never": 0}
+    row = {"question": "Why?", "mc1_targets": targets, "mc2_targets": targets}
+    (tmp_path / "truthfulqa").mkdir()
+    (tmp_path / "truthfulqa" / "mc_task.json").write_text(json.dumps([row]))
+    for name in ("truthfulqa_mc1", "truthfulqa_mc2"):
+        (data,) = read(name, tmp_path)
+        (item,) = Prompter(data, num_fewshot=0, seed=0).items()
+        assert item.choices == ("No", "Yes", "Never") and item.pairs[1][1] == " Yes"
+        found = choice_scores(data.task, item, Answer(logprobs=[-9.0, -1.0, -9.0]))
+        assert next(iter(found.values())) > 0.99
 
 
 def test_truthfulqas_table(tmp_path: Path) -> None:

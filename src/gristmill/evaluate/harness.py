@@ -212,7 +212,8 @@ def _argmax(values: Sequence[float]) -> int:
 
 def _true_share(task: Task, doc: Doc, lls: Sequence[float]) -> float:
     """Share of the choices' probability that is on the true ones."""
-    labels = doc.get("mc2_targets", {}).get("labels") if isinstance(doc.get("mc2_targets"), dict) else None
+    targets = doc.get("mc2_targets")
+    labels = targets.get("labels", list(targets.values())) if isinstance(targets, dict) else None
     if not isinstance(labels, list) or len(labels) != len(lls):
         raise InputError(f"A document of {task.task} has no mc2_targets.labels, one for each choice: give the published file.")
     top = max(lls)
