@@ -121,11 +121,13 @@ def run_benchmarks(
     marked = contaminated(args.contamination, {p.name: [i.doc for i in p.items] for p in parts}) if args.contamination else None
     with ExitStack() as stack:
         store = _open_store(args.out, model, stack)
-        source = open_source()
+        runs_code = any(spec.metric == "pass@1" for part in parts for spec in part.task.metric_list)
+        sandbox = stack.enter_context(Sandbox(unsafe=args.unsafe_code) if runs_code else nullcontext())
+        source: AnswerSource | None = None
         for part in parts:
-            _ask(part, source, store, args, progress)
-        codes = [p for p in parts if p.task.metric_list[0].metric == "pass@1"]
-        sandbox = stack.enter_context(Sandbox(unsafe=args.unsafe_code) if codes else nullcontext())
+            if waiting := _waiting(part, store, args.chat):
+                source = source or open_source()
+                _ask(part, waiting, source, store, args=args, progress=progress)
         outcomes: dict[str, list[Outcome]] = {}
         results: dict[str, dict[str, Any]] = {}
         pairs: dict[str, Pairs] = {}
@@ -195,13 +197,15 @@ def _keep(store: Store, record: dict[str, Any]) -> None:
         store[record["id"]] = record
 
 
-def _ask(part: _Part, source: AnswerSource, store: Store, args: BenchmarkArgs, progress: Progress) -> None:
-    """Have a part's requests answered, those that are not yet."""
+def _waiting(part: _Part, store: Store, chat: bool) -> dict[str, Any]:
+    """A part's requests that have no answer yet, by id."""
     needed = "text" if part.task.output_type == "generate_until" else "logprob"
-    asked = ((name, what) for item in part.items for name, what in part.requests(item, args.chat))
-    waiting = {name: what for name, what in asked if name not in store or needed not in store[name]}
-    if not waiting:
-        return
+    asked = ((name, what) for item in part.items for name, what in part.requests(item, chat))
+    return {name: what for name, what in asked if name not in store or needed not in store[name]}
+
+
+def _ask(part: _Part, waiting: Mapping[str, Any], source: AnswerSource, store: Store, *, args: BenchmarkArgs, progress: Progress) -> None:
+    """Have requests answered, and keep each answer as it comes."""
     names, contents = list(waiting), list(waiting.values())
     kind = part.task.output_type
     if kind == "multiple_choice":
