@@ -24,6 +24,9 @@ def family(engine: Engine, shared: int = 150) -> list[Continuation]:
             context = shots + ids(draw.randrange(1, 40))
             lengths = draw.choice([(1, 1, 1, 1), (1, 5, 2, 40)])
             items += [Continuation(context + ids(num), num) for num in lengths]
+    answer = ids(70)  # answers that begin alike are shared no further than where the first logits are read
+    items += [Continuation([*ids(9), *answer, one, 7], 72) for one in (1, 2)]
+    items += [Continuation([3, 4, *answer, one, 7], 72) for one in (1, 2)]
     draw.shuffle(items)
     return items
 
