@@ -401,7 +401,8 @@ class Engine:
         parts = shares(texts, count)
 
         def work(number: int, stop: Event) -> Iterator[Scored]:
-            scorer = PrefixScorer(self._decoder, self.cache_dtype, self.step_tokens)
+            longest = max((text.length for text in parts[number]), default=1)
+            scorer = PrefixScorer(self._decoder, self.cache_dtype, longest, step_tokens=self.step_tokens)
             started, before = time.perf_counter(), 0
             for scored in scorer.score(items, parts[number], stop):
                 spent = (time.perf_counter() - started) / count

@@ -78,17 +78,17 @@ class PrefixScorer:
     Args:
         decoder: may be shared with other workers.
         cache_dtype: of keys and values.
+        max_length: tokens of the longest text.
         step_tokens: most tokens of a forward pass.
     """
 
-    def __init__(self, decoder: Decoder, cache_dtype: torch.dtype, step_tokens: int | None = None) -> None:
-        max_positions = decoder.config.max_positions
+    def __init__(self, decoder: Decoder, cache_dtype: torch.dtype, max_length: int, *, step_tokens: int | None = None) -> None:
         self.step_tokens = step_tokens or MAX_STEP_TOKENS
         self.max_rows = max(1, MAX_LOGIT_ELEMENTS // decoder.config.vocab_size)
-        self.batch_state = BatchState(NUM_SLOTS, max_positions)
+        self.batch_state = BatchState(NUM_SLOTS, max_length)
         self.runner = ModelRunner(decoder, self.batch_state, cache_dtype)
         # one text before the step and those of the step; an unused block stays cached as long as nobody needs it
-        num_blocks = 2 * -(-max_positions // BLOCK_SIZE) + self.step_tokens // BLOCK_SIZE + NUM_SLOTS
+        num_blocks = 2 * -(-max_length // BLOCK_SIZE) + self.step_tokens // BLOCK_SIZE + NUM_SLOTS
         self.block_manager = BlockManager(num_blocks)
         self.runner.kv_cache.allocate(num_blocks + 1)
         self.num_computed = 0
