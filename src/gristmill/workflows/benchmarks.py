@@ -333,6 +333,9 @@ def _summary(part: _Part, outcomes: Sequence[Outcome], rows: Sequence[Mapping[st
         weak = sum(one["weak"] for row in rows for one in row.get("programs", {}).values())
         if weak:
             out["weak"] = weak
+        late = sum(one["reason"] == "timeout" for row in rows for one in row.get("programs", {}).values())
+        if late:
+            out["notes"].append(f"{late:,} programs ended at the time limit, which on a busy machine says little: run the same again")
     if marked:
         clean = [outcome for outcome in outcomes if not outcome.contaminated]
         out["contaminated"] = len(outcomes) - len(clean)
