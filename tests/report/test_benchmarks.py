@@ -37,6 +37,15 @@ def test_lines(evaluated: tuple[Path, dict[str, Any]]) -> None:
     assert any(line == "gsm8k_cot: 2 empty answers" for line in lines)
 
 
+def test_contamination_stands_beside_the_score(tmp_path: Path) -> None:
+    data = write_data(tmp_path)
+    args = BenchmarkArgs(tasks=("gsm8k_cot",), data=data, contamination=data / "gsm8k" / "test.jsonl", num_fewshot=0)
+    report = run_benchmarks(Scripted, {"name": "m"}, args, Progress(quiet=True))
+    assert "gsm8k_cot: 0 of 3 documents have 13 words in a row in the training rows" in benchmark_text(report).splitlines()
+    report["tasks"]["gsm8k_cot"]["contaminated"] = 1
+    assert "; without them exact_match,strict-match is 0.0000" in benchmark_text(report)
+
+
 def test_the_page_shows_worst_items_and_runs_nothing(evaluated: tuple[Path, dict[str, Any]]) -> None:
     page = write_benchmark_page(*evaluated).read_text()
     for part in ("mmlu by subset", "old_stones", "Wilson", "gsm8k_cot: worst items", "Tokens of an answer: 10 % at most 0", "read by own"):

@@ -68,15 +68,23 @@ def benchmark_text(report: Mapping[str, Any]) -> str:
             extra.append(f"{unparsed} unparsed")
         rows.append([name, str(entry["num_fewshot"]), column, interval(one), f"{one['n']:,}", ", ".join(extra)])
         if rows[-2][0] != name:
-            notes += [f"{name}: {note}" for note in entry["notes"]]
-            for key, what in (("contaminated", "documents have 13-grams of the training rows"), ("empty", "empty answers")):
-                if entry.get(key):
-                    notes.append(f"{name}: {entry[key]:,} {what}")
-            if pair := entry.get("against"):
-                notes.append(f"{name}: against {report['against']} {_difference(pair)}")
+            notes += _told(report, name, entry)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return visible("\n".join([*lines, *notes]))
+
+
+def _told(report: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader of a task's scores should know."""
+    yield from (f"{name}: {note}" for note in entry["notes"])
+    if "contaminated" in entry:
+        clean = entry.get("clean_metrics", {})
+        without = f"; without them {next(iter(clean))} is {interval(next(iter(clean.values())))}" if clean and entry["contaminated"] else ""
+        yield f"{name}: {entry['contaminated']:,} of {entry['n']:,} documents have 13 words in a row in the training rows{without}"
+    if entry.get("empty"):
+        yield f"{name}: {entry['empty']:,} empty answers"
+    if pair := entry.get("against"):
+        yield f"{name}: against {report['against']} {_difference(pair)}"
 
 
 def _difference(pair: Mapping[str, Any]) -> str:
@@ -100,7 +108,7 @@ def write_benchmark_page(folder: Path, report: Mapping[str, Any]) -> Path:
     top = el("header", el("p", "gristmill evaluation", class_="eyebrow"), el("h1", _title(report)), _settings(report), class_="top")
     parts: list[Markup] = [el("h2", "Scores"), table(head, rows)]
     parts.append(el("p", "Shares have Wilson's interval, other means and perplexities that of a bootstrap over documents.", class_="soft"))
-    notes = list(dict.fromkeys(f"{name}: {note}" for name, _, _, entry in benchmark_rows(report) for note in entry["notes"]))
+    notes = list(dict.fromkeys(note for name, _, _, entry in benchmark_rows(report) for note in _told(report, name, entry)))
     if notes:
         parts += [el("h2", "What to know"), el("ul", [el("li", note) for note in notes], class_="lines")]
     for task in report["groups"]:
