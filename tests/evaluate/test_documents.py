@@ -95,6 +95,7 @@ def test_other_counts_and_shots_from_another_split_are_told(tmp_path: Path) -> N
         ("gsm8k", [{"question": "?", "answer": "!"}, {"question": "?", "answer": None}], "Document 2 of .* has no answer"),
         ("mmlu", [{"question": "?", "choices": ["a"], "answer": 0}], "has not the column subject that mmlu needs"),
         ("gsm8k", [], "has no document"),
+        ("mmlu", [{"question": "?", "subject": "s", "choices": "ab", "answer": 0}], "has the choices 'ab': mmlu needs a list"),
     ],
 )
 def test_what_is_missing_is_one_sentence(name: str, spoil: list[dict[str, object]] | None, said: str, tmp_path: Path) -> None:
@@ -116,7 +117,14 @@ def test_too_few_shots_and_no_folder(tmp_path: Path) -> None:
 
 
 def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
-    for name, data in {"a.json": b"{", "b.jsonl.gz": b"no gzip", "c.json": b'{"a": 1}', "d.jsonl.gz": gzip.compress(b"[1]\n")}.items():
+    files = {"a.json": b"{", "b.jsonl.gz": b"no gzip", "c.json": b'{"a": 1}', "e.json": b'[{"a": "\\ud800"}]'}
+    for name, data in (files | {"d.jsonl.gz": gzip.compress(b"[1]\n")}).items():
+        "a.json": b"{",
+        "b.jsonl.gz": b"no gzip",
+        "c.json": b'{"a": 1}',
+        "d.jsonl.gz": gzip.compress(b"[1]\n"),
+        "e.json": b'[{"a": "\\ud800"}]',
+    }.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=name):
             read_table(tmp_path / name)

@@ -21,7 +21,7 @@ from gristmill.evaluate.harness import (
     text_sizes,
 )
 from gristmill.evaluate.task import Task, find_tasks
-from tests.evaluate.benchmarks import write_data
+from tests.evaluate.benchmarks import WINOGRANDE, jsonl, write_data
 
 
 def items(name: str, folder: Path, num_fewshot: int) -> list[Item]:
@@ -77,6 +77,9 @@ def test_the_evaluated_document_is_no_shot_of_its_own(tmp_path: Path) -> None:
     assert first.pairs == ((f"{context}Ann", " was hungry."), (f"{context}Bea", " was hungry.")) and first.gold == 1
     with pytest.raises(InputError, match="one shot more than 3"):
         items("winogrande", folder, 3)
+    jsonl(folder / "winogrande" / "validation.jsonl", WINOGRANDE[:1] * 5)
+    with pytest.raises(InputError, match="only 0 of its pool are other documents"):
+        items("winogrande", folder, 2)
 
 
 def test_prompts_of_generation(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ import pytest
 import yaml
 
 from gristmill.core.errors import InputError
+from gristmill.evaluate.documents import read_task
+from gristmill.evaluate.harness import Prompter
 from gristmill.evaluate.task import Task, TaskGroup, find_tasks, shipped
+from tests.evaluate.benchmarks import jsonl
 
 OWN: dict[str, Any] = {
     "task": "stones",
@@ -86,3 +89,15 @@ def test_what_is_wrong_is_one_sentence(change: dict[str, Any], said: str, tmp_pa
     with pytest.raises(InputError, match="task file.*stones.yaml") as error:
         find_tasks([str(path)])
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_task_file_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (tmp_path / "stones.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    (task,) = find_tasks([str(tmp_path / "stones.yaml")])
+    rows = [{"question": f" Stone {i}? ", "options": ["hard", "soft"], "right": i % 2} for i in range(5)]
+    jsonl(tmp_path / "stones" / "test.jsonl", rows)
+    jsonl(tmp_path / "stones" / "train.jsonl", rows)
+    (data,) = read_task(task, tmp_path, num_fewshot=task.num_fewshot)
+    item = Prompter(data, num_fewshot=3, seed=0).items()[1]
+    assert item.pairs[0][0].endswith("Q: Stone 1?\nA:") and item.pairs[0][0].count("A: ") == 3 and item.gold == 1

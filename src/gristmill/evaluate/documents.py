@@ -18,6 +18,7 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import read_bytes, reason
 from gristmill.core.untrusted import quoted
 from gristmill.data.rows import read_records
+from gristmill.data.tokenizer import SURROGATE
 from gristmill.evaluate.prompt_pieces import piece
 from gristmill.evaluate.task import Split, Task
 
@@ -187,7 +188,7 @@ class _Source:
         where = self.root / (self.folders[0].name if self.folders else task.task)
         spelt = f"{where}/{split}.parquet (or .jsonl)"
         also = f", or {', '.join(task.splits[split].files)} there" if task.splits[split].files else ""
-        columns = ", ".join(task.columns)
+        columns = ", ".join(task.column_types)
         return f"{task.task} needs the split {split!r}: put it at {spelt}{also}, with the columns {columns} ({task.source})."
 
     def _documents(self, split: str, files: Sequence[Path], notes: list[str]) -> list[Doc]:
@@ -201,15 +202,19 @@ class _Source:
         docs, note = _in_layout(task, docs, files[0])
         if note and note not in notes:
             notes.append(note)
-        missing = [name for name in task.columns if name not in docs[0]]
+        missing = [name for name in task.column_types if name not in docs[0]]
         if missing:
             raise InputError(
                 f"{files[0]} has not the column{'s' * (len(missing) > 1)} {', '.join(missing)} that {task.task} needs: its columns are "
                 f"{quoted(', '.join(map(str, docs[0])))[1:-1]}."
             )
         for number, doc in enumerate(docs, 1):
-            if gone := [name for name in task.columns if doc.get(name) is None]:
-                raise InputError(f"Document {number} of {files[0]} has no {gone[0]}, which {task.task} needs: mend or remove it.")
+            for name, kind in task.column_types.items():
+                if doc.get(name) is None:
+                    raise InputError(f"Document {number} of {files[0]} has no {name}, which {task.task} needs: mend or remove it.")
+                if not isinstance(doc[name], kind):
+                    what = "a list" if kind is list else "an object"
+                    raise InputError(f"Document {number} of {files[0]} has the {name} {quoted(doc[name])}: {task.task} needs {what}.")
         if task.process_docs:
             docs = [doc | {name: piece(template, doc) for name, template in task.process_docs.items()} for doc in docs]
         return docs
@@ -277,6 +282,8 @@ def read_table(path: Path) -> list[Doc]:
         rows = lists[0] if len(lists) == 1 else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path} holds no list of objects: give one object a document.")
+    if "\\ud" in text.lower() and SURROGATE.search(json.dumps(rows, ensure_ascii=False)):
+        raise InputError(f"{path} holds half of a surrogate pair, which is no text: mend or remove it.")
     return rows
 
 

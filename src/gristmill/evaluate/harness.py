@@ -109,7 +109,10 @@ class Prompter:
             raise InputError(f"{self.data.name} draws one shot more than {num}, lest it be the document, and its pool has {len(pool)}.")
         drawn = [i for i in self.draw.sample(range(len(pool)), num + 1) if pool[i] != doc][:num]
         if len(drawn) < num:  # the pool has the document several times
-            drawn = self.draw.sample([i for i, one in enumerate(pool) if one != doc], num)
+            others = [i for i, one in enumerate(pool) if one != doc]
+            if len(others) < num:
+                raise InputError(f"{self.data.name} wants {num} shots and only {len(others)} of its pool are other documents: give more.")
+            drawn = self.draw.sample(others, num)
         return drawn
 
     def _shot(self, place: int) -> str:

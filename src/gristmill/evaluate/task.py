@@ -117,7 +117,7 @@ class Task(Section):
     folders: tuple[str, ...] = Field((), description="other names of its folder in the data folder")
     configs: tuple[str, ...] = Field((), description="folders of the Hub's configurations in it")
     splits: dict[str, Split] = Field(min_length=1)
-    columns: tuple[str, ...] = Field(min_length=1, description="that every document needs")
+    columns: tuple[str, ...] = Field(min_length=1, description="that every document needs; NAME[] is a list, NAME{} an object")
     layouts: tuple[Layout, ...] = ()
     subsets: Subsets | None = None
     output_type: OutputType
@@ -154,7 +154,7 @@ class Task(Section):
         if (self.output_type == "multiple_choice") != (self.doc_to_choice is not None):
             raise ValueError("doc_to_choice belongs to output_type multiple_choice, which needs it")
         names = {spec.metric for spec in self.metric_list}
-        if "ifeval" in names and (lacks := {"prompt", "instruction_id_list", "kwargs"} - set(self.columns)):
+        if "ifeval" in names and (lacks := {"prompt", "instruction_id_list", "kwargs"} - set(self.column_types)):
             raise ValueError(f"metric ifeval needs {min(lacks)} among columns")
         patterns = [step.regex_pattern for chain in self.filter_list for step in chain.filter]
         for pattern in (*patterns, *(pattern for spec in self.metric_list for pattern in spec.regexes_to_ignore)):
@@ -167,6 +167,12 @@ class Task(Section):
         if self.own is not None and self.output_type != "generate_until":
             raise ValueError("own is for generated answers: leave it out")
         return self
+
+    @property
+    def column_types(self) -> dict[str, type]:
+        """The columns that every document needs, with the type of their values; object: any."""
+        kinds = {"[]": list, "{}": dict}
+        return {name.removesuffix(name[-2:]) if name[-2:] in kinds else name: kinds.get(name[-2:], object) for name in self.columns}
 
     def _templates(self) -> Iterator[str]:
         """All templates, so that what cannot be used is found before work is spent."""
