@@ -119,12 +119,6 @@ def test_too_few_shots_and_no_folder(tmp_path: Path) -> None:
 def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
     files = {"a.json": b"{", "b.jsonl.gz": b"no gzip", "c.json": b'{"a": 1}', "e.json": b'[{"a": "\\ud800"}]'}
     for name, data in (files | {"d.jsonl.gz": gzip.compress(b"[1]\n")}).items():
-        "a.json": b"{",
-        "b.jsonl.gz": b"no gzip",
-        "c.json": b'{"a": 1}',
-        "d.jsonl.gz": gzip.compress(b"[1]\n"),
-        "e.json": b'[{"a": "\\ud800"}]',
-    }.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=name):
             read_table(tmp_path / name)
