@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -221,9 +222,12 @@ def compare_benchmarks(args: argparse.Namespace) -> bool:
             differs |= line["differs"]
             print(json.dumps(line), flush=True)
     if args.speed:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         speeds = {"ours": round(num / spent, 2), "lm-eval": round(num / theirs["seconds"], 2)}
         told = {"requests": num, "requests a CPU second": speeds, "ratio": round(theirs["seconds"] / spent, 2)}
-        print(json.dumps(told | {"computed tokens": engine.stats.prompt_tokens, "lm-eval peak MiB": theirs["peak"] >> 20}))
+        print(
+            json.dumps(told | {"computed tokens": engine.stats.prompt_tokens, "peak MiB": {"ours": peak, "lm-eval": theirs["peak"] >> 20}})
+        )
     return differs
 
 
