@@ -9,7 +9,7 @@ extracted of them, and metrics; ties within 1e-5 are told. Both read the same ro
 The second counts requests a second of processor time, in one thread, of lm-eval's HF back-end and of ours.
 The third scores questions about the miniature world's lands by lm-eval's `local-completions` through `gristmill serve MODEL`, and in
 process.
-VENV needs lm-eval 0.4.13, and nothing of gristmill. Programs that a model wrote are compared as texts, and not run.
+VENV needs lm-eval 0.4.13 (for ifeval nltk's data too), and nothing of gristmill. Programs that a model wrote are compared as texts, and not run.
 """
 
 import argparse
@@ -224,10 +224,9 @@ def compare_benchmarks(args: argparse.Namespace) -> bool:
     if args.speed:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         speeds = {"ours": round(num / spent, 2), "lm-eval": round(num / theirs["seconds"], 2)}
-        told = {"requests": num, "requests a CPU second": speeds, "ratio": round(theirs["seconds"] / spent, 2)}
-        print(
-            json.dumps(told | {"computed tokens": engine.stats.prompt_tokens, "peak MiB": {"ours": peak, "lm-eval": theirs["peak"] >> 20}})
-        )
+        told: dict[str, Any] = {"requests": num, "requests a CPU second": speeds, "ratio": round(theirs["seconds"] / spent, 2)}
+        told |= {"computed tokens": engine.stats.prompt_tokens, "peak MiB": {"ours": peak, "lm-eval": theirs["peak"] >> 20}}
+        print(json.dumps(told))
     return differs
 
 
