@@ -9,7 +9,8 @@ extracted of them, and metrics; ties within 1e-5 are told. Both read the same ro
 The second counts requests a second of processor time, in one thread, of lm-eval's HF back-end and of ours.
 The third scores questions about the miniature world's lands by lm-eval's `local-completions` through `gristmill serve MODEL`, and in
 process.
-VENV needs lm-eval 0.4.13 (for ifeval nltk's data too), and nothing of gristmill. Programs that a model wrote are compared as texts, and not run.
+VENV needs lm-eval 0.4.13 (for ifeval nltk's data too), and nothing of gristmill. Programs that a model wrote are
+compared as texts, and not run.
 """
 
 import argparse
