@@ -31,7 +31,7 @@ MAX_LOGIT_ELEMENTS = 16 * 2**20  # held at once
 class Continuation:
     """Token ids of a context and its continuation, the last `num_tokens` of which are scored."""
 
-    ids: Sequence[int]
+    ids: Sequence[int] | np.ndarray
     num_tokens: int
 
 

@@ -19,7 +19,8 @@ from gristmill.evaluate.task import GenerationKwargs
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.generation.endpoint import Endpoint, RowFailed, Target
 
-CHUNK_TOKENS = 1 << 20  # of continuations that are encoded and held at once
+CHUNK_TOKENS = 1 << 22  # of continuations that are held at once, four bytes each
+ENCODED_TEXTS = 128  # at once: the library holds many times the ids
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,13 @@ class EngineSource:
     def name(self) -> str:
         return self.engine.name
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of texts as the harness reads them: with a beginning-of-text token where the tokenizer puts one."""
-        prefix = self.engine.tokenizer.text_prefix
-        return [prefix + ids for ids in self.engine.tokenizer.encode_batch(list(texts))]
+        tokenizer, out = self.engine.tokenizer, []
+        for begin in range(0, len(texts), ENCODED_TEXTS):
+            encoded = tokenizer.encode_batch(texts[begin : begin + ENCODED_TEXTS])
+            out += [np.array(tokenizer.text_prefix + ids, np.int32) for ids in encoded]
+        return out
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Likelihood]]:
         begin, size = 0, 0
@@ -90,27 +94,27 @@ class EngineSource:
         wholes = self._encode([context + continuation for context, continuation in joined])
         items, kept = [], {}
         for number, ((context, continuation), whole) in enumerate(zip(joined, wholes, strict=True)):
-            head = ids_of[context] if context else []
-            if not context:  # nothing to begin with
+            if context:
+                num = len(whole) - len(ids_of[context])
+            else:  # nothing to begin with
                 prefix = self.engine.tokenizer.context_id
-                whole = whole if whole[:1] == [prefix] else [prefix, *whole]
-                head = [prefix]
-            num = len(whole) - len(head)
+                whole = whole if whole[:1].tolist() == [prefix] else np.concatenate([[prefix], whole])
+                num = len(whole) - 1
             if num < 1:
                 raise InputError(f"The continuation {continuation[:60]!r} adds no token to its context: choices must be texts.")
             if num > self.max_length:
                 raise InputError(f"A continuation has {num} tokens and the model's context is {self.max_length}: use another model.")
             if len(whole) > self.max_length + 1:
                 whole = whole[-(self.max_length + 1) :]
-                kept[number] = len(self.engine.tokenizer.decode(whole[: max(0, len(whole) - num)], continued=True))
-            items.append(Continuation(np.asarray(whole, np.int32), num))  # type: ignore[arg-type]
+                kept[number] = len(self.engine.tokenizer.decode(whole[: max(0, len(whole) - num)].tolist(), continued=True))
+            items.append(Continuation(whole, num))
         for scored in self.engine.continuations(items):
             yield first + scored.index, Likelihood(scored.logprob, scored.greedy, kept.get(scored.index))
 
     def rolling(self, texts: Sequence[str]) -> Iterator[tuple[int, Likelihood]]:
         for number, text in enumerate(texts):
             (ids,) = self._encode([text])
-            windows = rolling_windows(ids, self.engine.tokenizer.context_id, self.max_length)
+            windows = rolling_windows(ids.tolist(), self.engine.tokenizer.context_id, self.max_length)
             scored = list(self.engine.continuations([Continuation(window, num) for window, num in windows]))
             yield number, Likelihood(sum(one.logprob for one in scored), all(one.greedy for one in scored))
 
@@ -129,7 +133,7 @@ class EngineSource:
                 if chat:
                     yield Request(str(number), (Message("user", prompt),), sampling, seed)
                     continue
-                (ids,) = self._encode([prompt])
+                ids = self._encode([prompt])[0].tolist()
                 if len(ids) > room:
                     ids = ids[-room:]
                     kept[str(number)] = len(self.engine.tokenizer.decode(ids, continued=True))
