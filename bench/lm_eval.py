@@ -254,7 +254,8 @@ def compare_task(name: str, theirs: dict[str, Any], report: dict[str, Any], rows
         else:
             line["answers"] += sample["resps"][0][0] != row["answer"]
             if "extracted" in row and sample["filter"] in row["extracted"]:
-                line["extracted"] += sample["filtered"][0] != row["extracted"][sample["filter"]]
+                found = sample["filtered"][0]  # of programs a list of samples
+                line["extracted"] += (found[0] if isinstance(found, list) else found) != row["extracted"][sample["filter"]]
         for metric, value in sample["scores"].items():
             wanted = row["scores"].get(metric, row["scores"].get(f"{metric},{sample['filter']}", row["scores"].get("mc2")))
             line["scores"] += wanted is None or abs(float(value) - wanted) > 1e-4
