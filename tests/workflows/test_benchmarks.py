@@ -71,6 +71,8 @@ def test_scores_subsets_and_groups(tmp_path: Path) -> None:
     assert len(report["tasks"]["mmlu_rivers"]["ties"]) == 3
     only = run(Scripted(), folder, "mmlu", subsets=("rivers",), limit=2, **SHOTS)
     assert list(only["tasks"]) == ["mmlu_rivers"] and only["tasks"]["mmlu_rivers"]["n"] == 2
+    with pytest.raises(InputError, match="None of gsm8k has subsets"):
+        run(Scripted(), folder, "gsm8k", subsets=("rivers",), **SHOTS)
     with pytest.raises(InputError, match="no subset 'lakes'"):
         run(Scripted(), folder, "mmlu", subsets=("lakes",), **SHOTS)
 

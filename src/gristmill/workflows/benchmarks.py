@@ -161,7 +161,10 @@ def run_benchmarks(
 
 def _parts(args: BenchmarkArgs) -> list[_Part]:
     parts = []
-    for task in find_tasks(args.tasks):
+    tasks = find_tasks(args.tasks)
+    if args.subsets and not any(task.subsets for task in tasks):
+        raise InputError(f"None of {', '.join(task.task for task in tasks)} has subsets: leave --subsets out.")
+    for task in tasks:
         num_fewshot = task.num_fewshot if args.num_fewshot is None else args.num_fewshot
         read = read_task(task, args.data, num_fewshot=num_fewshot)
         if task.subsets and args.subsets:
