@@ -215,8 +215,6 @@ class _Source:
                 if not isinstance(doc[name], kind):
                     what = "a list" if kind is list else "an object"
                     raise InputError(f"Document {number} of {files[0]} has the {name} {quoted(doc[name])}: {task.task} needs {what}.")
-        if task.process_docs:
-            docs = [doc | {name: piece(template, doc) for name, template in task.process_docs.items()} for doc in docs]
         return docs
 
 

@@ -115,15 +115,20 @@ class Prompter:
             drawn = self.draw.sample(others, num)
         return drawn
 
+    def _processed(self, doc: Doc) -> Doc:
+        """A document with the columns that the task makes of it; only of those that are asked or shown."""
+        made = {name: piece(template, doc) for name, template in self.task.process_docs.items()}
+        return doc | made if made else doc
+
     def _shot(self, place: int) -> str:
         if place not in self._shots:
-            doc, task, config = self.data.pool[place], self.task, self.task.fewshot_config
+            doc, task, config = self._processed(self.data.pool[place]), self.task, self.task.fewshot_config
             question = piece(task.doc_to_text if config.doc_to_text is None else config.doc_to_text, doc)
             answer = piece(task.doc_to_target if config.doc_to_target is None else config.doc_to_target, doc)
             if task.doc_to_choice is not None:
                 choices = _choices(task, doc)
-                if _number(question) is not None:  # several contexts: the right one is the question
-                    question = choices[int(question)]
+                if isinstance(question, int):  # several contexts: the right one is the question
+                    question = choices[question]
                 elif (number := _number(answer)) is not None:
                     answer = choices[number]
             if isinstance(answer, list):
@@ -135,11 +140,13 @@ class Prompter:
     def _item(self, number: int, doc: Doc) -> Item:
         task = self.task
         places = self._places(doc)
+        in_shots = self.data.pool_split == task.evaluated_split and any(self.data.pool[place] == doc for place in places)
+        doc = self._processed(doc)
         head = text_piece(self.data.description, doc) if self.data.description else ""
         shots = [self._shot(place) for place in places]
         head += "".join(shots)
         of_shots: dict[str, Any] = {"shot_chars": tuple(map(len, shots))}
-        of_shots["in_shots"] = self.data.pool_split == task.evaluated_split and any(self.data.pool[place] == doc for place in places)
+        of_shots["in_shots"] = in_shots
         if task.output_type == "loglikelihood_rolling":
             return Item(number, doc, prompt=text_piece(task.doc_to_target, doc) if isinstance(task.doc_to_target, str) else "")
         question = piece(task.doc_to_text, doc)
@@ -152,10 +159,10 @@ class Prompter:
             return Item(number, doc, prompt=f"{head}{question}", gold=gold, **of_shots)
         choices = _choices(task, doc)
         target = piece(task.doc_to_target, doc)
-        right = _number(question)
-        if right is not None:
+        if isinstance(question, int):
+            of_shots["question_chars"] = max(map(len, choices))
             pairs = tuple((f"{head}{choice}", f"{task.target_delimiter}{target}") for choice in choices)
-            return Item(number, doc, pairs, choices=tuple(choices), gold=_gold(right, choices), **of_shots)
+            return Item(number, doc, pairs, choices=tuple(choices), gold=_gold(question, choices), **of_shots)
         pairs = tuple((f"{head}{question}", f"{task.target_delimiter}{choice}") for choice in choices)
         return Item(number, doc, pairs, choices=tuple(choices), gold=_gold(target, choices), **of_shots)
 
