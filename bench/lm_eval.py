@@ -1,25 +1,44 @@
-"""lm-eval against the server: the same score as in process, to the last digit.
+"""lm-eval against gristmill: the same prompts, log-likelihoods and scores on benchmarks, and the same score over the server.
 
+    PYTHONPATH=src python bench/lm_eval.py MODEL --lm-eval-python VENV/bin/python --data DIR --tasks mmlu,arc_challenge --items 50
+    PYTHONPATH=src python bench/lm_eval.py MODEL --lm-eval-python VENV/bin/python --data DIR --tasks mmlu --items 5 --speed
     PYTHONPATH=src python bench/lm_eval.py MODEL --lm-eval-python VENV/bin/python
 
-Questions about the miniature world's lands with four answers each, as a task file over a local JSONL, are scored twice: by lm-eval's
-`local-completions` through `gristmill serve MODEL`, and in process by the same rule (the answer with the highest log-probability; per
-character, too). Prints one line of JSON, and exits 1 if the scores differ. VENV needs lm-eval, and nothing of gristmill.
+The first compares, for each task and subset, the first items: prompts and continuations byte for byte, log-likelihoods, answers, what is
+extracted of them, and metrics; ties within 1e-5 are told. Both read the same rows. It exits 1 if anything differs.
+The second counts requests a second of processor time, in one thread, of lm-eval's HF back-end and of ours.
+The third scores questions about the miniature world's lands by lm-eval's `local-completions` through `gristmill serve MODEL`, and in
+process.
+VENV needs lm-eval 0.4.13 (for ifeval nltk's data too), and nothing of gristmill. Programs that a model wrote are
+compared as texts, and not run.
 """
 
 import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from gristmill.core.progress import Progress
+from gristmill.data.rows import read_records
 from gristmill.engine.engine import Engine
-from gristmill.engine.load import load_engine
+from gristmill.engine.load import EngineArgs, load_engine
+from gristmill.evaluate.documents import TaskData, read_task
+from gristmill.evaluate.task import find_tasks
 from gristmill.miniature.world import World
+from gristmill.workflows.benchmark_sources import EngineSource
+from gristmill.workflows.benchmarks import SAMPLES, BenchmarkArgs, run_benchmarks
 
 TASK = """task: lands
 dataset_path: json
@@ -95,12 +114,178 @@ def by_lm_eval(python: str, model: Path, url: str, docs: list[dict[str, Any]]) -
     return {"acc": scores["acc,none"], "acc_norm": scores["acc_norm,none"], "version": results.get("lm_eval_version", "")}
 
 
+# ---- benchmarks ----
+
+SHIPPED = {  # our task -> lm-eval's task file; of a task with subsets by the subset's name
+    "mmlu": "mmlu/default/mmlu_{subset}.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "truthfulqa_mc1": "truthfulqa/truthfulqa_mc1.yaml",
+    "truthfulqa_mc2": "truthfulqa/truthfulqa_mc2.yaml",
+    "gsm8k": "gsm8k/gsm8k.yaml",
+    "gsm8k_cot": "gsm8k/gsm8k-cot.yaml",
+    "bbh": "bbh/cot_fewshot/{subset}.yaml",
+    "humaneval": "humaneval/humaneval.yaml",
+    "mbpp": "mbpp/mbpp.yaml",
+    "ifeval": "ifeval/ifeval.yaml",
+}
+CODE_EVAL = """import datasets
+import evaluate
+class CodeEval(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Sequence(datasets.Value("string")), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+    def _compute(self, predictions, references, k=(1,), **_):
+        return {"pass@1": 0.0}, {}
+"""
+WORKER = """import json, sys, time
+spec = json.load(open(sys.argv[1]))
+import torch
+torch.set_num_threads(1)
+import resource
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+lm = HFLM(pretrained=spec["model"], dtype="float32", device="cpu", batch_size=spec["batch"])
+before = time.process_time()
+out = simple_evaluate(model=lm, tasks=spec["tasks"], limit=spec["items"], bootstrap_iters=0, log_samples=True,
+    task_manager=TaskManager(include_path=spec["folder"], include_defaults=False), confirm_run_unsafe_code=True)
+spent = time.process_time() - before
+keep = lambda s: {"doc_id": s["doc_id"], "arguments": list(s["arguments"].values()) if isinstance(s["arguments"], dict) else s["arguments"],
+    "resps": s["resps"], "filter": s["filter"], "filtered": s["filtered_resps"],
+    "scores": {k: v for k, v in s.items() if k in ("acc", "acc_norm", "acc_bytes", "exact_match", "prompt_level_strict_acc")}}
+result = {"seconds": spent, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "samples": {k: [keep(s) for s in v] for k, v in out["samples"].items()},
+    "results": {k: {m: x for m, x in v.items() if isinstance(x, (int, float))} for k, v in out["results"].items()}}
+json.dump(result, open(sys.argv[2], "w"))
+"""
+
+
+def write_task(data: TaskData, items: int, folder: Path, package: Path) -> None:
+    """An lm-eval task over the very rows that ours reads: a shipped file with the data's place put in."""
+    task = data.task
+    made = set(task.process_docs)
+    splits = {task.evaluated_split: data.docs[: items if data.pool_split != task.evaluated_split else None]}
+    if data.pool_split and data.pool_split != task.evaluated_split and task.task != "mbpp":  # whose shots are in lm-eval's own file
+        splits[data.pool_split] = data.pool
+    files = {}
+    for split, docs in splits.items():
+        files[split] = str(folder / f"{data.name}-{split}.parquet")
+        plain = [{name: doc[name] for name in doc if name not in made and name != "row"} for doc in docs]
+        pq.write_table(pa.Table.from_pylist(plain), files[split])
+    values: dict[str, Any] = {"include": str(package / "tasks" / SHIPPED[task.task].format(subset=data.subset)), "task": f"x_{data.name}"}
+    values |= {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "num_fewshot": task.num_fewshot}
+    values |= {f"{kind}_split": None for kind in ("training", "validation", "test") if getattr(task, f"{kind}_split") not in files}
+    (folder / f"{data.name}.yaml").write_text(yaml.safe_dump(values))
+
+
+def compare_benchmarks(args: argparse.Namespace) -> bool:
+    """Run both on the same rows; prints a line of JSON a task. Whether anything differs."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ALLOW_CODE_EVAL", "OMP_NUM_THREADS"), "1")
+    found = subprocess.run([args.lm_eval_python, "-c", "import lm_eval; print(lm_eval.__file__)"], env=env, capture_output=True, text=True)
+    package = Path(found.stdout.strip()).parent
+    torch.set_num_threads(1)
+    names = tuple(args.tasks.split(","))
+    parts = [part for task in find_tasks(names) for part in read_task(task, args.data, num_fewshot=task.num_fewshot)]
+    if args.subsets:
+        chosen = set(args.subsets.split(","))
+        parts = [part for part in parts if not part.subset or part.subset in chosen]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "tasks").mkdir()
+        (folder / "code_eval").mkdir()
+        (folder / "code_eval" / "code_eval.py").write_text(CODE_EVAL)
+        for part in parts:
+            write_task(part, args.items, folder / "tasks", package)
+        spec = {"model": str(args.model.resolve()), "tasks": [f"x_{part.name}" for part in parts], "items": args.items}
+        spec |= {"folder": str(folder / "tasks"), "batch": args.batch}
+        (folder / "spec.json").write_text(json.dumps(spec))
+        command = [args.lm_eval_python, "-c", WORKER, str(folder / "spec.json"), str(folder / "out.json")]
+        done = subprocess.run(command, env=env | {"HF_HOME": str(folder / "hf")}, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-4000:])
+        theirs = json.loads((folder / "out.json").read_text())
+        before = time.process_time()
+        engine = load_engine(args.model, EngineArgs(device="cpu", dtype="fp32"))
+        loaded = time.process_time() - before
+        subsets = tuple(args.subsets.split(",")) if args.subsets else ()
+        ours = BenchmarkArgs(tasks=names, data=args.data, limit=args.items, out=folder / "ours", subsets=subsets)
+        with Progress(quiet=True) as progress, progress.stage("eval"):
+            report = run_benchmarks(lambda: EngineSource(engine), {"model": str(args.model)}, ours, progress)
+        spent = time.process_time() - before - loaded
+        differs = False
+        num = 0
+        for part in parts:
+            line = compare_task(part.name, theirs, report, read_records(folder / "ours" / SAMPLES / f"{part.name}.jsonl"))
+            num += line["requests"]
+            differs |= line["differs"]
+            print(json.dumps(line), flush=True)
+    if args.speed:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        speeds = {"ours": round(num / spent, 2), "lm-eval": round(num / theirs["seconds"], 2)}
+        told: dict[str, Any] = {"requests": num, "requests a CPU second": speeds, "ratio": round(theirs["seconds"] / spent, 2)}
+        told |= {"computed tokens": engine.stats.prompt_tokens, "peak MiB": {"ours": peak, "lm-eval": theirs["peak"] >> 20}}
+        print(json.dumps(told))
+    return differs
+
+
+def compare_task(name: str, theirs: dict[str, Any], report: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What differs of a task: prompts, log-likelihoods, answers, what was extracted, metrics."""
+    samples = theirs["samples"][f"x_{name}"]
+    first = samples[0]["filter"]
+    line: dict[str, Any] = {"task": name, "items": len(rows), "worst": 0.0}
+    line |= dict.fromkeys(("requests", "prompts", "answers", "extracted", "scores"), 0)
+    for sample in samples:
+        row = rows[sample["doc_id"]]
+        if "continuations" in row:
+            contexts = row.get("contexts") or [row["context"]] * len(row["continuations"])
+            asked = [[context, continuation] for context, continuation in zip(contexts, row["continuations"], strict=True)]
+        else:
+            asked = [[row["context"]]]
+        given = [[argument[0], argument[1]] if "continuations" in row else [argument[0]] for argument in map(_values, sample["arguments"])]
+        if sample["filter"] == first:
+            line["requests"] += len(asked)
+            line["prompts"] += asked != given
+        if "continuations" in row:
+            lls = [float(resp[0][0]) for resp in sample["resps"]]
+            line["worst"] = max([line["worst"], *(abs(a - b) for a, b in zip(lls, row["logprobs"], strict=True))])
+        else:
+            line["answers"] += sample["resps"][0][0] != row["answer"]
+            if "extracted" in row and sample["filter"] in row["extracted"]:
+                found = sample["filtered"][0]  # of programs a list of samples
+                line["extracted"] += (found[0] if isinstance(found, list) else found) != row["extracted"][sample["filter"]]
+        for metric, value in sample["scores"].items():
+            wanted = row["scores"].get(metric, row["scores"].get(f"{metric},{sample['filter']}", row["scores"].get("mc2")))
+            line["scores"] += wanted is None or abs(float(value) - wanted) > 1e-4
+    metrics = report["tasks"][name]["metrics"]
+    known = theirs["results"][f"x_{name}"]
+    line["lm-eval"] = {k: v for k, v in known.items() if "stderr" not in k and k.split(",")[0] not in ("alias", "pass@1")}
+    line["ours"] = {k: v["value"] for k, v in metrics.items() if v["value"] is not None}
+    line["ties"] = len(report["tasks"][name].get("ties", ()))
+    line["differs"] = bool(line["prompts"] or line["worst"] > 1e-3 or line["answers"] or line["extracted"] or line["scores"])
+    return line
+
+
+def _values(argument: Any) -> list[Any]:
+    return list(argument.values()) if isinstance(argument, dict) else list(argument)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--lm-eval-python", required=True)
     parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--tasks", default="")
+    parser.add_argument("--subsets", default="", help="of mmlu and bbh, the only ones")
+    parser.add_argument("--items", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--speed", action="store_true")
     args = parser.parse_args()
+    if args.tasks:
+        sys.exit(compare_benchmarks(args))
     docs = questions(args.questions)
     command = [sys.executable, "-m", "gristmill.cli", "serve", str(args.model), "--port", "0", "--name", "model"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

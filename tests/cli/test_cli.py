@@ -36,7 +36,8 @@ SURFACE = {
     "--step-tokens --speculative-config --device --format --seed --json",
     "score": "MODEL --data --dtype --device --format --json",
     "eval": (
-        "MODEL --prompts --max-tokens --dtype --quantize --head --cache --device --format --seed --greedy --out -o --against --unsafe-code "
+        "MODEL --tasks --data --endpoint --endpoint-model --api-key-env --num-fewshot --limit --subsets --chat --contamination "
+        "--prompts --max-tokens --dtype --quantize --head --cache --device --format --seed --greedy --out -o --against --unsafe-code "
         "--quiet -q --json"
     ),
     "quantize": "MODEL --out -o --to --group --dtype --text --json",
@@ -216,6 +217,29 @@ def test_a_model_folder_that_is_not_there(args: list[str], tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     assert "none" in complaint(*args)
     assert not list(tmp_path.iterdir())
+
+
+def test_benchmarks_are_listed() -> None:
+    found = CliRunner().invoke(app, ["eval", "tasks", "--json"])
+    rows = {row["task"]: row for row in json.loads(found.stdout)}
+    assert rows["mmlu"]["n"] == 14042 and rows["mmlu"]["files"] == ["mmlu/test.parquet", "mmlu/dev.parquet"]
+    assert rows["mbpp"]["licence"] == "CC-BY-4.0" and rows["truthfulqa"]["tasks"] == ["truthfulqa_mc1", "truthfulqa_mc2"]
+    assert "wants gsm8k/test.parquet" in CliRunner().invoke(app, ["eval", "tasks"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["eval"], "Give a model folder"),
+        (["eval", "m", "--tasks", "mmlu"], "--data"),
+        (["eval", "--tasks", "mmlu", "--data", "."], "either a model folder, or --endpoint"),
+        (["eval", "--endpoint", "http://127.0.0.1:1/v1", "--tasks", "mmlu", "--data", "."], "--endpoint-model"),
+        (["eval", "none", "--tasks", "mmlu", "--data", "."], "no model folder none"),
+        (["eval", str(BASE), "--tasks", "mmlx", "--data", "."], "no task 'mmlx'"),
+    ],
+)
+def test_benchmarks_that_cannot_be_run(args: list[str], said: str) -> None:
+    assert said in complaint(*args)
 
 
 @pytest.mark.parametrize("args", [["generate", "m"], ["generate", "m", "a prompt", "--prompts", "p.jsonl"]])

@@ -298,3 +298,21 @@ def test_half_of_a_surrogate_pair_is_refused() -> None:
         TOKENIZER.encode("a\ud83d")
     with pytest.raises(InputError, match="surrogate"):
         TOKENIZER.encode_batch(["a", "\udc00"])
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+def test_what_stands_before_every_text_is_what_transformers_puts_there(begins: bool, add_bos_token: bool | None, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    Tokenizer.train(["a b c"], 300, ["<|bos|>"]).save(tmp_path)
+    backend = HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    if begins:
+        special = [("<|bos|>", backend.token_to_id("<|bos|>"))]
+        backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=special)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "bos_token": "<|bos|>", "add_bos_token": add_bos_token}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    ours = Tokenizer.load(tmp_path)
+    assert ours.text_prefix + ours.encode("a b") == theirs.encode("a b")
+    assert ours.context_id == theirs.bos_token_id

@@ -267,9 +267,19 @@ def score(
         echo(json.dumps(row) if as_json else f"{row['id']}  {line}")
 
 
-@command("gristmill eval runs/miniature/02-demonstrations/model")
+@command("gristmill eval runs/miniature/02-demonstrations/model --tasks mmlu,gsm8k --data benchmarks --out runs/eval")
 def eval(
-    model: Annotated[Path, typer.Argument(help="Model or adapter folder.")],
+    model: Annotated[Path | None, typer.Argument(help="Model or adapter folder; or `tasks`, which lists the benchmarks.")] = None,
+    tasks: Annotated[str, typer.Option(help="Benchmarks parted by commas, or task files (.yaml), in place of prompts.")] = "",
+    data: Annotated[Path | None, typer.Option(help="Folder of the benchmarks' files: DATA/TASK/SPLIT.parquet or .jsonl.")] = None,
+    endpoint: Annotated[str, typer.Option(help="Benchmarks of a model behind this URL (up to and including /v1).")] = "",
+    endpoint_model: Annotated[str, typer.Option(help="Name that the endpoint knows the model by.")] = "",
+    api_key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's key.")] = "",
+    num_fewshot: Annotated[int | None, typer.Option(help="Shots of a document; default as each benchmark says.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first so many documents of each benchmark alone.")] = None,
+    subsets: Annotated[str, typer.Option(help="Of benchmarks with subjects, the only ones, parted by commas.")] = "",
+    as_chat: Annotated[bool, typer.Option("--chat", help="Ask for generated answers in the chat format.")] = False,
+    contamination: Annotated[Path | None, typer.Option(help="Run folder or rows: which test items are in what was trained on.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth`, `answer` or tests; default the miniature world's.")] = None,
     max_tokens: MaxTokens = 80,
     dtype: Dtype = "auto",
@@ -278,29 +288,64 @@ def eval(
     cache: CacheDtype = "",
     device: Device = "auto",
     format: ChatFormat = "auto",
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random; default 0, of benchmarks' shots 1234.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Greedy answers alone, as IFEval wants them.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the greedy answers; killed, it goes on.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSONL file for the greedy answers, of benchmarks a folder; killed, it goes on.")
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="Answers of another model (its --out), to compare with in pairs.")] = None,
     unsafe_code: Unsafe = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Greedy and sampled accuracy with 95 % intervals, by task; IFEval's scores; with --quantize or --cache what that costs."""
+    """Greedy and sampled accuracy with 95 % intervals, by task; IFEval's scores; with --quantize or --cache what that costs.
+
+    With --tasks: benchmarks as lm-eval asks them, from files in --data.
+    """
+    if model == Path("tasks") and not tasks and not model.is_dir():
+        from gristmill.cli.benchmarks import list_tasks
+
+        list_tasks(as_json)
+        return
+    from gristmill.engine.load import EngineArgs
+
+    running = EngineArgs(dtype=dtype, quantize=quantize, head=head, cache=cache, chat_format=format, device=device)
+    if tasks or endpoint:
+        from gristmill.cli.benchmarks import Asked, run_tasks
+        from gristmill.workflows.benchmarks import BenchmarkArgs
+
+        if data is None or not tasks:
+            raise InputError("Give benchmarks by --tasks and the folder of their files by --data: `gristmill eval tasks` lists them.")
+        given_args = BenchmarkArgs(
+            tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+            data=data,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            chat=as_chat,
+            out=out,
+            against=against,
+            contamination=contamination,
+            unsafe_code=unsafe_code,
+            subsets=tuple(name.strip() for name in subsets.split(",") if name.strip()),
+            **given(seed=seed),
+        )
+        run_tasks(Asked(model, endpoint, endpoint_model, api_key_env, running), given_args, quiet=quiet, as_json=as_json)
+        return
+    if model is None:
+        raise InputError("Give a model folder, or `tasks` for a list of the benchmarks.")
     from gristmill.core.progress import Progress
-    from gristmill.engine.load import EngineArgs, load_engine
+    from gristmill.engine.load import load_engine
     from gristmill.model.adapters import is_adapter
     from gristmill.model.hf import saved_as
     from gristmill.workflows.evaluate import evaluate, model_identity
 
-    running = EngineArgs(dtype=dtype, quantize=quantize, head=head, cache=cache, chat_format=format, device=device)
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
         scores = evaluate(
             load_engine(model, running, own=False),
             prompts,
             progress,
             max_tokens=max_tokens,
-            seed=seed,
+            seed=seed or 0,
             unsafe_code=unsafe_code,
             greedy=greedy,
             out=out,

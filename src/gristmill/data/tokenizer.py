@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -421,6 +422,22 @@ class Tokenizer:
         if token is None:
             raise InputError(f"The tokenizer has no token {name!r}: choose the chat format that the model was made for.")
         return token
+
+    @cached_property
+    def text_prefix(self) -> list[int]:
+        """Ids that other programs put before every text: a beginning-of-text token, where tokenizer.json says so, which alone decides."""
+        if "tokenizer.json" not in self.files:
+            return []
+        whole = HFTokenizer.from_buffer(self.files["tokenizer.json"])
+        whole.no_truncation()
+        with_added, plain = whole.encode("a").ids, whole.encode("a", add_special_tokens=False).ids
+        places = [i for i in range(len(with_added) - len(plain) + 1) if with_added[i : i + len(plain)] == plain]
+        return with_added[: places[0]] if plain and places else []
+
+    @property
+    def context_id(self) -> int:
+        """The token that stands before a text where nothing else does: beginning of text, else end of text."""
+        return self.special_ids().get("bos_token_id", self.eos_id)
 
     def special_ids(self) -> dict[str, int]:
         """Ids of the tokens that config.json may name, by its keys: `bos_token_id`, `pad_token_id` and so on."""

@@ -26,6 +26,7 @@ from gristmill.engine.core import Core
 from gristmill.engine.grammar import GrammarBackend
 from gristmill.engine.layers import Decoder, DecoderLayer
 from gristmill.engine.lora import MAX_ADAPTERS, LoadedAdapter, LoraRows
+from gristmill.engine.scoring import Continuation, PrefixScorer, Scored, by_prefix, shares
 from gristmill.engine.sequence import RequestState
 from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.generation.api import Completion, Request
@@ -382,6 +383,35 @@ class Engine:
         for owner, (logprob, tokens) in zip(owners, scores, strict=True):
             totals[owner] = (totals[owner][0] + logprob, totals[owner][1] + tokens)
         return totals
+
+    def continuations(self, items: Sequence[Continuation]) -> Iterator[Scored]:
+        """Log-likelihoods of continuations, as their forward passes end: common prefixes are computed once.
+
+        Raises:
+            InputError: a context with its continuation is longer than the model's context and one token, which is only predicted.
+        """
+        limit = self.model.config.max_positions
+        for number, item in enumerate(items):
+            if len(item.ids) > limit + 1:
+                raise InputError(f"Continuation {number} ends at token {len(item.ids)} and the model's context is {limit}: shorten it.")
+        if not self.quantize and not self.head:
+            self._decoder.refresh()
+        texts = by_prefix(items)
+        count = max(1, min(self.num_workers, len(texts)))
+        parts = shares(texts, count)
+
+        def work(number: int, stop: Event) -> Iterator[Scored]:
+            longest = max((text.length for text in parts[number]), default=1)
+            scorer = PrefixScorer(self._decoder, self.cache_dtype, longest, step_tokens=self.step_tokens)
+            started, before = time.perf_counter(), 0
+            for scored in scorer.score(items, parts[number], stop):
+                spent = (time.perf_counter() - started) / count
+                self.stats.add(prompt_tokens=scorer.num_computed - before, seconds=spent)
+                before = scorer.num_computed
+                yield scored
+                started = time.perf_counter()
+
+        yield from merge(count, work)
 
     def _score(self, ids: list[list[int]], masks: list[list[bool]]) -> list[tuple[float, int]]:
         started = time.perf_counter()

@@ -24,7 +24,7 @@ def accuracy(outcomes: Sequence[bool]) -> dict[str, Any]:
     return {"mean": round(mean, 4), "ci95": [round(low, 4), round(high, 4)], "n": len(outcomes)}
 
 
-def paired(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
+def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Difference of two models on the same prompts, with a 95 % interval from the per-prompt differences."""
     differences = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
     n = len(differences)

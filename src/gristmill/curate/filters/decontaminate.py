@@ -226,7 +226,19 @@ class Benchmarks:
         Raises:
             InputError: a file is missing, is not what its name says, or has not the fields; or no item is long enough.
         """
-        items = [text for path in settings.benchmarks for text in _items(path, settings.fields)]
+        return Benchmarks.of([text for path in settings.benchmarks for text in _items(path, settings.fields)], settings)
+
+    @staticmethod
+    def grams_of(text: str, settings: Decontaminate) -> np.ndarray:
+        """uint64 hashes of the n-grams of one item."""
+        texts = TextColumn.of(pa.array([text], pa.large_string()))
+        data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
+        grams, _ = _item_grams(data_B, begin_N, lower_letters(), settings.ngram, min(settings.min_words, settings.ngram))
+        return np.asarray(grams)
+
+    @staticmethod
+    def of(items: list[str], settings: Decontaminate) -> "Benchmarks":
+        """The n-grams of these items; as `read`."""
         texts = TextColumn.of(pa.array(items, pa.large_string()))
         data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
         grams, lengths = _item_grams(data_B, begin_N, lower_letters(), settings.ngram, min(settings.min_words, settings.ngram))

@@ -1,0 +1,245 @@
+"""Sources of answers to benchmark requests: an engine in process, or an OpenAI-compatible endpoint."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from gristmill.core.concurrent import map_concurrent
+from gristmill.core.errors import InputError
+from gristmill.data.chat import Message
+from gristmill.engine.engine import Engine
+from gristmill.engine.scoring import Continuation
+from gristmill.evaluate.harness import rolling_windows
+from gristmill.evaluate.task import GenerationKwargs
+from gristmill.generation.api import Completion, Request, SamplingParams
+from gristmill.generation.endpoint import Endpoint, RowFailed, Target
+
+CHUNK_TOKENS = 1 << 22  # of continuations that are held at once, four bytes each
+ENCODED_TEXTS = 128  # at once: the library holds many times the ids
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Log-likelihood of a continuation, and the characters of its context that were read: None for all."""
+
+    logprob: float
+    greedy: bool | None
+    kept_chars: int | None = None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A generated text; `kept_chars` as in `Likelihood`."""
+
+    text: str
+    num_tokens: int
+    finish: str
+    kept_chars: int | None = None
+
+
+class AnswerSource(Protocol):
+    """Protocol of whatever answers benchmark requests, each as it comes, by its place among those asked."""
+
+    @property
+    def name(self) -> str: ...
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Likelihood]]: ...
+
+    def rolling(self, texts: Sequence[str]) -> Iterator[tuple[int, Likelihood]]: ...
+
+    def generate(self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: bool, seed: int) -> Iterator[tuple[int, Generated]]: ...
+
+
+class EngineSource:
+    """Answers of a model in process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.max_length = engine.model.config.max_positions
+
+    @property
+    def name(self) -> str:
+        return self.engine.name
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of texts as the harness reads them: with a beginning-of-text token where the tokenizer puts one."""
+        tokenizer, out = self.engine.tokenizer, []
+        for begin in range(0, len(texts), ENCODED_TEXTS):
+            encoded = tokenizer.encode_batch(texts[begin : begin + ENCODED_TEXTS])
+            out += [np.array(tokenizer.text_prefix + ids, np.int32) for ids in encoded]
+        return out
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Likelihood]]:
+        begin, size = 0, 0
+        for end in range(len(pairs) + 1):  # chunks by characters, of which a token has about three
+            if end == len(pairs) or size > 3 * CHUNK_TOKENS:
+                yield from self._likelihoods(pairs[begin:end], begin)
+                begin, size = end, 0
+            if end < len(pairs):
+                size += sum(map(len, pairs[end]))
+
+    def _likelihoods(self, pairs: Sequence[tuple[str, str]], first: int) -> Iterator[tuple[int, Likelihood]]:
+        """Context and continuation are encoded together; spaces at the context's end belong to the continuation."""
+        joined = []
+        for context, continuation in pairs:
+            bare = context.rstrip()
+            joined.append((bare, context[len(bare) :] + continuation))
+        contexts = list(dict.fromkeys(context for context, _ in joined if context))
+        ids_of = dict(zip(contexts, self._encode(contexts), strict=True))
+        wholes = self._encode([context + continuation for context, continuation in joined])
+        items, kept = [], {}
+        for number, ((context, continuation), whole) in enumerate(zip(joined, wholes, strict=True)):
+            if context:
+                num = len(whole) - len(ids_of[context])
+            else:  # nothing to begin with
+                prefix = self.engine.tokenizer.context_id
+                whole = whole if whole[:1].tolist() == [prefix] else np.concatenate([[prefix], whole])
+                num = len(whole) - 1
+            if num < 1:
+                raise InputError(f"The continuation {continuation[:60]!r} adds no token to its context: choices must be texts.")
+            if num > self.max_length:
+                raise InputError(f"A continuation has {num} tokens and the model's context is {self.max_length}: use another model.")
+            if len(whole) > self.max_length + 1:
+                whole = whole[-(self.max_length + 1) :]
+                kept[number] = len(self.engine.tokenizer.decode(whole[: max(0, len(whole) - num)].tolist(), continued=True))
+            items.append(Continuation(whole, num))
+        for scored in self.engine.continuations(items):
+            yield first + scored.index, Likelihood(scored.logprob, scored.greedy, kept.get(scored.index))
+
+    def rolling(self, texts: Sequence[str]) -> Iterator[tuple[int, Likelihood]]:
+        for number, text in enumerate(texts):
+            (ids,) = self._encode([text])
+            windows = rolling_windows(ids.tolist(), self.engine.tokenizer.context_id, self.max_length)
+            scored = list(self.engine.continuations([Continuation(window, num) for window, num in windows]))
+            yield number, Likelihood(sum(one.logprob for one in scored), all(one.greedy for one in scored))
+
+    def generate(self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: bool, seed: int) -> Iterator[tuple[int, Generated]]:
+        room = self.max_length - settings.max_gen_toks
+        if room < 1:
+            raise InputError(
+                f"Answers may have {settings.max_gen_toks} tokens and the model's context is {self.max_length}: use a model with a longer "
+                "one, or lower max_gen_toks in a task file of your own."
+            )
+        sampling = SamplingParams(temperature=0.0, max_tokens=settings.max_gen_toks, stop=tuple(filter(None, settings.until)))
+        kept: dict[str, int] = {}
+
+        def requests() -> Iterator[Request]:
+            for number, prompt in enumerate(prompts):
+                if chat:
+                    yield Request(str(number), (Message("user", prompt),), sampling, seed)
+                    continue
+                ids = self._encode([prompt])[0].tolist()
+                if len(ids) > room:
+                    ids = ids[-room:]
+                    kept[str(number)] = len(self.engine.tokenizer.decode(ids, continued=True))
+                yield Request(str(number), (), sampling, seed, prompt_ids=tuple(ids or [self.engine.tokenizer.context_id]))
+
+        for request, (answer,) in self.engine.generate(requests()):
+            yield int(request.id), Generated(answer.text, answer.num_tokens, answer.finish, kept.get(request.id))
+
+
+class EndpointSource:
+    """Answers of an endpoint: log-likelihoods by `/completions` with echo and log-probabilities, texts by either path.
+
+    Args:
+        base_url: up to and including `/v1`.
+        model: name that the endpoint knows the model by.
+    """
+
+    def __init__(self, base_url: str, model: str, *, api_key_env: str = "", concurrency: int = 16) -> None:
+        self.base_url, self.model, self.api_key_env, self.concurrency = base_url, model, api_key_env, concurrency
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    def _target(self, **settings: Any) -> Target:
+        return Target(self.base_url, self.model, api_key_env=self.api_key_env, **settings)
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Likelihood]]:
+        echo = _EchoEndpoint([self._target(kind="completions", logprobs=True, extra_body={"echo": True})], concurrency=self.concurrency)
+        sampling = SamplingParams(temperature=0.0, max_tokens=1)
+        texts = [context + continuation for context, continuation in pairs]
+        for request, outs in _complete(echo, (Request(str(i), (Message("user", text),), sampling) for i, text in enumerate(texts))):
+            number = int(request.id)
+            context, _ = pairs[number]
+            yield number, self._read(outs[0].text, len(context.rstrip()), len(texts[number]))
+
+    def _read(self, told: str, begin: int, end: int) -> Likelihood:
+        """Sum of what was told of the tokens that reach beyond the context, and not beyond the text."""
+        values = json.loads(told)
+        if not values:
+            raise InputError(
+                f"{self.base_url} ({self.model}) tells no log-probabilities of a prompt (echo, logprobs of /completions), without which "
+                "no choice can be scored: use a server that does, as `gristmill serve` or vLLM, or tasks that generate."
+            )
+        total, num = 0.0, 0
+        for (start, logprob), (stop, _) in zip(values, [*values[1:], [end + 1, None]], strict=True):
+            if start < end and stop > begin and logprob is not None:
+                total, num = total + logprob, num + 1
+        if not num:
+            raise InputError(f"{self.base_url} ({self.model}) tells no log-probability of a continuation: its text_offset cannot be used.")
+        return Likelihood(total, None)
+
+    def rolling(self, texts: Sequence[str]) -> Iterator[tuple[int, Likelihood]]:
+        raise InputError("Perplexity of texts is read in windows of tokens, which an endpoint does not tell: give a model folder.")
+
+    def generate(self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: bool, seed: int) -> Iterator[tuple[int, Generated]]:
+        sampling = SamplingParams(temperature=0.0, max_tokens=settings.max_gen_toks, stop=tuple(filter(None, settings.until)))
+        endpoint = Endpoint([self._target(kind="chat" if chat else "completions")], concurrency=self.concurrency)
+        requests = (Request(str(i), (Message("user", prompt),), sampling, seed) for i, prompt in enumerate(prompts))
+        for request, (answer,) in _complete(endpoint, requests):
+            yield int(request.id), Generated(answer.text, answer.num_tokens, answer.finish)
+
+
+class _EchoEndpoint(Endpoint):
+    """Endpoint whose completions have as text the offsets and log-probabilities of the repeated prompt, as JSON."""
+
+    def choice_text(self, choice: Any, target: Target) -> Any:
+        told = choice.pop("logprobs", None) or {}
+        offsets, logprobs = told.get("text_offset"), told.get("token_logprobs")
+        if not isinstance(offsets, list) or not isinstance(logprobs, list) or len(offsets) != len(logprobs) or len(offsets) < 2:
+            return "[]"
+        pairs = zip(offsets, logprobs, strict=True)
+        return json.dumps([[int(offset), None if logprob is None else float(logprob)] for offset, logprob in pairs])
+
+
+def _complete(endpoint: Endpoint, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
+    """Completions as they come. An answer that stays empty counts as one; whatever else fails ends the evaluation, which goes on later."""
+    with asyncio.Runner() as runner:
+
+        async def answer(request: Request) -> tuple[Request, list[Completion]]:
+            try:
+                return request, await endpoint.complete(request)
+            except RowFailed as e:
+                if e.status == 200 and "empty" in str(e):
+                    return request, [Completion("", 0, (), "stop")]
+                raise InputError(
+                    f"The endpoint does not answer request {int(request.id) + 1}: {e}. Mend this, and run the same again."
+                ) from e
+
+        async def rows() -> AsyncIterator[tuple[Request, list[Completion]]]:
+            async with endpoint:
+                async for item in map_concurrent(requests, answer, endpoint.concurrency):
+                    yield item
+
+        stream = rows()
+        try:
+            while (item := runner.run(_next(stream))) is not None:
+                yield item
+        finally:
+            runner.run(_close(stream))
+
+
+async def _next(stream: AsyncIterator[tuple[Request, list[Completion]]]) -> tuple[Request, list[Completion]] | None:
+    return await anext(stream, None)
+
+
+async def _close(stream: Any) -> None:
+    with contextlib.suppress(RuntimeError):
+        await stream.aclose()
