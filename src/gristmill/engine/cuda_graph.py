@@ -16,14 +16,15 @@ from torch import Tensor
 from gristmill.core.device import put
 from gristmill.engine.attention import AttentionBackend, AttentionMetadata, TritonAttention
 from gristmill.engine.layers import Decoder
+from gristmill.engine.lora import LoadedAdapter, LoraRows, LoraSlots, SlotRows
 
 
 class CudaGraphs:
-    """Captured decode graphs, and the tensors that they read.
+    """Captured decode graphs, and the tensors that they read. Steps with adapters have graphs of their own, captured when they come up.
 
     Args:
-        forward: computes logits of token ids [N], after `attention` has got its inputs.
-        weights: gives what `forward` reads: it must live as long as what is captured.
+        forward: computes logits of token ids [N], with rows that adapters change, after `attention` has got its inputs.
+        decoder: what `forward` reads.
         attention: of the model runner.
         padding_block: takes the keys and values of rows that only pad.
         max_blocks: of a sequence.
@@ -31,22 +32,23 @@ class CudaGraphs:
 
     def __init__(
         self,
-        forward: Callable[[Tensor], Tensor],
-        weights: Callable[[], object],
+        forward: Callable[[Tensor, LoraRows | None], Tensor],
+        decoder: Decoder,
         attention: TritonAttention,
         *,
         padding_block: int,
         max_blocks: int,
     ) -> None:
-        self.forward, self.weights, self.attention = forward, weights, attention
+        self.forward, self.decoder, self.attention = forward, decoder, attention
         self.padding_block, self.max_blocks = padding_block, max_blocks
         self.device = attention.kv_cache.device
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.place = capture_place(self.device)
+        self.slots: LoraSlots | None = None
         self.reset()
 
     def reset(self) -> None:
         """Drop all graphs: weights are elsewhere."""
-        self.captured: dict[int, tuple[dict[str, Tensor], Callable[[], Tensor], object]] = {}
+        self.captured: dict[tuple[int, LoraSlots | None], tuple[dict[str, Tensor], Callable[[], Tensor], object]] = {}
 
     def record(self, sizes: Sequence[int]) -> None:
         """Capture graphs of so many rows before there is anything to compute: none is then captured while requests wait. The largest comes
@@ -58,17 +60,22 @@ class CudaGraphs:
         for size in sorted(set(sizes), reverse=True):
             self.run(np.zeros(size, np.int64), empty)
 
-    def run(self, ids: np.ndarray, metadata: AttentionMetadata) -> Tensor:
+    def run(self, ids: np.ndarray, metadata: AttentionMetadata, adapters: Sequence[LoadedAdapter | None] = ()) -> Tensor:
         """Logits [N, V] of a step.
 
         Args:
             ids: of the tokens, and zeros up to as many rows as are computed.
             metadata: of the step, without padding.
+            adapters: of the sequences, where any has one.
         """
         arrays = self._pad(ids, metadata)
-        if len(ids) not in self.captured:
-            self.captured[len(ids)] = (*self._capture(arrays), self.weights())
-        tensors, replay, _ = self.captured[len(ids)]
+        slots = self._slots_for(adapters) if adapters else None
+        if slots is not None:
+            arrays["slots"] = np.full(len(ids), -1, np.int64)
+            arrays["slots"][: len(adapters)] = slots.load(adapters)
+        if (key := (len(ids), slots)) not in self.captured:
+            self.captured[key] = (*self._capture(arrays, slots), (self.decoder.layers, self.decoder.final_norm))
+        tensors, replay, _ = self.captured[key]
         for name, array in arrays.items():
             tensors[name].copy_(put(array, self.device), non_blocking=True)
         return replay()
@@ -84,14 +91,25 @@ class CudaGraphs:
         padded = AttentionMetadata(np.arange(len(ids) + 1, dtype=np.int32), seq_lens, rows, block_tables, positions, len(ids))
         return self.attention.build_inputs(padded) | {"block_tables": block_tables, "ids": ids}
 
-    def _capture(self, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
+    def _slots_for(self, adapters: Sequence[LoadedAdapter | None]) -> LoraSlots:
+        """Slots that hold these adapters: others, and graphs anew, where there are too few or too narrow ones."""
+        there = {one for one in adapters if one is not None}
+        count, rank = len(there), max(one.rank for one in there)
+        if self.slots is None or self.slots.count < count or self.slots.rank < rank:
+            if self.slots is not None:
+                count, rank = max(count, self.slots.count), max(rank, self.slots.rank)
+                self.captured = {key: value for key, value in self.captured.items() if key[1] is None}
+            self.slots = LoraSlots(self.decoder.model, 1 << (count - 1).bit_length(), rank, self.decoder.dtype)
+        return self.slots
+
+    def _capture(self, arrays: dict[str, np.ndarray], slots: LoraSlots | None) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
         tensors = {name: torch.from_numpy(array).to(self.device, copy=True) for name, array in arrays.items()}
 
         def compute() -> Tensor:
             self.attention.inputs = tensors
-            return self.forward(tensors["ids"])
+            return self.forward(tensors["ids"], None if slots is None else SlotRows(slots, tensors["slots"]))
 
-        replay, _ = capture(compute, self.device, self.pool)
+        replay, _ = capture(compute, self.device, self.place)
         return tensors, replay
 
 
@@ -106,7 +124,7 @@ class PiecewiseGraphs:
 
     def __init__(self, decoder: Decoder, attention: AttentionBackend) -> None:
         self.decoder, self.attention, self.device = decoder, attention, decoder.device
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.place = capture_place(self.device)
         self.reset()
 
     def reset(self) -> None:
@@ -151,7 +169,7 @@ class PiecewiseGraphs:
         for number, layer in enumerate(layers):
             if layer.attention is None:
                 continue
-            replay, (x_TD, qkv) = capture(partial(self._between, before, number, ids_T), self.device, self.pool)
+            replay, (x_TD, qkv) = capture(partial(self._between, before, number, ids_T), self.device, self.place)
             attended = qkv.new_zeros(size, layer.attention.num_heads * qkv.shape[2])
             pieces.append(_Piece(number, replay, attended))
             before = number, x_TD, attended
@@ -184,7 +202,12 @@ class _Piece:
 Result = TypeVar("Result")
 
 
-def capture(compute: Callable[[], Result], device: torch.device, pool: Any) -> tuple[Callable[[], Result], Result]:
+def capture_place(device: torch.device) -> tuple[Any, Any]:
+    """Memory pool and stream of graphs that are captured one after the other. cuBLAS keeps memory for each stream: one is enough."""
+    return (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if device.type == "cuda" else (None, None)
+
+
+def capture(compute: Callable[[], Result], device: torch.device, place: tuple[Any, Any]) -> tuple[Callable[[], Result], Result]:
     """A CUDA graph of a computation: what replays it into the same tensors, and these. Elsewhere it is computed anew each time."""
     if device.type != "cuda":  # nothing to capture with
 
@@ -195,13 +218,14 @@ def capture(compute: Callable[[], Result], device: torch.device, pool: Any) -> t
 
         out = compute()
         return again, out
-    warmup: Any = torch.cuda.Stream(device)
-    warmup.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(warmup):  # what is made at the first call must not be captured
+    pool, stream = place
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # what is made at the first call must not be captured
         compute()
-    torch.cuda.current_stream(device).wait_stream(warmup)
+    torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others may compute meanwhile
+    # others may compute meanwhile; torch's own stream would be one of the GPU that first captured something
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         found = compute()
 
     def replay() -> Result:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gristmill.core.device import put
 from gristmill.engine.attention import AttentionMetadata, KVCache, TritonAttention, select_backend
+from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.cuda_graph import CudaGraphs, PiecewiseGraphs
 from gristmill.engine.layers import Decoder
 from gristmill.engine.lora import LoraRows
@@ -40,20 +41,44 @@ class ModelRunner:
         self.cuda_graphs: CudaGraphs | None = None
         self.piecewise_graphs: PiecewiseGraphs | None = None
 
+    @torch.inference_mode()
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Make room for so many blocks, and one more, which nobody reads: where graphs put what pads their rows."""
         self.kv_cache.allocate(num_blocks + 1)
         if isinstance(self.attention, TritonAttention):
-            weights = lambda: (self.decoder.layers, self.decoder.final_norm)  # noqa: E731
             max_blocks = self.batch_state.block_tables.shape[1]
-            self.cuda_graphs = CudaGraphs(self._forward, weights, self.attention, padding_block=num_blocks, max_blocks=max_blocks)
-            with torch.inference_mode():
-                self.cuda_graphs.record([self._padded(count) for count in range(1, self.batch_state.num_slots + 1)])
-                self.piecewise_graphs = PiecewiseGraphs(self.decoder, self.attention)
-                self.piecewise_graphs.record(PIECEWISE_SIZES)
+            decode = lambda ids_T, lora: self._forward(ids_T, None, lora)  # noqa: E731
+            self.cuda_graphs = CudaGraphs(decode, self.decoder, self.attention, padding_block=num_blocks, max_blocks=max_blocks)
+            self.piecewise_graphs = PiecewiseGraphs(self.decoder, self.attention)
+            self._record(self.cuda_graphs, self.piecewise_graphs)
+
+    def _record(self, cuda_graphs: CudaGraphs, piecewise_graphs: PiecewiseGraphs) -> None:
+        cuda_graphs.record([self._padded(count) for count in range(1, self.batch_state.num_slots + 1)])
+        piecewise_graphs.record(PIECEWISE_SIZES)
+        if self.device.type == "cuda":
+            self._compile_prefill(cuda_graphs.attention, cuda_graphs.padding_block)
+
+    def _compile_prefill(self, attention: TritonAttention, padding_block: int) -> None:
+        """Attend from a prompt of every size of tile, so that none is compiled while requests wait."""
+        rows = 16
+        while rows <= attention.tile_rows:
+            count = min(max(1, rows // attention.group), self.decoder.config.max_positions)
+            table = np.full((1, -(-count // BLOCK_SIZE)), padding_block, np.int32)
+            ends, slots = np.array([0, count], np.int32), np.zeros(1, np.int32)
+            attention.prepare(AttentionMetadata(ends, ends[1:], slots, table, np.arange(count), 0))
+            for number, block in enumerate(self.decoder.config.blocks):
+                if block.has_attention:
+                    heads = block.num_heads + 2 * block.num_kv_heads
+                    attention.attend(number, torch.zeros(count, heads, block.head_dim, dtype=self.decoder.dtype, device=self.device))
+            rows *= 2
+
+    def release(self) -> None:
+        """Let go of the cache and of graphs, which nobody needs any more."""
+        self.cuda_graphs = self.piecewise_graphs = None
+        self.kv_cache.allocate(0)
 
     def reset_graphs(self) -> None:
-        """Drop CUDA graphs: the decoder's weights are others now."""
+        """Drop CUDA graphs: the decoder's weights are others now. They are captured again before the next step."""
         if self.cuda_graphs is not None:
             self.cuda_graphs.reset()
         if self.piecewise_graphs is not None:
@@ -62,6 +87,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, step: SchedulerOutput) -> Tensor:
         """Logits [R, V] to sample from: after the last tokens of `step.sample_rows`, and after those before their drafts' tokens."""
+        if self.cuda_graphs is not None and self.piecewise_graphs is not None and not self.cuda_graphs.captured:
+            self._record(self.cuda_graphs, self.piecewise_graphs)
         counts = np.array(step.num_tokens)
         query_start = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
@@ -74,12 +101,12 @@ class ModelRunner:
         metadata = AttentionMetadata(query_start, seq_lens, slots, self.batch_state.block_tables, positions, step.num_decodes)
         distinct = list(dict.fromkeys(step.sample_rows))  # siblings sample from the same row
         adapters = [s.state.adapter for s in step.sequences]
-        lora = LoraRows.of(adapters, step.num_tokens, self.device) if any(adapters) else None
         num_rows = [1 + step.num_drafts[place] for place in distinct]
-        if lora is None and self.cuda_graphs is not None and step.num_decodes == len(counts) and distinct == list(range(len(counts))):
-            logits = self.cuda_graphs.run(ids, metadata)
+        if self.cuda_graphs is not None and step.num_decodes == len(counts) and distinct == list(range(len(counts))):
+            logits = self.cuda_graphs.run(ids, metadata, adapters if any(adapters) else ())
         else:
             self.attention.prepare(metadata)
+            lora = LoraRows.of(adapters, step.num_tokens, self.device) if any(adapters) else None
             last_R, last_lora = None, lora
             if sum(num_rows) < len(positions):
                 ends = [int(query_start[place + 1]) - back for place, n in zip(distinct, num_rows, strict=True) for back in range(n, 0, -1)]
