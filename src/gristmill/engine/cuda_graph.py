@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gristmill.core.device import put
 from gristmill.engine.attention import AttentionBackend, AttentionMetadata, TritonAttention
+from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.layers import Decoder
 from gristmill.engine.lora import LoadedAdapter, LoraRows, LoraSlots, SlotRows
 
@@ -77,19 +78,24 @@ class CudaGraphs:
             self.captured[key] = (*self._capture(arrays, slots), (self.decoder.layers, self.decoder.final_norm))
         tensors, replay, _ = self.captured[key]
         for name, array in arrays.items():
-            tensors[name].copy_(put(array, self.device), non_blocking=True)
+            to = tensors[name][:, : array.shape[1]] if name == "block_tables" else tensors[name]
+            to.copy_(put(array, self.device), non_blocking=True)
         return replay()
 
     def _pad(self, ids: np.ndarray, metadata: AttentionMetadata) -> dict[str, np.ndarray]:
-        """Inputs of as many sequences as there are ids: those beyond the batch have one token, at position 0 of the padding block."""
+        """Inputs of as many sequences as there are ids: those beyond the batch have one token, at position 0 of the padding block.
+
+        Block tables are as wide as the longest sequence: what stands behind is not read, and would be megabytes with a long context.
+        """
         count, padding = len(metadata.slots), len(ids) - len(metadata.slots)
-        block_tables = np.full((len(ids), self.max_blocks), self.padding_block, np.int32)
-        block_tables[:count] = metadata.block_tables[metadata.slots]
+        longest = -(-int(metadata.seq_lens.max(initial=1)) // BLOCK_SIZE)
+        block_tables = np.full((len(ids), longest), self.padding_block, np.int32)
+        block_tables[:count] = metadata.block_tables[metadata.slots, :longest]
         positions = np.concatenate([metadata.positions, np.zeros(padding, np.int64)])
         seq_lens = np.concatenate([metadata.seq_lens, np.ones(padding, np.int32)])
         rows = np.arange(len(ids), dtype=np.int32)
         padded = AttentionMetadata(np.arange(len(ids) + 1, dtype=np.int32), seq_lens, rows, block_tables, positions, len(ids))
-        return self.attention.build_inputs(padded) | {"block_tables": block_tables, "ids": ids}
+        return self.attention.build_inputs(padded) | {"ids": ids}
 
     def _slots_for(self, adapters: Sequence[LoadedAdapter | None]) -> LoraSlots:
         """Slots that hold these adapters: others, and graphs anew, where there are too few or too narrow ones."""
@@ -104,6 +110,8 @@ class CudaGraphs:
 
     def _capture(self, arrays: dict[str, np.ndarray], slots: LoraSlots | None) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
         tensors = {name: torch.from_numpy(array).to(self.device, copy=True) for name, array in arrays.items()}
+        tensors["block_tables"] = torch.zeros(len(arrays["ids"]), self.max_blocks, dtype=torch.int32, device=self.device)
+        tensors["block_tables"][:, : arrays["block_tables"].shape[1]].copy_(put(arrays["block_tables"], self.device))
 
         def compute() -> Tensor:
             self.attention.inputs = tensors
