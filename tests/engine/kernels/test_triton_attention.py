@@ -53,7 +53,7 @@ def test_eight_bits_are_rounded_as_torch_rounds_them(cache: torch.dtype) -> None
         backend = make(config, stored, angles={"none": (torch.zeros(64, 0, device=DEVICE),) * 2})
         backend.prepare(step)
         backend.attend(0, qkv)
-        kept.append(stored.memory)
+        kept.append(torch.where(stored.memory == 128, 0, stored.memory) if cache == torch.float8_e4m3fn else stored.memory)  # -0 is 0
     assert torch.equal(*kept) and int(kept[0].count_nonzero()) > 600
 
 
