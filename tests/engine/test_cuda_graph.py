@@ -50,10 +50,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     seen: list[tuple[int, bool]] = []
     run = CudaGraphs.run
 
-    def watched(self: CudaGraphs, ids: Any, metadata: Any, adapters: Any = ()) -> Tensor:
+    def watched(self: CudaGraphs, ids: Any, metadata: Any, adapted: Any = None) -> Tensor:
         if len(metadata.slots):  # not at the start
-            seen.append((len(ids), bool(adapters)))
-        return run(self, ids, metadata, adapters)
+            seen.append((len(ids), adapted is not None))
+        return run(self, ids, metadata, adapted)
 
     monkeypatch.setattr(CudaGraphs, "run", watched)
     monkeypatch.setattr(model_runner, "select_backend", lambda config, cache, dtype, **angles: FromInputs(config, cache, **angles))
@@ -70,7 +70,7 @@ def test_steps_in_pieces_give_the_same_answers(family: str, blocks: tuple[BlockC
     with torch.inference_mode():
         graphs.record([1, 8, 40, 200])
     run = graphs.run
-    graphs.run = lambda ids, last_R: (sizes.append(len(ids)), run(ids, last_R))[1]  # type: ignore[method-assign]
+    graphs.run = lambda ids, *given: (sizes.append(len(ids)), run(ids, *given))[1]  # type: ignore[method-assign]
     assert finish(core, states_of(6, answer=8)) == plain
     assert min(sizes) <= 8 and 40 < max(sizes) <= 200, "of several sizes"
     core.refresh()
@@ -107,16 +107,19 @@ def test_new_weights_are_recorded_again_and_memory_is_let_go(recorded: list[tupl
     assert not runner.kv_cache.memory.numel() and runner.cuda_graphs is None is runner.piecewise_graphs
 
 
-def test_steps_with_adapters_are_recorded_too(recorded: list[tuple[int, bool]]) -> None:
+def test_steps_with_adapters_are_recorded_too(recorded: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [test_lora.ask(name, number) for number in range(3) for name in ("a", "", "b")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_runner, "select_backend", attention_of_torch)
         expected = test_lora.run(test_lora.engine("llama", max_batch=4), requests)
     recorded.clear()
+    pieces: list[bool] = []
+    run = PiecewiseGraphs.run
+    monkeypatch.setattr(PiecewiseGraphs, "run", lambda self, *given: (pieces.append(given[2] is not None), run(self, *given))[1])
     found = test_lora.run(test_lora.engine("llama", max_batch=4), requests)
     for request in requests:
         test_lora.assert_same(found[request.id], expected[request.id])
-    assert sum(adapted for _, adapted in recorded) > 5
+    assert sum(adapted for _, adapted in recorded) > 5 and any(pieces)
 
 
 def test_slots_hold_whose_turn_it_is() -> None:

@@ -17,7 +17,7 @@ from gristmill.core.device import put
 from gristmill.engine.attention import AttentionBackend, AttentionMetadata, TritonAttention
 from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.layers import Decoder
-from gristmill.engine.lora import LoadedAdapter, LoraRows, LoraSlots, SlotRows
+from gristmill.engine.lora import LoraRows, LoraSlots, SlotRows
 
 
 class CudaGraphs:
@@ -44,7 +44,6 @@ class CudaGraphs:
         self.padding_block, self.max_blocks = padding_block, max_blocks
         self.device = attention.kv_cache.device
         self.place = capture_place(self.device)
-        self.slots: LoraSlots | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -61,20 +60,20 @@ class CudaGraphs:
         for size in sorted(set(sizes), reverse=True):
             self.run(np.zeros(size, np.int64), empty)
 
-    def run(self, ids: np.ndarray, metadata: AttentionMetadata, adapters: Sequence[LoadedAdapter | None] = ()) -> Tensor:
+    def run(self, ids: np.ndarray, metadata: AttentionMetadata, adapted: "tuple[LoraSlots, np.ndarray] | None" = None) -> Tensor:
         """Logits [N, V] of a step.
 
         Args:
             ids: of the tokens, and zeros up to as many rows as are computed.
             metadata: of the step, without padding.
-            adapters: of the sequences, where any has one.
+            adapted: the slots of its adapters, and that of each token, where any has one.
         """
         arrays = self._pad(ids, metadata)
-        slots = self._slots_for(adapters) if adapters else None
-        if slots is not None:
-            arrays["slots"] = np.full(len(ids), -1, np.int64)
-            arrays["slots"][: len(adapters)] = slots.load(adapters)
+        slots = None if adapted is None else adapted[0]
+        if adapted is not None:
+            arrays["slots"] = _filled(adapted[1], len(ids))
         if (key := (len(ids), slots)) not in self.captured:
+            self.captured = {other: kept for other, kept in self.captured.items() if other[1] in (None, slots)}
             self.captured[key] = (*self._capture(arrays, slots), (self.decoder.layers, self.decoder.final_norm))
         tensors, replay, _ = self.captured[key]
         for name, array in arrays.items():
@@ -97,17 +96,6 @@ class CudaGraphs:
         padded = AttentionMetadata(np.arange(len(ids) + 1, dtype=np.int32), seq_lens, rows, block_tables, positions, len(ids))
         return self.attention.build_inputs(padded) | {"ids": ids}
 
-    def _slots_for(self, adapters: Sequence[LoadedAdapter | None]) -> LoraSlots:
-        """Slots that hold these adapters: others, and graphs anew, where there are too few or too narrow ones."""
-        there = {one for one in adapters if one is not None}
-        count, rank = len(there), max(one.rank for one in there)
-        if self.slots is None or self.slots.count < count or self.slots.rank < rank:
-            if self.slots is not None:
-                count, rank = max(count, self.slots.count), max(rank, self.slots.rank)
-                self.captured = {key: value for key, value in self.captured.items() if key[1] is None}
-            self.slots = LoraSlots(self.decoder.model, 1 << (count - 1).bit_length(), rank, self.decoder.dtype)
-        return self.slots
-
     def _capture(self, arrays: dict[str, np.ndarray], slots: LoraSlots | None) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
         tensors = {name: torch.from_numpy(array).to(self.device, copy=True) for name, array in arrays.items()}
         tensors["block_tables"] = torch.zeros(len(arrays["ids"]), self.max_blocks, dtype=torch.int32, device=self.device)
@@ -115,7 +103,7 @@ class CudaGraphs:
 
         def compute() -> Tensor:
             self.attention.inputs = tensors
-            return self.forward(tensors["ids"], None if slots is None else SlotRows(slots, tensors["slots"]))
+            return self.forward(tensors["ids"], _rows(slots, tensors.get("slots")))
 
         replay, _ = capture(compute, self.device, self.place)
         return tensors, replay
@@ -123,7 +111,8 @@ class CudaGraphs:
 
 class PiecewiseGraphs:
     """Captured graphs of steps with prompts: from the embeddings to an attention, and from there to the next one, for a list of numbers of
-    tokens. Attention, whose tiles no two steps share, runs as it comes, and so does what follows the last one.
+    tokens. Attention, whose tiles no two steps share, runs as it comes, and so does what follows the last one. Steps with adapters have
+    graphs of their own, captured when they come up.
 
     Args:
         decoder: whose layers are captured.
@@ -137,65 +126,84 @@ class PiecewiseGraphs:
 
     def reset(self) -> None:
         """Drop all graphs: weights are elsewhere."""
-        self.captured: dict[int, tuple[Tensor, list[_Piece], object]] = {}
+        self.captured: dict[tuple[int, LoraSlots | None], tuple[dict[str, Tensor], list[_Piece], object]] = {}
 
     def record(self, sizes: Sequence[int]) -> None:
         """Capture graphs for so many tokens, the largest first."""
         if any(layer.attention is not None for layer in self.decoder.layers):
-            self.captured = {size: self._capture(size) for size in sorted(set(sizes), reverse=True)}
+            self.captured = {(size, None): self._capture(size, None) for size in sorted(set(sizes), reverse=True)}
 
     def fits(self, num_tokens: int) -> bool:
         """Whether there are graphs of at least so many tokens."""
-        return num_tokens <= max(self.captured, default=0)
+        return num_tokens <= max((size for size, _ in self.captured), default=0)
 
-    def run(self, ids: np.ndarray, last_R: Tensor | None) -> Tensor:
+    def run(self, ids: np.ndarray, last_R: Tensor | None, adapted: "tuple[LoraSlots, np.ndarray] | None" = None) -> Tensor:
         """Logits of the tokens at last_R, or of all and some padding, after `attention.prepare`.
 
         Args:
             ids: of the step's tokens.
+            adapted: the slots of its adapters, and that of each token, where any has one.
         """
-        size = min(size for size in self.captured if size >= len(ids))
-        ids_T, pieces, _ = self.captured[size]
-        ids_T.copy_(put(np.concatenate([ids, np.zeros(size - len(ids), np.int64)]), self.device), non_blocking=True)
+        size, slots = min(size for size, _ in self.captured if size >= len(ids)), None if adapted is None else adapted[0]
+        if (key := (size, slots)) not in self.captured:
+            self.captured = {other: kept for other, kept in self.captured.items() if other[1] in (None, slots)}
+            self.captured[key] = self._capture(size, slots)
+        tensors, pieces, _ = self.captured[key]
+        tensors["ids"].copy_(put(_filled(ids, size, 0), self.device), non_blocking=True)
+        if adapted is not None:
+            tensors["slots"].copy_(put(_filled(adapted[1], size), self.device), non_blocking=True)
         for piece in pieces:
             x_TD, qkv = piece.replay()
             piece.attended.copy_(self.attention.attend(piece.layer, qkv).flatten(1))
-        attended = piece.attended
+        attended, slot_T = piece.attended, tensors.get("slots")
         if last_R is not None:  # from here on only what is sampled from is read
-            x_TD, attended = x_TD[last_R], attended[last_R]
-        layers = self.decoder.layers
-        x_RD, delta_RD = layers[piece.layer].feed_forward(x_TD, layers[piece.layer].project_output(attended))
+            x_TD, attended, slot_T = x_TD[last_R], attended[last_R], None if slot_T is None else slot_T[last_R]
+        layers, lora = self.decoder.layers, _rows(slots, slot_T)
+        x_RD, delta_RD = layers[piece.layer].feed_forward(x_TD, layers[piece.layer].project_output(attended, lora), lora)
         for layer in layers[piece.layer + 1 :]:
-            x_RD, delta_RD = layer.feed_forward(x_RD, delta_RD)
+            x_RD, delta_RD = layer.feed_forward(x_RD, delta_RD, lora)
         return self.decoder.logits(self.decoder.final_norm(x_RD, delta_RD)[1]).float()
 
-    def _capture(self, size: int) -> tuple[Tensor, list["_Piece"], object]:
+    def _capture(self, size: int, slots: LoraSlots | None) -> tuple[dict[str, Tensor], list["_Piece"], object]:
         layers = self.decoder.layers
-        ids_T = torch.zeros(size, dtype=torch.int64, device=self.device)
+        tensors = {"ids": torch.zeros(size, dtype=torch.int64, device=self.device)}
+        if slots is not None:
+            tensors["slots"] = torch.full((size,), -1, dtype=torch.int64, device=self.device)
         pieces: list[_Piece] = []
         before: tuple[int, Tensor, Tensor] | None = None
         for number, layer in enumerate(layers):
             if layer.attention is None:
                 continue
-            replay, (x_TD, qkv) = capture(partial(self._between, before, number, ids_T), self.device, self.place)
+            replay, (x_TD, qkv) = capture(partial(self._between, before, number, tensors, slots=slots), self.device, self.place)
             attended = qkv.new_zeros(size, layer.attention.num_heads * qkv.shape[2])
             pieces.append(_Piece(number, replay, attended))
             before = number, x_TD, attended
-        return ids_T, pieces, (layers, self.decoder.final_norm)
+        return tensors, pieces, (layers, self.decoder.final_norm)
 
-    def _between(self, before: tuple[int, Tensor, Tensor] | None, number: int, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+    def _between(
+        self, before: tuple[int, Tensor, Tensor] | None, number: int, tensors: dict[str, Tensor], *, slots: LoraSlots | None
+    ) -> tuple[Tensor, Tensor]:
         """Residual stream, and queries, keys and values of a layer, from the embeddings or from the attention of the one before."""
-        layers = self.decoder.layers
+        layers, lora = self.decoder.layers, _rows(slots, tensors.get("slots"))
         delta_TD: Tensor | None = None
         if before is None:
-            first, x_TD = 0, self.decoder.embed(ids_T)
+            first, x_TD = 0, self.decoder.embed(tensors["ids"])
         else:
             last, x_TD, attended = before
-            x_TD, delta_TD = layers[last].feed_forward(x_TD, layers[last].project_output(attended))
+            x_TD, delta_TD = layers[last].feed_forward(x_TD, layers[last].project_output(attended, lora), lora)
             first = last + 1
         for layer in layers[first:number]:
-            x_TD, delta_TD = layer.feed_forward(x_TD, delta_TD)
-        return layers[number].project_qkv(x_TD, delta_TD)
+            x_TD, delta_TD = layer.feed_forward(x_TD, delta_TD, lora)
+        return layers[number].project_qkv(x_TD, delta_TD, lora)
+
+
+def _filled(values: np.ndarray, size: int, fill: int = -1) -> np.ndarray:
+    """So many values, the last of which only pad."""
+    return np.concatenate([values, np.full(size - len(values), fill, np.int64)])
+
+
+def _rows(slots: LoraSlots | None, slot_T: Tensor | None) -> LoraRows | None:
+    return None if slots is None or slot_T is None else SlotRows(slots, slot_T)
 
 
 @dataclass

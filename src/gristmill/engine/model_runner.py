@@ -3,6 +3,7 @@
 Shapes: T tokens of the step, D hidden size, H query heads, K key-value heads, d head size, R tokens to sample, V vocabulary.
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -14,7 +15,7 @@ from gristmill.engine.attention import AttentionMetadata, KVCache, TritonAttenti
 from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.cuda_graph import CudaGraphs, PiecewiseGraphs
 from gristmill.engine.layers import Decoder
-from gristmill.engine.lora import LoraRows
+from gristmill.engine.lora import LoadedAdapter, LoraRows, LoraSlots
 from gristmill.engine.scheduler import SchedulerOutput
 from gristmill.engine.sequence import BatchState
 
@@ -40,6 +41,7 @@ class ModelRunner:
         self.attention = select_backend(decoder.config, self.kv_cache, decoder.dtype, angles=angles)
         self.cuda_graphs: CudaGraphs | None = None
         self.piecewise_graphs: PiecewiseGraphs | None = None
+        self.slots: LoraSlots | None = None
 
     @torch.inference_mode()
     def allocate_kv_cache(self, num_blocks: int) -> None:
@@ -74,7 +76,7 @@ class ModelRunner:
 
     def release(self) -> None:
         """Let go of the cache and of graphs, which nobody needs any more."""
-        self.cuda_graphs = self.piecewise_graphs = None
+        self.cuda_graphs = self.piecewise_graphs = self.slots = None
         self.kv_cache.allocate(0)
 
     def reset_graphs(self) -> None:
@@ -103,22 +105,35 @@ class ModelRunner:
         adapters = [s.state.adapter for s in step.sequences]
         num_rows = [1 + step.num_drafts[place] for place in distinct]
         if self.cuda_graphs is not None and step.num_decodes == len(counts) and distinct == list(range(len(counts))):
-            logits = self.cuda_graphs.run(ids, metadata, adapters if any(adapters) else ())
+            logits = self.cuda_graphs.run(ids, metadata, self._adapted(adapters, counts))
         else:
             self.attention.prepare(metadata)
-            lora = LoraRows.of(adapters, step.num_tokens, self.device) if any(adapters) else None
+            in_pieces = self.piecewise_graphs is not None and self.piecewise_graphs.fits(len(positions))
+            lora = LoraRows.of(adapters, step.num_tokens, self.device) if any(adapters) and not in_pieces else None
             last_R, last_lora = None, lora
             if sum(num_rows) < len(positions):
                 ends = [int(query_start[place + 1]) - back for place, n in zip(distinct, num_rows, strict=True) for back in range(n, 0, -1)]
                 last_R = put(np.array(ends + [0] * (self._padded(len(ends)) - len(ends)), np.int64), self.device)
                 last_lora = lora and LoraRows.of([adapters[place] for place in distinct], num_rows, self.device)
-            if lora is None and self.piecewise_graphs is not None and self.piecewise_graphs.fits(len(positions)):
-                logits = self.piecewise_graphs.run(ids[: len(positions)], last_R)
+            if self.piecewise_graphs is not None and in_pieces:
+                logits = self.piecewise_graphs.run(ids[: len(positions)], last_R, self._adapted(adapters, counts))
             else:
                 logits = self._forward(put(ids, self.device), last_R, lora, last_lora)
         end_of = dict(zip(distinct, accumulate(num_rows), strict=True))
         rows = [row for place in step.sample_rows for row in range(end_of[place] - 1 - step.num_drafts[place], end_of[place])]
         return logits if rows == list(range(len(logits))) else logits[put(np.array(rows, np.int64), self.device)]
+
+    def _adapted(self, adapters: Sequence[LoadedAdapter | None], counts: np.ndarray) -> tuple[LoraSlots, np.ndarray] | None:
+        """Slots with these adapters, and that of each token; None where there are none. Others where they are too few or too narrow."""
+        there = {one for one in adapters if one is not None}
+        if not there:
+            return None
+        count, rank = len(there), max(one.rank for one in there)
+        if self.slots is None or self.slots.count < count or self.slots.rank < rank:
+            if self.slots is not None:
+                count, rank = max(count, self.slots.count), max(rank, self.slots.rank)
+            self.slots = LoraSlots(self.decoder.model, 1 << (count - 1).bit_length(), rank, self.decoder.dtype)
+        return self.slots, np.repeat(np.array(self.slots.load(adapters), np.int64), counts)
 
     def _forward(
         self, ids_T: Tensor, last_R: Tensor | None = None, lora: LoraRows | None = None, last_lora: LoraRows | None = None
