@@ -178,3 +178,14 @@ def test_a_step_waits_for_its_tokens_alone() -> None:
             assert len(waits) == 2, waits  # tokens and their log-probabilities
             steps += 1
     assert steps > 3
+
+
+def test_every_size_of_tile_is_compiled_before_it_is_needed(recorded: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    core = core_of(model_of("llama", NARROW), 2)
+    core.start()
+    rows, attend, runner = [], FromInputs.attend, core.model_runner
+    monkeypatch.setattr(FromInputs, "attend", lambda self, *step: (rows.append(self.prefill_rows), attend(self, *step))[1])
+    assert isinstance(runner.attention, TritonAttention)
+    with torch.inference_mode():
+        runner._compile_prefill(runner.attention, core.block_manager.num_blocks)
+    assert set(rows) == {16, 32, 64, 128}
