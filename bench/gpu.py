@@ -6,12 +6,12 @@
     PYTHONPATH=src python bench/gpu.py --compile        # Triton's kernels alone, for GPUs that need not be there
 
 Trains a random model by SFT, reward regression and DPO, each in fp32 and bf16; scores conversations; generates greedily with the shipped
-Base (fp32, bf16, and bf16 with an int8 cache); evaluates it on the miniature's prompts without code. Then the engine's parts for a GPU,
-each beside torch's operations: keys split over programs, tiles of several sizes, rotation and store, residual add and norm,
-pinned copies, penalties and sampling. Prints one JSON object. It fails when a loss, gradient norm or score is not finite, when the first
-losses are not the CPU's, when a part for a GPU differs from torch's, or (with --smoke: over long answers two devices may round a tie in two
-ways) when greedy text in fp32 is not the CPU's. Without a GPU, --smoke runs Triton's interpreter, where Triton is installed, and records
-nothing. --compile prints the shared memory of each kernel, and fails where a GPU has less.
+Base (fp32, bf16, and bf16 with an int8 cache) and with adapters of it; evaluates it on the miniature's prompts without code. Then the
+engine's parts for a GPU, each beside torch's operations: keys split over programs, tiles of several sizes, rotation and store, residual
+add and norm, pinned copies, penalties and sampling. Prints one JSON object. It fails when a loss, gradient norm or score is not finite,
+when the first losses are not the CPU's, when a part for a GPU differs from torch's, or (with --smoke: over long answers two devices may
+round a tie in two ways) when greedy text in fp32 is not the CPU's. Without a GPU, --smoke runs Triton's interpreter, where Triton is
+installed, and records nothing. --compile prints the shared memory of each kernel, and fails where a GPU has less.
 """
 
 import argparse
@@ -44,11 +44,13 @@ from gristmill.data.human import HumanData
 from gristmill.data.rows import Prompt
 from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.load import EngineArgs, answer_rows, load_engine
-from gristmill.generation.api import SamplingParams
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.judge.reward import RewardScorer
 from gristmill.miniature.source import MiniatureSource
+from gristmill.model.adapters import Adapter
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.hf import load_model
+from gristmill.model.lora import LoraConfig, adapter_parts, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import AnySample, PairSample, RatedSample, Sample
@@ -182,6 +184,30 @@ def generate(how: EngineArgs, size: Size, prompts: Sequence[Prompt], device: tor
     assert all(math.isfinite(row["logprob"]) for row in out.values())
     assert same == 1 or how.dtype != "fp32" or not size.smoke, f"{1 - same:.0%} of the greedy answers in fp32 are not the CPU's"
     tokens = sum(row["num_tokens"] for row in out.values())
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "same_as_cpu": same, "compared": len(here)}
+
+
+def adapted(size: Size, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
+    """Greedy answers in fp32 of the shipped Base and two random adapters in one batch, and the share of some that the CPU gives too."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=size.new_tokens)
+
+    def answers(where: torch.device, asked: Sequence[Prompt]) -> tuple[dict[str, Completion], float]:
+        engine = load_engine(BASE, EngineArgs(dtype="fp32", device=str(where)))
+        for rank in (4, 8):
+            model, config = load_model(BASE)[0], LoraConfig(rank=rank, alpha=8.0)
+            add_adapters(model, config, seed=rank)
+            for part in adapter_parts(model).values():
+                torch.nn.init.normal_(part.lora_B, std=0.05, generator=torch.Generator().manual_seed(rank))
+            engine.add_adapter(f"rank {rank}", Adapter(config, adapter_parts(model), ""))
+        names = ("", *engine.adapters)
+        requests = [Request(str(i), tuple(p.messages), greedy, adapter=names[i % 3]) for i, p in enumerate(asked)]
+        found, seconds = timed(lambda: list(engine.generate(requests)), where)
+        return {request.id: completions[0] for request, completions in found}, seconds
+
+    (out, seconds), (here, _) = answers(device, prompts), answers(torch.device("cpu"), prompts[: size.checked])
+    same = float(np.mean([out[name].text == one.text for name, one in here.items()]))
+    assert same == 1 or not size.smoke, f"{1 - same:.0%} of the answers with adapters are not the CPU's"
+    tokens = sum(one.num_tokens for one in out.values())
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "same_as_cpu": same, "compared": len(here)}
 
 
@@ -407,6 +433,7 @@ def main() -> None:
         "train": {f"{kind} {p}": train(kind, p, size, device) for kind in OBJECTIVES for p in TOLERANCE},
         "score": score(size, asked, device),
         "generate": {name: generate(how, size, asked, device) for name, how in ENGINES.items()},
+        "adapters": adapted(size, asked, device),
         "evaluate": evaluation(size, prompts, device),
         "engine": engine_parts(size, device),
     }
