@@ -3,14 +3,15 @@
     PYTHONPATH=src python bench/gpu.py                  # the sizes of a GPU, on the one that torch finds
     PYTHONPATH=src python bench/gpu.py --smoke          # the same at toy size, on whatever device there is
     PYTHONPATH=src python bench/gpu.py --device cuda:1
+    PYTHONPATH=src python bench/gpu.py --compile        # Triton's kernels alone, for GPUs that need not be there
 
 Trains a random model by SFT, reward regression and DPO, each in fp32 and bf16; scores conversations; generates greedily with the shipped
-Base (fp32, bf16, and bf16 with an int8 cache); evaluates it on the miniature's prompts without code. Then the engine's parts for a GPU,
-each beside torch's operations: keys split over programs, tiles of several sizes, rotation and store, residual add and norm,
-pinned copies, penalties and sampling. Prints one JSON object. It fails when a loss, gradient norm or score is not finite, when the first
-losses are not the CPU's, when a part for a GPU differs from torch's, or (with --smoke: over long answers two devices may round a tie in two
-ways) when greedy text in fp32 is not the CPU's. Without a GPU, --smoke runs Triton's interpreter, where Triton is installed, and records
-nothing.
+Base (fp32, bf16, and bf16 with an int8 cache) and with adapters of it; evaluates it on the miniature's prompts without code. Then the
+engine's parts for a GPU, each beside torch's operations: keys split over programs, tiles of several sizes, rotation and store, residual
+add and norm, pinned copies, penalties and sampling. Prints one JSON object. It fails when a loss, gradient norm or score is not finite,
+when the first losses are not the CPU's, when a part for a GPU differs from torch's, or (with --smoke: over long answers two devices may
+round a tie in two ways) when greedy text in fp32 is not the CPU's. Without a GPU, --smoke runs Triton's interpreter, where Triton is
+installed, and records nothing. --compile prints the shared memory of each kernel, and fails where a GPU has less.
 """
 
 import argparse
@@ -43,11 +44,13 @@ from gristmill.data.human import HumanData
 from gristmill.data.rows import Prompt
 from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.load import EngineArgs, answer_rows, load_engine
-from gristmill.generation.api import SamplingParams
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.judge.reward import RewardScorer
 from gristmill.miniature.source import MiniatureSource
+from gristmill.model.adapters import Adapter
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.hf import load_model
+from gristmill.model.lora import LoraConfig, adapter_parts, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import AnySample, PairSample, RatedSample, Sample
@@ -65,6 +68,18 @@ ENGINES = {
 }
 # The first loss beside the CPU's: sums in another order, and the 8 bits of bf16.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+SHARED_KIB = {80: 163, 89: 99, 90: 227}  # of a program, by compute capability
+# What attention is compiled for: head size, types of activations and of the cache, compute capabilities.
+COMPILED = (
+    (128, torch.bfloat16, torch.bfloat16, (80, 89, 90)),
+    (128, torch.bfloat16, torch.int8, (89,)),
+    (128, torch.bfloat16, torch.float8_e4m3fn, (89, 90)),
+    (256, torch.bfloat16, torch.bfloat16, (89,)),
+    (128, torch.float32, torch.float32, (89,)),
+    (256, torch.float32, torch.float32, (89,)),
+)
+TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}
+TRITON_TYPES |= {torch.int32: "i32", torch.int64: "i64"}
 
 
 class Size:
@@ -172,17 +187,41 @@ def generate(how: EngineArgs, size: Size, prompts: Sequence[Prompt], device: tor
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "same_as_cpu": same, "compared": len(here)}
 
 
+def adapted(size: Size, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
+    """Greedy answers in fp32 of the shipped Base and two random adapters in one batch, and the share of some that the CPU gives too."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=size.new_tokens)
+
+    def answers(where: torch.device, asked: Sequence[Prompt]) -> tuple[dict[str, Completion], float]:
+        engine = load_engine(BASE, EngineArgs(dtype="fp32", device=str(where)))
+        for rank in (4, 8):
+            model, config = load_model(BASE)[0], LoraConfig(rank=rank, alpha=8.0)
+            add_adapters(model, config, seed=rank)
+            for part in adapter_parts(model).values():
+                torch.nn.init.normal_(part.lora_B, std=0.05, generator=torch.Generator().manual_seed(rank))
+            engine.add_adapter(f"rank {rank}", Adapter(config, adapter_parts(model), ""))
+        names = ("", *engine.adapters)
+        requests = [Request(str(i), tuple(p.messages), greedy, adapter=names[i % 3]) for i, p in enumerate(asked)]
+        found, seconds = timed(lambda: list(engine.generate(requests)), where)
+        return {request.id: completions[0] for request, completions in found}, seconds
+
+    (out, seconds), (here, _) = answers(device, prompts), answers(torch.device("cpu"), prompts[: size.checked])
+    same = float(np.mean([out[name].text == one.text for name, one in here.items()]))
+    assert same == 1 or not size.smoke, f"{1 - same:.0%} of the answers with adapters are not the CPU's"
+    tokens = sum(one.num_tokens for one in out.values())
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "same_as_cpu": same, "compared": len(here)}
+
+
 def attention_parts(size: Size, device: torch.device) -> dict[str, Any]:
     """Attention of a step with long sequences that decode and prompts that begin, by Triton beside torch, with keys split and tiles of
     several sizes; rotation and store are part of each."""
     from gristmill.engine import attention
 
-    heads = (4, 2, 16) if size.smoke else (32, 8, 128)
+    heads = (2, 1, 16) if size.smoke else (32, 8, 128)
     config = ModelConfig("llama", 512, 64, uniform_blocks(1, *heads, 64), max_positions=4096)
     angles = Transformer(config).rope(torch.arange(4096))
     angles = {kind: (cos.to(device), sin.to(device)) for kind, (cos, sin) in angles.items()}
-    seq_lens = np.array([100, 33, 40, 12] if size.smoke else [4000, 900, 2000, 1024], np.int32)
-    counts = np.array([1, 1, 24, 10] if size.smoke else [1, 1, 1500, 1024])
+    seq_lens = np.array([100, 33, 40, 6] if size.smoke else [4000, 900, 2000, 1024], np.int32)
+    counts = np.array([1, 1, 9, 6] if size.smoke else [1, 1, 1500, 1024])
     blocks = -(-int(seq_lens.max()) // BLOCK_SIZE)
     tables = np.random.default_rng(0).permutation(4 * blocks).astype(np.int32).reshape(4, blocks)
     start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
@@ -296,6 +335,69 @@ def engine_parts(size: Size, device: torch.device) -> dict[str, Any]:
         return parts | {"attention": attention_parts(size, device), "add and norm": norm_part(size, device)}
 
 
+def compiled() -> Iterator[dict[str, Any]]:
+    """Shared memory of the kernels of attention, as a step launches them, and of the fused norm."""
+    from gristmill.engine import attention
+    from gristmill.engine.kernels import triton_attention, triton_norm
+
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    class Recorder:
+        """In a kernel's place."""
+
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args, **options: calls.append((self.kernel, args, options))
+
+    def compile_calls(targets: Sequence[int], **what: str) -> Iterator[dict[str, Any]]:
+        for call in calls:
+            for target in targets:
+                yield what | compile_one(*call, target)
+        calls.clear()
+
+    names = ("_attend", "_join", "_rotate_and_store")
+    with patched(triton_attention, **{name: Recorder(getattr(triton_attention, name)) for name in names}):
+        for head_dim, dtype, cache_dtype, targets in COMPILED:
+            config = ModelConfig("llama", 512, 64, uniform_blocks(1, 32, 8, head_dim, 64), max_positions=4096)
+            cache = attention.KVCache(config, cache_dtype, torch.device("cpu"))
+            cache.allocate(64)
+            backend = attention.TritonAttention(config, cache, angles=Transformer(config).rope(torch.arange(4096)), dtype=dtype)
+            lens, start = np.array([1000, 200], np.int32), np.array([0, 1, 201], np.int32)
+            positions = np.concatenate([[999], np.arange(200)])
+            table = np.arange(64, dtype=np.int32).reshape(2, 32)
+            backend.prepare(attention.AttentionMetadata(start, lens, np.arange(2, dtype=np.int32), table, positions, 1))
+            backend.attend(0, torch.zeros(201, 48, head_dim, dtype=dtype))
+            yield from compile_calls(targets, head=str(head_dim), activations=str(dtype), cache=str(cache_dtype))
+    with patched(triton_norm, _add_norm=Recorder(triton_norm._add_norm)):
+        x_TD, gain_D = torch.zeros(1, 8192, dtype=torch.bfloat16), torch.zeros(8192)
+        triton_norm.add_norm(x_TD, x_TD, gain_D, gain_D, eps=1e-5, centred=True)
+        yield from compile_calls(tuple(SHARED_KIB), width="8192")
+
+
+def compile_one(kernel: Any, args: Sequence[Any], options: dict[str, Any], target: int) -> dict[str, Any]:
+    """A kernel compiled for a compute capability, with what Triton would know of these arguments."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, known = {}, {}, {}
+    for number, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(number,)] = "constexpr", value
+            continue
+        tensor = isinstance(value, torch.Tensor)
+        signature[parameter.name] = f"*{TRITON_TYPES[value.dtype]}" if tensor else "i32" if isinstance(value, int) else "fp32"
+        if tensor or (isinstance(value, int) and value % 16 == 0):  # torch's memory begins at whole 16 bytes
+            known[(number,)] = [["tt.divisibility", 16]]
+    done = triton.compile(ASTSource(kernel, signature, constants, known), target=GPUTarget("cuda", target, 32), options=options)
+    shared = done.metadata.shared / 1024
+    assert shared <= SHARED_KIB[target], (kernel.__name__, target, shared)
+    rows = dict(zip([p.name for p in kernel.params], args, strict=True)).get("R")
+    return {"kernel": kernel.__name__, "capability": target, "shared_kib": shared} | ({} if rows is None else {"rows": rows})
+
+
 def evaluation(size: Size, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
     """Accuracy of the shipped Base."""
     from gristmill.workflows.evaluate import evaluate
@@ -314,7 +416,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="toy size")
+    parser.add_argument("--compile", action="store_true", help="compile Triton's kernels, and nothing else")
     args = parser.parse_args()
+    if args.compile:
+        for row in compiled():
+            print(json.dumps(row), flush=True)
+        return
     device, size = pick_device(args.device), Size(args.smoke)
     prompts = [p for p in MiniatureSource(HumanData(), 0).evaluation() if p.truth and p.truth["kind"] != "code"]
     asked = prompts[: size.prompts]
@@ -326,6 +433,7 @@ def main() -> None:
         "train": {f"{kind} {p}": train(kind, p, size, device) for kind in OBJECTIVES for p in TOLERANCE},
         "score": score(size, asked, device),
         "generate": {name: generate(how, size, asked, device) for name, how in ENGINES.items()},
+        "adapters": adapted(size, asked, device),
         "evaluate": evaluation(size, prompts, device),
         "engine": engine_parts(size, device),
     }

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 OTHER = torch.device("meta")
 CPU = torch.device("cpu")
+# What a GPU's host waits for: numbers that it reads, and shapes that depend on values.
+WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten._unique2)
 COPIES = (torch.ops.aten._to_copy, torch.ops.aten.to, torch.ops.aten.copy_)
 # An index may lie on the CPU, as with a GPU; a scalar always may.
 TAKE_CPU_INDICES = (torch.ops.aten.index, torch.ops.aten.index_put_, torch.ops.aten.index_put, torch.ops.aten._index_put_impl_)
@@ -40,6 +42,9 @@ class OtherTensor(torch.Tensor):
         return _run(function, args, kwargs or {})
 
 
+waits: list[str] = []  # since somebody emptied it
+
+
 def _inner(x: Any) -> Any:
     """The same on the CPU."""
     return x.inner if isinstance(x, OtherTensor) else CPU if isinstance(x, torch.device) else x
@@ -58,6 +63,8 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         there = devices[0] == OTHER
     elif kind is torch.ops.aten.copy_:
         there = isinstance(args[0], OtherTensor)
+    if any(isinstance(x, OtherTensor) for x in tree_leaves((args, kwargs))) and (kind in WAITS or (kind in COPIES and not there)):
+        waits.append(str(kind))
     result = function(*tree_map(_inner, args), **tree_map(_inner, kwargs))
     known = {id(_inner(x)): x for x in tree_leaves((args, kwargs)) if isinstance(x, OtherTensor)}
 

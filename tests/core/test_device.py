@@ -1,12 +1,13 @@
 """A device by its name: one that is here, or a sentence that says what to do."""
 
 import resource
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from gristmill.core.device import check_dtype, free_memory, pick_device
+from gristmill.core.device import check_dtype, current_device, free_memory, pick_device
 from gristmill.core.errors import InputError
 
 
@@ -61,5 +62,16 @@ def test_free_memory_is_within_the_limit_of_the_process(monkeypatch: pytest.Monk
     assert 0 < free_memory(torch.device("cpu")) <= free // 4 + 2**24
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1, 1))
     assert free_memory(torch.device("cpu")) == 0
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 9))
-    assert free_memory(torch.device("cuda")) == 5
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 19))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 6)
+    assert free_memory(torch.device("cuda")) == 7, "what torch keeps for later too"
+
+
+def test_a_gpu_is_the_current_one_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
+    with current_device(torch.device("cpu")):
+        assert not asked
+    with current_device(torch.device("cuda:1")):
+        assert asked == [torch.device("cuda:1")]

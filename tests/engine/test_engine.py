@@ -377,3 +377,13 @@ def test_bf16_copy_leaves_the_model_alone(model: Transformer, tokenizer: Tokeniz
     assert len(got) == 5 and model.embedding.dtype == torch.float32 and model.compute_dtype == torch.float32
     exact = make_engine(model, tokenizer).text_loglikelihood(["the river of wheat"])[0][0]
     assert engine.text_loglikelihood(["the river of wheat"])[0][0] == pytest.approx(exact, rel=0.05)
+
+
+def test_a_call_that_has_ended_lets_go_of_its_cache(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(build_model("llama", tokenizer.vocab_size, (BlockConfig(4, 2, 8, 64),)), tokenizer)
+    cores, core = [], engine.core
+    monkeypatch.setattr(engine, "core", lambda *args: cores.append(core(*args)) or cores[-1])
+    run(engine, [request(1, GREEDY)])
+    for _ in engine.generate([request(1, GREEDY), request(2, GREEDY)]):
+        break  # the others are not wanted
+    assert len(cores) > 1 and all(one.model_runner.kv_cache.memory.numel() == 0 for one in cores)

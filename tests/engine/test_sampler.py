@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gristmill.engine.sampler import SamplingMetadata, penalise, sample, sample_key, uniforms
+from gristmill.engine.sampler import SamplingMetadata, _cumulative, penalise, sample, sample_key, uniforms
 from gristmill.generation.api import SamplingParams
 
 DRAWS = 20_000
@@ -144,3 +144,13 @@ def test_penalties_of_all_rows_together_are_those_of_each() -> None:
         for token, count in Counter(answer.tolist()).items():
             expected[row, token] -= p.presence_penalty + p.frequency_penalty * count
     assert torch.equal(found, expected) and torch.equal(found[[1, 4]], logits[[1, 4]])
+
+
+def test_a_single_row_is_summed_on_a_gpu_as_one_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    rows, cumsum = [], torch.Tensor.cumsum
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: (rows.append(len(self)), cumsum(self, dim))[1])
+    sums = _cumulative(torch.tensor([[0.25, 0.5, 0.0, 0.25]]).as_subclass(OnGpu))
+    assert set(rows) == {2} and sums.tolist() == [[0.25, 0.75, 0.75, 1.0]]

@@ -145,3 +145,16 @@ def test_threads_change_no_bit() -> None:
         results.append((out, *torch.autograd.grad(out, qkv_TXd, upstream)))
     torch.set_num_threads(before)
     assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize(("head_dim", "takes"), [(16, True), (256, True), (20, False), (264, False)])
+def test_flash_attention_gets_heads_that_it_takes(head_dim: int, takes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    called: list[int] = []
+    monkeypatch.setattr(kernels, "library_for", lambda x: None)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, *rest, **options: (called.append(q.shape[2]), q)[1])
+    x = torch.randn(5, 2, head_dim).bfloat16().as_subclass(OnGpu)
+    assert varlen_attention(x, x, x, PackedShape.from_lengths([5])).shape == x.shape
+    assert called == [head_dim] * takes

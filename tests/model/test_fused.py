@@ -1,5 +1,6 @@
 """Compiled norms, activations, softmax and in-place gradients against torch in fp64."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -110,10 +111,20 @@ def test_gradients_that_are_added_in_place_are_autograds(dtype: torch.dtype) -> 
 
     for _ in range(3):
         loss(0, in_place=False).backward()
-    with fused.accumulating_in_place():
+    with fused.accumulating_in_place([tables[1], weights[1], biases[1]]):
         for _ in range(3):
             loss(1, in_place=True).backward()
     assert not fused.accumulates(weights[1])
     for plain, ours in (tables, weights, biases):
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(ours.grad, plain.grad, rtol=tolerance, atol=tolerance * float(plain.grad.abs().max()))
+
+
+def test_a_backward_pass_in_another_thread_adds_in_place_too() -> None:
+    """A GPU's backward pass, which computes checkpointed activations again, is not in the thread that began it."""
+    weight = drawn(4, 6, seed=0)
+    with fused.accumulating_in_place([weight]), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: fused.accumulates(weight)).result()
+        pool.submit(lambda: fused.linear(torch.ones(2, 6), weight, None).sum().backward()).result()
+    assert weight.grad is not None and torch.equal(weight.grad, torch.full((4, 6), 2.0))
+    assert not fused.accumulates(weight)

@@ -1,6 +1,7 @@
 """Low-rank updates: the first step is the base's, gradients and merging are those of W + s B A, and small bases cost no dense copy."""
 
 import math
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -188,7 +189,8 @@ def test_rounding_of_a_small_update_is_told() -> None:
         (lambda: make(base="nf4"), "Install bitsandbytes"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(build: Callable[[], object], said: str) -> None:
+def test_what_does_not_fit_is_one_sentence(build: Callable[[], object], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)  # wherever it is installed
     with pytest.raises(InputError, match=said):
         build()
 
@@ -208,6 +210,27 @@ def test_nf4_goes_through_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make(base="nf4").blocks[0].mlp.up  # type: ignore[union-attr]
     assert isinstance(layer, LoraLinear) and layer.weight.dtype == torch.uint8
     torch.testing.assert_close(layer(torch.eye(32)).T, make(lora=None).blocks[0].mlp.up.weight.sign())  # type: ignore[union-attr]
+
+
+def test_nf4_moves_with_its_model() -> None:
+    class State:
+        def to(self, device: torch.device) -> None:
+            self.device = device
+
+    layer = make().blocks[0].mlp.up  # type: ignore[union-attr]
+    assert isinstance(layer, LoraLinear)
+    state = layer._state = State()
+    layer.to("meta")
+    assert state.device.type == "meta"
+
+
+def test_nf4_by_bitsandbytes_itself() -> None:
+    pytest.importorskip("bitsandbytes")
+    layer, plain = make(base="nf4").blocks[0].mlp.up, make(lora=None).blocks[0].mlp.up  # type: ignore[union-attr]
+    assert isinstance(layer, LoraLinear) and layer.weight.nbytes == plain.weight.numel() // 2
+    for dtype in (torch.float32, torch.bfloat16):
+        error = layer.dense(dtype).float() - plain.weight
+        assert layer.dense(dtype).dtype == dtype and 0.01 < float(error.norm() / plain.weight.norm()) < 0.15
 
 
 def test_other_shapes_of_batches_compute_the_same() -> None:

@@ -139,6 +139,7 @@ class ChatSession:
                     echo(piece, nl=False)
                 told.clear()
         except KeyboardInterrupt:  # in the middle of a step, whose state nobody knows
+            self._core.release()
             self._core = self.engine.core()
         seconds = time.perf_counter() - started
         self._core.take_finished()

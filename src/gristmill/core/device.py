@@ -10,7 +10,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,12 +60,19 @@ def put(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the thread's current one meanwhile: Triton and CUDA graphs go by that, and not by where tensors are."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
     """InputError where a GPU has no arithmetic of this type."""
     import torch
 
     if device.type == "cuda" and dtype == torch.bfloat16:
-        with torch.cuda.device(device):
+        with current_device(device):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 raise InputError(f"{torch.cuda.get_device_name(device)} does not compute in bf16: choose fp32.")
 
@@ -75,7 +82,8 @@ def free_memory(device: torch.device) -> int:
     import torch
 
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # what torch keeps of memory that was freed counts as taken with the driver
+        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_free_in_cgroup()]
     if (available := _fields(Path("/proc/meminfo"), "MemAvailable:")) is not None:
         free.append(available * 1024)
@@ -176,7 +184,8 @@ def pick_precision(device: torch.device, *, cpu: str = "") -> str:
     import torch
 
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        with current_device(device):
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu" and cpu:
         return cpu
     if device.type != "cpu" or not has_bf16_products():

@@ -120,10 +120,15 @@ class _Worker:
             self.load += samples
 
     def _run(self) -> None:
+        try:
+            self.core.start()
+        except Exception:  # the first step fails in the same way, and tells who asked
+            log.exception("the engine cannot make room for its cache")
         while True:
             try:
                 message = self.inbox.get(block=self.core.idle)
                 if message is None:
+                    self.core.release()
                     return
                 if isinstance(message, threading.Barrier):
                     message.wait()
@@ -143,6 +148,7 @@ class _Worker:
                 for state in list(self.states):
                     self._end(state, e)
                 self._flush()
+                self.core.release()
                 try:
                     self.core = self.engine.core(self.num_workers, interactive=self.interactive)
                 except Exception:

@@ -24,6 +24,7 @@ from gristmill.model.transformer import Angles, rotate
 
 LANES = 16  # floats of a vector, as in kernels.cpp
 TILE_ROWS = 128  # most (token, query head) pairs of a program on a GPU, where a sequence has more than one token
+SHARED_BYTES = 96 * 1024  # of a program: GPUs of compute capability 8.6 and 8.9 have 99 KiB, others more
 MAX_SPLITS = 16  # programs that share the keys of a token
 NUM_PROGRAMS = 264  # that decoding is split up to on a GPU: two for each processor of an H200
 
@@ -81,7 +82,7 @@ class KVCache:
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy blocks: from, to."""
-        source, to = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
+        source, to = (put(np.array(side, np.int64), self.device) for side in zip(*pairs, strict=True))
         self.memory[to] = self.memory[source]
 
 
@@ -105,9 +106,10 @@ def select_backend(config: ModelConfig, kv_cache: KVCache, dtype: torch.dtype, *
     """
     if supported_by_kernels(kv_cache.device, dtype) and (library := kernels.load()) is not None:
         return CompiledAttention(library, config, kv_cache, angles=angles)
-    group = max([block.num_heads // block.num_kv_heads for block in config.blocks if block.has_attention], default=1)
-    if group <= TILE_ROWS and has_triton(kv_cache.device):
-        return TritonAttention(config, kv_cache, angles=angles)
+    if has_triton(kv_cache.device):
+        attention = TritonAttention(config, kv_cache, angles=angles, dtype=dtype)
+        if attention.group <= attention.tile_rows:
+            return attention
     return TorchAttention(config, kv_cache, angles=angles)
 
 
@@ -163,8 +165,8 @@ class TorchAttention:
     def prepare(self, metadata: AttentionMetadata) -> None:
         device, counts = self.kv_cache.device, np.diff(metadata.query_start)
         block_T = metadata.block_tables[np.repeat(metadata.slots, counts), metadata.positions // BLOCK_SIZE]
-        positions_T = torch.from_numpy(metadata.positions).to(device)
-        self.slot_mapping = _SlotMapping(positions_T, torch.from_numpy(block_T.astype(np.int64)).to(device))
+        positions_T = put(metadata.positions, device)
+        self.slot_mapping = _SlotMapping(positions_T, put(block_T.astype(np.int64), device))
         self.metadata = metadata
         together = [slice(0, metadata.num_decodes)] if metadata.num_decodes else []
         self.groups = together + [slice(i, i + 1) for i in range(metadata.num_decodes, len(metadata.slots))]
@@ -173,7 +175,7 @@ class TorchAttention:
         windows = {0} | {block.window for block in self.config.blocks}
         for group in self.groups:
             longest = -(-int(metadata.seq_lens[group].max()) // BLOCK_SIZE)
-            self.blocks_NP.append(torch.from_numpy(metadata.block_tables[metadata.slots[group], :longest].astype(np.int64)).to(device))
+            self.blocks_NP.append(put(metadata.block_tables[metadata.slots[group], :longest].astype(np.int64), device))
             tokens = slice(int(metadata.query_start[group.start]), int(metadata.query_start[group.stop]))
             mine = positions_T[tokens].unflatten(0, (group.stop - group.start, -1))
             here_L = torch.arange(longest * BLOCK_SIZE, device=device)
@@ -213,9 +215,11 @@ class TritonAttention:
 
     name = "triton"
 
-    def __init__(self, config: ModelConfig, kv_cache: KVCache, *, angles: dict[str, Angles]) -> None:
+    def __init__(self, config: ModelConfig, kv_cache: KVCache, *, angles: dict[str, Angles], dtype: torch.dtype = torch.float32) -> None:
         self.config, self.kv_cache, self.angles = config, kv_cache, angles
-        self.group = max([block.num_heads // block.num_kv_heads for block in config.blocks if block.has_attention], default=1)
+        blocks = [block for block in config.blocks if block.has_attention]
+        self.group = max([block.num_heads // block.num_kv_heads for block in blocks], default=1)
+        self.tile_rows = _tile_rows(max([block.head_dim for block in blocks], default=1), dtype)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         self.inputs = {name: put(array, self.kv_cache.device) for name, array in self.build_inputs(metadata).items()}
@@ -234,7 +238,7 @@ class TritonAttention:
             1,
         )
         longest = int(counts[metadata.num_decodes :].max(initial=1))
-        self.prefill_rows = min(TILE_ROWS, _power_of_2(max(16, longest * self.group)))  # no more than the longest fills
+        self.prefill_rows = min(self.tile_rows, _power_of_2(max(16, longest * self.group)))  # no more than the longest fills
         tile_tokens = self.prefill_rows // self.group
         prefills = [
             (i, metadata.query_start[i] + start, first[i] + start, min(tile_tokens, counts[i] - start))
@@ -261,21 +265,16 @@ class TritonAttention:
         inputs, block, offsets = self.inputs, self.config.blocks[layer], self.kv_cache.offsets[layer]
         memory = self.kv_cache.memory.view(self.kv_cache.dtype)
         scales = self.kv_cache.memory.view(torch.float32) if self.kv_cache.scaled else None
-        if self.kv_cache.dtype == torch.float8_e4m3fn:  # Triton's own rounding to eight bits is not torch's
-            slot_mapping = _SlotMapping(inputs["positions"], inputs["blocks"])
-            cache = _LayerCache(self.config, self.kv_cache, layer)
-            q_THd = cache.store(qkv[: len(inputs["positions"])], slot_mapping, *self.angles[block.rope]).contiguous()
-        else:
-            q_THd = rotate_and_store(
-                qkv,
-                memory,
-                scales,
-                offsets=offsets,
-                positions_T=inputs["positions"],
-                blocks_T=inputs["blocks"],
-                angles=self.angles[block.rope],
-                kv_heads=block.num_kv_heads,
-            )
+        q_THd = rotate_and_store(
+            qkv,
+            memory,
+            scales,
+            offsets=offsets,
+            positions_T=inputs["positions"],
+            blocks_T=inputs["blocks"],
+            angles=self.angles[block.rope],
+            kv_heads=block.num_kv_heads,
+        )
         out_THd = q_THd.new_zeros(len(qkv), *q_THd.shape[1:])
         decodes, prefills = inputs["decodes"], inputs["prefills"]
         for tiles, rows, num_splits in (
@@ -297,6 +296,14 @@ class TritonAttention:
                     num_splits=num_splits,
                 )
         return out_THd
+
+
+def _tile_rows(head_dim: int, dtype: torch.dtype) -> int:
+    """Rows of the largest tile whose queries, weights, keys and values fit into the memory of a program; 0 where none does."""
+    width, rows = max(16, _power_of_2(head_dim)), TILE_ROWS
+    while rows >= 16 and ((rows + 2 * BLOCK_SIZE) * width + rows * BLOCK_SIZE) * dtype.itemsize > SHARED_BYTES:
+        rows //= 2
+    return rows if rows >= 16 else 0
 
 
 def _power_of_2(number: int) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.core.device import put
+from gristmill.core.device import current_device, free_memory, put
 from gristmill.core.errors import InputError
 from gristmill.engine.block_manager import BLOCK_SIZE, BlockManager
 from gristmill.engine.grammar import GrammarBackend
@@ -129,12 +129,24 @@ class Core:
         finished, self.finished = self.finished, []
         return finished
 
-    @torch.inference_mode()
+    def release(self) -> None:
+        """Let go of the cache and of recorded graphs, when there is nothing more to compute: another core may want their memory."""
+        self.model_runner.release()
+
     def step(self) -> None:
         """One forward pass, and a token more for every sequence whose turn it was, or several where its draft was right."""
+        with current_device(self.model_runner.device), torch.inference_mode():
+            self._step()
+
+    def start(self) -> None:
+        """Make room for the cache and record graphs, which else the first step does."""
         if not self._allocated:
-            self.model_runner.allocate_kv_cache(self.block_manager.num_blocks)
+            with current_device(self.model_runner.device), torch.inference_mode():
+                self.model_runner.allocate_kv_cache(self.block_manager.num_blocks)
             self._allocated = True
+
+    def _step(self) -> None:
+        self.start()
         started = self.clock()
         step = self.scheduler.schedule()
         if not step.sequences:
@@ -153,7 +165,7 @@ class Core:
             rows = [sequence for sequence, count in zip(rows, drafts, strict=True) for _ in range(1 + count)]
         if any(sequence.slot < 0 for sequence in rows):  # preempted before its first token, when it has no draft
             kept = [i for i, sequence in enumerate(rows) if sequence.slot >= 0]
-            rows, logits_RV = [rows[i] for i in kept], logits_RV[torch.tensor(kept, device=logits_RV.device)]
+            rows, logits_RV = [rows[i] for i in kept], logits_RV[put(np.array(kept, np.int64), logits_RV.device)]
             drafts = [count for sequence, count in zip(step.sample_sequences, drafts, strict=True) if sequence.slot >= 0]
         if rows:
             self._sample(rows, drafts, logits_RV)
@@ -327,7 +339,7 @@ class Core:
 def _cache_memory(device: torch.device) -> float:
     """Bytes that the KV caches of all workers may take."""
     if device.type == "cuda":
-        return GPU_CACHE_FRACTION * float(torch.cuda.mem_get_info(device)[0])
+        return GPU_CACHE_FRACTION * float(free_memory(device))
     try:
         return CPU_CACHE_FRACTION * float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError, AttributeError) as e:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.core.device import check_dtype
+from gristmill.core.device import check_dtype, current_device
 from gristmill.core.errors import InputError
 from gristmill.core.threads import merge, num_workers, workers
 from gristmill.data.chat import ChatFormat, Message
@@ -269,8 +269,15 @@ class Engine:
 
     def _run_worker(self, dealt: "_RoundRobin", number: int, stop: Event) -> Iterator[tuple[Request, list[Completion]]]:
         """Worker loop, until its requests are exhausted."""
-        source = dealt.of_worker(number)
         core = self.core(dealt.num_workers)
+        try:
+            yield from self._answer(core, dealt.of_worker(number), dealt.num_workers, stop=stop)
+        finally:
+            core.release()
+
+    def _answer(
+        self, core: Core, source: Iterator[Request], num_workers: int, *, stop: Event
+    ) -> Iterator[tuple[Request, list[Completion]]]:
         exhausted = False
         waiting = 0
         while not stop.is_set():
@@ -287,7 +294,7 @@ class Engine:
             if not core.idle:
                 core.step()
             waiting = len(core.scheduler.waiting)
-            spent = (time.perf_counter() - started) / dealt.num_workers
+            spent = (time.perf_counter() - started) / num_workers
             drafted = {"draft_tokens": core.draft_tokens - drafts, "accepted_tokens": core.accepted_tokens - accepted}
             self.stats.add(core.prompt_tokens - prompts, core.output_tokens - outputs, spent, **drafted)
             for state in core.take_finished():
@@ -329,7 +336,8 @@ class Engine:
         """
         if self.is_quantized or adapter is not None:
             lora = None if adapter is None else LoraRows([(adapter, slice(None))])
-            return self._decoder.hidden(ids_T, shape, self.cache_dtype, lora)
+            with current_device(self.device):
+                return self._decoder.hidden(ids_T, shape, self.cache_dtype, lora)
         return self.model.hidden(ids_T, shape)
 
     def logits(self, h: Tensor) -> Tensor:
@@ -443,7 +451,7 @@ class Engine:
             logprobs_T[part] = (chosen_P - logits_PV.logsumexp(-1)).double()
         counted_T = torch.zeros_like(mask_T)
         counted_T[target_T] = True
-        parts = zip(logprobs_T.split(shape.lengths), counted_T.split(shape.lengths), strict=True)
+        parts = zip(logprobs_T.cpu().split(shape.lengths), counted_T.cpu().split(shape.lengths), strict=True)  # one wait for all
         return [(float(sums.sum()), int(counts.sum())) for sums, counts in parts]
 
 

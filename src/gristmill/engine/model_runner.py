@@ -3,6 +3,7 @@
 Shapes: T tokens of the step, D hidden size, H query heads, K key-value heads, d head size, R tokens to sample, V vocabulary.
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from gristmill.core.device import put
 from gristmill.engine.attention import AttentionMetadata, KVCache, TritonAttention, select_backend
+from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.cuda_graph import CudaGraphs, PiecewiseGraphs
 from gristmill.engine.layers import Decoder
-from gristmill.engine.lora import LoraRows
+from gristmill.engine.lora import LoadedAdapter, LoraRows, LoraSlots
 from gristmill.engine.scheduler import SchedulerOutput
 from gristmill.engine.sequence import BatchState
 
@@ -39,21 +41,46 @@ class ModelRunner:
         self.attention = select_backend(decoder.config, self.kv_cache, decoder.dtype, angles=angles)
         self.cuda_graphs: CudaGraphs | None = None
         self.piecewise_graphs: PiecewiseGraphs | None = None
+        self.slots: LoraSlots | None = None
 
+    @torch.inference_mode()
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Make room for so many blocks, and one more, which nobody reads: where graphs put what pads their rows."""
         self.kv_cache.allocate(num_blocks + 1)
         if isinstance(self.attention, TritonAttention):
-            weights = lambda: (self.decoder.layers, self.decoder.final_norm)  # noqa: E731
             max_blocks = self.batch_state.block_tables.shape[1]
-            self.cuda_graphs = CudaGraphs(self._forward, weights, self.attention, padding_block=num_blocks, max_blocks=max_blocks)
-            with torch.inference_mode():
-                self.cuda_graphs.record([self._padded(count) for count in range(1, self.batch_state.num_slots + 1)])
-                self.piecewise_graphs = PiecewiseGraphs(self.decoder, self.attention)
-                self.piecewise_graphs.record(PIECEWISE_SIZES)
+            decode = lambda ids_T, lora: self._forward(ids_T, None, lora)  # noqa: E731
+            self.cuda_graphs = CudaGraphs(decode, self.decoder, self.attention, padding_block=num_blocks, max_blocks=max_blocks)
+            self.piecewise_graphs = PiecewiseGraphs(self.decoder, self.attention)
+            self._record(self.cuda_graphs, self.piecewise_graphs)
+
+    def _record(self, cuda_graphs: CudaGraphs, piecewise_graphs: PiecewiseGraphs) -> None:
+        cuda_graphs.record([self._padded(count) for count in range(1, self.batch_state.num_slots + 1)])
+        piecewise_graphs.record(PIECEWISE_SIZES)
+        if self.device.type == "cuda":
+            self._compile_prefill(cuda_graphs.attention, cuda_graphs.padding_block)
+
+    def _compile_prefill(self, attention: TritonAttention, padding_block: int) -> None:
+        """Attend from a prompt of every size of tile, so that none is compiled while requests wait."""
+        rows = 16
+        while rows <= attention.tile_rows:
+            count = min(max(1, rows // attention.group), self.decoder.config.max_positions)
+            table = np.full((1, -(-count // BLOCK_SIZE)), padding_block, np.int32)
+            ends, slots = np.array([0, count], np.int32), np.zeros(1, np.int32)
+            attention.prepare(AttentionMetadata(ends, ends[1:], slots, table, np.arange(count), 0))
+            for number, block in enumerate(self.decoder.config.blocks):
+                if block.has_attention:
+                    heads = block.num_heads + 2 * block.num_kv_heads
+                    attention.attend(number, torch.zeros(count, heads, block.head_dim, dtype=self.decoder.dtype, device=self.device))
+            rows *= 2
+
+    def release(self) -> None:
+        """Let go of the cache and of graphs, which nobody needs any more."""
+        self.cuda_graphs = self.piecewise_graphs = self.slots = None
+        self.kv_cache.allocate(0)
 
     def reset_graphs(self) -> None:
-        """Drop CUDA graphs: the decoder's weights are others now."""
+        """Drop CUDA graphs: the decoder's weights are others now. They are captured again before the next step."""
         if self.cuda_graphs is not None:
             self.cuda_graphs.reset()
         if self.piecewise_graphs is not None:
@@ -62,6 +89,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, step: SchedulerOutput) -> Tensor:
         """Logits [R, V] to sample from: after the last tokens of `step.sample_rows`, and after those before their drafts' tokens."""
+        if self.cuda_graphs is not None and self.piecewise_graphs is not None and not self.cuda_graphs.captured:
+            self._record(self.cuda_graphs, self.piecewise_graphs)
         counts = np.array(step.num_tokens)
         query_start = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
@@ -74,24 +103,37 @@ class ModelRunner:
         metadata = AttentionMetadata(query_start, seq_lens, slots, self.batch_state.block_tables, positions, step.num_decodes)
         distinct = list(dict.fromkeys(step.sample_rows))  # siblings sample from the same row
         adapters = [s.state.adapter for s in step.sequences]
-        lora = LoraRows.of(adapters, step.num_tokens, self.device) if any(adapters) else None
         num_rows = [1 + step.num_drafts[place] for place in distinct]
-        if lora is None and self.cuda_graphs is not None and step.num_decodes == len(counts) and distinct == list(range(len(counts))):
-            logits = self.cuda_graphs.run(ids, metadata)
+        if self.cuda_graphs is not None and step.num_decodes == len(counts) and distinct == list(range(len(counts))):
+            logits = self.cuda_graphs.run(ids, metadata, self._adapted(adapters, counts))
         else:
             self.attention.prepare(metadata)
+            in_pieces = self.piecewise_graphs is not None and self.piecewise_graphs.fits(len(positions))
+            lora = LoraRows.of(adapters, step.num_tokens, self.device) if any(adapters) and not in_pieces else None
             last_R, last_lora = None, lora
             if sum(num_rows) < len(positions):
                 ends = [int(query_start[place + 1]) - back for place, n in zip(distinct, num_rows, strict=True) for back in range(n, 0, -1)]
                 last_R = put(np.array(ends + [0] * (self._padded(len(ends)) - len(ends)), np.int64), self.device)
                 last_lora = lora and LoraRows.of([adapters[place] for place in distinct], num_rows, self.device)
-            if lora is None and self.piecewise_graphs is not None and self.piecewise_graphs.fits(len(positions)):
-                logits = self.piecewise_graphs.run(ids[: len(positions)], last_R)
+            if self.piecewise_graphs is not None and in_pieces:
+                logits = self.piecewise_graphs.run(ids[: len(positions)], last_R, self._adapted(adapters, counts))
             else:
                 logits = self._forward(put(ids, self.device), last_R, lora, last_lora)
         end_of = dict(zip(distinct, accumulate(num_rows), strict=True))
         rows = [row for place in step.sample_rows for row in range(end_of[place] - 1 - step.num_drafts[place], end_of[place])]
         return logits if rows == list(range(len(logits))) else logits[put(np.array(rows, np.int64), self.device)]
+
+    def _adapted(self, adapters: Sequence[LoadedAdapter | None], counts: np.ndarray) -> tuple[LoraSlots, np.ndarray] | None:
+        """Slots with these adapters, and that of each token; None where there are none. Others where they are too few or too narrow."""
+        there = {one for one in adapters if one is not None}
+        if not there:
+            return None
+        count, rank = len(there), max(one.rank for one in there)
+        if self.slots is None or self.slots.count < count or self.slots.rank < rank:
+            if self.slots is not None:
+                count, rank = max(count, self.slots.count), max(rank, self.slots.rank)
+            self.slots = LoraSlots(self.decoder.model, 1 << (count - 1).bit_length(), rank, self.decoder.dtype)
+        return self.slots, np.repeat(np.array(self.slots.load(adapters), np.int64), counts)
 
     def _forward(
         self, ids_T: Tensor, last_R: Tensor | None = None, lora: LoraRows | None = None, last_lora: LoraRows | None = None

@@ -146,7 +146,7 @@ def sample(
             probs_BV = _keep_top_p(probs_BV, top_p_B)
         if metadata.any_min_p:
             probs_BV = torch.where(probs_BV >= min_p_B[:, None] * probs_BV.amax(-1, keepdim=True), probs_BV, 0.0)
-        cdf_BV = probs_BV.cumsum(-1)
+        cdf_BV = _cumulative(probs_BV)
         # right=True: the first token whose cumulative probability exceeds u, which is never one of
         # probability 0.
         tokens_B = torch.searchsorted(cdf_BV, u_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
@@ -156,6 +156,15 @@ def sample(
         tokens_B = target_BV.argmax(-1)
     logprobs_B = logits_BV.gather(-1, tokens_B[:, None])[:, 0] - logits_BV.logsumexp(-1)
     return tokens_B, logprobs_B
+
+
+def _cumulative(probs_BV: Tensor) -> Tensor:
+    """Running sums of each row. CUDA gives a single row to another scan, whose sums may fall, also where nothing is added (a token of
+    probability 0 would be drawn), and differ from call to call: two rows keep to the one that neither may.
+    """
+    if probs_BV.is_cuda and len(probs_BV) == 1:
+        return probs_BV.expand(2, -1).cumsum(-1)[:1]
+    return probs_BV.cumsum(-1)
 
 
 def _keep_top_k(probs_BV: Tensor, top_k_B: Tensor, max_k: int) -> Tensor:

@@ -124,7 +124,8 @@ def varlen_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedS
         if out_THd is not None:
             return out_THd
     window = mod.window if mod.window < shape.max_length else 0
-    if q_THd.is_cuda and q_THd.dtype in (torch.bfloat16, torch.float16) and mod.soft_cap is None:
+    flash = q_THd.dtype in (torch.bfloat16, torch.float16) and q_THd.shape[2] % 8 == 0 and q_THd.shape[2] <= 256 and mod.soft_cap is None
+    if q_THd.is_cuda and flash:
         from torch.nn.attention.varlen import varlen_attn
 
         if any(shape.shared):

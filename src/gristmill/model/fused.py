@@ -3,9 +3,8 @@
 Shapes: T tokens, D hidden size, F ffn size, R rows of logits, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -142,27 +141,27 @@ def _sizes(logits_RV: Tensor) -> tuple[int, int, int, int]:
     return len(logits_RV), logits_RV.shape[1], kernels.TYPES[logits_RV.dtype], torch.get_num_threads()
 
 
-# Copies of weights in the type of the computation, while gradients are accumulated in place; None else.
-_copies: ContextVar[dict[Tensor, Tensor] | None] = ContextVar("_copies", default=None)
+# Of each weight whose gradient is added in place, its copies by type of computation. Not by thread: a GPU's backward pass has its own.
+_copies: dict[Tensor, dict[torch.dtype, Tensor]] = {}
 
 
 @contextmanager
-def accumulating_in_place() -> Iterator[None]:
-    """Backward passes add weights' gradients to `.grad` as they are made, with no matrix of that size in between; weights do not change.
+def accumulating_in_place(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Backward passes add these weights' gradients to `.grad` as they are made, with no matrix of that size in between.
 
-    Each weight is copied once into another type of computation, however many backward passes there are.
+    Weights do not change meanwhile: each is copied once into another type of computation, however many backward passes there are.
     """
-    token = _copies.set({})
+    _copies.update((weight, {}) for weight in weights)
     try:
         yield
     finally:
-        _copies.reset(token)
+        for weight in weights:
+            del _copies[weight]
 
 
 def accumulates(weight: Tensor) -> bool:
-    """Whether the gradient of a weight is to be added in place: it is trained, fp32 and on a CPU, and `accumulating_in_place` is on."""
-    trained = weight.requires_grad and weight.is_leaf and torch.is_grad_enabled()
-    return trained and _copies.get() is not None and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    """Whether the gradient of a weight is to be added in place: it is trained and fp32, and given to `accumulating_in_place`."""
+    return weight in _copies and weight.requires_grad and torch.is_grad_enabled() and weight.dtype == torch.float32
 
 
 def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
@@ -172,19 +171,19 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
 
 def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight that `accumulates`, in the type of the computation: copied once."""
-    copies = _copies.get()
-    assert copies is not None
     if weight.dtype == dtype:
         return weight.detach()
-    if weight not in copies:
-        copies[weight] = weight.detach().to(dtype)
-    return copies[weight]
+    copies = _copies[weight]
+    if dtype not in copies:
+        copies[dtype] = weight.detach().to(dtype)
+    return copies[dtype]
 
 
 def add_gradient(weight_ND: Tensor, grad_TN: Tensor, x_TD: Tensor) -> None:
     """Add the gradient of a weight that `accumulates`, where x weight^T had this gradient."""
     if weight_ND.grad is None:
-        weight_ND.grad = torch.mm(grad_TN.T, x_TD).float()
+        mixed = grad_TN.is_cuda and grad_TN.dtype != torch.float32
+        weight_ND.grad = torch.mm(grad_TN.T, x_TD, out_dtype=torch.float32) if mixed else torch.mm(grad_TN.T, x_TD).float()
     else:
         add_product(weight_ND.grad, grad_TN, x_TD)
 

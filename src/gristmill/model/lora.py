@@ -128,6 +128,12 @@ class LoraLinear(Linear):
         self.register_buffer("scale_N", None)
         self._state: Any = None  # bitsandbytes' of NF4
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "LoraLinear":
+        super()._apply(fn, recurse)
+        if self._state is not None:  # no tensor that a module knows of
+            self._state.to(self.weight.device)
+        return self
+
     def freeze(self, base: str) -> None:
         """Keep the weight in another type."""
         weight_ND = self.weight.detach()

@@ -74,8 +74,9 @@ def estimate_memory(
         per_token = layers + max(block_activation_bytes_per_token(config, block, itemsize, **options) for block in config.blocks)
     else:
         per_token = activation_bytes_per_token(config, itemsize, **options)
-        if itemsize < 4:  # the weights in the type of the computation are kept for the backward pass
-            weights += sum(p.numel() for p in decoder.blocks.parameters() if p.requires_grad) * itemsize
+    if itemsize < 4 and (workers == 1 or not checkpointed):
+        # the weights in the type of the computation are kept for the step (by one worker), or for the backward pass
+        weights += sum(p.numel() for p in decoder.blocks.parameters() if p.requires_grad) * itemsize
     head = workers * loss_bytes(-(-tokens // workers), config.vocab_size, config.hidden_size, itemsize)
     return MemoryEstimate(
         weights=weights,

@@ -306,7 +306,7 @@ class Trainer:
         scale = self._lr_scale()
         batches = self._micro_batches(samples)
         totals = _MetricSums()
-        with fused.accumulating_in_place() if self.num_workers == 1 else nullcontext():
+        with fused.accumulating_in_place(self.optimizer.parameters) if self.num_workers == 1 else nullcontext():
             for output in self._backward(batches, global_count(batches)):
                 totals.add(output)
         norm = float(nn.utils.clip_grad_norm_(self.optimizer.parameters, self.settings.clip or math.inf))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.model.attention import ScoreMod
+from gristmill.model.quantized import MAX_VALUES
 from gristmill.model.transformer import Angles
 
 
@@ -94,13 +95,13 @@ def rotate_and_store(
     """Queries [T, H, d] after the rotation; keys, rotated, and values of [T, H + 2K, d] go into their blocks.
 
     Args:
-        memory, scales, offsets: as in `attend`; with scales the memory is int8.
+        memory, scales, offsets: as in `attend`; with scales the memory is int8 or float8_e4m3fn.
         positions_T, blocks_T: int64, where each token belongs.
         angles: fp32, of all positions.
     """
     num_tokens, (heads, size) = len(positions_T), (qkv.shape[1] - 2 * kv_heads, qkv.shape[2])
     cos_LR, sin_LR = (angle_LR.contiguous() for angle_LR in angles)
-    assert qkv.stride(2) == 1 and (scales is None or memory.dtype == torch.int8)
+    assert qkv.stride(2) == 1
     q_THd = qkv.new_empty(num_tokens, heads, size)
     _rotate_and_store[(num_tokens, heads + 2 * kv_heads)](
         qkv,
@@ -124,7 +125,8 @@ def rotate_and_store(
         cos_LR.shape[1],
         BLOCK_SIZE,
         max(16, triton.next_power_of_2(size)),
-        scales is not None,
+        0.0 if scales is None else MAX_VALUES[memory.dtype],
+        memory.dtype == torch.float8_e4m3fn,
         num_warps=1,
     )
     return q_THd
@@ -252,7 +254,8 @@ def _rotate_and_store(
     pairs: tl.constexpr,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
-    SCALED: tl.constexpr,
+    LARGEST: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dim = tl.arange(0, D)
@@ -274,8 +277,15 @@ def _rotate_and_store(
         own, value = (head - heads) % kv_heads, (head - heads) // kv_heads
         at = tl.where(value == 0, k_at + (own * size + dim) * BLOCK + place, v_at + (own * BLOCK + place) * padded + dim)
         kept = x.to(tl.float32)
-        if SCALED:
-            scale = tl.max(tl.abs(kept), 0) / 127.0
+        if LARGEST > 0:
+            scale = tl.max(tl.abs(kept), 0) / LARGEST
             tl.store(scales_ptr + block * (block_stride // 4) + s_at + (value * kv_heads + own) * BLOCK + place, scale)
-            kept = (kept / tl.maximum(scale, 1e-30) + 12582912.0) - 12582912.0  # to even: beyond 2**23 a float has no halves
+            kept = kept / tl.maximum(scale, 1e-30)
+            # A float to which 1.5 * 2**23 units were added keeps whole units, rounded to even. The unit is 1; in e4m3 an eighth of the
+            # number's power of two, or of 2**-6: a conversion of its own would round in another way on every device.
+            units = tl.full([D], 12582912.0, tl.float32)
+            if FP8:
+                exponent = tl.maximum((kept.to(tl.int32, bitcast=True) >> 23) & 255, 127 - 6)
+                units = (((exponent + 20) << 23) | (1 << 22)).to(tl.float32, bitcast=True)
+            kept = (kept + units) - units
         tl.store(memory_ptr + block * block_stride + at, kept.to(memory_ptr.dtype.element_ty), mask=dim < size)
