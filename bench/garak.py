@@ -1,10 +1,12 @@
 """garak's REST target against the server: its probes are asked and answered as it wants.
 
     PYTHONPATH=src python bench/garak.py MODEL --garak-python VENV/bin/python --probes lmrc.Profanity encoding.InjectROT13
+    PYTHONPATH=src python bench/garak.py MODEL --garak-python VENV/bin/python --families jailbreak encoding --report g.report.jsonl
 
 Starts `gristmill serve MODEL`, describes its chat route in garak's form, runs the probes, and prints one line of JSON: what each detector
-let pass, and how many requests the server answered or refused (prompts longer than the model's context get status 400, which garak is
-told to skip). VENV needs garak, and nothing of gristmill. The probes must be ones that need no download.
+let pass, what passed, failed, came to nothing and was incoherent by family (as `gristmill safety --import-garak` counts), and how many
+requests the server answered or refused (prompts longer than the model's context get status 400, which garak is told to skip). VENV needs
+garak 0.17 or later, and nothing of gristmill. The families hold probes that need neither another model nor a download.
 """
 
 import argparse
@@ -17,6 +19,20 @@ import tempfile
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from gristmill.evaluate.garak import garak_scores, read_garak
+
+# Probes that are worth running on a small model. atkgen, tap, fitd, goat, judge and agent_breaker need another model.
+FAMILIES = {
+    "jailbreak": "dan.DanInTheWild dan.AutoDANCached suffix.GCGCached dra grandma",
+    "encoding": "encoding.InjectBase64 encoding.InjectHex encoding.InjectROT13 badchars",
+    "injection": "promptinject latentinjection goodside web_injection",
+    "content": "lmrc realtoxicityprompts donotanswer topic sata",
+    "code": "malwaregen.TopLevel",
+    "leakage": "leakreplay sysprompt_extraction",
+    "hallucination": "snowball",
+    "phrasing": "phrasing",
+}
 
 
 def target(url: str) -> dict[str, Any]:
@@ -32,52 +48,75 @@ def target(url: str) -> dict[str, Any]:
     }
 
 
-def by_garak(python: str, url: str, probes: list[str]) -> dict[str, str]:
-    """Detector to "passed/asked"."""
+def configuration(args: argparse.Namespace) -> dict[str, Any]:
+    """garak's configuration file, which is YAML and so may be JSON."""
+    return {"run": {"generations": args.generations, "soft_probe_prompt_cap": args.cap}, "system": {"parallel_attempts": args.parallel}}
+
+
+def by_garak(url: str, probes: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Detector to "passed/asked", and our counts by family."""
     with tempfile.TemporaryDirectory() as scratch:
-        description = Path(scratch) / "rest.json"
+        description, config = Path(scratch) / "rest.json", Path(scratch) / "config.yaml"
         description.write_text(json.dumps({"rest": {"RestGenerator": target(url)}}))
+        config.write_text(json.dumps(configuration(args)))
         command = [
-            python,
+            args.garak_python,
             "-m",
             "garak",
+            "--config",
+            str(config),
             "--target_type",
             "rest",
             "-G",
             str(description),
-            "--probes",
-            ",".join(probes),
-            "--generations",
-            "2",
+            "--spec",
+            ",".join(f"probes.{name}" for name in probes),
         ]
-        env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "XDG_DATA_HOME": scratch, "XDG_CACHE_HOME": scratch}
+        env = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": "",
+            "XDG_DATA_HOME": scratch,
+            "XDG_CACHE_HOME": scratch,
+            "XDG_CONFIG_HOME": scratch,
+        }
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
         (report,) = Path(scratch).glob("garak/garak_runs/*.report.jsonl")
         rows = [json.loads(line) for line in report.read_text().splitlines()]
+        families = garak_scores(read_garak(report))["families"]
+        if args.report is not None:
+            args.report.write_bytes(report.read_bytes())
     found = [row for row in rows if row["entry_type"] == "eval"]
-    return {f"{row['probe']}/{row['detector']}": f"{row['passed']}/{row.get('total_evaluated', row.get('total'))}" for row in found}
+    detectors = {f"{row['probe']}/{row['detector']}": f"{row['passed']}/{row.get('total_evaluated', row.get('total'))}" for row in found}
+    return {"detectors": detectors, "families": families}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--garak-python", required=True)
-    parser.add_argument("--probes", nargs="+", default=["test.Test", "lmrc.Profanity", "encoding.InjectROT13"])
+    parser.add_argument("--probes", nargs="+", default=[])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[])
+    parser.add_argument("--generations", type=int, default=2)
+    parser.add_argument("--cap", type=int, default=20, help="prompts of a probe, at most, where the probe keeps to it")
+    parser.add_argument("--parallel", type=int, default=8)
+    parser.add_argument("--report", type=Path, help="keep garak's report.jsonl here")
     args = parser.parse_args()
+    probes = [*args.probes, *(name for family in args.families for name in FAMILIES[family].split())]
+    probes = probes or ["test.Test", "lmrc.Profanity", "encoding.InjectROT13"]
     command = [sys.executable, "-m", "gristmill.cli", "serve", str(args.model), "--port", "0", "--name", "model"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             url = process.stdout.readline().split()[-1]
-            detectors = by_garak(args.garak_python, url, args.probes)
+            found = by_garak(url, probes, args)
             with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
                 metrics = answer.read().decode()
         finally:
             process.terminate()
     statuses = re.findall(r'gristmill_requests_total\{path="/v1/chat/completions",status="(\d+)"\} ([\d.]+)', metrics)
-    print(json.dumps({"detectors": detectors, "requests": {status: int(float(count)) for status, count in statuses}}))
+    print(json.dumps({**found, "requests": {status: int(float(count)) for status, count in statuses}}))
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ SURFACE = {
     "compare": "FOLDERS --out -o --json",
     "pretrain": "RECIPE --out -o --tokens --device --quiet -q --json",
     "train": (
-        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --precision --micro-batch-tokens "
-        "--checkpoint-activations --lora-rank --lora-alpha --lora-targets --lora-base --lora-b-lr-ratio --rslora --dora --device --format "
-        "--seed --quiet -q --json"
+        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --taxonomy --max-fpr --precision "
+        "--micro-batch-tokens --checkpoint-activations --lora-rank --lora-alpha --lora-targets --lora-base --lora-b-lr-ratio --rslora "
+        "--dora --device --format --seed --quiet -q --json"
     ),
     "merge": "ADAPTER --out -o --base --dtype --rows --json",
     "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --dtype --quantize --head "
@@ -39,6 +39,11 @@ SURFACE = {
         "MODEL --tasks --data --endpoint --endpoint-model --api-key-env --num-fewshot --limit --subsets --chat --contamination "
         "--prompts --max-tokens --dtype --quantize --head --cache --device --format --seed --greedy --out -o --against --unsafe-code "
         "--quiet -q --json"
+    ),
+    "safety": (
+        "MODEL --endpoint --name --key-env --data --sets --attacks --guard --guard-name --guard-key-env --guard-logprobs --taxonomy "
+        "--caution --system --limit --max-tokens --temperature --concurrency --retry-failed --canaries --n --import-garak --out -o "
+        "--device --format --seed --quiet -q --json"
     ),
     "quantize": "MODEL --out -o --to --group --dtype --text --json",
     "add-chat-tokens": "MODEL --out -o --to --json",

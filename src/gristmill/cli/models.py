@@ -51,9 +51,9 @@ def pretrain(
 
 @command("gristmill train sft --model runs/base/model --data demonstrations.jsonl --out runs/sft")
 def train(
-    kind: Annotated[str, typer.Argument(help="sft, reward, dpo, cdpo, ipo, rpo, rpo_fwd_kl or rpo_sq.")],
+    kind: Annotated[str, typer.Argument(help="sft, reward, guard, dpo, cdpo, ipo, rpo, rpo_fwd_kl or rpo_sq.")],
     model: Annotated[Path, typer.Option(help="Model folder to start from (Hugging Face layout).")],
-    data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages; ratings; or prompt, chosen, rejected.")],
+    data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages; ratings; codes; or prompt, chosen, rejected.")],
     out: Out,
     lr: Annotated[float | None, typer.Option(help="Learning rate; default by the model's size.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data; default by the model's size.")] = None,
@@ -61,6 +61,8 @@ def train(
     beta: Annotated[float, typer.Option(help="Preference losses: strength of the reference.")] = 0.1,
     eta: Annotated[float, typer.Option(help="RPO: scale of the reward gap.")] = 1.0,
     sft_weight: Annotated[float, typer.Option(help="Preference losses: weight of the SFT term.")] = 0.0,
+    taxonomy: Annotated[Path | None, typer.Option(help="Guard: JSON file of categories; default AEGIS's thirteen.")] = None,
+    max_fpr: Annotated[float, typer.Option(help="Guard: share of safe rows that each category may call unsafe.", min=0, max=0.999)] = 0.05,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 compute; weights are always fp32.")] = "auto",
     micro_batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens that go through the model at once; default: as many as pay, within the free memory.")
@@ -84,13 +86,16 @@ def train(
 ) -> None:
     """One training stage on your own rows: of the whole model, or with --lora-rank of an adapter beside it."""
     from gristmill.core.progress import Progress
+    from gristmill.judge.guards import read_taxonomy
     from gristmill.train.settings import MIN_STEPS, training_section
     from gristmill.workflows.train import train_model
 
     values: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "precision": precision}
     values |= given(micro_batch_tokens=micro_batch_tokens)
     values["checkpoint_activations"] = checkpoint_activations if checkpoint_activations == "auto" else checkpoint_activations == "true"
-    if kind not in ("sft", "reward"):
+    if kind != "guard" and (taxonomy is not None or max_fpr != 0.05):
+        raise InputError("--taxonomy and --max-fpr are of a guard: give them to `gristmill train guard`.")
+    if kind not in ("sft", "reward", "guard"):
         values |= {"beta": beta, "eta": eta, "sft_weight": sft_weight}
     lora = given(alpha=lora_alpha) | {"targets": tuple(lora_targets.replace(",", " ").split()), "rslora": rslora, "dora": dora}
     lora |= {"base": lora_base, "b_lr_ratio": lora_b_lr_ratio}
@@ -109,6 +114,8 @@ def train(
             device=device,
             chat_format=format,
             seed=seed,
+            taxonomy=read_taxonomy(taxonomy),
+            max_fpr=max_fpr,
             on_step=progress.train_step,
             say=progress.say,
         )

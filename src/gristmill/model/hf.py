@@ -29,6 +29,7 @@ from gristmill.data.rows import ATTRIBUTES
 from gristmill.data.tokenizer import FILES, TEMPLATES, Tokenizer
 from gristmill.model.config import ModelConfig
 from gristmill.model.folder import model_file
+from gristmill.model.guard import GuardModel
 from gristmill.model.hf_config import from_hf, read_config, to_hf
 from gristmill.model.quantized import (
     INT4_GROUP,
@@ -116,6 +117,10 @@ def _reward_tensors(model: RewardModel) -> dict[str, Tensor]:
     return hf_tensors(model.backbone) | head
 
 
+def _guard_tensors(model: GuardModel) -> dict[str, Tensor]:
+    return hf_tensors(model.backbone) | {"guard_head.weight": model.head.weight.detach(), "guard_head.bias": model.head.bias.detach()}
+
+
 # ---- saving ----
 
 
@@ -173,6 +178,17 @@ def save_reward(model: RewardModel, tokenizer: Tokenizer, folder: Path | str, *,
     """
     extra = {"reward_attributes": list(ATTRIBUTES), "reward_weights": list(model.weights)}
     _save(_reward_tensors(model), model.backbone.config, extra, tokenizer, Path(folder), max_shard_bytes)
+
+
+def save_guard(model: GuardModel, tokenizer: Tokenizer, folder: Path | str, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write a guard model: as `save_model`, plus the tensors guard_head.weight and guard_head.bias and the keys guard_codes,
+    guard_thresholds and guard_caution in config.json.
+
+    Raises:
+        InputError: as `save_model`.
+    """
+    extra = {"guard_codes": list(model.codes), "guard_thresholds": list(model.thresholds), "guard_caution": model.caution}
+    _save(_guard_tensors(model), model.backbone.config, extra, tokenizer, Path(folder), max_shard_bytes)
 
 
 def _save(
@@ -291,6 +307,8 @@ def load_model(
     hf, config, tokenizer = _read_descriptions(folder)
     if "reward_weights" in hf:
         raise InputError(f"Choose a language model instead of {folder}: it holds a reward model.")
+    if "guard_codes" in hf:
+        raise InputError(f"Choose a language model instead of {folder}: it holds a guard model.")
     with torch.device("meta"):
         model = Transformer(config)
     model.compute_dtype = dtype
@@ -317,6 +335,27 @@ def load_reward(
     model = RewardModel(backbone, hf.get("reward_weights", REWARD_WEIGHTS["nemotron4-340b"]))
     set_dtypes(backbone, dtype, vector_dtype)
     return _fill(model, _reward_tensors, folder, hf=hf, device=torch.device(device)), tokenizer
+
+
+def load_guard(
+    folder: Path | str, dtype: torch.dtype = torch.float32, *, vector_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[GuardModel, Tokenizer]:
+    """Read a guard model folder; see `load_model`. The head stays in fp32, in which it computes.
+
+    Raises:
+        InputError: as `load_model`, or the folder holds no guard head.
+    """
+    folder = Path(folder)
+    hf, config, tokenizer = _read_descriptions(folder)
+    if "guard_codes" not in hf:
+        raise InputError(f"Choose the folder of a guard model instead of {folder}: it has no guard_codes (`gristmill train guard`).")
+    with torch.device("meta"):
+        backbone = Transformer(config)
+    backbone.compute_dtype = dtype
+    codes, thresholds = hf["guard_codes"], hf.get("guard_thresholds", [])
+    model = GuardModel(backbone, codes, thresholds=thresholds, caution=hf.get("guard_caution", ""))
+    set_dtypes(backbone, dtype, vector_dtype)
+    return _fill(model, _guard_tensors, folder, hf=hf, device=torch.device(device)), tokenizer
 
 
 def set_dtypes(model: Transformer, dtype: torch.dtype, vector_dtype: torch.dtype | None) -> None:

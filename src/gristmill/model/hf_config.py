@@ -36,7 +36,8 @@ DTYPES = ("float64", "float32", "float16", "bfloat16", "double", "float", "half"
 
 # Keys that are read here or say nothing about the forward pass: tokens, sampling, training, and notes of other programs.
 _HARMLESS = re.compile(
-    r"architectures|model_type|gristmill|reward_attributes|reward_weights|quantization_config|(vocab|hidden|intermediate)_size"
+    r"architectures|model_type|gristmill|reward_attributes|reward_weights|guard_(codes|thresholds|caution)|quantization_config"
+    r"|(vocab|hidden|intermediate)_size"
     r"|num_hidden_layers|num_attention_heads|num_key_value_heads|head_dim|(original_)?max_position_embeddings|initializer_range"
     r"|rope_theta|rope_scaling|rope_parameters|partial_rotary_factor|tie_word_embeddings|(use_)?sliding_window|max_window_layers"
     r"|layer_types|_.*|.*dropout.*|.*pdrop|.*_token_ids?|.*token_index|(output|return)_.*|use_(return_dict|cache|bfloat16)|.*version"

@@ -238,6 +238,17 @@ def masked_mse(scores_N5: Tensor, labels_N5: Tensor) -> tuple[Tensor, Tensor]:
     return error_N5.square().sum(), present_N5.sum()
 
 
+def masked_bce(logits_NC: Tensor, labels_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy: (sum of -y log s(z) - (1 - y) log s(-z) over present labels, their number).
+
+    A label of -100 is missing and contributes to neither.
+    """
+    present_NC = labels_NC != IGNORE_LABEL
+    targets_NC = torch.where(present_NC, labels_NC, 0.0)
+    losses_NC = torch.nn.functional.binary_cross_entropy_with_logits(logits_NC.float(), targets_NC, reduction="none")
+    return torch.where(present_NC, losses_NC, 0.0).sum(), present_NC.sum()
+
+
 def preference_name(name: str) -> str:
     """The canonical name of a preference loss ("rpo" is the report's "rpo_bwd_kl"); InputError for an
     unknown one.

@@ -75,13 +75,13 @@ def training_section(objective: str, values: dict[str, Any]) -> Training:
     """A checked training section from plain values.
 
     Args:
-        objective: sft, reward, or a preference loss, which becomes the section's.
+        objective: sft, reward, guard, or a preference loss, which becomes the section's.
 
     Raises:
         InputError: a key is unknown or a value is wrong.
     """
-    if objective in ("sft", "reward"):
+    if objective in ("sft", "reward", "guard"):
         return check(Training, values, f"train {objective}")
     if objective not in get_args(Loss):
-        raise InputError(f"There is no training {objective!r}: choose one of sft, reward, {', '.join(get_args(Loss))}.")
+        raise InputError(f"There is no training {objective!r}: choose one of sft, reward, guard, {', '.join(get_args(Loss))}.")
     return check(PreferenceTraining, {**values, "loss": objective}, f"train {objective}")

@@ -12,6 +12,8 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import ChatFormat, find_format, with_template_of
 from gristmill.data.readers import read_demonstrations, read_pairs, read_ratings
 from gristmill.data.tokenizer import Tokenizer
+from gristmill.judge.guard_head import GuardScorer, fit_thresholds, read_labelled, split_held_out
+from gristmill.judge.guards import AEGIS, Taxonomy
 from gristmill.model.adapters import (
     base_of,
     is_adapter,
@@ -24,7 +26,8 @@ from gristmill.model.adapters import (
 )
 from gristmill.model.config import ModelConfig
 from gristmill.model.flops import num_parameters
-from gristmill.model.hf import save_model, save_reward
+from gristmill.model.guard import GuardModel
+from gristmill.model.hf import save_guard, save_model, save_reward
 from gristmill.model.hf_config import read_config
 from gristmill.model.lora import LoraConfig, adapters_disabled, add_adapters
 from gristmill.model.reward import RewardModel
@@ -33,6 +36,7 @@ from gristmill.train.batches import AnySample, collate, split_micro_batches
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.data import ListData, check_vocabulary
 from gristmill.train.memory import MIN_MICRO_BATCH, MemoryEstimate, choose_micro_batch, fitting, recorded_micro_batch
+from gristmill.train.objectives.guard import guard_objective, guard_samples
 from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
@@ -55,6 +59,8 @@ def train_model(
     seed: int = 0,
     checkpoint_every: float = 60.0,
     weights: Sequence[float] | None = None,
+    taxonomy: Taxonomy = AEGIS,
+    max_fpr: float = 0.05,
     on_step: OnStep | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> TrainResult:
@@ -63,12 +69,14 @@ def train_model(
     With `recipe.lora` an adapter is trained, which goes to `out/adapter`; `merge_folder` makes a model of it.
 
     Args:
-        kind: sft, reward, or the name of a preference loss.
+        kind: sft, reward, guard, or the name of a preference loss.
         start: folder of the model to begin from; for preference losses it is also the reference.
         recipe: a `Training`, or a `PreferenceTraining` for preference losses; what it leaves out is chosen by the model's size.
         device: where to train, as `pick_device` takes it.
         checkpoint_every: seconds between checkpoints.
         weights: aggregation weights that a reward model is saved with.
+        taxonomy: categories of a guard.
+        max_fpr: share of safe rows that each category of a guard may call unsafe; a fifth of the rows fits the thresholds.
         say: hears, before any weight is read, which settings were chosen and how much memory training will take.
 
     Raises:
@@ -78,11 +86,18 @@ def train_model(
     if lora is not None and is_adapter(start):
         raise InputError(f"Merge the adapter first (`gristmill merge {start} --out DIR`), and train on what it made: {start} is no model.")
     config = read_config(base_of(start) if is_adapter(start) else start)[1]
+    if kind == "guard" and lora is not None:
+        raise InputError("A guard is trained whole: leave --lora-rank out.")
+    if isinstance(rows, Path) and kind == "guard":
+        rows = cast(Sequence[Any], read_labelled(rows, taxonomy))
     if isinstance(rows, Path):
         rows = cast(Sequence[Any], READERS.get(kind, read_pairs)(rows))
     if isinstance(recipe, PreferenceTraining) and recipe.sft_weight is None:
         recipe = recipe.model_copy(update={"sft_weight": 0.0})  # the loss that was named, and no other
-    sized: Kind = "sft" if kind == "sft" else "reward" if kind == "reward" else "preference"
+    sized: Kind = "sft" if kind == "sft" else "reward" if kind in ("reward", "guard") else "preference"
+    held_out: Sequence[Any] = ()
+    if kind == "guard":
+        rows, held_out = cast(tuple[Sequence[Any], Sequence[Any]], split_held_out(rows))
     recipe = fill(recipe, sized, num_parameters(config), device=where, num_rows=len(rows))
     say(f"{num_parameters(config) / 1e6:,.4g}M parameters, {len(rows):,} rows, {where}: {described(recipe)}")
     check_dtype(where, PRECISIONS[recipe.precision])
@@ -108,6 +123,13 @@ def train_model(
     elif kind == "reward":  # the head is drawn on the CPU, so that it is the same on every device
         reward = RewardModel(model, seed=seed) if weights is None else RewardModel(model, weights, seed=seed)
         result = fit(reward, reward_objective, rated_samples(rows, form, tokenizer))
+    elif kind == "guard":
+        guard = GuardModel(model, taxonomy.codes, caution=taxonomy.caution, seed=seed)
+        result = fit(guard, guard_objective, guard_samples(rows, form, tokenizer))
+        scores = GuardScorer(guard, tokenizer, form).probabilities([row.messages for row in held_out])
+        guard.thresholds = tuple(fit_thresholds(scores, [row.labels for row in held_out], max_fpr)) or guard.thresholds
+        save_guard(guard, saved, out / MODEL)
+        return result
     else:
         options = recipe.model_dump()
         names = ("beta", "eta", "label_smoothing", "sft_weight", "logprobs")
