@@ -39,6 +39,11 @@ SURFACE = {
         "MODEL --prompts --max-tokens --dtype --quantize --head --cache --device --format --seed --greedy --out -o --against --unsafe-code "
         "--quiet -q --json"
     ),
+    "judge": (
+        "KIND --data MODEL --judge --judge-model --judge-key-env --model --key-env --baseline --references --reward --llm --weights "
+        "--explain --greedy --max-tokens --judge-tokens --limit --concurrency --retry-failed --out -o --device --format --seed --quiet -q "
+        "--json"
+    ),
     "quantize": "MODEL --out -o --to --group --dtype --text --json",
     "add-chat-tokens": "MODEL --out -o --to --json",
     "chat": "MODEL --system --history --temperature --top-p --max-tokens --dtype --quantize --head --device --format --seed",
