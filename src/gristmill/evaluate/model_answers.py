@@ -104,12 +104,12 @@ def data_files(data: Path, *, deep: bool = True) -> list[Path]:
 
 
 def text_of(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
-    """The text in the first column that a row has of some.
+    """The text in the first column that a row has of some; an answer such as True, which a program has taken for no text, as it is written.
 
     Raises:
-        InputError: it has none, or no text.
+        InputError: it has none.
     """
     for name in names:
-        if isinstance(row.get(name), str):
+        if isinstance(row.get(name), str | bool | int | float):
             return str(row[name])
     raise InputError(f"{where} has no text in {' or '.join(names)}: give the benchmark's own columns.")

@@ -80,8 +80,8 @@ def read_questions(data: Path, references: Path | None = None) -> tuple[list[Que
     for number, row in enumerate(read_records(path), 1):
         name, turns = row.get("question_id", row.get("prompt_id")), row.get("turns", row.get("prompt"))
         category = row.get("category")
-        is_two = isinstance(turns, list) and len(turns) == NUM_TURNS and all(isinstance(turn, str) for turn in turns)
-        if not isinstance(name, str | int) or not isinstance(category, str) or not is_two:
+        is_named = isinstance(name, str | int) and isinstance(category, str)
+        if not is_named or not isinstance(turns, list) or len(turns) != NUM_TURNS or not all(isinstance(turn, str) for turn in turns):
             raise InputError(f"Row {number} of {quoted_path(path)} is no question of MT-Bench: give question_id, category and two turns.")
         if str(name) in questions:
             raise InputError(f"Row {number} of {quoted_path(path)} has the id {name} of an earlier one: give each question its own.")
@@ -153,7 +153,8 @@ def parse_rating(reply: str) -> float | None:
     """
     text = answer_text(reply)
     for block in reversed(code_blocks(text)):
-        if not RATING.fullmatch(block.code.strip()):
+        code = block.code.strip()
+        if not (RATING.fullmatch(code) or RATING.fullmatch(code.rstrip("]*. "))):
             text = text[: block.start] + text[block.end :]
     values = [float(m[1] or m[2]) for m in RATING.finditer(text)]
     return next((value for value in reversed(values) if MIN_RATING <= value <= MAX_RATING), None)

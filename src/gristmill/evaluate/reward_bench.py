@@ -283,7 +283,7 @@ def overall_score(categories: Sequence[float | None], prior: float | None = None
     total, weight = sum(known), float(len(known))
     if prior is not None:
         total, weight = total + PRIOR_WEIGHT * prior, weight + PRIOR_WEIGHT
-    return round(total / weight, 4)
+    return round(total / weight, 6)
 
 
 def _category(subsets: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) -> float | None:
