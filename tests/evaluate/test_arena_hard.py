@@ -79,6 +79,8 @@ def test_a_model_that_wins_everything_is_finite_and_said() -> None:
 def test_identical_styles_change_nothing() -> None:
     rows = battles([(1, 1, 1, 0), (1, 0.5), (0, 0, 0), (1,)])
     assert style_features((10, 1, 2, 3), (10, 1, 2, 3)) == [0, 0, 0, 0]
+    densities = [(0.1 - 0.05) / 1.15, (0 - 0.1) / 1.1, 0.2 / 1.2]  # of 10 and 20 tokens
+    assert style_features((9, 1, 0, 2), (19, 1, 2, 0)) == pytest.approx([-10 / 28, *densities])
     controlled, plain = leaderboard(rows, num_bootstraps=0)["m"], leaderboard(rows, features=(), num_bootstraps=0)["m"]
     assert controlled["mean"] == plain["mean"] and set(controlled["style"].values()) == {0.0}
 

@@ -50,7 +50,7 @@ PAIRS = [pair(0, "first"), pair(1, "second"), pair(2, "first", "first"), pair(3,
 def test_a_judge_that_agrees_with_people() -> None:
     replies = {p.id: ("[[A]]", "[[B]]") if p.label == "first" else ("[[B]]", "[[A]]") for p in PAIRS}
     found = agreement(PAIRS, replies)
-    assert found["agreement"]["mean"] == found["consistent"]["mean"] == found["kappa"]["mean"] == 1.0
+    assert found["agreement"]["mean"] == found["consistent"]["mean"] == found["kappa"]["mean"] == found["single_order"]["mean"] == 1.0
     assert found["first_place"]["mean"] == 0.5 and found["length"]["difference"]["mean"] == 0.0
 
 

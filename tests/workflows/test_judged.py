@@ -278,6 +278,8 @@ def test_the_command(service: Service, data: Path, tmp_path: Path) -> None:
         (["rewards", "--data", ".", "--judge", "http://127.0.0.1:1/v1"], "--judge-model"),
         (["rewards", "--data", ".", "--judge", "none"], "no model folder"),
         (["rewards", "--data", ".", "--limit", "0"], "--limit"),
+        (["rewards", "--data", ".", "--greedy"], "--greedy, which is for mt-bench"),
+        (["mt-bench", "none", "--data", "."], "file of its answers"),
         (["rewards", "--data", "none", "--judge", "http://127.0.0.1:1/v1", "--judge-model", "j"], "does not exist"),
     ],
 )

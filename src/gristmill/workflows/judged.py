@@ -15,7 +15,7 @@ import yaml
 
 from gristmill.core.concurrent import map_concurrent
 from gristmill.core.errors import InputError
-from gristmill.core.io import lock, make_folder, read_json, replacing, stamps, write_json, write_jsonl
+from gristmill.core.io import lock, make_folder, read_json, replacing, stamp, write_json, write_jsonl
 from gristmill.core.progress import Progress
 from gristmill.core.untrusted import quoted, quoted_path, read_untrusted_json
 from gristmill.data.chat import Conversation, Message, to_dicts
@@ -79,14 +79,20 @@ class Party:
                 raise InputError(f"Give {option}, the name that {self.place} knows the model by.")
             Endpoint([self.target()])
         elif not (Path(self.place) / "config.json").is_file() and not is_adapter(self.place):
-            raise InputError(f"{quoted_path(Path(self.place))} is no model folder: give one, or an endpoint's base URL (http://HOST/v1).")
+            others = (
+                "an endpoint's base URL (http://HOST/v1), or a file of its answers" if option == "--model" else "an endpoint's base URL"
+            )
+            raise InputError(f"{quoted_path(Path(self.place))} is no model folder: give one, {others}.")
 
     def target(self, *, logprobs: bool = False) -> Target:
         return Target(self.place, self.model, api_key_env=self.key_env, logprobs=logprobs)
 
     def identity(self) -> list[Any]:
         """What decides what it says: an endpoint's model by its name, a folder's by its files."""
-        return [self.name] if self.is_endpoint else [self.name, stamps(Path(self.place), WEIGHT_FILES)]
+        if self.is_endpoint:
+            return [self.name]
+        files = {path for pattern in WEIGHT_FILES for path in Path(self.place).glob(pattern)}
+        return [self.name, {path.name: stamp(path) for path in sorted(files)}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +170,17 @@ def _check(kind: Kind, args: JudgeArgs) -> None:
         raise InputError(f"{kind} judges a model: give its folder, the base URL of its endpoint, or a file of its answers.")
     if kind not in OF_MODELS and (args.model is not None or args.answers is not None):
         raise InputError(f"{kind} measures the judge itself: give it with --judge alone.")
+    of_pairs = ("agreement", "rewards")
+    given = {
+        "--baseline": (args.baseline, ("mt-bench", "arena-hard")),
+        "--references": (args.references, ("mt-bench",)),
+        "--greedy": (args.greedy or None, ("mt-bench",)),
+        "--explain": (args.explain or None, of_pairs),
+        "--reward or --llm": (args.is_reward, of_pairs),
+    }
+    for name, (value, kinds) in given.items():
+        if value is not None and kind not in kinds:
+            raise InputError(f"{kind} does not take {name}, which is for {' and '.join(kinds)}: leave it out.")
     for name, value in (("--limit", args.limit), ("--max-tokens", args.max_tokens), ("--judge-tokens", args.judge_tokens)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}.")
@@ -179,7 +196,7 @@ class _Session:
 
     def __init__(self, kind: Kind, args: JudgeArgs, progress: Progress):
         self.kind, self.args, self.progress = kind, args, progress
-        self.failed = self.num_replies = self.unreadable = 0
+        self.failed = self.num_replies = self.unreadable = self.num_cut = 0
         self.first_unreadable = ""
         self.model_name = ""
 
@@ -234,7 +251,9 @@ class _Session:
                     nonlocal first_error
                     name = make_id(identity, to_dicts(messages), sampling.described(), args.seed)
                     try:
-                        return (await cached.complete(ApiRequest(name, messages, sampling, args.seed)))[0]
+                        completion = (await cached.complete(ApiRequest(name, messages, sampling, args.seed)))[0]
+                        self.num_cut += calls == ANSWER_CALLS and completion.finish == "length"
+                        return completion
                     except RowFailed as e:
                         first_error = first_error or str(e)
                         return None
@@ -305,11 +324,12 @@ class _Session:
     def notes(self) -> list[str]:
         """What must be said of judge and model beside the scores."""
         model, judge = self.args.model, self.args.judge
+        out = [f"{self.num_cut} answers were cut off before their end: raise --max-tokens, or judge them so."] if self.num_cut else []
         if model is None or judge is None:
-            return []
+            return out
         if model.identity() == judge.identity():
-            return ["The judge is the model itself: judges favour their own answers."]
-        return _has_filtered(model, judge)
+            return [*out, "The judge is the model itself: judges favour their own answers."]
+        return out + _has_filtered(model, judge)
 
 
 def _has_filtered(model: Party, judge: Party) -> list[str]:
@@ -376,13 +396,11 @@ def _mt_bench(session: _Session) -> Prepared:
 
     def work() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         answers: dict[str, tuple[str, ...]] = {}
-        cut = 0
         if given is not None:
             answers = {q.id: given.of(q.id, f"question {q.id}", mt_bench.NUM_TURNS) for q in questions}
         else:
             assert args.model is not None
             asked = session.answer(args.model, questions, answer, calls=ANSWER_CALLS, what="answers")
-            cut = sum(c is not None and c.finish == "length" for found in asked for c in found)
             answers = {q.id: tuple(c.text for c in found if c is not None) for q, found in zip(questions, asked, strict=True)}
             rows = [_mt_bench_row(q.id, session.model_name, answers[q.id]) for q in questions if len(answers[q.id]) == mt_bench.NUM_TURNS]
             _write_answers(args.out, rows)
@@ -397,7 +415,6 @@ def _mt_bench(session: _Session) -> Prepared:
         results = {
             "scores": mt_bench.grade_scores(samples, seed=args.seed),
             "references": said,
-            "cut_answers": cut,
             "verdicts": session.counts,
         }
         if baseline is not None:
