@@ -76,12 +76,18 @@ def test_bad_questions_are_refused_before_anything_is_asked(tmp_path: Path, row:
 
 def test_what_the_judge_sees(data: Path) -> None:
     writing, math, _ = read_questions(data)[0]
-    (_, first), (system, second) = grading_prompt(writing, ["a one", "a two"], 0), grading_prompt(math, ["[[10]]", "a two"], 1)
+    (first,), (second,) = grading_prompt(writing, ["a one", "a two"], 0), grading_prompt(math, ["[[10]]", "a two"], 1)
     assert "a one" in first.content and "a two" not in first.content and "second?" not in first.content
     assert second.content.index("ref 2 two") < second.content.index("[[10]]") < second.content.index("a two")
-    assert "reference answer" in system.content and "second question" in system.content
-    (_, pair) = comparing_prompt(writing, ["a one", ""], ["b one", ""], 0)
-    assert pair.content.index("assistant A") < pair.content.index("a one") < pair.content.index("assistant B") < pair.content.index("b one")
+    assert "reference answer is given" in second.content and "second question" in second.content
+    assert "reference answer" not in first.content and "second question" not in first.content
+    (pair,) = comparing_prompt(writing, ["a one", ""], ["b one", ""], 0)
+    assert (
+        pair.content.index("begin of assistant A")
+        < pair.content.index("a one")
+        < pair.content.index("begin of assistant B")
+        < pair.content.index("b one")
+    )
 
 
 def test_temperatures_by_category(data: Path) -> None:

@@ -17,10 +17,11 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import read_bytes
 from gristmill.core.response_text import answer_text
 from gristmill.core.untrusted import quoted_path
-from gristmill.data.chat import Conversation, Message
+from gristmill.data.chat import Conversation
 from gristmill.data.rows import read_records
 from gristmill.evaluate.model_answers import find_file, text_of
 from gristmill.evaluate.stats import bootstrap
+from gristmill.judge.pairwise import judge_prompt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,7 +156,7 @@ def model_is_first(name: str, seed: int) -> bool:
 def judging_prompt(instruction: Instruction, output: str, *, first: bool) -> Conversation:
     """What the judge is asked; `first`: the model is m, and the baseline M."""
     m, big_m = (output, instruction.baseline_output) if first else (instruction.baseline_output, output)
-    return Message("system", JUDGE), Message("user", COMPARE.format(instruction=instruction.text, m=m, M=big_m))
+    return judge_prompt(JUDGE, [COMPARE.format(instruction=instruction.text, m=m, M=big_m)])
 
 
 def parse_preference(reply: str, logprob: float | None, *, first: bool) -> float | None:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from gristmill.core.errors import InputError
 from gristmill.core.response_text import answer_text
 from gristmill.core.untrusted import quoted, quoted_path
-from gristmill.data.chat import Conversation, Message
+from gristmill.data.chat import Conversation
 from gristmill.data.rows import read_records
 from gristmill.evaluate.model_answers import ModelAnswers, data_files, find_file, read_answers
 from gristmill.evaluate.stats import bootstrap
+from gristmill.judge.pairwise import judge_prompt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,7 +151,7 @@ def judging_prompt(question: Question, a: str, b: str) -> Conversation:
     own = "" if question.category == "creative_writing" else OWN_ANSWER
     talk = [f"<|user's request|>\n{question.prompt}"]
     talk += [f"<|begin of assistant {x}'s answer|>\n{text}\n<|end of assistant {x}'s answer|>" for x, text in (("A", a), ("B", b))]
-    return Message("system", JUDGE.format(own=own)), Message("user", "\n\n".join(talk))
+    return judge_prompt(JUDGE.format(own=own), talk)
 
 
 def parse_verdict(reply: str) -> str | None:

@@ -14,12 +14,12 @@ from typing import Any
 from gristmill.core.errors import InputError
 from gristmill.core.response_text import answer_text, code_blocks
 from gristmill.core.untrusted import quoted, quoted_path
-from gristmill.data.chat import Conversation, Message
+from gristmill.data.chat import Conversation
 from gristmill.data.rows import read_records
 from gristmill.evaluate.model_answers import data_files, find_file, read_answers
 from gristmill.evaluate.stats import bootstrap
 from gristmill.generation.api import SamplingParams
-from gristmill.judge.pairwise import Verdict
+from gristmill.judge.pairwise import Verdict, judge_prompt
 
 NUM_QUESTIONS, NUM_TURNS = 80, 2
 MAX_TOKENS, JUDGE_TOKENS = 1024, 2048
@@ -80,8 +80,8 @@ def read_questions(data: Path, references: Path | None = None) -> tuple[list[Que
     for number, row in enumerate(read_records(path), 1):
         name, turns = row.get("question_id", row.get("prompt_id")), row.get("turns", row.get("prompt"))
         category = row.get("category")
-        is_named = isinstance(name, str | int) and isinstance(category, str)
-        if not is_named or not isinstance(turns, list) or len(turns) != NUM_TURNS or not all(isinstance(turn, str) for turn in turns):
+        is_two = isinstance(turns, list) and len(turns) == NUM_TURNS and all(isinstance(turn, str) for turn in turns)
+        if not isinstance(name, str | int) or not isinstance(category, str) or not isinstance(turns, list) or not is_two:
             raise InputError(f"Row {number} of {quoted_path(path)} is no question of MT-Bench: give question_id, category and two turns.")
         if str(name) in questions:
             raise InputError(f"Row {number} of {quoted_path(path)} has the id {name} of an earlier one: give each question its own.")
@@ -127,7 +127,7 @@ def grading_prompt(question: Question, answers: Sequence[str], turn: int) -> Con
     more = (OF_REFERENCE if question.references else "") + (OF_SECOND_TURN if turn else "")
     parts = [_talk("reference answers", question.turns, question.references, turn)] if question.references else []
     parts.append(_talk("the assistant's answers", question.turns, answers, turn))
-    return Message("system", GRADE.format(more=more)), Message("user", "\n\n".join(parts))
+    return judge_prompt(GRADE.format(more=more), parts)
 
 
 def comparing_prompt(question: Question, a: Sequence[str], b: Sequence[str], turn: int) -> Conversation:
@@ -135,7 +135,7 @@ def comparing_prompt(question: Question, a: Sequence[str], b: Sequence[str], tur
     more = (OF_REFERENCE if question.references else "") + (OF_SECOND_TURN.replace("grade", "compare") if turn else "")
     parts = [_talk("reference answers", question.turns, question.references, turn)] if question.references else []
     parts += [_talk(f"assistant {name}'s answers", question.turns, answers, turn) for name, answers in (("A", a), ("B", b))]
-    return Message("system", COMPARE.format(more=more)), Message("user", "\n\n".join(parts))
+    return judge_prompt(COMPARE.format(more=more), parts)
 
 
 def _talk(title: str, turns: Sequence[str], answers: Sequence[str], last: int) -> str:

@@ -90,6 +90,11 @@ def marked_answer(reply: str) -> str:
     return str(marked[-1]) if marked else ""
 
 
+def judge_prompt(task: str, parts: Sequence[str]) -> Conversation:
+    """What a judge is asked: its task and what it judges, in one turn, since some models have no system turn."""
+    return (Message("user", "\n\n".join([task, *parts])),)
+
+
 def comparison_requests(comparisons: Sequence[Comparison], template: str = TEMPLATE, max_tokens: int = SHORT_TOKENS) -> Iterator[Request]:
     """Judge requests of each comparison in both orders, with ids that end in #0 and #1."""
     for c in comparisons:

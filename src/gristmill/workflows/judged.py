@@ -178,8 +178,8 @@ def _check(kind: Kind, args: JudgeArgs) -> None:
         "--explain": (args.explain or None, of_pairs),
         "--reward or --llm": (args.is_reward, of_pairs),
     }
-    for name, (value, kinds) in given.items():
-        if value is not None and kind not in kinds:
+    for name, (option, kinds) in given.items():
+        if option is not None and kind not in kinds:
             raise InputError(f"{kind} does not take {name}, which is for {' and '.join(kinds)}: leave it out.")
     for name, value in (("--limit", args.limit), ("--max-tokens", args.max_tokens), ("--judge-tokens", args.judge_tokens)):
         if value is not None and value < 1:
@@ -747,6 +747,7 @@ def table(results: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
 
     def add(name: str, score: Mapping[str, Any], digits: int, more: str = "") -> None:
+        name = " ".join(name.split())  # it may be a file's
         if score.get("mean") is None:
             lines.append(f"{name:<34} none{more}")
             return
