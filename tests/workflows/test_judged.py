@@ -154,11 +154,14 @@ def test_mt_bench(service: Service, data: Path, tmp_path: Path) -> None:
     # its answers are a file that may be judged again, here in pairs with themselves
     again = args(service, data, tmp_path / "pairs", kind="mt-bench", baseline=tmp_path / "out" / "answers.jsonl")
     pairs = run("mt-bench", again)["pairs"]
+    assert pairs["first_place"]["mean"] == 1.0 and pairs["first_place"]["n"] == 12
     assert pairs["overall"]["ties"] == 6 and pairs["overall"]["mean"] == 0.5  # A is always preferred
 
 
 def test_arena_hard(service: Service, data: Path, tmp_path: Path) -> None:
-    score = run("arena-hard", args(service, data, tmp_path / "out", kind="arena-hard"))["scores"]["arena-hard-v0.1"]
+    results = run("arena-hard", args(service, data, tmp_path / "out", kind="arena-hard"))
+    score, place = results["scores"]["arena-hard-v0.1"], results["first_place"]
+    assert place["mean"] == 0.5 and place["n"] == 8
     assert score["mean"] == 100.0 and score["n"] == 4 and score["style_controlled"]["mean"] > 99
 
 

@@ -15,7 +15,7 @@ from gristmill.core.untrusted import quoted, quoted_path
 from gristmill.data.chat import Conversation
 from gristmill.data.rows import read_records
 from gristmill.evaluate.model_answers import ModelAnswers, data_files, find_file, read_answers
-from gristmill.evaluate.stats import bootstrap
+from gristmill.evaluate.stats import accuracy, bootstrap
 from gristmill.judge.pairwise import judge_prompt
 
 if TYPE_CHECKING:
@@ -168,6 +168,12 @@ def battle_scores(first_game: str | None, second_game: str | None) -> tuple[floa
     if first_game is None or second_game is None:
         return ()
     return (*SCORES[second_game], *(1 - score for score in SCORES[first_game]))
+
+
+def first_place(verdicts: Sequence[str | None]) -> dict[str, Any]:
+    """Position bias: how often the answer that stands first is called better, of the games that are decided; .5 without bias."""
+    values = [SCORES[v][0] for v in verdicts if v is not None]
+    return accuracy([value == 1.0 for value in values if value != 0.5])
 
 
 # ---- scores ----

@@ -22,6 +22,7 @@ from gristmill.data.chat import Conversation, Message, to_dicts
 from gristmill.data.rows import Rating, make_id
 from gristmill.evaluate import alpaca_eval, arena_hard, judge_agreement, mt_bench, reward_bench
 from gristmill.evaluate.model_answers import ModelAnswers, read_answers
+from gristmill.evaluate.stats import accuracy
 from gristmill.generation.api import Completion, SamplingParams
 from gristmill.generation.api import Request as ApiRequest
 from gristmill.generation.cached import CachedClient, Client
@@ -419,13 +420,15 @@ def _mt_bench(session: _Session) -> Prepared:
         }
         if baseline is not None:
             pairs = [(*case, baseline.of(case[0].id, f"question {case[0].id}", mt_bench.NUM_TURNS)) for case in cases]
-            rows = []
+            rows, places = [], list[bool]()
             for (q, turn, *_), found in zip(pairs, session.answer(judge, pairs, compare, calls=VERDICT_CALLS, what="pairs"), strict=True):
                 texts = [_marked(session, reply) for reply in found]
                 verdict = combine_verdicts(*texts)
                 said_by_judge = [reply.text if reply else None for reply in found]
+                places += [text == "[[A]]" for text in texts if text in ("[[A]]", "[[B]]")]
                 rows.append({"id": q.id, "category": q.category, "turn": turn + 1, "replies": said_by_judge, "verdict": verdict})
-            results["pairs"] = {**mt_bench.pair_scores(rows, seed=args.seed), "baseline": baseline.model, "verdicts": session.counts}
+            scores = mt_bench.pair_scores(rows, seed=args.seed)
+            results["pairs"] = {**scores, "baseline": baseline.model, "first_place": accuracy(places), "verdicts": session.counts}
             samples += rows
         return {**results, "notes": mt_bench.notes(questions, said)}, samples
 
@@ -502,7 +505,8 @@ def _arena_hard(session: _Session) -> Prepared:
             controlled = arena_hard.leaderboard(played, seed=args.seed)[session.model_name] if played else None
             score = {**arena_hard.win_rate(played, seed=args.seed), "style_controlled": controlled, "dropped": len(mine) - len(played)}
             results["scores"][category] = score
-        results |= {"verdicts": session.counts, "ridge": arena_hard.RIDGE}
+        places = arena_hard.first_place([verdict for sample in samples for verdict in sample["verdicts"]])
+        results |= {"first_place": places, "verdicts": session.counts, "ridge": arena_hard.RIDGE}
         return {**results, "notes": arena_hard.notes(questions, baselines, [b for _, b in battles])}, samples
 
     return work
@@ -769,11 +773,13 @@ def table(results: Mapping[str, Any]) -> list[str]:
                 for name, score in {"overall": pairs["overall"], **{f"turn {t}": s for t, s in pairs["turns"].items()}}.items():
                     counts = f"  wins {score['wins']}, ties {score['ties']}, losses {score['losses']}"
                     add(f"against {pairs['baseline']}, {name}", score, 3, counts)
+                add("first place", pairs["first_place"], 3)
         case "arena-hard":
             for category, score in scores.items():
                 add(category, score, 1, f"  dropped {score['dropped']}")
                 if score["style_controlled"]:
                     add(f"{category}, style controlled", score["style_controlled"], 1)
+            add("first place", results["first_place"], 3)
         case "alpaca-eval":
             add("win rate", scores["win_rate"], 2)
             add(scores["length_controlled"]["name"], scores["length_controlled"], 2)
