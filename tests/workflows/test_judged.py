@@ -201,6 +201,8 @@ def test_a_reward_model_in_process(data: Path, tmp_path: Path, random_base: Path
     assert results["judge_kind"] == "reward model" and results["unrated"] == 0
     journal = (tmp_path / "out" / "rating-calls.jsonl").read_bytes()
     assert run("rewards", given) == results and (tmp_path / "out" / "rating-calls.jsonl").read_bytes() == journal
+    with pytest.raises(InputError, match="give a judge that writes"):
+        judged.run("mt-bench", JudgeArgs(data=data / "mt", out=tmp_path / "mt", answers=tmp_path, judge=given.judge), Progress(quiet=True))
     assert run("agreement", JudgeArgs(data=data / "pairs", out=tmp_path / "pairs", judge=given.judge))["judge_kind"] == "reward model"
 
 

@@ -48,6 +48,7 @@ DOUBLE_BRACKETS = r"\[\[\s*(\d{1,2}(?:\.\d+)?)\s*(?:/\s*10\s*)?\]\]"
 RATING_LINE = (
     r"^[^\w\n]{0,20}(?:(?:my|the|final|overall)[^\w\n]{1,5}){0,3}rating\b[^\n\d(]{0,30}(?:\([^()\n]{0,30}\)[^\n\d]{0,10})?[^\n\d]{0,10}"
     r"(\d{1,2}(?:\.\d+)?)(?!\.?\d)(?!\s*(?:-|\u2013|to\b)\s*\d)(?!\s*/\s*(?!10\b)\d)"
+    r"(?!\s*(?:%|percent\b|points?\s+(?:lower|higher|less|more|below|above)\b))"
 )
 RATING = re.compile(f"{DOUBLE_BRACKETS}|{RATING_LINE}", re.I | re.M | re.ASCII)
 FASTCHAT_RATINGS = [re.compile(pattern) for pattern in (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]")]

@@ -190,6 +190,8 @@ def _check(kind: Kind, args: JudgeArgs) -> None:
         args.model.check("--model")
     if args.judge is not None:
         args.judge.check("--judge-model")
+        if kind in OF_MODELS and is_reward_model(args.judge):
+            raise InputError(f"{quoted(args.judge.place)} holds a reward model, which writes no verdicts: give a judge that writes.")
 
 
 class _Session:
