@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gristmill.core.errors import InputError
 from gristmill.evaluate.arena_hard import (
@@ -104,6 +105,39 @@ def test_style_control_takes_away_what_length_brings(features: tuple[str, ...]) 
     assert abs(controlled["long"]["mean"] - controlled["short"]["mean"]) < 10  # columns of models are there with a single feature, too
     assert controlled["long"]["style"]["length"] > 0 and list(controlled["long"]["style"]) == list(features)
     assert controlled["long"]["ci95"][0] < controlled["long"]["median"] < controlled["long"]["ci95"][1]
+
+
+def test_the_fit_is_that_of_arena_hard_auto() -> None:
+    # its own form: float32, LBFGS from .5, no ridge, coefficients of models that are told apart from the baseline's alone
+    rng = np.random.default_rng(3)
+
+    def style() -> tuple[int, ...]:
+        return tuple(int(v) for v in rng.integers((50, 0, 0, 0), (600, 9, 30, 20)))
+
+    rows = [
+        Battle(f"{model}{i}", model, "b", tuple(rng.choice([0, 0.5, 1], 1 + int(rng.integers(3)))), style(), style())
+        for model in ("x", "y")
+        for i in range(80)
+    ]
+    scores = [(b, s) for b in rows for s in b.scores]
+    features = torch.tensor([style_features(b.style, b.baseline_style) for b, _ in scores])
+    hot = torch.tensor([[-1.0, float(b.model == "x"), float(b.model == "y")] for b, _ in scores])
+    x, y = torch.cat([hot, (features - features.mean(0)) / features.std(0)], 1), torch.tensor([float(s) for _, s in scores])
+    weights = torch.nn.Parameter(torch.full((7,), 0.5))
+    optimizer = torch.optim.LBFGS([weights], max_iter=50, tolerance_grad=1e-9, tolerance_change=1e-9)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(x @ weights, y, reduction="sum")
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    board = leaderboard(rows, num_bootstraps=0)
+    for place, model in ((1, "x"), (2, "y")):
+        wanted = 100 * torch.sigmoid(weights[place] - weights[0]).item()
+        assert board[model]["mean"] == pytest.approx(wanted, abs=0.02)
+    assert list(board["x"]["style"].values()) == pytest.approx(weights[3:].tolist(), abs=1e-3)
 
 
 def test_style_counts_leave_out_fenced_code() -> None:

@@ -754,7 +754,7 @@ def table(results: Mapping[str, Any]) -> list[str]:
 
     def add(name: str, score: Mapping[str, Any], digits: int, more: str = "") -> None:
         name = " ".join(name.split())  # it may be a file's
-        if score.get("mean") is None:
+        if score.get("mean") is None or score.get("n") == 0:
             lines.append(f"{name:<34} none{more}")
             return
         low, high = score.get("ci95") or (None, None)
