@@ -45,9 +45,15 @@ SURFACE = {
         "--caution --system --limit --max-tokens --temperature --concurrency --retry-failed --canaries --n --import-garak --out -o "
         "--device --format --seed --quiet -q --json"
     ),
+    "judge": (
+        "KIND --data MODEL --judge --judge-model --judge-key-env --model --key-env --baseline --references --reward --llm --weights "
+        "--explain --greedy --max-tokens --judge-tokens --limit --concurrency --retry-failed --out -o --device --format --seed --quiet -q "
+        "--json"
+    ),
     "quantize": "MODEL --out -o --to --group --dtype --text --json",
     "add-chat-tokens": "MODEL --out -o --to --json",
     "chat": "MODEL --system --history --temperature --top-p --max-tokens --dtype --quantize --head --device --format --seed",
+    "claims": "RECIPE --out -o --seeds --only --jobs --redo --list --unsafe-code --quiet -q --json",
     "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --format --add-chat-tokens --validation --teacher "
     "--teacher-model --teacher-key-env --name --force --no-force",
     "serve": "MODEL --reward --host --port --name --api-key-env --api-key-file --max-open-samples --timeout --reasoning-parser "

@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 GROUPS = {
     "Whole runs": ("run", "synth", "curate", "blend", "pretrain", "claims", "init"),
     "Look at runs": ("status", "report", "answers", "compare", "rows"),
-    "Single steps": ("train", "merge", "quality", "quantize", "add-chat-tokens", "generate", "score", "eval", "safety"),
+    "Single steps": ("train", "merge", "quality", "quantize", "add-chat-tokens", "generate", "score", "eval", "judge", "safety"),
     "Talk and serve": ("chat", "serve"),
 }
 

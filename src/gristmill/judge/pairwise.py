@@ -19,13 +19,24 @@ Answer A:
 Answer B:
 {b}
 Which answer is better? Reply with A or B."""
+EXPLAINED_TEMPLATE = """Compare two answers to the same request. Say first, in a few sentences, how well each does what was asked:
+whether it is right, helps, keeps to the point, and has the detail that is wanted. Neither the order of the answers nor their length may
+count.
+Request:
+{request}
+Answer A:
+{a}
+Answer B:
+{b}
+End with your verdict in exactly one of these forms: [[A]] if answer A is better, [[B]] if answer B is better, [[C]] for a tie."""
+SHORT_TOKENS, EXPLAINED_TOKENS = 8, 2048  # of a reply
 # "A", "[[B]]", "**A**", "Verdict: A." or "Answer B is better": a reply such as "A good answer" names nobody
 VERDICT = re.compile(
     r"\W*(?:(?:(?:final\s+)?(?:verdict|answer|choice)\W*(?:is|:)|winner\W*(?:is|:)|the better (?:one|answer) is)\W*)?"
     r"(?:answer\s+[\W_]*([AB])\b|\(?([AB])[\])*_.:\"\'`]*\s*(?:\n|$))",
     re.IGNORECASE,
 )
-MARKED_VERDICT = re.compile(r"\[\[([AB])\]\]")  # the form of judges that explain themselves first: the last one counts
+MARKED_VERDICT = re.compile(r"\[\[([ABC])\]\]")  # the form of judges that explain themselves first: the last one counts; C is a tie
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,8 @@ def compare(generator: Generator, comparisons: Iterable[Comparison], template: s
     """Judge each comparison in both orders.
 
     Yields:
-        the comparison with "first" or "second" when both orders agree, "tie" when they contradict each other, "unparsed" when
-        a reply names neither answer.
+        the comparison with "first" or "second" when both orders agree, "tie" when they contradict each other or call it one,
+        "unparsed" when a reply names neither answer.
     """
     kept = list(comparisons)
     by_id = {c.id: c for c in kept}
@@ -57,27 +68,37 @@ def compare(generator: Generator, comparisons: Iterable[Comparison], template: s
 
 def combine_verdicts(straight: str, swapped: str) -> Verdict:
     """Combine both verdicts: the replies to (A = first, B = second) and to (A = second, B = first)."""
-    one, two = _named(straight), _named(swapped)
+    one, two = named_answer(straight), named_answer(swapped)
     if not one or not two:
         return "unparsed"
-    if one == two:
+    if one == two or "C" in (one, two):
         return "tie"
     return "first" if one == "A" else "second"
 
 
-def _named(reply: str) -> str:
-    """The answer that a reply names, "" for none."""
-    text = answer_text(reply)
-    if m := VERDICT.match(text):
-        return (m[1] or m[2]).upper()
-    marked = MARKED_VERDICT.findall(text)
-    return marked[-1] if marked else ""
+def named_answer(reply: str) -> str:
+    """The answer that a reply names, A or B, C for a tie, "" for none."""
+    if marked := marked_answer(reply):
+        return marked
+    m = VERDICT.match(answer_text(reply))
+    return (m[1] or m[2]).upper() if m else ""
 
 
-def comparison_requests(comparisons: Sequence[Comparison], template: str = TEMPLATE) -> Iterator[Request]:
+def marked_answer(reply: str) -> str:
+    """The answer that a reply names in double brackets, the last one; "" for none."""
+    marked = MARKED_VERDICT.findall(answer_text(reply))
+    return str(marked[-1]) if marked else ""
+
+
+def judge_prompt(task: str, parts: Sequence[str]) -> Conversation:
+    """What a judge is asked: its task and what it judges, in one turn, since some models have no system turn."""
+    return (Message("user", "\n\n".join([task, *parts])),)
+
+
+def comparison_requests(comparisons: Sequence[Comparison], template: str = TEMPLATE, max_tokens: int = SHORT_TOKENS) -> Iterator[Request]:
     """Judge requests of each comparison in both orders, with ids that end in #0 and #1."""
     for c in comparisons:
         request = "\n".join(f"{m.role}: {m.content}" if len(c.messages) > 1 else m.content for m in c.messages)
         for order, (a, b) in enumerate([(c.first, c.second), (c.second, c.first)]):
             text = template.format(request=request, a=a, b=b)
-            yield Request(f"{c.id}#{order}", (Message("user", text),), SamplingParams(temperature=0.0, max_tokens=8))
+            yield Request(f"{c.id}#{order}", (Message("user", text),), SamplingParams(temperature=0.0, max_tokens=max_tokens))

@@ -1,0 +1,83 @@
+"""The command of benchmarks with a judge."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gristmill.cli.app import AsJson, ChatFormat, Device, Quiet, RunOut, Seed, command
+from gristmill.core.echo import echo
+from gristmill.core.errors import InputError
+
+
+@command(
+    "gristmill judge mt-bench runs/sft/model --data mt_bench --judge https://api.openai.com/v1 --judge-model gpt-4.1 --judge-key-env KEY"
+)
+def judge(
+    kind: Annotated[str, typer.Argument(help="mt-bench, arena-hard, alpaca-eval; or, of the judge itself, agreement, rewards.")],
+    data: Annotated[Path, typer.Option(help="The benchmark's file, or a folder that holds it; nothing is downloaded.")],
+    model: Annotated[
+        str, typer.Argument(help="Whose answers are judged: a model folder, an endpoint's base URL, or a file of answers.")
+    ] = "",
+    judge: Annotated[str, typer.Option(help="Who judges: a model folder (also of a reward model), or an endpoint's base URL.")] = "",
+    judge_model: Annotated[str, typer.Option(help="Name that the judge's endpoint knows it by.")] = "",
+    judge_key_env: Annotated[str, typer.Option(help="Environment variable that holds the judge's key.")] = "",
+    model_name: Annotated[str, typer.Option("--model", help="Name that MODEL's endpoint knows it by.")] = "",
+    key_env: Annotated[str, typer.Option(help="Environment variable that holds the key of MODEL's endpoint.")] = "",
+    baseline: Annotated[Path | None, typer.Option(help="File of a baseline's answers; with mt-bench: compare in pairs, too.")] = None,
+    references: Annotated[Path | None, typer.Option(help="MT-Bench's reference answers; default the corrected ones in --data.")] = None,
+    reward: Annotated[
+        bool | None, typer.Option("--reward/--llm", help="The judge is a reward model or not; default as its folder says.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Weight set of a reward model behind an endpoint.")] = "nemotron4-340b",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="agreement, rewards: let the judge explain itself before its verdict.")
+    ] = False,
+    greedy: Annotated[bool, typer.Option("--greedy", help="mt-bench: greedy answers throughout, as for Nemotron-4.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens; default the protocol's.")] = None,
+    judge_tokens: Annotated[int | None, typer.Option(help="Longest reply of the judge, in tokens; default the protocol's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Most questions of each category or subset.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Most requests in flight at an endpoint.")] = 64,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed for good in an earlier start.")] = False,
+    out: RunOut = None,
+    device: Device = "auto",
+    format: ChatFormat = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """MT-Bench, Arena-Hard, AlpacaEval 2; a judge against people; RewardBench. Killed, it goes on; exit code 3 when calls failed."""
+    from gristmill.core.progress import Progress
+    from gristmill.workflows import judged
+
+    if kind not in judged.KINDS:
+        raise InputError(f"There is no judged benchmark {kind!r}: choose one of {', '.join(judged.KINDS)}.")
+    is_file = Path(model).is_file()
+    args = judged.JudgeArgs(
+        data=data,
+        out=out or Path("runs") / kind,
+        model=judged.Party(model, model_name, key_env) if model and not is_file else None,
+        answers=Path(model) if is_file else None,
+        judge=judged.Party(judge, judge_model, judge_key_env) if judge else None,
+        baseline=baseline,
+        references=references,
+        is_reward=reward,
+        weights=weights,
+        explain=explain,
+        greedy=greedy,
+        max_tokens=max_tokens,
+        judge_tokens=judge_tokens,
+        limit=limit,
+        seed=seed,
+        concurrency=concurrency,
+        retry_failed=retry_failed,
+        device=device,
+        chat_format=format,
+    )
+    with Progress(quiet=quiet) as progress:
+        results = judged.run(kind, args, progress)
+    echo(json.dumps(results) if as_json else "\n".join([*judged.table(results), f"samples: {args.out / judged.SAMPLES}"]))
+    if failed := results["failed_calls"]:
+        echo(f"gristmill: {failed:,} calls failed for good: run the same command again with --retry-failed.", err=True)
+        raise typer.Exit(3)
