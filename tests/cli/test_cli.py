@@ -36,17 +36,17 @@ SURFACE = {
     "--step-tokens --speculative-config --device --format --seed --json",
     "score": "MODEL --data --dtype --device --format --json",
     "eval": (
-        "MODEL --tasks --data --endpoint --endpoint-model --api-key-env --num-fewshot --limit --subsets --chat --contamination "
+        "MODEL --tasks --data --endpoint --endpoint-model --endpoint-key-env --num-fewshot --limit --subsets --chat --contamination "
         "--prompts --max-tokens --dtype --quantize --head --cache --device --format --seed --greedy --out -o --against --unsafe-code "
         "--quiet -q --json"
     ),
     "safety": (
-        "MODEL --endpoint --name --key-env --data --sets --attacks --guard --guard-name --guard-key-env --guard-logprobs --taxonomy "
+        "MODEL --endpoint --endpoint-model --endpoint-key-env --data --sets --attacks --guard --guard-model --guard-key-env --guard-logprobs --taxonomy "
         "--caution --system --limit --max-tokens --temperature --concurrency --retry-failed --canaries --n --import-garak --out -o "
         "--device --format --seed --quiet -q --json"
     ),
     "judge": (
-        "KIND --data MODEL --judge --judge-model --judge-key-env --model --key-env --baseline --references --reward --llm --weights "
+        "KIND --data MODEL --judge --judge-model --judge-key-env --endpoint-model --endpoint-key-env --baseline --references --reward --llm --weights "
         "--explain --greedy --max-tokens --judge-tokens --limit --concurrency --retry-failed --out -o --device --format --seed --quiet -q "
         "--json"
     ),

@@ -133,11 +133,11 @@ def test_canaries_in_a_model(random_base: Path, tmp_path: Path) -> None:
 def test_the_command_over_an_endpoint(endpoint: Any, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run: Callable[..., Any] = lambda *args: CliRunner().invoke(app, ["safety", *args])  # noqa: E731
-    told = run("--endpoint", endpoint.url, "--name", "m", "--sets", str(rows), "--json", "-q")
+    told = run("--endpoint", endpoint.url, "--endpoint-model", "m", "--sets", str(rows), "--json", "-q")
     assert told.exit_code == 0, told.output
     assert json.loads(told.stdout)["sets"]["own"]["labels"]["safe"]["passed"] == 2
     assert (tmp_path / "runs" / "safety-m" / "samples.jsonl").is_file() and endpoint.stats()["requests"] == len(ROWS)
-    assert run("--endpoint", endpoint.url, "--name", "m", "--sets", str(rows), "-q").exit_code == 0
+    assert run("--endpoint", endpoint.url, "--endpoint-model", "m", "--sets", str(rows), "-q").exit_code == 0
     assert endpoint.stats()["requests"] == len(ROWS)
     made = run("canaries", "--n", "3", "--out", str(tmp_path / "c.jsonl"))
     assert made.exit_code == 0 and len(read_records(tmp_path / "c.jsonl")) == 3
@@ -146,7 +146,18 @@ def test_the_command_over_an_endpoint(endpoint: Any, rows: Path, tmp_path: Path,
 def test_a_hostile_type_is_not_printed_raw(scripted: Scripted, tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps({"prompt": "a", "label": "safe", "type": "\x1b[2J evil\nline"}) + "\n" + json.dumps(ROWS[0]))
-    args = ["safety", "--endpoint", "http://127.0.0.1:1/v1", "--name", "m", "--sets", str(path), "-q", "--out", str(tmp_path / "o")]
+    args = [
+        "safety",
+        "--endpoint",
+        "http://127.0.0.1:1/v1",
+        "--endpoint-model",
+        "m",
+        "--sets",
+        str(path),
+        "-q",
+        "--out",
+        str(tmp_path / "o"),
+    ]
     told = CliRunner().invoke(app, args)
     assert told.exit_code == 0 and "\x1b" not in told.stdout and "\nline" not in told.stdout and "evil line" in told.stdout
     assert COMPLIED not in told.stdout
@@ -157,10 +168,10 @@ def test_a_hostile_type_is_not_printed_raw(scripted: Scripted, tmp_path: Path) -
     [
         ([], "either a model folder or --endpoint"),
         (["m", "--endpoint", "http://x/v1"], "either a model folder or --endpoint"),
-        (["--endpoint", "http://x/v1"], "--name"),
-        (["--endpoint", "http://x/v1", "--name", "m", "--guard", "http://y/v1"], "form of the guard"),
-        (["--endpoint", "http://x/v1", "--name", "m", "--guard", "foo=http://y/v1"], "no form of guard"),
-        (["--endpoint", "http://x/v1", "--name", "m"], "Give --sets"),
+        (["--endpoint", "http://x/v1"], "--endpoint-model"),
+        (["--endpoint", "http://x/v1", "--endpoint-model", "m", "--guard", "http://y/v1"], "form of the guard"),
+        (["--endpoint", "http://x/v1", "--endpoint-model", "m", "--guard", "foo=http://y/v1"], "no form of guard"),
+        (["--endpoint", "http://x/v1", "--endpoint-model", "m"], "Give --sets"),
         (["canaries", "--out", "x.txt"], "neither .jsonl"),
         (["--import-garak", "nothing.jsonl"], "does not exist"),
     ],

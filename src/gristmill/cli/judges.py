@@ -23,8 +23,8 @@ def judge(
     judge: Annotated[str, typer.Option(help="Who judges: a model folder (also of a reward model), or an endpoint's base URL.")] = "",
     judge_model: Annotated[str, typer.Option(help="Name that the judge's endpoint knows it by.")] = "",
     judge_key_env: Annotated[str, typer.Option(help="Environment variable that holds the judge's key.")] = "",
-    model_name: Annotated[str, typer.Option("--model", help="Name that MODEL's endpoint knows it by.")] = "",
-    key_env: Annotated[str, typer.Option(help="Environment variable that holds the key of MODEL's endpoint.")] = "",
+    model_name: Annotated[str, typer.Option("--endpoint-model", help="Name that MODEL's endpoint knows it by.")] = "",
+    key_env: Annotated[str, typer.Option("--endpoint-key-env", help="Environment variable that holds the key of MODEL's endpoint.")] = "",
     baseline: Annotated[Path | None, typer.Option(help="File of a baseline's answers; with mt-bench: compare in pairs, too.")] = None,
     references: Annotated[Path | None, typer.Option(help="MT-Bench's reference answers; default the corrected ones in --data.")] = None,
     reward: Annotated[

@@ -281,7 +281,7 @@ def eval(
     data: Annotated[Path | None, typer.Option(help="Folder of the benchmarks' files: DATA/TASK/SPLIT.parquet or .jsonl.")] = None,
     endpoint: Annotated[str, typer.Option(help="Benchmarks of a model behind this URL (up to and including /v1).")] = "",
     endpoint_model: Annotated[str, typer.Option(help="Name that the endpoint knows the model by.")] = "",
-    api_key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's key.")] = "",
+    endpoint_key_env: Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")] = "",
     num_fewshot: Annotated[int | None, typer.Option(help="Shots of a document; default as each benchmark says.")] = None,
     limit: Annotated[int | None, typer.Option(help="The first so many documents of each benchmark alone.")] = None,
     subsets: Annotated[str, typer.Option(help="Of benchmarks with subjects, the only ones, parted by commas.")] = "",
@@ -336,7 +336,7 @@ def eval(
             subsets=tuple(name.strip() for name in subsets.split(",") if name.strip()),
             **given(seed=seed),
         )
-        run_tasks(Asked(model, endpoint, endpoint_model, api_key_env, running), given_args, quiet=quiet, as_json=as_json)
+        run_tasks(Asked(model, endpoint, endpoint_model, endpoint_key_env, running), given_args, quiet=quiet, as_json=as_json)
         return
     if model is None:
         raise InputError("Give a model folder, or `tasks` for a list of the benchmarks.")

@@ -22,15 +22,15 @@ GuardHelp = (
 def safety(
     model: Annotated[str, typer.Argument(help="Model or adapter folder; `canaries` writes rows that plant secrets.")] = "",
     endpoint: Endpoint = "",
-    name: Annotated[str, typer.Option("--name", help="Name that the endpoint knows the model by.")] = "",
-    key_env: Annotated[str, typer.Option("--key-env", help="Environment variable that holds the endpoint's key.")] = "",
+    name: Annotated[str, typer.Option("--endpoint-model", help="Name that the endpoint knows the model by.")] = "",
+    key_env: Annotated[str, typer.Option("--endpoint-key-env", help="Environment variable that holds the endpoint's key.")] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of published sets; nothing is downloaded.")] = None,
     sets: Annotated[
         str, typer.Option(help="xstest, advbench, harmbench, do_not_answer or files, parted by commas; default all there.")
     ] = "",
     attacks: Annotated[str, typer.Option(help="Chains such as base64,role_play+typos, for unsafe prompts; `all`: each alone.")] = "",
     guard: Annotated[list[str] | None, typer.Option(help=GuardHelp)] = None,
-    guard_name: Annotated[str, typer.Option(help="Name that the guards' endpoints know them by.")] = "guard",
+    guard_name: Annotated[str, typer.Option("--guard-model", help="Name that the guards' endpoints know them by.")] = "guard",
     guard_key_env: Annotated[str, typer.Option(help="Environment variable that holds the guards' key.")] = "",
     guard_logprobs: Annotated[bool, typer.Option("--guard-logprobs", help="Ask guards' endpoints for log-probabilities too.")] = False,
     taxonomy: Annotated[Path | None, typer.Option(help="JSON file of categories for judges; default AEGIS's thirteen.")] = None,
@@ -108,10 +108,10 @@ def _asked(model: str, endpoint: str, name: str, *, key_env: str, format: str, d
     from gristmill.workflows.safety import asked_endpoint, asked_folder
 
     if bool(model) == bool(endpoint):
-        raise InputError("Give either a model folder or --endpoint with --name.")
+        raise InputError("Give either a model folder or --endpoint with --endpoint-model.")
     if endpoint:
         if not name:
-            raise InputError("Give --name with --endpoint: the name that the endpoint knows the model by.")
+            raise InputError("Give --endpoint-model with --endpoint: the name that the endpoint knows the model by.")
         return asked_endpoint(Target(endpoint, name, api_key_env=key_env))
     return asked_folder(Path(model), format, device)
 

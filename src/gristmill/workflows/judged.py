@@ -81,7 +81,9 @@ class Party:
             Endpoint([self.target()])
         elif not (Path(self.place) / "config.json").is_file() and not is_adapter(self.place):
             others = (
-                "an endpoint's base URL (http://HOST/v1), or a file of its answers" if option == "--model" else "an endpoint's base URL"
+                "an endpoint's base URL (http://HOST/v1), or a file of its answers"
+                if option == "--endpoint-model"
+                else "an endpoint's base URL"
             )
             raise InputError(f"{quoted_path(Path(self.place))} is no model folder: give one, {others}.")
 
@@ -187,7 +189,7 @@ def _check(kind: Kind, args: JudgeArgs) -> None:
             raise InputError(f"{name} must be at least 1, got {value}.")
     weight_set(args.weights)
     if args.model is not None:
-        args.model.check("--model")
+        args.model.check("--endpoint-model")
     if args.judge is not None:
         args.judge.check("--judge-model")
         if kind in OF_MODELS and is_reward_model(args.judge):
