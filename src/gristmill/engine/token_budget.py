@@ -3,7 +3,7 @@
 import numpy as np
 
 STEP_RATIO = 3.0  # a step takes at most so many times one in which all who are here, those that wait among them, decode
-MIN_STEP_SECONDS = 0.02  # or so long, where that is more: nobody sees such a gap, and small steps waste time
+GPU_STEP_SECONDS = 0.02  # or so long, on a GPU, where that is more: nobody sees such a gap, and launching a prompt has its own price
 IDLE_STEP_SECONDS = 0.5  # where nobody decodes: who comes meanwhile waits until its end
 FIRST_PROMPT_TOKENS = 256  # while nothing is known
 MIN_PROMPT_TOKENS = 16  # of a step in any case, so that prompts get on
@@ -16,9 +16,13 @@ class TokenBudget:
     """Linear model of a step's time, fitted as steps go by: a constant, a part for each decoded token and one for each prompt token.
 
     Errors count as shares of the step's time (recursive least squares with forgetting), so that a rare slow step says little.
+
+    Args:
+        min_step_seconds: that a step may take in any case.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, min_step_seconds: float = 0.0) -> None:
+        self.min_step_seconds = min_step_seconds
         self._moments = np.zeros((3, 3))
         self._sums = np.zeros(3)
 
@@ -39,7 +43,8 @@ class TokenBudget:
             return min(most, FIRST_PROMPT_TOKENS)
         constant, decoded, prompt = self._fit(RIDGE * scale)
         alone = constant + decoded * num_decoded
-        target = max(STEP_RATIO * (alone + decoded * num_waiting), MIN_STEP_SECONDS) if num_decoded else IDLE_STEP_SECONDS
+        least = max(STEP_RATIO * (alone + decoded * num_waiting), self.min_step_seconds)
+        target = least if num_decoded else IDLE_STEP_SECONDS
         if prompt * most <= target - alone:
             return most
         return min(most, max(MIN_PROMPT_TOKENS, int((target - alone) / prompt)))
