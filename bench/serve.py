@@ -16,10 +16,10 @@ connections: 99 of 100 must be answered within 250 ms, and the log stay below 1 
 JSON and exits 1 if something is not so.
 
 `gaps` starts a server for each number of `--step-tokens` (`auto` is the default) and asks one after the other, in `--rounds`: clients in a
-closed loop stream completions of 16 to 128 tokens to prompts of 16 to 1,024 random tokens (log-uniform), for so many seconds, the first
-fifth of which does not count. Told are the time to the first token and the gaps between two in ms, and output tokens a second, by the clock
-on the wall as the clients see it; gaps and tokens by the processor time of the server too (`cpu`), which its neighbours do not stretch. A
-line of JSON for each, and one for all rounds together.
+closed loop stream completions of `--answer-tokens` or down to an eighth of that, to prompts of 16 to `--prompt-tokens` random tokens
+(log-uniform), for so many seconds, in the first fifth of which they begin and nothing counts. Told are the time to the first token and
+the gaps between two in ms, and output tokens a second, by the clock on the wall as the clients see it; gaps and tokens by the processor
+time of the server too (`cpu`), which its neighbours do not stretch. A line of JSON for each, and one for all rounds together.
 """
 
 import argparse
@@ -178,17 +178,19 @@ async def load(served: Served, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-async def closed_loop(served: Served, clients: int, seconds: float, *, longest: int, seed: int) -> dict[str, Any]:
+async def closed_loop(served: Served, clients: int, args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """What clients see that ask again as soon as they have their answer."""
+    seconds, most = args.seconds, args.answer_tokens
     draw, begin = random.Random(seed), time.monotonic() + seconds / 5
     first: list[tuple[int, float]] = []
     between: list[tuple[float, float]] = []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)) as session:
 
-        async def client() -> None:
+        async def client(number: int) -> None:
+            await asyncio.sleep(seconds / 5 * number / clients)
             while True:
-                prompt = draw.choices(TOKENS, k=round(math.exp(draw.uniform(math.log(16), math.log(longest)))))
-                body = {"model": "model", "prompt": prompt, "max_tokens": draw.randint(16, 128), "stream": True, "temperature": 2.0}
+                prompt = draw.choices(TOKENS, k=round(math.exp(draw.uniform(math.log(16), math.log(args.prompt_tokens)))))
+                body = {"model": "model", "prompt": prompt, "max_tokens": draw.randint(most // 8, most), "stream": True, "temperature": 2.0}
                 heard = asked = time.monotonic()
                 heard_cpu = 0.0
                 async with session.post(f"{served.url}/completions", json=body) as reply:
@@ -204,7 +206,7 @@ async def closed_loop(served: Served, clients: int, seconds: float, *, longest: 
                             between.append((now - heard, cpu - heard_cpu))
                         heard, heard_cpu = now, cpu
 
-        asking = [asyncio.ensure_future(client()) for _ in range(clients)]
+        asking = [asyncio.ensure_future(client(number)) for number in range(clients)]
         await asyncio.wait(asking, timeout=seconds / 5, return_when=asyncio.FIRST_EXCEPTION)
         spent = served.cpu_seconds()
         await asyncio.wait(asking, timeout=seconds * 4 / 5, return_when=asyncio.FIRST_EXCEPTION)
@@ -251,9 +253,7 @@ def gaps(args: argparse.Namespace) -> None:
             for number in range(args.rounds):
                 for name in list(servers)[:: 1 if number % 2 else -1]:
                     load = os.getloadavg()[0]
-                    found[name].append(
-                        asyncio.run(closed_loop(servers[name], clients, args.seconds, longest=args.prompt_tokens, seed=number))
-                    )
+                    found[name].append(asyncio.run(closed_loop(servers[name], clients, args, number)))
                     facts = {"clients": clients, "step_tokens": name, "load": round(load, 1)}
                     print(json.dumps(facts | percentiles(found[name][-1:])), flush=True)
             for name, all_rounds in found.items():
@@ -444,6 +444,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=1024, help="of the longest prompts")
+    parser.add_argument("--answer-tokens", type=int, default=128, help="of the longest answers")
     parser.add_argument("--step-tokens", nargs="+", default=["auto", "2048"])
     args = parser.parse_args()
     os.environ.setdefault("PYTHONPATH", str(Path(__file__).parent.parent / "src"))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-STEP_RATIO = 3.0  # a step takes at most so many times one in which all who are here, those that wait among them, decode
+STEP_RATIO = 3.5  # a step takes at most so many times one in which all who are here, those that wait among them, decode
 GPU_STEP_SECONDS = 0.02  # or so long, on a GPU, where that is more: nobody sees such a gap, and launching a prompt has its own price
 IDLE_STEP_SECONDS = 0.5  # where nobody decodes: who comes meanwhile waits until its end
 FIRST_PROMPT_TOKENS = 256  # while nothing is known
