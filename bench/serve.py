@@ -223,7 +223,10 @@ async def closed_loop(served: Served, clients: int, args: argparse.Namespace, se
 
 def percentiles(found: list[dict[str, Any]]) -> dict[str, Any]:
     first = [one for each in found for one in each["first"]]
-    between, cpu = zip(*(gap for each in found for gap in each["between"]), strict=True)
+    gap_pairs = [gap for each in found for gap in each["between"]]
+    if not first or not gap_pairs:
+        return {"answers": len(first), "gaps": len(gap_pairs)}
+    between, cpu = zip(*gap_pairs, strict=True)
     ms = lambda values, share: round(1000 * sorted(values)[min(len(values) - 1, len(values) * share // 100)], 1)  # noqa: E731
     middle = sorted(length for length, _ in first)[len(first) // 2]
     tokens = len(first) + len(between)
