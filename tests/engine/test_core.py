@@ -260,7 +260,7 @@ def longest_gap(core: Core) -> float:
 
 def test_interactive_steps_are_as_long_as_whoever_decodes_can_bear(model: Transformer) -> None:
     assert longest_gap(core_of(model)) == pytest.approx(0.131)
-    assert 0.02 < longest_gap(core_of(model, interactive=True)) < 0.04
+    assert 0.02 < longest_gap(core_of(model, interactive=True)) < 0.043  # three and a half times one that both decode in
 
 
 def test_what_neighbours_take_is_no_price_of_a_steps_tokens(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,10 +41,23 @@ def test_where_nobody_decodes_a_step_is_longer() -> None:
     assert SLOW_CPU(0, prompt) == pytest.approx(IDLE_STEP_SECONDS, rel=0.1)
 
 
+@pytest.mark.parametrize("machine", [SLOW_CPU, SMALL_MODEL])
+def test_the_first_who_decode_do_not_wait_until_a_steps_price_is_known(machine: Callable[[int, int], float]) -> None:
+    budget = TokenBudget()
+    budget.observe(0, 256, machine(0, 256))
+    longest = 0
+    for _ in range(12):
+        prompt = budget.prompt_tokens(3, 2, MOST)
+        assert machine(3, prompt) < 1.3 * STEP_RATIO * machine(5, 0)
+        budget.observe(3, prompt, machine(3, prompt))
+        longest = max(longest, prompt)
+    assert machine(3, longest) > 0.8 * STEP_RATIO * machine(5, 0)
+
+
 def test_those_who_wait_make_a_step_longer() -> None:
     budget, draw = TokenBudget(), random.Random(0)
     for _ in range(60):
-        rows, prompt = draw.randint(1, 9), draw.choice((0, 20, 40))
+        rows, prompt = draw.randint(1, 9), draw.choice((0, 40, 120))
         budget.observe(rows, prompt, SLOW_CPU(rows, prompt))
     for waiting in (0, 7, 40):
         prompt = budget.prompt_tokens(8, waiting, MOST)

@@ -23,12 +23,15 @@ class TokenBudget:
 
     def __init__(self, min_step_seconds: float = 0.0) -> None:
         self.min_step_seconds = min_step_seconds
+        self._reach = 2 * MIN_PROMPT_TOKENS  # slow start: beside decoded tokens at most twice as many as ever before, as the fit is a guess
         self._moments = np.zeros((3, 3))
         self._sums = np.zeros(3)
 
     def observe(self, num_decoded: int, num_prompt: int, seconds: float) -> None:
         """Learn from a step that has ended: its tokens that were decoded, drafts among them, and those of prompts."""
         parts = np.array([1.0, num_decoded, num_prompt]) / SCALES / max(seconds, 1e-6)
+        if num_decoded:
+            self._reach = max(self._reach, 2 * num_prompt)
         self._moments = FORGETTING * self._moments + np.outer(parts, parts)
         self._sums = FORGETTING * self._sums + parts
 
@@ -38,6 +41,7 @@ class TokenBudget:
         Args:
             num_waiting: sequences that wait for their prompts. The more they are, the longer those that decode wait for them.
         """
+        most = min(most, self._reach) if num_decoded else most
         scale = float(np.trace(self._moments))
         if scale == 0:
             return min(most, FIRST_PROMPT_TOKENS)
