@@ -19,7 +19,8 @@ JSON and exits 1 if something is not so.
 closed loop stream completions of `--answer-tokens` or down to an eighth of that, to prompts of 16 to `--prompt-tokens` random tokens
 (log-uniform), for so many seconds, in the first fifth of which they begin and nothing counts. Told are the time to the first token and
 the gaps between two in ms, and output tokens a second, by the clock on the wall as the clients see it; gaps and tokens by the processor
-time of the server too (`cpu`), which its neighbours do not stretch. A line of JSON for each, and one for all rounds together.
+time of the server too (`cpu`), which its neighbours do not stretch. In short runs chance decides how many prompts are read and not yet
+answered: `all_tokens_per_cpu_s` counts those of prompts and of answers. A line of JSON for each, and one for all rounds together.
 """
 
 import argparse
@@ -69,6 +70,10 @@ class Served:
 
     def cpu_seconds(self) -> float:
         return time.clock_gettime(~self.process.pid << 3 | 2)  # Linux's number of the clock of a process's processor time
+
+    async def computed(self, session: aiohttp.ClientSession) -> float:
+        """Tokens of prompts and of answers so far."""
+        return await self.metric(session, "gristmill_prompt_tokens") + await self.metric(session, "gristmill_output_tokens")
 
     async def metric(self, session: aiohttp.ClientSession, name: str) -> float:
         async with session.get(f"{self.url.removesuffix('/v1')}/metrics") as reply:
@@ -208,9 +213,9 @@ async def closed_loop(served: Served, clients: int, args: argparse.Namespace, se
 
         asking = [asyncio.ensure_future(client(number)) for number in range(clients)]
         await asyncio.wait(asking, timeout=seconds / 5, return_when=asyncio.FIRST_EXCEPTION)
-        spent = served.cpu_seconds()
+        spent, computed = served.cpu_seconds(), await served.computed(session)
         await asyncio.wait(asking, timeout=seconds * 4 / 5, return_when=asyncio.FIRST_EXCEPTION)
-        spent = served.cpu_seconds() - spent
+        spent, computed = served.cpu_seconds() - spent, await served.computed(session) - computed
         for one in asking:
             one.cancel()
         for error in await asyncio.gather(*asking, return_exceptions=True):
@@ -218,7 +223,7 @@ async def closed_loop(served: Served, clients: int, args: argparse.Namespace, se
                 raise error
         while await served.metric(session, "gristmill_open_samples"):
             await asyncio.sleep(0.1)
-    return {"first": first, "between": between, "seconds": seconds * 4 / 5, "cpu_s": spent}
+    return {"first": first, "between": between, "seconds": seconds * 4 / 5, "cpu_s": spent, "computed": computed}
 
 
 def percentiles(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -242,6 +247,7 @@ def percentiles(found: list[dict[str, Any]]) -> dict[str, Any]:
         "cpu_p99_to_median": round(ms(cpu, 99) / ms(cpu, 50), 2),
         "output_tokens_per_s": round(tokens / sum(each["seconds"] for each in found), 1),
         "output_tokens_per_cpu_s": round(tokens / sum(each["cpu_s"] for each in found), 1),
+        "all_tokens_per_cpu_s": round(sum(each["computed"] for each in found) / sum(each["cpu_s"] for each in found), 1),
         "answers": len(first),
         "gaps": len(between),
     }
