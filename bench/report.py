@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gristmill.core.io import read_json, write_json
 from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
+from gristmill.runs.reader import GENERATED, generated_tokens
 
 COMMANDS = {
     "report": ["report", "{run}"],
@@ -73,6 +75,8 @@ def make(source: Path, folder: Path, times: int, evaluation: int) -> dict[str, i
                         new.append({**record, "id": renamed(record["id"], copy), **parents})
                 num = len(new)
         counts[path.name] = counts.get(path.name, 0) + num
+    for marker in folder.glob("[0-9]*/done.json"):
+        write_json(marker, read_json(marker) | {GENERATED: generated_tokens(marker.parent)})
     for path in source.glob("*/train/metrics.jsonl"):
         shutil.copy(path, folder / path.parent.parent.name / "train")
     return counts

@@ -3,6 +3,7 @@
     PYTHONPATH=src python bench/serve.py load MODEL --clients 500 --seconds 120
     PYTHONPATH=src python bench/serve.py fuzz MODEL --requests 10000
     PYTHONPATH=src python bench/serve.py attack MODEL --seconds 10
+    PYTHONPATH=src python bench/serve.py gaps MODEL --clients 1 8 64 --seconds 60 --rounds 2 --step-tokens auto 2048
 
 `load` starts `gristmill serve MODEL` and lets so many clients stream answers, one after another; a fifth of the streams are broken off
 at a random moment. Then nothing may be left: no block of the cache in use, no sample open; every stream that was not broken off must be
@@ -13,12 +14,20 @@ key what holds servers up: 1,500 connections with half a request that come again
 header a second, and gzip bodies of 3.5 GB; and with it bodies of 80,000 messages. Meanwhile somebody else asks for /health on new
 connections: 99 of 100 must be answered within 250 ms, and the log stay below 1 MB; memory is told after each. Each prints one line of
 JSON and exits 1 if something is not so.
+
+`gaps` starts a server for each number of `--step-tokens` (`auto` is the default) and asks one after the other, in `--rounds`: clients in a
+closed loop stream completions of `--answer-tokens` or down to an eighth of that, to prompts of 16 to `--prompt-tokens` random tokens
+(log-uniform), for so many seconds, in the first fifth of which they begin and nothing counts. Told are the time to the first token and
+the gaps between two in ms, and output tokens a second, by the clock on the wall as the clients see it; gaps and tokens by the processor
+time of the server too (`cpu`), which its neighbours do not stretch. In short runs chance decides how many prompts are read and not yet
+answered: `all_tokens_per_cpu_s` counts those of prompts and of answers. A line of JSON for each, and one for all rounds together.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -42,6 +51,7 @@ import aiohttp
 QUESTIONS = ("Name a land.", "Write a word sum about eggs.", "What is the capital of Batru?", "List three fruits separated by commas.")
 BROKEN_OFF = 0.2
 NUM_HALF_OPEN = 1500
+TOKENS = range(32, 1000)  # that every model has, and that are no control tokens
 KEYS = "GRISTMILL_BENCH_KEYS"
 
 
@@ -57,6 +67,13 @@ class Served:
     def memory_mib(self) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) // 1024
+
+    def cpu_seconds(self) -> float:
+        return time.clock_gettime(~self.process.pid << 3 | 2)  # Linux's number of the clock of a process's processor time
+
+    async def computed(self, session: aiohttp.ClientSession) -> float:
+        """Tokens of prompts and of answers so far."""
+        return await self.metric(session, "gristmill_prompt_tokens") + await self.metric(session, "gristmill_output_tokens")
 
     async def metric(self, session: aiohttp.ClientSession, name: str) -> float:
         async with session.get(f"{self.url.removesuffix('/v1')}/metrics") as reply:
@@ -164,6 +181,92 @@ async def load(served: Served, args: argparse.Namespace) -> dict[str, Any]:
         "told to end while streaming": len(ending),
         "exit": served.process.wait(90),
     }
+
+
+async def closed_loop(served: Served, clients: int, args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """What clients see that ask again as soon as they have their answer."""
+    seconds, most = args.seconds, args.answer_tokens
+    draw, begin = random.Random(seed), time.monotonic() + seconds / 5
+    first: list[tuple[int, float]] = []
+    between: list[tuple[float, float]] = []
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)) as session:
+
+        async def client(number: int) -> None:
+            await asyncio.sleep(seconds / 5 * number / clients)
+            while True:
+                prompt = draw.choices(TOKENS, k=round(math.exp(draw.uniform(math.log(16), math.log(args.prompt_tokens)))))
+                body = {"model": "model", "prompt": prompt, "max_tokens": draw.randint(most // 8, most), "stream": True, "temperature": 2.0}
+                heard = asked = time.monotonic()
+                heard_cpu = 0.0
+                async with session.post(f"{served.url}/completions", json=body) as reply:
+                    if reply.status != 200:
+                        raise SystemExit(await reply.text())
+                    async for line in reply.content:
+                        if not line.startswith(b"data: {"):
+                            continue
+                        now, cpu = time.monotonic(), served.cpu_seconds()
+                        if now > begin and heard == asked:
+                            first.append((len(prompt), now - asked))
+                        elif now > begin:
+                            between.append((now - heard, cpu - heard_cpu))
+                        heard, heard_cpu = now, cpu
+
+        asking = [asyncio.ensure_future(client(number)) for number in range(clients)]
+        await asyncio.wait(asking, timeout=seconds / 5, return_when=asyncio.FIRST_EXCEPTION)
+        spent, computed = served.cpu_seconds(), await served.computed(session)
+        await asyncio.wait(asking, timeout=seconds * 4 / 5, return_when=asyncio.FIRST_EXCEPTION)
+        spent, computed = served.cpu_seconds() - spent, await served.computed(session) - computed
+        for one in asking:
+            one.cancel()
+        for error in await asyncio.gather(*asking, return_exceptions=True):
+            if not isinstance(error, asyncio.CancelledError):
+                raise error
+        while await served.metric(session, "gristmill_open_samples"):
+            await asyncio.sleep(0.1)
+    return {"first": first, "between": between, "seconds": seconds * 4 / 5, "cpu_s": spent, "computed": computed}
+
+
+def percentiles(found: list[dict[str, Any]]) -> dict[str, Any]:
+    first = [one for each in found for one in each["first"]]
+    gap_pairs = [gap for each in found for gap in each["between"]]
+    if not first or not gap_pairs:
+        return {"answers": len(first), "gaps": len(gap_pairs)}
+    between, cpu = zip(*gap_pairs, strict=True)
+    ms = lambda values, share: round(1000 * sorted(values)[min(len(values) - 1, len(values) * share // 100)], 1)  # noqa: E731
+    middle = sorted(length for length, _ in first)[len(first) // 2]
+    tokens = len(first) + len(between)
+    return {
+        "first_token_p50": ms([one for _, one in first], 50),
+        "first_token_p99": ms([one for _, one in first], 99),
+        "short_first_token_p50": ms([one for length, one in first if length <= middle], 50),
+        "gap_p50": ms(between, 50),
+        "gap_p99": ms(between, 99),
+        "p99_to_median": round(ms(between, 99) / ms(between, 50), 2),
+        "cpu_gap_p50": ms(cpu, 50),
+        "cpu_gap_p99": ms(cpu, 99),
+        "cpu_p99_to_median": round(ms(cpu, 99) / ms(cpu, 50), 2),
+        "output_tokens_per_s": round(tokens / sum(each["seconds"] for each in found), 1),
+        "output_tokens_per_cpu_s": round(tokens / sum(each["cpu_s"] for each in found), 1),
+        "all_tokens_per_cpu_s": round(sum(each["computed"] for each in found) / sum(each["cpu_s"] for each in found), 1),
+        "answers": len(first),
+        "gaps": len(between),
+    }
+
+
+def gaps(args: argparse.Namespace) -> None:
+    with contextlib.ExitStack() as stack:
+        options = {name: [] if name == "auto" else ["--step-tokens", name] for name in args.step_tokens}
+        servers = {name: stack.enter_context(serving(args.model, *given)) for name, given in options.items()}
+        for clients in args.clients or [8]:
+            found: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+            for number in range(args.rounds):
+                for name in list(servers)[:: 1 if number % 2 else -1]:
+                    load = os.getloadavg()[0]
+                    found[name].append(asyncio.run(closed_loop(servers[name], clients, args, number)))
+                    facts = {"clients": clients, "step_tokens": name, "load": round(load, 1)}
+                    print(json.dumps(facts | percentiles(found[name][-1:])), flush=True)
+            for name, all_rounds in found.items():
+                print(json.dumps({"clients": clients, "step_tokens": name, "rounds": args.rounds} | percentiles(all_rounds)), flush=True)
 
 
 def strange(draw: random.Random) -> bytes:
@@ -342,14 +445,22 @@ async def attack(served: Served, args: argparse.Namespace, log: Path) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("load", "fuzz", "attack"))
+    parser.add_argument("what", choices=("load", "fuzz", "attack", "gaps"))
     parser.add_argument("model")
-    parser.add_argument("--clients", type=int, default=500)
+    parser.add_argument("--clients", type=int, nargs="+", help="default: 500; for gaps several numbers, 8 by default")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, default=1024, help="of the longest prompts")
+    parser.add_argument("--answer-tokens", type=int, default=128, help="of the longest answers")
+    parser.add_argument("--step-tokens", nargs="+", default=["auto", "2048"])
     args = parser.parse_args()
     os.environ.setdefault("PYTHONPATH", str(Path(__file__).parent.parent / "src"))
+    if args.what == "gaps":
+        gaps(args)
+        return
+    args.clients = args.clients[0] if args.clients else 500
     if args.what == "attack":
         resource.setrlimit(resource.RLIMIT_NOFILE, (4096, max(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
         os.environ[KEYS] = "key"

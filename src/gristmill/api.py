@@ -13,7 +13,6 @@ from gristmill.data.rows import Rating
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import EngineStats
 from gristmill.engine.load import EngineArgs, load_engine
-from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.judge.reward import load_scorer
 from gristmill.miniature.base import BASE
@@ -75,18 +74,7 @@ class LLM:
         chat_format: str = "auto",
         device: str = "auto",
     ):
-        args = EngineArgs(
-            dtype=dtype,
-            quantize=quantize,
-            head=head,
-            cache=cache,
-            max_batch=max_batch,
-            step_tokens=step_tokens,
-            speculative=SpeculativeConfig.parse(speculative_config),
-            chat_format=chat_format,
-            device=device,
-        )
-        self.engine = load_engine(_folder(model), args, own=False)
+        self.engine = load_engine(_folder(model), EngineArgs.of(locals()), own=False)
 
     @property
     def stats(self) -> EngineStats:

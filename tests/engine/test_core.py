@@ -1,6 +1,7 @@
 """Continuous batching: sequences join, leave, fork, are preempted and cancelled, and nobody's tokens depend on it."""
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -259,7 +260,18 @@ def longest_gap(core: Core) -> float:
 
 def test_interactive_steps_are_as_long_as_whoever_decodes_can_bear(model: Transformer) -> None:
     assert longest_gap(core_of(model)) == pytest.approx(0.131)
-    assert 0.02 < longest_gap(core_of(model, interactive=True)) < 0.04
+    assert 0.02 < longest_gap(core_of(model, interactive=True)) < 0.043  # three and a half times one that both decode in
+
+
+def test_what_neighbours_take_is_no_price_of_a_steps_tokens(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = core_of(model, interactive=True)
+    run, observed, asleep = core.model_runner.run, list[float](), 0.3
+    core.model_runner.run = lambda step: (time.sleep(asleep), run(step))[1]  # type: ignore[method-assign, func-returns-value]
+    assert core.scheduler.token_budget is not None
+    monkeypatch.setattr(core.scheduler.token_budget, "observe", lambda decoded, prompt, seconds: observed.append(seconds))
+    core.add(RequestState(Request("d", (), SamplingParams(0.0, max_tokens=2)), np.arange(4, dtype=np.int32), 2))
+    core.step()
+    assert 0 < observed[0] < asleep
 
 
 @settings(deadline=None, max_examples=25)

@@ -15,6 +15,7 @@ from gristmill.data.chat import Message, find_format
 from gristmill.engine import load
 from gristmill.engine.engine import Engine
 from gristmill.engine.load import EngineArgs, answer_rows, load_engine
+from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.generation.api import SamplingParams
 from gristmill.model.config import uniform_blocks
 from gristmill.model.hf import load_model, save_model
@@ -102,3 +103,10 @@ def test_loading_takes_the_memory_of_the_weights_once(tiny_base: Path, tmp_path:
         taken.append(int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout) / size)
     # fp32 on the way would make it 2 and more, the whole before its int8 1.5
     assert taken[0] < 1.4 and taken[1] < 1.2, taken
+
+
+def test_engine_arguments_are_found_among_a_commands_options() -> None:
+    options = {"dtype": "bf16", "format": "chatml", "speculative_config": "ngram", "seed": 3, "step_tokens": 7}
+    args = EngineArgs.of(options)
+    assert args == EngineArgs(dtype="bf16", chat_format="chatml", speculative=SpeculativeConfig(), step_tokens=7)
+    assert EngineArgs.of({"chat_format": "plain", "prompt": ""}) == EngineArgs(chat_format="plain")

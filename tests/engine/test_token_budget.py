@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gristmill.engine.token_budget import IDLE_STEP_SECONDS, MIN_PROMPT_TOKENS, MIN_STEP_SECONDS, STEP_RATIO, TokenBudget
+from gristmill.engine.token_budget import GPU_STEP_SECONDS, IDLE_STEP_SECONDS, MIN_PROMPT_TOKENS, STEP_RATIO, TokenBudget
 
 MOST = 2048
 # seconds of a step with so many decoded and prompt tokens
@@ -17,7 +17,8 @@ GPU_GRAPHS = lambda decoded, prompt: 0.003 if not prompt else 0.015 + 2e-5 * pro
 @pytest.mark.parametrize("machine", [SLOW_CPU, SMALL_MODEL, GPU_GRAPHS])
 @pytest.mark.parametrize("decoded", [1, 8, 64])
 def test_steps_stay_short_and_use_the_time_they_have(machine: Callable[[int, int], float], decoded: int) -> None:
-    budget, draw = TokenBudget(), random.Random(0)
+    least = GPU_STEP_SECONDS if machine is GPU_GRAPHS else 0.0
+    budget, draw = TokenBudget(least), random.Random(0)
     for step in range(300):
         rows = max(1, decoded + draw.randint(-3, 3)) if step > 4 else 0
         prompt = budget.prompt_tokens(rows, 0, MOST) if draw.random() < 0.7 or not rows else 0
@@ -26,9 +27,9 @@ def test_steps_stay_short_and_use_the_time_they_have(machine: Callable[[int, int
         seconds = machine(rows, prompt)
         budget.observe(rows, prompt, seconds * draw.uniform(0.95, 1.05) * (8 if draw.random() < 0.01 else 1))
         if step > 60 and prompt > MIN_PROMPT_TOKENS:
-            assert seconds < 1.3 * max(STEP_RATIO * machine(rows, 0), MIN_STEP_SECONDS)
+            assert seconds < 1.3 * max(STEP_RATIO * machine(rows, 0), least)
     prompt = budget.prompt_tokens(decoded, 0, MOST)
-    assert prompt == MOST or machine(decoded, prompt) > 0.6 * max(STEP_RATIO * machine(decoded, 0), MIN_STEP_SECONDS)
+    assert prompt == MOST or machine(decoded, prompt) > 0.6 * max(STEP_RATIO * machine(decoded, 0), least)
 
 
 def test_where_nobody_decodes_a_step_is_longer() -> None:
@@ -40,10 +41,23 @@ def test_where_nobody_decodes_a_step_is_longer() -> None:
     assert SLOW_CPU(0, prompt) == pytest.approx(IDLE_STEP_SECONDS, rel=0.1)
 
 
+@pytest.mark.parametrize("machine", [SLOW_CPU, SMALL_MODEL])
+def test_the_first_who_decode_do_not_wait_until_a_steps_price_is_known(machine: Callable[[int, int], float]) -> None:
+    budget = TokenBudget()
+    budget.observe(0, 256, machine(0, 256))
+    longest = 0
+    for _ in range(12):
+        prompt = budget.prompt_tokens(3, 2, MOST)
+        assert machine(3, prompt) < 1.3 * STEP_RATIO * machine(5, 0)
+        budget.observe(3, prompt, machine(3, prompt))
+        longest = max(longest, prompt)
+    assert machine(3, longest) > 0.8 * STEP_RATIO * machine(5, 0)
+
+
 def test_those_who_wait_make_a_step_longer() -> None:
     budget, draw = TokenBudget(), random.Random(0)
     for _ in range(60):
-        rows, prompt = draw.randint(1, 9), draw.choice((0, 20, 40))
+        rows, prompt = draw.randint(1, 9), draw.choice((0, 40, 120))
         budget.observe(rows, prompt, SLOW_CPU(rows, prompt))
     for waiting in (0, 7, 40):
         prompt = budget.prompt_tokens(8, waiting, MOST)

@@ -21,7 +21,9 @@ MODELS = ["base", "demonstrations", "r1-code-sft", "r1-general-sft", "r1-dpo", "
 def test_every_model_answers_every_question(finished: Path) -> None:
     data = read_run(finished)
     answers = Answers(data)
-    for number, prompt in enumerate(answers.prompts, 1):
+    for number in range(1, 1 + len(answers.ids)):
+        prompt = answers.find(str(number))
+        assert prompt.id == answers.ids[number - 1]
         table = answers_table(answers, prompt)
         assert [row["model"] for row in table["answers"]] == MODELS and table["number"] == number
         for row, stage in zip(table["answers"], (s for s in data.stages if "greedy" in s), strict=True):
@@ -35,8 +37,8 @@ def test_a_question_is_found_by_id_number_or_because_it_was_learnt(make_run: Mak
     set_outcomes(folder, "base", lambda i, task: i < 3)
     set_outcomes(folder, "r1-rpo1", lambda i, task: i > 3)
     answers = Answers(read_run(folder))
-    assert answers.find("") is answers.prompts[4]
-    assert answers.find("2") is answers.prompts[1] and answers.find(answers.prompts[5].id) is answers.prompts[5]
+    assert answers.find("").id == answers.ids[4]
+    assert answers.find("2").id == answers.ids[1] and answers.find(answers.ids[5]).id == answers.ids[5]
     with pytest.raises(InputError, match="a number from 1 to 10"):
         answers.find("11")
 

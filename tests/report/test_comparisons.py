@@ -11,6 +11,7 @@ from gristmill.evaluate.stats import accuracy, wilson
 from gristmill.report.comparisons import (
     baseline_comparisons,
     baselines,
+    differences_by_task,
     paired_difference,
     prompt_tasks,
     short_label,
@@ -62,8 +63,8 @@ def test_a_difference_on_one_task_uses_that_tasks_prompts(make_run: MakeRun, sta
     data = read_run(folder)
     tasks = prompt_tasks(data)
     before, after = (stage_folder(folder, name).name for name in ("demonstrations", "r1-general-sft"))
-    found = paired_difference(data, before, after, mode="sampled", tasks=tasks, task="sums")
-    assert found is not None and found["n"] == sum(task == "sums" for task in tasks.values()) == 2
+    found = differences_by_task(data, before, after, mode="sampled", tasks=tasks)
+    assert found.keys() == set(tasks.values()) and found["sums"]["n"] == sum(task == "sums" for task in tasks.values()) == 2
 
 
 def test_every_model_but_the_first_is_compared(make_run: MakeRun) -> None:

@@ -13,7 +13,7 @@ from gristmill.core.progress import Progress
 from gristmill.curate.recipe import Curation
 from gristmill.data.rows import TopicRow
 from gristmill.runs import artifacts
-from gristmill.runs.reader import RunData, read_run
+from gristmill.runs.reader import RunData, generated_tokens, read_run
 from gristmill.runs.run_dir import RunDir
 
 
@@ -91,7 +91,7 @@ def test_a_torn_journal_keeps_its_whole_lines(copy: Path) -> None:
     with (copy / stage / artifacts.CALLS.file).open("a") as file:
         file.write('{"id": "x", "ou')
     assert whole == len(data.read(stage, artifacts.CALLS))
-    assert data.tokens_written(stage) == tokens_of(data.read(stage, artifacts.CALLS))
+    assert generated_tokens(copy / stage) == tokens_of(data.read(stage, artifacts.CALLS))
 
 
 def test_the_calls_of_an_unfinished_stage_count(copy: Path) -> None:
@@ -99,6 +99,22 @@ def test_the_calls_of_an_unfinished_stage_count(copy: Path) -> None:
     stage = folder_of(data, "r1-prompts")
     (copy / stage / "done.json").unlink()
     assert read_run(copy).tokens_written(stage) == tokens_of(data.read(stage, artifacts.CALLS)) > 0
+
+
+def test_a_marker_says_how_many_tokens_its_stage_has_and_journals_do_where_it_does_not(copy: Path) -> None:
+    data = read_run(copy)
+    written = {s["folder"]: data.tokens_written(s["folder"]) for s in data.stages}
+    assert written == {folder: generated_tokens(copy / folder) for folder in written} and sum(n > 0 for n in written.values()) > 5
+    for s in data.stages:  # what a version before this has made
+        marker = copy / s["folder"] / "done.json"
+        done = json.loads(marker.read_text())
+        assert ("generated_tokens" in done) == any((copy / s["folder"]).glob("*.jsonl"))
+        done.pop("generated_tokens", None)
+        marker.write_text(json.dumps(done))
+    assert written == {folder: read_run(copy).tokens_written(folder) for folder in written}
+    for path in copy.glob("*/*.jsonl"):
+        path.unlink()
+    assert written == {folder: data.tokens_written(folder) for folder in written}, "journals are not read where markers say it"
 
 
 class Dataset(Recipe):

@@ -19,6 +19,7 @@ XML = (
     "<tool_call>\n<function=mill>\n<parameter=sacks>\n12\n</parameter>\n<parameter=note>\nline\n\n <b>two\n</parameter>\n"
     "</function>\n</tool_call>"
 )
+DEEPSEEK = [f"<\uff5ctool\u2581{name}\uff5c>" for name in ("calls\u2581begin", "call\u2581begin", "sep", "call\u2581end", "calls\u2581end")]
 WRITTEN: dict[str, list[tuple[str, str, list[tuple[str, Any]]]]] = {
     "hermes": [
         (f'<tool_call>\n{{"name": "mill", "arguments": {ARGUMENTS}}}\n</tool_call>', "", [MILL]),
@@ -70,6 +71,32 @@ WRITTEN: dict[str, list[tuple[str, str, list[tuple[str, Any]]]]] = {
             [("mill", {"sacks": -12, "note": "x [", "fine": True}), ("sieve", {"a": {"b": [None, True]}, "c": "\U0001f600"})],
         ),
     ],
+    # as the published templates write them: vLLM's for DeepSeek-V3, GLM-4.5's and Kimi-K2's own
+    "deepseek_v3": [
+        (
+            f"I go.{DEEPSEEK[0]}{DEEPSEEK[1]}function{DEEPSEEK[2]}mill\n```json\n{ARGUMENTS}\n```{DEEPSEEK[3]}\n"
+            f"{DEEPSEEK[1]}function{DEEPSEEK[2]}sieve\n```json\n{{}}\n```{DEEPSEEK[3]}{DEEPSEEK[4]}",
+            "I go.",
+            [MILL, ("sieve", {})],
+        ),
+        (f"{DEEPSEEK[0]}{DEEPSEEK[1]}function{DEEPSEEK[2]}sieve\n```json\n{{}}", "", [("sieve", {})]),
+    ],
+    "glm45": [
+        (
+            "I go.\n<tool_call>mill\n<arg_key>sacks</arg_key>\n<arg_value>12</arg_value>\n<arg_key>note</arg_key>\n"
+            "<arg_value>line\n </tool_call></arg_value>\n</tool_call>\n<tool_call>sieve\n</tool_call>",
+            "I go.",
+            [("mill", {"sacks": 12, "note": "line\n </tool_call>"}), ("sieve", {})],
+        ),
+    ],
+    "kimi_k2": [
+        (
+            f"I go.<|tool_calls_section_begin|><|tool_call_begin|>functions.mill:0<|tool_call_argument_begin|>{ARGUMENTS}<|tool_call_end|>"
+            "<|tool_call_begin|>functions.sieve:12<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+            "I go.",
+            [MILL, ("sieve", {})],
+        ),
+    ],
 }
 # No calls: what breaks off, names no tool, is no JSON, or is only spoken of.
 BROKEN = {
@@ -105,6 +132,23 @@ BROKEN = {
         XML[:-60],
         "<tool_call><function=mill>hm</function>",
         "<tool_call><func",
+    ],
+    "deepseek_v3": [
+        f"{DEEPSEEK[0]}{DEEPSEEK[1]}function{DEEPSEEK[2]}burn\n```json\n{{}}\n```{DEEPSEEK[3]}{DEEPSEEK[4]}",
+        f"{DEEPSEEK[0]}{DEEPSEEK[1]}function{DEEPSEEK[2]}mill\n```json\n{{",
+        f"{DEEPSEEK[0]}{DEEPSEEK[1]}func",
+        f"{DEEPSEEK[0]}{DEEPSEEK[1]}function{DEEPSEEK[2]}mill\n```json\n" + " " * 900 + "x",
+    ],
+    "glm45": [
+        "<tool_call>burn\n</tool_call>",
+        "<tool_call>mill\n<arg_key>sacks</arg_key>",
+        "<tool_call>{}</tool_call>",
+        "<tool_call>mill is",
+    ],
+    "kimi_k2": [
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.mill:<|tool_call_argument_begin|>{}",
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.mi",
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.burn:0<|tool_call_argument_begin|>{}<|tool_call_end|>",
     ],
     "pythonic": [
         "[1] is a note",
@@ -167,6 +211,27 @@ def test_any_split_gives_the_same_calls(case: tuple[str, str], cuts: list[int]) 
     assert told(form, text, cuts, live=False) == told(form, text, list(range(len(text))), live=False) == whole
     if text not in BROKEN.get(form, ()):
         assert told(form, text, cuts, live=True) == whole
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=st.sampled_from(CASES), place=st.integers(0, 300))
+def test_an_answer_that_goes_on_within_a_call_ends_it(case: tuple[str, str], place: int) -> None:
+    form, text = case
+    before, behind = text[:place], text[place:]
+    whole = ToolCallParser(FORMS[form], TOOLS)
+    num_before = len([piece for piece in whole.add(before) if isinstance(piece, CallDelta) and piece.name])
+    expected: tuple[str, list[tuple[str, str]]] = "", [("", "")] * num_before
+    for piece in whole.add(behind, last=True):
+        expected = taken(*expected, piece)
+    parser = ToolCallParser(FORMS[form], TOOLS, begun=before)
+    said, calls = "", list[tuple[str, str]]()
+    for piece in [*parser.add(behind[:3]), *parser.add(behind[3:], last=True)]:
+        said, calls = taken(said, calls, piece)
+    if FORMS[form].begin or parser.goes_on:
+        assert calls == expected[1][num_before:] and expected[0].endswith(said)
+        assert said == behind or expected[1]
+    else:
+        assert (said, calls) == parse_calls(behind, FORMS[form], TOOLS) or before.strip() in ("", FORMS[form].also)
 
 
 SCRAPS = [*"<[{}]\"'\\,:;/ \n", "<tool_call>", "</tool_call>", '{"name": "mill", ', '"arguments": {}}', "[TOOL_CALLS]", "mill", "word"]

@@ -50,6 +50,19 @@ TEMPLATES = {
     "pythonic": SAY
     + "{% if m.tool_calls %}[{% for c in m.tool_calls %}{{ c.function.name + '(' }}{% for k, v in c.function.arguments | items %}"
     "{{ k + '=' }}{{ v | tojson }}{{ ', ' if not loop.last }}{% endfor %}){{ ', ' if not loop.last }}{% endfor %}]{% endif %}",
+    "deepseek_v3": SAY
+    + "{% if m.tool_calls %}{{ '<\uff5ctool\u2581calls\u2581begin\uff5c>' }}{% for c in m.tool_calls %}{{ '\n' if not loop.first }}"
+    "{{ '<\uff5ctool\u2581call\u2581begin\uff5c>' + c.type + '<\uff5ctool\u2581sep\uff5c>' + c.function.name + '\n```json\n' }}"
+    "{{ c.function.arguments | tojson + '\n```<\uff5ctool\u2581call\u2581end\uff5c>' }}{% endfor %}"
+    "{{ '<\uff5ctool\u2581calls\u2581end\uff5c>' }}{% endif %}",
+    "glm45": SAY
+    + "{% for c in m.tool_calls or () %}{{ '\n<tool_call>' + c.function.name + '\n' }}{% for k, v in c.function.arguments | items %}"
+    "{{ '<arg_key>' + k + '</arg_key>\n<arg_value>' }}{{ v if v is string else v | tojson }}{{ '</arg_value>\n' }}{% endfor %}"
+    "{{ '</tool_call>' }}{% endfor %}",
+    "kimi_k2": SAY
+    + "{% if m.tool_calls %}{{ '<|tool_calls_section_begin|>' }}{% for c in m.tool_calls %}{{ '<|tool_call_begin|>' + c.id }}"
+    "{{ '<|tool_call_argument_begin|>' }}{{ c.function.arguments | tojson }}{{ '<|tool_call_end|>' }}{% endfor %}"
+    "{{ '<|tool_calls_section_end|>' }}{% endif %}",
     "": SAY + "{% for c in m.tool_calls or () %}{{ c.function.name + ' ' + c.function.arguments | tojson }}{% endfor %}",
 }  # fmt: skip
 MILL = {
@@ -213,6 +226,36 @@ def test_a_call_that_the_model_opens_is_held_to_its_schema(form: str) -> None:
     assert may_follow("", "T") and may_follow("Text <", "x") and may_follow("", (tag or begun)[0] if not tokenizer.has(tag) else "x")
     assert not may_follow(begun, "x") or form in ("hermes", "mistral_args")
     assert not may_follow(begun, "Z")
+
+
+def test_an_answer_that_goes_on_within_a_call_makes_it() -> None:
+    server = server_of("hermes")
+    end = server.engine.tokenizer.encode("}")[0]
+    fields: dict[str, Any] = {
+        "logit_bias": {str(end): 100},
+        "max_tokens": 1,
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+    }
+
+    def going_on(text: str, **more: Any) -> dict[str, Any]:
+        return chat(messages=[*TALK, {"role": "assistant", "content": text}], **fields, **more)
+
+    begun = 'Well. <tool_call>\n{"name": "rest", "arguments": {}'
+    whole, stream, text, refused, strict = ask(
+        server,
+        going_on(begun),
+        going_on(begun, stream=True),
+        going_on("Well. {"),
+        going_on(begun, tool_choice="required"),
+        going_on(begun, response_format={"type": "json_object"}),
+    )
+    message = whole["choices"][0]["message"]
+    assert message["content"] is None and [call["function"] for call in message["tool_calls"]] == [{"name": "rest", "arguments": "{}"}]
+    assert [call["function"] for call in joined(stream)["tool_calls"]] == [{"name": "rest", "arguments": "{}"}]
+    assert text["choices"][0]["message"] == {"role": "assistant", "content": "}"}
+    for one in (refused, strict):
+        assert one["status"] == 400 and one["error"]["param"] == "continue_final_message"
 
 
 def test_tools_beside_a_response_format() -> None:

@@ -235,25 +235,20 @@ def generate(
     from gristmill.data.chat import Message
     from gristmill.data.readers import read_prompts
     from gristmill.engine.load import EngineArgs, answer_rows, load_engine
-    from gristmill.engine.speculative import SpeculativeConfig
     from gristmill.generation.api import SamplingParams
 
     if (prompt is None) == (prompts is None):
         raise InputError("Give either a prompt or --prompts FILE.")
     asked = [(Message("user", prompt),)] if prompt is not None else [p.messages for p in read_prompts(prompts or Path(), "file")]
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
-    speculative = SpeculativeConfig.parse(speculative_config)
-    args = EngineArgs(
-        dtype=dtype, quantize=quantize, head=head, step_tokens=step_tokens, speculative=speculative, chat_format=format, device=device
-    )
-    engine = load_engine(model, args)
+    engine = load_engine(model, EngineArgs.of(locals()))
     rows = answer_rows(engine, asked, sampling, seed=seed)
     if out:
         echo(f"{write_jsonl(out, rows)} prompts answered: {out}", err=as_json)
     else:
         for row in rows:
             echo(json.dumps(row) if as_json else "\n".join(r["text"] for r in row["responses"]))
-    if speculative is not None:
+    if engine.speculative is not None:
         echo(engine.stats.acceptance, err=True)
 
 
@@ -316,7 +311,7 @@ def eval(
         return
     from gristmill.engine.load import EngineArgs
 
-    running = EngineArgs(dtype=dtype, quantize=quantize, head=head, cache=cache, chat_format=format, device=device)
+    running = EngineArgs.of(locals())
     if tasks or endpoint:
         from gristmill.cli.benchmarks import Asked, run_tasks
         from gristmill.workflows.benchmarks import BenchmarkArgs
@@ -411,7 +406,7 @@ def chat(
     from gristmill.generation.api import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    engine = load_engine(model, EngineArgs(dtype=dtype, quantize=quantize, head=head, max_batch=1, chat_format=format, device=device))
+    engine = load_engine(model, EngineArgs.of(locals() | {"max_batch": 1}))
     ChatSession(engine, sampling, seed=seed, system=system, history=history).run()
 
 
@@ -458,7 +453,6 @@ def serve(
 ) -> None:
     """Serve a model by the OpenAI protocol: chat and text completions, streamed too; adapters; ratings; /health and /metrics."""
     from gristmill.engine.load import EngineArgs
-    from gristmill.engine.speculative import SpeculativeConfig
     from gristmill.server.adapters import LoraArgs
     from gristmill.server.serve import ServerArgs
     from gristmill.server.serve import serve as serve_model
@@ -477,16 +471,4 @@ def serve(
         enable_auto_tool_choice=enable_auto_tool_choice,
         lora=LoraArgs(enable=enable_lora, modules=lora_modules or (), max_loras=max_loras, max_rank=max_lora_rank, folder=lora_folder),
     )
-    engine_args = EngineArgs(
-        dtype=dtype,
-        quantize=quantize,
-        head=head,
-        cache=cache,
-        max_batch=max_batch,
-        cache_tokens=cache_tokens,
-        step_tokens=step_tokens,
-        speculative=SpeculativeConfig.parse(speculative_config),
-        chat_format=chat_format,
-        device=device,
-    )
-    serve_model(model, args, engine_args)
+    serve_model(model, args, EngineArgs.of(locals()))

@@ -31,7 +31,7 @@ from gristmill.engine.sequence import (
     Sequence,
 )
 from gristmill.engine.speculative import SpeculativeConfig
-from gristmill.engine.token_budget import TokenBudget
+from gristmill.engine.token_budget import GPU_STEP_SECONDS, TokenBudget
 from gristmill.generation.api import Completion, Finish
 
 MAX_BATCHED_TOKENS = 2048
@@ -90,19 +90,21 @@ class Core:
             memory = _cache_memory(self.model_runner.device) / num_workers
             num_blocks = min(num_blocks, max(1, int(memory / self.model_runner.kv_cache.bytes_per_block)))
         self.block_manager = BlockManager(num_blocks)
+        on_gpu = self.model_runner.device.type != "cpu"
         self.scheduler = Scheduler(
             self.batch_state,
             self.block_manager,
             max_batched_tokens or max(MAX_BATCHED_TOKENS, max_batch),
             max_loras=max_loras,
-            token_budget=TokenBudget() if interactive and max_batched_tokens is None else None,
+            token_budget=TokenBudget(GPU_STEP_SECONDS if on_gpu else 0.0) if interactive and max_batched_tokens is None else None,
             by_age=interactive,
             speculative=speculative,
         )
         self.stop_V, self.response_text, self.decode, self.grammar_backend = stop_V, response_text, decode, grammar_backend
         self.finished: list[RequestState] = []
         self.prompt_tokens = self.output_tokens = self.draft_tokens = self.accepted_tokens = 0
-        self.clock = time.perf_counter
+        # On a CPU the time of this thread's own work: what neighbours take is not the step's, and would be read as the price of its tokens.
+        self.clock = time.perf_counter if on_gpu else time.thread_time
         self._allocated = False
 
     @property

@@ -1,7 +1,7 @@
 """Engine arguments, and the engine of a model folder."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +51,16 @@ class EngineArgs:
     speculative: SpeculativeConfig | None = None
     chat_format: str = "auto"
     device: str = "auto"
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "EngineArgs":
+        """Those among a caller's options, by the command line's names; what else there is, as in `locals()`, is left out."""
+        named = dict(options)
+        if "format" in named:
+            named["chat_format"] = named["format"]
+        if "speculative_config" in named:
+            named["speculative"] = SpeculativeConfig.parse(named["speculative_config"])
+        return cls(**{field.name: named[field.name] for field in fields(cls) if field.name in named})
 
     def __post_init__(self) -> None:
         if self.step_tokens is not None and self.step_tokens < 1:

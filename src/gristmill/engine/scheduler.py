@@ -128,8 +128,8 @@ class Scheduler:
         self._schedule_decodes(step)
         num_decoded = step.num_decoded_tokens
         budget = max(self.max_batched_tokens - num_decoded, min(MIN_PROMPT_TOKENS, self.max_batched_tokens))
-        if self.token_budget is not None:
-            num_waiting = min(len(self.running) + len(self.waiting), self.batch_state.num_slots) - len(step.sequences)
+        num_waiting = min(len(self.running) + len(self.waiting), self.batch_state.num_slots) - len(step.sequences)
+        if self.token_budget is not None and num_waiting:
             budget = self.token_budget.prompt_tokens(num_decoded, num_waiting, budget)
         self._schedule_prompts(step, budget)
         self._age += sum(step.num_tokens)

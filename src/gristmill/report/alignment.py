@@ -14,6 +14,7 @@ from gristmill.report.comparisons import (
     Comparison,
     baseline_comparisons,
     baselines,
+    differences_by_task,
     format_ci,
     format_difference,
     format_score,
@@ -318,9 +319,9 @@ def _task_differences(data: RunData, models: Sequence[Mapping[str, Any]], tasks:
     rows: list[list[Any]] = []
     for label, before, after in [*compared, ("last model, whole run", first, last)]:
         for mode in MODES:
-            found = [paired_difference(data, folders[before], folders[after], mode=mode, tasks=of_prompt, task=t) for t in tasks]
+            found = differences_by_task(data, folders[before], folders[after], mode=mode, tasks=of_prompt)
             shown = [label, stage_label(before)] if mode == MODES[0] else ["", ""]
-            rows.append([*shown, mode, *(difference_cell(d) for d in found)])
+            rows.append([*shown, mode, *(difference_cell(found.get(t)) for t in tasks)])
     return [el("details", el("summary", "Paired differences by task"), table(["stage", "compared with", "", *tasks], rows, numeric_from=3))]
 
 

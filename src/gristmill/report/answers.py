@@ -30,7 +30,7 @@ class Answers:
     """The answers of all evaluated models of a run.
 
     Attributes:
-        prompts: the evaluation's, in their order.
+        ids: of the evaluation's prompts, in their order.
 
     Raises:
         InputError: no model is evaluated yet, or a file is damaged.
@@ -38,19 +38,25 @@ class Answers:
 
     def __init__(self, data: RunData, mode: str = MODES[0]):
         self.mode = mode
-        self.prompts: list[Prompt] = [
-            p for s in data.stages_with(artifacts.EVALUATION) for p in data.read(s["folder"], artifacts.EVALUATION)
-        ]
         self._data = data
+        ids_of = {s["folder"]: data.columns(s["folder"], artifacts.EVALUATION, "id")["id"] for s in data.stages_with(artifacts.EVALUATION)}
+        self._folders = [(folder, number) for folder, ids in ids_of.items() for number in range(len(ids))]
+        self.ids: list[str] = [one for ids in ids_of.values() for one in ids.to_pylist()]
         self._models: list[tuple[str, str, Mapping[str, bool]]] = [
             (stage["name"], stage["folder"], data.read(stage["folder"], artifacts.OUTCOMES).get(mode, {})) for stage in model_stages(data)
         ]
-        if not self._models or not self.prompts:
+        if not self._models or not self.ids:
             raise InputError(f"{data.folder} has no evaluated model yet: run the same command again to finish it.")
 
-    def right(self, prompt: Prompt) -> list[bool]:
-        """Whether the answer of each model that was asked is right, in the order of the run."""
-        return [outcomes[prompt.id] for *_, outcomes in self._models if prompt.id in outcomes]
+    def right(self, prompt: str) -> list[bool]:
+        """Whether the answer of each model that was asked is right, in the order of the run, to the prompt with an id."""
+        return [outcomes[prompt] for *_, outcomes in self._models if prompt in outcomes]
+
+    def prompt(self, place: int) -> Prompt:
+        """The prompt at a place, counted from 0."""
+        folder, number = self._folders[place]
+        (found,) = self._data.read(folder, artifacts.EVALUATION, [number])
+        return found
 
     def to(self, prompts: Sequence[Prompt]) -> list[list[Said]]:
         """What every model says to each of some prompts, in the order of the run."""
@@ -66,13 +72,14 @@ class Answers:
     def find(self, prompt: str) -> Prompt:
         """The prompt with an id, or of a place counted from 1; with "" the first that the first model fails and the last one answers."""
         if not prompt:
-            return next((p for p in self.prompts if _turned(self.right(p))), self.prompts[0])
-        if prompt.isdecimal() and 1 <= int(prompt) <= len(self.prompts):
-            return self.prompts[int(prompt) - 1]
-        found = next((p for p in self.prompts if p.id == prompt), None)
-        if found is None:
-            raise InputError(f"There is no evaluation prompt {prompt!r}: give its id, or a number from 1 to {len(self.prompts)}.")
-        return found
+            place = next((n for n, one in enumerate(self.ids) if _turned(self.right(one))), 0)
+        elif prompt.isdecimal() and 1 <= int(prompt) <= len(self.ids):
+            place = int(prompt) - 1
+        elif prompt in self.ids:
+            place = self.ids.index(prompt)
+        else:
+            raise InputError(f"There is no evaluation prompt {prompt!r}: give its id, or a number from 1 to {len(self.ids)}.")
+        return self.prompt(place)
 
 
 def _turned(right: Sequence[bool]) -> bool:
@@ -83,8 +90,8 @@ def answers_table(answers: Answers, prompt: Prompt) -> dict[str, Any]:
     """One question and its answers as plain values."""
     (said,) = answers.to([prompt])
     rows = [{"model": s.model, "right": s.right, "text": s.text} for s in said]
-    place = answers.prompts.index(prompt) + 1
-    asked = {"id": prompt.id, "number": place, "of": len(answers.prompts), "task": prompt.task, "messages": to_dicts(prompt.messages)}
+    place = answers.ids.index(prompt.id) + 1
+    asked = {"id": prompt.id, "number": place, "of": len(answers.ids), "task": prompt.task, "messages": to_dicts(prompt.messages)}
     return {**asked, "mode": answers.mode, "answers": rows}
 
 
@@ -103,8 +110,8 @@ def answers_section(data: RunData) -> list[Markup]:
     if not model_stages(data) or not data.stages_with(artifacts.EVALUATION):
         return [el("p", "No model has been evaluated yet.", class_="soft")]
     answers = Answers(data)
-    drawn = random.Random(f"answers-{data.recipe.get('seed', 0)}").sample(answers.prompts, len(answers.prompts))
-    shown = sorted(drawn, key=lambda p: len(set(answers.right(p))) < 2)[:NUM_SHOWN]
+    drawn = random.Random(f"answers-{data.recipe.get('seed', 0)}").sample(range(len(answers.ids)), len(answers.ids))
+    shown = [answers.prompt(n) for n in sorted(drawn, key=lambda n: len(set(answers.right(answers.ids[n]))) < 2)[:NUM_SHOWN]]
     return [_card(prompt, said) for prompt, said in zip(shown, answers.to(shown), strict=True)]
 
 

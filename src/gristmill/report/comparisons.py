@@ -77,22 +77,39 @@ def baselines(names: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def paired_difference(
-    data: RunData, before: str, after: str, *, mode: str, tasks: Mapping[str, str] | None = None, task: str = ""
-) -> dict[str, Any] | None:
+def paired_difference(data: RunData, before: str, after: str, *, mode: str) -> dict[str, Any] | None:
     """Paired difference of the outcomes of two stages of a run, `after` minus `before`, by their folders; None without common outcomes.
 
     Args:
         before: stage folder.
         after: stage folder.
         mode: "greedy" or "sampled".
-        tasks: task by prompt id, to compare on one `task` only.
+    """
+    return differences_by_task(data, before, after, mode=mode).get("")
+
+
+def differences_by_task(
+    data: RunData, before: str, after: str, *, mode: str, tasks: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """As `paired_difference`, of each task that the prompts of common outcomes are of.
+
+    Args:
+        tasks: task by prompt id; None: all prompts are of the task "".
     """
     from gristmill.runs import artifacts  # `gristmill status` starts without what rows need
 
     old, new = (data.read(stage, artifacts.OUTCOMES).get(mode, {}) for stage in (before, after))
-    common = [i for i in old if i in new and (tasks is None or tasks.get(i) == task)]
-    return paired([old[i] for i in common], [new[i] for i in common]) if common else None
+    outcomes: dict[str, tuple[list[bool], list[bool]]] = {}
+    if tasks is None:
+        common = [i for i in old if i in new]
+        outcomes = {"": ([old[i] for i in common], [new[i] for i in common])} if common else {}
+    else:
+        for i in old:
+            if i in new and (task := tasks.get(i)) is not None:
+                of_task = outcomes.setdefault(task, ([], []))
+                of_task[0].append(old[i])
+                of_task[1].append(new[i])
+    return {task: paired(*of_task) for task, of_task in outcomes.items()}
 
 
 def baseline_comparisons(data: RunData) -> list[Comparison]:
@@ -167,9 +184,10 @@ def _whole(data: RunData, first: dict[str, Any], last: dict[str, Any]) -> list[s
     against = "the model as given" if first["name"] == "base" else "the demonstrations alone"
     out = _failed(f"The last model ({stage_label(last['name'])})", against, found)
     tasks = prompt_tasks(data)
+    by_mode = {m: differences_by_task(data, first["folder"], last["folder"], mode=m, tasks=tasks) for m in MODES}
     for task in dict.fromkeys(tasks.values()):
         for mode in MODES:
-            d = paired_difference(data, first["folder"], last["folder"], mode=mode, tasks=tasks, task=task)
+            d = by_mode[mode].get(task)
             if d and significance(d) < 0:
                 out.append(f"On {task} ({mode}) the last model is worse than {against}: {format_difference(d)}.")
     return out

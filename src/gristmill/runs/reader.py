@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # `gristmill status` starts without what rows need
 Row = TypeVar("Row")
 RECIPE_HASH, CHECK = "recipe", "check"  # in every marker: of the run's recipe, and of the marker's own values
 OF_MARKERS = (STAMPS, RECIPE_HASH, CHECK)
+GENERATED = "generated_tokens"  # in the marker of a stage that has journals
 STAGE_FOLDER = re.compile(r"(\d{2,})-.+")
 
 
@@ -91,14 +92,9 @@ class RunData:
         return path.parent
 
     def tokens_written(self, stage: str) -> int:
-        """Tokens that models generated in a stage, by all journals in its folder: what was paid for counts, declared or not."""
-        from gristmill.runs.journal import read_once
-
-        total = 0
-        for path in sorted((self.folder / stage).glob("*.jsonl")):
-            tokens = {record["id"]: sum([out[1] for out in record.get("out", ())]) for record in read_once(path)}
-            total += sum(tokens.values())
-        return total
+        """Tokens that models generated in a stage. Where its marker does not say how many, its journals do."""
+        said = next((s for s in self.stages if s["folder"] == stage), {}).get(GENERATED)
+        return said if isinstance(said, int) else generated_tokens(self.folder / stage)
 
     def records(self, stage: str, artifact: "JournalArtifact", ids: Collection[str]) -> dict[str, dict[str, Any]]:
         """Some records of a stage's journal, by id.
@@ -109,6 +105,16 @@ class RunData:
         from gristmill.runs.journal import read_once
 
         return {record["id"]: record for record in read_once(self._folder(stage, artifact) / artifact.file, ids)}
+
+
+def generated_tokens(folder: Path) -> int:
+    """Tokens that models generated, by all journals in a stage's folder: what was paid for counts, declared or not."""
+    from gristmill.runs.journal import read_once
+
+    total = 0
+    for path in sorted(folder.glob("*.jsonl")):
+        total += sum({record["id"]: sum([out[1] for out in record.get("out") or ()]) for record in read_once(path)}.values())
+    return total
 
 
 @contextmanager

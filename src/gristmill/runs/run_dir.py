@@ -18,7 +18,7 @@ import resource
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,11 +42,12 @@ from gristmill.core.io import (
 )
 from gristmill.core.progress import Progress
 from gristmill.data.rows import make_id
-from gristmill.runs.artifacts import AnyArtifact, JournalArtifact
-from gristmill.runs.reader import CHECK, OF_MARKERS, RECIPE_HASH, STAGE_FOLDER
+from gristmill.runs.artifacts import ALL, AnyArtifact, JournalArtifact
+from gristmill.runs.reader import CHECK, GENERATED, OF_MARKERS, RECIPE_HASH, STAGE_FOLDER, generated_tokens
 
 RECIPE, MARKER, INPUTS, RESULTS = "recipe.yaml", "done.json", "inputs.json", "results.json"
 REPORT, REPLACED = "report.html", "replaced"
+JOURNALS = tuple(file for file, one in ALL.items() if isinstance(one, JournalArtifact))
 OnChange = Literal["refuse", "redo", "continue"]
 GONE = ".gone"  # what is being removed: renamed at once, so that half of it is never taken for the whole
 OLD_TEMPORARY = "recipe.yaml.tmp"  # of earlier versions
@@ -306,6 +307,9 @@ class RunDir:
         entry.done = {**head, "artifacts": [a.file for a in artifacts], **entry.summary}
         with disk_errors(folder):
             vouched = stamps(folder, [*(a.file for a in artifacts if not isinstance(a, JournalArtifact)), *files])
+            if any((folder / file).is_file() for file in JOURNALS):  # so that a report need not read them
+                with suppress(LookupError, TypeError):  # of another form: a report will say so
+                    entry.done[GENERATED] = generated_tokens(folder)
             sync(folder)
         self._write_marker(marker, entry.done | {STAMPS: vouched})
         self.progress.finished(folder.name, entry.done)

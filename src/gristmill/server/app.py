@@ -387,6 +387,11 @@ class Server:
         """Request of a chat's next turn, and what tells the thinking of its answers apart."""
         conversation, prompt_ids = await self._run(self._render, body, long=long or not self.engine.chat_format.in_process)
         room = self._room(len(prompt_ids))
+        if tools is not None and body.continue_final_message:
+            content = conversation[-1].content
+            if self.reasoning_parser:
+                _, content = ReasoningParser(REASONING_PARSERS[self.reasoning_parser]).add(content, last=True)
+            tools.begun = content
         sampling = await self._sampling(body, room, (body.top_logprobs or 0) if body.logprobs else 0, tools=tools)
         request = self._request("chatcmpl", body, conversation, prompt_ids, sampling=sampling, content=body.messages)
         return request, self._reasoning_parser(body, conversation, prompt_ids, sampling, tools)

@@ -250,10 +250,10 @@ class ChatResponseBuilder(ResponseBuilder):
         """Parser of an answer; `live` as in `AnswerParser`."""
         return AnswerParser(self.reasoning_parser, self.tools, live=live)
 
-    def new_call_id(self) -> str:
-        """Id of a call."""
+    def new_call_id(self, name: str, index: int) -> str:
+        """Id of a call, as `ToolUse.new_id`."""
         assert self.tools is not None
-        return self.tools.new_id()
+        return self.tools.new_id(name, index)
 
     def token_entry(self, event: TokenEvent, *, first: bool) -> dict[str, Any]:
         """Log-probabilities of a streamed token."""
@@ -261,7 +261,7 @@ class ChatResponseBuilder(ResponseBuilder):
 
     def _call(self, piece: CallDelta) -> dict[str, Any]:
         function = {"name": piece.name, "arguments": ""}
-        return {"index": piece.index, "id": self.new_call_id(), "type": "function", "function": function}
+        return {"index": piece.index, "id": self.new_call_id(piece.name, piece.index), "type": "function", "function": function}
 
     def choice_deltas(self, index: int, text: str, event: TokenEvent, *, finish: str | None) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = [{"content": text}]

@@ -198,7 +198,8 @@ class ResponseItems:
         elif kind == "reasoning":
             item |= {"summary": [], "content": []}
         else:
-            item |= {"call_id": self._builder.new_call_id(), "name": name, "arguments": ""}
+            num_calls = sum(one["type"] == "function_call" for one in self.items)
+            item |= {"call_id": self._builder.new_call_id(name, num_calls), "name": name, "arguments": ""}
         self.items.append(item)
         self._text, self._logprobs = "", []
         added = {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": dict(item)}

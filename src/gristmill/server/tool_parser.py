@@ -8,8 +8,9 @@ Sources: vLLM's documentation of tool calling; the chat templates of the model f
 import ast
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 MAX_PYTHON_CHARS = 100_000  # of calls that are written as Python, which are parsed as a whole
@@ -17,14 +18,10 @@ MAX_BROKEN = 32  # calls that break off, behind which an answer is text: each ma
 MAX_NAME = 64  # characters of a tool's name, as with OpenAI
 NAME = rf"[A-Za-z0-9_.\-]{{1,{MAX_NAME}}}"
 _HEADER = re.compile(rf'\{{\s*"name"\s*:\s*"({NAME})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)')
-_NAMED = re.compile(rf"({NAME})(?:\[ARGS\])?\s*(?=\{{)")
-_NAMED_BEGUN = re.compile(rf"(?:{NAME})?(?:\[(?:A(?:R(?:G(?:S\]?)?)?)?)?)?\s*")
 _OUTSIDE, _IN_STRING = re.compile(r'["{}\[\]]'), re.compile(r'["\\]')
 _FIRST_KEY = re.compile(r'\{\s*"([^"\\]*)"')
 _PYTHON = re.compile(r"\[\s*(?:[A-Za-z_][\w.]*\s*(?:\(|\Z)|\Z)")
-_FUNCTION, _FUNCTION_END = re.compile(rf"<function=({NAME})>"), re.compile(r"\s*</function>")
-_PARAMETER = re.compile(r"\s*<parameter=([^<>\n]{1,200})>\n?(.*?)\n?</parameter>", re.S)
-_PARAMETER_BEGUN = re.compile(r"\s*<parameter=")
+_OPTIONAL = ("[ARGS]", "functions.")  # which some models leave out before or behind a name
 Kind = Literal["json", "named", "xml", "python"]
 
 
@@ -41,6 +38,10 @@ class ToolForm:
         end: behind the last of them.
         between: between the end of a call and the next one's tag.
         also: control token that may stand before a call.
+        head: of a call that is no object, with {} for its name and # for a number, up to its arguments.
+        shut: behind its arguments.
+        field: of an argument in tags, with {} for its name, up to its value, and what is behind that.
+        call_id: of ids, where the template writes these for the names of calls.
     """
 
     begin: str
@@ -51,23 +52,111 @@ class ToolForm:
     end: str = ""
     between: str = ""
     also: str = ""
+    head: str = ""
+    shut: str = ""
+    field: tuple[str, str] = ("", "")
+    call_id: str = ""
 
     @property
     def tags(self) -> tuple[str, ...]:
         """Names that may be control tokens, of which an answer's text then tells nothing."""
-        return tuple(tag for tag in (self.begin, self.end.strip(), "[ARGS]" * (self.kind == "named"), self.also) if tag)
+        inner = _TAG.findall(self.head + self.shut) if self.kind == "named" else []
+        return tuple(dict.fromkeys(tag for tag in (self.begin, self.end.strip(), *inner, self.also) if tag))
+
+    @property
+    def opener(self) -> str:
+        """What is before the name of each of several calls behind one tag; "" where there is none."""
+        return self.head.partition("{}")[0].removesuffix("functions.") if self.kind == "named" else ""
+
+    @property
+    def grouped(self) -> bool:
+        """Whether one tag stands before several calls."""
+        return bool(self.joint or self.opener)
+
+    @cached_property
+    def head_pattern(self) -> re.Pattern[str]:
+        """The head of a call, with its name as a group."""
+        parts = "".join(f"(?:{re.escape(part)})?" if part in _OPTIONAL else "".join(atoms) for part, atoms in self._head_parts)
+        return re.compile(rf"{parts}\s*" + (r"(?=\{)" if self.kind == "named" else ""))
+
+    @cached_property
+    def head_begun(self) -> re.Pattern[str]:
+        """What the head of a call may begin with."""
+        pattern = r"\s*"
+        for part, atoms in reversed(self._head_parts):
+            pattern = f"(?:{re.escape(part)})?{pattern}|{_cut(atoms, '')}" if part in _OPTIONAL else _cut(atoms, pattern)
+        return re.compile(pattern)
+
+    @property
+    def _head_parts(self) -> list[tuple[str, list[str]]]:
+        """Literals, white space and places of the head, and the patterns that match each one after another."""
+        optional = "|".join(map(re.escape, _OPTIONAL))
+        parts = [part for part in re.split(rf"(\{{\}}|#|\s+|{optional})", self.head.rstrip()) if part]
+        places = {"{}": [f"({NAME})"], "#": [r"\d+"]}
+        return [(part, places.get(part) or ([r"\s*"] if part.isspace() else [re.escape(char) for char in part])) for part in parts]
+
+    @cached_property
+    def field_patterns(self) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+        """An argument in tags, as a name and a value; the beginning of one; the end of a call."""
+        (before, behind), line = self.field[0].split("{}"), r"\n?" if self.field[0].endswith("\n") else ""
+        behind = "".join(r"\s*" if part.isspace() else re.escape(part) for part in re.split(r"(\s+)", behind.rstrip()))
+        value = rf"([^<>\n]{{1,200}}){behind}{line}(.*?){line}{re.escape(self.field[1].strip())}"
+        end = rf"\s*{re.escape(self.shut)}" if self.shut else rf"\s*(?={re.escape(self.end.strip())})"
+        begin = rf"\s*{re.escape(before)}"
+        return re.compile(begin + value, re.S), re.compile(begin), re.compile(end)
 
 
+def _cut(atoms: Sequence[str], pattern: str) -> str:
+    """Pattern of any beginning of some patterns one after another, the last of them another one's."""
+    for atom in reversed(atoms):
+        pattern = f"(?:{atom}(?:{pattern}))?"
+    return pattern
+
+
+_TAG = re.compile(r"<[^<>{}\s]+>|\[ARGS\]")
 FORMS: dict[str, ToolForm] = {
     "hermes": ToolForm("<tool_call>", "\n", end="\n</tool_call>", between="\n"),
-    "qwen3_coder": ToolForm("<tool_call>", "\n", kind="xml", end="\n</tool_call>", between="\n"),
+    "qwen3_coder": ToolForm(
+        "<tool_call>",
+        "\n",
+        kind="xml",
+        end="\n</tool_call>",
+        between="\n",
+        head="<function={}>\n",
+        shut="</function>",
+        field=("<parameter={}>\n", "\n</parameter>\n"),
+    ),
     "llama3_json": ToolForm("", key="parameters", joint="; ", also="<|python_tag|>"),
     "mistral": ToolForm("[TOOL_CALLS]", " [", joint=", ", end="]"),
-    "mistral_args": ToolForm("[TOOL_CALLS]", kind="named"),
+    "mistral_args": ToolForm("[TOOL_CALLS]", kind="named", head="{}[ARGS]"),
     "granite": ToolForm("<|tool_call|>", "[", joint=", ", end="]"),
     "jamba": ToolForm("<tool_calls>", "[\n    ", joint=",\n    ", end="\n]</tool_calls>"),
     "phi4_mini_json": ToolForm("functools", "[", joint=", ", end="]"),
     "pythonic": ToolForm("", "[", kind="python", joint=", ", end="]"),
+    "deepseek_v3": ToolForm(
+        "<\uff5ctool\u2581calls\u2581begin\uff5c>",
+        kind="named",
+        joint="\n",
+        end="<\uff5ctool\u2581calls\u2581end\uff5c>",
+        head="<\uff5ctool\u2581call\u2581begin\uff5c>function<\uff5ctool\u2581sep\uff5c>{}\n```json\n",
+        shut="\n```<\uff5ctool\u2581call\u2581end\uff5c>",
+    ),
+    "glm45": ToolForm(
+        "<tool_call>",
+        kind="xml",
+        end="</tool_call>",
+        between="\n",
+        head="{}\n",
+        field=("<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>\n"),
+    ),
+    "kimi_k2": ToolForm(
+        "<|tool_calls_section_begin|>",
+        kind="named",
+        end="<|tool_calls_section_end|>",
+        head="<|tool_call_begin|>functions.{}:#<|tool_call_argument_begin|>",
+        shut="<|tool_call_end|>",
+        call_id="functions.{}:#",
+    ),
 }
 PARSERS = tuple(FORMS)
 
@@ -93,12 +182,14 @@ class ToolCallParser:
         form: in which calls are written.
         tools: schema of the arguments of each tool by name.
         live: tell arguments as they come, which is for answers that a grammar holds to calls that are right.
+        begun: what the answer goes on with: not told, but a call that begins in it is told whole.
 
     Attributes:
         num_calls: told so far.
+        goes_on: whether the answer begins within a call, or right behind one.
     """
 
-    def __init__(self, form: ToolForm, tools: Mapping[str, Mapping[str, Any]], *, live: bool = False) -> None:
+    def __init__(self, form: ToolForm, tools: Mapping[str, Mapping[str, Any]], *, live: bool = False, begun: str = "") -> None:
         self.form, self.tools, self.live = form, tools, live
         self.num_calls = 0
         self._text = ""  # what is not told yet, behind what is passed
@@ -111,6 +202,13 @@ class ToolCallParser:
         self._at = self._depth = 0  # how far an object is read, and how deep it is there
         self._in_string = self._escaped = False
         self._out: list[Piece] = []
+        self._known = 0  # characters of what is not told yet that `begun` has brought
+        self.add(begun)
+        self.goes_on = self._step not in (self._plain, self._start)
+        self.num_calls = 0
+        self._known = len(self._passed) + len(self._text)
+        if not form.begin and self._step == self._plain:  # what goes on with a text may begin with a call
+            self._step, self._text, self._known = self._start, "", 0
 
     def add(self, text: str, *, last: bool = False) -> list[Piece]:
         """Text and calls that can be told now, in order; with the `last` piece, all that is left."""
@@ -171,9 +269,9 @@ class ToolCallParser:
         if form.kind == "json":
             self._name = ""
             return self._go(self._object) if text[0] == "{" else self._broken()
-        named = _NAMED.match(text)
+        named = form.head_pattern.match(text)
         if named is None:
-            return False if not last and _NAMED_BEGUN.fullmatch(text) else self._broken()
+            return False if not last and form.head_begun.fullmatch(text) else self._broken()
         self._name = named[1]
         self._pass(named.end())
         return self._begin_arguments(outer=False) if self.live and self._name in self.tools else self._go(self._object)
@@ -215,16 +313,17 @@ class ToolCallParser:
             return True
         self.num_calls += 1
         self._passed, self._name = "", ""
-        return self._go(self._next)
+        return self._go(self._shut)
 
     def _tags(self, last: bool) -> bool:
         """A call in tags, with one for each parameter."""
         text = self._text
-        if not text.startswith("<function=") and (last or not "<function=".startswith(text)):
+        form, end = self.form, self.form.shut or self.form.end
+        if not form.head_pattern.match(text) and (last or not form.head_begun.fullmatch(text)):
             return self._broken()
-        if "</function>" not in text:
+        if end not in text:
             return self._broken() if last else False
-        call = _read_tags(text, self.tools)
+        call = _read_tags(text, form, self.tools)
         if call is None:
             return self._broken()
         return self._tell(*call) if call[2] else self._broken() if last else False
@@ -241,16 +340,31 @@ class ToolCallParser:
         self._text = ""
         return self._go(self._plain)
 
+    def _shut(self, last: bool) -> bool:
+        """What is behind the arguments of a call."""
+        text, tag = self._text.lstrip(), self.form.shut.strip() if self.form.kind == "named" else ""
+        if tag.startswith(text) and tag != text and not last:
+            return False
+        if tag and text.startswith(tag):
+            self._drop(len(self._text) - len(text) + len(tag))
+        return self._go(self._next)
+
     def _next(self, last: bool) -> bool:
         """What is between calls behind one tag."""
-        text = self._text = self._text.lstrip()
+        self._drop(len(self._text) - len(self._text.lstrip()))
+        text = self._text
         if not text and not last:
             return False
         if self.form.joint and text[:1] in (",", ";"):
             self._pass(1)
             return self._go(self._call)
+        if (opener := self.form.opener) and text:
+            if text.startswith(opener):
+                return self._go(self._call)
+            if opener.startswith(text) and not last:
+                return False
         if self._list and text[:1] == "]":
-            self._text = text[1:]
+            self._drop(1)
         return self._go(self._close)
 
     def _close(self, last: bool) -> bool:
@@ -258,7 +372,8 @@ class ToolCallParser:
         text, tag = self._text.lstrip(), self.form.end.strip().removeprefix("]")
         if tag and tag.startswith(text) and tag != text and not last:
             return False
-        self._text = text.removeprefix(tag) if tag and text.startswith(tag) else self._text
+        if tag and text.startswith(tag):
+            self._drop(len(self._text) - len(text) + len(tag))
         return self._go(self._plain)
 
     # ---- what they share ----
@@ -272,8 +387,13 @@ class ToolCallParser:
         self._in_string = self._escaped = False
 
     def _say(self, text: str) -> None:
-        if text:
-            self._out.append(text)
+        known = min(self._known, len(text))
+        self._known -= known
+        if text[known:]:
+            self._out.append(text[known:])
+
+    def _drop(self, count: int) -> None:
+        self._text, self._known = self._text[count:], max(0, self._known - count)
 
     def _pass(self, count: int) -> None:
         self._passed, self._text = self._passed + self._text[:count], self._text[count:]
@@ -281,8 +401,8 @@ class ToolCallParser:
     def _tell(self, name: str, arguments: str, end: int) -> bool:
         self._out += [CallDelta(self.num_calls, name), CallDelta(self.num_calls, arguments=arguments)]
         self.num_calls += 1
-        self._passed, self._text = "", self._text[end:]
-        return self._go(self._next)
+        self._passed, self._text, self._known = "", self._text[end:], 0
+        return self._go(self._shut)
 
     def _broken(self) -> bool:
         """What has begun like a call is text."""
@@ -353,13 +473,14 @@ def _read_call(text: str, name: str, arguments_at: int) -> tuple[str, str] | Non
     return (name, text) if isinstance(name, str) and isinstance(value, dict) else None
 
 
-def _read_tags(text: str, tools: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, int] | None:
+def _read_tags(text: str, form: ToolForm, tools: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, int] | None:
     """Name, arguments and end of a call in tags; the end is 0 while it is not there, and None says that it is no call."""
-    opened = _FUNCTION.match(text)
+    opened = form.head_pattern.match(text)
     if opened is None or opened[1] not in tools:
         return None
+    field, field_begun, end = form.field_patterns
     schema, at, arguments = tools[opened[1]], opened.end(), dict[str, Any]()
-    while (found := _PARAMETER.match(text, at)) is not None:
+    while (found := field.match(text, at)) is not None:
         if found[1] in arguments:
             return None
         try:
@@ -367,9 +488,9 @@ def _read_tags(text: str, tools: Mapping[str, Mapping[str, Any]]) -> tuple[str, 
         except (ValueError, RecursionError):
             return None
         at = found.end()
-    closed = _FUNCTION_END.match(text, at)
+    closed = end.match(text, at)
     if closed is None:  # the tag that was seen is a part of a value, or there is something else
-        return (opened[1], "", 0) if _PARAMETER_BEGUN.match(text, at) else None
+        return (opened[1], "", 0) if field_begun.match(text, at) else None
     return opened[1], json.dumps(arguments, ensure_ascii=False), closed.end()
 
 

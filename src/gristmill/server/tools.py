@@ -61,6 +61,10 @@ class ToolSupport:
     short_ids: bool = False
 
 
+def _own_id(form: ToolForm, name: str, index: int) -> str:
+    return form.call_id.replace("{}", name).replace("#", str(index))
+
+
 def form_of(name: str) -> ToolForm:
     """The form of a name, or of another name that vLLM has for it.
 
@@ -100,6 +104,7 @@ def find_support(chat_format: ChatFormat, tokenizer: Tokenizer, parser: str = ""
     parallel = not text or bool(written(2, SHORT_ID if short else LONG_ID))
     expected = [("mill_wheel", {"sacks": 12})]
     for known, form in FORMS.items() if named is None else ():
+        text = written(1, _own_id(form, "mill_wheel", 0)) if form.call_id else text
         # what a template puts before a call, such as an empty thought, is no part of it
         for start in (0, text.rfind("</think>") + len("</think>")) if "</think>" in text else (0,):
             said, calls = parse_calls(text[start:MAX_PROBED_CHARS], form, {"mill_wheel": {"properties": {"sacks": _INTEGER}}})
@@ -124,6 +129,7 @@ class ToolUse:
         parallel: whether several may be.
         held: whether a grammar holds calls to their schemas.
         free: whether an answer without a call may be any text.
+        begun: content of the assistant's message that the answer goes on with.
     """
 
     support: ToolSupport
@@ -132,6 +138,7 @@ class ToolUse:
     parallel: bool
     held: bool = False
     free: bool = True
+    begun: str = ""
 
     @property
     def lets_think(self) -> bool:
@@ -141,7 +148,8 @@ class ToolUse:
     def parser(self, *, live: bool) -> ToolCallParser:
         """Parser of an answer; `live` as in `ToolCallParser`, where a grammar holds its calls."""
         assert self.support.form is not None
-        return ToolCallParser(self.support.form, {tool.name: tool.schema for tool in self.tools}, live=live and self.held)
+        schemas = {tool.name: tool.schema for tool in self.tools}
+        return ToolCallParser(self.support.form, schemas, live=live and self.held, begun=self.begun)
 
     def kept(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Control tokens that are a part of calls."""
@@ -149,8 +157,10 @@ class ToolUse:
         ids = (tokenizer.special_id(tag) for tag in self.support.form.tags if tokenizer.has(tag))
         return frozenset(token for token in ids if tokenizer.is_special(token))
 
-    def new_id(self) -> str:
-        """Id of a call."""
+    def new_id(self, name: str, index: int) -> str:
+        """Id of a call, of a tool of this name, after so many others."""
+        if self.support.form is not None and self.support.form.call_id:
+            return _own_id(self.support.form, name, index)
         return secrets.token_hex(5)[:9] if self.support.short_ids else f"call_{secrets.token_hex(12)}"
 
     def build_grammar(self, answer: str, tokenizer: Tokenizer, validate: Callable[[str], None], stops: Set[int] = frozenset()) -> str:
@@ -165,6 +175,11 @@ class ToolUse:
             FieldError: the schema of a tool cannot be met, or held to where that is due.
         """
         self.free = not answer
+        if self.begun and self.parser(live=False).goes_on:
+            if self.required or answer or any(tool.strict for tool in self.tools):
+                words = "the last message has begun a call, of which no grammar can hold the rest: end the message before it, or ask with"
+                raise FieldError("continue_final_message", f'{words} tool_choice "auto" and neither `strict` nor a response format')
+            return ""
         why: InputError | None = None
         for lenient in (False, True):
             if lenient and self.required:
@@ -202,18 +217,18 @@ class ToolUse:
         lead = "" if form.begin else form.lead
         first = lark.rule(" | ".join(lark.rule(lark.call(form, tool, lead)) for tool in self.tools))
         call = lark.rule(" | ".join(lark.rule(lark.call(form, tool)) for tool in self.tools)) if lead else first
-        several = f"({lark.literal(form.joint)} {call})*" if form.joint and self.parallel else ""
+        several = f"({lark.literal(form.joint)} {call})*" if form.grouped and self.parallel else ""
         body = lark.rule(" ".join((lark.literal("" if lead else form.lead), first, several, lark.literal(form.end))))
         tag = lark.literal(form.begin)
         if form.also and tokenizer.has(form.also):
             tag = f"({lark.literal(form.also)})?"
-        more = f"({lark.literal(form.between)} {tag} {body})*" if self.parallel and not form.joint else ""
+        more = f"({lark.literal(form.between)} {tag} {body})*" if self.parallel and not form.grouped else ""
         only = f"{tag} {body} {more}"
         # other control tokens may stand in a text, such as those around thinking
         others = sorted(tokenizer.control_ids - stops - self.kept(tokenizer))
         control = f"<[{','.join(map(str, others))}]>" if others else ""
         noise = lark.rule(f"(TEXT {control})*") if control else ""
-        several_tags = self.parallel and not form.joint
+        several_tags = self.parallel and not form.grouped
         if self.required:
             start = only
         elif answer and not form.begin and form.kind == "json":
@@ -317,21 +332,22 @@ class _Lark:
         if form.kind == "json":
             begin = json.dumps(f'{lead}{{"name": "{name}", "{form.key}": ')
             return f'{begin} {self.json(_object(tool.schema), strict=tool.strict)} "}}"'
+        head = form.head.replace("{}", name)
         if form.kind == "named":
-            args = self.literal("[ARGS]") if self.tokenizer.has("[ARGS]") else ""
-            return f"{json.dumps(name)} {args} {self.json(_object(tool.schema), strict=tool.strict)}"
+            head = head if self.tokenizer.has("[ARGS]") else head.removesuffix("[ARGS]")
+            begin = " /[0-9]+/ ".join(map(self.literal, head.split("#")))
+            return f"{begin} {self.json(_object(tool.schema), strict=tool.strict)} {self.literal(form.shut)}"
         if form.kind == "xml":
-            tags = [(self.rule(self._tag(tool, key)), needed) for key, needed in _fields(tool.schema)]
+            tags = [(self.rule(self._tag(form, tool, key)), needed) for key, needed in _fields(tool.schema)]
             fields = " ".join(tag if needed else f"({tag})?" for tag, needed in tags)
-            begin, end = json.dumps(f"<function={name}>\n"), json.dumps("</function>")
-            return f"{begin} {fields} {end}"
+            return f"{self.literal(head)} {fields} {self.literal(form.shut)}"
         begin = json.dumps(f"{lead}{name}(")
         return f'{begin} {self._keywords(tool)} ")"'
 
-    def _tag(self, tool: Tool, key: str) -> str:
+    def _tag(self, form: ToolForm, tool: Tool, key: str) -> str:
         """An argument between tags; a text ends where its end tag begins."""
-        schema, end = property_schema(tool.schema, key), "\n</parameter>\n"
-        begin = json.dumps(f"<parameter={key}>\n")
+        schema, end = property_schema(tool.schema, key), form.field[1]
+        begin = json.dumps(form.field[0].replace("{}", key))
         values = schema.get("enum", [schema["const"]] if "const" in schema else None)
         if isinstance(values, list):
             texts = (value if isinstance(value, str) else json.dumps(value) for value in values)
