@@ -41,9 +41,9 @@ SURFACE = {
         "--quiet -q --json"
     ),
     "safety": (
-        "MODEL --endpoint --endpoint-model --endpoint-key-env --data --sets --attacks --guard --guard-model --guard-key-env --guard- "
-        "logprobs --taxonomy --caution --system --limit --max-tokens --temperature --concurrency --retry-failed --canaries --n "
-        "--import-garak --out -o --device --format --seed --quiet -q --json"
+        "MODEL --endpoint --endpoint-model --endpoint-key-env --data --sets --attacks --guard --guard-model --guard-key-env "
+        "--guard-logprobs --taxonomy --caution --system --limit --max-tokens --temperature --concurrency --retry-failed --canaries "
+        "--n --import-garak --out -o --device --format --seed --quiet -q --json"
     ),
     "judge": (
         "KIND --data MODEL --judge --judge-model --judge-key-env --endpoint-model --endpoint-key-env --baseline --references --reward "
