@@ -4,42 +4,24 @@
 // At one row the matrix is read at memory speed; at many rows the arithmetic bounds. A bf16 matrix is multiplied in fp32. For integers each
 // stretch of CHUNK columns of a row of activations becomes int16 with a scale of its own, far finer than bf16, and sums are exact int32.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
-#ifdef __AVX512F__
-#define VECTOR_BYTES 64
-#else
-#define VECTOR_BYTES 32
-#endif
-typedef float fv __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
-typedef unsigned uv __attribute__((vector_size(VECTOR_BYTES), aligned(2)));
+#include <vector>
+
+typedef unsigned words __attribute__((vector_size(VL * 4), aligned(2)));
 typedef float f8 __attribute__((vector_size(32), aligned(4)));
 typedef int i8 __attribute__((vector_size(32), aligned(2)));
-typedef uint16_t bf16;
 
-static const int LANES = VECTOR_BYTES / 4, PAIR = 2 * LANES;  // a vector of words holds PAIR numbers of two bytes
+static const int PAIR = 2 * VL;                   // a vector of words holds PAIR numbers of two bytes
 static const int CHUNK = 256, BLOCK = 32;                     // columns with one scale of activations; columns of 16 bytes in int4
 static const int MAX_ROWS = 64, L1_BYTES = 24 << 10;          // rows of activations made ready at once; of the matrix while they pass
 static const int AHEAD = 3;                                   // tiles of the matrix that are fetched before they are due
 static const int64_t MIN_SHARED = 1 << 18;                    // products of numbers that are worth another thread
 
-static inline float get(const float* p) { return *p; }
-static inline float get(const bf16* p) { uint32_t u = (uint32_t)*p << 16; float x; memcpy(&x, &u, 4); return x; }
 static inline float get(const int8_t* p) { return *p; }
-static inline void put(float* p, float x) { *p = x; }
-static inline void put(bf16* p, float x) {
-    uint32_t u; memcpy(&u, &x, 4);
-    *p = (x != x) ? 0x7fc0 : (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-template <typename V> static inline float sum_of(V x) { float s = 0; for (size_t j = 0; j < sizeof(V) / 4; j++) s += x[j]; return s; }
+template <typename V> static inline float sum_across(V x) { float s = 0; for (size_t j = 0; j < sizeof(V) / 4; j++) s += x[j]; return s; }
 #ifdef __AVX2__
-static inline float sum_of(f8 x) {
+static inline float sum_across(f8 x) {
     __m128 a = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
     a = _mm_add_ps(a, _mm_movehl_ps(a, a));
     return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
@@ -62,9 +44,9 @@ struct Floats {
     template <typename A> void fill(const A* x, int r, int d, int) {
         float* row = values.data() + (int64_t)r * width;
         int k = 0;
-        for (; k + PAIR <= d; k += PAIR) for (int j = 0; j < LANES; j++) { row[k + j] = get(x + k + 2 * j); row[k + LANES + j] = get(x + k + 2 * j + 1); }
+        for (; k + PAIR <= d; k += PAIR) for (int j = 0; j < VL; j++) { row[k + j] = get(x + k + 2 * j); row[k + VL + j] = get(x + k + 2 * j + 1); }
         if (k < d) memset(row + k, 0, PAIR * sizeof(float));
-        for (int j = 0; k + j < d; j++) row[k + j / 2 + j % 2 * LANES] = get(x + k + j);
+        for (int j = 0; k + j < d; j++) row[k + j / 2 + j % 2 * VL] = get(x + k + j);
     }
 };
 
@@ -75,33 +57,33 @@ struct Bf16Matrix {
     int64_t bytes() const { return (int64_t)d * 2; }
     template <int R, int N> void tile(const Rows& x, int r0, int n0, float out[R][N]) const {
         constexpr int S = R * N < 8 ? 2 : 1;  // sums, enough to hide what an addition takes
-        fv acc[R][N][S] = {};
+        vec acc[R][N][S] = {};
         const float* row = x.values.data() + (int64_t)r0 * x.width;
         const bf16* w = weight + (int64_t)n0 * d;
-        const auto step = [&](int k, const uv* words) {
+        const auto step = [&](int k, const words* part) {
             for (int n = 0; n < N; n++) {
-                const fv even = (fv)(words[n] << 16), odd = (fv)(words[n] & 0xffff0000u);
+                const vec even = (vec)(part[n] << 16), odd = (vec)(part[n] & 0xffff0000u);
                 for (int r = 0; r < R; r++) {
-                    acc[r][n][0] += *(const fv*)(row + (int64_t)r * x.width + k) * even;
-                    acc[r][n][S - 1] += *(const fv*)(row + (int64_t)r * x.width + k + LANES) * odd;
+                    acc[r][n][0] += *(const vec*)(row + (int64_t)r * x.width + k) * even;
+                    acc[r][n][S - 1] += *(const vec*)(row + (int64_t)r * x.width + k + VL) * odd;
                 }
             }
         };
         int k = 0;
         for (; k + PAIR <= d; k += PAIR) {
-            uv words[N];
+            words part[N];
             for (int n = 0; n < N; n++) {
-                words[n] = *(const uv*)(w + (int64_t)n * d + k);
+                part[n] = *(const words*)(w + (int64_t)n * d + k);
                 __builtin_prefetch(w + (int64_t)(n + AHEAD * N) * d + k);
             }
-            step(k, words);
+            step(k, part);
         }
         if (k < d) {
-            uv words[N] = {};
-            for (int n = 0; n < N; n++) memcpy(&words[n], w + (int64_t)n * d + k, (d - k) * sizeof(bf16));
-            step(k, words);
+            words part[N] = {};
+            for (int n = 0; n < N; n++) memcpy(&part[n], w + (int64_t)n * d + k, (d - k) * sizeof(bf16));
+            step(k, part);
         }
-        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_of(S == 2 ? acc[r][n][0] + acc[r][n][1] : acc[r][n][0]);
+        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_across(S == 2 ? acc[r][n][0] + acc[r][n][1] : acc[r][n][0]);
     }
 };
 
@@ -200,7 +182,7 @@ struct Int8Matrix {
             }
             for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) total[r][n] += floats(acc[r][n]) * x.scales[(int64_t)(r0 + r) * x.chunks + c];
         }
-        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_of(total[r][n]) * scale[n0 + n];
+        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_across(total[r][n]) * scale[n0 + n];
     }
 };
 
@@ -266,7 +248,7 @@ struct Int4Matrix {
                 }
             }
         }
-        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_of(acc[r][n] - rest[r][n]);
+        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_across(acc[r][n] - rest[r][n]);
     }
     static f8 scales(const bf16* p) {
         typedef unsigned short h8 __attribute__((vector_size(16), aligned(2)));
