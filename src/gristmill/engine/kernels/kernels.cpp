@@ -6,7 +6,7 @@
 // follow, one for each head of a token.
 // Rows of a tile are (token, query head) pairs that read the same keys. Scores and sums are float32 whatever the type in memory.
 
-#include "vectors.h"
+#include "kernels.h"
 
 #include <vector>
 
@@ -63,20 +63,6 @@ static inline float sum_of(const vec* x) { return _mm512_reduce_add_ps((__m512)*
 #else
 static inline float sum_of(const vec* x) { float s = 0; for (int i = 0; i < PARTS; i++) for (int j = 0; j < VL; j++) s += x[i][j]; return s; }
 #endif
-
-struct Layer {
-    int64_t k_offset, v_offset, s_offset;         // in elements from a block's begin
-    int32_t heads, kv_heads, head_dim, pairs, window;  // tokens that a token sees, itself included; 0 for all
-    float scale, cap;                             // of scores; 0 for 1 / sqrt(head_dim), and for none
-    int32_t padding;
-    const float *cos, *sin;                       // [positions, pairs]
-};
-struct Step {
-    int32_t num_seqs, table_stride, threads, padding;
-    int64_t block_stride;                                // elements between two blocks in the cache
-    const int32_t *query_start, *seq_lens, *slots;       // of each sequence: first token of the step (n + 1 of them), positions with this step's
-    const int32_t* block_tables;                         // [slots, table_stride]
-};
 
 // A head of one token, rotated, rounded to its type and scaled.
 template <typename A> static inline void rotate(const A* in, float* __restrict out, int d, int pairs, const float* __restrict cos, const float* __restrict sin, float scale) {

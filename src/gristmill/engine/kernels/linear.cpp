@@ -1,10 +1,10 @@
-// Matrix products for CPUs, a few rows of activations [T, D] with a matrix [N, D] as it lies in memory: bf16, int8 with a scale a row, or
-// int4 with a scale a group of columns. Built and called by library.py as kernels.cpp is.
+// Matrix products for CPUs, a few rows of activations [T, D] with a matrix [N, D] as it lies in memory: fp32, bf16, int8 with a scale a row,
+// or int4 with a scale a group of columns. Built and called by library.py as kernels.cpp is.
 //
 // At one row the matrix is read at memory speed; at many rows the arithmetic bounds. A bf16 matrix is multiplied in fp32. For integers each
 // stretch of CHUNK columns of a row of activations becomes int16 with a scale of its own, far finer than bf16, and sums are exact int32.
 
-#include "vectors.h"
+#include "kernels.h"
 
 #include <vector>
 
@@ -82,6 +82,50 @@ struct Bf16Matrix {
             words part[N] = {};
             for (int n = 0; n < N; n++) memcpy(&part[n], w + (int64_t)n * d + k, (d - k) * sizeof(bf16));
             step(k, part);
+        }
+        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_across(S == 2 ? acc[r][n][0] + acc[r][n][1] : acc[r][n][0]);
+    }
+};
+
+// ---- fp32 ----
+
+struct PlainFloats {
+    Aligned<float> values;
+    int width;  // of a row
+    template <typename A> void fill(const A* x, int r, int d, int) {
+        float* row = values.data() + (int64_t)r * width;
+        for (int k = 0; k < d; k++) row[k] = get(x + k);
+        memset(row + d, 0, (width - d) * sizeof(float));
+    }
+};
+
+struct Fp32Matrix {
+    typedef PlainFloats Rows;
+    const float* weight;
+    int d;
+    int64_t bytes() const { return (int64_t)d * 4; }
+    template <int R, int N> void tile(const Rows& x, int r0, int n0, float out[R][N]) const {
+        constexpr int S = R * N < 8 ? 2 : 1;
+        vec acc[R][N][S] = {};
+        const float *row = x.values.data() + (int64_t)r0 * x.width, *w = weight + (int64_t)n0 * d;
+        const auto step = [&](int k, int s, const vec* part) {
+            for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) acc[r][n][s] += load(row + (int64_t)r * x.width + k) * part[n];
+        };
+        int k = 0;
+        for (; k + PAIR <= d; k += PAIR) {
+            vec part[2][N];
+            for (int n = 0; n < N; n++) {
+                part[0][n] = load(w + (int64_t)n * d + k);
+                part[1][n] = load(w + (int64_t)n * d + k + VL);
+                __builtin_prefetch(w + (int64_t)(n + AHEAD * N) * d + k);
+            }
+            step(k, 0, part[0]);
+            step(k + VL, S - 1, part[1]);
+        }
+        for (; k < d; k += VL) {
+            vec part[N];
+            for (int n = 0; n < N; n++) part[n] = some(w + (int64_t)n * d + k, d - k);
+            step(k, 0, part);
         }
         for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_across(S == 2 ? acc[r][n][0] + acc[r][n][1] : acc[r][n][0]);
     }
@@ -289,18 +333,16 @@ template <typename M, typename A, typename O> static void product(const M& m, ty
     }
 }
 
-struct Product {
-    const void *x, *weight, *scale, *row_scale;  // row_scale: of activations that are int8 already
-    const float* bias;
-    void* out;
-    int32_t activations, kind, out_type;  // float32 0, bfloat16 1, int8 2; bf16 1, int8 2, int4 3; float32 0, bfloat16 1
-    int32_t rows, n, d, threads;
-};
-
 template <typename A, typename O> static void run(const Product& p) {
     const int held = p.rows < MAX_ROWS ? p.rows : MAX_ROWS;
     const A* in = (const A*)p.x;
     O* out = (O*)p.out;
+    if (p.kind == 0) {
+        PlainFloats x;
+        x.width = (p.d + VL - 1) / VL * VL;
+        x.values.resize((int64_t)held * x.width);
+        return product(Fp32Matrix{(const float*)p.weight, p.d}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
+    }
     if (p.kind == 1) {
         Floats x;
         x.width = (p.d + PAIR - 1) / PAIR * PAIR;
