@@ -51,7 +51,7 @@ FP32, BF16, INT8, INT4 = 0, 1, 2, 3  # matrices, as linear.cpp is told them
 CHUNK, PAIR = 256, 64  # columns that int4's scales and bytes are padded to
 ANY_ROWS = 2**31
 # Rows up to which own products beat torch's on a CPU that has instructions for bf16. On others all but fp32's do at any number.
-MAX_ROWS = {FP32: 8, BF16: 8, INT8: 16, INT4: 64}
+MAX_ROWS = {FP32: 16, BF16: 8, INT8: 16, INT4: 64}
 
 
 @cache

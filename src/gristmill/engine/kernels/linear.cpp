@@ -157,6 +157,7 @@ static inline i8 wide(const int8_t* p) {
     return out;
 #endif
 }
+static inline i8 wide(const int16_t* p) { return *(const i8*)p; }
 static inline i8 dot(i8 a, i8 b) {  // of 32 bytes each, a 0 to 15 and b signed, four neighbours added
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
     return (i8)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)a, (__m256i)b);
@@ -178,6 +179,7 @@ struct Integers {
     Aligned<int16_t> values;
     Aligned<float> scales;  // [rows, chunks]
     int width, chunks;
+    float top;           // the largest integer
     const float* given;  // scales of rows that are integers already
     void fill(const int8_t* x, int r, int d, int row_of_all) {
         int16_t* row = values.data() + (int64_t)r * width;
@@ -192,24 +194,24 @@ struct Integers {
             float v[CHUNK], largest = 0, none = 0;
             for (int k = 0; k < count; k++) v[k] = get(x + at + k);
             for (int k = 0; k < count; k++) { const float size = std::fabs(v[k]); largest = size > largest ? size : largest; none += v[k] * 0; }
-            const float by = largest > 1e-30f && none == 0 ? 32767.f / largest : 0.f;
-            scales[(int64_t)r * chunks + c] = none == 0 ? largest / 32767.f : NAN;  // what is no number stays none
+            const float by = largest > 1e-30f && none == 0 ? top / largest : 0.f;
+            scales[(int64_t)r * chunks + c] = none == 0 ? largest / top : NAN;  // what is no number stays none
             for (int k = 0; k < count; k++) { const float y = v[k] * by; row[at + k] = none == 0 ? (int16_t)(int)(y + (y < 0 ? -.5f : .5f)) : 0; }
         }
         memset(row + d, 0, (width - d) * sizeof(int16_t));
     }
 };
 
-struct Int8Matrix {
+template <typename W> struct IntegerMatrix {
     typedef Integers Rows;
-    const int8_t* weight;
+    const W* weight;
     const float* scale;  // a row
-    int stride;          // bytes of a row, a multiple of 16; zeros beyond the columns
-    int64_t bytes() const { return stride; }
+    int stride;          // of a row, a multiple of 16; zeros beyond the columns
+    int64_t bytes() const { return stride * sizeof(W); }
     template <int R, int N> void tile(const Rows& x, int r0, int n0, float out[R][N]) const {
         f8 total[R][N] = {};
         const int16_t* row = x.values.data() + (int64_t)r0 * x.width;
-        const int8_t* w = weight + (int64_t)n0 * stride;
+        const W* w = weight + (int64_t)n0 * stride;
         for (int c = 0; c < x.chunks; c++) {
             const int end = (c + 1) * CHUNK < stride ? (c + 1) * CHUNK : stride;
             i8 acc[R][N] = {};
@@ -217,7 +219,7 @@ struct Int8Matrix {
                 i8 part[N];
                 for (int n = 0; n < N; n++) {
                     part[n] = wide(w + (int64_t)n * stride + k);
-                    __builtin_prefetch(w + (int64_t)(n + AHEAD * N) * stride + k);
+                    if (sizeof(W) == 1) __builtin_prefetch(w + (int64_t)(n + AHEAD * N) * stride + k);
                 }
                 for (int r = 0; r < R; r++) {
                     const i8 mine = *(const i8*)(row + (int64_t)r * x.width + k);
@@ -301,6 +303,44 @@ struct Int4Matrix {
     }
 };
 
+// ---- int4 with many rows: a stretch of the matrix becomes int16 once, with a scale a row, and activations integers of eleven bits ----
+
+static const int MIN_EXPANDED = 8;                      // rows of activations for which that pays
+static const float TOP_SCALE = 511, TOP_WIDE = 2047;    // 8 * 511 * 2047 * CHUNK is still an int32
+
+struct WideInt4Matrix {
+    typedef Integers Rows;
+    Int4Matrix of;
+    int blocks;  // scales of a row
+    int64_t bytes() const { return 4 * of.stride; }
+};
+struct Expansion {
+    Aligned<int16_t> values;
+    Aligned<float> scales;
+};
+
+template <typename M> static inline const M& ready(const M& m, int, int, Expansion&) { return m; }
+static inline IntegerMatrix<int16_t> ready(const WideInt4Matrix& m, int from, int to, Expansion& memory) {
+    const int width = 2 * m.of.stride;
+    memory.values.resize((int64_t)(to - from) * width);
+    memory.scales.resize(to - from);
+    for (int n = from; n < to; n++) {
+        const bf16* scale = m.of.scale + (int64_t)n * m.blocks;
+        int16_t* row = memory.values.data() + (int64_t)(n - from) * width;
+        float largest = 0;
+        for (int b = 0; b < m.blocks; b++) largest = get(scale + b) > largest ? get(scale + b) : largest;
+        const float by = largest > 0 ? TOP_SCALE / largest : 0.f;
+        memory.scales[n - from] = largest / TOP_SCALE;
+        for (int b = 0; b * BLOCK < width; b += 2) {
+            const uint8_t* both = m.of.weight + (int64_t)n * m.of.stride + b * (BLOCK / 2);
+            const int16_t first = (int16_t)(get(scale + b) * by + .5f), second = (int16_t)(get(scale + b + 1) * by + .5f);
+            for (int j = 0; j < BLOCK; j++) row[b * BLOCK + j] = (int16_t)(((both[j] & 15) - 8) * first);
+            for (int j = 0; j < BLOCK; j++) row[(b + 1) * BLOCK + j] = (int16_t)(((both[j] >> 4) - 8) * second);
+        }
+    }
+    return {memory.values.data() - (int64_t)from * width, memory.scales.data() - from, width};
+}
+
 // ---- products ----
 
 template <int R, typename M, typename O> static void strip(const M& m, const typename M::Rows& x, int r0, int from, int to, int n, const float* bias, O* out) {
@@ -316,19 +356,23 @@ template <int R, typename M, typename O> static void strip(const M& m, const typ
 template <typename M, typename A, typename O> static void product(const M& m, typename M::Rows& x, const A* in, int rows, int n, int d, const float* bias, O* out, int threads) {
     const int wanted = (int)(L1_BYTES / m.bytes()), size = wanted < 12 ? 12 : wanted / 12 * 12, blocks = (n + size - 1) / size;
 #pragma omp parallel if (threads > 1 && (int64_t)rows * n * d >= MIN_SHARED) num_threads(threads)
-    for (int start = 0; start < rows; start += MAX_ROWS) {
-        const int count = rows - start < MAX_ROWS ? rows - start : MAX_ROWS;
+    {
+        Expansion memory;
+        for (int start = 0; start < rows; start += MAX_ROWS) {
+            const int count = rows - start < MAX_ROWS ? rows - start : MAX_ROWS;
 #pragma omp for schedule(static)
-        for (int r = 0; r < count; r++) x.fill(in + (int64_t)(start + r) * d, r, d, start + r);
+            for (int r = 0; r < count; r++) x.fill(in + (int64_t)(start + r) * d, r, d, start + r);
 #pragma omp for schedule(static)
-        for (int b = 0; b < blocks; b++) {
-            const int from = b * size, to = from + size < n ? from + size : n;
-            O* to_rows = out + (int64_t)start * n;
-            int r = 0;
-            for (; count - r >= 6 || count - r == 4; r += 4) strip<4>(m, x, r, from, to, n, bias, to_rows);
-            for (; count - r >= 3; r += 3) strip<3>(m, x, r, from, to, n, bias, to_rows);
-            if (count - r == 2) strip<2>(m, x, r, from, to, n, bias, to_rows);
-            else if (count - r == 1) strip<1>(m, x, r, from, to, n, bias, to_rows);
+            for (int b = 0; b < blocks; b++) {
+                const int from = b * size, to = from + size < n ? from + size : n;
+                const auto& here = ready(m, from, to, memory);
+                O* to_rows = out + (int64_t)start * n;
+                int r = 0;
+                for (; count - r >= 6 || count - r == 4; r += 4) strip<4>(here, x, r, from, to, n, bias, to_rows);
+                for (; count - r >= 3; r += 3) strip<3>(here, x, r, from, to, n, bias, to_rows);
+                if (count - r == 2) strip<2>(here, x, r, from, to, n, bias, to_rows);
+                else if (count - r == 1) strip<1>(here, x, r, from, to, n, bias, to_rows);
+            }
         }
     }
 }
@@ -349,14 +393,19 @@ template <typename A, typename O> static void run(const Product& p) {
         x.values.resize((int64_t)held * x.width);
         return product(Bf16Matrix{(const bf16*)p.weight, p.d}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
     }
-    if (p.kind == 2) {
+    const int int4_stride = (p.d + 2 * BLOCK - 1) / (2 * BLOCK) * BLOCK;
+    const bool expand = p.kind == 3 && p.rows >= MIN_EXPANDED;
+    if (p.kind == 2 || expand) {
         Integers x;
-        x.width = (p.d + 15) / 16 * 16;
+        x.width = expand ? 2 * int4_stride : (p.d + 15) / 16 * 16;
         x.chunks = (p.d + CHUNK - 1) / CHUNK;
+        x.top = expand ? TOP_WIDE : 32767.f;
         x.given = (const float*)p.row_scale;
         x.values.resize((int64_t)held * x.width);
         x.scales.resize((int64_t)held * x.chunks);
-        return product(Int8Matrix{(const int8_t*)p.weight, (const float*)p.scale, x.width}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
+        if (p.kind == 2) return product(IntegerMatrix<int8_t>{(const int8_t*)p.weight, (const float*)p.scale, x.width}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
+        const WideInt4Matrix matrix{{(const uint8_t*)p.weight, (const bf16*)p.scale, int4_stride}, x.chunks * (CHUNK / BLOCK)};
+        return product(matrix, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
     }
     Bytes x;
     x.width = (p.d + CHUNK - 1) / CHUNK * CHUNK;
@@ -364,8 +413,7 @@ template <typename A, typename O> static void run(const Product& p) {
     x.values.resize((int64_t)held * x.width);
     x.scales.resize((int64_t)held * x.blocks);
     x.sums.resize((int64_t)held * x.blocks);
-    const int stride = (p.d + 2 * BLOCK - 1) / (2 * BLOCK) * BLOCK;
-    product(Int4Matrix{(const uint8_t*)p.weight, (const bf16*)p.scale, stride}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
+    product(Int4Matrix{(const uint8_t*)p.weight, (const bf16*)p.scale, int4_stride}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
 }
 
 extern "C" void gristmill_product(const Product* p) {
