@@ -1,6 +1,5 @@
 """The compiled decoder beside the layers one by one."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,13 +37,10 @@ KINDS: list[Kind] = [
 
 
 @pytest.fixture(autouse=True)
-def any_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """All products compiled, as on a CPU that has no instructions for eight bits and bf16."""
     monkeypatch.setattr(linear, "has_bf16_products", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    linear.max_rows.cache_clear()
-    yield
-    linear.max_rows.cache_clear()
 
 
 def model_of(family: str, seed: int = 0) -> Transformer:

@@ -7,7 +7,6 @@ Shapes: T tokens, D inputs, N outputs of a product.
 import os
 import platform
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -54,7 +53,6 @@ ANY_ROWS = 2**31
 MAX_ROWS = {FP32: 16, BF16: 8, INT8: 16, INT4: 64}
 
 
-@cache
 def max_rows(kind: int) -> int:
     """Rows up to which linear.cpp multiplies by a matrix of this kind; 0 where torch does."""
     if kernels.load() is None or (kind in (INT8, INT4) and platform.machine() not in ("x86_64", "AMD64")):

@@ -100,6 +100,7 @@ class ModelRunner:
         return logits if rows == list(range(len(logits))) else logits[put(np.array(rows, np.int64), self.device)]
 
     def fits_compiled_decoder(self, num_tokens: int) -> bool:
+        """Whether so many tokens without adapters, all sampled from, go through the compiled decoder."""
         if self.compiled_decoder is not None and self.compiled_decoder.layers is not self.decoder.layers:  # the weights are others now
             self.compiled_decoder = CompiledDecoder.of(self.decoder, self.attention)
         return self.compiled_decoder is not None and num_tokens <= self.compiled_decoder.max_rows
