@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gristmill.engine.attention import AttentionBackend, CompiledAttention
 from gristmill.engine.kernels import library as kernels
 from gristmill.engine.layers import Decoder, DecoderLayer, Norm
-from gristmill.engine.linear import Int8Linear, LinearMethod
+from gristmill.engine.linear import ANY_ROWS, Int8Linear, LinearMethod
 
 
 class CompiledDecoder:
@@ -34,7 +34,7 @@ class CompiledDecoder:
 
     def __init__(self, decoder: Decoder, attention: CompiledAttention) -> None:
         self.layers, self.attention, self.function = decoder.layers, attention, attention.library.gristmill_decode
-        self.max_rows = min((linear.max_rows for layer in self.layers for linear in _linears(layer)), default=2**31)
+        self.max_rows = min((linear.max_rows for layer in self.layers for linear in _linears(layer)), default=ANY_ROWS)
         self.held: list[object] = [decoder.final_norm]  # what the pointers point to, beside the layers
         self.blocks = (kernels.Block * len(self.layers))(*(self._block(layer) for layer in self.layers))
         types = kernels.TYPES[decoder.dtype], kernels.CACHE_TYPES[attention.kv_cache.dtype]

@@ -258,7 +258,8 @@ class Int4WeightLinear:
 class Fp8Linear:
     """W8A8 fp8 (e4m3) linear layer. On a CPU it is right and slow."""
 
-    compiled, max_rows = None, 0
+    compiled: CompiledProduct | None = None
+    max_rows = 0
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         device = linear.weight.device

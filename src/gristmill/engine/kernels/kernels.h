@@ -2,6 +2,7 @@
 
 #pragma once
 
+#define ONE_INSTRUCTION
 #include "vectors.h"
 
 struct Layer {
