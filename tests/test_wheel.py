@@ -111,7 +111,14 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     files = {f"gristmill/{p.relative_to(PACKAGE)}" for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert names == files
-    for pattern in ("recipes/.*yaml", "synth/packs/.*yaml", "miniature/checkpoint/model.safetensors", r".*kernels\.cpp", r"py\.typed"):
+    for pattern in (
+        "recipes/.*yaml",
+        "synth/packs/.*yaml",
+        "miniature/checkpoint/model.safetensors",
+        r".*kernels\.cpp",
+        r".*vectors\.h",
+        r"py\.typed",
+    ):
         assert any(re.fullmatch(f"gristmill/{pattern}", name) for name in names), pattern
 
 

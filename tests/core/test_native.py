@@ -24,3 +24,15 @@ def test_a_library_is_built_once_and_only_with_a_compiler(tmp_path: Path, monkey
     assert build_library([source], "double") is None
     monkeypatch.setenv("GRISTMILL_KERNELS", "0")
     assert build_library([source], "double") is None
+
+
+def test_a_changed_header_makes_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source, header = tmp_path / "answer.cpp", tmp_path / "answer.h"
+    source.write_text('#include "answer.h"\n#include "vectors.h"\nextern "C" int answer() { return ANSWER; }')
+    for number in (41, 42):
+        header.write_text(f"#define ANSWER {number}")
+        library = build_library([source], "answer")
+        if library is None:
+            pytest.skip("no compiler")
+        assert library.answer() == number

@@ -10,7 +10,7 @@ from torch import Tensor
 from gristmill.core.errors import InputError
 from gristmill.engine import linear as linear_methods
 from gristmill.engine.kernels import library as kernels
-from gristmill.engine.linear import BF16, INT4, INT8, LINEARS, CompiledProduct, int4_blocks, int8_rows
+from gristmill.engine.linear import BF16, FP32, INT4, INT8, LINEARS, CompiledProduct, int4_blocks, int8_rows
 from gristmill.model.quantized import grouped, scaled
 from gristmill.model.transformer import Linear
 
@@ -20,8 +20,9 @@ pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
 def product_of(kind: int, weight_ND: Tensor, bias_N: Tensor | None = None) -> tuple[CompiledProduct, Tensor]:
     """A compiled product, and the matrix that it stands for in fp64."""
     shape = weight_ND.shape
-    if kind == BF16:
-        return CompiledProduct(kind, weight_ND.bfloat16(), None, bias_N, shape=shape), weight_ND.bfloat16().double()
+    if kind in (FP32, BF16):
+        weight_ND = weight_ND if kind == FP32 else weight_ND.bfloat16()
+        return CompiledProduct(kind, weight_ND, None, bias_N, shape=shape), weight_ND.double()
     if kind == INT8:
         values_ND, scale_N = scaled(weight_ND, torch.int8)
         return CompiledProduct(kind, int8_rows(values_ND), scale_N, bias_N, shape=shape), values_ND.double() * scale_N.double()[:, None]
@@ -34,7 +35,7 @@ widths = st.sampled_from([1, 7, 16, 31, 32, 33, 63, 64, 65, 100, 255, 256, 257, 
 sizes = st.tuples(st.sampled_from([*range(1, 18), 63, 64, 65, 70, 130]), widths, st.sampled_from([1, 2, 3, 4, 5, 12, 13, 50, 200]))
 
 
-@pytest.mark.parametrize("kind", [BF16, INT8, INT4])
+@pytest.mark.parametrize("kind", [FP32, BF16, INT8, INT4])
 @settings(deadline=None, max_examples=60)
 @given(size=sizes, seed=st.integers(0, 10**6), dtype=st.sampled_from([torch.float32, torch.bfloat16]), threads=st.integers(1, 2))
 def test_products_equal_torchs(kind: int, size: tuple[int, int, int], seed: int, dtype: torch.dtype, threads: int) -> None:
@@ -52,15 +53,15 @@ def test_products_equal_torchs(kind: int, size: tuple[int, int, int], seed: int,
         torch.set_num_threads(before)
     exact_TN = F.linear(x_TD.double(), whole_ND, None if bias_N is None else bias_N.double())
     # what the sums of all absolute products could lose
-    bound_TN = F.linear(x_TD.double().abs(), whole_ND.abs()) * {BF16: 1e-6, INT8: 2e-5, INT4: 4e-3}[kind]
-    if kind != BF16:  # activations are rounded to a share of the largest beside them
+    bound_TN = F.linear(x_TD.double().abs(), whole_ND.abs()) * {FP32: 1e-6, BF16: 1e-6, INT8: 2e-5, INT4: 4e-3}[kind]
+    if kind in (INT8, INT4):  # activations are rounded to a share of the largest beside them
         bound_TN += x_TD.double().abs().amax(1, keepdim=True) * whole_ND.abs().sum(1) * {INT8: 2e-5, INT4: 4e-3}[kind]
     assert out_TN.dtype == dtype and out_TN.shape == (rows, outputs)
     assert ((out_TN.double() - exact_TN).abs() <= bound_TN + exact_TN.abs() * (0.004 if dtype == torch.bfloat16 else 1e-6) + 1e-6).all()
     assert torch.equal(product(x_TD[:1]), product(x_TD[:1].clone())), "the same again"
 
 
-@pytest.mark.parametrize("kind", [BF16, INT8, INT4])
+@pytest.mark.parametrize("kind", [FP32, BF16, INT8, INT4])
 @pytest.mark.parametrize("strange", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_number_stays_in_its_row(kind: int, strange: float) -> None:
     torch.manual_seed(0)
@@ -74,6 +75,18 @@ def test_what_is_no_number_stays_in_its_row(kind: int, strange: float) -> None:
         others = [row for row in range(9) if row != 4]
         assert not out_TN[4].isfinite().any() and torch.equal(out_TN[others], plain_TN[others])
     assert torch.equal(product(torch.zeros(5, 320)), torch.zeros(5, 50))
+
+
+@pytest.mark.parametrize("rows", [8, 64, 65, 73])
+@pytest.mark.parametrize("width", [32, 96, 320, 1536])
+def test_int4_with_many_rows_loses_less(width: int, rows: int) -> None:
+    torch.manual_seed(width + rows)
+    product, whole_ND = product_of(INT4, torch.randn(50, width) * torch.rand(50, 1))
+    x_TD = torch.randn(rows, width)
+    exact_TN = F.linear(x_TD.double(), whole_ND)
+    few_TN = torch.cat([product(x_D[None]) for x_D in x_TD])
+    many, few = ((out_TN.double() - exact_TN).norm() / exact_TN.norm() for out_TN in (product(x_TD), few_TN))
+    assert many < 0.002 < few < 0.01
 
 
 @settings(deadline=None, max_examples=20)

@@ -16,6 +16,7 @@ from pathlib import Path
 from gristmill.core.io import sync
 
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
+FOLDER = Path(__file__).parent  # of vectors.h, which kernels of all parts include
 BUILD_SECONDS = 300
 log = logging.getLogger(__name__)
 
@@ -39,11 +40,13 @@ def build_library(sources: Sequence[Path], name: str) -> ctypes.CDLL | None:
 
 
 def _key(compiler: str, sources: Sequence[Path]) -> str:
-    """Cache key: another source, compiler or processor needs another library."""
+    """Cache key: another source or header beside one, compiler or processor needs another library."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=BUILD_SECONDS).stdout
     cpu = Path("/proc/cpuinfo")
     flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpu.exists() else ""
-    parts = (*(source.read_bytes() for source in sources), version, " ".join(FLAGS).encode(), flags.encode(), platform.machine().encode())
+    headers = sorted(header for folder in {FOLDER, *(source.parent for source in sources)} for header in folder.glob("*.h"))
+    files = (file.read_bytes() for file in (*sources, *headers))
+    parts = (*files, version, " ".join(FLAGS).encode(), flags.encode(), platform.machine().encode())
     return hashlib.blake2b(b"\0".join(parts), digest_size=10).hexdigest()
 
 
@@ -51,6 +54,7 @@ def _build(compiler: str, sources: Sequence[Path], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:  # beside the goal, so that the last step is a rename
         built = Path(temporary) / path.name
-        subprocess.run([compiler, *FLAGS, "-o", str(built), *map(str, sources)], check=True, capture_output=True, timeout=BUILD_SECONDS)
+        command = [compiler, *FLAGS, f"-I{FOLDER}", "-o", str(built), *map(str, sources)]
+        subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
         sync(built)  # half a library would crash whoever loads it
         built.replace(path)

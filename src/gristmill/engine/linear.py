@@ -7,7 +7,6 @@ Shapes: T tokens, D inputs, N outputs of a product.
 import os
 import platform
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -25,7 +24,14 @@ MIN_INT8_ROWS = 16  # of an int8 product on a GPU, and one more
 
 
 class LinearMethod(Protocol):
-    """Linear method: x [T, D] -> [T, N]."""
+    """Linear method: x [T, D] -> [T, N].
+
+    Attributes:
+        compiled: what multiplies up to `max_rows` rows without torch; None where torch multiplies any number.
+    """
+
+    compiled: "CompiledProduct | None"
+    max_rows: int
 
     def __call__(self, x_TD: Tensor) -> Tensor: ...
 
@@ -40,25 +46,25 @@ def has_triton(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None and os.environ.get("GRISTMILL_KERNELS") != "0"
 
 
-BF16, INT8, INT4 = 1, 2, 3  # matrices, as linear.cpp is told them
+FP32, BF16, INT8, INT4 = 0, 1, 2, 3  # matrices, as linear.cpp is told them
 CHUNK, PAIR = 256, 64  # columns that int4's scales and bytes are padded to
-# Rows up to which own products beat torch's on a CPU that has instructions for bf16. On others they do at any number.
-MAX_ROWS = {BF16: 8, INT8: 16, INT4: 64}
+ANY_ROWS = 2**31
+# Rows up to which own products beat torch's on a CPU that has instructions for bf16. On others all but fp32's do at any number.
+MAX_ROWS = {FP32: 16, BF16: 8, INT8: 16, INT4: 64}
 
 
-@cache
 def max_rows(kind: int) -> int:
     """Rows up to which linear.cpp multiplies by a matrix of this kind; 0 where torch does."""
-    if kernels.load() is None or (kind != BF16 and platform.machine() not in ("x86_64", "AMD64")):
+    if kernels.load() is None or (kind in (INT8, INT4) and platform.machine() not in ("x86_64", "AMD64")):
         return 0
-    return MAX_ROWS[kind] if has_bf16_products() else 2**31
+    return MAX_ROWS[kind] if kind == FP32 or has_bf16_products() else ANY_ROWS
 
 
 class CompiledProduct:
     """Product x [T, D] -> [T, N] by linear.cpp, with a matrix that stays where it is.
 
     Args:
-        weight: bf16 [N, D], or as `int8_rows` and `int4_blocks` lay it out; contiguous.
+        weight: fp32 or bf16 [N, D], or as `int8_rows` and `int4_blocks` lay it out; contiguous.
         scale: fp32 [N] of int8, bf16 of int4.
         bias_N: fp32.
     """
@@ -119,13 +125,16 @@ class UnquantizedLinear:
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         self.weight_ND = linear.weight.detach()
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
-        self.max_rows = max_rows(BF16) if self.weight_ND.device.type == "cpu" and dtype == self.weight_ND.dtype == torch.bfloat16 else 0
-        if self.max_rows:
+        kind = {torch.float32: FP32, torch.bfloat16: BF16}.get(dtype)
+        fits = self.weight_ND.device.type == "cpu" and dtype == self.weight_ND.dtype and self.weight_ND.is_contiguous()
+        self.max_rows = max_rows(kind) if fits and kind is not None else 0
+        self.compiled: CompiledProduct | None = None
+        if kind is not None and self.max_rows:
             bias_N = None if self.bias_N is None else self.bias_N.float()
-            self.compiled = CompiledProduct(BF16, self.weight_ND, None, bias_N, shape=self.weight_ND.shape)
+            self.compiled = CompiledProduct(kind, self.weight_ND, None, bias_N, shape=self.weight_ND.shape)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        if 0 < x_TD.shape[0] <= self.max_rows:
+        if self.compiled is not None and 0 < x_TD.shape[0] <= self.max_rows:
             return self.compiled(x_TD)
         return F.linear(x_TD, self.weight_ND, self.bias_N)
 
@@ -147,6 +156,7 @@ class Int8Linear:
         self.dtype = dtype
         self.library = kernels.load() if supported_by_kernels(weight_ND.device, dtype) else None
         self.compiled: CompiledProduct | None = None
+        self.max_rows = ANY_ROWS
         # torch's int8 product is slower than any other on a CPU that has no instructions for it
         if self.library is not None and max_rows(INT8) and not torch.cpu._is_vnni_supported():
             self.compiled = CompiledProduct(INT8, int8_rows(weight_ND), self.scale_N, self.bias_N, shape=weight_ND.shape)
@@ -199,13 +209,14 @@ class Int8WeightLinear:
         self.weight_ND, self.scale_N = values_ND, scale_N.to(dtype)
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
         self.max_rows = max_rows(INT8) if supported_by_kernels(values_ND.device, dtype) else 0
+        self.compiled: CompiledProduct | None = None
         if self.max_rows:
             held, bias_N = int8_rows(values_ND), None if self.bias_N is None else self.bias_N.float()
             self.compiled = CompiledProduct(INT8, held, scale_N, bias_N, shape=values_ND.shape)
             self.weight_ND = held[:, : values_ND.shape[1]]
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        if 0 < x_TD.shape[0] <= self.max_rows:
+        if self.compiled is not None and 0 < x_TD.shape[0] <= self.max_rows:
             return self.compiled(x_TD)
         # in bf16 torch reads beyond the rows' ends where they are no whole vectors
         safe = x_TD.dtype == torch.float32 or x_TD.shape[1] % 16 == 0
@@ -227,11 +238,14 @@ class Int4WeightLinear:
         self.held = int4_blocks(*grouped(linear.weight.detach(), INT4_GROUP))
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
         self.max_rows = max_rows(INT4) if supported_by_kernels(linear.weight.device, dtype) else 0
+        self.compiled: CompiledProduct | None = None
         if self.max_rows:
             self.compiled = CompiledProduct(INT4, *self.held, None if self.bias_N is None else self.bias_N.float(), shape=self.shape)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.compiled(x_TD) if 0 < x_TD.shape[0] <= self.max_rows else F.linear(x_TD, self._whole(), self.bias_N)
+        if self.compiled is not None and 0 < x_TD.shape[0] <= self.max_rows:
+            return self.compiled(x_TD)
+        return F.linear(x_TD, self._whole(), self.bias_N)
 
     def _whole(self) -> Tensor:
         """The matrix [N, D]."""
@@ -243,6 +257,9 @@ class Int4WeightLinear:
 
 class Fp8Linear:
     """W8A8 fp8 (e4m3) linear layer. On a CPU it is right and slow."""
+
+    compiled: CompiledProduct | None = None
+    max_rows = 0
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         device = linear.weight.device

@@ -13,6 +13,7 @@ from torch import Tensor
 from gristmill.core.device import put
 from gristmill.engine.attention import AttentionMetadata, KVCache, TritonAttention, select_backend
 from gristmill.engine.block_manager import BLOCK_SIZE
+from gristmill.engine.compiled_decoder import CompiledDecoder
 from gristmill.engine.cuda_graph import CudaGraphs, PiecewiseGraphs
 from gristmill.engine.layers import Decoder
 from gristmill.engine.lora import LoadedAdapter, LoraRows, LoraSlots
@@ -39,6 +40,7 @@ class ModelRunner:
         with torch.inference_mode():
             angles = decoder.model.rope(torch.arange(decoder.config.max_positions, device=self.device))
         self.attention = select_backend(decoder.config, self.kv_cache, decoder.dtype, angles=angles)
+        self.compiled_decoder = CompiledDecoder.of(decoder, self.attention)
         self.cuda_graphs: CudaGraphs | None = None
         self.piecewise_graphs: PiecewiseGraphs | None = None
         self.slots: LoraSlots | None = None
@@ -115,7 +117,11 @@ class ModelRunner:
                 ends = [int(query_start[place + 1]) - back for place, n in zip(distinct, num_rows, strict=True) for back in range(n, 0, -1)]
                 last_R = put(np.array(ends + [0] * (self._padded(len(ends)) - len(ends)), np.int64), self.device)
                 last_lora = lora and LoraRows.of([adapters[place] for place in distinct], num_rows, self.device)
-            if self.piecewise_graphs is not None and in_pieces:
+            if lora is None and last_R is None and self.fits_compiled_decoder(len(positions)):
+                assert self.compiled_decoder is not None
+                x_TD = self.decoder.embed(torch.from_numpy(ids[: len(positions)]))
+                logits = self.decoder.logits(self.compiled_decoder.hidden(x_TD)).float()
+            elif self.piecewise_graphs is not None and in_pieces:
                 logits = self.piecewise_graphs.run(ids[: len(positions)], last_R, self._adapted(adapters, counts))
             else:
                 logits = self._forward(put(ids, self.device), last_R, lora, last_lora)
@@ -134,6 +140,12 @@ class ModelRunner:
                 count, rank = max(count, self.slots.count), max(rank, self.slots.rank)
             self.slots = LoraSlots(self.decoder.model, 1 << (count - 1).bit_length(), rank, self.decoder.dtype)
         return self.slots, np.repeat(np.array(self.slots.load(adapters), np.int64), counts)
+
+    def fits_compiled_decoder(self, num_tokens: int) -> bool:
+        """Whether so many tokens without adapters, all sampled from, go through the compiled decoder."""
+        if self.compiled_decoder is not None and self.compiled_decoder.layers is not self.decoder.layers:  # the weights are others now
+            self.compiled_decoder = CompiledDecoder.of(self.decoder, self.attention)
+        return self.compiled_decoder is not None and num_tokens <= self.compiled_decoder.max_rows
 
     def _forward(
         self, ids_T: Tensor, last_R: Tensor | None = None, lora: LoraRows | None = None, last_lora: LoraRows | None = None

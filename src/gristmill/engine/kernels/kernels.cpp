@@ -6,66 +6,33 @@
 // follow, one for each head of a token.
 // Rows of a tile are (token, query head) pairs that read the same keys. Scores and sums are float32 whatever the type in memory.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "kernels.h"
 
-// Vectors as wide as registers are: compilers make wider ones out of memory. Sums are over sixteen numbers in any case, and so the same.
-#ifdef __AVX512F__
-#define BYTES 64
-#else
-#define BYTES 32
-#endif
-typedef float fv __attribute__((vector_size(BYTES), aligned(4)));
-typedef int iv __attribute__((vector_size(BYTES)));
-typedef unsigned uv __attribute__((vector_size(BYTES)));
-typedef unsigned short hv __attribute__((vector_size(BYTES / 2), aligned(2)));
-typedef unsigned char bv __attribute__((vector_size(BYTES / 4), aligned(1)));
-typedef signed char sv __attribute__((vector_size(BYTES / 4), aligned(1)));
-typedef uint16_t bf16;
+#include <vector>
+
+typedef unsigned char bvec __attribute__((vector_size(VL), aligned(1)));
+typedef signed char svec __attribute__((vector_size(VL), aligned(1)));
 struct fp8 { uint8_t bits; };  // e4m3 without infinities
 
-static const int BS = 32, PAD = 16, LANES = BYTES / 4, WORDS = BS / LANES, PARTS = PAD / LANES, MAX_ROWS = 8;
-static const int SUMS = BYTES / 4;  // vectors of sums that registers hold beside what is added
+// Sums are over PAD numbers however wide vectors are, and so the same.
+static const int BS = 32, PAD = 16, WORDS = BS / VL, PARTS = PAD / VL, MAX_ROWS = 8;
+static const int SUMS = VL;  // vectors of sums that registers hold beside what is added
 
-static inline fv load(const float* p) { return *(const fv*)p; }
-#ifdef __AVX512BW__  // compilers make five instructions of these where there is one
-static inline uv wide(const bf16* p) { return (uv)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
-static inline hv low(uv x) { return (hv)_mm512_cvtepi32_epi16((__m512i)x); }
-static inline iv wide(const int8_t* p) { return (iv)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-static inline uv wide(const fp8* p) { return (uv)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+#if defined(__AVX512BW__)
+static inline ivec wide(const int8_t* p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static inline uvec wide(const fp8* p) { return (uvec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+static inline ivec wide(const int8_t* p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+static inline uvec wide(const fp8* p) { return (uvec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 #else
-#if defined(__AVX2__)
-static inline uv wide(const bf16* p) { return (uv)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
-static inline hv low(uv x) {
-    return (hv)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)x), 8));
-}
-static inline iv wide(const int8_t* p) { return (iv)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-static inline uv wide(const fp8* p) { return (uv)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-#else
-static inline uv wide(const bf16* p) { return __builtin_convertvector(*(const hv*)p, uv); }
-static inline hv low(uv x) { return __builtin_convertvector(x, hv); }
-static inline iv wide(const int8_t* p) { return __builtin_convertvector(*(const sv*)p, iv); }
-static inline uv wide(const fp8* p) { return __builtin_convertvector(*(const bv*)p, uv); }
+static inline ivec wide(const int8_t* p) { return __builtin_convertvector(*(const svec*)p, ivec); }
+static inline uvec wide(const fp8* p) { return __builtin_convertvector(*(const bvec*)p, uvec); }
 #endif
-#endif
-static inline fv load(const bf16* p) { return (fv)(wide(p) << 16); }
-static inline fv load(const int8_t* p) { return __builtin_convertvector(wide(p), fv); }
-static inline fv load(const fp8* p) {
-    const uv u = wide(p), size = u & 0x7f;
-    const fv tiny = __builtin_convertvector((iv)size, fv) * (1.f / 512);  // below 2^-6 eighths of it, evenly
-    return (fv)((size < 8 ? (uv)tiny : (size << 20) + (120u << 23)) | (u & 0x80) << 24);
-}
-static inline float get(const float* p) { return *p; }
-static inline float get(const bf16* p) { uint32_t u = (uint32_t)*p << 16; float x; memcpy(&x, &u, 4); return x; }
-static inline void put(float* p, float x) { *p = x; }
-static inline void put(bf16* p, float x) {
-    uint32_t u; memcpy(&u, &x, 4);
-    *p = (x != x) ? 0x7fc0 : (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+static inline vec load(const int8_t* p) { return __builtin_convertvector(wide(p), vec); }
+static inline vec load(const fp8* p) {
+    const uvec u = wide(p), size = u & 0x7f;
+    const vec tiny = __builtin_convertvector((ivec)size, vec) * (1.f / 512);  // below 2^-6 eighths of it, evenly
+    return (vec)((size < 8 ? (uvec)tiny : (size << 20) + (120u << 23)) | (u & 0x80) << 24);
 }
 static inline void put(int8_t* p, float x) { *p = (int8_t)(int)(x + (x < 0 ? -.5f : .5f)); }
 static inline void put(fp8* p, float x) {  // |x| <= 448
@@ -80,63 +47,22 @@ static inline float most(const float*) { return 0; }  // largest value of a type
 static inline float most(const bf16*) { return 0; }
 static inline float most(const int8_t*) { return 127; }
 static inline float most(const fp8*) { return 448; }
-static inline void store(float* p, fv x) { *(fv*)p = x; }
-static inline uv rounded_bits(fv x) { uv u = (uv)x; return u + 0x7fff + ((u >> 16) & 1); }
-static inline void store(bf16* p, fv x) { *(hv*)p = low(rounded_bits(x) >> 16); }
-static inline fv rounded(fv x, const float*) { return x; }  // to the type behind the pointer
-static inline fv rounded(fv x, const bf16*) { return (fv)(rounded_bits(x) & 0xffff0000u); }
-static inline float rounded(float x, const float*) { return x; }
-static inline float rounded(float x, const bf16*) { bf16 b; put(&b, x); return get(&b); }
 template <typename A> static inline void widen(const A* in, float* out, int n) {
     int i = 0;
-    for (; i + LANES <= n; i += LANES) store(out + i, load(in + i));
+    for (; i + VL <= n; i += VL) store(out + i, load(in + i));
     for (; i < n; i++) out[i] = get(in + i);
 }
 template <typename A> static inline void narrow(const float* in, A* out, int n) {
     int i = 0;
-    for (; i + LANES <= n; i += LANES) store(out + i, load(in + i));
+    for (; i + VL <= n; i += VL) store(out + i, load(in + i));
     for (; i < n; i++) put(out + i, in[i]);
 }
 
 #ifdef __AVX512F__
-static inline float sum_of(const fv* x) { return _mm512_reduce_add_ps((__m512)*x); }  // of PARTS vectors
-static inline float max_of(fv x) { return _mm512_reduce_max_ps((__m512)x); }
+static inline float sum_of(const vec* x) { return _mm512_reduce_add_ps((__m512)*x); }  // of PARTS vectors
 #else
-static inline float sum_of(const fv* x) { float s = 0; for (int i = 0; i < PARTS; i++) for (int j = 0; j < LANES; j++) s += x[i][j]; return s; }
-static inline float max_of(fv x) { float m = x[0]; for (int j = 1; j < LANES; j++) m = x[j] > m ? x[j] : m; return m; }
+static inline float sum_of(const vec* x) { float s = 0; for (int i = 0; i < PARTS; i++) for (int j = 0; j < VL; j++) s += x[i][j]; return s; }
 #endif
-
-// e^x for x <= 0, relative error below 4e-7: 2^n by the exponent bits, 2^f by a polynomial on [-1/2, 1/2].
-static inline fv exp_(fv x) {
-    x *= 1.44269504f;
-    x = x < -126.f ? (fv{} - 126.f) : x;
-    fv n = __builtin_convertvector(__builtin_convertvector(x - 0.5f, iv), fv);  // truncation towards 0 rounds, since x <= 0
-    fv r = x - n;
-    fv y = 1.f + r * (0.6931471806f + r * (0.2402265070f + r * (0.0555041087f + r * (0.0096181291f + r * (0.0013333558f + r * 0.0001540353f)))));
-    return y * (fv)((__builtin_convertvector(n, iv) + 127) << 23);
-}
-
-// tanh x, relative error below 1e-6: by a Pade approximant below 1, by exponentials above.
-static inline fv tanh_(fv x) {
-    const fv size = x < 0 ? -x : x, s = x * x;
-    const fv e = exp_(-2.f * size), far = (1.f - e) / (1.f + e);
-    const fv near = x * (10395.f + s * (1260.f + s * 21.f)) / (10395.f + s * (4725.f + s * (210.f + s)));
-    return size < 1 ? near : x < 0 ? -far : far;
-}
-
-struct Layer {
-    int64_t k_offset, v_offset, s_offset;         // in elements from a block's begin
-    int32_t heads, kv_heads, head_dim, pairs, window;  // tokens that a token sees, itself included; 0 for all
-    float scale, cap;                             // of scores; 0 for 1 / sqrt(head_dim), and for none
-    int32_t padding;
-    const float *cos, *sin;                       // [positions, pairs]
-};
-struct Step {
-    int32_t num_seqs, table_stride, threads, padding;
-    int64_t block_stride;                                // elements between two blocks in the cache
-    const int32_t *query_start, *seq_lens, *slots;       // of each sequence: first token of the step (n + 1 of them), positions with this step's
-    const int32_t* block_tables;                         // [slots, table_stride]
-};
 
 // A head of one token, rotated, rounded to its type and scaled.
 template <typename A> static inline void rotate(const A* in, float* __restrict out, int d, int pairs, const float* __restrict cos, const float* __restrict sin, float scale) {
@@ -147,7 +73,7 @@ template <typename A> static inline void rotate(const A* in, float* __restrict o
         out[i + pairs] = b * cos[i] + a * sin[i];
     }
     int i = 0;
-    for (; i + LANES <= d; i += LANES) store(out + i, rounded(load(out + i), in) * scale);
+    for (; i + VL <= d; i += VL) store(out + i, rounded(load(out + i), in) * scale);
     for (; i < d; i++) out[i] = rounded(out[i], in) * scale;
 }
 
@@ -163,20 +89,20 @@ template <typename C> static inline void scaled(const float* in, int n, float to
 // W words of the sums of n values, weighted by scores: so many that they stay in registers.
 template <int R, int W, typename C>
 static void values(const C* cache, const int32_t* table, int64_t block_stride, int64_t v_at, int e, int n, const float* scores, int width, const float* inverse, float* out) {
-    fv acc[R][W] = {};
+    vec acc[R][W] = {};
     for (int p = 0; p * BS < n; p++) {
         const C* v = cache + table[p] * block_stride + v_at;
         const int filled = n - p * BS < BS ? n - p * BS : BS;
         for (int t = 0; t < filled; t++) {
-            fv value[W];
-            for (int w = 0; w < W; w++) value[w] = load(v + t * e + w * LANES);
+            vec value[W];
+            for (int w = 0; w < W; w++) value[w] = load(v + t * e + w * VL);
             for (int r = 0; r < R; r++) {
                 const float s = scores[(int64_t)r * width + p * BS + t];
                 for (int w = 0; w < W; w++) acc[r][w] += s * value[w];
             }
         }
     }
-    for (int r = 0; r < R; r++) for (int w = 0; w < W; w++) *(fv*)(out + r * e + w * LANES) = acc[r][w] * inverse[r];
+    for (int r = 0; r < R; r++) for (int w = 0; w < W; w++) *(vec*)(out + r * e + w * VL) = acc[r][w] * inverse[r];
 }
 
 // One tile: R rows over n keys of one head. q [R, d] is scaled; row r sees the keys before limit[r], and none before from[r].
@@ -185,54 +111,54 @@ static void tile(const float* q, const C* cache, const int32_t* table, int64_t b
                  int d, int e, int n, const int* limit, const int* from, float cap, float* scores, float* out) {
     const int blocks = (n + BS - 1) / BS, width = blocks * BS;
     constexpr int AT_ONCE = SUMS / R < 1 ? 1 : SUMS / R < WORDS ? SUMS / R : WORDS, WIDE = SUMS / R < 1 ? 1 : SUMS / R < 4 ? SUMS / R : 4;
-    iv lane;
-    for (int j = 0; j < LANES; j++) lane[j] = j;
-    fv top[R];
-    for (int r = 0; r < R; r++) top[r] = fv{} - 1e30f;
+    ivec lane;
+    for (int j = 0; j < VL; j++) lane[j] = j;
+    vec top[R];
+    for (int r = 0; r < R; r++) top[r] = vec{} - 1e30f;
     for (int p = 0; p < blocks; p++) {
         const C* k = cache + table[p] * block_stride + k_at;
-        fv acc[R][WORDS];
+        vec acc[R][WORDS];
         for (int from_word = 0; from_word < WORDS; from_word += AT_ONCE) {
-            fv sum[R][AT_ONCE] = {};
+            vec sum[R][AT_ONCE] = {};
             for (int i = 0; i < d; i++) {
-                fv key[AT_ONCE];
-                for (int w = 0; w < AT_ONCE; w++) key[w] = load(k + i * BS + (from_word + w) * LANES);
+                vec key[AT_ONCE];
+                for (int w = 0; w < AT_ONCE; w++) key[w] = load(k + i * BS + (from_word + w) * VL);
                 for (int r = 0; r < R; r++) for (int w = 0; w < AT_ONCE; w++) sum[r][w] += q[r * d + i] * key[w];
             }
             for (int r = 0; r < R; r++) for (int w = 0; w < AT_ONCE; w++) acc[r][from_word + w] = sum[r][w];
         }
         if (most(cache)) for (int w = 0; w < WORDS; w++) {
-            const fv by = load((const float*)(cache + table[p] * block_stride + s_at) + w * LANES);
+            const vec by = load((const float*)(cache + table[p] * block_stride + s_at) + w * VL);
             for (int r = 0; r < R; r++) acc[r][w] *= by;
         }
         if (from || cap > 0) for (int r = 0; r < R; r++) for (int w = 0; w < WORDS; w++) {
             if (cap > 0) acc[r][w] = cap * tanh_(acc[r][w] * (1.f / cap));
-            if (from) acc[r][w] = lane + (p * BS + w * LANES) >= from[r] ? acc[r][w] : (fv{} - 1e30f);
+            if (from) acc[r][w] = lane + (p * BS + w * VL) >= from[r] ? acc[r][w] : (vec{} - 1e30f);
         }
         for (int r = 0; r < R; r++) for (int w = 0; w < WORDS; w++) {
-            iv seen = lane + (p * BS + w * LANES) < limit[r];
-            fv s = seen ? acc[r][w] : (fv{} - 1e30f);
+            ivec seen = lane + (p * BS + w * VL) < limit[r];
+            vec s = seen ? acc[r][w] : (vec{} - 1e30f);
             top[r] = s > top[r] ? s : top[r];
-            *(fv*)(scores + (int64_t)r * width + p * BS + w * LANES) = s;
+            *(vec*)(scores + (int64_t)r * width + p * BS + w * VL) = s;
         }
     }
     float inverse[R];
     for (int r = 0; r < R; r++) {
         const float m = max_of(top[r]);
-        fv sum[PARTS] = {};
+        vec sum[PARTS] = {};
         float* s = scores + (int64_t)r * width;
         for (int p = 0; p < blocks; p++) for (int w = 0; w < WORDS; w++) {
-            fv* at = (fv*)(s + p * BS + w * LANES);
-            fv e = exp_(*at - m);
+            vec* at = (vec*)(s + p * BS + w * VL);
+            vec e = exp_(*at - m);
             sum[w % PARTS] += e;
-            if (most(cache)) e *= load((const float*)(cache + table[p] * block_stride + s_at) + v_scales + w * LANES);
+            if (most(cache)) e *= load((const float*)(cache + table[p] * block_stride + s_at) + v_scales + w * VL);
             *at = e;
         }
         inverse[r] = 1.f / sum_of(sum);
     }
     int at = 0;
-    for (; at + WIDE * LANES <= e; at += WIDE * LANES) values<R, WIDE>(cache, table, block_stride, v_at + at, e, n, scores, width, inverse, out + at);
-    for (; at < e; at += LANES) values<R, 1>(cache, table, block_stride, v_at + at, e, n, scores, width, inverse, out + at);
+    for (; at + WIDE * VL <= e; at += WIDE * VL) values<R, WIDE>(cache, table, block_stride, v_at + at, e, n, scores, width, inverse, out + at);
+    for (; at < e; at += VL) values<R, 1>(cache, table, block_stride, v_at + at, e, n, scores, width, inverse, out + at);
 }
 
 // A: type of activations, C: type of the cache. qkv [T, H + 2K, d], out [T, H, d].
@@ -336,16 +262,16 @@ extern "C" void gristmill_attend(const Layer* l, const Step* s, const void* qkv,
 // ---- what stands between matrix products ----
 
 static void quantize(const float* row, int n, int8_t* out, float* scale) {
-    fv top16 = {};
+    vec top16 = {};
     int i = 0;
-    for (; i + LANES <= n; i += LANES) { fv v = load(row + i); v = v < 0 ? -v : v; top16 = v > top16 ? v : top16; }
+    for (; i + VL <= n; i += VL) { vec v = load(row + i); v = v < 0 ? -v : v; top16 = v > top16 ? v : top16; }
     float largest = max_of(top16);
     for (; i < n; i++) { float v = std::fabs(row[i]); largest = v > largest ? v : largest; }
     *scale = largest / 127.f;
     const float inverse = largest > 0 ? 127.f / largest : 0.f;
-    for (i = 0; i + LANES <= n; i += LANES) {
-        fv v = load(row + i) * inverse;
-        *(sv*)(out + i) = __builtin_convertvector(__builtin_convertvector(v + (v < 0 ? (fv{} - .5f) : (fv{} + .5f)), iv), sv);
+    for (i = 0; i + VL <= n; i += VL) {
+        vec v = load(row + i) * inverse;
+        *(svec*)(out + i) = __builtin_convertvector(__builtin_convertvector(v + (v < 0 ? (vec{} - .5f) : (vec{} + .5f)), ivec), svec);
     }
     for (; i < n; i++) out[i] = (int8_t)(int)(row[i] * inverse + (row[i] >= 0 ? .5f : -.5f));
 }
@@ -359,15 +285,15 @@ static void norm(A* x, const A* delta, const float* gain, const float* bias, A* 
         if (delta) {
             const A* more = delta + (int64_t)r * n;
             int i = 0;
-            for (; i + LANES <= n; i += LANES) store(p + i, load(p + i) + load(more + i));
+            for (; i + VL <= n; i += VL) store(p + i, load(p + i) + load(more + i));
             for (; i < n; i++) put(p + i, get(p + i) + get(more + i));
         }
         double mean = 0, square = 0;
         float s = 0, q = 0;
         widen(p, row.data(), n);
-        if (centred) { fv a[PARTS] = {}; int i = 0; for (; i + LANES <= n; i += LANES) a[i / LANES % PARTS] += load(row.data() + i); s = sum_of(a); for (; i < n; i++) s += row[i]; mean = s / n; }
+        if (centred) { vec a[PARTS] = {}; int i = 0; for (; i + VL <= n; i += VL) a[i / VL % PARTS] += load(row.data() + i); s = sum_of(a); for (; i < n; i++) s += row[i]; mean = s / n; }
         const float m = (float)mean;
-        { fv a[PARTS] = {}; int i = 0; for (; i + LANES <= n; i += LANES) { fv v = load(row.data() + i) - m; a[i / LANES % PARTS] += v * v; } q = sum_of(a); for (; i < n; i++) q += (row[i] - m) * (row[i] - m); square = q / n; }
+        { vec a[PARTS] = {}; int i = 0; for (; i + VL <= n; i += VL) { vec v = load(row.data() + i) - m; a[i / VL % PARTS] += v * v; } q = sum_of(a); for (; i < n; i++) q += (row[i] - m) * (row[i] - m); square = q / n; }
         const float by = (float)(1.0 / std::sqrt(square + eps));
         for (int i = 0; i < n; i++) row[i] = (row[i] - m) * by * gain[i] + (bias ? bias[i] : 0.f);
         if (out) narrow(row.data(), out + (int64_t)r * n, n);
@@ -388,7 +314,7 @@ extern "C" void gristmill_squared_relu(void* x, int64_t n, int type) {
     if (type == 0) { float* p = (float*)x; for (int64_t i = 0; i < n; i++) { float a = p[i] > 0 ? p[i] : 0; p[i] = a * a; } return; }
     bf16* p = (bf16*)x;
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) { fv a = load(p + i); a = a > 0 ? a : fv{}; store(p + i, a * a); }
+    for (; i + VL <= n; i += VL) { vec a = load(p + i); a = a > 0 ? a : vec{}; store(p + i, a * a); }
     for (; i < n; i++) { float a = get(p + i); a = a > 0 ? a : 0; put(p + i, a * a); }
 }
 
@@ -422,12 +348,12 @@ extern "C" void gristmill_dequantize(const int32_t* product, const float* row_sc
 // One token a row by inverting the cumulative distribution at u, and its log-probability; temperature 0 takes the likeliest. Logits float32.
 extern "C" void gristmill_sample(const float* logits, const float* u, const float* temperature, int64_t* tokens, float* logprobs, int rows, int n) {
     const int blocks = (n + 255) / 256;
-    std::vector<float> e(n + LANES), sums(blocks);
+    std::vector<float> e(n + VL), sums(blocks);
     for (int r = 0; r < rows; r++) {
         const float* p = logits + (int64_t)r * n;
-        fv m16 = fv{} - INFINITY;
+        vec m16 = vec{} - INFINITY;
         int i = 0;
-        for (; i + LANES <= n; i += LANES) { fv v = load(p + i); m16 = v > m16 ? v : m16; }
+        for (; i + VL <= n; i += VL) { vec v = load(p + i); m16 = v > m16 ? v : m16; }
         float m = max_of(m16);
         for (; i < n; i++) m = p[i] > m ? p[i] : m;
         double plain = 0, drawn = 0;
@@ -435,12 +361,12 @@ extern "C" void gristmill_sample(const float* logits, const float* u, const floa
         int best = -1;
         for (int b = 0; b < blocks; b++) {
             const int from = b * 256, to = from + 256 < n ? from + 256 : n;
-            fv one[PARTS] = {}, other[PARTS] = {};
+            vec one[PARTS] = {}, other[PARTS] = {};
             int j = from;
-            for (; j + LANES <= to; j += LANES) {
-                fv v = load(p + j) - m, w = exp_(v);
-                one[j / LANES % PARTS] += w;
-                if (t > 0) { if (t != 1) w = exp_(v * by); *(fv*)(e.data() + j) = w; other[j / LANES % PARTS] += w; }
+            for (; j + VL <= to; j += VL) {
+                vec v = load(p + j) - m, w = exp_(v);
+                one[j / VL % PARTS] += w;
+                if (t > 0) { if (t != 1) w = exp_(v * by); *(vec*)(e.data() + j) = w; other[j / VL % PARTS] += w; }
             }
             float s = sum_of(one), d = sum_of(other);
             for (; j < to; j++) { float w = std::exp(p[j] - m); s += w; if (t > 0) { if (t != 1) w = std::exp((p[j] - m) * by); e[j] = w; d += w; } }

@@ -9,16 +9,17 @@ import torch
 
 from gristmill.core.native import build_library
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "linear.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "linear.cpp", "decode.cpp"))
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of activations, as the kernels are told them
 CACHE_TYPES = TYPES | {torch.int8: 2, torch.float8_e4m3fn: 3}
-# `Product` in linear.cpp, as bytes, which are made in less time than a ctypes structure: pointers to activations, matrix, scales of both,
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2}  # as in vectors.h, by `Family.activation`
+# `Product` in kernels.h, as bytes, which are made in less time than a ctypes structure: pointers to activations, matrix, scales of both,
 # bias and output, then types, sizes and threads.
 PRODUCT = struct.Struct("6P7i")
 
 
 class Layer(ctypes.Structure):
-    """ctypes mirror of `Layer` in kernels.cpp."""
+    """ctypes mirror of `Layer` in kernels.h."""
 
     _fields_ = [
         ("k_offset", ctypes.c_int64),
@@ -38,7 +39,7 @@ class Layer(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """ctypes mirror of `Step` in kernels.cpp."""
+    """ctypes mirror of `Step` in kernels.h."""
 
     _fields_ = [
         ("num_seqs", ctypes.c_int32),
@@ -50,6 +51,45 @@ class Step(ctypes.Structure):
         ("seq_lens", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("block_tables", ctypes.c_void_p),
+    ]
+
+
+class Norm(ctypes.Structure):
+    """ctypes mirror of `Norm` in decode.cpp."""
+
+    _fields_ = [("gain", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_float), ("centred", ctypes.c_int32)]
+
+
+class Matrix(ctypes.Structure):
+    """ctypes mirror of `Matrix` in decode.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, ctypes.c_int32) for name in ("kind", "n", "d", "quantized")),
+    ]
+
+
+class Block(ctypes.Structure):
+    """ctypes mirror of `Block` in decode.cpp."""
+
+    _fields_ = [
+        ("attention", ctypes.c_void_p),
+        *((name, Norm) for name in ("attention_norm", "q_norm", "k_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")),
+        *((name, Matrix) for name in ("qkv", "output", "gate", "up", "down")),
+        ("activation", ctypes.c_int32),
+        ("norms_whole", ctypes.c_int32),
+        ("multiplier", ctypes.c_float),
+        ("padding", ctypes.c_int32),
+    ]
+
+
+class Decoder(ctypes.Structure):
+    """ctypes mirror of `Decoder` in decode.cpp."""
+
+    _fields_ = [
+        ("blocks", ctypes.c_void_p),
+        ("final_norm", Norm),
+        *((name, ctypes.c_int32) for name in ("num_blocks", "hidden", "type", "cache_type")),
     ]
 
 
@@ -70,6 +110,8 @@ def load() -> ctypes.CDLL | None:
         function = getattr(library, f"gristmill_{name}")
         function.restype, function.argtypes = None, arguments
     library.gristmill_product.restype, library.gristmill_product.argtypes = None, [ctypes.c_char_p]
+    library.gristmill_decode.restype = None
+    library.gristmill_decode.argtypes = [ctypes.POINTER(Decoder), ctypes.POINTER(Step), pointer, pointer, pointer, number]
     library.gristmill_attend.restype = None
     library.gristmill_attend.argtypes = [
         ctypes.POINTER(Layer),

@@ -1,45 +1,27 @@
-// Matrix products for CPUs, a few rows of activations [T, D] with a matrix [N, D] as it lies in memory: bf16, int8 with a scale a row, or
-// int4 with a scale a group of columns. Built and called by library.py as kernels.cpp is.
+// Matrix products for CPUs, a few rows of activations [T, D] with a matrix [N, D] as it lies in memory: fp32, bf16, int8 with a scale a row,
+// or int4 with a scale a group of columns. Built and called by library.py as kernels.cpp is.
 //
 // At one row the matrix is read at memory speed; at many rows the arithmetic bounds. A bf16 matrix is multiplied in fp32. For integers each
 // stretch of CHUNK columns of a row of activations becomes int16 with a scale of its own, far finer than bf16, and sums are exact int32.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "kernels.h"
 
-#ifdef __AVX512F__
-#define VECTOR_BYTES 64
-#else
-#define VECTOR_BYTES 32
-#endif
-typedef float fv __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
-typedef unsigned uv __attribute__((vector_size(VECTOR_BYTES), aligned(2)));
+#include <vector>
+
+typedef unsigned words __attribute__((vector_size(VL * 4), aligned(2)));
 typedef float f8 __attribute__((vector_size(32), aligned(4)));
 typedef int i8 __attribute__((vector_size(32), aligned(2)));
-typedef uint16_t bf16;
 
-static const int LANES = VECTOR_BYTES / 4, PAIR = 2 * LANES;  // a vector of words holds PAIR numbers of two bytes
+static const int PAIR = 2 * VL;                   // a vector of words holds PAIR numbers of two bytes
 static const int CHUNK = 256, BLOCK = 32;                     // columns with one scale of activations; columns of 16 bytes in int4
 static const int MAX_ROWS = 64, L1_BYTES = 24 << 10;          // rows of activations made ready at once; of the matrix while they pass
 static const int AHEAD = 3;                                   // tiles of the matrix that are fetched before they are due
 static const int64_t MIN_SHARED = 1 << 18;                    // products of numbers that are worth another thread
 
-static inline float get(const float* p) { return *p; }
-static inline float get(const bf16* p) { uint32_t u = (uint32_t)*p << 16; float x; memcpy(&x, &u, 4); return x; }
 static inline float get(const int8_t* p) { return *p; }
-static inline void put(float* p, float x) { *p = x; }
-static inline void put(bf16* p, float x) {
-    uint32_t u; memcpy(&u, &x, 4);
-    *p = (x != x) ? 0x7fc0 : (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-template <typename V> static inline float sum_of(V x) { float s = 0; for (size_t j = 0; j < sizeof(V) / 4; j++) s += x[j]; return s; }
+template <typename V> static inline float sum_across(V x) { float s = 0; for (size_t j = 0; j < sizeof(V) / 4; j++) s += x[j]; return s; }
 #ifdef __AVX2__
-static inline float sum_of(f8 x) {
+static inline float sum_across(f8 x) {
     __m128 a = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
     a = _mm_add_ps(a, _mm_movehl_ps(a, a));
     return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
@@ -62,9 +44,9 @@ struct Floats {
     template <typename A> void fill(const A* x, int r, int d, int) {
         float* row = values.data() + (int64_t)r * width;
         int k = 0;
-        for (; k + PAIR <= d; k += PAIR) for (int j = 0; j < LANES; j++) { row[k + j] = get(x + k + 2 * j); row[k + LANES + j] = get(x + k + 2 * j + 1); }
+        for (; k + PAIR <= d; k += PAIR) for (int j = 0; j < VL; j++) { row[k + j] = get(x + k + 2 * j); row[k + VL + j] = get(x + k + 2 * j + 1); }
         if (k < d) memset(row + k, 0, PAIR * sizeof(float));
-        for (int j = 0; k + j < d; j++) row[k + j / 2 + j % 2 * LANES] = get(x + k + j);
+        for (int j = 0; k + j < d; j++) row[k + j / 2 + j % 2 * VL] = get(x + k + j);
     }
 };
 
@@ -75,33 +57,77 @@ struct Bf16Matrix {
     int64_t bytes() const { return (int64_t)d * 2; }
     template <int R, int N> void tile(const Rows& x, int r0, int n0, float out[R][N]) const {
         constexpr int S = R * N < 8 ? 2 : 1;  // sums, enough to hide what an addition takes
-        fv acc[R][N][S] = {};
+        vec acc[R][N][S] = {};
         const float* row = x.values.data() + (int64_t)r0 * x.width;
         const bf16* w = weight + (int64_t)n0 * d;
-        const auto step = [&](int k, const uv* words) {
+        const auto step = [&](int k, const words* part) {
             for (int n = 0; n < N; n++) {
-                const fv even = (fv)(words[n] << 16), odd = (fv)(words[n] & 0xffff0000u);
+                const vec even = (vec)(part[n] << 16), odd = (vec)(part[n] & 0xffff0000u);
                 for (int r = 0; r < R; r++) {
-                    acc[r][n][0] += *(const fv*)(row + (int64_t)r * x.width + k) * even;
-                    acc[r][n][S - 1] += *(const fv*)(row + (int64_t)r * x.width + k + LANES) * odd;
+                    acc[r][n][0] += *(const vec*)(row + (int64_t)r * x.width + k) * even;
+                    acc[r][n][S - 1] += *(const vec*)(row + (int64_t)r * x.width + k + VL) * odd;
                 }
             }
         };
         int k = 0;
         for (; k + PAIR <= d; k += PAIR) {
-            uv words[N];
+            words part[N];
             for (int n = 0; n < N; n++) {
-                words[n] = *(const uv*)(w + (int64_t)n * d + k);
+                part[n] = *(const words*)(w + (int64_t)n * d + k);
                 __builtin_prefetch(w + (int64_t)(n + AHEAD * N) * d + k);
             }
-            step(k, words);
+            step(k, part);
         }
         if (k < d) {
-            uv words[N] = {};
-            for (int n = 0; n < N; n++) memcpy(&words[n], w + (int64_t)n * d + k, (d - k) * sizeof(bf16));
-            step(k, words);
+            words part[N] = {};
+            for (int n = 0; n < N; n++) memcpy(&part[n], w + (int64_t)n * d + k, (d - k) * sizeof(bf16));
+            step(k, part);
         }
-        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_of(S == 2 ? acc[r][n][0] + acc[r][n][1] : acc[r][n][0]);
+        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_across(S == 2 ? acc[r][n][0] + acc[r][n][1] : acc[r][n][0]);
+    }
+};
+
+// ---- fp32 ----
+
+struct PlainFloats {
+    Aligned<float> values;
+    int width;  // of a row
+    template <typename A> void fill(const A* x, int r, int d, int) {
+        float* row = values.data() + (int64_t)r * width;
+        for (int k = 0; k < d; k++) row[k] = get(x + k);
+        memset(row + d, 0, (width - d) * sizeof(float));
+    }
+};
+
+struct Fp32Matrix {
+    typedef PlainFloats Rows;
+    const float* weight;
+    int d;
+    int64_t bytes() const { return (int64_t)d * 4; }
+    template <int R, int N> void tile(const Rows& x, int r0, int n0, float out[R][N]) const {
+        constexpr int S = R * N < 8 ? 2 : 1;
+        vec acc[R][N][S] = {};
+        const float *row = x.values.data() + (int64_t)r0 * x.width, *w = weight + (int64_t)n0 * d;
+        const auto step = [&](int k, int s, const vec* part) {
+            for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) acc[r][n][s] += load(row + (int64_t)r * x.width + k) * part[n];
+        };
+        int k = 0;
+        for (; k + PAIR <= d; k += PAIR) {
+            vec part[2][N];
+            for (int n = 0; n < N; n++) {
+                part[0][n] = load(w + (int64_t)n * d + k);
+                part[1][n] = load(w + (int64_t)n * d + k + VL);
+                __builtin_prefetch(w + (int64_t)(n + AHEAD * N) * d + k);
+            }
+            step(k, 0, part[0]);
+            step(k + VL, S - 1, part[1]);
+        }
+        for (; k < d; k += VL) {
+            vec part[N];
+            for (int n = 0; n < N; n++) part[n] = some(w + (int64_t)n * d + k, d - k);
+            step(k, 0, part);
+        }
+        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_across(S == 2 ? acc[r][n][0] + acc[r][n][1] : acc[r][n][0]);
     }
 };
 
@@ -131,6 +157,7 @@ static inline i8 wide(const int8_t* p) {
     return out;
 #endif
 }
+static inline i8 wide(const int16_t* p) { return *(const i8*)p; }
 static inline i8 dot(i8 a, i8 b) {  // of 32 bytes each, a 0 to 15 and b signed, four neighbours added
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
     return (i8)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)a, (__m256i)b);
@@ -152,6 +179,7 @@ struct Integers {
     Aligned<int16_t> values;
     Aligned<float> scales;  // [rows, chunks]
     int width, chunks;
+    float top;           // the largest integer
     const float* given;  // scales of rows that are integers already
     void fill(const int8_t* x, int r, int d, int row_of_all) {
         int16_t* row = values.data() + (int64_t)r * width;
@@ -166,24 +194,24 @@ struct Integers {
             float v[CHUNK], largest = 0, none = 0;
             for (int k = 0; k < count; k++) v[k] = get(x + at + k);
             for (int k = 0; k < count; k++) { const float size = std::fabs(v[k]); largest = size > largest ? size : largest; none += v[k] * 0; }
-            const float by = largest > 1e-30f && none == 0 ? 32767.f / largest : 0.f;
-            scales[(int64_t)r * chunks + c] = none == 0 ? largest / 32767.f : NAN;  // what is no number stays none
+            const float by = largest > 1e-30f && none == 0 ? top / largest : 0.f;
+            scales[(int64_t)r * chunks + c] = none == 0 ? largest / top : NAN;  // what is no number stays none
             for (int k = 0; k < count; k++) { const float y = v[k] * by; row[at + k] = none == 0 ? (int16_t)(int)(y + (y < 0 ? -.5f : .5f)) : 0; }
         }
         memset(row + d, 0, (width - d) * sizeof(int16_t));
     }
 };
 
-struct Int8Matrix {
+template <typename W> struct IntegerMatrix {
     typedef Integers Rows;
-    const int8_t* weight;
+    const W* weight;
     const float* scale;  // a row
-    int stride;          // bytes of a row, a multiple of 16; zeros beyond the columns
-    int64_t bytes() const { return stride; }
+    int stride;          // of a row, a multiple of 16; zeros beyond the columns
+    int64_t bytes() const { return stride * sizeof(W); }
     template <int R, int N> void tile(const Rows& x, int r0, int n0, float out[R][N]) const {
         f8 total[R][N] = {};
         const int16_t* row = x.values.data() + (int64_t)r0 * x.width;
-        const int8_t* w = weight + (int64_t)n0 * stride;
+        const W* w = weight + (int64_t)n0 * stride;
         for (int c = 0; c < x.chunks; c++) {
             const int end = (c + 1) * CHUNK < stride ? (c + 1) * CHUNK : stride;
             i8 acc[R][N] = {};
@@ -191,7 +219,7 @@ struct Int8Matrix {
                 i8 part[N];
                 for (int n = 0; n < N; n++) {
                     part[n] = wide(w + (int64_t)n * stride + k);
-                    __builtin_prefetch(w + (int64_t)(n + AHEAD * N) * stride + k);
+                    if (sizeof(W) == 1) __builtin_prefetch(w + (int64_t)(n + AHEAD * N) * stride + k);
                 }
                 for (int r = 0; r < R; r++) {
                     const i8 mine = *(const i8*)(row + (int64_t)r * x.width + k);
@@ -200,7 +228,7 @@ struct Int8Matrix {
             }
             for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) total[r][n] += floats(acc[r][n]) * x.scales[(int64_t)(r0 + r) * x.chunks + c];
         }
-        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_of(total[r][n]) * scale[n0 + n];
+        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_across(total[r][n]) * scale[n0 + n];
     }
 };
 
@@ -266,7 +294,7 @@ struct Int4Matrix {
                 }
             }
         }
-        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_of(acc[r][n] - rest[r][n]);
+        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) out[r][n] = sum_across(acc[r][n] - rest[r][n]);
     }
     static f8 scales(const bf16* p) {
         typedef unsigned short h8 __attribute__((vector_size(16), aligned(2)));
@@ -274,6 +302,44 @@ struct Int4Matrix {
         return (f8)(__builtin_convertvector(*(const h8*)p, u8) << 16);
     }
 };
+
+// ---- int4 with many rows: a stretch of the matrix becomes int16 once, with a scale a row, and activations integers of eleven bits ----
+
+static const int MIN_EXPANDED = 8;                      // rows of activations for which that pays
+static const float TOP_SCALE = 511, TOP_WIDE = 2047;    // 8 * 511 * 2047 * CHUNK is still an int32
+
+struct WideInt4Matrix {
+    typedef Integers Rows;
+    Int4Matrix of;
+    int blocks;  // scales of a row
+    int64_t bytes() const { return 4 * of.stride; }
+};
+struct Expansion {
+    Aligned<int16_t> values;
+    Aligned<float> scales;
+};
+
+template <typename M> static inline const M& ready(const M& m, int, int, Expansion&) { return m; }
+static inline IntegerMatrix<int16_t> ready(const WideInt4Matrix& m, int from, int to, Expansion& memory) {
+    const int width = 2 * m.of.stride;
+    memory.values.resize((int64_t)(to - from) * width);
+    memory.scales.resize(to - from);
+    for (int n = from; n < to; n++) {
+        const bf16* scale = m.of.scale + (int64_t)n * m.blocks;
+        int16_t* row = memory.values.data() + (int64_t)(n - from) * width;
+        float largest = 0;
+        for (int b = 0; b < m.blocks; b++) largest = get(scale + b) > largest ? get(scale + b) : largest;
+        const float by = largest > 0 ? TOP_SCALE / largest : 0.f;
+        memory.scales[n - from] = largest / TOP_SCALE;
+        for (int b = 0; b * BLOCK < width; b += 2) {
+            const uint8_t* both = m.of.weight + (int64_t)n * m.of.stride + b * (BLOCK / 2);
+            const int16_t first = (int16_t)(get(scale + b) * by + .5f), second = (int16_t)(get(scale + b + 1) * by + .5f);
+            for (int j = 0; j < BLOCK; j++) row[b * BLOCK + j] = (int16_t)(((both[j] & 15) - 8) * first);
+            for (int j = 0; j < BLOCK; j++) row[(b + 1) * BLOCK + j] = (int16_t)(((both[j] >> 4) - 8) * second);
+        }
+    }
+    return {memory.values.data() - (int64_t)from * width, memory.scales.data() - from, width};
+}
 
 // ---- products ----
 
@@ -290,49 +356,56 @@ template <int R, typename M, typename O> static void strip(const M& m, const typ
 template <typename M, typename A, typename O> static void product(const M& m, typename M::Rows& x, const A* in, int rows, int n, int d, const float* bias, O* out, int threads) {
     const int wanted = (int)(L1_BYTES / m.bytes()), size = wanted < 12 ? 12 : wanted / 12 * 12, blocks = (n + size - 1) / size;
 #pragma omp parallel if (threads > 1 && (int64_t)rows * n * d >= MIN_SHARED) num_threads(threads)
-    for (int start = 0; start < rows; start += MAX_ROWS) {
-        const int count = rows - start < MAX_ROWS ? rows - start : MAX_ROWS;
+    {
+        Expansion memory;
+        for (int start = 0; start < rows; start += MAX_ROWS) {
+            const int count = rows - start < MAX_ROWS ? rows - start : MAX_ROWS;
 #pragma omp for schedule(static)
-        for (int r = 0; r < count; r++) x.fill(in + (int64_t)(start + r) * d, r, d, start + r);
+            for (int r = 0; r < count; r++) x.fill(in + (int64_t)(start + r) * d, r, d, start + r);
 #pragma omp for schedule(static)
-        for (int b = 0; b < blocks; b++) {
-            const int from = b * size, to = from + size < n ? from + size : n;
-            O* to_rows = out + (int64_t)start * n;
-            int r = 0;
-            for (; count - r >= 6 || count - r == 4; r += 4) strip<4>(m, x, r, from, to, n, bias, to_rows);
-            for (; count - r >= 3; r += 3) strip<3>(m, x, r, from, to, n, bias, to_rows);
-            if (count - r == 2) strip<2>(m, x, r, from, to, n, bias, to_rows);
-            else if (count - r == 1) strip<1>(m, x, r, from, to, n, bias, to_rows);
+            for (int b = 0; b < blocks; b++) {
+                const int from = b * size, to = from + size < n ? from + size : n;
+                const auto& here = ready(m, from, to, memory);
+                O* to_rows = out + (int64_t)start * n;
+                int r = 0;
+                for (; count - r >= 6 || count - r == 4; r += 4) strip<4>(here, x, r, from, to, n, bias, to_rows);
+                for (; count - r >= 3; r += 3) strip<3>(here, x, r, from, to, n, bias, to_rows);
+                if (count - r == 2) strip<2>(here, x, r, from, to, n, bias, to_rows);
+                else if (count - r == 1) strip<1>(here, x, r, from, to, n, bias, to_rows);
+            }
         }
     }
 }
-
-struct Product {
-    const void *x, *weight, *scale, *row_scale;  // row_scale: of activations that are int8 already
-    const float* bias;
-    void* out;
-    int32_t activations, kind, out_type;  // float32 0, bfloat16 1, int8 2; bf16 1, int8 2, int4 3; float32 0, bfloat16 1
-    int32_t rows, n, d, threads;
-};
 
 template <typename A, typename O> static void run(const Product& p) {
     const int held = p.rows < MAX_ROWS ? p.rows : MAX_ROWS;
     const A* in = (const A*)p.x;
     O* out = (O*)p.out;
+    if (p.kind == 0) {
+        PlainFloats x;
+        x.width = (p.d + VL - 1) / VL * VL;
+        x.values.resize((int64_t)held * x.width);
+        return product(Fp32Matrix{(const float*)p.weight, p.d}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
+    }
     if (p.kind == 1) {
         Floats x;
         x.width = (p.d + PAIR - 1) / PAIR * PAIR;
         x.values.resize((int64_t)held * x.width);
         return product(Bf16Matrix{(const bf16*)p.weight, p.d}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
     }
-    if (p.kind == 2) {
+    const int int4_stride = (p.d + 2 * BLOCK - 1) / (2 * BLOCK) * BLOCK;
+    const bool expand = p.kind == 3 && p.rows >= MIN_EXPANDED;
+    if (p.kind == 2 || expand) {
         Integers x;
-        x.width = (p.d + 15) / 16 * 16;
+        x.width = expand ? 2 * int4_stride : (p.d + 15) / 16 * 16;
         x.chunks = (p.d + CHUNK - 1) / CHUNK;
+        x.top = expand ? TOP_WIDE : 32767.f;
         x.given = (const float*)p.row_scale;
         x.values.resize((int64_t)held * x.width);
         x.scales.resize((int64_t)held * x.chunks);
-        return product(Int8Matrix{(const int8_t*)p.weight, (const float*)p.scale, x.width}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
+        if (p.kind == 2) return product(IntegerMatrix<int8_t>{(const int8_t*)p.weight, (const float*)p.scale, x.width}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
+        const WideInt4Matrix matrix{{(const uint8_t*)p.weight, (const bf16*)p.scale, int4_stride}, x.chunks * (CHUNK / BLOCK)};
+        return product(matrix, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
     }
     Bytes x;
     x.width = (p.d + CHUNK - 1) / CHUNK * CHUNK;
@@ -340,8 +413,7 @@ template <typename A, typename O> static void run(const Product& p) {
     x.values.resize((int64_t)held * x.width);
     x.scales.resize((int64_t)held * x.blocks);
     x.sums.resize((int64_t)held * x.blocks);
-    const int stride = (p.d + 2 * BLOCK - 1) / (2 * BLOCK) * BLOCK;
-    product(Int4Matrix{(const uint8_t*)p.weight, (const bf16*)p.scale, stride}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
+    product(Int4Matrix{(const uint8_t*)p.weight, (const bf16*)p.scale, int4_stride}, x, in, p.rows, p.n, p.d, p.bias, out, p.threads);
 }
 
 extern "C" void gristmill_product(const Product* p) {
