@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 
 TASKS = ("sft", "dpo", "reward")
-BATCH = 8  # conversations or pairs a step
+BATCH = 8  # conversations or pairs a step, unless --batch says otherwise
 MAX_TOKENS = 1024
-PACKED_ROWS = 2  # of MAX_TOKENS: about as many tokens as 8 conversations
 LEARNING_RATE, BETA, CLIP = 2e-5, 0.1, 1.0
 
 
@@ -115,7 +114,7 @@ def _our_model(shape: Shape) -> Any:
     return Transformer(ModelConfig(shape.family, shape.vocab_size, shape.hidden_size, blocks, **kwargs))
 
 
-def prepare(shape: Shape, folder: Path, steps: int, seed: int) -> None:
+def prepare(shape: Shape, folder: Path, num: int, *, seed: int) -> None:
     """Write the data, the model as a Hugging Face folder, and our logits of a packed batch."""
     import torch
     from safetensors.torch import save_file
@@ -124,10 +123,10 @@ def prepare(shape: Shape, folder: Path, steps: int, seed: int) -> None:
     from gristmill.model.hf_config import to_hf
     from gristmill.model.packed import PackedShape
 
-    conversations = make_conversations(steps * BATCH, seed, shape.vocab_size)
+    conversations = make_conversations(num, seed, shape.vocab_size)
     (folder / "sft.json").write_text(json.dumps(conversations))
     for task in ("dpo", "reward"):
-        (folder / f"{task}.json").write_text(json.dumps(make_pairs(steps * BATCH, seed, shape.vocab_size)))
+        (folder / f"{task}.json").write_text(json.dumps(make_pairs(num, seed, shape.vocab_size)))
     model = _our_model(shape)
     save_file({name: tensor.clone() for name, tensor in hf_tensors(model).items()}, folder / "model.safetensors", {"format": "pt"})
     special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "dtype": "float32"}
@@ -138,7 +137,7 @@ def prepare(shape: Shape, folder: Path, steps: int, seed: int) -> None:
     np.save(folder / "logits.npy", logits_TV.numpy())
 
 
-def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], precision: str) -> dict[str, Any]:
+def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], *, batch: int, precision: str) -> dict[str, Any]:
     """``gristmill.train.trainer.train``, as it is, on our kind of samples."""
     from gristmill.model.reward import RewardModel
     from gristmill.train.batches import PairSample, RatedSample, Sample
@@ -152,7 +151,7 @@ def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], precisi
 
     model = _our_model(shape)
     result: dict[str, Any] = {"imports_rss_mib": peak_rss_mib()}
-    batch_size, objective, samples = BATCH, sft_objective, []
+    batch_size, objective, samples = batch, sft_objective, []
     if task == "sft":
         samples = [Sample(row["ids"], row["mask"]) for row in rows]
     elif task == "dpo":
@@ -162,7 +161,7 @@ def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], precisi
         result["reference_cpu_seconds"] = round(time.process_time() - start, 3)
         objective = PreferenceObjective("dpo", beta=BETA)
     else:
-        model, objective, batch_size = RewardModel(model), reward_objective, 2 * BATCH
+        model, objective, batch_size = RewardModel(model), reward_objective, 2 * batch
         for number, row in enumerate(rows):
             for name in ("chosen", "rejected"):
                 ids = row["prompt"] + row[name]
@@ -250,7 +249,7 @@ def _tokenizer(shape: Shape) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, **names)
 
 
-def _trl_trainer(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Path, precision: str) -> Any:
+def _trl_trainer(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Path, batch: int, precision: str) -> Any:
     import torch
     import transformers
     import trl
@@ -258,7 +257,8 @@ def _trl_trainer(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder:
 
     common: dict[str, Any] = {
         "output_dir": str(folder / "trl"),
-        "per_device_train_batch_size": PACKED_ROWS if task == "sft" else BATCH,
+        # rows of MAX_TOKENS: two hold about as many tokens as 8 conversations
+        "per_device_train_batch_size": max(1, batch // 4) if task == "sft" else batch,
         "num_train_epochs": 1,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
@@ -309,7 +309,7 @@ def _tokens_of(task: str, dataset: Any) -> int:
     return sum(len(ids) for name in names[task] for ids in dataset[name])
 
 
-def train_trl(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Path, precision: str) -> dict[str, Any]:
+def train_trl(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Path, batch: int, precision: str) -> dict[str, Any]:
     """TRL's trainer of the task. Its constructor packs, tokenizes and computes the reference; it is not timed with the steps."""
     import datasets
     from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401 (imported on first use, which is to be no part of a figure)
@@ -325,7 +325,7 @@ def train_trl(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Pa
         return rows_with_reference
 
     DPOTrainer._precompute_ref_logps = timed
-    trainer = _trl_trainer(shape, task, rows, folder=folder, precision=precision)
+    trainer = _trl_trainer(shape, task, rows, folder=folder, batch=batch, precision=precision)
     seen, meant = _tokens_of(task, trainer.train_dataset), count_tokens(task, rows)
     if seen != meant:
         sys.exit(f"TRL was given {meant} tokens and trains on {seen}: the comparison is void.")
@@ -378,7 +378,7 @@ def peak_rss_mib() -> int:
     raise RuntimeError("this kernel does not report VmHWM")
 
 
-def measure(shape: Shape, trainer: str, task: str, *, folder: Path, precision: str) -> dict[str, Any]:
+def measure(shape: Shape, trainer: str, task: str, *, folder: Path, batch: int, precision: str) -> dict[str, Any]:
     import torch
     import torch._dynamo  # brought in by the first optimizer, or by TRL's own imports: a second that belongs to no step
 
@@ -387,9 +387,9 @@ def measure(shape: Shape, trainer: str, task: str, *, folder: Path, precision: s
     rows = json.loads((folder / f"{task}.json").read_text())
     tokens = count_tokens(task, rows)
     if trainer == "gristmill":
-        result = train_gristmill(shape, task, rows, precision)
+        result = train_gristmill(shape, task, rows, batch=batch, precision=precision)
     else:
-        result = train_trl(shape, task, rows, folder=folder, precision=precision)
+        result = train_trl(shape, task, rows, folder=folder, batch=batch, precision=precision)
     losses = result.pop("losses")
     work = {"sft": "assistant turns", "dpo": "pairs"}.get(task, "five ratings of both answers" if trainer == "gristmill" else "pairs")
     return {
@@ -426,14 +426,14 @@ def _child(python: str, folder: Path, *job: str) -> dict[str, Any]:
 def _run_job(options: argparse.Namespace) -> None:
     job, shape, folder = options.job, SHAPES[options.shape], options.folder
     if job[0] == "prepare":
-        prepare(shape, folder, options.steps, options.seed)
+        prepare(shape, folder, options.steps * options.batch, seed=options.seed)
         answer: dict[str, Any] = {"precision": options.precision or _fastest_precision()}
     elif job[0] == "check":
         answer = check_weights(shape, folder)
     elif job[0] == "versions":
         answer = {name: metadata.version(name) for name in PACKAGES[job[1]]}
     else:
-        answer = measure(shape, *job, folder=folder, precision=options.precision)
+        answer = measure(shape, *job, folder=folder, batch=options.batch, precision=options.precision)
     print(json.dumps(answer))
 
 
@@ -484,7 +484,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--shape", choices=SHAPES, default="8m", help="size of the model")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of both sides (default: the faster one on this CPU)")
-    parser.add_argument("--steps", type=int, default=2, help=f"optimizer steps, {BATCH} conversations or pairs each")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a repeat")
+    parser.add_argument("--batch", type=int, default=BATCH, help="conversations or pairs a step")
     parser.add_argument("--repeats", type=int, default=1, help="each with other data")
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL (default: this one)")
@@ -505,10 +506,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, results = Path(name), []
         for repeat in range(options.repeats):
-            given = ["--shape", options.shape, *(["--precision", options.precision] if options.precision else [])]
+            given = ["--shape", options.shape, "--batch", str(options.batch)]
             wanted = ["--steps", str(options.steps), "--seed", str(repeat), *given]
+            wanted += ["--precision", options.precision] if options.precision else []
             options.precision = _child(sys.executable, folder, "prepare", *wanted)["precision"]
-            given = ["--shape", options.shape, "--precision", options.precision]
+            given += ["--precision", options.precision]
             check = _child(options.trl_python, folder, "check", *given)
             print(json.dumps(check), flush=True)
             if not check["same"]:
@@ -518,7 +520,7 @@ def main() -> None:
                     results.append(_child(python[trainer], folder, trainer, task, *given))
                     print(json.dumps(results[-1]), flush=True)
         versions = {trainer: _child(python[trainer], folder, "versions", trainer) for trainer in python}
-    chosen = {"shape": options.shape, "precision": options.precision, "steps": options.steps, "repeats": options.repeats}
+    chosen = {name: getattr(options, name) for name in ("shape", "precision", "steps", "batch", "repeats")}
     print(json.dumps({"summary": chosen | {"versions": versions, "tasks": summarize(SHAPES[options.shape], results)}}))
 
 
