@@ -1,7 +1,7 @@
 """Training speed and memory beside TRL: SFT, DPO and reward models on one CPU thread.
 
     PYTHONPATH=src python bench/train.py --trl-python TRL_VENV/bin/python --steps 3 --repeats 3
-    PYTHONPATH=src python bench/train.py --trl-python TRL_VENV/bin/python --shape 135m --repeats 3
+    PYTHONPATH=src python bench/train.py --trl-python TRL_VENV/bin/python --shape 135m
     PYTHONPATH=src python bench/train.py --shape 135m --profile
 
 One model with the same weights is trained by both on the same conversations and pairs. Every measurement is a process of its own and
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 TASKS = ("sft", "dpo", "reward")
-BATCH = 8  # conversations or pairs a step, unless --batch says otherwise
+CHECKED = 8  # conversations whose logits are compared, at most
 MAX_TOKENS = 1024
 LEARNING_RATE, BETA, CLIP = 2e-5, 0.1, 1.0
 
@@ -40,6 +40,8 @@ class Shape:
     layers: tuple[int, int, int, int, int]  # layers, heads, key-value heads, head size, ffn size
     targets: dict[str, float]
     max_memory: float
+    steps: int  # of a repeat, unless --steps says otherwise
+    batch: int  # conversations or pairs a step, unless --batch says otherwise
 
     @property
     def causal(self) -> str:
@@ -48,8 +50,8 @@ class Shape:
 
 
 SHAPES = {
-    "8m": Shape("nemotron", 4096, 256, (8, 4, 2, 64, 1024), {"sft": 2.0, "dpo": 4.0, "reward": 3.0}, 1.0),
-    "135m": Shape("llama", 49152, 576, (30, 9, 3, 64, 1536), {"sft": 2.6, "dpo": 4.0, "reward": 3.0}, 0.6),  # that of SmolLM2-135M
+    "8m": Shape("nemotron", 4096, 256, (8, 4, 2, 64, 1024), {"sft": 2.0, "dpo": 4.0, "reward": 3.0}, 1.0, 2, 8),
+    "135m": Shape("llama", 49152, 576, (30, 9, 3, 64, 1536), {"sft": 2.6, "dpo": 4.0, "reward": 3.0}, 0.6, 1, 2),  # SmolLM2-135M's
 }
 PAD, BOS, EOS, USER, ASSISTANT, END_OF_TURN = range(6)
 FIRST_WORD = 16
@@ -131,7 +133,7 @@ def prepare(shape: Shape, folder: Path, num: int, *, seed: int) -> None:
     save_file({name: tensor.clone() for name, tensor in hf_tensors(model).items()}, folder / "model.safetensors", {"format": "pt"})
     special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(to_hf(model.config) | special))
-    documents = [row["ids"] for row in conversations[:BATCH]]
+    documents = [row["ids"] for row in conversations[:CHECKED]]
     with torch.no_grad():
         logits_TV = model(torch.tensor(sum(documents, [])), PackedShape.from_lengths([len(ids) for ids in documents]))
     np.save(folder / "logits.npy", logits_TV.numpy())
@@ -175,8 +177,15 @@ def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], *, batc
     return result | timer.read() | {"losses": losses}
 
 
-# Operations by the part of a step that they belong to; all others are norms, rotations, activations, softmax, sums and copies.
-PARTS = {"products": r"^aten::(addmm_?|mm|bmm)$", "attention": r"attention|attend|Pad|Unpad", "optimizer": r"adam|clip|norm\.default"}
+# Operations by the part of a step that they belong to; all others are sums, copies and gathers.
+PARTS = {
+    "products": r"^aten::(addmm_?|mm|bmm|linear)$",
+    "attention": r"attention|attend|Pad",
+    "norms": r"_AddNorm|rms_norm|layer_norm",
+    "activations": r"_Activation|_GatedDown|silu|gelu",
+    "loss": r"_CrossEntropySum|softmax",
+    "optimizer": r"adam|clip|norm\.default|_foreach",
+}
 
 
 def profile_step(shape: Shape, precision: str) -> dict[str, Any]:
@@ -191,9 +200,9 @@ def profile_step(shape: Shape, precision: str) -> dict[str, Any]:
     from gristmill.train.trainer import Trainer, TrainSettings
 
     torch.set_num_threads(1)
-    conversations = sorted(make_conversations(BATCH, 0, shape.vocab_size), key=lambda row: len(row["ids"]))
+    conversations = sorted(make_conversations(8, 0, shape.vocab_size), key=lambda row: len(row["ids"]))
     samples = [Sample(row["ids"], row["mask"]) for row in conversations[:4]]
-    settings = TrainSettings(lr=LEARNING_RATE, schedule="constant", steps=9, batch_size=BATCH, clip=CLIP, precision=precision)
+    settings = TrainSettings(lr=LEARNING_RATE, schedule="constant", steps=9, batch_size=4, clip=CLIP, precision=precision)
     trainer = Trainer(_our_model(shape), sft_objective, settings)
     trainer.step(samples)  # the optimizer's states come into being
     started = time.process_time()
@@ -202,7 +211,7 @@ def profile_step(shape: Shape, precision: str) -> dict[str, Any]:
         total = time.process_time() - started
     seconds = dict.fromkeys((*PARTS, "others"), 0.0)
     for event in found.key_averages():
-        part = next((name for name, pattern in PARTS.items() if re.search(pattern, event.key)), "others")
+        part = next((name for name, pattern in PARTS.items() if re.search(pattern, event.key, re.IGNORECASE)), "others")
         seconds[part] += event.self_cpu_time_total
     # the profiler's times are those of a clock on the wall: the step's CPU seconds are shared out by them
     seconds = {name: value * total / sum(seconds.values()) for name, value in seconds.items()}
@@ -341,7 +350,7 @@ def check_weights(shape: Shape, folder: Path) -> dict[str, Any]:
     import transformers
 
     model = getattr(transformers, shape.causal).from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    documents = [row["ids"] for row in json.loads((folder / "sft.json").read_text())[:BATCH]]
+    documents = [row["ids"] for row in json.loads((folder / "sft.json").read_text())[:CHECKED]]
     with torch.no_grad():
         theirs_TV = torch.cat([model(torch.tensor([ids])).logits[0] for ids in documents]).numpy()
     ours_TV = np.load(folder / "logits.npy")
@@ -484,8 +493,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--shape", choices=SHAPES, default="8m", help="size of the model")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of both sides (default: the faster one on this CPU)")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a repeat")
-    parser.add_argument("--batch", type=int, default=BATCH, help="conversations or pairs a step")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a repeat (default: 2, of the large shape 1)")
+    parser.add_argument("--batch", type=int, help="conversations or pairs a step (default: 8, of the large shape 2)")
     parser.add_argument("--repeats", type=int, default=1, help="each with other data")
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL (default: this one)")
@@ -494,6 +503,7 @@ def main() -> None:
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.steps, options.batch = options.steps or SHAPES[options.shape].steps, options.batch or SHAPES[options.shape].batch
     if options.job:
         return _run_job(options)
     if options.profile:

@@ -75,6 +75,20 @@ def test_where_gradients_and_states_lie_changes_nothing(
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
+@pytest.mark.parametrize(("precision", "threads"), [("fp32", 1), ("bf16", 1), ("fp32", 2)])
+def test_batches_in_fp32_of_a_single_worker_are_not_filled_up(make_model: Make, precision: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    extra: list[int] = []
+
+    def look(model: Transformer, batch: TokenBatch) -> LossOutput:
+        extra.append(len(batch.ids_T) - batch.num_tokens)
+        return next_token_objective(model, batch)
+
+    samples = [Sample([3] * 97, [True] * 97)] * 2
+    Trainer(make_model(), look, replace(ONE_STEP, batch_size=2, micro_batch_tokens=194, precision=precision)).fit(samples, samples)
+    assert all(extra) == any(extra) == (precision == "bf16" or threads == 2)
+
+
 def test_a_large_model_gives_holes_back_before_each_loss(
     make_model: Make, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,6 +29,7 @@ from gristmill.train.batches import (
     BatchPlan,
     DataItem,
     collate,
+    fills,
     fingerprint_samples,
     group_rated,
     split_micro_batches,
@@ -149,6 +151,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         check_dtype(self.device, PRECISIONS[settings.precision])
         self.num_workers = num_workers(model)
+        self._fills = fills(self.device, settings.precision, self.num_workers)
         # Holes between activations count as memory that is held. They go back where it is scarce, before the loss, and nowhere else: new
         # pages took 6 % of a step's time.
         self._trims_heap = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) >= MAX_THREADED_PARAMETERS
@@ -163,7 +166,7 @@ class Trainer:
         self.result = TrainResult(0, 0, 0.0, {}, [], [])
         self._best: dict[str, Tensor] = {}
         self._best_loss = math.inf
-        self._places: dict[nn.Parameter, Tensor] = {}  # of gradients, outside the heap
+        self._places: dict[Tensor, Tensor] = {}  # of gradients, outside the heap
         self._map: Map | None = None
 
     def fit(self, data: Sequence[AnySample] | SampleData, validation: Sequence[AnySample] | SampleData = ()) -> TrainResult:
@@ -354,7 +357,7 @@ class Trainer:
         max_tokens = self.micro_batch_tokens
         items = group_rated(cast(Sequence[AnySample | DataItem], samples), len(samples), max_tokens)
         check_vocabulary(self.model, items)
-        return self._map(lambda group: collate(group, self.device), split_micro_batches(items, max_tokens, self.num_workers))
+        return self._map(partial(collate, device=self.device, fill=self._fills), split_micro_batches(items, max_tokens, self.num_workers))
 
     def _backward(self, batches: Sequence[Batch], count: int) -> Iterator[LossOutput]:
         """Add the gradients of all micro-batches, in their order. Each worker makes its own: there is only one `.grad` to add to."""
@@ -387,7 +390,7 @@ class Trainer:
             self._places = dict(zip(self.optimizer.parameters, zeros_outside_heap(self.optimizer.parameters), strict=True))
 
         def move(parameter: Tensor) -> None:
-            place = self._places[cast(nn.Parameter, parameter)]
+            place = self._places[parameter]
             if parameter.grad is not None and parameter.grad is not place:
                 parameter.grad = place.copy_(parameter.grad)
 
@@ -406,7 +409,8 @@ class Trainer:
         self.model.eval()
         totals = _MetricSums()
         groups = split_micro_batches([data[index] for index in range(len(data))], self.micro_batch_tokens, self.num_workers)
-        for output in self._map(torch.no_grad()(lambda group: self.objective(self.model, collate(group, self.device))), groups):
+        batch_of = partial(collate, device=self.device, fill=self._fills)
+        for output in self._map(torch.no_grad()(lambda group: self.objective(self.model, batch_of(group))), groups):
             totals.add(output)
         self.model.train()
         loss = totals.means()["loss"]
