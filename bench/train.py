@@ -139,7 +139,7 @@ def prepare(shape: Shape, folder: Path, num: int, *, seed: int) -> None:
     np.save(folder / "logits.npy", logits_TV.numpy())
 
 
-def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], *, batch: int, precision: str) -> dict[str, Any]:
+def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], *, batch: int, warm: bool, precision: str) -> dict[str, Any]:
     """``gristmill.train.trainer.train``, as it is, on our kind of samples."""
     from gristmill.model.reward import RewardModel
     from gristmill.train.batches import PairSample, RatedSample, Sample
@@ -169,11 +169,17 @@ def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], *, batc
                 ids = row["prompt"] + row[name]
                 samples.append(RatedSample(ids, len(ids) - 1, row[f"{name}_ratings"], prompt=str(number)))
     settings = TrainSettings(
-        lr=LEARNING_RATE, schedule="constant", epochs=1, batch_size=batch_size, weight_decay=0.0, clip=CLIP, precision=precision
+        lr=LEARNING_RATE, schedule="constant", epochs=1 + warm, batch_size=batch_size, weight_decay=0.0, clip=CLIP, precision=precision
     )
     losses: list[float] = []
+
+    def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
+        losses.append(metrics["loss"])
+        if warm and 2 * step == total:
+            timer.restart()
+
     timer = Timer()
-    Trainer(model, objective, settings, on_step=lambda step, total, metrics: losses.append(metrics["loss"])).fit(samples)
+    Trainer(model, objective, settings, on_step=on_step).fit(samples)
     return result | timer.read() | {"losses": losses}
 
 
@@ -258,7 +264,7 @@ def _tokenizer(shape: Shape) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, **names)
 
 
-def _trl_trainer(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Path, batch: int, precision: str) -> Any:
+def _trl_trainer(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Path, batch: int, warm: bool, precision: str) -> Any:
     import torch
     import transformers
     import trl
@@ -268,7 +274,7 @@ def _trl_trainer(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder:
         "output_dir": str(folder / "trl"),
         # rows of MAX_TOKENS: two hold about as many tokens as 8 conversations
         "per_device_train_batch_size": max(1, batch // 4) if task == "sft" else batch,
-        "num_train_epochs": 1,
+        "num_train_epochs": 1 + warm,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
@@ -318,9 +324,12 @@ def _tokens_of(task: str, dataset: Any) -> int:
     return sum(len(ids) for name in names[task] for ids in dataset[name])
 
 
-def train_trl(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Path, batch: int, precision: str) -> dict[str, Any]:
+def train_trl(
+    shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Path, batch: int, warm: bool, precision: str
+) -> dict[str, Any]:
     """TRL's trainer of the task. Its constructor packs, tokenizes and computes the reference; it is not timed with the steps."""
     import datasets
+    from transformers import TrainerCallback
     from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401 (imported on first use, which is to be no part of a figure)
 
     datasets.disable_progress_bars()
@@ -334,10 +343,17 @@ def train_trl(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Pa
         return rows_with_reference
 
     DPOTrainer._precompute_ref_logps = timed
-    trainer = _trl_trainer(shape, task, rows, folder=folder, batch=batch, precision=precision)
+    trainer = _trl_trainer(shape, task, rows, folder=folder, batch=batch, warm=warm, precision=precision)
     seen, meant = _tokens_of(task, trainer.train_dataset), count_tokens(task, rows)
     if seen != meant:
         sys.exit(f"TRL was given {meant} tokens and trains on {seen}: the comparison is void.")
+
+    class WarmUp(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if warm and round(state.epoch) == 1:
+                timer.restart()
+
+    trainer.add_callback(WarmUp())
     timer = Timer()
     trainer.train()
     seconds = timer.read()
@@ -369,9 +385,12 @@ def check_weights(shape: Shape, folder: Path) -> dict[str, Any]:
 
 
 class Timer:
-    """CPU (user and system) and wall seconds since it was made."""
+    """CPU (user and system) and wall seconds since it was made or restarted."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
@@ -387,7 +406,7 @@ def peak_rss_mib() -> int:
     raise RuntimeError("this kernel does not report VmHWM")
 
 
-def measure(shape: Shape, trainer: str, task: str, *, folder: Path, batch: int, precision: str) -> dict[str, Any]:
+def measure(shape: Shape, trainer: str, task: str, *, folder: Path, batch: int, warm: bool, precision: str) -> dict[str, Any]:
     import torch
     import torch._dynamo  # brought in by the first optimizer, or by TRL's own imports: a second that belongs to no step
 
@@ -396,9 +415,9 @@ def measure(shape: Shape, trainer: str, task: str, *, folder: Path, batch: int, 
     rows = json.loads((folder / f"{task}.json").read_text())
     tokens = count_tokens(task, rows)
     if trainer == "gristmill":
-        result = train_gristmill(shape, task, rows, batch=batch, precision=precision)
+        result = train_gristmill(shape, task, rows, batch=batch, warm=warm, precision=precision)
     else:
-        result = train_trl(shape, task, rows, folder=folder, batch=batch, precision=precision)
+        result = train_trl(shape, task, rows, folder=folder, batch=batch, warm=warm, precision=precision)
     losses = result.pop("losses")
     work = {"sft": "assistant turns", "dpo": "pairs"}.get(task, "five ratings of both answers" if trainer == "gristmill" else "pairs")
     return {
@@ -442,7 +461,7 @@ def _run_job(options: argparse.Namespace) -> None:
     elif job[0] == "versions":
         answer = {name: metadata.version(name) for name in PACKAGES[job[1]]}
     else:
-        answer = measure(shape, *job, folder=folder, batch=options.batch, precision=options.precision)
+        answer = measure(shape, *job, folder=folder, batch=options.batch, warm=options.warm, precision=options.precision)
     print(json.dumps(answer))
 
 
@@ -495,6 +514,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of both sides (default: the faster one on this CPU)")
     parser.add_argument("--steps", type=int, help="optimizer steps of a repeat (default: 2, of the large shape 1)")
     parser.add_argument("--batch", type=int, help="conversations or pairs a step (default: 8, of the large shape 2)")
+    parser.add_argument("--warm", action="store_true", help="train on the data twice and count the second pass alone")
     parser.add_argument("--repeats", type=int, default=1, help="each with other data")
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL (default: this one)")
@@ -516,7 +536,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, results = Path(name), []
         for repeat in range(options.repeats):
-            given = ["--shape", options.shape, "--batch", str(options.batch)]
+            given = ["--shape", options.shape, "--batch", str(options.batch), *(["--warm"] if options.warm else [])]
             wanted = ["--steps", str(options.steps), "--seed", str(repeat), *given]
             wanted += ["--precision", options.precision] if options.precision else []
             options.precision = _child(sys.executable, folder, "prepare", *wanted)["precision"]
@@ -530,7 +550,7 @@ def main() -> None:
                     results.append(_child(python[trainer], folder, trainer, task, *given))
                     print(json.dumps(results[-1]), flush=True)
         versions = {trainer: _child(python[trainer], folder, "versions", trainer) for trainer in python}
-    chosen = {name: getattr(options, name) for name in ("shape", "precision", "steps", "batch", "repeats")}
+    chosen = {name: getattr(options, name) for name in ("shape", "precision", "steps", "batch", "warm", "repeats")}
     print(json.dumps({"summary": chosen | {"versions": versions, "tasks": summarize(SHAPES[options.shape], results)}}))
 
 
