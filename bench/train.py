@@ -1,7 +1,7 @@
 """Training speed and memory beside TRL: SFT, DPO and reward models on one CPU thread.
 
     PYTHONPATH=src python bench/train.py --trl-python TRL_VENV/bin/python --steps 3 --repeats 3
-    PYTHONPATH=src python bench/train.py --trl-python TRL_VENV/bin/python --shape 135m --repeats 3
+    PYTHONPATH=src python bench/train.py --trl-python TRL_VENV/bin/python --shape 135m
     PYTHONPATH=src python bench/train.py --shape 135m --profile
 
 One model with the same weights is trained by both on the same conversations and pairs. Every measurement is a process of its own and
@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 
 TASKS = ("sft", "dpo", "reward")
-BATCH = 8  # conversations or pairs a step
+CHECKED = 8  # conversations whose logits are compared, at most
 MAX_TOKENS = 1024
-PACKED_ROWS = 2  # of MAX_TOKENS: about as many tokens as 8 conversations
 LEARNING_RATE, BETA, CLIP = 2e-5, 0.1, 1.0
 
 
@@ -41,6 +40,8 @@ class Shape:
     layers: tuple[int, int, int, int, int]  # layers, heads, key-value heads, head size, ffn size
     targets: dict[str, float]
     max_memory: float
+    steps: int  # of a repeat, unless --steps says otherwise
+    batch: int  # conversations or pairs a step, unless --batch says otherwise
 
     @property
     def causal(self) -> str:
@@ -49,8 +50,8 @@ class Shape:
 
 
 SHAPES = {
-    "8m": Shape("nemotron", 4096, 256, (8, 4, 2, 64, 1024), {"sft": 2.0, "dpo": 4.0, "reward": 3.0}, 1.0),
-    "135m": Shape("llama", 49152, 576, (30, 9, 3, 64, 1536), {"sft": 2.6, "dpo": 4.0, "reward": 3.0}, 0.6),  # that of SmolLM2-135M
+    "8m": Shape("nemotron", 4096, 256, (8, 4, 2, 64, 1024), {"sft": 2.0, "dpo": 4.0, "reward": 3.0}, 1.0, 2, 8),
+    "135m": Shape("llama", 49152, 576, (30, 9, 3, 64, 1536), {"sft": 2.6, "dpo": 4.0, "reward": 3.0}, 0.6, 1, 2),  # SmolLM2-135M's
 }
 PAD, BOS, EOS, USER, ASSISTANT, END_OF_TURN = range(6)
 FIRST_WORD = 16
@@ -115,7 +116,7 @@ def _our_model(shape: Shape) -> Any:
     return Transformer(ModelConfig(shape.family, shape.vocab_size, shape.hidden_size, blocks, **kwargs))
 
 
-def prepare(shape: Shape, folder: Path, steps: int, seed: int) -> None:
+def prepare(shape: Shape, folder: Path, num: int, *, seed: int) -> None:
     """Write the data, the model as a Hugging Face folder, and our logits of a packed batch."""
     import torch
     from safetensors.torch import save_file
@@ -124,21 +125,21 @@ def prepare(shape: Shape, folder: Path, steps: int, seed: int) -> None:
     from gristmill.model.hf_config import to_hf
     from gristmill.model.packed import PackedShape
 
-    conversations = make_conversations(steps * BATCH, seed, shape.vocab_size)
+    conversations = make_conversations(num, seed, shape.vocab_size)
     (folder / "sft.json").write_text(json.dumps(conversations))
     for task in ("dpo", "reward"):
-        (folder / f"{task}.json").write_text(json.dumps(make_pairs(steps * BATCH, seed, shape.vocab_size)))
+        (folder / f"{task}.json").write_text(json.dumps(make_pairs(num, seed, shape.vocab_size)))
     model = _our_model(shape)
     save_file({name: tensor.clone() for name, tensor in hf_tensors(model).items()}, folder / "model.safetensors", {"format": "pt"})
     special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(to_hf(model.config) | special))
-    documents = [row["ids"] for row in conversations[:BATCH]]
+    documents = [row["ids"] for row in conversations[:CHECKED]]
     with torch.no_grad():
         logits_TV = model(torch.tensor(sum(documents, [])), PackedShape.from_lengths([len(ids) for ids in documents]))
     np.save(folder / "logits.npy", logits_TV.numpy())
 
 
-def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], precision: str) -> dict[str, Any]:
+def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], *, batch: int, warm: bool, precision: str) -> dict[str, Any]:
     """``gristmill.train.trainer.train``, as it is, on our kind of samples."""
     from gristmill.model.reward import RewardModel
     from gristmill.train.batches import PairSample, RatedSample, Sample
@@ -152,7 +153,7 @@ def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], precisi
 
     model = _our_model(shape)
     result: dict[str, Any] = {"imports_rss_mib": peak_rss_mib()}
-    batch_size, objective, samples = BATCH, sft_objective, []
+    batch_size, objective, samples = batch, sft_objective, []
     if task == "sft":
         samples = [Sample(row["ids"], row["mask"]) for row in rows]
     elif task == "dpo":
@@ -162,22 +163,35 @@ def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], precisi
         result["reference_cpu_seconds"] = round(time.process_time() - start, 3)
         objective = PreferenceObjective("dpo", beta=BETA)
     else:
-        model, objective, batch_size = RewardModel(model), reward_objective, 2 * BATCH
+        model, objective, batch_size = RewardModel(model), reward_objective, 2 * batch
         for number, row in enumerate(rows):
             for name in ("chosen", "rejected"):
                 ids = row["prompt"] + row[name]
                 samples.append(RatedSample(ids, len(ids) - 1, row[f"{name}_ratings"], prompt=str(number)))
     settings = TrainSettings(
-        lr=LEARNING_RATE, schedule="constant", epochs=1, batch_size=batch_size, weight_decay=0.0, clip=CLIP, precision=precision
+        lr=LEARNING_RATE, schedule="constant", epochs=1 + warm, batch_size=batch_size, weight_decay=0.0, clip=CLIP, precision=precision
     )
     losses: list[float] = []
+
+    def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
+        losses.append(metrics["loss"])
+        if warm and 2 * step == total:
+            timer.restart()
+
     timer = Timer()
-    Trainer(model, objective, settings, on_step=lambda step, total, metrics: losses.append(metrics["loss"])).fit(samples)
+    Trainer(model, objective, settings, on_step=on_step).fit(samples)
     return result | timer.read() | {"losses": losses}
 
 
-# Operations by the part of a step that they belong to; all others are norms, rotations, activations, softmax, sums and copies.
-PARTS = {"products": r"^aten::(addmm_?|mm|bmm)$", "attention": r"attention|attend|Pad|Unpad", "optimizer": r"adam|clip|norm\.default"}
+# Operations by the part of a step that they belong to; all others are sums, copies and gathers.
+PARTS = {
+    "products": r"^aten::(addmm_?|mm|bmm|linear)$",
+    "attention": r"attention|attend|Pad",
+    "norms": r"_AddNorm|rms_norm|layer_norm",
+    "activations": r"_Activation|_GatedDown|silu|gelu",
+    "loss": r"_CrossEntropySum|softmax",
+    "optimizer": r"adam|clip|norm\.default|_foreach",
+}
 
 
 def profile_step(shape: Shape, precision: str) -> dict[str, Any]:
@@ -192,9 +206,9 @@ def profile_step(shape: Shape, precision: str) -> dict[str, Any]:
     from gristmill.train.trainer import Trainer, TrainSettings
 
     torch.set_num_threads(1)
-    conversations = sorted(make_conversations(BATCH, 0, shape.vocab_size), key=lambda row: len(row["ids"]))
+    conversations = sorted(make_conversations(8, 0, shape.vocab_size), key=lambda row: len(row["ids"]))
     samples = [Sample(row["ids"], row["mask"]) for row in conversations[:4]]
-    settings = TrainSettings(lr=LEARNING_RATE, schedule="constant", steps=9, batch_size=BATCH, clip=CLIP, precision=precision)
+    settings = TrainSettings(lr=LEARNING_RATE, schedule="constant", steps=9, batch_size=4, clip=CLIP, precision=precision)
     trainer = Trainer(_our_model(shape), sft_objective, settings)
     trainer.step(samples)  # the optimizer's states come into being
     started = time.process_time()
@@ -203,7 +217,7 @@ def profile_step(shape: Shape, precision: str) -> dict[str, Any]:
         total = time.process_time() - started
     seconds = dict.fromkeys((*PARTS, "others"), 0.0)
     for event in found.key_averages():
-        part = next((name for name, pattern in PARTS.items() if re.search(pattern, event.key)), "others")
+        part = next((name for name, pattern in PARTS.items() if re.search(pattern, event.key, re.IGNORECASE)), "others")
         seconds[part] += event.self_cpu_time_total
     # the profiler's times are those of a clock on the wall: the step's CPU seconds are shared out by them
     seconds = {name: value * total / sum(seconds.values()) for name, value in seconds.items()}
@@ -250,7 +264,7 @@ def _tokenizer(shape: Shape) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, **names)
 
 
-def _trl_trainer(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Path, precision: str) -> Any:
+def _trl_trainer(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Path, batch: int, warm: bool, precision: str) -> Any:
     import torch
     import transformers
     import trl
@@ -258,8 +272,9 @@ def _trl_trainer(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder:
 
     common: dict[str, Any] = {
         "output_dir": str(folder / "trl"),
-        "per_device_train_batch_size": PACKED_ROWS if task == "sft" else BATCH,
-        "num_train_epochs": 1,
+        # rows of MAX_TOKENS: two hold about as many tokens as 8 conversations
+        "per_device_train_batch_size": max(1, batch // 4) if task == "sft" else batch,
+        "num_train_epochs": 1 + warm,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
@@ -309,9 +324,12 @@ def _tokens_of(task: str, dataset: Any) -> int:
     return sum(len(ids) for name in names[task] for ids in dataset[name])
 
 
-def train_trl(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Path, precision: str) -> dict[str, Any]:
+def train_trl(
+    shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Path, batch: int, warm: bool, precision: str
+) -> dict[str, Any]:
     """TRL's trainer of the task. Its constructor packs, tokenizes and computes the reference; it is not timed with the steps."""
     import datasets
+    from transformers import TrainerCallback
     from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401 (imported on first use, which is to be no part of a figure)
 
     datasets.disable_progress_bars()
@@ -325,10 +343,17 @@ def train_trl(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder: Pa
         return rows_with_reference
 
     DPOTrainer._precompute_ref_logps = timed
-    trainer = _trl_trainer(shape, task, rows, folder=folder, precision=precision)
+    trainer = _trl_trainer(shape, task, rows, folder=folder, batch=batch, warm=warm, precision=precision)
     seen, meant = _tokens_of(task, trainer.train_dataset), count_tokens(task, rows)
     if seen != meant:
         sys.exit(f"TRL was given {meant} tokens and trains on {seen}: the comparison is void.")
+
+    class WarmUp(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if warm and round(state.epoch) == 1:
+                timer.restart()
+
+    trainer.add_callback(WarmUp())
     timer = Timer()
     trainer.train()
     seconds = timer.read()
@@ -341,7 +366,7 @@ def check_weights(shape: Shape, folder: Path) -> dict[str, Any]:
     import transformers
 
     model = getattr(transformers, shape.causal).from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    documents = [row["ids"] for row in json.loads((folder / "sft.json").read_text())[:BATCH]]
+    documents = [row["ids"] for row in json.loads((folder / "sft.json").read_text())[:CHECKED]]
     with torch.no_grad():
         theirs_TV = torch.cat([model(torch.tensor([ids])).logits[0] for ids in documents]).numpy()
     ours_TV = np.load(folder / "logits.npy")
@@ -360,9 +385,12 @@ def check_weights(shape: Shape, folder: Path) -> dict[str, Any]:
 
 
 class Timer:
-    """CPU (user and system) and wall seconds since it was made."""
+    """CPU (user and system) and wall seconds since it was made or restarted."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
@@ -378,7 +406,7 @@ def peak_rss_mib() -> int:
     raise RuntimeError("this kernel does not report VmHWM")
 
 
-def measure(shape: Shape, trainer: str, task: str, *, folder: Path, precision: str) -> dict[str, Any]:
+def measure(shape: Shape, trainer: str, task: str, *, folder: Path, batch: int, warm: bool, precision: str) -> dict[str, Any]:
     import torch
     import torch._dynamo  # brought in by the first optimizer, or by TRL's own imports: a second that belongs to no step
 
@@ -387,9 +415,9 @@ def measure(shape: Shape, trainer: str, task: str, *, folder: Path, precision: s
     rows = json.loads((folder / f"{task}.json").read_text())
     tokens = count_tokens(task, rows)
     if trainer == "gristmill":
-        result = train_gristmill(shape, task, rows, precision)
+        result = train_gristmill(shape, task, rows, batch=batch, warm=warm, precision=precision)
     else:
-        result = train_trl(shape, task, rows, folder=folder, precision=precision)
+        result = train_trl(shape, task, rows, folder=folder, batch=batch, warm=warm, precision=precision)
     losses = result.pop("losses")
     work = {"sft": "assistant turns", "dpo": "pairs"}.get(task, "five ratings of both answers" if trainer == "gristmill" else "pairs")
     return {
@@ -426,14 +454,14 @@ def _child(python: str, folder: Path, *job: str) -> dict[str, Any]:
 def _run_job(options: argparse.Namespace) -> None:
     job, shape, folder = options.job, SHAPES[options.shape], options.folder
     if job[0] == "prepare":
-        prepare(shape, folder, options.steps, options.seed)
+        prepare(shape, folder, options.steps * options.batch, seed=options.seed)
         answer: dict[str, Any] = {"precision": options.precision or _fastest_precision()}
     elif job[0] == "check":
         answer = check_weights(shape, folder)
     elif job[0] == "versions":
         answer = {name: metadata.version(name) for name in PACKAGES[job[1]]}
     else:
-        answer = measure(shape, *job, folder=folder, precision=options.precision)
+        answer = measure(shape, *job, folder=folder, batch=options.batch, warm=options.warm, precision=options.precision)
     print(json.dumps(answer))
 
 
@@ -484,7 +512,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--shape", choices=SHAPES, default="8m", help="size of the model")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of both sides (default: the faster one on this CPU)")
-    parser.add_argument("--steps", type=int, default=2, help=f"optimizer steps, {BATCH} conversations or pairs each")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a repeat (default: 2, of the large shape 1)")
+    parser.add_argument("--batch", type=int, help="conversations or pairs a step (default: 8, of the large shape 2)")
+    parser.add_argument("--warm", action="store_true", help="train on the data twice and count the second pass alone")
     parser.add_argument("--repeats", type=int, default=1, help="each with other data")
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL (default: this one)")
@@ -493,6 +523,7 @@ def main() -> None:
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.steps, options.batch = options.steps or SHAPES[options.shape].steps, options.batch or SHAPES[options.shape].batch
     if options.job:
         return _run_job(options)
     if options.profile:
@@ -505,10 +536,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, results = Path(name), []
         for repeat in range(options.repeats):
-            given = ["--shape", options.shape, *(["--precision", options.precision] if options.precision else [])]
+            given = ["--shape", options.shape, "--batch", str(options.batch), *(["--warm"] if options.warm else [])]
             wanted = ["--steps", str(options.steps), "--seed", str(repeat), *given]
+            wanted += ["--precision", options.precision] if options.precision else []
             options.precision = _child(sys.executable, folder, "prepare", *wanted)["precision"]
-            given = ["--shape", options.shape, "--precision", options.precision]
+            given += ["--precision", options.precision]
             check = _child(options.trl_python, folder, "check", *given)
             print(json.dumps(check), flush=True)
             if not check["same"]:
@@ -518,7 +550,7 @@ def main() -> None:
                     results.append(_child(python[trainer], folder, trainer, task, *given))
                     print(json.dumps(results[-1]), flush=True)
         versions = {trainer: _child(python[trainer], folder, "versions", trainer) for trainer in python}
-    chosen = {"shape": options.shape, "precision": options.precision, "steps": options.steps, "repeats": options.repeats}
+    chosen = {name: getattr(options, name) for name in ("shape", "precision", "steps", "batch", "warm", "repeats")}
     print(json.dumps({"summary": chosen | {"versions": versions, "tasks": summarize(SHAPES[options.shape], results)}}))
 
 

@@ -1,5 +1,6 @@
 """Compiled norms, activations, softmax and in-place gradients against torch in fp64."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -67,6 +68,14 @@ def test_an_activation(count: int, width: int, kind: str, together: bool, scale:
     plain = {"silu": F.silu(gate), "gelu": F.gelu(gate, approximate="tanh"), "squared_relu": F.relu(gate).square()}[kind]
     ours = fused.activation(inputs[0], inputs[1] if len(inputs) > 1 else None, kind)
     assert_same([ours], [plain * up if gated else plain], inputs, exacts)
+    assert ours is not None
+    upstream = torch.ones_like(ours)
+    made = fused.activation_and_gradients(inputs[0].detach(), inputs[1].detach() if len(inputs) > 1 else None, upstream, kind)
+    assert made is not None and torch.equal(made[0], ours)
+    again = fused.activation(inputs[0], inputs[1] if len(inputs) > 1 else None, kind)
+    assert again is not None
+    for one, other in zip(made[1:], torch.autograd.grad(again, inputs, upstream), strict=False):
+        assert torch.equal(one, other)
 
 
 @settings(max_examples=30, deadline=None)
@@ -84,8 +93,12 @@ def test_softmax_over_the_vocabulary(count: int, vocab_size: int, scale: float) 
     out = torch.empty_like(logits)
     fused.softmax_gradient(logits, statistics, targets, factor, out_RV=out)
     torch.testing.assert_close(out.double(), gradient, rtol=1e-5, atol=1e-6)
-    fused.softmax_gradient(logits, statistics, targets, factor, out_RV=logits)
-    assert torch.equal(logits, out)
+    apart = torch.zeros(count, vocab_size + 3)[:, :vocab_size].copy_(logits)  # rows with a gap behind them
+    assert torch.equal(statistics, fused.softmax_statistics(apart))
+    for into in (apart, logits):
+        fused.softmax_gradient(apart if into is apart else logits, statistics, targets, factor, out_RV=into)
+        assert torch.equal(into, out)
+    assert not apart._base[:, vocab_size:].any()  # and nothing is written into it
 
 
 def test_bf16_is_rounded_once() -> None:
@@ -111,9 +124,11 @@ def test_gradients_that_are_added_in_place_are_autograds(dtype: torch.dtype) -> 
 
     for _ in range(3):
         loss(0, in_place=False).backward()
-    with fused.accumulating_in_place([tables[1], weights[1], biases[1]]):
+    places = {tables[1]: torch.full_like(tables[1], math.nan), weights[1]: torch.full_like(weights[1], math.nan)}
+    with fused.accumulating_in_place([tables[1], weights[1], biases[1]], places):
         for _ in range(3):
             loss(1, in_place=True).backward()
+    assert all(weight.grad is place for weight, place in places.items())
     assert not fused.accumulates(weights[1])
     for plain, ours in (tables, weights, biases):
         tolerance = 1e-5 if dtype == torch.float32 else 0.02

@@ -181,6 +181,8 @@ def test_batches_come_in_few_sizes_and_count_real_tokens() -> None:
     assert batch.num_tokens == 111 and len(batch.ids_T) == filled_length(111) == 112
     assert batch.count == 109 and batch.shape.lengths == [70, 41, 1]
     assert set(batch.targets_R.tolist()) == {3, 5}
+    bare = collate_tokens(samples, CPU, fill=False)
+    assert bare.num_tokens == len(bare.ids_T) == 111 and torch.equal(bare.rows_R, batch.rows_R)
 
 
 def test_a_mask_of_another_length_is_refused() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gristmill.core.errors import InputError
+from gristmill.model import fused
 from gristmill.train import losses
 from gristmill.train.losses import cross_entropy_sum, masked_mse, preference_loss, token_logprobs
 
@@ -174,6 +175,34 @@ def test_token_logprobs_are_pytorchs(cap: float | None) -> None:
     torch.testing.assert_close(w.grad, plain_w.grad, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(token_logprobs(h, w, targets, cap=cap), logp)
+
+
+@pytest.mark.parametrize("function", [cross_entropy_sum, token_logprobs])
+@pytest.mark.parametrize("unpadded", [True, False])
+@pytest.mark.parametrize("vocab", [50, 128])  # the second with a gap behind each row of logits
+def test_gradients_added_in_place_are_pytorchs_in_fp64(
+    function: object, unpadded: bool, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"CHUNK_LOGITS": 1, "MIN_CHUNK_ROWS": 14, "KEPT_LOGITS": 0}.items():
+        monkeypatch.setattr(losses, name, value)
+    monkeypatch.setattr(losses, "UNPADDED_WEIGHTS", 0 if unpadded else 2**24)
+    weight = inputs(1, vocab)[1]
+    exact_w = weight.detach().double().requires_grad_()
+    with fused.accumulating_in_place([weight], {weight: torch.full_like(weight, math.nan)}):
+        for number, rows in enumerate((5, 14, 31)):  # fewer than a chunk, one, and several
+            h, _, targets = inputs(rows, vocab)
+            exact_h = h.detach().double().requires_grad_()
+            ours = function(h, weight, targets)  # type: ignore[operator]
+            factor = 0.5 + number
+            if function is cross_entropy_sum:
+                (factor * ours[0]).backward()
+                (factor * F.cross_entropy(exact_h @ exact_w.T, targets, reduction="sum")).backward()
+            else:
+                slopes = torch.linspace(-2, 3, rows) * factor
+                (ours * slopes).sum().backward()
+                (-F.cross_entropy(exact_h @ exact_w.T, targets, reduction="none") * slopes.double()).sum().backward()
+            for one, exact in ((h, exact_h), (weight, exact_w)):
+                torch.testing.assert_close(one.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_states_give_fp32_losses_near_the_exact_ones() -> None:

@@ -3,7 +3,7 @@
 Shapes: T tokens, D hidden size, F ffn size, R rows of logits, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,6 +77,16 @@ def activation(gate: Tensor, up_TF: Tensor | None, kind: str) -> Tensor | None:
     return None if kernels.library_for(gate) is None else _Activation.apply(gate, up_TF, kind)
 
 
+def activation_and_gradients(gate: Tensor, up_TF: Tensor | None, grad_TF: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """f(gate) * up and the gradients of gate and up, in one pass; None where there is no kernel for them. Arguments as of `activation`."""
+    if kernels.library_for(gate) is None:
+        return None
+    gate, up_TF, out_TF = gate.contiguous(), None if up_TF is None else up_TF.contiguous(), torch.empty_like(grad_TF)
+    grad_gate, grad_up_TF = torch.empty_like(gate), None if up_TF is None else torch.empty_like(up_TF)
+    _activate(gate, up_TF, kind, out_TF=out_TF, grad_TF=grad_TF.contiguous(), grad_gate=grad_gate, grad_up=grad_up_TF)
+    return out_TF, grad_gate, grad_up_TF
+
+
 class _Activation(torch.autograd.Function):
     """Keeps its inputs alone."""
 
@@ -84,9 +94,9 @@ class _Activation(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up_TF: Tensor | None, kind: str) -> Tensor:
         gate, up_TF = gate.contiguous(), None if up_TF is None else up_TF.contiguous()
         ctx.save_for_backward(gate, up_TF)
-        ctx.kind, ctx.fused = kind, up_TF is None and kind != "squared_relu"
-        out_TF = gate.new_empty(gate.shape[0], gate.shape[1] // (2 if ctx.fused else 1))
-        _activate(gate, up_TF, out_TF, None, None, None, ctx)
+        ctx.kind = kind
+        out_TF = gate.new_empty(gate.shape[0], _width(gate, up_TF, kind))
+        _activate(gate, up_TF, kind, out_TF=out_TF)
         return out_TF
 
     @staticmethod
@@ -94,25 +104,31 @@ class _Activation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up_TF = ctx.saved_tensors
         grad_gate, grad_up_TF = torch.empty_like(gate), None if up_TF is None else torch.empty_like(up_TF)
-        _activate(gate, up_TF, None, grads[0].contiguous(), grad_gate, grad_up_TF, ctx)
+        _activate(gate, up_TF, ctx.kind, grad_TF=grads[0].contiguous(), grad_gate=grad_gate, grad_up=grad_up_TF)
         return grad_gate, grad_up_TF, None
+
+
+def _width(gate: Tensor, up_TF: Tensor | None, kind: str) -> int:
+    """F, where up may lie behind the gate."""
+    return gate.shape[1] // (2 if up_TF is None and kind != "squared_relu" else 1)
 
 
 def _activate(
     gate: Tensor,
     up_TF: Tensor | None,
-    out_TF: Tensor | None,
-    grad_TF: Tensor | None,
-    grad_gate: Tensor | None,
-    grad_up: Tensor | None,
-    ctx: Any,
+    kind: str,
+    *,
+    out_TF: Tensor | None = None,
+    grad_TF: Tensor | None = None,
+    grad_gate: Tensor | None = None,
+    grad_up: Tensor | None = None,
 ) -> None:
-    library, size = kernels.library_for(gate), gate.shape[1] // (2 if ctx.fused else 1)
+    library, size = kernels.library_for(gate), _width(gate, up_TF, kind)
     assert library is not None
-    if ctx.fused:
+    if size < gate.shape[1]:
         up_TF, grad_up = gate[:, size:], None if grad_gate is None else grad_gate[:, size:]
     addresses = [kernels.pointer_of(x) for x in (gate, up_TF, out_TF, grad_TF, grad_gate, grad_up)]
-    numbers = gate.shape[0], size, gate.shape[1], kernels.ACTIVATIONS[ctx.kind], kernels.TYPES[gate.dtype], torch.get_num_threads()
+    numbers = gate.shape[0], size, gate.shape[1], kernels.ACTIVATIONS[kind], kernels.TYPES[gate.dtype], torch.get_num_threads()
     library.gristmill_activate(*addresses, *numbers)
 
 
@@ -123,45 +139,49 @@ def softmax_statistics(logits_RV: Tensor) -> Tensor | None:
     """
     if (library := kernels.library_for(logits_RV)) is None:
         return None
-    assert logits_RV.is_contiguous()
-    statistics_R2 = torch.empty(len(logits_RV), 2)
-    library.gristmill_softmax_forward(logits_RV.data_ptr(), statistics_R2.data_ptr(), *_sizes(logits_RV))
+    (num_rows, size), (stride, step) = logits_RV.shape, logits_RV.stride()
+    assert step == 1 or size == 1
+    statistics_R2 = torch.empty(num_rows, 2)
+    numbers = num_rows, size, stride, kernels.TYPES[logits_RV.dtype], torch.get_num_threads()
+    library.gristmill_softmax_forward(logits_RV.data_ptr(), statistics_R2.data_ptr(), *numbers)
     return statistics_R2
 
 
 def softmax_gradient(logits_RV: Tensor, statistics_R2: Tensor, targets_R: Tensor, factor_R: Tensor, *, out_RV: Tensor) -> None:
     """factor * (softmax - onehot of the target) into out, which may be the logits themselves."""
     library = kernels.library_for(logits_RV)
-    assert library is not None and logits_RV.is_contiguous() and out_RV.is_contiguous()
+    (num_rows, size), (stride, step), (to_stride, to_step) = logits_RV.shape, logits_RV.stride(), out_RV.stride()
+    assert library is not None and (step == to_step == 1 or size == 1)
     tensors = logits_RV, statistics_R2, targets_R.contiguous(), factor_R.contiguous(), out_RV
-    library.gristmill_softmax_backward(*(x.data_ptr() for x in tensors), *_sizes(logits_RV))
+    numbers = num_rows, size, stride, to_stride, kernels.TYPES[logits_RV.dtype], torch.get_num_threads()
+    library.gristmill_softmax_backward(*(x.data_ptr() for x in tensors), *numbers)
 
 
-def _sizes(logits_RV: Tensor) -> tuple[int, int, int, int]:
-    return len(logits_RV), logits_RV.shape[1], kernels.TYPES[logits_RV.dtype], torch.get_num_threads()
-
-
-# Of each weight whose gradient is added in place, its copies by type of computation. Not by thread: a GPU's backward pass has its own.
-_copies: dict[Tensor, dict[torch.dtype, Tensor]] = {}
+# Of each weight whose gradient is added in place: copies by type of computation, and memory for the gradient. Not by thread: a GPU's
+# backward pass has its own.
+_state: dict[Tensor, tuple[dict[torch.dtype, Tensor], Tensor | None]] = {}
 
 
 @contextmanager
-def accumulating_in_place(weights: Sequence[Tensor]) -> Iterator[None]:
+def accumulating_in_place(weights: Sequence[Tensor], places: Mapping[Tensor, Tensor] | None = None) -> Iterator[None]:
     """Backward passes add these weights' gradients to `.grad` as they are made, with no matrix of that size in between.
 
     Weights do not change meanwhile: each is copied once into another type of computation, however many backward passes there are.
+
+    Args:
+        places: memory for the gradients of some weights, whatever it holds.
     """
-    _copies.update((weight, {}) for weight in weights)
+    _state.update((weight, ({}, (places or {}).get(weight))) for weight in weights)
     try:
         yield
     finally:
         for weight in weights:
-            del _copies[weight]
+            del _state[weight]
 
 
 def accumulates(weight: Tensor) -> bool:
     """Whether the gradient of a weight is to be added in place: it is trained and fp32, and given to `accumulating_in_place`."""
-    return weight in _copies and weight.requires_grad and torch.is_grad_enabled() and weight.dtype == torch.float32
+    return weight in _state and weight.requires_grad and torch.is_grad_enabled() and weight.dtype == torch.float32
 
 
 def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
@@ -173,19 +193,31 @@ def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight that `accumulates`, in the type of the computation: copied once."""
     if weight.dtype == dtype:
         return weight.detach()
-    copies = _copies[weight]
+    copies, _ = _state[weight]
     if dtype not in copies:
         copies[dtype] = weight.detach().to(dtype)
     return copies[dtype]
 
 
-def add_gradient(weight_ND: Tensor, grad_TN: Tensor, x_TD: Tensor) -> None:
-    """Add the gradient of a weight that `accumulates`, where x weight^T had this gradient."""
-    if weight_ND.grad is None:
-        mixed = grad_TN.is_cuda and grad_TN.dtype != torch.float32
-        weight_ND.grad = torch.mm(grad_TN.T, x_TD, out_dtype=torch.float32) if mixed else torch.mm(grad_TN.T, x_TD).float()
+def new_gradient(weight: Tensor) -> Tensor:
+    """Memory for the gradient of a weight that `accumulates`, not set."""
+    _, place = _state.get(weight, ({}, None))
+    return torch.empty_like(weight) if place is None else place
+
+
+def add_gradient(weight_ND: Tensor, grad_TN: Tensor, x_TD: Tensor, *, factor: float = 1.0) -> None:
+    """Add factor times the gradient of a weight that `accumulates`, where x weight^T had this gradient."""
+    if weight_ND.grad is not None:
+        return add_product(weight_ND.grad, grad_TN, x_TD, factor=factor)
+    if grad_TN.is_cuda and grad_TN.dtype != torch.float32:
+        weight_ND.grad = torch.mm(grad_TN.T, x_TD, out_dtype=torch.float32)
+        return
+    gradient_ND = new_gradient(weight_ND)
+    if x_TD.dtype == torch.float32:
+        torch.addmm(weight_ND.new_zeros(()), grad_TN.T, x_TD, beta=0, alpha=factor, out=gradient_ND)
     else:
-        add_product(weight_ND.grad, grad_TN, x_TD)
+        gradient_ND.copy_(torch.mm(grad_TN.T, x_TD))
+    weight_ND.grad = gradient_ND
 
 
 class _Linear(torch.autograd.Function):
@@ -221,15 +253,15 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         (ids_T,), weight_VD = ctx.saved_tensors, ctx.weight_VD
         if weight_VD.grad is None:
-            weight_VD.grad = torch.zeros_like(weight_VD)
+            weight_VD.grad = new_gradient(weight_VD).zero_()
         weight_VD.grad.index_add_(0, ids_T, grads[0])
         return None, None
 
 
-def add_product(sum_VD: Tensor, left_TV: Tensor, right_TD: Tensor) -> None:
-    """sum += left^T right, accumulated in fp32, without another matrix of that size."""
+def add_product(sum_VD: Tensor, left_TV: Tensor, right_TD: Tensor, *, factor: float = 1.0) -> None:
+    """sum += factor * left^T right, accumulated in fp32, without another matrix of that size; a factor in fp32 alone."""
     if left_TV.dtype == torch.float32:
-        sum_VD.addmm_(left_TV.T, right_TD)
+        sum_VD.addmm_(left_TV.T, right_TD, alpha=factor)
     elif left_TV.is_cuda:
         torch.addmm(sum_VD, left_TV.T, right_TD, out_dtype=torch.float32, out=sum_VD)
     else:  # torch has no product of bf16 with a sum in fp32 there

@@ -234,16 +234,21 @@ class _GatedDown(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up_TF, used_DF = ctx.saved_tensors
-        halves = [half.detach().requires_grad_() for half in (gate, up_TF) if half is not None]
-        with torch.enable_grad():
-            inner_TF = activated(halves[0], halves[1] if len(halves) > 1 else None, ctx.parts)
+        grad_inner_TF = grads[0] @ used_DF
+        made = fused.activation_and_gradients(gate, up_TF, grad_inner_TF, _activation_kind(ctx.parts))
+        if made is None:
+            halves = [half.detach().requires_grad_() for half in (gate, up_TF) if half is not None]
+            with torch.enable_grad():
+                inner_TF = activated(halves[0], halves[1] if len(halves) > 1 else None, ctx.parts)
+            grad_gate, *others = torch.autograd.grad(inner_TF, halves, grad_inner_TF)
+            made = inner_TF.detach(), grad_gate, others[0] if others else None
+        inner_TF, grad_gate, grad_up_TF = made
         grad_DF = None
         if ctx.weight_DF is not None and ctx.needs_input_grad[2]:
-            fused.add_gradient(ctx.weight_DF, grads[0], inner_TF.detach())
+            fused.add_gradient(ctx.weight_DF, grads[0], inner_TF)
         elif ctx.needs_input_grad[2]:
-            grad_DF = grads[0].T @ inner_TF.detach()
-        grad_halves = torch.autograd.grad(inner_TF, halves, grads[0] @ used_DF)
-        return grad_halves[0], grad_halves[1] if len(halves) > 1 else None, grad_DF, None, None
+            grad_DF = grads[0].T @ inner_TF
+        return grad_gate, grad_up_TF, grad_DF, None, None
 
 
 class MLP(nn.Module):
@@ -336,7 +341,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        self.after_blocks: Callable[[], None] | None = None  # called where the blocks' forward pass ends, and their backward pass
+        self.after_blocks: Callable[[], None] | None = None  # called where the blocks' forward pass ends
         self.checkpoint_activations = False  # a block's are computed again in the backward pass, only its input is kept
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.blocks = nn.ModuleList(Block(config, block) for block in config.blocks)
@@ -400,8 +405,6 @@ class Transformer(nn.Module):
         check_length(self.config, shape)
         angles = self.rope(shape.positions_T)
         x_TD = self.embed(ids_T)
-        if (after := self.after_blocks) is not None and x_TD.requires_grad:
-            x_TD.register_hook(lambda grad_TD: after())
         num_rows = None if rows_S is None else len(rows_S)
         if rows_S is not None and self.compute_dtype != torch.float32:  # see filled_length
             rows_S = F.pad(rows_S, (0, filled_length(len(rows_S)) - len(rows_S)))
@@ -412,8 +415,8 @@ class Transformer(nn.Module):
                 x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TD = block(*given)
-        if after is not None:
-            after()
+        if self.after_blocks is not None:
+            self.after_blocks()
         h_TD = self.final_norm(x_TD)[:num_rows]
         return h_TD if self.config.logits_scaling == 1 else h_TD / self.config.logits_scaling
 

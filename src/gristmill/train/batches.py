@@ -236,31 +236,31 @@ class Batch(Protocol):
         ...
 
 
-def _token_batch(groups: Sequence[Sequence[Sample]], device: torch.device) -> TokenBatch:
+def _token_batch(groups: Sequence[Sequence[Sample]], device: torch.device, fill: bool) -> TokenBatch:
     """Samples end to end, those of a group sharing what they begin with.
 
     A document's last row predicts nothing, so no target ever crosses from one document into the next.
     """
-    ids_T, shape, num_tokens = pack([[sample.ids for sample in group] for group in groups], device)
+    ids_T, shape, num_tokens = pack([[sample.ids for sample in group] for group in groups], device, fill=fill)
     # a document's own first mask entry is void
     trained = [np.append(False, np.asarray(sample.mask)[1:]) for group in groups for sample in group]
     targets_R = torch.from_numpy(np.flatnonzero(np.concatenate(trained))).to(device)
     return TokenBatch(ids_T, shape, num_tokens, shape.keys_S[targets_R - 1], ids_T[shape.keys_S[targets_R]])
 
 
-def collate_tokens(samples: Sequence[Sample], device: torch.device) -> TokenBatch:
+def collate_tokens(samples: Sequence[Sample], device: torch.device, *, fill: bool = True) -> TokenBatch:
     """Lay samples end to end."""
-    return _token_batch([[sample] for sample in samples], device)
+    return _token_batch([[sample] for sample in samples], device, fill)
 
 
-def collate_pairs(pairs: Sequence[PairSample], device: torch.device) -> PairBatch:
+def collate_pairs(pairs: Sequence[PairSample], device: torch.device, *, fill: bool = True) -> PairBatch:
     """Lay pairs end to end, chosen before rejected. References are set when every pair has them."""
     sides = [(pair.chosen, pair.rejected) for pair in pairs]
     lengths = np.array([side.num_targets for both in sides for side in both])
     references = [(pair.ref_chosen, pair.ref_rejected) for pair in pairs]
     known = all(chosen is not None and rejected is not None for chosen, rejected in references)
     return PairBatch(
-        tokens=_token_batch(sides, device),
+        tokens=_token_batch(sides, device, fill),
         documents_R=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device),
         lengths_N=torch.from_numpy(lengths).to(device),
         rewards_P2=torch.tensor([(p.chosen_reward, p.rejected_reward) for p in pairs], device=device),
@@ -269,23 +269,28 @@ def collate_pairs(pairs: Sequence[PairSample], device: torch.device) -> PairBatc
     )
 
 
-def collate_rated(groups: Sequence[RatedGroup], device: torch.device) -> RatedBatch:
+def collate_rated(groups: Sequence[RatedGroup], device: torch.device, *, fill: bool = True) -> RatedBatch:
     """Lay rated conversations end to end."""
-    ids_T, shape, num_tokens = pack([[answer.ids for answer in group.answers] for group in groups], device)
+    ids_T, shape, num_tokens = pack([[answer.ids for answer in group.answers] for group in groups], device, fill=fill)
     answers = [answer for group in groups for answer in group.answers]
     ends_N = shape.keys_S[shape.cu_keys[: len(answers)] + torch.tensor([answer.end for answer in answers], device=device)]
     labels_N5 = torch.tensor([answer.labels for answer in answers], dtype=torch.float32, device=device)
     return RatedBatch(ids_T, shape, num_tokens, ends_N, labels_N5)
 
 
-def collate(items: Sequence[DataItem], device: torch.device) -> TokenBatch | PairBatch | RatedBatch:
-    """Pack samples of one kind into the batch of that kind."""
+def collate(items: Sequence[DataItem], device: torch.device, *, fill: bool = True) -> TokenBatch | PairBatch | RatedBatch:
+    """Pack samples of one kind into the batch of that kind; `fill` as of `pack`."""
     first = items[0]
     if isinstance(first, Sample):
-        return collate_tokens(items, device)  # type: ignore[arg-type]
+        return collate_tokens(items, device, fill=fill)  # type: ignore[arg-type]
     if isinstance(first, PairSample):
-        return collate_pairs(items, device)  # type: ignore[arg-type]
-    return collate_rated(items, device)  # type: ignore[arg-type]
+        return collate_pairs(items, device, fill=fill)  # type: ignore[arg-type]
+    return collate_rated(items, device, fill=fill)  # type: ignore[arg-type]
+
+
+def fills(device: torch.device, precision: str, num_workers: int) -> bool:
+    """Whether to fill batches up. A large model in fp32 on a CPU pays for each token, and no code is made for a shape."""
+    return device.type != "cpu" or precision != "fp32" or num_workers > 1
 
 
 ItemT = TypeVar("ItemT", Sample, PairSample, RatedGroup, DataItem)

@@ -24,10 +24,15 @@ MIN_CHUNK_ROWS = 1024
 # The softmax is made in fp32 for a slice of the chunk: 8 MiB, which on a CPU stay in the cache. A GPU takes 256 MiB, to launch less.
 CHUNK_LOGITS = 2**21
 GPU_SLICE_LOGITS = 2**26
-# Log-softmax values that token_logprobs may keep for its backward pass, not making them again (32 MiB).
+# Values over the vocabulary that token_logprobs may keep for its backward pass, not making them again (32 MiB). Logits of a single chunk
+# are always kept where compiled kernels need no others: the loss holds as much in any case.
 KEPT_LOGITS = 2**23
-# Rows are padded to a multiple of this (or of a chunk's rows): see ``packed.filled_length``.
+# Rows are padded to a multiple of this (or of a chunk's rows): see ``packed.filled_length``. In fp32 on a CPU no code is made for a
+# shape, and each row of a product with so many weights costs more than that of a smaller one.
 ROW_STEP = 128
+UNPADDED_WEIGHTS = 2**24
+# Rows of logits get a gap behind them where the next would begin a multiple of 512 bytes later: of such rows a processor's cache holds few.
+CACHE_STEP, ROW_GAP = 128, 64
 
 PREFERENCE_LOSSES = ("dpo", "cdpo", "ipo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 _ALIASES = {"rpo": "rpo_bwd_kl"}
@@ -42,6 +47,14 @@ def loss_bytes(num_rows: int, vocab_size: int, hidden_size: int, bytes_per_value
     chunk = min(num_rows, _chunk_rows(vocab_size)) * vocab_size * bytes_per_value
     matrices = vocab_size * hidden_size * (2 * 4 + (bytes_per_value if bytes_per_value < 4 else 0))
     return chunk + 16 * CHUNK_LOGITS + matrices + 4 * num_rows * hidden_size * bytes_per_value
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """hidden @ weight.T, which its gradient may replace."""
+    if hidden_CD.device.type != "cpu" or hidden_CD.dtype != torch.float32 or len(weight_VD) % CACHE_STEP:
+        return hidden_CD @ weight_VD.T
+    logits_CV = hidden_CD.new_empty(len(hidden_CD), len(weight_VD) + ROW_GAP)[:, : len(weight_VD)]
+    return torch.mm(hidden_CD, weight_VD.T, out=logits_CV)
 
 
 def _slices(num_rows: int, step: int) -> Iterator[slice]:
@@ -66,13 +79,21 @@ def _log_softmax(logits_SV: Tensor, cap: float | None) -> tuple[Tensor, Tensor |
 
 
 def _add_products(
-    grad_CV: Tensor, weight_VD: Tensor, hidden_CD: Tensor, grad_hidden_CD: Tensor | None, grad_weight_VD: Tensor | None
+    grad_CV: Tensor,
+    weight_VD: Tensor,
+    hidden_CD: Tensor,
+    grad_hidden_CD: Tensor | None,
+    grad_weight_VD: Tensor | None,
+    *,
+    into: Tensor | None = None,
 ) -> None:
-    """From the gradient of a chunk's logits, that of its states; it is added to that of the weight."""
+    """From the gradient of a chunk's logits, that of its states; it is added to that of the weight, or to the one of `into`."""
     if grad_hidden_CD is not None:
         torch.mm(grad_CV, weight_VD, out=grad_hidden_CD)
     if grad_weight_VD is not None:
         fused.add_product(grad_weight_VD, grad_CV, hidden_CD)
+    if into is not None:
+        fused.add_gradient(into, grad_CV, hidden_CD)
 
 
 def _target_logprobs(logits_CV: Tensor, statistics_C2: Tensor, targets_C1: Tensor) -> Tensor:
@@ -84,7 +105,8 @@ class _CrossEntropySum(torch.autograd.Function):
     """Sum of -log softmax(hidden @ weight.T)[target] over the first ``num_rows`` rows.
 
     The gradient is made in the forward pass, chunk by chunk: the logits of one are freed before the next is
-    made, and none is computed twice.
+    made, and none is computed twice. That of the last chunk's logits waits for the backward pass where the weight's is
+    added in place: nothing as large as the weight lies in between.
     """
 
     @staticmethod
@@ -94,11 +116,14 @@ class _CrossEntropySum(torch.autograd.Function):
         total = hidden_RD.new_zeros((), dtype=torch.float32)
         ctx.weight_VD = weight_VD if in_place else None
         grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad and ctx.needs_input_grad[1] else None
-        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
+        step = _chunk_rows(len(weight_VD))
+        has_sum = need_grad and ctx.needs_input_grad[1] and not (in_place and 0 < len(hidden_RD) <= step)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if has_sum else None
+        last: tuple[Tensor, ...] = ()
+        for chunk in _slices(len(hidden_RD), step):
             hidden_CD, targets_C1 = hidden_RD[chunk], targets_R[chunk, None]
             num_real = max(0, num_rows - chunk.start)  # those behind are padding
-            logits_CV = hidden_CD @ weight_VD.T  # the gradient takes their place
+            logits_CV = _logits(hidden_CD, weight_VD)  # the gradient takes their place
             statistics_C2 = fused.softmax_statistics(logits_CV) if cap is None else None
             if statistics_C2 is not None:
                 total -= _target_logprobs(logits_CV, statistics_C2, targets_C1)[:num_real].sum()
@@ -115,31 +140,39 @@ class _CrossEntropySum(torch.autograd.Function):
                     grad_SV.scatter_add_(1, targets_S1, grad_SV.new_full(targets_S1.shape, -1.0))
                     grad_SV[real:] = 0.0
                     logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
-            _add_products(logits_CV, weight_VD, hidden_CD, None if grad_hidden_RD is None else grad_hidden_RD[chunk], grad_weight_VD)
-        ctx.save_for_backward(grad_hidden_RD, grad_weight_VD)
+            grad_hidden_CD = None if grad_hidden_RD is None else grad_hidden_RD[chunk]
+            if in_place and chunk.stop == len(hidden_RD):
+                last = logits_CV, hidden_CD
+                _add_products(logits_CV, weight_VD, hidden_CD, grad_hidden_CD, None)
+            else:
+                _add_products(logits_CV, weight_VD, hidden_CD, grad_hidden_CD, grad_weight_VD)
+        ctx.save_for_backward(grad_hidden_RD, grad_weight_VD, *last)
         ctx.weight_dtype = weight_VD.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
-        weight_VD = ctx.weight_VD
-        if grad_weight_VD is not None and weight_VD is not None and weight_VD.grad is not None:
+        grad_hidden_RD, grad_weight_VD, *last = ctx.saved_tensors
+        grad_hidden_RD = grad_hidden_RD * grad.to(grad_hidden_RD.dtype)
+        if (weight_VD := ctx.weight_VD) is None:
+            if grad_weight_VD is not None:
+                grad_weight_VD = grad_weight_VD.mul_(grad).to(ctx.weight_dtype)  # in place: a second backward pass is an error
+            return grad_hidden_RD, grad_weight_VD, None, None, None, None, None
+        if grad_weight_VD is not None and weight_VD.grad is not None:
             weight_VD.grad.add_(grad_weight_VD, alpha=float(grad))
-            grad_weight_VD = None
         elif grad_weight_VD is not None:
-            grad_weight_VD = grad_weight_VD.mul_(grad).to(ctx.weight_dtype)  # in place: a second backward pass is an error
-            if weight_VD is not None:
-                weight_VD.grad, grad_weight_VD = grad_weight_VD, None
-        return grad_hidden_RD * grad.to(grad_hidden_RD.dtype), grad_weight_VD, None, None, None, None, None
+            weight_VD.grad = grad_weight_VD.mul_(grad)
+        if last:
+            fused.add_gradient(weight_VD, *last, factor=float(grad))
+        return grad_hidden_RD, None, None, None, None, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target] of every row. The backward pass makes the chunks' logits again.
 
     The rows' gradients are not known in the forward pass, so it cannot make the gradient there. Up to
-    KEPT_LOGITS values are kept instead, which saves a matmul.
+    KEPT_LOGITS values are kept instead, or the logits of a single chunk, which saves a matmul.
     """
 
     @staticmethod
@@ -147,10 +180,12 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, need_grad: bool, in_place: bool, cap: float | None
     ) -> Tensor:
         logp_R = hidden_RD.new_empty(len(hidden_RD), dtype=torch.float32)
-        kept = need_grad and len(hidden_RD) * len(weight_VD) <= KEPT_LOGITS and cap is None
+        few = len(hidden_RD) * len(weight_VD) <= KEPT_LOGITS
+        single = len(hidden_RD) <= _chunk_rows(len(weight_VD)) and kernels.library_for(hidden_RD) is not None
+        kept = need_grad and (few or single) and cap is None
         slices: list[Tensor] = []  # of log-softmax values; or, of each chunk, its logits and their statistics
         for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
-            logits_CV = hidden_RD[chunk] @ weight_VD.T
+            logits_CV = _logits(hidden_RD[chunk], weight_VD)
             if cap is None and (statistics_C2 := fused.softmax_statistics(logits_CV)) is not None:
                 logp_R[chunk] = _target_logprobs(logits_CV, statistics_C2, targets_R[chunk, None])
                 slices += [logits_CV, statistics_C2] if kept else []
@@ -172,29 +207,26 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_RD, weight_VD, targets_R, *slices = ctx.saved_tensors
         kept = iter(slices)
         grad_hidden_RD = torch.empty_like(hidden_RD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] and ctx.weight_VD is None else None
-        if ctx.weight_VD is not None:
-            if ctx.weight_VD.grad is None:
-                ctx.weight_VD.grad = torch.zeros_like(ctx.weight_VD)
-            grad_weight_VD = ctx.weight_VD.grad
+        into = ctx.weight_VD  # whose gradient is added in place
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] and into is None else None
         for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
             hidden_CD, grad_C1, targets_C1 = hidden_RD[chunk], grad_R[chunk, None], targets_R[chunk, None]
             if ctx.cap is None and kernels.library_for(hidden_RD) is not None:
-                logits_CV = next(kept) if slices else hidden_CD @ weight_VD.T
+                logits_CV = next(kept) if slices else _logits(hidden_CD, weight_VD)
                 statistics_C2 = next(kept) if slices else fused.softmax_statistics(logits_CV)
                 assert statistics_C2 is not None
-                gradient_CV = torch.empty_like(logits_CV) if slices else logits_CV
-                fused.softmax_gradient(logits_CV, statistics_C2, targets_C1, -grad_C1, out_RV=gradient_CV)
-                _add_products(gradient_CV, weight_VD, hidden_CD, grad_hidden_RD[chunk], grad_weight_VD)
+                # in place: a second backward pass is an error
+                fused.softmax_gradient(logits_CV, statistics_C2, targets_C1, -grad_C1, out_RV=logits_CV)
+                _add_products(logits_CV, weight_VD, hidden_CD, grad_hidden_RD[chunk], grad_weight_VD, into=into)
                 continue
-            logits_CV = hidden_CD.new_empty(len(hidden_CD), len(weight_VD)) if slices else hidden_CD @ weight_VD.T
+            logits_CV = hidden_CD.new_empty(len(hidden_CD), len(weight_VD)) if slices else _logits(hidden_CD, weight_VD)
             for rows in _softmax_slices(logits_CV):
                 logp_SV, slope_SV = (next(kept), None) if slices else _log_softmax(logits_CV[rows], ctx.cap)
                 prob_SV = logp_SV.exp() if slices else logp_SV.exp_()
                 grad_SV = prob_SV.mul_(-grad_C1[rows]).scatter_add_(1, targets_C1[rows], grad_C1[rows])
                 logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
-            _add_products(logits_CV, weight_VD, hidden_CD, grad_hidden_RD[chunk], grad_weight_VD)
-        if grad_weight_VD is None or ctx.weight_VD is not None:
+            _add_products(logits_CV, weight_VD, hidden_CD, grad_hidden_RD[chunk], grad_weight_VD, into=into)
+        if grad_weight_VD is None:
             return grad_hidden_RD, None, None, None, None, None
         return grad_hidden_RD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None
 
@@ -203,7 +235,8 @@ def _prepare(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[T
     """Rows and targets padded to ROW_STEP, the weight in the states' dtype, whether a gradient is due, and whether the weight's is added
     in place.
     """
-    num_extra = -len(hidden_RD) % min(ROW_STEP, _chunk_rows(len(weight_VD)))
+    unpadded = hidden_RD.device.type == "cpu" and hidden_RD.dtype == torch.float32 and weight_VD.numel() >= UNPADDED_WEIGHTS
+    num_extra = 0 if unpadded else -len(hidden_RD) % min(ROW_STEP, _chunk_rows(len(weight_VD)))
     need_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
     padded_RD, padded_R = F.pad(hidden_RD, (0, 0, 0, num_extra)), F.pad(targets_R, (0, num_extra))
     in_place = weight_VD.dtype == hidden_RD.dtype and fused.accumulates(weight_VD)

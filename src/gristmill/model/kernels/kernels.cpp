@@ -376,10 +376,11 @@ extern "C" void gristmill_activate(const void* gate, const void* up, void* out, 
 // ---- softmax over the vocabulary ----
 
 // Statistics [rows, 2] of a softmax: the largest number of each row, and the logarithm of the sum of exponentials of the distances from it.
-template <typename A> static void softmax_forward(const A* logits, float* statistics, int rows, int n, int threads) {
+// Rows are `stride` apart.
+template <typename A> static void softmax_forward(const A* logits, float* statistics, int rows, int n, int64_t stride, int threads) {
 #pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
     for (int r = 0; r < rows; r++) {
-        const A* p = logits + (int64_t)r * n;
+        const A* p = logits + r * stride;
         vec top = vec{} - INFINITY;
         int i = 0;
         for (; i + VL <= n; i += VL) { const vec x = load(p + i); top = x > top ? x : top; }
@@ -397,24 +398,25 @@ template <typename A> static void softmax_forward(const A* logits, float* statis
     }
 }
 
-// out = factor * (softmax - onehot of the target); out may be the logits themselves.
+// out = factor * (softmax - onehot of the target); out may be the logits themselves. Its rows are `to_stride` apart.
 template <typename A>
-static void softmax_backward(const A* logits, const float* statistics, const int64_t* targets, const float* factor, A* out, int rows, int n, int threads) {
+static void softmax_backward(const A* logits, const float* statistics, const int64_t* targets, const float* factor, A* out, int rows, int n, int64_t stride,
+                             int64_t to_stride, int threads) {
 #pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
     for (int r = 0; r < rows; r++) {
-        const A* p = logits + (int64_t)r * n;
-        A* to = out + (int64_t)r * n;
+        const A* p = logits + r * stride;
+        A* to = out + r * to_stride;
         const float m = statistics[2 * (int64_t)r], sum = statistics[2 * (int64_t)r + 1], by = factor[r], target = std::exp(get(p + targets[r]) - m - sum);
         for (int i = 0; i < n; i += VL) keep(to + i, by * exp_(some(p + i, n - i) - m - sum), n - i);
         put(to + targets[r], by * (target - 1.f));
     }
 }
-extern "C" void gristmill_softmax_forward(const void* logits, float* statistics, int rows, int n, int type, int threads) {
-    if (type == 0) softmax_forward((const float*)logits, statistics, rows, n, threads);
-    else softmax_forward((const bf16*)logits, statistics, rows, n, threads);
+extern "C" void gristmill_softmax_forward(const void* logits, float* statistics, int rows, int n, int64_t stride, int type, int threads) {
+    if (type == 0) softmax_forward((const float*)logits, statistics, rows, n, stride, threads);
+    else softmax_forward((const bf16*)logits, statistics, rows, n, stride, threads);
 }
 extern "C" void gristmill_softmax_backward(const void* logits, const float* statistics, const int64_t* targets, const float* factor, void* out, int rows, int n,
-                                           int type, int threads) {
-    if (type == 0) softmax_backward((const float*)logits, statistics, targets, factor, (float*)out, rows, n, threads);
-    else softmax_backward((const bf16*)logits, statistics, targets, factor, (bf16*)out, rows, n, threads);
+                                           int64_t stride, int64_t to_stride, int type, int threads) {
+    if (type == 0) softmax_backward((const float*)logits, statistics, targets, factor, (float*)out, rows, n, stride, to_stride, threads);
+    else softmax_backward((const bf16*)logits, statistics, targets, factor, (bf16*)out, rows, n, stride, to_stride, threads);
 }

@@ -33,15 +33,15 @@ def load() -> ctypes.CDLL | None:
     library = build_library([Path(__file__).with_name("kernels.cpp")], "model")
     if library is None:
         return None
-    pointer, number, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+    pointer, number, large, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     for name, arguments in {
         "attention_forward": [ctypes.POINTER(Attention)] + [pointer] * 3,
         "attention_backward": [ctypes.POINTER(Attention)] + [pointer] * 5,
         "norm_forward": [pointer] * 7 + [number] * 2 + [real] + [number] * 3,
         "norm_backward": [pointer] * 8 + [number] * 5,
-        "activate": [pointer] * 6 + [number] * 2 + [ctypes.c_int64] + [number] * 3,
-        "softmax_forward": [pointer] * 2 + [number] * 4,
-        "softmax_backward": [pointer] * 5 + [number] * 4,
+        "activate": [pointer] * 6 + [number] * 2 + [large] + [number] * 3,
+        "softmax_forward": [pointer] * 2 + [number] * 2 + [large] + [number] * 2,
+        "softmax_backward": [pointer] * 5 + [number] * 2 + [large] * 2 + [number] * 2,
     }.items():
         function = getattr(library, f"gristmill_{name}")
         function.restype, function.argtypes = None, arguments

@@ -27,6 +27,7 @@ from gristmill.train.batches import (
     PairSample,
     Sample,
     collate_pairs,
+    fills,
     fingerprint_samples,
     split_micro_batches,
 )
@@ -133,10 +134,10 @@ def compute_reference_logprobs(
     was_training = model.training
     model.eval()
     count = num_workers(model)
-    groups = split_micro_batches(bare, micro_batch_tokens, count)
+    groups, fill = split_micro_batches(bare, micro_batch_tokens, count), fills(device, precision, count)
     with compute_precision(model, precision), workers(count) as each:
         # gradients are switched off by thread, and so are adapters
-        score = adapters_disabled()(torch.no_grad()(lambda group: response_logprobs(model, collate_pairs(group, device))))
+        score = adapters_disabled()(torch.no_grad()(lambda group: response_logprobs(model, collate_pairs(group, device, fill=fill))))
         logprobs = each(score, groups)
     for group, logprobs_D in zip(groups, logprobs, strict=True):
         reference_P2[[position[id(pair)] for pair in group]] = logprobs_D.view(-1, 2).cpu()
