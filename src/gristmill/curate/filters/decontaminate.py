@@ -101,48 +101,63 @@ def _item_grams(data_B, begin_N, table, alone, ngram, min_words):  # type: ignor
 
 
 @njit(cache=True, nogil=True)
-def _begins(data_B, begin_N, alone, size, slots):  # type: ignore[no-untyped-def]
-    """bool [slots]: whether an item has words `size` of which hash to this slot: where no n-gram can begin, none is looked up."""
+def _begins(data_B, begin_N, alone, size):  # type: ignore[no-untyped-def]
+    """uint64 hashes of every `size` words of the items, without signs: where no n-gram can begin, none is looked up."""
     hash_W, start_W, stop_W = buffers(begin_N)
-    seen = np.zeros(slots, np.bool_)
+    found, total = np.empty(1024, np.uint64), 0
     for n in range(len(begin_N) - 1):
         words = tokenize(data_B, begin_N[n], begin_N[n + 1], alone, FNV_OFFSET, hash_W, start_W, stop_W)
         for first in range(words - size + 1):
             value = np.uint64(0)
             for k in range(first, first + size):
                 value = value * GOLDEN + hash_W[k]
-            seen[np.int64((value >> np.uint64(32)) & np.uint64(slots - 1))] = True
-    return seen
+            if total == len(found):
+                found = np.concatenate((found, np.empty_like(found)))
+            found[total] = value
+            total += 1
+    return found[:total]
 
 
 @njit(cache=True, nogil=True)
-def _places(hash_W, start_W, stop_W, words, begins_S, size):  # type: ignore[no-untyped-def]
+def _places(hash_W, start_W, stop_W, words, begins, size):  # type: ignore[no-untyped-def]
     """int64 [places, 2]: where words stand with which an n-gram may begin. It begins after the first byte, and at the second at last.
 
     Args:
         stop_W: is written over.
+        begins: hashes of such words, where to find them, and what bits of them there are.
     """
-    last, slot_mask, wide, rolling, found = np.uint64(1), np.uint64(len(begins_S) - 1), np.uint64(size), np.uint64(0), np.uint64(0)
+    first_F, table_S, seen_S = begins
+    last, slot_mask, wide, one = np.uint64(1), np.uint64(len(seen_S) - 1), np.uint64(size), np.uint64(1)
+    rolling, found, num = np.uint64(0), np.uint64(0), 0
     for _ in range(size):
         last *= GOLDEN
     for w in range(np.uint64(words)):
         rolling = rolling * GOLDEN + hash_W[w]
         if w >= wide:
             rolling -= last * hash_W[w - wide]
-        stop_W[found] = w + np.uint64(1) - wide  # without a branch
-        found += np.uint64(begins_S[(rolling >> np.uint64(32)) & slot_mask] & (w + np.uint64(1) >= wide))
-    places = np.empty((np.int64(found), 2), np.int64)
-    for p in range(len(places)):
-        places[p, 0], places[p, 1] = start_W[stop_W[p] - 1] if stop_W[p] > 0 else -1, start_W[stop_W[p]]
+        stop_W[found] = w + one - wide  # without a branch
+        found += np.uint64(seen_S[(rolling >> np.uint64(32)) & slot_mask] & (w + one >= wide))
+    for p in range(np.int64(found)):
+        first, value = stop_W[p], np.uint64(0)
+        for k in range(first, first + size):
+            value = value * GOLDEN + hash_W[k]
+        if lookup(value, first_F, table_S) >= 0:
+            stop_W[num] = first
+            num += 1
+    places = np.empty((num, 2), np.int64)
+    for p in range(num):
+        first = stop_W[p]
+        places[p, 0], places[p, 1] = start_W[first - 1] if first > 0 else -1, start_W[first]
     return places
 
 
 @njit(cache=True, nogil=True)
-def _matches(data_B, begin_N, table, alone, grams_G, table_S, begins_S, shortest, lengths):  # type: ignore[no-untyped-def]
+def _matches(data_B, begin_N, table, alone, grams_G, table_S, begins, shortest, lengths):  # type: ignore[no-untyped-def]
     """Every n-gram of the benchmarks in the documents.
 
     Args:
         alone: the table of the same words without signs.
+        begins: as for `_places`.
         shortest: words of the shortest one.
         lengths: int64, the lengths in thirds of words that there are, ascending.
 
@@ -153,7 +168,7 @@ def _matches(data_B, begin_N, table, alone, grams_G, table_S, begins_S, shortest
     found, total = np.empty((64, 4), np.int64), 0
     for n in range(len(begin_N) - 1):
         words = tokenize(data_B, begin_N[n], begin_N[n + 1], alone, FNV_OFFSET, hash_W, start_W, stop_W)
-        places = _places(hash_W, start_W, stop_W, words, begins_S, shortest)
+        places = _places(hash_W, start_W, stop_W, words, begins, shortest)
         if len(places) == 0:
             continue
         words, first, p = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W), -1, 0
@@ -230,14 +245,15 @@ class Benchmarks:
     Attributes:
         grams_G: uint64 hashes, sorted.
         table_S: int32, where to find them.
-        begins_S: bool, which hashes their first words may have, as many as the shortest has; without signs.
+        begins: with how many words as the shortest has, without signs, one may begin: uint64 hashes, sorted, int32 where to find them, and
+            bool, which bits of them there are.
         shortest: words of the shortest.
         lengths: int64, the lengths in thirds of words that there are, ascending.
     """
 
     grams_G: np.ndarray
     table_S: np.ndarray
-    begins_S: np.ndarray
+    begins: tuple[np.ndarray, np.ndarray, np.ndarray]
     shortest: int
     lengths: np.ndarray
 
@@ -256,9 +272,12 @@ class Benchmarks:
         if len(grams) == 0:
             raise InputError(f"The benchmarks hold no text of {settings.min_words} words or more: check `benchmarks` and `fields`.")
         grams_G = np.unique(grams)
-        shortest, slots = int(lengths[:, 0].min()), 1 << (16 * len(grams_G)).bit_length()
-        begins_S = _begins(data_B, begin_N, tables[1], shortest, slots)
-        return Benchmarks(grams_G, hash_table(grams_G), begins_S, shortest, np.unique(lengths[:, 1]))
+        shortest = int(lengths[:, 0].min())
+        first_F = np.unique(_begins(data_B, begin_N, tables[1], shortest))
+        seen_S = np.zeros(1 << (16 * len(first_F)).bit_length(), np.bool_)
+        seen_S[(first_F >> np.uint64(32)) & np.uint64(len(seen_S) - 1)] = True
+        begins = first_F, hash_table(first_F), seen_S
+        return Benchmarks(grams_G, hash_table(grams_G), begins, shortest, np.unique(lengths[:, 1]))
 
     def __len__(self) -> int:
         return len(self.grams_G)
@@ -269,7 +288,7 @@ def _find(texts: TextColumn, benchmarks: Benchmarks) -> np.ndarray:
     b = benchmarks
     data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
     tables = lower_letters(), lower_letters_alone()
-    return np.asarray(_matches(data_B, begin_N, *tables, b.grams_G, b.table_S, b.begins_S, b.shortest, b.lengths))
+    return np.asarray(_matches(data_B, begin_N, *tables, b.grams_G, b.table_S, b.begins, b.shortest, b.lengths))
 
 
 def counts(table: pa.Table, benchmarks: Benchmarks) -> np.ndarray:
