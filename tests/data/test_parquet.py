@@ -110,6 +110,20 @@ def test_what_swells_is_refused_before_it_takes_memory(tmp_path: Path, name: str
     assert pa.system_memory_pool().max_memory() - before[1] < 3 * FREE_EXPANSION
 
 
+def test_a_footer_that_lies_changes_nothing(tmp_path: Path) -> None:
+    def varint(number: int, size: int) -> bytes:
+        return bytes([number >> 7 * i & 127 | (128 if i + 1 < size else 0) for i in range(size)])
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [PAGE]}), path, **PLAIN)
+    told = pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size
+    whole, size = path.read_bytes(), (2 * told).bit_length() // 7 + 1
+    path.write_bytes(whole.replace(varint(2 * told, size), varint(2 * 100, size)))
+    assert pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 100
+    with pytest.raises(InputError, match="holds more than 1000 bytes"):
+        read_records(path)
+
+
 def test_damage_anywhere_is_one_sentence(tmp_path: Path) -> None:
     path, draw = tmp_path / "a.parquet", random.Random(0)
     pq.write_table(HONEST.slice(0, 60).select(["text", "messages", "ids"]), path, compression="none")

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 MAX_EXPANSION = 1000  # bytes that may come out of one
-FREE_EXPANSION = 16 << 20  # bytes that no file is suspected for, and of a batch
+FREE_EXPANSION = 16 << 20  # bytes that no file is suspected for, and of a batch in the mean
+REPEATED_BYTES = 64 << 20  # of a batch whose values are all the longest: 16 from a dictionary of 4 MiB, four times what writers make
 FEW_ROWS, CODED_ROWS = 16, 1 << 10  # of a batch: of plain values; of texts that are numbers into a dictionary, as the file holds them
 MAX_HEADER_BYTES = 1 << 20  # of a page; usual are less than a hundred, with statistics some thousands
 PADDING = 100  # bytes after a column chunk that Arrow reads too, in files of some writers
@@ -98,7 +99,7 @@ class ParquetReader:
         file, mean = self._coded if coded else self._file, sum(column.num_bytes for column in columns)
         num_rows = max(FEW_ROWS, min(max_rows, FREE_EXPANSION * self.facts.row_group(group).num_rows // max(mean, 1)))
         most = max((column.max_value_bytes(coded) for column in columns if not column.nested), default=0)
-        num_rows = max(1, min(num_rows, FREE_EXPANSION // max(most, 1)))
+        num_rows = max(1, min(num_rows, REPEATED_BYTES // max(most, 1)))
         yield from file.iter_batches(num_rows, row_groups=[group], columns=self.names, use_threads=False)
 
     def _count(self, num_bytes: int) -> None:
