@@ -41,7 +41,10 @@ NEVER = {
 }
 
 # The untrusted-code helper starts with no site-packages; see sandbox/zygote.py.
-STANDARD_LIBRARY_ONLY = ["sandbox.zygote", "sandbox.jail", "sandbox.seccomp", "sandbox.split", "sandbox.wire", "sandbox.test_runner"]
+STANDARD_LIBRARY_ONLY = [
+    *("sandbox.zygote", "sandbox.jail", "sandbox.seccomp", "sandbox.split", "sandbox.program_side", "sandbox.check_side"),
+    *("sandbox.remote", "sandbox.operations", "sandbox.wire", "sandbox.test_runner"),
+]
 
 # On machines with a GPU, and nowhere else.
 COMES_WITH_TORCH = {"engine.kernels.triton_attention": "triton", "engine.kernels.triton_norm": "triton"}

@@ -26,10 +26,12 @@ from gristmill.core.progress import Progress
 from gristmill.curate import run as curation
 from gristmill.curate.blend import blend as blending
 from gristmill.curate.recipe import Curation
+from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.train.settings import training_section
 from gristmill.workflows.alignment import training
 from gristmill.workflows.dataset import run as dataset
 from gristmill.workflows.dataset.recipe import DatasetRecipe
+from gristmill.workflows.evaluate import evaluate
 from gristmill.workflows.train import train_model
 
 STRIDE, _, FIRST = os.environ.get("GRISTMILL_TEST_FAULTS", "0").partition(":")
@@ -64,6 +66,7 @@ class Disk:
     def __init__(self, root: Path, strike: Callable[["Disk", str, str], None]):
         self.strike, self.count = strike, 0
         self.lengths: dict[int, int] = {}  # of synced files, by inode
+        self.times: dict[int, int] = {}  # when they were last written before that
         self.entries: dict[str, set[str]] = {}  # synced names of each folder
         self.path = Path(os.path.realpath(root))
 
@@ -117,7 +120,7 @@ class Disk:
                 self.entries[path] = set(os.listdir(path))
             elif path:
                 found = os.fstat(descriptor)
-                self.lengths[found.st_ino] = found.st_size
+                self.lengths[found.st_ino], self.times[found.st_ino] = found.st_size, found.st_mtime_ns
 
         def calling(kind: str, real: Any) -> Any:
             def called(*args: Any, **more: Any) -> Any:
@@ -142,6 +145,20 @@ class Disk:
         for name, kind in kinds.items():
             patch.setattr(os, name, calling(kind, getattr(os, name)))
         yield self
+
+    def state(self, *, power_cut: bool) -> frozenset[tuple[Any, ...]]:
+        """What tells the folder that `copy` would make from another one."""
+        found: set[tuple[Any, ...]] = set()
+        for place, folders, files in os.walk(self.path):
+            if power_cut:
+                folders[:] = [name for name in folders if name in self.entries.get(place, set())]
+                files = [name for name in files if name in self.entries.get(place, set())]
+            found |= {(place, name) for name in folders}
+            for name in files:
+                of = os.stat(os.path.join(place, name))
+                synced = (of.st_ino, min(of.st_size, self.lengths.get(of.st_ino, 0)), self.times.get(of.st_ino))
+                found.add((place, name, *(synced if power_cut else (of.st_ino, of.st_size, of.st_mtime_ns))))
+        return frozenset(found)
 
     def copy(self, target: Path, *, power_cut: bool) -> None:
         """The folder as a kill would leave it now; after a power cut, without what has not been synced."""
@@ -224,6 +241,13 @@ def works(
     def train(folder: Path) -> None:
         train_model("sft", random_base, tmp_path / "rows.jsonl", out=folder, recipe=settings, device="cpu", checkpoint_every=0.001)
 
+    answers = "".join(json.dumps({"prompt": f"Say {w}.", "answer": w}) + "\n" for w in words[:16])
+    (tmp_path / "prompts.jsonl").write_text(answers)
+
+    def evaluation(folder: Path) -> None:
+        engine = load_engine(random_base, EngineArgs(device="cpu"))
+        evaluate(engine, tmp_path / "prompts.jsonl", QUIET, max_tokens=4, seed=0, greedy=True, out=folder / "answers.jsonl")
+
     servers: list[str] = []
     return {
         "run": Work(lambda folder: run(make_recipe(), folder), 2, 1, 1),
@@ -231,10 +255,11 @@ def works(
         "curate": Work(lambda folder: curation.run(check(Curation, curate), folder, QUIET), 4, 2, 3),
         "blend": Work(lambda folder: blending.blend(check(blending.Blend, blend), folder, QUIET), 4, 2, 3),
         "train": Work(train, 5, 3, 3),
+        "eval": Work(evaluation, 1, 1, 1),
     }
 
 
-@pytest.mark.parametrize("name", ["run", "synth", "curate", "blend", "train"])
+@pytest.mark.parametrize("name", ["run", "synth", "curate", "blend", "train", "eval"])
 def test_struck_anywhere_the_next_start_ends_the_same(name: str, works: dict[str, Work], tmp_path: Path) -> None:
     work = works[name]
     kinds: list[tuple[str, str]] = []
@@ -261,13 +286,17 @@ def test_struck_anywhere_the_next_start_ends_the_same(name: str, works: dict[str
     kills = set(chosen(work.kills, list(range(len(kinds)))))
     cuts = set(chosen(work.cuts, list(range(len(kinds)))))
     copies: list[tuple[Path, str]] = []
+    states: set[tuple[str, frozenset[tuple[Any, ...]]]] = set()
 
     def copying(disk: Disk, kind: str, path: str) -> None:
         place = disk.count - 1
         for mode, places in (("kill", kills), ("power cut", cuts)):
             if place in places:
-                copies.append((tmp_path / f"{mode}-{place}", f"{mode} before {kind} of {Path(path).relative_to(tmp_path)}"))
-                disk.copy(copies[-1][0], power_cut=mode == "power cut")
+                state = disk.state(power_cut=mode == "power cut")
+                if (mode, state) not in states:  # most operations change nothing that a kill, or a power cut, leaves behind
+                    states.add((mode, state))
+                    copies.append((tmp_path / f"{mode}-{place}", f"{mode} before {kind} of {Path(path).relative_to(tmp_path)}"))
+                    disk.copy(copies[-1][0], power_cut=mode == "power cut")
 
     with pytest.MonkeyPatch.context() as patch, Disk(tmp_path / "struck", copying).installed(patch):
         work.start(tmp_path / "struck")

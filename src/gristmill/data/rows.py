@@ -23,12 +23,9 @@ if TYPE_CHECKING:  # rows in JSONL need no Arrow
     import numpy as np
     import pyarrow as pa
 
-# A few bytes of a Parquet file may stand for many long texts: it is read some rows at a time, and bytes are counted as they come out.
-PARQUET_ROWS = 16
-MAX_EXPANSION = 1000  # bytes that may come out of one
-FREE_EXPANSION = 16 << 20  # bytes that no file is suspected for
-# With texts as numbers into a dictionary, as the file holds them, a row takes no more than the file gives: many may be decoded together.
-COLUMN_ROWS, CODED_ROWS = 1 << 16, 1 << 10  # of a few columns, of whole rows
+    from gristmill.data.parquet import ParquetReader
+
+COLUMN_ROWS = 1 << 16  # of a few columns of a Parquet file, texts as numbers into a dictionary
 
 
 def make_id(*parts: object) -> str:
@@ -271,12 +268,10 @@ def read_records(path: Path, at: Sequence[int] | None = None) -> list[dict[str, 
     if at is not None:
         return _records_at(path, at)
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
         records: list[dict[str, Any]] = []
-        size, most = 0, _max_bytes(path)
-        with _reading(path), pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
+        size = 0
+        with _parquet(path) as (file, most):
+            for batch in (batch for group in range(file.facts.num_row_groups) for batch in file.batches(group)):
                 records += (rows := batch.to_pylist())
                 if (size := size + num_bytes(rows)) > most:
                     raise _expanded(path)
@@ -297,22 +292,27 @@ def read_records(path: Path, at: Sequence[int] | None = None) -> list[dict[str, 
     return [_object(_parse_json(line, where, "write one JSON object a line"), where, "write one object a line") for where, line in lines]
 
 
-def _max_bytes(path: Path) -> int:
-    return max(MAX_EXPANSION * path.stat().st_size, FREE_EXPANSION)
-
-
 def _expanded(path: Path) -> InputError:
+    from gristmill.data.parquet import MAX_EXPANSION
+
     return InputError(f"{path} holds more than {MAX_EXPANSION} bytes of text to a byte: write it without repetitions.")
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _parquet(path: Path, names: Sequence[str] | None = None) -> "Iterator[tuple[ParquetReader, int]]":
+    """A Parquet file, and how many bytes may come out of it."""
     import pyarrow as pa
 
+    from gristmill.data.parquet import FREE_EXPANSION, MAX_EXPANSION, Expansion, ParquetReader
+
     try:
-        yield
+        most = max(MAX_EXPANSION * path.stat().st_size, FREE_EXPANSION)
+        with ParquetReader(path, most, names) as file:
+            yield file, most
     except InputError:
         raise
+    except Expansion as e:
+        raise _expanded(path) from e
     except (pa.ArrowException, OSError, ValueError) as e:
         raise DamagedFile(f"{path} cannot be read as Parquet ({reason(e)}): write or download it again.") from e
 
@@ -335,26 +335,16 @@ def _coded(
         names: of its columns; those that it lacks are left out. None for all.
         at: numbers of the rows that are wanted, sorted; row groups without any are skipped.
     """
-    import pyarrow.parquet as pq
-
-    size, most = 0, _max_bytes(path)
-    with _reading(path):
-        facts = pq.read_metadata(path)
-        leaves = [facts.schema.column(i) for i in range(facts.num_columns)]
-        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-        with pq.ParquetFile(path, metadata=facts, read_dictionary=texts) as file:
-            columns = None if names is None else [name for name in names if name in file.schema_arrow.names]
-            first = 0
-            for group in range(facts.num_row_groups):
-                end = first + facts.row_group(group).num_rows
-                if at is not None and bisect_left(at, first) == bisect_left(at, end):
-                    first = end
-                    continue
-                for batch in file.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False):
-                    if (size := size + batch.nbytes) > most:
-                        raise _expanded(path)
-                    yield first, batch
-                    first += batch.num_rows
+    with _parquet(path, names) as (file, _):
+        first = 0
+        for group in range(file.facts.num_row_groups):
+            end = first + file.facts.row_group(group).num_rows
+            if at is not None and bisect_left(at, first) == bisect_left(at, end):
+                first = end
+                continue
+            for batch in file.coded_batches(group, num_rows):
+                yield first, batch
+                first += batch.num_rows
 
 
 def read_columns(path: Path, row: type[Row], names: Sequence[str]) -> "dict[str, pa.Array]":
@@ -461,12 +451,14 @@ def _records_at(path: Path, at: Sequence[int]) -> list[dict[str, Any]]:
     """Plain rows of a Parquet file, given by their numbers, sorted."""
     import pyarrow as pa
 
+    from gristmill.data.parquet import CODED_ROWS, FEW_ROWS, FREE_EXPANSION, MAX_EXPANSION
+
     records: list[dict[str, Any]] = []
-    size, most = 0, _max_bytes(path)
+    size, most = 0, max(MAX_EXPANSION * path.stat().st_size, FREE_EXPANSION)
     for first, batch in _coded(path, None, CODED_ROWS, at) if at else ():
         mine = at[bisect_left(at, first) : bisect_left(at, first + batch.num_rows)]
-        for start in range(0, len(mine), PARQUET_ROWS):
-            places = pa.array([number - first for number in mine[start : start + PARQUET_ROWS]], pa.int64())
+        for start in range(0, len(mine), FEW_ROWS):
+            places = pa.array([number - first for number in mine[start : start + FEW_ROWS]], pa.int64())
             records += (rows := batch.take(places).to_pylist())
             if (size := size + num_bytes(rows)) > most:
                 raise _expanded(path)

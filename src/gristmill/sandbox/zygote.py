@@ -5,7 +5,7 @@ device memory of the caller is in it, and it imports the standard library only. 
 standard input and answers on standard output, each a 4-byte big-endian length and JSON, and ends when
 standard input closes.
 
-A check runs in a process of its own (split.py), jailed like the program's: it calls the program over two pipes, gets plain data back,
+A check runs in a process of its own (check_side.py), jailed like the program's: it calls the program over two pipes, gets plain data back,
 and says through a pipe that no program ever has what came out. That process serves one check after the other, as long as none leaves a
 trace in it; the program's process is made for one program and killed.
 
@@ -46,7 +46,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gristmill.sandbox import jail, split, test_runner
+from gristmill.sandbox import check_side, jail, program_side, test_runner
 from gristmill.sandbox.wire import read_exactly, receive, send
 
 OUTPUT_BYTES = 64 << 10
@@ -144,7 +144,7 @@ def _refuse_introspection(tracing: bool) -> None:
 
 
 def _report(verdict: int, error: BaseException | None) -> None:
-    os.write(verdict, b"!" + split.describe(error).encode(errors="replace")[:_VERDICT_BYTES])
+    os.write(verdict, b"!" + check_side.describe(error).encode(errors="replace")[:_VERDICT_BYTES])
 
 
 def _execute(program: str, check: str, verdict: int, secret: list[bytes]) -> None:
@@ -216,10 +216,10 @@ def _serve_check(program: str, script: bool, reader: int, writer: int) -> None:
         reason = "early exit"
     except BaseException as error:
         traceback.print_exception(error, limit=0 if isinstance(error, SyntaxError) else None)
-        reason = split.describe(error)
+        reason = check_side.describe(error)
     send(writer, {"reason": reason, "names": [name for name in module.__dict__ if name[:2] != "__"]})
     if not reason:
-        split.ProgramSide(reader, writer, module.__dict__, program).run()
+        program_side.ProgramSide(reader, writer, module.__dict__, program).run()
 
 
 def _enter(ruleset: int | None, strict: bool, timeout_s: float, *, output: int, keep: tuple[int, ...]) -> None:
@@ -257,7 +257,7 @@ class _Checker:
                 _enter(ruleset, strict, timeout_s, output=output, keep=(ask, self._told, jobs, verdict))
                 while (job := receive(jobs)) is not None:
                     os.chdir(scratch)
-                    reason, weak, clean = split.run_check(job["check"], self._told, ask)
+                    reason, weak, clean = check_side.run_check(job["check"], self._told, ask)
                     clean = clean and time.process_time() < _CHECKER_CPU_S
                     send(verdict, {"reason": reason, "weak": weak, "clean": clean})
                     if not clean:

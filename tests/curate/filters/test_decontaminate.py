@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gristmill.core.errors import InputError
-from gristmill.curate.filters.decontaminate import Benchmarks, Decontaminate, counts, decontaminate
+from gristmill.curate.filters.decontaminate import MAX_TOKENS, Benchmarks, Decontaminate, counts, decontaminate
 from gristmill.curate.outcome import DOCUMENT, DROPPED, Outcome
+from gristmill.curate.text.text_column import read_only
+from gristmill.curate.text.words import FNV_OFFSET, buffers, lower_letters, tokenize
 
 ITEM = "Anna, who sold 48 clips in April; sold half as many in May"  # 13 words
 FILLER = "Some quite ordinary sentence follows here number {}. "
@@ -200,6 +202,45 @@ def test_signs_are_part_of_an_item(tmp_path: Path) -> None:
     texts = [f"{filler(1000)}. {text} {filler(1000, 500)}" for text in (item, item.replace("+", "-"), item.replace("a + b", "a+b"))]
     kept = texts_of(run(tmp_path, texts, [item]))
     assert len(kept) == 5 and sum("turns" in text for text in kept) == 1
+
+
+PIECES = ["a", "b", "1", " + ", " - ", "=\u0338", "\u0301", "\u8a9e", "\u0e01", " ", ", "]
+SIGNS = st.lists(st.sampled_from(PIECES), max_size=24).map("".join)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(SIGNS, min_size=1, max_size=4), st.lists(SIGNS, max_size=4), st.integers(2, 5))
+def test_the_same_matches_of_words_and_signs_as_by_definition(tmp_path: Path, items: list[str], texts: list[str], ngram: int) -> None:
+    def tokens(text: str) -> list[tuple[int, int, bool]]:
+        """Hash, thirds of a word, and whether letters are in it."""
+        data = read_only(np.frombuffer(text.encode(), np.uint8))
+        hash_W, start_W, stop_W = buffers(np.array([0, len(data)]))
+        num = tokenize(data, 0, len(data), lower_letters(), FNV_OFFSET, hash_W, start_W, stop_W)
+        found = [(int(hash_W[w]), bytes(data[start_W[w] : stop_W[w]]).decode()) for w in range(num)]
+        thirds = [1 if word[0] == "\u0e01" else 0 if word[0] in "+-=" else 3 for _, word in found]
+        return [(h, third, bool(third and word.strip("\u0301\u0338"))) for (h, word), third in zip(found, thirds, strict=True)]
+
+    def grams(text: str, lengths: set[int]) -> list[tuple[int, tuple[int, ...]]]:
+        out, of_text = set(), tokens(text)
+        for length in lengths:
+            for first in range(len(of_text)):
+                stop = next((k for k in range(first, len(of_text) + 1) if sum(t[1] for t in of_text[first:k]) >= length), 0)
+                part = of_text[first:stop]
+                if part and part[0][1] and len(part) <= MAX_TOKENS * ngram and any(t[2] for t in part):
+                    out.add((first, tuple(t[0] for t in part)))
+        return sorted(out)
+
+    known: set[tuple[int, ...]] = set()
+    lengths = set()
+    for item in items:
+        if (whole := sum(t[1] for t in tokens(item))) >= 3:
+            lengths.add(min(whole, 3 * ngram))
+            known |= {gram for _, gram in grams(item, {min(whole, 3 * ngram)})}
+    chosen = Decontaminate(benchmarks=[benchmark(tmp_path, items)], ngram=ngram, min_words=1)
+    if known:
+        want = Counter(gram for text in texts for _, gram in grams(text, lengths) if gram in known)
+        found = counts(documents(texts), Benchmarks.read(chosen))
+        assert len(found) == len(known) and sorted(found[found > 0].tolist()) == sorted(want.values())
 
 
 def test_files_of_every_kind_and_fields(tmp_path: Path) -> None:

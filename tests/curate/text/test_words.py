@@ -94,6 +94,18 @@ def test_scripts_without_spaces_and_combining_marks(text: str, found: list[str])
     assert len({value for _, value in cut(text, words.split())}) == len(found)
 
 
+@given(st.text(st.sampled_from("aB1 +-=.\n\u0301\u0338\u00ad\u8a9e\u0e01\u0e49\u20ac")))
+def test_equal_words_and_signs_are_equal_words_without_signs(text: str) -> None:
+    table = words.lower_letters()
+    expected = []
+    for word, _ in cut(text, table):
+        entry = table[ord(word[0])]
+        if not entry & words.SINGLE or entry & (words.HAN | words.CLUSTER):
+            first = next((i for i, char in enumerate(word) if not table[ord(char)] & words.JOINS), len(word))
+            expected += [word[first:]] * (first < len(word))
+    assert [word for word, _ in cut(text, words.lower_letters_alone())] == expected
+
+
 def test_runs_of_a_million_signs_end() -> None:
     assert [word for word, _ in cut("-" * 1_000_000 + " a" + " + b" * 3, words.signs_and_lower())] == ["a", *["+", "b"] * 3]
 

@@ -4,7 +4,8 @@ Words are maximal runs of letters and digits, in lower case, each with its place
 where the match is. An item of 13 words or more gives all its 13-grams, one of 8 to 12 words is one n-gram of its own length,
 and shorter items are ignored. Signs between words (3 + 4) belong to an n-gram and count for nothing; a letter of Thai and other scripts
 without spaces counts for a third of a word, an ideograph or kana for a whole one. N-grams met often in the corpus are common language and
-are not used, which takes two passes: `counts` over every table, then `decontaminate` with the sum.
+are not used, which takes two passes: `counts` over every table, then `decontaminate` with the sum. Signs take time to tell from marks of
+writing, so they are looked at only in documents that have the words with which an n-gram begins.
 
 Shapes: N documents, B bytes of all of them, W words and signs of one, G n-grams of the benchmarks, M matches, S slots of the hash table.
 """
@@ -24,7 +25,7 @@ from gristmill.core.config import FilePath, Section
 from gristmill.core.errors import InputError
 from gristmill.curate.outcome import DOCUMENT, Metric, Outcome, none_dropped, split
 from gristmill.curate.text.text_column import TERMINALS, TextColumn, hash_table, lookup, read_only
-from gristmill.curate.text.words import CLUSTER, FNV_OFFSET, HAN, WORD, buffers, first_entry, lower_letters, tokenize
+from gristmill.curate.text.words import CLUSTER, FNV_OFFSET, HAN, WORD, buffers, first_entry, lower_letters, lower_letters_alone, tokenize
 from gristmill.data.minhash import GOLDEN, mix64
 from gristmill.data.rows import read_records
 
@@ -58,19 +59,21 @@ def _thirds(data_B, i, table):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _item_grams(data_B, begin_N, table, ngram, min_words):  # type: ignore[no-untyped-def]
-    """uint64 hashes of the n-grams of every item, and how long they are: in words and signs, and in thirds of words."""
+def _item_grams(data_B, begin_N, table, alone, ngram, min_words):  # type: ignore[no-untyped-def]
+    """uint64 hashes of the n-grams of every item, and how long they are: in words without signs, and in thirds of words."""
     hash_W, start_W, stop_W = buffers(begin_N)
+    alone_W = np.empty_like(start_W)  # where words begin, without signs
     weight_W = np.empty(len(hash_W), np.int64)
     grams, lengths, total = np.empty(1024, np.uint64), np.empty((1024, 2), np.int64), 0
     for n in range(len(begin_N) - 1):
+        num_alone = tokenize(data_B, begin_N[n], begin_N[n + 1], alone, FNV_OFFSET, hash_W, alone_W, stop_W)
         words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
         for w in range(words):
             weight_W[w] = _thirds(data_B, start_W[w], table)
         whole = weight_W[:words].sum()
         if whole < 3 * min_words:
             continue
-        wanted, stop, inside = min(whole, 3 * ngram), 0, 0
+        wanted, stop, inside, a, b = min(whole, 3 * ngram), 0, 0, 0, 0
         for first in range(words):
             if weight_W[first] == 0:
                 continue
@@ -81,66 +84,100 @@ def _item_grams(data_B, begin_N, table, ngram, min_words):  # type: ignore[no-un
                 break
             inside -= weight_W[first]
             size = stop - first
-            if size > MAX_TOKENS * ngram:
+            while a < num_alone and alone_W[a] < start_W[first]:
+                a += 1
+            while b < num_alone and alone_W[b] < stop_W[stop - 1]:
+                b += 1
+            if size > MAX_TOKENS * ngram or a == b:
                 continue
             value = np.uint64(0)
             for k in range(first, stop):
                 value = value * GOLDEN + hash_W[k]
             if total == len(grams):
                 grams, lengths = np.concatenate((grams, np.empty_like(grams))), np.concatenate((lengths, np.empty_like(lengths)))
-            grams[total], lengths[total, 0], lengths[total, 1] = mix64(value + np.uint64(size)), size, wanted
+            grams[total], lengths[total, 0], lengths[total, 1] = mix64(value + np.uint64(size)), b - a, wanted
             total += 1
     return grams[:total], lengths[:total]
 
 
 @njit(cache=True, nogil=True)
-def _begins(data_B, begin_N, table, size, slots):  # type: ignore[no-untyped-def]
-    """bool [slots]: whether an item has words `size` of which hash to this slot: where no n-gram can begin, none is looked up."""
+def _begins(data_B, begin_N, alone, size):  # type: ignore[no-untyped-def]
+    """uint64 hashes of every `size` words of the items, without signs: where no n-gram can begin, none is looked up."""
     hash_W, start_W, stop_W = buffers(begin_N)
-    seen = np.zeros(slots, np.bool_)
+    found, total = np.empty(1024, np.uint64), 0
     for n in range(len(begin_N) - 1):
-        words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
+        words = tokenize(data_B, begin_N[n], begin_N[n + 1], alone, FNV_OFFSET, hash_W, start_W, stop_W)
         for first in range(words - size + 1):
-            if _thirds(data_B, start_W[first], table) == 0:
-                continue
             value = np.uint64(0)
             for k in range(first, first + size):
                 value = value * GOLDEN + hash_W[k]
-            seen[np.int64((value >> np.uint64(32)) & np.uint64(slots - 1))] = True
-    return seen
+            if total == len(found):
+                found = np.concatenate((found, np.empty_like(found)))
+            found[total] = value
+            total += 1
+    return found[:total]
 
 
 @njit(cache=True, nogil=True)
-def _matches(data_B, begin_N, table, grams_G, table_S, begins_S, shortest, lengths):  # type: ignore[no-untyped-def]
+def _places(hash_W, start_W, stop_W, words, begins, size):  # type: ignore[no-untyped-def]
+    """int64 [places, 2]: where words stand with which an n-gram may begin. It begins after the first byte, and at the second at last.
+
+    Args:
+        stop_W: is written over.
+        begins: hashes of such words, where to find them, and what bits of them there are.
+    """
+    first_F, table_S, seen_S = begins
+    last, slot_mask, wide, one = np.uint64(1), np.uint64(len(seen_S) - 1), np.uint64(size), np.uint64(1)
+    rolling, found, num = np.uint64(0), np.uint64(0), 0
+    for _ in range(size):
+        last *= GOLDEN
+    for w in range(np.uint64(words)):
+        rolling = rolling * GOLDEN + hash_W[w]
+        if w >= wide:
+            rolling -= last * hash_W[w - wide]
+        stop_W[found] = w + one - wide  # without a branch
+        found += np.uint64(seen_S[(rolling >> np.uint64(32)) & slot_mask] & (w + one >= wide))
+    for p in range(np.int64(found)):
+        first, value = stop_W[p], np.uint64(0)
+        for k in range(first, first + size):
+            value = value * GOLDEN + hash_W[k]
+        if lookup(value, first_F, table_S) >= 0:
+            stop_W[num] = first
+            num += 1
+    places = np.empty((num, 2), np.int64)
+    for p in range(num):
+        first = stop_W[p]
+        places[p, 0], places[p, 1] = start_W[first - 1] if first > 0 else -1, start_W[first]
+    return places
+
+
+@njit(cache=True, nogil=True)
+def _matches(data_B, begin_N, table, alone, grams_G, table_S, begins, shortest, lengths):  # type: ignore[no-untyped-def]
     """Every n-gram of the benchmarks in the documents.
 
     Args:
-        shortest: words and signs of the shortest one.
+        alone: the table of the same words without signs.
+        begins: as for `_places`.
+        shortest: words of the shortest one.
         lengths: int64, the lengths in thirds of words that there are, ascending.
 
     Returns:
         int64 [M, 4]: document, n-gram, and the bytes in `data_B` where it starts and stops; by document and start.
     """
     hash_W, start_W, stop_W = buffers(begin_N)
-    last = np.uint64(1)
-    for _ in range(shortest):
-        last *= GOLDEN
-    slot_mask, size, one = np.uint64(len(begins_S) - 1), np.uint64(shortest), np.uint64(1)
     found, total = np.empty((64, 4), np.int64), 0
     for n in range(len(begin_N) - 1):
-        words = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W)
-        rolling, w, num_words, begins = np.uint64(0), np.uint64(0), np.uint64(words), True
-        while begins:
-            begins = False
-            while w < num_words and not begins:  # up to words with which an n-gram may begin: the rest in this loop would make it slow
-                rolling = rolling * GOLDEN + hash_W[w]
-                if w >= size:
-                    rolling -= last * hash_W[w - size]
-                w += one
-                begins = bool(w >= size and begins_S[(rolling >> np.uint64(32)) & slot_mask])
-            if not begins:
-                break
-            first = np.int64(w - size)
+        words = tokenize(data_B, begin_N[n], begin_N[n + 1], alone, FNV_OFFSET, hash_W, start_W, stop_W)
+        places = _places(hash_W, start_W, stop_W, words, begins, shortest)
+        if len(places) == 0:
+            continue
+        words, first, p = tokenize(data_B, begin_N[n], begin_N[n + 1], table, FNV_OFFSET, hash_W, start_W, stop_W), -1, 0
+        while first + 1 < words and p < len(places):
+            first += 1
+            while p < len(places) and start_W[first] > places[p, 1]:
+                p += 1
+            if p == len(places) or start_W[first] <= places[p, 0]:
+                continue
             value, stop, inside, before = np.uint64(0), first, 0, first
             for wanted in lengths:  # where each of them would end that begins at this word
                 while stop < words and inside < wanted:
@@ -208,14 +245,15 @@ class Benchmarks:
     Attributes:
         grams_G: uint64 hashes, sorted.
         table_S: int32, where to find them.
-        begins_S: bool, which hashes their first words may have, as many as the shortest has.
-        shortest: words and signs of the shortest.
+        begins: with how many words as the shortest has, without signs, one may begin: uint64 hashes, sorted, int32 where to find them, and
+            bool, which bits of them there are.
+        shortest: words of the shortest.
         lengths: int64, the lengths in thirds of words that there are, ascending.
     """
 
     grams_G: np.ndarray
     table_S: np.ndarray
-    begins_S: np.ndarray
+    begins: tuple[np.ndarray, np.ndarray, np.ndarray]
     shortest: int
     lengths: np.ndarray
 
@@ -241,13 +279,17 @@ class Benchmarks:
         """The n-grams of these items; as `read`."""
         texts = TextColumn.of(pa.array(items, pa.large_string()))
         data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
-        grams, lengths = _item_grams(data_B, begin_N, lower_letters(), settings.ngram, min(settings.min_words, settings.ngram))
+        tables = lower_letters(), lower_letters_alone()
+        grams, lengths = _item_grams(data_B, begin_N, *tables, settings.ngram, min(settings.min_words, settings.ngram))
         if len(grams) == 0:
             raise InputError(f"The benchmarks hold no text of {settings.min_words} words or more: check `benchmarks` and `fields`.")
         grams_G = np.unique(grams)
-        shortest, slots = int(lengths[:, 0].min()), 1 << (16 * len(grams_G)).bit_length()
-        begins_S = _begins(data_B, begin_N, lower_letters(), shortest, slots)
-        return Benchmarks(grams_G, hash_table(grams_G), begins_S, shortest, np.unique(lengths[:, 1]))
+        shortest = int(lengths[:, 0].min())
+        first_F = np.unique(_begins(data_B, begin_N, tables[1], shortest))
+        seen_S = np.zeros(1 << (16 * len(first_F)).bit_length(), np.bool_)
+        seen_S[(first_F >> np.uint64(32)) & np.uint64(len(seen_S) - 1)] = True
+        begins = first_F, hash_table(first_F), seen_S
+        return Benchmarks(grams_G, hash_table(grams_G), begins, shortest, np.unique(lengths[:, 1]))
 
     def __len__(self) -> int:
         return len(self.grams_G)
@@ -257,7 +299,8 @@ def _find(texts: TextColumn, benchmarks: Benchmarks) -> np.ndarray:
     """`_matches` of the documents."""
     b = benchmarks
     data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
-    return np.asarray(_matches(data_B, begin_N, lower_letters(), b.grams_G, b.table_S, b.begins_S, b.shortest, b.lengths))
+    tables = lower_letters(), lower_letters_alone()
+    return np.asarray(_matches(data_B, begin_N, *tables, b.grams_G, b.table_S, b.begins, b.shortest, b.lengths))
 
 
 def counts(table: pa.Table, benchmarks: Benchmarks) -> np.ndarray:
@@ -309,9 +352,12 @@ def decontaminate(table: pa.Table, settings: Decontaminate, benchmarks: Benchmar
     Args:
         total_counts: int64 [G], the sum of `counts` over the corpus.
     """
+    used_G = (total_counts > 0) & (total_counts <= settings.max_matches)
+    if not used_G.any():
+        return Outcome(table, none_dropped())
     texts = TextColumn.of(table["text"])
     found = _find(texts, benchmarks)
-    found = found[total_counts[found[:, 1]] <= settings.max_matches]
+    found = found[used_G[found[:, 1]]]
     if len(found) == 0:
         return Outcome(table, none_dropped())
     figures, pieces_N = np.zeros(len(texts), np.float64), np.full(len(texts), np.nan)

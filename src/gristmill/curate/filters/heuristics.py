@@ -17,8 +17,9 @@ from pydantic import Field, model_validator
 from gristmill.core.config import Section
 from gristmill.curate.outcome import Metric, Outcome, in_meta, split
 from gristmill.curate.text import text_metrics
+from gristmill.curate.text.repetition import DUPLICATE, TOP
 from gristmill.curate.text.text_column import TextColumn
-from gristmill.curate.text.text_metrics import DESCRIPTIONS, DUPLICATE, METRICS, NGRAMS, TOP
+from gristmill.curate.text.text_metrics import DESCRIPTIONS, METRICS, NGRAMS
 
 Limits = dict[str, tuple[float | None, float | None]]  # min and max of metrics; None is no limit
 

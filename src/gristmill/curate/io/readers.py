@@ -23,7 +23,8 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import make_folder, replacing
 from gristmill.curate.io import decode, html
 from gristmill.curate.outcome import DOCUMENT
-from gristmill.data.rows import FREE_EXPANSION, MAX_EXPANSION, PARQUET_ROWS, finite, num_bytes
+from gristmill.data.parquet import FREE_EXPANSION, MAX_EXPANSION, Expansion, ParquetReader
+from gristmill.data.rows import finite, num_bytes
 from gristmill.data.tokenizer import SURROGATE
 
 OnSkip = Callable[[str, str], None]  # where, why
@@ -387,28 +388,30 @@ def _object(row: Any, number: int, where: str, settings: Reading, on_skip: OnSki
 def _parquet(path: Path, name: str, settings: Reading, on_skip: OnSkip, start: int) -> Iterator[Numbered]:
     first = given = 0
     most = max(settings.max_expansion * path.stat().st_size, FREE_EXPANSION)
-    with pa.OSFile(os.fsencode(path)) as raw, pq.ParquetFile(raw, pre_buffer=False) as file:
-        if settings.text_field not in file.schema_arrow.names:
+    with ParquetReader(path, most) as file:
+        if settings.text_field not in file.schema.names:
             raise _Stop(f"no column {settings.text_field!r}")
-        for group in range(file.metadata.num_row_groups):
-            about = file.metadata.row_group(group)
+        for group in range(file.facts.num_row_groups):
+            about = file.facts.row_group(group)
             number, first = first, first + about.num_rows
             if first <= start:
                 continue
             try:
-                for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[group], use_threads=False):
+                for batch in file.batches(group):
                     passed = min(len(batch), max(0, start - number))
                     number += passed
                     taken = batch.slice(passed).to_pylist()
                     given += num_bytes(taken)
                     if given > most:
-                        raise _Stop(f"more than {settings.max_expansion} bytes come out of each of its bytes")
+                        raise Expansion
                     for row in taken:
                         number += 1
                         text = row[settings.text_field]
                         if isinstance(text, bytes):
                             row[settings.text_field] = text.decode("utf-8", "replace")
                         yield from _object(row, number, f"{name}:{number}", settings, on_skip)
+            except Expansion as e:
+                raise _Stop(f"more than {settings.max_expansion} bytes come out of each of its bytes") from e
             except (OSError, ValueError, pa.ArrowException) as e:  # the next group may be whole
                 on_skip(f"{name}:{number + 1}", f"the rest of row group {group} cannot be read: {' '.join(str(e).split())[:200]}")
 

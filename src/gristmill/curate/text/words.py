@@ -7,7 +7,7 @@ A table says of each character (or of each byte) whether it parts words, is a pi
 - near duplicates, hashed embeddings: ASCII letters and digits in lower case, what is beyond ASCII, and signs (`signs_and_lower`);
 - trigrams and classifiers: bytes; ASCII marks and ideographs are tokens of their own (BYTES_AND_MARKS);
 - exact substrings: letters and digits of Unicode as they are, and every other character but spaces (`letters_and_marks`);
-- decontamination: letters and digits of Unicode, each in lower case, and signs (`lower_letters`).
+- decontamination: letters and digits of Unicode, each in lower case, and signs (`lower_letters`), first without (`lower_letters_alone`).
 
 But for the third, which models were trained with: in scripts that put no spaces between words each letter is a word, with the combining
 marks on it (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan and others); everywhere a combining mark belongs to its word.
@@ -29,6 +29,7 @@ from gristmill.data.minhash import mix64
 VERSION = 2  # of what a word is; signatures of another one are of other words
 # Flags of a table's entries, above the value that is hashed; an entry of 0 parts words.
 VALUE = 0x1FFFFF
+CLINGS = 1 << 21  # beside JOINS: no word begins with it
 NUMBER = 1 << 22  # beside others: a digit, or another character that says a number
 SIGN = 1 << 23  # beside SINGLE: only where `_is_sign` finds that it is one
 WORD = 1 << 24  # a piece of a word
@@ -161,11 +162,14 @@ def tokenize(data_B, begin, end, table, seed, hash_W, start_W, stop_W):  # type:
                 point, size = np.uint64(wide), np.uint64(width)
             entry = table[point]
             if entry & WORD:
-                if entry & JOINS and count > 0 and stop_W[count - one] == np.int64(i):
-                    value = (value ^ np.uint64(entry & VALUE)) * FNV_PRIME
-                    i += size
-                    hash_W[count - one], stop_W[count - one] = mix64(value), i
-                    continue
+                if entry & JOINS:
+                    joined = count > 0 and stop_W[count - one] == np.int64(i)
+                    if joined or entry & CLINGS:
+                        i += size
+                        if joined:
+                            value = (value ^ np.uint64(entry & VALUE)) * FNV_PRIME
+                            hash_W[count - one], stop_W[count - one] = mix64(value), i
+                        continue
                 start_W[count], value = i, seed
                 while entry & WORD:
                     value = (value ^ np.uint64(entry & VALUE)) * FNV_PRIME
@@ -304,3 +308,15 @@ def lower_letters() -> np.ndarray:
     for point in np.nonzero(table[:0x20000] & WORD)[0].tolist():
         table[point] = table[point] & ~np.uint32(VALUE) | np.uint32(ord(chr(point).lower()[0]))
     return _with_signs(table, "\u2010\u2011\u2012\u2013")
+
+
+@cache
+def lower_letters_alone() -> np.ndarray:
+    """The same words without signs, and without the combining marks that a word begins with, for they may belong to a sign.
+
+    Equal words and signs give equal words here.
+    """
+    table = lower_letters().copy()
+    table[((table & SINGLE) != 0) & ((table & (HAN | CLUSTER)) == 0)] = 0
+    table[(table & JOINS) != 0] |= np.uint32(CLINGS)
+    return table
