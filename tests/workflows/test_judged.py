@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from gristmill.cli.main import app
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
-from gristmill.workflows import judged
-from gristmill.workflows.judged import JudgeArgs, Kind, Party
+from gristmill.workflows.judged import run as judged
+from gristmill.workflows.judged.session import JudgeArgs, Kind, Party
 
 BASELINE = "gpt-4-0314"
 

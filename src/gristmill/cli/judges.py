@@ -49,17 +49,18 @@ def judge(
 ) -> None:
     """MT-Bench, Arena-Hard, AlpacaEval 2; a judge against people; RewardBench. Killed, it goes on; exit code 3 when calls failed."""
     from gristmill.core.progress import Progress
-    from gristmill.workflows import judged
+    from gristmill.workflows.judged.run import KINDS, run, table
+    from gristmill.workflows.judged.session import SAMPLES, JudgeArgs, Party
 
-    if kind not in judged.KINDS:
-        raise InputError(f"There is no judged benchmark {kind!r}: choose one of {', '.join(judged.KINDS)}.")
+    if kind not in KINDS:
+        raise InputError(f"There is no judged benchmark {kind!r}: choose one of {', '.join(KINDS)}.")
     is_file = Path(model).is_file()
-    args = judged.JudgeArgs(
+    args = JudgeArgs(
         data=data,
         out=out or Path("runs") / kind,
-        model=judged.Party(model, model_name, key_env) if model and not is_file else None,
+        model=Party(model, model_name, key_env) if model and not is_file else None,
         answers=Path(model) if is_file else None,
-        judge=judged.Party(judge, judge_model, judge_key_env) if judge else None,
+        judge=Party(judge, judge_model, judge_key_env) if judge else None,
         baseline=baseline,
         references=references,
         is_reward=reward,
@@ -76,8 +77,8 @@ def judge(
         chat_format=format,
     )
     with Progress(quiet=quiet) as progress:
-        results = judged.run(kind, args, progress)
-    echo(json.dumps(results) if as_json else "\n".join([*judged.table(results), f"samples: {args.out / judged.SAMPLES}"]))
+        results = run(kind, args, progress)
+    echo(json.dumps(results) if as_json else "\n".join([*table(results), f"samples: {args.out / SAMPLES}"]))
     if failed := results["failed_calls"]:
         echo(f"gristmill: {failed:,} calls failed for good: run the same command again with --retry-failed.", err=True)
         raise typer.Exit(3)

@@ -271,7 +271,9 @@ class Benchmarks:
         """uint64 hashes of the n-grams of one item."""
         texts = TextColumn.of(pa.array([text], pa.large_string()))
         data_B, begin_N = read_only(texts.data_B), read_only(texts.begin_N)
-        grams, _ = _item_grams(data_B, begin_N, lower_letters(), settings.ngram, min(settings.min_words, settings.ngram))
+        grams, _ = _item_grams(
+            data_B, begin_N, lower_letters(), lower_letters_alone(), settings.ngram, min(settings.min_words, settings.ngram)
+        )
         return np.asarray(grams)
 
     @staticmethod
