@@ -64,7 +64,7 @@ def current_device(device: torch.device) -> AbstractContextManager[object]:
     """Make a GPU the thread's current one meanwhile: Triton and CUDA graphs go by that, and not by where tensors are."""
     import torch
 
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" and device.index is not None else nullcontext()
 
 
 def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
