@@ -431,16 +431,16 @@ def test_too_many_are_told_to_come_back_and_who_leaves_frees_everything(
 
 def test_drafts_are_counted_and_priority_is_taken(full: str) -> None:
     before = metric(full, "gristmill_draft_tokens")
-    # several, and long answers: what the model says decides whether it has been said before
-    texts = [" ".join(map(chr, range(start, start + 24))) * 2 for start in range(33, 127, 24)] + ["egg, mill, " * 12]
-    asked = [{"prompt": text, "max_tokens": 100, "temperature": 0.0} for text in texts]
-    plain = [post(full, "/completions", **body, logit_bias={"5": -0.0}) for body in asked]  # with a bias nothing is drafted
-    assert {status for status, _ in plain} == {200} and metric(full, "gristmill_draft_tokens") == before
-    found = [post(full, "/completions", **body, priority=-3) for body in asked]
-    assert [body["choices"][0]["text"] for _, body in found] == [body["choices"][0]["text"] for _, body in plain]
+    asked = {"messages": [{"role": "user", "content": "egg, mill, egg, mill, " * 6}], "max_tokens": 60, "temperature": 0.0}
+    status, plain = post(full, "/chat/completions", **asked, logit_bias={"5": -0.0})  # with a bias nothing is drafted
+    assert status == 200 and metric(full, "gristmill_draft_tokens") == before
+    status, found = post(full, "/chat/completions", **asked, priority=-3)
+    assert status == 200 and found["choices"][0]["message"] == plain["choices"][0]["message"]
+    # what a model says decides whether it has been said before, so many answers are asked for
+    assert post(full, "/completions", prompt="the land of the land of", max_tokens=120, n=32)[0] == 200
     assert metric(full, "gristmill_draft_tokens") > before
     assert metric(full, "gristmill_accepted_tokens") <= metric(full, "gristmill_draft_tokens")
-    assert post(full, "/completions", **asked[0], priority=101)[0] == 400
+    assert post(full, "/chat/completions", **asked, priority=101)[0] == 400
 
 
 def test_one_request_cannot_ask_for_more_than_there_is_room_for(full: str) -> None:
