@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gristmill.report.alignment import save_page
-from gristmill.report.comparisons import MODES, format_score
+from gristmill.report.alignment import save_page, unbroken
+from gristmill.report.comparisons import MODES, format_ci, format_score
 from gristmill.report.markup import Markup, document, el, table
 from gristmill.runs.reader import RunData
 
@@ -206,24 +206,18 @@ def measure_claims(claims: Sequence[Claim], seeds: Mapping[int, Runs]) -> list[d
     return rows
 
 
+HEAD = ("claim of the report", "here", "figure", "answers", "mean [95 % over seeds]", "each seed")
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    sign = "+" if row["above"] == 0 else ""
+    """A row's cells under `HEAD`."""
     if row["mean"] is None:
-        return [row["text"], row["figure"], row["mode"], "no figure", "", row["verdict"]]
-    shown = [f"{format(value, sign + '.3f')}" for value in row["seeds"].values()]
-    interval = "" if row["ci95"] is None else " [{}, {}]".format(*(format(bound, sign + ".3f") for bound in row["ci95"]))
+        return [row["text"], row["verdict"], row["figure"], row["mode"], "no figure", ""]
+    sign = "+" if row["above"] == 0 else ""
+    mean, *seeds = [format(value, f"{sign}.3f") for value in (row["mean"], *row["seeds"].values())]
+    interval = "" if row["ci95"] is None else f" {format_ci(row, sign)}"
     above = "" if row["above"] == 0 else f" (above {format_score(row['above'])})"
-    return [
-        row["text"],
-        row["figure"] + above,
-        row["mode"],
-        f"{format(row['mean'], sign + '.3f')}{interval}",
-        ", ".join(shown),
-        row["verdict"],
-    ]
-
-
-HEAD = ("claim of the report", "figure", "answers", "mean [95 % over seeds]", "each seed", "here")
+    return [row["text"], row["verdict"], row["figure"] + above, row["mode"], mean + interval, ", ".join(seeds)]
 
 
 def claims_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -234,25 +228,30 @@ def claims_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def claims_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table for a terminal: verdict, figure and claim."""
-    cells = [_cells(row) for row in rows]
-    return [f"{c[5]:<15} {c[3]:<28} {c[2]:<13} {c[0]}" for c in cells]
+    return [f"{told:<15} {mean:<28} {mode:<13} {text}" for text, told, _, mode, mean, _ in map(_cells, rows)]
 
 
 def write_claims(folder: Path, rows: Sequence[Mapping[str, Any]], what: str) -> Path:
     """The table as a page, and as Markdown beside it. Returns the page's path; `what` says which runs it is of."""
     save_page(folder / "claims.md", claims_markdown(rows))
-    top = el(
-        "header", el("p", "gristmill claims", class_="eyebrow"), el("h1", "What holds here"), el("p", what, class_="soft"), class_="top"
-    )
-    counts = [f"{sum(row['verdict'] == word for row in rows)} {word}" for word in (HOLDS, FAILS, OPEN)]
-    body = [el("p", "; ".join(counts) + ".", class_="soft"), table(HEAD, [_row(row) for row in rows], numeric_from=9)]
+    head = el("p", "gristmill claims", class_="eyebrow"), el("h1", "What holds here"), el("p", what, class_="soft")
+    holds, fails, unknown = (sum(row["verdict"] == word for row in rows) for word in (HOLDS, FAILS, OPEN))
+    counts = f"Of {len(rows)} figures {holds} hold, {fails} do not, and {unknown} cannot be told."
     words = (
         "A figure is measured once a seed; its interval is Student's over the seeds. It holds where the interval lies above 0 (or the "
         "value named), does not where it lies below, and cannot be told where it does neither. Written from the files of the runs."
     )
-    return save_page(folder / "report.html", document("gristmill: claims", top, el("main", body), el("footer", words)))
+    body = el("main", el("p", counts, class_="soft"), table(HEAD, [_row(row) for row in rows], numeric_from=len(HEAD)))
+    page = document("gristmill: claims", el("header", head, class_="top"), body, el("footer", words))
+    return save_page(folder / "report.html", page)
 
 
 def _row(row: Mapping[str, Any]) -> list[Markup | str]:
-    *cells, told = _cells(row)
-    return [*cells, el("td", told, class_="up" if told == HOLDS else "down" if told == FAILS else None)]
+    text, told, figure, *numbers = _cells(row)
+    css = "up" if told == HOLDS else "down" if told == FAILS else None
+    return [
+        text,
+        el("td", told.replace(" ", "\u00a0"), class_=css),
+        figure,
+        *(unbroken(n).replace("temperature ", "temperature\u00a0") for n in numbers),
+    ]
