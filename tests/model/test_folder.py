@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gristmill.core.errors import InputError
-from gristmill.model.folder import model_file
+from gristmill.model.folder import folder_stamps, model_file
 from gristmill.model.hf_config import read_config
 
 
@@ -43,3 +43,12 @@ def test_pickled_weights_are_named(tmp_path: Path) -> None:
     assert model_file(tmp_path, "config.json") == tmp_path / "config.json"
     with pytest.raises(InputError, match="as safetensors first"):
         model_file(tmp_path, "model.safetensors")
+
+
+def test_stamps_of_a_folder_tell_a_trained_adapter_from_the_one_before(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "notes.txt"):
+        (tmp_path / name).write_text("before")
+    before = folder_stamps(tmp_path)
+    assert before.keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    (tmp_path / "adapter_model.safetensors").write_text("now")
+    assert folder_stamps(tmp_path)["adapter_model.safetensors"] != before["adapter_model.safetensors"]

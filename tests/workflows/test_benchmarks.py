@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from gristmill.cli.main import app
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.data.rows import Demonstration, write_rows
@@ -164,3 +166,21 @@ def test_bad_settings_come_before_work(tmp_path: Path) -> None:
         run(never, tmp_path / "none", "mmlu")
     with pytest.raises(InputError, match="--limit must be at least 1"):
         run(never, tmp_path, "mmlu", limit=0)
+
+
+def test_the_list_of_tasks_says_what_files_they_want() -> None:
+    listed = CliRunner().invoke(app, ["eval", "tasks", "--json"])
+    assert listed.exit_code == 0, listed.output
+    rows = {row["task"]: row for row in json.loads(listed.stdout)}
+    assert rows["mmlu"]["n"] == 14042 and rows["mmlu"]["licence"] == "MIT"
+    assert rows["mmlu"]["files"] == ["mmlu/test.parquet", "mmlu/dev.parquet"]
+    assert "gsm8k_cot" in CliRunner().invoke(app, ["eval", "tasks"]).output
+
+
+def test_the_command_takes_the_answers_of_one_model_alone(tmp_path: Path, tiny_base: Path, random_base: Path) -> None:
+    command = ["--tasks", "winogrande", "--num-fewshot", "0", "--data", str(write_data(tmp_path / "data")), "--out", str(tmp_path / "out")]
+    told = CliRunner().invoke(app, ["eval", str(tiny_base), *command, "--quiet", "--json"])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["tasks"]["winogrande"]["metrics"] and (tmp_path / "out" / "report.html").is_file()
+    other = CliRunner().invoke(app, ["eval", str(random_base), *command, "--quiet"])
+    assert other.exit_code == 2 and "another model" in other.output

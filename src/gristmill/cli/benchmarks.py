@@ -38,13 +38,12 @@ class Asked:
         """What answers depend on: an evaluation's folder takes those of one model alone."""
         if self.folder is None:
             return {"name": self.endpoint_model, "endpoint": self.endpoint}
-        from gristmill.core.io import stamps
+        from gristmill.model.folder import folder_stamps
 
         args = self.engine
-        files = stamps(self.folder, ("*.safetensors", "config.json", "tokenizer.json", "adapter_config.json"))
         return {
             "name": self.folder.resolve().name,
-            "files": files,
+            "files": folder_stamps(self.folder),
             "dtype": args.dtype,
             "quantize": args.quantize,
             "head": args.head,

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from gristmill.core.errors import InputError
+from gristmill.core.io import Stamp, stamp
 from gristmill.core.untrusted import existing_file, quoted_path
 
 NO_MODEL = "Give a folder with a Hugging Face model"
@@ -63,3 +64,12 @@ def _starts_as_gguf(path: Path) -> bool:
             return file.read(4) == b"GGUF"
     except (OSError, ValueError):
         return False
+
+
+# Files that decide what a model or adapter folder answers.
+ANSWERING = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer*.json", "chat_template.jinja")
+
+
+def folder_stamps(folder: Path) -> dict[str, Stamp]:
+    """Stamps of a model or adapter folder's files, by name: whose answers a journal holds."""
+    return {path.name: stamp(path) for path in sorted({path for pattern in ANSWERING for path in folder.glob(pattern)})}

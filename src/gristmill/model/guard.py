@@ -5,13 +5,13 @@ Shapes: T tokens of all documents, D hidden size, N judged turns, C categories.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import quoted
 from gristmill.model.packed import PackedShape
-from gristmill.model.transformer import Linear, Transformer
+from gristmill.model.reward import new_head
+from gristmill.model.transformer import Transformer
 
 MAX_CODES = 100
 THRESHOLD = 0.5  # of a category's probability, where none was fitted
@@ -46,13 +46,7 @@ class GuardModel(nn.Module):
             raise InputError(f"The caution code {quoted(caution)} is none of the guard's.")
         self.backbone, self.codes, self.caution = backbone, tuple(codes), caution
         self.thresholds = tuple(float(limit) for limit in limits)
-        device = backbone.embedding.device
-        self.head = Linear(backbone.config.hidden_size, len(codes), bias=True, device=device)
-        if not self.head.weight.is_meta:
-            generator = torch.Generator(device).manual_seed(seed)
-            with torch.no_grad():
-                self.head.weight.normal_(0.0, backbone.config.init_std, generator=generator)
-                self.head.bias.zero_()
+        self.head = new_head(backbone, len(codes), seed)
 
     def forward(self, ids_T: Tensor, shape: PackedShape, ends_N: Tensor) -> Tensor:
         """Logits [N, C] in fp32. `ends_N` are the indices in ids_T of the tokens that end the judged turns."""

@@ -26,6 +26,18 @@ REWARD_WEIGHTS: dict[str, tuple[float, ...]] = {
 MAX_WEIGHT = 1e6  # absolute value of an aggregation weight
 
 
+def new_head(backbone: Transformer, num_outputs: int, seed: int) -> Linear:
+    """Linear head on a backbone's hidden states, initialised by the seed, unless the backbone is on the meta device."""
+    device = backbone.embedding.device
+    head = Linear(backbone.config.hidden_size, num_outputs, bias=True, device=device)
+    if not head.weight.is_meta:
+        generator = torch.Generator(device).manual_seed(seed)
+        with torch.no_grad():
+            head.weight.normal_(0.0, backbone.config.init_std, generator=generator)
+            head.bias.zero_()
+    return head
+
+
 class RewardModel(nn.Module):
     """Five regression scores a turn; `weights` make one score of them.
 
@@ -53,13 +65,7 @@ class RewardModel(nn.Module):
             raise InputError(f"Give {len(ATTRIBUTES)} aggregation weights ({names}), not {quoted(weights)}.")
         self.backbone = backbone
         self.weights = tuple(float(weight) for weight in weights)
-        device = backbone.embedding.device
-        self.head = Linear(backbone.config.hidden_size, len(ATTRIBUTES), bias=True, device=device)
-        if not self.head.weight.is_meta:
-            generator = torch.Generator(device).manual_seed(seed)
-            with torch.no_grad():
-                self.head.weight.normal_(0.0, backbone.config.init_std, generator=generator)
-                self.head.bias.zero_()
+        self.head = new_head(backbone, len(ATTRIBUTES), seed)
 
     def forward(self, ids_T: Tensor, shape: PackedShape, ends_N: Tensor) -> Tensor:
         """Scores [N, 5] in fp32. `ends_N` are the indices in ids_T of the end-of-turn tokens to score."""

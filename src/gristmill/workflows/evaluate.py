@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import stamp, write_jsonl
+from gristmill.core.io import write_jsonl
 from gristmill.core.progress import Progress
 from gristmill.data.chat import Message, to_dicts
 from gristmill.data.human import HumanData
@@ -22,6 +22,7 @@ from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.generation.cached import completions_of
 from gristmill.judge.programs import Verifier, check_tests, is_code
 from gristmill.miniature.source import MiniatureSource
+from gristmill.model.folder import folder_stamps
 from gristmill.runs.journal import Journal
 from gristmill.sandbox.sandbox import Sandbox
 
@@ -97,8 +98,7 @@ def evaluate(
 
 def model_identity(folder: Path, running: object) -> str:
     """Identity of a model folder, by its files' contents, and of how it is run."""
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    return make_id([(path.name, stamp(path)) for path in files], repr(running))
+    return make_id(folder_stamps(folder), repr(running))
 
 
 def _answered(

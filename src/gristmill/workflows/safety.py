@@ -71,13 +71,10 @@ class Asked:
 
 
 def asked_folder(folder: Path, chat_format: str = "auto", device: str = "auto") -> Asked:
-    """A model folder, known by its weights."""
-    from gristmill.model.adapters import is_adapter
-    from gristmill.model.hf import fingerprint
+    """A model or adapter folder, known by its files."""
+    from gristmill.model.folder import folder_stamps
 
-    what = folder / "adapter_config.json" if is_adapter(folder) else folder
-    identity = make_id(what.read_text(), str(folder.resolve())) if what.is_file() else fingerprint(folder)
-    return Asked(folder.resolve().name, f"{identity} {chat_format}", folder, None, chat_format, device)
+    return Asked(folder.resolve().name, make_id(folder_stamps(folder), chat_format), folder, None, chat_format, device)
 
 
 def asked_endpoint(target: Target) -> Asked:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from gristmill.core.concurrent import map_concurrent
 from gristmill.core.config import read
 from gristmill.core.errors import InputError
-from gristmill.core.io import lock, make_folder, read_json, stamp, write_json
+from gristmill.core.io import lock, make_folder, read_json, write_json
 from gristmill.core.progress import Progress
 from gristmill.core.untrusted import quoted, quoted_path
 from gristmill.data.chat import Conversation, to_dicts
@@ -23,13 +23,13 @@ from gristmill.generation.mixture import opened, shown
 from gristmill.generation.settings import Calls
 from gristmill.judge.backends import engine_client
 from gristmill.model.adapters import is_adapter
+from gristmill.model.folder import folder_stamps
 from gristmill.runs.journal import Journal
 
 Kind = Literal["mt-bench", "arena-hard", "alpaca-eval", "agreement", "rewards"]
 MARKER, RESULTS, SAMPLES = "judge.json", "results.json", "samples.jsonl"
 ANSWER_CALLS, VERDICT_CALLS, RATING_CALLS = "answer-calls.jsonl", "verdict-calls.jsonl", "rating-calls.jsonl"
 RATED_AT_ONCE = 64  # conversations that a reward model in process rates between two lines of the journal
-WEIGHT_FILES = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer*.json", "chat_template.jinja")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Ask = Callable[[Conversation, SamplingParams], Awaitable[Completion | None]]
@@ -73,8 +73,7 @@ class Party:
         """What decides what it says: an endpoint's model by its name, a folder's by its files."""
         if self.is_endpoint:
             return [self.name]
-        files = {path for pattern in WEIGHT_FILES for path in Path(self.place).glob(pattern)}
-        return [self.name, {path.name: stamp(path) for path in sorted(files)}]
+        return [self.name, folder_stamps(Path(self.place))]
 
 
 @dataclass(frozen=True, kw_only=True)
