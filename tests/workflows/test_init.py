@@ -269,7 +269,7 @@ def test_an_endpoint_writes_for_a_model(served: str, tmp_path: Path, files: dict
         ({"base_url": "SERVED", "model": "other"}, "does not serve 'other': it serves tiny"),
         ({"base_url": "http://127.0.0.1:9/v1"}, "does not say which models it serves"),
         ({"base_url": "SERVED/nowhere"}, "does not say which models it serves"),
-        ({"base_url": "file:///etc/passwd"}, "is no base URL"),
+        ({"base_url": "file:///etc/passwd"}, "is not the base URL"),
     ],
 )
 def test_a_teacher_that_cannot_be_asked(given: dict[str, str], words: str, served: str, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from gristmill.core.tensors import write_tensors
 from gristmill.core.untrusted import existing_file, quoted, quoted_path, read_untrusted_json
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model import hf
+from gristmill.model.folder import model_file
 from gristmill.model.hf import _copy, _damage, _new_folder, _open, fingerprint
 from gristmill.model.hf_config import read_config
 from gristmill.model.lora import MAX_SCALE, OUTSIDE, LoraConfig, LowRank, adapter_parts, attach_adapter, matrix_shapes, merge_adapter
@@ -78,6 +79,12 @@ def is_adapter(folder: Path | str) -> bool:
     """Whether a folder holds an adapter, and no model. Some have their base's config.json beside them."""
     weights = (hf.SINGLE_FILE, hf.INDEX_FILE)
     return (Path(folder) / CONFIG_FILE).is_file() and not any((Path(folder) / name).exists() for name in weights)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise `InputError` unless a folder holds a model or an adapter. Its weights are not looked at."""
+    if not is_adapter(folder):
+        model_file(folder, "config.json")
 
 
 # ---- writing ----

@@ -26,7 +26,7 @@ from gristmill.data.chat import ChatFormat, find_format
 from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
 from gristmill.data.rows import Demonstration
 from gristmill.data.tokenizer import Tokenizer
-from gristmill.generation.settings import GeneratorSettings
+from gristmill.generation.endpoint import Endpoint, Target
 from gristmill.miniature.base import BASE
 from gristmill.model import hf
 from gristmill.model.flops import num_parameters
@@ -147,10 +147,8 @@ def _teacher(base_url: str, model: str = "", api_key_env: str = "") -> dict[str,
     Raises:
         InputError: the endpoint does not answer, or does not serve the model.
     """
-    if not base_url.startswith(("http://", "https://")):
-        raise InputError(f"The teacher {base_url!r} is no base URL: give one as http://127.0.0.1:8000/v1.")
     named = {"base_url": base_url, "model": model, "api_key_env": api_key_env}
-    check(GeneratorSettings, named | {"model": model or "?"}, "--teacher")
+    Endpoint([Target(base_url, model, api_key_env=api_key_env)])  # which looks at the URL and the key
     key = os.environ.get(api_key_env, "") if api_key_env else ""
     try:
         request = urllib.request.Request(base_url.rstrip("/") + "/models", headers={"Authorization": f"Bearer {key}"} if key else {})
