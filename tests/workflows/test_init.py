@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 from gristmill.cli.main import app
 from gristmill.core.config import Section, check, load
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.rows import Response, read_rows
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.miniature.base import BASE
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.flops import num_parameters
-from gristmill.model.hf import save_model
 from gristmill.model.hf_config import read_config
+from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.train.by_size import fill
 from gristmill.workflows.alignment.context import STAGE_KINDS

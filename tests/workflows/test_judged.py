@@ -192,7 +192,8 @@ def test_rewards(service: Service, data: Path, tmp_path: Path, judge: str) -> No
 
 
 def test_a_reward_model_in_process(data: Path, tmp_path: Path, random_base: Path) -> None:
-    from gristmill.model.hf import load_model, save_reward
+    from gristmill.model.hf import load_model
+    from gristmill.model.hf_save import save_reward
     from gristmill.model.reward import RewardModel
 
     model, tokenizer = load_model(random_base)

@@ -179,7 +179,7 @@ def quantize(
 ) -> None:
     """Save a model with its layers' matrices in eight or four bits, in compressed-tensors' form, which gristmill and vLLM read."""
     from gristmill.engine.parity import read_sample, saved_divergence
-    from gristmill.model.hf import quantize_folder
+    from gristmill.model.convert import quantize_folder
 
     sample = read_sample(text)
     facts = quantize_folder(model, out, to, dtype=dtype, group=group)
@@ -205,9 +205,9 @@ def add_chat_tokens(
     as_json: AsJson = False,
 ) -> None:
     """Give a Base the control tokens of a chat format: rows of embeddings, each the mean of all, and the chat template."""
-    from gristmill.model import hf
+    from gristmill.model import convert
 
-    facts = hf.add_chat_tokens(model, out, to)
+    facts = convert.add_chat_tokens(model, out, to)
     text = f"{facts['added']} tokens added, {facts['embeddings']:,} embeddings, chat format {to}\nmodel: {facts['model']}"
     echo(json.dumps(facts) if as_json else text)
 
