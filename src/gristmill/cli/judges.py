@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,14 +61,14 @@ def judge(
 
     if kind not in KINDS:
         raise InputError(f"There is no judged benchmark {kind!r}: choose one of {', '.join(KINDS)}.")
-    running = {"chat_format": format, "device": device}
+    more: dict[str, Any] = {"chat_format": format, "device": device, "checked": False}  # which `run` does when it knows who is needed
     is_file = Path(model).is_file() and not endpoint
     args = JudgeArgs(
         data=data,
         out=out or Path("runs") / kind,
-        model=party_of("endpoint", "" if is_file else model, endpoint, model=endpoint_model, key_env=endpoint_key_env, **running),
+        model=party_of("endpoint", "" if is_file else model, endpoint, model=endpoint_model, key_env=endpoint_key_env, **more),
         answers=Path(model) if is_file else None,
-        judge=party_of("judge", judge, model=judge_model, key_env=judge_key_env, **running),
+        judge=party_of("judge", judge, model=judge_model, key_env=judge_key_env, **more),
         baseline=baseline,
         references=references,
         is_reward=reward,

@@ -87,12 +87,15 @@ class Party:
             check_model_folder(self.folder)
 
 
-def party_of(option: str, place: str, url: str = "", *, model: str = "", key_env: str = "", **running: Any) -> Party | None:
-    """The party that a command's options name, ready to be asked; None where they name none.
+def party_of(
+    option: str, place: str, url: str = "", *, model: str = "", key_env: str = "", checked: bool = True, **running: Any
+) -> Party | None:
+    """The party that a command's options name; None where they name none.
 
     Args:
         option: name of the option for its URL, without dashes; those for its model and key begin with it.
         place: a folder, or a URL too.
+        checked: look at the folder, or at the URL, name and key, now; else who asks does.
         running: other attributes of the party.
 
     Raises:
@@ -107,7 +110,8 @@ def party_of(option: str, place: str, url: str = "", *, model: str = "", key_env
     party = Party(place or url, model, key_env, **running)
     if url and not party.is_endpoint:
         Endpoint([Target(url, model)])  # which says what a URL looks like
-    party.check(option)
+    if checked:
+        party.check(option)
     return party
 
 

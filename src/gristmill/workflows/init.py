@@ -150,7 +150,7 @@ def _teacher(base_url: str, model: str = "", api_key_env: str = "") -> dict[str,
     """
     named = {"base_url": base_url, "model": model, "api_key_env": api_key_env}
     Endpoint([Target(base_url, model, api_key_env=api_key_env)])  # which looks at the URL and the key
-    key = os.environ.get(api_key_env, "") if api_key_env else ""
+    key = os.environ.get(api_key_env, "").strip() if api_key_env else ""
     try:
         request = urllib.request.Request(base_url.rstrip("/") + "/models", headers={"Authorization": f"Bearer {key}"} if key else {})
         with urllib.request.urlopen(request, timeout=TEACHER_SECONDS) as reply:
