@@ -447,7 +447,7 @@ from pathlib import Path
 import torch
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf import save_model
+from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity
 
