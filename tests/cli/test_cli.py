@@ -48,7 +48,7 @@ SURFACE = {
     "judge": (
         "KIND --data MODEL --judge --judge-model --judge-key-env --endpoint --endpoint-model --endpoint-key-env --baseline "
         "--references --reward --llm --weights --explain --greedy --max-tokens --judge-tokens --limit --concurrency --retry-failed "
-        "--format --seed --quiet -q --json"
+        "--out -o --device --format --seed --quiet -q --json"
     ),
     "quantize": "MODEL --out -o --to --group --dtype --text --json",
     "add-chat-tokens": "MODEL --out -o --to --json",
