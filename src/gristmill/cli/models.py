@@ -316,7 +316,7 @@ def eval(
     from gristmill.judge.party import is_url, party_of, required_party
 
     running = EngineArgs.of(locals())
-    named = {"model": endpoint_model, "key_env": endpoint_key_env}
+    named: dict[str, Any] = {"model": endpoint_model, "key_env": endpoint_key_env}
     if tasks or endpoint or is_url(model):
         from gristmill.cli.benchmarks import run_tasks
         from gristmill.workflows.benchmarks import BenchmarkArgs
