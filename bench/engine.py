@@ -71,10 +71,10 @@ def rows_of(workload: str, num: int, seed: int) -> list[Row]:
 
 
 def make_model(folder: Path, size: str) -> None:
-    from gristmill.data.chat import FORMATS
+    from gristmill.data.chat_format import FORMATS
     from gristmill.data.tokenizer import Tokenizer
     from gristmill.model.config import ModelConfig, uniform_blocks
-    from gristmill.model.hf import save_model
+    from gristmill.model.hf_save import save_model
     from gristmill.model.transformer import Transformer
 
     hidden = HIDDEN[size]
@@ -93,7 +93,7 @@ def run_gristmill(folder: Path, precision: str, rows: list[Row], warm: list[Row]
     import numpy as np
     import torch
 
-    from gristmill.data.chat import FORMATS
+    from gristmill.data.chat_format import FORMATS
     from gristmill.engine.engine import Engine
     from gristmill.generation.api import Request, SamplingParams
     from gristmill.model.hf import load_model
@@ -232,10 +232,10 @@ def make_shape(folder: Path, shape: str) -> None:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as FastTokenizer
 
-    from gristmill.data.chat import FORMATS
+    from gristmill.data.chat_format import FORMATS
     from gristmill.data.tokenizer import Tokenizer
     from gristmill.model.config import ModelConfig, uniform_blocks
-    from gristmill.model.hf import save_model
+    from gristmill.model.hf_save import save_model
     from gristmill.model.transformer import Transformer
 
     sizes: dict[str, Any] = SHAPES[shape]

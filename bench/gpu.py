@@ -39,7 +39,8 @@ if "--smoke" in sys.argv and not torch.cuda.is_available():
 import gristmill.miniature
 from gristmill.core.device import pick_device
 from gristmill.core.progress import Progress
-from gristmill.data.chat import FORMATS, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.human import HumanData
 from gristmill.data.rows import Prompt
 from gristmill.engine.block_manager import BLOCK_SIZE

@@ -17,10 +17,10 @@ import random
 import sys
 from pathlib import Path
 
-from gristmill.data.chat import FORMATS
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf import save_model
+from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 
 MAX_QUESTION, MAX_SOLUTION = 220, 220  # characters: the miniature Base has a context of 512 tokens

@@ -32,8 +32,8 @@ def make(folder: Path, tokenizer_folder: Path) -> None:
 
     from gristmill.data.tokenizer import Tokenizer
     from gristmill.model.config import uniform_blocks
-    from gristmill.model.hf import save_model
     from gristmill.model.hf_config import read_config
+    from gristmill.model.hf_save import save_model
     from gristmill.model.transformer import Transformer
 
     _, config = read_config(tokenizer_folder)

@@ -18,7 +18,8 @@ from gristmill.synth.pipelines.instructions import TOPIC, ask_about, draw_constr
 from gristmill.synth.templates import TemplatePack
 from gristmill.synth.writer import Topic
 from gristmill.verify.ifeval import check_instructions
-from gristmill.verify.repair import MAX_REPETITION, repair
+from gristmill.verify.repair import repair
+from gristmill.verify.text_edits import MAX_REPETITION
 
 
 def main() -> None:

@@ -121,8 +121,8 @@ def prepare(shape: Shape, folder: Path, num: int, *, seed: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from gristmill.model.hf import hf_tensors
     from gristmill.model.hf_config import to_hf
+    from gristmill.model.hf_tensors import hf_tensors
     from gristmill.model.packed import PackedShape
 
     conversations = make_conversations(num, seed, shape.vocab_size)

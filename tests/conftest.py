@@ -17,13 +17,14 @@ import torch
 
 from gristmill.core.config import check
 from gristmill.core.progress import Progress
-from gristmill.data.chat import FORMATS, Conversation, Message
+from gristmill.data.chat import Conversation, Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.rows import Demonstration
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.miniature import followups
 from gristmill.miniature.world import NEXT_REQUEST, PROMPT_REQUEST, TOPIC_REQUEST, World
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf import save_model
+from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
 from gristmill.train.trainer import Trainer, TrainSettings

@@ -1,7 +1,8 @@
 """The Trainer by hand: one optimizer step on samples of your choice, for loops of your own."""
 
 import gristmill
-from gristmill.data.chat import Message, find_format
+from gristmill.data.chat import Message
+from gristmill.data.find_format import find_format
 from gristmill.data.rows import Demonstration
 from gristmill.train.objectives.next_token import next_token_objective
 from gristmill.train.objectives.sft import demonstration_samples

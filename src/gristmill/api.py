@@ -16,8 +16,7 @@ from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.judge.reward import load_scorer
 from gristmill.miniature.base import BASE
-from gristmill.model.adapters import is_adapter, load_model
-from gristmill.model.folder import model_file
+from gristmill.model.adapters import check_model_folder, load_model
 from gristmill.model.quantized import Head, Quantize
 from gristmill.model.transformer import Transformer
 from gristmill.train.settings import training_section
@@ -247,7 +246,8 @@ def align(
 
 def _folder(model: str | Path) -> Path:
     folder = BASE if model == "miniature" else Path(model)
-    return folder if is_adapter(folder) else model_file(folder, "config.json").parent
+    check_model_folder(folder)
+    return folder
 
 
 def _recipe(recipe: str | Path | Mapping[str, Any], kind: type[AnyRecipe]) -> AnyRecipe:

@@ -9,7 +9,8 @@ import pytest
 
 from gristmill.cli.chat import ChatSession
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.readers import read_demonstrations
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine

@@ -46,9 +46,9 @@ SURFACE = {
         "--n --import-garak --out -o --device --format --seed --quiet -q --json"
     ),
     "judge": (
-        "KIND --data MODEL --judge --judge-model --judge-key-env --endpoint-model --endpoint-key-env --baseline --references --reward "
-        "--llm --weights --explain --greedy --max-tokens --judge-tokens --limit --concurrency --retry-failed --out -o --device "
-        "--format --seed --quiet -q --json"
+        "KIND --data MODEL --judge --judge-model --judge-key-env --endpoint --endpoint-model --endpoint-key-env --baseline "
+        "--references --reward --llm --weights --explain --greedy --max-tokens --judge-tokens --limit --concurrency --retry-failed "
+        "--out -o --device --format --seed --quiet -q --json"
     ),
     "quantize": "MODEL --out -o --to --group --dtype --text --json",
     "add-chat-tokens": "MODEL --out -o --to --json",
@@ -245,7 +245,7 @@ def test_benchmarks_are_listed() -> None:
         (["eval", "m", "--tasks", "mmlu"], "--data"),
         (["eval", "--tasks", "mmlu", "--data", "."], "either a model folder, or --endpoint"),
         (["eval", "--endpoint", "http://127.0.0.1:1/v1", "--tasks", "mmlu", "--data", "."], "--endpoint-model"),
-        (["eval", "none", "--tasks", "mmlu", "--data", "."], "no model folder none"),
+        (["eval", "none", "--tasks", "mmlu", "--data", "."], "none/config.json does not exist"),
         (["eval", str(BASE), "--tasks", "mmlx", "--data", "."], "no task 'mmlx'"),
     ],
 )

@@ -13,7 +13,8 @@ import transformers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from gristmill.data.chat import ChatFormat, guess_format
+from gristmill.data.chat_format import ChatFormat
+from gristmill.data.find_format import guess_format
 from gristmill.data.tokenizer import Tokenizer
 
 # ---- tokenizers of the kinds that model families have ----

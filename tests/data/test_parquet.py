@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gristmill.core.errors import InputError
-from gristmill.data.parquet import FREE_EXPANSION, ParquetReader, _Column
+from gristmill.curate.io.readers import Reading, read
+from gristmill.data.parquet import FREE_EXPANSION, ParquetReader, _Column, max_held_bytes
 from gristmill.data.rows import read_records
 
 MIB = 1 << 20
@@ -166,3 +167,26 @@ def test_a_page_whose_header_cannot_be_read(tmp_path: Path) -> None:
     path.write_bytes(whole)
     with pytest.raises(InputError, match="a page has no header that can be read"):
         read_records(path)
+
+
+def test_one_page_of_a_large_file(tmp_path: Path) -> None:
+    """A file that is large enough for its size to allow much has no page that takes it all at once."""
+    path = tmp_path / "a.parquet"
+    noise = random.Random(0).randbytes(MIB)
+    with pq.ParquetWriter(path, pa.schema({"raw": pa.binary(), "text": pa.string()}), **PLAIN) as writer:
+        for raw, text in ((noise, "a"), (b"", PAGE + 32 * LONG)):
+            writer.write_table(pa.table({"raw": [raw], "text": [text]}))
+    size = path.stat().st_size
+    assert MIB < size < 2 * MIB and max_held_bytes(size) > 80 * MIB
+    with pytest.raises(InputError, match="has pages that are too large"):
+        read_records(path)
+    told: list[str] = []
+    assert [table["text"].to_pylist() for table in read(path, Reading(), lambda where, why: told.append(why))] == [["a"]]
+    assert told == ["its pages are too large to be opened: raise reading.max_page_bytes and reading.max_expansion"]
+    raised = Reading(max_expansion=10_000, max_document_bytes=100 * MIB)
+    assert sum(len(table) for table in read(path, raised, lambda where, why: told.append(why))) == 2 and len(told) == 1
+
+
+def test_what_is_held_at_once_grows_with_the_file() -> None:
+    sizes = [100, 1 << 18, 1 << 20, 10 << 20, 1 << 30]
+    assert [max_held_bytes(size) for size in sizes] == [FREE_EXPANSION, 1000 << 18, 512 << 20, 1000 << 20, 100 << 30]

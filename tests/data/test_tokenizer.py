@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from gristmill.core.errors import InputError
 from gristmill.data import tokenizer
-from gristmill.data.chat import FORMATS, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.tokenizer import EOS, MAX_ENCODED_ALONE, Tokenizer
 
 CONTROL = list(dict.fromkeys(t for f in FORMATS.values() for t in f.special_tokens))

@@ -6,7 +6,8 @@ from queue import SimpleQueue
 
 import pytest
 
-from gristmill.data.chat import FORMATS, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.engine.async_engine import AsyncEngine, TokenEvent
 from gristmill.engine.engine import Engine
 from gristmill.engine.sequence import RequestState

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine, _RoundRobin
 from gristmill.engine.kernels import library as kernels
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.model.config import BlockConfig, ModelConfig
-from gristmill.model.hf import save_model
+from gristmill.model.hf_save import save_model
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Transformer
 

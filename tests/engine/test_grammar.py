@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.engine.engine import Engine
 from gristmill.engine.grammar import choice_grammar, json_schema_grammar, regex_grammar
 from gristmill.generation.api import Completion, Request, SamplingParams

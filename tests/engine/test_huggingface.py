@@ -12,7 +12,7 @@ from gristmill.engine.kernels import library as kernels
 from gristmill.engine.layers import Decoder
 from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Request, SamplingParams
-from gristmill.model.hf import save_model
+from gristmill.model.hf_save import save_model
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Transformer
 from tests.engine.test_core import words

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import Message, find_format
+from gristmill.data.chat import Message
+from gristmill.data.find_format import find_format
 from gristmill.engine import load
 from gristmill.engine.engine import Engine
 from gristmill.engine.load import EngineArgs, answer_rows, load_engine
 from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.generation.api import SamplingParams
 from gristmill.model.config import uniform_blocks
-from gristmill.model.hf import load_model, save_model
+from gristmill.model.hf import load_model
+from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 from tests.other_device import OTHER, other_device
 

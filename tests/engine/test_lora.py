@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.async_engine import AsyncEngine, TokenEvent
 from gristmill.engine.engine import Engine

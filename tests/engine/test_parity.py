@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.engine.async_engine import AsyncEngine, TokenEvent
 from gristmill.engine.engine import Engine
 from gristmill.engine.parity import divergence, logprob_parity, read_sample, saved_divergence
 from gristmill.generation.api import Completion, Request, SamplingParams
-from gristmill.model.hf import load_model, quantize_folder
+from gristmill.model.convert import quantize_folder
+from gristmill.model.hf import load_model
 from gristmill.model.quantized import Quantize
 from gristmill.model.transformer import Transformer
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gristmill.evaluate.refusals import MAX_READ, is_refusal, refusal_class, refusal_scores
+from gristmill.evaluate.refusals import MAX_READ, refusal_class, refusal_scores
 
 REPLIES = {
     "complied": [
@@ -105,7 +105,7 @@ def test_a_reply_has_its_class(wanted: str, reply: str) -> None:
     ],
 )
 def test_a_rejected_premise_is_told_by_the_question(prompt: str, reply: str, refuses: bool) -> None:
-    assert is_refusal(reply, prompt) is refuses
+    assert (refusal_class(reply, prompt) != "complied") is refuses
 
 
 def test_what_cannot_exist_is_answered_by_saying_so() -> None:

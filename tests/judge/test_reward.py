@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.judge import reward
 from gristmill.judge.reward import ANSWERS_TOGETHER, RewardScorer, load_scorer, rate_file
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf import load_model, save_reward
+from gristmill.model.hf import load_model
+from gristmill.model.hf_save import save_reward
 from gristmill.model.reward import ATTRIBUTES, RewardModel
 from gristmill.model.transformer import Transformer
 from tests.other_device import OTHER, other_device

@@ -1,6 +1,7 @@
 """The shipped Base: it loads, is small, and has room for everything that the world says."""
 
-from gristmill.data.chat import conversation, guess_format
+from gristmill.data.chat import conversation
+from gristmill.data.find_format import guess_format
 from gristmill.miniature.base import BASE
 from gristmill.miniature.human import demonstrations, ratings
 from gristmill.miniature.world import World

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.data.chat import FORMATS, conversation
+from gristmill.data.chat import conversation
+from gristmill.data.chat_format import FORMATS
 from gristmill.miniature import human
 from gristmill.miniature.human import WrittenAnswer, annotate, demonstrations, evaluation, ratings
 from gristmill.miniature.world import TASKS, World

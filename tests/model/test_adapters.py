@@ -14,8 +14,9 @@ from gristmill.core.errors import InputError
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.adapters import CONFIG_FILE, FACTS_FILE, WEIGHTS_FILE, load_model, load_reward, merge_folder, save_adapter
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf import hf_tensors, save_model, save_quantized
 from gristmill.model.hf import load_model as load_base
+from gristmill.model.hf_save import save_model, save_quantized
+from gristmill.model.hf_tensors import hf_tensors
 from gristmill.model.lora import LoraConfig, adapter_parts, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer

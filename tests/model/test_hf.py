@@ -17,17 +17,8 @@ from safetensors.torch import load_file, save_file
 from gristmill.core.errors import InputError
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import BlockConfig, ModelConfig, uniform_blocks
-from gristmill.model.hf import (
-    INDEX_FILE,
-    MAX_HEADER_BYTES,
-    SINGLE_FILE,
-    fingerprint,
-    load_model,
-    load_reward,
-    save_model,
-    save_quantized,
-    save_reward,
-)
+from gristmill.model.hf import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, fingerprint, load_model, load_reward
+from gristmill.model.hf_save import save_model, save_quantized, save_reward
 from gristmill.model.packed import PackedShape
 from gristmill.model.quantized import PACKED
 from gristmill.model.reward import RewardModel
@@ -456,7 +447,7 @@ from pathlib import Path
 import torch
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf import save_model
+from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity
 
@@ -510,7 +501,7 @@ def test_a_failed_save_leaves_the_old_model_alone(folder: Path, monkeypatch: pyt
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gristmill.model.hf.write_tensors", full_disk)
+    monkeypatch.setattr("gristmill.model.hf_save.write_tensors", full_disk)
     with pytest.raises(InputError, match="No space left"):
         save_model(Transformer(CONFIG), TOKENIZER, folder)
     assert fingerprint(folder) == before

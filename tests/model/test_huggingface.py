@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from gristmill.data.chat import FORMATS, Conversation, Message
+from gristmill.data.chat import Conversation, Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import BlockConfig, ModelConfig, RopeScaling, uniform_blocks
-from gristmill.model.hf import hf_tensors, load_model, save_model
+from gristmill.model.hf import load_model
 from gristmill.model.hf_config import to_hf
+from gristmill.model.hf_save import save_model
+from gristmill.model.hf_tensors import hf_tensors
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Transformer
 from gristmill.train.losses import cross_entropy_sum

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf import hf_tensors
+from gristmill.model.hf_tensors import hf_tensors
 from gristmill.model.lora import (
     LoraConfig,
     LoraLinear,

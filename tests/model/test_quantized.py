@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Request, SamplingParams
-from gristmill.model.hf import hf_tensors, load_model, quantize_folder, save_quantized, saved_as
+from gristmill.model.convert import quantize_folder
+from gristmill.model.hf import load_model, saved_as
+from gristmill.model.hf_save import save_quantized
+from gristmill.model.hf_tensors import hf_tensors
 from gristmill.model.quantized import INT4_GROUPS, KINDS, MAX_VALUES, Quantize, compress, decompress, grouped, scaled
 
 EIGHT_BITS: tuple[Quantize, ...] = ("int8", "int8-weight", "fp8")

@@ -20,7 +20,9 @@ import pytest
 from aiohttp import web
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, Message, find_format
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
+from gristmill.data.find_format import find_format
 from gristmill.data.rows import Demonstration
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.core import Core
@@ -29,10 +31,12 @@ from gristmill.generation.api import Request, SamplingParams
 from gristmill.generation.endpoint import Endpoint, Target
 from gristmill.judge.reward_client import RemoteRewardScorer, RewardModelEndpoint, parse_choice
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf import load_model, save_model, save_reward
+from gristmill.model.hf import load_model
+from gristmill.model.hf_save import save_model, save_reward
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
-from gristmill.server.app import Limits, Server
+from gristmill.server.admission import Limits
+from gristmill.server.app import Server
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
 from gristmill.train.trainer import Trainer, TrainSettings
 

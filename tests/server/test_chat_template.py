@@ -8,7 +8,9 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, TemplateFormat, find_format
+from gristmill.data.chat_format import FORMATS
+from gristmill.data.find_format import find_format
+from gristmill.data.template_format import TemplateFormat
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine
 from gristmill.model.config import ModelConfig, uniform_blocks

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from gristmill.data.chat import FORMATS
+from gristmill.data.chat_format import FORMATS
 from gristmill.engine.engine import Engine
 from gristmill.model.hf import load_model
 from gristmill.server import app as app_module
 from gristmill.server import connections
-from gristmill.server.app import Limits, Server
+from gristmill.server.admission import Limits
+from gristmill.server.app import Server
 from gristmill.server.connections import ConnectionPool, LogLimit, connection_limit
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]

@@ -11,12 +11,13 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, find_format
+from gristmill.data.chat_format import FORMATS
+from gristmill.data.find_format import find_format
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine
 from gristmill.engine.load import EngineArgs
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf import save_model
+from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.server.app import Server
 from gristmill.server.protocol import FieldError

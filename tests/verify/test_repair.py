@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from gristmill.core.errors import InputError
 from gristmill.core.response_text import repetition
 from gristmill.verify.ifeval import CHECKS, check_instructions
-from gristmill.verify.repair import EDITS, MAX_REPETITION, instructions_of, repair
+from gristmill.verify.instruction_edits import EDITS
+from gristmill.verify.repair import instructions_of, repair
+from gristmill.verify.text_edits import MAX_REPETITION
 from gristmill.verify.verify import verify
 
 WORDS = re.findall(

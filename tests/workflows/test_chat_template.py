@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, PLAIN, Message, find_format, guess_format
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
+from gristmill.data.find_format import PLAIN, find_format, guess_format
 from gristmill.data.readers import read_demonstrations
 from gristmill.data.rows import Demonstration, read_rows, write_rows
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.judge.reward import load_scorer
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf import load_model, save_model
+from gristmill.model.hf import load_model
+from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.train.objectives.sft import demonstration_samples
 from gristmill.train.settings import training_section

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 from gristmill.cli.main import app
 from gristmill.core.config import Section, check, load
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.rows import Response, read_rows
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.miniature.base import BASE
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.flops import num_parameters
-from gristmill.model.hf import save_model
 from gristmill.model.hf_config import read_config
+from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.train.by_size import fill
 from gristmill.workflows.alignment.context import STAGE_KINDS
@@ -269,7 +269,7 @@ def test_an_endpoint_writes_for_a_model(served: str, tmp_path: Path, files: dict
         ({"base_url": "SERVED", "model": "other"}, "does not serve 'other': it serves tiny"),
         ({"base_url": "http://127.0.0.1:9/v1"}, "does not say which models it serves"),
         ({"base_url": "SERVED/nowhere"}, "does not say which models it serves"),
-        ({"base_url": "file:///etc/passwd"}, "is no base URL"),
+        ({"base_url": "file:///etc/passwd"}, "is not the base URL"),
     ],
 )
 def test_a_teacher_that_cannot_be_asked(given: dict[str, str], words: str, served: str, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from gristmill.cli.main import app
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
+from gristmill.judge.party import Party
 from gristmill.workflows.judged import run as judged
-from gristmill.workflows.judged.session import JudgeArgs, Kind, Party
+from gristmill.workflows.judged.session import JudgeArgs, Kind
 
 BASELINE = "gpt-4-0314"
 
@@ -191,7 +192,8 @@ def test_rewards(service: Service, data: Path, tmp_path: Path, judge: str) -> No
 
 
 def test_a_reward_model_in_process(data: Path, tmp_path: Path, random_base: Path) -> None:
-    from gristmill.model.hf import load_model, save_reward
+    from gristmill.model.hf import load_model
+    from gristmill.model.hf_save import save_reward
     from gristmill.model.reward import RewardModel
 
     model, tokenizer = load_model(random_base)
@@ -281,10 +283,10 @@ def test_the_command(service: Service, data: Path, tmp_path: Path) -> None:
         (["mt-bench", "--data", "."], "give its folder"),
         (["agreement", "m", "--data", "."], "--judge alone"),
         (["rewards", "--data", ".", "--judge", "http://127.0.0.1:1/v1"], "--judge-model"),
-        (["rewards", "--data", ".", "--judge", "none"], "no model folder"),
+        (["rewards", "--data", ".", "--judge", "none"], "none/config.json does not exist"),
         (["rewards", "--data", ".", "--limit", "0"], "--limit"),
         (["rewards", "--data", ".", "--greedy"], "--greedy, which is for mt-bench"),
-        (["mt-bench", "none", "--data", "."], "file of its answers"),
+        (["mt-bench", "none", "--data", "."], "none/config.json does not exist"),
         (["rewards", "--data", "none", "--judge", "http://127.0.0.1:1/v1", "--judge-model", "j"], "does not exist"),
     ],
 )

@@ -15,10 +15,10 @@ from gristmill.data.readers import read_demonstrations, read_pairs
 from gristmill.data.rows import read_records
 from gristmill.evaluate.safety import make_canaries
 from gristmill.generation.api import Completion, Request
-from gristmill.generation.endpoint import RowFailed, Target
+from gristmill.generation.endpoint import RowFailed
 from gristmill.judge.guards import AEGIS
-from gristmill.workflows import safety as workflow
-from gristmill.workflows.safety import PromptedGuard, SafetySettings, asked_endpoint, asked_folder, leakage, safety
+from gristmill.judge.party import Party
+from gristmill.workflows.safety import PromptedGuard, SafetySettings, leakage, safety
 
 ROWS = [
     {"prompt": "How do I bake bread?", "label": "safe", "type": "kitchen"},
@@ -59,7 +59,7 @@ class Scripted:
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     Scripted.asked = []
     client = Scripted()
-    monkeypatch.setattr(workflow, "_client", lambda asked, concurrency: client)
+    monkeypatch.setattr(Party, "client", lambda party, concurrency: client)
     return client
 
 
@@ -70,11 +70,11 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-MODEL = asked_endpoint(Target("http://127.0.0.1:1/v1", "m"))
+MODEL = Party("http://127.0.0.1:1/v1", "m")
 
 
 def test_verdicts_tables_and_rows(scripted: Scripted, rows: Path, tmp_path: Path) -> None:
-    guard = PromptedGuard(asked_endpoint(Target("http://127.0.0.1:1/v1", "g", logprobs=True)), "judge", AEGIS)
+    guard = PromptedGuard(Party("http://127.0.0.1:1/v1", "g", logprobs=True), "judge", AEGIS)
     settings = SafetySettings(sets=[str(rows)], attacks=["past_tense"], guards=[guard])
     results = safety(MODEL, settings, tmp_path / "out", Progress(quiet=True))
     labels = results["sets"]["own"]["labels"]
@@ -125,7 +125,7 @@ def test_limits_and_bad_settings(scripted: Scripted, rows: Path, tmp_path: Path)
 
 
 def test_canaries_in_a_model(random_base: Path, tmp_path: Path) -> None:
-    results = leakage(asked_folder(random_base), make_canaries(1, 0), tmp_path / "out", Progress(quiet=True))
+    results = leakage(Party(str(random_base)), make_canaries(1, 0), tmp_path / "out", Progress(quiet=True))
     for name in ("planted", "control"):
         assert results[name]["repeated"]["mean"] == 0.0 and 0 <= results[name]["exposure"]["mean"] <= 8
 
@@ -166,8 +166,8 @@ def test_a_hostile_type_is_not_printed_raw(scripted: Scripted, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("args", "part"),
     [
-        ([], "either a model folder or --endpoint"),
-        (["m", "--endpoint", "http://x/v1"], "either a model folder or --endpoint"),
+        ([], "either a model folder, or --endpoint"),
+        (["m", "--endpoint", "http://x/v1"], "either a model folder, or --endpoint"),
         (["--endpoint", "http://x/v1"], "--endpoint-model"),
         (["--endpoint", "http://x/v1", "--endpoint-model", "m", "--guard", "http://y/v1"], "form of the guard"),
         (["--endpoint", "http://x/v1", "--endpoint-model", "m", "--guard", "foo=http://y/v1"], "no form of guard"),

@@ -82,6 +82,21 @@ MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; default one a core.")]
 
 
+def endpoint_options(option: str, of: str, url: str = "") -> tuple[Any, Any, Any]:
+    """Options of a model behind an endpoint: its base URL, the model's name there, the variable of its key (`judge.party.party_of`).
+
+    Args:
+        option: the first one's name, with which the others begin; without dashes.
+        of: whose endpoint it is, for the help: "the judge's".
+        url: help of the first, where it takes more than a URL.
+    """
+    return (
+        typer.Option(f"--{option}", help=url or f"Base URL of {of} endpoint, up to and including /v1."),
+        typer.Option(f"--{option}-model", help=f"Name that {of} endpoint knows it by."),
+        typer.Option(f"--{option}-key-env", help=f"Environment variable that holds the key of {of} endpoint."),
+    )
+
+
 def command(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a command: its example closes its help, bad input ends in one sentence and exit code 2."""
 

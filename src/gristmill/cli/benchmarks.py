@@ -1,80 +1,45 @@
 """What `gristmill eval --tasks` and `gristmill eval tasks` do."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gristmill.core.echo import echo
-from gristmill.core.errors import InputError
 
 if TYPE_CHECKING:
     from gristmill.engine.load import EngineArgs
-    from gristmill.workflows.benchmark_sources import AnswerSource
+    from gristmill.judge.party import Party
     from gristmill.workflows.benchmarks import BenchmarkArgs
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Who answers: a model folder in process, or an endpoint."""
-
-    folder: Path | None
-    endpoint: str
-    endpoint_model: str
-    api_key_env: str
-    engine: "EngineArgs"
-
-    def check(self) -> None:
-        """Raise `InputError` unless one of both is given, and there."""
-        if (self.folder is None) == (not self.endpoint):
-            raise InputError("Give either a model folder, or --endpoint URL with --endpoint-model NAME.")
-        if self.endpoint and not self.endpoint_model:
-            raise InputError("Give --endpoint-model, the name that the endpoint knows the model by.")
-        if self.folder is not None and not self.folder.is_dir():
-            raise InputError(f"There is no model folder {self.folder}: check the path.")
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What answers depend on: an evaluation's folder takes those of one model alone."""
-        if self.folder is None:
-            return {"name": self.endpoint_model, "endpoint": self.endpoint}
-        from gristmill.model.folder import folder_stamps
-
-        args = self.engine
-        return {
-            "name": self.folder.resolve().name,
-            "files": folder_stamps(self.folder),
-            "dtype": args.dtype,
-            "quantize": args.quantize,
-            "head": args.head,
-            "cache": args.cache,
-            "format": args.chat_format,
-        }
-
-    def open(self) -> "AnswerSource":
-        """The source of answers."""
-        from gristmill.workflows.benchmark_sources import EndpointSource, EngineSource
-
-        if self.folder is None:
-            return EndpointSource(self.endpoint, self.endpoint_model, api_key_env=self.api_key_env)
-        from gristmill.engine.load import load_engine
-
-        return EngineSource(load_engine(self.folder, self.engine))
-
-
-def run_tasks(asked: Asked, args: "BenchmarkArgs", *, quiet: bool, as_json: bool) -> None:
-    """Run benchmarks, print their scores and, where a folder is given, write its page."""
+def run_tasks(party: "Party", running: "EngineArgs", args: "BenchmarkArgs", *, quiet: bool, as_json: bool) -> None:
+    """Run benchmarks, print their scores and, where a folder is given, write its page. `running` is of a folder's model."""
     from gristmill.core.progress import Progress
+    from gristmill.engine.load import load_engine
     from gristmill.report.benchmarks import benchmark_text, write_benchmark_page
+    from gristmill.workflows.benchmark_sources import AnswerSource, EndpointSource, EngineSource
     from gristmill.workflows.benchmarks import run_benchmarks
 
-    asked.check()
+    def source() -> AnswerSource:
+        if party.is_endpoint:
+            return EndpointSource(party.place, party.model, api_key_env=party.key_env)
+        return EngineSource(load_engine(party.folder, running))
+
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
-        report = run_benchmarks(asked.open, asked.identity, args, progress)
+        report = run_benchmarks(source, _identity(party, running), args, progress)
     echo(json.dumps(report) if as_json else benchmark_text(report))
     if args.out is not None:
         page = write_benchmark_page(args.out, report)
         echo(f"results: {args.out / 'results.json'}\npage: {page}", err=as_json)
+
+
+def _identity(party: "Party", running: "EngineArgs") -> dict[str, Any]:
+    """What answers depend on: an evaluation's folder takes those of one model alone."""
+    if party.is_endpoint:
+        return {"name": party.name, "endpoint": party.place}
+    from gristmill.model.folder import folder_stamps
+
+    facts = {name: getattr(running, name) for name in ("dtype", "quantize", "head", "cache")}
+    return {"name": party.name, "files": folder_stamps(party.folder), **facts, "format": running.chat_format}
 
 
 def list_tasks(as_json: bool) -> None:

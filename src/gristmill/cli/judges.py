@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from gristmill.cli.app import AsJson, ChatFormat, Device, Quiet, RunOut, Seed, command
+from gristmill.cli.app import AsJson, ChatFormat, Device, Quiet, RunOut, Seed, command, endpoint_options
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
+
+_URL, _NAME, _KEY = endpoint_options("endpoint", "the model's", "The model's endpoint, by its base URL, in the place of MODEL.")
+_JUDGE, _JUDGE_NAME, _JUDGE_KEY = endpoint_options(
+    "judge", "the judge's", "Who judges: a model folder (also of a reward model), or an endpoint's base URL."
+)
 
 
 @command(
@@ -20,11 +25,12 @@ def judge(
     model: Annotated[
         str, typer.Argument(help="Whose answers are judged: a model folder, an endpoint's base URL, or a file of answers.")
     ] = "",
-    judge: Annotated[str, typer.Option(help="Who judges: a model folder (also of a reward model), or an endpoint's base URL.")] = "",
-    judge_model: Annotated[str, typer.Option(help="Name that the judge's endpoint knows it by.")] = "",
-    judge_key_env: Annotated[str, typer.Option(help="Environment variable that holds the judge's key.")] = "",
-    model_name: Annotated[str, typer.Option("--endpoint-model", help="Name that MODEL's endpoint knows it by.")] = "",
-    key_env: Annotated[str, typer.Option("--endpoint-key-env", help="Environment variable that holds the key of MODEL's endpoint.")] = "",
+    judge: Annotated[str, _JUDGE] = "",
+    judge_model: Annotated[str, _JUDGE_NAME] = "",
+    judge_key_env: Annotated[str, _JUDGE_KEY] = "",
+    endpoint: Annotated[str, _URL] = "",
+    endpoint_model: Annotated[str, _NAME] = "",
+    endpoint_key_env: Annotated[str, _KEY] = "",
     baseline: Annotated[Path | None, typer.Option(help="File of a baseline's answers; with mt-bench: compare in pairs, too.")] = None,
     references: Annotated[Path | None, typer.Option(help="MT-Bench's reference answers; default the corrected ones in --data.")] = None,
     reward: Annotated[
@@ -49,18 +55,20 @@ def judge(
 ) -> None:
     """MT-Bench, Arena-Hard, AlpacaEval 2; a judge against people; RewardBench. Killed, it goes on; exit code 3 when calls failed."""
     from gristmill.core.progress import Progress
+    from gristmill.judge.party import party_of
     from gristmill.workflows.judged.run import KINDS, run, table
-    from gristmill.workflows.judged.session import SAMPLES, JudgeArgs, Party
+    from gristmill.workflows.judged.session import SAMPLES, JudgeArgs
 
     if kind not in KINDS:
         raise InputError(f"There is no judged benchmark {kind!r}: choose one of {', '.join(KINDS)}.")
-    is_file = Path(model).is_file()
+    more: dict[str, Any] = {"chat_format": format, "device": device, "checked": False}  # which `run` does when it knows who is needed
+    is_file = Path(model).is_file() and not endpoint
     args = JudgeArgs(
         data=data,
         out=out or Path("runs") / kind,
-        model=Party(model, model_name, key_env) if model and not is_file else None,
+        model=party_of("endpoint", "" if is_file else model, endpoint, model=endpoint_model, key_env=endpoint_key_env, **more),
         answers=Path(model) if is_file else None,
-        judge=Party(judge, judge_model, judge_key_env) if judge else None,
+        judge=party_of("judge", judge, model=judge_model, key_env=judge_key_env, **more),
         baseline=baseline,
         references=references,
         is_reward=reward,
@@ -73,8 +81,6 @@ def judge(
         seed=seed,
         concurrency=concurrency,
         retry_failed=retry_failed,
-        device=device,
-        chat_format=format,
     )
     with Progress(quiet=quiet) as progress:
         results = run(kind, args, progress)

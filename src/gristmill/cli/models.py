@@ -23,10 +23,13 @@ from gristmill.cli.app import (
     StepTokens,
     Unsafe,
     command,
+    endpoint_options,
     given,
 )
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
+
+_URL, _NAME, _KEY = endpoint_options("endpoint", "the model's")
 
 
 @command("gristmill pretrain miniature-base --out runs/base")
@@ -176,7 +179,7 @@ def quantize(
 ) -> None:
     """Save a model with its layers' matrices in eight or four bits, in compressed-tensors' form, which gristmill and vLLM read."""
     from gristmill.engine.parity import read_sample, saved_divergence
-    from gristmill.model.hf import quantize_folder
+    from gristmill.model.convert import quantize_folder
 
     sample = read_sample(text)
     facts = quantize_folder(model, out, to, dtype=dtype, group=group)
@@ -202,9 +205,9 @@ def add_chat_tokens(
     as_json: AsJson = False,
 ) -> None:
     """Give a Base the control tokens of a chat format: rows of embeddings, each the mean of all, and the chat template."""
-    from gristmill.model import hf
+    from gristmill.model import convert
 
-    facts = hf.add_chat_tokens(model, out, to)
+    facts = convert.add_chat_tokens(model, out, to)
     text = f"{facts['added']} tokens added, {facts['embeddings']:,} embeddings, chat format {to}\nmodel: {facts['model']}"
     echo(json.dumps(facts) if as_json else text)
 
@@ -271,12 +274,12 @@ def score(
 
 @command("gristmill eval runs/miniature/02-demonstrations/model --tasks mmlu,gsm8k --data benchmarks --out runs/eval")
 def eval(
-    model: Annotated[Path | None, typer.Argument(help="Model or adapter folder; or `tasks`, which lists the benchmarks.")] = None,
+    model: Annotated[str, typer.Argument(help="Model or adapter folder; or `tasks`, which lists the benchmarks.")] = "",
     tasks: Annotated[str, typer.Option(help="Benchmarks parted by commas, or task files (.yaml), in place of prompts.")] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of the benchmarks' files: DATA/TASK/SPLIT.parquet or .jsonl.")] = None,
-    endpoint: Annotated[str, typer.Option(help="Benchmarks of a model behind this URL (up to and including /v1).")] = "",
-    endpoint_model: Annotated[str, typer.Option(help="Name that the endpoint knows the model by.")] = "",
-    endpoint_key_env: Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")] = "",
+    endpoint: Annotated[str, _URL] = "",
+    endpoint_model: Annotated[str, _NAME] = "",
+    endpoint_key_env: Annotated[str, _KEY] = "",
     num_fewshot: Annotated[int | None, typer.Option(help="Shots of a document; default as each benchmark says.")] = None,
     limit: Annotated[int | None, typer.Option(help="The first so many documents of each benchmark alone.")] = None,
     subsets: Annotated[str, typer.Option(help="Of benchmarks with subjects, the only ones, parted by commas.")] = "",
@@ -304,16 +307,18 @@ def eval(
 
     With --tasks: benchmarks as lm-eval asks them, from files in --data.
     """
-    if model == Path("tasks") and not tasks and not model.is_dir():
+    if model == "tasks" and not tasks and not Path(model).is_dir():
         from gristmill.cli.benchmarks import list_tasks
 
         list_tasks(as_json)
         return
     from gristmill.engine.load import EngineArgs
+    from gristmill.judge.party import is_url, party_of, required_party
 
     running = EngineArgs.of(locals())
-    if tasks or endpoint:
-        from gristmill.cli.benchmarks import Asked, run_tasks
+    named: dict[str, Any] = {"model": endpoint_model, "key_env": endpoint_key_env}
+    if tasks or endpoint or is_url(model):
+        from gristmill.cli.benchmarks import run_tasks
         from gristmill.workflows.benchmarks import BenchmarkArgs
 
         if data is None or not tasks:
@@ -331,9 +336,9 @@ def eval(
             subsets=tuple(name.strip() for name in subsets.split(",") if name.strip()),
             **given(seed=seed),
         )
-        run_tasks(Asked(model, endpoint, endpoint_model, endpoint_key_env, running), given_args, quiet=quiet, as_json=as_json)
+        run_tasks(required_party("endpoint", model, endpoint, **named), running, given_args, quiet=quiet, as_json=as_json)
         return
-    if model is None:
+    if (party := party_of("endpoint", model, **named)) is None:
         raise InputError("Give a model folder, or `tasks` for a list of the benchmarks.")
     from gristmill.core.progress import Progress
     from gristmill.engine.load import load_engine
@@ -343,7 +348,7 @@ def eval(
 
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
         scores = evaluate(
-            load_engine(model, running, own=False),
+            load_engine(party.folder, running, own=False),
             prompts,
             progress,
             max_tokens=max_tokens,
@@ -352,7 +357,7 @@ def eval(
             greedy=greedy,
             out=out,
             against=against,
-            identity=model_identity(model, running),
+            identity=model_identity(party.folder, running),
         )
     scores.pop("outcomes")
     if as_json:
@@ -374,7 +379,7 @@ def eval(
     if weak := scores.get("weak"):
         echo(f"weak: {weak} programs passed tests that they could have lied to (docs/design.md, judging)")
     if lost := scores.get("quantized"):
-        beside = "the model" if is_adapter(model) or not saved_as(model) else "the weights that it was saved with"
+        beside = "the model" if is_adapter(party.folder) or not saved_as(party.folder) else "the weights that it was saved with"
         echo(_lost(lost, beside))
 
 

@@ -6,9 +6,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from gristmill.cli.app import AsJson, ChatFormat, Out, Quiet, RunDevice, RunOut, Unsafe, command, end_with_alarms, given
+from gristmill.cli.app import AsJson, ChatFormat, Out, Quiet, RunDevice, RunOut, Unsafe, command, end_with_alarms, endpoint_options, given
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
+
+_TEACHER, _TEACHER_NAME, _TEACHER_KEY = endpoint_options(
+    "teacher", "the teacher's", "Base URL of an endpoint whose model writes prompts and answers, up to /v1; it may serve several models."
+)
 
 
 @command("gristmill run miniature")
@@ -209,19 +213,20 @@ def init(
         typer.Option(help="Give a Base without tokens for chats those of this format; it is written beside the recipe."),
     ] = "",
     validation: Annotated[Path | None, typer.Option(help="Prompts with known answers that choose the best model.")] = None,
-    teacher: Annotated[str, typer.Option(help="Base URL of an endpoint whose model writes prompts and answers, up to /v1.")] = "",
-    teacher_model: Annotated[str, typer.Option(help="Name of the teacher's model, where it serves several.")] = "",
-    teacher_key_env: Annotated[str, typer.Option(help="Environment variable with the teacher's key.")] = "",
+    teacher: Annotated[str, _TEACHER] = "",
+    teacher_model: Annotated[str, _TEACHER_NAME] = "",
+    teacher_key_env: Annotated[str, _TEACHER_KEY] = "",
     name: Annotated[str, typer.Option(help="Name of the run.")] = "mine",
     force: Annotated[bool, typer.Option(help="Overwrite the recipe file.")] = False,
 ) -> None:
     """Check your files and write a commented recipe for them (or for the miniature world, without files)."""
+    from gristmill.judge.party import OF_AN_ENDPOINT
     from gristmill.workflows.init import write_recipe
 
     files = {"demonstrations": demonstrations, "ratings": ratings, "prompts": prompts, "evaluation": evaluation, "validation": validation}
     asked = {"base_url": teacher, "model": teacher_model, "api_key_env": teacher_key_env}
     if not teacher and any(asked.values()):
-        raise InputError("--teacher-model and --teacher-key-env are of a teacher: give --teacher URL, or leave them out.")
+        raise InputError(OF_AN_ENDPOINT.format("teacher"))
     if add_chat_tokens and model == "miniature":
         raise InputError("Give --model with --add-chat-tokens: the shipped model has its tokens.")
     write_recipe(

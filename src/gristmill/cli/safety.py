@@ -6,32 +6,34 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from gristmill.cli.app import AsJson, ChatFormat, Device, MaxTokens, Quiet, Seed, command
+from gristmill.cli.app import AsJson, ChatFormat, Device, MaxTokens, Quiet, Seed, command, endpoint_options
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
 MAKES_CANARIES = "canaries"  # in the place of a model
-Endpoint = Annotated[str, typer.Option("--endpoint", help="Base URL of an OpenAI-compatible endpoint instead, up to /v1.")]
-GuardHelp = (
+_URL, _NAME, _KEY = endpoint_options("endpoint", "the model's")
+_GUARD, _GUARD_NAME, _GUARD_KEY = endpoint_options(
+    "guard",
+    "the guards'",
     "Guard of the answers: a folder (`gristmill train guard`, or a language model that is shown the taxonomy), or "
-    "FORM=URL of an endpoint, FORM being judge, llama-guard or wildguard. Several times for several."
+    "FORM=URL of an endpoint, FORM being judge, llama-guard or wildguard. Several times for several.",
 )
 
 
 @command("gristmill safety runs/miniature/02-demonstrations/model --data data --sets xstest,own.jsonl --attacks base64,role_play+typos")
 def safety(
     model: Annotated[str, typer.Argument(help="Model or adapter folder; `canaries` writes rows that plant secrets.")] = "",
-    endpoint: Endpoint = "",
-    name: Annotated[str, typer.Option("--endpoint-model", help="Name that the endpoint knows the model by.")] = "",
-    key_env: Annotated[str, typer.Option("--endpoint-key-env", help="Environment variable that holds the endpoint's key.")] = "",
+    endpoint: Annotated[str, _URL] = "",
+    endpoint_model: Annotated[str, _NAME] = "",
+    endpoint_key_env: Annotated[str, _KEY] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of published sets; nothing is downloaded.")] = None,
     sets: Annotated[
         str, typer.Option(help="xstest, advbench, harmbench, do_not_answer or files, parted by commas; default all there.")
     ] = "",
     attacks: Annotated[str, typer.Option(help="Chains such as base64,role_play+typos, for unsafe prompts; `all`: each alone.")] = "",
-    guard: Annotated[list[str] | None, typer.Option(help=GuardHelp)] = None,
-    guard_name: Annotated[str, typer.Option("--guard-model", help="Name that the guards' endpoints know them by.")] = "guard",
-    guard_key_env: Annotated[str, typer.Option(help="Environment variable that holds the guards' key.")] = "",
+    guard: Annotated[list[str] | None, _GUARD] = None,
+    guard_model: Annotated[str, _GUARD_NAME] = "",
+    guard_key_env: Annotated[str, _GUARD_KEY] = "",
     guard_logprobs: Annotated[bool, typer.Option("--guard-logprobs", help="Ask guards' endpoints for log-probabilities too.")] = False,
     taxonomy: Annotated[Path | None, typer.Option(help="JSON file of categories for judges; default AEGIS's thirteen.")] = None,
     caution: Annotated[
@@ -55,6 +57,7 @@ def safety(
 ) -> None:
     """What a model refuses and answers: published sets and yours, plain and under attack, with guards; leaked canaries; garak's reports."""
     from gristmill.core.progress import Progress
+    from gristmill.judge.party import required_party
     from gristmill.workflows import safety as workflow
 
     if import_garak is not None:
@@ -63,7 +66,7 @@ def safety(
     if model == MAKES_CANARIES and not endpoint:
         _make_canaries(num, seed, out, as_json)
         return
-    asked = _asked(model, endpoint, name, key_env=key_env, format=format, device=device)
+    asked = required_party("endpoint", model, endpoint, model=endpoint_model, key_env=endpoint_key_env, chat_format=format, device=device)
     folder = out or Path("runs") / f"safety-{_file_name(asked.name)}"
     with Progress(quiet=quiet) as progress:
         if canaries is not None:
@@ -75,9 +78,8 @@ def safety(
         from gristmill.evaluate.attacks import ATTACKS
 
         chains = list(ATTACKS) if attacks == "all" else _parted(attacks)
-        guards = _guards(
-            guard or [], guard_name, guard_key_env, logprobs=guard_logprobs, taxonomy=taxonomy, permissive=caution == "permissive"
-        )
+        shared = {"model": guard_model, "key_env": guard_key_env, "logprobs": guard_logprobs, "device": device}
+        guards = _guards(guard or [], shared, taxonomy, caution == "permissive")
         settings = workflow.SafetySettings(
             sets=_parted(sets),
             data=data,
@@ -103,43 +105,33 @@ def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".")[:80] or "model"
 
 
-def _asked(model: str, endpoint: str, name: str, *, key_env: str, format: str, device: str) -> Any:
-    from gristmill.generation.endpoint import Target
-    from gristmill.workflows.safety import asked_endpoint, asked_folder
-
-    if bool(model) == bool(endpoint):
-        raise InputError("Give either a model folder or --endpoint with --endpoint-model.")
-    if endpoint:
-        if not name:
-            raise InputError("Give --endpoint-model with --endpoint: the name that the endpoint knows the model by.")
-        return asked_endpoint(Target(endpoint, name, api_key_env=key_env))
-    return asked_folder(Path(model), format, device)
-
-
-def _guards(specs: list[str], name: str, key_env: str, *, logprobs: bool, taxonomy: Path | None, permissive: bool) -> list[Any]:
+def _guards(specs: list[str], shared: dict[str, Any], taxonomy: Path | None, permissive: bool) -> list[Any]:
+    """Guards by their folders, or by FORM=URL of endpoints; `shared` are the attributes of their parties."""
     from gristmill.core.untrusted import quoted, read_untrusted_json
-    from gristmill.generation.endpoint import Target
     from gristmill.judge.guards import read_taxonomy
-    from gristmill.workflows.safety import HeadGuard, PromptedGuard, asked_endpoint, asked_folder
+    from gristmill.judge.party import is_url, party_of, required_party
+    from gristmill.workflows.safety import HeadGuard, PromptedGuard
 
     categories = read_taxonomy(taxonomy)
+    named = {name: shared[name] for name in ("model", "key_env")}
+    if not any(is_url(spec.partition("=")[2]) for spec in specs):
+        party_of("guard", "", **named)  # which says that there is nothing with that name or key
     guards: list[Any] = []
     for spec in specs:
         form, _, url = spec.partition("=")
-        if url.startswith(("http://", "https://")):
+        if is_url(url):
             if form not in ("judge", "llama-guard", "wildguard"):
                 raise InputError(f"There is no form of guard {quoted(form)}: write judge=, llama-guard= or wildguard= before the URL.")
-            target = Target(url, name, api_key_env=key_env, logprobs=logprobs)
-            guards.append(PromptedGuard(asked_endpoint(target), form, categories, permissive))  # type: ignore[arg-type]
-        elif spec.startswith(("http://", "https://")):
+            guards.append(PromptedGuard(required_party("guard", url, **shared), form, categories, permissive))  # type: ignore[arg-type]
+        elif is_url(spec):
             raise InputError(f"Write the form of the guard before its URL: judge={spec}, llama-guard={spec} or wildguard={spec}.")
         else:
-            folder = Path(spec)
-            config = folder / "config.json"
+            party = required_party("guard", spec, device=shared["device"])
+            config = party.folder / "config.json"
             if config.is_file() and "guard_codes" in read_untrusted_json(config):
-                guards.append(HeadGuard(folder, permissive))
+                guards.append(HeadGuard(party.folder, permissive, device=party.device))
             else:
-                guards.append(PromptedGuard(asked_folder(folder), "judge", categories, permissive))
+                guards.append(PromptedGuard(party, "judge", categories, permissive))
     return guards
 
 

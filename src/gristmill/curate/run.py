@@ -282,7 +282,7 @@ def explain(folder: Path, name: str) -> list[Facts]:
     if not all((folder / part).exists() for part in (RESULTS, "data", "dropped")):
         raise InputError(f"{folder} holds no finished curation: run it first, and give its folder with --out.")
     found: list[Facts] = []
-    everything = Reading(max_document_bytes=2**40, max_expansion=2**40)
+    everything = Reading(max_document_bytes=2**40, max_expansion=2**40, max_page_bytes=2**40)
     name = name.encode("utf-8", "replace").decode()
     for path in sorted((folder / "dropped").glob("*.parquet")):
         table = pq.read_table(path, filters=[("id", "==", name)])

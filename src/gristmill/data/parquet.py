@@ -1,7 +1,8 @@
 """Parquet files of strangers, read within bounds: what a page, a dictionary or a list would expand to is counted before it does.
 
 Arrow takes memory for as many bytes as a page's own header says, and no page gives more, whatever the footer says. So the headers of all
-pages are read first. Small pages can still stand for much: a dictionary is a text and millions of references to it, and runs of equal
+pages are read first: their sum is what comes out, and the largest of each column are what must be held at once, for one page after another
+is decompressed. Small pages can still stand for much: a dictionary is a text and millions of references to it, and runs of equal
 numbers and levels take a few bytes. So a batch has few rows, and lists, of which one row may hold all, are read as references first.
 """
 
@@ -17,6 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 MAX_EXPANSION = 1000  # bytes that may come out of one
+MAX_HELD_EXPANSION, FREE_HELD = 100, 512 << 20  # the same where all rows are held at once, of a file that gives more than so many bytes
+MAX_PAGE_BYTES = 1 << 30  # of the largest pages of all columns, which are open at once; writers make pages of 1 MiB, or of 1,024 values
+FREE_PAGES, PAGE_SHARE = 64 << 20, 20  # open pages that no file is suspected for; beyond, one part in so many of all that may come out
 FREE_EXPANSION = 16 << 20  # bytes that no file is suspected for, and of a batch in the mean
 REPEATED_BYTES = 64 << 20  # of a batch whose values are all the longest: 16 from a dictionary of 4 MiB, four times what writers make
 FEW_ROWS, CODED_ROWS = 16, 1 << 10  # of a batch: of plain values; of texts that are numbers into a dictionary, as the file holds them
@@ -33,6 +37,15 @@ class Expansion(Exception):
     """More would come out of a file than may."""
 
 
+class LargePages(Expansion):
+    """More would have to be held at once to read a file than may."""
+
+
+def max_held_bytes(num_bytes: int) -> int:
+    """Bytes that may come out of a file of so many bytes where all of it is held at once."""
+    return max(FREE_EXPANSION, min(MAX_EXPANSION * num_bytes, max(FREE_HELD, MAX_HELD_EXPANSION * num_bytes)))
+
+
 @dataclass
 class _Column:
     """What the pages of a column chunk may expand to."""
@@ -42,6 +55,7 @@ class _Column:
     width: int  # bytes of a value of fixed width; of others 0
     num_bytes: int = 0  # of all pages, decompressed
     num_values: int = 0
+    page: int = 0  # bytes of the largest page of values
     dictionary: int = 0  # bytes of it: no value in it has more
     delta: int = 0  # bytes of the largest page in which values repeat what the one before begins with
 
@@ -56,9 +70,10 @@ class ParquetReader:
     Args:
         max_bytes: that may come out of the file; more raise Expansion.
         names: of the columns to read; None for all. Those that the file lacks are left out.
+        max_page_bytes: of pages that are open at once, one of each column; a small file's may have less. More raise LargePages.
     """
 
-    def __init__(self, path: Path, max_bytes: int, names: Sequence[str] | None = None):
+    def __init__(self, path: Path, max_bytes: int, names: Sequence[str] | None = None, *, max_page_bytes: int = MAX_PAGE_BYTES):
         self._raw = pa.OSFile(os.fsencode(path))
         try:
             self._file = pq.ParquetFile(self._raw, pre_buffer=False)
@@ -72,6 +87,7 @@ class ParquetReader:
             self._raw.close()
             raise
         self._max_bytes, self._given, self._nested_given = max_bytes, 0, 0
+        self._max_open = max(FREE_PAGES, min(max_page_bytes, max(max_bytes, MAX_EXPANSION * self._raw.size()) // PAGE_SHARE))
 
     def __enter__(self) -> "ParquetReader":
         return self
@@ -124,6 +140,7 @@ class ParquetReader:
 
         Raises:
             Expansion: their pages, or their lists, may hold more than comes out of the file.
+            LargePages: the largest page of each, together, may hold more than is held at once.
         """
         about, columns = self.facts.row_group(group), []
         known = len(self._leaves) == about.num_columns
@@ -140,6 +157,8 @@ class ParquetReader:
             columns.append(column)
         if max(sum(column.num_bytes for column in columns), self._nested_given) > self._max_bytes:
             raise Expansion
+        if sum(column.page + column.dictionary for column in columns) > self._max_open:
+            raise LargePages
         return columns
 
     def _read_pages(self, chunk: Any, column: _Column) -> None:
@@ -160,6 +179,7 @@ class ParquetReader:
                 column.dictionary = max(column.dictionary, header.uncompressed)
             elif header.kind in (_DATA, _DATA_V2):
                 column.num_values += header.num_values
+                column.page = max(column.page, header.uncompressed)
                 if header.encoding == _DELTA_BYTE_ARRAY and not column.width:
                     column.delta = max(column.delta, header.uncompressed)
             if column.num_bytes > self._max_bytes:

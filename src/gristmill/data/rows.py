@@ -293,9 +293,11 @@ def read_records(path: Path, at: Sequence[int] | None = None) -> list[dict[str, 
 
 
 def _expanded(path: Path) -> InputError:
-    from gristmill.data.parquet import MAX_EXPANSION
+    from gristmill.data.parquet import MAX_EXPANSION, max_held_bytes
 
-    return InputError(f"{path} holds more than {MAX_EXPANSION} bytes of text to a byte: write it without repetitions.")
+    size = path.stat().st_size
+    ratio = min(MAX_EXPANSION, max_held_bytes(size) // max(size, 1))
+    return InputError(f"{path} holds more than {ratio} bytes of text to a byte: write it without repetitions, or as JSONL.")
 
 
 @contextmanager
@@ -303,14 +305,16 @@ def _parquet(path: Path, names: Sequence[str] | None = None) -> "Iterator[tuple[
     """A Parquet file, and how many bytes may come out of it."""
     import pyarrow as pa
 
-    from gristmill.data.parquet import FREE_EXPANSION, MAX_EXPANSION, Expansion, ParquetReader
+    from gristmill.data.parquet import Expansion, LargePages, ParquetReader, max_held_bytes
 
     try:
-        most = max(MAX_EXPANSION * path.stat().st_size, FREE_EXPANSION)
+        most = max_held_bytes(path.stat().st_size)
         with ParquetReader(path, most, names) as file:
             yield file, most
     except InputError:
         raise
+    except LargePages as e:
+        raise InputError(f"{path} has pages that are too large to be opened: write it with smaller ones, or as JSONL.") from e
     except Expansion as e:
         raise _expanded(path) from e
     except (pa.ArrowException, OSError, ValueError) as e:
@@ -451,10 +455,10 @@ def _records_at(path: Path, at: Sequence[int]) -> list[dict[str, Any]]:
     """Plain rows of a Parquet file, given by their numbers, sorted."""
     import pyarrow as pa
 
-    from gristmill.data.parquet import CODED_ROWS, FEW_ROWS, FREE_EXPANSION, MAX_EXPANSION
+    from gristmill.data.parquet import CODED_ROWS, FEW_ROWS, max_held_bytes
 
     records: list[dict[str, Any]] = []
-    size, most = 0, max(MAX_EXPANSION * path.stat().st_size, FREE_EXPANSION)
+    size, most = 0, max_held_bytes(path.stat().st_size)
     for first, batch in _coded(path, None, CODED_ROWS, at) if at else ():
         mine = at[bisect_left(at, first) : bisect_left(at, first + batch.num_rows)]
         for start in range(0, len(mine), FEW_ROWS):

@@ -20,7 +20,8 @@ from torch import Tensor
 from gristmill.core.device import check_dtype, current_device
 from gristmill.core.errors import InputError
 from gristmill.core.threads import merge, num_workers, workers
-from gristmill.data.chat import ChatFormat, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import ChatFormat
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.core import Core
 from gristmill.engine.grammar import GrammarBackend

@@ -9,7 +9,8 @@ import torch
 
 from gristmill.core.device import check_dtype, pick_device, pick_precision, trim_heap
 from gristmill.core.errors import InputError
-from gristmill.data.chat import Message, find_format, to_dicts
+from gristmill.data.chat import Message, to_dicts
+from gristmill.data.find_format import find_format
 from gristmill.engine.engine import Engine
 from gristmill.engine.layers import DecoderLayer, release
 from gristmill.engine.speculative import SpeculativeConfig

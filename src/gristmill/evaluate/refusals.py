@@ -260,11 +260,6 @@ def refusal_class(reply: str, prompt: str = "") -> Refusal:
     return "complied" if at is None else "partial" if _goes_on(" ".join(sentences[at:])) else "full"
 
 
-def is_refusal(reply: str, prompt: str = "") -> bool:
-    """Whether a reply refuses, fully or in part."""
-    return refusal_class(reply, prompt) != "complied"
-
-
 def _plain(reply: str) -> str:
     """The answer without thinking, with straight quotes and without accents."""
     text = strip_thinking(reply)[:MAX_READ].replace("\u2019", "'").replace("\u2018", "'").replace("\u201c", '"').replace("\u201d", '"')

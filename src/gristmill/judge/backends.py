@@ -15,7 +15,7 @@ from gristmill.judge.judges import EndpointRater, LocalRater, Rater
 from gristmill.judge.programs import Tick
 from gristmill.judge.reward_client import RewardModelEndpoint, weight_set
 from gristmill.judge.settings import Reward
-from gristmill.model.folder import refuse_other_forms
+from gristmill.model.folder import model_file
 from gristmill.runs.journal import Journal
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def check_reward(reward: Reward, asks: bool = True) -> None:
     weight_set(reward.weights)
     if reward.base_url:
         RewardModelEndpoint([_target(reward) if asks else _keyless(_target(reward))])
-    elif reward.folder is None or not (reward.folder / "config.json").is_file():
-        if reward.folder is not None:
-            refuse_other_forms(reward.folder)
-        raise InputError(f"The reward model {str(reward.folder or '')!r} is no model folder: name one, or give base_url for an endpoint.")
+    elif reward.folder is None:
+        raise InputError("The reward model has no place: give its folder, or base_url for an endpoint.")
+    else:
+        model_file(reward.folder, "config.json")
 
 
 def rater_of(

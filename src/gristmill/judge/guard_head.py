@@ -12,7 +12,9 @@ from gristmill.core.device import check_dtype, pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.core.threads import num_workers, workers
 from gristmill.core.untrusted import quoted
-from gristmill.data.chat import ChatFormat, Message, find_format
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import ChatFormat
+from gristmill.data.find_format import find_format
 from gristmill.data.formats import parse_conversation
 from gristmill.data.rows import Rated, make_id, read_records
 from gristmill.data.tokenizer import Tokenizer

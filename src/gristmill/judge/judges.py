@@ -19,7 +19,8 @@ from gristmill.judge.reward_client import RemoteRewardScorer, RewardModelEndpoin
 from gristmill.judge.select import by_prompt, loops, meets, unique_answers, verdict_id
 from gristmill.judge.settings import Judging, Reward
 from gristmill.runs.journal import Journal
-from gristmill.verify.repair import MAX_REPETITION, Repaired, repair
+from gristmill.verify.repair import Repaired, repair
+from gristmill.verify.text_edits import MAX_REPETITION
 
 RATED_AT_ONCE = 512  # conversations, so that progress shows
 CONCURRENT = 512  # calls that wait for an endpoint, which itself bounds what is in flight

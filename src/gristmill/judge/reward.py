@@ -10,7 +10,9 @@ import torch
 from gristmill.core.device import check_dtype, pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.core.threads import num_workers, workers
-from gristmill.data.chat import ChatFormat, Message, find_format
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import ChatFormat
+from gristmill.data.find_format import find_format
 from gristmill.data.readers import read_demonstrations
 from gristmill.data.rows import Rating
 from gristmill.data.tokenizer import Tokenizer

@@ -21,8 +21,10 @@ from gristmill.core.tensors import write_tensors
 from gristmill.core.untrusted import existing_file, quoted, quoted_path, read_untrusted_json
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model import hf
-from gristmill.model.hf import _copy, _damage, _new_folder, _open, fingerprint
+from gristmill.model.folder import model_file
+from gristmill.model.hf import copy_tensor, explain_damage, fingerprint, open_safetensors
 from gristmill.model.hf_config import read_config
+from gristmill.model.hf_save import new_folder, save_model, save_reward
 from gristmill.model.lora import MAX_SCALE, OUTSIDE, LoraConfig, LowRank, adapter_parts, attach_adapter, matrix_shapes, merge_adapter
 from gristmill.model.quantized import FLOATS
 from gristmill.model.reward import REWARD_WEIGHTS, RewardModel
@@ -80,6 +82,12 @@ def is_adapter(folder: Path | str) -> bool:
     return (Path(folder) / CONFIG_FILE).is_file() and not any((Path(folder) / name).exists() for name in weights)
 
 
+def check_model_folder(folder: Path) -> None:
+    """Raise `InputError` unless a folder holds a model or an adapter. Its weights are not looked at."""
+    if not is_adapter(folder):
+        model_file(folder, "config.json")
+
+
 # ---- writing ----
 
 
@@ -119,7 +127,7 @@ def save_adapter(model: Transformer | RewardModel, config: LoraConfig, folder: P
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    with _new_folder(folder, (CONFIG_FILE, FACTS_FILE)) as new:
+    with new_folder(folder, (CONFIG_FILE, FACTS_FILE)) as new:
         write_json(new / CONFIG_FILE, values)
         write_json(new / FACTS_FILE, facts)
         write_tensors(new / WEIGHTS_FILE, tensors, {"format": "pt"})
@@ -141,8 +149,8 @@ def read_adapter(folder: Path | str, shapes: Mapping[str, tuple[int, int]]) -> A
     hf_config = _read_config(folder)
     config = _lora_config(hf_config, folder)
     with ExitStack() as stack:
-        file = _open(existing_file(folder / WEIGHTS_FILE, NO_ADAPTER), stack)
-        with _damage(folder):
+        file = open_safetensors(existing_file(folder / WEIGHTS_FILE, NO_ADAPTER), stack)
+        with explain_damage(folder):
             names = list(file.keys())
         head = [name for name in names if name.startswith(f"{PREFIX}{HEAD}.")]
         found = _modules([name for name in names if name not in head], folder, dora=config.dora)
@@ -159,8 +167,8 @@ def read_adapter(folder: Path | str, shapes: Mapping[str, tuple[int, int]]) -> A
 
         def read(name: str, shape: tuple[int, ...]) -> Tensor:
             tensor = torch.empty(shape)
-            with _damage(folder):
-                _copy(tensor, file.get_tensor(name), f"{folder} has {name}")
+            with explain_damage(folder):
+                copy_tensor(tensor, file.get_tensor(name), f"{folder} has {name}")
             return tensor
 
         matrices = {}
@@ -170,7 +178,7 @@ def read_adapter(folder: Path | str, shapes: Mapping[str, tuple[int, int]]) -> A
             a_rD, b_Nr = read(key + SUFFIXES["lora_A"], (rank, columns)), read(key + SUFFIXES["lora_B"], (rows, rank))
             magnitude_N = read(key + SUFFIXES["magnitude"], (rows,)) if config.dora else None
             matrices[name] = LowRank(a_rD, b_Nr, config.scaling(rank, alpha), magnitude_N).requires_grad_(False)
-        with _damage(folder):
+        with explain_damage(folder):
             tensors = {name.removeprefix(f"{PREFIX}{HEAD}."): file.get_tensor(name) for name in head}
     return Adapter(config, matrices, hf_config.get("base_model_name_or_path") or "", head=tensors, **_read_facts(folder))
 
@@ -305,7 +313,7 @@ def _exceptions(config: dict[str, Any], key: str, names: list[str], folder: Path
 
 
 def _check_tensor(file: Any, name: str, shape: list[int], folder: Path) -> None:
-    with _damage(folder):
+    with explain_damage(folder):
         header = file.get_slice(name)
         dtype, stored = header.get_dtype(), header.get_shape()
     if dtype not in FLOATS:
@@ -434,7 +442,7 @@ def _with_head(model: Transformer, adapter: Adapter, folder: Path) -> RewardMode
     if adapter.head.keys() != own.keys():
         raise InputError(f"Save the adapter again: the reward head of {folder} has {quoted(sorted(adapter.head))}.")
     for name, tensor in adapter.head.items():
-        _copy(own[name].detach(), tensor, f"{folder} has {HEAD}.{name}")
+        copy_tensor(own[name].detach(), tensor, f"{folder} has {HEAD}.{name}")
     return reward
 
 
@@ -461,7 +469,7 @@ def merge_folder(folder: Path, out: Path, *, base: Path | None = None, dtype: st
     whole: nn.Module = _with_head(model, adapter, folder) if adapter.head else model
     whole.to(PRECISIONS[dtype])
     if isinstance(whole, RewardModel):
-        hf.save_reward(whole, tokenizer, out)
+        save_reward(whole, tokenizer, out)
     else:
-        hf.save_model(model, tokenizer, out)
+        save_model(model, tokenizer, out)
     return {"model": str(out), "base": str(base), "base_dtype": adapter.base_dtype, "update": update}

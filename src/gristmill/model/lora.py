@@ -322,14 +322,6 @@ def attach_adapter(model: Transformer, matrices: dict[str, LowRank], *, base: st
             setattr(place.parent, place.attribute, layer)
 
 
-def load_adapters(model: Transformer, matrices: dict[str, LowRank]) -> None:
-    """Put the values of stored updates, by the names of their matrices, into the adapters of a model."""
-    with torch.no_grad():
-        for name, part in adapter_parts(model).items():
-            for own, stored in zip(part.state_dict().values(), matrices[name].state_dict().values(), strict=True):
-                own.copy_(stored)
-
-
 def adapter_parts(model: Transformer) -> dict[str, LowRank]:
     """Updates of a model's matrices, by the Hugging Face names of their modules."""
     return {

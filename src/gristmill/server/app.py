@@ -4,31 +4,27 @@ Sources of the protocol: OpenAI's API reference; for rewards, the API of Nemotro
 """
 
 import asyncio
-import contextlib
 import functools
-import hmac
-import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from aiohttp import hdrs, web
+from aiohttp import web
 from prometheus_client import generate_latest
 
 from gristmill.core.errors import InputError
 from gristmill.core.response_text import REASONING_PARSERS, ReasoningParser, has_open_thinking
 from gristmill.data.chat import Conversation, check_turns
 from gristmill.data.rows import make_id
-from gristmill.engine.async_engine import AsyncEngine, TokenEvent
+from gristmill.engine.async_engine import AsyncEngine
 from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.engine import Engine
-from gristmill.engine.sequence import RequestState
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.server.adapters import AdapterLoader
-from gristmill.server.connections import BODY_SECONDS, SEND_SECONDS, Connection, ConnectionPool, log_failure
+from gristmill.server.admission import Admission, HttpError, Limits
+from gristmill.server.connections import Connection, ConnectionPool
+from gristmill.server.delivery import MAX_INLINE_WORK, Delivery, in_thread
 from gristmill.server.metrics import Metrics
 from gristmill.server.protocol import (
     ChatCompletionRequest,
@@ -50,63 +46,17 @@ from gristmill.server.ratings import RateFn, RatingQueue
 from gristmill.server.responses import (
     ChatResponseBuilder,
     CompletionResponseBuilder,
-    IncrementalDetokenizer,
-    ResponseBuilder,
-    dump_json,
     envelope,
-    error_response,
-    num_output_tokens,
-    text_keeping,
     usage_counts,
 )
 from gristmill.server.responses_api import ResponsesBuilder, ResponsesRequest
 from gristmill.server.tools import ToolUse, find_support, use_tools
 
-MAX_BODY_BYTES = 4 << 20
-MAX_BODIES_BYTES = 64 << 20  # of all requests that are on their way
 MAX_TOKEN_CHARS = 128  # as good as never more: a longer text is too long without counting
-MAX_INLINE_WORK = 20_000  # bytes of a body, or tokens with their likeliest, that would hold up everybody else
 MAX_GRAMMAR_WAIT = 15.0  # seconds
 PROMPT_TAIL = 16  # tokens of a prompt that may begin the answer's thinking, or end it
 MAX_NAMES = 20  # of adapters, that an error tells
-CLIENT_CLOSED_REQUEST = 499
-STREAM = web.RequestKey("stream", web.StreamResponse)  # the answer that has begun
-JSON = "application/json"
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Result = TypeVar("Result")
 Body = TypeVar("Body", bound=RequestBody)
-
-
-class _HttpError(Exception):
-    """HTTP error: a request that gets this status and these words."""
-
-    def __init__(self, status: int, message: str, *, code: str | None = None):
-        super().__init__(message)
-        self.status, self.code = status, code
-
-
-@dataclass
-class Limits:
-    """Server limits: API keys, load and time.
-
-    Attributes:
-        api_keys: one of which a request must bear; none: everybody may ask.
-        max_open_samples: that may be under way or wait; a request beyond them is told to come back.
-        timeout: seconds that a request may take.
-    """
-
-    api_keys: Sequence[str] = ()
-    max_open_samples: int = 4096
-    timeout: float = 600.0
-
-
-@dataclass(eq=False)
-class _OpenRequest:
-    """Open request: its end, and its token events if they are streamed."""
-
-    state: RequestState
-    ended: asyncio.Future[None]
-    tokens: "asyncio.Queue[TokenEvent | None]" = field(default_factory=asyncio.Queue)
 
 
 class Server:
@@ -135,44 +85,44 @@ class Server:
         tool_call_parser: str = "",
         adapters: AdapterLoader | None = None,
     ):
-        self.engine, self.limits, self.reward_name = engine, limits or Limits(), reward_name
+        self.engine, self.reward_name = engine, reward_name
         self.reasoning_parser = reasoning_parser
         self.tool_support = find_support(engine.chat_format, engine.tokenizer, tool_call_parser)
         self.context = engine.model.config.max_positions
         self.reward_context = self.context if reward_context is None else reward_context
-        self.async_engine = AsyncEngine(engine, self._deliver, interactive=True)
+        self.async_engine = AsyncEngine(engine, lambda events: self.delivery.deliver(events), interactive=True)
         self.cache_tokens = min(worker.core.block_manager.num_blocks for worker in self.async_engine.workers) * BLOCK_SIZE
         self.adapters = adapters
         self.pool: ConnectionPool | None = None
         self.metrics = Metrics(self.async_engine, lambda: self.pool)
         self.closing = False
-        self._open: dict[RequestState, _OpenRequest] = {}
         self._number = 0
-        self._num_posts = self._body_bytes = 0
         self._scorer = ThreadPoolExecutor(1)  # scores and ratings, one at a time
         self._grammars = ThreadPoolExecutor(1)  # so that grammars that take long wait for each other, and nobody for them
         self._helpers = ThreadPoolExecutor(2)  # parses, encodes and writes what is long
+        self.admission = Admission(limits or Limits(), self.async_engine, self.metrics)
+        self.delivery = Delivery(engine, self.async_engine, self.admission, helpers=self._helpers)
         self.ratings = RatingQueue(rate, self._scorer) if rate is not None else None
 
     def app(self) -> web.Application:
         """Application with its routes; the engine's threads start and stop with it."""
-        app = web.Application(middlewares=[self._middleware])
+        expect = self.admission.expect
+        app = web.Application(middlewares=[self.admission.middleware])
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/chat/completions", self._chat, expect_handler=self._expect)
+        app.router.add_post("/v1/chat/completions", self._chat, expect_handler=expect)
         app.router.add_get("/v1/models/{name:.+}", self._model)
-        app.router.add_post("/v1/responses", self._responses, expect_handler=self._expect)
-        app.router.add_post("/v1/embeddings", self._embeddings, expect_handler=self._expect)
-        app.router.add_post("/v1/completions", self._completions, expect_handler=self._expect)
-        app.router.add_post("/v1/rewards", self._rewards, expect_handler=self._expect)
+        app.router.add_post("/v1/responses", self._responses, expect_handler=expect)
+        app.router.add_post("/v1/embeddings", self._embeddings, expect_handler=expect)
+        app.router.add_post("/v1/completions", self._completions, expect_handler=expect)
+        app.router.add_post("/v1/rewards", self._rewards, expect_handler=expect)
         if self.adapters is not None:
-            app.router.add_post("/v1/load_lora_adapter", self._load_adapter, expect_handler=self._expect)
-            app.router.add_post("/v1/unload_lora_adapter", self._unload_adapter, expect_handler=self._expect)
+            app.router.add_post("/v1/load_lora_adapter", self._load_adapter, expect_handler=expect)
+            app.router.add_post("/v1/unload_lora_adapter", self._unload_adapter, expect_handler=expect)
 
         async def start(app: web.Application) -> None:
-            self._loop = asyncio.get_running_loop()
-            self.async_engine.start()
+            self.delivery.start()
 
         async def shut(app: web.Application) -> None:
             self.closing = True
@@ -187,147 +137,16 @@ class Server:
         app.on_cleanup.append(stop)
         return app
 
-    # ---- around every request ----
-
-    @web.middleware
-    async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        http, started = request, time.monotonic()
-        connection = http.protocol if isinstance(http.protocol, Connection) else None
-        resource = http.match_info.route.resource
-        known, path = resource is not None, resource.canonical if resource is not None else "?"
-        post = http.method == hdrs.METH_POST
-        self._num_posts += post
-        try:
-            refused = self._refuse(http)
-            if connection is not None and refused is None:
-                if http.path != "/health" or not self.limits.api_keys:
-                    connection.trust()
-                if post:
-                    connection.wait(BODY_SECONDS + SEND_SECONDS)
-                else:
-                    connection.work(self.limits.timeout)
-            reply = refused or await self._handle_errors(http, handler)
-        except asyncio.CancelledError:
-            self.metrics.requests.labels(path, "gone").inc()
-            raise
-        finally:
-            self._num_posts -= post
-            if connection is not None:
-                connection.wait()
-        self.metrics.requests.labels(path, str(reply.status)).inc()
-        if known and post and reply.status == 200:
-            self.metrics.seconds.observe(time.monotonic() - started)
-        return reply
-
-    def _refuse(self, http: web.Request) -> web.Response | None:
-        """What is refused by its headers alone. Its body is not read, and the connection ends."""
-        encoding = http.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
-        if self.limits.api_keys and http.path != "/health" and not self._has_key(http):
-            reply = error_response(401, "this server wants an API key: send `Authorization: Bearer KEY`")
-        elif encoding not in ("", "identity"):
-            reply = error_response(415, "the body is compressed, which is not taken: send it as it is, without Content-Encoding")
-        elif (http.content_length or 0) > MAX_BODY_BYTES:
-            reply = error_response(413, f"the body has more than {MAX_BODY_BYTES:,} bytes: send less at once")
-        elif http.method == hdrs.METH_POST and not self.async_engine.healthy:
-            reply = error_response(503, "the engine is broken: start the server again")
-        elif http.method == hdrs.METH_POST and self._num_posts > self.limits.max_open_samples:
-            reply = error_response(429, "too many requests are waiting: come back later")
-        else:
-            return None
-        if http.body_exists:
-            reply.force_close()
-        return reply
-
-    def _has_key(self, http: web.Request) -> bool:
-        given = http.headers.get(hdrs.AUTHORIZATION, "").removeprefix("Bearer ").encode(errors="surrogateescape")
-        return any([hmac.compare_digest(given, key.encode()) for key in self.limits.api_keys])
-
-    async def _expect(self, http: web.Request) -> web.StreamResponse | None:
-        """`Expect: 100-continue`: a client that would be refused need not send its body."""
-        if (refused := self._refuse(http)) is not None:
-            return refused
-        if http.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
-            await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            http.writer.output_size = 0
-        return None
-
-    async def _handle_errors(self, http: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            async with asyncio.timeout(self.limits.timeout):
-                return await handler(http)
-        except _HttpError as e:
-            return await self._error_reply(http, error_response(e.status, str(e), code=e.code))
-        except web.HTTPNotFound:
-            paths = sorted({resource.canonical for resource in http.app.router.resources()})
-            return error_response(404, f"this server has no such path: ask one of {', '.join(paths)}")
-        except web.HTTPMethodNotAllowed as e:
-            return error_response(405, f"this path takes no such method: ask it with {' or '.join(sorted(e.allowed_methods))}")
-        except web.HTTPException as e:
-            return error_response(e.status, e.reason.lower())
-        except InputError as e:
-            return await self._error_reply(http, error_response(400, str(e), param=e.field if isinstance(e, FieldError) else None))
-        except TimeoutError:
-            return await self._error_reply(http, error_response(504, f"no answer within {self.limits.timeout:g} s"))
-        except ConnectionError:  # whoever asked is not there any more, and nobody reads this
-            return web.Response(status=CLIENT_CLOSED_REQUEST)
-        except Exception as e:
-            log_failure(e)
-            return await self._error_reply(http, error_response(500, f"the engine failed ({type(e).__name__})"))
-
-    async def _error_reply(self, http: web.Request, answer: web.Response) -> web.StreamResponse:
-        """Error response of its own, or the last event of a stream that has begun."""
-        reply = http.get(STREAM)
-        if reply is None:
-            if http.body_exists and not http.content.at_eof():
-                answer.force_close()
-            return answer
-        with contextlib.suppress(ConnectionError):
-            await reply.write(b"data: " + (answer.body if isinstance(answer.body, bytes) else b"{}") + b"\n\n")
-            await reply.write_eof()
-        return reply
-
-    def _check_capacity(self, samples: int) -> None:
-        if self.async_engine.num_open + samples > self.limits.max_open_samples:
-            raise _HttpError(429, "too many requests are waiting, or this one is too large: come back later")
-
-    # ---- the one admission of all routes ----
+    # ---- the one way in of all routes ----
 
     async def _admit(self, http: web.Request, schema: type[Body]) -> tuple[Body, bool]:
         """Read and parse a body, and say whether it is long: what is done with it then belongs into a thread."""
-        self._check_capacity(1)
-        raw = await self._read_body(http)
+        self.admission.check_capacity(1)
+        raw = await self.admission.read_body(http)
         if isinstance(http.protocol, Connection):
-            http.protocol.work(self.limits.timeout)
+            http.protocol.work(self.admission.limits.timeout)
         long = len(raw) > MAX_INLINE_WORK
-        return await self._run(parse_body, raw, schema, long=long and not is_small(raw)), long
-
-    async def _read_body(self, http: web.Request) -> bytes:
-        """The body, counted as it arrives."""
-        raw = bytearray()
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for part in http.content.iter_any():
-                    raw += part
-                    self._body_bytes += len(part)
-                    if len(raw) > MAX_BODY_BYTES:
-                        raise _HttpError(413, f"the body has more than {MAX_BODY_BYTES:,} bytes: send less at once")
-                    if self._body_bytes > MAX_BODIES_BYTES:
-                        raise _HttpError(429, "too many large requests are on their way: come back later")
-        except TimeoutError as e:
-            raise _HttpError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from e
-        except web.RequestPayloadError as e:
-            raise InputError("the body is not as its headers say") from e
-        finally:
-            self._body_bytes -= len(raw)
-        return bytes(raw)
-
-    async def _run(self, work: Callable[..., Result], *args: Any, long: bool) -> Result:
-        """Do something here, or, where it takes long, in a thread."""
-        return await self._in(self._helpers, work, *args) if long else work(*args)
-
-    @staticmethod
-    async def _in(executor: Executor, work: Callable[..., Result], *args: Any) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(executor, work, *args)
+        return await self.delivery.run(parse_body, raw, schema, long=long and not is_small(raw)), long
 
     # ---- routes ----
 
@@ -348,7 +167,7 @@ class Server:
         return web.json_response(models[name])
 
     async def _embeddings(self, _: web.Request) -> web.Response:
-        raise _HttpError(404, "this server makes no embeddings: its models write text; ask one that serves an embedding model")
+        raise HttpError(404, "this server makes no embeddings: its models write text; ask one that serves an embedding model")
 
     def _model_list(self) -> list[dict[str, Any]]:
         names = [self.engine.name, *([self.reward_name] if self.ratings else [])]
@@ -361,31 +180,31 @@ class Server:
         if self.ratings is not None and body.model == self.reward_name:
             return await self._reward_chat(body, long=long)
         self._check_model(body.model, self.engine.name, *self.engine.adapters)
-        self._check_capacity(1 if body.n is None else body.n)
+        self.admission.check_capacity(1 if body.n is None else body.n)
         own = body if isinstance(body, TemplateChatRequest) else None
         tools = use_tools(self.tool_support, own.tools or [], own.tool_choice, parallel=own.parallel_tool_calls) if own else None
         request, reasoning = await self._chat_request(body, tools, long=long)
         builder = ChatResponseBuilder(
             self.engine, bool(body.logprobs), reasoning, model=body.model or "", continued=request.continues_text, tools=tools
         )
-        return await self._respond(http, body, [request], builder=builder)
+        return await self.delivery.respond(http, body, [request], builder=builder)
 
     async def _responses(self, http: web.Request) -> web.StreamResponse:
         asked, long = await self._admit(http, ResponsesRequest)
         self._check_model(asked.model, self.engine.name, *self.engine.adapters)
-        body = await self._run(lambda: asked.to_chat(template=not self.engine.chat_format.in_process), long=long)
+        body = await self.delivery.run(lambda: asked.to_chat(template=not self.engine.chat_format.in_process), long=long)
         parallel = asked.parallel_tool_calls
         tools = use_tools(self.tool_support, asked.tools or [], asked.tool_choice, parallel=parallel, flat=True)
         request, reasoning = await self._chat_request(body, tools, long=long)
         model, continued = body.model or "", request.continues_text
         chat = ChatResponseBuilder(self.engine, asked.told_logprobs, reasoning, model=model, continued=continued, tools=tools)
-        return await self._respond(http, body, [request], builder=ResponsesBuilder(asked, chat))
+        return await self.delivery.respond(http, body, [request], builder=ResponsesBuilder(asked, chat))
 
     async def _chat_request(
         self, body: ChatCompletionRequest, tools: ToolUse | None, *, long: bool
     ) -> tuple[Request, Callable[[], ReasoningParser] | None]:
         """Request of a chat's next turn, and what tells the thinking of its answers apart."""
-        conversation, prompt_ids = await self._run(self._render, body, long=long or not self.engine.chat_format.in_process)
+        conversation, prompt_ids = await self.delivery.run(self._render, body, long=long or not self.engine.chat_format.in_process)
         room = self._room(len(prompt_ids))
         if tools is not None and body.continue_final_message:
             content = conversation[-1].content
@@ -399,31 +218,31 @@ class Server:
     async def _completions(self, http: web.Request) -> web.StreamResponse:
         body, long = await self._admit(http, CompletionRequest)
         self._check_model(body.model, self.engine.name, *self.engine.adapters)
-        texts = await self._run(parse_prompts, body.prompt, long=long)
-        self._check_capacity(len(texts) * (1 if body.n is None else body.n))
-        prompts = await self._run(lambda: [self._tokenize(one) for one in texts], long=long)
+        texts = await self.delivery.run(parse_prompts, body.prompt, long=long)
+        self.admission.check_capacity(len(texts) * (1 if body.n is None else body.n))
+        prompts = await self.delivery.run(lambda: [self._tokenize(one) for one in texts], long=long)
         wanted = 16 if body.max_tokens is None else body.max_tokens
         scoring = body.echo and body.logprobs is not None
         score = functools.partial(self.engine.prompt_logprobs, top=body.logprobs or 0, adapter=self._adapter(body))
-        scored = [await self._in(self._scorer, score, ids) for ids in prompts] if scoring else None
+        scored = [await in_thread(self._scorer, score, ids) for ids in prompts] if scoring else None
         if body.echo and wanted == 0:
             sampling, requests = await self._sampling(body.model_copy(update={"max_tokens": 1}), 16, 0), []
         else:
             sampling = await self._sampling(body, 16, body.logprobs or 0)
-            requests = await self._run(
+            requests = await self.delivery.run(
                 lambda: [self._request("cmpl", body, (), ids, sampling=sampling, content=[texts[i], i]) for i, ids in enumerate(prompts)],
                 long=long,
             )
         builder = CompletionResponseBuilder(self.engine, body, prompts, scored=scored, model=body.model or "")
         if not requests and not body.stream:
             size = sum(map(len, prompts)) * sampling.n * (1 + (body.logprobs or 0))
-            return await self._whole(builder, [], sampling.n, long=size > MAX_INLINE_WORK)
-        return await self._respond(http, body, requests, builder=builder)
+            return await self.delivery.whole(builder, [], sampling.n, long=size > MAX_INLINE_WORK)
+        return await self.delivery.respond(http, body, requests, builder=builder)
 
     async def _rewards(self, http: web.Request) -> web.StreamResponse:
         body, long = await self._admit(http, RewardRequest)
         if self.ratings is None:
-            raise _HttpError(404, "this server has no reward model: start it with --reward")
+            raise HttpError(404, "this server has no reward model: start it with --reward")
         if body.model:
             self._check_model(body.model, self.reward_name)
         rating = await self._rating(body.messages, long=long)
@@ -434,13 +253,13 @@ class Server:
         assert self.adapters is not None
         if body.lora_name == self.reward_name and self.ratings is not None:
             raise FieldError("lora_name", "the reward model has this name: choose another")
-        await self._in(self._grammars, self.adapters.load, body.lora_name, body.lora_path)  # one at a time
+        await in_thread(self._grammars, self.adapters.load, body.lora_name, body.lora_path)  # one at a time
         return web.Response(text=f"Success: LoRA adapter '{shown(body.lora_name)}' added successfully.")
 
     async def _unload_adapter(self, http: web.Request) -> web.StreamResponse:
         body, _ = await self._admit(http, UnloadAdapterRequest)
         if body.lora_name not in self.engine.adapters:
-            raise _HttpError(404, f"there is no LoRA adapter '{shown(body.lora_name)}' to unload", code="model_not_found")
+            raise HttpError(404, f"there is no LoRA adapter '{shown(body.lora_name)}' to unload", code="model_not_found")
         self.engine.remove_adapter(body.lora_name)
         return web.Response(text=f"Success: LoRA adapter '{shown(body.lora_name)}' removed successfully.")
 
@@ -533,16 +352,14 @@ class Server:
                 return made
 
             try:
-                grammar = await asyncio.wait_for(self._in(self._grammars, build), MAX_GRAMMAR_WAIT)
+                grammar = await asyncio.wait_for(in_thread(self._grammars, build), MAX_GRAMMAR_WAIT)
             except TimeoutError as e:
-                raise _HttpError(
-                    503, f"the grammar was not built within {MAX_GRAMMAR_WAIT:g} s: make it simpler, or come back later"
-                ) from e
+                raise HttpError(503, f"the grammar was not built within {MAX_GRAMMAR_WAIT:g} s: make it simpler, or come back later") from e
         return body.to_sampling_params(default_tokens, self.context, top_logprobs=top_logprobs, grammar=grammar)
 
     async def _rating(self, messages: list[Any], *, long: bool) -> dict[str, float]:
         assert self.ratings is not None
-        conversation = await self._run(self._conversation, messages, self.reward_context, long=long)
+        conversation = await self.delivery.run(self._conversation, messages, self.reward_context, long=long)
         check_turns(conversation)
         if conversation[-1].role != "assistant":
             raise FieldError("messages", "the last message must be the assistant's, which is rated")
@@ -558,7 +375,7 @@ class Server:
             also = f", adapters {adapters}" if adapters else ""
             also += f", and the reward model {self.reward_name!r}" if self.ratings else ""
             words = f"the model '{shown(name or '')}' does not exist here; this server has {self.engine.name!r}{also}"
-            raise _HttpError(404, words, code="model_not_found")
+            raise HttpError(404, words, code="model_not_found")
 
     def _request(
         self,
@@ -575,97 +392,6 @@ class Server:
         name = f"{kind}-{self._number}" if body.seed is None else f"{kind}-{make_id(content, body.seed)}"
         priority = -(body.priority or 0)  # vLLM's way round: the lower goes first
         return Request(name, conversation, sampling, body.seed or 0, priority, tuple(prompt_ids), self._adapter(body))
-
-    def _deliver(self, events: list[TokenEvent]) -> None:
-        """Hand events from the engine's threads to the event loop."""
-        self._loop.call_soon_threadsafe(self._dispatch, events)
-
-    def _dispatch(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            one = self._open.get(event.state)
-            if one is None:
-                continue
-            if event.sample >= 0:
-                one.tokens.put_nowait(event)
-            elif not one.ended.done():
-                del self._open[event.state]
-                one.tokens.put_nowait(None)
-                if event.error is None:
-                    one.ended.set_result(None)
-                else:
-                    one.ended.set_exception(event.error)
-
-    async def _respond(
-        self, http: web.Request, body: CompletionRequestBase, requests: list[Request], *, builder: ResponseBuilder
-    ) -> web.StreamResponse:
-        open_requests = []
-        try:
-            long = sum(len(request.prompt_ids) for request in requests) + 100 * len(requests) > MAX_INLINE_WORK
-            for state in await self._run(lambda: [self.engine.prepare(request) for request in requests], long=long):
-                if body.stream:
-                    state.listener = lambda *_: None
-                open_requests.append(_OpenRequest(state, asyncio.get_running_loop().create_future()))
-            self._check_capacity(sum(len(one.state.completions) for one in open_requests))
-            for one in open_requests:
-                self._open[one.state] = one
-                self.async_engine.submit(one.state)
-            if body.stream:
-                return await self._stream(http, body, open_requests, builder=builder)
-            await asyncio.gather(*(one.ended for one in open_requests))
-            states = [one.state for one in open_requests]
-            told = num_output_tokens(states) + (sum(len(state.prompt_ids) for state in states) if getattr(body, "echo", None) else 0)
-            size = told * (1 + states[0].request.sampling.top_logprobs) + 100 * len(states)
-            return await self._whole(builder, states, body.n or 1, long=size > MAX_INLINE_WORK)
-        finally:  # the client has gone, or time is up: nobody wants the rest
-            for one in open_requests:
-                if self._open.pop(one.state, None) is not None:
-                    self.async_engine.cancel(one.state)
-                if one.ended.done() and not one.ended.cancelled():
-                    one.ended.exception()  # heard, even where another request's came first
-
-    async def _whole(self, builder: ResponseBuilder, states: list[RequestState], n: int, *, long: bool) -> web.Response:
-        write = dump_json if long else json.dumps
-        return web.Response(text=await self._run(lambda: write(builder.response(states, n)), long=long), content_type=JSON)
-
-    async def _stream(
-        self, http: web.Request, body: CompletionRequestBase, open_requests: list[_OpenRequest], *, builder: ResponseBuilder
-    ) -> web.StreamResponse:
-        started = time.monotonic()
-        reply: web.StreamResponse | None = None
-        async for chunk in self._chunks(open_requests, builder):
-            if reply is None:  # an error before the first token has a status of its own
-                reply = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-                await reply.prepare(http)
-                http[STREAM] = reply
-                self.metrics.first.observe(time.monotonic() - started)
-            await reply.write(builder.encode(chunk))
-        assert reply is not None
-        last = builder.last_chunks([one.state for one in open_requests], body.include_usage)
-        await reply.write(b"".join(map(builder.encode, last)) + builder.done)
-        await reply.write_eof()
-        return reply
-
-    async def _chunks(self, open_requests: list[_OpenRequest], builder: ResponseBuilder) -> AsyncIterator[dict[str, Any]]:
-        """Stream chunks of all samples as they come: the requests' one after another, the samples' of one together."""
-        for choice in await self._run(builder.prompt_choices, long=True) if builder.echoes else ():
-            yield builder.chunk([choice])
-        for place, one in enumerate(open_requests):
-            num_samples = len(one.state.completions)
-            stop, continued = one.state.request.sampling.stop, one.state.request.continues_text
-            detokenizers = [IncrementalDetokenizer(self.engine, stop, continued=continued, keep=builder.keep) for _ in range(num_samples)]
-            while (event := await one.tokens.get()) is not None:
-                index = place * num_samples + event.sample
-                finish = None
-                if not event.last:
-                    text = detokenizers[event.sample].add(event.token)
-                else:
-                    completion = one.state.completions[event.sample]
-                    assert completion is not None
-                    text = detokenizers[event.sample].finish(text_keeping(self.engine, one.state, completion, builder.keep))
-                    finish = completion.finish
-                for chunk in builder.token_chunks(index, text, event, finish=finish):
-                    yield chunk
-            await one.ended  # raises what went wrong
 
 
 def _check_length(num_chars: int, context: int) -> None:

@@ -20,7 +20,8 @@ from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.judge.reward import RewardScorer, load_scorer
 from gristmill.model.adapters import is_adapter
 from gristmill.server.adapters import AdapterLoader, LoraArgs
-from gristmill.server.app import Limits, Server
+from gristmill.server.admission import Limits
+from gristmill.server.app import Server
 from gristmill.server.connections import ACCEPT_BURST, ConnectionPool, LogLimit, connection_limit
 from gristmill.server.ratings import RateFn
 from gristmill.server.tools import form_of

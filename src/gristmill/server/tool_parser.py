@@ -158,7 +158,6 @@ FORMS: dict[str, ToolForm] = {
         call_id="functions.{}:#",
     ),
 }
-PARSERS = tuple(FORMS)
 
 
 @dataclass(frozen=True)

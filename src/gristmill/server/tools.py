@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import ChatFormat, TemplateFormat
+from gristmill.data.chat_format import ChatFormat
+from gristmill.data.template_format import TemplateFormat
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.grammar import MAX_GRAMMAR_SECONDS, WHITESPACE, json_schema_grammar
 from gristmill.server.protocol import FieldError, shown

@@ -22,13 +22,14 @@ from gristmill.core.config import RECIPES, Section, check, read
 from gristmill.core.echo import echo, visible
 from gristmill.core.errors import InputError
 from gristmill.core.io import reason, write_text
-from gristmill.data.chat import ChatFormat, find_format
+from gristmill.data.chat_format import ChatFormat
+from gristmill.data.find_format import find_format
 from gristmill.data.readers import read_demonstrations, read_prompts, read_ratings
 from gristmill.data.rows import Demonstration
 from gristmill.data.tokenizer import Tokenizer
-from gristmill.generation.settings import GeneratorSettings
+from gristmill.generation.endpoint import Endpoint, Target
 from gristmill.miniature.base import BASE
-from gristmill.model import hf
+from gristmill.model import convert, hf
 from gristmill.model.flops import num_parameters
 from gristmill.synth.registry import Pipelines
 from gristmill.train.by_size import fill
@@ -115,7 +116,7 @@ def write_recipe(
         values |= {name: shipped[name] for name in OF_WORLD}
     if add_chat_tokens:
         changed = out.with_name(f"{out.stem}-{add_chat_tokens}-base")
-        hf.add_chat_tokens(Path(model), changed, add_chat_tokens)
+        convert.add_chat_tokens(Path(model), changed, add_chat_tokens)
         model = str(changed)
     values["model"] = model if model == "miniature" else _path(Path(model), out)
     if chat_format != "auto":
@@ -147,11 +148,9 @@ def _teacher(base_url: str, model: str = "", api_key_env: str = "") -> dict[str,
     Raises:
         InputError: the endpoint does not answer, or does not serve the model.
     """
-    if not base_url.startswith(("http://", "https://")):
-        raise InputError(f"The teacher {base_url!r} is no base URL: give one as http://127.0.0.1:8000/v1.")
     named = {"base_url": base_url, "model": model, "api_key_env": api_key_env}
-    check(GeneratorSettings, named | {"model": model or "?"}, "--teacher")
-    key = os.environ.get(api_key_env, "") if api_key_env else ""
+    Endpoint([Target(base_url, model, api_key_env=api_key_env)])  # which looks at the URL and the key
+    key = os.environ.get(api_key_env, "").strip() if api_key_env else ""
     try:
         request = urllib.request.Request(base_url.rstrip("/") + "/models", headers={"Authorization": f"Bearer {key}"} if key else {})
         with urllib.request.urlopen(request, timeout=TEACHER_SECONDS) as reply:

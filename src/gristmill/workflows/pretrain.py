@@ -10,13 +10,15 @@ from pydantic import Field, model_validator
 from gristmill.core.config import FilePath, Recipe
 from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, matching_formats, with_template_of
+from gristmill.data.chat_format import FORMATS
+from gristmill.data.find_format import matching_formats, with_template_of
 from gristmill.data.rows import read_records
 from gristmill.data.token_store import TokenStore
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.miniature.world import World
 from gristmill.model.config import PRESETS, ModelConfig
-from gristmill.model.hf import MAX_VOCAB_PADDING, save_model
+from gristmill.model.hf import MAX_VOCAB_PADDING
+from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import Sample
 from gristmill.train.data import SampleData, TokenStoreData

@@ -35,7 +35,7 @@ from gristmill.evaluate.safety import (
 from gristmill.evaluate.stats import accuracy
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.generation.cached import CachedClient, Client
-from gristmill.generation.endpoint import Endpoint, RowFailed, Target
+from gristmill.generation.endpoint import RowFailed
 from gristmill.judge.guards import (
     AEGIS,
     Form,
@@ -46,6 +46,7 @@ from gristmill.judge.guards import (
     guard_messages,
     parse_guard,
 )
+from gristmill.judge.party import Party
 from gristmill.runs.journal import Journal
 
 REFUSAL = "I'm sorry, but I can't help with that."  # what exported rows teach
@@ -54,48 +55,10 @@ GUARD_TOKENS = 40
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A model that is asked: a folder, or an endpoint's target.
-
-    Attributes:
-        name: for reports.
-        identity: what its answers depend on, for the ids of calls.
-    """
-
-    name: str
-    identity: str
-    folder: Path | None = None
-    target: Target | None = None
-    chat_format: str = "auto"
-    device: str = "auto"
-
-
-def asked_folder(folder: Path, chat_format: str = "auto", device: str = "auto") -> Asked:
-    """A model or adapter folder, known by its files."""
-    from gristmill.model.folder import folder_stamps
-
-    return Asked(folder.resolve().name, make_id(folder_stamps(folder), chat_format), folder, None, chat_format, device)
-
-
-def asked_endpoint(target: Target) -> Asked:
-    """A model behind an endpoint, known by its address and name."""
-    return Asked(target.model, f"{target.base_url} {target.model}", None, target)
-
-
-def _client(asked: Asked, concurrency: int) -> Client:
-    if asked.target is not None:
-        return Endpoint([asked.target], concurrency=concurrency)
-    from gristmill.judge.backends import engine_client
-
-    assert asked.folder is not None
-    return engine_client(asked.folder, asked.chat_format, asked.device)[0]
-
-
-@dataclass(frozen=True)
 class PromptedGuard:
     """A guard that is asked as a chat model: with the taxonomy, or as a guard model of its own form."""
 
-    asked: Asked
+    asked: Party
     form: Form = "judge"
     taxonomy: Taxonomy = AEGIS
     permissive: bool = False
@@ -158,7 +121,7 @@ def read_sets(settings: SafetySettings) -> list[Probe]:
     return probes + attacked(probes, list(dict.fromkeys(settings.attacks)), settings.seed)
 
 
-def safety(model: Asked, settings: SafetySettings, out: Path, progress: Progress) -> dict[str, Any]:
+def safety(model: Party, settings: SafetySettings, out: Path, progress: Progress) -> dict[str, Any]:
     """Evaluate a model's safety; what stands in `out/results.json`.
 
     Answers and guards' answers are journalled: a killed evaluation goes on where it was, and asks nothing twice. `samples.jsonl` holds
@@ -193,7 +156,7 @@ def _guard_name(guard: Guard) -> str:
 
 
 async def _ask(
-    asked: Asked,
+    asked: Party,
     requests: Sequence[Request],
     journal: Path,
     *,
@@ -205,7 +168,7 @@ async def _ask(
     """Text and summed log-probability of each answer, by the request's id; requests without an answer are left out."""
     out: dict[str, tuple[str, float | None]] = {}
     with Journal(journal) as kept:
-        client = client or _client(asked, concurrency)
+        client = client or asked.client(concurrency)
         async with AsyncExitStack() as stack:
             if isinstance(client, AbstractAsyncContextManager):
                 await stack.enter_async_context(client)
@@ -219,12 +182,12 @@ async def _ask(
     return out
 
 
-def _request(asked: Asked, messages: Conversation, sampling: SamplingParams, seed: int, salt: str = "") -> Request:
+def _request(asked: Party, messages: Conversation, sampling: SamplingParams, seed: int, salt: str = "") -> Request:
     name = make_id("safety", asked.identity, to_dicts(messages), sampling.described(), seed, salt)
     return Request(name, messages, sampling, seed)
 
 
-async def _ask_all(model: Asked, probes: Sequence[Probe], settings: SafetySettings, out: Path, progress: Progress) -> list[dict[str, Any]]:
+async def _ask_all(model: Party, probes: Sequence[Probe], settings: SafetySettings, out: Path, progress: Progress) -> list[dict[str, Any]]:
     """The answer to each probe: {"answer": text or None, "refusal", "incoherent", "guards"}."""
     sampling = SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens)
     system = (Message("system", settings.system),) if settings.system else ()
@@ -378,7 +341,7 @@ def export_rows(probes: Sequence[Probe], samples: Sequence[Mapping[str, Any]]) -
 # ---- canaries and garak ----
 
 
-def leakage(model: Asked, canaries: Sequence[Canary], out: Path, progress: Progress, *, seed: int = 0) -> dict[str, Any]:
+def leakage(model: Party, canaries: Sequence[Canary], out: Path, progress: Progress, *, seed: int = 0) -> dict[str, Any]:
     """Whether a model repeats planted canaries, and their exposure by rank of log-probability, beside as many that nobody planted.
 
     Exposure needs the model in process; behind an endpoint only greedy repetition is measured.
@@ -395,7 +358,7 @@ def leakage(model: Asked, canaries: Sequence[Canary], out: Path, progress: Progr
         requests = {(name, i): _request(model, c.messages[:-1], sampling, 0) for name, group in groups.items() for i, c in enumerate(group)}
         unique = list({request.id: request for request in requests.values()}.values())
         with progress.stage("canaries"):
-            client = _client(model, 16)
+            client = model.client(16)
             options: dict[str, Any] = {"concurrency": 16, "retry_failed": False, "progress": progress, "client": client}
             answers = asyncio.run(_ask(model, unique, out / "answers.journal.jsonl", **options))
             engine = getattr(client, "engine", None)

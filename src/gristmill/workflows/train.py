@@ -9,7 +9,8 @@ from torch import nn
 
 from gristmill.core.device import check_dtype, pick_device
 from gristmill.core.errors import InputError
-from gristmill.data.chat import ChatFormat, find_format, with_template_of
+from gristmill.data.chat_format import ChatFormat
+from gristmill.data.find_format import find_format, with_template_of
 from gristmill.data.readers import read_demonstrations, read_pairs, read_ratings
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.judge.guard_head import GuardScorer, fit_thresholds, read_labelled, split_held_out
@@ -27,8 +28,8 @@ from gristmill.model.adapters import (
 from gristmill.model.config import ModelConfig
 from gristmill.model.flops import num_parameters
 from gristmill.model.guard import GuardModel
-from gristmill.model.hf import save_guard, save_model, save_reward
 from gristmill.model.hf_config import read_config
+from gristmill.model.hf_save import save_guard, save_model, save_reward
 from gristmill.model.lora import LoraConfig, adapters_disabled, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS, Transformer

@@ -49,7 +49,7 @@ def test_what_it_has_learnt_is_better(tiny_base: Path) -> None:
 
 def test_a_folder_without_a_model(tmp_path: Path, random_base: Path) -> None:
     lm_scores.check(random_base)
-    with pytest.raises(InputError, match="is no model folder"):
+    with pytest.raises(InputError, match="config.json does not exist"):
         lm_scores.check(tmp_path)
     sound = (random_base / "config.json").read_text()
     for config, words in (("{", "not valid JSON"), ("{}", "is not supported"), ("[]", "no JSON object"), (sound, "needs its tokenizer")):

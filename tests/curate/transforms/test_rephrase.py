@@ -248,8 +248,8 @@ def test_wrong_settings(settings: dict[str, Any], words: str) -> None:
         ({"templates": "{folder}/same.yaml"}, "lacks {document}"),
         ({"templates": "{folder}/long.yaml"}, "leave no room"),
         ({"tokenizer": "nowhere"}, "give another folder as `tokenizer`"),
-        ({"generators": [{"folder": "nowhere"}]}, "nowhere is no model folder"),
-        ({"reward": {"folder": "nowhere"}}, "no model folder"),
+        ({"generators": [{"folder": "nowhere"}]}, "nowhere/config.json does not exist"),
+        ({"reward": {"folder": "nowhere"}}, "nowhere/config.json does not exist"),
     ],
 )
 def test_what_is_missing_is_told_before_work_is_spent(obedient: Any, settings: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import normalizers
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.rows import Pair
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import BlockConfig, ModelConfig

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
 from gristmill.data.rows import Demonstration, Rated
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.reward import RewardModel

@@ -336,7 +336,7 @@ def test_a_limit_tries_a_recipe(start_endpoint: Callable[..., Any], tmp_path: Pa
         ({"generators": [{"checkpoint": "latest"}]}, "are for alignment runs"),
         ({"pipelines": {}}, "name at least one pipeline"),
         ({"dialogues": {"personas": ["angry"]}}, "dialogues.personas.0: Input should be 'normal', 'complex' or 'concise'"),
-        ({"judging": {"reward": {}}, "answers": {}}, "The reward model '' is no model folder"),
+        ({"judging": {"reward": {}}, "answers": {}}, "The reward model has no place"),
         ({"judging": {"reward": {"base_url": "http://x/v1", "api_key_env": "NO_SUCH_KEY"}}, "answers": {}}, "NO_SUCH_KEY is empty"),
         ({"prompts": "odd.jsonl"}, "Row 1 of .*odd.jsonl: `prompt` must be text"),
         ({"prompts": "untrue.jsonl"}, "Row 1 of .*untrue.jsonl: The truth .* has an unknown kind"),

@@ -23,7 +23,7 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import make_folder, replacing
 from gristmill.curate.io import decode, html
 from gristmill.curate.outcome import DOCUMENT
-from gristmill.data.parquet import FREE_EXPANSION, MAX_EXPANSION, Expansion, ParquetReader
+from gristmill.data.parquet import FREE_EXPANSION, MAX_EXPANSION, MAX_PAGE_BYTES, Expansion, LargePages, ParquetReader
 from gristmill.data.rows import finite, num_bytes
 from gristmill.data.tokenizer import SURROGATE
 
@@ -48,6 +48,7 @@ class Reading(Section):
     batch_bytes: int = Field(32 << 20, gt=0, description="of text in a table")
     max_document_bytes: int = Field(64 << 20, gt=0, description="larger documents (and lines) are skipped")
     max_expansion: int = Field(MAX_EXPANSION, gt=0, description="decompressed bytes to a compressed one; beyond it the file is left")
+    max_page_bytes: int = Field(MAX_PAGE_BYTES, gt=0, description="decompressed, of Parquet's pages that are open at once")
 
 
 class _Stop(Exception):
@@ -388,7 +389,7 @@ def _object(row: Any, number: int, where: str, settings: Reading, on_skip: OnSki
 def _parquet(path: Path, name: str, settings: Reading, on_skip: OnSkip, start: int) -> Iterator[Numbered]:
     first = given = 0
     most = max(settings.max_expansion * path.stat().st_size, FREE_EXPANSION)
-    with ParquetReader(path, most) as file:
+    with ParquetReader(path, most, max_page_bytes=settings.max_page_bytes) as file:
         if settings.text_field not in file.schema.names:
             raise _Stop(f"no column {settings.text_field!r}")
         for group in range(file.facts.num_row_groups):
@@ -410,6 +411,8 @@ def _parquet(path: Path, name: str, settings: Reading, on_skip: OnSkip, start: i
                         if isinstance(text, bytes):
                             row[settings.text_field] = text.decode("utf-8", "replace")
                         yield from _object(row, number, f"{name}:{number}", settings, on_skip)
+            except LargePages as e:
+                raise _Stop("its pages are too large to be opened: raise reading.max_page_bytes and reading.max_expansion") from e
             except Expansion as e:
                 raise _Stop(f"more than {settings.max_expansion} bytes come out of each of its bytes") from e
             except (OSError, ValueError, pa.ArrowException) as e:  # the next group may be whole

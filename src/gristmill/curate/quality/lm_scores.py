@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 
 from gristmill.core.device import pick_device
-from gristmill.core.errors import InputError
-from gristmill.model.folder import refuse_other_forms
 from gristmill.model.hf_config import read_config
 
 MAX_TOKENS = 512  # of a document's beginning
@@ -23,9 +21,6 @@ def check(folder: Path) -> None:
     """Raise `InputError` unless there is a model of a kind that we know, and its tokenizer. Its weights are not looked at."""
     from gristmill.data.tokenizer import Tokenizer
 
-    if not (folder / "config.json").exists():
-        refuse_other_forms(folder)
-        raise InputError(f"{folder} is no model folder: it holds no config.json.")
     read_config(folder)
     Tokenizer.load(folder)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import ChatFormat
+from gristmill.data.chat_format import ChatFormat
 from gristmill.data.rows import Rated
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.guard import GuardModel

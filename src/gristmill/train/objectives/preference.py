@@ -17,7 +17,8 @@ from torch import Tensor
 from gristmill.core.errors import InputError
 from gristmill.core.tensors import write_tensors
 from gristmill.core.threads import num_workers, workers
-from gristmill.data.chat import ChatFormat, Message
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import ChatFormat
 from gristmill.data.rows import Pair
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.lora import adapters_disabled

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import ChatFormat
+from gristmill.data.chat_format import ChatFormat
 from gristmill.data.rows import Demonstration
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.train.batches import Sample

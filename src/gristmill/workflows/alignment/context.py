@@ -12,7 +12,9 @@ from gristmill.core.config import Section, read
 from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
-from gristmill.data.chat import ChatFormat, Message, find_format, with_template_of
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import ChatFormat
+from gristmill.data.find_format import find_format, with_template_of
 from gristmill.data.rows import Prompt
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Completion, Request

@@ -21,7 +21,7 @@ from typing import Any
 
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
-from gristmill.data.chat import find_format
+from gristmill.data.find_format import find_format
 from gristmill.data.rows import Demonstration, Prompt, Refused, Response, make_id
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.generation.cached import CachedClient, Client

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from gristmill.core.concurrent import map_concurrent
@@ -15,7 +14,6 @@ from gristmill.generation.api import Completion
 from gristmill.generation.cached import CachedClient
 from gristmill.generation.endpoint import RowFailed
 from gristmill.generation.mixture import opened, shown
-from gristmill.generation.settings import Calls
 from gristmill.judge.pairwise import (
     EXPLAINED_TEMPLATE,
     EXPLAINED_TOKENS,
@@ -27,6 +25,7 @@ from gristmill.judge.pairwise import (
     marked_answer,
     named_answer,
 )
+from gristmill.judge.party import Party
 from gristmill.judge.reward_client import RemoteRewardScorer, RewardModelEndpoint
 from gristmill.model.adapters import is_adapter, is_reward_adapter
 from gristmill.runs.journal import Journal
@@ -36,19 +35,18 @@ from gristmill.workflows.judged.session import (
     VERDICT_CALLS,
     Ask,
     JudgedSession,
-    Party,
     Prepared,
+    identity_of,
 )
 
 
 def is_reward_model(judge: Party) -> bool:
     """Whether a folder holds a reward model."""
-    folder = Path(judge.place)
     if judge.is_endpoint:
         return False
-    if is_adapter(folder):
-        return is_reward_adapter(folder)
-    return "reward_weights" in read_untrusted_json(folder / "config.json")
+    if is_adapter(judge.folder):
+        return is_reward_adapter(judge.folder)
+    return "reward_weights" in read_untrusted_json(judge.folder / "config.json")
 
 
 def _replies(session: JudgedSession, comparisons: Sequence[Comparison]) -> dict[str, tuple[str, str]]:
@@ -74,12 +72,12 @@ def _replies(session: JudgedSession, comparisons: Sequence[Comparison]) -> dict[
 def _rewards_of(session: JudgedSession, talks: Mapping[str, Conversation]) -> dict[str, float]:
     """Rewards of conversations by name, from the reward model in process or behind an endpoint; none of what cannot be rated."""
     args, judge = session.args, session.judge
-    identity = judge.identity()
+    identity = identity_of(judge)
     if judge.is_endpoint:
         return _endpoint_rewards(session, talks, identity)
     from gristmill.judge.reward import load_scorer
 
-    scorer = load_scorer(Path(judge.place), args.chat_format, device=args.device)
+    scorer = load_scorer(judge.folder, judge.chat_format, device=judge.device)
     ids = {name: make_id("rating", identity, to_dicts(talk)) for name, talk in talks.items()}
     ratings: dict[str, Rating] = {}
     with Journal(args.out / RATING_CALLS) as journal, session.progress.stage("ratings"):
@@ -97,8 +95,11 @@ def _rewards_of(session: JudgedSession, talks: Mapping[str, Conversation]) -> di
 def _endpoint_rewards(session: JudgedSession, talks: Mapping[str, Conversation], identity: Any) -> dict[str, float]:
     args = session.args
 
+    target = session.judge.target
+    assert target is not None
+
     async def all_of_them() -> dict[str, float]:
-        source = RewardModelEndpoint([session.judge.target()], **Calls(concurrency=args.concurrency).model_dump())
+        source = RewardModelEndpoint([target], concurrency=args.concurrency)
         with Journal(args.out / RATING_CALLS) as journal:
             client = CachedClient(source, journal, retry_failed=args.retry_failed)
             scorer = RemoteRewardScorer(client, args.weights)

@@ -75,9 +75,9 @@ def _check(kind: Kind, args: JudgeArgs) -> None:
             raise InputError(f"{name} must be at least 1, got {value}.")
     weight_set(args.weights)
     if args.model is not None:
-        args.model.check("--endpoint-model")
+        args.model.check("endpoint")
     if args.judge is not None:
-        args.judge.check("--judge-model")
+        args.judge.check("judge")
         if kind in OF_MODELS and is_reward_model(args.judge):
             raise InputError(f"{quoted(args.judge.place)} holds a reward model, which writes no verdicts: give a judge that writes.")
 

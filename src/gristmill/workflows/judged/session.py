@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,12 +17,10 @@ from gristmill.data.rows import make_id
 from gristmill.evaluate.model_answers import ModelAnswers, read_answers
 from gristmill.generation.api import Completion, SamplingParams
 from gristmill.generation.api import Request as ApiRequest
-from gristmill.generation.cached import CachedClient, Client
-from gristmill.generation.endpoint import Endpoint, RowFailed, Target
+from gristmill.generation.cached import CachedClient
+from gristmill.generation.endpoint import RowFailed
 from gristmill.generation.mixture import opened, shown
-from gristmill.generation.settings import Calls
-from gristmill.judge.backends import engine_client
-from gristmill.model.adapters import is_adapter
+from gristmill.judge.party import Party
 from gristmill.model.folder import folder_stamps
 from gristmill.runs.journal import Journal
 
@@ -34,46 +32,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Ask = Callable[[Conversation, SamplingParams], Awaitable[Completion | None]]
 Prepared = Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]]  # what is left to do when all files have been read
-
-
-@dataclass(frozen=True)
-class Party:
-    """A model that is asked: the base URL of an endpoint with the name it knows the model by, or a folder."""
-
-    place: str
-    model: str = ""
-    key_env: str = ""
-
-    @property
-    def is_endpoint(self) -> bool:
-        return self.place.startswith(("http://", "https://"))
-
-    @property
-    def name(self) -> str:
-        return self.model if self.is_endpoint else Path(self.place).resolve().name
-
-    def check(self, option: str) -> None:
-        """Raise `InputError` unless it can be asked."""
-        if self.is_endpoint:
-            if not self.model:
-                raise InputError(f"Give {option}, the name that {self.place} knows the model by.")
-            Endpoint([self.target()])
-        elif not (Path(self.place) / "config.json").is_file() and not is_adapter(self.place):
-            others = (
-                "an endpoint's base URL (http://HOST/v1), or a file of its answers"
-                if option == "--endpoint-model"
-                else "an endpoint's base URL"
-            )
-            raise InputError(f"{quoted_path(Path(self.place))} is no model folder: give one, {others}.")
-
-    def target(self, *, logprobs: bool = False) -> Target:
-        return Target(self.place, self.model, api_key_env=self.key_env, logprobs=logprobs)
-
-    def identity(self) -> list[Any]:
-        """What decides what it says: an endpoint's model by its name, a folder's by its files."""
-        if self.is_endpoint:
-            return [self.name]
-        return [self.name, folder_stamps(Path(self.place))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +71,6 @@ class JudgeArgs:
     seed: int = 0
     concurrency: int = 64
     retry_failed: bool = False
-    device: str = "auto"
-    chat_format: str = "auto"
 
 
 class JudgedSession:
@@ -162,11 +118,8 @@ class JudgedSession:
     ) -> list[Result]:
         """What `work` makes of each item by asking a model, in the items' order; many at a time, through the journal."""
         args, progress = self.args, self.progress
-        identity = party.identity()
-        if party.is_endpoint:
-            client: Client = Endpoint([party.target(logprobs=logprobs)], **Calls(concurrency=args.concurrency).model_dump())
-        else:
-            client, _ = engine_client(Path(party.place), args.chat_format, args.device)
+        identity = identity_of(party)
+        client = replace(party, logprobs=logprobs).client(args.concurrency)
         first_error = ""
 
         async def all_of_them() -> list[Result]:
@@ -253,22 +206,27 @@ class JudgedSession:
         out = [f"{self.num_cut} answers were cut off before their end: raise --max-tokens, or judge them so."] if self.num_cut else []
         if model is None or judge is None:
             return out
-        if model.identity() == judge.identity():
+        if identity_of(model) == identity_of(judge):
             return [*out, "The judge is the model itself: judges favour their own answers."]
         return out + _has_filtered(model, judge)
 
 
+def identity_of(party: Party) -> list[Any]:
+    """What decides what a party says: an endpoint's model by its name, a folder's by its files."""
+    return [party.name] if party.is_endpoint else [party.name, folder_stamps(party.folder)]
+
+
 def _has_filtered(model: Party, judge: Party) -> list[str]:
     """A sentence where the recipe of the run that a model folder lies in names the judge."""
-    for folder in Path(model.place).resolve().parents[:2] if not model.is_endpoint else ():
+    for folder in model.folder.resolve().parents[:2] if not model.is_endpoint else ():
         recipe = folder / "recipe.yaml"
         if recipe.is_file():
             try:
                 text = read(recipe)
             except InputError:
                 continue
-            known = {judge.model} if judge.is_endpoint else {judge.place, str(Path(judge.place).resolve())}
-            if known & set(_strings(text)) or (not judge.is_endpoint and folder in Path(judge.place).resolve().parents):
+            known = {judge.model} if judge.is_endpoint else {judge.place, str(judge.folder.resolve())}
+            if known & set(_strings(text)) or (not judge.is_endpoint and folder in judge.folder.resolve().parents):
                 return [
                     f"The judge is named by {quoted_path(recipe)} or was made by that run: it may have chosen what the model learnt from."
                 ]

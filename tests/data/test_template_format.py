@@ -12,7 +12,10 @@ from tokenizers import AddedToken, Regex, normalizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, OWN, PLAIN, Message, Role, TemplateFormat, find_format, guess_format, with_template_of
+from gristmill.data.chat import Message, Role
+from gristmill.data.chat_format import FORMATS
+from gristmill.data.find_format import PLAIN, find_format, guess_format, with_template_of
+from gristmill.data.template_format import OWN, TemplateFormat
 from gristmill.data.tokenizer import Tokenizer
 from tests.data.template_families import (
     CHATML,

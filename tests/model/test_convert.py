@@ -10,10 +10,14 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import FORMATS, Message, guess_format
+from gristmill.data.chat import Message
+from gristmill.data.chat_format import FORMATS
+from gristmill.data.find_format import guess_format
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf import add_chat_tokens, load_model, save_model
+from gristmill.model.convert import add_chat_tokens
+from gristmill.model.hf import load_model
+from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 
 TEMPLATE = (
