@@ -1,6 +1,9 @@
 """Parallel layout of a training: how many ways each dimension is split, and which layouts a model and a batch can take."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import BlockConfig, ModelConfig
@@ -9,6 +12,7 @@ from gristmill.parallel.hardware import Hardware
 RECOMPUTE = ("none", "selective", "full")
 # Several times what anybody has: below them nothing overflows, and a search ends.
 MAX_DEVICES, MAX_BATCH, MAX_SEQUENCE = 2**20, 2**24, 2**22
+DEFAULT_SEQUENCE = 8192  # tokens, where the model's context is longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,44 @@ class Layout:
         return f"{ways}, micro-batch {self.micro_batch}{again}"
 
 
+def default_layout(config: ModelConfig, ways: Mapping[str, Any], *, num_devices: int | None, precision: str, zero: int) -> Layout:
+    """A layout from what was given: ways that are absent are 1, DP is what is left of the devices.
+
+    Raises:
+        InputError: the ways do not divide the devices, or a number cannot be used.
+    """
+    for name, value in ways.items():
+        if name != "recompute":
+            _check_number(name, value)
+    tp, pp, cp = (ways.get(name, 1) for name in ("tp", "pp", "cp"))
+    dp = ways.get("dp", 1)
+    if num_devices is not None:
+        if not 1 <= num_devices <= MAX_DEVICES:
+            raise InputError(f"Give --gpus a whole number from 1 to {MAX_DEVICES:,}: it is {num_devices}.")
+        if num_devices % (tp * pp * cp):
+            raise InputError(f"Choose --gpus that is a multiple of TP x PP x CP = {tp * pp * cp:,}: it is {num_devices:,}.")
+        dp = ways.get("dp", num_devices // (tp * pp * cp))
+        if tp * pp * cp * dp != num_devices:
+            raise InputError(f"Leave --dp or --gpus out: TP x PP x CP x DP is {tp * pp * cp * dp:,}, and --gpus {num_devices:,}.")
+    default = {
+        "seq_len": min(config.max_positions, DEFAULT_SEQUENCE),
+        "batch_size": dp * ways.get("micro_batch", 1) * (4 * pp if pp > 1 else 1),
+    }
+    return Layout(**{**default, **ways, "dp": dp}, precision=precision, zero=zero)
+
+
+def _check_number(name: str, value: object) -> None:
+    bound = {"micro_batch": MAX_BATCH, "batch_size": MAX_BATCH, "seq_len": MAX_SEQUENCE}.get(name, MAX_DEVICES)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= bound:
+        raise InputError(f"Give --{name.replace('_', '-')} a whole number from 1 to {bound:,}: it is {value}.")
+
+
+def counted(blocks: Sequence[BlockConfig]) -> list[tuple[BlockConfig, int]]:
+    """Runs of one and the same layer, with their lengths."""
+    runs = [list(run) for _, run in groupby(blocks, key=id)]
+    return [(run[0], len(run)) for run in runs]
+
+
 def rank_blocks(config: ModelConfig, layout: Layout, rank: int) -> tuple[BlockConfig, ...]:
     """The layers of a pipeline rank: of its `vp` stages, each as many, or one fewer in the first and in the last stage of all."""
     num_stages, num_layers = layout.pp * layout.vp, config.num_layers
@@ -78,12 +120,8 @@ def check_layout(config: ModelConfig, layout: Layout, hardware: Hardware) -> Non
     Raises:
         InputError: one sentence, with what to change.
     """
-    bounds = dict.fromkeys(("tp", "pp", "vp", "cp", "dp"), MAX_DEVICES)
-    bounds |= {"micro_batch": MAX_BATCH, "batch_size": MAX_BATCH, "seq_len": MAX_SEQUENCE}
-    for name, bound in bounds.items():
-        value = getattr(layout, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= bound:
-            raise InputError(f"Give --{name.replace('_', '-')} a whole number from 1 to {bound:,}: it is {value}.")
+    for name in ("tp", "pp", "vp", "cp", "dp", "micro_batch", "batch_size", "seq_len"):
+        _check_number(name, getattr(layout, name))
     if layout.num_devices > MAX_DEVICES:
         raise InputError(f"Plan at most {MAX_DEVICES:,} GPUs: TP x PP x CP x DP is {layout.num_devices:,}.")
     if layout.recompute not in RECOMPUTE:
@@ -104,22 +142,24 @@ def _check_batch(layout: Layout) -> None:
         )
     if layout.num_micro_batches < layout.pp:
         raise InputError(
-            f"Give the pipeline at least as many micro-batches as it has stages: a step has {layout.num_micro_batches} for --pp {layout.pp}; "
-            f"raise --batch-size to {together * layout.pp:,} or more, or lower --pp."
+            f"Give the pipeline at least as many micro-batches as it has stages: a step has {layout.num_micro_batches} for --pp "
+            f"{layout.pp}; raise --batch-size to {together * layout.pp:,} or more, or lower --pp."
         )
     if layout.vp > 1 and layout.pp == 1:
         raise InputError(f"Leave --vp out, or raise --pp: without a pipeline there are no virtual stages (--vp is {layout.vp}).")
     if layout.zero == 3 and layout.pp > 1:
         raise InputError("Choose --zero 2 with --pp: a pipeline that shares out its weights would gather them for every micro-batch.")
     if layout.micro_batch * layout.seq_len % layout.cp:
-        raise InputError(f"Choose --cp that divides the {layout.micro_batch * layout.seq_len:,} tokens of a micro-batch: it is {layout.cp}.")
+        raise InputError(
+            f"Choose --cp that divides the {layout.micro_batch * layout.seq_len:,} tokens of a micro-batch: it is {layout.cp}."
+        )
     if layout.tokens % layout.tp:
         raise InputError(f"Choose --tp that divides the {layout.tokens:,} tokens of a micro-batch's rank: it is {layout.tp}.")
 
 
 def _check_split(config: ModelConfig, layout: Layout) -> None:
     tp, num_stages = layout.tp, layout.pp * layout.vp
-    for block in set(config.blocks):
+    for block, _ in counted(config.blocks):
         if block.num_heads % tp:
             raise InputError(f"Choose --tp that divides the {block.num_heads} attention heads of a layer: it is {tp}.")
         if block.ffn_size % tp:

@@ -16,7 +16,7 @@ from gristmill.model.flops import (
     saved_values,
 )
 from gristmill.parallel.hardware import Hardware
-from gristmill.parallel.layout import Layout, rank_blocks
+from gristmill.parallel.layout import Layout, counted, rank_blocks
 
 USABLE_SHARE = 0.9  # of the free memory: an estimate may be wrong by a tenth, and a GPU's libraries and fragments take some
 
@@ -47,7 +47,8 @@ class Memory:
 
 def rank_parameters(config: ModelConfig, layout: Layout, rank: int) -> float:
     """Parameters that a pipeline rank holds; TP shares out matrices, and repeats norms (and key-value heads, where there are fewer)."""
-    return sum(block_parameters(config, block, layout.tp) for block in rank_blocks(config, layout, rank)) + _ends(config, layout, rank)
+    blocks = counted(rank_blocks(config, layout, rank))
+    return sum(count * block_parameters(config, block, layout.tp) for block, count in blocks) + _ends(config, layout, rank)
 
 
 def block_parameters(config: ModelConfig, block: BlockConfig, tp: int) -> float:
@@ -85,17 +86,19 @@ def memory(config: ModelConfig, layout: Layout, hardware: Hardware) -> dict[str,
 
 
 def _rank_memory(config: ModelConfig, layout: Layout, hardware: Hardware, rank: int) -> Memory:
-    blocks, count, shards = rank_blocks(config, layout, rank), rank_parameters(config, layout, rank), layout.num_shards
+    blocks = counted(rank_blocks(config, layout, rank))
+    count, shards = rank_parameters(config, layout, rank), layout.num_shards
     itemsize = 4 if layout.precision == "fp32" else 2
     # in fp32 the master is what is computed with
     weights, optimizer = (4, MOMENT_BYTES) if itemsize == 4 else (itemsize, MASTER_BYTES + MOMENT_BYTES)
     tokens = layout.tokens / layout.tp
-    sizes = [_block_bytes(config, block, layout, hardware) * tokens for block in blocks]
-    kept = [config.hidden_size * itemsize * tokens] * len(blocks) if layout.recompute == "full" else sizes
-    activations = micro_batches_in_flight(layout, rank) * sum(kept) + (max(sizes) if layout.recompute == "full" else 0)
+    sizes = [(_block_bytes(config, block, layout, hardware) * tokens, num) for block, num in blocks]
+    full = layout.recompute == "full"  # keeps a layer's input, and of one layer at a time all the rest
+    kept = sum((config.hidden_size * itemsize * tokens if full else size) * num for size, num in sizes)
+    activations = micro_batches_in_flight(layout, rank) * kept + (max(sizes)[0] if full else 0)
     gathered = 0.0
     if layout.zero == 3 and shards > 1:  # a block is whole while it computes, and its gradients until they are shared out
-        gathered = max(block_parameters(config, block, layout.tp) for block in blocks) * (weights + GRADIENT_BYTES)
+        gathered = max(block_parameters(config, block, layout.tp) for block, _ in blocks) * (weights + GRADIENT_BYTES)
     return Memory(
         weights=count * weights / (shards if layout.zero == 3 else 1) + gathered,
         gradients=count * GRADIENT_BYTES / (shards if layout.zero >= 2 else 1),
@@ -115,7 +118,9 @@ def _block_bytes(config: ModelConfig, block: BlockConfig, layout: Layout, hardwa
 
 def _loss_bytes(config: ModelConfig, layout: Layout, hardware: Hardware, itemsize: int) -> float:
     if hardware.is_cpu:
-        return loss_bytes(layout.tokens, config.vocab_size, config.hidden_size, itemsize) + 4 * config.hidden_size * itemsize * layout.tokens
+        return (
+            loss_bytes(layout.tokens, config.vocab_size, config.hidden_size, itemsize) + 4 * config.hidden_size * itemsize * layout.tokens
+        )
     vocabulary = -(-config.vocab_size // layout.tp)
     rows = min(layout.tokens, max(MIN_CHUNK_ROWS, CHUNK_LOGITS // vocabulary))
     # logits of a chunk and a slice of them in fp32; states before and after the last norm, and their gradients

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from gristmill.core.config import RECIPES, SUFFIXES, read
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import quoted
 from gristmill.model.config import PRESETS, ModelConfig, uniform_blocks
@@ -28,6 +27,8 @@ def find_model(name: str) -> ModelConfig:
     """
     if name in MODELS:
         return MODELS[name]
+    from gristmill.core.config import RECIPES, SUFFIXES
+
     path = Path(name)
     shipped = RECIPES / f"{name}.yaml"
     if name.endswith(SUFFIXES) or (shipped.is_file() and not path.exists()):
@@ -38,6 +39,8 @@ def find_model(name: str) -> ModelConfig:
 
 
 def _of_recipe(path: Path) -> ModelConfig:
+    from gristmill.core.config import read
+
     values = read(path)
     preset, model = values.get("preset"), values.get("model")
     if values.get("kind") == "pretraining":

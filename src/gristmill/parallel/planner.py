@@ -11,7 +11,7 @@ from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
 from gristmill.model.flops import model_flops_utilisation, num_parameters, training_flops_per_token
 from gristmill.parallel.hardware import HARDWARE, Hardware
-from gristmill.parallel.layout import RECOMPUTE, Layout, check_layout, warnings
+from gristmill.parallel.layout import MAX_DEVICES, RECOMPUTE, Layout, check_layout, warnings
 from gristmill.parallel.memory import USABLE_SHARE, Memory, fits_into, memory
 from gristmill.parallel.published import PUBLISHED, Published
 from gristmill.parallel.step_time import StepTime, step_time
@@ -81,11 +81,11 @@ class Plan:
         most = max(asdict(rank).items(), key=lambda part: part[1])[0]
         remedy = {
             "activations": "recompute more (--recompute selective or full), or raise --tp, --cp or --pp",
-            "optimizer": "share it out (--zero 1), or raise --dp, --tp or --pp",
+            "optimizer": "raise --dp, --tp or --pp" if self.layout.zero else "share it out (--zero 1)",
         }.get(most, "raise --tp or --pp, or share it out with --zero 2 (3 without a pipeline)")
         return (
-            f"{self.name} does not fit with {self.layout}: the {self.fullest} rank takes {rank.total / 2**30:,.1f} GiB of {usable:,.1f} GiB "
-            f"that are usable, most of it {most}; {remedy}."
+            f"{self.name} does not fit with {self.layout}: the {self.fullest} rank takes {rank.total / 2**30:,.1f} GiB of "
+            f"{usable:,.1f} GiB that are usable, most of it {'the optimizer' if most == 'optimizer' else most}; {remedy}."
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -151,21 +151,35 @@ class Found:
         return sum(plan.time.total <= best * (1 + ERROR) for plan in self.plans)
 
 
-def search(name: str, config: ModelConfig, layout: Layout, *, hardware: Hardware, num_devices: int, free: Iterable[str]) -> Found:
+def search(
+    name: str,
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    hardware: Hardware,
+    num_devices: int,
+    free: Iterable[str],
+    dp: int | None = None,
+) -> Found:
     """Search the layouts of so many devices that fit into memory.
 
     Args:
-        layout: its fields that are not `free` are kept.
+        layout: its fields that are not `free` are kept; DP is what is left of the devices.
+        dp: only layouts with this many data-parallel ways.
         free: of "tp", "pp", "vp", "cp", "micro_batch" and "recompute", those to try. Interleaved schedules get a multiple of PP
             micro-batches.
 
     Raises:
         InputError: no layout is valid, or none fits; the one that misses least is named.
     """
+    if not 1 <= num_devices <= MAX_DEVICES:
+        raise InputError(f"Give --gpus a whole number from 1 to {MAX_DEVICES:,}: it is {num_devices}.")
     best: dict[tuple[int, int], Plan] = {}
     least: Plan | None = None
     complaint, num_valid, num_fit = "", 0, 0
     for candidate in _candidates(config, layout, hardware, num_devices=num_devices, free=set(free)):
+        if dp not in (None, candidate.dp):
+            continue
         try:
             plan = make_plan(name, config, candidate, hardware=hardware)
         except InputError as error:
@@ -181,7 +195,13 @@ def search(name: str, config: ModelConfig, layout: Layout, *, hardware: Hardware
         if key not in best or plan.time.total < best[key].time.total:
             best[key] = plan
     if not best:
-        raise InputError(least.refusal if least else f"No layout of {num_devices:,} GPUs is valid. The first that was tried: {complaint}")
+        if least is not None:
+            raise InputError(f"None of {num_valid:,} layouts of {num_devices:,} GPUs fits. The nearest: {least.refusal}")
+        tried = f" The first that was tried: {complaint}" if complaint else ""
+        raise InputError(
+            f"No layout of {num_devices:,} GPUs divides a batch of {layout.batch_size:,} sequences and the model: change --gpus or "
+            f"--batch-size.{tried}"
+        )
     return Found(sorted(best.values(), key=lambda plan: plan.time.total), num_valid, num_fit)
 
 
@@ -199,7 +219,7 @@ def _candidates(config: ModelConfig, layout: Layout, hardware: Hardware, *, num_
     recompute = RECOMPUTE if "recompute" in free else (layout.recompute,)
     for again, tp, pp, cp, size in product(recompute, tps, pps, cps, micro):
         rest, left = divmod(num_devices, tp * pp * cp)
-        if left or layout.batch_size % (rest * size):
+        if left or not rest or layout.batch_size % (rest * size):
             continue
         m = layout.batch_size // (rest * size)
         most = (layers + 2) // pp if pp > 1 and m % pp == 0 else 1

@@ -3,6 +3,7 @@
 Sources: the Nemotron-4 reports (arXiv 2402.16819 and 2406.11704), the table in Megatron-LM's README (r0.8), and Llama 3 (arXiv
 2407.21783, Table 4). The reports count attention in full, Llama 3 counts it causal. Not published and assumed: Megatron's virtual
 stages (one layer each) and micro-batches (4 without a pipeline, 1 with it), the micro-batch of the 15B (2), Llama's virtual stages (8).
+None of the rows says what it recomputed.
 """
 
 from dataclasses import dataclass

@@ -4,13 +4,12 @@ The formulas and their three constants (gemm_efficiency, exposed_tp, straggling 
 measurements on H100 clusters, which `published.py` lists; the root of their mean square error is 5.5 %.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import log2
 
 from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.parallel.hardware import Hardware
-from gristmill.parallel.layout import Layout
+from gristmill.parallel.layout import Layout, counted
 from gristmill.parallel.memory import rank_parameters
 
 CP_EXPOSED = 0.3  # of the traffic of keys and values
@@ -27,7 +26,7 @@ class StepTime:
 
     Attributes:
         products: of the layers' matrices, forward and backward.
-        head: products with the output matrix.
+        head: products with the output matrix, and the softmax over the vocabulary.
         traffic_tp, traffic_cp, traffic_pp, traffic_dp: what of each dimension's traffic is exposed.
         bubble: of the pipeline.
         stragglers: waiting for the slowest of many devices.
@@ -58,7 +57,7 @@ def step_time(config: ModelConfig, layout: Layout, hardware: Hardware) -> StepTi
     """
     m, pp, vp = layout.num_micro_batches, layout.pp, layout.vp
     parts: dict[str, float] = dict.fromkeys(("products", "attention", "elementwise", "traffic_tp", "traffic_cp", "recompute"), 0.0)
-    for block, count in _counted(config.blocks).items():
+    for block, count in counted(config.blocks):
         for name, seconds in _layer(config, block, layout, hardware).items():
             parts[name] += count / pp * seconds
     parts["head"] = _head(config, layout, hardware)
@@ -79,10 +78,6 @@ def step_time(config: ModelConfig, layout: Layout, hardware: Hardware) -> StepTi
         optimizer=optimizer,
         stragglers=subtotal * hardware.straggling * max(0.0, log2(layout.num_devices / STRAGGLING_FROM)),
     )
-
-
-def _counted(blocks: tuple[BlockConfig, ...]) -> Mapping[BlockConfig, int]:
-    return {block: blocks.count(block) for block in dict.fromkeys(blocks)}
 
 
 def _itemsize(layout: Layout) -> int:
@@ -135,13 +130,14 @@ def _layer(config: ModelConfig, block: BlockConfig, layout: Layout, hardware: Ha
 
 
 def _head(config: ModelConfig, layout: Layout, hardware: Hardware) -> float:
-    precision = "bf16" if layout.precision == "fp8" else ""
-    return 3 * gemm_seconds((layout.tokens, config.vocab_size / layout.tp, config.hidden_size), layout, hardware, precision=precision)
+    """Seconds of the output matrix and the loss of a micro-batch: its logits are written, read, and overwritten by their gradient."""
+    precision, vocabulary = "bf16" if layout.precision == "fp8" else "", config.vocab_size / layout.tp
+    products = 3 * gemm_seconds((layout.tokens, vocabulary, config.hidden_size), layout, hardware, precision=precision)
+    return products + 3 * layout.tokens * vocabulary * _itemsize(layout) / hardware.memory_bandwidth
 
 
 def _gradient_traffic(parameters: float, layout: Layout, hardware: Hardware) -> float:
     """Seconds that a rank's gradients (fp32) and weights take over the network: reduce-scatter and gather, or all-reduce without ZeRO."""
     shards = layout.num_shards
     num_bytes = {0: 8, 1: 4 + _itemsize(layout), 2: 4 + _itemsize(layout), 3: 4 + 2 * _itemsize(layout)}[layout.zero]
-    bandwidth = hardware.network_bandwidth if layout.num_devices > hardware.devices_per_node else hardware.link_bandwidth
-    return num_bytes * parameters * (shards - 1) / shards / (NETWORK_SHARE * bandwidth)
+    return num_bytes * parameters * (shards - 1) / shards / (NETWORK_SHARE * hardware.network_bandwidth)
