@@ -46,7 +46,7 @@ def plan(
 ) -> None:
     """Memory, step time and MFU of a training on many GPUs, before it is started. Exit code 4 where it does not fit."""
     if calibrate:
-        from gristmill.parallel.calibrate import calibrate as measure
+        from gristmill.workflows.calibrate import calibrate as measure
 
         row, path = measure(gpu)
         echo(json.dumps(row) if as_json else "\n".join([*(f"{name}: {value}" for name, value in row.items()), f"hardware row: {path}"]))

@@ -28,6 +28,7 @@ class Hardware:
         gemm_overhead: an M x N x K product takes 1 + gemm_overhead (1/M + 1/N + 1/K) times as long.
         attention_efficiency: share of the peak that causal attention reaches.
         exposed_tp: share of the traffic of tensor parallelism that no computation hides.
+        exposed_dp: the same of data parallelism, at least.
         straggling: a step takes longer by this share for every doubling of the devices beyond 64.
         operation_seconds: what an operation costs beside its work; it counts where models are small.
         threads: of one process, where the device is a CPU (0: it is none).
@@ -45,6 +46,7 @@ class Hardware:
     gemm_overhead: float = 100.0
     attention_efficiency: float = 0.5
     exposed_tp: float = 0.10
+    exposed_dp: float = 0.3
     straggling: float = 0.0287
     operation_seconds: float = 0.0
     threads: int = 0
@@ -118,7 +120,7 @@ def read_hardware(path: Path) -> Hardware:
     for key in values:
         if key not in fields:
             raise InputError(f"Take {quoted(key)} out of {shown}: a hardware row has the keys {', '.join(fields)}.")
-    zero = ("operation_seconds", "straggling", "exposed_tp", "gemm_overhead", "threads")
+    zero = ("operation_seconds", "straggling", "exposed_tp", "exposed_dp", "gemm_overhead", "threads")
     row: dict[str, Any] = {"name": path.stem} | values
     for key, spec in fields.items():
         if key not in row:

@@ -14,7 +14,6 @@ from gristmill.parallel.memory import rank_parameters
 
 CP_EXPOSED = 0.3  # of the traffic of keys and values
 NETWORK_SHARE = 0.7  # of its bandwidth that collectives over many ranks reach
-DP_EXPOSED = 0.3  # of the traffic of data parallelism, at least: what no backward pass is left to hide
 OPTIMIZER_BYTES = 30  # read and written a parameter: gradient, master and moments
 STRAGGLING_FROM = 64  # devices
 SELECTIVE_SHARE = 0.1  # of a forward pass that selective recompute makes again
@@ -67,7 +66,7 @@ def step_time(config: ModelConfig, layout: Layout, hardware: Hardware) -> StepTi
     bubble = (pp - 1) / vp * stage
     parameters, shards = max(rank_parameters(config, layout, rank) for rank in {0, pp - 1}), layout.num_shards
     traffic = _gradient_traffic(parameters, layout, hardware)
-    exposed = max(DP_EXPOSED * traffic, traffic - stage)
+    exposed = max(hardware.exposed_dp * traffic, traffic - stage)
     optimizer = OPTIMIZER_BYTES * parameters / (shards if layout.zero else 1) / hardware.memory_bandwidth
     subtotal = m * (stage + p2p) + bubble + exposed + optimizer
     return StepTime(

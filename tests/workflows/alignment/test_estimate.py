@@ -60,4 +60,4 @@ def test_the_command_makes_nothing(make_recipe: Make, tmp_path: Path, monkeypatc
     assert shown.exit_code == 0, shown.output
     assert "in all" in shown.stdout and "of disk" in shown.stdout and [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
     values: dict[str, Any] = json.loads(CliRunner().invoke(app, ["run", "tiny.yaml", "--dry-run", "--json", "--quiet"]).stdout)
-    assert values.keys() == {"stages", "total", "probe", "parameters", "device", "peak_memory_mib"}
+    assert values.keys() == {"stages", "total", "probe", "parameters", "device", "peak_memory_mib", "usable_memory_mib", "fits"}
