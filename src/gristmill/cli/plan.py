@@ -17,7 +17,8 @@ MAX_NAME = 60  # characters of a path that stand for a model
 @command("gristmill plan nemotron4-340b --gpus 6144 --tp 8 --pp 12 --vp 8 --batch-size 2304")
 def plan(
     model: Annotated[
-        str, typer.Argument(help="nemotron4-340b, nemotron4-15b, llama3-8b, -70b, -405b, ...; a Hugging Face folder; or a recipe.")
+        str,
+        typer.Argument(help="nemotron4-340b, nemotron4-15b, llama3-8b, -70b, -405b, ...; a Hugging Face folder; a recipe; or curate."),
     ] = "",
     gpus: Annotated[int | None, typer.Option(help="GPUs (or processes) in all; default TP x PP x CP x DP.")] = None,
     tp: Annotated[int | None, typer.Option(help="Tensor (and sequence) parallel ways.")] = None,
@@ -39,6 +40,10 @@ def plan(
     search: Annotated[bool, typer.Option("--search", help="Try all layouts of --gpus that fit; options that are given stay.")] = False,
     top: Annotated[int, typer.Option(help="Layouts of a search that are printed.", min=1)] = 5,
     tokens: Annotated[float | None, typer.Option(help="Tokens of the whole training, for its days.")] = None,
+    documents: Annotated[float | None, typer.Option(help="Of a curation (`curate`, or its recipe): how many documents.")] = None,
+    nodes: Annotated[int, typer.Option(help="Of a curation: machines.")] = 1,
+    cores: Annotated[int, typer.Option(help="Of a curation: cores of a machine.")] = 64,
+    document_bytes: Annotated[float, typer.Option(help="Of a curation: mean bytes of a document's text.")] = 4000,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML page with memory, time and the pipeline's timeline.")] = None,
     published: Annotated[bool, typer.Option("--published", help="Print 18 published measurements beside the plan.")] = False,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine's --gpu cpu or cuda, in a minute or two.")] = False,
@@ -58,6 +63,16 @@ def plan(
 
         rows = published_rows()
         echo(json.dumps(rows) if as_json else "\n".join(lines_of.published_lines(rows)))
+        return
+    if documents is not None or model == "curate":
+        from gristmill.core.config import find_recipe, read
+        from gristmill.curate.plan import plan_curation, steps_of
+
+        if documents is None:
+            raise InputError("Give --documents, as `gristmill plan curate --documents 1e9 --nodes 32`.")
+        recipe = find_recipe("english-text" if model == "curate" else model, "curation")
+        curation = plan_curation(steps_of(read(recipe)), documents, nodes, cores=cores, document_bytes=document_bytes)
+        echo(json.dumps(curation.as_dict()) if as_json else "\n".join(lines_of.curation_lines(curation)))
         return
     from gristmill.parallel.hardware import find_hardware
     from gristmill.parallel.layout import default_layout

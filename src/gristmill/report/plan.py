@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from gristmill.curate.plan import NODE_BANDWIDTH, CurationPlan
 from gristmill.parallel.layout import warnings
 from gristmill.parallel.planner import ERROR, Found, Plan, root_mean_square
 
@@ -78,6 +79,31 @@ def search_lines(found: Found, num_shown: int) -> list[str]:
     if found.undecided > 1:
         lines.append(f"The first {found.undecided} are nearer to each other than the planner's error of {ERROR:.1%}: measure them.")
     return lines
+
+
+def curation_lines(plan: CurationPlan) -> list[str]:
+    """A curation's plan, a line a stage."""
+    machines = f"{plan.nodes:,} nodes of {plan.cores:,} cores"
+    lines = [f"{_count(plan.documents)} documents, {_bytes(plan.text_bytes)} of text, {machines}; at most, with nothing dropped:"]
+    lines.append(f"{'stage':<28}{'core hours':>12}{'minutes':>9}{'read':>11}{'written':>11}{'keys':>11}{'disk':>11}")
+    for stage in plan.stages:
+        sizes = "".join(f"{_bytes(size):>11}" for size in (stage.read, stage.written, stage.shuffled, stage.disk))
+        minutes = stage.seconds(plan.nodes, plan.cores) / 60
+        lines.append(f"{stage.name:<28}{stage.cpu_seconds / 3600:>12,.1f}{minutes:>9,.1f}{sizes}")
+    lines.append(
+        f"In all {plan.hours:,.2f} hours ({plan.core_hours:,.1f} of a core), {_bytes(plan.disk)} of disk before the stages are removed, "
+        f"{_bytes(plan.traffic)} to and from the shared storage, at {_bytes(NODE_BANDWIDTH)} a second and node."
+    )
+    if plan.unknown:
+        lines.append(f"note: no rate was measured of {', '.join(plan.unknown)}: their time is not counted.")
+    return [*lines, "note: not counted are candidate pairs of near duplicates, and their clusters, which one process makes."]
+
+
+def _bytes(size: float) -> str:
+    for unit, factor in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:,.3g} {unit}"
+    return f"{size:,.0f} B"
 
 
 def published_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
