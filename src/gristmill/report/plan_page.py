@@ -13,9 +13,9 @@ from gristmill.report.figures import r1, svg
 from gristmill.report.markup import Markup, document, el
 from gristmill.report.plan import TIME_WORDS, devices_of, plan_lines, published_lines, search_lines
 
-MAX_RANKS, MAX_SHOWN = 32, 4000  # pipeline ranks, and passes, that a timeline draws
-# Classes of the page's style, from which the parts of a bar take their colours in turn.
-COLOURS = ("greedy", "sampled", "fill3", "after", "before", "alarm")
+MAX_RANKS, MAX_SHOWN = 32, 10_000  # pipeline ranks, and passes, that a timeline draws
+# Colours of the page's style, which the parts of a bar take in turn.
+COLOURS = ("greedy", "sampled", "wheat", "soft", "bad", "good", "hint")
 
 
 def write_page(plan: Plan, path: Path, found: Found | None = None, tokens: float | None = None) -> None:
@@ -64,32 +64,32 @@ def _bars(title: str, rows: Sequence[tuple[str, Mapping[str, float]]], limit: fl
         for number, name in enumerate(names):
             length = values[name] * scale
             title_of = el("title", f"{label}, {name}: {values[name]:,.4g} of {total:,.4g} ({values[name] / max(total, 1e-12):.1%})")
-            parts.append(el("rect", title_of, x=r1(x), y=r1(y), width=r1(length), height=24, **_colour(number)))
+            parts.append(el("rect", title_of, x=r1(x), y=r1(y), width=r1(length), height=24, style=_colour(number)))
             x += length
         parts.append(el("text", f"{total:,.3g}", x=r1(x + 7), y=r1(y + 17), class_="strong"))
     bottom = len(rows) * high + 4
     if limit is not None:
         parts.append(el("line", x1=r1(left + limit * scale), x2=r1(left + limit * scale), y1=0, y2=bottom, class_="level"))
         parts.append(el("text", f"usable {limit:,.1f}", x=r1(left + limit * scale), y=r1(bottom + 14), text_anchor="end"))
-    legend = []
-    for number, name in enumerate(names):
-        key = el("svg", el("rect", width=11, height=11, **_colour(number)), width=11, height=11, viewBox="0 0 11 11")
-        legend.append(el("span", key, f" {name}"))
     figure = svg(width, bottom + 20, title, parts)
-    return el("div", el("p", title, class_="title"), el("div", legend, class_="legend"), figure, class_="figure wideplot")
+    return el("div", el("p", title, class_="title"), _legend(names), figure, class_="figure wideplot")
 
 
-def _colour(number: int) -> dict[str, str]:
-    """Colours of the style in turn, paler in every further round."""
-    opacity = (0.95, 0.55, 0.3)[number // len(COLOURS) % 3]
-    return {"class_": COLOURS[number % len(COLOURS)], "style": f"stroke: none; opacity: {opacity}"}
+def _legend(names: Sequence[str]) -> Markup:
+    keys = [el("span", el("i", style=_colour(number, "background")), name) for number, name in enumerate(names)]
+    return el("div", keys, class_="legend")
+
+
+def _colour(number: int, kind: str = "fill") -> str:
+    """Colours of the style in turn, paler in the second round."""
+    return f"{kind}: var(--{COLOURS[number % len(COLOURS)]}); opacity: {0.5 if number >= len(COLOURS) else 0.9}"
 
 
 def _pipeline(pp: int, vp: int, num_micro_batches: int) -> Markup:
     """Timeline of the schedule: a row a rank, forward and backward passes; of many micro-batches the first ones alone."""
-    shown = min(num_micro_batches, max(pp, MAX_SHOWN // (2 * pp * vp) // pp * pp))
-    shown -= shown % pp if vp > 1 else 0
-    if pp > MAX_RANKS or shown < pp or 2 * pp * vp * shown > 3 * MAX_SHOWN:
+    shown = min(num_micro_batches, MAX_SHOWN // (2 * pp * vp))
+    shown -= shown % pp if vp > 1 else 0  # as the schedule needs it
+    if pp > MAX_RANKS or shown < pp:
         return el("p", f"The timeline of PP {pp}, VP {vp} has too many passes to be drawn.", class_="note")
     slots = timeline(pp, vp, shown)
     end = max(row[-1].end for row in slots)
@@ -102,12 +102,12 @@ def _pipeline(pp: int, vp: int, num_micro_batches: int) -> Markup:
         for backward in (False, True):
             # one path a rank and kind; chunks of odd numbers are drawn lower, so that neighbours can be told apart
             d = "".join(_box(slot, left, y, high=high, scale=scale, pp=pp) for slot in row if slot.backward == backward)
-            parts.append(el("path", d=d, class_="sampled" if backward else "greedy", style="stroke: none; opacity: .85"))
+            parts.append(el("path", d=d, style=_colour(int(backward))))
     bubble = (pp - 1) / (vp * num_micro_batches)
-    text = f"Forward passes, and backward passes of twice their time. Bubble of all {num_micro_batches:,} micro-batches: {bubble:.1%}."
+    text = f"A backward pass takes twice the time of its forward pass. Bubble of all {num_micro_batches:,} micro-batches: {bubble:.1%}."
     text += f" Drawn: {shown:,}." if shown < num_micro_batches else ""
-    figure = svg(width, pp * high + 4, "Pipeline timeline", parts)
-    return el("div", el("p", "Pipeline timeline", class_="title"), el("p", text, class_="sub"), figure, class_="figure wideplot")
+    figure, key = svg(width, pp * high + 4, "Pipeline timeline", parts), _legend(("forward", "backward"))
+    return el("div", el("p", "Pipeline timeline", class_="title"), el("p", text, class_="sub"), key, figure, class_="figure wideplot")
 
 
 def _box(slot: Slot, left: float, y: float, *, high: float, scale: float, pp: int) -> str:
