@@ -155,6 +155,18 @@ def test_fp8_doubles_only_products_and_says_which_peak() -> None:
     assert fp8.time.attention == bf16.time.attention and fp8.mfu(precision="fp8") == pytest.approx(fp8.mfu() * 989 / 1979)
 
 
+def test_shared_gradients_and_weights_travel_for_every_micro_batch() -> None:
+    slow = replace(H100, network_bandwidth=1e6, exposed_dp=1.0)  # nothing is hidden
+
+    def traffic(zero: int, micro_batches: int) -> float:
+        layout = Layout(dp=8, batch_size=8 * micro_batches, seq_len=8192, zero=zero)
+        return make_plan("8b", MODELS["llama3-8b"], layout, hardware=slow).time.traffic_dp
+
+    unit = traffic(0, 1) / 8  # of a byte a parameter
+    assert [traffic(zero, 1) / unit for zero in range(4)] == pytest.approx([8, 6, 6, 8])
+    assert [traffic(zero, 4) / unit for zero in range(4)] == pytest.approx([8, 6, 2 + 16, 32])
+
+
 def test_more_of_anything_costs() -> None:
     plan = plan_of()
     assert plan_of(replace(REPORT, recompute="selective")).time.total > plan.time.total

@@ -36,7 +36,7 @@ def plan(
         Literal["", "none", "selective", "full"], typer.Option(help="Activations made again in the backward pass; default none.")
     ] = "",
     zero: Annotated[int, typer.Option(help="DP ranks share 1: optimizer states, 2: gradients too, 3: weights too; 0: nothing.")] = 1,
-    gpu: Annotated[str, typer.Option(help="h100, h200, a100, b200; cpu or cuda after --calibrate; or a .json file of a row.")] = "h100",
+    gpu: Annotated[str, typer.Option(help="h100 (default), h200, a100, b200; cpu or cuda after --calibrate; or a row's .json file.")] = "",
     search: Annotated[bool, typer.Option("--search", help="Try all layouts of --gpus that fit; options that are given stay.")] = False,
     top: Annotated[int, typer.Option(help="Layouts of a search that are printed.", min=1)] = 5,
     tokens: Annotated[float | None, typer.Option(help="Tokens of the whole training, for its days.")] = None,
@@ -46,10 +46,15 @@ def plan(
     document_bytes: Annotated[float, typer.Option(help="Of a curation: mean bytes of a document's text.")] = 4000,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML page with memory, time and the pipeline's timeline.")] = None,
     published: Annotated[bool, typer.Option("--published", help="Print 18 published measurements beside the plan.")] = False,
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine's --gpu cpu or cuda, in a minute or two.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine in a minute or two: its GPU, or --gpu cpu.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Memory, step time and MFU of a training on many GPUs, before it is started. Exit code 4 where it does not fit."""
+    """Memory, step time and MFU of a training on many GPUs, before it is started. Exit code 4 where it does not fit.
+
+    All layouts that fit, the fastest first: `gristmill plan llama3-70b --gpus 64 --batch-size 64 --search`. How far to trust it: `gristmill
+    plan --published`. This machine: `gristmill plan --calibrate`, then `gristmill plan FOLDER --gpu cpu`. A curation: `gristmill plan
+    curate --documents 1e9 --nodes 32`.
+    """
     if calibrate:
         from gristmill.workflows.calibrate import calibrate as measure
 
@@ -84,7 +89,7 @@ def plan(
         raise InputError("Name a model to plan, as `gristmill plan nemotron4-340b --gpus 6144 --batch-size 2304 --search`.")
     if tokens is not None and not 0 < tokens <= 1e18:
         raise InputError(f"Give --tokens a number above zero and at most 1e18: it is {tokens:g}.")
-    hardware, config = find_hardware(gpu), find_model(model)
+    hardware, config = find_hardware(gpu or "h100"), find_model(model)
     name = model if len(model) <= MAX_NAME else Path(model).name
     ways: dict[str, Any] = given(tp=tp, pp=pp, vp=vp, cp=cp, dp=dp, micro_batch=micro_batch, seq_len=seq_len, batch_size=batch_size)
     ways |= {"recompute": recompute} if recompute else {}

@@ -63,7 +63,7 @@ def _megatron() -> list[Published]:
 def _llama() -> list[Published]:
     out = []
     for cp, dp, batch, seq_len, mfu in ((1, 64, 2048, 8192, 0.43), (1, 128, 2048, 8192, 0.41), (16, 8, 128, 131_072, 0.38)):
-        layout = Layout(tp=8, pp=16, vp=8, cp=cp, dp=dp, batch_size=batch, seq_len=seq_len, zero=2)
+        layout = Layout(tp=8, pp=16, vp=8, cp=cp, dp=dp, batch_size=batch, seq_len=seq_len)
         name = f"Llama 3 405B, DP {dp}" + (f", CP {cp}" if cp > 1 else "")
         out.append(Published(name, MODELS["llama3-405b"], layout, mfu=mfu, causal=True))
     return out

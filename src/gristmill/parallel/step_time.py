@@ -65,8 +65,9 @@ def step_time(config: ModelConfig, layout: Layout, hardware: Hardware) -> StepTi
     p2p = vp * layout.tokens * config.hidden_size * _itemsize(layout) / layout.tp / hardware.network_bandwidth if pp > 1 else 0.0
     bubble = (pp - 1) / vp * stage
     parameters, shards = max(rank_parameters(config, layout, rank) for rank in {0, pp - 1}), layout.num_shards
-    traffic = _gradient_traffic(parameters, layout, hardware)
-    exposed = max(hardware.exposed_dp * traffic, traffic - stage)
+    exposed = 0.0
+    for times, traffic in _gradient_traffic(parameters, layout, hardware):
+        exposed += times * max(hardware.exposed_dp * traffic, traffic - stage)
     optimizer = OPTIMIZER_BYTES * parameters / (shards if layout.zero else 1) / hardware.memory_bandwidth
     subtotal = m * (stage + p2p) + bubble + exposed + optimizer
     return StepTime(
@@ -135,8 +136,13 @@ def _head(config: ModelConfig, layout: Layout, hardware: Hardware) -> float:
     return products + 3 * layout.tokens * vocabulary * _itemsize(layout) / hardware.memory_bandwidth
 
 
-def _gradient_traffic(parameters: float, layout: Layout, hardware: Hardware) -> float:
-    """Seconds that a rank's gradients (fp32) and weights take over the network: reduce-scatter and gather, or all-reduce without ZeRO."""
-    shards = layout.num_shards
-    num_bytes = {0: 8, 1: 4 + _itemsize(layout), 2: 4 + _itemsize(layout), 3: 4 + 2 * _itemsize(layout)}[layout.zero]
-    return num_bytes * parameters * (shards - 1) / shards / (NETWORK_SHARE * hardware.network_bandwidth)
+def _gradient_traffic(parameters: float, layout: Layout, hardware: Hardware) -> list[tuple[int, float]]:
+    """How often, and how many seconds each time, a rank's gradients (fp32) and weights take over the network.
+
+    Without ZeRO gradients are all-reduced once a step; with shared optimizer states they are reduced and weights gathered once. Shared
+    gradients are reduced after every micro-batch, and shared weights gathered before its forward and its backward pass too.
+    """
+    shards, weights = layout.num_shards, _itemsize(layout)
+    once, each = {0: (8, 0), 1: (4 + weights, 0), 2: (weights, 4), 3: (0, 4 + 2 * weights)}[layout.zero]
+    seconds = parameters * (shards - 1) / shards / (NETWORK_SHARE * hardware.network_bandwidth)
+    return [(1, once * seconds), (layout.num_micro_batches, each * seconds)]

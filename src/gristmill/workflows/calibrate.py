@@ -58,12 +58,16 @@ GPU_STEPS = [
 def calibrate(kind: str) -> tuple[dict[str, Any], Path]:
     """Measure this machine's "cpu" (one process with the threads that torch has) or "cuda" device, and keep its row in the user's cache.
 
+    Args:
+        kind: which; "" for the GPU where there is one.
+
     Returns:
         The row, and its file.
 
     Raises:
         InputError: another name, or no such device here.
     """
+    kind = kind or pick_device().type
     if kind not in ("cpu", "cuda"):
         raise InputError(f"Choose what to calibrate with --gpu cpu or --gpu cuda: {kind!r} is a row of the data sheets.")
     device = pick_device(kind)
