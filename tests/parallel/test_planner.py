@@ -167,6 +167,16 @@ def test_shared_gradients_and_weights_travel_for_every_micro_batch() -> None:
     assert [traffic(zero, 4) / unit for zero in range(4)] == pytest.approx([8, 6, 2 + 16, 32])
 
 
+def test_a_window_bounds_attention() -> None:
+    config = MODELS["llama3-8b"]
+    layout = Layout(batch_size=1, seq_len=4096)
+    seen = replace(config, family="mistral", blocks=tuple(replace(block, window=1024) for block in config.blocks))
+    whole, window = (make_plan("8b", one, layout, hardware=H100).time for one in (config, seen))
+    # of 4,096 tokens the first 1,024 see half as many on average as all others, which see 1,024
+    assert window.attention / whole.attention == pytest.approx((512 * 1024 + 1024 * 3072) / (2048 * 4096))
+    assert window.products == pytest.approx(whole.products)
+
+
 def test_more_of_anything_costs() -> None:
     plan = plan_of()
     assert plan_of(replace(REPORT, recompute="selective")).time.total > plan.time.total
@@ -175,5 +185,8 @@ def test_more_of_anything_costs() -> None:
         > 10 * plan_of(replace(REPORT, recompute="selective")).time.recompute * 0.99
     )
     assert plan_of(replace(REPORT, vp=1)).time.bubble == pytest.approx(8 * plan.time.bubble)
+    # four transfers of [T, h] in bf16 a layer, and half as many again in the backward pass, of which a tenth shows
+    layers = 36 * 8 * 2.5 * 4 * 7 / 8 * 4096 * 18_432 * 2 / 450e9
+    assert plan.time.traffic_tp == pytest.approx(0.1 * layers)
     slower = replace(H100, exposed_tp=1.0)
-    assert make_plan("x", BIG, REPORT, hardware=slower).time.traffic_tp == pytest.approx(10 * plan.time.traffic_tp)
+    assert make_plan("x", BIG, REPORT, hardware=slower).time.traffic_tp == pytest.approx(layers)
