@@ -148,6 +148,15 @@ def test_a_layout_that_does_not_fit_is_refused_with_what_to_do() -> None:
         require_fit(without)
 
 
+def test_processes_on_a_cpu_share_its_memory() -> None:
+    cpu = replace(H100, threads=1, devices_per_node=2, memory_bytes=4 * 2**30)
+    one, two, four = (
+        make_plan("x", MODELS["miniature"], Layout(dp=dp, batch_size=4, seq_len=512), hardware=cpu).as_dict()["usable_gib"]
+        for dp in (1, 2, 4)
+    )
+    assert (one, two, four) == pytest.approx((3.6, 1.8, 1.8))
+
+
 def test_fp8_doubles_only_products_and_says_which_peak() -> None:
     layout = Layout(tp=8, dp=32, micro_batch=16, batch_size=512, seq_len=8192, recompute="full", zero=3)
     bf16, fp8 = plan_of(layout, "llama3-70b"), plan_of(replace(layout, precision="fp8"), "llama3-70b")

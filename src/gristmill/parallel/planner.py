@@ -45,8 +45,14 @@ class Plan:
         return max(self.memory, key=lambda rank: self.memory[rank].total)
 
     @property
+    def device_bytes(self) -> float:
+        """Memory of a device; processes on a CPU share that of their machine."""
+        sharing = min(self.layout.num_devices, self.hardware.devices_per_node) if self.hardware.is_cpu else 1
+        return self.hardware.memory_bytes / sharing
+
+    @property
     def fits(self) -> bool:
-        return fits_into(self.memory[self.fullest].total, self.hardware.memory_bytes)
+        return fits_into(self.memory[self.fullest].total, self.device_bytes)
 
     @property
     def tokens_per_second(self) -> float:
@@ -77,7 +83,7 @@ class Plan:
         """Why the layout cannot be started, with what to do; empty where it fits."""
         if self.fits:
             return ""
-        rank, usable = self.memory[self.fullest], USABLE_SHARE * self.hardware.memory_bytes / 2**30
+        rank, usable = self.memory[self.fullest], USABLE_SHARE * self.device_bytes / 2**30
         most = max(asdict(rank).items(), key=lambda part: part[1])[0]
         remedy = {
             "activations": "recompute more (--recompute selective or full), or raise --tp, --cp or --pp",
@@ -107,7 +113,7 @@ class Plan:
             "seconds": asdict(self.time),
             "memory_gib": worst.gib(),
             "memory_gib_by_rank": {name: rank.gib() for name, rank in self.memory.items()},
-            "usable_gib": USABLE_SHARE * self.hardware.memory_bytes / 2**30,
+            "usable_gib": USABLE_SHARE * self.device_bytes / 2**30,
             "fits": self.fits,
             "warnings": warnings(self.config, layout, self.hardware),
         }

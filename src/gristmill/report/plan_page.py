@@ -21,7 +21,7 @@ COLOURS = ("greedy", "sampled", "wheat", "soft", "bad", "good", "hint")
 def write_page(plan: Plan, path: Path, found: Found | None = None, tokens: float | None = None) -> None:
     """Write the plan's page, which needs nothing from anywhere."""
     layout = plan.layout
-    usable = USABLE_SHARE * plan.hardware.memory_bytes / 2**30
+    usable = USABLE_SHARE * plan.device_bytes / 2**30
     memory = [(f"{name} rank", {k: v / 2**30 for k, v in asdict(rank).items()}) for name, rank in plan.memory.items()]
     time = {TIME_WORDS[name]: value for name, value in asdict(plan.time).items()}
     body: list[Any] = [
