@@ -13,6 +13,10 @@ from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.flops import num_parameters
 from gristmill.model.kernels import library as kernels
 from gristmill.model.transformer import Transformer
+from gristmill.parallel.hardware import HARDWARE
+from gristmill.parallel.layout import Layout
+from gristmill.parallel.memory import USABLE_SHARE
+from gristmill.parallel.memory import memory as planned_memory
 from gristmill.train import memory
 from gristmill.train.batches import Sample, collate_tokens
 from gristmill.train.memory import RECORD, choose_micro_batch, estimate_memory, fitting
@@ -50,6 +54,17 @@ def test_the_estimate_of_135_million_parameters(small_llama: nn.Module) -> None:
     assert checkpointed.activations < twice.activations
     muon = estimate_memory(small_llama, "muon", precision="bf16", tokens=512, device=CPU)
     assert muon.optimizer < needed.optimizer < 2 * muon.optimizer and muon.weights > needed.weights
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_planner_counts_one_process_as_the_trainer_does(small_llama: nn.Module, checkpointed: bool) -> None:
+    hardware = replace(HARDWARE["h100"], threads=1, kernels=kernels.load() is not None)
+    layout = Layout(batch_size=1, seq_len=2048, precision="fp32", recompute="full" if checkpointed else "none")
+    planned = planned_memory(SMALL_LLAMA, layout, hardware)["first"]
+    needed = estimate_memory(small_llama, "adamw", precision="fp32", tokens=2048, device=CPU, checkpointed=checkpointed)
+    states = needed.weights + needed.gradients + needed.optimizer
+    assert planned.weights + planned.gradients + planned.optimizer == pytest.approx(states, rel=1e-3)
+    assert planned.activations + planned.loss == pytest.approx(needed.activations, rel=0.03)
 
 
 def test_workers_hold_gradients_of_their_own(make_model: Make) -> None:
@@ -119,7 +134,7 @@ def test_the_trainer_checkpoints_where_memory_is_short(
     torch.set_num_threads(threads)
     models = [make_model(), make_model()]
     least = estimate_memory(models[0], "adamw", precision="fp32", tokens=8192, device=CPU, checkpointed=True)
-    short = (least.total - memory.PROGRAM_BYTES - least.weights) / memory.USABLE_SHARE + 10_000
+    short = (least.total - memory.PROGRAM_BYTES - least.weights) / USABLE_SHARE + 10_000
     seen: list[bool] = []
 
     def objective(model: Transformer, batch: object) -> object:

@@ -4,10 +4,16 @@ Formulas as in the Nemotron-4 reports: embeddings count both matrices, FLOPs cou
 attention in full (not halved for causality), nothing is counted for recomputation.
 """
 
-from gristmill.core.device import has_bf16_products
 from gristmill.model.config import BlockConfig, ModelConfig
 
 H100_FLOPS = 989e12  # bf16, dense, a GPU
+# A chunk of rows goes through the products with the output matrix at once: at least so many, since with a large vocabulary fewer cost
+# 3 to 7 times the time. What a loss holds is the chunk's logits in the type of the states, MIN_CHUNK_ROWS x V or CHUNK_LOGITS.
+MIN_CHUNK_ROWS = 1024
+# The softmax is made in fp32 for a slice of the chunk: 8 MiB, which on a CPU stay in the cache.
+CHUNK_LOGITS = 2**21
+# Bytes of training a parameter, beside the copy that is computed with: gradient, master and AdamW's two moments, all in fp32.
+GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES = 4, 4, 8
 
 
 def embedding_parameters(config: ModelConfig) -> int:
@@ -15,30 +21,37 @@ def embedding_parameters(config: ModelConfig) -> int:
     return (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
 
 
+def block_matrix_parameters(config: ModelConfig, block: BlockConfig) -> int:
+    """Weights of the linear layers of a block."""
+    heads = 2 * block.num_heads + 2 * block.num_kv_heads if block.has_attention else 0
+    return config.hidden_size * (heads * block.head_dim + block.ffn_size * (3 if config.parts.gated else 2))
+
+
 def matrix_parameters(config: ModelConfig) -> int:
     """Weights of all linear layers inside the blocks."""
-    total = 0
-    for block in config.blocks:
-        heads = 2 * block.num_heads + 2 * block.num_kv_heads if block.has_attention else 0
-        total += config.hidden_size * heads * block.head_dim
-        total += config.hidden_size * block.ffn_size * (3 if config.parts.gated else 2)
+    return sum(block_matrix_parameters(config, block) for block in config.blocks)
+
+
+def _norm_parameters(config: ModelConfig) -> int:
+    return config.hidden_size * (2 if config.parts.norm == "layernorm1p" else 1)
+
+
+def block_vector_parameters(config: ModelConfig, block: BlockConfig) -> int:
+    """Gains and biases of a block's norms, and biases of its projections."""
+    parts, hidden = config.parts, config.hidden_size
+    total = _norm_parameters(config) * (block.has_attention + block.has_mlp) * (parts.pre_norm + parts.post_norm)
+    if block.has_attention:
+        heads = {"": 0, "head": 2, "projection": block.num_heads + block.num_kv_heads}[parts.qk_norm]
+        heads += (block.num_heads + 2 * block.num_kv_heads) * (parts.qkv_bias or config.attention_bias)
+        total += heads * block.head_dim + hidden * config.attention_bias
+    if block.has_mlp and config.mlp_bias:
+        total += block.ffn_size * (2 if parts.gated else 1) + hidden
     return total
 
 
 def vector_parameters(config: ModelConfig) -> int:
     """Gains and biases of norms, and biases of projections; published totals leave them out."""
-    parts, hidden = config.parts, config.hidden_size
-    norm = hidden * (2 if parts.norm == "layernorm1p" else 1)
-    total = norm
-    for block in config.blocks:
-        total += norm * (block.has_attention + block.has_mlp) * (parts.pre_norm + parts.post_norm)
-        if block.has_attention:
-            heads = {"": 0, "head": 2, "projection": block.num_heads + block.num_kv_heads}[parts.qk_norm]
-            heads += (block.num_heads + 2 * block.num_kv_heads) * (parts.qkv_bias or config.attention_bias)
-            total += heads * block.head_dim + hidden * config.attention_bias
-        if block.has_mlp and config.mlp_bias:
-            total += block.ffn_size * (2 if parts.gated else 1) + hidden
-    return total
+    return _norm_parameters(config) + sum(block_vector_parameters(config, block) for block in config.blocks)
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -84,6 +97,26 @@ def weight_bytes(config: ModelConfig, bytes_per_value: float = 2) -> int:
     return int(num_parameters(config) * bytes_per_value)
 
 
+def saved_values(config: ModelConfig, block: BlockConfig, *, product: bool = True) -> int:
+    """Values that a layer saves of one token for its backward pass: the inputs of norms, products, attention and activation, each once.
+
+    Args:
+        product: the input of the MLP's last matrix is saved too, and not made again from what the activation reads.
+    """
+    queries, keys = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
+    values = config.hidden_size * (2 + config.parts.post_norm) * (block.has_attention + block.has_mlp)
+    if block.has_attention:
+        values += 2 * queries + 2 * keys + block.num_heads + (queries + keys) * (config.parts.qk_norm != "")
+    return values + block.ffn_size * ((2 if config.parts.gated else 1) + product)
+
+
+def loss_bytes(num_rows: int, vocab_size: int, hidden_size: int, bytes_per_value: int) -> int:
+    """Memory of a loss over the vocabulary: its chunk of logits, rows, the gradients of output matrix and of input embedding."""
+    chunk = min(num_rows, max(MIN_CHUNK_ROWS, CHUNK_LOGITS // vocab_size)) * vocab_size * bytes_per_value
+    matrices = vocab_size * hidden_size * (2 * 4 + (bytes_per_value if bytes_per_value < 4 else 0))
+    return chunk + 16 * CHUNK_LOGITS + matrices + 4 * num_rows * hidden_size * bytes_per_value
+
+
 def block_activation_bytes_per_token(
     config: ModelConfig, block: BlockConfig, bytes_per_value: float = 4, *, adapted: bool = False, compiled: bool = False
 ) -> int:
@@ -91,19 +124,13 @@ def block_activation_bytes_per_token(
 
     Args:
         adapted: the MLP's last matrix has a LoRA adapter, and keeps what a gated MLP else makes again, as one with a bias does.
-        compiled: the kernels of model/kernels compute what they can; else torch does, and attention has padding.
+        compiled: kernels compute what they can, and keep what `saved_values` says; else torch does, and attention has padding.
     """
     queries, keys = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
     short = bytes_per_value < 4
-    if compiled and not (short and has_bf16_products()):
-        # the inputs of norms, products, attention and activations, each once
-        norm = config.hidden_size * (2 + config.parts.post_norm)
-        values = float(norm * (block.has_attention + block.has_mlp))
-        if block.has_attention:
-            values += 2 * queries + 2 * keys + block.num_heads + (queries + keys) * (config.parts.qk_norm != "")
-        if block.has_mlp:
-            values += block.ffn_size * (3 if config.parts.gated and (config.mlp_bias or adapted) else 2)
-        return int(values * bytes_per_value)
+    if compiled:
+        product = not config.parts.gated or config.mlp_bias or adapted
+        return int(saved_values(config, block, product=product) * bytes_per_value)
     # RMS norms of torch keep their input in fp32 also in bf16
     norm = config.hidden_size * (1 if config.parts.norm == "layernorm1p" else 3 if short else 2) * (1 + config.parts.post_norm)
     values = 0.0

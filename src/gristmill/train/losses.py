@@ -14,15 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
 from gristmill.model import fused
+from gristmill.model.flops import CHUNK_LOGITS, MIN_CHUNK_ROWS
 from gristmill.model.kernels import library as kernels
 from gristmill.model.transformer import soft_cap
 from gristmill.train.batches import IGNORE_LABEL
 
-# A chunk of rows goes through the products with the output matrix at once: at least so many, since with a large vocabulary fewer cost
-# 3 to 7 times the time. What a loss holds is the chunk's logits in the type of the states, MIN_CHUNK_ROWS x V or CHUNK_LOGITS.
-MIN_CHUNK_ROWS = 1024
-# The softmax is made in fp32 for a slice of the chunk: 8 MiB, which on a CPU stay in the cache. A GPU takes 256 MiB, to launch less.
-CHUNK_LOGITS = 2**21
+# The softmax is made for a slice of the chunk, on a GPU of 256 MiB, to launch less.
 GPU_SLICE_LOGITS = 2**26
 # Values over the vocabulary that token_logprobs may keep for its backward pass, not making them again (32 MiB). Logits of a single chunk
 # are always kept where compiled kernels need no others: the loss holds as much in any case.
@@ -40,13 +37,6 @@ _ALIASES = {"rpo": "rpo_bwd_kl"}
 
 def _chunk_rows(vocab_size: int) -> int:
     return max(MIN_CHUNK_ROWS, CHUNK_LOGITS // vocab_size)
-
-
-def loss_bytes(num_rows: int, vocab_size: int, hidden_size: int, bytes_per_value: int) -> int:
-    """Memory of a loss over the vocabulary: its chunk of logits, rows, the gradients of output matrix and of input embedding."""
-    chunk = min(num_rows, _chunk_rows(vocab_size)) * vocab_size * bytes_per_value
-    matrices = vocab_size * hidden_size * (2 * 4 + (bytes_per_value if bytes_per_value < 4 else 0))
-    return chunk + 16 * CHUNK_LOGITS + matrices + 4 * num_rows * hidden_size * bytes_per_value
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:

@@ -10,20 +10,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gristmill.core.device import free_memory
+from gristmill.core.device import free_memory, has_bf16_products
 from gristmill.core.errors import InputError
 from gristmill.core.io import read_json, write_json
 from gristmill.core.threads import num_workers
-from gristmill.model.flops import activation_bytes_per_token, block_activation_bytes_per_token
+from gristmill.model.flops import (
+    GRADIENT_BYTES,
+    MOMENT_BYTES,
+    activation_bytes_per_token,
+    block_activation_bytes_per_token,
+    loss_bytes,
+)
 from gristmill.model.kernels import library as kernels
 from gristmill.model.transformer import PRECISIONS
+from gristmill.parallel.memory import USABLE_SHARE, fits_into
 from gristmill.train.data import backbone
-from gristmill.train.losses import loss_bytes
 
 # Small operations need many tokens to be worth their start, large ones do not: so many parameters times tokens are enough on a CPU.
 CPU_MICRO_BATCH_WORK = 3 * 2**34
 MIN_MICRO_BATCH, MAX_MICRO_BATCH = 384, 8192  # tokens of a micro-batch that is chosen
-USABLE_SHARE = 0.9  # of the free memory; the estimate may be wrong by a tenth
 PROGRAM_BYTES = 300_000_000  # of Python, torch and the tokenizer
 RECORD = "micro-batch.json"  # in a training folder: what its run has chosen
 
@@ -67,7 +72,8 @@ def estimate_memory(
     workers = num_workers(model, device)
     options = {
         "adapted": any(name.endswith("mlp.down.parts.down_proj.lora_A") for name, _ in decoder.named_parameters()),
-        "compiled": device.type == "cpu" and kernels.load() is not None,
+        # torch's attention in bf16 is kept where a CPU has products in it
+        "compiled": device.type == "cpu" and kernels.load() is not None and not (itemsize < 4 and has_bf16_products()),
     }
     if checkpointed:
         layers = config.num_layers * config.hidden_size * itemsize
@@ -80,8 +86,8 @@ def estimate_memory(
     head = workers * loss_bytes(-(-tokens // workers), config.vocab_size, config.hidden_size, itemsize)
     return MemoryEstimate(
         weights=weights,
-        gradients=4 * count * (1 if workers == 1 else 1 + workers),  # each worker makes its own before they are added up
-        optimizer=4 * (2 * count - (hidden if optimizer == "muon" else 0)),
+        gradients=GRADIENT_BYTES * count * (1 if workers == 1 else 1 + workers),  # each worker makes its own before they are added up
+        optimizer=MOMENT_BYTES * count - (MOMENT_BYTES // 2 * hidden if optimizer == "muon" else 0),
         activations=per_token * tokens + head,
         tokens=tokens,
         checkpointed=checkpointed,
@@ -108,7 +114,7 @@ def choose_micro_batch(model: nn.Module, optimizer: str, *, precision: str, devi
 def fits(needed: MemoryEstimate, device: torch.device, *, loaded: bool) -> bool:
     """Whether the device has that much memory free."""
     there = PROGRAM_BYTES + (needed.weights if loaded else 0)
-    return needed.total - there <= USABLE_SHARE * free_memory(device)
+    return fits_into(needed.total - there, free_memory(device))
 
 
 def fitting(

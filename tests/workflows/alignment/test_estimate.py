@@ -60,4 +60,7 @@ def test_the_command_makes_nothing(make_recipe: Make, tmp_path: Path, monkeypatc
     assert shown.exit_code == 0, shown.output
     assert "in all" in shown.stdout and "of disk" in shown.stdout and [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
     values: dict[str, Any] = json.loads(CliRunner().invoke(app, ["run", "tiny.yaml", "--dry-run", "--json", "--quiet"]).stdout)
-    assert values.keys() == {"stages", "total", "probe", "parameters", "device", "peak_memory_mib"}
+    assert values.keys() == {"stages", "total", "probe", "parameters", "device", "peak_memory_mib", "usable_memory_mib", "fits"}
+    assert values["fits"] and "does not fit" not in shown.stdout
+    lines = estimate.estimate_lines(values | {"fits": False, "usable_memory_mib": 12_345}, str)
+    assert "It does not fit: 12,345 MiB of memory are usable." in lines[-1]

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from gristmill.core.device import free_memory
 from gristmill.core.progress import Progress
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Prompt
@@ -23,6 +24,7 @@ from gristmill.model.flops import kv_bytes_per_token, num_parameters
 from gristmill.model.hf import load_model
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS
+from gristmill.parallel.memory import USABLE_SHARE, fits_into
 from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.registry import run_pipelines
 from gristmill.synth.writer import DryRun
@@ -93,6 +95,7 @@ def dry_run(recipe: AlignmentRecipe, progress: Progress, unsafe_code: bool = Fal
         finally:
             context.close()
     size = num_parameters(config)
+    peak, free = _peak_bytes(config, context.recipe, context.device), free_memory(context.device)
     for stage in stages:
         seconds = stage.tokens_generated / speeds.generation + stage.tokens_trained / speeds.training + stage.tokens_rated / speeds.rating
         stage.hours = (seconds + speeds.loading * stage.loads) / 3600
@@ -105,7 +108,9 @@ def dry_run(recipe: AlignmentRecipe, progress: Progress, unsafe_code: bool = Fal
         "probe": asdict(speeds),
         "parameters": size,
         "device": str(context.device),
-        "peak_memory_mib": round(_peak_bytes(config, context.recipe, context.device) / 2**20),
+        "peak_memory_mib": round(peak / 2**20),
+        "usable_memory_mib": round(USABLE_SHARE * free / 2**20),
+        "fits": fits_into(peak, free),
     }
 
 
@@ -336,8 +341,9 @@ def estimate_lines(estimate: dict[str, Any], spoken: Callable[[float], str]) -> 
         lines.append(f"{row['stage']:<20}{calls:>9,.0f}{tokens}{spoken(3600 * hours):>14}{disk:>10,.0f}")
     if total["endpoint_calls"]:
         lines.append(f"{total['endpoint_calls']:,.0f} of the calls are an endpoint's, whose time is not counted.")
+    room = "" if estimate["fits"] else f"It does not fit: {estimate['usable_memory_mib']:,} MiB of memory are usable. "
     lines.append(
         f"In all {spoken(3600 * total['hours'])}, {estimate['peak_memory_mib']:,} MiB of memory at the peak, {total['disk_mib']:,.0f} MiB "
-        "of disk. Assumed: half of the prompts get an answer that is kept, and half of those asked again a pair. Nothing was made."
+        f"of disk. {room}Assumed: half of the prompts get an answer that is kept, and half of those asked again a pair. Nothing was made."
     )
     return lines

@@ -1,0 +1,127 @@
+"""Memory of a parallel layout: weights, gradients, optimizer states, activations and loss of every kind of pipeline rank."""
+
+from dataclasses import asdict, dataclass
+
+from gristmill.model.config import BlockConfig, ModelConfig
+from gristmill.model.flops import (
+    CHUNK_LOGITS,
+    GRADIENT_BYTES,
+    MASTER_BYTES,
+    MIN_CHUNK_ROWS,
+    MOMENT_BYTES,
+    block_activation_bytes_per_token,
+    block_matrix_parameters,
+    block_vector_parameters,
+    loss_bytes,
+    saved_values,
+)
+from gristmill.parallel.hardware import Hardware
+from gristmill.parallel.layout import Layout, counted, rank_blocks
+
+USABLE_SHARE = 0.9  # of the free memory: an estimate may be wrong by a tenth, and a GPU's libraries and fragments take some
+
+
+def fits_into(needed: float, free: float) -> bool:
+    """Whether training that needs so many bytes may be started with so many free."""
+    return needed <= USABLE_SHARE * free
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one rank holds at its peak. `weights` are the copy that is computed with, `optimizer` holds the fp32 masters too."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+
+    def gib(self) -> dict[str, float]:
+        """Every part and the total in GiB."""
+        return {name: value / 2**30 for name, value in [*asdict(self).items(), ("total", self.total)]}
+
+
+def rank_parameters(config: ModelConfig, layout: Layout, rank: int) -> float:
+    """Parameters that a pipeline rank holds; TP shares out matrices, and repeats norms (and key-value heads, where there are fewer)."""
+    blocks = counted(rank_blocks(config, layout, rank))
+    return sum(count * block_parameters(config, block, layout.tp) for block, count in blocks) + _ends(config, layout, rank)
+
+
+def block_parameters(config: ModelConfig, block: BlockConfig, tp: int) -> float:
+    """Parameters of a layer on one of `tp` ranks."""
+    repeated = 2 * config.hidden_size * block.head_dim * max(0, tp - block.num_kv_heads) if block.has_attention else 0
+    return (block_matrix_parameters(config, block) + repeated) / tp + block_vector_parameters(config, block)
+
+
+def _ends(config: ModelConfig, layout: Layout, rank: int) -> float:
+    """Rows of embedding and output matrix on a rank: the vocabulary is filled up to a multiple of TP."""
+    matrix = -(-config.vocab_size // layout.tp) * config.hidden_size
+    first, last = rank == 0, rank == layout.pp - 1
+    return matrix * ((1 if config.tie_embeddings else 2) if first and last else first or last)
+
+
+def micro_batches_in_flight(layout: Layout, rank: int) -> float:
+    """Micro-batches whose activations a pipeline rank holds at the peak of 1F1B, or of its interleaved form.
+
+    With virtual stages the first rank holds pp (1 + (pp - 1) / (pp vp)): more than with 1F1B, for a smaller bubble.
+    """
+    pp, vp, m = layout.pp, layout.vp, layout.num_micro_batches
+    if vp == 1:
+        return min(pp - rank, m)
+    return min((pp * vp + pp - 1 - 2 * rank) / vp, m)
+
+
+def memory(config: ModelConfig, layout: Layout, hardware: Hardware) -> dict[str, Memory]:
+    """Memory of the first, a middle and the last pipeline rank (only the first where there is no pipeline), at the peak.
+
+    Activations in bf16, also in fp8, of a layer, T tokens of a micro-batch over TP ranks: inputs of norms, products, attention and
+    activation, each once (28.3 h bytes a token for Nemotron-4 340B; Megatron's estimate is 34 h).
+    """
+    ranks = {"first": 0} | ({"middle": 1} if layout.pp > 2 else {}) | ({"last": layout.pp - 1} if layout.pp > 1 else {})
+    return {name: _rank_memory(config, layout, hardware, rank) for name, rank in ranks.items()}
+
+
+def _rank_memory(config: ModelConfig, layout: Layout, hardware: Hardware, rank: int) -> Memory:
+    blocks = counted(rank_blocks(config, layout, rank))
+    count, shards = rank_parameters(config, layout, rank), layout.num_shards
+    itemsize = 4 if layout.precision == "fp32" else 2
+    # in fp32 the master is what is computed with
+    weights, optimizer = (4, MOMENT_BYTES) if itemsize == 4 else (itemsize, MASTER_BYTES + MOMENT_BYTES)
+    tokens = layout.tokens / layout.tp
+    sizes = [(_block_bytes(config, block, layout, hardware) * tokens, num) for block, num in blocks]
+    full = layout.recompute == "full"  # keeps a layer's input, and of one layer at a time all the rest
+    kept = sum((config.hidden_size * itemsize * tokens if full else size) * num for size, num in sizes)
+    activations = micro_batches_in_flight(layout, rank) * kept + (max(sizes)[0] if full else 0)
+    gathered = 0.0
+    if layout.zero == 3 and shards > 1:  # a block is whole while it computes, and its gradients until they are shared out
+        gathered = max(block_parameters(config, block, layout.tp) for block, _ in blocks) * (weights + GRADIENT_BYTES)
+    return Memory(
+        weights=count * weights / (shards if layout.zero == 3 else 1) + gathered,
+        gradients=count * GRADIENT_BYTES / (shards if layout.zero >= 2 else 1),
+        optimizer=count * optimizer / (shards if layout.zero >= 1 else 1),
+        activations=activations,
+        loss=_loss_bytes(config, layout, hardware, itemsize) if rank == layout.pp - 1 else 0.0,
+    )
+
+
+def _block_bytes(config: ModelConfig, block: BlockConfig, layout: Layout, hardware: Hardware) -> float:
+    """Activations of a layer a token."""
+    itemsize = 4 if layout.precision == "fp32" else 2
+    if hardware.is_cpu:
+        return block_activation_bytes_per_token(config, block, itemsize, compiled=hardware.kernels)
+    return saved_values(config, block, product=layout.recompute == "none") * itemsize
+
+
+def _loss_bytes(config: ModelConfig, layout: Layout, hardware: Hardware, itemsize: int) -> float:
+    if hardware.is_cpu:
+        return (
+            loss_bytes(layout.tokens, config.vocab_size, config.hidden_size, itemsize) + 4 * config.hidden_size * itemsize * layout.tokens
+        )
+    vocabulary = -(-config.vocab_size // layout.tp)
+    rows = min(layout.tokens, max(MIN_CHUNK_ROWS, CHUNK_LOGITS // vocabulary))
+    # logits of a chunk and a slice of them in fp32; states before and after the last norm, and their gradients
+    return rows * vocabulary * itemsize + 16 * CHUNK_LOGITS + 4 * config.hidden_size * itemsize * layout.tokens
