@@ -329,7 +329,11 @@ class Core:
         logprobs = tuple(batch.logprobs[sequence.slot, start:length].tolist())
         finish: Finish = "stop" if stopped or cut is not None else "length"
         goes_on = state.request.continues_text
-        text = self.response_text(tokens[:-1] if stopped else tokens, goes_on) if cut is None else self.decode(tokens, goes_on)[:cut]
+        said = tokens[:-1] if stopped and cut is None else tokens
+        if cut is None and state.request.messages:
+            text = self.response_text(said, goes_on)
+        else:  # a text that is continued has no turns, and no format's characters before their end
+            text = self.decode(said, goes_on)[:cut]
         completion = Completion(text, length - start, logprobs, finish, tuple(tokens), tuple(sequence.top_logprobs))
         state.completions[sequence.sample] = completion
         self.scheduler.finish(sequence)
