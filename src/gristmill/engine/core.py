@@ -330,10 +330,8 @@ class Core:
         finish: Finish = "stop" if stopped or cut is not None else "length"
         goes_on = state.request.continues_text
         said = tokens[:-1] if stopped and cut is None else tokens
-        if cut is None and state.request.messages:
-            text = self.response_text(said, goes_on)
-        else:  # a text that is continued has no turns, and no format's characters before their end
-            text = self.decode(said, goes_on)[:cut]
+        in_turn = cut is None and state.request.messages  # a continued text has no turns, nor what a format writes at their end
+        text = self.response_text(said, goes_on) if in_turn else self.decode(said, goes_on)[:cut]
         completion = Completion(text, length - start, logprobs, finish, tuple(tokens), tuple(sequence.top_logprobs))
         state.completions[sequence.sample] = completion
         self.scheduler.finish(sequence)
