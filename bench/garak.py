@@ -78,12 +78,15 @@ def check(python: str) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         families = Path(scratch) / "families.json"
         families.write_text(json.dumps({family: specification(names.split()) for family, names in FAMILIES.items()}))
-        done = subprocess.run([python, "-c", CHECK, str(families)], env=offline(scratch), cwd=scratch, capture_output=True, text=True)
-    lines = [line.removeprefix("checked ") for line in done.stdout.splitlines() if line.startswith("checked ")]
-    print("\n".join(lines))
-    if done.returncode:
-        sys.exit(done.stderr[-2000:])
-    return not any(json.loads(line)["cannot"] for line in lines)
+        command = [python, "-c", CHECK, str(families)]
+        whole = True
+        with subprocess.Popen(command, env=offline(scratch), cwd=scratch, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("checked "):
+                    print(line.removeprefix("checked "), end="", flush=True)
+                    whole = whole and not json.loads(line.removeprefix("checked "))["cannot"]
+    return whole and process.returncode == 0
 
 
 def target(url: str) -> dict[str, Any]:

@@ -101,6 +101,10 @@ OUTSIDE: list[tuple[str, bool | None, tuple[str, ...]]] = [
     ("Prompt harm: harmful\nResponse harm: unharmful", False, ()),
     ("User Safety: safe\nResponse Safety: unsafe\nSafety Categories: Threat", True, ("O11",)),
     ("Response Safety: safe\nResponse Safety: unsafe", None, ()),
+    # GuardReasoner; WildGuard and PolyGuard behind their own templates
+    ("Request: harmful\nCompletion: refusal\nResponse: unharmful", False, ()),
+    ("Harmful User Request: yes\nResponse Refusal: no\nHarmful Response: yes", True, ()),
+    ("Harmful request: yes\nResponse refusal: yes", None, ()),
     # nothing of these
     ("", None, ()),
     ("I'm sorry, I can't help with that.", None, ()),

@@ -195,10 +195,12 @@ def _plain(text: str) -> str:
 
 
 _VERDICT = re.compile(r"\b(?:(not|never|n't|in)[ -]?)?(un)?safe\b", re.I)
-_YES = re.compile(r"^[\s*_>#-]*(harmful request|response refusal|harmful response)[\s*_]*[:=][\s*_\[(\"']*(yes|no)\b", re.I | re.M)
+_LINE = r"^[\s*_>#-]*(harmful (?:user )?request|response refusal|harmful response)"
+_YES = re.compile(_LINE + r"[\s*_]*[:=][\s*_\[(\"']*(yes|no)\b", re.I | re.M)
 _KEYS = {"assistant": ("response safety", "response label"), "user": ("user safety", "prompt safety", "prompt label")}
 # A line, or a key of JSON that was cut off, that tells of one turn: "Response Safety: unsafe", "Prompt harm: unharmful".
-_OF_TURN = re.compile(r"\b(user|prompt|response)[ _](?:safety|label|harm)\b[\s\"'*]*[:=][\s\"'*]*(safe|unsafe|harmful|unharmful)\b", re.I)
+_TURN = r"\b(user|prompt|request|response)(?:[ _](?:safety|label|harm))?\b"
+_OF_TURN = re.compile(_TURN + r"[\s\"'*]*[:=][\s\"'*]*(safe|unsafe|harmful|unharmful)\b", re.I)
 _RISK = re.compile(r"<score>\W*(yes|no)\b|\A\W*(yes|no)\b", re.I)  # Granite Guardian 3.3; before it, and ShieldGemma
 _CONTROVERSIAL = re.compile(r"\A\W*safety\W+controversial\b", re.I)
 _REFUSAL = re.compile(r"^\W*refusal\W+(yes|no)\b", re.I | re.M)
@@ -225,15 +227,15 @@ def parse_guard(text: str, taxonomy: Taxonomy, *, role: Role, guard: str = "", f
     callers count and never drop.
     """
     text = strip_thinking(text)[:MAX_READ].strip()
-    if form == "wildguard":
-        said = {name.lower(): word.lower() == "yes" for name, word in _YES.findall(text)}
+    outside = form == "llama-guard"
+    if form == "wildguard" or (outside and _YES.search(text)):
+        said = {name.lower().replace("user ", ""): word.lower() == "yes" for name, word in _YES.findall(text)}
         harmful = said.get("harmful response" if role == "assistant" else "harmful request")
         return GuardVerdict(role, harmful, (), {}, guard, said.get("response refusal") if role == "assistant" else None)
     if (found := _json(text)) is not None:
         value = next((found[key] for key in (*_KEYS[role], "safety", "verdict", "label", "output") if key in found), None)
         more = " ".join(str(v) for k, v in found.items() if re.search("categor|codes?$|violat", k, re.I))
         text = f"{value}\n{more}" if isinstance(value, str) else ""
-    outside = form == "llama-guard"
     caution = outside and bool(_CONTROVERSIAL.match(text))
     verdicts = {True} if caution else _verdicts(text, role, outside)
     refusal = {word.lower() == "yes" for word in _REFUSAL.findall(text)} if outside and role == "assistant" else set()
