@@ -139,6 +139,8 @@ def test_three_questions() -> None:
     assert (answer.unsafe, answer.refusal) == (False, False)
     asked = parse_guard(text, AEGIS, role="user", form="wildguard")
     assert (asked.unsafe, asked.refusal) == (True, None)
+    both = "Harmful response: yes\nHarmful response: no"
+    assert parse_guard(both, AEGIS, role="assistant", form="wildguard").unsafe is None
     assert parse_guard("Harmful request: n/a", AEGIS, role="user", form="wildguard").unsafe is None
 
 

@@ -229,22 +229,24 @@ def parse_guard(text: str, taxonomy: Taxonomy, *, role: Role, guard: str = "", f
     text = strip_thinking(text)[:MAX_READ].strip()
     outside = form == "llama-guard"
     if form == "wildguard" or (outside and _YES.search(text)):
-        said = {name.lower().replace("user ", ""): word.lower() == "yes" for name, word in _YES.findall(text)}
-        harmful = said.get("harmful response" if role == "assistant" else "harmful request")
-        return GuardVerdict(role, harmful, (), {}, guard, said.get("response refusal") if role == "assistant" else None)
+        lines = [(name.lower().replace("user ", ""), word.lower() == "yes") for name, word in _YES.findall(text)]
+        wanted = "harmful response" if role == "assistant" else "harmful request"
+        harmful, refuses = (_only({yes for name, yes in lines if name == one}) for one in (wanted, "response refusal"))
+        return GuardVerdict(role, harmful, (), {}, guard, refuses if role == "assistant" else None)
     if (found := _json(text)) is not None:
         value = next((found[key] for key in (*_KEYS[role], "safety", "verdict", "label", "output") if key in found), None)
         more = " ".join(str(v) for k, v in found.items() if re.search("categor|codes?$|violat", k, re.I))
         text = f"{value}\n{more}" if isinstance(value, str) else ""
     caution = outside and bool(_CONTROVERSIAL.match(text))
-    verdicts = {True} if caution else _verdicts(text, role, outside)
-    refusal = {word.lower() == "yes" for word in _REFUSAL.findall(text)} if outside and role == "assistant" else set()
-    refuses = refusal.pop() if len(refusal) == 1 else None
-    if len(verdicts) != 1:
-        return GuardVerdict(role, None, (), {}, guard, refuses)
-    unsafe = verdicts.pop()
+    unsafe = True if caution else _only(_verdicts(text, role, outside))
+    refuses = _only({word.lower() == "yes" for word in _REFUSAL.findall(text)}) if outside and role == "assistant" else None
     codes = _codes(text, taxonomy, outside) if unsafe else ()
     return GuardVerdict(role, unsafe, (taxonomy.caution,) if caution and taxonomy.caution else codes, {}, guard, refuses)
+
+
+def _only(said: set[bool]) -> bool | None:
+    """What is said, where it is one thing."""
+    return next(iter(said)) if len(said) == 1 else None
 
 
 def _verdicts(text: str, role: Role, outside: bool) -> set[bool]:
