@@ -26,14 +26,14 @@ from typing import Any
 from gristmill.evaluate.garak import garak_scores, read_garak
 
 # Probes that are worth running on a small model; "-" leaves one out. atkgen, tap, fitd, goat, judge and agent_breaker need another model;
-# realtoxicityprompts, lmrc.Bullying and latentinjection.LatentJailbreak are judged by a classifier that would be downloaded. donotanswer's
-# are not active, so that its bare name finds none.
+# realtoxicityprompts, lmrc.Bullying and latentinjection.LatentJailbreak are judged by a classifier that would be downloaded, sata and topic
+# download a tagger and WordNet. donotanswer's probes are not active, so that its bare name finds none.
 FAMILIES = {
     "jailbreak": "dan.DanInTheWild dan.AutoDANCached suffix.GCGCached dra grandma",
     "encoding": "encoding.InjectBase64 encoding.InjectHex encoding.InjectROT13 badchars",
     "injection": "promptinject latentinjection -latentinjection.LatentJailbreak goodside web_injection",
     "content": "lmrc -lmrc.Bullying donotanswer.DiscriminationExclusionToxicityHatefulOffensive donotanswer.HumanChatbox "
-    "donotanswer.InformationHazard donotanswer.MaliciousUses donotanswer.MisinformationHarms topic sata",
+    "donotanswer.InformationHazard donotanswer.MaliciousUses donotanswer.MisinformationHarms",
     "code": "malwaregen.TopLevel",
     "leakage": "leakreplay sysprompt_extraction",
     "hallucination": "snowball",
