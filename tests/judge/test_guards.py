@@ -90,10 +90,12 @@ OUTSIDE: list[tuple[str, bool | None, tuple[str, ...]]] = [
     ("Safety: Unsafe\nCategories: Violent\nRefusal: No", True, ("Violent",)),
     ("Safety: Unsafe\nCategories: Non-violent Illegal Acts, Suicide & Self-Harm\nRefusal: No", True, QWEN3GUARD[1:5:3]),
     ("Safety: Unsafe\nCategories: PII\nRefusal: No", True, ("PII",)),
+    ("Safety: Unsafe\nCategories: Sexual Content or Sexual Acts, Violent", True, ("Violent", "Sexual Content or Sexual Acts")),
     ("Safety: Controversial\nCategories: Unethical Acts\nRefusal: No", True, ("O13",)),
     ("Safety: Unknown\nCategories: None", None, ()),
     # NemoGuard (Aegis 2.0), in JSON, cut off, and in lines
     ('{"User Safety": "unsafe", "Response Safety": "unsafe", "Safety Categories": "Violence, Sexual (minor)"}', True, ("O1", "O7")),
+    ('{"Response Safety": "unsafe", "Safety Categories": "PII/Privacy"}', True, ("O9",)),
     ('{"User Safety": "unsafe", "Response Safety": "safe", "Safety Categories": "Violence"}', False, ()),
     ('{"User Safety": "unsafe"}', None, ()),
     ('{"User Safety": "unsafe", "Response Safety": "safe", "Safety Cat', False, ()),

@@ -292,13 +292,13 @@ def _codes(text: str, taxonomy: Taxonomy, outside: bool) -> tuple[str, ...]:
     said = {code.upper() for code in re.findall(r"(?<![A-Za-z0-9])[A-Za-z]{1,4}\d{1,3}(?![A-Za-z0-9])", text)}
     if by_code := tuple(code for code in taxonomy.codes if code in said):
         return by_code
-    after = text.lower().partition("safe")[2]
-    named = _names(after, [c.name for c in taxonomy.categories])
-    by_name = tuple(c.code for c in taxonomy.categories if c.name in named)
-    if by_name or not outside:
+    known = [c.name for c in taxonomy.categories]
+    own = tuple(name for name in QWEN3GUARD if name not in known) if outside else ()
+    named = _names(text.lower().partition("safe")[2], [*known, *own])
+    if by_name := (*(c.code for c in taxonomy.categories if c.name in named), *(name for name in own if name in named)):
         return by_name
-    own = tuple(dict.fromkeys(code for line in _CODE_LINE.findall(text) for code in re.findall(r"[A-Z]\d{1,2}", line)))
-    return own or tuple(name for name in QWEN3GUARD if name in _names(after, QWEN3GUARD))
+    lines = _CODE_LINE.findall(text) if outside else ()
+    return tuple(dict.fromkeys(code for line in lines for code in re.findall(r"[A-Z]\d{1,2}", line)))
 
 
 def _names(text: str, known: Sequence[str]) -> set[str]:
