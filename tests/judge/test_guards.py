@@ -130,6 +130,7 @@ def test_an_outside_guard_tells_of_its_turn() -> None:
     text = '{"User Safety": "unsafe", "Response Safety": "safe"}'
     assert parse_guard(text, AEGIS, role="user", form="llama-guard").unsafe is True
     answers = [parse_guard(f"Safety: Safe\nRefusal: {word}", AEGIS, role="assistant", form="llama-guard") for word in ("Yes", "No", "")]
+    assert parse_guard("Response: unsafe", AEGIS, role="user").unsafe is True  # what a judge calls its own answer
     assert [answer.refusal for answer in answers] == [True, False, None]
     caution = parse_guard("Safety: Controversial", AEGIS, role="user", form="llama-guard")
     assert decided(caution.unsafe, caution.codes, AEGIS, True) is False and decided(caution.unsafe, caution.codes, AEGIS, False) is True

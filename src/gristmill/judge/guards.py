@@ -199,7 +199,7 @@ _LINE = r"^[\s*_>#-]*(harmful (?:user )?request|response refusal|harmful respons
 _YES = re.compile(_LINE + r"[\s*_]*[:=][\s*_\[(\"']*(yes|no)\b", re.I | re.M)
 _KEYS = {"assistant": ("response safety", "response label"), "user": ("user safety", "prompt safety", "prompt label")}
 # A line, or a key of JSON that was cut off, that tells of one turn: "Response Safety: unsafe", "Prompt harm: unharmful".
-_TURN = r"\b(user|prompt|request|response)(?:[ _](?:safety|label|harm))?\b"
+_TURN = r"\b(user|prompt|request|response)([ _](?:safety|label|harm))?\b"
 _OF_TURN = re.compile(_TURN + r"[\s\"'*]*[:=][\s\"'*]*(safe|unsafe|harmful|unharmful)\b", re.I)
 _RISK = re.compile(r"<score>\W*(yes|no)\b|\A\W*(yes|no)\b", re.I)  # Granite Guardian 3.3; before it, and ShieldGemma
 _CONTROVERSIAL = re.compile(r"\A\W*safety\W+controversial\b", re.I)
@@ -251,10 +251,10 @@ def _only(said: set[bool]) -> bool | None:
 
 def _verdicts(text: str, role: Role, outside: bool) -> set[bool]:
     """What an answer calls the turn: unsafe or not, both, or nothing."""
-    if told := _OF_TURN.findall(text):
-        return {word.lower() in ("unsafe", "harmful") for who, word in told if (who.lower() == "response") == (role == "assistant")}
-    if outside and (told := _RISK.findall(text)):
-        return {(score or word).lower() == "yes" for score, word in told}
+    if turns := [(who, word) for who, what, word in _OF_TURN.findall(text) if what or outside]:  # a judge's "Response: safe" is its own
+        return {word.lower() in ("unsafe", "harmful") for who, word in turns if (who.lower() == "response") == (role == "assistant")}
+    if outside and (risks := _RISK.findall(text)):
+        return {(score or word).lower() == "yes" for score, word in risks}
     first, _, rest = text.partition("\n")
     for part in (first, rest[:200]):  # a heading, then the word
         if found := {bool(negated) != bool(un) for negated, un in _VERDICT.findall(part)}:
