@@ -13,12 +13,13 @@ another rating than is stored.
 import argparse
 import csv
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
 
 from gristmill.data.rows import read_records
-from gristmill.evaluate import arena_hard, judge_agreement, mt_bench, reward_bench
+from gristmill.evaluate import alpaca_eval, arena_hard, judge_agreement, mt_bench, reward_bench
 from gristmill.evaluate.model_answers import read_answers
 
 # Categories and overall scores that were printed for RewardBench (HelpSteer2, table 3), prior sets last.
@@ -63,9 +64,68 @@ def arena(data: Path) -> dict[str, Any]:
 def mt(data: Path) -> dict[str, Any]:
     questions, said = mt_bench.read_questions(data)
     by_category = {c: sum(q.category == c for q in questions) for c in dict.fromkeys(q.category for q in questions)}
-    prompts = sum(len(mt_bench.grading_prompt(q, ["", ""], turn)[1].content) for q in questions for turn in (0, 1))
+    prompts = sum(len(mt_bench.grading_prompt(q, ["", ""], turn)[-1].content) for q in questions for turn in (0, 1))
     right = (len(questions), set(by_category.values()), sum(bool(q.references) for q in questions)) == (80, {10}, 30)
-    return {"questions": len(questions), "categories": by_category, "references": said, "prompt_characters": prompts, "as_published": right}
+    graded = [(q, turn) for q in questions if q.references for turn in (0, 1)]
+    shown = [all(q.references[t] in mt_bench.grading_prompt(q, ["", ""], turn)[-1].content for t in range(turn + 1)) for q, turn in graded]
+    others = {q.id: q.references for q in mt_bench.read_questions(data, data / "reference_gpt-4_uncorrected.jsonl")[0]}
+    rewritten = sum(q.references != others[q.id] for q in questions if q.references)
+    told = {"questions": len(questions), "categories": by_category, "references": said, "unlike_uncorrected": rewritten}
+    told |= {"gradings_that_show_them": sum(shown), "prompt_characters": prompts}
+    return {**told, "as_published": right and said.startswith("corrected") and (rewritten, sum(shown)) == (30, 60)}
+
+
+def length_control(num: int) -> dict[str, Any]:
+    """The largest difference, in points of 100, from the estimator of alpaca_eval."""
+    worst, rates = 0.0, []
+    for seed in range(num):
+        draw = random.Random(seed)
+        hard = [draw.gauss(0, 1) for _ in range(805)]
+        strength, effect, own, longer = draw.uniform(-2, 1), draw.uniform(-0.5, 2), draw.uniform(-1, 1), draw.uniform(-500, 1500)
+        lengths = [(round(draw.lognormvariate(7.4, 0.5)), max(1, round(draw.lognormvariate(7.4, 0.5) + longer))) for _ in hard]
+        spread = (longer**2 + 1e6) ** 0.5
+        logits = [strength + own * h + effect * (b - a) / spread + draw.gauss(0, 2) for h, (a, b) in zip(hard, lengths, strict=True)]
+        points = [float(alpaca_eval._sigmoid(z)) for z in logits]
+        gamed = [(float(draw.random() < 0.1 + 0.1 * i), draw.gauss(-0.7 * i, 0.5), hard[k]) for i in (0, 1) for k in range(805)]
+        ours, _ = alpaca_eval.length_controlled(points, lengths, alpaca_eval.Difficulty(hard, gamed))
+        assert ours is not None
+        theirs = by_scikit_learn(points, lengths, hard, gamed)
+        worst = max(worst, abs(ours - theirs))
+        rates.append([round(100 * sum(points) / len(points), 2), ours, round(theirs, 2)])
+    return {"draws": num, "win_rate_ours_theirs": rates, "largest_difference": round(worst, 3), "as_published": worst < 0.1}
+
+
+def by_scikit_learn(points: list[float], lengths: list[tuple[int, int]], hard: list[float], gamed: list[Any]) -> float:
+    """The length-controlled win rate as alpaca_eval computes it: each row once as a win and once as a loss, weighted by its preference."""
+    import numpy as np
+    import sklearn
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.metrics import make_scorer
+    from sklearn.model_selection import GroupKFold
+
+    sklearn.set_config(enable_metadata_routing=True)
+    delta = np.array([a - b for a, b in lengths], float)
+    own = np.stack([np.tanh(delta / delta.std(ddof=1)), np.array(hard), np.ones(len(hard))], 1)
+    other = np.array(gamed)
+    x = np.concatenate([np.stack([np.tanh(other[:, 1]), other[:, 2], np.zeros(len(other))], 1), own])
+    share = np.concatenate([other[:, 0], points])
+    weight = np.concatenate([np.full(len(other), 0.1), np.ones(len(points))])
+    twice, weights = np.concatenate([share, 1 - share]), np.concatenate([weight, weight])
+
+    def loss(y: Any, p: Any, true_prob: Any, true_sample_weight: Any) -> float:
+        y, p = np.where(y == 1, true_prob, 1 - true_prob), np.clip(p, 1e-15, 1 - 1e-15)
+        return float(-np.mean((y * np.log(p) + (1 - y) * np.log(1 - p)) * true_sample_weight))
+
+    scorer = make_scorer(loss, response_method="predict_proba", greater_is_better=False)
+    scorer = scorer.set_score_request(true_sample_weight=True, true_prob=True)
+    settings: dict[str, Any] = {"random_state": 123, "solver": "liblinear", "fit_intercept": False}
+    model = LogisticRegressionCV(cv=GroupKFold(n_splits=5), scoring=scorer, l1_ratios=(1.0,), use_legacy_attributes=False, **settings)
+    model.set_fit_request(sample_weight=True)
+    groups, y = np.tile(np.arange(len(x)), 2), np.repeat([1, 0], len(x))
+    told = {"sample_weight": twice * weights, "groups": groups, "true_sample_weight": weights, "true_prob": twice}
+    model.fit(np.concatenate([x, x]), y, **told)
+    own[:, 0] = 0
+    return 100 * float(model.predict_proba(own)[:, 1].mean())
 
 
 def replies(path: Path) -> dict[str, Any]:
@@ -118,10 +178,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--replies", type=Path)
+    parser.add_argument("--length-control", type=int, default=0, metavar="N")
     args = parser.parse_args()
     parts = {"arena_hard": arena, "mt_bench": mt, "pandalm": pandalm, "llmbar": llmbar}
     report = {name: part(args.data / name) for name, part in parts.items() if (args.data / name).is_dir()}
     report["rewardbench"] = rewards()
+    if args.length_control:
+        report["length_control"] = length_control(args.length_control)
     if args.replies:
         report["replies"] = replies(args.replies)
     print(json.dumps(report))

@@ -3,12 +3,17 @@
     PYTHONPATH=src python bench/lm_eval.py MODEL --lm-eval-python VENV/bin/python --data DIR --tasks mmlu,arc_challenge --items 50
     PYTHONPATH=src python bench/lm_eval.py MODEL --lm-eval-python VENV/bin/python --data DIR --tasks mmlu --items 5 --speed
     PYTHONPATH=src python bench/lm_eval.py MODEL --lm-eval-python VENV/bin/python
+    PYTHONPATH=src python bench/lm_eval.py --lm-eval-python VENV/bin/python --data DIR --verdicts answers.jsonl --items 3
 
 The first compares, for each task and subset, the first items: prompts and continuations byte for byte, log-likelihoods, answers, what is
-extracted of them, and metrics; ties within 1e-5 are told. Both read the same rows. It exits 1 if anything differs.
+extracted of them, and metrics; ties within 1e-5 are told. Both read the same rows. It exits 1 if anything differs. With --random a Llama of
+one layer and random weights, with a context of 16,384, stands in for MODEL, of which only the tokenizer is used. --max-gen-toks shortens
+answers on both sides; how many of them a stop ended ("stopped") is told.
 The second counts requests a second of processor time, in one thread, of lm-eval's HF back-end and of ours.
 The third scores questions about the miniature world's lands by lm-eval's `local-completions` through `gristmill serve MODEL`, and in
 process.
+The fourth asks no model: every IFEval prompt's instructions are checked on as many texts of a file of answers (Arena-Hard's form), and the
+verdicts that differ are counted by instruction.
 VENV needs lm-eval 0.4.13 (for ifeval nltk's data too), and nothing of gristmill. Programs that a model wrote are
 compared as texts, and not run.
 """
@@ -32,11 +37,17 @@ import yaml
 
 from gristmill.core.progress import Progress
 from gristmill.data.rows import read_records
+from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine
 from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.evaluate.documents import TaskData, read_task
-from gristmill.evaluate.task import find_tasks
+from gristmill.evaluate.harness import ifeval_verdicts
+from gristmill.evaluate.model_answers import read_answers
+from gristmill.evaluate.task import TASKS, find_tasks
 from gristmill.miniature.world import World
+from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.hf import save_model
+from gristmill.model.transformer import Transformer
 from gristmill.workflows.benchmark_sources import EngineSource
 from gristmill.workflows.benchmarks import SAMPLES, BenchmarkArgs, run_benchmarks
 
@@ -130,6 +141,7 @@ SHIPPED = {  # our task -> lm-eval's task file; of a task with subsets by the su
     "mbpp": "mbpp/mbpp.yaml",
     "ifeval": "ifeval/ifeval.yaml",
 }
+DRAWN_LETTERS = (1122, 1129)  # for a character outside a to z the harness draws a letter
 CODE_EVAL = """import datasets
 import evaluate
 class CodeEval(evaluate.Metric):
@@ -150,15 +162,27 @@ from lm_eval.tasks import TaskManager
 lm = HFLM(pretrained=spec["model"], dtype="float32", device="cpu", batch_size=spec["batch"])
 before = time.process_time()
 out = simple_evaluate(model=lm, tasks=spec["tasks"], limit=spec["items"], bootstrap_iters=0, log_samples=True,
+    gen_kwargs=spec["gen_kwargs"],
     task_manager=TaskManager(include_path=spec["folder"], include_defaults=False), confirm_run_unsafe_code=True)
 spent = time.process_time() - before
 keep = lambda s: {"doc_id": s["doc_id"], "arguments": list(s["arguments"].values()) if isinstance(s["arguments"], dict) else s["arguments"],
     "resps": s["resps"], "filter": s["filter"], "filtered": s["filtered_resps"],
-    "scores": {k: v for k, v in s.items() if k in ("acc", "acc_norm", "acc_bytes", "exact_match", "prompt_level_strict_acc")}}
+    "scores": {k: sum(v) / len(v) if isinstance(v, list) else v for k, v in s.items()
+        if k in ("acc", "acc_norm", "acc_bytes", "exact_match") or k.endswith(("strict_acc", "loose_acc"))}}
 result = {"seconds": spent, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     "samples": {k: [keep(s) for s in v] for k, v in out["samples"].items()},
     "results": {k: {m: x for m, x in v.items() if isinstance(x, (int, float))} for k, v in out["results"].items()}}
 json.dump(result, open(sys.argv[2], "w"))
+"""
+
+VERDICTS = """import json, sys
+from lm_eval.tasks.ifeval.utils import InputExample, test_instruction_following_loose, test_instruction_following_strict
+out = []
+for row in json.load(open(sys.argv[1])):
+    asked = InputExample(*(row[k] for k in ("key", "instruction_id_list", "prompt", "kwargs")))
+    both = (test_instruction_following_strict, test_instruction_following_loose)
+    out.append([check(asked, row["text"]).follow_instruction_list for check in both])
+json.dump(out, open(sys.argv[2], "w"))
 """
 
 
@@ -180,6 +204,31 @@ def write_task(data: TaskData, items: int, folder: Path, package: Path) -> None:
     (folder / f"{data.name}.yaml").write_text(yaml.safe_dump(values))
 
 
+def shortened(names: tuple[str, ...], max_gen_toks: int, folder: Path) -> tuple[str, ...]:
+    """Files of our tasks with shorter answers; names of those that generate none stay."""
+    out = []
+    for task in find_tasks(names):
+        if task.output_type == "generate_until":
+            values = yaml.safe_load((TASKS / f"{task.task}.yaml").read_text())
+            values.setdefault("generation_kwargs", {})["max_gen_toks"] = max_gen_toks
+            path = folder / f"{task.task}.yaml"
+            path.write_text(yaml.safe_dump(values))
+            out.append(str(path))
+        else:
+            out.append(task.task)
+    return tuple(out)
+
+
+def random_model(tokenizer_folder: Path, folder: Path) -> Path:
+    """Save a Llama of one layer with random weights and a context of 16,384; its vocabulary is the tokenizer's."""
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    config = ModelConfig("llama", tokenizer.vocab_size, 64, uniform_blocks(1, 4, 2, 16, 128), max_positions=16_384)
+    model = Transformer(config)
+    model.init_weights(0)
+    save_model(model, tokenizer, folder)
+    return folder
+
+
 def compare_benchmarks(args: argparse.Namespace) -> bool:
     """Run both on the same rows; prints a line of JSON a task. Whether anything differs."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -188,19 +237,23 @@ def compare_benchmarks(args: argparse.Namespace) -> bool:
     package = Path(found.stdout.strip()).parent
     torch.set_num_threads(1)
     names = tuple(args.tasks.split(","))
-    parts = [part for task in find_tasks(names) for part in read_task(task, args.data, num_fewshot=task.num_fewshot)]
-    if args.subsets:
-        chosen = set(args.subsets.split(","))
-        parts = [part for part in parts if not part.subset or part.subset in chosen]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        model = random_model(args.model, folder / "random") if args.random else args.model
+        if args.max_gen_toks:
+            names = shortened(names, args.max_gen_toks, folder)
+        parts = [part for task in find_tasks(names) for part in read_task(task, args.data, num_fewshot=task.num_fewshot)]
+        if args.subsets:
+            chosen = set(args.subsets.split(","))
+            parts = [part for part in parts if not part.subset or part.subset in chosen]
         (folder / "tasks").mkdir()
         (folder / "code_eval").mkdir()
         (folder / "code_eval" / "code_eval.py").write_text(CODE_EVAL)
         for part in parts:
             write_task(part, args.items, folder / "tasks", package)
-        spec = {"model": str(args.model.resolve()), "tasks": [f"x_{part.name}" for part in parts], "items": args.items}
+        spec: dict[str, Any] = {"model": str(model.resolve()), "tasks": [f"x_{part.name}" for part in parts], "items": args.items}
         spec |= {"folder": str(folder / "tasks"), "batch": args.batch}
+        spec |= {"gen_kwargs": {"max_gen_toks": args.max_gen_toks} if args.max_gen_toks else None}
         (folder / "spec.json").write_text(json.dumps(spec))
         command = [args.lm_eval_python, "-c", WORKER, str(folder / "spec.json"), str(folder / "out.json")]
         done = subprocess.run(command, env=env | {"HF_HOME": str(folder / "hf")}, cwd=folder, capture_output=True, text=True)
@@ -208,7 +261,7 @@ def compare_benchmarks(args: argparse.Namespace) -> bool:
             sys.exit(done.stderr[-4000:])
         theirs = json.loads((folder / "out.json").read_text())
         before = time.process_time()
-        engine = load_engine(args.model, EngineArgs(device="cpu", dtype="fp32"))
+        engine = load_engine(model, EngineArgs(device="cpu", dtype="fp32"))
         loaded = time.process_time() - before
         subsets = tuple(args.subsets.split(",")) if args.subsets else ()
         ours = BenchmarkArgs(tasks=names, data=args.data, limit=args.items, out=folder / "ours", subsets=subsets)
@@ -229,6 +282,35 @@ def compare_benchmarks(args: argparse.Namespace) -> bool:
         told |= {"computed tokens": engine.stats.prompt_tokens, "peak MiB": {"ours": peak, "lm-eval": theirs["peak"] >> 20}}
         print(json.dumps(told))
     return differs
+
+
+def compare_verdicts(args: argparse.Namespace) -> bool:
+    """Check IFEval's instructions on texts by both; prints a line of JSON. Whether any differ but where the harness draws a letter."""
+    (data,) = read_task(find_tasks(("ifeval",))[0], args.data, num_fewshot=0)
+    texts = [said[0] for said in read_answers(args.verdicts).by_question.values()]
+    rows = [{**doc, "text": texts[(7 * k + j) % len(texts)]} for k, doc in enumerate(data.docs) for j in range(args.items)]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, told = Path(scratch) / "rows.json", Path(scratch) / "verdicts.json"
+        asked.write_text(json.dumps(rows))
+        done = subprocess.run([args.lm_eval_python, "-c", VERDICTS, str(asked), str(told)], env=env, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-4000:])
+        theirs = json.loads(told.read_text())
+    counts: dict[str, list[int]] = {}
+    differ: dict[str, list[Any]] = {}
+    for row, levels in zip(rows, theirs, strict=True):
+        ours = ifeval_verdicts(row, row["text"])
+        for place, name in enumerate(row["instruction_id_list"]):
+            count = counts.setdefault(name, [0, 0])
+            for level, other in zip(("strict", "loose"), levels, strict=True):
+                count[0] += 1
+                if ours[level][place] != other[place]:
+                    count[1] += 1
+                    differ.setdefault(name, []).append([row["key"], level, ours[level][place]])
+    total = [sum(count[i] for count in counts.values()) for i in (0, 1)]
+    print(json.dumps({"verdicts": total[0], "differ": total[1], "by_instruction": counts, "keys": differ}))
+    return any(key not in DRAWN_LETTERS for found in differ.values() for key, *_ in found)
 
 
 def compare_task(name: str, theirs: dict[str, Any], report: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -252,7 +334,9 @@ def compare_task(name: str, theirs: dict[str, Any], report: dict[str, Any], rows
             lls = [float(resp[0][0]) for resp in sample["resps"]]
             line["worst"] = max([line["worst"], *(abs(a - b) for a, b in zip(lls, row["logprobs"], strict=True))])
         else:
-            line["answers"] += sample["resps"][0][0] != row["answer"]
+            if sample["filter"] == first:
+                line["stopped"] = line.get("stopped", 0) + (row["finish"] != "length")
+                line["answers"] += sample["resps"][0][0] != row["answer"]
             if "extracted" in row and sample["filter"] in row["extracted"]:
                 found = sample["filtered"][0]  # of programs a list of samples
                 line["extracted"] += (found[0] if isinstance(found, list) else found) != row["extracted"][sample["filter"]]
@@ -274,7 +358,7 @@ def _values(argument: Any) -> list[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--lm-eval-python", required=True)
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--data", type=Path)
@@ -283,7 +367,14 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=50)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--random", action="store_true", help="a random model with MODEL's tokenizer")
+    parser.add_argument("--max-gen-toks", type=int, default=0, help="of every answer, on both sides")
+    parser.add_argument("--verdicts", type=Path, help="file of answers that IFEval's instructions are checked on")
     args = parser.parse_args()
+    if args.verdicts:
+        sys.exit(compare_verdicts(args))
+    if args.model is None:
+        parser.error("give the model's folder")
     if args.tasks:
         sys.exit(compare_benchmarks(args))
     docs = questions(args.questions)

@@ -234,6 +234,16 @@ def test_stops_at_end_of_turn(model: Transformer, tokenizer: Tokenizer) -> None:
     assert stopped.logprobs == pytest.approx(plain.logprobs[: at + 1], abs=1e-5)
 
 
+def test_a_continued_text_keeps_what_a_turn_ends_with(model: Transformer, tokenizer: Tokenizer) -> None:
+    (newline,) = tokenizer.encode("\n")
+    assert FORMAT.close == "\n"
+    only = SamplingParams(temperature=0.0, max_tokens=2, logit_bias=((newline, 100.0),))
+    talk = request(5, only)
+    text = Request("text", (), only, prompt_ids=tuple(FORMAT.render_prompt(talk.messages, tokenizer)))
+    found = run(make_engine(model, tokenizer), [talk, text])
+    assert (found[talk.id][0].text, found["text"][0].text) == ("\n", "\n\n")
+
+
 def test_both_stop_tokens_are_known(model: Transformer, tokenizer: Tokenizer) -> None:
     stops = make_engine(model, tokenizer).stop_V.nonzero()[0].tolist()
     assert sorted(stops) == sorted({FORMAT.end_of_turn_id(tokenizer), tokenizer.eos_id})

@@ -65,6 +65,13 @@ def test_length_control_finds_what_equal_lengths_would_give() -> None:
     assert name == "LC" and raw > wanted + 10 and controlled == pytest.approx(wanted, abs=1.5)
 
 
+def test_the_estimate_is_that_of_scikit_learn() -> None:
+    points, lengths, hard = drawn(200, -0.7, 1.2, 1)
+    gamed = [(0.1, -0.8, h) for h in hard] + [(0.9, 0.5, -h) for h in hard]
+    controlled, _ = length_controlled(points, lengths, Difficulty(hard, gamed))
+    assert controlled == pytest.approx(53.6055, abs=0.02)  # by_scikit_learn of bench/judges.py
+
+
 def test_the_name_says_which_files_were_absent() -> None:
     points, lengths, hard = drawn(50, 0.3, 0.5)
     assert length_controlled(points, lengths, Difficulty(hard))[1] == "LC (re-estimated)"

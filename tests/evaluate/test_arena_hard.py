@@ -147,6 +147,11 @@ def test_style_counts_leave_out_fenced_code() -> None:
     assert style_of("\n" * 100_000 + "- x")[2] == 1
 
 
+def test_fenced_code_is_taken_away_in_its_order() -> None:
+    for letter in "abcdefghijklmnopqrst":  # the second block is no longer found when the first is gone, and the header stays
+        assert style_of(f"```{letter}``` and ```{letter}# ```\n{letter}# header\n")[1] == 1
+
+
 def test_answers_of_no_length() -> None:
     assert style_features((0, 0, 0, 0), (0, 0, 0, 0)) == [0, 0, 0, 0]
 

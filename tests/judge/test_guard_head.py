@@ -99,6 +99,7 @@ def test_rows_of_every_form(tmp_path: Path) -> None:
                 {"prompt": "a", "response": "b", "labels": {"O3": True, "O5": None, "O1": 0}},
                 {"prompt": "a", "response": "b", "prompt_label": "unsafe", "response_label": "safe", "violated_categories": "Threat"},
                 {"prompt": "a", "response": None, "prompt_label": "unsafe", "violated_categories": "Threat, Violence"},
+                {"prompt": "a", "prompt_label": "unsafe", "violated_categories": "Suicide and Self Harm"},  # as Aegis 2.0 writes it
                 {"prompt": "a", "prompt_label": "unsafe", "violated_categories": "Something else"},
                 {"text": "a", "text_type": "user_message", "labels_0": "Violence", "labels_1": "Violence, Threat", "labels_2": "Safe"},
             ],
@@ -106,9 +107,9 @@ def test_rows_of_every_form(tmp_path: Path) -> None:
         AEGIS,
     )
     marked = [tuple(c for c, label in zip(AEGIS.codes, row.labels, strict=True) if label == 1) for row in rows]
-    assert marked == [("O3",), ("O3",), (), ("O1", "O11"), ("O1",)]
+    assert marked == [("O3",), ("O3",), (), ("O1", "O11"), ("O6",), ("O1",)]
     assert rows[1].labels[4] is None and rows[1].labels[0] == 0 and rows[1].labels[1] is None
-    assert [row.messages[-1].role for row in rows] == ["user", "assistant", "assistant", "user", "user"]
+    assert [row.messages[-1].role for row in rows] == ["user", "assistant", "assistant", "user", "user", "user"]
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,9 @@ class Core:
         logprobs = tuple(batch.logprobs[sequence.slot, start:length].tolist())
         finish: Finish = "stop" if stopped or cut is not None else "length"
         goes_on = state.request.continues_text
-        text = self.response_text(tokens[:-1] if stopped else tokens, goes_on) if cut is None else self.decode(tokens, goes_on)[:cut]
+        said = tokens[:-1] if stopped and cut is None else tokens
+        in_turn = cut is None and state.request.messages  # a continued text has no turns, nor what a format writes at their end
+        text = self.response_text(said, goes_on) if in_turn else self.decode(said, goes_on)[:cut]
         completion = Completion(text, length - start, logprobs, finish, tuple(tokens), tuple(sequence.top_logprobs))
         state.completions[sequence.sample] = completion
         self.scheduler.finish(sequence)

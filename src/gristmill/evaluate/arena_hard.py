@@ -211,7 +211,7 @@ def style_of(text: str, num_tokens: int | None = None) -> tuple[int, ...]:
         num_tokens: where a tokenizer has counted them; default the number of words and marks.
     """
     tokens = len(WORD.findall(text)) if num_tokens is None else num_tokens
-    for block in set(FENCED.findall(text)):
+    for block in dict.fromkeys(FENCED.findall(text)):  # in their order, which tells where one is part of another
         text = text.replace(block, "") if block else text
     return tokens, *(len(pattern.findall(text)) for pattern in (HEADER, LIST_ITEM, BOLD))
 

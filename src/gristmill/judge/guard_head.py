@@ -18,7 +18,7 @@ from gristmill.data.find_format import find_format
 from gristmill.data.formats import parse_conversation
 from gristmill.data.rows import Rated, make_id, read_records
 from gristmill.data.tokenizer import Tokenizer
-from gristmill.judge.guards import GuardVerdict, Role, Taxonomy
+from gristmill.judge.guards import GuardVerdict, Role, Taxonomy, plain_name
 from gristmill.model.guard import THRESHOLD, GuardModel
 from gristmill.model.hf import load_guard
 from gristmill.model.packed import pack
@@ -102,8 +102,8 @@ def _check_codes(codes: Sequence[Any], taxonomy: Taxonomy) -> None:
 
 def _named(text: str, taxonomy: Taxonomy) -> set[str]:
     """Codes of the categories that a list of names, parted by commas, holds."""
-    names = {name.strip().lower() for name in text.split(",")}
-    return {c.code for c in taxonomy.categories if c.name.lower() in names or c.code.lower() in names}
+    names = {plain_name(name) for name in text.split(",")}
+    return {c.code for c in taxonomy.categories if plain_name(c.name) in names or c.code.lower() in names}
 
 
 def split_held_out(rows: Sequence[Rated]) -> tuple[list[Rated], list[Rated]]:

@@ -79,7 +79,9 @@ def text_keeping(engine: Engine, state: RequestState, out: Completion, keep: Set
         return out.text
     text = decode_keeping(engine, out.tokens, keep, continued=state.request.continues_text)
     cuts = [place for stop in state.request.sampling.stop if (place := text.find(stop)) >= 0]
-    return text[: min(cuts)] if cuts else text.removesuffix(engine.chat_format.close)
+    if cuts:
+        return text[: min(cuts)]
+    return text.removesuffix(engine.chat_format.close) if state.request.messages else text
 
 
 class TextOffsets:

@@ -51,7 +51,7 @@ from gristmill.runs.journal import Journal
 
 REFUSAL = "I'm sorry, but I can't help with that."  # what exported rows teach
 ALTERNATIVES = 255  # secrets that a canary's is ranked among: at most 8 bits of exposure can be seen
-GUARD_TOKENS = 40
+GUARD_TOKENS, OUTSIDE_TOKENS = 40, 128  # an outside guard may answer in JSON with names of categories
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,8 @@ async def _prompted(
     guard: PromptedGuard, name: str, talks: Sequence[Conversation], settings: SafetySettings, out: Path, progress: Progress
 ) -> list[GuardVerdict]:
     asked = guard.asked
-    full, first = SamplingParams(temperature=0.0, max_tokens=GUARD_TOKENS), SamplingParams(temperature=0.0, max_tokens=1)
+    longest = OUTSIDE_TOKENS if guard.form == "llama-guard" else GUARD_TOKENS
+    full, first = SamplingParams(temperature=0.0, max_tokens=longest), SamplingParams(temperature=0.0, max_tokens=1)
     shown = [guard_messages(talk, guard.taxonomy, guard.form) for talk in talks]
     asks_first = guard.form != "wildguard" and (asked.target is None or asked.target.logprobs)
     requests = {(i, kind): _request(asked, messages, kind, 0, name) for i, messages in enumerate(shown) for kind in (full, first)}
@@ -252,7 +253,7 @@ async def _prompted(
         text, _ = found.get(requests[i, full].id, ("", None))
         verdict = parse_guard(text, guard.taxonomy, role=role, guard=name, form=guard.form)
         begun = found.get(requests[i, first].id) if asks_first else None
-        score = first_token_score(*begun) if begun is not None else None
+        score = first_token_score(*begun, guard.form) if begun is not None else None
         scores = {} if score is None else {"unsafe": round(score, 6)}
         unsafe = decided(verdict.unsafe, verdict.codes, guard.taxonomy, guard.permissive)
         verdicts.append(GuardVerdict(role, unsafe, verdict.codes, scores, name, verdict.refusal))
