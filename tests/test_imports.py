@@ -21,6 +21,7 @@ LAYERS = [
     {"verify", "sandbox"},
     {"data"},
     {"runs", "model"},
+    {"parallel"},
     {"generation", "train"},
     {"engine", "synth"},
     {"judge"},

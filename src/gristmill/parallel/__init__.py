@@ -1,0 +1,1 @@
+"""Training on several processes: the groups that they form, and what is cut over them."""
