@@ -69,7 +69,7 @@ def test_gradients_of_every_parameter(alone: dict[str, torch.Tensor], tmp_path: 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     whole = load_file(run(1, "train", tmp_path / "whole.safetensors", folder=str(tmp_path / "a")))
-    for size, stop in ((1, 2), (2, 4), (4, 6)):
+    for size, stop in ((1, 2), (2, 5)):
         run(size, "train", tmp_path / "part.safetensors", folder=str(tmp_path / "b"), stop=stop)
     last = load_file(run(1, "train", tmp_path / "last.safetensors", folder=str(tmp_path / "b")))
     losses = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "ab"]

@@ -73,7 +73,7 @@ class Mesh:
             return
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        blocks = next(module.blocks for module in model.modules() if isinstance(getattr(module, "blocks", None), nn.ModuleList))
+        blocks = next(part for module in model.modules() if isinstance(part := getattr(module, "blocks", None), nn.ModuleList))
         for module in (*blocks, model):
             fully_shard(module, mesh=self._devices)
             module.set_gradient_divide_factor(1.0)
@@ -119,6 +119,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_process() -> bool:
+    """Whether this process alone talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def process_mesh(device: torch.device) -> Iterator[Mesh]:
     """The mesh of the processes that torchrun started (one process without it), until the end of the block.
@@ -136,7 +141,7 @@ def process_mesh(device: torch.device) -> Iterator[Mesh]:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(
-            f"WORLD_SIZE is {size} but {', '.join(missing)} not set: start with `torchrun --nproc-per-node N -m gristmill.cli ...`."
+            f"WORLD_SIZE is {size} but {', '.join(missing)} not set: start with `torchrun --nproc-per-node N -m gristmill ...`."
         )
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
