@@ -29,6 +29,7 @@ LAYERS = [
     {"workflows", "server", "report"},
     {"api"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
@@ -89,6 +90,14 @@ def test_imports_run_one_way(name: str) -> None:
         assert there == here or LEVEL[there] < LEVEL[here], f"{name} may not import {other}"
         for never in NEVER.get(here, ()):
             assert not (other == never or other.startswith(f"{never}.")), f"{name} may not import {other}"
+
+
+def test_processes_meet_in_one_module() -> None:
+    def uses(path: Path) -> bool:
+        names = imported(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        return any(name == "torch.distributed" or name.startswith("torch.distributed.") for name in names)
+
+    assert {name for name, path in MODULES.items() if uses(path)} == {"parallel.mesh"}
 
 
 def test_no_import_goes_round() -> None:

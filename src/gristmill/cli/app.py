@@ -5,6 +5,7 @@ traceback), 2 bad input (one sentence), 3 rows failed for good, 4 done with alar
 """
 
 import os
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -82,6 +83,9 @@ MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; default one a core.")]
 
 
+OTHER_PROCESSES_WAIT = 5.0  # seconds until a process that is not the first tells a fault
+
+
 def endpoint_options(option: str, of: str, url: str = "") -> tuple[Any, Any, Any]:
     """Options of a model behind an endpoint: its base URL, the model's name there, the variable of its key (`judge.party.party_of`).
 
@@ -108,7 +112,12 @@ def command(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             except (typer.Exit, typer.Abort):
                 raise
             except InputError as e:
-                echo(f"gristmill: {e}", err=True)
+                who = "gristmill"
+                if (rank := os.environ.get("RANK", "0")) != "0":
+                    # the first process tells a fault that all share, and torchrun ends the others meanwhile
+                    time.sleep(OTHER_PROCESSES_WAIT)
+                    who = f"gristmill (process {rank})"
+                echo(f"{who}: {e}", err=True)
                 raise typer.Exit(2) from e
             except KeyboardInterrupt as e:
                 echo("gristmill: interrupted; run the same command again to continue.", err=True)

@@ -44,12 +44,14 @@ def pretrain(
     """Train a Base model from scratch on documents."""
     from gristmill.core.config import find_recipe, load
     from gristmill.core.progress import Progress
+    from gristmill.parallel.mesh import is_first_process
     from gristmill.workflows import pretrain as pretraining
 
     loaded = load(find_recipe(recipe, "pretraining"), pretraining.Pretraining, given(tokens=tokens, device=device))
-    with Progress(quiet=quiet) as progress, progress.stage("pretrain"):
+    with Progress(quiet=quiet or not is_first_process()) as progress, progress.stage("pretrain"):
         result = pretraining.pretrain(loaded, out, progress.train_step)
-    _done(result, out / "model", as_json)
+    if is_first_process():
+        _done(result, out / "model", as_json)
 
 
 @command("gristmill train sft --model runs/base/model --data demonstrations.jsonl --out runs/sft")
@@ -90,6 +92,7 @@ def train(
     """One training stage on your own rows: of the whole model, or with --lora-rank of an adapter beside it."""
     from gristmill.core.progress import Progress
     from gristmill.judge.guards import read_taxonomy
+    from gristmill.parallel.mesh import is_first_process
     from gristmill.train.settings import MIN_STEPS, training_section
     from gristmill.workflows.train import train_model
 
@@ -107,7 +110,7 @@ def train(
     elif lora != {"targets": (), "rslora": False, "dora": False, "base": "fp32", "b_lr_ratio": 1.0}:
         raise InputError("Give --lora-rank with the other options of LoRA: without it all weights are trained.")
     settings = training_section(kind, values)
-    with Progress(quiet=quiet) as progress, progress.stage(kind):
+    with Progress(quiet=quiet or not is_first_process()) as progress, progress.stage(kind):
         result = train_model(
             kind,
             model,
@@ -122,6 +125,8 @@ def train(
             on_step=progress.train_step,
             say=progress.say,
         )
+    if not is_first_process():
+        return
     _done(result, out / ("adapter" if lora_rank else "model"), as_json)
     if result.steps < MIN_STEPS:
         echo(f"gristmill: {result.steps} steps hardly change a model: lower --batch-size, raise --epochs, or give more rows.", err=True)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The device of that name: "auto" (a GPU where torch finds one, else the CPU), "cpu", "cuda", "cuda:1", "mps".
 
+    Of the processes that torchrun started on a machine, "auto" and "cuda" give each its own GPU.
+
     Raises:
         InputError: no such device, or none here.
     """
@@ -34,7 +36,9 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     if isinstance(name, torch.device):
         return name
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -417,7 +417,9 @@ class Transformer(nn.Module):
                 x_TD = block(*given)
         if self.after_blocks is not None:
             self.after_blocks()
-        h_TD = self.final_norm(x_TD)[:num_rows]
+        h_TD = self.final_norm(x_TD)
+        if num_rows is not None and num_rows < len(h_TD):
+            h_TD = h_TD[:num_rows]
         return h_TD if self.config.logits_scaling == 1 else h_TD / self.config.logits_scaling
 
     def unembedding(self) -> Tensor:

@@ -1,1 +1,1 @@
-"""Training on many devices: which layouts there are, and what a layout takes of memory and time. The planner imports no torch."""
+"""Training on many devices: the processes of one training, and the planner of layouts, which imports no torch."""

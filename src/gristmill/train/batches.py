@@ -302,9 +302,16 @@ def split_micro_batches(samples: Sequence[ItemT], max_tokens: int, num_workers: 
     A longer sample gets one of its own. Sorted by length, so that the documents of a micro-batch are
     alike and attention pads little. Several workers get equal shares of long and short ones.
     """
-    ordered = sorted(samples, key=lambda sample: sample.num_tokens, reverse=True)
-    shares = [_groups(ordered[i::num_workers], max_tokens // num_workers) for i in range(num_workers)]
+    shares = share_out(samples, max_tokens // num_workers, num_workers)
     return [group for turn in zip_longest(*shares) for group in turn if group]
+
+
+def share_out(samples: Sequence[ItemT], max_tokens: int, num_shares: int) -> list[list[list[ItemT]]]:
+    """Micro-batches of at most `max_tokens` tokens for each of `num_shares` workers or processes, to which long and short samples fall
+    alike.
+    """
+    ordered = sorted(samples, key=lambda sample: sample.num_tokens, reverse=True)
+    return [list(_groups(ordered[i::num_shares], max_tokens)) for i in range(num_shares)]
 
 
 def _groups(samples: Sequence[ItemT], max_tokens: int) -> Iterator[list[ItemT]]:

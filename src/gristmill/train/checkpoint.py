@@ -74,16 +74,23 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one training folder, for one run identity."""
+    """The checkpoints of one training folder, for one run identity.
 
-    def __init__(self, folder: Path, identity: Identity) -> None:
+    Args:
+        writes: False in all processes of a training but one.
+    """
+
+    def __init__(self, folder: Path, identity: Identity, *, writes: bool = True) -> None:
         self.folder = folder
-        self._identity = identity
-        with disk_errors(folder):
-            make_folder(folder)
-            sweep(folder)
+        self._identity, self._writes = identity, writes
+        if writes:
+            with disk_errors(folder):
+                make_folder(folder)
+                sweep(folder)
 
     def _folders(self) -> list[Path]:
+        if not self.folder.is_dir():  # the process that writes has not made it yet
+            return []
         with disk_errors(self.folder):
             return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
 
@@ -118,6 +125,8 @@ class CheckpointStore:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, then remove the one before it. InputError when the disk is full."""
+        if not self._writes:
+            return
         temporary = self.folder / _TEMPORARY
         final = self.folder / f"checkpoint-{checkpoint.step:08d}"
         shutil.rmtree(temporary, ignore_errors=True)  # left behind by a kill

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gristmill.core.device import zeros_outside_heap
 from gristmill.core.errors import InputError
+from gristmill.parallel.mesh import is_sharded, part_of
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -100,7 +101,9 @@ class Optimizer:
     def _make_states(self, new: Sequence[tuple[torch.optim.Optimizer, nn.Parameter]]) -> None:
         """States as torch's optimizers begin with, which would lie in the heap between activations."""
         names = [("momentum_buffer",) if isinstance(part, torch.optim.Muon) else ("exp_avg", "exp_avg_sq") for part, _ in new]
-        zeros = iter(zeros_outside_heap([parameter for (_, parameter), keys in zip(new, names, strict=True) for _ in keys]))
+        owners = [parameter for (_, parameter), keys in zip(new, names, strict=True) for _ in keys]
+        cut = any(is_sharded(parameter) for parameter in owners)  # then each process has its parts alone
+        zeros = iter([torch.zeros_like(parameter) for parameter in owners] if cut else zeros_outside_heap(owners))
         for (part, parameter), keys in zip(new, names, strict=True):
             step = {} if "momentum_buffer" in keys else {"step": torch.zeros((), device=parameter.device)}
             part.state[parameter] = step | {key: next(zeros) for key in keys}
@@ -132,4 +135,4 @@ class Optimizer:
         self._make_states([(part, parameter) for _, part, parameter in found])
         for name, part, parameter in found:
             for key, value in part.state[parameter].items():
-                value.copy_(tensors.pop(f"{name}|{key}"))
+                value.copy_(part_of(tensors.pop(f"{name}|{key}"), value))

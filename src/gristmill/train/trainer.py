@@ -23,6 +23,7 @@ from gristmill.core.io import disk_errors, read_bytes, sync, write_text
 from gristmill.core.threads import MAX_THREADED_PARAMETERS, Map, num_workers, workers
 from gristmill.model import fused
 from gristmill.model.transformer import PRECISIONS
+from gristmill.parallel.mesh import Mesh, accumulate, part_of, skeleton, whole
 from gristmill.train.batches import (
     AnySample,
     Batch,
@@ -32,6 +33,7 @@ from gristmill.train.batches import (
     fills,
     fingerprint_samples,
     group_rated,
+    share_out,
     split_micro_batches,
 )
 from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity, fingerprint_model, fingerprint_text
@@ -127,12 +129,19 @@ class Trainer:
 
     Optimizer and checkpoints hold what is trained: of a model with adapters (`model.lora`), these alone.
 
+    On several processes (`mesh`) each has its part of weights, gradients and optimizer states, and its share of every step's samples. Loss
+    and gradients do not depend on their number, nor does a checkpoint. What `fit` trained is then `trainer.model`, whole again.
+
     Args:
         model: with fp32 weights, of which those that need a gradient are trained.
         objective: from model and micro-batch to a loss sum.
         device: where to train, as `pick_device` takes it; None for where the model is.
         folder: `fit` resumes from it and writes metrics and checkpoints to it.
         on_step: `fit` calls ``on_step(step, num_steps, metrics)`` after each step, counted from 1.
+        mesh: the processes that train together; default this one alone.
+
+    Raises:
+        InputError: a weight is not fp32, or what several processes cannot train.
     """
 
     def __init__(
@@ -144,13 +153,15 @@ class Trainer:
         device: torch.device | str | None = None,
         folder: Path | None = None,
         on_step: OnStep | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         _check_fp32_weights(model)
+        self.mesh = mesh or Mesh()
         self.model = model if device is None else model.to(pick_device(device))
         self.objective, self.settings, self.folder, self.on_step = objective, settings, folder, on_step
         self.device = next(model.parameters()).device
         check_dtype(self.device, PRECISIONS[settings.precision])
-        self.num_workers = num_workers(model)
+        self.num_workers = num_workers(model) if self.mesh.size == 1 else 1
         self._fills = fills(self.device, settings.precision, self.num_workers)
         # Holes between activations count as memory that is held. They go back where it is scarce, before the loss, and nowhere else: new
         # pages took 6 % of a step's time.
@@ -159,8 +170,12 @@ class Trainer:
         self.micro_batch_tokens = chosen or choose_micro_batch(
             model, settings.optimizer, precision=settings.precision, device=self.device, loaded=True
         )
+        self.micro_batch_tokens = min(self.mesh.gather(self.micro_batch_tokens))
         self._checkpointed = settings.checkpoint_activations is True
         self.num_steps = settings.steps  # `fit` knows it of epochs too
+        self._started_from = ""
+        if self.mesh.size > 1:
+            self._shard()
         names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay", "b_lr_ratio")
         self.optimizer = Optimizer(model, OptimSettings(**{name: getattr(settings, name) for name in names}))
         self.result = TrainResult(0, 0, 0.0, {}, [], [])
@@ -168,6 +183,15 @@ class Trainer:
         self._best_loss = math.inf
         self._places: dict[Tensor, Tensor] = {}  # of gradients, outside the heap
         self._map: Map | None = None
+
+    def _shard(self) -> None:
+        """Cut the model over the processes. What identifies it is taken before."""
+        if any(not parameter.requires_grad for parameter in self.model.parameters()):
+            raise InputError("Adapters are trained by one process: start without torchrun, or train all weights.")
+        self._started_from = fingerprint_model(self.model)
+        self.mesh.agree(self._started_from, "starting weights")
+        self._whole = skeleton(self.model)
+        self.mesh.shard(self.model)
 
     def fit(self, data: Sequence[AnySample] | SampleData, validation: Sequence[AnySample] | SampleData = ()) -> TrainResult:
         """Train on all steps that the settings plan over the data; resume where the trainer's folder or `load_state` left off.
@@ -205,27 +229,40 @@ class Trainer:
             checkpoint=checkpoint,
             longest=longest,
         ).checkpointed
-        store = CheckpointStore(self.folder, self._identity(data, held_out)) if self.folder is not None else None
+        self._checkpointed = any(self.mesh.gather(self._checkpointed))
+        store = None
         if self.folder is not None:
-            record_micro_batch(self.folder, self.micro_batch_tokens)
+            identity = self._identity(data, held_out)
+            self.mesh.agree(asdict(identity), "models, data or settings")
+            store = CheckpointStore(self.folder, identity, writes=self.mesh.is_writer)
+            if self.mesh.is_writer:
+                record_micro_batch(self.folder, self.micro_batch_tokens)
         gpus = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(gpus), self._running():
             if self.result.steps == 0:
                 torch.manual_seed(settings.seed)
             saved = store.load() if store else None
+            self.mesh.agree(None if saved is None else saved.step, "checkpoints")
             if saved is not None:
                 self._take_state(saved, saved.tensors)
-                if saved.finished:
-                    return self.result
-            self._train(data, held_out, plan, store)
-            self.optimizer.release()
-            self._places = {}
-            if self._best:
-                self._restore(self._best)
-                self._best = {}
-            if store:
-                store.save(self.state(finished=True))
+            if saved is None or not saved.finished:
+                self._train(data, held_out, plan, store)
+                self.optimizer.release()
+                self._places = {}
+                if self._best:
+                    self._restore(self._best)
+                    self._best = {}
+                if store:
+                    store.save(self.state(finished=True))
+        self._gather()
         return self.result
+
+    def _gather(self) -> None:
+        """Make the model whole again, in memory of its own."""
+        if self.mesh.size > 1:
+            state = self._whole.state_dict() | {name: whole(p.detach()) for name, p in self.model.named_parameters()}
+            self._whole.load_state_dict(state, assign=True)
+            self.model = self._whole
 
     def _usable(self, data: Sequence[AnySample] | SampleData, result: TrainResult | None = None) -> SampleData:
         """Data without what cannot be trained on, which is named in the result."""
@@ -255,7 +292,7 @@ class Trainer:
         if self.settings.b_lr_ratio == 1.0:  # as before there was one
             del settings["b_lr_ratio"]
         return Identity(
-            fingerprint_model(self.model),
+            self._started_from or fingerprint_model(self.model),
             data.fingerprint() if validation is None else _fingerprint_both(data, validation),
             fingerprint_text(json.dumps(settings, sort_keys=True)),
         )
@@ -275,7 +312,7 @@ class Trainer:
             backbone(self.model).after_blocks = None
 
     def _train(self, data: SampleData, validation: SampleData | None, plan: BatchPlan, store: CheckpointStore | None) -> None:
-        log = MetricsLog(self.folder, self.result.steps)
+        log = MetricsLog(self.folder if self.mesh.is_writer else None, self.result.steps)
         before = self.result.seconds
         started = last_saved = time.monotonic()
         while self.result.steps < plan.num_steps:
@@ -287,10 +324,10 @@ class Trainer:
             now = time.monotonic()
             self.result.seconds = before + now - started
             log.write(step, metrics)
-            if self.on_step:
+            if self.on_step and self.mesh.is_writer:
                 self.on_step(step, plan.num_steps, metrics)
             every = self.settings.checkpoint_every
-            if store and every and now - last_saved >= every and step < plan.num_steps:
+            if store and every and step < plan.num_steps and self.mesh.first(now - last_saved >= every):
                 store.save(self.state())
                 last_saved = time.monotonic()
         log.close()
@@ -309,13 +346,14 @@ class Trainer:
                 return self.step(samples)
         started = time.monotonic()
         scale = self._lr_scale()
-        batches = self._micro_batches(samples)
+        batches, fillers = self._micro_batches(samples)
+        count, num_tokens = global_count(batches, self.mesh), sum(self.mesh.gather(sum(batch.num_tokens for batch in batches)))
         totals = _MetricSums()
-        with self._in_place(len(batches)) if self.num_workers == 1 else nullcontext():
-            for output in self._backward(batches, global_count(batches)):
+        with self._in_place(len(batches)) if self.num_workers == self.mesh.size == 1 else nullcontext():
+            for output in self._backward(batches, fillers, count):
                 totals.add(output)
-        norm = float(nn.utils.clip_grad_norm_(self.optimizer.parameters, self.settings.clip or math.inf))
-        metrics = totals.means()
+        norm = float(whole(nn.utils.clip_grad_norm_(self.optimizer.parameters, self.settings.clip or math.inf)))
+        metrics = totals.means(self.mesh)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
             self.optimizer.zero_grad()
             raise InputError(
@@ -325,7 +363,6 @@ class Trainer:
         self.optimizer.set_scale(scale)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        num_tokens = sum(batch.num_tokens for batch in batches)
         self.result.steps += 1
         self.result.tokens += num_tokens
         seconds = time.monotonic() - started
@@ -348,24 +385,40 @@ class Trainer:
             min_lr_ratio=settings.min_lr_ratio,
         )
 
-    def _micro_batches(self, samples: Sequence[AnySample | DataItem] | Sequence[Batch]) -> Sequence[Batch]:
+    def _micro_batches(self, samples: Sequence[AnySample | DataItem] | Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+        """This process's micro-batches of a step, and those that it computes only because another process has more."""
         if not samples:
             raise InputError("there is nothing to train on: the step has no samples")
         if not isinstance(samples[0], AnySample | DataItem):
-            return cast(Sequence[Batch], samples)
-        assert self._map is not None
-        max_tokens = self.micro_batch_tokens
-        items = group_rated(cast(Sequence[AnySample | DataItem], samples), len(samples), max_tokens)
+            return cast(Sequence[Batch], samples), ()
+        items = group_rated(cast(Sequence[AnySample | DataItem], samples), len(samples), self.micro_batch_tokens)
         check_vocabulary(self.model, items)
-        return self._map(partial(collate, device=self.device, fill=self._fills), split_micro_batches(items, max_tokens, self.num_workers))
+        return self._collated(items)
 
-    def _backward(self, batches: Sequence[Batch], count: int) -> Iterator[LossOutput]:
-        """Add the gradients of all micro-batches, in their order. Each worker makes its own: there is only one `.grad` to add to."""
+    def _collated(self, items: Sequence[DataItem]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+        assert self._map is not None
+        batch_of = partial(collate, device=self.device, fill=self._fills)
+        if self.mesh.size == 1:
+            return self._map(batch_of, split_micro_batches(items, self.micro_batch_tokens, self.num_workers)), ()
+        shares = share_out(items, self.micro_batch_tokens, self.mesh.size)
+        mine = shares[self.mesh.rank]
+        num_fillers = max(map(len, shares)) - len(mine)
+        filler = batch_of([min(items, key=lambda item: item.num_tokens)])
+        return self._map(batch_of, mine), [filler] * num_fillers
+
+    def _backward(self, batches: Sequence[Batch], fillers: Sequence[Batch], count: int) -> Iterator[LossOutput]:
+        """Add the gradients of all micro-batches, in their order. Each worker makes its own: there is only one `.grad` to add to.
+
+        Processes that share weights compute equally often, so one with fewer micro-batches goes on with fillers, which count nothing.
+        """
         if self.num_workers == 1:
-            for batch in batches:
+            for number, batch in enumerate([*batches, *fillers]):
+                accumulate(self.model, last=number == len(batches) + len(fillers) - 1)
                 output = self.objective(self.model, batch)
-                (output.sum / count).backward()
-                yield output
+                is_filler = number >= len(batches)
+                (output.sum * 0 if is_filler else output.sum / count).backward()
+                if not is_filler:
+                    yield output
             return
         assert self._map is not None
         parameters = self.optimizer.parameters
@@ -408,12 +461,12 @@ class Trainer:
         assert self._map is not None
         self.model.eval()
         totals = _MetricSums()
-        groups = split_micro_batches([data[index] for index in range(len(data))], self.micro_batch_tokens, self.num_workers)
-        batch_of = partial(collate, device=self.device, fill=self._fills)
-        for output in self._map(torch.no_grad()(lambda group: self.objective(self.model, batch_of(group))), groups):
+        batches, fillers = self._collated([data[index] for index in range(len(data))])
+        outputs = self._map(torch.no_grad()(lambda batch: self.objective(self.model, batch)), [*batches, *fillers])
+        for output in outputs[: len(batches)]:
             totals.add(output)
         self.model.train()
-        loss = totals.means()["loss"]
+        loss = totals.means(self.mesh)["loss"]
         if loss < self._best_loss:
             self._best_loss, self.result.best_step = loss, self.result.steps
             self._best = {name: tensor.clone() for name, tensor in self._trained().items()}
@@ -423,13 +476,21 @@ class Trainer:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def _restore(self, trained: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(self.model.state_dict() | trained)
+        if self.mesh.size == 1:
+            self.model.load_state_dict(self.model.state_dict() | trained)
+            return
+        for name, parameter in self.model.named_parameters():
+            parameter.detach().copy_(part_of(trained[name], parameter))
 
     def state(self, *, finished: bool = False) -> Checkpoint:
         """All that the next step depends on: weights, optimizer, random state and counts; when finished, only what is asked for later."""
         tensors = _prefixed("model", self._trained())
         if not finished:
             tensors |= _prefixed("best", self._best) | _prefixed("optimizer", self.optimizer.state_tensors())
+        if self.mesh.size > 1:  # all take part, and one keeps what it will write
+            wholes = ((name, whole(tensor)) for name, tensor in tensors.items())
+            tensors = {name: tensor.cpu() for name, tensor in wholes if self.mesh.is_writer}
+        if not finished:
             tensors["rng"] = torch.get_rng_state()
             if self.device.type == "cuda":
                 tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
@@ -447,7 +508,8 @@ class Trainer:
         self.result = TrainResult(**saved.info["result"])
         if saved.finished:
             return
-        self._best = _unprefixed("best", tensors)
+        best, trained = _unprefixed("best", tensors), dict(self.model.named_parameters())
+        self._best = {name: part_of(tensor, trained[name]) for name, tensor in best.items()}
         self._best_loss = math.inf if saved.info["best_loss"] is None else saved.info["best_loss"]
         self.optimizer.load_state_tensors(_unprefixed("optimizer", tensors))
         torch.set_rng_state(saved.tensors["rng"].cpu())
@@ -474,8 +536,14 @@ class _MetricSums:
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0.0) + count
 
-    def means(self) -> dict[str, float]:
-        return {name: float(total) / max(self._counts[name], 1) for name, total in self._sums.items()}
+    def means(self, mesh: Mesh) -> dict[str, float]:
+        """Means over the micro-batches of all processes. One may lack a metric that another has."""
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for part in mesh.gather({name: (float(total), self._counts[name]) for name, total in self._sums.items()}):
+            for name, (total, count) in part.items():
+                sums[name], counts[name] = sums.get(name, 0.0) + total, counts.get(name, 0.0) + count
+        return {name: total / max(counts[name], 1) for name, total in sums.items()}
 
 
 class MetricsLog:
@@ -525,12 +593,9 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def global_count(batches: Sequence[Batch]) -> int:
-    """The one divisor of a step: trained terms over all its micro-batches, at least 1.
-
-    Every reduction over processes belongs here and nowhere else.
-    """
-    return max(1, sum(batch.count for batch in batches))
+def global_count(batches: Sequence[Batch], mesh: Mesh | None = None) -> int:
+    """The one divisor of a step: trained terms over the micro-batches of all processes, at least 1."""
+    return max(1, sum((mesh or Mesh()).gather(sum(batch.count for batch in batches))))
 
 
 def _check_fp32_weights(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,7 @@ from gristmill.model.config import PRESETS, ModelConfig
 from gristmill.model.hf import MAX_VOCAB_PADDING
 from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
+from gristmill.parallel.mesh import process_mesh
 from gristmill.train.batches import Sample
 from gristmill.train.data import SampleData, TokenStoreData
 from gristmill.train.objectives.next_token import next_token_objective, token_samples
@@ -76,13 +77,19 @@ def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None) -> T
     model.init_weights(recipe.seed)
     values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
     settings = TrainSettings(**values, epochs=1, checkpoint_every=120.0, shuffle=not blended)
-    trainer = Trainer(model, next_token_objective, settings, device=device, folder=out / "train", on_step=on_step)
-    result = trainer.fit(data)
+    with process_mesh(device) as mesh:
+        trainer = Trainer(model, next_token_objective, settings, device=device, folder=out / "train", on_step=on_step, mesh=mesh)
+        result = trainer.fit(data)
+        if mesh.is_writer:
+            _save(cast(Transformer, trainer.model), tokenizer, out / "model")
+    return result
+
+
+def _save(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     formats = matching_formats(tokenizer)
     if len(formats) == 1 and not tokenizer.chat_templates:  # it was made for one
         tokenizer = with_template_of(formats[0], tokenizer)
-    save_model(model, tokenizer, out / "model")
-    return result
+    save_model(model, tokenizer, folder)
 
 
 def _blended(recipe: Pretraining, max_tokens: int) -> tuple[Tokenizer, TokenStoreData]:

@@ -1,6 +1,7 @@
 """One training stage: a model folder and rows in, a model folder or the folder of a LoRA adapter out."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from gristmill.model.hf_save import save_guard, save_model, save_reward
 from gristmill.model.lora import LoraConfig, adapters_disabled, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS, Transformer
+from gristmill.parallel.mesh import Mesh, process_mesh
 from gristmill.train.batches import AnySample, collate, split_micro_batches
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.data import ListData, check_vocabulary
@@ -67,7 +69,8 @@ def train_model(
 ) -> TrainResult:
     """Train a model on rows, or on those of a user's file; it goes to `out/model`, log and checkpoints to `out/train`.
 
-    With `recipe.lora` an adapter is trained, which goes to `out/adapter`; `merge_folder` makes a model of it.
+    With `recipe.lora` an adapter is trained, which goes to `out/adapter`; `merge_folder` makes a model of it. The processes that torchrun
+    started train one model together; the first of them writes it.
 
     Args:
         kind: sft, reward, guard, or the name of a preference loss.
@@ -83,7 +86,47 @@ def train_model(
     Raises:
         InputError: the model or a row cannot be used, or training does not fit into the memory.
     """
-    where, lora = pick_device(device), recipe.lora
+    with process_mesh(where := pick_device(device)) as mesh:
+        return _train(
+            kind,
+            start,
+            rows,
+            out=out,
+            recipe=recipe,
+            where=where,
+            mesh=mesh,
+            chat_format=chat_format,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            weights=weights,
+            taxonomy=taxonomy,
+            max_fpr=max_fpr,
+            on_step=on_step,
+            say=say if mesh.is_writer else lambda line: None,
+        )
+
+
+def _train(
+    kind: str,
+    start: Path,
+    rows: Sequence[Any] | Path,
+    *,
+    out: Path,
+    recipe: Training,
+    where: torch.device,
+    mesh: Mesh,
+    chat_format: ChatFormat | str,
+    seed: int,
+    checkpoint_every: float,
+    weights: Sequence[float] | None,
+    taxonomy: Taxonomy,
+    max_fpr: float,
+    on_step: OnStep | None,
+    say: Callable[[str], object],
+) -> TrainResult:
+    lora = recipe.lora
+    if lora is not None and mesh.size > 1:
+        raise InputError("Adapters are trained by one process: start without torchrun, or leave --lora-rank out.")
     if lora is not None and is_adapter(start):
         raise InputError(f"Merge the adapter first (`gristmill merge {start} --out DIR`), and train on what it made: {start} is no model.")
     config = read_config(base_of(start) if is_adapter(start) else start)[1]
@@ -115,34 +158,47 @@ def train_model(
         add_adapters(model.to(where), lora_config(lora), seed=seed, base=lora.base)
     settings = TrainSettings(**values, seed=seed, checkpoint_every=checkpoint_every)
 
-    def fit(model: nn.Module, objective: Objective, samples: Sequence[AnySample]) -> TrainResult:
-        return Trainer(model, objective, settings, device=where, folder=out / "train", on_step=on_step).fit(samples)
+    def fit(model: nn.Module, objective: Objective, samples: Sequence[AnySample]) -> tuple[Any, TrainResult]:
+        trainer = Trainer(model, objective, settings, device=where, folder=out / "train", on_step=on_step, mesh=mesh)
+        result = trainer.fit(samples)
+        return trainer.model, result
 
     reward: RewardModel | None = None
     if kind == "sft":
-        result = fit(model, sft_objective, demonstration_samples(rows, form, tokenizer))
+        model, result = fit(model, sft_objective, demonstration_samples(rows, form, tokenizer))
     elif kind == "reward":  # the head is drawn on the CPU, so that it is the same on every device
         reward = RewardModel(model, seed=seed) if weights is None else RewardModel(model, weights, seed=seed)
-        result = fit(reward, reward_objective, rated_samples(rows, form, tokenizer))
+        reward, result = fit(reward, reward_objective, rated_samples(rows, form, tokenizer))
     elif kind == "guard":
         guard = GuardModel(model, taxonomy.codes, caution=taxonomy.caution, seed=seed)
-        result = fit(guard, guard_objective, guard_samples(rows, form, tokenizer))
+        guard, result = fit(guard, guard_objective, guard_samples(rows, form, tokenizer))
         scores = GuardScorer(guard, tokenizer, form).probabilities([row.messages for row in held_out])
         guard.thresholds = tuple(fit_thresholds(scores, [row.labels for row in held_out], max_fpr)) or guard.thresholds
-        save_guard(guard, saved, out / MODEL)
+        if mesh.is_writer:
+            save_guard(guard, saved, out / MODEL)
         return result
     else:
         options = recipe.model_dump()
         names = ("beta", "eta", "label_smoothing", "sft_weight", "logprobs")
         objective = PreferenceObjective(kind, **{k: options[k] for k in names})
-        pairs = compute_reference_logprobs(
+        score = partial(
+            compute_reference_logprobs,
             model.to(where),
-            pair_samples(rows, form, tokenizer),
-            out / "train",
+            cache_folder=out / "train",
             precision=settings.precision,
             micro_batch_tokens=needed.tokens,
         )
-        result = fit(model, objective, pairs)
+        pairs = pair_samples(rows, form, tokenizer)
+        if mesh.size == 1:
+            pairs = score(pairs)
+        else:
+            mine = score(pairs[mesh.rank :: mesh.size])
+            shares = mesh.gather([(pair.ref_chosen, pair.ref_rejected) for pair in mine])
+            for index, pair in enumerate(pairs):
+                pair.ref_chosen, pair.ref_rejected = shares[index % mesh.size][index // mesh.size]
+        model, result = fit(model, objective, pairs)
+    if not mesh.is_writer:
+        return result
     if lora is not None:
         save_adapter(model if reward is None else reward, lora_config(lora), out / ADAPTER, base=start, base_dtype=lora.base)
     elif reward is not None:

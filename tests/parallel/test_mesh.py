@@ -1,0 +1,89 @@
+"""Training on several processes gives what one process gives: gradients, checkpoints, weights."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gristmill.core.errors import InputError
+from gristmill.parallel.mesh import Mesh, process_mesh
+
+WORKER = Path(__file__).parent / "worker.py"
+
+
+def start(size: int, job: str, out: Path, **options: Any) -> list[subprocess.Popen[str]]:
+    """The processes of a job of worker.py, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(WORKER), job, str(out), json.dumps(options)]
+    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    return [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for env in ranks]
+
+
+def run(size: int, job: str, out: Path, **options: Any) -> Path:
+    processes = start(size, job, out, **options)
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * size, "\n".join(errors)
+    return out
+
+
+def test_one_process_is_the_identity() -> None:
+    mesh = Mesh()
+    assert (mesh.size, mesh.rank, mesh.is_writer) == (1, 0, True)
+    assert mesh.gather({"a": 1}) == [{"a": 1}] and mesh.first(2) == 2
+    mesh.agree("x", "nothing")
+    with process_mesh(torch.device("cpu")) as alone:
+        assert alone.size == 1
+
+
+def test_half_of_torchruns_variables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match=r"RANK.*torchrun"), process_mesh(torch.device("cpu")):
+        pass
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return load_file(run(1, "gradients", tmp_path_factory.mktemp("alone") / "gradients"))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gradients_of_every_parameter(alone: dict[str, torch.Tensor], tmp_path: Path, size: int) -> None:
+    """Of all objectives; shares are unequal, and of four processes one has nothing in the step of three samples."""
+    together = load_file(run(size, "gradients", tmp_path / "together"))
+    assert alone.keys() == together.keys() and len(alone) > 100
+    for name, gradient in alone.items():
+        scale = float(gradient.abs().max())
+        assert float((together[name] - gradient).abs().max()) <= 2e-6 * max(scale, 1e-12), name
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    whole = load_file(run(1, "train", tmp_path / "whole.safetensors", folder=str(tmp_path / "a")))
+    for size, stop in ((1, 2), (2, 5)):
+        run(size, "train", tmp_path / "part.safetensors", folder=str(tmp_path / "b"), stop=stop)
+    last = load_file(run(1, "train", tmp_path / "last.safetensors", folder=str(tmp_path / "b")))
+    losses = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "ab"]
+    assert [row["step"] for row in losses[0]] == [row["step"] for row in losses[1]] == list(range(1, 9))
+    for one, other in zip(*losses, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5) and other["tokens"] == one["tokens"]
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(last[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("job", "said"), [("nan", "the loss is nan"), ("other", "different starting weights")])
+def test_a_fault_of_one_process_ends_all(tmp_path: Path, job: str, said: str) -> None:
+    processes = start(2, job, tmp_path / "out")
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [3, 3], errors
+    assert all(said in error for error in errors)

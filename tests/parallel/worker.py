@@ -1,0 +1,141 @@
+"""One process of a training on several: worker.py JOB OUT OPTIONS, with torchrun's variables."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gristmill.core.errors import InputError
+from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.reward import RewardModel
+from gristmill.model.transformer import Transformer
+from gristmill.parallel.mesh import Mesh, process_mesh, whole
+from gristmill.train.batches import AnySample, PairSample, RatedSample, Sample
+from gristmill.train.losses import PREFERENCE_LOSSES
+from gristmill.train.objectives.next_token import next_token_objective
+from gristmill.train.objectives.preference import PreferenceObjective
+from gristmill.train.objectives.reward import reward_objective
+from gristmill.train.trainer import LossOutput, Objective, Trainer, TrainSettings
+
+VOCAB = 48
+SETTINGS = TrainSettings(steps=8, batch_size=6, micro_batch_tokens=40, lr=1e-3, schedule="linear", clip=1.0)
+
+
+def make_model(family: str = "nemotron", seed: int = 0) -> Transformer:
+    blocks = uniform_blocks(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=40)
+    model = Transformer(ModelConfig(family, VOCAB, 32, blocks, max_positions=256, init_std=0.1, tie_embeddings=family == "llama"))
+    model.init_weights(seed)
+    return model
+
+
+def make_samples(num: int) -> list[Sample]:
+    rng = np.random.default_rng(0)
+    lengths = [int(rng.integers(4, 33)) for _ in range(num)]
+    return [Sample(rng.integers(0, VOCAB, n), np.arange(n) > n // 3, f"s{i}") for i, n in enumerate(lengths)]
+
+
+def make_pairs(num: int) -> list[PairSample]:
+    rng = np.random.default_rng(1)
+    pairs = []
+    for _ in range(num):
+        prompt = rng.integers(0, VOCAB, int(rng.integers(2, 8)))
+        sides = []
+        for _ in range(2):
+            ids = np.concatenate([prompt, rng.integers(0, VOCAB, int(rng.integers(1, 12)))])
+            sides.append(Sample(ids, np.arange(len(ids)) >= len(prompt)))
+        pairs.append(PairSample(*sides, chosen_reward=1.5, ref_chosen=-20.0, ref_rejected=-22.0))
+    return pairs
+
+
+def make_rated(num: int) -> list[RatedSample]:
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, VOCAB, 6) for _ in range(num)]
+    answers = [np.concatenate([prompts[i // 2], rng.integers(0, VOCAB, int(rng.integers(1, 9)))]) for i in range(num)]
+    return [RatedSample(ids, len(ids) - 1, rng.uniform(0, 4, 5).tolist(), prompt=f"p{i // 2}") for i, ids in enumerate(answers)]
+
+
+def gradients_of(model: nn.Module, objective: Objective, samples: list[AnySample], mesh: Mesh) -> dict[str, Tensor]:
+    """Gradients of one step, whole."""
+    trainer = Trainer(model, objective, replace(SETTINGS, clip=0.0), mesh=mesh)
+    found: dict[str, Tensor] = {}
+
+    def keep() -> None:
+        found.update({name: whole(p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None})
+
+    trainer.optimizer.step = keep  # type: ignore[method-assign]
+    trainer.step(samples)
+    return found
+
+
+def gradients(mesh: Mesh, out: Path) -> None:
+    cases: dict[str, tuple[Callable[[], nn.Module], Objective, list[Any]]] = {
+        "next token": (make_model, next_token_objective, make_samples(17)),
+        "tied": (lambda: make_model("llama"), next_token_objective, make_samples(17)),
+        "few": (make_model, next_token_objective, make_samples(3)),
+        "reward": (lambda: RewardModel(make_model()), reward_objective, make_rated(11)),
+    }
+    for loss in PREFERENCE_LOSSES:
+        cases[loss] = (make_model, PreferenceObjective(loss, beta=0.1, sft_weight=0.3), make_pairs(9))
+    found: dict[str, Tensor] = {}
+    for name, (make, objective, samples) in cases.items():
+        found |= {f"{name} {key}": gradient.clone() for key, gradient in gradients_of(make(), objective, samples, mesh).items()}
+    if mesh.is_writer:
+        save_file(found, out)
+
+
+class Stop(Exception):
+    pass
+
+
+def train(mesh: Mesh, out: Path, *, folder: str, stop: int = 0) -> None:
+    trainer = Trainer(make_model(), next_token_objective, replace(SETTINGS, checkpoint_every=1e-9), folder=Path(folder), mesh=mesh)
+    step = trainer.step
+
+    def until(samples: Any) -> dict[str, float]:
+        if stop and trainer.result.steps == stop:
+            raise Stop
+        return step(samples)
+
+    trainer.step = until  # type: ignore[method-assign]
+    try:
+        trainer.fit(make_samples(20), make_samples(5))
+    except Stop:
+        return
+    if mesh.is_writer:
+        save_file(trainer.model.state_dict(), out)
+
+
+def nan(mesh: Mesh, out: Path) -> None:
+    """The loss of one process alone is not finite."""
+
+    def objective(model: Any, batch: Any) -> LossOutput:
+        output = next_token_objective(model, batch)
+        return replace(output, sum=output.sum * float("nan")) if mesh.rank else output
+
+    Trainer(make_model(), objective, SETTINGS, mesh=mesh).fit(make_samples(20))
+
+
+def other(mesh: Mesh, out: Path) -> None:
+    Trainer(make_model(seed=mesh.rank), next_token_objective, SETTINGS, mesh=mesh)
+
+
+def main() -> None:
+    job, out, options = sys.argv[1:]
+    torch.set_num_threads(1)
+    with process_mesh(torch.device("cpu")) as mesh:
+        globals()[job](mesh, Path(out), **json.loads(options))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(3)
