@@ -105,7 +105,7 @@ def test_verdicts_tables_and_rows(scripted: Scripted, rows: Path, tmp_path: Path
 
 
 def test_an_outside_guard_gives_the_same_record(scripted: Scripted, rows: Path, tmp_path: Path) -> None:
-    guard = PromptedGuard(asked_endpoint(Target("http://127.0.0.1:1/v1", "g", logprobs=True)), "llama-guard", AEGIS)
+    guard = PromptedGuard(Party("http://127.0.0.1:1/v1", "g", logprobs=True), "llama-guard", AEGIS)
     results = safety(MODEL, SafetySettings(sets=[str(rows)], guards=[guard]), tmp_path / "out", Progress(quiet=True))
     (found,) = results["guards"].values()
     assert found["unreadable"] == 1 and found["unsafe"]["n"] == 4  # nonsense and what failed are not shown to it
