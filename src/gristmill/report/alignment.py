@@ -13,17 +13,14 @@ from gristmill.report.comparisons import (
     MODES,
     Comparison,
     baseline_comparisons,
-    baselines,
     differences_by_task,
     format_ci,
     format_difference,
     format_score,
-    is_single_task,
     model_stages,
     paired_difference,
     prompt_tasks,
     reward_report,
-    round_of,
     short_label,
     shortfalls,
     significance,
@@ -36,6 +33,7 @@ from gristmill.report.sections import collapse_section, funnel_section, reward_s
 from gristmill.report.summary import best_lines, doubts, duration, headline, lora_update
 from gristmill.report.training import training_section
 from gristmill.runs.reader import RunData, read_run
+from gristmill.runs.stage_names import baselines, is_single_task, round_of
 
 CONTROLS = {
     "unfiltered": "Answers are kept as they come, no judge decides.",
