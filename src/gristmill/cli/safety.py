@@ -75,7 +75,7 @@ def safety(
         from gristmill.evaluate.attacks import ATTACKS
 
         chains = list(ATTACKS) if attacks == "all" else _parted(attacks)
-        guards = _guards(
+        guards = workflow.open_guards(
             guard or [], guard_name, guard_key_env, logprobs=guard_logprobs, taxonomy=taxonomy, permissive=caution == "permissive"
         )
         settings = workflow.SafetySettings(
@@ -116,33 +116,6 @@ def _asked(model: str, endpoint: str, name: str, *, key_env: str, format: str, d
     return asked_folder(Path(model), format, device)
 
 
-def _guards(specs: list[str], name: str, key_env: str, *, logprobs: bool, taxonomy: Path | None, permissive: bool) -> list[Any]:
-    from gristmill.core.untrusted import quoted, read_untrusted_json
-    from gristmill.generation.endpoint import Target
-    from gristmill.judge.guards import read_taxonomy
-    from gristmill.workflows.safety import HeadGuard, PromptedGuard, asked_endpoint, asked_folder
-
-    categories = read_taxonomy(taxonomy)
-    guards: list[Any] = []
-    for spec in specs:
-        form, _, url = spec.partition("=")
-        if url.startswith(("http://", "https://")):
-            if form not in ("judge", "llama-guard", "wildguard"):
-                raise InputError(f"There is no form of guard {quoted(form)}: write judge=, llama-guard= or wildguard= before the URL.")
-            target = Target(url, name, api_key_env=key_env, logprobs=logprobs)
-            guards.append(PromptedGuard(asked_endpoint(target), form, categories, permissive))  # type: ignore[arg-type]
-        elif spec.startswith(("http://", "https://")):
-            raise InputError(f"Write the form of the guard before its URL: judge={spec}, llama-guard={spec} or wildguard={spec}.")
-        else:
-            folder = Path(spec)
-            config = folder / "config.json"
-            if config.is_file() and "guard_codes" in read_untrusted_json(config):
-                guards.append(HeadGuard(folder, permissive))
-            else:
-                guards.append(PromptedGuard(asked_folder(folder), "judge", categories, permissive))
-    return guards
-
-
 def _make_canaries(num: int, seed: int, out: Path | None, as_json: bool) -> None:
     from gristmill.data.rows import write_rows
     from gristmill.evaluate.safety import canary_rows, make_canaries
@@ -172,12 +145,14 @@ def _canary_lines(results: dict[str, Any]) -> list[str]:
 
 
 def _end(results: dict[str, Any], folder: Path | None, as_json: bool, lines: list[str] | None = None) -> None:
+    from gristmill.report.safety import write_safety_page
     from gristmill.workflows.safety import table_lines
 
+    page = write_safety_page(folder) if folder is not None else None
     if as_json:
         echo(json.dumps(results))
         return
     for line in table_lines(results) if lines is None else lines:
         echo(line)
     if folder is not None:
-        echo(f"folder: {folder}")
+        echo(f"folder: {folder}\npage: {page}")

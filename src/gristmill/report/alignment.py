@@ -28,6 +28,7 @@ from gristmill.report.comparisons import (
 )
 from gristmill.report.figures import Series, stage_plot
 from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.measurements import LEAD, SECTION_OF, measurements_section, write_measurement_pages
 from gristmill.report.samples import read_judged, samples_section
 from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
 from gristmill.report.summary import best_lines, doubts, duration, headline, lora_update
@@ -44,6 +45,8 @@ CONTROLS = {
 }
 HEADING = {
     "stages": "Stages",
+    "benchmarks": "Benchmarks",
+    "safety": "Safety",
     "data": "Data funnel",
     "scores": "Reward scores",
     "judge": "Reward model",
@@ -67,6 +70,7 @@ def write_report(folder: Path) -> Path:
     samples = samples_section(data, judged) or [el("p", "No rows have been made in this run.", class_="soft")]
     bodies: dict[str, tuple[str, Sequence[Markup | None]]] = {
         "stages": ("Accuracy on held-out prompts: greedy, and at temperature 1, with 95 % intervals.", _stages(data)),
+        **{kind: (LEAD[kind], measurements_section(data, kind)) for kind, key in SECTION_OF.items() if data.recipe.get(key)},
         "data": ("What each round wrote, what was refused, and what became training data.", funnel_section(data)),
         "scores": ("The reward model's weighted score of every answer, and of those that were kept.", scores_section(judged)),
         "judge": (
@@ -89,6 +93,7 @@ def write_report(folder: Path) -> Path:
     links = el("nav", el("div", [el("a", HEADING[k], href=f"#{k}") for k in bodies]), aria_label="Sections")
     sections = [el("section", el("h2", HEADING[k]), el("p", lead, class_="soft"), body, id=k) for k, (lead, body) in bodies.items()]
     name = str(data.recipe.get("name", folder.name))
+    write_measurement_pages(data)
     main = el("main", _cards(data), _headline(data), _shortfalls(data), sections)
     return save_page(folder / "report.html", document(f"gristmill: {name}", _top(data, name), links, main, footer()))
 

@@ -187,6 +187,11 @@ class RunDir:
             or any(p.stat().st_size for p in self.path.glob("*/*.jsonl"))
         )
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether the recipe differs from the folder's and no stage was worked on yet: a later one may still refuse the start."""
+        return bool(self._differs)
+
     def close(self) -> None:
         """Let go of the folder."""
         self._lock.close()
