@@ -189,8 +189,8 @@ def test_the_command_takes_the_answers_of_one_model_alone(tmp_path: Path, tiny_b
 def test_two_evaluations_are_compared_document_by_document(tmp_path: Path) -> None:
     folder, tasks = write_data(tmp_path / "data"), "mmlu,gsm8k_cot,text_perplexity"
     one, other = tmp_path / "one", tmp_path / "other"
-    run(Scripted({"0 and 0?\nA:": "The answer is 0."}), folder, tasks, out=one)
-    report = run(Scripted(), folder, tasks, out=other, subsets=("rivers",))
+    run(Scripted({"0 and 0?\nA:": "The answer is 0."}), folder, tasks, out=one, **SHOTS)
+    report = run(Scripted(), folder, tasks, out=other, subsets=("rivers",), **SHOTS)
     found = differences(one, other)
     assert {task: (d["n"], d["worse"]) for task, d in found.items()} == {
         "mmlu": (3, 0),

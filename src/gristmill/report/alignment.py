@@ -28,7 +28,7 @@ from gristmill.report.comparisons import (
 )
 from gristmill.report.figures import Series, stage_plot
 from gristmill.report.markup import Markup, document, el, table
-from gristmill.report.measurements import LEAD, SECTION_OF, measurements_section, write_measurement_pages
+from gristmill.report.measurements import HEADING_OF, LEAD, SECTION_OF, measurements_section, write_measurement_pages
 from gristmill.report.samples import read_judged, samples_section
 from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
 from gristmill.report.summary import best_lines, doubts, duration, headline, lora_update
@@ -45,8 +45,6 @@ CONTROLS = {
 }
 HEADING = {
     "stages": "Stages",
-    "benchmarks": "Benchmarks",
-    "safety": "Safety",
     "data": "Data funnel",
     "scores": "Reward scores",
     "judge": "Reward model",
@@ -90,8 +88,9 @@ def write_report(folder: Path) -> Path:
         "time": ("Seconds a stage, training speed, and the most memory that the process had held by then.", _times(data)),
         "recipe": ("Every setting of this run.", [el("pre", yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True))]),
     }
-    links = el("nav", el("div", [el("a", HEADING[k], href=f"#{k}") for k in bodies]), aria_label="Sections")
-    sections = [el("section", el("h2", HEADING[k]), el("p", lead, class_="soft"), body, id=k) for k, (lead, body) in bodies.items()]
+    heading = HEADING | HEADING_OF
+    links = el("nav", el("div", [el("a", heading[k], href=f"#{k}") for k in bodies]), aria_label="Sections")
+    sections = [el("section", el("h2", heading[k]), el("p", lead, class_="soft"), body, id=k) for k, (lead, body) in bodies.items()]
     name = str(data.recipe.get("name", folder.name))
     write_measurement_pages(data)
     main = el("main", _cards(data), _headline(data), _shortfalls(data), sections)

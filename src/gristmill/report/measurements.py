@@ -13,6 +13,7 @@ from gristmill.runs.reader import RunData
 
 SECTION_OF = {"benchmarks": "evaluate", "safety": "safety"}  # of the recipe
 RISING = {"refusal_rate"}  # rates of which more is better; of all others less
+HEADING_OF = {"benchmarks": "Benchmarks", "safety": "Safety"}
 LEAD = {
     "benchmarks": "Benchmarks that the recipe names: scores with 95 % intervals, and differences paired by document.",
     "safety": "Safety rows and canaries, asked again: rates with 95 % intervals, and differences paired by row.",

@@ -21,6 +21,7 @@ from gristmill.evaluate.safety import Probe, canary_rows, make_canaries
 from gristmill.miniature.world import World
 from gristmill.report.alignment import write_report
 from gristmill.report.summary import measured_lines
+from gristmill.runs.reader import read_run
 from gristmill.workflows.alignment import estimate, loop, measurements
 from gristmill.workflows.alignment.measurements import MIN_WORSE
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
@@ -150,7 +151,9 @@ def test_what_a_changed_recipe_asks_besides_is_all_that_is_asked(
     assert results["benchmarks"][2]["benchmarks"]["by_heart"]["n"] == 9
     assert {path: path.read_bytes() for path in kept} == kept
     assert {path: path.read_text().splitlines() for path in lines} == lines
+    (folder / "00-r1-dpo-benchmarks" / "done.json").unlink()  # one that was cut off, and that nobody asks for any more
     without = loop.run(make_recipe(), folder, quiet())
+    assert without["cut_off"] == ["00-r1-dpo-benchmarks"] and read_run(folder).results is not None
     assert "benchmarks" not in without and "safety" not in without and 'id="benchmarks"' not in write_report(folder).read_text()
 
 
