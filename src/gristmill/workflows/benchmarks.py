@@ -481,14 +481,15 @@ class Checked:
     num_tokens: int
 
 
-def check_benchmarks(args: BenchmarkArgs, tokenizer: Tokenizer, max_length: int) -> Checked:
+def check_benchmarks(args: BenchmarkArgs, tokenizer: Tokenizer, max_length: int, *, chat_tokens: Callable[[str], int]) -> Checked:
     """What would be asked of a model, once it is known that this can be done.
 
     Args:
         max_length: context of the model.
+        chat_tokens: tokens of a prompt in its chat format, where nothing is cut.
 
     Raises:
-        InputError: a task or a file is wrong, or the model's context holds no answer, or in no document of a task its shots.
+        InputError: a task or a file is wrong, or the model's context holds no answer, not a choice, or in no document of a task its shots.
     """
     asked, num_read, num_answers, num_tokens = [], 0, 0, 0
     for part in _parts(args):
@@ -496,6 +497,10 @@ def check_benchmarks(args: BenchmarkArgs, tokenizer: Tokenizer, max_length: int)
         room = room_for_prompt(kwargs, max_length) if generates else max_length + 1
         if part.num_fewshot:
             _check_shots(part, tokenizer, room)
+        for item in part.items:
+            _check_item(item, f"Document {item.number + 1} of {part.name}", tokenizer, max_length=max_length)
+            if args.chat and generates and len(item.prompt.encode()) >= max_length // 2:
+                _check_chat(item, part.name, chat_tokens(item.prompt), max_length=max_length)
         ids = [(item.number, item.golds, [name for name, _ in part.requests(item, args.chat)]) for item in part.items]
         asked.append([part.name, part.num_fewshot, part.task.model_dump(mode="json"), ids, [_plain(item.doc) for item in part.items]])
         num_read += sum(map(len, {context for item in part.items for context, _ in item.pairs} | {item.prompt for item in part.items}))
@@ -503,6 +508,21 @@ def check_benchmarks(args: BenchmarkArgs, tokenizer: Tokenizer, max_length: int)
         num_answers += len(part.items) * generates
         num_tokens += len(part.items) * generates * kwargs.max_gen_toks
     return Checked(make_id(asked), num_read, num_answers, num_tokens)
+
+
+def _check_item(item: Item, where: str, tokenizer: Tokenizer, *, max_length: int) -> None:
+    for continuation in {continuation for _, continuation in item.pairs}:
+        if not continuation or (len(continuation.encode()) > max_length and len(tokenizer.encode(continuation)) > max_length):
+            why = "longer than the model's context" if continuation else "empty"
+            raise InputError(f"{where} has a choice that is {why}: take the document out.")
+
+
+def _check_chat(item: Item, name: str, size: int, *, max_length: int) -> None:
+    if size >= max_length:
+        raise InputError(
+            f"Document {item.number + 1} of {name} has a prompt of {size:,} tokens as a message and the model's context is {max_length:,}: "
+            "leave chat out, so that it is cut, or use a model with a longer context."
+        )
 
 
 def _check_shots(part: _Part, tokenizer: Tokenizer, room: int) -> None:

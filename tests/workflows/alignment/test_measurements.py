@@ -295,6 +295,11 @@ def test_shots_and_answers_that_do_not_fit_are_refused(make_recipe: Make, sectio
     evaluate = sections["evaluate"] | {"data": str(data)}
     with pytest.raises(InputError, match=r"evaluate: choices: the shortest context has [\d,]+ tokens with 2 shots .*: \d of 2 shots fit"):
         loop.run(make_recipe(evaluate=evaluate | {"tasks": evaluate["tasks"][1:], "num_fewshot": 2}), tmp_path / "run", quiet())
+    with pytest.raises(InputError, match=r"evaluate: Document 1 of by_heart has a prompt of [\d,]+ tokens as a message"):
+        loop.run(make_recipe(evaluate=evaluate | {"tasks": evaluate["tasks"][0]}), tmp_path / "run", quiet())
+    jsonl(data / "choices" / "test.jsonl", [{"question": "Is 1 odd?", "options": [" yes", "x " * 999], "right": 0}])
+    with pytest.raises(InputError, match="evaluate: Document 1 of choices has a choice that is longer than the model's context"):
+        loop.run(make_recipe(evaluate=evaluate | {"tasks": evaluate["tasks"][1], "num_fewshot": 0}), tmp_path / "run", quiet())
     (data / "choices" / "test.jsonl").write_text(json.dumps({"question": "Is 1 odd?", "right": 0}) + "\n")
     with pytest.raises(InputError, match="evaluate: .*options"):
         loop.run(make_recipe(evaluate=evaluate), tmp_path / "run", quiet())

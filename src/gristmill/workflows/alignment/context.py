@@ -219,7 +219,12 @@ class AlignmentContext:
         kind = "evaluate"
         try:
             if self.recipe.evaluate is not None:
-                self.benchmarks = check_benchmarks(self.benchmark_args(), self.tokenizer, self.max_positions)
+                self.benchmarks = check_benchmarks(
+                    self.benchmark_args(),
+                    self.tokenizer,
+                    self.max_positions,
+                    chat_tokens=lambda text: len(self.format.render_prompt((Message("user", text),), self.tokenizer)),
+                )
                 self.asked[kind] = self.benchmarks.identity
             if (section := self.recipe.safety) is not None:
                 kind = "safety"
