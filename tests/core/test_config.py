@@ -16,7 +16,7 @@ from gristmill.core.errors import InputError
 from gristmill.curate.blend.blend import Blend
 from gristmill.curate.recipe import Curation
 from gristmill.train.settings import training_section
-from gristmill.workflows.alignment.recipe import CONTROLS, AlignmentRecipe
+from gristmill.workflows.alignment.recipe import CONTROLS, AlignmentRecipe, Evaluate, Safety
 from gristmill.workflows.dataset.recipe import DatasetRecipe
 
 # Every key a recipe may have. A change here is a change of what users have written down: think twice, then edit.
@@ -34,7 +34,7 @@ GENERATOR = "base_url model folder checkpoint weight rounds kind api_key_env api
 SURFACE = {
     "": (
         "kind name world model chat_format seed rounds rpo_iterations control threads device data generators calls templates topics "
-        "pipelines probe answers engine judging collapse alarms demonstration_sft reward code_sft general_sft dpo rpo"
+        "pipelines probe answers engine judging collapse alarms evaluate safety demonstration_sft reward code_sft general_sft dpo rpo"
     ),
     "data": (
         "demonstrations ratings prompts evaluation validation num_demonstrations num_rated_prompts num_prompts num_evaluation "
@@ -80,6 +80,9 @@ def write(folder: Path, values: Any) -> Path:
 def test_surface_is_frozen() -> None:
     pipelines = dict.fromkeys(("pipelines", "probe.fallback"), " ".join(PIPELINES))
     assert keys_of(AlignmentRecipe) == {name: set(keys.split()) for name, keys in (SURFACE | pipelines).items()}
+    assert " ".join(Evaluate.model_fields) == "tasks data when limit num_fewshot seed chat subsets"
+    guard = "guard guard_model guard_key_env guard_logprobs taxonomy caution"
+    assert " ".join(Safety.model_fields) == f"rows data canaries when limit attacks {guard} system max_tokens"
     assert CONTROLS == ("unfiltered", "random-filter", "reward-only", "human-only", "replace")
 
 

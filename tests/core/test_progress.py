@@ -68,3 +68,14 @@ def test_a_terminal_gets_a_bar_and_the_finished_lines(monkeypatch: pytest.Monkey
     text = terminal.getvalue()
     assert "03-r1-prompts" in text and "1.5 s" in text
     assert "[bold]7[/bold] rows" in text, "a stage's line is text, not markup"
+
+
+def test_a_stage_within_another_gives_the_display_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress() as progress, progress.stage("outer"):
+        outer = progress._task
+        with progress.stage("inner"):
+            progress.tick(1, 2, "rows")
+            assert progress._task != outer
+        progress.tick(2, 2, "rows")
+        assert progress._task == outer and progress._stage == "outer"

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from gristmill.evaluate.stats import accuracy, wilson
 from gristmill.report.comparisons import (
     baseline_comparisons,
-    baselines,
     differences_by_task,
     paired_difference,
     prompt_tasks,
@@ -22,6 +21,7 @@ from gristmill.report.comparisons import (
 )
 from gristmill.runs import artifacts
 from gristmill.runs.reader import read_run
+from gristmill.runs.stage_names import baselines
 
 MakeRun = Callable[..., Path]
 

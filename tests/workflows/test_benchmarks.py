@@ -16,7 +16,7 @@ from gristmill.data.rows import Demonstration, write_rows
 from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.evaluate.harness import rolling_windows
 from gristmill.workflows.benchmark_sources import AnswerSource, EngineSource
-from gristmill.workflows.benchmarks import ANSWERS, SAMPLES, BenchmarkArgs, run_benchmarks
+from gristmill.workflows.benchmarks import ANSWERS, SAMPLES, BenchmarkArgs, differences, headlines, run_benchmarks
 from tests.evaluate.benchmarks import HUMANEVAL, MBPP, Scripted, jsonl, write_data
 
 SHOTS: dict[str, Any] = {"num_fewshot": 1}
@@ -184,3 +184,19 @@ def test_the_command_takes_the_answers_of_one_model_alone(tmp_path: Path, tiny_b
     assert json.loads(told.stdout)["tasks"]["winogrande"]["metrics"] and (tmp_path / "out" / "report.html").is_file()
     other = CliRunner().invoke(app, ["eval", str(random_base), *command, "--quiet"])
     assert other.exit_code == 2 and "another model" in other.output
+
+
+def test_two_evaluations_are_compared_document_by_document(tmp_path: Path) -> None:
+    folder, tasks = write_data(tmp_path / "data"), "mmlu,gsm8k_cot,text_perplexity"
+    one, other = tmp_path / "one", tmp_path / "other"
+    run(Scripted({"0 and 0?\nA:": "The answer is 0."}), folder, tasks, out=one, **SHOTS)
+    report = run(Scripted(), folder, tasks, out=other, subsets=("rivers",), **SHOTS)
+    found = differences(one, other)
+    assert {task: (d["n"], d["worse"]) for task, d in found.items()} == {
+        "mmlu": (3, 0),
+        "gsm8k_cot": (3, 1),
+        "text_perplexity": (1, 0),
+    }
+    assert found["gsm8k_cot"]["mean"] == pytest.approx(-1 / 3, abs=1e-4) and found["text_perplexity"]["column"] == "loglikelihood/word"
+    whole = headlines(report)
+    assert whole["mmlu"]["n"] == 3 and whole["gsm8k_cot"]["column"] == "exact_match,strict-match" and whole["gsm8k_cot"]["mean"] == 0.0

@@ -41,7 +41,7 @@ def run(
     from gristmill.core.config import find_recipe, load
     from gristmill.core.progress import Progress
     from gristmill.report.alignment import write_report
-    from gristmill.report.summary import best_lines, headline, stage_line
+    from gristmill.report.summary import best_lines, headline, measured_lines, stage_line
     from gristmill.workflows.alignment.loop import run as run_loop
     from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
@@ -64,7 +64,7 @@ def run(
     if as_json:
         echo(json.dumps(results))
     else:
-        for line in [*headline(results, folder), *best_lines(results, folder)]:
+        for line in [*measured_lines(results), *headline(results, folder), *best_lines(results, folder)]:
             echo(line)
         echo(f"report: {page}")
     end_with_alarms(results["alarms"])
@@ -76,13 +76,15 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """What a run of any kind has done so far, stage by stage."""
-    from gristmill.report.summary import best_lines, doubts, stage_line
+    from gristmill.report.summary import MEASURED, best_lines, doubts, stage_line
     from gristmill.runs.reader import read_run, reading_back
 
     with reading_back(folder):
         data = read_run(folder)
         stages = [
-            {k: s.get(k) for k in ("folder", "seconds", "tokens_per_second", "peak_mib")} | {"done": s.get("fingerprint") is not None}
+            {k: s.get(k) for k in ("folder", "seconds", "tokens_per_second", "peak_mib")}
+            | {"done": s.get("fingerprint") is not None}
+            | {kind: s[kind] for kind in MEASURED if kind in s}
             for s in data.stages
         ]
         lines = []

@@ -78,8 +78,15 @@ def safety(
         from gristmill.evaluate.attacks import ATTACKS
 
         chains = list(ATTACKS) if attacks == "all" else _parted(attacks)
-        shared = {"model": guard_model, "key_env": guard_key_env, "logprobs": guard_logprobs, "device": device}
-        guards = _guards(guard or [], shared, taxonomy, caution == "permissive")
+        guards = workflow.open_guards(
+            guard or [],
+            guard_model,
+            guard_key_env,
+            logprobs=guard_logprobs,
+            taxonomy=taxonomy,
+            permissive=caution == "permissive",
+            device=device,
+        )
         settings = workflow.SafetySettings(
             sets=_parted(sets),
             data=data,
@@ -103,36 +110,6 @@ def _parted(text: str) -> list[str]:
 
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".")[:80] or "model"
-
-
-def _guards(specs: list[str], shared: dict[str, Any], taxonomy: Path | None, permissive: bool) -> list[Any]:
-    """Guards by their folders, or by FORM=URL of endpoints; `shared` are the attributes of their parties."""
-    from gristmill.core.untrusted import quoted, read_untrusted_json
-    from gristmill.judge.guards import read_taxonomy
-    from gristmill.judge.party import is_url, party_of, required_party
-    from gristmill.workflows.safety import HeadGuard, PromptedGuard
-
-    categories = read_taxonomy(taxonomy)
-    named = {name: shared[name] for name in ("model", "key_env")}
-    if not any(is_url(spec.partition("=")[2]) for spec in specs):
-        party_of("guard", "", **named)  # which says that there is nothing with that name or key
-    guards: list[Any] = []
-    for spec in specs:
-        form, _, url = spec.partition("=")
-        if is_url(url):
-            if form not in ("judge", "llama-guard", "wildguard"):
-                raise InputError(f"There is no form of guard {quoted(form)}: write judge=, llama-guard= or wildguard= before the URL.")
-            guards.append(PromptedGuard(required_party("guard", url, **shared), form, categories, permissive))  # type: ignore[arg-type]
-        elif is_url(spec):
-            raise InputError(f"Write the form of the guard before its URL: judge={spec}, llama-guard={spec} or wildguard={spec}.")
-        else:
-            party = required_party("guard", spec, device=shared["device"])
-            config = party.folder / "config.json"
-            if config.is_file() and "guard_codes" in read_untrusted_json(config):
-                guards.append(HeadGuard(party.folder, permissive, device=party.device))
-            else:
-                guards.append(PromptedGuard(party, "judge", categories, permissive))
-    return guards
 
 
 def _make_canaries(num: int, seed: int, out: Path | None, as_json: bool) -> None:
@@ -164,12 +141,14 @@ def _canary_lines(results: dict[str, Any]) -> list[str]:
 
 
 def _end(results: dict[str, Any], folder: Path | None, as_json: bool, lines: list[str] | None = None) -> None:
+    from gristmill.report.safety import write_safety_page
     from gristmill.workflows.safety import table_lines
 
+    page = write_safety_page(folder) if folder is not None else None
     if as_json:
         echo(json.dumps(results))
         return
     for line in table_lines(results) if lines is None else lines:
         echo(line)
     if folder is not None:
-        echo(f"folder: {folder}")
+        echo(f"folder: {folder}\npage: {page}")

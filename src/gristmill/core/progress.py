@@ -51,7 +51,8 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A stage begins."""
+        """A stage begins; one that begins within another gives the display back to it."""
+        outer = self._task, self._stage, self._stage_started
         self._stage, self._stage_started = name, time.monotonic()
         if self._bar:
             self._task = self._bar.add_task(name, total=None, note="")
@@ -60,6 +61,7 @@ class Progress:
         finally:
             if self._bar:
                 self._bar.remove_task(self._task)
+            self._task, self._stage, self._stage_started = outer
 
     def finished(self, name: str, done: dict[str, Any]) -> None:
         """A stage is done: leave one line."""

@@ -33,6 +33,8 @@ class Party:
         key_env: environment variable that holds the endpoint's key.
         logprobs: ask the endpoint for log-probabilities too; a folder's model always tells them.
         chat_format, device: of a folder, as `EngineArgs` takes them.
+        label: name for reports; default the endpoint's name of the model, or the folder's.
+        running: how else it is run, as the type that it computes in, where its answers depend on that.
     """
 
     place: str
@@ -41,6 +43,8 @@ class Party:
     logprobs: bool = False
     chat_format: str = "auto"
     device: str = "auto"
+    label: str = ""
+    running: str = ""
 
     @property
     def is_endpoint(self) -> bool:
@@ -53,7 +57,7 @@ class Party:
 
     @property
     def name(self) -> str:
-        return self.model if self.is_endpoint else self.folder.resolve().name
+        return self.label or (self.model if self.is_endpoint else self.folder.resolve().name)
 
     @property
     def target(self) -> Target | None:
@@ -63,7 +67,9 @@ class Party:
     @cached_property
     def identity(self) -> str:
         """What its answers depend on: an endpoint's on its address and name, a folder's on its files as they were when first looked at."""
-        return f"{self.place} {self.model}" if self.is_endpoint else make_id(folder_stamps(self.folder), self.chat_format)
+        if self.is_endpoint:
+            return f"{self.place} {self.model}"
+        return make_id(folder_stamps(self.folder), self.chat_format, *([self.running] if self.running else []))
 
     def client(self, concurrency: int) -> Client:
         """What asks it; `concurrency` is of an endpoint.

@@ -13,17 +13,14 @@ from gristmill.report.comparisons import (
     MODES,
     Comparison,
     baseline_comparisons,
-    baselines,
     differences_by_task,
     format_ci,
     format_difference,
     format_score,
-    is_single_task,
     model_stages,
     paired_difference,
     prompt_tasks,
     reward_report,
-    round_of,
     short_label,
     shortfalls,
     significance,
@@ -31,11 +28,13 @@ from gristmill.report.comparisons import (
 )
 from gristmill.report.figures import Series, stage_plot
 from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.measurements import HEADING_OF, LEAD, SECTION_OF, measurements_section, write_measurement_pages
 from gristmill.report.samples import read_judged, samples_section
 from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
 from gristmill.report.summary import best_lines, doubts, duration, headline, lora_update
 from gristmill.report.training import training_section
 from gristmill.runs.reader import RunData, read_run
+from gristmill.runs.stage_names import baselines, is_single_task, round_of
 
 CONTROLS = {
     "unfiltered": "Answers are kept as they come, no judge decides.",
@@ -69,6 +68,7 @@ def write_report(folder: Path) -> Path:
     samples = samples_section(data, judged) or [el("p", "No rows have been made in this run.", class_="soft")]
     bodies: dict[str, tuple[str, Sequence[Markup | None]]] = {
         "stages": ("Accuracy on held-out prompts: greedy, and at temperature 1, with 95 % intervals.", _stages(data)),
+        **{kind: (LEAD[kind], measurements_section(data, kind)) for kind, key in SECTION_OF.items() if data.recipe.get(key)},
         "data": ("What each round wrote, what was refused, and what became training data.", funnel_section(data)),
         "scores": ("The reward model's weighted score of every answer, and of those that were kept.", scores_section(judged)),
         "judge": (
@@ -88,9 +88,11 @@ def write_report(folder: Path) -> Path:
         "time": ("Seconds a stage, training speed, and the most memory that the process had held by then.", _times(data)),
         "recipe": ("Every setting of this run.", [el("pre", yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True))]),
     }
-    links = el("nav", el("div", [el("a", HEADING[k], href=f"#{k}") for k in bodies]), aria_label="Sections")
-    sections = [el("section", el("h2", HEADING[k]), el("p", lead, class_="soft"), body, id=k) for k, (lead, body) in bodies.items()]
+    heading = HEADING | HEADING_OF
+    links = el("nav", el("div", [el("a", heading[k], href=f"#{k}") for k in bodies]), aria_label="Sections")
+    sections = [el("section", el("h2", heading[k]), el("p", lead, class_="soft"), body, id=k) for k, (lead, body) in bodies.items()]
     name = str(data.recipe.get("name", folder.name))
+    write_measurement_pages(data)
     main = el("main", _cards(data), _headline(data), _shortfalls(data), sections)
     return save_page(folder / "report.html", document(f"gristmill: {name}", _top(data, name), links, main, footer()))
 

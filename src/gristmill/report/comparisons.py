@@ -6,12 +6,13 @@ interval for two independent proportions.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gristmill.evaluate.stats import paired
 from gristmill.runs.reader import RunData
+from gristmill.runs.stage_names import baselines, is_single_task, round_of
 
 MODES = ("greedy", "sampled")
 Score = Mapping[str, Any]  # {"mean", "ci95": [low, high], "n"}
@@ -37,12 +38,6 @@ def model_stages(data: RunData) -> list[dict[str, Any]]:
     return [s for s in data.stages if "greedy" in s]
 
 
-def round_of(name: str) -> int:
-    """The round of a stage: "r2-dpo" is of round 2, "demonstrations" of round 0."""
-    match = re.match(r"r(\d+)-", name)
-    return int(match[1]) if match else 0
-
-
 def short_label(name: str) -> str:
     """Label of a stage without its round: "r2-general-sft" is "general SFT", "r1-rpo3" is "RPO 3"."""
     bare = re.sub(r"^r\d+-", "", name)
@@ -54,27 +49,6 @@ def stage_label(name: str) -> str:
     """Label of a stage: as `short_label`, with the round."""
     number = round_of(name)
     return f"round {number} {short_label(name)}" if number else short_label(name)
-
-
-def is_single_task(name: str) -> bool:
-    """Whether a stage trains for one task only, so that its overall accuracy says little."""
-    return name.endswith("code-sft")
-
-
-def baselines(names: Sequence[str]) -> dict[str, str]:
-    """The baseline of each model.
-
-    Both SFT stages of a round start from Base and are to surpass the model that wrote their data: the last one of the round before.
-    Every other stage continues the one before it.
-    """
-    out: dict[str, str] = {}
-    for i, name in enumerate(names):
-        earlier = [n for n in names[:i] if round_of(n) < round_of(name)]
-        if name.endswith("-sft") and earlier:
-            out[name] = earlier[-1]
-        elif i:
-            out[name] = names[i - 1]
-    return out
 
 
 def paired_difference(data: RunData, before: str, after: str, *, mode: str) -> dict[str, Any] | None:

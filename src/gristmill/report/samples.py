@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 
 from gristmill.data.chat import Conversation
 from gristmill.data.rows import ATTRIBUTES, Pair, Prompt, Response, TopicRow, rows_of
-from gristmill.report.comparisons import round_of, short_label, stage_label
+from gristmill.report.comparisons import short_label, stage_label
 from gristmill.report.markup import Markup, el, table
 from gristmill.runs import artifacts
 from gristmill.runs.reader import RunData
+from gristmill.runs.stage_names import round_of
 
 NUM_KEPT, NUM_DROPPED, NUM_PAIRED, NUM_UNPAIRED = 2, 2, 2, 1  # prompts that are shown, a task
 NUM_REFUSED = 2  # a round and reason

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from gristmill.evaluate.diversity import LEVELS, POINTS
-from gristmill.report.comparisons import format_ci, format_score, round_of, short_label
+from gristmill.report.comparisons import format_ci, format_score, short_label
 from gristmill.report.figures import accuracy_bars, funnel, histogram, monitor_plot
 from gristmill.report.markup import Markup, el, table
 from gristmill.report.samples import JudgedStage
 from gristmill.runs import artifacts
 from gristmill.runs.artifacts import AnyArtifact
 from gristmill.runs.reader import RunData
+from gristmill.runs.stage_names import round_of
 
 # What each monitor tells, for a person.
 MONITORS = {

@@ -16,6 +16,8 @@ from gristmill.report.comparisons import (
 )
 from gristmill.runs.reader import read_run
 
+MEASURED = ("benchmarks", "safety")  # measurements beside the stages
+
 
 def stage_line(done: Mapping[str, Any]) -> str:
     """What a finished stage did, in one line, from its `done.json`; empty for an unfinished one.
@@ -23,6 +25,8 @@ def stage_line(done: Mapping[str, Any]) -> str:
     A stage of an alignment run is told in words, one of another kind by its counts.
     """
     funnel = done.get("funnel", {})
+    if kind := next((kind for kind in MEASURED if kind in done), None):
+        return "; ".join(f"{what} {_measured(entry)}" for what, entry in done[kind].items())
     if "greedy" in done:
         return _model(done)
     if "scores" in done:
@@ -57,6 +61,36 @@ def _model(done: Mapping[str, Any]) -> str:
     weak = f"; {done['weak']:,} verdicts are weak" if done.get("weak") else ""
     trained = f"{done['rows']:,} rows, {_training(done)}" if "rows" in done else "the model as given"
     return f"{overall} ({', '.join(tasks)}); {trained}{weak}"
+
+
+def _measured(entry: Mapping[str, Any]) -> str:
+    """A benchmark's or a rate's figure with its interval, and its paired differences to the model as given and to the one before."""
+    against = {"base": "to the model as given", "before": "to the model before"}
+    told = [f"{format_difference(entry[key])} {words}" for key, words in against.items() if entry.get(key)]
+    return f"{format_measured(entry)}{' (' + ', '.join(told) + ')' if told else ''}"
+
+
+def format_measured(entry: Mapping[str, Any]) -> str:
+    """A figure with its interval, as far as there are any."""
+    if entry["mean"] is None:
+        return "-"
+    bounds = entry["ci95"]
+    return format_score_ci(entry) if bounds and None not in bounds else format_score(entry["mean"])
+
+
+def measured_lines(results: Mapping[str, Any]) -> list[str]:
+    """Benchmarks and safety rates of a run's models, a line a model and figure, for a terminal."""
+    lines = []
+    for kind in (kind for kind in MEASURED if kind in results):
+        lines.append(f"{kind:<22}{'':<26}{'95 % interval':<24}{'paired, to the model as given':<32}to the model before")
+        for row in results[kind]:
+            for what, entry in row[kind].items():
+                pairs = [format_difference(entry[key]) if entry.get(key) else "-" for key in ("base", "before")]
+                column = f" {entry['column']}" if "column" in entry else ""
+                name = f"{what.replace('_', ' ')}{column}"
+                before = f" ({stage_label(row['before'])})" if row["before"] else ""
+                lines.append(f"  {stage_label(row['name']):<20}{name:<26}{format_measured(entry):<24}{pairs[0]:<32}{pairs[1]}{before}")
+    return lines
 
 
 def _training(done: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ Row = TypeVar("Row")
 RECIPE_HASH, CHECK = "recipe", "check"  # in every marker: of the run's recipe, and of the marker's own values
 OF_MARKERS = (STAMPS, RECIPE_HASH, CHECK)
 GENERATED = "generated_tokens"  # in the marker of a stage that has journals
+CUT_OFF = "cut_off"  # in results: folders of stages that were never finished and that the run does without
 STAGE_FOLDER = re.compile(r"(\d{2,})-.+")
 
 
@@ -171,8 +172,11 @@ def _said(path: Path) -> dict[str, Any]:
 def _results(folder: Path, stages: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The results, unless there are none or they are those of an earlier, shorter run that is being continued."""
     path = folder / "results.json"
-    if not path.exists() or not all("fingerprint" in s for s in stages):
+    unfinished = [s["folder"] for s in stages if "fingerprint" not in s]
+    if not path.exists() or any(not folder.startswith("00-") for folder in unfinished):
         return None
     results = _said(path)
+    if not set(unfinished) <= set(results.get(CUT_OFF, ())):
+        return None
     models = {s["name"] for s in stages if "greedy" in s}
     return results if not models or models <= {s["name"] for s in results.get("stages", [])} else None

@@ -43,7 +43,7 @@ from gristmill.core.io import (
 from gristmill.core.progress import Progress
 from gristmill.data.rows import make_id
 from gristmill.runs.artifacts import ALL, AnyArtifact, JournalArtifact
-from gristmill.runs.reader import CHECK, GENERATED, OF_MARKERS, RECIPE_HASH, STAGE_FOLDER, generated_tokens
+from gristmill.runs.reader import CHECK, CUT_OFF, GENERATED, OF_MARKERS, RECIPE_HASH, STAGE_FOLDER, generated_tokens
 
 RECIPE, MARKER, INPUTS, RESULTS = "recipe.yaml", "done.json", "inputs.json", "results.json"
 REPORT, REPLACED = "report.html", "replaced"
@@ -186,6 +186,11 @@ class RunDir:
             or any(self.path.glob(f"*/{MARKER}"))
             or any(p.stat().st_size for p in self.path.glob("*/*.jsonl"))
         )
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the recipe differs from the folder's and no stage was worked on yet: a later one may still refuse the start."""
+        return bool(self._differs)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -363,6 +368,10 @@ class RunDir:
         """
         if self.redo is not None and (left := self._numbered(len(self.stages), None)):
             self._move_aside(left)
+        # cut off in an earlier start, and no part of the recipe any more: the run is finished all the same
+        mine = {*self.stages, *self.beside}
+        if cut_off := sorted(p.name for p in self.path.glob("00-*") if p.is_dir() and p.name not in mine and not (p / MARKER).exists()):
+            results = results | {CUT_OFF: cut_off}
         with disk_errors(self.path):
             self._settle()
             vouched = stamps(self.path, products)

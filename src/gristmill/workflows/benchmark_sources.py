@@ -12,6 +12,7 @@ import numpy as np
 from gristmill.core.concurrent import map_concurrent
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
+from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine
 from gristmill.engine.scoring import Continuation
 from gristmill.evaluate.harness import rolling_windows
@@ -55,6 +56,30 @@ class AnswerSource(Protocol):
     def generate(self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: bool, seed: int) -> Iterator[tuple[int, Generated]]: ...
 
 
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Ids of texts as the harness reads them: with a beginning-of-text token where the tokenizer puts one."""
+    out = []
+    for begin in range(0, len(texts), ENCODED_TEXTS):
+        encoded = tokenizer.encode_batch(texts[begin : begin + ENCODED_TEXTS])
+        out += [np.array(tokenizer.text_prefix + ids, np.int32) for ids in encoded]
+    return out
+
+
+def room_for_prompt(settings: GenerationKwargs, max_length: int) -> int:
+    """Tokens that the longest answer leaves of a context.
+
+    Raises:
+        InputError: none.
+    """
+    room = max_length - settings.max_gen_toks
+    if room < 1:
+        raise InputError(
+            f"Answers may have {settings.max_gen_toks} tokens and the model's context is {max_length}: use a model with a longer "
+            "one, or lower max_gen_toks in a task file of your own."
+        )
+    return room
+
+
 class EngineSource:
     """Answers of a model in process."""
 
@@ -67,12 +92,7 @@ class EngineSource:
         return self.engine.name
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of texts as the harness reads them: with a beginning-of-text token where the tokenizer puts one."""
-        tokenizer, out = self.engine.tokenizer, []
-        for begin in range(0, len(texts), ENCODED_TEXTS):
-            encoded = tokenizer.encode_batch(texts[begin : begin + ENCODED_TEXTS])
-            out += [np.array(tokenizer.text_prefix + ids, np.int32) for ids in encoded]
-        return out
+        return encode_texts(self.engine.tokenizer, texts)
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Likelihood]]:
         begin, size = 0, 0
@@ -119,12 +139,7 @@ class EngineSource:
             yield number, Likelihood(sum(one.logprob for one in scored), all(one.greedy for one in scored))
 
     def generate(self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: bool, seed: int) -> Iterator[tuple[int, Generated]]:
-        room = self.max_length - settings.max_gen_toks
-        if room < 1:
-            raise InputError(
-                f"Answers may have {settings.max_gen_toks} tokens and the model's context is {self.max_length}: use a model with a longer "
-                "one, or lower max_gen_toks in a task file of your own."
-            )
+        room = room_for_prompt(settings, self.max_length)
         sampling = SamplingParams(temperature=0.0, max_tokens=settings.max_gen_toks, stop=tuple(filter(None, settings.until)))
         kept: dict[str, int] = {}
 

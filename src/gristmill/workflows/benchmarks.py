@@ -11,6 +11,7 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import lock, make_folder, read_json, write_json, write_jsonl
 from gristmill.core.progress import Progress
 from gristmill.data.rows import make_id, read_records
+from gristmill.data.tokenizer import Tokenizer
 from gristmill.evaluate.benchmark_scores import CLOSE, Outcome, group, margin, score
 from gristmill.evaluate.documents import TaskData, read_task
 from gristmill.evaluate.harness import (
@@ -30,13 +31,14 @@ from gristmill.evaluate.stats import paired
 from gristmill.evaluate.task import FEWSHOT_SEED, Task, find_tasks
 from gristmill.runs.journal import Journal
 from gristmill.sandbox.sandbox import Sandbox
-from gristmill.workflows.benchmark_sources import AnswerSource
+from gristmill.workflows.benchmark_sources import AnswerSource, encode_texts, room_for_prompt
 from gristmill.workflows.contamination import contaminated
 
 BATCH = 64  # programs that the sandbox gets at once
 RESULTS, ANSWERS, MODEL, SAMPLES = "results.json", "answers.jsonl", "evaluation.json", "samples"
 Pairs = list[tuple[float, float]]
 Store = dict[str, dict[str, Any]] | Journal
+NUM_LOOKED_AT = 4  # of a task's shortest contexts, whether its shots fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,8 @@ def run_benchmarks(
             outcomes[part.name] = found
             results[part.name] = _summary(part, found, rows, marked is not None)
             if earlier is not None:
-                column, pairs[part.name] = _paired(part, rows, earlier)
+                scored = [(make_id(_plain(item.doc)), row["scores"]) for item, row in zip(part.items, rows, strict=True)]
+                column, pairs[part.name] = _paired(scored, earlier.get(part.name, []))
                 results[part.name]["against"] = _difference(column, pairs[part.name])
             if args.out is not None:
                 write_jsonl(args.out / SAMPLES / f"{part.name}.jsonl", _samples(part, found, rows))
@@ -273,6 +276,8 @@ def _judge(
             row.setdefault("programs", {})[column] = {"reason": passed[run].reason, "weak": passed[run].weak}
     for outcome, row in zip(outcomes, rows, strict=True):
         row["scores"] = outcome.scores | {name: sum(held) / len(held) for name, held in outcome.clusters.items()}
+        for metric, (logprob, size) in outcome.sums.items():  # so that texts are compared in pairs too: higher is better
+            row["scores"][f"loglikelihood/{metric.removesuffix('_perplexity')}"] = logprob / max(1, size)
     return outcomes, rows
 
 
@@ -402,26 +407,135 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _read_against(folder: Path) -> dict[str, dict[str, float]]:
-    """Headline scores of another evaluation's documents, by task and the document's hash."""
+def _read_against(folder: Path) -> dict[str, list[tuple[str, dict[str, float]]]]:
+    """Scores of another evaluation's documents with their hashes, by task."""
     if not (folder / RESULTS).is_file():
         raise InputError(f"{folder} holds no {RESULTS}: give the --out folder of an evaluation that has ended.")
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, list[tuple[str, dict[str, float]]]] = {}
     for path in sorted((folder / SAMPLES).glob("*.jsonl")):
         rows = read_records(path)
-        found[path.stem] = {row["doc_hash"]: row["scores"] for row in rows if isinstance(row.get("scores"), dict) and "doc_hash" in row}
+        found[path.stem] = [(row["doc_hash"], row["scores"]) for row in rows if isinstance(row.get("scores"), dict) and "doc_hash" in row]
     return found
 
 
-def _paired(part: _Part, rows: Sequence[Mapping[str, Any]], earlier: Mapping[str, Mapping[str, Any]]) -> tuple[str, Pairs]:
+def _paired(scored: Sequence[tuple[str, Mapping[str, Any]]], earlier: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, Pairs]:
     """Scores of the other model and of this one on the documents that both answered, by the first column."""
-    known = earlier.get(part.name, {})
-    column = next(iter(rows[0]["scores"]), "") if rows else ""
-    before = [known.get(make_id(_plain(item.doc)), {}).get(column) for item in part.items]
-    both = [(one, row["scores"].get(column)) for one, row in zip(before, rows, strict=True)]
+    known = dict(earlier)
+    column = next(iter(scored[0][1]), "") if scored else ""
+    both = [(known.get(name, {}).get(column), scores.get(column)) for name, scores in scored]
     return column, [(float(one), float(other)) for one, other in both if one is not None and other is not None]
 
 
 def _difference(column: str, pairs: Pairs) -> dict[str, Any] | None:
     """This model minus the other, with its interval; None where no document is common."""
     return {"column": column, **paired([a for a, _ in pairs], [b for _, b in pairs])} if pairs else None
+
+
+def differences(before: Path, after: Path) -> dict[str, dict[str, Any]]:
+    """Paired differences of two evaluations' folders, `after` minus `before`, by task with all its subsets.
+
+    Returns:
+        {task: {"column", "mean", "ci95", "n", "worse"}}; `worse` counts documents. A task without common documents is left out.
+    """
+    old, new = _read_against(before), _read_against(after)
+    columns: dict[str, str] = {}
+    pairs: dict[str, Pairs] = {}
+    for name, entry in read_json(after / RESULTS)["tasks"].items():
+        column, found = _paired(new.get(name, []), old.get(name, []))
+        columns.setdefault(entry["task"], column)
+        pairs.setdefault(entry["task"], []).extend(found)
+    found_all = {task: (_difference(columns[task], pairs[task]), sum(b < a for a, b in pairs[task])) for task in pairs}
+    return {task: {**difference, "worse": worse} for task, (difference, worse) in found_all.items() if difference}
+
+
+def headlines(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The first metric of each task, with all its subsets: {task: {"column", "mean", "ci95", "n", "num_fewshot", "notes"}}."""
+    out: dict[str, dict[str, Any]] = {}
+    for entry in report["tasks"].values():
+        task = entry["task"]
+        if task in out:
+            out[task]["notes"] = list(dict.fromkeys([*out[task]["notes"], *entry["notes"]]))
+            continue
+        column, found = next(iter(report["groups"].get(task, entry)["metrics"].items()))
+        figures = {"mean": found["value"], "ci95": found["ci95"], "n": found["n"]}
+        out[task] = {"column": column, **figures, "num_fewshot": entry["num_fewshot"], "notes": list(entry["notes"])}
+    return out
+
+
+# ---- before work is spent ----
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What benchmarks would ask of a model.
+
+    Attributes:
+        identity: hash of all that is asked and of how it is scored.
+        num_read: characters that are read, those of a context once.
+        num_answers, num_tokens: answers that are generated, and the most tokens of all of them.
+    """
+
+    identity: str
+    num_read: int
+    num_answers: int
+    num_tokens: int
+
+
+def check_benchmarks(args: BenchmarkArgs, tokenizer: Tokenizer, max_length: int, *, chat_tokens: Callable[[str], int]) -> Checked:
+    """What would be asked of a model, once it is known that this can be done.
+
+    Args:
+        max_length: context of the model.
+        chat_tokens: tokens of a prompt in its chat format, where nothing is cut.
+
+    Raises:
+        InputError: a task or a file is wrong, or the model's context holds no answer, not a choice, or in no document of a task its shots.
+    """
+    asked, num_read, num_answers, num_tokens = [], 0, 0, 0
+    for part in _parts(args):
+        kwargs, generates = part.task.generation_kwargs, part.task.output_type == "generate_until"
+        room = room_for_prompt(kwargs, max_length) if generates else max_length + 1
+        if part.num_fewshot:
+            _check_shots(part, tokenizer, room)
+        for item in part.items:
+            _check_item(item, f"Document {item.number + 1} of {part.name}", tokenizer, max_length=max_length)
+            if args.chat and generates and len(item.prompt.encode()) >= max_length // 2:
+                _check_chat(item, part.name, chat_tokens(item.prompt), max_length=max_length)
+        ids = [(item.number, item.golds, [name for name, _ in part.requests(item, args.chat)]) for item in part.items]
+        asked.append([part.name, part.num_fewshot, part.task.model_dump(mode="json"), ids, [_plain(item.doc) for item in part.items]])
+        num_read += sum(map(len, {context for item in part.items for context, _ in item.pairs} | {item.prompt for item in part.items}))
+        num_read += sum(len(continuation) for item in part.items for _, continuation in item.pairs)
+        num_answers += len(part.items) * generates
+        num_tokens += len(part.items) * generates * kwargs.max_gen_toks
+    return Checked(make_id(asked), num_read, num_answers, num_tokens)
+
+
+def _check_item(item: Item, where: str, tokenizer: Tokenizer, *, max_length: int) -> None:
+    for continuation in {continuation for _, continuation in item.pairs}:
+        if not continuation or (len(continuation.encode()) > max_length and len(tokenizer.encode(continuation)) > max_length):
+            why = "longer than the model's context" if continuation else "empty"
+            raise InputError(f"{where} has a choice that is {why}: take the document out.")
+
+
+def _check_chat(item: Item, name: str, size: int, *, max_length: int) -> None:
+    if size >= max_length:
+        raise InputError(
+            f"Document {item.number + 1} of {name} has a prompt of {size:,} tokens as a message and the model's context is {max_length:,}: "
+            "leave chat out, so that it is cut, or use a model with a longer context."
+        )
+
+
+def _check_shots(part: _Part, tokenizer: Tokenizer, room: int) -> None:
+    def text(item: Item) -> str:
+        return max((context + continuation for context, continuation in item.pairs), key=len) if item.pairs else item.prompt
+
+    shortest = sorted(part.items, key=lambda item: len(text(item)))[:NUM_LOOKED_AT]
+    sizes = [len(ids) for ids in encode_texts(tokenizer, [text(item) for item in shortest])]
+    if not sizes or min(sizes) <= room:
+        return
+    item, size = shortest[0], sizes[0]
+    fit = _shots_left(item, round(len(text(item)) * room / size))
+    raise InputError(
+        f"{part.name}: the shortest context has {size:,} tokens with {part.num_fewshot} shots and the model's context holds {room:,}: "
+        f"{fit} of {part.num_fewshot} shots fit in it. Lower num_fewshot, or use a model with a longer context."
+    )

@@ -77,3 +77,21 @@ def collapsed(stage: str, alarms: list[str]) -> Alarm:
         "text": f"the run ends after {stage}, since the text is losing its variety: {', '.join(alarms)}. "
         "Its last model is not to be trusted: compare it with the one before.",
     }
+
+
+def fell_behind(stage: str, what: str, falls: Mapping[str, Mapping[str, Any]]) -> Alarm:
+    """A benchmark or a safety rate that is worse than an earlier model's, beyond the interval of the paired difference.
+
+    Args:
+        falls: differences, with `n`, by the name of the model that it was compared with.
+    """
+    told = ", ".join(
+        f"{d['mean']:+.3f} [{d['ci95'][0]:+.3f}, {d['ci95'][1]:+.3f}] against {'the model as given' if other == 'base' else other}"
+        for other, d in falls.items()
+    )
+    num = next(iter(falls.values()))["n"]
+    return {
+        "stage": stage,
+        "text": f"{stage} is worse on {what}: {told} (paired, n {num:,}). To change it, lower its lr or epochs, give it rows of what it "
+        "forgets, or serve the model before it.",
+    }

@@ -15,8 +15,11 @@ from gristmill.core.progress import Progress
 from gristmill.data.chat import Message
 from gristmill.data.chat_format import ChatFormat
 from gristmill.data.find_format import find_format, with_template_of
-from gristmill.data.rows import Prompt
+from gristmill.data.rows import Prompt, make_id
 from gristmill.engine.engine import Engine
+from gristmill.evaluate.attacks import ATTACKS
+from gristmill.evaluate.safety import Canary, Probe, read_canaries
+from gristmill.evaluate.task import find_tasks
 from gristmill.generation.api import Completion, Request
 from gristmill.generation.cached import BatchingClient, CachedClient, Client, completions_of
 from gristmill.generation.settings import GeneratorSettings
@@ -41,7 +44,9 @@ from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.settings import Training
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
+from gristmill.workflows.benchmarks import BenchmarkArgs, Checked, check_benchmarks
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
+from gristmill.workflows.safety import Guard, HeadGuard, SafetySettings, guard_identity, open_guards, read_sets
 from gristmill.workflows.train import lora_config
 
 CONTEXT_MARGIN = 16  # an answer's text may take some tokens more when it is tokenized again
@@ -145,8 +150,15 @@ class AlignmentContext:
                 FilterExpr.parse(text)
         self.weights = weight_set(recipe.judging.reward.weights) if recipe.judging.reward else ()
         self._check_generators()
+        self.unsafe_code = unsafe_code
+        self.benchmarks: Checked | None = None
+        self.guards: list[Guard] = []
+        self.probes: list[Probe] = []
+        self.canaries: list[Canary] = []
+        self.asked: dict[str, str] = {}  # hash of all that a kind of measurement asks, and of how it is judged
+        self._check_measurements()
         self._resources = ExitStack()
-        needs_code = bool(self.source.code_tasks) or any(is_code(p.truth) for p in prompts)
+        needs_code = bool(self.source.code_tasks) or any(is_code(p.truth) for p in prompts) or self._runs_benchmark_code()
         self.verifier = open_verifier(self._resources, needs_code=needs_code, unsafe_code=unsafe_code, tick=progress.tick)
         if not recipe.world:  # the built-in world's are known to be right
             check_given_tests(prompts, unsafe_code=unsafe_code, quiet=progress.quiet)
@@ -174,6 +186,74 @@ class AlignmentContext:
             elif g.checkpoint not in (LATEST, *self.recipe.model_stages()):
                 names = ", ".join((LATEST, *self.recipe.model_stages()))
                 raise InputError(f"The run will have no checkpoint {g.checkpoint!r}: generators.checkpoint is one of {names}.")
+
+    # ---- benchmarks and safety rows ----
+
+    def benchmark_args(self, out: Path | None = None) -> BenchmarkArgs:
+        """What `evaluate` says, for the runner of benchmarks."""
+        section = self.recipe.evaluate
+        assert section is not None
+        return BenchmarkArgs(**section.model_dump(exclude={"when"}), out=out, unsafe_code=self.unsafe_code)
+
+    def safety_settings(self) -> SafetySettings:
+        """What `safety` says, for the safety evaluation."""
+        section = self.recipe.safety
+        assert section is not None
+        return SafetySettings(
+            sets=section.rows,
+            data=section.data,
+            attacks=list(ATTACKS) if section.attacks == ("all",) else section.attacks,
+            limit=section.limit,
+            max_tokens=section.max_tokens or self.recipe.answers.max_tokens,
+            seed=self.recipe.seed,
+            concurrency=self.recipe.calls.concurrency,
+            system=section.system,
+            guards=self.guards,
+        )
+
+    def _runs_benchmark_code(self) -> bool:
+        section = self.recipe.evaluate
+        return section is not None and any(m.metric == "pass@1" for task in find_tasks(section.tasks) for m in task.metric_list)
+
+    def _check_measurements(self) -> None:
+        """Raise `InputError` unless the benchmarks and the safety rows can be asked of the run's models."""
+        kind = "evaluate"
+        try:
+            if self.recipe.evaluate is not None:
+                self.benchmarks = check_benchmarks(
+                    self.benchmark_args(),
+                    self.tokenizer,
+                    self.max_positions,
+                    chat_tokens=lambda text: len(self.format.render_prompt((Message("user", text),), self.tokenizer)),
+                )
+                self.asked[kind] = self.benchmarks.identity
+            if (section := self.recipe.safety) is not None:
+                kind = "safety"
+                permissive = section.caution == "permissive"
+                self.guards = open_guards(
+                    section.guard,
+                    section.guard_model,
+                    section.guard_key_env,
+                    logprobs=section.guard_logprobs,
+                    taxonomy=section.taxonomy,
+                    permissive=permissive,
+                )
+                for guard in self.guards:
+                    if isinstance(guard, HeadGuard):
+                        fingerprint(guard.folder)
+                    elif not guard.asked.is_endpoint:
+                        fingerprint(guard.asked.folder)
+                self.canaries = read_canaries(section.canaries) if section.canaries is not None else []
+                self.probes = read_sets(self.safety_settings()) if section.rows or section.data is not None else []
+                if not self.canaries and not self.guards and not any(p.label for p in self.probes):
+                    raise InputError(
+                        "no row has a label (safe or unsafe) and there is no guard, so nothing could be judged: give one of both."
+                    )
+                told = [[p.id, p.label] for p in self.probes], [c.secret for c in self.canaries]
+                settings = section.model_dump(mode="json", exclude={"when", "guard_key_env"})
+                self.asked[kind] = make_id(told, settings, list(map(guard_identity, self.guards)), self.safety_settings().max_tokens)
+        except InputError as e:
+            raise InputError(f"{kind}: {e}") from e
 
     # ---- what a stage is made from ----
 
@@ -262,9 +342,9 @@ class AlignmentContext:
             folder = models[name]
         return self.engine_client(self.engine(name, folder)), name
 
-    def engine_client(self, engine: Engine) -> Client:
+    def engine_client(self, engine: Engine, num_at_once: int = ALL_AT_ONCE) -> Client:
         """An engine whose answers show as progress. All that waits goes through it together, so that a run gives the same rows again."""
-        return BatchingClient(_Tracked(engine, self.progress), ALL_AT_ONCE)
+        return BatchingClient(_Tracked(engine, self.progress), num_at_once)
 
     def cached(self, client: Client, journal: Journal) -> CachedClient:
         """Asks a client what the journal does not hold. A full disk ends the run at once: it is taken up when there is room."""

@@ -213,6 +213,8 @@ class _Plan:
             return float(len(context.format.render(messages, context.tokenizer).ids))
 
         asked = [p.messages for p in [*context.evaluation, *self.prompts][:200]]
+        texts = [messages[-1].content for messages in asked]
+        self.chars = sum(map(len, texts)) / max(1, sum(len(context.tokenizer.encode(text)) for text in texts)) or 1.0  # a token's
         self.asked = _mean([float(len(context.format.render_prompt(messages, context.tokenizer))) for messages in asked])
         self.demonstration = _mean([whole(d.messages) for d in self.demonstrations[:200]])
         # the answers to one prompt are rated together, and the prompt is read once
@@ -240,7 +242,23 @@ class _Plan:
         models = [row for row in out if row.models and row.stage != "reward"]
         validation = self._asks("validation", (len(models) + 1) * len(self.context.validation))
         validation.loads = len(models) + 1
-        return [*out, validation]
+        return [*out, validation, *self._measurements(len(models) + 1)]
+
+    def _measurements(self, num_models: int) -> list[Stage]:
+        """Benchmarks and safety rows of all models that are asked; what guards cost is not known."""
+        recipe, out = self.recipe, []
+        num_asked = {"each_stage": num_models, "each_round": recipe.rounds + 1 + bool(self.demonstrations), "end": 3}
+        if recipe.evaluate is not None and (asked := self.context.benchmarks) is not None:
+            num = num_asked[recipe.evaluate.when]
+            stage = Stage("benchmarks", calls=num * asked.num_answers, tokens_generated=num * asked.num_tokens, loads=num)
+            stage.tokens_rated = num * asked.num_read / self.chars
+            out.append(stage)
+        if recipe.safety is not None:
+            num = num_asked[recipe.safety.when]
+            stage = self._asks("safety", num * (len(self.context.probes) + 2 * len(self.context.canaries)))
+            stage.loads = num
+            out.append(stage)
+        return out
 
     def _round(self, number: int, synthetic: float) -> list[Stage]:
         recipe, answer = self.recipe, self.asked + self.answer

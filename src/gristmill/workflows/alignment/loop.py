@@ -35,6 +35,7 @@ from gristmill.workflows.alignment.alarms import code_left_out, collapsed, few_s
 from gristmill.workflows.alignment.answering import answer, answer_pairs, prompt_demonstrations
 from gristmill.workflows.alignment.best import choose_best
 from gristmill.workflows.alignment.context import ASKED, AlignmentContext
+from gristmill.workflows.alignment.measurements import STAGE_OF, catch_up, measure, measured_rows
 from gristmill.workflows.alignment.prompt_generation import write_prompts
 from gristmill.workflows.alignment.recipe import BASE_ROW, AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
@@ -103,6 +104,7 @@ def _run(context: AlignmentContext) -> dict[str, Any]:
         first = context.engine(BASE_ROW, context.base_folder)  # taken for an Instruct
     _check_reward(context, state, first)
     monitors.measure(context, state, current, 0)
+    measure(context, state, current, "each_round")
     stopped = None
     for number in range(1, context.recipe.rounds + 1):
         try:
@@ -112,6 +114,7 @@ def _run(context: AlignmentContext) -> dict[str, Any]:
             state.alarms.append(no_prompts(str(e)))
             break
         alarms = monitors.measure(context, state, current, number)
+        measure(context, state, current, "each_round")
         if len(alarms) >= context.recipe.collapse.stop:
             stopped = f"round {number}: {', '.join(alarms)}"
             state.alarms.append(collapsed(f"r{number}-monitors", alarms))
@@ -180,6 +183,7 @@ def _base(context: AlignmentContext, state: State) -> None:
     state.models[BASE_ROW] = context.base_folder
     row = {"name": BASE_ROW, "round": 0, "model": str(context.base_folder), "folder": done.folder.name}
     state.stages.append(row | _scores(done.summary))
+    measure(context, state, BASE_ROW, "each_stage")
 
 
 def _reward(context: AlignmentContext, state: State) -> None:
@@ -481,6 +485,7 @@ def _model_stage(context: AlignmentContext, state: State, name: str, number: int
     state.made[name] = done.fingerprint
     row = {"name": name, "round": number, "model": f"{folder.name}/{MODEL}", "folder": folder.name}
     state.stages.append(row | _scores(done.summary))
+    measure(context, state, name, "each_stage")
     return context.engine(name, folder / MODEL)
 
 
@@ -515,6 +520,10 @@ def _scores(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _results(context: AlignmentContext, state: State, stopped: str | None) -> dict[str, Any]:
     best = choose_best(context, state)
+    for row in state.stages:
+        if row["name"] in (best["name"], state.stages[-1]["name"]):
+            measure(context, state, row["name"], "end")
+    catch_up(context, state)
     human, synthetic = len(state.demonstrations) + state.human_pairs, len(state.synthetic) + state.pairs
     done = [read_json(context.run.path / s / "done.json") for s in [*context.run.beside, *context.run.stages]]
     seconds = sum(s["seconds"] for s in done)
@@ -535,6 +544,7 @@ def _results(context: AlignmentContext, state: State, stopped: str | None) -> di
         "collapse": state.collapse,
         "stopped": stopped,
         "alarms": state.alarms,
+        **{STAGE_OF[kind]: measured_rows(state, kind) for kind in STAGE_OF if getattr(context.recipe, kind) is not None},
         **({"weak": num_weak} if num_weak else {}),  # verdicts of the evaluations that rest on what programs say of themselves
         **({"left_out": dict(left_out)} if left_out else {}),  # calls without a field that an endpoint refused, by field
     }

@@ -2,10 +2,12 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
-from gristmill.core.config import RECIPES, NameOrPath, Recipe, RunName, Section, read, resolved
+from gristmill.core.config import RECIPES, FilePath, NameOrPath, Recipe, RunName, Section, read, resolved
 from gristmill.data.human import HumanData
+from gristmill.evaluate.safety import SETS
+from gristmill.evaluate.task import FEWSHOT_SEED
 from gristmill.generation.settings import Calls, GeneratorSettings
 from gristmill.judge.settings import Control, Judging, Reward
 from gristmill.synth.pipelines.by_task import ByTask
@@ -24,7 +26,24 @@ def _model_path(name: str, info: ValidationInfo) -> str:
     return name if name == "miniature" else resolved(name, info)
 
 
+def _set_path(name: str, info: ValidationInfo) -> str:
+    return name if name in SETS else resolved(name, info)
+
+
+def _guard_path(spec: str, info: ValidationInfo) -> str:
+    return spec if "://" in spec else resolved(spec, info)
+
+
+def _several(value: Any) -> Any:
+    """One name is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 BaseModelPath = Annotated[str, AfterValidator(_model_path)]
+Tasks = Annotated[tuple[NameOrPath, ...], BeforeValidator(_several)]
+Rows = Annotated[tuple[Annotated[str, AfterValidator(_set_path)], ...], BeforeValidator(_several)]
+Guards = Annotated[tuple[Annotated[str, AfterValidator(_guard_path)], ...], BeforeValidator(_several)]
+When = Literal["each_stage", "each_round", "end"]
 
 
 class EngineSettings(Section):
@@ -67,6 +86,44 @@ class Probe(Section):
     fallback: Pipelines = Field(Pipelines(), description="pipelines that write instead where it is less; none: nobody writes")
 
 
+class Evaluate(Section):
+    """Benchmarks that the run's models are asked, the model as given before all others (docs/evaluation.md)."""
+
+    tasks: Tasks = Field(min_length=1, description="names, or task files (.yaml)")
+    data: FilePath = Field(description="folder with a folder for each task")
+    when: When = Field("each_stage", description="after each stage that makes a model, each round, or at the end (the last and the best)")
+    limit: int | None = Field(None, gt=0, description="the first so many documents of each task (of each subset) alone")
+    num_fewshot: int | None = Field(None, ge=0, description="shots; default each task's own")
+    seed: int = Field(FEWSHOT_SEED, description="of what draws shots")
+    chat: bool = Field(False, description="generated answers are asked for as a message, in the run's chat format")
+    subsets: tuple[str, ...] = Field((), description="of tasks that have some, the only ones")
+
+
+class Safety(Section):
+    """Prompts that the run's models are asked again, to see what they refuse, and canaries (docs/safety.md)."""
+
+    rows: Rows = Field((), description="files (such as regressions.jsonl of `gristmill safety`), or names of published sets in data")
+    data: FilePath | None = Field(None, description="folder of published sets; without rows all that it holds are asked")
+    canaries: FilePath | None = Field(None, description="file of `gristmill safety canaries`: is a secret repeated?")
+    when: When = Field("each_stage", description="as in evaluate")
+    limit: int | None = Field(None, gt=0, description="most prompts of each set and label")
+    attacks: tuple[str, ...] = Field((), description="chains that unsafe prompts are asked under besides")
+    guard: Guards = Field((), description="folders, or FORM=URL; of several the first that can be read decides")
+    guard_model: str = Field("guard", description="name that the guards' endpoints know them by")
+    guard_key_env: str = Field("", description="environment variable with the guards' key")
+    guard_logprobs: bool = False
+    taxonomy: FilePath | None = Field(None, description="categories for judges; default AEGIS's")
+    caution: Literal["defensive", "permissive"] = "defensive"
+    system: str = Field("", description="system message before every prompt that has none")
+    max_tokens: int | None = Field(None, gt=0, description="longest answer; default answers.max_tokens")
+
+    @model_validator(mode="after")
+    def _asks(self) -> Self:
+        if not self.rows and self.data is None and self.canaries is None:
+            raise ValueError("name rows, data or canaries: there is nothing to ask")
+        return self
+
+
 class Alarms(Section):
     """What a run calls out, and ends with exit code 4 for."""
 
@@ -76,7 +133,8 @@ class Alarms(Section):
 class AlignmentRecipe(Recipe):
     """A whole alignment run."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset({"rounds", "threads", "device", "calls", "alarms"})
+    may_change: ClassVar[frozenset[str]] = frozenset({"rounds", "threads", "device", "calls", "alarms", "evaluate", "safety"})
+    added: ClassVar[frozenset[str]] = frozenset({"evaluate", "safety"})
 
     kind: Literal["alignment"] = "alignment"
     name: RunName = "miniature"
@@ -101,6 +159,8 @@ class AlignmentRecipe(Recipe):
     judging: AlignmentJudging = AlignmentJudging()
     collapse: Collapse = Collapse()
     alarms: Alarms = Alarms()
+    evaluate: Evaluate | None = Field(None, description="benchmarks in the loop, as {tasks: [gsm8k], data: FOLDER, when: each_round}")
+    safety: Safety | None = Field(None, description="safety rows in the loop, as {rows: regressions.jsonl, when: each_stage}")
     demonstration_sft: Training = Training()
     reward: Training = Training()
     code_sft: Training = Training()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.data.rows import Demonstration, Rated
+from gristmill.runs.run_dir import Stage
 from gristmill.workflows.alignment.alarms import Alarm
 
 
@@ -14,6 +15,8 @@ class State:
 
     Attributes:
         made: fingerprint of each stage by its name.
+        measured: stages of each kind of measurement, by the model that was measured, in the order of the models.
+        unmeasured: what is still to be measured: kind, and name of the model.
     """
 
     demonstrations: list[Demonstration]
@@ -29,6 +32,8 @@ class State:
     collapse: list[dict[str, Any]] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
     models: dict[str, Path] = field(default_factory=dict)
+    measured: dict[str, dict[str, Stage]] = field(default_factory=dict)
+    unmeasured: list[tuple[str, str]] = field(default_factory=list)
 
     def of(self, *names: str) -> dict[str, str]:
         """Fingerprints of the stages that another one reads, where the run has them."""
