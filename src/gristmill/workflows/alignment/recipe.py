@@ -109,7 +109,7 @@ class Safety(Section):
     limit: int | None = Field(None, gt=0, description="most prompts of each set and label")
     attacks: tuple[str, ...] = Field((), description="chains that unsafe prompts are asked under besides")
     guard: Guards = Field((), description="folders, or FORM=URL; of several the first that can be read decides")
-    guard_model: str = Field("guard", description="name that the guards' endpoints know them by")
+    guard_model: str = Field("", description="name that the guards' endpoints know them by")
     guard_key_env: str = Field("", description="environment variable with the guards' key")
     guard_logprobs: bool = False
     taxonomy: FilePath | None = Field(None, description="categories for judges; default AEGIS's")
