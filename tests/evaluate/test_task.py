@@ -93,7 +93,7 @@ def test_what_is_wrong_is_one_sentence(change: dict[str, Any], said: str, tmp_pa
 
 def test_the_task_file_of_the_documentation(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
-    (tmp_path / "stones.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    (tmp_path / "stones.yaml").write_text(next(part for part in text.split("```yaml\n") if part.startswith("task:")).split("```")[0])
     (task,) = find_tasks([str(tmp_path / "stones.yaml")])
     rows = [{"question": f" Stone {i}? ", "options": ["hard", "soft"], "right": i % 2} for i in range(5)]
     jsonl(tmp_path / "stones" / "test.jsonl", rows)

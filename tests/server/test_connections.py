@@ -15,8 +15,7 @@ from aiohttp import web
 from gristmill.data.chat_format import FORMATS
 from gristmill.engine.engine import Engine
 from gristmill.model.hf import load_model
-from gristmill.server import app as app_module
-from gristmill.server import connections
+from gristmill.server import admission, connections
 from gristmill.server.admission import Limits
 from gristmill.server.app import Server
 from gristmill.server.connections import ConnectionPool, LogLimit, connection_limit
@@ -103,7 +102,7 @@ def test_where_all_are_at_work_a_newcomer_is_told_to_come_back(tiny_base: Path) 
 def test_headers_bodies_and_idleness_have_deadlines(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "SWEEP_SECONDS", 0.05)
     monkeypatch.setattr(connections, "HEADER_SECONDS", 2.0)
-    monkeypatch.setattr(app_module, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(admission, "BODY_SECONDS", 0.3)
 
     async def go() -> None:
         async with listening(tiny_base, 8) as (pool, port):
