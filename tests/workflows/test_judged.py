@@ -19,7 +19,7 @@ from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.judge.party import Party
 from gristmill.workflows.judged import run as judged
-from gristmill.workflows.judged.session import JudgeArgs, Kind
+from gristmill.workflows.judged.session import JudgeArgs, Kind, call_identity, identity_of
 
 BASELINE = "gpt-4-0314"
 
@@ -295,3 +295,9 @@ def test_bad_input_ends_in_one_sentence(words: list[str], said: str, tmp_path: P
     result = CliRunner().invoke(app, ["judge", *words])
     assert result.exit_code == 2 and result.stdout == "" and said in result.stderr and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_another_chat_format_is_asked_anew(random_base: Path) -> None:
+    plain, own = Party(str(random_base), chat_format="plain"), Party(str(random_base))
+    assert call_identity(plain) != call_identity(own) == identity_of(own)
+    assert identity_of(plain) == identity_of(own)  # who judges himself, in whatever format

@@ -36,7 +36,7 @@ from gristmill.workflows.judged.session import (
     Ask,
     JudgedSession,
     Prepared,
-    identity_of,
+    call_identity,
 )
 
 
@@ -72,7 +72,7 @@ def _replies(session: JudgedSession, comparisons: Sequence[Comparison]) -> dict[
 def _rewards_of(session: JudgedSession, talks: Mapping[str, Conversation]) -> dict[str, float]:
     """Rewards of conversations by name, from the reward model in process or behind an endpoint; none of what cannot be rated."""
     args, judge = session.args, session.judge
-    identity = identity_of(judge)
+    identity = call_identity(judge)
     if judge.is_endpoint:
         return _endpoint_rewards(session, talks, identity)
     from gristmill.judge.reward import load_scorer

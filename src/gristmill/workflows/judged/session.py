@@ -118,7 +118,7 @@ class JudgedSession:
     ) -> list[Result]:
         """What `work` makes of each item by asking a model, in the items' order; many at a time, through the journal."""
         args, progress = self.args, self.progress
-        identity = identity_of(party)
+        identity = call_identity(party)
         client = replace(party, logprobs=logprobs).client(args.concurrency)
         first_error = ""
 
@@ -212,8 +212,13 @@ class JudgedSession:
 
 
 def identity_of(party: Party) -> list[Any]:
-    """What decides what a party says: an endpoint's model by its name, a folder's by its files."""
+    """Who a party is: an endpoint's model by its name, a folder's by its files."""
     return [party.name] if party.is_endpoint else [party.name, folder_stamps(party.folder)]
+
+
+def call_identity(party: Party) -> list[Any]:
+    """What decides what a party says: who it is, and the chat format that it is given in place of its own."""
+    return identity_of(party) + ([party.chat_format] if party.chat_format != "auto" else [])
 
 
 def _has_filtered(model: Party, judge: Party) -> list[str]:
