@@ -94,8 +94,9 @@ class Stop(Exception):
     pass
 
 
-def train(mesh: Mesh, out: Path, *, folder: str, stop: int = 0) -> None:
-    trainer = Trainer(make_model(), next_token_objective, replace(SETTINGS, checkpoint_every=1e-9), folder=Path(folder), mesh=mesh)
+def train(mesh: Mesh, out: Path, *, folder: str, stop: int = 0, **settings: Any) -> None:
+    asked = replace(SETTINGS, checkpoint_every=1e-9, **settings)
+    trainer = Trainer(make_model(), next_token_objective, asked, folder=Path(folder), mesh=mesh)
     step = trainer.step
 
     def until(samples: Any) -> dict[str, float]:

@@ -6,6 +6,7 @@ No other module imports `torch.distributed`. Every operation is collective: all 
 import copy
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -78,6 +79,8 @@ class Mesh:
             fully_shard(module, mesh=self._devices)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
+        # the states of the trained rows may be a view of those with padding; nothing changes them in place
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
         if hasattr(model, "hidden"):
             register_fsdp_forward_method(model, "hidden")
 
