@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -79,6 +80,18 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     for name, tensor in whole.items():
         torch.testing.assert_close(last[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_killed_process_costs_no_step(tmp_path: Path) -> None:
+    unbroken = run(2, "train", tmp_path / "unbroken", folder=str(tmp_path / "a")).read_bytes()
+    for kill in (2, 5):
+        processes = start(2, "train", tmp_path / "broken", folder=str(tmp_path / "b"), kill=kill)
+        for process in processes:
+            process.communicate(timeout=120)  # the other one does not wait for it
+        assert processes[1].returncode == -signal.SIGKILL and processes[0].returncode not in (0, 3)
+    assert run(2, "train", tmp_path / "broken", folder=str(tmp_path / "b")).read_bytes() == unbroken
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
 
 
 def test_muon_in_bf16(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """One process of a training on several: worker.py JOB OUT OPTIONS, with torchrun's variables."""
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,7 +96,7 @@ class Stop(Exception):
     pass
 
 
-def train(mesh: Mesh, out: Path, *, folder: str, stop: int = 0, **settings: Any) -> None:
+def train(mesh: Mesh, out: Path, *, folder: str, stop: int = 0, kill: int = 0, **settings: Any) -> None:
     asked = replace(SETTINGS, checkpoint_every=1e-9, **settings)
     trainer = Trainer(make_model(), next_token_objective, asked, folder=Path(folder), mesh=mesh)
     step = trainer.step
@@ -102,6 +104,8 @@ def train(mesh: Mesh, out: Path, *, folder: str, stop: int = 0, **settings: Any)
     def until(samples: Any) -> dict[str, float]:
         if stop and trainer.result.steps == stop:
             raise Stop
+        if kill and trainer.result.steps == kill and mesh.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         return step(samples)
 
     trainer.step = until  # type: ignore[method-assign]
