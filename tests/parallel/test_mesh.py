@@ -87,7 +87,7 @@ def test_a_killed_process_costs_no_step(tmp_path: Path) -> None:
     for kill in (2, 5):
         processes = start(2, "train", tmp_path / "broken", folder=str(tmp_path / "b"), kill=kill)
         for process in processes:
-            process.communicate(timeout=120)  # the other one does not wait for it
+            process.communicate(timeout=300)  # the other one does not wait for it
         assert processes[1].returncode == -signal.SIGKILL and processes[0].returncode not in (0, 3)
     assert run(2, "train", tmp_path / "broken", folder=str(tmp_path / "b")).read_bytes() == unbroken
     steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
@@ -107,6 +107,6 @@ def test_muon_in_bf16(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("job", "said"), [("nan", "the loss is nan"), ("other", "different starting weights")])
 def test_a_fault_of_one_process_ends_all(tmp_path: Path, job: str, said: str) -> None:
     processes = start(2, job, tmp_path / "out")
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [3, 3], errors
     assert all(said in error for error in errors)
