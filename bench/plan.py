@@ -8,8 +8,10 @@ of the batch, the slower one and the all-reduce of their gradients. None of the 
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,11 +75,11 @@ def main() -> None:
     for name, (config, layout) in shapes(options.smol).items():
         _say(name, 1, step(config, layout), step_time(config, layout, hardware).total)
         both = replace(layout, dp=2, batch_size=2 * layout.batch_size)
-        store = f"/tmp/plan-store-{name.replace(' ', '-')}-{id(config)}"
+        store = str(Path(tempfile.mkdtemp()) / "store")
         commands = [[sys.executable, "-c", TWO, store, str(rank), name, options.smol, str(num_parameters(config))] for rank in range(2)]
         started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
         measured = max(float(one.communicate()[0]) for one in started)
-        Path(store).unlink(missing_ok=True)
+        shutil.rmtree(Path(store).parent)
         _say(name, 2, measured, step_time(config, both, hardware).total)
 
 

@@ -53,6 +53,13 @@ def test_half_of_torchruns_variables_is_refused(monkeypatch: pytest.MonkeyPatch)
         pass
 
 
+def test_the_gpu_of_another_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="a GPU of its own"), process_mesh(torch.device("cuda:0")):
+        pass
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return load_file(run(1, "gradients", tmp_path_factory.mktemp("alone") / "gradients"))

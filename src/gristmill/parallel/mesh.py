@@ -117,11 +117,6 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def world_size() -> int:
-    """Processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def is_first_process() -> bool:
     """Whether this process alone talks to the user."""
     return os.environ.get("RANK", "0") == "0"
@@ -135,9 +130,9 @@ def process_mesh(device: torch.device) -> Iterator[Mesh]:
         device: where this process trains.
 
     Raises:
-        InputError: torchrun's variables are not whole, or several processes share one GPU.
+        InputError: torchrun's variables are not whole, or the device is the GPU of another process.
     """
-    size = world_size()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Mesh()
         return
@@ -146,6 +141,8 @@ def process_mesh(device: torch.device) -> Iterator[Mesh]:
         raise InputError(
             f"WORLD_SIZE is {size} but {', '.join(missing)} not set: start with `torchrun --nproc-per-node N -m gristmill ...`."
         )
+    if device.type == "cuda" and device.index != int(os.environ["LOCAL_RANK"]):
+        raise InputError(f"device is {device}, and each process needs a GPU of its own: say cuda or auto, which share them out.")
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
