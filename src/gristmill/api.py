@@ -164,11 +164,15 @@ def train(
     Raises:
         InputError: a row or a setting is wrong, or `out` holds another training.
     """
+    from gristmill.core.device import pick_device
+    from gristmill.parallel.mesh import process_mesh
     from gristmill.workflows.train import train_model
 
     rows = Path(data) if isinstance(data, str | Path) else data
     section = training_section(objective, settings)
-    return train_model(objective, _folder(model), rows, out=Path(out), recipe=section, chat_format=chat_format, seed=seed, device=device)
+    with process_mesh(pick_device(device)) as mesh:
+        options: dict[str, Any] = {"recipe": section, "chat_format": chat_format, "seed": seed, "device": device, "mesh": mesh}
+        return train_model(objective, _folder(model), rows, out=Path(out), **options)
 
 
 def evaluate(

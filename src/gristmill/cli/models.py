@@ -43,14 +43,19 @@ def pretrain(
 ) -> None:
     """Train a Base model from scratch on documents."""
     from gristmill.core.config import find_recipe, load
+    from gristmill.core.device import pick_device
     from gristmill.core.progress import Progress
-    from gristmill.parallel.mesh import is_first_process
+    from gristmill.parallel.mesh import process_mesh
     from gristmill.workflows import pretrain as pretraining
 
     loaded = load(find_recipe(recipe, "pretraining"), pretraining.Pretraining, given(tokens=tokens, device=device))
-    with Progress(quiet=quiet or not is_first_process()) as progress, progress.stage("pretrain"):
-        result = pretraining.pretrain(loaded, out, progress.train_step)
-    if is_first_process():
+    with (
+        process_mesh(pick_device(loaded.device)) as mesh,
+        Progress(quiet=quiet or not mesh.is_writer) as progress,
+        progress.stage("pretrain"),
+    ):
+        result = pretraining.pretrain(loaded, out, progress.train_step, mesh)
+    if mesh.is_writer:
         _done(result, out / "model", as_json)
 
 
@@ -90,9 +95,10 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """One training stage on your own rows: of the whole model, or with --lora-rank of an adapter beside it."""
+    from gristmill.core.device import pick_device
     from gristmill.core.progress import Progress
     from gristmill.judge.guards import read_taxonomy
-    from gristmill.parallel.mesh import is_first_process
+    from gristmill.parallel.mesh import process_mesh
     from gristmill.train.settings import MIN_STEPS, training_section
     from gristmill.workflows.train import train_model
 
@@ -110,7 +116,7 @@ def train(
     elif lora != {"targets": (), "rslora": False, "dora": False, "base": "fp32", "b_lr_ratio": 1.0}:
         raise InputError("Give --lora-rank with the other options of LoRA: without it all weights are trained.")
     settings = training_section(kind, values)
-    with Progress(quiet=quiet or not is_first_process()) as progress, progress.stage(kind):
+    with process_mesh(pick_device(device)) as mesh, Progress(quiet=quiet or not mesh.is_writer) as progress, progress.stage(kind):
         result = train_model(
             kind,
             model,
@@ -124,8 +130,9 @@ def train(
             max_fpr=max_fpr,
             on_step=progress.train_step,
             say=progress.say,
+            mesh=mesh,
         )
-    if not is_first_process():
+    if not mesh.is_writer:
         return
     _done(result, out / ("adapter" if lora_rank else "model"), as_json)
     if result.steps < MIN_STEPS:

@@ -117,11 +117,6 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def is_first_process() -> bool:
-    """Whether this process alone talks to the user."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextmanager
 def process_mesh(device: torch.device) -> Iterator[Mesh]:
     """The mesh of the processes that torchrun started (one process without it), until the end of the block.

@@ -20,7 +20,7 @@ from gristmill.model.config import PRESETS, ModelConfig
 from gristmill.model.hf import MAX_VOCAB_PADDING
 from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
-from gristmill.parallel.mesh import process_mesh
+from gristmill.parallel.mesh import Mesh
 from gristmill.train.batches import Sample
 from gristmill.train.data import SampleData, TokenStoreData
 from gristmill.train.objectives.next_token import next_token_objective, token_samples
@@ -64,7 +64,7 @@ class Pretraining(Recipe):
         return self
 
 
-def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None) -> TrainResult:
+def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None, mesh: Mesh | None = None) -> TrainResult:
     """Train a Base model from scratch; its folder is `out/model`, its log `out/train/metrics.jsonl`."""
     if recipe.preset not in PRESETS:
         raise InputError(f"Unknown preset {recipe.preset!r}: choose one of {', '.join(PRESETS)}.")
@@ -77,19 +77,15 @@ def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None) -> T
     model.init_weights(recipe.seed)
     values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
     settings = TrainSettings(**values, epochs=1, checkpoint_every=120.0, shuffle=not blended)
-    with process_mesh(device) as mesh:
-        trainer = Trainer(model, next_token_objective, settings, device=device, folder=out / "train", on_step=on_step, mesh=mesh)
-        result = trainer.fit(data)
-        if mesh.is_writer:
-            _save(cast(Transformer, trainer.model), tokenizer, out / "model")
-    return result
-
-
-def _save(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+    trainer = Trainer(model, next_token_objective, settings, device=device, folder=out / "train", on_step=on_step, mesh=mesh)
+    result = trainer.fit(data)
+    if not trainer.mesh.is_writer:
+        return result
     formats = matching_formats(tokenizer)
     if len(formats) == 1 and not tokenizer.chat_templates:  # it was made for one
         tokenizer = with_template_of(formats[0], tokenizer)
-    save_model(model, tokenizer, folder)
+    save_model(cast(Transformer, trainer.model), tokenizer, out / "model")
+    return result
 
 
 def _blended(recipe: Pretraining, max_tokens: int) -> tuple[Tokenizer, TokenStoreData]:

@@ -34,7 +34,7 @@ from gristmill.model.hf_save import save_guard, save_model, save_reward
 from gristmill.model.lora import LoraConfig, adapters_disabled, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS, Transformer
-from gristmill.parallel.mesh import Mesh, process_mesh
+from gristmill.parallel.mesh import Mesh
 from gristmill.train.batches import AnySample, collate, split_micro_batches
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.data import ListData, check_vocabulary
@@ -66,11 +66,11 @@ def train_model(
     max_fpr: float = 0.05,
     on_step: OnStep | None = None,
     say: Callable[[str], object] = lambda line: None,
+    mesh: Mesh | None = None,
 ) -> TrainResult:
     """Train a model on rows, or on those of a user's file; it goes to `out/model`, log and checkpoints to `out/train`.
 
-    With `recipe.lora` an adapter is trained, which goes to `out/adapter`; `merge_folder` makes a model of it. The processes that torchrun
-    started train one model together; the first of them writes it.
+    With `recipe.lora` an adapter is trained, which goes to `out/adapter`; `merge_folder` makes a model of it.
 
     Args:
         kind: sft, reward, guard, or the name of a preference loss.
@@ -82,48 +82,12 @@ def train_model(
         taxonomy: categories of a guard.
         max_fpr: share of safe rows that each category of a guard may call unsafe; a fifth of the rows fits the thresholds.
         say: hears, before any weight is read, which settings were chosen and how much memory training will take.
+        mesh: the processes that train one model together (`process_mesh`), of which the first writes it; default this one alone.
 
     Raises:
         InputError: the model or a row cannot be used, or training does not fit into the memory.
     """
-    with process_mesh(where := pick_device(device)) as mesh:
-        return _train(
-            kind,
-            start,
-            rows,
-            out=out,
-            recipe=recipe,
-            where=where,
-            mesh=mesh,
-            chat_format=chat_format,
-            seed=seed,
-            checkpoint_every=checkpoint_every,
-            weights=weights,
-            taxonomy=taxonomy,
-            max_fpr=max_fpr,
-            on_step=on_step,
-            say=say if mesh.is_writer else lambda line: None,
-        )
-
-
-def _train(
-    kind: str,
-    start: Path,
-    rows: Sequence[Any] | Path,
-    *,
-    out: Path,
-    recipe: Training,
-    where: torch.device,
-    mesh: Mesh,
-    chat_format: ChatFormat | str,
-    seed: int,
-    checkpoint_every: float,
-    weights: Sequence[float] | None,
-    taxonomy: Taxonomy,
-    max_fpr: float,
-    on_step: OnStep | None,
-    say: Callable[[str], object],
-) -> TrainResult:
+    where, mesh = pick_device(device), mesh or Mesh()
     lora = recipe.lora
     if lora is not None and mesh.size > 1:
         raise InputError("Adapters are trained by one process: start without torchrun, or leave --lora-rank out.")
