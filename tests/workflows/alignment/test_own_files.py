@@ -18,6 +18,7 @@ from gristmill.cli.main import app
 from gristmill.core.config import Section, load
 from gristmill.data.rows import Demonstration, Pair, Prompt, Response, read_rows
 from gristmill.generation.settings import Calls
+from gristmill.runs.reader import read_run
 from gristmill.synth.templates import TemplatePack
 from gristmill.train.objectives.preference import PreferenceObjective
 from gristmill.train.settings import PreferenceTraining, Training
@@ -135,6 +136,11 @@ def test_an_instruct_model_needs_no_human_data(tmp_path: Path, tiny_base: Path) 
         if r.edits:
             assert r.good and not responses[r.repaired_from[0]].verified
     assert "repaired for" in (out / "report.html").read_text()
+    shown = CliRunner().invoke(app, ["run", str(recipe), "--dry-run", "--json", "--quiet"])
+    assert shown.exit_code == 0, shown.output
+    expected = {row["stage"]: row for row in json.loads(shown.stdout)["stages"]}
+    assert expected.keys() == {done["name"] for done in read_run(out).stages} - {"data"}
+    assert expected["r1-general-sft"]["tokens_trained"] > 0 and not any(row["tokens_rated"] for row in expected.values())
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/done.json")}
     assert start(recipe, out).exit_code in DONE
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/done.json")} == before, "nothing is done twice"

@@ -16,7 +16,7 @@ from gristmill.core.progress import Progress
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Prompt
 from gristmill.evaluate.runner import MODES
-from gristmill.generation.api import Request, SamplingParams
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.generation.cached import Client
 from gristmill.judge.reward import RewardScorer
 from gristmill.model.config import ModelConfig
@@ -131,40 +131,55 @@ def _sections(recipe: AlignmentRecipe) -> list[Training]:
 
 
 def _probe(context: AlignmentContext) -> Speeds:
-    demonstrations = context.source.demonstrations()[:64]
     asked = [p.messages for p in [*context.evaluation, *context.source.prompts()]][:PROBE_PROMPTS]
-    generation, answer_tokens = _generation(context, asked)
+    asked = asked or [(Message("user", "What is rain?"),)]
+    generation, answer_tokens, answered = _generation(context, asked)
+    talks = [d.messages for d in context.source.demonstrations()[:64]] or answered
     started = time.perf_counter()
     load_model(context.base_folder)
     loading = time.perf_counter() - started
-    return Speeds(generation, _training(context, demonstrations), _rating(context, demonstrations), answer_tokens, loading)
+    return Speeds(generation, _training(context, talks), _rating(context, talks), answer_tokens, loading)
 
 
-def _generation(context: AlignmentContext, asked: Sequence[Sequence[Message]]) -> tuple[float, float]:
-    """Output tokens a second, reading the prompts included, and the mean length of an answer."""
+def _generation(context: AlignmentContext, asked: Sequence[tuple[Message, ...]]) -> tuple[float, float, list[tuple[Message, ...]]]:
+    """Output tokens a second, reading the prompts included, the mean length of an answer, and the conversations.
+
+    A short pass and a longer one: their difference is what a token costs, and the short one's rest what reading the prompts does.
+    """
     engine, most = context.engine(BASE_ROW, context.base_folder), context.recipe.answers.max_tokens
+    samples = context.recipe.answers.samples
 
-    def answer(num_tokens: int, name: str) -> tuple[float, list[float]]:
-        sampling = SamplingParams(temperature=1.0, max_tokens=num_tokens)
-        requests = [Request(f"{name}-{i}", tuple(messages), sampling, context.recipe.seed) for i, messages in enumerate(asked)]
+    def answer(num_tokens: int, name: str) -> tuple[float, list[list[Completion]]]:
+        sampling = SamplingParams(temperature=1.0, max_tokens=num_tokens, n=samples)
+        requests = [Request(f"{name}-{i}", messages, sampling, context.recipe.seed) for i, messages in enumerate(asked)]
         started = time.perf_counter()
-        done = [completions[0] for _, completions in engine.generate(requests)]
-        seconds = time.perf_counter() - started
-        # what was cut off here would have gone on to the recipe's limit, for all that is known
-        lengths = [float(c.num_tokens if c.finish == "stop" else most) for c in done]
-        return sum(c.num_tokens for c in done) / max(seconds, 1e-9), lengths
+        done = {request.id: completions for request, completions in engine.generate(requests)}
+        return time.perf_counter() - started, [done[request.id] for request in requests]
 
-    speed, lengths = answer(min(most, 8), "first")
-    afford = int(speed * PROBE_SECONDS / len(asked))
-    speed, lengths = answer(max(1, min(most, max(8, afford))), "second")
-    return speed, fmean(lengths)
+    answer(1, "first")  # what is built and allocated once
+    seconds, short = answer(min(most, 4), "short")
+    tokens = _num_tokens(short)
+    longer = int(min(most, max(12, 4 * PROBE_SECONDS / seconds)))
+    more_seconds, more = answer(longer, "long")
+    more_tokens = _num_tokens(more)
+    each = max((more_seconds - seconds) / (more_tokens - tokens), 1e-9) if more_tokens > tokens else seconds / max(1, tokens)
+    reading = max(0.0, seconds - each * tokens) / (len(asked) * samples)
+    # what was cut off here would have gone on to the recipe's limit, for all that is known
+    length = fmean(float(c.num_tokens if c.finish == "stop" else most) for answers in more for c in answers)
+    talks = [(*messages, Message("assistant", answers[0].text)) for messages, answers in zip(asked, more, strict=True)]
+    return length / max(reading + each * length, 1e-9), length, talks
 
 
-def _training(context: AlignmentContext, demonstrations: Sequence[Demonstration]) -> float:
+def _num_tokens(answers: Sequence[Sequence[Completion]]) -> int:
+    return sum(c.num_tokens for some in answers for c in some)
+
+
+def _training(context: AlignmentContext, talks: Sequence[tuple[Message, ...]]) -> float:
     """Tokens a second of SFT, the optimizer included."""
     section = context.recipe.general_sft
     model, tokenizer = load_model(context.base_folder)
-    samples = demonstration_samples(demonstrations, context.format, tokenizer)
+    rows = [Demonstration(str(i), "probe", messages, "probe") for i, messages in enumerate(talks)]
+    samples = demonstration_samples(rows, context.format, tokenizer)
     settings = TrainSettings(
         lr=1e-9, steps=9, batch_size=1, precision=section.precision, micro_batch_tokens=section.micro_batch_tokens, schedule="constant"
     )
@@ -182,12 +197,12 @@ def _training(context: AlignmentContext, demonstrations: Sequence[Demonstration]
     return tokens / (time.perf_counter() - started)
 
 
-def _rating(context: AlignmentContext, demonstrations: Sequence[Demonstration]) -> float:
+def _rating(context: AlignmentContext, talks: Sequence[tuple[Message, ...]]) -> float:
     """Tokens a second of a reward model of this size."""
     model, tokenizer = load_model(context.base_folder)
     model.compute_dtype = PRECISIONS[context.recipe.reward.precision]
     scorer = RewardScorer(RewardModel(model.to(context.device)), tokenizer, context.format)
-    talks = [d.messages for d in demonstrations if scorer.fits(d.messages)]
+    talks = [messages for messages in talks if scorer.fits(messages)]
     started, tokens = time.perf_counter(), 0
     for start in range(0, len(talks), 8):
         some = talks[start : start + 8]
@@ -229,12 +244,13 @@ class _Plan:
         out = [self._asks(BASE_ROW, len(MODES) * num_evaluation)]
         if self.ratings:
             out.append(self._trains("reward", recipe.reward, len(self.ratings) - held, self.rated))
-        out.append(self._model("demonstrations", recipe.demonstration_sft, len(self.demonstrations), self.demonstration))
+        if self.demonstrations:
+            out.append(self._model("demonstrations", recipe.demonstration_sft, len(self.demonstrations), self.demonstration))
         if self.ratings:
             check = self._asks("reward-check", num_evaluation * recipe.answers.samples)
             check.tokens_rated += held * self.rated + check.calls * (self.asked + self.answer)
             out.append(check)
-        out.append(self._monitors("monitors"))
+        out += self._monitors("monitors")
         synthetic = 0.0
         for number in range(1, recipe.rounds + 1):
             out += self._round(number, synthetic)
@@ -271,7 +287,8 @@ class _Plan:
             num_prompts = len(prompts) * (1 - KEPT) ** (number - 1) + written
             answers = self._asks(f"{name}-answers", num_prompts * recipe.answers.samples, local)
             answers.tokens_rated = self._rates(answers)
-            self._kept = KEPT * num_prompts * min(recipe.judging.max_per_prompt, recipe.answers.samples)
+            repaired = recipe.judging.repair.max_per_prompt if recipe.judging.repair else 0
+            self._kept = KEPT * num_prompts * min(recipe.judging.max_per_prompt + repaired, recipe.answers.samples)
             out += [writes, answers]
         human = len(self.demonstrations)
         code = sum(d.task in self.context.source.code_tasks for d in self.demonstrations)
@@ -290,7 +307,7 @@ class _Plan:
             trained = self._model(f"{name}-{stage}", settings, min(settings.num_pairs, KEPT * num), self.asked + 2 * self.answer)
             trained.tokens_trained += REFERENCE * min(settings.num_pairs, KEPT * num) * (self.asked + 2 * self.answer)
             out += [pairs, trained]
-        return [*out, self._monitors(f"{name}-monitors")]
+        return [*out, *self._monitors(f"{name}-monitors")]
 
     def _asks(self, stage: str, num: float, local: bool = True) -> Stage:
         if not local:
@@ -311,11 +328,13 @@ class _Plan:
         trained.calls, trained.tokens_generated = asked.calls, asked.tokens_generated
         return trained
 
-    def _monitors(self, stage: str) -> Stage:
+    def _monitors(self, stage: str) -> list[Stage]:
+        if not self.ratings and not self.demonstrations:  # no text of people to measure against
+            return []
         num = min(SAMPLES, len(self.context.evaluation))
         out = self._asks(stage, num)
         out.tokens_rated = 2 * num * (self.asked + self.answer)  # two models' likelihoods
-        return out
+        return [out]
 
     def _is_local(self, number: int) -> bool:
         return not any(g.base_url for g in self.context.generators(number))
