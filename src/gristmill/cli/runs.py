@@ -70,6 +70,33 @@ def run(
     end_with_alarms(results["alarms"])
 
 
+@command("gristmill rl miniature-rl")
+def rl(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    out: RunOut = None,
+    model: Annotated[str | None, typer.Option(help="Model folder to start from; overrides the recipe's model.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Overrides the recipe's steps.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
+    device: RunDevice = None,
+    unsafe_code: Unsafe = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Reinforcement learning on prompts with known answers: GRPO and its relatives, from the start or from where it was cut off."""
+    from gristmill.core.config import find_recipe, load
+    from gristmill.core.progress import Progress
+    from gristmill.report.summary import rl_lines, stage_line
+    from gristmill.workflows.rl.loop import run as run_rl
+    from gristmill.workflows.rl.recipe import RlRecipe
+
+    loaded = load(find_recipe(recipe, "rl"), RlRecipe, given(model=model, seed=seed, steps=steps, threads=threads, device=device))
+    folder = out or Path("runs") / "-".join([loaded.name, *([f"seed{seed}"] if seed is not None else [])])
+    with Progress(quiet=quiet, describe=stage_line) as progress:
+        results = run_rl(loaded, folder, progress, unsafe_code)
+    echo(json.dumps(results) if as_json else "\n".join(rl_lines(results, folder)))
+
+
 @command("gristmill status runs/miniature")
 def status(
     folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"),

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from gristmill.core.errors import InputError
 from gristmill.model.transformer import Transformer
-from gristmill.train.batches import Rollout, RolloutBatch
+from gristmill.train.batches import Rollout, RolloutBatch, collate, documents_of, fills, group_answers, split_micro_batches
 from gristmill.train.losses import token_logprobs
-from gristmill.train.trainer import LossOutput
+from gristmill.train.trainer import LossOutput, compute_precision
 
 Advantage = Literal["std", "mean", "leave_one_out"]
 Normalize = Literal["token", "sequence", "constant"]
@@ -101,6 +101,26 @@ def sampled_logprobs(model: Transformer, batch: RolloutBatch) -> Tensor:
     tokens = batch.tokens
     hidden_RD = model.hidden(tokens.ids_T, tokens.shape, tokens.rows_R)
     return token_logprobs(hidden_RD, model.unembedding(), tokens.targets_R, cap=model.config.logits_soft_cap)
+
+
+@torch.no_grad()
+def with_logprobs(
+    model: Transformer, rollouts: Sequence[Rollout], name: Literal["old", "reference"], *, precision: str, micro_batch_tokens: int
+) -> list[Rollout]:
+    """The rollouts with a model's log-probabilities of their sampled tokens, as the trainer computes them, in `old` or `reference`."""
+    device, was_training = next(model.parameters()).device, model.training
+    found: dict[str, np.ndarray] = {}
+    model.eval()
+    groups = split_micro_batches(group_answers(rollouts, len(rollouts), micro_batch_tokens), micro_batch_tokens)
+    with compute_precision(model, precision):
+        for group in groups:
+            batch = collate(group, device, fill=fills(device, precision, 1))
+            assert isinstance(batch, RolloutBatch)
+            values = sampled_logprobs(model, batch).cpu().split(batch.lengths_N.tolist())
+            ids = [answer.id for item in group for answer in documents_of(item)]
+            found |= {id_: logps.numpy() for id_, logps in zip(ids, values, strict=True)}
+    model.train(was_training)
+    return [replace(rollout, **{name: found[rollout.id]}) for rollout in rollouts]  # type: ignore[arg-type]
 
 
 def kl_terms(name: Kl, logp_R: Tensor, reference_R: Tensor) -> Tensor:
