@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from gristmill.cli.main import app
 from gristmill.core.config import check, dump
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.data.rows import read_records
 from gristmill.engine.engine import Engine
+from gristmill.report.rl import write_page
 from gristmill.report.summary import stage_line
 from gristmill.runs.reader import read_run
 from gristmill.workflows.rl import loop
@@ -194,3 +197,24 @@ def test_bad_prompts_are_refused_before_any_work(tiny_base: Path, tmp_path: Path
     with pytest.raises(InputError, match=words):
         run(recipe, tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_page_shows_every_step_and_right_beside_wrong_and_runs_no_answer(calm: Path) -> None:
+    journal = calm / "run/01-rl/rollouts.jsonl"
+    hostile = journal.read_text().replace("Say ", "Say <script>alert(1)</script> ")
+    journal.write_text(hostile)
+    page = write_page(read_run(calm / "run")).read_text()
+    assert "share of groups with a spread" in page and "paired" in page and "right, " in page and "wrong, " in page
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_the_command_runs_and_prints_the_change(tiny_base: Path, tmp_path: Path) -> None:
+    make(tmp_path, tiny_base, steps=1)
+    shown = CliRunner().invoke(app, ["rl", str(tmp_path / "rl.yaml"), "--out", str(tmp_path / "run"), "--quiet"])
+    assert shown.exit_code == 0, shown.output
+    assert "greedy: " in shown.stdout and "serve it: gristmill serve" in shown.stdout and "report: " in shown.stdout
+    assert "finished" in CliRunner().invoke(app, ["status", str(tmp_path / "run")]).stdout
+    again = CliRunner().invoke(app, ["rl", str(tmp_path / "rl.yaml"), "--out", str(tmp_path / "run"), "--quiet", "--json"])
+    assert json.loads(again.stdout)["steps"] == 1
+    other = CliRunner().invoke(app, ["run", str(tmp_path / "rl.yaml")])
+    assert other.exit_code == 2 and "use `gristmill rl" in other.stderr

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -212,7 +212,7 @@ class _Run:
         samples = [normalized([r for group in share for r in source.samples(group)], kind, recipe.max_tokens) for share in shares if share]
         precision, limit = recipe.training.precision, trainer.micro_batch_tokens
 
-        def scored(rollouts: list[Rollout], model: Transformer, name: str) -> list[Rollout]:
+        def scored(rollouts: list[Rollout], model: Transformer, name: Literal["old", "reference"]) -> list[Rollout]:
             return with_logprobs(model, rollouts, name, precision=precision, micro_batch_tokens=limit)
 
         if recipe.updates > 1:  # by the trainer, before the first update

@@ -74,9 +74,8 @@ class RolloutSource:
         # the step is part of a request's id: each visit of a prompt shall see other answers
         missing = [Request(name, p.messages, sampling, recipe.seed) for name, p in chosen.items() if name not in self._journal]
         for request, completions in self._engine.generate(missing):
-            self._journal.append(
-                {"id": request.id, "step": step, "prompt": chosen[request.id].id, "out": [_written(c) for c in completions]}
-            )
+            asked, out = chosen[request.id], [_written(completion) for completion in completions]
+            self._journal.append({"id": request.id, "step": step, "prompt": asked.id, "question": asked.messages[-1].content, "out": out})
         answers = {name: [_read(one) for one in self._journal[name]["out"]] for name in chosen}
         unjudged = [name for name in chosen if f"{name}-rewards" not in self._journal]
         cases = [(chosen[name], answer) for name in unjudged for answer in answers[name]]
