@@ -7,7 +7,7 @@ from gristmill.data.rows import Prompt
 from gristmill.generation.api import Completion
 from gristmill.judge.programs import Verifier
 from gristmill.workflows.rl.recipe import Rewards
-from gristmill.workflows.rl.rewards import THINKING_OFF, THINKING_ON, Reward, reward_answers
+from gristmill.workflows.rl.rewards import THINKING_OFF, THINKING_ON, Reward, Rewarder
 
 TRUTH = {"kind": "number", "value": 7}
 
@@ -16,7 +16,8 @@ def earned(text: str, *, on: bool = True, finish: str = "stop", num_tokens: int 
     system = Message("system", THINKING_ON if on else THINKING_OFF)
     prompt = Prompt("p", "sums", (system, Message("user", "3 and 4?")), "file", (), TRUTH)
     answer = Completion(text, num_tokens, (), finish)  # type: ignore[arg-type]
-    (reward,) = reward_answers([prompt], [answer], Verifier(), Rewards.model_validate({"form": "thinking", **rewards}), 10)
+    with Rewarder(Rewards.model_validate({"form": "thinking", **rewards}), Verifier(), 10) as rewarder:
+        (reward,) = rewarder.rewards([prompt], [answer])
     return reward
 
 

@@ -42,7 +42,8 @@ from gristmill.train.trainer import MetricsLog, Trainer, TrainSettings
 from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 from gristmill.workflows.rl.recipe import LRS, NORMALIZE, RlRecipe
-from gristmill.workflows.rl.rollouts import Group, RolloutSource, check_prompts, group_metrics
+from gristmill.workflows.rl.rewards import Rewarder
+from gristmill.workflows.rl.rollouts import Group, RolloutSource, group_metrics
 from gristmill.workflows.train import MODEL
 
 ROLLOUTS, EVALUATION, TRAIN = "rollouts.jsonl", "evaluation.jsonl", "train"
@@ -83,6 +84,7 @@ class _Run:
         if recipe.world is None:  # the built-in world's are known to be right
             check_given_tests(both, unsafe_code=unsafe_code, quiet=progress.quiet)
         self.verifier: Verifier = open_verifier(stack, needs_code=any(is_code(p.truth) for p in both), unsafe_code=unsafe_code)
+        self.rewarder = stack.enter_context(Rewarder(recipe.rewards, self.verifier, recipe.max_tokens))
         dtype = torch.float32 if self.recipe.engine.precision == "fp32" else torch.bfloat16
         self.engine = Engine(
             self.model,
@@ -170,7 +172,7 @@ class _Run:
 
         idle = 0
         with Journal(folder / ROLLOUTS) as journal:
-            source = RolloutSource(recipe, self.prompts, self.engine, self.verifier, journal)
+            source = RolloutSource(recipe, self.prompts, self.engine, self.rewarder, journal)
             while done < recipe.steps:
                 began = time.monotonic()
                 groups = source.step(done)
@@ -250,7 +252,12 @@ def _prompts(recipe: RlRecipe) -> tuple[list[Prompt], list[Prompt]]:
         prompts, evaluation = ([p for p in rows if p.task in data.tasks] for rows in (prompts, evaluation))
         if not prompts or not evaluation:
             raise InputError(f"There are no prompts of the tasks {', '.join(data.tasks)}: look at data.tasks.")
-    check_prompts(prompts)
+    for number, prompt in enumerate(prompts, 1):
+        if prompt.truth is None and not recipe.rewards.functions:
+            raise InputError(
+                f"Prompt {number} ({prompt.messages[-1].content[:60]!r}) has no answer, truth or tests, and there are no "
+                "rewards.functions: nothing can judge it."
+            )
     asked = {normalize_prompt(p.messages) for p in evaluation}
     for number, prompt in enumerate(prompts, 1):
         if normalize_prompt(prompt.messages) in asked:

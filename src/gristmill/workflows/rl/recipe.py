@@ -24,9 +24,21 @@ class RlData(Section):
     tasks: tuple[str, ...] = Field((), description="only prompts of these tasks; none: all that a program can check")
 
 
-class Rewards(Section):
-    """What an answer earns: its verifier's verdict, times whether it keeps to the form, less what it is punished for."""
+class RewardFunction(Section):
+    """A function of yours in TRL's form, `f(prompts, completions, completion_ids, **columns)` -> numbers, run in a process of its own."""
 
+    file: FilePath = Field(description="Python file")
+    name: str = Field("reward", description="of the function")
+    weight: float = 1.0
+    messages: bool = Field(False, description="prompts and completions are lists of messages, not texts")
+    timeout: float = Field(60.0, gt=0, description="seconds for the answers of a step")
+
+
+class Rewards(Section):
+    """What an answer earns: the weighted sum of its parts if it keeps to the form, less what it is punished for."""
+
+    verifier: float = Field(1.0, ge=0, description="weight of the verdict of programs, on prompts with a truth")
+    functions: tuple[RewardFunction, ...] = ()
     form: Literal["any", "thinking"] = Field(
         "any", description="thinking: a block in front where the system line is `detailed thinking on`, and none elsewhere"
     )

@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.core.errors import InputError
 from gristmill.data.rows import Prompt
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Completion, Request, SamplingParams
-from gristmill.judge.programs import Verifier
 from gristmill.runs.journal import Journal
 from gristmill.train.batches import Rollout
 from gristmill.train.objectives.policy_gradient import group_advantages
 from gristmill.workflows.rl.recipe import ADVANTAGE, RlRecipe
-from gristmill.workflows.rl.rewards import Reward, reward_answers
+from gristmill.workflows.rl.rewards import Reward, Rewarder
 
 # What is sampled from is what is trained: a cut or a temperature would change one side's probabilities alone.
 TEMPERATURE = 1.0
@@ -52,8 +50,8 @@ class RolloutSource:
         journal: of answers, which are there before their rewards, and of rewards.
     """
 
-    def __init__(self, recipe: RlRecipe, prompts: Sequence[Prompt], engine: Engine, verifier: Verifier, journal: Journal):
-        self._recipe, self._prompts, self._engine, self._verifier, self._journal = recipe, prompts, engine, verifier, journal
+    def __init__(self, recipe: RlRecipe, prompts: Sequence[Prompt], engine: Engine, rewarder: Rewarder, journal: Journal):
+        self._recipe, self._prompts, self._engine, self._rewarder, self._journal = recipe, prompts, engine, rewarder, journal
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))  # the latest epoch and its shuffle
 
     def step(self, step: int) -> list[Group]:
@@ -79,7 +77,7 @@ class RolloutSource:
         answers = {name: [_read(one) for one in self._journal[name]["out"]] for name in chosen}
         unjudged = [name for name in chosen if f"{name}-rewards" not in self._journal]
         cases = [(chosen[name], answer) for name in unjudged for answer in answers[name]]
-        found = iter(reward_answers([p for p, _ in cases], [a for _, a in cases], self._verifier, recipe.rewards, recipe.max_tokens))
+        found = iter(self._rewarder.rewards([p for p, _ in cases], [a for _, a in cases]))
         for name in unjudged:
             self._journal.append({"id": f"{name}-rewards", "step": step, "rewards": [vars(next(found)) for _ in answers[name]]})
         return [
@@ -134,13 +132,10 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "all_right": fmean(min(values) > 0 for values in right),
         "all_wrong": fmean(max(values) == 0 for values in right),
     }
+    names = dict.fromkeys(name for reward, _ in rewards for name in reward.parts)
+    out |= {f"reward_{name}": fmean(reward.parts[name] for reward, _ in rewards if name in reward.parts) for name in names}
+    if any(reward.error for reward, _ in rewards):
+        out["failed"] = fmean(bool(reward.error) for reward, _ in rewards)
     return {f"reward_{k}" if k in ("total", "right", "form", "overlong") else k: v for k, v in out.items()} | {
         f"length_{'right' if ok else 'wrong'}": fmean(values) for ok, values in lengths.items() if values
     }
-
-
-def check_prompts(prompts: Sequence[Prompt]) -> None:
-    """InputError where a prompt has no truth: nothing could tell a right answer to it."""
-    for number, prompt in enumerate(prompts, 1):
-        if prompt.truth is None:
-            raise InputError(f"Prompt {number} ({prompt.messages[-1].content[:60]!r}) has no answer, truth or tests: nothing can judge it.")
