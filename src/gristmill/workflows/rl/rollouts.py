@@ -70,10 +70,14 @@ class RolloutSource:
         chosen = {f"s{step}-{draw}-{i}-{p.id}": p for i, p in enumerate(self._stream(first, recipe.prompts))}
         sampling = SamplingParams(temperature=TEMPERATURE, max_tokens=recipe.max_tokens, n=recipe.samples)
         # the step is part of a request's id: each visit of a prompt shall see other answers
-        missing = [Request(name, p.messages, sampling, recipe.seed) for name, p in chosen.items() if name not in self._journal]
-        for request, completions in self._engine.generate(missing):
-            asked, out = chosen[request.id], [_written(completion) for completion in completions]
-            self._journal.append({"id": request.id, "step": step, "prompt": asked.id, "question": asked.messages[-1].content, "out": out})
+        requests = [Request(name, p.messages, sampling, recipe.seed) for name, p in chosen.items()]
+        if any(request.id not in self._journal for request in requests):
+            # All of them again after a kill: in a smaller batch the last digits of sums may differ. What is in the journal stays.
+            for request, completions in self._engine.generate(requests):
+                if request.id not in self._journal:
+                    asked, out = chosen[request.id], [_written(completion) for completion in completions]
+                    question = asked.messages[-1].content
+                    self._journal.append({"id": request.id, "step": step, "prompt": asked.id, "question": question, "out": out})
         answers = {name: [_read(one) for one in self._journal[name]["out"]] for name in chosen}
         unjudged = [name for name in chosen if f"{name}-rewards" not in self._journal]
         cases = [(chosen[name], answer) for name in unjudged for answer in answers[name]]
