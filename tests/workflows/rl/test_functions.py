@@ -47,7 +47,7 @@ def test_an_answer_that_a_function_fails_on_costs_no_other_its_reward(tmp_path: 
 
 def test_a_hang_a_nan_and_an_end_are_told(tmp_path: Path) -> None:
     hang = "import time\ndef reward(completions):\n    if 'three' in completions: time.sleep(60)\n    return [1.0] * len(completions)"
-    assert values(tmp_path, hang, timeout=0.5) == [1.0, "it did not answer within 0.5 s", 1.0]
+    assert values(tmp_path, hang, timeout=5.0) == [1.0, "it did not answer within 5 s", 1.0]
     nan = "def reward(completions): return [float('nan') if c == 'one' else 1.0 for c in completions]"
     assert values(tmp_path, nan) == ["it gave nan", 1.0, 1.0]
     end = "import os\ndef reward(completions):\n    if 'one' in completions: os._exit(3)\n    return [1.0] * len(completions)"

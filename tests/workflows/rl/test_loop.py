@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -220,3 +221,14 @@ def test_the_command_runs_and_prints_the_change(tiny_base: Path, tmp_path: Path)
     assert json.loads(again.stdout)["steps"] == 1
     other = CliRunner().invoke(app, ["run", str(tmp_path / "rl.yaml")])
     assert other.exit_code == 2 and "use `gristmill rl" in other.stderr
+
+
+def test_a_curriculum_estimates_pass_rates_once_and_takes_prompts_by_them(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = make(tmp_path, tiny_base, curriculum={"samples": 4, "max_pass_rate": 1.1}, steps=2, prompts=2, method="dapo")
+    run(recipe, tmp_path)
+    done = read_run(tmp_path / "run").stages[1]
+    rates = dict(zip(("bee", "moss", "rain", "salt"), done["rates"], strict=True))
+    assert done["num_kept"] == 4 and all(0 <= rate <= 1 for rate in rates.values())
+    asked = [r["question"].split()[1].strip(".") for r in read_records(tmp_path / "run/02-rl/rollouts.jsonl") if "question" in r]
+    found = [np.mean([rates[word] for word in asked[k : k + 2]]) for k in (0, 2)]
+    assert len(set(asked)) == 4 and found[0] >= found[1] - 0.1

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from gristmill.data.rows import Prompt, make_id
 from gristmill.engine.engine import Engine
 from gristmill.evaluate.runner import MODES, evaluate_model
 from gristmill.evaluate.stats import paired
-from gristmill.generation.api import Completion, Request
+from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.judge.programs import Verifier, is_code
 from gristmill.miniature.base import BASE
 from gristmill.miniature.source import MiniatureSource
@@ -41,12 +42,13 @@ from gristmill.train.objectives.policy_gradient import normalized, with_logprobs
 from gristmill.train.trainer import MetricsLog, Trainer, TrainSettings
 from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
+from gristmill.workflows.rl.curriculum import curriculum_order, kept_by_rate
 from gristmill.workflows.rl.recipe import LRS, NORMALIZE, RlRecipe
 from gristmill.workflows.rl.rewards import Rewarder
 from gristmill.workflows.rl.rollouts import Group, RolloutSource, group_metrics
 from gristmill.workflows.train import MODEL
 
-ROLLOUTS, EVALUATION, TRAIN = "rollouts.jsonl", "evaluation.jsonl", "train"
+ROLLOUTS, EVALUATION, PASS_RATES, TRAIN = "rollouts.jsonl", "evaluation.jsonl", "pass_rates.jsonl", "train"
 CHECKPOINT_SECONDS = 20.0
 SHOWN_STEPS = 5  # first and last ones that a summary gives the mean reward of
 
@@ -114,12 +116,10 @@ class _Run:
     def results(self) -> dict[str, Any]:
         start = {"model": fingerprint(self.start), "evaluation": [p.id for p in self.evaluation], "max_tokens": self.recipe.max_tokens}
         before = self.dir.stage("base", start, self._evaluate)
-        inputs = [
-            before.fingerprint,
-            [p.id for p in self.prompts],
-            self.recipe.model_dump(mode="json", exclude={"name", "threads", "device"}),
-        ]
-        after = self.dir.stage("rl", inputs, self._train, files=[f"{MODEL}/*"])
+        rates = self._pass_rates()
+        decides = self.recipe.model_dump(mode="json", exclude={"name", "threads", "device"})
+        inputs = [before.fingerprint, [p.id for p in self.prompts], decides, rates]
+        after = self.dir.stage("rl", inputs, partial(self._train, rates=rates), files=[f"{MODEL}/*"])
         stages = [{"name": s.summary["name"], "folder": s.folder.name} | {m: s.summary[m] for m in MODES} for s in (before, after)]
         out: dict[str, Any] = {"stages": stages}
         out["paired"] = {mode: paired(*(list(s.summary["outcomes"][mode].values()) for s in (before, after))) for mode in MODES}
@@ -127,27 +127,49 @@ class _Run:
         self.dir.finish(out)
         return out
 
+    def _generate(self, requests: list[Request], path: Path) -> dict[str, list[Completion]]:
+        """Completions by request; those that an earlier start finished are read from the journal."""
+        with Journal(path) as journal:
+            missing = [r for r in requests if r.id not in journal]
+            for request, answers in self.progress.track(self.engine.generate(missing), len(missing), lambda: "prompts answered"):
+                journal.append({"id": request.id, "out": [[a.text, a.num_tokens, a.finish] for a in answers]})
+            return {r.id: [Completion(text, num, (), finish) for text, num, finish in journal[r.id]["out"]] for r in requests}
+
     def _evaluate(self, folder: Path) -> dict[str, Any]:
         """Accuracy on the evaluation prompts, greedy and at temperature 1, by other requests than training's."""
-        with Journal(folder / EVALUATION) as journal:
+        generate = partial(self._generate, path=folder / EVALUATION)
+        return evaluate_model(self.evaluation, generate, self.verifier.verify, max_tokens=self.recipe.max_tokens, seed=self.recipe.seed)
 
-            def generate(requests: list[Request]) -> dict[str, list[Completion]]:
-                missing = [r for r in requests if r.id not in journal]
-                for request, (answer,) in self.progress.track(self.engine.generate(missing), len(missing), lambda: "answers"):
-                    journal.append({"id": request.id, "text": answer.text, "num_tokens": answer.num_tokens, "finish": answer.finish})
-                return {
-                    r.id: [Completion(journal[r.id]["text"], journal[r.id]["num_tokens"], (), journal[r.id]["finish"])] for r in requests
-                }
+    def _pass_rates(self) -> list[float]:
+        """Of every prompt, how often the starting model passes it; none without a curriculum."""
+        recipe, curriculum = self.recipe, self.recipe.curriculum
+        if curriculum is None:
+            return []
 
-            found = evaluate_model(
-                self.evaluation, generate, self.verifier.verify, max_tokens=self.recipe.max_tokens, seed=self.recipe.seed
-            )
-        return found
+        def work(folder: Path) -> dict[str, Any]:
+            sampling = SamplingParams(temperature=1.0, max_tokens=recipe.max_tokens, n=curriculum.samples)
+            requests = [Request(f"rate-{p.id}", p.messages, sampling, recipe.seed) for p in self.prompts]
+            answers = self._generate(requests, folder / PASS_RATES)
+            rates = []
+            for prompt, request in zip(self.prompts, requests, strict=True):
+                found = answers[request.id]
+                rewards = self.rewarder.rewards([prompt] * len(found), found)
+                rates.append(fmean(reward.right * reward.form for reward in rewards))
+            return {"rates": rates, "num_prompts": len(rates), "num_kept": len(kept_by_rate(rates, curriculum))}
+
+        inputs = [fingerprint(self.start), [p.id for p in self.prompts], recipe.max_tokens, recipe.seed, curriculum.samples]
+        return [
+            float(rate) for rate in self.dir.stage("pass-rates", [*inputs, recipe.rewards.model_dump(mode="json")], work).summary["rates"]
+        ]
 
     # ---- training ----
 
-    def _train(self, folder: Path) -> dict[str, Any]:
-        recipe = self.recipe
+    def _train(self, folder: Path, rates: Sequence[float]) -> dict[str, Any]:
+        recipe, prompts, order = self.recipe, self.prompts, list[int]()
+        if (curriculum := recipe.curriculum) is not None:
+            kept = kept_by_rate(rates, curriculum)
+            prompts, rates = [prompts[i] for i in kept], [rates[i] for i in kept]
+            order = curriculum_order(rates, recipe.steps, recipe.prompts, curriculum=curriculum, seed=recipe.seed)
         values = {k: v for k, v in recipe.training.model_dump().items() if k in TrainSettings.__dataclass_fields__}
         settings = TrainSettings(
             **values, steps=recipe.steps * recipe.updates, batch_size=recipe.prompts * recipe.samples, seed=recipe.seed
@@ -172,7 +194,7 @@ class _Run:
 
         idle = 0
         with Journal(folder / ROLLOUTS) as journal:
-            source = RolloutSource(recipe, self.prompts, self.engine, self.rewarder, journal)
+            source = RolloutSource(recipe, prompts, self.engine, self.rewarder, journal, order=order)
             while done < recipe.steps:
                 began = time.monotonic()
                 groups = source.step(done)

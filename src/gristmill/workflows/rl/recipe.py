@@ -46,6 +46,16 @@ class Rewards(Section):
     overlong_buffer: int = Field(0, ge=0, description="last tokens before max_tokens, over which the punishment grows to 1; 0: none")
 
 
+class Curriculum(Section):
+    """Which prompts, and in which order, by the rate at which the starting model passes them."""
+
+    order: Literal["jitter", "paper", "random"] = Field("jitter", description="easy to hard, smoothly or as in the paper; or none")
+    samples: int = Field(8, gt=0, description="answers a prompt that its pass rate is estimated by")
+    min_pass_rate: float = Field(0.0, ge=0, le=1)
+    max_pass_rate: float = Field(0.75, gt=0, le=1.1, description="prompts of this rate or more are left out; 1.1: none")
+    sigma: float = Field(0.05, ge=0, description="width, in pass rates")
+
+
 class RlTraining(Section):
     """The optimizer of policy-gradient steps."""
 
@@ -90,6 +100,7 @@ class RlRecipe(Recipe):
     updates: int = Field(1, gt=0, description="optimizer updates a rollout step, each on a share of its groups")
     max_draws: int = Field(1, gt=0, description="dynamic sampling: draws a step, until `prompts` groups have a spread; 1: off")
     max_idle_steps: int = Field(10, gt=0, description="steps in a row without any spread after which the run stops")
+    curriculum: Curriculum | None = Field(None, description="none: prompts as they are, in the order of the seed")
     rewards: Rewards = Rewards()
     training: RlTraining = RlTraining()
     engine: EngineSettings = EngineSettings()
@@ -102,6 +113,8 @@ class RlRecipe(Recipe):
             raise ValueError("data: a world supplies prompts and evaluation; leave the files out, or the world")
         if self.rewards.overlong_buffer >= self.max_tokens:
             raise ValueError("rewards.overlong_buffer must be below max_tokens")
+        if self.curriculum is not None and self.max_draws > 1:
+            raise ValueError("curriculum: its order is that of the steps; leave max_draws out")
         if self.updates > self.prompts:
             raise ValueError("updates: at most one a prompt")
         return self

@@ -48,10 +48,21 @@ class RolloutSource:
         prompts: with truths.
         engine: samples from the weights that are trained.
         journal: of answers, which are there before their rewards, and of rewards.
+        order: places of the prompts of all steps; none: shuffles of all of them, one after another.
     """
 
-    def __init__(self, recipe: RlRecipe, prompts: Sequence[Prompt], engine: Engine, rewarder: Rewarder, journal: Journal):
+    def __init__(
+        self,
+        recipe: RlRecipe,
+        prompts: Sequence[Prompt],
+        engine: Engine,
+        rewarder: Rewarder,
+        journal: Journal,
+        *,
+        order: Sequence[int] = (),
+    ):
         self._recipe, self._prompts, self._engine, self._rewarder, self._journal = recipe, prompts, engine, rewarder, journal
+        self._given = order
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))  # the latest epoch and its shuffle
 
     def step(self, step: int) -> list[Group]:
@@ -90,7 +101,10 @@ class RolloutSource:
         ]
 
     def _stream(self, first: int, num: int) -> Iterator[Prompt]:
-        """Prompts from a place on of one shuffle of all of them after another."""
+        """Prompts from a place on of the given order, or of one shuffle of all of them after another."""
+        if self._given:
+            yield from (self._prompts[i] for i in self._given[first : first + num])
+            return
         size = len(self._prompts)
         for place in range(first, first + num):
             epoch, offset = divmod(place, size)
