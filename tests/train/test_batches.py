@@ -21,7 +21,7 @@ from gristmill.train.batches import (
     collate_rated,
     collate_tokens,
     fingerprint_samples,
-    group_rated,
+    group_answers,
     split_micro_batches,
 )
 from gristmill.train.objectives.next_token import token_samples
@@ -160,16 +160,16 @@ def test_answers_to_one_prompt_are_grouped_within_the_limits() -> None:
     samples = [RatedSample([1, 2, number], 2, [0] * 5, id=str(number), prompt=prompt) for number, prompt in enumerate(prompts)]
 
     def names(max_answers: int, max_tokens: int) -> list[str]:
-        return ["".join(answer.id for answer in group.answers) for group in group_rated(samples, max_answers, max_tokens)]  # type: ignore[union-attr]
+        return ["".join(answer.id for answer in group.answers) for group in group_answers(samples, max_answers, max_tokens)]  # type: ignore[union-attr]
 
     assert names(9, 99) == ["024", "16", "3", "5"]
     assert names(2, 99) == ["02", "16", "3", "4", "5"]
     assert names(9, 4) == ["02", "16", "3", "4", "5"]  # two answers of one prompt are four tokens
     assert names(9, 3) == list("0123456")
     plain = as_sample([(1, True)])
-    assert group_rated([plain], 1, 1) == [plain]
+    assert group_answers([plain], 1, 1) == [plain]
     many = [RatedSample([1, 2, number], 2, [0] * 5, id=str(number), prompt="a") for number in range(2 * MAX_ANSWERS + 1)]
-    assert [len(group.answers) for group in group_rated(many, 99, 999)] == [MAX_ANSWERS, MAX_ANSWERS, 1]  # type: ignore[union-attr]
+    assert [len(group.answers) for group in group_answers(many, 99, 999)] == [MAX_ANSWERS, MAX_ANSWERS, 1]  # type: ignore[union-attr]
 
 
 def test_batches_come_in_few_sizes_and_count_real_tokens() -> None:

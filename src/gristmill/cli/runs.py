@@ -70,6 +70,36 @@ def run(
     end_with_alarms(results["alarms"])
 
 
+@command("gristmill rl miniature-rl")
+def rl(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    out: RunOut = None,
+    model: Annotated[str | None, typer.Option(help="Model folder to start from; overrides the recipe's model.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Overrides the recipe's steps.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
+    device: RunDevice = None,
+    unsafe_code: Unsafe = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Reinforcement learning on prompts with known answers: GRPO and its relatives, from the start or where it was cut off."""
+    from gristmill.core.config import find_recipe, load
+    from gristmill.core.progress import Progress
+    from gristmill.report.rl import write_page
+    from gristmill.report.summary import rl_lines, stage_line
+    from gristmill.runs.reader import read_run
+    from gristmill.workflows.rl.loop import run as run_rl
+    from gristmill.workflows.rl.recipe import RlRecipe
+
+    loaded = load(find_recipe(recipe, "rl"), RlRecipe, given(model=model, seed=seed, steps=steps, threads=threads, device=device))
+    folder = out or Path("runs") / "-".join([loaded.name, *([f"seed{seed}"] if seed is not None else [])])
+    with Progress(quiet=quiet, describe=stage_line) as progress:
+        results = run_rl(loaded, folder, progress, unsafe_code)
+    page = write_page(read_run(folder))
+    echo(json.dumps(results) if as_json else "\n".join([*rl_lines(results, folder), f"report: {page}"]))
+
+
 @command("gristmill status runs/miniature")
 def status(
     folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"),
@@ -124,13 +154,16 @@ def answers(
 
 @command("gristmill report runs/miniature")
 def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"), as_json: AsJson = False) -> None:
-    """Write the page of an alignment or a curation again and print its path."""
-    from gristmill.report import alignment, curation
+    """Write the page of a run again (an alignment, a curation, or of reinforcement learning) and print its path."""
+    from gristmill.report import alignment, curation, rl
     from gristmill.runs.reader import read_run, reading_back
 
     with reading_back(folder):
         data = read_run(folder)
-        page = curation.write_page(folder, data.results) if data.kind == "curation" and data.results else alignment.write_report(folder)
+        if data.kind == "curation" and data.results:
+            page = curation.write_page(folder, data.results)
+        else:
+            page = rl.write_page(data) if data.kind == "rl" else alignment.write_report(folder)
     echo(json.dumps({"report": str(page)}) if as_json else str(page))
 
 

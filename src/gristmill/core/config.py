@@ -36,6 +36,7 @@ COMMANDS = {  # kind of recipe -> the command that takes it
     "curation": "curate",
     "blend": "blend",
     "pretraining": "pretrain",
+    "rl": "rl",
 }
 RENAMED = {  # keys of earlier versions, for the error that names the new one
     "models": "generators",

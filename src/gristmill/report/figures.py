@@ -192,9 +192,9 @@ def monitor_plot(labels: Sequence[str], values: Sequence[float], *, level: float
     return svg(width, height, "Collapse monitor", parts)
 
 
-def loss_plot(points: Sequence[tuple[float, float]]) -> Markup:
-    """A loss over the steps of a training: (step, loss), in order."""
-    width, height, top, bottom, side = 330.0, 140.0, 10.0, 22.0, 40.0
+def loss_plot(points: Sequence[tuple[float, float]], what: str = "Loss") -> Markup:
+    """A loss, or what else is measured, over the steps of a training: (step, value), in order."""
+    width, height, top, bottom, side = 330.0, 140.0, 10.0, 22.0, 52.0
     low, high = (f(v for _, v in points) for f in (min, max))
     span, last = (high - low) or 1.0, max(points[-1][0] - points[0][0], 1)
 
@@ -212,7 +212,7 @@ def loss_plot(points: Sequence[tuple[float, float]]) -> Markup:
     parts.append(el("polyline", points=" ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points), class_="greedy curve"))
     if len(points) == 1:
         parts.append(el("circle", cx=r1(x(points[0][0])), cy=r1(y(points[0][1])), r=3, class_="greedy"))
-    return svg(width, height, f"Loss from {points[0][1]:.3g} to {points[-1][1]:.3g}", parts)
+    return svg(width, height, f"{what} from {points[0][1]:.3g} to {points[-1][1]:.3g}", parts)
 
 
 def accuracy_bars(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> Markup:

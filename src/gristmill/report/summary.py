@@ -60,6 +60,8 @@ def _model(done: Mapping[str, Any]) -> str:
     overall = f"greedy {format_score(done['greedy']['overall']['mean'])} sampled {format_score(done['sampled']['overall']['mean'])}"
     weak = f"; {done['weak']:,} verdicts are weak" if done.get("weak") else ""
     trained = f"{done['rows']:,} rows, {_training(done)}" if "rows" in done else "the model as given"
+    if "updates" in done:
+        trained = f"{done['steps']:,} steps, {done['updates']:,} updates, reward {done['first_reward']:.2f} -> {done['last_reward']:.2f}"
     return f"{overall} ({', '.join(tasks)}); {trained}{weak}"
 
 
@@ -129,6 +131,15 @@ def headline(results: Mapping[str, Any], folder: Path | None = None) -> list[str
         folder: the run's folder. With it, the difference of the last model to the first is paired by prompt (a narrower interval).
     """
     return [_gain(results, folder), _judge(results.get("reward") or {}), _data_mix(results)]
+
+
+def rl_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
+    """What reinforcement learning changed on the evaluation prompts, and the command that serves the model."""
+    lines = []
+    for mode in MODES:
+        before, after = (format_score_ci(stage[mode]["overall"]) for stage in results["stages"])
+        lines.append(f"{mode}: {before} -> {after}, paired {format_difference(results['paired'][mode])}")
+    return [*lines, f"serve it: gristmill serve {shlex.quote(str(folder / results['model']))}"]
 
 
 def best_lines(results: Mapping[str, Any], folder: Path) -> list[str]:

@@ -14,8 +14,10 @@ MAX_METRICS_BYTES = 64 << 20
 MAX_POINTS = 300  # of a curve
 
 
-def read_metrics(data: RunData, stage: str) -> list[dict[str, float]]:
-    """Metrics of every step of a stage, given by its folder's name; none where it does not train. Torn lines are left out."""
+def read_metrics(data: RunData, stage: str, needed: Sequence[str] = ("step", "loss")) -> list[dict[str, float]]:
+    """Metrics of every step of a stage, given by its folder's name; none where it does not train. Lines that are torn or lack what is
+    needed are left out.
+    """
     path = data.folder / stage / "train" / "metrics.jsonl"
     if not path.is_file():
         return []
@@ -23,7 +25,7 @@ def read_metrics(data: RunData, stage: str) -> list[dict[str, float]]:
         lines = read_bytes(path, MAX_METRICS_BYTES).decode("utf-8", "replace").splitlines()
     except DamagedFile:
         return []
-    return [found for line in lines if (found := _finite(line)).keys() >= {"step", "loss"}]
+    return [found for line in lines if (found := _finite(line)).keys() >= set(needed)]
 
 
 def _finite(line: str) -> dict[str, float]:
@@ -43,7 +45,7 @@ def training_section(data: RunData) -> list[Markup]:
         steps = read_metrics(data, stage["folder"])
         if not steps:
             continue
-        points = _thinned(steps)
+        points = thinned(steps)
         facts = [f"{len(steps):,} steps", f"loss {steps[0]['loss']:.3g} to {steps[-1]['loss']:.3g}"]
         facts += [f"{stage['tokens_per_second']:,} tokens/s"] if "tokens_per_second" in stage else []
         facts += [f"{stage['peak_mib']:,} MiB at the peak"] if "peak_mib" in stage else []
@@ -52,6 +54,7 @@ def training_section(data: RunData) -> list[Markup]:
     return [el("div", out, class_="grid")] if out else []
 
 
-def _thinned(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def thinned(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """So many steps as a curve shows, the last among them."""
     every = math.ceil(len(steps) / MAX_POINTS)
     return [*steps[:-1:every], steps[-1]]

@@ -130,8 +130,61 @@ class RatedGroup:
     @cached_property
     def num_tokens(self) -> int:
         """Tokens that go through the model: what all answers begin with counts once."""
-        documents = [answer.ids for answer in self.answers]
-        return sum(map(len, documents)) - (len(documents) - 1) * num_shared(documents)
+        return _num_packed(self.answers)
+
+    @property
+    def num_targets(self) -> int:
+        return sum(answer.num_targets for answer in self.answers)
+
+
+@dataclass
+class Rollout(Sample):
+    """A sampled answer to a prompt, for policy gradients; the mask marks the tokens that the model chose, and no others.
+
+    Rollouts with the same ``prompt`` (any name but "") go through the model together: see ``RolloutGroup``.
+
+    Attributes:
+        advantage: of the answer against the others of its group.
+        logprobs: of each target, under the policy as it sampled them.
+        weight: of each target's term in the loss sum.
+        num_terms: what the answer adds to the divisor of the step.
+        old: of each target, its log-probability under the trainer's weights before the rollouts' first update; None: this is the first.
+        reference: of each target, under the reference model.
+    """
+
+    _: KW_ONLY
+    advantage: float = 0.0
+    logprobs: Sequence[float] | np.ndarray = ()
+    prompt: str = ""
+    weight: float = 1.0
+    num_terms: int = 1
+    old: np.ndarray | None = None
+    reference: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.logprobs = np.asarray(self.logprobs, dtype=np.float32)
+        if len(self.logprobs) != self.num_targets:
+            raise InputError(
+                f"rollout {self.id or '(no id)'} has {self.num_targets} sampled tokens but {len(self.logprobs)} log-probabilities; "
+                "give one for every sampled token"
+            )
+
+
+@dataclass
+class RolloutGroup:
+    """Rollouts of one prompt. They go through the model together, so that it reads the prompt once."""
+
+    answers: Sequence[Rollout]
+
+    @property
+    def id(self) -> str:
+        return self.answers[0].id
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model: what all answers begin with counts once."""
+        return _num_packed(self.answers)
 
     @property
     def num_targets(self) -> int:
@@ -140,28 +193,36 @@ class RatedGroup:
 
 AnySample = Sample | PairSample | RatedSample
 # What `SampleData` gives and a step is made of.
-DataItem = Sample | PairSample | RatedGroup
+DataItem = Sample | PairSample | RatedGroup | RolloutGroup
 
 
-def group_rated(samples: Sequence[AnySample | DataItem], max_answers: int, max_tokens: float) -> list[DataItem]:
-    """Rated samples of one prompt become groups: of `max_answers` and MAX_ANSWERS at most, and of so many tokens where they are several."""
+def _num_packed(answers: Sequence[Sample | RatedSample]) -> int:
+    documents = [answer.ids for answer in answers]
+    return sum(map(len, documents)) - (len(documents) - 1) * num_shared(documents)
+
+
+def group_answers(samples: Sequence[AnySample | DataItem], max_answers: int, max_tokens: float) -> list[DataItem]:
+    """Rated samples of one prompt become groups, and rollouts likewise: of `max_answers` and MAX_ANSWERS at most, and of so many tokens
+    where they are several.
+    """
     max_answers = min(max_answers, MAX_ANSWERS)
     items: list[DataItem] = []
     latest: dict[str, int] = {}  # of each prompt its last group's place
     for sample in samples:
-        if not isinstance(sample, RatedSample):
+        if not isinstance(sample, RatedSample | Rollout):
             items.append(sample)
             continue
+        kind: type[RatedGroup | RolloutGroup] = RatedGroup if isinstance(sample, RatedSample) else RolloutGroup
         if sample.prompt in latest:
             group = items[latest[sample.prompt]]
-            assert isinstance(group, RatedGroup)
-            larger = RatedGroup([*group.answers, sample])
+            assert isinstance(group, kind)
+            larger = kind([*group.answers, sample])  # type: ignore[list-item]
             if len(larger.answers) <= max_answers and larger.num_tokens <= max_tokens:
                 items[latest[sample.prompt]] = larger
                 continue
         if sample.prompt:
             latest[sample.prompt] = len(items)
-        items.append(RatedGroup([sample]))
+        items.append(kind([sample]))  # type: ignore[list-item]
     return items
 
 
@@ -169,7 +230,7 @@ def documents_of(sample: AnySample | DataItem) -> Sequence[Sample | RatedSample]
     """The documents that a sample lays into a packed batch."""
     if isinstance(sample, PairSample):
         return sample.chosen, sample.rejected
-    if isinstance(sample, RatedGroup):
+    if isinstance(sample, RatedGroup | RolloutGroup):
         return sample.answers
     return (sample,)
 
@@ -222,6 +283,25 @@ class RatedBatch:
     @cached_property
     def count(self) -> int:
         return int((self.labels_N5 != IGNORE_LABEL).sum())
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Rollouts. ``documents_R`` says to which of the N documents a row belongs; what is of rows is of sampled tokens, in fp32."""
+
+    tokens: TokenBatch
+    documents_R: Tensor
+    lengths_N: Tensor  # sampled tokens of each document
+    advantages_N: Tensor
+    weights_N: Tensor
+    sampler_R: Tensor
+    old_R: Tensor | None
+    reference_R: Tensor | None
+    count: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.num_tokens
 
 
 class Batch(Protocol):
@@ -278,9 +358,38 @@ def collate_rated(groups: Sequence[RatedGroup], device: torch.device, *, fill: b
     return RatedBatch(ids_T, shape, num_tokens, ends_N, labels_N5)
 
 
-def collate(items: Sequence[DataItem], device: torch.device, *, fill: bool = True) -> TokenBatch | PairBatch | RatedBatch:
+def collate_rollouts(groups: Sequence[RolloutGroup], device: torch.device, *, fill: bool = True) -> RolloutBatch:
+    """Lay rollouts end to end. Old and reference log-probabilities are set when every rollout has them."""
+    answers = [answer for group in groups for answer in group.answers]
+    lengths = np.array([answer.num_targets for answer in answers])
+
+    def rows(values: Sequence[np.ndarray | None]) -> Tensor | None:
+        known = [value for value in values if value is not None]
+        return torch.from_numpy(np.concatenate(known)).to(device, torch.float32) if len(known) == len(values) else None
+
+    def each(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    sampler_R = rows([np.asarray(answer.logprobs) for answer in answers])
+    assert sampler_R is not None
+    return RolloutBatch(
+        tokens=_token_batch([group.answers for group in groups], device, fill),
+        documents_R=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device),
+        lengths_N=torch.from_numpy(lengths).to(device),
+        advantages_N=each([answer.advantage for answer in answers]),
+        weights_N=each([answer.weight for answer in answers]),
+        sampler_R=sampler_R,
+        old_R=rows([answer.old for answer in answers]),
+        reference_R=rows([answer.reference for answer in answers]),
+        count=sum(answer.num_terms for answer in answers),
+    )
+
+
+def collate(items: Sequence[DataItem], device: torch.device, *, fill: bool = True) -> TokenBatch | PairBatch | RatedBatch | RolloutBatch:
     """Pack samples of one kind into the batch of that kind; `fill` as of `pack`."""
     first = items[0]
+    if isinstance(first, RolloutGroup):
+        return collate_rollouts(items, device, fill=fill)  # type: ignore[arg-type]
     if isinstance(first, Sample):
         return collate_tokens(items, device, fill=fill)  # type: ignore[arg-type]
     if isinstance(first, PairSample):
@@ -293,7 +402,7 @@ def fills(device: torch.device, precision: str, num_workers: int) -> bool:
     return device.type != "cpu" or precision != "fp32" or num_workers > 1
 
 
-ItemT = TypeVar("ItemT", Sample, PairSample, RatedGroup, DataItem)
+ItemT = TypeVar("ItemT", Sample, PairSample, RatedGroup, RolloutGroup, DataItem)
 
 
 def split_micro_batches(samples: Sequence[ItemT], max_tokens: int, num_workers: int = 1) -> list[list[ItemT]]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from gristmill.core.errors import InputError
 from gristmill.data.token_store import TokenStore
-from gristmill.train.batches import MAX_ANSWERS, AnySample, DataItem, RatedGroup, Sample, documents_of, fingerprint_samples, group_rated
+from gristmill.train.batches import MAX_ANSWERS, AnySample, DataItem, RatedGroup, Sample, documents_of, fingerprint_samples, group_answers
 from gristmill.train.checkpoint import fingerprint_text
 
 
@@ -64,7 +64,7 @@ class ListData:
                 usable.append(sample)
         if not usable:
             _refuse_empty(self.dropped_long, self.dropped_untrained, max_tokens)
-        self.items = group_rated(usable, max_answers, max_group_tokens)
+        self.items = group_answers(usable, max_answers, max_group_tokens)
         self.lengths = np.array([item.num_tokens for item in self.items], dtype=np.int64)
         self.rows = np.array([len(item.answers) if isinstance(item, RatedGroup) else 1 for item in self.items])
 

@@ -32,7 +32,7 @@ from gristmill.train.batches import (
     collate,
     fills,
     fingerprint_samples,
-    group_rated,
+    group_answers,
     share_out,
     split_micro_batches,
 )
@@ -391,7 +391,7 @@ class Trainer:
             raise InputError("there is nothing to train on: the step has no samples")
         if not isinstance(samples[0], AnySample | DataItem):
             return cast(Sequence[Batch], samples), ()
-        items = group_rated(cast(Sequence[AnySample | DataItem], samples), len(samples), self.micro_batch_tokens)
+        items = group_answers(cast(Sequence[AnySample | DataItem], samples), len(samples), self.micro_batch_tokens)
         check_vocabulary(self.model, items)
         return self._collated(items)
 

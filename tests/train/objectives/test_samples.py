@@ -12,7 +12,7 @@ from gristmill.data.rows import Demonstration, Rated
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
-from gristmill.train.batches import RatedBatch, RatedGroup, RatedSample, collate_rated, group_rated
+from gristmill.train.batches import RatedBatch, RatedGroup, RatedSample, collate_rated, group_answers
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples
 from gristmill.train.trainer import LossOutput, Trainer, TrainSettings
@@ -73,7 +73,7 @@ def test_bad_rated_rows_are_named(tokenizer: Tokenizer) -> None:
 def test_answers_to_one_prompt_are_one_group(tokenizer: Tokenizer) -> None:
     other = (*TURNS[:3], Message("assistant", "one"))
     rows = [Rated(str(n), "sums", turns, (1, 2, 3, 4, 0)) for n, turns in enumerate((TURNS, TURNS[:2], other))]
-    groups = group_rated(rated_samples(rows, FORMATS["nemotron"], tokenizer), 8, 1000)
+    groups = group_answers(rated_samples(rows, FORMATS["nemotron"], tokenizer), 8, 1000)
     assert [[answer.id for answer in group.answers] for group in groups] == [["0", "2"], ["1"]]  # type: ignore[union-attr]
 
 

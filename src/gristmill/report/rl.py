@@ -1,0 +1,102 @@
+"""Page of a run of reinforcement learning: accuracy before and after, the metrics of every step, right answers beside wrong ones."""
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from gristmill.core.io import write_text
+from gristmill.report.comparisons import MODES, format_difference, format_score_ci
+from gristmill.report.figures import loss_plot
+from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.summary import rl_lines
+from gristmill.report.training import read_metrics, thinned
+from gristmill.runs.journal import read_once
+from gristmill.runs.reader import RunData
+
+CURVES = {
+    "reward_total": "reward",
+    "reward_right": "share right",
+    "reward_form": "share that keeps the form",
+    "spread": "share of groups with a spread",
+    "all_right": "share of groups all right",
+    "all_wrong": "share of groups all wrong",
+    "length_right": "tokens of right answers",
+    "length_wrong": "tokens of wrong answers",
+    "cut_off": "share cut off",
+    "entropy": "entropy, nats a token",
+    "kl": "KL from the start, nats a token",
+    "ratio": "ratio to the old policy",
+    "clipped": "share of tokens clipped",
+    "mismatch": "sampler against trainer, nats a token",
+    "grad_norm": "gradient norm",
+}
+NUM_GROUPS, MAX_CHARS = 6, 1200  # groups that are shown, and of an answer
+MAX_GROUPS = 1000  # latest ones that are looked at: a journal may be larger than memory
+
+
+def write_page(data: RunData) -> Path:
+    """Write the page of a finished or unfinished run into its folder; it needs nothing from anywhere."""
+    title = str(data.recipe["name"])
+    head = el("header", el("p", "Reinforcement learning", class_="eyebrow"), el("h1", title), class_="top")
+    body: list[Any] = []
+    if data.results is not None:
+        body += [el("pre", "\n".join(rl_lines(data.results, data.folder))), _accuracies(data.results)]
+    for stage in data.stages:
+        if curves := _curves(data, stage["folder"]):
+            body += [el("h2", "Every step"), el("div", curves, class_="grid")]
+            body += [el("h2", "Groups of the last steps"), *_groups(data.folder / stage["folder"] / "rollouts.jsonl")]
+    path = data.folder / "report.html"
+    write_text(path, document(title, head, el("main", body)))
+    return path
+
+
+def _accuracies(results: dict[str, Any]) -> Markup:
+    before, after = results["stages"]
+    rows = []
+    for mode in MODES:
+        for task in before[mode]:
+            difference = format_difference(results["paired"][mode]) if task == "overall" else ""
+            rows.append([f"{mode}, {task}", format_score_ci(before[mode][task]), format_score_ci(after[mode][task]), difference])
+    return table(["", "before", "after", "paired difference"], rows)
+
+
+def _curves(data: RunData, stage: str) -> list[Markup]:
+    steps = read_metrics(data, stage, needed=("step", "reward_total"))
+    out: list[Markup] = []
+    drawn: list[list[tuple[float, float]]] = []
+    for name, words in CURVES.items():
+        points = [(step["step"], step[name]) for step in thinned(steps) if name in step] if steps else []
+        if points in drawn or len({value for _, value in points}) == 1:
+            continue  # it tells nothing more
+        drawn.append(points)
+        if points:
+            out.append(el("div", el("p", words, class_="title"), loss_plot(points, words.capitalize()), class_="figure"))
+    return out
+
+
+def _groups(path: Path) -> list[Markup]:
+    """Of the latest groups that hold right and wrong answers, one of each."""
+    asked: dict[str, dict[str, Any]] = {}
+    judged: deque[tuple[str, list[dict[str, Any]]]] = deque(maxlen=MAX_GROUPS)
+    for record in read_once(path) if path.is_file() else ():
+        if "out" in record:
+            asked[record["id"]] = record
+            if len(asked) > MAX_GROUPS:
+                asked.pop(next(iter(asked)))
+        elif "rewards" in record:
+            judged.append((record["id"].removesuffix("-rewards"), record["rewards"]))
+    shown: list[Markup] = []
+    for name, rewards in reversed(judged):
+        right = [i for i, reward in enumerate(rewards) if reward["right"] > 0]
+        wrong = [i for i, reward in enumerate(rewards) if not reward["right"]]
+        if right and wrong and name in asked:
+            texts = [_answer(asked[name], "right", right), _answer(asked[name], "wrong", wrong)]
+            shown.append(el("div", el("p", asked[name]["question"][:MAX_CHARS]), el("div", texts, class_="grid"), class_="plain"))
+        if len(shown) == NUM_GROUPS:
+            break
+    return shown
+
+
+def _answer(record: dict[str, Any], words: str, places: list[int]) -> Markup:
+    text = record["out"][places[0]]["text"][:MAX_CHARS]
+    return el("div", el("p", f"{words}, {len(places)} of {len(record['out'])}", class_="note"), el("pre", text))

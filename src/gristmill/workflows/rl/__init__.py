@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts of a model, rewards by programs, policy gradients."""

@@ -1,0 +1,126 @@
+"""The recipe of `gristmill rl`: which prompts, how answers are rewarded, and the policy gradient's switches."""
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from gristmill.core.config import FilePath, Recipe, RunName, Section
+from gristmill.train.objectives.policy_gradient import METHODS, Advantage, Kl, Normalize, PolicyGradientObjective
+from gristmill.workflows.alignment.recipe import EngineSettings
+
+Method = Literal["grpo", "dapo", "dr_grpo", "gspo", "rloo", "cispo"]
+LRS = ((20e6, 3e-4), (500e6, 1e-5), (3e9, 3e-6), (float("inf"), 1e-6))  # largest number of parameters -> learning rate
+NORMALIZE: dict[str, Normalize] = {name: found["normalize"] for name, found in METHODS.items()}
+ADVANTAGE: dict[str, Advantage] = {name: found["advantage"] for name, found in METHODS.items()}
+
+
+class RlData(Section):
+    """Prompts with known answers, and those that the model is evaluated on before and after. A world supplies its own."""
+
+    prompts: FilePath | None = Field(None, description="JSONL or Parquet with `prompt` or `messages`, and `answer`, `truth` or tests")
+    evaluation: FilePath | None = Field(None, description="the same, asked for nothing but the evaluation")
+    num_prompts: int | None = Field(None, gt=0, description="default all")
+    num_evaluation: int | None = Field(None, gt=0, description="a task; default all")
+    tasks: tuple[str, ...] = Field((), description="only prompts of these tasks; none: all that a program can check")
+
+
+class RewardFunction(Section):
+    """A function of yours in TRL's form, `f(prompts, completions, completion_ids, **columns)` -> numbers, run in a process of its own."""
+
+    file: FilePath = Field(description="Python file")
+    name: str = Field("reward", description="of the function")
+    weight: float = 1.0
+    messages: bool = Field(False, description="prompts and completions are lists of messages, not texts")
+    timeout: float = Field(60.0, gt=0, description="seconds for the answers of a step")
+
+
+class Rewards(Section):
+    """What an answer earns: the weighted sum of its parts if it keeps to the form, less what it is punished for."""
+
+    verifier: float = Field(1.0, ge=0, description="weight of the verdict of programs, on prompts with a truth")
+    functions: tuple[RewardFunction, ...] = ()
+    form: Literal["any", "thinking"] = Field(
+        "any", description="thinking: a block in front where the system line is `detailed thinking on`, and none elsewhere"
+    )
+    cut_off: Literal["wrong", "masked"] = Field("wrong", description="answers that did not end: they earn nothing, or are left out")
+    overlong_buffer: int = Field(0, ge=0, description="last tokens before max_tokens, over which the punishment grows to 1; 0: none")
+
+
+class Curriculum(Section):
+    """Which prompts, and in which order, by the rate at which the starting model passes them."""
+
+    order: Literal["jitter", "paper", "random"] = Field("jitter", description="easy to hard, smoothly or as in the paper; or none")
+    samples: int = Field(8, gt=0, description="answers a prompt that its pass rate is estimated by")
+    min_pass_rate: float = Field(0.0, ge=0, le=1)
+    max_pass_rate: float = Field(0.75, gt=0, le=1.1, description="prompts of this rate or more are left out; 1.1: none")
+    sigma: float = Field(0.05, ge=0, description="width, in pass rates")
+
+
+class RlTraining(Section):
+    """The optimizer of policy-gradient steps."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float | None = Field(None, gt=0, description="default by the model's size")
+    muon_lr: float = Field(0.02, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(5, ge=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: any")
+    micro_batch_tokens: int | None = Field(None, gt=0, description="tokens at once; null: as many as pay, within the free memory")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of computing; auto: bf16 where the device is made for it")
+
+
+class RlRecipe(Recipe):
+    """A whole run of reinforcement learning."""
+
+    may_change: ClassVar[frozenset[str]] = frozenset({"threads", "device"})
+
+    kind: Literal["rl"] = "rl"
+    name: RunName = "rl"
+    model: str = Field("miniature", description="folder of the model to start from")
+    chat_format: Literal["auto", "plain", "nemotron", "chatml", "llama3"] = "auto"
+    seed: int = 0
+    threads: int | None = Field(None, gt=0, description="CPU threads; default all cores")
+    device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:N or mps")
+    world: Literal["miniature"] | None = Field(None, description="a built-in world that supplies prompts and their truths")
+    data: RlData = RlData()
+    method: Method = "grpo"
+    advantage: Advantage | None = Field(None, description="std, mean or leave_one_out; default the method's")
+    normalize: Normalize | None = Field(None, description="token, sequence or constant; default the method's")
+    clip_low: float | None = Field(None, ge=0, le=1, description="default the method's")
+    clip_high: float | None = Field(None, ge=0, description="default the method's")
+    beta: float = Field(0.0, ge=0, description="weight of the KL divergence from the model that the run starts from")
+    kl: Kl = "k3"
+    max_importance: float | None = Field(None, gt=0, description="largest weight for what sampler and trainer differ in; null: all weigh 1")
+    steps: int = Field(100, gt=0, description="rollout steps")
+    prompts: int = Field(32, gt=0, description="prompts a step")
+    samples: int = Field(8, gt=1, description="answers a prompt")
+    max_tokens: int = Field(256, gt=0, description="longest answer")
+    updates: int = Field(1, gt=0, description="optimizer updates a rollout step, each on a share of its groups")
+    max_draws: int = Field(1, gt=0, description="dynamic sampling: draws a step, until `prompts` groups have a spread; 1: off")
+    max_idle_steps: int = Field(10, gt=0, description="steps in a row without any spread after which the run stops")
+    curriculum: Curriculum | None = Field(None, description="none: prompts as they are, in the order of the seed")
+    rewards: Rewards = Rewards()
+    training: RlTraining = RlTraining()
+    engine: EngineSettings = EngineSettings()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.world is None and (self.data.prompts is None or self.data.evaluation is None):
+            raise ValueError("data: give prompts and evaluation, or name a world")
+        if self.world is not None and (self.data.prompts is not None or self.data.evaluation is not None):
+            raise ValueError("data: a world supplies prompts and evaluation; leave the files out, or the world")
+        if self.rewards.overlong_buffer >= self.max_tokens:
+            raise ValueError("rewards.overlong_buffer must be below max_tokens")
+        if self.curriculum is not None and self.max_draws > 1:
+            raise ValueError("curriculum: its order is that of the steps; leave max_draws out")
+        if self.updates > self.prompts:
+            raise ValueError("updates: at most one a prompt")
+        return self
+
+    def objective(self) -> PolicyGradientObjective:
+        """The loss that the method and what overrides it make."""
+        values: dict[str, Any] = {k: v for k, v in METHODS[self.method].items() if k not in ("advantage", "normalize")}
+        values |= {k: v for k in ("clip_low", "clip_high") if (v := getattr(self, k)) is not None}
+        return PolicyGradientObjective(**values, beta=self.beta, kl=self.kl, max_importance=self.max_importance)

@@ -1,0 +1,159 @@
+"""Rollouts of a step: prompts drawn by (seed, step), answers from the journal or the engine, rewards, advantages, training samples."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from gristmill.data.rows import Prompt
+from gristmill.engine.engine import Engine
+from gristmill.generation.api import Completion, Request, SamplingParams
+from gristmill.runs.journal import Journal
+from gristmill.train.batches import Rollout
+from gristmill.train.objectives.policy_gradient import group_advantages
+from gristmill.workflows.rl.recipe import ADVANTAGE, RlRecipe
+from gristmill.workflows.rl.rewards import Reward, Rewarder
+
+# What is sampled from is what is trained: a cut or a temperature would change one side's probabilities alone.
+TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one prompt, sampled by the weights of one step."""
+
+    id: str
+    prompt: Prompt
+    answers: Sequence[Completion]
+    rewards: Sequence[Reward]
+
+    @property
+    def kept(self) -> list[int]:
+        """Places of the answers that count."""
+        return [i for i, reward in enumerate(self.rewards) if not reward.is_masked]
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether there is anything to learn: told by equality, for a deviation of rounding errors is no spread."""
+        totals = [self.rewards[i].total for i in self.kept]
+        return bool(totals) and max(totals) > min(totals)
+
+
+class RolloutSource:
+    """Gives the groups of each step, and never asks or judges twice what the journal holds.
+
+    Args:
+        prompts: with truths.
+        engine: samples from the weights that are trained.
+        journal: of answers, which are there before their rewards, and of rewards.
+        order: places of the prompts of all steps; none: shuffles of all of them, one after another.
+    """
+
+    def __init__(
+        self,
+        recipe: RlRecipe,
+        prompts: Sequence[Prompt],
+        engine: Engine,
+        rewarder: Rewarder,
+        journal: Journal,
+        *,
+        order: Sequence[int] = (),
+    ):
+        self._recipe, self._prompts, self._engine, self._rewarder, self._journal = recipe, prompts, engine, rewarder, journal
+        self._given = order
+        self._order: tuple[int, np.ndarray] = (-1, np.arange(0))  # the latest epoch and its shuffle
+
+    def step(self, step: int) -> list[Group]:
+        """The groups of a step: one draw, or as many as dynamic sampling takes until enough of them have a spread."""
+        groups: list[Group] = []
+        for draw in range(self._recipe.max_draws):
+            groups += self._draw(step, draw)
+            spread = [group for group in groups if group.has_spread]
+            if len(spread) >= self._recipe.prompts:
+                return spread[: self._recipe.prompts] if draw else groups
+        return groups
+
+    def _draw(self, step: int, draw: int) -> list[Group]:
+        recipe = self._recipe
+        first = (step * recipe.max_draws + draw) * recipe.prompts
+        chosen = {f"s{step}-{draw}-{i}-{p.id}": p for i, p in enumerate(self._stream(first, recipe.prompts))}
+        sampling = SamplingParams(temperature=TEMPERATURE, max_tokens=recipe.max_tokens, n=recipe.samples)
+        # the step is part of a request's id: each visit of a prompt shall see other answers
+        requests = [Request(name, p.messages, sampling, recipe.seed) for name, p in chosen.items()]
+        if any(request.id not in self._journal for request in requests):
+            # All of them again after a kill: in a smaller batch the last digits of sums may differ. What is in the journal stays.
+            for request, completions in self._engine.generate(requests):
+                if request.id not in self._journal:
+                    asked, out = chosen[request.id], [_written(completion) for completion in completions]
+                    question = asked.messages[-1].content
+                    self._journal.append({"id": request.id, "step": step, "prompt": asked.id, "question": question, "out": out})
+        answers = {name: [_read(one) for one in self._journal[name]["out"]] for name in chosen}
+        unjudged = [name for name in chosen if f"{name}-rewards" not in self._journal]
+        cases = [(chosen[name], answer) for name in unjudged for answer in answers[name]]
+        found = iter(self._rewarder.rewards([p for p, _ in cases], [a for _, a in cases]))
+        for name in unjudged:
+            self._journal.append({"id": f"{name}-rewards", "step": step, "rewards": [vars(next(found)) for _ in answers[name]]})
+        return [
+            Group(name, prompt, answers[name], [Reward(**values) for values in self._journal[f"{name}-rewards"]["rewards"]])
+            for name, prompt in chosen.items()
+        ]
+
+    def _stream(self, first: int, num: int) -> Iterator[Prompt]:
+        """Prompts from a place on of the given order, or of one shuffle of all of them after another."""
+        if self._given:
+            yield from (self._prompts[i] for i in self._given[first : first + num])
+            return
+        size = len(self._prompts)
+        for place in range(first, first + num):
+            epoch, offset = divmod(place, size)
+            if self._order[0] != epoch:
+                self._order = (epoch, np.random.default_rng([self._recipe.seed, epoch]).permutation(size))
+            yield self._prompts[int(self._order[1][offset])]
+
+    def samples(self, group: Group) -> list[Rollout]:
+        """Training samples of a group's answers that count."""
+        recipe = self._recipe
+        kept = group.kept
+        advantages = group_advantages(recipe.advantage or ADVANTAGE[recipe.method], [group.rewards[i].total for i in kept])
+        prompt = self._engine.chat_format.render_prompt(group.prompt.messages, self._engine.tokenizer)
+        out = []
+        for i, advantage in zip(kept, advantages, strict=True):
+            answer = group.answers[i]
+            mask = [False] * len(prompt) + [True] * len(answer.tokens)
+            ids = [*prompt, *answer.tokens]
+            out.append(Rollout(ids, mask, f"{group.id}-{i}", advantage=advantage, logprobs=answer.logprobs, prompt=group.id))
+        return out
+
+
+def _written(answer: Completion) -> dict[str, Any]:
+    return {"text": answer.text, "tokens": answer.tokens, "logprobs": answer.logprobs, "finish": answer.finish}
+
+
+def _read(record: dict[str, Any]) -> Completion:
+    tokens = tuple(record["tokens"])
+    return Completion(record["text"], len(tokens), tuple(record["logprobs"]), record["finish"], tokens)
+
+
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards by part, groups with a spread, and the lengths of right and wrong answers apart."""
+    rewards = [(reward, answer) for group in groups for reward, answer in zip(group.rewards, group.answers, strict=True)]
+    lengths: dict[bool, list[int]] = {True: [], False: []}
+    for reward, answer in rewards:
+        lengths[reward.right > 0].append(answer.num_tokens)
+    right = [[reward.right for reward in group.rewards] for group in groups]
+    out = {name: fmean(getattr(reward, name) for reward, _ in rewards) for name in ("total", "right", "form", "overlong")}
+    out |= {
+        "cut_off": fmean(answer.finish == "length" for _, answer in rewards),
+        "spread": fmean(group.has_spread for group in groups),
+        "all_right": fmean(min(values) > 0 for values in right),
+        "all_wrong": fmean(max(values) == 0 for values in right),
+    }
+    names = dict.fromkeys(name for reward, _ in rewards for name in reward.parts)
+    out |= {f"reward_{name}": fmean(reward.parts[name] for reward, _ in rewards if name in reward.parts) for name in names}
+    if any(reward.error for reward, _ in rewards):
+        out["failed"] = fmean(bool(reward.error) for reward, _ in rewards)
+    return {f"reward_{k}" if k in ("total", "right", "form", "overlong") else k: v for k, v in out.items()} | {
+        f"length_{'right' if ok else 'wrong'}": fmean(values) for ok, values in lengths.items() if values
+    }
