@@ -149,6 +149,7 @@ def train(
     chat_format: str = "auto",
     seed: int = 0,
     device: str = "auto",
+    tp: int = 1,
     **settings: Any,
 ) -> TrainResult:
     """Train a model on rows; it goes to `out/model`, checkpoints and metrics to `out/train`. Run again, it resumes.
@@ -158,6 +159,7 @@ def train(
     Args:
         objective: sft, reward, or a preference loss: dpo, cdpo, ipo, rpo, rpo_fwd_kl, rpo_sq.
         data: a JSONL or Parquet file, or rows of `gristmill.data.rows`.
+        tp: processes of torchrun that share out every matrix; the others share out the samples (docs/scale.md).
         settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, lora, ...; what is left out is
             chosen by the model's size (docs/settings.md).
 
@@ -170,7 +172,7 @@ def train(
 
     rows = Path(data) if isinstance(data, str | Path) else data
     section = training_section(objective, settings)
-    with process_mesh(pick_device(device)) as mesh:
+    with process_mesh(pick_device(device), tp) as mesh:
         options: dict[str, Any] = {"recipe": section, "chat_format": chat_format, "seed": seed, "device": device, "mesh": mesh}
         return train_model(objective, _folder(model), rows, out=Path(out), **options)
 

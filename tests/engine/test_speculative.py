@@ -133,7 +133,7 @@ def test_a_loop_is_drafted_and_takes_fewer_steps() -> None:
     """A model that says its last token again: the drafts are right, and an answer takes a step for every six tokens."""
     model = model_of(blocks=(BlockConfig(4, 2, 8, 64),))
     with torch.no_grad():
-        for block in model.blocks:
+        for block in model.blocks.values():
             for parameter in block.parameters():
                 parameter.zero_()  # the residual stream is the embedding alone
         model.embedding.copy_(torch.eye(VOCABULARY, 32) + 0.01)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gristmill.model import attention
-from gristmill.model.attention import PLAIN, QUERY_CHUNK, ScoreMod, compiled_attention, varlen_attention
+from gristmill.model.attention import PLAIN, QUERY_CHUNK, ScoreMod, compiled_attention, split_heads, varlen_attention
 from gristmill.model.kernels import library as kernels
 from gristmill.model.packed import LONG_DOCUMENT, PackedShape
 
@@ -123,8 +123,8 @@ def test_the_kernel_rotates_as_torch_does(documents: tuple[list[int], list[int]]
     first, second, rest = exact_TXd.split([pairs, pairs, size - 2 * pairs], -1)
     cos, sin = cos_TR[:, None].double(), sin_TR[:, None].double()
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
-    q_THd, k_TKd = turned.split([num_heads, num_kv_heads, num_kv_heads], 1)[:2]
-    plain_THd = plain_shared(q_THd, k_TKd, exact_TXd[:, num_heads + num_kv_heads :], shape, mod)
+    (q_THd, k_TKd, _), (_, _, v_TKd) = split_heads(turned, num_kv_heads), split_heads(exact_TXd, num_kv_heads)
+    plain_THd = plain_shared(q_THd, k_TKd, v_TKd, shape, mod)
     torch.testing.assert_close(ours_THd.double(), plain_THd, atol=1e-5, rtol=1e-5)
     upstream = torch.randn(ours_THd.shape, generator=generator)
     (ours,), (plain,) = torch.autograd.grad(ours_THd, qkv_TXd, upstream), torch.autograd.grad(plain_THd, exact_TXd, upstream.double())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf_tensors import hf_tensors
+from gristmill.model.hf_tensors import hf_rows, hf_tensors
 from gristmill.model.lora import (
     LoraConfig,
     LoraLinear,
@@ -85,12 +85,14 @@ def test_merging_gives_the_model_of_the_formula(config: ModelConfig, variant: di
     lora = replace(CONFIG, **variant)
     model, merged, by_hand = make(config, lora, trained=True), make(config, None), make(config, None)
     found = merge_adapter(merged, adapter_parts(model))
-    views = hf_tensors(by_hand)
+    views = hf_rows(by_hand)
     ratios = {}
     for name, updated in explicit(model, lora).items():
-        weight = views[f"{name}.weight"]
+        rows = views[f"{name}.weight"]
+        weight = torch.cat(rows)
         ratios.setdefault(name.rpartition(".")[2], []).append(((updated - weight).norm() ** 2, weight.norm() ** 2))
-        weight.copy_(updated)
+        for view, piece in zip(rows, updated.split([len(view) for view in rows]), strict=True):
+            view.copy_(piece)
     torch.testing.assert_close(merged.state_dict(), by_hand.state_dict())
     torch.testing.assert_close(merged(IDS, SHAPE), model(IDS, SHAPE), rtol=1e-4, atol=1e-4)
     assert float((merged(IDS, SHAPE) - make(config, None)(IDS, SHAPE)).abs().max()) > 0.1
@@ -126,7 +128,7 @@ def test_gradients_are_those_of_the_whole_matrix_in_a_packed_batch_with_shared_p
 
 def test_dora_takes_the_lengths_of_rows_as_constants() -> None:
     model = make(lora=LoraConfig(rank=2, alpha=2.0, targets=("o_proj",), dora=True), trained=True)
-    layer = model.blocks[0].attention.output  # type: ignore[union-attr]
+    layer = model.blocks["0"].attention.output  # type: ignore[union-attr]
     assert isinstance(layer, LoraLinear)
     part = layer.parts["o_proj"]
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
@@ -207,9 +209,9 @@ def test_nf4_goes_through_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
             return state
 
     monkeypatch.setattr("importlib.import_module", lambda name: Functional)
-    layer = make(base="nf4").blocks[0].mlp.up  # type: ignore[union-attr]
+    layer = make(base="nf4").blocks["0"].mlp.up  # type: ignore[union-attr]
     assert isinstance(layer, LoraLinear) and layer.weight.dtype == torch.uint8
-    torch.testing.assert_close(layer(torch.eye(32)).T, make(lora=None).blocks[0].mlp.up.weight.sign())  # type: ignore[union-attr]
+    torch.testing.assert_close(layer(torch.eye(32)).T, make(lora=None).blocks["0"].mlp.up.weight.sign())  # type: ignore[union-attr]
 
 
 def test_nf4_moves_with_its_model() -> None:
@@ -217,7 +219,7 @@ def test_nf4_moves_with_its_model() -> None:
         def to(self, device: torch.device) -> None:
             self.device = device
 
-    layer = make().blocks[0].mlp.up  # type: ignore[union-attr]
+    layer = make().blocks["0"].mlp.up  # type: ignore[union-attr]
     assert isinstance(layer, LoraLinear)
     state = layer._state = State()
     layer.to("meta")
@@ -226,7 +228,7 @@ def test_nf4_moves_with_its_model() -> None:
 
 def test_nf4_by_bitsandbytes_itself() -> None:
     pytest.importorskip("bitsandbytes")
-    layer, plain = make(base="nf4").blocks[0].mlp.up, make(lora=None).blocks[0].mlp.up  # type: ignore[union-attr]
+    layer, plain = make(base="nf4").blocks["0"].mlp.up, make(lora=None).blocks["0"].mlp.up  # type: ignore[union-attr]
     assert isinstance(layer, LoraLinear) and layer.weight.nbytes == plain.weight.numel() // 2
     for dtype in (torch.float32, torch.bfloat16):
         error = layer.dense(dtype).float() - plain.weight

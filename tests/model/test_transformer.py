@@ -168,7 +168,7 @@ def test_squared_relu_by_hand() -> None:
 def test_layers_may_lack_attention_or_mlp() -> None:
     blocks = (BlockConfig(4, 2, 8, 64), BlockConfig(0, 0, 0, 16), BlockConfig(4, 1, 8, 0))
     model = Transformer(replace(NEMOTRON, blocks=blocks))
-    assert model.blocks[1].attention is None and model.blocks[2].mlp is None
+    assert model.blocks["1"].attention is None and model.blocks["2"].mlp is None
     logits_TV = model(random_ids(12), PackedShape.from_lengths([5, 7]))
     logits_TV.square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
@@ -179,7 +179,7 @@ def test_a_cache_can_stand_between_the_halves_of_a_block() -> None:
     cos_TR, sin_TR = model.rope(shape.positions_T)["global"]
     with torch.no_grad():
         x_TD = model.embed(ids_T)
-        for block in model.blocks:
+        for block in model.blocks.values():
             x_TD = block.finish(x_TD, varlen_attention(*block.qkv(x_TD, cos_TR, sin_TR), shape))
         torch.testing.assert_close(model.logits(model.final_norm(x_TD)), model(ids_T, shape))
 

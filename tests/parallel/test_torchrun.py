@@ -28,9 +28,10 @@ def command(tmp_path: Path, random_base: Path) -> list[object]:
     return ["train", "dpo", "--model", random_base, "--data", data, *options]
 
 
-def test_two_processes_train_what_one_trains(command: list[object], tmp_path: Path) -> None:
+@pytest.mark.parametrize("tp", [1, 2])
+def test_two_processes_train_what_one_trains(command: list[object], tmp_path: Path, tp: int) -> None:
     one = gristmill(*command, "--out", tmp_path / "one")
-    two = gristmill(*command, "--out", tmp_path / "two", processes=2)
+    two = gristmill(*command, "--out", tmp_path / "two", "--tp", tp, processes=2)
     assert one.returncode == two.returncode == 0, two.stderr
     facts = [json.loads(run.stdout) for run in (one, two)]  # one line: the other process is silent
     assert facts[1]["steps"] == 3 and facts[1]["tokens"] == facts[0]["tokens"]
@@ -43,6 +44,12 @@ def test_two_processes_train_what_one_trains(command: list[object], tmp_path: Pa
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_processes_that_are_no_multiple_of_tp_are_refused(command: list[object], tmp_path: Path) -> None:
+    run = gristmill(*command, "--out", tmp_path / "out", "--tp", 2)
+    assert run.returncode == 2 and "there are 1, and --tp is 2" in run.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_is_refused(command: list[object], tmp_path: Path) -> None:

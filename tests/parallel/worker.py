@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.kernels import library as kernels
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
 from gristmill.parallel.mesh import Mesh, process_mesh, whole
+from gristmill.train import losses
 from gristmill.train.batches import AnySample, PairSample, RatedSample, Sample
+from gristmill.train.checkpoint import fingerprint_model
 from gristmill.train.losses import PREFERENCE_LOSSES
 from gristmill.train.objectives.next_token import next_token_objective
 from gristmill.train.objectives.preference import PreferenceObjective
@@ -30,10 +33,16 @@ VOCAB = 48
 SETTINGS = TrainSettings(steps=8, batch_size=6, micro_batch_tokens=40, lr=1e-3, schedule="linear", clip=1.0)
 
 
-def make_model(family: str = "nemotron", seed: int = 0) -> Transformer:
+def make_model(family: str = "nemotron", seed: int = 0, *, vocab: int = VOCAB, **options: Any) -> Transformer:
     blocks = uniform_blocks(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=40)
-    model = Transformer(ModelConfig(family, VOCAB, 32, blocks, max_positions=256, init_std=0.1, tie_embeddings=family == "llama"))
+    options = {"tie_embeddings": family == "llama"} | options
+    model = Transformer(ModelConfig(family, vocab, 32, blocks, max_positions=256, init_std=0.1, **options))
     model.init_weights(seed)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # gains and biases that are not all alike
+                parameter.add_(torch.empty(parameter.shape).normal_(0, 0.1, generator=generator))
     return model
 
 
@@ -63,31 +72,48 @@ def make_rated(num: int) -> list[RatedSample]:
     return [RatedSample(ids, len(ids) - 1, rng.uniform(0, 4, 5).tolist(), prompt=f"p{i // 2}") for i, ids in enumerate(answers)]
 
 
-def gradients_of(model: nn.Module, objective: Objective, samples: list[AnySample], mesh: Mesh) -> dict[str, Tensor]:
-    """Gradients of one step, whole."""
-    trainer = Trainer(model, objective, replace(SETTINGS, clip=0.0), mesh=mesh)
+def gradients_of(model: nn.Module, objective: Objective, samples: list[AnySample], mesh: Mesh, **settings: Any) -> dict[str, Tensor]:
+    """Gradients of one step, whole, its loss and the norm of them all."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    trainer = Trainer(model, objective, replace(SETTINGS, clip=0.0, **settings), mesh=mesh)
     found: dict[str, Tensor] = {}
 
     def keep() -> None:
-        found.update({name: whole(p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None})
+        for name, p in trainer.model.named_parameters():
+            if p.grad is not None:
+                gradient = whole(p.grad)
+                found[name] = gradient[tuple(map(slice, shapes[name]))]
+                assert not gradient.numel() > found[name].numel() or not gradient[len(found[name]) :].any()
 
     trainer.optimizer.step = keep  # type: ignore[method-assign]
-    trainer.step(samples)
-    return found
+    metrics = trainer.step(samples)
+    return found | {name: torch.tensor([metrics[name]]) for name in ("loss", "grad_norm")}
 
 
-def gradients(mesh: Mesh, out: Path) -> None:
+def gradients(mesh: Mesh, out: Path, *, plain: bool = False, small: bool = False, **settings: Any) -> None:
+    """Of all objectives and kinds of model; `plain`: without compiled kernels; `small`: losses in several chunks."""
+    if small:
+        losses.MIN_CHUNK_ROWS, losses.CHUNK_LOGITS, losses.KEPT_LOGITS = 8, 72, 0
+    if plain:
+        kernels.library_for = lambda tensor: None  # type: ignore[assignment]
+        kernels.load = lambda: None  # type: ignore[assignment]
     cases: dict[str, tuple[Callable[[], nn.Module], Objective, list[Any]]] = {
         "next token": (make_model, next_token_objective, make_samples(17)),
         "tied": (lambda: make_model("llama"), next_token_objective, make_samples(17)),
         "few": (make_model, next_token_objective, make_samples(3)),
         "reward": (lambda: RewardModel(make_model()), reward_objective, make_rated(11)),
+        "padded": (lambda: make_model(vocab=50), next_token_objective, make_samples(5)),  # which neither 4 nor 8 divides
+        "biases": (lambda: make_model("qwen2", attention_bias=False), next_token_objective, make_samples(5)),
+        "norms": (lambda: make_model("qwen3"), PreferenceObjective("dpo"), make_pairs(3)),
+        "caps": (lambda: make_model("gemma2", logits_soft_cap=3.0), PreferenceObjective("dpo"), make_pairs(3)),
+        "capped": (lambda: make_model("gemma2", logits_soft_cap=3.0), next_token_objective, make_samples(5)),
+        "fused": (lambda: make_model("phi3"), next_token_objective, make_samples(5)),
     }
     for loss in PREFERENCE_LOSSES:
         cases[loss] = (make_model, PreferenceObjective(loss, beta=0.1, sft_weight=0.3), make_pairs(9))
     found: dict[str, Tensor] = {}
     for name, (make, objective, samples) in cases.items():
-        found |= {f"{name} {key}": gradient.clone() for key, gradient in gradients_of(make(), objective, samples, mesh).items()}
+        found |= {f"{name} {key}": gradient.clone() for key, gradient in gradients_of(make(), objective, samples, mesh, **settings).items()}
     if mesh.is_writer:
         save_file(found, out)
 
@@ -96,9 +122,18 @@ class Stop(Exception):
     pass
 
 
-def train(mesh: Mesh, out: Path, *, folder: str, stop: int = 0, kill: int = 0, **settings: Any) -> None:
+def initial(mesh: Mesh, out: Path) -> None:
+    """Fingerprint of the weights as they are trained, whole again."""
+    settings = replace(SETTINGS, steps=1, lr=1e-30, weight_decay=0.0)
+    trainer = Trainer(make_model(), next_token_objective, settings, mesh=mesh)
+    trainer.fit(make_samples(6))
+    if mesh.is_writer:
+        out.write_text(fingerprint_model(trainer.model))
+
+
+def train(mesh: Mesh, out: Path, *, folder: str, stop: int = 0, kill: int = 0, vocab: int = VOCAB, **settings: Any) -> None:
     asked = replace(SETTINGS, checkpoint_every=1e-9, **settings)
-    trainer = Trainer(make_model(), next_token_objective, asked, folder=Path(folder), mesh=mesh)
+    trainer = Trainer(make_model(vocab=vocab), next_token_objective, asked, folder=Path(folder), mesh=mesh)
     step = trainer.step
 
     def until(samples: Any) -> dict[str, float]:
@@ -134,8 +169,9 @@ def other(mesh: Mesh, out: Path) -> None:
 def main() -> None:
     job, out, options = sys.argv[1:]
     torch.set_num_threads(1)
-    with process_mesh(torch.device("cpu")) as mesh:
-        globals()[job](mesh, Path(out), **json.loads(options))
+    given = json.loads(options)
+    with process_mesh(torch.device("cpu"), given.pop("tp", 1)) as mesh:
+        globals()[job](mesh, Path(out), **given)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from gristmill.train.batches import (
     split_micro_batches,
 )
 from gristmill.train.objectives.next_token import token_samples
+from gristmill.train.trainer import TrainSettings
 
 CPU = torch.device("cpu")
 
@@ -87,6 +88,31 @@ def test_epochs_are_shuffled_differently_and_seeds_too() -> None:
     plan = BatchPlan([1] * 50, seed=0, steps=2, batch_size=50)
     other = BatchPlan([1] * 50, seed=1, steps=2, batch_size=50)
     assert plan.step(0) != plan.step(1) and plan.step(0) != other.step(0)
+
+
+RAMP = ((0, 4), (10, 8), (30, 16))
+
+
+def test_a_ramp_of_batch_sizes_counts_samples() -> None:
+    plan = BatchPlan([1] * 20, seed=0, steps=8, batch_size=RAMP)
+    sizes = [len(plan.step(step)) for step in range(8)]
+    assert sizes == [4, 4, 4, 8, 8, 8, 16, 16]  # the first step that begins at sample 10 (12), and at 30 (36)
+    flat = BatchPlan([1] * 20, seed=0, steps=68, batch_size=1)  # the stream is that of any other size
+    assert [i for step in range(8) for i in plan.step(step)] == [i for step in range(68) for i in flat.step(step)]
+
+
+@given(st.integers(1, 120), st.integers(1, 3), st.integers(0, 5))
+def test_every_sample_is_seen_once_an_epoch_of_a_ramp(num: int, epochs: int, seed: int) -> None:
+    plan = BatchPlan([1] * num, seed=seed, epochs=epochs, batch_size=RAMP)
+    steps = [plan.step(step) for step in range(plan.num_steps)]
+    assert Counter(index for step in steps for index in step) == Counter(dict.fromkeys(range(num), epochs))
+    assert min(map(len, steps)) >= min(4, num * epochs) and max(map(len, steps)) < 32
+
+
+@pytest.mark.parametrize("ramp", [(), ((1, 4),), ((0, 4), (0, 8)), ((0, 4), (9, 0))], ids=str)
+def test_what_is_no_ramp_is_refused(ramp: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(InputError, match="from sample 0 on and in order"):
+        TrainSettings(steps=1, batch_size=ramp)
 
 
 def test_a_sample_longer_than_a_step_is_refused() -> None:

@@ -169,6 +169,14 @@ def test_another_run_is_refused_with_both_fingerprints(make_model: Make, make_sa
     assert Trainer(make_model(), next_token_objective, settings, folder=tmp_path).fit(samples).steps == 6
 
 
+def test_a_checkpoint_of_another_order_of_rows_is_refused(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:
+    Trainer(make_model(), next_token_objective, SETTINGS, folder=tmp_path).fit(make_samples(10))
+    path = next(tmp_path.glob("checkpoint-*/state.json"))
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "layout"}))
+    with pytest.raises(InputError, match="an earlier version, whose queries, keys and values lie in another order"):
+        Trainer(make_model(), next_token_objective, SETTINGS, folder=tmp_path).fit(make_samples(10))
+
+
 def full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -29,6 +29,9 @@ from gristmill.cli.app import (
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
+_TP = Annotated[
+    int, typer.Option(help="Processes of torchrun that share out every matrix (tensor parallel); the others share out the samples.", min=1)
+]
 _URL, _NAME, _KEY = endpoint_options("endpoint", "the model's")
 
 
@@ -37,6 +40,7 @@ def pretrain(
     recipe: Annotated[str, typer.Argument(help="A pretraining recipe file, or the name of a shipped one.")],
     out: Out,
     tokens: Annotated[int | None, typer.Option(help="Overrides the recipe's tokens.")] = None,
+    tp: _TP = 1,
     device: RunDevice = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -50,7 +54,7 @@ def pretrain(
 
     loaded = load(find_recipe(recipe, "pretraining"), pretraining.Pretraining, given(tokens=tokens, device=device))
     with (
-        process_mesh(pick_device(loaded.device)) as mesh,
+        process_mesh(pick_device(loaded.device), tp) as mesh,
         Progress(quiet=quiet or not mesh.is_writer) as progress,
         progress.stage("pretrain"),
     ):
@@ -81,6 +85,7 @@ def train(
         Literal["auto", "true", "false"],
         typer.Option(help="Compute activations twice, to keep fewer; auto: where memory is short."),
     ] = "auto",
+    tp: _TP = 1,
     lora_rank: Annotated[int, typer.Option(help="Train a LoRA adapter of this rank, written to OUT/adapter; 0: all weights.")] = 0,
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA: alpha / rank scales the update; default twice the rank.")] = None,
     lora_targets: Annotated[str, typer.Option(help="LoRA: names as q_proj,v_proj parted by commas; default all there are.")] = "",
@@ -116,7 +121,7 @@ def train(
     elif lora != {"targets": (), "rslora": False, "dora": False, "base": "fp32", "b_lr_ratio": 1.0}:
         raise InputError("Give --lora-rank with the other options of LoRA: without it all weights are trained.")
     settings = training_section(kind, values)
-    with process_mesh(pick_device(device)) as mesh, Progress(quiet=quiet or not mesh.is_writer) as progress, progress.stage(kind):
+    with process_mesh(pick_device(device), tp) as mesh, Progress(quiet=quiet or not mesh.is_writer) as progress, progress.stage(kind):
         result = train_model(
             kind,
             model,

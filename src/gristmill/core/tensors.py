@@ -27,27 +27,30 @@ TYPES = {
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | list[Tensor]], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically, as `replacing` does: the bytes that safetensors' own `save_file` gives.
 
-    Tensors may be on any device, share memory and be views.
+    Tensors may be on any device, share memory and be views. A list is one tensor whose rows lie in several places.
 
     Raises:
         InputError: the disk is full or the place cannot be written.
     """
     order = list(TYPES)
-    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name.encode()))
+    parts = {name: [tensor] if isinstance(tensor, Tensor) else tensor for name, tensor in tensors.items()}
+    names = sorted(parts, key=lambda name: (order.index(parts[name][0].dtype), name.encode()))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
-        start, end = end, end + tensors[name].nbytes
-        header[name] = {"dtype": TYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        first, start, end = parts[name][0], end, end + sum(part.nbytes for part in parts[name])
+        shape = list(first.shape) if len(parts[name]) == 1 else [sum(map(len, parts[name])), *first.shape[1:]]
+        header[name] = {"dtype": TYPES[first.dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            for part in parts[name]:
+                file.write(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 @dataclass(frozen=True)

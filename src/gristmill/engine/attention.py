@@ -20,7 +20,7 @@ from gristmill.engine.linear import has_triton, supported_by_kernels
 from gristmill.model.attention import ScoreMod, capped_attention
 from gristmill.model.config import ModelConfig
 from gristmill.model.quantized import MAX_VALUES, scaled
-from gristmill.model.transformer import Angles, rotate
+from gristmill.model.transformer import Angles, rotate_heads
 
 LANES = 16  # floats of a vector, as in kernels.cpp
 TILE_ROWS = 128  # most (token, query head) pairs of a program on a GPU, where a sequence has more than one token
@@ -87,7 +87,10 @@ class KVCache:
 
 
 class AttentionBackend(Protocol):
-    """Attention backend: rotates and stores a step's keys and values, and attends: qkv [T, H + 2K, d] -> [T, H, d]. Padding gives zeros."""
+    """Attention backend: rotates and stores a step's keys and values, and attends: qkv [T, H + 2K, d] (`group_heads`) -> [T, H, d].
+
+    Padding gives zeros.
+    """
 
     name: str
 
@@ -337,9 +340,8 @@ class _LayerCache:
 
     def store(self, qkv: Tensor, slot_mapping: _SlotMapping, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
         """Rotate [T, H + 2K, d], keep keys and values, and give back the queries [T, H, d]."""
-        qk, v_TKd = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-        rotated = rotate(qk, cos_LR[slot_mapping.positions_T], sin_LR[slot_mapping.positions_T])
-        q_THd, k_TKd = rotated.split([self.heads, self.kv_heads], dim=1)
+        angles = cos_LR[slot_mapping.positions_T], sin_LR[slot_mapping.positions_T]
+        q_THd, k_TKd, v_TKd = rotate_heads(qkv, self.kv_heads, angles)
         block_T, place_T = slot_mapping.block_T, slot_mapping.positions_T % BLOCK_SIZE
         if self.scales is not None:
             (k_TKd, k_scale_TK), (v_TKd, v_scale_TK) = scaled(k_TKd, self.dtype), scaled(v_TKd, self.dtype)

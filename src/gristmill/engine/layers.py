@@ -35,7 +35,7 @@ from gristmill.model.transformer import (
     Transformer,
     check_length,
     gate_activation,
-    rotate,
+    rotate_heads,
     scale_embeddings,
     soft_cap,
 )
@@ -269,7 +269,7 @@ class Decoder:
 
     def _read(self, layers: list[DecoderLayer] | None) -> None:
         if layers is None:
-            blocks = [block for block in self.model.blocks if isinstance(block, Block)]
+            blocks = [block for block in self.model.blocks.values() if isinstance(block, Block)]
             layers = [DecoderLayer(block, self.dtype, self.quantize, number) for number, block in enumerate(blocks)]
         self.layers = layers
         self.final_norm = Norm(self.model.final_norm, 1 / self.config.logits_scaling)
@@ -291,7 +291,7 @@ class Decoder:
 
     def release(self) -> None:
         """Free the model's own copy of all that is quantized: nobody else may use the model any more, nor `refresh` be called."""
-        for block in self.model.blocks:
+        for block in self.model.blocks.values():
             release(block)
         self.model.embedding.data = self.embedding_VD
         if self.model.lm_head is not None:
@@ -324,10 +324,8 @@ class Decoder:
         x_TD, delta_TD = self.embed(ids_T), None
         for layer in self.layers:
             if layer.attention is not None:
-                heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
                 x_TD, qkv = layer.project_qkv(x_TD, delta_TD, lora)
-                qk, v_TKd = qkv.split([heads + kv_heads, kv_heads], dim=1)
-                q_THd, k_TKd = rotate(qk, *angles[layer.rope]).split([heads, kv_heads], dim=1)
+                q_THd, k_TKd, v_TKd = rotate_heads(qkv, layer.attention.num_kv_heads, angles[layer.rope])
                 k_TKd, v_TKd = (_cache_round_trip(x, cache_dtype or self.dtype) for x in (k_TKd, v_TKd))
                 attended_TN = varlen_attention(q_THd, k_TKd, v_TKd, shape, mod=layer.mod).flatten(1)
                 delta_TD = layer.project_output(attended_TN, lora)

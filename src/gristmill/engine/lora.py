@@ -15,7 +15,7 @@ from torch import Tensor
 from gristmill.core.device import put
 from gristmill.core.errors import InputError
 from gristmill.model.adapters import Adapter
-from gristmill.model.lora import matrices_by_layer, matrix_shapes
+from gristmill.model.lora import block_diagonal, linears_by_layer
 from gristmill.model.transformer import Transformer
 
 MAX_ADAPTERS = 256  # loaded at once
@@ -24,10 +24,10 @@ _roots = itertools.count(-1, -1)
 
 @dataclass(frozen=True)
 class _Update:
-    """Update of a linear layer: A of all its parts, and of each part its rows, its columns in A's product, and B times the scaling."""
+    """Update of a linear layer: A of all its parts, and their B times the scaling, block-diagonal."""
 
     a_RD: Tensor
-    parts: list[tuple[slice, slice, Tensor]]
+    b_NR: Tensor
 
 
 class LoadedAdapter:
@@ -46,20 +46,15 @@ class LoadedAdapter:
         self.rank = max((low.rank for low in adapter.matrices.values()), default=1)
         device = model.embedding.device
         self.layers: list[dict[str, _Update]] = []
-        for linears in matrices_by_layer(model):
+        for linears in linears_by_layer(model):
             updates = {}
-            for linear, spans in linears.items():
-                start = column = 0
-                downs, parts = [], []
-                for module, size in spans.items():
-                    if (low := adapter.matrices.get(module)) is not None:
-                        b_Nr = (low.lora_B.detach() * low.scaling).to(device, dtype)
-                        parts.append((slice(start, start + size), slice(column, column + low.rank), b_Nr))
-                        downs.append(low.lora_A.detach().to(device, dtype))
-                        column += low.rank
-                    start += size
+            for linear, place in linears.items():
+                parts = {name: low for name in place.spans if (low := adapter.matrices.get(place.prefix + name)) is not None}
                 if parts:
-                    updates[linear] = _Update(torch.cat(downs), parts)
+                    a_RD = torch.cat([low.lora_A.detach() for low in parts.values()])
+                    scaled = {name: low.lora_B.detach() * low.scaling for name, low in parts.items()}
+                    b_NR = block_diagonal(scaled, place.spans, place.order_N)
+                    updates[linear] = _Update(a_RD.to(device, dtype), b_NR.to(device, dtype))
             self.layers.append(updates)
 
 
@@ -90,11 +85,10 @@ class LoraRows:
             if update is None:
                 continue
             low_TR = x_TD[rows] @ update.a_RD.T
-            for outputs, columns, b_Nr in update.parts:
-                if isinstance(rows, slice):
-                    out_TN[rows, outputs].addmm_(low_TR[:, columns], b_Nr.T)
-                else:
-                    out_TN[:, outputs].index_add_(0, rows, low_TR[:, columns] @ b_Nr.T)
+            if isinstance(rows, slice):
+                out_TN[rows].addmm_(low_TR, update.b_NR.T)
+            else:
+                out_TN.index_add_(0, rows, low_TR @ update.b_NR.T)
 
 
 class LoraSlots:
@@ -108,14 +102,14 @@ class LoraSlots:
     def __init__(self, model: Transformer, count: int, rank: int, dtype: torch.dtype) -> None:
         self.count, self.rank = count, rank
         self.loaded: list[LoadedAdapter | None] = [None] * count
-        shapes, device = matrix_shapes(model), model.embedding.device
+        device = model.embedding.device
         self.layers: list[dict[str, tuple[Tensor, Tensor]]] = []
-        for linears in matrices_by_layer(model):
+        for linears in linears_by_layer(model):
             stacked = {}
-            for linear, spans in linears.items():
-                width, columns = rank * len(spans), shapes[next(iter(spans))][1]
-                a_SWD = torch.zeros(count, width, columns, dtype=dtype, device=device)
-                stacked[linear] = a_SWD, torch.zeros(count, width, sum(spans.values()), dtype=dtype, device=device)
+            for linear, place in linears.items():
+                width = rank * len(place.spans)
+                a_SWD = torch.zeros(count, width, place.linear.in_features, dtype=dtype, device=device)
+                stacked[linear] = a_SWD, torch.zeros(count, width, sum(place.spans.values()), dtype=dtype, device=device)
             self.layers.append(stacked)
 
     def load(self, adapters: Sequence[LoadedAdapter | None]) -> list[int]:
@@ -134,8 +128,7 @@ class LoraSlots:
                 a_SWD[slot], b_SWN[slot] = 0, 0
                 if (update := updates.get(linear)) is not None:
                     a_SWD[slot, : len(update.a_RD)] = update.a_RD
-                    for outputs, columns, b_Nr in update.parts:
-                        b_SWN[slot, columns, outputs] = b_Nr.T
+                    b_SWN[slot, : len(update.a_RD)] = update.b_NR.T
 
 
 class SlotRows(LoraRows):

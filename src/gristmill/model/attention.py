@@ -41,6 +41,18 @@ class ScoreMod:
 PLAIN = ScoreMod()
 
 
+def group_heads(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+    """Queries, keys and values [T, H + 2K, d], grouped by key-value head: its queries, its key, its value."""
+    return torch.cat([q_THd.unflatten(1, (k_TKd.shape[1], -1)), k_TKd.unsqueeze(2), v_TKd.unsqueeze(2)], 2).flatten(1, 2)
+
+
+def split_heads(qkv_TXd: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `group_heads` was given."""
+    grouped_TKXd = qkv_TXd.unflatten(1, (num_kv_heads, -1))
+    q_TKGd, k_TK1d, v_TK1d = grouped_TKXd.split([grouped_TKXd.shape[2] - 2, 1, 1], dim=2)
+    return q_TKGd.flatten(1, 2), k_TK1d.flatten(1, 2), v_TK1d.flatten(1, 2)
+
+
 def compiled_attention(
     qkv_TXd: Tensor, shape: PackedShape, *, num_heads: int, angles: tuple[Tensor, Tensor] | None = None, mod: ScoreMod = PLAIN
 ) -> Tensor | None:
@@ -49,7 +61,7 @@ def compiled_attention(
     In bf16 torch's own kernels are the faster ones where the CPU has products in it, and this one (in fp32) elsewhere.
 
     Args:
-        qkv_TXd: queries, keys and values before the rotation, X = H + 2K.
+        qkv_TXd: queries, keys and values as `group_heads` lays them out, before the rotation, X = H + 2K.
         num_heads: H.
         angles: cosines and sines [T, R], fp32; None without a rotation.
 
@@ -120,7 +132,7 @@ def varlen_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedS
     Returns [T, H, d] in the type of q_THd.
     """
     if kernels.library_for(q_THd) is not None:
-        out_THd = compiled_attention(torch.cat([q_THd, k_TKd, v_TKd], 1), shape, num_heads=q_THd.shape[1], mod=mod)
+        out_THd = compiled_attention(group_heads(q_THd, k_TKd, v_TKd), shape, num_heads=q_THd.shape[1], mod=mod)
         if out_THd is not None:
             return out_THd
     window = mod.window if mod.window < shape.max_length else 0

@@ -16,7 +16,7 @@ from gristmill.model.folder import model_file
 from gristmill.model.hf import load_model, saved_as
 from gristmill.model.hf_config import read_config
 from gristmill.model.hf_save import compress_tensors, save_folder, save_model
-from gristmill.model.hf_tensors import block_tensors, hf_tensors
+from gristmill.model.hf_tensors import Rows, block_rows, hf_rows
 from gristmill.model.quantized import INT4_GROUP, INT4_GROUPS, Quantize, check_widths, quantization_config
 from gristmill.model.transformer import PRECISIONS, Block, Transformer
 
@@ -86,12 +86,15 @@ def quantize_folder(folder: Path, out: Path, kind: Quantize, *, dtype: str, grou
 
     def compress_block(block: Block) -> None:  # before the next is read
         nonlocal num_blocks
-        named = {f"model.layers.{num_blocks}.{name}": view for name, view in block_tensors(block).items()}
+        named = {f"model.layers.{num_blocks}.{name}": rows for name, rows in block_rows(block).items()}
         held.update(compress_tensors(named, kind, PRECISIONS[dtype], group=group))
         block.to("meta")
         num_blocks += 1
 
     model, tokenizer = load_model(folder, PRECISIONS[dtype], on_block=compress_block)
-    tensors = {name: held.get(name, view) for name, view in hf_tensors(model).items() if name in held or not view.is_meta} | held
+    tensors: dict[str, Tensor | Rows] = {
+        name: held.get(name, rows) for name, rows in hf_rows(model).items() if name in held or not rows[0].is_meta
+    }
+    tensors |= held
     save_folder(tensors, model.config, {"quantization_config": quantization_config(kind, group)}, tokenizer=tokenizer, folder=out)
     return {"model": str(out), "quantize": kind, "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors"))}

@@ -148,7 +148,7 @@ def softmax_statistics(logits_RV: Tensor) -> Tensor | None:
 
 
 def softmax_gradient(logits_RV: Tensor, statistics_R2: Tensor, targets_R: Tensor, factor_R: Tensor, *, out_RV: Tensor) -> None:
-    """factor * (softmax - onehot of the target) into out, which may be the logits themselves."""
+    """factor * (softmax - onehot of the target, if it is not below zero) into out, which may be the logits themselves."""
     library = kernels.library_for(logits_RV)
     (num_rows, size), (stride, step), (to_stride, to_step) = logits_RV.shape, logits_RV.stride(), out_RV.stride()
     assert library is not None and (step == to_step == 1 or size == 1)

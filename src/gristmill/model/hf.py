@@ -22,7 +22,7 @@ from gristmill.model.config import ModelConfig
 from gristmill.model.folder import model_file
 from gristmill.model.guard import GuardModel
 from gristmill.model.hf_config import from_hf, read_config
-from gristmill.model.hf_tensors import EMBEDDING, OUTPUT, guard_tensors, hf_tensors, reward_tensors
+from gristmill.model.hf_tensors import EMBEDDING, OUTPUT, Rows, guard_rows, hf_rows, reward_rows
 from gristmill.model.quantized import Quantize, decompress, kind_of, scale_name, stored_as
 from gristmill.model.reward import REWARD_WEIGHTS, RewardModel
 from gristmill.model.transformer import Block, Transformer
@@ -84,7 +84,7 @@ def load_model(
         model = Transformer(config)
     model.compute_dtype = dtype
     set_dtypes(model, dtype, vector_dtype)
-    return _fill(model, hf_tensors, folder, hf=hf, device=torch.device(device), on_block=on_block), tokenizer
+    return _fill(model, hf_rows, folder, hf=hf, device=torch.device(device), on_block=on_block), tokenizer
 
 
 def load_reward(
@@ -105,7 +105,7 @@ def load_reward(
     backbone.compute_dtype = dtype
     model = RewardModel(backbone, hf.get("reward_weights", REWARD_WEIGHTS["nemotron4-340b"]))
     set_dtypes(backbone, dtype, vector_dtype)
-    return _fill(model, reward_tensors, folder, hf=hf, device=torch.device(device)), tokenizer
+    return _fill(model, reward_rows, folder, hf=hf, device=torch.device(device)), tokenizer
 
 
 def load_guard(
@@ -126,7 +126,7 @@ def load_guard(
     codes, thresholds = hf["guard_codes"], hf.get("guard_thresholds", [])
     model = GuardModel(backbone, codes, thresholds=thresholds, caution=hf.get("guard_caution", ""))
     set_dtypes(backbone, dtype, vector_dtype)
-    return _fill(model, guard_tensors, folder, hf=hf, device=torch.device(device)), tokenizer
+    return _fill(model, guard_rows, folder, hf=hf, device=torch.device(device)), tokenizer
 
 
 def set_dtypes(model: Transformer, dtype: torch.dtype, vector_dtype: torch.dtype | None) -> None:
@@ -198,7 +198,7 @@ def open_safetensors(path: Path, stack: ExitStack) -> Any:
 
 def _fill(
     model: AnyModel,
-    tensors: Callable[[AnyModel], dict[str, Tensor]],
+    tensors: Callable[[AnyModel], dict[str, Rows]],
     folder: Path,
     *,
     hf: dict[str, Any],
@@ -227,7 +227,7 @@ def _fill(
     backbone = cast(Transformer, getattr(model, "backbone", model))
     if on_block is not None:
         backbone.blocks.float()
-    _check_memory(model, backbone.blocks, folder, device=device, quantized=on_block is not None)
+    _check_memory(model, backbone.blocks.values(), folder, device=device, quantized=on_block is not None)
 
     def read(name: str) -> Tensor:  # a file is mapped for one tensor, or its pages would stay in memory
         with safe_open(files[name], framework="pt") as file:
@@ -236,14 +236,14 @@ def _fill(
 
     def fill(module: nn.Module, *, recurse: bool) -> None:
         module.to_empty(device="cpu", recurse=recurse)
-        for name, view in tensors(model).items():
-            if name in stored and not view.is_meta:
+        for name, rows in tensors(model).items():
+            if name in stored and not rows[0].is_meta:
                 parts = stored.pop(name)
                 with explain_damage(folder):
                     if len(parts) > 1:
-                        copy_tensor(view, decompress(name, kind, read), f"{folder} has {name}")
+                        _copy_whole(rows, decompress(name, kind, read), f"{folder} has {name}")
                     else:  # mapped, or read whole, it would be held beside its copy
-                        _copy_pieces(view, lies[name].pieces(CHECKED_VALUES), f"{folder} has {name}")
+                        _copy_pieces(rows, lies[name].pieces(CHECKED_VALUES), f"{folder} has {name}")
 
     with returned_at_once():
         in_blocks = set(backbone.blocks.modules())
@@ -254,7 +254,7 @@ def _fill(
             raise InputError(f"Set tie_word_embeddings to false in {folder}: its {OUTPUT} is another matrix than {EMBEDDING}.")
         for module in others:
             module._apply(lambda tensor: tensor.to(device), recurse=False)
-        for block in backbone.blocks:
+        for block in backbone.blocks.values():
             assert isinstance(block, Block)
             fill(block, recurse=True)
             block.to(device)
@@ -263,13 +263,13 @@ def _fill(
     return model
 
 
-def _check_headers(found: dict[str, Any], expected: dict[str, Tensor], folder: Path, *, kind: Quantize, tied: bool) -> dict[str, list[str]]:
+def _check_headers(found: dict[str, Any], expected: dict[str, Rows], folder: Path, *, kind: Quantize, tied: bool) -> dict[str, list[str]]:
     """Compare what the headers of files say with what a model needs; for each of its tensors, the names of those that stand for it."""
     stored: dict[str, list[str]] = {}
     known: set[str] = set()
     wrong = ""  # told when no name is missing or unexpected
-    for name, view in expected.items():
-        parts = stored_as(name, kind if scale_name(name) in found else "", view.shape)
+    for name, rows in expected.items():
+        parts = stored_as(name, kind if scale_name(name) in found else "", (sum(map(len, rows)), *rows[0].shape[1:]))
         stored[name] = list(parts)
         known.update(parts)
         for part, (dtypes, shapes) in parts.items():
@@ -298,7 +298,7 @@ def _shown(name: str) -> str:
     return quoted(name)[1:-1]
 
 
-def _check_memory(model: nn.Module, blocks: nn.ModuleList, folder: Path, *, device: torch.device, quantized: bool) -> None:
+def _check_memory(model: nn.Module, blocks: Iterable[nn.Module], folder: Path, *, device: torch.device, quantized: bool) -> None:
     """InputError where the weights are more than the memory that is free (`quantized`: the blocks in eight bits)."""
 
     def size(module: nn.Module) -> int:
@@ -306,7 +306,8 @@ def _check_memory(model: nn.Module, blocks: nn.ModuleList, folder: Path, *, devi
 
     needed = size(model)
     if quantized:
-        needed -= size(blocks) * 3 // 4 - max((size(block) for block in blocks), default=0)
+        sizes = [size(block) for block in blocks]
+        needed -= sum(sizes) * 3 // 4 - max(sizes, default=0)
     if needed > (free := free_memory(device)):
         widest = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
         taken = f"{needed / 1e9:,.1f} GB{'' if quantized else ' in ' + str(widest).removeprefix('torch.')}"
@@ -319,20 +320,32 @@ def _check_memory(model: nn.Module, blocks: nn.ModuleList, folder: Path, *, devi
 
 def copy_tensor(view: Tensor, tensor: Tensor, what: str) -> None:
     """Copy a tensor, refusing values that are not finite or are beyond what any training makes."""
-    if tensor.shape != view.shape:
-        raise InputError(f"{MISFIT}: {what} in shape {list(tensor.shape)}, not {list(view.shape)}.")
-    _copy_pieces(view, tensor.reshape(-1).split(CHECKED_VALUES), what)
+    _copy_whole([view], tensor, what)
 
 
-def _copy_pieces(view: Tensor, pieces: Iterable[Tensor], what: str) -> None:
+def _copy_whole(rows: Rows, tensor: Tensor, what: str) -> None:
+    shape = [sum(map(len, rows)), *rows[0].shape[1:]]
+    if list(tensor.shape) != shape:
+        raise InputError(f"{MISFIT}: {what} in shape {list(tensor.shape)}, not {shape}.")
+    _copy_pieces(rows, tensor.reshape(-1).split(CHECKED_VALUES), what)
+
+
+def _copy_pieces(rows: Rows, pieces: Iterable[Tensor], what: str) -> None:
     """The same of CHECKED_VALUES at a time."""
-    total = 0.0
-    for to, values in zip(view.view(-1).split(CHECKED_VALUES), pieces, strict=True):
-        to.copy_(values)
-        total += float(torch.dot(to, to) if to.dtype == torch.float32 else torch.linalg.vector_norm(to, dtype=torch.float32) ** 2)
+    total, places = 0.0, iter([view.view(-1) for view in rows])
+    place = next(places)
+    for piece in pieces:
+        values = piece
+        while len(values):
+            place = place if len(place) else next(places)
+            to = place[: len(values)]
+            to.copy_(values[: len(to)])
+            total += float(torch.dot(to, to) if to.dtype == torch.float32 else torch.linalg.vector_norm(to, dtype=torch.float32) ** 2)
+            place, values = place[len(to) :], values[len(to) :]
+    assert not len(place) and next(places, None) is None, "the sizes were compared before"
     if not math.isfinite(total):
         raise InputError(f"Download or train the model again: {what} with values that are not finite, or too large to compute with.")
-    if (rms := math.sqrt(total / view.numel())) > MAX_RMS:
+    if (rms := math.sqrt(total / sum(view.numel() for view in rows))) > MAX_RMS:
         raise InputError(f"Download or train the model again: {what} with values of {rms:.1e}, beyond what any training makes.")
 
 

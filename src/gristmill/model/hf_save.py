@@ -5,7 +5,7 @@ Every folder is written beside its target, flushed, and renamed into place, so a
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from gristmill.model.config import ModelConfig
 from gristmill.model.guard import GuardModel
 from gristmill.model.hf import INDEX_FILE, SINGLE_FILE, check_vocabulary
 from gristmill.model.hf_config import to_hf
-from gristmill.model.hf_tensors import EMBEDDING, guard_tensors, hf_tensors, reward_tensors
+from gristmill.model.hf_tensors import EMBEDDING, Rows, guard_rows, hf_rows, joined, reward_rows
 from gristmill.model.quantized import INT4_GROUP, Quantize, compress, is_quantized, quantization_config
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
@@ -43,7 +43,7 @@ def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str, *, 
     Raises:
         InputError: the folder holds more than a model, the tokenizer does not fit, or the disk is full.
     """
-    save_folder(hf_tensors(model), model.config, {}, tokenizer=tokenizer, folder=folder, max_shard_bytes=max_shard_bytes)
+    save_folder(hf_rows(model), model.config, {}, tokenizer=tokenizer, folder=folder, max_shard_bytes=max_shard_bytes)
 
 
 def save_quantized(
@@ -54,16 +54,17 @@ def save_quantized(
     Raises:
         InputError: as `save_model`.
     """
-    tensors, extra = compress_tensors(hf_tensors(model), kind), {"quantization_config": quantization_config(kind)}
+    tensors, extra = compress_tensors(hf_rows(model), kind), {"quantization_config": quantization_config(kind)}
     save_folder(tensors, model.config, extra, tokenizer=tokenizer, folder=folder, max_shard_bytes=max_shard_bytes)
 
 
 def compress_tensors(
-    named: dict[str, Tensor], kind: Quantize, dtype: torch.dtype | None = None, *, group: int = INT4_GROUP
+    named: Mapping[str, Rows], kind: Quantize, dtype: torch.dtype | None = None, *, group: int = INT4_GROUP
 ) -> dict[str, Tensor]:
     """Tensors as a quantized folder holds them; those that are not quantized in `dtype` (None: as they are)."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in named.items():
+    for name, rows in named.items():
+        tensor = joined(rows)
         tensors |= (
             compress(name, tensor, kind, group=group) if is_quantized(name) else {name: tensor if dtype is None else tensor.to(dtype)}
         )
@@ -78,7 +79,7 @@ def save_reward(model: RewardModel, tokenizer: Tokenizer, folder: Path | str, *,
         InputError: as `save_model`.
     """
     extra = {"reward_attributes": list(ATTRIBUTES), "reward_weights": list(model.weights)}
-    save_folder(reward_tensors(model), model.backbone.config, extra, tokenizer=tokenizer, folder=folder, max_shard_bytes=max_shard_bytes)
+    save_folder(reward_rows(model), model.backbone.config, extra, tokenizer=tokenizer, folder=folder, max_shard_bytes=max_shard_bytes)
 
 
 def save_guard(model: GuardModel, tokenizer: Tokenizer, folder: Path | str, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -89,11 +90,11 @@ def save_guard(model: GuardModel, tokenizer: Tokenizer, folder: Path | str, *, m
         InputError: as `save_model`.
     """
     extra = {"guard_codes": list(model.codes), "guard_thresholds": list(model.thresholds), "guard_caution": model.caution}
-    save_folder(guard_tensors(model), model.backbone.config, extra, tokenizer=tokenizer, folder=folder, max_shard_bytes=max_shard_bytes)
+    save_folder(guard_rows(model), model.backbone.config, extra, tokenizer=tokenizer, folder=folder, max_shard_bytes=max_shard_bytes)
 
 
 def save_folder(
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor | Rows],
     config: ModelConfig,
     extra: dict[str, Any],
     *,
@@ -108,7 +109,7 @@ def save_folder(
     """
     folder = Path(folder)
     check_vocabulary(config, tokenizer, folder)
-    dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+    dtype = str(_rows(tensors[EMBEDDING])[0].dtype).removeprefix("torch.")
     hf = to_hf(config) | {"torch_dtype": dtype} | tokenizer.special_ids() | {"eos_token_id": tokenizer.eos_id} | extra
     formats = matching_formats(tokenizer)
     if not tokenizer.files and len(formats) == 1:  # one that was made here, for a format
@@ -134,15 +135,20 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any] | None:
     return given | {"eos_token_id": ends if tokenizer.chat_templates or len(ends) > 1 else ends[0]}
 
 
-def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
+def _rows(tensor: Tensor | Rows) -> Rows:
+    return [tensor] if isinstance(tensor, Tensor) else tensor
+
+
+def _write_shards(tensors: Mapping[str, Tensor | Rows], folder: Path, max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor | Rows]] = [{}]
+    filled = total = 0
     for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+        size = sum(rows.nbytes for rows in _rows(tensor))
+        if shards[-1] and filled + size > max_shard_bytes:
             shards.append({})
             filled = 0
         shards[-1][name] = tensor
-        filled += tensor.nbytes
+        filled, total = filled + size, total + size
     count = len(shards)
     files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     if count == 1:
@@ -151,7 +157,6 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
         write_tensors(folder / file, shard, {"format": "pt"})
     if count > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

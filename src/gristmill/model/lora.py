@@ -8,6 +8,7 @@ Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), LoRA+ (2402.12354), DoRA 
 """
 
 import importlib
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,15 +118,18 @@ class LoraLinear(Linear):
     Args:
         linear: gives its weight, as it is or made small by `freeze`, and bias.
         spans: names of the parts and their numbers of rows, in order; one but for a merged projection.
+        order_N: for each row of the layer its number among the parts' rows, end to end; None where they are in this order.
     """
 
     scale_N: Tensor | None
+    order_N: Tensor | None
 
-    def __init__(self, linear: Linear, spans: dict[str, int]) -> None:
+    def __init__(self, linear: Linear, spans: dict[str, int], order_N: Tensor | None = None) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.spans, self.parts = spans, nn.ModuleDict()
         self.register_buffer("scale_N", None)
+        self.register_buffer("order_N", None if order_N is None else order_N.to(linear.weight.device), persistent=False)
         self._state: Any = None  # bitsandbytes' of NF4
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LoraLinear":
@@ -163,24 +167,45 @@ class LoraLinear(Linear):
         if not self.parts or not _ENABLED.get():
             return out_TN
         parts = cast("dict[str, LowRank]", dict(self.parts.items()))
-        low = F.linear(input, torch.cat([part.lora_A for part in parts.values()]).to(input.dtype))
-        lows = dict(zip(parts, low.split([part.rank for part in parts.values()], -1), strict=True))
-        pieces, start = [], 0
-        for (name, size), piece in zip(self.spans.items(), out_TN.split(list(self.spans.values()), -1), strict=True):
-            rows, start = slice(start, start + size), start + size
-            pieces.append(self._update(piece, lows[name], parts[name], rows) if name in parts else piece)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
-
-    def _update(self, out_TN: Tensor, low_Tr: Tensor, part: LowRank, rows: slice) -> Tensor:
-        delta_TN = F.linear(low_Tr, part.lora_B.to(low_Tr.dtype)) * part.scaling
-        if part.magnitude is None:
+        low_TR = F.linear(input, torch.cat([part.lora_A for part in parts.values()]).to(input.dtype))
+        up_NR = block_diagonal({name: part.lora_B for name, part in parts.items()}, self.spans, self.order_N)
+        scalings = {name: part.scaling for name, part in parts.items()}
+        scale = self._rowwise(scalings) if len(self.spans) > 1 else scalings.popitem()[1]
+        delta_TN = (F.linear(low_TR, up_NR.to(input.dtype)) * scale).to(input.dtype)
+        if all(part.magnitude is None for part in parts.values()):
             return out_TN + delta_TN
         with torch.no_grad():  # the lengths count as constants in the backward pass (DoRA, section 4.3)
-            lengths_N = row_lengths(part.updated(self.dense(torch.float32)[rows]))
-        gain_N = part.magnitude / lengths_N
-        plain_TN = out_TN if self.bias is None else out_TN - self.bias[rows].to(out_TN.dtype)
+            dense_ND = self.dense(torch.float32)
+            places = places_of(self.spans, self.order_N)
+            lengths = {name: row_lengths(part.updated(dense_ND[places[name]])) for name, part in parts.items()}
+        gain_N = self._rowwise({name: cast(Tensor, part.magnitude) / lengths[name] for name, part in parts.items()})
+        plain_TN = out_TN if bias_N is None else out_TN - bias_N
         # in this form a gain of 1 changes no bit
         return out_TN + (gain_N - 1.0).to(out_TN.dtype) * plain_TN + gain_N.to(out_TN.dtype) * delta_TN
+
+    def _rowwise(self, values: dict[str, Tensor]) -> Tensor:
+        """A number for each row of the layer, from one of each part or of each of its rows; 1 in parts that are not adapted."""
+        one = self.weight.new_ones((), dtype=torch.float32)
+        rows_N = torch.cat([values.get(name, one).expand(size) for name, size in self.spans.items()])
+        return rows_N if self.order_N is None else rows_N[self.order_N]
+
+
+def places_of(spans: dict[str, int], order_N: Tensor | None) -> dict[str, slice | Tensor]:
+    """Where a layer has the rows of each part, in the part's order; arguments as of `LoraLinear`."""
+    ends = list(itertools.accumulate(spans.values()))
+    if order_N is None:
+        return {name: slice(end - spans[name], end) for name, end in zip(spans, ends, strict=True)}
+    return dict(zip(spans, order_N.argsort().split(list(spans.values())), strict=True))
+
+
+def block_diagonal(b_matrices: dict[str, Tensor], spans: dict[str, int], order_N: Tensor | None) -> Tensor:
+    """B [N, ranks of all parts] of a whole layer, from those of its adapted parts."""
+    if list(b_matrices) == list(spans) and len(spans) == 1:
+        (b_NR,) = b_matrices.values()
+    else:
+        none = next(iter(b_matrices.values())).new_zeros(1)
+        b_NR = torch.block_diag(*(b_matrices.get(name, none.expand(size, 1)[:, :0]) for name, size in spans.items()))
+    return b_NR if order_N is None else b_NR[order_N]
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -208,33 +233,36 @@ def _bitsandbytes() -> Any:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A linear layer in a model."""
+class LinearPlace:
+    """A linear layer in a model, and its parts; `spans` and `order_N` as of `LoraLinear`."""
 
     prefix: str  # of its parts' Hugging Face names
     parent: nn.Module
     attribute: str
     spans: dict[str, int]
+    order_N: Tensor | None = None
 
     @property
     def linear(self) -> Linear:
         return cast(Linear, getattr(self.parent, self.attribute))
 
 
-def _places(model: Transformer) -> Iterator[_Place]:
+def _places(model: Transformer) -> Iterator[LinearPlace]:
     """All linear layers inside the blocks."""
-    for index, block in enumerate(model.blocks):
+    for number, block in model.blocks.items():
         assert isinstance(block, Block)
         if (attention := block.attention) is not None:
-            rows = [heads * attention.head_dim for heads in (attention.num_heads, *(attention.num_kv_heads,) * 2)]
-            prefix = f"model.layers.{index}.self_attn."
-            parts = {"qkv_proj": sum(rows)} if model.config.parts.fused else dict(zip(("q_proj", "k_proj", "v_proj"), rows, strict=True))
-            yield _Place(prefix, attention, "qkv", parts)
-            yield _Place(prefix, attention, "output", {"o_proj": attention.output.out_features})
+            prefix = f"model.layers.{number}.self_attn."
+            rows = [part.flatten() for part in attention.parts(torch.arange(attention.qkv.out_features, device="cpu"))]
+            parts = dict(zip(("q_proj", "k_proj", "v_proj"), map(len, rows), strict=True))
+            parts = {"qkv_proj": attention.qkv.out_features} if model.config.parts.fused else parts
+            order_N = None if attention.num_kv_heads == 1 else torch.cat(rows).argsort()
+            yield LinearPlace(prefix, attention, "qkv", parts, order_N)
+            yield LinearPlace(prefix, attention, "output", {"o_proj": attention.output.out_features})
         if block.mlp is not None:
             for name in ("gate_up", "gate", "up", "down"):
                 if (linear := getattr(block.mlp, name)) is not None:
-                    yield _Place(f"model.layers.{index}.mlp.", block.mlp, name, {f"{name}_proj": linear.out_features})
+                    yield LinearPlace(f"model.layers.{number}.mlp.", block.mlp, name, {f"{name}_proj": linear.out_features})
 
 
 def matrix_shapes(model: Transformer) -> dict[str, tuple[int, int]]:
@@ -242,11 +270,11 @@ def matrix_shapes(model: Transformer) -> dict[str, tuple[int, int]]:
     return {place.prefix + name: (rows, place.linear.in_features) for place in _places(model) for name, rows in place.spans.items()}
 
 
-def matrices_by_layer(model: Transformer) -> list[dict[str, dict[str, int]]]:
-    """Of each layer, the linear layers by attribute, each with the Hugging Face names and numbers of rows of its parts."""
-    layers: list[dict[str, dict[str, int]]] = [{} for _ in model.blocks]
+def linears_by_layer(model: Transformer) -> list[dict[str, LinearPlace]]:
+    """Of each layer, the linear layers by attribute."""
+    layers: list[dict[str, LinearPlace]] = [{} for _ in model.blocks]
     for place in _places(model):
-        layers[int(place.prefix.split(".")[2])][place.attribute] = {place.prefix + name: rows for name, rows in place.spans.items()}
+        layers[int(place.prefix.split(".")[2])][place.attribute] = place
     return layers
 
 
@@ -287,11 +315,11 @@ def add_adapters(model: Transformer, config: LoraConfig, *, seed: int, base: str
         chosen = [name for name in place.spans if name in targets]
         if not chosen and base == "fp32":
             continue
-        layer = LoraLinear(place.linear, place.spans)
+        layer = LoraLinear(place.linear, place.spans, place.order_N)
         layer.freeze(base)
         device = layer.weight.device
         dense_ND = layer.dense(torch.float32) if config.dora and chosen else None
-        pieces = {} if dense_ND is None else dict(zip(place.spans, dense_ND.split(list(place.spans.values())), strict=True))
+        pieces = {} if dense_ND is None else {name: dense_ND[rows] for name, rows in places_of(place.spans, place.order_N).items()}
         for name in chosen:
             a_rD = torch.empty(config.rank, layer.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(layer.in_features)
             b_Nr = torch.zeros(place.spans[name], config.rank, device=device)
@@ -316,7 +344,7 @@ def attach_adapter(model: Transformer, matrices: dict[str, LowRank], *, base: st
     for place in _places(model):
         parts = {name: matrices[place.prefix + name] for name in place.spans if place.prefix + name in matrices}
         if parts or base != "fp32":
-            layer = LoraLinear(place.linear, place.spans)
+            layer = LoraLinear(place.linear, place.spans, place.order_N)
             layer.freeze(base)
             layer.parts.update(parts)
             setattr(place.parent, place.attribute, layer)
@@ -347,9 +375,7 @@ def merge_adapter(
     """
     sums: dict[str, Tensor] = {}
     for place in _places(model):
-        start = 0
-        for name, size in place.spans.items():
-            rows, start = slice(start, start + size), start + size
+        for name, rows in places_of(place.spans, place.order_N).items():
             if (part := matrices.get(place.prefix + name)) is None:
                 continue
             weight_ND = place.linear.weight.detach()[rows]
@@ -359,7 +385,7 @@ def merge_adapter(
             parts += [(kept_ND.float() - merged_ND).double().square().sum(), (kept_ND == weight_ND.to(stored_as)).double().sum()]
             parts.append(torch.tensor(float(weight_ND.numel()), dtype=torch.float64, device=weight_ND.device))
             sums[name] = sums.get(name, 0.0) + torch.stack(parts)
-            weight_ND.copy_(merged_ND)
+            place.linear.weight.detach()[rows] = merged_ND
     found = {}
     for name in TARGETS:
         if name in sums:

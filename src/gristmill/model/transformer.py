@@ -7,9 +7,10 @@ Parameters may be fp32 while activations are bf16: every layer casts its weight 
 `Transformer.compute_dtype` alone decides. Statistics of norms and rotary angles are always fp32.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,33 @@ from torch.utils.checkpoint import checkpoint
 
 from gristmill.core.errors import InputError
 from gristmill.model import fused
-from gristmill.model.attention import ScoreMod, compiled_attention, varlen_attention
+from gristmill.model.attention import ScoreMod, compiled_attention, group_heads, split_heads, varlen_attention
 from gristmill.model.config import BlockConfig, Family, ModelConfig
 from gristmill.model.packed import PackedShape, filled_length
 from gristmill.model.rope import RopeScaling
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # types that a model computes in, by their names in recipes
 Angles = tuple[Tensor, Tensor]  # cosines and sines of rotary angles
+
+
+class Sharding(Protocol):
+    """Sharding of a decoder over processes (`parallel.tensor`): they have other parts of its matrices and, between these, other tokens."""
+
+    def embed(self, ids_T: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embeddings of own tokens."""
+        ...
+
+    def rows(self, x_TD: Tensor, rows_S: Tensor) -> Tensor:
+        """Own share of some rows of all."""
+        ...
+
+    def whole(self, x_TD: Tensor, num_rows: int) -> Tensor:
+        """All rows."""
+        ...
+
+    def vocabulary(self, weight_VD: Tensor) -> Any:
+        """Own rows of the output matrix, as the losses take them."""
+        ...
 
 
 class Linear(nn.Linear):
@@ -40,6 +61,14 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
+    def beside(self, input: Tensor, other: "Linear") -> tuple[Tensor, Tensor]:
+        """Outputs of this layer and of another one with the same input."""
+        return self(input), other(input)
+
+
+def _as_it_is(parameter: Tensor) -> Tensor:
+    return parameter
+
 
 class LayerNorm1P(nn.Module):
     """y = (x - mean) / sqrt(var + eps) * (1 + weight) + bias: the gain is stored around zero."""
@@ -47,15 +76,20 @@ class LayerNorm1P(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.local: Callable[[Tensor], Tensor] = _as_it_is  # what this process has of a parameter
         self.weight = nn.Parameter(torch.empty(size))
         self.bias = nn.Parameter(torch.empty(size))
 
     def gain(self) -> Tensor:
         """Effective gain, fp32."""
-        return self.weight.float() + 1.0
+        return self.local(self.weight).float() + 1.0
+
+    def shift(self) -> Tensor:
+        """Bias, fp32."""
+        return self.local(self.bias).float()
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gain_D, bias_D = self.gain(), self.bias.float()
+        gain_D, bias_D = self.gain(), self.shift()
         if (normed_TD := fused.norm(x_TD, gain_D, bias_D, eps=self.eps)) is not None:
             return normed_TD
         if x_TD.dtype != torch.float32 and torch.is_grad_enabled():
@@ -88,11 +122,13 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, zero_centred: bool = False) -> None:
         super().__init__()
         self.eps, self.zero_centred = eps, zero_centred
+        self.local: Callable[[Tensor], Tensor] = _as_it_is  # what this process has of a parameter
         self.weight = nn.Parameter(torch.empty(size))
 
     def gain(self) -> Tensor:
         """Effective gain, fp32."""
-        return self.weight.float() + 1.0 if self.zero_centred else self.weight.float()
+        weight = self.local(self.weight).float()
+        return weight + 1.0 if self.zero_centred else weight
 
     def forward(self, x: Tensor) -> Tensor:
         if (normed := fused.norm(x, self.gain(), None, eps=self.eps)) is not None:
@@ -103,7 +139,7 @@ class RMSNorm(nn.Module):
 def add_norm(x_TD: Tensor, delta_TD: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
     """Residual x + delta, and its norm; twice the residual where a family has no norm there."""
     if isinstance(norm, LayerNorm1P | RMSNorm):
-        bias_D = norm.bias.float() if isinstance(norm, LayerNorm1P) else None
+        bias_D = norm.shift() if isinstance(norm, LayerNorm1P) else None
         if (both := fused.add_norm(x_TD, delta_TD, norm.gain(), bias_D, eps=norm.eps)) is not None:
             return both
     x_TD = x_TD + delta_TD
@@ -117,10 +153,19 @@ def _norm(config: ModelConfig, size: int = 0) -> nn.Module:
 
 
 def rotate(x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotate the first 2R dimensions of each head, pairing i with i + R; the rest passes through."""
+    """Rotate the first 2R dimensions of each head, pairing i with i + R; the rest passes through. Heads may have several axes."""
     if not cos_TR.shape[1]:
         return x_THd
-    return _Rotate.apply(x_THd, cos_TR.unsqueeze(1), sin_TR.unsqueeze(1))
+    axes = (slice(None), *(None,) * (x_THd.ndim - 2))
+    return _Rotate.apply(x_THd, cos_TR[axes], sin_TR[axes])
+
+
+def rotate_heads(qkv_TXd: Tensor, num_kv_heads: int, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [T, H, d] and keys [T, K, d] after the rotation, and values [T, K, d], of rows that are grouped by key-value head."""
+    grouped_TKXd = qkv_TXd.unflatten(1, (num_kv_heads, -1))
+    qk_TKXd, v_TK1d = grouped_TKXd.split([grouped_TKXd.shape[2] - 1, 1], dim=2)
+    q_TKGd, k_TK1d = rotate(qk_TKXd, *angles).split([grouped_TKXd.shape[2] - 2, 1], dim=2)
+    return q_TKGd.flatten(1, 2), k_TK1d.flatten(1, 2), v_TK1d.flatten(1, 2)
 
 
 class _Rotate(torch.autograd.Function):
@@ -147,22 +192,25 @@ def _rotated(x_THd: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
 
 
 class _SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 with gradient 2 relu(x). Overwrites x with relu(x) and keeps only that, where autograd would keep both."""
+    """relu(x)^2 with gradient 2 relu(x). Keeps relu(x) alone, in place of x where that may be overwritten; autograd would keep both."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        kept = F.relu_(x)
+    def forward(ctx: Any, x: Tensor, in_place: bool) -> Tensor:
+        kept = F.relu_(x) if in_place else F.relu(x)
         ctx.save_for_backward(kept)
         return kept.square()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return torch.addcmul(kept.new_zeros(()), kept, grads[0], value=2)
+        return torch.addcmul(kept.new_zeros(()), kept, grads[0], value=2), None
 
 
 class Attention(nn.Module):
-    """Projections of grouped-query attention. Rows of `qkv`: all queries, then all keys, then all values."""
+    """Projections of grouped-query attention. Rows of `qkv` are grouped by key-value head: its queries, its key, its value.
+
+    So any even cut of the rows leaves whole groups. `num_heads` and `num_kv_heads` are those whose rows are here.
+    """
 
     def __init__(self, config: ModelConfig, block: BlockConfig) -> None:
         super().__init__()
@@ -178,25 +226,25 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (_norm(config, count * block.head_dim) for count in heads)
 
     def heads(self, qkv_TN: Tensor) -> Tensor:
-        """Queries, keys and values [T, H + 2K, d] of their product, before the rotation."""
+        """Queries, keys and values [T, H + 2K, d] of their product, grouped by key-value head, before the rotation."""
         qkv = qkv_TN.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         if self.q_norm is None or self.k_norm is None:
             return qkv
-        q_THd, k_TKd, v_TKd = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return torch.cat([self._normed(q_THd, self.q_norm), self._normed(k_TKd, self.k_norm), v_TKd], dim=1)
+        q_THd, k_TKd, v_TKd = split_heads(qkv, self.num_kv_heads)
+        return group_heads(self._normed(q_THd, self.q_norm), self._normed(k_TKd, self.k_norm), v_TKd)
+
+    def parts(self, rows_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of the queries, keys and values [K, rows of each, ...] among rows of `qkv`, as Hugging Face's folders tell them apart."""
+        sizes = (self.num_heads // self.num_kv_heads * self.head_dim, self.head_dim, self.head_dim)
+        q, k, v = rows_X.unflatten(0, (self.num_kv_heads, -1)).split(sizes, dim=1)
+        return q, k, v
 
     def _normed(self, x_TXd: Tensor, norm: nn.Module) -> Tensor:
         return norm(x_TXd.flatten(1)).view_as(x_TXd) if self.norms_whole else norm(x_TXd)
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, d], keys and values [T, K, d]; queries and keys ready for attention."""
-        return self.rotated(self.heads(self.qkv(x_TD)), cos_TR, sin_TR)
-
-    def rotated(self, qkv_TXd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of what `heads` gave."""
-        qk, v_TKd = qkv_TXd.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        q_THd, k_TKd = rotate(qk, cos_TR, sin_TR).split([self.num_heads, self.num_kv_heads], dim=1)
-        return q_THd, k_TKd, v_TKd
+        return rotate_heads(self.heads(self.qkv(x_TD)), self.num_kv_heads, (cos_TR, sin_TR))
 
 
 def _activation_kind(parts: Family) -> str:
@@ -209,12 +257,16 @@ def gate_activation(gate_TF: Tensor, parts: Family) -> Tensor:
     return F.silu(gate_TF) if parts.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
 
 
-def activated(gate: Tensor, up_TF: Tensor | None, parts: Family) -> Tensor:
-    """What an MLP's last matrix multiplies: relu(gate)^2, or f(gate) * up, where without an up it lies behind the gate."""
+def activated(gate: Tensor, up_TF: Tensor | None, parts: Family, *, in_place: bool = True) -> Tensor:
+    """What an MLP's last matrix multiplies: relu(gate)^2, or f(gate) * up, where without an up it lies behind the gate.
+
+    Args:
+        in_place: the gate of a squared ReLU may be overwritten.
+    """
     if (inner_TF := fused.activation(gate, up_TF, _activation_kind(parts))) is not None:
         return inner_TF
     if not parts.gated:
-        return _SquaredReLU.apply(gate)
+        return _SquaredReLU.apply(gate, in_place)
     if up_TF is None:
         gate, up_TF = gate.chunk(2, dim=-1)
     return gate_activation(gate, parts) * up_TF
@@ -258,6 +310,7 @@ class MLP(nn.Module):
         super().__init__()
         hidden, ffn, parts, bias = config.hidden_size, block.ffn_size, config.parts, config.mlp_bias
         self.parts = parts
+        self.in_place = True  # not where the products of up are made by a function that gives them to others too
         self.gate_up = Linear(hidden, 2 * ffn, bias=bias) if parts.fused else None
         self.gate = Linear(hidden, ffn, bias=bias) if parts.gated and not parts.fused else None
         self.up = None if parts.fused else Linear(hidden, ffn, bias=bias)
@@ -268,13 +321,11 @@ class MLP(nn.Module):
             gate, up_TF = self.gate_up(x_TD), None
         else:
             assert self.up is not None
-            gate, up_TF = self.up(x_TD), None
-            if self.gate is not None:
-                gate, up_TF = self.gate(x_TD), gate
+            gate, up_TF = (self.up(x_TD), None) if self.gate is None else self.gate.beside(x_TD, self.up)
         if self.parts.gated and type(self.down) is Linear and self.down.bias is None and torch.is_grad_enabled():
             in_place = fused.accumulates(self.down.weight)
             return _GatedDown.apply(gate, up_TF, self.down.weight if in_place else self.down.weight.to(x_TD.dtype), self.parts, in_place)
-        return self.down(activated(gate, up_TF, self.parts))
+        return self.down(activated(gate, up_TF, self.parts, in_place=self.in_place))
 
 
 class Block(nn.Module):
@@ -287,6 +338,7 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.residual_multiplier, self.fused = block, config.residual_multiplier, config.parts.fused
         self.mod = ScoreMod(block.window, config.attention_scale, config.attention_soft_cap)
+        self.sharding: Sharding | None = None
         pre, post = config.parts.pre_norm, config.parts.post_norm
         self.attention_norm = _norm(config) if block.has_attention and pre else None
         self.attention = Attention(config, block) if block.has_attention else None
@@ -318,16 +370,22 @@ class Block(nn.Module):
         return out_TD if self.residual_multiplier == 1 else out_TD * self.residual_multiplier
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, shape: PackedShape, rows_S: Tensor | None = None) -> Tensor:
-        """States of all tokens, or of these alone."""
+        """States of all tokens, or of these alone; of a decoder that is sharded, of own tokens among them."""
         if self.attention is None:
-            return self.finish(x_TD if rows_S is None else x_TD[rows_S], None)
+            return self.finish(x_TD if rows_S is None else self._rows(x_TD, rows_S), None)
         qkv_TXd = self.attention.heads(self.attention.qkv(x_TD if self.attention_norm is None else self.attention_norm(x_TD)))
+        if len(qkv_TXd) > shape.num_tokens:  # padding, see `Sharding`
+            qkv_TXd = qkv_TXd[: shape.num_tokens]
         attended_THd = compiled_attention(qkv_TXd, shape, num_heads=self.attention.num_heads, angles=(cos_TR, sin_TR), mod=self.mod)
         if attended_THd is None:
-            attended_THd = varlen_attention(*self.attention.rotated(qkv_TXd, cos_TR, sin_TR), shape, mod=self.mod)
+            heads = rotate_heads(qkv_TXd, self.attention.num_kv_heads, (cos_TR, sin_TR))
+            attended_THd = varlen_attention(*heads, shape, mod=self.mod)
         if rows_S is not None:
-            x_TD, attended_THd = x_TD[rows_S], attended_THd[rows_S]
+            x_TD, attended_THd = self._rows(x_TD, rows_S), attended_THd[rows_S]
         return self.finish(x_TD, attended_THd)
+
+    def _rows(self, x_TD: Tensor, rows_S: Tensor) -> Tensor:
+        return x_TD[rows_S] if self.sharding is None else self.sharding.rows(x_TD, rows_S)
 
 
 class Transformer(nn.Module):
@@ -341,10 +399,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.sharding: Sharding | None = None
         self.after_blocks: Callable[[], None] | None = None  # called where the blocks' forward pass ends
         self.checkpoint_activations = False  # a block's are computed again in the backward pass, only its input is kept
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.blocks = nn.ModuleList(Block(config, block) for block in config.blocks)
+        self.blocks = nn.ModuleDict({str(number): Block(config, block) for number, block in enumerate(config.blocks)})
         self.final_norm = _norm(config)
         size, vocabulary = config.hidden_size, config.vocab_size
         self.lm_head = None if config.tie_embeddings else Linear(size, vocabulary, bias=False)
@@ -356,16 +415,16 @@ class Transformer(nn.Module):
         """Matrices and embeddings ~ N(0, init_std); attention outputs and MLP downs init_std / sqrt(2 L).
 
         Norm gains start at an effective 1, biases at 0 (Megatron's scaled initialisation, as in the published
-        Nemotron recipes).
+        Nemotron recipes). Each parameter has a generator of its own, so that none depends on which others are here.
         """
-        generator = torch.Generator(self.embedding.device).manual_seed(seed)
         std = self.config.init_std
         residual_std = std / math.sqrt(2 * max(1, self.config.num_layers))
         for name, parameter in self.named_parameters():
-            if name.endswith(("attention.output.weight", "mlp.down.weight")):
-                parameter.normal_(0.0, residual_std, generator=generator)
-            elif parameter.ndim == 2:
-                parameter.normal_(0.0, std, generator=generator)
+            if parameter.ndim == 2:
+                scaled = name.endswith(("attention.output.weight", "mlp.down.weight"))
+                drawn = int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "little")
+                generator = torch.Generator(parameter.device).manual_seed(drawn)
+                parameter.normal_(0.0, residual_std if scaled else std, generator=generator)
             else:
                 parameter.zero_()
         for module in self.modules():
@@ -374,6 +433,8 @@ class Transformer(nn.Module):
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Token embeddings [T, D] in compute_dtype."""
+        if self.sharding is not None:
+            return scale_embeddings(self.sharding.embed(ids_T, self.embedding, self.compute_dtype), self.config)
         rows_TD = fused.embedding(ids_T, self.embedding) if fused.accumulates(self.embedding) else F.embedding(ids_T, self.embedding)
         return scale_embeddings(rows_TD.to(self.compute_dtype), self.config)
 
@@ -408,8 +469,9 @@ class Transformer(nn.Module):
         num_rows = None if rows_S is None else len(rows_S)
         if rows_S is not None and self.compute_dtype != torch.float32:  # see filled_length
             rows_S = F.pad(rows_S, (0, filled_length(len(rows_S)) - len(rows_S)))
-        for number, (block, layer) in enumerate(zip(self.blocks, self.config.blocks, strict=True)):
-            given = (x_TD, *angles[layer.rope], shape, rows_S if number == len(self.blocks) - 1 else None)
+        for number, block in self.blocks.items():
+            layer = self.config.blocks[int(number)]
+            given = (x_TD, *angles[layer.rope], shape, rows_S if int(number) == self.config.num_layers - 1 else None)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # nothing in a block is random, so there is no state to keep
                 x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
@@ -418,13 +480,16 @@ class Transformer(nn.Module):
         if self.after_blocks is not None:
             self.after_blocks()
         h_TD = self.final_norm(x_TD)
+        if self.sharding is not None:
+            h_TD = self.sharding.whole(h_TD, len(ids_T) if rows_S is None else len(rows_S))
         if num_rows is not None and num_rows < len(h_TD):
             h_TD = h_TD[:num_rows]
         return h_TD if self.config.logits_scaling == 1 else h_TD / self.config.logits_scaling
 
-    def unembedding(self) -> Tensor:
-        """The output matrix [V, D] (the embedding itself where they are tied)."""
-        return self.embedding if self.lm_head is None else self.lm_head.weight
+    def unembedding(self) -> Any:
+        """The output matrix [V, D] (the embedding itself where they are tied); of a decoder that is sharded, own rows for the losses."""
+        weight_VD = self.embedding if self.lm_head is None else self.lm_head.weight
+        return weight_VD if self.sharding is None else self.sharding.vocabulary(weight_VD)
 
     def logits(self, h: Tensor) -> Tensor:
         """Logits (.., V) of states (.., D)."""

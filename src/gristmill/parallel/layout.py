@@ -157,8 +157,8 @@ def _check_batch(layout: Layout) -> None:
         raise InputError(f"Choose --tp that divides the {layout.tokens:,} tokens of a micro-batch's rank: it is {layout.tp}.")
 
 
-def _check_split(config: ModelConfig, layout: Layout) -> None:
-    tp, num_stages = layout.tp, layout.pp * layout.vp
+def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
+    """Raise InputError where the matrices of a model's layers cannot be cut over so many processes."""
     for block, _ in counted(config.blocks):
         if block.num_heads % tp:
             raise InputError(f"Choose --tp that divides the {block.num_heads} attention heads of a layer: it is {tp}.")
@@ -166,6 +166,11 @@ def _check_split(config: ModelConfig, layout: Layout) -> None:
             raise InputError(f"Choose --tp that divides the {block.ffn_size:,} columns of an MLP: it is {tp}.")
         if block.has_attention and block.num_kv_heads % tp and tp % block.num_kv_heads:
             raise InputError(f"Choose --tp that divides the {block.num_kv_heads} key-value heads of a layer, or is a multiple: it is {tp}.")
+
+
+def _check_split(config: ModelConfig, layout: Layout) -> None:
+    tp, num_stages = layout.tp, layout.pp * layout.vp
+    check_tensor_parallel(config, tp)
     if config.num_layers % num_stages and (config.num_layers + 2) % num_stages:
         raise InputError(
             f"Choose --pp times --vp that divides the {config.num_layers} layers, or these and two more (embedding and output matrix "

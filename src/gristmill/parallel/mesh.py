@@ -24,16 +24,23 @@ TIMEOUT = timedelta(minutes=10)  # of one collective operation: it waits for the
 
 
 class Mesh:
-    """Data-parallel group: every process has another share of each step's samples, and of each weight.
+    """Processes of one training, in groups: those with other shares of a step's samples, and those with other parts of its matrices.
 
     Args:
-        devices: the processes as `torch` knows them; None for one process alone.
+        devices: the processes as `torch` knows them, with an axis "dp" and, where it is more than one, "tp"; None for one process alone.
+
+    Attributes:
+        data: the data-parallel group: every process has another share of each step's samples, and of each weight.
+        tensor: the tensor-parallel group; None where it is of one process.
     """
 
     def __init__(self, devices: "DeviceMesh | None" = None) -> None:
         self._devices = devices
         self.size = 1 if devices is None else devices.size()
-        self.rank = 0 if devices is None else devices.get_rank()
+        self.rank = 0 if devices is None else devices.get_local_rank() if devices.ndim == 1 else devices.get_rank()
+        self.data, self.tensor = self, None
+        if devices is not None and devices.ndim > 1:
+            self.data, self.tensor = Mesh(devices["dp"]), TensorGroup(devices["tp"])
 
     @property
     def is_writer(self) -> bool:
@@ -46,7 +53,8 @@ class Mesh:
             return [value]
         import torch.distributed as dist
 
-        group, device = self._devices.get_group(), self._devices.device_type
+        group = self._devices.get_group() if self._devices.ndim == 1 else dist.group.WORLD
+        device = self._devices.device_type
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(text)], device=device), group=group)
@@ -66,28 +74,73 @@ class Mesh:
             raise InputError(f"The processes have different {what} ({values}): start them all with one command on the same files.")
 
     def shard(self, model: nn.Module) -> None:
-        """Cut every weight over the processes, in place (FSDP2): a block's are gathered when it computes, its gradients are added up.
+        """Cut every weight over the data-parallel group, in place (FSDP2): a block's are gathered when it computes, its gradients added up.
 
         Sums are never divided: the trainer's divisor counts the terms of all processes.
         """
-        if self._devices is None:
+        devices = self.data._devices
+        if devices is None or devices.size() == 1:
             return
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        blocks = next(part for module in model.modules() if isinstance(part := getattr(module, "blocks", None), nn.ModuleList))
-        for module in (*blocks, model):
-            fully_shard(module, mesh=self._devices)
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
+        blocks = next(part for module in model.modules() if isinstance(part := getattr(module, "blocks", None), nn.ModuleDict))
+        for module in (*blocks.values(), model):
+            sharded = cast(Any, fully_shard(module, mesh=devices))
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
         # the states of the trained rows may be a view of those with padding; nothing changes them in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
         if hasattr(model, "hidden"):
             register_fsdp_forward_method(model, "hidden")
 
 
+class TensorGroup:
+    """Tensor-parallel group: its processes compute with parts of one matrix, on the same samples. First axes are the ones that are cut."""
+
+    def __init__(self, devices: "DeviceMesh") -> None:
+        self._devices = devices
+        self.size, self.rank = devices.size(), devices.get_local_rank()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All processes' tensors of one shape, end to end."""
+        import torch.distributed as dist
+
+        out = x.new_empty(self.size * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=self._devices.get_group())
+        return out
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """This process's part of the sum of all processes' tensors."""
+        import torch.distributed as dist
+
+        out = x.new_empty(len(x) // self.size, *x.shape[1:])
+        dist.reduce_scatter_tensor(out, x.contiguous(), group=self._devices.get_group())
+        return out
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of all processes' tensors."""
+        import torch.distributed as dist
+
+        out = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out, group=self._devices.get_group())
+        return out
+
+    def cut(self, parameter: Tensor, dim: int | None) -> nn.Parameter:
+        """A parameter that all have, of which each keeps its part along an axis, or all of it (None)."""
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        placement = Replicate() if dim is None else Shard(dim)
+        return nn.Parameter(distribute_tensor(parameter.detach(), self._devices, [placement], src_data_rank=None))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part that this process computes with; gradients flow through."""
+    return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
+
+
 def accumulate(model: nn.Module, *, last: bool) -> None:
-    """Say whether the next backward pass is the step's last, after which gradients are added up over the processes."""
-    if any(is_sharded(parameter) for parameter in model.parameters()):
+    """Say whether the next backward pass is the step's last, after which gradients are added up over the data-parallel group."""
+    if hasattr(model, "set_requires_gradient_sync"):
         cast(Any, model).set_requires_gradient_sync(last)
 
 
@@ -102,12 +155,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, cut as another one is."""
+    """A whole tensor, cut as another one is; rows that it lacks are padding, and zero."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
     cut = cast(Any, like)
+    if tensor.ndim and len(tensor) < len(like):
+        tensor = nn.functional.pad(tensor, (0,) * (2 * tensor.ndim - 1) + (len(like) - len(tensor),))
     return distribute_tensor(tensor.to(like.device), cut.device_mesh, cut.placements, src_data_rank=None)
 
 
@@ -118,16 +173,21 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def process_mesh(device: torch.device) -> Iterator[Mesh]:
+def process_mesh(device: torch.device, tp: int = 1) -> Iterator[Mesh]:
     """The mesh of the processes that torchrun started (one process without it), until the end of the block.
 
     Args:
         device: where this process trains.
+        tp: neighbouring processes that share out the matrices; the others share out the samples.
 
     Raises:
-        InputError: torchrun's variables are not whole, or the device is the GPU of another process.
+        InputError: torchrun's variables are not whole, the processes are no multiple of `tp`, or the device is the GPU of another one.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if tp < 1 or size % tp:
+        raise InputError(
+            f"Start a multiple of --tp processes (`torchrun --nproc-per-node N -m gristmill ...`): there are {size}, and --tp is {tp}."
+        )
     if size == 1:
         yield Mesh()
         return
@@ -145,7 +205,8 @@ def process_mesh(device: torch.device) -> Iterator[Mesh]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield Mesh(init_device_mesh(device.type, (size,), mesh_dim_names=("dp",)))
+        shape, names = ((size,), ("dp",)) if tp == 1 else ((size // tp, tp), ("dp", "tp"))
+        yield Mesh(init_device_mesh(device.type, shape, mesh_dim_names=names))
         dist.barrier()  # nobody leaves while another still needs him
     finally:
         dist.destroy_process_group()

@@ -8,6 +8,7 @@ A batch lays its documents end to end in one ``ids_T`` vector, token-major; ever
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from gristmill.core.errors import InputError
 from gristmill.model.packed import PackedShape, num_shared, pack
+from gristmill.train.settings import BatchSize, Ramp, ramp_of
 
 # Answers to one prompt that go through the model together. Attention repeats the prompt for each of them on some back-ends, and adds
 # their gradients up in the type of the computation.
@@ -436,6 +438,31 @@ def _groups(samples: Sequence[ItemT], max_tokens: int) -> Iterator[list[ItemT]]:
         yield group
 
 
+@dataclass(frozen=True)
+class _Stretch:
+    """Steps of equal size, over rows (or tokens) of the stream from `begin` to `end`."""
+
+    begin: int
+    end: int
+    num_steps: int
+
+
+def _stretches(ramp: Ramp, total: float, max_steps: float) -> Iterator[_Stretch]:
+    """The steps of a ramp, over a stream of `total` or as many as there shall be."""
+    begin = 0
+    for index, (_, size) in enumerate(ramp):
+        until = ramp[index + 1][0] if index + 1 < len(ramp) else math.inf
+        count = min(max_steps, -(-(until - begin) // size) if until < math.inf else math.inf)
+        if count <= 0:
+            continue
+        if begin + (count + 1) * size > total:  # the last: what is left is less than a step
+            yield _Stretch(begin, int(total), max(1, int(total - begin) // size))
+            return
+        end, max_steps = begin + int(count) * size, max_steps - count
+        yield _Stretch(begin, end, int(count))
+        begin = end
+
+
 class BatchPlan:
     """Which samples each step trains on: a pure function of (seed, step), found without replaying steps.
 
@@ -444,6 +471,8 @@ class BatchPlan:
     ``lengths`` tokens and counts as one row, or as ``rows``. With ``epochs`` the stream ends after that many
     shuffles and is cut into floor(length / batch) *equal* stretches, so that every sample is seen exactly
     ``epochs`` times and no small remainder is trained on as a noisy last step. With ``steps`` it goes on as long as needed.
+
+    A ramp of batch sizes names the row from which on each holds: the first step that begins there or later has it.
     """
 
     def __init__(
@@ -453,7 +482,7 @@ class BatchPlan:
         seed: int,
         epochs: float | None = None,
         steps: int | None = None,
-        batch_size: int | None = None,
+        batch_size: BatchSize | None = None,
         batch_tokens: int | None = None,
         rows: Sequence[int] | np.ndarray | None = None,
         shuffle: bool = True,
@@ -467,13 +496,10 @@ class BatchPlan:
         self._epoch_weight = int(self._weights.sum())
         self._seed, self._shuffled = seed, shuffle
         batch = batch_tokens if batch_tokens is not None else batch_size
-        assert batch is not None and batch > 0
-        if steps is not None:
-            self.num_steps, self._total = steps, steps * batch
-        else:
-            assert epochs is not None
-            self._total = int(self._epoch_weight * epochs)
-            self.num_steps = max(1, self._total // batch)
+        assert batch is not None and (steps is None) != (epochs is None)
+        total = math.inf if epochs is None else int(self._epoch_weight * epochs)
+        self._stretches = list(_stretches(ramp_of(batch), total, math.inf if steps is None else steps))
+        self.num_steps = sum(stretch.num_steps for stretch in self._stretches)
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -487,8 +513,12 @@ class BatchPlan:
 
     def step(self, step: int) -> list[int]:
         """Indices of the samples of step ``step`` (counted from 0)."""
-        low = step * self._total // self.num_steps
-        high = (step + 1) * self._total // self.num_steps
+        number = step
+        for stretch in self._stretches:
+            if number < stretch.num_steps:
+                break
+            number -= stretch.num_steps
+        low, high = (stretch.begin + (number + i) * (stretch.end - stretch.begin) // stretch.num_steps for i in (0, 1))
         chosen: list[int] = []
         for epoch in range(low // self._epoch_weight, (high - 1) // self._epoch_weight + 1):
             order, starts = self._shuffle(epoch)

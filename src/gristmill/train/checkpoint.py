@@ -38,6 +38,7 @@ from gristmill.core.tensors import write_tensors
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _TEMPORARY = "checkpoint.tmp"
 _TENSORS, _INFO = "state.safetensors", "state.json"
+LAYOUT = "qkv grouped by key-value head"  # of the tensors in a checkpoint
 
 
 def fingerprint_model(model: nn.Module) -> str:
@@ -102,6 +103,11 @@ class CheckpointStore:
         for path in reversed(self._folders()):
             try:
                 info = read_json(path / _INFO)
+                if info.pop("layout", "") != LAYOUT:
+                    raise InputError(
+                        f"{self.folder} holds a training run of an earlier version, whose queries, keys and values lie in another order; "
+                        "choose another folder, or delete this one to train anew"
+                    )
                 self._check(info.pop("identity"))
                 if bad := damaged(path, info.pop(STAMPS, {})):
                     raise DamagedFile(f"{path / bad[0]} is not what was written")
@@ -130,7 +136,7 @@ class CheckpointStore:
         temporary = self.folder / _TEMPORARY
         final = self.folder / f"checkpoint-{checkpoint.step:08d}"
         shutil.rmtree(temporary, ignore_errors=True)  # left behind by a kill
-        head = {"step": checkpoint.step, "finished": checkpoint.finished, "identity": vars(self._identity)}
+        head = {"step": checkpoint.step, "finished": checkpoint.finished, "layout": LAYOUT, "identity": vars(self._identity)}
         with disk_errors(self.folder):
             try:
                 make_folder(temporary)

@@ -17,6 +17,7 @@ from gristmill.model import fused
 from gristmill.model.flops import CHUNK_LOGITS, MIN_CHUNK_ROWS
 from gristmill.model.kernels import library as kernels
 from gristmill.model.transformer import soft_cap
+from gristmill.parallel.tensor import VocabularyShard
 from gristmill.train.batches import IGNORE_LABEL
 
 # The softmax is made for a slice of the chunk, on a GPU of 256 MiB, to launch less.
@@ -39,6 +40,11 @@ def _chunk_rows(vocab_size: int) -> int:
     return max(MIN_CHUNK_ROWS, CHUNK_LOGITS // vocab_size)
 
 
+def _width(weight_VD: Tensor, shard: VocabularyShard | None) -> int:
+    """Logits of a row, as many on all processes that share the vocabulary: they exchange something for each chunk."""
+    return len(weight_VD) if shard is None else shard.num_rows
+
+
 def _logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
     """hidden @ weight.T, which its gradient may replace."""
     if hidden_CD.device.type != "cpu" or hidden_CD.dtype != torch.float32 or len(weight_VD) % CACHE_STEP:
@@ -57,15 +63,31 @@ def _softmax_slices(logits_CV: Tensor) -> Iterator[slice]:
     return _slices(len(logits_CV), max(1, limit // logits_CV.shape[1]))
 
 
-def _log_softmax(logits_SV: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
+def _log_softmax(logits_SV: Tensor, cap: float | None, statistics_S2: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Of the logits, in fp32 whatever the matmul's dtype: bf16 has 8 bits, a vocabulary needs more.
 
     With a cap also the slope of the capped logits: (cap tanh(x / cap))' = 1 - tanh(x / cap)^2.
+
+    Args:
+        statistics_S2: of the softmax over the whole vocabulary, of which there is a part.
     """
-    if cap is None:
+    if cap is None and statistics_S2 is None:
         return torch.log_softmax(logits_SV, dim=-1, dtype=torch.float32), None
     capped_SV = soft_cap(logits_SV.float(), cap)
-    return torch.log_softmax(capped_SV, dim=-1), 1 - (capped_SV / cap).square_()
+    slope_SV = None if cap is None else 1 - (capped_SV / cap).square_()
+    if statistics_S2 is None:
+        return torch.log_softmax(capped_SV, dim=-1), slope_SV
+    return capped_SV - statistics_S2[:, :1] - statistics_S2[:, 1:], slope_SV
+
+
+def _statistics(logits_CV: Tensor, cap: float | None) -> Tensor:
+    """The largest logit of each row, and the logarithm of the sum of exp(logit - largest), [C, 2] in fp32."""
+    found = []
+    for rows in _softmax_slices(logits_CV):
+        capped_SV = soft_cap(logits_CV[rows].float(), cap)
+        largest_S = capped_SV.amax(-1)
+        found.append(torch.stack([largest_S, (capped_SV - largest_S[:, None]).exp_().sum(-1).log_()], 1))
+    return torch.cat(found)
 
 
 def _add_products(
@@ -91,6 +113,20 @@ def _target_logprobs(logits_CV: Tensor, statistics_C2: Tensor, targets_C1: Tenso
     return logits_CV.gather(1, targets_C1)[:, 0].float() - statistics_C2[:, 0] - statistics_C2[:, 1]
 
 
+def _sharded_logprobs(
+    logits_CV: Tensor, statistics_C2: Tensor, targets_C1: Tensor, cap: float | None, shard: VocabularyShard
+) -> tuple[Tensor, Tensor]:
+    """The same of logits that are cut over processes, and the statistics over all logits."""
+    own_C1 = soft_cap(logits_CV.gather(1, targets_C1.clamp(min=0)).float(), cap).masked_fill(targets_C1 < 0, 0.0)
+    statistics_C2, logits_C = shard.combined(statistics_C2, own_C1)
+    return logits_C - statistics_C2[:, 0] - statistics_C2[:, 1], statistics_C2
+
+
+def _add_onehot(grad_SV: Tensor, targets_S1: Tensor, values_S1: Tensor) -> Tensor:
+    """Add a number to the target of each row, in place; targets below zero are elsewhere."""
+    return grad_SV.scatter_add_(1, targets_S1.clamp(min=0), values_S1.masked_fill(targets_S1 < 0, 0.0))
+
+
 class _CrossEntropySum(torch.autograd.Function):
     """Sum of -log softmax(hidden @ weight.T)[target] over the first ``num_rows`` rows.
 
@@ -101,12 +137,20 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, num_rows: int, need_grad: bool, in_place: bool, cap: float | None
+        ctx: Any,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        targets_R: Tensor,
+        num_rows: int,
+        need_grad: bool,
+        in_place: bool,
+        shard: VocabularyShard | None,
+        cap: float | None,
     ) -> Tensor:
         total = hidden_RD.new_zeros((), dtype=torch.float32)
         ctx.weight_VD = weight_VD if in_place else None
         grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
-        step = _chunk_rows(len(weight_VD))
+        step = _chunk_rows(_width(weight_VD, shard))
         has_sum = need_grad and ctx.needs_input_grad[1] and not (in_place and 0 < len(hidden_RD) <= step)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if has_sum else None
         last: tuple[Tensor, ...] = ()
@@ -115,19 +159,26 @@ class _CrossEntropySum(torch.autograd.Function):
             num_real = max(0, num_rows - chunk.start)  # those behind are padding
             logits_CV = _logits(hidden_CD, weight_VD)  # the gradient takes their place
             statistics_C2 = fused.softmax_statistics(logits_CV) if cap is None else None
-            if statistics_C2 is not None:
+            compiled = statistics_C2 is not None
+            if shard is not None:
+                statistics_C2 = _statistics(logits_CV, cap) if statistics_C2 is None else statistics_C2
+                logp_C, statistics_C2 = _sharded_logprobs(logits_CV, statistics_C2, targets_C1, cap, shard)
+                total -= logp_C[:num_real].sum()
+            elif statistics_C2 is not None:
                 total -= _target_logprobs(logits_CV, statistics_C2, targets_C1)[:num_real].sum()
-                if need_grad:
-                    real_C = (torch.arange(len(logits_CV)) < num_real).float()
-                    fused.softmax_gradient(logits_CV, statistics_C2, targets_C1, real_C, out_RV=logits_CV)
-            for rows in _softmax_slices(logits_CV) if statistics_C2 is None else ():
-                logp_SV, slope_SV = _log_softmax(logits_CV[rows], cap)
+            if compiled and need_grad:
+                assert statistics_C2 is not None
+                real_C = (torch.arange(len(logits_CV)) < num_real).float()
+                fused.softmax_gradient(logits_CV, statistics_C2, targets_C1, real_C, out_RV=logits_CV)
+            for rows in _softmax_slices(logits_CV) if not compiled else ():
+                logp_SV, slope_SV = _log_softmax(logits_CV[rows], cap, None if statistics_C2 is None else statistics_C2[rows])
                 targets_S1, real = targets_C1[rows], max(0, num_real - rows.start)
-                total -= logp_SV.gather(1, targets_S1)[:real].sum()
+                if shard is None:
+                    total -= logp_SV.gather(1, targets_S1)[:real].sum()
                 if need_grad:
                     # d loss / d logits = softmax - onehot
                     grad_SV = logp_SV.exp_()
-                    grad_SV.scatter_add_(1, targets_S1, grad_SV.new_full(targets_S1.shape, -1.0))
+                    _add_onehot(grad_SV, targets_S1, grad_SV.new_full(targets_S1.shape, -1.0))
                     grad_SV[real:] = 0.0
                     logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
             grad_hidden_CD = None if grad_hidden_RD is None else grad_hidden_RD[chunk]
@@ -136,6 +187,8 @@ class _CrossEntropySum(torch.autograd.Function):
                 _add_products(logits_CV, weight_VD, hidden_CD, grad_hidden_CD, None)
             else:
                 _add_products(logits_CV, weight_VD, hidden_CD, grad_hidden_CD, grad_weight_VD)
+        if shard is not None and grad_hidden_RD is not None:
+            grad_hidden_RD = shard.group.sum(grad_hidden_RD)
         ctx.save_for_backward(grad_hidden_RD, grad_weight_VD, *last)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -148,14 +201,14 @@ class _CrossEntropySum(torch.autograd.Function):
         if (weight_VD := ctx.weight_VD) is None:
             if grad_weight_VD is not None:
                 grad_weight_VD = grad_weight_VD.mul_(grad).to(ctx.weight_dtype)  # in place: a second backward pass is an error
-            return grad_hidden_RD, grad_weight_VD, None, None, None, None, None
+            return grad_hidden_RD, grad_weight_VD, None, None, None, None, None, None
         if grad_weight_VD is not None and weight_VD.grad is not None:
             weight_VD.grad.add_(grad_weight_VD, alpha=float(grad))
         elif grad_weight_VD is not None:
             weight_VD.grad = grad_weight_VD.mul_(grad)
         if last:
             fused.add_gradient(weight_VD, *last, factor=float(grad))
-        return grad_hidden_RD, None, None, None, None, None, None
+        return grad_hidden_RD, None, None, None, None, None, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -167,43 +220,62 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, need_grad: bool, in_place: bool, cap: float | None
+        ctx: Any,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        targets_R: Tensor,
+        need_grad: bool,
+        in_place: bool,
+        shard: VocabularyShard | None,
+        cap: float | None,
     ) -> Tensor:
         logp_R = hidden_RD.new_empty(len(hidden_RD), dtype=torch.float32)
         few = len(hidden_RD) * len(weight_VD) <= KEPT_LOGITS
-        single = len(hidden_RD) <= _chunk_rows(len(weight_VD)) and kernels.library_for(hidden_RD) is not None
+        single = len(hidden_RD) <= _chunk_rows(_width(weight_VD, shard)) and kernels.library_for(hidden_RD) is not None
         kept = need_grad and (few or single) and cap is None
         slices: list[Tensor] = []  # of log-softmax values; or, of each chunk, its logits and their statistics
-        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
+        # a part of the vocabulary does not tell the softmax over all of it, so that its statistics are kept
+        statistics_R2 = None if shard is None else hidden_RD.new_empty(len(hidden_RD), 2, dtype=torch.float32)
+        for chunk in _slices(len(hidden_RD), _chunk_rows(_width(weight_VD, shard))):
             logits_CV = _logits(hidden_RD[chunk], weight_VD)
-            if cap is None and (statistics_C2 := fused.softmax_statistics(logits_CV)) is not None:
+            statistics_C2 = fused.softmax_statistics(logits_CV) if cap is None else None
+            compiled = statistics_C2 is not None
+            if shard is not None and statistics_R2 is not None:
+                statistics_C2 = _statistics(logits_CV, cap) if statistics_C2 is None else statistics_C2
+                logp_R[chunk], statistics_C2 = _sharded_logprobs(logits_CV, statistics_C2, targets_R[chunk, None], cap, shard)
+                statistics_R2[chunk] = statistics_C2
+            elif statistics_C2 is not None:
                 logp_R[chunk] = _target_logprobs(logits_CV, statistics_C2, targets_R[chunk, None])
+            if compiled and statistics_C2 is not None:
                 slices += [logits_CV, statistics_C2] if kept else []
                 continue
-            for rows in _softmax_slices(logits_CV):
-                logp_SV, _ = _log_softmax(logits_CV[rows], cap)
-                logp_R[chunk][rows] = logp_SV.gather(1, targets_R[chunk][rows, None])[:, 0]
+            for rows in _softmax_slices(logits_CV) if kept or shard is None else ():
+                logp_SV, _ = _log_softmax(logits_CV[rows], cap, None if statistics_C2 is None else statistics_C2[rows])
+                if shard is None:
+                    logp_R[chunk][rows] = logp_SV.gather(1, targets_R[chunk][rows, None])[:, 0]
                 if kept:
                     slices.append(logp_SV)
         if need_grad:
-            ctx.save_for_backward(hidden_RD, weight_VD, targets_R, *slices)
+            ctx.save_for_backward(hidden_RD, weight_VD, targets_R, statistics_R2, *slices)
             ctx.weight_VD = weight_VD if in_place else None
-            ctx.cap = cap
+            ctx.cap, ctx.shard = cap, shard
         return logp_R
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_RD, weight_VD, targets_R, *slices = ctx.saved_tensors
+        hidden_RD, weight_VD, targets_R, statistics_R2, *slices = ctx.saved_tensors
         kept = iter(slices)
         grad_hidden_RD = torch.empty_like(hidden_RD)
         into = ctx.weight_VD  # whose gradient is added in place
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] and into is None else None
-        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
+        for chunk in _slices(len(hidden_RD), _chunk_rows(_width(weight_VD, ctx.shard))):
             hidden_CD, grad_C1, targets_C1 = hidden_RD[chunk], grad_R[chunk, None], targets_R[chunk, None]
             if ctx.cap is None and kernels.library_for(hidden_RD) is not None:
                 logits_CV = next(kept) if slices else _logits(hidden_CD, weight_VD)
-                statistics_C2 = next(kept) if slices else fused.softmax_statistics(logits_CV)
+                statistics_C2 = next(kept) if slices else statistics_R2
+                if not slices:
+                    statistics_C2 = fused.softmax_statistics(logits_CV) if statistics_R2 is None else statistics_R2[chunk]
                 assert statistics_C2 is not None
                 # in place: a second backward pass is an error
                 fused.softmax_gradient(logits_CV, statistics_C2, targets_C1, -grad_C1, out_RV=logits_CV)
@@ -211,30 +283,44 @@ class _TokenLogprobs(torch.autograd.Function):
                 continue
             logits_CV = hidden_CD.new_empty(len(hidden_CD), len(weight_VD)) if slices else _logits(hidden_CD, weight_VD)
             for rows in _softmax_slices(logits_CV):
-                logp_SV, slope_SV = (next(kept), None) if slices else _log_softmax(logits_CV[rows], ctx.cap)
+                over_all = None if statistics_R2 is None else statistics_R2[chunk][rows]
+                logp_SV, slope_SV = (next(kept), None) if slices else _log_softmax(logits_CV[rows], ctx.cap, over_all)
                 prob_SV = logp_SV.exp() if slices else logp_SV.exp_()
-                grad_SV = prob_SV.mul_(-grad_C1[rows]).scatter_add_(1, targets_C1[rows], grad_C1[rows])
+                grad_SV = _add_onehot(prob_SV.mul_(-grad_C1[rows]), targets_C1[rows], grad_C1[rows])
                 logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
             _add_products(logits_CV, weight_VD, hidden_CD, grad_hidden_RD[chunk], grad_weight_VD, into=into)
+        if ctx.shard is not None:
+            grad_hidden_RD = ctx.shard.group.sum(grad_hidden_RD)
         if grad_weight_VD is None:
-            return grad_hidden_RD, None, None, None, None, None
-        return grad_hidden_RD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None
+            return grad_hidden_RD, None, None, None, None, None, None
+        return grad_hidden_RD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None, None
 
 
-def _prepare(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor, Tensor, bool, bool]:
-    """Rows and targets padded to ROW_STEP, the weight in the states' dtype, whether a gradient is due, and whether the weight's is added
-    in place.
+def _prepare(
+    hidden_RD: Tensor, weight: Tensor | VocabularyShard, targets_R: Tensor
+) -> tuple[Tensor, Tensor, Tensor, bool, bool, VocabularyShard | None]:
+    """Rows and targets padded to ROW_STEP, the weight in the states' dtype, whether a gradient is due, whether the weight's is added
+    in place, and the shard, if the weight is one: its targets are numbers of own rows then.
     """
-    unpadded = hidden_RD.device.type == "cpu" and hidden_RD.dtype == torch.float32 and weight_VD.numel() >= UNPADDED_WEIGHTS
-    num_extra = 0 if unpadded else -len(hidden_RD) % min(ROW_STEP, _chunk_rows(len(weight_VD)))
+    shard = weight if isinstance(weight, VocabularyShard) else None
+    weight_VD = weight.weight_VD if isinstance(weight, VocabularyShard) else weight
+    if shard is not None:
+        targets_R = shard.targets(targets_R)
+    num_weights = weight_VD.shape[1] * _width(weight_VD, shard)
+    unpadded = hidden_RD.device.type == "cpu" and hidden_RD.dtype == torch.float32 and num_weights >= UNPADDED_WEIGHTS
+    num_extra = 0 if unpadded else -len(hidden_RD) % min(ROW_STEP, _chunk_rows(_width(weight_VD, shard)))
     need_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
     padded_RD, padded_R = F.pad(hidden_RD, (0, 0, 0, num_extra)), F.pad(targets_R, (0, num_extra))
     in_place = weight_VD.dtype == hidden_RD.dtype and fused.accumulates(weight_VD)
-    return padded_RD, weight_VD.to(hidden_RD.dtype), padded_R, need_grad, in_place
+    return padded_RD, weight_VD.to(hidden_RD.dtype), padded_R, need_grad, in_place, shard
 
 
-def cross_entropy_sum(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, *, cap: float | None = None) -> tuple[Tensor, int]:
+def cross_entropy_sum(
+    hidden_RD: Tensor, weight_VD: Tensor | VocabularyShard, targets_R: Tensor, *, cap: float | None = None
+) -> tuple[Tensor, int]:
     """Next-token loss: (sum over rows of -log softmax(hidden @ weight.T)[target], number of rows). `cap`: soft cap of logits.
+
+    With a shard of the weight, the same on all processes of its group, and so is the gradient of the states.
 
     Holds the logits of ``MIN_CHUNK_ROWS`` rows (more where that is still within ``CHUNK_LOGITS``), however many rows there are. Select
     the rows that predict a trained target beforehand. No rows give a sum of 0 with a zero gradient.
@@ -244,7 +330,7 @@ def cross_entropy_sum(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, *
     return _CrossEntropySum.apply(hidden_RD, weight_VD, targets_R, num_rows, *flags, cap), num_rows
 
 
-def token_logprobs(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, *, cap: float | None = None) -> Tensor:
+def token_logprobs(hidden_RD: Tensor, weight_VD: Tensor | VocabularyShard, targets_R: Tensor, *, cap: float | None = None) -> Tensor:
     """log softmax(hidden @ weight.T)[target] of each row, (R,) in fp32, within the same memory bound. `cap`: soft cap of the logits."""
     num_rows = len(targets_R)
     hidden_RD, weight_VD, targets_R, *flags = _prepare(hidden_RD, weight_VD, targets_R)

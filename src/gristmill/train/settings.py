@@ -1,6 +1,6 @@
 """Sections of recipes about training."""
 
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,26 @@ class Lora(Section):
     base: Literal["fp32", "bf16", "int8", "nf4"] = Field("fp32", description="type that the frozen matrices are kept in; nf4: bitsandbytes")
 
 
+Ramp = tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]], ...]  # (from which sample on, samples a step), in order
+BatchSize = Annotated[int, Field(gt=0)] | Ramp
+
+
+def ramp_of(batch_size: BatchSize) -> Ramp:
+    """A batch size as a ramp, of one entry where it never changes.
+
+    Raises:
+        InputError: it does not begin at sample 0, does not go on from there, or a size is no number above zero.
+    """
+    ramp = ((0, batch_size),) if isinstance(batch_size, int) else tuple((begin, size) for begin, size in batch_size)
+    begins = [begin for begin, _ in ramp]
+    if not ramp or begins[0] != 0 or begins != sorted(set(begins)) or min(size for _, size in ramp) <= 0:
+        raise InputError(
+            f"batch_size is {batch_size}: give a number above zero, or pairs of the sample from which on it holds and a number, "
+            "from sample 0 on and in order"
+        )
+    return ramp
+
+
 class Training(Section):
     """One training stage, as long as `steps` or `epochs` say. What is left out is chosen by the model's size (docs/settings.md)."""
 
@@ -37,7 +57,9 @@ class Training(Section):
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     steps: int | None = Field(None, gt=0)
     epochs: float | None = Field(None, gt=0, description="default by the model's size, unless steps are given")
-    batch_size: int | None = Field(None, gt=0, description="default by the model's size")
+    batch_size: BatchSize | None = Field(
+        None, description="samples a step, or pairs [from sample, samples a step]; default by the model's size"
+    )
     micro_batch_tokens: int | None = Field(None, gt=0, description="tokens at once; null: as many as pay, within the free memory")
     checkpoint_activations: Literal["auto"] | bool = Field("auto", description="compute activations twice; auto: where memory is short")
     weight_decay: float = Field(0.1, ge=0)
@@ -49,6 +71,8 @@ class Training(Section):
     def _length(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give either steps or epochs, not both")
+        if self.batch_size is not None:
+            ramp_of(self.batch_size)
         if self.lora is not None and self.optimizer != "adamw":
             raise ValueError("lora trains with optimizer: adamw, since muon is made for whole matrices")
         return self

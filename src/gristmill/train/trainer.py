@@ -24,6 +24,7 @@ from gristmill.core.threads import MAX_THREADED_PARAMETERS, Map, num_workers, wo
 from gristmill.model import fused
 from gristmill.model.transformer import PRECISIONS
 from gristmill.parallel.mesh import Mesh, accumulate, part_of, skeleton, whole
+from gristmill.parallel.tensor import shard_tensors
 from gristmill.train.batches import (
     AnySample,
     Batch,
@@ -40,6 +41,7 @@ from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity, fi
 from gristmill.train.data import ListData, SampleData, backbone, check_vocabulary, drop_long
 from gristmill.train.memory import choose_micro_batch, fitting, record_micro_batch, recorded_micro_batch
 from gristmill.train.optim import SCHEDULES, Optimizer, OptimSettings, schedule_scale
+from gristmill.train.settings import BatchSize, ramp_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class TrainSettings:
     min_lr_ratio: float = 0.0  # of the peak, reached on the last step
     epochs: float | None = None
     steps: int | None = None
-    batch_size: int | None = None  # samples a step
+    batch_size: BatchSize | None = None  # samples a step; or pairs of a sample and the samples of a step from there on
     batch_tokens: int | None = None  # tokens a step, on average
     micro_batch_tokens: int | None = None  # tokens that go through the model at once; None: as many as pay, within the free memory
     checkpoint_activations: Literal["auto"] | bool = "auto"  # compute activations again in the backward pass; "auto": to fit
@@ -90,7 +92,9 @@ class TrainSettings:
             "validate_every",
         ):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if name == "batch_size" and value is not None:
+                ramp_of(value)
+            elif value is not None and not value > 0:
                 raise InputError(f"{name} is {value}; it must be above zero")
         if self.schedule not in SCHEDULES:
             raise InputError(f"unknown schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
@@ -191,6 +195,8 @@ class Trainer:
         self._started_from = fingerprint_model(self.model)
         self.mesh.agree(self._started_from, "starting weights")
         self._whole = skeleton(self.model)
+        if self.mesh.tensor is not None:
+            shard_tensors(self.model, self.mesh.tensor)
         self.mesh.shard(self.model)
 
     def fit(self, data: Sequence[AnySample] | SampleData, validation: Sequence[AnySample] | SampleData = ()) -> TrainResult:
@@ -260,9 +266,14 @@ class Trainer:
     def _gather(self) -> None:
         """Make the model whole again, in memory of its own."""
         if self.mesh.size > 1:
-            state = self._whole.state_dict() | {name: whole(p.detach()) for name, p in self.model.named_parameters()}
+            state = self._whole.state_dict() | {name: self._unpadded(name, whole(p.detach())) for name, p in self.model.named_parameters()}
             self._whole.load_state_dict(state, assign=True)
             self.model = self._whole
+
+    def _unpadded(self, name: str, tensor: Tensor) -> Tensor:
+        """A whole tensor in the shape of a parameter, which is padded where several processes have parts of it (`parallel.tensor`)."""
+        like = self._whole.get_parameter(name)
+        return tensor[: len(like)].clone() if tensor.ndim == like.ndim and len(tensor) > len(like) else tensor
 
     def _usable(self, data: Sequence[AnySample] | SampleData, result: TrainResult | None = None) -> SampleData:
         """Data without what cannot be trained on, which is named in the result."""
@@ -271,7 +282,7 @@ class Trainer:
             data = ListData(
                 data,
                 max_tokens=settings.max_tokens,
-                max_answers=settings.batch_size or len(data),
+                max_answers=min(size for _, size in ramp_of(settings.batch_size or len(data))),
                 max_group_tokens=min(self.micro_batch_tokens, settings.batch_tokens or math.inf),
             )
         usable, long = drop_long(data, None if isinstance(data, ListData) else settings.max_tokens)
@@ -347,13 +358,14 @@ class Trainer:
         started = time.monotonic()
         scale = self._lr_scale()
         batches, fillers = self._micro_batches(samples)
-        count, num_tokens = global_count(batches, self.mesh), sum(self.mesh.gather(sum(batch.num_tokens for batch in batches)))
+        data = self.mesh.data
+        count, num_tokens = global_count(batches, data), sum(data.gather(sum(batch.num_tokens for batch in batches)))
         totals = _MetricSums()
         with self._in_place(len(batches)) if self.num_workers == self.mesh.size == 1 else nullcontext():
             for output in self._backward(batches, fillers, count):
                 totals.add(output)
         norm = float(whole(nn.utils.clip_grad_norm_(self.optimizer.parameters, self.settings.clip or math.inf)))
-        metrics = totals.means(self.mesh)
+        metrics = totals.means(data)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
             self.optimizer.zero_grad()
             raise InputError(
@@ -398,10 +410,11 @@ class Trainer:
     def _collated(self, items: Sequence[DataItem]) -> tuple[Sequence[Batch], Sequence[Batch]]:
         assert self._map is not None
         batch_of = partial(collate, device=self.device, fill=self._fills)
-        if self.mesh.size == 1:
+        data = self.mesh.data
+        if data.size == 1:
             return self._map(batch_of, split_micro_batches(items, self.micro_batch_tokens, self.num_workers)), ()
-        shares = share_out(items, self.micro_batch_tokens, self.mesh.size)
-        mine = shares[self.mesh.rank]
+        shares = share_out(items, self.micro_batch_tokens, data.size)
+        mine = shares[data.rank]
         num_fillers = max(map(len, shares)) - len(mine)
         filler = batch_of([min(items, key=lambda item: item.num_tokens)])
         return self._map(batch_of, mine), [filler] * num_fillers
@@ -466,7 +479,7 @@ class Trainer:
         for output in outputs[: len(batches)]:
             totals.add(output)
         self.model.train()
-        loss = totals.means(self.mesh)["loss"]
+        loss = totals.means(self.mesh.data)["loss"]
         if loss < self._best_loss:
             self._best_loss, self.result.best_step = loss, self.result.steps
             self._best = {name: tensor.clone() for name, tensor in self._trained().items()}
@@ -488,7 +501,7 @@ class Trainer:
         if not finished:
             tensors |= _prefixed("best", self._best) | _prefixed("optimizer", self.optimizer.state_tensors())
         if self.mesh.size > 1:  # all take part, and one keeps what it will write
-            wholes = ((name, whole(tensor)) for name, tensor in tensors.items())
+            wholes = ((name, self._unpadded(name.split("|")[1], whole(tensor))) for name, tensor in tensors.items())
             tensors = {name: tensor.cpu() for name, tensor in wholes if self.mesh.is_writer}
         if not finished:
             tensors["rng"] = torch.get_rng_state()

@@ -21,9 +21,11 @@ from gristmill.model.hf import MAX_VOCAB_PADDING
 from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.parallel.mesh import Mesh
+from gristmill.parallel.tensor import check_tensor_parallel
 from gristmill.train.batches import Sample
 from gristmill.train.data import SampleData, TokenStoreData
 from gristmill.train.objectives.next_token import next_token_objective, token_samples
+from gristmill.train.settings import BatchSize, ramp_of
 from gristmill.train.trainer import OnStep, Trainer, TrainResult, TrainSettings
 
 TOKENIZER_DOCUMENTS = 4000  # documents that a new tokenizer is trained on
@@ -44,6 +46,9 @@ class Pretraining(Recipe):
     tokens: int = Field(8_000_000, gt=0, description="tokens to train on; fewer when the documents end")
     seed: int = 0
     batch_tokens: int = Field(8192, gt=0)
+    batch_size: BatchSize | None = Field(
+        None, description="in place of batch_tokens: samples a step, or pairs [from sample, samples a step]"
+    )
     micro_batch_tokens: int | None = Field(None, gt=0, description="tokens at once; null: as many as pay, within the free memory")
     checkpoint_activations: Literal["auto"] | bool = Field("auto", description="compute activations twice; auto: where memory is short")
     optimizer: Literal["adamw", "muon"] = "muon"
@@ -61,6 +66,8 @@ class Pretraining(Recipe):
     def _source(self) -> Self:
         if (self.world is None) == (self.documents is None):
             raise ValueError("give either world or documents")
+        if self.batch_size is not None:
+            ramp_of(self.batch_size)
         return self
 
 
@@ -69,6 +76,7 @@ def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None, mesh
     if recipe.preset not in PRESETS:
         raise InputError(f"Unknown preset {recipe.preset!r}: choose one of {', '.join(PRESETS)}.")
     config = PRESETS[recipe.preset]
+    check_tensor_parallel(config, 1 if mesh is None or mesh.tensor is None else mesh.tensor.size)
     device = pick_device(recipe.device)
     blended = recipe.documents is not None and (recipe.documents / "blend.json").is_file()
     data: SampleData | list[Sample]
@@ -76,6 +84,8 @@ def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None, mesh
     model = Transformer(config)
     model.init_weights(recipe.seed)
     values = {k: v for k, v in recipe.model_dump().items() if k in TrainSettings.__dataclass_fields__}
+    if recipe.batch_size is not None:
+        values["batch_tokens"] = None
     settings = TrainSettings(**values, epochs=1, checkpoint_every=120.0, shuffle=not blended)
     trainer = Trainer(model, next_token_objective, settings, device=device, folder=out / "train", on_step=on_step, mesh=mesh)
     result = trainer.fit(data)

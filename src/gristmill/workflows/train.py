@@ -35,6 +35,7 @@ from gristmill.model.lora import LoraConfig, adapters_disabled, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS, Transformer
 from gristmill.parallel.mesh import Mesh
+from gristmill.parallel.tensor import check_tensor_parallel
 from gristmill.train.batches import AnySample, collate, split_micro_batches
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.data import ListData, check_vocabulary
@@ -94,6 +95,7 @@ def train_model(
     if lora is not None and is_adapter(start):
         raise InputError(f"Merge the adapter first (`gristmill merge {start} --out DIR`), and train on what it made: {start} is no model.")
     config = read_config(base_of(start) if is_adapter(start) else start)[1]
+    check_tensor_parallel(config, 1 if mesh.tensor is None else mesh.tensor.size)
     if kind == "guard" and lora is not None:
         raise InputError("A guard is trained whole: leave --lora-rank out.")
     if isinstance(rows, Path) and kind == "guard":

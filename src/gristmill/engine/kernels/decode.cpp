@@ -71,6 +71,13 @@ template <typename A> struct Run {
     void norm(const Norm& n, A* in, const A* delta, A* out, int count, int width) {
         gristmill_norm(in, delta, n.gain, n.bias, out, nullptr, nullptr, count, width, n.eps, n.centred, decoder.type);
     }
+    // Norm over `parts` stretches of `size` numbers, `stride` apart, as if they were one.
+    void whole_norm(const Norm& n, A* x, int parts, int size, int stride) {
+        std::vector<A> together((size_t)parts * size);
+        for (int i = 0; i < parts; i++) memcpy((void*)(together.data() + (int64_t)i * size), (const void*)(x + (int64_t)i * stride), size * sizeof(A));
+        norm(n, together.data(), nullptr, together.data(), 1, parts * size);
+        for (int i = 0; i < parts; i++) memcpy((void*)(x + (int64_t)i * stride), (const void*)(together.data() + (int64_t)i * size), size * sizeof(A));
+    }
     // The residual stream with what is pending, and its norm, or the stream itself where a family has no norm there.
     const A* stream(const Norm& n, A* out) {
         const A* delta = pending;
@@ -85,12 +92,19 @@ template <typename A> struct Run {
         pending = added.data();
     }
     void attention(const Block& b, void* cache) {
-        const int H = b.attention->heads, K = b.attention->kv_heads, d = b.attention->head_dim;
+        const int H = b.attention->heads, K = b.attention->kv_heads, d = b.attention->head_dim, G = H / K;
         A* heads = product(b.qkv, stream(b.attention_norm, room(normed, (int64_t)rows * decoder.hidden)), qkv);
         if (b.q_norm.gain) for (int r = 0; r < rows; r++) {
-            A *q = heads + (int64_t)r * (H + 2 * K) * d, *k = q + H * d;
-            norm(b.q_norm, q, nullptr, q, b.norms_whole ? 1 : H, b.norms_whole ? H * d : d);
-            norm(b.k_norm, k, nullptr, k, b.norms_whole ? 1 : K, b.norms_whole ? K * d : d);
+            A* token = heads + (int64_t)r * (H + 2 * K) * d;
+            if (b.norms_whole) {
+                whole_norm(b.q_norm, token, K, G * d, (G + 2) * d);
+                whole_norm(b.k_norm, token + G * d, K, d, (G + 2) * d);
+                continue;
+            }
+            for (int h = 0; h < K; h++, token += (G + 2) * d) {
+                norm(b.q_norm, token, nullptr, token, G, d);
+                norm(b.k_norm, token + G * d, nullptr, token + G * d, 1, d);
+            }
         }
         A* out = room(attended, (int64_t)rows * H * d);
         gristmill_attend(b.attention, &step, heads, decoder.type, cache, decoder.cache_type, out);

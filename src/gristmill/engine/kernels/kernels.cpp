@@ -161,7 +161,7 @@ static void tile(const float* q, const C* cache, const int32_t* table, int64_t b
     for (; at < e; at += VL) values<R, 1>(cache, table, block_stride, v_at + at, e, n, scores, width, inverse, out + at);
 }
 
-// A: type of activations, C: type of the cache. qkv [T, H + 2K, d], out [T, H, d].
+// A: type of activations, C: type of the cache. qkv [T, H + 2K, d] grouped by key head (its queries, its key, its value), out [T, H, d].
 template <typename A, typename C> static void run(const Layer& l, const Step& s, const A* qkv, C* cache, A* out) {
     const int H = l.heads, K = l.kv_heads, d = l.head_dim, G = H / K, row = (H + 2 * K) * d, e = (d + PAD - 1) / PAD * PAD;
     const float scale = l.scale > 0 ? l.scale : 1.f / std::sqrt((float)d);
@@ -176,10 +176,10 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
             const A* token = qkv + (int64_t)(s.query_start[i] + t) * row;
             C* block = cache + table[position / BS] * s.block_stride;
             for (int h = 0; h < K; h++) {
-                rotate(token + (H + h) * d, key.data(), d, l.pairs, l.cos + (int64_t)position * l.pairs, l.sin + (int64_t)position * l.pairs, 1.f);
+                rotate(token + (h * (G + 2) + G) * d, key.data(), d, l.pairs, l.cos + (int64_t)position * l.pairs, l.sin + (int64_t)position * l.pairs, 1.f);
                 C* k = block + l.k_offset + (int64_t)h * d * BS + at;
                 C* v = block + l.v_offset + ((int64_t)h * BS + at) * e;
-                const A* value = token + (H + K + h) * d;
+                const A* value = token + (h * (G + 2) + G + 1) * d;
                 if (const float top = most(cache)) {
                     float* scales = (float*)(block + l.s_offset) + h * BS + at;
                     scaled(key.data(), d, top, k, BS, scales);
@@ -209,7 +209,7 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
                 for (int r = 0; r < size; r++) {
                     const int t = (start + r) / G, g = (start + r) % G, position = first + t;
                     limit[r] = position + 1;
-                    rotate(qkv + (int64_t)(s.query_start[i] + t) * row + (h * G + g) * d, q.data() + r * d, d, l.pairs,
+                    rotate(qkv + (int64_t)(s.query_start[i] + t) * row + (h * (G + 2) + g) * d, q.data() + r * d, d, l.pairs,
                            l.cos + (int64_t)position * l.pairs, l.sin + (int64_t)position * l.pairs, scale);
                 }
                 // Blocks that lie before the first row's window are left out.

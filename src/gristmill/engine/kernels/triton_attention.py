@@ -92,7 +92,7 @@ def rotate_and_store(
     angles: Angles,
     kv_heads: int,
 ) -> Tensor:
-    """Queries [T, H, d] after the rotation; keys, rotated, and values of [T, H + 2K, d] go into their blocks.
+    """Queries [T, H, d] after the rotation; keys, rotated, and values go into their blocks. qkv [T, H + 2K, d] as `group_heads` gives it.
 
     Args:
         memory, scales, offsets: as in `attend`; with scales the memory is int8 or float8_e4m3fn.
@@ -258,23 +258,24 @@ def _rotate_and_store(
     FP8: tl.constexpr,
 ):
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    group: tl.constexpr = heads // kv_heads
+    own, inner = head // (group + 2), head % (group + 2)  # queries of a key-value head, its key, its value
     dim = tl.arange(0, D)
     x_ptr = qkv_ptr + token * token_stride + head * head_stride
     position = tl.load(positions_ptr + token)
     x = tl.load(x_ptr + dim, mask=dim < size, other=0.0)
     if pairs > 0:  # noqa: SIM102 (one is known when it is compiled)
-        if head < heads + kv_heads:  # pairs i with i + R
+        if inner <= group:  # pairs i with i + R
             turned, low = dim < 2 * pairs, dim < pairs
             pair = tl.where(low, dim, dim - pairs)
             other = tl.load(x_ptr + tl.where(low, dim + pairs, pair), mask=turned, other=0.0).to(tl.float32)
             cos = tl.load(cos_ptr + position * pairs + pair, mask=turned, other=1.0)
             sin = tl.load(sin_ptr + position * pairs + pair, mask=turned, other=0.0)
             x = (x.to(tl.float32) * cos + other * tl.where(low, -sin, sin)).to(x.dtype)
-    if head < heads:
-        tl.store(q_ptr + (token * heads + head) * size + dim, x, mask=dim < size)
+    if inner < group:
+        tl.store(q_ptr + (token * heads + own * group + inner) * size + dim, x, mask=dim < size)
     else:
-        block, place = tl.load(blocks_ptr + token), position % BLOCK
-        own, value = (head - heads) % kv_heads, (head - heads) // kv_heads
+        block, place, value = tl.load(blocks_ptr + token), position % BLOCK, inner - group
         at = tl.where(value == 0, k_at + (own * size + dim) * BLOCK + place, v_at + (own * BLOCK + place) * padded + dim)
         kept = x.to(tl.float32)
         if LARGEST > 0:

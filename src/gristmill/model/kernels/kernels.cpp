@@ -116,8 +116,8 @@ static void forward(const Attention& a, const Document& x, int h, const float* q
     float *scores = scratch.take((size_t)most * width), *q = scratch.take((size_t)most * e), *result = scratch.take((size_t)most * e);
     for (int j = 0; j < x.n; j++) {
         const int64_t t = x.token(j);
-        rotated(qkv + t * row + (H + h) * d, k + (int64_t)j * e, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, 1.f, 1.f);
-        memcpy(v + (int64_t)j * e, qkv + t * row + (H + K + h) * d, d * sizeof(float));
+        rotated(qkv + t * row + (h * (G + 2) + G) * d, k + (int64_t)j * e, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, 1.f, 1.f);
+        memcpy(v + (int64_t)j * e, qkv + t * row + (h * (G + 2) + G + 1) * d, d * sizeof(float));
         memset(v + (int64_t)j * e + d, 0, (e - d) * sizeof(float));
     }
     transpose(k, e, x.n, d, kt);
@@ -125,7 +125,7 @@ static void forward(const Attention& a, const Document& x, int h, const float* q
         const int count = x.rows - start < most ? x.rows - start : most;
         for (int r = 0; r < count; r++) {
             const int64_t t = x.start + (start + r) / G;
-            rotated(qkv + t * row + (h * G + (start + r) % G) * d, q + (int64_t)r * e, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, 1.f, a.scale);
+            rotated(qkv + t * row + (h * (G + 2) + (start + r) % G) * d, q + (int64_t)r * e, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, 1.f, a.scale);
         }
         const int end = x.shared + (start + count - 1) / G + 1, earliest = x.shared + start / G + 1 - a.window;
         const int first = a.window && earliest > 0 ? earliest / PANEL : 0, base = first * PANEL;
@@ -167,14 +167,14 @@ static void backward(const Attention& a, const Document& x, int h, const float* 
     memset(dk, 0, (2 * keys_e + 3 * rows_e) * sizeof(float));
     for (int j = 0; j < x.n; j++) {
         const int64_t t = x.token(j);
-        rotated(qkv + t * row + (H + h) * d, k + (int64_t)j * e, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, 1.f, 1.f);
-        memcpy(v + (int64_t)j * e, qkv + t * row + (H + K + h) * d, d * sizeof(float));
+        rotated(qkv + t * row + (h * (G + 2) + G) * d, k + (int64_t)j * e, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, 1.f, 1.f);
+        memcpy(v + (int64_t)j * e, qkv + t * row + (h * (G + 2) + G + 1) * d, d * sizeof(float));
     }
     transpose(k, e, x.n, d, kt);
     transpose(v, e, x.n, d, vt);
     for (int r = 0; r < x.rows; r++) {
         const int64_t t = x.start + r / G, head = t * H + h * G + r % G;
-        rotated(qkv + t * row + (h * G + r % G) * d, q + (int64_t)r * e, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, 1.f, a.scale);
+        rotated(qkv + t * row + (h * (G + 2) + r % G) * d, q + (int64_t)r * e, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, 1.f, a.scale);
         memcpy(go + (int64_t)r * e, grad + head * d, d * sizeof(float));
         float sum = 0;
         for (int i = 0; i < d; i++) sum += grad[head * d + i] * out[head * d + i];
@@ -211,11 +211,11 @@ static void backward(const Attention& a, const Document& x, int h, const float* 
     }
     for (int r = 0; r < x.rows; r++) {
         const int64_t t = x.start + r / G;
-        rotated(dq + (int64_t)r * e, grad_qkv + t * row + (h * G + r % G) * d, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, -1.f, a.scale);
+        rotated(dq + (int64_t)r * e, grad_qkv + t * row + (h * (G + 2) + r % G) * d, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, -1.f, a.scale);
     }
     for (int j = 0; j < x.n; j++) {
         const int64_t t = x.token(j);
-        float *to_k = grad_qkv + t * row + (H + h) * d, *to_v = to_k + (int64_t)K * d, *turned = dk + (int64_t)j * e;
+        float *to_k = grad_qkv + t * row + (h * (G + 2) + G) * d, *to_v = to_k + d, *turned = dk + (int64_t)j * e;
         if (j >= x.shared) {
             rotated(turned, to_k, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, -1.f, 1.f);
             memcpy(to_v, dv + (int64_t)j * e, d * sizeof(float));
@@ -239,7 +239,7 @@ template <typename Task> static void each(const Attention& a, const Task& task) 
     }
 }
 
-// qkv [T, H + 2K, d] before the rotation, out [T, H, d], lse [T, H] or null.
+// qkv [T, H + 2K, d] grouped by key head (its queries, its key, its value), before the rotation; out [T, H, d], lse [T, H] or null.
 extern "C" void gristmill_attention_forward(const Attention* a, const float* qkv, float* out, float* lse) {
     each(*a, [&](const Document& x, int h, Scratch& scratch) { forward(*a, x, h, qkv, out, lse, scratch); });
 }
@@ -398,7 +398,8 @@ template <typename A> static void softmax_forward(const A* logits, float* statis
     }
 }
 
-// out = factor * (softmax - onehot of the target); out may be the logits themselves. Its rows are `to_stride` apart.
+// out = factor * (softmax - onehot of the target, which is elsewhere where it is below zero); out may be the logits themselves. Its rows are
+// `to_stride` apart.
 template <typename A>
 static void softmax_backward(const A* logits, const float* statistics, const int64_t* targets, const float* factor, A* out, int rows, int n, int64_t stride,
                              int64_t to_stride, int threads) {
@@ -406,9 +407,10 @@ static void softmax_backward(const A* logits, const float* statistics, const int
     for (int r = 0; r < rows; r++) {
         const A* p = logits + r * stride;
         A* to = out + r * to_stride;
-        const float m = statistics[2 * (int64_t)r], sum = statistics[2 * (int64_t)r + 1], by = factor[r], target = std::exp(get(p + targets[r]) - m - sum);
+        const float m = statistics[2 * (int64_t)r], sum = statistics[2 * (int64_t)r + 1], by = factor[r];
+        const float target = targets[r] < 0 ? 0.f : std::exp(get(p + targets[r]) - m - sum);
         for (int i = 0; i < n; i += VL) keep(to + i, by * exp_(some(p + i, n - i) - m - sum), n - i);
-        put(to + targets[r], by * (target - 1.f));
+        if (targets[r] >= 0) put(to + targets[r], by * (target - 1.f));
     }
 }
 extern "C" void gristmill_softmax_forward(const void* logits, float* statistics, int rows, int n, int64_t stride, int type, int threads) {

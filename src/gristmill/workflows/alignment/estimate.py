@@ -29,7 +29,7 @@ from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.registry import run_pipelines
 from gristmill.synth.writer import DryRun
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
-from gristmill.train.settings import PreferenceTraining, Training
+from gristmill.train.settings import PreferenceTraining, Training, ramp_of
 from gristmill.train.trainer import Trainer, TrainSettings
 from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.monitors import SAMPLES
@@ -184,7 +184,7 @@ def _training(context: AlignmentContext, talks: Sequence[tuple[Message, ...]]) -
         lr=1e-9, steps=9, batch_size=1, precision=section.precision, micro_batch_tokens=section.micro_batch_tokens, schedule="constant"
     )
     trainer = Trainer(model, sft_objective, settings, device=context.device)
-    size = section.batch_size or 8
+    size = ramp_of(section.batch_size or 8)[0][1]
     trainer.step([samples[0]])  # what is allocated once
     started, tokens, place = time.perf_counter(), 0.0, 0
     while not place or (time.perf_counter() - started < PROBE_SECONDS and place < 8 * size):
@@ -319,7 +319,8 @@ class _Plan:
         return (answers.calls + answers.endpoint_calls) * (self.asked + self.answer) if judged else 0.0
 
     def _trains(self, stage: str, settings: Training, num_rows: float, tokens: float) -> Stage:
-        samples = settings.steps * (settings.batch_size or 1) if settings.steps else num_rows * (settings.epochs or 1)
+        batch = max(size for _, size in ramp_of(settings.batch_size or 1))
+        samples = settings.steps * batch if settings.steps else num_rows * (settings.epochs or 1)
         return Stage(stage, tokens_trained=samples * tokens if num_rows else 0.0, models=1, loads=4)
 
     def _model(self, stage: str, settings: Training, num_rows: float, tokens: float) -> Stage:
