@@ -19,7 +19,7 @@ MARKER = re.compile(
     r"[ \t]*(?P<text>.*)$",
     re.I,
 )
-# What is a mark only where it runs on from the first: `a) Bees`, `ii. Bees`, `1 - Bees`, `Step 1: Bees`, `1.Bees`, numbers of other scripts.
+# Marks only where they run on from the first: `a) Bees`, `ii. Bees`, `1 - Bees`, `Step 1: Bees`, `1.Bees`, numbers of other scripts.
 SIGNS = "\u2460-\u249b\u24ea-\u24ff\u2776-\u2793\u20e3"
 RUNNING = re.compile(
     r"(?P<indent>[ \t]*)(?P<before>(?:\*\*)?[(\[\uff08]?(?:[a-z]{1,12}[ \t]?(?=\d))?)"
@@ -53,8 +53,9 @@ def parse_list(text: str) -> list[str]:
 
     Lines with the outermost marker (`1.`, `2)`, `-`, `*`) begin items, and what follows a marked line belongs to its item, nested lists,
     arrays and code included. Without markers a JSON array is read, also one with a comma too many, with single quotes or cut off;
-    else every line is an item, introductions aside. Letters, Roman numerals and the like are markers where they run on from the first. Of a
-    table each row is an item, by its first column that is no number. What the model thinks, fences, and marks of headings and emphasis are no item.
+    else every line is an item, introductions aside. Letters, Roman numerals and the like are markers where they run on from the first.
+    Of a table each row is an item, by its first column that is no number. What the model thinks, fences, and marks of headings and
+    emphasis are no item.
     """
     text = answer_text(text)
     blocks = [block.code for block in code_blocks(text)]

@@ -45,6 +45,8 @@ SPELT = [  # numbers as they are also written, and their plain form
     for pattern, replacement in (
         (r"\\[dtc]?frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", r" \1\2/\3\4"),
         ("\u2044", "/"),
+        (r"(?<![\d.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.])|(?<![\d.,])\d{1,3}(?:\.\d{3})+(?=,\d+(?![\d.,]))", lambda m: m[0].replace(".", "")),
+        (r"(?<![\d.,])(\d{4,}),(\d{1,2})(?![\d,]|\.\d)", r"\1.\2"),  # `1.234,50`, without its points by now
         (r"(?<=\d)(?:\{,\}|\\[,!]|,\\!|[\u00a0\u2009\u202f'\u2019_])(?=\d{3}(?!\d))", ","),  # `1{,}000`, `1'000`
         (r"(?<![\d.,/^-])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]|,\d| \d)", lambda m: m[0].replace(" ", ",")),  # `10 000`
         (r"[ \t]{0,3}(?:\\times|\\cdot|[*x\u00d7\u22c5\u00b7])\s*10\s*(?:\^|\*\*)\s*\{?\s*([-+]?\d{1,3})(?!\d)\s*\}?", r"e\1"),
@@ -62,7 +64,7 @@ STATED = re.compile(
     r"(?i:\b(?:answer|option|choice)(?:\s+is\b|\s*:)|\bI\s+(?:choose|chose|pick|select)\b|\\boxed\s*\{)"
     rf"(?:[\s:*(\[{{]|\\text(?:bf|rm|it)?|(?i:option|choice)\b)*(?:{LETTER}|(?<=\()([a-z])(?=\)))"
 )
-ONLY = re.compile(r"\W*([a-zA-Z])(?:\W*|[.):]\s.*)", re.S)  # an answer of one letter, or that begins with an option's
+ONLY = re.compile(r"\W*([a-zA-Z])(?:\W*|\W*\n.*|[.):]\s.*)", re.S)  # an answer of one letter, or that begins with an option's
 SECOND = re.compile(
     rf"[)\]*.}}]*\s*(?:\b(?:or|and)\b|[/&])\s*(?i:option\s+|choice\s+)?[(\[*]*{LETTER}(?!\s+(?:is|was|are|has|does|cannot|can|would)\b)"
 )
@@ -206,9 +208,9 @@ def plain_numbers(text: str) -> str:
 def _choice(answer: str) -> str:
     """The letter that an answer chooses; "" where it chooses none, or several."""
     answer = unicodedata.normalize("NFKC", answer)
-    if only := ONLY.fullmatch(answer):
-        return only[1].upper()
     found = [(m, m[1] or m[2]) for m in STATED.finditer(answer)]
+    if not found and (only := ONLY.fullmatch(answer)):
+        return "" if SECOND.match(answer, only.end(1)) else only[1].upper()
     found = found or [(m, m[1]) for m in re.finditer(LETTER, answer) if not is_denied(answer, m.start())]
     if not found:
         return ""
