@@ -44,9 +44,8 @@ class _Undefined(Exception):
 
 def expression_value(text: str) -> Hashable | None:
     """The value of an expression: a fraction, or what equals for equal expressions; None where it cannot be read."""
-    if re.fullmatch(r"[^\W\d_]*", text) or any(
-        word not in FUNCTIONS and word not in OF_SEVERAL for word in WORD.findall(re.sub(r"\\[a-zA-Z]+", " ", text))
-    ):
+    words = set(WORD.findall(re.sub(r"\\[a-zA-Z]+", " ", text))) - FUNCTIONS - OF_SEVERAL.keys()
+    if words or re.fullmatch(r"[^\W\d_]*", text):
         return None  # words are no products of letters
     import mpmath
 

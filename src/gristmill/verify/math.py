@@ -97,7 +97,7 @@ TIDY = [
         (r"^(?:\s*\\(?:approx|simeq)(?![a-zA-Z])|\s*[\u2248~])", ""),
         (r"^([a-zA-Z])\s*(?:\\approx(?![a-zA-Z])|\u2248)", r"\1="),
         (r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", "*"),
-        (r"\\(?:mathbb|mathbf|mathcal|mathrm|vec|hat)\s+([a-zA-Z])", r"\\mathbb{\1}"),
+        (r"\\(mathbb|mathbf|mathcal|mathrm|vec|hat)\s+([a-zA-Z])", r"\\\1{\2}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\\(?:langle|rangle)(?![a-zA-Z])", lambda m: "(" if m[0][1] == "l" else ")"),
         (r"\.(\d)\1\1+(?:\.\.\.|\\[lc]?dots|\u2026)", r".\\overline{\1}"),
@@ -162,58 +162,13 @@ UNIT = re.compile(rf"(.*?[\d.%)}}])\s+((?:(?:sq|cu)\.\s*)?[a-zA-Z]{{2,}}(?:[\s/-
 SHORT_UNIT = re.compile(rf"(.*?\d)\s*((?:[mck]m|[mk]g|lbs?|oz|ft|m[lL]|km/h|m/s|mph|hrs?){POWER})", re.S)
 WRAPPED_UNIT = re.compile(rf"(.*[\w.%)}}])\s*{TEXT}{POWER}", re.S)
 QUANTITY = re.compile(r"\d[)}]*\s*((?:[a-zA-Z]+(?:\^\{?-?\d\}?)?[\s.*/]*|/\s*){1,6})$")
-UNITS = {
-    name: names.split()[0]
-    for names in [
-        "m meter metre",
-        "km kilometer kilometre",
-        "cm centimeter centimetre",
-        "mm millimeter millimetre",
-        "mi mile",
-        "ft foot feet",
-        "in inch",
-        "yd yard",
-        "s sec second",
-        "min minute",
-        "h hr hour",
-        "d day",
-        "wk week",
-        "month",
-        "yr year",
-        "g gram",
-        "kg kilogram",
-        "mg milligram",
-        "lb pound",
-        "oz ounce",
-        "ton tonne",
-        "l liter litre",
-        "ml milliliter millilitre",
-        "gal gallon",
-        "n newton",
-        "j joule",
-        "kj kilojoule",
-        "w watt",
-        "kw kilowatt",
-        "v volt",
-        "hz hertz",
-        "pa pascal",
-        "kpa kilopascal",
-        "k kelvin",
-        "c celsius",
-        "f fahrenheit",
-        "deg degree",
-        "rad radian",
-        "dollar usd",
-        "cent",
-        "euro eur",
-        "gbp",
-        "yen jpy",
-        "rupee inr",
-        "mol mole",
-        "ohm",
-    ]
-    for name in names.split()
-}
+UNIT_NAMES = (
+    "m meter metre,km kilometer kilometre,cm centimeter centimetre,mm millimeter millimetre,mi mile,ft foot feet,in inch,yd yard,s sec "
+    "second,min minute,h hr hour,d day,wk week,month,yr year,g gram,kg kilogram,mg milligram,lb pound,oz ounce,ton tonne,l liter litre,"
+    "ml milliliter millilitre,gal gallon,n newton,j joule,kj kilojoule,w watt,kw kilowatt,v volt,hz hertz,pa pascal,kpa kilopascal,k "
+    "kelvin,c celsius,f fahrenheit,deg degree,rad radian,dollar usd,cent,euro eur,gbp,yen jpy,rupee inr,mol mole,ohm"
+)
+UNITS = {name: names.split()[0] for names in UNIT_NAMES.split(",") for name in names.split()}
 # A word that changes what the number before it means.
 NO_UNIT = re.compile(
     r"(?i)\b(?:and|or|not|is|are|to|of|at|if|for|when|more|less|most|least|odd|even|[ap]m|base|over|plus|minus|times|choose|mod|factorial|"
@@ -254,11 +209,8 @@ def is_equiv(a: str, b: str) -> bool:
         return True
     if not CONDITION.search(a + b):
         return False
-    one, other = (
-        ("\\cup", frozenset(dict(found))) if isinstance(found, frozenset) else found
-        for found in (_read(a, _solutions), _read(b, _solutions))
-    )
-    return one == other
+    one, other = _read(a, _solutions), _read(b, _solutions)
+    return _union(one) == _union(other)
 
 
 # ---- finding ----
@@ -497,6 +449,11 @@ def _solutions(text: str) -> Hashable:
     opening, closing = "[" if low[1] and low[1][0] == "\\" else "(", "]" if high[1] and high[1][0] == "\\" else ")"
     ends = low[0] or r"-\infty", high[0] or r"\infty"
     return _value(f"{opening}{ends[0]},{ends[1]}{closing}", _symbolic)
+
+
+def _union(reading: Hashable) -> Hashable:
+    """Conditions of which one holds, as the union of what they allow."""
+    return (r"\cup", frozenset(dict(reading))) if isinstance(reading, frozenset) else reading
 
 
 def _unit(text: str) -> frozenset[tuple[str, int]] | None:
