@@ -57,7 +57,7 @@ NUMBER = re.compile(
     r"(?:(?<![\w)\]])-)?(?:\\?\$)?"  # a minus after a digit, a name or a bracket subtracts: `20-13` ends with 13
     r"(?:\d{1,9} (?=\d{1,9}/\d))?"  # of a mixed number
     r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"  # `1,234` is one number, `1,2` are two
-    r"(?:[eE][+-]?\d+)?(?:/\d+)?(?:\s?\\?%)?"
+    r"(?:[eE][+-]?\d+)?(?:[/:]\d+)?(?:\s?\\?%)?"
 )
 
 # What denies the number after it: `not 4`, `isn't equal to 4`, `rather than 4`.
@@ -185,7 +185,27 @@ def extract_answer(text: str) -> str | None:
     the last number. What is thought is no part of it.
     """
     text = answer_text(text)
-    return _boxed(text) or _stated(text) or _last(HASHES.findall(text)) or _number_text(text)
+    return stated_answer(text) or _number_text(text)
+
+
+def stated_answer(text: str) -> str | None:
+    """The final answer of a solution that is marked as such: boxed, after "answer is" or `####`; None where none is."""
+    return _boxed(text) or _stated(text) or _last(HASHES.findall(text))
+
+
+def is_right(text: str, value: str) -> bool:
+    """Whether the final answer of a solution equals a value: what is stated, all that is said, or the last number."""
+    text = answer_text(text)
+    found = stated_answer(text)
+    if found is None:
+        if is_equiv(text.strip(), value):
+            return True
+        if (found := _number_text(text)) is None:
+            return False
+        said = _unit(SENTENCE_END.split(text[max(0, text.rfind(found)) :][: len(found) + MAX_DENIAL_CHARS])[0])
+        if said and (wanted := _unit(value)) and said != wanted:
+            return False
+    return is_equiv(found, value)
 
 
 def is_equiv(a: str, b: str) -> bool:

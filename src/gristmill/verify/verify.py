@@ -9,7 +9,7 @@
 | choice | value | the last "answer is X" or box, else the last letter A-Z standing alone, names it and no second one (`A or B`) |
 | code | tests, or cases | the program in it (a code block, or the whole answer) passes the tests in the sandbox, see code_tests.py |
 | list | n, words, shape, extras | a list of n different words of the category in the asked form |
-| math | value | the final answer (boxed, stated or last) equals it as a mathematician would say |
+| math | value | the final answer (boxed, stated, all that is said, or the last number) equals it as a mathematician would say |
 | instructions | checks, loose | every IFEval check holds, strictly or in the loose form |
 | schema | schema | the JSON in the answer fits the JSON schema |
 
@@ -29,7 +29,7 @@ from gristmill.core.response_text import answer_text, extract_code, strip_thinki
 from gristmill.verify.code_tests import check_text, complete
 from gristmill.verify.ifeval import check_instructions
 from gristmill.verify.json_schema import extract_json, schema_error, validation_error
-from gristmill.verify.math import MAX_DENIED, extract_answer, is_denied, is_equiv, spelt_fractions
+from gristmill.verify.math import MAX_DENIED, is_denied, is_right, spelt_fractions
 
 KINDS = ("number", "exact", "mention", "choice", "code", "list", "math", "instructions", "schema")
 RunCode = Callable[[str, str], bool]
@@ -115,8 +115,7 @@ def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) 
     if kind == "list":
         return _list(truth, answer)
     if kind == "math":
-        found = extract_answer(answer)
-        return found is not None and is_equiv(found, str(_field(truth, "value")))
+        return is_right(answer, str(_field(truth, "value")))
     if kind == "instructions":
         return all(check_instructions(_field(truth, "checks"), answer, loose=bool(truth.get("loose"))))
     if kind == "schema":
@@ -155,6 +154,12 @@ def check_truth(truth: dict[str, Any]) -> None:
             )
     if kind == "instructions" and not truth["checks"]:
         raise InputError(f"The truth {_shown(truth)} has no checks, so that any answer passes: give at least one.")
+    for check in truth["checks"] if kind == "instructions" else ():
+        relation = next((value for key, value in check.items() if key.endswith("relation")), None)
+        limit = next((value for key, value in check.items() if key.startswith("num_") or key.endswith("frequency")), 1)
+        if relation and isinstance(limit, int | float) and limit <= 0:
+            every = "any" if relation == "at least" else "no"
+            raise InputError(f"The truth {_shown(truth)} wants {relation} {limit} in {check['id']}, so that {every} answer passes.")
     if kind == "list" and not 0 < truth["n"] <= len({str(w).lower() for w in truth["words"]}):
         raise InputError(f"The truth {_shown(truth)} wants {truth['n']} different words of {len(truth['words'])}: no list has them.")
     if kind == "schema" and not any(validation_error(probe, truth["schema"]) for probe in ({}, [], {"": None}, [0])):
