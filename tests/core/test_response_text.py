@@ -26,6 +26,9 @@ from gristmill.core.response_text import ReasoningParser, answer_text, code_bloc
         ("text.split('</think>')[1]", "text.split('</think>')[1]"),
         ("```xml\n<think>\n</think>\n```\n5", "```xml\n<think>\n</think>\n```\n5"),
         ("I [think] so, 1 < 2", "I [think] so, 1 < 2"),
+        ("<think />\n5", "\n5"),
+        ("analysis4?assistantfinal5", "5"),
+        ("<unused94>thought\n4?<unused95>5", "5"),
     ],
 )
 def test_strip_thinking(text: str, said: str) -> None:
@@ -80,7 +83,16 @@ def test_where_a_text_stops(text: str, at_end: bool, begun: bool | None) -> None
     assert has_open_thinking(text, at_end=at_end) is begun
 
 
-@pytest.mark.parametrize("text", ["<think>4</think><answer>5</answer>", "<answer>4</answer>, no: <answer>5</answer>.", "<final_answer>5"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>4</think><answer>5</answer>",
+        "<answer>4</answer>, no: <answer>5</answer>.",
+        "<final_answer>5",
+        "So\n<solution>5</solution>",
+        "[BEGIN FINAL RESPONSE]5[END FINAL RESPONSE]",
+    ],
+)
 def test_the_answer_is_between_the_last_answer_tags(text: str) -> None:
     assert answer_text(text) == "5"
 
@@ -157,10 +169,23 @@ def test_extract_code(answer: str, program: str) -> None:
         "1. So:\n\n   ```python\n   def f(x):\n       return x + 1\n   ```\n2. Done.",
         f"Sure, here it is:\n\n{PROGRAM}\nIt adds one.",
         f"Sure, here it is:\n\n{PROGRAM}\nExample: f(1) gives 2.",
+        f"{PROGRAM}\nThis function adds one.",
+        f"{PROGRAM}\nOutput:\n2",
+        f"\ufeff```python\n{PROGRAM}```",
+        f"\u00a0```python\n{PROGRAM}\u00a0```\nOutput:\n\u00a0```\n2\n```",
+        f"{BLOCK}Tests:\n```python\nfrom solution import f\nclass T(TestCase):\n    def test(self): self.assertEqual(f(1), 2)\n```",
+        f"<pre><code class='language-python'>{PROGRAM}</code></pre>",
+        f"[PYTHON]\n{PROGRAM}[/PYTHON]\n[TESTS]\nassert f(1) == 3\n[/TESTS]",
     ],
 )
 def test_the_program_is_found_among_other_blocks(answer: str) -> None:
-    assert extract_code(answer, "assert f(1) == 2").rstrip() == PROGRAM.rstrip()
+    assert extract_code(answer, "assert f(1) == 2").strip() == PROGRAM.rstrip()
+
+
+def test_tags_of_an_answer_within_a_program_are_text() -> None:
+    program = 'def f(x):\n    return re.findall(r"<answer>(.*?)</answer>", x)\n'
+    assert extract_code(f"```python\n{program}```", "f(1)") == program
+    assert answer_text(f"<answer>\n```python\n{program}```\n</answer>") == f"\n```python\n{program}```\n"
 
 
 def test_a_program_in_pieces_is_put_together() -> None:

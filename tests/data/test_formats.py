@@ -113,6 +113,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"conversations": sharegpt(("human", "a"), ("function_call", "{}"))}, "a tool"),
     ({"conversations": sharegpt(("human", "a"), ("observation", "r"))}, "a tool"),
     ({"prompt": "a", "completion": "b", "label": False}, "KTO"),
+    ({"prompt": "a", "completion": "b", "label": 0}, "KTO"),
+    ({"question": "a", "passage": "c", "answer": "b"}, "`passage`"),
+    ({"question": "a", "choices": ["x", "y"], "answer": "B"}, "`choices`"),
+    ({"question": "a", "options": {"A": "x", "B": "y"}, "answer": "B"}, "`options`"),
+    ({"instruction": "a", "output": " \n"}, "answer is empty"),
     ({"chosen": "a", "rejected": "b", "prompt": "c"}, "gristmill train dpo"),
     ({"instruction": "a", "completions": [{"response": "b"}], "models": ["m"]}, "UltraFeedback"),
     ({"problem": "a", "solution": "b", "answer": "c"}, "`answer` and `solution`"),
@@ -167,6 +172,7 @@ PAIRS: dict[str, tuple[dict[str, Any], tuple[Message, ...]]] = {
         talk("q"),
     ),
     "hh": ({"chosen": HH + "x", "rejected": HH + "y"}, talk("a", "b", "q")),
+    "hh with a prompt": ({"prompt": HH, "chosen": "x", "rejected": "y"}, talk("a", "b", "q")),
     "helpsteer's turns": ({"prompt": MARKED, "chosen": "x", "rejected": "y"}, talk("a", "b", "q")),
 }
 

@@ -1,11 +1,22 @@
 """Requests become bodies, and headers and bodies are read, whatever they hold."""
 
+import json
 import time
 from email.utils import formatdate
 
 import pytest
 
-from gristmill.generation.openai_format import MAX_RETRY_AFTER, parse_retry_after, refused_fields, retry_after_of
+from gristmill.generation.openai_format import (
+    MAX_RETRY_AFTER,
+    ErrorInAnswer,
+    TransientError,
+    decode_answer,
+    message_text,
+    parse_completions,
+    parse_retry_after,
+    refused_fields,
+    retry_after_of,
+)
 
 
 def test_retry_after_may_be_a_date_or_nonsense() -> None:
@@ -71,3 +82,37 @@ def test_a_field_is_refused_where_it_is_named_beside_a_refusal() -> None:
     assert refused_fields("unknown model. " + "x" * 100 + " the seed", sent) == []
     assert refused_fields('{"error": {"param": "seed", "message": "seed is not supported; use temperature"}}', sent) == ["seed"]
     assert refused_fields("[" * 100_000, sent) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "finish"),
+    [
+        *((reason, "stop") for reason in ("stop", "STOP", "eos", "end_turn", "stop_sequence", "COMPLETE", None)),
+        *((reason, "length") for reason in ("length", "MAX_TOKENS", "max_output_tokens", "model_length", "model_context_window_exceeded")),
+        *((reason, "filtered") for reason in ("content_filter", "SAFETY", "RECITATION", "PROHIBITED_CONTENT", "ERROR_TOXIC"[6:])),
+        *((reason, "broken") for reason in ("error", "insufficient_system_resource", "timeout", "cancelled", "ERROR")),
+    ],
+)
+def test_why_an_answer_ended_in_the_words_of_many_servers(reason: str | None, finish: str) -> None:
+    answer = {"choices": [{"message": {"content": "It is 4"}, "finish_reason": reason}]}
+    if finish in ("stop", "length"):
+        ((completion,), _) = parse_completions(answer, 1, 3, lambda choice: message_text(choice, True))
+        assert completion.finish == finish
+    else:
+        with pytest.raises(TransientError if finish == "filtered" else ErrorInAnswer):
+            parse_completions(answer, 1, 3, lambda choice: message_text(choice, True))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"code": 1302, "msg": "too many"},
+        {"error_code": 18, "error_msg": "too many"},
+        {"choices": None, "base_resp": {"status_code": 1002, "status_msg": "too many"}},
+        {"errors": [{"message": "too many"}]},
+        {"fault": {"faultstring": "too many"}},
+    ],
+)
+def test_errors_in_the_words_of_many_servers(body: dict[str, object]) -> None:
+    with pytest.raises(ErrorInAnswer, match="too many"):
+        decode_answer(json.dumps(body).encode())

@@ -165,6 +165,7 @@ def test_a_lying_program_fails(box: Sandbox, name: str) -> None:
         ("import pickle\nclass A: pass", "assert isinstance(pickle.loads(pickle.dumps(A())), A)"),
         ("class A:\n    def f(self): return 1", "class B(A): pass\nassert B().f() == 1"),
         ("def f(x): return x", "import inspect\nassert len(inspect.signature(f).parameters) == 1"),
+        ("class A:\n    def __getattr__(self, name): return lambda *a: 1\ndef f(x): return A()", "assert f('a').startswith('b')"),
         ("def f(o): return o.read()", "import io\nassert f(io.StringIO('a')) == 'a'"),
     ],
 )

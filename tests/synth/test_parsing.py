@@ -75,6 +75,7 @@ def test_duplicates_differ_in_more_than_case_and_punctuation() -> None:
 def test_yes_and_no_stand_at_the_beginning() -> None:
     assert parse_yes_no("Yes, it does.") and parse_yes_no("**YES**") and parse_yes_no(" yes") and parse_yes_no("No.") is False
     assert parse_yes_no("<think>No?</think>\n**Answer:** yes") and parse_yes_no("<think>yes") is None
+    assert parse_yes_no("The answer is no.") is False and parse_yes_no("\\boxed{Yes}") and parse_yes_no("Yes/No: no") is None
     assert parse_yes_no("Maybe yes") is None and parse_yes_no("Nothing") is None and parse_yes_no("") is None
 
 
@@ -115,6 +116,23 @@ def test_yes_and_no_stand_at_the_beginning() -> None:
         '{"grains": ["Oats", "Rye"]}',
         '{"1": "Oats", "2": "Rye"}',
         '{"topic": "Oats"}\n{"topic": "Rye"}',
+        '{"questions": {"q1": "Oats", "q2": "Rye"}}',
+        "<topics>\n<topic>Oats</topic>\n<topic>Rye</topic>\n</topics>",
+        "1. *Oats*\n2. _Rye_",
+        "> 1. Oats\n>\n> 2. Rye",
+        "I. Oats\nII. Rye",
+        "i) Oats\nii) Rye",
+        "1\ufe0f\u20e3 Oats\n2\ufe0f\u20e3 Rye",
+        "\u2460 Oats\n\u2461 Rye",
+        "\uff11\u3001Oats\n\uff12\u3001Rye",
+        "\uff081\uff09Oats\n\uff082\uff09Rye",
+        "\u4e00\u3001Oats\n\u4e8c\u3001Rye",
+        "\u2705 Oats\n\u2192 Rye",
+        "\u30fbOats\n\u30fbRye",
+        "Step 1: Oats\nStep 2: Rye",
+        "Q1: Oats\nQ2: Rye",
+        "1 - Oats\n2 - Rye",
+        "1.Oats\n2.Rye",
         '[{"id": "a", "title": "Oats", "why": "x"}, {"id": "b", "title": "Rye", "why": "y"}]',
     ],
 )
@@ -156,6 +174,14 @@ def test_brackets_and_numbers_are_no_items(text: str) -> None:
         ("**a.** Bees\n**b.** Ants", ["Bees", "Ants"]),
         ("1. Which?\n   a) Bees\n   b) Ants\n2. Why?", ["Which?\na) Bees\nb) Ants", "Why?"]),
         ("I. Newton wrote this,\nand more", ["I. Newton wrote this,", "and more"]),
+        ("1.5 is what?\n2.5 is what?", ["1.5 is what?", "2.5 is what?"]),
+        ("1 - 3 = ?\n2 - 5 = ?", ["1 - 3 = ?", "2 - 5 = ?"]),
+        ("1984. A novel\n2001. A film", ["1984. A novel", "2001. A film"]),
+        ("A: Hello\nB: Good day", ["A: Hello", "B: Good day"]),
+        (
+            "\n".join(f"{c}\u3001x{c}" for c in ["一", "二", "三", "四", "五", "六", "七", "八", "九", "十", "十一"]),
+            [f"x{c}" for c in ["一", "二", "三", "四", "五", "六", "七", "八", "九", "十", "十一"]],
+        ),
         ("Here:\n\n| # | Topic | Why |\n|---|:---:|---|\n| 1 | Bees | honey |\n| 2 | **Ants** | work |\n\nBye", ["Bees", "Ants"]),
         ("Animal | Legs\n--- | ---\nCat \\| dog | 4\nBird | 2", ["Cat | dog", "Bird"]),
     ],

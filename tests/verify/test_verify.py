@@ -67,6 +67,8 @@ from gristmill.verify.verify import last_number, verify
         ("negative 3", -3),
         ("20 minus 13", 13),
         ("05", 5),
+        ("It costs 1.234.567 in all", 1234567),
+        ("1.234,50", Fraction(2469, 2)),
     ],
 )
 def test_last_number(text: str, number: Fraction | int) -> None:
@@ -187,6 +189,8 @@ def test_mention_needs_no_wrong_values() -> None:
         ("The answer is not A. It is B.", "B"),
         ("\uff22", "B"),
         ("\u24b7", "B"),
+        ("B\n\nA is wrong, C is wrong.", "B"),
+        ("A) Paris\nB) Rome\n\nAnswer: B", "B"),
     ],
 )
 def test_choice(answer: str, letter: str) -> None:
@@ -197,7 +201,18 @@ def test_choice(answer: str, letter: str) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    ["", "none of them", "ABBA", "I think so", "A good question", "A or B", "The answer is A or B.", "Both (A) and (B)", "It is not A."],
+    [
+        "",
+        "none of them",
+        "ABBA",
+        "I think so",
+        "A good question",
+        "A or B",
+        "The answer is A or B.",
+        "Both (A) and (B)",
+        "It is not A.",
+        "(A) and (B)",
+    ],
 )
 def test_an_answer_without_a_letter_is_wrong(answer: str) -> None:
     for letter in "ABI":

@@ -4,25 +4,37 @@ Models wrap things round an answer: `<think>...</think>` (or only its end, where
 that reads an answer reads it through this module, so that the same text means the same to all of them.
 """
 
+import html
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-_NAMES = r"(?:seed:)?think(?:ing)?|thoughts?|reasoning|reflection|scratchpad|inner_monologue|analysis|antthinking"
-_OPENING = rf"<\|?(?:{_NAMES})\|?(?:\s[^<>\n]{{0,100}})?>|<\|begin_of_thought\|>|<\|start_thinking\|>|(?-i:\[THINK\])|\u25c1think\u25b7"
-_CLOSING = rf"<\|?/(?:{_NAMES})\s*\|?>|<\|end_of_thought\|>|<\|end_thinking\|>|(?-i:\[/THINK\])|\u25c1/think\u25b7"
+_NAMES = r"(?:seed:|longcat_)?think(?:ing)?|thoughts?|reasoning|reflection|scratchpad|inner_monologue|analysis|antthinking"
+_OPENING = (
+    rf"<\|?(?:{_NAMES})\|?(?:\s[^<>\n]{{0,100}}(?<!/))?>|<\|begin_of_thought\|>|<\|start_thinking\|>|(?-i:\[THINK\])|\u25c1think\u25b7"
+    r"|<unused94>"
+)
+_CLOSING = rf"<\|?/(?:{_NAMES})\s*\|?>|<\|end_of_thought\|>|<\|end_thinking\|>|(?-i:\[/THINK\])|\u25c1/think\u25b7|<unused95>"
 # Channels: what follows the last one, `final`, is the answer.
 _CHANNEL = r"(?:<\|start\|>(?:assistant)?)?<\|channel\|>\s*(?:analysis|commentary)[^<\n]{0,100}(?:<\|message\|>)?"
-_FINAL = r"(?:<\|start\|>(?:assistant)?)?<\|channel\|>\s*final[^<\n]{0,100}<\|message\|>"
+_FINAL = r"(?:<\|start\|>(?:assistant)?)?<\|channel\|>\s*final[^<\n]{0,100}<\|message\|>|(?-i:assistantfinal)"  # also without its tokens
+EMPTY = re.compile(rf"<(?:{_NAMES})\s*/>", re.I)
 THINKING = re.compile(rf"(?P<close>{_CLOSING}|{_FINAL})|(?P<open>{_OPENING}|{_CHANNEL})", re.I)
 OPENING, CLOSING = re.compile(rf"\s{{0,200}}(?:{_OPENING})", re.I), re.compile(_CLOSING, re.I)
 # What may yet become such a tag, at the end of a text that is still written.
 _BEGUN_TAG = re.compile(r"(?:<[|/\w:]{0,24}(?:\s[^<>\n]{0,100})?|\[/?[A-Z]{0,5}|\u25c1/?\w{0,5})\Z")
-ANSWER_TAG = re.compile(r"<(/?)(?:final_?)?answer>|<\|(?:begin|(end))_of_solution\|>", re.I)
+ANSWER_TAG = re.compile(
+    r"<(/?)(?:final_?)?(?:answer|solution|response)>|<\|(?:begin|(end))_of_(?:solution|box)\|>|\[(?:begin|(end)) final response\]", re.I
+)
 QUOTES = "\"'`"
+SPACE = r"[ \t\u00a0\u3000\ufeff\u200b]"  # blanks about a fence, seen or not
 
-FENCE = re.compile(r"(?P<quote>(?:[ \t]{0,3}>)*)(?P<indent>[ \t]*(?:(?:[-*+]|\d{1,3}[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})(?P<info>[^\r\n]*)")
+FENCE = re.compile(
+    rf"(?P<quote>(?:[ \t]{{0,3}}>)*)(?P<indent>{SPACE}*(?:(?:[-*+]|\d{{1,3}}[.)])[ \t]+)?)(?P<fence>`{{3,}}|~{{3,}})(?P<info>[^\r\n]*)"
+)
+CODE_TAG = re.compile(r"<code(?:\s[^<>]{0,200})?>(.*?)(?:</code>|\Z)|\[(?:PYTHON|BEGIN)\](.*?)(?:\[/PYTHON\]|\[DONE\]|\Z)", re.S)
+
 LATE_FENCE = re.compile(r"(?:^|[ \t:])(?P<fence>`{3,})(?P<info>[\w+#.-]{1,20})[ \t\r]*$")  # `Here it is: ```python`
 LANGUAGE = re.compile(r"[{. \t]*([\w+#.-]*)")
 PYTHON = re.compile(r"i?py(?:thon)?[\d.]*")
@@ -74,15 +86,11 @@ def strip_thinking(text: str) -> str:
     Thinking that never ends leaves nothing behind it; an end without a beginning takes away all before it. Tags that are quoted, or stand
     in pairs within a code block, are text.
     """
-    tags = list(THINKING.finditer(text)) if "<" in text or "[" in text or "\u25c1" in text else []
+    text = EMPTY.sub("", text)
+    tags = list(THINKING.finditer(text)) if any(sign in text for sign in ("<", "[", "\u25c1", "assistantfinal")) else []
     if not tags:
         return text
-    starts = [m.start() for m in tags]
-    quoted: set[int] = set()  # places of the tags in code blocks that hold as many ends as beginnings
-    for block in code_blocks(text):
-        inside = tags[bisect_left(starts, block.start) : bisect_left(starts, block.end)]
-        if 2 * sum(m["open"] is not None for m in inside) == len(inside):
-            quoted.update(m.start() for m in inside)
+    quoted = _in_pairs(code_blocks(text), tags, [m["open"] is not None for m in tags])
     said: list[str] = []
     at, thinking = 0, False
     for m in tags:
@@ -165,10 +173,14 @@ def answer_text(text: str) -> str:
     """The answer of a response: without thinking, and what is between the last answer tags where there are some."""
     text = strip_thinking(text)
     start, end = 0, len(text)
-    for m in ANSWER_TAG.finditer(text):
-        if _is_quoted(text, m):
+    tags = list(ANSWER_TAG.finditer(text))
+    ends = [any(m.groups()) for m in tags]
+    programs = [b for b in code_blocks(text) if b.language and not NO_PROGRAM.fullmatch(b.language)] if tags else []
+    quoted = _in_pairs(programs, tags, ends)
+    for m, is_end in zip(tags, ends, strict=True):
+        if m.start() in quoted or _is_quoted(text, m):
             continue
-        if m[1] or m[2]:
+        if is_end:
             end = m.start() if m.start() > start else end
         else:
             start, end = m.end(), len(text)
@@ -180,6 +192,17 @@ def repetition(text: str, order: int = 4) -> float:
     words = text.lower().split()
     grams = list(zip(*(words[i:] for i in range(order)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _in_pairs(blocks: Sequence[CodeBlock], tags: Sequence[re.Match[str]], first: Sequence[bool]) -> set[int]:
+    """Places of the tags in code blocks that hold as many of the first kind as of the other: they are text."""
+    starts = [m.start() for m in tags]
+    found: set[int] = set()
+    for block in blocks:
+        inside = range(bisect_left(starts, block.start), bisect_left(starts, block.end))
+        if 2 * sum(first[n] for n in inside) == len(inside):
+            found.update(starts[n] for n in inside)
+    return found
 
 
 def _is_quoted(text: str, m: re.Match[str]) -> bool:
@@ -299,7 +322,8 @@ def extract_code(text: str, tests: str = "") -> str:
     text = answer_text(text)
     blocks = code_blocks(text)
     if not blocks or _is_bare_program(text, blocks[0]):
-        return _bare_program(text)
+        tagged = [] if CODE_LINE.match(text.lstrip()) else list(CODE_TAG.finditer(text))
+        return _bare_program(html.unescape(tagged[-1][1]) if tagged and tagged[-1][1] else tagged[-1][2] if tagged else text)
     programs = [b for b in blocks if not NO_PROGRAM.fullmatch(b.language) and not b.code.lstrip().startswith(">>>")]
     labelled = [b for b in programs if PYTHON.fullmatch(b.language)]
     if labelled and any(_defined(b.code) for b in labelled):
@@ -315,7 +339,8 @@ def extract_code(text: str, tests: str = "") -> str:
 
 
 def _with_needed(programs: Sequence[str], tested: set[str]) -> str:
-    defined = [_defined(code) for code in programs]
+    made = [_defined(code, imports=False) for code in programs]
+    defined = [names | (_defined(code) - set().union(*made)) for names, code in zip(made, programs, strict=True)]
     wanted = tested & set().union(*defined)
     order = range(len(programs) - 1, -1, -1)
     functions = [n for n in order if re.search(r"^(?:async[ \t]+)?(?:def|class)\b", programs[n], re.M)]
@@ -330,11 +355,11 @@ def _with_needed(programs: Sequence[str], tested: set[str]) -> str:
     return programs[base] if len(chosen) == 1 else "\n".join(programs[n].rstrip("\n") + "\n" for n in sorted(chosen))
 
 
-def _defined(code: str) -> set[str]:
-    """Names that a program defines at its top level."""
+def _defined(code: str, *, imports: bool = True) -> set[str]:
+    """Names that a program defines at its top level, or imports there."""
     names: set[str] = set()
     for m in DEFINED.finditer(_without_strings(code)):
-        names.update([m[m.lastindex]] if m.lastindex else re.findall(r"\w+", m[0]))
+        names.update([m[m.lastindex]] if m.lastindex else re.findall(r"\w+", m[0]) if imports else ())
     return names - {"from", "import", "as"}
 
 
@@ -370,13 +395,15 @@ def _is_bare_program(text: str, block: CodeBlock) -> bool:
 
 
 def _bare_program(text: str) -> str:
-    """A program without a fence: the whole text, or from its first definition on where words stand before it."""
+    """A program without a fence: from its first definition on where words stand before it, up to the words after it."""
     first = text.lstrip()
     start = re.search(r"^(?:async def|def|class|import|from|@\w+)\b", text, re.M)
-    if start is None or not first or CODE_LINE.match(first) or text[: len(text) - len(first)].rpartition("\n")[2]:
+    if not first or text[: len(text) - len(first)].rpartition("\n")[2] or not (start or CODE_LINE.match(first)):
         return text
-    lines = text[start.start() :].split("\n")
+    lines = text[0 if start is None or CODE_LINE.match(first) else start.start() :].split("\n")
+    quotes = ""
     for number, line in enumerate(lines):
-        if number and not lines[number - 1].strip() and PROSE.match(line) and not CODE_LINE.match(line):
+        if number and not quotes and not lines[number - 1].strip() and PROSE.match(line) and not CODE_LINE.match(line):
             return "\n".join(lines[:number])
+        quotes = _open_string(line, quotes)
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from gristmill.data.chat import Conversation, Message, Role, check_turns, conver
 
 TALKS = ("messages", "conversations", "conversation")
 QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "input")
+CONTEXTS = ("context", "passage", "article", "paragraph", "story", "premise")  # what a question may be about
 ANSWERS = ("response", "completion", "output", "answer", "solution")
 SYSTEMS = ("system", "system_prompt")
 SPEAKERS: dict[str, Role] = {
@@ -51,7 +52,7 @@ def parse_conversation(
         raise InputError("it looks like a preference pair (`chosen`, `rejected`): give such a file to `gristmill train dpo`.")
     if isinstance(rest.get("completions"), list):
         raise InputError("it looks like UltraFeedback (`completions`, several rated answers): choose one answer a row, as `response`.")
-    if answered and isinstance(rest.get("label"), bool):
+    if answered and rest.get("label") in (0, 1) and rest.keys() & {*ANSWERS, *TALKS}:  # which are False and True, too
         raise InputError(
             "it looks like KTO's unpaired form (`label`): an answer labelled false is none to imitate. Keep the true ones, without `label`."
         )
@@ -65,6 +66,8 @@ def parse_conversation(
             turns = _with_answer(turns, rest, record)
     turns = _with_system(system, turns)
     check_turns(turns)
+    if answered and turns[-1].trained and not turns[-1].fields and not turns[-1].content.strip():
+        raise InputError("its answer is empty, which would teach a model to say nothing: leave the row out.")
     if (turns[-1].role == "assistant") != answered:
         raise InputError(f"it must end with the {'assistant' if answered else 'user'}.")
     return turns, rest
@@ -95,6 +98,8 @@ def parse_pair(record: Mapping[str, Any], *, known: Collection[str] = ()) -> tup
         check_turns(turns)
         if turns[-1].role != "assistant":
             raise InputError(f"`{name}` must end with the assistant.")
+        if name == "chosen" and not turns[-1].content.strip():
+            raise InputError("`chosen` is empty, which would teach a model to say nothing: leave the pair out.")
         if not turns[-1].trained:
             raise InputError(f"the answer in `{name}` has weight 0: there is nothing to learn from it, leave the pair out.")
     if chosen[:-1] != rejected[:-1]:
@@ -218,13 +223,27 @@ def _question(rest: dict[str, Any]) -> Conversation | None:
         if not isinstance(value, str | list | dict):
             raise InputError(f"`{name}` must be text, or a list of turns with `role` and `content`.")
         turns = _marked(value) if isinstance(value, str) else parse_turns(value, name)
-        if rest.get("context"):
-            raise InputError(f"it has `context` beside `{name}`: put it into the question, where it shall stand.")
+        about = (other for other in CONTEXTS if isinstance(text := rest.get(other), str) and text not in turns[-1].content)
+        if other := next(about, ""):
+            raise InputError(f"it has `{other}` beside `{name}`: put it into the question, where it shall stand.")
     if doubles := [other for other in QUESTIONS if rest.get(other) not in (None, "", turns[-1].content)]:
         raise InputError(f"it has both `{name}` and {_join(doubles)}: say which is the question by leaving the other out.")
     for other in QUESTIONS:
         rest.pop(other, None)
+    for other in ("choices", "options"):
+        if unsaid := [text for text in _option_texts(rest.get(other)) if text not in turns[-1].content]:
+            raise InputError(
+                f"it has `{other}` (such as {unsaid[0][:40]!r}) which `{name}` does not say: write the options into the question, with "
+                "their letters, and the letter as the answer."
+            )
     return turns
+
+
+def _option_texts(value: Any) -> list[str]:
+    """The options of a question, as MMLU (texts), ARC (`text` and `label`) and MedQA (letter: text) write them."""
+    if isinstance(value, Mapping):
+        value = value["text"] if isinstance(value.get("text"), list) else list(value.values())
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
 
 
 def _history(pairs: Any) -> Conversation:
@@ -239,6 +258,8 @@ def _history(pairs: Any) -> Conversation:
 def _marked(text: str) -> Conversation:
     """A prompt that may hold earlier turns, as HelpSteer2 writes them."""
     first, *pieces = MARK.split(text)
+    if not pieces and text.startswith("\n\nHuman: "):
+        first, *pieces = SPEECH.split(text.rstrip())
     if not pieces:
         return (Message("user", text),)
     turns = [Message("user", first)] if first else []

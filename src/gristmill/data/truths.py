@@ -3,7 +3,8 @@
 | columns | read as |
 |---|---|
 | truth | a truth as verify/verify.py lists them, or its JSON |
-| answer | GSM8K's worked solution (`#### 72`): the number; with a `\\boxed{}` or LaTeX: mathematics; a number; else exactly this text |
+| answer, expected_answer, ground_truth, final_answer, answerKey, reward_model (verl) | GSM8K's worked solution (`#### 72`): the number; \
+a number; a capital letter: a choice; else the final answer, as of mathematics (`5 km`, `(1, 2)`, `Paris`) |
 | test or tests, entry_point | HumanEval's tests; what the row's prompt begins, an answer may continue |
 | test_list, test_setup_code, test_imports, challenge_test_list | MBPP's tests |
 | input_output | the cases of APPS: arguments of `fn_name`, else standard input and output |
@@ -25,11 +26,13 @@ from gristmill.verify.verify import NUMBER, plain_numbers
 
 FINAL = re.compile(r"####[ \t]*(\S[^\n]*)")
 MAX_EXACT_WORDS = 20
+MISSING = ("n/a", "na", "nan", "none", "null", "nil", "tbd", "todo", "-", "--", "?", "...", "unknown")  # of tables, not answers
+ANSWERS = ("answer", "expected_answer", "ground_truth", "final_answer", "answerKey", "reward_model")
 REFERENCES = ("reference", "canonical_solution", "reference_solution", "solution", "code")
 TESTS = ("test", "tests", "entry_point", "test_list", "test_setup_code", "test_imports", "challenge_test_list")
 CASES = ("input_output", "public_test_cases", "private_test_cases")
 INSTRUCTIONS = ("instruction_id_list", "kwargs")
-TRUTH_COLUMNS = ("truth", "answer", *INSTRUCTIONS, *TESTS, *CASES, *REFERENCES)
+TRUTH_COLUMNS = ("truth", *ANSWERS, *INSTRUCTIONS, *TESTS, *CASES, *REFERENCES)
 LATEX = re.compile(r"\\[A-Za-z]+|\$.+\$")
 
 
@@ -46,8 +49,13 @@ def read_truth(record: dict[str, Any]) -> dict[str, Any] | None:
     tests = _tests(record)
     if tests is not None:
         return tests
-    answer = record.get("answer")
-    return None if answer is None else _answer(answer)
+    given = [name for name in ANSWERS if record.get(name) is not None]
+    found = [_answer(record[name]) for name in given]
+    if any(str(other["value"]) != str(found[0]["value"]) for other in found[1:]):
+        raise InputError(f"{' and '.join(f'`{name}`' for name in given)} are different answers: keep one.")
+    if not found and isinstance(record.get("solution"), str) and "\\boxed" in record["solution"]:
+        found = [_answer(record["solution"])]
+    return found[0] if found else None
 
 
 def _given(truth: Any) -> dict[str, Any]:
@@ -82,24 +90,34 @@ def _ifeval(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(value: Any) -> dict[str, Any]:
-    """A known final answer: a number where it is one, else mathematics where it is written so, else text."""
+    """A known final answer: a number or a choice where it is one, else what is compared as mathematics is."""
+    if isinstance(value, dict) and "ground_truth" in value:  # of verl's reward_model
+        value = value["ground_truth"]
     if isinstance(value, (list, dict, bool)) or (isinstance(value, float) and not math.isfinite(value)):
         raise InputError(f"`answer` is {str(value)[:100]}: give the final answer as one text or number, or a `truth`.")
     text = str(value).strip()
+    if text.startswith(("{", "[{")) and text.endswith(("}", "]")) and '"' in text:
+        raise InputError(f"`answer` is the JSON {text[:80]!r}: give the final answer, or a `truth` of another kind.")
     if final := FINAL.findall(text):
         return _answer(final[-1])
     if not text.strip("# "):
         raise InputError("`answer` is empty, so that an empty answer would be right: give the final answer, or leave the column out.")
     if NUMBER.fullmatch(text) or (not LATEX.search(text) and NUMBER.fullmatch(plain_numbers(text).strip())):
         return {"kind": "number", "value": text}
+    if text.lower() in MISSING:
+        raise InputError(f"`answer` is {text!r}, which says that there is none: leave such rows out, or give a `truth` of kind 'exact'.")
     if "\\boxed" in text:
-        return {"kind": "math", "value": extract_answer(text) or text}
+        if (value := extract_answer(text)) is None:
+            raise InputError(f"`answer` is {text[:80]!r}, with nothing in its box: give the final answer.")
+        return {"kind": "math", "value": value}
     if len(text.splitlines()) > 1 or len(text.split()) > MAX_EXACT_WORDS:
         raise InputError(
             f"`answer` is the text {text[:80]!r}..., which no answer repeats word by word: give the final answer alone (or after a "
             "last `####`), or a `truth` of another kind."
         )
-    return {"kind": "math" if LATEX.search(text) else "exact", "value": text}
+    if re.fullmatch("[A-J]", text):
+        return {"kind": "choice", "value": text}
+    return {"kind": "math", "value": text}
 
 
 def _tests(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -115,7 +133,7 @@ def _tests(record: dict[str, Any]) -> dict[str, Any] | None:
     elif record.get("public_test_cases") is not None:
         truth |= _live_code(record)
     elif isinstance(given := record.get("tests", record.get("test")), (str, list)):
-        truth["tests"] = given
+        truth["tests"] = _listed(given)
     else:
         return None
     if entry_point:
@@ -131,6 +149,15 @@ def _tests(record: dict[str, Any]) -> dict[str, Any] | None:
     if reference is not None:
         truth["reference"] = reference
     return truth
+
+
+def _listed(tests: str | list[str]) -> str | list[str]:
+    """Tests that are written as the JSON of a list, as that list."""
+    try:
+        found = json.loads(tests) if isinstance(tests, str) and tests.lstrip().startswith("[") else tests
+    except (ValueError, RecursionError):
+        return tests
+    return found if isinstance(found, list) and all(isinstance(test, str) for test in found) else tests
 
 
 def _is_code(prompt: str) -> bool:

@@ -36,6 +36,12 @@ _REFUSAL = re.compile(
 _REFUSED_N = re.compile(
     r"(?<![\w.])(?:['\"`]n['\"`]|n)\s*(?::|=|>|must|should|can only|is not supp)|only (?:one|1) (?:completion|choice)", re.IGNORECASE
 )
+# Where an answer without choices says what went wrong.
+_ERROR_NAMES = ("detail", "message", "msg", "errors", "error_msg", "error_code", "base_resp", "fault")
+# Why an answer ended, in the words of many servers; what is none of these is an end.
+_BROKEN_OFF = re.compile("error|abort|cancel|insufficient|timeout|timed_out|interrupt|overload|preempt")
+_FILTERED = re.compile("filter|safety|recitation|blocklist|blocked|prohibited|moderat|toxic|spii|sensitive")
+_CUT_OFF = re.compile("length|max_.*tokens|token.*limit|limit.*token|context_window|budget|incomplete")
 _DURATION = re.compile(
     r"(?:(?P<d>\d+)d)?(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m(?!s))?(?:(?P<s>\d+(?:\.\d+)?)s)?(?:(?P<ms>\d+(?:\.\d+)?)ms)?", re.ASCII
 )
@@ -167,7 +173,7 @@ def decode_answer(body: bytes) -> tuple[dict[str, Any], int, int]:
         if (
             answer.get("error")
             or answer.get("object") == "error"
-            or ("choices" not in answer and (answer.get("detail") or answer.get("message")))
+            or (answer.get("choices") is None and any(answer.get(name) for name in _ERROR_NAMES))
         ):
             raise ErrorInAnswer(answer.get("error") or answer)
         usage = answer.get("usage") or {}
@@ -204,14 +210,14 @@ def parse_completions(answer: dict[str, Any], num: int, tokens_out: int, choice_
         share = tokens_out // max(1, len(choices))
         for choice in choices[:num]:
             finish_reason = str(choice.get("finish_reason")).lower()
-            if choice.get("error") or finish_reason in ("error", "abort", "aborted", "cancelled"):
+            if choice.get("error") or _BROKEN_OFF.search(finish_reason):
                 failed = ErrorInAnswer(choice.get("error") or f"the answer was broken off ({finish_reason})")
                 continue
-            if finish_reason in ("content_filter", "safety"):
+            if _FILTERED.search(finish_reason):
                 failed = TransientError("filtered", "the endpoint's content filter cut the answer off", 200)
                 continue
             text = choice_text(choice)
-            finish: Finish = "length" if finish_reason in ("length", "max_tokens", "model_length") else "stop"
+            finish: Finish = "length" if _CUT_OFF.search(finish_reason) else "stop"
             if not isinstance(text, str):
                 raise TypeError
             if not text.strip():

@@ -93,8 +93,8 @@ class CheckSide(Peer):
             if op == "call" and not self._stops:  # `all(map(f, ..))` would take it for its own end
                 raise RuntimeError("the program raised StopIteration") from error
             raise
-        if op == "call" and operands[0]._value == "method" and type(value) is bool:
-            self.weak = True
+        if op == "call" and operands[0]._value == "method" and (type(value) is bool or (value is not None and any(operands[1:]))):
+            self.weak = True  # it was told what is wanted, and anything but None may be taken for true
         return mark_made(value) if op == "call" and operands[0]._flag == "c" and operands[0]._made else value
 
     def heard(self, answer: dict[str, Any]) -> None:

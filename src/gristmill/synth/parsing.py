@@ -11,14 +11,22 @@ from gristmill.core.response_text import answer_text, code_blocks
 
 # Headings, quotations and emphasis about a number (`### 1.`, `**1.**`, `**2) Bees**`) are no part of the item.
 MARKER = re.compile(
-    r"^(?P<indent>[ \t]*)(?:>[ \t]?)*(?:#{1,6}[ \t]+)?(?P<bold>\*{2,3}|__)?"
-    r"(?P<marker>(?:[(\[]?\d{1,4}\\?[.):\]\uff0e\uff09\u3001]\)?(?=(?:\*{2,3}|__)?(?:\s|$)|(?P<close>\*{2,3}|__)|[^\x00-\x7f])"
-    r"|(?:topic|item|question|task|prompt|idea|number|no\.?|\#)[ \t]?\#?\d{1,4}[.):](?=\W)"
-    r"|[-*+\u2022\u2013\u2014\u25aa\u25ab\u25cf\u25cb\u25e6\u2023\u2043\u00b7\u2219](?=\s)(?:[ \t]+\[[ xX]\](?=\s))?))"
+    r"^(?P<indent>[ \t]*)(?P<quote>(?:>[ \t]?)*)(?:#{1,6}[ \t]+)?(?P<bold>\*{2,3}|__)?"
+    r"(?P<marker>(?:[(\[]?\d{1,3}\\?[.):\]\uff0e\uff09\u3001]\)?(?=(?:\*{2,3}|__)?(?:\s|$)|(?P<close>\*{2,3}|__)|[^\x00-\x7f])"
+    r"|(?:topic|item|question|task|prompt|idea|number|no\.?|\#)[ \t]?\#?\d{1,3}[.):](?=\W)"
+    r"|[-*+\u2013\u2014\u00b7\u2219](?=\s)(?:[ \t]+\[[ xX]\](?=\s))?"
+    r"|[\u2022\u2023\u2043\u2190-\u21ff\u25a0-\u27bf\u2b00-\u2bff\u30fb\U0001f300-\U0001faff]\ufe0f?(?=\s|[^\W\d_])))"
     r"[ \t]*(?P<text>.*)$",
     re.I,
 )
-LETTERED = re.compile(r"^([ \t]*)((?:\*\*)?[(\[]?)([a-zA-Z])([.)\]](?:\*\*)?[ \t]+)(?=\S)")  # `a) Bees`, where b) follows
+# Marks only where they run on from the first: `a) Bees`, `ii. Bees`, `1 - Bees`, `Step 1: Bees`, `1.Bees`, numbers of other scripts.
+SIGNS = "\u2460-\u249b\u24ea-\u24ff\u2776-\u2793\u20e3"
+RUNNING = re.compile(
+    r"(?P<indent>[ \t]*)(?P<before>(?:\*\*)?[(\[\uff08]?(?:[a-z]{1,12}[ \t]?(?=\d))?)"
+    rf"(?P<value>[a-z]|[ivx]{{2,6}}|\d{{1,3}}(?:\ufe0f?\u20e3)?|[{SIGNS}]|[\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341]{{1,3}})"
+    rf"(?P<after>(?:[.)\]\uff0e\uff09\u3001]|(?<=\d)(?:[:\uff1a]|[ \t][-\u2013\u2014](?=[ \t]))|(?<=[{SIGNS}]))(?:\*\*)?[ \t]*)(?=[^\s\d])",
+    re.I,
+)
 RULE = re.compile(r"^[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$")  # below the head of a Markdown table
 HEADING = re.compile(
     r"[ \t]*(?:#{1,6}[ \t]|(?:-[ \t]*){3,}$|(?:\*[ \t]*){3,}$|(?:_[ \t]*){3,}$|(?:\*\*|__)[^*_]+(?:\*\*:?|__:?|:\*\*)[ \t]*$)"
@@ -31,9 +39,9 @@ STRING = re.compile(  # of an array, even where its own quotes are not escaped: 
 )
 CELL = re.compile(r"(?<!\\)\|")
 ARRAY = re.compile(r"(?:^|(?<=[:=(]))[ \t]*(?:[`*]+[ \t]*)?\[(?![^\W\d]\w*\])", re.M)
-LIST_TAG = re.compile(r"<li(?:\s[^<>]{0,99})?>((?:(?!</?li\b).)*)", re.I | re.S)
 NAMES = ("item", "topic", "subtopic", "name", "title", "question", "prompt", "instruction", "task", "text", "content", "value")
-QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "`": "`"}
+LIST_TAG = re.compile(rf"<(li|(?:{'|'.join(NAMES)})[_-]?\d{{0,3}})(?:\s[^<>]{{0,99}})?>((?:(?!</?\1\b).)*)", re.I | re.S)
+QUOTES = {"*": "*", "_": "_", '"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "`": "`"}
 AROUND = " .,;:!?\"'`*_\u201c\u201d\u2018\u2019\u2026()[]"
 MAX_MENDED = 3  # arrays that are put right before they are read
 MAX_ARRAYS = 100  # of a text that are looked at
@@ -45,8 +53,9 @@ def parse_list(text: str) -> list[str]:
 
     Lines with the outermost marker (`1.`, `2)`, `-`, `*`) begin items, and what follows a marked line belongs to its item, nested lists,
     arrays and code included. Without markers a JSON array is read, also one with a comma too many, with single quotes or cut off;
-    else every line is an item, introductions aside. Letters (`a)`, `b)`) are markers where they run on from the first. Of a table each row
-    is an item, by its first column that is no number. What the model thinks, fences, and marks of headings and emphasis are no item.
+    else every line is an item, introductions aside. Letters, Roman numerals and the like are markers where they run on from the first.
+    Of a table each row is an item, by its first column that is no number. What the model thinks, fences, and marks of headings and
+    emphasis are no item.
     """
     text = answer_text(text)
     blocks = [block.code for block in code_blocks(text)]
@@ -55,7 +64,7 @@ def parse_list(text: str) -> list[str]:
         if rows := _table(text.split("\n")):
             return _clean(rows)
         if tagged := LIST_TAG.findall(text):
-            return _clean(tagged)
+            return _clean(item for _, item in tagged)
         for source in (*blocks, text):
             if found := _json_list(source):
                 return found
@@ -77,7 +86,9 @@ def unique(items: Iterable[str]) -> list[str]:
 
 def parse_yes_no(text: str) -> bool | None:
     """Parse a yes/no answer by its first word, or the one after "answer:"; None where it is neither."""
-    word = re.match(r"[\s*_\"'`(\[#]*(?:(?:final\s)?answer[\s*_\"'`]*:[\s*_\"'`(\[]*)?(yes|no)\b", answer_text(text), re.I)
+    word = re.match(
+        r"\W*(?:(?:the\s+)?(?:final\s+)?(?:answer|verdict)(?:\s+is)?\W+|boxed\W+)?(yes|no)\b(?!\s*(?:/|or\b))", answer_text(text), re.I
+    )
     return None if word is None else word[1].lower() == "yes"
 
 
@@ -120,10 +131,11 @@ def _mended_array(text: str) -> tuple[Any, str]:
 def _items(found: Any) -> list[str]:
     """The texts in a JSON value: an array of texts or of objects with one, or an object that holds such an array or numbered texts."""
     if isinstance(found, dict):
-        arrays = [value for value in found.values() if isinstance(value, list)]
+        arrays = [value for value in found.values() if isinstance(value, (list, dict))]
         if len(arrays) == 1:
             return _items(arrays[0])
-        return list(found.values()) if all(key.isdigit() and isinstance(value, str) for key, value in found.items()) else []
+        numbered = len({re.sub(r"[ _-]?\d+$", "", key) for key in found}) == 1 and all(key[-1:].isdigit() for key in found)
+        return list(found.values()) if numbered and all(isinstance(value, str) for value in found.values()) else []
     items = []
     for item in found if isinstance(found, list) else ():
         if isinstance(item, dict):
@@ -162,19 +174,41 @@ def _table(lines: list[str]) -> list[str]:
 
 
 def _with_numbers(lines: list[str]) -> list[str]:
-    """The same lines, with numbers for letters where these run on from the first."""
-    found = [(n, m) for n, line in enumerate(lines) if (m := LETTERED.match(line))]
-    outer = min((len(m[1].expandtabs(4)) for _, m in found), default=0)
-    found = [(n, m) for n, m in found if len(m[1].expandtabs(4)) == outer]
-    run = [m[3] for _, m in found]
-    if len(run) < 2 or run[0] not in "aA" or run != [chr(ord(run[0]) + k) for k in range(len(run))]:
+    """The same lines, with plain numbers for marks of other kinds where these run on from the first."""
+    found = [
+        (n, m) for n, line in enumerate(lines) if (m := RUNNING.match(line)) and not (m["value"].isalpha() and m["after"][-1] in ".)]")
+    ]
+    outer = min((len(m["indent"].expandtabs(4)) for _, m in found), default=0)
+    found = [(n, m) for n, m in found if len(m["indent"].expandtabs(4)) == outer]
+    if len(found) < 2 or len({m["before"] for _, m in found}) > 1:
         return lines
-    if any((m := MARKER.match(line)) and _is_number(m) and len(m["indent"].expandtabs(4)) <= outer for line in lines):
+    if not any([of(m["value"]) for _, m in found] == list(range(1, len(found) + 1)) for of in (_letter, _roman, _numeral)):
+        return lines
+    marks = ((n, m) for n, line in enumerate(lines) if (m := MARKER.match(line)) and len(m["indent"].expandtabs(4)) <= outer)
+    if any(_is_number(m) or n < found[0][0] for n, m in marks):
         return lines
     lines = lines.copy()
     for k, (n, m) in enumerate(found, 1):
-        lines[n] = f"{m[1]}{m[2]}{k}{lines[n][m.end(3) :]}"
+        bold, closed = ("**" if "**" in m[side] else "" for side in ("before", "after"))
+        lines[n] = f"{m['indent']}{bold}{k}.{closed} {lines[n][m.end() :]}"
     return lines
+
+
+def _letter(value: str) -> int:
+    return ord(value) - ord("A" if value.isupper() else "a") + 1 if len(value) == 1 else 0
+
+
+def _roman(value: str) -> int:
+    digits = [{"I": 1, "V": 5, "X": 10}.get(c, 0) for c in value.upper()]
+    return sum(-d if d < max(digits[n:]) else d for n, d in enumerate(digits))
+
+
+def _numeral(value: str) -> int:
+    digits = [int(unicodedata.numeric(c, 0)) for c in value if c not in "\ufe0f\u20e3"]
+    if 10 not in digits or len(digits) == 1:
+        return sum(d * 10**n for n, d in enumerate(reversed(digits)))
+    ten = digits.index(10)  # as in Chinese: two, ten, three
+    return sum(digits[:ten] or [1]) * 10 + sum(digits[ten + 1 :])
 
 
 def _marked(text: str) -> list[str]:
@@ -200,6 +234,8 @@ def _marked(text: str) -> list[str]:
         inside = [line for n, line in zip(range(number + 1, end), kept, strict=True) if n in fenced and line.strip()]
         width = min((len(line) - len(line.lstrip()) for line in inside), default=0)
         words = [line[width:] if n in fenced else line.strip() for n, line in zip(range(number + 1, end), kept, strict=True)]
+        if match["quote"]:
+            words = [re.sub(r"^(?:>[ \t]?)+", "", line) for line in words]
         first = match["text"]
         if match["bold"] and not match["close"]:  # `**1. Bees**`: the other end of what began before the number
             first = first.replace(match["bold"], "", 1)

@@ -77,10 +77,9 @@ def complete(truth: dict[str, Any], program: str) -> str:
 
 def wrong_programs(truth: dict[str, Any]) -> dict[str, str]:
     """Programs that no check may pass: an empty one, and one whose functions return None."""
-    if truth.get("cases") is not None:
-        names = {str(truth.get("entry_point") or "")} - {""}
-    else:
-        names = _free_names(ast.parse(check_text(truth))) | {str(truth.get("entry_point") or "")} - {""}
+    entry_point = str(truth.get("entry_point") or "").partition("().")[0]
+    used: set[str] = set() if truth.get("cases") is not None else _free_names(ast.parse(check_text(truth)))
+    names = used | {entry_point} - {""}
     stubs = [(STUB_CLASS if name[0].isupper() else STUB).format(name=name) for name in sorted(names)]
     return {"an empty program": "", "a program whose functions return None": "".join(stubs) or "pass\n"}
 
@@ -129,7 +128,7 @@ def _cases(cases_json: str, entry_point: str) -> str:
 
 
 def _check_name(name: str) -> None:
-    if not name.isidentifier():
+    if not name.removeprefix("Solution().").isidentifier():  # LeetCode's form
         raise InputError(f"The entry_point {name!r} is not the name of a function: give the name alone.")
 
 
@@ -186,6 +185,8 @@ def _main_block(body: list[ast.stmt]) -> tuple[list[ast.stmt], bool]:
             changed = True
         elif isinstance(node, ast.Expr) and re.match(r"(sys\.exit\()?(unittest|pytest)\.main\(", ast.unparse(node)):
             changed = True
+        elif isinstance(node, ast.Expr) and re.match(r"(sys\.|os\._?)?(exit|quit)\(", ast.unparse(node)):
+            raise InputError(f"The tests end the process by {ast.unparse(node)[:60]}, so that nothing after it is checked: take it out.")
         else:
             out.append(node)
     return out, changed
@@ -229,6 +230,7 @@ def _holds_tests(node: ast.ClassDef) -> bool:
 
 def _checks_something(tree: ast.Module) -> bool:
     """Whether code that runs can fail by its own doing: the module's statements, and the definitions that they reach."""
+    tree = _Unskipped().visit(tree)
     defined = {n.name: n for n in tree.body if isinstance(n, (*FUNCTION, ast.ClassDef))}
     waiting: list[ast.AST] = [n for n in tree.body if not isinstance(n, (*FUNCTION, ast.ClassDef))]
     seen: set[str] = set()
@@ -244,6 +246,26 @@ def _checks_something(tree: ast.Module) -> bool:
             elif node.id in defined:
                 waiting.append(defined[node.id])
     return False
+
+
+class _Unskipped(ast.NodeTransformer):
+    """Tests without those that never run, or are meant to fail."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
+        return None if any(map(_skips, node.decorator_list)) else node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST | None:
+        if any(map(_skips, node.decorator_list)):
+            return None
+        node.body = [kept for one in node.body if (kept := self.visit(one))] or [ast.Pass()]
+        return node
+
+
+def _skips(decorator: ast.expr) -> bool:
+    name = ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator).rpartition(".")[2]
+    if name.lower() == "skipif" and isinstance(decorator, ast.Call) and decorator.args:
+        return _always_true(decorator.args[0])
+    return name in ("skip", "xfail", "expectedFailure")
 
 
 def _can_fail(node: ast.AST) -> bool:

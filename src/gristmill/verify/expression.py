@@ -9,7 +9,7 @@ system, whose simplification has no bound.
 import math
 import random
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from fractions import Fraction
 from typing import Any
 
@@ -22,6 +22,8 @@ SCALES = (0.8, 3.0, 12.0, -2.0)  # sizes of the variables at the points
 
 TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\[a-zA-Z]+|[^\W\d_]+|\S)")
 INVERSES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
+NO_FACTOR = frozenset((r"\cdot", r"\pm", r"\mp", r"\rfloor", r"\rceil"))
+OF_SEVERAL: dict[str, Any] = {"gcd": math.gcd, "lcm": math.lcm, "max": max, "min": min}
 RATIOS = ("tan", "cot", "sec", "csc")
 FUNCTIONS = frozenset(("sin", "cos", *RATIOS, *INVERSES, "sinh", "cosh", "tanh", "ln", "log", "exp", "sqrt", "abs"))
 GREEK = re.compile(
@@ -42,7 +44,8 @@ class _Undefined(Exception):
 
 def expression_value(text: str) -> Hashable | None:
     """The value of an expression: a fraction, or what equals for equal expressions; None where it cannot be read."""
-    if re.fullmatch(r"[^\W\d_]*", text) or any(word not in FUNCTIONS for word in WORD.findall(re.sub(r"\\[a-zA-Z]+", " ", text))):
+    words = set(WORD.findall(re.sub(r"\\[a-zA-Z]+", " ", text))) - FUNCTIONS - OF_SEVERAL.keys()
+    if words or re.fullmatch(r"[^\W\d_]*", text):
         return None  # words are no products of letters
     import mpmath
 
@@ -149,7 +152,7 @@ class _Parser:
                 self.take()
                 factor = self.power()
                 total, divided = _multiply(total, factor if token == "*" else _inverse(factor)), token == "/"
-            elif token and (token[0].isalpha() or token[0] in "\\({[") and token not in (r"\cdot", r"\pm", r"\mp"):
+            elif token and (token[0].isalpha() or token[0] in "\\({[") and token not in NO_FACTOR:
                 # `1/2x` is read in two ways; `2 1/2` and `x1` are no products
                 if divided or (token == r"\frac" and before[-1].isdigit() and self._is_number_fraction()):
                     raise _Unreadable
@@ -222,6 +225,8 @@ class _Parser:
             return self.command(token[1:])
         if token in FUNCTIONS:
             return self.function(token)
+        if token in OF_SEVERAL:
+            return self.command(token)
         if token[0].isalpha():
             if len(token) > 1:  # a product of letters
                 self.at -= 1
@@ -277,11 +282,37 @@ class _Parser:
             return _power(self.argument(), _inverse(index), is_complex=self.is_complex)
         if name == "pi":
             return mpmath.pi()
+        if name in ("lfloor", "lceil"):
+            value = self.sum()
+            self.take(name.replace("l", "\\r", 1))
+            return self.whole(value, "floor" if name == "lfloor" else "ceil")
+        if name in OF_SEVERAL:
+            return self.of_several(OF_SEVERAL[name])
         if GREEK.fullmatch(name):
             return self.letter("\\" + name)
         if name in FUNCTIONS:
             return self.function(name)
         raise _Unreadable
+
+    def whole(self, value: Any, rounding: str) -> Fraction:
+        import mpmath
+
+        if isinstance(value, mpmath.mpc):
+            raise _Unreadable
+        if not isinstance(value, Fraction) and abs(value) > 1e40:
+            raise _Unreadable
+        return _bounded(Fraction(int(getattr(math if isinstance(value, Fraction) else mpmath, rounding)(value))))
+
+    def of_several(self, of: Callable[..., Any]) -> Fraction:
+        self.take("(")
+        values = [self.sum()]
+        while self.peek() == ",":
+            self.take()
+            values.append(self.sum())
+        self.take(")")
+        if not all(isinstance(value, Fraction) and value.denominator == 1 for value in values):
+            raise _Unreadable
+        return Fraction(of(*map(int, values)) if len(values) > 1 else values[0])
 
     def function(self, name: str) -> Any:
         import mpmath

@@ -49,13 +49,15 @@ REMARK = re.compile(
 )
 MATH = re.compile(r"\$\$?([^$]+)\$\$?(?!\d)[^$\n]*$|\\\(((?:(?!\\\)).)+)\\\)(?![^\n]*\\\()|\\\[((?:(?!\\\]).)+)\\\]", re.S | re.M)
 FORMULA = re.compile(r"\$\$?([^$\n]{1,500})\$|\\\(((?:(?!\\\)).){1,500})\\\)")
-SENTENCE_END = re.compile(r"[.;?!](?=[\s*_\"')]|$)|\n|,?\s(?:because|since|which|where|so|as)\b")
+SENTENCE_END = re.compile(
+    r"[.;?!](?=[\s*_\"')]|$)|\n|,?\s(?:because|since|which|where|so|as|(?:and|but)\s+(?:the|this|that|it|we))\b|,?\s(?:(?:and\s+)?not|rather\s+than)\s(?=.*\d)"
+)
 HASHES = re.compile(r"####[ \t]*([^\s#][^\n]*)")
 NUMBER = re.compile(
     r"(?:(?<![\w)\]])-)?(?:\\?\$)?"  # a minus after a digit, a name or a bracket subtracts: `20-13` ends with 13
     r"(?:\d{1,9} (?=\d{1,9}/\d))?"  # of a mixed number
     r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"  # `1,234` is one number, `1,2` are two
-    r"(?:[eE][+-]?\d+)?(?:/\d+)?(?:\s?\\?%)?"
+    r"(?:[eE][+-]?\d+)?(?:[/:]\d+)?(?:\s?\\?%)?"
 )
 
 # What denies the number after it: `not 4`, `isn't equal to 4`, `rather than 4`.
@@ -90,9 +92,31 @@ TIDY = [
         (r"\\(?:lbrace|rbrace)(?![a-zA-Z])", lambda m: "{" if m[0][1] == "l" else "}"),
         (r"\\[()\[\]!]", ""),
         (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])", " "),
-        (r"\\?[$\u20ac\u00a3]", ""),
+        (r"(?:\b(?:US|CA|AU|NZ|HK)(?=\\?\$))?\\?[$\u20a0-\u20bf\u00a2\u00a3\u00a5]", ""),
+        (r"\\underline(?![a-zA-Z])|\\(?:text)?color\s*\{\w+\}|\\(?:bm|boldsymbol)(?![a-zA-Z])", ""),
+        (r"^(?:\s*\\(?:approx|simeq)(?![a-zA-Z])|\s*[\u2248~])", ""),
+        (r"^([a-zA-Z])\s*(?:\\approx(?![a-zA-Z])|\u2248)", r"\1="),
+        (r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", "*"),
+        (r"\\(mathbb|mathbf|mathcal|mathrm|vec|hat)\s+([a-zA-Z])", r"\\\1{\2}"),
+        (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\\(?:langle|rangle)(?![a-zA-Z])", lambda m: "(" if m[0][1] == "l" else ")"),
+        (r"\.(\d)\1\1+(?:\.\.\.|\\[lc]?dots|\u2026)", r".\\overline{\1}"),
+        (r"\(mod\s*(\w+)\)|\\pmod\s*(\w)(?!\w)", lambda m: f"\\pmod{{{m[1] or m[2]}}}"),
+        (
+            r"(?<=\d)\s*(?:\\text\s*\{\s*)?\b(hundred|thousand|million|billion|trillion)\b(?:\s*\}|(?!\w))",
+            lambda m: f"*10^{{{SCALES[m[1]]}}}",
+        ),
+        (r"(?<![\d.,])(\d{1,3}(?:\.\d{3}){2,})(?![\d.])", lambda m: m[1].replace(".", "")),
+        (r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?![\d.,])", lambda m: m[1].replace(".", "") + "." + m[2]),
+        (r"^[^,]*;[^,]*$", lambda m: m[0].replace(";", ",")),
+        (r"^\\?\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{?R\}?)?\s*(?:\\mid(?![a-zA-Z])|[:|])\s*(.*?)\\?\}$", r"\1"),
+        (r"^\s*[a-zA-Z]\s*\([a-zA-Z]\)\s*=(?=[^=]*$)", ""),
+        (r"\b([ap])\.\s?m\.?(?!\w)|\\text\s*\{\s*([ap])\.\s?m\.\s*\}", lambda m: f" {m[1] or m[2]}m"),
+        (r"(?:\{\s*\}|\\\{\s*\\\})$", r"\\emptyset "),
         (r"\s*\\%|\s*\bper\s?cent\b|\s+%", "%"),
-        (r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])|\u00b0", ""),
+        (r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])", "\u00b0"),
+        (r"(?<=[nstc])(\s*[\s({]\s*)(\d+(?:\.\d+)?)\s*\u00b0", r"\1(\2\\pi/180)"),  # of an angle: `\sin 30^\circ`
+        (r"\u00b0\s*(?:[CF]\b|\\(?:text|mathrm|rm)\s*\{\s*[CF]\s*\})?", ""),
         (r"\\([{}])", r"\1"),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:times|cdot)(?![a-zA-Z])|[\u00d7\u22c5\u00b7\u2217\u2219]", "*"),
@@ -105,6 +129,7 @@ TIDY = [
     )
 ]
 CHOICE = re.compile(r"(?:\\text(?:bf|it|rm)?\s*\{)?[\s(*]*([a-zA-Z])[\s).:*]*\}?[\s).]*")
+LABELLED = re.compile(r"(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?(?:\(([A-J])\)|([A-J])[.):])\}?(?:\s|\\ )\s*(\S.*)")
 ASSIGNED = re.compile(r"(?:^|(?<=,))\s*([a-zA-Z](?:_\w)?)\s*(?:=|\\in(?![a-zA-Z]))")
 ASSIGNED_LAST = re.compile(r"([^=,<>\\]+)=\s*[a-zA-Z](?:_\w)?")
 # Neither after a bracket, where a comma separates, nor before further digits: `1,234` is one number, `1,2345` are two.
@@ -114,17 +139,36 @@ SIMPLE = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?", re.A)  # most answers
 ROW = "\x1e"  # stands for the double backslash that ends a row
 MATRIX = re.compile(r"\\begin\s*\{((?:small|[pbBvV])?matrix|array)\*?\}(?:\s*\{[lcr| ]*\})?((?:(?!\\begin).)*)\\end\s*\{\1\*?\}", re.S)
 RELATION = re.compile(r"(\\(?:le|ge|ne)(?![a-zA-Z])|[=<>])")
+CONDITION = re.compile(r"[<>\u2264\u2265\u2260]|\\(?:[lg]eq?|[lgn]eq?slant|neq?|setminus|mid|cup)(?![a-zA-Z])|\\backslash")
+# Of one variable: `1<x`, `x\le 2`, `1<x\le 2`, and the same turned round.
+BOUNDS = re.compile(r"(?:([^<>=]+)(<|\\le|>|\\ge))?\s*([a-zA-Z])(?:(<|\\le|>|\\ge)([^<>=]+))?")
+EXCEPT = re.compile(r"(?:[a-zA-Z]\\ne|\\mathbb\{?\s*R\}?(?:\\setminus|\\backslash|-)\{)\s*([^{}=<>]+?)\}?")
 CLOSING = {"(": ")]", "[": ")]", "{": "}"}
 
 DECIMAL = re.compile(r"(\d+\.?\d*|\.\d+)(?:e([-+]?\d{1,3})|\s*\*\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?)?", re.I | re.A)
 RATIO = re.compile(r"(?:(\d+)\s+)?(\d+\.?\d*|\.\d+)\s*/\s*([-+]?(?:\d+\.?\d*|\.\d+))", re.A)
+# Below the line one factor alone: `1/2x` is read in two ways.
+PLAIN_FRACTION = re.compile(r"(-?)([^/+-]+)/(\d[\d.]*|[^\W\d_]|\\[a-zA-Z]+(?:\{[^{}/+-]*\}|[a-z\d])?|\([^()/+-]*\))")
 WHOLE_FRAC = re.compile(r"(\d*)\s*\\frac\s*(?=\{)", re.A)
 
 UNIT_SIGNS = {"\u2126": "ohm", "\u212a": "kelvin", "\u212b": "angstrom"}  # and the units of CJK compatibility
-POWER = r"(?:\s*\^\s*\{?\d\}?)?"
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+WORDS = {
+    word: str(n)
+    for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"])
+}
+POWER = r"(?:\s*\^\s*\{?-?\d\}?)?"
 UNIT = re.compile(rf"(.*?[\d.%)}}])\s+((?:(?:sq|cu)\.\s*)?[a-zA-Z]{{2,}}(?:[\s/-]+[a-zA-Z]{{2,}}){{0,3}}{POWER})", re.S)
 SHORT_UNIT = re.compile(rf"(.*?\d)\s*((?:[mck]m|[mk]g|lbs?|oz|ft|m[lL]|km/h|m/s|mph|hrs?){POWER})", re.S)
 WRAPPED_UNIT = re.compile(rf"(.*[\w.%)}}])\s*{TEXT}{POWER}", re.S)
+QUANTITY = re.compile(r"\d[)}]*\s*((?:[a-zA-Z]+(?:\^\{?-?\d\}?)?[\s.*/]*|/\s*){1,6})$")
+UNIT_NAMES = (
+    "m meter metre,km kilometer kilometre,cm centimeter centimetre,mm millimeter millimetre,mi mile,ft foot feet,in inch,yd yard,s sec "
+    "second,min minute,h hr hour,d day,wk week,month,yr year,g gram,kg kilogram,mg milligram,lb pound,oz ounce,ton tonne,l liter litre,"
+    "ml milliliter millilitre,gal gallon,n newton,j joule,kj kilojoule,w watt,kw kilowatt,v volt,hz hertz,pa pascal,kpa kilopascal,k "
+    "kelvin,c celsius,f fahrenheit,deg degree,rad radian,dollar usd,cent,euro eur,gbp,yen jpy,rupee inr,mol mole,ohm"
+)
+UNITS = {name: names.split()[0] for names in UNIT_NAMES.split(",") for name in names.split()}
 # A word that changes what the number before it means.
 NO_UNIT = re.compile(
     r"(?i)\b(?:and|or|not|is|are|to|of|at|if|for|when|more|less|most|least|odd|even|[ap]m|base|over|plus|minus|times|choose|mod|factorial|"
@@ -141,7 +185,27 @@ def extract_answer(text: str) -> str | None:
     the last number. What is thought is no part of it.
     """
     text = answer_text(text)
-    return _boxed(text) or _stated(text) or _last(HASHES.findall(text)) or _number_text(text)
+    return stated_answer(text) or _number_text(text)
+
+
+def stated_answer(text: str) -> str | None:
+    """The final answer of a solution that is marked as such: boxed, after "answer is" or `####`; None where none is."""
+    return _boxed(text) or _stated(text) or _last(HASHES.findall(text))
+
+
+def is_right(text: str, value: str) -> bool:
+    """Whether the final answer of a solution equals a value: what is stated, all that is said, or the last number."""
+    text = answer_text(text)
+    found = stated_answer(text)
+    if found is None:
+        if is_equiv(text.strip(), value):
+            return True
+        if (found := _number_text(text)) is None:
+            return False
+        said = _unit(SENTENCE_END.split(text[max(0, text.rfind(found)) :][: len(found) + MAX_DENIAL_CHARS])[0])
+        if said and (wanted := _unit(value)) and said != wanted:
+            return False
+    return is_equiv(found, value)
 
 
 def is_equiv(a: str, b: str) -> bool:
@@ -149,13 +213,24 @@ def is_equiv(a: str, b: str) -> bool:
 
     Letters are variables, and r is another one than R, but for `(B)` and `\\text{B}`, which are choices.
     """
+    if a != b and ((one := _unit(a)) and (other := _unit(b)) and one != other):
+        return False
+    labels = [LABELLED.fullmatch(text.strip()) for text in (a, b)]
+    if (labels[0] is None) != (labels[1] is None):  # `(B) 7` is B, and 7
+        (labelled,), bare = [m for m in labels if m], a if labels[1] else b
+        return any(is_equiv(part, bare) for part in labelled.groups() if part)
     choices = [m for m in map(CHOICE.fullmatch, (a.strip(), b.strip())) if m]
     if len(choices) == 2 and any(m[1].isupper() and (len(m[0]) > 1 or m[1] <= "E") for m in choices):
         return choices[0][1].upper() == choices[1][1].upper()
     one, other = _read(a, _plain), _read(b, _plain)
     if one == other or (_is_number(one) and _is_number(other)):
         return one == other
-    return _read(a, _symbolic) == _read(b, _symbolic)
+    if _read(a, _symbolic) == _read(b, _symbolic):
+        return True
+    if not CONDITION.search(a + b):
+        return False
+    one, other = _read(a, _solutions), _read(b, _solutions)
+    return _union(one) == _union(other)
 
 
 # ---- finding ----
@@ -187,7 +262,9 @@ def _boxed(text: str) -> str | None:
 
 
 def _stated(text: str) -> str | None:
-    for m in reversed(list(STATED.finditer(text))):
+    stated = list(STATED.finditer(text))
+    past = [m for m in stated if re.search(r"\bw(?:as|ere)\b", m[0])]  # `I first thought the answer was 4`
+    for m in [*reversed([m for m in stated if m not in past]), *reversed(past)]:
         tail = text[m.end() : m.end() + MAX_ANSWER_CHARS].lstrip()
         while filler := FILLER.match(tail):
             tail = tail[filler.end() :]
@@ -197,7 +274,7 @@ def _stated(text: str) -> str | None:
             continue
         found = math[math.lastindex or 0] if math else tail[: end.start()] if end else tail
         found = re.sub(r"\s\((?=[a-z]+\s)[^()]*\)\W*$", "", found)  # a remark
-        if found := found.lstrip(' *`_"').rstrip(' \t.,;:*`_"'):
+        if found := found.lstrip(' *`_"').rstrip(' \t.,;:*`_"' if "{" in found else ' \t.,;:*`_"}'):
             return found.strip()
     return None
 
@@ -239,6 +316,7 @@ def _last(found: list[str]) -> str | None:
 def _read(text: str, of_other: Callable[[str], Hashable]) -> Hashable:
     """What an answer means: equal answers have equal readings. What is no number is read by `of_other`."""
     text = " ".join(text.split()).strip(" *`")
+    text = WORDS.get(text.lower().rstrip("."), text)
     if len(text) > MAX_ANSWER_CHARS:
         return text
     if SIMPLE.fullmatch(text):
@@ -313,7 +391,7 @@ def _value(text: str, of_other: Callable[[str], Hashable], depth: int = 0) -> Ha
         return of_other(text)
     if m := WRAPPED.fullmatch(text):
         return _value(m[1].strip().rstrip("."), of_other, depth + 1)
-    if m := MATRIX.fullmatch(text):
+    if m := MATRIX.fullmatch(text[1:-1].strip() if text[:1] + text[-1:] == "[]" else text):
         rows = m[2].strip().removesuffix(ROW).split(ROW)
         kind = "|" if m[1] and m[1][0] in "vV" else "matrix"
         return kind, *(tuple(_value(cell, of_other, depth + 1) for cell in row.split("&")) for row in rows)
@@ -352,8 +430,8 @@ def _pieces(text: str, separator: str = ",") -> list[str]:
 
 
 def _atom(text: str, of_other: Callable[[str], Hashable]) -> Hashable:
-    if (m := WRAPPED_UNIT.fullmatch(text)) and _is_unit(m[2]):
-        text = m[1]
+    while (m := WRAPPED_UNIT.fullmatch(text)) and _is_unit(m[2]):
+        text = m[1].rstrip("/* ")
     text = WRAPPED.sub(r" \1 ", text).strip()
     bare = [m[1] for pattern in (UNIT, SHORT_UNIT) if (m := pattern.fullmatch(text)) and _is_unit(m[2])]
     for candidate in (text, *bare):
@@ -376,6 +454,53 @@ def _symbolic(text: str) -> Hashable:
     if all(sign in (">", r"\ge") for sign in signs):
         values, signs = values[::-1], [{">": "<", r"\ge": r"\le"}[sign] for sign in signs[::-1]]
     return (*values, *signs)
+
+
+def _solutions(text: str) -> Hashable:
+    """The interval or union of which an inequality in one variable is true; else as `_symbolic`."""
+    plain = _plain(text).replace("\\le ", "\\le").replace("\\ge ", "\\ge")
+    if m := EXCEPT.fullmatch(plain):
+        return _value(rf"(-\infty,{m[1]})\cup({m[1]},\infty)", _symbolic)
+    m = BOUNDS.fullmatch(plain)
+    signs = {sign.replace("\\ge", ">").replace("\\le", "<") for sign in (m[2], m[4]) if sign} if m else set()
+    if m is None or len(signs) != 1:
+        return _symbolic(text)
+    low, high = ((m[1], m[2]), (m[5], m[4])) if "<" in signs else ((m[5], m[4]), (m[1], m[2]))
+    opening, closing = "[" if low[1] and low[1][0] == "\\" else "(", "]" if high[1] and high[1][0] == "\\" else ")"
+    ends = low[0] or r"-\infty", high[0] or r"\infty"
+    return _value(f"{opening}{ends[0]},{ends[1]}{closing}", _symbolic)
+
+
+def _union(reading: Hashable) -> Hashable:
+    """Conditions of which one holds, as the union of what they allow."""
+    return (r"\cup", frozenset(dict(reading))) if isinstance(reading, frozenset) else reading
+
+
+def _unit(text: str) -> frozenset[tuple[str, int]] | None:
+    """The unit of measure, or currency, at the end of a quantity, as powers of units that are known; None where it has none."""
+    if money := re.match(r"\s*[\u00a3\u00a5\u20a0-\u20bf]", text):
+        return frozenset({(money[0].strip(), 1)})
+    text = re.sub(r"\\(?:text|mathrm|mbox|rm)\s*\{([^{}]*)\}|\\[,;: ]|~", r" \1", text.replace("\\cdot", "*"))
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\u00b0|\\degree(?![a-zA-Z])", " deg ", text)
+    m = QUANTITY.search(text.strip().rstrip(".$*` "))
+    if m is None:
+        return None
+    found: Counter[str] = Counter()
+    sign, power = 1, 1
+    for word, exponent in re.findall(r"([a-zA-Z]+|/)(?:\^\{?(-?\d)\}?)?", m[1]):
+        word = word.lower()
+        if word in ("/", "per"):
+            sign = -1
+        elif word in ("square", "sq", "cubic", "cu", "squared", "cubed"):
+            power = 2 if word[0] == "s" else 3
+        elif word == "mph":
+            found.update({"mi": 1, "h": -1})
+        elif unit := UNITS.get(word) or UNITS.get(word.removesuffix("s")) or UNITS.get(word.removesuffix("es")):
+            found[unit] += sign * int(exponent or power)
+            power = 1
+        else:
+            return None
+    return frozenset(found.items()) or None
 
 
 def _is_unit(words: str) -> bool:
@@ -423,7 +548,7 @@ def _plain(text: str) -> str:
     text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])", "\\1\t", text)
     text = re.sub(r"(?<!\d) +| +(?!\d)", "", text).replace("\t", " ").removeprefix("+")  # `2 3` is not 23, nor `\pi r` `\pir`
     text = re.sub(r"\*(?=[a-zA-Z\\(])", "", text)
-    if (m := re.fullmatch(r"(-?)([^/+-]+)/([^/+-]+)", text)) and all(side.count("{") == side.count("}") for side in m.groups()):
+    if (m := PLAIN_FRACTION.fullmatch(text)) and m[2].count("{") == m[2].count("}"):
         text = rf"{m[1]}\frac{{{m[2]}}}{{{m[3]}}}"
     if text.startswith(r"\frac{-") and not re.search("[+-]", text[7 : _end(text, 5)]):
         text = r"-\frac{" + text[7:]

@@ -9,7 +9,7 @@
 | choice | value | the last "answer is X" or box, else the last letter A-Z standing alone, names it and no second one (`A or B`) |
 | code | tests, or cases | the program in it (a code block, or the whole answer) passes the tests in the sandbox, see code_tests.py |
 | list | n, words, shape, extras | a list of n different words of the category in the asked form |
-| math | value | the final answer (boxed, stated or last) equals it as a mathematician would say |
+| math | value | the final answer (boxed, stated, all that is said, or the last number) equals it as a mathematician would say |
 | instructions | checks, loose | every IFEval check holds, strictly or in the loose form |
 | schema | schema | the JSON in the answer fits the JSON schema |
 
@@ -29,7 +29,7 @@ from gristmill.core.response_text import answer_text, extract_code, strip_thinki
 from gristmill.verify.code_tests import check_text, complete
 from gristmill.verify.ifeval import check_instructions
 from gristmill.verify.json_schema import extract_json, schema_error, validation_error
-from gristmill.verify.math import MAX_DENIED, extract_answer, is_denied, is_equiv, spelt_fractions
+from gristmill.verify.math import MAX_DENIED, is_denied, is_right, spelt_fractions
 
 KINDS = ("number", "exact", "mention", "choice", "code", "list", "math", "instructions", "schema")
 RunCode = Callable[[str, str], bool]
@@ -45,6 +45,8 @@ SPELT = [  # numbers as they are also written, and their plain form
     for pattern, replacement in (
         (r"\\[dtc]?frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", r" \1\2/\3\4"),
         ("\u2044", "/"),
+        (r"(?<![\d.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.])|(?<![\d.,])\d{1,3}(?:\.\d{3})+(?=,\d+(?![\d.,]))", lambda m: m[0].replace(".", "")),
+        (r"(?<![\d.,])(\d{4,}),(\d{1,2})(?![\d,]|\.\d)", r"\1.\2"),  # `1.234,50`, without its points by now
         (r"(?<=\d)(?:\{,\}|\\[,!]|,\\!|[\u00a0\u2009\u202f'\u2019_])(?=\d{3}(?!\d))", ","),  # `1{,}000`, `1'000`
         (r"(?<![\d.,/^-])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]|,\d| \d)", lambda m: m[0].replace(" ", ",")),  # `10 000`
         (r"[ \t]{0,3}(?:\\times|\\cdot|[*x\u00d7\u22c5\u00b7])\s*10\s*(?:\^|\*\*)\s*\{?\s*([-+]?\d{1,3})(?!\d)\s*\}?", r"e\1"),
@@ -62,7 +64,7 @@ STATED = re.compile(
     r"(?i:\b(?:answer|option|choice)(?:\s+is\b|\s*:)|\bI\s+(?:choose|chose|pick|select)\b|\\boxed\s*\{)"
     rf"(?:[\s:*(\[{{]|\\text(?:bf|rm|it)?|(?i:option|choice)\b)*(?:{LETTER}|(?<=\()([a-z])(?=\)))"
 )
-ONLY = re.compile(r"\W*([a-zA-Z])(?:\W*|[.):]\s.*)", re.S)  # an answer of one letter, or that begins with an option's
+ONLY = re.compile(r"\W*([a-zA-Z])(?:\W*|\W*\n.*|[.):]\s.*)", re.S)  # an answer of one letter, or that begins with an option's
 SECOND = re.compile(
     rf"[)\]*.}}]*\s*(?:\b(?:or|and)\b|[/&])\s*(?i:option\s+|choice\s+)?[(\[*]*{LETTER}(?!\s+(?:is|was|are|has|does|cannot|can|would)\b)"
 )
@@ -113,8 +115,7 @@ def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) 
     if kind == "list":
         return _list(truth, answer)
     if kind == "math":
-        found = extract_answer(answer)
-        return found is not None and is_equiv(found, str(_field(truth, "value")))
+        return is_right(answer, str(_field(truth, "value")))
     if kind == "instructions":
         return all(check_instructions(_field(truth, "checks"), answer, loose=bool(truth.get("loose"))))
     if kind == "schema":
@@ -153,6 +154,12 @@ def check_truth(truth: dict[str, Any]) -> None:
             )
     if kind == "instructions" and not truth["checks"]:
         raise InputError(f"The truth {_shown(truth)} has no checks, so that any answer passes: give at least one.")
+    for check in truth["checks"] if kind == "instructions" else ():
+        relation = next((value for key, value in check.items() if key.endswith("relation")), None)
+        limit = next((value for key, value in check.items() if key.startswith("num_") or key.endswith("frequency")), 1)
+        if relation and isinstance(limit, int | float) and limit <= 0:
+            every = "any" if relation == "at least" else "no"
+            raise InputError(f"The truth {_shown(truth)} wants {relation} {limit} in {check['id']}, so that {every} answer passes.")
     if kind == "list" and not 0 < truth["n"] <= len({str(w).lower() for w in truth["words"]}):
         raise InputError(f"The truth {_shown(truth)} wants {truth['n']} different words of {len(truth['words'])}: no list has them.")
     if kind == "schema" and not any(validation_error(probe, truth["schema"]) for probe in ({}, [], {"": None}, [0])):
@@ -206,9 +213,9 @@ def plain_numbers(text: str) -> str:
 def _choice(answer: str) -> str:
     """The letter that an answer chooses; "" where it chooses none, or several."""
     answer = unicodedata.normalize("NFKC", answer)
-    if only := ONLY.fullmatch(answer):
-        return only[1].upper()
     found = [(m, m[1] or m[2]) for m in STATED.finditer(answer)]
+    if not found and (only := ONLY.fullmatch(answer)):
+        return "" if SECOND.match(answer, only.end(1)) else only[1].upper()
     found = found or [(m, m[1]) for m in re.finditer(LETTER, answer) if not is_denied(answer, m.start())]
     if not found:
         return ""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pyarrow as pa
 import pytest
 
-from gristmill.curate.io.decode import UndecodableError, decoded_body, decoded_text, label_of
+from gristmill.curate.io.decode import UndecodableError, codec_of, decoded_body, decoded_text, label_of
 
 TEXT = b"<p>The mill stands where the brook meets the pond, and it has ground rye since the flood.</p>" * 4
 
@@ -127,6 +127,10 @@ def test_bytes_that_are_no_text() -> None:
     assert decoded_text(russian.encode("cp1251"), "utf-8") == (russian, "read as cp1251: not UTF-8")
     assert decoded_text(russian.encode() + b"\xff") == (russian + "\ufffd", "replaced: not UTF-8")
     assert decoded_text("a \ufffd b".encode()) == ("a \ufffd b", "")
+    for label in ("latin1", "windows-1252", "koi8-r"):  # a label that the bytes contradict
+        assert decoded_text(russian.encode(), label) == (russian, f"read as UTF-8: not {codec_of(label)}")
+    japanese = "\u65e5\u672c\u8a9e"
+    assert decoded_text(japanese.encode("iso2022_jp")) == (japanese, "")
     for data in (gzip.compress(russian.encode() * 9), bytes(range(256)) * 5, russian.encode("utf-16-le")):
         with pytest.raises(UndecodableError, match="not text"):
             decoded_text(data)

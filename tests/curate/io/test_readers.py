@@ -75,6 +75,13 @@ def test_a_json_file_of_one_value(tmp_path: Path) -> None:
     assert len(all_of(put(tmp_path / "b.json", json.dumps(ROWS[0], indent=1).encode()))[0]) == 1
 
 
+def test_bytes_that_are_replaced_are_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["caf\u00e9".encode("latin-1"), b"tea"]}), tmp_path / "a.parquet")
+    for path in (put(tmp_path / "a.json", '[{"text": "caf\u00e9"}, {"text": "tea"}]'.encode("latin-1")), tmp_path / "a.parquet"):
+        rows, skipped = all_of(path)
+        assert [row["text"] for row in rows] == ["caf\ufffd", "tea"] and [why for _, why in skipped] == ["replaced: not UTF-8"]
+
+
 def test_text_files_of_a_folder(tmp_path: Path) -> None:
     put(tmp_path / "in/deep/a.txt", "schön".encode())
     put(tmp_path / "in/b.md", b"\xef\xbb\xbf# Title")

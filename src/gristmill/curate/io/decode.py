@@ -30,6 +30,7 @@ _CODECS = {
     "iso2022_jp": "iso2022_jp_ext",
     "utf-16": "utf-16-le",
 }
+_SINGLE_BYTE = {f"cp{n}" for n in (866, 874, *range(1250, 1259))} | {f"iso8859-{n}" for n in range(1, 17)} | {"koi8-r", "koi8-u"}
 _LABELS = {"x-mac-cyrillic": "mac-cyrillic", "x-mac-ukrainian": "mac-cyrillic", "x-user-defined": "x-user-defined"}
 _REFUSED = {"replacement", "hz-gb-2312", "iso-2022-cn", "iso-2022-cn-ext", "iso-2022-kr", "csiso2022kr"}
 _OTHERS = re.compile(r"cp\d+|iso.+|mac.+|shift.+|euc.+|utf-(?:8|16|32).*")  # not those that are no encodings of texts
@@ -217,6 +218,12 @@ def decoded_text(data: bytes, label: str | None = None, *, is_html: bool = False
         if is_meta:  # a page whose label could be read is not in these
             found = {"utf-16-le": "utf-8", "utf-16-be": "utf-8", "x-user-defined": "cp1252"}.get(found, found)
         codecs_.append(found)
+    if not codecs_ and b"\x1b$" in data and data.isascii():
+        codecs_.append("iso2022_jp_ext")  # which is ASCII that says so
+    if codecs_ and codecs_[0] in _SINGLE_BYTE and not data.isascii():
+        text, replaced = _decoded(data, "utf-8")
+        if not replaced and sum(c > "\x7f" for c in text) > FEW:  # UTF-8 is what nothing else is by chance
+            return _checked(text, "utf-8", 0, f"read as UTF-8: not {_shown(codecs_[0])}")
     for codec in dict.fromkeys([*codecs_, "utf-8"]):
         text, replaced = _decoded(data, codec)
         if not replaced:

@@ -25,6 +25,7 @@ _FORMULA = {"katex", "mwe-math-element", "mjx-chtml", "MathJax_Preview"}
 _ORDINAL = re.compile(r"(?i)(?:st|nd|rd|th|er?|re|[e\xe8]me|[ao\xaa\xba]|tm|sm|[\u2122\xae])\Z")
 _PLAIN = re.compile(r"[+\-\u2212]?\w+\Z")
 _BRACKETS = tuple(")]}|!'\u2032")  # what may stand before what is raised, beside letters and digits
+_INVISIBLE = dict.fromkeys((0x2061, 0x2062, 0x2063, 0x2064))  # signs between factors that are not shown
 _NOTE = tuple("[]()*\u2020\u2021\xa7")
 
 
@@ -246,7 +247,7 @@ def _linear(node: _Node, depth: int) -> str:
     first, second, third = (*parts, "", "", "")[:3]
     match node.tag:
         case "mn" | "mi" | "mo" | "mtext" | "ms":
-            return node.text.strip()
+            return node.text.strip().translate(_INVISIBLE)
         case "msup" | "mover":
             return f"{_grouped(first)}^{_braced(second)}"
         case "msub" | "munder":
@@ -255,6 +256,11 @@ def _linear(node: _Node, depth: int) -> str:
             return f"{_grouped(first)}_{_braced(second)}^{_braced(third)}"
         case "mfrac":
             return f"{_grouped(first)}/{_grouped(second)}"
+        case "mfenced":
+            return f"({', '.join(parts)})"
+        case "mmultiscripts":
+            at = next((n for n, child in enumerate(node.children) if child.tag == "mprescripts"), len(parts))
+            return _scripts(parts[at + 1 :]) + first + _scripts(parts[1:at])
         case "msqrt":
             return f"sqrt({''.join(parts)})"
         case "mroot":
@@ -271,8 +277,13 @@ def _linear(node: _Node, depth: int) -> str:
     return line
 
 
+def _scripts(parts: list[str]) -> str:
+    pairs = zip("_^" * len(parts), parts, strict=False)
+    return "".join(sign + _braced(part) for sign, part in pairs if part)
+
+
 def _grouped(part: str) -> str:
-    return part if re.fullmatch(r"\w*|\(.*\)", part) else f"({part})"
+    return part if len(part) == 1 or re.fullmatch(r"\w*|\(.*\)", part) else f"({part})"
 
 
 def _braced(part: str) -> str:

@@ -339,7 +339,11 @@ def _lines(stream: _Stream, settings: Reading) -> Iterator[tuple[int, bytes | No
 
 def _json(path: Path, name: str, codec: str | None, kind: str, settings: Reading, on_skip: OnSkip, start: int) -> Iterator[Numbered]:
     if kind == ".json" and not codec and path.stat().st_size <= settings.max_document_bytes:
-        value = _value(path.read_bytes().decode("utf-8", "replace"))  # one value, which may be spread over lines
+        data = path.read_bytes()
+        text = data.decode("utf-8", "replace")
+        if "\ufffd" in text and "\ufffd".encode() not in data:
+            on_skip(name, "replaced: not UTF-8")
+        value = _value(text)  # one value, which may be spread over lines
         rows = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
         for number, row in enumerate(rows[start:], start + 1):
             yield from _object(row, number, f"{name}:{number}", settings, on_skip)
@@ -409,7 +413,9 @@ def _parquet(path: Path, name: str, settings: Reading, on_skip: OnSkip, start: i
                         number += 1
                         text = row[settings.text_field]
                         if isinstance(text, bytes):
-                            row[settings.text_field] = text.decode("utf-8", "replace")
+                            row[settings.text_field] = decoded = text.decode("utf-8", "replace")
+                            if "\ufffd" in decoded and "\ufffd".encode() not in text:
+                                on_skip(f"{name}:{number}", "replaced: not UTF-8")
                         yield from _object(row, number, f"{name}:{number}", settings, on_skip)
             except LargePages as e:
                 raise _Stop("its pages are too large to be opened: raise reading.max_page_bytes and reading.max_expansion") from e

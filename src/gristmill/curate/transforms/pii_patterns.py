@@ -76,6 +76,7 @@ _CODED = re.compile(
     rb"(?:[-_ ]?(?:8|1[0-4]|no\.?|nr\.?|number|code|id))?[\s:#=\"'(]{0,6}\Z",
     re.IGNORECASE,
 )
+_IN_ADDRESS = re.compile(rb"(?:://|\b10\.[0-9]{4,9}/)[^\s\"'<>]*/?\Z")  # of a page, or a DOI
 _PAYS = re.compile(rb"\b(?:card|credit|debit|diners|pan|pay)", re.IGNORECASE)
 _SSN = re.compile(_NUMBER + rb"(?P<it>(?!000|666|9)[0-9]{3}(?P<a>%b|)(?!00)[0-9]{2}(?P=a)(?!0000)[0-9]{4})" % _MARK + _NUMBER_END)
 _HYPHENS = re.compile(_HYPHEN)
@@ -213,7 +214,7 @@ def _is_card(match: re.Match[bytes], text: bytes, at: int) -> bool:
     if not _ISSUER.fullmatch(digits) or not _luhn(digits):
         return False
     before = text[max(0, at - 40) : at]
-    if _CODED.search(before):
+    if _CODED.search(before) or _IN_ADDRESS.search(before):
         return False
     # a trade item number has 14 digits too; one number in ten is right as either
     return len(digits) != 14 or len(match["it"]) != 14 or not _gs1(digits) or _PAYS.search(before) is not None
