@@ -103,7 +103,7 @@ class Tokenizer:
         place: name of that folder, for errors, which a server tells to strangers.
         chat_templates: Jinja texts of that folder by name, "default" first of all.
         token_names: what a chat template may call its tokens: `bos_token` and so on.
-        end_ids: tokens that end a text by the folder's generation_config.json.
+        end_ids: tokens that end a text by the folder's generation_config.json, or by its config.json where that names none.
         cuts_headers: whether its files cut a turn's header from the words after it, see `with_chat_template`.
         control: names of the control tokens; control_ids: their ids.
 
@@ -222,7 +222,10 @@ class Tokenizer:
             tokenizer._prefix = "never" if config.get("add_prefix_space") is False else always
         named = {k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in config.items() if k.endswith("_token")}
         tokenizer.token_names = {k: v for k, v in named.items() if isinstance(v, str)}
-        tokenizer.end_ids = tokenizer._ends()
+        ends = named_ends(tokenizer.generation_config())
+        if not ends and (about := path.with_name("config.json")).exists():  # as in transformers
+            ends = named_ends(read_untrusted_json(about))
+        tokenizer.end_ids = tuple(end for end in ends if 0 <= end <= tokenizer.max_id)
         return tokenizer
 
     def _check_losses(self, path: Path) -> None:
@@ -241,12 +244,6 @@ class Tokenizer:
         except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
-
-    def _ends(self) -> tuple[int, ...]:
-        """Ends of text that generation_config.json names, as far as there are such tokens."""
-        ends = self.generation_config().get("eos_token_id")
-        several = ends if isinstance(ends, list) else [ends]
-        return tuple(end for end in several if type(end) is int and 0 <= end <= self.max_id)
 
     def with_chat_template(self, template: str, *, cut: bool = False) -> "Tokenizer":
         """A copy whose folder says that this template is the one; for a model that is trained in another format than its folder's.
@@ -287,7 +284,9 @@ class Tokenizer:
         with TemporaryDirectory() as folder:
             for name, data in files.items():
                 write_bytes(Path(folder) / name, data)
-            return Tokenizer.load(Path(folder))
+            changed = Tokenizer.load(Path(folder))
+        changed.end_ids = self.end_ids
+        return changed
 
     def save(self, folder: Path, chat_template: str = "") -> None:
         """Write the files of the folder that it was loaded from, or, of one that was made here, those that `transformers` needs.
@@ -459,6 +458,12 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of the whole tokenizer, for caches and run folders."""
         return hashlib.blake2b(self._backend.to_str().encode(), digest_size=8).hexdigest()
+
+
+def named_ends(values: Mapping[str, Any]) -> list[int]:
+    """Ids that a config.json or generation_config.json names as ends of text."""
+    ends = values.get("eos_token_id")
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:
