@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, normalizers
+from tokenizers import AddedToken, Regex, models, normalizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from gristmill.core.errors import InputError
@@ -482,11 +482,24 @@ def lossy(normalizer: Any) -> HFTokenizer:
         (normalizers.Replace("\n", ""), "line breaks"),
         (normalizers.Replace(Regex(" {2,}"), " "), "blanks"),
         (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "accents"),
+        (normalizers.Strip(left=True, right=False), "line breaks at the beginning"),
+        (normalizers.Strip(left=False, right=True), "line breaks at the end"),
+        (normalizers.Replace("\t", " "), r"what tells ' ' from '\\t'"),
+        (normalizers.Replace(Regex(r"\d"), "0"), "what tells '1' from '0'"),
+        (normalizers.Replace(Regex("[,;]"), ""), "what tells ';' from ','"),
     ],
 )
 def test_a_lossy_tokenizer_is_refused(tmp_path: Path, normalizer: Any, lost: str) -> None:
     write_folder(tmp_path, lossy(normalizer), None, None, "</s>")
     with pytest.raises(InputError, match=f"loses {lost}"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_vocabulary_without_line_breaks_is_refused(tmp_path: Path) -> None:
+    backend = HFTokenizer(models.BPE(unk_token="<unk>"))
+    backend.train_from_iterator(["a b"] * 3, trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], show_progress=False))
+    write_folder(tmp_path, backend, None, None, "</s>")
+    with pytest.raises(InputError, match="loses line breaks"):
         Tokenizer.load(tmp_path)
 
 

@@ -66,9 +66,13 @@ LOSSES = (
     ("a\nb", "a b", "line breaks"),
     ("a\n\nb", "a\nb", "line breaks"),
     ("a\nb", "ab", "line breaks"),
+    ("\na", "a", "line breaks at the beginning"),
+    ("a\n", "a", "line breaks at the end"),
     ("a  b", "a b", "blanks beside blanks, and so every indentation"),
     ("\u00e9", "e", "accents"),
 )
+ASCII = "\n\t" + "".join(map(chr, range(32, 127)))  # characters of which none may become another, or nothing
+UNKNOWN = "\uf8ff"  # a private-use character
 PROBE = "A mill, 12.5 stones\n\n"
 
 
@@ -121,6 +125,12 @@ class Tokenizer:
         self._prefix = ""  # of Llama's class: where transformers puts a blank before words, whatever tokenizer.json says
         self._whole: HFTokenizer | None = None  # as other programs have it
         control = tuple(control)
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        self.max_id = max(ids, default=-1)  # of all tokens; some vocabularies have unused ids below it
+        if len(set(ids)) < len(ids):
+            raise InputError("The tokenizer gives one id to several tokens: download or save its tokenizer.json again.")
+        if self.max_id >= len(ids) + MAX_UNUSED_IDS:
+            raise InputError(f"The tokenizer has {len(ids)} tokens and an id {self.max_id}: download or save its tokenizer.json again.")
         self._backend = backend
         self._chat: HFTokenizer | None = None
         blank = any(step.get("add_prefix_space") or step["type"] == "Metaspace" for step in _steps(backend))
@@ -138,12 +148,6 @@ class Tokenizer:
         self._decoders = {step["type"] for step in decoder.get("decoders", [decoder] if decoder else [])}
         self._backend.no_padding()
         self._backend.no_truncation()
-        ids = backend.get_vocab(with_added_tokens=True).values()
-        self.max_id = max(ids, default=-1)  # of all tokens; some vocabularies have unused ids below it
-        if len(set(ids)) < len(ids):
-            raise InputError("The tokenizer gives one id to several tokens: download or save its tokenizer.json again.")
-        if self.max_id >= len(ids) + MAX_UNUSED_IDS:
-            raise InputError(f"The tokenizer has {len(ids)} tokens and an id {self.max_id}: download or save its tokenizer.json again.")
         self.control_ids = frozenset(self.special_id(name) for name in names)
         self.eos = eos
         self.eos_id = self.special_id(eos)
@@ -230,12 +234,16 @@ class Tokenizer:
 
     def _check_losses(self, path: Path) -> None:
         """Raise `InputError` where the tokenizer drops what texts consist of: an answer could never be given back as it was."""
-        unknown = getattr(self._backend.model, "unk_token", None)
-        unknown_id = self._backend.token_to_id(unknown) if isinstance(unknown, str) else None
-        for text, other, lost in LOSSES:
-            ids = self.encode(text)
-            if ids == self.encode(other) and unknown_id not in ids:
-                raise InputError(f"{path} loses {lost}: texts would come back changed. Use a model whose tokenizer keeps every text.")
+        # what stands for a character that no vocabulary has: one token, or its bytes, of which no text below has any
+        unknown = {*self.encode(f"a{UNKNOWN}b")} - {*self.encode("a b"), *self.encode("ab")}
+        found = [lost for text, other, lost in LOSSES if (ids := self.encode(text)) == self.encode(other) and not unknown & {*ids}]
+        found += ["line breaks"] if unknown & {*self.encode("a\nb")} else []
+        seen: dict[tuple[int, ...], str] = {}
+        for character, ids in zip(ASCII, self.encode_batch([f"a{character}b" for character in ASCII]), strict=True):
+            if not unknown & {*ids} and (other := seen.setdefault(tuple(ids), character)) != character:
+                found.append(f"what tells {character!r} from {other!r}")
+        if found:
+            raise InputError(f"{path} loses {found[0]}: texts would come back changed. Use a model whose tokenizer keeps every text.")
 
     def generation_config(self) -> dict[str, Any]:
         """What the folder's generation_config.json says; nothing where it is no JSON object, which no generation here depends on."""
