@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, normalizers
+from tokenizers import AddedToken, Regex, models, normalizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from gristmill.core.errors import InputError
@@ -337,6 +337,37 @@ def test_the_tag_says_where_an_answer_begins_if_the_prompt_does_not() -> None:
     assert tokenizer.decode([i for i, now in zip(out.ids, out.mask, strict=True) if now], keep_special=True) == "Ho<|im_end|>b<|im_end|>"
 
 
+def test_a_system_turn_that_is_written_into_the_last_user_turn_is_trained_as_it_is_asked() -> None:
+    """Mistral's templates say it where the last turn is the user's, and not at all where an answer follows."""
+    own = model("mistral v0.3")
+    turns = talk("Hi", "Ho", "And?", "Yes.", system="Be kind.")
+    out = own.format.render_samples(messages(turns), own.tokenizer)
+    assert len(out) == 2
+    for sample, answer in zip(out, (4, 2), strict=True):
+        prompt = own.reference(turns[:answer], ask=True)
+        assert sample.ids[: len(prompt)] == prompt and sample.mask == [i >= len(prompt) for i in range(len(sample.ids))]
+        assert own.theirs.decode(sample.ids[len(prompt) :]).strip() == turns[answer]["content"] + "</s>"
+    assert own.format.render(messages(turns), own.tokenizer) == out[0]
+    turns[3] = turns[3] | {"content": "[/INST] spelled</s>"}
+    assert control(own, own.format.render(messages(turns), own.tokenizer).ids) == control(own, out[0].ids)
+
+
+def test_an_answer_in_several_tags_and_a_header_within_one() -> None:
+    header, asked = "<|im_start|>assistant\n", "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    user = "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% else %}"
+    several = (
+        user + "{{ '<|im_start|>assistant\n' }}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    within = user + "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>' }}{% endgeneration %}{% endif %}{% endfor %}"
+    end = "{% elif messages[-1].role == 'assistant' %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
+    for template in (several + asked + end, within + asked + "{{ '<think>\n' }}{% endif %}"):
+        tokenizer = made(template)
+        out = guess_format(tokenizer).render(messages(talk("Hi", "Ho", "a", "<b>")), tokenizer)
+        kept = [i for i, now in zip(out.ids, out.mask, strict=True) if now]
+        assert tokenizer.decode(kept, keep_special=True) == "Ho<|im_end|><b><|im_end|>"
+        assert tokenizer.decode(out.ids, keep_special=True).count(header) == 2
+
+
 # ---- which format a folder has ----
 
 
@@ -451,11 +482,24 @@ def lossy(normalizer: Any) -> HFTokenizer:
         (normalizers.Replace("\n", ""), "line breaks"),
         (normalizers.Replace(Regex(" {2,}"), " "), "blanks"),
         (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "accents"),
+        (normalizers.Strip(left=True, right=False), "line breaks at the beginning"),
+        (normalizers.Strip(left=False, right=True), "line breaks at the end"),
+        (normalizers.Replace("\t", " "), r"what tells ' ' from '\\t'"),
+        (normalizers.Replace(Regex(r"\d"), "0"), "what tells '1' from '0'"),
+        (normalizers.Replace(Regex("[,;]"), ""), "what tells ';' from ','"),
     ],
 )
 def test_a_lossy_tokenizer_is_refused(tmp_path: Path, normalizer: Any, lost: str) -> None:
     write_folder(tmp_path, lossy(normalizer), None, None, "</s>")
     with pytest.raises(InputError, match=f"loses {lost}"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_vocabulary_without_line_breaks_is_refused(tmp_path: Path) -> None:
+    backend = HFTokenizer(models.BPE(unk_token="<unk>"))
+    backend.train_from_iterator(["a b"] * 3, trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], show_progress=False))
+    write_folder(tmp_path, backend, None, None, "</s>")
+    with pytest.raises(InputError, match="loses line breaks"):
         Tokenizer.load(tmp_path)
 
 

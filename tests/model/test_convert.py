@@ -60,6 +60,15 @@ def test_a_saved_folder_holds_the_tokenizers_files_and_the_ends_that_are_due(tmp
     assert set(json.loads(saved)["eos_token_id"]) == {0, 2}, "the end of text, and of a turn by the template"
     model, tokenizer = load_model(base)
     assert json.loads((base / "config.json").read_text())["pad_token_id"] == 2
+    for given in ({"temperature": 0.6}, None):  # then config.json says it, as in transformers
+        (base / "generation_config.json").unlink()
+        if given is not None:
+            (base / "generation_config.json").write_text(json.dumps(given))
+        (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | {"eos_token_id": [5, 0]}))
+        read = Tokenizer.load(base)
+        assert read.end_ids == (5, 0) == read.with_tokens(["<|more|>"]).end_ids
+        save_model(model, read, tmp_path / "again")
+        assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == (given or {}) | {"eos_token_id": [5, 0, 2]}
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "other.jinja").write_text(TEMPLATE)
     save_model(model, tokenizer, base)  # such a folder may be replaced

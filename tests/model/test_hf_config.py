@@ -203,6 +203,16 @@ def test_keys_of_others_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert said.count("num_loops = 3") == 1 and "value_residual" in said and "\x1b" not in said
 
 
+def test_what_changes_greedy_answers_elsewhere_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(LLAMA)))
+    quiet = transformers.GenerationConfig(temperature=0.6, top_p=0.9, do_sample=True, eos_token_id=[0, 63], pad_token_id=5)
+    for keys in ({}, {"suppress_tokens": [3], "repetition_penalty": 1.05}):
+        (tmp_path / "generation_config.json").write_text(json.dumps(quiet.to_dict() | keys))
+        read_config(tmp_path)
+        said = capsys.readouterr().err
+        assert ("suppress_tokens = [3]" in said and "repetition_penalty = 1.05" in said) == bool(keys) == bool(said)
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("ends", [64, -1, [0, 10**30], "a", [[0]], True, {"a": 1}, [0.0]])
 def test_an_end_of_text_beyond_the_vocabulary_is_refused(name: str, ends: Any, tmp_path: Path) -> None:
@@ -276,6 +286,7 @@ PHI = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "rope_type"),
         ("gemma3_text", {"rope_local_base_freq": 5000.0}, "rope_theta once"),
+        ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "Write rope_type"),  # transformers passes over it
         ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}}, ""),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}}, "truncate"),
         ("granite", {"residual_multiplier": 0}, "residual_multiplier"),

@@ -1,6 +1,7 @@
 """Chat format of the Jinja template that a model folder brings."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,8 +22,9 @@ class TemplateFormat(ChatFormat):
     """Chat format of a Jinja template, of which nothing is known but what it writes.
 
     The ids are those that transformers' `apply_chat_template` gives. An answer begins where the text of the conversation before it, with
-    the header of a new turn, ends; where that is no beginning of the whole, it begins where the tag `generation` does. It ends with the
-    first control token that ends answers: that of a trial, the tokenizer's end of text, or one of generation_config.json.
+    the header of a new turn, ends; where that is no beginning of the whole, it begins where the tag `generation` does, or else behind the
+    same header. It ends with the first control token that ends answers: that of a trial, the tokenizer's end of text, or one of
+    generation_config.json.
 
     Args:
         template: of a folder, or `PLAIN`.
@@ -47,7 +49,9 @@ class TemplateFormat(ChatFormat):
             after = whole.text[whole.text.rindex(answer) + len(answer) :]
         except (TemplateError, ValueError):  # of use for answers all the same; training says what is wrong
             after = ""
-        if found := _pattern(tokenizer.control).search(after):
+        self._control = _pattern(tokenizer.control)
+        self._breaks = re.compile(f"{self._control.pattern}|\n")
+        if found := self._control.search(after):
             self._end, self.close = found[0], after[: found.start()]
         self._ends = _pattern({*ends, self._end} - {""})
 
@@ -154,6 +158,8 @@ class TemplateFormat(ChatFormat):
             written = self._template.render([*calls, (turns, False)], tools=tools)
         whole = written.pop()
         open_answers = [self._answer(prompt, said) for prompt, said in zip(written[::2], written[1::2], strict=True)]
+        if places and places[-1] + 1 == len(turns):
+            whole = open_answers[-1].whole  # which differs where its prompt is written in another way than earlier turns are
         out: list[Rendered] = []
         while not out or open_answers:
             there = [answer for answer in open_answers if answer.stands_in(whole)]
@@ -170,19 +176,29 @@ class TemplateFormat(ChatFormat):
     def _answer(self, prompt: Rendering, whole: Rendering) -> "_Answer":
         """The last answer of a conversation, beside what the conversation before it asks for."""
         follows = whole.text.startswith(prompt.text)
-        begin = len(prompt.text) if follows else 0
-        if whole.spans and whole.spans[-1][1] > begin:
-            begin = max(begin, whole.spans[-1][0])
-        elif not follows:
-            raise InputError(
-                "The chat template writes an answer in another way than it asks for one, so what is to be learnt cannot be told: give a "
-                "template with the tag `generation` around answers, or name another chat format."
-            )
+        begin = asked = len(prompt.text) if follows else 0
+        spans = whole.spans if follows else whole.spans[len(prompt.spans) :] or whole.spans[-1:]
+        if span := next((span for span in spans if span[1] > begin), None):
+            begin = max(begin, span[0])
+            if not follows:  # what the tag encloses may begin with the header, which the prompt has, too
+                common = len(os.path.commonprefix([prompt.text, whole.text]))
+                begin = max((found.end() for found in self._breaks.finditer(whole.text, begin, common)), default=begin)
+        elif not follows:  # earlier turns may be written in another way while they are the last: Mistral's have the system turn in them
+            headers = list(self._control.finditer(prompt.text))
+            name, header = (headers[-1][0], prompt.text[headers[-1].start() :]) if headers else ("", "")
+            at = whole.text.rfind(name)
+            if not name or prompt.text.count(name) != whole.text.count(name) or not whole.text.startswith(header, at):
+                raise InputError(
+                    "The chat template writes an answer in another way than it asks for one, so what is to be learnt cannot be told: give "
+                    "a template with the tag `generation` around answers, or name another chat format."
+                )
+            begin = asked = len(prompt.text)
+            whole = Rendering(prompt.text + whole.text[at + len(header) :], whole.mark)
         if (end := self._ends.search(whole.text, begin)) is None:
             raise InputError(
                 "The chat template ends an answer with no control token, so that a model would not learn to stop: name another chat format."
             )
-        return _Answer(begin, end.end(), whole, cuts=(len(prompt.text), begin) if follows else (begin,))
+        return _Answer(begin, end.end(), whole, cuts=(asked, begin) if asked else (begin,))
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,9 +66,13 @@ LOSSES = (
     ("a\nb", "a b", "line breaks"),
     ("a\n\nb", "a\nb", "line breaks"),
     ("a\nb", "ab", "line breaks"),
+    ("\na", "a", "line breaks at the beginning"),
+    ("a\n", "a", "line breaks at the end"),
     ("a  b", "a b", "blanks beside blanks, and so every indentation"),
     ("\u00e9", "e", "accents"),
 )
+ASCII = "\n\t" + "".join(map(chr, range(32, 127)))  # characters of which none may become another, or nothing
+UNKNOWN = "\uf8ff"  # a private-use character
 PROBE = "A mill, 12.5 stones\n\n"
 
 
@@ -103,7 +107,7 @@ class Tokenizer:
         place: name of that folder, for errors, which a server tells to strangers.
         chat_templates: Jinja texts of that folder by name, "default" first of all.
         token_names: what a chat template may call its tokens: `bos_token` and so on.
-        end_ids: tokens that end a text by the folder's generation_config.json.
+        end_ids: tokens that end a text by the folder's generation_config.json, or by its config.json where that names none.
         cuts_headers: whether its files cut a turn's header from the words after it, see `with_chat_template`.
         control: names of the control tokens; control_ids: their ids.
 
@@ -121,6 +125,12 @@ class Tokenizer:
         self._prefix = ""  # of Llama's class: where transformers puts a blank before words, whatever tokenizer.json says
         self._whole: HFTokenizer | None = None  # as other programs have it
         control = tuple(control)
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        self.max_id = max(ids, default=-1)  # of all tokens; some vocabularies have unused ids below it
+        if len(set(ids)) < len(ids):
+            raise InputError("The tokenizer gives one id to several tokens: download or save its tokenizer.json again.")
+        if self.max_id >= len(ids) + MAX_UNUSED_IDS:
+            raise InputError(f"The tokenizer has {len(ids)} tokens and an id {self.max_id}: download or save its tokenizer.json again.")
         self._backend = backend
         self._chat: HFTokenizer | None = None
         blank = any(step.get("add_prefix_space") or step["type"] == "Metaspace" for step in _steps(backend))
@@ -138,12 +148,6 @@ class Tokenizer:
         self._decoders = {step["type"] for step in decoder.get("decoders", [decoder] if decoder else [])}
         self._backend.no_padding()
         self._backend.no_truncation()
-        ids = backend.get_vocab(with_added_tokens=True).values()
-        self.max_id = max(ids, default=-1)  # of all tokens; some vocabularies have unused ids below it
-        if len(set(ids)) < len(ids):
-            raise InputError("The tokenizer gives one id to several tokens: download or save its tokenizer.json again.")
-        if self.max_id >= len(ids) + MAX_UNUSED_IDS:
-            raise InputError(f"The tokenizer has {len(ids)} tokens and an id {self.max_id}: download or save its tokenizer.json again.")
         self.control_ids = frozenset(self.special_id(name) for name in names)
         self.eos = eos
         self.eos_id = self.special_id(eos)
@@ -222,17 +226,24 @@ class Tokenizer:
             tokenizer._prefix = "never" if config.get("add_prefix_space") is False else always
         named = {k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in config.items() if k.endswith("_token")}
         tokenizer.token_names = {k: v for k, v in named.items() if isinstance(v, str)}
-        tokenizer.end_ids = tokenizer._ends()
+        ends = named_ends(tokenizer.generation_config())
+        if not ends and (about := path.with_name("config.json")).exists():  # as in transformers
+            ends = named_ends(read_untrusted_json(about))
+        tokenizer.end_ids = tuple(end for end in ends if 0 <= end <= tokenizer.max_id)
         return tokenizer
 
     def _check_losses(self, path: Path) -> None:
         """Raise `InputError` where the tokenizer drops what texts consist of: an answer could never be given back as it was."""
-        unknown = getattr(self._backend.model, "unk_token", None)
-        unknown_id = self._backend.token_to_id(unknown) if isinstance(unknown, str) else None
-        for text, other, lost in LOSSES:
-            ids = self.encode(text)
-            if ids == self.encode(other) and unknown_id not in ids:
-                raise InputError(f"{path} loses {lost}: texts would come back changed. Use a model whose tokenizer keeps every text.")
+        # what stands for a character that no vocabulary has: one token, or its bytes, of which no text below has any
+        unknown = {*self.encode(f"a{UNKNOWN}b")} - {*self.encode("a b"), *self.encode("ab")}
+        found = [lost for text, other, lost in LOSSES if (ids := self.encode(text)) == self.encode(other) and not unknown & {*ids}]
+        found += ["line breaks"] if unknown & {*self.encode("a\nb")} else []
+        seen: dict[tuple[int, ...], str] = {}
+        for character, ids in zip(ASCII, self.encode_batch([f"a{character}b" for character in ASCII]), strict=True):
+            if not unknown & {*ids} and (other := seen.setdefault(tuple(ids), character)) != character:
+                found.append(f"what tells {character!r} from {other!r}")
+        if found:
+            raise InputError(f"{path} loses {found[0]}: texts would come back changed. Use a model whose tokenizer keeps every text.")
 
     def generation_config(self) -> dict[str, Any]:
         """What the folder's generation_config.json says; nothing where it is no JSON object, which no generation here depends on."""
@@ -241,12 +252,6 @@ class Tokenizer:
         except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
-
-    def _ends(self) -> tuple[int, ...]:
-        """Ends of text that generation_config.json names, as far as there are such tokens."""
-        ends = self.generation_config().get("eos_token_id")
-        several = ends if isinstance(ends, list) else [ends]
-        return tuple(end for end in several if type(end) is int and 0 <= end <= self.max_id)
 
     def with_chat_template(self, template: str, *, cut: bool = False) -> "Tokenizer":
         """A copy whose folder says that this template is the one; for a model that is trained in another format than its folder's.
@@ -287,7 +292,9 @@ class Tokenizer:
         with TemporaryDirectory() as folder:
             for name, data in files.items():
                 write_bytes(Path(folder) / name, data)
-            return Tokenizer.load(Path(folder))
+            changed = Tokenizer.load(Path(folder))
+        changed.end_ids = self.end_ids
+        return changed
 
     def save(self, folder: Path, chat_template: str = "") -> None:
         """Write the files of the folder that it was loaded from, or, of one that was made here, those that `transformers` needs.
@@ -459,6 +466,12 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of the whole tokenizer, for caches and run folders."""
         return hashlib.blake2b(self._backend.to_str().encode(), digest_size=8).hexdigest()
+
+
+def named_ends(values: Mapping[str, Any]) -> list[int]:
+    """Ids that a config.json or generation_config.json names as ends of text."""
+    ends = values.get("eos_token_id")
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:

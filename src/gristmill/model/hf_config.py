@@ -47,6 +47,11 @@ _HARMLESS = re.compile(
     r"|(min|max)_(length|new_tokens)|num_beams|num_beam_groups|num_return_sequences|.*_penalty|.*no_repeat_ngram_size|bad_words_ids"
     r"|remove_invalid_values|(begin_)?suppress_tokens|cache_implementation"
 )
+# Keys of generation_config.json that are read, that only say how to draw where nobody else does, or that say nothing about an answer.
+_SAMPLING = re.compile(
+    r"_.*|(?!forced).*_token_ids?|do_sample|temperature|(top|min)_[kp]|max_(length|new_tokens)|(output|return)_.*|use_cache"
+    r"|transformers_version|cache_.*|.*assistant.*|(length|diversity)_penalty|early_stopping|target_lookbehind|chat_format"
+)
 # Words in the names of keys by which other architectures change the forward pass, those of tomorrow included.
 _CHANGES = re.compile(
     r"multiplier|scal(e|ing|ar)|soft_?cap|logits?_cap|(^|_)qk_|qk_?(layer_?)?norm|clip|alibi|(^|_)mup|expert|(^|_)moe(_|$)|no_rope|nope|xpos"
@@ -74,18 +79,25 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     _check_ends(hf, path, config.vocab_size)
     generation = folder / "generation_config.json"
     if generation.exists():
-        _check_ends(read_untrusted_json(generation), generation, config.vocab_size)
+        said = read_untrusted_json(generation)
+        _check_ends(said, generation, config.vocab_size)
+        unread = [key for key in said if not _SAMPLING.fullmatch(key) and not _is_neutral(key, said[key]) and said[key] != 1]
+        _warn_of(generation, said, unread, "says")
     scaling = config.rope_scaling
     if scaling is not None and scaling.extended_max_positions > config.max_positions:
         _warn(
             f"{path} is read with a context of {config.max_positions:,} of {scaling.extended_max_positions:,} tokens: in longer texts "
             "longrope rotates all tokens by other angles."
         )
-    if unknown := unknown_keys(hf, config):
-        some = ", ".join(f"{quoted(key)[1:-1]} = {quoted(hf[key])}" for key in unknown[:5])
-        more = f", and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        _warn(f"{path} has keys that are not read, and that may change what the model computes: {some}{more}.")
+    _warn_of(path, hf, unknown_keys(hf, config), "computes")
     return hf, config
+
+
+def _warn_of(path: Path, values: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
+    if keys:
+        some = ", ".join(f"{quoted(key)[1:-1]} = {quoted(values[key])}" for key in keys[:5])
+        more = f", and {len(keys) - 5} more" if len(keys) > 5 else ""
+        _warn(f"{path} has keys that are not read, and that may change what the model {what}: {some}{more}.")
 
 
 @cache
@@ -162,6 +174,9 @@ def _rope_from_hf(hf: Mapping[str, Any], family: str, max_positions: int) -> dic
             raise InputError(
                 f"Give rope_parameters of {family} for full_attention and sliding_attention, not {quoted(sorted(strange)[0])}."
             )
+        if "type" in old and "rope_type" not in old and old["type"] != "default":
+            # transformers took this name once, and passes over it here since version 5
+            raise InputError(f"Write rope_type in place of type in rope_scaling of {family}: programs read it differently.")
         full, local = mapping_of(new, "full_attention"), mapping_of(new, "sliding_attention")
         theta, scaling = read_rope(full | old, hf, max_positions, kinds=kinds, theta=given, default_theta=parts.default_rope_theta)
         given = value_of(hf, "rope_local_base_freq") if "rope_local_base_freq" in hf else None

@@ -19,7 +19,7 @@ from gristmill.core.io import disk_errors, make_folder, sync, write_json
 from gristmill.core.tensors import write_tensors
 from gristmill.data.find_format import guess_format, matching_formats
 from gristmill.data.rows import ATTRIBUTES
-from gristmill.data.tokenizer import FILES, TEMPLATES, Tokenizer
+from gristmill.data.tokenizer import FILES, TEMPLATES, Tokenizer, named_ends
 from gristmill.model.config import ModelConfig
 from gristmill.model.guard import GuardModel
 from gristmill.model.hf import INDEX_FILE, SINGLE_FILE, check_vocabulary
@@ -125,13 +125,13 @@ def save_folder(
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """What tells other programs where to stop; None where the tokenizer's own file says all that is due."""
     given = tokenizer.generation_config()
-    ends = [tokenizer.eos_id]
+    ends = [*tokenizer.end_ids, tokenizer.eos_id]
     if tokenizer.chat_templates:
         with suppress(InputError):  # a template that cannot be used has no end of its own
             ends.append(guess_format(tokenizer).end_of_turn_id(tokenizer))
-    if given and set(ends) <= set(tokenizer.end_ids):
+    if set(ends) <= set(named_ends(given)):
         return None
-    ends = list(dict.fromkeys([*tokenizer.end_ids, *ends]))
+    ends = list(dict.fromkeys(ends))
     return given | {"eos_token_id": ends if tokenizer.chat_templates or len(ends) > 1 else ends[0]}
 
 
