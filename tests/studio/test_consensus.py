@@ -41,9 +41,10 @@ def test_all_attributes_count_in_agreement_and_helpfulness_breaks_the_tie() -> N
     assert found.used == (0, 1, 3)
 
 
-def test_two_answers_give_their_mean_and_one_gives_nothing() -> None:
+def test_fewer_than_three_answers_give_their_mean() -> None:
     assert rating_consensus(answers(helpfulness=[1, 2])).rounded["helpfulness"] == 1.5
-    assert rating_consensus(answers(helpfulness=[1])).state == TOO_FEW
+    assert rating_consensus(answers(helpfulness=[1])).rounded["helpfulness"] == 1
+    assert rating_consensus([]).state == preference_consensus([]).state == TOO_FEW
 
 
 def test_who_differs_by_more_than_two_asks_for_more() -> None:

@@ -26,7 +26,7 @@ class Consensus:
         rounded: the same as whole numbers (half up), where three were used.
         spread: range of helpfulness, or of the preference, over those.
         used: their places among the answers.
-        state: "labeled"; "split" where they still differ by more than 2, or say "neither"; "too few" where fewer than two answered.
+        state: "labeled"; "split" where they still differ by more than 2, or say "neither"; "too few" without an answer.
     """
 
     values: dict[str, float]
@@ -46,11 +46,11 @@ def rating_consensus(answers: Sequence[Mapping[str, Any]]) -> Consensus:
     """Label of a rated answer: the mean of the three who agree most, of answers in the order in which they came.
 
     That triple has the least sum of absolute differences over pairs and attributes; then the smaller range of helpfulness; then the
-    earlier answers. Two answers give their mean.
+    earlier answers. Fewer than three give their mean, unrounded: who asks for one person only takes that one's word.
     """
-    if len(answers) < 2:
-        return Consensus({}, {}, 0.0, tuple(range(len(answers))), TOO_FEW)
-    triples = list(combinations(range(len(answers)), 3)) or [(0, 1)]
+    if not answers:
+        return Consensus({}, {}, 0.0, (), TOO_FEW)
+    triples: list[tuple[int, ...]] = [*combinations(range(len(answers)), 3)] or [tuple(range(len(answers)))]
     used = min(triples, key=lambda t: (sum(_difference(answers[i], answers[j]) for i, j in combinations(t, 2)), _range(answers, t), t))
     means = {name: sum(answers[i][name] for i in used) / len(used) for name in ATTRIBUTES}
     spread = _range(answers, used)
@@ -63,14 +63,14 @@ def preference_consensus(answers: Sequence[Mapping[str, Any]]) -> Consensus:
 
     Split where they spread over more than 2, or where any two of three say that neither answer is acceptable.
     """
-    if len(answers) < 2:
-        return Consensus({}, {}, 0.0, tuple(range(len(answers))), TOO_FEW)
+    if not answers:
+        return Consensus({}, {}, 0.0, (), TOO_FEW)
     neither = [bool(answer.get(NEITHER)) for answer in answers]
     places = [i for i, is_neither in enumerate(neither) if not is_neither]
-    if sum(neither) * 3 >= len(answers) * 2 or len(places) < 2:
+    if sum(neither) * 3 >= len(answers) * 2 or not places:
         return Consensus({}, {}, 0.0, tuple(places), SPLIT)
     strengths = {i: answers[i]["preference"] for i in places}
-    triples = list(combinations(places, 3)) or [tuple(places)]
+    triples: list[tuple[int, ...]] = [*combinations(places, 3)] or [tuple(places)]
     used = min(triples, key=lambda t: (sum(abs(strengths[i] - strengths[j]) for i, j in combinations(t, 2)), t))
     mean = sum(strengths[i] for i in used) / len(used)
     spread = max(strengths[i] for i in used) - min(strengths[i] for i in used)

@@ -157,7 +157,7 @@ def dawid_skene(ratings: Ratings, num_values: int) -> DawidSkene:
         confusion_JKK /= confusion_JKK.sum(2, keepdims=True)
         right_J = np.einsum("nk,njk->j", truth_NK, votes_NJK) + SMOOTHING
         right_J /= votes_NJK.sum((0, 2)) + SMOOTHING * num_values
-        for person in np.flatnonzero(few_J):
+        for person in np.flatnonzero(few_J).tolist():
             wrong = (1 - right_J[person]) / max(1, num_values - 1)
             confusion_JKK[person] = np.eye(num_values) * (right_J[person] - wrong) + wrong
         score_NK = np.log(prior_K + 1e-300) + np.einsum("njl,jkl->nk", votes_NJK, np.log(confusion_JKK + 1e-300))
