@@ -55,13 +55,13 @@ class NewItem:
 
     Attributes:
         row_ids: of the row that is rated, or of both that are compared.
-        places: where they were found: file and row number.
+        places: where they were found: file, row number and a hash of what they say.
         prompt: what items of one prompt share.
         why: why it was chosen.
     """
 
     row_ids: tuple[str, ...]
-    places: tuple[tuple[str, int], ...]
+    places: tuple[tuple[str, int, str], ...]
     prompt: str
     task: str
     excerpt: str = ""
@@ -429,6 +429,11 @@ class Store:
         if found is None:
             raise Refused(404, "This item is gone.")
         return found
+
+    def may_see(self, person: Person, item: str) -> bool:
+        """Whether a person holds an item or has answered it; who settles disputes may see all."""
+        sql = "select 1 as yes from lease where item = ? and person = ? union select 1 from answer where item = ? and person = ?"
+        return person.role in (OWNER, EXPERT) or bool(self.database.read(lambda t: t.all(sql, item, person.id, item, person.id)))
 
     def progress(self, project: str, person: Person) -> dict[str, int]:
         """How far a person is: items answered, skipped, and those that they hold."""
