@@ -27,6 +27,7 @@ LAYERS = [
     {"judge"},
     {"evaluate", "miniature", "curate"},
     {"workflows", "server", "report"},
+    {"studio"},
     {"api"},
     {"cli"},
     {"__main__"},
@@ -40,6 +41,7 @@ NEVER = {
     "evaluate": {"train", "engine.engine"},
     "miniature": {"train", "engine", "model.transformer"},  # the world is data
     "report": {"train", "engine"},  # a page is made from the run's files alone
+    "studio": {"train", "engine", "server"},  # it shows files, and opens at once
 }
 
 # The untrusted-code helper starts with no site-packages; see sandbox/zygote.py.

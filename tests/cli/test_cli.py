@@ -63,13 +63,14 @@ SURFACE = {
     "--max-batch --cache-tokens --step-tokens --speculative-config --enable-lora --lora-modules --max-loras --max-lora-rank "
     "--lora-folder --dtype --quantize --head --cache --device --format",
     "rl": "RECIPE --out -o --model --seed --steps --threads --device --unsafe-code --quiet -q --json",
+    "studio": "FOLDER --port --host --url --database --export",
     "synth": "RECIPE --out -o --dry-run --limit --retry-failed --device --unsafe-code --quiet -q --json",
     "curate": "RECIPE --input -i --out -o --workers --executor --explain --quiet -q --json",
     "blend": "RECIPE --out -o --workers --quiet -q --json",
     "quality": "KIND --positive --out -o --negative --json",
     "rows": "ACTION NAME --folder --json",
 }
-PRINTS_NO_RESULT = {"chat", "init", "serve"}  # a conversation, a file, and a server
+PRINTS_NO_RESULT = {"chat", "init", "serve", "studio"}  # a conversation, a file, and servers
 HEAVY = ("torch", "numpy", "pyarrow", "matplotlib", "tensorboard", "transformers", "tokenizers", "safetensors", "rich.progress", "yaml")
 IMPORT_SECONDS = 0.8  # of the processor; torch alone takes more
 

@@ -25,7 +25,7 @@ GROUPS = {
     "Whole runs": ("run", "rl", "synth", "curate", "blend", "pretrain", "plan", "claims", "init"),
     "Look at runs": ("status", "report", "answers", "compare", "rows"),
     "Single steps": ("train", "merge", "quality", "quantize", "add-chat-tokens", "generate", "score", "eval", "judge", "safety"),
-    "Talk and serve": ("chat", "serve"),
+    "Talk and serve": ("chat", "serve", "studio"),
 }
 
 

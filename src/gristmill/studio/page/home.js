@@ -1,0 +1,123 @@
+// The first screen: projects, a new one, exports; and the people who may come in.
+
+import { html, useEffect, useState } from "./vendor/preact-htm.js";
+import { api } from "./api.js";
+import { Short } from "./text.js";
+
+const EXPORTS = ["rated.parquet", "ratings.jsonl", "pairs.parquet", "preference.jsonl"];
+
+function Project({ project, role, changed }) {
+  const [text, setText] = useState(null);
+  const [error, setError] = useState("");
+  const works = role !== "reader";
+  const looks = role !== "annotator";
+  const save = async () => {
+    try {
+      await api("POST", `/projects/${project.id}/guideline`, { guideline: text });
+      setText(null);
+      changed();
+    } catch (e) {
+      setError(e.message);
+    }
+  };
+  return html`<li class="card project">
+    <h2>${project.name}</h2>
+    <p class="soft">${project.kind === "rate" ? "Rate answers on five attributes" : "Compare two answers"}${looks ? html`, of <code><${Short} text=${project.source} /></code>; each needs ${project.need}` : ""}</p>
+    <div class="progress"><progress max=${project.items} value=${project.closed} aria-label=${`Progress of ${project.name}`}></progress><span>${project.closed.toLocaleString("en")} of ${project.items.toLocaleString("en")} done${project.split ? `, ${project.split} in dispute` : ""}</span></div>
+    <div class="buttons">
+      ${works && html`<a class="button primary" href=${`#/work/${project.id}`}>${project.kind === "rate" ? "Rate" : "Compare"}<span class="away"> in ${project.name}</span></a>`}
+      ${looks && html`<a class="button" href=${`#/agreement/${project.id}`}>Agreement<span class="away"> on ${project.name}</span></a>`}
+      ${role === "owner" && text === null && html`<button onClick=${() => setText(project.guideline_text)}>Guideline, version ${project.guideline}</button>`}
+    </div>
+    ${text !== null && html`<label class="reason">Guideline: answers name the version that they were given by<textarea rows="6" value=${text} onInput=${(e) => setText(e.target.value)}></textarea></label>
+      <div class="buttons"><button class="primary" onClick=${save}>Save as version ${project.guideline + 1}</button><button onClick=${() => setText(null)}>Leave it</button></div><p class="bad">${error}</p>`}
+  </li>`;
+}
+
+function NewProject({ changed, open }) {
+  const [sources, setSources] = useState(null);
+  const [draft, setDraft] = useState({ kind: "rate", num: 50, need: 1, guideline: "", name: "" });
+  const [error, setError] = useState("");
+  const [busy, setBusy] = useState(false);
+  useEffect(() => {
+    api("GET", "/sources").then(setSources, (e) => setError(e.message));
+  }, []);
+  const set = (name) => (e) => setDraft({ ...draft, [name]: e.target.type === "number" ? Number(e.target.value) : e.target.value });
+  const names = sources ? sources.of_kind[draft.kind] : [];
+  const source = names.includes(draft.source) ? draft.source : names[0] || "";
+  const create = async (event) => {
+    event.preventDefault();
+    setBusy(true);
+    try {
+      await api("POST", "/projects", { ...draft, source });
+      setError("");
+      setDraft({ ...draft, name: "" });
+      changed();
+    } catch (e) {
+      setError(e.message);
+    }
+    setBusy(false);
+  };
+  return html`<details class="card" open=${open}><summary>New project</summary>
+    <form class="grid" onSubmit=${create}>
+      <label>People are asked to <select value=${draft.kind} onChange=${set("kind")}><option value="rate">rate answers on five attributes</option><option value="pair">compare two answers</option></select></label>
+      <label>Rows of <select value=${source} onChange=${set("source")}>${names.map((name) => html`<option value=${name}>${name}</option>`)}</select></label>
+      <label>Prompts, drawn at random <input type="number" min="1" max="100000" required value=${draft.num} onInput=${set("num")} /></label>
+      <label>People an item needs <input type="number" min="1" max="25" required value=${draft.need} onInput=${set("need")} /></label>
+      <label>Name, which everybody sees <input type="text" maxlength="80" value=${draft.name} onInput=${set("name")} placeholder=${draft.kind === "rate" ? "Ratings" : "Comparisons"} /></label>
+      <label class="full">Guideline <textarea rows="3" value=${draft.guideline} onInput=${set("guideline")}></textarea></label>
+      <div class="buttons full"><button class="primary" type="submit" disabled=${busy || !source}>${busy ? "Making it \u2026" : "Make the project"}</button><span class="bad" role="status">${error || (sources && !names.length ? "There are no such rows here." : "")}</span></div>
+    </form></details>`;
+}
+
+export function Home({ me, projects, changed }) {
+  useEffect(() => {
+    document.title = "Studio";
+  }, []);
+  return html`<div class="home">
+    <h1>Projects</h1>
+    ${!projects && html`<p class="soft">Loading \u2026</p>`}
+    ${projects && !projects.length && html`<p class="soft">There is no project yet.${me.role === "owner" ? " Make one: a random sample of a run's answers, for you or for others." : " The owner of this studio makes one."}</p>`}
+    <ul class="projects">${(projects || []).map((project) => html`<${Project} key=${project.id} project=${project} role=${me.role} changed=${changed} />`)}</ul>
+    ${me.role === "owner" && projects && html`<${NewProject} changed=${changed} open=${!projects.length} />`}
+    ${me.role === "owner" &&
+    projects &&
+    projects.length > 0 &&
+    html`<section class="card"><h2>What people said, as files</h2><p class="soft">The first and the third are what <code>gristmill train reward</code> and <code>train rpo</code> read.</p>
+      <div class="buttons">${EXPORTS.map((name) => html`<a class="button" href=${`/studio/api/export/${name}`} download>${name}</a>`)}</div></section>`}
+  </div>`;
+}
+
+export function People() {
+  const [people, setPeople] = useState(null);
+  const [role, setRole] = useState("annotator");
+  const [link, setLink] = useState("");
+  const [error, setError] = useState("");
+  const load = () => api("GET", "/people").then((said) => setPeople(said.people), (e) => setError(e.message));
+  useEffect(() => {
+    document.title = "People - Studio";
+    load();
+  }, []);
+  const invite = async () => {
+    try {
+      const { token } = await api("POST", "/invitations", { role });
+      setLink(`${location.origin}/#invite=${token}`);
+    } catch (e) {
+      setError(e.message);
+    }
+  };
+  const remove = async (person) => {
+    if (!confirm(`Remove ${person.name}? Their answers stay, under ${person.pseudonym}.`)) return;
+    await api("DELETE", `/people/${person.id}`).catch((e) => setError(e.message));
+    load();
+  };
+  return html`<div class="people"><h1>People</h1>
+    <p class="bad" role="status">${error}</p>
+    <div class="wide"><table><thead><tr><th scope="col">name</th><th scope="col">in exports</th><th scope="col">role</th><th scope="col" class="num">items answered</th><th scope="col"><span class="away">remove</span></th></tr></thead>
+    <tbody>${(people || []).map((p) => html`<tr key=${p.id}><th scope="row"><${Short} text=${p.name} /></th><td>${p.pseudonym}</td><td>${p.role}</td><td class="num">${p.answers}</td><td>${p.role !== "owner" && html`<button onClick=${() => remove(p)}>Remove<span class="away"> ${p.name}</span></button>`}</td></tr>`)}</tbody></table></div>
+    <section class="card"><h2>Invite</h2>
+      <div class="bar"><label>As <select value=${role} onChange=${(e) => setRole(e.target.value)}><option value="annotator">annotator: own queue only</option><option value="expert">expert: settles, sees agreement and rows</option><option value="reader">reader: sees agreement and rows</option></select></label><button onClick=${invite}>Make a link</button></div>
+      ${link && html`<p>Send this link to one person: it works once, for seven days.</p><p><code class="link-text">${link}</code></p>`}
+      ${link && /127\.0\.0\.1|localhost/.test(location.hostname) && html`<p class="soft">This address is of this machine alone: start the studio with --host and --url for people elsewhere.</p>`}
+    </section></div>`;
+}

@@ -1,0 +1,149 @@
+"""Access of the studio: roles of every route, passwords and tokens, limits on tries, and the headers of every answer.
+
+Texts on the pages were written by models, and by people who attack models. So no page may run or load anything but its own files.
+"""
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections import defaultdict, deque
+from urllib.parse import urlsplit
+
+from gristmill.core.errors import InputError
+from gristmill.studio.store import ANNOTATOR, EXPERT, OWNER, READER, ROLES
+
+ANYBODY = "anybody"
+WORKERS = frozenset({OWNER, EXPERT, ANNOTATOR})
+EVERYONE = frozenset(ROLES)
+LOOKERS = frozenset({OWNER, EXPERT, READER})
+EXPERTS = frozenset({OWNER, EXPERT})
+OWNERS = frozenset({OWNER})
+# Who may do what: the one place that says it. `None`: also who has not logged in.
+ROUTES: dict[tuple[str, str], frozenset[str] | None] = {
+    ("POST", "/session"): None,
+    ("DELETE", "/session"): EVERYONE,
+    ("GET", "/me"): None,
+    ("GET", "/projects"): EVERYONE,
+    ("POST", "/projects"): OWNERS,
+    ("POST", "/projects/{project}/guideline"): OWNERS,
+    ("GET", "/queue"): WORKERS,
+    ("POST", "/answers"): WORKERS,
+    ("POST", "/flags"): WORKERS,
+    ("POST", "/leases/renew"): WORKERS,
+    ("GET", "/items/{item}/text"): WORKERS,
+    ("GET", "/items/{item}"): EXPERTS,
+    ("POST", "/items/{item}/resolve"): EXPERTS,
+    ("GET", "/progress/{project}"): EVERYONE,
+    ("GET", "/statistics/{project}"): LOOKERS,
+    ("GET", "/sources"): LOOKERS,
+    ("GET", "/rows"): LOOKERS,
+    ("GET", "/row"): LOOKERS,
+    ("GET", "/row/text"): LOOKERS,
+    ("GET", "/row/lineage"): LOOKERS,
+    ("GET", "/people"): OWNERS,
+    ("POST", "/invitations"): OWNERS,
+    ("DELETE", "/people/{person}"): OWNERS,
+    ("GET", "/events"): EVERYONE,
+    ("GET", "/export/{name}"): OWNERS,
+}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+COOKIE = "gristmill-studio"
+SESSION_SECONDS, INVITATION_SECONDS = 12 * 3600.0, 7 * 86400.0
+MAX_TRIES, TRY_SECONDS = 10, 900.0
+MIN_PASSWORD_CHARS, MAX_PASSWORD_CHARS = 10, 200
+SCRYPT = {"n": 1 << 15, "r": 8, "p": 1, "maxmem": 64 << 20, "dklen": 32}
+
+
+def new_token() -> str:
+    """A random token that nobody guesses."""
+    return secrets.token_urlsafe(24)
+
+
+def key_of(token: str) -> str:
+    """What is stored of a token: a database that is read gives nobody a way in."""
+    return hashlib.sha256(token.encode(errors="replace")).hexdigest()
+
+
+def hash_password(password: str) -> str:
+    """scrypt hash of a password with a salt of its own.
+
+    Raises:
+        InputError: it is too short or too long.
+    """
+    if not MIN_PASSWORD_CHARS <= len(password) <= MAX_PASSWORD_CHARS:
+        raise InputError(f"A password needs from {MIN_PASSWORD_CHARS} to {MAX_PASSWORD_CHARS} characters.")
+    salt = secrets.token_bytes(16)
+    return f"{salt.hex()}${_scrypt(password, salt).hex()}"
+
+
+def check_password(password: str, secret: str) -> bool:
+    """Whether a password is the one of a hash. It takes as long where there is no hash, so that time tells no names."""
+    salt, _, wanted = secret.partition("$")
+    found = _scrypt(password[:MAX_PASSWORD_CHARS], bytes.fromhex(salt) if wanted else bytes(16)).hex()
+    return hmac.compare_digest(found, wanted)
+
+
+def _scrypt(password: str, salt: bytes) -> bytes:
+    return hashlib.scrypt(password.encode(errors="replace"), salt=salt, **SCRYPT)
+
+
+class Tries:
+    """Limit on wrong passwords and tokens: so many of a name, and of an address, in a quarter of an hour."""
+
+    def __init__(self) -> None:
+        self._failed: dict[str, deque[float]] = defaultdict(deque)
+
+    def allowed(self, *keys: str) -> bool:
+        """Whether another try may be made."""
+        return all(len(self._recent(key)) < MAX_TRIES for key in keys)
+
+    def fail(self, *keys: str) -> None:
+        """Count a wrong try."""
+        for key in keys:
+            self._recent(key)
+            self._failed[key].append(time.monotonic())
+        for key in [key for key, times in self._failed.items() if times[-1] < time.monotonic() - TRY_SECONDS]:
+            del self._failed[key]
+
+    def _recent(self, key: str) -> deque[float]:
+        times = self._failed.get(key) or deque()
+        while times and times[0] < time.monotonic() - TRY_SECONDS:
+            times.popleft()
+        return times
+
+
+def origins_of(host: str, port: int, url: str) -> tuple[frozenset[str], str]:
+    """Origins that people's browsers have, and the first of them, which is printed.
+
+    Args:
+        url: by which others reach the server; "" where nobody but this machine does.
+
+    Raises:
+        InputError: the URL is none, or is needed and missing.
+    """
+    local = [f"http://{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")]
+    if url:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+            raise InputError(f"--url {url} is no address of a server: give it as https://studio.example.org, without a path.")
+        origin = f"{parts.scheme}://{parts.netloc.lower()}"
+        return frozenset({origin, *local}), origin
+    if host in ("127.0.0.1", "localhost", "::1"):
+        return frozenset(local), local[0]
+    if host in ("0.0.0.0", "::", ""):
+        raise InputError(
+            f"--host {host or repr(host)} needs --url too: the address that people's browsers ask, as http://mill.local:{port}."
+        )
+    origin = f"http://{f'[{host}]' if ':' in host else host.lower()}:{port}"
+    return frozenset({origin, *local}), origin

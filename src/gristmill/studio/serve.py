@@ -1,0 +1,105 @@
+"""Studio entry point, `gristmill studio`: a run or a folder of rows, opened for people until interrupted."""
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+
+from gristmill.core.echo import echo
+from gristmill.core.errors import InputError
+from gristmill.core.untrusted import quoted_path
+from gristmill.studio import export as exports
+from gristmill.studio.app import Studio
+from gristmill.studio.database import Database
+from gristmill.studio.security import key_of, new_token, origins_of
+from gristmill.studio.sources import FOLDER, Sources
+from gristmill.studio.store import Store
+
+SHUTDOWN_SECONDS = 10.0  # that requests under way may take
+SCHEMES = ("postgresql://", "postgres://")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudioArgs:
+    """Studio arguments: the address, and where people's answers are kept.
+
+    Attributes:
+        url: by which people's browsers reach it, where that is not host and port.
+        database: a folder of a local disk, or the URL of a PostgreSQL database; "": the folder `studio` in the run's.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8600
+    url: str = ""
+    database: str = ""
+
+
+def open_store(folder: Path, database: str = "") -> tuple[Store, Sources]:
+    """The rows of a folder and the answers that people have given about them.
+
+    Raises:
+        InputError: the folder holds no rows, or the database cannot be used.
+    """
+    postgres = database.startswith(SCHEMES)
+    place = Path(database) if database and not postgres else folder / FOLDER
+    sources = Sources(folder, place / "cache")
+    return Store(Database(database if postgres else place)), sources
+
+
+def write_exports(folder: Path, database: str, out: Path) -> dict[str, int]:
+    """Write people's answers as files of rows; returns their numbers of rows.
+
+    Raises:
+        InputError: as `open_store`, or a file cannot be written.
+    """
+    store, sources = open_store(folder, database)
+    try:
+        return exports.export(store, sources, out)
+    finally:
+        store.database.close()
+
+
+def serve(folder: Path, args: StudioArgs) -> None:
+    """Open a folder for people until interrupted. Prints the owner's link when it is ready.
+
+    Raises:
+        InputError: the folder holds no rows, the database or the address cannot be used.
+    """
+    origins_of(args.host, args.port, args.url)
+    store, sources = open_store(folder, args.database)
+    try:
+        try:
+            listening = socket.create_server((args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET)
+        except (OSError, OverflowError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise InputError(f"Nothing can listen at {args.host}:{args.port} ({reason}): choose another --host or --port.") from e
+        origins, origin = origins_of(args.host, listening.getsockname()[1], args.url)
+        token = new_token()
+        studio = Studio(store, sources, origins, secure=origin.startswith("https:"), owner_key=key_of(token))
+
+        def ready() -> None:
+            echo(f"{quoted_path(folder)} is open at {origin}/#token={token}")
+            echo("The link lets its owner in, once; others are invited on the page. Ctrl-C ends the studio, answers are kept.", err=True)
+
+        asyncio.run(_listen(studio, listening, ready))
+    finally:
+        store.database.close()
+
+
+async def _listen(studio: Studio, listening: socket.socket, ready: Callable[[], None]) -> None:
+    """Answer requests until SIGINT or SIGTERM, and then those that are under way."""
+    end = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, end.set)
+    runner = web.AppRunner(studio.app(), access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, listening).start()
+        ready()
+        await end.wait()
+    finally:
+        await runner.cleanup()

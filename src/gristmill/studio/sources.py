@@ -1,0 +1,341 @@
+"""Row sources: the typed rows of a run's stages, or of the files in a folder, read by page.
+
+A file is expanded once into an uncompressed Arrow file in the studio's folder. It is memory-mapped, so that a page of 50 rows costs the
+same wherever it lies, and filters and orders are computed over whole columns.
+"""
+
+import hashlib
+import json
+import random
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gristmill.core.errors import InputError
+from gristmill.core.io import make_folder, replacing, state
+from gristmill.data.parquet import Expansion, ParquetReader, max_held_bytes
+from gristmill.data.readers import read_demonstrations, read_pairs, read_prompts, read_ratings
+from gristmill.data.rows import ATTRIBUTES, Response, make_id, read_records, read_rows, write_rows
+from gristmill.runs.artifacts import ALL, Artifact
+from gristmill.runs.reader import read_run
+from gristmill.runs.run_dir import RECIPE
+from gristmill.studio.filters import fields_of, is_plain, mask
+from gristmill.studio.store import NewItem, Refused
+from gristmill.studio.tasks import PAIR, RATE, clean
+
+MAX_TEXT_CHARS = 20_000  # of a text that is sent at once
+EXCERPT_CHARS = 200
+MAX_PAGE = 200
+MAX_ORDERS = 8  # filtered or sorted, that are kept
+BATCH_ROWS = 1 << 14
+FOLDER = "studio"  # in the run's
+RESPONSES, PAIRS, RATED, DEMONSTRATIONS, PROMPTS, OTHER = "responses", "pairs", "rated", "demonstrations", "prompts", "other"
+KIND_OF_ROW = {"Response": RESPONSES, "Pair": PAIRS, "Rated": RATED, "Demonstration": DEMONSTRATIONS, "Prompt": PROMPTS}
+OF_KIND = {RATE: (RESPONSES, RATED, DEMONSTRATIONS), PAIR: (RESPONSES, PAIRS)}  # what a project can be made of
+FACTS = (
+    *("task", "generator", "origin", "temperature", "judge", "score", "verified", "good", "finished", "votes", "num_tokens", "logprob"),
+    *("chosen_reward", "rejected_reward", "reason"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of rows.
+
+    Attributes:
+        name: by which it is asked for: its path in the folder.
+        kind: of its rows.
+        stage: that wrote it; "" outside of runs.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    stage: str
+
+
+class Sources:
+    """The rows of a run or of a folder of files."""
+
+    def __init__(self, folder: Path, cache: Path):
+        self.folder, self.cache = folder, cache
+        self.is_run = (folder / RECIPE).is_file()
+        self._guard = threading.RLock()
+        self._tables: dict[str, pa.Table] = {}
+        self._orders: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
+        self.all()
+
+    def all(self) -> list[Source]:
+        """All sources, in the order of their stages.
+
+        Raises:
+            InputError: the folder holds none.
+        """
+        found = list(self._of_run() if self.is_run else self._of_folder())
+        if not found and not self.is_run:
+            raise InputError(f"{self.folder} holds neither a run nor .parquet or .jsonl files with rows: give the folder of one.")
+        return found
+
+    def _of_run(self) -> Iterator[Source]:
+        for stage in read_run(self.folder).stages:
+            for file in stage.get("artifacts", ()):
+                artifact = ALL.get(file)
+                path = self.folder / stage["folder"] / file
+                if isinstance(artifact, Artifact) and path.is_file():
+                    yield Source(f"{stage['folder']}/{file}", path, KIND_OF_ROW.get(artifact.row.__name__, OTHER), stage["folder"])
+
+    def _of_folder(self) -> Iterator[Source]:
+        if not self.folder.is_dir():
+            return
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix in (".parquet", ".jsonl", ".json") and path.is_file():
+                yield Source(path.name, path, "", "")
+
+    def source(self, name: str) -> Source:
+        """A source by its name.
+
+        Raises:
+            Refused: there is none.
+        """
+        found = next((source for source in self.all() if source.name == name), None)
+        if found is None:
+            raise Refused(404, "There is no such file of rows here any more: choose another.")
+        return found
+
+    def table(self, source: Source) -> tuple[pa.Table, str]:
+        """The rows of a source as a memory-mapped table, and their kind.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        key = make_id(*state(source.path), "2")
+        with self._guard:
+            if key not in self._tables:
+                path = self.cache / f"{key}.arrow"
+                if not path.is_file():
+                    self._expand(source, path)
+                mapped = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+                self._tables[key] = mapped
+            table = self._tables[key]
+        return table, (table.schema.metadata or {}).get(b"kind", b"other").decode()
+
+    def _expand(self, source: Source, target: Path) -> None:
+        make_folder(target.parent)
+        path, kind, made = source.path, source.kind, None
+        if not kind:
+            kind, rows = _read_users(path)
+            path = made = target.with_suffix(".parquet")
+            write_rows(path, rows)
+        try:
+            with ParquetReader(path, max_held_bytes(path.stat().st_size)) as file, replacing(target) as temporary:
+                schema = file.schema.with_metadata({"kind": kind})
+                with pa.OSFile(str(temporary), "wb") as out, pa.ipc.new_file(out, schema) as writer:
+                    for group in range(file.facts.num_row_groups):
+                        for batch in file.coded_batches(group, BATCH_ROWS):
+                            writer.write_batch(batch.cast(schema))
+        except (pa.ArrowException, Expansion, OSError) as e:
+            raise InputError(f"{source.path} cannot be read as Parquet ({type(e).__name__}): write or download it again.") from e
+        finally:
+            pa.default_memory_pool().release_unused()
+            if made is not None:
+                made.unlink(missing_ok=True)
+
+    def page(self, name: str, *, filter: str = "", sort: str = "", after: int = -1, num: int = 50) -> dict[str, Any]:
+        """A page of rows, those after a row's number in the order; with how many there are, and the names for filters and orders.
+
+        Args:
+            sort: a column's name, with "-" before it for the largest first; "" for the file's order.
+        """
+        source = self.source(name)
+        table, kind = self.table(source)
+        key = (source.name, id(table), filter, sort)
+        with self._guard:
+            order = self._orders.get(key)
+            if order is None:
+                self._orders[key] = order = _order(table, filter, sort)
+                while len(self._orders) > MAX_ORDERS:
+                    self._orders.popitem(last=False)
+            self._orders.move_to_end(key)
+        begin = 0
+        if after >= 0:
+            begin = int(np.searchsorted(order, after, "right")) if not sort else int(np.argmax(order == after)) + 1
+        places = order[begin : begin + max(1, min(num, MAX_PAGE))].tolist()
+        rows = [_brief(table, kind, place) for place in places]
+        return {"kind": kind, "total": len(order), "rows": rows, "fields": fields_of(table), "more": begin + len(places) < len(order)}
+
+    def row(self, name: str, place: int) -> dict[str, Any]:
+        """A row for reading: turns, answers and facts.
+
+        Raises:
+            Refused: it is gone.
+        """
+        table, kind = self.table(self.source(name))
+        if not 0 <= place < table.num_rows:
+            raise Refused(404, "This row is gone.")
+        return view(_record(table, place), kind) | {"source": name, "place": place}
+
+    def siblings(self, name: str, place: int) -> list[dict[str, Any]]:
+        """The other answers to the prompt of an answer, in the same file."""
+        table, kind = self.table(self.source(name))
+        if kind != RESPONSES:
+            return []
+        prompt = table.column("prompt")[place]
+        places = pc.indices_nonzero(pc.equal(table.column("prompt"), prompt)).to_pylist()
+        return [view(_record(table, other), kind) | {"source": name, "place": other} for other in places[:16] if other != place]
+
+    def find(self, place: Sequence[Any], row_id: str) -> dict[str, Any] | None:
+        """The row of an item: where it was, or elsewhere in that file. None where it is gone, or now says something else."""
+        name, number, digest = place
+        with suppress(InputError):
+            table, kind = self.table(self.source(name))
+            ids = table.column("id") if "id" in table.schema.names else None
+            if ids is None:
+                return None
+            if not (0 <= number < table.num_rows and ids[number].as_py() == row_id):
+                number = pc.index(ids, row_id).as_py()
+            if number >= 0:
+                found = view(_record(table, number), kind)
+                return found if digest_of(found) == digest else None
+        return None
+
+    def choose_items(self, name: str, kind: str, *, num: int, seed: int) -> list[NewItem]:
+        """A random sample of what people can be asked about in a source, answers to one prompt one after the other.
+
+        Args:
+            num: prompts, or pairs, that are asked about.
+
+        Raises:
+            InputError: rows of this kind cannot be rated or compared.
+        """
+        source = self.source(name)
+        table, rows = self.table(source)
+        if rows not in OF_KIND[kind]:
+            what = "answers" if kind == RATE else "pairs, nor several answers to a prompt"
+            raise InputError(f"{source.name} holds no {what}: choose another file.")
+        together = kind == RATE or rows == RESPONSES
+        groups = self._groups(table, rows) if together else [[place] for place in range(table.num_rows)]
+        random.Random(seed).shuffle(groups)
+        out: list[NewItem] = []
+        taken = 0
+        for group in groups:
+            if taken == num:
+                break
+            different = list({_answer_text(table, rows, place): place for place in reversed(group)}.values())[::-1]
+            if kind == PAIR and rows == RESPONSES:
+                if len(different) < 2:
+                    continue
+                chosen = [tuple(random.Random(f"{seed}/{group[0]}").sample(different, 2))]
+            else:
+                chosen = [(place,) for place in different[:2]]
+            taken += 1
+            out += [self._item(source, table, rows, places) for places in chosen]
+        return out
+
+    def _item(self, source: Source, table: pa.Table, kind: str, places: Sequence[int]) -> NewItem:
+        views = [view(_record(table, place), kind) for place in places]
+        excerpt = " ".join(views[0]["messages"][-1]["content"][: 2 * EXCERPT_CHARS].split())[:EXCERPT_CHARS] if views[0]["messages"] else ""
+        prompt = make_id([m["content"] for m in views[0]["messages"]])
+        where = tuple((source.name, place, digest_of(one)) for place, one in zip(places, views, strict=True))
+        return NewItem(tuple(one["id"] for one in views), where, prompt, views[0]["facts"].get("task") or "", excerpt)
+
+    def _groups(self, table: pa.Table, kind: str) -> list[list[int]]:
+        """Numbers of the rows of each prompt."""
+        name = {RESPONSES: "prompt", RATED: "pair"}.get(kind, "id")
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for place, key in enumerate(table.column(name).to_pylist()):
+            groups[key or place].append(place)
+        return list(groups.values())
+
+
+def view(record: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A row for reading: `messages` up to the answer, `answers` with a label each, and `facts`."""
+    turns = [{"role": str(m.get("role")), "content": clean(str(m.get("content") or ""))} for m in record.get("messages") or ()]
+    if kind == RESPONSES:
+        answers = [("answer", record.get("text"))]
+    elif kind == PAIRS:
+        answers = [("chosen", record.get("chosen")), ("rejected", record.get("rejected"))]
+    elif kind in (RATED, DEMONSTRATIONS) and turns and turns[-1]["role"] == "assistant":
+        answers = [("answer", turns.pop()["content"])]
+    else:
+        answers = [("text", record["text"])] if "text" in record else []
+    facts = {name: record[name] for name in FACTS if record.get(name) is not None}
+    if isinstance(record.get("rating"), str):
+        with suppress(ValueError):
+            facts["rating"] = json.loads(record["rating"])
+    if record.get("labels"):
+        facts["labels"] = dict(zip(ATTRIBUTES, record["labels"], strict=False))
+    plain = [{"label": label, "text": clean(str(text or ""))} for label, text in answers]
+    return {"id": str(record.get("id") or ""), "kind": kind, "messages": turns, "answers": plain, "facts": facts}
+
+
+def digest_of(row: dict[str, Any]) -> str:
+    """Hash of what a row says: an item whose row says something else is gone."""
+    said = json.dumps([row["messages"], [answer["text"] for answer in row["answers"]]])
+    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+
+
+def cut(text: str, begin: int = 0) -> dict[str, Any]:
+    """A piece of a long text, and how long the whole is."""
+    return {"text": text[begin : begin + MAX_TEXT_CHARS], "length": len(text)}
+
+
+def _record(table: pa.Table, place: int) -> dict[str, Any]:
+    (record,) = table.slice(place, 1).to_pylist()
+    return dict(record)
+
+
+def _answer_text(table: pa.Table, kind: str, place: int) -> Any:
+    return table.column("text")[place].as_py() if kind == RESPONSES else place
+
+
+def _brief(table: pa.Table, kind: str, place: int) -> dict[str, Any]:
+    """A row for a list: short values, and the beginning of its text."""
+    row = view(_record(table, place), kind)
+    text = (row["answers"] or row["messages"][-1:] or [{}])[0]
+    said = str(text.get("text", text.get("content", "")))[: 2 * EXCERPT_CHARS]
+    asked = row["messages"][-1]["content"][: 2 * EXCERPT_CHARS] if row["messages"] else ""
+    short = [" ".join(one.split())[:EXCERPT_CHARS] for one in (asked, said)]
+    return {"place": place, "id": row["id"], "asked": short[0] if row["answers"] else "", "said": short[1], "facts": row["facts"]}
+
+
+def _order(table: pa.Table, filter: str, sort: str) -> np.ndarray:
+    """Numbers of the rows that a filter lets through, in an order."""
+    wanted = mask(table, filter)
+    order = np.arange(table.num_rows) if wanted is None else np.flatnonzero(np.asarray(wanted.to_numpy(zero_copy_only=False), bool))
+    if sort:
+        name, down = sort.removeprefix("-"), sort.startswith("-")
+        if name not in table.schema.names or not is_plain(table.schema.field(name).type):
+            raise InputError(f"These rows cannot be sorted by that: choose one of {', '.join(fields_of(table))}.")
+        keyed = pa.table({"key": table.column(name).take(pa.array(order)), "place": pa.array(order)})
+        ascending = "descending" if down else "ascending"
+        order = order[pc.sort_indices(keyed, sort_keys=[("key", ascending), ("place", "ascending")]).to_numpy()]
+    return order
+
+
+def _read_users(path: Path) -> tuple[str, list[Any]]:
+    """Rows of a user's file, by what its first row has."""
+    first: dict[str, Any] = next(iter(read_records(path)), {})
+    names = {name for name, value in first.items() if value is not None}
+    if not names:
+        raise InputError(f"{path} holds no rows.")
+    if {"id", "prompt", "messages", "text", "generator"} <= names:  # our own
+        return RESPONSES, read_rows(path, Response)
+    if names & {"chosen", "chosen_response"}:
+        return PAIRS, read_pairs(path)
+    if "labels" in names or names & set(ATTRIBUTES):
+        return RATED, read_ratings(path)
+    try:
+        return DEMONSTRATIONS, read_demonstrations(path)
+    except InputError as unanswered:
+        try:
+            return PROMPTS, read_prompts(path, "file")
+        except InputError:
+            raise unanswered from None
