@@ -29,6 +29,13 @@ def test_views_and_parts_of_one_memory_are_written(tmp_path: Path) -> None:
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
 
 
+def test_a_tensor_whose_rows_lie_in_several_places_is_written_as_one(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).view(6, 4)
+    write_tensors(tmp_path / "whole", {"a": whole, "b": whole[:, 0]})
+    write_tensors(tmp_path / "parts", {"a": [whole[:2], whole[2:3], whole[3:]], "b": [whole[:4, 0], whole[4:, 0]]})
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
     write_tensors(path, {"a": torch.ones(2)})

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gristmill.core.errors import InputError
 from gristmill.model.attention import varlen_attention
 from gristmill.model.config import PRESETS, BlockConfig, ModelConfig, uniform_blocks
+from gristmill.model.hf_tensors import hf_tensors
 from gristmill.model.kernels import library as kernels
 from gristmill.model.packed import PackedShape
 from gristmill.model.rope import RopeScaling
@@ -113,6 +114,23 @@ def test_the_seed_decides_the_weights() -> None:
     assert torch.equal(first.embedding, second.embedding)
     second.init_weights(1)
     assert not torch.equal(first.embedding, second.embedding)
+
+
+def test_a_parameters_initial_values_depend_on_its_name_alone() -> None:
+    deep, shallow = Transformer(NEMOTRON), Transformer(replace(NEMOTRON, blocks=NEMOTRON.blocks[:1], tie_embeddings=True))
+    found, scaled = dict(deep.named_parameters()), ("attention.output.weight", "mlp.down.weight")  # whose spread is by the number of layers
+    assert all(torch.equal(found[name], p) for name, p in shallow.named_parameters() if not name.endswith(scaled))
+    assert not torch.equal(found["blocks.0.mlp.up.weight"], found["blocks.1.mlp.up.weight"])
+
+
+def test_rows_of_qkv_are_grouped_by_key_value_head() -> None:
+    model = Transformer(NEMOTRON)
+    attention = model.blocks["0"].attention  # type: ignore[union-attr]
+    with torch.no_grad():
+        attention.qkv.weight.copy_(torch.arange(64.0)[:, None].expand(-1, 32))  # type: ignore[union-attr, operator]
+    queries, keys = [*range(16), *range(32, 48)], [*range(16, 24), *range(48, 56)]  # two heads of each group, one
+    named = {name: hf_tensors(model)[f"model.layers.0.self_attn.{name}_proj.weight"][:, 0].tolist() for name in "qkv"}
+    assert named == {"q": queries, "k": keys, "v": [*range(24, 32), *range(56, 64)]}
 
 
 def test_layernorm1p_by_hand() -> None:

@@ -125,12 +125,12 @@ def test_a_killed_process_costs_no_step(tmp_path: Path) -> None:
 
 def test_muon_in_bf16(tmp_path: Path) -> None:
     losses = []
-    for size in (1, 2):
-        folder = tmp_path / str(size)
-        run(size, "train", tmp_path / "out", folder=str(folder), optimizer="muon", precision="bf16")
+    for size, tp in ((1, 1), (2, 1), (2, 2)):
+        folder = tmp_path / f"{size} {tp}"
+        run(size, "train", tmp_path / "out", folder=str(folder), optimizer="muon", precision="bf16", tp=tp)
         losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
     # Newton-Schulz and the model compute in bf16: eight steps lower the loss by fifty times as much as this
-    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[2] == pytest.approx(losses[0], rel=2e-3)
 
 
 @pytest.mark.parametrize(("job", "said"), [("nan", "the loss is nan"), ("other", "different starting weights")])

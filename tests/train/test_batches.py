@@ -25,6 +25,7 @@ from gristmill.train.batches import (
     split_micro_batches,
 )
 from gristmill.train.objectives.next_token import token_samples
+from gristmill.train.settings import training_section
 from gristmill.train.trainer import TrainSettings
 
 CPU = torch.device("cpu")
@@ -107,6 +108,12 @@ def test_every_sample_is_seen_once_an_epoch_of_a_ramp(num: int, epochs: int, see
     steps = [plan.step(step) for step in range(plan.num_steps)]
     assert Counter(index for step in steps for index in step) == Counter(dict.fromkeys(range(num), epochs))
     assert min(map(len, steps)) >= min(4, num * epochs) and max(map(len, steps)) < 32
+
+
+def test_a_recipe_may_hold_a_ramp() -> None:
+    assert training_section("sft", {"batch_size": [[0, 4], [10, 8], [30, 16]]}).batch_size == RAMP
+    with pytest.raises(InputError, match="from sample 0 on and in order"):
+        training_section("sft", {"batch_size": [[5, 4]]})
 
 
 @pytest.mark.parametrize("ramp", [(), ((1, 4),), ((0, 4), (0, 8)), ((0, 4), (9, 0))], ids=str)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from gristmill.core.config import Section, check
 from gristmill.core.errors import InputError
@@ -24,7 +24,10 @@ class Lora(Section):
 
 
 Ramp = tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]], ...]  # (from which sample on, samples a step), in order
-BatchSize = Annotated[int, Field(gt=0)] | Ramp
+BatchSize = Annotated[
+    Annotated[int, Field(gt=0), Tag("number")] | Annotated[Ramp, Tag("pairs")],
+    Discriminator(lambda value: "pairs" if isinstance(value, list | tuple) else "number"),
+]
 
 
 def ramp_of(batch_size: BatchSize) -> Ramp:
