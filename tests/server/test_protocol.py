@@ -162,6 +162,13 @@ def test_bodies_are_json_in_utf_8(raw: bytes) -> None:
             parse_body(raw.replace(b"%s", wrong), CompletionRequest)
 
 
+def test_the_field_of_a_wrong_type_is_named() -> None:
+    for field, value in (("stream", "yes"), ("stream_options", 5), ("stop", 5), ("temperature", "x")):
+        with pytest.raises(FieldError) as error:
+            chat(**{field: value})
+        assert error.value.field == field
+
+
 def test_what_would_take_long_to_parse_is_refused_unparsed() -> None:
     for raw in (b"[" * 10**6, b'{"messages": [' + b"{}," * MAX_JSON_CONTAINERS + b"{}]}", b"," * 10**6, b'{"a":' * 50_000):
         with pytest.raises(InputError, match="send less"):

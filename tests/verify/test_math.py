@@ -403,6 +403,10 @@ HOSTILE = {
     "signs": "\\pm 1," * 140,
     "lines": "1" + "\n" * 200_000,
     "formulas": "1" + "\\(" * 100_000,
+    "statements of the past": "the answer was 4. " * 20_000,
+    "a unit of slashes": "1a" + "/" * 900 + "b",
+    "a unit of words": "1" + " a" * 90_000 + "!",
+    "labels": "(A) " * 30_000,
     "fillers": "answer is " + "so " * 60_000,
 }
 

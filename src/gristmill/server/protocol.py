@@ -7,6 +7,7 @@ Sources: OpenAI's API reference; vLLM's for `structured_outputs`, LoRA adapters 
 
 import json
 import json.scanner
+import re
 from typing import Annotated, Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
@@ -79,6 +80,7 @@ HINTS = {
     "guided_regex": "say structured_outputs: {regex: ...}",
     "guided_choice": "say structured_outputs: {choice: ...}",
 }
+_TYPE = re.compile(r"list\[.*|int|float|str|bool|constrained.*")  # which pydantic names where a field may be of several
 
 
 class FieldError(InputError):
@@ -281,7 +283,7 @@ def parse_body(raw: bytes, schema: type[Schema]) -> Schema:
         found = schema.model_validate({name: value for name, value in body.items() if name in schema.model_fields})
     except ValidationError as e:
         first = e.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "int", "float", "str", "constrained")))
+        where = ".".join(str(part) for part in first["loc"] if not _TYPE.fullmatch(str(part)))
         raise FieldError(shown(where), first["msg"].lower()) from e
     found.check()
     return found

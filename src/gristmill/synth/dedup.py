@@ -66,7 +66,8 @@ class NearDuplicates:
 
 def _shingles(text: str) -> set[str]:
     """Triples of words, each with all numbers and signs of a short text, in their order."""
-    words, facts = [], []
+    words: list[str] = []
+    facts: list[str] = []
     for m in WORD.finditer(text):
         if m["letter"] and unicodedata.category(m[0]).startswith("M") and words:  # a mark belongs to its letter
             words[-1] += m[0]

@@ -52,6 +52,7 @@ FORMULA = re.compile(r"\$\$?([^$\n]{1,500})\$|\\\(((?:(?!\\\)).){1,500})\\\)")
 SENTENCE_END = re.compile(
     r"[.;?!](?=[\s*_\"')]|$)|\n|,?\s(?:because|since|which|where|so|as|(?:and|but)\s+(?:the|this|that|it|we))\b|,?\s(?:(?:and\s+)?not|rather\s+than)\s(?=.*\d)"
 )
+PAST = re.compile(r"\bw(?:as|ere)\b")  # `I first thought the answer was 4`: only where nothing else is stated
 HASHES = re.compile(r"####[ \t]*([^\s#][^\n]*)")
 NUMBER = re.compile(
     r"(?:(?<![\w)\]])-)?(?:\\?\$)?"  # a minus after a digit, a name or a bracket subtracts: `20-13` ends with 13
@@ -69,6 +70,7 @@ DENIED = re.compile(
 MAX_DENIAL_CHARS = 60
 MAX_DENIED = 10  # numbers at the end of a text, among which one is looked for that is not denied
 
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 TEXT = r"\\(?:boxed|text(?:bf|it|rm|sf|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 WRAPPED = re.compile(TEXT)
 TIDY = [
@@ -152,7 +154,6 @@ PLAIN_FRACTION = re.compile(r"(-?)([^/+-]+)/(\d[\d.]*|[^\W\d_]|\\[a-zA-Z]+(?:\{[
 WHOLE_FRAC = re.compile(r"(\d*)\s*\\frac\s*(?=\{)", re.A)
 
 UNIT_SIGNS = {"\u2126": "ohm", "\u212a": "kelvin", "\u212b": "angstrom"}  # and the units of CJK compatibility
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 WORDS = {
     word: str(n)
     for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"])
@@ -161,7 +162,7 @@ POWER = r"(?:\s*\^\s*\{?-?\d\}?)?"
 UNIT = re.compile(rf"(.*?[\d.%)}}])\s+((?:(?:sq|cu)\.\s*)?[a-zA-Z]{{2,}}(?:[\s/-]+[a-zA-Z]{{2,}}){{0,3}}{POWER})", re.S)
 SHORT_UNIT = re.compile(rf"(.*?\d)\s*((?:[mck]m|[mk]g|lbs?|oz|ft|m[lL]|km/h|m/s|mph|hrs?){POWER})", re.S)
 WRAPPED_UNIT = re.compile(rf"(.*[\w.%)}}])\s*{TEXT}{POWER}", re.S)
-QUANTITY = re.compile(r"\d[)}]*\s*((?:[a-zA-Z]+(?:\^\{?-?\d\}?)?[\s.*/]*|/\s*){1,6})$")
+QUANTITY = re.compile(r"\d[)}]*\s*((?:[a-zA-Z]++(?:\^\{?-?\d\}?)?[\s.*]*+|/\s*+){1,12})$")
 UNIT_NAMES = (
     "m meter metre,km kilometer kilometre,cm centimeter centimetre,mm millimeter millimetre,mi mile,ft foot feet,in inch,yd yard,s sec "
     "second,min minute,h hr hour,d day,wk week,month,yr year,g gram,kg kilogram,mg milligram,lb pound,oz ounce,ton tonne,l liter litre,"
@@ -218,7 +219,11 @@ def is_equiv(a: str, b: str) -> bool:
     labels = [LABELLED.fullmatch(text.strip()) for text in (a, b)]
     if (labels[0] is None) != (labels[1] is None):  # `(B) 7` is B, and 7
         (labelled,), bare = [m for m in labels if m], a if labels[1] else b
-        return any(is_equiv(part, bare) for part in labelled.groups() if part)
+        return any(_is_same(part, bare) for part in labelled.groups() if part)
+    return _is_same(a, b)
+
+
+def _is_same(a: str, b: str) -> bool:
     choices = [m for m in map(CHOICE.fullmatch, (a.strip(), b.strip())) if m]
     if len(choices) == 2 and any(m[1].isupper() and (len(m[0]) > 1 or m[1] <= "E") for m in choices):
         return choices[0][1].upper() == choices[1][1].upper()
@@ -263,8 +268,7 @@ def _boxed(text: str) -> str | None:
 
 def _stated(text: str) -> str | None:
     stated = list(STATED.finditer(text))
-    past = [m for m in stated if re.search(r"\bw(?:as|ere)\b", m[0])]  # `I first thought the answer was 4`
-    for m in [*reversed([m for m in stated if m not in past]), *reversed(past)]:
+    for m in sorted(reversed(stated), key=lambda m: PAST.search(m[0]) is not None):
         tail = text[m.end() : m.end() + MAX_ANSWER_CHARS].lstrip()
         while filler := FILLER.match(tail):
             tail = tail[filler.end() :]
