@@ -28,6 +28,7 @@ from tests.data.template_families import (
     SMOLLM2,
     TOOLS_OF,
     WORDS,
+    ZEPHYR,
     Model,
     byte_level,
     each_family,
@@ -272,6 +273,33 @@ def test_llamas_class_of_tokenizers_puts_blanks_as_transformers_does(tmp_path: P
     turns = messages(talk("Hi", "Hello there!", "And <s> so?", "  Yes."))
     prompt = own.format.render_prompt(turns[:3], own.tokenizer)
     assert own.format.render(turns, own.tokenizer).ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type"),
+    [(sentencepiece, "mistral"), (sentencepiece, "phi3"), (sentencepiece, "llama"), (tiktoken, "llama"), (tiktoken, "")],
+)
+def test_llamas_class_is_passed_over_where_transformers_does(tmp_path: Path, kind: Any, model_type: str) -> None:
+    """With Mistral's and Phi-3's models, and for vocabularies of bytes, as those of DeepSeek-R1's distillations."""
+    backend = kind([AddedToken(name, special=True, normalized=False) for name in ("<s>", "</s>", "<unk>")])
+    write_folder(tmp_path, backend, ZEPHYR, "<s>", "</s>", tokenizer_class="LlamaTokenizerFast", unk_token="<unk>")
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    own = Model(tmp_path)
+    for turns in TALKS[:5]:
+        assert own.format.render_prompt(messages(turns), own.tokenizer) == own.reference(turns, ask=True), turns
+    text = "a mill\n\n  grinds"
+    assert own.tokenizer.encode(text) == own.theirs.encode(text, add_special_tokens=False)
+    (tmp_path / "more").mkdir()
+    changed = own.tokenizer.with_tokens(FORMATS["chatml"].special_tokens).with_chat_template(FORMATS["chatml"].template, cut=True)
+    changed.save(tmp_path / "more")
+    if model_type:
+        (tmp_path / "more" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    own = Model(tmp_path / "more")
+    for turns in TALKS[:5]:
+        ids = own.format.render_prompt(messages(turns), own.tokenizer)
+        assert ids == own.reference(turns, ask=True) == FORMATS["chatml"].render_prompt(messages(turns), changed), turns
+    assert changed.encode(text) == own.tokenizer.encode(text) == own.theirs.encode(text, add_special_tokens=False)
 
 
 # ---- templates that cannot be used ----

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
@@ -58,6 +58,9 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "generation_config.json"),
 )
+LLAMAS = ("LlamaTokenizer", "LlamaTokenizerFast")  # classes that read a vocabulary as SentencePiece does
+# Values of model_type with which transformers 5 reads tokenizer.json as it is, whatever class tokenizer_config.json names.
+AS_WRITTEN = ("mistral", "phi3", "olmo2", "granite", "nemotron", "qwen2")
 MAX_TEMPLATES = 64
 TEMPLATES = "additional_chat_templates"  # a folder with further templates, NAME.jinja
 # Pairs of texts that a tokenizer must tell apart, or it would lose what stands behind them.
@@ -122,7 +125,7 @@ class Tokenizer:
         self.token_names: dict[str, str] = {"eos_token": eos}
         self.end_ids: tuple[int, ...] = ()
         self.cuts_headers = False
-        self._prefix = ""  # of Llama's class: where transformers puts a blank before words, whatever tokenizer.json says
+        self._prefix: Literal["", "first", "always", "never"] = ""  # see `_llamas_prefix`
         self._whole: HFTokenizer | None = None  # as other programs have it
         control = tuple(control)
         ids = backend.get_vocab(with_added_tokens=True).values()
@@ -200,6 +203,7 @@ class Tokenizer:
         more_path = path.with_name("special_tokens_map.json")
         if more_path.exists() and "added_tokens_decoder" not in config:  # as in transformers
             config |= read_untrusted_json(more_path)
+        about = read_untrusted_json(path.with_name("config.json")) if path.with_name("config.json").exists() else {}
         try:
             eos = config.get("eos_token") or EOS
             name = eos["content"] if isinstance(eos, dict) else eos
@@ -216,19 +220,17 @@ class Tokenizer:
             cut_here = cut.get("pattern", {}).get("Regex", "").startswith(CUT)
             if cut_here:  # it belongs to the template, see `with_chat_template`
                 backend = _with(backend, rest[0] if rest else None)
+            if prefix := _llamas_prefix(config, about, backend):
+                _read_as_llamas(backend, prefix)
             tokenizer = Tokenizer(backend, name, control)
             tokenizer.decode(tokenizer.encode(PROBE))  # what is wrong within shows when it is used
             tokenizer._check_losses(path)
         tokenizer.files, tokenizer.chat_templates, tokenizer.place = files, templates, quoted(Path(folder).resolve().name)[1:-1]
         tokenizer.cuts_headers = cut_here
-        if config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
-            always = "always" if config.get("legacy") else "first"
-            tokenizer._prefix = "never" if config.get("add_prefix_space") is False else always
+        tokenizer._prefix = prefix
         named = {k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in config.items() if k.endswith("_token")}
         tokenizer.token_names = {k: v for k, v in named.items() if isinstance(v, str)}
-        ends = named_ends(tokenizer.generation_config())
-        if not ends and (about := path.with_name("config.json")).exists():  # as in transformers
-            ends = named_ends(read_untrusted_json(about))
+        ends = named_ends(tokenizer.generation_config()) or named_ends(about)  # as in transformers
         tokenizer.end_ids = tuple(end for end in ends if 0 <= end <= tokenizer.max_id)
         return tokenizer
 
@@ -274,6 +276,10 @@ class Tokenizer:
             backend = _cut(self._backend, headers) if cut and headers else self._backend
             changed.cuts_headers = bool(cut and headers)
             changed.files["tokenizer.json"] = backend.to_str(pretty=True).encode()
+            if self._prefix:  # the file says it now, and a class that passes over what it says would pass over the cut
+                config = {k: v for k, v in config.items() if k not in ("legacy", "add_prefix_space")}
+                config["tokenizer_class"], changed._prefix = "PreTrainedTokenizerFast", ""
+                changed.files["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return changed
 
     def with_tokens(self, names: Sequence[str]) -> "Tokenizer":
@@ -288,6 +294,8 @@ class Tokenizer:
             for token in added:
                 told = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
                 config["added_tokens_decoder"][str(whole.token_to_id(token.content))] = {"content": token.content, **told}
+        if not self._prefix and config.get("tokenizer_class") in LLAMAS:  # read as it is written, which its copy says itself
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
         files["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         with TemporaryDirectory() as folder:
             for name, data in files.items():
@@ -363,8 +371,7 @@ class Tokenizer:
                 missing = [name for name in self._named if name in self.control and name not in known]
                 self._whole.add_special_tokens([AddedToken(name, special=True) for name in missing])
                 if self._prefix:
-                    self._whole.normalizer = None
-                    self._whole.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme=self._prefix, split=False)
+                    _read_as_llamas(self._whole, self._prefix)
                 self._whole.no_padding()
                 self._whole.no_truncation()
             else:
@@ -466,6 +473,25 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of the whole tokenizer, for caches and run folders."""
         return hashlib.blake2b(self._backend.to_str().encode(), digest_size=8).hexdigest()
+
+
+def _llamas_prefix(config: Mapping[str, Any], about: Mapping[str, Any], backend: HFTokenizer) -> Literal["", "first", "always", "never"]:
+    """Where transformers puts a blank before words, whatever tokenizer.json says, if it reads a folder by Llama's class; else "".
+
+    Args:
+        config: tokenizer_config.json.
+        about: config.json.
+    """
+    named = config.get("tokenizer_class") in LLAMAS
+    bytewise = type(backend.decoder).__name__ == "ByteLevel" or any(step["type"] == "ByteLevel" for step in _steps(backend))
+    if not named or bytewise or about.get("model_type") in AS_WRITTEN:
+        return ""
+    return "never" if config.get("add_prefix_space") is False else "always" if config.get("legacy") else "first"
+
+
+def _read_as_llamas(backend: HFTokenizer, prefix: Literal["first", "always", "never"]) -> None:
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme=prefix, split=False)
 
 
 def named_ends(values: Mapping[str, Any]) -> list[int]:
