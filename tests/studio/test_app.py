@@ -232,6 +232,7 @@ def test_bodies_are_counted_and_read_as_json(served: Served) -> None:
     assert client.api("POST", "/answers", b"x" * (2 << 20))[0] == 413
     for body in (b"{", b"[1]", b"[" * 100_000, b'{"answers": 3}', b'{"answers": [1]}', b'{"answers": []}'):
         assert client.api("POST", "/answers", body)[0] == 400
+    assert client.api("GET", "/queue?project=%00&n=1")[0] == 404
     broken = {"answers": [{"id": "x" * 10, "item": ["no"], "version": "1", "content": None}]}
     assert client.api("POST", "/answers", broken)[0] == 400
 
@@ -256,8 +257,9 @@ def test_the_page_makes_no_markup_of_texts() -> None:
 
 
 def test_addresses() -> None:
-    origins, first = origins_of("127.0.0.1", 80, "")
-    assert first == "http://127.0.0.1:80" and "http://localhost:80" in origins
+    origins, first = origins_of("127.0.0.1", 8600, "")
+    assert first == "http://127.0.0.1:8600" and "http://localhost:8600" in origins
+    assert origins_of("10.0.0.1", 80, "")[1] == "http://10.0.0.1" and origins_of("::", 1, "https://mill:443")[1] == "https://mill"
     assert origins_of("0.0.0.0", 80, "https://Mill.example")[1] == "https://mill.example"
     for host, url in (("0.0.0.0", ""), ("127.0.0.1", "mill"), ("127.0.0.1", "https://mill/x"), ("127.0.0.1", "javascript:alert(1)")):
         with pytest.raises(InputError):
