@@ -67,8 +67,8 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
 
     url, name = request.getfixturevalue("postgres"), f"s{uuid4().hex}"
     with psycopg.connect(f"{url}/postgres", autocommit=True) as connection:
-        connection.execute(f"create database {name}")
-    return f"{url}/{name}"
+        connection.execute(f"create schema {name}")  # cheaper than a database
+    return f"{url}/postgres?options=-csearch_path%3D{name}"
 
 
 @pytest.fixture

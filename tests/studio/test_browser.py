@@ -197,11 +197,11 @@ def harmless(page: Page, origin: str) -> None:
 def test_hostile_texts_stay_texts_on_every_screen(local_store: Store, tmp_path: Path, browser: Browser) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
+    turns = {text: tuple(Message(role, text) for role in ("user", "assistant", "user")) for text in HOSTILE}
     rows = [
-        Response(f"{text[:30]}{n}", f"p{n // 2}", text, (Message("user", text), Message("assistant", text), Message("user", text)), text + str(n),
-                 text, 1.0, 0, 5, None, True, judge=text)
-        for n, text in enumerate(text.replace("\0", "\x01") for text in HOSTILE)
-    ]  # fmt: skip
+        Response(f"{text[:30]}{n}", f"p{n // 2}", text, turns[text], text + str(n), text, 1.0, 0, 5, None, True, judge=text)
+        for n, text in enumerate(HOSTILE)
+    ]
     write_rows(folder / "<img src=x onerror=alert(1)>.parquet", rows)
     made = Served(local_store, Sources(folder, tmp_path / "cache"))
     try:
@@ -227,6 +227,7 @@ def test_hostile_texts_stay_texts_on_every_screen(local_store: Store, tmp_path: 
             page.wait("!document.body.innerText.includes('Loading \\u2026') && !document.body.innerText.includes('Computing')")
             harmless(page, made.origin)
         page.js(f"location.hash = '#/work/{projects[0]}'")
+        page.wait(ITEM)
         seen = set()
         for _ in range(len(HOSTILE)):
             if not page.js(ITEM):
@@ -247,7 +248,7 @@ def test_a_very_long_answer_unfolds_by_pieces(served: Served, browser: Browser, 
     page, _ = open_work(served, browser, num=2)
     size = "document.querySelector('.judged .said').innerText.length"
     button = "document.querySelector('.judged .said button.link')"
-    before = page.wait(size)
+    before = page.js(size)
     assert 10_000 < before < 50_000
     page.js(f"{button}.click()")
     page.wait(f"{size} > {before} + 15000")

@@ -71,6 +71,11 @@ def test_sending_an_answer_again_changes_nothing(store: Store, make_project: Mak
     assert len(store.history(item["id"])) == 1 and store.items(project)[0]["have"] == 1
     with pytest.raises(Refused, match="another answer"):
         store.submit(two, said)
+    for wrong in ("\0" * 8, "\ud800" * 8):
+        with pytest.raises(InputError):
+            store.submit(one, said | {"id": wrong})
+        with pytest.raises(Refused, match="gone"):
+            store.submit(one, answer(wrong))
 
 
 def test_a_newer_version_wins_and_the_older_stays(store: Store, make_project: Make) -> None:

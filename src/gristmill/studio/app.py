@@ -25,6 +25,7 @@ from gristmill.studio.agreement import agreement
 from gristmill.studio.database import Unreachable
 from gristmill.studio.security import (
     COOKIE,
+    EXPERTS,
     HEADERS,
     INVITATION_SECONDS,
     ROUTES,
@@ -50,6 +51,7 @@ MAX_ANSWERS = 200  # in one request
 MAX_PROJECT_PROMPTS = 100_000
 MAX_GUIDELINE_CHARS = 20_000
 NAMES = {RATE: "Ratings", PAIR: "Comparisons"}
+MAX_GONE = 50  # times that items are dealt anew because rows are gone
 MAX_STREAMS = 200  # of events, open at once
 PULSE_SECONDS = 20.0
 PERSON = web.RequestKey("person", Person)
@@ -347,7 +349,7 @@ class Studio:
         found = await self._in_thread(self.store.project, project)
 
         def deal() -> list[dict[str, Any]]:
-            while True:
+            for _ in range(MAX_GONE):
                 items = self.store.deal(project, request[PERSON], num)
                 shown = [(item, exports.rows_of(self.sources, item | _places(item))) for item in items]
                 for item, rows in shown:
@@ -355,6 +357,7 @@ class Studio:
                         self.store.flag(request[PERSON], item["id"], "broken", "its row is gone")
                 if all(rows is not None for _, rows in shown):
                     return [_blind(item, rows or [], found["kind"], request[PERSON]) for item, rows in shown]
+            raise Refused(409, "The rows of this project are gone: ask its owner to put their file back.")
 
         items = await self._in_thread(deal)
         progress = await self._in_thread(self.store.progress, project, request[PERSON])
@@ -390,7 +393,8 @@ class Studio:
     def _canonical(self, answer: dict[str, Any], person: Person) -> dict[str, Any]:
         """An answer whose preference speaks of the first and second answer, not of left and right."""
         content, item = answer.get("content"), answer.get("item")
-        turn = isinstance(content, dict) and isinstance(content.get("preference"), int) and swapped(str(item), person.id)
+        strength = content.get("preference") if isinstance(content, dict) else None
+        turn = isinstance(strength, int) and not isinstance(strength, bool) and swapped(str(item), person.id)
         return answer | {"content": from_sides(dict(content), True)} if turn and isinstance(content, dict) else answer
 
     async def _tell(self, items: list[str]) -> None:
@@ -422,7 +426,8 @@ class Studio:
             rows = exports.rows_of(self.sources, item | _places(item)) if self.store.may_see(person, name) else None
             if rows is None:
                 raise Refused(404, "This item is not in your queue any more.")
-            texts = _texts(item, rows, person)
+            settles = person.role in EXPERTS and request.query.get("settle") == "1"
+            texts = _texts(item, rows, None if settles else person)
             number = _number(request, "part", 0)
             if number >= len(texts):
                 raise Refused(404, "This item has no such text.")
@@ -586,11 +591,11 @@ def _places(item: dict[str, Any]) -> dict[str, Any]:
     return {name: json.loads(item[name]) if isinstance(item[name], str) else item[name] for name in ("places", "row_ids")}
 
 
-def _texts(item: dict[str, Any], rows: list[dict[str, Any]], person: Person) -> list[str]:
-    """All texts of an item in the order in which this person sees them: turns, then answers."""
+def _texts(item: dict[str, Any], rows: list[dict[str, Any]], person: Person | None) -> list[str]:
+    """All texts of an item in the order in which a person sees them, or, for None, in which they are stored: turns, then answers."""
     answers = exports.answer_texts(rows)
-    if len(rows) > 1 or len(answers) > 1:
-        answers = answers[::-1] if swapped(item["id"], person.id) else answers
+    if len(answers) > 1 and person is not None and swapped(item["id"], person.id):
+        answers = answers[::-1]
     return [m["content"] for m in rows[0]["messages"]] + answers
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from gristmill.core.errors import InputError
 from gristmill.core.io import lock, make_folder, reason
+from gristmill.data.tokenizer import SURROGATE
 
 VERSION = "1"  # of the schema
 FILE = "studio.db"
@@ -87,14 +88,15 @@ class Transaction:
 
     def run(self, sql: str, *values: Any) -> Any:
         """The cursor of a statement."""
-        return self._connection.execute(sql.replace("?", "%s") if self._postgres else sql, values)
+        return self._connection.execute(sql.replace("?", "%s") if self._postgres else sql, _storable(values))
 
     def many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         """Run a statement once for each row of values."""
+        values = [_storable(row) for row in rows]
         if self._postgres:
-            self._connection.cursor().executemany(sql.replace("?", "%s"), rows)
+            self._connection.cursor().executemany(sql.replace("?", "%s"), values)
         else:
-            self._connection.executemany(sql, rows)
+            self._connection.executemany(sql, values)
 
     def now(self) -> float:
         """Seconds of the clock that leases keep to. It never jumps while the server runs; servers that share a database share it."""
@@ -233,6 +235,16 @@ class Database:
                 f"{self.name} is {what} gristmill's studio, and this program reads version {VERSION}: open it with the program that made "
                 "it, or give --database another place."
             )
+
+
+def clean(text: str) -> str:
+    """Text that any database and any file can hold: without NUL and halves of surrogate pairs."""
+    return SURROGATE.sub("\ufffd", text).replace("\0", "\ufffd")
+
+
+def _storable(values: Sequence[Any]) -> list[Any]:
+    """Values of a statement: a stranger's text may hold what a database refuses."""
+    return [clean(value) if isinstance(value, str) else value for value in values]
 
 
 def _psycopg() -> Any:

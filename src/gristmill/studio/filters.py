@@ -18,6 +18,7 @@ from gristmill.core.untrusted import quoted
 MAX_LENGTH, MAX_DEPTH = 2000, 20
 TEXT = "text"  # all texts of a row
 TEXT_COLUMNS = ("text", "chosen", "rejected", "reason", "messages")
+FREE_FORM = ("rating", "truth", "meta")  # JSON as text: of no use in a comparison
 TOKEN = re.compile(
     r"""\s*(?:(?P<string>"[^"]*"|'[^']*')|(?P<sign><=|>=|!=|[=<>~()])|(?P<word>[^\s"'()=<>~!]+)|(?P<wrong>\S))""",
 )
@@ -33,7 +34,7 @@ SIGNS = {
 
 def fields_of(table: pa.Table) -> list[str]:
     """Names that a filter may have, of a table's columns."""
-    plain = [f.name for f in table.schema if is_plain(f.type)]
+    plain = [f.name for f in table.schema if is_plain(f.type) and f.name not in FREE_FORM]
     return sorted({*plain, TEXT})
 
 

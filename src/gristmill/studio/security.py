@@ -132,12 +132,15 @@ def origins_of(host: str, port: int, url: str) -> tuple[frozenset[str], str]:
     Raises:
         InputError: the URL is none, or is needed and missing.
     """
-    local = [f"http://{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")]
+    local = [_origin("http", name, port) for name in ("127.0.0.1", "localhost", "[::1]")]
     if url:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
             raise InputError(f"--url {url} is no address of a server: give it as https://studio.example.org, without a path.")
-        origin = f"{parts.scheme}://{parts.netloc.lower()}"
+        try:
+            origin = _origin(parts.scheme, f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname, parts.port)
+        except ValueError as e:
+            raise InputError(f"--url {url} has a port that is none: {e}.") from e
         return frozenset({origin, *local}), origin
     if host in ("127.0.0.1", "localhost", "::1"):
         return frozenset(local), local[0]
@@ -145,5 +148,10 @@ def origins_of(host: str, port: int, url: str) -> tuple[frozenset[str], str]:
         raise InputError(
             f"--host {host or repr(host)} needs --url too: the address that people's browsers ask, as http://mill.local:{port}."
         )
-    origin = f"http://{f'[{host}]' if ':' in host else host.lower()}:{port}"
+    origin = _origin("http", f"[{host}]" if ":" in host else host.lower(), port)
     return frozenset({origin, *local}), origin
+
+
+def _origin(scheme: str, host: str, port: int | None) -> str:
+    """Origin as browsers write it: without the port that its scheme has anyway."""
+    return f"{scheme}://{host}" + ("" if port in (None, {"http": 80, "https": 443}[scheme]) else f":{port}")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 import threading
+import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -27,13 +28,15 @@ from gristmill.data.rows import ATTRIBUTES, Response, make_id, read_records, rea
 from gristmill.runs.artifacts import ALL, Artifact
 from gristmill.runs.reader import read_run
 from gristmill.runs.run_dir import RECIPE
+from gristmill.studio.database import clean
 from gristmill.studio.filters import fields_of, is_plain, mask
 from gristmill.studio.store import NewItem, Refused
-from gristmill.studio.tasks import PAIR, RATE, clean
+from gristmill.studio.tasks import PAIR, RATE
 
 MAX_TEXT_CHARS = 20_000  # of a text that is sent at once
 EXCERPT_CHARS = 200
 MAX_PAGE = 200
+LIST_SECONDS = 5.0  # for which the list of a run's files is remembered
 MAX_ORDERS = 8  # filtered or sorted, that are kept
 BATCH_ROWS = 1 << 14
 FOLDER = "studio"  # in the run's
@@ -71,7 +74,7 @@ class Sources:
         self._guard = threading.RLock()
         self._tables: dict[str, pa.Table] = {}
         self._orders: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
-        self.all()
+        self._known, self._listed = {source.name: source for source in self.all()}, time.monotonic()
 
     def all(self) -> list[Source]:
         """All sources, in the order of their stages.
@@ -105,7 +108,10 @@ class Sources:
         Raises:
             Refused: there is none.
         """
-        found = next((source for source in self.all() if source.name == name), None)
+        with self._guard:
+            if time.monotonic() > self._listed + LIST_SECONDS:
+                self._known, self._listed = {source.name: source for source in self.all()}, time.monotonic()
+            found = self._known.get(name)
         if found is None:
             raise Refused(404, "There is no such file of rows here any more: choose another.")
         return found
@@ -116,7 +122,10 @@ class Sources:
         Raises:
             InputError: the file cannot be read.
         """
-        key = make_id(*state(source.path), "2")
+        try:
+            key = make_id(*state(source.path))
+        except OSError as e:
+            raise Refused(404, f"{source.name} is gone: put it back, or choose another file.") from e
         with self._guard:
             if key not in self._tables:
                 path = self.cache / f"{key}.arrow"

@@ -14,8 +14,8 @@ from typing import Any
 from gristmill.core.errors import InputError
 from gristmill.data.rows import make_id
 from gristmill.studio.consensus import NUM_EXTRA, SPLIT, wants_more
-from gristmill.studio.database import Database, Transaction
-from gristmill.studio.tasks import FLAGS, RATE, check_content, check_note, clean, consensus_of
+from gristmill.studio.database import Database, Transaction, clean
+from gristmill.studio.tasks import FLAGS, RATE, check_content, check_note, consensus_of
 
 OWNER, EXPERT, ANNOTATOR, READER = "owner", "expert", "annotator", "reader"
 ROLES = (OWNER, EXPERT, ANNOTATOR, READER)
@@ -322,7 +322,12 @@ class Store:
 
     def _submit(self, t: Transaction, person: Person, answer: Mapping[str, Any], role: str) -> dict[str, Any]:
         name, place, version = (answer.get(field) for field in ("id", "item", "version"))
-        if not isinstance(name, str) or not 8 <= len(name) <= 64 or not name.isascii() or not isinstance(place, str):
+        if (
+            not isinstance(name, str)
+            or not 8 <= len(name) <= 64
+            or not (name.isascii() and name.isprintable())
+            or not isinstance(place, str)
+        ):
             raise InputError("An answer needs an id of 8 to 64 characters, made by the page, and the id of its item.")
         known = t.one("select * from answer where id = ?", name)
         if known is not None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from gristmill.core.errors import InputError
 from gristmill.data.rows import ATTRIBUTES
-from gristmill.data.tokenizer import SURROGATE
 from gristmill.studio.consensus import NEITHER, Consensus, preference_consensus, rating_consensus
+from gristmill.studio.database import clean
 
 RATE, PAIR = "rate", "pair"
 KINDS = (RATE, PAIR)
@@ -62,11 +62,6 @@ def check_note(text: Any) -> str:
     if not isinstance(text, str) or len(text) > MAX_NOTE_CHARS:
         raise InputError(f"A note must be text of at most {MAX_NOTE_CHARS:,} characters.")
     return clean(text)
-
-
-def clean(text: str) -> str:
-    """Text that any database and any file can hold: without NUL and halves of surrogate pairs."""
-    return SURROGATE.sub("\ufffd", text).replace("\0", "\ufffd")
 
 
 def swapped(item: str, person: str) -> bool:

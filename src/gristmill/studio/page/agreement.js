@@ -91,6 +91,7 @@ export function Settle({ item, done }) {
       setError(e.message);
     }
   };
+  const more = (part, from) => `/items/${item}/text?` + query({ part, from, settle: 1 });
   const set = (name, value) => {
     const next = { ...draft, [name]: value };
     if (name === "preference") next.neither = false;
@@ -101,8 +102,8 @@ export function Settle({ item, done }) {
     <h1>Settle</h1>
     <p class="notice" role="status">${error}</p>
     <div class=${found.kind === "rate" ? "rate" : "compare"}>
-      <div class="card talk"><${Conversation} messages=${found.messages} />
-        ${found.answers.map((a, i) => html`<div class="turn judged"><div class="who">${found.kind === "pair" ? ["Left", "Right"][i] : "Assistant"}</div><${Text} text=${a.text} length=${a.length} /></div>`)}
+      <div class="card talk"><${Conversation} messages=${found.messages} more=${more} />
+        ${found.answers.map((a, i) => html`<div class="turn judged"><div class="who">${found.kind === "pair" ? ["Left", "Right"][i] : "Assistant"}</div><${Text} text=${a.text} length=${a.length} more=${(from) => more(found.messages.length + i, from)} /></div>`)}
         <h2>What people said</h2>
         <ul class="plain">${found.history.map((a) => html`<li><span class="chip">${a.person}</span> ${says(found.kind, a.content)}${a.role === "expert" ? " (settled)" : ""}${a.late ? " (too late, not counted)" : ""} <${Short} text=${a.content.reason} /></li>`)}</ul>
       </div>

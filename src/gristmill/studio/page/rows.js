@@ -116,7 +116,7 @@ export function Rows({ params, go }) {
     return () => watcher.disconnect();
   });
   const set = (more) => go("rows", { ...params, source, ...more });
-  const names = page ? SHORT_FACTS.filter((name) => page.rows.some((row) => row.facts[name] !== undefined)).slice(0, 5) : [];
+  const names = page ? SHORT_FACTS.filter((name) => page.rows.some((row) => row.facts[name] !== undefined)).slice(0, 3) : [];
   return html`<div class="rows">
     <h1>Rows</h1>
     <form class="bar" onSubmit=${(e) => (e.preventDefault(), set({ filter: typed, place: undefined }))}>
@@ -142,7 +142,7 @@ export function Rows({ params, go }) {
         )}</tbody></table>
         <div ref=${end}>${page && page.more && html`<button onClick=${loadMore}>More rows</button>`}</div>
       </div>
-      <div class="detail">${params.place !== undefined ? html`<${Row} source=${source} place=${params.place} />` : html`<p class="soft">Choose a row.</p>`}</div>
+      <div class="detail" tabindex="0" role="region" aria-label="The chosen row">${params.place !== undefined ? html`<${Row} source=${source} place=${params.place} />` : html`<p class="soft">Choose a row.</p>`}</div>
     </div>
   </div>`;
 }

@@ -302,7 +302,7 @@ export function WorkView({ work }) {
   useEffect(() => {
     document.title = item ? `${kind === "rate" ? "Rate" : "Compare"} ${item.id.slice(0, 6)} - Studio` : `${work.project.name} - Studio`;
     const top = document.querySelector(".work");
-    if (top) top.scrollIntoView({ block: "nearest" });
+    if (top && top.getBoundingClientRect().top < 0) top.scrollIntoView();
   }, [item && item.id]);
   const more = (part, from) => `/items/${item.id}/text?` + query({ part, from });
   const set = (name, value) => work.value(name, value, false);
