@@ -96,10 +96,10 @@ def test_initial_weights_are_the_same_in_every_mesh(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_in_another_mesh(tmp_path: Path) -> None:
-    """From one process to two with other samples, four with other samples and parts of matrices, two with other parts, and back to one."""
+    """From one process to four with other samples and other parts of matrices, and back to one."""
     ramp = {"batch_size": [[0, 3], [6, 6]], "vocab": 50}
     whole = load_file(run(1, "train", tmp_path / "whole.safetensors", folder=str(tmp_path / "a"), **ramp))
-    for size, tp, stop in ((1, 1, 1), (2, 1, 3), (4, 2, 5), (2, 2, 7)):
+    for size, tp, stop in ((1, 1, 2), (4, 2, 5)):
         run(size, "train", tmp_path / "part.safetensors", folder=str(tmp_path / "b"), stop=stop, tp=tp, **ramp)
     last = load_file(run(1, "train", tmp_path / "last.safetensors", folder=str(tmp_path / "b"), **ramp))
     losses = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "ab"]
