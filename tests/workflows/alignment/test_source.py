@@ -104,9 +104,9 @@ def test_answers_to_one_prompt_are_a_pair(data: HumanData) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "kind"),
-    [(12, "number"), (1.5, "number"), ("1,200", "number"), ("-3", "number"), ("$5", "number"), ("blue", "exact"), ("nan", "exact")],
+    [(12, "number"), (1.5, "number"), ("1,200", "number"), ("-3", "number"), ("$5", "number"), ("blue", "math"), ("Nan bread", "math")],
 )
-def test_known_answers_are_numbers_or_texts(tmp_path: Path, answer: Any, kind: str) -> None:
+def test_known_answers_are_numbers_or_final_answers(tmp_path: Path, answer: Any, kind: str) -> None:
     (prompt,) = read_prompts(write(tmp_path / "p.jsonl", [{"prompt": "?", "answer": answer}]), "human", truth=True)
     assert prompt.truth == {"kind": kind, "value": str(answer)}
 
