@@ -130,7 +130,10 @@ def test_a_loaded_tokenizer_adds_cuts_and_pads_nothing(tmp_path: Path) -> None:
 
 
 def test_bad_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="needs its tokenizer.json: .* does not exist"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(InputError, match="transformers makes it of the other files.* does not exist"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as a tokenizer"):

@@ -286,6 +286,7 @@ PHI = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "rope_type"),
         ("gemma3_text", {"rope_local_base_freq": 5000.0}, "rope_theta once"),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 64}, "Write orig"),
         ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "Write rope_type"),  # transformers passes over it
         ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}}, ""),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}}, "truncate"),

@@ -192,7 +192,9 @@ class Tokenizer:
         Raises:
             InputError: the file is missing or unreadable, or names no end-of-document token.
         """
-        path = existing_file(Path(folder) / "tokenizer.json", "A model folder needs its tokenizer.json")
+        convertible = any(os.path.lexists(Path(folder) / name) for name in ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json"))
+        how = " (transformers makes it of the other files: AutoTokenizer.from_pretrained, then save_pretrained)" if convertible else ""
+        path = existing_file(Path(folder) / "tokenizer.json", f"A model folder needs its tokenizer.json{how}")
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} cannot be read as a tokenizer (it is larger than {MAX_BYTES:,} bytes): download or save it again.")
         files = _read_files(Path(folder))

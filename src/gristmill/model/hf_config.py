@@ -26,7 +26,7 @@ from gristmill.model.config import (
     ModelConfig,
 )
 from gristmill.model.folder import model_file
-from gristmill.model.rope import ORIGINAL, read_rope, write_rope
+from gristmill.model.rope import HAS_ORIGINAL, ORIGINAL, read_rope, write_rope
 
 EXPECTED = "Use a checkpoint whose config.json has"
 ROPE_KINDS = {kind: kind for kind in ("default", "linear", "dynamic", "llama3", "yarn", "longrope")}
@@ -181,6 +181,8 @@ def _rope_from_hf(hf: Mapping[str, Any], family: str, max_positions: int) -> dic
         theta, scaling = read_rope(full | old, hf, max_positions, kinds=kinds, theta=given, default_theta=parts.default_rope_theta)
         given = value_of(hf, "rope_local_base_freq") if "rope_local_base_freq" in hf else None
         local_theta, local_scaling = read_rope(local, hf, max_positions, kinds=kinds, theta=given, default_theta=LOCAL_ROPE_THETA)
+        if ORIGINAL in hf and any(one is not None and one.kind in HAS_ORIGINAL for one in (scaling, local_scaling)):
+            raise InputError(f"Write {ORIGINAL} of {family} within its rope scaling: programs read it differently.")
         for one in (scaling, local_scaling):
             if one is not None and (one.kind == "longrope" or one.truncate is False):  # read for both or none
                 raise InputError(f"Use a checkpoint of {family} whose rope scaling is no longrope and has no truncate = false.")
