@@ -40,7 +40,7 @@ create table session (id text primary key, person text not null references perso
 create table invitation (id text primary key, role text not null, until {real} not null, used integer not null);
 create table project (
   id text primary key, name text not null, kind text not null, source text not null, guideline integer not null, need integer not null,
-  settings text not null, created text not null);
+  settings text not null, created text not null, number integer not null);
 create table guideline (
   project text not null references project, version integer not null, content text not null, at text not null,
   primary key (project, version));

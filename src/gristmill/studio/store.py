@@ -203,8 +203,8 @@ class Store:
         def create(t: Transaction) -> str:
             number = t.all("select count(*) as n from project")[0]["n"] + 1
             project = make_id("project", number, kind, name)
-            sql = "insert into project values (?, ?, ?, ?, 1, ?, ?, ?)"
-            t.run(sql, project, name, kind, source, need, json.dumps(settings or {}, sort_keys=True), utc())
+            sql = "insert into project values (?, ?, ?, ?, 1, ?, ?, ?, ?)"
+            t.run(sql, project, name, kind, source, need, json.dumps(settings or {}, sort_keys=True), utc(), number)
             t.run("insert into guideline values (?, 1, ?, ?)", project, guideline, utc())
             rows = [
                 (
@@ -225,7 +225,7 @@ class Store:
         def read(t: Transaction) -> list[dict[str, Any]]:
             sql = (
                 "select p.*, g.content as guideline_text from project p join guideline g on g.project = p.id and g.version = p.guideline "
-                "order by p.created, p.id"
+                "order by p.number"
             )
             counts = {
                 row["project"]: row
