@@ -292,7 +292,7 @@ def test_answers_keep_to_a_format(full: str) -> None:
 
 def test_a_json_object_keeps_to_its_schema(full: str) -> None:
     schema = {"type": "object", "properties": {"zz": {"enum": [7]}}, "required": ["zz"], "additionalProperties": False}
-    ask = {"messages": SAID, "max_tokens": 60, "response_format": {"type": "json_object", "schema": schema}}
+    ask = {"messages": SAID, "max_tokens": 60, "temperature": 0, "response_format": {"type": "json_object", "schema": schema}}
     for _ in range(2):  # built, and taken from those that are built
         _, reply = post(full, "/chat/completions", **ask)
         assert json.loads(reply["choices"][0]["message"]["content"]) == {"zz": 7}

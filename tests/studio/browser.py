@@ -106,6 +106,11 @@ class Page:
         assert "exceptionDetails" not in said, (expression, said["exceptionDetails"])
         return said["result"].get("value")
 
+    def reload(self) -> None:
+        """Load the page anew, and wait until the one before is gone: it may look like the new one."""
+        self.js("window.before = true; location.reload()")
+        self.wait("!window.before && document.readyState === 'complete'")
+
     def wait(self, expression: str) -> None:
         """Wait until an expression is true."""
         end = time.monotonic() + SECONDS

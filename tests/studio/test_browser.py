@@ -69,7 +69,7 @@ def test_letters_backspace_undo_skip_and_help(served: Served, browser: Browser) 
         page.press(key)
     page.press("Enter")  # four of five: nothing is sent
     assert page.js(ITEM) == first and "five attributes first" in page.text()
-    page.js("location.reload()")  # a draft stays
+    page.reload()  # a draft stays
     page.wait(f"{ITEM} === {json.dumps(first)} && document.querySelectorAll('.choice.on').length === 4")
     page.press("4")
     page.wait(f"{ITEM} !== {json.dumps(first)} && {SAVED}")
