@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from itertools import zip_longest
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -120,26 +120,6 @@ class RatedSample:
 
 
 @dataclass
-class RatedGroup:
-    """Rated answers to one prompt. They go through the model together, so that it reads the prompt once."""
-
-    answers: Sequence[RatedSample]
-
-    @property
-    def id(self) -> str:
-        return self.answers[0].id
-
-    @cached_property
-    def num_tokens(self) -> int:
-        """Tokens that go through the model: what all answers begin with counts once."""
-        return _num_packed(self.answers)
-
-    @property
-    def num_targets(self) -> int:
-        return sum(answer.num_targets for answer in self.answers)
-
-
-@dataclass
 class Rollout(Sample):
     """A sampled answer to a prompt, for policy gradients; the mask marks the tokens that the model chose, and no others.
 
@@ -173,11 +153,14 @@ class Rollout(Sample):
             )
 
 
-@dataclass
-class RolloutGroup:
-    """Rollouts of one prompt. They go through the model together, so that it reads the prompt once."""
+AnswerT = TypeVar("AnswerT", RatedSample, Rollout)
 
-    answers: Sequence[Rollout]
+
+@dataclass
+class _Group(Generic[AnswerT]):
+    """Answers to one prompt. They go through the model together, so that it reads the prompt once."""
+
+    answers: Sequence[AnswerT]
 
     @property
     def id(self) -> str:
@@ -186,21 +169,25 @@ class RolloutGroup:
     @cached_property
     def num_tokens(self) -> int:
         """Tokens that go through the model: what all answers begin with counts once."""
-        return _num_packed(self.answers)
+        documents = [answer.ids for answer in self.answers]
+        return sum(map(len, documents)) - (len(documents) - 1) * num_shared(documents)
 
     @property
     def num_targets(self) -> int:
         return sum(answer.num_targets for answer in self.answers)
 
 
+class RatedGroup(_Group[RatedSample]):
+    """Rated answers to one prompt."""
+
+
+class RolloutGroup(_Group[Rollout]):
+    """Rollouts of one prompt."""
+
+
 AnySample = Sample | PairSample | RatedSample
 # What `SampleData` gives and a step is made of.
 DataItem = Sample | PairSample | RatedGroup | RolloutGroup
-
-
-def _num_packed(answers: Sequence[Sample | RatedSample]) -> int:
-    documents = [answer.ids for answer in answers]
-    return sum(map(len, documents)) - (len(documents) - 1) * num_shared(documents)
 
 
 def group_answers(samples: Sequence[AnySample | DataItem], max_answers: int, max_tokens: float) -> list[DataItem]:
