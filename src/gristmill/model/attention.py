@@ -53,13 +53,21 @@ def split_heads(qkv_TXd: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Ten
     return q_TKGd.flatten(1, 2), k_TK1d.flatten(1, 2), v_TK1d.flatten(1, 2)
 
 
+def has_compiled_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is a compiled kernel for tensors of this type, and it is the fastest there.
+
+    bf16 goes through tile products (AMX) where the CPU has them. Where it has other products in bf16 torch's own kernels are the faster
+    ones, and elsewhere ours in fp32.
+    """
+    if device.type != "cpu" or dtype not in kernels.TYPES or kernels.load() is None:
+        return False
+    return dtype != torch.bfloat16 or kernels.has_tiles() or not has_bf16_products()
+
+
 def compiled_attention(
     qkv_TXd: Tensor, shape: PackedShape, *, num_heads: int, angles: tuple[Tensor, Tensor] | None = None, mod: ScoreMod = PLAIN
 ) -> Tensor | None:
     """Causal grouped-query attention inside each document by the compiled kernel, rotation included.
-
-    bf16 goes through tile products (AMX) where the CPU has them. Where it has other products in bf16 torch's own kernels are the faster
-    ones, and elsewhere this one in fp32.
 
     Args:
         qkv_TXd: queries, keys and values as `group_heads` lays them out, before the rotation, X = H + 2K.
@@ -69,7 +77,7 @@ def compiled_attention(
     Returns:
         [T, H, d] in the type of qkv_TXd; None where the kernel does not compute with such tensors.
     """
-    if kernels.library_for(qkv_TXd) is None or (qkv_TXd.dtype == torch.bfloat16 and has_bf16_products() and not kernels.has_tiles()):
+    if not has_compiled_attention(qkv_TXd.device, qkv_TXd.dtype):
         return None
     cos_TR, sin_TR = angles or (torch.empty(qkv_TXd.shape[0], 0),) * 2
     return _CompiledAttention.apply(qkv_TXd, cos_TR, sin_TR, shape, num_heads, mod)
