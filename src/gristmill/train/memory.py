@@ -28,7 +28,7 @@ from gristmill.parallel.memory import USABLE_SHARE, fits_into
 from gristmill.train.data import backbone
 
 # Small operations need many tokens to be worth their start, large ones do not: so many parameters times tokens are enough on a CPU.
-# Tile products in bf16 (AMX) are done with them sooner, but what a micro-batch costs whatever its tokens, such as adding up gradients, is not.
+# Tile products (AMX) are soon done with them, but not what a micro-batch costs whatever its tokens, such as adding up gradients.
 CPU_MICRO_BATCH_WORK, TILED_MICRO_BATCH_WORK = 3 * 2**34, 3 * 2**35
 MIN_MICRO_BATCH, MAX_MICRO_BATCH = 384, 8192  # tokens of a micro-batch that is chosen
 PROGRAM_BYTES = 300_000_000  # of Python, torch and the tokenizer
