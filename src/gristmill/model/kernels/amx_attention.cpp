@@ -2,36 +2,13 @@
 // probabilities and the gradients of scores are rounded to bf16 before they are multiplied, as flash attention on GPUs does.
 
 #include "attention.h"
+#include "tiles.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512F__)
+#ifdef TILES
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
-static const int TILE = 16;      // rows of a tile, and float32 columns of a sum
-static const int DEPTH = 32;     // bf16 numbers of a tile's row: what one instruction sums over
-static const int WORDS = 512;    // bf16 numbers of a tile
 static const int ROWS = 128;     // rows of scores made at once
 static const int KEYS = 64;      // keys that go through the backward pass at once
 static const float HIDDEN = -1e30f;
-
-static int padded(int n, int to) { return (n + to - 1) / to * to; }
-
-// ---- products of tiles ----
-
-struct alignas(64) Palette { uint8_t palette = 1, start = 0, reserved[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; };
-
-// Tiles of this thread, of full size; the ones that it had before come back at the end.
-struct Tiles {
-    alignas(64) uint8_t before[64];
-    Tiles() {
-        Palette full;
-        for (int i = 0; i < 8; i++) { full.bytes[i] = 64; full.rows[i] = TILE; }
-        _tile_storeconfig(before);
-        _tile_loadconfig(&full);
-    }
-    ~Tiles() { before[0] ? _tile_loadconfig(before) : _tile_release(); }
-};
 
 // C [m, n] = or += A [m, depths * DEPTH] B, all of them multiples of 32. Tiles of B are `panel` numbers apart from one column of tiles to the
 // next, and `step` from one row to the next.
@@ -60,19 +37,7 @@ static void product(int m, int n, int depths, const bf16* a, int64_t lda, const 
         }
 }
 
-// The right side of a product holds pairs of numbers that are summed side by side. Here pairs of columns of x [n, e], for sums over them:
-// tiles [n / TILE, e / DEPTH].
-static void pair_columns(const bf16* x, int n, int e, bf16* tiles) {
-    for (int p = 0; p < n; p += TILE)
-        for (int k = 0; k < e; k += DEPTH, tiles += WORDS)
-            for (int r = 0; r < TILE; r++) {
-                uint32_t pairs[TILE];
-                memcpy(pairs, x + (int64_t)(p + r) * e + k, sizeof pairs);
-                for (int i = 0; i < TILE; i++) memcpy(tiles + 2 * (i * TILE + r), pairs + i, 4);
-            }
-}
-
-// And here pairs of rows, for sums over them: tiles [n / DEPTH, e / TILE].
+// Pairs of rows of x [n, e] for the right side of a product that sums over them: tiles [n / DEPTH, e / TILE].
 static void pair_rows(const bf16* x, int n, int e, bf16* tiles) {
     for (int r = 0; r < n; r += DEPTH)
         for (int p = 0; p < e; p += TILE)
@@ -258,10 +223,7 @@ static void backward(const Attention& a, const Document& x, int h, const bf16* q
     }
 }
 
-extern "C" int gristmill_has_amx() {
-    const int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, request, tile_data) == 0;
-}
+extern "C" int gristmill_has_tiles() { return tiles_allowed(); }
 extern "C" void gristmill_amx_attention_forward(const Attention* a, const bf16* qkv, bf16* out, float* lse) {
     each(*a, [&](const Document& x, int h, Scratch& scratch) { Tiles tiles; forward(*a, x, h, qkv, out, lse, scratch); });
 }
@@ -271,7 +233,7 @@ extern "C" void gristmill_amx_attention_backward(const Attention* a, const bf16*
 
 #else
 
-extern "C" int gristmill_has_amx() { return 0; }
+extern "C" int gristmill_has_tiles() { return 0; }
 extern "C" void gristmill_amx_attention_forward(const Attention*, const bf16*, bf16*, float*) {}
 extern "C" void gristmill_amx_attention_backward(const Attention*, const bf16*, const bf16*, const float*, const bf16*, float*) {}
 

@@ -54,7 +54,7 @@ def load() -> ctypes.CDLL | None:
 def has_tiles() -> bool:
     """Whether the library multiplies tiles of bf16 (AMX): compiled for it, on such a CPU, and allowed by the system."""
     library = load()
-    return library is not None and bool(library.gristmill_has_amx())
+    return library is not None and bool(library.gristmill_has_tiles())
 
 
 def library_for(x: Tensor) -> ctypes.CDLL | None:
