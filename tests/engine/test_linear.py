@@ -61,12 +61,23 @@ def test_products_equal_torchs(kind: int, size: tuple[int, int, int], seed: int,
     assert torch.equal(product(x_TD[:1]), product(x_TD[:1].clone())), "the same again"
 
 
+@pytest.mark.skipif(not kernels.has_tiles(), reason="no AMX")
+def test_tile_products_of_a_row_do_not_depend_on_the_others() -> None:
+    torch.manual_seed(0)
+    product, _ = product_of(BF16, torch.randn(70, 200), torch.randn(70))
+    x_TD = torch.randn(256, 200).bfloat16()
+    all_TN = product(x_TD)
+    for first, last in ((0, 1), (5, 7), (3, 20), (40, 256)):
+        assert torch.equal(product(x_TD[first:last]), all_TN[first:last])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [FP32, BF16, INT8, INT4])
 @pytest.mark.parametrize("strange", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_no_number_stays_in_its_row(kind: int, strange: float) -> None:
+def test_what_is_no_number_stays_in_its_row(kind: int, strange: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     product, _ = product_of(kind, torch.randn(50, 320))
-    x_TD = torch.randn(9, 320)
+    x_TD = torch.randn(9, 320).to(dtype)
     plain_TN = product(x_TD)
     for column in (0, 31, 255, 319):
         x_2 = x_TD.clone()
@@ -74,7 +85,7 @@ def test_what_is_no_number_stays_in_its_row(kind: int, strange: float) -> None:
         out_TN = product(x_2)
         others = [row for row in range(9) if row != 4]
         assert not out_TN[4].isfinite().any() and torch.equal(out_TN[others], plain_TN[others])
-    assert torch.equal(product(torch.zeros(5, 320)), torch.zeros(5, 50))
+    assert torch.equal(product(torch.zeros(5, 320, dtype=dtype)), torch.zeros(5, 50, dtype=dtype))
 
 
 @pytest.mark.parametrize("rows", [8, 64, 65, 73])

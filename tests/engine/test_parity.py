@@ -82,7 +82,11 @@ def test_quantization_is_near(tiny_base: Path, quantize: Quantize, bound: float,
     before = answers(engine_of(tiny_base))
     conversations = [(*r.messages, Message("assistant", outs[0].text or "x")) for r, outs in before]
     found = divergence(engine, conversations)
-    assert 0 <= found["kl"] < bound + (0.05 if cache else 0) and found["agreement"] > 0.8 and found["tokens"] > 20
+    assert (
+        0 <= found["kl"] < bound + (0.05 if cache else 0)
+        and found["agreement"] > (0.7 if quantize == "int4" else 0.8)
+        and found["tokens"] > 20
+    )
     found_answers = answers(engine)
     released = engine_of(tiny_base, quantize=quantize, cache_dtype=cache, own=True)
     assert [outs for _, outs in found_answers] == [outs for _, outs in answers(released)]

@@ -1,5 +1,7 @@
 """Packed attention against a plain softmax over each document."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,14 +78,16 @@ def test_bf16_inputs_come_back_as_bf16_close_to_fp32() -> None:
     torch.testing.assert_close(out.float(), varlen_attention(*qkv, shape), atol=3e-2, rtol=0)
 
 
+@pytest.mark.parametrize("tiles", [False, pytest.param(True, marks=pytest.mark.skipif(not kernels.has_tiles(), reason="no AMX"))])
 @settings(max_examples=25, deadline=None)
 @given(odd_documents, mods)
-def test_bf16_values_and_gradients_are_near_the_formula(documents: tuple[list[int], list[int]], mod: ScoreMod) -> None:
+def test_bf16_values_and_gradients_are_near_the_formula(tiles: bool, documents: tuple[list[int], list[int]], mod: ScoreMod) -> None:
     shape = PackedShape.from_lengths(documents[0], shared=documents[1])
     qkv = [x.detach().bfloat16().requires_grad_() for x in inputs(shape.num_tokens)]
     exact_qkv = [x.detach().float().requires_grad_() for x in qkv]
     upstream = torch.randn(shape.num_tokens, 4, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
-    ours, plain = varlen_attention(*qkv, shape, mod=mod), plain_shared(*exact_qkv, shape, mod)
+    with patch.object(kernels, "has_tiles", lambda: tiles):
+        ours, plain = varlen_attention(*qkv, shape, mod=mod), plain_shared(*exact_qkv, shape, mod)
     ours_grads = torch.autograd.grad(ours, qkv, upstream)
     plain_grads = torch.autograd.grad(plain, exact_qkv, upstream.float())
     for rough, exact in zip((ours, *ours_grads), (plain, *plain_grads), strict=True):
@@ -93,14 +97,14 @@ def test_bf16_values_and_gradients_are_near_the_formula(documents: tuple[list[in
 
 
 @pytest.mark.parametrize("mod", [PLAIN, ScoreMod(window=40), ScoreMod(soft_cap=2.0), ScoreMod(window=100, scale=0.5, soft_cap=1.0)])
-def test_a_mask_is_made_for_a_stretch_of_queries_at_a_time(mod: ScoreMod, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_is_made_for_a_stretch_of_queries_at_a_time(mod: ScoreMod) -> None:
     shape = PackedShape.from_lengths([150, 300, 120], shared=[0, 100, 119])
     for dtype, far in ((torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
         qkv = [x.detach().to(dtype) for x in inputs(shape.num_tokens)]
-        whole = varlen_attention(*qkv, shape, mod=mod)
-        with monkeypatch.context() as patch:
-            patch.setattr(attention, "MASKED_QUERY_CHUNK", 64)
-            torch.testing.assert_close(varlen_attention(*qkv, shape, mod=mod), whole, rtol=0, atol=far)
+        with patch.object(kernels, "load", lambda: None):  # our kernels need no mask
+            whole = varlen_attention(*qkv, shape, mod=mod)
+            with patch.object(attention, "MASKED_QUERY_CHUNK", 64):
+                torch.testing.assert_close(varlen_attention(*qkv, shape, mod=mod), whole, rtol=0, atol=far)
 
 
 compiled = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
@@ -132,10 +136,36 @@ def test_the_kernel_rotates_as_torch_does(documents: tuple[list[int], list[int]]
 
 
 @compiled
-def test_threads_change_no_bit() -> None:
+@settings(max_examples=20, deadline=None)
+@given(tiled_documents, mods, st.sampled_from([(1, 1, 8, 4), (4, 2, 20, 3), (9, 3, 64, 32), (5, 1, 33, 0), (60, 1, 4, 2), (3, 1, 80, 20)]))
+def test_bf16_differs_from_the_kernel_in_fp32_by_rounding(
+    documents: tuple[list[int], list[int]], mod: ScoreMod, heads: tuple[int, int, int, int]
+) -> None:
+    num_heads, num_kv_heads, size, pairs = heads
+    shape = PackedShape.from_lengths(documents[0], shared=documents[1])
+    generator = torch.Generator().manual_seed(3)
+    qkv_TXd = torch.randn(shape.num_tokens, num_heads + 2 * num_kv_heads, size, generator=generator).bfloat16()
+    upstream = torch.randn(shape.num_tokens, num_heads, size, generator=generator).bfloat16()
+    angles_TR = shape.positions_T[:, None] * torch.rand(pairs, generator=generator)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        given_TXd = qkv_TXd.to(dtype, copy=True).requires_grad_()
+        with patch.object(attention, "has_bf16_products", kernels.has_tiles):  # a kernel of ours wherever the tests run
+            out_THd = compiled_attention(given_TXd, shape, num_heads=num_heads, angles=(angles_TR.cos(), angles_TR.sin()), mod=mod)
+        assert out_THd is not None and out_THd.dtype == dtype
+        results.append((out_THd, *torch.autograd.grad(out_THd, given_TXd, upstream.to(dtype))))
+    for exact, rough in zip(*((x.detach() for x in result) for result in results), strict=True):
+        assert float((rough.float() - exact).norm()) < 0.01 * float(exact.norm())
+        assert float((rough.float() - exact).abs().max()) < 0.02 * max(1.0, float(exact.abs().max()))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_bf16_products", kernels.has_tiles)
     shape = PackedShape.from_lengths([150, 300, 1, 120, 40], shared=[0, 100, 0, 0, 39])
-    qkv_TXd = torch.randn(shape.num_tokens, 12, 24, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    upstream = torch.randn(shape.num_tokens, 6, 24, generator=torch.Generator().manual_seed(1))
+    qkv_TXd = torch.randn(shape.num_tokens, 12, 24, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    upstream = torch.randn(shape.num_tokens, 6, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3, 1):

@@ -51,12 +51,15 @@ CHUNK, PAIR = 256, 64  # columns that int4's scales and bytes are padded to
 ANY_ROWS = 2**31
 # Rows up to which own products beat torch's on a CPU that has instructions for bf16. On others all but fp32's do at any number.
 MAX_ROWS = {FP32: 16, BF16: 8, INT8: 16, INT4: 64}
+MAX_TILED_ROWS = 256  # of bf16 by tile products (AMX)
 
 
 def max_rows(kind: int) -> int:
     """Rows up to which linear.cpp multiplies by a matrix of this kind; 0 where torch does."""
     if kernels.load() is None or (kind in (INT8, INT4) and platform.machine() not in ("x86_64", "AMD64")):
         return 0
+    if kind == BF16 and kernels.has_tiles():
+        return MAX_TILED_ROWS
     return MAX_ROWS[kind] if kind == FP32 or has_bf16_products() else ANY_ROWS
 
 

@@ -53,12 +53,21 @@ def split_heads(qkv_TXd: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Ten
     return q_TKGd.flatten(1, 2), k_TK1d.flatten(1, 2), v_TK1d.flatten(1, 2)
 
 
+def has_compiled_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is a compiled kernel for tensors of this type, and it is the fastest there.
+
+    bf16 goes through tile products (AMX) where the CPU has them. Where it has other products in bf16 torch's own kernels are the faster
+    ones, and elsewhere ours in fp32.
+    """
+    if device.type != "cpu" or dtype not in kernels.TYPES or kernels.load() is None:
+        return False
+    return dtype != torch.bfloat16 or kernels.has_tiles() or not has_bf16_products()
+
+
 def compiled_attention(
     qkv_TXd: Tensor, shape: PackedShape, *, num_heads: int, angles: tuple[Tensor, Tensor] | None = None, mod: ScoreMod = PLAIN
 ) -> Tensor | None:
     """Causal grouped-query attention inside each document by the compiled kernel, rotation included.
-
-    In bf16 torch's own kernels are the faster ones where the CPU has products in it, and this one (in fp32) elsewhere.
 
     Args:
         qkv_TXd: queries, keys and values as `group_heads` lays them out, before the rotation, X = H + 2K.
@@ -68,28 +77,30 @@ def compiled_attention(
     Returns:
         [T, H, d] in the type of qkv_TXd; None where the kernel does not compute with such tensors.
     """
-    if kernels.library_for(qkv_TXd) is None or (qkv_TXd.dtype == torch.bfloat16 and has_bf16_products()):
+    if not has_compiled_attention(qkv_TXd.device, qkv_TXd.dtype):
         return None
     cos_TR, sin_TR = angles or (torch.empty(qkv_TXd.shape[0], 0),) * 2
     return _CompiledAttention.apply(qkv_TXd, cos_TR, sin_TR, shape, num_heads, mod)
 
 
 class _CompiledAttention(torch.autograd.Function):
-    """Attention by kernels.cpp. Of scores only the logarithm of each row's sum is kept."""
+    """Attention by kernels.cpp, or in bf16 by amx_attention.cpp. Of scores only the logarithm of each row's sum is kept."""
 
     @staticmethod
     def forward(ctx: Any, qkv_TXd: Tensor, cos_TR: Tensor, sin_TR: Tensor, shape: PackedShape, num_heads: int, mod: ScoreMod) -> Tensor:
         qkv_TXd, cos_TR, sin_TR = (x.contiguous() for x in (qkv_TXd, cos_TR, sin_TR))
         library = kernels.load()
         assert library is not None and qkv_TXd.shape[0] == shape.num_tokens
-        exact_TXd = qkv_TXd.float()
-        out_THd = exact_TXd.new_empty(shape.num_tokens, num_heads, qkv_TXd.shape[2])
-        log_sum_TH = exact_TXd.new_empty(shape.num_tokens, num_heads) if ctx.needs_input_grad[0] else None
+        tiles = qkv_TXd.dtype == torch.bfloat16 and kernels.has_tiles()
+        attend = library.gristmill_amx_attention_forward if tiles else library.gristmill_attention_forward
+        read_TXd = qkv_TXd if tiles else qkv_TXd.float()
+        out_THd = read_TXd.new_empty(shape.num_tokens, num_heads, qkv_TXd.shape[2])
+        log_sum_TH = torch.empty(shape.num_tokens, num_heads) if ctx.needs_input_grad[0] else None
         call = _kernel_call(qkv_TXd, cos_TR, sin_TR, shape=shape, num_heads=num_heads, mod=mod)
-        library.gristmill_attention_forward(call, exact_TXd.data_ptr(), out_THd.data_ptr(), kernels.pointer_of(log_sum_TH))
+        attend(call, read_TXd.data_ptr(), out_THd.data_ptr(), kernels.pointer_of(log_sum_TH))
         out_THd = out_THd.to(qkv_TXd.dtype)
         ctx.save_for_backward(qkv_TXd, cos_TR, sin_TR, out_THd, log_sum_TH)
-        ctx.shape, ctx.mod = shape, mod
+        ctx.shape, ctx.mod, ctx.tiles = shape, mod, tiles
         return out_THd
 
     @staticmethod
@@ -100,8 +111,9 @@ class _CompiledAttention(torch.autograd.Function):
         assert library is not None
         grad_TXd = torch.empty_like(qkv_TXd, dtype=torch.float32)
         call = _kernel_call(qkv_TXd, cos_TR, sin_TR, shape=ctx.shape, num_heads=out_THd.shape[1], mod=ctx.mod)
-        tensors = [x.float().contiguous() for x in (qkv_TXd, out_THd, log_sum_TH, grads[0])]
-        library.gristmill_attention_backward(call, *(x.data_ptr() for x in (*tensors, grad_TXd)))
+        differentiate = library.gristmill_amx_attention_backward if ctx.tiles else library.gristmill_attention_backward
+        qkv, out, grad = (x.contiguous() if ctx.tiles else x.float().contiguous() for x in (qkv_TXd, out_THd, grads[0]))
+        differentiate(call, *(x.data_ptr() for x in (qkv, out, log_sum_TH, grad, grad_TXd)))
         return grad_TXd.to(qkv_TXd.dtype), None, None, None, None, None
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gristmill.core.device import free_memory, has_bf16_products
+from gristmill.core.device import free_memory
 from gristmill.core.errors import InputError
 from gristmill.core.io import read_json, write_json
 from gristmill.core.threads import num_workers
+from gristmill.model.attention import has_compiled_attention
 from gristmill.model.flops import (
     GRADIENT_BYTES,
     MOMENT_BYTES,
@@ -27,7 +28,8 @@ from gristmill.parallel.memory import USABLE_SHARE, fits_into
 from gristmill.train.data import backbone
 
 # Small operations need many tokens to be worth their start, large ones do not: so many parameters times tokens are enough on a CPU.
-CPU_MICRO_BATCH_WORK = 3 * 2**34
+# Tile products (AMX) are soon done with them, but not what a micro-batch costs whatever its tokens, such as adding up gradients.
+CPU_MICRO_BATCH_WORK, TILED_MICRO_BATCH_WORK = 3 * 2**34, 3 * 2**35
 MIN_MICRO_BATCH, MAX_MICRO_BATCH = 384, 8192  # tokens of a micro-batch that is chosen
 PROGRAM_BYTES = 300_000_000  # of Python, torch and the tokenizer
 RECORD = "micro-batch.json"  # in a training folder: what its run has chosen
@@ -72,8 +74,7 @@ def estimate_memory(
     workers = num_workers(model, device)
     options = {
         "adapted": any(name.endswith("mlp.down.parts.down_proj.lora_A") for name, _ in decoder.named_parameters()),
-        # torch's attention in bf16 is kept where a CPU has products in it
-        "compiled": device.type == "cpu" and kernels.load() is not None and not (itemsize < 4 and has_bf16_products()),
+        "compiled": has_compiled_attention(device, PRECISIONS[precision]),
     }
     if checkpointed:
         layers = config.num_layers * config.hidden_size * itemsize
@@ -101,7 +102,8 @@ def choose_micro_batch(model: nn.Module, optimizer: str, *, precision: str, devi
         loaded: the weights are in memory already.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    paying = MAX_MICRO_BATCH if device.type != "cpu" else CPU_MICRO_BATCH_WORK // max(1, parameters)
+    work = TILED_MICRO_BATCH_WORK if precision == "bf16" and kernels.has_tiles() else CPU_MICRO_BATCH_WORK
+    paying = MAX_MICRO_BATCH if device.type != "cpu" else work // max(1, parameters)
     tokens = min(MAX_MICRO_BATCH, max(MIN_MICRO_BATCH, paying))
     while tokens > MIN_MICRO_BATCH:
         needed = estimate_memory(model, optimizer, precision=precision, tokens=tokens, device=device)

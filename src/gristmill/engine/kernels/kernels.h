@@ -27,6 +27,8 @@ struct Product {
     int32_t rows, n, d, threads;
 };
 
+bool tile_product(const Product& p);  // of bf16; whether there is one
+
 extern "C" {
 void gristmill_attend(const Layer* l, const Step* s, const void* qkv, int activations, void* cache, int type, void* out);
 void gristmill_product(const Product* p);

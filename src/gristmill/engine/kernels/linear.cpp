@@ -417,6 +417,7 @@ template <typename A, typename O> static void run(const Product& p) {
 }
 
 extern "C" void gristmill_product(const Product* p) {
+    if (p->kind == 1 && p->activations == 1 && tile_product(*p)) return;
     if (p->activations == 2) { if (p->out_type == 0) run<int8_t, float>(*p); else run<int8_t, bf16>(*p); }
     else if (p->activations == 0) run<float, float>(*p);
     else run<bf16, bf16>(*p);

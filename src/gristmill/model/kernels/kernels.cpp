@@ -3,9 +3,7 @@
 //
 // Sums are float32 whatever the type in memory, and every output is summed in one order: threads change no bit.
 
-#include "vectors.h"
-
-#include <vector>
+#include "attention.h"
 
 static const int PANEL = 2 * VL;      // columns of a micro-kernel: two vectors
 static const int TILE_ROWS = 6;       // and its rows: twelve sums, which with their operands fit sixteen registers
@@ -51,44 +49,7 @@ static void product(int m, int panels, int k, const float* a, int64_t row, int64
 
 // ---- attention ----
 
-struct Attention {
-    int32_t heads, kv_heads, head_dim, pairs, window, threads, num_documents, num_groups;
-    float scale, cap;          // of scores; a cap of 0 is none
-    const int32_t* documents;  // [N, 4]: first own token, own tokens, shared tokens, where those are
-    const int32_t* groups;     // [groups + 1]: documents that share tokens follow the one that holds them
-    const float *cos, *sin;    // [T, pairs]
-};
-
-// A head of one token, rotated (turn 1) or rotated back (-1), and scaled.
-static inline void rotated(const float* in, float* out, int d, int pairs, const float* cos, const float* sin, float turn, float scale) {
-    int i = 0;
-    for (; i + VL <= pairs; i += VL) {
-        const vec c = load(cos + i), s = load(sin + i) * turn, x = load(in + i), y = load(in + i + pairs);
-        store(out + i, (x * c - y * s) * scale);
-        store(out + i + pairs, (y * c + x * s) * scale);
-    }
-    for (; i < pairs; i++) {
-        const float c = cos[i], s = sin[i] * turn, x = in[i], y = in[i + pairs];
-        out[i] = (x * c - y * s) * scale;
-        out[i + pairs] = (y * c + x * s) * scale;
-    }
-    for (i = 2 * pairs; i < d; i++) out[i] = in[i] * scale;
-}
-
-struct Scratch {
-    std::vector<float> memory;
-    size_t used = 0;
-    void reset(size_t size) { used = 0; if (memory.size() < size) memory.resize(size); }
-    float* take(size_t size) { float* p = memory.data() + used; used += size; return p; }
-};
-
-// A document seen by one key head: its keys are the n tokens at token(j), its rows (own token, query head) pairs.
-struct Document {
-    int start, own, shared, holder, n, panels, rows;
-    Document(const int32_t* p, int G) : start(p[0]), own(p[1]), shared(p[2]), holder(p[3]), n(own + shared), panels((n + PANEL - 1) / PANEL), rows(own * G) {}
-    int64_t token(int j) const { return j < shared ? holder + j : start + j - shared; }
-};
-
+static int panels_of(int keys) { return (keys + PANEL - 1) / PANEL; }
 static int block_rows(int G) { return G >= BLOCK_ROWS ? G : BLOCK_ROWS / G * G; }
 
 // Rows of x, transposed into panels of keys: [panels, d, PANEL].
@@ -110,9 +71,9 @@ static inline void finish_scores(float* s, int width, int from, int to, float ca
 static void forward(const Attention& a, const Document& x, int h, const float* qkv, float* out, float* lse, Scratch& scratch) {
     const int H = a.heads, K = a.kv_heads, d = a.head_dim, G = H / K, e = (d + PANEL - 1) / PANEL * PANEL;
     const int64_t row = (int64_t)(H + 2 * K) * d;
-    const int most = block_rows(G), width = x.panels * PANEL;
-    scratch.reset((size_t)x.panels * PANEL * d + 2 * (size_t)x.n * e + (size_t)most * (width + 2 * e));
-    float *kt = scratch.take((size_t)x.panels * PANEL * d), *k = scratch.take((size_t)x.n * e), *v = scratch.take((size_t)x.n * e);
+    const int most = block_rows(G), width = panels_of(x.n) * PANEL;
+    scratch.reset((size_t)width * d + 2 * (size_t)x.n * e + (size_t)most * (width + 2 * e));
+    float *kt = scratch.take((size_t)width * d), *k = scratch.take((size_t)x.n * e), *v = scratch.take((size_t)x.n * e);
     float *scores = scratch.take((size_t)most * width), *q = scratch.take((size_t)most * e), *result = scratch.take((size_t)most * e);
     for (int j = 0; j < x.n; j++) {
         const int64_t t = x.token(j);
@@ -156,7 +117,7 @@ static void backward(const Attention& a, const Document& x, int h, const float* 
                      Scratch& scratch) {
     const int H = a.heads, K = a.kv_heads, d = a.head_dim, G = H / K, e = (d + PANEL - 1) / PANEL * PANEL;
     const int64_t row = (int64_t)(H + 2 * K) * d;
-    const size_t keys_e = (size_t)x.n * e, rows_e = (size_t)x.rows * e, panels_d = (size_t)x.panels * PANEL * d;
+    const size_t keys_e = (size_t)x.n * e, rows_e = (size_t)x.rows * e, panels_d = (size_t)panels_of(x.n) * PANEL * d;
     const int most = block_rows(G);
     scratch.reset(2 * panels_d + 4 * keys_e + 3 * rows_e + 2 * (size_t)x.rows + 2 * (size_t)most * BLOCK_KEYS);
     float *kt = scratch.take(panels_d), *vt = scratch.take(panels_d), *k = scratch.take(keys_e), *v = scratch.take(keys_e);
@@ -223,19 +184,6 @@ static void backward(const Attention& a, const Document& x, int h, const float* 
         }
         rotated(turned, p, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, -1.f, 1.f);  // its holder's are there already
         for (int i = 0; i < d; i++) { to_k[i] += p[i]; to_v[i] += dv[(int64_t)j * e + i]; }
-    }
-}
-
-// Each task is a group of documents and a key head, so that no two of them add to the same gradient.
-template <typename Task> static void each(const Attention& a, const Task& task) {
-    const int tasks = a.num_groups * a.kv_heads;
-#pragma omp parallel if (a.threads > 1) num_threads(a.threads)
-    {
-        Scratch scratch;
-#pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < tasks; i++)
-            for (int n = a.groups[i / a.kv_heads]; n < a.groups[i / a.kv_heads + 1]; n++)
-                task(Document(a.documents + 4 * (int64_t)n, a.heads / a.kv_heads), i % a.kv_heads, scratch);
     }
 }
 

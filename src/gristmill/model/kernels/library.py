@@ -1,4 +1,4 @@
-"""ctypes bindings of the model's CPU kernels (kernels.cpp)."""
+"""ctypes bindings of the model's CPU kernels (kernels.cpp, amx_attention.cpp)."""
 
 import ctypes
 import functools
@@ -30,13 +30,15 @@ class Attention(ctypes.Structure):
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be had."""
-    library = build_library([Path(__file__).with_name("kernels.cpp")], "model")
+    library = build_library([Path(__file__).with_name(name) for name in ("kernels.cpp", "amx_attention.cpp")], "model")
     if library is None:
         return None
     pointer, number, large, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     for name, arguments in {
         "attention_forward": [ctypes.POINTER(Attention)] + [pointer] * 3,
         "attention_backward": [ctypes.POINTER(Attention)] + [pointer] * 5,
+        "amx_attention_forward": [ctypes.POINTER(Attention)] + [pointer] * 3,
+        "amx_attention_backward": [ctypes.POINTER(Attention)] + [pointer] * 5,
         "norm_forward": [pointer] * 7 + [number] * 2 + [real] + [number] * 3,
         "norm_backward": [pointer] * 8 + [number] * 5,
         "activate": [pointer] * 6 + [number] * 2 + [large] + [number] * 3,
@@ -46,6 +48,13 @@ def load() -> ctypes.CDLL | None:
         function = getattr(library, f"gristmill_{name}")
         function.restype, function.argtypes = None, arguments
     return library
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the library multiplies tiles of bf16 (AMX): compiled for it, on such a CPU, and allowed by the system."""
+    library = load()
+    return library is not None and bool(library.gristmill_has_tiles())
 
 
 def library_for(x: Tensor) -> ctypes.CDLL | None:

@@ -1,0 +1,111 @@
+// Matrix products in bf16 by tiles (AMX), for CPUs that have them: activations [T, D] with a matrix [N, D] as it lies in memory. The matrix is
+// on the left, out^T = matrix x^T, so that only the activations are laid out anew.
+
+#include "kernels.h"
+#include "tiles.h"
+
+#ifdef TILES
+
+#include <memory>
+
+static const int BLOCK = 2 * TILE;                // rows of the matrix that pass all activations together
+static const int MOST_BYTES = 1 << 20;            // of activations that they pass, which are to stay in the cache
+static const int64_t MIN_SHARED = 1 << 18;        // products of numbers that are worth another thread
+
+struct Lines {  // bf16 numbers that begin with a line of the cache
+    std::unique_ptr<bf16[]> memory;
+    bf16* values;
+    explicit Lines(int64_t n) : memory(new bf16[n + 32]), values((bf16*)(((uintptr_t)memory.get() + 63) & ~(uintptr_t)63)) {}
+};
+
+// Sums of BLOCK rows of the matrix with 2 * TILE rows of activations, or TILE of them, as [row of the matrix, row of activations].
+template <bool BOTH> static inline void multiply(const bf16* w, int64_t stride, const bf16* x, int64_t panel, int depths, float (*sums)[TILE][TILE]) {
+    _tile_zero(0); _tile_zero(1);
+    if (BOTH) { _tile_zero(2); _tile_zero(3); }
+    for (int k = 0; k < depths; k++) {
+        if (!BOTH) for (int i = 0; i < BLOCK; i++) __builtin_prefetch(w + i * stride + (k + 6) * DEPTH);
+        _tile_loadd(4, w + k * DEPTH, stride * 2);
+        _tile_loadd(6, x + (int64_t)k * WORDS, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, w + TILE * stride + k * DEPTH, stride * 2);
+        _tile_dpbf16ps(1, 5, 6);
+        if (BOTH) {
+            _tile_loadd(7, x + panel + (int64_t)k * WORDS, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums[0], TILE * 4); _tile_stored(1, sums[1], TILE * 4);
+    if (BOTH) { _tile_stored(2, sums[2], TILE * 4); _tile_stored(3, sums[3], TILE * 4); }
+}
+
+// Sums of TILE rows of the matrix into rows of the output.
+static inline void write(const float (*sums)[TILE], int count, int columns, const float* bias, bf16* out, int64_t stride) {
+    __m512i rows[TILE];
+    for (int i = 0; i < TILE; i++) rows[i] = _mm512_loadu_si512(sums[i]);
+    transpose(rows);
+    const vec more = bias ? some(bias, columns) : vec{};
+    for (int r = 0; r < count; r++) keep(out + r * stride, (vec)rows[r] + more, columns);
+}
+
+bool tile_product(const Product& p) {
+    if (!tiles_allowed()) return false;
+    const bf16 *weight = (const bf16*)p.weight, *x = (const bf16*)p.x;
+    bf16* out = (bf16*)p.out;
+    const int e = padded(p.d, DEPTH), depths = e / DEPTH, fit = MOST_BYTES / (2 * e) / BLOCK * BLOCK, most = fit < BLOCK ? BLOCK : fit;
+    const int held = p.rows < most ? padded(p.rows, TILE) : most, blocks = (p.n + BLOCK - 1) / BLOCK;
+    const int64_t panel = (int64_t)e * TILE;
+    const Lines pairs((int64_t)held * e);
+#pragma omp parallel if (p.threads > 1 && (int64_t)p.rows * p.n * p.d >= MIN_SHARED) num_threads(p.threads)
+    {
+        const Tiles tiles;
+        const Lines whole((int64_t)BLOCK * e);  // rows of activations or of the matrix with zeros behind
+        alignas(64) float sums[4][TILE][TILE];
+        for (int start = 0; start < p.rows; start += most) {
+            const int count = p.rows - start < most ? p.rows - start : most;
+#pragma omp for schedule(static)
+            for (int r = 0; r < count; r += TILE) {
+                const int some_rows = count - r < TILE ? count - r : TILE;
+                const bf16* rows = x + (int64_t)(start + r) * p.d;
+                if (some_rows < TILE || p.d < e) {
+                    memset(whole.values, 0, (size_t)TILE * e * sizeof(bf16));
+                    for (int i = 0; i < some_rows; i++) memcpy(whole.values + (int64_t)i * e, rows + (int64_t)i * p.d, p.d * sizeof(bf16));
+                    rows = whole.values;
+                }
+                pair_columns(rows, TILE, e, pairs.values + r / TILE * panel);
+            }
+#pragma omp for schedule(static)
+            for (int b = 0; b < blocks; b++) {
+                const int from = b * BLOCK, columns = p.n - from < BLOCK ? p.n - from : BLOCK;
+                const bf16* w = weight + (int64_t)from * p.d;
+                if (columns < BLOCK || p.d < e) {
+                    memset(whole.values, 0, (size_t)BLOCK * e * sizeof(bf16));
+                    for (int i = 0; i < columns; i++) memcpy(whole.values + (int64_t)i * e, w + (int64_t)i * p.d, p.d * sizeof(bf16));
+                    w = whole.values;
+                }
+                for (int r = 0; r < count; r += BLOCK) {
+                    const bool both = count - r > TILE;
+                    (both ? multiply<true> : multiply<false>)(w, e, pairs.values + r / TILE * panel, panel, depths, sums);
+                    for (int half = 0; half < (both ? 2 : 1); half++) for (int part = 0; part * TILE < columns; part++) {
+                        const int at = from + part * TILE, first = r + half * TILE;
+                        write(sums[2 * half + part], count - first < TILE ? count - first : TILE, p.n - at < TILE ? p.n - at : TILE, p.bias ? p.bias + at : nullptr,
+                              out + (int64_t)(start + first) * p.n + at, p.n);
+                    }
+                }
+            }
+        }
+    }
+    return true;
+}
+
+#else
+bool tile_product(const Product&) { return false; }
+#endif
+
+extern "C" int gristmill_has_tiles() {
+#ifdef TILES
+    return tiles_allowed();
+#else
+    return 0;
+#endif
+}
