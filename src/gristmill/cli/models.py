@@ -29,9 +29,11 @@ from gristmill.cli.app import (
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
-_TP = Annotated[
-    int, typer.Option(help="Processes of torchrun that share out every matrix (tensor parallel); the others share out the samples.", min=1)
-]
+_TP = Annotated[int, typer.Option(help="Processes of torchrun that share out every matrix (tensor parallel).")]
+_CP = Annotated[int, typer.Option(help="Processes that share out the tokens of each document (context parallel).")]
+_PP = Annotated[int, typer.Option(help="Processes that share out the layers (pipeline parallel); what is left shares out the samples.")]
+_VP = Annotated[int, typer.Option(help="Virtual stages of each process of a pipeline; with 2 or more its schedule is interleaved.")]
+_SCHEDULE = Annotated[str, typer.Option(help="Of a pipeline: 1F1B, Interleaved1F1B or ZBVZeroBubble; default by --vp.")]
 _URL, _NAME, _KEY = endpoint_options("endpoint", "the model's")
 
 
@@ -41,6 +43,10 @@ def pretrain(
     out: Out,
     tokens: Annotated[int | None, typer.Option(help="Overrides the recipe's tokens.")] = None,
     tp: _TP = 1,
+    cp: _CP = 1,
+    pp: _PP = 1,
+    vp: _VP = 1,
+    pp_schedule: _SCHEDULE = "",
     device: RunDevice = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -49,12 +55,12 @@ def pretrain(
     from gristmill.core.config import find_recipe, load
     from gristmill.core.device import pick_device
     from gristmill.core.progress import Progress
-    from gristmill.parallel.mesh import process_mesh
+    from gristmill.parallel.mesh import ParallelDims, process_mesh
     from gristmill.workflows import pretrain as pretraining
 
     loaded = load(find_recipe(recipe, "pretraining"), pretraining.Pretraining, given(tokens=tokens, device=device))
     with (
-        process_mesh(pick_device(loaded.device), tp) as mesh,
+        process_mesh(pick_device(loaded.device), ParallelDims(tp, cp, pp, vp, pp_schedule)) as mesh,
         Progress(quiet=quiet or not mesh.is_writer) as progress,
         progress.stage("pretrain"),
     ):
@@ -86,6 +92,10 @@ def train(
         typer.Option(help="Compute activations twice, to keep fewer; auto: where memory is short."),
     ] = "auto",
     tp: _TP = 1,
+    cp: _CP = 1,
+    pp: _PP = 1,
+    vp: _VP = 1,
+    pp_schedule: _SCHEDULE = "",
     lora_rank: Annotated[int, typer.Option(help="Train a LoRA adapter of this rank, written to OUT/adapter; 0: all weights.")] = 0,
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA: alpha / rank scales the update; default twice the rank.")] = None,
     lora_targets: Annotated[str, typer.Option(help="LoRA: names as q_proj,v_proj parted by commas; default all there are.")] = "",
@@ -103,7 +113,7 @@ def train(
     from gristmill.core.device import pick_device
     from gristmill.core.progress import Progress
     from gristmill.judge.guards import read_taxonomy
-    from gristmill.parallel.mesh import process_mesh
+    from gristmill.parallel.mesh import ParallelDims, process_mesh
     from gristmill.train.settings import MIN_STEPS, training_section
     from gristmill.workflows.train import train_model
 
@@ -121,7 +131,11 @@ def train(
     elif lora != {"targets": (), "rslora": False, "dora": False, "base": "fp32", "b_lr_ratio": 1.0}:
         raise InputError("Give --lora-rank with the other options of LoRA: without it all weights are trained.")
     settings = training_section(kind, values)
-    with process_mesh(pick_device(device), tp) as mesh, Progress(quiet=quiet or not mesh.is_writer) as progress, progress.stage(kind):
+    with (
+        process_mesh(pick_device(device), ParallelDims(tp, cp, pp, vp, pp_schedule)) as mesh,
+        Progress(quiet=quiet or not mesh.is_writer) as progress,
+        progress.stage(kind),
+    ):
         result = train_model(
             kind,
             model,

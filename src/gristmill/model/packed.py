@@ -249,13 +249,13 @@ def num_shared(documents: Sequence[Ids]) -> int:
     return count if longest < ALWAYS_SHARED_LENGTH or count * MIN_SHARED_DIVISOR >= longest else 0
 
 
-def pack(groups: Sequence[Sequence[Ids]], device: torch.device, *, fill: bool = True) -> tuple[Tensor, PackedShape, int]:
+def pack(groups: Sequence[Sequence[Ids]], device: torch.device, *, fill: bool | int = True) -> tuple[Tensor, PackedShape, int]:
     """Pack documents end to end: ids [T], shape, and the number of real tokens.
 
     Documents of a group share what all of them begin with.
 
     Args:
-        fill: documents of one token fill the batch up, see `filled_length`.
+        fill: documents of one token fill the batch up, see `filled_length`; or up to so many tokens.
     """
     ids, lengths, shared = [], [], []
     for documents in groups:
@@ -266,7 +266,8 @@ def pack(groups: Sequence[Sequence[Ids]], device: torch.device, *, fill: bool = 
             lengths.append(len(document))
             shared.append(count)
     num_tokens = sum(lengths) - sum(shared)
-    num_fill = filled_length(num_tokens) - num_tokens if fill else 0
+    size = fill if type(fill) is int else filled_length(num_tokens) if fill else num_tokens
+    num_fill = size - num_tokens
     ids_T = np.concatenate([*ids, np.zeros(num_fill, dtype=np.int32)]).astype(np.int64)
     shape = PackedShape.from_lengths(lengths + [1] * num_fill, device, shared=shared + [0] * num_fill)
     return torch.from_numpy(ids_T).to(device), shape, num_tokens

@@ -402,6 +402,7 @@ class Transformer(nn.Module):
         self.sharding: Sharding | None = None
         self.after_blocks: Callable[[], None] | None = None  # called where the blocks' forward pass ends
         self.checkpoint_activations = False  # a block's are computed again in the backward pass, only its input is kept
+        self.incoming_TD: Tensor | None = None  # what blocks of another process have made, in place of embeddings (`parallel.pipeline`)
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.blocks = nn.ModuleDict({str(number): Block(config, block) for number, block in enumerate(config.blocks)})
         self.final_norm = _norm(config)
@@ -462,21 +463,10 @@ class Transformer(nn.Module):
         Raises:
             InputError: a document beyond the positions where the angles of all its tokens would depend on its length.
         """
-        assert ids_T.shape == shape.positions_T.shape, "the packed shape must describe these tokens"
-        check_length(self.config, shape)
-        angles = self.rope(shape.positions_T)
-        x_TD = self.embed(ids_T)
         num_rows = None if rows_S is None else len(rows_S)
         if rows_S is not None and self.compute_dtype != torch.float32:  # see filled_length
             rows_S = F.pad(rows_S, (0, filled_length(len(rows_S)) - len(rows_S)))
-        for number, block in self.blocks.items():
-            layer = self.config.blocks[int(number)]
-            given = (x_TD, *angles[layer.rope], shape, rows_S if int(number) == self.config.num_layers - 1 else None)
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                # nothing in a block is random, so there is no state to keep
-                x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_TD = block(*given)
+        x_TD = self.states(ids_T, shape, rows_S)
         if self.after_blocks is not None:
             self.after_blocks()
         h_TD = self.final_norm(x_TD)
@@ -485,6 +475,26 @@ class Transformer(nn.Module):
         if num_rows is not None and num_rows < len(h_TD):
             h_TD = h_TD[:num_rows]
         return h_TD if self.config.logits_scaling == 1 else h_TD / self.config.logits_scaling
+
+    def states(self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None = None) -> Tensor:
+        """States [T, D] behind the blocks that are here, before the final norm; of `rows_S` alone behind the last block of all.
+
+        Raises:
+            InputError: as `hidden`.
+        """
+        assert ids_T.shape == shape.positions_T.shape, "the packed shape must describe these tokens"
+        check_length(self.config, shape)
+        angles = self.rope(shape.positions_T)
+        x_TD = self.embed(ids_T) if self.incoming_TD is None else self.incoming_TD
+        for number, block in self.blocks.items():
+            layer = self.config.blocks[int(number)]
+            given = (x_TD, *angles[layer.rope], shape, rows_S if int(number) == self.config.num_layers - 1 else None)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # nothing in a block is random, so there is no state to keep
+                x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TD = block(*given)
+        return x_TD
 
     def unembedding(self) -> Any:
         """The output matrix [V, D] (the embedding itself where they are tied); of a decoder that is sharded, own rows for the losses."""

@@ -21,11 +21,11 @@ from gristmill.model.hf import MAX_VOCAB_PADDING
 from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.parallel.mesh import Mesh
-from gristmill.parallel.tensor import check_tensor_parallel
 from gristmill.train.batches import Sample
 from gristmill.train.data import SampleData, TokenStoreData
 from gristmill.train.objectives.next_token import next_token_objective, token_samples
 from gristmill.train.settings import BatchSize, ramp_of
+from gristmill.train.sharded import check_parallel
 from gristmill.train.trainer import OnStep, Trainer, TrainResult, TrainSettings
 
 TOKENIZER_DOCUMENTS = 4000  # documents that a new tokenizer is trained on
@@ -76,7 +76,7 @@ def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None, mesh
     if recipe.preset not in PRESETS:
         raise InputError(f"Unknown preset {recipe.preset!r}: choose one of {', '.join(PRESETS)}.")
     config = PRESETS[recipe.preset]
-    check_tensor_parallel(config, 1 if mesh is None or mesh.tensor is None else mesh.tensor.size)
+    check_parallel(config, (mesh or Mesh()).dims)
     device = pick_device(recipe.device)
     blended = recipe.documents is not None and (recipe.documents / "blend.json").is_file()
     data: SampleData | list[Sample]

@@ -35,7 +35,6 @@ from gristmill.model.lora import LoraConfig, adapters_disabled, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS, Transformer
 from gristmill.parallel.mesh import Mesh
-from gristmill.parallel.tensor import check_tensor_parallel
 from gristmill.train.batches import AnySample, collate, split_micro_batches
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.data import ListData, check_vocabulary
@@ -45,6 +44,7 @@ from gristmill.train.objectives.preference import PreferenceObjective, compute_r
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
 from gristmill.train.settings import Lora, PreferenceTraining, Training
+from gristmill.train.sharded import check_parallel
 from gristmill.train.trainer import Objective, OnStep, Trainer, TrainResult, TrainSettings
 
 MODEL, ADAPTER = "model", "adapter"  # the subfolders that hold the model, and the adapter of a training with LoRA
@@ -95,7 +95,7 @@ def train_model(
     if lora is not None and is_adapter(start):
         raise InputError(f"Merge the adapter first (`gristmill merge {start} --out DIR`), and train on what it made: {start} is no model.")
     config = read_config(base_of(start) if is_adapter(start) else start)[1]
-    check_tensor_parallel(config, 1 if mesh.tensor is None else mesh.tensor.size)
+    check_parallel(config, mesh.dims)
     if kind == "guard" and lora is not None:
         raise InputError("A guard is trained whole: leave --lora-rank out.")
     if isinstance(rows, Path) and kind == "guard":

@@ -1,0 +1,102 @@
+"""The part of a model that one process of several trains, and the whole of it again."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gristmill.model.config import ModelConfig
+from gristmill.parallel.mesh import Mesh, ParallelDims, part_of, skeleton, whole
+from gristmill.parallel.pipeline import TIED, Pipeline, check_pipeline
+from gristmill.parallel.tensor import check_tensor_parallel, shard_tensors
+from gristmill.train.checkpoint import fingerprint_model
+
+
+def check_parallel(config: ModelConfig, dims: ParallelDims) -> None:
+    """Raise InputError where a model cannot be shared out so."""
+    check_tensor_parallel(config, dims.tp)
+    check_pipeline(config, dims)
+
+
+class ShardedModel:
+    """A model cut over the processes of a mesh: layers over a pipeline, matrices over a tensor-parallel group, each weight over the others.
+
+    Args:
+        model: the same on all processes.
+        objective: from model and micro-batch to a loss sum, which the last stage of a pipeline computes.
+
+    Attributes:
+        local: what this process trains.
+        started_from: fingerprint of the whole model as it was.
+
+    Raises:
+        InputError: the processes have different models, or the model cannot be cut so.
+    """
+
+    def __init__(self, model: nn.Module, objective: Any, mesh: Mesh) -> None:
+        self.started_from = fingerprint_model(model)
+        mesh.agree(self.started_from, "starting weights")
+        self._mesh, self._whole = mesh, skeleton(model)
+        self._names = set(dict(self._whole.named_parameters()))
+        self.local = model if mesh.pipeline is None else Pipeline(model, objective, mesh)
+        for part in self.local.each() if isinstance(self.local, Pipeline) else [model]:
+            if mesh.tensor is not None:
+                shard_tensors(getattr(part, "model", part), mesh.tensor)
+            mesh.shard(part)
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of all processes, whole, one after another (collective); their names have a parameter's behind a bar."""
+        own = {name: tensor for name, tensor in tensors.items() if self._parameter(name) in self._names}
+        if (pipeline := self._mesh.pipeline) is None:
+            yield from ((name, self._unpadded(name, whole(tensor))) for name, tensor in own.items())
+            return
+        facts = [(name, self._shape(name, tensor), str(tensor.dtype).removeprefix("torch.")) for name, tensor in own.items()]
+        device = self._mesh.device
+        for owner, others in enumerate(pipeline.gather(facts)):
+            for name, shape, dtype in others:
+                if owner == pipeline.rank:
+                    tensor = self._unpadded(name, whole(own[name])).to(device)
+                else:
+                    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+                yield name, pipeline.broadcast(tensor, owner)
+
+    def assembled(self) -> nn.Module:
+        """The whole model, in memory of its own (collective)."""
+        parameters = {f"model|{name}": parameter.detach() for name, parameter in self.local.named_parameters()}
+        state = self._whole.state_dict() | {self._parameter(name): tensor for name, tensor in self.gathered(parameters)}
+        self._whole.load_state_dict(state, assign=True)
+        return self._whole
+
+    def restore(self, trained: Mapping[str, Tensor]) -> None:
+        """Copy whole tensors, by their parameters' names, into the parts that are here."""
+        parts = self.parts_of(trained)
+        for name, parameter in self.local.named_parameters():
+            parameter.detach().copy_(parts[name])
+
+    def parts_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of whole tensors, by their parameters' names, what this process has."""
+        tensors = self.with_tied(tensors)
+        return {name: part_of(tensors[name], parameter) for name, parameter in self.local.named_parameters()}
+
+    def with_tied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors, those of a tied embedding also under the name of the last stage's copy."""
+        tied = TIED not in self._names
+        copies = {TIED + name.removeprefix("embedding"): tensor for name, tensor in tensors.items() if name.startswith("embedding")}
+        return {**tensors, **(copies if tied else {})}
+
+    def _parameter(self, name: str) -> str:
+        return name.split("|")[1]
+
+    def _like(self, name: str, tensor: Tensor) -> Tensor | None:
+        """The parameter whose shape a tensor has, which may be padded where several processes have parts of it (`parallel.tensor`)."""
+        like = self._whole.get_parameter(self._parameter(name))
+        return like if tensor.ndim == like.ndim and len(tensor) > len(like) else None
+
+    def _shape(self, name: str, tensor: Tensor) -> list[int]:
+        like = self._like(name, tensor)
+        return list(tensor.shape if like is None else like.shape)
+
+    def _unpadded(self, name: str, tensor: Tensor) -> Tensor:
+        like = self._like(name, tensor)
+        return tensor if like is None else tensor[: len(like)].clone()
