@@ -153,7 +153,6 @@ def train(
     cp: int = 1,
     pp: int = 1,
     vp: int = 1,
-    pp_schedule: str = "",
     **settings: Any,
 ) -> TrainResult:
     """Train a model on rows; it goes to `out/model`, checkpoints and metrics to `out/train`. Run again, it resumes.
@@ -165,7 +164,7 @@ def train(
         data: a JSONL or Parquet file, or rows of `gristmill.data.rows`.
         tp, cp, pp: processes of torchrun that share out every matrix, the tokens of documents, and the layers; the others share out the
             samples (docs/scale.md).
-        vp, pp_schedule: virtual stages of a pipeline's process, and the schedule: 1F1B, Interleaved1F1B or ZBVZeroBubble.
+        vp: virtual stages of each process of a pipeline.
         settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, lora, ...; what is left out is
             chosen by the model's size (docs/settings.md).
 
@@ -178,7 +177,7 @@ def train(
 
     rows = Path(data) if isinstance(data, str | Path) else data
     section = training_section(objective, settings)
-    with process_mesh(pick_device(device), ParallelDims(tp, cp, pp, vp, pp_schedule)) as mesh:
+    with process_mesh(pick_device(device), ParallelDims(tp, cp, pp, vp)) as mesh:
         options: dict[str, Any] = {"recipe": section, "chat_format": chat_format, "seed": seed, "device": device, "mesh": mesh}
         return train_model(objective, _folder(model), rows, out=Path(out), **options)
 

@@ -25,12 +25,12 @@ SURFACE = {
     "report": "FOLDER --json",
     "answers": "FOLDER --prompt --sampled --json",
     "compare": "FOLDERS --out -o --json",
-    "pretrain": "RECIPE --out -o --tokens --tp --cp --pp --vp --pp-schedule --device --quiet -q --json",
+    "pretrain": "RECIPE --out -o --tokens --tp --cp --pp --vp --device --quiet -q --json",
     "plan": "MODEL --gpus --tp --pp --vp --cp --dp --batch-size --micro-batch --seq-len --precision --recompute --zero --gpu --search "
     "--top --tokens --documents --nodes --cores --document-bytes --out -o --published --calibrate --json",
     "train": (
         "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --taxonomy --max-fpr --precision "
-        "--micro-batch-tokens --checkpoint-activations --tp --cp --pp --vp --pp-schedule "
+        "--micro-batch-tokens --checkpoint-activations --tp --cp --pp --vp "
         "--lora-rank --lora-alpha --lora-targets --lora-base --lora-b-lr-ratio --rslora "
         "--dora --device --format --seed --quiet -q --json"
     ),

@@ -114,7 +114,7 @@ def gradients(mesh: Mesh, out: Path, *, meshes: list[dict[str, Any]]) -> None:
     out.mkdir(exist_ok=True)
     for options in meshes:
         name, settings = json.dumps(options), dict(options)
-        dims = ParallelDims(**{key: settings.pop(key) for key in ("tp", "cp", "pp", "vp", "pp_schedule") if key in settings})
+        dims = ParallelDims(**{key: settings.pop(key) for key in ("tp", "cp", "pp", "vp") if key in settings})
         one = Mesh() if mesh.size == 1 else new_mesh(torch.device("cpu"), mesh.size, dims)
         found = gradients_in(one, **settings)
         if mesh.is_writer:

@@ -33,7 +33,6 @@ _TP = Annotated[int, typer.Option(help="Processes of torchrun that share out eve
 _CP = Annotated[int, typer.Option(help="Processes that share out the tokens of each document (context parallel).")]
 _PP = Annotated[int, typer.Option(help="Processes that share out the layers (pipeline parallel); what is left shares out the samples.")]
 _VP = Annotated[int, typer.Option(help="Virtual stages of each process of a pipeline; with 2 or more its schedule is interleaved.")]
-_SCHEDULE = Annotated[str, typer.Option(help="Of a pipeline: 1F1B, Interleaved1F1B or ZBVZeroBubble; default by --vp.")]
 _URL, _NAME, _KEY = endpoint_options("endpoint", "the model's")
 
 
@@ -46,7 +45,6 @@ def pretrain(
     cp: _CP = 1,
     pp: _PP = 1,
     vp: _VP = 1,
-    pp_schedule: _SCHEDULE = "",
     device: RunDevice = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -60,7 +58,7 @@ def pretrain(
 
     loaded = load(find_recipe(recipe, "pretraining"), pretraining.Pretraining, given(tokens=tokens, device=device))
     with (
-        process_mesh(pick_device(loaded.device), ParallelDims(tp, cp, pp, vp, pp_schedule)) as mesh,
+        process_mesh(pick_device(loaded.device), ParallelDims(tp, cp, pp, vp)) as mesh,
         Progress(quiet=quiet or not mesh.is_writer) as progress,
         progress.stage("pretrain"),
     ):
@@ -95,7 +93,6 @@ def train(
     cp: _CP = 1,
     pp: _PP = 1,
     vp: _VP = 1,
-    pp_schedule: _SCHEDULE = "",
     lora_rank: Annotated[int, typer.Option(help="Train a LoRA adapter of this rank, written to OUT/adapter; 0: all weights.")] = 0,
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA: alpha / rank scales the update; default twice the rank.")] = None,
     lora_targets: Annotated[str, typer.Option(help="LoRA: names as q_proj,v_proj parted by commas; default all there are.")] = "",
@@ -132,7 +129,7 @@ def train(
         raise InputError("Give --lora-rank with the other options of LoRA: without it all weights are trained.")
     settings = training_section(kind, values)
     with (
-        process_mesh(pick_device(device), ParallelDims(tp, cp, pp, vp, pp_schedule)) as mesh,
+        process_mesh(pick_device(device), ParallelDims(tp, cp, pp, vp)) as mesh,
         Progress(quiet=quiet or not mesh.is_writer) as progress,
         progress.stage(kind),
     ):

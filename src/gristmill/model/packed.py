@@ -4,7 +4,7 @@ Shapes: T tokens of all documents one after the other, N documents, X heads, d h
 B documents of one view, L its length.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -121,7 +121,8 @@ class PackedShape:
 
     cu_seqlens: int32 [N + 1], starts of the documents' own tokens and, last, T. lengths: tokens of each document, the shared ones
     included. positions_T: int64, in the document. keys_S: the tokens of each document, the shared ones included, one document after
-    another. What a backend derives from these is computed on first use and kept, so all layers use the same.
+    another. gather: from keys and values of these tokens, those of all that keys_S counts, where other processes have them
+    (`parallel.context`). What a backend derives from these is computed on first use and kept, so all layers use the same.
     """
 
     cu_seqlens: Tensor
@@ -129,6 +130,7 @@ class PackedShape:
     shared: list[int]
     positions_T: Tensor
     keys_S: Tensor
+    gather: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
 
     @staticmethod
     def from_lengths(lengths: Sequence[int], device: torch.device | str = "cpu", *, shared: Sequence[int] = ()) -> "PackedShape":

@@ -7,7 +7,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,8 +21,6 @@ from gristmill.core.errors import InputError
 if TYPE_CHECKING:  # one process does not pay for the import
     from torch.distributed.device_mesh import DeviceMesh
 
-# Schedules of torch's pipelines, and the virtual stages that each has.
-PP_SCHEDULES = {"1F1B": "one stage", "Interleaved1F1B": "two or more virtual stages", "ZBVZeroBubble": "two virtual stages"}
 TIMEOUT = timedelta(minutes=10)  # of one collective operation: it waits for the slowest process, and for one that is gone
 
 
@@ -34,36 +32,25 @@ class ParallelDims:
         tp: processes that share out every matrix (tensor parallel).
         cp: processes that share out the tokens of every document (context parallel).
         pp: processes that share out the layers (pipeline parallel).
-        vp: virtual stages of each of them.
-        pp_schedule: of PP_SCHEDULES; "" for 1F1B, interleaved where `vp` is more than one.
+        vp: virtual stages of each of them: the schedule is 1F1B with 1, and interleaved above.
     """
 
     tp: int = 1
     cp: int = 1
     pp: int = 1
     vp: int = 1
-    pp_schedule: str = ""
 
     @property
     def together(self) -> int:
         """Processes that train on the same samples."""
         return self.tp * self.cp * self.pp
 
-    @property
-    def schedule(self) -> str:
-        return self.pp_schedule or ("Interleaved1F1B" if self.vp > 1 else "1F1B")
-
     def check(self) -> None:
         """Raise InputError where the options contradict each other."""
         if min(self.tp, self.cp, self.pp, self.vp) < 1:
             raise InputError(f"Give --tp, --cp, --pp and --vp numbers above zero: they are {self.tp}, {self.cp}, {self.pp} and {self.vp}.")
-        if self.pp == 1 and (self.vp > 1 or self.pp_schedule):
-            raise InputError("Leave --vp and --pp-schedule out, or raise --pp: without a pipeline there is nothing to schedule.")
-        if self.schedule not in PP_SCHEDULES:
-            raise InputError(f"Choose --pp-schedule {', '.join(PP_SCHEDULES)}, not {self.pp_schedule!r}.")
-        wanted = {"1F1B": self.vp == 1, "Interleaved1F1B": self.vp > 1, "ZBVZeroBubble": self.vp == 2}
-        if not wanted[self.schedule]:
-            raise InputError(f"Schedule {self.schedule} has {PP_SCHEDULES[self.schedule]} a process: --vp is {self.vp}.")
+        if self.pp == 1 and self.vp > 1:
+            raise InputError(f"Leave --vp out, or raise --pp: without a pipeline there are no virtual stages (--vp is {self.vp}).")
 
 
 class Group:
@@ -106,6 +93,18 @@ class Group:
         values = self.gather(value)
         if any(other != values[0] for other in values):
             raise InputError(f"The processes have different {what} ({values}): start them all with one command on the same files.")
+
+    def add_up_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add gradients up over the processes, of parameters that all have whole; one without a gradient has zeros."""
+        if self.size == 1 or not parameters:
+            return
+        import torch.distributed as dist
+
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat, group=self._group())
+        for parameter, part in zip(parameters, flat.split([grad.numel() for grad in grads]), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
 
 
 class Mesh(Group):

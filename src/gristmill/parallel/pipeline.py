@@ -3,7 +3,9 @@
 When a stage computes what, and what is sent, is for torch's schedules to say. All processes of a pipeline collate the same micro-batches,
 so that nothing but states [T, D] travels. All micro-batches of a step have one number T of tokens, for which `fill` documents of one token.
 
-Sources: 1F1B and its interleaved form (Megatron-LM, arXiv 2104.04473), zero bubble (2401.10241).
+Zero-bubble schedules part a backward pass in two, each of which would go through our fused functions: these give their gradients once.
+
+Source: 1F1B and its interleaved form, Megatron-LM (arXiv 2104.04473).
 """
 
 import copy
@@ -12,12 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
+from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Linear
 from gristmill.parallel import layout
+from gristmill.parallel.context import ContextParallel
 from gristmill.parallel.mesh import Mesh, ParallelDims, local, whole
 
 Objective = Callable[[Any, Any], Any]  # from model and micro-batch to what has a `sum`
@@ -36,8 +41,7 @@ def check_pipeline(config: ModelConfig, dims: ParallelDims) -> None:
 
 def num_micro_batches(wanted: int, dims: ParallelDims) -> int:
     """The least number of micro-batches of a pipeline's step that holds so many and that its schedule takes."""
-    wanted = max(wanted, dims.pp * dims.vp if dims.schedule == "ZBVZeroBubble" else dims.pp)
-    return -(-wanted // dims.pp) * dims.pp if dims.schedule == "Interleaved1F1B" else wanted
+    return max(wanted, dims.pp) if dims.vp == 1 else -(-wanted // dims.pp) * dims.pp
 
 
 class Stage(nn.Module):
@@ -70,19 +74,29 @@ class Stage(nn.Module):
         self.model, self.decoder = part, [decoder]  # in a list, so that its parameters are not found twice
         self.work: Callable[[nn.Module, int], Tensor] | None = None  # what the last stage does with a micro-batch
         self.batches: Sequence[Any] = ()
+        self.sent_rows = 0  # states of every micro-batch, as many for all: pieces of documents are not
 
     def forward(self, x: Tensor, number: int) -> Tensor:
         """States behind this stage's layers, or behind the last one the loss [1] of a micro-batch."""
-        (decoder,) = self.decoder
-        decoder.incoming_TD = None if self.is_first else x
+        (decoder,), tokens = self.decoder, tokens_of(self.batches[number])
+        decoder.incoming_TD = None if self.is_first else x[: self.num_rows(tokens.shape)]
         try:
             if self.is_last:
                 assert self.work is not None
                 return self.work(self.model, number).view(1)
-            tokens = tokens_of(self.batches[number])
-            return decoder.states(tokens.ids_T, tokens.shape)
+            x_PD = decoder.states(tokens.ids_T, tokens.shape)
+            return x_PD if len(x_PD) == self.sent_rows else F.pad(x_PD, (0, 0, 0, self.sent_rows - len(x_PD)))
         finally:
             decoder.incoming_TD = None
+
+    def num_rows(self, shape: PackedShape, *, longest: bool = False) -> int:
+        """States of a micro-batch that this process has, or that one which shares its tokens has at most."""
+        (decoder,) = self.decoder
+        num_tokens = shape.num_tokens
+        if isinstance(decoder.context, ContextParallel):
+            pieces = decoder.context.pieces(shape)
+            num_tokens = pieces.share.longest if longest else len(pieces.own_P)
+        return -(-num_tokens // (1 if decoder.sharding is None else decoder.sharding.group.size))
 
 
 def tokens_of(batch: Any) -> Any:
@@ -102,13 +116,12 @@ class Pipeline(nn.Module):
         super().__init__()
         assert mesh.pipeline is not None
         dims, rank = mesh.dims, mesh.pipeline.rank
-        self.group, self.dims, self.tp, self.num_stages = mesh.pipeline, dims, dims.tp, dims.pp * dims.vp
+        self.group, self.num_stages = mesh.pipeline, dims.pp * dims.vp
         self.config: ModelConfig = cast(Any, getattr(model, "backbone", model)).config
         check_pipeline(self.config, dims)
         self.objective = objective
         self.device = next(model.parameters()).device
-        numbers = (rank, self.num_stages - 1 - rank) if dims.schedule == "ZBVZeroBubble" else range(rank, self.num_stages, dims.pp)
-        self.stages = nn.ModuleList(Stage(model, number, self.num_stages) for number in numbers)
+        self.stages = nn.ModuleList(Stage(model, number, self.num_stages) for number in range(rank, self.num_stages, dims.pp))
 
     def each(self) -> list[Stage]:
         """Stages of this process, in their order."""
@@ -148,18 +161,15 @@ class Pipeline(nn.Module):
             outputs.extend([] if is_filler else [output])
             return cast(Tensor, output.sum * 0 if is_filler else output.sum / count)
 
+        assert len({len(tokens_of(batch).ids_T) for batch in batches}) == 1, "buffers are of the first micro-batch's tokens"
+        sent_rows = max(self.each()[0].num_rows(tokens_of(batch).shape, longest=True) for batch in batches)
         for stage in self.each():
-            stage.batches, stage.work = batches, last
-        sizes = {len(tokens_of(batch).ids_T) for batch in batches}
-        assert len(sizes) == 1, "micro-batches of a pipeline have one number of tokens: buffers are of that of the first"
-        states = self._example(-(-sizes.pop() // self.tp), self.config.hidden_size, dtype=self.compute_dtype)
+            stage.batches, stage.work, stage.sent_rows = batches, last, sent_rows
+        states = torch.empty(sent_rows, self.config.hidden_size, dtype=self.compute_dtype, device="meta", requires_grad=True)
         _run_schedule(self, batches, states, backward=backward)
         if backward:
             self._sum_tied()
         return outputs
-
-    def _example(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
     def _sum_tied(self) -> None:
         """Add up the gradients of an embedding that is also the output matrix: the first stage has one part, the last the other."""
@@ -167,10 +177,7 @@ class Pipeline(nn.Module):
             return
         named = dict(self.named_parameters())
         mine = [named[name] for name in ("embedding", TIED) if name in named and named[name].grad is not None]
-        if len(mine) == 2:  # the stages of ZBV meet in one process
-            first, last = (local(cast(Tensor, parameter.grad)) for parameter in mine)
-            last.copy_(first.add_(last))
-        elif mine:
+        if mine:
             gradient = local(cast(Tensor, mine[0].grad))
             gradient.add_(self.group.exchange(gradient, self.group.size - 1 - self.group.rank))
 
@@ -202,9 +209,12 @@ def _run_schedule(pipeline: Pipeline, batches: Sequence[Any], states: Tensor, *,
         )
         for stage in pipeline.each()
     ]
-    kind = getattr(schedules, f"Schedule{pipeline.dims.schedule}")
-    single = issubclass(kind, schedules.PipelineScheduleSingle)
-    schedule = kind(made[0] if single else made, len(batches), loss_fn=lambda loss, target: loss.sum(), scale_grads=False)
+    options: dict[str, Any] = {"loss_fn": lambda loss, target: loss.sum(), "scale_grads": False}
+    schedule: Any
+    if len(made) == 1:
+        schedule = schedules.Schedule1F1B(made[0], len(batches), **options)
+    else:
+        schedule = schedules.ScheduleInterleaved1F1B(cast(Any, made), len(batches), **options)
     schedule._has_backward = backward
     for stage in made:
         stage.has_backward = backward

@@ -6,15 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
+from gristmill.parallel.context import shard_context
 from gristmill.parallel.mesh import Mesh, ParallelDims, part_of, skeleton, whole
 from gristmill.parallel.pipeline import TIED, Pipeline, check_pipeline
 from gristmill.parallel.tensor import check_tensor_parallel, shard_tensors
 from gristmill.train.checkpoint import fingerprint_model
 
 
-def check_parallel(config: ModelConfig, dims: ParallelDims) -> None:
-    """Raise InputError where a model cannot be shared out so."""
+def check_parallel(config: ModelConfig, dims: ParallelDims, *, adapted: bool = False) -> None:
+    """Raise InputError where a model, or with `adapted` the training of an adapter beside it, cannot be shared out so."""
+    if adapted and dims.together > 1:
+        raise InputError("Adapters are trained data parallel alone: leave --tp, --cp and --pp out, or train all weights.")
     check_tensor_parallel(config, dims.tp)
     check_pipeline(config, dims)
 
@@ -43,6 +47,8 @@ class ShardedModel:
         for part in self.local.each() if isinstance(self.local, Pipeline) else [model]:
             if mesh.tensor is not None:
                 shard_tensors(getattr(part, "model", part), mesh.tensor)
+            if mesh.context is not None:
+                shard_context(getattr(part, "model", part), mesh.context)
             mesh.shard(part)
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -42,7 +42,7 @@ from gristmill.train.memory import choose_micro_batch, fitting, record_micro_bat
 from gristmill.train.metrics import LossOutput, MetricsLog, MetricSums
 from gristmill.train.optim import SCHEDULES, Optimizer, OptimSettings, schedule_scale
 from gristmill.train.settings import BatchSize, ramp_of
-from gristmill.train.sharded import ShardedModel
+from gristmill.train.sharded import ShardedModel, check_parallel
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,12 @@ class Trainer:
         self._checkpointed = settings.checkpoint_activations is True
         self.num_steps = settings.steps  # `fit` knows it of epochs too
         self._sharded: ShardedModel | None = None
-        if self.mesh.size > 1:
-            if any(not parameter.requires_grad for parameter in model.parameters()):
-                raise InputError("Adapters are trained by one process: start without torchrun, or train all weights.")
+        adapted = any(not parameter.requires_grad for parameter in model.parameters())
+        self._replicated = adapted and self.mesh.size > 1  # all processes have all of an adapter, which is small
+        if self._replicated:
+            check_parallel(backbone(model).config, self.mesh.dims, adapted=True)
+            self.mesh.agree(fingerprint_model(model), "starting weights")
+        elif self.mesh.size > 1:
             self._sharded = ShardedModel(self.model, objective, self.mesh)
             self.model = self._sharded.local
         names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay", "b_lr_ratio")
@@ -337,6 +340,8 @@ class Trainer:
         with self._in_place(len(batches)) if self.num_workers == self.mesh.size == 1 else nullcontext():
             for output in self._backward(batches, fillers, count):
                 totals.add(output)
+        if self._replicated:
+            data.add_up_gradients(self.optimizer.parameters)
         norm = self._clip_grad_norm(self.settings.clip or math.inf)
         metrics = totals.means(self.mesh)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):

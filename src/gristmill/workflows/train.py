@@ -90,12 +90,10 @@ def train_model(
     """
     where, mesh = pick_device(device), mesh or Mesh()
     lora = recipe.lora
-    if lora is not None and mesh.size > 1:
-        raise InputError("Adapters are trained by one process: start without torchrun, or leave --lora-rank out.")
     if lora is not None and is_adapter(start):
         raise InputError(f"Merge the adapter first (`gristmill merge {start} --out DIR`), and train on what it made: {start} is no model.")
     config = read_config(base_of(start) if is_adapter(start) else start)[1]
-    check_parallel(config, mesh.dims)
+    check_parallel(config, mesh.dims, adapted=lora is not None)
     if kind == "guard" and lora is not None:
         raise InputError("A guard is trained whole: leave --lora-rank out.")
     if isinstance(rows, Path) and kind == "guard":
