@@ -20,7 +20,10 @@ from gristmill.miniature.base import BASE
 
 # Every command with its arguments and options. A change here is a change of what users type: think twice, then edit.
 SURFACE = {
-    "run": ("RECIPE --out -o --model --control --seed --rounds --threads --device --redo --dry-run --unsafe-code --quiet -q --json"),
+    "run": (
+        "RECIPE --out -o --model --control --seed --rounds --threads --device --tp --cp --pp --vp --redo --dry-run --unsafe-code "
+        "--quiet -q --json"
+    ),
     "status": "FOLDER --json",
     "report": "FOLDER --json",
     "answers": "FOLDER --prompt --sampled --json",

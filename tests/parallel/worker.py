@@ -167,9 +167,11 @@ def initial(mesh: Mesh, out: Path) -> None:
         out.write_text(fingerprint_model(trainer.model))
 
 
-def train(mesh: Mesh, out: Path, *, folder: str, stop: int = 0, kill: int = 0, vocab: int = VOCAB, **settings: Any) -> None:
+def train(
+    mesh: Mesh, out: Path, *, folder: str, stop: int = 0, kill: int = 0, vocab: int = VOCAB, family: str = "nemotron", **settings: Any
+) -> None:
     asked = replace(SETTINGS, checkpoint_every=1e-9, **settings)
-    trainer = Trainer(make_model(vocab=vocab), next_token_objective, asked, folder=Path(folder), mesh=mesh)
+    trainer = Trainer(make_model(family, vocab=vocab), next_token_objective, asked, folder=Path(folder), mesh=mesh)
     step = trainer.step
 
     def until(samples: Any) -> dict[str, float]:

@@ -10,10 +10,12 @@ from gristmill.cli.app import (
     AsJson,
     CacheDtype,
     ChatFormat,
+    Cp,
     Device,
     Dtype,
     MaxTokens,
     Out,
+    Pp,
     Quantized,
     QuantizedHead,
     Quiet,
@@ -21,7 +23,9 @@ from gristmill.cli.app import (
     Seed,
     Speculative,
     StepTokens,
+    Tp,
     Unsafe,
+    Vp,
     command,
     endpoint_options,
     given,
@@ -29,10 +33,6 @@ from gristmill.cli.app import (
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
-_TP = Annotated[int, typer.Option(help="Processes of torchrun that share out every matrix (tensor parallel).")]
-_CP = Annotated[int, typer.Option(help="Processes that share out the tokens of each document (context parallel).")]
-_PP = Annotated[int, typer.Option(help="Processes that share out the layers (pipeline parallel); what is left shares out the samples.")]
-_VP = Annotated[int, typer.Option(help="Virtual stages of each process of a pipeline; with 2 or more its schedule is interleaved.")]
 _URL, _NAME, _KEY = endpoint_options("endpoint", "the model's")
 
 
@@ -41,10 +41,10 @@ def pretrain(
     recipe: Annotated[str, typer.Argument(help="A pretraining recipe file, or the name of a shipped one.")],
     out: Out,
     tokens: Annotated[int | None, typer.Option(help="Overrides the recipe's tokens.")] = None,
-    tp: _TP = 1,
-    cp: _CP = 1,
-    pp: _PP = 1,
-    vp: _VP = 1,
+    tp: Tp = 1,
+    cp: Cp = 1,
+    pp: Pp = 1,
+    vp: Vp = 1,
     device: RunDevice = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -89,10 +89,10 @@ def train(
         Literal["auto", "true", "false"],
         typer.Option(help="Compute activations twice, to keep fewer; auto: where memory is short."),
     ] = "auto",
-    tp: _TP = 1,
-    cp: _CP = 1,
-    pp: _PP = 1,
-    vp: _VP = 1,
+    tp: Tp = 1,
+    cp: Cp = 1,
+    pp: Pp = 1,
+    vp: Vp = 1,
     lora_rank: Annotated[int, typer.Option(help="Train a LoRA adapter of this rank, written to OUT/adapter; 0: all weights.")] = 0,
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA: alpha / rank scales the update; default twice the rank.")] = None,
     lora_targets: Annotated[str, typer.Option(help="LoRA: names as q_proj,v_proj parted by commas; default all there are.")] = "",

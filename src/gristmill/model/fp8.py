@@ -6,6 +6,8 @@ gradients of outputs, which are wider. On a CPU torch computes the same products
 Shapes: T tokens, D inputs of a matrix, N its outputs. Source: FP8 formats for deep learning (arXiv 2209.05433).
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,22 +31,33 @@ def check_float8(device: torch.device, precision: str) -> None:
         raise InputError(f"Choose precision bf16: {device.type} has no products in FP8.")
 
 
-def convert_float8(decoder: Transformer, precision: str) -> int:
-    """Let the layers' matrices multiply in 8 bits, but those of the first and the last layer, whose errors weigh most; their number.
+def float8_linears(decoder: Transformer) -> list[Linear]:
+    """The layers' matrices that multiply in 8 bits: not those of the first and the last layer, whose errors weigh most.
 
     Raises:
-        InputError: no matrix can: a model of two layers, or sides that 16 does not divide.
+        InputError: there are none: a model of two layers, sides that 16 does not divide, or matrices cut by tensor parallelism.
     """
-    inner = list(decoder.blocks.items())
-    inner = [(name, block) for name, block in inner if 0 < int(name) < decoder.config.num_layers - 1]
-    found = [module for _, block in inner for module in block.modules() if type(module) is Linear and _divides(module)]
-    if not found and decoder.config.num_layers <= len(decoder.blocks):
+    inner = [block for name, block in decoder.blocks.items() if 0 < int(name) < decoder.config.num_layers - 1]
+    found = [module for block in inner for module in block.modules() if type(module) is Linear and _divides(module)]
+    if not found and len(decoder.blocks) == decoder.config.num_layers:  # a pipeline's stage may have none
         raise InputError(
-            f"Choose precision bf16: FP8 is for layers between the first and the last whose sides {MULTIPLE} divides, and there are none."
+            f"Choose precision bf16: FP8 is for matrices between the first and the last layer whose sides {MULTIPLE} divides and which "
+            "--tp does not cut, and there are none."
         )
+    return found
+
+
+@contextmanager
+def computing_in_float8(decoders: Sequence[Transformer], precision: str) -> Iterator[None]:
+    """Let the layers' matrices multiply in 8 bits meanwhile, if the precision says so."""
+    found = [linear for decoder in decoders for linear in float8_linears(decoder)] if precision in RECIPES else []
     for linear in found:
         linear.product = Float8Product(RECIPES[precision])
-    return len(found)
+    try:
+        yield
+    finally:
+        for linear in found:
+            linear.product = None
 
 
 def _divides(linear: nn.Linear) -> bool:

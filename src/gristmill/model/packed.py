@@ -164,7 +164,7 @@ class PackedShape:
 
     @cached_property
     def max_length(self) -> int:
-        return max(self.lengths)
+        return max(self.lengths, default=0)
 
     @cached_property
     def cu_keys(self) -> Tensor:

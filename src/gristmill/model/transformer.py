@@ -25,8 +25,9 @@ from gristmill.model.config import BlockConfig, Family, ModelConfig
 from gristmill.model.packed import PackedShape, filled_length
 from gristmill.model.rope import RopeScaling
 
-# Types that a model computes in, by their names in recipes; with fp8 the products of its layers are in 8 bits (`model.fp8`).
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp8_tensorwise": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # types that a model computes in, by their names in recipes
+# Those of training: with fp8 the products of layers are in 8 bits (`model.fp8`), and what lies between them in bf16.
+TRAINING_PRECISIONS = PRECISIONS | {"fp8": torch.bfloat16, "fp8_tensorwise": torch.bfloat16}
 Angles = tuple[Tensor, Tensor]  # cosines and sines of rotary angles
 
 

@@ -175,6 +175,42 @@ class Mesh(Group):
             register_fsdp_forward_method(model, "hidden")
 
 
+def background_group(mesh: Mesh, timeout: timedelta = TIMEOUT) -> Any:
+    """All processes of a mesh once more, to exchange what lies in the memory of the CPU beside the training."""
+    if mesh.size == 1:
+        return None
+    import torch.distributed as dist
+
+    return dist.new_group(timeout=timeout, backend="gloo")
+
+
+class Orders:
+    """Orders, as JSON objects, from the first process to the others, which wait for the next one however long it takes."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._group: Any = None
+        if mesh.size > 1:
+            self._group = background_group(mesh, timedelta(days=365))
+
+    def give(self, order: dict[str, Any]) -> None:
+        """Tell all others."""
+        text = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
+        self._broadcast(torch.tensor([len(text)]))
+        self._broadcast(text)
+
+    def take(self) -> dict[str, Any]:
+        """The next order."""
+        size = int(self._broadcast(torch.zeros(1, dtype=torch.int64)))
+        order: dict[str, Any] = json.loads(self._broadcast(torch.zeros(size, dtype=torch.uint8)).numpy().tobytes())
+        return order
+
+    def _broadcast(self, x: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        dist.broadcast(x, group=self._group, group_src=0)
+        return x
+
+
 class PipelineGroup(Group):
     """Pipeline-parallel group: its processes have other layers of one model."""
 
@@ -265,8 +301,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, cut as another one is; rows that it lacks are padding, and zero."""
-    if not is_sharded(like):
+    """A whole tensor, cut as another one is, unless it is already; rows that it lacks are padding, and zero."""
+    if not is_sharded(like) or is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
 from gristmill.model.packed import PackedShape
-from gristmill.model.transformer import Linear
+from gristmill.model.transformer import Linear, Transformer
 from gristmill.parallel import layout
 from gristmill.parallel.context import ContextParallel
 from gristmill.parallel.mesh import Mesh, ParallelDims, local, whole
@@ -122,6 +122,11 @@ class Pipeline(nn.Module):
         self.objective = objective
         self.device = next(model.parameters()).device
         self.stages = nn.ModuleList(Stage(model, number, self.num_stages) for number in range(rank, self.num_stages, dims.pp))
+
+    @property
+    def decoders(self) -> list[Transformer]:
+        """What its stages have of the decoder."""
+        return [stage.decoder[0] for stage in self.each()]
 
     def each(self) -> list[Stage]:
         """Stages of this process, in their order."""

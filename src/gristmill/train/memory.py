@@ -22,7 +22,7 @@ from gristmill.model.flops import (
     loss_bytes,
 )
 from gristmill.model.kernels import library as kernels
-from gristmill.model.transformer import PRECISIONS
+from gristmill.model.transformer import TRAINING_PRECISIONS
 from gristmill.parallel.memory import USABLE_SHARE, fits_into
 from gristmill.train.data import backbone
 
@@ -64,7 +64,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate what training takes with so many tokens in micro-batches at once. The model may be on the meta device."""
     decoder = backbone(model)
-    config, itemsize = decoder.config, PRECISIONS[precision].itemsize
+    config, itemsize = decoder.config, TRAINING_PRECISIONS[precision].itemsize
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     hidden = sum(parameter.numel() for parameter in decoder.blocks.parameters() if parameter.requires_grad and parameter.ndim == 2)

@@ -67,7 +67,9 @@ class Training(Section):
     checkpoint_activations: Literal["auto"] | bool = Field("auto", description="compute activations twice; auto: where memory is short")
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of computing; auto: bf16 where the device is made for it")
+    precision: Literal["auto", "fp32", "bf16", "fp8", "fp8_tensorwise"] = Field(
+        "auto", description="of computing; auto: bf16 where the device is made for it; fp8: with scales by rows (docs/scale.md)"
+    )
     lora: Lora | None = Field(None, description="train an adapter; none: all weights")
 
     @model_validator(mode="after")

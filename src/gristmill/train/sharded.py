@@ -1,6 +1,7 @@
 """The part of a model that one process of several trains, and the whole of it again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from gristmill.model.config import ModelConfig
 from gristmill.parallel.context import shard_context
 from gristmill.parallel.mesh import Mesh, ParallelDims, part_of, skeleton, whole
 from gristmill.parallel.pipeline import TIED, Pipeline, check_pipeline
+from gristmill.parallel.shards import read_shards
 from gristmill.parallel.tensor import check_tensor_parallel, shard_tensors
 from gristmill.train.checkpoint import fingerprint_model
 
@@ -21,6 +23,23 @@ def check_parallel(config: ModelConfig, dims: ParallelDims, *, adapted: bool = F
         raise InputError("Adapters are trained data parallel alone: leave --tp, --cp and --pp out, or train all weights.")
     check_tensor_parallel(config, dims.tp)
     check_pipeline(config, dims)
+
+
+def read_parts(folder: Path, shapes: Mapping[str, Sequence[int]], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Out of a sharded checkpoint, what this process has of the tensors of some parameters, as it has these, or of others whole.
+
+    Args:
+        shapes: of all tensors there, which are of parameters behind their bar.
+    """
+    found = {}
+    for name, shape in shapes.items():
+        parameter = name.split("|")[1]
+        like = parameters.get(parameter, parameters.get(TIED) if parameter == "embedding" else None)
+        if like is not None:
+            same = list(like.shape) == list(shape)
+            found[name] = torch.empty_like(like.detach()) if same else torch.empty(*shape, dtype=like.dtype)
+    read_shards(folder, found)
+    return found
 
 
 class ShardedModel:
@@ -66,6 +85,19 @@ class ShardedModel:
                 else:
                     tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
                 yield name, pipeline.broadcast(tensor, owner)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a parameter has rows that fill it up, which another mesh does not have."""
+        return any(self._like(f"|{name}", parameter) is not None for name, parameter in self.local.named_parameters() if name != TIED)
+
+    def own(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """Tensors but those of a tied embedding's copy, and the shapes of the tensors of all processes (collective)."""
+        own = {name: tensor for name, tensor in tensors.items() if self._parameter(name) in self._names}
+        shapes = {name: list(tensor.shape) for name, tensor in own.items()}
+        for others in [] if self._mesh.pipeline is None else self._mesh.pipeline.gather(shapes):
+            shapes |= others
+        return own, shapes
 
     def assembled(self) -> nn.Module:
         """The whole model, in memory of its own (collective)."""

@@ -20,8 +20,9 @@ from gristmill.core.device import check_dtype, kept_heap, pick_device, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.core.threads import MAX_THREADED_PARAMETERS, Map, num_workers, workers
 from gristmill.model import fused
+from gristmill.model.fp8 import check_float8, computing_in_float8
 from gristmill.model.packed import filled_length
-from gristmill.model.transformer import PRECISIONS
+from gristmill.model.transformer import TRAINING_PRECISIONS
 from gristmill.parallel.mesh import Group, Mesh, accumulate, whole
 from gristmill.parallel.pipeline import Pipeline, num_micro_batches
 from gristmill.train.batches import (
@@ -36,13 +37,13 @@ from gristmill.train.batches import (
     share_out,
     split_micro_batches,
 )
-from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity, fingerprint_model, fingerprint_text
+from gristmill.train.checkpoint import SHAPES, Checkpoint, CheckpointStore, Identity, fingerprint_model, fingerprint_text
 from gristmill.train.data import ListData, SampleData, backbone, check_vocabulary, drop_long
 from gristmill.train.memory import choose_micro_batch, fitting, record_micro_batch, recorded_micro_batch
 from gristmill.train.metrics import LossOutput, MetricsLog, MetricSums
 from gristmill.train.optim import SCHEDULES, Optimizer, OptimSettings, schedule_scale
 from gristmill.train.settings import BatchSize, ramp_of
-from gristmill.train.sharded import ShardedModel, check_parallel
+from gristmill.train.sharded import ShardedModel, check_parallel, read_parts
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class TrainSettings:
     clip: float = 1.0  # largest gradient norm; 0 does not clip
     seed: int = 0
     shuffle: bool = True  # False: samples in the order given
-    precision: str = "fp32"  # "fp32" or "bf16"
+    precision: str = "fp32"  # "fp32", "bf16", "fp8" (rowwise) or "fp8_tensorwise"
     checkpoint_every: float = 0.0  # seconds between checkpoints; 0 writes only the finished state
     validate_every: int = 10  # steps between validations, where there is validation data
 
@@ -99,8 +100,8 @@ class TrainSettings:
                 raise InputError(f"{name} is {value}; it must be above zero")
         if self.schedule not in SCHEDULES:
             raise InputError(f"unknown schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
-        if self.precision not in PRECISIONS:
-            raise InputError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        if self.precision not in TRAINING_PRECISIONS:
+            raise InputError(f"unknown precision {self.precision!r}; choose one of {', '.join(TRAINING_PRECISIONS)}")
 
 
 Objective = Callable[[Any, Any], LossOutput]
@@ -156,7 +157,8 @@ class Trainer:
         self.model = model if device is None else model.to(pick_device(device))
         self.objective, self.settings, self.folder, self.on_step = objective, settings, folder, on_step
         self.device = next(model.parameters()).device
-        check_dtype(self.device, PRECISIONS[settings.precision])
+        check_dtype(self.device, TRAINING_PRECISIONS[settings.precision])
+        check_float8(self.device, settings.precision)
         self.num_workers = num_workers(model) if self.mesh.size == 1 else 1
         self._fills = fills(self.device, settings.precision, self.num_workers)
         # Holes between activations count as memory that is held. They go back where it is scarce, before the loss, and nowhere else: new
@@ -227,7 +229,7 @@ class Trainer:
         if self.folder is not None:
             identity = self._identity(data, held_out)
             self.mesh.agree(asdict(identity), "models, data or settings")
-            store = CheckpointStore(self.folder, identity, writes=self.mesh.is_writer)
+            store = CheckpointStore(self.folder, identity, mesh=self.mesh)
             if self.mesh.is_writer:
                 record_micro_batch(self.folder, self.micro_batch_tokens)
         gpus = [self.device] if self.device.type == "cuda" else []
@@ -237,7 +239,7 @@ class Trainer:
             saved = store.load() if store else None
             self.mesh.agree(None if saved is None else saved.step, "checkpoints")
             if saved is not None:
-                self._take_state(saved, saved.tensors)
+                self._take_state(saved, self._tensors_of(saved))
             if saved is None or not saved.finished:
                 self._train(data, held_out, plan, store)
                 self.optimizer.release()
@@ -315,8 +317,10 @@ class Trainer:
                 self.on_step(step, plan.num_steps, metrics)
             every = self.settings.checkpoint_every
             if store and every and step < plan.num_steps and self.mesh.first(now - last_saved >= every):
-                store.save(self.state())
+                self._save(store)
                 last_saved = time.monotonic()
+            elif store:
+                store.settle()
         log.close()
 
     def step(self, samples: Sequence[AnySample | DataItem] | Sequence[Batch]) -> dict[str, float]:
@@ -498,19 +502,38 @@ class Trainer:
         else:
             self.model.load_state_dict(self.model.state_dict() | trained)
 
-    def state(self, *, finished: bool = False) -> Checkpoint:
-        """All that the next step depends on: weights, optimizer, random state and counts; when finished, only what is asked for later."""
+    def _save(self, store: CheckpointStore) -> None:
+        """Write a checkpoint: of several processes, all do, and training goes on meanwhile."""
+        if self._sharded is None or self._sharded.is_padded:
+            store.save(self.state())
+            return
+        store.begin(self.state(whole=False))
+
+    def _tensors_of(self, saved: Checkpoint) -> dict[str, Tensor]:
+        if saved.shards is None:
+            return saved.tensors
+        return read_parts(saved.shards, saved.info[SHAPES], dict(self.model.named_parameters()))
+
+    def state(self, *, finished: bool = False, whole: bool = True) -> Checkpoint:
+        """All that the next step depends on: weights, optimizer, random state and counts; when finished, only what is asked for later.
+
+        Args:
+            whole: tensors of all processes, which the first one has then; else this one's parts, of a sharded checkpoint.
+        """
         tensors = _prefixed("model", self._trained())
         if not finished:
             tensors |= _prefixed("best", self._best) | _prefixed("optimizer", self.optimizer.state_tensors())
+        best_loss = self._best_loss if math.isfinite(self._best_loss) else None
+        info: dict[str, Any] = {"result": asdict(self.result), "best_loss": best_loss}
+        if self._sharded is not None and not whole:  # nothing is random there but initial weights
+            tensors, info[SHAPES] = self._sharded.own(tensors)
+            return Checkpoint(self.result.steps, finished, info, tensors)
         if self._sharded is not None:  # all take part, and one keeps what it will write
             tensors = {name: tensor.cpu() for name, tensor in self._sharded.gathered(tensors) if self.mesh.is_writer}
         if not finished:
             tensors["rng"] = torch.get_rng_state()
             if self.device.type == "cuda":
                 tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
-        best_loss = self._best_loss if math.isfinite(self._best_loss) else None
-        info = {"result": asdict(self.result), "best_loss": best_loss}
         return Checkpoint(self.result.steps, finished, info, tensors)
 
     def load_state(self, saved: Checkpoint) -> None:
@@ -529,7 +552,8 @@ class Trainer:
             optimizer = self._sharded.with_tied(optimizer)
         self._best_loss = math.inf if saved.info["best_loss"] is None else saved.info["best_loss"]
         self.optimizer.load_state_tensors(optimizer)
-        torch.set_rng_state(saved.tensors["rng"].cpu())
+        if saved.shards is None:
+            torch.set_rng_state(saved.tensors["rng"].cpu())
         if self.device.type == "cuda" and "rng_cuda" in saved.tensors:
             torch.cuda.set_rng_state(saved.tensors["rng_cuda"].cpu(), self.device)
 
@@ -557,9 +581,10 @@ def compute_precision(model: nn.Module, precision: str) -> Iterator[None]:
     """Let the model compute in ``precision`` meanwhile; its fp32 weights stay as they are."""
     decoder = backbone(model)
     before = decoder.compute_dtype
-    decoder.compute_dtype = PRECISIONS[precision]
+    decoder.compute_dtype = TRAINING_PRECISIONS[precision]
     try:
-        yield
+        with computing_in_float8(decoder.decoders if isinstance(decoder, Pipeline) else [decoder], precision):
+            yield
     finally:
         decoder.compute_dtype = before
 

@@ -59,7 +59,7 @@ class Pretraining(Recipe):
     warmup_steps: int | None = Field(None, ge=0, description="instead of warmup_ratio")
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.1, ge=0)
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp8", "fp8_tensorwise"] = "bf16"
     device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:N or mps")
 
     @model_validator(mode="after")

@@ -28,12 +28,13 @@ from gristmill.model.adapters import (
 )
 from gristmill.model.config import ModelConfig
 from gristmill.model.flops import num_parameters
+from gristmill.model.fp8 import check_float8
 from gristmill.model.guard import GuardModel
 from gristmill.model.hf_config import read_config
 from gristmill.model.hf_save import save_guard, save_model, save_reward
 from gristmill.model.lora import LoraConfig, adapters_disabled, add_adapters
 from gristmill.model.reward import RewardModel
-from gristmill.model.transformer import PRECISIONS, Transformer
+from gristmill.model.transformer import TRAINING_PRECISIONS, Transformer
 from gristmill.parallel.mesh import Mesh
 from gristmill.train.batches import AnySample, collate, split_micro_batches
 from gristmill.train.by_size import Kind, described, fill
@@ -108,7 +109,8 @@ def train_model(
         rows, held_out = cast(tuple[Sequence[Any], Sequence[Any]], split_held_out(rows))
     recipe = fill(recipe, sized, num_parameters(config), device=where, num_rows=len(rows))
     say(f"{num_parameters(config) / 1e6:,.4g}M parameters, {len(rows):,} rows, {where}: {described(recipe)}")
-    check_dtype(where, PRECISIONS[recipe.precision])
+    check_dtype(where, TRAINING_PRECISIONS[recipe.precision])
+    check_float8(where, recipe.precision)
     needed = training_memory(config, recipe, where, out / "train")
     say(f"memory of training: {needed}")
     # what is frozen in fewer bits is not held in more
