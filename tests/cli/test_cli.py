@@ -28,7 +28,7 @@ SURFACE = {
     "report": "FOLDER --json",
     "answers": "FOLDER --prompt --sampled --json",
     "compare": "FOLDERS --out -o --json",
-    "pretrain": "RECIPE --out -o --tokens --tp --cp --pp --vp --device --quiet -q --json",
+    "pretrain": "RECIPE --out -o --model --tokens --tp --cp --pp --vp --device --quiet -q --json",
     "plan": "MODEL --gpus --tp --pp --vp --cp --dp --batch-size --micro-batch --seq-len --precision --recompute --zero --gpu --search "
     "--top --tokens --documents --nodes --cores --document-bytes --out -o --published --calibrate --json",
     "train": (

@@ -40,6 +40,7 @@ _URL, _NAME, _KEY = endpoint_options("endpoint", "the model's")
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A pretraining recipe file, or the name of a shipped one.")],
     out: Out,
+    model: Annotated[Path | None, typer.Option(help="Model folder to go on from; overrides the recipe's.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Overrides the recipe's tokens.")] = None,
     tp: Tp = 1,
     cp: Cp = 1,
@@ -49,14 +50,14 @@ def pretrain(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a Base model from scratch on documents."""
+    """Train a Base model on documents: from scratch, or from a model (continued pretraining), with losses by source before and after."""
     from gristmill.core.config import find_recipe, load
     from gristmill.core.device import pick_device
     from gristmill.core.progress import Progress
     from gristmill.parallel.mesh import ParallelDims, process_mesh
     from gristmill.workflows import pretrain as pretraining
 
-    loaded = load(find_recipe(recipe, "pretraining"), pretraining.Pretraining, given(tokens=tokens, device=device))
+    loaded = load(find_recipe(recipe, "pretraining"), pretraining.Pretraining, given(model=model, tokens=tokens, device=device))
     with (
         process_mesh(pick_device(loaded.device), ParallelDims(tp, cp, pp, vp)) as mesh,
         Progress(quiet=quiet or not mesh.is_writer) as progress,
@@ -65,6 +66,8 @@ def pretrain(
         result = pretraining.pretrain(loaded, out, progress.train_step, mesh)
     if mesh.is_writer:
         _done(result, out / "model", as_json)
+        for line in pretraining.held_out_lines(out) if not as_json else ():
+            echo(line)
 
 
 @command("gristmill train sft --model runs/base/model --data demonstrations.jsonl --out runs/sft")
@@ -86,8 +89,8 @@ def train(
         int | None, typer.Option(help="Tokens that go through the model at once; default: as many as pay, within the free memory.")
     ] = None,
     checkpoint_activations: Annotated[
-        Literal["auto", "true", "false"],
-        typer.Option(help="Compute activations twice, to keep fewer; auto: where memory is short."),
+        Literal["auto", "true", "false", "selective"],
+        typer.Option(help="Compute activations twice, to keep fewer; selective: but products; auto: where memory is short."),
     ] = "auto",
     tp: Tp = 1,
     cp: Cp = 1,
@@ -116,7 +119,7 @@ def train(
 
     values: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "precision": precision}
     values |= given(micro_batch_tokens=micro_batch_tokens)
-    values["checkpoint_activations"] = checkpoint_activations if checkpoint_activations == "auto" else checkpoint_activations == "true"
+    values["checkpoint_activations"] = {"true": True, "false": False}.get(checkpoint_activations, checkpoint_activations)
     if kind != "guard" and (taxonomy is not None or max_fpr != 0.05):
         raise InputError("--taxonomy and --max-fpr are of a guard: give them to `gristmill train guard`.")
     if kind not in ("sft", "reward", "guard"):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from gristmill.core.errors import InputError
 from gristmill.model import fused
@@ -428,7 +428,8 @@ class Transformer(nn.Module):
         self.sharding: Sharding | None = None
         self.context: Context | None = None
         self.after_blocks: Callable[[], None] | None = None  # called where the blocks' forward pass ends
-        self.checkpoint_activations = False  # a block's are computed again in the backward pass, only its input is kept
+        # A block's are computed again in the backward pass: only its input is kept, or with "selective" also what its products gave.
+        self.checkpoint_activations: bool | str = False
         self.incoming_TD: Tensor | None = None  # what blocks of another process have made, in place of embeddings (`parallel.pipeline`)
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.blocks = nn.ModuleDict({str(number): Block(config, block) for number, block in enumerate(config.blocks)})
@@ -526,7 +527,8 @@ class Transformer(nn.Module):
             given = (x_TD, *angles[layer.rope], shape, rows_S if int(number) == self.config.num_layers - 1 else None)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # nothing in a block is random, so there is no state to keep
-                x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+                contexts = _keeping_products if self.checkpoint_activations == "selective" else noop_context_fn
+                x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
             else:
                 x_TD = block(*given)
         return x_TD
@@ -544,6 +546,12 @@ class Transformer(nn.Module):
     def forward(self, ids_T: Tensor, shape: PackedShape) -> Tensor:
         """Logits [T, V]. Training uses `hidden` and a chunked loss instead, which never holds them all."""
         return self.logits(self.hidden(ids_T, shape))
+
+
+def _keeping_products() -> Any:
+    """Contexts of selective activation checkpointing: norms, activations and attention are computed again, products are kept."""
+    aten = torch.ops.aten
+    return create_selective_checkpoint_contexts([aten.mm.default, aten.addmm.default, aten._scaled_mm.default])
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

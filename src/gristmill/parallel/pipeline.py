@@ -128,6 +128,11 @@ class Pipeline(nn.Module):
         """What its stages have of the decoder."""
         return [stage.decoder[0] for stage in self.each()]
 
+    @property
+    def blocks(self) -> nn.ModuleDict:
+        """The layers that are here, by their numbers."""
+        return nn.ModuleDict({name: block for decoder in self.decoders for name, block in decoder.blocks.items()})
+
     def each(self) -> list[Stage]:
         """Stages of this process, in their order."""
         return cast("list[Stage]", list(self.stages))

@@ -111,6 +111,11 @@ def choose_micro_batch(model: nn.Module, optimizer: str, *, precision: str, devi
     return tokens
 
 
+def always_checkpointed(checkpoint_activations: bool | str) -> bool | None:
+    """Whether a setting means full activation checkpointing; None: where it is needed. Selective keeps two thirds, and counts as none."""
+    return None if checkpoint_activations == "auto" else checkpoint_activations is True
+
+
 def fits(needed: MemoryEstimate, device: torch.device, *, loaded: bool) -> bool:
     """Whether the device has that much memory free."""
     there = PROGRAM_BYTES + (needed.weights if loaded else 0)

@@ -37,7 +37,7 @@ def read_parts(folder: Path, shapes: Mapping[str, Sequence[int]], parameters: Ma
         like = parameters.get(parameter, parameters.get(TIED) if parameter == "embedding" else None)
         if like is not None:
             same = list(like.shape) == list(shape)
-            found[name] = torch.empty_like(like.detach()) if same else torch.empty(*shape, dtype=like.dtype)
+            found[name] = torch.empty_like(like.detach()) if same else torch.empty(list(shape), dtype=like.dtype)
     read_shards(folder, found)
     return found
 

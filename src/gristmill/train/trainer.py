@@ -39,7 +39,7 @@ from gristmill.train.batches import (
 )
 from gristmill.train.checkpoint import SHAPES, Checkpoint, CheckpointStore, Identity, fingerprint_model, fingerprint_text
 from gristmill.train.data import ListData, SampleData, backbone, check_vocabulary, drop_long
-from gristmill.train.memory import choose_micro_batch, fitting, record_micro_batch, recorded_micro_batch
+from gristmill.train.memory import always_checkpointed, choose_micro_batch, fitting, record_micro_batch, recorded_micro_batch
 from gristmill.train.metrics import LossOutput, MetricsLog, MetricSums
 from gristmill.train.optim import SCHEDULES, Optimizer, OptimSettings, schedule_scale
 from gristmill.train.settings import BatchSize, ramp_of
@@ -67,7 +67,7 @@ class TrainSettings:
     batch_size: BatchSize | None = None  # samples a step; or pairs of a sample and the samples of a step from there on
     batch_tokens: int | None = None  # tokens a step, on average
     micro_batch_tokens: int | None = None  # tokens that go through the model at once; None: as many as pay, within the free memory
-    checkpoint_activations: Literal["auto"] | bool = "auto"  # compute activations again in the backward pass; "auto": to fit
+    checkpoint_activations: Literal["auto", "selective"] | bool = "auto"  # compute activations again in the backward pass; "auto": to fit
     max_tokens: int | None = None  # longer samples are dropped and counted
     weight_decay: float = 0.1
     b_lr_ratio: float = 1.0  # LoRA+: learning rate of B, in those of A
@@ -169,7 +169,7 @@ class Trainer:
             model, settings.optimizer, precision=settings.precision, device=self.device, loaded=True
         )
         self.micro_batch_tokens = min(self.mesh.gather(self.micro_batch_tokens))
-        self._checkpointed = settings.checkpoint_activations is True
+        self._checkpointed: bool | str = settings.checkpoint_activations if settings.checkpoint_activations != "auto" else False
         self.num_steps = settings.steps  # `fit` knows it of epochs too
         self._sharded: ShardedModel | None = None
         adapted = any(not parameter.requires_grad for parameter in model.parameters())
@@ -212,19 +212,19 @@ class Trainer:
             rows=data.rows if isinstance(data, ListData) else None,
         )
         self.num_steps = plan.num_steps
-        checkpoint = None if settings.checkpoint_activations == "auto" else settings.checkpoint_activations
         longest = max(int(part.lengths.max()) for part in (data, held_out) if part is not None)
-        self._checkpointed = fitting(
+        checkpointed = fitting(
             self.model,
             settings.optimizer,
             precision=settings.precision,
             tokens=self.micro_batch_tokens,
             device=self.device,
             loaded=True,
-            checkpoint=checkpoint,
+            checkpoint=always_checkpointed(settings.checkpoint_activations),
             longest=longest,
         ).checkpointed
-        self._checkpointed = any(self.mesh.gather(self._checkpointed))
+        if settings.checkpoint_activations == "auto":
+            self._checkpointed = any(self.mesh.gather(checkpointed))
         store = None
         if self.folder is not None:
             identity = self._identity(data, held_out)

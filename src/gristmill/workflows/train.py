@@ -39,7 +39,7 @@ from gristmill.parallel.mesh import Mesh
 from gristmill.train.batches import AnySample, collate, split_micro_batches
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.data import ListData, check_vocabulary
-from gristmill.train.memory import MIN_MICRO_BATCH, MemoryEstimate, choose_micro_batch, fitting, recorded_micro_batch
+from gristmill.train.memory import MIN_MICRO_BATCH, MemoryEstimate, always_checkpointed, choose_micro_batch, fitting, recorded_micro_batch
 from gristmill.train.objectives.guard import guard_objective, guard_samples
 from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.objectives.reward import rated_samples, reward_objective
@@ -230,7 +230,7 @@ def training_memory(config: ModelConfig, recipe: Training, device: torch.device,
     optimizer, precision = recipe.optimizer, recipe.precision
     tokens = recipe.micro_batch_tokens or recorded_micro_batch(folder)
     tokens = tokens or choose_micro_batch(model, optimizer, precision=precision, device=device, loaded=False)
-    checkpoint = None if recipe.checkpoint_activations == "auto" else recipe.checkpoint_activations
+    checkpoint = always_checkpointed(recipe.checkpoint_activations)
     return fitting(model, optimizer, precision=precision, tokens=tokens, device=device, loaded=False, checkpoint=checkpoint)
 
 
