@@ -142,7 +142,7 @@ def gradients_in(mesh: Mesh, *, plain: bool = False, small: bool = False, only: 
         "fused": (lambda: make_model("phi3"), next_token_objective, make_samples(5)),
         "deep": (lambda: make_model(layers=4), next_token_objective, make_samples(17)),
         "deep tied": (lambda: make_model("llama", layers=4), next_token_objective, make_samples(17)),
-        "deep reward": (lambda: RewardModel(make_model(layers=4)), reward_objective, make_rated(11)),
+        "deep reward": (lambda: RewardModel(make_model("llama", layers=4)), reward_objective, make_rated(11)),
         "deep rpo": (lambda: make_model(layers=4), PreferenceObjective("rpo", beta=0.1, sft_weight=0.3), make_pairs(9)),
     }
     for loss in PREFERENCE_LOSSES:

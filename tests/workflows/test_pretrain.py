@@ -104,9 +104,9 @@ def test_continued_pretraining_tells_what_it_did_to_each_source(small: ModelConf
     old = write(tmp_path / "old.jsonl", [json.loads(line) for line in texts.read_text().splitlines()[:20]])
     new = write(tmp_path / "new.jsonl", [{"text": f"zzz yyy {i}."} for i in range(40)])
     folder = tmp_path / "base" / "model"
-    values = {"documents": new, "model": folder, "held_out": {"old": old, "new": new}, "lr": 1e-2, "optimizer": "adamw", "tokens": 500}
-    del (recipe := pretraining(**values).model_dump(exclude={"preset", "tokenizer", "batch_tokens"}))["kind"]
-    pretraining_.pretrain(pretraining_.Pretraining(**recipe, batch_size=[[0, 4], [16, 8]]), tmp_path / "on")
+    how = {"tokens": 500, "batch_size": [[0, 4], [16, 8]], "optimizer": "adamw", "lr": 1e-2, "warmup_steps": 1, "precision": "fp32"}
+    recipe = pretraining_.Pretraining(documents=new, model=folder, held_out={"old": old, "new": new}, **how)
+    pretraining_.pretrain(recipe, tmp_path / "on")
     found = json.loads((tmp_path / "on" / "held_out.json").read_text())
     start, end = load_model(folder)[0], load_model(tmp_path / "on" / "model")[0]
     tokenizer = Tokenizer.load(folder)

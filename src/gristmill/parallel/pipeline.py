@@ -117,7 +117,9 @@ class Pipeline(nn.Module):
         assert mesh.pipeline is not None
         dims, rank = mesh.dims, mesh.pipeline.rank
         self.group, self.num_stages = mesh.pipeline, dims.pp * dims.vp
-        self.config: ModelConfig = cast(Any, getattr(model, "backbone", model)).config
+        decoder = cast(Transformer, getattr(model, "backbone", model))
+        self.config = decoder.config
+        self.is_tied = decoder is model and decoder.lm_head is None  # a head has another output matrix
         check_pipeline(self.config, dims)
         self.objective = objective
         self.device = next(model.parameters()).device
@@ -177,13 +179,15 @@ class Pipeline(nn.Module):
             stage.batches, stage.work, stage.sent_rows = batches, last, sent_rows
         states = torch.empty(sent_rows, self.config.hidden_size, dtype=self.compute_dtype, device="meta", requires_grad=True)
         _run_schedule(self, batches, states, backward=backward)
+        for stage in self.each():
+            stage.batches, stage.work = (), None
         if backward:
             self._sum_tied()
         return outputs
 
     def _sum_tied(self) -> None:
         """Add up the gradients of an embedding that is also the output matrix: the first stage has one part, the last the other."""
-        if not self.config.tie_embeddings:
+        if not self.is_tied:
             return
         named = dict(self.named_parameters())
         mine = [named[name] for name in ("embedding", TIED) if name in named and named[name].grad is not None]
@@ -194,7 +198,7 @@ class Pipeline(nn.Module):
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Clip the gradients of all stages' parameters by their norm; returns the norm."""
         named = {name: parameter for name, parameter in self.named_parameters() if parameter.grad is not None}
-        counted = [p.grad for name, p in named.items() if not (self.config.tie_embeddings and name == TIED)]
+        counted = [p.grad for name, p in named.items() if not (self.is_tied and name == TIED)]
         own = float(whole(nn.utils.get_total_norm(cast("list[Tensor]", counted)))) if counted else 0.0
         norm = torch.tensor(math.sqrt(sum(other * other for other in self.group.gather(own))), device=self.device)
         nn.utils.clip_grads_with_norm_(list(named.values()), max_norm, norm)
