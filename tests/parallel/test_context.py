@@ -20,7 +20,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_pieces_are_all_tokens_once_and_see_what_their_documents_saw(shape: PackedShape, size: int) -> None:
-    pieces = [pieces_of(shape, rank, size, None) for rank in range(size)]
+    pieces = [pieces_of(shape, rank, size) for rank in range(size)]
     assert torch.cat([piece.own_P for piece in pieces]).sort().values.tolist() == list(range(shape.num_tokens))
     torch.manual_seed(0)
     q, k, v = torch.randn(shape.num_tokens, 4, 8), torch.randn(shape.num_tokens, 2, 8), torch.randn(shape.num_tokens, 2, 8)

@@ -9,7 +9,7 @@ Source: Llama 3 (arXiv 2407.21783, section 3.3.2).
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -84,12 +84,8 @@ def owners(shape: PackedShape, size: int) -> Tensor:
     return torch.from_numpy((owner_T + turn_T) % size)
 
 
-def pieces_of(shape: PackedShape, rank: int, size: int, gather: Any) -> Pieces:
-    """A process's pieces of a packed batch. Neighbouring tokens of one document are one piece.
-
-    Args:
-        gather: keys or values of all tokens from own ones.
-    """
+def pieces_of(shape: PackedShape, rank: int, size: int) -> Pieces:
+    """A process's pieces of a packed batch. Neighbouring tokens of one document are one piece."""
     owner_T, device = owners(shape, size), shape.positions_T.device
     own_P = (owner_T == rank).nonzero()[:, 0]
     document_P = torch.repeat_interleave(torch.arange(len(shape.lengths)), shape.cu_seqlens.diff().cpu().long())[own_P]
@@ -109,7 +105,6 @@ def pieces_of(shape: PackedShape, rank: int, size: int, gather: Any) -> Pieces:
         begin_M.tolist(),
         position_P.to(device),
         keys_S.to(device),
-        gather=gather,
     )
     share = Share.of(owner_T, size)
     return Pieces(own_P.to(device), local_shape, Share(share.owner_S.to(device), share.place_S.to(device), share.longest))
@@ -251,9 +246,9 @@ class ContextParallel:
     def pieces(self, shape: PackedShape) -> Pieces:
         """This process's pieces of a batch, made once."""
         if (found := self._pieces.get(shape)) is None:
-            rank, size = self.group.rank, self.group.size
-            share = Share.of(owners(shape, size).to(shape.positions_T.device), size)
-            found = self._pieces[shape] = pieces_of(shape, rank, size, partial(self._gather, share))
+            found = pieces_of(shape, self.group.rank, self.group.size)
+            found = replace(found, shape=replace(found.shape, gather=partial(self._gather, found.share)))
+            self._pieces[shape] = found
         return found
 
     def _gather(self, share: Share, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

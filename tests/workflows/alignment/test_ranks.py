@@ -33,8 +33,6 @@ def test_two_processes_make_the_rows_of_one(tiny_recipe: dict[str, Any], finishe
         assert [row.get("id") for row in together[name]] == [row.get("id") for row in rows], name
     results = [json.loads((folder / "results.json").read_text()) for folder in (finished, out)]
     assert json.loads(line)["best"] == results[1]["best"] and results[1]["best"]["model"] == results[0]["best"]["model"]
-    again = start(recipe, "--out", out, "--json", "--quiet")  # all is done: nothing is made again
-    assert again.returncode == told.returncode and rows_of(out) == together
 
 
 def test_a_changed_recipe_is_refused_by_one_process_and_ends_both(tiny_recipe: dict[str, Any], copy: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from gristmill import __version__
 from gristmill.core.config import Section, read
 from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
@@ -178,6 +179,7 @@ class AlignmentContext:
         training = {"chat_format": self.format, "device": self.device, "seed": recipe.seed, "weights": self.weights or None}
         training |= {"on_step": progress.train_step}
         self.ranks = Ranks(mesh or Mesh(), engine=self.engine, scorer=self.scorer, options=training)
+        self.ranks.mesh.agree(make_id(__version__, recipe.model_dump(mode="json")), "recipes or versions of gristmill")
         if self.ranks.mesh.is_writer:
             try:
                 self._open(folder, prompts, given, redo=redo)

@@ -6,7 +6,7 @@ however long that takes, and read models from the run's folder.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Ranks:
         self, mesh: Mesh, *, engine: Callable[[str, Path], Engine], scorer: Callable[[Path], RewardScorer], options: dict[str, Any]
     ) -> None:
         self.mesh, self._engine, self._scorer, self._options = mesh, engine, scorer, options
-        self._orders = Orders(mesh)
+        self._orders, self._busy = Orders(mesh), False
 
     # ---- what the first process asks for ----
 
@@ -55,8 +55,8 @@ class Ranks:
         waiting, step = list(requests), PORTION * self.mesh.size
         for portion in (waiting[start : start + step] for start in range(0, len(waiting), step)):
             order = {"name": name, "folder": str(folder), "requests": TypeAdapter(list[Request]).dump_python(portion, mode="json")}
-            self._orders.give({"job": "generate", **order})
-            done = self._share_of_answers(name, folder, portion)
+            with self._together({"job": "generate", **order}):
+                done = self._share_of_answers(name, folder, portion)
             for request in portion:
                 yield request, done[request.id]
 
@@ -65,20 +65,27 @@ class Ranks:
         if self.mesh.size == 1:
             return self._scorer(folder).score(conversations)
         plain = TypeAdapter(list[tuple[Message, ...]]).dump_python([tuple(talk) for talk in conversations], mode="json")
-        self._orders.give({"job": "score", "folder": str(folder), "conversations": plain})
-        return self._share_of_ratings(folder, conversations)
+        with self._together({"job": "score", "folder": str(folder), "conversations": plain}):
+            return self._share_of_ratings(folder, conversations)
 
     def train(self, kind: str, start: Path, rows: Sequence[Any], recipe: Training, folder: Path) -> TrainResult:
         """Train on all processes."""
-        if self.mesh.size > 1:
-            plain = ROWS.get(kind, PAIRS).dump_python(list(rows), mode="json")
-            paths = {"start": str(start), "folder": str(folder)}
-            self._orders.give({"job": "train", "kind": kind, "rows": plain, "recipe": recipe.model_dump(mode="json"), **paths})
-        return self._train(kind, start, rows, recipe, folder)
+        if self.mesh.size == 1:
+            return self._train(kind, start, rows, recipe, folder)
+        order = {"kind": kind, "start": str(start), "folder": str(folder), "recipe": recipe.model_dump(mode="json")}
+        with self._together({"job": "train", "rows": ROWS.get(kind, PAIRS).dump_python(list(rows), mode="json"), **order}):
+            return self._train(kind, start, rows, recipe, folder)
+
+    @contextmanager
+    def _together(self, order: dict[str, Any]) -> Iterator[None]:
+        self._orders.give(order)
+        self._busy = True
+        yield
+        self._busy = False
 
     def dismiss(self) -> None:
-        """Let the other processes end."""
-        if self.mesh.is_writer and self.mesh.size > 1:
+        """Let the other processes end. Where one has failed in common work they do not listen, and torchrun ends them."""
+        if self.mesh.is_writer and self.mesh.size > 1 and not self._busy:
             self._orders.give({"job": ""})
 
     # ---- what the others do ----
