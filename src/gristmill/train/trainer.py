@@ -8,10 +8,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from gristmill.model.packed import filled_length
 from gristmill.model.transformer import TRAINING_PRECISIONS
 from gristmill.parallel.mesh import Group, Mesh, accumulate, whole
 from gristmill.parallel.pipeline import Pipeline, num_micro_batches
+from gristmill.train.arguments import TrainResult, TrainSettings
 from gristmill.train.batches import (
     AnySample,
     Batch,
@@ -41,84 +42,14 @@ from gristmill.train.checkpoint import SHAPES, Checkpoint, CheckpointStore, Iden
 from gristmill.train.data import ListData, SampleData, backbone, check_vocabulary, drop_long
 from gristmill.train.memory import always_checkpointed, choose_micro_batch, fitting, record_micro_batch, recorded_micro_batch
 from gristmill.train.metrics import LossOutput, MetricsLog, MetricSums
-from gristmill.train.optim import SCHEDULES, Optimizer, OptimSettings, schedule_scale
-from gristmill.train.settings import BatchSize, ramp_of
+from gristmill.train.optim import Optimizer, OptimSettings, schedule_scale
+from gristmill.train.settings import ramp_of
 from gristmill.train.sharded import ShardedModel, check_parallel, read_parts
 
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train.
-
-    Give exactly one of ``epochs`` and ``steps``, and one of ``batch_size`` and ``batch_tokens``. Weights are
-    always fp32; ``precision`` is what the model computes in. ``lr`` is AdamW's rate, ``muon_lr`` that of the
-    hidden matrices with ``optimizer="muon"``, where AdamW keeps embeddings, heads, norms and biases.
-    """
-
-    optimizer: str = "adamw"  # "adamw" or "muon"
-    lr: float = 1e-3
-    muon_lr: float = 0.02
-    schedule: str = "cosine"  # "constant", "cosine" or "linear", after the warmup
-    warmup_ratio: float = 0.0  # share of the steps
-    warmup_steps: int | None = None  # instead of warmup_ratio
-    min_lr_ratio: float = 0.0  # of the peak, reached on the last step
-    epochs: float | None = None
-    steps: int | None = None
-    batch_size: BatchSize | None = None  # samples a step; or pairs of a sample and the samples of a step from there on
-    batch_tokens: int | None = None  # tokens a step, on average
-    micro_batch_tokens: int | None = None  # tokens that go through the model at once; None: as many as pay, within the free memory
-    checkpoint_activations: Literal["auto", "selective"] | bool = "auto"  # compute activations again in the backward pass; "auto": to fit
-    max_tokens: int | None = None  # longer samples are dropped and counted
-    weight_decay: float = 0.1
-    b_lr_ratio: float = 1.0  # LoRA+: learning rate of B, in those of A
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0  # largest gradient norm; 0 does not clip
-    seed: int = 0
-    shuffle: bool = True  # False: samples in the order given
-    precision: str = "fp32"  # "fp32", "bf16", "fp8" (rowwise) or "fp8_tensorwise"
-    checkpoint_every: float = 0.0  # seconds between checkpoints; 0 writes only the finished state
-    validate_every: int = 10  # steps between validations, where there is validation data
-
-    def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.steps is None):
-            raise InputError("give exactly one of epochs and steps")
-        if (self.batch_size is None) == (self.batch_tokens is None):
-            raise InputError("give exactly one of batch_size and batch_tokens")
-        for name in (
-            "epochs",
-            "steps",
-            "batch_size",
-            "batch_tokens",
-            "micro_batch_tokens",
-            "max_tokens",
-            "validate_every",
-        ):
-            value = getattr(self, name)
-            if name == "batch_size" and value is not None:
-                ramp_of(value)
-            elif value is not None and not value > 0:
-                raise InputError(f"{name} is {value}; it must be above zero")
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"unknown schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
-        if self.precision not in TRAINING_PRECISIONS:
-            raise InputError(f"unknown precision {self.precision!r}; choose one of {', '.join(TRAINING_PRECISIONS)}")
-
+__all__ = ["LossOutput", "Objective", "OnStep", "TrainResult", "TrainSettings", "Trainer", "compute_precision", "global_count"]
 
 Objective = Callable[[Any, Any], LossOutput]
 OnStep = Callable[[int, int, dict[str, float]], None]
-
-
-@dataclass
-class TrainResult:
-    """What a finished training run did. ``metrics`` are those of the last step."""
-
-    steps: int
-    tokens: int
-    seconds: float
-    metrics: dict[str, float]
-    dropped_long: list[str]  # samples over max_tokens, by id (or position)
-    dropped_untrained: list[str]  # samples without a single trained target
-    best_step: int | None = None  # with validation data: the step whose weights the model now has
 
 
 class Trainer:
