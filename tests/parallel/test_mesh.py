@@ -121,8 +121,11 @@ def test_initial_weights_are_the_same_in_every_mesh(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_in_another_mesh(tmp_path: Path) -> None:
-    """From one process to four with other layers and parts of matrices, to two with other tokens, and back to one."""
-    ramp = {"batch_size": [[0, 3], [6, 6]], "vocab": 50, "family": "llama"}
+    """From one process to four with other layers and parts of matrices, to two with other tokens, and back to one.
+
+    Two do not divide the vocabulary, so that one process writes the checkpoints of the four, and all write those of the two.
+    """
+    ramp = {"batch_size": [[0, 3], [6, 6]], "vocab": 51, "family": "llama"}
     whole = load_file(run(1, "train", tmp_path / "whole.safetensors", folder=str(tmp_path / "a"), **ramp))
     for size, dims, stop in ((1, {}, 2), (4, {"pp": 2, "tp": 2}, 5), (2, {"cp": 2}, 7)):
         run(size, "train", tmp_path / "part.safetensors", folder=str(tmp_path / "b"), stop=stop, dims=dims, **ramp)
@@ -137,13 +140,15 @@ def test_a_run_goes_on_in_another_mesh(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_costs_no_step(tmp_path: Path) -> None:
-    unbroken = run(2, "train", tmp_path / "unbroken", folder=str(tmp_path / "a")).read_bytes()
+    dims = {"pp": 2}
+    unbroken = run(2, "train", tmp_path / "unbroken", folder=str(tmp_path / "a"), dims=dims).read_bytes()
     for kill in (2, 5):
-        processes = start(2, "train", tmp_path / "broken", folder=str(tmp_path / "b"), kill=kill)
+        processes = start(2, "train", tmp_path / "broken", folder=str(tmp_path / "b"), kill=kill, dims=dims)
         for process in processes:
             process.communicate(timeout=300)  # the other one does not wait for it
         assert processes[1].returncode == -signal.SIGKILL and processes[0].returncode not in (0, 3)
-    assert run(2, "train", tmp_path / "broken", folder=str(tmp_path / "b")).read_bytes() == unbroken
+    assert not list((tmp_path / "b").glob("checkpoint-*/state.safetensors"))  # both write what they have
+    assert run(2, "train", tmp_path / "broken", folder=str(tmp_path / "b"), dims=dims).read_bytes() == unbroken
     steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
 

@@ -52,6 +52,7 @@ class ShardedModel:
     Attributes:
         local: what this process trains.
         started_from: fingerprint of the whole model as it was.
+        is_padded: whether a parameter has rows that fill it up, which another mesh does not have.
 
     Raises:
         InputError: the processes have different models, or the model cannot be cut so.
@@ -69,6 +70,8 @@ class ShardedModel:
             if mesh.context is not None:
                 shard_context(getattr(part, "model", part), mesh.context)
             mesh.shard(part)
+        own = [(f"|{name}", parameter) for name, parameter in self.local.named_parameters() if name in self._names]
+        self.is_padded = any(mesh.gather(any(self._like(name, parameter) is not None for name, parameter in own)))
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of all processes, whole, one after another (collective); their names have a parameter's behind a bar."""
@@ -85,11 +88,6 @@ class ShardedModel:
                 else:
                     tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
                 yield name, pipeline.broadcast(tensor, owner)
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether a parameter has rows that fill it up, which another mesh does not have."""
-        return any(self._like(f"|{name}", parameter) is not None for name, parameter in self.local.named_parameters() if name != TIED)
 
     def own(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
         """Tensors but those of a tied embedding's copy, and the shapes of the tensors of all processes (collective)."""
