@@ -24,7 +24,7 @@ def gristmill(*arguments: object, processes: int = 1) -> subprocess.CompletedPro
 def command(tmp_path: Path, random_base: Path) -> list[object]:
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    options = ["--lr", 1e-3, "--batch-size", 3, "--epochs", 1, "--sft-weight", 0.1, "--json"]
+    options = ["--lr", 1e-3, "--batch-size", 3, "--epochs", 1, "--sft-weight", 0.1, "--precision", "fp32", "--json"]
     return ["train", "dpo", "--model", random_base, "--data", data, *options]
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from gristmill.core.device import check_dtype, pick_device
+from gristmill.core.device import check_dtype, pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.data.chat_format import ChatFormat
 from gristmill.data.find_format import find_format, with_template_of
@@ -107,7 +107,8 @@ def train_model(
     held_out: Sequence[Any] = ()
     if kind == "guard":
         rows, held_out = cast(tuple[Sequence[Any], Sequence[Any]], split_held_out(rows))
-    recipe = fill(recipe, sized, num_parameters(config), device=where, num_rows=len(rows))
+    precision = mesh.first(pick_precision(where)) if mesh.size > 1 else ""  # it is chosen by measuring
+    recipe = fill(recipe, sized, num_parameters(config), device=where, num_rows=len(rows), precision=precision)
     say(f"{num_parameters(config) / 1e6:,.4g}M parameters, {len(rows):,} rows, {where}: {described(recipe)}")
     check_dtype(where, TRAINING_PRECISIONS[recipe.precision])
     check_float8(where, recipe.precision)

@@ -73,14 +73,16 @@ LATEST = "latest"  # checkpoint of a generator: the model before this round
 
 
 def resolved_recipe(
-    recipe: AlignmentRecipe, num_parameters: int, device: torch.device, *, source: DataSource, folder: Path
+    recipe: AlignmentRecipe, num_parameters: int, device: torch.device, *, source: DataSource, folder: Path, mesh: Mesh | None = None
 ) -> AlignmentRecipe:
     """The recipe with everything that it leaves to the model's size and the device, as `train.by_size` chooses it.
 
     Args:
         num_parameters: of the Base model.
         folder: the run's. What computes in which precision stays as it was there, also on another device.
+        mesh: the processes of the run, of which the first chooses by measuring.
     """
+    picked = mesh.first(pick_precision(device)) if mesh is not None and mesh.size > 1 else ""
     before: dict[str, Any] = {}
     with suppress(InputError):
         before = read(folder / "recipe.yaml")
@@ -88,7 +90,7 @@ def resolved_recipe(
     def precision(name: str) -> str:
         section = before.get(name)
         found = section.get("precision") if isinstance(section, dict) else None
-        return found if found in TRAINING_PRECISIONS else ""
+        return found if found in TRAINING_PRECISIONS else picked
 
     changes: dict[str, Any] = {}
     for name, kind in STAGE_KINDS.items():
@@ -142,7 +144,7 @@ class AlignmentContext:
                 check_adapters(base, lora_config(section.lora), base=section.lora.base)
         self.base_config, self.max_positions = base.config, base.config.max_positions
         given, size = recipe, num_parameters(base.config)
-        self.recipe = recipe = resolved_recipe(given, size, self.device, source=self.source, folder=folder)
+        self.recipe = recipe = resolved_recipe(given, size, self.device, source=self.source, folder=folder, mesh=mesh)
         self.base_fingerprint = fingerprint(self.base_folder)
         self.format: ChatFormat = find_format(recipe.chat_format, self.tokenizer)
         self.format.end_of_turn_id(self.tokenizer)
