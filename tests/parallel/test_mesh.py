@@ -62,21 +62,19 @@ def test_the_gpu_of_another_process_is_refused(monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
-DEEP = {"only": "deep"}  # models of four layers
-# What each mesh of a number of processes is made of; the rest shares out the samples.
+# What each mesh of a number of processes is made of; the rest shares out the samples. Some have only the cases of these names.
 MESHES: dict[int, list[dict[str, Any]]] = {
     1: [{}, {"plain": True}],
-    2: [{}, {"tp": 2, "plain": True, "small": True}, {"cp": 2}, {"pp": 2}],
+    2: [{"only": "tied"}, {"tp": 2, "plain": True, "small": True}, {"cp": 2}, {"pp": 2}],
     4: [
-        {},
+        {"only": "few"},
         {"tp": 4},
         {"tp": 2, "small": True},
-        {"pp": 2, "vp": 2, **DEEP},
-        {"pp": 4, **DEEP},
-        {"pp": 2, "tp": 2, **DEEP},
-        {"pp": 2, "cp": 2, **DEEP},
-        {"cp": 2, "tp": 2, **DEEP},
-        {"cp": 2, **DEEP},
+        {"pp": 2, "vp": 2, "only": "deep"},
+        {"pp": 2, "tp": 2, "only": "deep tied"},
+        {"pp": 2, "cp": 2, "only": "deep r"},
+        {"cp": 2, "tp": 2, "only": "deep r"},
+        {"cp": 2, "only": "deep r"},
     ],
 }
 
@@ -92,7 +90,7 @@ def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tu
     """Largest difference in the largest number of its tensor, and the tensor's name."""
     far = {name: float((other[name] - x).abs().max()) / max(float(x.abs().max()), 1e-12) for name, x in one.items() if name in other}
     cases = {name.rsplit(" ", 1)[0] for name in other}
-    assert {name for name in one if name.rsplit(" ", 1)[0] in cases} == far.keys() and len(far) > 100
+    assert {name for name in one if name.rsplit(" ", 1)[0] in cases} == far.keys() and len(far) > 10
     name = max(far, key=far.__getitem__)
     return far[name], name
 
