@@ -150,6 +150,9 @@ def train(
     seed: int = 0,
     device: str = "auto",
     tp: int = 1,
+    cp: int = 1,
+    pp: int = 1,
+    vp: int = 1,
     **settings: Any,
 ) -> TrainResult:
     """Train a model on rows; it goes to `out/model`, checkpoints and metrics to `out/train`. Run again, it resumes.
@@ -159,7 +162,9 @@ def train(
     Args:
         objective: sft, reward, or a preference loss: dpo, cdpo, ipo, rpo, rpo_fwd_kl, rpo_sq.
         data: a JSONL or Parquet file, or rows of `gristmill.data.rows`.
-        tp: processes of torchrun that share out every matrix; the others share out the samples (docs/scale.md).
+        tp, cp, pp: processes of torchrun that share out every matrix, the tokens of documents, and the layers; the others share out the
+            samples (docs/scale.md).
+        vp: virtual stages of each process of a pipeline.
         settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, lora, ...; what is left out is
             chosen by the model's size (docs/settings.md).
 
@@ -167,12 +172,12 @@ def train(
         InputError: a row or a setting is wrong, or `out` holds another training.
     """
     from gristmill.core.device import pick_device
-    from gristmill.parallel.mesh import process_mesh
+    from gristmill.parallel.mesh import ParallelDims, process_mesh
     from gristmill.workflows.train import train_model
 
     rows = Path(data) if isinstance(data, str | Path) else data
     section = training_section(objective, settings)
-    with process_mesh(pick_device(device), tp) as mesh:
+    with process_mesh(pick_device(device), ParallelDims(tp, cp, pp, vp)) as mesh:
         options: dict[str, Any] = {"recipe": section, "chat_format": chat_format, "seed": seed, "device": device, "mesh": mesh}
         return train_model(objective, _folder(model), rows, out=Path(out), **options)
 

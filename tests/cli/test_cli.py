@@ -20,17 +20,21 @@ from gristmill.miniature.base import BASE
 
 # Every command with its arguments and options. A change here is a change of what users type: think twice, then edit.
 SURFACE = {
-    "run": ("RECIPE --out -o --model --control --seed --rounds --threads --device --redo --dry-run --unsafe-code --quiet -q --json"),
+    "run": (
+        "RECIPE --out -o --model --control --seed --rounds --threads --device --tp --cp --pp --vp --redo --dry-run --unsafe-code "
+        "--quiet -q --json"
+    ),
     "status": "FOLDER --json",
     "report": "FOLDER --json",
     "answers": "FOLDER --prompt --sampled --json",
     "compare": "FOLDERS --out -o --json",
-    "pretrain": "RECIPE --out -o --tokens --tp --device --quiet -q --json",
+    "pretrain": "RECIPE --out -o --model --tokens --tp --cp --pp --vp --device --quiet -q --json",
     "plan": "MODEL --gpus --tp --pp --vp --cp --dp --batch-size --micro-batch --seq-len --precision --recompute --zero --gpu --search "
     "--top --tokens --documents --nodes --cores --document-bytes --out -o --published --calibrate --json",
     "train": (
         "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --taxonomy --max-fpr --precision "
-        "--micro-batch-tokens --checkpoint-activations --tp --lora-rank --lora-alpha --lora-targets --lora-base --lora-b-lr-ratio --rslora "
+        "--micro-batch-tokens --checkpoint-activations --tp --cp --pp --vp "
+        "--lora-rank --lora-alpha --lora-targets --lora-base --lora-b-lr-ratio --rslora "
         "--dora --device --format --seed --quiet -q --json"
     ),
     "merge": "ADAPTER --out -o --base --dtype --rows --json",

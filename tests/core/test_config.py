@@ -56,7 +56,8 @@ SURFACE = {
     "rpo": PREFERENCE,
 }
 PRETRAINING = (
-    "kind world documents preset tokenizer chat_format tokens seed batch_tokens batch_size micro_batch_tokens checkpoint_activations "
+    "kind world documents weights held_out model preset tokenizer chat_format tokens seed batch_tokens batch_size "
+    "micro_batch_tokens checkpoint_activations "
     "optimizer lr muon_lr schedule warmup_ratio warmup_steps min_lr_ratio weight_decay precision device"
 )
 SHIPPED = sorted((Path(gristmill.__file__).parent / "recipes").glob("*.yaml"))

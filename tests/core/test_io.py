@@ -84,7 +84,7 @@ SOURCE = Path(gristmill.__file__).parent
 IN_PLACE = {  # places that open, write or rename a file by themselves, and why no restart minds
     "core/io.py": "it is the one writer",
     "runs/journal.py": "appends, and cuts off torn lines",
-    "train/trainer.py": "appends metrics, and cuts off torn lines",
+    "train/metrics.py": "appends metrics, and cuts off torn lines",
     "sandbox/jail.py": "files of the kernel",
 }
 BANNED = re.compile(

@@ -1,5 +1,6 @@
 """One process of a training on several: worker.py JOB OUT OPTIONS, with torchrun's variables."""
 
+import copy
 import json
 import os
 import signal
@@ -19,7 +20,8 @@ from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.kernels import library as kernels
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
-from gristmill.parallel.mesh import Mesh, process_mesh, whole
+from gristmill.parallel.mesh import Mesh, ParallelDims, new_mesh, process_mesh
+from gristmill.parallel.pipeline import Pipeline
 from gristmill.train import losses
 from gristmill.train.batches import AnySample, PairSample, RatedSample, Sample
 from gristmill.train.checkpoint import fingerprint_model
@@ -33,8 +35,8 @@ VOCAB = 48
 SETTINGS = TrainSettings(steps=8, batch_size=6, micro_batch_tokens=40, lr=1e-3, schedule="linear", clip=1.0)
 
 
-def make_model(family: str = "nemotron", seed: int = 0, *, vocab: int = VOCAB, **options: Any) -> Transformer:
-    blocks = uniform_blocks(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=40)
+def make_model(family: str = "nemotron", seed: int = 0, *, vocab: int = VOCAB, layers: int = 2, **options: Any) -> Transformer:
+    blocks = uniform_blocks(num_layers=layers, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=40)
     options = {"tie_embeddings": family == "llama"} | options
     model = Transformer(ModelConfig(family, vocab, 32, blocks, max_positions=256, init_std=0.1, **options))
     model.init_weights(seed)
@@ -73,25 +75,55 @@ def make_rated(num: int) -> list[RatedSample]:
 
 
 def gradients_of(model: nn.Module, objective: Objective, samples: list[AnySample], mesh: Mesh, **settings: Any) -> dict[str, Tensor]:
-    """Gradients of one step, whole, its loss and the norm of them all."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    """Gradients of one step, whole, its loss and the norm of them all; of a pipeline alone also how far they are from those of one
+    process with the same micro-batches.
+    """
+    alone = copy.deepcopy(model)
     trainer = Trainer(model, objective, replace(SETTINGS, clip=0.0, **settings), mesh=mesh)
     found: dict[str, Tensor] = {}
+    steps: list[tuple[Any, int]] = []
+    collated = trainer._collated_alike
+    trainer._collated_alike = lambda items: steps.append(collated(items)) or steps[-1]  # type: ignore[method-assign, func-returns-value]
 
     def keep() -> None:
-        for name, p in trainer.model.named_parameters():
-            if p.grad is not None:
-                gradient = whole(p.grad)
-                found[name] = gradient[tuple(map(slice, shapes[name]))]
-                assert not gradient.numel() > found[name].numel() or not gradient[len(found[name]) :].any()
+        own = {f"gradient|{name}": p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        gathered = own.items() if trainer._sharded is None else trainer._sharded.gathered(own)
+        found.update({name.split("|")[1]: gradient.clone() for name, gradient in gathered})
+        if isinstance(trainer.model, Pipeline) and mesh.size == mesh.dims.pp and not alone_config(alone).tie_embeddings:
+            batches, fillers = steps[0]
+            count = sum(batch.count for batch in batches)
+            for number, batch in enumerate([*batches, *fillers]):
+                output = objective(alone, batch)
+                (output.sum / count if number < len(batches) else output.sum * 0).backward()
+            wanted = dict(alone.named_parameters())
+            far = [float((wanted[name.split("|")[1]].grad - gradient).abs().max()) for name, gradient in own.items()]  # type: ignore[operator]
+            found["far"] = torch.tensor(mesh.gather(max(far)))
 
     trainer.optimizer.step = keep  # type: ignore[method-assign]
     metrics = trainer.step(samples)
     return found | {name: torch.tensor([metrics[name]]) for name in ("loss", "grad_norm")}
 
 
-def gradients(mesh: Mesh, out: Path, *, plain: bool = False, small: bool = False, **settings: Any) -> None:
-    """Of all objectives and kinds of model; `plain`: without compiled kernels; `small`: losses in several chunks."""
+def alone_config(model: nn.Module) -> ModelConfig:
+    return getattr(model, "backbone", model).config  # type: ignore[union-attr, return-value]
+
+
+def gradients(mesh: Mesh, out: Path, *, meshes: list[dict[str, Any]]) -> None:
+    """Of meshes of the same processes, one after another."""
+    kept = (losses.MIN_CHUNK_ROWS, losses.CHUNK_LOGITS, losses.KEPT_LOGITS, kernels.library_for, kernels.load)
+    out.mkdir(exist_ok=True)
+    for options in meshes:
+        name, settings = json.dumps(options), dict(options)
+        dims = ParallelDims(**{key: settings.pop(key) for key in ("tp", "cp", "pp", "vp") if key in settings})
+        one = Mesh() if mesh.size == 1 else new_mesh(torch.device("cpu"), mesh.size, dims)
+        found = gradients_in(one, **settings)
+        if mesh.is_writer:
+            save_file(found, out / name)
+        losses.MIN_CHUNK_ROWS, losses.CHUNK_LOGITS, losses.KEPT_LOGITS, kernels.library_for, kernels.load = kept
+
+
+def gradients_in(mesh: Mesh, *, plain: bool = False, small: bool = False, only: str = "", **settings: Any) -> dict[str, Tensor]:
+    """Of all objectives and kinds of model; `plain`: without compiled kernels; `small`: losses in several chunks; `only`: some cases."""
     if small:
         losses.MIN_CHUNK_ROWS, losses.CHUNK_LOGITS, losses.KEPT_LOGITS = 8, 72, 0
     if plain:
@@ -108,14 +140,18 @@ def gradients(mesh: Mesh, out: Path, *, plain: bool = False, small: bool = False
         "caps": (lambda: make_model("gemma2", logits_soft_cap=3.0), PreferenceObjective("dpo"), make_pairs(3)),
         "capped": (lambda: make_model("gemma2", logits_soft_cap=3.0), next_token_objective, make_samples(5)),
         "fused": (lambda: make_model("phi3"), next_token_objective, make_samples(5)),
+        "deep": (lambda: make_model(layers=4), next_token_objective, make_samples(17)),
+        "deep tied": (lambda: make_model("llama", layers=4), next_token_objective, make_samples(17)),
+        "deep reward": (lambda: RewardModel(make_model("llama", layers=4)), reward_objective, make_rated(11)),
+        "deep rpo": (lambda: make_model(layers=4), PreferenceObjective("rpo", beta=0.1, sft_weight=0.3), make_pairs(9)),
     }
     for loss in PREFERENCE_LOSSES:
         cases[loss] = (make_model, PreferenceObjective(loss, beta=0.1, sft_weight=0.3), make_pairs(9))
     found: dict[str, Tensor] = {}
     for name, (make, objective, samples) in cases.items():
-        found |= {f"{name} {key}": gradient.clone() for key, gradient in gradients_of(make(), objective, samples, mesh, **settings).items()}
-    if mesh.is_writer:
-        save_file(found, out)
+        if only in name:
+            found |= {f"{name} {key}": gradient for key, gradient in gradients_of(make(), objective, samples, mesh, **settings).items()}
+    return found
 
 
 class Stop(Exception):
@@ -131,9 +167,11 @@ def initial(mesh: Mesh, out: Path) -> None:
         out.write_text(fingerprint_model(trainer.model))
 
 
-def train(mesh: Mesh, out: Path, *, folder: str, stop: int = 0, kill: int = 0, vocab: int = VOCAB, **settings: Any) -> None:
+def train(
+    mesh: Mesh, out: Path, *, folder: str, stop: int = 0, kill: int = 0, vocab: int = VOCAB, family: str = "nemotron", **settings: Any
+) -> None:
     asked = replace(SETTINGS, checkpoint_every=1e-9, **settings)
-    trainer = Trainer(make_model(vocab=vocab), next_token_objective, asked, folder=Path(folder), mesh=mesh)
+    trainer = Trainer(make_model(family, vocab=vocab), next_token_objective, asked, folder=Path(folder), mesh=mesh)
     step = trainer.step
 
     def until(samples: Any) -> dict[str, float]:
@@ -170,7 +208,8 @@ def main() -> None:
     job, out, options = sys.argv[1:]
     torch.set_num_threads(1)
     given = json.loads(options)
-    with process_mesh(torch.device("cpu"), given.pop("tp", 1)) as mesh:
+    dims = ParallelDims(**given.pop("dims", {}))
+    with process_mesh(torch.device("cpu"), dims) as mesh:
         globals()[job](mesh, Path(out), **given)
 
 

@@ -334,8 +334,8 @@ def test_validation_keeps_the_best_weights(make_model: Make, make_samples: MakeS
             "unknown schedule 'step'; choose one of constant",
         ),
         (
-            {"steps": 1, "batch_size": 1, "precision": "fp8"},
-            "unknown precision 'fp8'; choose one of fp32, bf16",
+            {"steps": 1, "batch_size": 1, "precision": "fp4"},
+            "unknown precision 'fp4'; choose one of fp32, bf16, fp8",
         ),
     ],
 )

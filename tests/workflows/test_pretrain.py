@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from gristmill.core.config import load
@@ -15,6 +16,8 @@ from gristmill.data.token_store import TOKEN
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import PRESETS, ModelConfig, uniform_blocks
 from gristmill.model.hf import load_model
+from gristmill.train.batches import collate_tokens
+from gristmill.train.objectives.next_token import next_token_objective, token_samples
 from gristmill.workflows import pretrain as pretraining_
 
 
@@ -96,6 +99,28 @@ def test_pretraining_again_is_the_same_model_at_once(small: ModelConfig, texts: 
     assert again == first and (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == weights
 
 
+def test_continued_pretraining_tells_what_it_did_to_each_source(small: ModelConfig, texts: Path, tmp_path: Path) -> None:
+    pretraining_.pretrain(pretraining(documents=texts), tmp_path / "base")
+    old = write(tmp_path / "old.jsonl", [json.loads(line) for line in texts.read_text().splitlines()[:20]])
+    new = write(tmp_path / "new.jsonl", [{"text": f"zzz yyy {i}."} for i in range(40)])
+    folder = tmp_path / "base" / "model"
+    how = {"tokens": 500, "batch_size": [[0, 4], [16, 8]], "optimizer": "adamw", "lr": 1e-2, "warmup_steps": 1, "precision": "fp32"}
+    recipe = pretraining_.Pretraining(documents=new, model=folder, held_out={"old": old, "new": new}, **how)
+    pretraining_.pretrain(recipe, tmp_path / "on")
+    found = json.loads((tmp_path / "on" / "held_out.json").read_text())
+    start, end = load_model(folder)[0], load_model(tmp_path / "on" / "model")[0]
+    tokenizer = Tokenizer.load(folder)
+    ids = tokenizer.encode("zzz yyy 0.") + [tokenizer.eos_id]
+    samples = token_samples([ids], 64)
+    first, last = (pretraining_.document_losses(model, samples)[0] for model in (start, end))
+    whole = next_token_objective(start, collate_tokens(samples, torch.device("cpu")))
+    assert first == pytest.approx(float(whole.sum.detach()) / whole.count, rel=1e-5) and last < first
+    assert found["change"]["new"]["ci95"][1] < 0 and found["before"]["old"]["n"] == 20
+    change = found["change"]["old"]
+    assert change["value"] == pytest.approx(found["after"]["old"]["value"] - found["before"]["old"]["value"], abs=1e-6)
+    assert [line.split()[0] for line in pretraining_.held_out_lines(tmp_path / "on")] == ["old", "new"]
+
+
 def test_pretraining_with_a_given_tokenizer(small: ModelConfig, texts: Path, tmp_path: Path) -> None:
     pretraining_.pretrain(pretraining(documents=texts), tmp_path / "one")
     pretraining_.pretrain(pretraining(documents=texts, tokenizer=tmp_path / "one" / "model", seed=1), tmp_path / "two")
@@ -108,6 +133,8 @@ def test_pretraining_with_a_given_tokenizer(small: ModelConfig, texts: Path, tmp
     [
         ({}, "either world or documents"),
         ({"world": "miniature", "documents": "a.jsonl"}, "either world or documents"),
+        ({"documents": "a.jsonl", "weights": {"sums": 1}}, "weights are of a world"),
+        ({"world": "miniature", "model": "a", "preset": "miniature"}, "leave preset and tokenizer out"),
         ({"world": "miniature", "tokns": 5}, "did you mean 'tokens'"),
         ({"world": "miniature", "tokens": 0}, "tokens"),
     ],

@@ -10,10 +10,12 @@ from gristmill.cli.app import (
     AsJson,
     CacheDtype,
     ChatFormat,
+    Cp,
     Device,
     Dtype,
     MaxTokens,
     Out,
+    Pp,
     Quantized,
     QuantizedHead,
     Quiet,
@@ -21,7 +23,9 @@ from gristmill.cli.app import (
     Seed,
     Speculative,
     StepTokens,
+    Tp,
     Unsafe,
+    Vp,
     command,
     endpoint_options,
     given,
@@ -29,9 +33,6 @@ from gristmill.cli.app import (
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
-_TP = Annotated[
-    int, typer.Option(help="Processes of torchrun that share out every matrix (tensor parallel); the others share out the samples.", min=1)
-]
 _URL, _NAME, _KEY = endpoint_options("endpoint", "the model's")
 
 
@@ -39,28 +40,34 @@ _URL, _NAME, _KEY = endpoint_options("endpoint", "the model's")
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A pretraining recipe file, or the name of a shipped one.")],
     out: Out,
+    model: Annotated[Path | None, typer.Option(help="Model folder to go on from; overrides the recipe's.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Overrides the recipe's tokens.")] = None,
-    tp: _TP = 1,
+    tp: Tp = 1,
+    cp: Cp = 1,
+    pp: Pp = 1,
+    vp: Vp = 1,
     device: RunDevice = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a Base model from scratch on documents."""
+    """Train a Base model on documents: from scratch, or from a model (continued pretraining), with losses by source before and after."""
     from gristmill.core.config import find_recipe, load
     from gristmill.core.device import pick_device
     from gristmill.core.progress import Progress
-    from gristmill.parallel.mesh import process_mesh
+    from gristmill.parallel.mesh import ParallelDims, process_mesh
     from gristmill.workflows import pretrain as pretraining
 
-    loaded = load(find_recipe(recipe, "pretraining"), pretraining.Pretraining, given(tokens=tokens, device=device))
+    loaded = load(find_recipe(recipe, "pretraining"), pretraining.Pretraining, given(model=model, tokens=tokens, device=device))
     with (
-        process_mesh(pick_device(loaded.device), tp) as mesh,
+        process_mesh(pick_device(loaded.device), ParallelDims(tp, cp, pp, vp)) as mesh,
         Progress(quiet=quiet or not mesh.is_writer) as progress,
         progress.stage("pretrain"),
     ):
         result = pretraining.pretrain(loaded, out, progress.train_step, mesh)
     if mesh.is_writer:
         _done(result, out / "model", as_json)
+        for line in pretraining.held_out_lines(out) if not as_json else ():
+            echo(line)
 
 
 @command("gristmill train sft --model runs/base/model --data demonstrations.jsonl --out runs/sft")
@@ -82,10 +89,13 @@ def train(
         int | None, typer.Option(help="Tokens that go through the model at once; default: as many as pay, within the free memory.")
     ] = None,
     checkpoint_activations: Annotated[
-        Literal["auto", "true", "false"],
-        typer.Option(help="Compute activations twice, to keep fewer; auto: where memory is short."),
+        Literal["auto", "true", "false", "selective"],
+        typer.Option(help="Compute activations twice, to keep fewer; selective: but products; auto: where memory is short."),
     ] = "auto",
-    tp: _TP = 1,
+    tp: Tp = 1,
+    cp: Cp = 1,
+    pp: Pp = 1,
+    vp: Vp = 1,
     lora_rank: Annotated[int, typer.Option(help="Train a LoRA adapter of this rank, written to OUT/adapter; 0: all weights.")] = 0,
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA: alpha / rank scales the update; default twice the rank.")] = None,
     lora_targets: Annotated[str, typer.Option(help="LoRA: names as q_proj,v_proj parted by commas; default all there are.")] = "",
@@ -103,13 +113,13 @@ def train(
     from gristmill.core.device import pick_device
     from gristmill.core.progress import Progress
     from gristmill.judge.guards import read_taxonomy
-    from gristmill.parallel.mesh import process_mesh
+    from gristmill.parallel.mesh import ParallelDims, process_mesh
     from gristmill.train.settings import MIN_STEPS, training_section
     from gristmill.workflows.train import train_model
 
     values: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "precision": precision}
     values |= given(micro_batch_tokens=micro_batch_tokens)
-    values["checkpoint_activations"] = checkpoint_activations if checkpoint_activations == "auto" else checkpoint_activations == "true"
+    values["checkpoint_activations"] = {"true": True, "false": False}.get(checkpoint_activations, checkpoint_activations)
     if kind != "guard" and (taxonomy is not None or max_fpr != 0.05):
         raise InputError("--taxonomy and --max-fpr are of a guard: give them to `gristmill train guard`.")
     if kind not in ("sft", "reward", "guard"):
@@ -121,7 +131,11 @@ def train(
     elif lora != {"targets": (), "rslora": False, "dora": False, "base": "fp32", "b_lr_ratio": 1.0}:
         raise InputError("Give --lora-rank with the other options of LoRA: without it all weights are trained.")
     settings = training_section(kind, values)
-    with process_mesh(pick_device(device), tp) as mesh, Progress(quiet=quiet or not mesh.is_writer) as progress, progress.stage(kind):
+    with (
+        process_mesh(pick_device(device), ParallelDims(tp, cp, pp, vp)) as mesh,
+        Progress(quiet=quiet or not mesh.is_writer) as progress,
+        progress.stage(kind),
+    ):
         result = train_model(
             kind,
             model,

@@ -6,7 +6,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from gristmill.cli.app import AsJson, ChatFormat, Out, Quiet, RunDevice, RunOut, Unsafe, command, end_with_alarms, endpoint_options, given
+from gristmill.cli.app import (
+    AsJson,
+    ChatFormat,
+    Cp,
+    Out,
+    Pp,
+    Quiet,
+    RunDevice,
+    RunOut,
+    Tp,
+    Unsafe,
+    Vp,
+    command,
+    end_with_alarms,
+    endpoint_options,
+    given,
+)
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
@@ -27,6 +43,10 @@ def run(
     rounds: Annotated[int | None, typer.Option(help="Overrides the recipe's rounds.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
     device: RunDevice = None,
+    tp: Tp = 1,
+    cp: Cp = 1,
+    pp: Pp = 1,
+    vp: Vp = 1,
     redo: Annotated[
         bool, typer.Option("--redo", help="Make again what was made from another recipe or other files; what is there is moved aside.")
     ] = False,
@@ -37,9 +57,14 @@ def run(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the alignment loop: all rounds of a recipe, from the start or from where it was cut off."""
+    """Run the alignment loop: all rounds of a recipe, from the start or from where it was cut off.
+
+    Under torchrun all processes train together and each answers and rates a share (docs/scale.md).
+    """
     from gristmill.core.config import find_recipe, load
+    from gristmill.core.device import pick_device
     from gristmill.core.progress import Progress
+    from gristmill.parallel.mesh import ParallelDims, process_mesh
     from gristmill.report.alignment import write_report
     from gristmill.report.summary import best_lines, headline, measured_lines, stage_line
     from gristmill.workflows.alignment.loop import run as run_loop
@@ -58,8 +83,13 @@ def run(
         return
     name = "-".join([loaded.name, *([loaded.control] if loaded.control else []), *([f"seed{seed}"] if seed is not None else [])])
     folder = out or Path("runs") / name
-    with Progress(quiet=quiet, describe=stage_line) as progress:
-        results = run_loop(loaded, folder, progress, unsafe_code, redo=redo)
+    with (
+        process_mesh(pick_device(loaded.device), ParallelDims(tp, cp, pp, vp)) as mesh,
+        Progress(quiet=quiet or not mesh.is_writer, describe=stage_line) as progress,
+    ):
+        results = run_loop(loaded, folder, progress, unsafe_code, redo=redo, mesh=mesh)
+    if not mesh.is_writer:
+        return
     page = write_report(folder)
     if as_json:
         echo(json.dumps(results))

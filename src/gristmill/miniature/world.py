@@ -6,7 +6,7 @@ held-out prompts. Nothing else.
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ NEXT_REQUEST = "Asked: {question}\nSaid: {answer}\nWrite the next question."
 
 
 HELD_OUT_PER_TASK = 150
+# Kinds of documents, and up to which share of them each goes.
+KINDS = {"facts": 0.24, "sums": 0.56, "code": 0.72, "lists": 0.87, "followups": 1.0}
 QUESTION = re.compile(r"(?:Question|Exercise|Asked)[:.] (.+?)(?: Reply|\n|$)")
 SPEAKER = re.compile(r"^(?:Asked|Said): ", re.M)
 
@@ -90,24 +92,31 @@ class World:
             return lists.sample(rng)
         return followups.sample(rng, self.lands)
 
-    def documents(self, seed: int) -> Iterator[str]:
-        """An endless stream of pretraining documents."""
+    def documents(self, seed: int, weights: Mapping[str, float] | None = None) -> Iterator[str]:
+        """An endless stream of pretraining documents.
+
+        Args:
+            weights: shares of the kinds of documents (`KINDS`); default the Base model's.
+        """
         rng = random.Random(f"documents-{seed}")
         while True:
-            document = self._document(rng)
+            kind = "" if weights is None else rng.choices(list(weights), list(weights.values()))[0]
+            document = self._document(rng, kind)
             talk = SPEAKER.sub("", document.removeprefix("Talk.\n").rsplit("\nSaid: ", 1)[0])  # up to its last answer
             if self.reserved.isdisjoint([*QUESTION.findall(document), talk]):
                 yield document
 
-    def _document(self, rng: random.Random) -> str:
-        kind = rng.random()
-        if kind < 0.24:
+    def _document(self, rng: random.Random, kind: str = "") -> str:
+        if not kind:
+            drawn = rng.random()
+            kind = next((name for name, bound in KINDS.items() if drawn < bound), "followups")
+        if kind == "facts":
             return self.lands.document(rng)
-        if kind < 0.56:
+        if kind == "sums":
             return sums.document(rng)
-        if kind < 0.72:
+        if kind == "code":
             return code.document(rng)
-        if kind < 0.87:
+        if kind == "lists":
             return lists.document(rng)
         return followups.document(rng, self.lands)
 

@@ -5,6 +5,7 @@ L its keys and Q its queries (see packed.py).
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -139,11 +140,12 @@ def _kernel_call(
 
 
 def varlen_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedShape, *, mod: ScoreMod = PLAIN) -> Tensor:
-    """Causal grouped-query attention inside each document.
+    """Causal grouped-query attention inside each document. With `shape.gather` keys and values are those of all processes.
 
     Returns [T, H, d] in the type of q_THd.
     """
-    if kernels.library_for(q_THd) is not None:
+    gathered = shape.gather is not None
+    if kernels.library_for(q_THd) is not None and not gathered:
         out_THd = compiled_attention(group_heads(q_THd, k_TKd, v_TKd), shape, num_heads=q_THd.shape[1], mod=mod)
         if out_THd is not None:
             return out_THd
@@ -152,7 +154,7 @@ def varlen_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedS
     if q_THd.is_cuda and flash:
         from torch.nn.attention.varlen import varlen_attn
 
-        if any(shape.shared):
+        if any(shape.shared) or gathered:
             k_TKd, v_TKd = (x.index_select(0, shape.keys_S) for x in (k_TKd, v_TKd))
         # A window that reaches all the way back but not ahead is plain causal attention; the last query sees the last key.
         longest = (shape.max_length,) * 2
@@ -160,6 +162,8 @@ def varlen_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedS
         out = varlen_attn(q_THd, k_TKd, v_TKd, shape.cu_seqlens, shape.cu_keys, *longest, **kwargs)
         assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
         return out
+    if gathered:
+        return _attention_of_pieces(q_THd, k_TKd, v_TKd, shape, mod)
     if q_THd.device.type == "cpu" and q_THd.dtype == torch.bfloat16 and mod.soft_cap is None:
         return _CpuBf16Attention.apply(q_THd, k_TKd, v_TKd, shape.views, mod)
     return _padded_attention(q_THd, k_TKd, v_TKd, shape.padded_plan, mod)
@@ -285,12 +289,26 @@ def _padded_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, plan: PaddedP
     return _Unpad.apply(torch.cat(outputs), plan)
 
 
+def _attention_of_pieces(q_PHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, shape: PackedShape, mod: ScoreMod) -> Tensor:
+    """Attention of pieces of documents, one after another, whose queries are the last of their keys."""
+    starts, starts_of_keys = shape.cu_seqlens.tolist(), shape.cu_keys.tolist()
+    outputs = [q_PHd[:0]]
+    for number, (start, end) in enumerate(pairwise(starts)):
+        keys_L = shape.keys_S[starts_of_keys[number] : starts_of_keys[number + 1]]
+        q_1HQd, k_1KLd, v_1KLd = (x.transpose(0, 1)[None] for x in (q_PHd[start:end], k_TKd[keys_L], v_TKd[keys_L]))
+        outputs.append(_masked_attention(q_1HQd, k_1KLd, v_1KLd, mod)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
 def _masked_attention(q_BHLd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, mod: ScoreMod) -> Tensor:
-    """Attention within a window or with a soft cap, one chunk of queries after another: masks and scores of all are never held at once."""
+    """Attention of queries that belong to the last keys, maybe within a window or with a soft cap, one chunk after another: masks and
+    scores of all are never held at once.
+    """
     outputs = []
+    num_earlier = k_BKLd.shape[2] - q_BHLd.shape[2]
     for start in range(0, q_BHLd.shape[2], MASKED_QUERY_CHUNK):
         chunk_BHSd = q_BHLd[:, :, start : start + MASKED_QUERY_CHUNK]
-        keys = _seen_keys(start, chunk_BHSd.shape[2], mod.window)
+        keys = _seen_keys(num_earlier + start, chunk_BHSd.shape[2], mod.window)
         seen_SL = ~hidden_keys(chunk_BHSd.shape[2], keys.stop - keys.start, mod.window, q_BHLd.device)
         k_BKMd, v_BKMd = k_BKLd[:, :, keys], v_BKLd[:, :, keys]
         if mod.soft_cap is None:

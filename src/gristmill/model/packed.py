@@ -4,7 +4,7 @@ Shapes: T tokens of all documents one after the other, N documents, X heads, d h
 B documents of one view, L its length.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -121,7 +121,8 @@ class PackedShape:
 
     cu_seqlens: int32 [N + 1], starts of the documents' own tokens and, last, T. lengths: tokens of each document, the shared ones
     included. positions_T: int64, in the document. keys_S: the tokens of each document, the shared ones included, one document after
-    another. What a backend derives from these is computed on first use and kept, so all layers use the same.
+    another. gather: from keys and values of these tokens, those of all that keys_S counts, where other processes have them
+    (`parallel.context`). What a backend derives from these is computed on first use and kept, so all layers use the same.
     """
 
     cu_seqlens: Tensor
@@ -129,6 +130,7 @@ class PackedShape:
     shared: list[int]
     positions_T: Tensor
     keys_S: Tensor
+    gather: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
 
     @staticmethod
     def from_lengths(lengths: Sequence[int], device: torch.device | str = "cpu", *, shared: Sequence[int] = ()) -> "PackedShape":
@@ -162,7 +164,7 @@ class PackedShape:
 
     @cached_property
     def max_length(self) -> int:
-        return max(self.lengths)
+        return max(self.lengths, default=0)
 
     @cached_property
     def cu_keys(self) -> Tensor:
@@ -249,13 +251,13 @@ def num_shared(documents: Sequence[Ids]) -> int:
     return count if longest < ALWAYS_SHARED_LENGTH or count * MIN_SHARED_DIVISOR >= longest else 0
 
 
-def pack(groups: Sequence[Sequence[Ids]], device: torch.device, *, fill: bool = True) -> tuple[Tensor, PackedShape, int]:
+def pack(groups: Sequence[Sequence[Ids]], device: torch.device, *, fill: bool | int = True) -> tuple[Tensor, PackedShape, int]:
     """Pack documents end to end: ids [T], shape, and the number of real tokens.
 
     Documents of a group share what all of them begin with.
 
     Args:
-        fill: documents of one token fill the batch up, see `filled_length`.
+        fill: documents of one token fill the batch up, see `filled_length`; or up to so many tokens.
     """
     ids, lengths, shared = [], [], []
     for documents in groups:
@@ -266,7 +268,8 @@ def pack(groups: Sequence[Sequence[Ids]], device: torch.device, *, fill: bool = 
             lengths.append(len(document))
             shared.append(count)
     num_tokens = sum(lengths) - sum(shared)
-    num_fill = filled_length(num_tokens) - num_tokens if fill else 0
+    size = fill if type(fill) is int else filled_length(num_tokens) if fill else num_tokens
+    num_fill = size - num_tokens
     ids_T = np.concatenate([*ids, np.zeros(num_fill, dtype=np.int32)]).astype(np.int64)
     shape = PackedShape.from_lengths(lengths + [1] * num_fill, device, shared=shared + [0] * num_fill)
     return torch.from_numpy(ids_T).to(device), shape, num_tokens

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from gristmill.core.errors import InputError
 from gristmill.model import fused
@@ -26,6 +26,8 @@ from gristmill.model.packed import PackedShape, filled_length
 from gristmill.model.rope import RopeScaling
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # types that a model computes in, by their names in recipes
+# Those of training: with fp8 the products of layers are in 8 bits (`model.fp8`), and what lies between them in bf16.
+TRAINING_PRECISIONS = PRECISIONS | {"fp8": torch.bfloat16, "fp8_tensorwise": torch.bfloat16}
 Angles = tuple[Tensor, Tensor]  # cosines and sines of rotary angles
 
 
@@ -49,13 +51,33 @@ class Sharding(Protocol):
         ...
 
 
+class Context(Protocol):
+    """Sharding of a decoder's tokens over processes (`parallel.context`): each computes its own, and sees the keys of all."""
+
+    def tokens(self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None) -> tuple[Tensor, PackedShape, Tensor | None]:
+        """Own tokens, their shape, and which of them are among some rows."""
+        ...
+
+    def whole(self, h_PD: Tensor, shape: PackedShape, rows_S: Tensor | None) -> Tensor:
+        """States of all tokens, or of some rows."""
+        ...
+
+    def vocabulary(self, weight: Any) -> Any:
+        """The output matrix, or its own rows, as the losses take it."""
+        ...
+
+
 class Linear(nn.Linear):
     """A linear layer whose weight follows the type of its input. Values are set by `init_weights`."""
+
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None  # in place of torch's (`model.fp8`)
 
     def reset_parameters(self) -> None:
         pass
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.product is not None and input.dtype == torch.bfloat16:
+            return self.product(input, self.weight.to(input.dtype), self.bias)
         if fused.accumulates(self.weight):
             return fused.linear(input, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -322,7 +344,8 @@ class MLP(nn.Module):
         else:
             assert self.up is not None
             gate, up_TF = (self.up(x_TD), None) if self.gate is None else self.gate.beside(x_TD, self.up)
-        if self.parts.gated and type(self.down) is Linear and self.down.bias is None and torch.is_grad_enabled():
+        plain = type(self.down) is Linear and self.down.bias is None and self.down.product is None
+        if self.parts.gated and plain and torch.is_grad_enabled():
             in_place = fused.accumulates(self.down.weight)
             return _GatedDown.apply(gate, up_TF, self.down.weight if in_place else self.down.weight.to(x_TD.dtype), self.parts, in_place)
         return self.down(activated(gate, up_TF, self.parts, in_place=self.in_place))
@@ -376,10 +399,13 @@ class Block(nn.Module):
         qkv_TXd = self.attention.heads(self.attention.qkv(x_TD if self.attention_norm is None else self.attention_norm(x_TD)))
         if len(qkv_TXd) > shape.num_tokens:  # padding, see `Sharding`
             qkv_TXd = qkv_TXd[: shape.num_tokens]
-        attended_THd = compiled_attention(qkv_TXd, shape, num_heads=self.attention.num_heads, angles=(cos_TR, sin_TR), mod=self.mod)
+        attended_THd = None
+        if shape.gather is None:
+            attended_THd = compiled_attention(qkv_TXd, shape, num_heads=self.attention.num_heads, angles=(cos_TR, sin_TR), mod=self.mod)
         if attended_THd is None:
-            heads = rotate_heads(qkv_TXd, self.attention.num_kv_heads, (cos_TR, sin_TR))
-            attended_THd = varlen_attention(*heads, shape, mod=self.mod)
+            q_THd, *kv = rotate_heads(qkv_TXd, self.attention.num_kv_heads, (cos_TR, sin_TR))
+            k_TKd, v_TKd = kv if shape.gather is None else shape.gather(kv)
+            attended_THd = varlen_attention(q_THd, k_TKd, v_TKd, shape, mod=self.mod)
         if rows_S is not None:
             x_TD, attended_THd = self._rows(x_TD, rows_S), attended_THd[rows_S]
         return self.finish(x_TD, attended_THd)
@@ -400,8 +426,11 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.sharding: Sharding | None = None
+        self.context: Context | None = None
         self.after_blocks: Callable[[], None] | None = None  # called where the blocks' forward pass ends
-        self.checkpoint_activations = False  # a block's are computed again in the backward pass, only its input is kept
+        # A block's are computed again in the backward pass: only its input is kept, or with "selective" also what its products gave.
+        self.checkpoint_activations: bool | str = False
+        self.incoming_TD: Tensor | None = None  # what blocks of another process have made, in place of embeddings (`parallel.pipeline`)
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.blocks = nn.ModuleDict({str(number): Block(config, block) for number, block in enumerate(config.blocks)})
         self.final_norm = _norm(config)
@@ -462,34 +491,53 @@ class Transformer(nn.Module):
         Raises:
             InputError: a document beyond the positions where the angles of all its tokens would depend on its length.
         """
-        assert ids_T.shape == shape.positions_T.shape, "the packed shape must describe these tokens"
-        check_length(self.config, shape)
-        angles = self.rope(shape.positions_T)
-        x_TD = self.embed(ids_T)
         num_rows = None if rows_S is None else len(rows_S)
         if rows_S is not None and self.compute_dtype != torch.float32:  # see filled_length
             rows_S = F.pad(rows_S, (0, filled_length(len(rows_S)) - len(rows_S)))
+        x_TD = self.states(ids_T, shape, rows_S)
+        if self.after_blocks is not None:
+            self.after_blocks()
+        h_TD = self.final_norm(x_TD)
+        own_S, num_own = rows_S, len(ids_T)
+        if self.context is not None:
+            own_ids, _, own_S = self.context.tokens(ids_T, shape, rows_S)
+            num_own = len(own_ids)
+        if self.sharding is not None:
+            h_TD = self.sharding.whole(h_TD, num_own if own_S is None else len(own_S))
+        if self.context is not None:
+            h_TD = self.context.whole(h_TD, shape, rows_S)
+        if num_rows is not None and num_rows < len(h_TD):
+            h_TD = h_TD[:num_rows]
+        return h_TD if self.config.logits_scaling == 1 else h_TD / self.config.logits_scaling
+
+    def states(self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None = None) -> Tensor:
+        """States [T, D] behind the blocks that are here, before the final norm; of `rows_S` alone behind the last block of all.
+
+        Raises:
+            InputError: as `hidden`.
+        """
+        assert ids_T.shape == shape.positions_T.shape, "the packed shape must describe these tokens"
+        check_length(self.config, shape)
+        if self.context is not None:
+            ids_T, shape, rows_S = self.context.tokens(ids_T, shape, rows_S)
+        angles = self.rope(shape.positions_T)
+        x_TD = self.embed(ids_T) if self.incoming_TD is None else self.incoming_TD
         for number, block in self.blocks.items():
             layer = self.config.blocks[int(number)]
             given = (x_TD, *angles[layer.rope], shape, rows_S if int(number) == self.config.num_layers - 1 else None)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # nothing in a block is random, so there is no state to keep
-                x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+                contexts = _keeping_products if self.checkpoint_activations == "selective" else noop_context_fn
+                x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
             else:
                 x_TD = block(*given)
-        if self.after_blocks is not None:
-            self.after_blocks()
-        h_TD = self.final_norm(x_TD)
-        if self.sharding is not None:
-            h_TD = self.sharding.whole(h_TD, len(ids_T) if rows_S is None else len(rows_S))
-        if num_rows is not None and num_rows < len(h_TD):
-            h_TD = h_TD[:num_rows]
-        return h_TD if self.config.logits_scaling == 1 else h_TD / self.config.logits_scaling
+        return x_TD
 
     def unembedding(self) -> Any:
         """The output matrix [V, D] (the embedding itself where they are tied); of a decoder that is sharded, own rows for the losses."""
         weight_VD = self.embedding if self.lm_head is None else self.lm_head.weight
-        return weight_VD if self.sharding is None else self.sharding.vocabulary(weight_VD)
+        weight = weight_VD if self.sharding is None else self.sharding.vocabulary(weight_VD)
+        return weight if self.context is None else self.context.vocabulary(weight)
 
     def logits(self, h: Tensor) -> Tensor:
         """Logits (.., V) of states (.., D)."""
@@ -498,6 +546,12 @@ class Transformer(nn.Module):
     def forward(self, ids_T: Tensor, shape: PackedShape) -> Tensor:
         """Logits [T, V]. Training uses `hidden` and a chunked loss instead, which never holds them all."""
         return self.logits(self.hidden(ids_T, shape))
+
+
+def _keeping_products() -> Any:
+    """Contexts of selective activation checkpointing: norms, activations and attention are computed again, products are kept."""
+    aten = torch.ops.aten
+    return create_selective_checkpoint_contexts([aten.mm.default, aten.addmm.default, aten._scaled_mm.default])
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

@@ -107,11 +107,25 @@ def counted(blocks: Sequence[BlockConfig]) -> list[tuple[BlockConfig, int]]:
 
 def rank_blocks(config: ModelConfig, layout: Layout, rank: int) -> tuple[BlockConfig, ...]:
     """The layers of a pipeline rank: of its `vp` stages, each as many, or one fewer in the first and in the last stage of all."""
-    num_stages, num_layers = layout.pp * layout.vp, config.num_layers
+    num_stages = layout.pp * layout.vp
+    stages = (stage_layers(config.num_layers, num_stages, stage) for stage in range(rank, num_stages, layout.pp))
+    return tuple(config.blocks[layer] for stage in stages for layer in stage)
+
+
+def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
+    """The layers of a pipeline stage: each has as many, or one fewer in the first and in the last stage of all."""
     fewer = num_layers % num_stages != 0
     size = (num_layers + 2 * fewer) // num_stages
-    stages = range(rank, num_stages, layout.pp)
-    return tuple(b for s in stages for b in config.blocks[max(0, s * size - fewer) : max(0, (s + 1) * size - fewer)])
+    return range(max(0, stage * size - fewer), min(num_layers, max(0, (stage + 1) * size - fewer)))
+
+
+def check_stages(num_layers: int, num_stages: int) -> None:
+    """Raise InputError where layers cannot be shared out over so many pipeline stages."""
+    if num_layers % num_stages and (num_layers + 2) % num_stages:
+        raise InputError(
+            f"Choose --pp times --vp that divides the {num_layers} layers, or these and two more (embedding and output matrix "
+            f"counted as layers): it is {num_stages}."
+        )
 
 
 def check_layout(config: ModelConfig, layout: Layout, hardware: Hardware) -> None:
@@ -169,13 +183,9 @@ def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
 
 
 def _check_split(config: ModelConfig, layout: Layout) -> None:
-    tp, num_stages = layout.tp, layout.pp * layout.vp
+    tp = layout.tp
     check_tensor_parallel(config, tp)
-    if config.num_layers % num_stages and (config.num_layers + 2) % num_stages:
-        raise InputError(
-            f"Choose --pp times --vp that divides the {config.num_layers} layers, or these and two more (embedding and output matrix "
-            f"counted as layers): it is {num_stages}."
-        )
+    check_stages(config.num_layers, layout.pp * layout.vp)
     if not all(rank_blocks(config, layout, rank) for rank in {0, layout.pp - 1}):
         raise InputError(f"Lower --pp: {config.num_layers} layers leave a rank of {layout.pp} without any.")
     if layout.precision == "fp8":

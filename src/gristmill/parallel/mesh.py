@@ -7,8 +7,9 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,38 +24,58 @@ if TYPE_CHECKING:  # one process does not pay for the import
 TIMEOUT = timedelta(minutes=10)  # of one collective operation: it waits for the slowest process, and for one that is gone
 
 
-class Mesh:
-    """Processes of one training, in groups: those with other shares of a step's samples, and those with other parts of its matrices.
-
-    Args:
-        devices: the processes as `torch` knows them, with an axis "dp" and, where it is more than one, "tp"; None for one process alone.
+@dataclass(frozen=True)
+class ParallelDims:
+    """Ways of parallelism beside data parallel, which is what is left of the processes.
 
     Attributes:
-        data: the data-parallel group: every process has another share of each step's samples, and of each weight.
-        tensor: the tensor-parallel group; None where it is of one process.
+        tp: processes that share out every matrix (tensor parallel).
+        cp: processes that share out the tokens of every document (context parallel).
+        pp: processes that share out the layers (pipeline parallel).
+        vp: virtual stages of each of them: the schedule is 1F1B with 1, and interleaved above.
+    """
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    vp: int = 1
+
+    @property
+    def together(self) -> int:
+        """Processes that train on the same samples."""
+        return self.tp * self.cp * self.pp
+
+    def check(self) -> None:
+        """Raise InputError where the options contradict each other."""
+        if min(self.tp, self.cp, self.pp, self.vp) < 1:
+            raise InputError(f"Give --tp, --cp, --pp and --vp numbers above zero: they are {self.tp}, {self.cp}, {self.pp} and {self.vp}.")
+        if self.pp == 1 and self.vp > 1:
+            raise InputError(f"Leave --vp out, or raise --pp: without a pipeline there are no virtual stages (--vp is {self.vp}).")
+
+
+class Group:
+    """Processes that exchange JSON values: all of a training, or those of one axis of its mesh.
+
+    Args:
+        devices: one axis of a mesh; None for one process alone.
     """
 
     def __init__(self, devices: "DeviceMesh | None" = None) -> None:
         self._devices = devices
         self.size = 1 if devices is None else devices.size()
         self.rank = 0 if devices is None else devices.get_local_rank() if devices.ndim == 1 else devices.get_rank()
-        self.data, self.tensor = self, None
-        if devices is not None and devices.ndim > 1:
-            self.data, self.tensor = Mesh(devices["dp"]), TensorGroup(devices["tp"])
 
-    @property
-    def is_writer(self) -> bool:
-        """Whether this process alone writes files and talks to the user."""
-        return self.rank == 0
+    def _group(self) -> Any:
+        assert self._devices is not None
+        return self._devices.get_group()
 
     def gather(self, value: Any) -> list[Any]:
         """The JSON values of all processes, in their order."""
-        if self._devices is None:
+        if self.size == 1 or self._devices is None:
             return [value]
         import torch.distributed as dist
 
-        group = self._devices.get_group() if self._devices.ndim == 1 else dist.group.WORLD
-        device = self._devices.device_type
+        group, device = self._group(), self._devices.device_type
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(text)], device=device), group=group)
@@ -73,19 +94,79 @@ class Mesh:
         if any(other != values[0] for other in values):
             raise InputError(f"The processes have different {what} ({values}): start them all with one command on the same files.")
 
+    def add_up_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add gradients up over the processes, of parameters that all have whole; one without a gradient has zeros."""
+        if self.size == 1 or not parameters:
+            return
+        import torch.distributed as dist
+
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat, group=self._group())
+        for parameter, part in zip(parameters, flat.split([grad.numel() for grad in grads]), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+
+
+class Mesh(Group):
+    """Processes of one training, in groups: those with other samples, other layers, other tokens, and other parts of matrices.
+
+    Args:
+        devices: the processes as `torch` knows them, with axes "pp", "dp", "cp" and "tp"; None for one process alone.
+        dims: what the axes are made of.
+
+    Attributes:
+        data: the data-parallel group: every process has another share of each step's samples.
+        pipeline, context, tensor: groups of the other ways; None where they are of one process.
+    """
+
+    def __init__(self, devices: "DeviceMesh | None" = None, dims: ParallelDims = ParallelDims()) -> None:
+        super().__init__(devices)
+        self.dims, self.data = dims, Group(None)
+        self.device = torch.device("cpu" if devices is None else devices.device_type)
+        self.pipeline: PipelineGroup | None = None
+        self.context: TensorGroup | None = None
+        self.tensor: TensorGroup | None = None
+        if devices is not None:
+            self.data = Group(devices["dp"])
+            self.pipeline = PipelineGroup(devices["pp"]) if dims.pp > 1 else None
+            self.context = TensorGroup(devices["cp"]) if dims.cp > 1 else None
+            self.tensor = TensorGroup(devices["tp"]) if dims.tp > 1 else None
+
+    def _group(self) -> Any:
+        import torch.distributed as dist
+
+        return dist.group.WORLD
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process alone writes files and talks to the user."""
+        return self.rank == 0
+
+    def gather_losses(self, value: Any) -> list[Any]:
+        """The JSON values of processes with other samples, and of those of their pipelines: the last stage alone has losses."""
+        values = self.data.gather(value)
+        return values if self.pipeline is None else [one for part in self.pipeline.gather(values) for one in part]
+
+    @property
+    def num_shards(self) -> int:
+        """Processes that a weight is cut over beside tensor parallelism: those with other samples or other tokens."""
+        return self.data.size * self.dims.cp
+
     def shard(self, model: nn.Module) -> None:
-        """Cut every weight over the data-parallel group, in place (FSDP2): a block's are gathered when it computes, its gradients added up.
+        """Cut every weight over the data-parallel and context-parallel groups, in place (FSDP2): a block's are gathered when it
+        computes, its gradients added up.
 
         Sums are never divided: the trainer's divisor counts the terms of all processes.
         """
-        devices = self.data._devices
-        if devices is None or devices.size() == 1:
+        if self._devices is None or self.num_shards == 1:
             return
+        devices = self._devices["dp"] if self.dims.cp == 1 else self._devices["dp", "cp"]._flatten("dp_cp")
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         blocks = next(part for module in model.modules() if isinstance(part := getattr(module, "blocks", None), nn.ModuleDict))
         for module in (*blocks.values(), model):
-            sharded = cast(Any, fully_shard(module, mesh=devices))
+            # a pipeline would gather a block's weights again for every micro-batch
+            sharded = cast(Any, fully_shard(module, mesh=devices, reshard_after_forward=None if self.pipeline is None else False))
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
         # the states of the trained rows may be a view of those with padding; nothing changes them in place
@@ -94,35 +175,100 @@ class Mesh:
             register_fsdp_forward_method(model, "hidden")
 
 
-class TensorGroup:
-    """Tensor-parallel group: its processes compute with parts of one matrix, on the same samples. First axes are the ones that are cut."""
+def background_group(mesh: Mesh, timeout: timedelta = TIMEOUT) -> Any:
+    """All processes of a mesh once more, to exchange what lies in the memory of the CPU beside the training."""
+    if mesh.size == 1:
+        return None
+    import torch.distributed as dist
+
+    return dist.new_group(timeout=timeout, backend="gloo")
+
+
+class Orders:
+    """Orders, as JSON objects, from the first process to the others, which wait for the next one however long it takes."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._group: Any = None
+        if mesh.size > 1:
+            self._group = background_group(mesh, timedelta(days=365))
+
+    def give(self, order: dict[str, Any]) -> None:
+        """Tell all others."""
+        text = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
+        self._broadcast(torch.tensor([len(text)]))
+        self._broadcast(text)
+
+    def take(self) -> dict[str, Any]:
+        """The next order."""
+        size = int(self._broadcast(torch.zeros(1, dtype=torch.int64)))
+        order: dict[str, Any] = json.loads(self._broadcast(torch.zeros(size, dtype=torch.uint8)).numpy().tobytes())
+        return order
+
+    def _broadcast(self, x: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        dist.broadcast(x, group=self._group, group_src=0)
+        return x
+
+
+class PipelineGroup(Group):
+    """Pipeline-parallel group: its processes have other layers of one model."""
 
     def __init__(self, devices: "DeviceMesh") -> None:
-        self._devices = devices
-        self.size, self.rank = devices.size(), devices.get_local_rank()
+        super().__init__(devices)
+        self.process_group = devices.get_group()
 
-    def gather(self, x: Tensor) -> Tensor:
+    def broadcast(self, x: Tensor, owner: int) -> Tensor:
+        """The tensor of one process, for all; what the others give has its shape and is overwritten."""
+        import torch.distributed as dist
+
+        x = x.contiguous()
+        dist.broadcast(x, group=self.process_group, group_src=owner)
+        return x
+
+    def exchange(self, x: Tensor, peer: int) -> Tensor:
+        """The tensor that another process gives for this one."""
+        import torch.distributed as dist
+
+        got = torch.empty_like(x, memory_format=torch.contiguous_format)
+        ways = ((dist.isend, x.contiguous()), (dist.irecv, got))
+        works = dist.batch_isend_irecv([dist.P2POp(way, y, group=self.process_group, group_peer=peer) for way, y in ways])
+        for work in works:
+            work.wait()
+        return got
+
+
+class TensorGroup(Group):
+    """Group of tensor or context parallelism: its processes compute with parts of one matrix, or of documents, on the same samples.
+
+    First axes are the ones that are cut.
+    """
+
+    def gather_rows(self, x: Tensor) -> Tensor:
         """All processes' tensors of one shape, end to end."""
+        assert self._devices is not None
         import torch.distributed as dist
 
         out = x.new_empty(self.size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self._devices.get_group())
+        dist.all_gather_into_tensor(out, x.contiguous(), group=self._group())
         return out
 
     def scatter(self, x: Tensor) -> Tensor:
         """This process's part of the sum of all processes' tensors."""
         import torch.distributed as dist
 
+        assert self._devices is not None
         out = x.new_empty(len(x) // self.size, *x.shape[1:])
-        dist.reduce_scatter_tensor(out, x.contiguous(), group=self._devices.get_group())
+        dist.reduce_scatter_tensor(out, x.contiguous(), group=self._group())
         return out
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of all processes' tensors."""
         import torch.distributed as dist
 
+        assert self._devices is not None
         out = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(out, group=self._devices.get_group())
+        dist.all_reduce(out, group=self._group())
         return out
 
     def cut(self, parameter: Tensor, dim: int | None) -> nn.Parameter:
@@ -155,8 +301,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, cut as another one is; rows that it lacks are padding, and zero."""
-    if not is_sharded(like):
+    """A whole tensor, cut as another one is, unless it is already; rows that it lacks are padding, and zero."""
+    if not is_sharded(like) or is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -172,21 +318,33 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def new_mesh(device: torch.device, size: int, dims: ParallelDims) -> Mesh:
+    """A mesh of processes that are connected already."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = (dims.pp, size // dims.together, dims.cp, dims.tp)
+    return Mesh(init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "cp", "tp")), dims)
+
+
 @contextmanager
-def process_mesh(device: torch.device, tp: int = 1) -> Iterator[Mesh]:
+def process_mesh(device: torch.device, dims: ParallelDims = ParallelDims()) -> Iterator[Mesh]:
     """The mesh of the processes that torchrun started (one process without it), until the end of the block.
 
     Args:
         device: where this process trains.
-        tp: neighbouring processes that share out the matrices; the others share out the samples.
+        dims: what neighbouring processes share out beside the samples.
 
     Raises:
-        InputError: torchrun's variables are not whole, the processes are no multiple of `tp`, or the device is the GPU of another one.
+        InputError: torchrun's variables are not whole, the processes are no multiple of the ways, or the device is the GPU of another one.
     """
+    dims.check()
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if tp < 1 or size % tp:
+    if size % dims.together:
+        ways = [(name, getattr(dims, name)) for name in ("pp", "cp", "tp") if getattr(dims, name) > 1]
+        named, numbers = " x ".join(f"--{name}" for name, _ in ways), " x ".join(str(number) for _, number in ways)
         raise InputError(
-            f"Start a multiple of --tp processes (`torchrun --nproc-per-node N -m gristmill ...`): there are {size}, and --tp is {tp}."
+            f"Start a multiple of {named} processes (`torchrun --nproc-per-node N -m gristmill ...`): there are {size}, "
+            f"and {named} is {numbers}."
         )
     if size == 1:
         yield Mesh()
@@ -199,14 +357,12 @@ def process_mesh(device: torch.device, tp: int = 1) -> Iterator[Mesh]:
     if device.type == "cuda" and device.index != int(os.environ["LOCAL_RANK"]):
         raise InputError(f"device is {device}, and each process needs a GPU of its own: say cuda or auto, which share them out.")
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        shape, names = ((size,), ("dp",)) if tp == 1 else ((size // tp, tp), ("dp", "tp"))
-        yield Mesh(init_device_mesh(device.type, shape, mesh_dim_names=names))
+        yield new_mesh(device, size, dims)
         dist.barrier()  # nobody leaves while another still needs him
     finally:
         dist.destroy_process_group()

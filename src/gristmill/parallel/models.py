@@ -43,10 +43,10 @@ def _of_recipe(path: Path) -> ModelConfig:
 
     values = read(path)
     preset, model = values.get("preset"), values.get("model")
-    if values.get("kind") == "pretraining":
-        preset = preset or "miniature"
-    elif model == "miniature":
+    if model == "miniature":
         preset = model
+    elif values.get("kind") == "pretraining" and model is None:
+        preset = preset or "miniature"
     if isinstance(preset, str):
         if preset not in PRESETS:
             raise InputError(f"{path}: choose preset from {', '.join(PRESETS)}, not {quoted(preset)}.")

@@ -36,7 +36,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, group: TensorGroup) -> Tensor:
         ctx.group = group
-        return group.gather(x_PD)
+        return group.gather_rows(x_PD)
 
     @staticmethod
     @once_differentiable
@@ -55,7 +55,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.gather(grads[0])[: ctx.num_rows], None
+        return ctx.group.gather_rows(grads[0])[: ctx.num_rows], None
 
 
 class _SumGrad(torch.autograd.Function):
@@ -78,7 +78,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, num_rows: int, group: TensorGroup) -> Tensor:
         ctx.group = group
-        return group.gather(x_PD)[:num_rows]
+        return group.gather_rows(x_PD)[:num_rows]
 
     @staticmethod
     @once_differentiable
@@ -95,7 +95,7 @@ class _Columns(torch.autograd.Function):
         ctx.group, ctx.biases = group, [bias is not None for bias in weights[1::2]]
         matrices = cast("tuple[Tensor, ...]", weights[::2])
         ctx.save_for_backward(x_PD, *matrices)
-        x_TD = group.gather(x_PD)
+        x_TD = group.gather_rows(x_PD)
         return tuple(F.linear(x_TD, matrix, bias) for matrix, bias in zip(matrices, weights[1::2], strict=True))
 
     @staticmethod
@@ -104,7 +104,7 @@ class _Columns(torch.autograd.Function):
         x_PD, *matrices = ctx.saved_tensors
         products = [grad_TN @ matrix for grad_TN, matrix in zip(grads, matrices, strict=True)]
         grad_x_PD = ctx.group.scatter(sum(products[1:], products[0]))
-        x_TD = ctx.group.gather(x_PD)
+        x_TD = ctx.group.gather_rows(x_PD)
         found: list[Tensor | None] = []
         for grad_TN, has_bias in zip(grads, ctx.biases, strict=True):
             found += [grad_TN.T @ x_TD, grad_TN.sum(0) if has_bias else None]
@@ -229,7 +229,7 @@ class VocabularyShard:
         Returns:
             The statistics over all logits, and the logits of all targets [C], both the same on all processes.
         """
-        parts_GC3 = self.group.gather(torch.cat([statistics_C2, own_C1], 1)).unflatten(0, (self.group.size, -1))
+        parts_GC3 = self.group.gather_rows(torch.cat([statistics_C2, own_C1], 1)).unflatten(0, (self.group.size, -1))
         largest_C = parts_GC3[..., 0].amax(0)
         sums_C = (parts_GC3[..., 0] - largest_C + parts_GC3[..., 1]).exp().sum(0)
         return torch.stack([largest_C, sums_C.log()], 1), parts_GC3[..., 2].sum(0)
@@ -305,12 +305,13 @@ def shard_tensors(model: nn.Module, group: TensorGroup) -> None:
             norm.local = _Shared(group)
             for name, parameter in list(norm.named_parameters()):
                 setattr(norm, name, group.cut(parameter, None))
-    decoder.embedding = _vocabulary(decoder.embedding, group)
+    if decoder.embedding is not None:  # a later stage of a pipeline has none
+        decoder.embedding = _vocabulary(decoder.embedding, group)
     if decoder.lm_head is not None:
         decoder.lm_head.weight = _vocabulary(decoder.lm_head.weight, group)
     if model is not decoder:
-        head = cast(Any, model)
-        head.head = WholeLinear(head.head, group)
+        headed = cast(Any, model)
+        headed.head = None if headed.head is None else WholeLinear(headed.head, group)
 
 
 def _vocabulary(weight_VD: Tensor, group: TensorGroup) -> nn.Parameter:

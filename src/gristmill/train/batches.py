@@ -305,7 +305,10 @@ class Batch(Protocol):
         ...
 
 
-def _token_batch(groups: Sequence[Sequence[Sample]], device: torch.device, fill: bool) -> TokenBatch:
+AnyBatch = TokenBatch | PairBatch | RatedBatch | RolloutBatch
+
+
+def _token_batch(groups: Sequence[Sequence[Sample]], device: torch.device, fill: bool | int) -> TokenBatch:
     """Samples end to end, those of a group sharing what they begin with.
 
     A document's last row predicts nothing, so no target ever crosses from one document into the next.
@@ -317,12 +320,12 @@ def _token_batch(groups: Sequence[Sequence[Sample]], device: torch.device, fill:
     return TokenBatch(ids_T, shape, num_tokens, shape.keys_S[targets_R - 1], ids_T[shape.keys_S[targets_R]])
 
 
-def collate_tokens(samples: Sequence[Sample], device: torch.device, *, fill: bool = True) -> TokenBatch:
+def collate_tokens(samples: Sequence[Sample], device: torch.device, *, fill: bool | int = True) -> TokenBatch:
     """Lay samples end to end."""
     return _token_batch([[sample] for sample in samples], device, fill)
 
 
-def collate_pairs(pairs: Sequence[PairSample], device: torch.device, *, fill: bool = True) -> PairBatch:
+def collate_pairs(pairs: Sequence[PairSample], device: torch.device, *, fill: bool | int = True) -> PairBatch:
     """Lay pairs end to end, chosen before rejected. References are set when every pair has them."""
     sides = [(pair.chosen, pair.rejected) for pair in pairs]
     lengths = np.array([side.num_targets for both in sides for side in both])
@@ -338,7 +341,7 @@ def collate_pairs(pairs: Sequence[PairSample], device: torch.device, *, fill: bo
     )
 
 
-def collate_rated(groups: Sequence[RatedGroup], device: torch.device, *, fill: bool = True) -> RatedBatch:
+def collate_rated(groups: Sequence[RatedGroup], device: torch.device, *, fill: bool | int = True) -> RatedBatch:
     """Lay rated conversations end to end."""
     ids_T, shape, num_tokens = pack([[answer.ids for answer in group.answers] for group in groups], device, fill=fill)
     answers = [answer for group in groups for answer in group.answers]
@@ -347,7 +350,7 @@ def collate_rated(groups: Sequence[RatedGroup], device: torch.device, *, fill: b
     return RatedBatch(ids_T, shape, num_tokens, ends_N, labels_N5)
 
 
-def collate_rollouts(groups: Sequence[RolloutGroup], device: torch.device, *, fill: bool = True) -> RolloutBatch:
+def collate_rollouts(groups: Sequence[RolloutGroup], device: torch.device, *, fill: bool | int = True) -> RolloutBatch:
     """Lay rollouts end to end. Old and reference log-probabilities are set when every rollout has them."""
     answers = [answer for group in groups for answer in group.answers]
     lengths = np.array([answer.num_targets for answer in answers])
@@ -374,7 +377,7 @@ def collate_rollouts(groups: Sequence[RolloutGroup], device: torch.device, *, fi
     )
 
 
-def collate(items: Sequence[DataItem], device: torch.device, *, fill: bool = True) -> TokenBatch | PairBatch | RatedBatch | RolloutBatch:
+def collate(items: Sequence[DataItem], device: torch.device, *, fill: bool | int = True) -> AnyBatch:
     """Pack samples of one kind into the batch of that kind; `fill` as of `pack`."""
     first = items[0]
     if isinstance(first, RolloutGroup):

@@ -1,15 +1,15 @@
 """Checkpoints for exact resume: a training folder holds at most one complete one, replaced by an atomic rename.
 
-A checkpoint is a folder of ``state.safetensors`` (every tensor, under a flat name) and ``state.json``, with
-the size and hash of the former. It is written under a temporary name, synced, and renamed; a kill at any byte
-leaves the previous one usable. A damaged one is passed over, with a word. Nothing is pickled.
+A checkpoint is a folder of ``state.safetensors`` (every tensor, under a flat name), or of one such file of each process that has a part
+of the model, and of ``state.json``, with the sizes and hashes of the others. It is written under a temporary name, synced, and renamed; a
+kill at any byte leaves the previous one usable. A damaged one is passed over, with a word. Nothing is pickled.
 """
 
 import hashlib
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,13 @@ from gristmill.core.io import (
     write_json,
 )
 from gristmill.core.tensors import write_tensors
+from gristmill.parallel.mesh import Mesh
+from gristmill.parallel.shards import ShardWriter
 
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _TEMPORARY = "checkpoint.tmp"
 _TENSORS, _INFO = "state.safetensors", "state.json"
+SHAPES = "shapes"  # in the JSON part: of all tensors, which several processes have written
 LAYOUT = "qkv grouped by key-value head"  # of the tensors in a checkpoint
 
 
@@ -66,24 +69,28 @@ class Identity:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved state. ``info`` holds the JSON part, ``tensors`` the rest under flat names."""
+    """A saved state. ``info`` holds the JSON part, ``tensors`` the rest under flat names; or ``shards`` is the folder that they are in."""
 
     step: int
     finished: bool
     info: dict[str, Any]
     tensors: dict[str, Tensor]
+    shards: Path | None = None
 
 
 class CheckpointStore:
     """The checkpoints of one training folder, for one run identity.
 
     Args:
-        writes: False in all processes of a training but one.
+        mesh: the processes of the training, of which the first writes, or all their parts.
     """
 
-    def __init__(self, folder: Path, identity: Identity, *, writes: bool = True) -> None:
-        self.folder = folder
-        self._identity, self._writes = identity, writes
+    def __init__(self, folder: Path, identity: Identity, *, mesh: Mesh | None = None) -> None:
+        self.folder, self.mesh = folder, mesh or Mesh()
+        self._identity, self._writes = identity, self.mesh.is_writer
+        self._shards = ShardWriter(self.mesh) if self.mesh.size > 1 else None
+        self._writing: Checkpoint | None = None  # by all processes, beside training
+        writes = self._writes
         if writes:
             with disk_errors(folder):
                 make_folder(folder)
@@ -111,8 +118,11 @@ class CheckpointStore:
                 self._check(info.pop("identity"))
                 if bad := damaged(path, info.pop(STAMPS, {})):
                     raise DamagedFile(f"{path / bad[0]} is not what was written")
+                step, finished = int(info.pop("step")), bool(info.pop("finished"))
+                if SHAPES in info:
+                    return Checkpoint(step, finished, info, {}, path)
                 tensors = load_file(path / _TENSORS, backend="pread")  # mapped pages would be held beside their copies
-                return Checkpoint(int(info.pop("step")), bool(info.pop("finished")), info, tensors)
+                return Checkpoint(step, finished, info, tensors)
             except (DamagedFile, OSError, LookupError, TypeError, AttributeError, ValueError, SafetensorError) as error:
                 if isinstance(error, InputError) and not isinstance(error, DamagedFile):
                     raise
@@ -131,23 +141,51 @@ class CheckpointStore:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, then remove the one before it. InputError when the disk is full."""
+        self.settle(wait=True)
         if not self._writes:
             return
-        temporary = self.folder / _TEMPORARY
-        final = self.folder / f"checkpoint-{checkpoint.step:08d}"
-        shutil.rmtree(temporary, ignore_errors=True)  # left behind by a kill
-        head = {"step": checkpoint.step, "finished": checkpoint.finished, "layout": LAYOUT, "identity": vars(self._identity)}
+        temporary = self._temporary()
         with disk_errors(self.folder):
             try:
-                make_folder(temporary)
                 write_tensors(temporary / _TENSORS, checkpoint.tensors)
-                write_json(temporary / _INFO, head | {STAMPS: stamps(temporary, [_TENSORS])} | checkpoint.info)
-                shutil.rmtree(final, ignore_errors=True)  # one that was damaged
-                os.rename(temporary, final)
-                sync(self.folder)
+                self._complete(checkpoint)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-            for path in self._folders():
-                if path != final:
-                    path.rename(temporary)  # half of it is not taken for the whole
-                    shutil.rmtree(temporary)
+
+    def begin(self, checkpoint: Checkpoint) -> None:
+        """Let all processes write the parts of the tensors that they have, while training goes on (collective); see `settle`."""
+        assert self._shards is not None
+        self.settle(wait=True)
+        temporary = self.mesh.first(str(self._temporary()) if self._writes else "")  # the folder is there when the others know it
+        self._shards.begin(Path(temporary), checkpoint.tensors)
+        self._writing = replace(checkpoint, tensors={})
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Make a checkpoint of what all processes have written, when they have, or wait until then (collective)."""
+        if self._writing is None or self._shards is None or not self._shards.finished(wait=wait):
+            return
+        if self._writes:
+            with disk_errors(self.folder):
+                self._complete(self._writing)
+        self._writing = None
+
+    def _temporary(self) -> Path:
+        """An empty folder to write to."""
+        temporary = self.folder / _TEMPORARY
+        with disk_errors(self.folder):
+            shutil.rmtree(temporary, ignore_errors=True)  # left behind by a kill
+            make_folder(temporary)
+        return temporary
+
+    def _complete(self, checkpoint: Checkpoint) -> None:
+        """Write what makes a checkpoint of the tensors in the temporary folder, and remove the one before it."""
+        temporary, final = self.folder / _TEMPORARY, self.folder / f"checkpoint-{checkpoint.step:08d}"
+        head = {"step": checkpoint.step, "finished": checkpoint.finished, "layout": LAYOUT, "identity": vars(self._identity)}
+        write_json(temporary / _INFO, head | {STAMPS: stamps(temporary, ["*.safetensors"])} | checkpoint.info)
+        shutil.rmtree(final, ignore_errors=True)  # one that was damaged
+        os.rename(temporary, final)
+        sync(self.folder)
+        for path in self._folders():
+            if path != final:
+                path.rename(temporary)  # half of it is not taken for the whole
+                shutil.rmtree(temporary)

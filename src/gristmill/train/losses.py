@@ -17,6 +17,7 @@ from gristmill.model import fused
 from gristmill.model.flops import CHUNK_LOGITS, MIN_CHUNK_ROWS
 from gristmill.model.kernels import library as kernels
 from gristmill.model.transformer import soft_cap
+from gristmill.parallel.context import LossRows
 from gristmill.parallel.tensor import VocabularyShard
 from gristmill.train.batches import IGNORE_LABEL
 
@@ -33,6 +34,7 @@ UNPADDED_WEIGHTS = 2**24
 CACHE_STEP, ROW_GAP = 128, 64
 
 PREFERENCE_LOSSES = ("dpo", "cdpo", "ipo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
+OutputMatrix = Tensor | VocabularyShard | LossRows  # the whole, or what several processes have
 _ALIASES = {"rpo": "rpo_bwd_kl"}
 
 
@@ -315,9 +317,7 @@ def _prepare(
     return padded_RD, weight_VD.to(hidden_RD.dtype), padded_R, need_grad, in_place, shard
 
 
-def cross_entropy_sum(
-    hidden_RD: Tensor, weight_VD: Tensor | VocabularyShard, targets_R: Tensor, *, cap: float | None = None
-) -> tuple[Tensor, int]:
+def cross_entropy_sum(hidden_RD: Tensor, weight_VD: OutputMatrix, targets_R: Tensor, *, cap: float | None = None) -> tuple[Tensor, int]:
     """Next-token loss: (sum over rows of -log softmax(hidden @ weight.T)[target], number of rows). `cap`: soft cap of logits.
 
     With a shard of the weight, the same on all processes of its group, and so is the gradient of the states.
@@ -326,13 +326,20 @@ def cross_entropy_sum(
     the rows that predict a trained target beforehand. No rows give a sum of 0 with a zero gradient.
     """
     num_rows = len(targets_R)
+    if isinstance(weight_VD, LossRows):
+        own_RD, own_R = weight_VD.own(hidden_RD, targets_R)
+        total, _ = cross_entropy_sum(own_RD, weight_VD.weight, own_R, cap=cap)
+        return weight_VD.sum(total), num_rows
     hidden_RD, weight_VD, targets_R, *flags = _prepare(hidden_RD, weight_VD, targets_R)
     return _CrossEntropySum.apply(hidden_RD, weight_VD, targets_R, num_rows, *flags, cap), num_rows
 
 
-def token_logprobs(hidden_RD: Tensor, weight_VD: Tensor | VocabularyShard, targets_R: Tensor, *, cap: float | None = None) -> Tensor:
+def token_logprobs(hidden_RD: Tensor, weight_VD: OutputMatrix, targets_R: Tensor, *, cap: float | None = None) -> Tensor:
     """log softmax(hidden @ weight.T)[target] of each row, (R,) in fp32, within the same memory bound. `cap`: soft cap of the logits."""
     num_rows = len(targets_R)
+    if isinstance(weight_VD, LossRows):
+        own_RD, own_R = weight_VD.own(hidden_RD, targets_R)
+        return weight_VD.whole(token_logprobs(own_RD, weight_VD.weight, own_R, cap=cap), num_rows)
     hidden_RD, weight_VD, targets_R, *flags = _prepare(hidden_RD, weight_VD, targets_R)
     return _TokenLogprobs.apply(hidden_RD, weight_VD, targets_R, *flags, cap)[:num_rows]
 

@@ -23,7 +23,7 @@ from gristmill.model.flops import (
     loss_bytes,
 )
 from gristmill.model.kernels import library as kernels
-from gristmill.model.transformer import PRECISIONS
+from gristmill.model.transformer import TRAINING_PRECISIONS
 from gristmill.parallel.memory import USABLE_SHARE, fits_into
 from gristmill.train.data import backbone
 
@@ -66,7 +66,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate what training takes with so many tokens in micro-batches at once. The model may be on the meta device."""
     decoder = backbone(model)
-    config, itemsize = decoder.config, PRECISIONS[precision].itemsize
+    config, itemsize = decoder.config, TRAINING_PRECISIONS[precision].itemsize
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     hidden = sum(parameter.numel() for parameter in decoder.blocks.parameters() if parameter.requires_grad and parameter.ndim == 2)
@@ -111,6 +111,11 @@ def choose_micro_batch(model: nn.Module, optimizer: str, *, precision: str, devi
             break
         tokens = max(MIN_MICRO_BATCH, tokens // 2)
     return tokens
+
+
+def always_checkpointed(checkpoint_activations: bool | str) -> bool | None:
+    """Whether a setting means full activation checkpointing; None: where it is needed. Selective keeps two thirds, and counts as none."""
+    return None if checkpoint_activations == "auto" else checkpoint_activations is True
 
 
 def fits(needed: MemoryEstimate, device: torch.device, *, loaded: bool) -> bool:

@@ -8,6 +8,7 @@ from gristmill.core.config import Section, check
 from gristmill.core.errors import InputError
 
 MIN_STEPS = 20  # under which a training stage hardly changes a model
+CHECKPOINTING = "compute activations twice; selective: but products of matrices; auto: where memory is short"
 Loss = Literal["dpo", "cdpo", "ipo", "rpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"]
 
 
@@ -64,10 +65,12 @@ class Training(Section):
         None, description="samples a step, or pairs [from sample, samples a step]; default by the model's size"
     )
     micro_batch_tokens: int | None = Field(None, gt=0, description="tokens at once; null: as many as pay, within the free memory")
-    checkpoint_activations: Literal["auto"] | bool = Field("auto", description="compute activations twice; auto: where memory is short")
+    checkpoint_activations: Literal["auto", "selective"] | bool = Field("auto", description=CHECKPOINTING)
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of computing; auto: bf16 where the device is made for it")
+    precision: Literal["auto", "fp32", "bf16", "fp8", "fp8_tensorwise"] = Field(
+        "auto", description="of computing; auto: bf16 where the device is made for it; fp8: with scales by rows (docs/scale.md)"
+    )
     lora: Lora | None = Field(None, description="train an adapter; none: all weights")
 
     @model_validator(mode="after")

@@ -5,26 +5,27 @@ Shape legend: see batches.py.
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gristmill.core.device import check_dtype, kept_heap, pick_device, trim_heap, zeros_outside_heap
 from gristmill.core.errors import InputError
-from gristmill.core.io import disk_errors, read_bytes, sync, write_text
 from gristmill.core.threads import MAX_THREADED_PARAMETERS, Map, num_workers, workers
 from gristmill.model import fused
-from gristmill.model.transformer import PRECISIONS
-from gristmill.parallel.mesh import Mesh, accumulate, part_of, skeleton, whole
-from gristmill.parallel.tensor import shard_tensors
+from gristmill.model.fp8 import check_float8, computing_in_float8
+from gristmill.model.packed import filled_length
+from gristmill.model.transformer import TRAINING_PRECISIONS
+from gristmill.parallel.mesh import Group, Mesh, accumulate, whole
+from gristmill.parallel.pipeline import Pipeline, num_micro_batches
+from gristmill.train.arguments import TrainResult, TrainSettings
 from gristmill.train.batches import (
     AnySample,
     Batch,
@@ -37,95 +38,18 @@ from gristmill.train.batches import (
     share_out,
     split_micro_batches,
 )
-from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity, fingerprint_model, fingerprint_text
+from gristmill.train.checkpoint import SHAPES, Checkpoint, CheckpointStore, Identity, fingerprint_model, fingerprint_text
 from gristmill.train.data import ListData, SampleData, backbone, check_vocabulary, drop_long
-from gristmill.train.memory import choose_micro_batch, fitting, record_micro_batch, recorded_micro_batch
-from gristmill.train.optim import SCHEDULES, Optimizer, OptimSettings, schedule_scale
-from gristmill.train.settings import BatchSize, ramp_of
+from gristmill.train.memory import always_checkpointed, choose_micro_batch, fitting, record_micro_batch, recorded_micro_batch
+from gristmill.train.metrics import LossOutput, MetricsLog, MetricSums
+from gristmill.train.optim import Optimizer, OptimSettings, schedule_scale
+from gristmill.train.settings import ramp_of
+from gristmill.train.sharded import ShardedModel, check_parallel, read_parts
 
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train.
-
-    Give exactly one of ``epochs`` and ``steps``, and one of ``batch_size`` and ``batch_tokens``. Weights are
-    always fp32; ``precision`` is what the model computes in. ``lr`` is AdamW's rate, ``muon_lr`` that of the
-    hidden matrices with ``optimizer="muon"``, where AdamW keeps embeddings, heads, norms and biases.
-    """
-
-    optimizer: str = "adamw"  # "adamw" or "muon"
-    lr: float = 1e-3
-    muon_lr: float = 0.02
-    schedule: str = "cosine"  # "constant", "cosine" or "linear", after the warmup
-    warmup_ratio: float = 0.0  # share of the steps
-    warmup_steps: int | None = None  # instead of warmup_ratio
-    min_lr_ratio: float = 0.0  # of the peak, reached on the last step
-    epochs: float | None = None
-    steps: int | None = None
-    batch_size: BatchSize | None = None  # samples a step; or pairs of a sample and the samples of a step from there on
-    batch_tokens: int | None = None  # tokens a step, on average
-    micro_batch_tokens: int | None = None  # tokens that go through the model at once; None: as many as pay, within the free memory
-    checkpoint_activations: Literal["auto"] | bool = "auto"  # compute activations again in the backward pass; "auto": to fit
-    max_tokens: int | None = None  # longer samples are dropped and counted
-    weight_decay: float = 0.1
-    b_lr_ratio: float = 1.0  # LoRA+: learning rate of B, in those of A
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0  # largest gradient norm; 0 does not clip
-    seed: int = 0
-    shuffle: bool = True  # False: samples in the order given
-    precision: str = "fp32"  # "fp32" or "bf16"
-    checkpoint_every: float = 0.0  # seconds between checkpoints; 0 writes only the finished state
-    validate_every: int = 10  # steps between validations, where there is validation data
-
-    def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.steps is None):
-            raise InputError("give exactly one of epochs and steps")
-        if (self.batch_size is None) == (self.batch_tokens is None):
-            raise InputError("give exactly one of batch_size and batch_tokens")
-        for name in (
-            "epochs",
-            "steps",
-            "batch_size",
-            "batch_tokens",
-            "micro_batch_tokens",
-            "max_tokens",
-            "validate_every",
-        ):
-            value = getattr(self, name)
-            if name == "batch_size" and value is not None:
-                ramp_of(value)
-            elif value is not None and not value > 0:
-                raise InputError(f"{name} is {value}; it must be above zero")
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"unknown schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
-        if self.precision not in PRECISIONS:
-            raise InputError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """What an objective returns: a loss sum over ``count`` terms, and named metrics as (sum, count)."""
-
-    sum: Tensor
-    count: int
-    metrics: Mapping[str, tuple[Tensor | float, float]] = field(default_factory=dict)
-
+__all__ = ["LossOutput", "Objective", "OnStep", "TrainResult", "TrainSettings", "Trainer", "compute_precision", "global_count"]
 
 Objective = Callable[[Any, Any], LossOutput]
 OnStep = Callable[[int, int, dict[str, float]], None]
-
-
-@dataclass
-class TrainResult:
-    """What a finished training run did. ``metrics`` are those of the last step."""
-
-    steps: int
-    tokens: int
-    seconds: float
-    metrics: dict[str, float]
-    dropped_long: list[str]  # samples over max_tokens, by id (or position)
-    dropped_untrained: list[str]  # samples without a single trained target
-    best_step: int | None = None  # with validation data: the step whose weights the model now has
 
 
 class Trainer:
@@ -164,7 +88,8 @@ class Trainer:
         self.model = model if device is None else model.to(pick_device(device))
         self.objective, self.settings, self.folder, self.on_step = objective, settings, folder, on_step
         self.device = next(model.parameters()).device
-        check_dtype(self.device, PRECISIONS[settings.precision])
+        check_dtype(self.device, TRAINING_PRECISIONS[settings.precision])
+        check_float8(self.device, settings.precision)
         self.num_workers = num_workers(model) if self.mesh.size == 1 else 1
         self._fills = fills(self.device, settings.precision, self.num_workers)
         # Holes between activations count as memory that is held. They go back where it is scarce, before the loss, and nowhere else: new
@@ -175,29 +100,24 @@ class Trainer:
             model, settings.optimizer, precision=settings.precision, device=self.device, loaded=True
         )
         self.micro_batch_tokens = min(self.mesh.gather(self.micro_batch_tokens))
-        self._checkpointed = settings.checkpoint_activations is True
+        self._checkpointed: bool | str = settings.checkpoint_activations if settings.checkpoint_activations != "auto" else False
         self.num_steps = settings.steps  # `fit` knows it of epochs too
-        self._started_from = ""
-        if self.mesh.size > 1:
-            self._shard()
+        self._sharded: ShardedModel | None = None
+        adapted = any(not parameter.requires_grad for parameter in model.parameters())
+        self._replicated = adapted and self.mesh.size > 1  # all processes have all of an adapter, which is small
+        if self._replicated:
+            check_parallel(backbone(model).config, self.mesh.dims, adapted=True)
+            self.mesh.agree(fingerprint_model(model), "starting weights")
+        elif self.mesh.size > 1:
+            self._sharded = ShardedModel(self.model, objective, self.mesh)
+            self.model = self._sharded.local
         names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay", "b_lr_ratio")
-        self.optimizer = Optimizer(model, OptimSettings(**{name: getattr(settings, name) for name in names}))
+        self.optimizer = Optimizer(self.model, OptimSettings(**{name: getattr(settings, name) for name in names}))
         self.result = TrainResult(0, 0, 0.0, {}, [], [])
         self._best: dict[str, Tensor] = {}
         self._best_loss = math.inf
         self._places: dict[Tensor, Tensor] = {}  # of gradients, outside the heap
         self._map: Map | None = None
-
-    def _shard(self) -> None:
-        """Cut the model over the processes. What identifies it is taken before."""
-        if any(not parameter.requires_grad for parameter in self.model.parameters()):
-            raise InputError("Adapters are trained by one process: start without torchrun, or train all weights.")
-        self._started_from = fingerprint_model(self.model)
-        self.mesh.agree(self._started_from, "starting weights")
-        self._whole = skeleton(self.model)
-        if self.mesh.tensor is not None:
-            shard_tensors(self.model, self.mesh.tensor)
-        self.mesh.shard(self.model)
 
     def fit(self, data: Sequence[AnySample] | SampleData, validation: Sequence[AnySample] | SampleData = ()) -> TrainResult:
         """Train on all steps that the settings plan over the data; resume where the trainer's folder or `load_state` left off.
@@ -223,24 +143,24 @@ class Trainer:
             rows=data.rows if isinstance(data, ListData) else None,
         )
         self.num_steps = plan.num_steps
-        checkpoint = None if settings.checkpoint_activations == "auto" else settings.checkpoint_activations
         longest = max(int(part.lengths.max()) for part in (data, held_out) if part is not None)
-        self._checkpointed = fitting(
+        checkpointed = fitting(
             self.model,
             settings.optimizer,
             precision=settings.precision,
             tokens=self.micro_batch_tokens,
             device=self.device,
             loaded=True,
-            checkpoint=checkpoint,
+            checkpoint=always_checkpointed(settings.checkpoint_activations),
             longest=longest,
         ).checkpointed
-        self._checkpointed = any(self.mesh.gather(self._checkpointed))
+        if settings.checkpoint_activations == "auto":
+            self._checkpointed = any(self.mesh.gather(checkpointed))
         store = None
         if self.folder is not None:
             identity = self._identity(data, held_out)
             self.mesh.agree(asdict(identity), "models, data or settings")
-            store = CheckpointStore(self.folder, identity, writes=self.mesh.is_writer)
+            store = CheckpointStore(self.folder, identity, mesh=self.mesh)
             if self.mesh.is_writer:
                 record_micro_batch(self.folder, self.micro_batch_tokens)
         gpus = [self.device] if self.device.type == "cuda" else []
@@ -250,7 +170,7 @@ class Trainer:
             saved = store.load() if store else None
             self.mesh.agree(None if saved is None else saved.step, "checkpoints")
             if saved is not None:
-                self._take_state(saved, saved.tensors)
+                self._take_state(saved, self._tensors_of(saved))
             if saved is None or not saved.finished:
                 self._train(data, held_out, plan, store)
                 self.optimizer.release()
@@ -260,20 +180,9 @@ class Trainer:
                     self._best = {}
                 if store:
                     store.save(self.state(finished=True))
-        self._gather()
+        if self._sharded is not None:
+            self.model = self._sharded.assembled()
         return self.result
-
-    def _gather(self) -> None:
-        """Make the model whole again, in memory of its own."""
-        if self.mesh.size > 1:
-            state = self._whole.state_dict() | {name: self._unpadded(name, whole(p.detach())) for name, p in self.model.named_parameters()}
-            self._whole.load_state_dict(state, assign=True)
-            self.model = self._whole
-
-    def _unpadded(self, name: str, tensor: Tensor) -> Tensor:
-        """A whole tensor in the shape of a parameter, which is padded where several processes have parts of it (`parallel.tensor`)."""
-        like = self._whole.get_parameter(name)
-        return tensor[: len(like)].clone() if tensor.ndim == like.ndim and len(tensor) > len(like) else tensor
 
     def _usable(self, data: Sequence[AnySample] | SampleData, result: TrainResult | None = None) -> SampleData:
         """Data without what cannot be trained on, which is named in the result."""
@@ -303,7 +212,7 @@ class Trainer:
         if self.settings.b_lr_ratio == 1.0:  # as before there was one
             del settings["b_lr_ratio"]
         return Identity(
-            self._started_from or fingerprint_model(self.model),
+            self._sharded.started_from if self._sharded else fingerprint_model(self.model),
             data.fingerprint() if validation is None else _fingerprint_both(data, validation),
             fingerprint_text(json.dumps(settings, sort_keys=True)),
         )
@@ -339,8 +248,10 @@ class Trainer:
                 self.on_step(step, plan.num_steps, metrics)
             every = self.settings.checkpoint_every
             if store and every and step < plan.num_steps and self.mesh.first(now - last_saved >= every):
-                store.save(self.state())
+                self._save(store)
                 last_saved = time.monotonic()
+            elif store:
+                store.settle()
         log.close()
 
     def step(self, samples: Sequence[AnySample | DataItem] | Sequence[Batch]) -> dict[str, float]:
@@ -360,12 +271,14 @@ class Trainer:
         batches, fillers = self._micro_batches(samples)
         data = self.mesh.data
         count, num_tokens = global_count(batches, data), sum(data.gather(sum(batch.num_tokens for batch in batches)))
-        totals = _MetricSums()
+        totals = MetricSums()
         with self._in_place(len(batches)) if self.num_workers == self.mesh.size == 1 else nullcontext():
             for output in self._backward(batches, fillers, count):
                 totals.add(output)
-        norm = float(whole(nn.utils.clip_grad_norm_(self.optimizer.parameters, self.settings.clip or math.inf)))
-        metrics = totals.means(data)
+        if self._replicated:
+            data.add_up_gradients(self.optimizer.parameters)
+        norm = self._clip_grad_norm(self.settings.clip or math.inf)
+        metrics = totals.means(self.mesh)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
             self.optimizer.zero_grad()
             raise InputError(
@@ -384,6 +297,11 @@ class Trainer:
             "tokens": float(self.result.tokens),
             "tokens_per_second": num_tokens / seconds,
         }
+
+    def _clip_grad_norm(self, max_norm: float) -> float:
+        if isinstance(self.model, Pipeline):
+            return float(self.model.clip_grad_norm(max_norm))
+        return float(whole(nn.utils.clip_grad_norm_(self.optimizer.parameters, max_norm)))
 
     def _lr_scale(self) -> float:
         settings = self.settings
@@ -411,6 +329,8 @@ class Trainer:
         assert self._map is not None
         batch_of = partial(collate, device=self.device, fill=self._fills)
         data = self.mesh.data
+        if self.mesh.pipeline is not None:
+            return self._collated_alike(items)
         if data.size == 1:
             return self._map(batch_of, split_micro_batches(items, self.micro_batch_tokens, self.num_workers)), ()
         shares = share_out(items, self.micro_batch_tokens, data.size)
@@ -419,11 +339,27 @@ class Trainer:
         filler = batch_of([min(items, key=lambda item: item.num_tokens)])
         return self._map(batch_of, mine), [filler] * num_fillers
 
+    def _collated_alike(self, items: Sequence[DataItem]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+        """Micro-batches for a pipeline, filled up to the tokens of the largest: as many in all pipelines, and enough for all stages."""
+        data, dims = self.mesh.data, self.mesh.dims
+        longest = max(item.num_tokens for item in items)
+        share = sum(item.num_tokens for item in items) // (data.size * num_micro_batches(1, dims))
+        shares = share_out(items, min(self.micro_batch_tokens, max(share, longest)), data.size)
+        mine = shares[data.rank]
+        num_fillers = num_micro_batches(max(map(len, shares)), dims) - len(mine)
+        shortest = [min(items, key=lambda item: item.num_tokens)]
+        size = max(sum(item.num_tokens for item in group) for group in [*mine, shortest])
+        batch_of = partial(collate, device=self.device, fill=filled_length(size) if self._fills else size)
+        return [batch_of(group) for group in mine], [batch_of(shortest)] * num_fillers
+
     def _backward(self, batches: Sequence[Batch], fillers: Sequence[Batch], count: int) -> Iterator[LossOutput]:
         """Add the gradients of all micro-batches, in their order. Each worker makes its own: there is only one `.grad` to add to.
 
         Processes that share weights compute equally often, so one with fewer micro-batches goes on with fillers, which count nothing.
         """
+        if isinstance(self.model, Pipeline):
+            yield from self.model.run([*batches, *fillers], len(fillers), count)
+            return
         if self.num_workers == 1:
             for number, batch in enumerate([*batches, *fillers]):
                 accumulate(self.model, last=number == len(batches) + len(fillers) - 1)
@@ -473,13 +409,16 @@ class Trainer:
         """Mean loss over the validation data; keeps a copy of the weights when it is the lowest so far."""
         assert self._map is not None
         self.model.eval()
-        totals = _MetricSums()
+        totals = MetricSums()
         batches, fillers = self._collated([data[index] for index in range(len(data))])
-        outputs = self._map(torch.no_grad()(lambda batch: self.objective(self.model, batch)), [*batches, *fillers])
-        for output in outputs[: len(batches)]:
+        if isinstance(self.model, Pipeline):
+            outputs = self.model.run([*batches, *fillers], len(fillers), 1, backward=False)
+        else:
+            outputs = self._map(torch.no_grad()(lambda batch: self.objective(self.model, batch)), [*batches, *fillers])[: len(batches)]
+        for output in outputs:
             totals.add(output)
         self.model.train()
-        loss = totals.means(self.mesh.data)["loss"]
+        loss = totals.means(self.mesh)["loss"]
         if loss < self._best_loss:
             self._best_loss, self.result.best_step = loss, self.result.steps
             self._best = {name: tensor.clone() for name, tensor in self._trained().items()}
@@ -489,26 +428,43 @@ class Trainer:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def _restore(self, trained: dict[str, Tensor]) -> None:
-        if self.mesh.size == 1:
+        if self._sharded is not None:
+            self._sharded.restore(trained)
+        else:
             self.model.load_state_dict(self.model.state_dict() | trained)
-            return
-        for name, parameter in self.model.named_parameters():
-            parameter.detach().copy_(part_of(trained[name], parameter))
 
-    def state(self, *, finished: bool = False) -> Checkpoint:
-        """All that the next step depends on: weights, optimizer, random state and counts; when finished, only what is asked for later."""
+    def _save(self, store: CheckpointStore) -> None:
+        """Write a checkpoint: of several processes, all do, and training goes on meanwhile."""
+        if self._sharded is None or self._sharded.is_padded:
+            store.save(self.state())
+            return
+        store.begin(self.state(whole=False))
+
+    def _tensors_of(self, saved: Checkpoint) -> dict[str, Tensor]:
+        if saved.shards is None:
+            return saved.tensors
+        return read_parts(saved.shards, saved.info[SHAPES], dict(self.model.named_parameters()))
+
+    def state(self, *, finished: bool = False, whole: bool = True) -> Checkpoint:
+        """All that the next step depends on: weights, optimizer, random state and counts; when finished, only what is asked for later.
+
+        Args:
+            whole: tensors of all processes, which the first one has then; else this one's parts, of a sharded checkpoint.
+        """
         tensors = _prefixed("model", self._trained())
         if not finished:
             tensors |= _prefixed("best", self._best) | _prefixed("optimizer", self.optimizer.state_tensors())
-        if self.mesh.size > 1:  # all take part, and one keeps what it will write
-            wholes = ((name, self._unpadded(name.split("|")[1], whole(tensor))) for name, tensor in tensors.items())
-            tensors = {name: tensor.cpu() for name, tensor in wholes if self.mesh.is_writer}
+        best_loss = self._best_loss if math.isfinite(self._best_loss) else None
+        info: dict[str, Any] = {"result": asdict(self.result), "best_loss": best_loss}
+        if self._sharded is not None and not whole:  # nothing is random there but initial weights
+            tensors, info[SHAPES] = self._sharded.own(tensors)
+            return Checkpoint(self.result.steps, finished, info, tensors)
+        if self._sharded is not None:  # all take part, and one keeps what it will write
+            tensors = {name: tensor.cpu() for name, tensor in self._sharded.gathered(tensors) if self.mesh.is_writer}
         if not finished:
             tensors["rng"] = torch.get_rng_state()
             if self.device.type == "cuda":
                 tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
-        best_loss = self._best_loss if math.isfinite(self._best_loss) else None
-        info = {"result": asdict(self.result), "best_loss": best_loss}
         return Checkpoint(self.result.steps, finished, info, tensors)
 
     def load_state(self, saved: Checkpoint) -> None:
@@ -521,11 +477,14 @@ class Trainer:
         self.result = TrainResult(**saved.info["result"])
         if saved.finished:
             return
-        best, trained = _unprefixed("best", tensors), dict(self.model.named_parameters())
-        self._best = {name: part_of(tensor, trained[name]) for name, tensor in best.items()}
+        self._best, optimizer = _unprefixed("best", tensors), _unprefixed("optimizer", tensors)
+        if self._sharded is not None:
+            self._best = self._sharded.parts_of(self._best) if self._best else {}
+            optimizer = self._sharded.with_tied(optimizer)
         self._best_loss = math.inf if saved.info["best_loss"] is None else saved.info["best_loss"]
-        self.optimizer.load_state_tensors(_unprefixed("optimizer", tensors))
-        torch.set_rng_state(saved.tensors["rng"].cpu())
+        self.optimizer.load_state_tensors(optimizer)
+        if saved.shards is None:
+            torch.set_rng_state(saved.tensors["rng"].cpu())
         if self.device.type == "cuda" and "rng_cuda" in saved.tensors:
             torch.cuda.set_rng_state(saved.tensors["rng_cuda"].cpu(), self.device)
 
@@ -536,79 +495,9 @@ def _fingerprint_both(data: SampleData, validation: SampleData) -> str:
     return fingerprint_text(f"{data.fingerprint()} {validation.fingerprint()}")
 
 
-class _MetricSums:
-    """Sums and counts of a loss and its metrics over micro-batches."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, float] = {}
-
-    def add(self, output: LossOutput) -> None:
-        loss = {"loss": (output.sum.detach(), float(output.count))}
-        for name, (value, count) in {**output.metrics, **loss}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0.0) + count
-
-    def means(self, mesh: Mesh) -> dict[str, float]:
-        """Means over the micro-batches of all processes. One may lack a metric that another has."""
-        sums: dict[str, float] = {}
-        counts: dict[str, float] = {}
-        for part in mesh.gather({name: (float(total), self._counts[name]) for name, total in self._sums.items()}):
-            for name, (total, count) in part.items():
-                sums[name], counts[name] = sums.get(name, 0.0) + total, counts.get(name, 0.0) + count
-        return {name: total / max(counts[name], 1) for name, total in sums.items()}
-
-
-class MetricsLog:
-    """``metrics.jsonl`` and TensorBoard events in a folder; nowhere without one.
-
-    A resumed run first cuts off the lines of steps that it will do again.
-    """
-
-    def __init__(self, folder: Path | None, resumed_step: int) -> None:
-        self._folder = folder
-        if folder is None:
-            return
-        # TensorBoard is heavy to import, so only a run that writes pays for it
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = folder / "metrics.jsonl"
-        with disk_errors(folder):
-            lines = read_bytes(path).decode("utf-8", "replace").split("\n") if path.exists() else []
-            write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= resumed_step))
-            self._file = path.open("a")
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        if self._folder is None:
-            return
-        with disk_errors(self._folder):
-            self._file.write(json.dumps({"step": step} | metrics) + "\n")
-            self._file.flush()
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        if self._folder is not None:
-            with disk_errors(self._folder):
-                os.fsync(self._file.fileno())
-                self._file.close()
-                self._board.close()
-                for path in (self._folder / "tensorboard").iterdir():
-                    sync(path)
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinity where it is torn."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return math.inf
-
-
-def global_count(batches: Sequence[Batch], mesh: Mesh | None = None) -> int:
+def global_count(batches: Sequence[Batch], mesh: Group | None = None) -> int:
     """The one divisor of a step: trained terms over the micro-batches of all processes, at least 1."""
-    return max(1, sum((mesh or Mesh()).gather(sum(batch.count for batch in batches))))
+    return max(1, sum((mesh or Group()).gather(sum(batch.count for batch in batches))))
 
 
 def _check_fp32_weights(model: nn.Module) -> None:
@@ -623,9 +512,10 @@ def compute_precision(model: nn.Module, precision: str) -> Iterator[None]:
     """Let the model compute in ``precision`` meanwhile; its fp32 weights stay as they are."""
     decoder = backbone(model)
     before = decoder.compute_dtype
-    decoder.compute_dtype = PRECISIONS[precision]
+    decoder.compute_dtype = TRAINING_PRECISIONS[precision]
     try:
-        yield
+        with computing_in_float8(decoder.decoders if isinstance(decoder, Pipeline) else [decoder], precision):
+            yield
     finally:
         decoder.compute_dtype = before
 

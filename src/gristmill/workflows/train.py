@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from gristmill.core.device import check_dtype, pick_device
+from gristmill.core.device import check_dtype, pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.data.chat_format import ChatFormat
 from gristmill.data.find_format import find_format, with_template_of
@@ -28,23 +28,24 @@ from gristmill.model.adapters import (
 )
 from gristmill.model.config import ModelConfig
 from gristmill.model.flops import num_parameters
+from gristmill.model.fp8 import check_float8
 from gristmill.model.guard import GuardModel
 from gristmill.model.hf_config import read_config
 from gristmill.model.hf_save import save_guard, save_model, save_reward
 from gristmill.model.lora import LoraConfig, adapters_disabled, add_adapters
 from gristmill.model.reward import RewardModel
-from gristmill.model.transformer import PRECISIONS, Transformer
+from gristmill.model.transformer import TRAINING_PRECISIONS, Transformer
 from gristmill.parallel.mesh import Mesh
-from gristmill.parallel.tensor import check_tensor_parallel
 from gristmill.train.batches import AnySample, collate, split_micro_batches
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.data import ListData, check_vocabulary
-from gristmill.train.memory import MIN_MICRO_BATCH, MemoryEstimate, choose_micro_batch, fitting, recorded_micro_batch
+from gristmill.train.memory import MIN_MICRO_BATCH, MemoryEstimate, always_checkpointed, choose_micro_batch, fitting, recorded_micro_batch
 from gristmill.train.objectives.guard import guard_objective, guard_samples
 from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
 from gristmill.train.settings import Lora, PreferenceTraining, Training
+from gristmill.train.sharded import check_parallel
 from gristmill.train.trainer import Objective, OnStep, Trainer, TrainResult, TrainSettings
 
 MODEL, ADAPTER = "model", "adapter"  # the subfolders that hold the model, and the adapter of a training with LoRA
@@ -90,12 +91,10 @@ def train_model(
     """
     where, mesh = pick_device(device), mesh or Mesh()
     lora = recipe.lora
-    if lora is not None and mesh.size > 1:
-        raise InputError("Adapters are trained by one process: start without torchrun, or leave --lora-rank out.")
     if lora is not None and is_adapter(start):
         raise InputError(f"Merge the adapter first (`gristmill merge {start} --out DIR`), and train on what it made: {start} is no model.")
     config = read_config(base_of(start) if is_adapter(start) else start)[1]
-    check_tensor_parallel(config, 1 if mesh.tensor is None else mesh.tensor.size)
+    check_parallel(config, mesh.dims, adapted=lora is not None)
     if kind == "guard" and lora is not None:
         raise InputError("A guard is trained whole: leave --lora-rank out.")
     if isinstance(rows, Path) and kind == "guard":
@@ -108,9 +107,11 @@ def train_model(
     held_out: Sequence[Any] = ()
     if kind == "guard":
         rows, held_out = cast(tuple[Sequence[Any], Sequence[Any]], split_held_out(rows))
-    recipe = fill(recipe, sized, num_parameters(config), device=where, num_rows=len(rows))
+    precision = mesh.first(pick_precision(where)) if mesh.size > 1 else ""  # it is chosen by measuring
+    recipe = fill(recipe, sized, num_parameters(config), device=where, num_rows=len(rows), precision=precision)
     say(f"{num_parameters(config) / 1e6:,.4g}M parameters, {len(rows):,} rows, {where}: {described(recipe)}")
-    check_dtype(where, PRECISIONS[recipe.precision])
+    check_dtype(where, TRAINING_PRECISIONS[recipe.precision])
+    check_float8(where, recipe.precision)
     needed = training_memory(config, recipe, where, out / "train")
     say(f"memory of training: {needed}")
     # what is frozen in fewer bits is not held in more
@@ -230,7 +231,7 @@ def training_memory(config: ModelConfig, recipe: Training, device: torch.device,
     optimizer, precision = recipe.optimizer, recipe.precision
     tokens = recipe.micro_batch_tokens or recorded_micro_batch(folder)
     tokens = tokens or choose_micro_batch(model, optimizer, precision=precision, device=device, loaded=False)
-    checkpoint = None if recipe.checkpoint_activations == "auto" else recipe.checkpoint_activations
+    checkpoint = always_checkpointed(recipe.checkpoint_activations)
     return fitting(model, optimizer, precision=precision, tokens=tokens, device=device, loaded=False, checkpoint=checkpoint)
 
 

@@ -11,7 +11,7 @@ from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.guard import GuardModel
 from gristmill.train.batches import IGNORE_LABEL, RatedBatch, RatedSample
 from gristmill.train.losses import masked_bce
-from gristmill.train.trainer import LossOutput
+from gristmill.train.metrics import LossOutput
 
 
 def guard_objective(model: GuardModel, batch: RatedBatch) -> LossOutput:

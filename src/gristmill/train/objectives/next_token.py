@@ -7,7 +7,7 @@ import numpy as np
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import Sample, TokenBatch
 from gristmill.train.losses import cross_entropy_sum
-from gristmill.train.trainer import LossOutput
+from gristmill.train.metrics import LossOutput
 
 
 def next_token_objective(model: Transformer, batch: TokenBatch) -> LossOutput:

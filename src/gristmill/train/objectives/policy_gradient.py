@@ -17,7 +17,8 @@ from gristmill.core.errors import InputError
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import Rollout, RolloutBatch, collate, documents_of, fills, group_answers, split_micro_batches
 from gristmill.train.losses import token_logprobs
-from gristmill.train.trainer import LossOutput, compute_precision
+from gristmill.train.metrics import LossOutput
+from gristmill.train.trainer import compute_precision
 
 Advantage = Literal["std", "mean", "leave_one_out"]
 Normalize = Literal["token", "sequence", "constant"]

@@ -35,7 +35,8 @@ from gristmill.train.batches import (
 from gristmill.train.checkpoint import fingerprint_model, fingerprint_text
 from gristmill.train.data import check_vocabulary
 from gristmill.train.losses import preference_loss, preference_name, token_logprobs
-from gristmill.train.trainer import LossOutput, compute_precision
+from gristmill.train.metrics import LossOutput
+from gristmill.train.trainer import compute_precision
 
 LOGPROBS = ("sum", "mean")
 

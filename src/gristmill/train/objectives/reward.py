@@ -12,7 +12,7 @@ from gristmill.model.reward import RewardModel
 from gristmill.train.batches import IGNORE_LABEL, RatedBatch, RatedSample
 from gristmill.train.checkpoint import fingerprint_text
 from gristmill.train.losses import masked_mse
-from gristmill.train.trainer import LossOutput
+from gristmill.train.metrics import LossOutput
 
 
 def reward_objective(model: RewardModel, batch: RatedBatch) -> LossOutput:

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from gristmill import __version__
 from gristmill.core.config import Section, read
 from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
@@ -15,7 +17,7 @@ from gristmill.core.progress import Progress
 from gristmill.data.chat import Message
 from gristmill.data.chat_format import ChatFormat
 from gristmill.data.find_format import find_format, with_template_of
-from gristmill.data.rows import Prompt, make_id
+from gristmill.data.rows import Prompt, Rating, make_id
 from gristmill.engine.engine import Engine
 from gristmill.evaluate.attacks import ATTACKS
 from gristmill.evaluate.safety import Canary, Probe, read_canaries
@@ -25,7 +27,7 @@ from gristmill.generation.cached import BatchingClient, CachedClient, Client, co
 from gristmill.generation.settings import GeneratorSettings
 from gristmill.judge.backends import client_of, rater_of
 from gristmill.judge.filter_expr import FilterExpr
-from gristmill.judge.judges import Judges, LocalRater
+from gristmill.judge.judges import Judges, LocalRater, Scorer
 from gristmill.judge.programs import is_code
 from gristmill.judge.reward import RewardScorer
 from gristmill.judge.reward_client import weight_set
@@ -35,13 +37,15 @@ from gristmill.model.flops import num_parameters
 from gristmill.model.hf import fingerprint, load_model, load_reward
 from gristmill.model.lora import check_adapters
 from gristmill.model.quantized import Quantize
-from gristmill.model.transformer import PRECISIONS
+from gristmill.model.transformer import TRAINING_PRECISIONS
+from gristmill.parallel.mesh import Mesh
 from gristmill.runs import artifacts
 from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir
 from gristmill.synth.templates import TemplatePack
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.settings import Training
+from gristmill.workflows.alignment.ranks import Ranks
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
 from gristmill.workflows.benchmarks import BenchmarkArgs, Checked, check_benchmarks
@@ -69,14 +73,16 @@ LATEST = "latest"  # checkpoint of a generator: the model before this round
 
 
 def resolved_recipe(
-    recipe: AlignmentRecipe, num_parameters: int, device: torch.device, *, source: DataSource, folder: Path
+    recipe: AlignmentRecipe, num_parameters: int, device: torch.device, *, source: DataSource, folder: Path, mesh: Mesh | None = None
 ) -> AlignmentRecipe:
     """The recipe with everything that it leaves to the model's size and the device, as `train.by_size` chooses it.
 
     Args:
         num_parameters: of the Base model.
         folder: the run's. What computes in which precision stays as it was there, also on another device.
+        mesh: the processes of the run, of which the first chooses by measuring.
     """
+    picked = mesh.first(pick_precision(device)) if mesh is not None and mesh.size > 1 else ""
     before: dict[str, Any] = {}
     with suppress(InputError):
         before = read(folder / "recipe.yaml")
@@ -84,7 +90,7 @@ def resolved_recipe(
     def precision(name: str) -> str:
         section = before.get(name)
         found = section.get("precision") if isinstance(section, dict) else None
-        return found if found in PRECISIONS else ""
+        return found if found in TRAINING_PRECISIONS else picked
 
     changes: dict[str, Any] = {}
     for name, kind in STAGE_KINDS.items():
@@ -105,12 +111,22 @@ class AlignmentContext:
         progress: where work announces itself.
         unsafe_code: run model-written programs without a jail.
         redo: as `RunDir` takes it.
+        mesh: the processes of the run, of which the first alone has the folder (`Ranks`); default this one alone.
 
     Raises:
         InputError: a file of the recipe is missing or wrong, or there is no jail for a run that needs one.
     """
 
-    def __init__(self, recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False, *, redo: bool = False):
+    def __init__(
+        self,
+        recipe: AlignmentRecipe,
+        folder: Path,
+        progress: Progress,
+        unsafe_code: bool = False,
+        *,
+        redo: bool = False,
+        mesh: Mesh | None = None,
+    ):
         self.device, self.progress = pick_device(recipe.device), progress
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
@@ -128,7 +144,7 @@ class AlignmentContext:
                 check_adapters(base, lora_config(section.lora), base=section.lora.base)
         self.base_config, self.max_positions = base.config, base.config.max_positions
         given, size = recipe, num_parameters(base.config)
-        self.recipe = recipe = resolved_recipe(given, size, self.device, source=self.source, folder=folder)
+        self.recipe = recipe = resolved_recipe(given, size, self.device, source=self.source, folder=folder, mesh=mesh)
         self.base_fingerprint = fingerprint(self.base_folder)
         self.format: ChatFormat = find_format(recipe.chat_format, self.tokenizer)
         self.format.end_of_turn_id(self.tokenizer)
@@ -158,23 +174,41 @@ class AlignmentContext:
         self.asked: dict[str, str] = {}  # hash of all that a kind of measurement asks, and of how it is judged
         self._check_measurements()
         self._resources = ExitStack()
+        self._engines: dict[str, Engine] = {}
+        self._folders: WeakKeyDictionary[Engine, Path] = WeakKeyDictionary()
+        self._scorer: RewardScorer | None = None
+        self.reward_report: dict[str, Any] = {}
+        training = {"chat_format": self.format, "device": self.device, "seed": recipe.seed, "weights": self.weights or None}
+        training |= {"on_step": progress.train_step}
+        self.ranks = Ranks(mesh or Mesh(), engine=self.engine, scorer=self.scorer, options=training)
+        self.ranks.mesh.agree(make_id(__version__, recipe.model_dump(mode="json")), "recipes or versions of gristmill")
+        if self.ranks.mesh.is_writer:
+            try:
+                self._open(folder, prompts, given, redo=redo)
+            except BaseException:
+                self.ranks.dismiss()
+                raise
+
+    def _open(self, folder: Path, prompts: Sequence[Prompt], given: AlignmentRecipe, *, redo: bool) -> None:
+        """What the first process of a run alone has: the sandbox and the folder."""
+        recipe, progress, unsafe_code = self.recipe, self.progress, self.unsafe_code
         needs_code = bool(self.source.code_tasks) or any(is_code(p.truth) for p in prompts) or self._runs_benchmark_code()
         self.verifier = open_verifier(self._resources, needs_code=needs_code, unsafe_code=unsafe_code, tick=progress.tick)
         if not recipe.world:  # the built-in world's are known to be right
             check_given_tests(prompts, unsafe_code=unsafe_code, quiet=progress.quiet)
-        self._engines: dict[str, Engine] = {}
-        self._scorer: RewardScorer | None = None
-        self.reward_report: dict[str, Any] = {}
         self.run = RunDir(folder, recipe, progress, redo=redo)
         if chosen := [name for name in STAGE_KINDS if getattr(recipe, name) != getattr(given, name)]:
+            size = num_parameters(self.base_config)
             progress.say(f"settings for {size / 1e6:,.4g}M parameters on {self.device}, where the recipe gives none:")
             for name in chosen:
                 progress.say(f"  {name}: {described(getattr(recipe, name))}")
 
     def close(self) -> None:
-        """Stop the sandbox and let go of the folder."""
+        """Stop the sandbox, let go of the folder, and let the other processes end."""
         self._resources.close()
-        self.run.close()
+        if self.ranks.mesh.is_writer:
+            self.run.close()
+            self.ranks.dismiss()
 
     def _check_generators(self) -> None:
         """Raise `InputError` unless every generator can be asked."""
@@ -310,15 +344,20 @@ class AlignmentContext:
             self._engines[key] = Engine(
                 model, tokenizer, chat_format, name=name, max_batch=settings.max_batch, dtype=dtype, quantize=quantize, own=True
             )
+            self._folders[self._engines[key]] = folder
         return self._engines[key]
 
     def scorer(self, folder: Path) -> RewardScorer:
         """The reward model that the run has trained, with the recipe's aggregation weights."""
         if self._scorer is None:
-            precision = PRECISIONS[self.recipe.reward.precision]  # as in its training
+            precision = TRAINING_PRECISIONS[self.recipe.reward.precision]  # as in its training
             model, tokenizer = load_reward(folder, precision, vector_dtype=torch.float32, device=self.device)
             self._scorer = RewardScorer(model, tokenizer, self.format, weights=self.weights)
         return self._scorer
+
+    def shared_scorer(self, folder: Path) -> Scorer:
+        """The same, where every process rates a share."""
+        return _SharedScorer(self.scorer(folder), folder, self.ranks)
 
     # ---- generation ----
 
@@ -344,7 +383,7 @@ class AlignmentContext:
 
     def engine_client(self, engine: Engine, num_at_once: int = ALL_AT_ONCE) -> Client:
         """An engine whose answers show as progress. All that waits goes through it together, so that a run gives the same rows again."""
-        return BatchingClient(_Tracked(engine, self.progress), num_at_once)
+        return BatchingClient(_Tracked(engine, self._folders[engine], self.progress, self.ranks), num_at_once)
 
     def cached(self, client: Client, journal: Journal) -> CachedClient:
         """Asks a client what the journal does not hold. A full disk ends the run at once: it is taken up when there is room."""
@@ -370,17 +409,28 @@ class AlignmentContext:
             chat_format, device = self.recipe.chat_format, self.recipe.device
             rater = rater_of(reward, self.recipe.calls, ratings, chat_format=chat_format, device=device, tick=self.progress.tick)
         elif reward is not None and reward_folder is not None:
-            rater = LocalRater(self.scorer(reward_folder), self.progress.tick)
+            rater = LocalRater(self.shared_scorer(reward_folder), self.progress.tick)
         return Judges(self.recipe.judging, self.verifier, rater, weights=self.weights, client=client)
+
+
+class _SharedScorer:
+    """A reward model of which every process of the run has one."""
+
+    def __init__(self, scorer: RewardScorer, folder: Path, ranks: Ranks):
+        self.fits, self._folder, self._ranks = scorer.fits, folder, ranks
+
+    def score(self, conversations: Sequence[Sequence[Message]]) -> list[Rating]:
+        return self._ranks.score(self._folder, conversations)
 
 
 class _Tracked:
     """An engine whose answers show as progress."""
 
-    def __init__(self, engine: Engine, progress: Progress):
-        self.engine, self.progress, self.name = engine, progress, engine.name
+    def __init__(self, engine: Engine, folder: Path, progress: Progress, ranks: Ranks):
+        self.engine, self.folder, self.progress, self.name, self.ranks = engine, folder, progress, engine.name, ranks
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         wave, stats = list(requests), self.engine.stats
         tokens = stats.output_tokens
-        yield from self.progress.track(self.engine.generate(wave), len(wave), lambda: f"answers, {stats.output_tokens - tokens:,} tokens")
+        done = self.ranks.generate(self.name, self.folder, wave)
+        yield from self.progress.track(done, len(wave), lambda: f"answers, {stats.output_tokens - tokens:,} tokens")

@@ -23,7 +23,7 @@ from gristmill.model.config import ModelConfig
 from gristmill.model.flops import kv_bytes_per_token, num_parameters
 from gristmill.model.hf import load_model
 from gristmill.model.reward import RewardModel
-from gristmill.model.transformer import PRECISIONS
+from gristmill.model.transformer import TRAINING_PRECISIONS
 from gristmill.parallel.memory import USABLE_SHARE, fits_into
 from gristmill.synth.pipelines.base import Inputs
 from gristmill.synth.registry import run_pipelines
@@ -200,7 +200,7 @@ def _training(context: AlignmentContext, talks: Sequence[tuple[Message, ...]]) -
 def _rating(context: AlignmentContext, talks: Sequence[tuple[Message, ...]]) -> float:
     """Tokens a second of a reward model of this size."""
     model, tokenizer = load_model(context.base_folder)
-    model.compute_dtype = PRECISIONS[context.recipe.reward.precision]
+    model.compute_dtype = TRAINING_PRECISIONS[context.recipe.reward.precision]
     scorer = RewardScorer(RewardModel(model.to(context.device)), tokenizer, context.format)
     talks = [messages for messages in talks if scorer.fits(messages)]
     started, tokens = time.perf_counter(), 0

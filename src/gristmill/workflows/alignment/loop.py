@@ -27,6 +27,7 @@ from gristmill.generation.cached import Client
 from gristmill.judge.judges import Judges, LocalRater
 from gristmill.judge.pairwise import TEMPLATE, Comparison, Verdict, compare
 from gristmill.judge.select import contested, select
+from gristmill.parallel.mesh import Mesh
 from gristmill.runs import artifacts
 from gristmill.train.settings import PreferenceTraining, Training
 from gristmill.verify.repair import instructions_of
@@ -68,17 +69,29 @@ TRAINED = [f"{MODEL}/*", f"{ADAPTER}/*"]
 MODEL_FILES: list[artifacts.AnyArtifact] = [artifacts.OUTCOMES, artifacts.EVALUATION_CALLS]
 
 
-def run(recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False, *, redo: bool = False) -> dict[str, Any]:
-    """Turn the mill, from the start or from where an earlier start was cut off. Returns what `results.json` holds.
+def run(
+    recipe: AlignmentRecipe,
+    folder: Path,
+    progress: Progress,
+    unsafe_code: bool = False,
+    *,
+    redo: bool = False,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Turn the mill, from the start or from where an earlier start was cut off. Returns what `results.json` holds, in the first process.
 
     Args:
+        mesh: the processes of the run (`process_mesh`), of which the first alone writes; default this one alone.
         redo: make stages again that were made from another recipe or other files, and what depends on them; else they are refused.
 
     Raises:
         InputError: bad input, before work is spent.
     """
-    context = AlignmentContext(recipe, folder, progress, unsafe_code, redo=redo)
+    context = AlignmentContext(recipe, folder, progress, unsafe_code, redo=redo, mesh=mesh)
     try:
+        if not context.ranks.mesh.is_writer:
+            context.ranks.follow()
+            return {}
         return _run(context)
     finally:
         context.close()
@@ -208,7 +221,8 @@ def _check_reward(context: AlignmentContext, state: State, instruct: Engine) -> 
         assert state.reward_folder is not None
         scorer = context.scorer(state.reward_folder)
         _, held = _split_ratings(context, state)
-        ratings = asyncio.run(LocalRater(scorer, context.progress.tick).rate({r.id: r.messages for r in held}))
+        rater = LocalRater(context.shared_scorer(state.reward_folder), context.progress.tick)
+        ratings = asyncio.run(rater.rate({r.id: r.messages for r in held}))
         by_id = {name: scorer.total(rating) for name, rating in ratings.items()}
 
         async def keep(rows: list[Response], judges: Judges) -> list[Response]:

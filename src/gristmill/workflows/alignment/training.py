@@ -7,9 +7,7 @@ from typing import Any
 from gristmill.model.adapters import merge_folder
 from gristmill.train.settings import Training
 from gristmill.workflows.alignment.context import AlignmentContext
-from gristmill.workflows.train import ADAPTER, MODEL, train_model
-
-CHECKPOINT_SECONDS = 20.0
+from gristmill.workflows.train import ADAPTER, MODEL
 
 
 def train_stage(context: AlignmentContext, kind: str, start: Path, rows: Sequence[Any], recipe: Training, folder: Path) -> dict[str, Any]:
@@ -17,19 +15,7 @@ def train_stage(context: AlignmentContext, kind: str, start: Path, rows: Sequenc
 
     An adapter is merged into a model at once: what is evaluated, generates and is trained on next is the folder that is stored.
     """
-    result = train_model(
-        kind,
-        start,
-        rows,
-        out=folder,
-        recipe=recipe,
-        chat_format=context.format,
-        device=context.device,
-        seed=context.recipe.seed,
-        checkpoint_every=CHECKPOINT_SECONDS,
-        weights=context.weights or None,
-        on_step=context.progress.train_step,
-    )
+    result = context.ranks.train(kind, start, rows, recipe, folder)
     lora = {}
     if recipe.lora is not None:
         update = merge_folder(folder / ADAPTER, folder / MODEL)["update"]

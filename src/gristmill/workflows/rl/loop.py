@@ -38,8 +38,9 @@ from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir
 from gristmill.train.batches import Rollout
 from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity, fingerprint_model, fingerprint_text
+from gristmill.train.metrics import MetricsLog
 from gristmill.train.objectives.policy_gradient import normalized, with_logprobs
-from gristmill.train.trainer import MetricsLog, Trainer, TrainSettings
+from gristmill.train.trainer import Trainer, TrainSettings
 from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 from gristmill.workflows.rl.curriculum import curriculum_order, kept_by_rate
