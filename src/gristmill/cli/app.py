@@ -22,7 +22,7 @@ from gristmill.core.errors import InputError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 GROUPS = {
-    "Whole runs": ("run", "rl", "synth", "curate", "blend", "pretrain", "plan", "claims", "init"),
+    "Whole runs": ("run", "rl", "compress", "synth", "curate", "blend", "pretrain", "plan", "claims", "init"),
     "Look at runs": ("status", "report", "answers", "compare", "rows"),
     "Single steps": ("train", "merge", "quality", "quantize", "add-chat-tokens", "generate", "score", "eval", "judge", "safety"),
     "Talk and serve": ("chat", "serve", "studio"),

@@ -100,6 +100,38 @@ def rl(
     echo(json.dumps(results) if as_json else "\n".join([*rl_lines(results, folder), f"report: {page}"]))
 
 
+@command("gristmill compress miniature --model runs/miniature/02-demonstrations/model --speed 1.3")
+def compress(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    out: RunOut = None,
+    model: Annotated[str | None, typer.Option(help="Model folder to compress; overrides the recipe's model.")] = None,
+    speed: Annotated[float | None, typer.Option(help="Tokens a second of the child, in those of the model; overrides the target's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
+    device: RunDevice = None,
+    unsafe_code: Unsafe = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """A smaller and faster child of a model (Puzzle): layers searched by costs measured here, then distilled. More targets reuse the work."""
+    from gristmill.core.config import find_recipe, load
+    from gristmill.core.progress import Progress
+    from gristmill.report.compression import write_page
+    from gristmill.report.summary import compression_lines, stage_line
+    from gristmill.runs.reader import read_run
+    from gristmill.workflows.compress.recipe import CompressionRecipe
+    from gristmill.workflows.compress.run import run as run_compression
+
+    loaded = load(find_recipe(recipe, "compress"), CompressionRecipe, given(model=model, seed=seed, threads=threads, device=device))
+    if speed is not None:
+        loaded = loaded.with_speed(speed)
+    folder = out or Path("runs") / "-".join([loaded.name, *([f"seed{seed}"] if seed is not None else [])])
+    with Progress(quiet=quiet, describe=stage_line) as progress:
+        results = run_compression(loaded, folder, progress, unsafe_code)
+    page = write_page(read_run(folder))
+    echo(json.dumps(results) if as_json else "\n".join([*compression_lines(results, folder), f"report: {page}"]))
+
+
 @command("gristmill status runs/miniature")
 def status(
     folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"),
@@ -154,8 +186,8 @@ def answers(
 
 @command("gristmill report runs/miniature")
 def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"), as_json: AsJson = False) -> None:
-    """Write the page of a run again (an alignment, a curation, or of reinforcement learning) and print its path."""
-    from gristmill.report import alignment, curation, rl
+    """Write the page of a run again (an alignment, a curation, reinforcement learning or a compression) and print its path."""
+    from gristmill.report import alignment, compression, curation, rl
     from gristmill.runs.reader import read_run, reading_back
 
     with reading_back(folder):
@@ -163,7 +195,8 @@ def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("r
         if data.kind == "curation" and data.results:
             page = curation.write_page(folder, data.results)
         else:
-            page = rl.write_page(data) if data.kind == "rl" else alignment.write_report(folder)
+            writers = {"rl": rl.write_page, "compress": compression.write_page}
+            page = writers[data.kind](data) if data.kind in writers else alignment.write_report(folder)
     echo(json.dumps({"report": str(page)}) if as_json else str(page))
 
 

@@ -37,6 +37,7 @@ COMMANDS = {  # kind of recipe -> the command that takes it
     "blend": "blend",
     "pretraining": "pretrain",
     "rl": "rl",
+    "compress": "compress",
 }
 RENAMED = {  # keys of earlier versions, for the error that names the new one
     "models": "generators",
@@ -154,7 +155,8 @@ NameOrPath = Annotated[str, AfterValidator(_resolved_yaml)]  # a shipped thing b
 
 
 def find_recipe(name: str, kind: str) -> Path:
-    """The file of a recipe: a path that ends in .yaml or .yml, or else the name of a shipped recipe of this kind.
+    """The file of a recipe: a path that ends in .yaml or .yml, or else the name of a shipped recipe of this kind (also without the kind
+    at its end: `miniature` for miniature-rl).
 
     Raises:
         InputError: there is no such file or recipe, or the shipped recipe is of another kind.
@@ -165,6 +167,8 @@ def find_recipe(name: str, kind: str) -> Path:
             raise InputError(f"There is no recipe {name!r}: check the path, or write a recipe with `gristmill init`.")
         return Path(name)
     fitting = [stem for stem, path in shipped.items() if read(path).get("kind") == kind]
+    if name not in fitting and f"{name}-{kind}" in fitting:
+        name = f"{name}-{kind}"
     if name not in shipped:
         also = f" or one of the shipped recipes ({', '.join(fitting)})" if fitting else ""
         raise InputError(f"There is no recipe {name!r}: give a .yaml file{also}.")

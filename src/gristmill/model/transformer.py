@@ -453,11 +453,14 @@ class Transformer(nn.Module):
             angles[kind] = (cos_TR, sin_TR) if factor == 1 else (cos_TR * factor, sin_TR * factor)
         return angles
 
-    def hidden(self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None = None, *, layers: list[Tensor] | None = None
+    ) -> Tensor:
         """States [T, D] after the final norm, divided by `logits_scaling`.
 
         Args:
             rows_S: tokens whose states alone are needed, in this order: [S, D]. The last layer computes no others.
+            layers: a list that gets the states behind every layer, those of the last as it computes them.
 
         Raises:
             InputError: a document beyond the positions where the angles of all its tokens would depend on its length.
@@ -477,6 +480,8 @@ class Transformer(nn.Module):
                 x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TD = block(*given)
+            if layers is not None:
+                layers.append(x_TD)
         if self.after_blocks is not None:
             self.after_blocks()
         h_TD = self.final_norm(x_TD)

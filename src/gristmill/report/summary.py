@@ -142,6 +142,20 @@ def rl_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
     return [*lines, f"serve it: gristmill serve {shlex.quote(str(folder / results['model']))}"]
 
 
+def compression_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
+    """What a compression came to: speed, accuracy and KL of the child beside its parent, and the command that serves it."""
+    found = results["compress"]
+    speed, sizes = found["speed"], found["parameters"]
+    spread = f"{speed['spread']['low']:.2f} to {speed['spread']['high']:.2f}"
+    lines = [f"speed: {speed['measured']:.2f}x measured ({spread}), {speed['predicted']:.2f}x predicted"]
+    if accuracy := found["accuracy"]:
+        before, after = (format_score_ci(accuracy["scores"][who]["overall"]) for who in ("parent", "child"))
+        lines.append(f"greedy: {before} -> {after}, paired {format_difference(accuracy['paired'])}")
+    lines.append(f"KL from the parent: {found['kl_before']:.3f} nats a token before the distillation, {found['kl']:.3f} after")
+    lines.append(f"parameters: {sizes['parent']:,} -> {sizes['child']:,}; {found['seconds']:,.0f} s in all")
+    return [*lines, f"serve it: gristmill serve {shlex.quote(str(folder / results['model']))}"]
+
+
 def best_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
     """The best model of a finished run, how it was chosen, and the command that serves it; nothing of a run of an earlier version."""
     best = results.get("best")

@@ -141,11 +141,21 @@ def _encoded(recipe: Pretraining, config: ModelConfig) -> tuple[Tokenizer, list[
 def _documents(recipe: Pretraining) -> Iterator[str]:
     if recipe.world:
         yield from World.make().documents(recipe.seed)
-    elif recipe.documents and recipe.documents.is_dir():
-        for path in sorted(recipe.documents.rglob("*.txt")):
-            yield path.read_text(encoding="utf-8", errors="replace")
     elif recipe.documents:
-        for number, record in enumerate(read_records(recipe.documents), 1):
-            if not isinstance(record.get("text"), str):
-                raise InputError(f"Row {number} of {recipe.documents} has no `text`.")
-            yield record["text"]
+        yield from read_documents(recipe.documents)
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Texts of a folder of .txt files, or of the column `text` of a file.
+
+    Raises:
+        InputError: the file is missing, or a row has no text.
+    """
+    if path.is_dir():
+        for file in sorted(path.rglob("*.txt")):
+            yield file.read_text(encoding="utf-8", errors="replace")
+        return
+    for number, record in enumerate(read_records(path), 1):
+        if not isinstance(record.get("text"), str):
+            raise InputError(f"Row {number} of {path} has no `text`.")
+        yield record["text"]
