@@ -15,9 +15,8 @@ from gristmill.model.config import ModelConfig
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import TokenBatch
 from gristmill.train.losses import cross_entropy_sum, kl_divergence_sum
+from gristmill.train.settings import DistillationLoss
 from gristmill.train.trainer import LossOutput
-
-DistillationLoss = Literal["cosine+kl", "kl", "cosine+kl+lm", "kl+lm", "lm"]
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,22 @@ def _cosine_sum(
     return total
 
 
-def paired_loss(loss: DistillationLoss | Literal["auto"], student: ModelConfig, teacher: ModelConfig) -> DistillationLoss:
+def paired_loss(
+    loss: DistillationLoss | Literal["auto"], student: ModelConfig, teacher: ModelConfig, layers: Sequence[int] = ()
+) -> DistillationLoss:
     """The loss that is taken: "auto" is cosine + KL where the layers pair, else KL.
+
+    Args:
+        layers: the teacher's layer of each of the student's, where that is known.
 
     Raises:
         InputError: cosine of models of other widths or depths.
     """
     sizes = [(config.hidden_size, config.num_layers) for config in (student, teacher)]
+    pair = sizes[0][0] == sizes[1][0] and (len(layers) == sizes[0][1] or sizes[0] == sizes[1])
     if loss == "auto":
-        return "cosine+kl" if sizes[0] == sizes[1] else "kl"
-    if loss.startswith("cosine") and sizes[0] != sizes[1]:
+        return "cosine+kl" if pair else "kl"
+    if loss.startswith("cosine") and not pair:
         raise InputError(
             f"The student's layers ({sizes[0][1]} of width {sizes[0][0]}) do not pair with the teacher's ({sizes[1][1]} of width "
             f"{sizes[1][0]}): take the loss kl."

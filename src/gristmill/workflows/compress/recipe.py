@@ -5,8 +5,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from gristmill.core.config import FilePath, Recipe, RunName, Section, check
-from gristmill.train.objectives.distillation import DistillationLoss
-from gristmill.train.settings import Training
+from gristmill.train.settings import DistillationTraining
 
 
 class CompressionData(Section):
@@ -78,12 +77,6 @@ class Search(Section):
     curve: tuple[float, ...] = Field((1.15, 1.3, 1.5, 2.0), description="speeds whose best child is measured too, for the Pareto curve")
 
 
-class Distillation(Training):
-    """Global distillation of the child: by `loss`, on the calibration text."""
-
-    loss: DistillationLoss = "cosine+kl"
-
-
 class CompressionRecipe(Recipe):
     """A whole compression."""
 
@@ -105,7 +98,7 @@ class CompressionRecipe(Recipe):
     target: Target = Target()
     search: Search = Search()
     fusion: bool = Field(False, description="fuse runs of MLPs in layers without attention, before the distillation")
-    distillation: Distillation = Distillation(optimizer="adamw", steps=400, batch_size=32, weight_decay=0.0)
+    distillation: DistillationTraining = DistillationTraining(steps=400, batch_size=32, weight_decay=0.0)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

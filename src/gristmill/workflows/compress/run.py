@@ -44,12 +44,11 @@ from gristmill.model.transformer import PRECISIONS, Transformer
 from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir, Stage
 from gristmill.train.by_size import fill
-from gristmill.train.objectives.distillation import DistillationObjective
 from gristmill.train.trainer import Trainer, TrainSettings
 from gristmill.workflows.compress.recipe import CompressionRecipe
 from gristmill.workflows.compress.text import CalibrationText, answer_samples, document_samples
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
-from gristmill.workflows.train import MODEL
+from gristmill.workflows.train import MODEL, load_teacher
 
 EVALUATION, MEASURED, TRAIN = "evaluation.jsonl", "measured.jsonl", "train"
 PIECE_TOKENS = 4096  # of a batch of blockwise distillation and scores
@@ -274,8 +273,8 @@ class _Run:
         training = fill(recipe.distillation, "sft", parameters, device=self.device, num_rows=len(self.text.train))
         values = {k: v for k, v in training.model_dump().items() if k in TrainSettings.__dataclass_fields__}
         settings = TrainSettings(**values, seed=recipe.seed, checkpoint_every=CHECKPOINT_SECONDS)
-        teacher = load_model(self.start, PRECISIONS[settings.precision], vector_dtype=torch.float32)[0].to(self.device)
-        objective = DistillationObjective(teacher.requires_grad_(False), fingerprint(self.start), training.loss, child.layers)
+        options = {"precision": settings.precision, "device": self.device, "layers": child.layers}
+        objective = load_teacher(self.start, training.loss, child.model.config, **options)
         trainer = Trainer(
             child.model, objective, settings, device=self.device, folder=folder / TRAIN, on_step=self.progress.train_step
         )
@@ -321,6 +320,7 @@ class _Run:
                 "seconds": round(sum(stage.summary["seconds"] for stage in stages), 2),
             },
             "point": costs["point"],
+            "parent_layers": [asdict(self.space.choices(layer)[0]) for layer in range(self.parent.config.num_layers)],
             "layers": chosen["layers"],
             "children": found["children"],
             "model": f"{child.folder.name}/{MODEL}",
