@@ -50,8 +50,7 @@ def size_of(block: BlockConfig, half: Half) -> int:
 def block_config(parent: BlockConfig, choice: Choice) -> BlockConfig:
     """Configuration of a layer with other sizes."""
     heads = (parent.num_heads, choice.kv_heads, parent.head_dim) if choice.kv_heads else (0, 0, 0)
-    window = parent.window if choice.kv_heads else 0
-    return replace(parent, num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2], ffn_size=choice.ffn_size, window=window)
+    return replace(parent, num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2], ffn_size=choice.ffn_size)
 
 
 def half_config(parent: BlockConfig, variant: Variant) -> BlockConfig:
