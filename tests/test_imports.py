@@ -25,7 +25,7 @@ LAYERS = [
     {"generation", "train"},
     {"engine", "synth"},
     {"judge"},
-    {"evaluate", "miniature", "curate"},
+    {"evaluate", "miniature", "curate", "compress"},
     {"workflows", "server", "report"},
     {"studio"},
     {"api"},

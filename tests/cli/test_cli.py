@@ -29,7 +29,7 @@ SURFACE = {
     "plan": "MODEL --gpus --tp --pp --vp --cp --dp --batch-size --micro-batch --seq-len --precision --recompute --zero --gpu --search "
     "--top --tokens --documents --nodes --cores --document-bytes --out -o --published --calibrate --json",
     "train": (
-        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --taxonomy --max-fpr --precision "
+        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --taxonomy --max-fpr --teacher --distill-loss --precision "
         "--micro-batch-tokens --checkpoint-activations --tp --lora-rank --lora-alpha --lora-targets --lora-base --lora-b-lr-ratio --rslora "
         "--dora --device --format --seed --quiet -q --json"
     ),
@@ -53,6 +53,7 @@ SURFACE = {
         "--out -o --device --format --seed --quiet -q --json"
     ),
     "quantize": "MODEL --out -o --to --group --dtype --text --json",
+    "export": "MODEL --out -o --to --json",
     "add-chat-tokens": "MODEL --out -o --to --json",
     "chat": "MODEL --system --history --temperature --top-p --max-tokens --dtype --quantize --head --device --format --seed",
     "claims": "RECIPE --out -o --seeds --only --jobs --redo --list --unsafe-code --quiet -q --json",
@@ -63,6 +64,7 @@ SURFACE = {
     "--max-batch --cache-tokens --step-tokens --speculative-config --enable-lora --lora-modules --max-loras --max-lora-rank "
     "--lora-folder --dtype --quantize --head --cache --device --format",
     "rl": "RECIPE --out -o --model --seed --steps --threads --device --unsafe-code --quiet -q --json",
+    "compress": "RECIPE --out -o --model --speed --seed --threads --device --unsafe-code --quiet -q --json",
     "studio": "FOLDER --port --host --url --database --export",
     "synth": "RECIPE --out -o --dry-run --limit --retry-failed --device --unsafe-code --quiet -q --json",
     "curate": "RECIPE --input -i --out -o --workers --executor --explain --quiet -q --json",

@@ -105,7 +105,7 @@ def measure_variants(
     """Measure every variant; rounds that `costs.jsonl` holds stay.
 
     Returns:
-        `seconds` a token of the parent, and by half and size the `shares` of it that a layer takes less than with the parent's half:
+        `parent_seconds` a token, and by half and size the `shares` of it that a layer takes less than with the parent's half:
         `median`, `low` and `high` of the rounds.
     """
     kinds = list(dict.fromkeys((half, size) for half in HALVES for sizes in space.sizes(half) for size in sizes[1:]))
@@ -126,7 +126,7 @@ def measure_variants(
     for name, change in changed.items():
         found = sorted((one[name] / one[PARENT] - 1) / len(change) for one in rounds)
         shares[name] = {"median": median(found), "low": found[0], "high": found[-1]}
-    return {"seconds": median(one[PARENT] for one in rounds), "shares": shares}
+    return {"parent_seconds": median(one[PARENT] for one in rounds), "shares": shares}
 
 
 def _changed(config: ModelConfig, half: Half, size: int) -> dict[int, Choice]:

@@ -28,7 +28,7 @@ def write_page(data: RunData) -> Path:
     if "costs" in stages:
         body += [el("h2", "Costs of variants"), *_costs(stages["costs"])]
     if "scores" in stages:
-        body += [el("h2", "Replace-1-block scores"), *_scores(stages["scores"]["scores"])]
+        body += [el("h2", "Replace-1-block scores"), *_scores(stages["scores"]["blocks"])]
     if "library" in stages and (trained := stages["library"]["variants"]):
         body += [el("h2", "Blockwise distillation"), _library(trained)]
     if curves := training_section(data):
@@ -108,7 +108,7 @@ def _costs(costs: Mapping[str, Any]) -> list[Markup]:
         [name.replace("-", " ", 1), f"{share['median']:+.2%}", f"{share['low']:+.2%} to {share['high']:+.2%}"]
         for name, share in costs["shares"].items()
     ]
-    words = f"Share of the parent's time a token ({costs['seconds'] * 1e6:,.0f} us) that a layer takes more with this half than its own."
+    words = f"Share of the parent's time a token ({costs['parent_seconds'] * 1e6:,.0f} us) that a layer takes more with this half than its own."
     return [el("p", words, class_="note"), table(["variant", "median", "rounds"], rows, medium=True)]
 
 

@@ -31,6 +31,10 @@ def stage_line(done: Mapping[str, Any]) -> str:
         return _model(done)
     if "scores" in done:
         return ", ".join(f"{stage_label(name)} {format_score(score['mean'])}" for name, score in done["scores"].items())
+    if "kl_before" in done:
+        return f"{done['steps']:,} steps, {done['tokens']:,} tokens, KL from the parent {done['kl_before']:.3f} -> {done['kl']:.3f}"
+    if "speed" in done and "parameters" in done:
+        return f"{done['speed']['median']:.2f}x the parent's speed, {done['parameters']:,} parameters"
     if "llm_judge" in done:
         return f"pair accuracy easy {_pair(done, 'easy')}, hard {_pair(done, 'hard')}"
     if "alarms" in done:

@@ -106,7 +106,7 @@ class _Run:
         scores = self.dir.stage("scores", library.fingerprint, self._score)
         costs = self.dir.stage("costs", [*of_model, asdict(self.space), recipe.costs.model_dump()], self._measure)
         base = self.dir.stage("parent", [*of_model, [p.id for p in self.evaluation]], self._evaluate_parent)
-        self._problem = self._make_problem(scores.summary["scores"], costs.summary)
+        self._problem = self._make_problem(scores.summary["blocks"], costs.summary)
         name = recipe.target.name
         wanted = [scores.fingerprint, costs.fingerprint, recipe.target.model_dump(), recipe.search.model_dump()]
         found = self.dir.stage(f"search-{name}", wanted, self._search)
@@ -158,7 +158,7 @@ class _Run:
 
     def _score(self, folder: Path) -> dict[str, Any]:
         scores = score_blocks(self.library, self.space, self.reference, folder, self.progress)
-        return {"num_blocks": len(scores), "scores": {name: dict(score) for name, score in scores.items()}}
+        return {"num_blocks": len(scores), "blocks": {name: dict(score) for name, score in scores.items()}}
 
     def _meter(self) -> Meter:
         return Meter(self.point, self.tokenizer, self.format)
