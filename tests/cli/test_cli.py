@@ -29,9 +29,9 @@ SURFACE = {
     "plan": "MODEL --gpus --tp --pp --vp --cp --dp --batch-size --micro-batch --seq-len --precision --recompute --zero --gpu --search "
     "--top --tokens --documents --nodes --cores --document-bytes --out -o --published --calibrate --json",
     "train": (
-        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --taxonomy --max-fpr --teacher --distill-loss --precision "
-        "--micro-batch-tokens --checkpoint-activations --tp --lora-rank --lora-alpha --lora-targets --lora-base --lora-b-lr-ratio --rslora "
-        "--dora --device --format --seed --quiet -q --json"
+        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --taxonomy --max-fpr --teacher "
+        "--distill-loss --precision --micro-batch-tokens --checkpoint-activations --tp --lora-rank --lora-alpha --lora-targets "
+        "--lora-base --lora-b-lr-ratio --rslora --dora --device --format --seed --quiet -q --json"
     ),
     "merge": "ADAPTER --out -o --base --dtype --rows --json",
     "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --dtype --quantize --head "

@@ -1,4 +1,4 @@
-"""Children as models: they load, generate, train and quantize as others do, other programs refuse them, and exports are the same function."""
+"""Children as models: they load, generate, train and quantize as others do; others refuse them; exports are the same function."""
 
 import json
 from dataclasses import replace

@@ -105,7 +105,9 @@ def compress(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
     out: RunOut = None,
     model: Annotated[str | None, typer.Option(help="Model folder to compress; overrides the recipe's model.")] = None,
-    speed: Annotated[float | None, typer.Option(help="Tokens a second of the child, in those of the model; overrides the target's.")] = None,
+    speed: Annotated[
+        float | None, typer.Option(help="Tokens a second of the child, in those of the model; overrides the target's.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
     device: RunDevice = None,
@@ -113,7 +115,7 @@ def compress(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """A smaller and faster child of a model (Puzzle): layers searched by costs measured here, then distilled. More targets reuse the work."""
+    """A smaller, faster child of a model (Puzzle): layers searched by costs measured here, then distilled; resumes, takes more targets."""
     from gristmill.core.config import find_recipe, load
     from gristmill.core.progress import Progress
     from gristmill.report.compression import write_page

@@ -5,7 +5,7 @@ difference, divided by the layers, is the variant's. So it holds at this batch a
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -53,8 +53,8 @@ class Meter:
         self.point, self._tokenizer, self._format = point, tokenizer, chat_format
         self._engines: dict[str, Engine] = {}
 
-    def add(self, name: str, model: Transformer) -> None:
-        """Serve a model, which is read in place, beside the others."""
+    def add(self, name: str, model: Transformer, *, own: bool) -> None:
+        """Serve a model beside the others; one that nobody else uses (`own`) is held in the engine's type alone."""
         engine = Engine(
             model,
             self._tokenizer,
@@ -63,6 +63,7 @@ class Meter:
             max_batch=self.point.batch,
             dtype=self.point.dtype,
             quantize="int8" if self.point.precision == "int8" else "",
+            own=own,
         )
         engine.stop_V[:] = False  # all answers are equally long
         self._engines[name] = engine
@@ -117,7 +118,7 @@ def measure_variants(
         missing = [number for number in range(repeats) if str(number) not in journal]
         if missing:
             for name, one in configs.items():
-                meter.add(name, random_model(one, meter.point.dtype, device))
+                meter.add(name, random_model(one, meter.point.dtype, device), own=True)
             meter.warm_up()
         for number in progress.track(missing, len(missing), lambda: "rounds of measuring"):
             journal.append({"id": str(number), "point": asdict(meter.point), "seconds": meter.round(number)})
@@ -162,16 +163,24 @@ def layer_share(table: Mapping[str, Any], own: Choice, choice: Choice) -> float:
     return total
 
 
-def compare_models(models: Mapping[str, Transformer], meter: Meter, rounds: Sequence[int], journal: Journal) -> dict[str, dict[str, float]]:
-    """Speeds of models against the first, measured in turns: `median`, `low` and `high` of the rounds' ratios."""
-    missing = [number for number in rounds if str(number) not in journal]
-    if missing:
-        for name, model in models.items():
-            meter.add(name, model)
-        meter.warm_up()
-    for number in missing:
-        journal.append({"id": str(number), "seconds": meter.round(number)})
-    found = [journal[str(number)]["seconds"] for number in rounds]
-    first = next(iter(models))
-    ratios = {name: sorted(one[first] / one[name] for one in found) for name in models}
+def compare_models(
+    parent: Transformer, makers: Mapping[str, Callable[[], Transformer]], meter: Meter, *, repeats: int, path: Path
+) -> dict[str, dict[str, float]]:
+    """Speeds of models against the parent, measured in turns: `median`, `low` and `high` of the rounds' ratios.
+
+    Args:
+        makers: make each model, where something is left to measure.
+        path: journal of the rounds; those that it holds stay.
+    """
+    with Journal(path) as journal:
+        missing = [number for number in range(repeats) if str(number) not in journal]
+        if missing:
+            meter.add(PARENT, parent, own=False)
+            for name, make in makers.items():
+                meter.add(name, make().requires_grad_(False), own=True)
+            meter.warm_up()
+        for number in missing:
+            journal.append({"id": str(number), "seconds": meter.round(number)})
+        found = [journal[str(number)]["seconds"] for number in range(repeats)]
+    ratios = {name: sorted(one[PARENT] / one[name] for one in found) for name in makers}
     return {name: {"median": median(ones), "low": ones[0], "high": ones[-1]} for name, ones in ratios.items()}

@@ -4,6 +4,7 @@ The sum of its layers' scores stands for a child's quality in the search. Source
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,10 @@ def score_blocks(library: Library, space: Space, reference: Reference, folder: P
         for layer in range(parent.config.num_layers if left else 0):
             own, *others = [choice for number, choice in wanted if number == layer]
 
-            def distance(choice: Choice, layer: int = layer) -> Distance:
-                return _replaced(library, layer, choice, states, reference)
-
             missing = [choice for choice in others if (layer, choice) in left]
             scored = [(own, base)] if (layer, own) in left else []
             with workers(num_workers(parent)) as each:
-                scored += zip(missing, each(torch.no_grad()(distance), missing), strict=True)
+                scored += zip(missing, each(partial(_replaced, library, reference, layer, states), missing), strict=True)
             for choice, found in scored:
                 journal.append({"id": score_id(layer, choice), **_record(parent, layer, choice, found, base)})
             progress.tick(len(journal), len(wanted), "blocks scored")
@@ -64,7 +62,8 @@ def _record(parent: Transformer, layer: int, choice: Choice, found: Distance, ba
     return {**where, "kl": max(0.0, found.kl), "lm_loss": found.lm_loss - base.lm_loss, **sizes}
 
 
-def _replaced(library: Library, layer: int, choice: Choice, states: list[Tensor], reference: Reference) -> Distance:
+@torch.no_grad()
+def _replaced(library: Library, reference: Reference, layer: int, states: list[Tensor], choice: Choice) -> Distance:
     """Distance of the parent with one layer exchanged, from what that layer reads."""
     parent = library.parent
     halves = library.half(layer, "attention", choice.kv_heads), library.half(layer, "mlp", choice.ffn_size)

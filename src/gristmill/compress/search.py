@@ -108,18 +108,17 @@ def check_feasible(problem: Problem, limits: Limits) -> None:
         if (least := problem.least(name)) > value + TOLERANCE:
             if name == "time":
                 raise InputError(
-                    f"A speed of {1 / value:.2f}x is out of reach: the search space ends at {1 / least:.2f}x, since embeddings, output matrix "
-                    f"and sampling are a part that no choice removes. Ask for at most --speed {np.floor(100 / least) / 100:.2f}, or widen space."
+                    f"A speed of {1 / value:.2f}x is out of reach: the search space ends at {1 / least:.2f}x, since embeddings, output "
+                    "matrix and sampling are a part that no choice removes. "
+                    f"Ask for at most --speed {np.floor(100 / least) / 100:.2f}, or widen space."
                 )
             raise InputError(
-                f"target.{name} {value:.3g} is out of reach: the search space ends at {least:.3g} of the parent's. Raise it, or widen space."
+                f"target.{name} {value:.3g} is out of reach: the search space ends at {least:.3g} of the parent's. "
+                "Raise it, or widen space."
             )
     fastest = solve(_fastest(problem), Limits(memory=limits.memory, parameters=limits.parameters))
-    assert fastest is not None
-    raise InputError(
-        f"The limits of target contradict each other: with the others, the fastest child is {1 / problem.cost('time', fastest):.2f}x. "
-        "Raise one of them."
-    )
+    near = "" if fastest is None else f": with the others, the fastest child is {1 / problem.cost('time', fastest):.2f}x"
+    raise InputError(f"The limits of target contradict each other{near}. Raise one of them.")
 
 
 def _fastest(problem: Problem) -> Problem:

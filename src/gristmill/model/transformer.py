@@ -453,9 +453,7 @@ class Transformer(nn.Module):
             angles[kind] = (cos_TR, sin_TR) if factor == 1 else (cos_TR * factor, sin_TR * factor)
         return angles
 
-    def hidden(
-        self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None = None, *, layers: list[Tensor] | None = None
-    ) -> Tensor:
+    def hidden(self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None = None, *, layers: list[Tensor] | None = None) -> Tensor:
         """States [T, D] after the final norm, divided by `logits_scaling`.
 
         Args:

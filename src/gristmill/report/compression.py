@@ -108,7 +108,9 @@ def _costs(costs: Mapping[str, Any]) -> list[Markup]:
         [name.replace("-", " ", 1), f"{share['median']:+.2%}", f"{share['low']:+.2%} to {share['high']:+.2%}"]
         for name, share in costs["shares"].items()
     ]
-    words = f"Share of the parent's time a token ({costs['parent_seconds'] * 1e6:,.0f} us) that a layer takes more with this half than its own."
+    words = (
+        f"Share of the parent's time a token ({costs['parent_seconds'] * 1e6:,.0f} us) that a layer takes more with this half than its own."
+    )
     return [el("p", words, class_="note"), table(["variant", "median", "rounds"], rows, medium=True)]
 
 

@@ -79,7 +79,7 @@ def train_model(
     Args:
         kind: sft, reward, guard, distill, or the name of a preference loss.
         start: folder of the model to begin from; for preference losses it is also the reference.
-        recipe: a `Training`, a `PreferenceTraining` for preference losses, or a `DistillationTraining`; what it leaves out is chosen by the model's size.
+        recipe: a `Training`, or a `PreferenceTraining` or `DistillationTraining` for these kinds; gaps are filled by the model's size.
         device: where to train, as `pick_device` takes it.
         checkpoint_every: seconds between checkpoints.
         weights: aggregation weights that a reward model is saved with.

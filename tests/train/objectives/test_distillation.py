@@ -131,7 +131,9 @@ def rows(tmp_path: Path) -> Path:
 
 
 def test_the_command_distils_a_model_folder(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
-    shown = distil("--model", tiny_base, "--teacher", tiny_base, "--data", rows, "--out", tmp_path / "out", "--epochs", 2, "--precision", "fp32")
+    shown = distil(
+        "--model", tiny_base, "--teacher", tiny_base, "--data", rows, "--out", tmp_path / "out", "--epochs", 2, "--precision", "fp32"
+    )
     assert shown.exit_code == 0, shown.output
     first, *_ = (json.loads(line) for line in (tmp_path / "out/train/metrics.jsonl").read_text().splitlines())
     assert first["kl"] == pytest.approx(0, abs=1e-5) and first["cosine"] == pytest.approx(0, abs=1e-4), "its own teacher"

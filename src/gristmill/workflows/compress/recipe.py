@@ -11,7 +11,9 @@ from gristmill.train.settings import DistillationTraining
 class CompressionData(Section):
     """What the parent is distilled on, and what parent and child are asked. A world supplies both."""
 
-    prompts: FilePath | None = Field(None, description="JSONL or Parquet with `prompt` or `messages`; the parent's own answers are the text")
+    prompts: FilePath | None = Field(
+        None, description="JSONL or Parquet with `prompt` or `messages`; the parent's own answers are the text"
+    )
     documents: FilePath | None = Field(None, description="in place of prompts: a file with a `text` column, or a folder of .txt files")
     evaluation: FilePath | None = Field(None, description="prompts with known answers; none: accuracy is not measured")
     num_evaluation: int | None = Field(None, gt=0, description="a task; default all")
@@ -51,7 +53,9 @@ class Costs(Section):
     prompt_tokens: int = Field(32, gt=0)
     output_tokens: int = Field(64, gt=0)
     repeats: int = Field(5, gt=0, description="rounds, in which all are measured in turns")
-    precision: Literal["auto", "fp32", "bf16", "int8"] = Field("auto", description="of the engine; auto: bf16 where the device is made for it")
+    precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        "auto", description="of the engine; auto: bf16 where the device is made for it"
+    )
 
 
 class Target(Section):

@@ -4,11 +4,10 @@ What does not depend on the target (text, library, scores, costs, the parent's a
 child and its measurements. Every stage goes on where it was cut off, and nothing is trained, scored or measured twice.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +84,7 @@ class _Run:
         self.prompts, self.evaluation = _prompts(recipe)
         if recipe.world is None:
             check_given_tests(self.evaluation, unsafe_code=unsafe_code, quiet=progress.quiet)
-        self.verifier: Verifier = open_verifier(
-            stack, needs_code=any(is_code(p.truth) for p in self.evaluation), unsafe_code=unsafe_code
-        )
+        self.verifier: Verifier = open_verifier(stack, needs_code=any(is_code(p.truth) for p in self.evaluation), unsafe_code=unsafe_code)
         self.dir = stack.enter_context(RunDir(folder, recipe, progress))
 
     def _point(self) -> OperatingPoint:
@@ -111,8 +108,9 @@ class _Run:
         wanted = [scores.fingerprint, costs.fingerprint, recipe.target.model_dump(), recipe.search.model_dump()]
         found = self.dir.stage(f"search-{name}", wanted, self._search)
         inputs = [found.fingerprint, recipe.fusion, recipe.distillation.model_dump()]
-        child = self.dir.stage(f"child-{name}", inputs, lambda folder: self._distil(folder, found.summary), files=[f"{MODEL}/*"])
-        measured = self.dir.stage(f"measured-{name}", [child.fingerprint, base.fingerprint], lambda folder: self._measure_child(folder, child))
+        child = self.dir.stage(f"child-{name}", inputs, partial(self._distil, found=found.summary), files=[f"{MODEL}/*"])
+        wanted = [child.fingerprint, costs.fingerprint, base.fingerprint]
+        measured = self.dir.stage(f"measured-{name}", wanted, partial(self._measure_child, child=child))
         stages = [text, library, scores, costs, base, found, child, measured]
         out = self._results(stages, costs.summary, base.summary, found.summary, child, measured.summary)
         self.dir.finish(out)
@@ -165,9 +163,7 @@ class _Run:
 
     def _measure(self, folder: Path) -> dict[str, Any]:
         repeats = self.recipe.costs.repeats
-        table = measure_variants(
-            self.parent.config, self.space, self._meter(), folder, self.progress, repeats=repeats, device=self.device
-        )
+        table = measure_variants(self.parent.config, self.space, self._meter(), folder, self.progress, repeats=repeats, device=self.device)
         return {"num_rounds": repeats, "point": asdict(self.point), **table}
 
     # ---- accuracy ----
@@ -255,9 +251,12 @@ class _Run:
 
     def _speeds(self, folder: Path, architectures: Mapping[str, Sequence[Choice]]) -> dict[str, dict[str, float]]:
         """Measured speeds against the parent, in turns."""
-        models = {"parent": self.parent} | {name: make_child(self.library, one).model for name, one in architectures.items()}
-        with Journal(folder / MEASURED) as journal:
-            return compare_models(models, self._meter(), range(self.recipe.costs.repeats), journal)
+
+        def make(choices: Sequence[Choice]) -> Transformer:
+            return make_child(self.library, choices).model
+
+        makers = {name: partial(make, one) for name, one in architectures.items()}
+        return compare_models(self.parent, makers, self._meter(), repeats=self.recipe.costs.repeats, path=folder / MEASURED)
 
     # ---- the child ----
 
@@ -275,9 +274,7 @@ class _Run:
         settings = TrainSettings(**values, seed=recipe.seed, checkpoint_every=CHECKPOINT_SECONDS)
         options = {"precision": settings.precision, "device": self.device, "layers": child.layers}
         objective = load_teacher(self.start, training.loss, child.model.config, **options)
-        trainer = Trainer(
-            child.model, objective, settings, device=self.device, folder=folder / TRAIN, on_step=self.progress.train_step
-        )
+        trainer = Trainer(child.model, objective, settings, device=self.device, folder=folder / TRAIN, on_step=self.progress.train_step)
         result = trainer.fit(self.text.train)
         save_model(child.model, with_template_of(self.format, self.tokenizer), folder / MODEL)
         after = self.reference.distance(child.model)
@@ -285,11 +282,16 @@ class _Run:
         return {**told, "kl_before": before.kl, "kl": after.kl, "lm_loss": after.lm_loss, "layers": list(child.layers)}
 
     def _measure_child(self, folder: Path, child: Stage) -> dict[str, Any]:
-        model = load_model(child.folder / MODEL)[0].to(self.device).requires_grad_(False)
-        with Journal(folder / MEASURED) as journal:
-            rounds = range(self.recipe.costs.repeats)
-            speed = compare_models({"parent": self.parent, "child": model}, self._meter(), rounds, journal)["child"]
-        sizes = {"parameters": num_parameters(model.config), "kv_bytes_per_token": kv_bytes_per_token(model.config, self.point.dtype.itemsize)}
+        def load() -> Transformer:
+            return load_model(child.folder / MODEL)[0].to(self.device).requires_grad_(False)
+
+        repeats, path = self.recipe.costs.repeats, folder / MEASURED
+        speed = compare_models(self.parent, {"child": load}, self._meter(), repeats=repeats, path=path)["child"]
+        model = load()
+        sizes = {
+            "parameters": num_parameters(model.config),
+            "kv_bytes_per_token": kv_bytes_per_token(model.config, self.point.dtype.itemsize),
+        }
         return {"speed": speed, **sizes, **self._evaluate(model, folder)}
 
     def _results(

@@ -24,6 +24,7 @@ from gristmill.workflows.pretrain import read_documents
 ANSWERS = "answers.jsonl"
 MIN_TOKENS = 1000  # of the text, under which scores are noise
 MAX_PASSES = 64  # over the prompts
+AT_ONCE = 1024  # prompts that are answered together
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def answer_samples(
     with Journal(folder / ANSWERS) as journal:
         for number in range(MAX_PASSES):
             names = [f"{number}-{i}-{prompt.id}" for i, prompt in enumerate(prompts)]
-            requests = [Request(name, p.messages, sampling, seed) for name, p in zip(names, prompts, strict=True) if name not in journal]
-            for request, outs in progress.track(engine.generate(requests), len(requests), lambda: "prompts answered"):
-                journal.append({"id": request.id, "tokens": outs[0].tokens})
+            requests = [Request(name, p.messages, sampling, seed) for name, p in zip(names, prompts, strict=True)]
+            for start in range(0, len(requests), AT_ONCE):
+                _answer(engine, requests[start : start + AT_ONCE], journal, progress)
             for name, prompt in zip(names, asked, strict=True):
                 tokens = journal[name]["tokens"]
                 samples.append(Sample([*prompt, *tokens], [False] * len(prompt) + [True] * len(tokens), name))
@@ -88,6 +89,15 @@ def answer_samples(
             if count >= total:
                 break
     return samples
+
+
+def _answer(engine: Engine, requests: Sequence[Request], journal: Journal, progress: Progress) -> None:
+    """Journal the answers to requests. Where one is missing all are computed: in a smaller batch the last digits of sums may differ."""
+    if all(request.id in journal for request in requests):
+        return
+    for request, outs in progress.track(engine.generate(requests), len(requests), lambda: "prompts answered"):
+        if request.id not in journal:
+            journal.append({"id": request.id, "tokens": outs[0].tokens})
 
 
 def document_samples(path: Path, tokenizer: Tokenizer, wanted: Calibration, max_tokens: int) -> list[Sample]:
