@@ -4,6 +4,7 @@ A layer needs three states of every token: what it reads, what lies between atte
 reads. Only these are on the disk. Shapes: T tokens of all documents, D hidden size.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -148,5 +149,7 @@ class Activations:
     @contextmanager
     def _writing(self, path: Path) -> Iterator[Tensor]:
         with disk_errors(self.folder), replacing(path) as temporary:
-            temporary.touch()
+            size = self.pieces[-1].end * self.parent.config.hidden_size * self.parent.compute_dtype.itemsize
+            with temporary.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up is an error here, and a signal while pages are written
             yield self._mapped(temporary, True)

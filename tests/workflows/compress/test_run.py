@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,20 @@ def test_kills_change_no_weight_and_nothing_is_made_twice(base: Path, tmp_path: 
         assert len(ids) == len(set(ids)), journal
 
 
+def test_a_child_whose_attention_is_gone_is_fused(base: Path, tmp_path: Path) -> None:
+    """Of five layers four must lose their attention to be so fast; the MLPs of three of them become one."""
+    model, tokenizer = load_model(base)
+    config = replace(model.config, blocks=model.config.blocks[:1] * 5)
+    save_model(Transformer(config), tokenizer, tmp_path / "deep")
+    space = {"kv_heads": [], "widths": [], "no_mlp": False, "fixed_layers": [0]}
+    distillation = {"steps": 2, "batch_size": 8, "lr": 1e-3, "precision": "fp32"}
+    changes = {"space": space, "target": {"speed": 1.52}, "search": {"curve": [], "candidates": 1}, "distillation": distillation}
+    out = run(make(tmp_path / "fused", tmp_path / "deep", fusion=True, **changes), tmp_path / "fused")
+    child = load_model(tmp_path / "fused/run" / out["model"])[0].config
+    assert [(block.num_kv_heads, block.ffn_size) for block in child.blocks] == [(2, 64), (0, 192), (0, 64)]
+    assert out["compress"]["kl"] < out["compress"]["kl_before"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -243,11 +258,20 @@ def test_bad_input_is_told_before_work(base: Path, tmp_path: Path, changes: dict
     assert not (tmp_path / "run").exists()
 
 
+def test_a_prompt_of_the_evaluation_is_refused(base: Path, tmp_path: Path) -> None:
+    recipe = make(tmp_path, base)
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Sing b."}) + "\n")
+    with pytest.raises(InputError, match="Sing b.* is asked by the evaluation too"):
+        run(recipe, tmp_path)
+
+
 def test_a_text_that_is_too_short_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text/one.txt").write_text("a b c " * 20)
     with pytest.raises(InputError, match="calibration text is too short: 2 samples of .* at least 2,000 tokens"):
         run(make(tmp_path, base, data={"documents": str(tmp_path / "text")}), tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_documents_are_a_text_too_and_a_target_out_of_reach_is_said(base: Path, tmp_path: Path) -> None:

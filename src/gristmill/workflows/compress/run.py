@@ -42,8 +42,10 @@ from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import PRECISIONS, Transformer
 from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir, Stage
+from gristmill.train.batches import Sample, fingerprint_samples
 from gristmill.train.by_size import fill
 from gristmill.train.trainer import Trainer, TrainSettings
+from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.compress.recipe import CompressionRecipe
 from gristmill.workflows.compress.text import CalibrationText, answer_samples, document_samples
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
@@ -78,16 +80,21 @@ class _Run:
         self.format = find_format(recipe.chat_format, self.tokenizer)
         self.recipe = recipe
         self.precision = pick_precision(self.device)
-        self.point = self._point()
         check_room(self.point, self.parent.config)
         self.space = Space.of(self.parent.config, **recipe.space.model_dump())
         self.prompts, self.evaluation = _prompts(recipe)
+        self.documents: list[Sample] = []
+        if recipe.data.documents is not None:
+            self.documents = document_samples(recipe.data.documents, self.tokenizer, recipe.calibration, self.parent.config.max_positions)
+            CalibrationText.of(self.documents, recipe.calibration, recipe.seed)  # before work is spent
         if recipe.world is None:
             check_given_tests(self.evaluation, unsafe_code=unsafe_code, quiet=progress.quiet)
         self.verifier: Verifier = open_verifier(stack, needs_code=any(is_code(p.truth) for p in self.evaluation), unsafe_code=unsafe_code)
         self.dir = stack.enter_context(RunDir(folder, recipe, progress))
 
-    def _point(self) -> OperatingPoint:
+    @property
+    def point(self) -> OperatingPoint:
+        """What models are measured at."""
         costs = self.recipe.costs
         precision = self.precision if costs.precision == "auto" else costs.precision
         return OperatingPoint(costs.batch, costs.prompt_tokens, costs.output_tokens, precision)
@@ -95,9 +102,9 @@ class _Run:
     def results(self) -> dict[str, Any]:
         recipe = self.recipe
         of_model = [fingerprint(self.start), recipe.seed]
-        asked = [recipe.calibration.model_dump(), [p.id for p in self.prompts], str(recipe.data.documents)]
+        asked = [recipe.calibration.model_dump(), [p.id for p in self.prompts], fingerprint_samples(self.documents)]
         text = self.dir.stage("text", [*of_model, asked], self._make_text)
-        self._text_folder = text.folder
+        self._text_folder, self.precision = text.folder, text.summary["precision"]
         library = self.dir.stage("library", [text.fingerprint, asdict(self.space), recipe.bld.model_dump()], self._build_library)
         self.library = Library(self.parent, library.folder)
         scores = self.dir.stage("scores", library.fingerprint, self._score)
@@ -121,15 +128,14 @@ class _Run:
     def _make_text(self, folder: Path) -> dict[str, Any]:
         self._text_folder = folder
         text = self.text
-        return {"num_samples": len(text.train), "num_tokens": text.num_tokens}
+        return {"num_samples": len(text.train), "num_tokens": text.num_tokens, "precision": self.precision}
 
     @cached_property
     def text(self) -> CalibrationText:
         """The text, from the journal of the stage that made it."""
         recipe, wanted = self.recipe, self.recipe.calibration
-        if recipe.data.documents is not None:
-            samples = document_samples(recipe.data.documents, self.tokenizer, wanted, self.parent.config.max_positions)
-        else:
+        samples = self.documents
+        if not samples:
             engine = self._engine(self.parent)
             samples = answer_samples(engine, self.prompts, wanted, self._text_folder, self.progress, recipe.seed)
         return CalibrationText.of(samples, wanted, recipe.seed)
@@ -268,8 +274,8 @@ class _Run:
     def _distil(self, folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         child, recipe = self._child(found), self.recipe
         before = self.reference.distance(child.model)
-        parameters = num_parameters(self.parent.config)
-        training = fill(recipe.distillation, "sft", parameters, device=self.device, num_rows=len(self.text.train))
+        parameters, num_rows = num_parameters(self.parent.config), len(self.text.train)
+        training = fill(recipe.distillation, "sft", parameters, device=self.device, num_rows=num_rows, precision=self.precision)
         values = {k: v for k, v in training.model_dump().items() if k in TrainSettings.__dataclass_fields__}
         settings = TrainSettings(**values, seed=recipe.seed, checkpoint_every=CHECKPOINT_SECONDS)
         options = {"precision": settings.precision, "device": self.device, "layers": child.layers}
@@ -339,5 +345,8 @@ def _prompts(recipe: CompressionRecipe) -> tuple[list[Prompt], list[Prompt]]:
     evaluation = [] if data.evaluation is None else read_prompts(data.evaluation, "human", truth=True)
     if data.prompts is not None and not prompts:
         raise InputError(f"{data.prompts} holds no prompts.")
+    asked = {normalize_prompt(p.messages) for p in evaluation}
+    if both := next((p for p in prompts if normalize_prompt(p.messages) in asked), None):
+        raise InputError(f"Prompt {both.messages[-1].content[:60]!r} is asked by the evaluation too: take it out of one.")
     tasks = list(dict.fromkeys(p.task for p in evaluation))
     return prompts, [p for task in tasks for p in [q for q in evaluation if q.task == task][: data.num_evaluation]]
