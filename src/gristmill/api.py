@@ -150,6 +150,7 @@ def train(
     seed: int = 0,
     device: str = "auto",
     tp: int = 1,
+    teacher: str | Path | None = None,
     **settings: Any,
 ) -> TrainResult:
     """Train a model on rows; it goes to `out/model`, checkpoints and metrics to `out/train`. Run again, it resumes.
@@ -157,9 +158,10 @@ def train(
     With `lora={"rank": 16, ...}` an adapter is trained, which goes to `out/adapter`.
 
     Args:
-        objective: sft, reward, or a preference loss: dpo, cdpo, ipo, rpo, rpo_fwd_kl, rpo_sq.
+        objective: sft, reward, distill, or a preference loss: dpo, cdpo, ipo, rpo, rpo_fwd_kl, rpo_sq.
         data: a JSONL or Parquet file, or rows of `gristmill.data.rows`.
         tp: processes of torchrun that share out every matrix; the others share out the samples (docs/scale.md).
+        teacher: of distill, the folder of the model to learn from (docs/compress.md).
         settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, lora, ...; what is left out is
             chosen by the model's size (docs/settings.md).
 
@@ -174,6 +176,7 @@ def train(
     section = training_section(objective, settings)
     with process_mesh(pick_device(device), tp) as mesh:
         options: dict[str, Any] = {"recipe": section, "chat_format": chat_format, "seed": seed, "device": device, "mesh": mesh}
+        options["teacher"] = None if teacher is None else _folder(teacher)
         return train_model(objective, _folder(model), rows, out=Path(out), **options)
 
 

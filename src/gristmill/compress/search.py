@@ -137,10 +137,13 @@ def greedy(problem: Problem, limits: Limits) -> Architecture | None:
         for name in due:
             owed[name] += due[name]
         saved = {name: -problem.costs[name][i] for name in due}
-        fits = np.all([saved[name] >= owed[name] - TOLERANCE for name in due], axis=0) if due else np.ones(len(problem.scores[i]), bool)
+        fits, total = np.ones(len(problem.scores[i]), bool), np.zeros(len(problem.scores[i]))
+        for name in due:
+            fits &= saved[name] >= owed[name] - TOLERANCE
+            total += saved[name]
         # where nothing saves enough, what saves most: the debt goes on to the next layer
-        best = np.where(fits, problem.scores[i], np.inf).argmin() if fits.any() else sum(saved.values()).argmax()  # type: ignore[union-attr]
-        chosen[i] = int(best)
+        best = int(np.where(fits, problem.scores[i], np.inf).argmin() if fits.any() else total.argmax())
+        chosen[i] = best
         for name in due:
             owed[name] -= float(saved[name][best])
     return tuple(chosen) if limits.hold(problem, tuple(chosen)) else None
@@ -150,7 +153,12 @@ def random_architectures(problem: Problem, limits: Limits, count: int, seed: int
     """Random architectures within the limits, of many drawn those that come closest to the limit of time."""
     rng = np.random.default_rng(seed)
     drawn = np.stack([rng.integers(len(scores), size=RANDOM_DRAWS) for scores in problem.scores], axis=1)
-    costs = {name: 1 + sum(problem.costs[name][i][drawn[:, i]] for i in range(problem.num_layers)) for name in LIMITS}
-    fits = np.all([costs[name] <= value + TOLERANCE for name, value in limits.active().items()] or [np.ones(RANDOM_DRAWS, bool)], axis=0)
+    costs = {name: np.ones(RANDOM_DRAWS) for name in LIMITS}
+    for name in LIMITS:
+        for i, of_layer in enumerate(problem.costs[name]):
+            costs[name] += of_layer[drawn[:, i]]
+    fits = np.ones(RANDOM_DRAWS, bool)
+    for name, value in limits.active().items():
+        fits &= costs[name] <= value + TOLERANCE
     nearest = np.flatnonzero(fits)[np.argsort(-costs["time"][fits], kind="stable")]
     return list(dict.fromkeys(tuple(map(int, drawn[n])) for n in nearest[: 4 * count]))[:count]
