@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gristmill.compress.activations import Activations, Piece
-from gristmill.compress.variants import Block, Half, Space, Variant, half_config, half_of, initial, size_of
+from gristmill.compress.variants import Half, Space, Variant, half_config, half_of, initial, size_of
 from gristmill.core.errors import InputError
 from gristmill.core.io import damaged, stamps
 from gristmill.core.progress import Progress
 from gristmill.core.tensors import write_tensors
 from gristmill.core.threads import num_workers, workers
 from gristmill.model.packed import PackedShape
-from gristmill.model.transformer import Angles, Transformer
+from gristmill.model.transformer import Angles, Block, Transformer
 from gristmill.runs.journal import Journal
 from gristmill.train.trainer import LossOutput, Trainer, TrainSettings
 

@@ -233,8 +233,9 @@ class Points:
 def scatter_plot(kinds: Sequence[Points], *, x_label: str, y_label: str) -> Markup:
     """Dots of several kinds, each named above the plot; y begins at 0."""
     width, height, left, right, top, bottom = 640.0, 300.0, 52.0, 16.0, 30.0, 40.0
-    xs, ys = ([dot[axis] for kind in kinds for dot in kind.dots] or [0.0, 1.0] for axis in (0, 1))
-    low, high, most = min([1.0, *xs]), max(xs), max(ys) or 1.0
+    dots = [dot for kind in kinds for dot in kind.dots]
+    low, high = (f([1.0, *(dot[0] for dot in dots)]) for f in (min, max))
+    most = max([dot[1] for dot in dots], default=0.0) or 1.0
     span = (high - low) or 1.0
 
     def x(value: float) -> float:

@@ -197,7 +197,7 @@ def _check_distillation(student: Path, teacher: Path | None, recipe: Distillatio
             f"{teacher} has another vocabulary than {student}: distributions over other tokens cannot be compared. Take a teacher with "
             "the student's tokenizer, or train on its answers (`gristmill train sft`)."
         )
-    paired_loss(recipe.loss, *configs)
+    paired_loss(recipe.loss, configs[0], configs[1])
 
 
 def load_teacher(
