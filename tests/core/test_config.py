@@ -136,16 +136,19 @@ def test_dataset_surface_is_frozen() -> None:
 def test_shipped_recipes_load() -> None:
     from gristmill.core.config import COMMANDS, find_recipe, read
     from gristmill.curate.recipe import Curation
+    from gristmill.workflows.compress.recipe import CompressionRecipe
     from gristmill.workflows.dataset.recipe import DatasetRecipe
     from gristmill.workflows.pretrain import Pretraining
     from gristmill.workflows.rl.recipe import RlRecipe
 
     kinds = {"alignment": AlignmentRecipe, "dataset": DatasetRecipe, "curation": Curation, "pretraining": Pretraining, "rl": RlRecipe}
+    kinds["compress"] = CompressionRecipe
     assert {read(path)["kind"] for path in SHIPPED} == set(kinds) < set(COMMANDS)
     for path in SHIPPED:
         kind = read(path)["kind"]
         assert find_recipe(path.stem, kind) == path
         load(path, kinds[kind])
+    assert find_recipe("miniature", "compress").stem == "miniature-compress", "a name without the kind at its end"
 
 
 @pytest.mark.parametrize(
