@@ -6,6 +6,7 @@ section 2 and appendix. Everything is a share of the parent's: a limit of 0.5 is
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -66,16 +67,16 @@ class Limits:
         return all(problem.cost(name, architecture) <= value + TOLERANCE for name, value in self.active().items())
 
 
-def solve(problem: Problem, limits: Limits) -> Architecture | None:
-    """The architecture of the least score within the limits; None where there is none.
+def check_solver() -> None:
+    """InputError where scipy is not installed."""
+    if find_spec("scipy") is None:
+        raise InputError("The search needs scipy: install gristmill[compress].")
 
-    Raises:
-        InputError: scipy is not installed.
-    """
-    try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-    except ImportError as e:
-        raise InputError("The search needs scipy: install gristmill[compress].") from e
+
+def solve(problem: Problem, limits: Limits) -> Architecture | None:
+    """The architecture of the least score within the limits; None where there is none."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     sizes = [len(scores) for scores in problem.scores]
     starts = np.cumsum([0, *sizes])
     one_a_layer = np.zeros((len(sizes), starts[-1]))

@@ -20,7 +20,7 @@ from gristmill.compress.costs import Meter, OperatingPoint, check_room, compare_
 from gristmill.compress.fusion import fuse
 from gristmill.compress.library import BldSettings, Library, build_library
 from gristmill.compress.scores import score_blocks, score_id
-from gristmill.compress.search import Architecture, Limits, Problem, check_feasible, greedy, random_architectures, solve
+from gristmill.compress.search import Architecture, Limits, Problem, check_feasible, check_solver, greedy, random_architectures, solve
 from gristmill.compress.variants import Choice, Space
 from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
@@ -71,6 +71,7 @@ class _Run:
     """A compression in progress."""
 
     def __init__(self, recipe: CompressionRecipe, folder: Path, progress: Progress, unsafe_code: bool, stack: ExitStack):
+        check_solver()
         self.device, self.progress = pick_device(recipe.device), progress
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
@@ -278,8 +279,8 @@ class _Run:
         training = fill(recipe.distillation, "sft", parameters, device=self.device, num_rows=num_rows, precision=self.precision)
         values = {k: v for k, v in training.model_dump().items() if k in TrainSettings.__dataclass_fields__}
         settings = TrainSettings(**values, seed=recipe.seed, checkpoint_every=CHECKPOINT_SECONDS)
-        options = {"precision": settings.precision, "device": self.device, "layers": child.layers}
-        objective = load_teacher(self.start, training.loss, child.model.config, **options)
+        precision, config = settings.precision, child.model.config
+        objective = load_teacher(self.start, training.loss, config, precision=precision, device=self.device, layers=child.layers)
         trainer = Trainer(child.model, objective, settings, device=self.device, folder=folder / TRAIN, on_step=self.progress.train_step)
         result = trainer.fit(self.text.train)
         save_model(child.model, with_template_of(self.format, self.tokenizer), folder / MODEL)

@@ -22,7 +22,7 @@ from gristmill.workflows.compress.recipe import Calibration
 from gristmill.workflows.pretrain import read_documents
 
 ANSWERS = "answers.jsonl"
-MIN_TOKENS = 1000  # of the text, under which scores are noise
+MIN_TOKENS, MIN_SAMPLES = 2000, 4  # of the text, under which scores are noise
 MAX_PASSES = 64  # over the prompts
 AT_ONCE = 1024  # prompts that are answered together
 
@@ -43,10 +43,10 @@ class CalibrationText:
             InputError: they are too few.
         """
         count = sum(sample.num_tokens for sample in samples)
-        if count < MIN_TOKENS + MIN_TOKENS or len(samples) < 4:
+        if count < MIN_TOKENS or len(samples) < MIN_SAMPLES:
             raise InputError(
-                f"The calibration text is too short: {len(samples):,} samples of {count:,} tokens. Give more prompts or documents: "
-                f"at least {2 * MIN_TOKENS:,} tokens."
+                f"The calibration text is too short: {count:,} tokens (samples: {len(samples)}). Give more prompts or documents: "
+                f"at least {MIN_TOKENS:,} tokens in {MIN_SAMPLES} samples."
             )
         order = np.random.default_rng(seed).permutation(len(samples))
         shuffled = [samples[i] for i in order]
