@@ -84,7 +84,7 @@ def _groups(path: Path) -> list[Markup]:
             if len(asked) > MAX_GROUPS:
                 asked.pop(next(iter(asked)))
         elif "rewards" in record:
-            judged.append((record["id"].removesuffix("-rewards"), record["rewards"]))
+            judged.extend(record["rewards"].items())
     shown: list[Markup] = []
     for name, rewards in reversed(judged):
         right = [i for i, reward in enumerate(rewards) if reward["right"] > 0]

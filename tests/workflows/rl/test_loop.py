@@ -151,7 +151,7 @@ def test_kills_change_no_weight_and_no_metric(tiny_base: Path, tmp_path: Path, m
     assert all((one[name] == other[name]).all() for name in one)
     assert metrics(calm) == metrics(killed)
     ids = [json.loads(line)["id"] for line in (killed / "run/01-rl/rollouts.jsonl").read_text().splitlines()]
-    assert len(ids) == len(set(ids)) == 2 * 3 * STEPS, "nothing is sampled or judged twice"
+    assert len(ids) == len(set(ids)) == (3 + 1) * STEPS, "nothing is sampled or judged twice"
     assert recipe.method == method
 
 
@@ -176,7 +176,7 @@ def test_groups_without_a_spread_end_the_run_with_advice(tiny_base: Path, tmp_pa
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "Say bee.", "truth": never}) + "\n")
     with pytest.raises(InputError, match="No group had a spread for 2 steps .0% of the answers are right.: give easier prompts"):
         run(recipe, tmp_path)
-    assert len(read_records(tmp_path / "run/01-rl/rollouts.jsonl")) == 2 * 3 * 2
+    assert len(read_records(tmp_path / "run/01-rl/rollouts.jsonl")) == (3 + 1) * 2
 
 
 def test_dynamic_sampling_draws_until_enough_groups_have_a_spread(tiny_base: Path, tmp_path: Path) -> None:

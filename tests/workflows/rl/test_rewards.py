@@ -16,8 +16,7 @@ def earned(text: str, *, on: bool = True, finish: str = "stop", num_tokens: int 
     system = Message("system", THINKING_ON if on else THINKING_OFF)
     prompt = Prompt("p", "sums", (system, Message("user", "3 and 4?")), "file", (), TRUTH)
     answer = Completion(text, num_tokens, (), finish)  # type: ignore[arg-type]
-    with Rewarder(Rewards.model_validate({"form": "thinking", **rewards}), Verifier(), 10) as rewarder:
-        (reward,) = rewarder.rewards([prompt], [answer])
+    (reward,) = Rewarder(Rewards.model_validate({"form": "thinking", **rewards}), Verifier(), 10).rewards([prompt], [answer])
     return reward
 
 
