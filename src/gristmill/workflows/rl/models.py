@@ -16,8 +16,8 @@ from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.evaluate.mt_bench import GRADE, MAX_RATING, MIN_RATING, OF_REFERENCE, parse_rating
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.generation.cached import BatchingClient, CachedClient, Client
-from gristmill.generation.endpoint import Endpoint
-from gristmill.generation.settings import Calls
+from gristmill.generation.endpoint import Endpoint, Target
+from gristmill.generation.settings import Calls, GeneratorSettings
 from gristmill.judge.backends import check_reward, rater_of, target_of
 from gristmill.judge.judges import gather_unfailed
 from gristmill.judge.pairwise import judge_prompt
@@ -38,7 +38,7 @@ def check_models(recipe: RlRecipe) -> None:
     if judge is not None and judge.folder is not None:
         check_model_folder(judge.folder)
     elif judge is not None:
-        Endpoint([target_of(judge)])
+        Endpoint([_target(judge)])
 
 
 def model_parts(recipe: RlRecipe, journal: Journal) -> list[RewardPart]:
@@ -110,7 +110,7 @@ class JudgePart:
             if self._engine is not None:
                 source = BatchingClient(self._engine)
             else:
-                source = await stack.enter_async_context(Endpoint([target_of(self._settings)], **self._calls.model_dump()))
+                source = await stack.enter_async_context(Endpoint([_target(self._settings)], **self._calls.model_dump()))
             client = CachedClient(source, self._journal, retry_failed=True)
 
             async def one(request: Request) -> tuple[str, str]:
@@ -124,6 +124,10 @@ class JudgePart:
             return "the call of the judge failed"
         rating = parse_rating(reply)
         return "the judge's reply holds no grade" if rating is None else (rating - MIN_RATING) / (MAX_RATING - MIN_RATING)
+
+
+def _target(judge: Judge) -> Target:
+    return target_of(GeneratorSettings(**judge.model_dump(include=GeneratorSettings.model_fields.keys() - {"weight"})))
 
 
 def _reply(answer: Completion) -> Message:
