@@ -62,7 +62,7 @@ SURFACE = {
     "--tool-call-parser --enable-auto-tool-choice "
     "--max-batch --cache-tokens --step-tokens --speculative-config --enable-lora --lora-modules --max-loras --max-lora-rank "
     "--lora-folder --dtype --quantize --head --cache --device --format",
-    "rl": "RECIPE --out -o --model --seed --steps --threads --device --unsafe-code --quiet -q --json",
+    "rl": "RECIPE --out -o --model --prompts --reward-model --seed --steps --threads --device --unsafe-code --quiet -q --json",
     "studio": "FOLDER --port --host --url --database --export",
     "synth": "RECIPE --out -o --dry-run --limit --retry-failed --device --unsafe-code --quiet -q --json",
     "curate": "RECIPE --input -i --out -o --workers --executor --explain --quiet -q --json",

@@ -70,11 +70,15 @@ def run(
     end_with_alarms(results["alarms"])
 
 
-@command("gristmill rl miniature-rl")
+@command("gristmill rl miniature-rl --model runs/miniature/02-demonstrations/model")
 def rl(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
     out: RunOut = None,
     model: Annotated[str | None, typer.Option(help="Model folder to start from; overrides the recipe's model.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts to train on; overrides the recipe's data.prompts.")] = None,
+    reward_model: Annotated[
+        Path | None, typer.Option(help="Folder of a reward model that rewards; overrides the recipe's rewards.reward_model.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
     steps: Annotated[int | None, typer.Option(help="Overrides the recipe's steps.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
@@ -83,7 +87,7 @@ def rl(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Reinforcement learning on prompts with known answers: GRPO and its relatives, from the start or where it was cut off."""
+    """Reinforcement learning by programs, models and functions: GRPO and its relatives, from the start or where it was cut off."""
     from gristmill.core.config import find_recipe, load
     from gristmill.core.progress import Progress
     from gristmill.report.rl import write_page
@@ -93,6 +97,7 @@ def rl(
     from gristmill.workflows.rl.recipe import RlRecipe
 
     loaded = load(find_recipe(recipe, "rl"), RlRecipe, given(model=model, seed=seed, steps=steps, threads=threads, device=device))
+    loaded = loaded.with_files(prompts=prompts, reward_model=reward_model)
     folder = out or Path("runs") / "-".join([loaded.name, *([f"seed{seed}"] if seed is not None else [])])
     with Progress(quiet=quiet, describe=stage_line) as progress:
         results = run_rl(loaded, folder, progress, unsafe_code)

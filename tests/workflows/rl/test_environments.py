@@ -49,6 +49,8 @@ def load_environment(size=3, **more):
     return Environment(rubric, rows, **more)
 """
 
+FP32 = {"training": {"precision": "fp32"}, "engine": {"precision": "fp32"}}
+
 
 def module(folder: Path) -> Path:
     (folder / "sums_env.py").write_text(MODULE)
@@ -129,6 +131,16 @@ def test_nemo_gyms_server_verifies_each_different_answer_once(
             tasks.rewards(prompts[:1], [Completion("new", 1, (), "stop")])
 
 
+def test_a_run_on_nemo_gyms_rows_asks_for_the_evaluation_too(serve: Callable[..., Any], tiny_base: Path, tmp_path: Path) -> None:
+    server = serve(lambda path, body: (200, {"reward": len(body["response"]["output"][0]["content"][0]["text"]) % 3 / 2}))
+    environment = {"nemo_gym": str(gym_rows(tmp_path)), "url": server.url}
+    values = {"model": str(tiny_base), "environment": environment, "steps": 1, "prompts": 1, "samples": 4, "max_tokens": 16, "threads": 1}
+    results = loop.run(check(RlRecipe, values | FP32), tmp_path / "run", Progress(quiet=True))
+    assert [stage["greedy"]["overall"]["n"] for stage in results["stages"]] == [1, 1]
+    journal = (tmp_path / "run/01-rl/judgements.jsonl").read_text().splitlines()
+    assert 1 <= len(journal) <= 4 and all("reward" in json.loads(line) for line in journal)
+
+
 @pytest.mark.parametrize(
     ("params", "words"),
     [
@@ -153,8 +165,7 @@ def test_a_fifth_of_the_rows_is_held_out_where_there_is_no_evaluation(tmp_path: 
 def test_a_run_on_an_environment(tiny_base: Path, tmp_path: Path) -> None:
     environment = {"verifiers": str(module(tmp_path)), "args": {"size": 5}, "passing": -100}
     values = {"model": str(tiny_base), "environment": environment, "steps": 1, "prompts": 2, "samples": 4, "max_tokens": 16, "threads": 1}
-    fp32 = {"training": {"precision": "fp32"}, "engine": {"precision": "fp32"}}
-    results = loop.run(check(RlRecipe, values | fp32), tmp_path / "run", Progress(quiet=True))
+    results = loop.run(check(RlRecipe, values | FP32), tmp_path / "run", Progress(quiet=True))
     assert results["stages"][0]["greedy"]["overall"] == {"mean": 1.0, "ci95": [pytest.approx(0.2065, abs=1e-3), 1.0], "n": 1}
     metrics = json.loads((tmp_path / "run/01-rl/train/metrics.jsonl").read_text())
     assert metrics["reward_environment"] < 0 and metrics["reward_total"] <= 0

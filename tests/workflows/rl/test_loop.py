@@ -185,6 +185,13 @@ def test_groups_without_a_spread_end_the_run_with_advice(tiny_base: Path, tmp_pa
     assert len(read_records(tmp_path / "run/01-rl/rollouts.jsonl")) == (3 + 1) * 2
 
 
+def test_a_function_that_says_the_same_of_all_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text("def reward(completions): return [1.0] * len(completions)")
+    rewards = {"verifier": 0, "functions": [{"file": str(tmp_path / "rewards.py")}]}
+    with pytest.raises(InputError, match="look at what rewards, which says the same"):
+        run(make(tmp_path, tiny_base, max_idle_steps=1, rewards=rewards), tmp_path)
+
+
 def test_dynamic_sampling_draws_until_enough_groups_have_a_spread(tiny_base: Path, tmp_path: Path) -> None:
     run(make(tmp_path, tiny_base, max_draws=4, steps=2), tmp_path)
     for line in metrics(tmp_path):

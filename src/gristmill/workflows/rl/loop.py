@@ -106,8 +106,7 @@ class _Run:
         start = {"model": fingerprint(self.start), "evaluation": [p.id for p in self.evaluation], "max_tokens": self.recipe.max_tokens}
         before = self.dir.stage("base", start, self._evaluate)
         rates = self._pass_rates()
-        decides = self.recipe.model_dump(mode="json", exclude={"name", "threads", "device"})
-        inputs = [before.fingerprint, [p.id for p in self.prompts], decides, rates, *([self.sources] if self.sources else [])]
+        inputs = [before.fingerprint, [p.id for p in self.prompts], self._decides(), rates, *([self.sources] if self.sources else [])]
         after = self.dir.stage("rl", inputs, partial(self._train, rates=rates), files=[f"{MODEL}/*"])
         stages = [{"name": s.summary["name"], "folder": s.folder.name} | {m: s.summary[m] for m in MODES} for s in (before, after)]
         out: dict[str, Any] = {"stages": stages}
@@ -115,6 +114,10 @@ class _Run:
         out |= {key: after.summary[key] for key in ("steps", "updates", "train_seconds")} | {"model": f"{after.folder.name}/{MODEL}"}
         self.dir.finish(out)
         return out
+
+    def _decides(self) -> dict[str, Any]:
+        """The keys of the recipe that decide what is trained."""
+        return self.recipe.model_dump(mode="json", exclude={"name", *self.recipe.may_change})
 
     def _generate(self, requests: list[Request], path: Path) -> dict[str, list[Completion]]:
         """Completions by request; those that an earlier start finished are read from the journal."""
@@ -177,9 +180,8 @@ class _Run:
         policy = self.policy
         trainer = Trainer(policy.model, recipe.objective(), settings, device=self.device, folder=folder / TRAIN)
         asked = make_id([p.id for p in self.prompts])
-        store = CheckpointStore(
-            folder / TRAIN, Identity(fingerprint_model(policy.model), asked, fingerprint_text(str(recipe.model_dump())))
-        )
+        decides = fingerprint_text(str(self._decides()))
+        store = CheckpointStore(folder / TRAIN, Identity(fingerprint_model(policy.model), asked, decides))
         done, seconds, idle, rewards = 0, 0.0, 0, list[float]()
         if (saved := store.load()) is not None:
             trainer.load_state(saved)
@@ -234,6 +236,7 @@ class _Run:
             parts += model_parts(recipe, journal)
             if self.environment is not None:
                 self.environment.journal = journal
+                stack.callback(setattr, self.environment, "journal", None)
         return parts if self.environment is None else [*parts, self.environment]
 
     def _update(self, trainer: Trainer, source: RolloutSource, groups: Sequence[Group]) -> dict[str, float]:
@@ -257,6 +260,8 @@ class _Run:
             return
         right = fmean(reward.right for group in groups for reward in group.rewards)
         advice = "give easier prompts" if right < 0.5 else "give harder prompts"
+        if self.recipe.rewards.judges_all or self.recipe.environment is not None:
+            advice = "look at what rewards, which says the same of all answers to a prompt"
         raise InputError(
             f"No group had a spread for {idle} steps ({right:.0%} of the answers are right): {advice}, or raise samples. "
             "What was sampled is in the journal."

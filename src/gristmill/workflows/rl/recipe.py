@@ -1,5 +1,6 @@
 """The recipe of `gristmill rl`: which prompts, how answers are rewarded, and the policy gradient's switches."""
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -15,6 +16,7 @@ from gristmill.workflows.alignment.recipe import EngineSettings
 Method = Literal["grpo", "dapo", "dr_grpo", "gspo", "rloo", "cispo"]
 LRS = ((20e6, 3e-4), (500e6, 1e-5), (3e9, 3e-6), (float("inf"), 1e-6))  # largest number of parameters -> learning rate
 NORMALIZE: dict[str, Normalize] = {name: found["normalize"] for name, found in METHODS.items()}
+PARTS = ("total", "right", "form", "overlong", "reward_model", "judge", "environment")  # of the reward, beside functions
 ADVANTAGE: dict[str, Advantage] = {name: found["advantage"] for name, found in METHODS.items()}
 
 
@@ -80,9 +82,9 @@ class Rewards(Section):
 
     @model_validator(mode="after")
     def _named_apart(self) -> Self:
-        names = ["reward_model", "judge", "environment", *(function.name for function in self.functions)]
+        names = [*PARTS, *(function.name for function in self.functions)]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"functions: two parts have the name {twice[0]}; give each function its own")
+            raise ValueError(f"functions: another part has the name {twice[0]}; give each function its own")
         return self
 
     @property
@@ -206,6 +208,17 @@ class RlRecipe(Recipe):
     def asks_others(self) -> bool:
         """Whether rewards come from models or from a server."""
         return bool(self.rewards.reward_model or self.rewards.judge or (self.environment and self.environment.nemo_gym))
+
+    def with_files(self, *, prompts: Path | None, reward_model: Path | None) -> Self:
+        """The recipe with other prompts, and with a reward model in a folder; None leaves what there is."""
+        changes: dict[str, Any] = {}
+        if prompts is not None:
+            changes["data"] = self.data.model_copy(update={"prompts": prompts})
+        if reward_model is not None:
+            part = self.rewards.reward_model or RewardModel(folder=reward_model)
+            part = part.model_copy(update={"folder": reward_model, "base_url": "", "model": ""})
+            changes["rewards"] = self.rewards.model_copy(update={"reward_model": part})
+        return self.model_copy(update=changes)
 
     def lr(self, num_parameters: int) -> float:
         """The learning rate: the recipe's, or by the model's size, and more for an adapter."""
