@@ -72,7 +72,7 @@ def test_a_verifiers_module_gives_prompts_and_rewards(tmp_path: Path) -> None:
         ]
         assert [p.messages[-1].content for p in tasks.evaluation] == ["9?"] and tasks.prompts[0].task == "sums"
         answers = [Completion(text, 1, (), "stop") for text in ("It is 1", "It is 3")]
-        assert tasks.rewards(tasks.prompts, answers) == [pytest.approx(2 - 0.7), pytest.approx(-0.7)]
+        assert list(tasks.rewards(tasks.prompts, answers)) == pytest.approx([2 - 0.7, -0.7])
 
 
 @pytest.mark.parametrize(

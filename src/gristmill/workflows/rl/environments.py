@@ -137,6 +137,7 @@ class NemoGymEnvironment:
 
     def __init__(self, settings: Environment, concurrency: int):
         assert settings.nemo_gym is not None
+        self._file = settings.nemo_gym
         self.weight, self._settings, self._concurrency = settings.weight, settings, concurrency
         self.journal: Journal | None = None
         self._rows = read_records(settings.nemo_gym)
@@ -144,9 +145,10 @@ class NemoGymEnvironment:
         self.evaluation: list[Prompt] = []
 
     def _messages(self, row: dict[str, Any], number: int) -> list[dict[str, Any]]:
-        where = f"Row {number} of {quoted_path(self._settings.nemo_gym)}"
+        where = f"Row {number} of {quoted_path(self._file)}"
         params = row.get("responses_create_params")
-        asked = params.get("input") if isinstance(params, dict) else None
+        params = params if isinstance(params, dict) else {}
+        asked = params.get("input")
         if not asked:
             raise InputError(f"{where} has no responses_create_params.input: give rows of NeMo-Gym.")
         if params.get("tools"):
@@ -155,13 +157,14 @@ class NemoGymEnvironment:
             return [{"role": "user", "content": asked}]
         out = []
         for message in asked if isinstance(asked, list) else [None]:
-            content = message.get("content") if isinstance(message, dict) else None
+            message = message if isinstance(message, dict) else {}
+            content = message.get("content")
             parts = content if isinstance(content, list) else [{"text": content}]
-            texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
-            if not texts or not all(isinstance(text, str) for text in texts):
+            texts = [str(part["text"]) for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+            if not texts or len(texts) < len(parts):
                 raise InputError(f"{where} has a message that is no text: leave it out.")
-            role = {"developer": "system"}.get(str(message.get("role")), str(message.get("role")))
-            out.append({"role": role, "content": "".join(texts)})
+            role = str(message.get("role"))
+            out.append({"role": "system" if role == "developer" else role, "content": "".join(texts)})
         return out
 
     def rewards(self, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> list[float | str | None]:

@@ -35,7 +35,7 @@ from gristmill.train.objectives.policy_gradient import normalized, with_logprobs
 from gristmill.train.trainer import MetricsLog, Trainer, TrainSettings
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 from gristmill.workflows.rl.curriculum import curriculum_order, kept_by_rate
-from gristmill.workflows.rl.environments import open_environment
+from gristmill.workflows.rl.environments import Tasks, open_environment
 from gristmill.workflows.rl.functions import RewardProcess
 from gristmill.workflows.rl.models import check_models, model_parts
 from gristmill.workflows.rl.policy import Policy
@@ -71,7 +71,9 @@ class _Run:
         self.start = BASE if recipe.model == "miniature" else Path(recipe.model)
         recipe = self.recipe = self._resolved(recipe)
         self.policy = Policy(recipe, self.start, self.device)
-        self.environment = recipe.environment and open_environment(recipe.environment, stack, recipe.calls.concurrency)
+        self.environment: Tasks | None = None
+        if recipe.environment is not None:
+            self.environment = open_environment(recipe.environment, stack, recipe.calls.concurrency)
         self.prompts, self.evaluation = find_prompts(recipe, self.environment)
         both, context = [*self.prompts, *self.evaluation], self.policy.model.config.max_positions
         for prompt in both:
@@ -249,7 +251,7 @@ class _Run:
         precision, limit = recipe.training.precision, trainer.micro_batch_tokens
 
         if recipe.updates > 1:  # by the trainer, before the first update
-            samples = [with_logprobs(trainer.model, s, "old", precision=precision, micro_batch_tokens=limit) for s in samples]
+            samples = [with_logprobs(self.policy.model, s, "old", precision=precision, micro_batch_tokens=limit) for s in samples]
         if recipe.beta:
             samples = [self.policy.with_reference(share, precision=precision, micro_batch_tokens=limit) for share in samples]
         found = [trainer.step(share) for share in samples]
