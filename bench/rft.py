@@ -134,7 +134,8 @@ def figure(points: list[dict[str, Any]]) -> str:
     def place(seconds: float, score: float) -> str:
         return f"{left + (width - left - 90) * seconds / longest:.1f},{top + (1 - score) * (height - top - bottom):.1f}"
 
-    parts: list[Any] = []
+    parts: list[Any] = [el("rect", width="100%", height="100%", fill="#fff")]
+    labels: list[tuple[float, float, str, str]] = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
         x, y = place(0, tick).split(",")
         parts.append(el("line", x1=x, x2=str(width - 90), y1=y, y2=y, stroke="#ccc"))
@@ -147,8 +148,12 @@ def figure(points: list[dict[str, Any]]) -> str:
         for mode, dash in (("greedy", ""), ("sampled", "5 4")):
             line = " ".join(place(point["cpu_seconds"], point[mode]["mean"]) for point in mine)
             parts.append(el("polyline", points=line, fill="none", stroke=color, stroke_width="2", stroke_dasharray=dash or None))
-            x, y = line.split()[-1].split(",")
-            parts.append(el("text", f"{method}, {mode}", x=str(float(x) + 6), y=y, fill=color, font_size="12"))
+            x, y = map(float, line.split()[-1].split(","))
+            labels.append((y, x, f"{method}, {mode}", color))
+    lowest = 0.0
+    for y, x, text, color in sorted(labels):  # none over another
+        lowest = max(y, lowest + 14)
+        parts.append(el("text", text, x=f"{x + 6:.1f}", y=f"{lowest:.1f}", fill=color, font_size="12"))
     return str(svg(width, height, "Accuracy over CPU seconds", parts)).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
