@@ -187,7 +187,7 @@ def test_groups_without_a_spread_end_the_run_with_advice(tiny_base: Path, tmp_pa
 
 def test_a_function_that_says_the_same_of_all_is_named(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "rewards.py").write_text("def reward(completions): return [1.0] * len(completions)")
-    rewards = {"verifier": 0, "functions": [{"file": str(tmp_path / "rewards.py")}]}
+    rewards = {"verifier": 0, "cut_off": "masked", "functions": [{"file": str(tmp_path / "rewards.py")}]}
     with pytest.raises(InputError, match="look at what rewards, which says the same"):
         run(make(tmp_path, tiny_base, max_idle_steps=1, rewards=rewards), tmp_path)
 
