@@ -64,7 +64,7 @@ def write(rng: random.Random, problem: Problem, good: bool) -> WrittenAnswer:
         return WrittenAnswer(problem.answer)
     kind = rng.random()
     if kind < 0.6:
-        return WrittenAnswer(_wrong(rng, problem))
+        return WrittenAnswer(wrong_answer(rng, problem))
     if kind < 0.7:
         return WrittenAnswer(problem.answer[: max(3, int(len(problem.answer) * rng.uniform(0.2, 0.7)))], clear=0.7)
     if kind < 0.8:
@@ -76,7 +76,7 @@ def write(rng: random.Random, problem: Problem, good: bool) -> WrittenAnswer:
     return WrittenAnswer(pick(rng, ["I do not know.", "Yes.", "No.", problem.question]), clear=0.9)
 
 
-def _wrong(rng: random.Random, problem: Problem) -> str:
+def wrong_answer(rng: random.Random, problem: Problem) -> str:
     """A clear answer that is wrong: another value, a slip in the working, another function, a list that breaks a demand."""
     value = str(problem.truth.get("value", ""))
     if problem.others:

@@ -31,7 +31,7 @@ PROMPT_REQUEST = {
 NEXT_REQUEST = "Asked: {question}\nSaid: {answer}\nWrite the next question."
 
 
-HELD_OUT_PER_TASK = 150
+HELD_OUT_PER_TASK, HELD_OUT_PER_LEVEL = 150, 60
 QUESTION = re.compile(r"(?:Question|Exercise|Asked)[:.] (.+?)(?: Reply|\n|$)")
 SPEAKER = re.compile(r"^(?:Asked|Said): ", re.M)
 
@@ -42,17 +42,19 @@ class World:
 
     Attributes:
         held_out: problems of each task that only the evaluation may ask: their texts occur in no document and no human row.
-        reserved: those texts.
+        levels: held-out sums by their number of operations, beyond those that documents and human rows have.
+        reserved: the texts of both.
     """
 
     lands: facts.Lands
     held_out: dict[str, list[Problem]]
+    levels: dict[int, list[Problem]]
     reserved: frozenset[str]
 
     @staticmethod
     def make(seed: int = 0) -> "World":
         """The world of this seed. Another seed is another world; the shipped Base knows world 0."""
-        empty = World(facts.Lands.make(seed), {}, frozenset())
+        empty = World(facts.Lands.make(seed), {}, {}, frozenset())
         rng = random.Random(f"held-out-{seed}")
         held_out: dict[str, list[Problem]] = {}
         reserved: set[str] = set()
@@ -64,7 +66,15 @@ class World:
                 if text not in reserved and not _asks(problem.messages, reserved):
                     reserved.add(text)
                     problems.append(problem)
-        return World(empty.lands, held_out, frozenset(reserved))
+        rng = random.Random(f"held-out-levels-{seed}")
+        levels: dict[int, list[Problem]] = {level: [] for level in sums.ALL_LEVELS}
+        for level, problems in levels.items():
+            while len(problems) < HELD_OUT_PER_LEVEL:
+                problem = sums.sample(rng, level)
+                if problem.question not in reserved:
+                    reserved.add(problem.question)
+                    problems.append(problem)
+        return World(empty.lands, held_out, levels, frozenset(reserved))
 
     def allowed(self, messages: Conversation) -> bool:
         """Whether a conversation keeps clear of the held-out texts, in each of its user turns and as a whole."""

@@ -75,6 +75,7 @@ class RlRecipe(Recipe):
     """A whole run of reinforcement learning."""
 
     may_change: ClassVar[frozenset[str]] = frozenset({"threads", "device"})
+    added: ClassVar[frozenset[str]] = frozenset({"max_thinking_tokens"})
 
     kind: Literal["rl"] = "rl"
     name: RunName = "rl"
@@ -97,6 +98,7 @@ class RlRecipe(Recipe):
     prompts: int = Field(32, gt=0, description="prompts a step")
     samples: int = Field(8, gt=1, description="answers a prompt")
     max_tokens: int = Field(256, gt=0, description="longest answer")
+    max_thinking_tokens: int | None = Field(None, ge=0, description="of an answer, then its thinking is closed by force; null: any")
     updates: int = Field(1, gt=0, description="optimizer updates a rollout step, each on a share of its groups")
     max_draws: int = Field(1, gt=0, description="dynamic sampling: draws a step, until `prompts` groups have a spread; 1: off")
     max_idle_steps: int = Field(10, gt=0, description="steps in a row without any spread after which the run stops")

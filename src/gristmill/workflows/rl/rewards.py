@@ -1,22 +1,17 @@
 """Rewards of sampled answers by parts: the verifier's verdict, a user's functions, the form of thinking, the punishment of length."""
 
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from gristmill.data.chat import Message
 from gristmill.data.rows import Prompt
+from gristmill.data.thinking import keeps_form, thinks
 from gristmill.generation.api import Completion
 from gristmill.judge.programs import Verifier
 from gristmill.train.objectives.policy_gradient import overlong_penalty
 from gristmill.workflows.rl.functions import RewardProcess
 from gristmill.workflows.rl.recipe import Rewards
-
-THINKING_ON, THINKING_OFF = "detailed thinking on", "detailed thinking off"
-OPEN, CLOSE = "<think>", "</think>"
-_TAG = re.compile(r"<\s*/?\s*think", re.I)
 
 
 @dataclass(frozen=True)
@@ -91,17 +86,3 @@ class Rewarder:
         total = (earned if form else min(0.0, earned)) + overlong
         masked = bool(error) or (answer.finish != "stop" and rewards.cut_off == "masked")
         return Reward(total, right, form, overlong, parts, error, masked)
-
-
-def thinks(messages: Sequence[Message]) -> bool:
-    """Whether a prompt's system line switches thinking on."""
-    lines = [line.strip().lower() for m in messages if m.role == "system" for line in m.content.splitlines()]
-    return THINKING_ON in lines
-
-
-def keeps_form(text: str, thinking: bool) -> bool:
-    """With thinking: one block that is not empty, in front, and a reply behind it. Without: no tag at all."""
-    if not thinking:
-        return not _TAG.search(text)
-    body, close, reply = text.removeprefix(OPEN).partition(CLOSE)
-    return text.startswith(OPEN) and bool(close and body.strip() and reply.strip()) and not _TAG.search(body) and not _TAG.search(reply)

@@ -79,7 +79,8 @@ class RolloutSource:
         recipe = self._recipe
         first = (step * recipe.max_draws + draw) * recipe.prompts
         chosen = {f"s{step}-{draw}-{i}-{p.id}": p for i, p in enumerate(self._stream(first, recipe.prompts))}
-        sampling = SamplingParams(temperature=TEMPERATURE, max_tokens=recipe.max_tokens, n=recipe.samples)
+        limits: dict[str, Any] = {"max_tokens": recipe.max_tokens, "max_thinking_tokens": recipe.max_thinking_tokens}
+        sampling = SamplingParams(temperature=TEMPERATURE, n=recipe.samples, **limits)
         # the step is part of a request's id: each visit of a prompt shall see other answers
         requests = [Request(name, p.messages, sampling, recipe.seed) for name, p in chosen.items()]
         if any(request.id not in self._journal for request in requests):
@@ -121,19 +122,22 @@ class RolloutSource:
         out = []
         for i, advantage in zip(kept, advantages, strict=True):
             answer = group.answers[i]
-            mask = [False] * len(prompt) + [True] * len(answer.tokens)
-            ids = [*prompt, *answer.tokens]
-            out.append(Rollout(ids, mask, f"{group.id}-{i}", advantage=advantage, logprobs=answer.logprobs, prompt=group.id))
+            chosen = [place not in answer.forced for place in range(len(answer.tokens))]  # by the model: all but a budget's closing tags
+            logprobs = [value for value, own in zip(answer.logprobs, chosen, strict=True) if own]
+            ids, mask = [*prompt, *answer.tokens], [False] * len(prompt) + chosen
+            out.append(Rollout(ids, mask, f"{group.id}-{i}", advantage=advantage, logprobs=logprobs, prompt=group.id))
         return out
 
 
 def _written(answer: Completion) -> dict[str, Any]:
-    return {"text": answer.text, "tokens": answer.tokens, "logprobs": answer.logprobs, "finish": answer.finish}
+    told = {"text": answer.text, "tokens": answer.tokens, "logprobs": answer.logprobs, "finish": answer.finish}
+    return told | ({"forced": answer.forced} if answer.forced else {})
 
 
 def _read(record: dict[str, Any]) -> Completion:
     tokens = tuple(record["tokens"])
-    return Completion(record["text"], len(tokens), tuple(record["logprobs"]), record["finish"], tokens)
+    logprobs, forced = tuple(record["logprobs"]), tuple(record.get("forced", ()))
+    return Completion(record["text"], len(tokens), logprobs, record["finish"], tokens, forced=forced)
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
