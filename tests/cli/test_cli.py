@@ -39,7 +39,8 @@ SURFACE = {
     "score": "MODEL --data --dtype --device --format --json",
     "eval": (
         "MODEL --tasks --data --endpoint --endpoint-model --endpoint-key-env --num-fewshot --limit --subsets --chat --contamination "
-        "--prompts --max-tokens --dtype --quantize --head --cache --device --format --seed --greedy --out -o --against --unsafe-code "
+        "--prompts --max-tokens --thinking --max-thinking-tokens --dtype --quantize --head --cache --device --format --seed --greedy "
+        "--out -o --against --unsafe-code "
         "--quiet -q --json"
     ),
     "safety": (
@@ -54,7 +55,8 @@ SURFACE = {
     ),
     "quantize": "MODEL --out -o --to --group --dtype --text --json",
     "add-chat-tokens": "MODEL --out -o --to --json",
-    "chat": "MODEL --system --history --temperature --top-p --max-tokens --dtype --quantize --head --device --format --seed",
+    "chat": "MODEL --system --history --temperature --top-p --max-tokens --thinking --max-thinking-tokens --dtype --quantize --head "
+    "--device --format --seed",
     "claims": "RECIPE --out -o --seeds --only --jobs --redo --list --unsafe-code --quiet -q --json",
     "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --format --add-chat-tokens --validation --teacher "
     "--teacher-model --teacher-key-env --name --force --no-force",

@@ -80,6 +80,12 @@ RunDevice = Annotated[str | None, typer.Option("--device", help="Overrides the r
 Unsafe = Annotated[bool, typer.Option("--unsafe-code", help="Run model-written programs WITHOUT a jail where the kernel offers none.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Thinking = Annotated[
+    Literal["", "on", "off"], typer.Option(help="Put the toggle's line, `detailed thinking on` or off, into the system turn.")
+]
+ThinkingTokens = Annotated[
+    int | None, typer.Option("--max-thinking-tokens", help="Thinking budget: after so many tokens `</think>` is forced; default: none.")
+]
 Workers = Annotated[int | None, typer.Option(help="Processes; default one a core.")]
 
 

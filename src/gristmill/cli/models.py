@@ -21,6 +21,8 @@ from gristmill.cli.app import (
     Seed,
     Speculative,
     StepTokens,
+    Thinking,
+    ThinkingTokens,
     Unsafe,
     command,
     endpoint_options,
@@ -304,6 +306,8 @@ def eval(
     contamination: Annotated[Path | None, typer.Option(help="Run folder or rows: which test items are in what was trained on.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth`, `answer` or tests; default the miniature world's.")] = None,
     max_tokens: MaxTokens = 80,
+    thinking: Thinking = "",
+    max_thinking_tokens: ThinkingTokens = None,
     dtype: Dtype = "auto",
     quantize: Quantized = "",
     head: QuantizedHead = "",
@@ -338,6 +342,8 @@ def eval(
         from gristmill.cli.benchmarks import run_tasks
         from gristmill.workflows.benchmarks import BenchmarkArgs
 
+        if thinking or max_thinking_tokens is not None:
+            raise InputError("--thinking and --max-thinking-tokens are for prompts with truths: leave them out with --tasks.")
         if data is None or not tasks:
             raise InputError("Give benchmarks by --tasks and the folder of their files by --data: `gristmill eval tasks` lists them.")
         given_args = BenchmarkArgs(
@@ -369,6 +375,8 @@ def eval(
             prompts,
             progress,
             max_tokens=max_tokens,
+            thinking=thinking,
+            max_thinking_tokens=max_thinking_tokens,
             seed=seed or 0,
             unsafe_code=unsafe_code,
             greedy=greedy,
@@ -387,6 +395,8 @@ def eval(
         for level, s in {"prompts": found["prompt"], "instructions": found["instruction"], **found["types"]}.items():
             echo(f"{level:<46} strict {_interval(s['strict'])}  loose {_interval(s['loose'])}  n {s['strict']['n']}")
     echo(f"looping answers {_interval(scores['looping'])}")
+    if obeyed := scores.get("obedience"):
+        echo(f"answers that keep the form of thinking {thinking} {_interval(obeyed)}")
     if against is not None:
         pairs = scores["paired"]
         lines = {"right": pairs["right"], "looping": pairs["looping"]}
@@ -415,6 +425,8 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
     max_tokens: MaxTokens = 256,
+    thinking: Thinking = "",
+    max_thinking_tokens: ThinkingTokens = None,
     dtype: Dtype = "auto",
     quantize: Quantized = "",
     head: QuantizedHead = "",
@@ -424,11 +436,16 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal. /help lists the commands; an empty line or Ctrl-D ends it."""
     from gristmill.cli.chat import ChatSession
+    from gristmill.data.chat import Message
+    from gristmill.data.thinking import with_toggle
     from gristmill.engine.load import EngineArgs, load_engine
     from gristmill.generation.api import SamplingParams
 
-    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, max_thinking_tokens=max_thinking_tokens)
     engine = load_engine(model, EngineArgs.of(locals() | {"max_batch": 1}))
+    if thinking:
+        (turn,) = with_toggle([Message("system", system)] if system else [], thinking)
+        system = turn.content
     ChatSession(engine, sampling, seed=seed, system=system, history=history).run()
 
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -37,8 +37,8 @@ def run(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the alignment loop: all rounds of a recipe, from the start or from where it was cut off."""
-    from gristmill.core.config import find_recipe, load
+    """Run the alignment loop, or a recipe of reasoning: from the start or from where it was cut off."""
+    from gristmill.core.config import find_recipe, load, read
     from gristmill.core.progress import Progress
     from gristmill.report.alignment import write_report
     from gristmill.report.summary import best_lines, headline, measured_lines, stage_line
@@ -46,7 +46,15 @@ def run(
     from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
     overrides = given(model=model, control=control, seed=seed, rounds=rounds, threads=threads, device=device)
-    loaded = load(find_recipe(recipe, "alignment"), AlignmentRecipe, overrides)
+    path = find_recipe(recipe, "alignment", "reasoning")
+    if read(path).get("kind") == "reasoning":
+        unfit = given(control=control, rounds=rounds, redo=redo or None, dry_run=dry_run or None)
+        if unfit:
+            raise InputError(
+                f"--{next(iter(unfit)).replace('_', '-')} is for the alignment loop: leave it out, {path.name} is of reasoning."
+            )
+        return _run_reasoning(path, out, overrides, unsafe_code=unsafe_code, quiet=quiet, as_json=as_json)
+    loaded = load(path, AlignmentRecipe, overrides)
     if dry_run:
         from gristmill.report.summary import duration
         from gristmill.workflows.alignment.estimate import dry_run as estimate_run
@@ -68,6 +76,24 @@ def run(
             echo(line)
         echo(f"report: {page}")
     end_with_alarms(results["alarms"])
+
+
+def _run_reasoning(path: Path, out: Path | None, overrides: dict[str, Any], *, unsafe_code: bool, quiet: bool, as_json: bool) -> None:
+    """`run` of a reasoning recipe."""
+    from gristmill.core.config import load
+    from gristmill.core.progress import Progress
+    from gristmill.report.reasoning import write_page
+    from gristmill.report.summary import reasoning_lines, stage_line
+    from gristmill.runs.reader import read_run
+    from gristmill.workflows.reasoning.recipe import ReasoningRecipe
+    from gristmill.workflows.reasoning.run import run as run_reasoning
+
+    loaded = load(path, ReasoningRecipe, overrides)
+    folder = out or Path("runs") / "-".join([loaded.name, *([f"seed{loaded.seed}"] if "seed" in overrides else [])])
+    with Progress(quiet=quiet, describe=stage_line) as progress:
+        results = run_reasoning(loaded, folder, progress, unsafe_code)
+    page = write_page(read_run(folder))
+    echo(json.dumps(results) if as_json else "\n".join([*reasoning_lines(results, folder), f"report: {page}"]))
 
 
 @command("gristmill rl miniature-rl")
@@ -154,8 +180,8 @@ def answers(
 
 @command("gristmill report runs/miniature")
 def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"), as_json: AsJson = False) -> None:
-    """Write the page of a run again (an alignment, a curation, or of reinforcement learning) and print its path."""
-    from gristmill.report import alignment, curation, rl
+    """Write the page of a run again (an alignment, a curation, of reinforcement learning or reasoning) and print its path."""
+    from gristmill.report import alignment, curation, reasoning, rl
     from gristmill.runs.reader import read_run, reading_back
 
     with reading_back(folder):
@@ -163,7 +189,8 @@ def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("r
         if data.kind == "curation" and data.results:
             page = curation.write_page(folder, data.results)
         else:
-            page = rl.write_page(data) if data.kind == "rl" else alignment.write_report(folder)
+            pages = {"rl": rl.write_page, "reasoning": reasoning.write_page}
+            page = pages[data.kind](data) if data.kind in pages else alignment.write_report(folder)
     echo(json.dumps({"report": str(page)}) if as_json else str(page))
 
 

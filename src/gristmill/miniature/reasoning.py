@@ -40,7 +40,9 @@ def pairs(world: World, num: int, num_sums: int, *, seed: int) -> list[tuple[Dem
             before = [replace(m, trained=False) if m.role == "assistant" else m for m in problem.messages]  # its working is no reply
             turns = with_toggle(before, mode)
             meta = {"level": problem.level, "reasoning": mode}
-            row = Demonstration(make_id("reasoning", seed, i, mode), problem.task, (*turns, Message("assistant", answer)), "human", meta=meta)
+            row = Demonstration(
+                make_id("reasoning", seed, i, mode), problem.task, (*turns, Message("assistant", answer)), "human", meta=meta
+            )
             out.append((row, _judged(problem)))
     return out
 

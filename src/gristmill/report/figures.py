@@ -156,8 +156,10 @@ def histogram(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.
     return svg(width, height, "Reward scores before and after the filter", parts)
 
 
-def monitor_plot(labels: Sequence[str], values: Sequence[float], *, level: float | None, falls: bool) -> Markup:
-    """A collapse monitor over the rounds with its alarm level: the shaded side is where it alarms.
+def monitor_plot(
+    labels: Sequence[str], values: Sequence[float], *, level: float | None, falls: bool, what: str = "Collapse monitor"
+) -> Markup:
+    """A monitor over the rounds, or another figure at a few places, with its alarm level: the shaded side is where it alarms.
 
     Args:
         labels: one a measurement.
@@ -189,7 +191,7 @@ def monitor_plot(labels: Sequence[str], values: Sequence[float], *, level: float
         parts.append(el("circle", el("title", f"{labels[i]}: {v:.4g}"), cx=r1(x(i)), cy=r1(y(v)), r=4, class_="greedy"))
         parts.append(el("text", f"{v:.3g}", x=r1(x(i)), y=r1(y(v) - 9), text_anchor="middle", class_="strong"))
         parts.append(el("text", labels[i], x=r1(x(i)), y=r1(height - 7), text_anchor="middle"))
-    return svg(width, height, "Collapse monitor", parts)
+    return svg(width, height, what, parts)
 
 
 def loss_plot(points: Sequence[tuple[float, float]], what: str = "Loss") -> Markup:

@@ -42,8 +42,8 @@ def write_page(data: RunData) -> Path:
     if data.results is not None:
         body += [el("pre", "\n".join(rl_lines(data.results, data.folder))), _accuracies(data.results)]
     for stage in data.stages:
-        if curves := _curves(data, stage["folder"]):
-            body += [el("h2", "Every step"), el("div", curves, class_="grid")]
+        if drawn := curves(data, stage["folder"]):
+            body += [el("h2", "Every step"), el("div", drawn, class_="grid")]
             body += [el("h2", "Groups of the last steps"), *_groups(data.folder / stage["folder"] / "rollouts.jsonl")]
     path = data.folder / "report.html"
     write_text(path, document(title, head, el("main", body)))
@@ -60,7 +60,8 @@ def _accuracies(results: dict[str, Any]) -> Markup:
     return table(["", "before", "after", "paired difference"], rows)
 
 
-def _curves(data: RunData, stage: str) -> list[Markup]:
+def curves(data: RunData, stage: str) -> list[Markup]:
+    """A figure for each metric of a stage's steps that tells anything; the stage is given by its folder within the run's."""
     steps = read_metrics(data, stage, needed=("step", "reward_total"))
     out: list[Markup] = []
     drawn: list[list[tuple[float, float]]] = []

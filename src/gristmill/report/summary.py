@@ -29,6 +29,11 @@ def stage_line(done: Mapping[str, Any]) -> str:
         return "; ".join(f"{what} {_measured(entry)}" for what, entry in done[kind].items())
     if "greedy" in done:
         return _model(done)
+    if "reasoning" in done:
+        found = done["reasoning"]
+        return "; ".join(
+            f"thinking {mode} {format_score_ci(found[mode])}, obeyed {found['obedience'][mode]['mean']:.3f}" for mode in ("on", "off")
+        )
     if "scores" in done:
         return ", ".join(f"{stage_label(name)} {format_score(score['mean'])}" for name, score in done["scores"].items())
     if "llm_judge" in done:
@@ -140,6 +145,20 @@ def rl_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
         before, after = (format_score_ci(stage[mode]["overall"]) for stage in results["stages"])
         lines.append(f"{mode}: {before} -> {after}, paired {format_difference(results['paired'][mode])}")
     return [*lines, f"serve it: gristmill serve {shlex.quote(str(folder / results['model']))}"]
+
+
+def reasoning_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
+    """What reinforcement learning changed in both modes, thinking budgets, and the command that serves the model."""
+    found = results["reasoning"]
+    lines = []
+    for mode in ("on", "off"):
+        before, after = (format_score_ci(found[when][mode]) for when in ("before", "after"))
+        obeyed = found["after"]["obedience"][mode]["mean"]
+        lines.append(f"thinking {mode:<3} {before} -> {after}, paired {format_difference(found['paired'][mode])}, obeyed {obeyed:.3f}")
+    told = [f"{point['budget'] if point['budget'] is not None else 'none'} {format_score(point['mean'])}" for point in found["budget"]]
+    lines += [f"thinking budget: {', '.join(told)}"] if told else []
+    served = f"gristmill serve {shlex.quote(str(folder / results['model']))} --reasoning-parser think"
+    return [*lines, f"serve it: {served}"]
 
 
 def best_lines(results: Mapping[str, Any], folder: Path) -> list[str]:

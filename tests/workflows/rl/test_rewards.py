@@ -4,10 +4,11 @@ import pytest
 
 from gristmill.data.chat import Message
 from gristmill.data.rows import Prompt
+from gristmill.data.thinking import THINKING_OFF, THINKING_ON
 from gristmill.generation.api import Completion
 from gristmill.judge.programs import Verifier
 from gristmill.workflows.rl.recipe import Rewards
-from gristmill.workflows.rl.rewards import THINKING_OFF, THINKING_ON, Reward, Rewarder
+from gristmill.workflows.rl.rewards import Reward, Rewarder
 
 TRUTH = {"kind": "number", "value": 7}
 

@@ -14,9 +14,12 @@ class ReasoningData(Section):
     """Answers with thinking on and off, prompts with truths, and prompts that are held out. A world supplies its own."""
 
     demonstrations: FilePath | None = Field(
-        None, description="Llama-Nemotron's records or conversations with the toggle's line; where a row has its `truth`, wrong ones are left out"
+        None,
+        description="Llama-Nemotron's records, or conversations with the toggle's line; with a `truth` in a row, wrong ones are left out",
     )
-    prompts: FilePath | None = Field(None, description="for reinforcement learning: with `answer`, `truth` or tests, and `level` if stages ask")
+    prompts: FilePath | None = Field(
+        None, description="for reinforcement learning: with `answer`, `truth` or tests, and `level` if stages ask"
+    )
     evaluation: FilePath | None = Field(None, description="the same, asked for nothing but the evaluation, with thinking on and off")
     task: str = Field("", description="the task that thinking is for; others are only to keep what they had; none: all are")
     num_level: int = Field(40, gt=0, description="of a world: prompts of each level of its sums, answered in both modes")
@@ -84,7 +87,9 @@ class ReasoningRecipe(Recipe):
 
     def rl_recipe(self, stage: RlStage, *, model: str, prompts: str, evaluation: str) -> RlRecipe:
         """The recipe of a stage's `gristmill rl`, on files of prompts."""
-        shared: dict[str, Any] = {name: getattr(self.rl, name) for name in RlSettings.model_fields if name not in ("share_on", "share_others")}
+        shared: dict[str, Any] = {
+            name: getattr(self.rl, name) for name in RlSettings.model_fields if name not in ("share_on", "share_others")
+        }
         own = {name: getattr(stage, name) for name in ("steps", "max_thinking_tokens", "curriculum")}
         run = {"name": stage.name, "model": model, "chat_format": self.chat_format, "seed": self.seed}
         data = RlData.model_validate({"prompts": prompts, "evaluation": evaluation})

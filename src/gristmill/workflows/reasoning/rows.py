@@ -87,7 +87,10 @@ class FileRows:
         if not found:
             raise InputError(f"No row of {self._recipe.data.prompts} has a `level` of the stage {stage.name!r}: {list(stage.levels)}.")
         rng.shuffle(found)
-        return [_in_mode(p, toggle_of(p.messages) or ("on" if rng.random() < self._recipe.rl.share_on else "off")) for p in found[: stage.num_prompts]]
+        return [
+            _in_mode(p, toggle_of(p.messages) or ("on" if rng.random() < self._recipe.rl.share_on else "off"))
+            for p in found[: stage.num_prompts]
+        ]
 
     def watched(self, stage: RlStage) -> list[Prompt]:
         """The first prompts of the evaluation, with thinking on."""

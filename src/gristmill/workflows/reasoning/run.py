@@ -1,12 +1,12 @@
 """A reasoning run: SFT with the toggle, stages of reinforcement learning from easy to hard, the model before and after in both modes.
 
-    00-data     answers that are imitated, without those that are rejected; also as Llama-Nemotron's records
-    01-base     the model with a token for each tag of thinking
-    02-sft      trained on them
-    03-before   answers to the held-out prompts, in both modes
-    04-NAME     a stage of reinforcement learning: a run of `gristmill rl` in its folder `run`, which goes on from its own checkpoint
-    ..
-    NN-after    as 03-before, and under thinking budgets
+00-data     answers that are imitated, without those that are rejected; also as Llama-Nemotron's records
+01-base     the model with a token for each tag of thinking
+02-sft      trained on them
+03-before   answers to the held-out prompts, in both modes
+04-NAME     a stage of reinforcement learning: a run of `gristmill rl` in its folder `run`, which goes on from its own checkpoint
+..
+NN-after    as 03-before, and under thinking budgets
 """
 
 import json
@@ -26,7 +26,7 @@ from gristmill.core.progress import Progress
 from gristmill.data.chat import to_dicts
 from gristmill.data.find_format import find_format
 from gristmill.data.rows import Demonstration, Prompt
-from gristmill.data.thinking import nemotron_record
+from gristmill.data.thinking import LINES, nemotron_record
 from gristmill.engine.engine import Engine
 from gristmill.evaluate.reasoning import budget_score, reasoning_scores
 from gristmill.evaluate.stats import paired
@@ -89,11 +89,16 @@ class _Run:
             done = self._reinforced(stage, model, last)
             model, last = done.folder / RL_RUN / done.summary["model"], done.fingerprint
         after = self._measured("after", model, last, budgets=recipe.budgets)
-        scores = {name: {k: v for k, v in s.summary["scores"].items() if k != "outcomes"} for name, s in (("before", before), ("after", after))}
-        outcomes = [s.summary["scores"]["outcomes"] for s in (before, after)]
-        differences = {mode: paired(list(old.values()), list(outcomes[1][mode].values())) for mode, old in outcomes[0].items()}
+        old, new = before.summary["reasoning"], after.summary["reasoning"]
+        scores = [{name: value for name, value in found.items() if name != "outcomes"} for found in (old, new)]
+        outcomes = [{mode: list(of.values()) for mode, of in found["outcomes"].items()} for found in (old, new)]
         results = {
-            "reasoning": {**scores, "paired": differences, "budget": after.summary["budget"]},
+            "reasoning": {
+                "before": scores[0],
+                "after": scores[1],
+                "paired": {mode: paired(outcomes[0][mode], outcomes[1][mode]) for mode in LINES},
+                "budget": after.summary["budget"],
+            },
             "rejected": data.summary["rejected"],
             "model": str(model.relative_to(self.dir.path)),
         }
@@ -118,7 +123,8 @@ class _Run:
         rows: list[Demonstration] = HUMAN_DEMONSTRATIONS.read(data)
         settings = {"recipe": self.recipe.sft, "device": self.device, "chat_format": self.recipe.chat_format, "seed": self.recipe.seed}
         result = train_model("sft", base, rows, out=folder, on_step=self.progress.train_step, checkpoint_every=20.0, **settings)  # type: ignore[arg-type]
-        return {"rows": len(rows), "steps": result.steps, "metrics": result.metrics, "tokens_per_second": round(result.tokens_per_second)}
+        speed = round(result.tokens / max(result.seconds, 1e-9))
+        return {"rows": len(rows), "steps": result.steps, "metrics": result.metrics, "tokens_per_second": speed}
 
     def _reinforced(self, stage: RlStage, model: Path, inputs: str) -> Stage:
         """A stage of reinforcement learning, on prompts that are written beside it."""
@@ -147,10 +153,11 @@ class _Run:
         asked |= {f"{p.id}-{budget}": self._request(p, budget) for p in curve for budget in budgets}
         answers = self._answers(list(asked.values()), model, folder / ANSWERS)
         scores = reasoning_scores(prompts, answers, self.verifier.verify, task=task)
-        under = [({p.id: answers[f"{p.id}-{budget}"] for p in curve}, budget) for budget in budgets]
-        under += [({p.id: answers[p.id] for p in curve}, None)] if budgets else []
-        points = [budget_score(curve, found, self.verifier.verify, budget) for found, budget in under]
-        return {"num_answers": len(asked), "scores": scores, "budget": points}
+        points = []
+        for limit in (*budgets, None) if budgets else ():
+            found = {p.id: answers[p.id if limit is None else f"{p.id}-{limit}"] for p in curve}
+            points.append(budget_score(curve, found, self.verifier.verify, limit))
+        return {"num_answers": len(asked), "reasoning": scores, "budget": points}
 
     def _request(self, prompt: Prompt, budget: int | None) -> Request:
         sampling = SamplingParams(temperature=0.0, max_tokens=self.recipe.rl.max_tokens, max_thinking_tokens=budget)
