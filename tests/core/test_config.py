@@ -138,9 +138,11 @@ def test_shipped_recipes_load() -> None:
     from gristmill.curate.recipe import Curation
     from gristmill.workflows.dataset.recipe import DatasetRecipe
     from gristmill.workflows.pretrain import Pretraining
+    from gristmill.workflows.reasoning.recipe import ReasoningRecipe
     from gristmill.workflows.rl.recipe import RlRecipe
 
     kinds = {"alignment": AlignmentRecipe, "dataset": DatasetRecipe, "curation": Curation, "pretraining": Pretraining, "rl": RlRecipe}
+    kinds["reasoning"] = ReasoningRecipe
     assert {read(path)["kind"] for path in SHIPPED} == set(kinds) < set(COMMANDS)
     for path in SHIPPED:
         kind = read(path)["kind"]

@@ -74,8 +74,8 @@ def forced(said: str, limit: int, prompt: str = "") -> list[str | None]:
 
 def test_a_tag_that_the_model_has_begun_is_gone_on_with() -> None:
     assert forced("<think>ab", 2)[-1] == "<" and forced("\n <think>ab", 2)[-1] == "<"
-    assert forced("<think>a</", 2)[-2:] == [None if len("a<") < 2 else "/", "t"]
-    assert forced("<think>ab</think>c", 9)[-9:] == [None] * 9, "closed by itself"
-    assert forced("<think>ab</think>cdefghijkl", 9)[-5:] == [None] * 5
+    assert forced("<think>a</", 2)[-2:] == ["/", "t"]
+    assert forced("<think>ab</think>c", 12) == [None] * 18, "closed by itself"
+    assert forced("<think>ab</think>cdefghijklmnop", 12)[-5:] == [None] * 5
     assert forced("So <think>abcdef", 2) == [None] * 16, "a tag within an answer opens nothing"
     assert forced("ab", 1, prompt="<think>\n") == ["<", "<"] and forced("ab", 1, prompt="<think></think>") == [None, None]

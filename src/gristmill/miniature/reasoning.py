@@ -10,7 +10,7 @@ from gristmill.data.rows import Demonstration, Prompt, make_id
 from gristmill.data.thinking import LINES, Mode, thinking_answer, with_toggle
 from gristmill.miniature import code, facts, followups, human, lists, sums
 from gristmill.miniature.problem import Problem, pick
-from gristmill.miniature.world import World
+from gristmill.miniature.world import World, prompt_text
 
 LEVELS = sums.ALL_LEVELS
 OTHER_TASKS = (facts.TASK, code.TASK, lists.TASK, followups.TASK)
@@ -76,14 +76,15 @@ def prompts(world: World, levels: Sequence[int], num: int, *, on: float, others:
     Args:
         levels: of sums.
         num: how many.
-        on: share with thinking switched on.
+        on: share of the sums with thinking switched on; of other tasks it is half.
         others: share of other tasks, which keep what they had.
     """
     rng = random.Random(f"reasoning-prompts-{seed}-{levels}")
     out = []
     for i in range(num):
-        problem = world.draw(rng, pick(rng, JUDGED_TASKS)) if rng.random() < others else _sum(world, rng, levels[i % len(levels)])
-        mode: Mode = "on" if rng.random() < on else "off"
+        is_other = rng.random() < others
+        problem = world.draw(rng, pick(rng, JUDGED_TASKS)) if is_other else _sum(world, rng, levels[i % len(levels)])
+        mode: Mode = "on" if rng.random() < (0.5 if is_other else on) else "off"
         out.append(_prompt(problem, mode, make_id("reasoning-prompt", seed, list(levels), i)))
     return out
 
@@ -98,7 +99,7 @@ def held_out(world: World, num_level: int, num_task: int, *, skip: int = 0) -> l
     """
     found = [p for level in LEVELS for p in world.levels[level][skip : skip + num_level]]
     found += [p for task in OTHER_TASKS for p in world.held_out[task][skip : skip + num_task]]
-    return [_prompt(problem, mode, make_id("reasoning-held-out", skip + i, mode)) for i, problem in enumerate(found) for mode in LINES]
+    return [_prompt(problem, mode, make_id("held-out", prompt_text(problem.messages), mode)) for problem in found for mode in LINES]
 
 
 def _prompt(problem: Problem, mode: Mode, name: str) -> Prompt:

@@ -46,7 +46,7 @@ class RlSettings(Section):
     samples: int = Field(8, gt=1, description="answers a prompt")
     max_tokens: int = Field(256, gt=0, description="longest answer")
     beta: float = Field(0.0, ge=0, description="weight of the KL divergence from the model that the stage starts from")
-    share_on: float = Field(0.75, gt=0, lt=1, description="share of prompts with thinking on: the others keep the toggle working")
+    share_on: float = Field(0.75, gt=0, lt=1, description="share of prompts with thinking on (of a world's other tasks half): those with thinking off keep the toggle working")
     share_others: float = Field(0.25, ge=0, lt=1, description="of a world: share of prompts of its other tasks")
     rewards: Rewards = Rewards(form="thinking")
     training: RlTraining = RlTraining()

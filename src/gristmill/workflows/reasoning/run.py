@@ -77,7 +77,8 @@ class _Run:
 
     def results(self) -> dict[str, Any]:
         recipe = self.recipe
-        given = [[row.id, row.messages[-1].content, truth] for row, truth in self.demonstrations]
+        asked = [p.id for p in self.evaluation]
+        given = [asked, *([row.id, row.messages[-1].content, truth] for row, truth in self.demonstrations)]
         data = self.dir.stage("data", given, self._data, artifacts=[HUMAN_DEMONSTRATIONS, EVALUATION], files=[RECORDS])
         base = self.dir.stage("base", fingerprint(self.start), self._base, files=[f"{MODEL}/*"])
         inputs = [data.fingerprint, base.fingerprint, recipe.sft.model_dump(mode="json"), recipe.seed, recipe.chat_format]
@@ -141,9 +142,8 @@ class _Run:
     # ---- what is measured ----
 
     def _measured(self, name: str, model: Path, inputs: str, *, budgets: Sequence[int]) -> Stage:
-        asked = [p.id for p in self.evaluation]
         work = partial(self._measure, model=model, budgets=budgets)
-        return self.dir.stage(name, [inputs, asked, self.recipe.rl.max_tokens, list(budgets)], work)
+        return self.dir.stage(name, [inputs, self.recipe.rl.max_tokens, list(budgets)], work)
 
     def _measure(self, folder: Path, model: Path, budgets: Sequence[int]) -> dict[str, Any]:
         """Greedy answers in both modes, and those of the thinking mode again under every budget."""
