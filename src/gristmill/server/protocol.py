@@ -189,6 +189,7 @@ class ChatCompletionRequest(CompletionRequestBase):
         super().check()
         if self.enable_thinking is not None:
             self.chat_template_kwargs = {"enable_thinking": self.enable_thinking} | (self.chat_template_kwargs or {})
+        self.chat_template_kwargs = self.chat_template_kwargs or None
         if self.top_logprobs and not self.logprobs:
             raise FieldError("top_logprobs", "needs logprobs: true")
         if self.echo:

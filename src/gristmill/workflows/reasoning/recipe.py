@@ -9,6 +9,8 @@ from gristmill.train.settings import Training
 from gristmill.workflows.alignment.recipe import EngineSettings
 from gristmill.workflows.rl.recipe import Curriculum, Method, Rewards, RlData, RlRecipe, RlTraining
 
+OWN_STAGES = ("data", "base", "sft", "before", "after")
+
 
 class ReasoningData(Section):
     """Answers with thinking on and off, prompts with truths, and prompts that are held out. A world supplies its own."""
@@ -46,7 +48,9 @@ class RlSettings(Section):
     samples: int = Field(8, gt=1, description="answers a prompt")
     max_tokens: int = Field(256, gt=0, description="longest answer")
     beta: float = Field(0.0, ge=0, description="weight of the KL divergence from the model that the stage starts from")
-    share_on: float = Field(0.75, gt=0, lt=1, description="share of prompts with thinking on (of a world's other tasks half): those with thinking off keep the toggle working")
+    share_on: float = Field(
+        0.75, gt=0, lt=1, description="of prompts, with thinking on (of a world's other tasks half); the others keep the toggle working"
+    )
     share_others: float = Field(0.25, ge=0, lt=1, description="of a world: share of prompts of its other tasks")
     rewards: Rewards = Rewards(form="thinking")
     training: RlTraining = RlTraining()
@@ -81,8 +85,9 @@ class ReasoningRecipe(Recipe):
             raise ValueError("data: a world supplies its own rows; leave the files out, or the world")
         if self.rl.rewards.form != "thinking":
             raise ValueError("rl.rewards.form must be thinking: without it the toggle would be lost")
-        if len({stage.name for stage in self.stages}) < len(self.stages):
-            raise ValueError("stages: give each another name")
+        names = [*OWN_STAGES, *(stage.name for stage in self.stages)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages: give each another name, and none of {', '.join(OWN_STAGES)}")
         return self
 
     def rl_recipe(self, stage: RlStage, *, model: str, prompts: str, evaluation: str) -> RlRecipe:
