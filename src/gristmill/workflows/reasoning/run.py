@@ -44,7 +44,7 @@ from gristmill.workflows.reasoning.rows import FileRows, WorldRows, judged
 from gristmill.workflows.rl import loop as rl
 from gristmill.workflows.train import MODEL, train_model
 
-ANSWERS, RECORDS, PROMPTS, WATCHED, RL_RUN = "answers.jsonl", "llama-nemotron.jsonl", "prompts.jsonl", "evaluation.jsonl", "run"
+ANSWERS, RECORDS, PROMPTS, WATCHED, RL_RUN = "answers.jsonl", "llama-nemotron.jsonl", "prompts.jsonl", "watched.jsonl", "run"
 
 
 def run(recipe: ReasoningRecipe, folder: Path, progress: Progress, unsafe_code: bool = False) -> dict[str, Any]:
