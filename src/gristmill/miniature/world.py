@@ -7,7 +7,7 @@ held-out prompts. Nothing else.
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gristmill.data.chat import Conversation
@@ -42,19 +42,19 @@ class World:
 
     Attributes:
         held_out: problems of each task that only the evaluation may ask: their texts occur in no document and no human row.
-        levels: held-out sums by their number of operations, beyond those that documents and human rows have.
-        reserved: the texts of both.
+        reserved: the texts of all that is held out.
+        levels: held-out sums by their number of operations, more than documents and human rows have.
     """
 
     lands: facts.Lands
     held_out: dict[str, list[Problem]]
-    levels: dict[int, list[Problem]]
     reserved: frozenset[str]
+    levels: dict[int, list[Problem]] = field(default_factory=dict)
 
     @staticmethod
     def make(seed: int = 0) -> "World":
         """The world of this seed. Another seed is another world; the shipped Base knows world 0."""
-        empty = World(facts.Lands.make(seed), {}, {}, frozenset())
+        empty = World(facts.Lands.make(seed), {}, frozenset())
         rng = random.Random(f"held-out-{seed}")
         held_out: dict[str, list[Problem]] = {}
         reserved: set[str] = set()
@@ -74,7 +74,7 @@ class World:
                 if problem.question not in reserved:
                     reserved.add(problem.question)
                     problems.append(problem)
-        return World(empty.lands, held_out, levels, frozenset(reserved))
+        return World(empty.lands, held_out, frozenset(reserved), levels)
 
     def allowed(self, messages: Conversation) -> bool:
         """Whether a conversation keeps clear of the held-out texts, in each of its user turns and as a whole."""
