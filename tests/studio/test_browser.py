@@ -39,7 +39,7 @@ def responses(folder: Path, texts: list[str], prompt: str = "A question?") -> No
 def open_work(served: Served, browser: Browser, kind: str = "rate", *, num: int = 6, need: int = 3, **more: Any) -> tuple[Page, str]:
     """A page of an annotator at work, and the project."""
     owner = served.store.owner()
-    items = served.studio.sources.choose_items(ANSWERS, kind, num=num, seed=0)
+    items = served.studio.service.sources.choose_items(ANSWERS, kind, num=num, seed=0)
     project = served.store.create_project(kind, kind, items, source=ANSWERS, need=need, guideline="", by=owner)
     client = served.client("annotator")
     page = browser.page(f"{served.origin}/#/work/{project}", client.headers["Cookie"], **more)
@@ -205,10 +205,10 @@ def test_hostile_texts_stay_texts_on_every_screen(local_store: Store, tmp_path: 
     write_rows(folder / "<img src=x onerror=alert(1)>.parquet", rows)
     made = Served(local_store, Sources(folder, tmp_path / "cache"))
     try:
-        name = next(s.name for s in made.studio.sources.all())
+        name = next(s.name for s in made.studio.service.sources.all())
         owner = local_store.owner()
         for kind in ("rate", "pair"):
-            items = made.studio.sources.choose_items(name, kind, num=20, seed=0)
+            items = made.studio.service.sources.choose_items(name, kind, num=20, seed=0)
             project = local_store.create_project(kind, HOSTILE[1], items, source=name, need=2, guideline=HOSTILE[0], by=owner)
             people = [local_store.add_person(f"{HOSTILE[2]}{kind}{n}", "annotator") for n in range(2)]
             for n, person in enumerate(people):
