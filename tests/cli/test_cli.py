@@ -23,6 +23,7 @@ SURFACE = {
     "run": ("RECIPE --out -o --model --control --seed --rounds --threads --device --redo --dry-run --unsafe-code --quiet -q --json"),
     "status": "FOLDER --json",
     "report": "FOLDER --json",
+    "check": "FOLDER --approve --stop --reject --again --json",
     "answers": "FOLDER --prompt --sampled --json",
     "compare": "FOLDERS --out -o --json",
     "pretrain": "RECIPE --out -o --tokens --tp --device --quiet -q --json",
@@ -63,7 +64,7 @@ SURFACE = {
     "--max-batch --cache-tokens --step-tokens --speculative-config --enable-lora --lora-modules --max-loras --max-lora-rank "
     "--lora-folder --dtype --quantize --head --cache --device --format",
     "rl": "RECIPE --out -o --model --seed --steps --threads --device --unsafe-code --quiet -q --json",
-    "studio": "FOLDER --port --host --url --database --export",
+    "studio": "FOLDER --port --host --url --database --guard --guard-model --guard-key-env --export",
     "synth": "RECIPE --out -o --dry-run --limit --retry-failed --device --unsafe-code --quiet -q --json",
     "curate": "RECIPE --input -i --out -o --workers --executor --explain --quiet -q --json",
     "blend": "RECIPE --out -o --workers --quiet -q --json",

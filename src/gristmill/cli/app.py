@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 GROUPS = {
     "Whole runs": ("run", "rl", "synth", "curate", "blend", "pretrain", "plan", "claims", "init"),
-    "Look at runs": ("status", "report", "answers", "compare", "rows"),
+    "Look at runs": ("status", "report", "answers", "compare", "check", "rows"),
     "Single steps": ("train", "merge", "quality", "quantize", "add-chat-tokens", "generate", "score", "eval", "judge", "safety"),
     "Talk and serve": ("chat", "serve", "studio"),
 }

@@ -1,5 +1,6 @@
 """Commands about whole runs: start one, look at it, compare it, write its recipe."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -58,8 +59,13 @@ def run(
         return
     name = "-".join([loaded.name, *([loaded.control] if loaded.control else []), *([f"seed{seed}"] if seed is not None else [])])
     folder = out or Path("runs") / name
+    read_said = None
+    if loaded.people is not None:
+        from gristmill.studio.said import read_said as read
+
+        read_said = functools.partial(read, folder, loaded.people.database)
     with Progress(quiet=quiet, describe=stage_line) as progress:
-        results = run_loop(loaded, folder, progress, unsafe_code, redo=redo)
+        results = run_loop(loaded, folder, progress, unsafe_code, redo=redo, read_said=read_said)
     page = write_report(folder)
     if as_json:
         echo(json.dumps(results))
@@ -131,6 +137,44 @@ def status(
     lines += [f"{head.strip(' .').lower()}: {words}" for head, words in doubts(data.results or {})]
     lines.append("finished" if data.results else "not finished: run the same command again to continue")
     echo("\n".join(lines))
+
+
+@command("gristmill check runs/miniature --approve")
+def check(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"),
+    approve: Annotated[bool, typer.Option("--approve", help="The run goes on and trains on the rows.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="The run ends before it trains on them.")] = False,
+    reject: Annotated[list[str] | None, typer.Option(help="With --approve: a row that is left out, by its id; again for each.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Decide the last check anew, though it was decided before.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The rows that a run asks people about before it trains on them, and the answer: approve them, or stop the run."""
+    from gristmill.report.people import check_lines, check_rows
+    from gristmill.runs.checks import APPROVE, REJECT, STOP, decide, find_checks
+    from gristmill.runs.reader import read_run
+
+    read_run(folder, kind="alignment")
+    if approve and stop:
+        raise InputError("Give --approve or --stop, not both.")
+    if reject and not approve:
+        raise InputError("--reject leaves rows out of what is approved: give --approve too.")
+    every = find_checks(folder)
+    found = [one for one in every if one.decision is None] or (every[-1:] if again or not (approve or stop) else [])
+    if not found:
+        raise InputError(f"No check of {folder} waits for a decision: `check:` in the recipe asks for one, and --again changes the last.")
+    asked = found[0]
+    rows = check_rows(asked)
+    if unknown := sorted(set(reject or ()) - {row["id"] for row in rows}):
+        raise InputError(f"The check has no row {unknown[0]!r}: `gristmill check {folder}` lists them.")
+    if approve or stop:
+        decide(asked, APPROVE if approve else STOP, "terminal", verdicts=dict.fromkeys(reject or (), REJECT))
+    decision = APPROVE if approve else STOP if stop else (asked.decision or {}).get("decision")
+    if as_json:
+        echo(json.dumps({"stage": asked.stage, **asked.question, "decision": decision, "sample": rows}))
+    elif approve or stop:
+        echo(f"{asked.stage}: {decision}")
+    else:
+        echo("\n".join(check_lines(asked, rows)))
 
 
 @command("gristmill answers runs/miniature --prompt 12")

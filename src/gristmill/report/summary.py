@@ -27,6 +27,10 @@ def stage_line(done: Mapping[str, Any]) -> str:
     funnel = done.get("funnel", {})
     if kind := next((kind for kind in MEASURED if kind in done), None):
         return "; ".join(f"{what} {_measured(entry)}" for what, entry in done[kind].items())
+    if "said" in done:
+        return said_line(done["said"])
+    if "checked" in done:
+        return check_line(done["checked"])
     if "greedy" in done:
         return _model(done)
     if "scores" in done:
@@ -50,9 +54,25 @@ def stage_line(done: Mapping[str, Any]) -> str:
     if "kept" in funnel:
         return _prompts(funnel)
     if "metrics" in done:
-        return f"{done['rows']:,} rows, {_training(done)}"
+        held = done.get("held_out")
+        gain = f"; held-out pairs {format_score(held['before']['mean'])} -> {format_score_ci(held['after'])}" if held else ""
+        return f"{done['rows']:,} rows, {_training(done)}{gain}"
     counts = {k: n for k, n in done.items() if isinstance(n, int) and k != "peak_mib"}
     return ", ".join(f"{n:,} {name.removeprefix('num_').replace('_', ' ')}" for name, n in counts.items())
+
+
+def said_line(said: Mapping[str, Any]) -> str:
+    """What people in the studio gave a round."""
+    taken = ", ".join(f"{said[kind]:,} {kind}" for kind in ("ratings", "pairs", "demonstrations"))
+    lost = "".join(f"; {n:,} left out: {why}" for why, n in said["left_out"].items())
+    return f"{taken} by {len(said['people'])} people{lost}"
+
+
+def check_line(check: Mapping[str, Any]) -> str:
+    """What people found in a sample of a round, and who decided."""
+    wrong = f"{format_score_ci(check['wrong'])} wrong of {check['wrong']['n']}" if check["wrong"]["n"] else "no row was looked at"
+    found = f"{check['reject']} rejected, {check['repair']} repaired"
+    return f"{check['decision']} by {check['by']}: {wrong} ({found}); sample of {check['rows']} of {check['of']:,} rows"
 
 
 def _model(done: Mapping[str, Any]) -> str:

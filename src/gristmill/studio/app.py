@@ -10,8 +10,11 @@ from aiohttp import web
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.studio.database import Unreachable
+from gristmill.studio.guard import GuardView
 from gristmill.studio.routes.people import PeopleRoutes
 from gristmill.studio.routes.rows import RowsRoutes
+from gristmill.studio.routes.run import RunRoutes
+from gristmill.studio.routes.talk import TalkRoutes
 from gristmill.studio.routes.work import WorkRoutes
 from gristmill.studio.security import COOKIE, HEADERS, ROUTES, key_of
 from gristmill.studio.service import PERSON, Events, Handler, Routes, Service, error_reply
@@ -32,15 +35,27 @@ class Studio:
         origins: that browsers may come from; others' requests are refused, so that no page of a stranger acts for somebody.
         secure: whether cookies are sent over TLS alone.
         owner_key: hash of the token by which the owner comes in, once.
+        guard: what is asked about answers of the red team's models.
     """
 
-    def __init__(self, store: Store, sources: Sources, origins: frozenset[str], *, secure: bool = False, owner_key: str = ""):
+    def __init__(
+        self,
+        store: Store,
+        sources: Sources,
+        origins: frozenset[str],
+        *,
+        secure: bool = False,
+        owner_key: str = "",
+        guard: GuardView | None = None,
+    ):
         self.service, self.origins = Service(store, sources), origins
         self.hosts = frozenset(origin.partition("://")[2] for origin in origins)
         self.routes: list[Routes] = [
             PeopleRoutes(self.service, secure=secure, owner_key=owner_key),
             WorkRoutes(self.service),
             RowsRoutes(self.service),
+            RunRoutes(self.service),
+            TalkRoutes(self.service, guard),
         ]
         self.handlers: dict[tuple[str, str], Handler] = {("GET", "/events"): self._events}
         for routes in self.routes:

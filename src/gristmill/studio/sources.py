@@ -25,7 +25,7 @@ from gristmill.core.io import make_folder, replacing, state
 from gristmill.data.parquet import Expansion, ParquetReader, max_held_bytes
 from gristmill.data.readers import read_demonstrations, read_pairs, read_prompts, read_ratings
 from gristmill.data.rows import ATTRIBUTES, Response, make_id, read_records, read_rows, write_rows
-from gristmill.runs.artifacts import ALL, Artifact
+from gristmill.runs.artifacts import ALL, CHECK, Artifact
 from gristmill.runs.reader import read_run
 from gristmill.runs.run_dir import RECIPE
 from gristmill.studio.database import clean
@@ -39,7 +39,6 @@ MAX_PAGE = 200
 LIST_SECONDS = 5.0  # for which the list of a run's files is remembered
 MAX_ORDERS = 8  # filtered or sorted, that are kept
 BATCH_ROWS = 1 << 14
-FOLDER = "studio"  # in the run's
 RESPONSES, PAIRS, RATED, DEMONSTRATIONS, PROMPTS, OTHER = "responses", "pairs", "rated", "demonstrations", "prompts", "other"
 KIND_OF_ROW = {"Response": RESPONSES, "Pair": PAIRS, "Rated": RATED, "Demonstration": DEMONSTRATIONS, "Prompt": PROMPTS}
 OF_KIND = {RATE: (RESPONSES, RATED, DEMONSTRATIONS), PAIR: (RESPONSES, PAIRS)}  # what a project can be made of
@@ -89,7 +88,8 @@ class Sources:
 
     def _of_run(self) -> Iterator[Source]:
         for stage in read_run(self.folder).stages:
-            for file in stage.get("artifacts", ()):
+            waiting = (CHECK.file,) if stage["folder"].endswith("-check") else ()
+            for file in stage.get("artifacts", waiting):
                 artifact = ALL.get(file)
                 path = self.folder / stage["folder"] / file
                 if isinstance(artifact, Artifact) and path.is_file():

@@ -4,7 +4,9 @@ import { html, useEffect, useState } from "./vendor/preact-htm.js";
 import { api } from "./api.js";
 import { Short } from "./text.js";
 
-const EXPORTS = ["rated.parquet", "ratings.jsonl", "pairs.parquet", "preference.jsonl"];
+const EXPORTS = ["rated.parquet", "ratings.jsonl", "pairs.parquet", "preference.jsonl", "demonstrations.parquet", "attacks.jsonl", "regressions.jsonl"];
+const WHAT = { rate: "Rate answers on five attributes", pair: "Compare two answers", check: "Check what a round is about to train on" };
+const VERB = { rate: "Rate", pair: "Compare", check: "Check" };
 
 function Project({ project, role, changed }) {
   const [text, setText] = useState(null);
@@ -22,11 +24,12 @@ function Project({ project, role, changed }) {
   };
   return html`<li class="card project">
     <h2>${project.name}</h2>
-    <p class="soft">${project.kind === "rate" ? "Rate answers on five attributes" : "Compare two answers"}${looks ? html`, of <code><${Short} text=${project.source} /></code>; each needs ${project.need}` : ""}</p>
+    <p class="soft">${WHAT[project.kind]}${looks ? html`, of <code><${Short} text=${project.source} /></code>; each needs ${project.need}` : ""}</p>
     <div class="progress"><progress max=${project.items} value=${project.closed} aria-label=${`Progress of ${project.name}`}></progress><span>${project.closed.toLocaleString("en")} of ${project.items.toLocaleString("en")} done${project.split ? `, ${project.split} in dispute` : ""}</span></div>
     <div class="buttons">
-      ${works && html`<a class="button primary" href=${`#/work/${project.id}`}>${project.kind === "rate" ? "Rate" : "Compare"}<span class="away"> in ${project.name}</span></a>`}
-      ${looks && html`<a class="button" href=${`#/agreement/${project.id}`}>Agreement<span class="away"> on ${project.name}</span></a>`}
+      ${works && html`<a class="button primary" href=${`#/work/${project.id}`}>${VERB[project.kind]}<span class="away"> in ${project.name}</span></a>`}
+      ${looks && project.kind === "check" && html`<a class="button" href="#/run">Decide<span class="away"> about ${project.name}</span></a>`}
+      ${looks && project.kind !== "check" && html`<a class="button" href=${`#/agreement/${project.id}`}>Agreement<span class="away"> on ${project.name}</span></a>`}
       ${role === "owner" && text === null && html`<button onClick=${() => setText(project.guideline_text)}>Guideline, version ${project.guideline}</button>`}
     </div>
     ${text !== null && html`<label class="reason">Guideline: answers name the version that they were given by<textarea rows="6" value=${text} onInput=${(e) => setText(e.target.value)}></textarea></label>
@@ -73,6 +76,8 @@ function NewProject({ changed, open }) {
 export function Home({ me, projects, changed }) {
   useEffect(() => {
     document.title = "Studio";
+    const timer = me.is_run ? setInterval(changed, 10000) : 0; // a run may ask for a check
+    return () => clearInterval(timer);
   }, []);
   return html`<div class="home">
     <h1>Projects</h1>

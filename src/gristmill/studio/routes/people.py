@@ -72,7 +72,7 @@ class PeopleRoutes(Routes):
             raise Refused(403, words or "The name or the password is wrong.")
         session = new_token()
         await self.in_thread(self.store.open_session, key_of(session), person, SESSION_SECONDS)
-        reply = json_reply(_me(person))
+        reply = json_reply(self._told(person))
         reply.set_cookie(COOKIE, session, max_age=int(SESSION_SECONDS), httponly=True, samesite="Strict", secure=self.secure, path="/")
         return reply
 
@@ -86,7 +86,7 @@ class PeopleRoutes(Routes):
 
     async def me(self, request: web.Request) -> web.StreamResponse:
         person = request.get(PERSON)
-        return json_reply(_me(person) if person else {"role": None})
+        return json_reply(self._told(person) if person else {"role": None})
 
     async def people(self, request: web.Request) -> web.StreamResponse:
         return json_reply({"people": await self.in_thread(self.store.people)})
@@ -103,6 +103,6 @@ class PeopleRoutes(Routes):
         await self.in_thread(self.store.remove_person, request.match_info["person"], request[PERSON])
         return json_reply({})
 
-
-def _me(person: Person) -> dict[str, Any]:
-    return {"id": person.id, "name": person.name, "pseudonym": person.pseudonym, "role": person.role}
+    def _told(self, person: Person) -> dict[str, Any]:
+        names = {name: getattr(person, name) for name in ("id", "name", "pseudonym", "role")}
+        return names | {"is_run": self.sources.is_run}

@@ -13,11 +13,12 @@ from gristmill.core.errors import InputError
 from gristmill.studio import export as exports
 from gristmill.studio.agreement import agreement
 from gristmill.studio.database import Unreachable
+from gristmill.studio.rounds import open_checks
 from gristmill.studio.security import EXPERTS
 from gristmill.studio.service import PERSON, Handler, Routes, body_of, json_reply, number_of, text_of, whole_of
 from gristmill.studio.sources import cut
 from gristmill.studio.store import EXPERT, LEASE_SECONDS, Person, Refused
-from gristmill.studio.tasks import KINDS, PAIR, RATE, from_sides, swapped
+from gristmill.studio.tasks import CHECK, KINDS, PAIR, RATE, from_sides, swapped
 
 MAX_ANSWERS = 200  # in one request
 MAX_PROJECT_PROMPTS = 100_000
@@ -48,6 +49,7 @@ class WorkRoutes(Routes):
 
     async def projects(self, request: web.Request) -> web.StreamResponse:
         """All projects; to annotators without where their rows come from, which could tell what wrote them."""
+        await self.in_thread(open_checks, self.store, self.sources)
         found = await self.in_thread(self.store.projects)
         blind = request[PERSON].role not in ("owner", "expert", "reader")
         names = ("id", "name", "kind", "guideline", "guideline_text", "items", "closed")
@@ -204,6 +206,8 @@ class WorkRoutes(Routes):
     async def statistics(self, request: web.Request) -> web.StreamResponse:
         given = request.query.get("guideline")
         guideline = number_of(request, "guideline", 0) if given is not None else None
+        if (await self.in_thread(self.store.project, request.match_info["project"]))["kind"] == CHECK:
+            raise Refused(404, "A check has no agreement: the run's screen shows what people found.")
         return json_reply(await self.in_thread(agreement, self.store, request.match_info["project"], guideline=guideline))
 
 

@@ -44,6 +44,7 @@ from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.settings import Training
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
+from gristmill.workflows.alignment.state import ReadSaid
 from gristmill.workflows.benchmarks import BenchmarkArgs, Checked, check_benchmarks
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 from gristmill.workflows.safety import Guard, HeadGuard, SafetySettings, guard_identity, open_guards, read_sets
@@ -105,12 +106,23 @@ class AlignmentContext:
         progress: where work announces itself.
         unsafe_code: run model-written programs without a jail.
         redo: as `RunDir` takes it.
+        read_said: as `loop.run` takes it.
 
     Raises:
         InputError: a file of the recipe is missing or wrong, or there is no jail for a run that needs one.
     """
 
-    def __init__(self, recipe: AlignmentRecipe, folder: Path, progress: Progress, unsafe_code: bool = False, *, redo: bool = False):
+    def __init__(
+        self,
+        recipe: AlignmentRecipe,
+        folder: Path,
+        progress: Progress,
+        unsafe_code: bool = False,
+        *,
+        redo: bool = False,
+        read_said: ReadSaid | None = None,
+    ):
+        self.read_said = read_said
         self.device, self.progress = pick_device(recipe.device), progress
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
@@ -163,7 +175,7 @@ class AlignmentContext:
         if not recipe.world:  # the built-in world's are known to be right
             check_given_tests(prompts, unsafe_code=unsafe_code, quiet=progress.quiet)
         self._engines: dict[str, Engine] = {}
-        self._scorer: RewardScorer | None = None
+        self._scorer: tuple[Path, RewardScorer] | None = None
         self.reward_report: dict[str, Any] = {}
         self.run = RunDir(folder, recipe, progress, redo=redo)
         if chosen := [name for name in STAGE_KINDS if getattr(recipe, name) != getattr(given, name)]:
@@ -313,12 +325,13 @@ class AlignmentContext:
         return self._engines[key]
 
     def scorer(self, folder: Path) -> RewardScorer:
-        """The reward model that the run has trained, with the recipe's aggregation weights."""
-        if self._scorer is None:
+        """A reward model that the run has trained, with the recipe's aggregation weights; the last one used is kept."""
+        if self._scorer is None or self._scorer[0] != folder:
+            self._scorer = None
             precision = PRECISIONS[self.recipe.reward.precision]  # as in its training
             model, tokenizer = load_reward(folder, precision, vector_dtype=torch.float32, device=self.device)
-            self._scorer = RewardScorer(model, tokenizer, self.format, weights=self.weights)
-        return self._scorer
+            self._scorer = folder, RewardScorer(model, tokenizer, self.format, weights=self.weights)
+        return self._scorer[1]
 
     # ---- generation ----
 
