@@ -1,4 +1,4 @@
-"""People in the loop, from end to end: annotators of the miniature at the API, a check in the studio, and the next round that trains on it."""
+"""People in the loop, from end to end: annotators of the miniature at the API, a check, and the next round that trains on it."""
 
 import functools
 import json

@@ -108,7 +108,6 @@ def check_lines(check: Check, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += [f"  {m['role']}: {' '.join(m['content'].split())}" for m in row["messages"]]
     asked = check.question
     state = f"decided: {check.decision['decision']} by {check.decision['by']}" if check.decision else "waiting"
-    lines.append(
-        f"{check.stage}: {asked['rows']} of {asked['of']:,} rows, seed {asked['seed']}; {state}; until {asked['until']}, then {asked['default']}"
-    )
+    what = f"{asked['rows']} of {asked['of']:,} rows, seed {asked['seed']}"
+    lines.append(f"{check.stage}: {what}; {state}; until {asked['until']}, then {asked['default']}")
     return lines

@@ -70,6 +70,7 @@ def _lineage(project: dict[str, Any], item: dict[str, Any], answers: Sequence[di
         "item": item["id"],
         "rows": item["row_ids"],
         "source": project["source"],
+        "chosen_by": item["why"],
         "annotators": [answer["pseudonym"] for answer in used],
         "answers": [answer["id"] for answer in used],
         "at": max(answer["at"] for answer in used),

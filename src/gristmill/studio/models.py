@@ -125,7 +125,7 @@ class ModelServer:
             self._watch = asyncio.create_task(self._end_when_idle())
 
     async def stream(self, model: Model, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Pieces of an answer as they come: `text` and `tokens` with log-probabilities, at last `finish`. Leaving it ends the generation."""
+        """Pieces of an answer as they come: `text`, `tokens` with log-probabilities, at last `finish`. Leaving ends the generation."""
         if self.name != model.name:
             yield {"state": "loading"}
         await self._start(model)

@@ -84,6 +84,7 @@ export class Talk {
       if (error.name === "AbortError") this.finish = "stopped";
       else this.error = error.message;
     }
+    if (answer.content === "" && !this.error && this.finish !== "stopped") this.finish = "empty";
     if (answer.content === "" && this.turns[this.turns.length - 1] === answer) this.turns = this.turns.slice(0, -1);
     this.state = "";
     this.abort = null;
@@ -105,7 +106,7 @@ export function Turns({ talk, name }) {
     (turn, i) => html`<div class="turn ${turn.role === "user" ? "of-user" : ""}" key=${i}><div class="who">${turn.role === "user" ? "You" : name || "Model"}</div>
       <${Text} text=${turn.content || "\u2026"} /></div>`,
   )}
-    <p class="soft" role="status">${talk.state === "loading" ? "The model is loaded \u2026" : talk.busy ? "Answering \u2026" : talk.finish === "length" ? "Cut off at the longest answer." : talk.finish === "stopped" ? "Stopped." : ""}</p>
+    <p class="soft" role="status">${talk.state === "loading" ? "The model is loaded \u2026" : talk.busy ? "Answering \u2026" : talk.finish === "length" ? "Cut off at the longest answer." : talk.finish === "stopped" ? "Stopped." : talk.finish === "empty" ? "The model ended its turn without a word." : ""}</p>
     ${talk.error && html`<p class="bad" role="alert">${talk.error}</p>`}
   </div>`;
 }

@@ -3,6 +3,7 @@
 What an annotator gets is blind here, not in the page: no model, reward, judge or verdict, and no answer of anybody else.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from aiohttp import web
 
 from gristmill.core.errors import InputError
+from gristmill.studio import asking
 from gristmill.studio import export as exports
 from gristmill.studio.agreement import agreement
 from gristmill.studio.database import Unreachable
@@ -63,7 +65,9 @@ class WorkRoutes(Routes):
         num, seed = whole_of(body, "num", 100, low=1, high=MAX_PROJECT_PROMPTS), whole_of(body, "seed", 0, low=0, high=1 << 31)
         source, guideline = text_of(body, "source"), text_of(body, "guideline", MAX_GUIDELINE_CHARS)
         name = text_of(body, "name") or NAMES[str(kind)]  # not the source, which annotators are not to know
-        items = await self.in_thread(self.sources.choose_items, source, str(kind), num=num, seed=seed)
+        strategy = text_of(body, "strategy") or asking.RANDOM
+        choose = functools.partial(asking.choose_items, self.sources, source, str(kind), num=num, seed=seed, strategy=strategy)
+        items = await self.in_thread(choose)
         project = await self.in_thread(
             self.store.create_project,
             str(kind),
@@ -73,7 +77,7 @@ class WorkRoutes(Routes):
             need=need,
             guideline=guideline,
             by=request[PERSON],
-            settings={"num": num, "seed": seed},
+            settings={"num": num, "seed": seed, "strategy": strategy},
         )
         await self.service.events.publish(project=project)
         return json_reply({"id": project, "items": len(items)})
