@@ -21,6 +21,7 @@ def test_a_stage_under_way_is_the_one_that_is_written(copy: Path) -> None:
     (copy / "results.json").unlink()
     stage = next(copy.glob("*-r1-dpo"))
     (stage / "done.json").unlink()
+    (stage / "inputs.json").touch()
     found = overview(copy)
     assert found["running"] == stage.name and not found["finished"]
 
