@@ -47,7 +47,6 @@ CONTROLS = {
 }
 HEADING = {
     "stages": "Stages",
-    "people": "People",
     "data": "Data funnel",
     "scores": "Reward scores",
     "judge": "Reward model",
@@ -92,7 +91,7 @@ def write_report(folder: Path) -> Path:
         "time": ("Seconds a stage, training speed, and the most memory that the process had held by then.", _times(data)),
         "recipe": ("Every setting of this run.", [el("pre", yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True))]),
     }
-    heading = HEADING | HEADING_OF
+    heading = HEADING | HEADING_OF | {"people": "People"}
     links = el("nav", el("div", [el("a", heading[k], href=f"#{k}") for k in bodies]), aria_label="Sections")
     sections = [el("section", el("h2", heading[k]), el("p", lead, class_="soft"), body, id=k) for k, (lead, body) in bodies.items()]
     name = str(data.recipe.get("name", folder.name))
