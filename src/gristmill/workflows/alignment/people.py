@@ -21,6 +21,7 @@ from gristmill.evaluate import reward_bench
 from gristmill.evaluate.stats import accuracy, paired
 from gristmill.judge.judges import LocalRater
 from gristmill.runs import artifacts, checks
+from gristmill.runs.run_dir import MARKER
 from gristmill.workflows.alignment.alarms import stopped_by_people
 from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.recipe import Check
@@ -43,12 +44,13 @@ class RoundEnded(Exception):
 
 def take_said(context: AlignmentContext, state: State, number: int) -> None:
     """Take what people have said so far as human data of a round. A reward model that has not seen their ratings is trained again."""
-    folder = context.run.path / f"00-r{number}-people"
-    if context.recipe.people is None or (_is_begun(context, f"r{number}-prompts") and not folder.exists()):
+    name = f"r{number}-people"
+    if not _is_done(context, name) and (context.recipe.people is None or _is_begun(context, f"r{number}-prompts", beside=name)):
         return
 
     def work(folder: Path) -> dict[str, Any]:
-        assert context.read_said is not None, "who runs a recipe with `people` says how they are read"
+        if context.read_said is None:
+            raise InputError(f"{folder} is damaged, and the recipe takes nothing from people: give it `people: studio` again.")
         said, left_out = context.read_said(), Counter[str]()
 
         def usable(rows: Sequence[Any], whole: Callable[[Any], Sequence[Conversation]]) -> list[Any]:
@@ -71,17 +73,23 @@ def take_said(context: AlignmentContext, state: State, number: int) -> None:
         counts = {"ratings": len(ratings), "pairs": len(pairs), "demonstrations": len(demonstrations)}
         return {"said": {**counts, "people": said.people, "left_out": dict(left_out)}}
 
-    done = context.run.stage(f"r{number}-people", [number], work, artifacts=SAID, beside=True)
+    done = context.run.stage(name, [number], work, artifacts=SAID, beside=True)
     ratings, pairs, demonstrations = (artifact.read(done.folder) for artifact in SAID)
     state.said = Said(ratings, pairs, demonstrations, done.summary["said"]["people"])
-    state.made[f"r{number}-people"] = done.fingerprint
+    state.made[name] = done.fingerprint
     if state.said.ratings and _labels(state.said.ratings) != state.rated_by_people:
         _train_reward(context, state, number)
 
 
-def _is_begun(context: AlignmentContext, stage: str) -> bool:
-    """Whether a stage of an earlier start is there."""
-    return any(path.name.partition("-")[2] == stage for path in context.run.path.glob(f"*-{stage}"))
+def _is_done(context: AlignmentContext, stage: str) -> bool:
+    """Whether a round has it from an earlier start: it stays, whatever the recipe says by now."""
+    return (context.run.path / f"00-{stage}" / MARKER).exists()
+
+
+def _is_begun(context: AlignmentContext, stage: str, *, beside: str) -> bool:
+    """Whether an earlier start has gone on to a stage without what belongs before it."""
+    begun = any(path.name.partition("-")[2] == stage for path in context.run.path.glob(f"*-{stage}"))
+    return begun and not (context.run.path / f"00-{beside}").exists()
 
 
 def _labels(ratings: Sequence[Rated]) -> str:
@@ -135,19 +143,19 @@ def checked(context: AlignmentContext, state: State, number: int, kept: list[Dem
         RoundEnded: they said that the round is not to be trained on.
     """
     section, name = context.recipe.check, f"r{number}-check"
-    folder = context.run.path / f"00-{name}"
-    if section is None or not kept or (_is_begun(context, f"r{number}-general-sft") and not folder.exists()):
+    asks = section is not None and not _is_begun(context, f"r{number}-general-sft", beside=name)
+    if not kept or not (_is_done(context, name) or asks):
         return kept
-    sample = draw(kept, section.sample, seed=context.recipe.seed * 1000 + number)
-    identity = make_id([(row.id, row.messages[-1].content) for row in sample])
+    identity = make_id([(row.id, row.messages[-1].content) for row in kept])
 
     def work(folder: Path) -> dict[str, Any]:
-        artifacts.CHECK.write(folder, sample)
-        check = _ask(context, section, folder, number=number, identity=identity, num_kept=len(kept))
-        return {"checked": _told(_wait(context, check), len(sample), len(kept))}
+        check = checks.read_check(folder) if section is None else _ask(context, section, folder, kept, number=number, identity=identity)
+        if check is None or (section is None and check.decision is None):
+            raise InputError(f"{folder} is damaged, and the recipe asks nobody: give it `check` again.")
+        return {"checked": _told(_wait(context, check), check.question["rows"], len(kept))}
 
     def again(done: dict[str, Any]) -> bool:
-        found = checks.read_check(folder)
+        found = checks.read_check(context.run.path / f"00-{name}")
         return found is not None and found.decision is not None and found.decision["at"] != done["checked"]["at"]
 
     inputs, files = [identity, number], (artifacts.CHECK, artifacts.QUESTION, artifacts.DECISION)
@@ -173,15 +181,20 @@ def draw(rows: Sequence[Demonstration], num: int, *, seed: int) -> list[Demonstr
     return out
 
 
-def _ask(context: AlignmentContext, section: Check, folder: Path, *, number: int, identity: str, num_kept: int) -> checks.Check:
-    """The question of a check; one that was asked by an earlier start keeps its time."""
+def _ask(
+    context: AlignmentContext, section: Check, folder: Path, kept: Sequence[Demonstration], *, number: int, identity: str
+) -> checks.Check:
+    """The question of a check; one that was asked by an earlier start keeps its sample and its time."""
+    asked = {"id": make_id(identity, section.sample), "hours": section.hours, "default": section.default}
     with suppress(InputError):
         earlier = checks.read_check(folder)
-        if earlier is not None and earlier.question.get("id") == identity and earlier.question.get("hours") == section.hours:
+        if earlier is not None and asked.items() <= earlier.question.items():
             return earlier
-    num, seed = len(artifacts.CHECK.read(folder)), context.recipe.seed * 1000 + number
-    question = {"id": identity, "round": number, "rows": num, "of": num_kept, "seed": seed, "hours": section.hours}
-    question |= {"asked": checks.utc(), "until": checks.utc(time.time() + section.hours * 3600), "default": section.default}
+    seed = context.recipe.seed * 1000 + number
+    sample = draw(kept, section.sample, seed=seed)
+    artifacts.CHECK.write(folder, sample)
+    question = {**asked, "round": number, "rows": len(sample), "of": len(kept), "seed": seed}
+    question |= {"asked": checks.utc(), "until": checks.utc(time.time() + section.hours * 3600)}
     artifacts.QUESTION.write(folder, question)
     return checks.Check(folder, question, None)
 
