@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gristmill.core.errors import InputError
@@ -134,3 +136,9 @@ def test_a_large_file_is_expanded_beside_the_server(tmp_path: Path, monkeypatch:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
     with pytest.raises(InputError, match=r"bad\.parquet"):
         found.page("bad.parquet")
+
+
+def test_a_file_with_our_names_and_other_types_is_no_file_of_ours(tmp_path: Path) -> None:
+    columns = {name: ["a"] for name in ("id", "prompt", "messages", "text", "generator")}
+    pq.write_table(pa.table(columns), tmp_path / "theirs.parquet")
+    assert sources_module.kind_of(tmp_path / "theirs.parquet") == ""

@@ -51,6 +51,7 @@ OWN_COLUMNS = {  # by which a file of ours is known
     RATED: {"id", "messages", "labels", "pair"},
     DEMONSTRATIONS: {"id", "task", "messages", "origin", "parents"},
 }
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SMALL_BYTES = 4 << 20  # of a file that is converted in this process
 OF_KIND = {RATE: (RESPONSES, RATED, DEMONSTRATIONS), PAIR: (RESPONSES, PAIRS)}  # what a project can be made of
 FACTS = (
@@ -350,14 +351,18 @@ def _order(table: pa.Table, filter: str, sort: str) -> np.ndarray:
 
 
 def kind_of(path: Path) -> str:
-    """The kind of rows that a Parquet file of our own holds, by its columns; "" of any other file."""
+    """The kind of rows that a Parquet file of our own holds, by its columns and their types; "" of any other file."""
     if path.suffix != ".parquet":
         return ""
     try:
-        names = set(pq.read_schema(path).names)
+        schema = pq.read_schema(path)
     except (pa.ArrowException, OSError):
         return ""  # its reader says what is wrong
-    return next((kind for kind, columns in OWN_COLUMNS.items() if columns <= names), "")
+    types = dict(zip(schema.names, schema.types, strict=True))
+    texts = [types[name] for name in ("id", "text", "chosen", "rejected") if name in types]
+    if types.get("messages") != TURNS or not all(map(pa.types.is_string, texts)):
+        return ""
+    return next((kind for kind, columns in OWN_COLUMNS.items() if columns <= types.keys()), "")
 
 
 def expand(path: Path, kind: str, target: Path) -> None:
