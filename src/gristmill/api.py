@@ -1,5 +1,6 @@
 """Python API: what `import gristmill` offers. The command line calls the same functions."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,7 @@ def train(
     cp: int = 1,
     pp: int = 1,
     vp: int = 1,
+    teacher: str | Path | None = None,
     **settings: Any,
 ) -> TrainResult:
     """Train a model on rows; it goes to `out/model`, checkpoints and metrics to `out/train`. Run again, it resumes.
@@ -160,11 +162,12 @@ def train(
     With `lora={"rank": 16, ...}` an adapter is trained, which goes to `out/adapter`.
 
     Args:
-        objective: sft, reward, or a preference loss: dpo, cdpo, ipo, rpo, rpo_fwd_kl, rpo_sq.
+        objective: sft, reward, distill, or a preference loss: dpo, cdpo, ipo, rpo, rpo_fwd_kl, rpo_sq.
         data: a JSONL or Parquet file, or rows of `gristmill.data.rows`.
         tp, cp, pp: processes of torchrun that share out every matrix, the tokens of documents, and the layers; the others share out the
             samples (docs/scale.md).
         vp: virtual stages of each process of a pipeline.
+        teacher: of distill, the folder of the model to learn from (docs/compress.md).
         settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, lora, ...; what is left out is
             chosen by the model's size (docs/settings.md).
 
@@ -179,6 +182,7 @@ def train(
     section = training_section(objective, settings)
     with process_mesh(pick_device(device), ParallelDims(tp, cp, pp, vp)) as mesh:
         options: dict[str, Any] = {"recipe": section, "chat_format": chat_format, "seed": seed, "device": device, "mesh": mesh}
+        options["teacher"] = None if teacher is None else _folder(teacher)
         return train_model(objective, _folder(model), rows, out=Path(out), **options)
 
 
@@ -251,8 +255,16 @@ def align(
     from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
     loaded = _recipe(recipe, AlignmentRecipe)
+    folder = Path(out or Path("runs") / loaded.name)
+    read_said = functools.partial(_read_said, folder, loaded.people.database) if loaded.people is not None else None
     with Progress(quiet=True) as progress:
-        return run(loaded, Path(out or Path("runs") / loaded.name), progress, unsafe_code, redo=redo)
+        return run(loaded, folder, progress, unsafe_code, redo=redo, read_said=read_said)
+
+
+def _read_said(folder: Path, database: str) -> Any:
+    from gristmill.studio.said import read_said
+
+    return read_said(folder, database)
 
 
 def _folder(model: str | Path) -> Path:

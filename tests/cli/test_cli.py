@@ -26,16 +26,16 @@ SURFACE = {
     ),
     "status": "FOLDER --json",
     "report": "FOLDER --json",
+    "check": "FOLDER --approve --stop --reject --again --json",
     "answers": "FOLDER --prompt --sampled --json",
     "compare": "FOLDERS --out -o --json",
     "pretrain": "RECIPE --out -o --model --tokens --tp --cp --pp --vp --device --quiet -q --json",
     "plan": "MODEL --gpus --tp --pp --vp --cp --dp --batch-size --micro-batch --seq-len --precision --recompute --zero --gpu --search "
     "--top --tokens --documents --nodes --cores --document-bytes --out -o --published --calibrate --json",
     "train": (
-        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --taxonomy --max-fpr --precision "
-        "--micro-batch-tokens --checkpoint-activations --tp --cp --pp --vp "
-        "--lora-rank --lora-alpha --lora-targets --lora-base --lora-b-lr-ratio --rslora "
-        "--dora --device --format --seed --quiet -q --json"
+        "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --taxonomy --max-fpr --teacher "
+        "--distill-loss --precision --micro-batch-tokens --checkpoint-activations --tp --cp --pp --vp --lora-rank --lora-alpha "
+        "--lora-targets --lora-base --lora-b-lr-ratio --rslora --dora --device --format --seed --quiet -q --json"
     ),
     "merge": "ADAPTER --out -o --base --dtype --rows --json",
     "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --dtype --quantize --head "
@@ -43,7 +43,8 @@ SURFACE = {
     "score": "MODEL --data --dtype --device --format --json",
     "eval": (
         "MODEL --tasks --data --endpoint --endpoint-model --endpoint-key-env --num-fewshot --limit --subsets --chat --contamination "
-        "--prompts --max-tokens --dtype --quantize --head --cache --device --format --seed --greedy --out -o --against --unsafe-code "
+        "--prompts --max-tokens --thinking --max-thinking-tokens --dtype --quantize --head --cache --device --format --seed --greedy "
+        "--out -o --against --unsafe-code "
         "--quiet -q --json"
     ),
     "safety": (
@@ -57,8 +58,10 @@ SURFACE = {
         "--out -o --device --format --seed --quiet -q --json"
     ),
     "quantize": "MODEL --out -o --to --group --dtype --text --json",
+    "export": "MODEL --out -o --to --json",
     "add-chat-tokens": "MODEL --out -o --to --json",
-    "chat": "MODEL --system --history --temperature --top-p --max-tokens --dtype --quantize --head --device --format --seed",
+    "chat": "MODEL --system --history --temperature --top-p --max-tokens --thinking --max-thinking-tokens --dtype --quantize --head "
+    "--device --format --seed",
     "claims": "RECIPE --out -o --seeds --only --jobs --redo --list --unsafe-code --quiet -q --json",
     "init": "--out -o --model --demonstrations --ratings --prompts --evaluation --format --add-chat-tokens --validation --teacher "
     "--teacher-model --teacher-key-env --name --force --no-force",
@@ -66,8 +69,9 @@ SURFACE = {
     "--tool-call-parser --enable-auto-tool-choice "
     "--max-batch --cache-tokens --step-tokens --speculative-config --enable-lora --lora-modules --max-loras --max-lora-rank "
     "--lora-folder --dtype --quantize --head --cache --device --format",
-    "rl": "RECIPE --out -o --model --seed --steps --threads --device --unsafe-code --quiet -q --json",
-    "studio": "FOLDER --port --host --url --database --export",
+    "rl": "RECIPE --out -o --model --prompts --reward-model --seed --steps --threads --device --unsafe-code --quiet -q --json",
+    "compress": "RECIPE --out -o --model --speed --seed --threads --device --unsafe-code --quiet -q --json",
+    "studio": "FOLDER --port --host --url --database --guard --guard-model --guard-key-env --export",
     "synth": "RECIPE --out -o --dry-run --limit --retry-failed --device --unsafe-code --quiet -q --json",
     "curate": "RECIPE --input -i --out -o --workers --executor --explain --quiet -q --json",
     "blend": "RECIPE --out -o --workers --quiet -q --json",

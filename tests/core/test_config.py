@@ -34,7 +34,8 @@ GENERATOR = "base_url model folder checkpoint weight rounds kind api_key_env api
 SURFACE = {
     "": (
         "kind name world model chat_format seed rounds rpo_iterations control threads device data generators calls templates topics "
-        "pipelines probe answers engine judging collapse alarms evaluate safety demonstration_sft reward code_sft general_sft dpo rpo"
+        "pipelines probe answers engine judging collapse alarms evaluate safety people check "
+        "demonstration_sft reward code_sft general_sft dpo rpo"
     ),
     "data": (
         "demonstrations ratings prompts evaluation validation num_demonstrations num_rated_prompts num_prompts num_evaluation "
@@ -137,16 +138,21 @@ def test_dataset_surface_is_frozen() -> None:
 def test_shipped_recipes_load() -> None:
     from gristmill.core.config import COMMANDS, find_recipe, read
     from gristmill.curate.recipe import Curation
+    from gristmill.workflows.compress.recipe import CompressionRecipe
     from gristmill.workflows.dataset.recipe import DatasetRecipe
     from gristmill.workflows.pretrain import Pretraining
+    from gristmill.workflows.reasoning.recipe import ReasoningRecipe
     from gristmill.workflows.rl.recipe import RlRecipe
 
     kinds = {"alignment": AlignmentRecipe, "dataset": DatasetRecipe, "curation": Curation, "pretraining": Pretraining, "rl": RlRecipe}
+    kinds["reasoning"] = ReasoningRecipe
+    kinds["compress"] = CompressionRecipe
     assert {read(path)["kind"] for path in SHIPPED} == set(kinds) < set(COMMANDS)
     for path in SHIPPED:
         kind = read(path)["kind"]
         assert find_recipe(path.stem, kind) == path
         load(path, kinds[kind])
+    assert find_recipe("miniature", "compress").stem == "miniature-compress", "a name without the kind at its end"
 
 
 @pytest.mark.parametrize(

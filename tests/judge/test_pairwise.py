@@ -46,6 +46,12 @@ def test_a_judge_that_prefers_a_place_decides_nothing(letter: str) -> None:
     assert verdicts(Judge(lambda a, b: letter), comparisons(2)) == {"c0": "tie", "c1": "tie"}
 
 
+def test_a_judge_is_not_shown_what_was_thought() -> None:
+    judge = Judge(lambda a, b: "A" if a == "good" else "B")
+    thought = [Comparison("c", (Message("user", "q"),), "<think>bad, bad</think>good", "<think>good</think>bad")]
+    assert verdicts(judge, thought) == {"c": "first"} and not any("<think>" in r.messages[0].content for r in judge.asked)
+
+
 def test_one_unreadable_order_makes_the_pair_unparsed() -> None:
     judge = Judge(lambda a, b: "A" if a.startswith("good") else "both are fine")
     assert verdicts(judge, comparisons(1)) == {"c0": "unparsed"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gristmill.core.device import has_bf16_products
+from gristmill.model.attention import has_compiled_attention
 from gristmill.model.config import PRESETS, BlockConfig, ModelConfig, uniform_blocks
 from gristmill.model.flops import (
     block_activation_bytes_per_token,
@@ -18,7 +18,6 @@ from gristmill.model.flops import (
     training_flops_per_token,
     weight_bytes,
 )
-from gristmill.model.kernels import library as kernels
 from gristmill.model.packed import PackedShape
 from gristmill.model.transformer import Transformer
 
@@ -114,6 +113,6 @@ def test_activations_are_estimated_from_above_and_closely(family: str, dtype: to
         kept.append(sum(sizes.values()))
         assert states_TD.requires_grad
     measured = (kept[1] - kept[0]) / 2 / sum(lengths)
-    compiled = kernels.load() is not None and not (dtype == torch.bfloat16 and has_bf16_products())
+    compiled = has_compiled_attention(torch.device("cpu"), dtype)
     estimated = block_activation_bytes_per_token(config, config.blocks[0], dtype.itemsize, compiled=compiled)
     assert 0.9 < estimated / measured < (1.15 if dtype == torch.float32 else 1.6), (estimated, measured)

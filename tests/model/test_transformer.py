@@ -156,8 +156,8 @@ def test_layernorm1p_trains_its_gain_in_fp32_on_bf16_states() -> None:
     exact_TD.backward(upstream_TD.float())
     assert out_TD.dtype == torch.bfloat16
     torch.testing.assert_close(out_TD.float(), exact_TD, atol=0, rtol=2**-8)
-    torch.testing.assert_close(norm.weight.grad, exact_norm.weight.grad)
-    torch.testing.assert_close(norm.bias.grad, exact_norm.bias.grad)
+    torch.testing.assert_close(norm.weight.grad, exact_norm.weight.grad, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(norm.bias.grad, exact_norm.bias.grad, atol=1e-4, rtol=1e-5)
     assert rough_x_TD.grad is not None and exact_x_TD.grad is not None
     torch.testing.assert_close(rough_x_TD.grad.float(), exact_x_TD.grad, atol=1e-6, rtol=2**-8)
 

@@ -595,6 +595,33 @@ def test_thinking_comes_as_reasoning_content(thinker: Path, parser: str, extra: 
     asyncio.run(served_here(thinker, Limits(), None, work, reasoning_parser=parser))
 
 
+def test_a_thinking_budget_and_the_tokens_of_thinking(thinker: Path) -> None:
+    ask = {"model": "Tiny", "messages": [{"role": "user", "content": "Sum?"}], "temperature": 0, "max_tokens": 40}
+
+    async def work(server: Server, session: aiohttp.ClientSession) -> None:
+        for limit, thought in ((None, "2+2"), (1, "2"), (0, None)):
+            limited = ask | ({} if limit is None else {"max_thinking_tokens": limit})
+            async with session.post("/v1/chat/completions", json=limited) as reply:
+                found = await reply.json()
+            assert found["choices"][0]["message"]["reasoning_content"] == thought
+            num = found["usage"]["completion_tokens_details"]["reasoning_tokens"]
+            assert num == len(server.engine.tokenizer.encode(thought or ""))
+            streamed = limited | {"stream": True, "stream_options": {"include_usage": True}}
+            async with session.post("/v1/chat/completions", json=streamed) as reply:
+                parts = chunks(await reply.read())
+            told = [c["delta"].get("reasoning_content") for part in parts for c in part["choices"]]
+            assert "".join(filter(None, told)) == (thought or "") and parts[-1]["usage"] == found["usage"]
+        async with session.post(
+            "/v1/responses", json={"model": "Tiny", "input": "Sum?", "temperature": 0, "max_thinking_tokens": 1}
+        ) as reply:
+            first = (await reply.json())["output"][0]
+        assert first["type"] == "reasoning" and first["content"][0]["text"] == "2"
+        async with session.post("/v1/chat/completions", json=ask | {"enable_thinking": True}) as reply:
+            assert reply.status == 400 and "has no 'enable_thinking'" in (await reply.json())["error"]["message"]
+
+    asyncio.run(served_here(thinker, Limits(), None, work, reasoning_parser="think"))
+
+
 def test_an_engine_that_breaks_tells_everyone(tiny_base: Path) -> None:
     async def work(server: Server, session: aiohttp.ClientSession) -> None:
         def broken(*_: object) -> None:

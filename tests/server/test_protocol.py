@@ -51,7 +51,7 @@ def test_null_and_neutral_values_are_as_good_as_absent() -> None:
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"ignore_eos": True}, "ignore_eos"),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"max_thinking_tokens": -1}, "max_thinking_tokens"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"guided_json": {}}, "guided_json"),
         ({"temprature": 1}, "temprature"),

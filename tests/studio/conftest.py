@@ -27,6 +27,7 @@ from gristmill.studio.database import Database
 from gristmill.studio.security import key_of, new_token, origins_of
 from gristmill.studio.sources import Sources
 from gristmill.studio.store import NewItem, Person, Store
+from tests.studio.browser import Browser
 
 BINARIES = Path("/usr/lib/postgresql/15/bin")
 
@@ -144,12 +145,12 @@ def sources(run_folder: Path, tmp_path: Path) -> Sources:
 class Served:
     """A studio that answers in a thread of its own, and a client for each person."""
 
-    def __init__(self, store: Store, sources: Sources):
+    def __init__(self, store: Store, sources: Sources, **options: Any):
         self.store, self.token = store, new_token()
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.origin = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
         origins, _ = origins_of("127.0.0.1", self.listening.getsockname()[1], "")
-        self.studio = Studio(store, sources, origins, owner_key=key_of(self.token))
+        self.studio = Studio(store, sources, origins, owner_key=key_of(self.token), **options)
         self._loop, self._ready = asyncio.new_event_loop(), threading.Event()
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
@@ -211,6 +212,14 @@ class Client:
 
     def api(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
         return self.ask(method, f"/studio/api{path}", body, **headers)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One browser for all tests of a process."""
+    made = Browser()
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def test_sides_are_dealt_evenly_and_answers_speak_of_the_rows(served: Served) ->
             said = answer(item["id"], preference=-3, neither=False)
             assert client.api("POST", "/answers", {"answers": [said]})[0] == 200
             (stored,) = [a for a in served.store.history(item["id"]) if a["id"] == said["id"]]
-            first = served.studio.sources.find(*_place(served, item["id"], 0))
+            first = served.studio.service.sources.find(*_place(served, item["id"], 0))
             left_is_first = first["answers"][0]["text"] == item["answers"][0]["text"]  # type: ignore[index]
             assert stored["content"]["preference"] == (-3 if left_is_first else 3)
             total += stored["content"]["preference"]

@@ -86,3 +86,45 @@ def test_a_url_is_named_without_its_password() -> None:
     with pytest.raises(InputError) as refused:
         Database("postgresql://me:secret@127.0.0.1:1/x?connect_timeout=2")
     assert "secret" not in str(refused.value)
+
+
+def test_a_database_of_an_older_version_is_brought_up_to_date(where: Path | str) -> None:
+    database = Database(where)
+
+    def as_it_was(t: Transaction) -> None:
+        t.run("drop table attack")
+        t.run("drop table demonstration")
+        t.run("insert into person values ('p', 'Ada', 'a1', 'owner', '', '', 0)")
+        t.run("update meta set value = '1' where key = 'version'")
+
+    database.write(as_it_was)
+    database.close()
+    with pytest.raises(InputError, match="open it with `gristmill studio` once"):
+        Database(where, read_only=True)
+    database = Database(where)
+    assert database.read(lambda t: t.all("select name from person")) == [{"name": "Ada"}]
+    assert database.read(lambda t: t.all("select * from attack")) == []
+    database.close()
+
+
+def test_a_migration_that_fails_leaves_the_old_version(where: Path | str) -> None:
+    database = Database(where)  # with the tables of version 2: they cannot be made
+    database.write(lambda t: t.run("update meta set value = '1' where key = 'version'"))
+    database.close()
+    for _ in range(2):
+        with pytest.raises(Unreachable, match="already exists"):
+            Database(where)
+
+
+def test_a_reader_looks_beside_the_server(where: Path | str, tmp_path: Path) -> None:
+    missing = Database(tmp_path / "nothing", read_only=True)
+    assert not missing.found and not (tmp_path / "nothing").exists()
+    missing.close()
+    database = Database(where)
+    reader = Database(where, read_only=True)
+    database.write(lambda t: t.run("insert into meta values ('a', 'b')"))
+    assert reader.found and len(reader.read(lambda t: t.all("select * from meta"))) == 2
+    with pytest.raises(Unreachable):
+        reader.read(lambda t: t.run("insert into meta values ('c', 'd')"))
+    reader.close()
+    database.close()

@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gristmill.core.errors import InputError
+from gristmill.data.chat import Message
 from gristmill.data.rows import Response, read_rows, write_rows
+from gristmill.studio import sources as sources_module
 from gristmill.studio.sources import Sources, cut
 from gristmill.studio.store import Refused
 
@@ -114,3 +118,27 @@ def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
 def test_long_texts_come_in_pieces() -> None:
     text = "ab" * 15_000
     assert cut(text)["text"] + cut(text, 20_000)["text"] == text and cut(text)["length"] == 30_000
+
+
+def test_a_large_file_is_expanded_beside_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources_module, "SMALL_BYTES", 0)
+    turns = (Message("user", "Hi"),)
+    rows = [Response(f"r{n}", f"p{n}", "t", turns, f"answer {n}", "m", 1.0, 0, 1, None, True) for n in range(500)]
+    write_rows(tmp_path / "rows.parquet", rows)
+    (tmp_path / "talks.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    found = Sources(tmp_path, tmp_path / "cache")
+    first = found.page("rows.parquet", num=20)  # from the file itself
+    assert [row["place"] for row in first["rows"]] == list(range(20)) and (first["total"], first["more"]) == (500, True)
+    second = found.page("rows.parquet", after=19, num=20)
+    assert second["rows"][0]["said"] == "answer 20" and first["fields"] == second["fields"] and first["kind"] == second["kind"]
+    assert found.page("rows.parquet", num=20)["rows"] == first["rows"]
+    assert found.page("talks.jsonl")["total"] == 1
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
+    with pytest.raises(InputError, match=r"bad\.parquet"):
+        found.page("bad.parquet")
+
+
+def test_a_file_with_our_names_and_other_types_is_no_file_of_ours(tmp_path: Path) -> None:
+    columns = {name: ["a"] for name in ("id", "prompt", "messages", "text", "generator")}
+    pq.write_table(pa.table(columns), tmp_path / "theirs.parquet")
+    assert sources_module.kind_of(tmp_path / "theirs.parquet") == ""

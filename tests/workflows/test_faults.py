@@ -28,7 +28,7 @@ from gristmill.curate.blend import blend as blending
 from gristmill.curate.recipe import Curation
 from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.train.settings import training_section
-from gristmill.workflows.alignment import training
+from gristmill.workflows.alignment import ranks
 from gristmill.workflows.dataset import run as dataset
 from gristmill.workflows.dataset.recipe import DatasetRecipe
 from gristmill.workflows.evaluate import evaluate
@@ -210,7 +210,7 @@ def works(
     tmp_path: Path, make_recipe: Any, random_base: Path, start_endpoint: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
     torch.set_num_threads(1)
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.001)  # a checkpoint after every step
+    monkeypatch.setattr(ranks, "CHECKPOINT_SECONDS", 0.001)  # a checkpoint after every step
     draw = random.Random(0)
     words = [f"word{i}" for i in range(300)]
     texts = [" ".join(draw.choices(words, k=60)) + "." for _ in range(30)]

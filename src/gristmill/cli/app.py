@@ -22,9 +22,9 @@ from gristmill.core.errors import InputError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 GROUPS = {
-    "Whole runs": ("run", "rl", "synth", "curate", "blend", "pretrain", "plan", "claims", "init"),
-    "Look at runs": ("status", "report", "answers", "compare", "rows"),
-    "Single steps": ("train", "merge", "quality", "quantize", "add-chat-tokens", "generate", "score", "eval", "judge", "safety"),
+    "Whole runs": ("run", "rl", "compress", "synth", "curate", "blend", "pretrain", "plan", "claims", "init"),
+    "Look at runs": ("status", "report", "answers", "compare", "check", "rows"),
+    "Single steps": ("train", "merge", "quality", "quantize", "export", "add-chat-tokens", "generate", "score", "eval", "judge", "safety"),
     "Talk and serve": ("chat", "serve", "studio"),
 }
 
@@ -84,6 +84,12 @@ Vp = Annotated[int, typer.Option(help="Virtual stages of each process of a pipel
 Unsafe = Annotated[bool, typer.Option("--unsafe-code", help="Run model-written programs WITHOUT a jail where the kernel offers none.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Thinking = Annotated[
+    Literal["", "on", "off"], typer.Option(help="Put the toggle's line, `detailed thinking on` or off, into the system turn.")
+]
+ThinkingTokens = Annotated[
+    int | None, typer.Option("--max-thinking-tokens", help="Thinking budget: after so many tokens `</think>` is forced; default: none.")
+]
 Workers = Annotated[int | None, typer.Option(help="Processes; default one a core.")]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.core.io import read_bytes, replacing, write_jsonl
+from gristmill.core.response_text import strip_thinking
 from gristmill.core.untrusted import quoted_path
 from gristmill.data.chat import Message, conversation, to_dicts
 from gristmill.engine.engine import Engine
@@ -114,7 +115,9 @@ class ChatSession:
 
     def _answer(self, sampling: SamplingParams) -> None:
         """Stream an answer to the last message. One that cannot be given takes the message back."""
-        request = Request(str(self._num_answers), tuple(self.talk), sampling, self.seed)
+        # what was thought before earlier answers is no part of them
+        said_before = [replace(m, content=strip_thinking(m.content)) if m.role == "assistant" else m for m in self.talk]
+        request = Request(str(self._num_answers), tuple(said_before), sampling, self.seed)
         try:
             state = self.engine.prepare(request)
             self._core.add(state)

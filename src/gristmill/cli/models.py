@@ -23,6 +23,8 @@ from gristmill.cli.app import (
     Seed,
     Speculative,
     StepTokens,
+    Thinking,
+    ThinkingTokens,
     Tp,
     Unsafe,
     Vp,
@@ -72,7 +74,7 @@ def pretrain(
 
 @command("gristmill train sft --model runs/base/model --data demonstrations.jsonl --out runs/sft")
 def train(
-    kind: Annotated[str, typer.Argument(help="sft, reward, guard, dpo, cdpo, ipo, rpo, rpo_fwd_kl or rpo_sq.")],
+    kind: Annotated[str, typer.Argument(help="sft, reward, guard, distill, dpo, cdpo, ipo, rpo, rpo_fwd_kl or rpo_sq.")],
     model: Annotated[Path, typer.Option(help="Model folder to start from (Hugging Face layout).")],
     data: Annotated[Path, typer.Option(help="JSONL or Parquet: messages; ratings; codes; or prompt, chosen, rejected.")],
     out: Out,
@@ -84,6 +86,11 @@ def train(
     sft_weight: Annotated[float, typer.Option(help="Preference losses: weight of the SFT term.")] = 0.0,
     taxonomy: Annotated[Path | None, typer.Option(help="Guard: JSON file of categories; default AEGIS's thirteen.")] = None,
     max_fpr: Annotated[float, typer.Option(help="Guard: share of safe rows that each category may call unsafe.", min=0, max=0.999)] = 0.05,
+    teacher: Annotated[Path | None, typer.Option(help="Distill: model folder to learn from, with the same tokenizer.")] = None,
+    distill_loss: Annotated[
+        Literal["auto", "cosine+kl", "kl", "cosine+kl+lm", "kl+lm", "lm"],
+        typer.Option(help="Distill: terms of the loss; auto: cosine+kl where layers pair, else kl."),
+    ] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 compute; weights are always fp32.")] = "auto",
     micro_batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens that go through the model at once; default: as many as pay, within the free memory.")
@@ -122,7 +129,11 @@ def train(
     values["checkpoint_activations"] = {"true": True, "false": False}.get(checkpoint_activations, checkpoint_activations)
     if kind != "guard" and (taxonomy is not None or max_fpr != 0.05):
         raise InputError("--taxonomy and --max-fpr are of a guard: give them to `gristmill train guard`.")
-    if kind not in ("sft", "reward", "guard"):
+    if kind == "distill":
+        values["loss"] = distill_loss
+    elif teacher is not None or distill_loss != "auto":
+        raise InputError("--teacher and --distill-loss are of distillation: give them to `gristmill train distill`.")
+    if kind not in ("sft", "reward", "guard", "distill"):
         values |= {"beta": beta, "eta": eta, "sft_weight": sft_weight}
     lora = given(alpha=lora_alpha) | {"targets": tuple(lora_targets.replace(",", " ").split()), "rslora": rslora, "dora": dora}
     lora |= {"base": lora_base, "b_lr_ratio": lora_b_lr_ratio}
@@ -147,6 +158,7 @@ def train(
             seed=seed,
             taxonomy=read_taxonomy(taxonomy),
             max_fpr=max_fpr,
+            teacher=teacher,
             on_step=progress.train_step,
             say=progress.say,
             mesh=mesh,
@@ -226,6 +238,24 @@ def _lost(found: dict[str, Any], beside: str) -> str:
         f"beside {beside}: KL {found['kl']:.2g} nats a token (at most {found['kl_max']:.2g}), the likeliest token is the same for "
         f"{found['agreement']:.2%} of {found['tokens']:,} tokens"
     )
+
+
+@command("gristmill export runs/compress/06-child-1.3x/model --to padded --out runs/padded")
+def export(
+    model: Annotated[Path, typer.Argument(help="Model folder, of which layers may differ.")],
+    out: Out,
+    to: Annotated[
+        Literal["padded", "nemotron-nas"],
+        typer.Option(help="padded: the family's uniform shape, without its speed; nemotron-nas: DeciLM, of the Llama family."),
+    ] = "padded",
+    as_json: AsJson = False,
+) -> None:
+    """Write a compressed model in a form that transformers, vLLM or llama.cpp read; gristmill is fast on its own folder."""
+    from gristmill.compress.export import export_folder
+
+    facts = export_folder(model, out, to)
+    text = f"{facts['parameters']:,} parameters, {facts['parameters_written']:,} written\nmodel: {facts['model']}"
+    echo(json.dumps(facts) if as_json else text)
 
 
 @command("gristmill add-chat-tokens ./base --to chatml --out runs/base-chatml")
@@ -318,6 +348,8 @@ def eval(
     contamination: Annotated[Path | None, typer.Option(help="Run folder or rows: which test items are in what was trained on.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts with `truth`, `answer` or tests; default the miniature world's.")] = None,
     max_tokens: MaxTokens = 80,
+    thinking: Thinking = "",
+    max_thinking_tokens: ThinkingTokens = None,
     dtype: Dtype = "auto",
     quantize: Quantized = "",
     head: QuantizedHead = "",
@@ -352,6 +384,8 @@ def eval(
         from gristmill.cli.benchmarks import run_tasks
         from gristmill.workflows.benchmarks import BenchmarkArgs
 
+        if thinking or max_thinking_tokens is not None:
+            raise InputError("--thinking and --max-thinking-tokens are for prompts with truths: leave them out with --tasks.")
         if data is None or not tasks:
             raise InputError("Give benchmarks by --tasks and the folder of their files by --data: `gristmill eval tasks` lists them.")
         given_args = BenchmarkArgs(
@@ -383,6 +417,8 @@ def eval(
             prompts,
             progress,
             max_tokens=max_tokens,
+            thinking=thinking,
+            max_thinking_tokens=max_thinking_tokens,
             seed=seed or 0,
             unsafe_code=unsafe_code,
             greedy=greedy,
@@ -401,6 +437,8 @@ def eval(
         for level, s in {"prompts": found["prompt"], "instructions": found["instruction"], **found["types"]}.items():
             echo(f"{level:<46} strict {_interval(s['strict'])}  loose {_interval(s['loose'])}  n {s['strict']['n']}")
     echo(f"looping answers {_interval(scores['looping'])}")
+    if obeyed := scores.get("obedience"):
+        echo(f"answers that keep the form of thinking {thinking} {_interval(obeyed)}")
     if against is not None:
         pairs = scores["paired"]
         lines = {"right": pairs["right"], "looping": pairs["looping"]}
@@ -429,6 +467,8 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
     max_tokens: MaxTokens = 256,
+    thinking: Thinking = "",
+    max_thinking_tokens: ThinkingTokens = None,
     dtype: Dtype = "auto",
     quantize: Quantized = "",
     head: QuantizedHead = "",
@@ -438,11 +478,16 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal. /help lists the commands; an empty line or Ctrl-D ends it."""
     from gristmill.cli.chat import ChatSession
+    from gristmill.data.chat import Message
+    from gristmill.data.thinking import with_toggle
     from gristmill.engine.load import EngineArgs, load_engine
     from gristmill.generation.api import SamplingParams
 
-    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, max_thinking_tokens=max_thinking_tokens)
     engine = load_engine(model, EngineArgs.of(locals() | {"max_batch": 1}))
+    if thinking:
+        (turn,) = with_toggle([Message("system", system)] if system else [], thinking)
+        system = turn.content
     ChatSession(engine, sampling, seed=seed, system=system, history=history).run()
 
 

@@ -1,8 +1,9 @@
 """Commands about whole runs: start one, look at it, compare it, write its recipe."""
 
+import functools
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -57,11 +58,11 @@ def run(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the alignment loop: all rounds of a recipe, from the start or from where it was cut off.
+    """Run the alignment loop, or a recipe of reasoning: from the start or from where it was cut off.
 
     Under torchrun all processes train together and each answers and rates a share (docs/scale.md).
     """
-    from gristmill.core.config import find_recipe, load
+    from gristmill.core.config import find_recipe, load, read
     from gristmill.core.device import pick_device
     from gristmill.core.progress import Progress
     from gristmill.parallel.mesh import ParallelDims, process_mesh
@@ -71,7 +72,15 @@ def run(
     from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
     overrides = given(model=model, control=control, seed=seed, rounds=rounds, threads=threads, device=device)
-    loaded = load(find_recipe(recipe, "alignment"), AlignmentRecipe, overrides)
+    path = find_recipe(recipe, "alignment", "reasoning")
+    if read(path).get("kind") == "reasoning":
+        unfit = given(control=control, rounds=rounds, redo=redo or None, dry_run=dry_run or None)
+        if unfit:
+            raise InputError(
+                f"--{next(iter(unfit)).replace('_', '-')} is for the alignment loop: leave it out, {path.name} is of reasoning."
+            )
+        return _run_reasoning(path, out, overrides, unsafe_code=unsafe_code, quiet=quiet, as_json=as_json)
+    loaded = load(path, AlignmentRecipe, overrides)
     if dry_run:
         from gristmill.report.summary import duration
         from gristmill.workflows.alignment.estimate import dry_run as estimate_run
@@ -83,11 +92,16 @@ def run(
         return
     name = "-".join([loaded.name, *([loaded.control] if loaded.control else []), *([f"seed{seed}"] if seed is not None else [])])
     folder = out or Path("runs") / name
+    read_said = None
+    if loaded.people is not None:
+        from gristmill.studio.said import read_said as said
+
+        read_said = functools.partial(said, folder, loaded.people.database)
     with (
         process_mesh(pick_device(loaded.device), ParallelDims(tp, cp, pp, vp)) as mesh,
         Progress(quiet=quiet or not mesh.is_writer, describe=stage_line) as progress,
     ):
-        results = run_loop(loaded, folder, progress, unsafe_code, redo=redo, mesh=mesh)
+        results = run_loop(loaded, folder, progress, unsafe_code, redo=redo, mesh=mesh, read_said=read_said)
     if not mesh.is_writer:
         return
     page = write_report(folder)
@@ -100,11 +114,33 @@ def run(
     end_with_alarms(results["alarms"])
 
 
-@command("gristmill rl miniature-rl")
+def _run_reasoning(path: Path, out: Path | None, overrides: dict[str, Any], *, unsafe_code: bool, quiet: bool, as_json: bool) -> None:
+    """`run` of a reasoning recipe."""
+    from gristmill.core.config import load
+    from gristmill.core.progress import Progress
+    from gristmill.report.reasoning import write_page
+    from gristmill.report.summary import reasoning_lines, stage_line
+    from gristmill.runs.reader import read_run
+    from gristmill.workflows.reasoning.recipe import ReasoningRecipe
+    from gristmill.workflows.reasoning.run import run as run_reasoning
+
+    loaded = load(path, ReasoningRecipe, overrides)
+    folder = out or Path("runs") / "-".join([loaded.name, *([f"seed{loaded.seed}"] if "seed" in overrides else [])])
+    with Progress(quiet=quiet, describe=stage_line) as progress:
+        results = run_reasoning(loaded, folder, progress, unsafe_code)
+    page = write_page(read_run(folder))
+    echo(json.dumps(results) if as_json else "\n".join([*reasoning_lines(results, folder), f"report: {page}"]))
+
+
+@command("gristmill rl miniature-rl --model runs/miniature/02-demonstrations/model")
 def rl(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
     out: RunOut = None,
     model: Annotated[str | None, typer.Option(help="Model folder to start from; overrides the recipe's model.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts to train on; overrides the recipe's data.prompts.")] = None,
+    reward_model: Annotated[
+        Path | None, typer.Option(help="Folder of a reward model that rewards; overrides the recipe's rewards.reward_model.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
     steps: Annotated[int | None, typer.Option(help="Overrides the recipe's steps.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
@@ -113,7 +149,7 @@ def rl(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Reinforcement learning on prompts with known answers: GRPO and its relatives, from the start or where it was cut off."""
+    """Reinforcement learning by programs, models and functions: GRPO and its relatives, from the start or where it was cut off."""
     from gristmill.core.config import find_recipe, load
     from gristmill.core.progress import Progress
     from gristmill.report.rl import write_page
@@ -123,11 +159,46 @@ def rl(
     from gristmill.workflows.rl.recipe import RlRecipe
 
     loaded = load(find_recipe(recipe, "rl"), RlRecipe, given(model=model, seed=seed, steps=steps, threads=threads, device=device))
+    loaded = loaded.with_files(prompts=prompts, reward_model=reward_model)
     folder = out or Path("runs") / "-".join([loaded.name, *([f"seed{seed}"] if seed is not None else [])])
     with Progress(quiet=quiet, describe=stage_line) as progress:
         results = run_rl(loaded, folder, progress, unsafe_code)
     page = write_page(read_run(folder))
     echo(json.dumps(results) if as_json else "\n".join([*rl_lines(results, folder), f"report: {page}"]))
+
+
+@command("gristmill compress miniature --model runs/miniature/02-demonstrations/model --speed 1.3")
+def compress(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    out: RunOut = None,
+    model: Annotated[str | None, typer.Option(help="Model folder to compress; overrides the recipe's model.")] = None,
+    speed: Annotated[
+        float | None, typer.Option(help="Tokens a second of the child, in those of the model; overrides the target's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
+    device: RunDevice = None,
+    unsafe_code: Unsafe = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """A smaller, faster child of a model (Puzzle): layers searched by costs measured here, then distilled; resumes, takes more targets."""
+    from gristmill.core.config import find_recipe, load
+    from gristmill.core.progress import Progress
+    from gristmill.report.compression import write_page
+    from gristmill.report.summary import compression_lines, stage_line
+    from gristmill.runs.reader import read_run
+    from gristmill.workflows.compress.recipe import CompressionRecipe
+    from gristmill.workflows.compress.run import run as run_compression
+
+    loaded = load(find_recipe(recipe, "compress"), CompressionRecipe, given(model=model, seed=seed, threads=threads, device=device))
+    if speed is not None:
+        loaded = loaded.with_speed(speed)
+    folder = out or Path("runs") / "-".join([loaded.name, *([f"seed{seed}"] if seed is not None else [])])
+    with Progress(quiet=quiet, describe=stage_line) as progress:
+        results = run_compression(loaded, folder, progress, unsafe_code)
+    page = write_page(read_run(folder))
+    echo(json.dumps(results) if as_json else "\n".join([*compression_lines(results, folder), f"report: {page}"]))
 
 
 @command("gristmill status runs/miniature")
@@ -163,6 +234,44 @@ def status(
     echo("\n".join(lines))
 
 
+@command("gristmill check runs/miniature --approve")
+def check(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"),
+    approve: Annotated[bool, typer.Option("--approve", help="The run goes on and trains on the rows.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="The run ends before it trains on them.")] = False,
+    reject: Annotated[list[str] | None, typer.Option(help="With --approve: a row that is left out, by its id; again for each.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Decide the last check anew, though it was decided before.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The rows that a run asks people about before it trains on them, and the answer: approve them, or stop the run."""
+    from gristmill.report.people import check_lines, check_rows
+    from gristmill.runs.checks import APPROVE, REJECT, STOP, decide, find_checks
+    from gristmill.runs.reader import read_run
+
+    read_run(folder, kind="alignment")
+    if approve and stop:
+        raise InputError("Give --approve or --stop, not both.")
+    if reject and not approve:
+        raise InputError("--reject leaves rows out of what is approved: give --approve too.")
+    every = find_checks(folder)
+    found = [one for one in every if one.decision is None] or (every[-1:] if again or not (approve or stop) else [])
+    if not found:
+        raise InputError(f"No check of {folder} waits for a decision: `check:` in the recipe asks for one, and --again changes the last.")
+    asked = found[0]
+    rows = check_rows(asked)
+    if unknown := sorted(set(reject or ()) - {row["id"] for row in rows}):
+        raise InputError(f"The check has no row {unknown[0]!r}: `gristmill check {folder}` lists them.")
+    if approve or stop:
+        decide(asked, APPROVE if approve else STOP, "terminal", verdicts=dict.fromkeys(reject or (), REJECT))
+    decision = APPROVE if approve else STOP if stop else (asked.decision or {}).get("decision")
+    if as_json:
+        echo(json.dumps({"stage": asked.stage, **asked.question, "decision": decision, "sample": rows}))
+    elif approve or stop:
+        echo(f"{asked.stage}: {decision}")
+    else:
+        echo("\n".join(check_lines(asked, rows)))
+
+
 @command("gristmill answers runs/miniature --prompt 12")
 def answers(
     folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"),
@@ -184,8 +293,8 @@ def answers(
 
 @command("gristmill report runs/miniature")
 def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/miniature"), as_json: AsJson = False) -> None:
-    """Write the page of a run again (an alignment, a curation, or of reinforcement learning) and print its path."""
-    from gristmill.report import alignment, curation, rl
+    """Write the page of a run again (an alignment, a curation, reinforcement learning, reasoning or a compression) and print its path."""
+    from gristmill.report import alignment, compression, curation, reasoning, rl
     from gristmill.runs.reader import read_run, reading_back
 
     with reading_back(folder):
@@ -193,7 +302,8 @@ def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = Path("r
         if data.kind == "curation" and data.results:
             page = curation.write_page(folder, data.results)
         else:
-            page = rl.write_page(data) if data.kind == "rl" else alignment.write_report(folder)
+            pages = {"rl": rl.write_page, "reasoning": reasoning.write_page, "compress": compression.write_page}
+            page = pages[data.kind](data) if data.kind in pages else alignment.write_report(folder)
     echo(json.dumps({"report": str(page)}) if as_json else str(page))
 
 

@@ -18,6 +18,9 @@ def studio(
     database: Annotated[
         str, typer.Option(help="Where answers are kept: a folder of a local disk, or a postgresql:// URL; default FOLDER/studio.")
     ] = "",
+    guard: Annotated[str, typer.Option(help="FORM=URL of a guard that judges answers to attacks, as in `gristmill safety --guard`.")] = "",
+    guard_model: Annotated[str, typer.Option(help="Name that the guard's endpoint knows it by.")] = "",
+    guard_key_env: Annotated[str, typer.Option(help="Environment variable that holds the key of the guard's endpoint.")] = "",
     export: Annotated[Path | None, typer.Option(help="Write people's answers as rows to this folder, and end.")] = None,
 ) -> None:
     """Open a run for people in the browser: they rate and compare its rows, and their answers become rows to train on."""
@@ -31,4 +34,7 @@ def studio(
         if gone or split:
             echo(f"left out: {split:,} items in dispute, {gone:,} whose rows are gone", err=True)
         return
-    serve(folder, StudioArgs(host=host, port=port, url=url, database=database))
+    serve(
+        folder,
+        StudioArgs(host=host, port=port, url=url, database=database, guard=guard, guard_model=guard_model, guard_key_env=guard_key_env),
+    )

@@ -37,6 +37,8 @@ COMMANDS = {  # kind of recipe -> the command that takes it
     "blend": "blend",
     "pretraining": "pretrain",
     "rl": "rl",
+    "compress": "compress",
+    "reasoning": "run",
 }
 RENAMED = {  # keys of earlier versions, for the error that names the new one
     "models": "generators",
@@ -153,8 +155,9 @@ NameOrPath = Annotated[str, AfterValidator(_resolved_yaml)]  # a shipped thing b
 # ---- reading and writing ----
 
 
-def find_recipe(name: str, kind: str) -> Path:
-    """The file of a recipe: a path that ends in .yaml or .yml, or else the name of a shipped recipe of this kind.
+def find_recipe(name: str, *kinds: str) -> Path:
+    """The file of a recipe: a path that ends in .yaml or .yml, or else the name of a shipped recipe of one of these kinds (also without the
+    kind at its end: `miniature` for miniature-rl).
 
     Raises:
         InputError: there is no such file or recipe, or the shipped recipe is of another kind.
@@ -164,7 +167,9 @@ def find_recipe(name: str, kind: str) -> Path:
         if not os.path.isfile(name):
             raise InputError(f"There is no recipe {name!r}: check the path, or write a recipe with `gristmill init`.")
         return Path(name)
-    fitting = [stem for stem, path in shipped.items() if read(path).get("kind") == kind]
+    fitting = [stem for stem, path in shipped.items() if read(path).get("kind") in kinds]
+    if name not in fitting:
+        name = next((f"{name}-{kind}" for kind in kinds if f"{name}-{kind}" in fitting), name)
     if name not in shipped:
         also = f" or one of the shipped recipes ({', '.join(fitting)})" if fitting else ""
         raise InputError(f"There is no recipe {name!r}: give a .yaml file{also}.")

@@ -13,7 +13,10 @@ from typing import Any
 
 from gristmill.core.errors import InputError
 from gristmill.data.chat import SPOKEN, Message, check_turns
+from gristmill.data.thinking import OPEN, with_toggle
 from gristmill.data.tokenizer import Tokenizer
+
+SWITCHES = ("enable_thinking", "thinking")  # of thinking, by their names in published chat templates
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +233,7 @@ class TokenFormat(ChatFormat):
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         self._check_plain(messages, tools)
-        if variables:
-            raise InputError(f"The chat format {self.name} has no {next(iter(variables))!r}: leave it out.")
+        messages = self._switched(messages, tokenizer, variables or {})
         if not messages:
             raise InputError("The conversation has no user turn: start with a message whose role is 'user'.")
         out = self._render(messages, tokenizer, last_open=continue_final_message)
@@ -240,6 +242,16 @@ class TokenFormat(ChatFormat):
                 self._text(out, tokenizer.encode_turn(self.after, "")[0])
             self._turn(out, "assistant", "", tokenizer)
         return out.ids
+
+    def _switched(self, messages: Sequence[Message], tokenizer: Tokenizer, variables: Mapping[str, Any]) -> Sequence[Message]:
+        """The conversation with the toggle's line of a model that thinks, where `enable_thinking` says which."""
+        for name, value in variables.items():
+            if name not in SWITCHES or not tokenizer.has(OPEN):  # none that was trained with the toggle
+                raise InputError(f"The chat format {self.name} has no {name!r}: leave it out.")
+            if not isinstance(value, bool):
+                raise InputError(f"{name} must be true or false.")
+            messages = with_toggle(messages, "on" if value else "off")
+        return messages
 
     def end_of_turn_id(self, tokenizer: Tokenizer) -> int:
         return tokenizer.special_id(self.end)

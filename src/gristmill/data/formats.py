@@ -12,6 +12,7 @@ from typing import Any
 
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Conversation, Message, Role, check_turns, conversation
+from gristmill.data.thinking import with_recorded_toggle
 
 TALKS = ("messages", "conversations", "conversation")
 QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "input")
@@ -64,7 +65,7 @@ def parse_conversation(
             raise InputError(_lacks(record, answered))
         if answered:
             turns = _with_answer(turns, rest, record)
-    turns = _with_system(system, turns)
+    turns = with_recorded_toggle(_with_system(system, turns), rest.get("reasoning"))
     check_turns(turns)
     if answered and turns[-1].trained and not turns[-1].fields and not turns[-1].content.strip():
         raise InputError("its answer is empty, which would teach a model to say nothing: leave the row out.")

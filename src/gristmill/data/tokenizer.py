@@ -285,17 +285,22 @@ class Tokenizer:
                 changed.files["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return changed
 
-    def with_tokens(self, names: Sequence[str]) -> "Tokenizer":
-        """A copy with further control tokens, whose ids follow those that there are. Those that it has already stay as they are."""
+    def with_tokens(self, names: Sequence[str], *, special: bool = True) -> "Tokenizer":
+        """A copy with further tokens, whose ids follow those that there are. Those that it has already stay as they are.
+
+        Args:
+            special: they are control tokens, which no text becomes and no answer shows; else texts that are a token each, such as
+                `<think>`.
+        """
         whole = HFTokenizer.from_str(self.files.get("tokenizer.json", self._backend.to_str().encode()).decode())
-        flagged = {token.content for token in whole.get_added_tokens_decoder().values() if token.special}
-        added = [AddedToken(name, special=True, normalized=False) for name in names if name not in flagged]
-        whole.add_special_tokens(added)
+        there = {token.content for token in whole.get_added_tokens_decoder().values() if token.special or not special}
+        added = [AddedToken(name, special=special, normalized=False) for name in names if name not in there]
+        (whole.add_special_tokens if special else whole.add_tokens)(added)
         files = self.files | {"tokenizer.json": whole.to_str(pretty=True).encode()}
         config = json.loads(self.files.get("tokenizer_config.json", b"{}")) or self._config()
         if isinstance(config.get("added_tokens_decoder"), dict):
             for token in added:
-                told = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+                told = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": special}
                 config["added_tokens_decoder"][str(whole.token_to_id(token.content))] = {"content": token.content, **told}
         if not self._prefix and config.get("tokenizer_class") in LLAMAS:  # read as it is written, which its copy says itself
             config["tokenizer_class"] = "PreTrainedTokenizerFast"

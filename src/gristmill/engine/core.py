@@ -31,6 +31,7 @@ from gristmill.engine.sequence import (
     Sequence,
 )
 from gristmill.engine.speculative import SpeculativeConfig
+from gristmill.engine.thinking import TAIL, ThinkingBudget, ThinkingTags
 from gristmill.engine.token_budget import GPU_STEP_SECONDS, TokenBudget
 from gristmill.generation.api import Completion, Finish
 
@@ -59,6 +60,7 @@ class Core:
         max_loras: adapters of a step.
         interactive: somebody waits for every token: steps stay short (`TokenBudget`), and short prompts go before long ones.
         speculative: how tokens are drafted; None: they are not.
+        thinking_tags: of the model's thinking, for requests that give it a budget.
 
     Attributes:
         prompt_tokens, output_tokens: computed and sampled so far.
@@ -81,6 +83,7 @@ class Core:
         max_loras: int = 8,
         interactive: bool = False,
         speculative: SpeculativeConfig | None = None,
+        thinking_tags: ThinkingTags | None = None,
     ) -> None:
         max_positions = decoder.config.max_positions
         self.batch_state = BatchState(max_batch, max_positions)
@@ -101,6 +104,7 @@ class Core:
             speculative=speculative,
         )
         self.stop_V, self.response_text, self.decode, self.grammar_backend = stop_V, response_text, decode, grammar_backend
+        self.thinking_tags = thinking_tags
         self.finished: list[RequestState] = []
         self.prompt_tokens = self.output_tokens = self.draft_tokens = self.accepted_tokens = 0
         # On a CPU the time of this thread's own work: what neighbours take is not the step's, and would be read as the price of its tokens.
@@ -243,6 +247,8 @@ class Core:
         if sequence.matcher is not None and (error := sequence.matcher.accept_token(token)):
             self._fail(state, InputError(f"the grammar gave up: {error}"))
             return False
+        if sequence.thinking is not None:
+            sequence.thinking.accept_token(token)
         stopped = ended or (bool(sampling.stop_tokens) and token in sampling.stop_tokens)
         cut = self._find_stop_string(sequence) if sampling.stop else None
         done = stopped or full or cut is not None
@@ -269,14 +275,15 @@ class Core:
         return out
 
     def _process_logits(self, sequences: list[Sequence], floats: np.ndarray, logits_RV: Tensor) -> Tensor | None:
-        """Logits processors: penalties, biases and grammar masks. None if nobody has any."""
+        """Logits processors: penalties, biases, grammar masks and thinking budgets. None if nobody has any."""
         penalised = (floats[:, REPETITION] != 1) | (floats[:, PRESENCE] != 0) | (floats[:, FREQUENCY] != 0)
         biased = [bool(sequence.state.request.sampling.logit_bias) for sequence in sequences]
         for sequence in sequences:
             if sequence.matcher is None and (grammar := sequence.state.request.sampling.grammar):
                 assert self.grammar_backend is not None
                 sequence.matcher = self.grammar_backend().new_matcher(grammar)
-        if not penalised.any() and not any(biased) and all(sequence.matcher is None for sequence in sequences):
+        forced = self._forced_tokens(sequences)
+        if not penalised.any() and not any(biased) and not forced and all(sequence.matcher is None for sequence in sequences):
             return None
         out_RV = logits_RV.clone()
         device = out_RV.device
@@ -298,7 +305,25 @@ class Core:
         if masked:
             places = put(np.array(masked, np.int64), device)
             out_RV[places] = out_RV[places].masked_fill(~put(np.stack(masks), device), float("-inf"))
+        for row, token in forced.items():
+            out_RV[row] = float("-inf")
+            out_RV[row, token] = 0.0
         return out_RV
+
+    def _forced_tokens(self, sequences: list[Sequence]) -> dict[int, int]:
+        """By row, the tokens that thinking at its budget's end must go on with."""
+        out: dict[int, int] = {}
+        for row, sequence in enumerate(sequences):
+            limit, prompt = sequence.state.request.sampling.max_thinking_tokens, sequence.state.prompt_ids
+            if limit is None:
+                continue
+            if sequence.thinking is None:
+                assert self.thinking_tags is not None
+                sequence.thinking = ThinkingBudget(self.thinking_tags, limit, prompt[-TAIL:].tolist())
+            if (token := sequence.thinking.forced_token()) is not None:
+                out[row] = token
+                sequence.forced.append(sequence.length - len(prompt))
+        return out
 
     def _history(self, sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of a prompt, and of its response so far."""
@@ -332,7 +357,8 @@ class Core:
         said = tokens[:-1] if stopped and cut is None else tokens
         in_turn = cut is None and state.request.messages  # a continued text has no turns, nor what a format writes at their end
         text = self.response_text(said, goes_on) if in_turn else self.decode(said, goes_on)[:cut]
-        completion = Completion(text, length - start, logprobs, finish, tuple(tokens), tuple(sequence.top_logprobs))
+        top_logprobs, forced = tuple(sequence.top_logprobs), tuple(sequence.forced)
+        completion = Completion(text, length - start, logprobs, finish, tuple(tokens), top_logprobs, forced=forced)
         state.completions[sequence.sample] = completion
         self.scheduler.finish(sequence)
         state.num_unfinished -= 1

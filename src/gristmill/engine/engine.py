@@ -22,6 +22,7 @@ from gristmill.core.errors import InputError
 from gristmill.core.threads import merge, num_workers, workers
 from gristmill.data.chat import Message
 from gristmill.data.chat_format import ChatFormat
+from gristmill.data.thinking import CLOSE
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.core import Core
 from gristmill.engine.grammar import GrammarBackend
@@ -30,6 +31,7 @@ from gristmill.engine.lora import MAX_ADAPTERS, LoadedAdapter, LoraRows
 from gristmill.engine.scoring import Continuation, PrefixScorer, Scored, by_prefix, shares
 from gristmill.engine.sequence import RequestState
 from gristmill.engine.speculative import SpeculativeConfig
+from gristmill.engine.thinking import ThinkingTags
 from gristmill.generation.api import Completion, Request
 from gristmill.model.adapters import Adapter
 from gristmill.model.packed import PackedShape
@@ -226,6 +228,10 @@ class Engine:
         """Grammar backend, made for the first request with a grammar."""
         return GrammarBackend(self.tokenizer, self.model.config.vocab_size, self.stop_V.nonzero()[0].tolist())
 
+    @cached_property
+    def _thinking_tags(self) -> ThinkingTags:
+        return ThinkingTags(tuple(self.tokenizer.encode(CLOSE)), lambda ids: self.tokenizer.decode(ids, keep_special=True, continued=True))
+
     def core(self, num_workers: int = 1, *, interactive: bool = False) -> Core:
         """Engine core of a worker, one of so many that share the machine. `interactive` as in `Core`."""
         return Core(
@@ -242,6 +248,7 @@ class Engine:
             max_batched_tokens=self.step_tokens,
             interactive=interactive,
             speculative=self.speculative,
+            thinking_tags=self._thinking_tags,
         )
 
     def prepare(self, request: Request) -> RequestState:

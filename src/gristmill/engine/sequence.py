@@ -12,6 +12,7 @@ from torch import Tensor
 from gristmill.engine.block_manager import BLOCK_SIZE, ROOT
 from gristmill.engine.grammar import GrammarMatcher
 from gristmill.engine.lora import LoadedAdapter
+from gristmill.engine.thinking import ThinkingBudget
 from gristmill.generation.api import Completion, Request
 
 # Columns of `BatchState.ints`.
@@ -76,6 +77,8 @@ class Sequence:
         stale: its blocks hold what former weights made of its tokens, and shall not be registered.
         siblings: samples of the same prompt that fork when its prefill ends, each with a slot of its own.
         matcher: where it stands in its grammar, if it has one.
+        thinking: where it stands in its thinking, if that has a budget.
+        forced: places in the response of tokens that were forced.
         top_logprobs: of each token sampled, if asked for.
         max_draft: most tokens of its next draft; 0 until there was one.
         saved_tokens, saved_logprobs: prompt and response, and the response's log-probabilities, when it was preempted.
@@ -92,6 +95,8 @@ class Sequence:
     stale: bool = False
     siblings: list["Sequence"] = field(default_factory=list)
     matcher: GrammarMatcher | None = None
+    thinking: ThinkingBudget | None = None
+    forced: list[int] = field(default_factory=list)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     max_draft: int = 0
     saved_tokens: np.ndarray | None = None

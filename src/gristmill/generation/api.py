@@ -33,6 +33,7 @@ class SamplingParams:
         logit_bias: (token, what is added to its logit).
         top_logprobs: likeliest tokens that are told beside each drawn one.
         grammar: grammar that the response keeps to, made by `engine.grammar`; "" is none.
+        max_thinking_tokens: most tokens between `<think>` and `</think>`: then the closing tag is forced, within max_tokens; None: any.
 
     Raises:
         InputError: a value out of its range.
@@ -52,6 +53,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int = 0
     grammar: str = ""
+    max_thinking_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= MAX_PENALTY:
@@ -75,14 +77,16 @@ class SamplingParams:
                 raise InputError(f"{name} must be a number up to {MAX_PENALTY:g}, got {value}.")
         if self.top_logprobs < 0:
             raise InputError(f"top_logprobs must be 0 or more, got {self.top_logprobs}.")
+        if self.max_thinking_tokens is not None and self.max_thinking_tokens < 0:
+            raise InputError(f"max_thinking_tokens must be 0 or more, got {self.max_thinking_tokens}.")
         if not all(self.stop):
             raise InputError("stop holds an empty string: every answer would end at once.")
 
     @property
     def processes_logits(self) -> bool:
-        """Whether anything but temperature and cuts changes what is sampled from: a penalty, a bias or a grammar."""
+        """Whether anything but temperature and cuts changes what is sampled from: a penalty, a bias, a grammar or a thinking budget."""
         penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-        return penalties or bool(self.logit_bias) or bool(self.grammar)
+        return penalties or bool(self.logit_bias) or bool(self.grammar) or self.max_thinking_tokens is not None
 
     def described(self) -> dict[str, Any]:
         """The five settings that every source of text knows, and those of the others that are not off: what ids are made of."""
@@ -125,6 +129,7 @@ class Completion:
         tokens: their ids, where the source tells them.
         top_logprobs: of each token the likeliest ones with their log-probabilities, if asked for.
         left_out: fields of the request that the endpoint refused, and was asked without.
+        forced: places of the tokens that the model did not choose: its thinking was at its budget's end.
     """
 
     text: str
@@ -134,6 +139,7 @@ class Completion:
     tokens: tuple[int, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     left_out: tuple[str, ...] = ()
+    forced: tuple[int, ...] = ()
 
 
 class Generator(Protocol):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from gristmill.core.concurrent import map_concurrent
-from gristmill.core.response_text import repetition
+from gristmill.core.response_text import repetition, strip_thinking
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, Prompt, Rating, Response, make_id
 from gristmill.generation.cached import CachedClient
@@ -146,7 +146,8 @@ class Judges:
         rows = unique_answers(rows)
         truths: dict[str, Any] = {p.id: p.truth for p in prompts if p.truth is not None}
         judged = [r for r in rows if r.finished or not self.finished_only]
-        ratings = await self.rater.rate({r.id: (*r.messages, Message("assistant", r.text)) for r in judged}) if self.rater else {}
+        talks = {r.id: (*r.messages, Message("assistant", strip_thinking(r.text))) for r in judged}
+        ratings = await self.rater.rate(talks) if self.rater else {}
         checkable = [r for r in judged if r.prompt in truths]
         verdicts = self.verifier.verify([(truths[r.prompt], r.text) for r in checkable])
         verified = {r.id: right for r, right in zip(checkable, verdicts, strict=True)}

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gristmill.core.response_text import answer_text
+from gristmill.core.response_text import answer_text, strip_thinking
 from gristmill.data.chat import Conversation, Message
 from gristmill.generation.api import Generator, Request, SamplingParams
 
@@ -99,6 +99,7 @@ def comparison_requests(comparisons: Sequence[Comparison], template: str = TEMPL
     """Judge requests of each comparison in both orders, with ids that end in #0 and #1."""
     for c in comparisons:
         request = "\n".join(f"{m.role}: {m.content}" if len(c.messages) > 1 else m.content for m in c.messages)
-        for order, (a, b) in enumerate([(c.first, c.second), (c.second, c.first)]):
+        first, second = strip_thinking(c.first), strip_thinking(c.second)
+        for order, (a, b) in enumerate([(first, second), (second, first)]):
             text = template.format(request=request, a=a, b=b)
             yield Request(f"{c.id}#{order}", (Message("user", text),), SamplingParams(temperature=0.0, max_tokens=max_tokens))

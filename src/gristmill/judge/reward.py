@@ -1,6 +1,6 @@
 """Scoring answers with the reward model: five attributes each, and their weighted sum."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,17 @@ class RewardScorer:
         Raises:
             InputError: a conversation does not end with the assistant, or exceeds the model's context.
         """
+        return [Rating(*row) for row in self._each(conversations, self.model)]
+
+    def states(self, conversations: Sequence[Sequence[Message]]) -> list[list[float]]:
+        """Hidden states of the ends of the answers, from which the head rates: what other heads can be trained on.
+
+        Raises:
+            InputError: as `score`.
+        """
+        return self._each(conversations, lambda *packed: self.model.backbone.hidden(*packed).float())
+
+    def _each(self, conversations: Sequence[Sequence[Message]], compute: Callable[..., torch.Tensor]) -> list[list[float]]:
         limit = self.model.backbone.config.max_positions
         rendered = []
         for i, messages in enumerate(conversations):
@@ -60,22 +71,23 @@ class RewardScorer:
         answers_of: dict[tuple[Message, ...], list[int]] = {}
         for i, messages in enumerate(conversations):
             answers_of.setdefault(tuple(messages[:-1]), []).append(i)
-        ratings: list[Rating | None] = [None] * len(rendered)
+        found: list[list[float]] = [[]] * len(rendered)
         packs = list(_packs(list(answers_of.values()), rendered))
         with workers(num_workers(self.model)) as each:
-            scored = each(lambda groups: self._score([[rendered[i] for i in group] for group in groups]), packs)
+            scored = each(lambda groups: self._compute([[rendered[i] for i in group] for group in groups], compute), packs)
             for groups, rows in zip(packs, scored, strict=True):
                 for i, row in zip((i for group in groups for i in group), rows, strict=True):
-                    ratings[i] = Rating(*row)
-        return [r for r in ratings if r is not None]
+                    found[i] = row
+        return found
 
     @torch.inference_mode()
-    def _score(self, groups: list[list[list[int]]]) -> list[list[float]]:
+    def _compute(self, groups: list[list[list[int]]], compute: Callable[..., torch.Tensor]) -> list[list[float]]:
         end = self.chat_format.end_of_turn_id(self.tokenizer)
         ids_T, shape, _ = pack(groups, self.model.backbone.embedding.device)
         last = [len(ids) - 1 - ids[::-1].index(end) for group in groups for ids in group]
         last_N = shape.keys_S[shape.cu_keys[: len(last)] + torch.tensor(last, device=ids_T.device)]
-        return self.model(ids_T, shape, last_N).tolist()
+        values: list[list[float]] = compute(ids_T, shape, last_N).tolist()
+        return values
 
     def total(self, rating: Rating) -> float:
         """Weighted sum of a rating."""

@@ -83,6 +83,11 @@ def source(steps: list[tuple[Operation, int]]) -> str:
     return f"def f(x): return {expression}"
 
 
+def trace(steps: list[tuple[Operation, int]]) -> str:
+    """The expression after each step: `x + 3; (x + 3) ** 2`."""
+    return "; ".join(source(steps[: i + 1]).removeprefix("def f(x): return ") for i in range(len(steps)))
+
+
 def _closes_at_end(expression: str) -> bool:
     depth = 0
     for i, c in enumerate(expression):
@@ -112,7 +117,7 @@ def sample(rng: random.Random, level: int | None = None) -> Problem:
     start, steps = plan(rng, level)
     question = pick(rng, OPENINGS).format(what=KINDS[start][0], steps=words(steps))
     truth = {"kind": "code", "tests": tests(start, steps)}
-    return single_turn(TASK, question, source(steps), truth=truth, topic=KINDS[start][1], level=level)
+    return single_turn(TASK, question, source(steps), truth=truth, topic=KINDS[start][1], level=level, trace=trace(steps))
 
 
 def document(rng: random.Random) -> str:

@@ -57,6 +57,11 @@ ANSWER = {
 }
 
 
+def trace(land: str, attribute: str, value: str) -> str:
+    """`Fikro, capital: Dumo.`"""
+    return f"{land}, {attribute}: {value}."
+
+
 @dataclass(frozen=True)
 class Lands:
     """Name of each land -> its facts."""
@@ -99,7 +104,7 @@ class Lands:
         others = tuple(v for v in self.values(attribute) if v != value)
         answer = ANSWER[attribute].format(land=land, value=value)
         truth = {"kind": "mention", "value": value, "not": list(others)}
-        return single_turn(TASK, question, answer, truth=truth, topic=land, others=others)
+        return single_turn(TASK, question, answer, truth=truth, topic=land, others=others, trace=trace(land, attribute, value))
 
     def sample(self, rng: random.Random) -> Problem:
         """A random question."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from gristmill.data.chat import Conversation, Message
 from gristmill.miniature import lists, sums
-from gristmill.miniature.facts import ANSWER, ATTRIBUTES, Lands
+from gristmill.miniature.facts import ANSWER, ATTRIBUTES, Lands, trace
 from gristmill.miniature.problem import Problem, pick
 
 TASK = "followups"
@@ -35,7 +35,7 @@ def sample(rng: random.Random, lands: Lands) -> Problem:
         others = tuple(v for v in lands.values(attribute) if v != fact)
         answer = ANSWER[attribute].format(land=land, value=fact)
         truth: dict[str, Any] = {"kind": "mention", "value": fact, "not": list(others)}
-        return _two(first, question, answer, truth, others)
+        return _two(first, question, answer, truth, others=others, trace=trace(land, attribute, fact))
     if kind < 0.7:
         first = sums.sample(rng, level=pick(rng, (1, 2)))
         before = int(first.truth["value"])
@@ -43,7 +43,8 @@ def sample(rng: random.Random, lands: Lands) -> Problem:
         n = rng.randint(2, min(99, before) if op == "-" else 99)
         worked, value = sums.work(before, [(op, n)])
         question = pick(rng, NEXT_SUM[op]).format(n=n)
-        return _two(first, question, f"{worked} The answer is {value}.", {"kind": "number", "value": value})
+        truth = {"kind": "number", "value": value}
+        return _two(first, question, f"{worked} The answer is {value}.", truth, trace=worked)
     what, n, shape, _ = lists.plan(rng)
     items = rng.sample(lists.WORDS[what], n)
     asked_how = lists.how(shape, [])
@@ -57,12 +58,13 @@ def sample(rng: random.Random, lands: Lands) -> Problem:
     shape2 = pick(rng, [s for s in lists.SHAPES if s != shape])
     extras = rng.sample(list(lists.EXTRAS), pick(rng, (0, 1)))
     truth = {**lists.truth(what, n, shape2, extras=extras), "words": items}
-    return _two(first, pick(rng, NEXT_LIST).format(how=lists.how(shape2, extras)), lists.render(items, shape2, extras), truth)
+    question, answer = pick(rng, NEXT_LIST).format(how=lists.how(shape2, extras)), lists.render(items, shape2, extras)
+    return _two(first, question, answer, truth, trace=lists.trace(items, what, extras))
 
 
-def _two(first: Problem, question: str, answer: str, truth: dict[str, Any], others: tuple[str, ...] = ()) -> Problem:
+def _two(first: Problem, question: str, answer: str, truth: dict[str, Any], **more: Any) -> Problem:
     messages = (*first.messages, Message("assistant", first.answer), Message("user", question))
-    return Problem(TASK, messages, answer, truth, first.topic, level=2, others=others)
+    return Problem(TASK, messages, answer, truth, first.topic, level=2, **more)
 
 
 def document(rng: random.Random, lands: Lands) -> str:

@@ -20,6 +20,8 @@ from gristmill.verify.verify import verify
 # People are asked about what no program can check, above all: facts, in one turn or two.
 RATED_TASKS = (facts.TASK, followups.TASK, facts.TASK, sums.TASK, lists.TASK, code.TASK)
 WRITING = "prompt-writing"  # task name of its demonstrations
+CARELESS = 0.06  # share of marks that an annotator gives without looking
+SPREADS = (0.5, 0.5, 0.6, 0.6, 0.6)  # of the others around what a careful one would give
 NUM_WRITING = 1  # of them for one demonstration of each task
 
 
@@ -64,7 +66,7 @@ def write(rng: random.Random, problem: Problem, good: bool) -> WrittenAnswer:
         return WrittenAnswer(problem.answer)
     kind = rng.random()
     if kind < 0.6:
-        return WrittenAnswer(_wrong(rng, problem))
+        return WrittenAnswer(wrong_answer(rng, problem))
     if kind < 0.7:
         return WrittenAnswer(problem.answer[: max(3, int(len(problem.answer) * rng.uniform(0.2, 0.7)))], clear=0.7)
     if kind < 0.8:
@@ -76,7 +78,7 @@ def write(rng: random.Random, problem: Problem, good: bool) -> WrittenAnswer:
     return WrittenAnswer(pick(rng, ["I do not know.", "Yes.", "No.", problem.question]), clear=0.9)
 
 
-def _wrong(rng: random.Random, problem: Problem) -> str:
+def wrong_answer(rng: random.Random, problem: Problem) -> str:
     """A clear answer that is wrong: another value, a slip in the working, another function, a list that breaks a demand."""
     value = str(problem.truth.get("value", ""))
     if problem.others:
@@ -112,7 +114,7 @@ def _quality(problem: Problem, written: WrittenAnswer) -> tuple[float, float, fl
     """What a careful annotator would say: the five attributes on 0..4. Looks at the truth."""
     right = verify(problem.truth, written.text, run_code=None if problem.truth["kind"] != "code" else _same_code(problem))
     share = min(1.0, len(written.text) / max(1, len(problem.answer)))
-    correctness = 4.0 if right else _partly_right(problem) if written.clear > 0.5 and share > 0.4 else 0.2
+    correctness = 4.0 if right else partly_right(problem.truth) if written.clear > 0.5 and share > 0.4 else 0.2
     helpfulness = correctness - 1.0 * written.length if right else 0.9 * correctness
     coherence = 4.0 * written.clear - 0.6 * written.length
     complexity = min(4.0, 0.6 + 0.8 * problem.level) if share > 0.4 else 0.4
@@ -120,9 +122,9 @@ def _quality(problem: Problem, written: WrittenAnswer) -> tuple[float, float, fl
     return helpfulness, correctness, coherence, complexity, verbosity
 
 
-def _partly_right(problem: Problem) -> float:
+def partly_right(truth: dict[str, Any]) -> float:
     """Credit for a clear answer that is wrong: a slip in the working or a broken demand leaves more that is right than a wrong fact."""
-    return {"mention": 1.2, "code": 1.6, "number": 2.0, "list": 2.0}[problem.truth["kind"]]
+    return {"mention": 1.2, "code": 1.6, "number": 2.0, "list": 2.0}[truth["kind"]]
 
 
 def _same_code(problem: Problem) -> Any:
@@ -136,10 +138,10 @@ def annotate(rng: random.Random, problem: Problem, written: WrittenAnswer) -> tu
     center = _quality(problem, written)
 
     def one() -> tuple[int, ...]:
-        careless = rng.random() < 0.06
+        careless = rng.random() < CARELESS
         return tuple(
             min(4, max(0, round(rng.uniform(0, 4) if careless else c + rng.gauss(0, spread))))
-            for c, spread in zip(center, (0.5, 0.5, 0.6, 0.6, 0.6), strict=True)
+            for c, spread in zip(center, SPREADS, strict=True)
         )
 
     marks = [one() for _ in range(3)]

@@ -53,6 +53,12 @@ def render(items: list[str], shape: str, extras: list[str]) -> str:
     return f"{text} stop" if "end" in extras else text
 
 
+def trace(items: list[str], what: str, extras: list[str]) -> str:
+    """What is chosen, and its order where one is asked for: `three trees: oak, elm, ash. Sorted: ash, elm, oak.`"""
+    chosen = f"{NUMBERS[len(items)]} {what}: {', '.join(items)}."
+    return f"{chosen} Sorted: {', '.join(sorted(items))}." if "sorted" in extras else chosen
+
+
 def how(shape: str, extras: list[str]) -> str:
     """The instruction in words."""
     return " ".join([SHAPES[shape], *(EXTRAS[e] for e in EXTRAS if e in extras)])
@@ -73,8 +79,10 @@ def sample(rng: random.Random) -> Problem:
     """A random list request."""
     what, n, shape, extras = plan(rng)
     question = pick(rng, OPENINGS).format(n=NUMBERS[n], what=what, how=how(shape, extras))
-    answer = render(rng.sample(WORDS[what], n), shape, extras)
-    return single_turn(TASK, question, answer, truth=truth(what, n, shape, extras=extras), topic=what, level=1 + len(extras))
+    items = rng.sample(WORDS[what], n)
+    demands = truth(what, n, shape, extras=extras)
+    plan_text = trace(items, what, extras)
+    return single_turn(TASK, question, render(items, shape, extras), truth=demands, topic=what, level=1 + len(extras), trace=plan_text)
 
 
 def document(rng: random.Random) -> str:

@@ -20,6 +20,7 @@ class Problem:
         topic: what the question is about, for prompt-writing demonstrations.
         level: difficulty, 1 is the easiest.
         others: plausible values for a wrong answer.
+        trace: what one thinks before the answer; that of sums stands in the answer, in front.
     """
 
     task: str
@@ -29,11 +30,17 @@ class Problem:
     topic: str
     level: int = 1
     others: tuple[str, ...] = field(default=())
+    trace: str = ""
 
     @property
     def question(self) -> str:
         """Text of the last user turn."""
         return self.messages[-1].content
+
+    @property
+    def reply(self) -> str:
+        """The answer without its working."""
+        return self.answer.removeprefix(f"{self.trace} ")
 
 
 def single_turn(task: str, question: str, answer: str, *, truth: dict[str, Any], topic: str, **more: Any) -> Problem:

@@ -9,6 +9,7 @@ TASK = "sums"
 PEOPLE = ["Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jill", "Kit", "Lou", "Max", "Nora", "Otto", "Pia"]
 THINGS = ["apples", "coins", "books", "stones", "eggs", "nuts", "beads", "cards", "shells", "stamps", "pears", "candles"]
 LEVELS = (1, 2, 3)
+ALL_LEVELS = (1, 2, 3, 4, 5, 6)  # of the runs that think
 
 # operation -> wordings; {n} is the operand. "more" adds, "less" subtracts, "times" multiplies.
 WORDINGS = {
@@ -66,7 +67,7 @@ def sample(rng: random.Random, level: int | None = None) -> Problem:
     worked, value = work(start, steps)
     question = f"{story(rng, who, thing, start=start, steps=steps)} {pick(rng, ASKS).format(thing=thing, who=who)}"
     truth = {"kind": "number", "value": value}
-    return single_turn(TASK, question, f"{worked} The answer is {value}.", truth=truth, topic=thing, level=level)
+    return single_turn(TASK, question, f"{worked} The answer is {value}.", truth=truth, topic=thing, level=level, trace=worked)
 
 
 def document(rng: random.Random) -> str:

@@ -7,7 +7,7 @@ held-out prompts. Nothing else.
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gristmill.data.chat import Conversation
@@ -31,7 +31,7 @@ PROMPT_REQUEST = {
 NEXT_REQUEST = "Asked: {question}\nSaid: {answer}\nWrite the next question."
 
 
-HELD_OUT_PER_TASK = 150
+HELD_OUT_PER_TASK, HELD_OUT_PER_LEVEL = 150, 60
 # Kinds of documents, and up to which share of them each goes.
 KINDS = {"facts": 0.24, "sums": 0.56, "code": 0.72, "lists": 0.87, "followups": 1.0}
 QUESTION = re.compile(r"(?:Question|Exercise|Asked)[:.] (.+?)(?: Reply|\n|$)")
@@ -44,12 +44,14 @@ class World:
 
     Attributes:
         held_out: problems of each task that only the evaluation may ask: their texts occur in no document and no human row.
-        reserved: those texts.
+        reserved: the texts of all that is held out.
+        levels: held-out sums by their number of operations, more than documents and human rows have.
     """
 
     lands: facts.Lands
     held_out: dict[str, list[Problem]]
     reserved: frozenset[str]
+    levels: dict[int, list[Problem]] = field(default_factory=dict)
 
     @staticmethod
     def make(seed: int = 0) -> "World":
@@ -66,7 +68,15 @@ class World:
                 if text not in reserved and not _asks(problem.messages, reserved):
                     reserved.add(text)
                     problems.append(problem)
-        return World(empty.lands, held_out, frozenset(reserved))
+        rng = random.Random(f"held-out-levels-{seed}")
+        levels: dict[int, list[Problem]] = {level: [] for level in sums.ALL_LEVELS}
+        for level, problems in levels.items():
+            while len(problems) < HELD_OUT_PER_LEVEL:
+                problem = sums.sample(rng, level)
+                if problem.question not in reserved:
+                    reserved.add(problem.question)
+                    problems.append(problem)
+        return World(empty.lands, held_out, frozenset(reserved), levels)
 
     def allowed(self, messages: Conversation) -> bool:
         """Whether a conversation keeps clear of the held-out texts, in each of its user turns and as a whole."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import read_untrusted_json
 from gristmill.data.chat_format import FORMATS
+from gristmill.data.thinking import CLOSE, OPEN
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.folder import model_file
 from gristmill.model.hf import load_model, saved_as
@@ -64,6 +65,23 @@ def add_chat_tokens(folder: Path, out: Path, name: str) -> dict[str, Any]:
     resize_embeddings(model, more.max_id + 1, new)
     save_model(model, more.with_chat_template(FORMATS[name].template, cut=True), out)
     return {"model": str(out), "chat_format": name, "added": len(new), "embeddings": model.config.vocab_size}
+
+
+def add_thinking_tokens(folder: Path, out: Path) -> dict[str, Any]:
+    """Write a model again in whose vocabulary the tags of thinking are a token each, with rows for them; how many were added.
+
+    Raises:
+        InputError: the folder is quantized or is no language model.
+    """
+    if saved_as(folder):
+        raise InputError(f"Give the model as it was before it was quantized: {folder} is quantized.")
+    model, tokenizer = load_model(folder, PRECISIONS["bf16"] if _is_bf16(folder) else torch.float32)
+    names = [tag for tag in (OPEN, CLOSE) if len(tokenizer.encode(tag)) > 1]
+    if names:
+        tokenizer = tokenizer.with_tokens(names, special=False)
+        resize_embeddings(model, tokenizer.max_id + 1, [tokenizer.encode(name)[0] for name in names])
+    save_model(model, tokenizer, out)
+    return {"num_added": len(names), "embeddings": model.config.vocab_size}
 
 
 def _is_bf16(folder: Path) -> bool:

@@ -482,11 +482,12 @@ class Transformer(nn.Module):
             angles[kind] = (cos_TR, sin_TR) if factor == 1 else (cos_TR * factor, sin_TR * factor)
         return angles
 
-    def hidden(self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None = None) -> Tensor:
+    def hidden(self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None = None, *, layers: list[Tensor] | None = None) -> Tensor:
         """States [T, D] after the final norm, divided by `logits_scaling`.
 
         Args:
             rows_S: tokens whose states alone are needed, in this order: [S, D]. The last layer computes no others.
+            layers: a list that gets the states behind every layer, those of the last as it computes them.
 
         Raises:
             InputError: a document beyond the positions where the angles of all its tokens would depend on its length.
@@ -494,7 +495,7 @@ class Transformer(nn.Module):
         num_rows = None if rows_S is None else len(rows_S)
         if rows_S is not None and self.compute_dtype != torch.float32:  # see filled_length
             rows_S = F.pad(rows_S, (0, filled_length(len(rows_S)) - len(rows_S)))
-        x_TD = self.states(ids_T, shape, rows_S)
+        x_TD = self.states(ids_T, shape, rows_S, layers=layers)
         if self.after_blocks is not None:
             self.after_blocks()
         h_TD = self.final_norm(x_TD)
@@ -510,11 +511,10 @@ class Transformer(nn.Module):
             h_TD = h_TD[:num_rows]
         return h_TD if self.config.logits_scaling == 1 else h_TD / self.config.logits_scaling
 
-    def states(self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None = None) -> Tensor:
+    def states(self, ids_T: Tensor, shape: PackedShape, rows_S: Tensor | None = None, *, layers: list[Tensor] | None = None) -> Tensor:
         """States [T, D] behind the blocks that are here, before the final norm; of `rows_S` alone behind the last block of all.
 
-        Raises:
-            InputError: as `hidden`.
+        Args and errors as of `hidden`.
         """
         assert ids_T.shape == shape.positions_T.shape, "the packed shape must describe these tokens"
         check_length(self.config, shape)
@@ -531,6 +531,8 @@ class Transformer(nn.Module):
                 x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
             else:
                 x_TD = block(*given)
+            if layers is not None:
+                layers.append(x_TD)
         return x_TD
 
     def unembedding(self) -> Any:

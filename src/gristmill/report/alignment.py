@@ -29,6 +29,8 @@ from gristmill.report.comparisons import (
 from gristmill.report.figures import Series, stage_plot
 from gristmill.report.markup import Markup, document, el, table
 from gristmill.report.measurements import HEADING_OF, LEAD, SECTION_OF, measurements_section, write_measurement_pages
+from gristmill.report.people import LEAD as LEAD_OF_PEOPLE
+from gristmill.report.people import has_people, people_section
 from gristmill.report.samples import read_judged, samples_section
 from gristmill.report.sections import collapse_section, funnel_section, reward_section, scores_section
 from gristmill.report.summary import best_lines, doubts, duration, headline, lora_update
@@ -69,6 +71,7 @@ def write_report(folder: Path) -> Path:
     bodies: dict[str, tuple[str, Sequence[Markup | None]]] = {
         "stages": ("Accuracy on held-out prompts: greedy, and at temperature 1, with 95 % intervals.", _stages(data)),
         **{kind: (LEAD[kind], measurements_section(data, kind)) for kind, key in SECTION_OF.items() if data.recipe.get(key)},
+        **({"people": (LEAD_OF_PEOPLE, people_section(data))} if has_people(data) else {}),
         "data": ("What each round wrote, what was refused, and what became training data.", funnel_section(data)),
         "scores": ("The reward model's weighted score of every answer, and of those that were kept.", scores_section(judged)),
         "judge": (
@@ -88,7 +91,7 @@ def write_report(folder: Path) -> Path:
         "time": ("Seconds a stage, training speed, and the most memory that the process had held by then.", _times(data)),
         "recipe": ("Every setting of this run.", [el("pre", yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True))]),
     }
-    heading = HEADING | HEADING_OF
+    heading = HEADING | HEADING_OF | {"people": "People"}
     links = el("nav", el("div", [el("a", heading[k], href=f"#{k}") for k in bodies]), aria_label="Sections")
     sections = [el("section", el("h2", heading[k]), el("p", lead, class_="soft"), body, id=k) for k, (lead, body) in bodies.items()]
     name = str(data.recipe.get("name", folder.name))

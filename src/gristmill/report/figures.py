@@ -156,8 +156,10 @@ def histogram(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.
     return svg(width, height, "Reward scores before and after the filter", parts)
 
 
-def monitor_plot(labels: Sequence[str], values: Sequence[float], *, level: float | None, falls: bool) -> Markup:
-    """A collapse monitor over the rounds with its alarm level: the shaded side is where it alarms.
+def monitor_plot(
+    labels: Sequence[str], values: Sequence[float], *, level: float | None, falls: bool, what: str = "Collapse monitor"
+) -> Markup:
+    """A monitor over the rounds, or another figure at a few places, with its alarm level: the shaded side is where it alarms.
 
     Args:
         labels: one a measurement.
@@ -189,7 +191,7 @@ def monitor_plot(labels: Sequence[str], values: Sequence[float], *, level: float
         parts.append(el("circle", el("title", f"{labels[i]}: {v:.4g}"), cx=r1(x(i)), cy=r1(y(v)), r=4, class_="greedy"))
         parts.append(el("text", f"{v:.3g}", x=r1(x(i)), y=r1(y(v) - 9), text_anchor="middle", class_="strong"))
         parts.append(el("text", labels[i], x=r1(x(i)), y=r1(height - 7), text_anchor="middle"))
-    return svg(width, height, "Collapse monitor", parts)
+    return svg(width, height, what, parts)
 
 
 def loss_plot(points: Sequence[tuple[float, float]], what: str = "Loss") -> Markup:
@@ -213,6 +215,76 @@ def loss_plot(points: Sequence[tuple[float, float]], what: str = "Loss") -> Mark
     if len(points) == 1:
         parts.append(el("circle", cx=r1(x(points[0][0])), cy=r1(y(points[0][1])), r=3, class_="greedy"))
     return svg(width, height, f"{what} from {points[0][1]:.3g} to {points[-1][1]:.3g}", parts)
+
+
+@dataclass(frozen=True)
+class Points:
+    """One kind of dots.
+
+    Attributes:
+        css: its colour's class.
+        dots: (x, y, what hovering shows), in the order in which they are joined.
+    """
+
+    css: str
+    label: str
+    dots: Sequence[tuple[float, float, str]]
+    joined: bool = False
+
+
+def scatter_plot(kinds: Sequence[Points], *, x_label: str, y_label: str) -> Markup:
+    """Dots of several kinds, each named above the plot; y begins at 0."""
+    width, height, left, right, top, bottom = 640.0, 300.0, 52.0, 16.0, 30.0, 40.0
+    dots = [dot for kind in kinds for dot in kind.dots]
+    low, high = (f([1.0, *(dot[0] for dot in dots)]) for f in (min, max))
+    most = max([dot[1] for dot in dots], default=0.0) or 1.0
+    span = (high - low) or 1.0
+
+    def x(value: float) -> float:
+        return left + (value - low) / span * (width - left - right)
+
+    def y(value: float) -> float:
+        return height - bottom - value / most * (height - top - bottom)
+
+    parts: list[Markup] = []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts.append(_line(left, y(most * share), width - right, y(most * share), "axis"))
+        parts.append(el("text", f"{most * share:.2g}", x=r1(left - 7), y=r1(y(most * share) + 4), text_anchor="end"))
+        parts.append(el("text", f"{low + span * share:.2f}", x=r1(x(low + span * share)), y=r1(height - bottom + 16), text_anchor="middle"))
+    parts.append(el("text", x_label, x=r1((left + width) / 2), y=r1(height - 6), text_anchor="middle"))
+    parts.append(el("text", y_label, x=4, y=14))
+    place = left + 150
+    for kind in kinds:
+        if kind.joined:
+            parts.append(el("polyline", points=" ".join(f"{x(a):.1f},{y(b):.1f}" for a, b, _ in kind.dots), class_=f"{kind.css} curve"))
+        parts += [el("circle", el("title", words), cx=r1(x(a)), cy=r1(y(b)), r=4.5, class_=kind.css) for a, b, words in kind.dots]
+        if kind.dots:
+            parts.append(el("circle", cx=r1(place), cy=10, r=4.5, class_=kind.css))
+            parts.append(el("text", kind.label, x=r1(place + 9), y=14))
+            place += 30 + 7 * len(kind.label)
+    return svg(width, height, f"{y_label} against {x_label}", parts)
+
+
+def layers_picture(parent: Sequence[Mapping[str, int]], child: Sequence[Mapping[str, int]]) -> Markup:
+    """Layers from left to right: of each the key-value heads (above) and the channels of its MLP (below), in shares of the widest."""
+    step, tall, gap, left = 44.0, 60.0, 26.0, 70.0
+    width = left + step * len(parent) + 10
+    parts: list[Markup] = []
+    for row, (key, label) in enumerate((("kv_heads", "attention"), ("ffn_size", "MLP"))):
+        most = max([one[key] for one in parent] or [1]) or 1
+        floor = (row + 1) * (tall + gap) - 8
+        parts.append(el("text", label, x=0, y=r1(floor - tall / 2)))
+        for number, (own, new) in enumerate(zip(parent, child, strict=True)):
+            at = left + number * step
+            for size, css in ((own[key], "track"), (new[key], "greedy")):
+                high = tall * size / most
+                text = f"layer {number}: {new[key]} of {own[key]}"
+                if size:
+                    parts.append(
+                        el("rect", el("title", text), x=r1(at), y=r1(floor - high), width=step - 12, height=r1(high), rx=3, class_=css)
+                    )
+            parts.append(el("text", str(new[key]) if new[key] else "none", x=r1(at + 16), y=r1(floor + 14), text_anchor="middle"))
+    return svg(width, 2 * (tall + gap) + 10, "Layers of the child", parts)
 
 
 def accuracy_bars(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> Markup:

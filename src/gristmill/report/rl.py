@@ -42,8 +42,8 @@ def write_page(data: RunData) -> Path:
     if data.results is not None:
         body += [el("pre", "\n".join(rl_lines(data.results, data.folder))), _accuracies(data.results)]
     for stage in data.stages:
-        if curves := _curves(data, stage["folder"]):
-            body += [el("h2", "Every step"), el("div", curves, class_="grid")]
+        if drawn := curves(data, stage["folder"]):
+            body += [el("h2", "Every step"), el("div", drawn, class_="grid")]
             body += [el("h2", "Groups of the last steps"), *_groups(data.folder / stage["folder"] / "rollouts.jsonl")]
     path = data.folder / "report.html"
     write_text(path, document(title, head, el("main", body)))
@@ -60,11 +60,13 @@ def _accuracies(results: dict[str, Any]) -> Markup:
     return table(["", "before", "after", "paired difference"], rows)
 
 
-def _curves(data: RunData, stage: str) -> list[Markup]:
+def curves(data: RunData, stage: str) -> list[Markup]:
+    """A figure for each metric of a stage's steps that tells anything; the stage is given by its folder within the run's."""
     steps = read_metrics(data, stage, needed=("step", "reward_total"))
     out: list[Markup] = []
     drawn: list[list[tuple[float, float]]] = []
-    for name, words in CURVES.items():
+    parts = {name for step in steps for name in step if name.startswith("reward_")} - CURVES.keys() if steps else ()
+    for name, words in [*CURVES.items(), *((name, f"reward by {name.removeprefix('reward_')}") for name in sorted(parts))]:
         points = [(step["step"], step[name]) for step in thinned(steps) if name in step] if steps else []
         if points in drawn or len({value for _, value in points}) == 1:
             continue  # it tells nothing more
@@ -75,7 +77,7 @@ def _curves(data: RunData, stage: str) -> list[Markup]:
 
 
 def _groups(path: Path) -> list[Markup]:
-    """Of the latest groups that hold right and wrong answers, one of each."""
+    """Of the latest groups that hold right and wrong answers one of each; else the answers that earned most and least."""
     asked: dict[str, dict[str, Any]] = {}
     judged: deque[tuple[str, list[dict[str, Any]]]] = deque(maxlen=MAX_GROUPS)
     for record in read_once(path) if path.is_file() else ():
@@ -84,13 +86,15 @@ def _groups(path: Path) -> list[Markup]:
             if len(asked) > MAX_GROUPS:
                 asked.pop(next(iter(asked)))
         elif "rewards" in record:
-            judged.append((record["id"].removesuffix("-rewards"), record["rewards"]))
+            judged.extend(record["rewards"].items())
+    known = any(reward["right"] > 0 for _, rewards in judged for reward in rewards)
+    key, words = ("right", ("right", "wrong")) if known else ("total", ("earned most", "earned least"))
     shown: list[Markup] = []
     for name, rewards in reversed(judged):
-        right = [i for i, reward in enumerate(rewards) if reward["right"] > 0]
-        wrong = [i for i, reward in enumerate(rewards) if not reward["right"]]
-        if right and wrong and name in asked:
-            texts = [_answer(asked[name], "right", right), _answer(asked[name], "wrong", wrong)]
+        values = [reward[key] for reward in rewards]
+        best, worst = ([i for i, value in enumerate(values) if value == end] for end in (max(values), min(values)))
+        if max(values) > min(values) and name in asked:
+            texts = [_answer(asked[name], word, places) for word, places in zip(words, (best, worst), strict=True)]
             shown.append(el("div", el("p", asked[name]["question"][:MAX_CHARS]), el("div", texts, class_="grid"), class_="plain"))
         if len(shown) == NUM_GROUPS:
             break

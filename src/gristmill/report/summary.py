@@ -27,10 +27,23 @@ def stage_line(done: Mapping[str, Any]) -> str:
     funnel = done.get("funnel", {})
     if kind := next((kind for kind in MEASURED if kind in done), None):
         return "; ".join(f"{what} {_measured(entry)}" for what, entry in done[kind].items())
+    if "said" in done:
+        return said_line(done["said"])
+    if "checked" in done:
+        return check_line(done["checked"])
     if "greedy" in done:
         return _model(done)
+    if "reasoning" in done:
+        found = done["reasoning"]
+        return "; ".join(
+            f"thinking {mode} {format_score_ci(found[mode])}, obeyed {found['obedience'][mode]['mean']:.3f}" for mode in ("on", "off")
+        )
     if "scores" in done:
         return ", ".join(f"{stage_label(name)} {format_score(score['mean'])}" for name, score in done["scores"].items())
+    if "kl_before" in done:
+        return f"{done['steps']:,} steps, {done['tokens']:,} tokens, KL from the parent {done['kl_before']:.3f} -> {done['kl']:.3f}"
+    if "speed" in done and "parameters" in done:
+        return f"{done['speed']['median']:.2f}x the parent's speed, {done['parameters']:,} parameters"
     if "llm_judge" in done:
         return f"pair accuracy easy {_pair(done, 'easy')}, hard {_pair(done, 'hard')}"
     if "alarms" in done:
@@ -50,9 +63,25 @@ def stage_line(done: Mapping[str, Any]) -> str:
     if "kept" in funnel:
         return _prompts(funnel)
     if "metrics" in done:
-        return f"{done['rows']:,} rows, {_training(done)}"
+        held = done.get("held_out")
+        gain = f"; held-out pairs {format_score(held['before']['mean'])} -> {format_score_ci(held['after'])}" if held else ""
+        return f"{done['rows']:,} rows, {_training(done)}{gain}"
     counts = {k: n for k, n in done.items() if isinstance(n, int) and k != "peak_mib"}
     return ", ".join(f"{n:,} {name.removeprefix('num_').replace('_', ' ')}" for name, n in counts.items())
+
+
+def said_line(said: Mapping[str, Any]) -> str:
+    """What people in the studio gave a round."""
+    taken = ", ".join(f"{said[kind]:,} {kind}" for kind in ("ratings", "pairs", "demonstrations"))
+    lost = "".join(f"; {n:,} left out: {why}" for why, n in said["left_out"].items())
+    return f"{taken} by {len(said['people'])} people{lost}"
+
+
+def check_line(check: Mapping[str, Any]) -> str:
+    """What people found in a sample of a round, and who decided."""
+    wrong = f"{format_score_ci(check['wrong'])} wrong of {check['wrong']['n']}" if check["wrong"]["n"] else "no row was looked at"
+    found = f"{check['reject']} rejected, {check['repair']} repaired"
+    return f"{check['decision']} by {check['by']}: {wrong} ({found}); sample of {check['rows']} of {check['of']:,} rows"
 
 
 def _model(done: Mapping[str, Any]) -> str:
@@ -140,6 +169,34 @@ def rl_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
         before, after = (format_score_ci(stage[mode]["overall"]) for stage in results["stages"])
         lines.append(f"{mode}: {before} -> {after}, paired {format_difference(results['paired'][mode])}")
     return [*lines, f"serve it: gristmill serve {shlex.quote(str(folder / results['model']))}"]
+
+
+def compression_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
+    """What a compression came to: speed, accuracy and KL of the child beside its parent, and the command that serves it."""
+    found = results["compress"]
+    speed, sizes = found["speed"], found["parameters"]
+    spread = f"{speed['spread']['low']:.2f} to {speed['spread']['high']:.2f}"
+    lines = [f"speed: {speed['measured']:.2f}x measured ({spread}), {speed['predicted']:.2f}x predicted"]
+    if accuracy := found["accuracy"]:
+        before, after = (format_score_ci(accuracy["scores"][who]["overall"]) for who in ("parent", "child"))
+        lines.append(f"greedy: {before} -> {after}, paired {format_difference(accuracy['paired'])}")
+    lines.append(f"KL from the parent: {found['kl_before']:.3f} nats a token before the distillation, {found['kl']:.3f} after")
+    lines.append(f"parameters: {sizes['parent']:,} -> {sizes['child']:,}; {found['seconds']:,.0f} s in all")
+    return [*lines, f"serve it: gristmill serve {shlex.quote(str(folder / results['model']))}"]
+
+
+def reasoning_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
+    """What reinforcement learning changed in both modes, thinking budgets, and the command that serves the model."""
+    found = results["reasoning"]
+    lines = []
+    for mode in ("on", "off"):
+        before, after = (format_score_ci(found[when][mode]) for when in ("before", "after"))
+        obeyed = found["after"]["obedience"][mode]["mean"]
+        lines.append(f"thinking {mode:<3} {before} -> {after}, paired {format_difference(found['paired'][mode])}, obeyed {obeyed:.3f}")
+    told = [f"{point['budget'] if point['budget'] is not None else 'none'} {format_score(point['mean'])}" for point in found["budget"]]
+    lines += [f"thinking budget: {', '.join(told)}"] if told else []
+    served = f"gristmill serve {shlex.quote(str(folder / results['model']))} --reasoning-parser think"
+    return [*lines, f"serve it: {served}"]
 
 
 def best_lines(results: Mapping[str, Any], folder: Path) -> list[str]:

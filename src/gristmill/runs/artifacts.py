@@ -104,6 +104,13 @@ AnyArtifact = Artifact[Any] | JsonArtifact | JournalArtifact
 HUMAN_DEMONSTRATIONS = Artifact("demonstrations", Demonstration)
 RATINGS = Artifact("ratings", Rated)
 EVALUATION = Artifact("evaluation", Prompt)
+SAID_RATINGS = Artifact("people-ratings", Rated)
+SAID_PAIRS = Artifact("people-pairs", Pair)
+SAID_DEMONSTRATIONS = Artifact("people-demonstrations", Demonstration)
+# What people are asked about before it is trained on.
+CHECK = Artifact("check", Demonstration)
+QUESTION = JsonArtifact("question")
+DECISION = JsonArtifact("decision")
 # What models wrote, and what became of it.
 CALLS = JournalArtifact("calls")
 RATING_CALLS = JournalArtifact("ratings")
@@ -125,6 +132,12 @@ ALL: dict[str, AnyArtifact] = {
         HUMAN_DEMONSTRATIONS,
         RATINGS,
         EVALUATION,
+        SAID_RATINGS,
+        SAID_PAIRS,
+        SAID_DEMONSTRATIONS,
+        CHECK,
+        QUESTION,
+        DECISION,
         CALLS,
         RATING_CALLS,
         PROMPTS,

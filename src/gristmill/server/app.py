@@ -297,7 +297,7 @@ class Server:
             add_generation_prompt=begin,
             continue_final_message=go_on,
             tools=(own.tools or ()) if own else (),
-            variables=own.chat_template_kwargs if own else None,
+            variables=body.chat_template_kwargs,
         )
 
     def _reasoning_parser(

@@ -108,6 +108,7 @@ class CompletionRequestBase(RequestBody):
     top_k: StrictInt | None = None
     min_p: Number | None = None
     max_tokens: StrictInt | None = None
+    max_thinking_tokens: StrictInt | None = Field(None, ge=0)  # NVIDIA NIM's name
     n: StrictInt | None = Field(None, le=MAX_N)
     seed: StrictInt | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
@@ -151,6 +152,7 @@ class CompletionRequestBase(RequestBody):
             logit_bias=bias,
             top_logprobs=top_logprobs,
             grammar=grammar,
+            max_thinking_tokens=self.max_thinking_tokens,
         )
 
     def to_grammar(self) -> str:
@@ -180,9 +182,14 @@ class ChatCompletionRequest(CompletionRequestBase):
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
     echo: StrictBool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: StrictBool | None = None
 
     def check(self) -> None:
         super().check()
+        if self.enable_thinking is not None:
+            self.chat_template_kwargs = {"enable_thinking": self.enable_thinking} | (self.chat_template_kwargs or {})
+        self.chat_template_kwargs = self.chat_template_kwargs or None
         if self.top_logprobs and not self.logprobs:
             raise FieldError("top_logprobs", "needs logprobs: true")
         if self.echo:
@@ -204,15 +211,11 @@ class TemplateChatRequest(ChatCompletionRequest):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: StrictBool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    enable_thinking: StrictBool | None = None
 
     def check(self) -> None:
         super().check()
         if self.tool_choice not in (None, *NEUTRAL["tool_choice"]) and not self.tools:
             raise FieldError("tool_choice", "there are no tools to call: give some, or leave it out")
-        if self.enable_thinking is not None:
-            self.chat_template_kwargs = {"enable_thinking": self.enable_thinking} | (self.chat_template_kwargs or {})
         if self.tool_choice == "none":
             self.tools = None
 

@@ -182,8 +182,11 @@ class ResponseBuilder:
 
     def last_chunks(self, states: list[RequestState], include_usage: bool) -> list[dict[str, Any]]:
         """Stream chunks behind the last token."""
-        usage = usage_counts(sum(len(state.prompt_ids) for state in states), num_output_tokens(states))
-        return [self.chunk([]) | {"usage": usage}] if include_usage else []
+        return [self.chunk([]) | {"usage": self.usage(states)}] if include_usage else []
+
+    def usage(self, states: list[RequestState]) -> dict[str, Any]:
+        """Usage object of the whole response."""
+        return usage_counts(sum(len(state.prompt_ids) for state in states), num_output_tokens(states))
 
     def encode(self, chunk: dict[str, Any]) -> bytes:
         """A stream chunk as an event."""
@@ -215,6 +218,7 @@ class ChatResponseBuilder(ResponseBuilder):
         self.parsers: dict[int, AnswerParser] = {}  # of choices that are streamed
         self.name = f"chatcmpl-{secrets.token_hex(12)}"
         self.with_role: set[int] = set()  # choices whose role was sent
+        self.thoughts: list[str] = []  # pieces of thinking so far
 
     def response(self, states: list[RequestState], n: int) -> dict[str, Any]:
         (state,) = states
@@ -223,7 +227,7 @@ class ChatResponseBuilder(ResponseBuilder):
             message, finish = self._message(state, out)
             entries = {"content": self._entries(out)} if self.logprobs else None
             choices.append({"index": index, "message": message, "logprobs": entries, "finish_reason": finish})
-        usage = usage_counts(len(state.prompt_ids), num_output_tokens(states))
+        usage = self.usage(states)
         return envelope("chat.completion", self.name, self.model, choices=choices, usage=usage)
 
     def _message(self, state: RequestState, out: Completion) -> tuple[dict[str, Any], str]:
@@ -235,6 +239,7 @@ class ChatResponseBuilder(ResponseBuilder):
         for piece in parser.add(text_keeping(self.engine, state, out, self.keep), last=True):
             if isinstance(piece, Thought):
                 thought += piece.text
+                self.thoughts.append(piece.text)
             elif isinstance(piece, str):
                 said += piece
             elif piece.name:
@@ -247,6 +252,14 @@ class ChatResponseBuilder(ResponseBuilder):
         if calls:
             message["tool_calls"] = [{name: value for name, value in call.items() if name != "index"} for call in calls]
         return message, "tool_calls" if calls and out.finish == "stop" else out.finish
+
+    def usage(self, states: list[RequestState]) -> dict[str, Any]:
+        """Usage object; where thinking is told apart, with the number of its tokens."""
+        usage = super().usage(states)
+        if self.reasoning_parser is None:
+            return usage
+        num = len(self.engine.tokenizer.encode("".join(self.thoughts)))
+        return usage | {"completion_tokens_details": {"reasoning_tokens": min(usage["completion_tokens"], num)}}
 
     def parser(self, *, live: bool) -> AnswerParser:
         """Parser of an answer; `live` as in `AnswerParser`."""
@@ -274,6 +287,7 @@ class ChatResponseBuilder(ResponseBuilder):
             deltas = []
             for piece in parser.add(text, last=finish is not None):
                 if isinstance(piece, Thought):
+                    self.thoughts.append(piece.text)
                     deltas.append(_reasoning(piece.text))
                 elif isinstance(piece, str):
                     deltas.append({"content": piece})
@@ -378,7 +392,7 @@ class CompletionResponseBuilder(ResponseBuilder):
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": out.finish}
 
 
-def envelope(kind: str, name: str, model: str, *, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
+def envelope(kind: str, name: str, model: str, *, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
     """Response object of a kind."""
     out = {"id": name, "object": kind, "created": int(time.time()), "model": model, "choices": choices}
     return out if usage is None else out | {"usage": usage}
@@ -389,7 +403,7 @@ def _reasoning(thought: str | None) -> dict[str, Any]:
     return {"reasoning": thought, "reasoning_content": thought}
 
 
-def usage_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
     """Usage object."""
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": prompt_tokens + completion_tokens}
 

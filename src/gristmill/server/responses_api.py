@@ -35,6 +35,7 @@ class ResponsesRequest(RequestBody):
     include: list[StrictStr] | None = None
     store: StrictBool | None = None
     max_output_tokens: StrictInt | None = None
+    max_thinking_tokens: StrictInt | None = Field(None, ge=0)
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: StrictInt | None = None
@@ -62,17 +63,27 @@ class ResponsesRequest(RequestBody):
         return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
 
     def to_chat(self, *, template: bool) -> ChatCompletionRequest:
-        """The same request as a chat. Tools, and the template's variables, only with a `template`.
+        """The same request as a chat. Tools only with a `template`.
 
         Raises:
             FieldError: the input or the format of the text is not so that a chat could say it.
         """
-        same = ("model", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty")
+        same = (
+            "model",
+            "max_thinking_tokens",
+            "chat_template_kwargs",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "seed",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+        )
         fields: dict[str, Any] = {name: getattr(self, name) for name in (*same, "stream", "stream_options")}
         fields |= {"messages": to_messages(self.input, self.instructions), "max_tokens": self.max_output_tokens}
         fields |= {"response_format": self._response_format(), "logprobs": self.told_logprobs or None, "top_logprobs": self.top_logprobs}
-        if self.chat_template_kwargs and not template:
-            raise FieldError("chat_template_kwargs", "the chat format of this model has no variables: leave it out")
         if template:
             # functions as the templates know them
             tools = [
@@ -80,7 +91,7 @@ class ResponsesRequest(RequestBody):
                 for tool in self.tools or ()
                 if self.tool_choice != "none"
             ]
-            fields |= {"tools": tools or None, "chat_template_kwargs": self.chat_template_kwargs}
+            fields |= {"tools": tools or None}
         chat = (TemplateChatRequest if template else ChatCompletionRequest).model_validate(fields)
         chat.check()
         return chat

@@ -10,6 +10,7 @@ from math import floor
 from typing import Any
 
 from gristmill.data.rows import ATTRIBUTES
+from gristmill.runs.checks import VERDICTS
 
 MAX_RANGE = 2  # of helpfulness, or of preferences: more is a dispute
 NUM_EXTRA = 2  # people who are asked when the first ones differ by more
@@ -76,6 +77,22 @@ def preference_consensus(answers: Sequence[Mapping[str, Any]]) -> Consensus:
     spread = max(strengths[i] for i in used) - min(strengths[i] for i in used)
     rounded = {"preference": _round(mean)} if len(used) == 3 else {"preference": mean}
     return Consensus({"preference": mean}, rounded, spread, tuple(used), SPLIT if spread > MAX_RANGE else LABELED)
+
+
+def check_consensus(answers: Sequence[Mapping[str, Any]]) -> Consensus:
+    """Shares of the verdicts on a row of a round check; `verdict_of` says what comes of them."""
+    if not answers:
+        return Consensus({}, {}, 0.0, (), TOO_FEW)
+    given = [answer["verdict"] for answer in answers]
+    shares = {verdict: given.count(verdict) / len(given) for verdict in VERDICTS}
+    return Consensus(shares, shares, 1.0 - max(shares.values()), tuple(range(len(answers))), LABELED)
+
+
+def verdict_of(answers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The answer that decides about a row: the newest one of the most frequent verdict; of equals, of the worse one."""
+    given = [answer["verdict"] for answer in answers]
+    decided = max(VERDICTS, key=lambda verdict: (given.count(verdict), VERDICTS.index(verdict)))
+    return next(answer for answer in reversed(answers) if answer["verdict"] == decided)
 
 
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:

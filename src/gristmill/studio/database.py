@@ -19,8 +19,10 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import lock, make_folder, reason
 from gristmill.data.tokenizer import SURROGATE
 
-VERSION = "1"  # of the schema
+VERSION = "2"  # of the schema
 FILE = "studio.db"
+FOLDER = "studio"  # in the run's
+SCHEMES = ("postgresql://", "postgres://")
 BUSY_SECONDS = 10.0
 WRITE_LOCK = 0x6772_6973  # of PostgreSQL's advisory locks
 # No shared memory between hosts there, which WAL needs: the database would be damaged.
@@ -30,7 +32,19 @@ NETWORK_FILE_SYSTEMS = re.compile(
 MOUNTS = Path("/proc/self/mountinfo")
 T = TypeVar("T")
 
-SCHEMA = """
+# What version 2 has more than version 1: rows that people make in the chat, and attacks.
+ADDED_2 = """
+create table demonstration (
+  number {serial}, id text not null unique, person text not null references person, task text not null, messages text not null,
+  meta text not null, at text not null);
+create table attack (
+  number {serial}, id text not null unique, parent text not null, person text not null references person, category text not null,
+  transforms text not null, conversation text not null, model text not null, seed integer not null, outcome text not null,
+  codes text not null, at text not null);
+"""
+MIGRATIONS = {"1": ADDED_2}  # statements from a version to the next
+SCHEMA = (
+    """
 create table meta (key text primary key, value text not null);
 create table person (
   id text primary key, name text not null, pseudonym text not null unique, role text not null, secret text not null,
@@ -64,6 +78,8 @@ create table consensus (
   used text not null, state text not null);
 create table event (number {serial}, at text not null, person text not null, what text not null, place text not null);
 """
+    + ADDED_2
+)
 
 
 class Unreachable(InputError):
@@ -110,12 +126,14 @@ class Database:
 
     Args:
         where: a folder, in which SQLite's file lies; or a URL that begins with `postgresql:`.
+        read_only: look at it beside the server that has it open; `found` says whether there is one.
 
     Raises:
         InputError: the folder is in use or on a network file system, the database is of another version or cannot be opened.
     """
 
-    def __init__(self, where: Path | str):
+    def __init__(self, where: Path | str, *, read_only: bool = False):
+        self.read_only = read_only
         self.postgres = isinstance(where, str)
         self.url = where if isinstance(where, str) else ""
         self.path = where / FILE if isinstance(where, Path) else Path()
@@ -125,7 +143,7 @@ class Database:
         self._writer = ThreadPoolExecutor(1, "studio-writer")
         self._local, self._open, self._guard = threading.local(), list[Any](), threading.Lock()
         self._lock = None
-        if isinstance(where, Path):
+        if isinstance(where, Path) and not read_only:
             system = file_system(where)
             if NETWORK_FILE_SYSTEMS.fullmatch(system):
                 raise InputError(
@@ -135,7 +153,10 @@ class Database:
             make_folder(where)
             self._lock = lock(where)
         try:
-            self.write(self._prepare)
+            if read_only:
+                self.found = (self.postgres or self.path.is_file()) and self.read(self._is_there)
+            else:
+                self.write(self._prepare)
         except BaseException:
             self.close()
             raise
@@ -191,7 +212,8 @@ class Database:
             if self.postgres:
                 connection = _psycopg().connect(self.url, autocommit=True, connect_timeout=10)
             else:
-                connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+                address = f"{self.path.resolve().as_uri()}?mode={'ro' if self.read_only else 'rwc'}"
+                connection = sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
                 connection.execute("pragma synchronous = full")
                 connection.execute("pragma foreign_keys = on")
             self._local.connection = connection
@@ -209,12 +231,22 @@ class Database:
             with suppress(Exception):
                 connection.close()
 
-    def _prepare(self, transaction: Transaction) -> None:
+    def _tables(self, transaction: Transaction) -> set[str]:
         if self.postgres:
             tables = "select table_name as name from information_schema.tables where table_schema = current_schema()"
         else:
             tables = "select name from sqlite_master where type = 'table'"
-        found = {row["name"] for row in transaction.all(tables)}
+        return {row["name"] for row in transaction.all(tables)}
+
+    def _is_there(self, transaction: Transaction) -> bool:
+        """Whether there is a database to read."""
+        found = self._tables(transaction)
+        if found:
+            self._check_version(transaction, found)
+        return bool(found)
+
+    def _prepare(self, transaction: Transaction) -> None:
+        found = self._tables(transaction)
         if not found:
             if not self.postgres:  # outside a transaction alone can the journal be changed
                 transaction.run("commit")
@@ -222,19 +254,38 @@ class Database:
                 if mode != "wal":
                     raise InputError(f"{self.path}: the file system does not allow SQLite's write-ahead log: choose a local disk.")
                 transaction.run("begin immediate")
-            serial = "bigint generated always as identity primary key" if self.postgres else "integer primary key autoincrement"
-            for statement in SCHEMA.format(serial=serial, real="double precision").split(";"):
-                if statement.strip():
-                    transaction.run(statement)
+            self._make(transaction, SCHEMA)
             transaction.run("insert into meta values ('version', ?)", VERSION)
             return
+        self._check_version(transaction, found)
+
+    def _check_version(self, transaction: Transaction, found: set[str]) -> None:
         version = (transaction.one("select value from meta where key = 'version'") or {}).get("value") if "meta" in found else None
+        while not self.read_only and version in MIGRATIONS:  # whole, or not at all: in one transaction
+            self._make(transaction, MIGRATIONS[version])
+            version = str(int(version) + 1)
+            transaction.run("update meta set value = ? where key = 'version'", version)
+        if self.read_only and version in MIGRATIONS:
+            raise InputError(f"{self.name} is version {version} of a studio: open it with `gristmill studio` once, which renews it.")
         if version != VERSION:
             what = f"version {version} of" if version else "no"
             raise InputError(
                 f"{self.name} is {what} gristmill's studio, and this program reads version {VERSION}: open it with the program that made "
                 "it, or give --database another place."
             )
+
+    def _make(self, transaction: Transaction, statements: str) -> None:
+        serial = "bigint generated always as identity primary key" if self.postgres else "integer primary key autoincrement"
+        for statement in statements.format(serial=serial, real="double precision").split(";"):
+            if statement.strip():
+                transaction.run(statement)
+
+
+def place_of(folder: Path, database: str) -> tuple[Path | str, Path]:
+    """Where a folder's answers are kept (a folder, or a URL), and where its rows are expanded to."""
+    postgres = database.startswith(SCHEMES)
+    place = Path(database) if database and not postgres else folder / FOLDER
+    return (database if postgres else place), place / "cache"
 
 
 def clean(text: str) -> str:

@@ -8,13 +8,15 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import write_text
 from gristmill.data.chat import conversation
 from gristmill.data.formats import MARK
-from gristmill.data.rows import ATTRIBUTES, Pair, Rated, json_line, write_rows
+from gristmill.data.rows import ATTRIBUTES, Demonstration, Pair, Rated, json_line, make_id, write_rows
+from gristmill.studio import made
 from gristmill.studio.consensus import NEITHER, SPLIT
 from gristmill.studio.sources import Sources
 from gristmill.studio.store import EXPERT, Store, by_item
-from gristmill.studio.tasks import PAIR, RATE
+from gristmill.studio.tasks import KINDS, PAIR, RATE
 
 RATED_FILE, RATINGS_FILE, PAIRS_FILE, PREFERENCE_FILE = "rated.parquet", "ratings.jsonl", "pairs.parquet", "preference.jsonl"
+DEMONSTRATIONS_FILE, ATTACKS_FILE, REGRESSIONS_FILE = "demonstrations.parquet", "attacks.jsonl", "regressions.jsonl"
 INVALID = -100  # a strength of HelpSteer2-Preference that stands for "neither is acceptable"
 LEVELS = ("about the same as", "slightly better than", "better than", "much better than")
 
@@ -29,7 +31,13 @@ def export(store: Store, sources: Sources, folder: Path) -> dict[str, int]:
         InputError: a file cannot be written.
     """
     counts = {name: write(store, sources, name, folder / name) for name in FILES}
-    items = [(item, project["kind"]) for project in store.projects() for item in store.items(project["id"]) if item["closed"]]
+    items = [
+        (item, project["kind"])
+        for project in store.projects()
+        if project["kind"] in KINDS
+        for item in store.items(project["id"])
+        if item["closed"]
+    ]
     gone = sum(rows_of(sources, item) is None for item, _ in items)
     return counts | {"gone": gone, "split": sum(item["state"] == SPLIT for item, _ in items)}
 
@@ -62,6 +70,7 @@ def _lineage(project: dict[str, Any], item: dict[str, Any], answers: Sequence[di
         "item": item["id"],
         "rows": item["row_ids"],
         "source": project["source"],
+        "chosen_by": item["why"],
         "annotators": [answer["pseudonym"] for answer in used],
         "answers": [answer["id"] for answer in used],
         "at": max(answer["at"] for answer in used),
@@ -87,14 +96,16 @@ def _labeled(
                     yield project, item, rows, answers[item["id"]]
 
 
-def _rated(store: Store, sources: Sources) -> Iterator[Rated]:
+def rated(store: Store, sources: Sources) -> Iterator[Rated]:
+    """Labels of all rated answers."""
     for project, item, rows, answers in _labeled(store, sources, RATE):
         turns = [*rows[0]["messages"], {"role": "assistant", "content": answer_texts(rows)[0]}]
         labels = tuple(item["rounded"][name] for name in ATTRIBUTES)
         yield Rated(item["id"], item["task"] or "general", conversation(turns), labels, item["prompt"], _lineage(project, item, answers))
 
 
-def _pairs(store: Store, sources: Sources) -> Iterator[Pair]:
+def pairs(store: Store, sources: Sources) -> Iterator[Pair]:
+    """Labels of all comparisons, but for ties."""
     for project, item, rows, answers in _labeled(store, sources, PAIR):
         strength, mean = item["rounded"]["preference"], item["content"]["preference"]
         if not strength:
@@ -166,6 +177,23 @@ def _facts(project: dict[str, Any], item: dict[str, Any], answer: dict[str, Any]
     }
 
 
+def demonstrations(store: Store, sources: Sources) -> Iterator[Demonstration]:
+    """Conversations that people have made rows of, in the chat."""
+    for row in made.demonstrations(store):
+        meta = row["meta"] | {"person": row["pseudonym"], "at": row["at"]}
+        yield Demonstration(make_id("chat", row["id"]), row["task"], conversation(row["messages"]), "human", (), meta)
+
+
+def _attacks(store: Store, sources: Sources) -> Iterator[dict[str, Any]]:
+    for row in made.attacks(store):
+        names = ("id", "parent", "category", "transforms", "conversation", "model", "seed", "outcome", "codes", "at")
+        yield {name: row[name] for name in names} | {"by": row["pseudonym"]}
+
+
+def _regressions(store: Store, sources: Sources) -> Iterator[dict[str, Any]]:
+    yield from made.regression_rows(made.attacks(store))
+
+
 def _prompt(turns: list[dict[str, str]]) -> str | list[dict[str, str]]:
     """A prompt as HelpSteer2 has it, a text; turns where it has several, or spells the marks that HelpSteer2 puts between them."""
     return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" and not MARK.search(turns[0]["content"]) else turns
@@ -183,10 +211,13 @@ def _statement(strength: int) -> str:
 
 
 FILES: dict[str, Callable[[Store, Sources], Iterator[Any]]] = {
-    RATED_FILE: _rated,
+    RATED_FILE: rated,
     RATINGS_FILE: _ratings,
-    PAIRS_FILE: _pairs,
+    PAIRS_FILE: pairs,
     PREFERENCE_FILE: _preferences,
+    DEMONSTRATIONS_FILE: demonstrations,
+    ATTACKS_FILE: _attacks,
+    REGRESSIONS_FILE: _regressions,
 }
 
 

@@ -46,6 +46,16 @@ ROUTES: dict[tuple[str, str], frozenset[str] | None] = {
     ("DELETE", "/people/{person}"): OWNERS,
     ("GET", "/events"): EVERYONE,
     ("GET", "/export/{name}"): OWNERS,
+    ("GET", "/run"): LOOKERS,
+    ("GET", "/run/{stage}"): LOOKERS,
+    ("GET", "/checks"): LOOKERS,
+    ("POST", "/checks/{stage}"): EXPERTS,
+    ("GET", "/models"): EXPERTS,
+    ("POST", "/chat"): EXPERTS,
+    ("POST", "/made"): EXPERTS,
+    ("GET", "/attacks"): EXPERTS,  # what attacks are made of is not for people who rate
+    ("POST", "/attacks"): EXPERTS,
+    ("POST", "/attacks/transform"): EXPERTS,
 }
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'self'; "

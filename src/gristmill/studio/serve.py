@@ -14,13 +14,13 @@ from gristmill.core.errors import InputError
 from gristmill.core.untrusted import quoted_path
 from gristmill.studio import export as exports
 from gristmill.studio.app import Studio
-from gristmill.studio.database import Database
+from gristmill.studio.database import Database, place_of
+from gristmill.studio.guard import guard_of
 from gristmill.studio.security import key_of, new_token, origins_of
-from gristmill.studio.sources import FOLDER, Sources
+from gristmill.studio.sources import Sources
 from gristmill.studio.store import Store
 
 SHUTDOWN_SECONDS = 10.0  # that requests under way may take
-SCHEMES = ("postgresql://", "postgres://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,18 @@ class StudioArgs:
     Attributes:
         url: by which people's browsers reach it, where that is not host and port.
         database: a folder of a local disk, or the URL of a PostgreSQL database; "": the folder `studio` in the run's.
+        guard: FORM=URL of the guard that judges answers to attacks; "": none.
+        guard_model: name that its endpoint knows it by.
+        guard_key_env: environment variable with its key.
     """
 
     host: str = "127.0.0.1"
     port: int = 8600
     url: str = ""
     database: str = ""
+    guard: str = ""
+    guard_model: str = ""
+    guard_key_env: str = ""
 
 
 def open_store(folder: Path, database: str = "") -> tuple[Store, Sources]:
@@ -44,10 +50,9 @@ def open_store(folder: Path, database: str = "") -> tuple[Store, Sources]:
     Raises:
         InputError: the folder holds no rows, or the database cannot be used.
     """
-    postgres = database.startswith(SCHEMES)
-    place = Path(database) if database and not postgres else folder / FOLDER
-    sources = Sources(folder, place / "cache")
-    return Store(Database(database if postgres else place)), sources
+    place, cache = place_of(folder, database)
+    sources = Sources(folder, cache)
+    return Store(Database(place)), sources
 
 
 def write_exports(folder: Path, database: str, out: Path) -> dict[str, int]:
@@ -70,6 +75,7 @@ def serve(folder: Path, args: StudioArgs) -> None:
         InputError: the folder holds no rows, the database or the address cannot be used.
     """
     origins_of(args.host, args.port, args.url)
+    guard = guard_of(args.guard, args.guard_model, args.guard_key_env)
     store, sources = open_store(folder, args.database)
     try:
         try:
@@ -79,7 +85,7 @@ def serve(folder: Path, args: StudioArgs) -> None:
             raise InputError(f"Nothing can listen at {args.host}:{args.port} ({reason}): choose another --host or --port.") from e
         origins, origin = origins_of(args.host, listening.getsockname()[1], args.url)
         token = new_token()
-        studio = Studio(store, sources, origins, secure=origin.startswith("https:"), owner_key=key_of(token))
+        studio = Studio(store, sources, origins, secure=origin.startswith("https:"), owner_key=key_of(token), guard=guard)
 
         def ready() -> None:
             echo(f"{quoted_path(folder)} is open at {origin}/#token={token}")

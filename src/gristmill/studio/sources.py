@@ -11,21 +11,25 @@ import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from gristmill.core.errors import InputError
 from gristmill.core.io import make_folder, replacing, state
 from gristmill.data.parquet import Expansion, ParquetReader, max_held_bytes
 from gristmill.data.readers import read_demonstrations, read_pairs, read_prompts, read_ratings
 from gristmill.data.rows import ATTRIBUTES, Response, make_id, read_records, read_rows, write_rows
-from gristmill.runs.artifacts import ALL, Artifact
+from gristmill.runs.artifacts import ALL, CHECK, Artifact
 from gristmill.runs.reader import read_run
 from gristmill.runs.run_dir import RECIPE
 from gristmill.studio.database import clean
@@ -39,9 +43,16 @@ MAX_PAGE = 200
 LIST_SECONDS = 5.0  # for which the list of a run's files is remembered
 MAX_ORDERS = 8  # filtered or sorted, that are kept
 BATCH_ROWS = 1 << 14
-FOLDER = "studio"  # in the run's
 RESPONSES, PAIRS, RATED, DEMONSTRATIONS, PROMPTS, OTHER = "responses", "pairs", "rated", "demonstrations", "prompts", "other"
 KIND_OF_ROW = {"Response": RESPONSES, "Pair": PAIRS, "Rated": RATED, "Demonstration": DEMONSTRATIONS, "Prompt": PROMPTS}
+OWN_COLUMNS = {  # by which a file of ours is known
+    RESPONSES: {"id", "prompt", "messages", "text", "generator"},
+    PAIRS: {"id", "prompt", "messages", "chosen", "rejected", "chosen_reward"},
+    RATED: {"id", "messages", "labels", "pair"},
+    DEMONSTRATIONS: {"id", "task", "messages", "origin", "parents"},
+}
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+SMALL_BYTES = 4 << 20  # of a file that is converted in this process
 OF_KIND = {RATE: (RESPONSES, RATED, DEMONSTRATIONS), PAIR: (RESPONSES, PAIRS)}  # what a project can be made of
 FACTS = (
     *("task", "generator", "origin", "temperature", "judge", "score", "verified", "good", "finished", "votes", "num_tokens", "logprob"),
@@ -71,7 +82,8 @@ class Sources:
     def __init__(self, folder: Path, cache: Path):
         self.folder, self.cache = folder, cache
         self.is_run = (folder / RECIPE).is_file()
-        self._guard = threading.RLock()
+        self._guard, self._expanding = threading.RLock(), dict[str, threading.Lock]()
+        self._ahead = ThreadPoolExecutor(1, "studio-expand")
         self._tables: dict[str, pa.Table] = {}
         self._orders: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
         self._known, self._listed = {source.name: source for source in self.all()}, time.monotonic()
@@ -89,7 +101,8 @@ class Sources:
 
     def _of_run(self) -> Iterator[Source]:
         for stage in read_run(self.folder).stages:
-            for file in stage.get("artifacts", ()):
+            waiting = (CHECK.file,) if stage["folder"].endswith("-check") else ()
+            for file in stage.get("artifacts", waiting):
                 artifact = ALL.get(file)
                 path = self.folder / stage["folder"] / file
                 if isinstance(artifact, Artifact) and path.is_file():
@@ -109,7 +122,7 @@ class Sources:
             Refused: there is none.
         """
         with self._guard:
-            if time.monotonic() > self._listed + LIST_SECONDS:
+            if name not in self._known or time.monotonic() > self._listed + LIST_SECONDS:
                 self._known, self._listed = {source.name: source for source in self.all()}, time.monotonic()
             found = self._known.get(name)
         if found is None:
@@ -122,40 +135,46 @@ class Sources:
         Raises:
             InputError: the file cannot be read.
         """
+        key, path = self._expanded(source)
+        with self._guard:
+            expanding = self._expanding.setdefault(key, threading.Lock())
+        with expanding:  # others are served meanwhile
+            if key not in self._tables:
+                if not path.is_file():
+                    if source.path.stat().st_size < SMALL_BYTES:
+                        expand(source.path, source.kind, path)
+                    else:  # it takes several times the file, for a while: the memory of another process
+                        try:
+                            with ProcessPoolExecutor(1, get_context("spawn")) as other:
+                                other.submit(expand, source.path, source.kind, path).result()
+                        except BrokenProcessPool as e:
+                            raise InputError(f"{source.name} could not be expanded: is there memory and disk for it?") from e
+                self._tables[key] = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            table = self._tables[key]
+        return table, (table.schema.metadata or {}).get(b"kind", b"other").decode()
+
+    def _expanded(self, source: Source) -> tuple[str, Path]:
+        """What a file's content is known by, and where its rows are expanded to."""
         try:
             key = make_id(*state(source.path))
         except OSError as e:
             raise Refused(404, f"{source.name} is gone: put it back, or choose another file.") from e
-        with self._guard:
-            if key not in self._tables:
-                path = self.cache / f"{key}.arrow"
-                if not path.is_file():
-                    self._expand(source, path)
-                mapped = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-                self._tables[key] = mapped
-            table = self._tables[key]
-        return table, (table.schema.metadata or {}).get(b"kind", b"other").decode()
+        return key, self.cache / f"{key}.arrow"
 
-    def _expand(self, source: Source, target: Path) -> None:
-        make_folder(target.parent)
-        path, kind, made = source.path, source.kind, None
-        if not kind:
-            kind, rows = _read_users(path)
-            path = made = target.with_suffix(".parquet")
-            write_rows(path, rows)
+    def _head(self, source: Source, num: int) -> dict[str, Any] | None:
+        """The first page of a large file that is not expanded yet, which begins meanwhile; None where there is nothing to save."""
+        _, path = self._expanded(source)
+        if path.is_file() or source.path.stat().st_size < SMALL_BYTES or not (kind := source.kind or kind_of(source.path)):
+            return None
         try:
-            with ParquetReader(path, max_held_bytes(path.stat().st_size)) as file, replacing(target) as temporary:
-                schema = file.schema.with_metadata({"kind": kind})
-                with pa.OSFile(str(temporary), "wb") as out, pa.ipc.new_file(out, schema) as writer:
-                    for group in range(file.facts.num_row_groups):
-                        for batch in file.coded_batches(group, BATCH_ROWS):
-                            writer.write_batch(batch.cast(schema))
-        except (pa.ArrowException, Expansion, OSError) as e:
-            raise InputError(f"{source.path} cannot be read as Parquet ({type(e).__name__}): write or download it again.") from e
-        finally:
-            pa.default_memory_pool().release_unused()
-            if made is not None:
-                made.unlink(missing_ok=True)
+            with ParquetReader(source.path, max_held_bytes(source.path.stat().st_size)) as file:
+                batch = next(file.coded_batches(0, num)).slice(0, num)
+                table, total = pa.Table.from_batches([batch.cast(file.schema)]), file.facts.num_rows
+        except (pa.ArrowException, Expansion, OSError, StopIteration):
+            return None  # it is told when it is read whole
+        self._ahead.submit(self.table, source)
+        rows = [_brief(table, kind, place) for place in range(table.num_rows)]
+        return {"kind": kind, "total": total, "rows": rows, "fields": fields_of(table), "more": len(rows) < total}
 
     def page(self, name: str, *, filter: str = "", sort: str = "", after: int = -1, num: int = 50) -> dict[str, Any]:
         """A page of rows, those after a row's number in the order; with how many there are, and the names for filters and orders.
@@ -163,7 +182,9 @@ class Sources:
         Args:
             sort: a column's name, with "-" before it for the largest first; "" for the file's order.
         """
-        source = self.source(name)
+        source, num = self.source(name), max(1, min(num, MAX_PAGE))
+        if not filter and not sort and after < 0 and (head := self._head(source, num)) is not None:
+            return head
         table, kind = self.table(source)
         key = (source.name, id(table), filter, sort)
         with self._guard:
@@ -176,7 +197,7 @@ class Sources:
         begin = 0
         if after >= 0:
             begin = int(np.searchsorted(order, after, "right")) if not sort else int(np.argmax(order == after)) + 1
-        places = order[begin : begin + max(1, min(num, MAX_PAGE))].tolist()
+        places = order[begin : begin + num].tolist()
         rows = [_brief(table, kind, place) for place in places]
         return {"kind": kind, "total": len(order), "rows": rows, "fields": fields_of(table), "more": begin + len(places) < len(order)}
 
@@ -329,13 +350,59 @@ def _order(table: pa.Table, filter: str, sort: str) -> np.ndarray:
     return order
 
 
+def kind_of(path: Path) -> str:
+    """The kind of rows that a Parquet file of our own holds, by its columns and their types; "" of any other file."""
+    if path.suffix != ".parquet":
+        return ""
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError):
+        return ""  # its reader says what is wrong
+    types = dict(zip(schema.names, schema.types, strict=True))
+    texts = [types[name] for name in ("id", "text", "chosen", "rejected") if name in types]
+    if types.get("messages") != TURNS or not all(map(pa.types.is_string, texts)):
+        return ""
+    return next((kind for kind, columns in OWN_COLUMNS.items() if columns <= types.keys()), "")
+
+
+def expand(path: Path, kind: str, target: Path) -> None:
+    """Write a file of rows as an uncompressed Arrow file, a batch at a time.
+
+    Args:
+        kind: of its rows; "" where that is to be found out.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    make_folder(target.parent)
+    source, made = path, None
+    kind = kind or kind_of(path)
+    if not kind:
+        path = made = target.with_suffix(".parquet")
+        kind, rows = _read_users(source)
+        write_rows(path, rows)
+    try:
+        with ParquetReader(path, max_held_bytes(path.stat().st_size)) as file, replacing(target) as temporary:
+            schema = file.schema.with_metadata({"kind": kind})
+            with pa.OSFile(str(temporary), "wb") as out, pa.ipc.new_file(out, schema) as writer:
+                for group in range(file.facts.num_row_groups):
+                    for batch in file.coded_batches(group, BATCH_ROWS):
+                        writer.write_batch(batch.cast(schema))
+    except (pa.ArrowException, Expansion, OSError) as e:
+        raise InputError(f"{source} cannot be read as Parquet ({type(e).__name__}): write or download it again.") from e
+    finally:
+        pa.default_memory_pool().release_unused()
+        if made is not None:
+            made.unlink(missing_ok=True)
+
+
 def _read_users(path: Path) -> tuple[str, list[Any]]:
     """Rows of a user's file, by what its first row has."""
     first: dict[str, Any] = next(iter(read_records(path)), {})
     names = {name for name, value in first.items() if value is not None}
     if not names:
         raise InputError(f"{path} holds no rows.")
-    if {"id", "prompt", "messages", "text", "generator"} <= names:  # our own
+    if OWN_COLUMNS[RESPONSES] <= names:
         return RESPONSES, read_rows(path, Response)
     if names & {"chosen", "chosen_response"}:
         return PAIRS, read_pairs(path)

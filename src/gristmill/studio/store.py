@@ -186,9 +186,22 @@ class Store:
     # ---- projects ----
 
     def create_project(
-        self, kind: str, name: str, items: Sequence[NewItem], *, source: str, need: int, guideline: str, by: Person, settings: Any = None
+        self,
+        kind: str,
+        name: str,
+        items: Sequence[NewItem],
+        *,
+        source: str,
+        need: int,
+        guideline: str,
+        by: Person,
+        settings: Any = None,
+        once: bool = False,
     ) -> str:
         """Make a project of items; returns its id.
+
+        Args:
+            once: where there is one of this kind with these settings, it is that one.
 
         Raises:
             InputError: there are no items, or `need` is out of its range.
@@ -200,11 +213,15 @@ class Store:
         name = check_note(name).strip()[:MAX_NAME_CHARS] or kind
         guideline = clean(guideline)
 
+        saved = json.dumps(settings or {}, sort_keys=True)
+
         def create(t: Transaction) -> str:
+            if once and (made := t.one("select id from project where kind = ? and settings = ?", kind, saved)):
+                return str(made["id"])
             number = t.all("select count(*) as n from project")[0]["n"] + 1
             project = make_id("project", number, kind, name)
             sql = "insert into project values (?, ?, ?, ?, 1, ?, ?, ?, ?)"
-            t.run(sql, project, name, kind, source, need, json.dumps(settings or {}, sort_keys=True), utc(), number)
+            t.run(sql, project, name, kind, source, need, saved, utc(), number)
             t.run("insert into guideline values (?, 1, ?, ?)", project, guideline, utc())
             rows = [
                 (

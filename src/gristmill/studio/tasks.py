@@ -6,14 +6,23 @@ from typing import Any
 
 from gristmill.core.errors import InputError
 from gristmill.data.rows import ATTRIBUTES
-from gristmill.studio.consensus import NEITHER, Consensus, preference_consensus, rating_consensus
+from gristmill.runs.checks import REPAIR, VERDICTS
+from gristmill.studio.consensus import NEITHER, Consensus, check_consensus, preference_consensus, rating_consensus
 from gristmill.studio.database import clean
 
 RATE, PAIR = "rate", "pair"
+CHECK = "check"  # of a round's rows; such a project is made by the studio itself, when a run asks
 KINDS = (RATE, PAIR)
 FLAGS = ("pii", "not English", "unsafe", "broken", "unsure")
 MAX_VALUE, MAX_STRENGTH, MAX_CONFIDENCE = 4, 3, 3
-MAX_NOTE_CHARS = 4000
+MAX_NOTE_CHARS, MAX_REPAIR_CHARS = 4000, 100_000
+
+
+FIELDS: dict[str, set[str]] = {
+    RATE: {*ATTRIBUTES, "unsafe", "confidence", "reason"},
+    PAIR: {"preference", NEITHER, "reason"},
+    CHECK: {"verdict", "text", "reason"},
+}
 
 
 def check_content(kind: str, content: Any) -> dict[str, Any]:
@@ -24,7 +33,7 @@ def check_content(kind: str, content: Any) -> dict[str, Any]:
     """
     if not isinstance(content, Mapping):
         raise InputError("An answer needs its values as an object.")
-    fields = set(ATTRIBUTES) | {"unsafe", "confidence", "reason"} if kind == RATE else {"preference", NEITHER, "reason"}
+    fields = FIELDS[kind]
     if unknown := sorted(map(str, set(content) - fields)):
         raise InputError(f"An answer has no field {clean(unknown[0])[:40]!r}: it has {', '.join(sorted(fields))}.")
     if kind == RATE:
@@ -32,10 +41,24 @@ def check_content(kind: str, content: Any) -> dict[str, Any]:
         out["unsafe"] = _flag(content, "unsafe")
         if content.get("confidence") is not None:
             out["confidence"] = _whole(content, "confidence", 1, MAX_CONFIDENCE)
+    elif kind == CHECK:
+        out = _verdict(content)
     else:
         neither = _flag(content, NEITHER)
         out = {"preference": 0 if neither else _whole(content, "preference", -MAX_STRENGTH, MAX_STRENGTH), NEITHER: neither}
     return out | {"reason": check_note(content.get("reason", ""))}
+
+
+def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A verdict on a row that is about to be trained on; of a repaired one, its answer as it should be."""
+    verdict, text = content.get("verdict"), content.get("text", "")
+    if verdict not in VERDICTS:
+        raise InputError(f"verdict must be one of {', '.join(VERDICTS)}.")
+    if verdict != REPAIR:
+        return {"verdict": verdict}
+    if not isinstance(text, str) or not text.strip() or len(text) > MAX_REPAIR_CHARS:
+        raise InputError(f"A repaired answer needs its new text, of at most {MAX_REPAIR_CHARS:,} characters.")
+    return {"verdict": verdict, "text": clean(text)}
 
 
 def _whole(content: Mapping[str, Any], name: str, low: int, high: int) -> int:
@@ -76,4 +99,5 @@ def from_sides(content: dict[str, Any], turned: bool) -> dict[str, Any]:
 
 def consensus_of(kind: str, answers: Sequence[Mapping[str, Any]]) -> Consensus:
     """Consensus of the contents of an item's answers, in the order in which they came."""
-    return rating_consensus(answers) if kind == RATE else preference_consensus(answers)
+    rules = {RATE: rating_consensus, PAIR: preference_consensus, CHECK: check_consensus}
+    return rules[kind](answers)

@@ -1,7 +1,7 @@
 """Losses, chunked over the vocabulary: pure functions on tensors that return a sum and a count, or one value a pair; the loop divides.
 
 Shape legend: R rows (hidden states that predict a trained target), D hidden size, V vocabulary, C rows of a
-chunk, S rows of a slice of it, P preference pairs, N rated samples.
+chunk, S rows of a slice of it, P preference pairs, N rated samples, E hidden size of a teacher.
 """
 
 from collections.abc import Iterator
@@ -342,6 +342,64 @@ def token_logprobs(hidden_RD: Tensor, weight_VD: OutputMatrix, targets_R: Tensor
         return weight_VD.whole(token_logprobs(own_RD, weight_VD.weight, own_R, cap=cap), num_rows)
     hidden_RD, weight_VD, targets_R, *flags = _prepare(hidden_RD, weight_VD, targets_R)
     return _TokenLogprobs.apply(hidden_RD, weight_VD, targets_R, *flags, cap)[:num_rows]
+
+
+class _KlSum(torch.autograd.Function):
+    """Sum of KL(teacher || student) over rows. As of `_CrossEntropySum`, the gradient is made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        teacher_RE: Tensor,
+        teacher_VE: Tensor,
+        caps: tuple[float | None, float | None],
+        need_grad: bool,
+    ) -> Tensor:
+        total = hidden_RD.new_zeros((), dtype=torch.float32)
+        grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad and ctx.needs_input_grad[1] else None
+        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
+            logits_CV, teacher_CV = _logits(hidden_RD[chunk], weight_VD), _logits(teacher_RE[chunk], teacher_VE)
+            for rows in _softmax_slices(logits_CV):
+                log_q_SV, slope_SV = _log_softmax(logits_CV[rows], caps[0])
+                log_p_SV, _ = _log_softmax(teacher_CV[rows], caps[1])
+                p_SV = log_p_SV.exp()
+                total += (p_SV * log_p_SV.sub_(log_q_SV)).sum()
+                if need_grad:  # d KL / d logits = q - p
+                    grad_SV = log_q_SV.exp_().sub_(p_SV)
+                    logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
+            _add_products(logits_CV, weight_VD, hidden_RD[chunk], None if grad_hidden_RD is None else grad_hidden_RD[chunk], grad_weight_VD)
+        ctx.save_for_backward(grad_hidden_RD, grad_weight_VD)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
+        of_weight = None if grad_weight_VD is None else grad_weight_VD.mul_(grads[0]).to(grad_hidden_RD.dtype)
+        return grad_hidden_RD * grads[0].to(grad_hidden_RD.dtype), of_weight, None, None, None, None
+
+
+def kl_divergence_sum(
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    teacher_RE: Tensor,
+    teacher_VE: Tensor,
+    *,
+    cap: float | None = None,
+    teacher_cap: float | None = None,
+) -> Tensor:
+    """Distillation loss: the sum over rows of KL(teacher || student) of the next token, nats.
+
+    Both are given by their states and output matrices, whose widths D and E may differ; `cap` and `teacher_cap` are soft caps of logits.
+    Only the student gets a gradient. Memory as of `cross_entropy_sum`, twice.
+    """
+    need_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
+    teacher_RE = teacher_RE.detach()
+    given = hidden_RD, weight_VD.to(hidden_RD.dtype), teacher_RE, teacher_VE.detach().to(teacher_RE.dtype)
+    return _KlSum.apply(*given, (cap, teacher_cap), need_grad)
 
 
 def masked_mse(scores_N5: Tensor, labels_N5: Tensor) -> tuple[Tensor, Tensor]:

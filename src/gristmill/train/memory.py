@@ -74,7 +74,7 @@ def estimate_memory(
     workers = num_workers(model, device)
     options = {
         "adapted": any(name.endswith("mlp.down.parts.down_proj.lora_A") for name, _ in decoder.named_parameters()),
-        "compiled": has_compiled_attention(device, PRECISIONS[precision]),
+        "compiled": has_compiled_attention(device, TRAINING_PRECISIONS[precision]),
     }
     if checkpointed:
         layers = config.num_layers * config.hidden_size * itemsize

@@ -9,6 +9,7 @@ from gristmill.core.errors import InputError
 
 MIN_STEPS = 20  # under which a training stage hardly changes a model
 CHECKPOINTING = "compute activations twice; selective: but products of matrices; auto: where memory is short"
+DistillationLoss = Literal["cosine+kl", "kl", "cosine+kl+lm", "kl+lm", "lm"]
 Loss = Literal["dpo", "cdpo", "ipo", "rpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"]
 
 
@@ -101,17 +102,25 @@ class PreferenceTraining(Training):
     keep_chosen: str = Field("", description="instead of judging.keep_chosen, for this stage")
 
 
+class DistillationTraining(Training):
+    """Knowledge distillation."""
+
+    loss: Literal["auto"] | DistillationLoss = Field("auto", description="auto: cosine+kl where the models' layers pair, else kl")
+
+
 def training_section(objective: str, values: dict[str, Any]) -> Training:
     """A checked training section from plain values.
 
     Args:
-        objective: sft, reward, guard, or a preference loss, which becomes the section's.
+        objective: sft, reward, guard, distill, or a preference loss, which becomes the section's.
 
     Raises:
         InputError: a key is unknown or a value is wrong.
     """
     if objective in ("sft", "reward", "guard"):
         return check(Training, values, f"train {objective}")
+    if objective == "distill":
+        return check(DistillationTraining, values, "train distill")
     if objective not in get_args(Loss):
-        raise InputError(f"There is no training {objective!r}: choose one of sft, reward, guard, {', '.join(get_args(Loss))}.")
+        raise InputError(f"There is no training {objective!r}: choose one of sft, reward, guard, distill, {', '.join(get_args(Loss))}.")
     return check(PreferenceTraining, {**values, "loss": objective}, f"train {objective}")

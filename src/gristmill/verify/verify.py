@@ -100,7 +100,7 @@ def verify(truth: dict[str, Any], answer: str, run_code: RunCode | None = None) 
             raise InputError(f"The truth {truth!r} has no number as value: use kind 'exact' for text.")
         boxed = BOXED.findall(answer)
         number = last_number(boxed[-1]) if boxed else None
-        return (last_number(answer) if number is None else number) == want and (not truth.get("working") or _working_holds(answer))
+        return (last_number(answer) if number is None else number) == want and (not truth.get("working") or working_holds(answer))
     if kind == "exact":
         return _normalize(answer) == _normalize(str(_field(truth, "value")))
     if kind == "mention":
@@ -175,8 +175,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _working_holds(answer: str) -> bool:
-    """Whether every `a + b = c` (also - and *) of whole numbers in the answer is true."""
+def working_holds(answer: str) -> bool:
+    """Whether every `a + b = c` (also - and *) of whole numbers in a text is true."""
     results = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
     return all(results[op](int(a), int(b)) == int(c) for a, op, b, c in EQUATION.findall(answer))
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gristmill.core.errors import InputError
 from gristmill.core.io import write_jsonl
@@ -13,6 +13,7 @@ from gristmill.data.chat import Message, to_dicts
 from gristmill.data.human import HumanData
 from gristmill.data.readers import read_prompts
 from gristmill.data.rows import Prompt, make_id, read_records
+from gristmill.data.thinking import keeps_form, with_toggle
 from gristmill.engine.engine import Engine
 from gristmill.engine.parity import divergence
 from gristmill.evaluate.instructions import instruction_scores, instruction_verdicts, looping, paired_scores
@@ -34,6 +35,8 @@ def evaluate(
     *,
     max_tokens: int,
     seed: int,
+    thinking: Literal["", "on", "off"] = "",
+    max_thinking_tokens: int | None = None,
     unsafe_code: bool = False,
     greedy: bool = False,
     out: Path | None = None,
@@ -43,6 +46,8 @@ def evaluate(
     """Greedy and sampled accuracy on a file's prompts with truths, or on the miniature world's; IFEval's scores of verifiable instructions.
 
     Args:
+        thinking: asks with the toggle's line for this mode; an answer that does not keep its form is wrong.
+        max_thinking_tokens: thinking budget of an answer.
         greedy: ask for greedy answers alone.
         out: JSONL file for the greedy answers. Beside it is a journal, so that a killed evaluation goes on where it was.
         against: such a file of another model on the same prompts, to be compared with in pairs.
@@ -52,12 +57,16 @@ def evaluate(
         InputError: a file is wrong, or `against` answers other prompts.
     """
     prompts = MiniatureSource(HumanData(), seed).evaluation() if prompts_file is None else read_prompts(prompts_file, "human", truth=True)
+    if thinking:
+        prompts = [replace(p, messages=with_toggle(p.messages, thinking)) for p in prompts]
     baseline = _read_answers(against, prompts) if against is not None else None  # before work is spent
     needs_code = any(is_code(p.truth) for p in prompts)
 
     answers: dict[str, Completion] = {}
 
     def run(requests: list[Request]) -> dict[str, Any]:
+        if max_thinking_tokens is not None:
+            requests = [replace(r, sampling=replace(r.sampling, max_thinking_tokens=max_thinking_tokens)) for r in requests]
         with Journal(out.with_name(f"{out.name}.journal")) if out is not None else nullcontext() as journal:
             done = {r.id: c for r, c in progress.track(_answered(engine, requests, journal, identity), len(requests))}
         answers.update({p.id: done[f"{p.id}-greedy"][0] for p in prompts})
@@ -72,6 +81,8 @@ def evaluate(
         def check(cases: list[tuple[dict[str, Any], str]]) -> list[bool]:
             nonlocal num_weak
             right = verifier.verify(cases)
+            if thinking:
+                right = [ok and keeps_form(text, thinking == "on") for ok, (_, text) in zip(right, cases, strict=True)]
             num_weak = verifier.num_weak(cases, right)
             return right
 
@@ -86,6 +97,8 @@ def evaluate(
     if out is not None:
         write_jsonl(out, rows)
     scores |= _instructions(prompts, {row["id"]: row for row in rows}, baseline)
+    if thinking:
+        scores["obedience"] = accuracy([keeps_form(row["text"], thinking == "on") for row in rows])
     if num_weak:
         scores["weak"] = num_weak
     if engine.is_quantized:  # on what the model itself answers
@@ -108,7 +121,8 @@ def _answered(
     if journal is None:
         yield from engine.generate(requests)
         return
-    keys = {r.id: make_id(identity, r.id, to_dicts(r.messages), asdict(r.sampling), r.seed) for r in requests}
+    settings = {r.id: {k: v for k, v in asdict(r.sampling).items() if v is not None} for r in requests}  # as earlier versions know them
+    keys = {r.id: make_id(identity, r.id, to_dicts(r.messages), settings[r.id], r.seed) for r in requests}
     found = {r.id: completions_of(journal[keys[r.id]]) for r in requests if keys[r.id] in journal}
     yield from ((r, found[r.id]) for r in requests if found.get(r.id))
     for r, outs in engine.generate([r for r in requests if not found.get(r.id)]):

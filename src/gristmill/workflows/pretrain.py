@@ -141,7 +141,7 @@ def _blended(recipe: Pretraining, config: ModelConfig, known: Tokenizer | None) 
 
 def _held_out(recipe: Pretraining, tokenizer: Tokenizer, max_tokens: int) -> dict[str, list[Sample]]:
     """Held-out documents by source, each cut off at the model's context."""
-    sources = {name: _texts(path) for name, path in recipe.held_out.items()}
+    sources = {name: read_documents(path) for name, path in recipe.held_out.items()}
     if recipe.world and not sources:
         sources = {kind: World.make().documents(recipe.seed + HELD_OUT_SEED, {kind: 1.0}) for kind in KINDS}
     found = {}
@@ -215,16 +215,20 @@ def _documents(recipe: Pretraining) -> Iterator[str]:
     if recipe.world:
         yield from World.make().documents(recipe.seed, cast("dict[str, float] | None", recipe.weights))
     elif recipe.documents:
-        yield from _texts(recipe.documents)
+        yield from read_documents(recipe.documents)
 
 
-def _texts(documents: Path) -> Iterator[str]:
-    """Texts of a file or of a folder's files."""
-    if documents.is_dir():
-        for path in sorted(documents.rglob("*.txt")):
-            yield path.read_text(encoding="utf-8", errors="replace")
+def read_documents(path: Path) -> Iterator[str]:
+    """Texts of a folder of .txt files, or of the column `text` of a file.
+
+    Raises:
+        InputError: the file is missing, or a row has no text.
+    """
+    if path.is_dir():
+        for file in sorted(path.rglob("*.txt")):
+            yield file.read_text(encoding="utf-8", errors="replace")
         return
-    for number, record in enumerate(read_records(documents), 1):
+    for number, record in enumerate(read_records(path), 1):
         if not isinstance(record.get("text"), str):
-            raise InputError(f"Row {number} of {documents} has no `text`.")
+            raise InputError(f"Row {number} of {path} has no `text`.")
         yield record["text"]

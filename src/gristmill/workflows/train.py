@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from gristmill.model.config import ModelConfig
 from gristmill.model.flops import num_parameters
 from gristmill.model.fp8 import check_float8
 from gristmill.model.guard import GuardModel
+from gristmill.model.hf import fingerprint
 from gristmill.model.hf_config import read_config
 from gristmill.model.hf_save import save_guard, save_model, save_reward
 from gristmill.model.lora import LoraConfig, adapters_disabled, add_adapters
@@ -40,16 +41,17 @@ from gristmill.train.batches import AnySample, collate, split_micro_batches
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.data import ListData, check_vocabulary
 from gristmill.train.memory import MIN_MICRO_BATCH, MemoryEstimate, always_checkpointed, choose_micro_batch, fitting, recorded_micro_batch
+from gristmill.train.objectives.distillation import DistillationObjective, paired_loss
 from gristmill.train.objectives.guard import guard_objective, guard_samples
 from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
-from gristmill.train.settings import Lora, PreferenceTraining, Training
+from gristmill.train.settings import DistillationLoss, DistillationTraining, Lora, PreferenceTraining, Training
 from gristmill.train.sharded import check_parallel
 from gristmill.train.trainer import Objective, OnStep, Trainer, TrainResult, TrainSettings
 
 MODEL, ADAPTER = "model", "adapter"  # the subfolders that hold the model, and the adapter of a training with LoRA
-READERS = {"sft": read_demonstrations, "reward": read_ratings}  # any other kind is a preference loss
+READERS = {"sft": read_demonstrations, "distill": read_demonstrations, "reward": read_ratings}  # any other kind is a preference loss
 
 
 def train_model(
@@ -66,6 +68,7 @@ def train_model(
     weights: Sequence[float] | None = None,
     taxonomy: Taxonomy = AEGIS,
     max_fpr: float = 0.05,
+    teacher: Path | None = None,
     on_step: OnStep | None = None,
     say: Callable[[str], object] = lambda line: None,
     mesh: Mesh | None = None,
@@ -75,14 +78,15 @@ def train_model(
     With `recipe.lora` an adapter is trained, which goes to `out/adapter`; `merge_folder` makes a model of it.
 
     Args:
-        kind: sft, reward, guard, or the name of a preference loss.
+        kind: sft, reward, guard, distill, or the name of a preference loss.
         start: folder of the model to begin from; for preference losses it is also the reference.
-        recipe: a `Training`, or a `PreferenceTraining` for preference losses; what it leaves out is chosen by the model's size.
+        recipe: a `Training`, or a `PreferenceTraining` or `DistillationTraining` for these kinds; gaps are filled by the model's size.
         device: where to train, as `pick_device` takes it.
         checkpoint_every: seconds between checkpoints.
         weights: aggregation weights that a reward model is saved with.
         taxonomy: categories of a guard.
         max_fpr: share of safe rows that each category of a guard may call unsafe; a fifth of the rows fits the thresholds.
+        teacher: folder of the model that a student is distilled from; with the student's tokenizer.
         say: hears, before any weight is read, which settings were chosen and how much memory training will take.
         mesh: the processes that train one model together (`process_mesh`), of which the first writes it; default this one alone.
 
@@ -97,13 +101,15 @@ def train_model(
     check_parallel(config, mesh.dims, adapted=lora is not None)
     if kind == "guard" and lora is not None:
         raise InputError("A guard is trained whole: leave --lora-rank out.")
+    if isinstance(recipe, DistillationTraining):
+        _check_distillation(start, teacher, recipe, mesh)
     if isinstance(rows, Path) and kind == "guard":
         rows = cast(Sequence[Any], read_labelled(rows, taxonomy))
     if isinstance(rows, Path):
         rows = cast(Sequence[Any], READERS.get(kind, read_pairs)(rows))
     if isinstance(recipe, PreferenceTraining) and recipe.sft_weight is None:
         recipe = recipe.model_copy(update={"sft_weight": 0.0})  # the loss that was named, and no other
-    sized: Kind = "sft" if kind == "sft" else "reward" if kind in ("reward", "guard") else "preference"
+    sized: Kind = "sft" if kind in ("sft", "distill") else "reward" if kind in ("reward", "guard") else "preference"
     held_out: Sequence[Any] = ()
     if kind == "guard":
         rows, held_out = cast(tuple[Sequence[Any], Sequence[Any]], split_held_out(rows))
@@ -133,6 +139,10 @@ def train_model(
     reward: RewardModel | None = None
     if kind == "sft":
         model, result = fit(model, sft_objective, demonstration_samples(rows, form, tokenizer))
+    elif isinstance(recipe, DistillationTraining):
+        assert teacher is not None
+        objective: Objective = load_teacher(teacher, recipe.loss, model.config, precision=settings.precision, device=where)
+        model, result = fit(model, objective, demonstration_samples(rows, form, tokenizer))
     elif kind == "reward":  # the head is drawn on the CPU, so that it is the same on every device
         reward = RewardModel(model, seed=seed) if weights is None else RewardModel(model, weights, seed=seed)
         reward, result = fit(reward, reward_objective, rated_samples(rows, form, tokenizer))
@@ -173,6 +183,43 @@ def train_model(
     else:
         save_model(model, saved, out / MODEL)
     return result
+
+
+def _check_distillation(student: Path, teacher: Path | None, recipe: DistillationTraining, mesh: Mesh) -> None:
+    """InputError where a student cannot learn from a teacher, before any weight is read."""
+    if teacher is None:
+        raise InputError("Give --teacher: the folder of the model to distil from.")
+    if mesh.size > 1 or recipe.lora is not None:
+        raise InputError("Distillation trains all weights in one process: start without torchrun, and leave --lora-rank out.")
+    student_tokenizer, teacher_tokenizer = Tokenizer.load(student), Tokenizer.load(teacher)
+    configs = [read_config(folder)[1] for folder in (student, teacher)]
+    if student_tokenizer.fingerprint() != teacher_tokenizer.fingerprint() or configs[0].vocab_size != configs[1].vocab_size:
+        raise InputError(
+            f"{teacher} has another vocabulary than {student}: distributions over other tokens cannot be compared. Take a teacher with "
+            "the student's tokenizer, or train on its answers (`gristmill train sft`)."
+        )
+    paired_loss(recipe.loss, configs[0], configs[1])
+
+
+def load_teacher(
+    folder: Path,
+    loss: Literal["auto"] | DistillationLoss,
+    student: ModelConfig,
+    *,
+    precision: str,
+    device: torch.device,
+    layers: tuple[int, ...] = (),
+) -> DistillationObjective:
+    """Distillation from the model of a folder, which computes in this precision.
+
+    Args:
+        layers: as of `DistillationObjective`; none: all layers pair in order, or the loss has no cosine.
+
+    Raises:
+        InputError: the models' layers do not pair and the loss has a cosine.
+    """
+    teacher = load_model(folder, TRAINING_PRECISIONS[precision], vector_dtype=torch.float32)[0].to(device).requires_grad_(False)
+    return DistillationObjective(teacher, fingerprint(folder), paired_loss(loss, student, teacher.config, layers), layers)
 
 
 def merge_adapter_folder(

@@ -27,10 +27,10 @@ LAUNCHER = """
 import json, os, signal, sys, time
 import gristmill.workflows.alignment.loop, gristmill.report.alignment, gristmill.report.summary
 from gristmill.cli.main import app
-from gristmill.workflows.alignment import training
+from gristmill.workflows.alignment import ranks
 from gristmill.runs.journal import Journal
 
-training.CHECKPOINT_SECONDS = 0.001
+ranks.CHECKPOINT_SECONDS = 0.001
 append = Journal.append
 left = None
 

@@ -82,8 +82,8 @@ GIVEN: dict[str, Any] = {  # another value of every key, by the first stage that
 }
 OF_TRAINING = {"demonstration_sft", "reward", "code_sft", "general_sft", "dpo", "rpo"}  # all their keys are one stage's, but for pairs'
 OF_FILES = {"demonstrations", "ratings", "prompts", "evaluation", "validation"}  # a world has none
-# other tests: another base, own files, more rounds, measurements
-WITHOUT = {"kind", "world", "model", "chat_format", "device", "rounds", "evaluate", "safety"}
+# other tests: another base, own files, more rounds, measurements, people
+WITHOUT = {"kind", "world", "model", "chat_format", "device", "rounds", "evaluate", "safety", "people", "check"}
 
 
 CASES = [

@@ -73,7 +73,6 @@ def test_a_function_that_cannot_work_is_one_sentence(tmp_path: Path, code: str, 
 
 def test_functions_add_to_the_verdict_by_weight(tmp_path: Path) -> None:
     (tmp_path / "rewards.py").write_text("def short(completions): return [c != 'one' and -len(c) for c in completions]")
-    rewards = Rewards(verifier=2.0, functions=(RewardFunction(file=tmp_path / "rewards.py", name="short", weight=0.5),))
-    with Rewarder(rewards, Verifier(), 10) as rewarder:
-        found = rewarder.rewards(PROMPTS, ANSWERS)
+    with RewardProcess(RewardFunction(file=tmp_path / "rewards.py", name="short", weight=0.5)) as short:
+        found = Rewarder(Rewards(verifier=2.0), Verifier(), 10, [short]).rewards(PROMPTS, ANSWERS)
     assert [reward.total for reward in found] == [2.0, -0.5, -2.0] and found[1].parts == {"short": -5.0}

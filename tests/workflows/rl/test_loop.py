@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -18,11 +19,16 @@ from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.data.rows import read_records
 from gristmill.engine.engine import Engine
+from gristmill.model.adapters import load_model as load_adapted
+from gristmill.model.hf import load_model
+from gristmill.model.packed import PackedShape
 from gristmill.report.rl import write_page
 from gristmill.report.summary import stage_line
 from gristmill.runs.reader import read_run
 from gristmill.workflows.rl import loop
+from gristmill.workflows.rl.policy import Policy
 from gristmill.workflows.rl.recipe import RlRecipe
+from gristmill.workflows.rl.rollouts import Group, RolloutSource
 
 STEPS = 4
 # Short answers pass now and then, so that groups have a spread.
@@ -151,7 +157,7 @@ def test_kills_change_no_weight_and_no_metric(tiny_base: Path, tmp_path: Path, m
     assert all((one[name] == other[name]).all() for name in one)
     assert metrics(calm) == metrics(killed)
     ids = [json.loads(line)["id"] for line in (killed / "run/01-rl/rollouts.jsonl").read_text().splitlines()]
-    assert len(ids) == len(set(ids)) == 2 * 3 * STEPS, "nothing is sampled or judged twice"
+    assert len(ids) == len(set(ids)) == (3 + 1) * STEPS, "nothing is sampled or judged twice"
     assert recipe.method == method
 
 
@@ -176,7 +182,14 @@ def test_groups_without_a_spread_end_the_run_with_advice(tiny_base: Path, tmp_pa
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "Say bee.", "truth": never}) + "\n")
     with pytest.raises(InputError, match="No group had a spread for 2 steps .0% of the answers are right.: give easier prompts"):
         run(recipe, tmp_path)
-    assert len(read_records(tmp_path / "run/01-rl/rollouts.jsonl")) == 2 * 3 * 2
+    assert len(read_records(tmp_path / "run/01-rl/rollouts.jsonl")) == (3 + 1) * 2
+
+
+def test_a_function_that_says_the_same_of_all_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text("def reward(completions): return [1.0] * len(completions)")
+    rewards = {"verifier": 0, "cut_off": "masked", "functions": [{"file": str(tmp_path / "rewards.py")}]}
+    with pytest.raises(InputError, match="look at what rewards, which says the same"):
+        run(make(tmp_path, tiny_base, max_idle_steps=1, rewards=rewards), tmp_path)
 
 
 def test_dynamic_sampling_draws_until_enough_groups_have_a_spread(tiny_base: Path, tmp_path: Path) -> None:
@@ -232,3 +245,80 @@ def test_a_curriculum_estimates_pass_rates_once_and_takes_prompts_by_them(tiny_b
     asked = [r["question"].split()[1].strip(".") for r in read_records(tmp_path / "run/02-rl/rollouts.jsonl") if "question" in r]
     found = [np.mean([rates[word] for word in asked[k : k + 2]]) for k in (0, 2)]
     assert len(set(asked)) == 4 and found[0] >= found[1] - 0.1
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """End the run before it samples a step, with a checkpoint of the one before."""
+    sample = RolloutSource.step
+
+    def interrupted(source: RolloutSource, number: int) -> list[Group]:
+        if number == step:
+            raise Interrupted
+        return sample(source, number)
+
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(RolloutSource, "step", interrupted)
+
+
+def test_steps_without_a_spread_are_counted_over_a_restart(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make(tmp_path, tiny_base, max_idle_steps=3)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "Say bee.", "truth": {"kind": "exact", "value": "zzzz"}}) + "\n")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, 2)
+        run(recipe, tmp_path)
+    with pytest.raises(InputError, match="No group had a spread for 3 steps"):
+        run(recipe, tmp_path)
+    assert len(read_records(tmp_path / "run/01-rl/rollouts.jsonl")) == (3 + 1) * 3
+
+
+def test_a_reward_file_that_was_changed_between_starts_is_refused(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text("def reward(completions): return [-len(c) for c in completions]")
+    recipe = make(tmp_path, tiny_base, steps=2, rewards={"functions": [{"file": str(file)}]})
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, 1)
+        run(recipe, tmp_path)
+    before = file.read_text()
+    file.write_text(before.replace("-len", "len"))
+    with pytest.raises(InputError, match="rewards.py has changed since this run began: put it back"):
+        run(recipe, tmp_path)
+    file.write_text(before)
+    assert run(recipe, tmp_path)["steps"] == 2
+
+
+LORA: dict[str, Any] = {"method": "dapo", "beta": 0.1, "training": {"lr": 3e-2, "precision": "fp32", "lora": {"rank": 4}}}
+
+
+def test_an_adapter_is_trained_sampled_from_and_merged(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = run(make(tmp_path, tiny_base, **LORA), tmp_path)
+    first, *_, last = [line for line in metrics(tmp_path) if "kl" in line]
+    assert first["kl"] == 0 < last["kl"], "the base with the adapter off is the reference"
+    assert first["mismatch"] < 1e-4 and last["mismatch"] < 1e-4, "the sampler has the adapter as it is"
+    stored, _ = load_model(tmp_path / "run" / results["model"])
+    merged, _ = load_adapted(tmp_path / "run/01-rl/adapter")
+    base, _ = load_model(tiny_base)
+    ids = torch.arange(5, 25)
+    one, two, start = (model.hidden(ids, PackedShape.from_lengths([20])) for model in (stored, merged, base))
+    assert (one - two).abs().max() == 0 < (one - start).abs().max()
+
+    calm = load_file(tmp_path / "run/01-rl/adapter/adapter_model.safetensors")
+    again = tmp_path / "again"
+    again.mkdir()
+    recipe = make(again, tiny_base, **LORA)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, 2)
+        run(recipe, again)
+    run(recipe, again)
+    found = load_file(again / "run/01-rl/adapter/adapter_model.safetensors")
+    assert all((calm[name] == found[name]).all() for name in calm) and metrics(tmp_path) == metrics(again)
+
+
+def test_a_sampler_without_the_adapter_is_told_by_the_mismatch(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Policy, "refresh", lambda policy: None)
+    run(make(tmp_path, tiny_base, steps=2, **LORA), tmp_path)
+    first, last = [line["mismatch"] for line in metrics(tmp_path) if "mismatch" in line]
+    assert last > 100 * max(first, 1e-6)

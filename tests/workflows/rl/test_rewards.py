@@ -4,10 +4,11 @@ import pytest
 
 from gristmill.data.chat import Message
 from gristmill.data.rows import Prompt
+from gristmill.data.thinking import THINKING_OFF, THINKING_ON
 from gristmill.generation.api import Completion
 from gristmill.judge.programs import Verifier
 from gristmill.workflows.rl.recipe import Rewards
-from gristmill.workflows.rl.rewards import THINKING_OFF, THINKING_ON, Reward, Rewarder
+from gristmill.workflows.rl.rewards import Reward, Rewarder
 
 TRUTH = {"kind": "number", "value": 7}
 
@@ -16,8 +17,7 @@ def earned(text: str, *, on: bool = True, finish: str = "stop", num_tokens: int 
     system = Message("system", THINKING_ON if on else THINKING_OFF)
     prompt = Prompt("p", "sums", (system, Message("user", "3 and 4?")), "file", (), TRUTH)
     answer = Completion(text, num_tokens, (), finish)  # type: ignore[arg-type]
-    with Rewarder(Rewards.model_validate({"form": "thinking", **rewards}), Verifier(), 10) as rewarder:
-        (reward,) = rewarder.rewards([prompt], [answer])
+    (reward,) = Rewarder(Rewards.model_validate({"form": "thinking", **rewards}), Verifier(), 10).rewards([prompt], [answer])
     return reward
 
 

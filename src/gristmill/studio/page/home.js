@@ -4,7 +4,15 @@ import { html, useEffect, useState } from "./vendor/preact-htm.js";
 import { api } from "./api.js";
 import { Short } from "./text.js";
 
-const EXPORTS = ["rated.parquet", "ratings.jsonl", "pairs.parquet", "preference.jsonl"];
+const EXPORTS = ["rated.parquet", "ratings.jsonl", "pairs.parquet", "preference.jsonl", "demonstrations.parquet", "attacks.jsonl", "regressions.jsonl"];
+const STRATEGIES = {
+  random: "at random",
+  disagreement: "where reward heads disagree",
+  "d-optimal": "D-optimal for the reward model",
+  conflict: "where verifier and reward conflict",
+};
+const WHAT = { rate: "Rate answers on five attributes", pair: "Compare two answers", check: "Check what a round is about to train on" };
+const VERB = { rate: "Rate", pair: "Compare", check: "Check" };
 
 function Project({ project, role, changed }) {
   const [text, setText] = useState(null);
@@ -22,11 +30,12 @@ function Project({ project, role, changed }) {
   };
   return html`<li class="card project">
     <h2>${project.name}</h2>
-    <p class="soft">${project.kind === "rate" ? "Rate answers on five attributes" : "Compare two answers"}${looks ? html`, of <code><${Short} text=${project.source} /></code>; each needs ${project.need}` : ""}</p>
+    <p class="soft">${WHAT[project.kind]}${looks ? html`, of <code><${Short} text=${project.source} /></code>; each needs ${project.need}${project.settings.strategy && project.settings.strategy !== "random" ? `; prompts chosen ${STRATEGIES[project.settings.strategy]}, one in five at random` : ""}` : ""}</p>
     <div class="progress"><progress max=${project.items} value=${project.closed} aria-label=${`Progress of ${project.name}`}></progress><span>${project.closed.toLocaleString("en")} of ${project.items.toLocaleString("en")} done${project.split ? `, ${project.split} in dispute` : ""}</span></div>
     <div class="buttons">
-      ${works && html`<a class="button primary" href=${`#/work/${project.id}`}>${project.kind === "rate" ? "Rate" : "Compare"}<span class="away"> in ${project.name}</span></a>`}
-      ${looks && html`<a class="button" href=${`#/agreement/${project.id}`}>Agreement<span class="away"> on ${project.name}</span></a>`}
+      ${works && html`<a class="button primary" href=${`#/work/${project.id}`}>${VERB[project.kind]}<span class="away"> in ${project.name}</span></a>`}
+      ${looks && project.kind === "check" && html`<a class="button" href="#/run">Decide<span class="away"> about ${project.name}</span></a>`}
+      ${looks && project.kind !== "check" && html`<a class="button" href=${`#/agreement/${project.id}`}>Agreement<span class="away"> on ${project.name}</span></a>`}
       ${role === "owner" && text === null && html`<button onClick=${() => setText(project.guideline_text)}>Guideline, version ${project.guideline}</button>`}
     </div>
     ${text !== null && html`<label class="reason">Guideline: answers name the version that they were given by<textarea rows="6" value=${text} onInput=${(e) => setText(e.target.value)}></textarea></label>
@@ -36,7 +45,7 @@ function Project({ project, role, changed }) {
 
 function NewProject({ changed, open }) {
   const [sources, setSources] = useState(null);
-  const [draft, setDraft] = useState({ kind: "rate", num: 50, need: 1, guideline: "", name: "" });
+  const [draft, setDraft] = useState({ kind: "rate", num: 50, need: 1, guideline: "", name: "", strategy: "random" });
   const [error, setError] = useState("");
   const [busy, setBusy] = useState(false);
   useEffect(() => {
@@ -62,7 +71,8 @@ function NewProject({ changed, open }) {
     <form class="grid" onSubmit=${create}>
       <label>People are asked to <select value=${draft.kind} onChange=${set("kind")}><option value="rate">rate answers on five attributes</option><option value="pair">compare two answers</option></select></label>
       <label>Rows of <select value=${source} onChange=${set("source")}>${names.map((name) => html`<option value=${name}>${name}</option>`)}</select></label>
-      <label>Prompts, drawn at random <input type="number" min="1" max="100000" required value=${draft.num} onInput=${set("num")} /></label>
+      <label>Prompts chosen <select value=${draft.strategy} onChange=${set("strategy")}>${Object.entries(STRATEGIES).map(([name, words]) => html`<option value=${name}>${words}</option>`)}</select></label>
+      <label>Prompts <input type="number" min="1" max="100000" required value=${draft.num} onInput=${set("num")} /></label>
       <label>People an item needs <input type="number" min="1" max="25" required value=${draft.need} onInput=${set("need")} /></label>
       <label>Name, which everybody sees <input type="text" maxlength="80" value=${draft.name} onInput=${set("name")} placeholder=${draft.kind === "rate" ? "Ratings" : "Comparisons"} /></label>
       <label class="full">Guideline <textarea rows="3" value=${draft.guideline} onInput=${set("guideline")}></textarea></label>
@@ -73,6 +83,8 @@ function NewProject({ changed, open }) {
 export function Home({ me, projects, changed }) {
   useEffect(() => {
     document.title = "Studio";
+    const timer = me.is_run ? setInterval(changed, 10000) : 0; // a run may ask for a check
+    return () => clearInterval(timer);
   }, []);
   return html`<div class="home">
     <h1>Projects</h1>

@@ -7,6 +7,9 @@ import { Work, WorkView } from "./work.js";
 import { Home, People } from "./home.js";
 import { Rows } from "./rows.js";
 import { Agreement, Settle } from "./agreement.js";
+import { Run } from "./run.js";
+import { Chat } from "./chat.js";
+import { RedTeam } from "./redteam.js";
 
 const state = { me: null, ready: false, projects: null, work: null, outbox: null, stamp: 0, error: "", invite: "" };
 const root = document.getElementById("app");
@@ -142,10 +145,14 @@ function Screen() {
   const { screen, id, params } = route();
   const { me, projects } = state;
   const looks = me.role !== "annotator";
+  const decides = me.role === "owner" || me.role === "expert";
   const project = (projects || []).find((one) => one.id === id);
   if (screen === "rows" && looks) return html`<${Rows} params=${params} go=${go} />`;
+  if (screen === "run" && looks && me.is_run) return html`<${Run} me=${me} params=${params} go=${go} />`;
+  if (screen === "chat" && decides) return html`<${Chat} />`;
+  if (screen === "redteam" && decides) return html`<${RedTeam} />`;
   if (screen === "people" && me.role === "owner") return html`<${People} />`;
-  if (screen === "settle" && (me.role === "owner" || me.role === "expert")) return html`<${Settle} key=${id} item=${id} done=${() => history.back()} />`;
+  if (screen === "settle" && decides) return html`<${Settle} key=${id} item=${id} done=${() => history.back()} />`;
   if (["work", "agreement"].includes(screen) && !projects) return html`<p class="soft">Loading \u2026</p>`;
   if (screen === "work" && state.work) return html`<${WorkView} work=${state.work} />`;
   if (screen === "agreement" && project && looks)
@@ -162,7 +169,7 @@ function App() {
   return html`<div>
     <a class="to-main" href="#main" onClick=${(e) => (e.preventDefault(), document.getElementById("main").focus())}>To the content</a>
     <header><span class="brand">gristmill <b>studio</b></span>
-      <nav aria-label="Screens">${link("home", "Projects")}${me.role !== "annotator" && link("rows", "Rows")}${me.role === "owner" && link("people", "People")}</nav>
+      <nav aria-label="Screens">${link("home", "Projects")}${me.role !== "annotator" && link("rows", "Rows")}${me.role !== "annotator" && me.is_run && link("run", "Run")}${["owner", "expert"].includes(me.role) && me.is_run && html`${link("chat", "Chat")}${link("redteam", "Red team")}`}${me.role === "owner" && link("people", "People")}</nav>
       <${Saved} />
       <span class="me">${me.name}${me.role !== me.name && html` <span class="soft">${me.role}</span>`}</span>
       <button onClick=${() => api("DELETE", "/session", {}).then(ended, ended)}>Log out</button>

@@ -15,12 +15,21 @@ export const STRENGTHS = [-3, -2, -1, 0, 1, 2, 3];
 const WORDS = { 1: "slightly better", 2: "better", 3: "much better" };
 const strengthWords = (s) => (s === 0 ? "About the same" : `${s < 0 ? "Left" : "Right"} is ${WORDS[Math.abs(s)]}`);
 
+export const VERDICTS = ["accept", "repair", "reject"];
+const VERDICT_WORDS = {
+  accept: "Accept: a model should answer like this",
+  repair: "Repair: nearly right, I write how it should be",
+  reject: "Reject: nothing to learn from",
+};
+
 export function complete(kind, draft) {
+  if (kind === "check") return VERDICTS.includes(draft.verdict) && (draft.verdict !== "repair" || Boolean((draft.text || "").trim()));
   return kind === "rate" ? ATTRIBUTES.every((name) => draft[name] !== undefined) : draft.neither === true || draft.preference !== undefined;
 }
 
 export function content(kind, draft) {
   const reason = draft.reason || "";
+  if (kind === "check") return { verdict: draft.verdict, reason, ...(draft.verdict === "repair" ? { text: draft.text } : {}) };
   if (kind === "pair") return draft.neither ? { neither: true, reason } : { preference: draft.preference, neither: false, reason };
   const out = { unsafe: draft.unsafe === true, reason };
   for (const name of ATTRIBUTES) out[name] = draft[name];
@@ -74,6 +83,19 @@ export function ComparePanel({ draft, onValue, keys }) {
       <${Choice} name="preference" value="neither" checked=${draft.neither === true} wide=${true} onChoose=${() => onValue("neither", true)}
         label=${html`Neither is acceptable${keys && html`<kbd aria-hidden="true">n</kbd>`}`} />
     </div>
+  </fieldset>`;
+}
+
+export function CheckPanel({ draft, onValue, keys }) {
+  return html`<fieldset class="verdicts">
+    <legend>Should a model learn from this answer?</legend>
+    <div class="choices stacked-choices">${VERDICTS.map(
+      (verdict, i) =>
+        html`<${Choice} key=${verdict} name="verdict" value=${verdict} checked=${draft.verdict === verdict} wide=${true} onChoose=${() => onValue("verdict", verdict)}
+          label=${html`${VERDICT_WORDS[verdict]}${keys && html`<kbd aria-hidden="true">${i + 1}</kbd>`}`} />`,
+    )}</div>
+    ${draft.verdict === "repair" &&
+    html`<label class="reason">The answer as it should be<textarea id="repair" rows="8" value=${draft.text || ""} onInput=${(e) => onValue("text", e.target.value)}></textarea></label>`}
   </fieldset>`;
 }
 

@@ -4,7 +4,7 @@
 import { html, useEffect } from "./vendor/preact-htm.js";
 import { api, query, uuid } from "./api.js";
 import { Conversation, Text } from "./text.js";
-import { ATTRIBUTES, ComparePanel, LETTERS, RatePanel, Reason, STRENGTHS, complete, content } from "./panels.js";
+import { ATTRIBUTES, CheckPanel, ComparePanel, LETTERS, RatePanel, Reason, STRENGTHS, VERDICTS, complete, content } from "./panels.js";
 
 const AHEAD = 10; // items that the page holds: enough for half a minute without a network
 const RENEW_SECONDS = 120;
@@ -120,12 +120,14 @@ export class Work {
     const draft = { ...this.draft, [name]: value };
     if (name === "preference") draft.neither = false;
     if (name === "neither") delete draft.preference;
+    if (value === "repair" && draft.text === undefined) draft.text = item.answers[0].text;
     this.drafts[item.id] = draft;
     this.save(item.id);
     this.notice = "";
     const place = ATTRIBUTES.indexOf(name);
     if (place >= 0) this.cursor = Math.min(place + 1, ATTRIBUTES.length - 1);
-    const last = item.kind === "pair" ? ["preference", "neither"].includes(name) : place === ATTRIBUTES.length - 1;
+    const ends = { pair: ["preference", "neither"], check: ["verdict"], rate: ATTRIBUTES.slice(-1) };
+    const last = ends[item.kind].includes(name) && value !== "repair";
     if (byKey && this.auto && last && complete(item.kind, draft)) this.submit();
     this.changed();
   }
@@ -134,7 +136,8 @@ export class Work {
     const item = this.item;
     if (!item) return;
     if (!complete(item.kind, this.draft)) {
-      this.notice = item.kind === "rate" ? "Rate all five attributes first." : "Choose one of the eight first.";
+      const missing = { rate: "Rate all five attributes first.", pair: "Choose one of the eight first.", check: "Choose one of the three first." };
+      this.notice = missing[item.kind];
       this.changed();
       return;
     }
@@ -244,6 +247,14 @@ export class Work {
     }
     if (key === "x") return this.show("skip"), true;
     if (key === "Enter") return this.submit(), true;
+    if (this.item.kind === "check") {
+      const verdict = VERDICTS[Number(key) - 1];
+      if (!verdict) return false;
+      this.keys++;
+      this.value("verdict", verdict, true);
+      if (verdict === "repair") setTimeout(() => document.getElementById("repair")?.focus(), 0);
+      return true;
+    }
     if (this.item.kind === "pair") {
       const strength = STRENGTHS[Number(key) - 1];
       if (/^[1-7]$/.test(key)) return this.keys++, this.value("preference", strength, true), true;
@@ -268,6 +279,13 @@ const PAIR_KEYS = [
   ["1 - 7", "from: left is much better, to: right is much better"],
   ["n", "neither is acceptable"],
 ];
+const CHECK_KEYS = [
+  ["1", "accept"],
+  ["2", "repair: Escape leaves the text, Enter submits"],
+  ["3", "reject"],
+];
+const KEYS = { rate: RATE_KEYS, pair: PAIR_KEYS, check: CHECK_KEYS };
+const VERB = { rate: "Rate", pair: "Compare", check: "Check" };
 const BOTH_KEYS = [
   ["Enter", "submit"],
   ["u", "take the last answer back"],
@@ -277,7 +295,7 @@ const BOTH_KEYS = [
 
 function Help({ work, kind }) {
   return html`<section class="card help" aria-label="Keys">
-    <dl>${[...(kind === "pair" ? PAIR_KEYS : RATE_KEYS), ...BOTH_KEYS].map(([key, what]) => html`<div><dt><kbd>${key}</kbd></dt><dd>${what}</dd></div>`)}</dl>
+    <dl>${[...KEYS[kind], ...BOTH_KEYS].map(([key, what]) => html`<div><dt><kbd>${key}</kbd></dt><dd>${what}</dd></div>`)}</dl>
     <label class="check"><input type="checkbox" checked=${work.keysOn} onChange=${(e) => work.toggle("keys", e.target.checked)} /> single keys act</label>
     <label class="check"><input type="checkbox" checked=${work.auto} onChange=${(e) => work.toggle("auto", e.target.checked)} /> the last key submits</label>
   </section>`;
@@ -300,7 +318,7 @@ export function WorkView({ work }) {
   const item = work.item;
   const kind = work.project.kind;
   useEffect(() => {
-    document.title = item ? `${kind === "rate" ? "Rate" : "Compare"} ${item.id.slice(0, 6)} - Studio` : `${work.project.name} - Studio`;
+    document.title = item ? `${VERB[kind]} ${item.id.slice(0, 6)} - Studio` : `${work.project.name} - Studio`;
     const top = document.querySelector(".work");
     if (top && top.getBoundingClientRect().top < 0) top.scrollIntoView();
   }, [item && item.id]);
@@ -323,12 +341,12 @@ export function WorkView({ work }) {
     ${!item && html`<div class="card empty">${work.loading || work.error ? "Loading \u2026" : "There is nothing left for you here. Thank you."}
       ${work.undone.length > 0 && html` <button class="link" onClick=${() => work.undo()}>Take the last answer back</button>`}</div>`}
     ${item &&
-    kind === "rate" &&
+    kind !== "pair" &&
     html`<div class="rate" key=${item.id} data-item=${item.id}>
       <div class="card talk"><${Conversation} messages=${item.messages} more=${more} />
-        <div class="turn judged"><div class="who">Assistant, to be rated</div>
+        <div class="turn judged"><div class="who">Assistant, to be ${kind === "rate" ? "rated" : "checked"}</div>
           <${Text} text=${item.answers[0].text} length=${item.answers[0].length} more=${(from) => more(item.messages.length, from)} /></div></div>
-      <div class="card panel"><${RatePanel} draft=${work.draft} cursor=${work.cursor} onValue=${set} keys=${work.keysOn} /><${Reason} draft=${work.draft} onValue=${set} />${controls}</div>
+      <div class="card panel">${kind === "rate" ? html`<${RatePanel} draft=${work.draft} cursor=${work.cursor} onValue=${set} keys=${work.keysOn} />` : html`<${CheckPanel} draft=${work.draft} onValue=${set} keys=${work.keysOn} />`}<${Reason} draft=${work.draft} onValue=${set} />${controls}</div>
     </div>`}
     ${item &&
     kind === "pair" &&

@@ -25,6 +25,13 @@ def no_prompts(stage: str) -> Alarm:
     return {"stage": stage, "text": text}
 
 
+def stopped_by_people(stage: str, check: Mapping[str, Any]) -> Alarm:
+    """A round that people do not want to be trained on."""
+    wrong = f", {check['wrong']['mean']:.0%} of {check['wrong']['n']} rows wrong" if check["wrong"]["n"] else ""
+    todo = "change judging or the pipelines and run again with --redo, or say `gristmill check RUN --approve` and run again"
+    return {"stage": stage, "text": f"{stage}: {check['by']} stopped the round before it was trained on{wrong}. To go on, {todo}."}
+
+
 def kept_nothing(stage: str, funnel: Mapping[str, Mapping[str, Any]]) -> Alarm:
     """A round whose judges keep no answer."""
     answers, good = (sum(of_task[key] for of_task in funnel.values()) for key in ("answers", "good"))

@@ -48,6 +48,7 @@ from gristmill.train.settings import Training
 from gristmill.workflows.alignment.ranks import Ranks
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
+from gristmill.workflows.alignment.state import ReadSaid
 from gristmill.workflows.benchmarks import BenchmarkArgs, Checked, check_benchmarks
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 from gristmill.workflows.safety import Guard, HeadGuard, SafetySettings, guard_identity, open_guards, read_sets
@@ -112,6 +113,7 @@ class AlignmentContext:
         unsafe_code: run model-written programs without a jail.
         redo: as `RunDir` takes it.
         mesh: the processes of the run, of which the first alone has the folder (`Ranks`); default this one alone.
+        read_said: as `loop.run` takes it.
 
     Raises:
         InputError: a file of the recipe is missing or wrong, or there is no jail for a run that needs one.
@@ -126,7 +128,9 @@ class AlignmentContext:
         *,
         redo: bool = False,
         mesh: Mesh | None = None,
+        read_said: ReadSaid | None = None,
     ):
+        self.read_said = read_said
         self.device, self.progress = pick_device(recipe.device), progress
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
@@ -176,7 +180,7 @@ class AlignmentContext:
         self._resources = ExitStack()
         self._engines: dict[str, Engine] = {}
         self._folders: WeakKeyDictionary[Engine, Path] = WeakKeyDictionary()
-        self._scorer: RewardScorer | None = None
+        self._scorer: tuple[Path, RewardScorer] | None = None
         self.reward_report: dict[str, Any] = {}
         training = {"chat_format": self.format, "device": self.device, "seed": recipe.seed, "weights": self.weights or None}
         training |= {"on_step": progress.train_step}
@@ -348,12 +352,13 @@ class AlignmentContext:
         return self._engines[key]
 
     def scorer(self, folder: Path) -> RewardScorer:
-        """The reward model that the run has trained, with the recipe's aggregation weights."""
-        if self._scorer is None:
+        """A reward model that the run has trained, with the recipe's aggregation weights; the last one used is kept."""
+        if self._scorer is None or self._scorer[0] != folder:
+            self._scorer = None
             precision = TRAINING_PRECISIONS[self.recipe.reward.precision]  # as in its training
             model, tokenizer = load_reward(folder, precision, vector_dtype=torch.float32, device=self.device)
-            self._scorer = RewardScorer(model, tokenizer, self.format, weights=self.weights)
-        return self._scorer
+            self._scorer = folder, RewardScorer(model, tokenizer, self.format, weights=self.weights)
+        return self._scorer[1]
 
     def shared_scorer(self, folder: Path) -> Scorer:
         """The same, where every process rates a share."""

@@ -37,10 +37,11 @@ from gristmill.workflows.alignment.answering import answer, answer_pairs, prompt
 from gristmill.workflows.alignment.best import choose_best
 from gristmill.workflows.alignment.context import ASKED, AlignmentContext
 from gristmill.workflows.alignment.measurements import STAGE_OF, catch_up, measure, measured_rows
+from gristmill.workflows.alignment.people import RoundEnded, checked, split_ratings, take_said
 from gristmill.workflows.alignment.prompt_generation import write_prompts
 from gristmill.workflows.alignment.recipe import BASE_ROW, AlignmentRecipe
 from gristmill.workflows.alignment.source import contaminated, normalize_prompt
-from gristmill.workflows.alignment.state import State
+from gristmill.workflows.alignment.state import ReadSaid, State
 from gristmill.workflows.alignment.training import train_stage
 from gristmill.workflows.dataset.steps import KEPT_FILES, PAIR_FILES, PROMPT_FILES
 from gristmill.workflows.train import ADAPTER, MODEL
@@ -77,17 +78,19 @@ def run(
     *,
     redo: bool = False,
     mesh: Mesh | None = None,
+    read_said: ReadSaid | None = None,
 ) -> dict[str, Any]:
     """Turn the mill, from the start or from where an earlier start was cut off. Returns what `results.json` holds, in the first process.
 
     Args:
         mesh: the processes of the run (`process_mesh`), of which the first alone writes; default this one alone.
         redo: make stages again that were made from another recipe or other files, and what depends on them; else they are refused.
+        read_said: what people have said in the run's studio, for recipes with `people` (`studio.said`).
 
     Raises:
         InputError: bad input, before work is spent.
     """
-    context = AlignmentContext(recipe, folder, progress, unsafe_code, redo=redo, mesh=mesh)
+    context = AlignmentContext(recipe, folder, progress, unsafe_code, redo=redo, mesh=mesh, read_said=read_said)
     try:
         if not context.ranks.mesh.is_writer:
             context.ranks.follow()
@@ -95,10 +98,6 @@ def run(
         return _run(context)
     finally:
         context.close()
-
-
-class _NoPrompts(Exception):
-    """A round that has no prompt left; what it made so far stays."""
 
 
 def _run(context: AlignmentContext) -> dict[str, Any]:
@@ -122,9 +121,9 @@ def _run(context: AlignmentContext) -> dict[str, Any]:
     for number in range(1, context.recipe.rounds + 1):
         try:
             current = _round(context, state, number, current)
-        except _NoPrompts as e:
-            stopped = f"round {number}: no prompts"
-            state.alarms.append(no_prompts(str(e)))
+        except RoundEnded as e:
+            stopped = str(e)
+            state.alarms.append(e.alarm)
             break
         alarms = monitors.measure(context, state, current, number)
         measure(context, state, current, "each_round")
@@ -177,13 +176,6 @@ def _data(context: AlignmentContext) -> State:
     return state
 
 
-def _split_ratings(context: AlignmentContext, state: State) -> tuple[list[Rated], list[Rated]]:
-    """Rows to train the reward model on, and rows to measure it on; both answers to a prompt go the same way."""
-    pairs = list(dict.fromkeys(r.pair for r in state.ratings))
-    held = set(pairs[len(pairs) - min(context.recipe.data.num_held_out_ratings, len(pairs) // 3) :])
-    return [r for r in state.ratings if r.pair not in held], [r for r in state.ratings if r.pair in held]
-
-
 def _base(context: AlignmentContext, state: State) -> None:
     """Row 0: the model as it was given, asked as all models of the run are."""
 
@@ -200,7 +192,7 @@ def _base(context: AlignmentContext, state: State) -> None:
 
 
 def _reward(context: AlignmentContext, state: State) -> None:
-    rows, _ = _split_ratings(context, state)
+    rows, _ = split_ratings(context, state)
     settings = [context.recipe.reward.model_dump(), list(context.weights), state.made["data"]]
 
     def work(folder: Path) -> dict[str, Any]:
@@ -220,7 +212,7 @@ def _check_reward(context: AlignmentContext, state: State, instruct: Engine) -> 
     def work(folder: Path) -> dict[str, Any]:
         assert state.reward_folder is not None
         scorer = context.scorer(state.reward_folder)
-        _, held = _split_ratings(context, state)
+        _, held = split_ratings(context, state)
         rater = LocalRater(context.shared_scorer(state.reward_folder), context.progress.tick)
         ratings = asyncio.run(rater.rate({r.id: r.messages for r in held}))
         by_id = {name: scorer.total(rating) for name, rating in ratings.items()}
@@ -264,6 +256,7 @@ def _readable(context: AlignmentContext, c: Comparison) -> bool:
 def _round(context: AlignmentContext, state: State, number: int, generator: str) -> str:
     """One round; returns the name of its last model."""
     recipe, human_only = context.recipe, context.recipe.control == "human-only"
+    take_said(context, state, number)
     client = context.client(number, state.models, generator)
     prompts, whole = ([], []) if human_only else _prompts(context, state, number, client, generator)
     code, general, answers = _answers(context, state, number, client, generator, prompts, whole)
@@ -276,7 +269,8 @@ def _round(context: AlignmentContext, state: State, number: int, generator: str)
         _train(context, state, f"r{number}-code-sft", number, recipe.code_sft, start, rows)
         start = state.models[f"r{number}-code-sft"]
     repeat = _repeat(code, recipe.judging.code_share, len(general), number)
-    rows = [*general, *repeat] if recipe.control == "replace" else [*state.demonstrations, *general, *repeat]
+    by_people = [*state.demonstrations, *state.said.demonstrations]
+    rows = [*general, *repeat] if recipe.control == "replace" else [*by_people, *general, *repeat]
     if not rows:
         alone = f"control {recipe.control} trains on nothing else" if recipe.control == "replace" else "there are no demonstrations"
         raise InputError(f"Round {number} kept no answer, and {alone}: ask for more prompts, or look at its answers.")
@@ -291,16 +285,18 @@ def _round(context: AlignmentContext, state: State, number: int, generator: str)
         chosen = [pool[(offset + k) % len(pool)] for k in range(min(settings.num_prompts, len(pool)))]
         client = context.engine_client(context.engine(current, state.models[current]))
         if human_only:
-            pairs = _human_pairs(_split_ratings(context, state)[0], settings.num_pairs, seed=number * 100 + i)
+            pairs = _human_pairs(split_ratings(context, state)[0], settings.num_pairs, seed=number * 100 + i)
         else:
             pairs = _pairs(context, state, f"r{number}-{name}-pairs", client, chosen, current=current, settings=settings)
+        pairs = [*pairs, *state.said.pairs]
         if not pairs:  # the model stays as it is
             if human_only:
                 why = {"rated answers, none better than the other to its prompt": len(state.ratings)}
                 state.alarms.append(no_pairs(f"r{number}-{name}", why))
             continue
-        state.pairs += 0 if human_only else len(pairs)
-        state.human_pairs += len(pairs) if human_only else 0
+        num_human = len(pairs) if human_only else len(state.said.pairs)
+        state.pairs += len(pairs) - num_human
+        state.human_pairs += num_human
         _prefer(context, state, f"r{number}-{name}", number, settings, state.models[current], pairs)
         current = f"r{number}-{name}"
     return current
@@ -332,7 +328,7 @@ def _prompts(
     if probe := done.summary.get("probe"):
         state.alarms.append(unusable_prompts(f"r{number}-prompts", probe))
     if not prompts:
-        raise _NoPrompts(f"r{number}-prompts")
+        raise RoundEnded(f"round {number}: no prompts", no_prompts(f"r{number}-prompts"))
     return prompts, artifacts.CONVERSATIONS.read(done.folder)
 
 
@@ -372,9 +368,9 @@ def _answers(
             context.who(number, state.made, generator),
         ]
         done = context.run.stage(f"r{number}-answers", inputs, work, artifacts=[*KEPT_FILES, artifacts.CALLS])
-        kept = artifacts.KEPT.read(done.folder)
+        kept = checked(context, state, number, artifacts.KEPT.read(done.folder))
         answers = artifacts.RESPONSES.read(done.folder)
-        if not kept:
+        if not done.summary["kept"]:
             state.alarms.append(kept_nothing(f"r{number}-answers", done.summary["funnel"]))
         state.synthetic = kept if recipe.control == "replace" else [*state.synthetic, *kept]
         repaired = done.summary.get("repaired", 0)
@@ -421,7 +417,7 @@ def _pairs(
     done = context.run.stage(name, inputs, work, artifacts=[*PAIR_FILES, artifacts.CALLS])
     state.made[name] = done.fingerprint
     pairs = artifacts.PAIRS.read(done.folder)
-    if not pairs:
+    if not pairs and not state.said.pairs:
         state.alarms.append(no_pairs(name, done.summary["funnel"]))
     return pairs
 
@@ -462,7 +458,7 @@ def _train(
         return {**train_stage(context, "sft", start, rows, settings, folder), "human_rows": sum(r.origin == "human" for r in rows)}
 
     # an answer's id says who was asked what, so what made the rows must be said too
-    sources = [f"r{i}-answers" for i in range(1, number + 1)]
+    sources = [f"r{i}-{stage}" for i in range(1, number + 1) for stage in ("answers", "check", "people")]
     begun = next((stage for stage, folder in state.models.items() if folder == start), BASE_ROW)
     inputs = [state.of("data", *sources, begun), settings.model_dump(), make_id([r.id for r in rows])]
     return _model_stage(context, state, name, number, inputs, work, settings)
@@ -472,7 +468,7 @@ def _prefer(
     context: AlignmentContext, state: State, name: str, number: int, settings: PreferenceTraining, start: Path, pairs: Sequence[Pair]
 ) -> Engine:
     begun = next(stage for stage, folder in state.models.items() if folder == start)
-    inputs = [state.of("data", begun, f"{name}-pairs"), settings.model_dump(), make_id([p.id for p in pairs])]
+    inputs = [state.of("data", begun, f"{name}-pairs", f"r{number}-people"), settings.model_dump(), make_id([p.id for p in pairs])]
 
     def work(folder: Path) -> dict[str, Any]:
         return train_stage(context, settings.loss, start, pairs, settings, folder)
@@ -538,7 +534,9 @@ def _results(context: AlignmentContext, state: State, stopped: str | None) -> di
         if row["name"] in (best["name"], state.stages[-1]["name"]):
             measure(context, state, row["name"], "end")
     catch_up(context, state)
-    human, synthetic = len(state.demonstrations) + state.human_pairs, len(state.synthetic) + state.pairs
+    human = len(state.demonstrations) + len(state.said.demonstrations) + state.human_pairs
+    synthetic = len(state.synthetic) + state.pairs
+    ratings = len(state.ratings) + len(state.said.ratings)
     done = [read_json(context.run.path / s / "done.json") for s in [*context.run.beside, *context.run.stages]]
     seconds = sum(s["seconds"] for s in done)
     num_weak = sum(s.get("weak", 0) for s in done)
@@ -550,7 +548,7 @@ def _results(context: AlignmentContext, state: State, stopped: str | None) -> di
         "chat_format": context.format.name,
         "seconds": round(seconds, 1),
         "synthetic_share": round(synthetic / max(1, human + synthetic), 4),
-        "alignment_samples": {"human": human, "synthetic": synthetic, "human_ratings": len(state.ratings)}
+        "alignment_samples": {"human": human, "synthetic": synthetic, "human_ratings": ratings}
         | ({"repaired": state.repaired} if context.recipe.judging.repair else {}),
         "stages": state.stages,
         "best": best,

@@ -1,8 +1,9 @@
 """The recipe of an alignment run."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from gristmill.core.config import RECIPES, FilePath, NameOrPath, Recipe, RunName, Section, read, resolved
 from gristmill.data.human import HumanData
@@ -37,6 +38,16 @@ def _guard_path(spec: str, info: ValidationInfo) -> str:
 def _several(value: Any) -> Any:
     """One name is a list of one."""
     return [value] if isinstance(value, str) else value
+
+
+def _studio(value: Any) -> Any:
+    """The word alone is a section of defaults."""
+    return {"source": value} if isinstance(value, str) else value
+
+
+def _rows(value: Any) -> Any:
+    """A number alone is that of the sample."""
+    return {"sample": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 BaseModelPath = Annotated[str, AfterValidator(_model_path)]
@@ -124,6 +135,30 @@ class Safety(Section):
         return self
 
 
+class People(Section):
+    """What people said in the run's studio, taken as human data at the beginning of every round (docs/studio.md#in-the-loop)."""
+
+    source: Literal["studio"] = "studio"
+    database: str = Field("", description="as `gristmill studio --database`, seen from the recipe; default the run's folder `studio`")
+
+    @field_validator("database")
+    @classmethod
+    def _place(cls, value: str, info: ValidationInfo) -> str:
+        if not value.startswith(("postgresql://", "postgres://")):
+            return resolved(value, info) if value else ""
+        if urlsplit(value).password:
+            raise ValueError("a recipe is shown in reports: leave the password out of the URL, and give it in the variable PGPASSWORD")
+        return value
+
+
+class Check(Section):
+    """A check of a round's rows by people before they are trained on (docs/studio.md#round-check)."""
+
+    sample: int = Field(40, gt=0, description="rows that people are shown, the tasks in equal parts")
+    hours: float = Field(24, gt=0, description="how long the run waits for a decision")
+    default: Literal["approve", "stop"] = Field("approve", description="what happens after that")
+
+
 class Alarms(Section):
     """What a run calls out, and ends with exit code 4 for."""
 
@@ -133,8 +168,10 @@ class Alarms(Section):
 class AlignmentRecipe(Recipe):
     """A whole alignment run."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset({"rounds", "threads", "device", "calls", "alarms", "evaluate", "safety"})
-    added: ClassVar[frozenset[str]] = frozenset({"evaluate", "safety"})
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"rounds", "threads", "device", "calls", "alarms", "evaluate", "safety", "people", "check"}
+    )
+    added: ClassVar[frozenset[str]] = frozenset({"evaluate", "safety", "people", "check"})
 
     kind: Literal["alignment"] = "alignment"
     name: RunName = "miniature"
@@ -161,6 +198,12 @@ class AlignmentRecipe(Recipe):
     alarms: Alarms = Alarms()
     evaluate: Evaluate | None = Field(None, description="benchmarks in the loop, as {tasks: [gsm8k], data: FOLDER, when: each_round}")
     safety: Safety | None = Field(None, description="safety rows in the loop, as {rows: regressions.jsonl, when: each_stage}")
+    people: Annotated[People | None, BeforeValidator(_studio)] = Field(
+        None, description="`studio`: what people say in the run's studio is human data of the next round"
+    )
+    check: Annotated[Check | None, BeforeValidator(_rows)] = Field(
+        None, description="rows of each round that people approve before they are trained on, as 40 or {sample: 40, hours: 24}"
+    )
     demonstration_sft: Training = Training()
     reward: Training = Training()
     code_sft: Training = Training()

@@ -18,6 +18,9 @@ KINDS: dict[artifacts.Artifact[Any], str] = {
     artifacts.PROMPTS: "prompt",
     artifacts.RESPONSES: "response",
     artifacts.HUMAN_DEMONSTRATIONS: "demonstration",
+    artifacts.SAID_RATINGS: "rating",
+    artifacts.SAID_PAIRS: "pair",
+    artifacts.SAID_DEMONSTRATIONS: "demonstration",
     artifacts.CONVERSATIONS: "demonstration",
     artifacts.KEPT: "demonstration",
     artifacts.PAIRS: "pair",
@@ -104,6 +107,8 @@ def _entry(kind: str, r: Mapping[str, Any]) -> dict[str, Any]:
     # an answer is one of those of its call, and an item of a list too
     made_of = r.get("repaired_from") or [r["id"].split("#")[0]]
     parents = [r["prompt"], *made_of] if kind == "response" else list(r.get("parents") or ())
+    if kind == "rating":  # of an answer: what people rated stands in its meta
+        parents = list((r.get("meta") or {}).get("rows") or ())
     if kind == "topic" and "#" in r["id"]:
         parents = [r["id"].split("#")[0]]
     return {"id": r["id"], "kind": kind, "text": _short(text), "parents": parents, **facts}

@@ -12,44 +12,42 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
-from gristmill.data.find_format import find_format, with_template_of
-from gristmill.data.human import HumanData
-from gristmill.data.readers import read_prompts
 from gristmill.data.rows import Prompt, make_id
-from gristmill.engine.engine import Engine
 from gristmill.evaluate.runner import MODES, evaluate_model
 from gristmill.evaluate.stats import paired
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.judge.programs import Verifier, is_code
 from gristmill.miniature.base import BASE
-from gristmill.miniature.source import MiniatureSource
 from gristmill.model.flops import num_parameters
-from gristmill.model.hf import fingerprint, load_model
-from gristmill.model.hf_save import save_model
-from gristmill.model.transformer import Transformer
+from gristmill.model.hf import fingerprint
+from gristmill.model.hf_config import read_config
 from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir
-from gristmill.train.batches import Rollout
 from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity, fingerprint_model, fingerprint_text
 from gristmill.train.metrics import MetricsLog
 from gristmill.train.objectives.policy_gradient import normalized, with_logprobs
 from gristmill.train.trainer import Trainer, TrainSettings
-from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 from gristmill.workflows.rl.curriculum import curriculum_order, kept_by_rate
-from gristmill.workflows.rl.recipe import LRS, NORMALIZE, RlRecipe
-from gristmill.workflows.rl.rewards import Rewarder
+from gristmill.workflows.rl.environments import Tasks, open_environment
+from gristmill.workflows.rl.functions import RewardProcess
+from gristmill.workflows.rl.models import check_models, model_parts
+from gristmill.workflows.rl.policy import Policy
+from gristmill.workflows.rl.prompts import check_sources, find_prompts, source_stamps
+from gristmill.workflows.rl.recipe import NORMALIZE, RlRecipe
+from gristmill.workflows.rl.rewards import Rewarder, RewardPart
 from gristmill.workflows.rl.rollouts import Group, RolloutSource, group_metrics
 from gristmill.workflows.train import MODEL
 
-ROLLOUTS, EVALUATION, PASS_RATES, TRAIN = "rollouts.jsonl", "evaluation.jsonl", "pass_rates.jsonl", "train"
+ROLLOUTS, JUDGEMENTS, EVALUATION, PASS_RATES = "rollouts.jsonl", "judgements.jsonl", "evaluation.jsonl", "pass_rates.jsonl"
+TRAIN = "train"
 CHECKPOINT_SECONDS = 20.0
 SHOWN_STEPS = 5  # first and last ones that a summary gives the mean reward of
 
@@ -72,14 +70,15 @@ class _Run:
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         self.start = BASE if recipe.model == "miniature" else Path(recipe.model)
-        self.model, self.tokenizer = load_model(self.start)
-        self.model = self.model.to(self.device)
-        self.format = find_format(recipe.chat_format, self.tokenizer)
-        self.recipe = self._resolved(recipe)
-        self.prompts, self.evaluation = _prompts(recipe)
-        both, context = [*self.prompts, *self.evaluation], self.model.config.max_positions
+        recipe = self.recipe = self._resolved(recipe)
+        self.policy = Policy(recipe, self.start, self.device)
+        self.environment: Tasks | None = None
+        if recipe.environment is not None:
+            self.environment = open_environment(recipe.environment, stack, recipe.calls.concurrency)
+        self.prompts, self.evaluation = find_prompts(recipe, self.environment)
+        both, context = [*self.prompts, *self.evaluation], self.policy.model.config.max_positions
         for prompt in both:
-            if len(self.format.render_prompt(prompt.messages, self.tokenizer)) + recipe.max_tokens > context:
+            if len(self.policy.chat_format.render_prompt(prompt.messages, self.policy.tokenizer)) + recipe.max_tokens > context:
                 raise InputError(
                     f"Prompt {prompt.messages[-1].content[:60]!r} leaves no room for an answer of {recipe.max_tokens} tokens in the "
                     f"model's context of {context}: take it out, or lower max_tokens."
@@ -87,23 +86,15 @@ class _Run:
         if recipe.world is None:  # the built-in world's are known to be right
             check_given_tests(both, unsafe_code=unsafe_code, quiet=progress.quiet)
         self.verifier: Verifier = open_verifier(stack, needs_code=any(is_code(p.truth) for p in both), unsafe_code=unsafe_code)
-        self.rewarder = stack.enter_context(Rewarder(recipe.rewards, self.verifier, recipe.max_tokens))
-        dtype = torch.float32 if self.recipe.engine.precision == "fp32" else torch.bfloat16
-        self.engine = Engine(
-            self.model,
-            self.tokenizer,
-            self.format,
-            name="policy",
-            max_batch=recipe.engine.max_batch,
-            dtype=dtype,
-            quantize="int8" if self.recipe.engine.precision == "int8" else "",
-        )
+        check_models(recipe)
+        self.functions = [stack.enter_context(RewardProcess(function)) for function in recipe.rewards.functions]
+        self.sources = source_stamps(recipe)
         self.dir = stack.enter_context(RunDir(folder, self.recipe, progress))
 
     def _resolved(self, recipe: RlRecipe) -> RlRecipe:
         """The recipe with what it leaves to the model's size and the device."""
         training, engine = recipe.training, recipe.engine
-        lr = training.lr or next(lr for largest, lr in LRS if num_parameters(self.model.config) <= largest)
+        lr = recipe.lr(num_parameters(read_config(self.start)[1]))
         precision = pick_precision(self.device) if training.precision == "auto" else training.precision
         generation = pick_precision(self.device) if engine.precision == "auto" else engine.precision
         changes = {"lr": lr, "precision": precision}
@@ -118,8 +109,7 @@ class _Run:
         start = {"model": fingerprint(self.start), "evaluation": [p.id for p in self.evaluation], "max_tokens": self.recipe.max_tokens}
         before = self.dir.stage("base", start, self._evaluate)
         rates = self._pass_rates()
-        decides = self.recipe.model_dump(mode="json", exclude={"name", "threads", "device"})
-        inputs = [before.fingerprint, [p.id for p in self.prompts], decides, rates]
+        inputs = [before.fingerprint, [p.id for p in self.prompts], self._decides(), rates, *([self.sources] if self.sources else [])]
         after = self.dir.stage("rl", inputs, partial(self._train, rates=rates), files=[f"{MODEL}/*"])
         stages = [{"name": s.summary["name"], "folder": s.folder.name} | {m: s.summary[m] for m in MODES} for s in (before, after)]
         out: dict[str, Any] = {"stages": stages}
@@ -128,18 +118,31 @@ class _Run:
         self.dir.finish(out)
         return out
 
+    def _decides(self) -> dict[str, Any]:
+        """The keys of the recipe that decide what is trained."""
+        return self.recipe.model_dump(mode="json", exclude={"name", *self.recipe.may_change})
+
     def _generate(self, requests: list[Request], path: Path) -> dict[str, list[Completion]]:
         """Completions by request; those that an earlier start finished are read from the journal."""
         with Journal(path) as journal:
             missing = [r for r in requests if r.id not in journal]
-            for request, answers in self.progress.track(self.engine.generate(missing), len(missing), lambda: "prompts answered"):
+            for request, answers in self.progress.track(self.policy.engine.generate(missing), len(missing), lambda: "prompts answered"):
                 journal.append({"id": request.id, "out": [[a.text, a.num_tokens, a.finish] for a in answers]})
             return {r.id: [Completion(text, num, (), finish) for text, num, finish in journal[r.id]["out"]] for r in requests}
 
     def _evaluate(self, folder: Path) -> dict[str, Any]:
         """Accuracy on the evaluation prompts, greedy and at temperature 1, by other requests than training's."""
         generate = partial(self._generate, path=folder / EVALUATION)
-        return evaluate_model(self.evaluation, generate, self.verifier.verify, max_tokens=self.recipe.max_tokens, seed=self.recipe.seed)
+        by_environment = self.environment is not None and self.recipe.data.evaluation is None
+        check = self._passing if by_environment else self.verifier.verify
+        return evaluate_model(self.evaluation, generate, check, max_tokens=self.recipe.max_tokens, seed=self.recipe.seed)
+
+    def _passing(self, cases: list[tuple[dict[str, Any], str]]) -> list[bool]:
+        """Whether the environment's reward of each answer is one that passes."""
+        assert self.environment is not None and self.recipe.environment is not None
+        prompts = [Prompt("", "", (), "file", meta=truth) for truth, _ in cases]
+        values = self.environment.rewards(prompts, [Completion(text, 0, (), "stop") for _, text in cases])
+        return [isinstance(value, float) and value >= self.recipe.environment.passing for value in values]
 
     def _pass_rates(self) -> list[float]:
         """Of every prompt, how often the starting model passes it; none without a curriculum."""
@@ -151,10 +154,10 @@ class _Run:
             sampling = SamplingParams(temperature=1.0, max_tokens=recipe.max_tokens, n=curriculum.samples)
             requests = [Request(f"rate-{p.id}", p.messages, sampling, recipe.seed) for p in self.prompts]
             answers = self._generate(requests, folder / PASS_RATES)
-            rates = []
+            rates, rewarder = [], Rewarder(recipe.rewards, self.verifier, recipe.max_tokens)
             for prompt, request in zip(self.prompts, requests, strict=True):
                 found = answers[request.id]
-                rewards = self.rewarder.rewards([prompt] * len(found), found)
+                rewards = rewarder.rewards([prompt] * len(found), found)
                 rates.append(fmean(reward.right * reward.form for reward in rewards))
             return {"rates": rates, "num_prompts": len(rates), "num_kept": len(kept_by_rate(rates, curriculum))}
 
@@ -172,36 +175,41 @@ class _Run:
             prompts, rates = [prompts[i] for i in kept], [rates[i] for i in kept]
             order = curriculum_order(rates, recipe.steps, recipe.prompts, curriculum=curriculum, seed=recipe.seed)
         values = {k: v for k, v in recipe.training.model_dump().items() if k in TrainSettings.__dataclass_fields__}
+        if recipe.training.lora is not None:
+            values["b_lr_ratio"] = recipe.training.lora.b_lr_ratio
         settings = TrainSettings(
             **values, steps=recipe.steps * recipe.updates, batch_size=recipe.prompts * recipe.samples, seed=recipe.seed
         )
-        trainer = Trainer(self.model, recipe.objective(), settings, device=self.device, folder=folder / TRAIN)
-        reference = self._reference()
+        policy = self.policy
+        trainer = Trainer(policy.model, recipe.objective(), settings, device=self.device, folder=folder / TRAIN)
         asked = make_id([p.id for p in self.prompts])
-        store = CheckpointStore(folder / TRAIN, Identity(fingerprint_model(self.model), asked, fingerprint_text(str(recipe.model_dump()))))
-        done, seconds = 0, 0.0
+        decides = fingerprint_text(str(self._decides()))
+        store = CheckpointStore(folder / TRAIN, Identity(fingerprint_model(policy.model), asked, decides))
+        done, seconds, idle, rewards = 0, 0.0, 0, list[float]()
         if (saved := store.load()) is not None:
             trainer.load_state(saved)
-            done, seconds = saved.info["rollout_steps"], saved.info["seconds"]
-            self.engine.refresh()
+            done, seconds, idle, rewards = (saved.info[name] for name in ("rollout_steps", "seconds", "idle", "rewards"))
+        policy.refresh()
         log = MetricsLog(folder / TRAIN, done)
-        rewards: list[float] = saved.info["rewards"] if saved is not None else []
         started = last_saved = time.monotonic()
 
         def state(finished: bool) -> Checkpoint:
             found = trainer.state(finished=finished)
             elapsed = seconds + time.monotonic() - started
-            return replace(found, step=done, info=found.info | {"rollout_steps": done, "seconds": elapsed, "rewards": rewards})
+            info = {"rollout_steps": done, "seconds": elapsed, "idle": idle, "rewards": rewards}
+            return replace(found, step=done, info=found.info | info)
 
-        idle = 0
-        with Journal(folder / ROLLOUTS) as journal:
-            source = RolloutSource(recipe, prompts, self.engine, self.rewarder, journal, order=order)
+        check_sources(folder, self.sources)
+        with ExitStack() as stack:
+            journal = stack.enter_context(Journal(folder / ROLLOUTS))
+            rewarder = Rewarder(recipe.rewards, self.verifier, recipe.max_tokens, self._parts(folder, stack))
+            source = RolloutSource(recipe, prompts, policy, rewarder, journal, order=order)
             while done < recipe.steps:
                 began = time.monotonic()
                 groups = source.step(done)
                 sampled = time.monotonic()
-                metrics = group_metrics(groups) | self._update(trainer, source, groups, reference)
-                self.engine.refresh()
+                metrics = group_metrics(groups) | self._update(trainer, source, groups)
+                policy.refresh()
                 idle = 0 if any(group.has_spread for group in groups) else idle + 1
                 self._check_idle(idle, groups)
                 done += 1
@@ -217,18 +225,24 @@ class _Run:
                     last_saved = time.monotonic()
         store.save(state(True))
         log.close()
-        save_model(self.model, with_template_of(self.format, self.tokenizer), folder / MODEL)
+        policy.save(folder)
         took = round(seconds + time.monotonic() - started, 2)
         shown = {"first_reward": fmean(rewards[:SHOWN_STEPS]), "last_reward": fmean(rewards[-SHOWN_STEPS:])}
         return {"steps": done, "updates": trainer.result.steps, "train_seconds": took, **shown, **self._evaluate(folder)}
 
-    def _reference(self) -> Transformer | None:
-        """The model that the run starts from, where the KL divergence from it counts."""
-        if not self.recipe.beta:
-            return None
-        return load_model(self.start)[0].to(self.device)
+    def _parts(self, folder: Path, stack: ExitStack) -> list[RewardPart]:
+        """What rewards beside the verifier. What others were asked is in a journal of its own."""
+        recipe = self.recipe
+        parts: list[RewardPart] = [*self.functions]
+        if recipe.asks_others:
+            journal = stack.enter_context(Journal(folder / JUDGEMENTS))
+            parts += model_parts(recipe, journal)
+            if self.environment is not None:
+                self.environment.journal = journal
+                stack.callback(setattr, self.environment, "journal", None)
+        return parts if self.environment is None else [*parts, self.environment]
 
-    def _update(self, trainer: Trainer, source: RolloutSource, groups: Sequence[Group], reference: Transformer | None) -> dict[str, float]:
+    def _update(self, trainer: Trainer, source: RolloutSource, groups: Sequence[Group]) -> dict[str, float]:
         """Optimizer updates on the groups that have a spread, in equal shares; the metrics' means. Nothing without any."""
         recipe = self.recipe
         kept = [group for group in groups if group.has_spread]
@@ -237,13 +251,10 @@ class _Run:
         samples = [normalized([r for group in share for r in source.samples(group)], kind, recipe.max_tokens) for share in shares if share]
         precision, limit = recipe.training.precision, trainer.micro_batch_tokens
 
-        def scored(rollouts: list[Rollout], model: Transformer, name: Literal["old", "reference"]) -> list[Rollout]:
-            return with_logprobs(model, rollouts, name, precision=precision, micro_batch_tokens=limit)
-
         if recipe.updates > 1:  # by the trainer, before the first update
-            samples = [scored(share, self.model, "old") for share in samples]
-        if reference is not None:
-            samples = [scored(share, reference, "reference") for share in samples]
+            samples = [with_logprobs(self.policy.model, s, "old", precision=precision, micro_batch_tokens=limit) for s in samples]
+        if recipe.beta:
+            samples = [self.policy.with_reference(share, precision=precision, micro_batch_tokens=limit) for share in samples]
         found = [trainer.step(share) for share in samples]
         return {name: fmean(metrics[name] for metrics in found) for name in found[0]} if found else {}
 
@@ -252,37 +263,9 @@ class _Run:
             return
         right = fmean(reward.right for group in groups for reward in group.rewards)
         advice = "give easier prompts" if right < 0.5 else "give harder prompts"
+        if self.recipe.rewards.judges_all or self.recipe.environment is not None:
+            advice = "look at what rewards, which says the same of all answers to a prompt"
         raise InputError(
             f"No group had a spread for {idle} steps ({right:.0%} of the answers are right): {advice}, or raise samples. "
             "What was sampled is in the journal."
         )
-
-
-def _prompts(recipe: RlRecipe) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts that are trained on, and those of the evaluation, all with truths."""
-    data = recipe.data
-    if recipe.world is not None:
-        source = MiniatureSource(HumanData(num_prompts=data.num_prompts, num_evaluation=data.num_evaluation), recipe.seed)
-        prompts, evaluation = [p for p in source.prompts() if p.truth is not None], source.evaluation()
-    else:
-        assert data.prompts is not None and data.evaluation is not None
-        prompts, evaluation = read_prompts(data.prompts, "file"), read_prompts(data.evaluation, "human", truth=True)
-        prompts = prompts[: data.num_prompts]
-        limit = data.num_evaluation
-        tasks = list(dict.fromkeys(p.task for p in evaluation))
-        evaluation = [p for task in tasks for p in [q for q in evaluation if q.task == task][:limit]]
-    if data.tasks:
-        prompts, evaluation = ([p for p in rows if p.task in data.tasks] for rows in (prompts, evaluation))
-        if not prompts or not evaluation:
-            raise InputError(f"There are no prompts of the tasks {', '.join(data.tasks)}: look at data.tasks.")
-    for number, prompt in enumerate(prompts, 1):
-        if prompt.truth is None and not recipe.rewards.functions:
-            raise InputError(
-                f"Prompt {number} ({prompt.messages[-1].content[:60]!r}) has no answer, truth or tests, and there are no "
-                "rewards.functions: nothing can judge it."
-            )
-    asked = {normalize_prompt(p.messages) for p in evaluation}
-    for number, prompt in enumerate(prompts, 1):
-        if normalize_prompt(prompt.messages) in asked:
-            raise InputError(f"Prompt {number} ({prompt.messages[-1].content[:60]!r}) is asked by the evaluation too: take it out of one.")
-    return prompts, evaluation

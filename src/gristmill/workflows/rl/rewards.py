@@ -1,22 +1,15 @@
-"""Rewards of sampled answers by parts: the verifier's verdict, a user's functions, the form of thinking, the punishment of length."""
+"""Rewards of sampled answers by parts: the verifier's verdict, models, functions, the form of thinking, the punishment of length."""
 
-import re
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
+from typing import Protocol
 
-from gristmill.data.chat import Message
 from gristmill.data.rows import Prompt
+from gristmill.data.thinking import keeps_form, thinks
 from gristmill.generation.api import Completion
 from gristmill.judge.programs import Verifier
 from gristmill.train.objectives.policy_gradient import overlong_penalty
-from gristmill.workflows.rl.functions import RewardProcess
 from gristmill.workflows.rl.recipe import Rewards
-
-THINKING_ON, THINKING_OFF = "detailed thinking on", "detailed thinking off"
-OPEN, CLOSE = "<think>", "</think>"
-_TAG = re.compile(r"<\s*/?\s*think", re.I)
 
 
 @dataclass(frozen=True)
@@ -28,8 +21,8 @@ class Reward:
         right: 1 where its verifier passes it, whatever its form.
         form: 1 where it keeps to the form that its prompt asks for.
         overlong: 0, or down to -1.
-        parts: of functions, by name; one that does not apply is not there.
-        error: of a function that failed on it.
+        parts: of models and functions, by name; one that does not apply is not there.
+        error: of a part that failed on it.
         is_masked: it is left out of training.
     """
 
@@ -42,42 +35,38 @@ class Reward:
     is_masked: bool = False
 
 
+class RewardPart(Protocol):
+    """A part of the reward beside the verifier's verdict: a model, or a user's function."""
+
+    name: str
+    weight: float
+
+    def rewards(self, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> Sequence[float | str | None]:
+        """Of each answer its value, None where the part does not apply, or the error it ended with; `InputError` where all failed."""
+        ...
+
+
 class Rewarder:
-    """Rewards answers; functions run as long as it is open.
+    """Rewards answers by the verifier's verdict and other parts."""
 
-    Raises:
-        InputError: a function's file cannot be run.
-    """
-
-    def __init__(self, rewards: Rewards, verifier: Verifier, max_tokens: int):
-        self._rewards, self._verifier, self._max_tokens = rewards, verifier, max_tokens
-        self._functions: list[RewardProcess] = []
-        with ExitStack() as stack:
-            for function in rewards.functions:
-                self._functions.append(stack.enter_context(RewardProcess(function)))
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> "Rewarder":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+    def __init__(self, rewards: Rewards, verifier: Verifier, max_tokens: int, parts: Sequence[RewardPart] = ()):
+        self._rewards, self._verifier, self._max_tokens, self._parts = rewards, verifier, max_tokens, parts
 
     def rewards(self, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> list[Reward]:
         """Rewards of answers, one prompt an answer. One that did not end is never judged: a prefix may be right by chance.
 
         Raises:
-            InputError: a function fails on every answer.
+            InputError: a part fails on every answer.
         """
         ended = [i for i, answer in enumerate(answers) if answer.finish == "stop"]
         known = [i for i in ended if prompts[i].truth is not None]
         verdicts = self._verifier.verify([(prompts[i].truth or {}, answers[i].text) for i in known])  # what is said behind the thinking
         right = dict(zip(known, map(float, verdicts), strict=True))
         found: list[dict[str, float | str | None]] = [{} for _ in answers]
-        for process in self._functions:
-            values = process.rewards([prompts[i] for i in ended], [answers[i] for i in ended])
+        for part in self._parts:
+            values = part.rewards([prompts[i] for i in ended], [answers[i] for i in ended])
             for i, value in zip(ended, values, strict=True):
-                found[i][process.function.name] = value
+                found[i][part.name] = value
         return [self._reward(prompts[i], answers[i], right.get(i, 0.0), found[i]) for i in range(len(answers))]
 
     def _reward(self, prompt: Prompt, answer: Completion, right: float, found: dict[str, float | str | None]) -> Reward:
@@ -87,21 +76,7 @@ class Rewarder:
         overlong = overlong_penalty(answer.num_tokens, self._max_tokens, buffer) if buffer else 0.0
         parts = {name: value for name, value in found.items() if isinstance(value, float)}
         error = next((value for value in found.values() if isinstance(value, str)), "")
-        earned = rewards.verifier * right + sum(f.weight * parts[f.name] for f in rewards.functions if f.name in parts)
+        earned = rewards.verifier * right + sum(part.weight * parts[part.name] for part in self._parts if part.name in parts)
         total = (earned if form else min(0.0, earned)) + overlong
         masked = bool(error) or (answer.finish != "stop" and rewards.cut_off == "masked")
         return Reward(total, right, form, overlong, parts, error, masked)
-
-
-def thinks(messages: Sequence[Message]) -> bool:
-    """Whether a prompt's system line switches thinking on."""
-    lines = [line.strip().lower() for m in messages if m.role == "system" for line in m.content.splitlines()]
-    return THINKING_ON in lines
-
-
-def keeps_form(text: str, thinking: bool) -> bool:
-    """With thinking: one block that is not empty, in front, and a reply behind it. Without: no tag at all."""
-    if not thinking:
-        return not _TAG.search(text)
-    body, close, reply = text.removeprefix(OPEN).partition(CLOSE)
-    return text.startswith(OPEN) and bool(close and body.strip() and reply.strip()) and not _TAG.search(body) and not _TAG.search(reply)

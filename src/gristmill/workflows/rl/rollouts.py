@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from gristmill.data.rows import Prompt
-from gristmill.engine.engine import Engine
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.runs.journal import Journal
 from gristmill.train.batches import Rollout
 from gristmill.train.objectives.policy_gradient import group_advantages
+from gristmill.workflows.rl.policy import Policy
 from gristmill.workflows.rl.recipe import ADVANTAGE, RlRecipe
 from gristmill.workflows.rl.rewards import Reward, Rewarder
 
@@ -46,7 +46,7 @@ class RolloutSource:
 
     Args:
         prompts: with truths.
-        engine: samples from the weights that are trained.
+        policy: samples from the weights that are trained.
         journal: of answers, which are there before their rewards, and of rewards.
         order: places of the prompts of all steps; none: shuffles of all of them, one after another.
     """
@@ -55,13 +55,13 @@ class RolloutSource:
         self,
         recipe: RlRecipe,
         prompts: Sequence[Prompt],
-        engine: Engine,
+        policy: Policy,
         rewarder: Rewarder,
         journal: Journal,
         *,
         order: Sequence[int] = (),
     ):
-        self._recipe, self._prompts, self._engine, self._rewarder, self._journal = recipe, prompts, engine, rewarder, journal
+        self._recipe, self._prompts, self._policy, self._rewarder, self._journal = recipe, prompts, policy, rewarder, journal
         self._given = order
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))  # the latest epoch and its shuffle
 
@@ -79,26 +79,26 @@ class RolloutSource:
         recipe = self._recipe
         first = (step * recipe.max_draws + draw) * recipe.prompts
         chosen = {f"s{step}-{draw}-{i}-{p.id}": p for i, p in enumerate(self._stream(first, recipe.prompts))}
-        sampling = SamplingParams(temperature=TEMPERATURE, max_tokens=recipe.max_tokens, n=recipe.samples)
+        limits: dict[str, Any] = {"max_tokens": recipe.max_tokens, "max_thinking_tokens": recipe.max_thinking_tokens}
+        sampling = SamplingParams(temperature=TEMPERATURE, n=recipe.samples, **limits)
         # the step is part of a request's id: each visit of a prompt shall see other answers
-        requests = [Request(name, p.messages, sampling, recipe.seed) for name, p in chosen.items()]
+        requests = [Request(name, p.messages, sampling, recipe.seed, adapter=self._policy.adapter) for name, p in chosen.items()]
         if any(request.id not in self._journal for request in requests):
             # All of them again after a kill: in a smaller batch the last digits of sums may differ. What is in the journal stays.
-            for request, completions in self._engine.generate(requests):
+            for request, completions in self._policy.engine.generate(requests):
                 if request.id not in self._journal:
                     asked, out = chosen[request.id], [_written(completion) for completion in completions]
                     question = asked.messages[-1].content
                     self._journal.append({"id": request.id, "step": step, "prompt": asked.id, "question": question, "out": out})
         answers = {name: [_read(one) for one in self._journal[name]["out"]] for name in chosen}
-        unjudged = [name for name in chosen if f"{name}-rewards" not in self._journal]
-        cases = [(chosen[name], answer) for name in unjudged for answer in answers[name]]
-        found = iter(self._rewarder.rewards([p for p, _ in cases], [a for _, a in cases]))
-        for name in unjudged:
-            self._journal.append({"id": f"{name}-rewards", "step": step, "rewards": [vars(next(found)) for _ in answers[name]]})
-        return [
-            Group(name, prompt, answers[name], [Reward(**values) for values in self._journal[f"{name}-rewards"]["rewards"]])
-            for name, prompt in chosen.items()
-        ]
+        judged = f"s{step}-{draw}-rewards"  # one record: a reward model that rates fewer answers together sums in another order
+        if judged not in self._journal:
+            cases = [(prompt, answer) for name, prompt in chosen.items() for answer in answers[name]]
+            found = iter(self._rewarder.rewards([p for p, _ in cases], [a for _, a in cases]))
+            rewards = {name: [vars(next(found)) for _ in answers[name]] for name in chosen}
+            self._journal.append({"id": judged, "step": step, "rewards": rewards})
+        rewards = self._journal[judged]["rewards"]
+        return [Group(name, p, answers[name], [Reward(**values) for values in rewards[name]]) for name, p in chosen.items()]
 
     def _stream(self, first: int, num: int) -> Iterator[Prompt]:
         """Prompts from a place on of the given order, or of one shuffle of all of them after another."""
@@ -117,23 +117,26 @@ class RolloutSource:
         recipe = self._recipe
         kept = group.kept
         advantages = group_advantages(recipe.advantage or ADVANTAGE[recipe.method], [group.rewards[i].total for i in kept])
-        prompt = self._engine.chat_format.render_prompt(group.prompt.messages, self._engine.tokenizer)
+        prompt = self._policy.chat_format.render_prompt(group.prompt.messages, self._policy.tokenizer)
         out = []
         for i, advantage in zip(kept, advantages, strict=True):
             answer = group.answers[i]
-            mask = [False] * len(prompt) + [True] * len(answer.tokens)
-            ids = [*prompt, *answer.tokens]
-            out.append(Rollout(ids, mask, f"{group.id}-{i}", advantage=advantage, logprobs=answer.logprobs, prompt=group.id))
+            chosen = [place not in answer.forced for place in range(len(answer.tokens))]  # by the model: all but a budget's closing tags
+            logprobs = [value for value, own in zip(answer.logprobs, chosen, strict=True) if own]
+            ids, mask = [*prompt, *answer.tokens], [False] * len(prompt) + chosen
+            out.append(Rollout(ids, mask, f"{group.id}-{i}", advantage=advantage, logprobs=logprobs, prompt=group.id))
         return out
 
 
 def _written(answer: Completion) -> dict[str, Any]:
-    return {"text": answer.text, "tokens": answer.tokens, "logprobs": answer.logprobs, "finish": answer.finish}
+    told = {"text": answer.text, "tokens": answer.tokens, "logprobs": answer.logprobs, "finish": answer.finish}
+    return told | ({"forced": answer.forced} if answer.forced else {})
 
 
 def _read(record: dict[str, Any]) -> Completion:
     tokens = tuple(record["tokens"])
-    return Completion(record["text"], len(tokens), tuple(record["logprobs"]), record["finish"], tokens)
+    logprobs, forced = tuple(record["logprobs"]), tuple(record.get("forced", ()))
+    return Completion(record["text"], len(tokens), logprobs, record["finish"], tokens, forced=forced)
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Compression by Puzzle: libraries of alternative layers, their scores and costs, the search, FFN Fusion, exports."""

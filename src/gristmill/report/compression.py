@@ -1,0 +1,150 @@
+"""Page of a compression: the Pareto curve of KL against measured speed, the chosen layers as a picture, predicted against measured."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from gristmill.core.io import write_text
+from gristmill.report.comparisons import format_difference, format_score_ci
+from gristmill.report.figures import Points, layers_picture, scatter_plot
+from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.summary import compression_lines
+from gristmill.report.training import training_section
+from gristmill.runs.reader import RunData
+
+SEARCHES = {"mip": "search", "curve": "search, other speeds", "greedy": "greedy", "random": "random"}
+
+
+def write_page(data: RunData) -> Path:
+    """Write the page of a finished or unfinished compression into its folder; it needs nothing from anywhere."""
+    title = str(data.recipe["name"])
+    head = el("header", el("p", "Compression", class_="eyebrow"), el("h1", title), class_="top")
+    body: list[Any] = []
+    stages = {stage["name"]: stage for stage in data.stages if "name" in stage}
+    if data.results is not None:
+        body += _results(data.results, data.folder)
+    if "costs" in stages:
+        body += [el("h2", "Costs of variants"), *_costs(stages["costs"])]
+    if "scores" in stages:
+        body += [el("h2", "Replace-1-block scores"), *_scores(stages["scores"]["blocks"])]
+    if "library" in stages and (trained := stages["library"]["variants"]):
+        body += [el("h2", "Blockwise distillation"), _library(trained)]
+    if curves := training_section(data):
+        body += [el("h2", "Global distillation"), *curves]
+    path = data.folder / "report.html"
+    write_text(path, document(title, head, el("main", body)))
+    return path
+
+
+def _results(results: Mapping[str, Any], folder: Path) -> list[Markup]:
+    found, children = results["compress"], results["children"]
+    out = [el("pre", "\n".join(compression_lines(results, folder)))]
+    if accuracy := found["accuracy"]:
+        before, after = accuracy["scores"]["parent"], accuracy["scores"]["child"]
+        rows = [
+            [task, format_score_ci(before[task]), format_score_ci(after[task]), format_difference(accuracy["paired"]) * (task == "overall")]
+            for task in before
+        ]
+        out += [el("h2", "Accuracy"), table(["greedy", "parent", "child", "paired difference"], rows)]
+    out += [el("h2", "The child's layers"), layers_picture(results["parent_layers"], results["layers"])]
+    out += [el("p", "Upper bars: key-value heads of attention; lower bars: channels of the MLP. Grey: the parent's.", class_="note")]
+    out += [el("h2", "KL against speed"), _pareto(children, found)]
+    words = "Each dot is a child, measured beside the parent in turns; KL is before the global distillation, but for the last dot."
+    out += [el("p", words, class_="note"), el("h2", "Predicted and measured"), _children(children)]
+    point = results["point"]
+    words = (
+        f"{point['batch']} in flight, prompts of {point['prompt_tokens']} and answers of {point['output_tokens']} tokens, "
+        f"{point['precision']}: costs add up at this operating point alone."
+    )
+    return [*out, el("p", words, class_="note")]
+
+
+def _pareto(children: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> Markup:
+    def points(*searches: str) -> list[tuple[float, float, str]]:
+        return sorted(
+            (one["measured"]["median"], one["kl"], f"{SEARCHES[one['search']]}: {one['measured']['median']:.2f}x, KL {one['kl']:.3f}")
+            for one in children
+            if one["search"] in searches
+        )
+
+    speed = found["speed"]["measured"]
+    after = [(speed, found["kl"], f"distilled child: {speed:.2f}x, KL {found['kl']:.3f}")]
+    return scatter_plot(
+        [
+            Points("greedy", "search", points("curve", "mip"), joined=True),
+            Points("before", "greedy", points("greedy")),
+            Points("track", "random", points("random")),
+            Points("sampled", "distilled", after),
+        ],
+        x_label="measured speed, in the parent's",
+        y_label="KL, nats a token",
+    )
+
+
+def _children(children: Sequence[Mapping[str, Any]]) -> Markup:
+    rows = []
+    for one in children:
+        predicted, measured = one["predicted"], one["measured"]
+        error = measured["median"] / predicted["speed"] - 1
+        rows.append(
+            [
+                SEARCHES[one["search"]],
+                f"{one['target']:g}x",
+                f"{predicted['speed']:.2f}x",
+                f"{measured['median']:.2f}x ({measured['low']:.2f} to {measured['high']:.2f})",
+                f"{error:+.1%}",
+                f"{one['score']:.3f}",
+                f"{one['kl']:.3f}",
+                f"{predicted['parameters']:.0%}",
+            ]
+        )
+    return table(["found by", "target", "predicted", "measured", "error", "sum of scores", "KL", "parameters"], rows)
+
+
+def _costs(costs: Mapping[str, Any]) -> list[Markup]:
+    rows = [
+        [name.replace("-", " ", 1), f"{share['median']:+.2%}", f"{share['low']:+.2%} to {share['high']:+.2%}"]
+        for name, share in costs["shares"].items()
+    ]
+    words = (
+        f"Share of the parent's time a token ({costs['parent_seconds'] * 1e6:,.0f} us) that a layer takes more with this half than its own."
+    )
+    return [el("p", words, class_="note"), table(["variant", "median", "rounds"], rows, medium=True)]
+
+
+def _scores(scores: Mapping[str, Mapping[str, Any]]) -> list[Markup]:
+    """KL of every layer with one half exchanged, and the other its own."""
+    layers: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for one in scores.values():
+        layers[one["layer"]].append(one)
+    columns: dict[str, None] = {}
+    rows: list[tuple[int, dict[str, float]]] = []
+    for layer, choices in layers.items():
+        own, cells = choices[0], {}
+        for one in choices[1:]:
+            if one["ffn_size"] == own["ffn_size"]:
+                cells[f"attention {one['kv_heads']}"] = one["kl"]
+            elif one["kv_heads"] == own["kv_heads"]:
+                cells[f"mlp {one['ffn_size']}"] = one["kl"]
+        columns |= dict.fromkeys(cells)
+        rows.append((layer, cells))
+    filled = [[str(layer), *(f"{cells[name]:.3f}" if name in cells else "" for name in columns)] for layer, cells in rows]
+    words = "KL from the parent, nats a token, where one half of one layer is exchanged; the search adds up those of whole layers."
+    return [el("p", words, class_="note"), table(["layer", *columns], filled)]
+
+
+def _library(trained: Mapping[str, Mapping[str, Any]]) -> Markup:
+    kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for one in trained.values():
+        kinds[f"{one['half']} {one['size']}"].append(one)
+    rows = [
+        [name, str(len(ones)), *(f"{fmean(one[when] for one in ones):.2e}" for when in ("before", "after")), _lowered(ones)]
+        for name, ones in kinds.items()
+    ]
+    return table(["variant", "layers", "normalised MSE as made", "trained", "lowered in"], rows)
+
+
+def _lowered(ones: Sequence[Mapping[str, Any]]) -> str:
+    return f"{sum(one['after'] < one['before'] for one in ones)} of {len(ones)}"

@@ -1,0 +1,103 @@
+"""Knowledge distillation: a student learns a teacher's distributions of the next token, and the directions of its states.
+
+Source: Puzzle (arXiv 2411.19146), global distillation: sum over layers of 1 - cos(student, teacher), and KL(teacher || student).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+
+from gristmill.core.errors import InputError
+from gristmill.model.config import ModelConfig
+from gristmill.model.transformer import Transformer
+from gristmill.train.batches import TokenBatch
+from gristmill.train.losses import cross_entropy_sum, kl_divergence_sum
+from gristmill.train.settings import DistillationLoss
+from gristmill.train.trainer import LossOutput
+
+
+@dataclass(frozen=True)
+class DistillationObjective:
+    """Global distillation on packed documents, a mean over their trained targets.
+
+    Attributes:
+        teacher: in the type that it computes in; it gets no gradient.
+        identity: fingerprint of the teacher, for checkpoints.
+        loss: its terms, each with weight 1: `cosine` of the states behind every layer, `kl` from the teacher, `lm` (cross-entropy).
+        layers: the teacher's layer that each of the student's layers stands for; none: they pair in order.
+    """
+
+    teacher: Transformer = field(repr=False)
+    identity: str
+    loss: DistillationLoss = "cosine+kl"
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.loss not in get_args(DistillationLoss):
+            raise InputError(f"loss is {self.loss!r}; choose one of {', '.join(get_args(DistillationLoss))}")
+
+    def __call__(self, model: Transformer, batch: TokenBatch) -> LossOutput:
+        terms, rows_R = self.loss.split("+"), batch.rows_R
+        states: list[torch.Tensor] | None = [] if "cosine" in terms else None
+        teacher_states: list[torch.Tensor] | None = None if states is None else []
+        with torch.no_grad():
+            teacher_RE = self.teacher.hidden(batch.ids_T, batch.shape, rows_R, layers=teacher_states)
+        hidden_RD = model.hidden(batch.ids_T, batch.shape, rows_R, layers=states)
+        count, total, metrics = batch.count, hidden_RD.new_zeros((), dtype=torch.float32), {}
+        if states is not None and teacher_states is not None:
+            cosine = _cosine_sum(states, teacher_states, self.layers or range(len(states)), rows_R)
+            total, metrics["cosine"] = total + cosine, (cosine.detach(), float(count))
+        kl = kl_divergence_sum(
+            hidden_RD if "kl" in terms else hidden_RD.detach(),
+            model.unembedding() if "kl" in terms else model.unembedding().detach(),
+            teacher_RE,
+            self.teacher.unembedding(),
+            cap=model.config.logits_soft_cap,
+            teacher_cap=self.teacher.config.logits_soft_cap,
+        )
+        metrics["kl"] = (kl.detach(), float(count))
+        total = total + kl if "kl" in terms else total
+        if "lm" in terms:
+            lm, _ = cross_entropy_sum(hidden_RD, model.unembedding(), batch.targets_R, cap=model.config.logits_soft_cap)
+            total, metrics["lm"] = total + lm, (lm.detach(), float(count))
+        return LossOutput(total, count, metrics)
+
+
+def _cosine_sum(
+    states: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], layers: Sequence[int], rows_R: torch.Tensor
+) -> torch.Tensor:
+    """Sum over layers and rows of 1 - cos. The last layer of a model has computed these rows alone."""
+
+    def rows(found: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
+        return found[layer][: len(rows_R)] if layer == len(found) - 1 else found[layer][rows_R]
+
+    total = states[0].new_zeros((), dtype=torch.float32)
+    for number, layer in enumerate(layers):
+        total = total + (1 - F.cosine_similarity(rows(states, number).float(), rows(teacher, layer).float(), dim=-1)).sum()
+    return total
+
+
+def paired_loss(
+    loss: DistillationLoss | Literal["auto"], student: ModelConfig, teacher: ModelConfig, layers: Sequence[int] = ()
+) -> DistillationLoss:
+    """The loss that is taken: "auto" is cosine + KL where the layers pair, else KL.
+
+    Args:
+        layers: the teacher's layer of each of the student's, where that is known.
+
+    Raises:
+        InputError: cosine of models of other widths or depths.
+    """
+    sizes = [(config.hidden_size, config.num_layers) for config in (student, teacher)]
+    pair = sizes[0][0] == sizes[1][0] and (len(layers) == sizes[0][1] or sizes[0] == sizes[1])
+    if loss == "auto":
+        return "cosine+kl" if pair else "kl"
+    if loss.startswith("cosine") and not pair:
+        raise InputError(
+            f"The student's layers ({sizes[0][1]} of width {sizes[0][0]}) do not pair with the teacher's ({sizes[1][1]} of width "
+            f"{sizes[1][0]}): take the loss kl."
+        )
+    return loss

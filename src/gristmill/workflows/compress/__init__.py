@@ -1,0 +1,1 @@
+"""Runs of compression: library, scores, costs, search, distillation."""

@@ -1,0 +1,353 @@
+"""Compression of a model by Puzzle: library, scores, costs, search, global distillation, and what the child comes to.
+
+What does not depend on the target (text, library, scores, costs, the parent's accuracy) is made once a folder; each target adds a search, a
+child and its measurements. Every stage goes on where it was cut off, and nothing is trained, scored or measured twice.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gristmill.compress.activations import pieces_of
+from gristmill.compress.child import Child, Reference, make_child
+from gristmill.compress.costs import Meter, OperatingPoint, check_room, compare_models, layer_share, measure_variants
+from gristmill.compress.fusion import fuse
+from gristmill.compress.library import BldSettings, Library, build_library
+from gristmill.compress.scores import score_blocks, score_id
+from gristmill.compress.search import Architecture, Limits, Problem, check_feasible, check_solver, greedy, random_architectures, solve
+from gristmill.compress.variants import Choice, Space
+from gristmill.core.device import pick_device, pick_precision
+from gristmill.core.errors import InputError
+from gristmill.core.progress import Progress
+from gristmill.data.find_format import find_format, with_template_of
+from gristmill.data.human import HumanData
+from gristmill.data.readers import read_prompts
+from gristmill.data.rows import Prompt
+from gristmill.engine.engine import Engine
+from gristmill.evaluate.runner import MODES, evaluate_model
+from gristmill.evaluate.stats import paired
+from gristmill.generation.api import Completion, Request
+from gristmill.judge.programs import Verifier, is_code
+from gristmill.miniature.base import BASE
+from gristmill.miniature.source import MiniatureSource
+from gristmill.model.flops import kv_bytes_per_token, num_parameters
+from gristmill.model.hf import fingerprint, load_model
+from gristmill.model.hf_save import save_model
+from gristmill.model.transformer import PRECISIONS, Transformer
+from gristmill.runs.journal import Journal
+from gristmill.runs.run_dir import RunDir, Stage
+from gristmill.train.batches import Sample, fingerprint_samples
+from gristmill.train.by_size import fill
+from gristmill.train.trainer import Trainer, TrainSettings
+from gristmill.workflows.alignment.source import normalize_prompt
+from gristmill.workflows.compress.recipe import CompressionRecipe
+from gristmill.workflows.compress.text import CalibrationText, answer_samples, document_samples
+from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
+from gristmill.workflows.train import MODEL, load_teacher
+
+EVALUATION, MEASURED, TRAIN = "evaluation.jsonl", "measured.jsonl", "train"
+PIECE_TOKENS = 4096  # of a batch of blockwise distillation and scores
+NUM_RANDOM = 2  # random architectures that are measured beside the search's
+CHECKPOINT_SECONDS = 20.0
+
+
+def run(recipe: CompressionRecipe, folder: Path, progress: Progress, unsafe_code: bool = False) -> dict[str, Any]:
+    """Run a compression, from the start or from where it was cut off; what `results.json` holds.
+
+    Raises:
+        InputError: a file or the model cannot be used, the text is too short, no layer can change, or the target is out of reach.
+    """
+    with ExitStack() as stack:
+        return _Run(recipe, folder, progress, unsafe_code, stack).results()
+
+
+class _Run:
+    """A compression in progress."""
+
+    def __init__(self, recipe: CompressionRecipe, folder: Path, progress: Progress, unsafe_code: bool, stack: ExitStack):
+        check_solver()
+        self.device, self.progress = pick_device(recipe.device), progress
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        self.start = BASE if recipe.model == "miniature" else Path(recipe.model)
+        self.parent, self.tokenizer = load_model(self.start)
+        self.parent = self.parent.to(self.device).requires_grad_(False)
+        self.format = find_format(recipe.chat_format, self.tokenizer)
+        self.recipe = recipe
+        self.precision = pick_precision(self.device)
+        check_room(self.point, self.parent.config)
+        self.space = Space.of(self.parent.config, **recipe.space.model_dump())
+        self.prompts, self.evaluation = _prompts(recipe)
+        self.documents: list[Sample] = []
+        if recipe.data.documents is not None:
+            self.documents = document_samples(recipe.data.documents, self.tokenizer, recipe.calibration, self.parent.config.max_positions)
+            CalibrationText.of(self.documents, recipe.calibration, recipe.seed)  # before work is spent
+        if recipe.world is None:
+            check_given_tests(self.evaluation, unsafe_code=unsafe_code, quiet=progress.quiet)
+        self.verifier: Verifier = open_verifier(stack, needs_code=any(is_code(p.truth) for p in self.evaluation), unsafe_code=unsafe_code)
+        self.dir = stack.enter_context(RunDir(folder, recipe, progress))
+
+    @property
+    def point(self) -> OperatingPoint:
+        """What models are measured at."""
+        costs = self.recipe.costs
+        precision = self.precision if costs.precision == "auto" else costs.precision
+        return OperatingPoint(costs.batch, costs.prompt_tokens, costs.output_tokens, precision)
+
+    def results(self) -> dict[str, Any]:
+        recipe = self.recipe
+        of_model = [fingerprint(self.start), recipe.seed]
+        asked = [recipe.calibration.model_dump(), [p.id for p in self.prompts], fingerprint_samples(self.documents)]
+        text = self.dir.stage("text", [*of_model, asked], self._make_text)
+        self._text_folder, self.precision = text.folder, text.summary["precision"]
+        library = self.dir.stage("library", [text.fingerprint, asdict(self.space), recipe.bld.model_dump()], self._build_library)
+        self.library = Library(self.parent, library.folder)
+        scores = self.dir.stage("scores", library.fingerprint, self._score)
+        costs = self.dir.stage("costs", [*of_model, asdict(self.space), recipe.costs.model_dump()], self._measure)
+        base = self.dir.stage("parent", [*of_model, [p.id for p in self.evaluation]], self._evaluate_parent)
+        self._problem = self._make_problem(scores.summary["blocks"], costs.summary)
+        name = recipe.target.name
+        wanted = [scores.fingerprint, costs.fingerprint, recipe.target.model_dump(), recipe.search.model_dump()]
+        found = self.dir.stage(f"search-{name}", wanted, self._search)
+        inputs = [found.fingerprint, recipe.fusion, recipe.distillation.model_dump()]
+        child = self.dir.stage(f"child-{name}", inputs, partial(self._distil, found=found.summary), files=[f"{MODEL}/*"])
+        wanted = [child.fingerprint, costs.fingerprint, base.fingerprint]
+        measured = self.dir.stage(f"measured-{name}", wanted, partial(self._measure_child, child=child))
+        stages = [text, library, scores, costs, base, found, child, measured]
+        out = self._results(stages, costs.summary, base.summary, found.summary, child, measured.summary)
+        self.dir.finish(out)
+        return out
+
+    # ---- text, library, scores, costs ----
+
+    def _make_text(self, folder: Path) -> dict[str, Any]:
+        self._text_folder = folder
+        text = self.text
+        return {"num_samples": len(text.train), "num_tokens": text.num_tokens, "precision": self.precision}
+
+    @cached_property
+    def text(self) -> CalibrationText:
+        """The text, from the journal of the stage that made it."""
+        recipe, wanted = self.recipe, self.recipe.calibration
+        samples = self.documents
+        if not samples:
+            engine = self._engine(self.parent)
+            samples = answer_samples(engine, self.prompts, wanted, self._text_folder, self.progress, recipe.seed)
+        return CalibrationText.of(samples, wanted, recipe.seed)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The parent on the validation text, in fp32: small differences drown in bf16."""
+        return Reference(self.parent, pieces_of(self.text.validation, PIECE_TOKENS, self.device))
+
+    def _engine(self, model: Transformer) -> Engine:
+        return Engine(model, self.tokenizer, self.format, name="model", max_batch=256, dtype=PRECISIONS[self.precision])
+
+    def _build_library(self, folder: Path) -> dict[str, Any]:
+        bld = self.recipe.bld
+        settings = BldSettings(bld.steps, bld.lr, self.precision, self.recipe.seed)
+        pieces = pieces_of(self.text.blocks, PIECE_TOKENS, self.device)
+        self.parent.compute_dtype = PRECISIONS[self.precision]
+        try:
+            records = build_library(self.parent, self.space, pieces, folder, settings, self.progress)
+        finally:
+            self.parent.compute_dtype = torch.float32
+        trained = {name: {key: record[key] for key in ("half", "size", "before", "after")} for name, record in records.items()}
+        return {"num_variants": len(trained), "num_architectures": str(self.space.num_architectures), "variants": trained}
+
+    def _score(self, folder: Path) -> dict[str, Any]:
+        scores = score_blocks(self.library, self.space, self.reference, folder, self.progress)
+        return {"num_blocks": len(scores), "blocks": {name: dict(score) for name, score in scores.items()}}
+
+    def _meter(self) -> Meter:
+        return Meter(self.point, self.tokenizer, self.format)
+
+    def _measure(self, folder: Path) -> dict[str, Any]:
+        repeats = self.recipe.costs.repeats
+        table = measure_variants(self.parent.config, self.space, self._meter(), folder, self.progress, repeats=repeats, device=self.device)
+        return {"num_rounds": repeats, "point": asdict(self.point), **table}
+
+    # ---- accuracy ----
+
+    def _evaluate_parent(self, folder: Path) -> dict[str, Any]:
+        return self._evaluate(self.parent, folder)
+
+    def _evaluate(self, model: Transformer, folder: Path) -> dict[str, Any]:
+        """Greedy accuracy on the evaluation prompts, if there are any."""
+        if not self.evaluation:
+            return {"num_prompts": 0}
+
+        def generate(requests: list[Request]) -> dict[str, list[Completion]]:
+            with Journal(folder / EVALUATION) as journal:
+                missing = [r for r in requests if r.id not in journal]
+                answers = self._engine(model).generate(missing) if missing else ()
+                for request, outs in self.progress.track(answers, len(missing), lambda: "prompts answered"):
+                    journal.append({"id": request.id, "out": [[a.text, a.num_tokens, a.finish] for a in outs]})
+                return {r.id: [Completion(text, num, (), finish) for text, num, finish in journal[r.id]["out"]] for r in requests}
+
+        modes = {"greedy": MODES["greedy"]}
+        max_tokens, seed = self.recipe.calibration.max_tokens, self.recipe.seed
+        return {"accuracy": evaluate_model(self.evaluation, generate, self.verifier.verify, max_tokens=max_tokens, seed=seed, modes=modes)}
+
+    # ---- search ----
+
+    def _make_problem(self, scores: Mapping[str, Mapping[str, Any]], costs: Mapping[str, Any]) -> Problem:
+        """Scores and costs of every choice, in shares of the parent's."""
+        config, point = self.parent.config, self.point
+        value_bytes, parameters = point.dtype.itemsize, num_parameters(config)
+        cached = point.batch * (point.prompt_tokens + point.output_tokens) * value_bytes
+        memory = parameters * value_bytes + kv_bytes_per_token(config, 1) * cached
+        of_scores, of_time, of_memory, of_parameters = [], [], [], []
+        for layer in range(config.num_layers):
+            own, *_ = choices = self.space.choices(layer)
+            found = [scores[score_id(layer, choice)] for choice in choices]
+            fewer = np.array([one["parameters"] - found[0]["parameters"] for one in found])
+            values = np.array([one["kv_values"] - found[0]["kv_values"] for one in found])
+            of_scores.append(np.array([one[self.recipe.search.metric] for one in found]))
+            of_time.append(np.array([layer_share(costs, own, choice) for choice in choices]))
+            of_memory.append((fewer * value_bytes + values * cached) / memory)
+            of_parameters.append(fewer / parameters)
+        return Problem(of_scores, {"time": of_time, "memory": of_memory, "parameters": of_parameters})
+
+    def _choices(self, architecture: Architecture) -> list[Choice]:
+        return [self.space.choices(layer)[j] for layer, j in enumerate(architecture)]
+
+    def _search(self, folder: Path) -> dict[str, Any]:
+        """Candidates at the target, the best children at other speeds, and a greedy and random ones: real KL and measured speed of each."""
+        recipe, problem, target = self.recipe, self._problem, self.recipe.target
+        limits = Limits(1 / target.speed, target.memory, target.parameters, alpha=recipe.search.diversity)
+        check_feasible(problem, limits)
+        found: list[tuple[str, float, Architecture]] = []
+        earlier: tuple[Architecture, ...] = ()
+        for _ in range(recipe.search.candidates):
+            solution = solve(problem, Limits(limits.time, limits.memory, limits.parameters, earlier, limits.alpha))
+            if solution is None:
+                break
+            earlier = (*earlier, solution)
+            found.append(("mip", target.speed, solution))
+        if (other := greedy(problem, limits)) is not None:
+            found.append(("greedy", target.speed, other))
+        found += [("random", target.speed, one) for one in random_architectures(problem, limits, NUM_RANDOM, recipe.seed)]
+        for speed in recipe.search.curve:
+            solution = solve(problem, Limits(1 / speed)) if speed != target.speed else None
+            found += [("curve", speed, solution)] if solution is not None else []
+        children = [self._described(number, *one, folder) for number, one in enumerate(found)]
+        speeds = self._speeds(folder, {str(one["number"]): self._choices(one["architecture"]) for one in children})
+        children = [one | {"measured": speeds[str(one["number"])]} for one in children]
+        best = min((one for one in children if one["search"] == "mip"), key=lambda one: one["kl"])
+        return {"num_children": len(children), "target": target.model_dump(), "chosen": best["number"], "children": children}
+
+    def _described(self, number: int, search: str, speed: float, architecture: Architecture, folder: Path) -> dict[str, Any]:
+        """What an architecture is predicted to come to, and its KL before any training."""
+        name = "-".join(map(str, architecture))
+        with Journal(folder / "children.jsonl") as journal:
+            if name not in journal:
+                distance = self.reference.distance(make_child(self.library, self._choices(architecture)).model)
+                journal.append({"id": name, "kl": distance.kl, "lm_loss": distance.lm_loss})
+            kl = journal[name]["kl"]
+        predicted = {name: self._problem.cost(name, architecture) for name in ("time", "memory", "parameters")}
+        layers = [asdict(choice) for choice in self._choices(architecture)]
+        said = {"number": number, "search": search, "target": speed, "architecture": list(architecture), "layers": layers}
+        return {**said, "score": self._problem.score(architecture), "kl": kl, "predicted": {"speed": 1 / predicted["time"], **predicted}}
+
+    def _speeds(self, folder: Path, architectures: Mapping[str, Sequence[Choice]]) -> dict[str, dict[str, float]]:
+        """Measured speeds against the parent, in turns."""
+
+        def make(choices: Sequence[Choice]) -> Transformer:
+            return make_child(self.library, choices).model
+
+        makers = {name: partial(make, one) for name, one in architectures.items()}
+        return compare_models(self.parent, makers, self._meter(), repeats=self.recipe.costs.repeats, path=folder / MEASURED)
+
+    # ---- the child ----
+
+    def _child(self, found: Mapping[str, Any]) -> Child:
+        layers = next(one["layers"] for one in found["children"] if one["number"] == found["chosen"])
+        child = make_child(self.library, [Choice(**one) for one in layers])
+        return fuse(child) if self.recipe.fusion else child
+
+    def _distil(self, folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+        child, recipe = self._child(found), self.recipe
+        before = self.reference.distance(child.model)
+        parameters, num_rows = num_parameters(self.parent.config), len(self.text.train)
+        training = fill(recipe.distillation, "sft", parameters, device=self.device, num_rows=num_rows, precision=self.precision)
+        values = {k: v for k, v in training.model_dump().items() if k in TrainSettings.__dataclass_fields__}
+        settings = TrainSettings(**values, seed=recipe.seed, checkpoint_every=CHECKPOINT_SECONDS)
+        precision, config = settings.precision, child.model.config
+        objective = load_teacher(self.start, training.loss, config, precision=precision, device=self.device, layers=child.layers)
+        trainer = Trainer(child.model, objective, settings, device=self.device, folder=folder / TRAIN, on_step=self.progress.train_step)
+        result = trainer.fit(self.text.train)
+        save_model(child.model, with_template_of(self.format, self.tokenizer), folder / MODEL)
+        after = self.reference.distance(child.model)
+        told = {"steps": result.steps, "tokens": result.tokens, "train_seconds": round(result.seconds, 2)}
+        return {**told, "kl_before": before.kl, "kl": after.kl, "lm_loss": after.lm_loss, "layers": list(child.layers)}
+
+    def _measure_child(self, folder: Path, child: Stage) -> dict[str, Any]:
+        def load() -> Transformer:
+            return load_model(child.folder / MODEL)[0].to(self.device).requires_grad_(False)
+
+        repeats, path = self.recipe.costs.repeats, folder / MEASURED
+        speed = compare_models(self.parent, {"child": load}, self._meter(), repeats=repeats, path=path)["child"]
+        model = load()
+        sizes = {
+            "parameters": num_parameters(model.config),
+            "kv_bytes_per_token": kv_bytes_per_token(model.config, self.point.dtype.itemsize),
+        }
+        return {"speed": speed, **sizes, **self._evaluate(model, folder)}
+
+    def _results(
+        self,
+        stages: Sequence[Stage],
+        costs: Mapping[str, Any],
+        base: Mapping[str, Any],
+        found: Mapping[str, Any],
+        child: Stage,
+        measured: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        chosen = next(one for one in found["children"] if one["number"] == found["chosen"])
+        accuracy = None
+        if "accuracy" in base:
+            scores = {who: one["accuracy"]["greedy"] for who, one in (("parent", base), ("child", measured))}
+            outcomes = [list(one["accuracy"]["outcomes"]["greedy"].values()) for one in (base, measured)]
+            accuracy = {who: score["overall"]["mean"] for who, score in scores.items()} | {"scores": scores, "paired": paired(*outcomes)}
+        sizes = {"parent": num_parameters(self.parent.config), "child": measured["parameters"]}
+        return {
+            "compress": {
+                "target": found["target"],
+                "speed": {"predicted": chosen["predicted"]["speed"], "measured": measured["speed"]["median"], "spread": measured["speed"]},
+                "accuracy": accuracy,
+                "kl": child.summary["kl"],
+                "kl_before": child.summary["kl_before"],
+                "score": chosen["score"],
+                "parameters": sizes,
+                "seconds": round(sum(stage.summary["seconds"] for stage in stages), 2),
+            },
+            "point": costs["point"],
+            "parent_layers": [asdict(self.space.choices(layer)[0]) for layer in range(self.parent.config.num_layers)],
+            "layers": chosen["layers"],
+            "children": found["children"],
+            "model": f"{child.folder.name}/{MODEL}",
+        }
+
+
+def _prompts(recipe: CompressionRecipe) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts that the parent answers for the text, and those of the evaluation."""
+    data = recipe.data
+    if recipe.world is not None:
+        source = MiniatureSource(HumanData(num_evaluation=data.num_evaluation), recipe.seed)
+        return source.prompts(), source.evaluation()
+    prompts = [] if data.prompts is None else read_prompts(data.prompts, "file")
+    evaluation = [] if data.evaluation is None else read_prompts(data.evaluation, "human", truth=True)
+    if data.prompts is not None and not prompts:
+        raise InputError(f"{data.prompts} holds no prompts.")
+    asked = {normalize_prompt(p.messages) for p in evaluation}
+    if both := next((p for p in prompts if normalize_prompt(p.messages) in asked), None):
+        raise InputError(f"Prompt {both.messages[-1].content[:60]!r} is asked by the evaluation too: take it out of one.")
+    tasks = list(dict.fromkeys(p.task for p in evaluation))
+    return prompts, [p for task in tasks for p in [q for q in evaluation if q.task == task][: data.num_evaluation]]

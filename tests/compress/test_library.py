@@ -1,0 +1,122 @@
+"""Blockwise distillation and scores: what is exactly 0 or 1, every variant gets better, a second start does nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gristmill.compress import activations as activations_module
+from gristmill.compress.activations import Activations, Piece
+from gristmill.compress.child import Reference, make_child
+from gristmill.compress.library import BldSettings, LayerBatch, Library, Replaced, build_library, normalized_mse
+from gristmill.compress.scores import score_blocks, score_id
+from gristmill.compress.variants import Choice, Space, half_of, initial
+from gristmill.core.errors import InputError
+from gristmill.core.progress import Progress
+from gristmill.model.transformer import Transformer
+
+QUIET = Progress(quiet=True)
+SETTINGS = BldSettings(steps=12, lr=3e-3, precision="fp32", seed=0)
+SPACE = {"widths": (0.5, 0.25), "width_multiple": 8}
+
+
+@pytest.fixture(scope="module")
+def parent(make_parent) -> Transformer:  # type: ignore[no-untyped-def]
+    return make_parent("nemotron", 2)
+
+
+@pytest.fixture(scope="module")
+def space(parent: Transformer) -> Space:
+    return Space.of(parent.config, **SPACE)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def folder(parent: Transformer, space: Space, pieces: list[Piece], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("library")
+    build_library(parent, space, pieces, folder, SETTINGS, QUIET)
+    return folder
+
+
+def test_activations_are_those_of_the_model(parent: Transformer, pieces: list[Piece], tmp_path: Path) -> None:
+    found = Activations(parent, pieces, tmp_path / "activations")
+    found.advance(1)
+    piece = pieces[1]
+    states: list[torch.Tensor] = []
+    parent.hidden(piece.ids_T, piece.shape, layers=states)
+    torch.testing.assert_close(found.inputs(piece), states[0])
+    torch.testing.assert_close(found.outputs(piece), states[1])
+    assert {path.name for path in found.folder.iterdir()} == {"states-001.bin", "states-002.bin", "middle.bin"}, "of one layer alone"
+    found.close()
+    assert not found.folder.exists()
+
+
+def test_a_disk_without_room_is_told_before_work(
+    parent: Transformer, pieces: list[Piece], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 20}))
+    with pytest.raises(InputError, match="activations of 149 tokens take .* lower calibration.tokens"):
+        Activations(parent, pieces, tmp_path / "activations")
+    assert not list((tmp_path / "activations").iterdir())
+
+
+def test_the_normalised_loss_is_0_of_the_parent_and_1_of_nothing(parent: Transformer, pieces: list[Piece]) -> None:
+    piece = pieces[0]
+    angles = parent.rope(piece.shape.positions_T)["global"]
+    x_TD = parent.embed(piece.ids_T)
+    own = Replaced(half_of(parent, 0, "attention"), half_of(parent, 0, "mlp"), torch.float32)
+    batch = LayerBatch(x_TD, x_TD, angles, piece.shape, piece.num_tokens)
+    target_TD = own(batch)
+    assert float(normalized_mse(own, LayerBatch(x_TD, target_TD, angles, piece.shape, piece.num_tokens)).sum) == 0
+    nothing = Replaced(half_of(parent, 0, "mlp"), None, torch.float32)
+    nothing.forward = lambda batch: torch.zeros_like(batch.x_TD)  # type: ignore[method-assign]
+    assert float(normalized_mse(nothing, LayerBatch(x_TD, target_TD, angles, piece.shape, piece.num_tokens)).sum) == 1
+
+
+def test_training_lowers_every_variant_and_leaves_the_parent(parent: Transformer, space: Space, folder: Path) -> None:
+    records = [json.loads(line) for line in (folder / "library.jsonl").read_text().splitlines()]
+    assert {one["id"] for one in records} == {variant.id for variant in space.variants() if variant.size}
+    assert all(one["after"] < one["before"] for one in records)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in parent.parameters())
+    assert not (folder / "activations").exists()
+
+
+def test_a_second_start_trains_nothing_and_mends_what_is_damaged(
+    parent: Transformer, space: Space, pieces: list[Piece], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (folder / "library.jsonl").read_bytes()
+    monkeypatch.setattr(Activations, "advance", None)
+    build_library(parent, space, pieces, folder, SETTINGS, QUIET)
+    assert (folder / "library.jsonl").read_bytes() == before
+    monkeypatch.undo()
+    damaged = folder / "001-mlp-32.safetensors"
+    good = damaged.read_bytes()
+    damaged.write_bytes(good[:-8] + bytes(8))
+    build_library(parent, space, pieces, folder, SETTINGS, QUIET)
+    assert damaged.read_bytes() == good, "made again from nothing, it is the same"
+
+
+def test_scores_are_those_of_a_whole_model_with_one_layer_exchanged(
+    parent: Transformer, space: Space, pieces: list[Piece], folder: Path, tmp_path: Path
+) -> None:
+    library, reference = Library(parent, folder), Reference(parent, pieces[:2])
+    scores = score_blocks(library, space, reference, tmp_path, QUIET)
+    own = space.choices(0)[0]
+    assert scores[score_id(0, own)]["kl"] == scores[score_id(1, own)]["kl"] == 0 and reference.distance(parent).kl == 0
+    for layer, choice in [(0, Choice(1, 32)), (1, Choice(0, 16)), (0, Choice(0, 0)), (1, Choice(2, 0))]:
+        child = make_child(library, [choice if number == layer else own for number in range(2)]).model
+        exact = reference.distance(child)
+        found = scores[score_id(layer, choice)]
+        assert found["kl"] == pytest.approx(exact.kl, rel=1e-4) and found["kl"] > 0
+        left_out = sum(p.numel() for p in parent.parameters()) - sum(p.numel() for p in child.parameters())
+        assert scores[score_id(layer, own)]["parameters"] - found["parameters"] == left_out
+    again = (tmp_path / "scores.jsonl").read_bytes()
+    score_blocks(library, space, reference, tmp_path, QUIET)
+    assert (tmp_path / "scores.jsonl").read_bytes() == again
+
+
+def test_a_trained_variant_differs_from_the_one_as_made(parent: Transformer, folder: Path, space: Space) -> None:
+    variant = next(one for one in space.variants() if one.half == "attention" and one.size)
+    trained, made = Library(parent, folder).half(0, "attention", variant.size), initial(parent, variant, None)
+    assert any((a != b).any() for a, b in zip(trained.parameters(), made.parameters(), strict=True))
