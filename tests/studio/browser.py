@@ -21,7 +21,8 @@ class Browser:
     """A running browser, which no network but this machine's own addresses reaches."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="studio-browser-")
+        # helper processes may write to it for a moment after the first one has ended
+        self.folder = tempfile.TemporaryDirectory(prefix="studio-browser-", ignore_cleanup_errors=True)
         rules = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
         command = [str(CHROMIUM), *FLAGS, rules, "--remote-debugging-port=0", f"--user-data-dir={self.folder.name}", "about:blank"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
