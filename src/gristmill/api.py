@@ -1,6 +1,5 @@
 """Python API: what `import gristmill` offers. The command line calls the same functions."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,20 +250,13 @@ def align(
         unsafe_code: run model-written programs without a jail where the kernel offers none.
         redo: make stages again that were made from another recipe or other files; what is there is moved aside.
     """
+    from gristmill.studio.said import read_said
     from gristmill.workflows.alignment.loop import run
     from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
     loaded = _recipe(recipe, AlignmentRecipe)
-    folder = Path(out or Path("runs") / loaded.name)
-    read_said = functools.partial(_read_said, folder, loaded.people.database) if loaded.people is not None else None
     with Progress(quiet=True) as progress:
-        return run(loaded, folder, progress, unsafe_code, redo=redo, read_said=read_said)
-
-
-def _read_said(folder: Path, database: str) -> Any:
-    from gristmill.studio.said import read_said
-
-    return read_said(folder, database)
+        return run(loaded, Path(out or Path("runs") / loaded.name), progress, unsafe_code, redo=redo, read_said=read_said)
 
 
 def _folder(model: str | Path) -> Path:

@@ -15,7 +15,8 @@ from gristmill.model.hf_tensors import hf_tensors
 from gristmill.model.kernels import library as kernels
 from gristmill.model.packed import PackedShape
 from gristmill.model.rope import RopeScaling
-from gristmill.model.transformer import MLP, LayerNorm1P, Transformer, gate_activation, rotate
+from gristmill.model.rotary import rotate
+from gristmill.model.transformer import MLP, LayerNorm1P, Transformer, gate_activation
 
 NEMOTRON = ModelConfig("nemotron", 50, 32, uniform_blocks(2, 4, 2, 8, 64), 64, init_std=0.2)
 MODELS = {

@@ -1,6 +1,5 @@
 """People in the loop, from end to end: annotators of the miniature at the API, a check, and the next round that trains on it."""
 
-import functools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ Make = Callable[..., AlignmentRecipe]
 
 def run_with_people(recipe: AlignmentRecipe, folder: Path) -> dict[str, Any]:
     with Progress(quiet=True) as progress:
-        return loop.run(recipe, folder, progress, read_said=functools.partial(read_said, folder))
+        return loop.run(recipe, folder, progress, read_said=read_said)
 
 
 @pytest.fixture

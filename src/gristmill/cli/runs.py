@@ -1,9 +1,10 @@
 """Commands about whole runs: start one, look at it, compare it, write its recipe."""
 
-import functools
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +27,10 @@ from gristmill.cli.app import (
 )
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
+
+if TYPE_CHECKING:
+    from gristmill.core.progress import Progress
+    from gristmill.runs.reader import RunData
 
 _TEACHER, _TEACHER_NAME, _TEACHER_KEY = endpoint_options(
     "teacher", "the teacher's", "Base URL of an endpoint whose model writes prompts and answers, up to /v1; it may serve several models."
@@ -68,13 +73,15 @@ def run(
     from gristmill.parallel.mesh import ParallelDims, process_mesh
     from gristmill.report.alignment import write_report
     from gristmill.report.summary import best_lines, headline, measured_lines, stage_line
+    from gristmill.studio.said import read_said
     from gristmill.workflows.alignment.loop import run as run_loop
     from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
     overrides = given(model=model, control=control, seed=seed, rounds=rounds, threads=threads, device=device)
     path = find_recipe(recipe, "alignment", "reasoning")
     if read(path).get("kind") == "reasoning":
-        unfit = given(control=control, rounds=rounds, redo=redo or None, dry_run=dry_run or None)
+        ways = {name: number if number > 1 else None for name, number in {"tp": tp, "cp": cp, "pp": pp, "vp": vp}.items()}
+        unfit = given(control=control, rounds=rounds, redo=redo or None, dry_run=dry_run or None, **ways)
         if unfit:
             raise InputError(
                 f"--{next(iter(unfit)).replace('_', '-')} is for the alignment loop: leave it out, {path.name} is of reasoning."
@@ -92,11 +99,6 @@ def run(
         return
     name = "-".join([loaded.name, *([loaded.control] if loaded.control else []), *([f"seed{seed}"] if seed is not None else [])])
     folder = out or Path("runs") / name
-    read_said = None
-    if loaded.people is not None:
-        from gristmill.studio.said import read_said as said
-
-        read_said = functools.partial(said, folder, loaded.people.database)
     with (
         process_mesh(pick_device(loaded.device), ParallelDims(tp, cp, pp, vp)) as mesh,
         Progress(quiet=quiet or not mesh.is_writer, describe=stage_line) as progress,
@@ -114,22 +116,40 @@ def run(
     end_with_alarms(results["alarms"])
 
 
+def _finish(
+    name: str,
+    seed: int | None,
+    out: Path | None,
+    start: Callable[[Path, "Progress"], dict[str, Any]],
+    write_page: Callable[["RunData"], Path],
+    lines: Callable[[dict[str, Any], Path], list[str]],
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Turn a run from the start or from where it was cut off, and tell its results and its page."""
+    from gristmill.core.progress import Progress
+    from gristmill.report.summary import stage_line
+    from gristmill.runs.reader import read_run
+
+    folder = out or Path("runs") / "-".join([name, *([f"seed{seed}"] if seed is not None else [])])
+    with Progress(quiet=quiet, describe=stage_line) as progress:
+        results = start(folder, progress)
+    page = write_page(read_run(folder))
+    echo(json.dumps(results) if as_json else "\n".join([*lines(results, folder), f"report: {page}"]))
+
+
 def _run_reasoning(path: Path, out: Path | None, overrides: dict[str, Any], *, unsafe_code: bool, quiet: bool, as_json: bool) -> None:
     """`run` of a reasoning recipe."""
     from gristmill.core.config import load
-    from gristmill.core.progress import Progress
     from gristmill.report.reasoning import write_page
-    from gristmill.report.summary import reasoning_lines, stage_line
-    from gristmill.runs.reader import read_run
+    from gristmill.report.summary import reasoning_lines
     from gristmill.workflows.reasoning.recipe import ReasoningRecipe
     from gristmill.workflows.reasoning.run import run as run_reasoning
 
     loaded = load(path, ReasoningRecipe, overrides)
-    folder = out or Path("runs") / "-".join([loaded.name, *([f"seed{loaded.seed}"] if "seed" in overrides else [])])
-    with Progress(quiet=quiet, describe=stage_line) as progress:
-        results = run_reasoning(loaded, folder, progress, unsafe_code)
-    page = write_page(read_run(folder))
-    echo(json.dumps(results) if as_json else "\n".join([*reasoning_lines(results, folder), f"report: {page}"]))
+    start = partial(run_reasoning, loaded, unsafe_code=unsafe_code)
+    _finish(loaded.name, overrides.get("seed"), out, start, write_page, reasoning_lines, quiet=quiet, as_json=as_json)
 
 
 @command("gristmill rl miniature-rl --model runs/miniature/02-demonstrations/model")
@@ -151,20 +171,15 @@ def rl(
 ) -> None:
     """Reinforcement learning by programs, models and functions: GRPO and its relatives, from the start or where it was cut off."""
     from gristmill.core.config import find_recipe, load
-    from gristmill.core.progress import Progress
     from gristmill.report.rl import write_page
-    from gristmill.report.summary import rl_lines, stage_line
-    from gristmill.runs.reader import read_run
+    from gristmill.report.summary import rl_lines
     from gristmill.workflows.rl.loop import run as run_rl
     from gristmill.workflows.rl.recipe import RlRecipe
 
     loaded = load(find_recipe(recipe, "rl"), RlRecipe, given(model=model, seed=seed, steps=steps, threads=threads, device=device))
     loaded = loaded.with_files(prompts=prompts, reward_model=reward_model)
-    folder = out or Path("runs") / "-".join([loaded.name, *([f"seed{seed}"] if seed is not None else [])])
-    with Progress(quiet=quiet, describe=stage_line) as progress:
-        results = run_rl(loaded, folder, progress, unsafe_code)
-    page = write_page(read_run(folder))
-    echo(json.dumps(results) if as_json else "\n".join([*rl_lines(results, folder), f"report: {page}"]))
+    start = partial(run_rl, loaded, unsafe_code=unsafe_code)
+    _finish(loaded.name, seed, out, start, write_page, rl_lines, quiet=quiet, as_json=as_json)
 
 
 @command("gristmill compress miniature --model runs/miniature/02-demonstrations/model --speed 1.3")
@@ -184,21 +199,16 @@ def compress(
 ) -> None:
     """A smaller, faster child of a model (Puzzle): layers searched by costs measured here, then distilled; resumes, takes more targets."""
     from gristmill.core.config import find_recipe, load
-    from gristmill.core.progress import Progress
     from gristmill.report.compression import write_page
-    from gristmill.report.summary import compression_lines, stage_line
-    from gristmill.runs.reader import read_run
+    from gristmill.report.summary import compression_lines
     from gristmill.workflows.compress.recipe import CompressionRecipe
     from gristmill.workflows.compress.run import run as run_compression
 
     loaded = load(find_recipe(recipe, "compress"), CompressionRecipe, given(model=model, seed=seed, threads=threads, device=device))
     if speed is not None:
         loaded = loaded.with_speed(speed)
-    folder = out or Path("runs") / "-".join([loaded.name, *([f"seed{seed}"] if seed is not None else [])])
-    with Progress(quiet=quiet, describe=stage_line) as progress:
-        results = run_compression(loaded, folder, progress, unsafe_code)
-    page = write_page(read_run(folder))
-    echo(json.dumps(results) if as_json else "\n".join([*compression_lines(results, folder), f"report: {page}"]))
+    start = partial(run_compression, loaded, unsafe_code=unsafe_code)
+    _finish(loaded.name, seed, out, start, write_page, compression_lines, quiet=quiet, as_json=as_json)
 
 
 @command("gristmill status runs/miniature")

@@ -19,7 +19,8 @@ from gristmill.compress.variants import HALVES, ChannelContribution, half_of
 from gristmill.core.errors import InputError
 from gristmill.core.io import disk_errors, make_folder, replacing
 from gristmill.model.packed import PackedShape
-from gristmill.model.transformer import Angles, Transformer
+from gristmill.model.rotary import Angles
+from gristmill.model.transformer import Transformer
 from gristmill.train.batches import Sample
 
 SPARE_BYTES = 64 << 20  # that stay free

@@ -26,7 +26,8 @@ from gristmill.core.progress import Progress
 from gristmill.core.tensors import write_tensors
 from gristmill.core.threads import num_workers, workers
 from gristmill.model.packed import PackedShape
-from gristmill.model.transformer import Angles, Block, Transformer
+from gristmill.model.rotary import Angles
+from gristmill.model.transformer import Block, Transformer
 from gristmill.runs.journal import Journal
 from gristmill.train.trainer import LossOutput, Trainer, TrainSettings
 

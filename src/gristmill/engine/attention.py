@@ -20,7 +20,7 @@ from gristmill.engine.linear import has_triton, supported_by_kernels
 from gristmill.model.attention import ScoreMod, capped_attention
 from gristmill.model.config import ModelConfig
 from gristmill.model.quantized import MAX_VALUES, scaled
-from gristmill.model.transformer import Angles, rotate_heads
+from gristmill.model.rotary import Angles, rotate_heads
 
 LANES = 16  # floats of a vector, as in kernels.cpp
 TILE_ROWS = 128  # most (token, query head) pairs of a program on a GPU, where a sequence has more than one token

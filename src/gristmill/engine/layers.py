@@ -25,6 +25,7 @@ from gristmill.engine.lora import LoraRows
 from gristmill.model.attention import varlen_attention
 from gristmill.model.packed import PackedShape
 from gristmill.model.quantized import MAX_VALUES, Head, Quantize, scaled
+from gristmill.model.rotary import rotate_heads
 from gristmill.model.transformer import (
     MLP,
     Attention,
@@ -35,7 +36,6 @@ from gristmill.model.transformer import (
     Transformer,
     check_length,
     gate_activation,
-    rotate_heads,
     scale_embeddings,
     soft_cap,
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.model.attention import ScoreMod
 from gristmill.model.quantized import MAX_VALUES
-from gristmill.model.transformer import Angles
+from gristmill.model.rotary import Angles
 
 
 def attend(

@@ -49,9 +49,10 @@ def take_said(context: AlignmentContext, state: State, number: int) -> None:
         return
 
     def work(folder: Path) -> dict[str, Any]:
-        if context.read_said is None:
+        people = context.recipe.people
+        if context.read_said is None or people is None:
             raise InputError(f"{folder} is damaged, and the recipe takes nothing from people: give it `people: studio` again.")
-        said, left_out = context.read_said(), Counter[str]()
+        said, left_out = context.read_said(context.run.path, people.database), Counter[str]()
 
         def usable(rows: Sequence[Any], whole: Callable[[Any], Sequence[Conversation]]) -> list[Any]:
             out = []

@@ -24,7 +24,7 @@ class Said:
     people: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-ReadSaid = Callable[[], Said]
+ReadSaid = Callable[[Path, str], Said]
 
 
 @dataclass
