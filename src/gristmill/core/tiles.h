@@ -66,4 +66,6 @@ static inline void pair_columns(const bf16* x, int n, int e, bf16* tiles) {
             for (int i = 0; i < TILE; i++) _mm512_storeu_si512(tiles + i * DEPTH, rows[i]);
         }
 }
+#else
+static inline bool tiles_allowed() { return false; }
 #endif

@@ -78,6 +78,7 @@ td { border-bottom: 1px solid var(--line); padding: 6px 10px; vertical-align: to
 tr.round td { background: var(--band); font-weight: 620; border-bottom: none; }
 .num { text-align: right; white-space: nowrap; }
 td small, .ci { color: var(--soft); font-size: 11.5px; font-weight: 400; white-space: nowrap; }
+td:first-child small { white-space: normal; }
 td.heat { background: color-mix(in srgb, var(--hue) calc(var(--v) * 34%), transparent); }
 .up { color: var(--good); font-weight: 620; } .down { color: var(--bad); font-weight: 620; } .flat { color: var(--soft); }
 .bar { display: inline-block; height: 9px; border-radius: 2px; background: var(--greedy); vertical-align: 0; min-width: 1px; }

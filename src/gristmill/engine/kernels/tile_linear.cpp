@@ -102,10 +102,4 @@ bool tile_product(const Product& p) {
 bool tile_product(const Product&) { return false; }
 #endif
 
-extern "C" int gristmill_has_tiles() {
-#ifdef TILES
-    return tiles_allowed();
-#else
-    return 0;
-#endif
-}
+extern "C" int gristmill_has_tiles() { return tiles_allowed(); }

@@ -223,7 +223,6 @@ static void backward(const Attention& a, const Document& x, int h, const bf16* q
     }
 }
 
-extern "C" int gristmill_has_tiles() { return tiles_allowed(); }
 extern "C" void gristmill_amx_attention_forward(const Attention* a, const bf16* qkv, bf16* out, float* lse) {
     each(*a, [&](const Document& x, int h, Scratch& scratch) { Tiles tiles; forward(*a, x, h, qkv, out, lse, scratch); });
 }
@@ -233,8 +232,9 @@ extern "C" void gristmill_amx_attention_backward(const Attention* a, const bf16*
 
 #else
 
-extern "C" int gristmill_has_tiles() { return 0; }
 extern "C" void gristmill_amx_attention_forward(const Attention*, const bf16*, bf16*, float*) {}
 extern "C" void gristmill_amx_attention_backward(const Attention*, const bf16*, const bf16*, const float*, const bf16*, float*) {}
 
 #endif
+
+extern "C" int gristmill_has_tiles() { return tiles_allowed(); }
