@@ -42,7 +42,7 @@ _URL, _NAME, _KEY = endpoint_options("endpoint", "the model's")
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A pretraining recipe file, or the name of a shipped one.")],
     out: Out,
-    model: Annotated[Path | None, typer.Option(help="Model folder to go on from; overrides the recipe's.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder to go on from; overrides the recipe's.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Overrides the recipe's tokens.")] = None,
     tp: Tp = 1,
     cp: Cp = 1,
@@ -91,7 +91,9 @@ def train(
         Literal["auto", "cosine+kl", "kl", "cosine+kl+lm", "kl+lm", "lm"],
         typer.Option(help="Distill: terms of the loss; auto: cosine+kl where layers pair, else kl."),
     ] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 compute; weights are always fp32.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto, fp32 or bf16 compute, or fp8 or fp8_tensorwise products in bf16; weights are always fp32.")
+    ] = "auto",
     micro_batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens that go through the model at once; default: as many as pay, within the free memory.")
     ] = None,

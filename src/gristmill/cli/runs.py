@@ -1,6 +1,7 @@
 """Commands about whole runs: start one, look at it, compare it, write its recipe."""
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,8 @@ def _finish(
     from gristmill.report.summary import stage_line
     from gristmill.runs.reader import read_run
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("This kind of run has one process: start it without torchrun.")
     folder = out or Path("runs") / "-".join([name, *([f"seed{seed}"] if seed is not None else [])])
     with Progress(quiet=quiet, describe=stage_line) as progress:
         results = start(folder, progress)

@@ -199,9 +199,16 @@ class Orders:
         self._broadcast(text)
 
     def take(self) -> dict[str, Any]:
-        """The next order."""
-        size = int(self._broadcast(torch.zeros(1, dtype=torch.int64)))
-        order: dict[str, Any] = json.loads(self._broadcast(torch.zeros(size, dtype=torch.uint8)).numpy().tobytes())
+        """The next order.
+
+        Raises:
+            InputError: the first process has ended without one.
+        """
+        try:
+            size = int(self._broadcast(torch.zeros(1, dtype=torch.int64)))
+            order: dict[str, Any] = json.loads(self._broadcast(torch.zeros(size, dtype=torch.uint8)).numpy().tobytes())
+        except RuntimeError as e:
+            raise InputError("The first process has ended: it says why.") from e
         return order
 
     def _broadcast(self, x: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ class Pretraining(Recipe):
     held_out: dict[str, FilePath] = Field(
         {}, description="files of documents by the name of their source, whose loss is measured before and after; of a world, its kinds"
     )
-    model: FilePath | None = Field(None, description="folder of a model to go on from, with its tokenizer; miniature: the shipped Base")
+    model: Literal["miniature"] | FilePath | None = Field(
+        None, description="folder of a model to go on from, with its tokenizer; miniature: the shipped Base"
+    )
     preset: str = Field("miniature", description="architecture, one of the model presets, where no model is given")
     tokenizer: FilePath | None = Field(None, description="folder of an existing tokenizer; default: train one on the documents")
     chat_format: Literal["nemotron", "chatml", "llama3"] = "nemotron"
@@ -83,8 +85,10 @@ class Pretraining(Recipe):
             raise ValueError("give either world or documents")
         if self.weights is not None and self.world is None:
             raise ValueError("weights are of a world's kinds of documents: a blend has weights of its own (`gristmill blend`)")
-        if self.model is not None and {"preset", "tokenizer"} & self.model_fields_set:
-            raise ValueError("leave preset and tokenizer out where a model is given: it has both")
+        if self.model is not None and {"preset", "tokenizer", "chat_format"} & self.model_fields_set:
+            raise ValueError("leave preset, tokenizer and chat_format out where a model is given: it has them")
+        if self.model is None and self.held_out:
+            raise ValueError("held_out is measured before and after training from a model: give model, or leave it out")
         if self.batch_size is not None:
             ramp_of(self.batch_size)
         return self
@@ -97,8 +101,7 @@ def pretrain(recipe: Pretraining, out: Path, on_step: OnStep | None = None, mesh
     """
     if recipe.preset not in PRESETS:
         raise InputError(f"Unknown preset {recipe.preset!r}: choose one of {', '.join(PRESETS)}.")
-    shipped = recipe.model is not None and recipe.model.name == "miniature" and not recipe.model.exists()
-    given = None if recipe.model is None else load_model(BASE if shipped else recipe.model)
+    given = None if recipe.model is None else load_model(BASE if recipe.model == "miniature" else Path(recipe.model))
     config = PRESETS[recipe.preset] if given is None else given[0].config
     check_parallel(config, (mesh or Mesh()).dims)
     device = pick_device(recipe.device)

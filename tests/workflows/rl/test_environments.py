@@ -41,11 +41,13 @@ async def right(completion, answer, parser): return float(parser.parse_answer(co
 def short(completion, info, state, **kwargs): return -len(completion[-1]["content"]) / info["scale"] * (state["answer"] == kwargs["answer"])
 def watched(completion): raise RuntimeError("its weight is 0")
 def by_group(completions): return [0.0 for _ in completions]
+def broken(completion, answer): return 1.0 if answer != "10" else 1 / 0
 
 def load_environment(size=3, **more):
     rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1), "info": '{"scale": 10}', "task": "sums"} for i in range(size)]
     rubric = Group([Rubric([right, watched], [2.0, 0.0], {"parser": Parser()}), Rubric([short])])
     if more.pop("group", False): rubric = Rubric([by_group])
+    if more.pop("broken", False): rubric = Rubric([broken])
     return Environment(rubric, rows, **more)
 """
 
@@ -138,7 +140,8 @@ def test_a_run_on_nemo_gyms_rows_asks_for_the_evaluation_too(serve: Callable[...
     results = loop.run(check(RlRecipe, values | FP32), tmp_path / "run", Progress(quiet=True))
     assert [stage["greedy"]["overall"]["n"] for stage in results["stages"]] == [1, 1]
     journal = (tmp_path / "run/01-rl/judgements.jsonl").read_text().splitlines()
-    assert 1 <= len(journal) <= 4 and all("reward" in json.loads(line) for line in journal)
+    assert 1 <= len(journal) <= 6 and all("reward" in json.loads(line) for line in journal)
+    assert (tmp_path / "run/00-base/judgements.jsonl").read_text().count("reward") >= 1, "what the evaluation was told is kept too"
 
 
 @pytest.mark.parametrize(
@@ -160,6 +163,20 @@ def test_a_fifth_of_the_rows_is_held_out_where_there_is_no_evaluation(tmp_path: 
         assert recipe.environment is not None
         prompts, evaluation = find_prompts(recipe, open_environment(recipe.environment, stack, 1))
     assert len(prompts) == 8 and len(evaluation) == 2 and not {p.id for p in prompts} & {p.id for p in evaluation}
+
+
+def test_one_row_is_too_few(tmp_path: Path) -> None:
+    recipe = check(RlRecipe, {"model": "m", "environment": {"verifiers": str(module(tmp_path)), "args": {"size": 1}}})
+    with ExitStack() as stack, pytest.raises(InputError, match="0 prompts to train on and 1 to evaluate with"):
+        assert recipe.environment is not None
+        find_prompts(recipe, open_environment(recipe.environment, stack, 1))
+
+
+def test_what_cannot_be_judged_is_no_wrong_answer_of_the_evaluation(tiny_base: Path, tmp_path: Path) -> None:
+    environment = {"verifiers": str(module(tmp_path)), "args": {"size": 10, "broken": True}}
+    values = {"model": str(tiny_base), "environment": environment, "steps": 1, "prompts": 1, "samples": 4, "max_tokens": 16, "threads": 1}
+    with pytest.raises(InputError, match="could not judge [1-9] of [1-9] answers of the evaluation"):
+        loop.run(check(RlRecipe, values | FP32), tmp_path / "run", Progress(quiet=True))
 
 
 def test_a_run_on_an_environment(tiny_base: Path, tmp_path: Path) -> None:

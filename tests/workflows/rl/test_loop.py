@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +195,11 @@ def test_a_function_that_says_the_same_of_all_is_named(tiny_base: Path, tmp_path
 
 def test_dynamic_sampling_draws_until_enough_groups_have_a_spread(tiny_base: Path, tmp_path: Path) -> None:
     run(make(tmp_path, tiny_base, max_draws=4, steps=2), tmp_path)
+    drawn = [json.loads(line) for line in (tmp_path / "run/01-rl/rollouts.jsonl").read_text().splitlines()]
+    groups = Counter(record["step"] for record in drawn if "out" in record)
     for line in metrics(tmp_path):
-        assert line["spread"] == 1 or line["step"] > 2
+        num = groups[int(line["step"]) - 1]
+        assert num % 3 == 0 and (round(line["spread"] * num) >= 3 or num == 12), "what was drawn and left out counts too"
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,10 @@ def test_what_an_earlier_version_does_not_know_is_not_written() -> None:
 
 
 def test_files_of_the_command_line(tmp_path: Path) -> None:
-    given = recipe(rewards={"reward_model": {"folder": "REWARD", "weight": 2.0}}).with_files(prompts=tmp_path, reward_model=tmp_path)
+    files = {"world": None, "data": {"prompts": "p.jsonl", "evaluation": "e.jsonl"}}
+    given = recipe(**files, rewards={"reward_model": {"folder": "REWARD", "weight": 2.0}})
+    given = given.with_files(prompts=tmp_path, reward_model=tmp_path)
     assert given.rewards.reward_model is not None and given.data.prompts == tmp_path
     assert given.rewards.reward_model.folder == tmp_path and given.rewards.reward_model.weight == 2.0
+    with pytest.raises(InputError, match="leave --prompts out"):
+        recipe().with_files(prompts=tmp_path, reward_model=None)

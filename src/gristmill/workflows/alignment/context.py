@@ -45,6 +45,7 @@ from gristmill.runs.run_dir import RunDir
 from gristmill.synth.templates import TemplatePack
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.settings import Training
+from gristmill.train.sharded import check_parallel
 from gristmill.workflows.alignment.ranks import Ranks
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
@@ -143,9 +144,11 @@ class AlignmentContext:
             pipelines.check([name for name, there in have.items() if there])
         self.base_folder = BASE if recipe.model == "miniature" else Path(recipe.model)
         base, self.tokenizer = load_model(self.base_folder)  # fails here, before any work, when the checkpoint is bad
-        for section in (recipe.demonstration_sft, recipe.reward, recipe.code_sft, recipe.general_sft, recipe.dpo, recipe.rpo):
+        sections = (recipe.demonstration_sft, recipe.reward, recipe.code_sft, recipe.general_sft, recipe.dpo, recipe.rpo)
+        for section in sections:
             if section.lora is not None:
                 check_adapters(base, lora_config(section.lora), base=section.lora.base)
+        check_parallel(base.config, (mesh or Mesh()).dims, adapted=any(section.lora is not None for section in sections))
         self.base_config, self.max_positions = base.config, base.config.max_positions
         given, size = recipe, num_parameters(base.config)
         self.recipe = recipe = resolved_recipe(given, size, self.device, source=self.source, folder=folder, mesh=mesh)

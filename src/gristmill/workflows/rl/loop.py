@@ -135,13 +135,22 @@ class _Run:
         generate = partial(self._generate, path=folder / EVALUATION)
         by_environment = self.environment is not None and self.recipe.data.evaluation is None
         check = self._passing if by_environment else self.verifier.verify
-        return evaluate_model(self.evaluation, generate, check, max_tokens=self.recipe.max_tokens, seed=self.recipe.seed)
+        with ExitStack() as stack:
+            if by_environment and self.recipe.asks_others:
+                self._journalled(folder, stack)
+            return evaluate_model(self.evaluation, generate, check, max_tokens=self.recipe.max_tokens, seed=self.recipe.seed)
 
     def _passing(self, cases: list[tuple[dict[str, Any], str]]) -> list[bool]:
-        """Whether the environment's reward of each answer is one that passes."""
+        """Whether the environment's reward of each answer is one that passes.
+
+        Raises:
+            InputError: it could not be asked about one, which is no wrong answer.
+        """
         assert self.environment is not None and self.recipe.environment is not None
         prompts = [Prompt("", "", (), "file", meta=truth) for truth, _ in cases]
         values = self.environment.rewards(prompts, [Completion(text, 0, (), "stop") for _, text in cases])
+        if errors := [value for value in values if isinstance(value, str)]:
+            raise InputError(f"The environment could not judge {len(errors)} of {len(values)} answers of the evaluation: {errors[0]}.")
         return [isinstance(value, float) and value >= self.recipe.environment.passing for value in values]
 
     def _pass_rates(self) -> list[float]:
@@ -235,17 +244,21 @@ class _Run:
         recipe = self.recipe
         parts: list[RewardPart] = [*self.functions]
         if recipe.asks_others:
-            journal = stack.enter_context(Journal(folder / JUDGEMENTS))
-            parts += model_parts(recipe, journal)
-            if self.environment is not None:
-                self.environment.journal = journal
-                stack.callback(setattr, self.environment, "journal", None)
+            parts += model_parts(recipe, self._journalled(folder, stack))
         return parts if self.environment is None else [*parts, self.environment]
+
+    def _journalled(self, folder: Path, stack: ExitStack) -> Journal:
+        """The journal of what others were asked in a stage, for the environment too."""
+        journal = stack.enter_context(Journal(folder / JUDGEMENTS))
+        if self.environment is not None:
+            self.environment.journal = journal
+            stack.callback(setattr, self.environment, "journal", None)
+        return journal
 
     def _update(self, trainer: Trainer, source: RolloutSource, groups: Sequence[Group]) -> dict[str, float]:
         """Optimizer updates on the groups that have a spread, in equal shares; the metrics' means. Nothing without any."""
         recipe = self.recipe
-        kept = [group for group in groups if group.has_spread]
+        kept = source.trained(groups)
         kind = recipe.normalize or NORMALIZE[recipe.method]
         shares = [kept[i :: recipe.updates] for i in range(recipe.updates)]
         samples = [normalized([r for group in share for r in source.samples(group)], kind, recipe.max_tokens) for share in shares if share]

@@ -30,6 +30,8 @@ def find_prompts(recipe: RlRecipe, environment: Tasks | None) -> tuple[list[Prom
         prompts, evaluation = ([p for p in rows if p.task in data.tasks] for rows in (prompts, evaluation))
         if not prompts or not evaluation:
             raise InputError(f"There are no prompts of the tasks {', '.join(data.tasks)}: look at data.tasks.")
+    if not prompts or not evaluation:
+        raise InputError(f"There are {len(prompts)} prompts to train on and {len(evaluation)} to evaluate with: give more rows.")
     asked = {normalize_prompt(p.messages) for p in evaluation}
     for number, prompt in enumerate(prompts, 1):
         named = f"Prompt {number} ({prompt.messages[-1].content[:60]!r})"

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from gristmill.core.config import FilePath, Recipe, RunName, Section
+from gristmill.core.errors import InputError
 from gristmill.generation.settings import Calls, GeneratorSettings
 from gristmill.judge.settings import Reward
 from gristmill.train.by_size import LORA_LR_FACTOR
@@ -211,9 +212,15 @@ class RlRecipe(Recipe):
         return bool(self.rewards.reward_model or self.rewards.judge or (self.environment and self.environment.nemo_gym))
 
     def with_files(self, *, prompts: Path | None, reward_model: Path | None) -> Self:
-        """The recipe with other prompts, and with a reward model in a folder; None leaves what there is."""
+        """The recipe with other prompts, and with a reward model in a folder; None leaves what there is.
+
+        Raises:
+            InputError: the recipe has no prompts of its own.
+        """
         changes: dict[str, Any] = {}
         if prompts is not None:
+            if self.data.prompts is None:
+                raise InputError(f"The recipe {self.name!r} takes its prompts from a world or an environment: leave --prompts out.")
             changes["data"] = self.data.model_copy(update={"prompts": prompts})
         if reward_model is not None:
             part = self.rewards.reward_model or RewardModel(folder=reward_model)

@@ -66,14 +66,17 @@ class RolloutSource:
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))  # the latest epoch and its shuffle
 
     def step(self, step: int) -> list[Group]:
-        """The groups of a step: one draw, or as many as dynamic sampling takes until enough of them have a spread."""
+        """All groups of a step: of one draw, or of as many as dynamic sampling takes until enough have a spread (`trained`)."""
         groups: list[Group] = []
         for draw in range(self._recipe.max_draws):
             groups += self._draw(step, draw)
-            spread = [group for group in groups if group.has_spread]
-            if len(spread) >= self._recipe.prompts:
-                return spread[: self._recipe.prompts] if draw else groups
+            if len(self.trained(groups)) >= self._recipe.prompts:
+                break
         return groups
+
+    def trained(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups of a step that are trained on: the first with a spread, as many as the recipe wants."""
+        return [group for group in groups if group.has_spread][: self._recipe.prompts]
 
     def _draw(self, step: int, draw: int) -> list[Group]:
         recipe = self._recipe
