@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gristmill.core.device import check_dtype, current_device, free_memory, pick_device
+from gristmill.core.device import Arena, check_dtype, current_device, free_memory, pick_device
 from gristmill.core.errors import InputError
 
 
@@ -75,3 +75,21 @@ def test_a_gpu_is_the_current_one_meanwhile(monkeypatch: pytest.MonkeyPatch) -> 
         assert not asked
     with current_device(torch.device("cuda:1")):
         assert asked == [torch.device("cuda:1")]
+
+
+def test_tensors_of_an_arena_are_apart_and_go_back_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Arena, "MAPPING", 4 << 20)
+    arena = Arena()
+    shapes = [((3, 5), torch.bfloat16), ((), torch.float32), ((0, 4), torch.int8), ((700_000,), torch.float32), ((1 << 21,), torch.float32)]
+    tensors = [arena.zeros(shape, dtype) for shape, dtype in shapes]
+    kept = arena.keep(torch.arange(12.0).view(3, 4).T)
+    assert kept.is_contiguous() and torch.equal(kept, torch.arange(12.0).view(3, 4).T)
+    for number, (tensor, (shape, dtype)) in enumerate(zip(tensors, shapes, strict=True)):
+        assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype) and not bool(tensor.any()), "nobody has written to it yet"
+        assert not tensor.numel() or tensor.data_ptr() % 64 == 0
+        tensor.fill_(number + 1)
+    assert all(bool((tensor == number + 1).all()) for number, tensor in enumerate(tensors)) and kept[0, 1] == 4
+    before = Path("/proc/self/statm").read_text().split()[1]
+    del tensors, tensor, arena
+    freed = (int(before) - int(Path("/proc/self/statm").read_text().split()[1])) * resource.getpagesize()
+    assert freed > 8 << 20, "kept's mapping stays, the largest goes"

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gristmill.core.device import Arena
 from gristmill.engine.kernels import library as kernels
 from gristmill.engine.layers import Norm
 from gristmill.engine.linear import LINEARS, Int8Activations, Int8Linear
@@ -52,8 +53,8 @@ def test_int8_products(size: tuple[int, int, int], outputs: int) -> None:
     for parameter in linear.parameters():
         parameter.data.normal_()
     x_TD = torch.randn(rows, width)
-    product = Int8Linear(linear, torch.float32)
-    plain = Int8Linear(linear, torch.float32)
+    product = Int8Linear(linear, torch.float32, Arena())
+    plain = Int8Linear(linear, torch.float32, Arena())
     plain.library = None
     quantized = Int8Activations.quantize(x_TD)
     assert torch.allclose(product.matmul(quantized), plain.matmul(quantized), atol=1e-4, rtol=1e-4)
@@ -96,4 +97,4 @@ def test_quantized_products_of_any_shape(width: int, rows: int, kind: str, dtype
         parameter.data.normal_()
     x_TD = torch.randn(rows, width).to(dtype)
     exact = linear(x_TD.float())
-    assert (LINEARS[kind](linear, dtype)(x_TD).float() - exact).norm() <= (0.06 if kind == "fp8" else 0.03) * exact.norm() + 0.05
+    assert (LINEARS[kind](linear, dtype, Arena())(x_TD).float() - exact).norm() <= (0.06 if kind == "fp8" else 0.03) * exact.norm() + 0.05

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gristmill.core.device import Arena
 from gristmill.core.errors import InputError
 from gristmill.engine import linear as linear_methods
 from gristmill.engine.kernels import library as kernels
@@ -118,7 +119,7 @@ def test_many_rows_go_to_torch(kind: str, most: int, monkeypatch: pytest.MonkeyP
     linear = Linear(96, 40, bias=True).to(torch.bfloat16)
     for parameter in linear.parameters():
         parameter.data.normal_()
-    made = LINEARS[kind](linear, torch.bfloat16)
+    made = LINEARS[kind](linear, torch.bfloat16, Arena())
     for rows in (1, 3, 4, 20):
         x_TD = torch.randn(rows, 96).bfloat16()
         exact_TN = F.linear(x_TD.double(), linear.weight.double(), linear.bias.double())
@@ -127,4 +128,4 @@ def test_many_rows_go_to_torch(kind: str, most: int, monkeypatch: pytest.MonkeyP
 
 def test_int4_of_a_width_that_is_no_whole_group() -> None:
     with pytest.raises(InputError, match="Quantize to int8-weight"):
-        LINEARS["int4"](Linear(40, 8, bias=False), torch.float32)
+        LINEARS["int4"](Linear(40, 8, bias=False), torch.float32, Arena())

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.core.device import put
+from gristmill.core.device import Arena, put
 from gristmill.engine.block_manager import BLOCK_SIZE
 from gristmill.engine.kernels import library as kernels
 from gristmill.engine.linear import has_triton, supported_by_kernels
@@ -78,7 +78,7 @@ class KVCache:
 
     def allocate(self, num_blocks: int) -> None:
         """Make room for so many blocks. On a CPU it becomes real memory only where it is written."""
-        self.memory = torch.empty(num_blocks, self.width, dtype=self.memory.dtype, device=self.device)
+        self.memory = Arena().zeros((num_blocks, self.width), self.memory.dtype, self.device)
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy blocks: from, to."""

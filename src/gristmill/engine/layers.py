@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gristmill.core.device import Arena
 from gristmill.core.errors import InputError
 from gristmill.engine.kernels import library as kernels
 from gristmill.engine.linear import (
@@ -104,10 +105,17 @@ class DecoderLayer:
     """Decoder layer in two halves around attention itself. What a half adds to the residual stream is left for the next norm to add.
 
     The `lora` of its methods are the rows of the step that adapters change, if there are any.
+
+    Args:
+        arena: of quantized matrices; those of all layers are best in the same.
     """
 
-    def __init__(self, block: Block, dtype: torch.dtype, quantize: Quantize = "", number: int = 0) -> None:
-        make, self.number = LINEARS[quantize], number
+    def __init__(self, block: Block, dtype: torch.dtype, quantize: Quantize = "", number: int = 0, arena: Arena | None = None) -> None:
+        self.number = number
+        held = arena or Arena()
+
+        def make(linear: Linear) -> LinearMethod:
+            return LINEARS[quantize](linear, dtype, held)
 
         def norm(module: nn.Module | None) -> Norm | None:
             return None if module is None else Norm(module)
@@ -117,12 +125,12 @@ class DecoderLayer:
         self.rope, self.mod, self.residual_multiplier = block.config.rope, block.mod, block.residual_multiplier
         if block.attention is not None:
             self.attention_norm, self.attention_post_norm = norm(block.attention_norm), norm(block.attention_post_norm)
-            self.qkv, self.output = make(block.attention.qkv, dtype), make(block.attention.output, dtype)
+            self.qkv, self.output = make(block.attention.qkv), make(block.attention.output)
         if block.mlp is not None:
             self.mlp_norm, self.mlp_post_norm = norm(block.mlp_norm), norm(block.mlp_post_norm)
             linears = (block.mlp.gate_up, block.mlp.gate, block.mlp.up)
-            self.gate_up, self.gate, self.up = (None if linear is None else make(linear, dtype) for linear in linears)
-            self.down = make(block.mlp.down, dtype)
+            self.gate_up, self.gate, self.up = (None if linear is None else make(linear) for linear in linears)
+            self.down = make(block.mlp.down)
             self.library = kernels.load() if supported_by_kernels(block.mlp.down.weight.device, dtype) else None
 
     def project_qkv(self, x_TD: Tensor, delta_TD: Tensor | None, lora: LoraRows | None = None) -> tuple[Tensor, Tensor]:
@@ -268,9 +276,10 @@ class Decoder:
         self._read(None)
 
     def _read(self, layers: list[DecoderLayer] | None) -> None:
+        arena = Arena()
         if layers is None:
             blocks = [block for block in self.model.blocks.values() if isinstance(block, Block)]
-            layers = [DecoderLayer(block, self.dtype, self.quantize, number) for number, block in enumerate(blocks)]
+            layers = [DecoderLayer(block, self.dtype, self.quantize, number, arena) for number, block in enumerate(blocks)]
         self.layers = layers
         self.final_norm = Norm(self.model.final_norm, 1 / self.config.logits_scaling)
         self.embedding_VD = self.model.embedding.detach().to(self.dtype)
@@ -279,7 +288,7 @@ class Decoder:
             self.unembedding_VD = self.embedding_VD
         output = Linear(1, 1, bias=False)
         output.weight = nn.Parameter(self.unembedding_VD, requires_grad=False)
-        self.output = LINEARS["int8-weight" if self.head else ""](output, self.dtype)
+        self.output = LINEARS["int8-weight" if self.head else ""](output, self.dtype, arena)
 
     @property
     def any_rows(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.core.device import has_bf16_products
+from gristmill.core.device import Arena, has_bf16_products
 from gristmill.core.errors import InputError
 from gristmill.engine.kernels import library as kernels
 from gristmill.model.quantized import INT4_GROUP, check_groups, grouped, scaled
@@ -125,7 +125,7 @@ class Int8Activations:
 class UnquantizedLinear:
     """Linear layer as it is. It reads the model's own weight, so that later changes of it are seen."""
 
-    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: Linear, dtype: torch.dtype, arena: Arena) -> None:
         self.weight_ND = linear.weight.detach()
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
         kind = {torch.float32: FP32, torch.bfloat16: BF16}.get(dtype)
@@ -152,7 +152,7 @@ def _check_widths(linear: Linear, step: int) -> None:
 class Int8Linear:
     """W8A8 linear layer: an int8 matrix, and activations quantized token by token as they come."""
 
-    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: Linear, dtype: torch.dtype, arena: Arena) -> None:
         _check_widths(linear, 8)
         weight_ND, self.scale_N = scaled(linear.weight.detach(), torch.int8)
         self.bias_N = None if linear.bias is None else linear.bias.detach().float()
@@ -162,9 +162,9 @@ class Int8Linear:
         self.max_rows = ANY_ROWS
         # torch's int8 product is slower than any other on a CPU that has no instructions for it
         if self.library is not None and max_rows(INT8) and not torch.cpu._is_vnni_supported():
-            self.compiled = CompiledProduct(INT8, int8_rows(weight_ND), self.scale_N, self.bias_N, shape=weight_ND.shape)
+            self.compiled = CompiledProduct(INT8, arena.keep(int8_rows(weight_ND)), self.scale_N, self.bias_N, shape=weight_ND.shape)
         else:
-            self.weight_DN = weight_ND.T.clone(memory_format=torch.contiguous_format)
+            self.weight_DN = arena.keep(weight_ND.T)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self.matmul(Int8Activations.quantize(x_TD))
@@ -207,14 +207,14 @@ class Int8WeightLinear:
 
     MAX_MIXED_ROWS = 8  # rows up to which torch's mixed product beats making the matrix whole again (twice as fast as bf16 at one row)
 
-    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: Linear, dtype: torch.dtype, arena: Arena) -> None:
         values_ND, scale_N = scaled(linear.weight.detach(), torch.int8)
         self.weight_ND, self.scale_N = values_ND, scale_N.to(dtype)
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
         self.max_rows = max_rows(INT8) if supported_by_kernels(values_ND.device, dtype) else 0
         self.compiled: CompiledProduct | None = None
         if self.max_rows:
-            held, bias_N = int8_rows(values_ND), None if self.bias_N is None else self.bias_N.float()
+            held, bias_N = arena.keep(int8_rows(values_ND)), None if self.bias_N is None else self.bias_N.float()
             self.compiled = CompiledProduct(INT8, held, scale_N, bias_N, shape=values_ND.shape)
             self.weight_ND = held[:, : values_ND.shape[1]]
 
@@ -235,10 +235,11 @@ class Int4WeightLinear:
     it is right and slow.
     """
 
-    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: Linear, dtype: torch.dtype, arena: Arena) -> None:
         self.shape, self.dtype = linear.weight.shape, dtype
         check_groups(self.shape[1], INT4_GROUP)
-        self.held = int4_blocks(*grouped(linear.weight.detach(), INT4_GROUP))
+        blocks, scale_NG = int4_blocks(*grouped(linear.weight.detach(), INT4_GROUP))
+        self.held = arena.keep(blocks), arena.keep(scale_NG)
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
         self.max_rows = max_rows(INT4) if supported_by_kernels(linear.weight.device, dtype) else 0
         self.compiled: CompiledProduct | None = None
@@ -264,7 +265,7 @@ class Fp8Linear:
     compiled: CompiledProduct | None = None
     max_rows = 0
 
-    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: Linear, dtype: torch.dtype, arena: Arena) -> None:
         device = linear.weight.device
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             raise InputError(f"{torch.cuda.get_device_name(device)} has no fp8 products: quantize to int8 instead.")
@@ -281,7 +282,7 @@ class Fp8Linear:
         return out_TN if self.bias_N is None else out_TN.add_(self.bias_N)
 
 
-LINEARS: dict[str, Callable[[Linear, torch.dtype], LinearMethod]] = {
+LINEARS: dict[str, Callable[[Linear, torch.dtype, Arena], LinearMethod]] = {
     "": UnquantizedLinear,
     "int8": Int8Linear,
     "int8-weight": Int8WeightLinear,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from gristmill.core.device import check_dtype, pick_device, pick_precision, trim_heap
+from gristmill.core.device import Arena, check_dtype, pick_device, pick_precision, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Message, to_dicts
 from gristmill.data.find_format import find_format
@@ -79,9 +79,10 @@ def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = ""
     if quantize == "int4" and not adapter:
         check_widths(read_config(folder)[1])
     layers: list[DecoderLayer] = []
+    arena = Arena()
 
     def quantized(block: Block) -> None:  # before the next is read, so that only one has its matrices in fp32
-        layers.append(DecoderLayer(block, dtype, quantize, len(layers)))
+        layers.append(DecoderLayer(block, dtype, quantize, len(layers), arena))
         release(block)
 
     by_block = own and bool(quantize) and not adapter

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from gristmill.core.device import free_memory, returned_at_once, trim_heap
+from gristmill.core.device import Arena, free_memory, returned_at_once, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.core.tensors import Place, places
 from gristmill.core.untrusted import is_bare_name, quoted, quoted_path, read_untrusted_json
@@ -234,8 +234,15 @@ def _fill(
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
+    arena = Arena()
+
+    def place(tensor: Tensor) -> Tensor:
+        if device.type == "cpu" and on_block is None:
+            return arena.zeros(tensor.shape, tensor.dtype)
+        return torch.empty_like(tensor, device="cpu")  # of what goes soon, each for itself
+
     def fill(module: nn.Module, *, recurse: bool) -> None:
-        module.to_empty(device="cpu", recurse=recurse)
+        module._apply(place, recurse=recurse)
         for name, rows in tensors(model).items():
             if name in stored and not rows[0].is_meta:
                 parts = stored.pop(name)
