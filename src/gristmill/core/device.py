@@ -127,8 +127,10 @@ class Arena:
         size = math.prod(shape) * dtype.itemsize
         if torch.device(device).type != "cpu" or not size:
             return torch.zeros(tuple(shape), dtype=dtype, device=device)
+        if size > self.MAPPING:
+            return self._mapped(size)[:size].view(dtype).view(tuple(shape))
         if self._free is None or len(self._free) < size:
-            self._free = self._mapped(max(size, self.MAPPING))
+            self._free = self._mapped(self.MAPPING)
         place, self._free = self._free[:size], self._free[-(-size // self.LINE) * self.LINE :]
         return place.view(dtype).view(tuple(shape))
 
