@@ -12,6 +12,7 @@ from aiohttp import web
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import quoted_path
+from gristmill.report.samples import STUDIO_PORT
 from gristmill.studio import export as exports
 from gristmill.studio.app import Studio
 from gristmill.studio.database import Database, place_of
@@ -36,7 +37,7 @@ class StudioArgs:
     """
 
     host: str = "127.0.0.1"
-    port: int = 8600
+    port: int = STUDIO_PORT
     url: str = ""
     database: str = ""
     guard: str = ""
