@@ -1,8 +1,10 @@
-"""Studio with many rows: a real `gristmill studio`, asked over HTTP: time of pages, filters and orders, and the most memory that it held.
+"""Studio with many rows and people: a real `gristmill studio`, asked over HTTP: time of pages, memory, and whether an answer is lost.
 
-python bench/studio.py [--rows 100000]
+python bench/studio.py [--rows 100000] [--people 10]
 
-Milliseconds are the least of five requests, none of them answered from what the server remembers. `peak_mib` is the server's VmHWM.
+Milliseconds of `rows` are the least of five requests, none of them answered from what the server remembers. `peak_mib` is the server's
+VmHWM. `people` all rate at once without a pause, each answer sent twice as if the first reply had been lost, until nothing is left of 100
+items that need three each; its milliseconds are from sending five answers to their acknowledgement.
 """
 
 import argparse
@@ -14,15 +16,19 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
+from uuid import uuid4
 
 from gristmill.data.chat import Message
 from gristmill.data.rows import Response, write_rows
 
 WORDS = [f"word{n}" for n in range(5000)]
 NAME = "rows.parquet"
+NUM_PROMPTS, NEED = 50, 3  # of the project that people work in: two answers each
 
 
 def write(path: Path, num: int) -> None:
@@ -50,29 +56,43 @@ def write(path: Path, num: int) -> None:
     )
 
 
-class Server:
-    """A running `gristmill studio`, and its owner's requests."""
+class Client:
+    """Requests of somebody who is logged in."""
 
-    def __init__(self, folder: Path):
-        command = [sys.executable, "-m", "gristmill.cli", "studio", str(folder), "--port", "0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert self.process.stdout is not None
-        self.origin, _, token = self.process.stdout.readline().split()[-1].partition("/#token=")
-        self.headers = {"Origin": self.origin, "Content-Type": "application/json"}
-        with self._open("POST", "/session", {"token": token}) as reply:
+    def __init__(self, origin: str, **body: str):
+        self.origin = origin
+        self.headers = {"Origin": origin, "Content-Type": "application/json"}
+        with self._open("POST", "/session", body) as reply:
             self.headers["Cookie"] = reply.headers["Set-Cookie"].split(";")[0]
 
     def _open(self, method: str, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         return urllib.request.urlopen(urllib.request.Request(f"{self.origin}/studio/api{path}", data, self.headers, method=method))
 
-    def page(self, **query: Any) -> dict[str, Any]:
-        with self._open("GET", "/rows?" + urlencode({"source": NAME, **query})) as reply:
+    def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        with self._open(method, path, body) as reply:
             return dict(json.load(reply))
 
-    def make_project(self, kind: str) -> None:
-        with self._open("POST", "/projects", {"kind": kind, "source": NAME, "num": 200, "need": 3}) as reply:
-            reply.read()
+
+class Server:
+    """A running `gristmill studio`, and its owner."""
+
+    def __init__(self, folder: Path):
+        command = [sys.executable, "-m", "gristmill.cli", "studio", str(folder), "--port", "0"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout is not None
+        self.origin, _, token = self.process.stdout.readline().split()[-1].partition("/#token=")
+        self.owner = Client(self.origin, token=token)
+
+    def page(self, **query: Any) -> dict[str, Any]:
+        return self.owner.ask("GET", "/rows?" + urlencode({"source": NAME, **query}))
+
+    def make_project(self, kind: str, num: int) -> str:
+        return str(self.owner.ask("POST", "/projects", {"kind": kind, "source": NAME, "num": num, "need": NEED})["id"])
+
+    def annotator(self, name: str) -> Client:
+        token = self.owner.ask("POST", "/invitations", {"role": "annotator"})["token"]
+        return Client(self.origin, token=token, name=name, password="a long password")
 
     def mib(self, name: str) -> int:
         """A field of the process's status, in MiB: VmHWM is the peak of all resident pages, RssAnon what is no mapped file."""
@@ -83,17 +103,18 @@ class Server:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--people", type=int, default=10)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / NAME
         write(path, args.rows)
         server = Server(Path(folder))
         try:
-            measured = measure(server, args.rows)
+            measured = {"rows": measure(server, args.rows), "people": at_work(server, args.people)}
         finally:
             server.process.terminate()
             server.process.wait()
-        json.dump({"rows": args.rows, "file_mib": round(path.stat().st_size / 2**20, 1), **measured}, sys.stdout, indent=1)
+        json.dump({"num_rows": args.rows, "file_mib": round(path.stat().st_size / 2**20, 1), **measured}, sys.stdout, indent=1)
     print()
 
 
@@ -122,8 +143,43 @@ def measure(server: Server, rows: int) -> dict[str, Any]:
     out["filter_text_ms"] = timed(filter='text ~ "word123 wordFRESH"')
     out["text_peak_mib"] = server.mib("VmHWM")
     for kind in ("rate", "pair"):
-        server.make_project(kind)
+        server.make_project(kind, 200)
     return out | {"peak_mib": server.mib("VmHWM"), "private_mib": server.mib("RssAnon")}
+
+
+def at_work(server: Server, num: int) -> dict[str, Any]:
+    """Annotators who answer at once until nothing is left: what is stored, counted from the export."""
+    project = server.make_project("rate", NUM_PROMPTS)
+    content = {"helpfulness": 3, "correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 1}
+
+    def work(client: Client) -> tuple[list[str], list[float]]:
+        acknowledged, seconds = list[str](), list[float]()
+        while items := client.ask("GET", f"/queue?project={project}&n=5")["items"]:
+            answers = [{"id": str(uuid4()), "item": item["id"], "version": 1, "content": content, "guideline": 1} for item in items]
+            sent = {"answers": [answer | {"seconds": 1.0, "keys": 5} for answer in answers]}
+            started = time.perf_counter()
+            said = client.ask("POST", "/answers", sent)
+            seconds.append(time.perf_counter() - started)
+            client.ask("POST", "/answers", sent)
+            acknowledged += [result["item"] for result in said["results"] if result["status"] == 200]
+        return acknowledged, seconds
+
+    clients = [server.annotator(f"annotator {n}") for n in range(num)]
+    with ThreadPoolExecutor(num) as pool:
+        done = list(pool.map(work, clients))
+    with server.owner._open("GET", "/export/ratings.jsonl") as reply:
+        rows = [json.loads(line) for line in reply.read().splitlines()]
+    by_item, by_person = Counter(row["item"] for row in rows), Counter((row["item"], row["annotator"]) for row in rows)
+    seconds = sorted(s for _, each in done for s in each)
+    return {
+        "acknowledged": sum(len(items) for items, _ in done),
+        "stored": len(rows),
+        "items": len(by_item),
+        "items_with_more_or_less_than_needed": sum(n != NEED for n in by_item.values()),
+        "twice_by_one_person": sum(n > 1 for n in by_person.values()),
+        "median_ms": round(1000 * seconds[len(seconds) // 2], 1),
+        "most_ms": round(1000 * seconds[-1], 1),
+    }
 
 
 if __name__ == "__main__":
