@@ -16,7 +16,10 @@ export const SKIPS = ["broken", "not English", "pii", "unsafe", "unsure"];
 
 export class Work {
   constructor(me, project, outbox, changed) {
-    Object.assign(this, { me, project, outbox, changed });
+    this.me = me;
+    this.project = project;
+    this.outbox = outbox;
+    this.changed = changed;
     this.items = [];
     this.drafts = {};
     this.versions = {};
