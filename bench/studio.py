@@ -1,10 +1,11 @@
 """Studio with many rows and people: a real `gristmill studio`, asked over HTTP: time of pages, memory, and whether an answer is lost.
 
-python bench/studio.py [--rows 100000] [--people 10]
+python bench/studio.py [--rows 100000] [--people 10] [--browser]
 
 Milliseconds of `rows` are the least of five requests, none of them answered from what the server remembers. `peak_mib` is the server's
 VmHWM. `people` all rate at once without a pause, each answer sent twice as if the first reply had been lost, until nothing is left of 100
-items that need three each; its milliseconds are from sending five answers to their acknowledgement.
+items that need three each; its milliseconds are from sending five answers to their acknowledgement. `page`, of --browser, which needs
+Debian's chromium and PYTHONPATH=src:., is one person at keys: from the fifth to the next item painted, and to "saved", after 20 items.
 """
 
 import argparse
@@ -28,6 +29,26 @@ from gristmill.data.rows import Response, write_rows
 
 WORDS = [f"word{n}" for n in range(5000)]
 NAME = "rows.parquet"
+NUM_KEYED = 20
+KEYS = """(async () => {
+  const item = () => document.querySelector("[data-item]")?.dataset.item;
+  const press = (key) => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const until = (done) => new Promise((go) => { const look = () => (done() ? setTimeout(go) : requestAnimationFrame(look)); look(); });
+  const saved = () => document.querySelector("[data-state=saved]");
+  const out = [];
+  for (let n = 0; n < NUM; n++) {
+    const before = item();
+    for (const key of "0123") press(key);
+    const started = performance.now();
+    press("4");
+    await until(() => item() && item() !== before);
+    const painted = performance.now() - started;
+    await until(saved);
+    out.push([painted, performance.now() - started]);
+    await new Promise((go) => setTimeout(go, 200));
+  }
+  return out;
+})()"""
 NUM_PROMPTS, NEED = 50, 3  # of the project that people work in: two answers each
 
 
@@ -78,10 +99,12 @@ class Server:
     """A running `gristmill studio`, and its owner."""
 
     def __init__(self, folder: Path):
+        started = time.perf_counter()
         command = [sys.executable, "-m", "gristmill.cli", "studio", str(folder), "--port", "0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
         self.origin, _, token = self.process.stdout.readline().split()[-1].partition("/#token=")
+        self.start_ms = round(1000 * (time.perf_counter() - started))
         self.owner = Client(self.origin, token=token)
 
     def page(self, **query: Any) -> dict[str, Any]:
@@ -104,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--people", type=int, default=10)
+    parser.add_argument("--browser", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / NAME
@@ -111,6 +135,8 @@ def main() -> None:
         server = Server(Path(folder))
         try:
             measured = {"rows": measure(server, args.rows), "people": at_work(server, args.people)}
+            if args.browser:
+                measured["page"] = at_keys(server)
         finally:
             server.process.terminate()
             server.process.wait()
@@ -131,7 +157,7 @@ def measure(server: Server, rows: int) -> dict[str, Any]:
             found.append(time.perf_counter() - started)
         return round(1000 * min(found), 1)
 
-    out: dict[str, Any] = {"start_mib": server.mib("VmHWM"), "first_page_ms": timed(1)}
+    out: dict[str, Any] = {"start_ms": server.start_ms, "start_mib": server.mib("VmHWM"), "first_page_ms": timed(1)}
     out["expand_ms"] = timed(1, after=0)
     out["list_peak_mib"] = server.mib("VmHWM")
     out["page_ms"] = timed(after=rows * 9 // 10)
@@ -180,6 +206,22 @@ def at_work(server: Server, num: int) -> dict[str, Any]:
         "median_ms": round(1000 * seconds[len(seconds) // 2], 1),
         "most_ms": round(1000 * seconds[-1], 1),
     }
+
+
+def at_keys(server: Server) -> dict[str, Any]:
+    """One person who rates in a browser."""
+    from tests.studio.browser import Browser
+
+    project = server.make_project("rate", 2 * NUM_KEYED)
+    browser = Browser()
+    try:
+        page = browser.page(f"{server.origin}/#/work/{project}", server.annotator("at keys").headers["Cookie"])
+        page.wait("document.querySelector('[data-item]')")
+        times = page.js(KEYS.replace("NUM", str(NUM_KEYED)))
+    finally:
+        browser.close()
+    middle = [sorted(each)[NUM_KEYED // 2] for each in zip(*times, strict=True)]
+    return {"items": len(times), "median_painted_ms": round(middle[0], 1), "median_saved_ms": round(middle[1], 1)}
 
 
 if __name__ == "__main__":
