@@ -1,10 +1,10 @@
 """Studio with many rows and people: a real `gristmill studio`, asked over HTTP: time of pages, memory, and whether an answer is lost.
 
-python bench/studio.py [--rows 100000] [--people 10] [--browser]
+python bench/studio.py [--rows 100000] [--people 10] [--browser] [--database postgresql://..]
 
 Milliseconds of `rows` are the least of five requests, none of them answered from what the server remembers. `peak_mib` is the server's
 VmHWM. `people` all rate at once without a pause, each answer sent twice as if the first reply had been lost, until nothing is left of 100
-items that need three each; its milliseconds are from sending five answers to their acknowledgement. `page`, of --browser, which needs
+items that need three each; its milliseconds are from sending an answer to its acknowledgement. `page`, of --browser, which needs
 Debian's chromium and PYTHONPATH=src:., is one person at keys: from the fifth to the next item painted, and to "saved", after 20 items.
 """
 
@@ -98,9 +98,10 @@ class Client:
 class Server:
     """A running `gristmill studio`, and its owner."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, database: str):
         started = time.perf_counter()
         command = [sys.executable, "-m", "gristmill.cli", "studio", str(folder), "--port", "0"]
+        command += ["--database", database] if database else []
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
         self.origin, _, token = self.process.stdout.readline().split()[-1].partition("/#token=")
@@ -128,11 +129,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--people", type=int, default=10)
     parser.add_argument("--browser", action="store_true")
+    parser.add_argument("--database", default="", help="an empty one; default: SQLite")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / NAME
         write(path, args.rows)
-        server = Server(Path(folder))
+        server = Server(Path(folder), args.database)
         try:
             measured = {"rows": measure(server, args.rows), "people": at_work(server, args.people)}
             if args.browser:
@@ -180,7 +182,7 @@ def at_work(server: Server, num: int) -> dict[str, Any]:
 
     def work(client: Client) -> tuple[list[str], list[float]]:
         acknowledged, seconds = list[str](), list[float]()
-        while items := client.ask("GET", f"/queue?project={project}&n=5")["items"]:
+        while items := client.ask("GET", f"/queue?project={project}&n=1")["items"]:
             answers = [{"id": str(uuid4()), "item": item["id"], "version": 1, "content": content, "guideline": 1} for item in items]
             sent = {"answers": [answer | {"seconds": 1.0, "keys": 5} for answer in answers]}
             started = time.perf_counter()

@@ -205,6 +205,8 @@ def test_wrong_passwords_are_limited() -> None:
     assert tries.begin("here", "Bo") and tries.begin("elsewhere", "Ada")
     tries.succeed("here", "Bo")
     assert [tries.begin("here", "Bo") for _ in range(MAX_TRIES + 1)] == [True] * MAX_TRIES + [False]
+    assert tries.begin("here", "")
+    tries.succeed("here", "")  # somebody's token is right: no guess is forgotten
     names = [f"guess {n}" for n in range(MAX_TRIES_TOGETHER)]
     assert [tries.begin("here", name) for name in names].count(True) == MAX_TRIES_TOGETHER - 2 * MAX_TRIES
     assert [tries.begin(name, "Ada") for name in names].count(True) == MAX_TRIES_TOGETHER - MAX_TRIES - 1

@@ -138,7 +138,8 @@ class Tries:
         for key in self._limits(address, name):
             if self._counted[key]:
                 self._counted[key].pop()
-        self._counted.pop((address, name), None)
+        if name:
+            self._counted.pop((address, name), None)
 
     @staticmethod
     def _limits(address: str, name: str) -> dict[tuple[str, str], int]:
