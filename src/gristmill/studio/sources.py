@@ -291,9 +291,10 @@ class Sources:
         """
         source = self.source(name)
         with self._reading(source) as opened:
-            return self._choose(source, opened.table, opened.kind, kind, num=num, seed=seed)
+            return self._choose(source, opened, kind, num=num, seed=seed)
 
-    def _choose(self, source: Source, table: pa.Table, rows: str, kind: str, *, num: int, seed: int) -> list[NewItem]:
+    def _choose(self, source: Source, opened: Expanded, kind: str, *, num: int, seed: int) -> list[NewItem]:
+        table, rows = opened.table, opened.kind
         if rows not in OF_KIND[kind]:
             what = "answers" if kind == RATE else "pairs, nor several answers to a prompt"
             raise InputError(f"{source.name} holds no {what}: choose another file.")
@@ -314,6 +315,7 @@ class Sources:
                 chosen = [(place,) for place in different[:2]]
             taken += 1
             out += [self._item(source, table, rows, places) for places in chosen]
+            opened.give_back()  # rows at random map much around them
         return out
 
     def _item(self, source: Source, table: pa.Table, kind: str, places: Sequence[int]) -> NewItem:
