@@ -1,6 +1,7 @@
 # make demo   the whole loop on the miniature world, then the path of its report
 # make test   lint, formatting, types and tests
 # make docs   write docs/api.md from the docstrings again
+# make page   types of the studio's JavaScript (jsconfig.json): TypeScript by npx, so node and a network
 # make base   train the miniature's Base checkpoint again, into runs/base
 #
 # The first of them installs into .venv; later ones need no network. PYTHON=/path/to/python3 chooses the interpreter.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test docs base
+.PHONY: demo test docs page base
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -24,6 +25,9 @@ test: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/make_api.py
+
+page:
+	npx --yes --package typescript@7.0.2 tsc --project jsconfig.json
 
 base: $(INSTALLED)
 	$(BIN)/gristmill pretrain miniature-base --out runs/base

@@ -1,28 +1,59 @@
-"""Studio with many rows: time to expand a file, of a page by key, of filters and orders, and the most memory that the server held.
+"""Studio with many rows and people: a real `gristmill studio`, asked over HTTP: time of pages, memory, and whether an answer is lost.
 
-python bench/studio.py [--rows 100000]
+python bench/studio.py [--rows 100000] [--people 10] [--browser] [--database postgresql://..]
+
+Milliseconds of `rows` are the least of five requests, none of them answered from what the server remembers. `peak_mib` is the server's
+VmHWM. `people` all rate at once without a pause, each answer sent twice as if the first reply had been lost, until nothing is left of 100
+items that need three each; its milliseconds are from sending an answer to its acknowledgement. `page`, of --browser, which needs
+Debian's chromium and PYTHONPATH=src:., is one person at keys: from the fifth to the next item painted, and to "saved", after 20 items.
 """
 
 import argparse
+import itertools
 import json
-import os
 import random
-import resource
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+from uuid import uuid4
 
 from gristmill.data.chat import Message
 from gristmill.data.rows import Response, write_rows
-from gristmill.studio.sources import Sources
 
 WORDS = [f"word{n}" for n in range(5000)]
+NAME = "rows.parquet"
+NUM_KEYED = 20
+KEYS = """(async () => {
+  const item = () => document.querySelector("[data-item]")?.dataset.item;
+  const press = (key) => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const until = (done) => new Promise((go) => { const look = () => (done() ? setTimeout(go) : requestAnimationFrame(look)); look(); });
+  const saved = () => document.querySelector("[data-state=saved]");
+  const out = [];
+  for (let n = 0; n < NUM; n++) {
+    const before = item();
+    for (const key of "0123") press(key);
+    const started = performance.now();
+    press("4");
+    await until(() => item() && item() !== before);
+    const painted = performance.now() - started;
+    await until(saved);
+    out.push([painted, performance.now() - started]);
+    await new Promise((go) => setTimeout(go, 200));
+  }
+  return out;
+})()"""
+NUM_PROMPTS, NEED = 50, 3  # of the project that people work in: two answers each
 
 
 def write(path: Path, num: int) -> None:
-    """Answers of about 1.5 KB each, four to a prompt."""
+    """Answers of about 1.3 KB each, four to a prompt."""
     rng = random.Random(0)
     write_rows(
         path,
@@ -46,53 +77,153 @@ def write(path: Path, num: int) -> None:
     )
 
 
-def timed(work: Callable[[], object], times: int = 5) -> float:
-    """The least milliseconds of several runs."""
-    found = []
-    for _ in range(times):
+class Client:
+    """Requests of somebody who is logged in."""
+
+    def __init__(self, origin: str, **body: str):
+        self.origin = origin
+        self.headers = {"Origin": origin, "Content-Type": "application/json"}
+        with self._open("POST", "/session", body) as reply:
+            self.headers["Cookie"] = reply.headers["Set-Cookie"].split(";")[0]
+
+    def _open(self, method: str, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        return urllib.request.urlopen(urllib.request.Request(f"{self.origin}/studio/api{path}", data, self.headers, method=method))
+
+    def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        with self._open(method, path, body) as reply:
+            return dict(json.load(reply))
+
+
+class Server:
+    """A running `gristmill studio`, and its owner."""
+
+    def __init__(self, folder: Path, database: str):
         started = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - started)
-    return round(1000 * min(found), 1)
+        command = [sys.executable, "-m", "gristmill.cli", "studio", str(folder), "--port", "0"]
+        command += ["--database", database] if database else []
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout is not None
+        self.origin, _, token = self.process.stdout.readline().split()[-1].partition("/#token=")
+        self.start_ms = round(1000 * (time.perf_counter() - started))
+        self.owner = Client(self.origin, token=token)
 
+    def page(self, **query: Any) -> dict[str, Any]:
+        return self.owner.ask("GET", "/rows?" + urlencode({"source": NAME, **query}))
 
-def private_mib() -> float:
-    """Memory of this process that is not a mapped file, in MiB."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return int(fields["RssAnon"].split()[0]) / 1024
+    def make_project(self, kind: str, num: int) -> str:
+        return str(self.owner.ask("POST", "/projects", {"kind": kind, "source": NAME, "num": num, "need": NEED})["id"])
+
+    def annotator(self, name: str) -> Client:
+        token = self.owner.ask("POST", "/invitations", {"role": "annotator"})["token"]
+        return Client(self.origin, token=token, name=name, password="a long password")
+
+    def mib(self, name: str) -> int:
+        """A field of the process's status, in MiB: VmHWM is the peak of all resident pages, RssAnon what is no mapped file."""
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines())
+        return int(fields[name].split()[0]) >> 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--people", type=int, default=10)
+    parser.add_argument("--browser", action="store_true")
+    parser.add_argument("--database", default="", help="an empty one; default: SQLite")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.parquet"
-        if (child := os.fork()) == 0:  # what making the rows takes is not the server's
-            write(path, args.rows)
-            os._exit(0)
-        os.waitpid(child, 0)
-        sources = Sources(Path(folder), Path(folder) / "cache")
-        before = private_mib()
-        name = "rows.parquet"
-        out = {"rows": args.rows, "file_mib": round(path.stat().st_size / 2**20, 1), "first_page_ms": timed(lambda: sources.page(name), 1)}
-        out["expand_ms"] = timed(lambda: sources.page(name, after=0), 1)
-        out["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        out["page_ms"] = timed(lambda: sources.page(name, after=args.rows * 9 // 10))
-        filters = {"column": "task = task3 and score < 0.1", "text": 'text ~ "word123 word"'}
-        for kind, text in filters.items():
-            out[f"filter_{kind}_ms"] = timed(lambda text=text: (sources._orders.clear(), sources.page(name, filter=text)))  # type: ignore[misc]
-        out["order_ms"] = timed(lambda: (sources._orders.clear(), sources.page(name, sort="-score")))
-        out["last_page_of_order_ms"] = timed(
-            lambda: sources.page(name, sort="-score", after=sources.page(name, sort="-score")["rows"][-1]["place"])
-        )
-        out |= {
-            "private_before_mib": round(before),
-            "private_mib": round(private_mib()),
-            "peak_after_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
-        }
-    json.dump(out, sys.stdout, indent=1)
+        path = Path(folder) / NAME
+        write(path, args.rows)
+        server = Server(Path(folder), args.database)
+        try:
+            measured = {"rows": measure(server, args.rows), "people": at_work(server, args.people)}
+            if args.browser:
+                measured["page"] = at_keys(server)
+        finally:
+            server.process.terminate()
+            server.process.wait()
+        json.dump({"num_rows": args.rows, "file_mib": round(path.stat().st_size / 2**20, 1), **measured}, sys.stdout, indent=1)
     print()
+
+
+def measure(server: Server, rows: int) -> dict[str, Any]:
+    """Figures of one server, in the order in which a person would cause them."""
+    fresh = itertools.count()  # no two filters are the same
+
+    def timed(times: int = 5, **query: Any) -> float:
+        found = []
+        for _ in range(times):
+            asked = {name: value.replace("FRESH", str(next(fresh))) if isinstance(value, str) else value for name, value in query.items()}
+            started = time.perf_counter()
+            server.page(**asked)
+            found.append(time.perf_counter() - started)
+        return round(1000 * min(found), 1)
+
+    out: dict[str, Any] = {"start_ms": server.start_ms, "start_mib": server.mib("VmHWM"), "first_page_ms": timed(1)}
+    out["expand_ms"] = timed(1, after=0)
+    out["list_peak_mib"] = server.mib("VmHWM")
+    out["page_ms"] = timed(after=rows * 9 // 10)
+    out["filter_column_ms"] = timed(filter="task = task3 and score < 0.1FRESH")
+    out["order_ms"] = timed(filter="score < 10FRESH", sort="-score")
+    last = server.page(sort="-score")["rows"][-1]["place"]
+    out["next_page_of_order_ms"] = timed(sort="-score", after=last)
+    out["columns_peak_mib"] = server.mib("VmHWM")
+    out["filter_text_ms"] = timed(filter='text ~ "word123 wordFRESH"')
+    out["text_peak_mib"] = server.mib("VmHWM")
+    for kind in ("rate", "pair"):
+        server.make_project(kind, 200)
+    return out | {"peak_mib": server.mib("VmHWM"), "private_mib": server.mib("RssAnon")}
+
+
+def at_work(server: Server, num: int) -> dict[str, Any]:
+    """Annotators who answer at once until nothing is left: what is stored, counted from the export."""
+    project = server.make_project("rate", NUM_PROMPTS)
+    content = {"helpfulness": 3, "correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 1}
+
+    def work(client: Client) -> tuple[list[str], list[float]]:
+        acknowledged, seconds = list[str](), list[float]()
+        while items := client.ask("GET", f"/queue?project={project}&n=1")["items"]:
+            answers = [{"id": str(uuid4()), "item": item["id"], "version": 1, "content": content, "guideline": 1} for item in items]
+            sent = {"answers": [answer | {"seconds": 1.0, "keys": 5} for answer in answers]}
+            started = time.perf_counter()
+            said = client.ask("POST", "/answers", sent)
+            seconds.append(time.perf_counter() - started)
+            client.ask("POST", "/answers", sent)
+            acknowledged += [result["item"] for result in said["results"] if result["status"] == 200]
+        return acknowledged, seconds
+
+    clients = [server.annotator(f"annotator {n}") for n in range(num)]
+    with ThreadPoolExecutor(num) as pool:
+        done = list(pool.map(work, clients))
+    with server.owner._open("GET", "/export/ratings.jsonl") as reply:
+        rows = [json.loads(line) for line in reply.read().splitlines()]
+    by_item, by_person = Counter(row["item"] for row in rows), Counter((row["item"], row["annotator"]) for row in rows)
+    seconds = sorted(s for _, each in done for s in each)
+    return {
+        "acknowledged": sum(len(items) for items, _ in done),
+        "stored": len(rows),
+        "items": len(by_item),
+        "items_with_more_or_less_than_needed": sum(n != NEED for n in by_item.values()),
+        "twice_by_one_person": sum(n > 1 for n in by_person.values()),
+        "median_ms": round(1000 * seconds[len(seconds) // 2], 1),
+        "most_ms": round(1000 * seconds[-1], 1),
+    }
+
+
+def at_keys(server: Server) -> dict[str, Any]:
+    """One person who rates in a browser."""
+    from tests.studio.browser import Browser
+
+    project = server.make_project("rate", 2 * NUM_KEYED)
+    browser = Browser()
+    try:
+        page = browser.page(f"{server.origin}/#/work/{project}", server.annotator("at keys").headers["Cookie"])
+        page.wait("document.querySelector('[data-item]')")
+        times = page.js(KEYS.replace("NUM", str(NUM_KEYED)))
+    finally:
+        browser.close()
+    middle = [sorted(each)[NUM_KEYED // 2] for each in zip(*times, strict=True)]
+    return {"items": len(times), "median_painted_ms": round(middle[0], 1), "median_saved_ms": round(middle[1], 1)}
 
 
 if __name__ == "__main__":

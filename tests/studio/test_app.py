@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from gristmill.studio.app import page_files
 from gristmill.studio.security import (
     COOKIE,
     MAX_TRIES,
+    MAX_TRIES_TOGETHER,
     ROUTES,
     Tries,
     check_password,
@@ -199,10 +201,24 @@ def test_invited_people_choose_a_password_and_come_back(served: Served) -> None:
 
 def test_wrong_passwords_are_limited() -> None:
     tries = Tries()
-    for _ in range(MAX_TRIES):
-        assert tries.allowed("name a", "address x")
-        tries.fail("name a", "address x")
-    assert not tries.allowed("name a") and not tries.allowed("name b", "address x") and tries.allowed("name b")
+    assert [tries.begin("here", "Ada") for _ in range(MAX_TRIES + 1)] == [True] * MAX_TRIES + [False]
+    assert tries.begin("here", "Bo") and tries.begin("elsewhere", "Ada")
+    tries.succeed("here", "Bo")
+    assert [tries.begin("here", "Bo") for _ in range(MAX_TRIES + 1)] == [True] * MAX_TRIES + [False]
+    assert tries.begin("here", "")
+    tries.succeed("here", "")  # somebody's token is right: no guess is forgotten
+    names = [f"guess {n}" for n in range(MAX_TRIES_TOGETHER)]
+    assert [tries.begin("here", name) for name in names].count(True) == MAX_TRIES_TOGETHER - 2 * MAX_TRIES
+    assert [tries.begin(name, "Ada") for name in names].count(True) == MAX_TRIES_TOGETHER - MAX_TRIES - 1
+
+
+def test_wrong_passwords_at_one_time_are_limited_too(served: Served) -> None:
+    served.store.add_person("Bo", "annotator", hash_password("a long password"))
+    with ThreadPoolExecutor(32) as pool:
+        wrong = {"name": "Ada", "password": "wrong"}
+        said = [status for status, _ in pool.map(lambda _: served.client().api("POST", "/session", wrong), range(32))]
+    assert Counter(said) == {403: MAX_TRIES, 429: 32 - MAX_TRIES}
+    assert served.client().api("POST", "/session", {"name": "Bo", "password": "a long password"})[0] == 200  # behind the same address
 
 
 def test_passwords_are_hashed_with_salt() -> None:

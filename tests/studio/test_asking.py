@@ -1,11 +1,13 @@
 """What to ask next: the designs on data whose best choice is known, the random part, and projects of a run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gristmill.core.errors import InputError
+from gristmill.data.rows import Response, read_rows, write_rows
 from gristmill.studio import asking
 from gristmill.studio.sources import Sources
 
@@ -53,6 +55,26 @@ def test_conflict_is_a_verifier_against_the_reward_of_its_task() -> None:
     facts = [{"task": "t", "verified": v, "score": s} for v, s in ((True, 0.0), (False, 0.0), (True, 9.0), (False, 9.0))]
     found = asking.conflicts([*facts, {"task": "t", "score": 1.0}])
     assert set(asking.ranked(found)[:2]) == {0, 3} and found[4] == -np.inf
+
+
+def test_conflict_chooses_only_where_there_is_something_to_conflict(sources: Sources, run_folder: Path, tmp_path: Path) -> None:
+    path = run_folder / "01-answers/responses.parquet"
+    rows = read_rows(path, Response)
+    silent = {r.prompt for r in rows[3:]}
+    write_rows(path, [replace(r, verified=None) if r.prompt in silent else r for r in rows])
+    items = asking.choose_items(sources, "01-answers/responses.parquet", "rate", num=6, seed=0, strategy="conflict")
+    assert {item.why for item in items if item.row_ids[0].partition("#")[0] in silent} == {"random"}
+    assert len({item.prompt for item in items}) == 6
+    write_rows(path, [replace(r, score=None) for r in rows])
+    with pytest.raises(InputError, match="both a reward model's score and a verifier's verdict"):
+        asking.choose_items(sources, "01-answers/responses.parquet", "rate", num=6, seed=0, strategy="conflict")
+
+
+def test_the_newest_reward_model_is_the_last_rounds(tmp_path: Path) -> None:
+    for name in ("00-r10-reward", "00-r2-reward", "01-reward"):  # the order in which they were written says nothing
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model" / "config.json").write_text("{}")
+    assert asking.reward_folder(tmp_path) == tmp_path / "00-r10-reward" / "model"
 
 
 @pytest.mark.parametrize("strategy", ["disagreement", "d-optimal"])

@@ -151,6 +151,30 @@ def test_an_answer_that_another_tab_contradicts_is_decided_by_the_person(served:
     assert served.store.answers(project)[0]["content"]["helpfulness"] == 0
 
 
+SEND = """(async () => {
+  const { Outbox } = await import(location.origin + "/page/outbox.js");
+  const nothing = () => {};
+  const out = new Outbox("PERSON", { changed: nothing, accepted: nothing, ended: nothing });
+  const content = { verdict: "repair", text: "x".repeat(100000), reason: "" };
+  const answer = { item: "gone", version: 1, content, seconds: 1, keys: 1, guideline: 1 };
+  for (let n = 0; n < 15; n++) out.add("answer", { ...answer, id: "a".repeat(30) + n });
+  out.add("flag", { item: "gone", kind: "unsure", note: "" });
+  for (let n = 0; n < 600 && out.waiting; n++) await new Promise((done) => setTimeout(done, 50));
+  out.close();
+  return [out.waiting, out.aside.map((entry) => entry.refused.status)];
+})()"""
+
+
+def test_what_is_on_its_way_goes_in_requests_that_the_server_takes_and_refusals_are_said(served: Served, browser: Browser) -> None:
+    client = served.client("annotator")
+    page = browser.page(f"{served.origin}/#/", client.headers["Cookie"])
+    page.wait("document.body.innerText.includes('Projects')")
+    assert page.js(SEND.replace("PERSON", client.person.id)) == [0, [404] * 16]
+    page.reload()
+    page.wait("document.querySelectorAll('.banner').length === 16")
+    assert "A skip was not taken: " in page.text() and "An answer was not taken: " in page.text()
+
+
 HOSTILE = [
     "<script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",

@@ -17,9 +17,9 @@ from tests.studio.conftest import RATING, answer
 ANSWERS = "01-answers/responses.parquet"
 
 
-def create(store: Store, sources: Sources, kind: str, source: str = ANSWERS) -> str:
-    items = sources.choose_items(source, kind, num=6, seed=0)
-    return store.create_project(kind, kind, items, source=source, need=3, guideline="", by=store.owner())
+def create(store: Store, sources: Sources, kind: str, need: int = 3) -> str:
+    items = sources.choose_items(ANSWERS, kind, num=6, seed=0)
+    return store.create_project(kind, kind, items, source=ANSWERS, need=need, guideline="", by=store.owner())
 
 
 def work(store: Store, project: str, marks: Any) -> None:
@@ -77,6 +77,17 @@ def test_preferences_have_helpsteers_columns(worked: Store, sources: Sources, tm
     assert [row["preference_strength"] for row in rows] == [-2, 2, 0, 3, -1]
     assert rows[0]["preference_statement"] == "Response 1 is better than Response 2"
     assert len(rows[0]["three_most_similar_preferences"]) == len(rows[0]["all_preferences_unprocessed"]) == 3
+
+
+def test_both_files_of_comparisons_round_alike(local_store: Store, sources: Sources, tmp_path: Path) -> None:
+    project = create(local_store, sources, "pair", need=2)
+    for marks in ((0, 0, 2), (1, -1, 3)):  # of three items, whose means stay as they are: two people
+        person = local_store.add_person(f"person {marks[0]}", "annotator")
+        for item, preference in zip(local_store.deal(project, person, 3), marks, strict=True):
+            local_store.submit(person, answer(item["id"], preference=preference, neither=False))
+    export(local_store, sources, tmp_path)
+    strengths = [json.loads(line)["preference_strength"] for line in (tmp_path / "preference.jsonl").read_text().splitlines()]
+    assert strengths == [1, -1, 3] and [p.chosen_reward for p in read_pairs(tmp_path / "pairs.parquet")] == [0.5, 0.5, 2.5]
 
 
 def test_the_same_database_gives_the_same_bytes(worked: Store, sources: Sources, tmp_path: Path) -> None:

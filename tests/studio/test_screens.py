@@ -87,19 +87,31 @@ def screens_of(desk: Served) -> list[str]:
     return ["", rows, *works, f"agreement/{projects['rate']}", f"settle/{disputed}", "people", "run", "chat", "redteam"]
 
 
-def test_no_screen_violates_wcag_a_or_aa(desk: Served, page: Page) -> None:
+def violations(page: Page, screens: list[str]) -> dict[tuple[str, bool, str], list[str]]:
+    """What axe finds on screens: of levels A and AA on light ones, of contrast on dark ones."""
     page.js(AXE.read_text() + "\n;0")
     found = {}
     for dark in (False, True):
         page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         only = "runOnly: ['color-contrast']" if dark else "runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']"
-        for screen in screens_of(desk):
+        for screen in screens:
             show(page, screen)
             said = page.js(f"axe.run(document, {{ {only}, resultTypes: ['violations'] }}).then((r) => JSON.stringify(r.violations))")
             for one in json.loads(said):
                 found[screen, dark, one["id"]] = [node["html"][:200] for node in one["nodes"]][:3]
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
-    assert not found
+    return found
+
+
+def test_no_screen_violates_wcag_a_or_aa(desk: Served, page: Page, browser: Browser) -> None:
+    assert not violations(page, screens_of(desk))
+    page.js("sessionStorage.removeItem('studio:redteam')")
+    assert not violations(page, ["", "redteam"]) and "Before you begin" in page.text()
+    page.js("sessionStorage.setItem('studio:redteam', 'yes')")
+    for place, words in (("", "Log in"), ("#invite=x", "Welcome")):
+        stranger = browser.page(f"{desk.origin}/{place}")
+        stranger.wait(f"document.body.innerText.includes({json.dumps(words)})")
+        assert not violations(stranger, [place.removeprefix("#")])
     page.js("{ const i = document.createElement('img'); i.id = 'bad'; document.body.append(i) }")  # axe sees what is wrong
     assert page.js("axe.run('#bad').then((r) => r.violations.some((v) => v.id === 'image-alt'))")
     page.js("document.getElementById('bad').remove()")
@@ -126,7 +138,8 @@ def focus(page: Page, words: str) -> None:
 def test_a_check_is_done_and_decided_by_keyboard_alone(desk: Served, browser: Browser) -> None:
     run = desk.studio.service.sources.folder
     kept = read_rows(next(run.glob("*-r1-answers")) / "kept.parquet", Demonstration)[6:9]
-    ask_people(run, kept, 3)
+    whole = "word " * 9000  # more than the server sends at once
+    ask_people(run, [replace(row, messages=(*row.messages[:-1], Message("assistant", whole))) for row in kept], 3)
     client = desk.client("expert")
     page = browser.page(f"{desk.origin}/#/", client.headers["Cookie"])
     page.wait("document.body.innerText.includes('Check of round 3')")
@@ -155,7 +168,7 @@ def test_a_check_is_done_and_decided_by_keyboard_alone(desk: Served, browser: Br
         check is not None and check.decision is not None and sorted(check.decision["verdicts"].values()) == ["accept", "reject", "repair"]
     )
     (repaired,) = check.decision["repaired"].values()
-    assert repaired.endswith(" And so on.")
+    assert repaired == whole + " And so on."
 
 
 # A model whose pieces come as fast as the page reads them.

@@ -77,10 +77,16 @@ def test_a_killed_server_has_every_answer_that_it_acknowledged(run_folder: Path,
     process, origin, token = start(run_folder)
     assert log_in(origin, token=token).api("GET", "/projects")[1]["projects"][0]["id"] == made
     assert log_in(origin, name="Ada", password="a long password").api("GET", "/me")[1]["name"] == "Ada"
+    result = CliRunner().invoke(app, ["studio", str(run_folder), "--export", str(tmp_path / "said")])  # while it is open
+    assert result.exit_code == 0 and "rated.parquet: " in result.stdout and (tmp_path / "said" / "ratings.jsonl").read_text()
     process.terminate()
     assert process.wait(30) == 0
+
+
+def test_an_export_of_what_nobody_said_makes_no_studio(run_folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["studio", str(run_folder), "--export", str(tmp_path / "said")])
-    assert result.exit_code == 0 and "rated.parquet: " in result.stdout and (tmp_path / "said" / "ratings.jsonl").read_text()
+    assert result.exit_code == 2 and "nobody has said anything" in result.stderr
+    assert not (run_folder / "studio").exists() and not (tmp_path / "said").exists()
 
 
 @pytest.mark.parametrize(

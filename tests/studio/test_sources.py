@@ -1,6 +1,7 @@
 """Row sources: pages by key, filters, and items that know their rows again."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -142,3 +143,22 @@ def test_a_file_with_our_names_and_other_types_is_no_file_of_ours(tmp_path: Path
     columns = {name: ["a"] for name in ("id", "prompt", "messages", "text", "generator")}
     pq.write_table(pa.table(columns), tmp_path / "theirs.parquet")
     assert sources_module.kind_of(tmp_path / "theirs.parquet") == ""
+
+
+def test_what_was_read_of_a_file_is_given_back(tmp_path: Path) -> None:
+    turns = (Message("user", "Hi"),)
+    write_rows(
+        tmp_path / "rows.parquet", [Response(f"r{n}", "p", "t", turns, f"{n} " * 9999, "m", 1.0, 0, 1, None, True) for n in range(50)]
+    )
+    found = Sources(tmp_path, tmp_path / "cache")
+
+    def resident_kib() -> int:
+        """Of the expanded file, by the kernel."""
+        maps = re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text())
+        (mine,) = [one for one in maps if f"{tmp_path}/cache/" in one]
+        return int(re.findall(r"Rss: +(\d+) kB", mine)[0])
+
+    for ask in (lambda: found.page("rows.parquet", filter="text ~ '49 49'"), lambda: found.row("rows.parquet", 3)):
+        assert ask() and resident_kib() == 0
+    with found._reading(found.source("rows.parquet")) as opened:
+        assert len(opened.table.column("text")[0].as_py()) > 9999 and resident_kib() > 0

@@ -24,6 +24,7 @@ FREE_PAGES, PAGE_SHARE = 64 << 20, 20  # open pages that no file is suspected fo
 FREE_EXPANSION = 16 << 20  # bytes that no file is suspected for, and of a batch in the mean
 REPEATED_BYTES = 64 << 20  # of a batch whose values are all the longest: 16 from a dictionary of 4 MiB, four times what writers make
 FEW_ROWS, CODED_ROWS = 16, 1 << 10  # of a batch: of plain values; of texts that are numbers into a dictionary, as the file holds them
+BUFFER_BYTES = 1 << 20  # of a column chunk that are read at once; without, Arrow holds the compressed chunks of all columns whole
 MAX_HEADER_BYTES = 1 << 20  # of a page; usual are less than a hundred, with statistics some thousands
 PADDING = 100  # bytes after a column chunk that Arrow reads too, in files of some writers
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
@@ -76,12 +77,12 @@ class ParquetReader:
     def __init__(self, path: Path, max_bytes: int, names: Sequence[str] | None = None, *, max_page_bytes: int = MAX_PAGE_BYTES):
         self._raw = pa.OSFile(os.fsencode(path))
         try:
-            self._file = pq.ParquetFile(self._raw, pre_buffer=False)
+            self._file = pq.ParquetFile(self._raw, pre_buffer=False, buffer_size=BUFFER_BYTES)
             self.schema, self.facts = self._file.schema_arrow, self._file.metadata
             self.names = None if names is None else [name for name in names if name in self.schema.names]
             leaves = map(self.facts.schema.column, range(self.facts.num_columns))
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-            self._coded = pq.ParquetFile(self._raw, metadata=self.facts, read_dictionary=texts, pre_buffer=False)
+            self._coded = pq.ParquetFile(self._raw, metadata=self.facts, read_dictionary=texts, pre_buffer=False, buffer_size=BUFFER_BYTES)
             self._leaves = [(field.name, leaf) for field in self._coded.schema_arrow for leaf in _leaf_types(field.type)]
         except BaseException:
             self._raw.close()

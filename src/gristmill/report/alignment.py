@@ -86,7 +86,10 @@ def write_report(folder: Path) -> Path:
             "Evaluation questions with the greedy answers of all models; `gristmill answers` shows any other.",
             answers_section(data),
         ),
-        "samples": ("Rows as they are, drawn by the run's seed, with the way they came.", samples),
+        "samples": (
+            "Rows as they are, drawn by the run's seed, with the way they came. The links work while `gristmill studio` has this run open.",
+            samples,
+        ),
         "training": ("The loss of every stage that trains, over its steps.", _training(data)),
         "time": ("Seconds a stage, training speed, and the most memory that the process had held by then.", _times(data)),
         "recipe": ("Every setting of this run.", [el("pre", yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True))]),

@@ -4,6 +4,7 @@ import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ NUM_REFUSED = 2  # a round and reason
 MAX_CHARACTERS = 1500  # of a text that are shown
 MAX_CHIP_CHARACTERS = 80
 GIVEN = ("human", "file")  # origins of prompts that no model wrote
+STUDIO_PORT = 8600  # where `gristmill studio` listens unless told otherwise
 JUDGES = {"reward": "the reward model", "verifier": "a verifier"}
 
 
@@ -177,10 +179,15 @@ class Ancestry:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A prompt to show with the answers of a stage and their pairs."""
+    """A prompt to show with the answers of a stage and their pairs.
+
+    Attributes:
+        row: number of its first answer in the stage's file.
+    """
 
     stage: JudgedStage
     prompt: str
+    row: int
     answers: list[Response]
     kept: set[str]
     pairs: list[Pair]
@@ -263,9 +270,11 @@ def _read_drawn(data: RunData, judged: Sequence[JudgedStage], places: Sequence[P
         rows = np.sort(stage.row_N[which_N])
         kept_rows = set(stage.row_N[which_N & stage.kept_N].tolist())
         answers: dict[str, list[Response]] = {}
+        first: dict[str, int] = {}
         kept = set()
         for row, r in zip(rows.tolist(), data.read(stage.folder, artifacts.RESPONSES, rows.tolist()), strict=True):
             answers.setdefault(r.prompt, []).append(r)
+            first.setdefault(r.prompt, row)
             kept |= {r.id} if row in kept_rows else set()
         pairs: dict[str, list[Pair]] = {}
         if stage.makes_pairs:
@@ -274,7 +283,7 @@ def _read_drawn(data: RunData, judged: Sequence[JudgedStage], places: Sequence[P
                 pairs.setdefault(p.prompt, []).append(p)
         for place in mine:
             prompt = stage.prompts[place].as_py()
-            out[number, place] = Drawn(stage, prompt, answers[prompt], kept, pairs.get(prompt, []))
+            out[number, place] = Drawn(stage, prompt, first[prompt], answers[prompt], kept, pairs.get(prompt, []))
     return out
 
 
@@ -290,8 +299,14 @@ def _card(drawn: Drawn, lineage: Lineage) -> Markup:
         fate = el("span", "kept" if kept else "dropped", class_="chip good" if kept else "chip bad")
     first = [i for p in pairs for i in p.parents] or [r.id for r in answers if r.id in drawn.kept]
     ordered = sorted(answers, key=lambda r: (first.index(r.id) if r.id in first else len(first), -(r.score or 0.0)))
-    top = el("p", fate, _chips(drawn.stage, drawn.prompt, lineage), class_="lineage")
+    top = el("p", fate, _chips(drawn.stage, drawn.prompt, lineage), _studio_link(drawn), class_="lineage")
     return el("div", top, _conversation(answers[0].messages), [_answer(r, drawn) for r in ordered], class_="sample")
+
+
+def _studio_link(drawn: Drawn) -> Markup:
+    """A link to the first answer in the studio, which shows the others beside it."""
+    row = urlencode({"source": f"{drawn.stage.folder}/{artifacts.RESPONSES.file}", "place": drawn.row})
+    return el("a", "open in the studio", href=f"http://127.0.0.1:{STUDIO_PORT}/#/rows?{row}", rel="noreferrer")
 
 
 def _chips(stage: JudgedStage, prompt_id: str, lineage: Lineage) -> list[Markup]:

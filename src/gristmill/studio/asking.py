@@ -22,6 +22,7 @@ from gristmill.data.chat import Conversation, conversation
 from gristmill.data.rows import Rated
 from gristmill.runs import artifacts
 from gristmill.runs.reader import read_run
+from gristmill.runs.stage_names import round_of
 from gristmill.studio.export import answer_texts, rows_of
 from gristmill.studio.sources import Sources
 from gristmill.studio.store import NewItem
@@ -56,7 +57,10 @@ def choose_items(sources: Sources, name: str, kind: str, *, num: int, seed: int,
     tasks = [items[group[0]].task for group in prompts]
     if strategy == CONFLICT:
         gains = conflicts([row[0].get("facts", {}) if row else {} for row in rows])
-        order = ranked([max(gains[i] for i in group) for group in prompts])
+        best = [max(gains[i] for i in group) for group in prompts]
+        order = [place for place in ranked(best) if best[place] > -np.inf]
+        if not order:
+            raise InputError(f"No answer in {name} has both a reward model's score and a verifier's verdict: choose another strategy.")
     else:
         rated = _rated(sources) if strategy == DISAGREEMENT else []
         features, rated_ND = _features(sources, kind, rows, rated)
@@ -74,7 +78,7 @@ def mixed(order: Sequence[int], tasks: Sequence[str], *, num: int, seed: int) ->
     """A batch of prompts: one in five at random, the others in the order of a strategy, none twice, no task more than twice its share.
 
     Args:
-        order: numbers of all prompts, the best first.
+        order: numbers of the prompts that the strategy has a view of, the best first.
         tasks: of all prompts.
 
     Returns:
@@ -199,15 +203,15 @@ def scaled(states_ND: Floats) -> Floats:
 
 
 def reward_folder(run: Path) -> Path:
-    """The newest reward model of a run.
+    """The reward model of a run's last round that trained one.
 
     Raises:
         InputError: it has none.
     """
-    found = [path.parent for path in run.glob("*-reward/model/config.json")]
+    found = {path.parents[1].name.partition("-")[2]: path.parent for path in run.glob("*-reward/model/config.json")}
     if not found:
         raise InputError("This run has trained no reward model: choose random, or conflict.")
-    return max(found, key=lambda path: (path / "config.json").stat().st_mtime)
+    return found[max(found, key=round_of)]
 
 
 def states_of(model: Path, talks: Sequence[Conversation]) -> Floats:

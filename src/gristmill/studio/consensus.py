@@ -55,7 +55,7 @@ def rating_consensus(answers: Sequence[Mapping[str, Any]]) -> Consensus:
     used = min(triples, key=lambda t: (sum(_difference(answers[i], answers[j]) for i, j in combinations(t, 2)), _range(answers, t), t))
     means = {name: sum(answers[i][name] for i in used) / len(used) for name in ATTRIBUTES}
     spread = _range(answers, used)
-    rounded = {name: _round(mean) for name, mean in means.items()} if len(used) == 3 else means
+    rounded = {name: nearest(mean) for name, mean in means.items()} if len(used) == 3 else means
     return Consensus(means, rounded, spread, used, SPLIT if spread > MAX_RANGE else LABELED)
 
 
@@ -75,7 +75,7 @@ def preference_consensus(answers: Sequence[Mapping[str, Any]]) -> Consensus:
     used = min(triples, key=lambda t: (sum(abs(strengths[i] - strengths[j]) for i, j in combinations(t, 2)), t))
     mean = sum(strengths[i] for i in used) / len(used)
     spread = max(strengths[i] for i in used) - min(strengths[i] for i in used)
-    rounded = {"preference": _round(mean)} if len(used) == 3 else {"preference": mean}
+    rounded = {"preference": nearest(mean)} if len(used) == 3 else {"preference": mean}
     return Consensus({"preference": mean}, rounded, spread, tuple(used), SPLIT if spread > MAX_RANGE else LABELED)
 
 
@@ -104,6 +104,6 @@ def _range(answers: Sequence[Mapping[str, Any]], used: Sequence[int]) -> float:
     return float(max(values) - min(values))
 
 
-def _round(mean: float) -> float:
+def nearest(mean: float) -> float:
     """Nearest whole number, half away from zero: so that -1.5 and 1.5 are treated alike."""
     return float(floor(abs(mean) + 0.5) * (1 if mean >= 0 else -1))

@@ -10,7 +10,7 @@ from gristmill.data.chat import conversation
 from gristmill.data.formats import MARK
 from gristmill.data.rows import ATTRIBUTES, Demonstration, Pair, Rated, json_line, make_id, write_rows
 from gristmill.studio import made
-from gristmill.studio.consensus import NEITHER, SPLIT
+from gristmill.studio.consensus import NEITHER, SPLIT, nearest
 from gristmill.studio.sources import Sources
 from gristmill.studio.store import EXPERT, Store, by_item
 from gristmill.studio.tasks import KINDS, PAIR, RATE
@@ -133,7 +133,7 @@ def _ratings(store: Store, sources: Sources) -> Iterator[dict[str, Any]]:
 def _preferences(store: Store, sources: Sources) -> Iterator[dict[str, Any]]:
     for _, item, rows, answers in _labeled(store, sources, PAIR):
         first, second = answer_texts(rows)
-        strength = round(item["rounded"]["preference"])
+        strength = int(nearest(item["rounded"]["preference"]))
         used = [_preference(answer["content"]) for answer in answers if answer["id"] in item["used"]]
         best = next((one for one in used if (one["strength"] > 0) - (one["strength"] < 0) == (strength > 0) - (strength < 0)), None)
         yield {

@@ -148,7 +148,7 @@ def _value(name: str, kind: pa.DataType, text: str) -> Any:
 
 def contains(table: pa.Table, text: str) -> Any:
     """Which rows have a text in any of their turns, answers or reasons, whatever the case."""
-    found: Any = pa.chunked_array([pa.array([False] * table.num_rows)])
+    found: Any = pa.chunked_array([pa.array([False] * table.num_rows, pa.bool_())])
     for name in TEXT_COLUMNS:
         if name not in table.schema.names:
             continue

@@ -70,7 +70,8 @@ HEADERS = {
 }
 COOKIE = "gristmill-studio"
 SESSION_SECONDS, INVITATION_SECONDS = 12 * 3600.0, 7 * 86400.0
-MAX_TRIES, TRY_SECONDS = 10, 900.0
+MAX_TRIES, TRY_SECONDS = 10, 900.0  # of a name from one address
+MAX_TRIES_TOGETHER = 100  # of an address, behind which there may be many people; of a name, from anywhere
 MIN_PASSWORD_CHARS, MAX_PASSWORD_CHARS = 10, 200
 SCRYPT = {"n": 1 << 15, "r": 8, "p": 1, "maxmem": 64 << 20, "dklen": 32}
 
@@ -109,28 +110,41 @@ def _scrypt(password: str, salt: bytes) -> bytes:
 
 
 class Tries:
-    """Limit on wrong passwords and tokens: so many of a name, and of an address, in a quarter of an hour."""
+    """Limits on wrong passwords and tokens in a quarter of an hour: of an address, of a name, and, lower, of a name from one address."""
 
     def __init__(self) -> None:
-        self._failed: dict[str, deque[float]] = defaultdict(deque)
+        self._counted: dict[tuple[str, str], deque[float]] = defaultdict(deque)
 
-    def allowed(self, *keys: str) -> bool:
-        """Whether another try may be made."""
-        return all(len(self._recent(key)) < MAX_TRIES for key in keys)
+    def begin(self, address: str, name: str) -> bool:
+        """Count a try before it is checked, so that tries at one time are limited too; False where no more may be made.
 
-    def fail(self, *keys: str) -> None:
-        """Count a wrong try."""
-        for key in keys:
-            self._recent(key)
-            self._failed[key].append(time.monotonic())
-        for key in [key for key, times in self._failed.items() if times[-1] < time.monotonic() - TRY_SECONDS]:
-            del self._failed[key]
+        Args:
+            name: whose password is tried; "" for a token.
+        """
+        now = time.monotonic()
+        for times in self._counted.values():
+            while times and times[0] < now - TRY_SECONDS:
+                times.popleft()
+        self._counted = defaultdict(deque, {key: times for key, times in self._counted.items() if times})
+        limits = self._limits(address, name)
+        allowed = all(len(self._counted[key]) < most for key, most in limits.items())
+        if allowed:
+            for key in limits:
+                self._counted[key].append(now)
+        return allowed
 
-    def _recent(self, key: str) -> deque[float]:
-        times = self._failed.get(key) or deque()
-        while times and times[0] < time.monotonic() - TRY_SECONDS:
-            times.popleft()
-        return times
+    def succeed(self, address: str, name: str) -> None:
+        """Take back the last try, which was right; the name's own wrong ones from this address are forgotten."""
+        for key in self._limits(address, name):
+            if self._counted[key]:
+                self._counted[key].pop()
+        if name:
+            self._counted.pop((address, name), None)
+
+    @staticmethod
+    def _limits(address: str, name: str) -> dict[tuple[str, str], int]:
+        together = {(address, ""): MAX_TRIES_TOGETHER}
+        return together | {("", name): MAX_TRIES_TOGETHER, (address, name): MAX_TRIES} if name else together
 
 
 def origins_of(host: str, port: int, url: str) -> tuple[frozenset[str], str]:

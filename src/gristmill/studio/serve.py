@@ -12,6 +12,7 @@ from aiohttp import web
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import quoted_path
+from gristmill.report.samples import STUDIO_PORT
 from gristmill.studio import export as exports
 from gristmill.studio.app import Studio
 from gristmill.studio.database import Database, place_of
@@ -36,7 +37,7 @@ class StudioArgs:
     """
 
     host: str = "127.0.0.1"
-    port: int = 8600
+    port: int = STUDIO_PORT
     url: str = ""
     database: str = ""
     guard: str = ""
@@ -44,25 +45,32 @@ class StudioArgs:
     guard_key_env: str = ""
 
 
-def open_store(folder: Path, database: str = "") -> tuple[Store, Sources]:
+def open_store(folder: Path, database: str = "", *, read_only: bool = False) -> tuple[Store, Sources]:
     """The rows of a folder and the answers that people have given about them.
+
+    Args:
+        read_only: look at them beside the server that has them open.
 
     Raises:
         InputError: the folder holds no rows, or the database cannot be used.
     """
     place, cache = place_of(folder, database)
     sources = Sources(folder, cache)
-    return Store(Database(place)), sources
+    return Store(Database(place, read_only=read_only)), sources
 
 
 def write_exports(folder: Path, database: str, out: Path) -> dict[str, int]:
-    """Write people's answers as files of rows; returns their numbers of rows.
+    """Write people's answers as files of rows; returns their numbers of rows. The studio may be open meanwhile.
 
     Raises:
-        InputError: as `open_store`, or a file cannot be written.
+        InputError: as `open_store`, nobody has opened the studio yet, or a file cannot be written.
     """
-    store, sources = open_store(folder, database)
+    store, sources = open_store(folder, database, read_only=True)
     try:
+        if not store.database.found:
+            raise InputError(
+                f"{store.database.name} holds no studio, so nobody has said anything: open {folder} with gristmill studio first."
+            )
         return exports.export(store, sources, out)
     finally:
         store.database.close()

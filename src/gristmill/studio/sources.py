@@ -1,11 +1,12 @@
 """Row sources: the typed rows of a run's stages, or of the files in a folder, read by page.
 
 A file is expanded once into an uncompressed Arrow file in the studio's folder. It is memory-mapped, so that a page of 50 rows costs the
-same wherever it lies, and filters and orders are computed over whole columns.
+same wherever it lies. Orders are computed over whole columns, filters a batch at a time, and mapped pages are given back after each.
 """
 
 import hashlib
 import json
+import mmap
 import random
 import threading
 import time
@@ -13,7 +14,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -76,6 +77,32 @@ class Source:
     stage: str
 
 
+@dataclass(frozen=True)
+class Expanded:
+    """The rows of a file, memory-mapped.
+
+    Attributes:
+        pages: of the file, which count as this process's memory while they are mapped.
+    """
+
+    table: pa.Table
+    pages: mmap.mmap
+
+    @classmethod
+    def open(cls, path: Path) -> "Expanded":
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return cls(pa.ipc.open_file(pa.py_buffer(pages)).read_all(), pages)
+
+    @property
+    def kind(self) -> str:
+        return str((self.table.schema.metadata or {}).get(b"kind", b"other").decode())
+
+    def give_back(self) -> None:
+        """Unmap what was read, which stays in the system's page cache: the next reader maps it again."""
+        self.pages.madvise(mmap.MADV_DONTNEED)
+
+
 class Sources:
     """The rows of a run or of a folder of files."""
 
@@ -84,7 +111,7 @@ class Sources:
         self.is_run = (folder / RECIPE).is_file()
         self._guard, self._expanding = threading.RLock(), dict[str, threading.Lock]()
         self._ahead = ThreadPoolExecutor(1, "studio-expand")
-        self._tables: dict[str, pa.Table] = {}
+        self._tables: dict[str, Expanded] = {}
         self._orders: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
         self._known, self._listed = {source.name: source for source in self.all()}, time.monotonic()
 
@@ -129,8 +156,21 @@ class Sources:
             raise Refused(404, "There is no such file of rows here any more: choose another.")
         return found
 
-    def table(self, source: Source) -> tuple[pa.Table, str]:
-        """The rows of a source as a memory-mapped table, and their kind.
+    @contextmanager
+    def _reading(self, source: Source) -> Iterator[Expanded]:
+        """The rows of a source, while they are read.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        opened = self._open(source)
+        try:
+            yield opened
+        finally:
+            opened.give_back()
+
+    def _open(self, source: Source) -> Expanded:
+        """The rows of a source, which are expanded first where they are not yet.
 
         Raises:
             InputError: the file cannot be read.
@@ -149,9 +189,8 @@ class Sources:
                                 other.submit(expand, source.path, source.kind, path).result()
                         except BrokenProcessPool as e:
                             raise InputError(f"{source.name} could not be expanded: is there memory and disk for it?") from e
-                self._tables[key] = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            table = self._tables[key]
-        return table, (table.schema.metadata or {}).get(b"kind", b"other").decode()
+                self._tables[key] = Expanded.open(path)
+            return self._tables[key]
 
     def _expanded(self, source: Source) -> tuple[str, Path]:
         """What a file's content is known by, and where its rows are expanded to."""
@@ -172,7 +211,7 @@ class Sources:
                 table, total = pa.Table.from_batches([batch.cast(file.schema)]), file.facts.num_rows
         except (pa.ArrowException, Expansion, OSError, StopIteration):
             return None  # it is told when it is read whole
-        self._ahead.submit(self.table, source)
+        self._ahead.submit(self._open, source)
         rows = [_brief(table, kind, place) for place in range(table.num_rows)]
         return {"kind": kind, "total": total, "rows": rows, "fields": fields_of(table), "more": len(rows) < total}
 
@@ -185,12 +224,16 @@ class Sources:
         source, num = self.source(name), max(1, min(num, MAX_PAGE))
         if not filter and not sort and after < 0 and (head := self._head(source, num)) is not None:
             return head
-        table, kind = self.table(source)
+        with self._reading(source) as opened:
+            return self._page(source, opened, filter=filter, sort=sort, after=after, num=num)
+
+    def _page(self, source: Source, opened: Expanded, *, filter: str, sort: str, after: int, num: int) -> dict[str, Any]:
+        table, kind = opened.table, opened.kind
         key = (source.name, id(table), filter, sort)
         with self._guard:
             order = self._orders.get(key)
             if order is None:
-                self._orders[key] = order = _order(table, filter, sort)
+                self._orders[key] = order = _order(opened, filter, sort)
                 while len(self._orders) > MAX_ORDERS:
                     self._orders.popitem(last=False)
             self._orders.move_to_end(key)
@@ -207,32 +250,33 @@ class Sources:
         Raises:
             Refused: it is gone.
         """
-        table, kind = self.table(self.source(name))
-        if not 0 <= place < table.num_rows:
-            raise Refused(404, "This row is gone.")
-        return view(_record(table, place), kind) | {"source": name, "place": place}
+        with self._reading(self.source(name)) as opened:
+            if not 0 <= place < opened.table.num_rows:
+                raise Refused(404, "This row is gone.")
+            return view(_record(opened.table, place), opened.kind) | {"source": name, "place": place}
 
     def siblings(self, name: str, place: int) -> list[dict[str, Any]]:
         """The other answers to the prompt of an answer, in the same file."""
-        table, kind = self.table(self.source(name))
-        if kind != RESPONSES:
-            return []
-        prompt = table.column("prompt")[place]
-        places = pc.indices_nonzero(pc.equal(table.column("prompt"), prompt)).to_pylist()
-        return [view(_record(table, other), kind) | {"source": name, "place": other} for other in places[:16] if other != place]
+        with self._reading(self.source(name)) as opened:
+            table, kind = opened.table, opened.kind
+            if kind != RESPONSES:
+                return []
+            prompt = table.column("prompt")[place]
+            places = pc.indices_nonzero(pc.equal(table.column("prompt"), prompt)).to_pylist()
+            return [view(_record(table, other), kind) | {"source": name, "place": other} for other in places[:16] if other != place]
 
     def find(self, place: Sequence[Any], row_id: str) -> dict[str, Any] | None:
         """The row of an item: where it was, or elsewhere in that file. None where it is gone, or now says something else."""
         name, number, digest = place
-        with suppress(InputError):
-            table, kind = self.table(self.source(name))
+        with suppress(InputError), self._reading(self.source(name)) as opened:
+            table = opened.table
             ids = table.column("id") if "id" in table.schema.names else None
             if ids is None:
                 return None
             if not (0 <= number < table.num_rows and ids[number].as_py() == row_id):
                 number = pc.index(ids, row_id).as_py()
             if number >= 0:
-                found = view(_record(table, number), kind)
+                found = view(_record(table, number), opened.kind)
                 return found if digest_of(found) == digest else None
         return None
 
@@ -246,7 +290,11 @@ class Sources:
             InputError: rows of this kind cannot be rated or compared.
         """
         source = self.source(name)
-        table, rows = self.table(source)
+        with self._reading(source) as opened:
+            return self._choose(source, opened, kind, num=num, seed=seed)
+
+    def _choose(self, source: Source, opened: Expanded, kind: str, *, num: int, seed: int) -> list[NewItem]:
+        table, rows = opened.table, opened.kind
         if rows not in OF_KIND[kind]:
             what = "answers" if kind == RATE else "pairs, nor several answers to a prompt"
             raise InputError(f"{source.name} holds no {what}: choose another file.")
@@ -267,6 +315,7 @@ class Sources:
                 chosen = [(place,) for place in different[:2]]
             taken += 1
             out += [self._item(source, table, rows, places) for places in chosen]
+            opened.give_back()  # rows at random map much around them
         return out
 
     def _item(self, source: Source, table: pa.Table, kind: str, places: Sequence[int]) -> NewItem:
@@ -336,10 +385,9 @@ def _brief(table: pa.Table, kind: str, place: int) -> dict[str, Any]:
     return {"place": place, "id": row["id"], "asked": short[0] if row["answers"] else "", "said": short[1], "facts": row["facts"]}
 
 
-def _order(table: pa.Table, filter: str, sort: str) -> np.ndarray:
+def _order(opened: Expanded, filter: str, sort: str) -> np.ndarray:
     """Numbers of the rows that a filter lets through, in an order."""
-    wanted = mask(table, filter)
-    order = np.arange(table.num_rows) if wanted is None else np.flatnonzero(np.asarray(wanted.to_numpy(zero_copy_only=False), bool))
+    table, order = opened.table, _wanted(opened, filter)
     if sort:
         name, down = sort.removeprefix("-"), sort.startswith("-")
         if name not in table.schema.names or not is_plain(table.schema.field(name).type):
@@ -348,6 +396,19 @@ def _order(table: pa.Table, filter: str, sort: str) -> np.ndarray:
         ascending = "descending" if down else "ascending"
         order = order[pc.sort_indices(keyed, sort_keys=[("key", ascending), ("place", "ascending")]).to_numpy()]
     return order
+
+
+def _wanted(opened: Expanded, filter: str) -> np.ndarray:
+    """Numbers of the rows that a filter lets through. A search for text reads the whole file, and holds a batch of it."""
+    if mask(opened.table.slice(0, 0), filter) is None:
+        return np.arange(opened.table.num_rows)
+    found = []
+    for batch in opened.table.to_batches():
+        lets = mask(pa.Table.from_batches([batch]), filter)
+        assert lets is not None
+        found.append(np.asarray(lets.to_numpy(zero_copy_only=False), bool))
+        opened.give_back()
+    return np.flatnonzero(np.concatenate(found)) if found else np.arange(0)
 
 
 def kind_of(path: Path) -> str:

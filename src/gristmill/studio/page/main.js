@@ -134,7 +134,7 @@ function Aside() {
   };
   return outbox.aside.map(
     (entry) => html`<div class="banner" role="alert" key=${entry.id}>
-      <span>${entry.refused.newest ? "You answered an item twice, here and in another tab." : `An answer was not taken: ${entry.refused.error}`}</span>
+      <span>${entry.refused.newest ? "You answered an item twice, here and in another tab." : `${entry.type === "flag" ? "A skip" : "An answer"} was not taken: ${entry.refused.error}`}</span>
       ${entry.refused.newest && html`<button onClick=${() => keep(entry)}>Keep this one</button>`}
       <button onClick=${() => drop(entry)}>${entry.refused.newest ? "Keep the other" : "Forget it"}</button>
     </div>`,

@@ -5,6 +5,9 @@ import { api } from "./api.js";
 
 const RETRY = [500, 1000, 2000, 5000, 10000];
 const BATCH = 20;
+const BATCH_BYTES = 500_000; // of a request, of which the server takes 1 MiB; a single answer has less
+const NEVER = [400, 404, 409, 413]; // refusals that sending again does not change
+const size = (body) => new TextEncoder().encode(JSON.stringify(body)).length;
 
 export class Outbox {
   constructor(person, { changed, accepted, ended }) {
@@ -13,6 +16,7 @@ export class Outbox {
     this.entries = [];
     this.aside = []; // what the server refused: shown, and kept until the person decides
     this.failures = 0;
+    this.most = BATCH_BYTES;
     this.sending = false;
     this.count = 0;
     for (const key of Object.keys(localStorage)) {
@@ -88,38 +92,62 @@ export class Outbox {
   async sendSome() {
     const [first] = this.entries;
     if (first.type === "flag") {
-      try {
-        await api("POST", "/flags", first.body);
-        this.failures = 0;
-      } catch (error) {
-        if (![400, 404, 409].includes(error.status)) throw error;
-      }
-      this.forget(first);
-      this.tell.accepted(first);
+      await this.sendFlag(first);
       return;
     }
-    const next = this.entries.findIndex((entry) => entry.type === "flag");
-    const batch = this.entries.slice(0, Math.min(BATCH, next < 0 ? BATCH : next));
+    const batch = this.batch();
     let said;
     try {
       said = await api("POST", "/answers", { answers: batch.map((entry) => entry.body) });
     } catch (error) {
-      if (!error.said || !error.said.results) throw error;
-      said = error.said;
+      if (error.status === 413 && batch.length > 1) {
+        this.most = 0; // something before the server takes less: one by one
+        return;
+      }
+      if (error.status === 413) said = { results: [{ status: 413, error: error.message }] };
+      else if (error.said && error.said.results) said = error.said;
+      else throw error;
     }
     this.failures = 0;
-    batch.forEach((entry, i) => {
-      const result = said.results[i];
-      if (result.status === 200) {
-        this.forget(entry);
-        this.tell.accepted(entry);
-      } else {
-        this.entries = this.entries.filter((one) => one !== entry);
-        entry.refused = result;
-        this.aside.push(entry);
-        this.keep(entry);
-      }
-    });
+    batch.forEach((entry, i) => this.settle(entry, said.results[i]));
     this.tell.changed();
+  }
+
+  // The answers that go in the next request: those before the next flag, as many as one may hold.
+  batch() {
+    const out = [];
+    let bytes = 0;
+    for (const entry of this.entries.slice(0, BATCH)) {
+      bytes += size(entry.body);
+      if (entry.type === "flag" || (out.length && bytes > this.most)) break;
+      out.push(entry);
+    }
+    return out;
+  }
+
+  async sendFlag(entry) {
+    let result = { status: 200 };
+    try {
+      await api("POST", "/flags", entry.body);
+    } catch (error) {
+      if (!NEVER.includes(error.status)) throw error;
+      result = { status: error.status, error: error.message };
+    }
+    this.failures = 0;
+    this.settle(entry, result);
+    this.tell.changed();
+  }
+
+  // What the server said of an entry: it is done with, or put before the person.
+  settle(entry, result) {
+    if (result.status === 200) {
+      this.forget(entry);
+      this.tell.accepted(entry);
+      return;
+    }
+    this.entries = this.entries.filter((one) => one !== entry);
+    entry.refused = result;
+    this.aside.push(entry);
+    this.keep(entry);
   }
 }

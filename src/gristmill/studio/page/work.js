@@ -9,13 +9,17 @@ import { ATTRIBUTES, CheckPanel, ComparePanel, LETTERS, RatePanel, Reason, STREN
 const AHEAD = 10; // items that the page holds: enough for half a minute without a network
 const RENEW_SECONDS = 120;
 const IDLE_SECONDS = 300; // without a key or click, after which items go back when their leases end
+const MAX_REPAIR_CHARS = 100_000; // of a text that the server takes
 const SET = 20; // items of a set, whose progress is shown
 const UNDOS = 20;
 export const SKIPS = ["broken", "not English", "pii", "unsafe", "unsure"];
 
 export class Work {
   constructor(me, project, outbox, changed) {
-    Object.assign(this, { me, project, outbox, changed });
+    this.me = me;
+    this.project = project;
+    this.outbox = outbox;
+    this.changed = changed;
     this.items = [];
     this.drafts = {};
     this.versions = {};
@@ -117,19 +121,42 @@ export class Work {
   value(name, value, byKey) {
     const item = this.item;
     if (!item) return;
+    const repairs = name === "verdict" && value === "repair";
+    if (repairs && this.draft.text === undefined) return this.repair(item, byKey);
     const draft = { ...this.draft, [name]: value };
     if (name === "preference") draft.neither = false;
     if (name === "neither") delete draft.preference;
-    if (value === "repair" && draft.text === undefined) draft.text = item.answers[0].text;
     this.drafts[item.id] = draft;
     this.save(item.id);
     this.notice = "";
     const place = ATTRIBUTES.indexOf(name);
     if (place >= 0) this.cursor = Math.min(place + 1, ATTRIBUTES.length - 1);
     const ends = { pair: ["preference", "neither"], check: ["verdict"], rate: ATTRIBUTES.slice(-1) };
-    const last = ends[item.kind].includes(name) && value !== "repair";
+    const last = ends[item.kind].includes(name) && !repairs;
     if (byKey && this.auto && last && complete(item.kind, draft)) this.submit();
+    if (byKey && repairs) setTimeout(() => document.getElementById("repair")?.focus(), 0);
     this.changed();
+  }
+
+  // Repairing begins with the whole answer; the server sends a long one in pieces.
+  async repair(item, byKey) {
+    const [answer] = item.answers;
+    const { verdict } = this.draft;
+    let { text } = answer;
+    try {
+      if (answer.length > MAX_REPAIR_CHARS) throw new Error("it is too long: accept or reject it");
+      while ([...text].length < answer.length) {
+        this.notice = "Loading the whole answer \u2026";
+        this.changed();
+        text += (await api("GET", textOf(item)(item.messages.length, [...text].length))).text;
+      }
+    } catch (error) {
+      this.notice = `This answer cannot be repaired now: ${error.message}`;
+      return this.changed();
+    }
+    if (this.item !== item || this.draft.verdict !== verdict) return; // decided otherwise meanwhile
+    this.drafts[item.id] = { ...this.draft, text };
+    this.value("verdict", "repair", byKey);
   }
 
   submit() {
@@ -252,7 +279,6 @@ export class Work {
       if (!verdict) return false;
       this.keys++;
       this.value("verdict", verdict, true);
-      if (verdict === "repair") setTimeout(() => document.getElementById("repair")?.focus(), 0);
       return true;
     }
     if (this.item.kind === "pair") {
@@ -268,6 +294,9 @@ export class Work {
     return false;
   }
 }
+
+// Where a piece of an item's long text is.
+const textOf = (item) => (part, from) => `/items/${item.id}/text?` + query({ part, from });
 
 const RATE_KEYS = [
   ["0 - 4", "rate the marked attribute, and go on"],
@@ -322,7 +351,7 @@ export function WorkView({ work }) {
     const top = document.querySelector(".work");
     if (top && top.getBoundingClientRect().top < 0) top.scrollIntoView();
   }, [item && item.id]);
-  const more = (part, from) => `/items/${item.id}/text?` + query({ part, from });
+  const more = item && textOf(item);
   const set = (name, value) => work.value(name, value, false);
   const controls =
     item &&

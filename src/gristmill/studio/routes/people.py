@@ -1,5 +1,6 @@
 """Routes of people: sessions, invitations, and who is here."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from gristmill.studio.security import (
 from gristmill.studio.service import PERSON, Handler, Routes, Service, body_of, json_reply, text_of
 from gristmill.studio.store import OWNER, ROLES, Person, Refused
 
+MAX_HASHED = 2  # passwords at once: each takes 32 MiB, and a thread that others wait for
+
 
 class PeopleRoutes(Routes):
     """People and their sessions.
@@ -31,6 +34,7 @@ class PeopleRoutes(Routes):
     def __init__(self, service: Service, *, secure: bool, owner_key: str):
         super().__init__(service)
         self.secure, self.owner_key, self.tries = secure, owner_key, Tries()
+        self._hashing = asyncio.Semaphore(MAX_HASHED)
 
     @property
     def handlers(self) -> Mapping[tuple[str, str], Handler]:
@@ -47,34 +51,35 @@ class PeopleRoutes(Routes):
         """By the owner's token, an invitation with a new name and password, or a name and password."""
         body = await body_of(request)
         token, name, password = (text_of(body, field) for field in ("token", "name", "password"))
-        keys = (f"address {request.remote}", *([f"name {name}"] if name else []))
-        if not self.tries.allowed(*keys):
+        tried = (str(request.remote), "" if token else name)
+        if not self.tries.begin(*tried):
             raise Refused(429, "Too many wrong tries: wait a quarter of an hour.")
-        person: Person | None = None
-        if token and self.owner_key and key_of(token) == self.owner_key:
-            self.owner_key = ""  # it works once
-            person = await self.in_thread(self.store.owner)
-        elif token and name:
-            secret = await self.in_thread(hash_password, password)
-            try:
-                person = await self.in_thread(self.store.accept, key_of(token), name, secret)
-            except Refused:
-                self.tries.fail(keys[0])
-                raise
-        elif name and password:
-            found = await self.in_thread(self.store.secret_of, name)
-            if await self.in_thread(check_password, password, found[1] if found else ""):
-                assert found is not None
-                person = found[0]
+        person = await self._person(token, name, password)
         if person is None:
-            self.tries.fail(*keys)
             words = "This link was used already: the program prints a new one when it is started." if token and not name else ""
             raise Refused(403, words or "The name or the password is wrong.")
+        self.tries.succeed(*tried)
         session = new_token()
         await self.in_thread(self.store.open_session, key_of(session), person, SESSION_SECONDS)
         reply = json_reply(self._told(person))
         reply.set_cookie(COOKIE, session, max_age=int(SESSION_SECONDS), httponly=True, samesite="Strict", secure=self.secure, path="/")
         return reply
+
+    async def _person(self, token: str, name: str, password: str) -> Person | None:
+        """Who comes in by these; None where they are wrong."""
+        if token and self.owner_key and key_of(token) == self.owner_key:
+            self.owner_key = ""  # it works once
+            return await self.in_thread(self.store.owner)
+        if token and name:
+            async with self._hashing:
+                secret = await self.in_thread(hash_password, password)
+            return await self.in_thread(self.store.accept, key_of(token), name, secret)
+        if not (name and password):
+            return None
+        found = await self.in_thread(self.store.secret_of, name)
+        async with self._hashing:
+            right = await self.in_thread(check_password, password, found[1] if found else "")
+        return found[0] if found and right else None
 
     async def log_out(self, request: web.Request) -> web.StreamResponse:
         body = await body_of(request)
