@@ -9,7 +9,7 @@ from gristmill.engine.engine import Engine
 from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.engine.thinking import ThinkingBudget, ThinkingTags
 from gristmill.generation.api import Completion, Request, SamplingParams
-from gristmill.model.convert import add_thinking_tokens
+from gristmill.model.convert import add_thinking_tokens, resize_embeddings
 from gristmill.model.hf import load_model
 
 
@@ -47,6 +47,17 @@ def test_thinking_that_the_prompt_begins_is_closed_at_its_budget(folder: Path, l
         whole = engine.tokenizer.encode("a<think>") + list(one.tokens)
         told = engine.prompt_logprobs(whole, 0)[0][-30:]
         assert one.logprobs == pytest.approx(told, abs=1e-4), "of forced tokens too they are the model's own"
+
+
+def test_a_closing_tag_that_is_a_control_token_is_forced_as_one(random_base: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(random_base)
+    tokenizer = tokenizer.with_tokens(["<think>", "</think>"])
+    resize_embeddings(model, tokenizer.max_id + 1, [tokenizer.special_id(tag) for tag in ("<think>", "</think>")])
+    engine = Engine(model, tokenizer, find_format("auto", tokenizer), name="m", max_batch=8)
+    engine.stop_V[:] = False
+    sampling = SamplingParams(max_tokens=6, max_thinking_tokens=3)
+    ((_, (answer,)),) = engine.generate([Request("r", (), sampling, prompt_ids=(1, tokenizer.special_id("<think>")))])
+    assert answer.forced == (3,) and answer.tokens[3] == tokenizer.special_id("</think>")
 
 
 def test_what_does_not_think_is_left_alone_and_drafts_change_nothing(folder: Path) -> None:
