@@ -4,7 +4,7 @@ What does not depend on the target (text, library, scores, costs, the parent's a
 child and its measurements. Every stage goes on where it was cut off, and nothing is trained, scored or measured twice.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -98,7 +98,7 @@ class _Run:
         """What models are measured at."""
         costs = self.recipe.costs
         precision = self.precision if costs.precision == "auto" else costs.precision
-        return OperatingPoint(costs.batch, costs.prompt_tokens, costs.output_tokens, precision)
+        return OperatingPoint(costs.batch, costs.prompt_tokens, costs.output_tokens, precision, self.device.type)
 
     def results(self) -> dict[str, Any]:
         recipe = self.recipe
@@ -109,7 +109,7 @@ class _Run:
         library = self.dir.stage("library", [text.fingerprint, asdict(self.space), recipe.bld.model_dump()], self._build_library)
         self.library = Library(self.parent, library.folder)
         scores = self.dir.stage("scores", library.fingerprint, self._score)
-        costs = self.dir.stage("costs", [*of_model, asdict(self.space), recipe.costs.model_dump()], self._measure)
+        costs = self.dir.stage("costs", [*of_model, asdict(self.space), asdict(self.point), recipe.costs.repeats], self._measure)
         base = self.dir.stage("parent", [*of_model, [p.id for p in self.evaluation]], self._evaluate_parent)
         self._problem = self._make_problem(scores.summary["blocks"], costs.summary)
         name = recipe.target.name
@@ -165,12 +165,9 @@ class _Run:
         scores = score_blocks(self.library, self.space, self.reference, folder, self.progress)
         return {"num_blocks": len(scores), "blocks": {name: dict(score) for name, score in scores.items()}}
 
-    def _meter(self) -> Meter:
-        return Meter(self.point, self.tokenizer, self.format)
-
     def _measure(self, folder: Path) -> dict[str, Any]:
-        repeats = self.recipe.costs.repeats
-        table = measure_variants(self.parent.config, self.space, self._meter(), folder, self.progress, repeats=repeats, device=self.device)
+        repeats, meter = self.recipe.costs.repeats, Meter(self.point, self.tokenizer, self.format)
+        table = measure_variants(self.parent.config, self.space, meter, folder, self.progress, repeats=repeats, device=self.device)
         return {"num_rounds": repeats, "point": asdict(self.point), **table}
 
     # ---- accuracy ----
@@ -238,14 +235,14 @@ class _Run:
             solution = solve(problem, Limits(1 / speed)) if speed != target.speed else None
             found += [("curve", speed, solution)] if solution is not None else []
         children = [self._described(number, *one, folder) for number, one in enumerate(found)]
-        speeds = self._speeds(folder, {str(one["number"]): self._choices(one["architecture"]) for one in children})
-        children = [one | {"measured": speeds[str(one["number"])]} for one in children]
+        speeds = self._speeds(folder, dict.fromkeys(architecture for _, _, architecture in found))
+        children = [one | {"measured": speeds[_name(architecture)]} for one, (_, _, architecture) in zip(children, found, strict=True)]
         best = min((one for one in children if one["search"] == "mip"), key=lambda one: one["kl"])
         return {"num_children": len(children), "target": target.model_dump(), "chosen": best["number"], "children": children}
 
     def _described(self, number: int, search: str, speed: float, architecture: Architecture, folder: Path) -> dict[str, Any]:
         """What an architecture is predicted to come to, and its KL before any training."""
-        name = "-".join(map(str, architecture))
+        name = _name(architecture)
         with Journal(folder / "children.jsonl") as journal:
             if name not in journal:
                 distance = self.reference.distance(make_child(self.library, self._choices(architecture)).model)
@@ -256,14 +253,17 @@ class _Run:
         said = {"number": number, "search": search, "target": speed, "architecture": list(architecture), "layers": layers}
         return {**said, "score": self._problem.score(architecture), "kl": kl, "predicted": {"speed": 1 / predicted["time"], **predicted}}
 
-    def _speeds(self, folder: Path, architectures: Mapping[str, Sequence[Choice]]) -> dict[str, dict[str, float]]:
+    def _speeds(self, folder: Path, architectures: Iterable[Architecture]) -> dict[str, dict[str, float]]:
         """Measured speeds against the parent, in turns."""
 
-        def make(choices: Sequence[Choice]) -> Transformer:
-            return make_child(self.library, choices).model
+        def make(architecture: Architecture) -> Transformer:
+            return make_child(self.library, self._choices(architecture)).model
 
-        makers = {name: partial(make, one) for name, one in architectures.items()}
-        return compare_models(self.parent, makers, self._meter(), repeats=self.recipe.costs.repeats, path=folder / MEASURED)
+        return self._compared({_name(one): partial(make, one) for one in architectures}, folder)
+
+    def _compared(self, makers: Mapping[str, Callable[[], Transformer]], folder: Path) -> dict[str, dict[str, float]]:
+        meter = Meter(self.point, self.tokenizer, self.format)
+        return compare_models(self.parent, makers, meter, folder / MEASURED, self.progress, repeats=self.recipe.costs.repeats)
 
     # ---- the child ----
 
@@ -292,8 +292,7 @@ class _Run:
         def load() -> Transformer:
             return load_model(child.folder / MODEL)[0].to(self.device).requires_grad_(False)
 
-        repeats, path = self.recipe.costs.repeats, folder / MEASURED
-        speed = compare_models(self.parent, {"child": load}, self._meter(), repeats=repeats, path=path)["child"]
+        speed = self._compared({"child": load}, folder)["child"]
         model = load()
         sizes = {
             "parameters": num_parameters(model.config),
@@ -334,6 +333,11 @@ class _Run:
             "children": found["children"],
             "model": f"{child.folder.name}/{MODEL}",
         }
+
+
+def _name(architecture: Architecture) -> str:
+    """Name of an architecture in journals."""
+    return "-".join(map(str, architecture))
 
 
 def _prompts(recipe: CompressionRecipe) -> tuple[list[Prompt], list[Prompt]]:
