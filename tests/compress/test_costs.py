@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gristmill.compress.costs import Meter, OperatingPoint, compare_models, random_model
+from gristmill.compress.costs import Meter, OperatingPoint, check_measurable, compare_models, random_model
+from gristmill.compress.variants import Space
+from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.data.chat_format import FORMATS
 from gristmill.data.tokenizer import Tokenizer
@@ -56,3 +58,10 @@ def test_rounds_stay_for_the_same_models_at_the_same_point_alone(tmp_path: Path,
     assert speeds({"a": 2}, point()) == {"a": 2.0} and measured == 6, "nothing is measured twice"
     assert speeds({"b": 1}, point()) == {"b": 4.0} and measured == 12, "another child"
     assert speeds({"a": 2}, point(batch=3)) == {"a": 2.0} and measured == 18
+
+
+def test_a_variant_that_only_the_first_layer_has_is_refused() -> None:
+    config = ModelConfig("llama", 96, 16, (*uniform_blocks(1, 2, 2, 8, 64), *uniform_blocks(1, 2, 1, 8, 16)), 64)
+    check_measurable(config, Space.of(config, width_multiple=16, fixed_layers=(0,)))
+    with pytest.raises(InputError, match="leave it out of the search"):
+        check_measurable(config, Space.of(config, width_multiple=16))

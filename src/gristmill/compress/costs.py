@@ -104,6 +104,12 @@ def check_room(point: OperatingPoint, config: ModelConfig) -> None:
         )
 
 
+def check_measurable(config: ModelConfig, space: Space) -> None:
+    """InputError where only the first layer has a variant: costs are measured with that one as it is."""
+    if not all(_kinds(config, space).values()):
+        raise InputError("Costs are measured with the first layer as it is: leave it out of the search (space.fixed_layers: [0]).")
+
+
 def measure_variants(
     config: ModelConfig, space: Space, meter: Meter, folder: Path, progress: Progress, *, repeats: int, device: torch.device
 ) -> dict[str, Any]:
@@ -113,10 +119,7 @@ def measure_variants(
         `parent_seconds` a token, and by half and size the `shares` of it that a layer takes less than with the parent's half:
         `median`, `low` and `high` of the rounds.
     """
-    kinds = list(dict.fromkeys((half, size) for half in HALVES for sizes in space.sizes(half) for size in sizes[1:]))
-    changed = {f"{half}-{size}": _changed(config, half, size) for half, size in kinds}
-    if not all(changed.values()):
-        raise InputError("Costs are measured with the first layer as it is: leave it out of the search (space.fixed_layers: [0]).")
+    changed = _kinds(config, space)
     configs = {PARENT: config} | {name: replace(config, blocks=tuple(_blocks(config, change))) for name, change in changed.items()}
 
     def add() -> None:
@@ -148,6 +151,12 @@ def _rounds(
         for number in progress.track(missing, len(missing), lambda: "rounds of measuring"):
             journal.append({"id": f"{number}-{asked}", "point": asdict(meter.point), "seconds": meter.round(number)})
         return [journal[f"{number}-{asked}"]["seconds"] for number in range(repeats)]
+
+
+def _kinds(config: ModelConfig, space: Space) -> dict[str, dict[int, Choice]]:
+    """By half and size the layers that are measured with it, and what they are then."""
+    kinds = dict.fromkeys((half, size) for half in HALVES for sizes in space.sizes(half) for size in sizes[1:])
+    return {f"{half}-{size}": _changed(config, half, size) for half, size in kinds}
 
 
 def _changed(config: ModelConfig, half: Half, size: int) -> dict[int, Choice]:

@@ -117,7 +117,8 @@ def check_feasible(problem: Problem, limits: Limits) -> None:
                 f"target.{name} {value:.3g} is out of reach: the search space ends at {least:.3g} of the parent's. "
                 "Raise it, or widen space."
             )
-    fastest = solve(_fastest(problem), Limits(memory=limits.memory, parameters=limits.parameters))
+    others = Limits(memory=limits.memory, parameters=limits.parameters)
+    fastest = solve(_fastest(problem), others) if limits.time < 1 else None
     near = "" if fastest is None else f": with the others, the fastest child is {1 / problem.cost('time', fastest):.2f}x"
     raise InputError(f"The limits of target contradict each other{near}. Raise one of them.")
 

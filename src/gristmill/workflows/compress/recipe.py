@@ -1,6 +1,6 @@
 """The recipe of `gristmill compress`: the text, the search space, the operating point, the target, and the distillation."""
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -78,7 +78,9 @@ class Search(Section):
     metric: Literal["kl", "lm_loss"] = Field("kl", description="score of a layer")
     candidates: int = Field(3, gt=0, description="solutions, each different enough from those before; the one of the lowest KL is taken")
     diversity: float = Field(0.8, gt=0, lt=1, description="largest share of layers that two solutions have in common")
-    curve: tuple[float, ...] = Field((1.15, 1.3, 1.5, 2.0), description="speeds whose best child is measured too, for the Pareto curve")
+    curve: tuple[Annotated[float, Field(gt=1)], ...] = Field(
+        (1.15, 1.3, 1.5, 2.0), description="speeds whose best child is measured too, for the Pareto curve"
+    )
 
 
 class CompressionRecipe(Recipe):
