@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from gristmill.core.config import FilePath, Recipe, RunName, Section, check
 from gristmill.train.settings import DistillationTraining
+from gristmill.workflows.alignment.recipe import BaseModelPath
 
 
 class CompressionData(Section):
@@ -90,7 +91,7 @@ class CompressionRecipe(Recipe):
 
     kind: Literal["compress"] = "compress"
     name: RunName = "compress"
-    model: str = Field("miniature", description="folder of the parent")
+    model: BaseModelPath = Field("miniature", description="folder of the parent")
     chat_format: Literal["auto", "plain", "nemotron", "chatml", "llama3"] = "auto"
     seed: int = 0
     threads: int | None = Field(None, gt=0, description="CPU threads; default all cores")

@@ -42,7 +42,6 @@ from gristmill.data.rows import Prompt
 from gristmill.engine.engine import Engine
 from gristmill.evaluate.runner import MODES, evaluate_model
 from gristmill.evaluate.stats import paired
-from gristmill.generation.api import Completion, Request
 from gristmill.judge.programs import Verifier, is_code
 from gristmill.miniature.base import BASE
 from gristmill.miniature.source import MiniatureSource
@@ -56,6 +55,7 @@ from gristmill.train.batches import Sample, fingerprint_samples
 from gristmill.train.by_size import fill
 from gristmill.train.trainer import Trainer, TrainSettings
 from gristmill.workflows.alignment.source import normalize_prompt
+from gristmill.workflows.answers import journalled
 from gristmill.workflows.compress.recipe import CompressionRecipe
 from gristmill.workflows.compress.text import CalibrationText, answer_samples, document_samples
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
@@ -195,15 +195,7 @@ class _Run:
         """Greedy accuracy on the evaluation prompts, if there are any."""
         if not self.evaluation:
             return {"num_prompts": 0}
-
-        def generate(requests: list[Request]) -> dict[str, list[Completion]]:
-            with Journal(folder / EVALUATION) as journal:
-                missing = [r for r in requests if r.id not in journal]
-                answers = self._engine(model).generate(missing) if missing else ()
-                for request, outs in self.progress.track(answers, len(missing), lambda: "prompts answered"):
-                    journal.append({"id": request.id, "out": [[a.text, a.num_tokens, a.finish] for a in outs]})
-                return {r.id: [Completion(text, num, (), finish) for text, num, finish in journal[r.id]["out"]] for r in requests}
-
+        generate = partial(journalled, engine=lambda: self._engine(model), path=folder / EVALUATION, progress=self.progress)
         modes = {"greedy": MODES["greedy"]}
         max_tokens, seed = self.recipe.calibration.max_tokens, self.recipe.seed
         return {"accuracy": evaluate_model(self.evaluation, generate, self.verifier.verify, max_tokens=max_tokens, seed=seed, modes=modes)}
