@@ -131,6 +131,12 @@ class Space:
         return [Choice(kv, ffn) for kv in self.attention[layer] for ffn in self.mlp[layer]]
 
     @property
+    def empty(self) -> tuple[int, ...]:
+        """Of every layer the choice that leaves it out, or () where one must stay."""
+        choices = [self.choices(layer) for layer in range(len(self.attention))]
+        return tuple(one.index(Choice(0, 0)) for one in choices) if all(Choice(0, 0) in one for one in choices) else ()
+
+    @property
     def num_architectures(self) -> int:
         """Children that the space holds."""
         total = 1

@@ -127,7 +127,7 @@ class _Run:
         base = self.dir.stage("parent", [*of_model, [[p.id, p.truth] for p in self.evaluation]], self._evaluate_parent)
         metric, blocks, layers = recipe.search.metric, scores.summary["blocks"], range(self.parent.config.num_layers)
         found_scores = [np.array([blocks[score_id(i, choice)][metric] for choice in self.space.choices(i)]) for i in layers]
-        self._problem = Problem(found_scores, self._costs(costs.summary))
+        self._problem = Problem(found_scores, self._costs(costs.summary), self.space.empty)
         name = recipe.target.name
         wanted = [scores.fingerprint, costs.fingerprint, recipe.target.model_dump(), recipe.search.model_dump()]
         found = self.dir.stage(f"search-{name}", wanted, self._search)
@@ -235,7 +235,7 @@ class _Run:
         """InputError where no child comes to the target, as far as the costs are known."""
         costs = self._costs(table)
         nothing = [np.zeros(len(of_layer)) for of_layer in costs["time"]]
-        check_feasible(Problem(nothing, costs), self._limits if table is not None else replace(self._limits, time=1.0))
+        check_feasible(Problem(nothing, costs, self.space.empty), self._limits if table is not None else replace(self._limits, time=1.0))
 
     def _choices(self, architecture: Architecture) -> list[Choice]:
         return [self.space.choices(layer)[j] for layer, j in enumerate(architecture)]
