@@ -218,7 +218,7 @@ def test_another_target_reuses_all_that_is_measured(calm: Path, base: Path, tmp_
 
 def test_kills_change_no_weight_and_nothing_is_made_twice(calm: Path, base: Path, tmp_path: Path) -> None:
     """In every journal, between the files of variants and of the model, and while a checkpoint is saved."""
-    moments = [("answers.jsonl", 5), ("library.jsonl", 1), ("library.jsonl", 3), ("scores.jsonl", 7), ("costs.jsonl", 1)]
+    moments = [("answers.jsonl", 5), ("costs.jsonl", 1), ("library.jsonl", 1), ("library.jsonl", 3), ("scores.jsonl", 7)]
     moments += [("evaluation.jsonl", 2), ("children.jsonl", 3), ("measured.jsonl", 2), ("save", 3), ("replace", 1), ("save", 2)]
     make(tmp_path, base)
     command = [sys.executable, "-c", KILLED, str(tmp_path), json.dumps(moments)]
