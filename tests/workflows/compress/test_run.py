@@ -33,7 +33,9 @@ from gristmill.workflows.compress.recipe import CompressionRecipe
 from gristmill.workflows.compress.run import run as run_compression
 
 QUIET = Progress(quiet=True)
-TRUTH = {"kind": "exact", "value": "zzzz"}
+# One that no answer meets, and one that every answer does.
+NEVER = {"kind": "exact", "value": "zzzz"}
+ALWAYS = {"kind": "instructions", "checks": [{"id": "length_constraints:number_words", "relation": "less than", "num_words": 1000}]}
 # Costs that add up, so that nothing depends on the machine: of a fixed part, key-value heads and channels.
 SECONDS = "lambda meter, engine, seed: 20 + sum(3 * b.num_kv_heads + b.ffn_size / 16 for b in engine.model.config.blocks)"
 KILLED = f"""
@@ -108,7 +110,8 @@ def additive_costs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def make(folder: Path, base: Path, **changes: Any) -> CompressionRecipe:
     folder.mkdir(exist_ok=True)
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {word}."}) + "\n" for word in "abcdefgh"))
-    (folder / "evaluation.jsonl").write_text("".join(json.dumps({"prompt": f"Sing {w}.", "truth": TRUTH}) + "\n" for w in "abc"))
+    held_out = [{"prompt": f"Sing {word}.", "truth": truth} for word, truth in (("a", NEVER), ("b", ALWAYS), ("c", NEVER))]
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     values: dict[str, Any] = {
         "model": str(base),
         "data": {"prompts": str(folder / "prompts.jsonl"), "evaluation": str(folder / "evaluation.jsonl")},
@@ -146,7 +149,8 @@ def test_a_run_says_what_the_child_comes_to(calm: Path) -> None:
     found = data.results["compress"]
     assert found["speed"]["predicted"] == pytest.approx(found["speed"]["measured"]) and found["speed"]["measured"] >= 1.3
     assert 0 < found["kl"] < found["kl_before"], "distillation brings the child nearer"
-    assert found["accuracy"]["parent"] == found["accuracy"]["child"] == 0 and found["seconds"] > 0
+    assert found["accuracy"]["parent"] == found["accuracy"]["child"] == 0.3333 and found["seconds"] > 0
+    assert (found["accuracy"]["paired"]["mean"], found["accuracy"]["paired"]["n"]) == (0, 3)
     assert [s["name"] for s in data.stages] == [
         "text",
         "costs",
