@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from gristmill.data.chat import Message
 from gristmill.data.find_format import find_format
 from gristmill.engine.engine import Engine
 from gristmill.engine.speculative import SpeculativeConfig
@@ -66,6 +67,18 @@ def test_what_does_not_think_is_left_alone_and_drafts_change_nothing(folder: Pat
     assert [one.tokens for one in answers(engine, "a", 0)] == [one.tokens for one in answers(engine, "a", None)]
     drafting = engine_of(folder, SpeculativeConfig())
     assert [one.tokens for one in answers(drafting, "a<think>", 4, 0.0)] == [one.tokens for one in answers(engine, "a<think>", 4, 0.0)]
+
+
+def test_an_answer_that_goes_on_in_the_midst_of_thinking_has_the_budget_too(folder: Path) -> None:
+    engine = engine_of(folder)
+    engine.stop_V[:] = False
+    close = engine.tokenizer.encode("</think>")
+    for said, forced in (("<think>a long thought", 3), ("<think>a</think>b", None), ("b", None)):
+        talk = (Message("user", "a"), Message("assistant", said))
+        prompt = engine.chat_format.render_turns(talk, engine.tokenizer, continue_final_message=True)
+        sampling = SamplingParams(max_tokens=20, max_thinking_tokens=3)
+        ((_, (answer,)),) = engine.generate([Request("r", talk, sampling, prompt_ids=tuple(prompt))])
+        assert answer.forced == (() if forced is None else tuple(range(forced, forced + len(close))))
 
 
 def letters(ids: object) -> str:
