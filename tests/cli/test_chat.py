@@ -58,6 +58,15 @@ def test_a_history_is_saved_and_goes_on(engine: Engine, tmp_path: Path, capsys: 
     assert len(session.talk) == 3 and len(read_demonstrations(file)) == 2  # it is a file of demonstrations
 
 
+def test_thinking_stays_switched_whatever_the_system_message_is(engine: Engine, tmp_path: Path) -> None:
+    file = tmp_path / "talks.jsonl"
+    talk(engine, ["Hi"], history=file, system="Be kind.")
+    session = talk(engine, ["More", "/system Be short.", "Again", "/system", "And"], history=file, thinking="on")
+    on = "detailed thinking on"
+    assert [one[0]["content"] for one in turns(file)] == [f"{on}\n\nBe kind.", f"{on}\n\nBe short.", on]
+    assert session.talk[0].content == on
+
+
 def test_commands(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "saved.jsonl"
     other = tmp_path / "other"

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from gristmill.compress import activations as activations_module
+from gristmill.compress import scores as scores_module
 from gristmill.compress.activations import Activations, Piece
-from gristmill.compress.child import Reference, make_child
+from gristmill.compress.child import Distance, Reference, make_child
 from gristmill.compress.library import BldSettings, LayerBatch, Library, Replaced, build_library, normalized_mse
 from gristmill.compress.scores import score_blocks, score_id
-from gristmill.compress.variants import Choice, Space, half_of, initial
+from gristmill.compress.variants import Choice, Space, block_config, half_of, initial, num_block_parameters
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.model.transformer import Transformer
@@ -87,8 +88,9 @@ def test_a_second_start_trains_nothing_and_mends_what_is_damaged(
 ) -> None:
     before = (folder / "library.jsonl").read_bytes()
     monkeypatch.setattr(Activations, "advance", None)
+    (folder / "activations").mkdir()  # of a start that was killed behind its last variant
     build_library(parent, space, pieces, folder, SETTINGS, QUIET)
-    assert (folder / "library.jsonl").read_bytes() == before
+    assert (folder / "library.jsonl").read_bytes() == before and not (folder / "activations").exists()
     monkeypatch.undo()
     damaged = folder / "001-mlp-32.safetensors"
     good = damaged.read_bytes()
@@ -110,10 +112,20 @@ def test_scores_are_those_of_a_whole_model_with_one_layer_exchanged(
         found = scores[score_id(layer, choice)]
         assert found["kl"] == pytest.approx(exact.kl, rel=1e-4) and found["kl"] > 0
         left_out = sum(p.numel() for p in parent.parameters()) - sum(p.numel() for p in child.parameters())
-        assert scores[score_id(layer, own)]["parameters"] - found["parameters"] == left_out
+        sizes = [num_block_parameters(parent.config, block_config(parent.config.blocks[layer], one)) for one in (own, choice)]
+        assert sizes[0] - sizes[1] == left_out
     again = (tmp_path / "scores.jsonl").read_bytes()
     score_blocks(library, space, reference, tmp_path, QUIET)
     assert (tmp_path / "scores.jsonl").read_bytes() == again
+
+
+def test_a_layer_that_gives_no_numbers_is_not_the_best_one(
+    parent: Transformer, space: Space, pieces: list[Piece], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = Reference(parent, pieces[:1])
+    monkeypatch.setattr(scores_module, "_replaced", lambda *given: Distance(float("nan"), 1.0))
+    with pytest.raises(InputError, match="gives no numbers .KL nan."):
+        score_blocks(Library(parent, folder), space, reference, tmp_path, QUIET)
 
 
 def test_a_trained_variant_differs_from_the_one_as_made(parent: Transformer, folder: Path, space: Space) -> None:

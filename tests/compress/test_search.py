@@ -57,6 +57,21 @@ def test_greedy_and_random_keep_to_the_limits_and_are_no_better() -> None:
     assert better >= 4
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_child_without_any_layer_is_none(seed: int) -> None:
+    """The last choice of each layer leaves it out and takes the least; the nearest target that is told must still hold a child."""
+    drawn = problem(seed)
+    costs = {name: [np.sort(of_layer)[::-1] for of_layer in ones] for name, ones in drawn.costs.items()}
+    one = Problem(drawn.scores, costs, (2, 2, 2))
+    children = [a for a in itertools.product(range(3), repeat=3) if a != one.empty]
+    least = min(one.cost("time", a) for a in children)
+    assert one.least("time") == pytest.approx(least) and least > one.cost("time", one.empty) + 1e-3
+    with pytest.raises(InputError, match="out of reach"):
+        check_feasible(one, Limits(time=one.cost("time", one.empty)))
+    found = solve(one, Limits(time=least))
+    assert found is not None and found != one.empty and one.empty not in random_architectures(one, Limits(time=least), 5, seed)
+
+
 def test_what_is_out_of_reach_is_said_with_what_is_in_it() -> None:
     one = problem(0)
     with pytest.raises(InputError, match=r"A speed of 50.00x is out of reach: the search space ends at (.*)x, since embeddings") as told:

@@ -28,8 +28,10 @@ def test_the_space_of_the_paper_has_its_size() -> None:
 
 
 def test_widths_are_multiples_and_smaller_than_the_parents() -> None:
-    space = Space.of(LLAMA_70B, kv_heads=(4, 3), widths=(0.5, 0.501, 0.9999), width_multiple=4096, no_attention=False, no_mlp=False)
+    space = Space.of(LLAMA_70B, kv_heads=(4,), widths=(0.5, 0.501, 0.9999), width_multiple=4096, no_attention=False, no_mlp=False)
     assert space.attention[0] == (8, 4) and space.mlp[0] == (28_672, 16_384)
+    whole = Space.of(LLAMA_70B)
+    assert whole.choices(3)[whole.empty[3]] == Choice(0, 0) and Space.of(LLAMA_70B, fixed_layers=(0,)).empty == ()
     assert Space.of(LLAMA_70B, fixed_layers=(0, -1)).choices(79) == [Choice(8, 28_672)]
 
 
@@ -38,6 +40,7 @@ def test_widths_are_multiples_and_smaller_than_the_parents() -> None:
     [
         ({"widths": (1.5,)}, "between 0 and 1"),
         ({"fixed_layers": (80,)}, "no layer 80"),
+        ({"kv_heads": (4, 3)}, "that divide the parent's .8.: 3 does not"),
         ({"kv_heads": (), "widths": (), "no_attention": False, "no_mlp": False}, "No layer of this model can change"),
     ],
 )

@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 import gristmill
-from gristmill.core.config import MAX_YAML_BYTES, check, dump, find_recipe, load, read
+from gristmill.core.config import MAX_YAML_BYTES, Recipe, check, dump, find_recipe, load, read
 from gristmill.core.errors import InputError
 from gristmill.curate.blend.blend import Blend
 from gristmill.curate.recipe import Curation
 from gristmill.train.settings import training_section
 from gristmill.workflows.alignment.recipe import CONTROLS, AlignmentRecipe, Evaluate, Safety
+from gristmill.workflows.compress.recipe import CompressionRecipe
 from gristmill.workflows.dataset.recipe import DatasetRecipe
+from gristmill.workflows.reasoning.recipe import ReasoningRecipe
+from gristmill.workflows.rl.recipe import RlRecipe
 
 # Every key a recipe may have. A change here is a change of what users have written down: think twice, then edit.
 TRAINING = (
@@ -314,6 +317,13 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert loaded.data.evaluation == tmp_path / "test.jsonl"
     assert loaded.data.ratings == Path("/elsewhere/ratings.parquet")
     assert loaded.data.prompts is None
+
+
+@pytest.mark.parametrize("recipe", [RlRecipe, CompressionRecipe, ReasoningRecipe])
+def test_every_kinds_model_is_relative_to_the_file(tmp_path: Path, recipe: type[Recipe]) -> None:
+    kind = recipe.model_fields["kind"].default
+    assert load(write(tmp_path, {"kind": kind, "world": "miniature", "model": "mine"}), recipe).model == str(tmp_path / "mine")
+    assert load(write(tmp_path, {"kind": kind, "world": "miniature"}), recipe).model == "miniature"
 
 
 def test_the_shipped_model_is_no_path(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from gristmill.data.chat import Message
 from gristmill.data.find_format import find_format
 from gristmill.engine.engine import Engine
 from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.engine.thinking import ThinkingBudget, ThinkingTags
 from gristmill.generation.api import Completion, Request, SamplingParams
-from gristmill.model.convert import add_thinking_tokens
+from gristmill.model.convert import add_thinking_tokens, resize_embeddings
 from gristmill.model.hf import load_model
 
 
@@ -49,12 +50,35 @@ def test_thinking_that_the_prompt_begins_is_closed_at_its_budget(folder: Path, l
         assert one.logprobs == pytest.approx(told, abs=1e-4), "of forced tokens too they are the model's own"
 
 
+def test_a_closing_tag_that_is_a_control_token_is_forced_as_one(random_base: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(random_base)
+    tokenizer = tokenizer.with_tokens(["<think>", "</think>"])
+    resize_embeddings(model, tokenizer.max_id + 1, [tokenizer.special_id(tag) for tag in ("<think>", "</think>")])
+    engine = Engine(model, tokenizer, find_format("auto", tokenizer), name="m", max_batch=8)
+    engine.stop_V[:] = False
+    sampling = SamplingParams(max_tokens=6, max_thinking_tokens=3)
+    ((_, (answer,)),) = engine.generate([Request("r", (), sampling, prompt_ids=(1, tokenizer.special_id("<think>")))])
+    assert answer.forced == (3,) and answer.tokens[3] == tokenizer.special_id("</think>")
+
+
 def test_what_does_not_think_is_left_alone_and_drafts_change_nothing(folder: Path) -> None:
     engine = engine_of(folder)
     assert all(not one.forced for one in answers(engine, "a", 0))
     assert [one.tokens for one in answers(engine, "a", 0)] == [one.tokens for one in answers(engine, "a", None)]
     drafting = engine_of(folder, SpeculativeConfig())
     assert [one.tokens for one in answers(drafting, "a<think>", 4, 0.0)] == [one.tokens for one in answers(engine, "a<think>", 4, 0.0)]
+
+
+def test_an_answer_that_goes_on_in_the_midst_of_thinking_has_the_budget_too(folder: Path) -> None:
+    engine = engine_of(folder)
+    engine.stop_V[:] = False
+    close = engine.tokenizer.encode("</think>")
+    for said, forced in (("<think>a long thought", 3), ("<think>a</think>b", None), ("b", None)):
+        talk = (Message("user", "a"), Message("assistant", said))
+        prompt = engine.chat_format.render_turns(talk, engine.tokenizer, continue_final_message=True)
+        sampling = SamplingParams(max_tokens=20, max_thinking_tokens=3)
+        ((_, (answer,)),) = engine.generate([Request("r", talk, sampling, prompt_ids=tuple(prompt))])
+        assert answer.forced == (() if forced is None else tuple(range(forced, forced + len(close))))
 
 
 def letters(ids: object) -> str:

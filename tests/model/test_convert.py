@@ -15,7 +15,7 @@ from gristmill.data.chat_format import FORMATS
 from gristmill.data.find_format import guess_format
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.convert import add_chat_tokens
+from gristmill.model.convert import add_chat_tokens, add_thinking_tokens
 from gristmill.model.hf import load_model
 from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
@@ -115,3 +115,11 @@ def test_tokens_that_are_there_already_keep_their_rows(tmp_path: Path) -> None:
     for out, name, why in ((base, "chatml", "another --out"), (tmp_path / "x", "alpaca", "Unknown chat format")):
         with pytest.raises(InputError, match=why):
             add_chat_tokens(base, out, name)
+
+
+def test_tags_of_thinking_that_are_control_tokens_are_refused(tmp_path: Path) -> None:
+    """No answer would show them, and what they are spelt with keeps its embeddings."""
+    folder = folder_of(tmp_path, ["<|endoftext|>", "<think>", "</think>"], tie=False)
+    with pytest.raises(InputError, match="<think> is a control token there"):
+        add_thinking_tokens(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

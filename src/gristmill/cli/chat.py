@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
@@ -14,6 +15,7 @@ from gristmill.core.io import read_bytes, replacing, write_jsonl
 from gristmill.core.response_text import strip_thinking
 from gristmill.core.untrusted import quoted_path
 from gristmill.data.chat import Message, conversation, to_dicts
+from gristmill.data.thinking import with_toggle
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.server.responses import IncrementalDetokenizer
@@ -34,6 +36,7 @@ class ChatSession:
 
     Args:
         system: system message that conversations begin with; "": none.
+        thinking: mode of thinking, whose line is put into every system message; "": none is.
         history: file of conversations, one a line; the last one goes on, and is saved after every answer.
         read_line: reads a line of the user's; "" is the end.
 
@@ -48,20 +51,29 @@ class ChatSession:
         *,
         seed: int = 0,
         system: str = "",
+        thinking: Literal["", "on", "off"] = "",
         history: Path | None = None,
         read_line: Callable[[], str] = sys.stdin.readline,
     ) -> None:
         self.engine, self.sampling, self.seed, self.history, self.read_line = engine, sampling, seed, history, read_line
         self.earlier = _read_history(history) if history is not None and history.exists() else []
-        self.system = [Message("system", system)] if system else []
-        self.talk = list(self.system)
+        self.thinking = thinking
+        self._begin_with(system)
         if self.earlier and len(self.earlier[-1]) > 1:
             resumed = self.earlier.pop()
-            self.system = self.system or [message for message in resumed[:1] if message.role == "system"]
+            if not system and resumed[0].role == "system":
+                self._begin_with(resumed[0].content)
             self.talk = [*self.system, *(message for message in resumed if message.role != "system")]
             echo(f"The conversation of {quoted_path(history or Path())} goes on, with {len(resumed)} messages; /new starts over.", err=True)
         self._core = engine.core()
         self._num_answers = 0
+
+    def _begin_with(self, system: str) -> None:
+        """Choose the system message of conversations to come, and begin one."""
+        self.system = [Message("system", system)] if system else []
+        if self.thinking:
+            self.system = list(with_toggle(self.system, self.thinking))
+        self.talk = list(self.system)
 
     def run(self) -> None:
         """Take lines until there are no more."""
@@ -90,7 +102,7 @@ class ChatSession:
         elif name in ("new", "system"):
             self.earlier += [tuple(self.talk)] if len(self.talk) > len(self.system) else []
             if name == "system":
-                self.system = [Message("system", rest)] if rest else []
+                self._begin_with(rest)
             self.talk = list(self.system)
         elif name == "save":
             self._save_to(Path(rest) if rest else None)

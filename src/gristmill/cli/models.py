@@ -480,17 +480,12 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal. /help lists the commands; an empty line or Ctrl-D ends it."""
     from gristmill.cli.chat import ChatSession
-    from gristmill.data.chat import Message
-    from gristmill.data.thinking import with_toggle
     from gristmill.engine.load import EngineArgs, load_engine
     from gristmill.generation.api import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, max_thinking_tokens=max_thinking_tokens)
     engine = load_engine(model, EngineArgs.of(locals() | {"max_batch": 1}))
-    if thinking:
-        (turn,) = with_toggle([Message("system", system)] if system else [], thinking)
-        system = turn.content
-    ChatSession(engine, sampling, seed=seed, system=system, history=history).run()
+    ChatSession(engine, sampling, seed=seed, system=system, thinking=thinking, history=history).run()
 
 
 @command("gristmill serve runs/miniature/29-r2-rpo3/model --reward runs/miniature/01-reward/model --port 8000")

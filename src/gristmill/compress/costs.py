@@ -5,18 +5,20 @@ difference, divided by the layers, is the variant's. So it holds at this batch a
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from gristmill.compress.variants import HALVES, Choice, Half, Space, block_config, size_of
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.data.chat_format import ChatFormat
+from gristmill.data.rows import make_id
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Request, SamplingParams
@@ -25,17 +27,19 @@ from gristmill.model.transformer import Transformer
 from gristmill.runs.journal import Journal
 
 JOURNAL, PARENT = "costs.jsonl", "parent"
-CONTENT = 32  # ids that prompts are made of, so that they differ
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What a model is measured at: answers in flight, tokens of prompt and answer, and the engine's precision (fp32, bf16 or int8)."""
+    """What a model is measured at: answers in flight, tokens of prompt and answer, the engine's precision (fp32, bf16 or int8), and the
+    type of device.
+    """
 
     batch: int
     prompt_tokens: int
     output_tokens: int
     precision: str
+    device: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,8 +86,8 @@ class Meter:
     def _seconds(self, engine: Engine, seed: int) -> float:
         point = self.point
         sampling = SamplingParams(temperature=1.0, max_tokens=point.output_tokens)
-        ids = torch.arange(point.batch * point.prompt_tokens).view(point.batch, -1)
-        prompts = (ids * 7 + seed + ids // CONTENT) % min(CONTENT, engine.model.config.vocab_size)
+        # no two begin alike, or the engine would compute what they share once
+        prompts = np.random.default_rng(seed).integers(engine.model.config.vocab_size, size=(point.batch, point.prompt_tokens))
         requests = [Request(str(i), (), sampling, seed, prompt_ids=tuple(row)) for i, row in enumerate(prompts.tolist())]
         clock: Callable[[], float] = time.process_time if engine.device.type == "cpu" else time.perf_counter
         began = clock()
@@ -100,6 +104,12 @@ def check_room(point: OperatingPoint, config: ModelConfig) -> None:
         )
 
 
+def check_measurable(config: ModelConfig, space: Space) -> None:
+    """InputError where only the first layer has a variant: costs are measured with that one as it is."""
+    if not all(_kinds(config, space).values()):
+        raise InputError("Costs are measured with the first layer as it is: leave it out of the search (space.fixed_layers: [0]).")
+
+
 def measure_variants(
     config: ModelConfig, space: Space, meter: Meter, folder: Path, progress: Progress, *, repeats: int, device: torch.device
 ) -> dict[str, Any]:
@@ -109,25 +119,44 @@ def measure_variants(
         `parent_seconds` a token, and by half and size the `shares` of it that a layer takes less than with the parent's half:
         `median`, `low` and `high` of the rounds.
     """
-    kinds = list(dict.fromkeys((half, size) for half in HALVES for sizes in space.sizes(half) for size in sizes[1:]))
-    changed = {f"{half}-{size}": _changed(config, half, size) for half, size in kinds}
-    if not all(changed.values()):
-        raise InputError("Costs are measured with the first layer as it is: leave it out of the search (space.fixed_layers: [0]).")
+    changed = _kinds(config, space)
     configs = {PARENT: config} | {name: replace(config, blocks=tuple(_blocks(config, change))) for name, change in changed.items()}
-    with Journal(folder / JOURNAL) as journal:
-        missing = [number for number in range(repeats) if str(number) not in journal]
-        if missing:
-            for name, one in configs.items():
-                meter.add(name, random_model(one, meter.point.dtype, device), own=True)
-            meter.warm_up()
-        for number in progress.track(missing, len(missing), lambda: "rounds of measuring"):
-            journal.append({"id": str(number), "point": asdict(meter.point), "seconds": meter.round(number)})
-        rounds = [journal[str(number)]["seconds"] for number in range(repeats)]
+
+    def add() -> None:
+        for name, one in configs.items():
+            meter.add(name, random_model(one, meter.point.dtype, device), own=True)
+
+    rounds = _rounds(meter, configs, add, folder / JOURNAL, progress, repeats=repeats)
     shares = {}
     for name, change in changed.items():
         found = sorted((one[name] / one[PARENT] - 1) / len(change) for one in rounds)
         shares[name] = {"median": median(found), "low": found[0], "high": found[-1]}
     return {"parent_seconds": median(one[PARENT] for one in rounds), "shares": shares}
+
+
+def _rounds(
+    meter: Meter, names: Iterable[str], add: Callable[[], None], path: Path, progress: Progress, *, repeats: int
+) -> list[dict[str, float]]:
+    """Seconds a token of models in every round; rounds of these very models at this point that the journal holds stay.
+
+    Args:
+        add: gives the meter the models, where something is left to measure.
+    """
+    asked = make_id(asdict(meter.point), list(names))
+    with Journal(path) as journal:
+        missing = [number for number in range(repeats) if f"{number}-{asked}" not in journal]
+        if missing:
+            add()
+            meter.warm_up()
+        for number in progress.track(missing, len(missing), lambda: "rounds of measuring"):
+            journal.append({"id": f"{number}-{asked}", "point": asdict(meter.point), "seconds": meter.round(number)})
+        return [journal[f"{number}-{asked}"]["seconds"] for number in range(repeats)]
+
+
+def _kinds(config: ModelConfig, space: Space) -> dict[str, dict[int, Choice]]:
+    """By half and size the layers that are measured with it, and what they are then."""
+    kinds = dict.fromkeys((half, size) for half in HALVES for sizes in space.sizes(half) for size in sizes[1:])
+    return {f"{half}-{size}": _changed(config, half, size) for half, size in kinds}
 
 
 def _changed(config: ModelConfig, half: Half, size: int) -> dict[int, Choice]:
@@ -164,23 +193,20 @@ def layer_share(table: Mapping[str, Any], own: Choice, choice: Choice) -> float:
 
 
 def compare_models(
-    parent: Transformer, makers: Mapping[str, Callable[[], Transformer]], meter: Meter, *, repeats: int, path: Path
+    parent: Transformer, makers: Mapping[str, Callable[[], Transformer]], meter: Meter, path: Path, progress: Progress, *, repeats: int
 ) -> dict[str, dict[str, float]]:
     """Speeds of models against the parent, measured in turns: `median`, `low` and `high` of the rounds' ratios.
 
     Args:
-        makers: make each model, where something is left to measure.
-        path: journal of the rounds; those that it holds stay.
+        makers: make each model, where something is left to measure; a name stands for the same model at every start.
+        path: journal of the rounds.
     """
-    with Journal(path) as journal:
-        missing = [number for number in range(repeats) if str(number) not in journal]
-        if missing:
-            meter.add(PARENT, parent, own=False)
-            for name, make in makers.items():
-                meter.add(name, make().requires_grad_(False), own=True)
-            meter.warm_up()
-        for number in missing:
-            journal.append({"id": str(number), "seconds": meter.round(number)})
-        found = [journal[str(number)]["seconds"] for number in range(repeats)]
-    ratios = {name: sorted(one[PARENT] / one[name] for one in found) for name in makers}
+
+    def add() -> None:
+        meter.add(PARENT, parent, own=False)
+        for name, make in makers.items():
+            meter.add(name, make().requires_grad_(False), own=True)
+
+    rounds = _rounds(meter, [PARENT, *makers], add, path, progress, repeats=repeats)
+    ratios = {name: sorted(one[PARENT] / one[name] for one in rounds) for name in makers}
     return {name: {"median": median(ones), "low": ones[0], "high": ones[-1]} for name, ones in ratios.items()}

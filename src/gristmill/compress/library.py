@@ -7,6 +7,7 @@ Source: Puzzle (arXiv 2411.19146), section 2. A killed library goes on with the 
 
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,8 +127,7 @@ def build_library(
 
             with workers(num_workers(parent)) as each:
                 each(work, of_layer)
-        if activations is not None:
-            activations.close()
+        shutil.rmtree(folder / ACTIVATIONS, ignore_errors=True)  # also of a start that was killed behind its last variant
         return {one.id: journal[one.id] for one in variants}
 
 

@@ -3,6 +3,7 @@
 The sum of its layers' scores stands for a child's quality in the search. Source: Puzzle (arXiv 2411.19146), section 2.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from gristmill.compress.child import Distance, Reference
 from gristmill.compress.library import Library
-from gristmill.compress.variants import Choice, Space, block_config, kv_values_per_token, num_block_parameters
+from gristmill.compress.variants import Choice, Space
+from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.core.threads import num_workers, workers
 from gristmill.model.transformer import Transformer
@@ -32,8 +34,7 @@ def score_blocks(library: Library, space: Space, reference: Reference, folder: P
     """Score every choice of every layer, in `scores.jsonl`; those that it holds stay.
 
     Returns:
-        Of each choice (`score_id`): `layer`, `kv_heads`, `ffn_size`, `kl`, `lm_loss` (the rise over the parent's), `parameters`,
-        `kv_values` a token.
+        Of each choice (`score_id`): `layer`, `kv_heads`, `ffn_size`, `kl`, `lm_loss` (the rise over the parent's).
     """
     parent = library.parent
     base = reference.distance(parent)
@@ -49,17 +50,17 @@ def score_blocks(library: Library, space: Space, reference: Reference, folder: P
             with workers(num_workers(parent)) as each:
                 scored += zip(missing, each(partial(_replaced, library, reference, layer, states), missing), strict=True)
             for choice, found in scored:
-                journal.append({"id": score_id(layer, choice), **_record(parent, layer, choice, found, base)})
+                journal.append({"id": score_id(layer, choice), **_record(layer, choice, found, base)})
             progress.tick(len(journal), len(wanted), "blocks scored")
             states = [_through(parent, x_TD, layer, layer + 1, piece) for x_TD, piece in zip(states, reference.pieces, strict=True)]
         return {score_id(*one): journal[score_id(*one)] for one in wanted}
 
 
-def _record(parent: Transformer, layer: int, choice: Choice, found: Distance, base: Distance) -> dict[str, Any]:
-    block = block_config(parent.config.blocks[layer], choice)
-    sizes = {"parameters": num_block_parameters(parent.config, block), "kv_values": kv_values_per_token(block)}
+def _record(layer: int, choice: Choice, found: Distance, base: Distance) -> dict[str, Any]:
     where = {"layer": layer, "kv_heads": choice.kv_heads, "ffn_size": choice.ffn_size}
-    return {**where, "kl": max(0.0, found.kl), "lm_loss": found.lm_loss - base.lm_loss, **sizes}
+    if not math.isfinite(found.kl) or not math.isfinite(found.lm_loss):  # beside 0 no number compares, and it would be the best
+        raise InputError(f"The model with {where} gives no numbers (KL {found.kl}): lower bld.lr, and choose another --out.")
+    return {**where, "kl": max(0.0, found.kl), "lm_loss": found.lm_loss - base.lm_loss}
 
 
 @torch.no_grad()

@@ -26,10 +26,12 @@ class Problem:
         scores: [i][j], less is better.
         costs: by the names of LIMITS: [i][j], shares of the parent's whole cost that the layer takes less than its own (so at most 0,
             but for what was measured with noise).
+        empty: the architecture that leaves no layer, which is no child; () where the space holds none.
     """
 
     scores: Sequence[np.ndarray]
     costs: Mapping[str, Sequence[np.ndarray]]
+    empty: Architecture = ()
 
     @property
     def num_layers(self) -> int:
@@ -45,7 +47,10 @@ class Problem:
 
     def least(self, name: str) -> float:
         """The smallest share that any architecture reaches."""
-        return 1.0 + float(sum(costs.min() for costs in self.costs[name]))
+        costs = self.costs[name]
+        best = tuple(int(of_layer.argmin()) for of_layer in costs)
+        next_best = min(float(np.partition(of_layer, 1)[1] - of_layer.min()) for of_layer in costs) if best == self.empty else 0.0
+        return self.cost(name, best) + next_best
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,10 @@ class Limits:
         return {name: value for name in LIMITS if (value := getattr(self, name)) < 1}
 
     def hold(self, problem: Problem, architecture: Architecture) -> bool:
-        """Whether an architecture keeps to them."""
-        return all(problem.cost(name, architecture) <= value + TOLERANCE for name, value in self.active().items())
+        """Whether an architecture is a child that keeps to them."""
+        return architecture != problem.empty and all(
+            problem.cost(name, architecture) <= value + TOLERANCE for name, value in self.active().items()
+        )
 
 
 def check_solver() -> None:
@@ -85,10 +92,11 @@ def solve(problem: Problem, limits: Limits) -> Architecture | None:
     constraints = [LinearConstraint(one_a_layer, 1, 1)]
     for name, value in limits.active().items():
         constraints.append(LinearConstraint(np.concatenate(problem.costs[name])[None], -np.inf, value - 1 + TOLERANCE))
-    for earlier in limits.earlier:
+    unlike = [(earlier, limits.alpha * len(sizes)) for earlier in limits.earlier]
+    for other, most in [*unlike, *([(problem.empty, len(sizes) - 1)] if problem.empty else [])]:
         same = np.zeros((1, starts[-1]))
-        same[0, [start + j for start, j in zip(starts, earlier, strict=False)]] = 1
-        constraints.append(LinearConstraint(same, -np.inf, limits.alpha * len(sizes)))
+        same[0, [start + j for start, j in zip(starts, other, strict=False)]] = 1
+        constraints.append(LinearConstraint(same, -np.inf, most))
     found = milp(
         np.concatenate(problem.scores),
         integrality=np.ones(starts[-1]),
@@ -117,13 +125,14 @@ def check_feasible(problem: Problem, limits: Limits) -> None:
                 f"target.{name} {value:.3g} is out of reach: the search space ends at {least:.3g} of the parent's. "
                 "Raise it, or widen space."
             )
-    fastest = solve(_fastest(problem), Limits(memory=limits.memory, parameters=limits.parameters))
+    others = Limits(memory=limits.memory, parameters=limits.parameters)
+    fastest = solve(_fastest(problem), others) if limits.time < 1 else None
     near = "" if fastest is None else f": with the others, the fastest child is {1 / problem.cost('time', fastest):.2f}x"
     raise InputError(f"The limits of target contradict each other{near}. Raise one of them.")
 
 
 def _fastest(problem: Problem) -> Problem:
-    return Problem(problem.costs["time"], problem.costs)
+    return Problem(problem.costs["time"], problem.costs, problem.empty)
 
 
 def greedy(problem: Problem, limits: Limits) -> Architecture | None:
@@ -158,7 +167,7 @@ def random_architectures(problem: Problem, limits: Limits, count: int, seed: int
     for name in LIMITS:
         for i, of_layer in enumerate(problem.costs[name]):
             costs[name] += of_layer[drawn[:, i]]
-    fits = np.ones(RANDOM_DRAWS, bool)
+    fits = (drawn != np.array(problem.empty)).any(1) if problem.empty else np.ones(RANDOM_DRAWS, bool)
     for name, value in limits.active().items():
         fits &= costs[name] <= value + TOLERANCE
     nearest = np.flatnonzero(fits)[np.argsort(-costs["time"][fits], kind="stable")]

@@ -93,6 +93,9 @@ class Space:
         if wrong := [layer for layer in fixed_layers if not -config.num_layers <= layer < config.num_layers]:
             raise InputError(f"Give space.fixed_layers from 0 to {config.num_layers - 1}: there is no layer {wrong[0]}.")
         fixed = {layer % config.num_layers for layer in fixed_layers}
+        there = sorted({size_of(block, "attention") for number, block in enumerate(config.blocks) if number not in fixed})
+        if unfit := [k for k in kv_heads or () if not any(0 < k < own and own % k == 0 for own in there)]:
+            raise InputError(f"Give space.kv_heads that divide the parent's ({', '.join(map(str, there))}): {unfit[0]} does not.")
 
         def heads(number: int, block: BlockConfig) -> tuple[int, ...]:
             own = size_of(block, "attention")
@@ -126,6 +129,12 @@ class Space:
     def choices(self, layer: int) -> list[Choice]:
         """All combinations of a layer's halves, the parent's own first."""
         return [Choice(kv, ffn) for kv in self.attention[layer] for ffn in self.mlp[layer]]
+
+    @property
+    def empty(self) -> tuple[int, ...]:
+        """Of every layer the choice that leaves it out, or () where one must stay."""
+        choices = [self.choices(layer) for layer in range(len(self.attention))]
+        return tuple(one.index(Choice(0, 0)) for one in choices) if all(Choice(0, 0) in one for one in choices) else ()
 
     @property
     def num_architectures(self) -> int:

@@ -10,12 +10,18 @@ from typing import Any, Literal
 
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Conversation, Message, to_dicts
+from gristmill.data.tokenizer import Tokenizer
 
 THINKING_ON, THINKING_OFF = "detailed thinking on", "detailed thinking off"
 OPEN, CLOSE = "<think>", "</think>"
 Mode = Literal["on", "off"]
 LINES: dict[Mode, str] = {"on": THINKING_ON, "off": THINKING_OFF}
 _TAG = re.compile(r"<\s*/?\s*think", re.I)
+
+
+def hidden_tag(tokenizer: Tokenizer) -> str | None:
+    """The tag of thinking that is a control token, so that no answer shows it; None where both can be read."""
+    return next((tag for tag in (OPEN, CLOSE) if tokenizer.has(tag) and not tokenizer.decode([tokenizer.special_id(tag)])), None)
 
 
 def toggle_of(messages: Sequence[Message]) -> Mode | None:

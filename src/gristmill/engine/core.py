@@ -319,7 +319,9 @@ class Core:
                 continue
             if sequence.thinking is None:
                 assert self.thinking_tags is not None
-                sequence.thinking = ThinkingBudget(self.thinking_tags, limit, prompt[-TAIL:].tolist())
+                messages = sequence.state.request.messages
+                begun = messages[-1].content if messages and messages[-1].role == "assistant" else ""
+                sequence.thinking = ThinkingBudget(self.thinking_tags, limit, prompt[-TAIL:].tolist(), begun)
             if (token := sequence.thinking.forced_token()) is not None:
                 out[row] = token
                 sequence.forced.append(sequence.length - len(prompt))

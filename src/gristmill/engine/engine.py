@@ -230,7 +230,9 @@ class Engine:
 
     @cached_property
     def _thinking_tags(self) -> ThinkingTags:
-        return ThinkingTags(tuple(self.tokenizer.encode(CLOSE)), lambda ids: self.tokenizer.decode(ids, keep_special=True, continued=True))
+        tokenizer = self.tokenizer  # of a control token the text would be spelt
+        close = [tokenizer.special_id(CLOSE)] if tokenizer.has(CLOSE) else tokenizer.encode(CLOSE)
+        return ThinkingTags(tuple(close), lambda ids: tokenizer.decode(ids, keep_special=True, continued=True))
 
     def core(self, num_workers: int = 1, *, interactive: bool = False) -> Core:
         """Engine core of a worker, one of so many that share the machine. `interactive` as in `Core`."""

@@ -30,11 +30,12 @@ class ThinkingBudget:
     Args:
         limit: most tokens between the tags.
         prompt: last ids of the prompt, whose end may open the thinking.
+        begun: text of the answer that the prompt leaves open, which may stop in the midst of thinking: what is left of it has the budget.
     """
 
-    def __init__(self, tags: ThinkingTags, limit: int, prompt: Sequence[int]) -> None:
+    def __init__(self, tags: ThinkingTags, limit: int, prompt: Sequence[int], begun: str = "") -> None:
         self._tags, self._limit = tags, limit
-        self._is_open = tags.decode(prompt).rstrip().endswith(OPEN)
+        self._is_open = begun.rfind(OPEN) > begun.rfind(CLOSE) or tags.decode(prompt).rstrip().endswith(OPEN)
         self._is_done = False
         self._ids: list[int] = []  # said so far, or thought
 

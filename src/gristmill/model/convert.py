@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import read_untrusted_json
 from gristmill.data.chat_format import FORMATS
-from gristmill.data.thinking import CLOSE, OPEN
+from gristmill.data.thinking import CLOSE, OPEN, hidden_tag
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.folder import model_file
 from gristmill.model.hf import load_model, saved_as
@@ -71,10 +71,15 @@ def add_thinking_tokens(folder: Path, out: Path) -> dict[str, Any]:
     """Write a model again in whose vocabulary the tags of thinking are a token each, with rows for them; how many were added.
 
     Raises:
-        InputError: the folder is quantized or is no language model.
+        InputError: the folder is quantized or is no language model, or a tag is a control token there.
     """
     if saved_as(folder):
         raise InputError(f"Give the model as it was before it was quantized: {folder} is quantized.")
+    if (tag := hidden_tag(Tokenizer.load(folder))) is not None:
+        raise InputError(
+            f"{folder}: {tag} is a control token there, which no answer shows and none is trained on: "
+            'set "special": false for it in tokenizer.json.'
+        )
     model, tokenizer = load_model(folder, PRECISIONS["bf16"] if _is_bf16(folder) else torch.float32)
     names = [tag for tag in (OPEN, CLOSE) if len(tokenizer.encode(tag)) > 1]
     if names:

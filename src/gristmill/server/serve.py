@@ -16,6 +16,7 @@ from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.core.response_text import REASONING_PARSERS
 from gristmill.data.chat import Conversation
+from gristmill.data.thinking import hidden_tag
 from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.judge.reward import RewardScorer, load_scorer
 from gristmill.model.adapters import is_adapter
@@ -77,12 +78,11 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
         raise InputError(f"--reasoning-parser {args.reasoning_parser} is not one of {', '.join(REASONING_PARSERS)}.")
     name = args.name or model_folder.resolve().name
     engine = load_engine(model_folder, replace(engine_args, max_loras=args.lora.max_loras), name=name)
-    for tag in ("<think>", "</think>") if args.reasoning_parser else ():
-        if engine.tokenizer.has(tag) and not engine.tokenizer.decode([engine.tokenizer.special_id(tag)]):
-            raise InputError(
-                f"{model_folder}: {tag} is a control token there, which no answer shows, so that its thinking cannot be told apart: "
-                'set "special": false for it in tokenizer.json, or leave --reasoning-parser out.'
-            )
+    if args.reasoning_parser and (tag := hidden_tag(engine.tokenizer)) is not None:
+        raise InputError(
+            f"{model_folder}: {tag} is a control token there, which no answer shows, so that its thinking cannot be told apart: "
+            'set "special": false for it in tokenizer.json, or leave --reasoning-parser out.'
+        )
     loader = AdapterLoader(engine, model_folder, args.lora)
     loader.start()
     scorer = load_scorer(args.reward, engine_args.chat_format, device=engine_args.device) if args.reward is not None else None

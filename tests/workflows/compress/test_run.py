@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,7 +33,9 @@ from gristmill.workflows.compress.recipe import CompressionRecipe
 from gristmill.workflows.compress.run import run as run_compression
 
 QUIET = Progress(quiet=True)
-TRUTH = {"kind": "exact", "value": "zzzz"}
+# One that no answer meets, and one that every answer does.
+NEVER = {"kind": "exact", "value": "zzzz"}
+ALWAYS = {"kind": "instructions", "checks": [{"id": "length_constraints:number_words", "relation": "less than", "num_words": 1000}]}
 # Costs that add up, so that nothing depends on the machine: of a fixed part, key-value heads and channels.
 SECONDS = "lambda meter, engine, seed: 20 + sum(3 * b.num_kv_heads + b.ffn_size / 16 for b in engine.model.config.blocks)"
 KILLED = f"""
@@ -107,7 +110,8 @@ def additive_costs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def make(folder: Path, base: Path, **changes: Any) -> CompressionRecipe:
     folder.mkdir(exist_ok=True)
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {word}."}) + "\n" for word in "abcdefgh"))
-    (folder / "evaluation.jsonl").write_text("".join(json.dumps({"prompt": f"Sing {w}.", "truth": TRUTH}) + "\n" for w in "abc"))
+    held_out = [{"prompt": f"Sing {word}.", "truth": truth} for word, truth in (("a", NEVER), ("b", ALWAYS), ("c", NEVER))]
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     values: dict[str, Any] = {
         "model": str(base),
         "data": {"prompts": str(folder / "prompts.jsonl"), "evaluation": str(folder / "evaluation.jsonl")},
@@ -145,12 +149,13 @@ def test_a_run_says_what_the_child_comes_to(calm: Path) -> None:
     found = data.results["compress"]
     assert found["speed"]["predicted"] == pytest.approx(found["speed"]["measured"]) and found["speed"]["measured"] >= 1.3
     assert 0 < found["kl"] < found["kl_before"], "distillation brings the child nearer"
-    assert found["accuracy"]["parent"] == found["accuracy"]["child"] == 0 and found["seconds"] > 0
+    assert found["accuracy"]["parent"] == found["accuracy"]["child"] == 0.3333 and found["seconds"] > 0
+    assert (found["accuracy"]["paired"]["mean"], found["accuracy"]["paired"]["n"]) == (0, 3)
     assert [s["name"] for s in data.stages] == [
         "text",
+        "costs",
         "library",
         "scores",
-        "costs",
         "parent",
         "search-1.3x",
         "child-1.3x",
@@ -206,13 +211,18 @@ def test_another_target_reuses_all_that_is_measured(calm: Path, base: Path, tmp_
     )
     after = {name: data for name, data in snapshot(calm / "run").items() if name[:2] <= "04"}
     assert after == before and (calm / "run/06-child-1.3x/model").is_dir()
+    variant = next((calm / "run/02-library").glob("*.safetensors"))
+    good = variant.read_bytes()
+    variant.write_bytes(good[:-8])
+    assert CliRunner().invoke(app, ["compress", str(calm / "compress.yaml"), "--out", str(calm / "run"), "--quiet"]).exit_code == 0
+    assert variant.read_bytes() == good, "a damaged variant is made again"
     assert "finished" in CliRunner().invoke(app, ["status", str(calm / "run")]).stdout
     assert CliRunner().invoke(app, ["report", str(calm / "run")]).exit_code == 0
 
 
 def test_kills_change_no_weight_and_nothing_is_made_twice(calm: Path, base: Path, tmp_path: Path) -> None:
     """In every journal, between the files of variants and of the model, and while a checkpoint is saved."""
-    moments = [("answers.jsonl", 5), ("library.jsonl", 1), ("library.jsonl", 3), ("scores.jsonl", 7), ("costs.jsonl", 1)]
+    moments = [("answers.jsonl", 5), ("costs.jsonl", 1), ("library.jsonl", 1), ("library.jsonl", 3), ("scores.jsonl", 7)]
     moments += [("evaluation.jsonl", 2), ("children.jsonl", 3), ("measured.jsonl", 2), ("save", 3), ("replace", 1), ("save", 2)]
     make(tmp_path, base)
     command = [sys.executable, "-c", KILLED, str(tmp_path), json.dumps(moments)]
@@ -244,12 +254,25 @@ def test_a_child_whose_attention_is_gone_is_fused(base: Path, tmp_path: Path) ->
     [
         ({"space": {"widths": [], "kv_heads": [], "no_attention": False, "no_mlp": False}}, "No layer of this model can change"),
         ({"costs": {"prompt_tokens": 100, "output_tokens": 100}}, "more than the model's context of 128"),
+        ({"target": {"speed": 1.3, "parameters": 0.01}}, "target.parameters 0.01 is out of reach"),
     ],
 )
 def test_bad_input_is_told_before_work(base: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         run(make(tmp_path, base, **changes), tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_corrected_truths_are_not_compared_with_verdicts_by_the_old_ones(calm: Path, base: Path, tmp_path: Path) -> None:
+    recipe = make(tmp_path, base)
+    shutil.copytree(calm / "run", tmp_path / "run")
+    (tmp_path / "run/recipe.yaml").write_text(dump(recipe))
+    for path in (tmp_path / "run").glob("07-*"):
+        shutil.rmtree(path)
+    rows = (tmp_path / "evaluation.jsonl").read_text()
+    (tmp_path / "evaluation.jsonl").write_text(rows.replace("zzzz", "yyyy"))
+    with pytest.raises(InputError, match="04-parent was made from other inputs"):
+        run(recipe, tmp_path)
 
 
 def test_a_prompt_of_the_evaluation_is_refused(base: Path, tmp_path: Path) -> None:
@@ -263,7 +286,9 @@ def test_a_prompt_of_the_evaluation_is_refused(base: Path, tmp_path: Path) -> No
 def test_a_text_that_is_too_short_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text/one.txt").write_text("a b c " * 20)
-    with pytest.raises(InputError, match="calibration text is too short: 81 tokens .samples: 1.. .* at least 2,000 tokens"):
+    with pytest.raises(
+        InputError, match="calibration text is too short: 81 tokens of 1 prompts or documents. .* at least 2,000 tokens of 4"
+    ):
         run(make(tmp_path, base, data={"documents": str(tmp_path / "text")}), tmp_path)
     assert not (tmp_path / "run").exists()
 
@@ -273,6 +298,7 @@ def test_documents_are_a_text_too_and_a_target_out_of_reach_is_said(base: Path, 
     recipe = make(tmp_path, base, data={"documents": str(tmp_path / "text.jsonl")}, target={"speed": 9.0}, bld={"steps": 0})
     with pytest.raises(InputError, match="A speed of 9.00x is out of reach: the search space ends at"):
         run(recipe, tmp_path)
+    assert not list((tmp_path / "run").glob("*-library")), "before anything is trained"
     out = run(recipe.with_speed(1.2), tmp_path)["compress"]
     assert out["accuracy"] is None and out["speed"]["measured"] >= 1.2
 
@@ -283,6 +309,7 @@ def test_documents_are_a_text_too_and_a_target_out_of_reach_is_said(base: Path, 
         ({"model": "x"}, "give prompts or documents"),
         ({"model": "x", "world": "miniature", "data": {"documents": "d"}}, "a world supplies"),
         ({"model": "x", "world": "miniature", "target": {"speed": 0.5}}, "target.speed"),
+        ({"model": "x", "world": "miniature", "search": {"curve": [0]}}, "search.curve"),
         ({"model": "x", "world": "miniature", "distillation": {"lora": {}}}, "leave lora out"),
     ],
 )

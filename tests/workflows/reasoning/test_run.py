@@ -90,6 +90,7 @@ def test_a_run_trains_in_stages_and_measures_both_modes(calm: Path) -> None:
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(calm: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """In a folder that is moved meanwhile, as one is that is given by another path."""
     recipe, saves = make(tmp_path, tiny_base), 0
     save = CheckpointStore.save
 
@@ -103,7 +104,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(calm: Path, tiny_ba
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointStore, "save", dying)
         with pytest.raises(KeyboardInterrupt):
-            quietly(recipe, tmp_path / "run")
+            quietly(recipe, tmp_path / "first")
+    (tmp_path / "first").rename(tmp_path / "run")
     before = (tmp_path / "run/03-before/done.json").stat().st_mtime_ns
     results = quietly(recipe, tmp_path / "run")
     assert (tmp_path / "run/03-before/done.json").stat().st_mtime_ns == before
@@ -148,6 +150,9 @@ def test_a_model_is_evaluated_in_a_mode_and_under_a_budget(calm: Path) -> None:
         ("demonstrations", {"prompt": "Say x.", "response": "x"}, "does not say whether thinking is on"),
         ("prompts", {"prompt": "Say fog!", "truth": TRUTH}, "is asked by the evaluation too"),
         ("prompts", {"prompt": "Say sun!"}, "neither `truth` nor `answer`"),
+        ("evaluation", {"prompt": "Say sun. " * 200, "truth": TRUTH}, "leaves no room for an answer of 16 tokens"),
+        ("evaluation", {"prompt": "Say sun!", "truth": TRUTH, "level": "hard"}, "Row 4 of .* has the level 'hard'"),
+        ("demonstrations", {"prompt": "x", "response": "<think>x</think>x", "truth": "x"}, "Row 12 of .*lacks the field 'kind'"),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused_before_any_work(tiny_base: Path, tmp_path: Path, name: str, row: Any, words: str) -> None:
@@ -167,6 +172,7 @@ def test_rows_that_cannot_be_used_are_refused_before_any_work(tiny_base: Path, t
         ({"rl": {"rewards": {"form": "any"}}}, "must be thinking"),
         ({"stages": [{"name": "a"}, {"name": "a"}]}, "each another name"),
         ({"rl": {"on": 0.5}}, "share_on"),
+        ({"budgets": [8, -1]}, "budgets"),
     ],
 )
 def test_recipes_that_cannot_work_are_refused(tmp_path: Path, tiny_base: Path, changes: dict[str, Any], words: str) -> None:
@@ -177,3 +183,16 @@ def test_recipes_that_cannot_work_are_refused(tmp_path: Path, tiny_base: Path, c
 def test_a_level_that_no_prompt_has_is_named(tmp_path: Path, tiny_base: Path) -> None:
     with pytest.raises(InputError, match=r"`level` of the stage 'far': \[7\]"):
         quietly(make(tmp_path, tiny_base, stages=[{"name": "far", "levels": [7]}]), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stages": [{"name": "far", "levels": [0, 2]}]}, "'far' asks for level 0: the miniature world has"),
+        ({"data": {"task": "sum"}}, "data.task is 'sum': the miniature world has sums, facts"),
+    ],
+)
+def test_what_the_world_does_not_have_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        quietly(check(ReasoningRecipe, {"world": "miniature", **changes}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

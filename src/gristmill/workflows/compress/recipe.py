@@ -1,11 +1,12 @@
 """The recipe of `gristmill compress`: the text, the search space, the operating point, the target, and the distillation."""
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from gristmill.core.config import FilePath, Recipe, RunName, Section, check
 from gristmill.train.settings import DistillationTraining
+from gristmill.workflows.alignment.recipe import BaseModelPath
 
 
 class CompressionData(Section):
@@ -78,7 +79,9 @@ class Search(Section):
     metric: Literal["kl", "lm_loss"] = Field("kl", description="score of a layer")
     candidates: int = Field(3, gt=0, description="solutions, each different enough from those before; the one of the lowest KL is taken")
     diversity: float = Field(0.8, gt=0, lt=1, description="largest share of layers that two solutions have in common")
-    curve: tuple[float, ...] = Field((1.15, 1.3, 1.5, 2.0), description="speeds whose best child is measured too, for the Pareto curve")
+    curve: tuple[Annotated[float, Field(gt=1)], ...] = Field(
+        (1.15, 1.3, 1.5, 2.0), description="speeds whose best child is measured too, for the Pareto curve"
+    )
 
 
 class CompressionRecipe(Recipe):
@@ -88,7 +91,7 @@ class CompressionRecipe(Recipe):
 
     kind: Literal["compress"] = "compress"
     name: RunName = "compress"
-    model: str = Field("miniature", description="folder of the parent")
+    model: BaseModelPath = Field("miniature", description="folder of the parent")
     chat_format: Literal["auto", "plain", "nemotron", "chatml", "llama3"] = "auto"
     seed: int = 0
     threads: int | None = Field(None, gt=0, description="CPU threads; default all cores")

@@ -4,9 +4,9 @@ What does not depend on the target (text, library, scores, costs, the parent's a
 child and its measurements. Every stage goes on where it was cut off, and nothing is trained, scored or measured twice.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,22 @@ import torch
 
 from gristmill.compress.activations import pieces_of
 from gristmill.compress.child import Child, Reference, make_child
-from gristmill.compress.costs import Meter, OperatingPoint, check_room, compare_models, layer_share, measure_variants
+from gristmill.compress.costs import Meter, OperatingPoint, check_measurable, check_room, compare_models, layer_share, measure_variants
 from gristmill.compress.fusion import fuse
 from gristmill.compress.library import BldSettings, Library, build_library
 from gristmill.compress.scores import score_blocks, score_id
-from gristmill.compress.search import Architecture, Limits, Problem, check_feasible, check_solver, greedy, random_architectures, solve
-from gristmill.compress.variants import Choice, Space
+from gristmill.compress.search import (
+    LIMITS,
+    Architecture,
+    Limits,
+    Problem,
+    check_feasible,
+    check_solver,
+    greedy,
+    random_architectures,
+    solve,
+)
+from gristmill.compress.variants import Choice, Space, block_config, kv_values_per_token, num_block_parameters
 from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
@@ -32,7 +42,6 @@ from gristmill.data.rows import Prompt
 from gristmill.engine.engine import Engine
 from gristmill.evaluate.runner import MODES, evaluate_model
 from gristmill.evaluate.stats import paired
-from gristmill.generation.api import Completion, Request
 from gristmill.judge.programs import Verifier, is_code
 from gristmill.miniature.base import BASE
 from gristmill.miniature.source import MiniatureSource
@@ -46,6 +55,7 @@ from gristmill.train.batches import Sample, fingerprint_samples
 from gristmill.train.by_size import fill
 from gristmill.train.trainer import Trainer, TrainSettings
 from gristmill.workflows.alignment.source import normalize_prompt
+from gristmill.workflows.answers import journalled
 from gristmill.workflows.compress.recipe import CompressionRecipe
 from gristmill.workflows.compress.text import CalibrationText, answer_samples, document_samples
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
@@ -83,6 +93,8 @@ class _Run:
         self.precision = pick_precision(self.device)
         check_room(self.point, self.parent.config)
         self.space = Space.of(self.parent.config, **recipe.space.model_dump())
+        check_measurable(self.parent.config, self.space)
+        self._check_target(None)
         self.prompts, self.evaluation = _prompts(recipe)
         self.documents: list[Sample] = []
         if recipe.data.documents is not None:
@@ -98,7 +110,7 @@ class _Run:
         """What models are measured at."""
         costs = self.recipe.costs
         precision = self.precision if costs.precision == "auto" else costs.precision
-        return OperatingPoint(costs.batch, costs.prompt_tokens, costs.output_tokens, precision)
+        return OperatingPoint(costs.batch, costs.prompt_tokens, costs.output_tokens, precision, self.device.type)
 
     def results(self) -> dict[str, Any]:
         recipe = self.recipe
@@ -106,12 +118,16 @@ class _Run:
         asked = [recipe.calibration.model_dump(), [p.id for p in self.prompts], fingerprint_samples(self.documents)]
         text = self.dir.stage("text", [*of_model, asked], self._make_text)
         self._text_folder, self.precision = text.folder, text.summary["precision"]
-        library = self.dir.stage("library", [text.fingerprint, asdict(self.space), recipe.bld.model_dump()], self._build_library)
+        costs = self.dir.stage("costs", [*of_model, asdict(self.space), asdict(self.point), recipe.costs.repeats], self._measure)
+        self._check_target(costs.summary)
+        of_library = [text.fingerprint, asdict(self.space), recipe.bld.model_dump()]
+        library = self.dir.stage("library", of_library, self._build_library, files=["*.safetensors"])
         self.library = Library(self.parent, library.folder)
         scores = self.dir.stage("scores", library.fingerprint, self._score)
-        costs = self.dir.stage("costs", [*of_model, asdict(self.space), recipe.costs.model_dump()], self._measure)
-        base = self.dir.stage("parent", [*of_model, [p.id for p in self.evaluation]], self._evaluate_parent)
-        self._problem = self._make_problem(scores.summary["blocks"], costs.summary)
+        base = self.dir.stage("parent", [*of_model, [[p.id, p.truth] for p in self.evaluation]], self._evaluate_parent)
+        metric, blocks, layers = recipe.search.metric, scores.summary["blocks"], range(self.parent.config.num_layers)
+        found_scores = [np.array([blocks[score_id(i, choice)][metric] for choice in self.space.choices(i)]) for i in layers]
+        self._problem = Problem(found_scores, self._costs(costs.summary), self.space.empty)
         name = recipe.target.name
         wanted = [scores.fingerprint, costs.fingerprint, recipe.target.model_dump(), recipe.search.model_dump()]
         found = self.dir.stage(f"search-{name}", wanted, self._search)
@@ -119,7 +135,7 @@ class _Run:
         child = self.dir.stage(f"child-{name}", inputs, partial(self._distil, found=found.summary), files=[f"{MODEL}/*"])
         wanted = [child.fingerprint, costs.fingerprint, base.fingerprint]
         measured = self.dir.stage(f"measured-{name}", wanted, partial(self._measure_child, child=child))
-        stages = [text, library, scores, costs, base, found, child, measured]
+        stages = [text, costs, library, scores, base, found, child, measured]
         out = self._results(stages, costs.summary, base.summary, found.summary, child, measured.summary)
         self.dir.finish(out)
         return out
@@ -165,12 +181,9 @@ class _Run:
         scores = score_blocks(self.library, self.space, self.reference, folder, self.progress)
         return {"num_blocks": len(scores), "blocks": {name: dict(score) for name, score in scores.items()}}
 
-    def _meter(self) -> Meter:
-        return Meter(self.point, self.tokenizer, self.format)
-
     def _measure(self, folder: Path) -> dict[str, Any]:
-        repeats = self.recipe.costs.repeats
-        table = measure_variants(self.parent.config, self.space, self._meter(), folder, self.progress, repeats=repeats, device=self.device)
+        repeats, meter = self.recipe.costs.repeats, Meter(self.point, self.tokenizer, self.format)
+        table = measure_variants(self.parent.config, self.space, meter, folder, self.progress, repeats=repeats, device=self.device)
         return {"num_rounds": repeats, "point": asdict(self.point), **table}
 
     # ---- accuracy ----
@@ -182,51 +195,58 @@ class _Run:
         """Greedy accuracy on the evaluation prompts, if there are any."""
         if not self.evaluation:
             return {"num_prompts": 0}
-
-        def generate(requests: list[Request]) -> dict[str, list[Completion]]:
-            with Journal(folder / EVALUATION) as journal:
-                missing = [r for r in requests if r.id not in journal]
-                answers = self._engine(model).generate(missing) if missing else ()
-                for request, outs in self.progress.track(answers, len(missing), lambda: "prompts answered"):
-                    journal.append({"id": request.id, "out": [[a.text, a.num_tokens, a.finish] for a in outs]})
-                return {r.id: [Completion(text, num, (), finish) for text, num, finish in journal[r.id]["out"]] for r in requests}
-
+        generate = partial(journalled, engine=lambda: self._engine(model), path=folder / EVALUATION, progress=self.progress)
         modes = {"greedy": MODES["greedy"]}
         max_tokens, seed = self.recipe.calibration.max_tokens, self.recipe.seed
         return {"accuracy": evaluate_model(self.evaluation, generate, self.verifier.verify, max_tokens=max_tokens, seed=seed, modes=modes)}
 
     # ---- search ----
 
-    def _make_problem(self, scores: Mapping[str, Mapping[str, Any]], costs: Mapping[str, Any]) -> Problem:
-        """Scores and costs of every choice, in shares of the parent's."""
-        config, point = self.parent.config, self.point
+    def _costs(self, table: Mapping[str, Any] | None) -> dict[str, list[np.ndarray]]:
+        """By the names of LIMITS, what every choice takes less than the layer's own, in shares of the parent's.
+
+        Args:
+            table: of measured costs; None where nothing is measured yet: all layers take the same time.
+        """
+        config, point, space = self.parent.config, self.point, self.space
+        own = [num_block_parameters(config, block) for block in config.blocks]
         value_bytes, parameters = point.dtype.itemsize, num_parameters(config)
+        block_bytes = 1 if point.precision == "int8" else value_bytes  # a parameter of a layer
         cached = point.batch * (point.prompt_tokens + point.output_tokens) * value_bytes
-        memory = parameters * value_bytes + kv_bytes_per_token(config, 1) * cached
-        of_scores, of_time, of_memory, of_parameters = [], [], [], []
-        for layer in range(config.num_layers):
-            own, *_ = choices = self.space.choices(layer)
-            found = [scores[score_id(layer, choice)] for choice in choices]
-            fewer = np.array([one["parameters"] - found[0]["parameters"] for one in found])
-            values = np.array([one["kv_values"] - found[0]["kv_values"] for one in found])
-            of_scores.append(np.array([one[self.recipe.search.metric] for one in found]))
-            of_time.append(np.array([layer_share(costs, own, choice) for choice in choices]))
-            of_memory.append((fewer * value_bytes + values * cached) / memory)
-            of_parameters.append(fewer / parameters)
-        return Problem(of_scores, {"time": of_time, "memory": of_memory, "parameters": of_parameters})
+        memory = (parameters - sum(own)) * value_bytes + sum(own) * block_bytes + kv_bytes_per_token(config, 1) * cached
+        costs: dict[str, list[np.ndarray]] = {name: [] for name in LIMITS}
+        for layer, block in enumerate(config.blocks):
+            choices = space.choices(layer)
+            made = [block_config(block, choice) for choice in choices]
+            fewer = np.array([num_block_parameters(config, one) - own[layer] for one in made])
+            values = np.array([kv_values_per_token(one) - kv_values_per_token(block) for one in made])
+            time = [0.0 if table is None else layer_share(table, choices[0], choice) for choice in choices]
+            costs["time"].append(np.array(time))
+            costs["memory"].append((fewer * block_bytes + values * cached) / memory)
+            costs["parameters"].append(fewer / parameters)
+        return costs
+
+    @property
+    def _limits(self) -> Limits:
+        target = self.recipe.target
+        return Limits(1 / target.speed, target.memory, target.parameters, alpha=self.recipe.search.diversity)
+
+    def _check_target(self, table: Mapping[str, Any] | None) -> None:
+        """InputError where no child comes to the target, as far as the costs are known."""
+        costs = self._costs(table)
+        nothing = [np.zeros(len(of_layer)) for of_layer in costs["time"]]
+        check_feasible(Problem(nothing, costs, self.space.empty), self._limits if table is not None else replace(self._limits, time=1.0))
 
     def _choices(self, architecture: Architecture) -> list[Choice]:
         return [self.space.choices(layer)[j] for layer, j in enumerate(architecture)]
 
     def _search(self, folder: Path) -> dict[str, Any]:
         """Candidates at the target, the best children at other speeds, and a greedy and random ones: real KL and measured speed of each."""
-        recipe, problem, target = self.recipe, self._problem, self.recipe.target
-        limits = Limits(1 / target.speed, target.memory, target.parameters, alpha=recipe.search.diversity)
-        check_feasible(problem, limits)
+        recipe, problem, target, limits = self.recipe, self._problem, self.recipe.target, self._limits
         found: list[tuple[str, float, Architecture]] = []
         earlier: tuple[Architecture, ...] = ()
         for _ in range(recipe.search.candidates):
-            solution = solve(problem, Limits(limits.time, limits.memory, limits.parameters, earlier, limits.alpha))
+            solution = solve(problem, replace(limits, earlier=earlier))
             if solution is None:
                 break
             earlier = (*earlier, solution)
@@ -238,14 +258,14 @@ class _Run:
             solution = solve(problem, Limits(1 / speed)) if speed != target.speed else None
             found += [("curve", speed, solution)] if solution is not None else []
         children = [self._described(number, *one, folder) for number, one in enumerate(found)]
-        speeds = self._speeds(folder, {str(one["number"]): self._choices(one["architecture"]) for one in children})
-        children = [one | {"measured": speeds[str(one["number"])]} for one in children]
+        speeds = self._speeds(folder, dict.fromkeys(architecture for _, _, architecture in found))
+        children = [one | {"measured": speeds[_name(architecture)]} for one, (_, _, architecture) in zip(children, found, strict=True)]
         best = min((one for one in children if one["search"] == "mip"), key=lambda one: one["kl"])
         return {"num_children": len(children), "target": target.model_dump(), "chosen": best["number"], "children": children}
 
     def _described(self, number: int, search: str, speed: float, architecture: Architecture, folder: Path) -> dict[str, Any]:
         """What an architecture is predicted to come to, and its KL before any training."""
-        name = "-".join(map(str, architecture))
+        name = _name(architecture)
         with Journal(folder / "children.jsonl") as journal:
             if name not in journal:
                 distance = self.reference.distance(make_child(self.library, self._choices(architecture)).model)
@@ -256,14 +276,17 @@ class _Run:
         said = {"number": number, "search": search, "target": speed, "architecture": list(architecture), "layers": layers}
         return {**said, "score": self._problem.score(architecture), "kl": kl, "predicted": {"speed": 1 / predicted["time"], **predicted}}
 
-    def _speeds(self, folder: Path, architectures: Mapping[str, Sequence[Choice]]) -> dict[str, dict[str, float]]:
+    def _speeds(self, folder: Path, architectures: Iterable[Architecture]) -> dict[str, dict[str, float]]:
         """Measured speeds against the parent, in turns."""
 
-        def make(choices: Sequence[Choice]) -> Transformer:
-            return make_child(self.library, choices).model
+        def make(architecture: Architecture) -> Transformer:
+            return make_child(self.library, self._choices(architecture)).model
 
-        makers = {name: partial(make, one) for name, one in architectures.items()}
-        return compare_models(self.parent, makers, self._meter(), repeats=self.recipe.costs.repeats, path=folder / MEASURED)
+        return self._compared({_name(one): partial(make, one) for one in architectures}, folder)
+
+    def _compared(self, makers: Mapping[str, Callable[[], Transformer]], folder: Path) -> dict[str, dict[str, float]]:
+        meter = Meter(self.point, self.tokenizer, self.format)
+        return compare_models(self.parent, makers, meter, folder / MEASURED, self.progress, repeats=self.recipe.costs.repeats)
 
     # ---- the child ----
 
@@ -292,8 +315,7 @@ class _Run:
         def load() -> Transformer:
             return load_model(child.folder / MODEL)[0].to(self.device).requires_grad_(False)
 
-        repeats, path = self.recipe.costs.repeats, folder / MEASURED
-        speed = compare_models(self.parent, {"child": load}, self._meter(), repeats=repeats, path=path)["child"]
+        speed = self._compared({"child": load}, folder)["child"]
         model = load()
         sizes = {
             "parameters": num_parameters(model.config),
@@ -334,6 +356,11 @@ class _Run:
             "children": found["children"],
             "model": f"{child.folder.name}/{MODEL}",
         }
+
+
+def _name(architecture: Architecture) -> str:
+    """Name of an architecture in journals."""
+    return "-".join(map(str, architecture))
 
 
 def _prompts(recipe: CompressionRecipe) -> tuple[list[Prompt], list[Prompt]]:

@@ -18,11 +18,12 @@ from gristmill.generation.api import Request, SamplingParams
 from gristmill.runs.journal import Journal
 from gristmill.train.batches import Sample
 from gristmill.train.objectives.next_token import token_samples
+from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.compress.recipe import Calibration
 from gristmill.workflows.pretrain import read_documents
 
 ANSWERS = "answers.jsonl"
-MIN_TOKENS, MIN_SAMPLES = 2000, 4  # of the text, under which scores are noise
+MIN_TOKENS, MIN_TEXTS = 2000, 4  # of the calibration text, under which scores are noise
 MAX_PASSES = 64  # over the prompts
 AT_ONCE = 1024  # prompts that are answered together
 
@@ -37,21 +38,25 @@ class CalibrationText:
 
     @staticmethod
     def of(samples: Sequence[Sample], wanted: Calibration, seed: int) -> "CalibrationText":
-        """Samples shuffled and dealt out.
+        """Samples shuffled and dealt out; those of one `id` (answers to one prompt) are never both trained on and scored.
 
         Raises:
             InputError: they are too few.
         """
-        count = sum(sample.num_tokens for sample in samples)
-        if count < MIN_TOKENS or len(samples) < MIN_SAMPLES:
+        count, ids = sum(sample.num_tokens for sample in samples), list(dict.fromkeys(sample.id for sample in samples))
+        if count < MIN_TOKENS or len(ids) < MIN_TEXTS:
             raise InputError(
-                f"The calibration text is too short: {count:,} tokens (samples: {len(samples)}). Give more prompts or documents: "
-                f"at least {MIN_TOKENS:,} tokens in {MIN_SAMPLES} samples."
+                f"The calibration text is too short: {count:,} tokens of {len(ids)} prompts or documents. Give more: at least "
+                f"{MIN_TOKENS:,} tokens of {MIN_TEXTS}."
             )
-        order = np.random.default_rng(seed).permutation(len(samples))
-        shuffled = [samples[i] for i in order]
-        num_validation = _reaching(shuffled, min(wanted.validation_tokens, count // 4))
-        validation, train = shuffled[:num_validation], shuffled[num_validation:]
+        rng = np.random.default_rng(seed)
+        shuffled = [samples[i] for i in rng.permutation(len(samples))]
+        num_tokens = min(wanted.validation_tokens, count // 4)
+        num_held_out = min(round(num_tokens * len(samples) / count) + 1, len(ids) // 4)
+        held_out = {ids[i] for i in rng.permutation(len(ids))[:num_held_out]}
+        validation = [sample for sample in shuffled if sample.id in held_out]
+        validation = validation[: _reaching(validation, num_tokens)]
+        train = [sample for sample in shuffled if sample.id not in held_out]
         train = train[: _reaching(train, wanted.tokens)]
         return CalibrationText(train, train[: _reaching(train, wanted.block_tokens)], validation)
 
@@ -70,10 +75,14 @@ def _reaching(samples: Sequence[Sample], tokens: int) -> int:
 def answer_samples(
     engine: Engine, prompts: Sequence[Prompt], wanted: Calibration, folder: Path, progress: Progress, seed: int
 ) -> list[Sample]:
-    """The model's own answers to prompts, which are asked again, with other answers, until there are enough tokens. They are journalled."""
+    """The model's own answers to prompts, which are asked again, with other answers, until there are enough tokens. They are journalled.
+
+    The `id` of each is its prompt's text.
+    """
     sampling = SamplingParams(temperature=1.0, max_tokens=wanted.max_tokens)
     total = wanted.tokens + wanted.validation_tokens
     asked = [engine.chat_format.render_prompt(prompt.messages, engine.tokenizer) for prompt in prompts]
+    texts = [normalize_prompt(prompt.messages) for prompt in prompts]
     samples: list[Sample] = []
     count = 0
     with Journal(folder / ANSWERS) as journal:
@@ -82,9 +91,9 @@ def answer_samples(
             requests = [Request(name, p.messages, sampling, seed) for name, p in zip(names, prompts, strict=True)]
             for start in range(0, len(requests), AT_ONCE):
                 _answer(engine, requests[start : start + AT_ONCE], journal, progress)
-            for name, prompt in zip(names, asked, strict=True):
+            for name, prompt, text in zip(names, asked, texts, strict=True):
                 tokens = journal[name]["tokens"]
-                samples.append(Sample([*prompt, *tokens], [False] * len(prompt) + [True] * len(tokens), name))
+                samples.append(Sample([*prompt, *tokens], [False] * len(prompt) + [True] * len(tokens), text))
                 count += samples[-1].num_tokens
             if count >= total:
                 break

@@ -1,12 +1,12 @@
 """The recipe of a reasoning run: on/off pairs for SFT, stages of reinforcement learning from easy to hard, and what is measured."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from gristmill.core.config import FilePath, Recipe, RunName, Section
 from gristmill.train.settings import Training
-from gristmill.workflows.alignment.recipe import EngineSettings
+from gristmill.workflows.alignment.recipe import BaseModelPath, EngineSettings
 from gristmill.workflows.rl.recipe import Curriculum, Method, Rewards, RlData, RlRecipe, RlTraining
 
 OWN_STAGES = ("data", "base", "sft", "before", "after")
@@ -57,6 +57,12 @@ class RlSettings(Section):
     engine: EngineSettings = EngineSettings()
 
 
+class StageRecipe(RlRecipe):
+    """`gristmill rl` of a stage. Its paths lie in the run, which may be moved; the run itself knows what the stage is made of."""
+
+    may_change: ClassVar[frozenset[str]] = RlRecipe.may_change | {"model", "data"}
+
+
 class ReasoningRecipe(Recipe):
     """A whole reasoning run."""
 
@@ -64,7 +70,7 @@ class ReasoningRecipe(Recipe):
 
     kind: Literal["reasoning"] = "reasoning"
     name: RunName = "reasoning"
-    model: str = Field("miniature", description="folder of the model to start from")
+    model: BaseModelPath = Field("miniature", description="folder of the model to start from")
     chat_format: Literal["auto", "plain", "nemotron", "chatml", "llama3"] = "auto"
     seed: int = 0
     threads: int | None = Field(None, gt=0, description="CPU threads; default all cores")
@@ -74,7 +80,9 @@ class ReasoningRecipe(Recipe):
     sft: Training = Training()
     rl: RlSettings = RlSettings()
     stages: tuple[RlStage, ...] = Field((RlStage(name="rl"),), description="in order, easy to hard; none: SFT alone")
-    budgets: tuple[int, ...] = Field((8, 16, 32, 64), description="of thinking tokens, with which the last model is measured again")
+    budgets: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (8, 16, 32, 64), description="of thinking tokens, with which the last model is measured again"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -90,7 +98,7 @@ class ReasoningRecipe(Recipe):
             raise ValueError(f"stages: give each another name, and none of {', '.join(OWN_STAGES)}")
         return self
 
-    def rl_recipe(self, stage: RlStage, *, model: str, prompts: str, evaluation: str) -> RlRecipe:
+    def rl_recipe(self, stage: RlStage, *, model: str, prompts: str, evaluation: str) -> StageRecipe:
         """The recipe of a stage's `gristmill rl`, on files of prompts."""
         shared: dict[str, Any] = {
             name: getattr(self.rl, name) for name in RlSettings.model_fields if name not in ("share_on", "share_others")
@@ -98,4 +106,4 @@ class ReasoningRecipe(Recipe):
         own = {name: getattr(stage, name) for name in ("steps", "max_thinking_tokens", "curriculum")}
         run = {"name": stage.name, "model": model, "chat_format": self.chat_format, "seed": self.seed}
         data = RlData.model_validate({"prompts": prompts, "evaluation": evaluation})
-        return RlRecipe(**shared, **own, **run, threads=self.threads, device=self.device, data=data)
+        return StageRecipe(**shared, **own, **run, threads=self.threads, device=self.device, data=data)

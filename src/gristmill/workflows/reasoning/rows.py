@@ -3,15 +3,17 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from gristmill.core.errors import InputError
 from gristmill.data.readers import read_demonstrations, read_prompts
 from gristmill.data.rows import Demonstration, Prompt
 from gristmill.data.thinking import LINES, Mode, keeps_form, split_answer, toggle_of, with_toggle
-from gristmill.miniature import reasoning
+from gristmill.data.truths import read_truth
+from gristmill.miniature import reasoning, sums
 from gristmill.miniature.world import HELD_OUT_PER_LEVEL, World
-from gristmill.verify.verify import working_holds
+from gristmill.verify.verify import check_truth, working_holds
 from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.reasoning.recipe import ReasoningRecipe, RlStage
 
@@ -26,6 +28,12 @@ class WorldRows:
         self._recipe, self._world, self._num = recipe, World.make(), recipe.data.num_evaluation
         if 2 * self._num > HELD_OUT_PER_LEVEL:
             raise InputError(f"data.num_evaluation is {self._num}: the miniature world has {HELD_OUT_PER_LEVEL // 2} at most.")
+        tasks = (sums.TASK, *reasoning.OTHER_TASKS)
+        if recipe.data.task not in ("", *tasks):
+            raise InputError(f"data.task is {recipe.data.task!r}: the miniature world has {', '.join(tasks)}.")
+        for stage in recipe.stages:
+            if wrong := [level for level in stage.levels if level not in reasoning.LEVELS]:
+                raise InputError(f"The stage {stage.name!r} asks for level {wrong[0]}: the miniature world has {reasoning.LEVELS}.")
 
     def demonstrations(self) -> list[tuple[Demonstration, Truth | None]]:
         """Answers in both modes, with what a program can judge them by."""
@@ -61,8 +69,9 @@ class FileRows:
         assert data.demonstrations is not None and data.prompts is not None and data.evaluation is not None
         self._recipe = recipe
         self._demonstrations = read_demonstrations(data.demonstrations)
-        self._prompts = read_prompts(data.prompts, "file", truth=True)
-        self._evaluation = _few(read_prompts(data.evaluation, "human", truth=True), data.num_evaluation)
+        self._prompts = _read_prompts(data.prompts, "file")
+        self._evaluation = _few(_read_prompts(data.evaluation, "human"), data.num_evaluation)
+        self._truths = [_truth(row, number, data.demonstrations) for number, row in enumerate(self._demonstrations, 1)]
         for number, row in enumerate(self._demonstrations, 1):
             if toggle_of(row.messages) is None:
                 raise InputError(
@@ -78,7 +87,7 @@ class FileRows:
 
     def demonstrations(self) -> list[tuple[Demonstration, Truth | None]]:
         """Answers in both modes, with their rows' truths."""
-        return [(row, row.meta.get("truth")) for row in self._demonstrations]
+        return list(zip(self._demonstrations, self._truths, strict=True))
 
     def prompts(self, stage: RlStage) -> list[Prompt]:
         """Prompts of a stage's levels, each in the mode that it says or that the seed gives it."""
@@ -120,6 +129,27 @@ def judged(rows: Sequence[tuple[Demonstration, Truth | None]], verify: Callable[
         else:
             why.append("" if working_holds(split_answer(text)[0]) else "false step")
     return why
+
+
+def _truth(row: Demonstration, number: int, path: Path) -> Truth | None:
+    """The truth of an answer to imitate, if its row has one."""
+    try:
+        if (truth := read_truth({"truth": row.meta.get("truth")})) is not None:
+            check_truth(truth)
+        return truth
+    except InputError as e:
+        raise InputError(f"Row {number} of {path}: {e}") from e
+
+
+def _read_prompts(path: Path, origin: str) -> list[Prompt]:
+    """Prompts with truths; a level is a whole number, or there is none."""
+    out = []
+    for number, prompt in enumerate(read_prompts(path, origin, truth=True), 1):
+        level = prompt.meta.get("level")
+        if level is not None and type(level) is not int:
+            raise InputError(f"Row {number} of {path} has the level {level!r}: give a whole number, or none.")
+        out.append(prompt if level is not None else replace(prompt, meta={k: v for k, v in prompt.meta.items() if k != "level"}))
+    return out
 
 
 def _few(prompts: list[Prompt], num: int) -> list[Prompt]:

@@ -27,21 +27,24 @@ from gristmill.data.chat import to_dicts
 from gristmill.data.find_format import find_format
 from gristmill.data.rows import Demonstration, Prompt
 from gristmill.data.thinking import LINES, nemotron_record
+from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine
 from gristmill.evaluate.reasoning import budget_score, reasoning_scores
 from gristmill.evaluate.stats import paired
-from gristmill.generation.api import Completion, Request, SamplingParams
+from gristmill.generation.api import Request, SamplingParams
 from gristmill.judge.programs import Verifier, is_code
 from gristmill.miniature.base import BASE
 from gristmill.model.convert import add_thinking_tokens
 from gristmill.model.hf import fingerprint, load_model
+from gristmill.model.hf_config import read_config
 from gristmill.runs.artifacts import EVALUATION, HUMAN_DEMONSTRATIONS
-from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir, Stage
+from gristmill.workflows.answers import journalled
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 from gristmill.workflows.reasoning.recipe import ReasoningRecipe, RlStage
 from gristmill.workflows.reasoning.rows import FileRows, WorldRows, judged
 from gristmill.workflows.rl import loop as rl
+from gristmill.workflows.rl.prompts import check_room
 from gristmill.workflows.train import MODEL, train_model
 
 ANSWERS, RECORDS, PROMPTS, WATCHED, RL_RUN = "answers.jsonl", "llama-nemotron.jsonl", "prompts.jsonl", "watched.jsonl", "run"
@@ -69,6 +72,9 @@ class _Run:
         self.prompts = {stage.name: self.rows.prompts(stage) for stage in recipe.stages}
         self.demonstrations = self.rows.demonstrations()
         given = [*self.evaluation, *(p for prompts in self.prompts.values() for p in prompts)]
+        tokenizer, context = Tokenizer.load(self.start), read_config(self.start)[1].max_positions
+        form = find_format(recipe.chat_format, tokenizer)
+        check_room(given, form, tokenizer, max_tokens=recipe.rl.max_tokens, context=context)
         if recipe.world is None:  # the built-in world's are known to be right
             check_given_tests(given, unsafe_code=unsafe_code, quiet=progress.quiet)
         needs_code = any(is_code(truth) for truth in [*(p.truth for p in given), *(truth for _, truth in self.demonstrations)])
@@ -77,7 +83,7 @@ class _Run:
 
     def results(self) -> dict[str, Any]:
         recipe = self.recipe
-        asked = [p.id for p in self.evaluation]
+        asked = [[p.id, p.truth] for p in self.evaluation]
         given = [asked, *([row.id, row.messages[-1].content, truth] for row, truth in self.demonstrations)]
         data = self.dir.stage("data", given, self._data, artifacts=[HUMAN_DEMONSTRATIONS, EVALUATION], files=[RECORDS])
         base = self.dir.stage("base", fingerprint(self.start), self._base, files=[f"{MODEL}/*"])
@@ -136,7 +142,8 @@ class _Run:
             recipe = self.recipe.rl_recipe(stage, model=str(model), prompts=str(folder / PROMPTS), evaluation=str(folder / WATCHED))
             return rl.run(recipe, folder / RL_RUN, self.progress, self.unsafe_code)
 
-        settings = [stage.model_dump(mode="json"), self.recipe.rl.model_dump(mode="json"), [p.id for p in self.prompts[stage.name]]]
+        asked = [[p.id, p.truth] for p in self.prompts[stage.name]]
+        settings = [stage.model_dump(mode="json"), self.recipe.rl.model_dump(mode="json"), asked]
         return self.dir.stage(stage.name, [inputs, settings], work, files=[f"{RL_RUN}/*/{MODEL}/*"])
 
     # ---- what is measured ----
@@ -151,26 +158,18 @@ class _Run:
         curve = [p for p in prompts if p.meta["reasoning"] == "on" and (not task or p.task == task)] if budgets else []
         asked = {p.id: self._request(p, None) for p in prompts}
         asked |= {f"{p.id}-{budget}": self._request(p, budget) for p in curve for budget in budgets}
-        answers = self._answers(list(asked.values()), model, folder / ANSWERS)
+        found = journalled(list(asked.values()), lambda: self._engine(model), folder / ANSWERS, self.progress)
+        answers = {name: found[request.id][0] for name, request in asked.items()}
         scores = reasoning_scores(prompts, answers, self.verifier.verify, task=task)
         points = []
         for limit in (*budgets, None) if budgets else ():
-            found = {p.id: answers[p.id if limit is None else f"{p.id}-{limit}"] for p in curve}
-            points.append(budget_score(curve, found, self.verifier.verify, limit))
+            of_limit = {p.id: answers[p.id if limit is None else f"{p.id}-{limit}"] for p in curve}
+            points.append(budget_score(curve, of_limit, self.verifier.verify, limit))
         return {"num_answers": len(asked), "reasoning": scores, "budget": points}
 
     def _request(self, prompt: Prompt, budget: int | None) -> Request:
         sampling = SamplingParams(temperature=0.0, max_tokens=self.recipe.rl.max_tokens, max_thinking_tokens=budget)
         return Request(prompt.id if budget is None else f"{prompt.id}-{budget}", prompt.messages, sampling, self.recipe.seed)
-
-    def _answers(self, requests: list[Request], folder: Path, path: Path) -> dict[str, Completion]:
-        """Answers by request; those that an earlier start finished are read from the journal."""
-        with Journal(path) as journal:
-            if missing := [r for r in requests if r.id not in journal]:
-                engine = self._engine(folder)
-                for request, out in self.progress.track(engine.generate(missing), len(missing), lambda: "prompts answered"):
-                    journal.append({"id": request.id, "out": [[a.text, a.num_tokens, a.finish] for a in out]})
-            return {r.id: Completion(text, num, (), finish) for r in requests for text, num, finish in journal[r.id]["out"]}
 
     def _engine(self, folder: Path) -> Engine:
         model, tokenizer = load_model(folder)

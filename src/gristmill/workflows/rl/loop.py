@@ -34,13 +34,14 @@ from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity, fi
 from gristmill.train.metrics import MetricsLog
 from gristmill.train.objectives.policy_gradient import normalized, with_logprobs
 from gristmill.train.trainer import Trainer, TrainSettings
+from gristmill.workflows.answers import journalled
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 from gristmill.workflows.rl.curriculum import curriculum_order, kept_by_rate
 from gristmill.workflows.rl.environments import Tasks, open_environment
 from gristmill.workflows.rl.functions import RewardProcess
 from gristmill.workflows.rl.models import check_models, model_parts
 from gristmill.workflows.rl.policy import Policy
-from gristmill.workflows.rl.prompts import check_sources, find_prompts, source_stamps
+from gristmill.workflows.rl.prompts import check_room, check_sources, find_prompts, source_stamps
 from gristmill.workflows.rl.recipe import NORMALIZE, RlRecipe
 from gristmill.workflows.rl.rewards import Rewarder, RewardPart
 from gristmill.workflows.rl.rollouts import Group, RolloutSource, group_metrics
@@ -76,13 +77,8 @@ class _Run:
         if recipe.environment is not None:
             self.environment = open_environment(recipe.environment, stack, recipe.calls.concurrency)
         self.prompts, self.evaluation = find_prompts(recipe, self.environment)
-        both, context = [*self.prompts, *self.evaluation], self.policy.model.config.max_positions
-        for prompt in both:
-            if len(self.policy.chat_format.render_prompt(prompt.messages, self.policy.tokenizer)) + recipe.max_tokens > context:
-                raise InputError(
-                    f"Prompt {prompt.messages[-1].content[:60]!r} leaves no room for an answer of {recipe.max_tokens} tokens in the "
-                    f"model's context of {context}: take it out, or lower max_tokens."
-                )
+        both, policy = [*self.prompts, *self.evaluation], self.policy
+        check_room(both, policy.chat_format, policy.tokenizer, max_tokens=recipe.max_tokens, context=policy.model.config.max_positions)
         if recipe.world is None:  # the built-in world's are known to be right
             check_given_tests(both, unsafe_code=unsafe_code, quiet=progress.quiet)
         self.verifier: Verifier = open_verifier(stack, needs_code=any(is_code(p.truth) for p in both), unsafe_code=unsafe_code)
@@ -124,11 +120,7 @@ class _Run:
 
     def _generate(self, requests: list[Request], path: Path) -> dict[str, list[Completion]]:
         """Completions by request; those that an earlier start finished are read from the journal."""
-        with Journal(path) as journal:
-            missing = [r for r in requests if r.id not in journal]
-            for request, answers in self.progress.track(self.policy.engine.generate(missing), len(missing), lambda: "prompts answered"):
-                journal.append({"id": request.id, "out": [[a.text, a.num_tokens, a.finish] for a in answers]})
-            return {r.id: [Completion(text, num, (), finish) for text, num, finish in journal[r.id]["out"]] for r in requests}
+        return journalled(requests, lambda: self.policy.engine, path, self.progress)
 
     def _evaluate(self, folder: Path) -> dict[str, Any]:
         """Accuracy on the evaluation prompts, greedy and at temperature 1, by other requests than training's."""

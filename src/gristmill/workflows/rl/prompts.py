@@ -5,9 +5,11 @@ from pathlib import Path
 
 from gristmill.core.errors import InputError
 from gristmill.core.io import read_bytes, read_json, write_json
+from gristmill.data.chat_format import ChatFormat
 from gristmill.data.human import HumanData
 from gristmill.data.readers import read_prompts
 from gristmill.data.rows import Prompt, make_id
+from gristmill.data.tokenizer import Tokenizer
 from gristmill.miniature.source import MiniatureSource
 from gristmill.model.hf import fingerprint
 from gristmill.workflows.alignment.source import normalize_prompt
@@ -44,6 +46,16 @@ def find_prompts(recipe: RlRecipe, environment: Tasks | None) -> tuple[list[Prom
         if normalize_prompt(prompt.messages) in asked:
             raise InputError(f"{named} is asked by the evaluation too: take it out of one.")
     return prompts, evaluation
+
+
+def check_room(prompts: Sequence[Prompt], form: ChatFormat, tokenizer: Tokenizer, *, max_tokens: int, context: int) -> None:
+    """InputError where a prompt leaves no room for an answer of so many tokens."""
+    for prompt in prompts:
+        if len(form.render_prompt(prompt.messages, tokenizer)) + max_tokens > context:
+            raise InputError(
+                f"Prompt {prompt.messages[-1].content[:60]!r} leaves no room for an answer of {max_tokens} tokens in the "
+                f"model's context of {context}: take it out, or lower max_tokens."
+            )
 
 
 def _read(recipe: RlRecipe, environment: Tasks | None) -> tuple[list[Prompt], list[Prompt]]:

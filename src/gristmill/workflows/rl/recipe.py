@@ -12,7 +12,7 @@ from gristmill.judge.settings import Reward
 from gristmill.train.by_size import LORA_LR_FACTOR
 from gristmill.train.objectives.policy_gradient import METHODS, Advantage, Kl, Normalize, PolicyGradientObjective
 from gristmill.train.settings import Lora
-from gristmill.workflows.alignment.recipe import EngineSettings
+from gristmill.workflows.alignment.recipe import BaseModelPath, EngineSettings
 
 Method = Literal["grpo", "dapo", "dr_grpo", "gspo", "rloo", "cispo"]
 LRS = ((20e6, 3e-4), (500e6, 1e-5), (3e9, 3e-6), (float("inf"), 1e-6))  # largest number of parameters -> learning rate
@@ -160,7 +160,7 @@ class RlRecipe(Recipe):
 
     kind: Literal["rl"] = "rl"
     name: RunName = "rl"
-    model: str = Field("miniature", description="folder of the model to start from")
+    model: BaseModelPath = Field("miniature", description="folder of the model to start from")
     chat_format: Literal["auto", "plain", "nemotron", "chatml", "llama3"] = "auto"
     seed: int = 0
     threads: int | None = Field(None, gt=0, description="CPU threads; default all cores")
