@@ -63,12 +63,13 @@ def test_products_equal_torchs(kind: int, size: tuple[int, int, int], seed: int,
 
 
 @pytest.mark.skipif(not kernels.has_tiles(), reason="no AMX")
-def test_tile_products_of_a_row_do_not_depend_on_the_others() -> None:
+@pytest.mark.parametrize(("kind", "width", "fewest"), [(BF16, 200, 2), (INT8, 200, 7), (INT8, 336, 7), (INT4, 224, 6), (INT4, 320, 6)])
+def test_tile_products_of_a_row_do_not_depend_on_the_others(kind: int, width: int, fewest: int) -> None:
     torch.manual_seed(0)
-    product, _ = product_of(BF16, torch.randn(70, 200), torch.randn(70))
-    x_TD = torch.randn(256, 200).bfloat16()
+    product, _ = product_of(kind, torch.randn(70, width), torch.randn(70))
+    x_TD = torch.randn(256, width).bfloat16()
     all_TN = product(x_TD)
-    for first, last in ((5, 7), (3, 20), (40, 256)):
+    for first, last in ((5, 5 + fewest), (3, 20), (40, 256)):
         assert torch.equal(product(x_TD[first:last]), all_TN[first:last])
 
 
@@ -114,7 +115,7 @@ def test_int8_activations_are_multiplied_exactly(seed: int, rows: int) -> None:
 @pytest.mark.parametrize("kind", ["", "int8", "int8-weight", "int4"])
 @pytest.mark.parametrize("most", [0, 3, 2**31])
 def test_many_rows_go_to_torch(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_methods, "max_rows", lambda kind: most)
+    monkeypatch.setattr(linear_methods, "max_rows", lambda kind, dtype=None: most)
     torch.manual_seed(0)
     linear = Linear(96, 40, bias=True).to(torch.bfloat16)
     for parameter in linear.parameters():

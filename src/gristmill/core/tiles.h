@@ -4,7 +4,7 @@
 
 #include "vectors.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512F__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #define TILES
 
 #include <sys/syscall.h>

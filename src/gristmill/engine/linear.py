@@ -51,15 +51,15 @@ CHUNK, PAIR = 256, 64  # columns that int4's scales and bytes are padded to
 ANY_ROWS = 2**31
 # Rows up to which own products beat torch's on a CPU that has instructions for bf16. On others all but fp32's do at any number.
 MAX_ROWS = {FP32: 16, BF16: 8, INT8: 16, INT4: 64}
-MAX_TILED_ROWS = 256  # of bf16 by tile products (AMX)
+MAX_TILED_ROWS = 256  # of bf16 by tile products (AMX); of integers, of which torch would make a bf16 matrix each time, any number
 
 
-def max_rows(kind: int) -> int:
-    """Rows up to which linear.cpp multiplies by a matrix of this kind; 0 where torch does."""
+def max_rows(kind: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Rows of activations of a type up to which linear.cpp multiplies by a matrix of this kind; 0 where torch does."""
     if kernels.load() is None or (kind in (INT8, INT4) and platform.machine() not in ("x86_64", "AMD64")):
         return 0
-    if kind == BF16 and kernels.has_tiles():
-        return MAX_TILED_ROWS
+    if kind != FP32 and dtype == torch.bfloat16 and kernels.has_tiles():
+        return MAX_TILED_ROWS if kind == BF16 else ANY_ROWS
     return MAX_ROWS[kind] if kind == FP32 or has_bf16_products() else ANY_ROWS
 
 
@@ -211,7 +211,7 @@ class Int8WeightLinear:
         values_ND, scale_N = scaled(linear.weight.detach(), torch.int8)
         self.weight_ND, self.scale_N = values_ND, scale_N.to(dtype)
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
-        self.max_rows = max_rows(INT8) if supported_by_kernels(values_ND.device, dtype) else 0
+        self.max_rows = max_rows(INT8, dtype) if supported_by_kernels(values_ND.device, dtype) else 0
         self.compiled: CompiledProduct | None = None
         if self.max_rows:
             held, bias_N = arena.keep(int8_rows(values_ND)), None if self.bias_N is None else self.bias_N.float()
@@ -241,7 +241,7 @@ class Int4WeightLinear:
         blocks, scale_NG = int4_blocks(*grouped(linear.weight.detach(), INT4_GROUP))
         self.held = arena.keep(blocks), arena.keep(scale_NG)
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
-        self.max_rows = max_rows(INT4) if supported_by_kernels(linear.weight.device, dtype) else 0
+        self.max_rows = max_rows(INT4, dtype) if supported_by_kernels(linear.weight.device, dtype) else 0
         self.compiled: CompiledProduct | None = None
         if self.max_rows:
             self.compiled = CompiledProduct(INT4, *self.held, None if self.bias_N is None else self.bias_N.float(), shape=self.shape)

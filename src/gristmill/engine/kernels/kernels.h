@@ -27,7 +27,7 @@ struct Product {
     int32_t rows, n, d, threads;
 };
 
-bool tile_product(const Product& p);  // of bf16; whether there is one
+bool tile_product(const Product& p);  // of activations in bf16; whether there is one
 
 extern "C" {
 void gristmill_attend(const Layer* l, const Step* s, const void* qkv, int activations, void* cache, int type, void* out);

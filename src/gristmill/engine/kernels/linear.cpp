@@ -17,7 +17,7 @@ static const int CHUNK = 256, BLOCK = 32;                     // columns with on
 static const int MAX_ROWS = 64, L1_BYTES = 24 << 10;          // rows of activations made ready at once; of the matrix while they pass
 static const int AHEAD = 3;                                   // tiles of the matrix that are fetched before they are due
 static const int64_t MIN_SHARED = 1 << 18;                    // products of numbers that are worth another thread
-static const int MIN_TILED = 2;                               // rows of activations that tiles pay for; one is read faster row by row
+static const int MIN_TILED[] = {INT32_MAX, 2, 7, 6};            // rows of activations that tiles pay for, by the kind of matrix
 
 static inline float get(const int8_t* p) { return *p; }
 template <typename V> static inline float sum_across(V x) { float s = 0; for (size_t j = 0; j < sizeof(V) / 4; j++) s += x[j]; return s; }
@@ -418,7 +418,7 @@ template <typename A, typename O> static void run(const Product& p) {
 }
 
 extern "C" void gristmill_product(const Product* p) {
-    if (p->kind == 1 && p->activations == 1 && p->rows >= MIN_TILED && tile_product(*p)) return;
+    if (p->activations == 1 && p->rows >= MIN_TILED[p->kind] && tile_product(*p)) return;
     if (p->activations == 2) { if (p->out_type == 0) run<int8_t, float>(*p); else run<int8_t, bf16>(*p); }
     else if (p->activations == 0) run<float, float>(*p);
     else run<bf16, bf16>(*p);

@@ -1,5 +1,6 @@
-// Matrix products in bf16 by tiles (AMX), for CPUs that have them: activations [T, D] with a matrix [N, D] as it lies in memory. The matrix is
-// on the left, out^T = matrix x^T, so that only the activations are laid out anew.
+// Matrix products in bf16 by tiles (AMX), for CPUs that have them: activations [T, D] with a matrix [N, D] as it lies in memory, in bf16, int8 or
+// int4. The matrix is on the left, out^T = matrix x^T, so that only the activations are laid out anew; integers become bf16 a few rows at a
+// time, exactly in int8, whose scales come last.
 
 #include "kernels.h"
 #include "tiles.h"
@@ -39,18 +40,52 @@ template <bool BOTH> static inline void multiply(const bf16* w, int64_t stride, 
     if (BOTH) { _tile_stored(2, sums[2], TILE * 4); _tile_stored(3, sums[3], TILE * 4); }
 }
 
+static inline void keep_integers(__m256i small, float by, bf16* to) {  // DEPTH of them
+    const __m512 scale = _mm512_set1_ps(by);
+    const auto part = [&](__m128i x) { return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)), scale); };
+    const __m512bh out = _mm512_cvtne2ps_pbh(part(_mm256_extracti128_si256(small, 1)), part(_mm256_castsi256_si128(small)));
+    memcpy(to, &out, sizeof(out));
+}
+
+// Rows of the matrix in bf16, as long as whole tiles; as linear.cpp reads integers.
+static inline void expand(const Product& p, int from, int count, int e, bf16* to) {
+    for (int i = 0; i < count; i++, to += e) {
+        const int64_t n = from + i;
+        if (p.kind == 1) {
+            memcpy(to, (const bf16*)p.weight + n * p.d, p.d * sizeof(bf16));
+            memset(to + p.d, 0, (e - p.d) * sizeof(bf16));
+        } else if (p.kind == 2) {
+            const int stride = padded(p.d, 16);
+            const int8_t* row = (const int8_t*)p.weight + n * stride;
+            int k = 0;
+            for (; k + DEPTH <= stride; k += DEPTH) keep_integers(_mm256_loadu_si256((const __m256i*)(row + k)), 1, to + k);
+            if (k < e) keep_integers(_mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)(row + k))), 1, to + k);
+        } else {
+            const __m256i mask = _mm256_set1_epi8(15), raised = _mm256_set1_epi8(8);
+            const uint8_t* row = (const uint8_t*)p.weight + n * (padded(p.d, 2 * DEPTH) / 2);
+            const bf16* scales = (const bf16*)p.scale + n * (padded(p.d, 8 * DEPTH) / DEPTH);
+            for (int b = 0; b < e / DEPTH; b++) {
+                const __m256i both = _mm256_loadu_si256((const __m256i*)(row + b / 2 * DEPTH));
+                const __m256i small = _mm256_and_si256(b % 2 ? _mm256_srli_epi16(both, 4) : both, mask);
+                keep_integers(_mm256_sub_epi8(small, raised), get(scales + b), to + b * DEPTH);
+            }
+        }
+    }
+}
+
 // Sums of TILE rows of the matrix into rows of the output.
-static inline void write(const float (*sums)[TILE], int count, int columns, const float* bias, bf16* out, int64_t stride) {
+static inline void write(const float (*sums)[TILE], int count, int columns, const float* scale, const float* bias, bf16* out, int64_t stride) {
     __m512i rows[TILE];
     for (int i = 0; i < TILE; i++) rows[i] = _mm512_loadu_si512(sums[i]);
     transpose(rows);
-    const vec more = bias ? some(bias, columns) : vec{};
-    for (int r = 0; r < count; r++) keep(out + r * stride, (vec)rows[r] + more, columns);
+    const vec by = scale ? some(scale, columns) : vec{} + 1, more = bias ? some(bias, columns) : vec{};
+    for (int r = 0; r < count; r++) keep(out + r * stride, (vec)rows[r] * by + more, columns);
 }
 
 bool tile_product(const Product& p) {
     if (!tiles_allowed()) return false;
-    const bf16 *weight = (const bf16*)p.weight, *x = (const bf16*)p.x;
+    const bf16* x = (const bf16*)p.x;
+    const float* scale = p.kind == 2 ? (const float*)p.scale : nullptr;
     bf16* out = (bf16*)p.out;
     const int e = padded(p.d, DEPTH), depths = e / DEPTH, fit = MOST_BYTES / (2 * e) / BLOCK * BLOCK, most = fit < BLOCK ? BLOCK : fit;
     const int held = p.rows < most ? padded(p.rows, TILE) : most, blocks = (p.n + BLOCK - 1) / BLOCK;
@@ -77,10 +112,10 @@ bool tile_product(const Product& p) {
 #pragma omp for schedule(static)
             for (int b = 0; b < blocks; b++) {
                 const int from = b * BLOCK, columns = p.n - from < BLOCK ? p.n - from : BLOCK;
-                const bf16* w = weight + (int64_t)from * p.d;
-                if (columns < BLOCK || p.d < e) {
-                    memset(whole.values, 0, (size_t)BLOCK * e * sizeof(bf16));
-                    for (int i = 0; i < columns; i++) memcpy(whole.values + (int64_t)i * e, w + (int64_t)i * p.d, p.d * sizeof(bf16));
+                const bf16* w = (const bf16*)p.weight + (int64_t)from * p.d;
+                if (p.kind != 1 || columns < BLOCK || p.d < e) {
+                    expand(p, from, columns, e, whole.values);
+                    memset(whole.values + (int64_t)columns * e, 0, (size_t)(BLOCK - columns) * e * sizeof(bf16));
                     w = whole.values;
                 }
                 for (int r = 0; r < count; r += BLOCK) {
@@ -88,8 +123,8 @@ bool tile_product(const Product& p) {
                     (both ? multiply<true> : multiply<false>)(w, e, pairs.values + r / TILE * panel, panel, depths, sums);
                     for (int half = 0; half < (both ? 2 : 1); half++) for (int part = 0; part * TILE < columns; part++) {
                         const int at = from + part * TILE, first = r + half * TILE;
-                        write(sums[2 * half + part], count - first < TILE ? count - first : TILE, p.n - at < TILE ? p.n - at : TILE, p.bias ? p.bias + at : nullptr,
-                              out + (int64_t)(start + first) * p.n + at, p.n);
+                        write(sums[2 * half + part], count - first < TILE ? count - first : TILE, p.n - at < TILE ? p.n - at : TILE, scale ? scale + at : nullptr,
+                              p.bias ? p.bias + at : nullptr, out + (int64_t)(start + first) * p.n + at, p.n);
                     }
                 }
             }
