@@ -233,6 +233,13 @@ class LogLimit(logging.Filter):
         return True
 
 
+def limit_logs() -> None:
+    """Limit what this process writes to its log."""
+    for handler in (logging.lastResort, *logging.getLogger().handlers):
+        if handler is not None:
+            handler.addFilter(LogLimit())
+
+
 def printable(text: str) -> str:
     """Text in which nothing moves a terminal: other than printable ASCII is written out."""
     return "".join(c if c.isascii() and c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from gristmill.core.config import FilePath, Section
 from gristmill.core.errors import InputError
+from gristmill.core.io import read_bytes, reason
 from gristmill.data.rows import make_id
 from gristmill.synth.parsing import unique
 from gristmill.synth.writer import Topic, Writer
@@ -65,9 +66,9 @@ def read_lines(path: Path, what: str) -> list[str]:
         InputError: there is no such file, or nothing in it.
     """
     try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"The {what} file {path} cannot be read ({e}).") from e
+        found = [line.strip() for line in read_bytes(path).decode().splitlines() if line.strip()]
+    except ValueError as e:
+        raise InputError(f"The {what} file {path} cannot be read ({reason(e)}).") from e
     if not found:
         raise InputError(f"The {what} file {path} is empty: write one {what} a line.")
     return found
