@@ -52,7 +52,7 @@ class _Visible:
 
 def terminal() -> TextIO:
     """Standard error as it is, for what moves the cursor itself: the display of progress."""
-    return cast(TextIO, sys.stderr._stream) if isinstance(sys.stderr, _Visible) else sys.stderr
+    return sys.stderr._stream if isinstance(sys.stderr, _Visible) else sys.stderr
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def sweep(folder: Path) -> None:
 
 
 def regular(path: str | Path, flags: int) -> int:
-    """Opener (of the built-in `open`) that takes regular files alone: a pipe must not be waited for, and a device has no end.
+    """Opener (of the built-in `open`) that takes regular files and /dev/null alone: a pipe must not be waited for, a device has no end.
 
     Raises:
         DamagedFile: it is something else.
@@ -142,7 +142,8 @@ def regular(path: str | Path, flags: int) -> int:
         if e.errno == errno.ENXIO:  # a pipe that nobody reads, or a socket
             raise DamagedFile(f"{path} is no regular file: take it away, or give another.") from e
         raise
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) and found.st_rdev != os.stat(os.devnull).st_rdev:
         os.close(handle)
         raise DamagedFile(f"{path} is no regular file: take it away, or give another.")
     return handle

@@ -14,6 +14,7 @@ from aiohttp import web
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.core.io import read_bytes, reason
+from gristmill.core.logs import limit_logs
 from gristmill.core.response_text import REASONING_PARSERS
 from gristmill.data.chat import Conversation
 from gristmill.engine.load import EngineArgs, load_engine
@@ -22,7 +23,7 @@ from gristmill.model.adapters import is_adapter
 from gristmill.server.adapters import AdapterLoader, LoraArgs
 from gristmill.server.admission import Limits
 from gristmill.server.app import Server
-from gristmill.server.connections import ACCEPT_BURST, ConnectionPool, connection_limit, limit_logs
+from gristmill.server.connections import ACCEPT_BURST, ConnectionPool, connection_limit
 from gristmill.server.ratings import RateFn
 from gristmill.server.tools import form_of
 

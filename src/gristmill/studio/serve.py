@@ -11,8 +11,8 @@ from aiohttp import web
 
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
+from gristmill.core.logs import limit_logs
 from gristmill.core.untrusted import quoted_path
-from gristmill.server.connections import limit_logs
 from gristmill.studio import export as exports
 from gristmill.studio.app import Studio
 from gristmill.studio.database import Database, place_of
