@@ -164,12 +164,12 @@ def version_or_help(version: Annotated[bool, typer.Option("--version", help="Pri
         raise typer.Exit
 
 
-def end_with_alarms(alarms: Sequence[Mapping[str, str]]) -> None:
-    """Say each alarm of a finished run, and end with exit code 4 if there is one."""
+def end_with_alarms(alarms: Sequence[Mapping[str, str]], code: int = 4) -> None:
+    """Say each alarm of a finished run, and end with an exit code if there is one."""
     for alarm in alarms:
         echo(f"gristmill: alarm: {sentence(alarm['text'])}", err=True)
     if alarms:
-        raise typer.Exit(4)
+        raise typer.Exit(code)
 
 
 def given(**values: Any) -> dict[str, Any]:

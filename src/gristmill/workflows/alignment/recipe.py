@@ -244,8 +244,6 @@ class AlignmentRecipe(Recipe):
                 raise ValueError(f"data.{number} counts rows of data.{name}, which is not given: name the file, or take the number out")
         if self.world is None and self.data.ratings is None and self.data.num_held_out_ratings != HumanData().num_held_out_ratings:
             raise ValueError("data.num_held_out_ratings counts rows of data.ratings, which is not given: name the file, or take it out")
-        if self.probe != Probe() and self.pipelines.by_task is None:
-            raise ValueError("probe is of pipelines.by_task, which is not named: name it, or take probe out")
         if self.probe.fallback.named() and not self.probe.num_prompts:
             raise ValueError("probe.fallback would write nothing, as probe.num_prompts is 0: take one of the two out")
         self.judging.check_votes(self.answers.samples)

@@ -23,7 +23,9 @@ class Answers(Section):
     @model_validator(mode="after")
     def _all_asked(self) -> Self:
         if len(self.temperatures) > self.samples and self.temperatures != type(self).model_fields["temperatures"].default:
-            raise ValueError(f"{self.samples} samples cannot be at {len(self.temperatures)} temperatures: give as many, or fewer temperatures")
+            raise ValueError(
+                f"{self.samples} samples cannot be at {len(self.temperatures)} temperatures: give as many, or fewer temperatures"
+            )
         return self
 
     def sampling(self) -> list[SamplingParams]:
@@ -94,7 +96,7 @@ class DatasetRecipe(Recipe):
             raise ValueError("dialogues.threshold needs ratings: name a reward model in judging.reward, or take it out")
         judging = self.judging.given() - ({"reward"} if self.dialogues is not None else set())
         if self.answers is None and judging:
-            raise ValueError(f"judging.{min(judging)} needs answers: add `answers:`, or take it out")
+            raise ValueError(f"judging needs answers ({min(judging)} is given): add `answers:` to the recipe, or take it out")
         if self.judging.reward is None and "min_gap" in judging:
             raise ValueError("judging.min_gap is of reward models: name one in judging.reward, or take it out")
         if self.answers is not None:
