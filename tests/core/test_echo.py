@@ -2,16 +2,20 @@
 
 import ast
 import json
+import logging
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import gristmill
-from gristmill.core.echo import echo, visible
+from gristmill.cli.main import app
+from gristmill.core.echo import echo, guarded_stderr, sentence, terminal, visible
 
 PACKAGE = Path(gristmill.__file__).parent
 CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4K\x07"
@@ -52,6 +56,30 @@ def test_what_the_terminal_cannot_encode_is_escaped() -> None:
 def test_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     echo(CLIPBOARD, err=True, nl=False)
     assert capsys.readouterr() == ("", "\\u001b]52;c;cm0gLXJmIH4K\\u0007")
+
+
+def test_a_sentence_is_one_line() -> None:
+    assert sentence(f"no folder a\ngristmill: all is well{CLIPBOARD}\r") == (
+        "no folder a\\ngristmill: all is well\\u001b]52;c;cm0gLXJmIH4K\\u0007\\u000d"
+    )
+
+
+def test_nothing_else_that_writes_to_standard_error_moves_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with guarded_stderr():
+        logging.lastResort.handle(logging.makeLogRecord({"msg": CLIPBOARD}))  # type: ignore[union-attr]
+        traceback.print_exception(ValueError(CLIPBOARD))
+        assert terminal() is not sys.stderr and sys.stderr.isatty() is False
+    assert terminal() is sys.stderr
+    err = capsys.readouterr().err
+    assert err.count("]52;") == 2 and visible(err) == err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "--x\u202e\x1b[2J"], ["status", "a", "b\u202e"], ["\x1b[2Jx"], ["status", "no\ngristmill: well"]]
+)
+def test_what_the_shell_gives_is_echoed_visibly(arguments: list[str]) -> None:
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 2 and visible(shown.output) == shown.output and "\ngristmill: well" not in shown.output
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))

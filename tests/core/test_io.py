@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import re
+import signal
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from gristmill.core.io import (
     lock,
     read_bytes,
     read_json,
+    stamp,
     stamps,
     sweep,
     sync,
@@ -26,6 +30,8 @@ from gristmill.core.io import (
     write_jsonl,
     write_text,
 )
+from gristmill.runs.journal import Journal, read_once
+from gristmill.synth.pipelines.topics import read_lines
 
 
 def no_space(*args: object) -> None:
@@ -123,6 +129,46 @@ def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path: Path) ->
         with pytest.raises(InputError, match="cannot be written"):
             write_json(path, {})
     assert Path("/dev/null").is_char_device() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
+
+
+def put_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def put_read_fifo(path: Path) -> None:
+    os.mkfifo(path)
+    os.open(path, os.O_RDWR)  # somebody reads it
+
+
+def put_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path))
+
+
+OPENED: list[Callable[[Path], object]] = [
+    lambda path: lock(path.parent),
+    stamp,
+    read_bytes,
+    lambda path: write_jsonl(path, [{}]),
+    Journal,
+    lambda path: Journal(path, read_only=True),
+    lambda path: list(read_once(path)),
+    lambda path: read_lines(path, "word"),
+]
+
+
+@pytest.mark.parametrize("put", [put_fifo, put_read_fifo, put_socket, lambda p: p.symlink_to("/dev/zero"), Path.mkdir])
+@pytest.mark.parametrize("number", range(len(OPENED)))
+def test_what_is_no_regular_file_is_never_waited_for(number: int, put: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    put(path)
+    signal.alarm(20)
+    try:
+        with pytest.raises((InputError, IsADirectoryError)) as caught:
+            OPENED[number](path)
+    finally:
+        signal.alarm(0)
+    assert str(path) in str(caught.value)
 
 
 def test_no_more_is_read_than_the_limit(tmp_path: Path) -> None:

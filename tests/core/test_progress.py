@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from gristmill.core import progress as module
+from gristmill.core.echo import guarded_stderr
 from gristmill.core.progress import Progress
 
 
@@ -79,3 +80,13 @@ def test_a_stage_within_another_gives_the_display_back(monkeypatch: pytest.Monke
             assert progress._task != outer
         progress.tick(2, 2, "rows")
         assert progress._task == outer and progress._stage == "outer"
+
+
+def test_no_name_of_a_stage_or_note_moves_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with guarded_stderr(), Progress() as progress, progress.stage("a\x1b]52;c;aGk=\x07 :smile:"):
+        progress.tick(1, 2, "b\x1b[2J\n")
+        progress.say("c\ngristmill: well :smile:")
+    shown = terminal.getvalue()
+    assert "\x1b]52" not in shown and "\x1b[2Jb" not in shown and "\ngristmill: well" not in shown and shown.count(":smile:") >= 2

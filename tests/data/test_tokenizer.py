@@ -111,7 +111,7 @@ def foreign(eos: str, *, bos: bool = False) -> HFTokenizer:
     """A tokenizer as others ship it: adds a start token, cuts and pads, by its own settings."""
     vocabulary = {c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}
     backend = HFTokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(eos, special=True), AddedToken("<s>", special=True)])
     if bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
@@ -143,6 +143,14 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+def replacing(text: str, by: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": text}, "content": by}
+
+
+def splitting(text: str, behavior: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"String": text}, "behavior": behavior, "invert": False}
+
+
 def _with(change: Any, tokenizer: dict[str, Any]) -> str:
     change(tokenizer)
     return json.dumps(tokenizer)
@@ -164,6 +172,21 @@ def _with(change: Any, tokenizer: dict[str, Any]) -> str:
         lambda t: t.update(model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[]),
         lambda t: t.pop("model"),
         lambda t: t.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "((("}, "behavior": "Isolated", "invert": False}),
+        lambda t: t["model"].update(dropout=0.1),  # other ids each time
+        lambda t: t.update(normalizer={"type": "Prepend", "prepend": "z" * 10**6}),
+        lambda t: t.update(normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10**6}),
+        lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [replacing("a", "aa")] * 40}),  # 2^40 letters
+        lambda t: t.update(decoder={"type": "Sequence", "decoders": [t["decoder"], replacing("m", "m" * 10**6)]}),
+        lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}),  # 4 GB, or the end of the process
+        lambda t: t.update(normalizer=replacing("grinds", "")),
+        lambda t: t.update(normalizer={"type": "Replace", "pattern": {"Regex": "[\\u0900-\\u097f]"}, "content": ""}),
+        lambda t: t["pre_tokenizer"]["pretokenizers"].insert(0, splitting("m", "Removed")),
+        lambda t: t.update(decoder=None),
+        lambda t: t.update(decoder={"type": "Sequence", "decoders": [t["decoder"], replacing("m", "")]}),
+        lambda t: t.update(
+            decoder={"type": "Sequence", "decoders": [t["decoder"], {"type": "Strip", "content": "a", "start": 1, "stop": 0}]}
+        ),
+        lambda t: [t["model"]["vocab"].pop(name) for name in list(t["model"]["vocab"])[130:180]] and t["model"].update(merges=[]),
     ],
 )
 def test_a_damaged_vocabulary_is_told_in_one_sentence(change: Any, tmp_path: Path) -> None:
@@ -204,7 +227,16 @@ def test_unused_ids_are_no_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", ["{", "[]", '{"eos_token": null}', '{"eos_token": 5}', '{"eos_token": {"content": []}}', '{"a":' * 10**5]
+    "config",
+    [
+        '{"eos_token": "</s>", "additional_special_tokens": ["a"]}',
+        "{",
+        "[]",
+        '{"eos_token": null}',
+        '{"eos_token": 5}',
+        '{"eos_token": {"content": []}}',
+        '{"a":' * 10**5,
+    ],
 )
 def test_a_bad_tokenizer_config_is_named(config: str, tmp_path: Path) -> None:
     foreign("</s>").save(str(tmp_path / "tokenizer.json"))
@@ -250,6 +282,7 @@ def kinds(*, special: bool) -> dict[str, HFTokenizer]:
             vocabulary.setdefault(name[:end], len(vocabulary))
     bpe = HFTokenizer(models.BPE(vocab=vocabulary, merges=list(dict.fromkeys(merges)), unk_token="<unk>"))
     whole = HFTokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", ignore_merges=True))
+    bpe.decoder = whole.decoder = decoders.Fuse()
     level = HFTokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
     level.pre_tokenizer, level.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     found = {"unigram": unigram, "bpe": bpe, "bpe of whole words": whole, "byte level": level}

@@ -371,7 +371,7 @@ def test_parts_of_quantized_matrices_are_compared_too(kind: Any, tmp_path: Path)
             load_model(folder)
 
 
-@pytest.mark.parametrize("weights", [5, "abcde", [1, 2, 3, 4], [1, 2, 3, 4, "5"], [1, 2, 3, 4, 1e300], [1, 2, 3, 4, None]])
+@pytest.mark.parametrize("weights", [5, "abcde", [1, 2, 3, 4], [1, 2, 3, 4, "5"], [1, 2, 3, 4, 1e300], [1, 2, 3, 4, None], [True] * 5])
 def test_reward_weights_are_numbers(tmp_path: Path, weights: Any) -> None:
     save_reward(RewardModel(Transformer(CONFIG)), TOKENIZER, tmp_path / "reward")
     change_config(tmp_path / "reward", reward_weights=weights)

@@ -235,6 +235,8 @@ LISTED = ["full_attention", "sliding_attention"]
         ("qwen2", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}, [128, 128]),
         ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, [0, 0]),
         ("qwen2", {"layer_types": LISTED, "sliding_window": 128}, "sliding_window"),  # transformers fails too
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": "1"}, "max_window_layers"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": True}, "max_window_layers"),
         ("qwen3", {"layer_types": LISTED, "sliding_window": 8, "use_sliding_window": True}, [0, 8]),
         ("qwen3", {"layer_types": LISTED[:1], "sliding_window": 8, "use_sliding_window": True}, "layer_types"),
         ("qwen3", {"layer_types": LISTED, "sliding_window": 0, "use_sliding_window": True}, "sliding_window"),

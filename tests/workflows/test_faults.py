@@ -232,7 +232,7 @@ def works(
         servers.append(url)
         values = {
             "generators": [{"base_url": url, "model": "mock"}],
-            "topics": {"own": ["tides"], "macro": 0, "subtopics": 1},
+            "topics": {"own": ["tides"], "macro": 0},
             "pipelines": {"open_qa": {"questions": 2, "revisions": 0}},
             "answers": {"samples": 2, "max_tokens": 8},
         }

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
-from gristmill.core.echo import echo
+from gristmill.core.echo import echo, guarded_stderr, sentence
 from gristmill.core.errors import InputError
 
 # Before torch is loaded: threads that wait must not spin. On two cores with a busy neighbour, spinning costs up to 9x.
@@ -37,6 +37,10 @@ class Grouped(typer.core.TyperGroup):
         for title, names in GROUPS.items():
             with formatter.section(title):
                 formatter.write_dl([(name.ljust(width), self.commands[name].get_short_help_str(limit=400)) for name in names])
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with guarded_stderr():
+            return super().main(*args, **options)
 
 
 app = typer.Typer(
@@ -127,7 +131,7 @@ def command(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     # the first process tells a fault that all share, and torchrun ends the others meanwhile
                     time.sleep(OTHER_PROCESSES_WAIT)
                     who = f"gristmill (process {rank})"
-                echo(f"{who}: {e}", err=True)
+                echo(f"{who}: {sentence(str(e))}", err=True)
                 raise typer.Exit(2) from e
             except KeyboardInterrupt as e:
                 echo("gristmill: interrupted; run the same command again to continue.", err=True)
@@ -137,7 +141,8 @@ def command(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 raise typer.Exit(141) from e
             except OSError as e:
                 where = f": {e.filename}" if e.filename else ""
-                echo(f"gristmill: {e.strerror or e}{where}. What was finished is kept: mend this and run the same command again.", err=True)
+                what = sentence(f"{e.strerror or e}{where}")
+                echo(f"gristmill: {what}. What was finished is kept: mend this and run the same command again.", err=True)
                 raise typer.Exit(2) from e
             except Exception as e:  # a bug; its message may hold foreign text
                 echo(traceback.format_exc().rstrip(), err=True)
@@ -159,12 +164,12 @@ def version_or_help(version: Annotated[bool, typer.Option("--version", help="Pri
         raise typer.Exit
 
 
-def end_with_alarms(alarms: Sequence[Mapping[str, str]]) -> None:
-    """Say each alarm of a finished run, and end with exit code 4 if there is one."""
+def end_with_alarms(alarms: Sequence[Mapping[str, str]], code: int = 4) -> None:
+    """Say each alarm of a finished run, and end with an exit code if there is one."""
     for alarm in alarms:
-        echo(f"gristmill: alarm: {alarm['text']}", err=True)
+        echo(f"gristmill: alarm: {sentence(alarm['text'])}", err=True)
     if alarms:
-        raise typer.Exit(4)
+        raise typer.Exit(code)
 
 
 def given(**values: Any) -> dict[str, Any]:

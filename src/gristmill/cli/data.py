@@ -52,8 +52,9 @@ def synth(
             f"gristmill: {failed:,} calls failed for good: see `gristmill rows errors --folder {target}`, run again with --retry-failed.",
             err=True,
         )
+    end_with_alarms(results["alarms"], code=3 if failed else 4)
+    if failed:
         raise typer.Exit(3)
-    end_with_alarms(results["alarms"])
 
 
 @command("gristmill curate english-text --input docs --out runs/docs")
@@ -88,6 +89,9 @@ def curate(
         funnel = curation.run(loaded, folder, progress)
     page = write_page(folder, funnel)
     echo(json.dumps(funnel) if as_json else "\n".join([*funnel_lines(funnel), f"documents: {folder / 'data'}", f"report: {page}"]))
+    if not funnel["documents"]:
+        why = f"of {funnel['read']['documents']:,} documents that were read none is kept"
+        end_with_alarms([{"text": f"{why}. Look for the step that drops most, and its reasons in {folder / 'dropped'}; then loosen it."}])
 
 
 @command("gristmill blend blend.yaml --out runs/blend")

@@ -16,6 +16,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     model_serializer,
+    model_validator,
 )
 
 from gristmill.core.errors import InputError
@@ -77,6 +78,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     added: ClassVar[frozenset[str]] = frozenset()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truths_for_numbers(cls, values: Any) -> Any:
+        """YAML reads `on` and `yes` as true, which would count as 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and (types := _types(field.annotation)) & {int, float} and bool not in types:
+                raise ValueError(f"{name} is {str(value).lower()}: give a number")
+        return values
+
     @model_serializer(mode="wrap")
     def _without_added(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = dump(self)
@@ -101,6 +112,11 @@ class Recipe(Section):
     def forbidden(self, old: dict[str, Any]) -> list[str]:
         """Of the `changed` keys those that may not change even where each stage knows what it was made from."""
         return self.changed(old)
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    return set().union(*map(_types, inner)) if (inner := get_args(annotation)) else {annotation}
 
 
 # ---- paths ----

@@ -6,6 +6,9 @@ Names, answers, errors and paths may come from a model or a stranger. Raw, they 
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
 
 # C0 and C1 but for tab and line feed, DEL, soft hyphen, direction marks, line and paragraph separators, byte order mark,
 # surrogates, annotation marks and tags. Joiners stay: scripts and emoji are written with them.
@@ -19,6 +22,11 @@ def visible(text: str) -> str:
     return _UNSAFE.sub(lambda m: f"\\u{ord(m[0]):04x}" if ord(m[0]) < 0x10000 else f"\\U{ord(m[0]):08x}", text)
 
 
+def sentence(text: str) -> str:
+    """Text on one line, so that what a stranger wrote into it never looks like another message."""
+    return visible(text).replace("\n", "\\n")
+
+
 def echo(text: str, err: bool = False, nl: bool = True) -> None:
     """Print to standard output, or standard error; what the terminal's encoding lacks is escaped too."""
     stream = sys.stderr if err else sys.stdout
@@ -26,3 +34,33 @@ def echo(text: str, err: bool = False, nl: bool = True) -> None:
     encoding = stream.encoding or "utf-8"
     stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + ("\n" if nl else ""))
     stream.flush()
+
+
+class _Visible:
+    """Standard error for all that does not print by `echo`: options, warnings, logs, and what threads end with."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(visible(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def terminal() -> TextIO:
+    """Standard error as it is, for what moves the cursor itself: the display of progress."""
+    return sys.stderr._stream if isinstance(sys.stderr, _Visible) else sys.stderr
+
+
+@contextmanager
+def guarded_stderr() -> Iterator[None]:
+    """Standard error on which nothing moves the terminal."""
+    raw = sys.stderr
+    sys.stderr = cast(TextIO, _Visible(raw))
+    try:
+        yield
+    finally:
+        sys.stderr = raw

@@ -90,7 +90,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     count = 0
     try:
         make_folder(path.parent)
-        with path.open("w", encoding="utf-8", newline="\n") as file:
+        with open(path, "w", encoding="utf-8", newline="\n", opener=regular) as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
@@ -130,6 +130,25 @@ def sweep(folder: Path) -> None:
 # ---- reading ----
 
 
+def regular(path: str | Path, flags: int) -> int:
+    """Opener (of the built-in `open`) that takes regular files and /dev/null alone: a pipe must not be waited for, a device has no end.
+
+    Raises:
+        DamagedFile: it is something else.
+    """
+    try:
+        handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as e:
+        if e.errno == errno.ENXIO:  # a pipe that nobody reads, or a socket
+            raise DamagedFile(f"{path} is no regular file: take it away, or give another.") from e
+        raise
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) and found.st_rdev != os.stat(os.devnull).st_rdev:
+        os.close(handle)
+        raise DamagedFile(f"{path} is no regular file: take it away, or give another.")
+    return handle
+
+
 def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """A regular file's content.
 
@@ -137,15 +156,11 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
         DamagedFile: it is missing, is no regular file, cannot be read, or is larger.
     """
     try:
-        # a pipe must not be waited for, and its size says nothing
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise DamagedFile(f"{path} cannot be read (it is no regular file).")
+        with open(path, "rb", opener=regular) as file:
             data = file.read(max_bytes + 1)
     except (OSError, ValueError) as e:
-        if isinstance(e, DamagedFile):
-            raise
-        raise DamagedFile(f"{path} cannot be read ({reason(e)}).") from e
+        why = "it is no regular file" if isinstance(e, DamagedFile) else reason(e)
+        raise DamagedFile(f"{path} cannot be read ({why}).") from e
     if len(data) > max_bytes:
         raise DamagedFile(f"{path} cannot be read (it is larger than {max_bytes:,} bytes).")
     return data
@@ -179,7 +194,7 @@ def stamp(path: Path) -> Stamp:
     import xxhash
 
     digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=regular) as file:
         size = os.fstat(file.fileno()).st_size
         if size <= MAX_HASHED_BYTES:
             digest.update(file.read(size))
@@ -222,8 +237,15 @@ def state(path: Path) -> tuple[str, int, int, int]:
 
 
 def lock(path: Path) -> IO[str]:
-    """Lock the folder for this process; the kernel lets go when the process ends, however it ends."""
-    file = (path / ".lock").open("a")
+    """Lock the folder for this process; the kernel lets go when the process ends, however it ends.
+
+    Raises:
+        InputError: another process has it, or it cannot be locked.
+    """
+    try:
+        file = open(path / ".lock", "a", opener=regular)  # noqa: SIM115 (the caller closes it)
+    except OSError as e:
+        raise InputError(f"{path / '.lock'} cannot be opened ({reason(e)}): take it away, or choose another folder.") from e
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:

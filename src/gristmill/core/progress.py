@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from gristmill.core.echo import echo, visible
+from gristmill.core.echo import echo, sentence, terminal, visible
 
 Item = TypeVar("Item")
 LINE_SECONDS = 5.0
@@ -38,7 +38,7 @@ class Progress:
                 TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
             )
-            self._bar = Bars(*columns, console=Console(stderr=True), transient=True)
+            self._bar = Bars(*columns, console=Console(file=terminal(), emoji=False), transient=True)
 
     def __enter__(self) -> "Progress":
         if self._bar:
@@ -55,7 +55,7 @@ class Progress:
         outer = self._task, self._stage, self._stage_started
         self._stage, self._stage_started = name, time.monotonic()
         if self._bar:
-            self._task = self._bar.add_task(name, total=None, note="")
+            self._task = self._bar.add_task(sentence(name), total=None, note="")
         try:
             yield
         finally:
@@ -74,9 +74,9 @@ class Progress:
     def warn(self, line: str) -> None:
         """Something went wrong and was mended: say so, quiet or not."""
         if self._bar:
-            self._bar.console.print(visible(line), markup=False, highlight=False)
+            self._bar.console.print(sentence(line), markup=False, highlight=False)
         else:
-            echo(line, err=True)
+            echo(sentence(line), err=True)
 
     def say(self, line: str) -> None:
         """A line that stays, unless quiet."""
@@ -86,7 +86,7 @@ class Progress:
     def tick(self, done: int, total: int | None, note: str = "") -> None:
         """How far the stage is."""
         if self._bar:
-            self._bar.update(self._task, completed=done, total=total, note=visible(note))
+            self._bar.update(self._task, completed=done, total=total, note=sentence(note))
         elif time.monotonic() - self._printed > LINE_SECONDS:
             share = f"{done}/{total}" if total else str(done)
             self._print(f"{self._clock()}  {self._stage:<18} {time.monotonic() - self._stage_started:>6.1f} s  {share} {note}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from gristmill.core.errors import InputError
 from gristmill.core.io import read_json, reason
-from gristmill.core.untrusted import is_bare_name
+from gristmill.core.untrusted import existing_file, is_bare_name
 from gristmill.data.tokenizer import Tokenizer
 
 TOKEN = np.dtype("<i4")
@@ -33,6 +33,8 @@ class TokenStore:
             facts = read_json(folder / "blend.json")
             if not all(is_bare_name(shard["file"]) for shard in facts["shards"]):
                 raise ValueError("it names files outside of it")
+            for name in ("ends.npy", *(shard["file"] for shard in facts["shards"])):
+                existing_file(folder / name, "The blend is not whole")
             self.ends_N: np.ndarray = np.load(folder / "ends.npy", mmap_mode="r")
             self.shards = [np.memmap(folder / shard["file"], TOKEN, "r") for shard in facts["shards"]]
             sizes, made_with = [shard["tokens"] for shard in facts["shards"]], facts["tokenizer"]["fingerprint"]

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from gristmill.core.errors import InputError
 from gristmill.core.io import DamagedFile, read_bytes, write_bytes, write_json, write_text
 from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
+from gristmill.data.tokenizer_checks import check_charsmap, check_losses, check_steps
 
 EOS = "<|endoftext|>"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can spell it, and it is no text
@@ -63,19 +64,6 @@ LLAMAS = ("LlamaTokenizer", "LlamaTokenizerFast")  # classes that read a vocabul
 AS_WRITTEN = ("mistral", "phi3", "olmo2", "granite", "nemotron", "qwen2")
 MAX_TEMPLATES = 64
 TEMPLATES = "additional_chat_templates"  # a folder with further templates, NAME.jinja
-# Pairs of texts that a tokenizer must tell apart, or it would lose what stands behind them.
-LOSSES = (
-    ("A", "a", "capital letters"),
-    ("a\nb", "a b", "line breaks"),
-    ("a\n\nb", "a\nb", "line breaks"),
-    ("a\nb", "ab", "line breaks"),
-    ("\na", "a", "line breaks at the beginning"),
-    ("a\n", "a", "line breaks at the end"),
-    ("a  b", "a b", "blanks beside blanks, and so every indentation"),
-    ("\u00e9", "e", "accents"),
-)
-ASCII = "\n\t" + "".join(map(chr, range(32, 127)))  # characters of which none may become another, or nothing
-UNKNOWN = "\uf8ff"  # a private-use character
 PROBE = "A mill, 12.5 stones\n\n"
 
 
@@ -199,7 +187,9 @@ class Tokenizer:
             raise InputError(f"{path} cannot be read as a tokenizer (it is larger than {MAX_BYTES:,} bytes): download or save it again.")
         files = _read_files(Path(folder))
         with _damage(path):
+            check_charsmap(files["tokenizer.json"])
             backend = HFTokenizer.from_buffer(files["tokenizer.json"])
+            check_steps(backend, path)
         config_path = path.with_name("tokenizer_config.json")
         config = read_untrusted_json(config_path) if config_path.exists() else {}
         more_path = path.with_name("special_tokens_map.json")
@@ -226,7 +216,7 @@ class Tokenizer:
                 _read_as_llamas(backend, prefix)
             tokenizer = Tokenizer(backend, name, control)
             tokenizer.decode(tokenizer.encode(PROBE))  # what is wrong within shows when it is used
-            tokenizer._check_losses(path)
+            check_losses(backend, tokenizer.encode_batch, tokenizer.decode, path)
         tokenizer.files, tokenizer.chat_templates, tokenizer.place = files, templates, quoted(Path(folder).resolve().name)[1:-1]
         tokenizer.cuts_headers = cut_here
         tokenizer._prefix = prefix
@@ -235,20 +225,6 @@ class Tokenizer:
         ends = named_ends(tokenizer.generation_config()) or named_ends(about)  # as in transformers
         tokenizer.end_ids = tuple(end for end in ends if 0 <= end <= tokenizer.max_id)
         return tokenizer
-
-    def _check_losses(self, path: Path) -> None:
-        """Raise `InputError` where the tokenizer drops what texts consist of: an answer could never be given back as it was."""
-        # what stands for a character that no vocabulary has: one token, or its bytes, of which no text below has any
-        among = [{*self.encode(f"{left}{UNKNOWN}{right}")} for left, right in ("ab", "ba")]
-        unknown = (among[0] & among[1]) - {id for text in ("a b", "b a", "a", "b") for id in self.encode(text)}
-        found = [lost for text, other, lost in LOSSES if (ids := self.encode(text)) == self.encode(other) and not unknown & {*ids}]
-        found += ["line breaks"] if unknown & {*self.encode("a\nb")} else []
-        seen: dict[tuple[int, ...], str] = {}
-        for character, ids in zip(ASCII, self.encode_batch([f"a{character}b" for character in ASCII]), strict=True):
-            if not unknown & {*ids} and (other := seen.setdefault(tuple(ids), character)) != character:
-                found.append(f"what tells {character!r} from {other!r}")
-        if found:
-            raise InputError(f"{path} loses {found[0]}: texts would come back changed. Use a model whose tokenizer keeps every text.")
 
     def generation_config(self) -> dict[str, Any]:
         """What the folder's generation_config.json says; nothing where it is no JSON object, which no generation here depends on."""

@@ -25,6 +25,7 @@ import aiohttp
 from gristmill.core.concurrent import map_concurrent
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
+from gristmill.core.io import read_bytes, reason
 from gristmill.generation.api import Completion, Request
 from gristmill.generation.openai_format import (
     FIELDS,
@@ -531,9 +532,9 @@ def _key(target: Target) -> str:
     if target.api_key_file:
         path = Path(target.api_key_file).expanduser()
         try:
-            key = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"The key file {path} cannot be read ({e}).") from e
+            key = read_bytes(path).decode().strip()
+        except ValueError as e:
+            raise InputError(f"The key file {path} cannot be read ({reason(e)}).") from e
         if not key or len(key.split()) > 1:
             raise InputError(f"The key file {path} must hold the key and nothing else.")
         return key

@@ -25,6 +25,8 @@ class Reward(RequestFields):
     def _of_endpoints(self) -> Self:
         if (self.fields or self.extra_body) and not self.base_url:
             raise ValueError("fields and extra_body are of endpoints: give base_url, or leave them out")
+        if self.base_url and self.folder is not None:
+            raise ValueError("give either base_url or folder, not both")
         check_fields(self.fields, self.extra_body)
         return self
 
@@ -73,3 +75,12 @@ class Judging(Section):
         description="share of the longer answer's characters by which those of a pair may differ, unless one loops; 1: off",
     )
     repair: Repair | None = Field(None, description="edits of answers that fail verifiable instructions; none: off")
+
+    def given(self) -> set[str]:
+        """Keys whose values are not the defaults."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
+    def check_votes(self, samples: int) -> None:
+        """Raise `ValueError` where no answer could have votes enough."""
+        if self.min_votes > samples:
+            raise ValueError(f"judging.min_votes is {self.min_votes}, and answers.samples {samples}: so many can never agree")

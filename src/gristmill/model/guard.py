@@ -40,7 +40,7 @@ class GuardModel(nn.Module):
         if not 0 < len(codes) <= MAX_CODES or len(set(codes)) < len(codes):
             raise InputError(f"A guard has 1 to {MAX_CODES} codes, each once, not {quoted(codes)}.")
         limits = list(thresholds) if isinstance(thresholds, list | tuple) and len(thresholds) else [THRESHOLD] * len(codes)
-        if len(limits) != len(codes) or not all(isinstance(t, int | float) and 0 <= t <= 1 for t in limits):
+        if len(limits) != len(codes) or not all(type(t) in (int, float) and 0 <= t <= 1 for t in limits):
             raise InputError(f"A guard of {len(codes)} codes needs as many thresholds from 0 to 1, not {quoted(thresholds)}.")
         if not isinstance(caution, str) or (caution and caution not in codes):
             raise InputError(f"The caution code {quoted(caution)} is none of the guard's.")

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gristmill.core.echo import echo
+from gristmill.core.echo import echo, sentence
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import quoted, read_untrusted_json
 from gristmill.model.bounds import MAX_SIZES, check_sizes, mapping_of, value_of
@@ -32,6 +32,7 @@ EXPECTED = "Use a checkpoint whose config.json has"
 ROPE_KINDS = {kind: kind for kind in ("default", "linear", "dynamic", "llama3", "yarn", "longrope")}
 PHI3_CODE = "modeling_phi3.Phi3ForCausalLM"  # beside published folders; transformers has since taken it in
 PHI3_ROPE_KINDS = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}  # as transformers reads them
+MAX_ENDS = 1024  # tokens that end a text
 DTYPES = ("float64", "float32", "float16", "bfloat16", "double", "float", "half", "auto")
 
 # Keys that are read here or say nothing about the forward pass: tokens, sampling, training, and notes of other programs.
@@ -90,7 +91,17 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
             "longrope rotates all tokens by other angles."
         )
     _warn_of(path, hf, unknown_keys(hf, config), "computes")
+    if hf.get("model_type") != OWN_MODEL_TYPE and "gristmill" in hf and _without_ours(hf) != config.blocks:
+        _warn(f"{path} says under gristmill which layers the model has: programs that read the usual keys alone compute something else.")
     return hf, config
+
+
+def _without_ours(hf: Mapping[str, Any]) -> tuple[BlockConfig, ...]:
+    """The layers that other programs read; none where the usual keys say nothing that can be."""
+    try:
+        return from_hf({key: value for key, value in hf.items() if key != "gristmill"}).blocks
+    except InputError:
+        return ()
 
 
 def _warn_of(path: Path, values: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
@@ -102,11 +113,13 @@ def _warn_of(path: Path, values: Mapping[str, Any], keys: Sequence[str], what: s
 
 @cache
 def _warn(message: str) -> None:  # once a process, however often a model is loaded
-    echo(f"Warning: {message}", err=True)
+    echo(f"Warning: {sentence(message)}", err=True)
 
 
 def _check_ends(values: Mapping[str, Any], path: Path, vocab_size: int) -> None:
     ends = values.get("eos_token_id")
+    if isinstance(ends, list) and len(ends) > MAX_ENDS:
+        raise InputError(f"Correct eos_token_id in {path}: it names {len(ends):,} tokens, and {MAX_ENDS} are read.")
     for token in ends if isinstance(ends, list) else [] if ends is None else [ends]:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise InputError(f"Correct eos_token_id in {path}: {quoted(token)} is no id of a token below {vocab_size}.")
@@ -232,7 +245,7 @@ def _rotating_layers(hf: Mapping[str, Any], num_layers: int) -> list[bool]:
         if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
             raise InputError(f"Give no_rope_layer_interval a whole number from 1: it is {quoted(interval)}.")
         return [(layer + 1) % interval != 0 for layer in range(num_layers)]
-    if not isinstance(listed, list) or len(listed) < num_layers or any(one not in (0, 1) for one in listed):
+    if not isinstance(listed, list) or len(listed) < num_layers or any(isinstance(one, bool) or one not in (0, 1) for one in listed):
         raise InputError(f"Give no_rope_layers 1 (rotates) or 0 for each of {num_layers} layers: it is {quoted(listed)}.")
     return [bool(one) for one in listed[:num_layers]]
 
@@ -257,7 +270,9 @@ def _windows_from_hf(hf: Mapping[str, Any], family: str, rotates: Sequence[bool]
             raise InputError(f"Give layer_types a type for each of {num_layers} layers: there are {len(slides)}.")
     elif parts.windows == "qwen":
         first = hf.get("max_window_layers", 28)
-        slides = [window is not None and (not isinstance(first, int) or layer >= first) for layer in range(num_layers)]
+        if not isinstance(first, int | None) or isinstance(first, bool):
+            raise InputError(f"Give max_window_layers a whole number or null: it is {quoted(first)}.")
+        slides = [window is not None and (first is None or layer >= first) for layer in range(num_layers)]
     elif parts.windows == "nope":
         slides = [window is not None and not rotated for rotated in rotates]
     elif parts.windows == "gemma":

@@ -59,7 +59,7 @@ class RewardModel(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        numbers = isinstance(weights, list | tuple) and all(isinstance(w, int | float) and abs(w) <= MAX_WEIGHT for w in weights)
+        numbers = isinstance(weights, list | tuple) and all(type(w) in (int, float) and abs(w) <= MAX_WEIGHT for w in weights)
         if not numbers or len(weights) != len(ATTRIBUTES):
             names = ", ".join(ATTRIBUTES)
             raise InputError(f"Give {len(ATTRIBUTES)} aggregation weights ({names}), not {quoted(weights)}.")

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from gristmill.core.errors import InputError
-from gristmill.core.io import make_folder, reason, sync
+from gristmill.core.io import make_folder, reason, regular, sync
 
 SYNC_SECONDS = 5.0
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode
@@ -41,13 +41,11 @@ class Journal(Mapping[str, dict[str, Any]]):
 
     def __init__(self, path: Path, *, read_only: bool = False):
         self.path = path
-        if path.is_fifo():  # to open one is to wait
-            raise InputError(f"{path} is a pipe: take it away, and run the same command again.")
         self._places: dict[str, int] = {}
         if read_only:
             try:
                 self._size = self._read()
-                self._file = path.open("rb", buffering=0)
+                self._file = open(path, "rb", buffering=0, opener=regular)  # noqa: SIM115 (closed by close)
             except OSError as e:
                 raise InputError(f"{path} cannot be read ({reason(e)}): put it back, or run the same command again.") from e
             return
@@ -55,7 +53,8 @@ class Journal(Mapping[str, dict[str, Any]]):
             make_folder(path.parent)
             is_new = not path.exists()
             good = 0 if is_new else self._read()
-            self._file = path.open("ab+", buffering=0)  # a failed write leaves nothing behind that close would try again
+            # unbuffered: a failed write leaves nothing behind that close would try again
+            self._file = open(path, "ab+", buffering=0, opener=regular)  # noqa: SIM115 (closed by close)
             self._size = good
             if self._file.seek(0, os.SEEK_END) > good:
                 self._file.truncate(good)
@@ -68,7 +67,7 @@ class Journal(Mapping[str, dict[str, Any]]):
     def _read(self) -> int:
         """Find the records; returns where the last whole one ends."""
         good = place = 0
-        with self.path.open("rb") as file:
+        with open(self.path, "rb", opener=regular) as file:
             for line in file:
                 record = _record(line)
                 if record is not None:
@@ -146,7 +145,7 @@ def read_once(path: Path, ids: Collection[str] | None = None) -> Iterator[dict[s
     """
     wanted = {ENCODE(one).encode() for one in ids or ()}
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             for line in file:
                 if ids is not None and line.startswith(HEAD):
                     name = line[len(HEAD) : line.find(b'"', len(HEAD) + 1) + 1]

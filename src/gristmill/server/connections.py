@@ -5,17 +5,16 @@ and are what makes room when there are too many: first those that have shown no 
 """
 
 import asyncio
-import itertools
 import logging
 import os
 import resource
 import time
-import traceback
 from collections import Counter
 from typing import Any
 
 from aiohttp import web
 
+from gristmill.core.logs import short_traceback
 from gristmill.server.responses import error_response
 
 MAX_CONNECTIONS = 4096
@@ -29,7 +28,6 @@ ACCEPT_BURST = 16  # connections that asyncio accepts in a turn of its loop; eac
 RESERVED_FILES = 16 * ACCEPT_BURST + 64  # for those, and for what else opens files
 WANTED_FILES = MAX_CONNECTIONS + 1024
 MIN_CONNECTIONS = 16
-MAX_LOG_LINES, LOG_SECONDS, MAX_LOG_CHARS = 20, 10.0, 4000
 
 log = logging.getLogger(__name__)
 
@@ -211,40 +209,6 @@ class ConnectionPool:
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
 
 
-class LogLimit(logging.Filter):
-    """Limit of a log: so many lines in so many seconds, each of printable ASCII and no longer than a screen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lines, self._until = 0, 0.0
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        now = time.monotonic()
-        if now >= self._until:
-            self._lines, self._until = 0, now + LOG_SECONDS
-        self._lines += 1
-        if self._lines > MAX_LOG_LINES:
-            return False
-        error = record.exc_info[1] if record.exc_info else None
-        text = record.getMessage() + (f": {_traceback(error)}" if error is not None else "")
-        more = " (more is left out for some seconds)" if self._lines == MAX_LOG_LINES else ""
-        record.msg, record.args, record.exc_info, record.exc_text = printable(text[:MAX_LOG_CHARS]) + more, (), None, None
-        record.stack_info = None
-        return True
-
-
-def printable(text: str) -> str:
-    """Text in which nothing moves a terminal: other than printable ASCII is written out."""
-    return "".join(c if c.isascii() and c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def log_failure(error: BaseException | None) -> None:
     """Log what the server itself did wrong."""
-    log.error("a request failed: %s", _traceback(error) if isinstance(error, BaseException) else "?")
-
-
-def _traceback(error: BaseException) -> str:
-    """Where an error was raised, innermost last, and what it says, cut."""
-    frames = traceback.extract_tb(error.__traceback__)[-8:]
-    where = " > ".join(itertools.chain((f"{os.path.basename(f.filename)}:{f.lineno} {f.name}" for f in frames), [type(error).__name__]))
-    return f"{where}: {str(error)[:300]}"
+    log.error("a request failed: %s", short_traceback(error) if isinstance(error, BaseException) else "?")

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import logging
 import os
 import signal
 import socket
@@ -14,6 +13,8 @@ from aiohttp import web
 
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
+from gristmill.core.io import read_bytes, reason
+from gristmill.core.logs import limit_logs
 from gristmill.core.response_text import REASONING_PARSERS
 from gristmill.data.chat import Conversation
 from gristmill.data.thinking import hidden_tag
@@ -23,7 +24,7 @@ from gristmill.model.adapters import is_adapter
 from gristmill.server.adapters import AdapterLoader, LoraArgs
 from gristmill.server.admission import Limits
 from gristmill.server.app import Server
-from gristmill.server.connections import ACCEPT_BURST, ConnectionPool, LogLimit, connection_limit
+from gristmill.server.connections import ACCEPT_BURST, ConnectionPool, connection_limit
 from gristmill.server.ratings import RateFn
 from gristmill.server.tools import form_of
 
@@ -121,9 +122,7 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
             eager = "; a step that verifies one is not replayed as a CUDA graph" if engine.device.type == "cuda" else ""
             echo(f"drafts: n-gram look-up, {engine.speculative.num_speculative_tokens} tokens at most{eager}", err=True)
 
-    for handler in (logging.lastResort, *logging.getLogger().handlers):
-        if handler is not None:
-            handler.addFilter(LogLimit())
+    limit_logs()
     # What is loaded by now stays: a collection of garbage, which stops all answers meanwhile, need not look through it.
     gc.collect()
     gc.freeze()
@@ -158,9 +157,9 @@ def _keys(variable: str, file: Path | None) -> list[str]:
     keys = os.environ.get(variable, "").split() if variable else []
     if file is not None:
         try:
-            keys += file.read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"The key file {file} cannot be read ({e}).") from e
+            keys += read_bytes(file).decode().split()
+        except ValueError as e:
+            raise InputError(f"The key file {file} cannot be read ({reason(e)}).") from e
     if (variable or file is not None) and not keys:
         raise InputError(f"There is no API key in {variable or file}: write one there, or leave the option out to let everybody ask.")
     return keys

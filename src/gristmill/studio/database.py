@@ -5,6 +5,7 @@ servers may share a database; there a lock makes their write transactions follow
 """
 
 import importlib
+import os
 import re
 import sqlite3
 import threading
@@ -212,7 +213,7 @@ class Database:
             if self.postgres:
                 connection = _psycopg().connect(self.url, autocommit=True, connect_timeout=10)
             else:
-                address = f"{self.path.resolve().as_uri()}?mode={'ro' if self.read_only else 'rwc'}"
+                address = f"{Path(os.path.realpath(self.path)).as_uri()}?mode={'ro' if self.read_only else 'rwc'}"
                 connection = sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
                 connection.execute("pragma synchronous = full")
                 connection.execute("pragma foreign_keys = on")

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
+from gristmill.core.logs import limit_logs
 from gristmill.core.untrusted import quoted_path
 from gristmill.report.samples import STUDIO_PORT
 from gristmill.studio import export as exports
@@ -106,6 +107,7 @@ def serve(folder: Path, args: StudioArgs) -> None:
 
 async def _listen(studio: Studio, listening: socket.socket, ready: Callable[[], None]) -> None:
     """Answer requests until SIGINT or SIGTERM, and then those that are under way."""
+    limit_logs()
     end = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, end.set)

@@ -34,7 +34,7 @@ FAREWELL = re.compile(r"\b(?:goodbye|bye|that(?:'s| is) all|no (?:more|further) 
 class Dialogues(Section):
     """Recipe section of dialogues grown from prompts."""
 
-    turns: int = Field(3, gt=0, description="user turns, the prompt's included")
+    turns: int = Field(3, gt=1, description="user turns, the prompt's included")
     share: float = Field(0.2, ge=0, le=1, description="share of the single-turn prompts that become dialogues")
     personas: tuple[Literal["normal", "complex", "concise"], ...] = Field(("normal", "complex", "concise"), min_length=1)
     threshold: float = Field(0.0, description="lowest reward that every turn of a kept dialogue must reach")

@@ -66,6 +66,10 @@ class Pipelines(Section):
         found = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: pipeline for name, pipeline in found.items() if pipeline is not None}
 
+    def reads(self) -> set[str]:
+        """Which inputs any of the pipelines starts from."""
+        return set().union(*(pipeline.reads for pipeline in self.named().values()))
+
     def check(self, have: Sequence[str]) -> None:
         """Raise `InputError` unless every pipeline has what it starts from: topics, documents, prompts, entities or tasks."""
         for name, pipeline in self.named().items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gristmill.core.io import disk_errors, read_bytes, sync, write_text
+from gristmill.core.io import disk_errors, read_bytes, regular, sync, write_text
 from gristmill.parallel.mesh import Mesh
 
 
@@ -62,7 +62,7 @@ class MetricsLog:
         with disk_errors(folder):
             lines = read_bytes(path).decode("utf-8", "replace").split("\n") if path.exists() else []
             write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= resumed_step))
-            self._file = path.open("a")
+            self._file = open(path, "a", opener=regular)  # noqa: SIM115 (closed by close)
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

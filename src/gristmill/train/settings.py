@@ -82,6 +82,10 @@ class Training(Section):
             ramp_of(self.batch_size)
         if self.lora is not None and self.optimizer != "adamw":
             raise ValueError("lora trains with optimizer: adamw, since muon is made for whole matrices")
+        if self.steps is not None and (self.warmup_steps or 0) > self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, and there are {self.steps} steps: it would never end")
+        if self.optimizer != "muon" and self.muon_lr != type(self).model_fields["muon_lr"].default:
+            raise ValueError("muon_lr is of optimizer: muon, and would not be read")
         return self
 
 
@@ -100,6 +104,13 @@ class PreferenceTraining(Training):
     num_pairs: int = Field(10_000, gt=0, description="pairs to train on, at most")
     temperatures: tuple[float, ...] = Field((), description="of the answers that pairs are made of; none: those of answers")
     keep_chosen: str = Field("", description="instead of judging.keep_chosen, for this stage")
+
+    @model_validator(mode="after")
+    def _of_the_loss(self) -> Self:
+        for name, losses in (("label_smoothing", "cdpo"), ("eta", "rpo")):
+            if getattr(self, name) != type(self).model_fields[name].default and not self.loss.startswith(losses):
+                raise ValueError(f"{name} is of the loss {losses}, and would not be read with {self.loss}")
+        return self
 
 
 class DistillationTraining(Training):

@@ -12,7 +12,7 @@ import yaml
 
 from gristmill.core.config import check, read
 from gristmill.core.errors import InputError
-from gristmill.core.io import write_text
+from gristmill.core.io import read_bytes, regular, write_text
 from gristmill.core.progress import Progress
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 
@@ -65,7 +65,7 @@ def plan(recipe: Path, folder: Path, variants: Sequence[str], seeds: Sequence[in
         merged = _merged(values, VARIANTS[variant])
         whole = check(AlignmentRecipe, merged, f"{recipe} as {variant}", base=recipe.parent)
         path, text = folder / f"{variant}.yaml", yaml.safe_dump(whole.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        if path.exists() and path.read_text(encoding="utf-8") != text:
+        if path.exists() and read_bytes(path) != text.encode():
             raise InputError(f"{path} is of another recipe: give another folder (--out), or the recipe that this one was begun with.")
         write_text(path, text)
         out += [GridRun(variant, seed, folder / f"{variant}-seed{seed}", path) for seed in seeds]
@@ -118,7 +118,7 @@ def run_grid(
 def _start(run: GridRun, threads: int, *, redo: bool, unsafe_code: bool) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "gristmill.cli", "run", str(run.recipe), "--out", str(run.folder), "--seed", str(run.seed)]
     command += ["--threads", str(threads), "--quiet", *["--redo"] * redo, *["--unsafe-code"] * unsafe_code]
-    with open(run.folder.with_suffix(".log"), "wb") as log:
+    with open(run.folder.with_suffix(".log"), "wb", opener=regular) as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
 

@@ -228,7 +228,7 @@ def read_documents(path: Path) -> Iterator[str]:
         InputError: the file is missing, or a row has no text.
     """
     if path.is_dir():
-        for file in sorted(path.rglob("*.txt")):
+        for file in sorted(file for file in path.rglob("*.txt") if file.is_file()):
             yield file.read_text(encoding="utf-8", errors="replace")
         return
     for number, record in enumerate(read_records(path), 1):

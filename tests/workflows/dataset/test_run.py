@@ -42,6 +42,12 @@ ALL: dict[str, Any] = {
     "tools": {"topics": 2},
     "genetic": {"generations": 2, "births": 3, "seeds": 3},
 }
+READ_BY = {
+    "topics": {"open_qa", "writing", "instructions", "two_turn", "topic_following", "tools", "genetic"},
+    "documents": {"closed_qa", "document_qa"},
+    "prompts": {"from_file", "instructions", "two_turn", "genetic"},
+    "entities": {"math", "python"},
+}
 QUIET = Progress(quiet=True)
 
 
@@ -62,6 +68,9 @@ def write(folder: Path, url: str, **parts: Any) -> Path:
         "pipelines": ALL,
         **parts,
     }
+    for name in READ_BY.keys() - parts.keys():
+        if not READ_BY[name] & values["pipelines"].keys():
+            del values[name]
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -329,6 +338,20 @@ def test_a_limit_tries_a_recipe(start_endpoint: Callable[..., Any], tmp_path: Pa
         ({"topics": {"file": "empty.txt"}}, "empty.txt is empty: write one topic a line"),
         ({"entities": "nowhere.txt"}, "nowhere.txt cannot be read"),
         ({"pipelines": {"open_qas": None}}, "did you mean 'open_qa'"),
+        ({"topics": {"own": ["x"]}, "pipelines": {"incapable": None}}, "topics would not be read"),
+        ({"documents": "documents", "pipelines": {"incapable": None}}, "documents would not be read"),
+        ({"prompts": "prompts.jsonl", "pipelines": {"incapable": None}}, "prompts would not be read"),
+        ({"entities": "words.txt", "pipelines": {"incapable": None}}, "entities would not be read"),
+        ({"topics": {"macro": 0, "own": ["x"], "subtopics": 3}}, "subtopics and combine are of broad topics"),
+        ({"topics": {"macro": 2, "subtopics": 0, "combine": False}}, "no broad topic would be used"),
+        ({"turn": {"samples": 3}}, "turn is one answer"),
+        ({"answers": {"samples": 1, "temperatures": [0.1, 0.9]}}, "1 samples cannot be at 2 temperatures"),
+        ({"answers": {"samples": 2}, "judging": {"min_votes": 3}}, "judging.min_votes is 3"),
+        ({"answers": {}, "judging": {"min_gap": 2}}, "judging.min_gap is of reward models"),
+        ({"judging": {"repair": {}}}, "judging needs answers"),
+        ({"dialogues": {"threshold": 1.0}}, "dialogues.threshold needs ratings"),
+        ({"dialogues": {"turns": 1}}, "dialogues.turns"),
+        ({"near_duplicates": True}, "near_duplicates is true: give a number"),
         ({"pipelines": {"open_qa": {"question": 3}}}, "did you mean 'questions'"),
         ({"generators": [{"base_url": "http://x/v1", "modell": "m"}]}, "did you mean 'model'"),
         ({"generators": []}, "name at least one endpoint"),
@@ -358,7 +381,7 @@ def test_what_is_wrong_is_said_before_anything_is_asked(endpoint: Any, tmp_path:
 def test_an_input_that_is_taken_out_is_noticed(tmp_path: Path) -> None:
     saved = tmp_path / "saved.yaml"
     saved.write_text(dump(load(write(tmp_path, "http://localhost:1/v1"), DatasetRecipe)))
-    without = load(write(tmp_path, "http://localhost:1/v1", entities=None, pipelines={"incapable": {"tasks": 1}}), DatasetRecipe)
+    without = load(write(tmp_path, "http://localhost:1/v1", entities=None), DatasetRecipe)
     assert without.changed(read(saved)) == ["entities"]
 
 

@@ -35,6 +35,11 @@ class Pipeline(Section):
         """Which of the inputs it cannot do without."""
         return "topics"
 
+    @property
+    def reads(self) -> set[str]:
+        """Which of the inputs it starts from, if they are there."""
+        return set(self.needs.split(" or ")) - {""}
+
     @abstractmethod
     def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Prompt | Demonstration]:
         """Rows, in no particular order."""

@@ -393,6 +393,10 @@ class Instructions(Pipeline):
     def needs(self) -> str:
         return "topics" if self.forms else "topics or prompts"
 
+    @property
+    def reads(self) -> set[str]:
+        return {"topics", "prompts"}
+
     async def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Prompt]:
         templates = writer.templates
 

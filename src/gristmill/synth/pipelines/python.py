@@ -24,6 +24,10 @@ class Python(Pipeline):
     def needs(self) -> str:
         return "" if self.topics or self.own else "entities"
 
+    @property
+    def reads(self) -> set[str]:
+        return {"entities"}
+
     async def write(self, writer: Writer, inputs: Inputs) -> AsyncIterator[Prompt]:
         async def classify(entity: Topic) -> list[Topic]:
             fits, _ = await writer.yes("python_entity", parents=[entity.id], entity=entity.text)

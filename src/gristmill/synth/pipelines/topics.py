@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gristmill.core.config import FilePath, Section
 from gristmill.core.errors import InputError
+from gristmill.core.io import read_bytes, reason
 from gristmill.data.rows import make_id
 from gristmill.synth.parsing import unique
 from gristmill.synth.writer import Topic, Writer
@@ -21,6 +23,15 @@ class Topics(Section):
     broad: tuple[str, ...] = Field((), description="broad topics of your own; subtopics are made of them too")
     own: tuple[str, ...] = Field((), description="topics of your own, used as they are")
     file: FilePath | None = Field(None, description="a text file with one topic of your own a line")
+
+    @model_validator(mode="after")
+    def _all_read(self) -> Self:
+        broad = bool(self.macro or self.broad)
+        if not broad and (not self.combine or self.subtopics not in (0, type(self).model_fields["subtopics"].default)):
+            raise ValueError("subtopics and combine are of broad topics: give macro or broad, or take them out")
+        if broad and not self.combine and not self.subtopics:
+            raise ValueError("no broad topic would be used: give subtopics, or leave combine out")
+        return self
 
     def given(self) -> list[str]:
         """The user's own topics.
@@ -65,9 +76,9 @@ def read_lines(path: Path, what: str) -> list[str]:
         InputError: there is no such file, or nothing in it.
     """
     try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"The {what} file {path} cannot be read ({e}).") from e
+        found = [line.strip() for line in read_bytes(path).decode().splitlines() if line.strip()]
+    except ValueError as e:
+        raise InputError(f"The {what} file {path} cannot be read ({reason(e)}).") from e
     if not found:
         raise InputError(f"The {what} file {path} is empty: write one {what} a line.")
     return found

@@ -132,6 +132,9 @@ class Safety(Section):
     def _asks(self) -> Self:
         if not self.rows and self.data is None and self.canaries is None:
             raise ValueError("name rows, data or canaries: there is nothing to ask")
+        of_guards = {name: getattr(self, name) for name in ("guard_model", "guard_key_env", "guard_logprobs", "taxonomy")}
+        if not self.guard and (given := [name for name, value in of_guards.items() if value]):
+            raise ValueError(f"{given[0]} is of guards: name one in guard, or take it out")
         return self
 
 
@@ -239,6 +242,11 @@ class AlignmentRecipe(Recipe):
         for number, name in (("num_rated_prompts", "ratings"), ("num_prompts", "prompts")):
             if self.world is None and files[name] is None and getattr(self.data, number) is not None:
                 raise ValueError(f"data.{number} counts rows of data.{name}, which is not given: name the file, or take the number out")
+        if self.world is None and self.data.ratings is None and self.data.num_held_out_ratings != HumanData().num_held_out_ratings:
+            raise ValueError("data.num_held_out_ratings counts rows of data.ratings, which is not given: name the file, or take it out")
+        if self.probe.fallback.named() and not self.probe.num_prompts:
+            raise ValueError("probe.fallback would write nothing, as probe.num_prompts is 0: take one of the two out")
+        self.judging.check_votes(self.answers.samples)
         return self
 
     def model_stages(self) -> list[str]:

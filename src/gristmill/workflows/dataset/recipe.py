@@ -20,6 +20,14 @@ class Answers(Section):
     temperatures: tuple[float, ...] = Field((0.7, 1.0), min_length=1)
     max_tokens: int = Field(1024, gt=0)
 
+    @model_validator(mode="after")
+    def _all_asked(self) -> Self:
+        if len(self.temperatures) > self.samples and self.temperatures != type(self).model_fields["temperatures"].default:
+            raise ValueError(
+                f"{self.samples} samples cannot be at {len(self.temperatures)} temperatures: give as many, or fewer temperatures"
+            )
+        return self
+
     def sampling(self) -> list[SamplingParams]:
         """How the answers at each temperature are drawn; none where there are more temperatures than samples."""
         share, more = divmod(self.samples, len(self.temperatures))
@@ -56,6 +64,14 @@ class DatasetRecipe(Recipe):
     near_duplicates: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of word triples that makes two prompts alike; 1: off")
     licence: str = Field("other", description="for the dataset card, as the Hugging Face Hub names it")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        """`turn` that is given in part keeps the rest of its own defaults."""
+        if not isinstance(values, dict) or not isinstance(values.get("turn"), dict):
+            return values
+        return values | {"turn": cls.model_fields["turn"].default.model_dump(exclude_unset=True) | values["turn"]}
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if not self.generators:
@@ -64,6 +80,27 @@ class DatasetRecipe(Recipe):
             raise ValueError("generators: checkpoint and rounds are for alignment runs")
         if not self.pipelines.named():
             raise ValueError("name at least one pipeline")
+        return self
+
+    @model_validator(mode="after")
+    def _all_read(self) -> Self:
+        """What is given and nothing would read is refused. A value that is the default's counts as not given."""
+        reads = self.pipelines.reads()
+        inputs = {name: getattr(self, name) is not None for name in ("documents", "prompts", "entities")}
+        for name, given in (inputs | {"topics": self.topics != Topics()}).items():
+            if given and name not in reads:
+                raise ValueError(f"{name} would not be read, as no pipeline starts from them: name one that does, or take them out")
+        if self.turn.samples != 1 or len(self.turn.temperatures) != 1:
+            raise ValueError("turn is one answer at one temperature: leave samples out, and name one of the temperatures")
+        if self.dialogues is not None and self.dialogues.threshold and self.judging.reward is None:
+            raise ValueError("dialogues.threshold needs ratings: name a reward model in judging.reward, or take it out")
+        judging = self.judging.given() - ({"reward"} if self.dialogues is not None else set())
+        if self.answers is None and judging:
+            raise ValueError(f"judging needs answers ({min(judging)} is given): add `answers:` to the recipe, or take it out")
+        if self.judging.reward is None and "min_gap" in judging:
+            raise ValueError("judging.min_gap is of reward models: name one in judging.reward, or take it out")
+        if self.answers is not None:
+            self.judging.check_votes(self.answers.samples)
         return self
 
     def changed(self, old: dict[str, Any]) -> list[str]:

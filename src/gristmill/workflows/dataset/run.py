@@ -195,10 +195,21 @@ class _Run:
             },
             "usage_of_this_start": usage_of(self.source),
             "chat_formats": self._chat_formats(),
-            "alarms": _alarms(len(rows), judged.summary["responses"], len(kept)),
+            "alarms": _alarms(len(rows), judged.summary["responses"], len(kept)) or self._no_pairs(len(pairs)),
         }
         export(self.run_dir.path, self.recipe, results, kept, pairs)
         return self.run_dir.finish(results)
+
+    def _no_pairs(self, num_pairs: int) -> list[dict[str, str]]:
+        """What keeps judges from making pairs, and what to change."""
+        recipe = self.recipe
+        if num_pairs or recipe.answers is None or recipe.answers.samples < 2 or not (recipe.judging.reward or recipe.judging.llm):
+            return []
+        text = (
+            "judging makes no pair. See `funnel` in results.json; then ask for more answers.samples or a higher temperature, or lower "
+            "judging.min_gap or judging.keep_chosen."
+        )
+        return [{"stage": "judging", "text": text}]
 
     def _chat_formats(self) -> dict[str, str]:
         """How each model folder that wrote was asked; endpoints have formats of their own."""

@@ -143,6 +143,8 @@ class RlTraining(Section):
 
     @model_validator(mode="after")
     def _sampled_from(self) -> Self:
+        if self.optimizer != "muon" and self.muon_lr != type(self).model_fields["muon_lr"].default:
+            raise ValueError("muon_lr is of optimizer: muon, and would not be read")
         if self.lora is None:
             return self
         if self.optimizer != "adamw":
@@ -202,6 +204,8 @@ class RlRecipe(Recipe):
             raise ValueError("rewards.overlong_buffer must be below max_tokens")
         if self.curriculum is not None and self.max_draws > 1:
             raise ValueError("curriculum: its order is that of the steps; leave max_draws out")
+        if not self.beta and self.kl != "k3":
+            raise ValueError("kl is the estimate of what beta weighs: give beta above 0, or leave kl out")
         if self.updates > self.prompts:
             raise ValueError("updates: at most one a prompt")
         return self
