@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -190,19 +189,23 @@ def run_vllm(folder: Path, precision: str, rows: list[Row], warm: list[Row]) -> 
 RUN = {"gristmill": run_gristmill, "transformers": run_transformers, "vllm": run_vllm}
 
 
+def peak_mib() -> int:
+    """Peak resident memory of this process (Linux; getrusage would count the parent's before exec too)."""
+    return next(int(line.split()[1]) >> 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+
+
 def timed(go: Any, rows: list[Row], warm: list[Row]) -> dict[str, Any]:
     go(warm, "warm")
     cpu, wall = time.process_time(), time.perf_counter()
     tokens = go(rows, "row")
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     assert tokens == sum(most * n for _, most, n in rows), "everyone generates what was asked for"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return {
         "tokens": tokens,
         "tokens_per_cpu_s": round(tokens / cpu, 1),
         "cpu_s": round(cpu, 2),
         "wall_s": round(wall, 2),
-        "peak_mib": peak,
+        "peak_mib": peak_mib(),
     }
 
 
@@ -448,7 +451,7 @@ def measure_shape(args: argparse.Namespace) -> None:
         "decode_wall": round((tokens - first) / (wall - first_wall), 1),
         "prefill": round(number * SHAPE_PROMPT / first_cpu, 1),
         "prefill_wall": round(number * SHAPE_PROMPT / first_wall, 1),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_mib": peak_mib(),
     }
     print(json.dumps({"engine": args.measure, "precision": precision, "batch": batch, "threads": args.threads} | found), flush=True)
     os._exit(0)
