@@ -92,7 +92,7 @@ def test_comparisons_by_keyboard_alone(served: Served, browser: Browser) -> None
         page.wait(f"{ITEM} !== {json.dumps(item)} && {SAVED}")
     answers = [a["content"] for a in served.store.answers(project)]
     assert [abs(a["preference"]) for a in answers] == [3, 0, 0] and [a["neither"] for a in answers] == [False, True, False]
-    assert "nothing left" in page.text()
+    page.wait("document.body.innerText.includes('nothing left')")
 
 
 def test_the_mouse_and_native_controls_work(served: Served, browser: Browser) -> None:

@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random-filter": {"control": "random-filter"},
     "reward-only": {"control": "reward-only"},
     "replace": {"control": "replace"},
-    "mixed-sft": {"code_sft": {"steps": 1, "lr": 1e-12}, "judging": {"code_share": 1.0}},
+    "mixed-sft": {"code_sft": {"steps": 1, "lr": 1e-12, "warmup_steps": 0}, "judging": {"code_share": 1.0}},
     **{f"pairs-{num}": _pairs(num) for num in (50, 100, 200, 400)},
 }
 

@@ -52,10 +52,11 @@ def test_no_gap_stays_and_what_is_given_is_kept(resolve: Resolve) -> None:
     assert resolve(found, 135 * 10**6, GPU) == found  # resolved once, for good
 
 
-def test_the_miniature_leaves_the_precision_of_training_alone_open(resolve: Resolve) -> None:
+def test_the_miniature_leaves_the_precision_alone_open(resolve: Resolve) -> None:
     from gristmill.core.config import find_recipe, load
 
     recipe = load(find_recipe("miniature", "alignment"), AlignmentRecipe)
     for device, precision in ((GPU, "bf16"), (CPU, "fp32")):
         sections = {name: getattr(recipe, name).model_copy(update={"precision": precision}) for name in STAGE_KINDS}
-        assert resolve(recipe, 10**6, device) == recipe.model_copy(update=sections)
+        engine = recipe.engine.model_copy(update={"precision": precision})
+        assert resolve(recipe, 10**6, device) == recipe.model_copy(update={**sections, "engine": engine})
