@@ -1,6 +1,7 @@
 """lm-eval against gristmill: the same prompts, log-likelihoods and scores on benchmarks, and the same score over the server.
 
     PYTHONPATH=src python bench/lm_eval.py MODEL --lm-eval-python VENV/bin/python --data DIR --tasks mmlu,arc_challenge --items 50
+    PYTHONPATH=src python bench/lm_eval.py MODEL --lm-eval-python VENV/bin/python --data DIR --tasks mmlu --items 5 --server
     PYTHONPATH=src python bench/lm_eval.py MODEL --lm-eval-python VENV/bin/python --data DIR --tasks mmlu --items 5 --speed
     PYTHONPATH=src python bench/lm_eval.py MODEL --lm-eval-python VENV/bin/python
     PYTHONPATH=src python bench/lm_eval.py --lm-eval-python VENV/bin/python --data DIR --verdicts answers.jsonl --items 3
@@ -9,10 +10,11 @@ The first compares, for each task and subset, the first items: prompts and conti
 extracted of them, and metrics; ties within 1e-5 are told. Both read the same rows. It exits 1 if anything differs. With --random a Llama of
 one layer and random weights, with a context of 16,384, stands in for MODEL, of which only the tokenizer is used. --max-gen-toks shortens
 answers on both sides; how many of them a stop ended ("stopped") is told.
-The second counts requests a second of processor time, in one thread, of lm-eval's HF back-end and of ours.
-The third scores questions about the miniature world's lands by lm-eval's `local-completions` through `gristmill serve MODEL`, and in
+The second compares with lm-eval's `local-completions` on `gristmill serve MODEL` too, in lines of their own.
+The third counts requests a second of processor time, in one thread, of lm-eval's HF back-end and of ours.
+The fourth scores questions about the miniature world's lands by lm-eval's `local-completions` through `gristmill serve MODEL`, and in
 process.
-The fourth asks no model: every IFEval prompt's instructions are checked on as many texts of a file of answers (Arena-Hard's form), and the
+The fifth asks no model: every IFEval prompt's instructions are checked on as many texts of a file of answers (Arena-Hard's form), and the
 verdicts that differ are counted by instruction.
 VENV needs lm-eval 0.4.13 (for ifeval nltk's data too), and nothing of gristmill. Programs that a model wrote are
 compared as texts, and not run.
@@ -27,6 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +50,7 @@ from gristmill.evaluate.model_answers import read_answers
 from gristmill.evaluate.task import TASKS, find_tasks
 from gristmill.miniature.world import World
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.hf import save_model
+from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
 from gristmill.workflows.benchmark_sources import EngineSource
 from gristmill.workflows.benchmarks import SAMPLES, BenchmarkArgs, run_benchmarks
@@ -65,6 +69,18 @@ metric_list:
   - {{metric: acc}}
   - {{metric: acc_norm}}
 """
+
+
+@contextmanager
+def served(model: Path, *options: str) -> Iterator[str]:
+    """The base URL of a server of a model, which it knows as "model"."""
+    command = [sys.executable, "-m", "gristmill.cli", "serve", str(model), "--port", "0", "--name", "model", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().split()[-1]
+        finally:
+            process.terminate()
 
 
 def questions(num: int) -> list[dict[str, Any]]:
@@ -157,9 +173,14 @@ import torch
 torch.set_num_threads(1)
 import resource
 from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-lm = HFLM(pretrained=spec["model"], dtype="float32", device="cpu", batch_size=spec["batch"])
+if spec["url"]:
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    lm = LocalCompletionsAPI(model="model", base_url=spec["url"] + "/completions", tokenizer=spec["model"], max_length=spec["context"],
+        batch_size=1, num_concurrent=8, timeout=3600)
+else:
+    from lm_eval.models.huggingface import HFLM
+    lm = HFLM(pretrained=spec["model"], dtype="float32", device="cpu", batch_size=spec["batch"])
 before = time.process_time()
 out = simple_evaluate(model=lm, tasks=spec["tasks"], limit=spec["items"], bootstrap_iters=0, log_samples=True,
     gen_kwargs=spec["gen_kwargs"],
@@ -229,6 +250,16 @@ def random_model(tokenizer_folder: Path, folder: Path) -> Path:
     return folder
 
 
+def harness(python: str, spec: dict[str, Any], folder: Path, env: dict[str, str]) -> dict[str, Any]:
+    """What lm-eval finds, in a process of its own."""
+    (folder / "spec.json").write_text(json.dumps(spec))
+    command = [python, "-c", WORKER, str(folder / "spec.json"), str(folder / "out.json")]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-4000:])
+    return json.loads((folder / "out.json").read_text())
+
+
 def compare_benchmarks(args: argparse.Namespace) -> bool:
     """Run both on the same rows; prints a line of JSON a task. Whether anything differs."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -252,14 +283,14 @@ def compare_benchmarks(args: argparse.Namespace) -> bool:
         for part in parts:
             write_task(part, args.items, folder / "tasks", package)
         spec: dict[str, Any] = {"model": str(model.resolve()), "tasks": [f"x_{part.name}" for part in parts], "items": args.items}
-        spec |= {"folder": str(folder / "tasks"), "batch": args.batch}
+        context = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+        spec |= {"folder": str(folder / "tasks"), "batch": args.batch, "url": "", "context": context}
         spec |= {"gen_kwargs": {"max_gen_toks": args.max_gen_toks} if args.max_gen_toks else None}
-        (folder / "spec.json").write_text(json.dumps(spec))
-        command = [args.lm_eval_python, "-c", WORKER, str(folder / "spec.json"), str(folder / "out.json")]
-        done = subprocess.run(command, env=env | {"HF_HOME": str(folder / "hf")}, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr[-4000:])
-        theirs = json.loads((folder / "out.json").read_text())
+        env |= {"HF_HOME": str(folder / "hf")}
+        theirs = {"hf": harness(args.lm_eval_python, spec, folder, env)}
+        if args.server:
+            with served(model, "--dtype", "fp32", "--device", "cpu") as url:
+                theirs["local-completions"] = harness(args.lm_eval_python, spec | {"url": url}, folder, env)
         before = time.process_time()
         engine = load_engine(model, EngineArgs(device="cpu", dtype="fp32"))
         loaded = time.process_time() - before
@@ -271,15 +302,17 @@ def compare_benchmarks(args: argparse.Namespace) -> bool:
         differs = False
         num = 0
         for part in parts:
-            line = compare_task(part.name, theirs, report, read_records(folder / "ours" / SAMPLES / f"{part.name}.jsonl"))
-            num += line["requests"]
-            differs |= line["differs"]
-            print(json.dumps(line), flush=True)
+            rows = read_records(folder / "ours" / SAMPLES / f"{part.name}.jsonl")
+            for back_end, found in theirs.items():
+                line = {"back-end": back_end, **compare_task(part.name, found, report, rows)}
+                num += line["requests"] * (back_end == "hf")
+                differs |= line["differs"]
+                print(json.dumps(line), flush=True)
     if args.speed:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        speeds = {"ours": round(num / spent, 2), "lm-eval": round(num / theirs["seconds"], 2)}
-        told: dict[str, Any] = {"requests": num, "requests a CPU second": speeds, "ratio": round(theirs["seconds"] / spent, 2)}
-        told |= {"computed tokens": engine.stats.prompt_tokens, "peak MiB": {"ours": peak, "lm-eval": theirs["peak"] >> 20}}
+        speeds = {"ours": round(num / spent, 2), "lm-eval": round(num / theirs["hf"]["seconds"], 2)}
+        told: dict[str, Any] = {"requests": num, "requests a CPU second": speeds, "ratio": round(theirs["hf"]["seconds"] / spent, 2)}
+        told |= {"computed tokens": engine.stats.prompt_tokens, "peak MiB": {"ours": peak, "lm-eval": theirs["hf"]["peak"] >> 20}}
         print(json.dumps(told))
     return differs
 
@@ -367,6 +400,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=50)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--server", action="store_true", help="compare with lm-eval over our server, too")
     parser.add_argument("--random", action="store_true", help="a random model with MODEL's tokenizer")
     parser.add_argument("--max-gen-toks", type=int, default=0, help="of every answer, on both sides")
     parser.add_argument("--verdicts", type=Path, help="file of answers that IFEval's instructions are checked on")
@@ -378,13 +412,8 @@ def main() -> None:
     if args.tasks:
         sys.exit(compare_benchmarks(args))
     docs = questions(args.questions)
-    command = [sys.executable, "-m", "gristmill.cli", "serve", str(args.model), "--port", "0", "--name", "model"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            through = by_lm_eval(args.lm_eval_python, args.model.resolve(), process.stdout.readline().split()[-1], docs)
-        finally:
-            process.terminate()
+    with served(args.model) as url:
+        through = by_lm_eval(args.lm_eval_python, args.model.resolve(), url, docs)
     own = in_process(load_engine(args.model), docs)
     print(json.dumps({"questions": len(docs), "in process": own, "lm-eval": through}))
     sys.exit(any(own[name] != through[name] for name in own))

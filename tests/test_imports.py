@@ -171,3 +171,13 @@ def test_constraints_pin_every_dependency_exactly() -> None:
     asked = project["dependencies"] + project["optional-dependencies"]["dev"]
     assert {re.sub(r"[-_.]+", "-", re.split(r"[<>=\[]", text)[0]).lower() for text in asked} <= pinned
     assert "torch==2.13.0" in lines
+
+
+def test_what_the_benchmarks_import_is_there() -> None:
+    """They run by hand, so a moved name would be found by nobody else."""
+    for path in sorted((ROOT / "bench").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gristmill."):
+                module = importlib.import_module(str(node.module))
+                names = [alias.name for alias in node.names]
+                assert [n for n in names if not hasattr(module, n) and f"{node.module}.{n}"[10:] not in MODULES] == [], path.name

@@ -1,6 +1,8 @@
 """Hand-made files of a few documents in the columns of published benchmarks, and sources of answers without a model."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,20 +111,23 @@ class Scripted:
     """Source that answers by a rule: the longest continuation is the likeliest, and texts are what `say` gives.
 
     Attributes:
-        asked: all that it was asked, in order.
-        fails_after: answers after which it breaks, as a killed process does.
+        log: file that gets a line for each request.
+        killed_after: answers after which it kills its process.
     """
 
-    name = "scripted"
+    name, context = "scripted", None
 
-    def __init__(self, answers: dict[str, str] | None = None, fails_after: int | None = None) -> None:
-        self.answers, self.fails_after = answers or {}, fails_after
-        self.asked: list[Any] = []
+    def __init__(self, answers: dict[str, str] | None = None, log: Path | None = None, killed_after: int | None = None) -> None:
+        self.answers, self.log, self.killed_after = answers or {}, log, killed_after
+        self.num_answers = 0
 
     def _note(self, what: Any) -> None:
-        if self.fails_after is not None and len(self.asked) >= self.fails_after:
-            raise KeyboardInterrupt
-        self.asked.append(what)
+        if self.num_answers == self.killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.num_answers += 1
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(json.dumps(what) + "\n")
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Likelihood]]:
         for number, pair in reversed(list(enumerate(pairs))):  # in an order of its own

@@ -56,6 +56,8 @@ def test_groups_are_spelt_out_once() -> None:
         find_tasks(["mmlx"])
     with pytest.raises(InputError, match="ask for --tasks mmlu --subsets anatomy"):
         find_tasks(["mmlu_anatomy"])
+    with pytest.raises(InputError, match=r"The task file none\.yaml does not exist: check the path"):
+        find_tasks(["none.yaml"])
 
 
 def test_a_users_own_task_file(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Sources of answers: an endpoint gives what the engine gives, and says in one sentence what it cannot do."""
 
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -41,32 +44,62 @@ def test_an_endpoint_gives_what_the_engine_gives(served: str, random_base: Path)
         list(there.rolling(["text"]))
 
 
-class _Plain(BaseHTTPRequestHandler):
-    """A server of completions that ignores echo and logprobs, and gives empty answers to who asks for several tokens."""
+@contextmanager
+def answering(reply: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> Iterator[EndpointSource]:
+    """A server of completions, by what it replies."""
 
-    def do_POST(self) -> None:
-        asked = self.rfile.read(int(self.headers["Content-Length"]))
-        text = b"x" if b'"max_tokens": 1,' in asked else b""
-        body = b'{"choices": [{"text": "' + text + b'", "finish_reason": "stop"}], "usage": {}}'
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, answer = reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
-    def log_message(self, *args: object) -> None:
-        pass
+        def log_message(self, *args: object) -> None:
+            pass
 
-
-def test_an_endpoint_without_echo_is_refused_in_one_sentence() -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Plain)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, daemon=True).start()
-    source = EndpointSource(f"http://127.0.0.1:{server.server_address[1]}/v1", "plain")
     try:
-        with pytest.raises(InputError, match="tells no log-probabilities of a prompt"):
-            list(source.likelihoods(PAIRS))
+        yield EndpointSource(f"http://127.0.0.1:{server.server_address[1]}/v1", "plain")
     finally:
         server.shutdown()
         server.server_close()
+
+
+def echoed(text: str, logprobs: list[float | None]) -> dict[str, Any]:
+    told = {"text_offset": list(range(len(logprobs))), "token_logprobs": logprobs}
+    return {"choices": [{"text": text, "logprobs": told, "finish_reason": "length"}], "usage": {}}
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "said"),
+    [
+        (200, {"choices": [{"text": "x", "finish_reason": "stop"}], "usage": {}}, "tells no log-probabilities of a prompt"),
+        (400, {"error": {"message": "echo is no such argument"}}, "no such argument.* Choices are scored by echo and logprobs"),
+        (200, echoed("so? yes", [None, -1.0, -1.0, -1.0]), "repeats 7 of a prompt's 11 characters, so it was cut"),
+        (200, echoed("Why so? yes!", [None, -1.0, float("nan")]), "request 1: .*malformed|request 1: .*cannot be read"),
+    ],
+)
+def test_an_endpoint_that_tells_no_likelihoods_is_refused_in_one_sentence(
+    status: int, answer: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gristmill.generation.endpoint.MIN_BACKOFF", 0.0)
+    with answering(lambda body: (status, answer)) as source, pytest.raises(InputError, match=said):
+        list(source.likelihoods(PAIRS[:1]))
+
+
+def test_an_endpoint_that_refuses_a_temperature_is_asked_without_it_and_says_so() -> None:
+    def reply(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if "temperature" in body:
+            return 400, {"error": {"message": "temperature is not supported", "param": "temperature"}}
+        return 200, {"choices": [{"text": "yes", "finish_reason": "stop"}], "usage": {}}
+
+    with answering(reply) as source:
+        ((_, answer),) = source.generate(["Why?"], GenerationKwargs(), chat=False, seed=0)
+        assert answer.text == "yes" and answer.left_out == ("temperature",)
 
 
 def test_a_beginning_of_text_token_stands_where_the_tokenizer_puts_one(random_base: Path) -> None:

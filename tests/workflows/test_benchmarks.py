@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,26 +36,32 @@ def samples(out: Path, task: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / SAMPLES / f"{task}.jsonl").read_text().splitlines()]
 
 
-def test_a_broken_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
-    folder, tasks = write_data(tmp_path / "data"), "arc_challenge,gsm8k,winogrande"
-    whole = run(Scripted(), folder, tasks, out=tmp_path / "whole", **SHOTS)
-    asked: list[Any] = []
-    out = tmp_path / "whole2" / "whole"
-    for fails_after in (0, 1, 4, 7, 1000):
-        source = Scripted(fails_after=fails_after)
-        try:
-            report = run(source, folder, tasks, out=out, **SHOTS)
-        except KeyboardInterrupt:
-            with (out / ANSWERS).open("ab") as file:
-                file.write(b'{"id": "torn')
-        asked += source.asked
-    assert len(asked) == len(set(asked)) == 3 * 3 + 3 + 3 * 2
-    assert report["tasks"] == whole["tasks"]
+def test_killed_at_ten_moments_an_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
+    folder, tasks, log = write_data(tmp_path / "data"), "mmlu,arc_challenge,gsm8k,winogrande", tmp_path / "asked"
+    limited: dict[str, Any] = {"limit": 2, **SHOTS}
+    whole = run(Scripted(), folder, tasks, out=tmp_path / "whole", **limited)
+    out = tmp_path / "killed" / "whole"
+    for num in (0, 1, 5, 2, 7, 0, 3, 4, 1, 3):  # answers before each kill
+        child = os.fork()
+        if child == 0:
+            try:
+                run(Scripted(log=log, killed_after=num), folder, tasks, out=out, **limited)
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        with (out / ANSWERS).open("ab") as file:
+            file.write(b'{"id": "torn')
+    assert run(Scripted(log=log), folder, tasks, out=out, **limited)["tasks"] == whole["tasks"]
+    for task in whole["tasks"]:
+        assert samples(out, task) == samples(tmp_path / "whole", task)
 
     def never() -> AnswerSource:
         raise AssertionError("no model is loaded where all is answered")
 
-    assert run(never, folder, tasks, out=out, **SHOTS)["tasks"] == whole["tasks"]
+    assert run(never, folder, tasks, out=out, **limited)["tasks"] == whole["tasks"]
+    run(Scripted(log=log), folder, tasks, out=out, **SHOTS)  # all documents: the others alone are asked
+    asked = log.read_text().splitlines()
+    assert len(asked) == len(set(asked)) == 2 * 3 * 4 + 3 * 3 + 3 + 3 * 2
 
 
 def test_answers_of_another_model_are_not_mixed(tmp_path: Path) -> None:
@@ -147,13 +156,16 @@ def test_an_engine_scores_choices_and_generates(tmp_path: Path, random_base: Pat
     assert report["tasks"]["arc_challenge"]["n"] == 3
 
 
-def test_what_does_not_fit_is_cut_from_the_left_and_told(tmp_path: Path, random_base: Path) -> None:
-    """A tokenizer of bytes and a context of 256: shots of about 40 tokens each."""
+def test_what_does_not_fit_is_cut_from_the_left_and_told(tmp_path: Path, random_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tokenizer of bytes and a context of 256: shots of about 40 tokens each. Told before the model is asked, and with the score."""
     folder = write_data(tmp_path / "data")
     source = EngineSource(load_engine(random_base, EngineArgs(device="cpu")))
     entry = run(source, folder, "arc_challenge", num_fewshot=20)["tasks"]["arc_challenge"]
     assert entry["cut"]["documents"] == 3 and 4 <= entry["cut"]["shots"] <= 7
     assert any("were cut from the left" in note and "of 20 shots fit" in note for note in entry["notes"])
+    warned = capsys.readouterr().err
+    assert re.search(r"holds 257: [4-7] of 20 shots fit in it, and the others are cut off.* --num-fewshot asks for fewer\.\n$", warned)
+    assert run(source, folder, "arc_challenge", num_fewshot=1)["tasks"] and capsys.readouterr().err == ""
     with pytest.raises(InputError, match="Answers may have 256 tokens and the model's context is 256"):
         run(source, folder, "gsm8k", num_fewshot=0)
 

@@ -12,7 +12,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,15 @@ from gristmill.curate import run as curation
 from gristmill.curate.blend import blend as blending
 from gristmill.curate.recipe import Curation
 from gristmill.engine.load import EngineArgs, load_engine
+from gristmill.report.benchmarks import write_benchmark_page
 from gristmill.train.settings import training_section
 from gristmill.workflows.alignment import ranks
+from gristmill.workflows.benchmarks import BenchmarkArgs, run_benchmarks
 from gristmill.workflows.dataset import run as dataset
 from gristmill.workflows.dataset.recipe import DatasetRecipe
 from gristmill.workflows.evaluate import evaluate
 from gristmill.workflows.train import train_model
+from tests.evaluate.benchmarks import Scripted, write_data
 
 STRIDE, _, FIRST = os.environ.get("GRISTMILL_TEST_FAULTS", "0").partition(":")
 VARYING = {
@@ -248,6 +251,12 @@ def works(
         engine = load_engine(random_base, EngineArgs(device="cpu"))
         evaluate(engine, tmp_path / "prompts.jsonl", QUIET, max_tokens=4, seed=0, greedy=True, out=folder / "answers.jsonl")
 
+    asked = BenchmarkArgs(tasks=("mmlu", "gsm8k", "winogrande"), data=write_data(tmp_path / "data"), num_fewshot=1, limit=2)
+
+    def benchmarks(folder: Path) -> None:
+        report = run_benchmarks(Scripted, {"name": "m"}, replace(asked, out=folder / "out"), QUIET)
+        write_benchmark_page(folder / "out", report)
+
     servers: list[str] = []
     return {
         "run": Work(lambda folder: run(make_recipe(), folder), 2, 1, 1),
@@ -256,10 +265,11 @@ def works(
         "blend": Work(lambda folder: blending.blend(check(blending.Blend, blend), folder, QUIET), 4, 2, 3),
         "train": Work(train, 5, 3, 3),
         "eval": Work(evaluation, 1, 1, 1),
+        "benchmarks": Work(benchmarks, 10, 4, 4),
     }
 
 
-@pytest.mark.parametrize("name", ["run", "synth", "curate", "blend", "train", "eval"])
+@pytest.mark.parametrize("name", ["run", "synth", "curate", "blend", "train", "eval", "benchmarks"])
 def test_struck_anywhere_the_next_start_ends_the_same(name: str, works: dict[str, Work], tmp_path: Path) -> None:
     work = works[name]
     kinds: list[tuple[str, str]] = []

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from gristmill.core.config import SUFFIXES, Section, check, read
 from gristmill.core.errors import InputError
+from gristmill.core.untrusted import quoted_path
 from gristmill.evaluate.prompt_pieces import compile_piece
 
 TASKS = Path(__file__).parent / "tasks"  # the shipped ones
@@ -230,6 +231,8 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
 
 
 def _load(path: Path) -> Task | TaskGroup:
+    if not path.exists():
+        raise InputError(f"The task file {quoted_path(path)} does not exist: check the path, or name a shipped task.")
     values = read(path)
     if "group" in values:
         return check(TaskGroup, values, f"The task file {path}")

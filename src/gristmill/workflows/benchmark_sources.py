@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,12 +36,13 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Generated:
-    """A generated text; `kept_chars` as in `Likelihood`."""
+    """A generated text; `kept_chars` as in `Likelihood`, `left_out` as in `Completion`, None for nothing."""
 
     text: str
     num_tokens: int
     finish: str
     kept_chars: int | None = None
+    left_out: tuple[str, ...] | None = None
 
 
 class AnswerSource(Protocol):
@@ -48,6 +50,10 @@ class AnswerSource(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def context(self) -> tuple[Tokenizer, int] | None:
+        """Tokenizer and context of the model, where they are known."""
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Likelihood]]: ...
 
@@ -90,6 +96,10 @@ class EngineSource:
     @property
     def name(self) -> str:
         return self.engine.name
+
+    @property
+    def context(self) -> tuple[Tokenizer, int]:
+        return self.engine.tokenizer, self.max_length
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return encode_texts(self.engine.tokenizer, texts)
@@ -173,6 +183,10 @@ class EndpointSource:
     def name(self) -> str:
         return self.model
 
+    @property
+    def context(self) -> None:
+        return None
+
     def _target(self, **settings: Any) -> Target:
         return Target(self.base_url, self.model, api_key_env=self.api_key_env, **settings)
 
@@ -180,18 +194,24 @@ class EndpointSource:
         echo = _EchoEndpoint([self._target(kind="completions", logprobs=True, extra_body={"echo": True})], concurrency=self.concurrency)
         sampling = SamplingParams(temperature=0.0, max_tokens=1)
         texts = [context + continuation for context, continuation in pairs]
-        for request, outs in _complete(echo, (Request(str(i), (Message("user", text),), sampling) for i, text in enumerate(texts))):
+        requests = (Request(str(i), (Message("user", text),), sampling) for i, text in enumerate(texts))
+        for request, outs in _complete(echo, requests, "Choices are scored by echo and logprobs of /completions. "):
             number = int(request.id)
             context, _ = pairs[number]
             yield number, self._read(outs[0].text, len(context.rstrip()), len(texts[number]))
 
     def _read(self, told: str, begin: int, end: int) -> Likelihood:
         """Sum of what was told of the tokens that reach beyond the context, and not beyond the text."""
-        values = json.loads(told)
+        num_chars, values = json.loads(told)
         if not values:
             raise InputError(
                 f"{self.base_url} ({self.model}) tells no log-probabilities of a prompt (echo, logprobs of /completions), without which "
                 "no choice can be scored: use a server that does, as `gristmill serve` or vLLM, or tasks that generate."
+            )
+        if num_chars < end:
+            raise InputError(
+                f"{self.base_url} ({self.model}) repeats {num_chars:,} of a prompt's {end:,} characters, so it was cut to the model's "
+                "context: lower --num-fewshot, or use a model with a longer one."
             )
         total, num = 0.0, 0
         for (start, logprob), (stop, _) in zip(values, [*values[1:], [end + 1, None]], strict=True):
@@ -209,23 +229,30 @@ class EndpointSource:
         endpoint = Endpoint([self._target(kind="chat" if chat else "completions")], concurrency=self.concurrency)
         requests = (Request(str(i), (Message("user", prompt),), sampling, seed) for i, prompt in enumerate(prompts))
         for request, (answer,) in _complete(endpoint, requests):
-            yield int(request.id), Generated(answer.text, answer.num_tokens, answer.finish)
+            yield int(request.id), Generated(answer.text, answer.num_tokens, answer.finish, left_out=answer.left_out or None)
 
 
 class _EchoEndpoint(Endpoint):
-    """Endpoint whose completions have as text the offsets and log-probabilities of the repeated prompt, as JSON."""
+    """Endpoint whose completions have as text, in JSON, the size of the repeated prompt and its tokens' offsets and log-probabilities."""
 
     def choice_text(self, choice: Any, target: Target) -> Any:
         told = choice.pop("logprobs", None) or {}
         offsets, logprobs = told.get("text_offset"), told.get("token_logprobs")
         if not isinstance(offsets, list) or not isinstance(logprobs, list) or len(offsets) != len(logprobs) or len(offsets) < 2:
-            return "[]"
+            return "[0, []]"
+        if not all(logprob is None or math.isfinite(logprob) for logprob in logprobs):
+            raise ValueError  # NaN, of which no sum is any good
         pairs = zip(offsets, logprobs, strict=True)
-        return json.dumps([[int(offset), None if logprob is None else float(logprob)] for offset, logprob in pairs])
+        told = [[int(offset), None if logprob is None else float(logprob)] for offset, logprob in pairs]
+        return json.dumps([len(choice.get("text") or ""), told])
 
 
-def _complete(endpoint: Endpoint, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
-    """Completions as they come. An answer that stays empty counts as one; whatever else fails ends the evaluation, which goes on later."""
+def _complete(endpoint: Endpoint, requests: Iterable[Request], needs: str = "") -> Iterator[tuple[Request, list[Completion]]]:
+    """Completions as they come. An answer that stays empty counts as one; whatever else fails ends the evaluation, which goes on later.
+
+    Args:
+        needs: sentence about what the requests need, told where one is refused.
+    """
     with asyncio.Runner() as runner:
 
         async def answer(request: Request) -> tuple[Request, list[Completion]]:
@@ -235,7 +262,7 @@ def _complete(endpoint: Endpoint, requests: Iterable[Request]) -> Iterator[tuple
                 if e.status == 200 and "empty" in str(e):
                     return request, [Completion("", 0, (), "stop")]
                 raise InputError(
-                    f"The endpoint does not answer request {int(request.id) + 1}: {e}. Mend this, and run the same again."
+                    f"The endpoint does not answer request {int(request.id) + 1}: {e}. {needs}Mend this, and run the same again."
                 ) from e
 
         async def rows() -> AsyncIterator[tuple[Request, list[Completion]]]:

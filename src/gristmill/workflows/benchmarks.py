@@ -129,6 +129,8 @@ def run_benchmarks(
         for part in parts:
             if waiting := _waiting(part, store, args.chat):
                 source = source or open_source()
+                if source.context is not None and (lost := _lost_shots(part, *source.context)):
+                    progress.warn(f"{lost}, and the others are cut off, as the harness does. --num-fewshot asks for fewer.")
                 _ask(part, waiting, source, store, args=args, progress=progress)
         outcomes: dict[str, list[Outcome]] = {}
         results: dict[str, dict[str, Any]] = {}
@@ -260,6 +262,7 @@ def _judge(
         else:
             text = told[0]["text"]
             row |= {"answer": text, "num_tokens": told[0]["num_tokens"], "finish": told[0]["finish"], "gold": item.gold}
+            row |= {"left_out": told[0]["left_out"]} if "left_out" in told[0] else {}
             _judge_text(task, item, text, outcome=outcome, row=row, runs=runs)
         outcomes.append(outcome)
         rows.append(row)
@@ -337,6 +340,8 @@ def _summary(part: _Part, outcomes: Sequence[Outcome], rows: Sequence[Mapping[st
         out["unparsed"] = {name: sum(name in outcome.unparsed for outcome in outcomes) for name in columns}
         out["empty"] = sum(not row["answer"].strip() for row in rows)
         out["cut_answers"] = sum(row["finish"] == "length" for row in rows)
+        for name in sorted({name for row in rows for name in row.get("left_out", ())}):
+            out["notes"].append(f"the endpoint refuses {name} and was asked without it: its answers are drawn otherwise")
         out["mean_tokens"] = round(sum(row["num_tokens"] for row in rows) / max(1, len(rows)), 1)
         weak = sum(one["weak"] for row in rows for one in row.get("programs", {}).values())
         if weak:
@@ -494,9 +499,8 @@ def check_benchmarks(args: BenchmarkArgs, tokenizer: Tokenizer, max_length: int,
     asked, num_read, num_answers, num_tokens = [], 0, 0, 0
     for part in _parts(args):
         kwargs, generates = part.task.generation_kwargs, part.task.output_type == "generate_until"
-        room = room_for_prompt(kwargs, max_length) if generates else max_length + 1
-        if part.num_fewshot:
-            _check_shots(part, tokenizer, room)
+        if lost := _lost_shots(part, tokenizer, max_length):
+            raise InputError(f"{lost}. Lower num_fewshot, or use a model with a longer context.")
         for item in part.items:
             _check_item(item, f"Document {item.number + 1} of {part.name}", tokenizer, max_length=max_length)
             if args.chat and generates and len(item.prompt.encode()) >= max_length // 2:
@@ -525,17 +529,27 @@ def _check_chat(item: Item, name: str, size: int, *, max_length: int) -> None:
         )
 
 
-def _check_shots(part: _Part, tokenizer: Tokenizer, room: int) -> None:
+def _lost_shots(part: _Part, tokenizer: Tokenizer, max_length: int) -> str:
+    """What to say where the model's context holds in no document of a part its shots, and "" where it does, by the shortest ones.
+
+    Raises:
+        InputError: it holds not even an answer.
+    """
+    generates = part.task.output_type == "generate_until"
+    room = room_for_prompt(part.task.generation_kwargs, max_length) if generates else max_length + 1
+    if not part.num_fewshot:
+        return ""
+
     def text(item: Item) -> str:
         return max((context + continuation for context, continuation in item.pairs), key=len) if item.pairs else item.prompt
 
     shortest = sorted(part.items, key=lambda item: len(text(item)))[:NUM_LOOKED_AT]
     sizes = [len(ids) for ids in encode_texts(tokenizer, [text(item) for item in shortest])]
     if not sizes or min(sizes) <= room:
-        return
+        return ""
     item, size = shortest[0], sizes[0]
     fit = _shots_left(item, round(len(text(item)) * room / size))
-    raise InputError(
+    return (
         f"{part.name}: the shortest context has {size:,} tokens with {part.num_fewshot} shots and the model's context holds {room:,}: "
-        f"{fit} of {part.num_fewshot} shots fit in it. Lower num_fewshot, or use a model with a longer context."
+        f"{fit} of {part.num_fewshot} shots fit in it"
     )
