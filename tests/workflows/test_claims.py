@@ -1,6 +1,10 @@
 """Experiment grid of the claims: runs of their own processes, taken up again; the table of what they say."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,30 @@ def test_a_grid_of_another_recipe_is_not_mixed_in(tmp_path: Path) -> None:
     other.write_text((RECIPES / "miniature.yaml").read_text().replace("rounds: 2", "rounds: 1"))
     with pytest.raises(InputError, match="of another recipe"):
         plan(other, tmp_path, ["full"], [0])
+
+
+def test_a_grid_that_is_told_to_end_leaves_no_runs_behind(tmp_path: Path) -> None:
+    code = f"""if True:
+        import subprocess, sys
+        from pathlib import Path
+        from gristmill.core.progress import Progress
+        from gristmill.workflows import claims
+        def start(*_, **__):
+            process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            print(process.pid, flush=True)
+            return process
+        claims._start = start
+        claims._where = lambda run: run.name
+        claims.run_grid([claims.GridRun("full", 0, Path({str(tmp_path)!r}) / "a", Path("r"))], Progress(quiet=True), jobs=1, threads=1)
+    """
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as grid:
+        assert grid.stdout is not None
+        run = int(grid.stdout.readline())
+        os.kill(run, 0)
+        grid.terminate()
+        assert grid.wait(timeout=60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(run, 0)
 
 
 def test_intervals_are_students_over_the_seeds() -> None:

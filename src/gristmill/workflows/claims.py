@@ -1,9 +1,11 @@
 """Experiment grid of the claims: an alignment recipe and variants of it over seeds, as runs of their own processes, some at a time."""
 
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,20 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return out
 
 
+@contextmanager
+def _ended_with_us(living: Mapping[Any, "subprocess.Popen[bytes]"]) -> Iterator[None]:
+    """End the processes that still live where this one is told to end."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        for process in living.values():
+            process.terminate()
+        for process in living.values():
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_grid(
     runs: Sequence[GridRun], progress: Progress, *, jobs: int, threads: int, redo: bool = False, unsafe_code: bool = False
 ) -> dict[str, str]:
@@ -92,7 +108,7 @@ def run_grid(
     num_done, failed = len(runs) - len(waiting), dict[str, str]()
     living: dict[GridRun, subprocess.Popen[bytes]] = {}
     started, total = time.monotonic(), len(waiting)
-    try:
+    with _ended_with_us(living):
         while waiting or living:
             while waiting and len(living) < jobs:
                 run = waiting.pop(0)
@@ -107,11 +123,6 @@ def run_grid(
                 seconds = (time.monotonic() - started) / left * (total - left)
                 progress.say(f"{num_done}/{len(runs)} runs: {run.name} {'failed' if run.name in failed else 'done'}{_left(seconds)}")
             progress.tick(num_done, len(runs), f"runs, now {', '.join(_where(run) for run in living)}")
-    finally:
-        for process in living.values():
-            process.terminate()
-        for process in living.values():
-            process.wait()
     return failed
 
 
