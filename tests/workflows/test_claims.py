@@ -43,12 +43,9 @@ def test_a_grid_that_is_told_to_end_leaves_no_runs_behind(tmp_path: Path) -> Non
         from pathlib import Path
         from gristmill.core.progress import Progress
         from gristmill.workflows import claims
-        def start(*_, **__):
-            process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-            print(process.pid, flush=True)
-            return process
-        claims._start = start
-        claims._where = lambda run: run.name
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        claims._start = lambda *_, **__: process
+        claims._where = lambda run: str(print(process.pid, flush=True))
         claims.run_grid([claims.GridRun("full", 0, Path({str(tmp_path)!r}) / "a", Path("r"))], Progress(quiet=True), jobs=1, threads=1)
     """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as grid:
