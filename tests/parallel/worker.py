@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.kernels import library as kernels
+from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
 from gristmill.parallel.mesh import Mesh, ParallelDims, new_mesh, process_mesh
@@ -45,6 +46,17 @@ def make_model(family: str = "nemotron", seed: int = 0, *, vocab: int = VOCAB, l
         for parameter in model.parameters():
             if parameter.ndim == 1:  # gains and biases that are not all alike
                 parameter.add_(torch.empty(parameter.shape).normal_(0, 0.1, generator=generator))
+    return model
+
+
+def make_adapted(family: str = "nemotron", *, base: str = "fp32", dora: bool = False, targets: str = "", **options: Any) -> Transformer:
+    """With an adapter whose B is not zero, so that A, too, has a gradient."""
+    model = make_model(family, **options)
+    add_adapters(model, LoraConfig(rank=3, alpha=6.0, dora=dora, targets=tuple(targets.split())), seed=0, base=base)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("lora_B", "magnitude")):
+            parameter.data += torch.empty(parameter.shape).normal_(0, 0.1, generator=generator)
     return model
 
 
@@ -144,6 +156,14 @@ def gradients_in(mesh: Mesh, *, plain: bool = False, small: bool = False, only: 
         "deep tied": (lambda: make_model("llama", layers=4), next_token_objective, make_samples(17)),
         "deep reward": (lambda: RewardModel(make_model("llama", layers=4)), reward_objective, make_rated(11)),
         "deep rpo": (lambda: make_model(layers=4), PreferenceObjective("rpo", beta=0.1, sft_weight=0.3), make_pairs(9)),
+    }
+    cases |= {
+        "lora": (make_adapted, next_token_objective, make_samples(9)),
+        "lora gated": (lambda: make_adapted("llama", targets="q_proj v_proj up_proj down_proj"), PreferenceObjective("dpo"), make_pairs(3)),
+        "lora biases": (lambda: make_adapted("qwen2", attention_bias=False, dora=True), next_token_objective, make_samples(5)),
+        "lora fused": (lambda: make_adapted("phi3", base="int8"), next_token_objective, make_samples(5)),
+        "lora deep reward": (lambda: RewardModel(make_adapted(layers=4, base="int8", dora=True)), reward_objective, make_rated(11)),
+        "lora deep tied": (lambda: make_adapted("llama", layers=4), next_token_objective, make_samples(9)),
     }
     for loss in PREFERENCE_LOSSES:
         cases[loss] = (make_model, PreferenceObjective(loss, beta=0.1, sft_weight=0.3), make_pairs(9))

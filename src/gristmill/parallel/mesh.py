@@ -61,21 +61,21 @@ class Group:
     """
 
     def __init__(self, devices: "DeviceMesh | None" = None) -> None:
-        self._devices = devices
+        self.devices = devices
         self.size = 1 if devices is None else devices.size()
         self.rank = 0 if devices is None else devices.get_local_rank() if devices.ndim == 1 else devices.get_rank()
 
     def _group(self) -> Any:
-        assert self._devices is not None
-        return self._devices.get_group()
+        assert self.devices is not None
+        return self.devices.get_group()
 
     def gather(self, value: Any) -> list[Any]:
         """The JSON values of all processes, in their order."""
-        if self.size == 1 or self._devices is None:
+        if self.size == 1 or self.devices is None:
             return [value]
         import torch.distributed as dist
 
-        group, device = self._group(), self._devices.device_type
+        group, device = self._group(), self.devices.device_type
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(text)], device=device), group=group)
@@ -116,18 +116,21 @@ class Mesh(Group):
 
     Attributes:
         data: the data-parallel group: every process has another share of each step's samples.
+        shards: those with other samples or other tokens, over which a weight is cut beside tensor parallelism.
         pipeline, context, tensor: groups of the other ways; None where they are of one process.
     """
 
     def __init__(self, devices: "DeviceMesh | None" = None, dims: ParallelDims = ParallelDims()) -> None:
         super().__init__(devices)
-        self.dims, self.data = dims, Group(None)
+        self.dims, self.data, self.shards = dims, Group(None), Group(None)
         self.device = torch.device("cpu" if devices is None else devices.device_type)
         self.pipeline: PipelineGroup | None = None
         self.context: TensorGroup | None = None
         self.tensor: TensorGroup | None = None
         if devices is not None:
-            self.data = Group(devices["dp"])
+            self.data = self.shards = Group(devices["dp"])
+            if dims.cp > 1:
+                self.shards = Group(devices["dp", "cp"]._flatten("dp_cp"))
             self.pipeline = PipelineGroup(devices["pp"]) if dims.pp > 1 else None
             self.context = TensorGroup(devices["cp"]) if dims.cp > 1 else None
             self.tensor = TensorGroup(devices["tp"]) if dims.tp > 1 else None
@@ -147,26 +150,20 @@ class Mesh(Group):
         values = self.data.gather(value)
         return values if self.pipeline is None else [one for part in self.pipeline.gather(values) for one in part]
 
-    @property
-    def num_shards(self) -> int:
-        """Processes that a weight is cut over beside tensor parallelism: those with other samples or other tokens."""
-        return self.data.size * self.dims.cp
-
     def shard(self, model: nn.Module) -> None:
         """Cut every weight over the data-parallel and context-parallel groups, in place (FSDP2): a block's are gathered when it
         computes, its gradients added up.
 
         Sums are never divided: the trainer's divisor counts the terms of all processes.
         """
-        if self._devices is None or self.num_shards == 1:
+        if self.shards.size == 1:
             return
-        devices = self._devices["dp"] if self.dims.cp == 1 else self._devices["dp", "cp"]._flatten("dp_cp")
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         blocks = next(part for module in model.modules() if isinstance(part := getattr(module, "blocks", None), nn.ModuleDict))
         for module in (*blocks.values(), model):
             # a pipeline would gather a block's weights again for every micro-batch
-            sharded = cast(Any, fully_shard(module, mesh=devices, reshard_after_forward=None if self.pipeline is None else False))
+            sharded = cast(Any, fully_shard(module, mesh=self.shards.devices, reshard_after_forward=None if self.pipeline is None else False))
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
         # the states of the trained rows may be a view of those with padding; nothing changes them in place
@@ -253,7 +250,7 @@ class TensorGroup(Group):
 
     def gather_rows(self, x: Tensor) -> Tensor:
         """All processes' tensors of one shape, end to end."""
-        assert self._devices is not None
+        assert self.devices is not None
         import torch.distributed as dist
 
         out = x.new_empty(self.size * len(x), *x.shape[1:])
@@ -264,7 +261,7 @@ class TensorGroup(Group):
         """This process's part of the sum of all processes' tensors."""
         import torch.distributed as dist
 
-        assert self._devices is not None
+        assert self.devices is not None
         out = x.new_empty(len(x) // self.size, *x.shape[1:])
         dist.reduce_scatter_tensor(out, x.contiguous(), group=self._group())
         return out
@@ -273,7 +270,7 @@ class TensorGroup(Group):
         """Sum of all processes' tensors."""
         import torch.distributed as dist
 
-        assert self._devices is not None
+        assert self.devices is not None
         out = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=self._group())
         return out
@@ -283,7 +280,8 @@ class TensorGroup(Group):
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
         placement = Replicate() if dim is None else Shard(dim)
-        return nn.Parameter(distribute_tensor(parameter.detach(), self._devices, [placement], src_data_rank=None))
+        cut = distribute_tensor(parameter.detach(), self.devices, [placement], src_data_rank=None)
+        return nn.Parameter(cut, requires_grad=parameter.requires_grad)
 
 
 def local(tensor: Tensor) -> Tensor:
