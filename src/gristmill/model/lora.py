@@ -121,6 +121,7 @@ class LoraLinear(Linear):
         order_N: for each row of the layer its number among the parts' rows, end to end; None where they are in this order.
     """
 
+    takes_product = False
     scale_N: Tensor | None
     order_N: Tensor | None
 

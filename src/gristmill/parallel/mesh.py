@@ -23,6 +23,10 @@ if TYPE_CHECKING:  # one process does not pay for the import
 
 TIMEOUT = timedelta(minutes=10)  # of one collective operation: it waits for the slowest process, and for one that is gone
 
+# what gloo says of a process that is gone, and of one that does not answer
+_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+_SILENT = ("Timed out waiting", "Application timeout caused pair closure")
+
 
 @dataclass(frozen=True)
 class ParallelDims:
@@ -62,6 +66,10 @@ class Group:
 
     def __init__(self, devices: "DeviceMesh | None" = None) -> None:
         self.devices = devices
+        if devices is not None and devices.ndim == 1:
+            from torch.distributed.distributed_c10d import _set_pg_timeout
+
+            _set_pg_timeout(TIMEOUT, devices.get_group())  # torch gives groups of a mesh half an hour
         self.size = 1 if devices is None else devices.size()
         self.rank = 0 if devices is None else devices.get_local_rank() if devices.ndim == 1 else devices.get_rank()
 
@@ -94,6 +102,23 @@ class Group:
         if any(other != values[0] for other in values):
             raise InputError(f"The processes have different {what} ({values}): start them all with one command on the same files.")
 
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are that the processes exchange."""
+        return torch.device("cpu" if self.devices is None else self.devices.device_type)
+
+    def exchange(self, given: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> None:
+        """Give each process some tensors of a type, and copy what each gives into others of the same sizes (all to all)."""
+        import torch.distributed as dist
+
+        places = [x for tensors in into for x in tensors]
+        sent = torch.cat([torch.empty(0, dtype=dtype, device=self.device), *(x.flatten() for tensors in given for x in tensors)])
+        got = sent.new_empty(sum(x.numel() for x in places))
+        counts = [[sum(x.nbytes for x in tensors) for tensors in side] for side in (into, given)]
+        dist.all_to_all_single(got.view(torch.uint8), sent.view(torch.uint8), *counts, group=self._group())
+        for place, values in zip(places, got.split([x.numel() for x in places]), strict=True):
+            place.copy_(values.view_as(place))
+
     def add_up_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add gradients up over the processes, of parameters that all have whole; one without a gradient has zeros."""
         if self.size == 1 or not parameters:
@@ -123,7 +148,6 @@ class Mesh(Group):
     def __init__(self, devices: "DeviceMesh | None" = None, dims: ParallelDims = ParallelDims()) -> None:
         super().__init__(devices)
         self.dims, self.data, self.shards = dims, Group(None), Group(None)
-        self.device = torch.device("cpu" if devices is None else devices.device_type)
         self.pipeline: PipelineGroup | None = None
         self.context: TensorGroup | None = None
         self.tensor: TensorGroup | None = None
@@ -150,6 +174,12 @@ class Mesh(Group):
         values = self.data.gather(value)
         return values if self.pipeline is None else [one for part in self.pipeline.gather(values) for one in part]
 
+    def layer_group(self) -> Group:
+        """Processes that have parts of the same layers (collective)."""
+        if self.devices is None or self.pipeline is None:
+            return self
+        return Group(self.devices["dp", "cp", "tp"]._flatten("layers"))
+
     def shard(self, model: nn.Module) -> None:
         """Cut every weight over the data-parallel and context-parallel groups, in place (FSDP2): a block's are gathered when it
         computes, its gradients added up.
@@ -163,7 +193,9 @@ class Mesh(Group):
         blocks = next(part for module in model.modules() if isinstance(part := getattr(module, "blocks", None), nn.ModuleDict))
         for module in (*blocks.values(), model):
             # a pipeline would gather a block's weights again for every micro-batch
-            sharded = cast(Any, fully_shard(module, mesh=self.shards.devices, reshard_after_forward=None if self.pipeline is None else False))
+            sharded = cast(
+                Any, fully_shard(module, mesh=self.shards.devices, reshard_after_forward=None if self.pipeline is None else False)
+            )
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
         # the states of the trained rows may be a view of those with padding; nothing changes them in place
@@ -172,13 +204,13 @@ class Mesh(Group):
             register_fsdp_forward_method(model, "hidden")
 
 
-def background_group(mesh: Mesh, timeout: timedelta = TIMEOUT) -> Any:
+def background_group(mesh: Mesh, timeout: timedelta | None = None) -> Any:
     """All processes of a mesh once more, to exchange what lies in the memory of the CPU beside the training."""
     if mesh.size == 1:
         return None
     import torch.distributed as dist
 
-    return dist.new_group(timeout=timeout, backend="gloo")
+    return dist.new_group(timeout=timeout or TIMEOUT, backend="gloo")
 
 
 class Orders:
@@ -300,6 +332,17 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
+def place_of(tensor: Tensor) -> list[tuple[int, int]]:
+    """Where this process's part of a tensor begins and ends on each axis."""
+    if not is_sharded(tensor):
+        return [(0, size) for size in tensor.shape]
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    cut = cast(Any, tensor)
+    sizes, begins = compute_local_shape_and_global_offset(tensor.shape, cut.device_mesh, cut.placements)
+    return [(begin, begin + size) for begin, size in zip(begins, sizes, strict=True)]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the parts of all processes (collective); one that is not cut is returned as it is."""
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
@@ -323,6 +366,20 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def _lost(error: BaseException | None) -> InputError | None:
+    """What an operation's failure says of another process; None where it is another fault."""
+    again = "start them all again, and training goes on from its last checkpoint"
+    while error is not None:
+        words = str(error)
+        if any(sign in words for sign in _CLOSED):
+            return InputError(f"Another process of this training has ended, and says why unless it was killed: {again}.")
+        if any(sign in words for sign in _SILENT):
+            minutes = TIMEOUT.total_seconds() / 60
+            return InputError(f"Another process of this training has not answered for {minutes:g} minutes, it may be stopped: {again}.")
+        error = error.__cause__
+    return None
+
+
 def new_mesh(device: torch.device, size: int, dims: ParallelDims) -> Mesh:
     """A mesh of processes that are connected already."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -340,7 +397,8 @@ def process_mesh(device: torch.device, dims: ParallelDims = ParallelDims()) -> I
         dims: what neighbouring processes share out beside the samples.
 
     Raises:
-        InputError: torchrun's variables are not whole, the processes are no multiple of the ways, or the device is the GPU of another one.
+        InputError: torchrun's variables are not whole, the processes are no multiple of the ways, the device is the GPU of another one, or
+            within the block another process has ended or does not answer.
     """
     dims.check()
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -369,5 +427,9 @@ def process_mesh(device: torch.device, dims: ParallelDims = ParallelDims()) -> I
     try:
         yield new_mesh(device, size, dims)
         dist.barrier()  # nobody leaves while another still needs him
+    except RuntimeError as e:
+        if (fault := _lost(e)) is None:
+            raise
+        raise fault from e
     finally:
         dist.destroy_process_group()

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
 from gristmill.model.lora import LoraLinear, is_adapted
-from gristmill.model.transformer import MLP, Attention, Block, LayerNorm1P, Linear, RMSNorm, Transformer
+from gristmill.model.transformer import MLP, Attention, Block, LayerNorm1P, Linear, Product, RMSNorm, Transformer
 from gristmill.parallel import layout
 from gristmill.parallel.mesh import TensorGroup, local
 
@@ -89,28 +89,40 @@ class _Whole(torch.autograd.Function):
 
 
 class _Columns(torch.autograd.Function):
-    """Gathered rows times matrices, each with a bias or None behind it. Own rows are kept, and gathered again in the backward pass."""
+    """Gathered rows times matrices, each with its `Product` or None and a bias or None behind it.
+
+    Own rows are kept, and gathered again in the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, group: TensorGroup, *weights: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.group, ctx.biases = group, [bias is not None for bias in weights[1::2]]
-        matrices = cast("tuple[Tensor, ...]", weights[::2])
+    def forward(ctx: Any, x_PD: Tensor, group: TensorGroup, products: list[Product | None], *weights: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.group, ctx.products = group, products
+        matrices, ctx.biases = cast("tuple[Tensor, ...]", weights[::2]), [bias is not None for bias in weights[1::2]]
         ctx.save_for_backward(x_PD, *matrices)
-        x_TD = group.gather_rows(x_PD)
-        return tuple(F.linear(x_TD, matrix, bias) for matrix, bias in zip(matrices, weights[1::2], strict=True))
+        x_TD, out = group.gather_rows(x_PD), []
+        for matrix, bias, product in zip(matrices, weights[1::2], products, strict=True):
+            if product is None:
+                out.append(F.linear(x_TD, matrix, bias))
+            else:
+                out_TN = product.outputs(x_TD, matrix)
+                out.append(out_TN if bias is None else out_TN + bias)
+        return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_PD, *matrices = ctx.saved_tensors
-        products = [grad_TN @ matrix for grad_TN, matrix in zip(grads, matrices, strict=True)]
-        grad_x_PD = ctx.group.scatter(sum(products[1:], products[0]))
+        parts = [
+            grad_TN @ matrix if product is None else product.input_gradient(grad_TN, matrix)
+            for grad_TN, matrix, product in zip(grads, matrices, ctx.products, strict=True)
+        ]
+        grad_x_PD = ctx.group.scatter(sum(parts[1:], parts[0]))
         found: list[Tensor | None] = [None] * (2 * len(grads))
-        if any(ctx.needs_input_grad[2:]):  # else they are frozen
+        if any(ctx.needs_input_grad[3:]):  # else they are frozen
             x_TD = ctx.group.gather_rows(x_PD)
             for number, (grad_TN, has_bias) in enumerate(zip(grads, ctx.biases, strict=True)):
                 found[2 * number : 2 * number + 2] = [grad_TN.T @ x_TD, grad_TN.sum(0) if has_bias else None]
-        return grad_x_PD, None, *found
+        return grad_x_PD, None, None, *found
 
 
 class _OwnRows(torch.autograd.Function):
@@ -173,9 +185,13 @@ class ColumnLinear(Linear):
         one, two = self._products(input, [self, other])
         return one, two
 
+    def sides(self) -> tuple[int, int]:
+        return self.out_features // self.group.size if self.rows is None else len(self.rows), self.in_features
+
     def _products(self, x_PD: Tensor, layers: "list[ColumnLinear]") -> tuple[Tensor, ...]:
         weights = [one._own(parameter, x_PD.dtype) for one in layers for parameter in (one.weight, one.bias)]
-        return cast("tuple[Tensor, ...]", _Columns.apply(x_PD, self.group, *weights))
+        products = [one.product if x_PD.dtype == torch.bfloat16 else None for one in layers]
+        return cast("tuple[Tensor, ...]", _Columns.apply(x_PD, self.group, products, *weights))
 
 
 class RowLinear(Linear):
@@ -188,8 +204,13 @@ class RowLinear(Linear):
         if linear.bias is not None:
             self.bias = group.cut(linear.bias, None)
 
+    def sides(self) -> tuple[int, int]:
+        return self.out_features, self.in_features // self.group.size
+
     def forward(self, input: Tensor) -> Tensor:
-        out_PD: Tensor = _Scatter.apply(F.linear(input, local(self.weight).to(input.dtype)), self.group)
+        weight = local(self.weight).to(input.dtype)
+        eight = self.product if input.dtype == torch.bfloat16 else None
+        out_PD: Tensor = _Scatter.apply(F.linear(input, weight) if eight is None else eight(input, weight, None), self.group)
         return out_PD if self.bias is None else out_PD + _SumGrad.apply(local(self.bias), self.group).to(input.dtype)
 
 

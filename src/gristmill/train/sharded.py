@@ -81,7 +81,7 @@ class ShardedModel:
         self.is_padded = any(mesh.gather(any(self._like(name, parameter) is not None for name, parameter in own)))
 
     def add_up_gradients(self) -> None:
-        """Add up what FSDP2 does not: gradients of an adapter, of which processes with other parts of matrices have parts too (collective)."""
+        """Add up what FSDP2 does not: an adapter's gradients, to which parts of matrices, too, give parts (collective)."""
         if not self.is_adapted:
             return
         trained = [parameter for parameter in self.local.parameters() if parameter.requires_grad]

@@ -107,7 +107,7 @@ class Trainer:
             self._sharded = ShardedModel(self.model, objective, self.mesh)
             self.model = self._sharded.local
         names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay", "b_lr_ratio")
-        self.optimizer = Optimizer(self.model, OptimSettings(**{name: getattr(settings, name) for name in names}))
+        self.optimizer = Optimizer(self.model, OptimSettings(**{name: getattr(settings, name) for name in names}), self.mesh)
         self.result = TrainResult(0, 0, 0.0, {}, [], [])
         self._best: dict[str, Tensor] = {}
         self._best_loss = math.inf
