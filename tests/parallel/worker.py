@@ -250,8 +250,8 @@ def float8(mesh: Mesh, out: Path) -> None:
 def muon(mesh: Mesh, out: Path) -> None:
     """Steps of Muon from the same gradients as one process."""
     exchanges: list[int] = []
-    exchange = Group.exchange
-    Group.exchange = lambda *given: exchanges.append(1) or exchange(*given)  # type: ignore[method-assign, func-returns-value]
+    exchange = Group.all_to_all
+    Group.all_to_all = lambda *given: exchanges.append(1) or exchange(*given)  # type: ignore[method-assign, func-returns-value]
     for dims in ({}, {"tp": 2}, {"pp": 2}, {"pp": 2, "tp": 2}):
         alone = make_model("llama", layers=4)
         settings = replace(SETTINGS, optimizer="muon", weight_decay=0.1)

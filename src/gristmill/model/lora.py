@@ -10,7 +10,7 @@ Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), LoRA+ (2402.12354), DoRA 
 import importlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -223,7 +223,7 @@ class LoraLinear(Linear):
         """Lengths of the rows of the updated matrix."""
         return row_lengths(updated_ND)
 
-    def _rowwise(self, values: dict[str, Tensor]) -> Tensor:
+    def _rowwise(self, values: Mapping[str, Tensor]) -> Tensor:
         """A number for each own row, from one of each part or of each of its rows; 1 in parts that are not adapted."""
         one = next(iter(values.values())).new_ones(())
         rows_N = torch.cat([values.get(name, one).expand(size) for name, size in self.spans.items()])

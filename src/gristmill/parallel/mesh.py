@@ -107,15 +107,15 @@ class Group:
         """Where tensors are that the processes exchange."""
         return torch.device("cpu" if self.devices is None else self.devices.device_type)
 
-    def exchange(self, given: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> None:
-        """Give each process some tensors of a type, and copy what each gives into others of the same sizes (all to all)."""
+    def all_to_all(self, given: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> None:
+        """Give each process some tensors of a type, and copy what each gives into others of the same sizes."""
         import torch.distributed as dist
 
         places = [x for tensors in into for x in tensors]
         sent = torch.cat([torch.empty(0, dtype=dtype, device=self.device), *(x.flatten() for tensors in given for x in tensors)])
         got = sent.new_empty(sum(x.numel() for x in places))
-        counts = [[sum(x.nbytes for x in tensors) for tensors in side] for side in (into, given)]
-        dist.all_to_all_single(got.view(torch.uint8), sent.view(torch.uint8), *counts, group=self._group())
+        out_sizes, in_sizes = ([sum(x.nbytes for x in tensors) for tensors in side] for side in (into, given))
+        dist.all_to_all_single(got.view(torch.uint8), sent.view(torch.uint8), out_sizes, in_sizes, group=self._group())
         for place, values in zip(places, got.split([x.numel() for x in places]), strict=True):
             place.copy_(values.view_as(place))
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import _muon  # type: ignore[attr-defined]
+from torch.optim import _muon
 
 from gristmill.parallel.mesh import Group, local, place_of
 
@@ -22,7 +22,7 @@ class ShardedMuon(torch.optim.Muon):
         group: all that have a part of any of the matrices.
     """
 
-    def __init__(self, matrices: Sequence[nn.Parameter], group: Group, *, lr: float, weight_decay: float) -> None:
+    def __init__(self, matrices: Sequence[nn.Parameter], *, group: Group, lr: float, weight_decay: float) -> None:
         super().__init__(matrices, lr=lr, weight_decay=weight_decay)
         self._owners = Owners(matrices, group)
 
@@ -66,7 +66,7 @@ class Owners:
         whole = {n: parts[n].new_empty(shape) for n, shape in enumerate(self._shapes) if self._owner[n] == rank}
         sent = [[part for n, part in enumerate(parts) if self._owner[n] == peer and self._gives(n, rank)] for peer in peers]
         into = [[_part(whole[n], self._places[peer][n]) for n in whole if self._gives(n, peer)] for peer in peers]
-        self._group.exchange(sent, into, parts[0].dtype)
+        self._group.all_to_all(sent, into, parts[0].dtype)
         return whole
 
     def scattered(self, whole: Mapping[int, Tensor]) -> list[Tensor]:
@@ -76,7 +76,7 @@ class Owners:
         parts = [torch.empty([end - begin for begin, end in place], dtype=dtype, device=device) for place in mine]
         sent = [[_part(whole[n], self._places[peer][n]) for n in whole] for peer in peers]
         into = [[part for n, part in enumerate(parts) if self._owner[n] == peer] for peer in peers]
-        self._group.exchange(sent, into, dtype)
+        self._group.all_to_all(sent, into, dtype)
         return parts
 
     def _gives(self, number: int, peer: int) -> bool:

@@ -1,8 +1,9 @@
 """Optimisers and schedules: AdamW, and Muon for hidden matrices with AdamW for everything else."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +85,10 @@ class Optimizer:
             )
         ]
         if muon:
-            options = {"lr": settings.muon_lr, "weight_decay": settings.weight_decay}
-            cut = mesh is not None and any(is_sharded(matrix) for matrix in muon)
-            self._parts.append(ShardedMuon(muon, mesh.layer_group(), **options) if mesh and cut else torch.optim.Muon(muon, **options))
+            make: Callable[..., torch.optim.Muon] = torch.optim.Muon
+            if mesh is not None and any(is_sharded(matrix) for matrix in muon):
+                make = partial(ShardedMuon, group=mesh.layer_group())
+            self._parts.append(make(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
         self._base_lrs = [settings.lr, settings.muon_lr]
 
     @property
