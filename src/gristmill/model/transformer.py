@@ -67,19 +67,13 @@ class Context(Protocol):
 
 
 class Product(Protocol):
-    """Products of a matrix in place of torch's."""
+    """Products of a matrix in place of torch's: x weight^T + bias for autograd; without it x weight^T, and the gradient of x."""
 
-    def __call__(self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
-        """x weight^T + bias, for autograd."""
-        ...
+    def __call__(self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor: ...
 
-    def outputs(self, x_TD: Tensor, weight_ND: Tensor) -> Tensor:
-        """x weight^T, without autograd."""
-        ...
+    def outputs(self, x_TD: Tensor, weight_ND: Tensor) -> Tensor: ...
 
-    def input_gradient(self, grad_TN: Tensor, weight_ND: Tensor) -> Tensor:
-        """Gradient of x from that of the outputs."""
-        ...
+    def input_gradient(self, grad_TN: Tensor, weight_ND: Tensor) -> Tensor: ...
 
 
 class Linear(nn.Linear):
