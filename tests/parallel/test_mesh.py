@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,22 +20,19 @@ from gristmill.train.checkpoint import fingerprint_model
 WORKER = Path(__file__).parent / "worker.py"
 
 
-def start(size: int, job: str, out: Path, **options: Any) -> list[subprocess.Popen[str]]:
-    """The processes of a job of worker.py, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(WORKER), job, str(out), json.dumps(options)]
-    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-    return [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for env in ranks]
+def start(*jobs: tuple[int, str, Path, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What became of jobs of worker.py, one after another."""
+    command = [sys.executable, str(WORKER), json.dumps([(size, job, str(out), options) for size, job, out, options in jobs])]
+    ran = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    found: list[dict[str, Any]] = json.loads(ran.stdout)
+    return found
 
 
-def run(size: int, job: str, out: Path, **options: Any) -> Path:
-    processes = start(size, job, out, **options)
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * size, "\n".join(errors)
-    return out
+def run(*jobs: tuple[int, str, Path, dict[str, Any]]) -> None:
+    """Jobs of worker.py that all succeed."""
+    for (size, *_), ended in zip(jobs, start(*jobs), strict=True):
+        assert ended["codes"] == [0] * size, "\n".join(ended["said"])
 
 
 def test_one_process_is_the_identity() -> None:
@@ -65,7 +61,7 @@ def test_the_gpu_of_another_process_is_refused(monkeypatch: pytest.MonkeyPatch) 
 # What each mesh of a number of processes is made of; the rest shares out the samples. Some have only the cases of these names.
 MESHES: dict[int, list[dict[str, Any]]] = {
     1: [{}, {"plain": True}],
-    2: [{"only": "tied"}, {"tp": 2, "plain": True, "small": True}, {"cp": 2}, {"pp": 2}],
+    2: [{"only": "tied"}, {"only": "lora"}, {"tp": 2, "plain": True, "small": True}, {"cp": 2}, {"pp": 2}],
     4: [
         {"only": "few"},
         {"tp": 4},
@@ -75,6 +71,8 @@ MESHES: dict[int, list[dict[str, Any]]] = {
         {"pp": 2, "cp": 2, "only": "deep r"},
         {"cp": 2, "tp": 2, "only": "deep r"},
         {"cp": 2, "only": "deep r"},
+        {"pp": 2, "tp": 2, "only": "lora deep"},
+        {"cp": 2, "tp": 2, "only": "lora deep"},
     ],
 }
 
@@ -83,7 +81,8 @@ MESHES: dict[int, list[dict[str, Any]]] = {
 def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Gradients in all meshes of so many processes, which are started once."""
     folder = tmp_path_factory.mktemp("gradients")
-    return {size: run(size, "gradients", folder / str(size), meshes=meshes) for size, meshes in MESHES.items()}
+    run(*((size, "gradients", folder / str(size), {"meshes": meshes}) for size, meshes in MESHES.items()))
+    return {size: folder / str(size) for size in MESHES}
 
 
 def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -115,55 +114,79 @@ def test_initial_weights_are_the_same_in_every_mesh(tmp_path: Path) -> None:
     assert spec is not None and spec.loader is not None
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
-    assert run(2, "initial", tmp_path / "name", dims={"tp": 2}).read_text() == fingerprint_model(worker.make_model())
+    run((2, "initial", tmp_path / "name", {"dims": {"tp": 2}}))
+    assert (tmp_path / "name").read_text() == fingerprint_model(worker.make_model())
 
 
-def test_a_run_goes_on_in_another_mesh(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_goes_on_in_another_mesh(tmp_path: Path, lora: bool) -> None:
     """From one process to four with other layers and parts of matrices, to two with other tokens, and back to one.
 
-    Two do not divide the vocabulary, so that one process writes the checkpoints of the four, and all write those of the two.
+    Two do not divide the vocabulary, so that one process writes the checkpoints of the four, and all write those of the two; an
+    adapter's are written by one.
     """
-    ramp = {"batch_size": [[0, 3], [6, 6]], "vocab": 51, "family": "llama"}
-    whole = load_file(run(1, "train", tmp_path / "whole.safetensors", folder=str(tmp_path / "a"), **ramp))
-    for size, dims, stop in ((1, {}, 2), (4, {"pp": 2, "tp": 2}, 5), (2, {"cp": 2}, 7)):
-        run(size, "train", tmp_path / "part.safetensors", folder=str(tmp_path / "b"), stop=stop, dims=dims, **ramp)
-    last = load_file(run(1, "train", tmp_path / "last.safetensors", folder=str(tmp_path / "b"), **ramp))
+    options = {"batch_size": [[0, 3], [6, 6]], "vocab": 51, "family": "llama", "lora": lora}
+    meshes: list[tuple[int, dict[str, int], int]] = [(1, {}, 2), (4, {"pp": 2, "tp": 2}, 5), (2, {"cp": 2}, 7), (1, {}, 0)]
+    whole, last = tmp_path / "whole.safetensors", tmp_path / "last.safetensors"
+    run(
+        (1, "train", whole, options | {"folder": str(tmp_path / "a")}),
+        *((size, "train", last, options | {"folder": str(tmp_path / "b"), "stop": stop, "dims": dims}) for size, dims, stop in meshes),
+    )
     losses = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "ab"]
     assert [row["step"] for row in losses[0]] == [row["step"] for row in losses[1]] == list(range(1, 9))
     for one, other in zip(*losses, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5) and other["tokens"] == one["tokens"]
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
-    for name, tensor in whole.items():
-        torch.testing.assert_close(last[name], tensor, rtol=1e-3, atol=1e-4)
+    weights = load_file(last)
+    for name, tensor in load_file(whole).items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_a_killed_process_costs_no_step(tmp_path: Path) -> None:
-    dims = {"pp": 2}
-    unbroken = run(2, "train", tmp_path / "unbroken", folder=str(tmp_path / "a"), dims=dims).read_bytes()
-    for kill in (2, 5):
-        processes = start(2, "train", tmp_path / "broken", folder=str(tmp_path / "b"), kill=kill, dims=dims)
-        for process in processes:
-            process.communicate(timeout=300)  # the other one does not wait for it
-        assert processes[1].returncode == -signal.SIGKILL and processes[0].returncode not in (0, 3)
-    assert not list((tmp_path / "b").glob("checkpoint-*/state.safetensors"))  # both write what they have
-    assert run(2, "train", tmp_path / "broken", folder=str(tmp_path / "b"), dims=dims).read_bytes() == unbroken
+FAULTS: list[dict[str, Any]] = [  # each in a start of its own; steps count from there
+    {"rank": 0, "moment": "step", "step": 1},
+    {"rank": 1, "moment": "stop", "step": 2},
+    {"rank": 1, "moment": "writing", "step": 2},
+    {"rank": 0, "moment": "written", "step": 2},
+    {"rank": 0, "moment": "renamed", "step": 2},
+    {"rank": 1, "moment": "step", "step": 1},
+]
+
+
+def test_a_killed_or_stopped_process_costs_no_step(tmp_path: Path) -> None:
+    """Of either process, in a step, while the checkpoint is written, and between its files; the others say so and end."""
+    folder, options = str(tmp_path / "b"), {"dims": {"pp": 2}}
+    one, other = tmp_path / "unbroken", tmp_path / "broken"
+    faults = [(2, "train", other, options | {"folder": folder, "fault": fault}) for fault in FAULTS]
+    unbroken, *broken, last = start(
+        (2, "train", one, options | {"folder": str(tmp_path / "a")}), *faults, (2, "train", other, options | {"folder": folder})
+    )
+    assert unbroken["codes"] == last["codes"] == [0, 0], (unbroken, last)
+    for fault, ended in zip(FAULTS, broken, strict=True):
+        assert ended["codes"][fault["rank"]] == -signal.SIGKILL and ended["codes"][1 - fault["rank"]] == 3, ended
+        said = "has not answered" if fault["moment"] == "stop" else "has ended, and says why unless it was killed"
+        assert said in ended["said"][1 - fault["rank"]]
+        assert fault["moment"] != "renamed" or len(ended["whole"]) == 2
+    assert one.read_bytes() == other.read_bytes()
     steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
 
 
-def test_muon_in_bf16(tmp_path: Path) -> None:
-    losses = []
-    for size, tp in ((1, 1), (2, 1), (2, 2)):
-        folder = tmp_path / f"{size} {tp}"
-        run(size, "train", tmp_path / "out", folder=str(folder), optimizer="muon", precision="bf16", dims={"tp": tp})
-        losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
-    # Newton-Schulz and the model compute in bf16: eight steps lower the loss by fifty times as much as this
-    assert losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[2] == pytest.approx(losses[0], rel=2e-3)
+def test_products_in_8_bits_of_parts_of_matrices(tmp_path: Path) -> None:
+    run((2, "float8", tmp_path / "found", {"dims": {"tp": 2}}))
+    found = json.loads((tmp_path / "found").read_text())
+    for facts in found.values():
+        assert facts["matrices"] == [0, 5]  # of the middle layer: none in bf16
+        assert 0 < facts["errors"][0] < 0.2 and 0 < facts["errors"][1] < 0.2, found
+
+
+def test_muon_gives_each_matrix_the_bits_of_one_process(tmp_path: Path) -> None:
+    """In two steps from given gradients, with two exchanges each, of weights in parts over samples, rows, columns and layers."""
+    run((4, "muon", tmp_path / "said", {}))
+    assert (tmp_path / "said").read_text() == "equal"
 
 
 @pytest.mark.parametrize(("job", "said"), [("nan", "the loss is nan"), ("other", "different starting weights")])
 def test_a_fault_of_one_process_ends_all(tmp_path: Path, job: str, said: str) -> None:
-    processes = start(2, job, tmp_path / "out")
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [3, 3], errors
-    assert all(said in error for error in errors)
+    (ended,) = start((2, job, tmp_path / "out", {}))
+    assert ended["codes"] == [3, 3], ended
+    assert all(said in words for words in ended["said"])

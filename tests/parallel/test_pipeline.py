@@ -46,19 +46,19 @@ def test_micro_batches_of_a_step(wanted: int, pp: int, vp: int, number: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("dims", "adapted", "said"),
+    ("dims", "base", "said"),
     [
-        (ParallelDims(pp=5), False, "divides the 6 layers"),
-        (ParallelDims(pp=4, vp=2), False, "leave a stage of 8 without any"),
-        (ParallelDims(tp=3), False, "divides the 4 attention heads"),
-        (ParallelDims(cp=2), True, "Adapters are trained data parallel alone"),
+        (ParallelDims(pp=5), "", "divides the 6 layers"),
+        (ParallelDims(pp=4, vp=2), "", "leave a stage of 8 without any"),
+        (ParallelDims(tp=3), "", "divides the 4 attention heads"),
+        (ParallelDims(tp=2), "nf4", "a matrix in nf4 cannot be cut"),
     ],
 )
-def test_what_a_model_cannot_be_cut_into_is_refused(dims: ParallelDims, adapted: bool, said: str) -> None:
+def test_what_a_model_cannot_be_cut_into_is_refused(dims: ParallelDims, base: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        check_parallel(CONFIG, dims, adapted=adapted)
-    check_parallel(CONFIG, ParallelDims(tp=2, cp=3, pp=3, vp=2))
-    check_parallel(CONFIG, ParallelDims(), adapted=True)
+        check_parallel(CONFIG, dims, bases=[base])
+    check_parallel(CONFIG, ParallelDims(tp=2, cp=3, pp=3, vp=2), bases=["int8"])
+    check_parallel(CONFIG, ParallelDims(), bases=["nf4"])
 
 
 @pytest.mark.parametrize(("dims", "said"), [(ParallelDims(vp=2), "Leave --vp out"), (ParallelDims(pp=0), "numbers above zero")])

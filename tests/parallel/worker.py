@@ -1,42 +1,61 @@
-"""One process of a training on several: worker.py JOB OUT OPTIONS, with torchrun's variables."""
+"""Processes of trainings: worker.py JOBS, a JSON list of [number of processes, job, out, options].
+
+They are forked from this one, which has imported everything once. Prints of each job the exit codes, what each process said, which
+checkpoints are whole, and the seconds that it took, as JSON.
+
+Options of all jobs: `dims` of the mesh, and `fault`, which ends or stops one process (`rank`): at a `moment` (see `arm`) of a `step`, or
+`after` so many seconds.
+"""
 
 import copy
 import json
 import os
 import signal
+import socket
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint.hf_storage as hf_storage
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.fp8 import RECIPES
 from gristmill.model.kernels import library as kernels
+from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.reward import RewardModel
-from gristmill.model.transformer import Transformer
-from gristmill.parallel.mesh import Mesh, ParallelDims, new_mesh, process_mesh
+from gristmill.model.transformer import Linear, Transformer
+from gristmill.parallel import mesh as meshes
+from gristmill.parallel.mesh import Group, Mesh, ParallelDims, new_mesh, process_mesh
 from gristmill.parallel.pipeline import Pipeline
-from gristmill.train import losses
+from gristmill.train import checkpoint, losses
 from gristmill.train.batches import AnySample, PairSample, RatedSample, Sample
 from gristmill.train.checkpoint import fingerprint_model
 from gristmill.train.losses import PREFERENCE_LOSSES
 from gristmill.train.objectives.next_token import next_token_objective
 from gristmill.train.objectives.preference import PreferenceObjective
 from gristmill.train.objectives.reward import reward_objective
+from gristmill.train.optim import Optimizer, OptimSettings
 from gristmill.train.trainer import LossOutput, Objective, Trainer, TrainSettings
 
 VOCAB = 48
+SILENCE = timedelta(seconds=5)  # after which a process that was stopped counts as lost
 SETTINGS = TrainSettings(steps=8, batch_size=6, micro_batch_tokens=40, lr=1e-3, schedule="linear", clip=1.0)
 
 
-def make_model(family: str = "nemotron", seed: int = 0, *, vocab: int = VOCAB, layers: int = 2, **options: Any) -> Transformer:
-    blocks = uniform_blocks(num_layers=layers, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=40)
+def make_model(
+    family: str = "nemotron", seed: int = 0, *, vocab: int = VOCAB, layers: int = 2, ffn: int = 40, **options: Any
+) -> Transformer:
+    blocks = uniform_blocks(num_layers=layers, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=ffn)
     options = {"tie_embeddings": family == "llama"} | options
     model = Transformer(ModelConfig(family, vocab, 32, blocks, max_positions=256, init_std=0.1, **options))
     model.init_weights(seed)
@@ -45,6 +64,17 @@ def make_model(family: str = "nemotron", seed: int = 0, *, vocab: int = VOCAB, l
         for parameter in model.parameters():
             if parameter.ndim == 1:  # gains and biases that are not all alike
                 parameter.add_(torch.empty(parameter.shape).normal_(0, 0.1, generator=generator))
+    return model
+
+
+def make_adapted(family: str = "nemotron", *, base: str = "fp32", dora: bool = False, targets: str = "", **options: Any) -> Transformer:
+    """With an adapter whose B is not zero, so that A, too, has a gradient."""
+    model = make_model(family, **options)
+    add_adapters(model, LoraConfig(rank=3, alpha=6.0, dora=dora, targets=tuple(targets.split())), seed=0, base=base)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("lora_B", "magnitude")):
+            parameter.data += torch.empty(parameter.shape).normal_(0, 0.1, generator=generator)
     return model
 
 
@@ -145,6 +175,14 @@ def gradients_in(mesh: Mesh, *, plain: bool = False, small: bool = False, only: 
         "deep reward": (lambda: RewardModel(make_model("llama", layers=4)), reward_objective, make_rated(11)),
         "deep rpo": (lambda: make_model(layers=4), PreferenceObjective("rpo", beta=0.1, sft_weight=0.3), make_pairs(9)),
     }
+    cases |= {
+        "lora": (make_adapted, next_token_objective, make_samples(9)),
+        "lora gated": (lambda: make_adapted("llama", targets="q_proj v_proj up_proj down_proj"), PreferenceObjective("dpo"), make_pairs(3)),
+        "lora biases": (lambda: make_adapted("qwen2", attention_bias=False, dora=True), next_token_objective, make_samples(5)),
+        "lora fused": (lambda: make_adapted("phi3", base="int8"), next_token_objective, make_samples(5)),
+        "lora deep reward": (lambda: RewardModel(make_adapted(layers=4, base="int8", dora=True)), reward_objective, make_rated(11)),
+        "lora deep tied": (lambda: make_adapted("llama", layers=4), next_token_objective, make_samples(9)),
+    }
     for loss in PREFERENCE_LOSSES:
         cases[loss] = (make_model, PreferenceObjective(loss, beta=0.1, sft_weight=0.3), make_pairs(9))
     found: dict[str, Tensor] = {}
@@ -168,17 +206,16 @@ def initial(mesh: Mesh, out: Path) -> None:
 
 
 def train(
-    mesh: Mesh, out: Path, *, folder: str, stop: int = 0, kill: int = 0, vocab: int = VOCAB, family: str = "nemotron", **settings: Any
+    mesh: Mesh, out: Path, *, folder: str, stop: int = 0, vocab: int = VOCAB, family: str = "nemotron", lora: bool = False, **settings: Any
 ) -> None:
     asked = replace(SETTINGS, checkpoint_every=1e-9, **settings)
-    trainer = Trainer(make_model(family, vocab=vocab), next_token_objective, asked, folder=Path(folder), mesh=mesh)
+    make = make_adapted if lora else make_model
+    trainer = Trainer(make(family, vocab=vocab), next_token_objective, asked, folder=Path(folder), mesh=mesh)
     step = trainer.step
 
     def until(samples: Any) -> dict[str, float]:
         if stop and trainer.result.steps == stop:
             raise Stop
-        if kill and trainer.result.steps == kill and mesh.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
         return step(samples)
 
     trainer.step = until  # type: ignore[method-assign]
@@ -188,6 +225,54 @@ def train(
         return
     if mesh.is_writer:
         save_file(trainer.model.state_dict(), out)
+
+
+def float8(mesh: Mesh, out: Path) -> None:
+    """How many matrices multiply in 8 bits, and the largest error of a gradient's norm: in parts against one process, and against bf16."""
+    found: dict[str, Any] = {}
+    for precision in RECIPES:
+        counts: list[int] = []
+
+        def objective(model: Any, batch: Any, counts: list[int] = counts) -> LossOutput:
+            counts.append(sum(isinstance(module, Linear) and module.product is not None for module in model.modules()))
+            return next_token_objective(model, batch)
+
+        def gradients(mesh: Mesh, precision: str, objective: Objective = objective) -> dict[str, Tensor]:
+            return gradients_of(make_model("llama", layers=3, ffn=64), objective, make_samples(9), mesh, precision=precision)
+
+        parts, alone, bf16 = gradients(mesh, precision), gradients(Mesh(), precision), gradients(mesh, "bf16")
+        errors = [max(float((parts[name] - x).norm() / x.norm()) for name, x in other.items()) for other in (alone, bf16)]
+        found[precision] = {"matrices": sorted(set(counts)), "errors": errors}
+    if mesh.is_writer:
+        out.write_text(json.dumps(found))
+
+
+def muon(mesh: Mesh, out: Path) -> None:
+    """Steps of Muon from the same gradients as one process."""
+    exchanges: list[int] = []
+    exchange = Group.all_to_all
+    Group.all_to_all = lambda *given: exchanges.append(1) or exchange(*given)  # type: ignore[method-assign, func-returns-value]
+    for dims in ({}, {"tp": 2}, {"pp": 2}, {"pp": 2, "tp": 2}):
+        alone = make_model("llama", layers=4)
+        settings = replace(SETTINGS, optimizer="muon", weight_decay=0.1)
+        trainer = Trainer(copy.deepcopy(alone), next_token_objective, settings, mesh=new_mesh(torch.device("cpu"), 4, ParallelDims(**dims)))
+        one = Optimizer(alone, OptimSettings(optimizer="muon", weight_decay=0.1))
+        assert trainer._sharded is not None
+        del exchanges[:]
+        for seed in (0, 1):
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in alone.parameters():
+                parameter.grad = torch.empty(parameter.shape).normal_(generator=generator)
+            grads = trainer._sharded.parts_of({name: p.grad for name, p in alone.named_parameters() if p.grad is not None})
+            for name, parameter in trainer.model.named_parameters():
+                parameter.grad = grads[name]
+            for optimizer in (one, trainer.optimizer):
+                optimizer.step()
+        whole, wanted = trainer._sharded.assembled().state_dict(), alone.state_dict()
+        unequal = [name for name in wanted if ".blocks." in f".{name}" and not torch.equal(whole[name], wanted[name])]
+        assert not unequal and len(exchanges) == 4, (dims, unequal, exchanges)
+    if mesh.is_writer:
+        out.write_text("equal")
 
 
 def nan(mesh: Mesh, out: Path) -> None:
@@ -204,18 +289,80 @@ def other(mesh: Mesh, out: Path) -> None:
     Trainer(make_model(seed=mesh.rank), next_token_objective, SETTINGS, mesh=mesh)
 
 
-def main() -> None:
-    job, out, options = sys.argv[1:]
-    torch.set_num_threads(1)
-    given = json.loads(options)
-    dims = ParallelDims(**given.pop("dims", {}))
-    with process_mesh(torch.device("cpu"), dims) as mesh:
-        globals()[job](mesh, Path(out), **given)
+# ---- processes ----
+
+
+def before(owner: Any, name: str, act: Callable[[], object]) -> None:
+    """Act before a function runs."""
+    real = getattr(owner, name)
+    setattr(owner, name, lambda *arguments, **options: (act(), real(*arguments, **options))[1])
+
+
+def arm(moment: str, step: int) -> None:
+    """Let this process end, or stop, when its training gets there."""
+    sign = signal.SIGSTOP if moment == "stop" else signal.SIGKILL
+    begun: list[int] = []
+    before(Trainer, "step", lambda: begun.append(1))
+    places: dict[str, tuple[Any, str]] = {
+        "step": (Trainer, "_backward"),  # others are in the middle of it
+        "stop": (Trainer, "_backward"),
+        "writing": (hf_storage.HuggingFaceStorageWriter, "write_data"),  # its part of a checkpoint
+        "written": (checkpoint, "write_json"),  # all parts are there, and no checkpoint yet
+        "renamed": (checkpoint, "sync"),  # two checkpoints are there
+    }
+    before(*places[moment], lambda: os.kill(os.getpid(), sign) if len(begun) == step else None)
+
+
+def train_in(job: str, out: Path, *, dims: dict[str, int], fault: dict[str, Any], **options: Any) -> int:
+    """Do a job as one of its processes; returns the exit code."""
+    if fault.get("moment") == "stop":
+        meshes.TIMEOUT = SILENCE
+    if "moment" in fault and fault["rank"] == int(os.environ["RANK"]):
+        arm(fault["moment"], fault["step"])
+    try:
+        with process_mesh(torch.device("cpu"), ParallelDims(**dims)) as mesh:
+            globals()[job](mesh, out, **options)
+    except InputError as error:
+        print(error, file=sys.stderr, flush=True)
+        return 3
+    return 0
+
+
+def start(size: int, job: str, out: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Start all processes of a job, and wait for them."""
+    options = {"dims": {}, "fault": {}} | options
+    fault, begin = options["fault"], time.monotonic()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children: list[int] = []
+    files = [Path(f"{out}.{rank}.said") for rank in range(size)]
+    for rank, said in enumerate(files):
+        if not (pid := os.fork()):
+            given = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in given.items()})
+            os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            code = 1
+            try:
+                code = train_in(job, Path(out), **options)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)  # nothing of the parent's is ended here
+        children.append(pid)
+    if "after" in fault:
+        time.sleep(fault["after"])
+        os.kill(children[fault["rank"]], signal.SIGKILL)
+    codes, stopped = [0] * size, fault["rank"] if fault.get("moment") == "stop" else -1
+    for rank in sorted(range(size), key=lambda rank: rank == stopped):
+        if rank == stopped:
+            os.kill(children[rank], signal.SIGKILL)
+        codes[rank] = os.waitstatus_to_exitcode(os.waitpid(children[rank], 0)[1])
+    words = [said.read_text() for said in files]
+    whole = sorted(path.parent.name for path in Path(options.get("folder", "/dev/null")).glob("checkpoint-*/state.json"))
+    return {"codes": codes, "said": words, "whole": whole, "seconds": time.monotonic() - begin}
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(3)
+    torch.set_num_threads(1)
+    print(json.dumps([start(*job) for job in json.loads(sys.argv[1])]))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
@@ -35,14 +35,14 @@ def float8_linears(decoder: Transformer) -> list[Linear]:
     """The layers' matrices that multiply in 8 bits: not those of the first and the last layer, whose errors weigh most.
 
     Raises:
-        InputError: there are none: a model of two layers, sides that 16 does not divide, or matrices cut by tensor parallelism.
+        InputError: there are none: a model of two layers, or sides that 16 does not divide.
     """
     inner = [block for name, block in decoder.blocks.items() if 0 < int(name) < decoder.config.num_layers - 1]
-    found = [module for block in inner for module in block.modules() if type(module) is Linear and _divides(module)]
+    found = [module for block in inner for module in block.modules() if isinstance(module, Linear) and _divides(module)]
     if not found and len(decoder.blocks) == decoder.config.num_layers:  # a pipeline's stage may have none
         raise InputError(
-            f"Choose precision bf16: FP8 is for matrices between the first and the last layer whose sides {MULTIPLE} divides and which "
-            "--tp does not cut, and there are none."
+            f"Choose precision bf16: FP8 is for matrices between the first and the last layer without an adapter, whose sides {MULTIPLE} "
+            "divides (with --tp those of their parts), and there are none."
         )
     return found
 
@@ -52,7 +52,7 @@ def computing_in_float8(decoders: Sequence[Transformer], precision: str) -> Iter
     """Let the layers' matrices multiply in 8 bits meanwhile, if the precision says so."""
     found = [linear for decoder in decoders for linear in float8_linears(decoder)] if precision in RECIPES else []
     for linear in found:
-        linear.product = Float8Product(RECIPES[precision])
+        linear.product = Float8Product(rowwise=RECIPES[precision] == "rowwise")
     try:
         yield
     finally:
@@ -60,35 +60,42 @@ def computing_in_float8(decoders: Sequence[Transformer], precision: str) -> Iter
             linear.product = None
 
 
-def _divides(linear: nn.Linear) -> bool:
-    return linear.in_features % MULTIPLE == linear.out_features % MULTIPLE == 0
+def _divides(linear: Linear) -> bool:
+    return linear.takes_product and all(side % MULTIPLE == 0 for side in linear.sides())
 
 
 class Float8Product:
-    """x weight^T in 8 bits, where the computation is in bf16."""
+    """x weight^T in 8 bits, where the computation is in bf16. Of a matrix in parts each has scales of its own."""
 
-    def __init__(self, recipe: str) -> None:
-        self.rowwise = recipe == "rowwise"
+    def __init__(self, *, rowwise: bool) -> None:
+        self.rowwise = rowwise
 
     def __call__(self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
-        out_TN: Tensor = _Product.apply(x_TD, weight_ND, self.rowwise)
+        out_TN: Tensor = _Product.apply(x_TD, weight_ND, self)
         return out_TN if bias_N is None else out_TN + bias_N.to(out_TN.dtype)
+
+    def outputs(self, x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+        """x weight^T."""
+        return scaled_product(x_TD, weight_ND.T, rowwise=self.rowwise)
+
+    def input_gradient(self, grad_TN: Tensor, weight_ND: Tensor) -> Tensor:
+        """Gradient of x from that of the outputs."""
+        left = torch.float8_e4m3fn if self.rowwise else torch.float8_e5m2
+        return scaled_product(grad_TN, weight_ND, rowwise=self.rowwise, left=left)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor, rowwise: bool) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor, product: Float8Product) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ND)
-        ctx.rowwise = rowwise
-        return scaled_product(x_TD, weight_ND.T, rowwise=rowwise)
+        ctx.product = product
+        return product.outputs(x_TD, weight_ND)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_TN,), (x_TD, weight_ND) = grads, ctx.saved_tensors
-        left = torch.float8_e4m3fn if ctx.rowwise else torch.float8_e5m2
-        grad_x_TD = scaled_product(grad_TN, weight_ND, rowwise=ctx.rowwise, left=left)
-        return grad_x_TD, (grad_TN.T @ x_TD).to(weight_ND.dtype), None
+        return ctx.product.input_gradient(grad_TN, weight_ND), (grad_TN.T @ x_TD).to(weight_ND.dtype), None
 
 
 def scaled_product(left_MK: Tensor, right_KN: Tensor, *, rowwise: bool, left: torch.dtype = torch.float8_e4m3fn) -> Tensor:

@@ -10,7 +10,7 @@ Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), LoRA+ (2402.12354), DoRA 
 import importlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -121,6 +121,7 @@ class LoraLinear(Linear):
         order_N: for each row of the layer its number among the parts' rows, end to end; None where they are in this order.
     """
 
+    takes_product = False
     scale_N: Tensor | None
     order_N: Tensor | None
 
@@ -152,42 +153,81 @@ class LoraLinear(Linear):
             weight_ND, self._state = quantize(weight_ND.float(), blocksize=64, compress_statistics=True, quant_type="nf4")
         self.weight = nn.Parameter(weight_ND, requires_grad=False)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the frozen weight is in nf4, whose values have no rows."""
+        return self._state is not None
+
+    def here(self) -> tuple[Tensor, Tensor | None]:
+        """What this process has of the frozen weight, and the scales of its rows."""
+        return self.weight, self.scale_N
+
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The frozen weight [N, D] in a floating-point type."""
+        """What this process has of the frozen weight [N, D], in a floating-point type."""
         if self._state is not None:
             return cast(Tensor, _bitsandbytes().dequantize_4bit(self.weight, self._state).to(dtype))
-        if self.scale_N is not None:
-            return (self.weight.float() * self.scale_N[:, None]).to(dtype)
-        return self.weight.to(dtype)
+        weight_ND, scale_N = self.here()
+        return weight_ND.to(dtype) if scale_N is None else (weight_ND.float() * scale_N[:, None]).to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        bias_N = None if self.bias is None else self.bias.to(input.dtype)
-        same = self.weight.dtype == input.dtype
-        out_TN = F.linear(input, self.weight, bias_N) if same else _FrozenProduct.apply(input, bias_N, self)
+        return self.updated(input, self.frozen(input, self.own_bias(input.dtype)))
+
+    def frozen(self, input: Tensor, bias_N: Tensor | None) -> Tensor:
+        """Product with the frozen weight."""
+        weight_ND, _ = self.here()
+        same = weight_ND.dtype == input.dtype
+        return F.linear(input, weight_ND, bias_N) if same else _FrozenProduct.apply(input, bias_N, self)
+
+    def updated(self, input: Tensor, out_TN: Tensor) -> Tensor:
+        """Outputs of the updated matrix, from those of the frozen one."""
         if not self.parts or not _ENABLED.get():
             return out_TN
         parts = cast("dict[str, LowRank]", dict(self.parts.items()))
-        low_TR = F.linear(input, torch.cat([part.lora_A for part in parts.values()]).to(input.dtype))
-        up_NR = block_diagonal({name: part.lora_B for name, part in parts.items()}, self.spans, self.order_N)
+        a_RD = torch.cat([part.lora_A for part in parts.values()])
+        b_NR = self.own_rows(block_diagonal({name: part.lora_B for name, part in parts.items()}, self.spans, self.order_N))
         scalings = {name: part.scaling for name, part in parts.items()}
-        scale = self._rowwise(scalings) if len(self.spans) > 1 else scalings.popitem()[1]
-        delta_TN = (F.linear(low_TR, up_NR.to(input.dtype)) * scale).to(input.dtype)
-        if all(part.magnitude is None for part in parts.values()):
+        scale = self._rowwise(scalings) if len(self.spans) > 1 else next(iter(scalings.values()))
+        delta_TN = (F.linear(self.low(input, a_RD.to(input.dtype)), b_NR.to(input.dtype)) * scale).to(input.dtype)
+        magnitudes = {name: part.magnitude for name, part in parts.items() if part.magnitude is not None}
+        if not magnitudes:
             return out_TN + delta_TN
         with torch.no_grad():  # the lengths count as constants in the backward pass (DoRA, section 4.3)
-            dense_ND = self.dense(torch.float32)
-            places = places_of(self.spans, self.order_N)
-            lengths = {name: row_lengths(part.updated(dense_ND[places[name]])) for name, part in parts.items()}
-        gain_N = self._rowwise({name: cast(Tensor, part.magnitude) / lengths[name] for name, part in parts.items()})
+            update_ND = b_NR.float() @ self.own_columns(a_RD).float()
+            lengths_N = self.lengths(self.dense(torch.float32) + (scale[:, None] if scale.ndim else scale).float() * update_ND)
+            trained_N = self._rowwise(dict.fromkeys(magnitudes, lengths_N.new_zeros(()))) == 0
+        gain_N = self._rowwise(magnitudes) / torch.where(trained_N, lengths_N, 1.0)
+        bias_N = self.own_bias(input.dtype)
         plain_TN = out_TN if bias_N is None else out_TN - bias_N
         # in this form a gain of 1 changes no bit
         return out_TN + (gain_N - 1.0).to(out_TN.dtype) * plain_TN + gain_N.to(out_TN.dtype) * delta_TN
 
-    def _rowwise(self, values: dict[str, Tensor]) -> Tensor:
-        """A number for each row of the layer, from one of each part or of each of its rows; 1 in parts that are not adapted."""
-        one = self.weight.new_ones((), dtype=torch.float32)
+    # What follows is otherwise where processes have parts of the frozen matrix (`parallel.tensor`).
+
+    def own_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Bias of the outputs that are here."""
+        return None if self.bias is None else self.bias.to(dtype)
+
+    def own_rows(self, x_N: Tensor) -> Tensor:
+        """Of what has an entry for each of the layer's outputs, those of the frozen weight that is here."""
+        return x_N
+
+    def own_columns(self, a_RD: Tensor) -> Tensor:
+        """Columns of A for the inputs that are here."""
+        return a_RD
+
+    def low(self, input: Tensor, a_RD: Tensor) -> Tensor:
+        """Low-rank products [T, R] of all inputs."""
+        return F.linear(input, a_RD)
+
+    def lengths(self, updated_ND: Tensor) -> Tensor:
+        """Lengths of the rows of the updated matrix."""
+        return row_lengths(updated_ND)
+
+    def _rowwise(self, values: Mapping[str, Tensor]) -> Tensor:
+        """A number for each own row, from one of each part or of each of its rows; 1 in parts that are not adapted."""
+        one = next(iter(values.values())).new_ones(())
         rows_N = torch.cat([values.get(name, one).expand(size) for name, size in self.spans.items()])
-        return rows_N if self.order_N is None else rows_N[self.order_N]
+        return self.own_rows(rows_N if self.order_N is None else rows_N[self.order_N])
 
 
 def places_of(spans: dict[str, int], order_N: Tensor | None) -> dict[str, slice | Tensor]:
@@ -348,6 +388,11 @@ def attach_adapter(model: Transformer, matrices: dict[str, LowRank], *, base: st
             layer.freeze(base)
             layer.parts.update(parts)
             setattr(place.parent, place.attribute, layer)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model, or a part of one, is frozen but for an adapter, and maybe a head."""
+    return any(not parameter.requires_grad for parameter in model.parameters())
 
 
 def adapter_parts(model: Transformer) -> dict[str, LowRank]:

@@ -66,10 +66,25 @@ class Context(Protocol):
         ...
 
 
+class Product(Protocol):
+    """Products of a matrix in place of torch's: x weight^T + bias for autograd; without it x weight^T, and the gradient of x."""
+
+    def __call__(self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor: ...
+
+    def outputs(self, x_TD: Tensor, weight_ND: Tensor) -> Tensor: ...
+
+    def input_gradient(self, grad_TN: Tensor, weight_ND: Tensor) -> Tensor: ...
+
+
 class Linear(nn.Linear):
     """A linear layer whose weight follows the type of its input. Values are set by `init_weights`."""
 
-    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None  # in place of torch's (`model.fp8`)
+    product: Product | None = None  # in place of torch's (`model.fp8`)
+    takes_product = True
+
+    def sides(self) -> tuple[int, int]:
+        """Outputs and inputs of the matrix that is multiplied here."""
+        return self.out_features, self.in_features
 
     def reset_parameters(self) -> None:
         pass

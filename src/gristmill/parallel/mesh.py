@@ -23,6 +23,10 @@ if TYPE_CHECKING:  # one process does not pay for the import
 
 TIMEOUT = timedelta(minutes=10)  # of one collective operation: it waits for the slowest process, and for one that is gone
 
+# what gloo says of a process that is gone, and of one that does not answer
+_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+_SILENT = ("Timed out waiting", "Application timeout caused pair closure")
+
 
 @dataclass(frozen=True)
 class ParallelDims:
@@ -61,21 +65,25 @@ class Group:
     """
 
     def __init__(self, devices: "DeviceMesh | None" = None) -> None:
-        self._devices = devices
+        self.devices = devices
+        if devices is not None and devices.ndim == 1:
+            from torch.distributed.distributed_c10d import _set_pg_timeout
+
+            _set_pg_timeout(TIMEOUT, devices.get_group())  # torch gives groups of a mesh half an hour
         self.size = 1 if devices is None else devices.size()
         self.rank = 0 if devices is None else devices.get_local_rank() if devices.ndim == 1 else devices.get_rank()
 
     def _group(self) -> Any:
-        assert self._devices is not None
-        return self._devices.get_group()
+        assert self.devices is not None
+        return self.devices.get_group()
 
     def gather(self, value: Any) -> list[Any]:
         """The JSON values of all processes, in their order."""
-        if self.size == 1 or self._devices is None:
+        if self.size == 1 or self.devices is None:
             return [value]
         import torch.distributed as dist
 
-        group, device = self._group(), self._devices.device_type
+        group, device = self._group(), self.devices.device_type
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(text)], device=device), group=group)
@@ -93,6 +101,23 @@ class Group:
         values = self.gather(value)
         if any(other != values[0] for other in values):
             raise InputError(f"The processes have different {what} ({values}): start them all with one command on the same files.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are that the processes exchange."""
+        return torch.device("cpu" if self.devices is None else self.devices.device_type)
+
+    def all_to_all(self, given: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> None:
+        """Give each process some tensors of a type, and copy what each gives into others of the same sizes."""
+        import torch.distributed as dist
+
+        places = [x for tensors in into for x in tensors]
+        sent = torch.cat([torch.empty(0, dtype=dtype, device=self.device), *(x.flatten() for tensors in given for x in tensors)])
+        got = sent.new_empty(sum(x.numel() for x in places))
+        out_sizes, in_sizes = ([sum(x.nbytes for x in tensors) for tensors in side] for side in (into, given))
+        dist.all_to_all_single(got.view(torch.uint8), sent.view(torch.uint8), out_sizes, in_sizes, group=self._group())
+        for place, values in zip(places, got.split([x.numel() for x in places]), strict=True):
+            place.copy_(values.view_as(place))
 
     def add_up_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add gradients up over the processes, of parameters that all have whole; one without a gradient has zeros."""
@@ -116,18 +141,20 @@ class Mesh(Group):
 
     Attributes:
         data: the data-parallel group: every process has another share of each step's samples.
+        shards: those with other samples or other tokens, over which a weight is cut beside tensor parallelism.
         pipeline, context, tensor: groups of the other ways; None where they are of one process.
     """
 
     def __init__(self, devices: "DeviceMesh | None" = None, dims: ParallelDims = ParallelDims()) -> None:
         super().__init__(devices)
-        self.dims, self.data = dims, Group(None)
-        self.device = torch.device("cpu" if devices is None else devices.device_type)
+        self.dims, self.data, self.shards = dims, Group(None), Group(None)
         self.pipeline: PipelineGroup | None = None
         self.context: TensorGroup | None = None
         self.tensor: TensorGroup | None = None
         if devices is not None:
-            self.data = Group(devices["dp"])
+            self.data = self.shards = Group(devices["dp"])
+            if dims.cp > 1:
+                self.shards = Group(devices["dp", "cp"]._flatten("dp_cp"))
             self.pipeline = PipelineGroup(devices["pp"]) if dims.pp > 1 else None
             self.context = TensorGroup(devices["cp"]) if dims.cp > 1 else None
             self.tensor = TensorGroup(devices["tp"]) if dims.tp > 1 else None
@@ -147,10 +174,11 @@ class Mesh(Group):
         values = self.data.gather(value)
         return values if self.pipeline is None else [one for part in self.pipeline.gather(values) for one in part]
 
-    @property
-    def num_shards(self) -> int:
-        """Processes that a weight is cut over beside tensor parallelism: those with other samples or other tokens."""
-        return self.data.size * self.dims.cp
+    def layer_group(self) -> Group:
+        """Processes that have parts of the same layers (collective)."""
+        if self.devices is None or self.pipeline is None:
+            return self
+        return Group(self.devices["dp", "cp", "tp"]._flatten("layers"))
 
     def shard(self, model: nn.Module) -> None:
         """Cut every weight over the data-parallel and context-parallel groups, in place (FSDP2): a block's are gathered when it
@@ -158,15 +186,16 @@ class Mesh(Group):
 
         Sums are never divided: the trainer's divisor counts the terms of all processes.
         """
-        if self._devices is None or self.num_shards == 1:
+        if self.shards.size == 1:
             return
-        devices = self._devices["dp"] if self.dims.cp == 1 else self._devices["dp", "cp"]._flatten("dp_cp")
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         blocks = next(part for module in model.modules() if isinstance(part := getattr(module, "blocks", None), nn.ModuleDict))
         for module in (*blocks.values(), model):
             # a pipeline would gather a block's weights again for every micro-batch
-            sharded = cast(Any, fully_shard(module, mesh=devices, reshard_after_forward=None if self.pipeline is None else False))
+            sharded = cast(
+                Any, fully_shard(module, mesh=self.shards.devices, reshard_after_forward=None if self.pipeline is None else False)
+            )
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
         # the states of the trained rows may be a view of those with padding; nothing changes them in place
@@ -175,13 +204,13 @@ class Mesh(Group):
             register_fsdp_forward_method(model, "hidden")
 
 
-def background_group(mesh: Mesh, timeout: timedelta = TIMEOUT) -> Any:
+def background_group(mesh: Mesh, timeout: timedelta | None = None) -> Any:
     """All processes of a mesh once more, to exchange what lies in the memory of the CPU beside the training."""
     if mesh.size == 1:
         return None
     import torch.distributed as dist
 
-    return dist.new_group(timeout=timeout, backend="gloo")
+    return dist.new_group(timeout=timeout or TIMEOUT, backend="gloo")
 
 
 class Orders:
@@ -253,7 +282,7 @@ class TensorGroup(Group):
 
     def gather_rows(self, x: Tensor) -> Tensor:
         """All processes' tensors of one shape, end to end."""
-        assert self._devices is not None
+        assert self.devices is not None
         import torch.distributed as dist
 
         out = x.new_empty(self.size * len(x), *x.shape[1:])
@@ -264,7 +293,7 @@ class TensorGroup(Group):
         """This process's part of the sum of all processes' tensors."""
         import torch.distributed as dist
 
-        assert self._devices is not None
+        assert self.devices is not None
         out = x.new_empty(len(x) // self.size, *x.shape[1:])
         dist.reduce_scatter_tensor(out, x.contiguous(), group=self._group())
         return out
@@ -273,7 +302,7 @@ class TensorGroup(Group):
         """Sum of all processes' tensors."""
         import torch.distributed as dist
 
-        assert self._devices is not None
+        assert self.devices is not None
         out = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=self._group())
         return out
@@ -283,7 +312,8 @@ class TensorGroup(Group):
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
         placement = Replicate() if dim is None else Shard(dim)
-        return nn.Parameter(distribute_tensor(parameter.detach(), self._devices, [placement], src_data_rank=None))
+        cut = distribute_tensor(parameter.detach(), self.devices, [placement], src_data_rank=None)
+        return nn.Parameter(cut, requires_grad=parameter.requires_grad)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -300,6 +330,17 @@ def accumulate(model: nn.Module, *, last: bool) -> None:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is cut over processes (torch's DTensor)."""
     return hasattr(tensor, "placements")
+
+
+def place_of(tensor: Tensor) -> list[tuple[int, int]]:
+    """Where this process's part of a tensor begins and ends on each axis."""
+    if not is_sharded(tensor):
+        return [(0, size) for size in tensor.shape]
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    cut = cast(Any, tensor)
+    sizes, begins = compute_local_shape_and_global_offset(tensor.shape, cut.device_mesh, cut.placements)
+    return [(begin, begin + size) for begin, size in zip(begins, sizes, strict=True)]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -325,6 +366,20 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def _lost(error: BaseException | None) -> InputError | None:
+    """What an operation's failure says of another process; None where it is another fault."""
+    again = "start them all again, and training goes on from its last checkpoint"
+    while error is not None:
+        words = str(error)
+        if any(sign in words for sign in _CLOSED):
+            return InputError(f"Another process of this training has ended, and says why unless it was killed: {again}.")
+        if any(sign in words for sign in _SILENT):
+            minutes = TIMEOUT.total_seconds() / 60
+            return InputError(f"Another process of this training has not answered for {minutes:g} minutes, it may be stopped: {again}.")
+        error = error.__cause__
+    return None
+
+
 def new_mesh(device: torch.device, size: int, dims: ParallelDims) -> Mesh:
     """A mesh of processes that are connected already."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -342,7 +397,8 @@ def process_mesh(device: torch.device, dims: ParallelDims = ParallelDims()) -> I
         dims: what neighbouring processes share out beside the samples.
 
     Raises:
-        InputError: torchrun's variables are not whole, the processes are no multiple of the ways, or the device is the GPU of another one.
+        InputError: torchrun's variables are not whole, the processes are no multiple of the ways, the device is the GPU of another one, or
+            within the block another process has ended or does not answer.
     """
     dims.check()
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -371,5 +427,9 @@ def process_mesh(device: torch.device, dims: ParallelDims = ParallelDims()) -> I
     try:
         yield new_mesh(device, size, dims)
         dist.barrier()  # nobody leaves while another still needs him
+    except RuntimeError as e:
+        if (fault := _lost(e)) is None:
+            raise
+        raise fault from e
     finally:
         dist.destroy_process_group()

@@ -64,7 +64,7 @@ class Stage(nn.Module):
         if self.is_last and decoder.lm_head is None and decoder is part:
             vocab_size, size = decoder.embedding.shape
             decoder.lm_head = Linear(size, vocab_size, bias=False, device="meta")
-            decoder.lm_head.weight = nn.Parameter(decoder.embedding.detach().clone())
+            decoder.lm_head.weight = nn.Parameter(decoder.embedding.detach().clone(), requires_grad=decoder.embedding.requires_grad)
         if not self.is_first:
             decoder.embedding = None
         if not self.is_last:

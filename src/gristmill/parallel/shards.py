@@ -3,6 +3,7 @@
 A tensor that was cut over some processes is read by others that cut it otherwise, or by one that has it whole.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,5 +63,6 @@ def read_shards(folder: Path, into: Mapping[str, Tensor]) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)  # each reads alone, as is meant
         load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)

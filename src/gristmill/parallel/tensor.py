@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
-from gristmill.model.transformer import MLP, Attention, Block, LayerNorm1P, Linear, RMSNorm, Transformer
+from gristmill.model.lora import LoraLinear, is_adapted
+from gristmill.model.transformer import MLP, Attention, Block, LayerNorm1P, Linear, Product, RMSNorm, Transformer
 from gristmill.parallel import layout
 from gristmill.parallel.mesh import TensorGroup, local
 
@@ -88,27 +89,40 @@ class _Whole(torch.autograd.Function):
 
 
 class _Columns(torch.autograd.Function):
-    """Gathered rows times matrices, each with a bias or None behind it. Own rows are kept, and gathered again in the backward pass."""
+    """Gathered rows times matrices, each with its `Product` or None and a bias or None behind it.
+
+    Own rows are kept, and gathered again in the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, group: TensorGroup, *weights: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.group, ctx.biases = group, [bias is not None for bias in weights[1::2]]
-        matrices = cast("tuple[Tensor, ...]", weights[::2])
+    def forward(ctx: Any, x_PD: Tensor, group: TensorGroup, products: list[Product | None], *weights: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.group, ctx.products = group, products
+        matrices, ctx.biases = cast("tuple[Tensor, ...]", weights[::2]), [bias is not None for bias in weights[1::2]]
         ctx.save_for_backward(x_PD, *matrices)
-        x_TD = group.gather_rows(x_PD)
-        return tuple(F.linear(x_TD, matrix, bias) for matrix, bias in zip(matrices, weights[1::2], strict=True))
+        x_TD, out = group.gather_rows(x_PD), []
+        for matrix, bias, product in zip(matrices, weights[1::2], products, strict=True):
+            if product is None:
+                out.append(F.linear(x_TD, matrix, bias))
+            else:
+                out_TN = product.outputs(x_TD, matrix)
+                out.append(out_TN if bias is None else out_TN + bias)
+        return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_PD, *matrices = ctx.saved_tensors
-        products = [grad_TN @ matrix for grad_TN, matrix in zip(grads, matrices, strict=True)]
-        grad_x_PD = ctx.group.scatter(sum(products[1:], products[0]))
-        x_TD = ctx.group.gather_rows(x_PD)
-        found: list[Tensor | None] = []
-        for grad_TN, has_bias in zip(grads, ctx.biases, strict=True):
-            found += [grad_TN.T @ x_TD, grad_TN.sum(0) if has_bias else None]
-        return grad_x_PD, None, *found
+        parts = [
+            grad_TN @ matrix if product is None else product.input_gradient(grad_TN, matrix)
+            for grad_TN, matrix, product in zip(grads, matrices, ctx.products, strict=True)
+        ]
+        grad_x_PD = ctx.group.scatter(sum(parts[1:], parts[0]))
+        found: list[Tensor | None] = [None] * (2 * len(grads))
+        if any(ctx.needs_input_grad[3:]):  # else they are frozen
+            x_TD = ctx.group.gather_rows(x_PD)
+            for number, (grad_TN, has_bias) in enumerate(zip(grads, ctx.biases, strict=True)):
+                found[2 * number : 2 * number + 2] = [grad_TN.T @ x_TD, grad_TN.sum(0) if has_bias else None]
+        return grad_x_PD, None, None, *found
 
 
 class _OwnRows(torch.autograd.Function):
@@ -166,13 +180,18 @@ class ColumnLinear(Linear):
         return out
 
     def beside(self, input: Tensor, other: Linear) -> tuple[Tensor, Tensor]:
-        assert isinstance(other, ColumnLinear)
+        if not isinstance(other, ColumnLinear):
+            return super().beside(input, other)
         one, two = self._products(input, [self, other])
         return one, two
 
+    def sides(self) -> tuple[int, int]:
+        return self.out_features // self.group.size if self.rows is None else len(self.rows), self.in_features
+
     def _products(self, x_PD: Tensor, layers: "list[ColumnLinear]") -> tuple[Tensor, ...]:
         weights = [one._own(parameter, x_PD.dtype) for one in layers for parameter in (one.weight, one.bias)]
-        return cast("tuple[Tensor, ...]", _Columns.apply(x_PD, self.group, *weights))
+        products = [one.product if x_PD.dtype == torch.bfloat16 else None for one in layers]
+        return cast("tuple[Tensor, ...]", _Columns.apply(x_PD, self.group, products, *weights))
 
 
 class RowLinear(Linear):
@@ -185,8 +204,13 @@ class RowLinear(Linear):
         if linear.bias is not None:
             self.bias = group.cut(linear.bias, None)
 
+    def sides(self) -> tuple[int, int]:
+        return self.out_features, self.in_features // self.group.size
+
     def forward(self, input: Tensor) -> Tensor:
-        out_PD: Tensor = _Scatter.apply(F.linear(input, local(self.weight).to(input.dtype)), self.group)
+        weight = local(self.weight).to(input.dtype)
+        eight = self.product if input.dtype == torch.bfloat16 else None
+        out_PD: Tensor = _Scatter.apply(F.linear(input, weight) if eight is None else eight(input, weight, None), self.group)
         return out_PD if self.bias is None else out_PD + _SumGrad.apply(local(self.bias), self.group).to(input.dtype)
 
 
@@ -202,6 +226,87 @@ class WholeLinear(Linear):
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else local(self.bias).to(input.dtype)
         return F.linear(input, local(self.weight).to(input.dtype), bias)
+
+
+class ColumnLora(LoraLinear):
+    """Column-parallel frozen linear layer and the adapter of all of it: own tokens in, some outputs of all tokens out.
+
+    A is multiplied by own tokens, so that low-rank products are gathered, not states. All processes have A and B whole; the gradient
+    of each is what its own tokens and outputs give.
+
+    Args:
+        rows: as of `ColumnLinear`.
+    """
+
+    def __init__(self, layer: LoraLinear, group: TensorGroup, rows: Tensor | None = None) -> None:
+        super().__init__(layer, layer.spans, layer.order_N)
+        self.parts, self.scale_N, self.group, self.is_cut = layer.parts, layer.scale_N, group, rows is None
+        size = layer.out_features // group.size
+        self.rows = torch.arange(size, device=layer.weight.device) + group.rank * size if rows is None else rows
+        self.weight = group.cut(layer.weight, 0 if self.is_cut else None)
+        if layer.bias is not None:
+            self.bias = group.cut(layer.bias, 0 if self.is_cut else None)
+
+    def _here(self, parameter: Tensor) -> Tensor:
+        own = local(parameter)
+        return own if self.is_cut else own[self.rows]
+
+    def here(self) -> tuple[Tensor, Tensor | None]:
+        return self._here(self.weight), None if self.scale_N is None else self.scale_N[self.rows]
+
+    def own_bias(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self._here(self.bias).to(dtype)
+
+    def own_rows(self, x_N: Tensor) -> Tensor:
+        return x_N[self.rows]
+
+    def frozen(self, input: Tensor, bias_N: Tensor | None) -> Tensor:
+        return super().frozen(_Gather.apply(input, self.group), bias_N)
+
+    def low(self, input: Tensor, a_RD: Tensor) -> Tensor:
+        return cast(Tensor, _Gather.apply(super().low(input, a_RD), self.group))
+
+    def beside(self, input: Tensor, other: Linear) -> tuple[Tensor, Tensor]:
+        if not isinstance(other, ColumnLora):
+            return super().beside(input, other)
+        x_TD = _Gather.apply(input, self.group)
+        one, two = (LoraLinear.frozen(layer, x_TD, layer.own_bias(x_TD.dtype)) for layer in (self, other))
+        return self.updated(input, one), other.updated(input, two)
+
+
+class RowLora(LoraLinear):
+    """Row-parallel frozen linear layer and the adapter of all of it: some inputs of all tokens in, own tokens out.
+
+    What processes add up are the frozen matrix's outputs and low-rank products.
+    """
+
+    def __init__(self, layer: LoraLinear, group: TensorGroup) -> None:
+        super().__init__(layer, layer.spans, layer.order_N)
+        self.parts, self.scale_N, self.group = layer.parts, layer.scale_N, group
+        size = layer.in_features // group.size
+        self.columns = slice(group.rank * size, (group.rank + 1) * size)
+        self.weight = group.cut(layer.weight, 1)
+        if layer.bias is not None:
+            self.bias = group.cut(layer.bias, None)
+
+    def here(self) -> tuple[Tensor, Tensor | None]:
+        return local(self.weight), self.scale_N
+
+    def own_bias(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else local(self.bias).to(dtype)
+
+    def own_columns(self, a_RD: Tensor) -> Tensor:
+        return a_RD[:, self.columns]
+
+    def frozen(self, input: Tensor, bias_N: Tensor | None) -> Tensor:
+        out_PN: Tensor = _Scatter.apply(super().frozen(input, None), self.group)
+        return out_PN if bias_N is None else out_PN + bias_N
+
+    def low(self, input: Tensor, a_RD: Tensor) -> Tensor:
+        return cast(Tensor, _Scatter.apply(super().low(input, self.own_columns(a_RD)), self.group))
+
+    def lengths(self, updated_ND: Tensor) -> Tensor:
+        return self.group.sum(super().lengths(updated_ND).square()).sqrt()
 
 
 @dataclass(frozen=True)
@@ -273,10 +378,12 @@ class TensorParallel:
 # ---- a model ----
 
 
-def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
-    """Raise InputError where a model cannot be cut over so many processes."""
+def check_tensor_parallel(config: ModelConfig, tp: int, base: str = "") -> None:
+    """Raise InputError where a model cannot be cut over so many processes; `base`: type of what is frozen beside an adapter."""
     if tp == 1:
         return
+    if base == "nf4":
+        raise InputError("Choose int8 as LoRA's base, or leave --tp out: a matrix in nf4 cannot be cut.")
     layout.check_tensor_parallel(config, tp)
     if config.parts.qk_norm == "projection":
         raise InputError("Leave --tp out: this model norms queries and keys over all heads, which lie on several processes.")
@@ -291,7 +398,8 @@ def shard_tensors(model: nn.Module, group: TensorGroup) -> None:
         InputError: it cannot be cut so (`check_tensor_parallel`).
     """
     decoder = cast(Transformer, getattr(model, "backbone", model))
-    check_tensor_parallel(decoder.config, group.size)
+    is_packed = any(isinstance(module, LoraLinear) and module.is_packed for module in decoder.modules())
+    check_tensor_parallel(decoder.config, group.size, "nf4" if is_packed else "")
     decoder.sharding = TensorParallel(group, decoder.config.vocab_size)
     for block in decoder.blocks.values():
         assert isinstance(block, Block)
@@ -309,14 +417,22 @@ def shard_tensors(model: nn.Module, group: TensorGroup) -> None:
         decoder.embedding = _vocabulary(decoder.embedding, group)
     if decoder.lm_head is not None:
         decoder.lm_head.weight = _vocabulary(decoder.lm_head.weight, group)
-    if model is not decoder:
+    if model is not decoder and not is_adapted(model):  # beside an adapter nothing that is trained is cut
         headed = cast(Any, model)
         headed.head = None if headed.head is None else WholeLinear(headed.head, group)
 
 
 def _vocabulary(weight_VD: Tensor, group: TensorGroup) -> nn.Parameter:
     """A matrix with a row a token, padded so that all processes have as many."""
-    return group.cut(_padded(weight_VD.detach(), group.size), 0)
+    return group.cut(_padded(weight_VD.detach(), group.size).requires_grad_(weight_VD.requires_grad), 0)
+
+
+def _columns(linear: Linear, group: TensorGroup, rows: Tensor | None = None) -> Linear:
+    return ColumnLora(linear, group, rows) if isinstance(linear, LoraLinear) else ColumnLinear(linear, group, rows)
+
+
+def _rows(linear: Linear, group: TensorGroup) -> Linear:
+    return RowLora(linear, group) if isinstance(linear, LoraLinear) else RowLinear(linear, group)
 
 
 def _shard_attention(attention: Attention, group: TensorGroup) -> None:
@@ -329,16 +445,16 @@ def _shard_attention(attention: Attention, group: TensorGroup) -> None:
         key = first + sharing * num_heads * size
         rows = torch.cat([torch.arange(query, query + num_heads * size), torch.arange(key, key + 2 * size)])
         rows = rows.to(attention.qkv.weight.device)
-    attention.qkv = ColumnLinear(attention.qkv, group, rows)
-    attention.output = RowLinear(attention.output, group)
+    attention.qkv = _columns(attention.qkv, group, rows)
+    attention.output = _rows(attention.output, group)
     attention.num_heads, attention.num_kv_heads = num_heads, max(1, num_kv_heads // group.size)
 
 
 def _shard_mlp(mlp: MLP, group: TensorGroup) -> None:
     if mlp.gate_up is not None:  # rows of the gate, and those of up behind them
         halves = torch.arange(mlp.gate_up.out_features, device=mlp.gate_up.weight.device).view(2, group.size, -1)
-        mlp.gate_up = ColumnLinear(mlp.gate_up, group, halves[:, group.rank].flatten())
-    mlp.gate = None if mlp.gate is None else ColumnLinear(mlp.gate, group)
-    mlp.up = None if mlp.up is None else ColumnLinear(mlp.up, group)
-    mlp.down = RowLinear(mlp.down, group)
+        mlp.gate_up = _columns(mlp.gate_up, group, halves[:, group.rank].flatten())
+    mlp.gate = None if mlp.gate is None else _columns(mlp.gate, group)
+    mlp.up = None if mlp.up is None else _columns(mlp.up, group)
+    mlp.down = _rows(mlp.down, group)
     mlp.in_place = False

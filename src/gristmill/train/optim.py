@@ -1,15 +1,17 @@
 """Optimisers and schedules: AdamW, and Muon for hidden matrices with AdamW for everything else."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from gristmill.core.device import zeros_outside_heap
 from gristmill.core.errors import InputError
-from gristmill.parallel.mesh import is_sharded, part_of
+from gristmill.parallel.mesh import Mesh, is_sharded, part_of
+from gristmill.train.muon import ShardedMuon
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -50,9 +52,12 @@ class Optimizer:
     """One or two torch optimisers behind one face, with a state that is a flat dictionary of tensors.
 
     Norms, biases and all other one-dimensional parameters are never decayed.
+
+    Args:
+        mesh: the processes that have parts of the model.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimSettings) -> None:
+    def __init__(self, model: nn.Module, settings: OptimSettings, mesh: Mesh | None = None) -> None:
         if settings.optimizer not in OPTIMIZERS:
             raise InputError(f"unknown optimizer {settings.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
         self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -80,7 +85,10 @@ class Optimizer:
             )
         ]
         if muon:
-            self._parts.append(torch.optim.Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
+            make: Callable[..., torch.optim.Muon] = torch.optim.Muon
+            if mesh is not None and any(is_sharded(matrix) for matrix in muon):
+                make = partial(ShardedMuon, group=mesh.layer_group())
+            self._parts.append(make(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
         self._base_lrs = [settings.lr, settings.muon_lr]
 
     @property

@@ -1,6 +1,6 @@
 """The part of a model that one process of several trains, and the whole of it again."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
+from gristmill.model.lora import LowRank, is_adapted
 from gristmill.parallel.context import shard_context
 from gristmill.parallel.mesh import Mesh, ParallelDims, part_of, skeleton, whole
 from gristmill.parallel.pipeline import TIED, Pipeline, check_pipeline
@@ -17,11 +18,10 @@ from gristmill.parallel.tensor import check_tensor_parallel, shard_tensors
 from gristmill.train.checkpoint import fingerprint_model
 
 
-def check_parallel(config: ModelConfig, dims: ParallelDims, *, adapted: bool = False) -> None:
-    """Raise InputError where a model, or with `adapted` the training of an adapter beside it, cannot be shared out so."""
-    if adapted and dims.together > 1:
-        raise InputError("Adapters are trained data parallel alone: leave --tp, --cp and --pp out, or train all weights.")
-    check_tensor_parallel(config, dims.tp)
+def check_parallel(config: ModelConfig, dims: ParallelDims, *, bases: Iterable[str] = ()) -> None:
+    """Raise InputError where a model cannot be shared out so; `bases`: types that it is frozen in beside adapters."""
+    for base in ("", *bases):
+        check_tensor_parallel(config, dims.tp, base)
     check_pipeline(config, dims)
 
 
@@ -45,6 +45,9 @@ def read_parts(folder: Path, shapes: Mapping[str, Sequence[int]], parameters: Ma
 class ShardedModel:
     """A model cut over the processes of a mesh: layers over a pipeline, matrices over a tensor-parallel group, each weight over the others.
 
+    Of an adapter, which is small, every process has all that its layers have, and the gradients are added up once a step. What is frozen
+    beside it is cut over pipeline and tensor-parallel group alone.
+
     Args:
         model: the same on all processes.
         objective: from model and micro-batch to a loss sum, which the last stage of a pipeline computes.
@@ -52,6 +55,7 @@ class ShardedModel:
     Attributes:
         local: what this process trains.
         started_from: fingerprint of the whole model as it was.
+        is_adapted: whether an adapter is trained.
         is_padded: whether a parameter has rows that fill it up, which another mesh does not have.
 
     Raises:
@@ -61,17 +65,30 @@ class ShardedModel:
     def __init__(self, model: nn.Module, objective: Any, mesh: Mesh) -> None:
         self.started_from = fingerprint_model(model)
         mesh.agree(self.started_from, "starting weights")
-        self._mesh, self._whole = mesh, skeleton(model)
+        self._mesh, self._whole, self.is_adapted = mesh, skeleton(model), is_adapted(model)
         self._names = set(dict(self._whole.named_parameters()))
         self.local = model if mesh.pipeline is None else Pipeline(model, objective, mesh)
         for part in self.local.each() if isinstance(self.local, Pipeline) else [model]:
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                raise InputError("Lower --pp or --vp: a stage of the pipeline would have nothing that is trained.")
             if mesh.tensor is not None:
                 shard_tensors(getattr(part, "model", part), mesh.tensor)
             if mesh.context is not None:
                 shard_context(getattr(part, "model", part), mesh.context)
-            mesh.shard(part)
+            if not self.is_adapted:
+                mesh.shard(part)
         own = [(f"|{name}", parameter) for name, parameter in self.local.named_parameters() if name in self._names]
         self.is_padded = any(mesh.gather(any(self._like(name, parameter) is not None for name, parameter in own)))
+
+    def add_up_gradients(self) -> None:
+        """Add up what FSDP2 does not: an adapter's gradients, to which parts of matrices, too, give parts (collective)."""
+        if not self.is_adapted:
+            return
+        trained = [parameter for parameter in self.local.parameters() if parameter.requires_grad]
+        if self._mesh.tensor is not None:
+            adapter = [module for module in self.local.modules() if isinstance(module, LowRank)]
+            self._mesh.tensor.add_up_gradients([parameter for module in adapter for parameter in module.parameters()])
+        self._mesh.shards.add_up_gradients(trained)
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of all processes, whole, one after another (collective); their names have a parameter's behind a bar."""
@@ -108,12 +125,13 @@ class ShardedModel:
         """Copy whole tensors, by their parameters' names, into the parts that are here."""
         parts = self.parts_of(trained)
         for name, parameter in self.local.named_parameters():
-            parameter.detach().copy_(parts[name])
+            if parameter.requires_grad:
+                parameter.detach().copy_(parts[name])
 
     def parts_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of whole tensors, by their parameters' names, what this process has."""
         tensors = self.with_tied(tensors)
-        return {name: part_of(tensors[name], parameter) for name, parameter in self.local.named_parameters()}
+        return {name: part_of(tensors[name], parameter) for name, parameter in self.local.named_parameters() if parameter.requires_grad}
 
     def with_tied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors, those of a tied embedding also under the name of the last stage's copy."""

@@ -44,7 +44,7 @@ from gristmill.train.memory import always_checkpointed, choose_micro_batch, fitt
 from gristmill.train.metrics import LossOutput, MetricsLog, MetricSums
 from gristmill.train.optim import Optimizer, OptimSettings, schedule_scale
 from gristmill.train.settings import ramp_of
-from gristmill.train.sharded import ShardedModel, check_parallel, read_parts
+from gristmill.train.sharded import ShardedModel, read_parts
 
 __all__ = ["LossOutput", "Objective", "OnStep", "TrainResult", "TrainSettings", "Trainer", "compute_precision", "global_count"]
 
@@ -103,16 +103,11 @@ class Trainer:
         self._checkpointed: bool | str = settings.checkpoint_activations if settings.checkpoint_activations != "auto" else False
         self.num_steps = settings.steps  # `fit` knows it of epochs too
         self._sharded: ShardedModel | None = None
-        adapted = any(not parameter.requires_grad for parameter in model.parameters())
-        self._replicated = adapted and self.mesh.size > 1  # all processes have all of an adapter, which is small
-        if self._replicated:
-            check_parallel(backbone(model).config, self.mesh.dims, adapted=True)
-            self.mesh.agree(fingerprint_model(model), "starting weights")
-        elif self.mesh.size > 1:
+        if self.mesh.size > 1:
             self._sharded = ShardedModel(self.model, objective, self.mesh)
             self.model = self._sharded.local
         names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay", "b_lr_ratio")
-        self.optimizer = Optimizer(self.model, OptimSettings(**{name: getattr(settings, name) for name in names}))
+        self.optimizer = Optimizer(self.model, OptimSettings(**{name: getattr(settings, name) for name in names}), self.mesh)
         self.result = TrainResult(0, 0, 0.0, {}, [], [])
         self._best: dict[str, Tensor] = {}
         self._best_loss = math.inf
@@ -275,8 +270,8 @@ class Trainer:
         with self._in_place(len(batches)) if self.num_workers == self.mesh.size == 1 else nullcontext():
             for output in self._backward(batches, fillers, count):
                 totals.add(output)
-        if self._replicated:
-            data.add_up_gradients(self.optimizer.parameters)
+        if self._sharded is not None:
+            self._sharded.add_up_gradients()
         norm = self._clip_grad_norm(self.settings.clip or math.inf)
         metrics = totals.means(self.mesh)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
@@ -435,7 +430,7 @@ class Trainer:
 
     def _save(self, store: CheckpointStore) -> None:
         """Write a checkpoint: of several processes, all do, and training goes on meanwhile."""
-        if self._sharded is None or self._sharded.is_padded:
+        if self._sharded is None or self._sharded.is_padded or self._sharded.is_adapted:
             store.save(self.state())
             return
         store.begin(self.state(whole=False))

@@ -98,7 +98,7 @@ def train_model(
     if lora is not None and is_adapter(start):
         raise InputError(f"Merge the adapter first (`gristmill merge {start} --out DIR`), and train on what it made: {start} is no model.")
     config = read_config(base_of(start) if is_adapter(start) else start)[1]
-    check_parallel(config, mesh.dims, adapted=lora is not None)
+    check_parallel(config, mesh.dims, bases=() if lora is None else (lora.base,))
     if kind == "guard" and lora is not None:
         raise InputError("A guard is trained whole: leave --lora-rank out.")
     if isinstance(recipe, DistillationTraining):

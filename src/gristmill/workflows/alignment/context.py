@@ -148,7 +148,7 @@ class AlignmentContext:
         for section in sections:
             if section.lora is not None:
                 check_adapters(base, lora_config(section.lora), base=section.lora.base)
-        check_parallel(base.config, (mesh or Mesh()).dims, adapted=any(section.lora is not None for section in sections))
+        check_parallel(base.config, (mesh or Mesh()).dims, bases=[section.lora.base for section in sections if section.lora is not None])
         self.base_config, self.max_positions = base.config, base.config.max_positions
         given, size = recipe, num_parameters(base.config)
         self.recipe = recipe = resolved_recipe(given, size, self.device, source=self.source, folder=folder, mesh=mesh)
