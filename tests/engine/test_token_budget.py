@@ -79,3 +79,12 @@ def test_prompts_always_get_on() -> None:
         budget.observe(1, 40, 1.0)
         budget.observe(1, 0, 0.01)
     assert budget.prompt_tokens(1, 0, MOST) == MIN_PROMPT_TOKENS and budget.prompt_tokens(1, 0, 3) == 3
+
+
+def test_prompt_tokens_that_seem_to_cost_nothing_are_no_division_by_zero() -> None:
+    """Nobody decodes, and long steps were no slower than short ones: all of a step's time seems to be its constant, above the target."""
+    budget = TokenBudget()
+    for _ in range(5):
+        budget.observe(0, 16, 1.0)
+        budget.observe(0, MOST, 0.9)
+    assert budget.prompt_tokens(0, 1, MOST) == MOST

@@ -178,6 +178,10 @@ def test_bad_settings_come_before_work(tmp_path: Path) -> None:
         run(never, tmp_path / "none", "mmlu")
     with pytest.raises(InputError, match="--limit must be at least 1"):
         run(never, tmp_path, "mmlu", limit=0)
+    with pytest.raises(InputError, match="none does not exist: give the folder of a run"):
+        run(never, write_data(tmp_path / "data"), "winogrande", contamination=tmp_path / "none", **SHOTS)
+    told = CliRunner().invoke(app, ["eval", "model", "--data", str(tmp_path)])
+    assert told.exit_code == 2 and "Give benchmarks by --tasks" in told.stderr
 
 
 def test_the_list_of_tasks_says_what_files_they_want() -> None:

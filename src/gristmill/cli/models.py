@@ -382,7 +382,7 @@ def eval(
 
     running = EngineArgs.of(locals())
     named: dict[str, Any] = {"model": endpoint_model, "key_env": endpoint_key_env}
-    if tasks or endpoint or is_url(model):
+    if tasks or data is not None or endpoint or is_url(model):
         from gristmill.cli.benchmarks import run_tasks
         from gristmill.workflows.benchmarks import BenchmarkArgs
 

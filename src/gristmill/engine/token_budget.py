@@ -49,7 +49,7 @@ class TokenBudget:
         alone = constant + decoded * num_decoded
         least = max(STEP_RATIO * (alone + decoded * num_waiting), self.min_step_seconds)
         target = least if num_decoded else IDLE_STEP_SECONDS
-        if prompt * most <= target - alone:
+        if prompt == 0 or prompt * most <= target - alone:  # 0: so far longer prompts have cost nothing
             return most
         return min(most, max(MIN_PROMPT_TOKENS, int((target - alone) / prompt)))
 

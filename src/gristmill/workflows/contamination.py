@@ -27,6 +27,8 @@ def contaminated(source: Path, documents: Mapping[str, Sequence[Mapping[str, Any
     Raises:
         InputError: it holds no training rows.
     """
+    if not source.exists():  # said even where no document is long enough to be looked for
+        raise InputError(f"{source} does not exist: give the folder of a run, or a file of its rows.")
     settings = Decontaminate(benchmarks=[source], ngram=MIN_WORDS, min_words=MIN_WORDS)
     texts = [(name, number, text) for name, docs in documents.items() for number, doc in enumerate(docs) for text in _strings(doc)]
     if not texts:
