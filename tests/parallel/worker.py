@@ -308,7 +308,7 @@ def arm(moment: str, step: int) -> None:
         "stop": (Trainer, "_backward"),
         "writing": (hf_storage.HuggingFaceStorageWriter, "write_data"),  # its part of a checkpoint
         "written": (checkpoint, "write_json"),  # all parts are there, and no checkpoint yet
-        "renamed": (checkpoint, "sync"),  # two checkpoints are there
+        "renamed": (checkpoint, "sync"),  # there is a checkpoint more than shall be, but for the first
     }
     before(*places[moment], lambda: os.kill(os.getpid(), sign) if len(begun) == step else None)
 
