@@ -26,6 +26,7 @@ from gristmill.studio.store import Refused
 
 KEY = "GRISTMILL_STUDIO_KEY"  # environment variable of the served model's key
 LOAD_SECONDS, ANSWER_SECONDS, IDLE_SECONDS = 300.0, 600.0, 900.0
+GONE_SECONDS = 2.0  # in which a page that has gone is noticed, by the next token that it would get
 ADDRESS = re.compile(r" at (http://127\.0\.0\.1:\d+/v1)\s*$")
 THINKS = re.compile(rb"detailed thinking|<think>")
 MAX_TEMPLATE_BYTES = 4 << 20
@@ -97,6 +98,9 @@ class ModelServer:
         async with self._lock:
             if self.name == model.name:
                 return
+            begun = time.monotonic()
+            while self._streams and time.monotonic() < begun + GONE_SECONDS:
+                await asyncio.sleep(0.05)
             if self._streams:
                 raise Refused(409, f"{self._name} is answering somebody: wait, or stop it.")
             await self._end()

@@ -83,6 +83,8 @@ class TalkRoutes(Routes):
                 await reply.write(json.dumps(piece).encode() + b"\n")
         except InputError as e:  # the answer has begun: its last line says what happened
             await reply.write(json.dumps({"error": str(e)}).encode() + b"\n")
+        except ConnectionResetError:
+            pass  # the page has gone
         finally:
             await pieces.aclose()  # type: ignore[attr-defined]
         return reply
