@@ -147,7 +147,7 @@ FAULTS: list[dict[str, Any]] = [  # each in a start of its own; steps count from
     {"rank": 1, "moment": "stop", "step": 2},
     {"rank": 1, "moment": "writing", "step": 2},
     {"rank": 0, "moment": "written", "step": 2},
-    {"rank": 0, "moment": "renamed", "step": 2},
+    {"rank": 0, "moment": "renamed", "step": 3},
     {"rank": 1, "moment": "step", "step": 1},
 ]
 
