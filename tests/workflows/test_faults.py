@@ -1,6 +1,6 @@
 """Kills, full disks and power cuts at the operations on files of whole runs: the next start ends with the calm run's results.
 
-A sample of the operations is tried. `GRISTMILL_TEST_FAULTS=1` tries all of them, N every Nth, N:K every Nth from the Kth (from 0), and each:K
+A sample of the operations is tried. `GRISTMILL_TEST_FAULTS=1` tries all of them, N every Nth, N:K every Nth from the Kth (from 0); each:K
 draws K of each kind of operation on each kind of file: minutes to hours.
 """
 
