@@ -146,7 +146,8 @@ class _Run:
             _write_prompts(folder / PROMPTS, self.prompts[stage.name])
             _write_prompts(folder / WATCHED, self.rows.watched(stage))
             recipe = self.recipe.rl_recipe(stage, model=str(model), prompts=str(folder / PROMPTS), evaluation=str(folder / WATCHED))
-            return rl.run(recipe, folder / RL_RUN, self.progress, self.unsafe_code)
+            results = rl.run(recipe, folder / RL_RUN, self.progress, self.unsafe_code)
+            return {key: value for key, value in results.items() if key != "alarms"}  # this run has its own
 
         asked = [[p.id, p.truth] for p in self.prompts[stage.name]]
         settings = [stage.model_dump(mode="json"), self.recipe.rl.model_dump(mode="json"), asked]
