@@ -1,7 +1,7 @@
 """Kills, full disks and power cuts at the operations on files of whole runs: the next start ends with the calm run's results.
 
-A sample of the operations is tried. `GRISTMILL_TEST_FAULTS=1` tries all of them, N every Nth, N:K every Nth from the Kth (from 0) on:
-minutes to hours.
+A sample of the operations is tried. `GRISTMILL_TEST_FAULTS=1` tries all of them, N every Nth, N:K every Nth from the Kth (from 0); each:K
+draws K of each kind of operation on each kind of file: minutes to hours.
 """
 
 import errno
@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -180,6 +181,11 @@ class Disk:
                     os.truncate(copy, min(copy.stat().st_size, self.lengths.get(source.stat().st_ino, 0)))
 
 
+def file_kind(path: str) -> str:
+    """A path without what tells the stages, and the files of a kind, apart."""
+    return re.sub(r"[0-9a-f]{8,}|\d+", "#", re.sub(r"/\d\d-[a-z0-9-]+", "/STAGE", path))
+
+
 def alike(value: Any) -> Any:
     """Results without what no two runs have in common."""
     if isinstance(value, dict):
@@ -279,6 +285,12 @@ def test_struck_anywhere_the_next_start_ends_the_same(name: str, works: dict[str
     assert len(kinds) > 30
 
     def chosen(count: int, places: list[int]) -> list[int]:
+        if STRIDE == "each":
+            alike: dict[tuple[str, str], list[int]] = {}
+            for i in places:
+                alike.setdefault((kinds[i][0], file_kind(kinds[i][1])), []).append(i)
+            draw = random.Random(count)
+            return sorted(i for of in alike.values() for i in draw.sample(of, min(int(FIRST), len(of))))
         stride = int(STRIDE) or max(1, len(places) // count)
         return places[int(FIRST or stride // 2) :: stride]
 

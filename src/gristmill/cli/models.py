@@ -68,6 +68,9 @@ def pretrain(
         result = pretraining.pretrain(loaded, out, progress.train_step, mesh)
     if mesh.is_writer:
         _done(result, out / "model", as_json)
+        if result.tokens < 0.95 * loaded.tokens:
+            words = f"gristmill: the documents end after {result.tokens:,} of the {loaded.tokens:,} tokens that `tokens` asks for."
+            echo(words, err=True)
         for line in pretraining.held_out_lines(out) if not as_json else ():
             echo(line)
 

@@ -140,6 +140,7 @@ def _finish(
         results = start(folder, progress)
     page = write_page(read_run(folder))
     echo(json.dumps(results) if as_json else "\n".join([*lines(results, folder), f"report: {page}"]))
+    end_with_alarms(results.get("alarms", ()))  # none in results of an earlier version
 
 
 def _run_reasoning(path: Path, out: Path | None, overrides: dict[str, Any], *, unsafe_code: bool, quiet: bool, as_json: bool) -> None:

@@ -27,7 +27,7 @@ from gristmill.report.comparisons import (
     stage_label,
 )
 from gristmill.report.figures import Series, stage_plot
-from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.markup import Markup, alarm_banners, banner, document, el, table
 from gristmill.report.measurements import HEADING_OF, LEAD, SECTION_OF, measurements_section, write_measurement_pages
 from gristmill.report.people import LEAD as LEAD_OF_PEOPLE
 from gristmill.report.people import has_people, people_section
@@ -137,21 +137,17 @@ def _top(data: RunData, name: str) -> Markup:
     control = recipe.get("control")
     banners = []
     if control:
-        banners.append(_banner(f"This is a control: {control}. ", CONTROLS.get(control, "")))
+        banners.append(banner(f"This is a control: {control}. ", CONTROLS.get(control, "")))
     if not results:
-        banners.append(_banner("This run is not finished. ", "The page shows what there is; run the same command again to continue."))
+        banners.append(banner("This run is not finished. ", "The page shows what there is; run the same command again to continue."))
     elif results.get("stopped"):
-        banners.append(_banner("Stopped before its end. ", results["stopped"]))
-    banners += [_banner("Alarm. ", alarm["text"]) for alarm in (results or {}).get("alarms", ())]
-    banners += [_banner(head, words) for head, words in doubts(results or {})]
+        banners.append(banner("Stopped before its end. ", results["stopped"]))
+    banners += alarm_banners(results)
+    banners += [banner(head, words) for head, words in doubts(results or {})]
     eyebrow = f"gristmill {'control run' if control else 'run'}"
     return el(
         "header", el("p", eyebrow, class_="eyebrow"), el("h1", name), el("p", " \u00b7 ".join(facts), class_="soft"), banners, class_="top"
     )
-
-
-def _banner(head: str, words: str) -> Markup:
-    return el("p", el("b", head), words, class_="banner")
 
 
 # ---- the headline ----

@@ -9,7 +9,7 @@ from typing import Any
 from gristmill.core.io import write_text
 from gristmill.report.comparisons import format_difference, format_score_ci
 from gristmill.report.figures import Points, layers_picture, scatter_plot
-from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.markup import Markup, alarm_banners, document, el, table
 from gristmill.report.summary import compression_lines
 from gristmill.report.training import training_section
 from gristmill.runs.reader import RunData
@@ -20,7 +20,7 @@ SEARCHES = {"mip": "search", "curve": "search, other speeds", "greedy": "greedy"
 def write_page(data: RunData) -> Path:
     """Write the page of a finished or unfinished compression into its folder; it needs nothing from anywhere."""
     title = str(data.recipe["name"])
-    head = el("header", el("p", "Compression", class_="eyebrow"), el("h1", title), class_="top")
+    head = el("header", el("p", "Compression", class_="eyebrow"), el("h1", title), alarm_banners(data.results), class_="top")
     body: list[Any] = []
     stages = {stage["name"]: stage for stage in data.stages if "name" in stage}
     if data.results is not None:

@@ -5,7 +5,7 @@ A model's text may try anything: tags, attribute breaks, control characters, tex
 
 import html
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gristmill.report.style import STYLE
@@ -68,6 +68,16 @@ def table(head: Iterable[Child], rows: Iterable[Iterable[Child]], *, numeric_fro
     top = el("tr", [el("th", h, scope="col", class_="num" if i >= numeric_from else None) for i, h in enumerate(head)])
     body = [el("tr", [cell(c, i) for i, c in enumerate(row)]) for row in rows]
     return el("div", el("table", el("thead", top), el("tbody", body)), class_="wide medium" if medium else "wide")
+
+
+def banner(head: str, words: str) -> Markup:
+    """What a reader must know before all else."""
+    return el("p", el("b", head), words, class_="banner")
+
+
+def alarm_banners(results: Mapping[str, Any] | None) -> list[Markup]:
+    """The alarms of a run, of which an unfinished one has none."""
+    return [banner("Alarm. ", alarm["text"]) for alarm in (results or {}).get("alarms", ())]
 
 
 def document(title: str, *body: Child) -> Markup:

@@ -9,7 +9,7 @@ from gristmill.data.rows import Prompt
 from gristmill.data.thinking import LINES, split_answer
 from gristmill.report.comparisons import format_difference, format_score_ci
 from gristmill.report.figures import monitor_plot
-from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.markup import Markup, alarm_banners, document, el, table
 from gristmill.report.rl import curves
 from gristmill.report.summary import reasoning_lines
 from gristmill.runs.artifacts import EVALUATION
@@ -23,7 +23,7 @@ NUM_SHOWN, MAX_CHARS = 6, 1200  # questions, and of an answer
 def write_page(data: RunData) -> Path:
     """Write the page of a finished or unfinished run into its folder; it needs nothing from anywhere."""
     title = str(data.recipe["name"])
-    head = el("header", el("p", "Reasoning", class_="eyebrow"), el("h1", title), class_="top")
+    head = el("header", el("p", "Reasoning", class_="eyebrow"), el("h1", title), alarm_banners(data.results), class_="top")
     stages = {stage["name"]: stage for stage in data.stages if "name" in stage}
     body: list[Any] = []
     if data.results is not None:

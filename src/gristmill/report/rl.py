@@ -7,7 +7,7 @@ from typing import Any
 from gristmill.core.io import write_text
 from gristmill.report.comparisons import MODES, format_difference, format_score_ci
 from gristmill.report.figures import loss_plot
-from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.markup import Markup, alarm_banners, document, el, table
 from gristmill.report.summary import rl_lines
 from gristmill.report.training import read_metrics, thinned
 from gristmill.runs.journal import read_once
@@ -37,7 +37,7 @@ MAX_GROUPS = 1000  # latest ones that are looked at: a journal may be larger tha
 def write_page(data: RunData) -> Path:
     """Write the page of a finished or unfinished run into its folder; it needs nothing from anywhere."""
     title = str(data.recipe["name"])
-    head = el("header", el("p", "Reinforcement learning", class_="eyebrow"), el("h1", title), class_="top")
+    head = el("header", el("p", "Reinforcement learning", class_="eyebrow"), el("h1", title), alarm_banners(data.results), class_="top")
     body: list[Any] = []
     if data.results is not None:
         body += [el("pre", "\n".join(rl_lines(data.results, data.folder))), _accuracies(data.results)]

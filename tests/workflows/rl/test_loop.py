@@ -186,6 +186,15 @@ def test_groups_without_a_spread_end_the_run_with_advice(tiny_base: Path, tmp_pa
     assert len(read_records(tmp_path / "run/01-rl/rollouts.jsonl")) == (3 + 1) * 2
 
 
+def test_steps_that_taught_nothing_are_an_alarm(tiny_base: Path, tmp_path: Path) -> None:
+    make(tmp_path, tiny_base, steps=1)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "Say bee.", "truth": {"kind": "exact", "value": "zzzz"}}) + "\n")
+    shown = CliRunner().invoke(app, ["rl", str(tmp_path / "rl.yaml"), "--out", str(tmp_path / "run"), "--quiet"])
+    assert shown.exit_code == 4 and "gristmill: alarm: rl makes 0 of 1 updates" in shown.stderr, shown.output
+    assert "alarm: rl makes 0 of 1 updates" in CliRunner().invoke(app, ["status", str(tmp_path / "run")]).stdout
+    assert "<b>Alarm. </b>rl makes 0 of 1 updates" in (tmp_path / "run/report.html").read_text()
+
+
 def test_a_function_that_says_the_same_of_all_is_named(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "rewards.py").write_text("def reward(completions): return [1.0] * len(completions)")
     rewards = {"verifier": 0, "cut_off": "masked", "functions": [{"file": str(tmp_path / "rewards.py")}]}

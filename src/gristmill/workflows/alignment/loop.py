@@ -31,8 +31,8 @@ from gristmill.parallel.mesh import Mesh
 from gristmill.runs import artifacts
 from gristmill.train.settings import PreferenceTraining, Training
 from gristmill.verify.repair import instructions_of
+from gristmill.workflows.alarms import code_left_out, collapsed, few_steps, kept_nothing, no_pairs, no_prompts, unusable_prompts
 from gristmill.workflows.alignment import monitors
-from gristmill.workflows.alignment.alarms import code_left_out, collapsed, few_steps, kept_nothing, no_pairs, no_prompts, unusable_prompts
 from gristmill.workflows.alignment.answering import answer, answer_pairs, prompt_demonstrations
 from gristmill.workflows.alignment.best import choose_best
 from gristmill.workflows.alignment.context import ASKED, AlignmentContext
@@ -477,8 +477,7 @@ def _prefer(
 
 
 def _watch_steps(context: AlignmentContext, state: State, name: str, done: dict[str, Any], settings: Training) -> None:
-    alarm = few_steps(name, done["steps"], done["rows"], settings=settings, min_steps=context.recipe.alarms.min_steps)
-    state.alarms += [alarm] if alarm else []
+    state.alarms += few_steps(name, done["steps"], done["rows"], settings=settings, min_steps=context.recipe.alarms.min_steps)
 
 
 def _model_stage(context: AlignmentContext, state: State, name: str, number: int, inputs: Any, work: Any, settings: Training) -> Engine:

@@ -13,7 +13,7 @@ from gristmill.data.rows import make_id
 from gristmill.judge.party import Party
 from gristmill.runs.run_dir import Stage
 from gristmill.runs.stage_names import baselines, is_single_task, round_of
-from gristmill.workflows.alignment.alarms import Alarm, fell_behind
+from gristmill.workflows.alarms import MIN_WORSE, Alarm, fell_behind
 from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.recipe import BASE_ROW, When
 from gristmill.workflows.alignment.state import State
@@ -25,7 +25,6 @@ from gristmill.workflows.safety import SAMPLES as SAFETY_SAMPLES
 STAGE_OF = {"evaluate": "benchmarks", "safety": "safety"}  # section of the recipe -> end of the stage's name, and what it measures
 FILES = {"evaluate": [RESULTS, f"{SAMPLES}/*.jsonl"], "safety": [SAFETY_SAMPLES, CANARIES]}
 AGAINST = ("base", "before")  # whom a model is compared with
-MIN_WORSE = 3  # documents or rows: that fewer turn out worse may be chance, whatever their interval
 
 
 def measure(context: AlignmentContext, state: State, name: str, moment: When) -> None:

@@ -22,7 +22,7 @@ from gristmill.evaluate.stats import accuracy, paired
 from gristmill.judge.judges import LocalRater
 from gristmill.runs import artifacts, checks
 from gristmill.runs.run_dir import MARKER
-from gristmill.workflows.alignment.alarms import stopped_by_people
+from gristmill.workflows.alarms import stopped_by_people
 from gristmill.workflows.alignment.context import AlignmentContext
 from gristmill.workflows.alignment.recipe import Check
 from gristmill.workflows.alignment.source import contaminated

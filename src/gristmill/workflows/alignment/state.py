@@ -7,7 +7,7 @@ from typing import Any
 
 from gristmill.data.rows import Demonstration, Pair, Rated
 from gristmill.runs.run_dir import Stage
-from gristmill.workflows.alignment.alarms import Alarm
+from gristmill.workflows.alarms import Alarm
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ from gristmill.runs.run_dir import RunDir, Stage
 from gristmill.train.batches import Sample, fingerprint_samples
 from gristmill.train.by_size import fill
 from gristmill.train.trainer import Trainer, TrainSettings
+from gristmill.workflows.alarms import not_distilled, slower_than_asked
 from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.answers import journalled
 from gristmill.workflows.compress.recipe import CompressionRecipe
@@ -339,13 +340,16 @@ class _Run:
             outcomes = [list(one["accuracy"]["outcomes"]["greedy"].values()) for one in (base, measured)]
             accuracy = {who: score["overall"]["mean"] for who, score in scores.items()} | {"scores": scores, "paired": paired(*outcomes)}
         sizes = {"parent": num_parameters(self.parent.config), "child": measured["parameters"]}
+        speed, summary = measured["speed"]["median"], child.summary
+        alarms = slower_than_asked(child.folder.name, speed, self.recipe.target.speed)
+        alarms += not_distilled(child.folder.name, summary["kl_before"], summary["kl"])
         return {
             "compress": {
                 "target": found["target"],
-                "speed": {"predicted": chosen["predicted"]["speed"], "measured": measured["speed"]["median"], "spread": measured["speed"]},
+                "speed": {"predicted": chosen["predicted"]["speed"], "measured": speed, "spread": measured["speed"]},
                 "accuracy": accuracy,
-                "kl": child.summary["kl"],
-                "kl_before": child.summary["kl_before"],
+                "kl": summary["kl"],
+                "kl_before": summary["kl_before"],
                 "score": chosen["score"],
                 "parameters": sizes,
                 "seconds": round(sum(stage.summary["seconds"] for stage in stages), 2),
@@ -355,6 +359,7 @@ class _Run:
             "layers": chosen["layers"],
             "children": found["children"],
             "model": f"{child.folder.name}/{MODEL}",
+            "alarms": alarms,
         }
 
 

@@ -39,6 +39,7 @@ from gristmill.model.hf import fingerprint, load_model
 from gristmill.model.hf_config import read_config
 from gristmill.runs.artifacts import EVALUATION, HUMAN_DEMONSTRATIONS
 from gristmill.runs.run_dir import RunDir, Stage
+from gristmill.workflows.alarms import few_steps, few_updates, worse_on
 from gristmill.workflows.answers import journalled
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 from gristmill.workflows.reasoning.recipe import ReasoningRecipe, RlStage
@@ -92,22 +93,27 @@ class _Run:
         model = sft.folder / MODEL
         before = self._measured("before", model, sft.fingerprint, budgets=())
         done, last = before, sft.fingerprint
+        alarms = few_steps("sft", sft.summary["steps"], sft.summary["rows"], settings=recipe.sft)
         for stage in recipe.stages:
             done = self._reinforced(stage, model, last)
+            alarms += few_updates(stage.name, done.summary["updates"], done.summary["steps"])
             model, last = done.folder / RL_RUN / done.summary["model"], done.fingerprint
         after = self._measured("after", model, last, budgets=recipe.budgets)
         old, new = before.summary["reasoning"], after.summary["reasoning"]
+        outcomes = {mode: [list(of["outcomes"][mode].values()) for of in (old, new)] for mode in LINES}
+        for mode, both in outcomes.items():
+            alarms += worse_on("after", f"held-out prompts (thinking {mode})", "sft", *both)
         scores = [{name: value for name, value in found.items() if name != "outcomes"} for found in (old, new)]
-        outcomes = [{mode: list(of.values()) for mode, of in found["outcomes"].items()} for found in (old, new)]
         results = {
             "reasoning": {
                 "before": scores[0],
                 "after": scores[1],
-                "paired": {mode: paired(outcomes[0][mode], outcomes[1][mode]) for mode in LINES},
+                "paired": {mode: paired(*both) for mode, both in outcomes.items()},
                 "budget": after.summary["budget"],
             },
             "rejected": data.summary["rejected"],
             "model": str(model.relative_to(self.dir.path)),
+            "alarms": alarms,
         }
         return self.dir.finish(results)
 
@@ -140,7 +146,8 @@ class _Run:
             _write_prompts(folder / PROMPTS, self.prompts[stage.name])
             _write_prompts(folder / WATCHED, self.rows.watched(stage))
             recipe = self.recipe.rl_recipe(stage, model=str(model), prompts=str(folder / PROMPTS), evaluation=str(folder / WATCHED))
-            return rl.run(recipe, folder / RL_RUN, self.progress, self.unsafe_code)
+            results = rl.run(recipe, folder / RL_RUN, self.progress, self.unsafe_code)
+            return {key: value for key, value in results.items() if key != "alarms"}  # this run has its own
 
         asked = [[p.id, p.truth] for p in self.prompts[stage.name]]
         settings = [stage.model_dump(mode="json"), self.recipe.rl.model_dump(mode="json"), asked]

@@ -34,6 +34,7 @@ from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity, fi
 from gristmill.train.metrics import MetricsLog
 from gristmill.train.objectives.policy_gradient import normalized, with_logprobs
 from gristmill.train.trainer import Trainer, TrainSettings
+from gristmill.workflows.alarms import few_updates, worse_on
 from gristmill.workflows.answers import journalled
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 from gristmill.workflows.rl.curriculum import curriculum_order, kept_by_rate
@@ -109,8 +110,12 @@ class _Run:
         after = self.dir.stage("rl", inputs, partial(self._train, rates=rates), files=[f"{MODEL}/*"])
         stages = [{"name": s.summary["name"], "folder": s.folder.name} | {m: s.summary[m] for m in MODES} for s in (before, after)]
         out: dict[str, Any] = {"stages": stages}
-        out["paired"] = {mode: paired(*(list(s.summary["outcomes"][mode].values()) for s in (before, after))) for mode in MODES}
+        outcomes = {mode: [list(s.summary["outcomes"][mode].values()) for s in (before, after)] for mode in MODES}
+        out["paired"] = {mode: paired(*both) for mode, both in outcomes.items()}
         out |= {key: after.summary[key] for key in ("steps", "updates", "train_seconds")} | {"model": f"{after.folder.name}/{MODEL}"}
+        out["alarms"] = few_updates("rl", out["updates"], out["steps"] * self.recipe.updates)
+        for mode, both in outcomes.items():
+            out["alarms"] += worse_on("rl", f"the evaluation ({mode})", "base", *both)
         self.dir.finish(out)
         return out
 

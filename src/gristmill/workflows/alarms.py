@@ -1,11 +1,14 @@
 """Alarms of a run: what went on but cannot have done what it was meant for, with the reason and what to change."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gristmill.train.settings import Training
+from gristmill.evaluate.stats import paired
+from gristmill.train.settings import MIN_STEPS, Training
 
 Alarm = dict[str, str]  # stage, and one text that says what, why and what to change
+SPEED_NOISE = 0.05
+MIN_WORSE = 3  # documents or rows: that fewer turn out worse may be chance, whatever their interval
 
 
 def unusable_prompts(stage: str, probe: Mapping[str, Any]) -> Alarm:
@@ -65,16 +68,57 @@ def code_left_out(stage: str, num_rows: int, min_rows: int) -> Alarm:
     }
 
 
-def few_steps(stage: str, steps: int, num_rows: int, *, settings: Training, min_steps: int) -> Alarm | None:
-    """A training stage whose rows are too few for its passes; None where steps are enough, or were asked for as a number."""
-    if steps >= min_steps or settings.steps is not None:
-        return None
-    return {
-        "stage": stage,
-        "text": f"{stage} takes {steps} steps only: {num_rows:,} rows, {settings.epochs:g} epochs, batches of {settings.batch_size}. "
-        f"Under {min_steps} a model hardly changes. To change it, lower its batch_size, raise its epochs, or give it more rows "
-        "(its `steps` or alarms.min_steps say that few are meant).",
-    }
+def few_steps(stage: str, steps: int, num_rows: int, *, settings: Training, min_steps: int | None = None) -> list[Alarm]:
+    """A training stage whose rows are too few for its passes; none where steps are enough, or were asked for as a number.
+
+    Args:
+        settings: a section of a recipe, with or without gaps.
+        min_steps: what the recipe's alarms.min_steps says; None where it has none.
+    """
+    enough = MIN_STEPS if min_steps is None else min_steps
+    if steps >= enough or settings.steps is not None:
+        return []
+    passes = f", {settings.epochs:g} epochs" if settings.epochs is not None else ""
+    batches = f", batches of {settings.batch_size}" if settings.batch_size is not None else ""
+    meant = "its `steps` say" if min_steps is None else "its `steps` or alarms.min_steps say"
+    text = (
+        f"{stage} takes {steps} steps only: {num_rows:,} rows{passes}{batches}. Under {enough} a model hardly changes. To change it, "
+        f"lower its batch_size, raise its epochs, or give it more rows ({meant} that few are meant)."
+    )
+    return [{"stage": stage, "text": text}]
+
+
+def few_updates(stage: str, updates: int, wanted: int) -> list[Alarm]:
+    """Reinforcement learning of which most steps taught nothing; none where at least half did."""
+    if 2 * updates >= wanted:
+        return []
+    text = (
+        f"{stage} makes {updates} of {wanted} updates: in the other steps all answers to a prompt had the same reward. To change it, look "
+        "at the shares all right and all wrong in its page; then give harder or easier prompts, or raise samples or max_draws."
+    )
+    return [{"stage": stage, "text": text}]
+
+
+def slower_than_asked(stage: str, speed: float, target: float) -> list[Alarm]:
+    """A compressed model whose measured speed misses the target by more than what measuring again changes."""
+    if speed >= target * (1 - SPEED_NOISE):
+        return []
+    text = (
+        f"{stage} is {speed:.2f} times as fast as its parent, and {target:.2f} were asked for: what layers were predicted to cost does "
+        "not add up here. To change it, ask for a higher target, or raise costs.repeats on a machine that does nothing else."
+    )
+    return [{"stage": stage, "text": text}]
+
+
+def not_distilled(stage: str, before: float, after: float) -> list[Alarm]:
+    """A distillation that leaves the child as far from its parent as it was."""
+    if after < before:
+        return []
+    text = (
+        f"{stage} is as far from its parent after the distillation as before it (KL {before:.3g}, then {after:.3g} nats a token). "
+        "To change it, lower distillation.lr, or give it more steps or text."
+    )
+    return [{"stage": stage, "text": text}]
 
 
 def collapsed(stage: str, alarms: list[str]) -> Alarm:
@@ -87,7 +131,7 @@ def collapsed(stage: str, alarms: list[str]) -> Alarm:
 
 
 def fell_behind(stage: str, what: str, falls: Mapping[str, Mapping[str, Any]]) -> Alarm:
-    """A benchmark or a safety rate that is worse than an earlier model's, beyond the interval of the paired difference.
+    """A benchmark, a safety rate or an accuracy that is worse than an earlier model's, beyond the interval of the paired difference.
 
     Args:
         falls: differences, with `n`, by the name of the model that it was compared with.
@@ -102,3 +146,11 @@ def fell_behind(stage: str, what: str, falls: Mapping[str, Mapping[str, Any]]) -
         "text": f"{stage} is worse on {what}: {told} (paired, n {num:,}). To change it, lower its lr or epochs, give it rows of what it "
         "forgets, or serve the model before it.",
     }
+
+
+def worse_on(stage: str, what: str, other: str, before: Sequence[float], after: Sequence[float]) -> list[Alarm]:
+    """As `fell_behind`, of outcomes on the same prompts; none where the model is no worse than another by more than chance."""
+    difference = paired(before, after)
+    if difference["ci95"][1] >= 0 or sum(new < old for old, new in zip(before, after, strict=True)) < MIN_WORSE:
+        return []
+    return [fell_behind(stage, what, {other: difference})]
