@@ -128,10 +128,10 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
-def train(kind: str, precision: str, size: Size, device: torch.device) -> dict[str, Any]:
+def train(kind: str, precision: str, size: Size, device: torch.device, compile: bool = False) -> dict[str, Any]:
     """A few steps; the first loss beside that of the same step on the CPU."""
     samples = samples_of(kind, size)
-    settings = TrainSettings(lr=1e-3, steps=size.steps, batch_size=size.batch_size, precision=precision, shuffle=False)
+    settings = TrainSettings(lr=1e-3, steps=size.steps, batch_size=size.batch_size, precision=precision, shuffle=False, compile=compile)
 
     def trainer(where: torch.device, num: int) -> tuple[Trainer, list[AnySample]]:
         model: torch.nn.Module = Transformer(size.config)
@@ -431,7 +431,8 @@ def main() -> None:
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
         | {name: metadata.version(name) for name in ("gristmill", "numpy")},
-        "train": {f"{kind} {p}": train(kind, p, size, device) for kind in OBJECTIVES for p in TOLERANCE},
+        "train": {f"{kind} {p}": train(kind, p, size, device) for kind in OBJECTIVES for p in TOLERANCE}
+        | {"sft bf16, compiled": train("sft", "bf16", size, device, compile=True)},
         "score": score(size, asked, device),
         "generate": {name: generate(how, size, asked, device) for name, how in ENGINES.items()},
         "adapters": adapted(size, asked, device),

@@ -25,7 +25,7 @@ from gristmill.workflows.rl.recipe import RlRecipe
 # Every key a recipe may have. A change here is a change of what users have written down: think twice, then edit.
 TRAINING = (
     "optimizer lr muon_lr schedule warmup_ratio warmup_steps min_lr_ratio steps epochs batch_size micro_batch_tokens "
-    "checkpoint_activations weight_decay clip precision lora"
+    "checkpoint_activations compile weight_decay clip precision lora"
 )
 PREFERENCE = f"{TRAINING} loss beta eta label_smoothing sft_weight logprobs num_prompts num_pairs temperatures keep_chosen"
 ANSWERS = "samples temperatures max_tokens"
@@ -61,7 +61,7 @@ SURFACE = {
 }
 PRETRAINING = (
     "kind world documents weights held_out model preset tokenizer chat_format tokens seed batch_tokens batch_size "
-    "micro_batch_tokens checkpoint_activations "
+    "micro_batch_tokens checkpoint_activations compile "
     "optimizer lr muon_lr schedule warmup_ratio warmup_steps min_lr_ratio weight_decay precision device"
 )
 SHIPPED = sorted((Path(gristmill.__file__).parent / "recipes").glob("*.yaml"))

@@ -104,6 +104,7 @@ def train(
         Literal["auto", "true", "false", "selective"],
         typer.Option(help="Compute activations twice, to keep fewer; selective: but products; auto: where memory is short."),
     ] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Norms, activations and rotations by torch.compile: for GPUs.")] = False,
     tp: Tp = 1,
     cp: Cp = 1,
     pp: Pp = 1,
@@ -129,7 +130,7 @@ def train(
     from gristmill.train.settings import MIN_STEPS, training_section
     from gristmill.workflows.train import train_model
 
-    values: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "precision": precision}
+    values: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "precision": precision, "compile": compile}
     values |= given(micro_batch_tokens=micro_batch_tokens)
     values["checkpoint_activations"] = {"true": True, "false": False}.get(checkpoint_activations, checkpoint_activations)
     if kind != "guard" and (taxonomy is not None or max_fpr != 0.05):

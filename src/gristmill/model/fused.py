@@ -1,5 +1,7 @@
 """Fused operations between matrix products: residual add and norm, gated activations, softmax over the vocabulary.
 
+By kernels of ours on a CPU; elsewhere by torch.compile, where `compiled.compiling` says so.
+
 Shapes: T tokens, D hidden size, F ffn size, R rows of logits, V vocabulary.
 """
 
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gristmill.model import compiled
 from gristmill.model.kernels import library as kernels
 
 MAX_PRODUCT = 2**21  # elements of a bf16 product that is made before it is added to its sum
@@ -20,13 +23,15 @@ MAX_PRODUCT = 2**21  # elements of a bf16 product that is made before it is adde
 def norm(x: Tensor, gain_D: Tensor, bias_D: Tensor | None, *, eps: float) -> Tensor | None:
     """RMS norm of the last dimension, or with a bias layer norm, in the type of x; None where there is no kernel for x."""
     if kernels.library_for(x) is None:
-        return None
+        return compiled.call(compiled.norm, x, gain_D, bias_D, eps)
     return _AddNorm.apply(x, None, gain_D, bias_D, eps)[1]
 
 
 def add_norm(x_TD: Tensor, delta_TD: Tensor, gain_D: Tensor, bias_D: Tensor | None, *, eps: float) -> tuple[Tensor, Tensor] | None:
     """Residual add and norm: x + delta, and its norm; None where there is no kernel for x."""
-    return None if kernels.library_for(x_TD) is None else _AddNorm.apply(x_TD, delta_TD, gain_D, bias_D, eps)
+    if kernels.library_for(x_TD) is None:
+        return compiled.call(compiled.add_norm, x_TD, delta_TD, gain_D, bias_D, eps)
+    return _AddNorm.apply(x_TD, delta_TD, gain_D, bias_D, eps)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -74,13 +79,15 @@ def activation(gate: Tensor, up_TF: Tensor | None, kind: str) -> Tensor | None:
         gate: [T, F]; or [T, 2 F] with up behind the gate, of a gated kind.
         kind: of kernels.ACTIVATIONS; squared ReLU has no up.
     """
-    return None if kernels.library_for(gate) is None else _Activation.apply(gate, up_TF, kind)
+    if kernels.library_for(gate) is None:
+        return compiled.call(compiled.activation, gate, up_TF, kind)
+    return _Activation.apply(gate, up_TF, kind)
 
 
 def activation_and_gradients(gate: Tensor, up_TF: Tensor | None, grad_TF: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """f(gate) * up and the gradients of gate and up, in one pass; None where there is no kernel for them. Arguments as of `activation`."""
     if kernels.library_for(gate) is None:
-        return None
+        return compiled.call(compiled.activation_and_gradients, gate, up_TF, grad_TF, kind)
     gate, up_TF, out_TF = gate.contiguous(), None if up_TF is None else up_TF.contiguous(), torch.empty_like(grad_TF)
     grad_gate, grad_up_TF = torch.empty_like(gate), None if up_TF is None else torch.empty_like(up_TF)
     _activate(gate, up_TF, kind, out_TF=out_TF, grad_TF=grad_TF.contiguous(), grad_gate=grad_gate, grad_up=grad_up_TF)

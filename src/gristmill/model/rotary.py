@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gristmill.model import compiled
 from gristmill.model.config import ModelConfig
 from gristmill.model.rope import RopeScaling
 
@@ -37,12 +38,17 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_THd: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
         ctx.save_for_backward(cos_T1R, sin_T1R)
-        return _rotated(x_THd, cos_T1R, sin_T1R)
+        return _turn(x_THd, cos_T1R, sin_T1R)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos_T1R, sin_T1R = ctx.saved_tensors
-        return _rotated(grads[0], cos_T1R, -sin_T1R), None, None
+        return _turn(grads[0], cos_T1R, -sin_T1R), None, None
+
+
+def _turn(x_THd: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
+    made = compiled.call(_rotated, x_THd, cos_T1R, sin_T1R)
+    return _rotated(x_THd, cos_T1R, sin_T1R) if made is None else made
 
 
 def _rotated(x_THd: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class TrainSettings:
     batch_tokens: int | None = None  # tokens a step, on average
     micro_batch_tokens: int | None = None  # tokens that go through the model at once; None: as many as pay, within the free memory
     checkpoint_activations: Literal["auto", "selective"] | bool = "auto"  # compute activations again in the backward pass; "auto": to fit
+    compile: bool = False  # operations between products by torch.compile, where there are no kernels for them
     max_tokens: int | None = None  # longer samples are dropped and counted
     weight_decay: float = 0.1
     b_lr_ratio: float = 1.0  # LoRA+: learning rate of B, in those of A

@@ -9,6 +9,7 @@ from gristmill.core.errors import InputError
 
 MIN_STEPS = 20  # under which a training stage hardly changes a model
 CHECKPOINTING = "compute activations twice; selective: but products of matrices; auto: where memory is short"
+COMPILE = "norms, activations and rotations by torch.compile, where there are no kernels for them: for GPUs"
 DistillationLoss = Literal["cosine+kl", "kl", "cosine+kl+lm", "kl+lm", "lm"]
 Loss = Literal["dpo", "cdpo", "ipo", "rpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"]
 
@@ -51,7 +52,7 @@ def ramp_of(batch_size: BatchSize) -> Ramp:
 class Training(Section):
     """One training stage, as long as `steps` or `epochs` say. What is left out is chosen by the model's size (docs/settings.md)."""
 
-    added: ClassVar[frozenset[str]] = frozenset({"lora"})
+    added: ClassVar[frozenset[str]] = frozenset({"compile", "lora"})
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float | None = Field(None, gt=0, description="default by the model's size")
@@ -67,6 +68,7 @@ class Training(Section):
     )
     micro_batch_tokens: int | None = Field(None, gt=0, description="tokens at once; null: as many as pay, within the free memory")
     checkpoint_activations: Literal["auto", "selective"] | bool = Field("auto", description=CHECKPOINTING)
+    compile: bool = Field(False, description=COMPILE)
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, ge=0)
     precision: Literal["auto", "fp32", "bf16", "fp8", "fp8_tensorwise"] = Field(

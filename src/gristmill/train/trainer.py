@@ -20,6 +20,7 @@ from gristmill.core.device import check_dtype, kept_heap, pick_device, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.core.threads import MAX_THREADED_PARAMETERS, Map, num_workers, workers
 from gristmill.model import fused
+from gristmill.model.compiled import compiling
 from gristmill.model.fp8 import check_float8, computing_in_float8
 from gristmill.model.packed import filled_length
 from gristmill.model.transformer import TRAINING_PRECISIONS
@@ -206,6 +207,8 @@ class Trainer:
         del settings["checkpoint_activations"]
         if self.settings.b_lr_ratio == 1.0:  # as before there was one
             del settings["b_lr_ratio"]
+        if not self.settings.compile:
+            del settings["compile"]
         return Identity(
             self._sharded.started_from if self._sharded else fingerprint_model(self.model),
             data.fingerprint() if validation is None else _fingerprint_both(data, validation),
@@ -219,7 +222,8 @@ class Trainer:
         backbone(self.model).checkpoint_activations = self._checkpointed
         backbone(self.model).after_blocks = trim_heap if self._trims_heap else None
         try:
-            with kept_heap(), compute_precision(self.model, self.settings.precision), workers(self.num_workers) as self._map:
+            precision, compiled = compute_precision(self.model, self.settings.precision), compiling(self.settings.compile)
+            with kept_heap(), precision, compiled, workers(self.num_workers) as self._map:
                 yield
         finally:
             self._map = None

@@ -31,7 +31,7 @@ from gristmill.train.data import SampleData, TokenStoreData
 from gristmill.train.losses import token_logprobs
 from gristmill.train.memory import MIN_MICRO_BATCH
 from gristmill.train.objectives.next_token import next_token_objective, token_samples
-from gristmill.train.settings import CHECKPOINTING, BatchSize, ramp_of
+from gristmill.train.settings import CHECKPOINTING, COMPILE, BatchSize, ramp_of
 from gristmill.train.sharded import check_parallel
 from gristmill.train.trainer import OnStep, Trainer, TrainResult, TrainSettings
 
@@ -68,6 +68,7 @@ class Pretraining(Recipe):
     )
     micro_batch_tokens: int | None = Field(None, gt=0, description="tokens at once; null: as many as pay, within the free memory")
     checkpoint_activations: Literal["auto", "selective"] | bool = Field("auto", description=CHECKPOINTING)
+    compile: bool = Field(False, description=COMPILE)
     optimizer: Literal["adamw", "muon"] = "muon"
     lr: float = Field(3e-3, gt=0)
     muon_lr: float = Field(0.02, gt=0)
