@@ -19,6 +19,7 @@ from gristmill.core.io import (
     damaged,
     disk_errors,
     lock,
+    make_folder,
     read_bytes,
     read_json,
     stamp,
@@ -82,7 +83,7 @@ def test_rows_are_written_as_they_come(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="rows.jsonl cannot be written"):
+    with pytest.raises(InputError, match="file cannot be written .File exists"):
         write_jsonl(tmp_path / "file" / "rows.jsonl", [{}])
 
 
@@ -205,3 +206,10 @@ def test_the_disk_s_errors_are_sentences_and_others_are_not_hidden(tmp_path: Pat
             raise error
     with pytest.raises(ConnectionError), disk_errors(tmp_path):
         raise ConnectionResetError(errno.ECONNRESET, "x")
+
+
+@pytest.mark.parametrize("call", ["mkdir", "fsync"])
+def test_a_folder_that_a_full_disk_does_not_take_is_one_sentence(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, call, no_space)
+    with pytest.raises(InputError, match=r"new cannot be written \(No space left on device\): free some space"):
+        make_folder(tmp_path / "new" / "deep")

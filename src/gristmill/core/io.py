@@ -100,11 +100,18 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, each on the disk before anything is put into it."""
+    """Make a folder and those above it, each on the disk before anything is put into it.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be made.
+    """
     if not path.is_dir():
         make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        sync(path.parent)
+        try:
+            path.mkdir(exist_ok=True)
+            sync(path.parent)
+        except OSError as e:
+            raise InputError(f"{path} cannot be written ({reason(e)}): free some space or choose another place.") from e
 
 
 def sync(path: Path) -> None:
