@@ -19,6 +19,9 @@ def run_tasks(party: "Party", running: "EngineArgs", args: "BenchmarkArgs", *, q
     from gristmill.workflows.benchmark_sources import AnswerSource, EndpointSource, EngineSource
     from gristmill.workflows.benchmarks import run_benchmarks
 
+    if not party.is_endpoint:
+        running = running.resolved(party.folder)
+
     def source() -> AnswerSource:
         if party.is_endpoint:
             return EndpointSource(party.place, party.model, api_key_env=party.key_env)

@@ -413,6 +413,7 @@ def eval(
     from gristmill.model.hf import saved_as
     from gristmill.workflows.evaluate import evaluate, model_identity
 
+    running = running.resolved(party.folder)
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
         scores = evaluate(
             load_engine(party.folder, running, own=False),
