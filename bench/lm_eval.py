@@ -52,8 +52,9 @@ from gristmill.miniature.world import World
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
+from gristmill.workflows.benchmark_requests import BenchmarkArgs
 from gristmill.workflows.benchmark_sources import EngineSource
-from gristmill.workflows.benchmarks import SAMPLES, BenchmarkArgs, run_benchmarks
+from gristmill.workflows.benchmarks import SAMPLES, run_benchmarks
 
 TASK = """task: lands
 dataset_path: json

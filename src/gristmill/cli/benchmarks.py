@@ -8,7 +8,7 @@ from gristmill.core.echo import echo
 if TYPE_CHECKING:
     from gristmill.engine.load import EngineArgs
     from gristmill.judge.party import Party
-    from gristmill.workflows.benchmarks import BenchmarkArgs
+    from gristmill.workflows.benchmark_requests import BenchmarkArgs
 
 
 def run_tasks(party: "Party", running: "EngineArgs", args: "BenchmarkArgs", *, quiet: bool, as_json: bool) -> None:
