@@ -167,7 +167,7 @@ def _kappa(readable: Sequence[LabelledPair], verdicts: Mapping[str, str], seed: 
     if (kappa := kappa_of(table, weights="none")) is None:
         return {"mean": None, "ci95": None, "n": n}
     draws = np.random.default_rng(seed).multinomial(n, table.ravel() / n, size=1000).reshape(-1, *table.shape)
-    kappas = [one for draw in draws if (one := kappa_of(draw, weights="none")) is not None]
+    kappas = [one for draw in draws if (one := kappa_of(draw.astype(float), weights="none")) is not None]
     low, high = np.percentile(kappas, [2.5, 97.5])
     return {"mean": round(kappa, 4), "ci95": [round(float(low), 4), round(float(high), 4)], "n": n}
 
