@@ -18,6 +18,7 @@ from gristmill.cli.main import app
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.judge.party import Party
+from gristmill.report.judged import judged_text
 from gristmill.workflows.judged import run as judged
 from gristmill.workflows.judged.session import JudgeArgs, Kind, call_identity, identity_of
 
@@ -137,7 +138,7 @@ def args(service: Service, data: Path, out: Path, *, kind: Kind, judge: str = "j
 def run(kind: Kind, given: JudgeArgs) -> dict[str, Any]:
     results = judged.run(kind, given, Progress(quiet=True))
     assert json.loads((given.out / "results.json").read_text()) == results
-    assert judged.table(results)
+    assert judged_text(results)
     return results
 
 
@@ -232,7 +233,8 @@ def test_a_judge_that_says_nothing_readable(service: Service, data: Path, tmp_pa
     given = args(service, data, tmp_path / "out", kind=kind, judge="mumbler")
     with pytest.raises(InputError, match=r"no readable verdict in any of \d+ replies .*'It depends\.'"):
         judged.run(kind, given, Progress(quiet=True))
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["verdicts"]["unreadable"] > 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["verdicts"]["unreadable"] > 0 and f"unreadable verdicts: {found['verdicts']['unreadable']} of" in judged_text(found)
 
 
 def test_a_folder_of_another_benchmark_or_of_something_else_is_left_alone(service: Service, data: Path, tmp_path: Path) -> None:
@@ -272,6 +274,8 @@ def test_the_command(service: Service, data: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0, shown.output
     assert "agreement                          1.000" in shown.stdout and "unreadable verdicts: 0 of 4 replies" in shown.stdout
+    assert f"page: {out}/report.html" in shown.stdout
+    assert "agreement: the judge itself judged by judge" in (tmp_path / "out" / "report.html").read_text()
     told = CliRunner().invoke(app, [*words, "--json"])
     assert json.loads(told.stdout)["scores"]["agreement"]["n"] == 2
 

@@ -79,3 +79,4 @@ def list_tasks(as_json: bool) -> None:
         num = f"n {row['n']:,}" if row["n"] else "n as given"
         echo(f"{row['task']:<16} {num}, {row['shots']} shots, {row['metric']}, {row['licence']}: {row['about']}")
         echo(f"{'':<16} wants {', '.join(row['files'])} with {', '.join(row['columns'])}; from {row['source']}")
+    echo("with a judge: `gristmill judge`; refusals and attacks: `gristmill safety`")

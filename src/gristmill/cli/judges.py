@@ -56,7 +56,8 @@ def judge(
     """MT-Bench, Arena-Hard, AlpacaEval 2; a judge against people; RewardBench. Killed, it goes on; exit code 3 when calls failed."""
     from gristmill.core.progress import Progress
     from gristmill.judge.party import party_of
-    from gristmill.workflows.judged.run import KINDS, run, table
+    from gristmill.report.judged import judged_text, write_judged_page
+    from gristmill.workflows.judged.run import KINDS, run
     from gristmill.workflows.judged.session import SAMPLES, JudgeArgs
 
     if kind not in KINDS:
@@ -84,7 +85,9 @@ def judge(
     )
     with Progress(quiet=quiet) as progress:
         results = run(kind, args, progress)
-    echo(json.dumps(results) if as_json else "\n".join([*table(results), f"samples: {args.out / SAMPLES}"]))
+    page = write_judged_page(args.out, results, args.out / SAMPLES)
+    echo(json.dumps(results) if as_json else f"{judged_text(results)}\nsamples: {args.out / SAMPLES}")
+    echo(f"page: {page}", err=as_json)
     if failed := results["failed_calls"]:
         echo(f"gristmill: {failed:,} calls failed for good: run the same command again with --retry-failed.", err=True)
         raise typer.Exit(3)
