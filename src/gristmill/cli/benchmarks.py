@@ -19,9 +19,6 @@ def run_tasks(party: "Party", running: "EngineArgs", args: "BenchmarkArgs", *, q
     from gristmill.workflows.benchmark_sources import AnswerSource, EndpointSource, EngineSource
     from gristmill.workflows.benchmarks import run_benchmarks
 
-    if not party.is_endpoint:
-        running = running.resolved(party.folder)
-
     def source() -> AnswerSource:
         if party.is_endpoint:
             return EndpointSource(party.place, party.model, api_key_env=party.key_env)
@@ -41,6 +38,7 @@ def _identity(party: "Party", running: "EngineArgs") -> dict[str, Any]:
         return {"name": party.name, "endpoint": party.place}
     from gristmill.model.folder import folder_stamps
 
+    running = running.resolved(party.folder)
     facts = {name: getattr(running, name) for name in ("dtype", "quantize", "head", "cache")}
     return {"name": party.name, "files": folder_stamps(party.folder), **facts, "format": running.chat_format}
 

@@ -413,7 +413,6 @@ def eval(
     from gristmill.model.hf import saved_as
     from gristmill.workflows.evaluate import evaluate, model_identity
 
-    running = running.resolved(party.folder)
     with Progress(quiet=quiet) as progress, progress.stage("eval"):
         scores = evaluate(
             load_engine(party.folder, running, own=False),
@@ -427,7 +426,7 @@ def eval(
             greedy=greedy,
             out=out,
             against=against,
-            identity=model_identity(party.folder, running),
+            identity=model_identity(party.folder, running.resolved(party.folder)),
         )
     scores.pop("outcomes")
     if as_json:

@@ -217,9 +217,15 @@ def pick_precision(device: torch.device) -> str:
     if device.type == "cuda":
         with current_device(device):
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type != "cpu" or not has_bf16_products():
-        return "fp32"
-    return "bf16" if _seconds_of_product(torch.bfloat16) < _seconds_of_product(torch.float32) else "fp32"
+    return "bf16" if device.type == "cpu" and bf16_is_faster() else "fp32"
+
+
+@functools.cache
+def bf16_is_faster() -> bool:
+    """Whether products in bf16 are the faster ones on this CPU: measured once a process, so that all of it has one answer."""
+    import torch
+
+    return has_bf16_products() and _seconds_of_product(torch.bfloat16) < _seconds_of_product(torch.float32)
 
 
 @functools.cache

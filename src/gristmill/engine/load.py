@@ -66,7 +66,7 @@ class EngineArgs:
 
     def resolved(self, folder: Path) -> "EngineArgs":
         """With the type that "auto" stands for with a model folder, as what is kept of its answers records it."""
-        return replace(self, dtype=pick_dtype(self.dtype, folder, pick_device(self.device)))
+        return replace(self, dtype=pick_dtype(self.dtype, folder, pick_device(self.device), quiet=True))
 
     def __post_init__(self) -> None:
         if self.step_tokens is not None and self.step_tokens < 1:
