@@ -50,12 +50,12 @@ SURFACE = {
     "safety": (
         "MODEL --endpoint --endpoint-model --endpoint-key-env --data --sets --attacks --guard --guard-model --guard-key-env "
         "--guard-logprobs --taxonomy --caution --system --limit --max-tokens --temperature --concurrency --retry-failed --canaries "
-        "--n --import-garak --out -o --device --format --seed --quiet -q --json"
+        "--n --import-garak --out -o --dtype --device --format --seed --quiet -q --json"
     ),
     "judge": (
         "KIND --data MODEL --judge --judge-model --judge-key-env --endpoint --endpoint-model --endpoint-key-env --baseline "
         "--references --reward --llm --weights --explain --greedy --max-tokens --judge-tokens --limit --concurrency --retry-failed "
-        "--out -o --device --format --seed --quiet -q --json"
+        "--out -o --dtype --device --format --seed --quiet -q --json"
     ),
     "quantize": "MODEL --out -o --to --group --dtype --text --json",
     "export": "MODEL --out -o --to --json",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from gristmill.cli.main import app
@@ -301,7 +302,12 @@ def test_bad_input_ends_in_one_sentence(words: list[str], said: str, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_another_chat_format_is_asked_anew(random_base: Path) -> None:
-    plain, own = Party(str(random_base), chat_format="plain"), Party(str(random_base))
-    assert call_identity(plain) != call_identity(own) == identity_of(own)
-    assert identity_of(plain) == identity_of(own)  # who judges himself, in whatever format
+def test_another_chat_format_or_type_is_asked_anew(random_base: Path) -> None:
+    own = Party(str(random_base))
+    others = Party(str(random_base), chat_format="plain"), Party(str(random_base), dtype="bf16")
+    assert call_identity(own) == identity_of(own)
+    for other in others:
+        assert call_identity(other) != call_identity(own) and other.identity != own.identity
+        assert identity_of(other) == identity_of(own)  # who judges himself, in whatever format and type
+    engine = others[1].client(1).engine  # type: ignore[attr-defined]
+    assert engine.dtype == torch.bfloat16

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gristmill.cli.app import AsJson, ChatFormat, Device, Quiet, RunOut, Seed, command, endpoint_options
+from gristmill.cli.app import AsJson, ChatFormat, Device, Dtype, Quiet, RunOut, Seed, command, endpoint_options
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
@@ -47,6 +47,7 @@ def judge(
     concurrency: Annotated[int, typer.Option(help="Most requests in flight at an endpoint.")] = 64,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed for good in an earlier start.")] = False,
     out: RunOut = None,
+    dtype: Dtype = "auto",
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
@@ -62,7 +63,12 @@ def judge(
 
     if kind not in KINDS:
         raise InputError(f"There is no judged benchmark {kind!r}: choose one of {', '.join(KINDS)}.")
-    more: dict[str, Any] = {"chat_format": format, "device": device, "checked": False}  # which `run` does when it knows who is needed
+    more: dict[str, Any] = {
+        "chat_format": format,
+        "device": device,
+        "dtype": dtype,
+        "checked": False,
+    }  # which `run` does when it knows who is needed
     is_file = Path(model).is_file() and not endpoint
     args = JudgeArgs(
         data=data,

@@ -217,8 +217,8 @@ def identity_of(party: Party) -> list[Any]:
 
 
 def call_identity(party: Party) -> list[Any]:
-    """What decides what a party says: who it is, and the chat format that it is given in place of its own."""
-    return identity_of(party) + ([party.chat_format] if party.chat_format != "auto" else [])
+    """What decides what a party says: who it is, and the chat format and type that it is given in place of its own."""
+    return identity_of(party) + [given for given in (party.chat_format, party.dtype) if given != "auto"]
 
 
 def _has_filtered(model: Party, judge: Party) -> list[str]:
