@@ -63,12 +63,8 @@ def judge(
 
     if kind not in KINDS:
         raise InputError(f"There is no judged benchmark {kind!r}: choose one of {', '.join(KINDS)}.")
-    more: dict[str, Any] = {
-        "chat_format": format,
-        "device": device,
-        "dtype": dtype,
-        "checked": False,
-    }  # which `run` does when it knows who is needed
+    # checked by `run`, which knows who is needed
+    more: dict[str, Any] = {"chat_format": format, "device": device, "dtype": dtype, "checked": False}
     is_file = Path(model).is_file() and not endpoint
     args = JudgeArgs(
         data=data,
