@@ -41,7 +41,7 @@ def test_the_page_counts_what_cannot_be_read_and_shows_it(tmp_path: Path) -> Non
     for part in (
         "mt-bench: &lt;b&gt;m&lt;/b&gt; judged by j",
         "limit 1; seed 0; greedy; judge tokens 64; the first questions of each category alone: no published figure",
-        "unreadable verdicts: 1 of 3 replies; failed calls: 1. What cannot be read is counted, and in no mean.",
+        "unreadable verdicts: 1 of 3 replies; failed calls: 1; what cannot be read is left out of the means",
         "replies that cannot be read: 1 samples",
         "the lowest grades",
         "Math has no reference.",

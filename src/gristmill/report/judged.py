@@ -11,6 +11,13 @@ from gristmill.report.markup import Markup, document, el, table
 NUM_SHOWN = 8  # samples of a kind on the page
 MAX_CHARACTERS = 2000  # of a text on the page
 TEXTS = ("question", "instruction", "messages", "answer", "output_1", "output_2", "first", "second", "baseline", "reply", "replies")
+UNREAD = {  # what becomes of a reply that cannot be read
+    "mt-bench": "is left out of the means",
+    "arena-hard": "takes its whole question out",
+    "alpaca-eval": "is left out of the win rates",
+    "agreement": "counts as wrong",
+    "rewards": "counts as a tie",
+}
 Row = tuple[str, Mapping[str, Any] | None, int, str]  # name, score, digits, what stands behind it
 
 
@@ -104,9 +111,9 @@ def write_judged_page(folder: Path, results: Mapping[str, Any], samples: Path) -
     heading = [el("p", "gristmill judge", class_="eyebrow"), el("h1", title), el("p", "; ".join(settings), class_="soft")]
     rows = [[name, "" if one is None else _figure(one, digits), _num(one), more] for name, one, digits, more in score_rows(results)]
     parts: list[Markup] = [el("h2", "Scores"), table(["", "score, 95 % interval", "n", ""], rows)]
-    told = [f"{_unreadable(results)}. What cannot be read is counted, and in no mean.", *results["notes"]]
+    told = [f"{_unreadable(results)}; what cannot be read {UNREAD[results['benchmark']]}", *results["notes"]]
     parts += [el("h2", "What to know"), el("ul", [el("li", one) for one in told], class_="lines")]
-    found = list(read_records(samples)) if samples.stat().st_size else []
+    found = read_records(samples) if samples.stat().st_size else []
     unread = [one for one in found if _is_unread(one)]
     graded = sorted((one for one in found if isinstance(one.get("score"), int | float)), key=lambda one: one["score"])
     parts += [_samples(f"replies that cannot be read: {len(unread):,} samples", unread)] if unread else []
