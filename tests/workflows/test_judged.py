@@ -46,7 +46,7 @@ class Service:
                     return
                 service.answered[json.dumps([body["model"], body["messages"], body.get("max_tokens")])] += 1
                 text, logprob = service.reply(body["model"], "\n".join(m["content"] for m in body["messages"]))
-                choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+                choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "length" if text.endswith("..") else "stop"}
                 if body.get("logprobs"):
                     choice["logprobs"] = {"content": [{"token": text, "logprob": logprob}]}
                 usage = {"prompt_tokens": 1, "completion_tokens": 1}
@@ -69,6 +69,8 @@ class Service:
             return f"written for: {text.splitlines()[-1]}", -1.0
         if model == "mumbler":
             return "It depends.", -1.0
+        if model == "rambler":
+            return ("It depends, since.." if "two?" in text else "It depends." if "stem" in text else "Rating: [[7]]"), -1.0
         if model == "reward":
             names = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
             return ",".join(f"{name}:{'good' in text:d}" for name in names), -1.0
@@ -236,6 +238,13 @@ def test_a_judge_that_says_nothing_readable(service: Service, data: Path, tmp_pa
         judged.run(kind, given, Progress(quiet=True))
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["verdicts"]["unreadable"] > 0 and f"unreadable verdicts: {found['verdicts']['unreadable']} of" in judged_text(found)
+
+
+def test_a_judge_that_says_little_that_can_be_read(service: Service, data: Path, tmp_path: Path) -> None:
+    results = run("mt-bench", args(service, data, tmp_path / "out", kind="mt-bench", judge="rambler"))
+    assert results["verdicts"] == {"replies": 6, "unreadable": 4} and results["scores"]["overall"]["n"] == 2
+    assert "3 of the replies that cannot be read were cut off before their end: raise --judge-tokens." in results["notes"]
+    assert any(note.startswith("Most replies cannot be read") for note in results["notes"])
 
 
 def test_a_folder_of_another_benchmark_or_of_something_else_is_left_alone(service: Service, data: Path, tmp_path: Path) -> None:
