@@ -40,7 +40,7 @@ def safety(
         Literal["defensive", "permissive"], typer.Option(help="What violates the caution category alone: unsafe, or safe.")
     ] = "defensive",
     system: Annotated[str, typer.Option(help="System message before every prompt that has none.")] = "",
-    limit: Annotated[int | None, typer.Option(help="Most prompts of each set and label.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Most prompts of each set and label, of all types alike.", min=1)] = None,
     max_tokens: MaxTokens = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     concurrency: Annotated[int, typer.Option(help="Most requests in flight at an endpoint.", min=1)] = 16,

@@ -28,6 +28,7 @@ from gristmill.evaluate.safety import (
     incoherence,
     known_sets,
     make_canaries,
+    of_all_types,
     outcome,
     read_probes,
     readable,
@@ -143,7 +144,7 @@ class SafetySettings:
 
     Attributes:
         attacks: chains that the unsafe prompts are asked under besides.
-        limit: most prompts of each set and label.
+        limit: most prompts of each set and label, as `of_all_types` takes them.
         max_tokens: longest answer.
         temperature: 0 is greedy.
         concurrency: most requests in flight at an endpoint.
@@ -177,7 +178,7 @@ def read_sets(settings: SafetySettings) -> list[Probe]:
     for name in dict.fromkeys(names):
         found = read_probes(find_set(name, settings.data), name if "/" not in name and "." not in name else Path(name).stem)
         for label in dict.fromkeys(probe.label for probe in found):
-            probes += [probe for probe in found if probe.label == label][: settings.limit]
+            probes += of_all_types([probe for probe in found if probe.label == label], settings.limit)
     return probes + attacked(probes, list(dict.fromkeys(settings.attacks)), settings.seed)
 
 
