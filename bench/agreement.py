@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from gristmill.studio.statistics import alpha, weighted_kappa
+from gristmill.evaluate.reliability import alpha, weighted_kappa
 
 PANDALM = {"alpha": 0.864221, "kappas": [0.852023, 0.878944, 0.861661]}  # nominal; unweighted kappas of each two of three people
 XSTEST = {  # Cohen's kappa of two people, unweighted and quadratic

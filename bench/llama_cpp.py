@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from gristmill.engine.engine import Engine
-from gristmill.engine.load import load_engine
+from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.miniature.base import BASE
 from gristmill.miniature.world import World
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--max-tokens", type=int, default=64)
     args = parser.parse_args()
-    engine = load_engine(args.model)
+    engine = load_engine(args.model, EngineArgs(dtype="fp32"))
     texts = read_texts(args.texts, args.prompts)
     draw = random.Random(0)
     prompts = [ids[: draw.randint(4, 64)] for ids in engine.tokenizer.encode_batch(texts)]

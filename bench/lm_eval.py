@@ -52,8 +52,9 @@ from gristmill.miniature.world import World
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.hf_save import save_model
 from gristmill.model.transformer import Transformer
+from gristmill.workflows.benchmark_requests import BenchmarkArgs
 from gristmill.workflows.benchmark_sources import EngineSource
-from gristmill.workflows.benchmarks import SAMPLES, BenchmarkArgs, run_benchmarks
+from gristmill.workflows.benchmarks import SAMPLES, run_benchmarks
 
 TASK = """task: lands
 dataset_path: json
@@ -174,6 +175,9 @@ torch.set_num_threads(1)
 import resource
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+if "x_ifeval" in spec["tasks"]:
+    import nltk
+    nltk.data.find("tokenizers/punkt_tab/english/")  # which else fails when all answers are there
 if spec["url"]:
     from lm_eval.models.openai_completions import LocalCompletionsAPI
     lm = LocalCompletionsAPI(model="model", base_url=spec["url"] + "/completions", tokenizer=spec["model"], max_length=spec["context"],
@@ -412,9 +416,9 @@ def main() -> None:
     if args.tasks:
         sys.exit(compare_benchmarks(args))
     docs = questions(args.questions)
-    with served(args.model) as url:
+    with served(args.model, "--dtype", "fp32") as url:
         through = by_lm_eval(args.lm_eval_python, args.model.resolve(), url, docs)
-    own = in_process(load_engine(args.model), docs)
+    own = in_process(load_engine(args.model, EngineArgs(dtype="fp32")), docs)
     print(json.dumps({"questions": len(docs), "in process": own, "lm-eval": through}))
     sys.exit(any(own[name] != through[name] for name in own))
 

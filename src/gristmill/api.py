@@ -44,7 +44,7 @@ class LLM:
 
     Args:
         model: a Hugging Face folder, or the folder of a LoRA adapter; "miniature" is the shipped Base.
-        dtype: of matrices and activations; "auto": bf16 on a GPU, else fp32.
+        dtype: of matrices and activations; "auto": as the checkpoint is stored, bf16 where that is fast (on a GPU always).
         quantize: the layers' matrices: "int8", "int8-weight", "int4" or "fp8"; "" for what the folder was saved as.
         head: "int8": the output matrix in eight bits too, its weights alone.
         cache: type of keys and values; "" for `dtype`.

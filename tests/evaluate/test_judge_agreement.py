@@ -9,7 +9,7 @@ import pytest
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.evaluate.judge_agreement import LabelledPair, agreement, people_agreement, read_labelled_pairs
-from gristmill.evaluate.stats import bootstrap, cohen_kappa, nominal_alpha
+from gristmill.evaluate.stats import bootstrap
 
 LLMBAR = {"input": "ask", "output_1": "good", "output_2": "a much longer and bad one", "label": 1}
 PANDALM = {"instruction": "do", "input": "this", "response1": "x", "response2": "y", "annotator1": 2, "annotator2": 2, "annotator3": 0}
@@ -70,15 +70,6 @@ def test_ties_and_unreadable_replies() -> None:
     pairs = [pair(0, "tie"), pair(1, "first")]
     found = agreement(pairs, {"0": ("[[C]]", "[[C]]"), "1": ("", "[[B]]")})
     assert found["verdicts"] == {"tie": 1, "unparsed": 1} and found["agreement"]["mean"] == 0.5 and found["consistent"]["n"] == 1
-
-
-def test_kappa_and_alpha() -> None:
-    one, other = ["a", "a", "b", "b", "a"], ["a", "b", "b", "b", "a"]
-    assert cohen_kappa(one, other) == pytest.approx((0.8 - 0.48) / 0.52)  # chance .6 * .4 + .4 * .6
-    assert cohen_kappa(["a"], ["a"]) is None
-    rows = "11-1|2232|3333|3333|2222|1234|4444|1121|2222|-555|--11|--3-"  # Krippendorff's example
-    assert nominal_alpha([[c for c in row if c != "-"] for row in rows.split("|")]) == pytest.approx(0.743421, abs=1e-6)
-    assert nominal_alpha([["a", "a"]]) is None
 
 
 def test_people_among_themselves() -> None:

@@ -11,6 +11,7 @@ from gristmill.data.readers import read_demonstrations
 from gristmill.data.rows import write_rows
 from gristmill.evaluate.attacks import CODECS
 from gristmill.evaluate.safety import (
+    Probe,
     alternatives,
     attacked,
     canary_rows,
@@ -20,6 +21,7 @@ from gristmill.evaluate.safety import (
     incoherence,
     known_sets,
     make_canaries,
+    of_all_types,
     outcome,
     read_canaries,
     read_probes,
@@ -87,6 +89,13 @@ def test_a_missing_set_is_named(tmp_path: Path) -> None:
             find_set(name, tmp_path)
     with pytest.raises(InputError, match="nothing is downloaded"):
         find_set("xstest", None)
+
+
+def test_a_limit_takes_of_all_types_alike() -> None:
+    probes = [Probe(f"{kind}{i}", "s", kind, "safe", ()) for kind, num in (("a", 5), ("b", 1), ("c", 3)) for i in range(num)]
+    assert [p.id for p in of_all_types(probes, 4)] == ["a0", "a1", "b0", "c0"]
+    assert [p.id for p in of_all_types(probes, 6)] == ["a0", "a1", "a2", "b0", "c0", "c1"]
+    assert of_all_types(probes, None) == probes == of_all_types(probes, 99)
 
 
 def test_unsafe_probes_alone_are_attacked(data: Path) -> None:

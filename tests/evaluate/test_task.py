@@ -58,6 +58,8 @@ def test_groups_are_spelt_out_once() -> None:
         find_tasks(["mmlu_anatomy"])
     with pytest.raises(InputError, match=r"The task file none\.yaml does not exist: check the path"):
         find_tasks(["none.yaml"])
+    with pytest.raises(InputError, match="MT-Bench is run by another command: `gristmill judge mt-bench`"):
+        find_tasks(["MT-Bench"])
 
 
 def test_a_users_own_task_file(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from gristmill.core.progress import Progress
 from gristmill.report.benchmarks import benchmark_text, write_benchmark_page
-from gristmill.workflows.benchmarks import BenchmarkArgs, run_benchmarks
+from gristmill.workflows.benchmark_requests import BenchmarkArgs
+from gristmill.workflows.benchmarks import run_benchmarks
 from tests.evaluate.benchmarks import Scripted, write_data
 
 EVIL = "<script>alert(1)</script>\x1b[31m The answer is 0."

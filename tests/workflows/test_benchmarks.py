@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from gristmill.cli.main import app
@@ -18,8 +19,9 @@ from gristmill.core.progress import Progress
 from gristmill.data.rows import Demonstration, write_rows
 from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.evaluate.harness import rolling_windows
+from gristmill.workflows.benchmark_requests import BenchmarkArgs
 from gristmill.workflows.benchmark_sources import AnswerSource, EngineSource
-from gristmill.workflows.benchmarks import ANSWERS, SAMPLES, BenchmarkArgs, differences, headlines, run_benchmarks
+from gristmill.workflows.benchmarks import ANSWERS, SAMPLES, differences, headlines, run_benchmarks
 from tests.evaluate.benchmarks import HUMANEVAL, MBPP, Scripted, jsonl, write_data
 
 SHOTS: dict[str, Any] = {"num_fewshot": 1}
@@ -182,6 +184,50 @@ def test_bad_settings_come_before_work(tmp_path: Path) -> None:
         run(never, write_data(tmp_path / "data"), "winogrande", contamination=tmp_path / "none", **SHOTS)
     told = CliRunner().invoke(app, ["eval", "model", "--data", str(tmp_path)])
     assert told.exit_code == 2 and "Give benchmarks by --tasks" in told.stderr
+
+
+STONES: dict[str, Any] = {
+    "task": "stones",
+    "splits": {"test": {}},
+    "columns": ["question", "options[]", "right"],
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "doc_to_text": "Q: {{question.strip()}}\nA:",
+    "doc_to_choice": "options",
+    "doc_to_target": "right",
+    "metric_list": [{"metric": "acc"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"doc_to_text": "{{questoin}}"}, "Document 1 of stones: doc_to_text: The template '{{questoin}}' fails .*'questoin' is undefined"),
+        ({"doc_to_choice": "{{options[9]}}"}, "Document 1 of stones: doc_to_choice: "),
+        ({"doc_to_target": "rihgt"}, "doc_to_target names the column 'rihgt', and the document has question, options, right"),
+        ({"doc_to_target": "{{options|length}}"}, "None of the documents of stones .* names a right choice: mend doc_to_target"),
+        ({"process_docs": {"x": "{{question + 1}}"}}, "Document 1 of stones: process_docs.x: "),
+        ({"num_fewshot": 1, "fewshot_config": {"doc_to_target": "{{no}}"}}, "Document 1 of stones: doc_to_target of shots: "),
+    ],
+)
+def test_a_template_that_fails_is_told_by_its_key_before_a_model_is_loaded(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    def never() -> AnswerSource:
+        raise AssertionError("no model is loaded for a wrong task file")
+
+    jsonl(tmp_path / "stones" / "test.jsonl", [{"question": f"Stone {i}?", "options": ["hard", "soft"], "right": i % 2} for i in range(4)])
+    for name, values in (("right", STONES), ("wrong", STONES | change)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    assert run(Scripted(), tmp_path, str(tmp_path / "right.yaml"))["tasks"]["stones"]["n"] == 4
+    with pytest.raises(InputError, match=said):
+        run(never, tmp_path, str(tmp_path / "wrong.yaml"))
+
+
+def test_right_choices_may_be_a_list_of_anything(tmp_path: Path) -> None:
+    jsonl(tmp_path / "stones" / "test.jsonl", [{"question": "?", "options": ["a", "b"], "right": right} for right in ([1], ["x", 0], [])])
+    (tmp_path / "stones.yaml").write_text(yaml.safe_dump(STONES))
+    found = run(Scripted(), tmp_path, str(tmp_path / "stones.yaml"))["tasks"]["stones"]
+    assert found["metrics"]["acc"]["value"] == pytest.approx(1 / 3), "the first of equal choices is taken"
+    assert "1 documents name no right choice among theirs, and count as wrong" in found["notes"]
 
 
 def test_the_list_of_tasks_says_what_files_they_want() -> None:

@@ -31,7 +31,8 @@ from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.report.benchmarks import write_benchmark_page
 from gristmill.train.settings import training_section
 from gristmill.workflows.alignment import ranks
-from gristmill.workflows.benchmarks import BenchmarkArgs, run_benchmarks
+from gristmill.workflows.benchmark_requests import BenchmarkArgs
+from gristmill.workflows.benchmarks import run_benchmarks
 from gristmill.workflows.dataset import run as dataset
 from gristmill.workflows.dataset.recipe import DatasetRecipe
 from gristmill.workflows.evaluate import evaluate

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from gristmill.cli.main import app
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.judge.party import Party
+from gristmill.report.judged import judged_text
 from gristmill.workflows.judged import run as judged
 from gristmill.workflows.judged.session import JudgeArgs, Kind, call_identity, identity_of
 
@@ -44,7 +46,7 @@ class Service:
                     return
                 service.answered[json.dumps([body["model"], body["messages"], body.get("max_tokens")])] += 1
                 text, logprob = service.reply(body["model"], "\n".join(m["content"] for m in body["messages"]))
-                choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+                choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "length" if text.endswith("..") else "stop"}
                 if body.get("logprobs"):
                     choice["logprobs"] = {"content": [{"token": text, "logprob": logprob}]}
                 usage = {"prompt_tokens": 1, "completion_tokens": 1}
@@ -67,6 +69,8 @@ class Service:
             return f"written for: {text.splitlines()[-1]}", -1.0
         if model == "mumbler":
             return "It depends.", -1.0
+        if model == "rambler":
+            return ("It depends, since.." if "two?" in text else "It depends." if "stem" in text else "Rating: [[7]]"), -1.0
         if model == "reward":
             names = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
             return ",".join(f"{name}:{'good' in text:d}" for name in names), -1.0
@@ -137,7 +141,7 @@ def args(service: Service, data: Path, out: Path, *, kind: Kind, judge: str = "j
 def run(kind: Kind, given: JudgeArgs) -> dict[str, Any]:
     results = judged.run(kind, given, Progress(quiet=True))
     assert json.loads((given.out / "results.json").read_text()) == results
-    assert judged.table(results)
+    assert judged_text(results)
     return results
 
 
@@ -232,7 +236,15 @@ def test_a_judge_that_says_nothing_readable(service: Service, data: Path, tmp_pa
     given = args(service, data, tmp_path / "out", kind=kind, judge="mumbler")
     with pytest.raises(InputError, match=r"no readable verdict in any of \d+ replies .*'It depends\.'"):
         judged.run(kind, given, Progress(quiet=True))
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["verdicts"]["unreadable"] > 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["verdicts"]["unreadable"] > 0 and f"unreadable verdicts: {found['verdicts']['unreadable']} of" in judged_text(found)
+
+
+def test_a_judge_that_says_little_that_can_be_read(service: Service, data: Path, tmp_path: Path) -> None:
+    results = run("mt-bench", args(service, data, tmp_path / "out", kind="mt-bench", judge="rambler"))
+    assert results["verdicts"] == {"replies": 6, "unreadable": 4} and results["scores"]["overall"]["n"] == 2
+    assert "3 of the replies that cannot be read were cut off before their end: raise --judge-tokens." in results["notes"]
+    assert any(note.startswith("Most replies cannot be read") for note in results["notes"])
 
 
 def test_a_folder_of_another_benchmark_or_of_something_else_is_left_alone(service: Service, data: Path, tmp_path: Path) -> None:
@@ -272,6 +284,8 @@ def test_the_command(service: Service, data: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0, shown.output
     assert "agreement                          1.000" in shown.stdout and "unreadable verdicts: 0 of 4 replies" in shown.stdout
+    assert f"page: {out}/report.html" in shown.stdout
+    assert "agreement: the judge itself judged by judge" in (tmp_path / "out" / "report.html").read_text()
     told = CliRunner().invoke(app, [*words, "--json"])
     assert json.loads(told.stdout)["scores"]["agreement"]["n"] == 2
 
@@ -297,7 +311,12 @@ def test_bad_input_ends_in_one_sentence(words: list[str], said: str, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_another_chat_format_is_asked_anew(random_base: Path) -> None:
-    plain, own = Party(str(random_base), chat_format="plain"), Party(str(random_base))
-    assert call_identity(plain) != call_identity(own) == identity_of(own)
-    assert identity_of(plain) == identity_of(own)  # who judges himself, in whatever format
+def test_another_chat_format_or_type_is_asked_anew(random_base: Path) -> None:
+    own = Party(str(random_base))
+    others = Party(str(random_base), chat_format="plain"), Party(str(random_base), dtype="bf16")
+    assert call_identity(own) == identity_of(own)
+    for other in others:
+        assert call_identity(other) != call_identity(own) and other.identity != own.identity
+        assert identity_of(other) == identity_of(own)  # who judges himself, in whatever format and type
+    engine = others[1].client(1).engine  # type: ignore[attr-defined]
+    assert engine.dtype == torch.bfloat16

@@ -57,7 +57,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
 RunOut = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/NAME.")]
-Dtype = Annotated[Literal["auto", "fp32", "bf16"], typer.Option("--dtype", help="Type to compute in; auto: bf16 on a GPU, else fp32.")]
+Dtype = Annotated[
+    Literal["auto", "fp32", "bf16"],
+    typer.Option("--dtype", help="Type to compute in; auto: as the checkpoint is stored, bf16 where that is fast; on a GPU bf16."),
+]
 Quantized = Annotated[
     Literal["", "int8", "int8-weight", "int4", "fp8"],
     typer.Option("--quantize", help="Quantize the layers' matrices, and of int8 and fp8 activations; default as the folder was saved."),

@@ -8,7 +8,7 @@ from gristmill.core.echo import echo
 if TYPE_CHECKING:
     from gristmill.engine.load import EngineArgs
     from gristmill.judge.party import Party
-    from gristmill.workflows.benchmarks import BenchmarkArgs
+    from gristmill.workflows.benchmark_requests import BenchmarkArgs
 
 
 def run_tasks(party: "Party", running: "EngineArgs", args: "BenchmarkArgs", *, quiet: bool, as_json: bool) -> None:
@@ -38,6 +38,7 @@ def _identity(party: "Party", running: "EngineArgs") -> dict[str, Any]:
         return {"name": party.name, "endpoint": party.place}
     from gristmill.model.folder import folder_stamps
 
+    running = running.resolved(party.folder)
     facts = {name: getattr(running, name) for name in ("dtype", "quantize", "head", "cache")}
     return {"name": party.name, "files": folder_stamps(party.folder), **facts, "format": running.chat_format}
 
@@ -76,3 +77,4 @@ def list_tasks(as_json: bool) -> None:
         num = f"n {row['n']:,}" if row["n"] else "n as given"
         echo(f"{row['task']:<16} {num}, {row['shots']} shots, {row['metric']}, {row['licence']}: {row['about']}")
         echo(f"{'':<16} wants {', '.join(row['files'])} with {', '.join(row['columns'])}; from {row['source']}")
+    echo("with a judge: `gristmill judge`; refusals and attacks: `gristmill safety`")

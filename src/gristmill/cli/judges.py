@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gristmill.cli.app import AsJson, ChatFormat, Device, Quiet, RunOut, Seed, command, endpoint_options
+from gristmill.cli.app import AsJson, ChatFormat, Device, Dtype, Quiet, RunOut, Seed, command, endpoint_options
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
@@ -47,6 +47,7 @@ def judge(
     concurrency: Annotated[int, typer.Option(help="Most requests in flight at an endpoint.")] = 64,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed for good in an earlier start.")] = False,
     out: RunOut = None,
+    dtype: Dtype = "auto",
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
@@ -56,12 +57,14 @@ def judge(
     """MT-Bench, Arena-Hard, AlpacaEval 2; a judge against people; RewardBench. Killed, it goes on; exit code 3 when calls failed."""
     from gristmill.core.progress import Progress
     from gristmill.judge.party import party_of
-    from gristmill.workflows.judged.run import KINDS, run, table
+    from gristmill.report.judged import judged_text, write_judged_page
+    from gristmill.workflows.judged.run import KINDS, run
     from gristmill.workflows.judged.session import SAMPLES, JudgeArgs
 
     if kind not in KINDS:
         raise InputError(f"There is no judged benchmark {kind!r}: choose one of {', '.join(KINDS)}.")
-    more: dict[str, Any] = {"chat_format": format, "device": device, "checked": False}  # which `run` does when it knows who is needed
+    # checked by `run`, which knows who is needed
+    more: dict[str, Any] = {"chat_format": format, "device": device, "dtype": dtype, "checked": False}
     is_file = Path(model).is_file() and not endpoint
     args = JudgeArgs(
         data=data,
@@ -84,7 +87,9 @@ def judge(
     )
     with Progress(quiet=quiet) as progress:
         results = run(kind, args, progress)
-    echo(json.dumps(results) if as_json else "\n".join([*table(results), f"samples: {args.out / SAMPLES}"]))
+    page = write_judged_page(args.out, results, args.out / SAMPLES)
+    echo(json.dumps(results) if as_json else f"{judged_text(results)}\nsamples: {args.out / SAMPLES}")
+    echo(f"page: {page}", err=as_json)
     if failed := results["failed_calls"]:
         echo(f"gristmill: {failed:,} calls failed for good: run the same command again with --retry-failed.", err=True)
         raise typer.Exit(3)

@@ -388,7 +388,7 @@ def eval(
     named: dict[str, Any] = {"model": endpoint_model, "key_env": endpoint_key_env}
     if tasks or data is not None or endpoint or is_url(model):
         from gristmill.cli.benchmarks import run_tasks
-        from gristmill.workflows.benchmarks import BenchmarkArgs
+        from gristmill.workflows.benchmark_requests import BenchmarkArgs
 
         if thinking or max_thinking_tokens is not None:
             raise InputError("--thinking and --max-thinking-tokens are for prompts with truths: leave them out with --tasks.")
@@ -430,7 +430,7 @@ def eval(
             greedy=greedy,
             out=out,
             against=against,
-            identity=model_identity(party.folder, running),
+            identity=model_identity(party.folder, running.resolved(party.folder)),
         )
     scores.pop("outcomes")
     if as_json:

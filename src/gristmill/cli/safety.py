@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from gristmill.cli.app import AsJson, ChatFormat, Device, MaxTokens, Quiet, Seed, command, endpoint_options
+from gristmill.cli.app import AsJson, ChatFormat, Device, Dtype, MaxTokens, Quiet, Seed, command, endpoint_options
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
@@ -40,7 +40,7 @@ def safety(
         Literal["defensive", "permissive"], typer.Option(help="What violates the caution category alone: unsafe, or safe.")
     ] = "defensive",
     system: Annotated[str, typer.Option(help="System message before every prompt that has none.")] = "",
-    limit: Annotated[int | None, typer.Option(help="Most prompts of each set and label.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Most prompts of each set and label, of all types alike.", min=1)] = None,
     max_tokens: MaxTokens = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     concurrency: Annotated[int, typer.Option(help="Most requests in flight at an endpoint.", min=1)] = 16,
@@ -49,6 +49,7 @@ def safety(
     num: Annotated[int, typer.Option("--n", help="Canaries to make.", min=1)] = 20,
     import_garak: Annotated[Path | None, typer.Option(help="Read garak's report or hit log, and do nothing else.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write to; default runs/safety-NAME.")] = None,
+    dtype: Dtype = "auto",
     device: Device = "auto",
     format: ChatFormat = "auto",
     seed: Seed = 0,
@@ -66,7 +67,8 @@ def safety(
     if model == MAKES_CANARIES and not endpoint:
         _make_canaries(num, seed, out, as_json)
         return
-    asked = required_party("endpoint", model, endpoint, model=endpoint_model, key_env=endpoint_key_env, chat_format=format, device=device)
+    how: dict[str, Any] = {"chat_format": format, "device": device, "dtype": dtype}
+    asked = required_party("endpoint", model, endpoint, model=endpoint_model, key_env=endpoint_key_env, **how)
     folder = out or Path("runs") / f"safety-{_file_name(asked.name)}"
     with Progress(quiet=quiet) as progress:
         if canaries is not None:
@@ -86,6 +88,7 @@ def safety(
             taxonomy=taxonomy,
             permissive=caution == "permissive",
             device=device,
+            dtype=dtype,
         )
         settings = workflow.SafetySettings(
             sets=_parted(sets),

@@ -207,24 +207,25 @@ def _free_in_cgroup() -> list[int]:
     return free
 
 
-def pick_precision(device: torch.device, *, cpu: str = "") -> str:
+def pick_precision(device: torch.device) -> str:
     """What a model computes in there by default: "bf16" on a GPU, and on a CPU with instructions for it on which it is the faster one.
 
     A CPU without them computes bf16 by way of fp32, which is slower than fp32 itself.
-
-    Args:
-        cpu: what it is on a CPU, without a look at its instructions.
     """
     import torch
 
     if device.type == "cuda":
         with current_device(device):
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu" and cpu:
-        return cpu
-    if device.type != "cpu" or not has_bf16_products():
-        return "fp32"
-    return "bf16" if _seconds_of_product(torch.bfloat16) < _seconds_of_product(torch.float32) else "fp32"
+    return "bf16" if device.type == "cpu" and bf16_is_faster() else "fp32"
+
+
+@functools.cache
+def bf16_is_faster() -> bool:
+    """Whether products in bf16 are the faster ones on this CPU: measured once a process, so that all of it has one answer."""
+    import torch
+
+    return has_bf16_products() and _seconds_of_product(torch.bfloat16) < _seconds_of_product(torch.float32)
 
 
 @functools.cache

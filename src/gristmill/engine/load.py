@@ -1,13 +1,13 @@
 """Engine arguments, and the engine of a model folder."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from gristmill.core.device import Arena, check_dtype, pick_device, pick_precision, trim_heap
+from gristmill.core.device import Arena, pick_device, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Message, to_dicts
 from gristmill.data.find_format import find_format
@@ -16,6 +16,7 @@ from gristmill.engine.layers import DecoderLayer, release
 from gristmill.engine.speculative import SpeculativeConfig
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.adapters import is_adapter, load_model
+from gristmill.model.dtype import pick_dtype
 from gristmill.model.hf import saved_as
 from gristmill.model.hf_config import read_config
 from gristmill.model.quantized import Head, Quantize, check_widths
@@ -29,7 +30,7 @@ class EngineArgs:
     """Engine arguments: types, quantization and sizes.
 
     Attributes:
-        dtype: of activations, and of matrices that are not quantized; "auto": bf16 on a GPU, else fp32.
+        dtype: of activations, and of matrices that are not quantized; as `pick_dtype` takes it.
         quantize: as in `Engine`; "" for what the model's folder was saved as.
         head: as in `Engine`.
         cache: type of keys and values; "" for `dtype`.
@@ -63,6 +64,10 @@ class EngineArgs:
             named["speculative"] = SpeculativeConfig.parse(named["speculative_config"])
         return cls(**{field.name: named[field.name] for field in fields(cls) if field.name in named})
 
+    def resolved(self, folder: Path) -> "EngineArgs":
+        """With the type that "auto" stands for with a model folder, as what is kept of its answers records it."""
+        return replace(self, dtype=pick_dtype(self.dtype, folder, pick_device(self.device), quiet=True))
+
     def __post_init__(self) -> None:
         if self.step_tokens is not None and self.step_tokens < 1:
             raise InputError(f"A step must have at least 1 token, got {self.step_tokens}: raise --step-tokens, or leave it out.")
@@ -71,8 +76,7 @@ class EngineArgs:
 def load_engine(folder: Path, args: EngineArgs = EngineArgs(), *, name: str = "", own: bool = True) -> Engine:
     """Load a model folder, or an adapter folder merged into its base, into an engine. `own` as in `Engine`."""
     device = pick_device(args.device)
-    dtype = PRECISIONS[pick_precision(device, cpu="fp32") if args.dtype == "auto" else args.dtype]
-    check_dtype(device, dtype)
+    dtype = PRECISIONS[pick_dtype(args.dtype, folder, device)]
     adapter = is_adapter(folder)
     # quantizing what was merged would lose what was trained: only who asks for it gets it
     quantize = args.quantize or ("" if adapter else saved_as(folder))

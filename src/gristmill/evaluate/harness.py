@@ -14,6 +14,7 @@ from typing import Any
 
 from gristmill.core.errors import InputError
 from gristmill.core.response_text import answer_text, extract_code, strip_thinking
+from gristmill.core.untrusted import quoted
 from gristmill.data.truths import read_truth
 from gristmill.evaluate.documents import Doc, TaskData
 from gristmill.evaluate.prompt_pieces import piece, text_piece
@@ -55,6 +56,11 @@ class Item:
     def golds(self) -> tuple[str, ...]:
         """The right texts."""
         return tuple(map(str, self.gold)) if isinstance(self.gold, tuple) else (str(self.gold),)
+
+    @property
+    def lacks_gold(self) -> bool:
+        """Whether it names no right choice among its own."""
+        return all(one == -1 for one in (self.gold if isinstance(self.gold, tuple) else (self.gold,)))
 
 
 @dataclass
@@ -117,14 +123,14 @@ class Prompter:
 
     def _processed(self, doc: Doc) -> Doc:
         """A document with the columns that the task makes of it; only of those that are asked or shown."""
-        made = {name: piece(template, doc) for name, template in self.task.process_docs.items()}
+        made = {name: _piece(f"process_docs.{name}", template, doc) for name, template in self.task.process_docs.items()}
         return doc | made if made else doc
 
     def _shot(self, place: int) -> str:
         if place not in self._shots:
             doc, task, config = self._processed(self.data.pool[place]), self.task, self.task.fewshot_config
-            question = piece(task.doc_to_text if config.doc_to_text is None else config.doc_to_text, doc)
-            answer = piece(task.doc_to_target if config.doc_to_target is None else config.doc_to_target, doc)
+            question = _piece("doc_to_text of shots", task.doc_to_text if config.doc_to_text is None else config.doc_to_text, doc)
+            answer = _piece("doc_to_target of shots", task.doc_to_target if config.doc_to_target is None else config.doc_to_target, doc)
             if task.doc_to_choice is not None:
                 choices = _choices(task, doc)
                 if isinstance(question, int):  # several contexts: the right one is the question
@@ -142,23 +148,23 @@ class Prompter:
         places = self._places(doc)
         in_shots = self.data.pool_split == task.evaluated_split and any(self.data.pool[place] == doc for place in places)
         doc = self._processed(doc)
-        head = text_piece(self.data.description, doc) if self.data.description else ""
+        head = str(_piece("description", self.data.description, doc)) if self.data.description else ""
         shots = [self._shot(place) for place in places]
         head += "".join(shots)
         of_shots: dict[str, Any] = {"shot_chars": tuple(map(len, shots))}
         of_shots["in_shots"] = in_shots
         if task.output_type == "loglikelihood_rolling":
-            return Item(number, doc, prompt=text_piece(task.doc_to_target, doc) if isinstance(task.doc_to_target, str) else "")
-        question = piece(task.doc_to_text, doc)
+            return Item(number, doc, prompt=str(_piece("doc_to_target", task.doc_to_target, doc)))
+        question = _piece("doc_to_text", task.doc_to_text, doc)
         of_shots["question_chars"] = len(str(question))
         if task.output_type == "generate_until":
-            target = piece(task.doc_to_target, doc)
+            target = _piece("doc_to_target", task.doc_to_target, doc)
             gold = tuple(map(str, target)) if isinstance(target, list | tuple) else str(target)
             if task.own is not None and task.own.target:
-                text_piece(task.own.target, doc)  # which fails here rather than after the answers
+                _piece("own.target", task.own.target, doc)  # which fails here rather than after the answers
             return Item(number, doc, prompt=f"{head}{question}", gold=gold, **of_shots)
         choices = _choices(task, doc)
-        target = piece(task.doc_to_target, doc)
+        target = _piece("doc_to_target", task.doc_to_target, doc)
         if isinstance(question, int):
             of_shots["question_chars"] = max(map(len, choices))
             pairs = tuple((f"{head}{choice}", f"{task.target_delimiter}{target}") for choice in choices)
@@ -171,11 +177,22 @@ def _choices(task: Task, doc: Doc) -> list[str]:
     spec = task.doc_to_choice
     assert spec is not None
     if isinstance(spec, str):
-        found = piece(spec, doc)
+        found = _piece("doc_to_choice", spec, doc)
         if not isinstance(found, list | tuple) or not found or not all(isinstance(one, str) for one in found):
             raise InputError(f"doc_to_choice of {task.task} gives no list of texts for a document: mend the task file or the data.")
         return list(found)
     return [text_piece(one, doc) for one in spec]
+
+
+def _piece(key: str, template: str | int, doc: Doc) -> Any:
+    """What a key of the task file makes of a document. A name alone must be a column, or it would be the text of every document."""
+    if key.startswith("doc_to_") and isinstance(template, str) and template.isidentifier() and template not in doc:
+        columns = quoted(", ".join(map(str, doc)))[1:-1]
+        raise InputError(f"{key} names the column {template!r}, and the document has {columns}. A constant text is written {{{{'...'}}}}.")
+    try:
+        return piece(template, doc)
+    except InputError as e:
+        raise InputError(f"{key}: {e}") from e
 
 
 def _number(value: Any) -> int | None:
@@ -190,7 +207,7 @@ def _number(value: Any) -> int | None:
 def _gold(target: Any, choices: Sequence[str]) -> int | tuple[int, ...]:
     """Number of the right choice, or those of several; -1 where it is none."""
     if isinstance(target, list | tuple):
-        return tuple(int(one) if 0 <= int(one) < len(choices) else -1 for one in target)
+        return tuple(n if (n := _number(one)) is not None and 0 <= n < len(choices) else -1 for one in target)
     number = _number(target)
     if number is None:
         return list(choices).index(target) if target in choices else -1

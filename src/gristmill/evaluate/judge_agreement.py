@@ -4,17 +4,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import quoted_path
 from gristmill.data.chat import Conversation, Message
 from gristmill.data.rows import read_records
 from gristmill.evaluate.model_answers import data_files, text_of
-from gristmill.evaluate.stats import accuracy, bootstrap, cohen_kappa, nominal_alpha, paired
+from gristmill.evaluate.reliability import alpha_of, coincidences, kappa_of, weighted_kappa
+from gristmill.evaluate.stats import accuracy, bootstrap, paired
 from gristmill.judge.pairwise import Comparison, combine_verdicts, named_answer
 
 Label = Literal["first", "second", "tie"]
+LABELS: tuple[Label, ...] = ("first", "second", "tie")
 PANDALM: tuple[Label, ...] = ("tie", "first", "second")  # what its people's 0, 1 and 2 mean
 ANNOTATORS = ("annotator1", "annotator2", "annotator3")
 JUDGEBENCH: dict[str, Label] = {"A>B": "first", "B>A": "second"}
@@ -159,26 +161,31 @@ def _kappa(readable: Sequence[LabelledPair], verdicts: Mapping[str, str], seed: 
     """Cohen's kappa with the label over first, second and tie, with a bootstrap interval over pairs."""
     import numpy as np
 
-    ours, theirs = [verdicts[p.id] for p in readable], [str(p.label) for p in readable]
-    kappa, n = cohen_kappa(ours, theirs), len(ours)
-    if kappa is None:
+    n = len(readable)
+    table = np.zeros((len(LABELS), len(LABELS)))
+    np.add.at(table, (_numbers([verdicts[p.id] for p in readable]), _numbers([p.label for p in readable])), 1)
+    if (kappa := kappa_of(table, weights="none")) is None:
         return {"mean": None, "ci95": None, "n": n}
-    classes = sorted(set(ours) | set(theirs))
-    table = np.zeros((len(classes), len(classes)))
-    for a, b in zip(ours, theirs, strict=True):
-        table[classes.index(a), classes.index(b)] += 1
     draws = np.random.default_rng(seed).multinomial(n, table.ravel() / n, size=1000).reshape(-1, *table.shape)
-    observed, chance = np.trace(draws, axis1=1, axis2=2) / n, (draws.sum(1) * draws.sum(2)).sum(1) / n**2
-    kappas = ((observed - chance) / np.where(chance < 1, 1 - chance, np.nan))[chance < 1]
+    kappas = [one for draw in draws if (one := kappa_of(draw.astype(float), weights="none")) is not None]
     low, high = np.percentile(kappas, [2.5, 97.5])
     return {"mean": round(kappa, 4), "ci95": [round(float(low), 4), round(float(high), 4)], "n": n}
+
+
+def _numbers(labels: Sequence[str]) -> list[int]:
+    """Labels as the values that statistics count."""
+    return [LABELS.index(cast(Label, label)) for label in labels]
+
+
+def _kappa_of_two(one: Sequence[str], other: Sequence[str]) -> float | None:
+    return weighted_kappa(_numbers(one), _numbers(other), len(LABELS), weights="none")
 
 
 def _people(pairs: Sequence[LabelledPair], verdicts: Mapping[str, str]) -> dict[str, Any]:
     """Agreement among people (kappa of each two, Krippendorff's alpha), and the judge's kappa with each of them."""
     among = people_agreement(pairs)
     whole = [p for p in pairs if len(p.labels) == len(ANNOTATORS) and verdicts[p.id] != "unparsed"]
-    judge = [cohen_kappa([p.labels[i] for p in whole], [verdicts[p.id] for p in whole]) for i in range(len(ANNOTATORS))]
+    judge = [_kappa_of_two([p.labels[i] for p in whole], [verdicts[p.id] for p in whole]) for i in range(len(ANNOTATORS))]
     return among | {"judge_kappas": [k if k is None else round(k, 6) for k in judge]}
 
 
@@ -186,8 +193,8 @@ def people_agreement(pairs: Sequence[LabelledPair]) -> dict[str, Any]:
     """Agreement among people: Krippendorff's nominal alpha, kappa of each two, how many pairs they are of one mind about."""
     whole = [p.labels for p in pairs if len(p.labels) == len(ANNOTATORS)]
     twos = [(0, 1), (0, 2), (1, 2)]
-    kappas = [cohen_kappa([labels[a] for labels in whole], [labels[b] for labels in whole]) for a, b in twos]
-    alpha = nominal_alpha([p.labels for p in pairs])
+    kappas = [_kappa_of_two([labels[a] for labels in whole], [labels[b] for labels in whole]) for a, b in twos]
+    alpha = alpha_of(coincidences([_numbers(p.labels) for p in pairs], len(LABELS)).sum(0), "nominal")
     return {
         "alpha": alpha if alpha is None else round(alpha, 6),
         "kappas": [k if k is None else round(k, 6) for k in kappas],

@@ -8,6 +8,7 @@ import math
 import random
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -57,6 +58,16 @@ class Probe:
     messages: Conversation
     attack: str = ""
     source: str = ""
+
+
+def of_all_types(probes: Sequence[Probe], limit: int | None) -> list[Probe]:
+    """So many probes at most (None: all): the first of each type, then the second of each, and so on; in the order in which they came."""
+    seen: Counter[str] = Counter()
+    ranks = []
+    for place, probe in enumerate(probes):
+        ranks.append((seen[probe.type], place))
+        seen[probe.type] += 1
+    return [probes[place] for place in sorted(place for _, place in sorted(ranks)[:limit])]
 
 
 def find_set(name: str, data: Path | None) -> Path:

@@ -73,25 +73,3 @@ def bootstrap(clusters: Sequence[Sequence[float]], *, seed: int = 0, rounds: int
     totals = drawn @ sizes
     low, high = np.percentile((drawn @ sums)[totals > 0] / totals[totals > 0], [2.5, 97.5])
     return {"mean": round(float(sums.sum() / n), 4), "ci95": [round(float(low), 4), round(float(high), 4)], "n": n}
-
-
-def cohen_kappa(one: Sequence[str], other: Sequence[str]) -> float | None:
-    """Cohen's kappa (unweighted): agreement of two raters beyond what their own shares would give; None where chance explains all."""
-    n = len(one)
-    observed = sum(a == b for a, b in zip(one, other, strict=True))
-    expected = sum(one.count(label) * other.count(label) for label in set(one) | set(other)) / n if n else 0.0
-    return None if n == expected else (observed - expected) / (n - expected)
-
-
-def nominal_alpha(items: Sequence[Sequence[str]]) -> float | None:
-    """Krippendorff's alpha (nominal): agreement of any number of raters beyond chance, items with one rating left out."""
-    disagreement, totals, n = 0.0, dict[str, float](), 0
-    for ratings in items:
-        if len(ratings) < 2:
-            continue
-        n += len(ratings)
-        for label in ratings:
-            totals[label] = totals.get(label, 0) + 1
-        disagreement += sum(a != b for a in ratings for b in ratings) / (len(ratings) - 1)
-    expected = sum(a * b for x, a in totals.items() for y, b in totals.items() if x != y)
-    return 1 - disagreement * (n - 1) / expected if expected else None

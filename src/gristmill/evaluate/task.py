@@ -20,6 +20,17 @@ TASKS = Path(__file__).parent / "tasks"  # the shipped ones
 MAX_GEN_TOKS = 256  # the harness's, unless the task says otherwise
 FEWSHOT_SEED = 1234  # the harness's
 
+ELSEWHERE = {  # benchmarks that other commands run
+    "mt_bench": "judge mt-bench",
+    "arena_hard": "judge arena-hard",
+    "alpaca_eval": "judge alpaca-eval",
+    "llmbar": "judge agreement",
+    "pandalm": "judge agreement",
+    "reward_bench": "judge rewards",
+    "rewardbench": "judge rewards",
+    **dict.fromkeys(("xstest", "advbench", "harmbench", "do_not_answer"), "safety"),
+}
+
 OutputType = Literal["multiple_choice", "generate_until", "loglikelihood_rolling"]
 MetricName = Literal["acc", "acc_norm", "acc_bytes", "mc2", "exact_match", "pass@1", "ifeval", "word_perplexity", "byte_perplexity"]
 METRICS: dict[OutputType, frozenset[str]] = {
@@ -219,6 +230,8 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
     for name in names:
         one = _load(Path(name)) if name.endswith(SUFFIXES) else known.get(name)
         if one is None:
+            if command := ELSEWHERE.get(name.lower().replace("-", "_")):
+                raise InputError(f"{name} is run by another command: `gristmill {command}`.")
             whole = [task for task in known.values() if isinstance(task, Task) and task.subsets and name.startswith(f"{task.task}_")]
             hint = f"ask for --tasks {whole[0].task} --subsets {name.removeprefix(whole[0].task + '_')}" if whole else ""
             raise InputError(f"There is no task {name!r}: {hint or 'give a task file (.yaml), or one of ' + ', '.join(known)}.")

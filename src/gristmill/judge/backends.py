@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from gristmill.core.errors import InputError
 from gristmill.generation.cached import Client
@@ -21,6 +21,7 @@ from gristmill.runs.journal import Journal
 if TYPE_CHECKING:
     from gristmill.judge.reward import RewardScorer
 
+Dtype = Literal["auto", "fp32", "bf16"]  # that a folder's model computes in
 Local = Callable[[GeneratorSettings], tuple[Client, str]]  # a client of a model in this process, and the model's name
 
 
@@ -50,12 +51,12 @@ def target_of(generator: GeneratorSettings) -> Target:
     return Target(**generator.model_dump(exclude={"folder", "checkpoint", "rounds"}))
 
 
-def engine_client(folder: Path, chat_format: str = "auto", device: str = "auto") -> tuple[Client, str]:
+def engine_client(folder: Path, chat_format: str = "auto", device: str = "auto", dtype: Dtype = "auto") -> tuple[Client, str]:
     """A model folder whose engine takes calls as they come, like an endpoint, and the model's name."""
     from gristmill.engine.async_source import AsyncEngineClient
     from gristmill.engine.load import EngineArgs, load_engine
 
-    engine = load_engine(folder, EngineArgs(chat_format=chat_format, device=device))
+    engine = load_engine(folder, EngineArgs(chat_format=chat_format, device=device, dtype=dtype))
     return AsyncEngineClient(engine), engine.name
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from gristmill.core.device import check_dtype, pick_device, pick_precision
+from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
 from gristmill.core.threads import num_workers, workers
 from gristmill.core.untrusted import quoted
@@ -19,6 +19,7 @@ from gristmill.data.formats import parse_conversation
 from gristmill.data.rows import Rated, make_id, read_records
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.judge.guards import GuardVerdict, Role, Taxonomy, plain_name
+from gristmill.model.dtype import pick_dtype
 from gristmill.model.guard import THRESHOLD, GuardModel
 from gristmill.model.hf import load_guard
 from gristmill.model.packed import pack
@@ -191,9 +192,8 @@ class GuardScorer:
 def load_guard_scorer(
     folder: Path, chat_format: str = "auto", *, device: str = "auto", dtype: str = "auto", permissive: bool = False
 ) -> GuardScorer:
-    """The scorer of a guard model's folder, on a device as `pick_device` takes it, computing in fp32 or bf16 (auto: bf16 on a GPU)."""
+    """The scorer of a guard model's folder, on a device as `pick_device` takes it, computing in a type as `pick_dtype` takes it."""
     where = pick_device(device)
-    precision = PRECISIONS[pick_precision(where, cpu="fp32") if dtype == "auto" else dtype]
-    check_dtype(where, precision)
+    precision = PRECISIONS[pick_dtype(dtype, folder, where)]
     model, tokenizer = load_guard(folder, precision, vector_dtype=torch.float32, device=where)
     return GuardScorer(model, tokenizer, find_format(chat_format, tokenizer), name=folder.resolve().name, permissive=permissive)

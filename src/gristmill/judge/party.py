@@ -10,7 +10,7 @@ from gristmill.core.untrusted import quoted
 from gristmill.data.rows import make_id
 from gristmill.generation.cached import Client
 from gristmill.generation.endpoint import Endpoint, Target
-from gristmill.judge.backends import engine_client
+from gristmill.judge.backends import Dtype, engine_client
 from gristmill.model.adapters import check_model_folder
 from gristmill.model.folder import folder_stamps
 
@@ -32,7 +32,7 @@ class Party:
         model: name that the endpoint knows the model by.
         key_env: environment variable that holds the endpoint's key.
         logprobs: ask the endpoint for log-probabilities too; a folder's model always tells them.
-        chat_format, device: of a folder, as `EngineArgs` takes them.
+        chat_format, device, dtype: of a folder, as `EngineArgs` takes them.
         label: name for reports; default the endpoint's name of the model, or the folder's.
         running: how else it is run, as the type that it computes in, where its answers depend on that.
     """
@@ -43,6 +43,7 @@ class Party:
     logprobs: bool = False
     chat_format: str = "auto"
     device: str = "auto"
+    dtype: Dtype = "auto"
     label: str = ""
     running: str = ""
 
@@ -69,7 +70,8 @@ class Party:
         """What its answers depend on: an endpoint's on its address and name, a folder's on its files as they were when first looked at."""
         if self.is_endpoint:
             return f"{self.place} {self.model}"
-        return make_id(folder_stamps(self.folder), self.chat_format, *([self.running] if self.running else []))
+        more = [self.running] * bool(self.running) + [self.dtype] * (self.dtype != "auto")
+        return make_id(folder_stamps(self.folder), self.chat_format, *more)
 
     def client(self, concurrency: int) -> Client:
         """What asks it; `concurrency` is of an endpoint.
@@ -79,7 +81,7 @@ class Party:
         """
         if (target := self.target) is not None:
             return Endpoint([target], concurrency=concurrency)
-        return engine_client(self.folder, self.chat_format, self.device)[0]
+        return engine_client(self.folder, self.chat_format, self.device, self.dtype)[0]
 
     def check(self, option: str) -> None:
         """Raise `InputError` unless it can be asked; `option` is the command line's that names it, without dashes."""

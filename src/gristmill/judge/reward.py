@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gristmill.core.device import check_dtype, pick_device, pick_precision
+from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
 from gristmill.core.threads import num_workers, workers
 from gristmill.data.chat import Message
@@ -17,6 +17,7 @@ from gristmill.data.readers import read_demonstrations
 from gristmill.data.rows import Rating
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.adapters import load_reward
+from gristmill.model.dtype import pick_dtype
 from gristmill.model.packed import pack
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import PRECISIONS
@@ -111,10 +112,9 @@ def _packs(groups: list[list[int]], rendered: list[list[int]]) -> Iterator[list[
 
 
 def load_scorer(folder: Path, chat_format: str = "auto", *, device: str = "auto", dtype: str = "auto") -> RewardScorer:
-    """The scorer of a reward model's folder, on a device as `pick_device` takes it, computing in fp32 or bf16 (auto: bf16 on a GPU)."""
+    """The scorer of a reward model's folder, on a device as `pick_device` takes it, computing in a type as `pick_dtype` takes it."""
     where = pick_device(device)
-    precision = PRECISIONS[pick_precision(where, cpu="fp32") if dtype == "auto" else dtype]
-    check_dtype(where, precision)
+    precision = PRECISIONS[pick_dtype(dtype, folder, where)]
     model, tokenizer = load_reward(folder, precision, vector_dtype=torch.float32, device=where)
     return RewardScorer(model, tokenizer, find_format(chat_format, tokenizer))
 

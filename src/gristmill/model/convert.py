@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
-from gristmill.core.untrusted import read_untrusted_json
 from gristmill.data.chat_format import FORMATS
 from gristmill.data.thinking import CLOSE, OPEN, hidden_tag
 from gristmill.data.tokenizer import Tokenizer
-from gristmill.model.folder import model_file
-from gristmill.model.hf import load_model, saved_as
+from gristmill.model.hf import load_model, saved_as, stored_dtype
 from gristmill.model.hf_config import read_config
 from gristmill.model.hf_save import compress_tensors, save_folder, save_model
 from gristmill.model.hf_tensors import Rows, block_rows, hf_rows
@@ -59,7 +57,7 @@ def add_chat_tokens(folder: Path, out: Path, name: str) -> dict[str, Any]:
         raise InputError(f"Give the model as it was before it was quantized: {folder} is quantized.")
     if Tokenizer.load(folder).chat_templates:
         raise InputError(f"{folder} brings a chat template already: it needs no tokens for another.")
-    model, tokenizer = load_model(folder, PRECISIONS["bf16"] if _is_bf16(folder) else torch.float32)
+    model, tokenizer = load_model(folder, _kept_dtype(folder))
     more = tokenizer.with_tokens(FORMATS[name].special_tokens)
     new = [more.special_id(token) for token in FORMATS[name].special_tokens if not tokenizer.has(token)]
     resize_embeddings(model, more.max_id + 1, new)
@@ -80,7 +78,7 @@ def add_thinking_tokens(folder: Path, out: Path) -> dict[str, Any]:
             f"{folder}: {tag} is a control token there, which no answer shows and none is trained on: "
             'set "special": false for it in tokenizer.json.'
         )
-    model, tokenizer = load_model(folder, PRECISIONS["bf16"] if _is_bf16(folder) else torch.float32)
+    model, tokenizer = load_model(folder, _kept_dtype(folder))
     names = [tag for tag in (OPEN, CLOSE) if len(tokenizer.encode(tag)) > 1]
     if names:
         tokenizer = tokenizer.with_tokens(names, special=False)
@@ -89,9 +87,9 @@ def add_thinking_tokens(folder: Path, out: Path) -> dict[str, Any]:
     return {"num_added": len(names), "embeddings": model.config.vocab_size}
 
 
-def _is_bf16(folder: Path) -> bool:
-    hf = read_untrusted_json(model_file(folder, "config.json"))
-    return "bfloat16" in (hf.get("dtype"), hf.get("torch_dtype"))
+def _kept_dtype(folder: Path) -> torch.dtype:
+    """What a folder is written again in: bf16 where it is stored so, else fp32."""
+    return torch.bfloat16 if stored_dtype(folder) == torch.bfloat16 else torch.float32
 
 
 def quantize_folder(folder: Path, out: Path, kind: Quantize, *, dtype: str, group: int = INT4_GROUP) -> dict[str, Any]:

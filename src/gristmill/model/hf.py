@@ -51,6 +51,23 @@ def saved_as(folder: Path | str) -> Quantize:
     return kind_of(read_untrusted_json(model_file(Path(folder), "config.json")))
 
 
+def stored_dtype(folder: Path | str) -> torch.dtype:
+    """The type of a checkpoint: that of its embeddings, which no quantization changes; fp32 where there are none.
+
+    Raises:
+        InputError: there is no model, or a file is damaged.
+    """
+    folder = Path(folder)
+    model_file(folder, "config.json")
+    for path in _weight_files(folder):
+        with ExitStack() as stack:
+            open_safetensors(path, stack)  # which checks the header
+            with explain_damage(path):
+                if (found := places(path).get(EMBEDDING)) is not None:
+                    return found.dtype
+    return torch.float32
+
+
 OnBlock = Callable[[Block], None]
 
 

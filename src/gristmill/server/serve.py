@@ -86,7 +86,8 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
         )
     loader = AdapterLoader(engine, model_folder, args.lora)
     loader.start()
-    scorer = load_scorer(args.reward, engine_args.chat_format, device=engine_args.device) if args.reward is not None else None
+    how = {"device": engine_args.device, "dtype": engine_args.dtype}
+    scorer = load_scorer(args.reward, engine_args.chat_format, **how) if args.reward is not None else None
     reward_name = args.reward.resolve().name if args.reward is not None else ""
     if reward_name in (name, *engine.adapters):
         reward_name += "-reward"

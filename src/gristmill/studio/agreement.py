@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gristmill.data.rows import ATTRIBUTES
-from gristmill.studio import statistics
+from gristmill.evaluate.reliability import alpha, confusions, mean_kappa, weighted_kappa
 from gristmill.studio.consensus import NEITHER
 from gristmill.studio.store import ANNOTATOR, Store, by_item
 from gristmill.studio.tasks import MAX_STRENGTH, MAX_VALUE, RATE
@@ -61,8 +61,8 @@ def _table(items: dict[str, list[dict[str, Any]]], people: Sequence[str], name: 
 
 
 def _attribute(name: str, table: list[list[int | None]], num_values: int) -> dict[str, Any]:
-    estimate = statistics.alpha(table, num_values)
-    matrices = list(statistics.confusions(table, num_values).values())
+    estimate = alpha(table, num_values)
+    matrices = list(confusions(table, num_values).values())
     together = sum(matrices, np.zeros((num_values, num_values)))
     together = together + together.T
     return {
@@ -70,7 +70,7 @@ def _attribute(name: str, table: list[list[int | None]], num_values: int) -> dic
         "alpha": estimate.value,
         "low": estimate.low,
         "high": estimate.high,
-        "kappa": statistics.mean_kappa(table, num_values),
+        "kappa": mean_kappa(table, num_values),
         "published": PUBLISHED.get(name),
         "items": sum(sum(value is not None for value in row) > 1 for row in table),
         "confusion": together.astype(int).tolist(),
@@ -88,7 +88,7 @@ def _person(
         shared = [(own, sum(others) / len(others)) for own, others in both if own is not None and others]
         if shared:
             own, rounded = [own for own, _ in shared], [int(mean + 0.5) for _, mean in shared]
-            kappas[attribute] = statistics.weighted_kappa(own, rounded, num_values, weights="quadratic")
+            kappas[attribute] = weighted_kappa(own, rounded, num_values, weights="quadratic")
             biases[attribute] = sum(own - mean for own, mean in shared) / len(shared)
     marks = [tuple(a["content"].get(attribute) for attribute in tables) for a in mine]
     straight = sum(len(set(one)) == 1 for one in marks) / len(marks) if len(tables) > 1 and len(marks) >= MIN_STRAIGHT else None

@@ -1,9 +1,9 @@
-"""Evaluation on benchmarks: documents to requests, answers kept as they come, scores with intervals, and what puts them in doubt."""
+"""Evaluation on benchmarks: answers kept as they come, scores with intervals, and what puts them in doubt."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,11 @@ from gristmill.core.errors import InputError
 from gristmill.core.io import lock, make_folder, read_json, write_json, write_jsonl
 from gristmill.core.progress import Progress
 from gristmill.data.rows import make_id, read_records
-from gristmill.data.tokenizer import Tokenizer
 from gristmill.evaluate.benchmark_scores import CLOSE, Outcome, group, margin, score
-from gristmill.evaluate.documents import TaskData, read_task
 from gristmill.evaluate.harness import (
     INVALID,
     Answer,
     Item,
-    Prompter,
     choice_scores,
     extract,
     ifeval_verdicts,
@@ -28,78 +25,17 @@ from gristmill.evaluate.harness import (
     text_sizes,
 )
 from gristmill.evaluate.stats import paired
-from gristmill.evaluate.task import FEWSHOT_SEED, Task, find_tasks
+from gristmill.evaluate.task import Task
 from gristmill.runs.journal import Journal
 from gristmill.sandbox.sandbox import Sandbox
-from gristmill.workflows.benchmark_sources import AnswerSource, encode_texts, room_for_prompt
+from gristmill.workflows.benchmark_requests import BenchmarkArgs, Part, lost_shots, plain, read_parts, shots_left
+from gristmill.workflows.benchmark_sources import AnswerSource
 from gristmill.workflows.contamination import contaminated
 
 BATCH = 64  # programs that the sandbox gets at once
 RESULTS, ANSWERS, MODEL, SAMPLES = "results.json", "answers.jsonl", "evaluation.json", "samples"
 Pairs = list[tuple[float, float]]
 Store = dict[str, dict[str, Any]] | Journal
-NUM_LOOKED_AT = 4  # of a task's shortest contexts, whether its shots fit
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkArgs:
-    """Which benchmarks are run, and how.
-
-    Attributes:
-        data: folder with a folder for each task.
-        num_fewshot: shots of a document; None: as many as each task says.
-        limit: the first so many documents of each task (of each subset) alone.
-        seed: of what draws shots.
-        chat: generated answers are asked for as a message, in the model's chat format.
-        out: folder for answers, samples and results; with it a killed evaluation goes on where it was.
-        against: such a folder of another model, compared with in pairs.
-        subsets: of tasks that have some, the only ones; none: all.
-        contamination: folder of a run, or a file of rows, whose texts test items are looked for in.
-    """
-
-    tasks: tuple[str, ...]
-    data: Path
-    num_fewshot: int | None = None
-    limit: int | None = None
-    seed: int = FEWSHOT_SEED
-    chat: bool = False
-    out: Path | None = None
-    against: Path | None = None
-    contamination: Path | None = None
-    unsafe_code: bool = False
-    subsets: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"--limit must be at least 1, got {self.limit}.")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise InputError(f"--num-fewshot must be 0 or more, got {self.num_fewshot}.")
-
-
-@dataclass
-class _Part:
-    """A task, or a subset of one, with its items."""
-
-    data: TaskData
-    num_fewshot: int
-    items: list[Item]
-
-    @property
-    def task(self) -> Task:
-        return self.data.task
-
-    @property
-    def name(self) -> str:
-        return self.data.name
-
-    def requests(self, item: Item, chat: bool) -> list[tuple[str, Any]]:
-        """Ids and contents of an item's requests: an id is made of all that is asked."""
-        if self.task.output_type == "multiple_choice":
-            return [(make_id("ll", *pair), pair) for pair in item.pairs]
-        if self.task.output_type == "loglikelihood_rolling":
-            return [(make_id("rolling", item.prompt), item.prompt)]
-        settings = self.task.generation_kwargs
-        return [(make_id("text", item.prompt, list(settings.until), settings.max_gen_toks, chat), item.prompt)]
 
 
 def run_benchmarks(
@@ -118,7 +54,7 @@ def run_benchmarks(
         InputError: a task, a file or a folder is wrong, or the model or endpoint cannot answer.
     """
     started = time.monotonic()
-    parts = _parts(args)
+    parts = read_parts(args)
     earlier = _read_against(args.against) if args.against is not None else None
     marked = contaminated(args.contamination, {p.name: [i.doc for i in p.items] for p in parts}) if args.contamination else None
     with ExitStack() as stack:
@@ -129,7 +65,7 @@ def run_benchmarks(
         for part in parts:
             if waiting := _waiting(part, store, args.chat):
                 source = source or open_source()
-                if source.context is not None and (lost := _lost_shots(part, *source.context)):
+                if source.context is not None and (lost := lost_shots(part, *source.context)):
                     progress.warn(f"{lost}, and the others are cut off, as the harness does. --num-fewshot asks for fewer.")
                 _ask(part, waiting, source, store, args=args, progress=progress)
         outcomes: dict[str, list[Outcome]] = {}
@@ -142,7 +78,7 @@ def run_benchmarks(
             outcomes[part.name] = found
             results[part.name] = _summary(part, found, rows, marked is not None)
             if earlier is not None:
-                scored = [(make_id(_plain(item.doc)), row["scores"]) for item, row in zip(part.items, rows, strict=True)]
+                scored = [(make_id(plain(item.doc)), row["scores"]) for item, row in zip(part.items, rows, strict=True)]
                 column, pairs[part.name] = _paired(scored, earlier.get(part.name, []))
                 results[part.name]["against"] = _difference(column, pairs[part.name])
             if args.out is not None:
@@ -162,24 +98,6 @@ def run_benchmarks(
     if args.out is not None:
         write_json(args.out / RESULTS, report)
     return report
-
-
-def _parts(args: BenchmarkArgs) -> list[_Part]:
-    parts = []
-    tasks = find_tasks(args.tasks)
-    if args.subsets and not any(task.subsets for task in tasks):
-        raise InputError(f"None of {', '.join(task.task for task in tasks)} has subsets: leave --subsets out.")
-    for task in tasks:
-        num_fewshot = task.num_fewshot if args.num_fewshot is None else args.num_fewshot
-        read = read_task(task, args.data, num_fewshot=num_fewshot)
-        if task.subsets and args.subsets:
-            if unknown := [name for name in args.subsets if name not in {data.subset for data in read}]:
-                raise InputError(f"{task.task} has no subset {unknown[0]!r}: choose among {', '.join(data.subset for data in read)}.")
-            read = [data for data in read if data.subset in args.subsets]
-        for data in read:
-            prompter = Prompter(data, num_fewshot=num_fewshot, seed=args.seed)
-            parts.append(_Part(data, num_fewshot, prompter.items(args.limit)))
-    return parts
 
 
 def _open_store(out: Path | None, model: Mapping[str, Any], stack: ExitStack) -> Store:
@@ -205,14 +123,14 @@ def _keep(store: Store, record: dict[str, Any]) -> None:
         store[record["id"]] = record
 
 
-def _waiting(part: _Part, store: Store, chat: bool) -> dict[str, Any]:
+def _waiting(part: Part, store: Store, chat: bool) -> dict[str, Any]:
     """A part's requests that have no answer yet, by id."""
     needed = "text" if part.task.output_type == "generate_until" else "logprob"
     asked = ((name, what) for item in part.items for name, what in part.requests(item, chat))
     return {name: what for name, what in asked if name not in store or needed not in store[name]}
 
 
-def _ask(part: _Part, waiting: Mapping[str, Any], source: AnswerSource, store: Store, *, args: BenchmarkArgs, progress: Progress) -> None:
+def _ask(part: Part, waiting: Mapping[str, Any], source: AnswerSource, store: Store, *, args: BenchmarkArgs, progress: Progress) -> None:
     """Have requests answered, and keep each answer as it comes."""
     names, contents = list(waiting), list(waiting.values())
     kind = part.task.output_type
@@ -237,7 +155,7 @@ def _ask(part: _Part, waiting: Mapping[str, Any], source: AnswerSource, store: S
 
 
 def _judge(
-    part: _Part, store: Store, args: BenchmarkArgs, sandbox: Sandbox | None, progress: Progress
+    part: Part, store: Store, args: BenchmarkArgs, sandbox: Sandbox | None, progress: Progress
 ) -> tuple[list[Outcome], list[dict[str, Any]]]:
     """What each answer was worth, and its record."""
     task = part.task
@@ -310,7 +228,7 @@ def _judge_text(task: Task, item: Item, text: str, *, outcome: Outcome, row: dic
             row["extracted"] = extracted.by_filter | ({} if extracted.own is None else {"own": extracted.own})
 
 
-def _summary(part: _Part, outcomes: Sequence[Outcome], rows: Sequence[Mapping[str, Any]], marked: bool) -> dict[str, Any]:
+def _summary(part: Part, outcomes: Sequence[Outcome], rows: Sequence[Mapping[str, Any]], marked: bool) -> dict[str, Any]:
     task = part.task
     out: dict[str, Any] = {
         "task": task.task,
@@ -323,11 +241,11 @@ def _summary(part: _Part, outcomes: Sequence[Outcome], rows: Sequence[Mapping[st
     }
     if (num := sum(item.in_shots for item in part.items)) > 0:
         out["notes"].append(f"{num:,} documents are among their own shots, as the harness draws them from the evaluated split")
-    if (num := sum(item.gold in (-1, (), (-1,)) for item in part.items)) > 0:
+    if (num := sum(item.lacks_gold for item in part.items)) > 0:
         out["notes"].append(f"{num:,} documents name no right choice among theirs, and count as wrong")
     cut = [(item, row["kept_chars"]) for item, row in zip(part.items, rows, strict=True) if row["kept_chars"] is not None]
     if cut:
-        fit = min(_shots_left(item, kept) for item, kept in cut)
+        fit = min(shots_left(item, kept) for item, kept in cut)
         out["cut"] = {"documents": len(cut), "shots": fit}
         out["notes"].append(
             f"{len(cut):,} of {len(rows):,} contexts are longer than the model's and were cut from the left: {fit} of {part.num_fewshot} "
@@ -356,19 +274,8 @@ def _summary(part: _Part, outcomes: Sequence[Outcome], rows: Sequence[Mapping[st
     return out
 
 
-def _shots_left(item: Item, kept: int) -> int:
-    """Shots that are whole in the characters that were kept of a context."""
-    left, count = kept - item.question_chars, 0
-    for chars in reversed(item.shot_chars):
-        left -= chars
-        if left < 0:
-            break
-        count += 1
-    return count
-
-
 def _groups(
-    parts: Sequence[_Part],
+    parts: Sequence[Part],
     outcomes: Mapping[str, Sequence[Outcome]],
     *,
     results: Mapping[str, Mapping[str, Any]],
@@ -389,10 +296,10 @@ def _groups(
 # ---- records ----
 
 
-def _samples(part: _Part, outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _samples(part: Part, outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Records that one can open: what was asked, answered and found, a document a line."""
     for item, outcome, row in zip(part.items, outcomes, rows, strict=True):
-        record: dict[str, Any] = {"doc_id": item.number, "task": part.name, "doc_hash": make_id(_plain(item.doc)), "doc": _plain(item.doc)}
+        record: dict[str, Any] = {"doc_id": item.number, "task": part.name, "doc_hash": make_id(plain(item.doc)), "doc": plain(item.doc)}
         if item.pairs:
             contexts = list(dict.fromkeys(context for context, _ in item.pairs))
             record |= {"context": contexts[0]} if len(contexts) == 1 else {"contexts": [context for context, _ in item.pairs]}
@@ -401,15 +308,6 @@ def _samples(part: _Part, outcomes: Sequence[Outcome], rows: Sequence[dict[str, 
             record |= {"context": item.prompt}
         extra = {"contaminated": True} if outcome.contaminated else {}
         yield record | {k: v for k, v in row.items() if k != "doc_id" and v is not None} | extra
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON can hold it."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def _read_against(folder: Path) -> dict[str, list[tuple[str, dict[str, float]]]]:
@@ -465,91 +363,3 @@ def headlines(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         figures = {"mean": found["value"], "ci95": found["ci95"], "n": found["n"]}
         out[task] = {"column": column, **figures, "num_fewshot": entry["num_fewshot"], "notes": list(entry["notes"])}
     return out
-
-
-# ---- before work is spent ----
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What benchmarks would ask of a model.
-
-    Attributes:
-        identity: hash of all that is asked and of how it is scored.
-        num_read: characters that are read, those of a context once.
-        num_answers, num_tokens: answers that are generated, and the most tokens of all of them.
-    """
-
-    identity: str
-    num_read: int
-    num_answers: int
-    num_tokens: int
-
-
-def check_benchmarks(args: BenchmarkArgs, tokenizer: Tokenizer, max_length: int, *, chat_tokens: Callable[[str], int]) -> Checked:
-    """What would be asked of a model, once it is known that this can be done.
-
-    Args:
-        max_length: context of the model.
-        chat_tokens: tokens of a prompt in its chat format, where nothing is cut.
-
-    Raises:
-        InputError: a task or a file is wrong, or the model's context holds no answer, not a choice, or in no document of a task its shots.
-    """
-    asked, num_read, num_answers, num_tokens = [], 0, 0, 0
-    for part in _parts(args):
-        kwargs, generates = part.task.generation_kwargs, part.task.output_type == "generate_until"
-        if lost := _lost_shots(part, tokenizer, max_length):
-            raise InputError(f"{lost}. Lower num_fewshot, or use a model with a longer context.")
-        for item in part.items:
-            _check_item(item, f"Document {item.number + 1} of {part.name}", tokenizer, max_length=max_length)
-            if args.chat and generates and len(item.prompt.encode()) >= max_length // 2:
-                _check_chat(item, part.name, chat_tokens(item.prompt), max_length=max_length)
-        ids = [(item.number, item.golds, [name for name, _ in part.requests(item, args.chat)]) for item in part.items]
-        asked.append([part.name, part.num_fewshot, part.task.model_dump(mode="json"), ids, [_plain(item.doc) for item in part.items]])
-        num_read += sum(map(len, {context for item in part.items for context, _ in item.pairs} | {item.prompt for item in part.items}))
-        num_read += sum(len(continuation) for item in part.items for _, continuation in item.pairs)
-        num_answers += len(part.items) * generates
-        num_tokens += len(part.items) * generates * kwargs.max_gen_toks
-    return Checked(make_id(asked), num_read, num_answers, num_tokens)
-
-
-def _check_item(item: Item, where: str, tokenizer: Tokenizer, *, max_length: int) -> None:
-    for continuation in {continuation for _, continuation in item.pairs}:
-        if not continuation or (len(continuation.encode()) > max_length and len(tokenizer.encode(continuation)) > max_length):
-            why = "longer than the model's context" if continuation else "empty"
-            raise InputError(f"{where} has a choice that is {why}: take the document out.")
-
-
-def _check_chat(item: Item, name: str, size: int, *, max_length: int) -> None:
-    if size >= max_length:
-        raise InputError(
-            f"Document {item.number + 1} of {name} has a prompt of {size:,} tokens as a message and the model's context is {max_length:,}: "
-            "leave chat out, so that it is cut, or use a model with a longer context."
-        )
-
-
-def _lost_shots(part: _Part, tokenizer: Tokenizer, max_length: int) -> str:
-    """What to say where the model's context holds in no document of a part its shots, and "" where it does, by the shortest ones.
-
-    Raises:
-        InputError: it holds not even an answer.
-    """
-    generates = part.task.output_type == "generate_until"
-    room = room_for_prompt(part.task.generation_kwargs, max_length) if generates else max_length + 1
-    if not part.num_fewshot:
-        return ""
-
-    def text(item: Item) -> str:
-        return max((context + continuation for context, continuation in item.pairs), key=len) if item.pairs else item.prompt
-
-    shortest = sorted(part.items, key=lambda item: len(text(item)))[:NUM_LOOKED_AT]
-    sizes = [len(ids) for ids in encode_texts(tokenizer, [text(item) for item in shortest])]
-    if not sizes or min(sizes) <= room:
-        return ""
-    item, size = shortest[0], sizes[0]
-    fit = _shots_left(item, round(len(text(item)) * room / size))
-    return (
-        f"{part.name}: the shortest context has {size:,} tokens with {part.num_fewshot} shots and the model's context holds {room:,}: "
-        f"{fit} of {part.num_fewshot} shots fit in it"
-    )

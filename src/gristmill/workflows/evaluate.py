@@ -102,7 +102,7 @@ def evaluate(
     if num_weak:
         scores["weak"] = num_weak
     if engine.is_quantized:  # on what the model itself answers
-        own = Engine(engine.model, engine.tokenizer, engine.chat_format, name=engine.name, max_batch=engine.max_batch)
+        own = Engine(engine.model, engine.tokenizer, engine.chat_format, name=engine.name, max_batch=engine.max_batch, dtype=engine.dtype)
         asked = [Request(str(i), p.messages, SamplingParams(temperature=0.0, max_tokens=max_tokens), seed) for i, p in enumerate(prompts)]
         said = [(*r.messages, Message("assistant", outs[0].text)) for r, outs in own.generate(asked) if outs[0].text.strip()]
         scores["quantized"] = divergence(engine, said)

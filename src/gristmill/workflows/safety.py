@@ -28,6 +28,7 @@ from gristmill.evaluate.safety import (
     incoherence,
     known_sets,
     make_canaries,
+    of_all_types,
     outcome,
     read_probes,
     readable,
@@ -37,6 +38,7 @@ from gristmill.evaluate.stats import accuracy, paired
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.generation.cached import CachedClient, Client
 from gristmill.generation.endpoint import RowFailed
+from gristmill.judge.backends import Dtype
 from gristmill.judge.guards import (
     AEGIS,
     Form,
@@ -77,6 +79,7 @@ class HeadGuard:
     permissive: bool = False
     chat_format: str = "auto"
     device: str = "auto"
+    dtype: Dtype = "auto"
 
 
 Guard = PromptedGuard | HeadGuard
@@ -91,6 +94,7 @@ def open_guards(
     taxonomy: Path | None = None,
     permissive: bool = False,
     device: str = "auto",
+    dtype: Dtype = "auto",
 ) -> list[Guard]:
     """Guards by their folders, or by FORM=URL of endpoints.
 
@@ -99,7 +103,7 @@ def open_guards(
         key_env: environment variable that holds the endpoints' key.
         logprobs: ask endpoints for log-probabilities too.
         taxonomy: file of categories for judges; None: AEGIS's.
-        device: of folders.
+        device, dtype: of folders.
 
     Raises:
         InputError: a form is unknown, a folder or the taxonomy is wrong, or an endpoint has no name or key.
@@ -113,15 +117,15 @@ def open_guards(
         if is_url(url):
             if form not in get_args(Form):
                 raise InputError(f"There is no form of guard {quoted(form)}: write {forms} before the URL.")
-            party = required_party("guard", url, model=name, key_env=key_env, logprobs=logprobs, device=device)
+            party = required_party("guard", url, model=name, key_env=key_env, logprobs=logprobs)
             guards.append(PromptedGuard(party, cast(Form, form), categories, permissive))
         elif is_url(spec):
             raise InputError(f"Write the form of the guard before its URL ({forms}), as in judge={spec}.")
         else:
-            party = required_party("guard", spec, device=device)
+            party = required_party("guard", spec, device=device, dtype=dtype)
             config = party.folder / "config.json"
             if config.is_file() and "guard_codes" in read_untrusted_json(config):
-                guards.append(HeadGuard(party.folder, permissive, device=device))
+                guards.append(HeadGuard(party.folder, permissive, device=device, dtype=dtype))
             else:
                 guards.append(PromptedGuard(party, "judge", categories, permissive))
     return guards
@@ -130,7 +134,7 @@ def open_guards(
 def guard_identity(guard: Guard) -> list[Any]:
     """What a guard's verdicts depend on."""
     if isinstance(guard, HeadGuard):
-        return ["head", Party(str(guard.folder)).identity, guard.permissive]
+        return ["head", Party(str(guard.folder), dtype=guard.dtype).identity, guard.permissive]
     return [guard.form, guard.asked.identity, guard.taxonomy, guard.permissive]
 
 
@@ -140,7 +144,7 @@ class SafetySettings:
 
     Attributes:
         attacks: chains that the unsafe prompts are asked under besides.
-        limit: most prompts of each set and label.
+        limit: most prompts of each set and label, as `of_all_types` takes them.
         max_tokens: longest answer.
         temperature: 0 is greedy.
         concurrency: most requests in flight at an endpoint.
@@ -174,7 +178,7 @@ def read_sets(settings: SafetySettings) -> list[Probe]:
     for name in dict.fromkeys(names):
         found = read_probes(find_set(name, settings.data), name if "/" not in name and "." not in name else Path(name).stem)
         for label in dict.fromkeys(probe.label for probe in found):
-            probes += [probe for probe in found if probe.label == label][: settings.limit]
+            probes += of_all_types([probe for probe in found if probe.label == label], settings.limit)
     return probes + attacked(probes, list(dict.fromkeys(settings.attacks)), settings.seed)
 
 
@@ -288,7 +292,7 @@ def _add_verdicts(
         if isinstance(guard, HeadGuard):
             from gristmill.judge.guard_head import load_guard_scorer
 
-            scorer = load_guard_scorer(guard.folder, guard.chat_format, device=guard.device, permissive=guard.permissive)
+            scorer = load_guard_scorer(guard.folder, guard.chat_format, device=guard.device, dtype=guard.dtype, permissive=guard.permissive)
             verdicts = [verdict for verdict in scorer.verdicts(talks)]
         else:
             verdicts = asyncio.run(_prompted(guard, name, talks, settings, out, progress))

@@ -19,7 +19,7 @@ Resolve = Callable[..., AlignmentRecipe]
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Resolve:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr("gristmill.core.device.has_bf16_products", lambda: False)
+    monkeypatch.setattr("gristmill.core.device.bf16_is_faster", lambda: False)
     source = MiniatureSource(HumanData(), 0)
     return lambda recipe, size, device: resolved_recipe(recipe, size, device, source=source, folder=tmp_path)
 

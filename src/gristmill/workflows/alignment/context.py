@@ -50,7 +50,7 @@ from gristmill.workflows.alignment.ranks import Ranks
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
 from gristmill.workflows.alignment.state import ReadSaid
-from gristmill.workflows.benchmarks import BenchmarkArgs, Checked, check_benchmarks
+from gristmill.workflows.benchmark_requests import BenchmarkArgs, Checked, check_benchmarks
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
 from gristmill.workflows.safety import Guard, HeadGuard, SafetySettings, guard_identity, open_guards, read_sets
 from gristmill.workflows.train import lora_config

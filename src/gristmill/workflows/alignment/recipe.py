@@ -117,7 +117,7 @@ class Safety(Section):
     data: FilePath | None = Field(None, description="folder of published sets; without rows all that it holds are asked")
     canaries: FilePath | None = Field(None, description="file of `gristmill safety canaries`: is a secret repeated?")
     when: When = Field("each_stage", description="as in evaluate")
-    limit: int | None = Field(None, gt=0, description="most prompts of each set and label")
+    limit: int | None = Field(None, gt=0, description="most prompts of each set and label, of all types alike")
     attacks: tuple[str, ...] = Field((), description="chains that unsafe prompts are asked under besides")
     guard: Guards = Field((), description="folders, or FORM=URL; of several the first that can be read decides")
     guard_model: str = Field("", description="name that the guards' endpoints know them by")

@@ -77,7 +77,7 @@ def _rewards_of(session: JudgedSession, talks: Mapping[str, Conversation]) -> di
         return _endpoint_rewards(session, talks, identity)
     from gristmill.judge.reward import load_scorer
 
-    scorer = load_scorer(judge.folder, judge.chat_format, device=judge.device)
+    scorer = load_scorer(judge.folder, judge.chat_format, device=judge.device, dtype=judge.dtype)
     ids = {name: make_id("rating", identity, to_dicts(talk)) for name, talk in talks.items()}
     ratings: dict[str, Rating] = {}
     with Journal(args.out / RATING_CALLS) as journal, session.progress.stage("ratings"):

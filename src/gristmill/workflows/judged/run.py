@@ -5,7 +5,7 @@ from what was said. The folder gets results.json, samples.jsonl (a line a verdic
 benchmark's form.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from gristmill.core.errors import InputError
@@ -80,65 +80,3 @@ def _check(kind: Kind, args: JudgeArgs) -> None:
         args.judge.check("judge")
         if kind in OF_MODELS and is_reward_model(args.judge):
             raise InputError(f"{quoted(args.judge.place)} holds a reward model, which writes no verdicts: give a judge that writes.")
-
-
-def table(results: Mapping[str, Any]) -> list[str]:
-    """The results as lines of a table, notes last."""
-    lines: list[str] = []
-
-    def add(name: str, score: Mapping[str, Any], digits: int, more: str = "") -> None:
-        name = " ".join(name.split())  # it may be a file's
-        if score.get("mean") is None or score.get("n") == 0:
-            lines.append(f"{name:<34} none{more}")
-            return
-        low, high = score.get("ci95") or (None, None)
-        interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if low is not None else ""
-        num = f"  n {score['n']:,}" if "n" in score else ""
-        lines.append(f"{name:<34} {score['mean']:.{digits}f}{interval}{num}{more}")
-
-    scores = results["scores"]
-    match results["benchmark"]:
-        case "mt-bench":
-            add("MT-Bench", scores["overall"], 2)
-            for turn in scores["turns"]:
-                add(f"turn {turn}", scores["turns"][turn], 2)
-            for category, score in scores["categories"].items():
-                add(category, score, 2)
-            add("as FastChat reads the replies", scores["fastchat"], 2, f"  {scores['fastchat']['read_otherwise']} read otherwise")
-            if pairs := results.get("pairs"):
-                for name, score in {"overall": pairs["overall"], **{f"turn {t}": s for t, s in pairs["turns"].items()}}.items():
-                    counts = f"  wins {score['wins']}, ties {score['ties']}, losses {score['losses']}"
-                    add(f"against {pairs['baseline']}, {name}", score, 3, counts)
-                add("first place", pairs["first_place"], 3)
-        case "arena-hard":
-            for category, score in scores.items():
-                add(category, score, 1, f"  dropped {score['dropped']}")
-                if score["style_controlled"]:
-                    add(f"{category}, style controlled", score["style_controlled"], 1)
-            add("first place", results["first_place"], 3)
-        case "alpaca-eval":
-            add("win rate", scores["win_rate"], 2)
-            add(scores["length_controlled"]["name"], scores["length_controlled"], 2)
-        case "agreement":
-            for name in ("agreement", "decided", "single_order", "consistent", "first_place", "kappa"):
-                add(name.replace("_", " "), scores[name], 3)
-            for name in ("judge", "people", "difference"):
-                add(f"longer answer, {name}", scores["length"][name], 3)
-            for name, score in scores["subsets"].items():
-                add(name, score, 3)
-            if people := scores.get("people"):
-                kappas = "  ".join("none" if k is None else f"{k:.3f}" for k in people["kappas"])
-                lines.append(f"{'people among themselves':<34} alpha {people['alpha']}  kappas {kappas}")
-        case "rewards":
-            for name, found in scores.items():
-                overall = found["overall"]
-                add(name, overall if isinstance(overall, Mapping) else {"mean": overall}, 4)
-                named = ("with_priors", "as_leaderboard", "hard", "normal", "easy")
-                rows = {part: {"mean": found[part]} for part in named if found.get(part) is not None}
-                rows |= {c: {"mean": mean} for c, mean in found.get("categories", {}).items()}
-                rows |= {**found.get("domains", {}), **found.get("subsets", {})}
-                for part, score in rows.items():
-                    add(f"  {part}", score, 4)
-    counts = results["verdicts"]
-    lines.append(f"unreadable verdicts: {counts['unreadable']} of {counts['replies']} replies; failed calls: {results['failed_calls']}")
-    return lines + [f"note: {note}" for note in results["notes"]]

@@ -78,7 +78,7 @@ class JudgedSession:
 
     def __init__(self, kind: Kind, args: JudgeArgs, progress: Progress):
         self.kind, self.args, self.progress = kind, args, progress
-        self.failed = self.num_replies = self.unreadable = self.num_cut = 0
+        self.failed = self.num_replies = self.unreadable = self.num_cut = self.unreadable_cut = 0
         self.first_unreadable = ""
         self.model_name = ""
 
@@ -162,6 +162,7 @@ class JudgedSession:
             self.num_replies += 1
             if verdict is None or verdict == "":
                 self.unreadable += 1
+                self.unreadable_cut += completion.finish == "length"
                 self.first_unreadable = self.first_unreadable or completion.text.strip()
         return verdict
 
@@ -204,6 +205,10 @@ class JudgedSession:
         """What must be said of judge and model beside the scores."""
         model, judge = self.args.model, self.args.judge
         out = [f"{self.num_cut} answers were cut off before their end: raise --max-tokens, or judge them so."] if self.num_cut else []
+        if self.unreadable_cut:
+            out.append(f"{self.unreadable_cut} of the replies that cannot be read were cut off before their end: raise --judge-tokens.")
+        if 2 * self.unreadable > self.num_replies:
+            out.append("Most replies cannot be read, and the scores are of few: take a judge that keeps to the form.")
         if model is None or judge is None:
             return out
         if identity_of(model) == identity_of(judge):
@@ -217,8 +222,8 @@ def identity_of(party: Party) -> list[Any]:
 
 
 def call_identity(party: Party) -> list[Any]:
-    """What decides what a party says: who it is, and the chat format that it is given in place of its own."""
-    return identity_of(party) + ([party.chat_format] if party.chat_format != "auto" else [])
+    """What decides what a party says: who it is, and the chat format and type that it is given in place of its own."""
+    return identity_of(party) + [given for given in (party.chat_format, party.dtype) if given != "auto"]
 
 
 def _has_filtered(model: Party, judge: Party) -> list[str]:

@@ -1,4 +1,4 @@
-"""Agreement statistics: Krippendorff's alpha, weighted kappa, bootstrap intervals over items, and Dawid-Skene.
+"""Inter-rater reliability: Krippendorff's alpha, weighted kappa, bootstrap intervals over items, and Dawid-Skene.
 
 Sources: Krippendorff, "Computing Krippendorff's alpha-reliability" (2011); Cohen (1968); Dawid and Skene (1979).
 Values are whole numbers from 0 to K - 1. N items, J people, K values.

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gristmill.studio.statistics import alpha, alpha_of, bootstrap, coincidences, dawid_skene, mean_kappa, weighted_kappa
+from gristmill.evaluate.reliability import alpha, alpha_of, bootstrap, coincidences, dawid_skene, mean_kappa, weighted_kappa
 
 _ = None
 # Krippendorff (2011), four observers and twelve units, values 1 to 5 moved to 0 to 4
@@ -43,6 +43,8 @@ def test_weighted_kappa_by_hand() -> None:
     assert weighted_kappa([0, 0, 0, 1], [0, 0, 1, 1], 2, weights="none") == pytest.approx(0.5)
     # values 0 2 against 0 1 of three, w = d^2: observed 1; expected (1 x 1 + 4 x 1 + 1 x 1) / 2 with margins (1, 0, 1), (1, 1, 0)
     assert weighted_kappa([0, 2], [0, 1], 3, weights="quadratic") == pytest.approx(1 - 1 / 3)
+    # 0 0 1 1 0 against 0 1 1 1 0: observed .8, chance .6 x .4 + .4 x .6
+    assert weighted_kappa([0, 0, 1, 1, 0], [0, 1, 1, 1, 0], 2, weights="none") == pytest.approx((0.8 - 0.48) / 0.52)
     assert weighted_kappa([], [], 3, weights="quadratic") is None
     assert weighted_kappa([1, 1], [1, 1], 3, weights="quadratic") is None
 
