@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.evaluate.task import GenerationKwargs
-from gristmill.workflows.benchmark_sources import Generated, Likelihood
+from gristmill.workflows.benchmark_sources import Chat, Generated, Likelihood
 
 COLOURS = ["red", "blue", "green", "black"]
 MMLU = [
@@ -139,7 +139,9 @@ class Scripted:
             self._note(text)
             yield number, Likelihood(-float(len(text.split())), False)
 
-    def generate(self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: bool, seed: int) -> Iterator[tuple[int, Generated]]:
+    def generate(
+        self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: Chat | None, seed: int
+    ) -> Iterator[tuple[int, Generated]]:
         for number, prompt in enumerate(prompts):
             self._note(prompt)
             text = next((answer for ending, answer in self.answers.items() if prompt.endswith(ending)), "")

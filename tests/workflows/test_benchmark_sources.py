@@ -15,7 +15,7 @@ import pytest
 from gristmill.core.errors import InputError
 from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.evaluate.task import GenerationKwargs
-from gristmill.workflows.benchmark_sources import EndpointSource, EngineSource
+from gristmill.workflows.benchmark_sources import Chat, EndpointSource, EngineSource, replied, sampling_of
 
 PAIRS = [("Why so? ", "yes"), ("Why so?", " no"), ("Because it is", " a long reason of some words"), ("Why so?", " yes")]
 
@@ -37,11 +37,25 @@ def test_an_endpoint_gives_what_the_engine_gives(served: str, random_base: Path)
         assert told[number].logprob == pytest.approx(one.logprob, abs=1e-3)
     assert own[0].logprob == pytest.approx(own[3].logprob, abs=1e-5)  # the blank belongs to the continuation
     settings = GenerationKwargs(until=("e", "\n"), max_gen_toks=12)
-    texts = {number: answer.text for number, answer in here.generate(["Ask", "Tell me"], settings, chat=False, seed=0)}
-    assert {number: answer.text for number, answer in there.generate(["Ask", "Tell me"], settings, chat=False, seed=0)} == texts
+    texts = {number: answer.text for number, answer in here.generate(["Ask", "Tell me"], settings, chat=None, seed=0)}
+    assert {number: answer.text for number, answer in there.generate(["Ask", "Tell me"], settings, chat=None, seed=0)} == texts
     assert all("e" not in text and "\n" not in text for text in texts.values())
+    for chat in (Chat(), Chat("off"), Chat("on", 4), Chat("", 0)):
+        found = [dict(source.generate(["Ask", "Tell me"], settings, chat=chat, seed=0)) for source in (here, there)]
+        assert [answer.text for answer in found[0].values()] == [found[1][number].text for number in found[0]]
     with pytest.raises(InputError, match="give a model folder"):
         list(there.rolling(["text"]))
+
+
+def test_thinking_is_asked_for_and_stop_sequences_are_for_the_reply() -> None:
+    settings = GenerationKwargs(until=("\n", "Q:"), max_gen_toks=12)
+    on = Chat("on", 30)
+    assert [m.content for m in on.messages("Why?")] == ["detailed thinking on", "Why?"] and len(Chat().messages("Why?")) == 1
+    assert sampling_of(settings, on).stop == () and sampling_of(settings, on).max_tokens == 42
+    assert sampling_of(settings, Chat("off")).stop == sampling_of(settings, None).stop == ("\n", "Q:")
+    assert replied("<think>a\nb</think>c Q: d\n", settings, on) == "<think>a\nb</think>c "
+    assert replied("no form\nQ: d", settings, on) == "no form" and replied("<think>a\n", settings, on) == "<think>a"
+    assert replied("<think>a\nb</think>c", settings, on) == "<think>a\nb</think>c" and replied("c\nd", settings, None) == "c\nd"
 
 
 @contextmanager
@@ -98,7 +112,7 @@ def test_an_endpoint_that_refuses_a_temperature_is_asked_without_it_and_says_so(
         return 200, {"choices": [{"text": "yes", "finish_reason": "stop"}], "usage": {}}
 
     with answering(reply) as source:
-        ((_, answer),) = source.generate(["Why?"], GenerationKwargs(), chat=False, seed=0)
+        ((_, answer),) = source.generate(["Why?"], GenerationKwargs(), chat=None, seed=0)
         assert answer.text == "yes" and answer.left_out == ("temperature",)
 
 

@@ -19,6 +19,7 @@ from gristmill.core.progress import Progress
 from gristmill.data.rows import Demonstration, write_rows
 from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.evaluate.harness import rolling_windows
+from gristmill.report.benchmarks import benchmark_text, write_benchmark_page
 from gristmill.workflows.benchmark_requests import BenchmarkArgs
 from gristmill.workflows.benchmark_sources import AnswerSource, EngineSource
 from gristmill.workflows.benchmarks import ANSWERS, SAMPLES, differences, headlines, run_benchmarks
@@ -64,6 +65,25 @@ def test_killed_at_ten_moments_an_evaluation_goes_on_and_asks_nothing_twice(tmp_
     run(Scripted(log=log), folder, tasks, out=out, **SHOTS)  # all documents: the others alone are asked
     asked = log.read_text().splitlines()
     assert len(asked) == len(set(asked)) == 2 * 3 * 4 + 3 * 3 + 3 + 3 * 2
+
+
+def test_of_an_answer_that_thinks_the_reply_is_scored(tmp_path: Path) -> None:
+    folder, out = write_data(tmp_path / "data"), tmp_path / "out"
+    told = ("<think>Maybe #### 7</think>It is #### 0", "<think>#### 2</think>#### 3", "#### 4")
+    answers = {f"What is {i} and {i}?\nAnswer:": text for i, text in enumerate(told)}
+    report = run(Scripted(answers), folder, "gsm8k", out=out, thinking="on", max_thinking_tokens=9, **SHOTS)
+    entry = report["tasks"]["gsm8k"]
+    assert [row["scores"]["exact_match,strict-match"] for row in samples(out, "gsm8k")] == [1.0, 0.0, 1.0]
+    assert [row["keeps_form"] for row in samples(out, "gsm8k")] == [True, True, False] and entry["obedience"]["mean"] == 0.6667
+    assert "0.667 of the answers keep the form of thinking on" in benchmark_text(report)
+    assert "thinking on, 9 tokens of it at most" in write_benchmark_page(out, report).read_text()
+    log = tmp_path / "asked"
+    run(Scripted(answers, log=log), folder, "gsm8k", out=out, thinking="off", **SHOTS)  # other requests
+    assert len(log.read_text().splitlines()) == 3
+    run(Scripted(answers, log=log), folder, "gsm8k", out=out, thinking="on", max_thinking_tokens=9, **SHOTS)
+    assert len(log.read_text().splitlines()) == 3
+    with pytest.raises(InputError, match="Give --max-thinking-tokens with --thinking on"):
+        run(Scripted(), folder, "gsm8k", thinking="on")
 
 
 def test_answers_of_another_model_are_not_mixed(tmp_path: Path) -> None:

@@ -390,8 +390,6 @@ def eval(
         from gristmill.cli.benchmarks import run_tasks
         from gristmill.workflows.benchmark_requests import BenchmarkArgs
 
-        if thinking or max_thinking_tokens is not None:
-            raise InputError("--thinking and --max-thinking-tokens are for prompts with truths: leave them out with --tasks.")
         if data is None or not tasks:
             raise InputError("Give benchmarks by --tasks and the folder of their files by --data: `gristmill eval tasks` lists them.")
         given_args = BenchmarkArgs(
@@ -400,6 +398,8 @@ def eval(
             num_fewshot=num_fewshot,
             limit=limit,
             chat=as_chat,
+            thinking=thinking,
+            max_thinking_tokens=max_thinking_tokens,
             out=out,
             against=against,
             contamination=contamination,

@@ -24,6 +24,19 @@ def hidden_tag(tokenizer: Tokenizer) -> str | None:
     return next((tag for tag in (OPEN, CLOSE) if tokenizer.has(tag) and not tokenizer.decode([tokenizer.special_id(tag)])), None)
 
 
+def check_shown(tokenizer: Tokenizer, name: object, otherwise: str) -> None:
+    """InputError where a model's tags of thinking are not to be seen in its answers.
+
+    Args:
+        otherwise: what else the reader can do.
+    """
+    if (tag := hidden_tag(tokenizer)) is not None:
+        raise InputError(
+            f"{name}: {tag} is a control token there, which no answer shows, so that its thinking cannot be told apart: "
+            f'set "special": false for it in tokenizer.json, or {otherwise}.'
+        )
+
+
 def toggle_of(messages: Sequence[Message]) -> Mode | None:
     """The mode that a conversation's system turn asks for; None where it says nothing of it.
 

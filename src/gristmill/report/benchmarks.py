@@ -81,6 +81,9 @@ def _told(report: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> Ite
         clean = entry.get("clean_metrics", {})
         without = f"; without them {next(iter(clean))} is {interval(next(iter(clean.values())))}" if clean and entry["contaminated"] else ""
         yield f"{name}: {entry['contaminated']:,} of {entry['n']:,} documents have 13 words in a row in the training rows{without}"
+    if obeyed := entry.get("obedience"):
+        mode = report["settings"]["thinking"]
+        yield f"{name}: {obeyed['mean']:.3f} of the answers keep the form of thinking {mode}; {entry['mean_tokens']} tokens in the mean"
     if entry.get("empty"):
         yield f"{name}: {entry['empty']:,} empty answers"
     if pair := entry.get("against"):
@@ -133,6 +136,9 @@ def _settings(report: Mapping[str, Any]) -> Markup:
         told.append(f"the first {settings['limit']} documents of each task alone: no published figure")
     if settings["chat"]:
         told.append("generated answers in the chat format")
+    if settings.get("thinking"):
+        budget = settings["max_thinking_tokens"]
+        told.append(f"thinking {settings['thinking']}" + (f", {budget} tokens of it at most" if budget is not None else ""))
     return el("p", "; ".join(told), class_="soft")
 
 

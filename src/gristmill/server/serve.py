@@ -17,7 +17,7 @@ from gristmill.core.io import read_bytes, reason
 from gristmill.core.logs import limit_logs
 from gristmill.core.response_text import REASONING_PARSERS
 from gristmill.data.chat import Conversation
-from gristmill.data.thinking import hidden_tag
+from gristmill.data.thinking import check_shown
 from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.judge.reward import RewardScorer, load_scorer
 from gristmill.model.adapters import is_adapter
@@ -79,11 +79,8 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
         raise InputError(f"--reasoning-parser {args.reasoning_parser} is not one of {', '.join(REASONING_PARSERS)}.")
     name = args.name or model_folder.resolve().name
     engine = load_engine(model_folder, replace(engine_args, max_loras=args.lora.max_loras), name=name)
-    if args.reasoning_parser and (tag := hidden_tag(engine.tokenizer)) is not None:
-        raise InputError(
-            f"{model_folder}: {tag} is a control token there, which no answer shows, so that its thinking cannot be told apart: "
-            'set "special": false for it in tokenizer.json, or leave --reasoning-parser out.'
-        )
+    if args.reasoning_parser:
+        check_shown(engine.tokenizer, model_folder, "leave --reasoning-parser out")
     loader = AdapterLoader(engine, model_folder, args.lora)
     loader.start()
     how = {"device": engine_args.device, "dtype": engine_args.dtype}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gristmill.core.errors import InputError
 from gristmill.data.rows import make_id
@@ -11,7 +11,7 @@ from gristmill.data.tokenizer import Tokenizer
 from gristmill.evaluate.documents import TaskData, read_task
 from gristmill.evaluate.harness import Item, Prompter
 from gristmill.evaluate.task import FEWSHOT_SEED, Task, find_tasks
-from gristmill.workflows.benchmark_sources import encode_texts, room_for_prompt
+from gristmill.workflows.benchmark_sources import Chat, encode_texts, room_for_prompt
 
 NUM_LOOKED_AT = 4  # of a task's shortest contexts, whether its shots fit
 
@@ -26,6 +26,7 @@ class BenchmarkArgs:
         limit: the first so many documents of each task (of each subset) alone.
         seed: of what draws shots.
         chat: generated answers are asked for as a message, in the model's chat format.
+        thinking, max_thinking_tokens: as of `Chat`, which either of them asks for.
         out: folder for answers, samples and results; with it a killed evaluation goes on where it was.
         against: such a folder of another model, compared with in pairs.
         subsets: of tasks that have some, the only ones; none: all.
@@ -38,6 +39,8 @@ class BenchmarkArgs:
     limit: int | None = None
     seed: int = FEWSHOT_SEED
     chat: bool = False
+    thinking: Literal["", "on", "off"] = ""
+    max_thinking_tokens: int | None = None
     out: Path | None = None
     against: Path | None = None
     contamination: Path | None = None
@@ -49,6 +52,14 @@ class BenchmarkArgs:
             raise InputError(f"--limit must be at least 1, got {self.limit}.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise InputError(f"--num-fewshot must be 0 or more, got {self.num_fewshot}.")
+        if self.thinking == "on" and self.max_thinking_tokens is None:
+            raise InputError("Give --max-thinking-tokens with --thinking on: a task's answers are short, and thinking would use them up.")
+
+    @property
+    def asking(self) -> Chat | None:
+        """How generated answers are asked for; None: as plain text."""
+        as_chat = self.chat or self.thinking or self.max_thinking_tokens is not None
+        return Chat(self.thinking, self.max_thinking_tokens) if as_chat else None
 
 
 @dataclass
@@ -67,14 +78,15 @@ class Part:
     def name(self) -> str:
         return self.data.name
 
-    def requests(self, item: Item, chat: bool) -> list[tuple[str, Any]]:
+    def requests(self, item: Item, chat: Chat | None) -> list[tuple[str, Any]]:
         """Ids and contents of an item's requests: an id is made of all that is asked."""
         if self.task.output_type == "multiple_choice":
             return [(make_id("ll", *pair), pair) for pair in item.pairs]
         if self.task.output_type == "loglikelihood_rolling":
             return [(make_id("rolling", item.prompt), item.prompt)]
         settings = self.task.generation_kwargs
-        return [(make_id("text", item.prompt, list(settings.until), settings.max_gen_toks, chat), item.prompt)]
+        thinking = [chat.thinking, chat.max_thinking_tokens] if chat not in (None, Chat()) else []
+        return [(make_id("text", item.prompt, list(settings.until), settings.max_gen_toks, chat is not None, *thinking), item.prompt)]
 
 
 def read_parts(args: BenchmarkArgs) -> list[Part]:
@@ -156,7 +168,7 @@ def check_benchmarks(args: BenchmarkArgs, tokenizer: Tokenizer, max_length: int,
             _check_item(item, f"Document {item.number + 1} of {part.name}", tokenizer, max_length=max_length)
             if args.chat and generates and len(item.prompt.encode()) >= max_length // 2:
                 _check_chat(item, part.name, chat_tokens(item.prompt), max_length=max_length)
-        ids = [(item.number, item.golds, [name for name, _ in part.requests(item, args.chat)]) for item in part.items]
+        ids = [(item.number, item.golds, [name for name, _ in part.requests(item, args.asking)]) for item in part.items]
         asked.append([part.name, part.num_fewshot, part.task.model_dump(mode="json"), ids, [plain(item.doc) for item in part.items]])
         num_read += sum(map(len, {context for item in part.items for context, _ in item.pairs} | {item.prompt for item in part.items}))
         num_read += sum(len(continuation) for item in part.items for _, continuation in item.pairs)

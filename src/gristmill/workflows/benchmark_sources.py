@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from gristmill.core.concurrent import map_concurrent
 from gristmill.core.errors import InputError
-from gristmill.data.chat import Message
+from gristmill.data.chat import Conversation, Message
+from gristmill.data.thinking import check_shown, split_answer, thinking_answer, with_toggle
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.engine.engine import Engine
 from gristmill.engine.scoring import Continuation
@@ -45,6 +46,39 @@ class Generated:
     left_out: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Chat:
+    """How generated answers are asked for as a message, in the model's chat format.
+
+    Attributes:
+        thinking: mode that the toggle's line in the system turn asks for; "": none.
+        max_thinking_tokens: budget of an answer's thinking, beside the tokens that a task gives the reply; None: none.
+    """
+
+    thinking: Literal["", "on", "off"] = ""
+    max_thinking_tokens: int | None = None
+
+    def messages(self, prompt: str) -> Conversation:
+        asked = (Message("user", prompt),)
+        return with_toggle(asked, self.thinking) if self.thinking else asked
+
+
+def sampling_of(settings: GenerationKwargs, chat: Chat | None) -> SamplingParams:
+    """Greedy decoding as a task says. With thinking on its stop sequences are for the reply alone, which `replied` cuts."""
+    budget = None if chat is None else chat.max_thinking_tokens
+    stop = () if chat is not None and chat.thinking == "on" else tuple(filter(None, settings.until))
+    return SamplingParams(temperature=0.0, max_tokens=settings.max_gen_toks + (budget or 0), stop=stop, max_thinking_tokens=budget)
+
+
+def replied(text: str, settings: GenerationKwargs, chat: Chat | None) -> str:
+    """An answer whose reply ends before the first stop sequence, where no stop sequence ended it."""
+    if chat is None or chat.thinking != "on":
+        return text
+    trace, reply = split_answer(text)
+    ends = [at for stop in settings.until if stop and (at := reply.find(stop)) >= 0]
+    return (thinking_answer(trace, reply[: min(ends)]) if trace else reply[: min(ends)]) if ends else text
+
+
 class AnswerSource(Protocol):
     """Protocol of whatever answers benchmark requests, each as it comes, by its place among those asked."""
 
@@ -59,7 +93,9 @@ class AnswerSource(Protocol):
 
     def rolling(self, texts: Sequence[str]) -> Iterator[tuple[int, Likelihood]]: ...
 
-    def generate(self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: bool, seed: int) -> Iterator[tuple[int, Generated]]: ...
+    def generate(
+        self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: Chat | None, seed: int
+    ) -> Iterator[tuple[int, Generated]]: ...
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -148,15 +184,18 @@ class EngineSource:
             scored = list(self.engine.continuations([Continuation(window, num) for window, num in windows]))
             yield number, Likelihood(sum(one.logprob for one in scored), all(one.greedy for one in scored))
 
-    def generate(self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: bool, seed: int) -> Iterator[tuple[int, Generated]]:
-        room = room_for_prompt(settings, self.max_length)
-        sampling = SamplingParams(temperature=0.0, max_tokens=settings.max_gen_toks, stop=tuple(filter(None, settings.until)))
+    def generate(
+        self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: Chat | None, seed: int
+    ) -> Iterator[tuple[int, Generated]]:
+        room, sampling = room_for_prompt(settings, self.max_length), sampling_of(settings, chat)
+        if chat is not None and chat.thinking:
+            check_shown(self.engine.tokenizer, self.name, "leave --thinking out")
         kept: dict[str, int] = {}
 
         def requests() -> Iterator[Request]:
             for number, prompt in enumerate(prompts):
-                if chat:
-                    yield Request(str(number), (Message("user", prompt),), sampling, seed)
+                if chat is not None:
+                    yield Request(str(number), chat.messages(prompt), sampling, seed)
                     continue
                 ids = self._encode([prompt])[0].tolist()
                 if len(ids) > room:
@@ -165,7 +204,8 @@ class EngineSource:
                 yield Request(str(number), (), sampling, seed, prompt_ids=tuple(ids or [self.engine.tokenizer.context_id]))
 
         for request, (answer,) in self.engine.generate(requests()):
-            yield int(request.id), Generated(answer.text, answer.num_tokens, answer.finish, kept.get(request.id))
+            text = replied(answer.text, settings, chat)
+            yield int(request.id), Generated(text, answer.num_tokens, answer.finish, kept.get(request.id))
 
 
 class EndpointSource:
@@ -224,12 +264,16 @@ class EndpointSource:
     def rolling(self, texts: Sequence[str]) -> Iterator[tuple[int, Likelihood]]:
         raise InputError("Perplexity of texts is read in windows of tokens, which an endpoint does not tell: give a model folder.")
 
-    def generate(self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: bool, seed: int) -> Iterator[tuple[int, Generated]]:
-        sampling = SamplingParams(temperature=0.0, max_tokens=settings.max_gen_toks, stop=tuple(filter(None, settings.until)))
-        endpoint = Endpoint([self._target(kind="chat" if chat else "completions")], concurrency=self.concurrency)
-        requests = (Request(str(i), (Message("user", prompt),), sampling, seed) for i, prompt in enumerate(prompts))
-        for request, (answer,) in _complete(endpoint, requests):
-            yield int(request.id), Generated(answer.text, answer.num_tokens, answer.finish, left_out=answer.left_out or None)
+    def generate(
+        self, prompts: Sequence[str], settings: GenerationKwargs, *, chat: Chat | None, seed: int
+    ) -> Iterator[tuple[int, Generated]]:
+        sampling, ask = sampling_of(settings, chat), chat or Chat()
+        budget = {} if ask.max_thinking_tokens is None else {"max_thinking_tokens": ask.max_thinking_tokens}
+        target = self._target(kind="completions" if chat is None else "chat", extra_body=budget)
+        requests = (Request(str(i), ask.messages(prompt), sampling, seed) for i, prompt in enumerate(prompts))
+        for request, (answer,) in _complete(Endpoint([target], concurrency=self.concurrency), requests):
+            text = replied(answer.text, settings, chat)
+            yield int(request.id), Generated(text, answer.num_tokens, answer.finish, left_out=answer.left_out or None)
 
 
 class _EchoEndpoint(Endpoint):

@@ -10,7 +10,9 @@ from typing import Any
 from gristmill.core.errors import InputError
 from gristmill.core.io import lock, make_folder, read_json, write_json, write_jsonl
 from gristmill.core.progress import Progress
+from gristmill.core.response_text import strip_thinking
 from gristmill.data.rows import make_id, read_records
+from gristmill.data.thinking import keeps_form
 from gristmill.evaluate.benchmark_scores import CLOSE, Outcome, group, margin, score
 from gristmill.evaluate.harness import (
     INVALID,
@@ -24,12 +26,12 @@ from gristmill.evaluate.harness import (
     programs,
     text_sizes,
 )
-from gristmill.evaluate.stats import paired
+from gristmill.evaluate.stats import accuracy, paired
 from gristmill.evaluate.task import Task
 from gristmill.runs.journal import Journal
 from gristmill.sandbox.sandbox import Sandbox
 from gristmill.workflows.benchmark_requests import BenchmarkArgs, Part, lost_shots, plain, read_parts, shots_left
-from gristmill.workflows.benchmark_sources import AnswerSource
+from gristmill.workflows.benchmark_sources import AnswerSource, Chat
 from gristmill.workflows.contamination import contaminated
 
 BATCH = 64  # programs that the sandbox gets at once
@@ -63,7 +65,7 @@ def run_benchmarks(
         sandbox = stack.enter_context(Sandbox(unsafe=args.unsafe_code) if runs_code else nullcontext())
         source: AnswerSource | None = None
         for part in parts:
-            if waiting := _waiting(part, store, args.chat):
+            if waiting := _waiting(part, store, args.asking):
                 source = source or open_source()
                 if source.context is not None and (lost := lost_shots(part, *source.context)):
                     progress.warn(f"{lost}, and the others are cut off, as the harness does. --num-fewshot asks for fewer.")
@@ -73,6 +75,9 @@ def run_benchmarks(
         pairs: dict[str, Pairs] = {}
         for part in parts:
             found, rows = _judge(part, store, args, sandbox, progress)
+            if args.thinking and "endpoint" not in model:  # an endpoint may tell thinking apart
+                for row in rows:
+                    row |= {"keeps_form": keeps_form(row["answer"], args.thinking == "on")} if "answer" in row else {}
             for outcome in found:
                 outcome.contaminated = marked is not None and outcome.number in marked[part.name]
             outcomes[part.name] = found
@@ -88,7 +93,9 @@ def run_benchmarks(
         "num_fewshot": args.num_fewshot,
         "limit": args.limit,
         "seed": args.seed,
-        "chat": args.chat,
+        "chat": args.asking is not None,
+        "thinking": args.thinking,
+        "max_thinking_tokens": args.max_thinking_tokens,
         "contamination": None if args.contamination is None else str(args.contamination),
     }
     report: dict[str, Any] = {"model": dict(model), "settings": settings, "tasks": results}
@@ -123,7 +130,7 @@ def _keep(store: Store, record: dict[str, Any]) -> None:
         store[record["id"]] = record
 
 
-def _waiting(part: Part, store: Store, chat: bool) -> dict[str, Any]:
+def _waiting(part: Part, store: Store, chat: Chat | None) -> dict[str, Any]:
     """A part's requests that have no answer yet, by id."""
     needed = "text" if part.task.output_type == "generate_until" else "logprob"
     asked = ((name, what) for item in part.items for name, what in part.requests(item, chat))
@@ -139,7 +146,7 @@ def _ask(part: Part, waiting: Mapping[str, Any], source: AnswerSource, store: St
     elif kind == "loglikelihood_rolling":
         answers = source.rolling(contents)
     else:
-        answers = source.generate(contents, part.task.generation_kwargs, chat=args.chat, seed=args.seed)
+        answers = source.generate(contents, part.task.generation_kwargs, chat=args.asking, seed=args.seed)
     started, done = time.monotonic(), 0
 
     def note() -> str:
@@ -163,7 +170,7 @@ def _judge(
     rows: list[dict[str, Any]] = []
     runs: list[Any] = []
     for item in part.items:
-        asked = part.requests(item, args.chat)
+        asked = part.requests(item, args.asking)
         told = [store[name] for name, _ in asked]
         outcome = Outcome(item.number)
         cut = [one["kept_chars"] for one in told if "kept_chars" in one]
@@ -181,7 +188,7 @@ def _judge(
             text = told[0]["text"]
             row |= {"answer": text, "num_tokens": told[0]["num_tokens"], "finish": told[0]["finish"], "gold": item.gold}
             row |= {"left_out": told[0]["left_out"]} if "left_out" in told[0] else {}
-            _judge_text(task, item, text, outcome=outcome, row=row, runs=runs)
+            _judge_text(task, item, strip_thinking(text) if args.thinking else text, outcome=outcome, row=row, runs=runs)
         outcomes.append(outcome)
         rows.append(row)
     if runs:
@@ -260,6 +267,8 @@ def _summary(part: Part, outcomes: Sequence[Outcome], rows: Sequence[Mapping[str
         out["cut_answers"] = sum(row["finish"] == "length" for row in rows)
         for name in sorted({name for row in rows for name in row.get("left_out", ())}):
             out["notes"].append(f"the endpoint refuses {name} and was asked without it: its answers are drawn otherwise")
+        if any("keeps_form" in row for row in rows):
+            out["obedience"] = accuracy([row["keeps_form"] for row in rows])
         out["mean_tokens"] = round(sum(row["num_tokens"] for row in rows) / max(1, len(rows)), 1)
         weak = sum(one["weak"] for row in rows for one in row.get("programs", {}).values())
         if weak:
