@@ -222,8 +222,10 @@ def _unfolded(text: str) -> str:
     if "```" in text:
         return text
     found = list(NUMBERED.finditer(text))
+    if [int(m[1]) for m in found] != list(range(1, len(found) + 1)):
+        return text
     begins = [re.search(r"\w", text[: m.start()].rpartition("\n")[2]) is None for m in found]
-    if all(begins) or [int(m[1]) for m in found] != list(range(1, len(found) + 1)):
+    if all(begins):
         return text
     in_one_line = "\n" not in text[found[0].start() : found[-1].start()]
     if begins[0] and not in_one_line or in_one_line and len(found) < 3:  # an item speaks of a number

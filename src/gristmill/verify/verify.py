@@ -27,9 +27,9 @@ from typing import Any
 from gristmill.core.errors import InputError
 from gristmill.core.response_text import answer_text, extract_code, strip_thinking
 from gristmill.verify.code_tests import check_text, complete
+from gristmill.verify.final_answer import MAX_DENIED, is_denied, is_right, spelt_fractions
 from gristmill.verify.ifeval import check_instructions
 from gristmill.verify.json_schema import extract_json, schema_error, validation_error
-from gristmill.verify.math import MAX_DENIED, is_denied, is_right, spelt_fractions
 
 KINDS = ("number", "exact", "mention", "choice", "code", "list", "math", "instructions", "schema")
 RunCode = Callable[[str, str], bool]
