@@ -9,8 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +21,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from gristmill.core.errors import InputError
 from gristmill.core.io import DamagedFile, read_bytes, write_bytes, write_json, write_text
 from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
-from gristmill.data.tokenizer_checks import check_charsmap, check_losses, check_steps
+from gristmill.data.tokenizer_checks import check_charsmap, check_losses, check_steps, explained_damage, unless_panic
 
 EOS = "<|endoftext|>"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can spell it, and it is no text
@@ -65,24 +64,6 @@ AS_WRITTEN = ("mistral", "phi3", "olmo2", "granite", "nemotron", "qwen2")
 MAX_TEMPLATES = 64
 TEMPLATES = "additional_chat_templates"  # a folder with further templates, NAME.jinja
 PROBE = "A mill, 12.5 stones\n\n"
-
-
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged tokenizer.json makes the library raise into an InputError."""
-    try:
-        yield
-    except (InputError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # the library raises bare Exception, and its panics are no Exception
-        raise InputError(f"{path} cannot be read as a tokenizer ({quoted(str(e))[1:-1]}): download or save it again.") from None
-
-
-def _unless_panic(error: BaseException) -> BaseException:
-    """The error, or an InputError for a panic of the library, such as a pattern that would search for ever."""
-    if type(error).__name__ != "PanicException":
-        return error
-    return InputError(f"The tokenizer cannot encode a text ({quoted(str(error))[1:-1]}): correct the patterns in its tokenizer.json.")
 
 
 class Tokenizer:
@@ -186,7 +167,7 @@ class Tokenizer:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} cannot be read as a tokenizer (it is larger than {MAX_BYTES:,} bytes): download or save it again.")
         files = _read_files(Path(folder))
-        with _damage(path):
+        with explained_damage(path):
             check_charsmap(files["tokenizer.json"])
             backend = HFTokenizer.from_buffer(files["tokenizer.json"])
             check_steps(backend, path)
@@ -207,7 +188,7 @@ class Tokenizer:
             templates = _templates(files, config.get("chat_template"))
         except (ValueError, AttributeError, KeyError, TypeError) as e:
             raise InputError(f"{config_path} is not a tokenizer configuration ({quoted(repr(e))[1:-1]}): download it again.") from e
-        with _damage(path):
+        with explained_damage(path):
             cut, *rest = _steps(backend) or [{}]
             cut_here = cut.get("pattern", {}).get("Regex", "").startswith(CUT)
             if cut_here:  # it belongs to the template, see `with_chat_template`
@@ -323,7 +304,7 @@ class Tokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=False).ids
         except BaseException as e:
-            raise _unless_panic(e) from None
+            raise unless_panic(e) from None
 
     def encode_turn(self, header: str, text: str) -> tuple[list[int], list[int]]:
         """Ids of a turn's header and of the words after it, both as they are after a control token.
@@ -364,7 +345,7 @@ class Tokenizer:
         try:
             (found,) = self._whole.encode_batch([text], add_special_tokens=False)  # in a batch it lets other threads run
         except BaseException as e:
-            raise _unless_panic(e) from None
+            raise unless_panic(e) from None
         return found.ids, found.offsets
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -374,7 +355,7 @@ class Tokenizer:
         try:
             return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
         except BaseException as e:
-            raise _unless_panic(e) from None
+            raise unless_panic(e) from None
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False, continued: bool = False) -> str:
         """Text of `ids`; control tokens are dropped unless `keep_special`.
