@@ -73,7 +73,7 @@ def _table() -> np.ndarray:
 
 
 _CLASSES = _table()
-_STARTS = [b"sk-", b"sk_", b"rk_", b"gh", b"gi", b"gl", b"AK", b"AS", b"xo", b"AI", b"hf_", b"np", b"ey"]
+_STARTS = [b"sk-", b"sk_", b"rk_", b"gh", b"gi", b"gl", b"AK", b"AS", b"xo", b"AI", b"hf_", b"np", b"ey", b"gs", b"xa", b"SG"]
 
 
 @njit(cache=True, nogil=True)
