@@ -358,3 +358,11 @@ def test_what_stands_before_every_text_is_what_transformers_puts_there(begins: b
     ours = Tokenizer.load(tmp_path)
     assert ours.text_prefix + ours.encode("a b") == theirs.encode("a b")
     assert ours.context_id == theirs.bos_token_id
+
+
+def test_a_huge_id_in_a_tokenizer_that_cuts_headers_is_told_at_once(tmp_path: Path) -> None:
+    TOKENIZER.with_chat_template("{{ messages }}", cut=True).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(_with(lambda t: t["model"]["vocab"].update(zz=2**31), json.loads(path.read_text())))
+    with pytest.raises(InputError, match="an id 2147483648"):
+        Tokenizer.load(tmp_path)

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from gristmill.core.errors import InputError
 from gristmill.core.io import DamagedFile, read_bytes, write_bytes, write_json, write_text
 from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
-from gristmill.data.tokenizer_checks import check_charsmap, check_losses, check_steps, explained_damage, unless_panic
+from gristmill.data.tokenizer_checks import check_charsmap, check_ids, check_losses, check_steps, explained_damage, unless_panic
 
 EOS = "<|endoftext|>"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can spell it, and it is no text
@@ -52,7 +52,6 @@ PLAIN = ("NoneType", "NFC", "NFKC", "NFD", "NFKD", "Lowercase")  # normalizers t
 
 MAX_ENCODED_ALONE = 20_000  # characters; for longer texts the library lets other threads run only in a batch
 MAX_BYTES = 1 << 28  # of a tokenizer.json; the largest published ones have 40 MB
-MAX_UNUSED_IDS = 1 << 16  # ids below the highest that no token has
 # What a model folder says about its tokenizer and its chat template. A folder that was loaded is saved with the same bytes.
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -97,12 +96,7 @@ class Tokenizer:
         self._prefix: Literal["", "first", "always", "never"] = ""  # see `_llamas_prefix`
         self._whole: HFTokenizer | None = None  # as other programs have it
         control = tuple(control)
-        ids = backend.get_vocab(with_added_tokens=True).values()
-        self.max_id = max(ids, default=-1)  # of all tokens; some vocabularies have unused ids below it
-        if len(set(ids)) < len(ids):
-            raise InputError("The tokenizer gives one id to several tokens: download or save its tokenizer.json again.")
-        if self.max_id >= len(ids) + MAX_UNUSED_IDS:
-            raise InputError(f"The tokenizer has {len(ids)} tokens and an id {self.max_id}: download or save its tokenizer.json again.")
+        self.max_id = check_ids(backend)  # of all tokens; some vocabularies have unused ids below it
         self._backend = backend
         self._chat: HFTokenizer | None = None
         blank = any(step.get("add_prefix_space") or step["type"] == "Metaspace" for step in _steps(backend))
@@ -170,6 +164,7 @@ class Tokenizer:
         with explained_damage(path):
             check_charsmap(files["tokenizer.json"])
             backend = HFTokenizer.from_buffer(files["tokenizer.json"])
+            check_ids(backend)  # before it is written out, which a huge id would make long
             check_steps(backend, path)
         config_path = path.with_name("tokenizer_config.json")
         config = read_untrusted_json(config_path) if config_path.exists() else {}

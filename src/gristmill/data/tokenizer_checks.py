@@ -28,6 +28,7 @@ LOSSES = (
 )
 ASCII = "\n\t" + "".join(map(chr, range(32, 127)))  # characters of which none may become another, or nothing
 SCRIPTS = "\u0301\u00e9\u0416\u05d0\u0639\u0915\u0e01\u1100\u3042\u4e2d\uac00\U0001f600\U00020000"  # and so must these, or be unknown
+MAX_UNUSED_IDS = 1 << 16  # ids below the highest that no token has
 UNKNOWN = "\uf8ff"  # a private-use character
 MAX_GROWTH = 16.0  # of a text by a normalizer's replacements; published ones put one character for another
 
@@ -68,6 +69,17 @@ def check_charsmap(data: bytes) -> None:
             charsmap = base64.b64decode(step["precompiled_charsmap"])
             if int.from_bytes(charsmap[:4], "little") > len(charsmap) - 4:
                 raise ValueError("its precompiled_charsmap is cut off")
+
+
+def check_ids(backend: HFTokenizer) -> int:
+    """The highest id; raise `InputError` where two tokens share one, or where it is far beyond the number of tokens."""
+    ids = backend.get_vocab(with_added_tokens=True).values()
+    highest = max(ids, default=-1)
+    if len(set(ids)) < len(ids):
+        raise InputError("The tokenizer gives one id to several tokens: download or save its tokenizer.json again.")
+    if highest >= len(ids) + MAX_UNUSED_IDS:
+        raise InputError(f"The tokenizer has {len(ids)} tokens and an id {highest}: download or save its tokenizer.json again.")
+    return highest
 
 
 def check_steps(backend: HFTokenizer, path: Path) -> None:
