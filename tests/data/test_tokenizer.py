@@ -361,7 +361,7 @@ def test_what_stands_before_every_text_is_what_transformers_puts_there(begins: b
 
 
 def test_a_huge_id_in_a_tokenizer_that_cuts_headers_is_told_at_once(tmp_path: Path) -> None:
-    TOKENIZER.with_chat_template("{{ messages }}", cut=True).save(tmp_path)
+    TOKENIZER.save(tmp_path, "{{ 'User\\n' }}{{ messages }}")
     path = tmp_path / "tokenizer.json"
     path.write_text(_with(lambda t: t["model"]["vocab"].update(zz=2**31), json.loads(path.read_text())))
     with pytest.raises(InputError, match="an id 2147483648"):
