@@ -487,6 +487,7 @@ def test_other_equations_units_and_words_are_different(a: str, b: str) -> None:
 
 
 def test_the_last_formula_is_a_final_answer() -> None:
+    assert is_right("The answer is \\boxed{}. So it is 5", "5")
     assert is_right("The solution is $x \\in (1, 2)$.", "(1,2)") and not is_right("The solution is $x \\in (1, 3)$.", "(1,2)")
 
 

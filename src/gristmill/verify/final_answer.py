@@ -10,6 +10,7 @@ from gristmill.verify.math import MAX_ANSWER_CHARS, is_equiv, is_number, unit_of
 MAX_BOXES = 10  # that make one answer
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
+EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}?")
 BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$\\.,;:]+)")
 # What may stand between the boxes of one answer: `x = \boxed{1}` and `y = \boxed{2}`.
 JOINT = re.compile(r"(?:[\s$,;&*{}-]|\\[()\[\],;: ]|\\q?quad|\\text|\b(?:and|or)\b|[^\W\d_](?:_\{?\w\}?)?\s*=|^\s*[(]?\w[).](?=\s))*", re.M)
@@ -131,8 +132,9 @@ def _stated(text: str) -> str | None:
             continue
         found = math[math.lastindex or 0] if math else tail[: end.start()] if end else tail
         found = re.sub(r"\s\((?=[a-z]+\s)[^()]*\)\W*$", "", found)  # a remark
-        if found := found.lstrip(' *`_"').rstrip(' \t.,;:*`_"' if "{" in found else ' \t.,;:*`_"}'):
-            return found.strip()
+        found = found.lstrip(' *`_"').rstrip(' \t.,;:*`_"' if "{" in found else ' \t.,;:*`_"}').strip()
+        if found and not EMPTY_BOX.fullmatch(found):
+            return found
     return None
 
 
