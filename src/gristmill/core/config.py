@@ -24,7 +24,7 @@ from gristmill.core.io import DamagedFile, read_bytes
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
 RECIPES = Path(__file__).parents[1] / "recipes"  # the shipped ones
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what no name on one line has
 MAX_RUN_NAME_BYTES = 200  # a seed and a control are appended to it
 SUFFIXES = (".yaml", ".yml")
 MAX_YAML_BYTES = 4 << 20

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 _NAMES = (
-    r"(?:[a-z]{1,12}:|(?:longcat|internal|inner|hidden)_)?(?:think(?:ing)?|thoughts?|reason(?:ing)?)(?:_(?:process|steps|content))?"
+    r"(?:[a-z]{1,12}:|(?:longcat|internal|inner|hidden)_)?(?:think(?:ing)?|thoughts?|reasoning)(?:_(?:process|steps|content))?"
     r"|antthinking|reflection|scratchpad|inner_monologue|analysis"
 )
 _OPENING = (
