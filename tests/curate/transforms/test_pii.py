@@ -65,6 +65,7 @@ AROUND = ["{}", "Write to {}.", "({})", "x, {}, y", "<b>{}</b>", '"{}"', "â€œ{}â
 
 ASSIGNED = [
     'password = "{}"', "API_KEY={}", "api-key: '{}'", '"client_secret": "{}"', "token => '{}'", "auth_token := \"{}\"", "db_passwd:{}\n",
+    "Authorization: Bearer {}", '{{"authorization": "bearer {}"}}',
 ]  # fmt: skip
 
 # What is not personal, however much it looks so.

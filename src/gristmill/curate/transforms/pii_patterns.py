@@ -116,7 +116,8 @@ _PEM = re.compile(
 )
 _VALUE = re.compile(rb"(?<=[\s\"'=:>])(?P<it>[A-Za-z0-9+/_-]{16,200}={0,2})(?![A-Za-z0-9+/_=.(\[-])")
 _SECRET = re.compile(
-    rb"(?:password|passwd|pwd|secret|token|(?:api|access|auth|account|encryption|secret)[_-]?key)[\"']?\s{0,3}(?::=|=>|=|:)\s{0,3}[\"']?\Z",
+    rb"(?:password|passwd|pwd|secret|token|(?:api|access|auth|account|encryption|secret)[_-]?key)[\"']?\s{0,3}(?::=|=>|=|:)\s{0,3}[\"']?\Z"
+    rb"|\bauthorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?bearer \Z",
     re.IGNORECASE,
 )
 # What the words around four numbers make of them.
