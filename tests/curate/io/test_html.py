@@ -69,6 +69,7 @@ def test_formulas_are_written_out(inner: str, text: str) -> None:
     [
         ("<i>a</i>\u2264<i>b</i>, <i>a</i>&ge;<i>c</i>", "a\u2264b, a\u2265c"),
         ("<a>\u4e2d\u56fd</a>\u3001<b>\u65e5</b>", "\u4e2d\u56fd\u3001\u65e5"),
+        ("<b>&amp;\u0431</b>, <i>\u2605</i>", "&\u0431, \u2605"),
         ("<b>\u2022</b> word\u2060joiner", "word\u2060joiner"),
     ],
 )

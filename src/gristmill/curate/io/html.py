@@ -28,8 +28,8 @@ _BRACKETS = tuple(")]}|!'\u2032")  # what may stand before what is raised, besid
 _INVISIBLE = dict.fromkeys((0x2061, 0x2062, 0x2063, 0x2064))  # signs between factors that are not shown
 _NOTE = tuple("[]()*\u2020\u2021\xa7")
 # Texts of elements that the extraction may take for a bullet: a character between tags, or one behind another.
-_SHORT = re.compile(r">(\s*(?:[^\s<>&]{1,2}|&#?\w{2,31};))(?=\s*<)")
-_BULLETS = frozenset("\u2022\u2023\u2043\u2219\u25aa\u25ab\u25cb\u25cf\u25e6\u2605\u2606\u2756\u27a4\u203a\u2039")
+_SHORT = re.compile(r">(\s*(?:[^\s<>&]|&#?\w{2,31};){1,2})(?=\s*<)")
+_BULLETS = frozenset("\u2022\u2023\u2043\u2219\u25aa\u25ab\u25cb\u25cf\u25e6\u203a\u2039")
 _INVISIBLE_SIGNS = "\u2060\u2061\u2062\u2063"  # one that the page has not makes such a text longer
 
 
