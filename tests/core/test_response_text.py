@@ -35,6 +35,8 @@ from gristmill.core.response_text import ReasoningParser, answer_text, code_bloc
         ("<mm:think>4?</mm:think>5", "5"),
         ("<internal_thoughts>4?</internal_thoughts>5", "5"),
         ("<think>4?</ think>5", "5"),
+        ('<details type="reasoning" done="true">\n4?\n</details>\n5', "\n5"),
+        ("<details>why</details>5", "<details>why</details>5"),
         ("<think>4?<\\/think>5", "5"),
     ],
 )

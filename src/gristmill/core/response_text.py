@@ -25,7 +25,8 @@ _CLOSING = (
 # Channels: what follows the last one, `final`, is the answer.
 _CHANNEL = r"(?:<\|start\|>(?:assistant)?)?<\|channel\|>\s*(?:analysis|commentary)[^<\n]{0,100}(?:<\|message\|>)?"
 _FINAL = r"(?:<\|start\|>(?:assistant)?)?<\|channel\|>\s*final[^<\n]{0,100}<\|message\|>|(?-i:assistantfinal)"  # also without its tokens
-EMPTY = re.compile(rf"<(?:{_NAMES})\s*/>", re.I)
+# Thinking that a tag of its own says; and Open WebUI's, whose end might belong to anything else.
+EMPTY = re.compile(rf"<(?:{_NAMES})\s*/>|<details\s[^<>\n]{{0,200}}type=\"reasoning\"[^<>\n]{{0,200}}>.*?(?:</details>|\Z)", re.I | re.S)
 THINKING = re.compile(rf"(?P<close>{_CLOSING}|{_FINAL})|(?P<open>{_OPENING}|{_CHANNEL})", re.I)
 OPENING, CLOSING = re.compile(rf"\s{{0,200}}(?:{_OPENING})", re.I), re.compile(_CLOSING, re.I)
 # What may yet become such a tag, at the end of a text that is still written.
