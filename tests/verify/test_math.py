@@ -450,6 +450,7 @@ def test_hostile_texts_take_no_time(name: str) -> None:
         ("\\{1\\}\\cup\\{2\\}", "1, 2"),
         ("11,\\! 111,\\! 100", "11111100"),
         ("\\dbinom{5}{2}", "10"),
+        ("10\\,\\frac{\\text{m}}{\\text{s}}", "10 m/s"),
         ("\\vec{v} = (1,2)", "(1,2)"),
         ("3\\hat{\\imath}", "3\\hat{i}"),
         ("6\\mathrm{e}^2", "6e^2"),

@@ -49,6 +49,7 @@ TIDY = [
         (r"\\(mathbb|mathbf|mathcal|mathrm|vec|hat)\s+([a-zA-Z])", r"\\\1{\2}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
+        (r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\{([^{}]*)\}\s*\}\s*\{\s*\\(?:text|mathrm)\{([^{}]*)\}\s*\}", r"\\text{ \1/\2}"),
         (r"\\([ij])math(?![a-zA-Z])", r"\1"),
         (r"^\s*\\(?:vec|mathbf|overrightarrow)\s*\{\s*[a-zA-Z]{1,2}\s*\}\s*=(?=[^=]*$)", ""),
         (r"\\(?:langle|rangle)(?![a-zA-Z])", lambda m: "(" if m[0][1] == "l" else ")"),
