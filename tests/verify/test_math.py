@@ -480,6 +480,7 @@ def test_letters_that_differ_by_case_are_different(a: str, b: str) -> None:
         ("\\{1,2\\}\\cup\\{3\\}", "\\{1,2\\}"),
         ("5 x", "5"),
         ("5 m", "5 s"),
+        ("10\\,\\frac{\\text{km}}{\\text{h}}", "10 m/s"),
         ("twenty", "2"),
     ],
 )

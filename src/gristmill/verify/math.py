@@ -20,6 +20,7 @@ MAX_DEPTH = 20  # brackets within each other that are looked into
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 TEXT = r"\\(?:boxed|text(?:bf|it|rm|sf|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 WRAPPED = re.compile(TEXT)
+UNIT_FRACTION = r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\{([^{}]*)\}\s*\}\s*\{\s*\\(?:text|mathrm)\{([^{}]*)\}\s*\}"
 TIDY = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -49,7 +50,7 @@ TIDY = [
         (r"\\(mathbb|mathbf|mathcal|mathrm|vec|hat)\s+([a-zA-Z])", r"\\\1{\2}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
-        (r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\{([^{}]*)\}\s*\}\s*\{\s*\\(?:text|mathrm)\{([^{}]*)\}\s*\}", r"\\text{ \1/\2}"),
+        (UNIT_FRACTION, r"\\text{ \1/\2}"),
         (r"\\([ij])math(?![a-zA-Z])", r"\1"),
         (r"^\s*\\(?:vec|mathbf|overrightarrow)\s*\{\s*[a-zA-Z]{1,2}\s*\}\s*=(?=[^=]*$)", ""),
         (r"\\(?:langle|rangle)(?![a-zA-Z])", lambda m: "(" if m[0][1] == "l" else ")"),
@@ -363,6 +364,7 @@ def unit_of(text: str) -> frozenset[tuple[str, int]] | None:
     if money:
         sign = money[1] or money[2]
         return frozenset({(CURRENCIES.get(sign, sign), 1)})
+    text = re.sub(UNIT_FRACTION, r" \1/\2", text)
     text = re.sub(r"\\(?:text|mathrm|mbox|rm)\s*\{([^{}]*)\}|\\[,;: ]|~", r" \1", text.replace("\\cdot", "*"))
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\u00b0|\\degree(?![a-zA-Z])", " deg ", text)
     m = QUANTITY.search(text.strip().rstrip(".$*` "))
