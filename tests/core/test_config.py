@@ -440,3 +440,11 @@ def test_aliases_and_merged_mappings_are_welcome(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("a: &a {lr: 1.0e-5, steps: 3}\nb: {<<: *a, steps: 4}\nc: [*a, *a]\nd: -12\n")
     found = read(tmp_path / "r.yaml")
     assert found["b"] == {"lr": 1e-5, "steps": 4} and found["c"] == [found["a"]] * 2 and found["d"] == -12
+
+
+def test_what_stands_in_tables_and_cards_is_one_line() -> None:
+    values = {"generators": [{"base_url": "http://127.0.0.1/v1", "model": "m"}], "pipelines": {"from_file": None}, "prompts": "p.jsonl"}
+    assert check(DatasetRecipe, values | {"licence": "cc-by-4.0"}).licence == "cc-by-4.0"
+    for wrong in ({"licence": "mit\n---\n# Hello"}, {"generators": [{"base_url": "http://127.0.0.1/v1", "model": "m\u2028n"}]}):
+        with pytest.raises(InputError, match="one line"):
+            check(DatasetRecipe, values | wrong)

@@ -1,5 +1,7 @@
 """Thinking, code blocks and programs in the texts of models."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +31,13 @@ from gristmill.core.response_text import ReasoningParser, answer_text, code_bloc
         ("<think />\n5", "\n5"),
         ("analysis4?assistantfinal5", "5"),
         ("<unused94>thought\n4?<unused95>5", "5"),
+        ("<|channel>thought\n4?<channel|>5", "5"),
+        ("<mm:think>4?</mm:think>5", "5"),
+        ("<internal_thoughts>4?</internal_thoughts>5", "5"),
+        ("<think>4?</ think>5", "5"),
+        ('<details type="reasoning" done="true">\n4?\n</details>\n5', "\n5"),
+        ("<details>why</details>5", "<details>why</details>5"),
+        ("<think>4?<\\/think>5", "5"),
     ],
 )
 def test_strip_thinking(text: str, said: str) -> None:
@@ -44,6 +53,7 @@ def test_strip_thinking(text: str, said: str) -> None:
         (None, "4?</think>5", "", "4?</think>5"),
         (None, "< 5", "", "< 5"),
         (None, "<think>4", "4", ""),
+        (None, "<|channel>thought\n4?<channel|>5", "\n4?", "5"),
         (True, "4?</think>5", "4?", "5"),
         (True, "<think>4?</think>5 <think>6</think>", "4?", "5 <think>6</think>"),
         (True, "4", "4", ""),
@@ -126,6 +136,22 @@ def test_any_text_has_blocks_in_order_and_an_answer(pieces: list[str]) -> None:
     assert len(answer_text(text)) <= len(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("5<|im_end|>\n<|im_start|>user\n6?<|im_end|>\n<|im_start|>assistant\n6", "5"),
+        ("<|begin_of_text|>5</s>", "5"),
+        ("Write `<|im_end|>` at the end.", "Write `<|im_end|>` at the end."),
+        ("```\n5<|im_end|>\n```\n6", "```\n5<|im_end|>\n```\n6"),
+        ("```python\nx = 5\n<|eot_id|>", "```python\nx = 5\n"),
+        ("a < 5, <s>4</s>", "a < 5, <s>4</s>"),
+        ("<|START_RESPONSE|>5<|END_RESPONSE|>", "5"),
+    ],
+)
+def test_an_answer_is_of_one_turn(text: str, answer: str) -> None:
+    assert answer_text(text) == answer
+
+
 PROGRAM = "def f(x):\n    return x + 1\n"
 BLOCK = f"```python\n{PROGRAM}```\n"
 
@@ -145,6 +171,7 @@ BLOCK = f"```python\n{PROGRAM}```\n"
         ("```python\nx = 1```", "x = 1"),
         ("```python\nx = 1", "x = 1"),
         ("```python\nx = 1\n```\nor\n```python\nx = 2", "x = 2"),
+        ("Say `def f(x): return x`.", "def f(x): return x"),
         ("", ""),
     ],
 )
@@ -176,6 +203,19 @@ def test_extract_code(answer: str, program: str) -> None:
         f"{BLOCK}Tests:\n```python\nfrom solution import f\nclass T(TestCase):\n    def test(self): self.assertEqual(f(1), 2)\n```",
         f"<pre><code class='language-python'>{PROGRAM}</code></pre>",
         f"[PYTHON]\n{PROGRAM}[/PYTHON]\n[TESTS]\nassert f(1) == 3\n[/TESTS]",
+        f"{PROGRAM}```",
+        f"{PROGRAM}```\nIt adds one.",
+        f"```python\nprint(f(1))\n```\n{PROGRAM}",
+        f"<python>\n{PROGRAM}</python>",
+        f"\\begin{{lstlisting}}[language=Python]\n{PROGRAM}\\end{{lstlisting}}",
+        f"'''python\n{PROGRAM}'''",
+        f"```python {PROGRAM}```",
+        f"````markdown\n# Answer\n{BLOCK}````",
+        json.dumps({"why": "simple", "code": PROGRAM}),
+        f"```json\n{json.dumps({'code': PROGRAM})}\n```",
+        f"```python\n{PROGRAM.replace('    ', chr(0xA0) * 4)}```",
+        f"\ufeff{PROGRAM}",
+        f"<|python_tag|>{PROGRAM}<|eom_id|>",
     ],
 )
 def test_the_program_is_found_among_other_blocks(answer: str) -> None:
@@ -219,6 +259,9 @@ def test_hostile_texts_are_read() -> None:
         "for " * 8_000,
         "def f(" * 6_000,
         "x\n" + " " * 40_000,
+        "```\n<|im_end|>\n```\n" * 2_000,
+        "```\n" + "<|im_end|>" * 4_000 + "\n```",
+        "<python>" * 4_000,
     ):
         answer_text(text)
         extract_code(text, text)

@@ -129,3 +129,12 @@ def test_half_of_a_pair_and_a_name_twice_are_refused_with_their_line(line: str, 
 def test_a_question_with_its_answer_is_a_prompt_with_a_truth(tmp_path: Path) -> None:
     (prompt,) = read_prompts(write(tmp_path / "p.jsonl", [{"question": "1+1?", "answer": "2", "source": "s"}]), "human", truth=True)
     assert prompt.messages == (Message("user", "1+1?"),) and prompt.truth is not None and prompt.meta == {"source": "s"}
+
+
+@pytest.mark.parametrize("task", ["a\nb", "a\x1b[2J", "a" * 201, 5])
+def test_a_task_is_a_name_on_one_line(task: Any, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "Hi", "task": task}) + "\n")
+    with pytest.raises(InputError, match="on one line") as caught:
+        read_prompts(path, "human")
+    assert str(caught.value).isprintable()

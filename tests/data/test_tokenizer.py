@@ -151,6 +151,9 @@ def splitting(text: str, behavior: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"String": text}, "behavior": behavior, "invert": False}
 
 
+WORD = {"id": 900, "content": "mill", "single_word": False, "lstrip": True, "rstrip": True, "normalized": False, "special": False}
+
+
 def _with(change: Any, tokenizer: dict[str, Any]) -> str:
     change(tokenizer)
     return json.dumps(tokenizer)
@@ -187,15 +190,17 @@ def _with(change: Any, tokenizer: dict[str, Any]) -> str:
             decoder={"type": "Sequence", "decoders": [t["decoder"], {"type": "Strip", "content": "a", "start": 1, "stop": 0}]}
         ),
         lambda t: [t["model"]["vocab"].pop(name) for name in list(t["model"]["vocab"])[130:180]] and t["model"].update(merges=[]),
+        lambda t: t["added_tokens"].append(WORD),  # which swallows the blanks beside it
     ],
 )
-def test_a_damaged_vocabulary_is_told_in_one_sentence(change: Any, tmp_path: Path) -> None:
+def test_a_damaged_vocabulary_is_told_in_one_sentence(change: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     TOKENIZER.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(_with(change, json.loads(path.read_text())))
     with pytest.raises(InputError, match="tokenizer") as caught:
         Tokenizer.load(tmp_path)
     assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
+    assert capfd.readouterr().err == ""  # nothing of the library's own words
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '{"a":' * 50_000, "\0", ""])
@@ -353,3 +358,11 @@ def test_what_stands_before_every_text_is_what_transformers_puts_there(begins: b
     ours = Tokenizer.load(tmp_path)
     assert ours.text_prefix + ours.encode("a b") == theirs.encode("a b")
     assert ours.context_id == theirs.bos_token_id
+
+
+def test_a_huge_id_in_a_tokenizer_that_cuts_headers_is_told_at_once(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path, "{{ 'User\\n' }}{{ messages }}")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(_with(lambda t: t["model"]["vocab"].update(zz=2**31), json.loads(path.read_text())))
+    with pytest.raises(InputError, match="an id 2147483648"):
+        Tokenizer.load(tmp_path)

@@ -104,6 +104,7 @@ def test_ifevals_columns() -> None:
         {"test": "def check(candidate):\n    assert candidate(1) == 2\n"},
         {"test_list": []},
         {"tests": ""},
+        {"tests": "import pytest\npytest.skip('later', allow_module_level=True)\nassert f(1) == 2"},
         {"input_output": '{"inputs": ["1"], "outputs": []}'},
         {"public_test_cases": '[{"input": "1", "output": "2", "testtype": "functional"}]'},
     ],
@@ -148,6 +149,8 @@ def test_published_forms_of_tests() -> None:
     assert passes(mbpp, "def f(x): pass", "y = 2\nassert f(1) == y")
     apps = {"input_output": json.dumps({"inputs": [[1]], "outputs": [2], "fn_name": "f"})}
     assert passes(apps, "def f(x): pass", "__entry__(*[1])")
+    wrapped = {"input_output": {"inputs": [[1]], "outputs": [[2]], "fn_name": "f"}}
+    assert passes(wrapped, "def f(x): pass", "== [2] or (list(__got__) if type(__got__) is tuple else __got__) == 2")
     script = {"input_output": {"inputs": ["1\n"], "outputs": ["2\n"]}}
     assert passes(script, "def f(x): pass", "__run_script__('1\\n')")
     assert read_truth({"tests": json.dumps(["assert f(1) == 2"])}) == {"kind": "code", "tests": ["assert f(1) == 2"]}

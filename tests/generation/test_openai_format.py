@@ -77,6 +77,8 @@ def test_the_limit_that_is_used_up_counts() -> None:
 
 def test_a_field_is_refused_where_it_is_named_beside_a_refusal() -> None:
     sent = ("max_tokens", "temperature", "seed", "top_p")
+    assert refused_fields('{"error": {"message": "Invalid parameter: seed"}}', sent) == ["seed"]
+    assert refused_fields("Invalid parameter: temperature must be at most 1.", sent) == []
     assert refused_fields("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", sent) == ["max_tokens"]
     assert refused_fields("temperature and seed are not supported", sent) == ["temperature", "seed"]
     assert refused_fields("unknown model. " + "x" * 100 + " the seed", sent) == []
@@ -101,6 +103,12 @@ def test_why_an_answer_ended_in_the_words_of_many_servers(reason: str | None, fi
     else:
         with pytest.raises(TransientError if finish == "filtered" else ErrorInAnswer):
             parse_completions(answer, 1, 3, lambda choice: message_text(choice, True))
+
+
+def test_a_message_may_lack_the_content_that_it_has_not() -> None:
+    answer = {"choices": [{"message": {"role": "assistant", "reasoning": "hm"}, "finish_reason": "stop"}]}
+    (completion,), why = parse_completions(answer, 1, 3, lambda choice: message_text(choice, True))
+    assert completion.text == "" and "reasoning alone" in why
 
 
 @pytest.mark.parametrize(

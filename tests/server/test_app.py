@@ -343,6 +343,11 @@ def test_offsets_and_bytes_of_tokens_that_are_parts_of_characters(full: str, tin
     assert [offset for c in parts for offset in c["logprobs"]["text_offset"]] == scores["text_offset"]
 
 
+def test_a_request_may_name_no_model(full: str) -> None:
+    status, reply = post(full, "/chat/completions", model=None, messages=SAID, max_tokens=2)
+    assert status == 200 and reply["model"] == "tiny"
+
+
 def test_every_refusal_has_the_form_of_openai(full: str) -> None:
     for path, body, status, code in (
         ("/chat/completions", {"messages": SAID, "model": "nope"}, 404, "model_not_found"),

@@ -175,6 +175,9 @@ def test_names_are_unique_and_sessions_end(store: Store) -> None:
     person = store.add_person("Ada", "annotator")
     with pytest.raises(Refused, match="already"):
         store.add_person(" Ada ", "reader")
+    for name in ("Ada\nBob", "Ada\x1b[2J", " "):
+        with pytest.raises(InputError, match="on one line"):
+            store.add_person(name, "reader")
     store.open_session("old", person, -1)
     assert store.session("old") is None
     for key in "ab":

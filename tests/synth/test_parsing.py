@@ -75,6 +75,7 @@ def test_duplicates_differ_in_more_than_case_and_punctuation() -> None:
 def test_yes_and_no_stand_at_the_beginning() -> None:
     assert parse_yes_no("Yes, it does.") and parse_yes_no("**YES**") and parse_yes_no(" yes") and parse_yes_no("No.") is False
     assert parse_yes_no("<think>No?</think>\n**Answer:** yes") and parse_yes_no("<think>yes") is None
+    assert parse_yes_no("Judgment: yes") and parse_yes_no("1. Yes") and parse_yes_no("Result: no") is False
     assert parse_yes_no("The answer is no.") is False and parse_yes_no("\\boxed{Yes}") and parse_yes_no("Yes/No: no") is None
     assert parse_yes_no("Maybe yes") is None and parse_yes_no("Nothing") is None and parse_yes_no("") is None
 
@@ -92,6 +93,15 @@ def test_yes_and_no_stand_at_the_beginning() -> None:
         "1\\. Oats\n2\\. Rye",
         "[1] Oats\n[2] Rye",
         "Topic 1: Oats\nTopic 2: Rye",
+        "Topic 1\nOats\n\nTopic 2\nRye",
+        "Certainly! 1. Oats\n2. Rye",
+        "#1 Oats\n#2 Rye",
+        "1\u00ba Oats\n2\u00ba Rye",
+        "\u2160. Oats\n\u2161. Rye",
+        '"Oats",\n"Rye"',
+        '[\n  "Oats"\n  "Rye"\n]',
+        '[\n  "Oats",  # sown in spring\n  "Rye",  // in autumn\n]',
+        "<crops>\nOats\nRye\n</crops>",
         "1\uff0e Oats\n2\uff0e Rye",
         "- [ ] Oats\n- [x] Rye",
         "\u25cf Oats\n\u25cf Rye",
@@ -174,6 +184,9 @@ def test_brackets_and_numbers_are_no_items(text: str) -> None:
         ("**a.** Bees\n**b.** Ants", ["Bees", "Ants"]),
         ("1. Which?\n   a) Bees\n   b) Ants\n2. Why?", ["Which?\na) Bees\nb) Ants", "Why?"]),
         ("I. Newton wrote this,\nand more", ["I. Newton wrote this,", "and more"]),
+        ("1. Bees 2. Ants 3. Cats", ["Bees", "Ants", "Cats"]),
+        ("1. Bees\n2. Ants\n\nNote: 3. is missing", ["Bees", "Ants"]),
+        ("1. What step 2. does", ["What step 2. does"]),
         ("1.5 is what?\n2.5 is what?", ["1.5 is what?", "2.5 is what?"]),
         ("1 - 3 = ?\n2 - 5 = ?", ["1 - 3 = ?", "2 - 5 = ?"]),
         ("1984. A novel\n2001. A film", ["1984. A novel", "2001. A film"]),

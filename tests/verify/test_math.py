@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.verify.math import LABELLED, MAX_ANSWER_CHARS, extract_answer, is_equiv
+from gristmill.verify.final_answer import extract_answer, is_right
+from gristmill.verify.math import LABELLED, MAX_ANSWER_CHARS, is_equiv
 
 whole = st.integers(-(10**9), 10**9)
 fractions = st.fractions(min_value=-1000, max_value=1000, max_denominator=60)
@@ -436,6 +437,27 @@ def test_hostile_texts_take_no_time(name: str) -> None:
         ("(B)", "B"),
         ("B", "b"),
         ("Monday", "monday"),
+        ("5 J", "5"),
+        ("2.5 \u00d7 10^3 J", "2500"),
+        ("10:30 AM", "10:30 am"),
+        ("\u20ac5", "5 euros"),
+        ("\\$5.00", "5 dollars"),
+        ("$5$", "5"),
+        ("forty-two", "42"),
+        ("\\text{three}", "3"),
+        ("one hundred", "100"),
+        ("\\{1,3\\}\\cup\\{2,4\\}", "\\{1,2,3,4\\}"),
+        ("\\{1\\}\\cup\\{2\\}", "1, 2"),
+        ("11,\\! 111,\\! 100", "11111100"),
+        ("\\dbinom{5}{2}", "10"),
+        ("10\\,\\frac{\\text{m}}{\\text{s}}", "10 m/s"),
+        ("\\vec{v} = (1,2)", "(1,2)"),
+        ("3\\hat{\\imath}", "3\\hat{i}"),
+        ("6\\mathrm{e}^2", "6e^2"),
+        ("x\\cdot x", "x^2"),
+        ("2x - y + 1 = 0", "y = 2x + 1"),
+        ("x^2 + y^2 = 4", "4 - x^2 = y^2"),
+        ("\\frac{x}{2} + \\frac{y}{3} = 1", "3x + 2y = 6"),
     ],
 )
 def test_units_of_one_character_and_choices(a: str, b: str) -> None:
@@ -445,6 +467,30 @@ def test_units_of_one_character_and_choices(a: str, b: str) -> None:
 @pytest.mark.parametrize(("a", "b"), [("r", "R"), ("2\\pi r", "2\\pi R"), ("x", "X"), ("(B)", "c"), ("v", "V^2"), ("5\u33a0", "6\u33a0")])
 def test_letters_that_differ_by_case_are_different(a: str, b: str) -> None:
     assert not is_equiv(a, b) and not is_equiv(b, a)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("6\\mathrm{e}^2", "6"),
+        ("$5", "\u20ac5"),
+        ("y = 2x + 1", "y = 2x - 1"),
+        ("3x + 4y = 5", "3x + 4y = 6"),
+        ("1 = 2", "3 = 4"),
+        ("\\{1,2\\}\\cup\\{3\\}", "\\{1,2\\}"),
+        ("5 x", "5"),
+        ("5 m", "5 s"),
+        ("10\\,\\frac{\\text{km}}{\\text{h}}", "10 m/s"),
+        ("twenty", "2"),
+    ],
+)
+def test_other_equations_units_and_words_are_different(a: str, b: str) -> None:
+    assert not is_equiv(a, b) and not is_equiv(b, a)
+
+
+def test_the_last_formula_is_a_final_answer() -> None:
+    assert is_right("The answer is \\boxed{}. So it is 5", "5")
+    assert is_right("The solution is $x \\in (1, 2)$.", "(1,2)") and not is_right("The solution is $x \\in (1, 3)$.", "(1,2)")
 
 
 @pytest.mark.parametrize("text", ["The answer is not 4.", "It can't be 4.", "The answer cannot be $4$.", "The answer is neither 4 nor 5."])

@@ -191,6 +191,11 @@ def test_mention_needs_no_wrong_values() -> None:
         ("\u24b7", "B"),
         ("B\n\nA is wrong, C is wrong.", "B"),
         ("A) Paris\nB) Rome\n\nAnswer: B", "B"),
+        ("The answer is b) Paris", "B"),
+        ("I think it is B because A is too long", "B"),
+        ("B is the answer, A is not.", "B"),
+        ("\u6b63\u786e\u7b54\u6848\u4e3aB\u3002A\u4e0d\u5bf9", "B"),
+        ("B<|im_end|>\n<|im_start|>user\nAnd A?", "B"),
     ],
 )
 def test_choice(answer: str, letter: str) -> None:

@@ -28,7 +28,7 @@ from gristmill.model.transformer import Transformer
 from gristmill.train.by_size import fill
 from gristmill.workflows.alignment.context import STAGE_KINDS
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
-from gristmill.workflows.init import write_recipe
+from gristmill.workflows.init import render, write_recipe
 
 RATED = {"helpfulness": 3, "correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 1}
 
@@ -102,6 +102,11 @@ def test_defaults_stand_behind_a_hash_with_their_meaning(tmp_path: Path) -> None
     assert "#control: null  # one of unfiltered, random-filter, reward-only, human-only, replace" in lines
     assert "#  code_share: 0.02  # share of code-SFT answers repeated in general SFT; at most 1" in lines
     assert "  loss: rpo  # one of dpo, cdpo, ipo, rpo, rpo_bwd_kl, rpo_fwd_kl, rpo_sq" in lines
+
+
+def test_a_value_of_several_lines_stays_one_value() -> None:
+    values = {"name": "mine", "data": {"demonstrations": "da\nta # .jsonl", "ratings": "x: y.jsonl"}}
+    assert yaml.safe_load("\n".join(render(values, {})))["data"]["demonstrations"] == "da\nta # .jsonl"
 
 
 def test_own_files_and_model(tmp_path: Path, files: dict[str, Path], model: Path) -> None:

@@ -24,6 +24,7 @@ from gristmill.core.io import DamagedFile, read_bytes
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
 RECIPES = Path(__file__).parents[1] / "recipes"  # the shipped ones
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what no name on one line has
 MAX_RUN_NAME_BYTES = 200  # a seed and a control are appended to it
 SUFFIXES = (".yaml", ".yml")
 MAX_YAML_BYTES = 4 << 20
@@ -139,6 +140,12 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _one_line(text: str) -> str:
+    if CONTROL.search(text):
+        raise ValueError("give one line, without control characters: it stands in tables and cards")
+    return text
+
+
 def _resolved_path(path: Path, info: ValidationInfo) -> Path:
     found = Path(resolved(path, info))
     try:
@@ -165,6 +172,7 @@ PatternPath = Annotated[str, AfterValidator(_resolved_or_empty)]  # a file, fold
 # A folder, `perplexity:FOLDER`, or something that is no path: `hashed`, `column:NAME`.
 SourceOrPath = Annotated[str, AfterValidator(_resolved_after_prefix)]
 RunName = Annotated[str, AfterValidator(_folder_name)]  # names the run's folder where no other is given
+Line = Annotated[str, AfterValidator(_one_line)]  # what people type and read again elsewhere: a model's name, a licence
 NameOrPath = Annotated[str, AfterValidator(_resolved_yaml)]  # a shipped thing by its name, or a YAML file
 
 

@@ -5,27 +5,44 @@ that reads an answer reads it through this module, so that the same text means t
 """
 
 import html
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-_NAMES = r"(?:seed:|longcat_)?think(?:ing)?|thoughts?|reasoning|reflection|scratchpad|inner_monologue|analysis|antthinking"
+_NAMES = (
+    r"(?:[a-z]{1,12}:|(?:longcat|internal|inner|hidden)_)?(?:think(?:ing)?|thoughts?|reasoning)(?:_(?:process|steps|content))?"
+    r"|antthinking|reflection|scratchpad|inner_monologue|analysis"
+)
 _OPENING = (
     rf"<\|?(?:{_NAMES})\|?(?:\s[^<>\n]{{0,100}}(?<!/))?>|<\|begin_of_thought\|>|<\|start_thinking\|>|(?-i:\[THINK\])|\u25c1think\u25b7"
-    r"|<unused94>"
+    r"|<unused94>|<\|channel>\s{0,9}(?:thought|analysis)\b"
 )
-_CLOSING = rf"<\|?/(?:{_NAMES})\s*\|?>|<\|end_of_thought\|>|<\|end_thinking\|>|(?-i:\[/THINK\])|\u25c1/think\u25b7|<unused95>"
+_CLOSING = (
+    rf"<\|?\s?\\?/\s?(?:{_NAMES})\s*\|?>|<channel\|>|<\|end_of_thought\|>|<\|end_thinking\|>|(?-i:\[/THINK\])|\u25c1/think\u25b7|<unused95>"
+)
 # Channels: what follows the last one, `final`, is the answer.
 _CHANNEL = r"(?:<\|start\|>(?:assistant)?)?<\|channel\|>\s*(?:analysis|commentary)[^<\n]{0,100}(?:<\|message\|>)?"
 _FINAL = r"(?:<\|start\|>(?:assistant)?)?<\|channel\|>\s*final[^<\n]{0,100}<\|message\|>|(?-i:assistantfinal)"  # also without its tokens
-EMPTY = re.compile(rf"<(?:{_NAMES})\s*/>", re.I)
+# Thinking that a tag of its own says; and Open WebUI's, whose end might belong to anything else.
+EMPTY = re.compile(rf"<(?:{_NAMES})\s*/>|<details\s[^<>\n]{{0,200}}type=\"reasoning\"[^<>\n]{{0,200}}>.*?(?:</details>|\Z)", re.I | re.S)
 THINKING = re.compile(rf"(?P<close>{_CLOSING}|{_FINAL})|(?P<open>{_OPENING}|{_CHANNEL})", re.I)
 OPENING, CLOSING = re.compile(rf"\s{{0,200}}(?:{_OPENING})", re.I), re.compile(_CLOSING, re.I)
 # What may yet become such a tag, at the end of a text that is still written.
-_BEGUN_TAG = re.compile(r"(?:<[|/\w:]{0,24}(?:\s[^<>\n]{0,100})?|\[/?[A-Z]{0,5}|\u25c1/?\w{0,5})\Z")
+_BEGUN_TAG = re.compile(r"(?:<[|/\\\w:]{0,24}(?:\s[^<>\n]{0,100})?|<\|channel>\s{0,9}\w{0,10}|\[/?[A-Z]{0,5}|\u25c1/?\w{0,5})\Z")
 ANSWER_TAG = re.compile(
-    r"<(/?)(?:final_?)?(?:answer|solution|response)>|<\|(?:begin|(end))_of_(?:solution|box)\|>|\[(?:begin|(end)) final response\]", re.I
+    r"<(/?)(?:final_?)?(?:answer|solution|response)>|<\|(?:begin|(end))_of_(?:solution|box)\|>|<\|(?:start|(end))_response\|>"
+    r"|\[(?:begin|(end)) final response\]",
+    re.I,
+)
+# Control tokens that a model has spelt: what begins a text, and what ends a turn. What it makes up after that is no part of its answer.
+_BEGINNING = re.compile(
+    r"(?:\s*(?:<\|(?:begin_of_text|startoftext|python_tag)\|>|<\|im_start\|>assistant\n|<s>|<bos>|<\uff5cbegin\u2581of\u2581sentence\uff5c>))+"
+)
+_END_OF_TURN = re.compile(
+    r"<\|(?:im_end|eot_id|eom_id|end|endoftext|end_of_text|end_of_turn|return|call)\|>|<end_of_turn>|<eos>|</s>"
+    r"|<\uff5cend\u2581of\u2581sentence\uff5c>"
 )
 QUOTES = "\"'`"
 SPACE = r"[ \t\u00a0\u3000\ufeff\u200b]"  # blanks about a fence, seen or not
@@ -33,8 +50,21 @@ SPACE = r"[ \t\u00a0\u3000\ufeff\u200b]"  # blanks about a fence, seen or not
 FENCE = re.compile(
     rf"(?P<quote>(?:[ \t]{{0,3}}>)*)(?P<indent>{SPACE}*(?:(?:[-*+]|\d{{1,3}}[.)])[ \t]+)?)(?P<fence>`{{3,}}|~{{3,}})(?P<info>[^\r\n]*)"
 )
-CODE_TAG = re.compile(r"<code(?:\s[^<>]{0,200})?>(.*?)(?:</code>|\Z)|\[(?:PYTHON|BEGIN)\](.*?)(?:\[/PYTHON\]|\[DONE\]|\Z)", re.S)
-
+CODE_TAG = re.compile(
+    r"<(?P<tag>code|python)(?:\s[^<>]{0,200})?>(?P<html>.*?)(?:</(?P=tag)>|\Z)"
+    r"|\[(?:PYTHON|BEGIN)\](?P<plain>.*?)(?:\[/PYTHON\]|\[DONE\]|\Z)"
+    r"|\\begin\{(?P<tex>lstlisting|verbatim|minted)\}(?:\[[^\]\n]*\]|\{\w*\})*(?P<listing>.*?)(?:\\end\{(?P=tex)\}|\Z)"
+    r"|^'''(?:python|py)\n(?P<quoted>.*?)(?:^'''|\Z)",
+    re.S | re.M,
+)
+CODE_SPAN = re.compile(r"(`{1,3})((?:async def|def|class)\b[^`\n]*)\1")
+# The first line of a program, behind the fence.
+FIRST_LINE = re.compile(r"\s*(?:i?py(?:thon)?[\d.]*[ \t]+)?((?:(?:async[ \t]+def|def|class|import|from)[ \t]+\w|@\w).*)")
+FUNCTION = re.compile(r"^(?:async[ \t]+)?(?:def|class)\b", re.M)
+MARKDOWN = ("markdown", "md")
+# Before a line of code, where Python has spaces.
+BLANKS = re.compile(r"^[ \t]*[\u00a0\u2007\u202f\u3000\u200b\ufeff][ \t\u00a0\u2007\u202f\u3000\u200b\ufeff]*", re.M)
+PLAIN_BLANKS = str.maketrans("\u00a0\u2007\u202f\u3000", "    ", "\u200b\ufeff")
 LATE_FENCE = re.compile(r"(?:^|[ \t:])(?P<fence>`{3,})(?P<info>[\w+#.-]{1,20})[ \t\r]*$")  # `Here it is: ```python`
 LANGUAGE = re.compile(r"[{. \t]*([\w+#.-]*)")
 PYTHON = re.compile(r"i?py(?:thon)?[\d.]*")
@@ -170,8 +200,8 @@ class ReasoningParser:
 
 
 def answer_text(text: str) -> str:
-    """The answer of a response: without thinking, and what is between the last answer tags where there are some."""
-    text = strip_thinking(text)
+    """The answer of a response: its own turn without thinking, and what is between the last answer tags where there are some."""
+    text = _own_turn(strip_thinking(text))
     start, end = 0, len(text)
     tags = list(ANSWER_TAG.finditer(text))
     ends = [any(m.groups()) for m in tags]
@@ -185,6 +215,22 @@ def answer_text(text: str) -> str:
         else:
             start, end = m.end(), len(text)
     return text[start:end] if start else text
+
+
+def _own_turn(text: str) -> str:
+    """A text up to the control token that ends its turn. Tokens that are quoted, or in a code block, are text."""
+    if "<" not in text:
+        return text
+    if beginning := _BEGINNING.match(text):
+        text = text[beginning.end() :]
+    tokens = [m for m in _END_OF_TURN.finditer(text) if not _is_quoted(text, m) and not (m[0] == "</s>" and "<s>" in text)]
+    blocks = code_blocks(text) if tokens else []
+    starts = [block.start for block in blocks]
+    for m in tokens:
+        end = blocks[bisect_left(starts, m.start()) - 1].end if starts and starts[0] < m.start() else 0
+        if "```" not in text[m.end() : end] and not text[: m.start()].isspace():
+            return text[: m.start()]
+    return text
 
 
 def repetition(text: str, order: int = 4) -> float:
@@ -241,6 +287,8 @@ def code_blocks(text: str) -> list[CodeBlock]:
         body, following, tail = _body(lines, at + 1, opening["fence"], language=language, quote=quote, indent=indent)
         first = next((entry for entry in body if entry.strip()), "")
         width = min(indent, len(first) - len(first.lstrip(" \t")))
+        if begun := FIRST_LINE.fullmatch(opening["info"]):
+            language, body = "", [begun[1], *body]
         code = "\n".join(re.sub(rf"^[ \t]{{0,{width}}}", "", entry) if width else entry for entry in body)
         if body and tail is None and following <= len(lines) and (following < len(lines) or _is_fence(lines[-1], opening["fence"][0])):
             code += "\n"
@@ -258,7 +306,7 @@ def _body(lines: Sequence[str], at: int, fence: str, *, language: str, quote: in
     """Lines of the block that begins at a line, the line after it, and the code before a closing fence at the end of a line of code."""
     body: list[str] = []
     is_python = not language or PYTHON.fullmatch(language) is not None
-    nests = language in ("markdown", "md")
+    nests = language in MARKDOWN
     depth, string, first = 0, "", 0  # string: the quotes that are open; first: where a fence within a string was
     for number in range(at, len(lines)):
         line = lines[number]
@@ -319,23 +367,60 @@ def extract_code(text: str, tests: str = "") -> str:
     Python comes before other languages; commands, output and data are no program. The last block that defines a name which the tests use
     is taken, else the last that defines something, with the other blocks whose definitions it needs.
     """
-    text = answer_text(text)
+    return BLANKS.sub(lambda m: m[0].translate(PLAIN_BLANKS), _program(answer_text(text), tests))
+
+
+def _program(text: str, tests: str) -> str:
     blocks = code_blocks(text)
     if not blocks or _is_bare_program(text, blocks[0]):
-        tagged = [] if CODE_LINE.match(text.lstrip()) else list(CODE_TAG.finditer(text))
-        return _bare_program(html.unescape(tagged[-1][1]) if tagged and tagged[-1][1] else tagged[-1][2] if tagged else text)
-    programs = [b for b in blocks if not NO_PROGRAM.fullmatch(b.language) and not b.code.lstrip().startswith(">>>")]
+        return _unfenced(text)
+    wanted = _words(tests) - _defined(tests)
+    programs = [b for b in blocks if _is_program(b)]
+    rest = "".join(text[a.end if a else 0 : b.start if b else len(text)] for a, b in zip([None, *blocks], [*blocks, None], strict=True))
+    inside = set[str]().union(*(_defined(b.code) for b in programs))
+    # a program that began without a fence and ends with one, or stands beside its example
+    if FUNCTION.search(rest) and not wanted & inside and (wanted & _defined(rest) or not any(FUNCTION.search(b.code) for b in programs)):
+        return _bare_program(rest)
     labelled = [b for b in programs if PYTHON.fullmatch(b.language)]
     if labelled and any(_defined(b.code) for b in labelled):
         programs = labelled
     elif programs:
         programs = [b for b in programs if not b.language or PYTHON.fullmatch(b.language)] or programs
+    elif nested := next((b.code for b in reversed(blocks) if b.language in MARKDOWN and any(map(_is_program, code_blocks(b.code)))), ""):
+        return _program(nested, tests)
+    elif _defined(rest):
+        return _bare_program(rest)
     else:
-        rest = "".join(text[a.end if a else 0 : b.start if b else len(text)] for a, b in zip([None, *blocks], [*blocks, None], strict=True))
-        if _defined(rest):
-            return _bare_program(rest)
-        return next((b.code for b in reversed(blocks) if _defined(b.code)), blocks[-1].code)
-    return _with_needed([b.code for b in programs], _words(tests) - _defined(tests))
+        return next((b.code for b in reversed(blocks) if _defined(b.code)), _json_program(blocks[-1].code) or blocks[-1].code)
+    return _with_needed([b.code for b in programs], wanted)
+
+
+def _is_program(block: CodeBlock) -> bool:
+    return not NO_PROGRAM.fullmatch(block.language) and not block.code.lstrip().startswith(">>>")
+
+
+def _unfenced(text: str) -> str:
+    """The program of a text without fences: in tags, in JSON, in a code span, or as it stands."""
+    tagged = list(CODE_TAG.finditer(text))
+    if CODE_LINE.match(text.lstrip()) and not (tagged and tagged[-1]["quoted"]):
+        return _bare_program(text)
+    if tagged:
+        m = tagged[-1]
+        code = next(code for code in m.group("html", "plain", "listing", "quoted") if code is not None)
+        return _bare_program(html.unescape(code) if m["tag"] == "code" else code)
+    if code := _json_program(text):
+        return code
+    spans = [] if FUNCTION.search(text) else CODE_SPAN.findall(text)
+    return _bare_program(spans[-1][1] if spans else text)
+
+
+def _json_program(text: str) -> str:
+    """The program that is a value of a JSON object; "" where there is none."""
+    try:
+        found = json.loads(text) if text.lstrip().startswith("{") else {}
+    except (ValueError, RecursionError):
+        return ""
+    return next((value for value in found.values() if isinstance(value, str) and FUNCTION.search(value)), "")
 
 
 def _with_needed(programs: Sequence[str], tested: set[str]) -> str:
@@ -343,7 +428,7 @@ def _with_needed(programs: Sequence[str], tested: set[str]) -> str:
     defined = [names | (_defined(code) - set().union(*made)) for names, code in zip(made, programs, strict=True)]
     wanted = tested & set().union(*defined)
     order = range(len(programs) - 1, -1, -1)
-    functions = [n for n in order if re.search(r"^(?:async[ \t]+)?(?:def|class)\b", programs[n], re.M)]
+    functions = [n for n in order if FUNCTION.search(programs[n])]
     base = next((n for n in order if wanted & defined[n]), next(iter(functions), next((n for n in order if defined[n]), order[0])))
     chosen = {base}
     needed = ((_words(programs[base]) - _bound(programs[base])) | wanted) - defined[base]

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gristmill.core.config import CONTROL
 from gristmill.core.errors import InputError
+from gristmill.core.untrusted import quoted
 from gristmill.data.chat import Conversation
 from gristmill.data.formats import REWARDS, parse_conversation, parse_pair
 from gristmill.data.rows import ATTRIBUTES, Demonstration, Pair, Prompt, Rated, make_id, read_records
 from gristmill.data.truths import TRUTH_COLUMNS, read_truth
 from gristmill.verify.verify import check_truth
 
+MAX_TASK_CHARS = 200  # of a name that stands in tables
 MISSING = -100  # how HelpSteer's files write a mark that nobody gave
 
 
@@ -85,8 +88,8 @@ def read_prompts(path: Path, origin: str, truth: bool = False) -> list[Prompt]:
 
 def _task(path: Path, number: int, record: dict[str, Any]) -> str:
     task = record.get("task")
-    if task is not None and not isinstance(task, str):
-        raise InputError(f"Row {number} of {path} has the task {task!r}: give a name.")
+    if task is not None and (not isinstance(task, str) or len(task) > MAX_TASK_CHARS or CONTROL.search(task)):
+        raise InputError(f"Row {number} of {path} has the task {quoted(task)}: give a name, on one line.")
     return task or "general"
 
 
@@ -116,7 +119,8 @@ def read_pairs(path: Path) -> list[Pair]:
         rewards = _reward(path, number, r, better, 1.0), _reward(path, number, r, worse, 0.0)
         name = str(r.get("id") or make_id(number, chosen))
         ended = [_flag(path, number, r, key) for key in FINISHED]
-        out.append(Pair(name, "", r.get("task") or "", messages, chosen, rejected, *rewards, "file", (), meta, *ended))
+        task = _task(path, number, r) if r.get("task") else ""
+        out.append(Pair(name, "", task, messages, chosen, rejected, *rewards, "file", (), meta, *ended))
     if not out:
         raise InputError(f"{path} holds no pairs.")
     if all(_repeats(pair.messages[-1].content, pair.chosen, pair.rejected) for pair in out):

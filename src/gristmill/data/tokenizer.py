@@ -9,8 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +21,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from gristmill.core.errors import InputError
 from gristmill.core.io import DamagedFile, read_bytes, write_bytes, write_json, write_text
 from gristmill.core.untrusted import existing_file, quoted, read_untrusted_json
-from gristmill.data.tokenizer_checks import check_charsmap, check_losses, check_steps
+from gristmill.data.tokenizer_checks import check_charsmap, check_ids, check_losses, check_steps, explained_damage, unless_panic
 
 EOS = "<|endoftext|>"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can spell it, and it is no text
@@ -53,7 +52,6 @@ PLAIN = ("NoneType", "NFC", "NFKC", "NFD", "NFKD", "Lowercase")  # normalizers t
 
 MAX_ENCODED_ALONE = 20_000  # characters; for longer texts the library lets other threads run only in a batch
 MAX_BYTES = 1 << 28  # of a tokenizer.json; the largest published ones have 40 MB
-MAX_UNUSED_IDS = 1 << 16  # ids below the highest that no token has
 # What a model folder says about its tokenizer and its chat template. A folder that was loaded is saved with the same bytes.
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -65,24 +63,6 @@ AS_WRITTEN = ("mistral", "phi3", "olmo2", "granite", "nemotron", "qwen2")
 MAX_TEMPLATES = 64
 TEMPLATES = "additional_chat_templates"  # a folder with further templates, NAME.jinja
 PROBE = "A mill, 12.5 stones\n\n"
-
-
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged tokenizer.json makes the library raise into an InputError."""
-    try:
-        yield
-    except (InputError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # the library raises bare Exception, and its panics are no Exception
-        raise InputError(f"{path} cannot be read as a tokenizer ({quoted(str(e))[1:-1]}): download or save it again.") from None
-
-
-def _unless_panic(error: BaseException) -> BaseException:
-    """The error, or an InputError for a panic of the library, such as a pattern that would search for ever."""
-    if type(error).__name__ != "PanicException":
-        return error
-    return InputError(f"The tokenizer cannot encode a text ({quoted(str(error))[1:-1]}): correct the patterns in its tokenizer.json.")
 
 
 class Tokenizer:
@@ -116,12 +96,7 @@ class Tokenizer:
         self._prefix: Literal["", "first", "always", "never"] = ""  # see `_llamas_prefix`
         self._whole: HFTokenizer | None = None  # as other programs have it
         control = tuple(control)
-        ids = backend.get_vocab(with_added_tokens=True).values()
-        self.max_id = max(ids, default=-1)  # of all tokens; some vocabularies have unused ids below it
-        if len(set(ids)) < len(ids):
-            raise InputError("The tokenizer gives one id to several tokens: download or save its tokenizer.json again.")
-        if self.max_id >= len(ids) + MAX_UNUSED_IDS:
-            raise InputError(f"The tokenizer has {len(ids)} tokens and an id {self.max_id}: download or save its tokenizer.json again.")
+        self.max_id = check_ids(backend)  # of all tokens; some vocabularies have unused ids below it
         self._backend = backend
         self._chat: HFTokenizer | None = None
         blank = any(step.get("add_prefix_space") or step["type"] == "Metaspace" for step in _steps(backend))
@@ -186,9 +161,10 @@ class Tokenizer:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} cannot be read as a tokenizer (it is larger than {MAX_BYTES:,} bytes): download or save it again.")
         files = _read_files(Path(folder))
-        with _damage(path):
+        with explained_damage(path):
             check_charsmap(files["tokenizer.json"])
             backend = HFTokenizer.from_buffer(files["tokenizer.json"])
+            check_ids(backend)  # before it is written out, which a huge id would make long
             check_steps(backend, path)
         config_path = path.with_name("tokenizer_config.json")
         config = read_untrusted_json(config_path) if config_path.exists() else {}
@@ -207,7 +183,7 @@ class Tokenizer:
             templates = _templates(files, config.get("chat_template"))
         except (ValueError, AttributeError, KeyError, TypeError) as e:
             raise InputError(f"{config_path} is not a tokenizer configuration ({quoted(repr(e))[1:-1]}): download it again.") from e
-        with _damage(path):
+        with explained_damage(path):
             cut, *rest = _steps(backend) or [{}]
             cut_here = cut.get("pattern", {}).get("Regex", "").startswith(CUT)
             if cut_here:  # it belongs to the template, see `with_chat_template`
@@ -323,7 +299,7 @@ class Tokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=False).ids
         except BaseException as e:
-            raise _unless_panic(e) from None
+            raise unless_panic(e) from None
 
     def encode_turn(self, header: str, text: str) -> tuple[list[int], list[int]]:
         """Ids of a turn's header and of the words after it, both as they are after a control token.
@@ -364,7 +340,7 @@ class Tokenizer:
         try:
             (found,) = self._whole.encode_batch([text], add_special_tokens=False)  # in a batch it lets other threads run
         except BaseException as e:
-            raise _unless_panic(e) from None
+            raise unless_panic(e) from None
         return found.ids, found.offsets
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -374,7 +350,7 @@ class Tokenizer:
         try:
             return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
         except BaseException as e:
-            raise _unless_panic(e) from None
+            raise unless_panic(e) from None
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False, continued: bool = False) -> str:
         """Text of `ids`; control tokens are dropped unless `keep_special`.

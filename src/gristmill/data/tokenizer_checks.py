@@ -2,8 +2,11 @@
 
 import base64
 import json
+import os
+import threading
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,36 @@ LOSSES = (
 )
 ASCII = "\n\t" + "".join(map(chr, range(32, 127)))  # characters of which none may become another, or nothing
 SCRIPTS = "\u0301\u00e9\u0416\u05d0\u0639\u0915\u0e01\u1100\u3042\u4e2d\uac00\U0001f600\U00020000"  # and so must these, or be unknown
+MAX_UNUSED_IDS = 1 << 16  # ids below the highest that no token has
 UNKNOWN = "\uf8ff"  # a private-use character
 MAX_GROWTH = 16.0  # of a text by a normalizer's replacements; published ones put one character for another
+
+_STDERR = threading.Lock()  # of the file that the library writes its panics to
+
+
+@contextmanager
+def explained_damage(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged tokenizer.json makes the library raise into an InputError, which is all that is said of it."""
+    with _STDERR:
+        stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try:
+            yield
+        except (InputError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # the library raises bare Exception, and its panics are no Exception
+            raise InputError(f"{path} cannot be read as a tokenizer ({quoted(str(e))[1:-1]}): download or save it again.") from None
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.close(nowhere)
+
+
+def unless_panic(error: BaseException) -> BaseException:
+    """The error, or an InputError for a panic of the library, such as a pattern that would search for ever."""
+    if type(error).__name__ != "PanicException":
+        return error
+    return InputError(f"The tokenizer cannot encode a text ({quoted(str(error))[1:-1]}): correct the patterns in its tokenizer.json.")
 
 
 def check_charsmap(data: bytes) -> None:
@@ -38,6 +69,17 @@ def check_charsmap(data: bytes) -> None:
             charsmap = base64.b64decode(step["precompiled_charsmap"])
             if int.from_bytes(charsmap[:4], "little") > len(charsmap) - 4:
                 raise ValueError("its precompiled_charsmap is cut off")
+
+
+def check_ids(backend: HFTokenizer) -> int:
+    """The highest id; raise `InputError` where two tokens share one, or where it is far beyond the number of tokens."""
+    ids = backend.get_vocab(with_added_tokens=True).values()
+    highest = max(ids, default=-1)
+    if len(set(ids)) < len(ids):
+        raise InputError("The tokenizer gives one id to several tokens: download or save its tokenizer.json again.")
+    if highest >= len(ids) + MAX_UNUSED_IDS:
+        raise InputError(f"The tokenizer has {len(ids)} tokens and an id {highest}: download or save its tokenizer.json again.")
+    return highest
 
 
 def check_steps(backend: HFTokenizer, path: Path) -> None:
@@ -90,6 +132,10 @@ def check_losses(
             found.append(f"what tells {character!r} from {other!r}")
         elif _folded(said := decode(ids)) != _folded(text):
             changed.append(f"what {text!r} says, which comes back as {quoted(said)}")
+    swallowing = [token for token in backend.get_added_tokens_decoder().values() if not token.special and (token.lstrip or token.rstrip)]
+    for name in [token.content for token in swallowing if token.content.isalnum()]:  # a word, and no name of a control token
+        if decode(encode(f"a {name} b")) != f"a {name} b":
+            changed.append(f"blanks beside {quoted(name)}")
     removed = [step["pattern"] for step in _flat(backend.normalizer) if step["type"] == "Replace" and not step["content"]]
     splits = [step for step in _flat(backend.pre_tokenizer) if step["type"] == "Split" and step["behavior"] == "Removed"]
     removed += [step["pattern"] for step in splits if not step["invert"]]

@@ -21,7 +21,7 @@ import re
 from typing import Any
 
 from gristmill.core.errors import InputError
-from gristmill.verify.math import extract_answer
+from gristmill.verify.final_answer import extract_answer
 from gristmill.verify.verify import NUMBER, plain_numbers
 
 FINAL = re.compile(r"####[ \t]*(\S[^\n]*)")
@@ -196,8 +196,9 @@ def _apps(value: Any) -> dict[str, Any]:
         raise InputError(f"`input_output` has {len(given['inputs'])} inputs and {len(given['outputs'])} outputs: give one to each.")
     name = given.get("fn_name")
     pairs = zip(given["inputs"], given["outputs"], strict=True)
-    if name:
-        return {"cases": [{"input": i, "output": o} for i, o in pairs], "entry_point": name}
+    if name:  # in most rows the output stands in a list of its own
+        cases = [{"input": i, "output": o} | ({"also": o[0]} if isinstance(o, list) and len(o) == 1 else {}) for i, o in pairs]
+        return {"cases": cases, "entry_point": name}
     joined = [("\n".join(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v for v in pair) for pair in pairs]
     return {"cases": [dict(zip(("input", "output"), pair, strict=True)) for pair in joined]}
 

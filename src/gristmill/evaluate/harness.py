@@ -20,8 +20,9 @@ from gristmill.evaluate.documents import Doc, TaskData
 from gristmill.evaluate.prompt_pieces import piece, text_piece
 from gristmill.evaluate.task import AnswerFilter, FilterStep, MetricSpec, Task
 from gristmill.verify.code_tests import check_text, complete
+from gristmill.verify.final_answer import extract_answer
 from gristmill.verify.ifeval import check_instructions
-from gristmill.verify.math import extract_answer, is_equiv
+from gristmill.verify.math import is_equiv
 from gristmill.verify.verify import last_number
 
 INVALID = "[invalid]"

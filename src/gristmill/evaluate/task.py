@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gristmill.core.config import SUFFIXES, Section, check, read
+from gristmill.core.config import SUFFIXES, Line, Section, check, read
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import quoted_path
 from gristmill.evaluate.prompt_pieces import compile_piece
@@ -123,9 +123,9 @@ class Task(Section):
     """A benchmark."""
 
     task: str = Field(pattern=r"^[\w][\w.-]*$", description="name")
-    about: str = Field("", description="one line")
-    licence: str = Field("", description="of the data")
-    source: str = Field("", description="where the data are published")
+    about: Line = Field("", description="one line")
+    licence: Line = Field("", description="of the data")
+    source: Line = Field("", description="where the data are published")
     folders: tuple[str, ...] = Field((), description="other names of its folder in the data folder")
     configs: tuple[str, ...] = Field((), description="folders of the Hub's configurations in it")
     splits: dict[str, Split] = Field(min_length=1)
@@ -150,7 +150,7 @@ class Task(Section):
     filter_list: tuple[AnswerFilter, ...] = ()
     metric_list: tuple[MetricSpec, ...] = Field(min_length=1, description="the first is the headline")
     own: Own | None = None
-    notes: tuple[str, ...] = Field((), description="what a reader of a score should know")
+    notes: tuple[Line, ...] = Field((), description="what a reader of a score should know")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -30,7 +30,8 @@ _STATUS_OF = {
 }  # fmt: skip
 _REFUSAL = re.compile(
     r"unsupported|not (?:currently |yet )?(?:supported|permitted|allowed|recognized|available)|(?:isn't|does(?: not|n't)) support"
-    r"|unrecognized|unknown|unexpected|extra[_ ](?:inputs?|fields?|forbidden)|only the default|deprecated",
+    r"|unrecognized|unknown|unexpected|extra[_ ](?:inputs?|fields?|forbidden)|only the default|deprecated"
+    r"|invalid (?:parameter|argument|field|property)s?\s*:?\s*[\"'`]?\w+[\"'`]?\s*(?=[\"'}\],.]|$)",  # and not what its value must be
     re.IGNORECASE,
 )
 _REFUSED_N = re.compile(
@@ -238,7 +239,7 @@ def parse_completions(answer: dict[str, Any], num: int, tokens_out: int, choice_
 
 def message_text(choice: Any, chat: bool) -> str:
     """The text of a decoded choice, in one piece or in parts. What raises here is a malformed answer."""
-    content = choice["message"]["content"] if chat else choice["text"]
+    content = choice["message"].get("content") if chat else choice["text"]  # some servers leave null fields out
     if isinstance(content, list):  # the parts of other types are reasoning, or no text
         parts = [part if isinstance(part, str) else part.get("text") for part in content if _is_text(part)]
         content = "".join(part for part in parts if isinstance(part, str))

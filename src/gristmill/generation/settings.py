@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gristmill.core.config import FilePath, PatternPath, Section
+from gristmill.core.config import FilePath, Line, PatternPath, Section
 from gristmill.generation.openai_format import check_fields
 
 
@@ -29,8 +29,8 @@ class RequestFields(Section):
 class GeneratorSettings(RequestFields):
     """A model that writes: behind an OpenAI-compatible endpoint, in a folder, or a checkpoint of the run."""
 
-    base_url: str = Field("", description="of an endpoint, up to and including /v1")
-    model: str = Field("", description="name that the endpoint knows the model by")
+    base_url: Line = Field("", description="of an endpoint, up to and including /v1")
+    model: Line = Field("", description="name that the endpoint knows the model by")
     folder: FilePath | None = Field(None, description="a model folder instead, run in process")
     checkpoint: str = Field("", description="in an alignment run: a model of the run instead, `latest` or a stage such as r1-rpo3")
     weight: float = Field(1.0, gt=0, description="share of the rows, relative to the other generators")

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from gristmill.core.config import FilePath, PatternPath, Section
+from gristmill.core.config import FilePath, Line, PatternPath, Section
 from gristmill.generation.openai_format import check_fields
 from gristmill.generation.settings import RequestFields
 
@@ -14,8 +14,8 @@ Control = Literal["unfiltered", "random-filter", "reward-only", "human-only", "r
 class Reward(RequestFields):
     """A reward model: behind an endpoint, or in a folder; neither: the one that the run trains."""
 
-    base_url: str = Field("", description="of an endpoint")
-    model: str = Field("", description="name that the endpoint knows it by")
+    base_url: Line = Field("", description="of an endpoint")
+    model: Line = Field("", description="name that the endpoint knows it by")
     folder: FilePath | None = Field(None, description="a reward model's folder instead, run in process")
     api_key_env: str = ""
     api_key_file: PatternPath = ""

@@ -146,7 +146,10 @@ class Server:
         if isinstance(http.protocol, Connection):
             http.protocol.work(self.admission.limits.timeout)
         long = len(raw) > MAX_INLINE_WORK
-        return await self.delivery.run(parse_body, raw, schema, long=long and not is_small(raw)), long
+        body = await self.delivery.run(parse_body, raw, schema, long=long and not is_small(raw))
+        if body.model is None and isinstance(body, CompletionRequestBase | ResponsesRequest):  # as vLLM and llama.cpp take it
+            body.model = self.engine.name
+        return body, long
 
     # ---- routes ----
 

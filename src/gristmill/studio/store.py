@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from gristmill.core.config import CONTROL
 from gristmill.core.errors import InputError
 from gristmill.data.rows import make_id
 from gristmill.studio.consensus import NUM_EXTRA, SPLIT, wants_more
@@ -88,8 +89,8 @@ class Store:
     def _add_person(self, t: Transaction, name: str, role: str, secret: str) -> Person:
         assert role in ROLES
         name = clean(name).strip()
-        if not name or len(name) > MAX_NAME_CHARS:
-            raise InputError(f"A name must have from 1 to {MAX_NAME_CHARS} characters.")
+        if not name or len(name) > MAX_NAME_CHARS or CONTROL.search(name):
+            raise InputError(f"A name must have from 1 to {MAX_NAME_CHARS} characters, on one line.")
         if t.one("select id from person where name = ? and gone = 0", name):
             raise Refused(409, f"There is somebody called {name!r} already: choose another name.")
         number = t.all("select count(*) as n from person")[0]["n"] + 1
@@ -210,7 +211,7 @@ class Store:
             raise InputError(f"An item needs from 1 to {MAX_NEED} people.")
         if not items:
             raise InputError("There is nothing to ask about in this source: choose another.")
-        name = check_note(name).strip()[:MAX_NAME_CHARS] or kind
+        name = " ".join(CONTROL.sub(" ", check_note(name)).split())[:MAX_NAME_CHARS] or kind
         guideline = clean(guideline)
 
         saved = json.dumps(settings or {}, sort_keys=True)

@@ -12,15 +12,15 @@ from gristmill.core.response_text import answer_text, code_blocks
 # Headings, quotations and emphasis about a number (`### 1.`, `**1.**`, `**2) Bees**`) are no part of the item.
 MARKER = re.compile(
     r"^(?P<indent>[ \t]*)(?P<quote>(?:>[ \t]?)*)(?:#{1,6}[ \t]+)?(?P<bold>\*{2,3}|__)?"
-    r"(?P<marker>(?:[(\[]?\d{1,3}\\?[.):\]\uff0e\uff09\u3001]\)?(?=(?:\*{2,3}|__)?(?:\s|$)|(?P<close>\*{2,3}|__)|[^\x00-\x7f])"
-    r"|(?:topic|item|question|task|prompt|idea|number|no\.?|\#)[ \t]?\#?\d{1,3}[.):](?=\W)"
+    r"(?P<marker>(?:[(\[]?\d{1,3}\\?(?:[.):\]\uff0e\uff09\u3001]|\.?[\u00ba\u00aa\u00b0])\)?(?=(?:\*{2,3}|__)?(?:\s|$)|(?P<close>\*{2,3}|__)|[^\x00-\x7f])"
+    r"|(?:topic|item|question|task|prompt|idea|number|no\.?|\#)[ \t]?\#?\d{1,3}(?:[.):](?=\W)|(?=[ \t]*$))|\#\d{1,3}(?=[ \t]+\S)"
     r"|[-*+\u2013\u2014\u00b7\u2219](?=\s)(?:[ \t]+\[[ xX]\](?=\s))?"
     r"|[\u2022\u2023\u2043\u2190-\u21ff\u25a0-\u27bf\u2b00-\u2bff\u30fb\U0001f300-\U0001faff]\ufe0f?(?=\s|[^\W\d_])))"
     r"[ \t]*(?P<text>.*)$",
     re.I,
 )
 # Marks only where they run on from the first: `a) Bees`, `ii. Bees`, `1 - Bees`, `Step 1: Bees`, `1.Bees`, numbers of other scripts.
-SIGNS = "\u2460-\u249b\u24ea-\u24ff\u2776-\u2793\u20e3"
+SIGNS = "\u2460-\u249b\u24ea-\u24ff\u2776-\u2793\u20e3\u2160-\u216b\u2170-\u217b"
 RUNNING = re.compile(
     r"(?P<indent>[ \t]*)(?P<before>(?:\*\*)?[(\[\uff08]?(?:[a-z]{1,12}[ \t]?(?=\d))?)"
     rf"(?P<value>[a-z]|[ivx]{{2,6}}|\d{{1,3}}(?:\ufe0f?\u20e3)?|[{SIGNS}]|[\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341]{{1,3}})"
@@ -31,10 +31,13 @@ RULE = re.compile(r"^[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t
 HEADING = re.compile(
     r"[ \t]*(?:#{1,6}[ \t]|(?:-[ \t]*){3,}$|(?:\*[ \t]*){3,}$|(?:_[ \t]*){3,}$|(?:\*\*|__)[^*_]+(?:\*\*:?|__:?|:\*\*)[ \t]*$)"
 )
+NUMBERED = re.compile(r"(?<!\S)(\d{1,3})[.)][ \t]+(?=\S)")
+WRAPPER = re.compile(r"<[A-Za-z]\w{0,30}>")  # round a list, on a line of its own
+COMMENT = re.compile(r"(?:(?<=[,\[])|^)[ \t]*(?://|#)[^\n]*$", re.M)  # in an array
 EMPHASIS = re.compile(r"(\*\*\*|\*\*|__(?![a-z_]+__))(?=\S)((?:(?!\1).)+?)(?<=\S)\1(?=$|[\s:.,;!?)-])")
 STRING = re.compile(  # of an array, even where its own quotes are not escaped: it ends where a comma or a bracket follows
-    r"\s*(?:\"((?:\\.|\"(?!\s{0,99}(?:[,\]]|$))|[^\"\\])*+)\"|'((?:\\.|'(?!\s{0,99}(?:[,\]]|$))|[^'\\])*+)'"
-    r"|\u201c([^\u201c\u201d]*)\u201d)\s*(?:,|(?=\])|$)",
+    r"\s*(?:\"((?:\\.|\"(?!\s{0,99}(?:[,\]]|$|(?<=\s)\"))|[^\"\\])*+)\"|'((?:\\.|'(?!\s{0,99}(?:[,\]]|$|(?<=\s)'))|[^'\\])*+)'"
+    r"|\u201c([^\u201c\u201d]*)\u201d)\s*(?:,|(?=\])|(?<=\s)(?=[\"'])|$)",
     re.S,
 )
 CELL = re.compile(r"(?<!\\)\|")
@@ -87,7 +90,10 @@ def unique(items: Iterable[str]) -> list[str]:
 def parse_yes_no(text: str) -> bool | None:
     """Parse a yes/no answer by its first word, or the one after "answer:"; None where it is neither."""
     word = re.match(
-        r"\W*(?:(?:the\s+)?(?:final\s+)?(?:answer|verdict)(?:\s+is)?\W+|boxed\W+)?(yes|no)\b(?!\s*(?:/|or\b))", answer_text(text), re.I
+        r"(?:\W|1[.)])*(?:(?:the\s+)?(?:final\s+)?(?:answer|verdict|judge?ment|decision|conclusion|result)(?:\s+is)?\W+|boxed\W+)?"
+        r"(yes|no)\b(?!\s*(?:/|or\b))",
+        answer_text(text),
+        re.I,
     )
     return None if word is None else word[1].lower() == "yes"
 
@@ -122,7 +128,7 @@ def _array(text: str) -> tuple[Any, str]:
 
 def _mended_array(text: str) -> tuple[Any, str]:
     """JSON with comments, commas too many or single quotes, put right."""
-    text = re.sub(r",(\s{0,99}[\]}])", r"\1", re.sub(r"^[ \t]*//[^\n]*\n", "", text, flags=re.M))
+    text = re.sub(r",(\s{0,99}[\]}])", r"\1", COMMENT.sub("", text))
     if '"' not in text:
         text = re.sub(r"(?<=[\[{,:\s])'|'(?=\s{0,99}[\]},:])", '"', text)
     return _array(text)
@@ -211,7 +217,25 @@ def _numeral(value: str) -> int:
     return sum(digits[:ten] or [1]) * 10 + sum(digits[ten + 1 :])
 
 
+def _unfolded(text: str) -> str:
+    """A text with line breaks before its numbers 1, 2, 3 ... where all stand in one line, or the first stands behind words."""
+    if "```" in text:
+        return text
+    found = list(NUMBERED.finditer(text))
+    if [int(m[1]) for m in found] != list(range(1, len(found) + 1)):
+        return text
+    begins = [re.search(r"\w", text[: m.start()].rpartition("\n")[2]) is None for m in found]
+    if all(begins):
+        return text
+    in_one_line = "\n" not in text[found[0].start() : found[-1].start()]
+    if begins[0] and not in_one_line or in_one_line and len(found) < 3:  # an item speaks of a number
+        return text
+    places = [0, *(m.start() for m, begin in zip(found, begins, strict=True) if not begin), len(text)]
+    return "\n".join(text[start:end].rstrip(" \t") for start, end in itertools.pairwise(places))
+
+
 def _marked(text: str) -> list[str]:
+    text = _unfolded(text)
     lines = _with_numbers(text.split("\n"))
     blocks = [block.lines for block in code_blocks(text)]
     fenced = {n for block in blocks for n in block if n > block[0] or not MARKER.match(lines[n])}  # a fence may share a marker's line
@@ -250,6 +274,9 @@ def _is_number(match: re.Match[str]) -> bool:
 def _plain(text: str) -> list[str]:
     fences = {number for block in code_blocks(text) for number in (block.lines[0], block.lines[-1])}
     lines = [line.strip() for number, line in enumerate(text.split("\n")) if line.strip() and number not in fences]
+    lines = [line.removesuffix(",") if line[:1] in QUOTES and line[-2:-1] == QUOTES[line[0]] else line for line in lines]
+    if lines and WRAPPER.fullmatch(lines[0]) and lines[-1] == f"</{lines[0][1:]}":
+        lines = lines[1:-1]
     if len(lines) < 2 or lines[0][0] in "[{":  # JSON that is no list
         return []
     if not all(HEADING.match(line) for line in lines):

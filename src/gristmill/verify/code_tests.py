@@ -5,7 +5,8 @@
 | tests | assertions, or what holds them (HumanEval's `check(candidate)`, pytest, unittest); text, or a list of texts (MBPP) |
 | entry_point | the function under test: what `check` is called with |
 | setup | code before the tests (imports, data) |
-| cases | instead of tests, `{"input", "output"}` each: arguments of the entry point, or else standard input and output of a script |
+| cases | instead of tests, `{"input", "output"}` each: arguments of the entry point (`also`: another output that is right), or else \
+standard input and output of a script |
 | prefix | code that the prompt gave and an answer may leave out: an answer continues it |
 """
 
@@ -115,7 +116,8 @@ def _cases(cases_json: str, entry_point: str) -> str:
             if not isinstance(args, list):
                 raise InputError(f"The case {_short(case)} has no list of arguments as 'input': give one, or no entry_point for a script.")
             lines.append(f"__got__ = __entry__(*{args!r})")
-            lines.append(f"assert (list(__got__) if type(__got__) is tuple else __got__) == {case['output']!r}")
+            got = "(list(__got__) if type(__got__) is tuple else __got__)"
+            lines.append(f"assert {got} == {case['output']!r}" + (f" or {got} == {case['also']!r}" if "also" in case else ""))
         useful = any(case["output"] is not None for case in cases)
     else:
         if not all(isinstance(case[key], str) for case in cases for key in ("input", "output")):
@@ -187,6 +189,8 @@ def _main_block(body: list[ast.stmt]) -> tuple[list[ast.stmt], bool]:
             changed = True
         elif isinstance(node, ast.Expr) and re.match(r"(sys\.|os\._?)?(exit|quit)\(", ast.unparse(node)):
             raise InputError(f"The tests end the process by {ast.unparse(node)[:60]}, so that nothing after it is checked: take it out.")
+        elif re.match(r"(pytest\.(skip|importorskip)\(|raise unittest\.SkipTest)", ast.unparse(node)):
+            raise InputError(f"The tests are skipped by {ast.unparse(node)[:60]}, so that no program passes: take it out.")
         else:
             out.append(node)
     return out, changed

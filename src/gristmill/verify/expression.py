@@ -66,6 +66,25 @@ def expression_value(text: str) -> Hashable | None:
     return tuple(keys) if len(set(keys)) > 1 else keys[0]
 
 
+def equation_value(left: str, right: str) -> Hashable | None:
+    """What equals for equations whose sides differ by the same expression, but for a factor; None where that cannot be told."""
+    text = f"({left})-({right})"
+    if set(WORD.findall(re.sub(r"\\[a-zA-Z]+", " ", text))) - FUNCTIONS - OF_SEVERAL.keys():
+        return None
+    import mpmath
+
+    with mpmath.workdps(DIGITS):
+        seen: set[str] = set()
+        try:
+            values = [_Parser(text, scale, seen).value() for scale in SCALES]
+            first = next((value for value in values if value), None)
+            if first is None or not seen:
+                return None
+            return tuple(_key(_multiply(value, _inverse(first)), exact=False) for value in values)
+        except (_Undefined, _Unreadable, ArithmeticError, ValueError):
+            return None
+
+
 def _key(value: Any, *, exact: bool) -> Hashable:
     """A value as it is compared. One that is rational as far as it can be seen is a fraction."""
     import mpmath

@@ -1,4 +1,4 @@
-r"""Math answers: extraction from a solution, and equivalence of two.
+r"""Equivalence of math answers.
 
 Numbers are compared as exact fractions, tuples, matrices and intervals element by element, lists, sets and unions in any order, and
 everything else (`2\sqrt{3}`, `x^2+1`, `Monday`) as text in a normal form. Expressions that differ as texts are compared by their
@@ -8,71 +8,19 @@ and MATH.
 
 import re
 import unicodedata
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Hashable
 from fractions import Fraction
 
-from gristmill.core.response_text import answer_text
-from gristmill.verify.expression import expression_value
+from gristmill.verify.expression import equation_value, expression_value
 
 MAX_ANSWER_CHARS = 1000  # a longer one is equal only to itself, white space aside
-MAX_BOXES = 10  # that make one answer
 MAX_DEPTH = 20  # brackets within each other that are looked into
-
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
-BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$\\.,;:]+)")
-# What may stand between the boxes of one answer: `x = \boxed{1}` and `y = \boxed{2}`.
-JOINT = re.compile(r"(?:[\s$,;&*{}-]|\\[()\[\],;: ]|\\q?quad|\\text|\b(?:and|or)\b|[^\W\d_](?:_\{?\w\}?)?\s*=|^\s*[(]?\w[).](?=\s))*", re.M)
-MAX_JOINT_CHARS = 80
-PLACEHOLDER = re.compile(
-    r"(?:\\text\s*\{)?\W*(?:(?:your|the)\s+)?(?:(?:final|numerical|correct)\s+)?(?:answer|result|\.\.\.|\\l?dots|\\cdots)(?:\s+here)?\W*",
-    re.I,
-)
-STATED = re.compile(
-    r"\b(?:answers?|solutions?(?=\W*:))\W{0,5}(?:(?<=\s)(?:is|are|was|would\s+be|will\s+be|must\s+be|should\s+be|becomes|equals)\b|[:=])[\s:*_]*"
-    r"|^[ \t]*#{1,6}[ \t]*(?:the\s+)?(?:final\s+)?answers?[ \t:]*\n\s*",
-    re.I | re.M,
-)
-# Words before the answer that are no part of it, and what begins a remark about an answer that was given before.
-FILLER = re.compile(
-    r"(?:(?:therefore|thus|hence|then|so|simply|just|only|exactly|approximately|about|roughly|around|nearly|clearly|obviously|indeed|also|now|"
-    r"actually|finally|equal\s+to|equals|given\s+by|found\s+to\s+be|calculated\s+(?:to\s+be|as)|as\s+follows|the\s+(?:number|value|integer|"
-    r"fraction|expression|choice|option)|choice|option|number|value|always)(?![\w-])(?:\s+(?:of|is))?|\\approx(?![a-zA-Z])|\u2248|~)[\s:,*_]*",
-    re.I,
-)
-REMARK = re.compile(
-    r"(?:(?:not|neither|never|n't|in)\b|(?:\w+\s+)?(?:correct|incorrect|right|wrong|valid|invalid|reasonable|consistent|unique|plausible|verified|"
-    r"confirmed|checked|supported|justified|expected|accurate|complete|final|sensible|clear|unclear|above|below|here|helpful|useful|known|unknown|true|false)\b(?=\W*(?:$|because|since|as\b|for\b|by\b|and\b|if\b|in\b|"
-    r"with\b|when\b|only\b|on\b|here\b|[,.;!]))|(?:obtained|based|found|derived|computed|calculated|rounded|given|written|expressed|stated|"
-    r"boxed|shown|measured|close|likely|what|that|because|since|in\s+the)\b)",
-    re.I,
-)
-MATH = re.compile(r"\$\$?([^$]+)\$\$?(?!\d)[^$\n]*$|\\\(((?:(?!\\\)).)+)\\\)(?![^\n]*\\\()|\\\[((?:(?!\\\]).)+)\\\]", re.S | re.M)
-FORMULA = re.compile(r"\$\$?([^$\n]{1,500})\$|\\\(((?:(?!\\\)).){1,500})\\\)")
-SENTENCE_END = re.compile(
-    r"[.;?!](?=[\s*_\"')]|$)|\n|,?\s(?:because|since|which|where|so|as|(?:and|but)\s+(?:the|this|that|it|we))\b|,?\s(?:(?:and\s+)?not|rather\s+than)\s(?=.*\d)"
-)
-PAST = re.compile(r"\bw(?:as|ere)\b")  # `I first thought the answer was 4`: only where nothing else is stated
-HASHES = re.compile(r"####[ \t]*([^\s#][^\n]*)")
-NUMBER = re.compile(
-    r"(?:(?<![\w)\]])-)?(?:\\?\$)?"  # a minus after a digit, a name or a bracket subtracts: `20-13` ends with 13
-    r"(?:\d{1,9} (?=\d{1,9}/\d))?"  # of a mixed number
-    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"  # `1,234` is one number, `1,2` are two
-    r"(?:[eE][+-]?\d+)?(?:[/:]\d+)?(?:\s?\\?%)?"
-)
-
-# What denies the number after it: `not 4`, `isn't equal to 4`, `rather than 4`.
-DENIED = re.compile(
-    r"(?:\b(?:not|never|cannot|neither|nor|rather\s+than|instead\s+of)|n['\u2019]t|\u2260|!=|\\neq?(?![a-zA-Z]))"
-    r"(?:\s+(?:be|is|equal(?:\s+to)?|equals|the\s+(?:number|value)|exactly|simply))*[\s$*_(\[\\]*$",
-    re.I,
-)
-MAX_DENIAL_CHARS = 60
-MAX_DENIED = 10  # numbers at the end of a text, among which one is looked for that is not denied
 
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 TEXT = r"\\(?:boxed|text(?:bf|it|rm|sf|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 WRAPPED = re.compile(TEXT)
+UNIT_FRACTION = r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\{([^{}]*)\}\s*\}\s*\{\s*\\(?:text|mathrm)\{([^{}]*)\}\s*\}"
 TIDY = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -82,7 +30,7 @@ TIDY = [
         ("\u221a", r"\\sqrt "),
         (r"\\leq?(?![a-zA-Z])|\u2264|<=", r"\\le "),
         (r"\\geq?(?![a-zA-Z])|\u2265|>=", r"\\ge "),
-        (r"(?<=\d)(?:\{,\}|,?\\[,!]|,\\ )(?=\d{3}(?!\d))", ""),  # thousands in LaTeX: `1{,}000`, `1\,000`, `1,\!000`
+        (r"(?<=\d)(?:\{,\}|,?\\[,!]|,\\ ) ?(?=\d{3}(?!\d))", ""),  # thousands in LaTeX: `1{,}000`, `1\,000`, `1,\! 000`
         (r"(?<=\d)(?<!\d\d\d\d) (?=\d{3}(?:[ .]|$))(?=(?: ?\d{3})+(?:\.\d+)?$)", ""),  # `10 000`
         (r"\\neq?(?![a-zA-Z])|\u2260|!=", r"\\ne "),
         (r"\u222a|(?<=[)\]])\s*U\s*(?=[(\[])|\\bigcup(?![a-zA-Z])", r"\\cup "),
@@ -101,6 +49,10 @@ TIDY = [
         (r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", "*"),
         (r"\\(mathbb|mathbf|mathcal|mathrm|vec|hat)\s+([a-zA-Z])", r"\\\1{\2}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
+        (UNIT_FRACTION, r"\\text{ \1/\2}"),
+        (r"\\([ij])math(?![a-zA-Z])", r"\1"),
+        (r"^\s*\\(?:vec|mathbf|overrightarrow)\s*\{\s*[a-zA-Z]{1,2}\s*\}\s*=(?=[^=]*$)", ""),
         (r"\\(?:langle|rangle)(?![a-zA-Z])", lambda m: "(" if m[0][1] == "l" else ")"),
         (r"\.(\d)\1\1+(?:\.\.\.|\\[lc]?dots|\u2026)", r".\\overline{\1}"),
         (r"\(mod\s*(\w+)\)|\\pmod\s*(\w)(?!\w)", lambda m: f"\\pmod{{{m[1] or m[2]}}}"),
@@ -114,6 +66,7 @@ TIDY = [
         (r"^\\?\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\{?R\}?)?\s*(?:\\mid(?![a-zA-Z])|[:|])\s*(.*?)\\?\}$", r"\1"),
         (r"^\s*[a-zA-Z]\s*\([a-zA-Z]\)\s*=(?=[^=]*$)", ""),
         (r"\b([ap])\.\s?m\.?(?!\w)|\\text\s*\{\s*([ap])\.\s?m\.\s*\}", lambda m: f" {m[1] or m[2]}m"),
+        (r"(?<=\d)\s*([AP])\.?\s?M\b\.?", lambda m: f" {m[1].lower()}m"),
         (r"(?:\{\s*\}|\\\{\s*\\\})$", r"\\emptyset "),
         (r"\s*\\%|\s*\bper\s?cent\b|\s+%", "%"),
         (r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])", "\u00b0"),
@@ -154,13 +107,18 @@ PLAIN_FRACTION = re.compile(r"(-?)([^/+-]+)/(\d[\d.]*|[^\W\d_]|\\[a-zA-Z]+(?:\{[
 WHOLE_FRAC = re.compile(r"(\d*)\s*\\frac\s*(?=\{)", re.A)
 
 UNIT_SIGNS = {"\u2126": "ohm", "\u212a": "kelvin", "\u212b": "angstrom"}  # and the units of CJK compatibility
-WORDS = {
-    word: str(n)
-    for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"])
-}
+ONES = [
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen"),
+    *("fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+WORDS = {word: str(n) for n, word in enumerate(ONES)} | {word: str(10 * n) for n, word in enumerate(TENS, 2)}
+WORDS |= {f"{ten}{sign}{ONES[n]}": str(int(WORDS[ten]) + n) for ten in TENS for n in range(1, 10) for sign in "- "}
+WORDS |= {f"{one} {word}": str(size) for one in ("one", "a") for word, size in (("hundred", 100), ("thousand", 1000), ("million", 10**6))}
 POWER = r"(?:\s*\^\s*\{?-?\d\}?)?"
 UNIT = re.compile(rf"(.*?[\d.%)}}])\s+((?:(?:sq|cu)\.\s*)?[a-zA-Z]{{2,}}(?:[\s/-]+[a-zA-Z]{{2,}}){{0,3}}{POWER})", re.S)
 SHORT_UNIT = re.compile(rf"(.*?\d)\s*((?:[mck]m|[mk]g|lbs?|oz|ft|m[lL]|km/h|m/s|mph|hrs?){POWER})", re.S)
+LETTER_UNIT = re.compile(rf"(.*?[\d}}])\s+([mshgJNWVK]{POWER})", re.S)
 WRAPPED_UNIT = re.compile(rf"(.*[\w.%)}}])\s*{TEXT}{POWER}", re.S)
 QUANTITY = re.compile(r"\d[)}]*\s*((?:[a-zA-Z]++(?:\^\{?-?\d\}?)?[\s.*]*+|/\s*+){1,12})$")
 UNIT_NAMES = (
@@ -170,43 +128,13 @@ UNIT_NAMES = (
     "kelvin,c celsius,f fahrenheit,deg degree,rad radian,dollar usd,cent,euro eur,gbp,yen jpy,rupee inr,mol mole,ohm"
 )
 UNITS = {name: names.split()[0] for names in UNIT_NAMES.split(",") for name in names.split()}
+CURRENCIES = {"$": "dollar", "\u20ac": "euro", "\u00a3": "gbp", "\u00a5": "yen", "\u20b9": "rupee"}
 # A word that changes what the number before it means.
 NO_UNIT = re.compile(
-    r"(?i)\b(?:and|or|not|is|are|to|of|at|if|for|when|more|less|most|least|odd|even|[ap]m|base|over|plus|minus|times|choose|mod|factorial|"
+    r"(?i)\b(?:[ei]|and|or|not|is|are|to|of|at|if|for|when|more|less|most|least|odd|even|[ap]m|base|over|plus|minus|times|choose|mod|factorial|"
     r"squared|cubed|pi|sqrt|sin|cos|tan|sec|csc|cot|log|ln|exp|half|halves|(?:third|quarter|fourth|fifth|sixth|eighth|tenth|hundredth)s?|"
     r"(?:dozen|hundred|thousand|[a-z]{1,4}illion)s?)\b"
 )
-
-
-def extract_answer(text: str) -> str | None:
-    r"""Extract the final answer of a solution, or None.
-
-    The content of the last `\boxed{...}`, with those that make one answer with it (`\boxed{1}` and `\boxed{2}`); else what follows the
-    last "answer is" or "answer:", to the end of the sentence, that is no remark about an answer; else what follows the last `####`; else
-    the last number. What is thought is no part of it.
-    """
-    text = answer_text(text)
-    return stated_answer(text) or _number_text(text)
-
-
-def stated_answer(text: str) -> str | None:
-    """The final answer of a solution that is marked as such: boxed, after "answer is" or `####`; None where none is."""
-    return _boxed(text) or _stated(text) or _last(HASHES.findall(text))
-
-
-def is_right(text: str, value: str) -> bool:
-    """Whether the final answer of a solution equals a value: what is stated, all that is said, or the last number."""
-    text = answer_text(text)
-    found = stated_answer(text)
-    if found is None:
-        if is_equiv(text.strip(), value):
-            return True
-        if (found := _number_text(text)) is None:
-            return False
-        said = _unit(SENTENCE_END.split(text[max(0, text.rfind(found)) :][: len(found) + MAX_DENIAL_CHARS])[0])
-        if said and (wanted := _unit(value)) and said != wanted:
-            return False
-    return is_equiv(found, value)
 
 
 def is_equiv(a: str, b: str) -> bool:
@@ -214,7 +142,7 @@ def is_equiv(a: str, b: str) -> bool:
 
     Letters are variables, and r is another one than R, but for `(B)` and `\\text{B}`, which are choices.
     """
-    if a != b and ((one := _unit(a)) and (other := _unit(b)) and one != other):
+    if a != b and ((one := unit_of(a)) and (other := unit_of(b)) and one != other):
         return False
     labels = [LABELLED.fullmatch(text.strip()) for text in (a, b)]
     if (labels[0] is None) != (labels[1] is None):  # `(B) 7` is B, and 7
@@ -232,86 +160,13 @@ def _is_same(a: str, b: str) -> bool:
         return one == other
     if _read(a, _symbolic) == _read(b, _symbolic):
         return True
+    equations = [_equation(text) for text in (a, b)]
+    if None not in equations and equations[0] == equations[1]:
+        return True
     if not CONDITION.search(a + b):
         return False
     one, other = _read(a, _solutions), _read(b, _solutions)
     return _union(one) == _union(other)
-
-
-# ---- finding ----
-
-
-def _boxed(text: str) -> str | None:
-    boxes: list[tuple[int, int]] = []
-    opened: list[int | None] = []  # where the content of each open box starts; None for another brace
-    for m in BOX.finditer(text):
-        if m[0] == "}":
-            if opened and (start := opened.pop()) is not None:
-                boxes.append((start, m.start()))
-        elif m[0][-1] == "{" and m[0] != "\\{":
-            opened.append(None if m[0] == "{" else m.end())
-    boxes = sorted((start, end) for start, end in boxes if (found := text[start:end].strip()) and not PLACEHOLDER.fullmatch(found))
-    if not boxes:
-        return _last(BARE_BOX.findall(text))
-    last, kept = boxes[-1], [text[slice(*boxes[-1])].strip()]
-    for start, end in reversed(boxes[:-1]):
-        if end >= last[1]:  # a box about the last one
-            continue
-        between = text[end + 1 : last[0]].rpartition("\\")[0] if len(kept) < MAX_BOXES else "."
-        if len(between) > MAX_JOINT_CHARS or not JOINT.fullmatch(between):
-            break
-        last, found = (start, end), text[start:end].strip()
-        if not any(is_equiv(found, other) for other in kept):
-            kept.insert(0, found)
-    return ", ".join(kept)
-
-
-def _stated(text: str) -> str | None:
-    stated = list(STATED.finditer(text))
-    for m in sorted(reversed(stated), key=lambda m: PAST.search(m[0]) is not None):
-        tail = text[m.end() : m.end() + MAX_ANSWER_CHARS].lstrip()
-        while filler := FILLER.match(tail):
-            tail = tail[filler.end() :]
-        math = MATH.match(tail)
-        end = SENTENCE_END.search(tail)
-        if REMARK.match(tail) or (end and end[0] == "?" and not math):
-            continue
-        found = math[math.lastindex or 0] if math else tail[: end.start()] if end else tail
-        found = re.sub(r"\s\((?=[a-z]+\s)[^()]*\)\W*$", "", found)  # a remark
-        if found := found.lstrip(' *`_"').rstrip(' \t.,;:*`_"' if "{" in found else ' \t.,;:*`_"}'):
-            return found.strip()
-    return None
-
-
-def _number_text(text: str) -> str | None:
-    """The last number, as it stands in its formula where it is all that the formula says, or comes to."""
-    text = spelt_fractions(text)
-    numbers = deque(NUMBER.finditer(re.sub("[\u2010-\u2012\u2212\ufe63\uff0d]", "-", text)), maxlen=MAX_DENIED)
-    found = next((m for m in reversed(numbers) if not is_denied(text, m.start())), None)
-    if found is None:
-        return None
-    for m in FORMULA.finditer(text, max(0, found.start() - MAX_ANSWER_CHARS), found.end() + MAX_ANSWER_CHARS):
-        if m.start() < found.start() and found.end() <= m.end():
-            value = re.split(r"=|\\approx", m[m.lastindex or 0])[-1].strip()
-            return value if _is_number(_read(value, _plain)) else found[0]
-    return found[0]
-
-
-def spelt_fractions(text: str) -> str:
-    """Spell fractions of one character: `3\u00bd` as `3 1/2`."""
-    if text.isascii():
-        return text
-    one = lambda m: " " + unicodedata.normalize("NFKC", m[1]).replace("\u2044", "/")  # noqa: E731
-    return re.sub("[ \u00a0\u2009\u202f]*([\u00bc-\u00be\u2150-\u215e])", one, text)
-
-
-def is_denied(text: str, start: int) -> bool:
-    """Whether what stands at `start` is said not to be so."""
-    return DENIED.search(text[max(0, start - MAX_DENIAL_CHARS) : start]) is not None
-
-
-def _last(found: list[str]) -> str | None:
-    return found[-1].strip() if found else None
 
 
 # ---- reading ----
@@ -320,23 +175,42 @@ def _last(found: list[str]) -> str | None:
 def _read(text: str, of_other: Callable[[str], Hashable]) -> Hashable:
     """What an answer means: equal answers have equal readings. What is no number is read by `of_other`."""
     text = " ".join(text.split()).strip(" *`")
-    text = WORDS.get(text.lower().rstrip("."), text)
+    wrapped = WRAPPED.fullmatch(text)
+    text = WORDS.get((wrapped[1].strip() if wrapped else text).lower().rstrip("."), text)
     if len(text) > MAX_ANSWER_CHARS:
         return text
     if SIMPLE.fullmatch(text):
         return Fraction(text), False
-    if not text.isascii():
-        text = _to_ascii(text)
-    text = re.sub(r"\\\\(?:\[[^\]]*\])?", ROW if r"\begin" in text else r"\\", text)
-    for pattern, replacement in TIDY:
-        text = pattern.sub(replacement, text)
-    text = _second_arguments(text).strip().rstrip(".,;: ")
+    text = _tidied(text)
     names = ASSIGNED.findall(text)
     if len(set(names)) == 1 and text.count("=") <= len(names):  # `x = 1, x = 2`, but not `x = 1, y = 2`
         text = ASSIGNED.sub("", text)
     elif m := ASSIGNED_LAST.fullmatch(text):
         text = m[1]
     return _value(text, of_other)
+
+
+def _tidied(text: str) -> str:
+    """LaTeX and other spellings in one form."""
+    if not text.isascii():
+        text = _to_ascii(text)
+    text = re.sub(r"\\\\(?:\[[^\]]*\])?", ROW if r"\begin" in text else r"\\", text)
+    for pattern, replacement in TIDY:
+        text = pattern.sub(replacement, text)
+    return _second_arguments(text).strip().rstrip(".,;: ")
+
+
+def _equation(text: str) -> Hashable | None:
+    """What is equal for equations of one line or curve: 2x - y + 1 = 0 and y = 2x + 1; None for what is no equation."""
+    if text.count("=") != 1 or len(text) > MAX_ANSWER_CHARS:
+        return None
+    sides = RELATION.split(_plain(_tidied(" ".join(text.split()).strip(" *`$")), products=True))
+    return equation_value(sides[0], sides[2]) if len(sides) == 3 and sides[1] == "=" else None
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number, in any of its spellings."""
+    return _is_number(_read(text, _plain))
 
 
 def _is_number(reading: Hashable) -> bool:
@@ -400,7 +274,11 @@ def _value(text: str, of_other: Callable[[str], Hashable], depth: int = 0) -> Ha
         kind = "|" if m[1] and m[1][0] in "vV" else "matrix"
         return kind, *(tuple(_value(cell, of_other, depth + 1) for cell in row.split("&")) for row in rows)
     if len(sets := _pieces(text, r"\cup")) > 1:
-        return r"\cup", frozenset(_value(piece, of_other, depth + 1) for piece in sets)
+        values = [_value(piece, of_other, depth + 1) for piece in sets]
+        if all(re.fullmatch(r"\s*\{.*\}\s*", piece, re.S) for piece in sets):  # of numbers, one by one
+            members = {member for value in values for member in (dict(value) if isinstance(value, frozenset) else [value])}
+            return frozenset((member, 1) for member in members) if len(members) > 1 else members.pop()
+        return r"\cup", frozenset(values)
     kind = ""
     if text and text[-1] in CLOSING.get(text[0], "") and _end(text, 0) == len(text) and text[1:-1].strip():
         kind, text = text[0] + text[-1], text[1:-1]
@@ -437,7 +315,7 @@ def _atom(text: str, of_other: Callable[[str], Hashable]) -> Hashable:
     while (m := WRAPPED_UNIT.fullmatch(text)) and _is_unit(m[2]):
         text = m[1].rstrip("/* ")
     text = WRAPPED.sub(r" \1 ", text).strip()
-    bare = [m[1] for pattern in (UNIT, SHORT_UNIT) if (m := pattern.fullmatch(text)) and _is_unit(m[2])]
+    bare = [m[1] for pattern in (UNIT, SHORT_UNIT, LETTER_UNIT) if (m := pattern.fullmatch(text)) and _is_unit(m[2])]
     for candidate in (text, *bare):
         number = _number(candidate.removesuffix("%").strip())
         if number is not None:
@@ -450,7 +328,7 @@ def _symbolic(text: str) -> Hashable:
     plain = _plain(text)
     sides = RELATION.split(plain)
     if len(sides) == 1:
-        value = expression_value(plain)
+        value = expression_value(_plain(text, products=True))
         return plain if value is None else (value, False) if isinstance(value, Fraction) else value
     values, signs = [_symbolic(side) for side in sides[::2]], sides[1::2]
     if all(sign in ("=", r"\ne") for sign in signs) and len(set(signs)) == 1:
@@ -480,10 +358,13 @@ def _union(reading: Hashable) -> Hashable:
     return (r"\cup", frozenset(dict(reading))) if isinstance(reading, frozenset) else reading
 
 
-def _unit(text: str) -> frozenset[tuple[str, int]] | None:
+def unit_of(text: str) -> frozenset[tuple[str, int]] | None:
     """The unit of measure, or currency, at the end of a quantity, as powers of units that are known; None where it has none."""
-    if money := re.match(r"\s*[\u00a3\u00a5\u20a0-\u20bf]", text):
-        return frozenset({(money[0].strip(), 1)})
+    money = re.match(r"\s*(?:\\?(\$)(?=\d[\d,.]*\s*$)|([\u00a3\u00a5\u20a0-\u20bf]))", text)
+    if money:
+        sign = money[1] or money[2]
+        return frozenset({(CURRENCIES.get(sign, sign), 1)})
+    text = re.sub(UNIT_FRACTION, r" \1/\2", text)
     text = re.sub(r"\\(?:text|mathrm|mbox|rm)\s*\{([^{}]*)\}|\\[,;: ]|~", r" \1", text.replace("\\cdot", "*"))
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\u00b0|\\degree(?![a-zA-Z])", " deg ", text)
     m = QUANTITY.search(text.strip().rstrip(".$*` "))
@@ -544,14 +425,14 @@ def _unsigned(text: str) -> Fraction | None:
     return int(whole) + part if 0 < part < 1 else None  # `2 5/2` is a product, if anything
 
 
-def _plain(text: str) -> str:
-    """The normal form of what is no number."""
+def _plain(text: str, *, products: bool = False) -> str:
+    """The normal form of what is no number, with its signs of multiplication or without."""
     if re.fullmatch(r"[^\W\d_]+(?: [^\W\d_]+)*\)?", text):  # words, or the letter of a choice
         text = text.rstrip(")")
         return text.casefold() if len(text) > 1 else text  # r is not R
     text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])", "\\1\t", text)
     text = re.sub(r"(?<!\d) +| +(?!\d)", "", text).replace("\t", " ").removeprefix("+")  # `2 3` is not 23, nor `\pi r` `\pir`
-    text = re.sub(r"\*(?=[a-zA-Z\\(])", "", text)
+    text = text if products else re.sub(r"\*(?=[a-zA-Z\\(])", "", text)
     if (m := PLAIN_FRACTION.fullmatch(text)) and m[2].count("{") == m[2].count("}"):
         text = rf"{m[1]}\frac{{{m[2]}}}{{{m[3]}}}"
     if text.startswith(r"\frac{-") and not re.search("[+-]", text[7 : _end(text, 5)]):

@@ -27,9 +27,9 @@ from typing import Any
 from gristmill.core.errors import InputError
 from gristmill.core.response_text import answer_text, extract_code, strip_thinking
 from gristmill.verify.code_tests import check_text, complete
+from gristmill.verify.final_answer import MAX_DENIED, is_denied, is_right, spelt_fractions
 from gristmill.verify.ifeval import check_instructions
 from gristmill.verify.json_schema import extract_json, schema_error, validation_error
-from gristmill.verify.math import MAX_DENIED, is_denied, is_right, spelt_fractions
 
 KINDS = ("number", "exact", "mention", "choice", "code", "list", "math", "instructions", "schema")
 RunCode = Callable[[str, str], bool]
@@ -59,11 +59,14 @@ SUPERSCRIPTS = re.compile("[\u207b\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 EQUATION = re.compile(r"(\d{1,9}) ([-+*]) (\d{1,9}) = (-?\d{1,18})")
 # The pronoun and the article are no options: `I think`, `I'm`, `A good`; `A is right` is one.
-LETTER = r"\b(?!(?:I|A)(?:['\u2019]| (?!is\b|or\b|and\b)[a-z]))([A-Z])\b"
+IN_WORD = r"[^\W\u3040-\u30ff\u3400-\u9fff]"  # a character of a script that parts words
+LETTER = rf"(?<!{IN_WORD})(?!(?:I|A)(?:['\u2019]| (?!is\b|or\b|and\b)[a-z]))([A-Z])(?!{IN_WORD})"
 STATED = re.compile(
-    r"(?i:\b(?:answer|option|choice)(?:\s+is\b|\s*:)|\bI\s+(?:choose|chose|pick|select)\b|\\boxed\s*\{)"
-    rf"(?:[\s:*(\[{{]|\\text(?:bf|rm|it)?|(?i:option|choice)\b)*(?:{LETTER}|(?<=\()([a-z])(?=\)))"
+    r"(?i:\b(?:answer|option|choice)(?:\s+is\b|\s*:)|\bI\s+(?:choose|chose|pick|select)\b|\bit(?:\s+is|\s+must\s+be|['\u2019]s)\b"
+    r"|\u7b54\u6848(?:\u662f|\u4e3a|\u70ba)?|\\boxed\s*\{)"
+    rf"(?:[\s:*(\[{{]|\\text(?:bf|rm|it)?|(?i:option|choice)\b)*(?:{LETTER}|(?<=\()([a-z])(?=\))|(?<!\w)([a-j])(?=\)))"
 )
+REJECTED = re.compile(r"[)\]*]*\s+(?:(?:is|was)(?:n['\u2019]t|\s+not|\s+(?:wrong|incorrect|false))|cannot)\b")  # behind a letter
 ONLY = re.compile(r"\W*([a-zA-Z])(?:\W*|\W*\n.*|[.):]\s.*)", re.S)  # an answer of one letter, or that begins with an option's
 SECOND = re.compile(
     rf"[)\]*.}}]*\s*(?:\b(?:or|and)\b|[/&])\s*(?i:option\s+|choice\s+)?[(\[*]*{LETTER}(?!\s+(?:is|was|are|has|does|cannot|can|would)\b)"
@@ -213,10 +216,11 @@ def plain_numbers(text: str) -> str:
 def _choice(answer: str) -> str:
     """The letter that an answer chooses; "" where it chooses none, or several."""
     answer = unicodedata.normalize("NFKC", answer)
-    found = [(m, m[1] or m[2]) for m in STATED.finditer(answer)]
+    found = [(m, m[m.lastindex or 0]) for m in STATED.finditer(answer)]
     if not found and (only := ONLY.fullmatch(answer)):
         return "" if SECOND.match(answer, only.end(1)) else only[1].upper()
-    found = found or [(m, m[1]) for m in re.finditer(LETTER, answer) if not is_denied(answer, m.start())]
+    letters = (m for m in re.finditer(LETTER, answer) if not is_denied(answer, m.start()) and not REJECTED.match(answer, m.end()))
+    found = found or [(m, m[1]) for m in letters]
     if not found:
         return ""
     last, letter = found[-1]

@@ -284,7 +284,9 @@ def _section(key: str, kind: type[Section], default: Section, values: dict[str, 
 def _line(key: str, field: FieldInfo, default: Any, values: dict[str, Any]) -> str:
     given = key in values
     value = values[key] if given else default
-    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=10**6).split("\n")[0]
+    value = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").rstrip("\n")
+    text = json.dumps(value) if "\n" in text else text  # which is YAML of one line
     about = _about(field)
     return f"{'' if given else '#'}{key}: {text}" + (f"  # {about}" if about else "")
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from gristmill.core.config import FilePath, Recipe
+from gristmill.core.config import FilePath, Line, Recipe
 from gristmill.core.device import pick_device
 from gristmill.core.errors import InputError
 from gristmill.core.io import read_json, write_json
@@ -51,7 +51,7 @@ class Pretraining(Recipe):
     weights: dict[Literal["facts", "sums", "code", "lists", "followups"], Annotated[float, Field(gt=0)]] | None = Field(
         None, description="of the world: shares of its kinds of documents"
     )
-    held_out: dict[str, FilePath] = Field(
+    held_out: dict[Line, FilePath] = Field(
         {}, description="files of documents by the name of their source, whose loss is measured before and after; of a world, its kinds"
     )
     model: Literal["miniature"] | FilePath | None = Field(

@@ -34,6 +34,7 @@ def said(inner: str) -> str:
         ("<i>10</i><b><sup>9</sup></b>", "10^9"),
         ("(a+b)<sup>2</sup>", "(a+b)^2"),
         ("e<sup>x+1</sup>", "e^{x+1}"),
+        ("e<sup>i\u03c0</sup>", "e^i\u03c0"),
         ("3<sup>3<sup>2</sup></sup>", "3^{3^2}"),
         ("10<sup>5</sup>7", "10^{5}7"),
         ("log<sub>3</sub>9", "log_{3}9"),
@@ -60,6 +61,19 @@ def said(inner: str) -> str:
     ],
 )
 def test_formulas_are_written_out(inner: str, text: str) -> None:
+    assert said(inner) == text
+
+
+@pytest.mark.parametrize(
+    ("inner", "text"),
+    [
+        ("<i>a</i>\u2264<i>b</i>, <i>a</i>&ge;<i>c</i>", "a\u2264b, a\u2265c"),
+        ("<a>\u4e2d\u56fd</a>\u3001<b>\u65e5</b>", "\u4e2d\u56fd\u3001\u65e5"),
+        ("<b>&amp;\u0431</b>, <i>\u2605</i>", "&\u0431, \u2605"),
+        ("<b>\u2022</b> word\u2060joiner", "word\u2060joiner"),
+    ],
+)
+def test_short_texts_of_elements_are_kept(inner: str, text: str) -> None:
     assert said(inner) == text
 
 

@@ -41,7 +41,7 @@ def no_spaces(char: str) -> bool:
 def cut(text: str) -> list[str]:
     """Words of `str.split()`, and in scripts without spaces each letter with what follows it and is no letter or digit."""
     words = []
-    for run in text.split():
+    for run in text.replace("\u1361", " ").split():  # the Ethiopic space
         for i, char in enumerate(run):
             plain = is_letter(char) or unicodedata.category(char) == "Nd"
             if i == 0 or no_spaces(char) or (plain and no_spaces(words[-1][0])):

@@ -55,6 +55,7 @@ KNOWN = {
         "sk-proj-4f9Kd82hGh3kLmN0pQrStUv7", "sk-4f9Kd82hGh3kLmN0pQrS", "ghp_16C7e42F292c6912E7710c838347Ae178B4a", "gho_" + "a1B2" * 9,
         "github_pat_11ABCDE0aBcDeFgHiJkLmNo", "AKIAIOSFODNN7EXAMPLE", "xoxb-123456789012-abcdefABCDEF", "AIza" + "Sy0_-" * 7,
         "glpat-abcdefghij1234567890", "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZaBcDeFgH", "npm_" + "a1B2" * 9, "sk_live_" + "a1B2" * 6,
+        "gsk_" + "a1B2" * 12, "xai-" + "a1B2" * 20, "SG." + "a1B2" * 5 + "-_." + "a1B2" * 10 + "a1B",
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
         "-----BEGIN RSA PRIVATE KEY-----\n" + "MIIEpAIBAAKCAQEA3Tz2mr7SZiAMfQyuvBjM9Oi\n" * 4 + "-----END RSA PRIVATE KEY-----",
         "-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9u\n" * 4 + "-----END OPENSSH PRIVATE KEY-----",
@@ -64,10 +65,12 @@ AROUND = ["{}", "Write to {}.", "({})", "x, {}, y", "<b>{}</b>", '"{}"', "â€œ{}â
 
 ASSIGNED = [
     'password = "{}"', "API_KEY={}", "api-key: '{}'", '"client_secret": "{}"', "token => '{}'", "auth_token := \"{}\"", "db_passwd:{}\n",
+    "Authorization: Bearer {}", '{{"authorization": "bearer {}"}}',
 ]  # fmt: skip
 
 # What is not personal, however much it looks so.
 HARMLESS = [
+    "doi:10.1234/415-555-2671",
     "", " ", "@", "a@", "@b.com", "2024-01-31", "2024-01-31T23:59:59.123456Z", "2024-01-31 10:20:30 +0530", "31.12.2024", "12/31/2024",
     "20240131123456", "1706659199", "1706659199123", "1706659199123456789", "+2024-01-31", "x = 1 +12345678", "+1.234567890123",
     "3.14159265358979", "0.4111111111111111", "-1234567.89e+10", "1,234,567,890", "1 234 567 890", "version 52.95.110.1", "v52.95.110.1",

@@ -27,6 +27,10 @@ _PLAIN = re.compile(r"[+\-\u2212]?\w+\Z")
 _BRACKETS = tuple(")]}|!'\u2032")  # what may stand before what is raised, beside letters and digits
 _INVISIBLE = dict.fromkeys((0x2061, 0x2062, 0x2063, 0x2064))  # signs between factors that are not shown
 _NOTE = tuple("[]()*\u2020\u2021\xa7")
+# Texts of elements that the extraction may take for a bullet: a character between tags, or one behind another.
+_SHORT = re.compile(r">(\s*(?:[^\s<>&]|&#?\w{2,31};){1,2})(?=\s*<)")
+_BULLETS = frozenset("\u2022\u2023\u2043\u2219\u25aa\u25ab\u25cb\u25cf\u25e6\u203a\u2039")
+_INVISIBLE_SIGNS = "\u2060\u2061\u2062\u2063"  # one that the page has not makes such a text longer
 
 
 class PageError(ValueError):
@@ -58,7 +62,16 @@ def main_text(page: str) -> str:
             deep -= 1
     from resiliparse.extract.html2text import extract_plain_text
 
-    return str(extract_plain_text(_written_out(page) if _LAYOUT.search(page) else page, main_content=True))
+    page = _written_out(page) if _LAYOUT.search(page) else page
+    sign = next((sign for sign in _INVISIBLE_SIGNS if sign not in page), "")
+    page = _SHORT.sub(lambda found: found[0] + sign if _is_dropped(unescape(found[1]).strip()) else found[0], page)
+    text = str(extract_plain_text(page, main_content=True))
+    return text.replace(sign, "") if sign else text
+
+
+def _is_dropped(text: str) -> bool:
+    """Whether the extraction drops the text of an element though it is no bullet: three bytes, the last of them none of ASCII."""
+    return len(text.encode(errors="replace")) == 3 and text[-1] > "\x7f" and text not in _BULLETS
 
 
 @dataclass

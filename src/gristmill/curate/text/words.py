@@ -278,6 +278,7 @@ def _with_signs(table: np.ndarray, dashes: str) -> np.ndarray:
 def split() -> np.ndarray:
     """The words of `str.split()`; what is neither letter nor digit belongs to the letter without spaces before it."""
     classes, table = char_classes(), _of_points(0, WORD)
+    table[0x1361] = 0  # the Ethiopic space
     table[((classes & (LETTER | DIGIT)) == 0) & (table != 0) & ((table & SINGLE) == 0)] |= np.uint32(JOINS)
     return table
 

@@ -73,7 +73,7 @@ def _table() -> np.ndarray:
 
 
 _CLASSES = _table()
-_STARTS = [b"sk-", b"sk_", b"rk_", b"gh", b"gi", b"gl", b"AK", b"AS", b"xo", b"AI", b"hf_", b"np", b"ey"]
+_STARTS = [b"sk-", b"sk_", b"rk_", b"gh", b"gi", b"gl", b"AK", b"AS", b"xo", b"AI", b"hf_", b"np", b"ey", b"gs", b"xa", b"SG"]
 
 
 @njit(cache=True, nogil=True)
@@ -165,6 +165,8 @@ def _secret(data_B: np.ndarray, at: int, begin: int, end: int, table: np.ndarray
     j, limit = at + 1, min(end, at + 6)
     while j < limit and data_B[j] in (9, 10, 11, 12, 13, 32, 34, 39):
         j += 1
+    if j + 6 < end and (data_B[j] | 32) == 98 and data_B[j + 5] == 114 and data_B[j + 6] == 32:  # Bearer
+        j += 7
     stop = _run(data_B, j, min(end, j + 201), table, _VALUES)
     if not 16 <= stop - j <= 200 or _count(data_B, j, stop, table, _DIGIT, _VALUES) < 2:
         return -1

@@ -76,6 +76,7 @@ _CODED = re.compile(
     rb"(?:[-_ ]?(?:8|1[0-4]|no\.?|nr\.?|number|code|id))?[\s:#=\"'(]{0,6}\Z",
     re.IGNORECASE,
 )
+_IN_DOI = re.compile(rb"\b10\.[0-9]{4,9}/[^\s\"'<>]*\Z")
 _IN_ADDRESS = re.compile(rb"(?:://|\b10\.[0-9]{4,9}/)[^\s\"'<>]*/?\Z")  # of a page, or a DOI
 _PAYS = re.compile(rb"\b(?:card|credit|debit|diners|pan|pay)", re.IGNORECASE)
 _SSN = re.compile(_NUMBER + rb"(?P<it>(?!000|666|9)[0-9]{3}(?P<a>%b|)(?!00)[0-9]{2}(?P=a)(?!0000)[0-9]{4})" % _MARK + _NUMBER_END)
@@ -105,16 +106,18 @@ _PHONE = re.compile(
 )
 _TOKEN = re.compile(
     rb"(?<![A-Za-z0-9_])(?P<it>(?<!-)(?:sk-[A-Za-z0-9_-]{20,250}+|xox[abeprs]-[A-Za-z0-9-]{20,250}+|AIza[A-Za-z0-9_-]{35}"
-    rb"|glpat-[A-Za-z0-9_-]{20,250}+|eyJ[A-Za-z0-9_-]{8,4000}+\.eyJ[A-Za-z0-9_-]{8,8000}+\.[A-Za-z0-9_-]{16,2000}+)"
+    rb"|glpat-[A-Za-z0-9_-]{20,250}+|xai-[A-Za-z0-9]{40,250}+|SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}"
+    rb"|eyJ[A-Za-z0-9_-]{8,4000}+\.eyJ[A-Za-z0-9_-]{8,8000}+\.[A-Za-z0-9_-]{16,2000}+)"
     rb"|[sr]k_(?:live|test)_[A-Za-z0-9]{16,250}+|gh[pousr]_[A-Za-z0-9]{36,250}+|github_pat_[A-Za-z0-9_]{22,250}+"
-    rb"|(?:AKIA|ASIA)[A-Z0-9]{16}|hf_[A-Za-z0-9]{30,60}+|npm_[A-Za-z0-9]{36})(?![A-Za-z0-9_])"
+    rb"|(?:AKIA|ASIA)[A-Z0-9]{16}|hf_[A-Za-z0-9]{30,60}+|gsk_[A-Za-z0-9]{40,60}+|npm_[A-Za-z0-9]{36})(?![A-Za-z0-9_])"
 )
 _PEM = re.compile(
     rb"(?P<it>-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:[^-]++|-(?!----))*+-----END [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----)"
 )
 _VALUE = re.compile(rb"(?<=[\s\"'=:>])(?P<it>[A-Za-z0-9+/_-]{16,200}={0,2})(?![A-Za-z0-9+/_=.(\[-])")
 _SECRET = re.compile(
-    rb"(?:password|passwd|pwd|secret|token|(?:api|access|auth|account|encryption|secret)[_-]?key)[\"']?\s{0,3}(?::=|=>|=|:)\s{0,3}[\"']?\Z",
+    rb"(?:password|passwd|pwd|secret|token|(?:api|access|auth|account|encryption|secret)[_-]?key)[\"']?\s{0,3}(?::=|=>|=|:)\s{0,3}[\"']?\Z"
+    rb"|\bauthorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?bearer \Z",
     re.IGNORECASE,
 )
 # What the words around four numbers make of them.
@@ -284,7 +287,9 @@ def confirm(kind: int, text: bytes, at: int) -> tuple[int, int] | None:
             bare = len(digits) == len(whole) - 1 and len(digits) < 10
             decimal = len(digits) == len(whole) - 2 and b"." in whole
             match = None if bare or decimal or len(digits) < 8 or _DATE.match(whole) else match
-        elif match and (_CODED if b"." not in match["it"] else _VERSION).search(text[max(0, at - 40) : at]):
+        elif match and any(
+            other.search(text[max(0, at - 40) : at]) for other in (_CODED if b"." not in match["it"] else _VERSION, _IN_DOI)
+        ):
             match = None
     else:
         match = _PEM.match(text, at)

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from gristmill.core.config import RECIPES, FilePath, NameOrPath, Recipe, RunName, Section, read, resolved
+from gristmill.core.config import RECIPES, FilePath, Line, NameOrPath, Recipe, RunName, Section, read, resolved
 from gristmill.data.human import HumanData
 from gristmill.evaluate.safety import SETS
 from gristmill.evaluate.task import FEWSHOT_SEED
@@ -120,7 +120,7 @@ class Safety(Section):
     limit: int | None = Field(None, gt=0, description="most prompts of each set and label, of all types alike")
     attacks: tuple[str, ...] = Field((), description="chains that unsafe prompts are asked under besides")
     guard: Guards = Field((), description="folders, or FORM=URL; of several the first that can be read decides")
-    guard_model: str = Field("", description="name that the guards' endpoints know them by")
+    guard_model: Line = Field("", description="name that the guards' endpoints know them by")
     guard_key_env: str = Field("", description="environment variable with the guards' key")
     guard_logprobs: bool = False
     taxonomy: FilePath | None = Field(None, description="categories for judges; default AEGIS's")

@@ -7,6 +7,7 @@ export/nemo_aligner.jsonl                        `prompt`, `chosen_response`, `r
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from gristmill.core.echo import sentence
 from gristmill.core.io import replacing, write_text
 from gristmill.data.chat import to_dicts
 from gristmill.data.rows import Demonstration, Pair, json_line
@@ -99,11 +101,11 @@ def card(recipe: DatasetRecipe, results: dict[str, Any], kept: Sequence[Demonstr
     }
     formats = results.get("chat_formats", {})
     own = [g.folder.name if g.folder else "" for g in recipe.generators]
-    local = [f"`{name}` (in process, chat format: {formats.get(name, 'auto')})" for name in own]
-    writers = ", ".join(f"`{g.model}`" if g.base_url else told for g, told in zip(recipe.generators, local, strict=True))
+    local = [f"{_code(name)} (in process, chat format: {formats.get(name, 'auto')})" for name in own]
+    writers = ", ".join(_code(g.model) if g.base_url else told for g, told in zip(recipe.generators, local, strict=True))
     reward = recipe.judging.reward
     named = (reward.model if reward.base_url else reward.folder.name if reward.folder else "") if reward else ""
-    judge = f"`{named}`, weights {reward.weights}" if reward else "none"
+    judge = f"{_code(named)}, weights {reward.weights}" if reward else "none"
     tasks = Counter(d.task for d in kept)
     compared_tasks = Counter(p.task for p in compared)
     lines = [
@@ -114,14 +116,14 @@ def card(recipe: DatasetRecipe, results: dict[str, Any], kept: Sequence[Demonstr
         "",
         f"{len(kept):,} conversations and {len(compared):,} preference pairs, written by {writers} with gristmill.",
         "",
-        f"- seed {recipe.seed}, templates `{Path(recipe.templates).name}`",
+        f"- seed {recipe.seed}, templates {_code(Path(recipe.templates).name)}",
         f"- reward model: {judge}",
-        f"- kept answers: {recipe.judging.keep or 'all that ended and that no verifier refused'}",
+        f"- kept answers: {' '.join(recipe.judging.keep.split()) or 'all that ended and that no verifier refused'}",
         f"- {results['prompts']:,} prompts, {results['responses']:,} answers; calls that failed for good: {results['calls']['failed']:,}",
         "",
         "| task | conversations | pairs |",
         "|---|---|---|",
-        *(f"| {task} | {tasks[task]:,} | {compared_tasks[task]:,} |" for task in sorted(tasks | compared_tasks)),
+        *(f"| {_cell(task)} | {tasks[task]:,} | {compared_tasks[task]:,} |" for task in sorted(tasks | compared_tasks)),
         "",
         "What became of everything that was written:",
         "",
@@ -131,6 +133,16 @@ def card(recipe: DatasetRecipe, results: dict[str, Any], kept: Sequence[Demonstr
         "",
     ]
     return "\n".join(lines)
+
+
+def _code(name: str) -> str:
+    """A name in Markdown, as code on one line."""
+    return f"`{sentence(name).replace('`', chr(39))}`"
+
+
+def _cell(name: str) -> str:
+    """A name in a Markdown table, where it makes neither a column nor HTML."""
+    return re.sub(r"([\\`|<>\[\]])", r"\\\1", sentence(name))
 
 
 def write_calls(folder: Path) -> int:

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gristmill.core.config import FilePath, NameOrPath, Recipe, RunName, Section
+from gristmill.core.config import FilePath, Line, NameOrPath, Recipe, RunName, Section
 from gristmill.generation.api import SamplingParams
 from gristmill.generation.settings import Calls, GeneratorSettings
 from gristmill.judge.settings import Judging
@@ -62,7 +62,7 @@ class DatasetRecipe(Recipe):
     answers: Answers | None = None
     judging: Judging = Judging()
     near_duplicates: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of word triples that makes two prompts alike; 1: off")
-    licence: str = Field("other", description="for the dataset card, as the Hugging Face Hub names it")
+    licence: Line = Field("other", description="for the dataset card, as the Hugging Face Hub names it")
 
     @model_validator(mode="before")
     @classmethod

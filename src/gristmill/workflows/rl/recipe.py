@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gristmill.core.config import FilePath, Recipe, RunName, Section
+from gristmill.core.config import FilePath, Line, Recipe, RunName, Section
 from gristmill.core.errors import InputError
 from gristmill.generation.settings import Calls, GeneratorSettings
 from gristmill.judge.settings import Reward
@@ -35,7 +35,7 @@ class RewardFunction(Section):
     """A function of yours in TRL's form, `f(prompts, completions, completion_ids, **columns)` -> numbers, run in a process of its own."""
 
     file: FilePath = Field(description="Python file")
-    name: str = Field("reward", description="of the function")
+    name: Line = Field("reward", description="of the function")
     weight: float = 1.0
     messages: bool = Field(False, description="prompts and completions are lists of messages, not texts")
     timeout: float = Field(60.0, gt=0, description="seconds for the answers of a step")
