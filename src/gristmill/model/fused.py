@@ -217,6 +217,8 @@ def add_gradient(weight_ND: Tensor, grad_TN: Tensor, x_TD: Tensor, *, factor: fl
         torch.addmm(weight_ND.new_zeros(()), grad_TN.T, x_TD, beta=0, alpha=factor, out=gradient_ND)
     else:
         gradient_ND.copy_(torch.mm(grad_TN.T, x_TD))
+        if factor != 1.0:
+            gradient_ND.mul_(factor)
     weight_ND.grad = gradient_ND
 
 
@@ -259,7 +261,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def add_product(sum_VD: Tensor, left_TV: Tensor, right_TD: Tensor, *, factor: float = 1.0) -> None:
-    """sum += factor * left^T right, accumulated in fp32, without another matrix of that size; a factor in fp32 alone."""
+    """sum += factor * left^T right, accumulated in fp32, without another matrix of that size; on a GPU in bf16 without a factor."""
     if left_TV.dtype == torch.float32:
         sum_VD.addmm_(left_TV.T, right_TD, alpha=factor)
     elif left_TV.is_cuda:
@@ -267,4 +269,4 @@ def add_product(sum_VD: Tensor, left_TV: Tensor, right_TD: Tensor, *, factor: fl
     else:  # torch has no product of bf16 with a sum in fp32 there
         step = max(1, MAX_PRODUCT // right_TD.shape[1])
         for start in range(0, len(sum_VD), step):
-            sum_VD[start : start + step] += left_TV[:, start : start + step].T @ right_TD
+            sum_VD[start : start + step].add_(left_TV[:, start : start + step].T @ right_TD, alpha=factor)
