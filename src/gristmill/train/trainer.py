@@ -298,7 +298,11 @@ class Trainer:
     def _clip_grad_norm(self, max_norm: float) -> float:
         if isinstance(self.model, Pipeline):
             return float(self.model.clip_grad_norm(max_norm))
-        return float(whole(nn.utils.clip_grad_norm_(self.optimizer.parameters, max_norm)))
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.optimizer.parameters if parameter.grad is not None])
+        value = float(whole(norm))
+        if value > max_norm:  # else it would multiply all gradients by one
+            nn.utils.clip_grads_with_norm_(self.optimizer.parameters, max_norm, norm)
+        return value
 
     def _lr_scale(self) -> float:
         settings = self.settings
