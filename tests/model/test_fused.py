@@ -125,10 +125,12 @@ def test_gradients_that_are_added_in_place_are_autograds(dtype: torch.dtype) -> 
     for _ in range(3):
         loss(0, in_place=False).backward()
     places = {tables[1]: torch.full_like(tables[1], math.nan), weights[1]: torch.full_like(weights[1], math.nan)}
-    with fused.accumulating_in_place([tables[1], weights[1], biases[1]], places):
+    copies = {weights[1]: torch.full((2, 4, 6), math.nan, dtype=torch.bfloat16)[0]}
+    with fused.accumulating_in_place([tables[1], weights[1], biases[1]], places, copies):
         for _ in range(3):
             loss(1, in_place=True).backward()
     assert all(weight.grad is place for weight, place in places.items())
+    assert dtype == torch.float32 or torch.equal(copies[weights[1]], weights[1].bfloat16())
     assert not fused.accumulates(weights[1])
     for plain, ours in (tables, weights, biases):
         tolerance = 1e-5 if dtype == torch.float32 else 0.02

@@ -148,10 +148,10 @@ class Arena:
         return flat[-flat.data_ptr() % self.PAGE :]
 
 
-def zeros_outside_heap(like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Zeros of the shapes, types and devices of tensors, in an `Arena` of their own."""
+def zeros_outside_heap(like: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """Zeros of the shapes and devices of tensors, and of their types or another, in an `Arena` of their own."""
     arena = Arena()
-    return [arena.zeros(one.shape, one.dtype, one.device) for one in like]
+    return [arena.zeros(one.shape, dtype or one.dtype, one.device) for one in like]
 
 
 @contextmanager

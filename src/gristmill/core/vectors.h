@@ -53,7 +53,14 @@ static inline vec rounded(vec x, const bf16*) { return (vec)(rounded_bits(x) & 0
 static inline float rounded(float x, const float*) { return x; }
 static inline float rounded(float x, const bf16*) { bf16 b; put(&b, x); return get(&b); }
 
-// n numbers as vectors, the last of them through a buffer.
+// n numbers as vectors, the last of them under a mask or through a buffer.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+static inline unsigned first(int n) { return n >= VL ? 0xffff : (1u << n) - 1; }
+static inline vec some(const float* p, int n) { return (vec)_mm512_maskz_loadu_ps(first(n), p); }
+static inline vec some(const bf16* p, int n) { return (vec)((uvec)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)) << 16); }
+static inline void keep(float* p, vec x, int n) { _mm512_mask_storeu_ps(p, first(n), (__m512)x); }
+static inline void keep(bf16* p, vec x, int n) { _mm256_mask_storeu_epi16(p, first(n), (__m256i)low(rounded_bits(x) >> 16)); }
+#else
 template <typename A> static inline vec some(const A* p, int n) {
     if (n >= VL) return load(p);
     A part[VL] = {};
@@ -66,6 +73,7 @@ template <typename A> static inline void keep(A* p, vec x, int n) {
     store(part, x);
     memcpy(p, part, n * sizeof(A));
 }
+#endif
 
 static inline float sum_of(vec x) { float s = 0; for (int j = 0; j < VL; j++) s += x[j]; return s; }
 #ifdef __AVX512F__

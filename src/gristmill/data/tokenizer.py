@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +52,7 @@ PLAIN = ("NoneType", "NFC", "NFKC", "NFD", "NFKD", "Lowercase")  # normalizers t
 
 
 MAX_ENCODED_ALONE = 20_000  # characters; for longer texts the library lets other threads run only in a batch
+MAX_KEPT_LENGTH, MAX_KEPT = 400, 16_384  # characters and number of texts whose ids are kept: turns are rendered again and again
 MAX_BYTES = 1 << 28  # of a tokenizer.json; the largest published ones have 40 MB
 # What a model folder says about its tokenizer and its chat template. A folder that was loaded is saved with the same bytes.
 FILES = (
@@ -114,6 +116,7 @@ class Tokenizer:
         self._decoders = {step["type"] for step in decoder.get("decoders", [decoder] if decoder else [])}
         self._backend.no_padding()
         self._backend.no_truncation()
+        self._kept: dict[str, array[int]] = {}
         self.control_ids = frozenset(self.special_id(name) for name in names)
         self.eos = eos
         self.eos_id = self.special_id(eos)
@@ -295,11 +298,18 @@ class Tokenizer:
         """
         if len(text) > MAX_ENCODED_ALONE:
             return self.encode_batch([text])[0]
+        if (kept := self._kept.get(text)) is not None:
+            return kept.tolist()
         _check_text(text)
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except BaseException as e:
             raise unless_panic(e) from None
+        if len(text) <= MAX_KEPT_LENGTH:
+            if len(self._kept) >= MAX_KEPT:
+                self._kept.clear()
+            self._kept[text] = array("I", ids)
+        return ids
 
     def encode_turn(self, header: str, text: str) -> tuple[list[int], list[int]]:
         """Ids of a turn's header and of the words after it, both as they are after a control token.

@@ -6,6 +6,7 @@ At one row a layer's kernels take less time than Python needs to call them. Shap
 import ctypes
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,16 +61,18 @@ class CompiledDecoder:
         self.held.append(norm)
         return _norm(norm)
 
-    def hidden(self, x_TD: Tensor) -> Tensor:
-        """States [T, D] after the final norm of the step that attention was prepared for.
+    def hidden(self, x_TD: Tensor, last_R: np.ndarray | None = None) -> Tensor:
+        """States after the final norm of the step that attention was prepared for: [T, D], or [R, D] of the tokens at last_R.
 
         Args:
             x_TD: embeddings, of the step's tokens alone; they are overwritten.
+            last_R: int32; the last layer computes no other tokens behind its attention.
         """
-        out_TD = torch.empty_like(x_TD)
+        out_RD = torch.empty_like(x_TD) if last_R is None else x_TD.new_empty(len(last_R), x_TD.shape[1])
         cache = self.attention.kv_cache.memory.data_ptr()
-        self.function(self.table, self.attention.step, cache, x_TD.data_ptr(), out_TD.data_ptr(), len(x_TD))
-        return out_TD
+        last = None if last_R is None else last_R.ctypes.data
+        self.function(self.table, self.attention.step, cache, x_TD.data_ptr(), out_RD.data_ptr(), len(x_TD), last, len(out_RD))
+        return out_RD
 
 
 def _linears(layer: DecoderLayer) -> Iterator[LinearMethod]:

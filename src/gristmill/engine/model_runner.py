@@ -112,15 +112,16 @@ class ModelRunner:
             self.attention.prepare(metadata)
             in_pieces = self.piecewise_graphs is not None and self.piecewise_graphs.fits(len(positions))
             lora = LoraRows.of(adapters, step.num_tokens, self.device) if any(adapters) and not in_pieces else None
-            last_R, last_lora = None, lora
+            last, last_R, last_lora = None, None, lora
             if sum(num_rows) < len(positions):
                 ends = [int(query_start[place + 1]) - back for place, n in zip(distinct, num_rows, strict=True) for back in range(n, 0, -1)]
+                last = np.array(ends, np.int32)
                 last_R = put(np.array(ends + [0] * (self._padded(len(ends)) - len(ends)), np.int64), self.device)
                 last_lora = lora and LoraRows.of([adapters[place] for place in distinct], num_rows, self.device)
-            if lora is None and last_R is None and self.fits_compiled_decoder(len(positions)):
+            if lora is None and self.fits_compiled_decoder(len(positions)) and (last is None or len(last)):
                 assert self.compiled_decoder is not None
                 x_TD = self.decoder.embed(torch.from_numpy(ids[: len(positions)]))
-                logits = self.decoder.logits(self.compiled_decoder.hidden(x_TD)).float()
+                logits = self.decoder.logits(self.compiled_decoder.hidden(x_TD, last)).float()
             elif self.piecewise_graphs is not None and in_pieces:
                 logits = self.piecewise_graphs.run(ids[: len(positions)], last_R, self._adapted(adapters, counts))
             else:
@@ -142,7 +143,7 @@ class ModelRunner:
         return self.slots, np.repeat(np.array(self.slots.load(adapters), np.int64), counts)
 
     def fits_compiled_decoder(self, num_tokens: int) -> bool:
-        """Whether so many tokens without adapters, all sampled from, go through the compiled decoder."""
+        """Whether so many tokens without adapters go through the compiled decoder."""
         if self.compiled_decoder is not None and self.compiled_decoder.layers is not self.decoder.layers:  # the weights are others now
             self.compiled_decoder = CompiledDecoder.of(self.decoder, self.attention)
         return self.compiled_decoder is not None and num_tokens <= self.compiled_decoder.max_rows

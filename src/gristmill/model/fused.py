@@ -164,21 +164,24 @@ def softmax_gradient(logits_RV: Tensor, statistics_R2: Tensor, targets_R: Tensor
     library.gristmill_softmax_backward(*(x.data_ptr() for x in tensors), *numbers)
 
 
-# Of each weight whose gradient is added in place: copies by type of computation, and memory for the gradient. Not by thread: a GPU's
-# backward pass has its own.
-_state: dict[Tensor, tuple[dict[torch.dtype, Tensor], Tensor | None]] = {}
+# Of each weight whose gradient is added in place: copies by type of computation, memory for the gradient and for a copy. Not by thread: a
+# GPU's backward pass has its own.
+_state: dict[Tensor, tuple[dict[torch.dtype, Tensor], Tensor | None, Tensor | None]] = {}
 
 
 @contextmanager
-def accumulating_in_place(weights: Sequence[Tensor], places: Mapping[Tensor, Tensor] | None = None) -> Iterator[None]:
+def accumulating_in_place(
+    weights: Sequence[Tensor], places: Mapping[Tensor, Tensor] | None = None, copies: Mapping[Tensor, Tensor] | None = None
+) -> Iterator[None]:
     """Backward passes add these weights' gradients to `.grad` as they are made, with no matrix of that size in between.
 
     Weights do not change meanwhile: each is copied once into another type of computation, however many backward passes there are.
 
     Args:
         places: memory for the gradients of some weights, whatever it holds.
+        copies: the same for their copies, in the type of the computation.
     """
-    _state.update((weight, ({}, (places or {}).get(weight))) for weight in weights)
+    _state.update((weight, ({}, (places or {}).get(weight), (copies or {}).get(weight))) for weight in weights)
     try:
         yield
     finally:
@@ -200,15 +203,16 @@ def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight that `accumulates`, in the type of the computation: copied once."""
     if weight.dtype == dtype:
         return weight.detach()
-    copies, _ = _state[weight]
+    copies, _, place = _state[weight]
     if dtype not in copies:
-        copies[dtype] = weight.detach().to(dtype)
+        # `data` counts its changes alone, which tensors of one mapping do together
+        copies[dtype] = place.data.copy_(weight.detach()) if place is not None and place.dtype == dtype else weight.detach().to(dtype)
     return copies[dtype]
 
 
 def new_gradient(weight: Tensor) -> Tensor:
     """Memory for the gradient of a weight that `accumulates`, not set."""
-    _, place = _state.get(weight, ({}, None))
+    _, place, _ = _state.get(weight, ({}, None, None))
     return torch.empty_like(weight) if place is None else place
 
 
@@ -223,7 +227,10 @@ def add_gradient(weight_ND: Tensor, grad_TN: Tensor, x_TD: Tensor, *, factor: fl
     if x_TD.dtype == torch.float32:
         torch.addmm(weight_ND.new_zeros(()), grad_TN.T, x_TD, beta=0, alpha=factor, out=gradient_ND)
     else:
-        gradient_ND.copy_(torch.mm(grad_TN.T, x_TD))
+        for rows in _product_slices(gradient_ND):
+            gradient_ND[rows] = grad_TN[:, rows].T @ x_TD
+        if factor != 1.0:
+            gradient_ND.mul_(factor)
     weight_ND.grad = gradient_ND
 
 
@@ -266,12 +273,18 @@ class _Embedding(torch.autograd.Function):
 
 
 def add_product(sum_VD: Tensor, left_TV: Tensor, right_TD: Tensor, *, factor: float = 1.0) -> None:
-    """sum += factor * left^T right, accumulated in fp32, without another matrix of that size; a factor in fp32 alone."""
+    """sum += factor * left^T right, accumulated in fp32, without another matrix of that size; on a GPU in bf16 without a factor."""
     if left_TV.dtype == torch.float32:
         sum_VD.addmm_(left_TV.T, right_TD, alpha=factor)
     elif left_TV.is_cuda:
         torch.addmm(sum_VD, left_TV.T, right_TD, out_dtype=torch.float32, out=sum_VD)
     else:  # torch has no product of bf16 with a sum in fp32 there
-        step = max(1, MAX_PRODUCT // right_TD.shape[1])
-        for start in range(0, len(sum_VD), step):
-            sum_VD[start : start + step] += left_TV[:, start : start + step].T @ right_TD
+        for rows in _product_slices(sum_VD):
+            sum_VD[rows].add_(left_TV[:, rows].T @ right_TD, alpha=factor)
+
+
+def _product_slices(sum_VD: Tensor) -> Iterator[slice]:
+    """Rows of a sum whose product is made at once."""
+    step = max(1, MAX_PRODUCT // sum_VD.shape[1])
+    for start in range(0, len(sum_VD), step):
+        yield slice(start, start + step)

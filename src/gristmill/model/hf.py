@@ -34,6 +34,7 @@ MAX_VOCAB_PADDING = 511
 
 # Largest header of a safetensors file that is read; those of published models with ten thousand tensors have 1 MB.
 MAX_HEADER_BYTES = 4 << 20
+TRIMMED_VOCABULARY = 16_384  # tokens from which on what their reading leaves is worth a walk over the heap
 # Largest root mean square of a tensor's values; trained weights stay below 10, biases below some hundreds.
 MAX_RMS = 1e4
 CHECKED_VALUES = 1 << 18  # at a time while they are copied, so that they are still in the cache
@@ -170,7 +171,8 @@ def fingerprint(folder: Path | str) -> str:
 def _read_descriptions(folder: Path) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
     hf, config = read_config(folder)
     tokenizer = Tokenizer.load(folder)
-    trim_heap()
+    if tokenizer.vocab_size >= TRIMMED_VOCABULARY:
+        trim_heap()
     check_vocabulary(config, tokenizer, folder)
     return hf, config, tokenizer
 

@@ -142,18 +142,19 @@ class _CrossEntropySum(torch.autograd.Function):
         ctx: Any,
         hidden_RD: Tensor,
         weight_VD: Tensor,
+        into_VD: Tensor | None,
         targets_R: Tensor,
         num_rows: int,
         need_grad: bool,
-        in_place: bool,
         shard: VocabularyShard | None,
         cap: float | None,
     ) -> Tensor:
         total = hidden_RD.new_zeros((), dtype=torch.float32)
-        ctx.weight_VD = weight_VD if in_place else None
+        in_place = into_VD is not None
+        ctx.into_VD = into_VD
         grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
         step = _chunk_rows(_width(weight_VD, shard))
-        has_sum = need_grad and ctx.needs_input_grad[1] and not (in_place and 0 < len(hidden_RD) <= step)
+        has_sum = need_grad and (len(hidden_RD) > step if in_place else ctx.needs_input_grad[1])
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if has_sum else None
         last: tuple[Tensor, ...] = ()
         for chunk in _slices(len(hidden_RD), step):
@@ -200,16 +201,16 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_RD, grad_weight_VD, *last = ctx.saved_tensors
         grad_hidden_RD = grad_hidden_RD * grad.to(grad_hidden_RD.dtype)
-        if (weight_VD := ctx.weight_VD) is None:
+        if (into_VD := ctx.into_VD) is None:
             if grad_weight_VD is not None:
                 grad_weight_VD = grad_weight_VD.mul_(grad).to(ctx.weight_dtype)  # in place: a second backward pass is an error
             return grad_hidden_RD, grad_weight_VD, None, None, None, None, None, None
-        if grad_weight_VD is not None and weight_VD.grad is not None:
-            weight_VD.grad.add_(grad_weight_VD, alpha=float(grad))
+        if grad_weight_VD is not None and into_VD.grad is not None:
+            into_VD.grad.add_(grad_weight_VD, alpha=float(grad))
         elif grad_weight_VD is not None:
-            weight_VD.grad = grad_weight_VD.mul_(grad)
+            into_VD.grad = grad_weight_VD.mul_(grad)
         if last:
-            fused.add_gradient(weight_VD, *last, factor=float(grad))
+            fused.add_gradient(into_VD, *last, factor=float(grad))
         return grad_hidden_RD, None, None, None, None, None, None, None
 
 
@@ -225,9 +226,9 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any,
         hidden_RD: Tensor,
         weight_VD: Tensor,
+        into_VD: Tensor | None,
         targets_R: Tensor,
         need_grad: bool,
-        in_place: bool,
         shard: VocabularyShard | None,
         cap: float | None,
     ) -> Tensor:
@@ -259,7 +260,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     slices.append(logp_SV)
         if need_grad:
             ctx.save_for_backward(hidden_RD, weight_VD, targets_R, statistics_R2, *slices)
-            ctx.weight_VD = weight_VD if in_place else None
+            ctx.into_VD = into_VD
             ctx.cap, ctx.shard = cap, shard
         return logp_R
 
@@ -269,7 +270,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_RD, weight_VD, targets_R, statistics_R2, *slices = ctx.saved_tensors
         kept = iter(slices)
         grad_hidden_RD = torch.empty_like(hidden_RD)
-        into = ctx.weight_VD  # whose gradient is added in place
+        into = ctx.into_VD
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] and into is None else None
         for chunk in _slices(len(hidden_RD), _chunk_rows(_width(weight_VD, ctx.shard))):
             hidden_CD, grad_C1, targets_C1 = hidden_RD[chunk], grad_R[chunk, None], targets_R[chunk, None]
@@ -300,21 +301,23 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _prepare(
     hidden_RD: Tensor, weight: Tensor | VocabularyShard, targets_R: Tensor
-) -> tuple[Tensor, Tensor, Tensor, bool, bool, VocabularyShard | None]:
-    """Rows and targets padded to ROW_STEP, the weight in the states' dtype, whether a gradient is due, whether the weight's is added
-    in place, and the shard, if the weight is one: its targets are numbers of own rows then.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, bool, VocabularyShard | None]:
+    """Rows padded to ROW_STEP; the weight in the states' type; the weight itself if its gradient is to be added in place; the targets;
+    whether a gradient is due; and the shard, if the weight is one: its targets are numbers of own rows then.
     """
     shard = weight if isinstance(weight, VocabularyShard) else None
     weight_VD = weight.weight_VD if isinstance(weight, VocabularyShard) else weight
     if shard is not None:
         targets_R = shard.targets(targets_R)
     num_weights = weight_VD.shape[1] * _width(weight_VD, shard)
-    unpadded = hidden_RD.device.type == "cpu" and hidden_RD.dtype == torch.float32 and num_weights >= UNPADDED_WEIGHTS
+    on_cpu, dtype = hidden_RD.device.type == "cpu", hidden_RD.dtype
+    unpadded = on_cpu and dtype == torch.float32 and num_weights >= UNPADDED_WEIGHTS
     num_extra = 0 if unpadded else -len(hidden_RD) % min(ROW_STEP, _chunk_rows(_width(weight_VD, shard)))
     need_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
     padded_RD, padded_R = F.pad(hidden_RD, (0, 0, 0, num_extra)), F.pad(targets_R, (0, num_extra))
-    in_place = weight_VD.dtype == hidden_RD.dtype and fused.accumulates(weight_VD)
-    return padded_RD, weight_VD.to(hidden_RD.dtype), padded_R, need_grad, in_place, shard
+    in_place = fused.accumulates(weight_VD) and (on_cpu or weight_VD.dtype == dtype)
+    used_VD = fused.working_copy(weight_VD, dtype) if in_place else weight_VD.to(dtype)
+    return padded_RD, used_VD, weight_VD if in_place else None, padded_R, need_grad, shard
 
 
 def cross_entropy_sum(hidden_RD: Tensor, weight_VD: OutputMatrix, targets_R: Tensor, *, cap: float | None = None) -> tuple[Tensor, int]:
@@ -330,8 +333,8 @@ def cross_entropy_sum(hidden_RD: Tensor, weight_VD: OutputMatrix, targets_R: Ten
         own_RD, own_R = weight_VD.own(hidden_RD, targets_R)
         total, _ = cross_entropy_sum(own_RD, weight_VD.weight, own_R, cap=cap)
         return weight_VD.sum(total), num_rows
-    hidden_RD, weight_VD, targets_R, *flags = _prepare(hidden_RD, weight_VD, targets_R)
-    return _CrossEntropySum.apply(hidden_RD, weight_VD, targets_R, num_rows, *flags, cap), num_rows
+    *tensors, need_grad, shard = _prepare(hidden_RD, weight_VD, targets_R)
+    return _CrossEntropySum.apply(*tensors, num_rows, need_grad, shard, cap), num_rows
 
 
 def token_logprobs(hidden_RD: Tensor, weight_VD: OutputMatrix, targets_R: Tensor, *, cap: float | None = None) -> Tensor:
@@ -340,8 +343,7 @@ def token_logprobs(hidden_RD: Tensor, weight_VD: OutputMatrix, targets_R: Tensor
     if isinstance(weight_VD, LossRows):
         own_RD, own_R = weight_VD.own(hidden_RD, targets_R)
         return weight_VD.whole(token_logprobs(own_RD, weight_VD.weight, own_R, cap=cap), num_rows)
-    hidden_RD, weight_VD, targets_R, *flags = _prepare(hidden_RD, weight_VD, targets_R)
-    return _TokenLogprobs.apply(hidden_RD, weight_VD, targets_R, *flags, cap)[:num_rows]
+    return _TokenLogprobs.apply(*_prepare(hidden_RD, weight_VD, targets_R), cap)[:num_rows]
 
 
 class _KlSum(torch.autograd.Function):

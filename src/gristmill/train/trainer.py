@@ -112,7 +112,9 @@ class Trainer:
         self.result = TrainResult(0, 0, 0.0, {}, [], [])
         self._best: dict[str, Tensor] = {}
         self._best_loss = math.inf
-        self._places: dict[Tensor, Tensor] = {}  # of gradients, outside the heap
+        # memory outside the heap of gradients, and of matrices in the type that is computed in
+        self._places: dict[Tensor, Tensor] = {}
+        self._copies: dict[Tensor, Tensor] = {}
         self._map: Map | None = None
 
     def fit(self, data: Sequence[AnySample] | SampleData, validation: Sequence[AnySample] | SampleData = ()) -> TrainResult:
@@ -170,7 +172,7 @@ class Trainer:
             if saved is None or not saved.finished:
                 self._train(data, held_out, plan, store)
                 self.optimizer.release()
-                self._places = {}
+                self._places, self._copies = {}, {}
                 if self._best:
                     self._restore(self._best)
                     self._best = {}
@@ -300,7 +302,11 @@ class Trainer:
     def _clip_grad_norm(self, max_norm: float) -> float:
         if isinstance(self.model, Pipeline):
             return float(self.model.clip_grad_norm(max_norm))
-        return float(whole(nn.utils.clip_grad_norm_(self.optimizer.parameters, max_norm)))
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.optimizer.parameters if parameter.grad is not None])
+        value = float(whole(norm))
+        if value > max_norm:  # else it would multiply all gradients by one
+            nn.utils.clip_grads_with_norm_(self.optimizer.parameters, max_norm, norm)
+        return value
 
     def _lr_scale(self) -> float:
         settings = self.settings
@@ -385,10 +391,14 @@ class Trainer:
     @contextmanager
     def _in_place(self, num_batches: int) -> Iterator[None]:
         """Add gradients in place. Those that others will be added to lie outside the heap, else they were scattered over what activations
-        leave there, and in every step at the same place, since new pages cost as much as a small micro-batch.
+        leave there, and in every step at the same place, since new pages cost as much as a small micro-batch. So do copies of matrices.
         """
+        parameters, dtype = self.optimizer.parameters, TRAINING_PRECISIONS[self.settings.precision]
         if num_batches > 1 and self.device.type == "cpu" and not self._places:
-            self._places = dict(zip(self.optimizer.parameters, zeros_outside_heap(self.optimizer.parameters), strict=True))
+            self._places = dict(zip(parameters, zeros_outside_heap(parameters), strict=True))
+        if self.device.type == "cpu" and dtype != torch.float32 and not self._copies:
+            matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+            self._copies = dict(zip(matrices, zeros_outside_heap(matrices, dtype), strict=True))
 
         def move(parameter: Tensor) -> None:
             place = self._places[parameter]
@@ -397,7 +407,7 @@ class Trainer:
 
         hooks = [parameter.register_post_accumulate_grad_hook(move) for parameter in self._places]
         try:
-            with fused.accumulating_in_place(self.optimizer.parameters, self._places):
+            with fused.accumulating_in_place(parameters, self._places, self._copies):
                 yield
         finally:
             for hook in hooks:

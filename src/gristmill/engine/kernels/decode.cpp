@@ -43,14 +43,17 @@ template <int KIND, typename A> static void activate(const A* gate, const A* up,
 template <typename A> struct Run {
     const Decoder& decoder;
     const Step& step;
-    const int rows;
+    int rows;
+    const int32_t* last;        // rows that the last block goes on with behind its attention; null for all
+    int num_last;
     A* x;                       // residual stream
     const A* pending = nullptr; // what the next norm adds to it
-    std::vector<A> normed, qkv, attended, added, gate, up;
+    std::vector<A> normed, qkv, attended, added, gate, up, picked_x, picked;
     std::vector<float> squared, scales;
     std::vector<int8_t> small;
 
-    Run(const Decoder& decoder, const Step& step, int rows, A* x) : decoder(decoder), step(step), rows(rows), x(x), scales(rows) {}
+    Run(const Decoder& decoder, const Step& step, int rows, A* x, const int32_t* last, int num_last)
+        : decoder(decoder), step(step), rows(rows), last(last), num_last(num_last), x(x), scales(rows) {}
     static A* room(std::vector<A>& memory, int64_t n) { if ((int64_t)memory.size() < n) memory.resize(n); return memory.data(); }
 
     void product(const Matrix& m, const void* in, int type, void* out, int out_type) {
@@ -91,7 +94,19 @@ template <typename A> struct Run {
         if (multiplier != 1) for (int64_t i = 0; i < (int64_t)rows * decoder.hidden; i++) put(added.data() + i, get(added.data() + i) * multiplier);
         pending = added.data();
     }
-    void attention(const Block& b, void* cache) {
+    const A* pick(const A* from, std::vector<A>& memory, int width) {
+        A* to = room(memory, (int64_t)num_last * width);
+        for (int i = 0; i < num_last; i++) memcpy((void*)(to + (int64_t)i * width), (const void*)(from + (int64_t)last[i] * width), width * sizeof(A));
+        return to;
+    }
+    // Go on with the rows of `last`: of the residual stream, and of what a product or the next norm is about to read.
+    const A* pick_last(const A* other, int width) {
+        x = (A*)pick(x, picked_x, decoder.hidden);
+        if (other) other = pick(other, picked, width);
+        rows = num_last;
+        return other;
+    }
+    void attention(const Block& b, void* cache, bool picks) {
         const int H = b.attention->heads, K = b.attention->kv_heads, d = b.attention->head_dim, G = H / K;
         A* heads = product(b.qkv, stream(b.attention_norm, room(normed, (int64_t)rows * decoder.hidden)), qkv);
         if (b.q_norm.gain) for (int r = 0; r < rows; r++) {
@@ -108,7 +123,7 @@ template <typename A> struct Run {
         }
         A* out = room(attended, (int64_t)rows * H * d);
         gristmill_attend(b.attention, &step, heads, decoder.type, cache, decoder.cache_type, out);
-        product(b.output, out, added);
+        product(b.output, picks ? pick_last(out, H * d) : out, added);
         add(b.attention_post_norm, b.multiplier);
     }
     void mlp(const Block& b) {
@@ -136,15 +151,17 @@ template <typename A> struct Run {
     void all(void* cache, A* out) {
         for (int i = 0; i < decoder.num_blocks; i++) {
             const Block& b = decoder.blocks[i];
-            if (b.attention) attention(b, cache);
+            const bool picks = last && i == decoder.num_blocks - 1;
+            if (b.attention) attention(b, cache, picks);
+            else if (picks) pending = pick_last(pending, decoder.hidden);
             if (b.down.weight) mlp(b);
         }
         stream(decoder.final_norm, out);
     }
 };
 
-// Embeddings x [T, D], which become the residual stream; out [T, D], the states after the final norm.
-extern "C" void gristmill_decode(const Decoder* d, const Step* s, void* cache, void* x, void* out, int rows) {
-    if (d->type == 0) Run<float>(*d, *s, rows, (float*)x).all(cache, (float*)out);
-    else Run<bf16>(*d, *s, rows, (bf16*)x).all(cache, (bf16*)out);
+// Embeddings x [T, D], which become the residual stream; out, the states after the final norm, of all rows or of those of `last`.
+extern "C" void gristmill_decode(const Decoder* d, const Step* s, void* cache, void* x, void* out, int rows, const int32_t* last, int num_last) {
+    if (d->type == 0) Run<float>(*d, *s, rows, (float*)x, last, num_last).all(cache, (float*)out);
+    else Run<bf16>(*d, *s, rows, (bf16*)x, last, num_last).all(cache, (bf16*)out);
 }

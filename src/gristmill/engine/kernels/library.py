@@ -111,7 +111,7 @@ def load() -> ctypes.CDLL | None:
         function.restype, function.argtypes = None, arguments
     library.gristmill_product.restype, library.gristmill_product.argtypes = None, [ctypes.c_char_p]
     library.gristmill_decode.restype = None
-    library.gristmill_decode.argtypes = [ctypes.POINTER(Decoder), ctypes.POINTER(Step), pointer, pointer, pointer, number]
+    library.gristmill_decode.argtypes = [ctypes.POINTER(Decoder), ctypes.POINTER(Step), pointer, pointer, pointer, number, pointer, number]
     library.gristmill_attend.restype = None
     library.gristmill_attend.argtypes = [
         ctypes.POINTER(Layer),

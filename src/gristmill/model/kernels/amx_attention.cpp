@@ -49,6 +49,37 @@ static void pair_rows(const bf16* x, int n, int e, bf16* tiles) {
             }
 }
 
+// The other way round: columns of x [n, e] as rows [e, n].
+static void columns(const bf16* x, int n, int e, bf16* out) {
+    for (int p = 0; p < n; p += TILE)
+        for (int k = 0; k < e; k += DEPTH) {
+            __m512i rows[TILE];
+            for (int r = 0; r < TILE; r++) rows[r] = _mm512_loadu_si512(x + (int64_t)(p + r) * e + k);
+            transpose(rows);
+            for (int i = 0; i < TILE; i++) {
+                bf16* to = out + (int64_t)(k + 2 * i) * n + p;
+                _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(rows[i]));
+                _mm256_storeu_si256((__m256i*)(to + n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rows[i], 16)));
+            }
+        }
+}
+
+// Rows [TILE, e] of numbers that lie as columns: x [e, m].
+static void tile_rows(const float* x, int m, int e, float* out) {
+    for (int i = 0; i < e; i += TILE) {
+        __m512i part[TILE];
+        for (int k = 0; k < TILE; k++) part[k] = _mm512_loadu_si512(x + (int64_t)(i + k) * m);
+        transpose(part);
+        for (int r = 0; r < TILE; r++) _mm512_storeu_si512(out + r * e + i, part[r]);
+    }
+}
+
+static vec dot(const bf16* x, const bf16* y, int d) {
+    vec sum = {};
+    for (int i = 0; i < d; i += VL) sum += some(x + i, d - i) * some(y + i, d - i);
+    return sum;
+}
+
 // ---- attention ----
 
 // bf16 memory inside of a Scratch.
@@ -107,11 +138,11 @@ static void forward(const Attention& a, const Document& x, int h, const bf16* qk
             bf16* to_p = p + (int64_t)r * s.n;
             const int to = x.shared + (start + r) / s.G + 1 - base, from = a.window && to > a.window ? to - a.window : 0;
             vec top = vec{} + HIDDEN, sum = {};
+            const ivec place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
             for (int j = 0; j < seen; j += VL) {
                 vec score = load(y + j) * a.scale;
                 if (a.cap > 0) score = a.cap * tanh_(score * (1.f / a.cap));
-                if (j < from || j + VL > to)
-                    for (int i = 0; i < VL; i++) if (j + i < from || j + i >= to) score[i] = HIDDEN;
+                if (j < from || j + VL > to) score = (place + j < from) | (place + j >= to) ? vec{} + HIDDEN : score;
                 store(y + j, score);
                 top = score > top ? score : top;
             }
@@ -162,7 +193,7 @@ static void backward(const Attention& a, const Document& x, int h, const bf16* q
     const Sizes s(a, x);
     const int d = a.head_dim, e = s.e, G = s.G;
     const size_t keys_e = (size_t)s.n * e, rows_e = (size_t)s.m * e;
-    scratch.reset(3 * keys_e / 2 + 3 * rows_e + 2 * keys_e + rows_e + 3 * (size_t)s.m + 2 * KEYS * ROWS + 3 * KEYS * ROWS / 2 + e);
+    scratch.reset(3 * keys_e / 2 + 3 * rows_e + 2 * keys_e + rows_e + 3 * (size_t)s.m + 2 * KEYS * ROWS + 3 * KEYS * ROWS / 2 + (TILE + 1) * e);
     bf16 *k = take(scratch, keys_e), *v = take(scratch, keys_e), *k_columns = take(scratch, keys_e);
     bf16 *q = take(scratch, rows_e), *go = take(scratch, rows_e), *q_columns = take(scratch, rows_e), *go_columns = take(scratch, rows_e);
     bf16 *q_rows = take(scratch, rows_e), *go_rows = take(scratch, rows_e);
@@ -170,10 +201,10 @@ static void backward(const Attention& a, const Document& x, int h, const bf16* q
     float *delta = scratch.take(s.m), *sums = scratch.take(s.m), *scores = scratch.take(KEYS * ROWS), *grads = scratch.take(KEYS * ROWS);
     int* last = (int*)scratch.take(s.m);  // key that a row sees
     bf16 *p = take(scratch, KEYS * ROWS), *ds = take(scratch, KEYS * ROWS), *ds_pairs = take(scratch, KEYS * ROWS);
-    float* one = scratch.take(e);
+    float *one = scratch.take(e), *some_dq = scratch.take(TILE * e);
     read_keys(a, x, s, h, qkv, k, v);
     read_queries(a, x, s, h, qkv, q);
-    for (int j = 0; j < s.n; j++) for (int i = 0; i < e; i++) k_columns[(int64_t)i * s.n + j] = k[(int64_t)j * e + i];
+    columns(k, s.n, e, k_columns);
     memset(go, 0, rows_e * sizeof(bf16));
     memset(dk, 0, 2 * keys_e * sizeof(float));
     memset(dq, 0, rows_e * sizeof(float));
@@ -183,9 +214,7 @@ static void backward(const Attention& a, const Document& x, int h, const bf16* q
         if (r >= x.rows) continue;
         const int64_t head = head_of(a, x, G, h, r);
         memcpy(go + (int64_t)r * e, grad + head * d, d * sizeof(bf16));
-        float sum = 0;
-        for (int i = 0; i < d; i++) sum += get(grad + head * d + i) * get(out + head * d + i);
-        delta[r] = sum;
+        delta[r] = _mm512_reduce_add_ps((__m512)dot(grad + head * d, out + head * d, d));
         sums[r] = lse[head];
     }
     pair_columns(q, s.m, e, q_columns);
@@ -208,17 +237,18 @@ static void backward(const Attention& a, const Document& x, int h, const bf16* q
     }
     for (int r = 0; r < x.rows; r++) {
         const int64_t t = x.start + r / G;
-        for (int i = 0; i < d; i++) one[i] = dq[(int64_t)i * s.m + r];
-        rotated(one, grad_qkv + t * s.row + (int64_t)(h * (G + 2) + r % G) * d, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, -1.f, a.scale);
+        if (r % TILE == 0) tile_rows(dq + r, s.m, e, some_dq);
+        rotated(some_dq + r % TILE * e, grad_qkv + t * s.row + (int64_t)(h * (G + 2) + r % G) * d, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, -1.f, a.scale);
     }
     for (int j = 0; j < x.n; j++) {
         const int64_t t = x.token(j);
         float *to_k = grad_qkv + t * s.row + (int64_t)(h * (G + 2) + G) * d, *to_v = to_k + d;
         rotated(dk + (int64_t)j * e, one, d, a.pairs, a.cos + t * a.pairs, a.sin + t * a.pairs, -1.f, a.scale);
         const float *add_k = one, *add_v = dv + (int64_t)j * e;
-        for (int i = 0; i < d; i++) {  // those of shared tokens are added to what their holder has put there already
-            to_k[i] = j < x.shared ? to_k[i] + add_k[i] : add_k[i];
-            to_v[i] = j < x.shared ? to_v[i] + add_v[i] : add_v[i];
+        for (int i = 0; i < d; i += VL) {  // those of shared tokens are added to what their holder has put there already
+            const bool adds = j < x.shared;
+            keep(to_k + i, adds ? some(to_k + i, d - i) + load(add_k + i) : load(add_k + i), d - i);
+            keep(to_v + i, adds ? some(to_v + i, d - i) + load(add_v + i) : load(add_v + i), d - i);
         }
     }
 }

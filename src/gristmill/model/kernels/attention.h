@@ -16,18 +16,13 @@ struct Attention {
 
 // A head of one token, rotated (turn 1) or rotated back (-1), and scaled.
 template <typename A, typename B> static inline void rotated(const A* in, B* out, int d, int pairs, const float* cos, const float* sin, float turn, float scale) {
-    int i = 0;
-    for (; i + VL <= pairs; i += VL) {
-        const vec c = load(cos + i), s = load(sin + i) * turn, x = load(in + i), y = load(in + i + pairs);
-        store(out + i, (x * c - y * s) * scale);
-        store(out + i + pairs, (y * c + x * s) * scale);
+    for (int i = 0; i < pairs; i += VL) {
+        const int n = pairs - i;
+        const vec c = some(cos + i, n), s = some(sin + i, n) * turn, x = some(in + i, n), y = some(in + i + pairs, n);
+        keep(out + i, (x * c - y * s) * scale, n);
+        keep(out + i + pairs, (y * c + x * s) * scale, n);
     }
-    for (; i < pairs; i++) {
-        const float c = cos[i], s = sin[i] * turn, x = get(in + i), y = get(in + i + pairs);
-        put(out + i, (x * c - y * s) * scale);
-        put(out + i + pairs, (y * c + x * s) * scale);
-    }
-    for (i = 2 * pairs; i < d; i++) put(out + i, get(in + i) * scale);
+    for (int i = 2 * pairs; i < d; i += VL) keep(out + i, some(in + i, d - i) * scale, d - i);
 }
 
 struct Scratch {
