@@ -370,6 +370,8 @@ def test_a_server_that_must_tell_calls_does_not_start_where_it_cannot(tmp_path: 
         serve(tmp_path / "m", ServerArgs(enable_auto_tool_choice=True), EngineArgs(max_batch=1))
     with pytest.raises(InputError, match="--tool-call-parser hermss is not one of"):
         serve(tmp_path, ServerArgs(tool_call_parser="hermss"), EngineArgs())
+    with pytest.raises(InputError, match="nowhere/config.json does not exist"):  # before the model, which is not there either
+        serve(tmp_path, ServerArgs(reward=tmp_path / "nowhere"), EngineArgs())
 
 
 def test_allowed_tools() -> None:

@@ -20,7 +20,7 @@ from gristmill.data.chat import Conversation
 from gristmill.data.thinking import check_shown
 from gristmill.engine.load import EngineArgs, load_engine
 from gristmill.judge.reward import RewardScorer, load_scorer
-from gristmill.model.adapters import is_adapter
+from gristmill.model.adapters import check_model_folder, is_adapter
 from gristmill.server.adapters import AdapterLoader, LoraArgs
 from gristmill.server.admission import Limits
 from gristmill.server.app import Server
@@ -77,6 +77,8 @@ def serve(model_folder: Path, args: ServerArgs, engine_args: EngineArgs) -> None
         form_of(args.tool_call_parser)
     if args.reasoning_parser not in ("", *REASONING_PARSERS):
         raise InputError(f"--reasoning-parser {args.reasoning_parser} is not one of {', '.join(REASONING_PARSERS)}.")
+    if args.reward is not None:
+        check_model_folder(args.reward)
     name = args.name or model_folder.resolve().name
     engine = load_engine(model_folder, replace(engine_args, max_loras=args.lora.max_loras), name=name)
     if args.reasoning_parser:
