@@ -207,6 +207,14 @@ def test_gradients_added_in_place_are_pytorchs_in_fp64(
                 torch.testing.assert_close(one.grad.double(), exact.grad, rtol=1e-5, atol=near)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rows_give_a_zero_gradient_in_place(dtype: torch.dtype) -> None:
+    h, weight, targets = inputs(0, 50, dtype=dtype)
+    with fused.accumulating_in_place([weight]):
+        cross_entropy_sum(h, weight, targets)[0].backward()
+    assert weight.grad is not None and not weight.grad.any()
+
+
 def test_bf16_states_give_fp32_losses_near_the_exact_ones() -> None:
     h, w, targets = inputs(64, 500, dtype=torch.bfloat16)
     total, _ = cross_entropy_sum(h, w, targets)

@@ -154,7 +154,8 @@ class _CrossEntropySum(torch.autograd.Function):
         ctx.into_VD = into_VD
         grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
         step = _chunk_rows(_width(weight_VD, shard))
-        has_sum = need_grad and (len(hidden_RD) > step if in_place else ctx.needs_input_grad[1])
+        single = 0 < len(hidden_RD) <= step
+        has_sum = need_grad and (not single if in_place else ctx.needs_input_grad[1])
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if has_sum else None
         last: tuple[Tensor, ...] = ()
         for chunk in _slices(len(hidden_RD), step):
