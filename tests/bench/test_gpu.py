@@ -18,7 +18,8 @@ def test_the_gpu_check_at_toy_size() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["train"].keys() == {f"{kind} {precision}" for kind in ("sft", "reward", "dpo") for precision in ("fp32", "bf16")}
+    trained = {f"{kind} {precision}" for kind in ("sft", "reward", "dpo") for precision in ("fp32", "bf16")}
+    assert report["train"].keys() == trained | {"sft bf16, compiled"}
     assert report["generate"]["fp32"]["same_as_cpu"] == 1 and report["generate"].keys() == {"fp32", "bf16", "bf16, int8 cache"}
     assert report["adapters"]["same_as_cpu"] == 1
     assert report["evaluate"]["greedy"]["n"] == 6 and report["score"]["conversations"] == 4
