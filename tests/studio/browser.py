@@ -15,6 +15,11 @@ import aiohttp
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions", "--disable-background-networking")
 SECONDS = 60.0
+GONE = ("Inspected target navigated or closed", "Cannot find context with specified id", "Execution context was destroyed")
+
+
+class Navigated(Exception):
+    """The page in which an expression ran has given way to another."""
 
 
 class Browser:
@@ -60,6 +65,8 @@ class Browser:
         body = {"id": self._number, "method": method, "params": params} | ({"sessionId": session} if session else {})
         await self._socket.send_str(json.dumps(body))
         said = await future
+        if any(gone in said.get("error", {}).get("message", "") for gone in GONE):
+            raise Navigated(method)
         assert "error" not in said, (method, said)
         return said["result"]
 
@@ -109,16 +116,23 @@ class Page:
 
     def reload(self) -> None:
         """Load the page anew, and wait until the one before is gone: it may look like the new one."""
-        self.js("window.before = true; location.reload()")
+        self.js("window.before = true")
+        self.call("Page.reload")
         self.wait("!window.before && document.readyState === 'complete'")
 
     def wait(self, expression: str) -> None:
         """Wait until an expression is true."""
         end = time.monotonic() + SECONDS
         tried = f"(() => {{ try {{ return Boolean({expression}) }} catch {{ return false }} }})()"  # a page may have no body yet
-        while not self.js(tried):
+        while not self._holds(tried):
             assert time.monotonic() < end, (expression, self.js("document.body.innerText"), self.said("Runtime.exceptionThrown"))
             time.sleep(0.02)
+
+    def _holds(self, expression: str) -> bool:
+        try:
+            return bool(self.js(expression))
+        except Navigated:  # the page to wait for is the next one
+            return False
 
     def text(self) -> str:
         return str(self.js("document.body.innerText"))
