@@ -28,7 +28,7 @@ def write_page(data: RunData) -> Path:
     if "costs" in stages:
         body += [el("h2", "Costs of variants"), *_costs(stages["costs"])]
     if "scores" in stages:
-        body += [el("h2", "Replace-1-block scores"), *_scores(stages["scores"]["blocks"])]
+        body += [el("h2", "Replace-1-block scores"), *_scores(stages["scores"])]
     if "library" in stages and (trained := stages["library"]["variants"]):
         body += [el("h2", "Blockwise distillation"), _library(trained)]
     if curves := training_section(data):
@@ -97,10 +97,12 @@ def _children(children: Sequence[Mapping[str, Any]]) -> Markup:
                 f"{error:+.1%}",
                 f"{one['score']:.3f}",
                 f"{one['kl']:.3f}",
+                *([f"{one['accuracy']:.3f}"] if "accuracy" in one else []),
                 f"{predicted['parameters']:.0%}",
             ]
         )
-    return table(["found by", "target", "predicted", "measured", "error", "sum of scores", "KL", "parameters"], rows)
+    measures = ["KL", *(["accuracy"] if any("accuracy" in one for one in children) else [])]
+    return table(["found by", "target", "predicted", "measured", "error", "sum of scores", *measures, "parameters"], rows)
 
 
 def _costs(costs: Mapping[str, Any]) -> list[Markup]:
@@ -114,8 +116,21 @@ def _costs(costs: Mapping[str, Any]) -> list[Markup]:
     return [el("p", words, class_="note"), table(["variant", "median", "rounds"], rows, medium=True)]
 
 
-def _scores(scores: Mapping[str, Mapping[str, Any]]) -> list[Markup]:
-    """KL of every layer with one half exchanged, and the other its own."""
+def _scores(stage: Mapping[str, Any]) -> list[Markup]:
+    """Scores of every layer with one half exchanged, and the other its own: KL, and a task's accuracy where layers were scored by it."""
+    words = "KL from the parent, nats a token, where one half of one layer is exchanged; the search adds up those of whole layers."
+    out: list[Markup] = [el("p", words, class_="note"), _halves(stage["blocks"], "kl", "{:.3f}")]
+    if task := stage.get("task"):
+        most = max(one["stderr"] for one in stage["blocks"].values())
+        words = (
+            f"Change of greedy accuracy on {task['num_prompts']} prompts, of which the parent has {task['parent']:.3f} right. The standard "
+            f"error of a change is at most {most:.3f}; the search takes a rise for none, and orders what is equal by KL."
+        )
+        out += [el("p", words, class_="note"), _halves(stage["blocks"], "accuracy", "{:+.3f}", sign=-1)]
+    return out
+
+
+def _halves(scores: Mapping[str, Mapping[str, Any]], key: str, form: str, sign: int = 1) -> Markup:
     layers: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for one in scores.values():
         layers[one["layer"]].append(one)
@@ -125,14 +140,15 @@ def _scores(scores: Mapping[str, Mapping[str, Any]]) -> list[Markup]:
         own, cells = choices[0], {}
         for one in choices[1:]:
             if one["ffn_size"] == own["ffn_size"]:
-                cells[f"attention {one['kv_heads']}"] = one["kl"]
+                cells[f"attention {one['kv_heads']}"] = one[key]
             elif one["kv_heads"] == own["kv_heads"]:
-                cells[f"mlp {one['ffn_size']}"] = one["kl"]
+                cells[f"mlp {one['ffn_size']}"] = one[key]
         columns |= dict.fromkeys(cells)
         rows.append((layer, cells))
-    filled = [[str(layer), *(f"{cells[name]:.3f}" if name in cells else "" for name in columns)] for layer, cells in rows]
-    words = "KL from the parent, nats a token, where one half of one layer is exchanged; the search adds up those of whole layers."
-    return [el("p", words, class_="note"), table(["layer", *columns], filled)]
+    return table(
+        ["layer", *columns],
+        [[str(layer), *(form.format(sign * cells[name]) if name in cells else "" for name in columns)] for layer, cells in rows],
+    )
 
 
 def _library(trained: Mapping[str, Mapping[str, Any]]) -> Markup:

@@ -20,8 +20,11 @@ from gristmill.compress.costs import Meter
 from gristmill.core.config import check, dump
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
+from gristmill.data.chat import conversation
 from gristmill.data.chat_format import FORMATS
 from gristmill.data.tokenizer import Tokenizer
+from gristmill.engine.engine import Engine
+from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.hf import load_model
 from gristmill.model.hf_save import save_model
@@ -128,6 +131,10 @@ def make(folder: Path, base: Path, **changes: Any) -> CompressionRecipe:
     recipe = check(CompressionRecipe, values)
     (folder / "compress.yaml").write_text(dump(recipe))
     return recipe
+
+
+def make_again(recipe: CompressionRecipe, **changes: Any) -> CompressionRecipe:
+    return check(CompressionRecipe, {**recipe.model_dump(mode="json"), **changes})
 
 
 def run(recipe: CompressionRecipe, folder: Path) -> dict[str, Any]:
@@ -249,12 +256,44 @@ def test_a_child_whose_attention_is_gone_is_fused(base: Path, tmp_path: Path) ->
     assert out["compress"]["kl"] < out["compress"]["kl_before"]
 
 
+def test_layers_are_scored_by_the_accuracy_of_known_answers(calm: Path, base: Path, tmp_path: Path) -> None:
+    """In a folder that was scored by KL. Truths are what the parent says; in bf16 it says some of it otherwise."""
+    model, tokenizer = load_model(base)
+    engine = Engine(model, tokenizer, FORMATS["chatml"], name="parent")
+    texts = [f"Say {word}{number}." for number in range(5) for word in "abcdefgh"]
+    sampling = SamplingParams(temperature=0.0, max_tokens=24)
+    requests = [Request(text, conversation([{"role": "user", "content": text}]), sampling, 0) for text in texts]
+    answers = {request.id: outs for request, outs in engine.generate(requests)}
+    said = {text: answers[text][0].text for text in texts}
+    known = [{"prompt": text, "truth": {"kind": "exact", "value": one}} for text, one in said.items() if len(one.splitlines()) == 1]
+    recipe = make(tmp_path, base)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known[:24]))
+    by_kl = run(recipe, tmp_path)
+    lines = (tmp_path / "run/03-scores/scores.jsonl").read_bytes()
+
+    search = {**recipe.search.model_dump(), "metric": "accuracy"}
+    out = run(make_again(recipe, search=search, target={"speed": 1.2}), tmp_path)
+    scores = read_run(tmp_path / "run").stages[3]
+    assert scores["task"]["num_prompts"] == 24 and scores["task"]["parent"] > 0.3
+    assert (tmp_path / "run/03-scores/scores.jsonl").read_bytes().startswith(lines), "KL is not computed again"
+    falls = [one["accuracy"] for one in scores["blocks"].values()]
+    assert min(falls) <= 0 and max(falls) > 0.2 and all(0 <= one["stderr"] < 0.15 for one in scores["blocks"].values())
+    children = out["children"]
+    chosen = max((one for one in children if one["search"] == "mip"), key=lambda one: (one["accuracy"], -one["kl"]))
+    assert out["layers"] == chosen["layers"] and all(0 <= one["accuracy"] <= 1 for one in children)
+    page = write_page(read_run(tmp_path / "run")).read_text()
+    assert "Change of greedy accuracy on 24 prompts, of which the parent has" in page
+    again = run(recipe, tmp_path)
+    assert all(again[key] == by_kl[key] for key in ("layers", "children", "model")), "what was found by KL stays"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"space": {"widths": [], "kv_heads": [], "no_attention": False, "no_mlp": False}}, "No layer of this model can change"),
         ({"costs": {"prompt_tokens": 100, "output_tokens": 100}}, "more than the model's context of 128"),
         ({"target": {"speed": 1.3, "parameters": 0.01}}, "target.parameters 0.01 is out of reach"),
+        ({"search": {"metric": "accuracy"}}, "needs prompts .* whose answers are known.* at least 20, and there are 0"),
     ],
 )
 def test_bad_input_is_told_before_work(base: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
