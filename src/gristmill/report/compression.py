@@ -8,7 +8,7 @@ from typing import Any
 
 from gristmill.core.io import write_text
 from gristmill.report.comparisons import format_difference, format_score_ci
-from gristmill.report.figures import Points, layers_picture, scatter_plot
+from gristmill.report.figures import Points, dependency_picture, layers_picture, scatter_plot
 from gristmill.report.markup import Markup, alarm_banners, document, el, table
 from gristmill.report.summary import compression_lines
 from gristmill.report.training import training_section
@@ -50,6 +50,8 @@ def _results(results: Mapping[str, Any], folder: Path) -> list[Markup]:
         out += [el("h2", "Accuracy"), table(["greedy", "parent", "child", "paired difference"], rows)]
     out += [el("h2", "The child's layers"), layers_picture(results["parent_layers"], results["layers"])]
     out += [el("p", "Upper bars: key-value heads of attention; lower bars: channels of the MLP. Grey: the parent's.", class_="note")]
+    if fusion := results.get("fusion"):
+        out += [el("h2", "FFN Fusion"), *_fusion(fusion)]
     out += [el("h2", "KL against speed"), _pareto(children, found)]
     words = "Each dot is a child, measured beside the parent in turns; KL is before the global distillation, but for the last dot."
     out += [el("p", words, class_="note"), el("h2", "Predicted and measured"), _children(children)]
@@ -59,6 +61,17 @@ def _results(results: Mapping[str, Any], folder: Path) -> list[Markup]:
         f"{point['precision']}: costs add up at this operating point alone."
     )
     return [*out, el("p", words, class_="note")]
+
+
+def _fusion(fusion: Mapping[str, Any]) -> list[Markup]:
+    """Dependency matrices of runs of layers without attention, and which of their layers became one."""
+    told = ", ".join(f"{run[0]} to {run[-1]}" for run in fusion["fused"])
+    words = (
+        "Cosine distance between what a column's layer adds to the states with a row's layer and without it, by the parent's numbers of "
+        f"layers. Fused into one each (dashed): {f'layers {told}' if told else 'none'}."
+    )
+    pictures = [dependency_picture(run["layers"], run["dependencies"], fusion["fused"]) for run in fusion["runs"]]
+    return [el("p", words if pictures else "No layers without attention lie side by side.", class_="note"), *pictures]
 
 
 def _pareto(children: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> Markup:

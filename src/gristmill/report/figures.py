@@ -287,6 +287,25 @@ def layers_picture(parent: Sequence[Mapping[str, int]], child: Sequence[Mapping[
     return svg(width, 2 * (tall + gap) + 10, "Layers of the child", parts)
 
 
+def dependency_picture(layers: Sequence[int], values: Sequence[Sequence[float]], fused: Sequence[Sequence[int]]) -> Markup:
+    """Dependency matrix of a run of layers: a cell is the darker the more its column's layer needs its row's; what is fused is framed."""
+    step, left, top = 46.0, 70.0, 22.0
+    labels = [f"layer {layer}" for layer in layers]
+    parts: list[Markup] = []
+    for i, label in enumerate(labels):
+        parts.append(el("text", label, x=r1(left + (i + 0.5) * step), y=14, text_anchor="middle"))
+        parts.append(el("text", label, x=r1(left - 8), y=r1(top + (i + 0.6) * step), text_anchor="end"))
+        for j in range(i + 1, len(labels)):
+            x, y = left + j * step, top + i * step
+            size = {"x": r1(x + 1), "y": r1(y + 1), "width": step - 2, "height": step - 2}
+            framed = any({layers[i], layers[j]} <= set(run) for run in fused)
+            hover = el("title", f"{labels[j]} on {label}: {values[i][j]:.4f}")
+            shade = round(min(1.0, 0.05 + values[i][j]), 2)
+            parts.append(el("rect", hover, **size, fill_opacity=shade, class_="after mark" if framed else "after"))
+            parts.append(el("text", f"{values[i][j]:.3f}", x=r1(x + step / 2), y=r1(y + step * 0.6), text_anchor="middle"))
+    return svg(max(640.0, left + step * len(labels)), top + step * len(labels), "Dependency matrix", parts)
+
+
 def accuracy_bars(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> Markup:
     """Accuracies from 0 to 1 as bars with 95 % whiskers where they are known; the dashed line is guessing, 0.5."""
     width, left, right, high = 500.0, 190.0, 52.0, 26.0

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -250,10 +251,13 @@ def test_a_child_whose_attention_is_gone_is_fused(base: Path, tmp_path: Path) ->
     space = {"kv_heads": [], "widths": [], "no_mlp": False, "fixed_layers": [0]}
     distillation = {"steps": 2, "batch_size": 8, "lr": 1e-3, "precision": "fp32"}
     changes = {"space": space, "target": {"speed": 1.52}, "search": {"curve": [], "candidates": 1}, "distillation": distillation}
-    out = run(make(tmp_path / "fused", tmp_path / "deep", fusion=True, **changes), tmp_path / "fused")
+    out = run(make(tmp_path / "fused", tmp_path / "deep", fusion=True, fusion_limit=2, **changes), tmp_path / "fused")
     child = load_model(tmp_path / "fused/run" / out["model"])[0].config
     assert [(block.num_kv_heads, block.ffn_size) for block in child.blocks] == [(2, 64), (0, 192), (0, 64)]
     assert out["compress"]["kl"] < out["compress"]["kl_before"]
+    (run_of,) = out["fusion"]["runs"]
+    assert [run_of["layers"]] == out["fusion"]["fused"] and 0 < np.max(run_of["dependencies"]) < 2
+    assert "Dependency matrix" in write_page(read_run(tmp_path / "fused/run")).read_text()
 
 
 def test_layers_are_scored_by_the_accuracy_of_known_answers(calm: Path, base: Path, tmp_path: Path) -> None:

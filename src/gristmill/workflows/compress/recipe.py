@@ -92,7 +92,7 @@ class Search(Section):
 class CompressionRecipe(Recipe):
     """A whole compression."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset({"threads", "device", "target", "search", "fusion", "distillation"})
+    may_change: ClassVar[frozenset[str]] = frozenset({"threads", "device", "target", "search", "fusion", "fusion_limit", "distillation"})
 
     kind: Literal["compress"] = "compress"
     name: RunName = "compress"
@@ -110,6 +110,9 @@ class CompressionRecipe(Recipe):
     target: Target = Target()
     search: Search = Search()
     fusion: bool = Field(False, description="fuse runs of MLPs in layers without attention, before the distillation")
+    fusion_limit: float = Field(
+        0.1, gt=0, le=2, description="largest dependency (cosine distance) of one fused MLP on another; 2 fuses all of a run"
+    )
     distillation: DistillationTraining = DistillationTraining(steps=400, batch_size=32, weight_decay=0.0)
 
     @model_validator(mode="after")

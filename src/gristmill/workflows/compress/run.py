@@ -17,7 +17,7 @@ import torch
 from gristmill.compress.activations import pieces_of
 from gristmill.compress.child import Child, Reference, make_child
 from gristmill.compress.costs import Meter, OperatingPoint, check_measurable, check_room, compare_models, layer_share, measure_variants
-from gristmill.compress.fusion import fuse
+from gristmill.compress.fusion import dependency_matrix, fusable_runs, fuse, independent_runs
 from gristmill.compress.library import BldSettings, Library, build_library
 from gristmill.compress.scores import Task, score_accuracy, score_blocks, search_scores
 from gristmill.compress.search import (
@@ -136,7 +136,7 @@ class _Run:
         searched = recipe.search.model_dump(exclude=set() if self.known else {"num_prompts"})
         wanted = [scores.fingerprint, costs.fingerprint, recipe.target.model_dump(), searched, *([self.task.id] if self.known else [])]
         found = self.dir.stage(f"search-{name}", wanted, self._search)
-        inputs = [found.fingerprint, recipe.fusion, recipe.distillation.model_dump()]
+        inputs = [found.fingerprint, recipe.fusion and recipe.fusion_limit, recipe.distillation.model_dump()]
         child = self.dir.stage(f"child-{name}", inputs, partial(self._distil, found=found.summary), files=[f"{MODEL}/*"])
         wanted = [child.fingerprint, costs.fingerprint, base.fingerprint]
         measured = self.dir.stage(f"measured-{name}", wanted, partial(self._measure_child, child=child))
@@ -321,13 +321,19 @@ class _Run:
 
     # ---- the child ----
 
-    def _child(self, found: Mapping[str, Any]) -> Child:
+    def _child(self, found: Mapping[str, Any]) -> tuple[Child, dict[str, Any]]:
+        """The chosen child, and what was fused by which dependencies, by the parent's numbers of layers."""
         layers = next(one["layers"] for one in found["children"] if one["number"] == found["chosen"])
         child = make_child(self.library, [Choice(**one) for one in layers])
-        return fuse(child) if self.recipe.fusion else child
+        if not self.recipe.fusion:
+            return child, {}
+        matrices = {run: dependency_matrix(child.model, self.reference.pieces, run) for run in fusable_runs(child.model.config)}
+        fused = independent_runs(matrices, self.recipe.fusion_limit)
+        told = [{"layers": [child.layers[n] for n in run], "dependencies": matrix.tolist()} for run, matrix in matrices.items()]
+        return fuse(child, fused), {"fusion": {"runs": told, "fused": [[child.layers[n] for n in run] for run in fused]}}
 
     def _distil(self, folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
-        child, recipe = self._child(found), self.recipe
+        (child, fusion), recipe = self._child(found), self.recipe
         before = self.reference.distance(child.model)
         parameters, num_rows = num_parameters(self.parent.config), len(self.text.train)
         training = fill(recipe.distillation, "sft", parameters, device=self.device, num_rows=num_rows, precision=self.precision)
@@ -340,7 +346,7 @@ class _Run:
         save_model(child.model, with_template_of(self.format, self.tokenizer), folder / MODEL)
         after = self.reference.distance(child.model)
         told = {"steps": result.steps, "tokens": result.tokens, "train_seconds": round(result.seconds, 2)}
-        return {**told, "kl_before": before.kl, "kl": after.kl, "lm_loss": after.lm_loss, "layers": list(child.layers)}
+        return {**told, "kl_before": before.kl, "kl": after.kl, "lm_loss": after.lm_loss, "layers": list(child.layers), **fusion}
 
     def _measure_child(self, folder: Path, child: Stage) -> dict[str, Any]:
         def load() -> Transformer:
@@ -388,6 +394,7 @@ class _Run:
             "parent_layers": [asdict(self.space.choices(layer)[0]) for layer in range(self.parent.config.num_layers)],
             "layers": chosen["layers"],
             "children": found["children"],
+            **({"fusion": summary["fusion"]} if "fusion" in summary else {}),
             "model": f"{child.folder.name}/{MODEL}",
             "alarms": alarms,
         }
