@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from gristmill.cli.main import app
 from gristmill.compress.costs import Meter
-from gristmill.core.config import check, dump
+from gristmill.core.config import check, dump, load
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.data.chat import conversation
@@ -33,6 +33,7 @@ from gristmill.model.transformer import Transformer
 from gristmill.report.compression import write_page
 from gristmill.report.summary import stage_line
 from gristmill.runs.reader import read_run
+from gristmill.workflows import train
 from gristmill.workflows.compress.recipe import CompressionRecipe
 from gristmill.workflows.compress.run import run as run_compression
 
@@ -291,6 +292,20 @@ def test_layers_are_scored_by_the_accuracy_of_known_answers(calm: Path, base: Pa
     assert all(again[key] == by_kl[key] for key in ("layers", "children", "model")), "what was found by KL stays"
 
 
+def test_two_targets_learn_from_one_teacher_on_disk(calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load(calm / "compress.yaml", CompressionRecipe)
+    shutil.copytree(calm / "run", tmp_path / "run")
+    for path in (tmp_path / "run").glob("0[5-7]-*"):
+        shutil.rmtree(path)
+    recipe = make_again(recipe, distillation={**recipe.distillation.model_dump(), "teacher_top_k": 8})
+    found = run(recipe, tmp_path)["compress"]
+    assert 0 < found["kl"] < found["kl_before"]
+    (file,) = (tmp_path / "run/02-library/teacher").iterdir()
+    assert file.stat().st_size % 64 == 0 and "cosine" not in (tmp_path / "run/06-child-1.3x/train/metrics.jsonl").read_text()
+    monkeypatch.setattr(train, "_load_frozen", None)  # no teacher is loaded again
+    assert run(recipe.with_speed(1.5), tmp_path)["compress"]["kl"] > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -354,6 +369,7 @@ def test_documents_are_a_text_too_and_a_target_out_of_reach_is_said(base: Path, 
         ({"model": "x", "world": "miniature", "target": {"speed": 0.5}}, "target.speed"),
         ({"model": "x", "world": "miniature", "search": {"curve": [0]}}, "search.curve"),
         ({"model": "x", "world": "miniature", "distillation": {"lora": {}}}, "leave lora out"),
+        ({"model": "x", "world": "miniature", "distillation": {"loss": "cosine+kl", "teacher_top_k": 8}}, "not its states"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(values: dict[str, Any], words: str) -> None:

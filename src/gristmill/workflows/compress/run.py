@@ -61,9 +61,9 @@ from gristmill.workflows.answers import journalled
 from gristmill.workflows.compress.recipe import CompressionRecipe
 from gristmill.workflows.compress.text import CalibrationText, answer_samples, document_samples
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
-from gristmill.workflows.train import MODEL, load_teacher
+from gristmill.workflows.train import MODEL, distillation_from
 
-EVALUATION, MEASURED, TRAIN = "evaluation.jsonl", "measured.jsonl", "train"
+EVALUATION, MEASURED, TRAIN, TEACHER = "evaluation.jsonl", "measured.jsonl", "train", "teacher"
 PIECE_TOKENS = 4096  # of a batch of blockwise distillation and scores
 MIN_PROMPTS = 20  # with known answers, under which accuracies are noise
 NUM_RANDOM = 2  # random architectures that are measured beside the search's
@@ -136,7 +136,8 @@ class _Run:
         searched = recipe.search.model_dump(exclude=set() if self.known else {"num_prompts"})
         wanted = [scores.fingerprint, costs.fingerprint, recipe.target.model_dump(), searched, *([self.task.id] if self.known else [])]
         found = self.dir.stage(f"search-{name}", wanted, self._search)
-        inputs = [found.fingerprint, recipe.fusion and recipe.fusion_limit, recipe.distillation.model_dump()]
+        trained = recipe.distillation.model_dump(exclude={"teacher_top_k"} if recipe.distillation.teacher_top_k is None else set())
+        inputs = [found.fingerprint, recipe.fusion and recipe.fusion_limit, trained]
         child = self.dir.stage(f"child-{name}", inputs, partial(self._distil, found=found.summary), files=[f"{MODEL}/*"])
         wanted = [child.fingerprint, costs.fingerprint, base.fingerprint]
         measured = self.dir.stage(f"measured-{name}", wanted, partial(self._measure_child, child=child))
@@ -339,10 +340,12 @@ class _Run:
         training = fill(recipe.distillation, "sft", parameters, device=self.device, num_rows=num_rows, precision=self.precision)
         values = {k: v for k, v in training.model_dump().items() if k in TrainSettings.__dataclass_fields__}
         settings = TrainSettings(**values, seed=recipe.seed, checkpoint_every=CHECKPOINT_SECONDS)
-        precision, config = settings.precision, child.model.config
-        objective = load_teacher(self.start, training.loss, config, precision=precision, device=self.device, layers=child.layers)
-        trainer = Trainer(child.model, objective, settings, device=self.device, folder=folder / TRAIN, on_step=self.progress.train_step)
-        result = trainer.fit(self.text.train)
+        device, cache, tick = self.device, self.library.folder / TEACHER, self.progress.tick  # one file for all targets
+        objective, samples = distillation_from(
+            self.start, training, self.text.train, settings, child.model.config, device=device, cache=cache, tick=tick, layers=child.layers
+        )
+        trainer = Trainer(child.model, objective, settings, device=device, folder=folder / TRAIN, on_step=self.progress.train_step)
+        result = trainer.fit(samples)
         save_model(child.model, with_template_of(self.format, self.tokenizer), folder / MODEL)
         after = self.reference.distance(child.model)
         told = {"steps": result.steps, "tokens": result.tokens, "train_seconds": round(result.seconds, 2)}
