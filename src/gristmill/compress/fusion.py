@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.compress.activations import Piece
-from gristmill.compress.child import Child
+from gristmill.compress.child import Child, through
 from gristmill.core.errors import InputError
 from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.model.transformer import Block, Transformer
@@ -35,24 +35,22 @@ def fusable_runs(config: ModelConfig) -> list[range]:
 
 @torch.no_grad()
 def dependency_matrix(model: Transformer, pieces: Sequence[Piece], run: range) -> np.ndarray:
-    """Dependency matrix of a run of layers without attention, which does not reach the model's last: how much each needs those before it.
+    """Dependency matrix of a run of layers without attention: how much each needs those before it.
 
     Returns:
         [i, j]: cosine distance between what layer j adds to the states with layer i and without it, a mean over tokens; 0 but for i < j.
     """
-    blocks = [model.get_submodule(f"blocks.{number}") for number in run]
     sums = np.zeros((len(run), len(run)))
     for piece in pieces:
-        behind: list[Tensor] = []
-        model.hidden(piece.ids_T, piece.shape, piece.rows_R, layers=behind)
-        first_TD = behind[run.start - 1] if run.start else model.embed(piece.ids_T)
-        angles = [model.rope(piece.shape.positions_T)[model.config.blocks[number].rope] for number in run]
-        own = [behind[number] - before for number, before in zip(run, [first_TD, *behind[run.start : run.stop]], strict=False)]
+        states = [through(model, model.embed(piece.ids_T), 0, run.start, piece)]
+        for number in run:
+            states.append(through(model, states[-1], number, number + 1, piece))
         for i in range(len(run) - 1):
-            x_TD = behind[run[i] - 1] if run[i] else first_TD
+            x_TD = states[i]  # in which layer i is left out
             for j in range(i + 1, len(run)):
-                after_TD = blocks[j](x_TD, *angles[j], piece.shape)
-                sums[i, j] += float((1 - F.cosine_similarity(own[j].float(), (after_TD - x_TD).float(), dim=-1)).sum())
+                after_TD = through(model, x_TD, run[j], run[j] + 1, piece)
+                added = (states[j + 1] - states[j]).float(), (after_TD - x_TD).float()
+                sums[i, j] += float((1 - F.cosine_similarity(*added, dim=-1)).sum())
                 x_TD = after_TD
     return sums / pieces[-1].end
 

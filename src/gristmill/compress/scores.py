@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.compress.child import Distance, Reference, make_child
+from gristmill.compress.child import Distance, Reference, make_child, through
 from gristmill.compress.library import Library
 from gristmill.compress.variants import Choice, Space
 from gristmill.core.errors import InputError
@@ -54,7 +54,7 @@ def score_blocks(library: Library, space: Space, reference: Reference, folder: P
             for choice, found in scored:
                 journal.append({"id": score_id(layer, choice), **_record(layer, choice, found, base)})
             progress.tick(sum(score_id(*one) in journal for one in wanted), len(wanted), "blocks scored")
-            states = [_through(parent, x_TD, layer, layer + 1, piece) for x_TD, piece in zip(states, reference.pieces, strict=True)]
+            states = [through(parent, x_TD, layer, layer + 1, piece) for x_TD, piece in zip(states, reference.pieces, strict=True)]
         return {score_id(*one): journal[score_id(*one)] for one in wanted}
 
 
@@ -75,18 +75,10 @@ def _replaced(library: Library, reference: Reference, layer: int, states: list[T
         angles = parent.rope(piece.shape.positions_T)[parent.config.blocks[layer].rope]
         for half in halves:
             x_TD = half(x_TD, *angles, piece.shape)
-        x_TD = _through(parent, x_TD, layer + 1, parent.config.num_layers, piece)
+        x_TD = through(parent, x_TD, layer + 1, parent.config.num_layers, piece)
         h_RD = parent.final_norm(x_TD[piece.rows_R])
         hidden.append(h_RD if parent.config.logits_scaling == 1 else h_RD / parent.config.logits_scaling)
     return reference.of_hidden(hidden, parent)
-
-
-def _through(parent: Transformer, x_TD: Tensor, first: int, end: int, piece: Any) -> Tensor:
-    """States behind the layers from `first` to before `end`."""
-    angles = parent.rope(piece.shape.positions_T)
-    for number in range(first, end):
-        x_TD = parent.blocks[str(number)](x_TD, *angles[parent.config.blocks[number].rope], piece.shape)
-    return x_TD
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,12 @@ SPARE_BYTES = 64 << 20  # that stay free
 Tick = Callable[[int, int, str], None]  # done, of how many, of what
 
 
+def check_top_k(top_k: int | None, vocab_size: int) -> None:
+    """InputError where a vocabulary has not so many tokens."""
+    if top_k is not None and top_k > vocab_size:
+        raise InputError(f"teacher_top_k {top_k} is more than the {vocab_size} tokens of the vocabulary: lower it.")
+
+
 def taught_samples(
     samples: Sequence[Sample],
     folder: Path,
@@ -33,7 +39,6 @@ def taught_samples(
     *,
     identity: str,
     top_k: int,
-    vocab_size: int,
     max_tokens: int,
     precision: str,
     tick: Tick = lambda done, total, note: None,
@@ -48,10 +53,8 @@ def taught_samples(
         precision: that the teacher computes in.
 
     Raises:
-        InputError: `top_k` is more than the vocabulary, or the disk has no room, before anything is computed.
+        InputError: the disk has no room, before anything is computed.
     """
-    if top_k > vocab_size:
-        raise InputError(f"teacher_top_k {top_k} is more than the {vocab_size} tokens of the vocabulary: lower it.")
     usable = [sample for sample in samples if sample.num_targets and sample.num_tokens <= max_tokens]
     if not usable:
         return list(samples)

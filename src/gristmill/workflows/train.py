@@ -48,7 +48,7 @@ from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
 from gristmill.train.settings import DistillationLoss, DistillationTraining, Lora, PreferenceTraining, Training
 from gristmill.train.sharded import check_parallel
-from gristmill.train.top_logprobs import Tick, taught_samples
+from gristmill.train.top_logprobs import Tick, check_top_k, taught_samples
 from gristmill.train.trainer import Objective, OnStep, Trainer, TrainResult, TrainSettings
 
 MODEL, ADAPTER = "model", "adapter"  # the subfolders that hold the model, and the adapter of a training with LoRA
@@ -206,8 +206,7 @@ def _check_distillation(student: Path, teacher: Path | None, recipe: Distillatio
             "the student's tokenizer, or train on its answers (`gristmill train sft`)."
         )
     paired_loss("kl" if recipe.teacher_top_k else recipe.loss, configs[0], configs[1])
-    if (recipe.teacher_top_k or 0) > configs[1].vocab_size:
-        raise InputError(f"--teacher-top-k {recipe.teacher_top_k} is more than the {configs[1].vocab_size} tokens of the vocabulary.")
+    check_top_k(recipe.teacher_top_k, configs[0].vocab_size)
 
 
 def load_teacher(
@@ -263,7 +262,6 @@ def distillation_from(
         lambda: _load_frozen(folder, precision, device),
         identity=identity,
         top_k=recipe.teacher_top_k,
-        vocab_size=student.vocab_size,
         max_tokens=settings.max_tokens or student.max_positions,
         precision=precision,
         tick=tick,

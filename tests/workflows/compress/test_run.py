@@ -312,6 +312,7 @@ def test_two_targets_learn_from_one_teacher_on_disk(calm: Path, tmp_path: Path, 
         ({"space": {"widths": [], "kv_heads": [], "no_attention": False, "no_mlp": False}}, "No layer of this model can change"),
         ({"costs": {"prompt_tokens": 100, "output_tokens": 100}}, "more than the model's context of 128"),
         ({"target": {"speed": 1.3, "parameters": 0.01}}, "target.parameters 0.01 is out of reach"),
+        ({"distillation": {"teacher_top_k": 10_000}}, "teacher_top_k 10000 is more than the"),
         ({"search": {"metric": "accuracy"}}, "needs prompts .* whose answers are known.* at least 20, and there are 0"),
     ],
 )

@@ -54,6 +54,7 @@ from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir, Stage
 from gristmill.train.batches import Sample, fingerprint_samples
 from gristmill.train.by_size import fill
+from gristmill.train.top_logprobs import check_top_k
 from gristmill.train.trainer import Trainer, TrainSettings
 from gristmill.workflows.alarms import not_distilled, slower_than_asked
 from gristmill.workflows.alignment.source import normalize_prompt
@@ -98,6 +99,7 @@ class _Run:
         self.space = Space.of(self.parent.config, **recipe.space.model_dump())
         check_measurable(self.parent.config, self.space)
         self._check_target(None)
+        check_top_k(recipe.distillation.teacher_top_k, self.parent.config.vocab_size)
         self.prompts, self.evaluation = _prompts(recipe)
         self.known = _with_truths(recipe, self.prompts)
         self.documents: list[Sample] = []
@@ -295,7 +297,7 @@ class _Run:
 
     def _described(self, number: int, search: str, speed: float, architecture: Architecture, folder: Path) -> dict[str, Any]:
         """What an architecture is predicted to come to, and its KL (and accuracy, where layers are scored by it) before any training."""
-        name = _name(architecture)
+        name = "-".join([_name(architecture), *([self.task.id] if self.known else [])])
         with Journal(folder / "children.jsonl") as journal:
             if name not in journal:
                 model = make_child(self.library, self._choices(architecture)).model
