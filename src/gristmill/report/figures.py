@@ -268,7 +268,7 @@ def scatter_plot(kinds: Sequence[Points], *, x_label: str, y_label: str) -> Mark
 def layers_picture(parent: Sequence[Mapping[str, int]], child: Sequence[Mapping[str, int]]) -> Markup:
     """Layers from left to right: of each the key-value heads (above) and the channels of its MLP (below), in shares of the widest."""
     step, tall, gap, left = 44.0, 60.0, 26.0, 70.0
-    width = left + step * len(parent) + 10
+    width = max(640.0, left + step * len(parent) + 10)
     parts: list[Markup] = []
     for row, (key, label) in enumerate((("kv_heads", "attention"), ("ffn_size", "MLP"))):
         most = max([one[key] for one in parent] or [1]) or 1
