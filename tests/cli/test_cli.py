@@ -34,8 +34,8 @@ SURFACE = {
     "--top --tokens --documents --nodes --cores --document-bytes --out -o --published --calibrate --json",
     "train": (
         "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --taxonomy --max-fpr --teacher "
-        "--distill-loss --precision --micro-batch-tokens --checkpoint-activations --compile --tp --cp --pp --vp --lora-rank --lora-alpha "
-        "--lora-targets --lora-base --lora-b-lr-ratio --rslora --dora --device --format --seed --quiet -q --json"
+        "--distill-loss --teacher-top-k --precision --micro-batch-tokens --checkpoint-activations --compile --tp --cp --pp --vp "
+        "--lora-rank --lora-alpha --lora-targets --lora-base --lora-b-lr-ratio --rslora --dora --device --format --seed --quiet -q --json"
     ),
     "merge": "ADAPTER --out -o --base --dtype --rows --json",
     "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --dtype --quantize --head "

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gristmill.compress.activations import Piece
 from gristmill.compress.child import Child, Reference
-from gristmill.compress.fusion import fusable_runs, fuse
+from gristmill.compress.fusion import dependency_matrix, fusable_runs, fuse, independent_runs
 from gristmill.core.errors import InputError
 from gristmill.model.config import BlockConfig, ModelConfig, uniform_blocks
 from gristmill.model.transformer import Block, Transformer
@@ -64,6 +66,46 @@ def test_fusing_hurts_less_than_removing(make_parent, pieces: list[Piece]) -> No
              for name, tensor in before.model.state_dict().items() if not name.startswith("blocks.1.")}  # fmt: skip
     removed.load_state_dict(state)
     assert 0 < fused < reference.distance(removed).kl / 3
+    assert fused < reference.distance(fuse(before, [range(1, 4)]).model).kl, "the last MLP of a run is left out for a reason"
+
+
+def test_a_dependency_is_the_distance_to_the_layer_without_the_other(make_parent, pieces: list[Piece]) -> None:  # type: ignore[no-untyped-def]
+    model = child(make_parent, "nemotron", (64, 48, 64, 32)).model
+    found = dependency_matrix(model, pieces, range(1, 4))
+    assert np.array_equal(found, np.triu(found, 1)) and (found[np.triu_indices(3, 1)] > 1e-3).all()
+    distances: list[torch.Tensor] = []
+    for piece in pieces:  # of layer 3 on layer 1
+        states: list[torch.Tensor] = []
+        model.hidden(piece.ids_T, piece.shape, layers=states)
+        second, third = (model.get_submodule(f"blocks.{number}") for number in (2, 3))
+        without_TD = second.finish(states[0], None)
+        distances.append(1 - F.cosine_similarity(states[3] - states[2], third.finish(without_TD, None) - without_TD, dim=-1))
+    assert found[0, 2] == pytest.approx(float(torch.cat(distances).mean()), rel=1e-4)
+
+
+def test_layers_that_need_each_other_are_not_fused() -> None:
+    """The longest parts within the limit, then those that depend least."""
+    matrix = np.zeros((5, 5))
+    matrix[0, 1:] = 0.7
+    assert independent_runs({range(2, 7): matrix}, 0.1) == [range(3, 7)] and independent_runs({range(2, 7): matrix}, 0.7) == [range(2, 7)]
+    matrix[2, 3] = 0.3
+    assert independent_runs({range(2, 7): matrix}, 0.1) == [range(3, 5), range(5, 7)]
+    matrix[1, 2], matrix[3, 4] = 0.05, 0.2
+    assert independent_runs({range(2, 7): matrix, range(9, 11): np.zeros((2, 2))}, 0.1) == [range(3, 5), range(9, 11)]
+    assert independent_runs({range(2, 7): matrix}, 0.04) == []
+
+
+def test_what_the_dependency_matrix_keeps_apart_would_hurt_more(make_parent, pieces: list[Piece]) -> None:  # type: ignore[no-untyped-def]
+    """A first layer that turns all states, as trained models' first layers do, and two that add little beside it."""
+    before = child(make_parent, "nemotron", (64, 64, 64, 64))
+    before.model.get_submodule("blocks.1.mlp.down").weight.mul_(20)
+    reference = Reference(before.model, pieces)
+    (run,) = fusable_runs(before.model.config)
+    matrix = dependency_matrix(before.model, pieces, run)
+    chosen = independent_runs({run: matrix}, 0.1)
+    assert chosen == [range(2, 4)] and matrix[0].max() > 0.3
+    fused, other = (reference.distance(fuse(before, runs).model).kl for runs in (chosen, [range(1, 3)]))
+    assert 0 < fused < other / 5
 
 
 def test_what_cannot_be_fused_is_refused(make_parent) -> None:  # type: ignore[no-untyped-def]

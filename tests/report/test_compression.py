@@ -2,7 +2,7 @@
 
 import re
 
-from gristmill.report.figures import Points, layers_picture, scatter_plot
+from gristmill.report.figures import Points, dependency_picture, layers_picture, scatter_plot
 
 
 def test_dots_lie_where_their_numbers_are_and_names_are_escaped() -> None:
@@ -22,3 +22,13 @@ def test_every_layer_is_drawn_with_its_sizes() -> None:
         assert words in picture
     heights = dict(re.findall(r'height="([\d.]+)"[^>]*class="(greedy)"', picture))
     assert set(heights) == {"30"} or set(map(float, heights)) == {30.0}, "half of the widest is half as high"
+
+
+def test_a_dependency_is_drawn_the_darker_the_larger_and_what_is_fused_is_framed() -> None:
+    picture = dependency_picture([1, 3, 4], [[0, 0.5, 0.25], [0, 0, 0.0625], [0, 0, 0]], [[3, 4]])
+    cells = re.findall(r'fill-opacity="([\d.]+)" class="([a-z ]+)"><title>([^<]+)', picture)
+    assert cells == [
+        ("0.55", "after", "layer 3 on layer 1: 0.5000"),
+        ("0.3", "after", "layer 4 on layer 1: 0.2500"),
+        ("0.11", "after mark", "layer 4 on layer 3: 0.0625"),
+    ]

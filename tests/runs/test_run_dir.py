@@ -107,6 +107,23 @@ def test_a_changed_stage_is_redone_with_all_after_it(tmp_path: Path) -> None:
     assert done(1, 4, 3) == ["a", "b", "c"] and not (tmp_path / "run" / "00-other").exists()
 
 
+def test_a_finished_stage_that_lacks_something_is_continued_and_one_of_other_inputs_refused(tmp_path: Path) -> None:
+    def done(inputs: int, wanted: set[str]) -> dict[str, Any]:
+        def work(folder: Path) -> dict[str, Any]:
+            had = {path.name for path in folder.iterdir()} - {"done.json"}
+            for name in wanted:
+                (folder / name).touch()
+            return {"had": sorted(had), "has": sorted(had | wanted)}
+
+        with open_run(tmp_path / "run") as run:
+            return run.stage("a", inputs, work, again=lambda done: not wanted <= set(done["has"])).summary
+
+    assert done(1, {"kl"})["had"] == [] and done(1, {"accuracy"})["had"] == ["kl"]
+    assert done(1, {"kl"})["has"] == ["accuracy", "kl"] and done(1, {"kl"})["had"] == ["kl"], "nothing is missing: not done again"
+    with pytest.raises(InputError, match="made from other inputs"):
+        done(2, {"speed"})
+
+
 def test_half_a_removed_stage_is_not_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the middle of removing: the stage is out of the way at once."""
     run = open_run(tmp_path / "run")

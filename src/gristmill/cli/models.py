@@ -94,6 +94,10 @@ def train(
         Literal["auto", "cosine+kl", "kl", "cosine+kl+lm", "kl+lm", "lm"],
         typer.Option(help="Distill: terms of the loss; auto: cosine+kl where layers pair, else kl."),
     ] = "auto",
+    teacher_top_k: Annotated[
+        int | None,
+        typer.Option(help="Distill: keep so many of the teacher's log-probabilities a token on disk, not the teacher in memory.", min=1),
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="auto, fp32 or bf16 compute, or fp8 or fp8_tensorwise products in bf16; weights are always fp32.")
     ] = "auto",
@@ -136,9 +140,9 @@ def train(
     if kind != "guard" and (taxonomy is not None or max_fpr != 0.05):
         raise InputError("--taxonomy and --max-fpr are of a guard: give them to `gristmill train guard`.")
     if kind == "distill":
-        values["loss"] = distill_loss
-    elif teacher is not None or distill_loss != "auto":
-        raise InputError("--teacher and --distill-loss are of distillation: give them to `gristmill train distill`.")
+        values |= {"loss": distill_loss, "teacher_top_k": teacher_top_k}
+    elif teacher is not None or distill_loss != "auto" or teacher_top_k is not None:
+        raise InputError("--teacher, --distill-loss and --teacher-top-k are of distillation: give them to `gristmill train distill`.")
     if kind not in ("sft", "reward", "guard", "distill"):
         values |= {"beta": beta, "eta": eta, "sft_weight": sft_weight}
     lora = given(alpha=lora_alpha) | {"targets": tuple(lora_targets.replace(",", " ").split()), "rslora": rslora, "dora": dora}
@@ -166,6 +170,7 @@ def train(
             max_fpr=max_fpr,
             teacher=teacher,
             on_step=progress.train_step,
+            tick=progress.tick,
             say=progress.say,
             mesh=mesh,
         )

@@ -57,6 +57,14 @@ def make_child(library: Library, choices: Sequence[Choice]) -> Child:
     return Child(model.requires_grad_(), kept)
 
 
+def through(model: Transformer, x_TD: Tensor, first: int, end: int, piece: Piece) -> Tensor:
+    """States behind the layers from `first` to before `end`, of what the first of them reads."""
+    angles = model.rope(piece.shape.positions_T)
+    for number in range(first, end):
+        x_TD = model.blocks[str(number)](x_TD, *angles[model.config.blocks[number].rope], piece.shape)
+    return x_TD
+
+
 @dataclass(frozen=True)
 class Distance:
     """How far a model is from the parent on some text: KL(parent || model) and the model's cross-entropy, nats a token."""

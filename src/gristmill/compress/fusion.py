@@ -1,17 +1,20 @@
 """FFN Fusion: the MLPs of consecutive layers without attention become one wide MLP, which computes them side by side.
 
-A run's layers read almost the same states, so that each may read what the first does. The norm is that of the last layer that is
-fused: treating each layer's own norm by its weights changes nothing that was measured. The last MLP of a run is never fused.
-Source: FFN Fusion (arXiv 2503.18908), section 3.
+A run's layers read almost the same states, so that each may read what the first does; the dependency matrix says how nearly. The norm is
+that of the last layer that is fused: treating each layer's own norm by its weights changes nothing that was measured. The last MLP of a run
+is never fused. Source: FFN Fusion (arXiv 2503.18908), section 3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.compress.child import Child
+from gristmill.compress.activations import Piece
+from gristmill.compress.child import Child, through
 from gristmill.core.errors import InputError
 from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.model.transformer import Block, Transformer
@@ -28,6 +31,47 @@ def fusable_runs(config: ModelConfig) -> list[range]:
             runs.append(range(start, number - 1))
         start = number + 1
     return runs
+
+
+@torch.no_grad()
+def dependency_matrix(model: Transformer, pieces: Sequence[Piece], run: range) -> np.ndarray:
+    """Dependency matrix of a run of layers without attention: how much each needs those before it.
+
+    Returns:
+        [i, j]: cosine distance between what layer j adds to the states with layer i and without it, a mean over tokens; 0 but for i < j.
+    """
+    sums = np.zeros((len(run), len(run)))
+    for piece in pieces:
+        states = [through(model, model.embed(piece.ids_T), 0, run.start, piece)]
+        for number in run:
+            states.append(through(model, states[-1], number, number + 1, piece))
+        for i in range(len(run) - 1):
+            x_TD = states[i]  # in which layer i is left out
+            for j in range(i + 1, len(run)):
+                after_TD = through(model, x_TD, run[j], run[j] + 1, piece)
+                added = (states[j + 1] - states[j]).float(), (after_TD - x_TD).float()
+                sums[i, j] += float((1 - F.cosine_similarity(*added, dim=-1)).sum())
+                x_TD = after_TD
+    return sums / pieces[-1].end
+
+
+def independent_runs(matrices: Mapping[range, np.ndarray], limit: float) -> list[range]:
+    """Of runs with their dependency matrices, the parts to fuse: the longest in which no layer depends on another by more than the limit.
+
+    Of equally long ones that of the smallest largest entry is taken, then that of the smallest sum; none overlaps another.
+    """
+    parts: list[tuple[int, float, float, range]] = []
+    for run, matrix in matrices.items():
+        for start in range(len(run) - 1):
+            for end in range(start + 2, len(run) + 1):
+                within = matrix[start:end, start:end]
+                if within.max() <= limit:
+                    parts.append((start - end, float(within.max()), float(within.sum()), run[start:end]))
+    chosen: list[range] = []
+    for *_, part in sorted(parts, key=lambda one: one[:3]):
+        if all(part.stop <= other.start or other.stop <= part.start for other in chosen):
+            chosen.append(part)
+    return sorted(chosen, key=lambda run: run.start)
 
 
 def fuse(child: Child, runs: Sequence[range] | None = None) -> Child:

@@ -85,7 +85,7 @@ class Library:
     """
 
     def __init__(self, parent: Transformer, folder: Path) -> None:
-        self.parent, self._folder = parent, folder
+        self.parent, self.folder = parent, folder
 
     def half(self, layer: int, half: Half, size: int) -> Block:
         """Half a layer of this size."""
@@ -96,7 +96,7 @@ class Library:
         with torch.device(self.parent.embedding.device):
             found = Block(self.parent.config, half_config(config, variant))
         if size:
-            found.load_state_dict(load_file(self._folder / f"{variant.id}.safetensors"))
+            found.load_state_dict(load_file(self.folder / f"{variant.id}.safetensors"))
         return found.requires_grad_(False)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gristmill.core.io import write_text
 from gristmill.report.comparisons import format_difference, format_score_ci
-from gristmill.report.figures import Points, layers_picture, scatter_plot
+from gristmill.report.figures import Points, dependency_picture, layers_picture, scatter_plot
 from gristmill.report.markup import Markup, alarm_banners, document, el, table
 from gristmill.report.summary import compression_lines
 from gristmill.report.training import training_section
@@ -28,7 +28,7 @@ def write_page(data: RunData) -> Path:
     if "costs" in stages:
         body += [el("h2", "Costs of variants"), *_costs(stages["costs"])]
     if "scores" in stages:
-        body += [el("h2", "Replace-1-block scores"), *_scores(stages["scores"]["blocks"])]
+        body += [el("h2", "Replace-1-block scores"), *_scores(stages["scores"])]
     if "library" in stages and (trained := stages["library"]["variants"]):
         body += [el("h2", "Blockwise distillation"), _library(trained)]
     if curves := training_section(data):
@@ -50,6 +50,8 @@ def _results(results: Mapping[str, Any], folder: Path) -> list[Markup]:
         out += [el("h2", "Accuracy"), table(["greedy", "parent", "child", "paired difference"], rows)]
     out += [el("h2", "The child's layers"), layers_picture(results["parent_layers"], results["layers"])]
     out += [el("p", "Upper bars: key-value heads of attention; lower bars: channels of the MLP. Grey: the parent's.", class_="note")]
+    if fusion := results.get("fusion"):
+        out += [el("h2", "FFN Fusion"), *_fusion(fusion)]
     out += [el("h2", "KL against speed"), _pareto(children, found)]
     words = "Each dot is a child, measured beside the parent in turns; KL is before the global distillation, but for the last dot."
     out += [el("p", words, class_="note"), el("h2", "Predicted and measured"), _children(children)]
@@ -59,6 +61,17 @@ def _results(results: Mapping[str, Any], folder: Path) -> list[Markup]:
         f"{point['precision']}: costs add up at this operating point alone."
     )
     return [*out, el("p", words, class_="note")]
+
+
+def _fusion(fusion: Mapping[str, Any]) -> list[Markup]:
+    """Dependency matrices of runs of layers without attention, and which of their layers became one."""
+    told = ", ".join(f"{run[0]} to {run[-1]}" for run in fusion["fused"])
+    words = (
+        "Cosine distance between what a column's layer adds to the states with a row's layer and without it, by the parent's numbers of "
+        f"layers. Fused into one each (dashed): {f'layers {told}' if told else 'none'}."
+    )
+    pictures = [dependency_picture(run["layers"], run["dependencies"], fusion["fused"]) for run in fusion["runs"]]
+    return [el("p", words if pictures else "No layers without attention lie side by side.", class_="note"), *pictures]
 
 
 def _pareto(children: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> Markup:
@@ -97,10 +110,12 @@ def _children(children: Sequence[Mapping[str, Any]]) -> Markup:
                 f"{error:+.1%}",
                 f"{one['score']:.3f}",
                 f"{one['kl']:.3f}",
+                *([f"{one['accuracy']:.3f}"] if "accuracy" in one else []),
                 f"{predicted['parameters']:.0%}",
             ]
         )
-    return table(["found by", "target", "predicted", "measured", "error", "sum of scores", "KL", "parameters"], rows)
+    measures = ["KL", *(["accuracy"] if any("accuracy" in one for one in children) else [])]
+    return table(["found by", "target", "predicted", "measured", "error", "sum of scores", *measures, "parameters"], rows)
 
 
 def _costs(costs: Mapping[str, Any]) -> list[Markup]:
@@ -114,8 +129,21 @@ def _costs(costs: Mapping[str, Any]) -> list[Markup]:
     return [el("p", words, class_="note"), table(["variant", "median", "rounds"], rows, medium=True)]
 
 
-def _scores(scores: Mapping[str, Mapping[str, Any]]) -> list[Markup]:
-    """KL of every layer with one half exchanged, and the other its own."""
+def _scores(stage: Mapping[str, Any]) -> list[Markup]:
+    """Scores of every layer with one half exchanged, and the other its own: KL, and a task's accuracy where layers were scored by it."""
+    words = "KL from the parent, nats a token, where one half of one layer is exchanged; the search adds up those of whole layers."
+    out: list[Markup] = [el("p", words, class_="note"), _halves(stage["blocks"], "kl", "{:.3f}")]
+    if task := stage.get("task"):
+        most = max(one["stderr"] for one in stage["blocks"].values())
+        words = (
+            f"Change of greedy accuracy on {task['num_prompts']} prompts, of which the parent has {task['parent']:.3f} right. The standard "
+            f"error of a change is at most {most:.3f}; the search takes a rise for none, and orders what is equal by KL."
+        )
+        out += [el("p", words, class_="note"), _halves(stage["blocks"], "accuracy", "{:+.3f}", sign=-1)]
+    return out
+
+
+def _halves(scores: Mapping[str, Mapping[str, Any]], key: str, form: str, sign: int = 1) -> Markup:
     layers: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for one in scores.values():
         layers[one["layer"]].append(one)
@@ -125,14 +153,15 @@ def _scores(scores: Mapping[str, Mapping[str, Any]]) -> list[Markup]:
         own, cells = choices[0], {}
         for one in choices[1:]:
             if one["ffn_size"] == own["ffn_size"]:
-                cells[f"attention {one['kv_heads']}"] = one["kl"]
+                cells[f"attention {one['kv_heads']}"] = one[key]
             elif one["kv_heads"] == own["kv_heads"]:
-                cells[f"mlp {one['ffn_size']}"] = one["kl"]
+                cells[f"mlp {one['ffn_size']}"] = one[key]
         columns |= dict.fromkeys(cells)
         rows.append((layer, cells))
-    filled = [[str(layer), *(f"{cells[name]:.3f}" if name in cells else "" for name in columns)] for layer, cells in rows]
-    words = "KL from the parent, nats a token, where one half of one layer is exchanged; the search adds up those of whole layers."
-    return [el("p", words, class_="note"), table(["layer", *columns], filled)]
+    return table(
+        ["layer", *columns],
+        [[str(layer), *(form.format(sign * cells[name]) if name in cells else "" for name in columns)] for layer, cells in rows],
+    )
 
 
 def _library(trained: Mapping[str, Mapping[str, Any]]) -> Markup:

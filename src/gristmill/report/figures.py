@@ -268,7 +268,7 @@ def scatter_plot(kinds: Sequence[Points], *, x_label: str, y_label: str) -> Mark
 def layers_picture(parent: Sequence[Mapping[str, int]], child: Sequence[Mapping[str, int]]) -> Markup:
     """Layers from left to right: of each the key-value heads (above) and the channels of its MLP (below), in shares of the widest."""
     step, tall, gap, left = 44.0, 60.0, 26.0, 70.0
-    width = left + step * len(parent) + 10
+    width = max(640.0, left + step * len(parent) + 10)
     parts: list[Markup] = []
     for row, (key, label) in enumerate((("kv_heads", "attention"), ("ffn_size", "MLP"))):
         most = max([one[key] for one in parent] or [1]) or 1
@@ -285,6 +285,25 @@ def layers_picture(parent: Sequence[Mapping[str, int]], child: Sequence[Mapping[
                     )
             parts.append(el("text", str(new[key]) if new[key] else "none", x=r1(at + 16), y=r1(floor + 14), text_anchor="middle"))
     return svg(width, 2 * (tall + gap) + 10, "Layers of the child", parts)
+
+
+def dependency_picture(layers: Sequence[int], values: Sequence[Sequence[float]], fused: Sequence[Sequence[int]]) -> Markup:
+    """Dependency matrix of a run of layers: a cell is the darker the more its column's layer needs its row's; what is fused is framed."""
+    step, left, top = 46.0, 70.0, 22.0
+    labels = [f"layer {layer}" for layer in layers]
+    parts: list[Markup] = []
+    for i, label in enumerate(labels):
+        parts.append(el("text", label, x=r1(left + (i + 0.5) * step), y=14, text_anchor="middle"))
+        parts.append(el("text", label, x=r1(left - 8), y=r1(top + (i + 0.6) * step), text_anchor="end"))
+        for j in range(i + 1, len(labels)):
+            x, y = left + j * step, top + i * step
+            size = {"x": r1(x + 1), "y": r1(y + 1), "width": step - 2, "height": step - 2}
+            framed = any({layers[i], layers[j]} <= set(run) for run in fused)
+            hover = el("title", f"{labels[j]} on {label}: {values[i][j]:.4f}")
+            shade = round(min(1.0, 0.05 + values[i][j]), 2)
+            parts.append(el("rect", hover, **size, fill_opacity=shade, class_="after mark" if framed else "after"))
+            parts.append(el("text", f"{values[i][j]:.3f}", x=r1(x + step / 2), y=r1(y + step * 0.6), text_anchor="middle"))
+    return svg(max(640.0, left + step * len(labels)), top + step * len(labels), "Dependency matrix", parts)
 
 
 def accuracy_bars(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> Markup:

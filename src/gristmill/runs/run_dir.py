@@ -274,7 +274,7 @@ class RunDir:
         if on_change == "redo" and (changed or not done):
             self._remove_from(len(self.stages) - 1)
             done = {}
-        elif on_change == "continue" and (changed or (again is not None and found is marker and again(done))):
+        elif (changed and on_change == "continue") or (found is marker and not changed and again is not None and again(done)):
             marker.unlink(missing_ok=True)
             done = {}
         elif self.redo is not None and on_change == "refuse":

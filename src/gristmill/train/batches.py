@@ -10,7 +10,7 @@ A batch lays its documents end to end in one ``ids_T`` vector, token-major; ever
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import Generic, Protocol, TypeVar
@@ -58,6 +58,18 @@ class Sample:
     def num_targets(self) -> int:
         """Tokens that the loss is taken over."""
         return int(np.count_nonzero(np.asarray(self.mask)[1:]))
+
+
+@dataclass
+class TaughtSample(Sample):
+    """A document with its teacher's largest log-probabilities (train/top_logprobs.py).
+
+    Attributes:
+        top: of each target, a row with the fields `ids` and `logprobs`.
+    """
+
+    _: KW_ONLY
+    top: np.ndarray
 
 
 @dataclass
@@ -233,6 +245,7 @@ class TokenBatch:
     num_tokens: int
     rows_R: Tensor
     targets_R: Tensor
+    teacher_RK: tuple[Tensor, Tensor] | None = None  # of `TaughtSample`: tokens and their log-probabilities
 
     @property
     def count(self) -> int:
@@ -322,7 +335,12 @@ def _token_batch(groups: Sequence[Sequence[Sample]], device: torch.device, fill:
 
 def collate_tokens(samples: Sequence[Sample], device: torch.device, *, fill: bool | int = True) -> TokenBatch:
     """Lay samples end to end."""
-    return _token_batch([[sample] for sample in samples], device, fill)
+    batch = _token_batch([[sample] for sample in samples], device, fill)
+    taught = [sample.top for sample in samples if isinstance(sample, TaughtSample)]
+    if len(taught) < len(samples):
+        return batch
+    ids_RK, logprobs_RK = (torch.from_numpy(np.concatenate([top[name] for top in taught])).to(device) for name in ("ids", "logprobs"))
+    return replace(batch, teacher_RK=(ids_RK.long(), logprobs_RK))
 
 
 def collate_pairs(pairs: Sequence[PairSample], device: torch.device, *, fill: bool | int = True) -> PairBatch:

@@ -1,9 +1,10 @@
 """Losses, chunked over the vocabulary: pure functions on tensors that return a sum and a count, or one value a pair; the loop divides.
 
 Shape legend: R rows (hidden states that predict a trained target), D hidden size, V vocabulary, C rows of a
-chunk, S rows of a slice of it, P preference pairs, N rated samples, E hidden size of a teacher.
+chunk, S rows of a slice of it, P preference pairs, N rated samples, E hidden size of a teacher, K its tokens that are known.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -380,9 +381,48 @@ class _KlSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
-        of_weight = None if grad_weight_VD is None else grad_weight_VD.mul_(grads[0]).to(grad_hidden_RD.dtype)
-        return grad_hidden_RD * grads[0].to(grad_hidden_RD.dtype), of_weight, None, None, None, None
+        return (*_scaled(ctx, grads[0]), None, None, None, None)
+
+
+def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients of states and output matrix that the forward pass has made, times that of the sum."""
+    grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
+    of_weight = None if grad_weight_VD is None else grad_weight_VD.mul_(grad).to(grad_hidden_RD.dtype)
+    return grad_hidden_RD * grad.to(grad_hidden_RD.dtype), of_weight
+
+
+class _TopKlSum(torch.autograd.Function):
+    """The same over K tokens of a teacher, and all others as one. In the gradient the teacher's rest is spread as the student's is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, ids_RK: Tensor, logprobs_RK: Tensor, cap: float | None, need_grad: bool
+    ) -> Tensor:
+        total = hidden_RD.new_zeros((), dtype=torch.float32)
+        grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad and ctx.needs_input_grad[1] else None
+        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
+            logits_CV = _logits(hidden_RD[chunk], weight_VD)
+            for rows in _softmax_slices(logits_CV):
+                log_q_SV, slope_SV = _log_softmax(logits_CV[rows], cap)
+                ids_SK, log_p_SK = ids_RK[chunk][rows], logprobs_RK[chunk][rows]
+                p_SK, log_q_SK = log_p_SK.exp(), log_q_SV.gather(1, ids_SK)
+                rest_S1 = (1 - p_SK.sum(1, keepdim=True)).clamp_(min=0) * (ids_SK.shape[1] < len(weight_VD))
+                student_rest_S1 = log_q_SV.scatter(1, ids_SK, -math.inf).logsumexp(1, keepdim=True)
+                ratio_S1 = torch.where(rest_S1 > 0, rest_S1.log() - student_rest_S1, -math.inf)  # log (p / q) of the rest
+                total += (p_SK * (log_p_SK - log_q_SK)).sum() + torch.where(rest_S1 > 0, rest_S1 * ratio_S1, 0.0).sum()
+                if need_grad:  # q - p, with p = rest * q / (q of the rest) outside
+                    grad_SV = log_q_SV.exp() - log_q_SV.add_(ratio_S1).exp_()
+                    grad_SV.scatter_(1, ids_SK, log_q_SK.exp() - p_SK)
+                    logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
+            _add_products(logits_CV, weight_VD, hidden_RD[chunk], None if grad_hidden_RD is None else grad_hidden_RD[chunk], grad_weight_VD)
+        ctx.save_for_backward(grad_hidden_RD, grad_weight_VD)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_scaled(ctx, grads[0]), None, None, None, None)
 
 
 def kl_divergence_sum(
@@ -403,6 +443,16 @@ def kl_divergence_sum(
     teacher_RE = teacher_RE.detach()
     given = hidden_RD, weight_VD.to(hidden_RD.dtype), teacher_RE, teacher_VE.detach().to(teacher_RE.dtype)
     return _KlSum.apply(*given, (cap, teacher_cap), need_grad)
+
+
+def top_kl_divergence_sum(hidden_RD: Tensor, weight_VD: Tensor, ids_RK: Tensor, logprobs_RK: Tensor, *, cap: float | None = None) -> Tensor:
+    """Distillation loss from a teacher's K largest log-probabilities: the sum over rows of KL(teacher || student), nats.
+
+    All other tokens count as one, whose probability is what is left; so it is at most `kl_divergence_sum`, which it is where K is the
+    vocabulary. Only the student gets a gradient.
+    """
+    need_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
+    return _TopKlSum.apply(hidden_RD, weight_VD.to(hidden_RD.dtype), ids_RK, logprobs_RK, cap, need_grad)
 
 
 def masked_mse(scores_N5: Tensor, labels_N5: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,17 @@ class DistillationTraining(Training):
     """Knowledge distillation."""
 
     loss: Literal["auto"] | DistillationLoss = Field("auto", description="auto: cosine+kl where the models' layers pair, else kl")
+    teacher_top_k: int | None = Field(
+        None, gt=0, description="keep so many of the teacher's log-probabilities a token on disk, in place of the teacher in memory"
+    )
+
+    @model_validator(mode="after")
+    def _top_k_has_no_states(self) -> Self:
+        if self.teacher_top_k is not None and self.loss not in ("auto", "kl", "kl+lm"):
+            raise ValueError(
+                f"teacher_top_k keeps the teacher's distributions and not its states: take the loss kl or kl+lm, not {self.loss}"
+            )
+        return self
 
 
 def training_section(objective: str, values: dict[str, Any]) -> Training:

@@ -37,17 +37,18 @@ from gristmill.model.lora import LoraConfig, adapters_disabled, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import TRAINING_PRECISIONS, Transformer
 from gristmill.parallel.mesh import Mesh
-from gristmill.train.batches import AnySample, collate, split_micro_batches
+from gristmill.train.batches import AnySample, Sample, collate, split_micro_batches
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.data import ListData, check_vocabulary
 from gristmill.train.memory import MIN_MICRO_BATCH, MemoryEstimate, always_checkpointed, choose_micro_batch, fitting, recorded_micro_batch
-from gristmill.train.objectives.distillation import DistillationObjective, paired_loss
+from gristmill.train.objectives.distillation import DistillationObjective, TopKDistillation, paired_loss
 from gristmill.train.objectives.guard import guard_objective, guard_samples
 from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs, pair_samples
 from gristmill.train.objectives.reward import rated_samples, reward_objective
 from gristmill.train.objectives.sft import demonstration_samples, sft_objective
 from gristmill.train.settings import DistillationLoss, DistillationTraining, Lora, PreferenceTraining, Training
 from gristmill.train.sharded import check_parallel
+from gristmill.train.top_logprobs import Tick, check_top_k, taught_samples
 from gristmill.train.trainer import Objective, OnStep, Trainer, TrainResult, TrainSettings
 
 MODEL, ADAPTER = "model", "adapter"  # the subfolders that hold the model, and the adapter of a training with LoRA
@@ -70,6 +71,7 @@ def train_model(
     max_fpr: float = 0.05,
     teacher: Path | None = None,
     on_step: OnStep | None = None,
+    tick: Tick = lambda done, total, note: None,
     say: Callable[[str], object] = lambda line: None,
     mesh: Mesh | None = None,
 ) -> TrainResult:
@@ -87,6 +89,7 @@ def train_model(
         taxonomy: categories of a guard.
         max_fpr: share of safe rows that each category of a guard may call unsafe; a fifth of the rows fits the thresholds.
         teacher: folder of the model that a student is distilled from; with the student's tokenizer.
+        tick: hears how far a teacher is whose log-probabilities are kept on disk.
         say: hears, before any weight is read, which settings were chosen and how much memory training will take.
         mesh: the processes that train one model together (`process_mesh`), of which the first writes it; default this one alone.
 
@@ -141,8 +144,12 @@ def train_model(
         model, result = fit(model, sft_objective, demonstration_samples(rows, form, tokenizer))
     elif isinstance(recipe, DistillationTraining):
         assert teacher is not None
-        objective: Objective = load_teacher(teacher, recipe.loss, model.config, precision=settings.precision, device=where)
-        model, result = fit(model, objective, demonstration_samples(rows, form, tokenizer))
+        documents: Sequence[Sample] = demonstration_samples(rows, form, tokenizer)
+        objective: Objective
+        objective, documents = distillation_from(
+            teacher, recipe, documents, settings, model.config, device=where, cache=out / "train", tick=tick
+        )
+        model, result = fit(model, objective, documents)
     elif kind == "reward":  # the head is drawn on the CPU, so that it is the same on every device
         reward = RewardModel(model, seed=seed) if weights is None else RewardModel(model, weights, seed=seed)
         reward, result = fit(reward, reward_objective, rated_samples(rows, form, tokenizer))
@@ -198,7 +205,8 @@ def _check_distillation(student: Path, teacher: Path | None, recipe: Distillatio
             f"{teacher} has another vocabulary than {student}: distributions over other tokens cannot be compared. Take a teacher with "
             "the student's tokenizer, or train on its answers (`gristmill train sft`)."
         )
-    paired_loss(recipe.loss, configs[0], configs[1])
+    paired_loss("kl" if recipe.teacher_top_k else recipe.loss, configs[0], configs[1])
+    check_top_k(recipe.teacher_top_k, configs[0].vocab_size)
 
 
 def load_teacher(
@@ -218,8 +226,51 @@ def load_teacher(
     Raises:
         InputError: the models' layers do not pair and the loss has a cosine.
     """
-    teacher = load_model(folder, TRAINING_PRECISIONS[precision], vector_dtype=torch.float32)[0].to(device).requires_grad_(False)
+    teacher = _load_frozen(folder, precision, device)
     return DistillationObjective(teacher, fingerprint(folder), paired_loss(loss, student, teacher.config, layers), layers)
+
+
+def distillation_from(
+    folder: Path,
+    recipe: DistillationTraining,
+    samples: Sequence[Sample],
+    settings: TrainSettings,
+    student: ModelConfig,
+    *,
+    device: torch.device,
+    cache: Path,
+    tick: Tick,
+    layers: tuple[int, ...] = (),
+) -> tuple[Objective, Sequence[Sample]]:
+    """Distillation from the model of a folder, and the samples for it.
+
+    With `recipe.teacher_top_k` the model is in memory only while a file in `cache` is written, and the samples bring what it says.
+
+    Args:
+        layers: as of `load_teacher`.
+
+    Raises:
+        InputError: the models' layers do not pair and the loss has a cosine, or the disk has no room for the file.
+    """
+    precision = settings.precision
+    if recipe.teacher_top_k is None:
+        return load_teacher(folder, recipe.loss, student, precision=precision, device=device, layers=layers), samples
+    identity = fingerprint(folder)
+    taught = taught_samples(
+        samples,
+        cache,
+        lambda: _load_frozen(folder, precision, device),
+        identity=identity,
+        top_k=recipe.teacher_top_k,
+        max_tokens=settings.max_tokens or student.max_positions,
+        precision=precision,
+        tick=tick,
+    )
+    return TopKDistillation(identity, recipe.teacher_top_k, "kl" if recipe.loss == "auto" else recipe.loss), taught
+
+
+def _load_frozen(folder: Path, precision: str, device: torch.device) -> Transformer:
+    return load_model(folder, TRAINING_PRECISIONS[precision], vector_dtype=torch.float32)[0].to(device).requires_grad_(False)
 
 
 def merge_adapter_folder(

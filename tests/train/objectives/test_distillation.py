@@ -1,9 +1,11 @@
 """Distillation: the loss by hand, its gradient, a student that is its teacher, students of other sizes, other vocabularies refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,11 @@ from gristmill.cli.main import app
 from gristmill.core.errors import InputError
 from gristmill.model.config import BlockConfig, ModelConfig, uniform_blocks
 from gristmill.model.transformer import Transformer
-from gristmill.train.batches import Sample, collate_tokens
-from gristmill.train.losses import kl_divergence_sum
-from gristmill.train.objectives.distillation import DistillationObjective, paired_loss
+from gristmill.train import top_logprobs
+from gristmill.train.batches import Sample, TaughtSample, collate_tokens
+from gristmill.train.losses import kl_divergence_sum, top_kl_divergence_sum
+from gristmill.train.objectives.distillation import DistillationObjective, TopKDistillation, paired_loss
+from gristmill.train.top_logprobs import taught_samples
 from gristmill.train.trainer import Trainer, TrainSettings
 
 CONFIG = ModelConfig("nemotron", 80, 32, uniform_blocks(2, 4, 2, 8, 64), 64, init_std=0.2)
@@ -115,6 +119,84 @@ def test_a_narrower_student_comes_closer(samples: list[Sample]) -> None:
     assert losses[-1] < losses[0] / 4
 
 
+# ---- a teacher's largest log-probabilities on disk ----
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("top_k", [1, 6, 50])
+def test_the_divergence_to_known_tokens_and_the_rest_is_that_of_torch(top_k: int, cap: float | None) -> None:
+    """At most the full one, which it is of the whole vocabulary; more rows than a chunk holds."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_RD, weight_VD, teacher_RE, teacher_VE = (torch.randn(*shape, generator=generator) for shape in ((1500, 8), (50, 8)) * 2)
+    hidden_RD.requires_grad_(), weight_VD.requires_grad_()
+    log_p, logits = (teacher_RE @ teacher_VE.T).log_softmax(-1), hidden_RD @ weight_VD.T
+    log_q = (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
+    top, ids = log_p.topk(top_k)
+    expected = (top.exp() * (top - log_q.gather(1, ids))).sum()
+    if top_k < 50:
+        rest = [1 - log.gather(1, ids).exp().sum(-1) for log in (log_p, log_q)]
+        expected = expected + (rest[0] * (rest[0] / rest[1]).log()).sum()
+    found = top_kl_divergence_sum(hidden_RD, weight_VD, ids, top, cap=cap)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(*(torch.autograd.grad(2 * loss, [hidden_RD, weight_VD]) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    full = float(kl_divergence_sum(hidden_RD.detach(), weight_VD.detach(), teacher_RE, teacher_VE, cap=cap))
+    assert float(found.detach()) == pytest.approx(full, rel=1e-4) if top_k == 50 else float(found.detach()) < full
+
+
+def top_of(samples: list[Sample], folder: Path, top_k: int, teacher: Transformer | None = None) -> list[Sample]:
+    def load() -> Transformer:
+        assert teacher is not None, "nothing is missing"
+        return teacher.requires_grad_(False)
+
+    options: dict[str, Any] = {"identity": "t", "max_tokens": 31, "precision": "fp32"}
+    return taught_samples(samples, folder, load, top_k=top_k, **options)
+
+
+def test_the_whole_vocabulary_gives_the_gradients_of_the_teacher_in_memory(samples: list[Sample], tmp_path: Path) -> None:
+    teacher, student = model(1), model(0)
+    taught = top_of(samples, tmp_path, 80, teacher)
+    grads, losses = [], []
+    for objective, rows in ((DistillationObjective(teacher, "t", "kl+lm"), samples), (TopKDistillation("t", 80, "kl+lm"), taught)):
+        output = objective(student, collate_tokens(rows, torch.device("cpu")))
+        losses.append({name: float(value) for name, (value, _) in output.metrics.items()} | {"sum": float(output.sum.detach())})
+        grads.append(torch.autograd.grad(output.sum, list(student.parameters())))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0]["sum"] == pytest.approx(losses[0]["kl"] + losses[0]["lm"])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_killed_teacher_goes_on_behind_its_last_group(samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top_logprobs, "GROUP_TOKENS", 29)  # three groups: the first sample, the next two, the last
+    given = [*samples, Sample([1] * 40, [True] * 40, "long"), Sample([1, 2], [False] * 2, "untrained")]
+    taught = top_of(given, tmp_path / "calm", 5, model(1))
+    assert [type(one) for one in taught] == [TaughtSample] * 4 + [Sample] * 2
+    (whole,) = (tmp_path / "calm").iterdir()
+    assert whole.stat().st_size == 8 * 5 * sum(sample.num_targets for sample in samples)
+    part = tmp_path / "killed" / f"{whole.stem}.part"
+    part.parent.mkdir()
+    first = samples[0].num_targets
+    part.write_bytes(whole.read_bytes()[: 40 * first] + b"torn" * 11)
+    teacher, read = model(1), []
+    hidden = teacher.hidden
+    monkeypatch.setattr(teacher, "hidden", lambda ids_T, *args: read.append(len(ids_T)) or hidden(ids_T, *args))
+    again = top_of(given, part.parent, 5, teacher)
+    assert len(read) == 2, "the first group is not read again"
+    assert (part.parent / whole.name).read_bytes() == whole.read_bytes() and not part.exists()
+    assert all(np.array_equal(a.top, b.top) for a, b in zip(taught[:4], again[:4], strict=True))  # type: ignore[attr-defined]
+    top_of(given, part.parent, 5)
+    with pytest.raises(AssertionError, match="nothing is missing"):
+        top_of([*given, samples[0]], part.parent, 5)  # another text
+
+
+def test_a_disk_without_room_for_a_teacher_is_said_before_it_is_loaded(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(InputError, match="5 largest log-probabilities of 60 tokens take .* lower teacher_top_k"):
+        top_of(samples, tmp_path, 5)
+
+
 # ---- the command ----
 
 
@@ -140,6 +222,15 @@ def test_the_command_distils_a_model_folder(tiny_base: Path, rows: Path, tmp_pat
     assert json.loads(shown.stdout)["model"] == str(tmp_path / "out/model") and (tmp_path / "out/model/config.json").exists()
 
 
+def test_the_command_keeps_a_teacher_on_disk(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    args = ["--model", tiny_base, "--teacher", tiny_base, "--data", rows, "--teacher-top-k", 8, "--precision", "fp32"]
+    shown = distil(*args, "--epochs", 2, "--out", tmp_path / "out")
+    assert shown.exit_code == 0, shown.output
+    first, *_ = (json.loads(line) for line in (tmp_path / "out/train/metrics.jsonl").read_text().splitlines())
+    assert first["kl"] == pytest.approx(0, abs=1e-5) and "cosine" not in first
+    assert len(list((tmp_path / "out/train").glob("teacher-*.bin"))) == 1
+
+
 def test_what_cannot_be_distilled_is_told_before_work(tiny_base: Path, random_base: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given: Callable[..., list[Any]] = lambda *more: ["--model", tiny_base, "--data", rows, "--out", out, *more]  # noqa: E731
@@ -148,6 +239,8 @@ def test_what_cannot_be_distilled_is_told_before_work(tiny_base: Path, random_ba
         (given("--teacher", random_base), "has another vocabulary than"),
         (given("--teacher", tiny_base, "--lora-rank", 4), "trains all weights in one process"),
         (given("--teacher", tiny_base, "--distill-loss", "mse"), "mse"),
+        (given("--teacher", tiny_base, "--distill-loss", "cosine+kl", "--teacher-top-k", 4), "not its states: take the loss kl"),
+        (given("--teacher", tiny_base, "--teacher-top-k", 10**6), "more than the 512 tokens of the vocabulary"),
     ):
         shown = distil(*args)
         assert shown.exit_code == 2 and words in shown.stderr, shown.output

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,11 +18,14 @@ from typer.testing import CliRunner
 
 from gristmill.cli.main import app
 from gristmill.compress.costs import Meter
-from gristmill.core.config import check, dump
+from gristmill.core.config import check, dump, load
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
+from gristmill.data.chat import conversation
 from gristmill.data.chat_format import FORMATS
 from gristmill.data.tokenizer import Tokenizer
+from gristmill.engine.engine import Engine
+from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.hf import load_model
 from gristmill.model.hf_save import save_model
@@ -29,6 +33,7 @@ from gristmill.model.transformer import Transformer
 from gristmill.report.compression import write_page
 from gristmill.report.summary import stage_line
 from gristmill.runs.reader import read_run
+from gristmill.workflows import train
 from gristmill.workflows.compress.recipe import CompressionRecipe
 from gristmill.workflows.compress.run import run as run_compression
 
@@ -128,6 +133,10 @@ def make(folder: Path, base: Path, **changes: Any) -> CompressionRecipe:
     recipe = check(CompressionRecipe, values)
     (folder / "compress.yaml").write_text(dump(recipe))
     return recipe
+
+
+def make_again(recipe: CompressionRecipe, **changes: Any) -> CompressionRecipe:
+    return check(CompressionRecipe, {**recipe.model_dump(mode="json"), **changes})
 
 
 def run(recipe: CompressionRecipe, folder: Path) -> dict[str, Any]:
@@ -243,10 +252,58 @@ def test_a_child_whose_attention_is_gone_is_fused(base: Path, tmp_path: Path) ->
     space = {"kv_heads": [], "widths": [], "no_mlp": False, "fixed_layers": [0]}
     distillation = {"steps": 2, "batch_size": 8, "lr": 1e-3, "precision": "fp32"}
     changes = {"space": space, "target": {"speed": 1.52}, "search": {"curve": [], "candidates": 1}, "distillation": distillation}
-    out = run(make(tmp_path / "fused", tmp_path / "deep", fusion=True, **changes), tmp_path / "fused")
+    out = run(make(tmp_path / "fused", tmp_path / "deep", fusion=True, fusion_limit=2, **changes), tmp_path / "fused")
     child = load_model(tmp_path / "fused/run" / out["model"])[0].config
     assert [(block.num_kv_heads, block.ffn_size) for block in child.blocks] == [(2, 64), (0, 192), (0, 64)]
     assert out["compress"]["kl"] < out["compress"]["kl_before"]
+    (run_of,) = out["fusion"]["runs"]
+    assert [run_of["layers"]] == out["fusion"]["fused"] and 0 < np.max(run_of["dependencies"]) < 2
+    assert "Dependency matrix" in write_page(read_run(tmp_path / "fused/run")).read_text()
+
+
+def test_layers_are_scored_by_the_accuracy_of_known_answers(calm: Path, base: Path, tmp_path: Path) -> None:
+    """In a folder that was scored by KL. Truths are what the parent says; in bf16 it says some of it otherwise."""
+    model, tokenizer = load_model(base)
+    engine = Engine(model, tokenizer, FORMATS["chatml"], name="parent")
+    texts = [f"Say {word}{number}." for number in range(5) for word in "abcdefgh"]
+    sampling = SamplingParams(temperature=0.0, max_tokens=24)
+    requests = [Request(text, conversation([{"role": "user", "content": text}]), sampling, 0) for text in texts]
+    answers = {request.id: outs for request, outs in engine.generate(requests)}
+    said = {text: answers[text][0].text for text in texts}
+    known = [{"prompt": text, "truth": {"kind": "exact", "value": one}} for text, one in said.items() if len(one.splitlines()) == 1]
+    recipe = make(tmp_path, base)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known[:24]))
+    by_kl = run(recipe, tmp_path)
+    lines = (tmp_path / "run/03-scores/scores.jsonl").read_bytes()
+
+    search = {**recipe.search.model_dump(), "metric": "accuracy"}
+    out = run(make_again(recipe, search=search, target={"speed": 1.2}), tmp_path)
+    scores = read_run(tmp_path / "run").stages[3]
+    assert scores["task"]["num_prompts"] == 24 and scores["task"]["parent"] > 0.3
+    assert (tmp_path / "run/03-scores/scores.jsonl").read_bytes().startswith(lines), "KL is not computed again"
+    falls = [one["accuracy"] for one in scores["blocks"].values()]
+    assert min(falls) <= 0 and max(falls) > 0.2 and all(0 <= one["stderr"] < 0.15 for one in scores["blocks"].values())
+    children = out["children"]
+    chosen = max((one for one in children if one["search"] == "mip"), key=lambda one: (one["accuracy"], -one["kl"]))
+    assert out["layers"] == chosen["layers"] and all(0 <= one["accuracy"] <= 1 for one in children)
+    page = write_page(read_run(tmp_path / "run")).read_text()
+    assert "Change of greedy accuracy on 24 prompts, of which the parent has" in page
+    again = run(recipe, tmp_path)
+    assert all(again[key] == by_kl[key] for key in ("layers", "children", "model")), "what was found by KL stays"
+
+
+def test_two_targets_learn_from_one_teacher_on_disk(calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load(calm / "compress.yaml", CompressionRecipe)
+    shutil.copytree(calm / "run", tmp_path / "run")
+    for path in (tmp_path / "run").glob("0[5-7]-*"):
+        shutil.rmtree(path)
+    recipe = make_again(recipe, distillation={**recipe.distillation.model_dump(), "teacher_top_k": 8})
+    found = run(recipe, tmp_path)["compress"]
+    assert 0 < found["kl"] < found["kl_before"]
+    (file,) = (tmp_path / "run/02-library/teacher").iterdir()
+    assert file.stat().st_size % 64 == 0 and "cosine" not in (tmp_path / "run/06-child-1.3x/train/metrics.jsonl").read_text()
+    monkeypatch.setattr(train, "_load_frozen", None)  # no teacher is loaded again
+    assert run(recipe.with_speed(1.5), tmp_path)["compress"]["kl"] > 0
 
 
 @pytest.mark.parametrize(
@@ -255,6 +312,8 @@ def test_a_child_whose_attention_is_gone_is_fused(base: Path, tmp_path: Path) ->
         ({"space": {"widths": [], "kv_heads": [], "no_attention": False, "no_mlp": False}}, "No layer of this model can change"),
         ({"costs": {"prompt_tokens": 100, "output_tokens": 100}}, "more than the model's context of 128"),
         ({"target": {"speed": 1.3, "parameters": 0.01}}, "target.parameters 0.01 is out of reach"),
+        ({"distillation": {"teacher_top_k": 10_000}}, "teacher_top_k 10000 is more than the"),
+        ({"search": {"metric": "accuracy"}}, "needs prompts .* whose answers are known.* at least 20, and there are 0"),
     ],
 )
 def test_bad_input_is_told_before_work(base: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -311,6 +370,7 @@ def test_documents_are_a_text_too_and_a_target_out_of_reach_is_said(base: Path, 
         ({"model": "x", "world": "miniature", "target": {"speed": 0.5}}, "target.speed"),
         ({"model": "x", "world": "miniature", "search": {"curve": [0]}}, "search.curve"),
         ({"model": "x", "world": "miniature", "distillation": {"lora": {}}}, "leave lora out"),
+        ({"model": "x", "world": "miniature", "distillation": {"loss": "cosine+kl", "teacher_top_k": 8}}, "not its states"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(values: dict[str, Any], words: str) -> None:

@@ -14,7 +14,7 @@ from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import TokenBatch
-from gristmill.train.losses import cross_entropy_sum, kl_divergence_sum
+from gristmill.train.losses import cross_entropy_sum, kl_divergence_sum, top_kl_divergence_sum
 from gristmill.train.settings import DistillationLoss
 from gristmill.train.trainer import LossOutput
 
@@ -64,6 +64,32 @@ class DistillationObjective:
             lm, _ = cross_entropy_sum(hidden_RD, model.unembedding(), batch.targets_R, cap=model.config.logits_soft_cap)
             total, metrics["lm"] = total + lm, (lm.detach(), float(count))
         return LossOutput(total, count, metrics)
+
+
+@dataclass(frozen=True)
+class TopKDistillation:
+    """Distillation from a teacher's largest log-probabilities, which the samples bring (`TaughtSample`): the teacher itself is not there.
+
+    Attributes:
+        identity: fingerprint of the teacher, for checkpoints.
+        top_k: of each target; the rest of the vocabulary counts as one token.
+        loss: kl or kl+lm.
+    """
+
+    identity: str
+    top_k: int
+    loss: DistillationLoss = "kl"
+
+    def __call__(self, model: Transformer, batch: TokenBatch) -> LossOutput:
+        assert batch.teacher_RK is not None
+        cap, count = model.config.logits_soft_cap, float(batch.count)
+        hidden_RD = model.hidden(batch.ids_T, batch.shape, batch.rows_R)
+        total = top_kl_divergence_sum(hidden_RD, model.unembedding(), *batch.teacher_RK, cap=cap)
+        metrics = {"kl": (total.detach(), count)}
+        if self.loss == "kl+lm":
+            lm, _ = cross_entropy_sum(hidden_RD, model.unembedding(), batch.targets_R, cap=cap)
+            total, metrics["lm"] = total + lm, (lm.detach(), count)
+        return LossOutput(total, batch.count, metrics)
 
 
 def _cosine_sum(

@@ -76,8 +76,13 @@ class Target(Section):
 class Search(Section):
     """Which architecture is taken."""
 
-    metric: Literal["kl", "lm_loss"] = Field("kl", description="score of a layer")
-    candidates: int = Field(3, gt=0, description="solutions, each different enough from those before; the one of the lowest KL is taken")
+    metric: Literal["kl", "lm_loss", "accuracy"] = Field(
+        "kl", description="score of a layer; accuracy: greedy, on those of data.prompts whose answers are known"
+    )
+    num_prompts: int = Field(200, ge=20, description="of accuracy: prompts that each model is asked, at most")
+    candidates: int = Field(
+        3, gt=0, description="solutions, each different enough from those before; that of the lowest KL (highest accuracy) is taken"
+    )
     diversity: float = Field(0.8, gt=0, lt=1, description="largest share of layers that two solutions have in common")
     curve: tuple[Annotated[float, Field(gt=1)], ...] = Field(
         (1.15, 1.3, 1.5, 2.0), description="speeds whose best child is measured too, for the Pareto curve"
@@ -87,7 +92,7 @@ class Search(Section):
 class CompressionRecipe(Recipe):
     """A whole compression."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset({"threads", "device", "target", "search", "fusion", "distillation"})
+    may_change: ClassVar[frozenset[str]] = frozenset({"threads", "device", "target", "search", "fusion", "fusion_limit", "distillation"})
 
     kind: Literal["compress"] = "compress"
     name: RunName = "compress"
@@ -105,6 +110,9 @@ class CompressionRecipe(Recipe):
     target: Target = Target()
     search: Search = Search()
     fusion: bool = Field(False, description="fuse runs of MLPs in layers without attention, before the distillation")
+    fusion_limit: float = Field(
+        0.1, gt=0, le=2, description="largest dependency (cosine distance) of one fused MLP on another; 2 fuses all of a run"
+    )
     distillation: DistillationTraining = DistillationTraining(steps=400, batch_size=32, weight_decay=0.0)
 
     @model_validator(mode="after")

@@ -17,9 +17,9 @@ import torch
 from gristmill.compress.activations import pieces_of
 from gristmill.compress.child import Child, Reference, make_child
 from gristmill.compress.costs import Meter, OperatingPoint, check_measurable, check_room, compare_models, layer_share, measure_variants
-from gristmill.compress.fusion import fuse
+from gristmill.compress.fusion import dependency_matrix, fusable_runs, fuse, independent_runs
 from gristmill.compress.library import BldSettings, Library, build_library
-from gristmill.compress.scores import score_blocks, score_id
+from gristmill.compress.scores import Task, score_accuracy, score_blocks, search_scores
 from gristmill.compress.search import (
     LIMITS,
     Architecture,
@@ -38,10 +38,11 @@ from gristmill.core.progress import Progress
 from gristmill.data.find_format import find_format, with_template_of
 from gristmill.data.human import HumanData
 from gristmill.data.readers import read_prompts
-from gristmill.data.rows import Prompt
+from gristmill.data.rows import Prompt, make_id
 from gristmill.engine.engine import Engine
 from gristmill.evaluate.runner import MODES, evaluate_model
 from gristmill.evaluate.stats import paired
+from gristmill.generation.api import Completion, Request
 from gristmill.judge.programs import Verifier, is_code
 from gristmill.miniature.base import BASE
 from gristmill.miniature.source import MiniatureSource
@@ -53,6 +54,7 @@ from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir, Stage
 from gristmill.train.batches import Sample, fingerprint_samples
 from gristmill.train.by_size import fill
+from gristmill.train.top_logprobs import check_top_k
 from gristmill.train.trainer import Trainer, TrainSettings
 from gristmill.workflows.alarms import not_distilled, slower_than_asked
 from gristmill.workflows.alignment.source import normalize_prompt
@@ -60,10 +62,11 @@ from gristmill.workflows.answers import journalled
 from gristmill.workflows.compress.recipe import CompressionRecipe
 from gristmill.workflows.compress.text import CalibrationText, answer_samples, document_samples
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
-from gristmill.workflows.train import MODEL, load_teacher
+from gristmill.workflows.train import MODEL, distillation_from
 
-EVALUATION, MEASURED, TRAIN = "evaluation.jsonl", "measured.jsonl", "train"
+EVALUATION, MEASURED, TRAIN, TEACHER = "evaluation.jsonl", "measured.jsonl", "train", "teacher"
 PIECE_TOKENS = 4096  # of a batch of blockwise distillation and scores
+MIN_PROMPTS = 20  # with known answers, under which accuracies are noise
 NUM_RANDOM = 2  # random architectures that are measured beside the search's
 CHECKPOINT_SECONDS = 20.0
 
@@ -96,14 +99,17 @@ class _Run:
         self.space = Space.of(self.parent.config, **recipe.space.model_dump())
         check_measurable(self.parent.config, self.space)
         self._check_target(None)
+        check_top_k(recipe.distillation.teacher_top_k, self.parent.config.vocab_size)
         self.prompts, self.evaluation = _prompts(recipe)
+        self.known = _with_truths(recipe, self.prompts)
         self.documents: list[Sample] = []
         if recipe.data.documents is not None:
             self.documents = document_samples(recipe.data.documents, self.tokenizer, recipe.calibration, self.parent.config.max_positions)
             CalibrationText.of(self.documents, recipe.calibration, recipe.seed)  # before work is spent
         if recipe.world is None:
-            check_given_tests(self.evaluation, unsafe_code=unsafe_code, quiet=progress.quiet)
-        self.verifier: Verifier = open_verifier(stack, needs_code=any(is_code(p.truth) for p in self.evaluation), unsafe_code=unsafe_code)
+            check_given_tests([*self.evaluation, *self.known], unsafe_code=unsafe_code, quiet=progress.quiet)
+        needs_code = any(is_code(p.truth) for p in [*self.evaluation, *self.known])
+        self.verifier: Verifier = open_verifier(stack, needs_code=needs_code, unsafe_code=unsafe_code)
         self.dir = stack.enter_context(RunDir(folder, recipe, progress))
 
     @property
@@ -124,15 +130,16 @@ class _Run:
         of_library = [text.fingerprint, asdict(self.space), recipe.bld.model_dump()]
         library = self.dir.stage("library", of_library, self._build_library, files=["*.safetensors"])
         self.library = Library(self.parent, library.folder)
-        scores = self.dir.stage("scores", library.fingerprint, self._score)
+        scores = self.dir.stage("scores", library.fingerprint, self._score, again=self._lacks_accuracy)
         base = self.dir.stage("parent", [*of_model, [[p.id, p.truth] for p in self.evaluation]], self._evaluate_parent)
-        metric, blocks, layers = recipe.search.metric, scores.summary["blocks"], range(self.parent.config.num_layers)
-        found_scores = [np.array([blocks[score_id(i, choice)][metric] for choice in self.space.choices(i)]) for i in layers]
+        found_scores = search_scores(scores.summary["blocks"], self.space, recipe.search.metric, len(self.known))
         self._problem = Problem(found_scores, self._costs(costs.summary), self.space.empty)
         name = recipe.target.name
-        wanted = [scores.fingerprint, costs.fingerprint, recipe.target.model_dump(), recipe.search.model_dump()]
+        searched = recipe.search.model_dump(exclude=set() if self.known else {"num_prompts"})
+        wanted = [scores.fingerprint, costs.fingerprint, recipe.target.model_dump(), searched, *([self.task.id] if self.known else [])]
         found = self.dir.stage(f"search-{name}", wanted, self._search)
-        inputs = [found.fingerprint, recipe.fusion, recipe.distillation.model_dump()]
+        trained = recipe.distillation.model_dump(exclude={"teacher_top_k"} if recipe.distillation.teacher_top_k is None else set())
+        inputs = [found.fingerprint, recipe.fusion and recipe.fusion_limit, trained]
         child = self.dir.stage(f"child-{name}", inputs, partial(self._distil, found=found.summary), files=[f"{MODEL}/*"])
         wanted = [child.fingerprint, costs.fingerprint, base.fingerprint]
         measured = self.dir.stage(f"measured-{name}", wanted, partial(self._measure_child, child=child))
@@ -180,7 +187,16 @@ class _Run:
 
     def _score(self, folder: Path) -> dict[str, Any]:
         scores = score_blocks(self.library, self.space, self.reference, folder, self.progress)
-        return {"num_blocks": len(scores), "blocks": {name: dict(score) for name, score in scores.items()}}
+        found: dict[str, Any] = {"num_blocks": len(scores), "blocks": {name: dict(score) for name, score in scores.items()}}
+        if self.known:
+            of_task = dict(score_accuracy(self.library, self.space, self.task, folder, self.progress))
+            right = of_task.pop("parent")["right"]
+            found["task"] = {"id": self.task.id, "num_prompts": len(right), "parent": sum(right) / len(right)}
+            found["blocks"] = {name: score | of_task[name] for name, score in found["blocks"].items()}
+        return found
+
+    def _lacks_accuracy(self, done: Mapping[str, Any]) -> bool:
+        return bool(self.known) and done.get("task", {}).get("id") != self.task.id
 
     def _measure(self, folder: Path) -> dict[str, Any]:
         repeats, meter = self.recipe.costs.repeats, Meter(self.point, self.tokenizer, self.format)
@@ -188,6 +204,21 @@ class _Run:
         return {"num_rounds": repeats, "point": asdict(self.point), **table}
 
     # ---- accuracy ----
+
+    @cached_property
+    def task(self) -> Task:
+        """What scores by accuracy are made with."""
+        max_tokens = self.recipe.calibration.max_tokens
+
+        def judge(model: Transformer) -> list[bool]:
+            def generate(requests: list[Request]) -> dict[str, list[Completion]]:
+                return {request.id: outs for request, outs in self._engine(model).generate(requests)}
+
+            modes = {"greedy": MODES["greedy"]}
+            found = evaluate_model(self.known, generate, self.verifier.verify, max_tokens=max_tokens, seed=0, modes=modes)
+            return list(found["outcomes"]["greedy"].values())
+
+        return Task(make_id([[p.id, p.truth] for p in self.known], max_tokens, self.precision), judge)
 
     def _evaluate_parent(self, folder: Path) -> dict[str, Any]:
         return self._evaluate(self.parent, folder)
@@ -261,21 +292,23 @@ class _Run:
         children = [self._described(number, *one, folder) for number, one in enumerate(found)]
         speeds = self._speeds(folder, dict.fromkeys(architecture for _, _, architecture in found))
         children = [one | {"measured": speeds[_name(architecture)]} for one, (_, _, architecture) in zip(children, found, strict=True)]
-        best = min((one for one in children if one["search"] == "mip"), key=lambda one: one["kl"])
+        best = min((one for one in children if one["search"] == "mip"), key=lambda one: (-one.get("accuracy", 0.0), one["kl"]))
         return {"num_children": len(children), "target": target.model_dump(), "chosen": best["number"], "children": children}
 
     def _described(self, number: int, search: str, speed: float, architecture: Architecture, folder: Path) -> dict[str, Any]:
-        """What an architecture is predicted to come to, and its KL before any training."""
-        name = _name(architecture)
+        """What an architecture is predicted to come to, and its KL (and accuracy, where layers are scored by it) before any training."""
+        name = "-".join([_name(architecture), *([self.task.id] if self.known else [])])
         with Journal(folder / "children.jsonl") as journal:
             if name not in journal:
-                distance = self.reference.distance(make_child(self.library, self._choices(architecture)).model)
-                journal.append({"id": name, "kl": distance.kl, "lm_loss": distance.lm_loss})
-            kl = journal[name]["kl"]
+                model = make_child(self.library, self._choices(architecture)).model
+                distance, right = self.reference.distance(model), self.task.judge(model) if self.known else []
+                asked = {"accuracy": sum(right) / len(right)} if right else {}
+                journal.append({"id": name, "kl": distance.kl, "lm_loss": distance.lm_loss, **asked})
+            real: dict[str, Any] = {key: journal[name][key] for key in ("kl", "accuracy") if key in journal[name]}
         predicted = {name: self._problem.cost(name, architecture) for name in ("time", "memory", "parameters")}
         layers = [asdict(choice) for choice in self._choices(architecture)]
         said = {"number": number, "search": search, "target": speed, "architecture": list(architecture), "layers": layers}
-        return {**said, "score": self._problem.score(architecture), "kl": kl, "predicted": {"speed": 1 / predicted["time"], **predicted}}
+        return {**said, "score": self._problem.score(architecture), **real, "predicted": {"speed": 1 / predicted["time"], **predicted}}
 
     def _speeds(self, folder: Path, architectures: Iterable[Architecture]) -> dict[str, dict[str, float]]:
         """Measured speeds against the parent, in turns."""
@@ -291,26 +324,34 @@ class _Run:
 
     # ---- the child ----
 
-    def _child(self, found: Mapping[str, Any]) -> Child:
+    def _child(self, found: Mapping[str, Any]) -> tuple[Child, dict[str, Any]]:
+        """The chosen child, and what was fused by which dependencies, by the parent's numbers of layers."""
         layers = next(one["layers"] for one in found["children"] if one["number"] == found["chosen"])
         child = make_child(self.library, [Choice(**one) for one in layers])
-        return fuse(child) if self.recipe.fusion else child
+        if not self.recipe.fusion:
+            return child, {}
+        matrices = {run: dependency_matrix(child.model, self.reference.pieces, run) for run in fusable_runs(child.model.config)}
+        fused = independent_runs(matrices, self.recipe.fusion_limit)
+        told = [{"layers": [child.layers[n] for n in run], "dependencies": matrix.tolist()} for run, matrix in matrices.items()]
+        return fuse(child, fused), {"fusion": {"runs": told, "fused": [[child.layers[n] for n in run] for run in fused]}}
 
     def _distil(self, folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
-        child, recipe = self._child(found), self.recipe
+        (child, fusion), recipe = self._child(found), self.recipe
         before = self.reference.distance(child.model)
         parameters, num_rows = num_parameters(self.parent.config), len(self.text.train)
         training = fill(recipe.distillation, "sft", parameters, device=self.device, num_rows=num_rows, precision=self.precision)
         values = {k: v for k, v in training.model_dump().items() if k in TrainSettings.__dataclass_fields__}
         settings = TrainSettings(**values, seed=recipe.seed, checkpoint_every=CHECKPOINT_SECONDS)
-        precision, config = settings.precision, child.model.config
-        objective = load_teacher(self.start, training.loss, config, precision=precision, device=self.device, layers=child.layers)
-        trainer = Trainer(child.model, objective, settings, device=self.device, folder=folder / TRAIN, on_step=self.progress.train_step)
-        result = trainer.fit(self.text.train)
+        device, cache, tick = self.device, self.library.folder / TEACHER, self.progress.tick  # one file for all targets
+        objective, samples = distillation_from(
+            self.start, training, self.text.train, settings, child.model.config, device=device, cache=cache, tick=tick, layers=child.layers
+        )
+        trainer = Trainer(child.model, objective, settings, device=device, folder=folder / TRAIN, on_step=self.progress.train_step)
+        result = trainer.fit(samples)
         save_model(child.model, with_template_of(self.format, self.tokenizer), folder / MODEL)
         after = self.reference.distance(child.model)
         told = {"steps": result.steps, "tokens": result.tokens, "train_seconds": round(result.seconds, 2)}
-        return {**told, "kl_before": before.kl, "kl": after.kl, "lm_loss": after.lm_loss, "layers": list(child.layers)}
+        return {**told, "kl_before": before.kl, "kl": after.kl, "lm_loss": after.lm_loss, "layers": list(child.layers), **fusion}
 
     def _measure_child(self, folder: Path, child: Stage) -> dict[str, Any]:
         def load() -> Transformer:
@@ -358,6 +399,7 @@ class _Run:
             "parent_layers": [asdict(self.space.choices(layer)[0]) for layer in range(self.parent.config.num_layers)],
             "layers": chosen["layers"],
             "children": found["children"],
+            **({"fusion": summary["fusion"]} if "fusion" in summary else {}),
             "model": f"{child.folder.name}/{MODEL}",
             "alarms": alarms,
         }
@@ -383,3 +425,21 @@ def _prompts(recipe: CompressionRecipe) -> tuple[list[Prompt], list[Prompt]]:
         raise InputError(f"Prompt {both.messages[-1].content[:60]!r} is asked by the evaluation too: take it out of one.")
     tasks = list(dict.fromkeys(p.task for p in evaluation))
     return prompts, [p for task in tasks for p in [q for q in evaluation if q.task == task][: data.num_evaluation]]
+
+
+def _with_truths(recipe: CompressionRecipe, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts by which layers are scored by accuracy; none where they are scored by another metric.
+
+    Raises:
+        InputError: there are too few with known answers.
+    """
+    if recipe.search.metric != "accuracy":
+        return []
+    known = [p for p in prompts if p.truth is not None]
+    if len(known) < MIN_PROMPTS:
+        raise InputError(
+            f"search.metric accuracy needs prompts (data.prompts) whose answers are known, by `truth` or `answer`: at least {MIN_PROMPTS}, "
+            f"and there are {len(known)}. Give more, or take the metric kl."
+        )
+    drawn = np.random.default_rng(recipe.seed).permutation(len(known))[: recipe.search.num_prompts]
+    return [known[i] for i in drawn]
