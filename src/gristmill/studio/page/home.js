@@ -12,6 +12,7 @@ const STRATEGIES = {
   conflict: "where verifier and reward conflict",
 };
 const WHAT = { rate: "Rate answers on five attributes", pair: "Compare two answers", check: "Check what a round is about to train on" };
+const count = (n) => n.toLocaleString("en");
 const VERB = { rate: "Rate", pair: "Compare", check: "Check" };
 
 function Project({ project, role, changed }) {
@@ -31,7 +32,8 @@ function Project({ project, role, changed }) {
   return html`<li class="card project">
     <h2>${project.name}</h2>
     <p class="soft">${WHAT[project.kind]}${looks ? html`, of <code><${Short} text=${project.source} /></code>; each needs ${project.need}${project.settings.strategy && project.settings.strategy !== "random" ? `; prompts chosen ${STRATEGIES[project.settings.strategy]}, one in five at random` : ""}` : ""}</p>
-    <div class="progress"><progress max=${project.items} value=${project.closed} aria-label=${`Progress of ${project.name}`}></progress><span>${project.closed.toLocaleString("en")} of ${project.items.toLocaleString("en")} done${project.split ? `, ${project.split} in dispute` : ""}</span></div>
+    <div class="progress"><progress max=${project.items} value=${project.closed} aria-label=${`Progress of ${project.name}`}></progress><span>${count(project.closed)} of ${count(project.items)} done${project.split ? `, ${count(project.split)} in dispute` : ""}</span>
+      <span class="soft">${[looks && `${count(project.answers)} answers`, works && `${count(project.mine)} by you`].filter(Boolean).join(", ")}</span></div>
     <div class="buttons">
       ${works && html`<a class="button primary" href=${`#/work/${project.id}`}>${VERB[project.kind]}<span class="away"> in ${project.name}</span></a>`}
       ${looks && project.kind === "check" && html`<a class="button" href="#/run">Decide<span class="away"> about ${project.name}</span></a>`}

@@ -355,7 +355,7 @@ export function WorkView({ work }) {
   const set = (name, value) => work.value(name, value, false);
   const controls =
     item &&
-    html`<div class="buttons">
+    html`<div class="buttons controls">
       <button class="primary" onClick=${() => work.submit()} aria-disabled=${!complete(item.kind, work.draft)}>Submit <kbd aria-hidden="true">Enter</kbd></button>
       <button onClick=${() => work.undo()} disabled=${!work.undone.length}>Undo <kbd aria-hidden="true">u</kbd></button>
       <button onClick=${() => work.show("skip")} aria-expanded=${work.panel === "skip"}>Skip <kbd aria-hidden="true">x</kbd></button>

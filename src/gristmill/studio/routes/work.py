@@ -53,8 +53,10 @@ class WorkRoutes(Routes):
         """All projects; to annotators without where their rows come from, which could tell what wrote them."""
         await self.in_thread(open_checks, self.store, self.sources)
         found = await self.in_thread(self.store.projects)
+        mine = await self.in_thread(self.store.answered, request[PERSON])
+        found = [p | {"mine": mine.get(p["id"], 0)} for p in found]
         blind = request[PERSON].role not in ("owner", "expert", "reader")
-        names = ("id", "name", "kind", "guideline", "guideline_text", "items", "closed")
+        names = ("id", "name", "kind", "guideline", "guideline_text", "items", "closed", "mine")
         return json_reply({"projects": [{name: p[name] for name in names} if blind else p for p in found]})
 
     async def create_project(self, request: web.Request) -> web.StreamResponse:
