@@ -14,7 +14,7 @@ export class Talk {
     this.state = ""; // "", "loading" or "answering"
     this.error = "";
     this.abort = null;
-    this.painted = 0;
+    this.painted = -PAINT_MS;
   }
 
   get busy() {
@@ -28,10 +28,10 @@ export class Talk {
 
   paint(now) {
     if (this.timer) return;
-    const wait = now ? 0 : Math.max(0, PAINT_MS - (Date.now() - this.painted));
+    const wait = now ? 0 : Math.max(0, PAINT_MS - (performance.now() - this.painted));
     this.timer = setTimeout(() => {
       this.timer = 0;
-      this.painted = Date.now();
+      this.painted = performance.now();
       this.changed();
     }, wait);
   }

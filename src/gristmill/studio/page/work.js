@@ -27,8 +27,8 @@ export class Work {
     this.undone = [];
     this.cursor = 0;
     this.keys = 0;
-    this.started = Date.now();
-    this.active = Date.now();
+    this.started = performance.now();
+    this.active = performance.now();
     this.progress = { answered: 0, skipped: 0 };
     this.count = 0; // in this visit
     this.panel = ""; // "skip" or "help"
@@ -110,7 +110,7 @@ export class Work {
   }
 
   begin() {
-    this.started = Date.now();
+    this.started = performance.now();
     this.keys = 0;
     const missing = ATTRIBUTES.findIndex((name) => this.draft[name] === undefined);
     this.cursor = missing < 0 ? ATTRIBUTES.length - 1 : missing;
@@ -171,7 +171,7 @@ export class Work {
     const said = content(item.kind, this.draft);
     const version = (this.versions[item.id] || 0) + 1;
     this.versions[item.id] = version;
-    const seconds = Math.round((Date.now() - this.started) / 100) / 10;
+    const seconds = Math.round((performance.now() - this.started) / 100) / 10;
     const answer = { id: uuid(), item: item.id, version, content: said, seconds, keys: this.keys, guideline: this.guideline };
     this.leave(item, { item, draft: this.draft });
     if (version === 1) this.count++;
@@ -224,7 +224,7 @@ export class Work {
   }
 
   async renew() {
-    if (Date.now() - this.active > IDLE_SECONDS * 1000 || !this.items.length) return;
+    if (performance.now() - this.active > IDLE_SECONDS * 1000 || !this.items.length) return;
     try {
       const { items } = await api("POST", "/leases/renew", { items: this.items.map((item) => item.id) });
       const held = new Set(items);
@@ -248,7 +248,7 @@ export class Work {
   }
 
   key(event) {
-    this.active = Date.now();
+    this.active = performance.now();
     const target = event.target;
     const typing = target.closest && target.closest("textarea, select, [contenteditable], input:not([type=radio]):not([type=checkbox])");
     if (event.ctrlKey || event.altKey || event.metaKey || event.isComposing) return;
@@ -361,7 +361,7 @@ export function WorkView({ work }) {
       <button onClick=${() => work.show("skip")} aria-expanded=${work.panel === "skip"}>Skip <kbd aria-hidden="true">x</kbd></button>
       <button onClick=${() => work.show("help")} aria-expanded=${work.panel === "help"}>Keys <kbd aria-hidden="true">?</kbd></button>
     </div>`;
-  return html`<div class="work" onPointerDown=${() => (work.active = Date.now())}>
+  return html`<div class="work" onPointerDown=${() => (work.active = performance.now())}>
     <div class="worktop"><h1>${work.project.name}</h1><${Progress} work=${work} /></div>
     ${work.project.guideline_text && html`<details class="guideline"><summary>Guideline, version ${work.project.guideline}</summary><${Text} text=${work.project.guideline_text} /></details>`}
     <p class="notice" role="status">${work.notice || work.error}</p>
