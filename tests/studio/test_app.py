@@ -304,6 +304,21 @@ def test_events_tell_that_a_project_has_changed_and_a_page_that_goes_leaves_no_t
     assert not [record for record in caplog.records if record.name.startswith("aiohttp")]
 
 
+@pytest.mark.parametrize("last", [5, 10**17])  # before this server began, and after it: a clock was set back
+def test_a_page_that_comes_back_after_a_restart_is_told_at_once_and_stops_nobody(served: Served, last: int) -> None:
+    client = served.client("annotator")
+    with socket.create_connection(served.listening.getsockname()) as stream:
+        head = (
+            f"GET /studio/api/events HTTP/1.1\r\nHost: {served.origin[7:]}\r\nCookie: {client.headers['Cookie']}\r\nLast-Event-ID: {last}"
+        )
+        stream.sendall(f"{head}\r\n\r\n".encode())
+        stream.settimeout(20)
+        raw = b""
+        while b"data: {}" not in raw:
+            raw += stream.recv(4096)
+        assert client.api("GET", "/me")[0] == 200
+
+
 def test_projects_tell_how_many_answers_there_are_and_which_are_ones_own(served: Served) -> None:
     project, num = create(served)
     client = served.client("annotator")

@@ -55,7 +55,7 @@ function NewProject({ changed, open }) {
   }, []);
   const set = (name) => (e) => setDraft({ ...draft, [name]: e.target.type === "number" ? Number(e.target.value) : e.target.value });
   const names = sources ? sources.of_kind[draft.kind] : [];
-  const source = names.includes(draft.source) ? draft.source : names[0] || "";
+  const source = names.includes(draft.source) ? draft.source : names.findLast((name) => name.endsWith("/responses.parquet")) || names[0] || "";
   const create = async (event) => {
     event.preventDefault();
     setBusy(true);

@@ -58,8 +58,7 @@ function ended() {
 }
 
 function enter(me) {
-  state.me = me;
-  state.error = "";
+  Object.assign(state, { me, error: "", invite: "" });
   state.outbox = new Outbox(me.id, { changed: paint, accepted: () => state.work && !state.work.items.length && state.work.fill(), ended });
   state.events = new EventSource("/studio/api/events");
   let timer = 0;
