@@ -54,6 +54,21 @@ def test_keys_faster_than_the_page_is_painted_lose_nothing(served: Served, brows
     assert said == wanted and len({a["item"] for a in answers}) == 40 and {a["keys"] for a in answers} == {5}
 
 
+def test_what_one_has_answered_is_counted_once_also_on_a_slow_network(served: Served, browser: Browser) -> None:
+    page, project = open_work(served, browser, num=40)
+    page.call("Network.emulateNetworkConditions", offline=False, latency=300, downloadThroughput=-1, uploadThroughput=-1)
+    for answered in range(1, 8):
+        item = page.js(ITEM)
+        for _ in ATTRIBUTES:
+            page.press("2")
+        page.wait(f"{ITEM} !== {json.dumps(item)}")
+        assert f"{answered} answered in all" in page.text()
+    page.wait(SAVED)
+    assert "7 answered in all" in page.text()
+    page.reload()
+    page.wait(f"{ITEM} && document.body.innerText.includes('7 answered in all')")
+
+
 def test_letters_backspace_undo_skip_and_help(served: Served, browser: Browser) -> None:
     page, project = open_work(served, browser)
     first = page.js(ITEM)

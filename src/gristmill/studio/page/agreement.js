@@ -35,7 +35,7 @@ export function Agreement({ project, params, go, stamp, canSettle }) {
   if (!found) return html`<h1>Agreement</h1><p class="soft">Computing \u2026</p>`;
   const versions = [...Array(found.guidelines).keys()].map((i) => i + 1).reverse();
   return html`<div class="agreement">
-    <h1>Agreement on ${project.name}</h1>
+    <h1>Agreement on <${Short} text=${project.name} /></h1>
     <p>${found.answers.toLocaleString("en")} answers to ${found.items.toLocaleString("en")} items, ${found.shared.toLocaleString("en")} of which two people or more have answered.
       ${found.others > 0 && ` ${found.others} answers by other versions of the guideline are left out.`}
       ${Object.keys(found.flags).length > 0 && html` Skipped: ${Object.entries(found.flags).map(([kind, n]) => `${n} ${kind}`).join(", ")}.`}</p>

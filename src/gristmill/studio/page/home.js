@@ -30,7 +30,7 @@ function Project({ project, role, changed }) {
     }
   };
   return html`<li class="card project">
-    <h2>${project.name}</h2>
+    <h2><${Short} text=${project.name} /></h2>
     <p class="soft">${WHAT[project.kind]}${looks ? html`, of <code><${Short} text=${project.source} /></code>; each needs ${project.need}${project.settings.strategy && project.settings.strategy !== "random" ? `; prompts chosen ${STRATEGIES[project.settings.strategy]}, one in five at random` : ""}` : ""}</p>
     <div class="progress"><progress max=${project.items} value=${project.closed} aria-label=${`Progress of ${project.name}`}></progress><span>${count(project.closed)} of ${count(project.items)} done${project.split ? `, ${count(project.split)} in dispute` : ""}</span>
       <span class="soft">${[looks && `${count(project.answers)} answers`, works && `${count(project.mine)} by you`].filter(Boolean).join(", ")}</span></div>

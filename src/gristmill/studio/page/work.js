@@ -3,7 +3,7 @@
 
 import { html, useEffect } from "./vendor/preact-htm.js";
 import { api, query, uuid } from "./api.js";
-import { Conversation, Text } from "./text.js";
+import { Conversation, Short, Text } from "./text.js";
 import { ATTRIBUTES, CheckPanel, ComparePanel, LETTERS, RatePanel, Reason, STRENGTHS, VERDICTS, complete, content } from "./panels.js";
 
 const AHEAD = 10; // items that the page holds: enough for half a minute without a network
@@ -29,7 +29,7 @@ export class Work {
     this.keys = 0;
     this.started = performance.now();
     this.active = performance.now();
-    this.progress = { answered: 0, skipped: 0 };
+    this.before = undefined; // answers of this person that this visit does not count
     this.count = 0; // in this visit
     this.panel = ""; // "skip" or "help"
     this.loading = false;
@@ -64,6 +64,7 @@ export class Work {
     if (this.loading || this.closed || this.items.length >= AHEAD) return;
     this.loading = true;
     try {
+      const known = this.outbox.waiting ? -1 : this.count;
       const n = Math.min(20, AHEAD + this.outbox.waiting);
       const found = await api("GET", "/queue?" + query({ project: this.project.id, n }));
       const held = new Set([...this.items.map((item) => item.id), ...this.answered]);
@@ -74,7 +75,7 @@ export class Work {
         this.drafts[item.id] = this.load(item.id);
       }
       this.guideline = found.guideline;
-      if (!this.outbox.waiting) this.progress = found.progress;
+      if (this.before === undefined || known === this.count) this.before = Math.max(0, found.progress.answered - Math.max(0, known));
       if (first && this.items.length) this.begin();
       this.error = "";
     } catch (error) {
@@ -340,7 +341,7 @@ function Skip({ work }) {
 function Progress({ work }) {
   const done = work.count % SET || (work.count ? SET : 0);
   return html`<div class="progress"><progress max=${SET} value=${done} aria-label="Progress of this set"></progress>
-    <span>${done} of ${SET} in this set</span><span class="soft">${work.progress.answered + (work.outbox.waiting ? work.outbox.waiting : 0)} answered in all</span></div>`;
+    <span>${done} of ${SET} in this set</span><span class="soft">${(work.before || 0) + work.count} answered in all</span></div>`;
 }
 
 export function WorkView({ work }) {
@@ -362,7 +363,7 @@ export function WorkView({ work }) {
       <button onClick=${() => work.show("help")} aria-expanded=${work.panel === "help"}>Keys <kbd aria-hidden="true">?</kbd></button>
     </div>`;
   return html`<div class="work" onPointerDown=${() => (work.active = performance.now())}>
-    <div class="worktop"><h1>${work.project.name}</h1><${Progress} work=${work} /></div>
+    <div class="worktop"><h1><${Short} text=${work.project.name} /></h1><${Progress} work=${work} /></div>
     ${work.project.guideline_text && html`<details class="guideline"><summary>Guideline, version ${work.project.guideline}</summary><${Text} text=${work.project.guideline_text} /></details>`}
     <p class="notice" role="status">${work.notice || work.error}</p>
     ${work.panel === "help" && html`<${Help} work=${work} kind=${kind} />`}
