@@ -179,7 +179,10 @@ def test_a_check_is_done_and_decided_by_keyboard_alone(desk: Served, browser: Br
     page.wait("document.body.innerText.includes('Train on these rows')")
     focus(page, "Yes, approve")
     page.press("Enter")
-    page.wait("document.body.innerText.includes('Round 3: approve by')")
+    page.wait("document.body.innerText.includes('Round 3: approved by')")
+    page.js(f"location.hash = '#/work/{project}'")  # nobody works for nothing
+    page.wait("document.body.innerText.includes('This round has been decided')")
+    assert client.api("GET", f"/queue?project={project}&n=5")[1]["items"] == []
     check = checks.read_check(run / "00-r3-check")
     assert (
         check is not None and check.decision is not None and sorted(check.decision["verdicts"].values()) == ["accept", "reject", "repair"]

@@ -84,7 +84,7 @@ export function Rows({ params, go }) {
   const [error, setError] = useState("");
   const [typed, setTyped] = useState(params.filter || "");
   const end = useRef(null);
-  const source = params.source || (sources && (sources.sources.find((one) => one.kind === "responses") || sources.sources[0] || {}).name) || "";
+  const source = params.source || (sources && (sources.sources.findLast((one) => one.kind === "responses") || sources.sources[0] || {}).name) || "";
   useEffect(() => {
     document.title = "Rows - Studio";
     api("GET", "/sources").then(setSources, (e) => setError(e.message));

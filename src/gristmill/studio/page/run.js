@@ -5,6 +5,7 @@ import { api, query } from "./api.js";
 import { Short, When } from "./text.js";
 
 const SECONDS = 3;
+const DONE = { approve: "approved", stop: "stopped" };
 const MAX_POINTS = 1200;
 const MAX_CURVES = 6;
 const short = (x) => (Math.abs(x) >= 1000 || (x !== 0 && Math.abs(x) < 0.01) ? x.toExponential(1) : String(Math.round(x * 1000) / 1000));
@@ -71,7 +72,7 @@ function Check({ check, role, changed }) {
   const looked = check.accept + check.repair + check.reject;
   const share = check.wrong.n ? `${percent(check.wrong.mean)} wrong, 95 % interval ${percent(check.wrong.ci95[0])} to ${percent(check.wrong.ci95[1])}` : "nobody has looked yet";
   return html`<li class="card check-card">
-    <h3>Round ${check.round}: ${check.decision ? `${check.decision.decision} by ${check.decision.by}` : "the run waits for people"}</h3>
+    <h3>Round ${check.round}: ${check.decision ? `${DONE[check.decision.decision]} by ${check.decision.by}` : "the run waits for people"}</h3>
     <p>${check.rows} of ${check.of.toLocaleString("en")} rows, drawn by seed ${check.seed}; ${looked ? `${looked} looked at: ${check.accept} accepted, ${check.repair} repaired, ${check.reject} rejected; ` : ""}${share}.</p>
     <p class="soft">${check.decision ? html`Decided <${When} at=${check.decision.at} />.` : html`Without a decision by <${When} at=${check.until} />: ${check.default}.`}</p>
     <div class="buttons">

@@ -165,7 +165,7 @@ export class Work {
     if (!item) return;
     if (!complete(item.kind, this.draft)) {
       const missing = { rate: "Rate all five attributes first.", pair: "Choose one of the eight first.", check: "Choose one of the three first." };
-      this.notice = missing[item.kind];
+      this.notice = this.draft.verdict === "repair" ? "Write the answer as it should be first." : missing[item.kind];
       this.changed();
       return;
     }
@@ -345,7 +345,7 @@ function Progress({ work }) {
 }
 
 export function WorkView({ work }) {
-  const item = work.item;
+  const item = work.project.decided ? undefined : work.item;
   const kind = work.project.kind;
   useEffect(() => {
     document.title = item ? `${VERB[kind]} ${item.id.slice(0, 6)} - Studio` : `${work.project.name} - Studio`;
@@ -368,7 +368,7 @@ export function WorkView({ work }) {
     <p class="notice" role="status">${work.notice || work.error}</p>
     ${work.panel === "help" && html`<${Help} work=${work} kind=${kind} />`}
     ${work.panel === "skip" && html`<${Skip} work=${work} />`}
-    ${!item && html`<div class="card empty">${work.loading || work.error ? "Loading \u2026" : "There is nothing left for you here. Thank you."}
+    ${!item && html`<div class="card empty">${work.project.decided ? "This round has been decided: there is nothing left to check. Thank you." : work.loading || work.error ? "Loading \u2026" : "There is nothing left for you here. Thank you."}
       ${work.undone.length > 0 && html` <button class="link" onClick=${() => work.undo()}>Take the last answer back</button>`}</div>`}
     ${item &&
     kind !== "pair" &&
