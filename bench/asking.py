@@ -5,7 +5,11 @@ five at random, as in the studio), and their two answers rated. The curve is tha
 all that is rated by then; at its end a whole reward model is trained from Base on the same rows. Figures are accuracies on held-out
 pairs, and paired differences to random with 95 % t intervals over seeds. They are printed after every seed.
 
-python bench/asking.py [--seeds 5] [--out asking.json]
+python bench/asking.py [--seeds 5] [--out asking.json] [--run RUN]
+
+With --run, a finished run of the miniature, they sit in its studio instead: each project asks about answers that the run's models wrote,
+chosen by the run's own reward model, three people rate over HTTP, and what is exported is trained on beside the run's own ratings, from
+Base (`PYTHONPATH=src:.`). The first row is the reward model of those ratings alone.
 """
 
 import argparse
@@ -23,9 +27,10 @@ import torch
 from gristmill.core.io import write_json
 from gristmill.data.chat import Message
 from gristmill.data.find_format import find_format
-from gristmill.data.rows import Rated
+from gristmill.data.rows import Rated, read_rows
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.judge.reward import RewardScorer
+from gristmill.miniature.annotators import SimulatedAnnotator
 from gristmill.miniature.base import BASE
 from gristmill.miniature.human import RATED_TASKS, WrittenAnswer, annotate, write
 from gristmill.miniature.problem import Problem
@@ -33,10 +38,13 @@ from gristmill.miniature.world import World
 from gristmill.model.hf import load_reward
 from gristmill.studio import asking
 from gristmill.studio.asking import Floats
+from gristmill.studio.serve import open_store
+from gristmill.studio.tasks import RATE
 from gristmill.train.settings import Training
 from gristmill.workflows.train import MODEL, train_model
 
 NUM_FIRST, NUM_POOL, NUM_HELD_OUT = 60, 800, 300  # prompts, two answers each
+NUM_ASKED, NUM_PEOPLE = 150, 3  # in a run's studio: of two answers in three these annotators can tell
 BUDGETS = (25, 50, 100)  # prompts that are asked about: 50, 100 and 200 answers
 WEIGHTS = (0.65, 0.8, 0.45, 0.0, 0.0)
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
@@ -69,9 +77,9 @@ def rate(asked: Sequence[Asked], seed: str) -> list[Rated]:
     return rows
 
 
-def train(rows: Sequence[Rated], folder: Path, seed: int) -> RewardScorer:
+def train(rows: Sequence[Rated], folder: Path, seed: int, *, epochs: int = 6) -> RewardScorer:
     """Reward model trained from Base."""
-    recipe = Training(lr=1e-3, epochs=6, batch_size=32, warmup_steps=5, precision="fp32", micro_batch_tokens=8192)
+    recipe = Training(lr=1e-3, epochs=epochs, batch_size=32, warmup_steps=5, precision="fp32", micro_batch_tokens=8192)
     tokenizer_format = find_format("auto", Tokenizer.load(BASE))
     train_model(
         "reward",
@@ -141,6 +149,57 @@ def of_seed(world: World, seed: int) -> dict[str, dict[str, Any]]:
     return out
 
 
+def in_studio(run: Path, database: Path, strategy: str, seed: int) -> list[Rated]:
+    """What three simulated annotators say in the run's studio of what a strategy asks: its export."""
+    from tests.studio.conftest import Served
+    from tests.studio.test_said import annotate
+
+    store, sources = open_store(run, str(database))
+    served = Served(store, sources)
+    try:
+        source = next(s.name for s in sources.all() if s.name.endswith("r2-answers/responses.parquet"))
+        items = asking.choose_items(sources, source, RATE, num=NUM_ASKED, seed=seed, strategy=strategy)
+        project = store.create_project(RATE, strategy, items, source=source, need=NUM_PEOPLE, guideline="", by=store.owner())
+        for number in range(NUM_PEOPLE):
+            annotate(served.client("annotator"), project, RATE, SimulatedAnnotator(World.make(), 100 * seed + number))
+        path = database / "rated.parquet"
+        path.write_bytes(served.client("owner").api("GET", "/export/rated.parquet")[1])
+        return read_rows(path, Rated)
+    finally:
+        served.stop()
+        store.database.close()
+
+
+def of_run(run: Path, seed: int) -> dict[str, dict[str, Any]]:
+    """Accuracy on the run's held-out pairs of reward models trained on what each strategy asked."""
+    ratings = read_rows(run / "00-data" / "ratings.parquet", Rated)
+    pairs = list(dict.fromkeys(row.pair for row in ratings))
+    held_out = set(pairs[-NUM_HELD_OUT:])
+    given, held = ([row for row in ratings if (row.pair in held_out) == is_held] for is_held in (False, True))
+    out: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for strategy in ("nothing", *STRATEGIES):
+            place = Path(folder) / strategy
+            place.mkdir()
+            said = [] if strategy == "nothing" else in_studio(run, place, strategy, seed)
+            model = train([*given, *said], place / "model", seed, epochs=2)
+            totals = [model.total(rating) for rating in model.score([r.messages for r in held])]
+            out[strategy] = {"answers": len(said), "retrained": pair_accuracy(totals, held)}
+            print(f"seed {seed} {strategy}: {json.dumps(out[strategy])}", file=sys.stderr, flush=True)
+    return out
+
+
+def summary_of_runs(found: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Means over seeds, and the differences of retrained models to random."""
+    out: dict[str, Any] = {}
+    for name in found[0]:
+        accuracy, base = (np.array([one[of]["retrained"] for one in found]) for of in (name, asking.RANDOM))
+        out[name] = {"answers": float(np.mean([one[name]["answers"] for one in found])), "retrained": round(float(accuracy.mean()), 4)}
+        if name != asking.RANDOM:
+            out[name]["retrained_to_random"] = interval((accuracy - base).tolist())
+    return out
+
+
 def interval(differences: Sequence[float]) -> list[float]:
     """Mean and 95 % t interval."""
     n, mean = len(differences), float(np.mean(differences))
@@ -152,11 +211,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--run", type=Path)
     args = parser.parse_args()
     world, found = World.make(), list[dict[str, dict[str, Any]]]()
     for seed in range(args.seeds):
-        found.append(of_seed(world, seed))
-        told = {"seeds": len(found), "answers": [0, *(2 * b for b in BUDGETS)], "strategies": summary(found)}
+        if args.run:
+            found.append(of_run(args.run, seed))
+            told = {"seeds": len(found), "strategies": summary_of_runs(found)}
+        else:
+            found.append(of_seed(world, seed))
+            told = {"seeds": len(found), "answers": [0, *(2 * b for b in BUDGETS)], "strategies": summary(found)}
         if args.out:
             write_json(args.out, told)
     print(json.dumps(told, indent=1))

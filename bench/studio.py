@@ -1,21 +1,26 @@
 """Studio with many rows and people: a real `gristmill studio`, asked over HTTP: time of pages, memory, and whether an answer is lost.
 
-python bench/studio.py [--rows 100000] [--people 10] [--browser] [--database postgresql://..]
+PYTHONPATH=src:. python bench/studio.py [--rows 100000] [--people 10] [--kills 3] [--browser] [--database postgresql://..]
 
 Milliseconds of `rows` are the least of five requests, none of them answered from what the server remembers. `peak_mib` is the server's
 VmHWM. `people` all rate at once without a pause, each answer sent twice as if the first reply had been lost, until nothing is left of 100
-items that need three each; its milliseconds are from sending an answer to its acknowledgement. `page`, of --browser, which needs
-Debian's chromium and PYTHONPATH=src:., is one person at keys: from the fifth to the next item painted, and to "saved", after 20 items.
+items that need three each; its milliseconds are from sending an answer to its acknowledgement. Meanwhile the server is killed (SIGKILL)
+--kills times and started again; what got no reply is sent anew, as the page does. `page`, of --browser, which needs Debian's chromium, is
+the list of rows from the beginning of its navigation to its first paint, before the file is expanded and after; and one person at keys:
+from the fifth to the next item painted, and to "saved", after 20 items.
 """
 
 import argparse
+import http.client
 import itertools
 import json
 import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +53,11 @@ KEYS = """(async () => {
     await new Promise((go) => setTimeout(go, 200));
   }
   return out;
+})()"""
+PAINTED = """(async () => {
+  while (!document.querySelector(".list tbody tr")) await new Promise(requestAnimationFrame);
+  await new Promise((go) => requestAnimationFrame(() => setTimeout(go)));
+  return performance.now();
 })()"""
 NUM_PROMPTS, NEED = 50, 3  # of the project that people work in: two answers each
 
@@ -94,19 +104,40 @@ class Client:
         with self._open(method, path, body) as reply:
             return dict(json.load(reply))
 
+    def insist(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """Ask, again and again while there is no server, as the page does."""
+        while True:
+            try:
+                return self.ask(method, path, body)
+            except urllib.error.HTTPError:
+                raise
+            except (OSError, http.client.HTTPException):
+                time.sleep(0.1)
+
 
 class Server:
     """A running `gristmill studio`, and its owner."""
 
     def __init__(self, folder: Path, database: str):
+        self.command = [sys.executable, "-m", "gristmill.cli", "studio", str(folder)]
+        self.command += ["--database", database] if database else []
         started = time.perf_counter()
-        command = [sys.executable, "-m", "gristmill.cli", "studio", str(folder), "--port", "0"]
-        command += ["--database", database] if database else []
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert self.process.stdout is not None
-        self.origin, _, token = self.process.stdout.readline().split()[-1].partition("/#token=")
+        token = self.start("0")
         self.start_ms = round(1000 * (time.perf_counter() - started))
         self.owner = Client(self.origin, token=token)
+
+    def start(self, port: str) -> str:
+        """Returns the owner's token when the server answers."""
+        self.process = subprocess.Popen([*self.command, "--port", port], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout is not None
+        self.origin, _, token = self.process.stdout.readline().split()[-1].partition("/#token=")
+        return token
+
+    def kill(self) -> None:
+        """End the server without a warning, and start it again at the same port."""
+        self.process.kill()
+        self.process.wait()
+        self.start(self.origin.rpartition(":")[2])
 
     def page(self, **query: Any) -> dict[str, Any]:
         return self.owner.ask("GET", "/rows?" + urlencode({"source": NAME, **query}))
@@ -128,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--people", type=int, default=10)
+    parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--browser", action="store_true")
     parser.add_argument("--database", default="", help="an empty one; default: SQLite")
     args = parser.parse_args()
@@ -136,9 +168,13 @@ def main() -> None:
         write(path, args.rows)
         server = Server(Path(folder), args.database)
         try:
-            measured = {"rows": measure(server, args.rows), "people": at_work(server, args.people)}
+            page = {"first_list_painted_ms": list_painted(server)} if args.browser else {}
+            measured = {"rows": measure(server, args.rows)}
             if args.browser:
-                measured["page"] = at_keys(server)
+                page["list_painted_ms"] = min(list_painted(server) for _ in range(3))
+            measured["people"] = at_work(server, args.people, args.kills)
+            if args.browser:
+                measured["page"] = page | at_keys(server)
         finally:
             server.process.terminate()
             server.process.wait()
@@ -175,39 +211,64 @@ def measure(server: Server, rows: int) -> dict[str, Any]:
     return out | {"peak_mib": server.mib("VmHWM"), "private_mib": server.mib("RssAnon")}
 
 
-def at_work(server: Server, num: int) -> dict[str, Any]:
-    """Annotators who answer at once until nothing is left: what is stored, counted from the export."""
+def at_work(server: Server, num: int, kills: int) -> dict[str, Any]:
+    """Annotators who answer at once until nothing is left, while the server is killed: what is stored, counted from the export."""
     project = server.make_project("rate", NUM_PROMPTS)
+    so_far = list[str]()
     content = {"helpfulness": 3, "correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 1}
 
-    def work(client: Client) -> tuple[list[str], list[float]]:
-        acknowledged, seconds = list[str](), list[float]()
-        while items := client.ask("GET", f"/queue?project={project}&n=1")["items"]:
+    def work(client: Client) -> list[float]:
+        seconds = list[float]()
+        while items := client.insist("GET", f"/queue?project={project}&n=1")["items"]:
             answers = [{"id": str(uuid4()), "item": item["id"], "version": 1, "content": content, "guideline": 1} for item in items]
             sent = {"answers": [answer | {"seconds": 1.0, "keys": 5} for answer in answers]}
             started = time.perf_counter()
-            said = client.ask("POST", "/answers", sent)
+            said = client.insist("POST", "/answers", sent)
             seconds.append(time.perf_counter() - started)
-            client.ask("POST", "/answers", sent)
-            acknowledged += [result["item"] for result in said["results"] if result["status"] == 200]
-        return acknowledged, seconds
+            so_far.extend(result["item"] for result in said["results"] if result["status"] == 200)
+            client.insist("POST", "/answers", sent)
+        return seconds
+
+    def kill() -> None:
+        for n in range(1, kills + 1):
+            while len(so_far) < 2 * NUM_PROMPTS * NEED * n // (kills + 1):
+                time.sleep(0.001)
+            server.kill()
 
     clients = [server.annotator(f"annotator {n}") for n in range(num)]
+    killer = threading.Thread(target=kill)
+    killer.start()
     with ThreadPoolExecutor(num) as pool:
         done = list(pool.map(work, clients))
+    killer.join()
     with server.owner._open("GET", "/export/ratings.jsonl") as reply:
         rows = [json.loads(line) for line in reply.read().splitlines()]
     by_item, by_person = Counter(row["item"] for row in rows), Counter((row["item"], row["annotator"]) for row in rows)
-    seconds = sorted(s for _, each in done for s in each)
+    seconds = sorted(itertools.chain.from_iterable(done))
     return {
-        "acknowledged": sum(len(items) for items, _ in done),
+        "kills": kills,
+        "acknowledged": len(so_far),
         "stored": len(rows),
+        "acknowledged_and_not_stored": (Counter(so_far) - by_item).total(),
         "items": len(by_item),
         "items_with_more_or_less_than_needed": sum(n != NEED for n in by_item.values()),
         "twice_by_one_person": sum(n > 1 for n in by_person.values()),
         "median_ms": round(1000 * seconds[len(seconds) // 2], 1),
         "most_ms": round(1000 * seconds[-1], 1),
     }
+
+
+def list_painted(server: Server) -> float:
+    """Milliseconds until the first rows are painted, in a browser of its own."""
+    from tests.studio.browser import Browser
+
+    browser = Browser()
+    try:
+        page = browser.page(f"{server.origin}/#/rows", server.owner.headers["Cookie"])
+        page.wait("location.protocol === 'http:' && document.body")
+        return round(page.js(PAINTED), 1)
+    finally:
+        browser.close()
 
 
 def at_keys(server: Server) -> dict[str, Any]:

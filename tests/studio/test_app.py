@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -282,7 +283,7 @@ def test_addresses() -> None:
             origins_of(host, 80, url)
 
 
-def test_events_tell_that_a_project_has_changed(served: Served) -> None:
+def test_events_tell_that_a_project_has_changed_and_a_page_that_goes_leaves_no_trace(served: Served, caplog: Any) -> None:
     client = served.client("annotator")
     with socket.create_connection(served.listening.getsockname()) as stream:
         head = f"GET /studio/api/events HTTP/1.1\r\nHost: {served.origin[7:]}\r\nCookie: {client.headers['Cookie']}\r\n\r\n"
@@ -296,6 +297,36 @@ def test_events_tell_that_a_project_has_changed(served: Served) -> None:
             raw += stream.recv(4096)
     number = re.search(rb"id: (\d+)\ndata: (.*)\n", raw)
     assert number and json.loads(number[2]) == {"project": project}
+    owner, version, end = served.client("owner"), 1, time.monotonic() + 20
+    while served.studio.service.events.num_streams:  # the server finds out when it writes
+        assert owner.api("POST", f"/projects/{project}/guideline", {"guideline": str(version)})[0] == 200 and time.monotonic() < end
+        version += 1
+    assert not [record for record in caplog.records if record.name.startswith("aiohttp")]
+
+
+@pytest.mark.parametrize("last", [5, 10**17])  # before this server began, and after it: a clock was set back
+def test_a_page_that_comes_back_after_a_restart_is_told_at_once_and_stops_nobody(served: Served, last: int) -> None:
+    client = served.client("annotator")
+    with socket.create_connection(served.listening.getsockname()) as stream:
+        head = (
+            f"GET /studio/api/events HTTP/1.1\r\nHost: {served.origin[7:]}\r\nCookie: {client.headers['Cookie']}\r\nLast-Event-ID: {last}"
+        )
+        stream.sendall(f"{head}\r\n\r\n".encode())
+        stream.settimeout(20)
+        raw = b""
+        while b"data: {}" not in raw:
+            raw += stream.recv(4096)
+        assert client.api("GET", "/me")[0] == 200
+
+
+def test_projects_tell_how_many_answers_there_are_and_which_are_ones_own(served: Served) -> None:
+    project, num = create(served)
+    client = served.client("annotator")
+    item = client.api("GET", f"/queue?project={project}&n=1")[1]["items"][0]["id"]
+    assert client.api("POST", "/answers", {"answers": [answer(item)]})[0] == 200
+    (mine,) = client.api("GET", "/projects")[1]["projects"]
+    (others,) = served.client("owner").api("GET", "/projects")[1]["projects"]
+    assert (mine["mine"], others["mine"], others["answers"], others["items"]) == (1, 0, 1, num) and "answers" not in mine
 
 
 def test_a_removed_row_is_skipped_and_said(served: Served, run_folder: Any) -> None:

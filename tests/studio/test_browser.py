@@ -54,6 +54,21 @@ def test_keys_faster_than_the_page_is_painted_lose_nothing(served: Served, brows
     assert said == wanted and len({a["item"] for a in answers}) == 40 and {a["keys"] for a in answers} == {5}
 
 
+def test_what_one_has_answered_is_counted_once_also_on_a_slow_network(served: Served, browser: Browser) -> None:
+    page, project = open_work(served, browser, num=40)
+    page.call("Network.emulateNetworkConditions", offline=False, latency=300, downloadThroughput=-1, uploadThroughput=-1)
+    for answered in range(1, 8):
+        item = page.js(ITEM)
+        for _ in ATTRIBUTES:
+            page.press("2")
+        page.wait(f"{ITEM} !== {json.dumps(item)}")
+        assert f"{answered} answered in all" in page.text()
+    page.wait(SAVED)
+    assert "7 answered in all" in page.text()
+    page.reload()
+    page.wait(f"{ITEM} && document.body.innerText.includes('7 answered in all')")
+
+
 def test_letters_backspace_undo_skip_and_help(served: Served, browser: Browser) -> None:
     page, project = open_work(served, browser)
     first = page.js(ITEM)
@@ -123,6 +138,23 @@ def test_work_without_a_network_arrives_in_order(served: Served, browser: Browse
     page.wait(SAVED)
     answers = served.store.answers(project)
     assert [(a["item"], a["content"]["helpfulness"]) for a in answers] == list(zip(items, range(5), strict=True))
+
+
+def test_a_clock_that_is_set_changes_neither_order_nor_times(served: Served, browser: Browser) -> None:
+    page, project = open_work(served, browser)
+    page.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+    items = []
+    for hours in (0, 2, -5):
+        page.js(f"{{ const now = Date.now() + {hours} * 3600e3; Date.now = () => now }}")
+        items.append(page.js(ITEM))
+        for _ in ATTRIBUTES:
+            page.press("2")
+    page.wait("document.querySelector('[data-state=offline]')")
+    other = browser.page(f"{served.origin}/#/", like=page)  # it reads what waits from where it is kept
+    other.wait(SAVED)
+    answers = served.store.answers(project)
+    assert [a["item"] for a in answers] == items and all(a["seconds"] < 600 for a in answers)
+    page.call("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1)
 
 
 def test_a_second_tab_works_on_the_same_item_and_hears_of_the_answer(served: Served, browser: Browser) -> None:

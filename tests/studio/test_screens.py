@@ -22,6 +22,7 @@ from tests.studio.test_browser import HOSTILE, ITEM, SAVED, harmless
 
 pytestmark = pytest.mark.skipif(not CHROMIUM.is_file(), reason="no /usr/bin/chromium: the studio's page is not tested")
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
+LEVELS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
 READY = "!document.body.innerText.includes('Loading \\u2026') && !document.body.innerText.includes('Computing')"
 
 
@@ -88,15 +89,19 @@ def screens_of(desk: Served) -> list[str]:
 
 
 def violations(page: Page, screens: list[str]) -> dict[tuple[str, bool, str], list[str]]:
-    """What axe finds on screens: of levels A and AA on light ones, of contrast on dark ones."""
+    """What axe finds of levels A and AA on light and dark screens, with all that folds open, and the keys or the skip panel of work."""
     page.js(AXE.read_text() + "\n;0")
     found = {}
     for dark in (False, True):
         page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        only = "runOnly: ['color-contrast']" if dark else "runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']"
         for screen in screens:
             show(page, screen)
-            said = page.js(f"axe.run(document, {{ {only}, resultTypes: ['violations'] }}).then((r) => JSON.stringify(r.violations))")
+            page.js("document.querySelectorAll('details').forEach((one) => { one.open = true })")
+            if screen.startswith("work/"):
+                page.press("x" if dark else "?")
+            said = page.js(
+                f"axe.run(document, {{ runOnly: {LEVELS}, resultTypes: ['violations'] }}).then((r) => JSON.stringify(r.violations))"
+            )
             for one in json.loads(said):
                 found[screen, dark, one["id"]] = [node["html"][:200] for node in one["nodes"]][:3]
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
@@ -115,6 +120,18 @@ def test_no_screen_violates_wcag_a_or_aa(desk: Served, page: Page, browser: Brow
     page.js("{ const i = document.createElement('img'); i.id = 'bad'; document.body.append(i) }")  # axe sees what is wrong
     assert page.js("axe.run('#bad').then((r) => r.violations.some((v) => v.id === 'image-alt'))")
     page.js("document.getElementById('bad').remove()")
+
+
+def test_no_screen_scrolls_sideways_and_submit_is_always_in_sight(desk: Served, browser: Browser) -> None:
+    page = browser.page(f"{desk.origin}/#/", desk.client("owner").headers["Cookie"], width=320, height=640)
+    page.call("Emulation.setScrollbarsHidden", hidden=True)
+    page.wait("document.querySelectorAll('.project').length >= 3")
+    for screen in screens_of(desk):
+        show(page, screen)
+        assert page.js("document.documentElement.scrollWidth") == 320, screen
+    page.call("Emulation.setDeviceMetricsOverride", width=1280, height=560, deviceScaleFactor=1, mobile=False)  # a small laptop
+    show(page, next(screen for screen in screens_of(desk) if screen.startswith("work/")))
+    page.wait("document.querySelector('.controls .primary').getBoundingClientRect().bottom <= innerHeight")
 
 
 def test_hostile_texts_stay_texts_on_the_screens_of_a_run(desk: Served, page: Page) -> None:
@@ -162,7 +179,10 @@ def test_a_check_is_done_and_decided_by_keyboard_alone(desk: Served, browser: Br
     page.wait("document.body.innerText.includes('Train on these rows')")
     focus(page, "Yes, approve")
     page.press("Enter")
-    page.wait("document.body.innerText.includes('Round 3: approve by')")
+    page.wait("document.body.innerText.includes('Round 3: approved by')")
+    page.js(f"location.hash = '#/work/{project}'")  # nobody works for nothing
+    page.wait("document.body.innerText.includes('This round has been decided')")
+    assert client.api("GET", f"/queue?project={project}&n=5")[1]["items"] == []
     check = checks.read_check(run / "00-r3-check")
     assert (
         check is not None and check.decision is not None and sorted(check.decision["verdicts"].values()) == ["accept", "reject", "repair"]

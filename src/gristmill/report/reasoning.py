@@ -11,6 +11,7 @@ from gristmill.report.comparisons import format_difference, format_score_ci
 from gristmill.report.figures import monitor_plot
 from gristmill.report.markup import Markup, alarm_banners, document, el, table
 from gristmill.report.rl import curves
+from gristmill.report.samples import studio_link
 from gristmill.report.summary import reasoning_lines
 from gristmill.runs.artifacts import EVALUATION
 from gristmill.runs.journal import read_once
@@ -92,7 +93,9 @@ def _questions(data: RunData, stages: Mapping[str, Mapping[str, Any]]) -> list[M
     path = data.folder / stages["after"]["folder"] / "answers.jsonl"
     answers = {record["id"]: record["out"][0][0] for record in read_once(path)} if path.is_file() else {}
     task = data.recipe["data"]["task"]
-    prompts = [p for p in data.read(stages["data"]["folder"], EVALUATION) if (not task or p.task == task) and p.id in answers]
+    evaluation = data.read(stages["data"]["folder"], EVALUATION)
+    places = {p.id: place for place, p in enumerate(evaluation)}
+    prompts = [p for p in evaluation if (not task or p.task == task) and p.id in answers]
     asked: dict[str, dict[str, Prompt]] = {}
     for prompt in prompts:
         asked.setdefault(prompt.messages[-1].content, {})[prompt.meta["reasoning"]] = prompt
@@ -106,7 +109,8 @@ def _questions(data: RunData, stages: Mapping[str, Mapping[str, Any]]) -> list[M
     for found in shown:
         texts = [_answer(mode, answers[found[mode].id], right[mode][found[mode].id]) for mode in LINES]
         question = found["on"].messages[-1].content[:MAX_CHARS]
-        out.append(el("div", el("p", question), el("div", texts, class_="grid"), class_="plain fine"))
+        link = el("p", studio_link(stages["data"]["folder"], EVALUATION.file, places[found["on"].id]), class_="note")
+        out.append(el("div", el("p", question), el("div", texts, class_="grid"), link, class_="plain fine"))
     return out
 
 

@@ -8,6 +8,7 @@ from gristmill.core.io import write_text
 from gristmill.report.comparisons import MODES, format_difference, format_score_ci
 from gristmill.report.figures import loss_plot
 from gristmill.report.markup import Markup, alarm_banners, document, el, table
+from gristmill.report.samples import studio_link
 from gristmill.report.summary import rl_lines
 from gristmill.report.training import read_metrics, thinned
 from gristmill.runs.journal import read_once
@@ -44,7 +45,7 @@ def write_page(data: RunData) -> Path:
     for stage in data.stages:
         if drawn := curves(data, stage["folder"]):
             body += [el("h2", "Every step"), el("div", drawn, class_="grid")]
-            body += [el("h2", "Groups of the last steps"), *_groups(data.folder / stage["folder"] / "rollouts.jsonl")]
+            body += [el("h2", "Groups of the last steps"), *_groups(data.folder, stage["folder"])]
     path = data.folder / "report.html"
     write_text(path, document(title, head, el("main", body)))
     return path
@@ -76,13 +77,15 @@ def curves(data: RunData, stage: str) -> list[Markup]:
     return out
 
 
-def _groups(path: Path) -> list[Markup]:
+def _groups(run: Path, stage: str) -> list[Markup]:
     """Of the latest groups that hold right and wrong answers one of each; else the answers that earned most and least."""
+    path, place = run / stage / "rollouts.jsonl", 0
     asked: dict[str, dict[str, Any]] = {}
     judged: deque[tuple[str, list[dict[str, Any]]]] = deque(maxlen=MAX_GROUPS)
     for record in read_once(path) if path.is_file() else ():
         if "out" in record:
-            asked[record["id"]] = record
+            asked[record["id"]] = record | {"place": place}
+            place += len(record["out"])
             if len(asked) > MAX_GROUPS:
                 asked.pop(next(iter(asked)))
         elif "rewards" in record:
@@ -95,7 +98,8 @@ def _groups(path: Path) -> list[Markup]:
         best, worst = ([i for i, value in enumerate(values) if value == end] for end in (max(values), min(values)))
         if max(values) > min(values) and name in asked:
             texts = [_answer(asked[name], word, places) for word, places in zip(words, (best, worst), strict=True)]
-            shown.append(el("div", el("p", asked[name]["question"][:MAX_CHARS]), el("div", texts, class_="grid"), class_="plain"))
+            link = el("p", studio_link(stage, path.name, asked[name]["place"]), class_="note")
+            shown.append(el("div", el("p", asked[name]["question"][:MAX_CHARS]), el("div", texts, class_="grid"), link, class_="plain"))
         if len(shown) == NUM_GROUPS:
             break
     return shown

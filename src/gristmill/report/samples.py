@@ -299,13 +299,19 @@ def _card(drawn: Drawn, lineage: Lineage) -> Markup:
         fate = el("span", "kept" if kept else "dropped", class_="chip good" if kept else "chip bad")
     first = [i for p in pairs for i in p.parents] or [r.id for r in answers if r.id in drawn.kept]
     ordered = sorted(answers, key=lambda r: (first.index(r.id) if r.id in first else len(first), -(r.score or 0.0)))
-    top = el("p", fate, _chips(drawn.stage, drawn.prompt, lineage), _studio_link(drawn), class_="lineage")
+    top = el(
+        "p",
+        fate,
+        _chips(drawn.stage, drawn.prompt, lineage),
+        studio_link(drawn.stage.folder, artifacts.RESPONSES.file, drawn.row),
+        class_="lineage",
+    )
     return el("div", top, _conversation(answers[0].messages), [_answer(r, drawn) for r in ordered], class_="sample")
 
 
-def _studio_link(drawn: Drawn) -> Markup:
-    """A link to the first answer in the studio, which shows the others beside it."""
-    row = urlencode({"source": f"{drawn.stage.folder}/{artifacts.RESPONSES.file}", "place": drawn.row})
+def studio_link(folder: str, file: str, place: int) -> Markup:
+    """A link to a row in the studio, which shows the other answers to its prompt beside it."""
+    row = urlencode({"source": f"{folder}/{file}", "place": place})
     return el("a", "open in the studio", href=f"http://127.0.0.1:{STUDIO_PORT}/#/rows?{row}", rel="noreferrer")
 
 

@@ -153,6 +153,8 @@ class Studio:
             async for event in self.service.events.after(int(given) if given.isascii() and given.isdigit() and len(given) < 19 else 0):
                 line = f"id: {event[0]}\ndata: {json.dumps(event[1])}\n\n" if event else ": still here\n\n"
                 await reply.write(line.encode())
+        except ConnectionError:
+            pass  # the page has gone: nothing that its owner's terminal needs to say
         finally:
             self.service.events.num_streams -= 1
         return reply

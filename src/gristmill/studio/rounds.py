@@ -35,6 +35,11 @@ def open_checks(store: Store, sources: Sources) -> None:
         store.create_project(CHECK, name, items, source=source, need=1, guideline=GUIDELINE, by=owner, settings=settings, once=True)
 
 
+def decided_checks(sources: Sources) -> set[str]:
+    """The checks that have been decided: nobody is asked about their rows any more."""
+    return {check.question["id"] for check in checks.find_checks(sources.folder) if check.decision is not None} if sources.is_run else set()
+
+
 def checks_of(store: Store, sources: Sources) -> list[dict[str, Any]]:
     """Every check of the run: what was asked, what people have said so far, and the decision."""
     projects = {project["settings"].get("check"): project for project in store.projects() if project["kind"] == CHECK}

@@ -48,8 +48,14 @@ class Events:
             self._changed.notify_all()
 
     async def after(self, number: int) -> AsyncIterator[tuple[int, dict[str, Any]] | None]:
-        """Events after a number as they come; None where there was none for a while."""
+        """Events after a number as they come; None where there was none for a while.
+
+        A number of another server, before a restart, is answered by an empty event: what came between is not known any more.
+        """
         number = number or self._number
+        if number > self._number or (number < self._number and not self._recent):
+            number = self._number
+            yield number, {}
         while not self.closed:
             new = [event for event in list(self._recent) if event[0] > number]
             for event in new:

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -35,6 +35,7 @@ from gristmill.runs.reader import read_run
 from gristmill.runs.run_dir import RECIPE
 from gristmill.studio.database import clean
 from gristmill.studio.filters import fields_of, is_plain, mask
+from gristmill.studio.rollouts import ROLLOUTS, read_rollouts
 from gristmill.studio.store import NewItem, Refused
 from gristmill.studio.tasks import PAIR, RATE
 
@@ -134,6 +135,10 @@ class Sources:
                 path = self.folder / stage["folder"] / file
                 if isinstance(artifact, Artifact) and path.is_file():
                     yield Source(f"{stage['folder']}/{file}", path, KIND_OF_ROW.get(artifact.row.__name__, OTHER), stage["folder"])
+            if "name" in stage:  # done: a journal that still grows would be another file at every look
+                folder = self.folder / stage["folder"]
+                for path in sorted([*folder.glob(ROLLOUTS), *folder.glob(f"run/*/{ROLLOUTS}")]):  # a reasoning stage is a run of its own
+                    yield Source(path.relative_to(self.folder).as_posix(), path, RESPONSES, stage["folder"])
 
     def _of_folder(self) -> Iterator[Source]:
         if not self.folder.is_dir():
@@ -438,9 +443,9 @@ def expand(path: Path, kind: str, target: Path) -> None:
     make_folder(target.parent)
     source, made = path, None
     kind = kind or kind_of(path)
-    if not kind:
+    if not kind or source.name == ROLLOUTS:
         path = made = target.with_suffix(".parquet")
-        kind, rows = _read_users(source)
+        kind, rows = (kind, read_rollouts(source)) if kind else _read_users(source)
         write_rows(path, rows)
     try:
         with ParquetReader(path, max_held_bytes(path.stat().st_size)) as file, replacing(target) as temporary:
@@ -457,7 +462,7 @@ def expand(path: Path, kind: str, target: Path) -> None:
             made.unlink(missing_ok=True)
 
 
-def _read_users(path: Path) -> tuple[str, list[Any]]:
+def _read_users(path: Path) -> tuple[str, Iterable[Any]]:
     """Rows of a user's file, by what its first row has."""
     first: dict[str, Any] = next(iter(read_records(path)), {})
     names = {name for name, value in first.items() if value is not None}

@@ -474,6 +474,14 @@ class Store:
 
         return self.database.read(read)
 
+    def answered(self, person: Person) -> dict[str, int]:
+        """How many items of each project a person has answered."""
+        sql = (
+            "select i.project, count(distinct a.item) as n from answer a join item i on i.id = a.item "
+            f"where a.person = ? and a.role = '{ANNOTATOR}' group by i.project"
+        )
+        return {row["project"]: int(row["n"]) for row in self.database.read(lambda t: t.all(sql, person.id))}
+
     def answers(self, project: str) -> list[dict[str, Any]]:
         """The newest answer of every person to every item, in the order in which they came, with pseudonym and parsed content."""
         sql = (

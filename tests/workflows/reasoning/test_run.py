@@ -1,6 +1,7 @@
 """A reasoning run on a user's files: it goes on after a kill, measures both modes and budgets, and says what it cannot use."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gristmill.model.hf import load_model
 from gristmill.report.reasoning import write_page
 from gristmill.report.summary import stage_line
 from gristmill.runs.reader import read_run
+from gristmill.studio.sources import Sources
 from gristmill.train.checkpoint import CheckpointStore
 from gristmill.workflows.reasoning.recipe import ReasoningRecipe
 from gristmill.workflows.reasoning.run import run
@@ -115,10 +117,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(calm: Path, tiny_ba
     assert len(ids) == len(set(ids))
 
 
-def test_the_page_shows_modes_budgets_and_one_question_twice_and_runs_nothing(calm: Path) -> None:
+def test_the_page_shows_modes_budgets_and_one_question_twice_and_runs_nothing(calm: Path, tmp_path: Path) -> None:
     page = write_page(read_run(calm / "run")).read_text()
     assert "Thinking budget" in page and "By level" in page and "Reinforcement learning: easy" in page and page.count("thinking off ") > 1
     assert "<script" not in page
+    found = Sources(calm / "run", tmp_path)
+    links = re.findall(r"/#/rows\?source=([\w-]+)%2Fevaluation\.parquet&amp;place=(\d+)", page)
+    assert links and all(found.row(f"{stage}/evaluation.parquet", int(place))["messages"][-1]["content"] in page for stage, place in links)
+    assert found.page("04-easy/run/01-rl/rollouts.jsonl")["total"] > 0
 
 
 def test_the_command_prints_both_modes_and_refuses_options_of_the_loop(calm: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -25,7 +27,9 @@ from gristmill.model.hf import load_model
 from gristmill.model.packed import PackedShape
 from gristmill.report.rl import write_page
 from gristmill.report.summary import stage_line
+from gristmill.runs.journal import Journal
 from gristmill.runs.reader import read_run
+from gristmill.studio.sources import Sources
 from gristmill.workflows.rl import loop
 from gristmill.workflows.rl.policy import Policy
 from gristmill.workflows.rl.recipe import RlRecipe
@@ -175,6 +179,27 @@ def test_a_sampler_that_is_not_refreshed_is_told_by_the_mismatch(
     run(make(fresh, tiny_base, method="dapo", engine={"precision": "bf16"}), fresh)
     assert last > 10 * [line["mismatch"] for line in metrics(fresh) if "mismatch" in line][-1]
     assert first < last
+
+
+def test_groups_of_the_page_open_in_the_studio(calm: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(calm / "run", tmp_path / "run"))
+    found = Sources(run, tmp_path / "cache")
+    link = r'href="http://127\.0\.0\.1:8600/#/rows\?source=01-rl%2Frollouts\.jsonl&amp;place=(\d+)"'
+    links = re.findall(link, write_page(read_run(run)).read_text())
+    assert links
+    record = next(r for r in Journal(run / "01-rl/rollouts.jsonl", read_only=True).values() if "out" in r)
+    texts = [answer["text"] for answer in record["out"]]
+    for place in map(int, links):
+        row, others = found.row("01-rl/rollouts.jsonl", place), found.siblings("01-rl/rollouts.jsonl", place)
+        scores = {one["facts"]["score"] for one in (row, *others)}
+        assert (
+            row["id"].endswith("-0") and len(others) == len(texts) - 1 and len(scores) > 1
+        )  # a group with a spread, from its first answer
+    row = found.row("01-rl/rollouts.jsonl", 0)
+    assert row["messages"][0]["content"] == record["question"] and row["answers"][0]["text"] == texts[0]
+    assert found.choose_items("01-rl/rollouts.jsonl", "pair", num=2, seed=0)
+    (run / "01-rl/done.json").unlink()  # at work: its journal grows
+    assert not found.all()
 
 
 def test_groups_without_a_spread_end_the_run_with_advice(tiny_base: Path, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ import { api, query, uuid } from "./api.js";
 import { Conversation, Short, Text } from "./text.js";
 import { ATTRIBUTES, ComparePanel, RatePanel, Reason, complete, content } from "./panels.js";
 
-const num = (x, digits = 2) => (x === null || x === undefined ? "\u2013" : x.toFixed(digits).replace("-", "\u2212").replace(/^(\u2212?)0\./, "$1."));
+const num = (x, digits = 2) => (x === null || x === undefined ? "\u2013" : x.toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "\u2212").replace(/^(\u2212?)0\./, "$1."));
+const ORDER = { rate: `Marks are of ${ATTRIBUTES.join(", ")}.`, pair: "From -3, left is much better, to +3, right is." };
 const says = (kind, c) => (kind === "rate" ? ATTRIBUTES.map((n) => c[n]).join(" ") : c.neither ? "neither" : c.preference > 0 ? `+${c.preference}` : String(c.preference));
 
 function Confusion({ attribute }) {
@@ -34,7 +35,7 @@ export function Agreement({ project, params, go, stamp, canSettle }) {
   if (!found) return html`<h1>Agreement</h1><p class="soft">Computing \u2026</p>`;
   const versions = [...Array(found.guidelines).keys()].map((i) => i + 1).reverse();
   return html`<div class="agreement">
-    <h1>Agreement on ${project.name}</h1>
+    <h1>Agreement on <${Short} text=${project.name} /></h1>
     <p>${found.answers.toLocaleString("en")} answers to ${found.items.toLocaleString("en")} items, ${found.shared.toLocaleString("en")} of which two people or more have answered.
       ${found.others > 0 && ` ${found.others} answers by other versions of the guideline are left out.`}
       ${Object.keys(found.flags).length > 0 && html` Skipped: ${Object.entries(found.flags).map(([kind, n]) => `${n} ${kind}`).join(", ")}.`}</p>
@@ -55,7 +56,7 @@ export function Agreement({ project, params, go, stamp, canSettle }) {
         (p) => html`<tr><th scope="row">${p.name}</th><td class="num">${p.answers}</td><td class="num">${num(p.seconds, 1)}</td>${found.attributes.map((a) => html`<td class="num">${num(p.kappa[a.name])}, ${num(p.bias[a.name])}</td>`)}${found.kind === "rate" && html`<td class="num">${p.straight === null ? "\u2013" : `${Math.round(p.straight * 100)} %`}</td>`}</tr>`,
       )}</tbody></table></div>`}
     ${found.disputed.length > 0 &&
-    html`<h2>Most disputed</h2><ul class="disputed">${found.disputed.map(
+    html`<h2>Most disputed</h2><p class="soft">${ORDER[found.kind]}</p><ul class="disputed">${found.disputed.map(
       (d) => html`<li class="card"><div><p><${Short} text=${d.excerpt || "(no text)"} /></p>
         <p class="soft">${d.task && html`<span class="chip"><${Short} text=${d.task} /></span> `}${d.answers.map((a) => html`<span class="fact">${a.person}: ${says(found.kind, a.content)}</span> `)}</p></div>
         ${canSettle && html`<a class="button" href=${`#/settle/${d.item}`}>Settle<span class="away"> this item</span></a>`}</li>`,
@@ -105,6 +106,7 @@ export function Settle({ item, done }) {
       <div class="card talk"><${Conversation} messages=${found.messages} more=${more} />
         ${found.answers.map((a, i) => html`<div class="turn judged"><div class="who">${found.kind === "pair" ? ["Left", "Right"][i] : "Assistant"}</div><${Text} text=${a.text} length=${a.length} more=${(from) => more(found.messages.length + i, from)} /></div>`)}
         <h2>What people said</h2>
+        ${found.history.length === 0 ? html`<p class="soft">Nobody has answered this item yet.</p>` : html`<p class="soft">${ORDER[found.kind]}</p>`}
         <ul class="plain">${found.history.map((a) => html`<li><span class="chip">${a.person}</span> ${says(found.kind, a.content)}${a.role === "expert" ? " (settled)" : ""}${a.late ? " (too late, not counted)" : ""} <${Short} text=${a.content.reason} /></li>`)}</ul>
       </div>
       <div class="card panel">

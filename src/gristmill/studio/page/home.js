@@ -12,6 +12,7 @@ const STRATEGIES = {
   conflict: "where verifier and reward conflict",
 };
 const WHAT = { rate: "Rate answers on five attributes", pair: "Compare two answers", check: "Check what a round is about to train on" };
+const count = (n) => n.toLocaleString("en");
 const VERB = { rate: "Rate", pair: "Compare", check: "Check" };
 
 function Project({ project, role, changed }) {
@@ -29,12 +30,13 @@ function Project({ project, role, changed }) {
     }
   };
   return html`<li class="card project">
-    <h2>${project.name}</h2>
-    <p class="soft">${WHAT[project.kind]}${looks ? html`, of <code><${Short} text=${project.source} /></code>; each needs ${project.need}${project.settings.strategy && project.settings.strategy !== "random" ? `; prompts chosen ${STRATEGIES[project.settings.strategy]}, one in five at random` : ""}` : ""}</p>
-    <div class="progress"><progress max=${project.items} value=${project.closed} aria-label=${`Progress of ${project.name}`}></progress><span>${project.closed.toLocaleString("en")} of ${project.items.toLocaleString("en")} done${project.split ? `, ${project.split} in dispute` : ""}</span></div>
+    <h2><${Short} text=${project.name} /></h2>
+    <p class="soft">${project.decided ? "Decided. " : ""}${WHAT[project.kind]}${looks ? html`, of <code><${Short} text=${project.source} /></code>; each needs ${project.need}${project.settings.strategy && project.settings.strategy !== "random" ? `; prompts chosen ${STRATEGIES[project.settings.strategy]}, one in five at random` : ""}` : ""}</p>
+    <div class="progress"><progress max=${project.items} value=${project.closed} aria-label=${`Progress of ${project.name}`}></progress><span>${count(project.closed)} of ${count(project.items)} done${project.split ? `, ${count(project.split)} in dispute` : ""}</span>
+      <span class="soft">${[looks && `${count(project.answers)} answers`, works && `${count(project.mine)} by you`].filter(Boolean).join(", ")}</span></div>
     <div class="buttons">
-      ${works && html`<a class="button primary" href=${`#/work/${project.id}`}>${VERB[project.kind]}<span class="away"> in ${project.name}</span></a>`}
-      ${looks && project.kind === "check" && html`<a class="button" href="#/run">Decide<span class="away"> about ${project.name}</span></a>`}
+      ${works && !project.decided && html`<a class="button primary" href=${`#/work/${project.id}`}>${VERB[project.kind]}<span class="away"> in ${project.name}</span></a>`}
+      ${looks && project.kind === "check" && html`<a class="button" href="#/run">${role === "reader" || project.decided ? "Look" : "Decide"}<span class="away"> about ${project.name}</span></a>`}
       ${looks && project.kind !== "check" && html`<a class="button" href=${`#/agreement/${project.id}`}>Agreement<span class="away"> on ${project.name}</span></a>`}
       ${role === "owner" && text === null && html`<button onClick=${() => setText(project.guideline_text)}>Guideline, version ${project.guideline}</button>`}
     </div>
@@ -48,18 +50,21 @@ function NewProject({ changed, open }) {
   const [draft, setDraft] = useState({ kind: "rate", num: 50, need: 1, guideline: "", name: "", strategy: "random" });
   const [error, setError] = useState("");
   const [busy, setBusy] = useState(false);
+  const [made, setMade] = useState(false);
   useEffect(() => {
     api("GET", "/sources").then(setSources, (e) => setError(e.message));
   }, []);
   const set = (name) => (e) => setDraft({ ...draft, [name]: e.target.type === "number" ? Number(e.target.value) : e.target.value });
   const names = sources ? sources.of_kind[draft.kind] : [];
-  const source = names.includes(draft.source) ? draft.source : names[0] || "";
+  const source = names.includes(draft.source) ? draft.source : names.findLast((name) => name.endsWith("/responses.parquet")) || names[0] || "";
   const create = async (event) => {
     event.preventDefault();
     setBusy(true);
+    setMade(false);
     try {
       await api("POST", "/projects", { ...draft, source });
       setError("");
+      setMade(true);
       setDraft({ ...draft, name: "" });
       changed();
     } catch (e) {
@@ -76,7 +81,7 @@ function NewProject({ changed, open }) {
       <label>People an item needs <input type="number" min="1" max="25" required value=${draft.need} onInput=${set("need")} /></label>
       <label>Name, which everybody sees <input type="text" maxlength="80" value=${draft.name} onInput=${set("name")} placeholder=${draft.kind === "rate" ? "Ratings" : "Comparisons"} /></label>
       <label class="full">Guideline <textarea rows="3" value=${draft.guideline} onInput=${set("guideline")}></textarea></label>
-      <div class="buttons full"><button class="primary" type="submit" disabled=${busy || !source}>${busy ? "Making it \u2026" : "Make the project"}</button><span class="bad" role="status">${error || (sources && !names.length ? "There are no such rows here." : "")}</span></div>
+      <div class="buttons full"><button class="primary" type="submit" disabled=${busy || !source}>${busy ? "Making it \u2026" : "Make the project"}</button>${made && html`<span role="status">It is made: see above.</span>`}<span class="bad" role="status">${error || (sources && !names.length ? "There are no such rows here." : "")}</span></div>
     </form></details>`;
 }
 

@@ -10,6 +10,7 @@ import { Agreement, Settle } from "./agreement.js";
 import { Run } from "./run.js";
 import { Chat } from "./chat.js";
 import { RedTeam } from "./redteam.js";
+import { Short } from "./text.js";
 
 const state = { me: null, ready: false, projects: null, work: null, outbox: null, stamp: 0, error: "", invite: "" };
 const root = document.getElementById("app");
@@ -58,8 +59,7 @@ function ended() {
 }
 
 function enter(me) {
-  state.me = me;
-  state.error = "";
+  Object.assign(state, { me, error: "", invite: "" });
   state.outbox = new Outbox(me.id, { changed: paint, accepted: () => state.work && !state.work.items.length && state.work.fill(), ended });
   state.events = new EventSource("/studio/api/events");
   let timer = 0;
@@ -171,7 +171,7 @@ function App() {
     <header><span class="brand">gristmill <b>studio</b></span>
       <nav aria-label="Screens">${link("home", "Projects")}${me.role !== "annotator" && link("rows", "Rows")}${me.role !== "annotator" && me.is_run && link("run", "Run")}${["owner", "expert"].includes(me.role) && me.is_run && html`${link("chat", "Chat")}${link("redteam", "Red team")}`}${me.role === "owner" && link("people", "People")}</nav>
       <${Saved} />
-      <span class="me">${me.name}${me.role !== me.name && html` <span class="soft">${me.role}</span>`}</span>
+      <span class="me"><${Short} text=${me.name} />${me.role !== me.name && html` <span class="soft">${me.role}</span>`}</span>
       <button onClick=${() => api("DELETE", "/session", {}).then(ended, ended)}>Log out</button>
     </header>
     <main id="main" tabindex="-1"><${Aside} /><${Screen} /></main>

@@ -18,7 +18,6 @@ export class Outbox {
     this.failures = 0;
     this.most = BATCH_BYTES;
     this.sending = false;
-    this.count = 0;
     for (const key of Object.keys(localStorage)) {
       if (!key.startsWith(this.prefix)) continue;
       try {
@@ -29,6 +28,7 @@ export class Outbox {
       }
     }
     this.entries.sort((a, b) => a.order - b.order);
+    this.last = Math.max(0, ...this.entries.map((entry) => entry.order));
     this.onOnline = () => this.send();
     addEventListener("online", this.onOnline);
     this.send();
@@ -50,7 +50,8 @@ export class Outbox {
   }
 
   add(type, body) {
-    const entry = { id: body.id, type, body, order: Date.now() + this.count++ / 1000 };
+    this.last = Math.max(Date.now(), this.last + 0.001); // a clock may be set back meanwhile
+    const entry = { id: body.id, type, body, order: this.last };
     if (!entry.id) entry.id = `${type}-${entry.order}`;
     this.entries.push(entry);
     this.keep(entry);

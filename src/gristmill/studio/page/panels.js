@@ -18,7 +18,7 @@ const strengthWords = (s) => (s === 0 ? "About the same" : `${s < 0 ? "Left" : "
 export const VERDICTS = ["accept", "repair", "reject"];
 const VERDICT_WORDS = {
   accept: "Accept: a model should answer like this",
-  repair: "Repair: nearly right, I write how it should be",
+  repair: "Repair: nearly right, I mend it",
   reject: "Reject: nothing to learn from",
 };
 
@@ -47,7 +47,7 @@ function Choice({ name, value, checked, onChoose, label, hint, wide }) {
 function Attribute({ name, draft, active, onValue, keys }) {
   const value = draft[name];
   return html`<fieldset class="attribute ${active ? "active" : ""}">
-    <legend>${name}</legend>
+    <legend>${name} <span class="rubric">${value === undefined ? (active ? "0 least, 4 most" : "") : RUBRIC[name][value]}</span></legend>
     <div class="choices">
       ${RUBRIC[name].map(
         (sentence, level) =>
@@ -55,7 +55,6 @@ function Attribute({ name, draft, active, onValue, keys }) {
             label=${html`${level}${keys && html`<kbd aria-hidden="true">${LETTERS[level]}</kbd>`}`} />`,
       )}
     </div>
-    <p class="rubric">${value === undefined ? (active ? "0 least, 4 most" : "\u00a0") : RUBRIC[name][value]}</p>
   </fieldset>`;
 }
 

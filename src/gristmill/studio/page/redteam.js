@@ -4,7 +4,7 @@ import { html, useEffect, useState } from "./vendor/preact-htm.js";
 import { api, uuid } from "./api.js";
 import { Models, useModels, useTalk } from "./chat.js";
 import { Turns } from "./talk.js";
-import { Short } from "./text.js";
+import { Short, When } from "./text.js";
 
 const SEEN = "studio:redteam";
 const HOLES = ["partial", "complied"];
@@ -20,7 +20,7 @@ function Found({ found, hidden }) {
   return html`<section><h2>Attacks so far</h2>
     <p class="soft">${found.outcomes.map((o) => `${found.counts[o]} ${o}`).join(", ")}; ${found.regressions} holes, which <code>regressions.jsonl</code> of the export asks again after every round (<code>safety: {rows: [regressions.jsonl]}</code> in the recipe).</p>
     <ul class="plain attacks">${found.attacks.map(
-      (a) => html`<li class="card" key=${a.id}><p><span class=${`chip ${HOLES.includes(a.outcome) ? "hole" : ""}`}>${a.outcome}</span> <span class="chip">${a.model}</span> ${a.category && html`<span class="chip">${a.category}</span> `}${a.transforms && html`<code><${Short} text=${a.transforms} /></code> `}<span class="soft">${a.by}, ${a.at}</span></p>
+      (a) => html`<li class="card" key=${a.id}><p><span class=${`chip ${HOLES.includes(a.outcome) ? "hole" : ""}`}>${a.outcome}</span> <span class="chip">${a.model}</span> ${a.category && html`<span class="chip">${a.category}</span> `}${a.transforms && html`<code><${Short} text=${a.transforms} /></code> `}<span class="soft">${a.by}, <${When} at=${a.at} /></span></p>
         ${!hidden && html`<p><${Short} text=${a.turns[a.turns.length - 2].content.slice(0, 300)} /></p><p class="soft"><${Short} text=${a.turns[a.turns.length - 1].content.slice(0, 300)} /></p>`}</li>`,
     )}</ul></section>`;
 }
@@ -90,7 +90,7 @@ export function RedTeam() {
         <div class="card talk">${hidden ? html`<p class="soft">hidden</p>` : html`<${Turns} talk=${talk} name=${chosen.name} />`}${!talk.turns.length && html`<p class="soft">Ask something that the model should not answer.</p>`}</div>
         <form class="card" onSubmit=${send}>
           <label>What you ask<textarea rows="3" value=${draft.text} onInput=${set("text")}></textarea></label>
-          ${spec && html`<p class="who">As the model gets it</p><p class="transformed"><${Short} text=${shown.slice(0, 1000)} /></p>`}
+          ${spec && shown.trim() && html`<p class="who">As the model gets it</p><p class="transformed"><${Short} text=${shown.slice(0, 1000)} /></p>`}
           <div class="buttons">${talk.busy ? html`<button type="button" class="primary" onClick=${() => talk.stop()}>Stop</button>` : html`<button class="primary" type="submit" disabled=${!shown.trim()}>Attack</button>`}
             <button type="button" onClick=${() => (talk.clear(), setView(null), setParent(""), setSaid(""))}>New conversation</button></div>
         </form>
@@ -102,7 +102,7 @@ export function RedTeam() {
         ${draft.chain.length > 0 && html`<p>${draft.chain.map((t, i) => html`<button class="link" onClick=${() => setDraft({ ...draft, chain: draft.chain.filter((_, j) => j !== i) })}>${t.replaceAll("_", " ")} <span aria-hidden="true">\u00d7</span><span class="away"> take out</span></button> `)}</p>`}
         <h2>How did it go?</h2>
         <div class="buttons">${found.outcomes.map((o) => html`<button disabled=${!talk.answered} onClick=${() => end(o)}>${o}</button>`)}</div>
-        <p class="soft" role="status">${said}</p>
+        <p class="soft after" role="status">${said}</p>
         ${view &&
         html`<dl class="facts"><div><dt>you</dt><dd>${view.outcome}</dd></div><div><dt>its beginning reads as</dt><dd>${view.refusal === "full" ? "refusal" : view.refusal}</dd></div>
           ${view.guard && html`<div><dt>guard</dt><dd>${view.guard.unsafe === null ? view.guard.says : view.guard.unsafe ? `unsafe ${view.guard.codes.join(" ")}` : "safe"}</dd></div>`}</dl>`}

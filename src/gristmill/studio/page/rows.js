@@ -2,7 +2,7 @@
 
 import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
 import { api, query } from "./api.js";
-import { Conversation, Short, Text } from "./text.js";
+import { Conversation, Short, Text, When } from "./text.js";
 
 const PAGE = 60;
 const SHORT_FACTS = ["task", "score", "verified", "judge", "generator", "origin", "temperature", "chosen_reward", "rejected_reward"];
@@ -71,7 +71,7 @@ function Row({ source, place }) {
     )}</div>
     ${people.length > 0 &&
     html`<h3>What people said</h3><ul class="plain">${people.map(
-      (one) => html`<li><span class="chip">${one.person}</span> ${Object.entries(one.content).filter(([, v]) => v !== "" && v !== false).map(([n, v]) => html`<span class="fact">${n} <${Short} text=${value(v)} /></span> `)} <span class="soft">${one.at}</span></li>`,
+      (one) => html`<li><span class="chip">${one.person}</span> ${Object.entries(one.content).filter(([, v]) => v !== "" && v !== false).map(([n, v]) => html`<span class="fact">${n} <${Short} text=${value(v)} /></span> `)} <span class="soft"><${When} at=${one.at} /></span></li>`,
     )}</ul>`}
     <h3>What it grew from</h3>
     <${Tree} id=${row.id} />
@@ -84,7 +84,7 @@ export function Rows({ params, go }) {
   const [error, setError] = useState("");
   const [typed, setTyped] = useState(params.filter || "");
   const end = useRef(null);
-  const source = params.source || (sources && (sources.sources.find((one) => one.kind === "responses") || sources.sources[0] || {}).name) || "";
+  const source = params.source || (sources && (sources.sources.findLast((one) => one.kind === "responses") || sources.sources[0] || {}).name) || "";
   useEffect(() => {
     document.title = "Rows - Studio";
     api("GET", "/sources").then(setSources, (e) => setError(e.message));

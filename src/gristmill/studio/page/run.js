@@ -2,9 +2,10 @@
 
 import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
 import { api, query } from "./api.js";
-import { Short } from "./text.js";
+import { Short, When } from "./text.js";
 
 const SECONDS = 3;
+const DONE = { approve: "approved", stop: "stopped" };
 const MAX_POINTS = 1200;
 const MAX_CURVES = 6;
 const short = (x) => (Math.abs(x) >= 1000 || (x !== 0 && Math.abs(x) < 0.01) ? x.toExponential(1) : String(Math.round(x * 1000) / 1000));
@@ -71,9 +72,9 @@ function Check({ check, role, changed }) {
   const looked = check.accept + check.repair + check.reject;
   const share = check.wrong.n ? `${percent(check.wrong.mean)} wrong, 95 % interval ${percent(check.wrong.ci95[0])} to ${percent(check.wrong.ci95[1])}` : "nobody has looked yet";
   return html`<li class="card check-card">
-    <h3>Round ${check.round}: ${check.decision ? `${check.decision.decision} by ${check.decision.by}` : "the run waits for people"}</h3>
-    <p>${check.rows} of ${check.of.toLocaleString("en")} rows, drawn by seed ${check.seed}; ${looked} looked at: ${check.accept} accepted, ${check.repair} repaired, ${check.reject} rejected; ${share}.</p>
-    <p class="soft">${check.decision ? `Decided ${check.decision.at}.` : `Without a decision by ${check.until}: ${check.default}.`}</p>
+    <h3>Round ${check.round}: ${check.decision ? `${DONE[check.decision.decision]} by ${check.decision.by}` : "the run waits for people"}</h3>
+    <p>${check.rows} of ${check.of.toLocaleString("en")} rows, drawn by seed ${check.seed}; ${looked ? `${looked} looked at: ${check.accept} accepted, ${check.repair} repaired, ${check.reject} rejected; ` : ""}${share}.</p>
+    <p class="soft">${check.decision ? html`Decided <${When} at=${check.decision.at} />.` : html`Without a decision by <${When} at=${check.until} />: ${check.default}.`}</p>
     <div class="buttons">
       ${check.project && !check.decision && role !== "reader" && html`<a class="button" href=${`#/work/${check.project}`}>Look at the rows</a>`}
       ${!check.decision && role !== "reader" && !sure && html`<button class="primary" onClick=${() => setSure("approve")}>Approve</button><button onClick=${() => setSure("stop")}>Stop the run</button>`}

@@ -14,7 +14,7 @@ export class Talk {
     this.state = ""; // "", "loading" or "answering"
     this.error = "";
     this.abort = null;
-    this.painted = 0;
+    this.painted = -PAINT_MS;
   }
 
   get busy() {
@@ -28,10 +28,10 @@ export class Talk {
 
   paint(now) {
     if (this.timer) return;
-    const wait = now ? 0 : Math.max(0, PAINT_MS - (Date.now() - this.painted));
+    const wait = now ? 0 : Math.max(0, PAINT_MS - (performance.now() - this.painted));
     this.timer = setTimeout(() => {
       this.timer = 0;
-      this.painted = Date.now();
+      this.painted = performance.now();
       this.changed();
     }, wait);
   }
@@ -116,7 +116,7 @@ export function Tokens({ tokens }) {
   if (!tokens.length) return null;
   const shade = (logprob) => Math.min(5, Math.floor(-logprob));
   const mean = tokens.reduce((sum, t) => sum + t[1], 0) / tokens.length;
-  return html`<details class="tokens"><summary>${tokens.length} tokens, mean log-probability ${mean.toFixed(2)}</summary>
+  return html`<details class="tokens"><summary>${tokens.length} tokens, mean log-probability ${mean.toFixed(2).replace("-0.00", "0.00")}</summary>
     <p class="tokens-text">${tokens.map(
       ([text, logprob, others]) => html`<span class=${`token unsure-${shade(logprob)}`} tabindex="0" title=${[`${JSON.stringify(text)} ${logprob}`, ...others.map(([t, l]) => `${JSON.stringify(t)} ${l}`)].join("\n")}>${text.replaceAll("\n", "\u21b5\n")}</span>`,
     )}</p></details>`;

@@ -56,6 +56,13 @@ export function Text({ text, length, more }) {
 // A short text of a stranger on one line.
 export const Short = ({ text }) => html`<bdi>${marked(String(text))}</bdi>`;
 
+// A time of the server, which is UTC, as this browser's clock shows it.
+export function When({ at }) {
+  const time = new Date(at);
+  if (isNaN(time.getTime())) return at;
+  return html`<time datetime=${at} title=${at}>${time.toLocaleString("en-GB", { day: "numeric", month: "short", year: "numeric", hour: "2-digit", minute: "2-digit" })}</time>`;
+}
+
 const WHO = { system: "System", user: "User", assistant: "Assistant", tool: "Tool" };
 
 export function Conversation({ messages, more }) {

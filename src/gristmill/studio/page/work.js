@@ -3,7 +3,7 @@
 
 import { html, useEffect } from "./vendor/preact-htm.js";
 import { api, query, uuid } from "./api.js";
-import { Conversation, Text } from "./text.js";
+import { Conversation, Short, Text } from "./text.js";
 import { ATTRIBUTES, CheckPanel, ComparePanel, LETTERS, RatePanel, Reason, STRENGTHS, VERDICTS, complete, content } from "./panels.js";
 
 const AHEAD = 10; // items that the page holds: enough for half a minute without a network
@@ -27,9 +27,9 @@ export class Work {
     this.undone = [];
     this.cursor = 0;
     this.keys = 0;
-    this.started = Date.now();
-    this.active = Date.now();
-    this.progress = { answered: 0, skipped: 0 };
+    this.started = performance.now();
+    this.active = performance.now();
+    this.before = undefined; // answers of this person that this visit does not count
     this.count = 0; // in this visit
     this.panel = ""; // "skip" or "help"
     this.loading = false;
@@ -64,6 +64,7 @@ export class Work {
     if (this.loading || this.closed || this.items.length >= AHEAD) return;
     this.loading = true;
     try {
+      const known = this.outbox.waiting ? -1 : this.count;
       const n = Math.min(20, AHEAD + this.outbox.waiting);
       const found = await api("GET", "/queue?" + query({ project: this.project.id, n }));
       const held = new Set([...this.items.map((item) => item.id), ...this.answered]);
@@ -74,7 +75,7 @@ export class Work {
         this.drafts[item.id] = this.load(item.id);
       }
       this.guideline = found.guideline;
-      if (!this.outbox.waiting) this.progress = found.progress;
+      if (this.before === undefined || known === this.count) this.before = Math.max(0, found.progress.answered - Math.max(0, known));
       if (first && this.items.length) this.begin();
       this.error = "";
     } catch (error) {
@@ -110,7 +111,7 @@ export class Work {
   }
 
   begin() {
-    this.started = Date.now();
+    this.started = performance.now();
     this.keys = 0;
     const missing = ATTRIBUTES.findIndex((name) => this.draft[name] === undefined);
     this.cursor = missing < 0 ? ATTRIBUTES.length - 1 : missing;
@@ -164,14 +165,14 @@ export class Work {
     if (!item) return;
     if (!complete(item.kind, this.draft)) {
       const missing = { rate: "Rate all five attributes first.", pair: "Choose one of the eight first.", check: "Choose one of the three first." };
-      this.notice = missing[item.kind];
+      this.notice = this.draft.verdict === "repair" ? "Write the answer as it should be first." : missing[item.kind];
       this.changed();
       return;
     }
     const said = content(item.kind, this.draft);
     const version = (this.versions[item.id] || 0) + 1;
     this.versions[item.id] = version;
-    const seconds = Math.round((Date.now() - this.started) / 100) / 10;
+    const seconds = Math.round((performance.now() - this.started) / 100) / 10;
     const answer = { id: uuid(), item: item.id, version, content: said, seconds, keys: this.keys, guideline: this.guideline };
     this.leave(item, { item, draft: this.draft });
     if (version === 1) this.count++;
@@ -224,7 +225,7 @@ export class Work {
   }
 
   async renew() {
-    if (Date.now() - this.active > IDLE_SECONDS * 1000 || !this.items.length) return;
+    if (performance.now() - this.active > IDLE_SECONDS * 1000 || !this.items.length) return;
     try {
       const { items } = await api("POST", "/leases/renew", { items: this.items.map((item) => item.id) });
       const held = new Set(items);
@@ -248,7 +249,7 @@ export class Work {
   }
 
   key(event) {
-    this.active = Date.now();
+    this.active = performance.now();
     const target = event.target;
     const typing = target.closest && target.closest("textarea, select, [contenteditable], input:not([type=radio]):not([type=checkbox])");
     if (event.ctrlKey || event.altKey || event.metaKey || event.isComposing) return;
@@ -340,11 +341,11 @@ function Skip({ work }) {
 function Progress({ work }) {
   const done = work.count % SET || (work.count ? SET : 0);
   return html`<div class="progress"><progress max=${SET} value=${done} aria-label="Progress of this set"></progress>
-    <span>${done} of ${SET} in this set</span><span class="soft">${work.progress.answered + (work.outbox.waiting ? work.outbox.waiting : 0)} answered in all</span></div>`;
+    <span>${done} of ${SET} in this set</span><span class="soft">${(work.before || 0) + work.count} answered in all</span></div>`;
 }
 
 export function WorkView({ work }) {
-  const item = work.item;
+  const item = work.project.decided ? undefined : work.item;
   const kind = work.project.kind;
   useEffect(() => {
     document.title = item ? `${VERB[kind]} ${item.id.slice(0, 6)} - Studio` : `${work.project.name} - Studio`;
@@ -355,19 +356,19 @@ export function WorkView({ work }) {
   const set = (name, value) => work.value(name, value, false);
   const controls =
     item &&
-    html`<div class="buttons">
+    html`<div class="buttons controls">
       <button class="primary" onClick=${() => work.submit()} aria-disabled=${!complete(item.kind, work.draft)}>Submit <kbd aria-hidden="true">Enter</kbd></button>
       <button onClick=${() => work.undo()} disabled=${!work.undone.length}>Undo <kbd aria-hidden="true">u</kbd></button>
       <button onClick=${() => work.show("skip")} aria-expanded=${work.panel === "skip"}>Skip <kbd aria-hidden="true">x</kbd></button>
       <button onClick=${() => work.show("help")} aria-expanded=${work.panel === "help"}>Keys <kbd aria-hidden="true">?</kbd></button>
     </div>`;
-  return html`<div class="work" onPointerDown=${() => (work.active = Date.now())}>
-    <div class="worktop"><h1>${work.project.name}</h1><${Progress} work=${work} /></div>
+  return html`<div class="work" onPointerDown=${() => (work.active = performance.now())}>
+    <div class="worktop"><h1><${Short} text=${work.project.name} /></h1><${Progress} work=${work} /></div>
     ${work.project.guideline_text && html`<details class="guideline"><summary>Guideline, version ${work.project.guideline}</summary><${Text} text=${work.project.guideline_text} /></details>`}
     <p class="notice" role="status">${work.notice || work.error}</p>
     ${work.panel === "help" && html`<${Help} work=${work} kind=${kind} />`}
     ${work.panel === "skip" && html`<${Skip} work=${work} />`}
-    ${!item && html`<div class="card empty">${work.loading || work.error ? "Loading \u2026" : "There is nothing left for you here. Thank you."}
+    ${!item && html`<div class="card empty">${work.project.decided ? "This round has been decided: there is nothing left to check. Thank you." : work.loading || work.error ? "Loading \u2026" : "There is nothing left for you here. Thank you."}
       ${work.undone.length > 0 && html` <button class="link" onClick=${() => work.undo()}>Take the last answer back</button>`}</div>`}
     ${item &&
     kind !== "pair" &&

@@ -46,6 +46,7 @@ class RunRoutes(Routes):
         if decision not in DECISIONS:
             raise InputError(f"A check is decided by {' or '.join(DECISIONS)}.")
         await self.in_thread(rounds.decide, self.store, self.sources, request.match_info["stage"], str(decision), request[PERSON])
+        await self.service.events.publish()  # who is at its rows hears that nothing is left
         return json_reply({})
 
     def _only_runs(self) -> None:

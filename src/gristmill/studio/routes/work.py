@@ -15,7 +15,7 @@ from gristmill.studio import asking
 from gristmill.studio import export as exports
 from gristmill.studio.agreement import agreement
 from gristmill.studio.database import Unreachable
-from gristmill.studio.rounds import open_checks
+from gristmill.studio.rounds import decided_checks, open_checks
 from gristmill.studio.security import EXPERTS
 from gristmill.studio.service import PERSON, Handler, Routes, body_of, json_reply, number_of, text_of, whole_of
 from gristmill.studio.sources import cut
@@ -53,8 +53,11 @@ class WorkRoutes(Routes):
         """All projects; to annotators without where their rows come from, which could tell what wrote them."""
         await self.in_thread(open_checks, self.store, self.sources)
         found = await self.in_thread(self.store.projects)
+        mine = await self.in_thread(self.store.answered, request[PERSON])
+        decided = await self.in_thread(decided_checks, self.sources)
+        found = [p | {"mine": mine.get(p["id"], 0), "decided": p["settings"].get("check") in decided} for p in found]
         blind = request[PERSON].role not in ("owner", "expert", "reader")
-        names = ("id", "name", "kind", "guideline", "guideline_text", "items", "closed")
+        names = ("id", "name", "kind", "guideline", "guideline_text", "items", "closed", "mine", "decided")
         return json_reply({"projects": [{name: p[name] for name in names} if blind else p for p in found]})
 
     async def create_project(self, request: web.Request) -> web.StreamResponse:
@@ -94,6 +97,8 @@ class WorkRoutes(Routes):
         found = await self.in_thread(self.store.project, project)
 
         def deal() -> list[dict[str, Any]]:
+            if found["kind"] == CHECK and found["settings"].get("check") in decided_checks(self.sources):
+                return []
             for _ in range(MAX_GONE):
                 items = self.store.deal(project, request[PERSON], num)
                 shown = [(item, exports.rows_of(self.sources, item | _places(item))) for item in items]
