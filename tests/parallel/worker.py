@@ -4,7 +4,7 @@ They are forked from this one, which has imported everything once. Prints of eac
 checkpoints are whole, and the seconds that it took, as JSON.
 
 Options of all jobs: `dims` of the mesh, and `fault`, which ends or stops one process (`rank`): at a `moment` (see `arm`) of a `step`, or
-`after` so many seconds.
+`after` so many seconds, counted from the start, or from `logged` steps, or from when a checkpoint is being written then (`saving`).
 """
 
 import copy
@@ -35,7 +35,7 @@ from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Linear, Transformer
 from gristmill.parallel import mesh as meshes
-from gristmill.parallel.mesh import Group, Mesh, ParallelDims, new_mesh, process_mesh
+from gristmill.parallel.mesh import Group, Mesh, Orders, ParallelDims, new_mesh, process_mesh
 from gristmill.parallel.pipeline import Pipeline
 from gristmill.train import checkpoint, losses
 from gristmill.train.batches import AnySample, PairSample, RatedSample, Sample
@@ -208,14 +208,17 @@ def initial(mesh: Mesh, out: Path) -> None:
 def train(
     mesh: Mesh, out: Path, *, folder: str, stop: int = 0, vocab: int = VOCAB, family: str = "nemotron", lora: bool = False, **settings: Any
 ) -> None:
-    asked = replace(SETTINGS, checkpoint_every=1e-9, **settings)
+    asked = replace(SETTINGS, **{"checkpoint_every": 1e-9, **settings})
     make = make_adapted if lora else make_model
     trainer = Trainer(make(family, vocab=vocab), next_token_objective, asked, folder=Path(folder), mesh=mesh)
-    step = trainer.step
+    step, begun = trainer.step, []
 
     def until(samples: Any) -> dict[str, float]:
         if stop and trainer.result.steps == stop:
             raise Stop
+        if not begun:
+            begun.append(trainer.result.steps)
+            print(f"begins after step {begun[0]}", file=sys.stderr, flush=True)
         return step(samples)
 
     trainer.step = until  # type: ignore[method-assign]
@@ -289,6 +292,26 @@ def other(mesh: Mesh, out: Path) -> None:
     Trainer(make_model(seed=mesh.rank), next_token_objective, SETTINGS, mesh=mesh)
 
 
+def orders(mesh: Mesh, out: Path, *, stopped: int) -> None:
+    """The first process is silent for longer than the timeout, gives an order that takes as long, and one of both is stopped."""
+    meshes.TIMEOUT, long = timedelta(seconds=3), 3.6
+    given = Orders(mesh)
+    if mesh.is_writer:
+        time.sleep(long)
+        given.give({"job": "sleep"})
+    else:
+        out.write_text(given.take()["job"])
+    time.sleep(long)
+    if mesh.rank == stopped:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if mesh.is_writer:
+        given.done()
+        time.sleep(long)
+        given.give({"job": "more"})
+    else:
+        given.take()
+
+
 # ---- processes ----
 
 
@@ -328,6 +351,16 @@ def train_in(job: str, out: Path, *, dims: dict[str, int], fault: dict[str, Any]
     return 0
 
 
+def await_moment(folder: Path, process: int, *, after: float, logged: int = 0, saving: bool = False, **_: Any) -> None:
+    """Return at the moment of a fault, or when the process has ended before."""
+    log, saved = folder / "metrics.jsonl", folder / "checkpoint.tmp"
+    while (logged and not (log.exists() and log.read_bytes().count(b"\n") >= logged)) or (saving and not saved.exists()):
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(5e-4)
+    time.sleep(after)
+
+
 def start(size: int, job: str, out: str, options: dict[str, Any]) -> dict[str, Any]:
     """Start all processes of a job, and wait for them."""
     options = {"dims": {}, "fault": {}} | options
@@ -351,7 +384,7 @@ def start(size: int, job: str, out: str, options: dict[str, Any]) -> dict[str, A
                 os._exit(code)  # nothing of the parent's is ended here
         children.append(pid)
     if "after" in fault:
-        time.sleep(fault["after"])
+        await_moment(Path(options.get("folder", out)), children[0], **fault)
         os.kill(children[fault["rank"]], signal.SIGKILL)
     codes, stopped = [0] * size, fault["rank"] if fault.get("moment") == "stop" else -1
     for rank in sorted(range(size), key=lambda rank: rank == stopped):
