@@ -67,9 +67,17 @@ def test_the_gpu_of_another_process_is_refused(monkeypatch: pytest.MonkeyPatch) 
 # What each mesh of a number of processes is made of; the rest shares out the samples. Some have only the cases of these names.
 MESHES: dict[int, list[dict[str, Any]]] = {
     1: [{}, {"plain": True}],
-    2: [{"only": "tied"}, {"only": "lora"}, {"tp": 2, "plain": True, "small": True}, {"cp": 2}, {"pp": 2}],
+    2: [
+        {"only": "tied"},
+        {"only": "deep", "replicated": True},
+        {"only": "lora"},
+        {"tp": 2, "plain": True, "small": True},
+        {"cp": 2},
+        {"pp": 2},
+    ],
     4: [
         {"only": "few"},
+        {"only": "few", "replicated": True},
         {"tp": 4},
         {"tp": 2, "small": True},
         {"pp": 2, "vp": 2, "only": "deep"},
@@ -126,17 +134,20 @@ def test_initial_weights_are_the_same_in_every_mesh(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_run_goes_on_in_another_mesh(tmp_path: Path, lora: bool) -> None:
-    """From one process to four with other layers and parts of matrices, to two with other tokens, and back to one.
+    """From one process to four with other layers and parts of matrices, to two with other tokens, two with other samples, and back to one.
 
     Two do not divide the vocabulary, so that one process writes the checkpoints of the four, and all write those of the two; an
     adapter's are written by one.
     """
-    options = {"batch_size": [[0, 3], [6, 6]], "vocab": 51, "family": "llama", "lora": lora}
-    meshes: list[tuple[int, dict[str, int], int]] = [(1, {}, 2), (4, {"pp": 2, "tp": 2}, 5), (2, {"cp": 2}, 7), (1, {}, 0)]
+    options = {"batch_size": [[0, 3], [6, 6]], "vocab": 51, "family": "llama", "lora": lora, "replicated": True}
+    meshes: list[tuple[int, dict[str, int], int]] = [(1, {}, 2), (4, {"pp": 2, "tp": 2}, 4), (2, {"cp": 2}, 6), (2, {}, 7), (1, {}, 0)]
     whole, last = tmp_path / "whole.safetensors", tmp_path / "last.safetensors"
     run(
         (1, "train", whole, options | {"folder": str(tmp_path / "a")}),
-        *((size, "train", last, options | {"folder": str(tmp_path / "b"), "stop": stop, "dims": dims}) for size, dims, stop in meshes),
+        *(
+            (size, "train", last, options | {"folder": str(tmp_path / "b"), "stop": stop, "dims": dims, "replicated": True})
+            for size, dims, stop in meshes
+        ),
     )
     losses = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "ab"]
     assert [row["step"] for row in losses[0]] == [row["step"] for row in losses[1]] == list(range(1, 9))
@@ -177,18 +188,18 @@ def test_a_killed_or_stopped_process_costs_no_step(tmp_path: Path) -> None:
     assert steps == list(range(1, 9))
 
 
-KILLED: list[tuple[dict[str, int], bool]] = [({}, False), ({"pp": 2}, True)]
-KILLED += [({"pp": 2}, False), ({"tp": 2}, False), ({}, True)] if KILLS else []
+KILLED: list[tuple[dict[str, Any], bool]] = [({"replicated": True}, False), ({"dims": {"pp": 2}}, True)]
+KILLED += [({}, False), ({}, True), ({"replicated": True}, True), ({"dims": {"pp": 2}}, False)] if KILLS else []
 
 
-@pytest.mark.parametrize(("dims", "saving"), KILLED)
-def test_kill_at_random_moments(tmp_path: Path, dims: dict[str, int], saving: bool) -> None:
+@pytest.mark.parametrize(("options", "saving"), KILLED)
+def test_kill_at_random_moments(tmp_path: Path, options: dict[str, Any], saving: bool) -> None:
     """The next start goes on from the last whole checkpoint, and the end is that of the unbroken run: weights, losses, each step once."""
     num_kills, draw = (KILLS or 1) * (1 + saving), random.Random(KILLS)
     num_steps = 2 * num_kills + 6
     folders, outs = [tmp_path / "a", tmp_path / "b"], [tmp_path / "unbroken", tmp_path / "broken"]
     jobs: list[tuple[int, str, Path, dict[str, Any]]] = [
-        (2, "train", out, {"dims": dims, "folder": str(folder), "steps": num_steps, "checkpoint_every": 1e-9 if saving else 0.1})
+        (2, "train", out, options | {"folder": str(folder), "steps": num_steps, "checkpoint_every": 1e-9 if saving else 0.1})
         for out, folder in zip(outs, folders, strict=True)
     ]
     unbroken, again = start(jobs[0], jobs[0])

@@ -3,8 +3,9 @@
 They are forked from this one, which has imported everything once. Prints of each job the exit codes, what each process said, which
 checkpoints are whole, and the seconds that it took, as JSON.
 
-Options of all jobs: `dims` of the mesh, and `fault`, which ends or stops one process (`rank`): at a `moment` (see `arm`) of a `step`, or
-`after` so many seconds, counted from the start, or from `logged` steps, or from when a checkpoint is being written then (`saving`).
+Options of all jobs: `dims` of the mesh; `replicated`, as small models are, which otherwise are cut here as large ones are; and `fault`,
+which ends or stops one process (`rank`): at a `moment` (see `arm`) of a `step`, or `after` so many seconds, counted from the start, or from
+`logged` steps, or from when a checkpoint is being written then (`saving`).
 """
 
 import copy
@@ -37,7 +38,7 @@ from gristmill.model.transformer import Linear, Transformer
 from gristmill.parallel import mesh as meshes
 from gristmill.parallel.mesh import Group, Mesh, Orders, ParallelDims, new_mesh, process_mesh
 from gristmill.parallel.pipeline import Pipeline
-from gristmill.train import checkpoint, losses
+from gristmill.train import checkpoint, losses, sharded
 from gristmill.train.batches import AnySample, PairSample, RatedSample, Sample
 from gristmill.train.checkpoint import fingerprint_model
 from gristmill.train.losses import PREFERENCE_LOSSES
@@ -49,6 +50,7 @@ from gristmill.train.trainer import LossOutput, Objective, Trainer, TrainSetting
 
 VOCAB = 48
 SILENCE = timedelta(seconds=5)  # after which a process that was stopped counts as lost
+REPLICATED = sharded.REPLICATED
 SETTINGS = TrainSettings(steps=8, batch_size=6, micro_batch_tokens=40, lr=1e-3, schedule="linear", clip=1.0)
 
 
@@ -145,6 +147,7 @@ def gradients(mesh: Mesh, out: Path, *, meshes: list[dict[str, Any]]) -> None:
     for options in meshes:
         name, settings = json.dumps(options), dict(options)
         dims = ParallelDims(**{key: settings.pop(key) for key in ("tp", "cp", "pp", "vp") if key in settings})
+        sharded.REPLICATED = REPLICATED if settings.pop("replicated", False) else 0
         one = Mesh() if mesh.size == 1 else new_mesh(torch.device("cpu"), mesh.size, dims)
         found = gradients_in(one, **settings)
         if mesh.is_writer:
@@ -255,7 +258,8 @@ def muon(mesh: Mesh, out: Path) -> None:
     exchanges: list[int] = []
     exchange = Group.all_to_all
     Group.all_to_all = lambda *given: exchanges.append(1) or exchange(*given)  # type: ignore[method-assign, func-returns-value]
-    for dims in ({}, {"tp": 2}, {"pp": 2}, {"pp": 2, "tp": 2}):
+    for dims in ({}, {"replicated": 1}, {"tp": 2}, {"pp": 2}, {"pp": 2, "tp": 2}):
+        sharded.REPLICATED = REPLICATED if dims.pop("replicated", 0) else 0
         alone = make_model("llama", layers=4)
         settings = replace(SETTINGS, optimizer="muon", weight_decay=0.1)
         trainer = Trainer(copy.deepcopy(alone), next_token_objective, settings, mesh=new_mesh(torch.device("cpu"), 4, ParallelDims(**dims)))
@@ -336,8 +340,9 @@ def arm(moment: str, step: int) -> None:
     before(*places[moment], lambda: os.kill(os.getpid(), sign) if len(begun) == step else None)
 
 
-def train_in(job: str, out: Path, *, dims: dict[str, int], fault: dict[str, Any], **options: Any) -> int:
+def train_in(job: str, out: Path, *, dims: dict[str, int], fault: dict[str, Any], replicated: bool = False, **options: Any) -> int:
     """Do a job as one of its processes; returns the exit code."""
+    sharded.REPLICATED = REPLICATED if replicated else 0
     if fault.get("moment") == "stop":
         meshes.TIMEOUT = SILENCE
     if "moment" in fault and fault["rank"] == int(os.environ["RANK"]):

@@ -132,8 +132,8 @@ class Group:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat, group=self._group())
-        for parameter, part in zip(parameters, flat.split([grad.numel() for grad in grads]), strict=True):
-            parameter.grad = part.view_as(parameter).clone()
+        for parameter, grad, part in zip(parameters, grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            parameter.grad = grad.copy_(part.view_as(grad))
 
 
 class Mesh(Group):
