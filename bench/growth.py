@@ -1,12 +1,12 @@
 """How hot paths over data grow: CPU seconds and peak memory at 1, 2, 4 and 8 times a small size, and the straight line through them.
 
-    PYTHONPATH=src OMP_NUM_THREADS=1 python bench/growth.py curate blend journal
+    PYTHONPATH=src OMP_NUM_THREADS=1 python bench/growth.py curate blend order journal
     PYTHONPATH=src OMP_NUM_THREADS=1 python bench/growth.py report --run runs/miniature      # a finished run
 
 curate: documents of 2,500 letters, cleaned, exact and near duplicates dropped (a twentieth are), personal data found; one worker. blend:
-the same documents as tokens of the miniature. journal: opening one of records of 1,500 letters, as every restart does. report: `gristmill
-report` on a run whose rows were written many times (report.py). Each is a process of its own, start-up included. Prints a line of JSON for
-each size, and one for the line: what a document, record or row costs.
+the same documents as tokens of the miniature. order: the order of a blend's documents, which one process draws. journal: opening one of
+records of 1,500 letters, as every restart does. report: `gristmill report` on a run whose rows were written many times (report.py). Each is
+a process of its own, start-up included. Prints a line of JSON for each size, and one for the line: what a document, record or row costs.
 """
 
 import argparse
@@ -22,7 +22,13 @@ from typing import Any
 import numpy as np
 
 SIZES = (1, 2, 4, 8)
-OF_ONE = {"curate": 4_000, "blend": 4_000, "journal": 25_000, "report": 22_885}  # documents, records, answers of the miniature
+OF_ONE = {
+    "curate": 4_000,
+    "blend": 4_000,
+    "order": 1_000_000,
+    "journal": 25_000,
+    "report": 22_885,
+}  # documents, records, answers of the miniature
 # A small process that starts the one to be measured: a child's peak includes that of whoever forked it.
 LAUNCH = """
 import json, resource, subprocess, sys
@@ -30,6 +36,14 @@ status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 print(json.dumps({"cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "peak_mib": used.ru_maxrss // 1024}))
 sys.exit(status)
+"""
+DRAW = """
+import sys; import numpy as np; from gristmill.curate.blend.blend import Blend, draw
+num, source = int(sys.argv[1]), {"name": "one", "inputs": ["/"], "weight": 1}
+recipe, lengths = Blend.model_validate({"tokenizer": "/", "sources": [source], "tokens": num * 1000}), [np.full(num, 1000)]
+order, *_ = draw(recipe, lengths)
+np.save(sys.argv[2], order)
+np.save(sys.argv[2], np.cumsum(np.concatenate(lengths)[order]))
 """
 OPEN = "import sys; from pathlib import Path; from gristmill.runs.journal import Journal; print(len(Journal(Path(sys.argv[1]))))"
 
@@ -52,7 +66,7 @@ def curate(folder: Path, times: int) -> list[str]:
     steps = [{"step": "clean"}, {"step": "exact"}, {"step": "fuzzy"}, {"step": "pii"}]
     recipe = {"kind": "curation", "inputs": [str(folder / "in.jsonl")], "reading": {"batch_bytes": 8_000_000}, "workers": 1, "steps": steps}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    return ["-m", "gristmill", "curate", str(folder / "recipe.yaml"), "--out", str(folder / "out")]
+    return ["-m", "gristmill", "curate", str(folder / "recipe.yaml"), "--out", str(folder / "out"), "--quiet"]
 
 
 def blend(folder: Path, times: int) -> list[str]:
@@ -62,7 +76,11 @@ def blend(folder: Path, times: int) -> list[str]:
     source = {"name": "one", "inputs": [str(folder / "in.jsonl")], "weight": 1}
     recipe = {"kind": "blend", "tokenizer": str(BASE), "sources": [source], "tokens": times * OF_ONE["blend"] * 800, "workers": 1}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    return ["-m", "gristmill", "blend", str(folder / "recipe.yaml"), "--out", str(folder / "out")]
+    return ["-m", "gristmill", "blend", str(folder / "recipe.yaml"), "--out", str(folder / "out"), "--quiet"]
+
+
+def order(folder: Path, times: int) -> list[str]:
+    return ["-c", DRAW, str(times * OF_ONE["order"]), str(folder / "order.npy")]
 
 
 def journal(folder: Path, times: int) -> list[str]:
@@ -101,7 +119,13 @@ def main() -> None:
     args = parser.parse_args()
     if "report" in args.paths and args.run is None:
         parser.error("report needs --run")
-    prepare = {"curate": curate, "blend": blend, "journal": journal, "report": lambda folder, times: report(folder, times, args.run)}
+    prepare = {
+        "curate": curate,
+        "blend": blend,
+        "order": order,
+        "journal": journal,
+        "report": lambda folder, times: report(folder, times, args.run),
+    }
     for name in args.paths:
         measure(name, prepare[name])
 

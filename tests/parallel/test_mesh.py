@@ -249,6 +249,11 @@ def test_muon_gives_each_matrix_the_bits_of_one_process(tmp_path: Path) -> None:
     assert (tmp_path / "said").read_text() == "equal"
 
 
+def test_a_process_that_never_connects_is_missed(tmp_path: Path) -> None:
+    (ended,) = start((2, "initial", tmp_path / "out", {"fault": {"rank": 1, "after": 0}}))
+    assert ended["codes"] == [3, -signal.SIGKILL] and "have not found each other" in ended["said"][0], ended
+
+
 @pytest.mark.parametrize(("job", "said"), [("nan", "the loss is nan"), ("other", "different starting weights")])
 def test_a_fault_of_one_process_ends_all(tmp_path: Path, job: str, said: str) -> None:
     (ended,) = start((2, job, tmp_path / "out", {}))

@@ -343,7 +343,7 @@ def arm(moment: str, step: int) -> None:
 def train_in(job: str, out: Path, *, dims: dict[str, int], fault: dict[str, Any], replicated: bool = False, **options: Any) -> int:
     """Do a job as one of its processes; returns the exit code."""
     sharded.REPLICATED = REPLICATED if replicated else 0
-    if fault.get("moment") == "stop":
+    if fault.get("moment") == "stop" or fault.get("after") == 0:
         meshes.TIMEOUT = SILENCE
     if "moment" in fault and fault["rank"] == int(os.environ["RANK"]):
         arm(fault["moment"], fault["step"])
@@ -376,6 +376,7 @@ def start(size: int, job: str, out: str, options: dict[str, Any]) -> dict[str, A
     children: list[int] = []
     files = [Path(f"{out}.{rank}.said") for rank in range(size)]
     for rank, said in enumerate(files):
+        said.unlink(missing_ok=True)  # what an earlier start said
         if not (pid := os.fork()):
             given = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in given.items()})
@@ -396,7 +397,7 @@ def start(size: int, job: str, out: str, options: dict[str, Any]) -> dict[str, A
         if rank == stopped:
             os.kill(children[rank], signal.SIGKILL)
         codes[rank] = os.waitstatus_to_exitcode(os.waitpid(children[rank], 0)[1])
-    words = [said.read_text() for said in files]
+    words = [said.read_text() if said.exists() else "" for said in files]
     whole = sorted(path.parent.name for path in Path(options.get("folder", "/dev/null")).glob("checkpoint-*/state.json"))
     return {"codes": codes, "said": words, "whole": whole, "seconds": time.monotonic() - begin}
 

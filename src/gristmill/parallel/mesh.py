@@ -470,7 +470,13 @@ def process_mesh(device: torch.device, dims: ParallelDims = ParallelDims()) -> I
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    except RuntimeError as e:
+        raise InputError(
+            f"The {size} processes of this training have not found each other in {TIMEOUT.total_seconds() / 60:g} minutes: "
+            "see which of them has ended, or cannot reach MASTER_ADDR, and start them all again."
+        ) from e
     try:
         yield new_mesh(device, size, dims)
         dist.barrier()  # nobody leaves while another still needs him
