@@ -188,8 +188,8 @@ def test_a_killed_or_stopped_process_costs_no_step(tmp_path: Path) -> None:
     assert steps == list(range(1, 9))
 
 
-KILLED: list[tuple[dict[str, Any], bool]] = [({"replicated": True}, False), ({"dims": {"pp": 2}}, True)]
-KILLED += [({}, False), ({}, True), ({"replicated": True}, True), ({"dims": {"pp": 2}}, False)] if KILLS else []
+KILLED: list[tuple[dict[str, Any], bool]] = [({"replicated": True}, True)]
+KILLED += [({"dims": {"pp": 2}}, True), ({"replicated": True}, False), ({}, False), ({}, True)] if KILLS else []
 
 
 @pytest.mark.parametrize(("options", "saving"), KILLED)
@@ -226,13 +226,15 @@ def test_kill_at_random_moments(tmp_path: Path, options: dict[str, Any], saving:
     print(f"{num_kills} kills, {training} of them in training, {sum(bool(ended['whole']) for ended in broken)} with a whole checkpoint")
 
 
-def test_a_process_that_is_stopped_between_orders_is_missed(tmp_path: Path) -> None:
+def test_a_process_that_is_stopped_between_orders_or_never_connects_is_missed(tmp_path: Path) -> None:
     """The first or another one, and none that is only busy for long."""
     faults = [{"rank": rank, "moment": "stop", "step": 0} for rank in range(2)]
-    ended = start(*((2, "orders", tmp_path / "out", {"stopped": fault["rank"], "fault": fault}) for fault in faults))
+    never: tuple[int, str, Path, dict[str, Any]] = (2, "initial", tmp_path / "never", {"fault": {"rank": 1, "after": 0}})
+    *ended, alone = start(*((2, "orders", tmp_path / "out", {"stopped": fault["rank"], "fault": fault}) for fault in faults), never)
     assert (tmp_path / "out").read_text() == "sleep"
     for rank, who in enumerate(["The first process of this run", "Another process of this training"]):
         assert ended[rank]["codes"][1 - rank] == 3 and f"{who} has not answered for" in ended[rank]["said"][1 - rank], ended[rank]
+    assert alone["codes"] == [3, -signal.SIGKILL] and "have not found each other" in alone["said"][0], alone
 
 
 def test_products_in_8_bits_of_parts_of_matrices(tmp_path: Path) -> None:
@@ -247,11 +249,6 @@ def test_muon_gives_each_matrix_the_bits_of_one_process(tmp_path: Path) -> None:
     """In two steps from given gradients, with two exchanges each, of weights in parts over samples, rows, columns and layers."""
     run((4, "muon", tmp_path / "said", {}))
     assert (tmp_path / "said").read_text() == "equal"
-
-
-def test_a_process_that_never_connects_is_missed(tmp_path: Path) -> None:
-    (ended,) = start((2, "initial", tmp_path / "out", {"fault": {"rank": 1, "after": 0}}))
-    assert ended["codes"] == [3, -signal.SIGKILL] and "have not found each other" in ended["said"][0], ended
 
 
 @pytest.mark.parametrize(("job", "said"), [("nan", "the loss is nan"), ("other", "different starting weights")])

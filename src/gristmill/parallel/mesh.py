@@ -474,8 +474,8 @@ def process_mesh(device: torch.device, dims: ParallelDims = ParallelDims()) -> I
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     except RuntimeError as e:
         raise InputError(
-            f"The {size} processes of this training have not found each other in {TIMEOUT.total_seconds() / 60:g} minutes: "
-            "see which of them has ended, or cannot reach MASTER_ADDR, and start them all again."
+            f"The {size} processes of this training have not found each other ({str(e).splitlines()[0]}): see which of them has ended, "
+            "or cannot reach MASTER_ADDR and MASTER_PORT, and start them all again."
         ) from e
     try:
         yield new_mesh(device, size, dims)

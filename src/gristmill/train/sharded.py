@@ -50,7 +50,7 @@ class ShardedModel:
 
     Of an adapter, which is small, every process has all that its layers have, and the gradients are added up once a step. What is frozen
     beside it is cut over pipeline and tensor-parallel group alone. A small model of which only samples are shared out is trained so too
-    (DDP): gathering its weights for every micro-batch took a tenth of a step.
+    (DDP): gathering its weights and tensors in parts took a fifth of a step.
 
     Args:
         model: the same on all processes.
