@@ -1,8 +1,13 @@
-"""Training on several processes gives what one process gives: gradients, checkpoints, weights."""
+"""Training on several processes gives what one process gives: gradients, checkpoints, weights.
+
+GRISTMILL_TEST_KILLS=N kills a process at N random moments, and at 2 N while a checkpoint is written, in each of some meshes: minutes.
+"""
 
 import importlib.util
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,12 +23,13 @@ from gristmill.parallel.mesh import Mesh, process_mesh
 from gristmill.train.checkpoint import fingerprint_model
 
 WORKER = Path(__file__).parent / "worker.py"
+KILLS = int(os.environ.get("GRISTMILL_TEST_KILLS", "0"))
 
 
 def start(*jobs: tuple[int, str, Path, dict[str, Any]]) -> list[dict[str, Any]]:
     """What became of jobs of worker.py, one after another."""
     command = [sys.executable, str(WORKER), json.dumps([(size, job, str(out), options) for size, job, out, options in jobs])]
-    ran = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=3600)
     assert ran.returncode == 0, ran.stderr
     found: list[dict[str, Any]] = json.loads(ran.stdout)
     return found
@@ -61,9 +67,17 @@ def test_the_gpu_of_another_process_is_refused(monkeypatch: pytest.MonkeyPatch) 
 # What each mesh of a number of processes is made of; the rest shares out the samples. Some have only the cases of these names.
 MESHES: dict[int, list[dict[str, Any]]] = {
     1: [{}, {"plain": True}],
-    2: [{"only": "tied"}, {"only": "lora"}, {"tp": 2, "plain": True, "small": True}, {"cp": 2}, {"pp": 2}],
+    2: [
+        {"only": "tied"},
+        {"only": "deep", "replicated": True},
+        {"only": "lora"},
+        {"tp": 2, "plain": True, "small": True},
+        {"cp": 2},
+        {"pp": 2},
+    ],
     4: [
         {"only": "few"},
+        {"only": "few", "replicated": True},
         {"tp": 4},
         {"tp": 2, "small": True},
         {"pp": 2, "vp": 2, "only": "deep"},
@@ -120,17 +134,20 @@ def test_initial_weights_are_the_same_in_every_mesh(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_run_goes_on_in_another_mesh(tmp_path: Path, lora: bool) -> None:
-    """From one process to four with other layers and parts of matrices, to two with other tokens, and back to one.
+    """From one process to four with other layers and parts of matrices, to two with other tokens, two with other samples, and back to one.
 
     Two do not divide the vocabulary, so that one process writes the checkpoints of the four, and all write those of the two; an
     adapter's are written by one.
     """
-    options = {"batch_size": [[0, 3], [6, 6]], "vocab": 51, "family": "llama", "lora": lora}
-    meshes: list[tuple[int, dict[str, int], int]] = [(1, {}, 2), (4, {"pp": 2, "tp": 2}, 5), (2, {"cp": 2}, 7), (1, {}, 0)]
+    options = {"batch_size": [[0, 3], [6, 6]], "vocab": 51, "family": "llama", "lora": lora, "replicated": True}
+    meshes: list[tuple[int, dict[str, int], int]] = [(1, {}, 2), (4, {"pp": 2, "tp": 2}, 4), (2, {"cp": 2}, 6), (2, {}, 7), (1, {}, 0)]
     whole, last = tmp_path / "whole.safetensors", tmp_path / "last.safetensors"
     run(
         (1, "train", whole, options | {"folder": str(tmp_path / "a")}),
-        *((size, "train", last, options | {"folder": str(tmp_path / "b"), "stop": stop, "dims": dims}) for size, dims, stop in meshes),
+        *(
+            (size, "train", last, options | {"folder": str(tmp_path / "b"), "stop": stop, "dims": dims, "replicated": True})
+            for size, dims, stop in meshes
+        ),
     )
     losses = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "ab"]
     assert [row["step"] for row in losses[0]] == [row["step"] for row in losses[1]] == list(range(1, 9))
@@ -169,6 +186,55 @@ def test_a_killed_or_stopped_process_costs_no_step(tmp_path: Path) -> None:
     assert one.read_bytes() == other.read_bytes()
     steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
+
+
+KILLED: list[tuple[dict[str, Any], bool]] = [({"replicated": True}, True)]
+KILLED += [({"dims": {"pp": 2}}, True), ({"replicated": True}, False), ({}, False), ({}, True)] if KILLS else []
+
+
+@pytest.mark.parametrize(("options", "saving"), KILLED)
+def test_kill_at_random_moments(tmp_path: Path, options: dict[str, Any], saving: bool) -> None:
+    """The next start goes on from the last whole checkpoint, and the end is that of the unbroken run: weights, losses, each step once."""
+    num_kills, draw = (KILLS or 1) * (1 + saving), random.Random(KILLS)
+    num_steps = 2 * num_kills + 6
+    folders, outs = [tmp_path / "a", tmp_path / "b"], [tmp_path / "unbroken", tmp_path / "broken"]
+    jobs: list[tuple[int, str, Path, dict[str, Any]]] = [
+        (2, "train", out, options | {"folder": str(folder), "steps": num_steps, "checkpoint_every": 1e-9 if saving else 0.1})
+        for out, folder in zip(outs, folders, strict=True)
+    ]
+    unbroken, again = start(jobs[0], jobs[0])
+    step = (unbroken["seconds"] - again["seconds"]) / num_steps
+    faults: list[dict[str, Any]] = []
+    for number in range(num_kills):  # every fourth while the processes start
+        place = {"logged": 2 * number + draw.randrange(1, 4), "after": draw.uniform(0, step), "saving": saving}
+        early = {"after": draw.uniform(0, again["seconds"])}
+        faults.append({"rank": draw.randrange(2)} | (early if number % 4 == 3 and not saving else place))
+    *broken, last = start(*((*jobs[1][:3], jobs[1][3] | {"fault": fault}) for fault in faults), jobs[1])
+    assert unbroken["codes"] == last["codes"] == [0, 0], (unbroken, last)
+    whole: list[str] = []
+    for ended, fault in zip([*broken, last], [*faults, {}], strict=True):
+        said = "".join(ended["said"])
+        assert not fault or ended["codes"][fault["rank"]] == -signal.SIGKILL, ended
+        assert "damaged" not in said and (ended["whole"] or not whole), ended
+        assert set(re.findall(r"begins after step (\d+)", said)) <= {str(int(whole[-1][-8:])) if whole else "0"}, (ended, whole)
+        whole = ended["whole"]
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    logs = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    steps, other = [[(row["step"], row["loss"], row["grad_norm"], row["tokens"]) for row in log] for log in logs]
+    assert steps == other and [step for step, *_ in steps] == list(range(1, num_steps + 1))
+    training = sum("begins" in "".join(ended["said"]) for ended in broken)
+    print(f"{num_kills} kills, {training} of them in training, {sum(bool(ended['whole']) for ended in broken)} with a whole checkpoint")
+
+
+def test_a_process_that_is_stopped_between_orders_or_never_connects_is_missed(tmp_path: Path) -> None:
+    """The first or another one, and none that is only busy for long."""
+    faults = [{"rank": rank, "moment": "stop", "step": 0} for rank in range(2)]
+    never: tuple[int, str, Path, dict[str, Any]] = (2, "initial", tmp_path / "never", {"fault": {"rank": 1, "after": 0}})
+    *ended, alone = start(*((2, "orders", tmp_path / "out", {"stopped": fault["rank"], "fault": fault}) for fault in faults), never)
+    assert (tmp_path / "out").read_text() == "sleep"
+    for rank, who in enumerate(["The first process of this run", "Another process of this training"]):
+        assert ended[rank]["codes"][1 - rank] == 3 and f"{who} has not answered for" in ended[rank]["said"][1 - rank], ended[rank]
+    assert alone["codes"] == [3, -signal.SIGKILL] and "have not found each other" in alone["said"][0], alone
 
 
 def test_products_in_8_bits_of_parts_of_matrices(tmp_path: Path) -> None:

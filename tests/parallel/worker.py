@@ -3,8 +3,9 @@
 They are forked from this one, which has imported everything once. Prints of each job the exit codes, what each process said, which
 checkpoints are whole, and the seconds that it took, as JSON.
 
-Options of all jobs: `dims` of the mesh, and `fault`, which ends or stops one process (`rank`): at a `moment` (see `arm`) of a `step`, or
-`after` so many seconds.
+Options of all jobs: `dims` of the mesh; `replicated`, as small models are, which otherwise are cut here as large ones are; and `fault`,
+which ends or stops one process (`rank`): at a `moment` (see `arm`) of a `step`, or `after` so many seconds, counted from the start, or from
+`logged` steps, or from when a checkpoint is being written then (`saving`).
 """
 
 import copy
@@ -35,9 +36,9 @@ from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Linear, Transformer
 from gristmill.parallel import mesh as meshes
-from gristmill.parallel.mesh import Group, Mesh, ParallelDims, new_mesh, process_mesh
+from gristmill.parallel.mesh import Group, Mesh, Orders, ParallelDims, new_mesh, process_mesh
 from gristmill.parallel.pipeline import Pipeline
-from gristmill.train import checkpoint, losses
+from gristmill.train import checkpoint, losses, sharded
 from gristmill.train.batches import AnySample, PairSample, RatedSample, Sample
 from gristmill.train.checkpoint import fingerprint_model
 from gristmill.train.losses import PREFERENCE_LOSSES
@@ -49,6 +50,7 @@ from gristmill.train.trainer import LossOutput, Objective, Trainer, TrainSetting
 
 VOCAB = 48
 SILENCE = timedelta(seconds=5)  # after which a process that was stopped counts as lost
+REPLICATED = sharded.REPLICATED
 SETTINGS = TrainSettings(steps=8, batch_size=6, micro_batch_tokens=40, lr=1e-3, schedule="linear", clip=1.0)
 
 
@@ -145,6 +147,7 @@ def gradients(mesh: Mesh, out: Path, *, meshes: list[dict[str, Any]]) -> None:
     for options in meshes:
         name, settings = json.dumps(options), dict(options)
         dims = ParallelDims(**{key: settings.pop(key) for key in ("tp", "cp", "pp", "vp") if key in settings})
+        sharded.REPLICATED = REPLICATED if settings.pop("replicated", False) else 0
         one = Mesh() if mesh.size == 1 else new_mesh(torch.device("cpu"), mesh.size, dims)
         found = gradients_in(one, **settings)
         if mesh.is_writer:
@@ -208,14 +211,17 @@ def initial(mesh: Mesh, out: Path) -> None:
 def train(
     mesh: Mesh, out: Path, *, folder: str, stop: int = 0, vocab: int = VOCAB, family: str = "nemotron", lora: bool = False, **settings: Any
 ) -> None:
-    asked = replace(SETTINGS, checkpoint_every=1e-9, **settings)
+    asked = replace(SETTINGS, **{"checkpoint_every": 1e-9, **settings})
     make = make_adapted if lora else make_model
     trainer = Trainer(make(family, vocab=vocab), next_token_objective, asked, folder=Path(folder), mesh=mesh)
-    step = trainer.step
+    step, begun = trainer.step, []
 
     def until(samples: Any) -> dict[str, float]:
         if stop and trainer.result.steps == stop:
             raise Stop
+        if not begun:
+            begun.append(trainer.result.steps)
+            print(f"begins after step {begun[0]}", file=sys.stderr, flush=True)
         return step(samples)
 
     trainer.step = until  # type: ignore[method-assign]
@@ -252,7 +258,8 @@ def muon(mesh: Mesh, out: Path) -> None:
     exchanges: list[int] = []
     exchange = Group.all_to_all
     Group.all_to_all = lambda *given: exchanges.append(1) or exchange(*given)  # type: ignore[method-assign, func-returns-value]
-    for dims in ({}, {"tp": 2}, {"pp": 2}, {"pp": 2, "tp": 2}):
+    for dims in ({}, {"replicated": 1}, {"tp": 2}, {"pp": 2}, {"pp": 2, "tp": 2}):
+        sharded.REPLICATED = REPLICATED if dims.pop("replicated", 0) else 0
         alone = make_model("llama", layers=4)
         settings = replace(SETTINGS, optimizer="muon", weight_decay=0.1)
         trainer = Trainer(copy.deepcopy(alone), next_token_objective, settings, mesh=new_mesh(torch.device("cpu"), 4, ParallelDims(**dims)))
@@ -289,6 +296,26 @@ def other(mesh: Mesh, out: Path) -> None:
     Trainer(make_model(seed=mesh.rank), next_token_objective, SETTINGS, mesh=mesh)
 
 
+def orders(mesh: Mesh, out: Path, *, stopped: int) -> None:
+    """The first process is silent for longer than the timeout, gives an order that takes as long, and one of both is stopped."""
+    meshes.TIMEOUT, long = timedelta(seconds=3), 3.6
+    given = Orders(mesh)
+    if mesh.is_writer:
+        time.sleep(long)
+        given.give({"job": "sleep"})
+    else:
+        out.write_text(given.take()["job"])
+    time.sleep(long)
+    if mesh.rank == stopped:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if mesh.is_writer:
+        given.done()
+        time.sleep(long)
+        given.give({"job": "more"})
+    else:
+        given.take()
+
+
 # ---- processes ----
 
 
@@ -313,9 +340,10 @@ def arm(moment: str, step: int) -> None:
     before(*places[moment], lambda: os.kill(os.getpid(), sign) if len(begun) == step else None)
 
 
-def train_in(job: str, out: Path, *, dims: dict[str, int], fault: dict[str, Any], **options: Any) -> int:
+def train_in(job: str, out: Path, *, dims: dict[str, int], fault: dict[str, Any], replicated: bool = False, **options: Any) -> int:
     """Do a job as one of its processes; returns the exit code."""
-    if fault.get("moment") == "stop":
+    sharded.REPLICATED = REPLICATED if replicated else 0
+    if fault.get("moment") == "stop" or fault.get("after") == 0:
         meshes.TIMEOUT = SILENCE
     if "moment" in fault and fault["rank"] == int(os.environ["RANK"]):
         arm(fault["moment"], fault["step"])
@@ -328,6 +356,16 @@ def train_in(job: str, out: Path, *, dims: dict[str, int], fault: dict[str, Any]
     return 0
 
 
+def await_moment(folder: Path, process: int, *, after: float, logged: int = 0, saving: bool = False, **_: Any) -> None:
+    """Return at the moment of a fault, or when the process has ended before."""
+    log, saved = folder / "metrics.jsonl", folder / "checkpoint.tmp"
+    while (logged and not (log.exists() and log.read_bytes().count(b"\n") >= logged)) or (saving and not saved.exists()):
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(5e-4)
+    time.sleep(after)
+
+
 def start(size: int, job: str, out: str, options: dict[str, Any]) -> dict[str, Any]:
     """Start all processes of a job, and wait for them."""
     options = {"dims": {}, "fault": {}} | options
@@ -338,6 +376,7 @@ def start(size: int, job: str, out: str, options: dict[str, Any]) -> dict[str, A
     children: list[int] = []
     files = [Path(f"{out}.{rank}.said") for rank in range(size)]
     for rank, said in enumerate(files):
+        said.unlink(missing_ok=True)  # what an earlier start said
         if not (pid := os.fork()):
             given = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in given.items()})
@@ -351,14 +390,14 @@ def start(size: int, job: str, out: str, options: dict[str, Any]) -> dict[str, A
                 os._exit(code)  # nothing of the parent's is ended here
         children.append(pid)
     if "after" in fault:
-        time.sleep(fault["after"])
+        await_moment(Path(options.get("folder", out)), children[0], **fault)
         os.kill(children[fault["rank"]], signal.SIGKILL)
     codes, stopped = [0] * size, fault["rank"] if fault.get("moment") == "stop" else -1
     for rank in sorted(range(size), key=lambda rank: rank == stopped):
         if rank == stopped:
             os.kill(children[rank], signal.SIGKILL)
         codes[rank] = os.waitstatus_to_exitcode(os.waitpid(children[rank], 0)[1])
-    words = [said.read_text() for said in files]
+    words = [said.read_text() if said.exists() else "" for said in files]
     whole = sorted(path.parent.name for path in Path(options.get("folder", "/dev/null")).glob("checkpoint-*/state.json"))
     return {"codes": codes, "said": words, "whole": whole, "seconds": time.monotonic() - begin}
 

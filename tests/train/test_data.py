@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from gristmill.core.errors import InputError
-from gristmill.data.token_store import TOKEN, TokenStore
+from gristmill.data import token_store
+from gristmill.data.token_store import TOKEN, Pieces, TokenStore
 from gristmill.model.transformer import Transformer
-from gristmill.train.batches import PairSample, RatedGroup, RatedSample, Sample, fingerprint_samples
+from gristmill.train.batches import BatchPlan, PairSample, RatedGroup, RatedSample, Sample, fingerprint_samples
 from gristmill.train.data import ListData, TokenStoreData
 from gristmill.train.objectives.next_token import next_token_objective
 from gristmill.train.trainer import Trainer, TrainSettings
@@ -25,7 +26,8 @@ LENGTHS = [[9, 1, 20, 33], [16, 17, 5]]  # of the documents, by shard
 
 
 @pytest.fixture
-def store_folder(tmp_path: Path) -> Path:
+def store_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(token_store, "BLOCK", 3)
     rng = np.random.default_rng(0)
     folder, shards = tmp_path / "blend", []
     folder.mkdir()
@@ -67,7 +69,7 @@ def test_pieces_of_documents_across_shards(store_folder: Path) -> None:
         "document 6": 5,
     }
     samples = [data[index] for index in range(len(data))]
-    assert {sample.id: sample.num_tokens for sample in samples} == expected and data.lengths.tolist() == list(expected.values())
+    assert {sample.id: sample.num_tokens for sample in samples} == expected and np.asarray(data.lengths).tolist() == list(expected.values())
     tokens = np.concatenate([np.fromfile(path, TOKEN) for path in sorted(store_folder.glob("*.bin"))])
     starts = [0, 10, 26, 30, 46, 63, 79, 96]
     for sample, start in zip(samples, starts, strict=True):
@@ -76,6 +78,20 @@ def test_pieces_of_documents_across_shards(store_folder: Path) -> None:
     # a document is given whole as long as those before it have fewer tokens
     for num_tokens, last in ((9, 1), (10, 1), (11, 3), (30, 3), (31, 5)):
         assert len(TokenStoreData(TokenStore(store_folder), 16, num_tokens=num_tokens)) == last
+
+
+@pytest.mark.parametrize("batch", [{"batch_tokens": 33}, {"batch_tokens": 100}, {"batch_size": [[0, 2], [7, 5]]}])
+def test_a_plan_finds_the_samples_of_a_step_without_all_lengths(batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block at a time, the steps of a list of lengths; blocks of documents of one token have no samples."""
+    monkeypatch.setattr(token_store, "BLOCK", 4)
+    sizes = np.random.default_rng(1).integers(0, 60, 50)
+    sizes[8:17] = 1
+    pieces = Pieces(np.cumsum(sizes), 16)
+    lengths = np.asarray(pieces)
+    assert len(lengths) == len(pieces) and lengths.sum() == pieces.num_tokens and lengths.max() == pieces.max() == 16
+    plans = [BatchPlan(form, seed=0, epochs=2.5, shuffle=False, **batch) for form in (pieces, lengths)]
+    assert plans[0].num_steps == plans[1].num_steps > 10
+    assert [plans[0].step(step) for step in range(plans[0].num_steps)] == [plans[1].step(step) for step in range(plans[0].num_steps)]
 
 
 def test_a_token_beyond_the_vocabulary_ends_training_in_a_sentence(store_folder: Path) -> None:
@@ -135,7 +151,7 @@ def test_a_store_trains_as_the_list_of_its_samples_does(store_folder: Path, make
         seen: list[float] = []
         note = lambda step, total, metrics, seen=seen: seen.append(metrics["loss"])  # noqa: E731
         result = Trainer(make_model(), next_token_objective, replace(SETTINGS, max_tokens=17), on_step=note).fit(form, form)
-        assert len(result.dropped_long) == 2 and result.tokens == sum(length for length in data.lengths if length <= 17)
+        assert len(result.dropped_long) == 2 and result.tokens == sum(length for length in np.asarray(data.lengths) if length <= 17)
         losses.append([*seen, result.metrics["validation_loss"]])
     assert losses[0] == losses[1] and len(losses[0]) >= 2
 

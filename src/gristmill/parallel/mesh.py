@@ -6,9 +6,10 @@ No other module imports `torch.distributed`. Every operation is collective: all 
 import copy
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,9 @@ if TYPE_CHECKING:  # one process does not pay for the import
     from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = timedelta(minutes=10)  # of one collective operation: it waits for the slowest process, and for one that is gone
+
+BEAT = {"job": "wait"}  # no order: says that the first process is alive
+AGAIN = "start them all again, and training goes on from its last checkpoint"
 
 # what gloo says of a process that is gone, and of one that does not answer
 _CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
@@ -128,8 +132,8 @@ class Group:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat, group=self._group())
-        for parameter, part in zip(parameters, flat.split([grad.numel() for grad in grads]), strict=True):
-            parameter.grad = part.view_as(parameter).clone()
+        for parameter, grad, part in zip(parameters, grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            parameter.grad = grad.copy_(part.view_as(grad))
 
 
 class Mesh(Group):
@@ -204,41 +208,82 @@ class Mesh(Group):
             register_fsdp_forward_method(model, "hidden")
 
 
-def background_group(mesh: Mesh, timeout: timedelta | None = None) -> Any:
+def background_group(mesh: Mesh) -> Any:
     """All processes of a mesh once more, to exchange what lies in the memory of the CPU beside the training."""
     if mesh.size == 1:
         return None
     import torch.distributed as dist
 
-    return dist.new_group(timeout=timeout or TIMEOUT, backend="gloo")
+    return dist.new_group(timeout=TIMEOUT, backend="gloo")
 
 
 class Orders:
-    """Orders, as JSON objects, from the first process to the others, which wait for the next one however long it takes."""
+    """Orders, as JSON objects, from the first process to the others, which wait for the next one as long as the first is alive.
+
+    While they wait, a thread of the first sends heartbeats, so that a process that is stopped is found out by the group's timeout.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._group: Any = None
-        if mesh.size > 1:
-            self._group = background_group(mesh, timedelta(days=365))
+        self._group = background_group(mesh)
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._listening = True  # the others, as far as the first process knows
+        self._fault: BaseException | None = None
+        if mesh.size > 1 and mesh.is_writer:
+            threading.Thread(target=self._beat, args=(TIMEOUT.total_seconds() / 10,), daemon=True).start()
 
     def give(self, order: dict[str, Any]) -> None:
-        """Tell all others."""
-        text = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
-        self._broadcast(torch.tensor([len(text)]))
-        self._broadcast(text)
-
-    def take(self) -> dict[str, Any]:
-        """The next order.
+        """Tell all others, who do not listen until `done`.
 
         Raises:
-            InputError: the first process has ended without one.
+            InputError: one of them has ended or does not answer.
         """
+        with self._lock:
+            self._listening = False
+            if self._fault is None:
+                self._send(order)
+            if self._fault is not None:
+                raise _lost(self._fault) or self._fault
+
+    def done(self) -> None:
+        """Say that what all did by an order is done."""
+        self._listening = True
+
+    def dismiss(self) -> None:
+        """Tell all others, if they are still there, that there are no more orders."""
+        self._ended.set()
+        with suppress(InputError):
+            self.give({})
+
+    def take(self) -> dict[str, Any]:
+        """The next order; empty when there is none any more.
+
+        Raises:
+            InputError: the first process has ended without one, or does not answer.
+        """
+        order: dict[str, Any] = BEAT
         try:
-            size = int(self._broadcast(torch.zeros(1, dtype=torch.int64)))
-            order: dict[str, Any] = json.loads(self._broadcast(torch.zeros(size, dtype=torch.uint8)).numpy().tobytes())
+            while order == BEAT:
+                size = int(self._broadcast(torch.zeros(1, dtype=torch.int64)))
+                order = json.loads(self._broadcast(torch.zeros(size, dtype=torch.uint8)).numpy().tobytes())
         except RuntimeError as e:
+            if any(sign in str(e) for sign in _SILENT):
+                raise _silent("The first process of this run") from e
             raise InputError("The first process has ended: it says why.") from e
         return order
+
+    def _beat(self, seconds: float) -> None:
+        while self._fault is None and not self._ended.wait(seconds):
+            with self._lock:
+                if self._listening:
+                    self._send(BEAT)
+
+    def _send(self, order: dict[str, Any]) -> None:
+        text = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
+        try:
+            self._broadcast(torch.tensor([len(text)]))
+            self._broadcast(text)
+        except RuntimeError as e:
+            self._fault = e
 
     def _broadcast(self, x: Tensor) -> Tensor:
         import torch.distributed as dist
@@ -366,16 +411,18 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def _silent(who: str) -> InputError:
+    return InputError(f"{who} has not answered for {TIMEOUT.total_seconds() / 60:g} minutes, it may be stopped: {AGAIN}.")
+
+
 def _lost(error: BaseException | None) -> InputError | None:
     """What an operation's failure says of another process; None where it is another fault."""
-    again = "start them all again, and training goes on from its last checkpoint"
     while error is not None:
         words = str(error)
         if any(sign in words for sign in _CLOSED):
-            return InputError(f"Another process of this training has ended, and says why unless it was killed: {again}.")
+            return InputError(f"Another process of this training has ended, and says why unless it was killed: {AGAIN}.")
         if any(sign in words for sign in _SILENT):
-            minutes = TIMEOUT.total_seconds() / 60
-            return InputError(f"Another process of this training has not answered for {minutes:g} minutes, it may be stopped: {again}.")
+            return _silent("Another process of this training")
         error = error.__cause__
     return None
 
@@ -423,7 +470,13 @@ def process_mesh(device: torch.device, dims: ParallelDims = ParallelDims()) -> I
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    except RuntimeError as e:
+        raise InputError(
+            f"The {size} processes of this training have not found each other ({str(e).splitlines()[0]}): see which of them has ended, "
+            "or cannot reach MASTER_ADDR and MASTER_PORT, and start them all again."
+        ) from e
     try:
         yield new_mesh(device, size, dims)
         dist.barrier()  # nobody leaves while another still needs him

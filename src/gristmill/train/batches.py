@@ -9,7 +9,7 @@ A batch lays its documents end to end in one ``ids_T`` vector, token-major; ever
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gristmill.core.errors import InputError
+from gristmill.data.token_store import Pieces
 from gristmill.model.packed import PackedShape, num_shared, pack
 from gristmill.train.settings import BatchSize, Ramp, ramp_of
 
@@ -485,7 +486,7 @@ class BatchPlan:
 
     def __init__(
         self,
-        lengths: Sequence[int] | np.ndarray,
+        lengths: Sequence[int] | np.ndarray | Pieces,
         *,
         seed: int,
         epochs: float | None = None,
@@ -495,14 +496,19 @@ class BatchPlan:
         rows: Sequence[int] | np.ndarray | None = None,
         shuffle: bool = True,
     ) -> None:
-        if batch_tokens is not None and (longest := int(np.max(lengths))) > batch_tokens:
+        longest = lengths.max() if isinstance(lengths, Pieces) else int(np.max(lengths))
+        if batch_tokens is not None and longest > batch_tokens:
             raise InputError(
                 f"the longest sample has {longest} tokens, more than batch_tokens {batch_tokens}; raise batch_tokens or set max_tokens"
             )
-        weights = lengths if batch_tokens is not None else np.ones(len(lengths)) if rows is None else rows
-        self._weights = np.asarray(weights, dtype=np.int64)
-        self._epoch_weight = int(self._weights.sum())
-        self._seed, self._shuffled = seed, shuffle
+        self._pieces = lengths if isinstance(lengths, Pieces) and not shuffle else None
+        self._in_tokens, self._seed, self._shuffled = batch_tokens is not None, seed, shuffle
+        if self._pieces is not None:  # no array of all samples
+            self._epoch_weight = self._pieces.num_tokens if self._in_tokens else len(self._pieces)
+        else:
+            weights = lengths if self._in_tokens else np.ones(len(lengths)) if rows is None else rows
+            self._weights = np.asarray(weights, dtype=np.int64)
+            self._epoch_weight = int(self._weights.sum())
         batch = batch_tokens if batch_tokens is not None else batch_size
         assert batch is not None and (steps is None) != (epochs is None)
         total = math.inf if epochs is None else int(self._epoch_weight * epochs)
@@ -529,11 +535,17 @@ class BatchPlan:
         low, high = (stretch.begin + (number + i) * (stretch.end - stretch.begin) // stretch.num_steps for i in (0, 1))
         chosen: list[int] = []
         for epoch in range(low // self._epoch_weight, (high - 1) // self._epoch_weight + 1):
-            order, starts = self._shuffle(epoch)
             base = epoch * self._epoch_weight
-            first, last = np.searchsorted(starts, [low - base, high - base])
-            chosen.extend(int(i) for i in order[first:last])
+            chosen.extend(self._between(epoch, max(0, low - base), min(self._epoch_weight, high - base)))
         return chosen
+
+    def _between(self, epoch: int, low: int, high: int) -> Iterable[int]:
+        """Samples that begin in a stretch of an epoch."""
+        if self._pieces is not None:
+            return self._pieces.beginning(low, high) if self._in_tokens else range(low, high)
+        order, starts = self._shuffle(epoch)
+        first, last = np.searchsorted(starts, [low, high])
+        return map(int, order[first:last])
 
 
 def fingerprint_samples(samples: Sequence[AnySample | DataItem]) -> str:

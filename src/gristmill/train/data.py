@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from gristmill.core.errors import InputError
-from gristmill.data.token_store import TokenStore
+from gristmill.data.token_store import Pieces, TokenStore
 from gristmill.train.batches import MAX_ANSWERS, AnySample, DataItem, RatedGroup, Sample, documents_of, fingerprint_samples, group_answers
 from gristmill.train.checkpoint import fingerprint_text
 
@@ -18,7 +18,7 @@ class SampleData(Protocol):
     """Map-style dataset that knows the length of every sample without reading it, so that start-up reads no tokens."""
 
     @property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> np.ndarray | Pieces:
         """int64 [len]: tokens of each sample that go through the model."""
         ...
 
@@ -88,16 +88,10 @@ class TokenStoreData:
     """
 
     def __init__(self, store: TokenStore, max_tokens: int, *, num_tokens: int | None = None) -> None:
-        ends_N = np.asarray(store.ends_N)
+        ends_N = store.ends_N
         if num_tokens is not None:
             ends_N = ends_N[: int(np.searchsorted(ends_N, num_tokens)) + 1]
-        starts_N = np.append(0, ends_N[:-1])
-        pieces_N = -(-(ends_N - starts_N) // max_tokens)
-        first_N = np.cumsum(pieces_N) - pieces_N  # of each document its first piece
-        document_P = np.repeat(np.arange(len(ends_N)), pieces_N)
-        starts_P = starts_N[document_P] + (np.arange(len(document_P)) - first_N[document_P]) * max_tokens
-        lengths_P = np.minimum(starts_P + max_tokens, ends_N[document_P]) - starts_P
-        self._starts, self.lengths = starts_P[lengths_P > 1], lengths_P[lengths_P > 1]
+        self.lengths = Pieces(ends_N, max_tokens)
         self._ends, self._max_tokens = ends_N, max_tokens
         self._shards, self._max_id = store.shards, store.max_id
         self._shard_starts = np.cumsum([0, *map(len, self._shards)])
@@ -112,7 +106,7 @@ class TokenStoreData:
         return len(self.lengths)
 
     def __getitem__(self, index: int, /) -> Sample:
-        start, length = int(self._starts[index]), int(self.lengths[index])
+        start, length = self.lengths.at(index)
         document = int(np.searchsorted(self._ends, start, side="right"))
         begin = int(self._ends[document - 1]) if document else 0
         whole = int(self._ends[document]) - begin <= self._max_tokens
@@ -134,7 +128,7 @@ class _Subset:
 
     def __init__(self, data: SampleData, indices: np.ndarray) -> None:
         self._data, self._indices = data, indices
-        self.lengths = data.lengths[indices]
+        self.lengths = np.asarray(data.lengths)[indices]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -148,11 +142,13 @@ class _Subset:
 
 def drop_long(data: SampleData, max_tokens: int | None) -> tuple[SampleData, list[str]]:
     """The samples of at most `max_tokens` tokens, and the places of the others. InputError when none is left."""
-    fits = data.lengths <= (math.inf if max_tokens is None else max_tokens)
+    if len(data) and (max_tokens is None or data.lengths.max() <= max_tokens):
+        return data, []
+    fits = np.asarray(data.lengths) <= (math.inf if max_tokens is None else max_tokens)
     long = [f"#{index}" for index in np.flatnonzero(~fits)]
     if not fits.any():
         _refuse_empty(long, [], max_tokens)
-    return (_Subset(data, np.flatnonzero(fits)) if long else data), long
+    return _Subset(data, np.flatnonzero(fits)), long
 
 
 def _refuse_empty(long: Sequence[str], untrained: Sequence[str], max_tokens: int | None) -> None:

@@ -16,7 +16,7 @@ from gristmill.parallel.mesh import Group, local, place_of
 
 
 class ShardedMuon(torch.optim.Muon):
-    """`torch.optim.Muon` with the same state, for matrices that a group of processes have parts of.
+    """`torch.optim.Muon` with the same state, for matrices that a group of processes have parts of, or all of.
 
     Args:
         group: all that have a part of any of the matrices.

@@ -86,7 +86,8 @@ class Optimizer:
         ]
         if muon:
             make: Callable[..., torch.optim.Muon] = torch.optim.Muon
-            if mesh is not None and any(is_sharded(matrix) for matrix in muon):
+            alike = mesh is not None and mesh.size > 1 and mesh.dims.together == 1  # all have all matrices, or parts of all
+            if mesh is not None and (alike or any(is_sharded(matrix) for matrix in muon)):
                 make = partial(ShardedMuon, group=mesh.layer_group())
             self._parts.append(make(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
         self._base_lrs = [settings.lr, settings.muon_lr]

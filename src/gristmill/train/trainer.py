@@ -273,7 +273,8 @@ class Trainer:
         data = self.mesh.data
         count, num_tokens = global_count(batches, data), sum(data.gather(sum(batch.num_tokens for batch in batches)))
         totals = MetricSums()
-        with self._in_place(len(batches)) if self.num_workers == self.mesh.size == 1 else nullcontext():
+        plain = self._sharded is None or (self._sharded.is_replicated and self.mesh.dims.together == 1)
+        with self._in_place(len(batches) + len(fillers)) if plain and self.num_workers == 1 else nullcontext():
             for output in self._backward(batches, fillers, count):
                 totals.add(output)
         if self._sharded is not None:
@@ -444,7 +445,7 @@ class Trainer:
 
     def _save(self, store: CheckpointStore) -> None:
         """Write a checkpoint: of several processes, all do, and training goes on meanwhile."""
-        if self._sharded is None or self._sharded.is_padded or self._sharded.is_adapted:
+        if self._sharded is None or self._sharded.is_padded or self._sharded.is_replicated:
             store.save(self.state())
             return
         store.begin(self.state(whole=False))

@@ -211,7 +211,7 @@ def test_samples_are_those_of_the_documents(max_tokens: int, inputs: Path, tmp_p
     samples = [data[index] for index in range(len(data))]
     documents = ([*TOKENIZER.encode(text), TOKENIZER.eos_id] for text in documents_of(tmp_path / "out"))
     wanted = [sample for sample in token_samples(documents, max_tokens) if sample.num_targets]
-    assert data.lengths.tolist() == [sample.num_tokens for sample in wanted]
+    assert np.asarray(data.lengths).tolist() == [sample.num_tokens for sample in wanted]
     assert fingerprint_samples(samples) == fingerprint_samples(wanted)
     assert [s.id for s in samples] == [s.id for s in wanted]
     assert all(any(np.shares_memory(s.ids, shard) for shard in store.shards) for s in samples)

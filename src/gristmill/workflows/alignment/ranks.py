@@ -82,17 +82,18 @@ class Ranks:
         self._busy = True
         yield
         self._busy = False
+        self._orders.done()
 
     def dismiss(self) -> None:
         """Let the other processes end. Where one has failed in common work they do not listen, and torchrun ends them."""
         if self.mesh.is_writer and self.mesh.size > 1 and not self._busy:
-            self._orders.give({"job": ""})
+            self._orders.dismiss()
 
     # ---- what the others do ----
 
     def follow(self) -> None:
         """Do what the first process asks for, until it has nothing more."""
-        while (order := self._orders.take())["job"]:
+        while order := self._orders.take():
             folder = Path(order["folder"])
             if order["job"] == "generate":
                 self._share_of_answers(order["name"], folder, TypeAdapter(list[Request]).validate_python(order["requests"]))
