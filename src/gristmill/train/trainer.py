@@ -20,6 +20,7 @@ from gristmill.core.device import check_dtype, kept_heap, pick_device, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.core.threads import MAX_THREADED_PARAMETERS, Map, num_workers, workers
 from gristmill.model import fused
+from gristmill.model.compiled_blocks import unchanged
 from gristmill.model.compiled import compiling
 from gristmill.model.fp8 import check_float8, computing_in_float8
 from gristmill.model.packed import filled_length
@@ -273,7 +274,8 @@ class Trainer:
         data = self.mesh.data
         count, num_tokens = global_count(batches, data), sum(data.gather(sum(batch.num_tokens for batch in batches)))
         totals = MetricSums()
-        with self._in_place(len(batches)) if self.num_workers == self.mesh.size == 1 else nullcontext():
+        in_place = self._in_place(len(batches)) if self.num_workers == self.mesh.size == 1 else nullcontext()
+        with in_place, unchanged(backbone(self.model)) if self.mesh.size == 1 else nullcontext():
             for output in self._backward(batches, fillers, count):
                 totals.add(output)
         if self._sharded is not None:

@@ -10,60 +10,6 @@ static const int ROWS = 128;     // rows of scores made at once
 static const int KEYS = 64;      // keys that go through the backward pass at once
 static const float HIDDEN = -1e30f;
 
-// C [m, n] = or += A [m, depths * DEPTH] B, all of them multiples of 32. Tiles of B are `panel` numbers apart from one column of tiles to the
-// next, and `step` from one row to the next.
-static void product(int m, int n, int depths, const bf16* a, int64_t lda, const bf16* b, int64_t panel, int64_t step, float* c, int64_t ldc, bool add) {
-    for (int j = 0; j < n; j += 2 * TILE)
-        for (int i = 0; i < m; i += 2 * TILE) {
-            float *c0 = c + (int64_t)i * ldc + j, *c1 = c0 + TILE * ldc;
-            if (add) {
-                _tile_loadd(0, c0, ldc * 4); _tile_loadd(1, c0 + TILE, ldc * 4);
-                _tile_loadd(2, c1, ldc * 4); _tile_loadd(3, c1 + TILE, ldc * 4);
-            } else {
-                _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-            }
-            const bf16 *a0 = a + (int64_t)i * lda, *a1 = a0 + TILE * lda, *b0 = b + j / TILE * panel, *b1 = b0 + panel;
-            for (int k = 0; k < depths; k++) {
-                _tile_loadd(4, a0 + k * DEPTH, lda * 2); _tile_loadd(6, b0 + k * step, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(7, b1 + k * step, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_loadd(5, a1 + k * DEPTH, lda * 2);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_stored(0, c0, ldc * 4); _tile_stored(1, c0 + TILE, ldc * 4);
-            _tile_stored(2, c1, ldc * 4); _tile_stored(3, c1 + TILE, ldc * 4);
-        }
-}
-
-// Pairs of rows of x [n, e] for the right side of a product that sums over them: tiles [n / DEPTH, e / TILE].
-static void pair_rows(const bf16* x, int n, int e, bf16* tiles) {
-    for (int r = 0; r < n; r += DEPTH)
-        for (int p = 0; p < e; p += TILE)
-            for (int i = 0; i < TILE; i++, tiles += 2 * TILE) {
-                const bf16 *first = x + (int64_t)(r + 2 * i) * e + p, *second = first + e;
-                const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)first));
-                const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)second));
-                _mm512_storeu_si512(tiles, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-            }
-}
-
-// The other way round: columns of x [n, e] as rows [e, n].
-static void columns(const bf16* x, int n, int e, bf16* out) {
-    for (int p = 0; p < n; p += TILE)
-        for (int k = 0; k < e; k += DEPTH) {
-            __m512i rows[TILE];
-            for (int r = 0; r < TILE; r++) rows[r] = _mm512_loadu_si512(x + (int64_t)(p + r) * e + k);
-            transpose(rows);
-            for (int i = 0; i < TILE; i++) {
-                bf16* to = out + (int64_t)(k + 2 * i) * n + p;
-                _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(rows[i]));
-                _mm256_storeu_si256((__m256i*)(to + n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rows[i], 16)));
-            }
-        }
-}
-
 // Rows [TILE, e] of numbers that lie as columns: x [e, m].
 static void tile_rows(const float* x, int m, int e, float* out) {
     for (int i = 0; i < e; i += TILE) {
@@ -127,7 +73,7 @@ static void forward(const Attention& a, const Document& x, int h, const bf16* qk
     read_keys(a, x, s, h, qkv, k, v);
     read_queries(a, x, s, h, qkv, q);
     pair_columns(k, s.n, e, kt);
-    pair_rows(v, s.n, e, vt);
+    pair_rows(v, e, s.n, e, vt);
     for (int start = 0; start < x.rows; start += ROWS) {
         const int count = x.rows - start < ROWS ? x.rows - start : ROWS, tiles = padded(count, 2 * TILE);
         const int end = x.shared + (start + count - 1) / s.G + 1, earliest = x.shared + start / s.G + 1 - a.window;
@@ -204,7 +150,7 @@ static void backward(const Attention& a, const Document& x, int h, const bf16* q
     float *one = scratch.take(e), *some_dq = scratch.take(TILE * e);
     read_keys(a, x, s, h, qkv, k, v);
     read_queries(a, x, s, h, qkv, q);
-    columns(k, s.n, e, k_columns);
+    columns(k, e, s.n, e, k_columns, s.n);
     memset(go, 0, rows_e * sizeof(bf16));
     memset(dk, 0, 2 * keys_e * sizeof(float));
     memset(dq, 0, rows_e * sizeof(float));
@@ -219,8 +165,8 @@ static void backward(const Attention& a, const Document& x, int h, const bf16* q
     }
     pair_columns(q, s.m, e, q_columns);
     pair_columns(go, s.m, e, go_columns);
-    pair_rows(q, s.m, e, q_rows);
-    pair_rows(go, s.m, e, go_rows);
+    pair_rows(q, e, s.m, e, q_rows);
+    pair_rows(go, e, s.m, e, go_rows);
     for (int at = 0; at < x.n; at += KEYS) {
         const int earliest = at > x.shared ? at - x.shared : 0;  // own token that sees a key of these, and the one after the last
         const int latest = a.window && at + KEYS - 1 + a.window - x.shared < x.own ? at + KEYS - 1 + a.window - x.shared : x.own;
