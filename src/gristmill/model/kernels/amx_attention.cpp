@@ -1,6 +1,7 @@
 // Variable-length causal attention in bf16 by tile products (AMX), forward and backward, with the rotation inside. Sums are float32;
 // probabilities and the gradients of scores are rounded to bf16 before they are multiplied, as flash attention on GPUs does.
 
+#define ONE_INSTRUCTION
 #include "attention.h"
 #include "tiles.h"
 
@@ -69,7 +70,7 @@ static void forward(const Attention& a, const Document& x, int h, const bf16* qk
     scratch.reset(2 * keys_e + (size_t)s.m * e / 2 + (size_t)ROWS * s.n * 3 / 2 + (size_t)ROWS * e);
     bf16 *k = take(scratch, keys_e), *v = take(scratch, keys_e), *kt = take(scratch, keys_e), *vt = take(scratch, keys_e);
     bf16 *q = take(scratch, (size_t)s.m * e), *p = take(scratch, (size_t)ROWS * s.n);
-    float *scores = scratch.take((size_t)ROWS * s.n), *result = scratch.take((size_t)ROWS * e), inverse[ROWS];
+    float *scores = scratch.take((size_t)ROWS * s.n), *result = scratch.take((size_t)ROWS * e), tops[ROWS], totals[ROWS];
     read_keys(a, x, s, h, qkv, k, v);
     read_queries(a, x, s, h, qkv, q);
     pair_columns(k, s.n, e, kt);
@@ -83,37 +84,46 @@ static void forward(const Attention& a, const Document& x, int h, const bf16* qk
             float* y = scores + (int64_t)r * s.n;
             bf16* to_p = p + (int64_t)r * s.n;
             const int to = x.shared + (start + r) / s.G + 1 - base, from = a.window && to > a.window ? to - a.window : 0;
+            const int rest = padded(to, VL), some = rest < seen ? rest : seen;  // keys behind are hidden
             vec top = vec{} + HIDDEN, sum = {};
             const ivec place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-            for (int j = 0; j < seen; j += VL) {
+            for (int j = 0; j < some; j += VL) {
                 vec score = load(y + j) * a.scale;
                 if (a.cap > 0) score = a.cap * tanh_(score * (1.f / a.cap));
                 if (j < from || j + VL > to) score = (place + j < from) | (place + j >= to) ? vec{} + HIDDEN : score;
                 store(y + j, score);
                 top = score > top ? score : top;
             }
-            const float m = max_of(top);
-            for (int j = 0; j < seen; j += VL) { const vec part = exp_(load(y + j) - m); sum += part; store(to_p + j, part); }
-            const float total = sum_of(sum);
-            inverse[r] = 1.f / total;
-            if (lse) lse[head_of(a, x, s.G, h, start + r)] = m + std::log(total);
+            const float m = tops[r] = max_of(top);
+            for (int j = 0; j < some; j += VL) { const vec part = exp_(load(y + j) - m); sum += part; store(to_p + j, part); }
+            memset(to_p + some, 0, (seen - some) * sizeof(bf16));
+            totals[r] = sum_of(sum);
+        }
+        for (int r = 0; r < count; r += VL) {
+            const vec log_sums = load(tops + r) + log_(load(totals + r));
+            store(totals + r, 1.f / load(totals + r));
+            for (int i = 0; lse && i < VL && r + i < count; i++) lse[head_of(a, x, s.G, h, start + r + i)] = log_sums[i];
         }
         memset(p + (int64_t)count * s.n, 0, (size_t)(tiles - count) * s.n * sizeof(bf16));
         product(tiles, e, seen / DEPTH, p, s.n, vt + (int64_t)base * e, WORDS, (int64_t)e * DEPTH, result, e, false);
         for (int r = 0; r < count; r++)
             for (int i = 0; i < d; i += VL)
-                keep(out + head_of(a, x, s.G, h, start + r) * d + i, load(result + (int64_t)r * e + i) * inverse[r], d - i);
+                keep(out + head_of(a, x, s.G, h, start + r) * d + i, load(result + (int64_t)r * e + i) * totals[r], d - i);
     }
 }
 
 // Probabilities and the gradients of scores [KEYS, count] of keys from `at` on and rows from `start` on, in place of scores and of the
 // gradients of probabilities; p and ds get them as rows, and ds_pairs as pairs of rows.
-struct Block { int at, start, count; };
-static void differentiate(const Attention& a, const Block& b, const float* sums, const float* delta, const int* last, const float* scores, const float* grads, bf16* p, bf16* ds,
+struct Part { int at, start, count, shared, G; };
+static void differentiate(const Attention& a, const Part& b, const float* sums, const float* delta, const int* last, const float* scores, const float* grads, bf16* p, bf16* ds,
                           bf16* ds_pairs) {
     const float by = a.cap > 0 ? 1.f / a.cap : 0.f;
-    for (int j = 0; j < KEYS; j += 2)
-        for (int r = 0; r < b.count; r += VL) {
+    for (int j = 0; j < KEYS; j += 2) {
+        const int first = (b.at + j - b.shared) * b.G - b.start, hidden_rows = first <= 0 ? 0 : first < b.count ? first / VL * VL : b.count;
+        for (bf16* to : {p, ds}) for (int i = 0; i < 2; i++) memset(to + (j + i) * ROWS, 0, hidden_rows * sizeof(bf16));
+        bf16* pairs = ds_pairs + j / DEPTH * WORDS + j % DEPTH * TILE;  // of tiles [count / TILE, KEYS / DEPTH]
+        for (int r = 0; r < hidden_rows; r += VL) memset(pairs + r / TILE * (KEYS / DEPTH) * WORDS, 0, 2 * TILE * sizeof(bf16));
+        for (int r = hidden_rows; r < b.count; r += VL) {
             const vec sum = load(sums + b.start + r), centre = load(delta + b.start + r);
             ivec latest;
             memcpy(&latest, last + b.start + r, sizeof latest);
@@ -130,9 +140,9 @@ static void differentiate(const Attention& a, const Block& b, const float* sums,
                 *(hvec*)(ds + place) = low(bits >> 16);
                 pair |= i ? bits & 0xffff0000u : bits >> 16;
             }
-            // tiles [count / TILE, KEYS / DEPTH]
-            memcpy(ds_pairs + ((r / TILE) * (KEYS / DEPTH) + j / DEPTH) * WORDS + j % DEPTH * TILE, &pair, sizeof pair);
+            memcpy(pairs + r / TILE * (KEYS / DEPTH) * WORDS, &pair, sizeof pair);
         }
+    }
 }
 
 static void backward(const Attention& a, const Document& x, int h, const bf16* qkv, const bf16* out, const float* lse, const bf16* grad, float* grad_qkv, Scratch& scratch) {
@@ -175,7 +185,7 @@ static void backward(const Attention& a, const Document& x, int h, const bf16* q
             const int64_t panel = (int64_t)e * TILE, from = (int64_t)start * e;
             product(KEYS, count, e / DEPTH, k + (int64_t)at * e, e, q_columns + from, panel, WORDS, scores, ROWS, false);
             product(KEYS, count, e / DEPTH, v + (int64_t)at * e, e, go_columns + from, panel, WORDS, grads, ROWS, false);
-            differentiate(a, {at, start, count}, sums, delta, last, scores, grads, p, ds, ds_pairs);
+            differentiate(a, {at, start, count, x.shared, G}, sums, delta, last, scores, grads, p, ds, ds_pairs);
             product(KEYS, e, count / DEPTH, p, ROWS, go_rows + from, WORDS, (int64_t)e * DEPTH, dv + (int64_t)at * e, e, true);
             product(KEYS, e, count / DEPTH, ds, ROWS, q_rows + from, WORDS, (int64_t)e * DEPTH, dk + (int64_t)at * e, e, true);
             product(e, count, KEYS / DEPTH, k_columns + at, s.n, ds_pairs, KEYS / DEPTH * WORDS, WORDS, dq + start, s.m, true);
