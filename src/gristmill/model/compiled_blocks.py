@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.core.threads import MAX_THREADED_PARAMETERS
@@ -32,7 +32,7 @@ class Tiles:
         parameters: the model's, in the order of the kernel's table.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[Any]) -> None:
         self.blocks = blocks
         self.parameters = [parameter for block in blocks for parameter in _parameters(block)]
         self._lock = Lock()

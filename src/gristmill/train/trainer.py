@@ -20,8 +20,8 @@ from gristmill.core.device import check_dtype, kept_heap, pick_device, trim_heap
 from gristmill.core.errors import InputError
 from gristmill.core.threads import MAX_THREADED_PARAMETERS, Map, num_workers, workers
 from gristmill.model import fused
-from gristmill.model.compiled_blocks import unchanged
 from gristmill.model.compiled import compiling
+from gristmill.model.compiled_blocks import unchanged
 from gristmill.model.fp8 import check_float8, computing_in_float8
 from gristmill.model.packed import filled_length
 from gristmill.model.transformer import TRAINING_PRECISIONS
