@@ -180,12 +180,16 @@ extern "C" void gristmill_blocks_forward(const Blocks* blocks, const bf16* x, bf
     }
 }
 
-// Gradient of a weight [n, k] of which x [rows, k] made outputs with the gradient g [rows, n].
-static void weight_gradient(const Weight& w, int n, int k, const bf16* g, const bf16* x, int rows, bf16* pairs, int threads) {
-    if (!w.grad) return;
+// out [n, k] = or += g^T x, of g [rows, n] and x [rows, k], whose rows are so far apart and a multiple of TILE. `pairs` has room for CHUNK rows of x.
+static void weight_gradient(int rows, int n, int k, const bf16* g, int64_t g_stride, const bf16* x, int64_t x_stride, float* out, bool adds, bf16* pairs, int threads) {
     for (int64_t start = 0; start < rows; start += CHUNK) {
-        const int count = rows - start < CHUNK ? (int)(rows - start) : CHUNK, stride = count + DEPTH;
-        pair_rows(x + start * k, k, count, k, pairs);
+        const int count = rows - start < CHUNK ? (int)(rows - start) : CHUNK, whole = count / DEPTH * DEPTH, filled = padded(count, DEPTH), stride = filled + DEPTH;
+        pair_rows(x + start * x_stride, x_stride, whole, k, pairs);
+        if (whole < count) {
+            const std::unique_ptr<bf16[]> rest(new bf16[DEPTH * k]());
+            for (int r = whole; r < count; r++) memcpy(rest.get() + (r - whole) * k, x + (start + r) * x_stride, k * sizeof(bf16));
+            pair_rows(rest.get(), k, DEPTH, k, pairs + (int64_t)whole * k);
+        }
 #pragma omp parallel if (threads > 1) num_threads(threads)
         {
             const Tiles tiles;
@@ -193,11 +197,19 @@ static void weight_gradient(const Weight& w, int n, int k, const bf16* g, const 
 #pragma omp for schedule(static)
             for (int i = 0; i < n; i += STRIP) {
                 const int width = n - i < STRIP ? n - i : STRIP;
-                columns(g + start * n + i, n, count, width, turned, stride);
-                product(width, k, count / DEPTH, turned, stride, pairs, WORDS, (int64_t)k * DEPTH, w.grad + (int64_t)i * k, k, w.adds || start);
+                columns(g + start * g_stride + i, g_stride, count, width, turned, stride);
+                for (int r = 0; r < width; r++) memset(turned + r * stride + count, 0, (filled - count) * sizeof(bf16));
+                product(width, k, filled / DEPTH, turned, stride, pairs, WORDS, (int64_t)k * DEPTH, out + (int64_t)i * k, k, adds || start);
             }
         }
     }
+}
+static void weight_gradient(const Weight& w, int n, int k, const bf16* g, const bf16* x, int rows, bf16* pairs, int threads) {
+    if (w.grad) weight_gradient(rows, n, k, g, n, x, k, w.grad, w.adds, pairs, threads);
+}
+extern "C" void gristmill_weight_gradient(const bf16* g, const bf16* x, float* out, int rows, int n, int k, int64_t g_stride, int64_t x_stride, int adds, int threads) {
+    const std::unique_ptr<bf16[]> pairs(new bf16[(int64_t)CHUNK * k]);
+    weight_gradient(rows, n, k, g, g_stride, x, x_stride, out, adds, pairs.get(), threads);
 }
 
 // Gradients of a norm's gain and bias, of which there is a sum for each ROWS of rows.
@@ -289,5 +301,6 @@ extern "C" int64_t gristmill_blocks_memory(const Blocks*) { return 0; }
 extern "C" void gristmill_blocks_forward(const Blocks*, const bf16*, bf16*, char*) {}
 extern "C" void gristmill_blocks_backward(const Blocks*, const bf16*, bf16*, char*) {}
 extern "C" void gristmill_tiles_of(const float*, int, int, bf16*, bf16*) {}
+extern "C" void gristmill_weight_gradient(const bf16*, const bf16*, float*, int, int, int, int64_t, int64_t, int, int) {}
 
 #endif

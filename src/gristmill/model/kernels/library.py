@@ -84,6 +84,7 @@ def load() -> ctypes.CDLL | None:
         "blocks_forward": [ctypes.POINTER(Blocks)] + [pointer] * 3,
         "blocks_backward": [ctypes.POINTER(Blocks)] + [pointer] * 3,
         "tiles_of": [pointer] + [number] * 2 + [pointer] * 2,
+        "weight_gradient": [pointer] * 3 + [number] * 3 + [large] * 2 + [number] * 2,
     }.items():
         function = getattr(library, f"gristmill_{name}")
         function.restype, function.argtypes = None, arguments
