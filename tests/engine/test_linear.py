@@ -115,7 +115,7 @@ def test_int8_activations_are_multiplied_exactly(seed: int, rows: int) -> None:
 @pytest.mark.parametrize("kind", ["", "int8", "int8-weight", "int4"])
 @pytest.mark.parametrize("most", [0, 3, 2**31])
 def test_many_rows_go_to_torch(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_methods, "max_rows", lambda kind, dtype=None: most)
+    monkeypatch.setattr(linear_methods, "max_rows", lambda kind, dtype=None, size=0: most)
     torch.manual_seed(0)
     linear = Linear(96, 40, bias=True).to(torch.bfloat16)
     for parameter in linear.parameters():

@@ -39,8 +39,13 @@ static inline hvec low(uvec x) { return __builtin_convertvector(x, hvec); }
 static inline vec load(const float* p) { return *(const vec*)p; }
 static inline vec load(const bf16* p) { return (vec)(wide(p) << 16); }
 static inline uvec rounded_bits(vec x) { uvec u = (uvec)x; return u + 0x7fff + ((u >> 16) & 1); }
+#if defined(__AVX512BF16__)
+static inline hvec halved(vec x) { return (hvec)_mm512_cvtneps_pbh((__m512)x); }
+#else
+static inline hvec halved(vec x) { return low(rounded_bits(x) >> 16); }
+#endif
 static inline void store(float* p, vec x) { *(vec*)p = x; }
-static inline void store(bf16* p, vec x) { *(hvec*)p = low(rounded_bits(x) >> 16); }
+static inline void store(bf16* p, vec x) { *(hvec*)p = halved(x); }
 static inline float get(const float* p) { return *p; }
 static inline float get(const bf16* p) { uint32_t u = (uint32_t)*p << 16; float x; memcpy(&x, &u, 4); return x; }
 static inline void put(float* p, float x) { *p = x; }
@@ -59,7 +64,7 @@ static inline unsigned first(int n) { return n >= VL ? 0xffff : (1u << n) - 1; }
 static inline vec some(const float* p, int n) { return (vec)_mm512_maskz_loadu_ps(first(n), p); }
 static inline vec some(const bf16* p, int n) { return (vec)((uvec)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)) << 16); }
 static inline void keep(float* p, vec x, int n) { _mm512_mask_storeu_ps(p, first(n), (__m512)x); }
-static inline void keep(bf16* p, vec x, int n) { _mm256_mask_storeu_epi16(p, first(n), (__m256i)low(rounded_bits(x) >> 16)); }
+static inline void keep(bf16* p, vec x, int n) { _mm256_mask_storeu_epi16(p, first(n), (__m256i)halved(x)); }
 #else
 template <typename A> static inline vec some(const A* p, int n) {
     if (n >= VL) return load(p);
@@ -75,10 +80,11 @@ template <typename A> static inline void keep(A* p, vec x, int n) {
 }
 #endif
 
-static inline float sum_of(vec x) { float s = 0; for (int j = 0; j < VL; j++) s += x[j]; return s; }
 #ifdef __AVX512F__
+static inline float sum_of(vec x) { return _mm512_reduce_add_ps((__m512)x); }
 static inline float max_of(vec x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
+static inline float sum_of(vec x) { float s = 0; for (int j = 0; j < VL; j++) s += x[j]; return s; }
 static inline float max_of(vec x) { float m = x[0]; for (int j = 1; j < VL; j++) m = x[j] > m ? x[j] : m; return m; }
 #endif
 
@@ -89,6 +95,16 @@ static inline vec exp_(vec x) {
     const vec whole = __builtin_convertvector(n, vec), r = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
     const vec y = 1.f + r + r * r * (0.5f + r * (1.6666665459e-1f + r * (4.1665795894e-2f + r * (8.3334519073e-3f + r * (1.3981999507e-3f + r * 1.9875691500e-4f)))));
     return x < -87.f ? vec{} : y * (vec)((n + 127) << 23);
+}
+
+// log x for normal x > 0, error below 2e-7 of it or of 1. Polynomial: Cephes' logf.
+static inline vec log_(vec x) {
+    const uvec bits = (uvec)x - 0x3f3504f3;  // so that the mantissa is between the roots of 1/2 and 2
+    const vec power = __builtin_convertvector((ivec)bits >> 23, vec), m = (vec)((bits & 0x7fffff) + 0x3f3504f3) - 1.f, square = m * m;
+    const vec low = 1.1676998740e-1f + m * (-1.1514610310e-1f + m * 7.0376836292e-2f);
+    const vec high = 2.0000714765e-1f + m * (-1.6668057665e-1f + m * (1.4249322787e-1f + m * (-1.2420140846e-1f + m * low)));
+    const vec y = m * square * (3.3333331174e-1f + m * (-2.4999993993e-1f + m * high));
+    return m + (y - 2.12194440e-4f * power - 0.5f * square) + 0.693359375f * power;
 }
 
 // tanh x, relative error below 1e-6: by a Pade approximant below 1, by exponentials above.

@@ -51,15 +51,17 @@ CHUNK, PAIR = 256, 64  # columns that int4's scales and bytes are padded to
 ANY_ROWS = 2**31
 # Rows up to which own products beat torch's on a CPU that has instructions for bf16. On others all but fp32's do at any number.
 MAX_ROWS = {FP32: 16, BF16: 8, INT8: 16, INT4: 64}
-MAX_TILED_ROWS = 256  # of bf16 by tile products (AMX); of integers, of which torch would make a bf16 matrix each time, any number
+# Of bf16 by tile products (AMX); of integers, of which torch would make a bf16 matrix each time, any number. So it is of a matrix of few
+# numbers: torch's products of many rows are a tenth faster there, and all layers in one call save more than that.
+MAX_TILED_ROWS, FEW_NUMBERS = 512, 2**17
 
 
-def max_rows(kind: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Rows of activations of a type up to which linear.cpp multiplies by a matrix of this kind; 0 where torch does."""
+def max_rows(kind: int, dtype: torch.dtype = torch.bfloat16, size: int = FEW_NUMBERS + 1) -> int:
+    """Rows of activations of a type up to which linear.cpp multiplies by a matrix of this kind and size; 0 where torch does."""
     if kernels.load() is None or (kind in (INT8, INT4) and platform.machine() not in ("x86_64", "AMD64")):
         return 0
     if kind != FP32 and dtype == torch.bfloat16 and kernels.has_tiles():
-        return MAX_TILED_ROWS if kind == BF16 else ANY_ROWS
+        return MAX_TILED_ROWS if kind == BF16 and size > FEW_NUMBERS else ANY_ROWS
     return MAX_ROWS[kind] if kind == FP32 or has_bf16_products() else ANY_ROWS
 
 
@@ -130,7 +132,7 @@ class UnquantizedLinear:
         self.bias_N = None if linear.bias is None else linear.bias.detach().to(dtype)
         kind = {torch.float32: FP32, torch.bfloat16: BF16}.get(dtype)
         fits = self.weight_ND.device.type == "cpu" and dtype == self.weight_ND.dtype and self.weight_ND.is_contiguous()
-        self.max_rows = max_rows(kind) if fits and kind is not None else 0
+        self.max_rows = max_rows(kind, size=self.weight_ND.numel()) if fits and kind is not None else 0
         self.compiled: CompiledProduct | None = None
         if kind is not None and self.max_rows:
             bias_N = None if self.bias_N is None else self.bias_N.float()

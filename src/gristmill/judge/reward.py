@@ -17,6 +17,7 @@ from gristmill.data.readers import read_demonstrations
 from gristmill.data.rows import Rating
 from gristmill.data.tokenizer import Tokenizer
 from gristmill.model.adapters import load_reward
+from gristmill.model.compiled_blocks import unchanged
 from gristmill.model.dtype import pick_dtype
 from gristmill.model.packed import pack
 from gristmill.model.reward import RewardModel
@@ -74,7 +75,7 @@ class RewardScorer:
             answers_of.setdefault(tuple(messages[:-1]), []).append(i)
         found: list[list[float]] = [[]] * len(rendered)
         packs = list(_packs(list(answers_of.values()), rendered))
-        with workers(num_workers(self.model)) as each:
+        with workers(num_workers(self.model)) as each, unchanged(self.model.backbone):
             scored = each(lambda groups: self._compute([[rendered[i] for i in group] for group in groups], compute), packs)
             for groups, rows in zip(packs, scored, strict=True):
                 for i, row in zip((i for group in groups for i in group), rows, strict=True):

@@ -97,7 +97,7 @@ class _CompiledAttention(torch.autograd.Function):
         read_TXd = qkv_TXd if tiles else qkv_TXd.float()
         out_THd = read_TXd.new_empty(shape.num_tokens, num_heads, qkv_TXd.shape[2])
         log_sum_TH = torch.empty(shape.num_tokens, num_heads) if ctx.needs_input_grad[0] else None
-        call = _kernel_call(qkv_TXd, cos_TR, sin_TR, shape=shape, num_heads=num_heads, mod=mod)
+        call = attention_call(_heads(qkv_TXd, num_heads), (cos_TR, sin_TR), shape=shape, mod=mod)
         attend(call, read_TXd.data_ptr(), out_THd.data_ptr(), kernels.pointer_of(log_sum_TH))
         out_THd = out_THd.to(qkv_TXd.dtype)
         ctx.save_for_backward(qkv_TXd, cos_TR, sin_TR, out_THd, log_sum_TH)
@@ -111,31 +111,34 @@ class _CompiledAttention(torch.autograd.Function):
         library = kernels.load()
         assert library is not None
         grad_TXd = torch.empty_like(qkv_TXd, dtype=torch.float32)
-        call = _kernel_call(qkv_TXd, cos_TR, sin_TR, shape=ctx.shape, num_heads=out_THd.shape[1], mod=ctx.mod)
+        call = attention_call(_heads(qkv_TXd, out_THd.shape[1]), (cos_TR, sin_TR), shape=ctx.shape, mod=ctx.mod)
         differentiate = library.gristmill_amx_attention_backward if ctx.tiles else library.gristmill_attention_backward
         qkv, out, grad = (x.contiguous() if ctx.tiles else x.float().contiguous() for x in (qkv_TXd, out_THd, grads[0]))
         differentiate(call, *(x.data_ptr() for x in (qkv, out, log_sum_TH, grad, grad_TXd)))
         return grad_TXd.to(qkv_TXd.dtype), None, None, None, None, None
 
 
-def _kernel_call(
-    qkv_TXd: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, shape: PackedShape, num_heads: int, mod: ScoreMod
-) -> kernels.Attention:
-    """What the kernel is told; the tensors must live while it runs."""
+def _heads(qkv_TXd: Tensor, num_heads: int) -> tuple[int, int, int]:
+    return num_heads, (qkv_TXd.shape[1] - num_heads) // 2, qkv_TXd.shape[2]
+
+
+def attention_call(heads: tuple[int, int, int], angles: tuple[Tensor, Tensor], *, shape: PackedShape, mod: ScoreMod) -> kernels.Attention:
+    """What the kernel is told; angles and shape must live while it runs.
+
+    Args:
+        heads: number of query heads and of key-value heads, and their size.
+    """
     documents, groups = shape.documents
-    num_kv_heads, head_dim = (qkv_TXd.shape[1] - num_heads) // 2, qkv_TXd.shape[2]
     return kernels.Attention(
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        cos_TR.shape[1],
+        *heads,
+        angles[0].shape[1],
         mod.window,
         torch.get_num_threads(),
         len(documents),
         len(groups) - 1,
-        head_dim**-0.5 if mod.scale is None else mod.scale,
+        heads[2] ** -0.5 if mod.scale is None else mod.scale,
         mod.soft_cap or 0.0,
-        *(x.data_ptr() for x in (documents, groups, cos_TR, sin_TR)),
+        *(x.data_ptr() for x in (documents, groups, *angles)),
     )
 
 

@@ -226,7 +226,7 @@ def add_gradient(weight_ND: Tensor, grad_TN: Tensor, x_TD: Tensor, *, factor: fl
     gradient_ND = new_gradient(weight_ND)
     if x_TD.dtype == torch.float32:
         torch.addmm(weight_ND.new_zeros(()), grad_TN.T, x_TD, beta=0, alpha=factor, out=gradient_ND)
-    else:
+    elif not _tile_product(gradient_ND, grad_TN, x_TD, factor=factor, adds=False):
         for rows in _product_slices(gradient_ND):
             gradient_ND[rows] = grad_TN[:, rows].T @ x_TD
         if factor != 1.0:
@@ -278,9 +278,23 @@ def add_product(sum_VD: Tensor, left_TV: Tensor, right_TD: Tensor, *, factor: fl
         sum_VD.addmm_(left_TV.T, right_TD, alpha=factor)
     elif left_TV.is_cuda:
         torch.addmm(sum_VD, left_TV.T, right_TD, out_dtype=torch.float32, out=sum_VD)
-    else:  # torch has no product of bf16 with a sum in fp32 there
+    elif not _tile_product(sum_VD, left_TV, right_TD, factor=factor, adds=True):  # torch has no product of bf16 with a sum in fp32
         for rows in _product_slices(sum_VD):
             sum_VD[rows].add_(left_TV[:, rows].T @ right_TD, alpha=factor)
+
+
+def _tile_product(sum_VD: Tensor, left_TV: Tensor, right_TD: Tensor, *, factor: float, adds: bool) -> bool:
+    """sum = or += factor * left^T right by tile products, which sum in fp32; False where there are none for these, and nothing is done."""
+    if left_TV.device.type != "cpu" or left_TV.dtype != torch.bfloat16 or not kernels.has_tiles():
+        return False
+    if len(left_TV) % 16 or sum_VD.shape[0] % 32 or sum_VD.shape[1] % 32 or not sum_VD.is_contiguous() or not 1 == left_TV.stride(1) == right_TD.stride(1):
+        return False
+    library = kernels.load()
+    assert library is not None
+    scaled_TD = right_TD if factor == 1 else right_TD * factor
+    sizes = len(left_TV), *sum_VD.shape, left_TV.stride(0), scaled_TD.stride(0)
+    library.gristmill_weight_gradient(*(x.data_ptr() for x in (left_TV, scaled_TD, sum_VD)), *sizes, adds, torch.get_num_threads())
+    return True
 
 
 def _product_slices(sum_VD: Tensor) -> Iterator[slice]:

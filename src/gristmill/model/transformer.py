@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from gristmill.core.errors import InputError
-from gristmill.model import fused
+from gristmill.model import compiled_blocks, fused
 from gristmill.model.attention import ScoreMod, compiled_attention, group_heads, split_heads, varlen_attention
 from gristmill.model.config import BlockConfig, Family, ModelConfig
 from gristmill.model.packed import PackedShape, filled_length
@@ -307,6 +307,7 @@ class MLP(nn.Module):
         super().__init__()
         hidden, ffn, parts, bias = config.hidden_size, block.ffn_size, config.parts, config.mlp_bias
         self.parts = parts
+        self.activation_kind = _activation_kind(parts)
         self.in_place = True  # not where the products of up are made by a function that gives them to others too
         self.gate_up = Linear(hidden, 2 * ffn, bias=bias) if parts.fused else None
         self.gate = Linear(hidden, ffn, bias=bias) if parts.gated and not parts.fused else None
@@ -344,6 +345,16 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config) if block.has_mlp and pre else None
         self.mlp = MLP(config, block) if block.has_mlp else None
         self.mlp_post_norm = _norm(config) if block.has_mlp and post else None
+
+    def is_plain(self) -> bool:
+        """Whether it is norm, attention, norm and MLP with nothing between or around, as `compiled_blocks` computes them."""
+        if type(self) is not Block or self.attention is None or self.mlp is None or self.attention_norm is None or self.mlp_norm is None:
+            return False
+        linears = (self.attention.qkv, self.attention.output, self.mlp.gate, self.mlp.up, self.mlp.down)
+        bare = [type(one) is Linear and one.bias is None and one.product is None for one in linears if one is not None]
+        if self.fused or not all(bare) or any(part._forward_hooks or part._forward_pre_hooks for part in self.modules()):
+            return False
+        return self.attention_post_norm is self.mlp_post_norm is self.attention.q_norm is None and self.residual_multiplier == 1
 
     def qkv(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Norm, projection and rotation: queries [T, H, d], keys [T, K, d], values [T, K, d]."""
@@ -405,6 +416,7 @@ class Transformer(nn.Module):
         self.after_blocks: Callable[[], None] | None = None  # called where the blocks' forward pass ends
         # A block's are computed again in the backward pass: only its input is kept, or with "selective" also what its products gave.
         self.checkpoint_activations: bool | str = False
+        self.tiles: compiled_blocks.Tiles | None = None  # of weights, see `compiled_blocks.unchanged`
         self.incoming_TD: Tensor | None = None  # what blocks of another process have made, in place of embeddings (`parallel.pipeline`)
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.blocks = nn.ModuleDict({str(number): Block(config, block) for number, block in enumerate(config.blocks)})
@@ -497,6 +509,8 @@ class Transformer(nn.Module):
             ids_T, shape, rows_S = self.context.tokens(ids_T, shape, rows_S)
         angles = self.rope(shape.positions_T)
         x_TD = self.embed(ids_T) if self.incoming_TD is None else self.incoming_TD
+        if layers is None and (compiled_SD := compiled_blocks.run(self, x_TD, angles, shape, rows_S)) is not None:
+            return compiled_SD
         for number, block in self.blocks.items():
             layer = self.config.blocks[int(number)]
             given = (x_TD, *angles[layer.rope], shape, rows_S if int(number) == self.config.num_layers - 1 else None)

@@ -21,6 +21,7 @@ from gristmill.core.errors import InputError
 from gristmill.core.threads import MAX_THREADED_PARAMETERS, Map, num_workers, workers
 from gristmill.model import fused
 from gristmill.model.compiled import compiling
+from gristmill.model.compiled_blocks import unchanged
 from gristmill.model.fp8 import check_float8, computing_in_float8
 from gristmill.model.packed import filled_length
 from gristmill.model.transformer import TRAINING_PRECISIONS
@@ -274,7 +275,8 @@ class Trainer:
         count, num_tokens = global_count(batches, data), sum(data.gather(sum(batch.num_tokens for batch in batches)))
         totals = MetricSums()
         plain = self._sharded is None or (self._sharded.is_replicated and self.mesh.dims.together == 1)
-        with self._in_place(len(batches) + len(fillers)) if plain and self.num_workers == 1 else nullcontext():
+        in_place = self._in_place(len(batches) + len(fillers)) if plain and self.num_workers == 1 else nullcontext()
+        with in_place, unchanged(backbone(self.model)) if plain else nullcontext():
             for output in self._backward(batches, fillers, count):
                 totals.add(output)
         if self._sharded is not None:

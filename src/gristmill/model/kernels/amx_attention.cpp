@@ -1,6 +1,7 @@
 // Variable-length causal attention in bf16 by tile products (AMX), forward and backward, with the rotation inside. Sums are float32;
 // probabilities and the gradients of scores are rounded to bf16 before they are multiplied, as flash attention on GPUs does.
 
+#define ONE_INSTRUCTION
 #include "attention.h"
 #include "tiles.h"
 
@@ -9,60 +10,6 @@
 static const int ROWS = 128;     // rows of scores made at once
 static const int KEYS = 64;      // keys that go through the backward pass at once
 static const float HIDDEN = -1e30f;
-
-// C [m, n] = or += A [m, depths * DEPTH] B, all of them multiples of 32. Tiles of B are `panel` numbers apart from one column of tiles to the
-// next, and `step` from one row to the next.
-static void product(int m, int n, int depths, const bf16* a, int64_t lda, const bf16* b, int64_t panel, int64_t step, float* c, int64_t ldc, bool add) {
-    for (int j = 0; j < n; j += 2 * TILE)
-        for (int i = 0; i < m; i += 2 * TILE) {
-            float *c0 = c + (int64_t)i * ldc + j, *c1 = c0 + TILE * ldc;
-            if (add) {
-                _tile_loadd(0, c0, ldc * 4); _tile_loadd(1, c0 + TILE, ldc * 4);
-                _tile_loadd(2, c1, ldc * 4); _tile_loadd(3, c1 + TILE, ldc * 4);
-            } else {
-                _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-            }
-            const bf16 *a0 = a + (int64_t)i * lda, *a1 = a0 + TILE * lda, *b0 = b + j / TILE * panel, *b1 = b0 + panel;
-            for (int k = 0; k < depths; k++) {
-                _tile_loadd(4, a0 + k * DEPTH, lda * 2); _tile_loadd(6, b0 + k * step, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(7, b1 + k * step, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_loadd(5, a1 + k * DEPTH, lda * 2);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_stored(0, c0, ldc * 4); _tile_stored(1, c0 + TILE, ldc * 4);
-            _tile_stored(2, c1, ldc * 4); _tile_stored(3, c1 + TILE, ldc * 4);
-        }
-}
-
-// Pairs of rows of x [n, e] for the right side of a product that sums over them: tiles [n / DEPTH, e / TILE].
-static void pair_rows(const bf16* x, int n, int e, bf16* tiles) {
-    for (int r = 0; r < n; r += DEPTH)
-        for (int p = 0; p < e; p += TILE)
-            for (int i = 0; i < TILE; i++, tiles += 2 * TILE) {
-                const bf16 *first = x + (int64_t)(r + 2 * i) * e + p, *second = first + e;
-                const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)first));
-                const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)second));
-                _mm512_storeu_si512(tiles, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-            }
-}
-
-// The other way round: columns of x [n, e] as rows [e, n].
-static void columns(const bf16* x, int n, int e, bf16* out) {
-    for (int p = 0; p < n; p += TILE)
-        for (int k = 0; k < e; k += DEPTH) {
-            __m512i rows[TILE];
-            for (int r = 0; r < TILE; r++) rows[r] = _mm512_loadu_si512(x + (int64_t)(p + r) * e + k);
-            transpose(rows);
-            for (int i = 0; i < TILE; i++) {
-                bf16* to = out + (int64_t)(k + 2 * i) * n + p;
-                _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(rows[i]));
-                _mm256_storeu_si256((__m256i*)(to + n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rows[i], 16)));
-            }
-        }
-}
 
 // Rows [TILE, e] of numbers that lie as columns: x [e, m].
 static void tile_rows(const float* x, int m, int e, float* out) {
@@ -123,11 +70,11 @@ static void forward(const Attention& a, const Document& x, int h, const bf16* qk
     scratch.reset(2 * keys_e + (size_t)s.m * e / 2 + (size_t)ROWS * s.n * 3 / 2 + (size_t)ROWS * e);
     bf16 *k = take(scratch, keys_e), *v = take(scratch, keys_e), *kt = take(scratch, keys_e), *vt = take(scratch, keys_e);
     bf16 *q = take(scratch, (size_t)s.m * e), *p = take(scratch, (size_t)ROWS * s.n);
-    float *scores = scratch.take((size_t)ROWS * s.n), *result = scratch.take((size_t)ROWS * e), inverse[ROWS];
+    float *scores = scratch.take((size_t)ROWS * s.n), *result = scratch.take((size_t)ROWS * e), tops[ROWS], totals[ROWS];
     read_keys(a, x, s, h, qkv, k, v);
     read_queries(a, x, s, h, qkv, q);
     pair_columns(k, s.n, e, kt);
-    pair_rows(v, s.n, e, vt);
+    pair_rows(v, e, s.n, e, vt);
     for (int start = 0; start < x.rows; start += ROWS) {
         const int count = x.rows - start < ROWS ? x.rows - start : ROWS, tiles = padded(count, 2 * TILE);
         const int end = x.shared + (start + count - 1) / s.G + 1, earliest = x.shared + start / s.G + 1 - a.window;
@@ -137,37 +84,46 @@ static void forward(const Attention& a, const Document& x, int h, const bf16* qk
             float* y = scores + (int64_t)r * s.n;
             bf16* to_p = p + (int64_t)r * s.n;
             const int to = x.shared + (start + r) / s.G + 1 - base, from = a.window && to > a.window ? to - a.window : 0;
+            const int rest = padded(to, VL), some = rest < seen ? rest : seen;  // keys behind are hidden
             vec top = vec{} + HIDDEN, sum = {};
             const ivec place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-            for (int j = 0; j < seen; j += VL) {
+            for (int j = 0; j < some; j += VL) {
                 vec score = load(y + j) * a.scale;
                 if (a.cap > 0) score = a.cap * tanh_(score * (1.f / a.cap));
                 if (j < from || j + VL > to) score = (place + j < from) | (place + j >= to) ? vec{} + HIDDEN : score;
                 store(y + j, score);
                 top = score > top ? score : top;
             }
-            const float m = max_of(top);
-            for (int j = 0; j < seen; j += VL) { const vec part = exp_(load(y + j) - m); sum += part; store(to_p + j, part); }
-            const float total = sum_of(sum);
-            inverse[r] = 1.f / total;
-            if (lse) lse[head_of(a, x, s.G, h, start + r)] = m + std::log(total);
+            const float m = tops[r] = max_of(top);
+            for (int j = 0; j < some; j += VL) { const vec part = exp_(load(y + j) - m); sum += part; store(to_p + j, part); }
+            memset(to_p + some, 0, (seen - some) * sizeof(bf16));
+            totals[r] = sum_of(sum);
+        }
+        for (int r = 0; r < count; r += VL) {
+            const vec log_sums = load(tops + r) + log_(load(totals + r));
+            store(totals + r, 1.f / load(totals + r));
+            for (int i = 0; lse && i < VL && r + i < count; i++) lse[head_of(a, x, s.G, h, start + r + i)] = log_sums[i];
         }
         memset(p + (int64_t)count * s.n, 0, (size_t)(tiles - count) * s.n * sizeof(bf16));
         product(tiles, e, seen / DEPTH, p, s.n, vt + (int64_t)base * e, WORDS, (int64_t)e * DEPTH, result, e, false);
         for (int r = 0; r < count; r++)
             for (int i = 0; i < d; i += VL)
-                keep(out + head_of(a, x, s.G, h, start + r) * d + i, load(result + (int64_t)r * e + i) * inverse[r], d - i);
+                keep(out + head_of(a, x, s.G, h, start + r) * d + i, load(result + (int64_t)r * e + i) * totals[r], d - i);
     }
 }
 
 // Probabilities and the gradients of scores [KEYS, count] of keys from `at` on and rows from `start` on, in place of scores and of the
 // gradients of probabilities; p and ds get them as rows, and ds_pairs as pairs of rows.
-struct Block { int at, start, count; };
-static void differentiate(const Attention& a, const Block& b, const float* sums, const float* delta, const int* last, const float* scores, const float* grads, bf16* p, bf16* ds,
+struct Part { int at, start, count, shared, G; };
+static void differentiate(const Attention& a, const Part& b, const float* sums, const float* delta, const int* last, const float* scores, const float* grads, bf16* p, bf16* ds,
                           bf16* ds_pairs) {
     const float by = a.cap > 0 ? 1.f / a.cap : 0.f;
-    for (int j = 0; j < KEYS; j += 2)
-        for (int r = 0; r < b.count; r += VL) {
+    for (int j = 0; j < KEYS; j += 2) {
+        const int first = (b.at + j - b.shared) * b.G - b.start, hidden_rows = first <= 0 ? 0 : first < b.count ? first / VL * VL : b.count;
+        for (bf16* to : {p, ds}) for (int i = 0; i < 2; i++) memset(to + (j + i) * ROWS, 0, hidden_rows * sizeof(bf16));
+        bf16* pairs = ds_pairs + j / DEPTH * WORDS + j % DEPTH * TILE;  // of tiles [count / TILE, KEYS / DEPTH]
+        for (int r = 0; r < hidden_rows; r += VL) memset(pairs + r / TILE * (KEYS / DEPTH) * WORDS, 0, 2 * TILE * sizeof(bf16));
+        for (int r = hidden_rows; r < b.count; r += VL) {
             const vec sum = load(sums + b.start + r), centre = load(delta + b.start + r);
             ivec latest;
             memcpy(&latest, last + b.start + r, sizeof latest);
@@ -184,9 +140,9 @@ static void differentiate(const Attention& a, const Block& b, const float* sums,
                 *(hvec*)(ds + place) = low(bits >> 16);
                 pair |= i ? bits & 0xffff0000u : bits >> 16;
             }
-            // tiles [count / TILE, KEYS / DEPTH]
-            memcpy(ds_pairs + ((r / TILE) * (KEYS / DEPTH) + j / DEPTH) * WORDS + j % DEPTH * TILE, &pair, sizeof pair);
+            memcpy(pairs + r / TILE * (KEYS / DEPTH) * WORDS, &pair, sizeof pair);
         }
+    }
 }
 
 static void backward(const Attention& a, const Document& x, int h, const bf16* qkv, const bf16* out, const float* lse, const bf16* grad, float* grad_qkv, Scratch& scratch) {
@@ -204,7 +160,7 @@ static void backward(const Attention& a, const Document& x, int h, const bf16* q
     float *one = scratch.take(e), *some_dq = scratch.take(TILE * e);
     read_keys(a, x, s, h, qkv, k, v);
     read_queries(a, x, s, h, qkv, q);
-    columns(k, s.n, e, k_columns);
+    columns(k, e, s.n, e, k_columns, s.n);
     memset(go, 0, rows_e * sizeof(bf16));
     memset(dk, 0, 2 * keys_e * sizeof(float));
     memset(dq, 0, rows_e * sizeof(float));
@@ -219,8 +175,8 @@ static void backward(const Attention& a, const Document& x, int h, const bf16* q
     }
     pair_columns(q, s.m, e, q_columns);
     pair_columns(go, s.m, e, go_columns);
-    pair_rows(q, s.m, e, q_rows);
-    pair_rows(go, s.m, e, go_rows);
+    pair_rows(q, e, s.m, e, q_rows);
+    pair_rows(go, e, s.m, e, go_rows);
     for (int at = 0; at < x.n; at += KEYS) {
         const int earliest = at > x.shared ? at - x.shared : 0;  // own token that sees a key of these, and the one after the last
         const int latest = a.window && at + KEYS - 1 + a.window - x.shared < x.own ? at + KEYS - 1 + a.window - x.shared : x.own;
@@ -229,7 +185,7 @@ static void backward(const Attention& a, const Document& x, int h, const bf16* q
             const int64_t panel = (int64_t)e * TILE, from = (int64_t)start * e;
             product(KEYS, count, e / DEPTH, k + (int64_t)at * e, e, q_columns + from, panel, WORDS, scores, ROWS, false);
             product(KEYS, count, e / DEPTH, v + (int64_t)at * e, e, go_columns + from, panel, WORDS, grads, ROWS, false);
-            differentiate(a, {at, start, count}, sums, delta, last, scores, grads, p, ds, ds_pairs);
+            differentiate(a, {at, start, count, x.shared, G}, sums, delta, last, scores, grads, p, ds, ds_pairs);
             product(KEYS, e, count / DEPTH, p, ROWS, go_rows + from, WORDS, (int64_t)e * DEPTH, dv + (int64_t)at * e, e, true);
             product(KEYS, e, count / DEPTH, ds, ROWS, q_rows + from, WORDS, (int64_t)e * DEPTH, dk + (int64_t)at * e, e, true);
             product(e, count, KEYS / DEPTH, k_columns + at, s.n, ds_pairs, KEYS / DEPTH * WORDS, WORDS, dq + start, s.m, true);

@@ -1,4 +1,4 @@
-"""ctypes bindings of the model's CPU kernels (kernels.cpp, amx_attention.cpp)."""
+"""ctypes bindings of the model's CPU kernels (kernels.cpp, amx_attention.cpp, blocks.cpp)."""
 
 import ctypes
 import functools
@@ -27,10 +27,46 @@ class Attention(ctypes.Structure):
     ]
 
 
+class Weight(ctypes.Structure):
+    """ctypes mirror of `Weight` in blocks.cpp."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("columns", "rows", "grad")), ("adds", ctypes.c_int64)]
+
+
+class Norm(ctypes.Structure):
+    """ctypes mirror of `Norm` in blocks.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("gain", "bias", "grad_gain", "grad_bias")),
+        ("adds", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("centred", ctypes.c_int32),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """ctypes mirror of `Layer` in blocks.cpp."""
+
+    _fields_ = [
+        *((name, Norm) for name in ("attention_norm", "mlp_norm")),
+        *((name, Weight) for name in ("qkv", "output", "gate", "up", "down")),
+        ("attention", ctypes.c_void_p),
+    ]
+
+
+class Blocks(ctypes.Structure):
+    """ctypes mirror of `Blocks` in blocks.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("layers", "picked")),
+        *((name, ctypes.c_int32) for name in ("num_blocks", "tokens", "num_picked", "hidden", "ffn", "activation", "keeps", "threads")),
+    ]
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be had."""
-    library = build_library([Path(__file__).with_name(name) for name in ("kernels.cpp", "amx_attention.cpp")], "model")
+    library = build_library([Path(__file__).with_name(name) for name in ("kernels.cpp", "amx_attention.cpp", "blocks.cpp")], "model")
     if library is None:
         return None
     pointer, number, large, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -44,9 +80,15 @@ def load() -> ctypes.CDLL | None:
         "activate": [pointer] * 6 + [number] * 2 + [large] + [number] * 3,
         "softmax_forward": [pointer] * 2 + [number] * 2 + [large] + [number] * 2,
         "softmax_backward": [pointer] * 5 + [number] * 2 + [large] * 2 + [number] * 2,
+        "blocks_memory": [ctypes.POINTER(Blocks)],
+        "blocks_forward": [ctypes.POINTER(Blocks)] + [pointer] * 3,
+        "blocks_backward": [ctypes.POINTER(Blocks)] + [pointer] * 3,
+        "tiles_of": [pointer] + [number] * 2 + [pointer] * 2,
+        "weight_gradient": [pointer] * 3 + [number] * 3 + [large] * 2 + [number] * 2,
     }.items():
         function = getattr(library, f"gristmill_{name}")
         function.restype, function.argtypes = None, arguments
+    library.gristmill_blocks_memory.restype = large
     return library
 
 

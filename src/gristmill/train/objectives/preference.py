@@ -21,6 +21,7 @@ from gristmill.data.chat import Message
 from gristmill.data.chat_format import ChatFormat
 from gristmill.data.rows import Pair
 from gristmill.data.tokenizer import Tokenizer
+from gristmill.model.compiled_blocks import unchanged
 from gristmill.model.lora import adapters_disabled
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import (
@@ -137,7 +138,7 @@ def compute_reference_logprobs(
     model.eval()
     count = num_workers(model)
     groups, fill = split_micro_batches(bare, micro_batch_tokens, count), fills(device, precision, count)
-    with compute_precision(model, precision), workers(count) as each:
+    with compute_precision(model, precision), unchanged(model), workers(count) as each:
         # gradients are switched off by thread, and so are adapters
         score = adapters_disabled()(torch.no_grad()(lambda group: response_logprobs(model, collate_pairs(group, device, fill=fill))))
         logprobs = each(score, groups)

@@ -1,0 +1,193 @@
+"""Compiled blocks: those of a small decoder in one call forward and one backward, by tile products in bf16 (`kernels/blocks.cpp`).
+
+Called one by one, the operations of a small model take as long for Python, autograd and torch's dispatcher as they do for the processor.
+
+Shapes: T tokens, S of them behind the last block, D hidden size.
+"""
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gristmill.core.threads import MAX_THREADED_PARAMETERS
+from gristmill.model import fused
+from gristmill.model.attention import attention_call
+from gristmill.model.kernels import library as kernels
+from gristmill.model.packed import PackedShape
+from gristmill.model.rotary import Angles
+
+DEPTH = 32  # sizes are multiples of it
+
+
+class Tiles:
+    """Weights of blocks as the kernel reads them: matrices as tiles in bf16, gains in fp32. They are made at first use.
+
+    Attributes:
+        parameters: the model's, in the order of the kernel's table.
+    """
+
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        self.blocks = blocks
+        self.parameters = [parameter for block in blocks for parameter in _parameters(block)]
+        self._lock = Lock()
+        self._layers: ctypes.Array[kernels.Layer] | None = None
+        self._held: list[Tensor] = []  # what the table's pointers point to
+
+    def table(self) -> "ctypes.Array[kernels.Layer]":
+        """A copy of the kernel's table, without gradients and attention."""
+        with self._lock:  # workers share the tiles
+            if self._layers is None:
+                self._layers = (kernels.Layer * len(self.blocks))(*map(self._layer, self.blocks))
+            return (kernels.Layer * len(self.blocks)).from_buffer_copy(self._layers)
+
+    def _layer(self, block: Any) -> kernels.Layer:
+        layer = kernels.Layer(attention_norm=self._norm(block.attention_norm), mlp_norm=self._norm(block.mlp_norm))
+        for name, weight in _matrices(block).items():
+            setattr(layer, name, self._weight(weight.detach()))
+        return layer
+
+    def _norm(self, norm: Any) -> kernels.Norm:
+        gain_D, bias_D = norm.gain().detach(), norm.shift().detach() if hasattr(norm, "shift") else None
+        self._held += [gain_D] if bias_D is None else [gain_D, bias_D]
+        return kernels.Norm(gain=gain_D.data_ptr(), bias=kernels.pointer_of(bias_D), eps=norm.eps, centred=bias_D is not None)
+
+    def _weight(self, weight_NK: Tensor) -> kernels.Weight:
+        library = kernels.load()
+        assert library is not None
+        tiles = torch.empty(2, weight_NK.numel(), dtype=torch.bfloat16)
+        weight_NK = weight_NK.float().contiguous()
+        library.gristmill_tiles_of(weight_NK.data_ptr(), *weight_NK.shape, tiles[0].data_ptr(), tiles[1].data_ptr())
+        self._held.append(tiles)
+        return kernels.Weight(columns=tiles[0].data_ptr(), rows=tiles[1].data_ptr())
+
+
+def _matrices(block: Any) -> dict[str, Tensor]:
+    """By their names in the kernel's table; without a gate the up is called so."""
+    attention, mlp = block.attention, block.mlp
+    inner = {"gate": mlp.up} if mlp.gate is None else {"gate": mlp.gate, "up": mlp.up}
+    return {name: linear.weight for name, linear in {"qkv": attention.qkv, "output": attention.output, **inner, "down": mlp.down}.items()}
+
+
+def _parameters(block: Any) -> list[Tensor]:
+    norms = [parameter for norm in (block.attention_norm, block.mlp_norm) for parameter in (norm.weight, getattr(norm, "bias", None))]
+    return [parameter for parameter in (*norms, *_matrices(block).values()) if parameter is not None]
+
+
+def _set_gradients(block: Any, layer: kernels.Layer, gradients: Mapping[Tensor, Tensor], added: set[Tensor]) -> None:
+    """Write where the gradients of some parameters go, and which of them are added to what is there."""
+    for norm, into in ((block.attention_norm, layer.attention_norm), (block.mlp_norm, layer.mlp_norm)):
+        bias = getattr(norm, "bias", None)
+        into.grad_gain, into.adds = kernels.pointer_of(gradients.get(norm.weight)), norm.weight in added
+        into.grad_bias = None if bias is None else kernels.pointer_of(gradients.get(bias))
+    for name, weight in _matrices(block).items():
+        matrix = getattr(layer, name)
+        matrix.grad, matrix.adds = kernels.pointer_of(gradients.get(weight)), weight in added
+
+
+@contextmanager
+def unchanged(decoder: Any) -> Iterator[None]:
+    """Meanwhile the weights of a decoder do not change: their tiles are made once, however often it computes, in all threads."""
+    decoder.tiles = Tiles(list(decoder.blocks.values())) if takes(decoder) else None
+    try:
+        yield
+    finally:
+        decoder.tiles = None
+
+
+def takes(decoder: Any) -> bool:
+    """Whether the kernel computes this decoder: it is small, in bf16 on a CPU with tile products, of plain blocks, and whole."""
+    if decoder.compute_dtype != torch.bfloat16 or decoder.embedding.device.type != "cpu" or not kernels.has_tiles():
+        return False
+    blocks = list(decoder.blocks.values())
+    if decoder.sharding is not None or decoder.context is not None or decoder.checkpoint_activations:
+        return False
+    if not blocks or len(blocks) < decoder.config.num_layers or sum(x.numel() for x in decoder.parameters()) > MAX_THREADED_PARAMETERS:
+        return False
+    if any(x.requires_grad and x.dtype != torch.float32 for block in blocks for x in block.parameters()):
+        return False
+    return all(block.is_plain() for block in blocks) and len({_sizes(block) for block in blocks}) == 1 and _sizes(blocks[0]) is not None
+
+
+def _sizes(block: Any) -> tuple[int, ...] | None:
+    """Sizes of its matrices, where they are made of whole tiles; else None."""
+    sizes = (block.attention.num_heads, *(size for weight in _matrices(block).values() for size in weight.shape))
+    return sizes if all(size % DEPTH == 0 for size in sizes[1:]) else None
+
+
+def run(decoder: Any, x_TD: Tensor, angles: Mapping[str, Angles], shape: PackedShape, rows_S: Tensor | None) -> Tensor | None:
+    """States [T, D] behind the blocks, or [S, D] of the tokens at rows_S; None where the kernel does not compute this decoder."""
+    tiles = decoder.tiles
+    if tiles is None:
+        if not takes(decoder):
+            return None
+        tiles = Tiles(list(decoder.blocks.values()))
+    if shape.gather is not None or not len(x_TD) or (rows_S is not None and not len(rows_S)):
+        return None
+    in_place = [fused.accumulates(parameter) for parameter in tiles.parameters]
+    return _Blocks.apply(x_TD, tiles, angles, shape, rows_S, torch.is_grad_enabled(), in_place, *tiles.parameters)
+
+
+class _Blocks(torch.autograd.Function):
+    """Keeps what products and attention gave, and two numbers a row of each norm; norms and activations are made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        tiles: Tiles,
+        angles: Mapping[str, Angles],
+        shape: PackedShape,
+        rows_S: Tensor | None,
+        keeps: bool,
+        in_place: Sequence[bool],
+        *parameters: Tensor,
+    ) -> Tensor:
+        library = kernels.load()
+        assert library is not None
+        x_TD, layers, calls = x_TD.contiguous(), tiles.table(), []
+        for layer, block in zip(layers, tiles.blocks, strict=True):
+            attention, config = block.attention, block.config
+            heads = attention.num_heads, attention.num_kv_heads, attention.head_dim
+            calls.append(attention_call(heads, angles[config.rope], shape=shape, mod=block.mod))
+            layer.attention = ctypes.addressof(calls[-1])
+        down_DF = tiles.blocks[0].mlp.down.weight
+        sizes = len(layers), len(x_TD), 0 if rows_S is None else len(rows_S), *down_DF.shape
+        rows_S = None if rows_S is None else rows_S.contiguous()
+        kind = kernels.ACTIVATIONS[tiles.blocks[0].mlp.activation_kind]
+        table = kernels.Blocks(ctypes.addressof(layers), kernels.pointer_of(rows_S), *sizes, kind, keeps, torch.get_num_threads())
+        memory = torch.empty(library.gristmill_blocks_memory(table), dtype=torch.uint8)
+        out = x_TD if rows_S is None else rows_S
+        out_SD = x_TD.new_empty(len(out), x_TD.shape[1])
+        library.gristmill_blocks_forward(table, x_TD.data_ptr(), out_SD.data_ptr(), memory.data_ptr())
+        if keeps:
+            ctx.memory, ctx.table, ctx.tiles, ctx.in_place, ctx.num_tokens = memory, table, tiles, in_place, len(x_TD)
+            ctx.read = layers, calls, angles, shape, rows_S  # what the table points to
+        return out_SD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        library, parameters = kernels.load(), ctx.tiles.parameters
+        assert library is not None
+        grad_SD = grads[0].contiguous()
+        due = [parameter for parameter, needs in zip(parameters, ctx.needs_input_grad[-len(parameters) :], strict=True) if needs]
+        in_place = {parameter for parameter, here in zip(parameters, ctx.in_place, strict=True) if here}
+        added = {parameter for parameter in in_place if parameter.grad is not None}
+        for parameter in in_place - added:
+            parameter.grad = fused.new_gradient(parameter)
+        own = [parameter for parameter in due if parameter not in in_place]
+        parts = torch.empty(sum(parameter.numel() for parameter in own)).split([parameter.numel() for parameter in own])
+        made = {parameter: part.view(parameter.shape) for parameter, part in zip(own, parts, strict=True)}
+        gradients = made | {parameter: parameter.grad for parameter in in_place}
+        for block, layer in zip(ctx.tiles.blocks, ctx.read[0], strict=True):
+            _set_gradients(block, layer, gradients, added)
+        grad_TD = grad_SD.new_empty(ctx.num_tokens, grad_SD.shape[1])
+        library.gristmill_blocks_backward(ctx.table, grad_SD.data_ptr(), grad_TD.data_ptr(), ctx.memory.data_ptr())
+        ctx.memory = None
+        return grad_TD, *(None,) * 6, *(made.get(parameter) for parameter in parameters)
