@@ -7,18 +7,10 @@
 
 #ifdef TILES
 
-#include <memory>
-
 static const int BLOCK = 2 * TILE;                // rows of the matrix that pass all activations together
 static const int MOST_BYTES = 1 << 20;            // of activations that they pass, which are to stay in the cache
 static const int AHEAD = 1024;                    // bytes of integers that are fetched before they are due
 static const int64_t MIN_SHARED = 1 << 18;        // products of numbers that are worth another thread
-
-struct Lines {  // bf16 numbers that begin with a line of the cache
-    std::unique_ptr<bf16[]> memory;
-    bf16* values;
-    explicit Lines(int64_t n) : memory(new bf16[n + 32]), values((bf16*)(((uintptr_t)memory.get() + 63) & ~(uintptr_t)63)) {}
-};
 
 // Sums of BLOCK rows of the matrix with 2 * TILE rows of activations, or TILE of them, as [row of the matrix, row of activations].
 template <bool BOTH> static inline void multiply(const bf16* w, int64_t stride, const bf16* x, int64_t panel, int depths, float (*sums)[TILE][TILE]) {
