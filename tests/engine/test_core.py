@@ -450,6 +450,26 @@ def compare(make: Callable[..., AttentionBackend], dtype: torch.dtype, cache: to
     assert same.all(), "both store the same keys and values at the same places, and nothing else"
 
 
+@pytest.mark.skipif(not kernels.has_tiles(), reason="no AMX")
+@pytest.mark.parametrize("window", [0, 20])
+def test_attention_by_tiles_of_a_token_does_not_depend_on_the_others(window: int) -> None:
+    config = ModelConfig("gemma2", 10, 32, (BlockConfig(6, 2, 32, 16, window),), 512)
+    library, qkv_THd = kernels.load(), torch.randn(100, 10, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert library is not None
+    outs = []
+    for ends in ([100], [33, 35, 100]):
+        cache = KVCache(config, torch.bfloat16, torch.device("cpu"))
+        cache.allocate(4)
+        attention = CompiledAttention(library, config, cache, angles=Transformer(config).rope(torch.arange(512)))
+        parts = []
+        for start, end in zip([0, *ends], ends, strict=False):
+            query_start, seq_lens, slots = (np.array(x, np.int32) for x in ([0, end - start], [end], [0]))
+            attention.prepare(AttentionMetadata(query_start, seq_lens, slots, np.arange(4, dtype=np.int32)[None], np.arange(start, end), 0))
+            parts.append(attention.attend(0, qkv_THd[start:end]))
+        outs.append(torch.cat(parts))
+    assert torch.equal(*outs)
+
+
 def fill(cache: KVCache) -> None:
     """Numbers everywhere: as in blocks that others have used."""
     if not cache.scaled:

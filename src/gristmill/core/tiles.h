@@ -7,6 +7,7 @@
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #define TILES
 
+#include <memory>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -22,6 +23,12 @@ static inline bool tiles_allowed() {
     static const bool allowed = syscall(SYS_arch_prctl, request, tile_data) == 0;
     return allowed;
 }
+
+struct Lines {  // bf16 numbers that begin with a line of the cache
+    std::unique_ptr<bf16[]> memory;
+    bf16* values;
+    explicit Lines(int64_t n) : memory(new bf16[n + 32]), values((bf16*)(((uintptr_t)memory.get() + 63) & ~(uintptr_t)63)) {}
+};
 
 // Eight tiles of full size for this thread; those that it had before come back at the end.
 struct Tiles {

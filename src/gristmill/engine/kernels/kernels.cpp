@@ -4,10 +4,12 @@
 // A block holds BS positions of one layer: keys [K, d, BS] (transposed, so that vector lanes run along positions), values
 // [K, BS, e] with e = d rounded up to whole vectors. Where they are bytes (int8, fp8 e4m3), scales of keys [K, BS] and values [K, BS]
 // follow, one for each head of a token.
-// Rows of a tile are (token, query head) pairs that read the same keys. Scores and sums are float32 whatever the type in memory.
+// Rows of a tile are (token, query head) pairs that read the same keys. Scores and sums are float32 whatever the type in memory. Several tokens
+// in bf16 go through tile_attention.cpp where the CPU has tile products.
 
 #include "kernels.h"
 
+#include <type_traits>
 #include <vector>
 
 typedef unsigned char bvec __attribute__((vector_size(VL), aligned(1)));
@@ -161,6 +163,22 @@ static void tile(const float* q, const C* cache, const int32_t* table, int64_t b
     for (; at < e; at += VL) values<R, 1>(cache, table, block_stride, v_at + at, e, n, scores, width, inverse, out + at);
 }
 
+// Key head h of sequence i, which has several tokens in this step.
+static void attend_by_tiles(const Layer& l, const Step& s, int i, int h, float scale, const bf16* qkv, const bf16* cache, bf16* out) {
+    const int H = l.heads, K = l.kv_heads, d = l.head_dim, G = H / K, e = (d + PAD - 1) / PAD * PAD, width = (d + BS - 1) / BS * BS;
+    const int begin = s.query_start[i], count = s.query_start[i + 1] - begin, first = s.seq_lens[i] - count;
+    std::vector<bf16> q((int64_t)(count * G + PAD - 1) / PAD * PAD * width);
+    std::vector<float> head(d);
+    for (int r = 0; r < count * G; r++) {
+        const int64_t t = r / G, angle = (first + t) * l.pairs;
+        rotate(qkv + ((begin + t) * (H + 2 * K) + h * (G + 2) + r % G) * d, head.data(), d, l.pairs, l.cos + angle, l.sin + angle, 1.f);
+        narrow(head.data(), q.data() + (int64_t)r * width, d);
+    }
+    const int64_t k_at = l.k_offset + (int64_t)h * d * BS, v_at = l.v_offset + (int64_t)h * BS * e;
+    const Queries queries{q.data(), s.block_tables + (int64_t)s.slots[i] * s.table_stride, s.block_stride, k_at, v_at, count * G, G, d, first, l.window, scale, l.cap};
+    tile_attend(queries, cache, out + ((int64_t)begin * H + h * G) * d, (int64_t)H * d);
+}
+
 // A: type of activations, C: type of the cache. qkv [T, H + 2K, d] grouped by key head (its queries, its key, its value), out [T, H, d].
 template <typename A, typename C> static void run(const Layer& l, const Step& s, const A* qkv, C* cache, A* out) {
     const int H = l.heads, K = l.kv_heads, d = l.head_dim, G = H / K, row = (H + 2 * K) * d, e = (d + PAD - 1) / PAD * PAD;
@@ -201,6 +219,10 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
             const int i = job / K, h = job % K;
             const int count = s.query_start[i + 1] - s.query_start[i], first = s.seq_lens[i] - count, rows = count * G;
             const int32_t* table = s.block_tables + (int64_t)s.slots[i] * s.table_stride;
+            if constexpr (std::is_same_v<A, bf16> && std::is_same_v<C, bf16>) if (count > 1 && gristmill_has_tiles()) {
+                attend_by_tiles(l, s, i, h, scale, qkv, cache, out);
+                continue;
+            }
             const int64_t need = (int64_t)MAX_ROWS * ((s.seq_lens[i] + BS - 1) / BS * BS);
             if ((int64_t)scores.size() < need) scores.resize(need);
             for (int start = 0; start < rows;) {

@@ -27,7 +27,18 @@ struct Product {
     int32_t rows, n, d, threads;
 };
 
+// Queries of a sequence that read the same keys, in rows (token, query head).
+struct Queries {
+    const bf16* q;                                // [rows, d] rotated; rows of whole tiles, with zeros behind
+    const int32_t* table;                         // the sequence's blocks
+    int64_t block_stride, k_at, v_at;
+    int rows, group, d, first, window;            // query heads of a token, position of the first
+    float scale, cap;
+};
+
 bool tile_product(const Product& p);  // of activations in bf16; whether there is one
+void tile_attend(const Queries& q, const void* cache, bf16* out, int64_t stride);  // of several tokens in bf16, whose outputs are `stride` apart
+extern "C" int gristmill_has_tiles();
 
 extern "C" {
 void gristmill_attend(const Layer* l, const Step* s, const void* qkv, int activations, void* cache, int type, void* out);

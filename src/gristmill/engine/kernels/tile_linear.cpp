@@ -7,17 +7,10 @@
 
 #ifdef TILES
 
-#include <memory>
-
 static const int BLOCK = 2 * TILE;                // rows of the matrix that pass all activations together
 static const int MOST_BYTES = 1 << 20;            // of activations that they pass, which are to stay in the cache
+static const int AHEAD = 1024;                    // bytes of integers that are fetched before they are due
 static const int64_t MIN_SHARED = 1 << 18;        // products of numbers that are worth another thread
-
-struct Lines {  // bf16 numbers that begin with a line of the cache
-    std::unique_ptr<bf16[]> memory;
-    bf16* values;
-    explicit Lines(int64_t n) : memory(new bf16[n + 32]), values((bf16*)(((uintptr_t)memory.get() + 63) & ~(uintptr_t)63)) {}
-};
 
 // Sums of BLOCK rows of the matrix with 2 * TILE rows of activations, or TILE of them, as [row of the matrix, row of activations].
 template <bool BOTH> static inline void multiply(const bf16* w, int64_t stride, const bf16* x, int64_t panel, int depths, float (*sums)[TILE][TILE]) {
@@ -40,11 +33,32 @@ template <bool BOTH> static inline void multiply(const bf16* w, int64_t stride, 
     if (BOTH) { _tile_stored(2, sums[2], TILE * 4); _tile_stored(3, sums[3], TILE * 4); }
 }
 
-static inline void keep_integers(__m256i small, float by, bf16* to) {  // DEPTH of them
-    const __m512 scale = _mm512_set1_ps(by);
-    const auto part = [&](__m128i x) { return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)), scale); };
-    const __m512bh out = _mm512_cvtne2ps_pbh(part(_mm256_extracti128_si256(small, 1)), part(_mm256_castsi256_si128(small)));
-    memcpy(to, &out, sizeof(out));
+// The two bytes of the sizes of int8 numbers in bf16, which are exact.
+struct Int8Bytes {
+    alignas(64) uint8_t low[128], high[128];
+    Int8Bytes() { for (int i = 0; i < 128; i++) { bf16 x; put(&x, (float)i); low[i] = (uint8_t)x; high[i] = (uint8_t)(x >> 8); } }
+};
+
+static inline void expand_int8(const int8_t* row, int d, int e, bf16* to) {
+    static const Int8Bytes bytes;
+    const __m512i low0 = _mm512_load_si512(bytes.low), low1 = _mm512_load_si512(bytes.low + 64), high0 = _mm512_load_si512(bytes.high),
+                  high1 = _mm512_load_si512(bytes.high + 64), halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // as they are unpacked
+    for (int k = 0; k < e; k += 2 * DEPTH) {
+        __builtin_prefetch(row + k + AHEAD);
+        const __mmask64 there = d - k < 64 ? (1ull << (d - k)) - 1 : ~0ull;
+        const __m512i x = _mm512_permutexvar_epi64(halves, _mm512_maskz_loadu_epi8(there, row + k)), size = _mm512_abs_epi8(x);
+        const __m512i low = _mm512_permutex2var_epi8(low0, size, low1), sign = _mm512_and_si512(x, _mm512_set1_epi8((char)0x80));
+        const __m512i high = _mm512_or_si512(_mm512_permutex2var_epi8(high0, size, high1), sign);
+        _mm512_storeu_si512(to + k, _mm512_unpacklo_epi8(low, high));
+        if (k + DEPTH < e) _mm512_storeu_si512(to + k + DEPTH, _mm512_unpackhi_epi8(low, high));
+    }
+}
+
+// DEPTH int4 numbers of one scale, a byte each: looked up among the sixteen that there are.
+static inline void expand_int4(__m256i raised, bf16 scale, bf16* to) {
+    const __m512 all = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256bh values = _mm512_cvtneps_pbh(_mm512_mul_ps(all, _mm512_set1_ps(get(&scale))));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(raised), _mm512_castsi256_si512((__m256i)values)));
 }
 
 // Rows of the matrix in bf16, as long as whole tiles; as linear.cpp reads integers.
@@ -55,19 +69,16 @@ static inline void expand(const Product& p, int from, int count, int e, bf16* to
             memcpy(to, (const bf16*)p.weight + n * p.d, p.d * sizeof(bf16));
             memset(to + p.d, 0, (e - p.d) * sizeof(bf16));
         } else if (p.kind == 2) {
-            const int stride = padded(p.d, 16);
-            const int8_t* row = (const int8_t*)p.weight + n * stride;
-            int k = 0;
-            for (; k + DEPTH <= stride; k += DEPTH) keep_integers(_mm256_loadu_si256((const __m256i*)(row + k)), 1, to + k);
-            if (k < e) keep_integers(_mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)(row + k))), 1, to + k);
+            expand_int8((const int8_t*)p.weight + n * padded(p.d, 16), p.d, e, to);
         } else {
-            const __m256i mask = _mm256_set1_epi8(15), raised = _mm256_set1_epi8(8);
+            const __m256i mask = _mm256_set1_epi8(15);
             const uint8_t* row = (const uint8_t*)p.weight + n * (padded(p.d, 2 * DEPTH) / 2);
             const bf16* scales = (const bf16*)p.scale + n * (padded(p.d, 8 * DEPTH) / DEPTH);
-            for (int b = 0; b < e / DEPTH; b++) {
+            for (int b = 0; b < e / DEPTH; b += 2) {
+                __builtin_prefetch(row + b / 2 * DEPTH + AHEAD);
                 const __m256i both = _mm256_loadu_si256((const __m256i*)(row + b / 2 * DEPTH));
-                const __m256i small = _mm256_and_si256(b % 2 ? _mm256_srli_epi16(both, 4) : both, mask);
-                keep_integers(_mm256_sub_epi8(small, raised), get(scales + b), to + b * DEPTH);
+                expand_int4(_mm256_and_si256(both, mask), scales[b], to + b * DEPTH);
+                if ((b + 1) * DEPTH < e) expand_int4(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), scales[b + 1], to + (b + 1) * DEPTH);
             }
         }
     }
