@@ -308,7 +308,7 @@ def compare_benchmarks(args: argparse.Namespace) -> bool:
         for part in parts:
             rows = read_records(folder / "ours" / SAMPLES / f"{part.name}.jsonl")
             for back_end, found in theirs.items():
-                line = {"back-end": back_end, **compare_task(part.name, found, report, rows)}
+                line = {"back-end": back_end, **compare_task(part, found, report, rows)}
                 num += line["requests"] * (back_end == "hf")
                 differs |= line["differs"]
                 print(json.dumps(line), flush=True)
@@ -350,8 +350,9 @@ def compare_verdicts(args: argparse.Namespace) -> bool:
     return any(key not in DRAWN_LETTERS for found in differ.values() for key, *_ in found)
 
 
-def compare_task(name: str, theirs: dict[str, Any], report: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What differs of a task: prompts, log-likelihoods, answers, what was extracted, metrics."""
+def compare_task(part: TaskData, theirs: dict[str, Any], report: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What differs of a task: prompts, log-likelihoods, answers, what was extracted, scores ("drawn": where the harness draws a letter)."""
+    name = part.name
     samples = theirs["samples"][f"x_{name}"]
     first = samples[0]["filter"]
     line: dict[str, Any] = {"task": name, "items": len(rows), "worst": 0.0}
@@ -379,7 +380,8 @@ def compare_task(name: str, theirs: dict[str, Any], report: dict[str, Any], rows
                 line["extracted"] += (found[0] if isinstance(found, list) else found) != row["extracted"][sample["filter"]]
         for metric, value in sample["scores"].items():
             wanted = row["scores"].get(metric, row["scores"].get(f"{metric},{sample['filter']}", row["scores"].get("mc2")))
-            line["scores"] += wanted is None or abs(float(value) - wanted) > 1e-4
+            kind = "drawn" if part.docs[sample["doc_id"]].get("key") in DRAWN_LETTERS else "scores"
+            line[kind] = line.get(kind, 0) + (wanted is None or abs(float(value) - wanted) > 1e-4)
     metrics = report["tasks"][name]["metrics"]
     known = theirs["results"][f"x_{name}"]
     line["lm-eval"] = {k: v for k, v in known.items() if "stderr" not in k and k.split(",")[0] not in ("alias", "pass@1")}

@@ -14,7 +14,7 @@ from gristmill.miniature.world import World, prompt_text
 
 LEVELS = sums.ALL_LEVELS
 OTHER_TASKS = (facts.TASK, code.TASK, lists.TASK, followups.TASK)
-JUDGED_TASKS = (code.TASK, lists.TASK)  # of them, those whose answers a program checks
+JUDGED_TASKS = (code.TASK, lists.TASK, followups.TASK)  # of them, those whose answers a program checks, of follow-ups all but facts
 CARELESS = 0.15  # share of answers with a slip, where a program will find it
 
 
@@ -70,6 +70,13 @@ def _sum(world: World, rng: random.Random, level: int) -> Problem:
             return problem
 
 
+def _other(world: World, rng: random.Random) -> Problem:
+    task = pick(rng, JUDGED_TASKS)
+    while _judged(problem := world.draw(rng, task)) is None:
+        pass
+    return problem
+
+
 def prompts(world: World, levels: Sequence[int], num: int, *, on: float, others: float, seed: int) -> list[Prompt]:
     """Prompts for reinforcement learning, with truths.
 
@@ -83,7 +90,7 @@ def prompts(world: World, levels: Sequence[int], num: int, *, on: float, others:
     out = []
     for i in range(num):
         is_other = rng.random() < others
-        problem = world.draw(rng, pick(rng, JUDGED_TASKS)) if is_other else _sum(world, rng, levels[i % len(levels)])
+        problem = _other(world, rng) if is_other else _sum(world, rng, levels[i % len(levels)])
         mode: Mode = "on" if rng.random() < (0.5 if is_other else on) else "off"
         out.append(_prompt(problem, mode, make_id("reasoning-prompt", seed, list(levels), i)))
     return out
