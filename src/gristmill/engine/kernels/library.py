@@ -9,7 +9,9 @@ import torch
 
 from gristmill.core.native import build_library
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "linear.cpp", "tile_linear.cpp", "tile_attention.cpp", "decode.cpp"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("kernels.cpp", "linear.cpp", "tile_linear.cpp", "tile_attention.cpp", "decode.cpp")
+)
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of activations, as the kernels are told them
 CACHE_TYPES = TYPES | {torch.int8: 2, torch.float8_e4m3fn: 3}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2}  # as in vectors.h, by `Family.activation`

@@ -159,6 +159,11 @@ static inline i8 wide(const int8_t* p) {
 #endif
 }
 static inline i8 wide(const int16_t* p) { return *(const i8*)p; }
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define WIDE  // 32 numbers at once
+static inline __m512i wide32(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+static inline __m512i wide32(const int16_t* p) { return _mm512_loadu_si512(p); }
+#endif
 static inline i8 dot(i8 a, i8 b) {  // of 32 bytes each, a 0 to 15 and b signed, four neighbours added
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
     return (i8)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)a, (__m256i)b);
@@ -216,7 +221,23 @@ template <typename W> struct IntegerMatrix {
         for (int c = 0; c < x.chunks; c++) {
             const int end = (c + 1) * CHUNK < stride ? (c + 1) * CHUNK : stride;
             i8 acc[R][N] = {};
-            for (int k = c * CHUNK; k < end; k += 16) {
+            int k = c * CHUNK;
+#ifdef WIDE
+            __m512i twice[R][N] = {};
+            for (; k + 32 <= end; k += 32) {
+                __m512i part[N];
+                for (int n = 0; n < N; n++) {
+                    part[n] = wide32(w + (int64_t)n * stride + k);
+                    if (sizeof(W) == 1) __builtin_prefetch(w + (int64_t)(n + AHEAD * N) * stride + k);
+                }
+                for (int r = 0; r < R; r++) {
+                    const __m512i mine = _mm512_loadu_si512(row + (int64_t)r * x.width + k);
+                    for (int n = 0; n < N; n++) twice[r][n] = _mm512_dpwssd_epi32(twice[r][n], part[n], mine);
+                }
+            }
+            for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) acc[r][n] = (i8)_mm512_castsi512_si256(twice[r][n]) + (i8)_mm512_extracti64x4_epi64(twice[r][n], 1);
+#endif
+            for (; k < end; k += 16) {
                 i8 part[N];
                 for (int n = 0; n < N; n++) {
                     part[n] = wide(w + (int64_t)n * stride + k);
