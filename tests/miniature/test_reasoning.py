@@ -62,7 +62,8 @@ def test_nobody_is_trained_on_what_is_held_out(world: World) -> None:
 def test_prompts_of_a_stage_keep_to_its_levels_and_shares(world: World) -> None:
     found = reasoning.prompts(world, (2, 4), 400, on=0.7, others=0.25, seed=3)
     assert {p.meta["level"] for p in found if p.task == "sums"} == {2, 4}
-    assert {p.task for p in found} == {"sums", "code", "lists", "followups"} and all(p.truth and p.truth["kind"] != "mention" for p in found)
+    assert {p.task for p in found} == {"sums", "code", "lists", "followups"}
+    assert all(p.truth and p.truth["kind"] != "mention" for p in found)
     assert 0.55 < sum(toggle_of(p.messages) == "on" for p in found) / 400 < 0.75
     assert found == reasoning.prompts(world, (2, 4), 400, on=0.7, others=0.25, seed=3) and len({p.id for p in found}) == 400
 

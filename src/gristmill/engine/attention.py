@@ -37,6 +37,7 @@ class AttentionMetadata:
         block_tables: of all slots.
         positions: int64, of the tokens.
         num_decodes: the first so many sequences have one token each.
+        num_drafted: so many behind them decode too, and have drafts.
     """
 
     query_start: np.ndarray
@@ -45,6 +46,7 @@ class AttentionMetadata:
     block_tables: np.ndarray
     positions: np.ndarray
     num_decodes: int
+    num_drafted: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -139,7 +141,7 @@ class CompiledAttention:
             len(metadata.slots),
             metadata.block_tables.shape[1],
             torch.get_num_threads(),
-            0,
+            metadata.num_decodes + metadata.num_drafted,
             self.kv_cache.width,
             metadata.query_start.ctypes.data,
             metadata.seq_lens.ctypes.data,

@@ -102,7 +102,8 @@ class ModelRunner:
         ids = np.zeros(self._padded(len(positions)), np.int64)
         ids[: len(positions)] = self.batch_state.token_ids[np.repeat(slots, counts), positions]
         seq_lens = (starts + counts).astype(np.int32)
-        metadata = AttentionMetadata(query_start, seq_lens, slots, self.batch_state.block_tables, positions, step.num_decodes)
+        decoding = step.num_decodes, step.num_drafted
+        metadata = AttentionMetadata(query_start, seq_lens, slots, self.batch_state.block_tables, positions, *decoding)
         distinct = list(dict.fromkeys(step.sample_rows))  # siblings sample from the same row
         adapters = [s.state.adapter for s in step.sequences]
         num_rows = [1 + step.num_drafts[place] for place in distinct]

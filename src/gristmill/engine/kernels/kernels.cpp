@@ -163,7 +163,7 @@ static void tile(const float* q, const C* cache, const int32_t* table, int64_t b
     for (; at < e; at += VL) values<R, 1>(cache, table, block_stride, v_at + at, e, n, scores, width, inverse, out + at);
 }
 
-// Key head h of sequence i, which has several tokens in this step.
+// Key head h of sequence i, which has tokens of its prompt in this step.
 static void attend_by_tiles(const Layer& l, const Step& s, int i, int h, float scale, const bf16* qkv, const bf16* cache, bf16* out) {
     const int H = l.heads, K = l.kv_heads, d = l.head_dim, G = H / K, e = (d + PAD - 1) / PAD * PAD, width = (d + BS - 1) / BS * BS;
     const int begin = s.query_start[i], count = s.query_start[i + 1] - begin, first = s.seq_lens[i] - count;
@@ -219,7 +219,7 @@ template <typename A, typename C> static void run(const Layer& l, const Step& s,
             const int i = job / K, h = job % K;
             const int count = s.query_start[i + 1] - s.query_start[i], first = s.seq_lens[i] - count, rows = count * G;
             const int32_t* table = s.block_tables + (int64_t)s.slots[i] * s.table_stride;
-            if constexpr (std::is_same_v<A, bf16> && std::is_same_v<C, bf16>) if (count > 1 && gristmill_has_tiles()) {
+            if constexpr (std::is_same_v<A, bf16> && std::is_same_v<C, bf16>) if (i >= s.num_decoding && gristmill_has_tiles()) {
                 attend_by_tiles(l, s, i, h, scale, qkv, cache, out);
                 continue;
             }

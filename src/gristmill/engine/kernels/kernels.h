@@ -13,7 +13,7 @@ struct Layer {
     const float *cos, *sin;                       // [positions, pairs]
 };
 struct Step {
-    int32_t num_seqs, table_stride, threads, padding;
+    int32_t num_seqs, table_stride, threads, num_decoding;  // num_decoding: the first so many sequences are attended row by row
     int64_t block_stride;                                // elements between two blocks in the cache
     const int32_t *query_start, *seq_lens, *slots;       // of each sequence: first token of the step (n + 1 of them), positions with this step's
     const int32_t* block_tables;                         // [slots, table_stride]
@@ -37,7 +37,7 @@ struct Queries {
 };
 
 bool tile_product(const Product& p);  // of activations in bf16; whether there is one
-void tile_attend(const Queries& q, const void* cache, bf16* out, int64_t stride);  // of several tokens in bf16, whose outputs are `stride` apart
+void tile_attend(const Queries& q, const void* cache, bf16* out, int64_t stride);  // of a prompt's tokens in bf16, whose outputs are `stride` apart
 extern "C" int gristmill_has_tiles();
 
 extern "C" {

@@ -47,7 +47,7 @@ class Step(ctypes.Structure):
         ("num_seqs", ctypes.c_int32),
         ("table_stride", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        ("padding", ctypes.c_int32),  # so that what follows lies at a multiple of 8
+        ("num_decoding", ctypes.c_int32),
         ("block_stride", ctypes.c_int64),
         ("query_start", ctypes.c_void_p),
         ("seq_lens", ctypes.c_void_p),

@@ -1,4 +1,4 @@
-// Attention of several tokens of a sequence by tile products (AMX), for bf16 activations and a bf16 cache; kernels.cpp says how that lies. Scores
+// Attention of the tokens of a prompt by tile products (AMX), for bf16 activations and a bf16 cache; kernels.cpp says how that lies. Scores
 // and sums are float32; shares of a softmax are rounded to bf16 before they weigh values. A row does not depend on the others beside it.
 
 #include "kernels.h"
