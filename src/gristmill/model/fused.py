@@ -287,7 +287,13 @@ def _tile_product(sum_VD: Tensor, left_TV: Tensor, right_TD: Tensor, *, factor: 
     """sum = or += factor * left^T right by tile products, which sum in fp32; False where there are none for these, and nothing is done."""
     if left_TV.device.type != "cpu" or left_TV.dtype != torch.bfloat16 or not kernels.has_tiles():
         return False
-    if len(left_TV) % 16 or sum_VD.shape[0] % 32 or sum_VD.shape[1] % 32 or not sum_VD.is_contiguous() or not 1 == left_TV.stride(1) == right_TD.stride(1):
+    if (
+        len(left_TV) % 16
+        or sum_VD.shape[0] % 32
+        or sum_VD.shape[1] % 32
+        or not sum_VD.is_contiguous()
+        or not 1 == left_TV.stride(1) == right_TD.stride(1)
+    ):
         return False
     library = kernels.load()
     assert library is not None

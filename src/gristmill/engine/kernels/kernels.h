@@ -2,7 +2,6 @@
 
 #pragma once
 
-#define ONE_INSTRUCTION
 #include "vectors.h"
 
 struct Layer {

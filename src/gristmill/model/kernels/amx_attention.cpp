@@ -1,7 +1,6 @@
 // Variable-length causal attention in bf16 by tile products (AMX), forward and backward, with the rotation inside. Sums are float32;
 // probabilities and the gradients of scores are rounded to bf16 before they are multiplied, as flash attention on GPUs does.
 
-#define ONE_INSTRUCTION
 #include "attention.h"
 #include "tiles.h"
 

@@ -4,7 +4,6 @@
 // What lies between two attentions is done for a few rows at a time, so that they stay in the cache. Sizes are multiples of DEPTH, rows of ROWS:
 // those behind the last token are padding, whose gradients are zero.
 
-#define ONE_INSTRUCTION
 #include "attention.h"
 #include "tiles.h"
 

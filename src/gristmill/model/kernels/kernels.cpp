@@ -3,7 +3,6 @@
 //
 // Sums are float32 whatever the type in memory, and every output is summed in one order: threads change no bit.
 
-#define ONE_INSTRUCTION
 #include "attention.h"
 
 static const int PANEL = 2 * VL;      // columns of a micro-kernel: two vectors
