@@ -257,7 +257,7 @@ def attention_parts(size: Size, device: torch.device) -> dict[str, Any]:
 def norm_part(size: Size, device: torch.device) -> dict[str, Any]:
     """Residual add and RMS norm in one kernel beside torch's."""
     from gristmill.engine.layers import Norm
-    from gristmill.model.transformer import RMSNorm
+    from gristmill.model.layers import RMSNorm
 
     width = 96 if size.smoke else 4096
     module = RMSNorm(width, 1e-5).to(device).requires_grad_(False)

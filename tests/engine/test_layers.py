@@ -11,7 +11,7 @@ from gristmill.engine.kernels import library as kernels
 from gristmill.engine.layers import Norm
 from gristmill.engine.linear import LINEARS, Int8Activations, Int8Linear
 from gristmill.engine.sampler import SamplingMetadata, sample
-from gristmill.model.transformer import LayerNorm1P, Linear, RMSNorm
+from gristmill.model.layers import LayerNorm1P, Linear, RMSNorm
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
 sizes = st.tuples(st.integers(1, 20), st.sampled_from([1, 7, 16, 33, 64, 255, 300]), st.integers(0, 10**6))

@@ -12,8 +12,8 @@ from gristmill.core.errors import InputError
 from gristmill.engine import linear as linear_methods
 from gristmill.engine.kernels import library as kernels
 from gristmill.engine.linear import BF16, FP32, INT4, INT8, LINEARS, CompiledProduct, int4_blocks, int8_rows
+from gristmill.model.layers import Linear
 from gristmill.model.quantized import grouped, scaled
-from gristmill.model.transformer import Linear
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
 

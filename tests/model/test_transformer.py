@@ -13,10 +13,11 @@ from gristmill.model.attention import varlen_attention
 from gristmill.model.config import PRESETS, BlockConfig, ModelConfig, uniform_blocks
 from gristmill.model.hf_tensors import hf_tensors
 from gristmill.model.kernels import library as kernels
+from gristmill.model.layers import MLP, LayerNorm1P, gate_activation
 from gristmill.model.packed import PackedShape
 from gristmill.model.rope import RopeScaling
 from gristmill.model.rotary import rotate
-from gristmill.model.transformer import MLP, LayerNorm1P, Transformer, gate_activation
+from gristmill.model.transformer import Transformer
 
 NEMOTRON = ModelConfig("nemotron", 50, 32, uniform_blocks(2, 4, 2, 8, 64), 64, init_std=0.2)
 MODELS = {

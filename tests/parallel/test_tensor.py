@@ -7,7 +7,7 @@ import torch
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig, uniform_blocks
-from gristmill.model.transformer import activated
+from gristmill.model.layers import activated
 from gristmill.parallel.tensor import check_tensor_parallel
 
 BLOCKS = uniform_blocks(num_layers=2, num_heads=6, num_kv_heads=3, head_dim=8, ffn_size=40)

@@ -32,9 +32,10 @@ from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.fp8 import RECIPES
 from gristmill.model.kernels import library as kernels
+from gristmill.model.layers import Linear
 from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.reward import RewardModel
-from gristmill.model.transformer import Linear, Transformer
+from gristmill.model.transformer import Transformer
 from gristmill.parallel import mesh as meshes
 from gristmill.parallel.mesh import Group, Mesh, Orders, ParallelDims, new_mesh, process_mesh
 from gristmill.parallel.pipeline import Pipeline

@@ -14,7 +14,8 @@ from gristmill.core.errors import InputError
 from gristmill.data import token_store
 from gristmill.data.token_store import TOKEN, Pieces, TokenStore
 from gristmill.model.transformer import Transformer
-from gristmill.train.batches import BatchPlan, PairSample, RatedGroup, RatedSample, Sample, fingerprint_samples
+from gristmill.train.batch_plan import BatchPlan
+from gristmill.train.batches import PairSample, RatedGroup, RatedSample, Sample, fingerprint_samples
 from gristmill.train.data import ListData, TokenStoreData
 from gristmill.train.objectives.next_token import next_token_objective
 from gristmill.train.trainer import Trainer, TrainSettings

@@ -13,16 +13,8 @@ from torch import Tensor
 
 from gristmill.core.errors import InputError
 from gristmill.model.transformer import Transformer
-from gristmill.train.batches import (
-    BatchPlan,
-    RatedGroup,
-    RatedSample,
-    Sample,
-    TokenBatch,
-    collate,
-    collate_tokens,
-    split_micro_batches,
-)
+from gristmill.train.batch_plan import BatchPlan
+from gristmill.train.batches import RatedGroup, RatedSample, Sample, TokenBatch, collate, collate_tokens, split_micro_batches
 from gristmill.train.checkpoint import Checkpoint, CheckpointStore
 from gristmill.train.objectives.next_token import next_token_objective
 from gristmill.train.trainer import LossOutput, Trainer, TrainSettings, compute_precision, global_count

@@ -24,22 +24,11 @@ from gristmill.engine.linear import (
 )
 from gristmill.engine.lora import LoraRows
 from gristmill.model.attention import varlen_attention
+from gristmill.model.layers import MLP, LayerNorm1P, Linear, RMSNorm, gate_activation
 from gristmill.model.packed import PackedShape
 from gristmill.model.quantized import MAX_VALUES, Head, Quantize, scaled
 from gristmill.model.rotary import rotate_heads
-from gristmill.model.transformer import (
-    MLP,
-    Attention,
-    Block,
-    LayerNorm1P,
-    Linear,
-    RMSNorm,
-    Transformer,
-    check_length,
-    gate_activation,
-    scale_embeddings,
-    soft_cap,
-)
+from gristmill.model.transformer import Attention, Block, Transformer, check_length, scale_embeddings, soft_cap
 
 
 class Norm:

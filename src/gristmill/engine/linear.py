@@ -17,8 +17,8 @@ from torch import Tensor
 from gristmill.core.device import Arena, has_bf16_products
 from gristmill.core.errors import InputError
 from gristmill.engine.kernels import library as kernels
+from gristmill.model.layers import Linear
 from gristmill.model.quantized import INT4_GROUP, check_groups, grouped, scaled
-from gristmill.model.transformer import Linear
 
 MIN_INT8_ROWS = 16  # of an int8 product on a GPU, and one more
 

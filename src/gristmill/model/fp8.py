@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
-from gristmill.model.transformer import Linear, Transformer
+from gristmill.model.layers import Linear
+from gristmill.model.transformer import Transformer
 
 RECIPES = {"fp8": "rowwise", "fp8_tensorwise": "tensorwise"}  # by their names among precisions
 MIN_AMAX = 1e-12  # a row of zeros has a scale too

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.model.guard import GuardModel
+from gristmill.model.layers import Linear
 from gristmill.model.reward import RewardModel
-from gristmill.model.transformer import Attention, Block, Linear, Transformer
+from gristmill.model.transformer import Attention, Block, Transformer
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 Rows = list[Tensor]  # a tensor as views of a parameter's rows, end to end: our rows of queries, keys and values are in another order

@@ -23,8 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import quoted
+from gristmill.model.layers import Linear
 from gristmill.model.quantized import scaled
-from gristmill.model.transformer import Block, Linear, Transformer
+from gristmill.model.transformer import Block, Transformer
 
 # By the names of Hugging Face's modules; those that hold several matrices in one are some families' own.
 TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")

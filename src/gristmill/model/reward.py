@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import quoted
 from gristmill.data.rows import ATTRIBUTES
+from gristmill.model.layers import Linear
 from gristmill.model.packed import PackedShape
-from gristmill.model.transformer import Linear, Transformer
+from gristmill.model.transformer import Transformer
 
 # Weights that turn five attributes into one score: those of Nemotron-4-340B-Reward and of HelpSteer2's 70B
 # reward model, and the "goodness" that HelpSteer2 (arXiv 2406.08673) used for training. The first two were

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from gristmill.core.errors import InputError
 from gristmill.model import compiled_blocks, fused
 from gristmill.model.attention import ScoreMod, compiled_attention, group_heads, split_heads, varlen_attention
-from gristmill.model.config import BlockConfig, Family, ModelConfig
+from gristmill.model.config import BlockConfig, ModelConfig
+from gristmill.model.layers import MLP, Linear, RMSNorm, add_norm, make_norm
 from gristmill.model.packed import PackedShape, filled_length
 from gristmill.model.rotary import Angles, inverse_frequencies, rotate_heads
 
@@ -66,143 +66,6 @@ class Context(Protocol):
         ...
 
 
-class Product(Protocol):
-    """Products of a matrix in place of torch's: x weight^T + bias for autograd; without it x weight^T, and the gradient of x."""
-
-    def __call__(self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor: ...
-
-    def outputs(self, x_TD: Tensor, weight_ND: Tensor) -> Tensor: ...
-
-    def input_gradient(self, grad_TN: Tensor, weight_ND: Tensor) -> Tensor: ...
-
-
-class Linear(nn.Linear):
-    """A linear layer whose weight follows the type of its input. Values are set by `init_weights`."""
-
-    product: Product | None = None  # in place of torch's (`model.fp8`)
-    takes_product = True
-
-    def sides(self) -> tuple[int, int]:
-        """Outputs and inputs of the matrix that is multiplied here."""
-        return self.out_features, self.in_features
-
-    def reset_parameters(self) -> None:
-        pass
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.product is not None and input.dtype == torch.bfloat16:
-            return self.product(input, self.weight.to(input.dtype), self.bias)
-        if fused.accumulates(self.weight):
-            return fused.linear(input, self.weight, self.bias)
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
-
-    def beside(self, input: Tensor, other: "Linear") -> tuple[Tensor, Tensor]:
-        """Outputs of this layer and of another one with the same input."""
-        return self(input), other(input)
-
-
-def _as_it_is(parameter: Tensor) -> Tensor:
-    return parameter
-
-
-class LayerNorm1P(nn.Module):
-    """y = (x - mean) / sqrt(var + eps) * (1 + weight) + bias: the gain is stored around zero."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.local: Callable[[Tensor], Tensor] = _as_it_is  # what this process has of a parameter
-        self.weight = nn.Parameter(torch.empty(size))
-        self.bias = nn.Parameter(torch.empty(size))
-
-    def gain(self) -> Tensor:
-        """Effective gain, fp32."""
-        return self.local(self.weight).float() + 1.0
-
-    def shift(self) -> Tensor:
-        """Bias, fp32."""
-        return self.local(self.bias).float()
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        gain_D, bias_D = self.gain(), self.shift()
-        if (normed_TD := fused.norm(x_TD, gain_D, bias_D, eps=self.eps)) is not None:
-            return normed_TD
-        if x_TD.dtype != torch.float32 and torch.is_grad_enabled():
-            return _LayerNorm.apply(x_TD, gain_D, bias_D, self.eps)
-        return F.layer_norm(x_TD.float(), gain_D.shape, gain_D, bias_D, self.eps).to(x_TD.dtype)
-
-
-class _LayerNorm(torch.autograd.Function):
-    """Layer norm in fp32 that keeps its input as it came, where autograd would keep a copy in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, gain_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-        out_TD, *statistics = torch.native_layer_norm(x_TD.float(), gain_D.shape, gain_D, bias_D, eps)
-        ctx.save_for_backward(x_TD, *statistics, gain_D, bias_D)
-        return out_TD.to(x_TD.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, mean_T, scale_T, gain_D, bias_D = ctx.saved_tensors
-        backward = torch.ops.aten.native_layer_norm_backward
-        due = [True, ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-        x_grad_TD, *rest = backward(grads[0].float(), x_TD.float(), gain_D.shape, mean_T, scale_T, gain_D, bias_D, due)
-        return x_grad_TD.to(x_TD.dtype), *rest, None
-
-
-class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * gain, over the last dimension; the gain is weight, or 1 + weight where it is stored around zero."""
-
-    def __init__(self, size: int, eps: float, zero_centred: bool = False) -> None:
-        super().__init__()
-        self.eps, self.zero_centred = eps, zero_centred
-        self.local: Callable[[Tensor], Tensor] = _as_it_is  # what this process has of a parameter
-        self.weight = nn.Parameter(torch.empty(size))
-
-    def gain(self) -> Tensor:
-        """Effective gain, fp32."""
-        weight = self.local(self.weight).float()
-        return weight + 1.0 if self.zero_centred else weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        if (normed := fused.norm(x, self.gain(), None, eps=self.eps)) is not None:
-            return normed
-        return F.rms_norm(x.float(), self.weight.shape, self.gain(), self.eps).to(x.dtype)
-
-
-def add_norm(x_TD: Tensor, delta_TD: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """Residual x + delta, and its norm; twice the residual where a family has no norm there."""
-    if isinstance(norm, LayerNorm1P | RMSNorm):
-        bias_D = norm.shift() if isinstance(norm, LayerNorm1P) else None
-        if (both := fused.add_norm(x_TD, delta_TD, norm.gain(), bias_D, eps=norm.eps)) is not None:
-            return both
-    x_TD = x_TD + delta_TD
-    return x_TD, x_TD if norm is None else norm(x_TD)
-
-
-def _norm(config: ModelConfig, size: int = 0) -> nn.Module:
-    if config.parts.norm == "layernorm1p" and not size:
-        return LayerNorm1P(config.hidden_size, config.norm_eps)
-    return RMSNorm(size or config.hidden_size, config.norm_eps, zero_centred=config.parts.norm == "rms1p")
-
-
-class _SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 with gradient 2 relu(x). Keeps relu(x) alone, in place of x where that may be overwritten; autograd would keep both."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, in_place: bool) -> Tensor:
-        kept = F.relu_(x) if in_place else F.relu(x)
-        ctx.save_for_backward(kept)
-        return kept.square()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (kept,) = ctx.saved_tensors
-        return torch.addcmul(kept.new_zeros(()), kept, grads[0], value=2), None
-
-
 class Attention(nn.Module):
     """Projections of grouped-query attention. Rows of `qkv` are grouped by key-value head: its queries, its key, its value.
 
@@ -220,7 +83,7 @@ class Attention(nn.Module):
         self.k_norm: nn.Module | None = None
         if config.parts.qk_norm:
             heads = (1, 1) if config.parts.qk_norm == "head" else (block.num_heads, block.num_kv_heads)
-            self.q_norm, self.k_norm = (_norm(config, count * block.head_dim) for count in heads)
+            self.q_norm, self.k_norm = (make_norm(config, count * block.head_dim) for count in heads)
 
     def heads(self, qkv_TN: Tensor) -> Tensor:
         """Queries, keys and values [T, H + 2K, d] of their product, grouped by key-value head, before the rotation."""
@@ -244,89 +107,6 @@ class Attention(nn.Module):
         return rotate_heads(self.heads(self.qkv(x_TD)), self.num_kv_heads, (cos_TR, sin_TR))
 
 
-def _activation_kind(parts: Family) -> str:
-    """Its name among the kernels."""
-    return "squared_relu" if not parts.gated else "silu" if parts.activation == "silu" else "gelu"
-
-
-def gate_activation(gate_TF: Tensor, parts: Family) -> Tensor:
-    """SiLU, or GELU in its tanh form, of a gate."""
-    return F.silu(gate_TF) if parts.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
-
-
-def activated(gate: Tensor, up_TF: Tensor | None, parts: Family, *, in_place: bool = True) -> Tensor:
-    """What an MLP's last matrix multiplies: relu(gate)^2, or f(gate) * up, where without an up it lies behind the gate.
-
-    Args:
-        in_place: the gate of a squared ReLU may be overwritten.
-    """
-    if (inner_TF := fused.activation(gate, up_TF, _activation_kind(parts))) is not None:
-        return inner_TF
-    if not parts.gated:
-        return _SquaredReLU.apply(gate, in_place)
-    if up_TF is None:
-        gate, up_TF = gate.chunk(2, dim=-1)
-    return gate_activation(gate, parts) * up_TF
-
-
-class _GatedDown(torch.autograd.Function):
-    """(f(gate) * up) @ down.T that keeps gate and up and makes the product again; autograd would keep f(gate) and the product too."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up_TF: Tensor | None, weight_DF: Tensor, parts: Family, in_place: bool) -> Tensor:
-        used_DF = fused.working_copy(weight_DF, gate.dtype) if in_place else weight_DF
-        ctx.save_for_backward(gate, up_TF, used_DF)
-        ctx.parts, ctx.weight_DF = parts, weight_DF if in_place else None
-        return F.linear(activated(gate, up_TF, parts), used_DF)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up_TF, used_DF = ctx.saved_tensors
-        grad_inner_TF = grads[0] @ used_DF
-        made = fused.activation_and_gradients(gate, up_TF, grad_inner_TF, _activation_kind(ctx.parts))
-        if made is None:
-            halves = [half.detach().requires_grad_() for half in (gate, up_TF) if half is not None]
-            with torch.enable_grad():
-                inner_TF = activated(halves[0], halves[1] if len(halves) > 1 else None, ctx.parts)
-            grad_gate, *others = torch.autograd.grad(inner_TF, halves, grad_inner_TF)
-            made = inner_TF.detach(), grad_gate, others[0] if others else None
-        inner_TF, grad_gate, grad_up_TF = made
-        grad_DF = None
-        if ctx.weight_DF is not None and ctx.needs_input_grad[2]:
-            fused.add_gradient(ctx.weight_DF, grads[0], inner_TF)
-        elif ctx.needs_input_grad[2]:
-            grad_DF = grads[0].T @ inner_TF
-        return grad_gate, grad_up_TF, grad_DF, None, None
-
-
-class MLP(nn.Module):
-    """down(relu(up x)^2), or down(f(gate x) * up x) in the gated families. Rows of `gate_up`: the gate's, then those of up."""
-
-    def __init__(self, config: ModelConfig, block: BlockConfig) -> None:
-        super().__init__()
-        hidden, ffn, parts, bias = config.hidden_size, block.ffn_size, config.parts, config.mlp_bias
-        self.parts = parts
-        self.activation_kind = _activation_kind(parts)
-        self.in_place = True  # not where the products of up are made by a function that gives them to others too
-        self.gate_up = Linear(hidden, 2 * ffn, bias=bias) if parts.fused else None
-        self.gate = Linear(hidden, ffn, bias=bias) if parts.gated and not parts.fused else None
-        self.up = None if parts.fused else Linear(hidden, ffn, bias=bias)
-        self.down = Linear(ffn, hidden, bias=bias)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        if self.gate_up is not None:
-            gate, up_TF = self.gate_up(x_TD), None
-        else:
-            assert self.up is not None
-            gate, up_TF = (self.up(x_TD), None) if self.gate is None else self.gate.beside(x_TD, self.up)
-        plain = type(self.down) is Linear and self.down.bias is None and self.down.product is None
-        if self.parts.gated and plain and torch.is_grad_enabled():
-            in_place = fused.accumulates(self.down.weight)
-            return _GatedDown.apply(gate, up_TF, self.down.weight if in_place else self.down.weight.to(x_TD.dtype), self.parts, in_place)
-        return self.down(activated(gate, up_TF, self.parts, in_place=self.in_place))
-
-
 class Block(nn.Module):
     """x + Attention(norm(x)), then x + MLP(norm(x)). Either half may be absent; some families norm what a half gives, or scale it.
 
@@ -339,12 +119,12 @@ class Block(nn.Module):
         self.mod = ScoreMod(block.window, config.attention_scale, config.attention_soft_cap)
         self.sharding: Sharding | None = None
         pre, post = config.parts.pre_norm, config.parts.post_norm
-        self.attention_norm = _norm(config) if block.has_attention and pre else None
+        self.attention_norm = make_norm(config) if block.has_attention and pre else None
         self.attention = Attention(config, block) if block.has_attention else None
-        self.attention_post_norm = _norm(config) if block.has_attention and post else None
-        self.mlp_norm = _norm(config) if block.has_mlp and pre else None
+        self.attention_post_norm = make_norm(config) if block.has_attention and post else None
+        self.mlp_norm = make_norm(config) if block.has_mlp and pre else None
         self.mlp = MLP(config, block) if block.has_mlp else None
-        self.mlp_post_norm = _norm(config) if block.has_mlp and post else None
+        self.mlp_post_norm = make_norm(config) if block.has_mlp and post else None
 
     def is_plain(self) -> bool:
         """Whether it is norm, attention, norm and MLP with nothing between or around, as `compiled_blocks` computes them."""
@@ -420,7 +200,7 @@ class Transformer(nn.Module):
         self.incoming_TD: Tensor | None = None  # what blocks of another process have made, in place of embeddings (`parallel.pipeline`)
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.blocks = nn.ModuleDict({str(number): Block(config, block) for number, block in enumerate(config.blocks)})
-        self.final_norm = _norm(config)
+        self.final_norm = make_norm(config)
         size, vocabulary = config.hidden_size, config.vocab_size
         self.lm_head = None if config.tie_embeddings else Linear(size, vocabulary, bias=False)
         if not self.embedding.is_meta:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gristmill.model.layers import Linear
 from gristmill.model.packed import PackedShape
-from gristmill.model.transformer import Linear, Transformer
+from gristmill.model.transformer import Transformer
 from gristmill.parallel.mesh import TensorGroup, local
 
 # ---- who has which tokens ----

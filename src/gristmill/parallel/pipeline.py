@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
+from gristmill.model.layers import Linear
 from gristmill.model.packed import PackedShape
-from gristmill.model.transformer import Linear, Transformer
+from gristmill.model.transformer import Transformer
 from gristmill.parallel import layout
 from gristmill.parallel.context import ContextParallel
 from gristmill.parallel.mesh import Mesh, ParallelDims, local, whole

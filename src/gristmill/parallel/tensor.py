@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
+from gristmill.model.layers import MLP, LayerNorm1P, Linear, Product, RMSNorm
 from gristmill.model.lora import LoraLinear, is_adapted
-from gristmill.model.transformer import MLP, Attention, Block, LayerNorm1P, Linear, Product, RMSNorm, Transformer
+from gristmill.model.transformer import Attention, Block, Transformer
 from gristmill.parallel import layout
 from gristmill.parallel.mesh import TensorGroup, local
 

@@ -28,10 +28,10 @@ from gristmill.model.transformer import TRAINING_PRECISIONS
 from gristmill.parallel.mesh import Group, Mesh, accumulate, whole
 from gristmill.parallel.pipeline import Pipeline, num_micro_batches
 from gristmill.train.arguments import TrainResult, TrainSettings
+from gristmill.train.batch_plan import BatchPlan
 from gristmill.train.batches import (
     AnySample,
     Batch,
-    BatchPlan,
     DataItem,
     collate,
     fills,

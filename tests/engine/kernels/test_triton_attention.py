@@ -21,7 +21,7 @@ from gristmill.engine.kernels import library as kernels  # noqa: E402
 from gristmill.engine.layers import Norm  # noqa: E402
 from gristmill.engine.speculative import SpeculativeConfig  # noqa: E402
 from gristmill.model.config import BlockConfig, ModelConfig  # noqa: E402
-from gristmill.model.transformer import LayerNorm1P, RMSNorm  # noqa: E402
+from gristmill.model.layers import LayerNorm1P, RMSNorm  # noqa: E402
 from tests.engine.test_core import compare, core_of, finish, model_of, states_of  # noqa: E402
 
 
