@@ -92,6 +92,7 @@ IN_PLACE = {  # places that open, write or rename a file by themselves, and why 
     "core/io.py": "it is the one writer",
     "runs/journal.py": "appends, and cuts off torn lines",
     "train/metrics.py": "appends metrics, and cuts off torn lines",
+    "train/top_logprobs.py": "appends whole groups, and cuts off torn ones",
     "sandbox/jail.py": "files of the kernel",
 }
 BANNED = re.compile(

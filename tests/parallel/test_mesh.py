@@ -117,8 +117,10 @@ def test_gradients_of_every_parameter(gradients: dict[int, Path], size: int, opt
     alone = load_file(gradients[1] / json.dumps({"plain": True} if options.get("plain") else {}))
     together = load_file(gradients[size] / json.dumps(options))
     exact = [together.pop(name) for name in list(together) if name.endswith(" far")]
-    far, name = farthest(alone, together)
-    assert far <= 2e-6, name
+    dora = {name: x for name, x in together.items() if name.startswith("lora deep reward")}  # which divides by norms of what it adds up
+    for found, limit in (({name: x for name, x in together.items() if name not in dora}, 2e-6), (dora, 4e-6)):
+        far, name = farthest(alone, found) if found else (0.0, "")
+        assert far <= limit, name
     if size == options.get("pp"):  # the same micro-batches in one process, one after another
         assert exact and all(not differences.any() for differences in exact)
 

@@ -40,7 +40,7 @@ def test_a_lineage_reads_what_its_prompts_grew_from_and_no_more(make_run: MakeRu
     folder = make_run()
     stage = stage_folder(folder, "r1-prompts")
     first, second, third, *rest = artifacts.PROMPTS.read(stage)
-    second = dataclasses.replace(second, parents=(first.id,))
+    first, second = dataclasses.replace(first, parents=()), dataclasses.replace(second, parents=(first.id,))
     third = dataclasses.replace(third, parents=("gone", second.id, third.id))
     artifacts.PROMPTS.write(stage, [first, *rest, second, third])
     assert Ancestry(read_run(folder)).lineage([third.id]).prompts == {p.id: p for p in (first, second, third)}
@@ -52,16 +52,14 @@ def test_a_second_turn_shows_its_first_prompt_and_that_ones_topic(
     folder = make_run()
     stage = stage_folder(folder, "r1-prompts")
     rows = artifacts.PROMPTS.read(stage)
-    first = next(p for p in rows if p.origin == "demonstrations")
+    first = next(p for p in rows if p.origin == "demonstrations" and len(p.messages) == 1)
     talk = (*first.messages, Message("assistant", "Said."), Message("user", "And then?"))
     answered = {r.prompt for s in ("r1-answers", "r1-dpo-pairs") for r in artifacts.RESPONSES.read(stage_folder(folder, s))}
-    for task in ("followups", *dict.fromkeys(p.task for p in rows)):  # the only one of its task, so that it is drawn
-        chosen = next((p for p in rows if p.task == task and p.id in answered and p is not first), None)
-        if chosen is not None and sum(p.task == task for p in rows) == 1:
-            break
-    assert chosen is not None
+    chosen = next(p for p in rows if p.id in answered and p is not first)
     second = dataclasses.replace(chosen, messages=talk, origin="r9-writer", parents=("a-request", "an-answer", first.id, first.id))
-    artifacts.PROMPTS.write(stage, [second if p is chosen else p for p in rows])
+    # the only one of its task that a model wrote, so that it is drawn
+    others = [dataclasses.replace(p, origin="demonstrations") if p.task == chosen.task else p for p in rows]
+    artifacts.PROMPTS.write(stage, [second if p.id == chosen.id else p for p in others])
     lineage, _ = lineage_of(folder)
     assert lineage.opening(second) == first and lineage.topic(second) == lineage.topic(first) is not None
     text = read_page(write_report(folder).read_text()).text

@@ -446,7 +446,7 @@ def test_drafts_are_counted_and_priority_is_taken(full: str) -> None:
     status, found = post(full, "/chat/completions", **asked, priority=-3)
     assert status == 200 and found["choices"][0]["message"] == plain["choices"][0]["message"]
     # what a model says decides whether it has been said before, so many answers are asked for
-    assert post(full, "/completions", prompt="the land of the land of", max_tokens=120, n=32)[0] == 200
+    assert post(full, "/chat/completions", **asked | {"temperature": 1.0, "n": 32})[0] == 200
     assert metric(full, "gristmill_draft_tokens") > before
     assert metric(full, "gristmill_accepted_tokens") <= metric(full, "gristmill_draft_tokens")
     assert post(full, "/chat/completions", **asked, priority=101)[0] == 400

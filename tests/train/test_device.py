@@ -64,7 +64,7 @@ def test_training_elsewhere_is_training_here(
         there = trained(OTHER, tmp_path / "there", True)
     for name, value in here.items():
         # another attention kernel rounds in another way, and Muon computes in bf16
-        torch.testing.assert_close(value, there[name], rtol=0, atol=2e-3)
+        torch.testing.assert_close(value, there[name], rtol=0, atol=4e-3)
 
 
 def test_a_step_of_given_samples_elsewhere(make_model: Make, make_samples: Callable[..., list[Sample]]) -> None:

@@ -24,7 +24,7 @@ from gristmill.model.compiled import compiling
 from gristmill.model.compiled_blocks import unchanged
 from gristmill.model.fp8 import check_float8, computing_in_float8
 from gristmill.model.packed import filled_length
-from gristmill.model.transformer import TRAINING_PRECISIONS
+from gristmill.model.transformer import TRAINING_PRECISIONS, Transformer
 from gristmill.parallel.mesh import Group, Mesh, accumulate, whole
 from gristmill.parallel.pipeline import Pipeline, num_micro_batches
 from gristmill.train.arguments import TrainResult, TrainSettings
@@ -276,7 +276,8 @@ class Trainer:
         totals = MetricSums()
         plain = self._sharded is None or (self._sharded.is_replicated and self.mesh.dims.together == 1)
         in_place = self._in_place(len(batches) + len(fillers)) if plain and self.num_workers == 1 else nullcontext()
-        with in_place, unchanged(backbone(self.model)) if plain else nullcontext():
+        decoder = backbone(self.model)
+        with in_place, unchanged(decoder) if plain and isinstance(decoder, Transformer) else nullcontext():
             for output in self._backward(batches, fillers, count):
                 totals.add(output)
         if self._sharded is not None:
