@@ -428,10 +428,11 @@ def share_out(samples: Sequence[ItemT], max_tokens: int, num_shares: int) -> lis
     alike.
     """
     ordered = sorted(samples, key=lambda sample: sample.num_tokens, reverse=True)
-    return [list(_groups(ordered[i::num_shares], max_tokens)) for i in range(num_shares)]
+    return [list(neighbours(ordered[i::num_shares], max_tokens)) for i in range(num_shares)]
 
 
-def _groups(samples: Sequence[ItemT], max_tokens: int) -> Iterator[list[ItemT]]:
+def neighbours(samples: Sequence[ItemT], max_tokens: int) -> Iterator[list[ItemT]]:
+    """Samples in their order, as many at once as have `max_tokens` tokens; a longer one alone."""
     group: list[ItemT] = []
     size = 0
     for sample in samples:

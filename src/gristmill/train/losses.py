@@ -5,7 +5,8 @@ chunk, S rows of a slice of it, P preference pairs, N rated samples, E hidden si
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -348,6 +349,11 @@ def token_logprobs(hidden_RD: Tensor, weight_VD: OutputMatrix, targets_R: Tensor
     return _TokenLogprobs.apply(*_prepare(hidden_RD, weight_VD, targets_R), cap)[:num_rows]
 
 
+# Of some rows of a chunk, from the log-probabilities of the student (which it may overwrite): the sum of KL(teacher || student), and its
+# gradient in the logits of the student if there shall be one.
+_KlOfRows = Callable[[slice, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
 class _KlSum(torch.autograd.Function):
     """Sum of KL(teacher || student) over rows. As of `_CrossEntropySum`, the gradient is made in the forward pass, chunk by chunk."""
 
@@ -356,64 +362,20 @@ class _KlSum(torch.autograd.Function):
         ctx: Any,
         hidden_RD: Tensor,
         weight_VD: Tensor,
-        teacher_RE: Tensor,
-        teacher_VE: Tensor,
-        caps: tuple[float | None, float | None],
+        cap: float | None,
+        teacher: Callable[[slice], _KlOfRows],
         need_grad: bool,
     ) -> Tensor:
         total = hidden_RD.new_zeros((), dtype=torch.float32)
         grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad and ctx.needs_input_grad[1] else None
         for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
-            logits_CV, teacher_CV = _logits(hidden_RD[chunk], weight_VD), _logits(teacher_RE[chunk], teacher_VE)
-            for rows in _softmax_slices(logits_CV):
-                log_q_SV, slope_SV = _log_softmax(logits_CV[rows], caps[0])
-                log_p_SV, _ = _log_softmax(teacher_CV[rows], caps[1])
-                p_SV = log_p_SV.exp()
-                total += (p_SV * log_p_SV.sub_(log_q_SV)).sum()
-                if need_grad:  # d KL / d logits = q - p
-                    grad_SV = log_q_SV.exp_().sub_(p_SV)
-                    logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
-            _add_products(logits_CV, weight_VD, hidden_RD[chunk], None if grad_hidden_RD is None else grad_hidden_RD[chunk], grad_weight_VD)
-        ctx.save_for_backward(grad_hidden_RD, grad_weight_VD)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_scaled(ctx, grads[0]), None, None, None, None)
-
-
-def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gradients of states and output matrix that the forward pass has made, times that of the sum."""
-    grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
-    of_weight = None if grad_weight_VD is None else grad_weight_VD.mul_(grad).to(grad_hidden_RD.dtype)
-    return grad_hidden_RD * grad.to(grad_hidden_RD.dtype), of_weight
-
-
-class _TopKlSum(torch.autograd.Function):
-    """The same over K tokens of a teacher, and all others as one. In the gradient the teacher's rest is spread as the student's is."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, ids_RK: Tensor, logprobs_RK: Tensor, cap: float | None, need_grad: bool
-    ) -> Tensor:
-        total = hidden_RD.new_zeros((), dtype=torch.float32)
-        grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad and ctx.needs_input_grad[1] else None
-        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
-            logits_CV = _logits(hidden_RD[chunk], weight_VD)
+            logits_CV, kl_of = _logits(hidden_RD[chunk], weight_VD), teacher(chunk)
             for rows in _softmax_slices(logits_CV):
                 log_q_SV, slope_SV = _log_softmax(logits_CV[rows], cap)
-                ids_SK, log_p_SK = ids_RK[chunk][rows], logprobs_RK[chunk][rows]
-                p_SK, log_q_SK = log_p_SK.exp(), log_q_SV.gather(1, ids_SK)
-                rest_S1 = (1 - p_SK.sum(1, keepdim=True)).clamp_(min=0) * (ids_SK.shape[1] < len(weight_VD))
-                student_rest_S1 = log_q_SV.scatter(1, ids_SK, -math.inf).logsumexp(1, keepdim=True)
-                ratio_S1 = torch.where(rest_S1 > 0, rest_S1.log() - student_rest_S1, -math.inf)  # log (p / q) of the rest
-                total += (p_SK * (log_p_SK - log_q_SK)).sum() + torch.where(rest_S1 > 0, rest_S1 * ratio_S1, 0.0).sum()
-                if need_grad:  # q - p, with p = rest * q / (q of the rest) outside
-                    grad_SV = log_q_SV.exp() - log_q_SV.add_(ratio_S1).exp_()
-                    grad_SV.scatter_(1, ids_SK, log_q_SK.exp() - p_SK)
+                kl, grad_SV = kl_of(rows, log_q_SV, need_grad)
+                total += kl
+                if grad_SV is not None:
                     logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
             _add_products(logits_CV, weight_VD, hidden_RD[chunk], None if grad_hidden_RD is None else grad_hidden_RD[chunk], grad_weight_VD)
         ctx.save_for_backward(grad_hidden_RD, grad_weight_VD)
@@ -422,7 +384,39 @@ class _TopKlSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_scaled(ctx, grads[0]), None, None, None, None)
+        grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
+        of_weight = None if grad_weight_VD is None else grad_weight_VD.mul_(grads[0]).to(grad_hidden_RD.dtype)
+        return grad_hidden_RD * grads[0].to(grad_hidden_RD.dtype), of_weight, None, None, None
+
+
+def _whole_teacher(teacher_RE: Tensor, teacher_VE: Tensor, cap: float | None, chunk: slice) -> _KlOfRows:
+    teacher_CV = _logits(teacher_RE[chunk], teacher_VE)
+
+    def kl_of(rows: slice, log_q_SV: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+        log_p_SV, _ = _log_softmax(teacher_CV[rows], cap)
+        p_SV = log_p_SV.exp()
+        kl = (p_SV * log_p_SV.sub_(log_q_SV)).sum()
+        return kl, log_q_SV.exp_().sub_(p_SV) if need_grad else None  # d KL / d logits = q - p
+
+    return kl_of
+
+
+def _top_of_teacher(ids_RK: Tensor, logprobs_RK: Tensor, chunk: slice) -> _KlOfRows:
+    """Over K tokens of a teacher, and all others as one. In the gradient the teacher's rest is spread as the student's is."""
+
+    def kl_of(rows: slice, log_q_SV: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+        ids_SK, log_p_SK = ids_RK[chunk][rows], logprobs_RK[chunk][rows]
+        p_SK, log_q_SK = log_p_SK.exp(), log_q_SV.gather(1, ids_SK)
+        rest_S1 = (1 - p_SK.sum(1, keepdim=True)).clamp_(min=0) * (ids_SK.shape[1] < log_q_SV.shape[1])
+        student_rest_S1 = log_q_SV.scatter(1, ids_SK, -math.inf).logsumexp(1, keepdim=True)
+        ratio_S1 = torch.where(rest_S1 > 0, rest_S1.log() - student_rest_S1, -math.inf)  # log (p / q) of the rest
+        kl = (p_SK * (log_p_SK - log_q_SK)).sum() + torch.where(rest_S1 > 0, rest_S1 * ratio_S1, 0.0).sum()
+        if not need_grad:
+            return kl, None
+        grad_SV = log_q_SV.exp() - log_q_SV.add_(ratio_S1).exp_()  # q - p, with p = rest * q / (q of the rest) outside
+        return kl, grad_SV.scatter_(1, ids_SK, log_q_SK.exp() - p_SK)
+
+    return kl_of
 
 
 def kl_divergence_sum(
@@ -441,8 +435,8 @@ def kl_divergence_sum(
     """
     need_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
     teacher_RE = teacher_RE.detach()
-    given = hidden_RD, weight_VD.to(hidden_RD.dtype), teacher_RE, teacher_VE.detach().to(teacher_RE.dtype)
-    return _KlSum.apply(*given, (cap, teacher_cap), need_grad)
+    teacher = partial(_whole_teacher, teacher_RE, teacher_VE.detach().to(teacher_RE.dtype), teacher_cap)
+    return _KlSum.apply(hidden_RD, weight_VD.to(hidden_RD.dtype), cap, teacher, need_grad)
 
 
 def top_kl_divergence_sum(hidden_RD: Tensor, weight_VD: Tensor, ids_RK: Tensor, logprobs_RK: Tensor, *, cap: float | None = None) -> Tensor:
@@ -452,7 +446,7 @@ def top_kl_divergence_sum(hidden_RD: Tensor, weight_VD: Tensor, ids_RK: Tensor, 
     vocabulary. Only the student gets a gradient.
     """
     need_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
-    return _TopKlSum.apply(hidden_RD, weight_VD.to(hidden_RD.dtype), ids_RK, logprobs_RK, cap, need_grad)
+    return _KlSum.apply(hidden_RD, weight_VD.to(hidden_RD.dtype), cap, partial(_top_of_teacher, ids_RK, logprobs_RK), need_grad)
 
 
 def masked_mse(scores_N5: Tensor, labels_N5: Tensor) -> tuple[Tensor, Tensor]:

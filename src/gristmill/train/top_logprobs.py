@@ -18,10 +18,10 @@ from gristmill.core.io import disk_errors, make_folder
 from gristmill.core.threads import num_workers, workers
 from gristmill.model.flops import CHUNK_LOGITS
 from gristmill.model.transformer import Transformer, soft_cap
-from gristmill.train.batches import Sample, TaughtSample, collate_tokens, fills, fingerprint_samples
+from gristmill.train.batches import Sample, TaughtSample, collate_tokens, fills, fingerprint_samples, neighbours
 from gristmill.train.checkpoint import fingerprint_text
 
-GROUP_TOKENS = 4096  # that the teacher reads at once
+GROUP_TOKENS = 4096  # that the teacher reads at once; a restart goes on behind whole groups, so nothing else may decide them
 SPARE_BYTES = 64 << 20  # that stay free
 Tick = Callable[[int, int, str], None]  # done, of how many, of what
 
@@ -75,7 +75,7 @@ def taught_samples(
 def _write(
     path: Path, samples: Sequence[Sample], load: Callable[[], Transformer], row: np.dtype, top_k: int, precision: str, tick: Tick
 ) -> None:
-    groups = _groups(samples)
+    groups = list(neighbours(samples, GROUP_TOKENS))
     sizes = [sum(sample.num_targets for sample in group) for group in groups]
     part = path.with_suffix(".part")
     found = part.stat().st_size // row.itemsize if part.exists() else 0
@@ -116,16 +116,3 @@ def _top_rows(teacher: Transformer, group: Sequence[Sample], device: torch.devic
         logprobs_CK, ids_CK = logits_CV.log_softmax(-1).topk(top_k)
         out["ids"][start : start + step], out["logprobs"][start : start + step] = ids_CK.cpu().numpy(), logprobs_CK.cpu().numpy()
     return out.tobytes()
-
-
-def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples in their order, as many as the teacher reads at once: what a restart goes on behind, so nothing else may decide them."""
-    groups: list[list[Sample]] = [[]]
-    size = 0
-    for sample in samples:
-        if groups[-1] and size + sample.num_tokens > GROUP_TOKENS:
-            groups.append([])
-            size = 0
-        groups[-1].append(sample)
-        size += sample.num_tokens
-    return groups
