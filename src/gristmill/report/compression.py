@@ -88,7 +88,7 @@ def _pareto(children: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> 
         [
             Points("greedy", "search", points("curve", "mip"), joined=True),
             Points("before", "greedy", points("greedy")),
-            Points("track", "random", points("random")),
+            Points("fill3", "random", points("random")),
             Points("sampled", "distilled", after),
         ],
         x_label="measured speed, in the parent's",
