@@ -99,6 +99,7 @@ def serve(folder: Path, args: StudioArgs) -> None:
         def ready() -> None:
             echo(f"{quoted_path(folder)} is open at {origin}/#token={token}")
             echo("The link lets its owner in, once; others are invited on the page. Ctrl-C ends the studio, answers are kept.", err=True)
+            sources.look_ahead()
 
         asyncio.run(_listen(studio, listening, ready))
     finally:

@@ -12,11 +12,9 @@ import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from gristmill.data.rows import ATTRIBUTES, Response, make_id, read_records, rea
 from gristmill.runs.artifacts import ALL, CHECK, Artifact
 from gristmill.runs.reader import read_run
 from gristmill.runs.run_dir import RECIPE
+from gristmill.studio.apart import Died, Told, apart
 from gristmill.studio.database import clean
 from gristmill.studio.filters import fields_of, is_plain, mask
 from gristmill.studio.rollouts import ROLLOUTS, read_rollouts
@@ -41,7 +40,7 @@ from gristmill.studio.tasks import PAIR, RATE
 
 MAX_TEXT_CHARS = 20_000  # of a text that is sent at once
 EXCERPT_CHARS = 200
-MAX_PAGE = 200
+PAGE_ROWS, MAX_PAGE = 60, 200
 LIST_SECONDS = 5.0  # for which the list of a run's files is remembered
 MAX_ORDERS = 8  # filtered or sorted, that are kept
 BATCH_ROWS = 1 << 14
@@ -113,6 +112,7 @@ class Sources:
         self._guard, self._expanding = threading.RLock(), dict[str, threading.Lock]()
         self._ahead = ThreadPoolExecutor(1, "studio-expand")
         self._tables: dict[str, Expanded] = {}
+        self._heads: dict[tuple[str, int], dict[str, Any]] = {}
         self._orders: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
         self._known, self._listed = {source.name: source for source in self.all()}, time.monotonic()
 
@@ -148,7 +148,7 @@ class Sources:
                 yield Source(path.name, path, "", "")
 
     def source(self, name: str) -> Source:
-        """A source by its name.
+        """A source by its name; for "" the one to begin with: the last answers, or what is first.
 
         Raises:
             Refused: there is none.
@@ -156,7 +156,9 @@ class Sources:
         with self._guard:
             if name not in self._known or time.monotonic() > self._listed + LIST_SECONDS:
                 self._known, self._listed = {source.name: source for source in self.all()}, time.monotonic()
-            found = self._known.get(name)
+            known = list(self._known.values())
+        first = next((one for one in known[::-1] if one.kind == RESPONSES), *known[:1]) if known else None
+        found = self._known.get(name) if name else first
         if found is None:
             raise Refused(404, "There is no such file of rows here any more: choose another.")
         return found
@@ -190,12 +192,15 @@ class Sources:
                         expand(source.path, source.kind, path)
                     else:  # it takes several times the file, for a while: the memory of another process
                         try:
-                            with ProcessPoolExecutor(1, get_context("spawn")) as other:
-                                other.submit(expand, source.path, source.kind, path).result()
-                        except BrokenProcessPool as e:
+                            apart(_expand_apart, source.path, source.kind, path)
+                        except Died as e:
                             raise InputError(f"{source.name} could not be expanded: is there memory and disk for it?") from e
                 self._tables[key] = Expanded.open(path)
             return self._tables[key]
+
+    def look_ahead(self) -> None:
+        """Read, in a thread of its own, what the first look at the rows will be."""
+        self._ahead.submit(self.page, "")
 
     def _expanded(self, source: Source) -> tuple[str, Path]:
         """What a file's content is known by, and where its rows are expanded to."""
@@ -207,8 +212,12 @@ class Sources:
 
     def _head(self, source: Source, num: int) -> dict[str, Any] | None:
         """The first page of a large file that is not expanded yet, which begins meanwhile; None where there is nothing to save."""
-        _, path = self._expanded(source)
-        if path.is_file() or source.path.stat().st_size < SMALL_BYTES or not (kind := source.kind or kind_of(source.path)):
+        key, path = self._expanded(source)
+        if path.is_file():
+            return None
+        if (key, num) in self._heads:
+            return self._heads[key, num]
+        if source.path.stat().st_size < SMALL_BYTES or not (kind := source.kind or kind_of(source.path)):
             return None
         try:
             with ParquetReader(source.path, max_held_bytes(source.path.stat().st_size)) as file:
@@ -216,21 +225,24 @@ class Sources:
                 table, total = pa.Table.from_batches([batch.cast(file.schema)]), file.facts.num_rows
         except (pa.ArrowException, Expansion, OSError, StopIteration):
             return None  # it is told when it is read whole
-        self._ahead.submit(self._open, source)
         rows = [_brief(table, kind, place) for place in range(table.num_rows)]
-        return {"kind": kind, "total": total, "rows": rows, "fields": fields_of(table), "more": len(rows) < total}
+        self._ahead.submit(self._open, source)
+        head = {"kind": kind, "total": total, "rows": rows, "fields": fields_of(table), "more": len(rows) < total}
+        self._heads[key, num] = head
+        return head
 
-    def page(self, name: str, *, filter: str = "", sort: str = "", after: int = -1, num: int = 50) -> dict[str, Any]:
+    def page(self, name: str, *, filter: str = "", sort: str = "", after: int = -1, num: int = PAGE_ROWS) -> dict[str, Any]:
         """A page of rows, those after a row's number in the order; with how many there are, and the names for filters and orders.
 
         Args:
+            name: of the source; "": the last answers.
             sort: a column's name, with "-" before it for the largest first; "" for the file's order.
         """
         source, num = self.source(name), max(1, min(num, MAX_PAGE))
         if not filter and not sort and after < 0 and (head := self._head(source, num)) is not None:
-            return head
+            return head | {"source": source.name}
         with self._reading(source) as opened:
-            return self._page(source, opened, filter=filter, sort=sort, after=after, num=num)
+            return self._page(source, opened, filter=filter, sort=sort, after=after, num=num) | {"source": source.name}
 
     def _page(self, source: Source, opened: Expanded, *, filter: str, sort: str, after: int, num: int) -> dict[str, Any]:
         table, kind = opened.table, opened.kind
@@ -460,6 +472,10 @@ def expand(path: Path, kind: str, target: Path) -> None:
         pa.default_memory_pool().release_unused()
         if made is not None:
             made.unlink(missing_ok=True)
+
+
+def _expand_apart(_: Told, path: Path, kind: str, target: Path) -> None:
+    expand(path, kind, target)
 
 
 def _read_users(path: Path) -> tuple[str, Iterable[Any]]:

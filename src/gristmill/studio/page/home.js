@@ -1,7 +1,7 @@
 // The first screen: projects, a new one, exports; and the people who may come in.
 
-import { html, useEffect, useState } from "./vendor/preact-htm.js";
-import { api } from "./api.js";
+import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
+import { api, lines } from "./api.js";
 import { Short } from "./text.js";
 
 const EXPORTS = ["rated.parquet", "ratings.jsonl", "pairs.parquet", "preference.jsonl", "demonstrations.parquet", "attacks.jsonl", "regressions.jsonl"];
@@ -49,28 +49,34 @@ function NewProject({ changed, open }) {
   const [sources, setSources] = useState(null);
   const [draft, setDraft] = useState({ kind: "rate", num: 50, need: 1, guideline: "", name: "", strategy: "random" });
   const [error, setError] = useState("");
-  const [busy, setBusy] = useState(false);
+  const [busy, setBusy] = useState(null); // while it is made: how far that is
   const [made, setMade] = useState(false);
+  const abort = useRef(null);
   useEffect(() => {
     api("GET", "/sources").then(setSources, (e) => setError(e.message));
+    return () => abort.current && abort.current.abort(); // nobody waits for it any more
   }, []);
   const set = (name) => (e) => setDraft({ ...draft, [name]: e.target.type === "number" ? Number(e.target.value) : e.target.value });
   const names = sources ? sources.of_kind[draft.kind] : [];
   const source = names.includes(draft.source) ? draft.source : names.findLast((name) => name.endsWith("/responses.parquet")) || names[0] || "";
   const create = async (event) => {
     event.preventDefault();
-    setBusy(true);
+    setBusy({});
     setMade(false);
+    setError("");
+    abort.current = new AbortController();
     try {
-      await api("POST", "/projects", { ...draft, source });
-      setError("");
-      setMade(true);
+      for await (const line of lines("/projects", { ...draft, source }, abort.current.signal)) {
+        if (line.error) throw new Error(line.error);
+        if (line.id) setMade(true);
+        else setBusy(line);
+      }
       setDraft({ ...draft, name: "" });
       changed();
     } catch (e) {
-      setError(e.message);
+      setError(e.name === "AbortError" ? "It was stopped, and nothing of it is kept." : e.message);
     }
-    setBusy(false);
+    setBusy(null);
   };
   return html`<details class="card" open=${open}><summary>New project</summary>
     <form class="grid" onSubmit=${create}>
@@ -81,8 +87,17 @@ function NewProject({ changed, open }) {
       <label>People an item needs <input type="number" min="1" max="25" required value=${draft.need} onInput=${set("need")} /></label>
       <label>Name, which everybody sees <input type="text" maxlength="80" value=${draft.name} onInput=${set("name")} placeholder=${draft.kind === "rate" ? "Ratings" : "Comparisons"} /></label>
       <label class="full">Guideline <textarea rows="3" value=${draft.guideline} onInput=${set("guideline")}></textarea></label>
-      <div class="buttons full"><button class="primary" type="submit" disabled=${busy || !source}>${busy ? "Making it \u2026" : "Make the project"}</button>${made && html`<span role="status">It is made: see above.</span>`}<span class="bad" role="status">${error || (sources && !names.length ? "There are no such rows here." : "")}</span></div>
+      <div class="buttons full"><button class="primary" type="submit" disabled=${busy || !source}>${busy ? "Making it \u2026" : "Make the project"}</button>${busy && html`<${Making} far=${busy} stop=${() => abort.current.abort()} />`}${made && html`<span role="status">It is made: see above.</span>`}<span class="bad" role="status">${error || (sources && !names.length ? "There are no such rows here." : "")}</span></div>
     </form></details>`;
+}
+
+// How far the reward model is with the answers that are chosen from.
+function Making({ far, stop }) {
+  const { done, of, seconds } = far;
+  const left = done ? Math.ceil((seconds / done) * (of - done)) : 0;
+  return html`${of && html`<span class="progress"><progress max=${of} value=${done} aria-label="Answers that the reward model has read"></progress>
+      <span>${done ? `${count(done)} of ${count(of)} answers read${left ? `, ${left} s left` : ""}` : `Loading the reward model for ${count(of)} answers`}</span></span>`}
+    <button type="button" onClick=${stop}>Stop</button>`;
 }
 
 export function Home({ me, projects, changed }) {

@@ -1,10 +1,10 @@
 // Rows of a run or folder: a list by pages with a filter, and a row with its answers side by side and its family tree.
 
-import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
-import { api, query } from "./api.js";
+import { html, useEffect, useLayoutEffect, useRef, useState } from "./vendor/preact-htm.js";
+import { api } from "./api.js";
+import { query, rowsAddress } from "./early.js";
 import { Conversation, Short, Text, When } from "./text.js";
 
-const PAGE = 60;
 const SHORT_FACTS = ["task", "score", "verified", "judge", "generator", "origin", "temperature", "chosen_reward", "rejected_reward"];
 const value = (one) => (typeof one === "number" ? String(Math.round(one * 1000) / 1000) : typeof one === "object" ? JSON.stringify(one) : String(one));
 
@@ -84,26 +84,30 @@ export function Rows({ params, go }) {
   const [error, setError] = useState("");
   const [typed, setTyped] = useState(params.filter || "");
   const end = useRef(null);
-  const source = params.source || (sources && (sources.sources.findLast((one) => one.kind === "responses") || sources.sources[0] || {}).name) || "";
-  useEffect(() => {
+  const chosen = useRef(""); // by the server, where nobody has
+  const source = params.source || chosen.current;
+  const address = rowsAddress({ ...params, source: params.source === chosen.current ? "" : params.source });
+  const wanted = useRef("");
+  useLayoutEffect(() => {
     document.title = "Rows - Studio";
     api("GET", "/sources").then(setSources, (e) => setError(e.message));
   }, []);
-  const address = (after) => "/rows?" + query({ source, filter: params.filter, sort: params.sort, after, n: PAGE });
-  const wanted = useRef("");
-  useEffect(() => {
-    if (!source) return;
-    const mine = (wanted.current = address());
+  useLayoutEffect(() => {
+    wanted.current = address;
     setError("");
-    api("GET", mine).then(
-      (said) => wanted.current === mine && setPage({ ...said, address: mine }),
-      (e) => wanted.current === mine && (setError(e.message), setPage(null)),
+    api("GET", address).then(
+      (said) => {
+        if (wanted.current !== address) return;
+        if (!params.source) chosen.current = said.source;
+        setPage({ ...said, address });
+      },
+      (e) => wanted.current === address && (setError(e.message), setPage(null)),
     );
-  }, [source, params.filter, params.sort]);
+  }, [address]);
   const loadMore = async () => {
     if (!page || !page.more) return;
     try {
-      const next = await api("GET", address(page.rows[page.rows.length - 1].place));
+      const next = await api("GET", rowsAddress({ ...params, source }, page.rows[page.rows.length - 1].place));
       if (wanted.current === page.address) setPage({ ...page, rows: [...page.rows, ...next.rows], more: next.more });
     } catch (e) {
       setError(e.message);
