@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
@@ -251,9 +252,12 @@ def test_hostile_texts_stay_texts_on_every_screen(local_store: Store, tmp_path: 
         for n, text in enumerate(HOSTILE)
     ]
     write_rows(folder / "<img src=x onerror=alert(1)>.parquet", rows)
+    (folder / "samples.jsonl").write_text(
+        "".join(json.dumps({"id": t, t[:9]: [t, t], "messages": [{"role": t, "content": t}], "said": t}) + "\n" for t in HOSTILE)
+    )
     made = Served(local_store, Sources(folder, tmp_path / "cache"))
     try:
-        name = next(s.name for s in made.studio.service.sources.all())
+        name = next(s.name for s in made.studio.service.sources.all() if s.name.endswith("parquet"))
         owner = local_store.owner()
         for kind in ("rate", "pair"):
             items = made.studio.service.sources.choose_items(name, kind, num=20, seed=0)
@@ -269,7 +273,12 @@ def test_hostile_texts_stay_texts_on_every_screen(local_store: Store, tmp_path: 
         projects = [p["id"] for p in local_store.projects()]
         disputed = next(i["id"] for i in local_store.items(projects[0]) if i["have"] == 2)
         screens = [f"work/{p}" for p in projects] + [f"agreement/{p}" for p in projects] + [f"settle/{disputed}", "people"]
-        screens += [f"rows?{query}" for query in ("", "place=0", "place=3", "place=12", "filter=%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E")]
+        at = urlencode({"source": name})
+        screens += [
+            f"rows?{query}"
+            for query in ("", f"{at}&place=0", f"{at}&place=3", f"{at}&place=12", "filter=%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E")
+        ]
+        screens += [f"rows?source=samples.jsonl&place={place}" for place in (0, 3, 12)]
         for screen in screens:
             page.js(f"location.hash = {json.dumps('#/' + screen)}")
             page.wait("!document.body.innerText.includes('Loading \\u2026') && !document.body.innerText.includes('Computing')")

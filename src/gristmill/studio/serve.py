@@ -13,7 +13,7 @@ from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.core.logs import limit_logs
 from gristmill.core.untrusted import quoted_path
-from gristmill.report.samples import STUDIO_PORT
+from gristmill.report.sample_files import STUDIO_PORT
 from gristmill.studio import export as exports
 from gristmill.studio.app import Studio
 from gristmill.studio.database import Database, place_of

@@ -28,6 +28,7 @@ from gristmill.core.io import make_folder, replacing, state
 from gristmill.data.parquet import Expansion, ParquetReader, max_held_bytes
 from gristmill.data.readers import read_demonstrations, read_pairs, read_prompts, read_ratings
 from gristmill.data.rows import ATTRIBUTES, Response, make_id, read_records, read_rows, write_rows
+from gristmill.report.sample_files import read_samples, sample_files
 from gristmill.runs.artifacts import ALL, CHECK, Artifact
 from gristmill.runs.reader import read_run
 from gristmill.runs.run_dir import RECIPE
@@ -45,6 +46,7 @@ LIST_SECONDS = 5.0  # for which the list of a run's files is remembered
 MAX_ORDERS = 8  # filtered or sorted, that are kept
 BATCH_ROWS = 1 << 14
 RESPONSES, PAIRS, RATED, DEMONSTRATIONS, PROMPTS, OTHER = "responses", "pairs", "rated", "demonstrations", "prompts", "other"
+SAMPLES = "samples"  # of evaluations and curations: for reading alone
 KIND_OF_ROW = {"Response": RESPONSES, "Pair": PAIRS, "Rated": RATED, "Demonstration": DEMONSTRATIONS, "Prompt": PROMPTS}
 OWN_COLUMNS = {  # by which a file of ours is known
     RESPONSES: {"id", "prompt", "messages", "text", "generator"},
@@ -127,7 +129,12 @@ class Sources:
             raise InputError(f"{self.folder} holds neither a run nor .parquet or .jsonl files with rows: give the folder of one.")
         return found
 
+    def _samples(self, folder: Path, stage: str = "") -> Iterator[Source]:
+        for path in sample_files(folder):
+            yield Source(path.relative_to(self.folder).as_posix(), path, SAMPLES, stage)
+
     def _of_run(self) -> Iterator[Source]:
+        yield from self._samples(self.folder)
         for stage in read_run(self.folder).stages:
             waiting = (CHECK.file,) if stage["folder"].endswith("-check") else ()
             for file in stage.get("artifacts", waiting):
@@ -139,11 +146,14 @@ class Sources:
                 folder = self.folder / stage["folder"]
                 for path in sorted([*folder.glob(ROLLOUTS), *folder.glob(f"run/*/{ROLLOUTS}")]):  # a reasoning stage is a run of its own
                     yield Source(path.relative_to(self.folder).as_posix(), path, RESPONSES, stage["folder"])
+                yield from self._samples(folder, stage["folder"])
 
     def _of_folder(self) -> Iterator[Source]:
         if not self.folder.is_dir():
             return
-        for path in sorted(self.folder.iterdir()):
+        samples = list(self._samples(self.folder))
+        yield from samples
+        for path in sorted(set(self.folder.iterdir()) - {one.path for one in samples}):
             if path.suffix in (".parquet", ".jsonl", ".json") and path.is_file():
                 yield Source(path.name, path, "", "")
 
@@ -352,24 +362,29 @@ class Sources:
 
 
 def view(record: dict[str, Any], kind: str) -> dict[str, Any]:
-    """A row for reading: `messages` up to the answer, `answers` with a label each, and `facts`."""
-    turns = [{"role": str(m.get("role")), "content": clean(str(m.get("content") or ""))} for m in record.get("messages") or ()]
+    """A row for reading: `messages` up to the answer, `answers` with a label each, and `facts`; of a sample `at`, its place in its file."""
+    told = json.loads(record["meta"]) if kind == SAMPLES else {}
+    said = told.get("messages", record.get("messages")) or ()
+    turns = [{"role": str(m.get("role")), "content": clean(str(m.get("content") or ""))} for m in said]
     if kind == RESPONSES:
         answers = [("answer", record.get("text"))]
     elif kind == PAIRS:
         answers = [("chosen", record.get("chosen")), ("rejected", record.get("rejected"))]
+    elif kind == SAMPLES:
+        answers = told["parts"]
     elif kind in (RATED, DEMONSTRATIONS) and turns and turns[-1]["role"] == "assistant":
         answers = [("answer", turns.pop()["content"])]
     else:
         answers = [("text", record["text"])] if "text" in record else []
-    facts = {name: record[name] for name in FACTS if record.get(name) is not None}
+    facts = told.get("facts") or {name: record[name] for name in FACTS if record.get(name) is not None}
     if isinstance(record.get("rating"), str):
         with suppress(ValueError):
             facts["rating"] = json.loads(record["rating"])
     if record.get("labels"):
         facts["labels"] = dict(zip(ATTRIBUTES, record["labels"], strict=False))
     plain = [{"label": label, "text": clean(str(text or ""))} for label, text in answers]
-    return {"id": str(record.get("id") or ""), "kind": kind, "messages": turns, "answers": plain, "facts": facts}
+    row = {"id": str(record.get("id") or ""), "kind": kind, "messages": turns, "answers": plain, "facts": facts}
+    return row | {"at": told["at"]} if told else row
 
 
 def digest_of(row: dict[str, Any]) -> str:
@@ -455,9 +470,9 @@ def expand(path: Path, kind: str, target: Path) -> None:
     make_folder(target.parent)
     source, made = path, None
     kind = kind or kind_of(path)
-    if not kind or source.name == ROLLOUTS:
+    if not kind or source.name == ROLLOUTS or kind == SAMPLES:
         path = made = target.with_suffix(".parquet")
-        kind, rows = (kind, read_rollouts(source)) if kind else _read_users(source)
+        kind, rows = (kind, read_samples(source) if kind == SAMPLES else read_rollouts(source)) if kind else _read_users(source)
         write_rows(path, rows)
     try:
         with ParquetReader(path, max_held_bytes(path.stat().st_size)) as file, replacing(target) as temporary:

@@ -74,7 +74,7 @@ function Row({ source, place }) {
       (one) => html`<li><span class="chip">${one.person}</span> ${Object.entries(one.content).filter(([, v]) => v !== "" && v !== false).map(([n, v]) => html`<span class="fact">${n} <${Short} text=${value(v)} /></span> `)} <span class="soft"><${When} at=${one.at} /></span></li>`,
     )}</ul>`}
     <h3>What it grew from</h3>
-    <${Tree} id=${row.id} />
+    ${row.at ? html`<p class="soft"><${Short} text=${row.at} /> of <code><${Short} text=${row.source} /></code></p>` : html`<${Tree} id=${row.id} />`}
   </article>`;
 }
 
