@@ -333,3 +333,26 @@ def test_the_owners_link_opens_the_page_and_makes_a_project(served: Served, brow
     page.wait("document.querySelectorAll('.project').length === 1")
     (project,) = served.store.projects()
     assert (project["kind"], project["items"], project["name"]) == ("rate", 12, "Ratings")
+
+
+def test_a_list_is_asked_for_once_and_not_as_somebody_else(served: Served, browser: Browser) -> None:
+    def asked(page: Page) -> list[str]:
+        found = [r["request"]["url"].partition("/studio/api/")[2] for r in page.said("Network.requestWillBeSent")]
+        return [path.partition("?")[0] for path in found if path.startswith(("me", "rows", "sources"))]
+
+    page = browser.page(f"{served.origin}/#/rows", served.client("owner").headers["Cookie"])
+    page.wait("document.querySelectorAll('.list tbody tr').length > 9 && document.querySelector('select').value")
+    assert sorted(asked(page)) == ["me", "rows", "sources"]
+    page.js("document.querySelector('.list a').click()")
+    page.wait("document.querySelector('article.row')")
+    assert sorted(asked(page)) == ["me", "rows", "sources"]
+
+    token = served.client("owner").api("POST", "/invitations", {"role": "reader"})[1]["token"]
+    assert served.client().api("POST", "/session", {"token": token, "name": "Ann", "password": "a long password"})[0] == 200
+    page = browser.page(f"{served.origin}/#/rows")  # nobody: the first requests are refused
+    page.wait("document.querySelector('form')")
+    for kind, text in (("text", "Ann"), ("password", "a long password")):
+        page.js(f"document.querySelector('input[type={kind}]').focus()")
+        page.call("Input.insertText", text=text)
+    page.js("document.querySelector('form button').click()")
+    page.wait("document.querySelectorAll('.list tbody tr').length > 9")

@@ -14,7 +14,7 @@ from typing import Any
 
 from gristmill.core.errors import InputError
 
-NICE = 10  # above this process's own
+NICE = 5  # above this process's own
 POLL_SECONDS = 0.1  # in which an end is heard
 Told = Callable[[int, int], None]  # how much is done, of how much
 
