@@ -1,6 +1,7 @@
 """The page in a real browser: keys, queues, drafts, a lost network, two tabs, hostile texts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -8,7 +9,7 @@ from urllib.parse import urlencode
 import pytest
 
 from gristmill.data.chat import Message
-from gristmill.data.rows import ATTRIBUTES, Response, write_rows
+from gristmill.data.rows import ATTRIBUTES, Response, read_rows, write_rows
 from gristmill.studio.sources import Sources
 from gristmill.studio.store import Store
 from tests.studio.browser import CHROMIUM, Browser, Page
@@ -356,3 +357,15 @@ def test_a_list_is_asked_for_once_and_not_as_somebody_else(served: Served, brows
         page.call("Input.insertText", text=text)
     page.js("document.querySelector('form button').click()")
     page.wait("document.querySelectorAll('.list tbody tr').length > 9")
+
+
+def test_answers_are_compared_word_by_word(served: Served, browser: Browser, run_folder: Path) -> None:
+    responses(run_folder, ["It is  four,\nI think.", "It is surely four, \u202eI hope."])
+    write_rows(run_folder / ANSWERS, [replace(r, prompt="p") for r in read_rows(run_folder / ANSWERS, Response)])
+    page = browser.page(f"{served.origin}/#/rows?place=0", served.client("owner").headers["Cookie"])
+    page.wait("document.querySelectorAll('.side').length > 1")
+    page.js("document.querySelector('article input[type=checkbox]').click()")
+    page.wait("document.querySelector('mark')")
+    marks = "[...document.querySelectorAll('.side')].map((side) => [...side.querySelectorAll('mark')].map((m) => m.innerText))"
+    assert page.js(marks) == [[], ["surely", "U+202EI hope."]]
+    assert page.js("document.querySelectorAll('.side .lines')[1].innerText") == "It is surely four, U+202EI hope."

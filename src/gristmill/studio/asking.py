@@ -80,6 +80,8 @@ def choose_items(
         if not order:
             raise InputError(f"No answer in {name} has both a reward model's score and a verifier's verdict: choose another strategy.")
     else:
+        if told is not None:
+            told(0, len(items))  # until it is known how many rated ones there are too
         rated = _rated(sources) if strategy == DISAGREEMENT else []
         talks, places = _talks(kind, rows)
         states_ND = scaled(states_of(reward_folder(sources.folder), [*talks, *(r.messages for r in rated)], told=told, stop=stop))

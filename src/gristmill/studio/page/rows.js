@@ -44,6 +44,7 @@ function Tree({ id, open }) {
 function Row({ source, place }) {
   const [found, setFound] = useState(null);
   const [error, setError] = useState("");
+  const [compares, setCompares] = useState(false);
   useEffect(() => {
     let gone = false;
     setError("");
@@ -61,11 +62,12 @@ function Row({ source, place }) {
   return html`<article class="row">
     <h2>${row.kind.replace(/s$/, "")} <code><${Short} text=${row.id} /></code></h2>
     ${row.answers.length !== 1 && html`<${Facts} facts=${row.facts} />`}
-    <div class="card talk"><${Conversation} messages=${row.messages} more=${more(row)} /></div>
+    ${row.messages.length > 0 && html`<div class="card talk"><${Conversation} messages=${row.messages} more=${more(row)} /></div>`}
+    ${row.kind !== "samples" && answers.length > 1 && html`<label class="check"><input type="checkbox" checked=${compares} onChange=${(e) => setCompares(e.target.checked)} /> Mark the words that the first answer does not have</label>`}
     <div class="sides many">${answers.map(
       ({ one, answer, part }, i) => html`<div class="card side ${i === 0 && siblings.length ? "own" : ""}">
         <h3>${i && one !== row ? "another answer" : answer.label}</h3>
-        <${Text} text=${answer.text} length=${answer.length} more=${(from) => more(one)(part, from)} />
+        <${Text} text=${answer.text} length=${answer.length} more=${(from) => more(one)(part, from)} beside=${compares && i ? answers[0].answer.text : undefined} />
         ${row.answers.length === 1 && html`<${Facts} facts=${one.facts} />`}
       </div>`,
     )}</div>
