@@ -14,7 +14,9 @@ from gristmill.report.markup import Markup, el
 STUDIO_PORT = 8600  # where `gristmill studio` listens unless told otherwise
 PATTERNS = ("samples.json", "samples.jsonl", "*.samples.jsonl", "samples/*.jsonl")  # in the folder of a run, a stage or an evaluation
 MAX_FACT_CHARS = 60  # of a value that is shown beside the texts
-TEXTS = frozenset(
+TEXTS = frozenset(  # fields that are shown as texts, however short
+    {"text", "answer", "out", "context", "reply", "question", "instruction", "first", "second", "output_1", "output_2", "baseline"}
+)
     {"text", "answer", "out", "context", "reply", "question", "instruction", "first", "second", "output_1", "output_2", "baseline"}
 )
 
