@@ -17,8 +17,6 @@ MAX_FACT_CHARS = 60  # of a value that is shown beside the texts
 TEXTS = frozenset(  # fields that are shown as texts, however short
     {"text", "answer", "out", "context", "reply", "question", "instruction", "first", "second", "output_1", "output_2", "baseline"}
 )
-    {"text", "answer", "out", "context", "reply", "question", "instruction", "first", "second", "output_1", "output_2", "baseline"}
-)
 
 
 def studio_link(source: str, place: int) -> Markup:

@@ -21,7 +21,7 @@ from gristmill.studio.security import EXPERTS
 from gristmill.studio.service import PERSON, Handler, Routes, body_of, json_reply, number_of, progress_reply, text_of, whole_of
 from gristmill.studio.sources import cut
 from gristmill.studio.store import EXPERT, LEASE_SECONDS, Person, Refused
-from gristmill.studio.tasks import CHECK, KINDS, PAIR, RATE, from_sides, swapped
+from gristmill.studio.tasks import CHECK, KINDS, PAIR, RATE, check_need, from_sides, swapped
 
 MAX_ANSWERS = 200  # in one request
 MAX_PROJECT_PROMPTS = 100_000
@@ -63,7 +63,7 @@ class WorkRoutes(Routes):
 
     async def create_project(self, request: web.Request) -> web.StreamResponse:
         body = await body_of(request)
-        kind, need = body.get("kind"), body.get("need", 1)
+        kind, need = body.get("kind"), check_need(body.get("need", 1))
         if kind not in KINDS:
             raise InputError(f"A project is one of {', '.join(KINDS)}.")
         num, seed = whole_of(body, "num", 100, low=1, high=MAX_PROJECT_PROMPTS), whole_of(body, "seed", 0, low=0, high=1 << 31)
