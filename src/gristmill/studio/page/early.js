@@ -9,7 +9,7 @@ export function route() {
 }
 
 // A page of a list. Without a source it is the server's choice.
-export const rowsAddress = ({ source, filter, sort }, after) => "/rows?" + query({ source, filter, sort, after });
+export const rowsAddress = (params, after) => "/rows?" + query({ source: params.source, filter: params.filter, sort: params.sort, after });
 
 const asked = new Map(); // replies by their address, each of them taken once
 
