@@ -5,6 +5,7 @@ It runs at a low priority, so that pages are painted first on a machine with few
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import get_context
@@ -16,6 +17,7 @@ from gristmill.core.errors import InputError
 
 NICE = 5  # above this process's own
 POLL_SECONDS = 0.1  # in which an end is heard
+END_SECONDS = 5.0  # in which the process may remove what it has half written
 Told = Callable[[int, int], None]  # how much is done, of how much
 
 
@@ -61,12 +63,15 @@ def apart(work: Callable[..., Any], *args: Any, told: Told | None = None, stop: 
         raise Died from e
     finally:
         process.terminate()
+        process.join(END_SECONDS)
+        process.kill()
         process.join()
         here.close()
 
 
 def _run(there: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the server ends this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of what stands in `finally`
     try:
         there.send(("done", work(lambda *far: there.send(("told", far)), *args)))
     except Exception as e:

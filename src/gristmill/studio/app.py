@@ -75,6 +75,7 @@ class Studio:
 
         async def end_streams(_: web.Application) -> None:
             await self.service.events.close()
+            self.service.sources.close()
 
         async def stop(_: web.Application) -> None:
             for routes in self.routes:

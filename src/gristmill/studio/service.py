@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.studio.apart import Told
 from gristmill.studio.security import HEADERS
@@ -158,7 +159,7 @@ async def progress_reply(
     The work gets an event that ends it: its page has gone, or the server stops.
     """
     stop, far, reply = threading.Event(), list[tuple[int, int]](), lines_reply()
-    began = time.monotonic()
+    first: tuple[float, int] | None = None  # when the first of it was done, and how much that was
     task = asyncio.ensure_future(service.in_thread(work, lambda *now: far.append(now), stop))
 
     async def write(line: dict[str, Any]) -> None:
@@ -173,13 +174,16 @@ async def progress_reply(
                 stop.set()
             elif far:
                 done, of = far[-1]
-                began = began if done else time.monotonic()
-                await write({"done": done, "of": of, "seconds": round(time.monotonic() - began, 1)})
+                first = first or ((time.monotonic(), done) if done else None)
+                each = (time.monotonic() - first[0]) / (done - first[1]) if first and done > first[1] else 0.0
+                await write({"done": done, "of": of, "left": round(each * (of - done), 1)})
         result = await task
-    except InputError as e:
+    except Exception as e:
         if not reply.prepared:
             raise
-        result = {"error": str(e)}
+        if not isinstance(e, InputError):
+            echo(f"gristmill studio: {type(e).__name__} in {request.method} {request.path}: {e}", err=True)
+        result = {"error": str(e) if isinstance(e, InputError) else f"The server failed ({type(e).__name__}): nothing of it is kept."}
     finally:
         stop.set()
     if not reply.prepared:

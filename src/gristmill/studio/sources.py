@@ -112,7 +112,7 @@ class Sources:
         self.folder, self.cache = folder, cache
         self.is_run = (folder / RECIPE).is_file()
         self._guard, self._expanding = threading.RLock(), dict[str, threading.Lock]()
-        self._ahead = ThreadPoolExecutor(1, "studio-expand")
+        self._ahead, self._ends = ThreadPoolExecutor(1, "studio-expand"), threading.Event()
         self._tables: dict[str, Expanded] = {}
         self._heads: dict[tuple[str, int], dict[str, Any]] = {}
         self._orders: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
@@ -202,11 +202,16 @@ class Sources:
                         expand(source.path, source.kind, path)
                     else:  # it takes several times the file, for a while: the memory of another process
                         try:
-                            apart(_expand_apart, source.path, source.kind, path)
+                            apart(_expand_apart, source.path, source.kind, path, stop=self._ends)
                         except Died as e:
                             raise InputError(f"{source.name} could not be expanded: is there memory and disk for it?") from e
                 self._tables[key] = Expanded.open(path)
             return self._tables[key]
+
+    def close(self) -> None:
+        """End expansions that are under way: they begin anew when they are needed."""
+        self._ends.set()
+        self._ahead.shutdown(wait=False, cancel_futures=True)
 
     def look_ahead(self) -> None:
         """Read, in a thread of its own, what the first look at the rows will be."""
