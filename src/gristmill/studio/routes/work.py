@@ -75,7 +75,7 @@ class WorkRoutes(Routes):
 
         def make(told: Told, stop: Event) -> dict[str, Any]:
             items = asking.choose_items(self.sources, source, str(kind), num=num, seed=seed, strategy=strategy, told=told, stop=stop)
-            more = {"source": source, "need": need, "guideline": guideline, "by": request[PERSON], "settings": settings}
+            more: dict[str, Any] = {"source": source, "need": need, "guideline": guideline, "by": request[PERSON], "settings": settings}
             made.append(self.store.create_project(str(kind), name, items, **more))
             return {"id": made[0], "items": len(items)}
 
