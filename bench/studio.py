@@ -1,20 +1,25 @@
 """Studio with many rows and people: a real `gristmill studio`, asked over HTTP: time of pages, memory, and whether an answer is lost.
 
 PYTHONPATH=src:. python bench/studio.py [--rows 100000] [--people 10] [--kills 3] [--browser] [--database postgresql://..]
+PYTHONPATH=src:. python bench/studio.py --paints 5
 
 Milliseconds of `rows` are the least of five requests, none of them answered from what the server remembers. `peak_mib` is the server's
 VmHWM. `people` all rate at once without a pause, each answer sent twice as if the first reply had been lost, until nothing is left of 100
 items that need three each; its milliseconds are from sending an answer to its acknowledgement. Meanwhile the server is killed (SIGKILL)
 --kills times and started again; what got no reply is sent anew, as the page does. `page`, of --browser, which needs Debian's chromium, is
 the list of rows from the beginning of its navigation to its first paint, before the file is expanded and after; and one person at keys:
-from the fifth to the next item painted, and to "saved", after 20 items.
+from the fifth to the next item painted, and to "saved", after 20 items. With --paints nothing else is measured: so many times the first
+list of a server that has just begun, in a browser that has just begun, with the browser's CPU seconds.
 """
 
 import argparse
+import contextlib
 import http.client
 import itertools
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,12 +30,15 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 from uuid import uuid4
 
 from gristmill.data.chat import Message
 from gristmill.data.rows import Response, write_rows
+
+if TYPE_CHECKING:
+    from tests.studio.browser import Browser
 
 WORDS = [f"word{n}" for n in range(5000)]
 NAME = "rows.parquet"
@@ -161,11 +169,15 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=10)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--browser", action="store_true")
+    parser.add_argument("--paints", type=int, default=0)
     parser.add_argument("--database", default="", help="an empty one; default: SQLite")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / NAME
         write(path, args.rows)
+        if args.paints:
+            json.dump([first_painted(Path(folder)) for _ in range(args.paints)], sys.stdout)
+            return print()
         server = Server(Path(folder), args.database)
         try:
             page = {"first_list_painted_ms": list_painted(server)} if args.browser else {}
@@ -258,17 +270,53 @@ def at_work(server: Server, num: int, kills: int) -> dict[str, Any]:
     }
 
 
+def first_painted(folder: Path) -> dict[str, float]:
+    """Milliseconds to the first list of a new server, and the browser's CPU seconds until then."""
+    from tests.studio.browser import Browser
+
+    shutil.rmtree(folder / "studio", ignore_errors=True)
+    server, browser = Server(folder, ""), Browser()
+    try:
+        time.sleep(1)  # both have begun
+        before = cpu_seconds(browser.process.pid)
+        painted = painted_in(browser, server)
+        return {"ms": painted, "browser_cpu": round(cpu_seconds(browser.process.pid) - before, 2)}
+    finally:
+        browser.close()
+        server.process.terminate()
+        server.process.wait()
+
+
+def cpu_seconds(root: int) -> float:
+    """Of a process and all that it has begun."""
+    seconds, parents = dict[int, float](), dict[int, int]()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            number = int(path.parent.name)
+            parents[number], seconds[number] = int(fields[1]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    mine, news = {root}, {root}
+    while news:
+        news = {child for child, parent in parents.items() if parent in news} - mine
+        mine |= news
+    return sum(seconds.get(number, 0.0) for number in mine)
+
+
 def list_painted(server: Server) -> float:
     """Milliseconds until the first rows are painted, in a browser of its own."""
     from tests.studio.browser import Browser
 
     browser = Browser()
     try:
-        page = browser.page(f"{server.origin}/#/rows", server.owner.headers["Cookie"])
-        page.wait("location.protocol === 'http:' && document.body")
-        return round(page.js(PAINTED), 1)
+        return painted_in(browser, server)
     finally:
         browser.close()
+
+
+def painted_in(browser: "Browser", server: Server) -> float:
+    page = browser.page(f"{server.origin}/#/rows", server.owner.headers["Cookie"])
+    page.wait("location.protocol === 'http:' && document.body")
+    return round(page.js(PAINTED), 1)
 
 
 def at_keys(server: Server) -> dict[str, Any]:

@@ -1,20 +1,18 @@
 """The page: safe, self-contained, complete, and plain about what did not work."""
 
-import html
 import math
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 import pytest
 
 from gristmill.core.errors import InputError
 from gristmill.report.alignment import HEADING, write_report
 from gristmill.runs import artifacts
-from gristmill.studio.sources import Sources
+from tests.report.links import opened
 
 MakeRun = Callable[..., Path]
 ReadPage = Callable[[str], Any]
@@ -92,14 +90,10 @@ def test_every_link_has_its_place(page: str, read_page: ReadPage) -> None:
 
 
 def test_samples_open_in_the_studio(page: str, run_folder: Path, tmp_path: Path) -> None:
-    sources = Sources(run_folder, tmp_path / "cache")
-    cards = page[page.index('<section id="samples">') :].split('class="sample"')[1:]
-    assert len(cards) > 4
-    for card in cards:
-        (link,) = STUDIO.findall(card)
-        asked = dict(parse_qsl(html.unescape(link).partition("?")[2].rstrip('"')))
-        row = sources.row(asked["source"], int(asked["place"]))
-        assert html.escape(row["answers"][0]["text"]) in card and html.escape(row["messages"][-1]["content"]) in card
+    section = page[page.index('<section id="samples">') :]
+    assert len(opened(run_folder, section.partition("<h3>Prompts that")[0], tmp_path / "cache")) > 4
+    refused = [row for row in section.split("<tr>") if "refused.parquet" in row]
+    assert refused and all(opened(run_folder, 'class="sample"' + row, tmp_path / "cache") for row in refused)
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -11,6 +11,7 @@ from gristmill.report.benchmarks import benchmark_text, write_benchmark_page
 from gristmill.workflows.benchmark_requests import BenchmarkArgs
 from gristmill.workflows.benchmarks import run_benchmarks
 from tests.evaluate.benchmarks import Scripted, write_data
+from tests.report.links import opened
 
 EVIL = "<script>alert(1)</script>\x1b[31m The answer is 0."
 
@@ -53,3 +54,9 @@ def test_the_page_shows_worst_items_and_runs_nothing(evaluated: tuple[Path, dict
         assert part in page
     assert "<script>" not in page and "\x1b" not in page and "&lt;b&gt;model" in page
     assert "document 1" in page and "* " in page  # the right choice of a wrong item
+
+
+def test_every_item_opens_in_the_studio(evaluated: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    rows = opened(evaluated[0], write_benchmark_page(*evaluated).read_text(), tmp_path)
+    assert {row["source"] for row in rows} == {f"samples/{name}.jsonl" for name in evaluated[1]["tasks"]}
+    assert all(row["kind"] == "samples" and row["at"] == f"line {row['place'] + 1}" for row in rows)

@@ -17,6 +17,7 @@ from gristmill.curate.recipe import Curation
 from gristmill.curate.run import run
 from gristmill.report.curation import funnel_lines, write_page
 from gristmill.report.distributions import distribution, short
+from tests.report.links import LINK, opened
 
 HOSTILE = "<img src=x onerror=alert(1)> \u202e"
 GOOD = "The people of the town have a boat that they sail with, and to be on the river is what they like. "
@@ -91,11 +92,18 @@ def test_a_document_is_explained_by_the_command_on_the_page(curated: tuple[Path,
         assert done.exit_code == 0 and "step " in done.output, command
 
 
+def test_every_sample_opens_in_the_studio(curated: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    rows = opened(curated[0], page(curated[0]), tmp_path)
+    assert len(rows) > 20 and {row["at"].split(",")[0] for row in rows} == {f"steps {n}" for n in range(1, len(STEPS) + 1)}
+
+
 def test_what_documents_say_is_text(curated: tuple[Path, dict[str, Any]]) -> None:
     text = page(curated[0])
     assert "<script" not in text and "<img" not in text and "\u202e" not in text and "&lt;script&gt;it&#x27;s" in text
     assert "<EMAIL>" not in text and "&lt;EMAIL&gt;" in text, "redacted where it is shown"
-    assert "http:" not in text.replace("http://,", "").replace("http-equiv", "") and "src=" not in re.sub(r"&lt;.*?&gt;", "", text)
+    assert "http:" not in LINK.sub("", text).replace("http://,", "").replace("http-equiv", "") and "src=" not in re.sub(
+        r"&lt;.*?&gt;", "", text
+    )
 
 
 def test_a_run_without_its_samples_is_told(curated: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

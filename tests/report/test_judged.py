@@ -6,6 +6,7 @@ from typing import Any
 
 from gristmill.evaluate import mt_bench
 from gristmill.report.judged import judged_text, write_judged_page
+from tests.report.links import opened
 
 EVIL = "<script>alert(1)</script>\x1b[31m"
 SETTINGS = {"limit": 1, "seed": 0, "greedy": True, "explain": False, "max_tokens": None, "judge_tokens": 64}
@@ -49,5 +50,6 @@ def test_the_page_counts_what_cannot_be_read_and_shows_it(tmp_path: Path) -> Non
         assert part in page, part
     assert page.index("It depends.") < page.index("Rating: [[2]]") < page.index("Rating: [[7]]"), "unreadable ones first, then the lowest"
     assert "<script>" not in page and "\x1b" not in page
+    assert [row["place"] for row in opened(tmp_path, page, tmp_path / "cache")] == [1, 2, 0], "each opens in the studio"
     (tmp_path / "samples.jsonl").write_text("")
     assert "lowest grades" not in write_judged_page(tmp_path, RESULTS, tmp_path / "samples.jsonl").read_text()

@@ -271,6 +271,8 @@ def test_the_page_makes_no_markup_of_texts() -> None:
             assert not [word for word in forbidden if word in data.decode()], name
     served = page_files()["index.html"].decode()
     assert not re.search(r"<script(?![^>]*\ssrc=)|\son\w+=|<style", served)
+    preloaded = re.findall(r'<link rel="modulepreload" href="/page/(.*?)">', served)
+    assert set(preloaded) == {name for name in page_files() if name.endswith(".js")}, "no module waits for another's imports to be read"
 
 
 def test_addresses() -> None:

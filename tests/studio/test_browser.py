@@ -1,13 +1,15 @@
 """The page in a real browser: keys, queues, drafts, a lost network, two tabs, hostile texts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
 from gristmill.data.chat import Message
-from gristmill.data.rows import ATTRIBUTES, Response, write_rows
+from gristmill.data.rows import ATTRIBUTES, Response, read_rows, write_rows
 from gristmill.studio.sources import Sources
 from gristmill.studio.store import Store
 from tests.studio.browser import CHROMIUM, Browser, Page
@@ -251,9 +253,12 @@ def test_hostile_texts_stay_texts_on_every_screen(local_store: Store, tmp_path: 
         for n, text in enumerate(HOSTILE)
     ]
     write_rows(folder / "<img src=x onerror=alert(1)>.parquet", rows)
+    (folder / "samples.jsonl").write_text(
+        "".join(json.dumps({"id": t, t[:9]: [t, t], "messages": [{"role": t, "content": t}], "said": t}) + "\n" for t in HOSTILE)
+    )
     made = Served(local_store, Sources(folder, tmp_path / "cache"))
     try:
-        name = next(s.name for s in made.studio.service.sources.all())
+        name = next(s.name for s in made.studio.service.sources.all() if s.name.endswith("parquet"))
         owner = local_store.owner()
         for kind in ("rate", "pair"):
             items = made.studio.service.sources.choose_items(name, kind, num=20, seed=0)
@@ -269,7 +274,12 @@ def test_hostile_texts_stay_texts_on_every_screen(local_store: Store, tmp_path: 
         projects = [p["id"] for p in local_store.projects()]
         disputed = next(i["id"] for i in local_store.items(projects[0]) if i["have"] == 2)
         screens = [f"work/{p}" for p in projects] + [f"agreement/{p}" for p in projects] + [f"settle/{disputed}", "people"]
-        screens += [f"rows?{query}" for query in ("", "place=0", "place=3", "place=12", "filter=%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E")]
+        at = urlencode({"source": name})
+        screens += [
+            f"rows?{query}"
+            for query in ("", f"{at}&place=0", f"{at}&place=3", f"{at}&place=12", "filter=%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E")
+        ]
+        screens += [f"rows?source=samples.jsonl&place={place}" for place in (0, 3, 12)]
         for screen in screens:
             page.js(f"location.hash = {json.dumps('#/' + screen)}")
             page.wait("!document.body.innerText.includes('Loading \\u2026') && !document.body.innerText.includes('Computing')")
@@ -324,3 +334,38 @@ def test_the_owners_link_opens_the_page_and_makes_a_project(served: Served, brow
     page.wait("document.querySelectorAll('.project').length === 1")
     (project,) = served.store.projects()
     assert (project["kind"], project["items"], project["name"]) == ("rate", 12, "Ratings")
+
+
+def test_a_list_is_asked_for_once_and_not_as_somebody_else(served: Served, browser: Browser) -> None:
+    def asked(page: Page) -> list[str]:
+        found = [r["request"]["url"].partition("/studio/api/")[2] for r in page.said("Network.requestWillBeSent")]
+        return [path.partition("?")[0] for path in found if path.startswith(("me", "rows", "sources"))]
+
+    page = browser.page(f"{served.origin}/#/rows", served.client("owner").headers["Cookie"])
+    page.wait("document.querySelectorAll('.list tbody tr').length > 9 && document.querySelector('select').value")
+    assert sorted(asked(page)) == ["me", "rows", "sources"]
+    page.js("document.querySelector('.list a').click()")
+    page.wait("document.querySelector('article.row')")
+    assert sorted(asked(page)) == ["me", "rows", "sources"]
+
+    token = served.client("owner").api("POST", "/invitations", {"role": "reader"})[1]["token"]
+    assert served.client().api("POST", "/session", {"token": token, "name": "Ann", "password": "a long password"})[0] == 200
+    page = browser.page(f"{served.origin}/#/rows")  # nobody: the first requests are refused
+    page.wait("document.querySelector('form')")
+    for kind, text in (("text", "Ann"), ("password", "a long password")):
+        page.js(f"document.querySelector('input[type={kind}]').focus()")
+        page.call("Input.insertText", text=text)
+    page.js("document.querySelector('form button').click()")
+    page.wait("document.querySelectorAll('.list tbody tr').length > 9")
+
+
+def test_answers_are_compared_word_by_word(served: Served, browser: Browser, run_folder: Path) -> None:
+    responses(run_folder, ["It is  four,\nI think.", "It is surely four, \u202eI hope."])
+    write_rows(run_folder / ANSWERS, [replace(r, prompt="p") for r in read_rows(run_folder / ANSWERS, Response)])
+    page = browser.page(f"{served.origin}/#/rows?place=0", served.client("owner").headers["Cookie"])
+    page.wait("document.querySelectorAll('.side').length > 1")
+    page.js("document.querySelector('article input[type=checkbox]').click()")
+    page.wait("document.querySelector('mark')")
+    marks = "[...document.querySelectorAll('.side')].map((side) => [...side.querySelectorAll('mark')].map((m) => m.innerText))"
+    assert page.js(marks) == [[], ["surely", "U+202EI hope."]]
+    assert page.js("document.querySelectorAll('.side .lines')[1].innerText") == "It is surely four, U+202EI hope."

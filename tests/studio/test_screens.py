@@ -1,6 +1,7 @@
 """Screens of a run in a real browser: accessibility by axe, whole tasks by keyboard alone, hostile texts, streaming that paints seldom."""
 
 import json
+import multiprocessing
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ import pytest
 from gristmill.data.chat import Message
 from gristmill.data.rows import Demonstration, read_rows
 from gristmill.runs import artifacts, checks
+from gristmill.studio import asking
 from gristmill.studio import made as rows_made
+from gristmill.studio.apart import Told, apart
 from gristmill.studio.serve import open_store
 from tests.studio.browser import CHROMIUM, Browser, Page
 from tests.studio.conftest import RATING, Served, answer
@@ -221,6 +224,47 @@ def ask(page: Page, words: str, num: int, wait: int = 1) -> None:
     page.call("Input.insertText", text="Hello?")
     page.wait("document.querySelector('form button[type=submit]:not(:disabled)')")
     page.press("Enter")
+
+
+CHOOSE = """(() => { document.querySelector('details').open = true; const choice = document.querySelectorAll('form select')[2];
+  choice.value = 'disagreement'; choice.dispatchEvent(new Event('change', { bubbles: true }));
+  setTimeout(() => document.querySelector('form .primary').click()); })()"""
+
+
+def endless(tell: Told, num: int) -> None:
+    for done in range(1, 10**6):
+        tell(min(done, num - 1), num)
+        time.sleep(0.6)
+
+
+def test_choosing_by_disagreement_says_how_far_it_is_and_ends_with_its_page(
+    desk: Served, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = browser.page(f"{desk.origin}/#/", desk.client("owner").headers["Cookie"])
+
+    def chosen() -> list[str]:
+        return [p["id"] for p in desk.store.projects() if p["settings"].get("strategy") == "disagreement"]
+
+    def choose() -> None:
+        opened.wait("document.querySelectorAll('form select').length === 3 && document.querySelectorAll('form option').length > 8")
+        opened.js(CHOOSE)
+
+    stop = "[...document.querySelectorAll('form button')].find((b) => b.innerText === 'Stop').click()"
+    with monkeypatch.context() as patch:
+        patch.setattr(asking, "states_of", lambda model, talks, **how: apart(endless, len(talks), **how))
+        for leave in ("location.hash = '#/people'", stop):
+            choose()
+            opened.wait("document.querySelector('form progress') && / of \\d+ answers read, \\d+ s left/.test(document.body.innerText)")
+            opened.js(leave)
+            end = time.monotonic() + 30
+            while multiprocessing.active_children() and time.monotonic() < end:
+                time.sleep(0.05)
+            assert not multiprocessing.active_children() and not chosen()
+            show(opened, "")
+        assert "nothing of it is kept" in opened.text()
+    choose()
+    opened.wait("document.body.innerText.includes('It is made')")
+    assert len(chosen()) == 1
 
 
 def test_a_chat_streams_stops_and_becomes_a_row(desk: Served, page: Page) -> None:

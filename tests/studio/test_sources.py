@@ -24,6 +24,7 @@ def test_a_runs_files_are_its_sources(sources: Sources) -> None:
         (ANSWERS, "responses"),
         ("01-answers/pairs.parquet", "pairs"),
     ]
+    assert sources.page("")["source"] == ANSWERS, "the last answers are what one begins with"
     with pytest.raises(Refused, match="no such file"):
         sources.page("../../etc/passwd")
 

@@ -8,6 +8,7 @@ from gristmill.core.echo import visible
 from gristmill.core.io import write_text
 from gristmill.data.rows import read_records
 from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.sample_files import studio_link
 
 NUM_SHOWN = 8  # items of a task on the page
 MAX_CHARACTERS = 1500  # of a text on the page
@@ -161,20 +162,21 @@ def _items(name: str, entry: Mapping[str, Any], samples: Sequence[Mapping[str, A
         body.append(el("p", f"Tokens of an answer: {told}; {entry.get('cut_answers')} were cut at the longest.", class_="soft"))
     if entry.get("ties"):
         body.append(el("p", f"Items whose two best choices are within 1e-5: {', '.join(map(str, entry['ties'][:20]))}.", class_="soft"))
-    body += [_sample(row) for row in _worst(samples)]
+    body += [_sample(row, studio_link(f"samples/{name}.jsonl", place)) for place, row in _worst(samples)]
     return el("details", el("summary", f"{name}: worst items"), body, class_="task")
 
 
-def _worst(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Wrong items, first those where the model was surest of another choice; or the least likely texts."""
+def _worst(samples: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
+    """Wrong items with their places, first those where the model was surest of another choice; or the least likely texts."""
 
-    def badness(row: Mapping[str, Any]) -> tuple[float, float]:
+    def badness(found: tuple[int, Mapping[str, Any]]) -> tuple[float, float]:
+        row = found[1]
         right = next(iter(row.get("scores", {}).values()), 0.0)
         logprobs, gold = row.get("logprobs"), row.get("gold")
         gap = max(logprobs) - logprobs[gold] if logprobs and isinstance(gold, int) and 0 <= gold < len(logprobs) else 0.0
         return -right, gap
 
-    wrong = [row for row in samples if next(iter(row.get("scores", {}).values()), 0.0) < 1]
+    wrong = [(place, row) for place, row in enumerate(samples) if next(iter(row.get("scores", {}).values()), 0.0) < 1]
     return sorted(wrong, key=badness, reverse=True)[:NUM_SHOWN]
 
 
@@ -185,7 +187,7 @@ def _cut(text: object, *, end: bool = False) -> str:
     return f"[..] {whole[-MAX_CHARACTERS:]}" if end else f"{whole[:MAX_CHARACTERS]} [..]"
 
 
-def _sample(row: Mapping[str, Any]) -> Markup:
+def _sample(row: Mapping[str, Any], link: Markup) -> Markup:
     context = row.get("context") or (row.get("contexts") or [""])[0]
     turns = [("asked", _cut(context, end=True))]
     if "continuations" in row:
@@ -198,4 +200,4 @@ def _sample(row: Mapping[str, Any]) -> Markup:
         turns += [(name, one.get("reason", "")) for name, one in row.get("programs", {}).items()]
     facts = [f"document {row.get('doc_id')}", *(f"{k} {v:.3g}" for k, v in row.get("scores", {}).items())]
     shown = [el("div", el("span", who, class_="who"), el("div", said, class_="said"), class_="turn") for who, said in turns]
-    return el("div", el("p", [el("span", fact, class_="chip") for fact in facts], class_="lineage"), shown, class_="sample")
+    return el("div", el("p", [el("span", fact, class_="chip") for fact in facts], link, class_="lineage"), shown, class_="sample")

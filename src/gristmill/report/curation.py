@@ -1,7 +1,7 @@
 """Curation report: every step's documents, time and memory, the distribution of every metric with its limits, and sample documents."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ from gristmill.core.io import DamagedFile, read_json, write_text
 from gristmill.report.distributions import distribution, short
 from gristmill.report.figures import funnel
 from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.sample_files import studio_link, walk
 
 MAX_SKIPPED = 200  # skips that the page names
 MAX_REASONS = 12  # of a step, shown at once
 Facts = Mapping[str, Any]
+Tell = Callable[[Facts], Markup]  # of a sample: the command that explains it, and where it opens
 
 
 def _size(num: int) -> str:
@@ -48,6 +50,12 @@ def write_page(folder: Path, results: Facts) -> Path:
     except (DamagedFile, KeyError) as e:
         raise InputError(f"{folder / 'samples.json'} cannot be read ({e}): run the same curation with another --out.") from e
     explain = f"gristmill curate {shlex.quote(str(folder / 'recipe.yaml'))} --out {shlex.quote(str(folder))} --explain"
+    places = {id(sample): place for place, (_, sample) in enumerate(walk({"steps": samples}))}
+
+    def tell(sample: Facts) -> Markup:
+        command = el("code", f"{explain} {shlex.quote(sample['id'] or '')}")
+        return el("p", command, studio_link("samples.json", places[id(sample)]), class_="lineage")
+
     first, steps = results["read"], results["steps"]
     titles = [f"{number}. {step['step']}" for number, step in enumerate(steps, 1)]
     links = [el("a", title, href=f"#step-{number}") for number, title in enumerate(titles, 1)]
@@ -72,7 +80,7 @@ def write_page(folder: Path, results: Facts) -> Path:
         body += [el("h2", "Skipped while reading"), el("p", f"{len(shown)} of {first['num_skipped']:,}.", class_="soft")]
         body.append(table(("where", "why"), shown, numeric_from=2))
     for number, (title, step, of_step) in enumerate(zip(titles, steps, samples, strict=True), 1):
-        body.append(el("section", _step(title, step, of_step, explain), id=f"step-{number}"))
+        body.append(el("section", _step(title, step, of_step, tell), id=f"step-{number}"))
     head = el("header", el("p", "Curation", class_="eyebrow"), el("h1", results["name"]), el("p", kept, class_="soft"), class_="top")
     page = document(f"{results['name']}: curation", head, el("nav", el("div", links)) if links else None, el("main", body))
     path = folder / "report.html"
@@ -106,7 +114,7 @@ def _table(results: Facts) -> Markup:
 # ---- one step ----
 
 
-def _step(title: str, step: Facts, samples: Facts, explain: str) -> list[Markup]:
+def _step(title: str, step: Facts, samples: Facts, tell: Tell) -> list[Markup]:
     """What a step does and did, its metrics, and the reasons that are no metric."""
     flow = f"{step['documents_in']:,} documents came in, {step['documents_out']:,} went on."
     words = [el("code", text) if place % 2 else text for place, text in enumerate(step["description"].split("`"))]
@@ -116,13 +124,13 @@ def _step(title: str, step: Facts, samples: Facts, explain: str) -> list[Markup]
     metrics = step["metrics"]
     if metrics:
         cards = [
-            _metric(name, metric, step["reasons"].get(name, 0), _of_rule(samples, name), explain)
+            _metric(name, metric, step["reasons"].get(name, 0), _of_rule(samples, name), tell)
             for name, metric in metrics.items()
             if metric["documents"]
         ]
         out.append(el("div", cards, class_="grid"))
     others = [
-        _samples(f"{reason}: {count:,} dropped, for example", samples["dropped"].get(reason, []), explain)
+        _samples(f"{reason}: {count:,} dropped, for example", samples["dropped"].get(reason, []), tell)
         for reason, count in step["reasons"].items()
         if reason not in metrics
     ]
@@ -131,7 +139,7 @@ def _step(title: str, step: Facts, samples: Facts, explain: str) -> list[Markup]
         out.append(el("details", el("summary", f"{len(rest)} other reasons"), rest))
     if not any(name in samples["kept"] for name in metrics):
         what = "changed, for example" if step["changed"] else "kept, for example"
-        out.append(_samples(what, samples["kept"].get("", []), explain))
+        out.append(_samples(what, samples["kept"].get("", []), tell))
     return out
 
 
@@ -139,7 +147,7 @@ def _of_rule(samples: Facts, name: str) -> dict[str, list[Facts]]:
     return {kind: samples[kind].get(name, []) for kind in ("dropped", "kept")}
 
 
-def _metric(name: str, metric: Facts, dropped: int, samples: Mapping[str, list[Facts]], explain: str) -> Markup:
+def _metric(name: str, metric: Facts, dropped: int, samples: Mapping[str, list[Facts]], tell: Tell) -> Markup:
     limits = {"at least": metric["min"], "at most": metric["max"]}
     rule = " and ".join(f"{word} {short(limit)}" for word, limit in limits.items() if limit is not None)
     about = f"{metric['description']}; {rule} is kept" if rule else metric["description"]
@@ -154,14 +162,14 @@ def _metric(name: str, metric: Facts, dropped: int, samples: Mapping[str, list[F
         el("p", f"{about[:1].upper()}{about[1:]}.", class_="sub"),
         distribution(metric["bins"], metric["min"], metric["max"]),
         el("p", f"{counts}.", class_="sub"),
-        _samples("dropped", samples["dropped"], explain),
-        _samples("kept, nearest to the limit", samples["kept"], explain),
+        _samples("dropped", samples["dropped"], tell),
+        _samples("kept, nearest to the limit", samples["kept"], tell),
         class_="figure",
     )
 
 
-def _samples(what: str, samples: Sequence[Facts], explain: str) -> Markup:
-    """Documents, folded away; each with the command that explains it. Without any only what they would be, if that is a count."""
+def _samples(what: str, samples: Sequence[Facts], tell: Tell) -> Markup:
+    """Documents, folded away; each with what more can be told of it. Without any only what they would be, if that is a count."""
     if not samples:
         return el("p", what.removesuffix(", for example"), class_="soft") if ":" in what else Markup("")
     inside = []
@@ -172,13 +180,12 @@ def _samples(what: str, samples: Sequence[Facts], explain: str) -> Markup:
         if sample.get("limit") is not None:
             facts.append(f"limit {short(sample['limit'])}")
         line = ", ".join(text for text in facts if text)
-        command = f"{explain} {shlex.quote(sample['id'] or '')}"
         inside.append(
             el(
                 "div",
                 el("p", el("b", sample["id"] or ""), f"  {line}" if line else "", class_="lineage"),
                 el("div", sample["text"] or "", class_="said"),
-                el("p", el("code", command), class_="lineage"),
+                tell(sample),
                 class_="sample",
             )
         )

@@ -7,6 +7,7 @@ from typing import Any
 from gristmill.core.io import write_text
 from gristmill.data.rows import read_records
 from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.sample_files import studio_link
 
 NUM_SHOWN = 8  # samples of a kind on the page
 MAX_CHARACTERS = 2000  # of a text on the page
@@ -113,11 +114,11 @@ def write_judged_page(folder: Path, results: Mapping[str, Any], samples: Path) -
     parts: list[Markup] = [el("h2", "Scores"), table(["", "score, 95 % interval", "n", ""], rows)]
     told = [f"{_unreadable(results)}; what cannot be read {UNREAD[results['benchmark']]}", *results["notes"]]
     parts += [el("h2", "What to know"), el("ul", [el("li", one) for one in told], class_="lines")]
-    found = read_records(samples) if samples.stat().st_size else []
-    unread = [one for one in found if _is_unread(one)]
-    graded = sorted((one for one in found if isinstance(one.get("score"), int | float)), key=lambda one: one["score"])
-    parts += [_samples(f"replies that cannot be read: {len(unread):,} samples", unread)] if unread else []
-    parts += [_samples("the lowest grades", graded)] if graded else []
+    found = list(enumerate(read_records(samples) if samples.stat().st_size else []))
+    unread = [one for one in found if _is_unread(one[1])]
+    graded = sorted((one for one in found if isinstance(one[1].get("score"), int | float)), key=lambda one: one[1]["score"])
+    parts += [_samples(f"replies that cannot be read: {len(unread):,} samples", unread, samples.name)] if unread else []
+    parts += [_samples("the lowest grades", graded, samples.name)] if graded else []
     path = folder / "report.html"
     write_text(path, document(f"gristmill: {results['benchmark']}", el("header", heading, class_="top"), el("main", parts)))
     return path
@@ -130,15 +131,17 @@ def _is_unread(row: Mapping[str, Any]) -> bool:
     return any(one in (None, "unparsed") for one in read) and any(one is not None for one in said)
 
 
-def _samples(title: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
-    return el("details", el("summary", title), [_sample(row) for row in rows[:NUM_SHOWN]], class_="task")
+def _samples(title: str, rows: Sequence[tuple[int, Mapping[str, Any]]], file: str) -> Markup:
+    """The first of some samples, each with its place in their file."""
+    shown = [_sample(row, studio_link(file, place)) for place, row in rows[:NUM_SHOWN]]
+    return el("details", el("summary", title), shown, class_="task")
 
 
-def _sample(row: Mapping[str, Any]) -> Markup:
+def _sample(row: Mapping[str, Any], link: Markup) -> Markup:
     facts = [f"{key} {value}" for key, value in row.items() if key not in TEXTS and isinstance(value, str | int | float | None)]
     turns = [(key, text) for key in TEXTS for text in _texts(row.get(key, ()))]
     shown = [el("div", el("span", who, class_="who"), el("div", said, class_="said"), class_="turn") for who, said in turns]
-    return el("div", el("p", [el("span", fact, class_="chip") for fact in facts], class_="lineage"), shown, class_="sample")
+    return el("div", el("p", [el("span", fact, class_="chip") for fact in facts], link, class_="lineage"), shown, class_="sample")
 
 
 def _texts(value: Any) -> Iterator[str]:

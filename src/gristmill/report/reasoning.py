@@ -11,7 +11,7 @@ from gristmill.report.comparisons import format_difference, format_score_ci
 from gristmill.report.figures import monitor_plot
 from gristmill.report.markup import Markup, alarm_banners, document, el, table
 from gristmill.report.rl import curves
-from gristmill.report.samples import studio_link
+from gristmill.report.sample_files import studio_link
 from gristmill.report.summary import reasoning_lines
 from gristmill.runs.artifacts import EVALUATION
 from gristmill.runs.journal import read_once
@@ -109,7 +109,7 @@ def _questions(data: RunData, stages: Mapping[str, Mapping[str, Any]]) -> list[M
     for found in shown:
         texts = [_answer(mode, answers[found[mode].id], right[mode][found[mode].id]) for mode in LINES]
         question = found["on"].messages[-1].content[:MAX_CHARS]
-        link = el("p", studio_link(stages["data"]["folder"], EVALUATION.file, places[found["on"].id]), class_="note")
+        link = el("p", studio_link(f"{stages['data']['folder']}/{EVALUATION.file}", places[found["on"].id]), class_="note")
         out.append(el("div", el("p", question), el("div", texts, class_="grid"), link, class_="plain fine"))
     return out
 

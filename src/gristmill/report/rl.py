@@ -8,7 +8,7 @@ from gristmill.core.io import write_text
 from gristmill.report.comparisons import MODES, format_difference, format_score_ci
 from gristmill.report.figures import loss_plot
 from gristmill.report.markup import Markup, alarm_banners, document, el, table
-from gristmill.report.samples import studio_link
+from gristmill.report.sample_files import studio_link
 from gristmill.report.summary import rl_lines
 from gristmill.report.training import read_metrics, thinned
 from gristmill.runs.journal import read_once
@@ -98,7 +98,7 @@ def _groups(run: Path, stage: str) -> list[Markup]:
         best, worst = ([i for i, value in enumerate(values) if value == end] for end in (max(values), min(values)))
         if max(values) > min(values) and name in asked:
             texts = [_answer(asked[name], word, places) for word, places in zip(words, (best, worst), strict=True)]
-            link = el("p", studio_link(stage, path.name, asked[name]["place"]), class_="note")
+            link = el("p", studio_link(f"{stage}/{path.name}", asked[name]["place"]), class_="note")
             shown.append(el("div", el("p", asked[name]["question"][:MAX_CHARS]), el("div", texts, class_="grid"), link, class_="plain"))
         if len(shown) == NUM_GROUPS:
             break

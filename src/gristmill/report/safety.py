@@ -8,6 +8,7 @@ from gristmill.core.io import read_json, write_text
 from gristmill.data.rows import read_records
 from gristmill.report.comparisons import format_ci, format_score
 from gristmill.report.markup import Markup, document, el, table
+from gristmill.report.sample_files import studio_link
 
 NUM_SHOWN = 12  # failed prompts on the page
 MAX_CHARACTERS = 1500  # of a text on the page
@@ -18,8 +19,8 @@ HEAD = ["", *COUNTS, "passed of the clear ones"]
 def write_safety_page(folder: Path) -> Path:
     """Write `report.html` into a safety evaluation's folder, from its results and samples. Returns its path."""
     results, canaries, garak = (_read(folder / name) for name in ("results.json", "canaries.results.json", "garak.results.json"))
-    told = results.get("settings", {})
-    facts = "; ".join(f"{key} {value}" for key, value in told.items() if value not in ("", None, []))
+    settings = results.get("settings", {})
+    facts = "; ".join(f"{key} {value}" for key, value in settings.items() if value not in ("", None, []))
     name = str(results.get("model") or canaries.get("model") or "a model")
     top = el("header", el("p", "gristmill safety", class_="eyebrow"), el("h1", name), el("p", facts, class_="soft"), class_="top")
     parts: list[Markup] = []
@@ -39,10 +40,12 @@ def write_safety_page(folder: Path) -> Path:
         rows = [[group, _share(canaries[group]["repeated"]), canaries[group]["repeated"]["n"], _bits(canaries[group])] for group in _GROUPS]
         parts += [el("h2", "Canaries"), table(["", "repeated", "n", "exposure, bits"], rows, medium=True)]
     path = folder / "samples.jsonl"
-    failed = [row for row in read_records(path) if row.get("outcome") == "failed"] if path.is_file() else []
+    samples = read_records(path) if path.is_file() else []
+    failed = [(place, row) for place, row in enumerate(samples) if row.get("outcome") == "failed"]
     if failed:
         shown = f"{min(len(failed), NUM_SHOWN)} of {len(failed):,} prompts that failed"
-        parts += [el("h2", "What failed"), el("details", el("summary", shown), [_sample(row) for row in failed[:NUM_SHOWN]])]
+        told = [_sample(row, studio_link(path.name, place)) for place, row in failed[:NUM_SHOWN]]
+        parts += [el("h2", "What failed"), el("details", el("summary", shown), told)]
     out = folder / "report.html"
     write_text(out, document("gristmill: safety", top, el("main", parts)))
     return out
@@ -72,11 +75,11 @@ def _bits(group: Mapping[str, Any]) -> str:
     return f"{found['mean']:.2f} [{found['ci95'][0]:.2f}, {found['ci95'][1]:.2f}]" if found else "\u2013"
 
 
-def _sample(row: Mapping[str, Any]) -> Markup:
+def _sample(row: Mapping[str, Any], link: Markup) -> Markup:
     turns: Sequence[Mapping[str, Any]] = [*row["messages"], {"role": "answer", "content": row["answer"]}]
     facts = [str(row[key]) for key in ("set", "type", "label", "attack") if row.get(key)]
     shown = [_turn(turn["role"], str(turn["content"])) for turn in turns]
-    return el("div", el("p", [el("span", fact, class_="chip") for fact in facts], class_="lineage"), shown, class_="sample")
+    return el("div", el("p", [el("span", fact, class_="chip") for fact in facts], link, class_="lineage"), shown, class_="sample")
 
 
 def _turn(who: str, said: str) -> Markup:

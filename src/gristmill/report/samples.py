@@ -4,7 +4,6 @@ import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +13,7 @@ from gristmill.data.chat import Conversation
 from gristmill.data.rows import ATTRIBUTES, Pair, Prompt, Response, TopicRow, rows_of
 from gristmill.report.comparisons import short_label, stage_label
 from gristmill.report.markup import Markup, el, table
+from gristmill.report.sample_files import studio_link
 from gristmill.runs import artifacts
 from gristmill.runs.reader import RunData
 from gristmill.runs.stage_names import round_of
@@ -23,7 +23,6 @@ NUM_REFUSED = 2  # a round and reason
 MAX_CHARACTERS = 1500  # of a text that are shown
 MAX_CHIP_CHARACTERS = 80
 GIVEN = ("human", "file")  # origins of prompts that no model wrote
-STUDIO_PORT = 8600  # where `gristmill studio` listens unless told otherwise
 JUDGES = {"reward": "the reward model", "verifier": "a verifier"}
 
 
@@ -210,7 +209,7 @@ def samples_section(data: RunData, judged: Sequence[JudgedStage]) -> list[Markup
         rows = _refused(data, stage["folder"], random.Random(f"refused-{seed}-{stage['name']}"))
         if rows:
             out.append(el("h3", f"Prompts that {_origin(stage['name'])} refused"))
-            out.append(table(["prompt", "task", "why"], rows, numeric_from=3))
+            out.append(table(["prompt", "task", "why", ""], rows, numeric_from=4))
     return out
 
 
@@ -224,8 +223,13 @@ def _refused(data: RunData, folder: str, rng: random.Random) -> list[Iterable[An
     numbers = sorted(drawn)
     found = dict(zip(numbers, data.read(folder, artifacts.REFUSED, numbers), strict=True))
     return [
-        (el("td", el("div", _truncate(r.text) or "(nothing)", class_="said", dir="auto")), r.task, r.reason)
-        for r in (found[number] for number in drawn)
+        (
+            el("td", el("div", _truncate(found[number].text) or "(nothing)", class_="said", dir="auto")),
+            found[number].task,
+            found[number].reason,
+            el("td", studio_link(f"{folder}/{artifacts.REFUSED.file}", number)),
+        )
+        for number in drawn
     ]
 
 
@@ -303,16 +307,10 @@ def _card(drawn: Drawn, lineage: Lineage) -> Markup:
         "p",
         fate,
         _chips(drawn.stage, drawn.prompt, lineage),
-        studio_link(drawn.stage.folder, artifacts.RESPONSES.file, drawn.row),
+        studio_link(f"{drawn.stage.folder}/{artifacts.RESPONSES.file}", drawn.row),
         class_="lineage",
     )
     return el("div", top, _conversation(answers[0].messages), [_answer(r, drawn) for r in ordered], class_="sample")
-
-
-def studio_link(folder: str, file: str, place: int) -> Markup:
-    """A link to a row in the studio, which shows the other answers to its prompt beside it."""
-    row = urlencode({"source": f"{folder}/{file}", "place": place})
-    return el("a", "open in the studio", href=f"http://127.0.0.1:{STUDIO_PORT}/#/rows?{row}", rel="noreferrer")
 
 
 def _chips(stage: JudgedStage, prompt_id: str, lineage: Lineage) -> list[Markup]:

@@ -75,6 +75,7 @@ class Studio:
 
         async def end_streams(_: web.Application) -> None:
             await self.service.events.close()
+            self.service.sources.close()
 
         async def stop(_: web.Application) -> None:
             for routes in self.routes:
@@ -169,5 +170,7 @@ class Studio:
 
 @functools.cache
 def page_files() -> dict[str, bytes]:
-    """The page's files by their path: what is not among them is not served."""
-    return {str(path.relative_to(PAGE)): path.read_bytes() for path in sorted(PAGE.rglob("*")) if path.suffix in TYPES}
+    """The page's files by their path: what is not among them is not served. All modules are asked for at once, not as imports are read."""
+    files = {str(path.relative_to(PAGE)): path.read_bytes() for path in sorted(PAGE.rglob("*")) if path.suffix in TYPES}
+    links = "".join(f'<link rel="modulepreload" href="/page/{name}">\n' for name in files if name.endswith(".js"))
+    return files | {"index.html": files["index.html"].replace(b"</head>", links.encode() + b"</head>")}

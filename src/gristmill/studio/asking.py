@@ -6,13 +6,11 @@ last layer, arXiv 2502.04354); conflict of a verifier with the reward model. N a
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from math import ceil
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +21,14 @@ from gristmill.data.rows import Rated
 from gristmill.runs import artifacts
 from gristmill.runs.reader import read_run
 from gristmill.runs.stage_names import round_of
+from gristmill.studio.apart import Died, Told, apart
 from gristmill.studio.export import answer_texts, rows_of
 from gristmill.studio.sources import Sources
 from gristmill.studio.store import NewItem
 from gristmill.studio.tasks import PAIR
+
+if TYPE_CHECKING:
+    from gristmill.judge.reward import RewardScorer
 
 RANDOM, DISAGREEMENT, D_OPTIMAL, CONFLICT = "random", "disagreement", "d-optimal", "conflict"
 STRATEGIES = (RANDOM, DISAGREEMENT, D_OPTIMAL, CONFLICT)
@@ -34,15 +36,31 @@ RANDOM_EVERY = 5  # of a batch: one in so many is random, so that statistics and
 NUM_HEADS = 5
 RIDGE = 1.0
 MAX_CANDIDATES = 2000  # prompts that are scored
+RATED_TOGETHER = 256  # answers whose states are computed in one go, and told of
 TASK_SHARE = 2.0  # times its even share that a task may have of what is chosen
 Floats = NDArray[np.float64]
 
 
-def choose_items(sources: Sources, name: str, kind: str, *, num: int, seed: int, strategy: str) -> list[NewItem]:
+def choose_items(
+    sources: Sources,
+    name: str,
+    kind: str,
+    *,
+    num: int,
+    seed: int,
+    strategy: str,
+    told: Told | None = None,
+    stop: Event | None = None,
+) -> list[NewItem]:
     """Items of `num` prompts of a source by a strategy; each says why it was chosen.
+
+    Args:
+        told: gets how many answers the reward model has read, and of how many.
+        stop: ends it, at once, when it is set.
 
     Raises:
         InputError: there is no such strategy, or the run has not what it needs.
+        Stopped: by `stop`.
     """
     if strategy not in STRATEGIES:
         raise InputError(f"Items are chosen by {', '.join(STRATEGIES)}.")
@@ -62,8 +80,12 @@ def choose_items(sources: Sources, name: str, kind: str, *, num: int, seed: int,
         if not order:
             raise InputError(f"No answer in {name} has both a reward model's score and a verifier's verdict: choose another strategy.")
     else:
+        if told is not None:
+            told(0, len(items))  # until it is known how many rated ones there are too
         rated = _rated(sources) if strategy == DISAGREEMENT else []
-        features, rated_ND = _features(sources, kind, rows, rated)
+        talks, places = _talks(kind, rows)
+        states_ND = scaled(states_of(reward_folder(sources.folder), [*talks, *(r.messages for r in rated)], told=told, stop=stop))
+        features, rated_ND = _features(states_ND, places), states_ND[len(talks) :]
         if strategy == DISAGREEMENT:
             heads = bootstrap_heads(rated_ND, label_of(rated), num=NUM_HEADS, seed=seed)
             spread = disagreement(features, heads)
@@ -166,20 +188,24 @@ def conflicts(facts: Sequence[Mapping[str, Any]]) -> list[float]:
 # ---- states of answers, by the run's reward model ----
 
 
-def _features(sources: Sources, kind: str, rows: Sequence[Sequence[dict[str, Any]]], rated: Sequence[Rated]) -> tuple[Floats, Floats]:
-    """A state an item (of two answers the difference of theirs; zeros where the rows are gone), and the states of rated answers."""
+def _talks(kind: str, rows: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[Conversation], list[list[int]]]:
+    """Conversations whose states are needed, and the numbers of each item's among them: none where its rows are gone."""
     talks: list[Conversation] = []
     places: list[list[int]] = []
     for row in rows:
         answers = answer_texts(row)[: 2 if kind == PAIR else 1]
         places.append(list(range(len(talks), len(talks) + len(answers))))
         talks += [conversation([*row[0]["messages"], {"role": "assistant", "content": text}]) for text in answers]
-    states_ND = scaled(states_of(reward_folder(sources.folder), [*talks, *(r.messages for r in rated)]))
-    features_ND = np.zeros((len(rows), states_ND.shape[1]))
+    return talks, places
+
+
+def _features(states_ND: Floats, places: Sequence[Sequence[int]]) -> Floats:
+    """A state an item: of two answers the difference of theirs; zeros where the rows are gone."""
+    features_ND = np.zeros((len(places), states_ND.shape[1]))
     for item, here in enumerate(places):
         if here:
             features_ND[item] = states_ND[here[0]] - (states_ND[here[1]] if len(here) == 2 else 0)
-    return features_ND, states_ND[len(talks) :]
+    return features_ND
 
 
 def _rated(sources: Sources) -> list[Rated]:
@@ -214,20 +240,37 @@ def reward_folder(run: Path) -> Path:
     return found[max(found, key=round_of)]
 
 
-def states_of(model: Path, talks: Sequence[Conversation]) -> Floats:
-    """States (N, D) of the answers that conversations end with, computed in a process of its own: this one stays small and quick."""
+def states_of(model: Path, talks: Sequence[Conversation], *, told: Told | None = None, stop: Event | None = None) -> Floats:
+    """States (N, D) of the answers that conversations end with, computed in a process of its own.
+
+    Args:
+        told: gets how many there are so far, and of how many.
+        stop: ends the process when it is set.
+    """
     try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as other:
-            return np.asarray(other.submit(_states, model, list(talks)).result(), float)
-    except BrokenProcessPool as e:
+        return np.asarray(apart(_states, model, list(talks), told=told, stop=stop), float)
+    except Died as e:
         raise InputError(f"The states of {len(talks):,} answers could not be computed: is there memory for {model}?") from e
 
 
-def _states(model: Path, talks: list[Conversation]) -> list[list[float]]:
+def _states(tell: Told, model: Path, talks: list[Conversation]) -> list[list[float]]:
+    from gristmill.core.device import pick_device, pick_precision
     from gristmill.judge.reward import load_scorer
 
-    scorer = load_scorer(model)
-    fits = [scorer.fits(talk) for talk in talks]
-    found = iter(scorer.states([talk for talk, fit in zip(talks, fits, strict=True) if fit]))
-    size = scorer.model.backbone.config.hidden_size
-    return [next(found) if fit else [0.0] * size for fit in fits]
+    tell(0, len(talks))
+    scorer = load_scorer(model, dtype=pick_precision(pick_device("auto")))  # it ranks prompts: the faster type will do
+    out: list[list[float]] = []
+    for begin in range(0, len(talks), RATED_TOGETHER):
+        out += _states_of_some(scorer, talks[begin : begin + RATED_TOGETHER])
+        tell(len(out), len(talks))
+    return out
+
+
+def _states_of_some(scorer: "RewardScorer", talks: list[Conversation]) -> list[list[float]]:
+    """Zeros where the model's context has no room."""
+    try:
+        return scorer.states(talks)
+    except InputError:
+        fits = [scorer.fits(talk) for talk in talks]
+        found = iter(scorer.states([talk for talk, fit in zip(talks, fits, strict=True) if fit]))
+        return [next(found) if fit else [0.0] * scorer.model.backbone.config.hidden_size for fit in fits]

@@ -13,7 +13,7 @@ from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 from gristmill.core.logs import limit_logs
 from gristmill.core.untrusted import quoted_path
-from gristmill.report.samples import STUDIO_PORT
+from gristmill.report.sample_files import STUDIO_PORT
 from gristmill.studio import export as exports
 from gristmill.studio.app import Studio
 from gristmill.studio.database import Database, place_of
@@ -99,6 +99,7 @@ def serve(folder: Path, args: StudioArgs) -> None:
         def ready() -> None:
             echo(f"{quoted_path(folder)} is open at {origin}/#token={token}")
             echo("The link lets its owner in, once; others are invited on the page. Ctrl-C ends the studio, answers are kept.", err=True)
+            sources.look_ahead()
 
         asyncio.run(_listen(studio, listening, ready))
     finally:

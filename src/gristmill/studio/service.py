@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -12,13 +13,17 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
+from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
+from gristmill.studio.apart import Told
+from gristmill.studio.security import HEADERS
 from gristmill.studio.sources import Sources
 from gristmill.studio.store import Person, Refused, Store
 
 BODY_SECONDS = 30.0
 NUM_THREADS = 8
 PULSE_SECONDS = 20.0
+PROGRESS_SECONDS = 0.5  # between two lines
 PERSON = web.RequestKey("person", Person)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 T = TypeVar("T")
@@ -144,6 +149,52 @@ def number_of(request: web.Request, name: str, default: int) -> int:
     if not value.isascii() or not value.isdigit() or len(value) > 12:
         raise InputError(f"`{name}` must be a whole number.")
     return int(value)
+
+
+async def progress_reply(
+    request: web.Request, service: Service, work: Callable[[Told, threading.Event], dict[str, Any]]
+) -> web.StreamResponse:
+    """The result of work in a thread. Where that takes time and tells how far it is, lines of JSON say so before the result.
+
+    The work gets an event that ends it: its page has gone, or the server stops.
+    """
+    stop, far, reply = threading.Event(), list[tuple[int, int]](), lines_reply()
+    first: tuple[float, int] | None = None  # when the first of it was done, and how much that was
+    task = asyncio.ensure_future(service.in_thread(work, lambda *now: far.append(now), stop))
+
+    async def write(line: dict[str, Any]) -> None:
+        if not reply.prepared:
+            await reply.prepare(request)
+        with contextlib.suppress(ConnectionError):  # the page has gone: the next look says so
+            await reply.write(json.dumps(line).encode() + b"\n")
+
+    try:
+        while not (await asyncio.wait({task}, timeout=PROGRESS_SECONDS))[0]:
+            if service.events.closed or request.transport is None or request.transport.is_closing():
+                stop.set()
+            elif far:
+                done, of = far[-1]
+                first = first or ((time.monotonic(), done) if done else None)
+                each = (time.monotonic() - first[0]) / (done - first[1]) if first and done > first[1] else 0.0
+                await write({"done": done, "of": of, "left": round(each * (of - done), 1)})
+        result = await task
+    except Exception as e:
+        if not reply.prepared:
+            raise
+        if not isinstance(e, InputError):
+            echo(f"gristmill studio: {type(e).__name__} in {request.method} {request.path}: {e}", err=True)
+        result = {"error": str(e) if isinstance(e, InputError) else f"The server failed ({type(e).__name__}): nothing of it is kept."}
+    finally:
+        stop.set()
+    if not reply.prepared:
+        return json_reply(result)
+    await write(result)
+    return reply
+
+
+def lines_reply() -> web.StreamResponse:
+    """A reply of lines of JSON, written as they come."""
+    return web.StreamResponse(headers={**HEADERS, "Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
 
 
 def json_reply(value: Any, status: int = 200) -> web.Response:

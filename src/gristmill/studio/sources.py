@@ -12,11 +12,9 @@ import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +28,11 @@ from gristmill.core.io import make_folder, replacing, state
 from gristmill.data.parquet import Expansion, ParquetReader, max_held_bytes
 from gristmill.data.readers import read_demonstrations, read_pairs, read_prompts, read_ratings
 from gristmill.data.rows import ATTRIBUTES, Response, make_id, read_records, read_rows, write_rows
+from gristmill.report.sample_files import read_samples, sample_files
 from gristmill.runs.artifacts import ALL, CHECK, Artifact
 from gristmill.runs.reader import read_run
 from gristmill.runs.run_dir import RECIPE
+from gristmill.studio.apart import Died, Told, apart
 from gristmill.studio.database import clean
 from gristmill.studio.filters import fields_of, is_plain, mask
 from gristmill.studio.rollouts import ROLLOUTS, read_rollouts
@@ -41,11 +41,12 @@ from gristmill.studio.tasks import PAIR, RATE
 
 MAX_TEXT_CHARS = 20_000  # of a text that is sent at once
 EXCERPT_CHARS = 200
-MAX_PAGE = 200
+PAGE_ROWS, MAX_PAGE = 60, 200
 LIST_SECONDS = 5.0  # for which the list of a run's files is remembered
 MAX_ORDERS = 8  # filtered or sorted, that are kept
 BATCH_ROWS = 1 << 14
 RESPONSES, PAIRS, RATED, DEMONSTRATIONS, PROMPTS, OTHER = "responses", "pairs", "rated", "demonstrations", "prompts", "other"
+SAMPLES = "samples"  # of evaluations and curations: for reading alone
 KIND_OF_ROW = {"Response": RESPONSES, "Pair": PAIRS, "Rated": RATED, "Demonstration": DEMONSTRATIONS, "Prompt": PROMPTS}
 OWN_COLUMNS = {  # by which a file of ours is known
     RESPONSES: {"id", "prompt", "messages", "text", "generator"},
@@ -111,8 +112,9 @@ class Sources:
         self.folder, self.cache = folder, cache
         self.is_run = (folder / RECIPE).is_file()
         self._guard, self._expanding = threading.RLock(), dict[str, threading.Lock]()
-        self._ahead = ThreadPoolExecutor(1, "studio-expand")
+        self._ahead, self._ends = ThreadPoolExecutor(1, "studio-expand"), threading.Event()
         self._tables: dict[str, Expanded] = {}
+        self._heads: dict[tuple[str, int], dict[str, Any]] = {}
         self._orders: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
         self._known, self._listed = {source.name: source for source in self.all()}, time.monotonic()
 
@@ -127,7 +129,12 @@ class Sources:
             raise InputError(f"{self.folder} holds neither a run nor .parquet or .jsonl files with rows: give the folder of one.")
         return found
 
+    def _samples(self, folder: Path, stage: str = "") -> Iterator[Source]:
+        for path in sample_files(folder):
+            yield Source(path.relative_to(self.folder).as_posix(), path, SAMPLES, stage)
+
     def _of_run(self) -> Iterator[Source]:
+        yield from self._samples(self.folder)
         for stage in read_run(self.folder).stages:
             waiting = (CHECK.file,) if stage["folder"].endswith("-check") else ()
             for file in stage.get("artifacts", waiting):
@@ -139,16 +146,19 @@ class Sources:
                 folder = self.folder / stage["folder"]
                 for path in sorted([*folder.glob(ROLLOUTS), *folder.glob(f"run/*/{ROLLOUTS}")]):  # a reasoning stage is a run of its own
                     yield Source(path.relative_to(self.folder).as_posix(), path, RESPONSES, stage["folder"])
+                yield from self._samples(folder, stage["folder"])
 
     def _of_folder(self) -> Iterator[Source]:
         if not self.folder.is_dir():
             return
-        for path in sorted(self.folder.iterdir()):
+        samples = list(self._samples(self.folder))
+        yield from samples
+        for path in sorted(set(self.folder.iterdir()) - {one.path for one in samples}):
             if path.suffix in (".parquet", ".jsonl", ".json") and path.is_file():
                 yield Source(path.name, path, "", "")
 
     def source(self, name: str) -> Source:
-        """A source by its name.
+        """A source by its name; for "" the one to begin with: the last answers, or what is first.
 
         Raises:
             Refused: there is none.
@@ -156,7 +166,9 @@ class Sources:
         with self._guard:
             if name not in self._known or time.monotonic() > self._listed + LIST_SECONDS:
                 self._known, self._listed = {source.name: source for source in self.all()}, time.monotonic()
-            found = self._known.get(name)
+            known = list(self._known.values())
+        first = next((one for one in known[::-1] if one.kind == RESPONSES), *known[:1]) if known else None
+        found = self._known.get(name) if name else first
         if found is None:
             raise Refused(404, "There is no such file of rows here any more: choose another.")
         return found
@@ -190,12 +202,20 @@ class Sources:
                         expand(source.path, source.kind, path)
                     else:  # it takes several times the file, for a while: the memory of another process
                         try:
-                            with ProcessPoolExecutor(1, get_context("spawn")) as other:
-                                other.submit(expand, source.path, source.kind, path).result()
-                        except BrokenProcessPool as e:
+                            apart(_expand_apart, source.path, source.kind, path, stop=self._ends)
+                        except Died as e:
                             raise InputError(f"{source.name} could not be expanded: is there memory and disk for it?") from e
                 self._tables[key] = Expanded.open(path)
             return self._tables[key]
+
+    def close(self) -> None:
+        """End expansions that are under way: they begin anew when they are needed."""
+        self._ends.set()
+        self._ahead.shutdown(wait=False, cancel_futures=True)
+
+    def look_ahead(self) -> None:
+        """Read, in a thread of its own, what the first look at the rows will be."""
+        self._ahead.submit(self.page, "")
 
     def _expanded(self, source: Source) -> tuple[str, Path]:
         """What a file's content is known by, and where its rows are expanded to."""
@@ -207,8 +227,12 @@ class Sources:
 
     def _head(self, source: Source, num: int) -> dict[str, Any] | None:
         """The first page of a large file that is not expanded yet, which begins meanwhile; None where there is nothing to save."""
-        _, path = self._expanded(source)
-        if path.is_file() or source.path.stat().st_size < SMALL_BYTES or not (kind := source.kind or kind_of(source.path)):
+        key, path = self._expanded(source)
+        if path.is_file():
+            return None
+        if (key, num) in self._heads:
+            return self._heads[key, num]
+        if source.path.stat().st_size < SMALL_BYTES or not (kind := source.kind or kind_of(source.path)):
             return None
         try:
             with ParquetReader(source.path, max_held_bytes(source.path.stat().st_size)) as file:
@@ -216,21 +240,24 @@ class Sources:
                 table, total = pa.Table.from_batches([batch.cast(file.schema)]), file.facts.num_rows
         except (pa.ArrowException, Expansion, OSError, StopIteration):
             return None  # it is told when it is read whole
-        self._ahead.submit(self._open, source)
         rows = [_brief(table, kind, place) for place in range(table.num_rows)]
-        return {"kind": kind, "total": total, "rows": rows, "fields": fields_of(table), "more": len(rows) < total}
+        self._ahead.submit(self._open, source)
+        head = {"kind": kind, "total": total, "rows": rows, "fields": fields_of(table), "more": len(rows) < total}
+        self._heads[key, num] = head
+        return head
 
-    def page(self, name: str, *, filter: str = "", sort: str = "", after: int = -1, num: int = 50) -> dict[str, Any]:
+    def page(self, name: str, *, filter: str = "", sort: str = "", after: int = -1, num: int = PAGE_ROWS) -> dict[str, Any]:
         """A page of rows, those after a row's number in the order; with how many there are, and the names for filters and orders.
 
         Args:
+            name: of the source; "": the last answers.
             sort: a column's name, with "-" before it for the largest first; "" for the file's order.
         """
         source, num = self.source(name), max(1, min(num, MAX_PAGE))
         if not filter and not sort and after < 0 and (head := self._head(source, num)) is not None:
-            return head
+            return head | {"source": source.name}
         with self._reading(source) as opened:
-            return self._page(source, opened, filter=filter, sort=sort, after=after, num=num)
+            return self._page(source, opened, filter=filter, sort=sort, after=after, num=num) | {"source": source.name}
 
     def _page(self, source: Source, opened: Expanded, *, filter: str, sort: str, after: int, num: int) -> dict[str, Any]:
         table, kind = opened.table, opened.kind
@@ -340,24 +367,29 @@ class Sources:
 
 
 def view(record: dict[str, Any], kind: str) -> dict[str, Any]:
-    """A row for reading: `messages` up to the answer, `answers` with a label each, and `facts`."""
-    turns = [{"role": str(m.get("role")), "content": clean(str(m.get("content") or ""))} for m in record.get("messages") or ()]
+    """A row for reading: `messages` up to the answer, `answers` with a label each, and `facts`; of a sample `at`, its place in its file."""
+    told = json.loads(record["meta"]) if kind == SAMPLES else {}
+    said = told.get("messages", record.get("messages")) or ()
+    turns = [{"role": str(m.get("role")), "content": clean(str(m.get("content") or ""))} for m in said]
     if kind == RESPONSES:
         answers = [("answer", record.get("text"))]
     elif kind == PAIRS:
         answers = [("chosen", record.get("chosen")), ("rejected", record.get("rejected"))]
+    elif kind == SAMPLES:
+        answers = told["parts"]
     elif kind in (RATED, DEMONSTRATIONS) and turns and turns[-1]["role"] == "assistant":
         answers = [("answer", turns.pop()["content"])]
     else:
         answers = [("text", record["text"])] if "text" in record else []
-    facts = {name: record[name] for name in FACTS if record.get(name) is not None}
+    facts = told.get("facts") or {name: record[name] for name in FACTS if record.get(name) is not None}
     if isinstance(record.get("rating"), str):
         with suppress(ValueError):
             facts["rating"] = json.loads(record["rating"])
     if record.get("labels"):
         facts["labels"] = dict(zip(ATTRIBUTES, record["labels"], strict=False))
     plain = [{"label": label, "text": clean(str(text or ""))} for label, text in answers]
-    return {"id": str(record.get("id") or ""), "kind": kind, "messages": turns, "answers": plain, "facts": facts}
+    row = {"id": str(record.get("id") or ""), "kind": kind, "messages": turns, "answers": plain, "facts": facts}
+    return row | {"at": told["at"]} if told else row
 
 
 def digest_of(row: dict[str, Any]) -> str:
@@ -443,9 +475,9 @@ def expand(path: Path, kind: str, target: Path) -> None:
     make_folder(target.parent)
     source, made = path, None
     kind = kind or kind_of(path)
-    if not kind or source.name == ROLLOUTS:
+    if not kind or source.name == ROLLOUTS or kind == SAMPLES:
         path = made = target.with_suffix(".parquet")
-        kind, rows = (kind, read_rollouts(source)) if kind else _read_users(source)
+        kind, rows = (kind, read_samples(source) if kind == SAMPLES else read_rollouts(source)) if kind else _read_users(source)
         write_rows(path, rows)
     try:
         with ParquetReader(path, max_held_bytes(path.stat().st_size)) as file, replacing(target) as temporary:
@@ -460,6 +492,10 @@ def expand(path: Path, kind: str, target: Path) -> None:
         pa.default_memory_pool().release_unused()
         if made is not None:
             made.unlink(missing_ok=True)
+
+
+def _expand_apart(_: Told, path: Path, kind: str, target: Path) -> None:
+    expand(path, kind, target)
 
 
 def _read_users(path: Path) -> tuple[str, Iterable[Any]]:

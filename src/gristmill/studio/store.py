@@ -16,13 +16,12 @@ from gristmill.core.errors import InputError
 from gristmill.data.rows import make_id
 from gristmill.studio.consensus import NUM_EXTRA, SPLIT, wants_more
 from gristmill.studio.database import Database, Transaction, clean
-from gristmill.studio.tasks import FLAGS, RATE, check_content, check_note, consensus_of
+from gristmill.studio.tasks import FLAGS, RATE, check_content, check_need, check_note, consensus_of
 
 OWNER, EXPERT, ANNOTATOR, READER = "owner", "expert", "annotator", "reader"
 ROLES = (OWNER, EXPERT, ANNOTATOR, READER)
 LEASE_SECONDS = 600.0
 MAX_DEAL = 20  # items that a person holds at once
-MAX_NEED = 25
 MAX_NAME_CHARS = 80
 RULE, SETTLED_RULE = "helpsteer2", "expert"
 OPEN, EXTRA, DONE, SETTLED = "open", "extra", "done", "settled"  # of an item, beside consensus.SPLIT
@@ -207,8 +206,7 @@ class Store:
         Raises:
             InputError: there are no items, or `need` is out of its range.
         """
-        if isinstance(need, bool) or not isinstance(need, int) or not 1 <= need <= MAX_NEED:
-            raise InputError(f"An item needs from 1 to {MAX_NEED} people.")
+        check_need(need)
         if not items:
             raise InputError("There is nothing to ask about in this source: choose another.")
         name = " ".join(CONTROL.sub(" ", check_note(name)).split())[:MAX_NAME_CHARS] or kind

@@ -15,6 +15,7 @@ CHECK = "check"  # of a round's rows; such a project is made by the studio itsel
 KINDS = (RATE, PAIR)
 FLAGS = ("pii", "not English", "unsafe", "broken", "unsure")
 MAX_VALUE, MAX_STRENGTH, MAX_CONFIDENCE = 4, 3, 3
+MAX_NEED = 25  # people an item
 MAX_NOTE_CHARS, MAX_REPAIR_CHARS = 4000, 100_000
 
 
@@ -85,6 +86,17 @@ def check_note(text: Any) -> str:
     if not isinstance(text, str) or len(text) > MAX_NOTE_CHARS:
         raise InputError(f"A note must be text of at most {MAX_NOTE_CHARS:,} characters.")
     return clean(text)
+
+
+def check_need(need: Any) -> int:
+    """How many people an item needs.
+
+    Raises:
+        InputError: it is no number, or out of its range.
+    """
+    if isinstance(need, bool) or not isinstance(need, int) or not 1 <= need <= MAX_NEED:
+        raise InputError(f"An item needs from 1 to {MAX_NEED} people.")
+    return need
 
 
 def swapped(item: str, person: str) -> bool:

@@ -1,7 +1,8 @@
 // Agreement: how far people say the same, each person beside the others, and the items to settle.
 
 import { html, useEffect, useState } from "./vendor/preact-htm.js";
-import { api, query, uuid } from "./api.js";
+import { api, uuid } from "./api.js";
+import { query } from "./early.js";
 import { Conversation, Short, Text } from "./text.js";
 import { ATTRIBUTES, ComparePanel, RatePanel, Reason, complete, content } from "./panels.js";
 

@@ -1,5 +1,7 @@
 // Requests to the studio's API. An error carries the server's one sentence.
 
+import { take } from "./early.js";
+
 export class ApiError extends Error {
   constructor(status, said) {
     super(said.error || "The server gave no reason.");
@@ -8,23 +10,40 @@ export class ApiError extends Error {
   }
 }
 
-export async function api(method, path, body) {
+async function ask(method, path, body, signal) {
   let reply;
   try {
-    reply = await fetch("/studio/api" + path, {
+    reply = await ((method === "GET" && take(path)) || fetch("/studio/api" + path, {
       method,
       headers: body === undefined ? {} : { "Content-Type": "application/json" },
       body: body === undefined ? undefined : JSON.stringify(body),
-    });
-  } catch {
+      signal,
+    }));
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
     throw new ApiError(0, { error: "The server cannot be reached." });
   }
-  const said = await reply.json().catch(() => ({}));
-  if (!reply.ok) throw new ApiError(reply.status, said);
-  return said;
+  if (!reply.ok) throw new ApiError(reply.status, await reply.json().catch(() => ({})));
+  return reply;
 }
 
-export const query = (values) => new URLSearchParams(Object.entries(values).filter(([, v]) => v !== "" && v !== undefined)).toString();
+export async function api(method, path, body) {
+  return (await ask(method, path, body)).json().catch(() => ({}));
+}
+
+// The lines of an answer that comes by and by, each as it arrives. `signal` ends it, here and on the server.
+export async function* lines(path, body, signal) {
+  const reader = (await ask("POST", path, body, signal)).body.getReader();
+  const decoder = new TextDecoder();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    const found = (rest + decoder.decode(value, { stream: !done })).split("\n");
+    rest = done ? "" : found.pop();
+    for (const line of found) if (line) yield JSON.parse(line);
+    if (done) return;
+  }
+}
 
 // randomUUID exists only where the address is https or this machine.
 export function uuid() {

@@ -1,7 +1,7 @@
 // The first screen: projects, a new one, exports; and the people who may come in.
 
-import { html, useEffect, useState } from "./vendor/preact-htm.js";
-import { api } from "./api.js";
+import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
+import { api, lines } from "./api.js";
 import { Short } from "./text.js";
 
 const EXPORTS = ["rated.parquet", "ratings.jsonl", "pairs.parquet", "preference.jsonl", "demonstrations.parquet", "attacks.jsonl", "regressions.jsonl"];
@@ -11,6 +11,13 @@ const STRATEGIES = {
   "d-optimal": "D-optimal for the reward model",
   conflict: "where verifier and reward conflict",
 };
+// Means of five seeds, and differences to random with 95 % intervals: docs/results.md says by which command.
+const WORTH = [
+  ["nothing more", 0, ".708", "+.002 [\u2212.007, +.011]"],
+  ["at random", 180, ".706", ""],
+  ["disagreement", 194, ".716", "+.009 [+.004, +.015]"],
+  ["D-optimal", 189, ".723", "+.017 [\u2212.005, +.038]"],
+];
 const WHAT = { rate: "Rate answers on five attributes", pair: "Compare two answers", check: "Check what a round is about to train on" };
 const count = (n) => n.toLocaleString("en");
 const VERB = { rate: "Rate", pair: "Compare", check: "Check" };
@@ -49,28 +56,37 @@ function NewProject({ changed, open }) {
   const [sources, setSources] = useState(null);
   const [draft, setDraft] = useState({ kind: "rate", num: 50, need: 1, guideline: "", name: "", strategy: "random" });
   const [error, setError] = useState("");
-  const [busy, setBusy] = useState(false);
+  const [busy, setBusy] = useState(null); // while it is made: how far that is
   const [made, setMade] = useState(false);
+  const abort = useRef(null);
   useEffect(() => {
     api("GET", "/sources").then(setSources, (e) => setError(e.message));
+    return () => abort.current && abort.current.abort(); // nobody waits for it any more
   }, []);
   const set = (name) => (e) => setDraft({ ...draft, [name]: e.target.type === "number" ? Number(e.target.value) : e.target.value });
   const names = sources ? sources.of_kind[draft.kind] : [];
   const source = names.includes(draft.source) ? draft.source : names.findLast((name) => name.endsWith("/responses.parquet")) || names[0] || "";
   const create = async (event) => {
     event.preventDefault();
-    setBusy(true);
+    setBusy({});
     setMade(false);
+    setError("");
+    abort.current = new AbortController();
+    let project = "";
     try {
-      await api("POST", "/projects", { ...draft, source });
-      setError("");
+      for await (const line of lines("/projects", { ...draft, source }, abort.current.signal)) {
+        if (line.error) throw new Error(line.error);
+        project = line.id;
+        if (!project) setBusy(line);
+      }
+      if (!project) throw new Error("The server has ended, and nothing of it is kept.");
       setMade(true);
       setDraft({ ...draft, name: "" });
       changed();
     } catch (e) {
-      setError(e.message);
+      setError(e.name === "AbortError" ? "It was stopped, and nothing of it is kept." : e.message);
     }
-    setBusy(false);
+    setBusy(null);
   };
   return html`<details class="card" open=${open}><summary>New project</summary>
     <form class="grid" onSubmit=${create}>
@@ -81,8 +97,24 @@ function NewProject({ changed, open }) {
       <label>People an item needs <input type="number" min="1" max="25" required value=${draft.need} onInput=${set("need")} /></label>
       <label>Name, which everybody sees <input type="text" maxlength="80" value=${draft.name} onInput=${set("name")} placeholder=${draft.kind === "rate" ? "Ratings" : "Comparisons"} /></label>
       <label class="full">Guideline <textarea rows="3" value=${draft.guideline} onInput=${set("guideline")}></textarea></label>
-      <div class="buttons full"><button class="primary" type="submit" disabled=${busy || !source}>${busy ? "Making it \u2026" : "Make the project"}</button>${made && html`<span role="status">It is made: see above.</span>`}<span class="bad" role="status">${error || (sources && !names.length ? "There are no such rows here." : "")}</span></div>
+      <${Worth} />
+      <div class="buttons full"><button class="primary" type="submit" disabled=${busy || !source}>${busy ? "Making it \u2026" : "Make the project"}</button>${busy && html`<${Making} far=${busy} stop=${() => abort.current.abort()} />`}${made && html`<span role="status">It is made: see above.</span>`}<span class="bad" role="status">${error || (sources && !names.length ? "There are no such rows here." : "")}</span></div>
     </form></details>`;
+}
+
+function Worth() {
+  return html`<details class="full"><summary>Is choosing worth it?</summary>
+    <p class="soft">Measured on the miniature, with simulated people in this studio: the reward model is trained anew on what was said, five times with other prompts, people and orders.</p>
+    <div class="wide"><table><thead><tr><th scope="col">prompts chosen</th><th scope="col" class="num">answers</th><th scope="col" class="num">accuracy on held-out pairs</th><th scope="col" class="num">difference to random</th></tr></thead>
+    <tbody>${WORTH.map(([name, answers, accuracy, difference]) => html`<tr><th scope="row">${name}</th><td class="num">${answers}</td><td class="num">${accuracy}</td><td class="num">${difference}</td></tr>`)}</tbody></table></div></details>`;
+}
+
+// How far the reward model is with the answers that are chosen from.
+function Making({ far, stop }) {
+  const { done, of, left } = far;
+  return html`${of && html`<span class="progress"><progress max=${of} value=${done} aria-label="Answers that the reward model has read"></progress>
+      <span>${done ? `${count(done)} of ${count(of)} answers read${left ? `, ${count(Math.ceil(left))} s left` : ""}` : `Loading the reward model for ${count(of)} answers`}</span></span>`}
+    <button type="button" onClick=${stop}>Stop</button>`;
 }
 
 export function Home({ me, projects, changed }) {

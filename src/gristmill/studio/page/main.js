@@ -2,6 +2,7 @@
 
 import { html, render, useState } from "./vendor/preact-htm.js";
 import { api, uuid } from "./api.js";
+import { forget, query, route } from "./early.js";
 import { Outbox } from "./outbox.js";
 import { Work, WorkView } from "./work.js";
 import { Home, People } from "./home.js";
@@ -25,14 +26,8 @@ function paint() {
   });
 }
 
-function route() {
-  const [path, search] = location.hash.replace(/^#\/?/, "").split("?");
-  const [screen, id] = path.split("/");
-  return { screen: screen || "home", id: id ? decodeURIComponent(id) : "", params: Object.fromEntries(new URLSearchParams(search || "")) };
-}
-
 export function go(path, params = {}) {
-  const search = new URLSearchParams(Object.entries(params).filter(([, v]) => v !== "" && v !== undefined)).toString();
+  const search = query(params);
   location.hash = `#/${path}${search ? "?" + search : ""}`;
 }
 
@@ -88,6 +83,7 @@ function follow() {
 }
 
 async function logIn(body) {
+  forget();
   try {
     enter(await api("POST", "/session", body));
   } catch (error) {

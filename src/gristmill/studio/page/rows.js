@@ -1,10 +1,10 @@
 // Rows of a run or folder: a list by pages with a filter, and a row with its answers side by side and its family tree.
 
-import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
-import { api, query } from "./api.js";
+import { html, useEffect, useLayoutEffect, useRef, useState } from "./vendor/preact-htm.js";
+import { api } from "./api.js";
+import { query, rowsAddress } from "./early.js";
 import { Conversation, Short, Text, When } from "./text.js";
 
-const PAGE = 60;
 const SHORT_FACTS = ["task", "score", "verified", "judge", "generator", "origin", "temperature", "chosen_reward", "rejected_reward"];
 const value = (one) => (typeof one === "number" ? String(Math.round(one * 1000) / 1000) : typeof one === "object" ? JSON.stringify(one) : String(one));
 
@@ -44,6 +44,7 @@ function Tree({ id, open }) {
 function Row({ source, place }) {
   const [found, setFound] = useState(null);
   const [error, setError] = useState("");
+  const [compares, setCompares] = useState(false);
   useEffect(() => {
     let gone = false;
     setError("");
@@ -61,11 +62,12 @@ function Row({ source, place }) {
   return html`<article class="row">
     <h2>${row.kind.replace(/s$/, "")} <code><${Short} text=${row.id} /></code></h2>
     ${row.answers.length !== 1 && html`<${Facts} facts=${row.facts} />`}
-    <div class="card talk"><${Conversation} messages=${row.messages} more=${more(row)} /></div>
+    ${row.messages.length > 0 && html`<div class="card talk"><${Conversation} messages=${row.messages} more=${more(row)} /></div>`}
+    ${row.kind !== "samples" && answers.length > 1 && html`<label class="check"><input type="checkbox" checked=${compares} onChange=${(e) => setCompares(e.target.checked)} /> Mark the words that the first answer does not have</label>`}
     <div class="sides many">${answers.map(
       ({ one, answer, part }, i) => html`<div class="card side ${i === 0 && siblings.length ? "own" : ""}">
         <h3>${i && one !== row ? "another answer" : answer.label}</h3>
-        <${Text} text=${answer.text} length=${answer.length} more=${(from) => more(one)(part, from)} />
+        <${Text} text=${answer.text} length=${answer.length} more=${(from) => more(one)(part, from)} beside=${compares && i ? answers[0].answer.text : undefined} />
         ${row.answers.length === 1 && html`<${Facts} facts=${one.facts} />`}
       </div>`,
     )}</div>
@@ -74,7 +76,7 @@ function Row({ source, place }) {
       (one) => html`<li><span class="chip">${one.person}</span> ${Object.entries(one.content).filter(([, v]) => v !== "" && v !== false).map(([n, v]) => html`<span class="fact">${n} <${Short} text=${value(v)} /></span> `)} <span class="soft"><${When} at=${one.at} /></span></li>`,
     )}</ul>`}
     <h3>What it grew from</h3>
-    <${Tree} id=${row.id} />
+    ${row.at ? html`<p class="soft"><${Short} text=${row.at} /> of <code><${Short} text=${row.source} /></code></p>` : html`<${Tree} id=${row.id} />`}
   </article>`;
 }
 
@@ -84,26 +86,30 @@ export function Rows({ params, go }) {
   const [error, setError] = useState("");
   const [typed, setTyped] = useState(params.filter || "");
   const end = useRef(null);
-  const source = params.source || (sources && (sources.sources.findLast((one) => one.kind === "responses") || sources.sources[0] || {}).name) || "";
-  useEffect(() => {
+  const chosen = useRef(""); // by the server, where nobody has
+  const source = params.source || chosen.current;
+  const address = rowsAddress({ ...params, source: params.source === chosen.current ? "" : params.source });
+  const wanted = useRef("");
+  useLayoutEffect(() => {
     document.title = "Rows - Studio";
     api("GET", "/sources").then(setSources, (e) => setError(e.message));
   }, []);
-  const address = (after) => "/rows?" + query({ source, filter: params.filter, sort: params.sort, after, n: PAGE });
-  const wanted = useRef("");
-  useEffect(() => {
-    if (!source) return;
-    const mine = (wanted.current = address());
+  useLayoutEffect(() => {
+    wanted.current = address;
     setError("");
-    api("GET", mine).then(
-      (said) => wanted.current === mine && setPage({ ...said, address: mine }),
-      (e) => wanted.current === mine && (setError(e.message), setPage(null)),
+    api("GET", address).then(
+      (said) => {
+        if (wanted.current !== address) return;
+        if (!params.source) chosen.current = said.source;
+        setPage({ ...said, address });
+      },
+      (e) => wanted.current === address && (setError(e.message), setPage(null)),
     );
-  }, [source, params.filter, params.sort]);
+  }, [address]);
   const loadMore = async () => {
     if (!page || !page.more) return;
     try {
-      const next = await api("GET", address(page.rows[page.rows.length - 1].place));
+      const next = await api("GET", rowsAddress({ ...params, source }, page.rows[page.rows.length - 1].place));
       if (wanted.current === page.address) setPage({ ...page, rows: [...page.rows, ...next.rows], more: next.more });
     } catch (e) {
       setError(e.message);

@@ -1,7 +1,8 @@
 // The run as it goes: stages, curves, monitors, alarms, and the checks that it waits for. It asks again every few seconds.
 
 import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
-import { api, query } from "./api.js";
+import { api } from "./api.js";
+import { query } from "./early.js";
 import { Short, When } from "./text.js";
 
 const SECONDS = 3;

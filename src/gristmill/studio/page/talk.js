@@ -1,7 +1,7 @@
 // A conversation with a model: streamed, painted at most 20 times a second, stopped at will. Chat and red team share it.
 
 import { html } from "./vendor/preact-htm.js";
-import { ApiError } from "./api.js";
+import { lines } from "./api.js";
 import { Text } from "./text.js";
 
 const PAINT_MS = 50;
@@ -62,22 +62,8 @@ export class Talk {
     this.paint(true);
     const { system, ...sampling } = options;
     try {
-      const reply = await fetch("/studio/api/chat", {
-        method: "POST",
-        headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ ...sampling, messages }),
-        signal: this.abort.signal,
-      });
-      if (!reply.ok) throw new ApiError(reply.status, await reply.json().catch(() => ({})));
-      const reader = reply.body.getReader();
-      const decoder = new TextDecoder();
-      let rest = "";
-      for (;;) {
-        const { done, value } = await reader.read();
-        if (done) break;
-        const lines = (rest + decoder.decode(value, { stream: true })).split("\n");
-        rest = lines.pop();
-        for (const line of lines) if (line) this.take(JSON.parse(line), answer);
+      for await (const piece of lines("/chat", { ...sampling, messages }, this.abort.signal)) {
+        this.take(piece, answer);
         this.paint();
       }
     } catch (error) {

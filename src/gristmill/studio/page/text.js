@@ -2,6 +2,7 @@
 
 import { html, useState } from "./vendor/preact-htm.js";
 import { api } from "./api.js";
+import { differences } from "./compare.js";
 
 const INVISIBLE =
   /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\ufff9-\ufffb]|\udb40[\udc00-\udc7f]/g;
@@ -27,8 +28,14 @@ function Lines({ text, raw }) {
   return html`<div class="lines">${lines.map((line) => html`<div dir="auto">${line === "" ? "\u00a0" : show(line)}</div>`)}</div>`;
 }
 
-// A long text unfolds piece by piece: `more(from)` is the address of the rest.
-export function Text({ text, length, more }) {
+function Differences({ text, beside }) {
+  const found = differences(text, beside);
+  if (!found) return html`<p class="soft">Too long to be compared word by word.</p><${Lines} text=${text} />`;
+  return html`<div class="lines" dir="auto">${found.map((piece) => (piece.same ? marked(piece.text) : html`<mark>${marked(piece.text)}</mark>`))}</div>`;
+}
+
+// A long text unfolds piece by piece: `more(from)` is the address of the rest. What `beside` does not say is marked.
+export function Text({ text, length, more, beside }) {
   const [extra, setExtra] = useState("");
   const [raw, setRaw] = useState(false);
   const [failed, setFailed] = useState("");
@@ -44,7 +51,7 @@ export function Text({ text, length, more }) {
     }
   };
   return html`<div class="said">
-    <${Lines} text=${whole} raw=${raw} />
+    ${beside === undefined ? html`<${Lines} text=${whole} raw=${raw} />` : html`<${Differences} text=${whole} beside=${beside} />`}
     ${left > 0 &&
     more &&
     html`<button class="link" onClick=${unfold}>Show more (${left.toLocaleString("en")} characters)</button>${failed && html`<span class="bad"> ${failed}</span>`}`}

@@ -2,7 +2,8 @@
 // once, however late the page is painted.
 
 import { html, useEffect } from "./vendor/preact-htm.js";
-import { api, query, uuid } from "./api.js";
+import { api, uuid } from "./api.js";
+import { query } from "./early.js";
 import { Conversation, Short, Text } from "./text.js";
 import { ATTRIBUTES, CheckPanel, ComparePanel, LETTERS, RatePanel, Reason, STRENGTHS, VERDICTS, complete, content } from "./panels.js";
 

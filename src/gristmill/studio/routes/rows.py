@@ -11,7 +11,7 @@ from aiohttp import web
 from gristmill.runs.reader import reading_back
 from gristmill.studio import export as exports
 from gristmill.studio.service import PERSON, Handler, Routes, json_reply, number_of
-from gristmill.studio.sources import OF_KIND, cut
+from gristmill.studio.sources import OF_KIND, PAGE_ROWS, cut
 from gristmill.studio.store import Refused
 from gristmill.workflows.dataset.lineage import lineage
 
@@ -41,7 +41,7 @@ class RowsRoutes(Routes):
     async def rows(self, request: web.Request) -> web.StreamResponse:
         query = request.query
         page = functools.partial(self.sources.page, query.get("source", ""), filter=query.get("filter", ""), sort=query.get("sort", ""))
-        return json_reply(await self.in_thread(page, after=number_of(request, "after", -1), num=number_of(request, "n", 50)))
+        return json_reply(await self.in_thread(page, after=number_of(request, "after", -1), num=number_of(request, "n", PAGE_ROWS)))
 
     async def row(self, request: web.Request) -> web.StreamResponse:
         """A row, the other answers to its prompt, and what people have said of it."""

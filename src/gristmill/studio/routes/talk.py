@@ -13,8 +13,7 @@ from gristmill.judge.guards import AEGIS
 from gristmill.studio import made
 from gristmill.studio.guard import GuardView
 from gristmill.studio.models import Model, ModelServer, models_of
-from gristmill.studio.security import HEADERS
-from gristmill.studio.service import PERSON, Handler, Routes, Service, body_of, json_reply, text_of, whole_of
+from gristmill.studio.service import PERSON, Handler, Routes, Service, body_of, json_reply, lines_reply, text_of, whole_of
 from gristmill.studio.store import Refused
 
 MAX_TOKENS, DEFAULT_TOKENS = 4096, 512
@@ -74,8 +73,7 @@ class TalkRoutes(Routes):
             "temperature": _share(body, "temperature", 0.0, 2.0),
             "top_p": _share(body, "top_p", 1.0, 1.0),
         }
-        headers = {**HEADERS, "Content-Type": "application/x-ndjson", "Cache-Control": "no-store"}
-        reply = web.StreamResponse(headers=headers)
+        reply = lines_reply()
         await reply.prepare(request)
         pieces = self.server.stream(model, asked)
         try:

@@ -3,9 +3,9 @@
 What an annotator gets is blind here, not in the page: no model, reward, judge or verdict, and no answer of anybody else.
 """
 
-import functools
 import json
 from collections.abc import Mapping
+from threading import Event
 from typing import Any
 
 from aiohttp import web
@@ -14,13 +14,14 @@ from gristmill.core.errors import InputError
 from gristmill.studio import asking
 from gristmill.studio import export as exports
 from gristmill.studio.agreement import agreement
+from gristmill.studio.apart import Told
 from gristmill.studio.database import Unreachable
 from gristmill.studio.rounds import decided_checks, open_checks
 from gristmill.studio.security import EXPERTS
-from gristmill.studio.service import PERSON, Handler, Routes, body_of, json_reply, number_of, text_of, whole_of
+from gristmill.studio.service import PERSON, Handler, Routes, body_of, json_reply, number_of, progress_reply, text_of, whole_of
 from gristmill.studio.sources import cut
 from gristmill.studio.store import EXPERT, LEASE_SECONDS, Person, Refused
-from gristmill.studio.tasks import CHECK, KINDS, PAIR, RATE, from_sides, swapped
+from gristmill.studio.tasks import CHECK, KINDS, PAIR, RATE, check_need, from_sides, swapped
 
 MAX_ANSWERS = 200  # in one request
 MAX_PROJECT_PROMPTS = 100_000
@@ -62,28 +63,26 @@ class WorkRoutes(Routes):
 
     async def create_project(self, request: web.Request) -> web.StreamResponse:
         body = await body_of(request)
-        kind, need = body.get("kind"), body.get("need", 1)
+        kind, need = body.get("kind"), check_need(body.get("need", 1))
         if kind not in KINDS:
             raise InputError(f"A project is one of {', '.join(KINDS)}.")
         num, seed = whole_of(body, "num", 100, low=1, high=MAX_PROJECT_PROMPTS), whole_of(body, "seed", 0, low=0, high=1 << 31)
         source, guideline = text_of(body, "source"), text_of(body, "guideline", MAX_GUIDELINE_CHARS)
         name = text_of(body, "name") or NAMES[str(kind)]  # not the source, which annotators are not to know
         strategy = text_of(body, "strategy") or asking.RANDOM
-        choose = functools.partial(asking.choose_items, self.sources, source, str(kind), num=num, seed=seed, strategy=strategy)
-        items = await self.in_thread(choose)
-        project = await self.in_thread(
-            self.store.create_project,
-            str(kind),
-            name,
-            items,
-            source=source,
-            need=need,
-            guideline=guideline,
-            by=request[PERSON],
-            settings={"num": num, "seed": seed, "strategy": strategy},
-        )
-        await self.service.events.publish(project=project)
-        return json_reply({"id": project, "items": len(items)})
+        settings = {"num": num, "seed": seed, "strategy": strategy}
+        made = list[str]()
+
+        def make(told: Told, stop: Event) -> dict[str, Any]:
+            items = asking.choose_items(self.sources, source, str(kind), num=num, seed=seed, strategy=strategy, told=told, stop=stop)
+            more: dict[str, Any] = {"source": source, "need": need, "guideline": guideline, "by": request[PERSON], "settings": settings}
+            made.append(self.store.create_project(str(kind), name, items, **more))
+            return {"id": made[0], "items": len(items)}
+
+        reply = await progress_reply(request, self.service, make)
+        if made:
+            await self.service.events.publish(project=made[0])
+        return reply
 
     async def set_guideline(self, request: web.Request) -> web.StreamResponse:
         body, project = await body_of(request), request.match_info["project"]
