@@ -42,7 +42,7 @@ class RewardScorer:
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether the model's context has room for a conversation."""
-        return len(self.chat_format.render(messages, self.tokenizer).ids) <= self.model.backbone.config.max_positions
+        return self.chat_format.fits(messages, self.tokenizer, self.model.backbone.config.max_positions)
 
     def score(self, conversations: Sequence[Sequence[Message]]) -> list[Rating]:
         """Ratings of the last assistant turn of each conversation: raw floats, as the report advises for ranking and filtering.
