@@ -39,6 +39,27 @@ def test_norms_and_biases_are_not_decayed(make_model: Make) -> None:
         assert torch.allclose(parameter, torch.full_like(parameter, expected)), name
 
 
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_adamw_is_torchs_bit_for_bit(make_model: Make, num_workers: int) -> None:
+    models = make_model(), make_model()
+    settings = OptimSettings(lr=0.03, weight_decay=0.1)
+    ours = Optimizer(models[0], settings, num_workers=num_workers)
+    plain = [[p for p in models[1].parameters() if (p.ndim < 2) == is_plain] for is_plain in (False, True)]
+    theirs = torch.optim.AdamW(
+        [{"params": plain[0], "weight_decay": 0.1}, {"params": plain[1], "weight_decay": 0.0}], 0.03, (0.9, 0.95), fused=True
+    )
+    assert {id(p) for share in ours.shares for p in share} == {id(p) for p in models[0].parameters()}
+    for step in range(3):
+        torch.manual_seed(step)
+        for one, other in zip(*(model.parameters() for model in models), strict=True):
+            one.grad = torch.randn_like(one) * 3
+            other.grad = one.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(models[1].parameters(), 1.0)
+        ours.step(max_norm=1.0, norm=float(norm))
+        theirs.step()
+        assert all(torch.equal(one, other) for one, other in zip(*(model.parameters() for model in models), strict=True))
+
+
 def test_muon_takes_the_hidden_matrices_only(make_model: Make) -> None:
     model = RewardModel(make_model())
     optimizer = Optimizer(model, OptimSettings(optimizer="muon"))
