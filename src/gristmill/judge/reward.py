@@ -75,7 +75,7 @@ class RewardScorer:
             answers_of.setdefault(tuple(messages[:-1]), []).append(i)
         found: list[list[float]] = [[]] * len(rendered)
         packs = list(_packs(list(answers_of.values()), rendered))
-        with workers(num_workers(self.model)) as each, unchanged(self.model.backbone):
+        with workers(num_workers(self.model)) as each, unchanged(self.model.backbone, each):
             scored = each(lambda groups: self._compute([[rendered[i] for i in group] for group in groups], compute), packs)
             for groups, rows in zip(packs, scored, strict=True):
                 for i, row in zip((i for group in groups for i in group), rows, strict=True):

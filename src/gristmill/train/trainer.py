@@ -278,7 +278,7 @@ class Trainer:
         plain = self._sharded is None or (self._sharded.is_replicated and self.mesh.dims.together == 1)
         in_place = self._in_place(len(batches) + len(fillers)) if plain and self.num_workers == 1 else nullcontext()
         decoder = backbone(self.model)
-        with in_place, unchanged(decoder) if plain and isinstance(decoder, Transformer) else nullcontext():
+        with in_place, unchanged(decoder, self._map) if plain and isinstance(decoder, Transformer) else nullcontext():
             for output in self._backward(batches, fillers, count):
                 totals.add(output)
         if self._sharded is not None:
