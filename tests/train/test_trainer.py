@@ -68,6 +68,31 @@ def test_where_gradients_and_states_lie_changes_nothing(
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_copies_that_the_optimizer_wrote_are_computed_with_while_weights_are_theirs(
+    make_model: Make, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    torch.set_num_threads(1)
+    samples, ends = make_samples(6), []
+    settings = TrainSettings(optimizer=optimizer, lr=1e-2, steps=4, batch_size=6, micro_batch_tokens=60, precision="bf16")
+    for never_fresh in (False, True):
+        model = make_model()
+        trainer = Trainer(model, next_token_objective, settings)
+        copied: list[int] = []
+        for step in range(4):
+            if never_fresh:
+                trainer._fresh = {}
+            copied.append(len(trainer._fresh))
+            trainer.step(samples)
+            with torch.no_grad():  # somebody else changes weights
+                model.blocks["0"].mlp.up.weight.mul_(1.5 if step == 1 else 1.0)
+                if step == 2:
+                    model.blocks["1"].mlp.up.weight.data = model.blocks["1"].mlp.up.weight.data * 1.5
+        ends.append([parameter.detach().clone() for parameter in model.parameters()])
+        assert copied[0] == 0 and (copied[1] == 0) == never_fresh
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 @pytest.mark.parametrize(("precision", "threads"), [("fp32", 1), ("bf16", 1), ("fp32", 2)])
 def test_batches_in_fp32_of_a_single_worker_are_not_filled_up(make_model: Make, precision: str, threads: int) -> None:
     torch.set_num_threads(threads)
@@ -280,9 +305,9 @@ def test_clipping_bounds_the_gradient(make_model: Make, make_samples: MakeSample
     norms: list[float] = []
     original = AdamW.step
 
-    def step(self: AdamW, parameters: Sequence[torch.nn.Parameter]) -> None:
-        norms.append(float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()))
-        original(self, parameters)
+    def step(self: AdamW, parameters: Sequence[torch.nn.Parameter], clip: float, *rest: Any) -> None:
+        norms.append(clip * float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()))
+        original(self, parameters, clip, *rest)
 
     def steep(model: Transformer, batch: TokenBatch) -> LossOutput:
         output = next_token_objective(model, batch)

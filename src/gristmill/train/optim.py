@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from gristmill.core.device import zeros_outside_heap
 from gristmill.core.errors import InputError
 from gristmill.core.threads import Map, alone, evenly
+from gristmill.model.kernels import library as kernels
 from gristmill.parallel.mesh import Mesh, is_sharded, part_of
 from gristmill.train.muon import ShardedMuon
 
 OPTIMIZERS = ("adamw", "muon")
+EPS = 1e-8  # of AdamW
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -59,13 +61,24 @@ class AdamW:
         self.state: defaultdict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
 
     @torch.no_grad()
-    def step(self, parameters: Sequence[nn.Parameter]) -> None:
-        """One step of some parameters, whose states have been made."""
+    def step(self, parameters: Sequence[nn.Parameter], clip: float = 1.0, copies: Mapping[Tensor, Tensor] | None = None) -> None:
+        """One step of some parameters, whose states have been made.
+
+        Args:
+            clip: factor of their gradients.
+            copies: of some in bf16, to be made up to date. With our kernel all this is one pass over memory.
+        """
         mine = set(parameters)
         for group in self.param_groups:
             due = [parameter for parameter in group["params"] if parameter in mine and parameter.grad is not None]
             if not due:
                 continue
+            if all(_has_kernel(parameter) for parameter in due):
+                for parameter in due:
+                    self._step_compiled(parameter, group, clip, None if copies is None else copies.get(parameter))
+                continue
+            if clip != 1:
+                torch._foreach_mul_([parameter.grad for parameter in due], clip)
             means, squares, steps = ([self.state[parameter][key] for parameter in due] for key in ("exp_avg", "exp_avg_sq", "step"))
             torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
@@ -80,10 +93,28 @@ class AdamW:
                 beta1=beta1,
                 beta2=beta2,
                 weight_decay=group["weight_decay"],
-                eps=1e-8,
+                eps=EPS,
                 amsgrad=False,
                 maximize=False,
             )
+            for parameter in due:
+                if copies is not None and parameter in copies:
+                    copies[parameter].copy_(parameter)
+
+    def _step_compiled(self, parameter: nn.Parameter, group: Mapping[str, Any], clip: float, copy: Tensor | None) -> None:
+        library, state, (beta1, beta2) = kernels.load(), self.state[parameter], group["betas"]
+        assert library is not None and parameter.grad is not None
+        number = int(state["step"].add_(1))
+        corrections = 1 - beta1**number, 1 - beta2**number
+        settings = kernels.AdamW(group["lr"], beta1, beta2, EPS, group["weight_decay"], clip, *corrections)
+        tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], copy
+        library.gristmill_adamw(settings, *map(kernels.pointer_of, tensors), parameter.numel(), torch.get_num_threads())
+
+
+def _has_kernel(parameter: nn.Parameter) -> bool:
+    grad = parameter.grad
+    plain = parameter.device.type == "cpu" and not is_sharded(parameter) and parameter.dtype == torch.float32 and kernels.load() is not None
+    return plain and grad is not None and grad.dtype == torch.float32 and grad.is_contiguous() and parameter.is_contiguous()
 
 
 class Optimizer:
@@ -143,18 +174,27 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr * scale * group.get("lr_ratio", 1.0)
 
-    def step(self, each: Map = alone, *, max_norm: float = math.inf, norm: float = 0.0) -> None:
-        """Clip gradients of norm `norm` to `max_norm`, and make one step, by the workers of a map."""
+    def step(
+        self,
+        each: Map = alone,
+        *,
+        max_norm: float = math.inf,
+        norm: float = 0.0,
+        copies: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Clip gradients of norm `norm` to `max_norm`, and make one step, by the workers of a map; `copies` as of AdamW's step."""
         self._make_states([(part, p) for _, part, p in self._states() if p.grad is not None and not part.state[p]])
 
-        def step(share: Sequence[nn.Parameter]) -> None:
-            if norm > max_norm:  # else it would multiply all gradients by one
-                nn.utils.clip_grads_with_norm_(share, max_norm, torch.tensor(norm))
-            self._adamw.step(share)
-
-        each(step, self.shares)
+        clip = min(1.0, max_norm / (norm + 1e-6))
+        each(lambda share: self._adamw.step(share, clip, copies), self.shares)
         if self._muon is not None:
+            matrices = [parameter for parameter in self._muon.param_groups[0]["params"] if parameter.grad is not None]
+            if clip != 1:
+                torch._foreach_mul_([parameter.grad for parameter in matrices], clip)
             self._muon.step()
+            for parameter in matrices:
+                if copies is not None and parameter in copies:
+                    copies[parameter].copy_(parameter)
 
     def _make_states(self, new: Sequence[tuple[AdamW | torch.optim.Optimizer, nn.Parameter]]) -> None:
         """States as torch's optimizers begin with, which would lie in the heap between activations."""

@@ -117,6 +117,8 @@ class Trainer:
         # memory outside the heap of gradients, and of matrices in the type that is computed in
         self._places: dict[Tensor, Tensor] = {}
         self._copies: dict[Tensor, Tensor] = {}
+        self._used: set[Tensor] = set()  # those whose copies are computed with
+        self._fresh: dict[Tensor, tuple[int, int]] = {}  # those whose copies are up to date, unless they have changed since (`_change`)
         self._map: Map | None = None
 
     def fit(self, data: Sequence[AnySample] | SampleData, validation: Sequence[AnySample] | SampleData = ()) -> TrainResult:
@@ -174,7 +176,7 @@ class Trainer:
             if saved is None or not saved.finished:
                 self._train(data, held_out, plan, store)
                 self.optimizer.release()
-                self._places, self._copies = {}, {}
+                self._places, self._copies, self._used, self._fresh = {}, {}, set(), {}
                 if self._best:
                     self._restore(self._best)
                     self._best = {}
@@ -292,7 +294,9 @@ class Trainer:
                 "lower the learning rate or look at the samples of that step"
             )
         self.optimizer.set_scale(scale)
-        self.optimizer.step(self._map, max_norm=self.settings.clip or math.inf, norm=norm)
+        copies = {weight: self._copies[weight] for weight in self._used}
+        self.optimizer.step(self._map, max_norm=self.settings.clip or math.inf, norm=norm, copies=copies)
+        self._fresh = {weight: _change(weight) for weight in copies}
         self.optimizer.zero_grad()
         self.result.steps += 1
         self.result.tokens += num_tokens
@@ -419,8 +423,10 @@ class Trainer:
 
         hooks = [parameter.register_post_accumulate_grad_hook(move) for parameter in self._places]
         try:
-            with fused.accumulating_in_place(parameters, self._places, self._copies):
+            fresh = [parameter for parameter, change in self._fresh.items() if change == _change(parameter)]
+            with fused.accumulating_in_place(parameters, self._places, self._copies, fresh) as copied:
                 yield
+                self._used |= set(copied)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -519,6 +525,11 @@ def _fingerprint_both(data: SampleData, validation: SampleData) -> str:
 def global_count(batches: Sequence[Batch], mesh: Group | None = None) -> int:
     """The one divisor of a step: trained terms over the micro-batches of all processes, at least 1."""
     return max(1, sum((mesh or Group()).gather(sum(batch.count for batch in batches))))
+
+
+def _change(parameter: Tensor) -> tuple[int, int]:
+    """What another tells of a change: torch's count of operations that wrote to a parameter, and where it lies."""
+    return parameter._version, parameter.data_ptr()
 
 
 def _check_fp32_weights(model: nn.Module) -> None:
