@@ -73,14 +73,13 @@ class AdamW:
             due = [parameter for parameter in group["params"] if parameter in mine and parameter.grad is not None]
             if not due:
                 continue
+            means, squares, steps = ([self.state[parameter][key] for parameter in due] for key in ("exp_avg", "exp_avg_sq", "step"))
+            torch._foreach_add_(steps, 1)
             if all(_has_kernel(parameter) for parameter in due):
-                for parameter in due:
-                    self._step_compiled(parameter, group, clip, None if copies is None else copies.get(parameter))
+                _step_compiled(group, clip, due, means, squares, steps, copies or {})
                 continue
             if clip != 1:
                 torch._foreach_mul_([parameter.grad for parameter in due], clip)
-            means, squares, steps = ([self.state[parameter][key] for parameter in due] for key in ("exp_avg", "exp_avg_sq", "step"))
-            torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
             torch._fused_adamw_(
                 due,
@@ -101,14 +100,29 @@ class AdamW:
                 if copies is not None and parameter in copies:
                     copies[parameter].copy_(parameter)
 
-    def _step_compiled(self, parameter: nn.Parameter, group: Mapping[str, Any], clip: float, copy: Tensor | None) -> None:
-        library, state, (beta1, beta2) = kernels.load(), self.state[parameter], group["betas"]
-        assert library is not None and parameter.grad is not None
-        number = int(state["step"].add_(1))
-        corrections = 1 - beta1**number, 1 - beta2**number
-        settings = kernels.AdamW(group["lr"], beta1, beta2, EPS, group["weight_decay"], clip, *corrections)
-        tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], copy
-        library.gristmill_adamw(settings, *map(kernels.pointer_of, tensors), parameter.numel(), torch.get_num_threads())
+
+def _step_compiled(
+    group: Mapping[str, Any],
+    clip: float,
+    parameters: Sequence[nn.Parameter],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    copies: Mapping[Tensor, Tensor],
+) -> None:
+    library, (beta1, beta2) = kernels.load(), group["betas"]
+    assert library is not None
+    parts = [
+        kernels.AdamWPart(
+            *map(kernels.pointer_of, (parameter, parameter.grad, mean, square, copies.get(parameter))),
+            parameter.numel(),
+            1 - beta1**number,
+            1 - beta2**number,
+        )
+        for parameter, mean, square, number in zip(parameters, means, squares, torch.stack(list(steps)).tolist(), strict=True)
+    ]
+    settings = kernels.AdamW(group["lr"], beta1, beta2, EPS, group["weight_decay"], clip)
+    library.gristmill_adamw(settings, (kernels.AdamWPart * len(parts))(*parts), len(parts), torch.get_num_threads())
 
 
 def _has_kernel(parameter: nn.Parameter) -> bool:

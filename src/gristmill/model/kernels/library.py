@@ -68,7 +68,17 @@ class Blocks(ctypes.Structure):
 class AdamW(ctypes.Structure):
     """ctypes mirror of `AdamW` in optimizer.cpp."""
 
-    _fields_ = [(name, ctypes.c_float) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "clip", "correction1", "correction2")]
+    _fields_ = [(name, ctypes.c_float) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "clip")]
+
+
+class AdamWPart(ctypes.Structure):
+    """ctypes mirror of `Part` in optimizer.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "grad", "mean", "square", "copy")),
+        ("size", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("correction1", "correction2")),
+    ]
 
 
 @functools.cache
@@ -92,7 +102,7 @@ def load() -> ctypes.CDLL | None:
         "blocks_forward": [ctypes.POINTER(Blocks)] + [pointer] * 3,
         "blocks_backward": [ctypes.POINTER(Blocks)] + [pointer] * 3,
         "tiles_of": [pointer] + [number] * 2 + [pointer] * 2,
-        "adamw": [ctypes.POINTER(AdamW)] + [pointer] * 5 + [large, number],
+        "adamw": [ctypes.POINTER(AdamW), ctypes.POINTER(AdamWPart), number, number],
         "weight_gradient": [pointer] * 3 + [number] * 3 + [large] * 2 + [number] * 2,
     }.items():
         function = getattr(library, f"gristmill_{name}")
