@@ -408,7 +408,9 @@ def peak_rss_mib() -> int:
 
 def measure(shape: Shape, trainer: str, task: str, *, folder: Path, batch: int, warm: bool, precision: str) -> dict[str, Any]:
     import torch
-    import torch._dynamo  # brought in by the first optimizer, or by TRL's own imports: a second that belongs to no step
+
+    if trainer == "trl":
+        import torch._dynamo  # noqa: F401  # its own imports or its first optimizer would bring it in: a second that belongs to no step
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

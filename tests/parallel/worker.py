@@ -118,7 +118,7 @@ def gradients_of(model: nn.Module, objective: Objective, samples: list[AnySample
     collated = trainer._collated_alike
     trainer._collated_alike = lambda items: steps.append(collated(items)) or steps[-1]  # type: ignore[method-assign, func-returns-value]
 
-    def keep() -> None:
+    def keep(*_: Any, **__: Any) -> None:
         own = {f"gradient|{name}": p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
         gathered = own.items() if trainer._sharded is None else trainer._sharded.gathered(own)
         found.update({name.split("|")[1]: gradient.clone() for name, gradient in gathered})

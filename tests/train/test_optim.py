@@ -39,6 +39,32 @@ def test_norms_and_biases_are_not_decayed(make_model: Make) -> None:
         assert torch.allclose(parameter, torch.full_like(parameter, expected)), name
 
 
+@pytest.mark.parametrize(("num_workers", "compiled"), [(1, True), (3, True), (1, False), (3, False)])
+def test_adamw_is_torchs(make_model: Make, monkeypatch: pytest.MonkeyPatch, num_workers: int, compiled: bool) -> None:
+    if not compiled:
+        monkeypatch.setattr("gristmill.model.kernels.library.load", lambda: None)
+    models = make_model(), make_model()
+    settings = OptimSettings(lr=0.03, weight_decay=0.1)
+    ours = Optimizer(models[0], settings, num_workers=num_workers)
+    plain = [[p for p in models[1].parameters() if (p.ndim < 2) == is_plain] for is_plain in (False, True)]
+    theirs = torch.optim.AdamW(
+        [{"params": plain[0], "weight_decay": 0.1}, {"params": plain[1], "weight_decay": 0.0}], 0.03, (0.9, 0.95), fused=True
+    )
+    assert {id(p) for share in ours.shares for p in share} == {id(p) for p in models[0].parameters()}
+    for step in range(3):
+        torch.manual_seed(step)
+        for one, other in zip(*(model.parameters() for model in models), strict=True):
+            one.grad = torch.randn_like(one) * 3
+            other.grad = one.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(models[1].parameters(), 1.0)
+        copies = {one: torch.zeros_like(one, dtype=torch.bfloat16) for one in models[0].parameters()}
+        ours.step(max_norm=1.0, norm=float(norm), copies=copies)
+        theirs.step()
+        for one, other in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+            assert torch.equal(copies[one], one.bfloat16())
+
+
 def test_muon_takes_the_hidden_matrices_only(make_model: Make) -> None:
     model = RewardModel(make_model())
     optimizer = Optimizer(model, OptimSettings(optimizer="muon"))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from gristmill.train.batch_plan import BatchPlan
 from gristmill.train.batches import RatedGroup, RatedSample, Sample, TokenBatch, collate, collate_tokens, split_micro_batches
 from gristmill.train.checkpoint import Checkpoint, CheckpointStore
 from gristmill.train.objectives.next_token import next_token_objective
+from gristmill.train.optim import AdamW
 from gristmill.train.trainer import LossOutput, Trainer, TrainSettings, compute_precision, global_count
 
 Make = Callable[..., Transformer]
@@ -62,9 +63,34 @@ def test_where_gradients_and_states_lie_changes_nothing(
     spans = [max(found) - min(found) for found in places if found]
     assert spans and max(spans) < sum(parameter.nbytes for parameter in models[0].parameters())  # side by side
     monkeypatch.setattr("gristmill.train.trainer.zeros_outside_heap", lambda like: [torch.full_like(one, math.nan) for one in like])
-    monkeypatch.setattr("gristmill.train.optim.Optimizer._make_states", lambda self, new: None)
+    monkeypatch.setattr("gristmill.train.optim.zeros_outside_heap", lambda like: [torch.zeros_like(one) for one in like])
     Trainer(models[1], next_token_objective, settings).fit(samples)
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_copies_that_the_optimizer_wrote_are_computed_with_while_weights_are_theirs(
+    make_model: Make, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    torch.set_num_threads(1)
+    samples, ends = make_samples(6), []
+    settings = TrainSettings(optimizer=optimizer, lr=1e-2, steps=4, batch_size=6, micro_batch_tokens=60, precision="bf16")
+    for never_fresh in (False, True):
+        model = make_model()
+        trainer = Trainer(model, next_token_objective, settings)
+        copied: list[int] = []
+        for step in range(4):
+            if never_fresh:
+                trainer._fresh = {}
+            copied.append(len(trainer._fresh))
+            trainer.step(samples)
+            with torch.no_grad():  # somebody else changes weights
+                model.blocks["0"].mlp.up.weight.mul_(1.5 if step == 1 else 1.0)
+                if step == 2:
+                    model.blocks["1"].mlp.up.weight.data = model.blocks["1"].mlp.up.weight.data * 1.5
+        ends.append([parameter.detach().clone() for parameter in model.parameters()])
+        assert copied[0] == 0 and (copied[1] == 0) == never_fresh
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 @pytest.mark.parametrize(("precision", "threads"), [("fp32", 1), ("bf16", 1), ("fp32", 2)])
@@ -277,20 +303,23 @@ def test_warmup_is_a_share_of_the_steps(given: dict[str, Any], warm: int, make_m
 
 def test_clipping_bounds_the_gradient(make_model: Make, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch) -> None:
     norms: list[float] = []
-    original = torch.optim.AdamW.step
+    original = AdamW.step
 
-    def step(self: torch.optim.AdamW, closure: None = None) -> None:
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        norms.append(float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()))
-        original(self, closure)
+    def step(self: AdamW, parameters: Sequence[torch.nn.Parameter], clip: float, *rest: Any) -> None:
+        norms.append(clip * float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()))
+        original(self, parameters, clip, *rest)
 
     def steep(model: Transformer, batch: TokenBatch) -> LossOutput:
         output = next_token_objective(model, batch)
         return LossOutput(output.sum * 1000, output.count)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    result = Trainer(make_model(), steep, replace(ONE_STEP, clip=0.5)).fit(make_samples(3))
-    assert result.metrics["grad_norm"] > 100 and norms == [pytest.approx(0.5, rel=1e-4)]
+    monkeypatch.setattr(AdamW, "step", step)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        norms.clear()
+        result = Trainer(make_model(), steep, replace(ONE_STEP, clip=0.5)).fit(make_samples(3))
+        assert result.metrics["grad_norm"] > 100 and len(norms) == threads
+        assert math.hypot(*norms) == pytest.approx(0.5, rel=1e-4)  # each worker has its share
 
 
 def test_validation_keeps_the_best_weights(make_model: Make, make_samples: MakeSamples, tmp_path: Path) -> None:

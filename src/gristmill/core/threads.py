@@ -18,6 +18,9 @@ from torch import nn
 # Parameters from which on torch's own threads are the better use of the cores; their gradients would also be held once a worker.
 MAX_THREADED_PARAMETERS = 50_000_000
 
+# MKL computes these. Where two threads call one for the first time at once, one of them may get cosines that are wrong in the fourth digit.
+VECTOR_FUNCTIONS = (torch.cos, torch.sin, torch.exp, torch.log, torch.tanh, torch.erf)
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -37,14 +40,31 @@ def num_workers(model: nn.Module, device: torch.device | None = None) -> int:
     return torch.get_num_threads() if small and (device or parameters[0].device).type == "cpu" else 1
 
 
+def alone(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """The `Map` of one worker: the caller itself."""
+    return [function(item) for item in items]
+
+
+def evenly(items: Iterable[Item], count: int, size: Callable[[Item], int]) -> list[list[Item]]:
+    """Share items out to `count` workers, about as much to each; every share keeps their order."""
+    items = list(items)
+    loads, owners = [0] * count, [0] * len(items)
+    for number in sorted(range(len(items)), key=lambda number: -size(items[number])):
+        owners[number] = loads.index(min(loads))
+        loads[owners[number]] += size(items[number])
+    return [[item for item, owner in zip(items, owners, strict=True) if owner == worker] for worker in range(count)]
+
+
 @contextmanager
 def workers(count: int) -> Iterator[Map]:
     """A `Map` over `count` threads, with one thread inside torch for each of them meanwhile. One worker is the caller itself."""
     if count == 1:
-        yield lambda function, items: [function(item) for item in items]
+        yield alone
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    for function in VECTOR_FUNCTIONS:
+        function(torch.ones(1))
     try:
         with ThreadPoolExecutor(count) as pool:
             yield lambda function, items: list(pool.map(function, items))

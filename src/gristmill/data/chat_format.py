@@ -92,6 +92,14 @@ class ChatFormat(ABC):
         """Render a conversation for training: once, or more often where later turns change how earlier answers are written."""
         return [self.render(messages, tokenizer, tools=tools)]
 
+    def fits(self, messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> bool:
+        """Whether a conversation has at most `max_tokens` tokens.
+
+        Raises:
+            InputError: as `render`.
+        """
+        return len(self.render(messages, tokenizer).ids) <= max_tokens
+
     def response_text(self, ids: Sequence[int], tokenizer: Tokenizer, *, continued: bool = False) -> str:
         """Text of a generated answer, or (`continued`) of its rest: without the end-of-turn token and what the format puts before it."""
         return tokenizer.decode(ids, continued=continued).removesuffix(self.close)
@@ -181,6 +189,15 @@ class TokenFormat(ChatFormat):
                 put(self.after + header["assistant"]) + "{% endif %}",
             )
         )
+
+    def fits(self, messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> bool:
+        around = max(len("".join(header)) for header in self.headers.values()) + len(self.close + self.end + self.after)
+        at_most = len(self.bos) + around * (len(messages) + 1)  # a token has a character at least; the first turn may be an empty system's
+        for message in messages:
+            at_most += tokenizer.max_tokens(message.content)
+        check_turns(messages)
+        self._check_plain(messages, ())
+        return at_most <= max_tokens or super(TokenFormat, self).fits(messages, tokenizer, max_tokens)
 
     def render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] = (), ended: bool = True) -> Rendered:
         check_turns(messages)

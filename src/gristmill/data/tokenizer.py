@@ -52,7 +52,7 @@ PLAIN = ("NoneType", "NFC", "NFKC", "NFD", "NFKD", "Lowercase")  # normalizers t
 
 
 MAX_ENCODED_ALONE = 20_000  # characters; for longer texts the library lets other threads run only in a batch
-MAX_KEPT_LENGTH, MAX_KEPT = 400, 16_384  # characters and number of texts whose ids are kept: turns are rendered again and again
+MAX_KEPT_LENGTH, MAX_KEPT = 400, 32_768  # characters and number of texts whose ids are kept: turns are rendered again and again
 MAX_BYTES = 1 << 28  # of a tokenizer.json; the largest published ones have 40 MB
 # What a model folder says about its tokenizer and its chat template. A folder that was loaded is saved with the same bytes.
 FILES = (
@@ -310,6 +310,10 @@ class Tokenizer:
                 self._kept.clear()
             self._kept[text] = array("I", ids)
         return ids
+
+    def max_tokens(self, text: str) -> int:
+        """At most how many ids a text has: where tokens are of bytes, as many as it has, without encoding it."""
+        return len(text) if self._apart and "ByteLevel" in self._decoders and text.isascii() else len(self.encode(text))
 
     def encode_turn(self, header: str, text: str) -> tuple[list[int], list[int]]:
         """Ids of a turn's header and of the words after it, both as they are after a control token.

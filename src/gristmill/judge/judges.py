@@ -152,7 +152,7 @@ class Judges:
         verdicts = self.verifier.verify([(truths[r.prompt], r.text) for r in checkable])
         verified = {r.id: right for r, right in zip(checkable, verdicts, strict=True)}
         weak = {r.id for r in checkable if self.verifier.is_weak(truths[r.prompt], r.text)}
-        return [replace(self._judged(r, ratings.get(r.id), verified.get(r.id)), weak=True if r.id in weak else None) for r in rows]
+        return [self._judged(r, ratings.get(r.id), verified.get(r.id), True if r.id in weak else None) for r in rows]
 
     async def repair(self, prompts: Iterable[Prompt], rows: Sequence[Response]) -> list[Response]:
         """Judged answers that a program has edited until they pass: some a prompt, of those that ended, say something and do not loop."""
@@ -182,12 +182,12 @@ class Judges:
         found = sum(sources, Counter[str]())
         return {"left_out": dict(found)} if found else {}
 
-    def _judged(self, r: Response, rating: Rating | None, verified: bool | None) -> Response:
+    def _judged(self, r: Response, rating: Rating | None, verified: bool | None, weak: bool | None) -> Response:
         score = round(rating.score(self.weights), 4) if rating else None
         good = verified if verified is not None else self._keep is None or meets(self._keep, rating, score)
         good = good and not loops(r.text, self.judging)
         judge = "verifier" if verified is not None else "reward" if rating else "none"
-        return replace(r, rating=rating, score=score, verified=verified, judge=judge, good=bool(good and r.finished))
+        return replace(r, rating=rating, score=score, verified=verified, judge=judge, good=bool(good and r.finished), weak=weak)
 
     async def compare(self, pairs: Sequence[tuple[Response, Response]]) -> dict[str, Verdict]:
         """The LLM judge's verdict about each pair, asked in both orders; none where a call failed."""

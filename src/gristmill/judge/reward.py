@@ -42,7 +42,7 @@ class RewardScorer:
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether the model's context has room for a conversation."""
-        return len(self.chat_format.render(messages, self.tokenizer).ids) <= self.model.backbone.config.max_positions
+        return self.chat_format.fits(messages, self.tokenizer, self.model.backbone.config.max_positions)
 
     def score(self, conversations: Sequence[Sequence[Message]]) -> list[Rating]:
         """Ratings of the last assistant turn of each conversation: raw floats, as the report advises for ranking and filtering.
@@ -75,7 +75,7 @@ class RewardScorer:
             answers_of.setdefault(tuple(messages[:-1]), []).append(i)
         found: list[list[float]] = [[]] * len(rendered)
         packs = list(_packs(list(answers_of.values()), rendered))
-        with workers(num_workers(self.model)) as each, unchanged(self.model.backbone):
+        with workers(num_workers(self.model)) as each, unchanged(self.model.backbone, each):
             scored = each(lambda groups: self._compute([[rendered[i] for i in group] for group in groups], compute), packs)
             for groups, rows in zip(packs, scored, strict=True):
                 for i, row in zip((i for group in groups for i in group), rows, strict=True):

@@ -23,7 +23,7 @@ def unique_answers(rows: Sequence[Response]) -> list[Response]:
     """Each different answer to a prompt once, with the number of samples that said exactly this."""
     votes = Counter((r.prompt, r.text) for r in rows)
     first = {(r.prompt, r.text): r for r in reversed(rows)}
-    return [replace(r, votes=votes[key]) for key, r in reversed(first.items())]
+    return [r if r.votes == votes[key] else replace(r, votes=votes[key]) for key, r in reversed(first.items())]
 
 
 def meets(expr: FilterExpr, rating: Rating | None, score: float | None) -> bool:

@@ -1,5 +1,6 @@
 """Data source of the miniature world, for alignment runs."""
 
+from functools import cached_property
 from typing import Any
 
 from gristmill.core.errors import InputError
@@ -55,6 +56,10 @@ class MiniatureSource:
 
     def prompts(self) -> list[Prompt]:
         """Collected prompts; their verifiers are read off their texts, as for prompts that a model wrote."""
+        return list(self._prompts)
+
+    @cached_property
+    def _prompts(self) -> list[Prompt]:
         problems = human.collected(self.world, self._num["num_prompts"], self._seed)
         return [
             Prompt(make_id("collected", self._seed, i), p.task, p.messages, "file", (), self.truth(p.task, p.messages))

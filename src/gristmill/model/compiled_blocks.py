@@ -8,14 +8,13 @@ Shapes: T tokens, S of them behind the last block, D hidden size.
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gristmill.core.threads import MAX_THREADED_PARAMETERS
+from gristmill.core.threads import MAX_THREADED_PARAMETERS, Map, alone
 from gristmill.model import fused
 from gristmill.model.attention import attention_call
 from gristmill.model.kernels import library as kernels
@@ -26,30 +25,29 @@ DEPTH = 32  # sizes are multiples of it
 
 
 class Tiles:
-    """Weights of blocks as the kernel reads them: matrices as tiles in bf16, gains in fp32. They are made at first use.
+    """Weights of blocks as the kernel reads them: matrices as tiles in bf16, gains in fp32.
+
+    Args:
+        each: workers that make them.
 
     Attributes:
         parameters: the model's, in the order of the kernel's table.
     """
 
-    def __init__(self, blocks: Sequence[Any]) -> None:
+    def __init__(self, blocks: Sequence[Any], each: Map = alone) -> None:
         self.blocks = blocks
         self.parameters = [parameter for block in blocks for parameter in _parameters(block)]
-        self._lock = Lock()
-        self._layers: ctypes.Array[kernels.Layer] | None = None
         self._held: list[Tensor] = []  # what the table's pointers point to
+        self._layers = (kernels.Layer * len(blocks))(*each(self._layer, blocks))
 
     def table(self) -> "ctypes.Array[kernels.Layer]":
         """A copy of the kernel's table, without gradients and attention."""
-        with self._lock:  # workers share the tiles
-            if self._layers is None:
-                self._layers = (kernels.Layer * len(self.blocks))(*map(self._layer, self.blocks))
-            return (kernels.Layer * len(self.blocks)).from_buffer_copy(self._layers)
+        return (kernels.Layer * len(self.blocks)).from_buffer_copy(self._layers)
 
     def _layer(self, block: Any) -> kernels.Layer:
         layer = kernels.Layer(attention_norm=self._norm(block.attention_norm), mlp_norm=self._norm(block.mlp_norm))
         for name, weight in _matrices(block).items():
-            setattr(layer, name, self._weight(weight.detach()))
+            setattr(layer, name, self._weight(weight))
         return layer
 
     def _norm(self, norm: Any) -> kernels.Norm:
@@ -61,10 +59,12 @@ class Tiles:
         library = kernels.load()
         assert library is not None
         tiles = torch.empty(2, weight_NK.numel(), dtype=torch.bfloat16)
-        weight_NK = weight_NK.float().contiguous()
-        library.gristmill_tiles_of(weight_NK.data_ptr(), *weight_NK.shape, tiles[0].data_ptr(), tiles[1].data_ptr())
+        if weight_NK.dtype != torch.float32 or not weight_NK.is_contiguous():
+            weight_NK = weight_NK.detach().float().contiguous()
+        columns, rows = tiles.data_ptr(), tiles.data_ptr() + tiles.nbytes // 2
+        library.gristmill_tiles_of(weight_NK.data_ptr(), *weight_NK.shape, columns, rows)
         self._held.append(tiles)
-        return kernels.Weight(columns=tiles[0].data_ptr(), rows=tiles[1].data_ptr())
+        return kernels.Weight(columns=columns, rows=rows)
 
 
 def _matrices(block: Any) -> dict[str, Tensor]:
@@ -91,9 +91,9 @@ def _set_gradients(block: Any, layer: kernels.Layer, gradients: Mapping[Tensor, 
 
 
 @contextmanager
-def unchanged(decoder: Any) -> Iterator[None]:
-    """Meanwhile the weights of a decoder do not change: their tiles are made once, however often it computes, in all threads."""
-    decoder.tiles = Tiles(list(decoder.blocks.values())) if takes(decoder) else None
+def unchanged(decoder: Any, each: Map = alone) -> Iterator[None]:
+    """Meanwhile the weights of a decoder do not change: their tiles are made once, by the workers of a map, and all threads read them."""
+    decoder.tiles = Tiles(list(decoder.blocks.values()), each) if takes(decoder) else None
     try:
         yield
     finally:
@@ -183,8 +183,9 @@ class _Blocks(torch.autograd.Function):
         for parameter in in_place - added:
             parameter.grad = fused.new_gradient(parameter)
         own = [parameter for parameter in due if parameter not in in_place]
-        parts = torch.empty(sum(parameter.numel() for parameter in own)).split([parameter.numel() for parameter in own])
-        made = {parameter: part.view(parameter.shape) for parameter, part in zip(own, parts, strict=True)}
+        # in one call: each of torch's lets go of Python's lock, and another worker has it then
+        parts = torch._utils._unflatten_dense_tensors(torch.empty(sum(parameter.numel() for parameter in own)), own)
+        made = dict(zip(own, parts, strict=True))
         gradients = made | {parameter: parameter.grad for parameter in in_place}
         for block, layer in zip(ctx.tiles.blocks, ctx.read[0], strict=True):
             _set_gradients(block, layer, gradients, added)

@@ -5,8 +5,9 @@ By kernels of ours on a CPU; elsewhere by torch.compile, where `compiled.compili
 Shapes: T tokens, D hidden size, F ffn size, R rows of logits, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -164,15 +165,28 @@ def softmax_gradient(logits_RV: Tensor, statistics_R2: Tensor, targets_R: Tensor
     library.gristmill_softmax_backward(*(x.data_ptr() for x in tensors), *numbers)
 
 
-# Of each weight whose gradient is added in place: copies by type of computation, memory for the gradient and for a copy. Not by thread: a
-# GPU's backward pass has its own.
-_state: dict[Tensor, tuple[dict[torch.dtype, Tensor], Tensor | None, Tensor | None]] = {}
+@dataclass(frozen=True)
+class _InPlace:
+    """What is kept of a weight whose gradient is added in place: copies by type of computation, memory for the gradient and for a copy, and
+    the list of weights that have been copied into such memory.
+    """
+
+    copies: dict[torch.dtype, Tensor]
+    gradient: Tensor | None
+    copy: Tensor | None
+    copied: list[Tensor]
+
+
+_state: dict[Tensor, _InPlace] = {}  # not by thread: a GPU's backward pass has its own
 
 
 @contextmanager
 def accumulating_in_place(
-    weights: Sequence[Tensor], places: Mapping[Tensor, Tensor] | None = None, copies: Mapping[Tensor, Tensor] | None = None
-) -> Iterator[None]:
+    weights: Sequence[Tensor],
+    places: Mapping[Tensor, Tensor] | None = None,
+    copies: Mapping[Tensor, Tensor] | None = None,
+    fresh: Iterable[Tensor] = (),
+) -> Iterator[list[Tensor]]:
     """Backward passes add these weights' gradients to `.grad` as they are made, with no matrix of that size in between.
 
     Weights do not change meanwhile: each is copied once into another type of computation, however many backward passes there are.
@@ -180,10 +194,17 @@ def accumulating_in_place(
     Args:
         places: memory for the gradients of some weights, whatever it holds.
         copies: the same for their copies, in the type of the computation.
+        fresh: weights whose copies hold what they hold.
+
+    Yields:
+        the weights that have been copied into `copies` so far.
     """
-    _state.update((weight, ({}, (places or {}).get(weight), (copies or {}).get(weight))) for weight in weights)
+    places, copies, copied = places or {}, copies or {}, list[Tensor]()
+    _state.update((weight, _InPlace({}, places.get(weight), copies.get(weight), copied)) for weight in weights)
+    for weight in fresh:
+        _state[weight].copies[copies[weight].dtype] = copies[weight]
     try:
-        yield
+        yield copied
     finally:
         for weight in weights:
             del _state[weight]
@@ -203,17 +224,21 @@ def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight that `accumulates`, in the type of the computation: copied once."""
     if weight.dtype == dtype:
         return weight.detach()
-    copies, _, place = _state[weight]
-    if dtype not in copies:
-        # `data` counts its changes alone, which tensors of one mapping do together
-        copies[dtype] = place.data.copy_(weight.detach()) if place is not None and place.dtype == dtype else weight.detach().to(dtype)
-    return copies[dtype]
+    state = _state[weight]
+    if dtype not in state.copies:
+        if state.copy is not None and state.copy.dtype == dtype:
+            # `data` counts its changes alone, which tensors of one mapping do together
+            state.copies[dtype] = state.copy.data.copy_(weight.detach())
+            state.copied.append(weight)
+        else:
+            state.copies[dtype] = weight.detach().to(dtype)
+    return state.copies[dtype]
 
 
 def new_gradient(weight: Tensor) -> Tensor:
     """Memory for the gradient of a weight that `accumulates`, not set."""
-    _, place, _ = _state.get(weight, ({}, None, None))
-    return torch.empty_like(weight) if place is None else place
+    state = _state.get(weight)
+    return torch.empty_like(weight) if state is None or state.gradient is None else state.gradient
 
 
 def add_gradient(weight_ND: Tensor, grad_TN: Tensor, x_TD: Tensor, *, factor: float = 1.0) -> None:

@@ -196,14 +196,12 @@ class Pipeline(nn.Module):
             gradient = local(cast(Tensor, mine[0].grad))
             gradient.add_(self.group.exchange(gradient, self.group.size - 1 - self.group.rank))
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Clip the gradients of all stages' parameters by their norm; returns the norm."""
+    def grad_norm(self) -> float:
+        """Norm of the gradients of all stages' parameters."""
         named = {name: parameter for name, parameter in self.named_parameters() if parameter.grad is not None}
         counted = [p.grad for name, p in named.items() if not (self.is_tied and name == TIED)]
         own = float(whole(nn.utils.get_total_norm(cast("list[Tensor]", counted)))) if counted else 0.0
-        norm = torch.tensor(math.sqrt(sum(other * other for other in self.group.gather(own))), device=self.device)
-        nn.utils.clip_grads_with_norm_(list(named.values()), max_norm, norm)
-        return norm
+        return math.sqrt(sum(other * other for other in self.group.gather(own)))
 
 
 def _run_schedule(pipeline: Pipeline, batches: Sequence[Any], states: Tensor, *, backward: bool) -> None:

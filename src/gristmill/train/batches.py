@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -428,7 +428,11 @@ def share_out(samples: Sequence[ItemT], max_tokens: int, num_shares: int) -> lis
     alike.
     """
     ordered = sorted(samples, key=lambda sample: sample.num_tokens, reverse=True)
-    return [list(neighbours(ordered[i::num_shares], max_tokens)) for i in range(num_shares)]
+    there_and_back = [*range(num_shares), *reversed(range(num_shares))]
+    shares: list[list[ItemT]] = [[] for _ in range(num_shares)]
+    for sample, share in zip(ordered, cycle(there_and_back)):  # noqa: B905
+        shares[share].append(sample)
+    return [list(neighbours(share, max_tokens)) for share in shares]
 
 
 def neighbours(samples: Sequence[ItemT], max_tokens: int) -> Iterator[list[ItemT]]:

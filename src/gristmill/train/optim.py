@@ -1,19 +1,24 @@
 """Optimisers and schedules: AdamW, and Muon for hidden matrices with AdamW for everything else."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gristmill.core.device import zeros_outside_heap
 from gristmill.core.errors import InputError
+from gristmill.core.threads import Map, alone, evenly
+from gristmill.model.kernels import library as kernels
 from gristmill.parallel.mesh import Mesh, is_sharded, part_of
 from gristmill.train.muon import ShardedMuon
 
 OPTIMIZERS = ("adamw", "muon")
+EPS = 1e-8  # of AdamW
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -48,16 +53,98 @@ def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and ".blocks." in f".{name}"
 
 
+class AdamW:
+    """`torch.optim.AdamW` with its fused kernel, groups and state: to make one of those imports torch's compiler, for a second."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> None:
+        self.param_groups = [{"lr": lr, "betas": betas, **group} for group in groups]
+        self.state: defaultdict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self, parameters: Sequence[nn.Parameter], clip: float = 1.0, copies: Mapping[Tensor, Tensor] | None = None) -> None:
+        """One step of some parameters, whose states have been made.
+
+        Args:
+            clip: factor of their gradients.
+            copies: of some in bf16, to be made up to date. With our kernel all this is one pass over memory.
+        """
+        mine = set(parameters)
+        for group in self.param_groups:
+            due = [parameter for parameter in group["params"] if parameter in mine and parameter.grad is not None]
+            if not due:
+                continue
+            means, squares, steps = ([self.state[parameter][key] for parameter in due] for key in ("exp_avg", "exp_avg_sq", "step"))
+            torch._foreach_add_(steps, 1)
+            if all(_has_kernel(parameter) for parameter in due):
+                _step_compiled(group, clip, due, means, squares, steps, copies or {})
+                continue
+            if clip != 1:
+                torch._foreach_mul_([parameter.grad for parameter in due], clip)
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(
+                due,
+                [parameter.grad for parameter in due],
+                means,
+                squares,
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=EPS,
+                amsgrad=False,
+                maximize=False,
+            )
+            for parameter in due:
+                if copies is not None and parameter in copies:
+                    copies[parameter].copy_(parameter)
+
+
+def _step_compiled(
+    group: Mapping[str, Any],
+    clip: float,
+    parameters: Sequence[nn.Parameter],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    copies: Mapping[Tensor, Tensor],
+) -> None:
+    library, (beta1, beta2) = kernels.load(), group["betas"]
+    assert library is not None
+    parts = [
+        kernels.AdamWPart(
+            *map(kernels.pointer_of, (parameter, parameter.grad, mean, square, copies.get(parameter))),
+            parameter.numel(),
+            1 - beta1**number,
+            1 - beta2**number,
+        )
+        for parameter, mean, square, number in zip(parameters, means, squares, torch.stack(list(steps)).tolist(), strict=True)
+    ]
+    settings = kernels.AdamW(group["lr"], beta1, beta2, EPS, group["weight_decay"], clip)
+    library.gristmill_adamw(settings, (kernels.AdamWPart * len(parts))(*parts), len(parts), torch.get_num_threads())
+
+
+def _has_kernel(parameter: nn.Parameter) -> bool:
+    grad = parameter.grad
+    plain = parameter.device.type == "cpu" and not is_sharded(parameter) and parameter.dtype == torch.float32 and kernels.load() is not None
+    return plain and grad is not None and grad.dtype == torch.float32 and grad.is_contiguous() and parameter.is_contiguous()
+
+
 class Optimizer:
-    """One or two torch optimisers behind one face, with a state that is a flat dictionary of tensors.
+    """One or two optimisers behind one face, with a state that is a flat dictionary of tensors.
 
     Norms, biases and all other one-dimensional parameters are never decayed.
 
     Args:
         mesh: the processes that have parts of the model.
+        num_workers: threads that share out a step.
+
+    Attributes:
+        shares: the parameters of each worker, as many numbers in all of them.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimSettings, mesh: Mesh | None = None) -> None:
+    def __init__(self, model: nn.Module, settings: OptimSettings, mesh: Mesh | None = None, num_workers: int = 1) -> None:
         if settings.optimizer not in OPTIMIZERS:
             raise InputError(f"unknown optimizer {settings.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
         self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -76,21 +163,20 @@ class Optimizer:
             {"params": plain, "weight_decay": 0.0},
             {"params": b_matrices, "weight_decay": settings.weight_decay, "lr_ratio": settings.b_lr_ratio},
         ]
-        self._parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                [group for group in groups if group["params"]],
-                lr=settings.lr,
-                betas=settings.betas,
-                fused=True,
-            )
-        ]
+        self.shares = evenly(self.parameters, num_workers, size=Tensor.numel)
+        self._adamw = AdamW(groups, lr=settings.lr, betas=settings.betas)
+        self._muon: torch.optim.Optimizer | None = None
         if muon:
             make: Callable[..., torch.optim.Muon] = torch.optim.Muon
             alike = mesh is not None and mesh.size > 1 and mesh.dims.together == 1  # all have all matrices, or parts of all
             if mesh is not None and (alike or any(is_sharded(matrix) for matrix in muon)):
                 make = partial(ShardedMuon, group=mesh.layer_group())
-            self._parts.append(make(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
+            self._muon = make(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay)
         self._base_lrs = [settings.lr, settings.muon_lr]
+
+    @property
+    def _parts(self) -> list[AdamW | torch.optim.Optimizer]:
+        return [self._adamw] if self._muon is None else [self._adamw, self._muon]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -102,12 +188,29 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr * scale * group.get("lr_ratio", 1.0)
 
-    def step(self) -> None:
+    def step(
+        self,
+        each: Map = alone,
+        *,
+        max_norm: float = math.inf,
+        norm: float = 0.0,
+        copies: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Clip gradients of norm `norm` to `max_norm`, and make one step, by the workers of a map; `copies` as of AdamW's step."""
         self._make_states([(part, p) for _, part, p in self._states() if p.grad is not None and not part.state[p]])
-        for part in self._parts:
-            part.step()
 
-    def _make_states(self, new: Sequence[tuple[torch.optim.Optimizer, nn.Parameter]]) -> None:
+        clip = min(1.0, max_norm / (norm + 1e-6))
+        each(lambda share: self._adamw.step(share, clip, copies), self.shares)
+        if self._muon is not None:
+            matrices = [parameter for parameter in self._muon.param_groups[0]["params"] if parameter.grad is not None]
+            if clip != 1:
+                torch._foreach_mul_([parameter.grad for parameter in matrices], clip)
+            self._muon.step()
+            for parameter in matrices:
+                if copies is not None and parameter in copies:
+                    copies[parameter].copy_(parameter)
+
+    def _make_states(self, new: Sequence[tuple[AdamW | torch.optim.Optimizer, nn.Parameter]]) -> None:
         """States as torch's optimizers begin with, which would lie in the heap between activations."""
         names = [("momentum_buffer",) if isinstance(part, torch.optim.Muon) else ("exp_avg", "exp_avg_sq") for part, _ in new]
         owners = [parameter for (_, parameter), keys in zip(new, names, strict=True) for _ in keys]
@@ -118,8 +221,8 @@ class Optimizer:
             part.state[parameter] = step | {key: next(zeros) for key in keys}
 
     def zero_grad(self) -> None:
-        for part in self._parts:
-            part.zero_grad(set_to_none=True)
+        for parameter in self._names:
+            parameter.grad = None
 
     def release(self) -> None:
         """Free gradients and states, which nothing needs when training has ended."""
@@ -127,7 +230,7 @@ class Optimizer:
         for part in self._parts:
             part.state.clear()
 
-    def _states(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter]]:
+    def _states(self) -> Iterator[tuple[str, AdamW | torch.optim.Optimizer, nn.Parameter]]:
         for part in self._parts:
             for group in part.param_groups:
                 for parameter in group["params"]:

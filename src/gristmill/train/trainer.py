@@ -109,13 +109,16 @@ class Trainer:
             self._sharded = ShardedModel(self.model, objective, self.mesh)
             self.model = self._sharded.local
         names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay", "b_lr_ratio")
-        self.optimizer = Optimizer(self.model, OptimSettings(**{name: getattr(settings, name) for name in names}), self.mesh)
+        chosen_by = OptimSettings(**{name: getattr(settings, name) for name in names})
+        self.optimizer = Optimizer(self.model, chosen_by, self.mesh, self.num_workers)
         self.result = TrainResult(0, 0, 0.0, {}, [], [])
         self._best: dict[str, Tensor] = {}
         self._best_loss = math.inf
         # memory outside the heap of gradients, and of matrices in the type that is computed in
         self._places: dict[Tensor, Tensor] = {}
         self._copies: dict[Tensor, Tensor] = {}
+        self._used: set[Tensor] = set()  # those whose copies are computed with
+        self._fresh: dict[Tensor, tuple[int, int]] = {}  # those whose copies are up to date, unless they have changed since (`_change`)
         self._map: Map | None = None
 
     def fit(self, data: Sequence[AnySample] | SampleData, validation: Sequence[AnySample] | SampleData = ()) -> TrainResult:
@@ -173,7 +176,7 @@ class Trainer:
             if saved is None or not saved.finished:
                 self._train(data, held_out, plan, store)
                 self.optimizer.release()
-                self._places, self._copies = {}, {}
+                self._places, self._copies, self._used, self._fresh = {}, {}, set(), {}
                 if self._best:
                     self._restore(self._best)
                     self._best = {}
@@ -277,12 +280,12 @@ class Trainer:
         plain = self._sharded is None or (self._sharded.is_replicated and self.mesh.dims.together == 1)
         in_place = self._in_place(len(batches) + len(fillers)) if plain and self.num_workers == 1 else nullcontext()
         decoder = backbone(self.model)
-        with in_place, unchanged(decoder) if plain and isinstance(decoder, Transformer) else nullcontext():
+        with in_place, unchanged(decoder, self._map) if plain and isinstance(decoder, Transformer) else nullcontext():
             for output in self._backward(batches, fillers, count):
                 totals.add(output)
         if self._sharded is not None:
             self._sharded.add_up_gradients()
-        norm = self._clip_grad_norm(self.settings.clip or math.inf)
+        norm = self._grad_norm()
         metrics = totals.means(self.mesh)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
             self.optimizer.zero_grad()
@@ -291,7 +294,9 @@ class Trainer:
                 "lower the learning rate or look at the samples of that step"
             )
         self.optimizer.set_scale(scale)
-        self.optimizer.step()
+        copies = {weight: self._copies[weight] for weight in self._used}
+        self.optimizer.step(self._map, max_norm=self.settings.clip or math.inf, norm=norm, copies=copies)
+        self._fresh = {weight: _change(weight) for weight in copies}
         self.optimizer.zero_grad()
         self.result.steps += 1
         self.result.tokens += num_tokens
@@ -303,14 +308,12 @@ class Trainer:
             "tokens_per_second": num_tokens / seconds,
         }
 
-    def _clip_grad_norm(self, max_norm: float) -> float:
+    def _grad_norm(self) -> float:
         if isinstance(self.model, Pipeline):
-            return float(self.model.clip_grad_norm(max_norm))
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.optimizer.parameters if parameter.grad is not None])
-        value = float(whole(norm))
-        if value > max_norm:  # else it would multiply all gradients by one
-            nn.utils.clip_grads_with_norm_(self.optimizer.parameters, max_norm, norm)
-        return value
+            return self.model.grad_norm()
+        assert self._map is not None
+        norms = self._map(lambda share: nn.utils.get_total_norm([p.grad for p in share if p.grad is not None]), self.optimizer.shares)
+        return float(whole(norms[0])) if len(norms) == 1 else math.hypot(*map(float, norms))
 
     def _lr_scale(self) -> float:
         settings = self.settings
@@ -380,17 +383,26 @@ class Trainer:
             return
         assert self._map is not None
         parameters = self.optimizer.parameters
+        made: list[dict[nn.Parameter, Tensor]] = []
 
-        def gradients(batch: Batch) -> tuple[LossOutput, tuple[Tensor | None, ...]]:
+        def gradients(batch: Batch) -> tuple[LossOutput, dict[nn.Parameter, Tensor]]:
             output = self.objective(self.model, batch)
-            return output, torch.autograd.grad(output.sum / count, parameters, allow_unused=True)
+            grads = torch.autograd.grad(output.sum / count, parameters, allow_unused=True)
+            return output, {parameter: grad for parameter, grad in zip(parameters, grads, strict=True) if grad is not None}
+
+        def add_up(share: Sequence[nn.Parameter]) -> None:
+            for grads in made:
+                later = [parameter for parameter in share if parameter in grads and parameter.grad is not None]
+                if later:
+                    torch._foreach_add_([cast(Tensor, parameter.grad) for parameter in later], [grads[parameter] for parameter in later])
+                for parameter in share:
+                    if parameter.grad is None:
+                        parameter.grad = grads.get(parameter)
 
         for start in range(0, len(batches), self.num_workers):
-            for output, grads in self._map(gradients, batches[start : start + self.num_workers]):
-                for parameter, grad in zip(parameters, grads, strict=True):
-                    if grad is not None:
-                        parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-                yield output
+            outputs, made[:] = zip(*self._map(gradients, batches[start : start + self.num_workers]), strict=True)
+            self._map(add_up, self.optimizer.shares)
+            yield from outputs
 
     @contextmanager
     def _in_place(self, num_batches: int) -> Iterator[None]:
@@ -411,8 +423,10 @@ class Trainer:
 
         hooks = [parameter.register_post_accumulate_grad_hook(move) for parameter in self._places]
         try:
-            with fused.accumulating_in_place(parameters, self._places, self._copies):
+            fresh = [parameter for parameter, change in self._fresh.items() if change == _change(parameter)]
+            with fused.accumulating_in_place(parameters, self._places, self._copies, fresh) as copied:
                 yield
+                self._used |= set(copied)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -511,6 +525,11 @@ def _fingerprint_both(data: SampleData, validation: SampleData) -> str:
 def global_count(batches: Sequence[Batch], mesh: Group | None = None) -> int:
     """The one divisor of a step: trained terms over the micro-batches of all processes, at least 1."""
     return max(1, sum((mesh or Group()).gather(sum(batch.count for batch in batches))))
+
+
+def _change(parameter: Tensor) -> tuple[int, int]:
+    """What another tells of a change: torch's count of operations that wrote to a parameter, and where it lies."""
+    return parameter._version, parameter.data_ptr()
 
 
 def _check_fp32_weights(model: nn.Module) -> None:

@@ -243,7 +243,8 @@ def _normalize(text: str) -> str:
 
 def _spans(text: str, value: str) -> list[tuple[int, int]]:
     """Where a folded text has a value as a word."""
-    return [m.span() for m in re.finditer(rf"(?<!\w){re.escape(_normalize(value))}(?!\w)", text)]
+    value = _normalize(value)
+    return [m.span() for m in re.finditer(rf"(?<!\w){re.escape(value)}(?!\w)", text)] if value in text else []
 
 
 def _mention(answer: str, value: str, wrong: list[str] | tuple[str, ...]) -> bool:

@@ -61,7 +61,7 @@ def trained_gradients(model: Transformer, rollouts: Sequence[Rollout], micro_bat
     settings = TrainSettings(lr=0.0, steps=1, batch_size=12, micro_batch_tokens=micro_batch_tokens, clip=0.0, weight_decay=0.0)
     trainer, kept = Trainer(model, PolicyGradientObjective(), settings), []
 
-    def keep() -> None:
+    def keep(*_: Any, **__: Any) -> None:
         kept.extend(p.grad.clone() for p in model.parameters() if p.grad is not None)
 
     trainer.optimizer.step = keep  # type: ignore[method-assign]

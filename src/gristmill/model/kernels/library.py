@@ -1,4 +1,4 @@
-"""ctypes bindings of the model's CPU kernels (kernels.cpp, amx_attention.cpp, blocks.cpp)."""
+"""ctypes bindings of the model's CPU kernels (kernels.cpp, amx_attention.cpp, blocks.cpp, optimizer.cpp)."""
 
 import ctypes
 import functools
@@ -11,6 +11,8 @@ from gristmill.core.native import build_library
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of activations, as the kernels are told them
 ACTIVATIONS = {"silu": 0, "gelu": 1, "squared_relu": 2}
+
+SOURCES = ("kernels.cpp", "amx_attention.cpp", "blocks.cpp", "optimizer.cpp")
 
 
 class Attention(ctypes.Structure):
@@ -63,10 +65,26 @@ class Blocks(ctypes.Structure):
     ]
 
 
+class AdamW(ctypes.Structure):
+    """ctypes mirror of `AdamW` in optimizer.cpp."""
+
+    _fields_ = [(name, ctypes.c_float) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "clip")]
+
+
+class AdamWPart(ctypes.Structure):
+    """ctypes mirror of `Part` in optimizer.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "grad", "mean", "square", "copy")),
+        ("size", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("correction1", "correction2")),
+    ]
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be had."""
-    library = build_library([Path(__file__).with_name(name) for name in ("kernels.cpp", "amx_attention.cpp", "blocks.cpp")], "model")
+    library = build_library([Path(__file__).with_name(name) for name in SOURCES], "model")
     if library is None:
         return None
     pointer, number, large, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -84,6 +102,7 @@ def load() -> ctypes.CDLL | None:
         "blocks_forward": [ctypes.POINTER(Blocks)] + [pointer] * 3,
         "blocks_backward": [ctypes.POINTER(Blocks)] + [pointer] * 3,
         "tiles_of": [pointer] + [number] * 2 + [pointer] * 2,
+        "adamw": [ctypes.POINTER(AdamW), ctypes.POINTER(AdamWPart), number, number],
         "weight_gradient": [pointer] * 3 + [number] * 3 + [large] * 2 + [number] * 2,
     }.items():
         function = getattr(library, f"gristmill_{name}")

@@ -138,7 +138,7 @@ def compute_reference_logprobs(
     model.eval()
     count = num_workers(model)
     groups, fill = split_micro_batches(bare, micro_batch_tokens, count), fills(device, precision, count)
-    with compute_precision(model, precision), unchanged(model), workers(count) as each:
+    with workers(count) as each, compute_precision(model, precision), unchanged(model, each):
         # gradients are switched off by thread, and so are adapters
         score = adapters_disabled()(torch.no_grad()(lambda group: response_logprobs(model, collate_pairs(group, device, fill=fill))))
         logprobs = each(score, groups)

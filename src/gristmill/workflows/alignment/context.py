@@ -329,7 +329,7 @@ class AlignmentContext:
 
     def holds(self, messages: Sequence[Message]) -> bool:
         """Whether a whole conversation fits in the model's context. Bytes that are no UTF-8 become up to three times as many tokens."""
-        return len(self.format.render(messages, self.tokenizer).ids) <= self.max_positions
+        return self.format.fits(messages, self.tokenizer, self.max_positions)
 
     # ---- models ----
 

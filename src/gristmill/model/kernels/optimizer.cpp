@@ -1,0 +1,42 @@
+// AdamW in one pass over memory: clipping, moments, weights, and the weights' copies in the type that the model computes in.
+
+#include "vectors.h"
+
+#include <cmath>
+
+static const int64_t PIECE = 4096; // numbers that stay in the nearest cache from the update to the copy
+
+struct AdamW {
+    float lr, beta1, beta2, eps, weight_decay, clip; // clip: factor of the gradients
+};
+
+struct Part { // a parameter
+    float* weight;
+    const float* grad;
+    float *mean, *square;
+    bf16* copy; // or null
+    int64_t size;
+    float correction1, correction2; // 1 - beta^step
+};
+
+static void update(const AdamW& s, const Part& x, int64_t start, int64_t end) {
+    const float keep = 1 - s.lr * s.weight_decay, step = s.lr / x.correction1, scale = std::sqrt(x.correction2);
+    for (int64_t i = start; i < end; i++) {
+        const float g = x.grad[i] * s.clip;
+        const float m = x.mean[i] + (1 - s.beta1) * (g - x.mean[i]), v = x.square[i] * s.beta2 + (1 - s.beta2) * g * g;
+        x.mean[i] = m;
+        x.square[i] = v;
+        x.weight[i] = x.weight[i] * keep - step * m / (std::sqrt(v) / scale + s.eps);
+    }
+    if (x.copy) for (int64_t i = start; i < end; i++) put(x.copy + i, x.weight[i]);
+}
+
+// Each number by itself, so that threads change no bit.
+extern "C" void gristmill_adamw(const AdamW* settings, const Part* parts, int count, int threads) {
+    for (int n = 0; n < count; n++) {
+        const Part& x = parts[n];
+        const int64_t pieces = (x.size + PIECE - 1) / PIECE;
+#pragma omp parallel for if (threads > 1 && pieces > 1) num_threads(threads) schedule(static)
+        for (int64_t piece = 0; piece < pieces; piece++) update(*settings, x, piece * PIECE, x.size < (piece + 1) * PIECE ? x.size : (piece + 1) * PIECE);
+    }
+}
