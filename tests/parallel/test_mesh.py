@@ -74,6 +74,8 @@ MESHES: dict[int, list[dict[str, Any]]] = {
         {"tp": 2, "plain": True, "small": True},
         {"cp": 2},
         {"pp": 2},
+        {"pp": 2, "vp": 2, "schedule": "zbv", "only": "deep"},
+        {"pp": 2, "vp": 2, "schedule": "zero-bubble", "only": "deep r"},
     ],
     4: [
         {"only": "few"},
@@ -82,6 +84,8 @@ MESHES: dict[int, list[dict[str, Any]]] = {
         {"tp": 2, "small": True},
         {"pp": 2, "vp": 2, "only": "deep"},
         {"pp": 2, "tp": 2, "only": "deep tied"},
+        {"pp": 2, "vp": 2, "tp": 2, "schedule": "zbv", "only": "deep r"},
+        {"pp": 2, "vp": 2, "schedule": "zbv", "only": "deep tied"},
         {"pp": 2, "cp": 2, "only": "deep r"},
         {"cp": 2, "tp": 2, "only": "deep r"},
         {"cp": 2, "only": "deep r"},
@@ -136,13 +140,22 @@ def test_initial_weights_are_the_same_in_every_mesh(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_run_goes_on_in_another_mesh(tmp_path: Path, lora: bool) -> None:
-    """From one process to four with other layers and parts of matrices, to two with other tokens, two with other samples, and back to one.
+    """From one process to four with other layers and parts of matrices, to two with layers as on a V, two with other tokens, two with other
+    samples, and back to one.
 
     Two do not divide the vocabulary, so that one process writes the checkpoints of the four, and all write those of the two; an
     adapter's are written by one.
     """
-    options = {"batch_size": [[0, 3], [6, 6]], "vocab": 51, "family": "llama", "lora": lora, "replicated": True}
-    meshes: list[tuple[int, dict[str, int], int]] = [(1, {}, 2), (4, {"pp": 2, "tp": 2}, 4), (2, {"cp": 2}, 6), (2, {}, 7), (1, {}, 0)]
+    options = {"batch_size": [[0, 3], [6, 6]], "vocab": 51, "layers": 4, "family": "llama", "lora": lora, "replicated": True}
+    zbv = {"pp": 2, "vp": 2, "schedule": "zbv"}
+    meshes: list[tuple[int, dict[str, Any], int]] = [
+        (1, {}, 2),
+        (4, {"pp": 2, "tp": 2}, 4),
+        (2, zbv, 5),
+        (2, {"cp": 2}, 6),
+        (2, {}, 7),
+        (1, {}, 0),
+    ]
     whole, last = tmp_path / "whole.safetensors", tmp_path / "last.safetensors"
     run(
         (1, "train", whole, options | {"folder": str(tmp_path / "a")}),
@@ -191,7 +204,9 @@ def test_a_killed_or_stopped_process_costs_no_step(tmp_path: Path) -> None:
 
 
 KILLED: list[tuple[dict[str, Any], bool]] = [({"replicated": True}, True)]
-KILLED += [({"dims": {"pp": 2}}, True), ({"replicated": True}, False), ({}, False), ({}, True)] if KILLS else []
+if KILLS:
+    KILLED += [({"dims": {"pp": 2}}, True), ({"replicated": True}, False)]
+    KILLED += [(mesh, saving) for mesh in ({}, {"dims": {"tp": 2}}) for saving in (False, True)]
 
 
 @pytest.mark.parametrize(("options", "saving"), KILLED)

@@ -147,7 +147,7 @@ def gradients(mesh: Mesh, out: Path, *, meshes: list[dict[str, Any]]) -> None:
     out.mkdir(exist_ok=True)
     for options in meshes:
         name, settings = json.dumps(options), dict(options)
-        dims = ParallelDims(**{key: settings.pop(key) for key in ("tp", "cp", "pp", "vp") if key in settings})
+        dims = ParallelDims(**{key: settings.pop(key) for key in ("tp", "cp", "pp", "vp", "schedule") if key in settings})
         sharded.REPLICATED = REPLICATED if settings.pop("replicated", False) else 0
         one = Mesh() if mesh.size == 1 else new_mesh(torch.device("cpu"), mesh.size, dims)
         found = gradients_in(one, **settings)
@@ -210,11 +210,20 @@ def initial(mesh: Mesh, out: Path) -> None:
 
 
 def train(
-    mesh: Mesh, out: Path, *, folder: str, stop: int = 0, vocab: int = VOCAB, family: str = "nemotron", lora: bool = False, **settings: Any
+    mesh: Mesh,
+    out: Path,
+    *,
+    folder: str,
+    stop: int = 0,
+    vocab: int = VOCAB,
+    layers: int = 2,
+    family: str = "nemotron",
+    lora: bool = False,
+    **settings: Any,
 ) -> None:
     asked = replace(SETTINGS, **{"checkpoint_every": 1e-9, **settings})
     make = make_adapted if lora else make_model
-    trainer = Trainer(make(family, vocab=vocab), next_token_objective, asked, folder=Path(folder), mesh=mesh)
+    trainer = Trainer(make(family, vocab=vocab, layers=layers), next_token_objective, asked, folder=Path(folder), mesh=mesh)
     step, begun = trainer.step, []
 
     def until(samples: Any) -> dict[str, float]:

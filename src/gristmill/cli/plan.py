@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from gristmill.cli.app import AsJson, command, end_with_alarms, given
+from gristmill.cli.app import AsJson, PpSchedule, command, end_with_alarms, given
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
@@ -24,6 +24,7 @@ def plan(
     tp: Annotated[int | None, typer.Option(help="Tensor (and sequence) parallel ways.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
     vp: Annotated[int | None, typer.Option(help="Virtual stages a rank: the interleaved schedule.")] = None,
+    pp_schedule: PpSchedule = "1f1b",
     cp: Annotated[int | None, typer.Option(help="Context parallel ways.")] = None,
     dp: Annotated[int | None, typer.Option(help="Data parallel ways; default what is left of --gpus.")] = None,
     batch_size: Annotated[
@@ -92,7 +93,7 @@ def plan(
     hardware, config = find_hardware(gpu or "h100"), find_model(model)
     name = model if len(model) <= MAX_NAME else Path(model).name
     ways: dict[str, Any] = given(tp=tp, pp=pp, vp=vp, cp=cp, dp=dp, micro_batch=micro_batch, seq_len=seq_len, batch_size=batch_size)
-    ways |= {"recompute": recompute} if recompute else {}
+    ways |= {"schedule": pp_schedule} | ({"recompute": recompute} if recompute else {})
     precision = precision or ("fp32" if hardware.is_cpu else "bf16")
     found = None
     if search:

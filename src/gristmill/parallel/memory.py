@@ -60,16 +60,25 @@ def block_parameters(config: ModelConfig, block: BlockConfig, tp: int) -> float:
 def _ends(config: ModelConfig, layout: Layout, rank: int) -> float:
     """Rows of embedding and output matrix on a rank: the vocabulary is filled up to a multiple of TP."""
     matrix = -(-config.vocab_size // layout.tp) * config.hidden_size
-    first, last = rank == 0, rank == layout.pp - 1
-    return matrix * ((1 if config.tie_embeddings else 2) if first and last else first or last)
+    first, last = rank == 0, has_loss(layout, rank)
+    one = config.tie_embeddings and layout.pp == 1  # with ZBV the last stage has a copy beside the first one's
+    return matrix * ((1 if one else 2) if first and last else first or last)
+
+
+def has_loss(layout: Layout, rank: int) -> bool:
+    """Whether a pipeline rank has the last stage: with ZBV the first rank has."""
+    return rank == (0 if layout.schedule == "zbv" else layout.pp - 1)
 
 
 def micro_batches_in_flight(layout: Layout, rank: int) -> float:
-    """Micro-batches whose activations a pipeline rank holds at the peak of 1F1B, or of its interleaved form.
+    """Micro-batches whose activations a pipeline rank holds at the peak of 1F1B, of its interleaved form, or with zero bubble.
 
-    With virtual stages the first rank holds pp (1 + (pp - 1) / (pp vp)): more than with 1F1B, for a smaller bubble.
+    With virtual stages the first rank holds pp (1 + (pp - 1) / (pp vp)): more than with 1F1B, for a smaller bubble. With zero bubble all
+    ranks hold pp, where what gradients of matrices wait for counts as all activations do.
     """
     pp, vp, m = layout.pp, layout.vp, layout.num_micro_batches
+    if layout.schedule != "1f1b":
+        return min(pp, m)
     if vp == 1:
         return min(pp - rank, m)
     return min((pp * vp + pp - 1 - 2 * rank) / vp, m)
@@ -104,7 +113,7 @@ def _rank_memory(config: ModelConfig, layout: Layout, hardware: Hardware, rank: 
         gradients=count * GRADIENT_BYTES / (shards if layout.zero >= 2 else 1),
         optimizer=count * optimizer / (shards if layout.zero >= 1 else 1),
         activations=activations,
-        loss=_loss_bytes(config, layout, hardware, itemsize) if rank == layout.pp - 1 else 0.0,
+        loss=_loss_bytes(config, layout, hardware, itemsize) if has_loss(layout, rank) else 0.0,
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
+from gristmill.parallel.layout import check_schedule
 
 if TYPE_CHECKING:  # one process does not pay for the import
     from torch.distributed.device_mesh import DeviceMesh
@@ -41,12 +42,14 @@ class ParallelDims:
         cp: processes that share out the tokens of every document (context parallel).
         pp: processes that share out the layers (pipeline parallel).
         vp: virtual stages of each of them: the schedule is 1F1B with 1, and interleaved above.
+        schedule: of the pipeline, out of `layout.SCHEDULES`.
     """
 
     tp: int = 1
     cp: int = 1
     pp: int = 1
     vp: int = 1
+    schedule: str = "1f1b"
 
     @property
     def together(self) -> int:
@@ -59,6 +62,7 @@ class ParallelDims:
             raise InputError(f"Give --tp, --cp, --pp and --vp numbers above zero: they are {self.tp}, {self.cp}, {self.pp} and {self.vp}.")
         if self.pp == 1 and self.vp > 1:
             raise InputError(f"Leave --vp out, or raise --pp: without a pipeline there are no virtual stages (--vp is {self.vp}).")
+        check_schedule(self.schedule, self.vp)
 
 
 class Group:

@@ -11,6 +11,7 @@ from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.parallel.hardware import Hardware
 from gristmill.parallel.layout import Layout, counted
 from gristmill.parallel.memory import rank_parameters
+from gristmill.parallel.schedule import Times, bubble
 
 CP_EXPOSED = 0.3  # of the traffic of keys and values
 NETWORK_SHARE = 0.7  # of its bandwidth that collectives over many ranks reach
@@ -56,24 +57,27 @@ def step_time(config: ModelConfig, layout: Layout, hardware: Hardware) -> StepTi
     """
     m, pp, vp = layout.num_micro_batches, layout.pp, layout.vp
     parts: dict[str, float] = dict.fromkeys(("products", "attention", "elementwise", "traffic_tp", "traffic_cp", "recompute"), 0.0)
-    for block, count in counted(config.blocks):
-        for name, seconds in _layer(config, block, layout, hardware).items():
-            parts[name] += count / pp * seconds
     parts["head"] = _head(config, layout, hardware)
+    forward, matrices = parts["head"] / 3, 0.0
+    for block, count in counted(config.blocks):
+        layer = _layer(config, block, layout, hardware)
+        for name, seconds in layer.parts.items():
+            parts[name] += count / pp * seconds
+        forward, matrices = forward + count / pp * layer.forward, matrices + count / pp * layer.matrices
     stage = sum(parts.values())
     # a send and a receive of every virtual stage, forward and backward, half of them hidden
     p2p = vp * layout.tokens * config.hidden_size * _itemsize(layout) / layout.tp / hardware.network_bandwidth if pp > 1 else 0.0
-    bubble = (pp - 1) / vp * stage
+    waits = bubble(layout.schedule, pp, vp, m, Times(forward / vp, (stage - forward - matrices) / vp, matrices / vp))
     parameters, shards = max(rank_parameters(config, layout, rank) for rank in {0, pp - 1}), layout.num_shards
     exposed = 0.0
     for times, traffic in _gradient_traffic(parameters, layout, hardware):
         exposed += times * max(hardware.exposed_dp * traffic, traffic - stage)
     optimizer = OPTIMIZER_BYTES * parameters / (shards if layout.zero else 1) / hardware.memory_bandwidth
-    subtotal = m * (stage + p2p) + bubble + exposed + optimizer
+    subtotal = m * (stage + p2p) + waits + exposed + optimizer
     return StepTime(
         **{name: m * seconds for name, seconds in parts.items()},
         traffic_pp=m * p2p,
-        bubble=bubble,
+        bubble=waits,
         traffic_dp=exposed,
         optimizer=optimizer,
         stragglers=subtotal * hardware.straggling * max(0.0, log2(layout.num_devices / STRAGGLING_FROM)),
@@ -93,8 +97,16 @@ def gemm_seconds(sides: tuple[float, float, float], layout: Layout, hardware: Ha
     return 2 * m * n * k / rate * (1 + hardware.gemm_overhead * (1 / m + 1 / n + 1 / k)) + hardware.operation_seconds
 
 
-def _layer(config: ModelConfig, block: BlockConfig, layout: Layout, hardware: Hardware) -> dict[str, float]:
-    """Seconds of a layer and micro-batch, forward and backward, by part."""
+@dataclass(frozen=True)
+class _Layer:
+    """Seconds of a layer and micro-batch by part, forward and backward; of its forward pass, and of its matrices' gradients."""
+
+    parts: dict[str, float]
+    forward: float
+    matrices: float
+
+
+def _layer(config: ModelConfig, block: BlockConfig, layout: Layout, hardware: Hardware) -> _Layer:
     tp, h, tokens, itemsize = layout.tp, config.hidden_size, layout.tokens, _itemsize(layout)
     gated, head_dim, heads, kv_heads = config.parts.gated, block.head_dim, block.num_heads, max(block.num_kv_heads, tp)
     sides: list[tuple[float, float, float]] = []
@@ -105,7 +117,7 @@ def _layer(config: ModelConfig, block: BlockConfig, layout: Layout, hardware: Ha
     forward = sum(gemm_seconds(one, layout, hardware) for one in sides)
     # gradients of inputs as the forward pass, those of weights in bf16 where that is fp8
     weight_precision = "bf16" if layout.precision == "fp8" else ""
-    backward = forward + sum(gemm_seconds(one, layout, hardware, precision=weight_precision) for one in sides)
+    matrices = sum(gemm_seconds(one, layout, hardware, precision=weight_precision) for one in sides)
     attention = cp = 0.0
     if block.has_attention:
         window = min(block.window or layout.seq_len, layout.seq_len)
@@ -114,19 +126,20 @@ def _layer(config: ModelConfig, block: BlockConfig, layout: Layout, hardware: Ha
         attention = 4 * tokens * attended * heads / tp * head_dim / peak + hardware.operation_seconds
         gathered = 2 * layout.micro_batch * layout.seq_len * kv_heads / tp * head_dim * itemsize
         cp = CP_EXPOSED * (layout.cp - 1) / layout.cp * gathered / hardware.network_bandwidth
-    parts = 0.5 * (block.has_attention + block.has_mlp)
-    elementwise = tokens / tp * (34 * h * parts + 6 * (1 + gated) * block.ffn_size) * itemsize / 2 / hardware.memory_bandwidth
+    halves = 0.5 * (block.has_attention + block.has_mlp)
+    elementwise = tokens / tp * (34 * h * halves + 6 * (1 + gated) * block.ffn_size) * itemsize / 2 / hardware.memory_bandwidth
     traffic = 2 * (block.has_attention + block.has_mlp) * (tp - 1) / tp * tokens * h * itemsize / hardware.link_bandwidth
     traffic *= hardware.exposed_tp
     once = forward + attention + elementwise + traffic + cp
-    return {
-        "products": forward + backward,
+    parts = {
+        "products": 2 * forward + matrices,
         "attention": 3.5 * attention,
         "elementwise": 3 * elementwise,
         "traffic_tp": 2.5 * traffic,  # the backward pass gathers once more
         "traffic_cp": 3 * cp,
         "recompute": {"none": 0.0, "selective": SELECTIVE_SHARE, "full": 1.0}[layout.recompute] * once,
     }
+    return _Layer(parts, once, matrices)
 
 
 def _head(config: ModelConfig, layout: Layout, hardware: Hardware) -> float:
