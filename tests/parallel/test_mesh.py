@@ -19,6 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from gristmill.core.errors import InputError
+from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.parallel.hardware import HARDWARE
+from gristmill.parallel.layout import Layout
+from gristmill.parallel.lora_plan import LoraPlan
+from gristmill.parallel.memory import memory
 from gristmill.parallel.mesh import Mesh, process_mesh
 from gristmill.train.checkpoint import fingerprint_model
 
@@ -260,6 +265,32 @@ def test_products_in_8_bits_of_parts_of_matrices(tmp_path: Path) -> None:
     for facts in found.values():
         assert facts["matrices"] == [0, 5]  # of the middle layer: none in bf16
         assert 0 < facts["errors"][0] < 0.2 and 0 < facts["errors"][1] < 0.2, found
+
+
+SIZED: list[dict[str, Any]] = [  # layers of 24,576 numbers, beside which norms and heads are small
+    {"dims": {"tp": 2, "pp": 2}, "base": "int8", "dora": True, "layers": 4, "ffn": 320},
+    {"dims": {"tp": 2}, "base": "bf16", "layers": 2, "ffn": 320},
+    {"dims": {"pp": 2}, "layers": 4, "ffn": 320},
+    {"dims": {"pp": 2, "vp": 2, "schedule": "zbv"}, "base": "fp32", "layers": 4, "ffn": 320},
+]
+
+
+def test_planned_bytes_of_tensors_are_what_processes_hold(tmp_path: Path) -> None:
+    """Of weights, gradients and optimizer states, whole models and adapters, within 1 %."""
+    run((4, "sizes", tmp_path / "found", {"cases": SIZED}))
+    for case, found in zip(SIZED, json.loads((tmp_path / "found").read_text()), strict=True):
+        lora = LoraPlan(rank=3, base=case["base"], dora=case.get("dora", False)) if "base" in case else None
+        dims = {"tp": 1, "pp": 1} | case["dims"]
+        dp = 4 // (dims["tp"] * dims["pp"])
+        layout = Layout(**dims, dp=dp, batch_size=8 * dp, seq_len=40, precision="fp32", lora=lora)
+        config = ModelConfig("nemotron", 48, 32, uniform_blocks(case["layers"], 4, 2, 8, case["ffn"]), max_positions=256)
+        ranks = memory(config, layout, HARDWARE["h100"])
+        shards = 1 if lora else dp  # between steps FSDP2 keeps parts alone
+        for rank, name in ((0, "first"), (3, "last" if dims["pp"] > 1 else "first")):
+            planned = ranks[name]
+            assert found[rank][0] == pytest.approx(planned.weights / shards, rel=0.01), (case, name)
+            assert found[rank][1] == pytest.approx(planned.gradients / shards, rel=0.01), (case, name)
+            assert found[rank][2] == pytest.approx(planned.optimizer, rel=0.01), (case, name)
 
 
 def test_muon_gives_each_matrix_the_bits_of_one_process(tmp_path: Path) -> None:

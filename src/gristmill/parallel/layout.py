@@ -8,6 +8,7 @@ from typing import Any
 from gristmill.core.errors import InputError
 from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.parallel.hardware import Hardware
+from gristmill.parallel.lora_plan import LoraPlan, check_lora
 
 SCHEDULES = ("1f1b", "zero-bubble", "zbv")
 RECOMPUTE = ("none", "selective", "full")
@@ -29,6 +30,7 @@ class Layout:
         seq_len: tokens of a sequence, which attention takes for one document.
         recompute: activations made again in the backward pass: none, the MLP's activation (selective), or all of a layer (full).
         zero: what data-parallel ranks share out: 0 nothing, 1 optimizer states (the distributed optimizer), 2 gradients too, 3 weights too.
+        lora: the adapter that is trained; of it, and of what is frozen, data-parallel ranks share nothing out.
     """
 
     batch_size: int
@@ -43,6 +45,7 @@ class Layout:
     schedule: str = "1f1b"
     recompute: str = "none"
     zero: int = 1
+    lora: LoraPlan | None = None
 
     @property
     def num_devices(self) -> int:
@@ -68,7 +71,8 @@ class Layout:
         ways = ", ".join(f"{name} {ways}" for name, ways in parts.items() if ways > 1 or name in ("TP", "PP", "DP"))
         again = f", recompute {self.recompute}" if self.recompute != "none" else ""
         schedule = f", {self.schedule}" if self.schedule != "1f1b" else ""
-        return f"{ways}{schedule}, micro-batch {self.micro_batch}{again}"
+        lora = "" if self.lora is None else f", {'DoRA' if self.lora.dora else 'LoRA'} {self.lora.rank} on {self.lora.base}"
+        return f"{ways}{schedule}, micro-batch {self.micro_batch}{again}{lora}"
 
 
 def default_layout(config: ModelConfig, ways: Mapping[str, Any], *, num_devices: int | None, precision: str, zero: int) -> Layout:
@@ -78,7 +82,7 @@ def default_layout(config: ModelConfig, ways: Mapping[str, Any], *, num_devices:
         InputError: the ways do not divide the devices, or a number cannot be used.
     """
     for name, value in ways.items():
-        if name not in ("recompute", "schedule"):
+        if name not in ("recompute", "schedule", "lora"):
             _check_number(name, value)
     tp, pp, cp = (ways.get(name, 1) for name in ("tp", "pp", "cp"))
     dp = ways.get("dp", 1)
@@ -162,6 +166,8 @@ def check_layout(config: ModelConfig, layout: Layout, hardware: Hardware) -> Non
     if layout.zero not in range(4):
         raise InputError(f"Choose --zero 0, 1, 2 or 3, not {layout.zero}.")
     hardware.peak(layout.precision)
+    if layout.lora is not None:
+        check_lora(config, layout.lora, layout.tp)
     _check_batch(layout)
     _check_split(config, layout)
 

@@ -99,7 +99,7 @@ class Trainer:
         self._trims_heap = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) >= MAX_THREADED_PARAMETERS
         chosen = settings.micro_batch_tokens or recorded_micro_batch(folder)
         self.micro_batch_tokens = chosen or choose_micro_batch(
-            model, settings.optimizer, precision=settings.precision, device=self.device, loaded=True
+            model, settings.optimizer, precision=settings.precision, device=self.device, loaded=True, mesh=self.mesh
         )
         self.micro_batch_tokens = min(self.mesh.gather(self.micro_batch_tokens))
         self._checkpointed: bool | str = settings.checkpoint_activations if settings.checkpoint_activations != "auto" else False
@@ -144,7 +144,7 @@ class Trainer:
         self.num_steps = plan.num_steps
         longest = max(int(part.lengths.max()) for part in (data, held_out) if part is not None)
         checkpointed = fitting(
-            self.model,
+            self.model if self._sharded is None else self._sharded.skeleton,
             settings.optimizer,
             precision=settings.precision,
             tokens=self.micro_batch_tokens,
@@ -152,6 +152,7 @@ class Trainer:
             loaded=True,
             checkpoint=always_checkpointed(settings.checkpoint_activations),
             longest=longest,
+            mesh=self.mesh,
         ).checkpointed
         if settings.checkpoint_activations == "auto":
             self._checkpointed = any(self.mesh.gather(checkpointed))
