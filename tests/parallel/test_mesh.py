@@ -126,7 +126,8 @@ def test_gradients_of_every_parameter(gradients: dict[int, Path], size: int, opt
     alone = load_file(gradients[1] / json.dumps({"plain": True} if options.get("plain") else {}))
     together = load_file(gradients[size] / json.dumps(options))
     exact = [together.pop(name) for name in list(together) if name.endswith(" far")]
-    dora = {name: x for name, x in together.items() if name.startswith("lora deep reward")}  # which divides by norms of what it adds up
+    # in fp32 one process, too, is up to 2e-6 from the gradients of this one in fp64 (docs/scale.md)
+    dora = {name: x for name, x in together.items() if name.startswith("lora deep reward")}
     for found, limit in (({name: x for name, x in together.items() if name not in dora}, 2e-6), (dora, 4e-6)):
         far, name = farthest(alone, found) if found else (0.0, "")
         assert far <= limit, name
