@@ -273,7 +273,7 @@ class Trainer:
         scale = self._lr_scale()
         batches, fillers = self._micro_batches(samples)
         data = self.mesh.data
-        count, num_tokens = global_count(batches, data), sum(data.gather(sum(batch.num_tokens for batch in batches)))
+        count, num_tokens = global_count(batches, data)
         totals = MetricSums()
         plain = self._sharded is None or (self._sharded.is_replicated and self.mesh.dims.together == 1)
         in_place = self._in_place(len(batches) + len(fillers)) if plain and self.num_workers == 1 else nullcontext()
@@ -509,9 +509,10 @@ def _fingerprint_both(data: SampleData, validation: SampleData) -> str:
     return fingerprint_text(f"{data.fingerprint()} {validation.fingerprint()}")
 
 
-def global_count(batches: Sequence[Batch], mesh: Group | None = None) -> int:
-    """The one divisor of a step: trained terms over the micro-batches of all processes, at least 1."""
-    return max(1, sum((mesh or Group()).gather(sum(batch.count for batch in batches))))
+def global_count(batches: Sequence[Batch], mesh: Group | None = None) -> tuple[int, int]:
+    """The one divisor of a step, trained terms over the micro-batches of all processes, at least 1; and the step's tokens."""
+    counts = (mesh or Group()).gather([sum(batch.count for batch in batches), sum(batch.num_tokens for batch in batches)])
+    return max(1, sum(count for count, _ in counts)), sum(tokens for _, tokens in counts)
 
 
 def _check_fp32_weights(model: nn.Module) -> None:
