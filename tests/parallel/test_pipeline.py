@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gristmill.core.errors import InputError
+from gristmill.model.compiled_blocks import takes
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.packed import pack
 from gristmill.model.reward import RewardModel
@@ -29,6 +30,12 @@ def test_stages_have_all_parameters_once_and_share_their_memory() -> None:
     copy = found.pop(TIED)
     assert found.keys() == whole.keys() and all(found[name] is parameter for name, parameter in whole.items())
     assert torch.equal(copy, whole["embedding"]) and copy.data_ptr() != whole["embedding"].data_ptr()
+
+
+def test_no_stage_is_computed_as_a_whole_decoder() -> None:
+    model = Transformer(CONFIG)
+    model.compute_dtype = torch.bfloat16
+    assert not any(takes(Stage(model, number, 4).decoder[0]) for number in range(4))
 
 
 def test_a_head_is_the_last_stages_and_needs_no_copy_of_the_embedding() -> None:

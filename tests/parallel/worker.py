@@ -264,13 +264,13 @@ def float8(mesh: Mesh, out: Path) -> None:
 
 
 def sizes(mesh: Mesh, out: Path, *, cases: list[dict[str, Any]]) -> None:
-    """Bytes that each process has of weights, gradients and optimizer states after a step, in meshes of the same processes."""
+    """Bytes that each process has of weights, gradients and optimizer states after a step in bf16, in meshes of the same processes."""
     found = []
     for case in cases:
         options = dict(case)
         one = new_mesh(torch.device("cpu"), mesh.size, ParallelDims(**options.pop("dims")))
         model = make_adapted(**options) if "base" in options else make_model(**options)
-        trainer = Trainer(model, next_token_objective, SETTINGS, mesh=one)
+        trainer = Trainer(model, next_token_objective, replace(SETTINGS, precision="bf16"), mesh=one)
         release, gradients = trainer.optimizer.zero_grad, []
         trainer.optimizer.zero_grad = lambda: gradients.append(bytes_of(p.grad for p in trainer.model.parameters())) or release()  # type: ignore  # noqa: B023
         trainer.step(make_samples(6))

@@ -109,9 +109,9 @@ class Group:
 
         def exchange(mine: bytes, length: int) -> list[bytes]:
             given = torch.frombuffer(bytearray(mine.ljust(length, b"\0")), dtype=torch.uint8).to(device)
-            found = given.new_empty(self.size * length)
-            dist.all_gather_into_tensor(found, given, group=group)
-            return [part.numpy().tobytes() for part in found.cpu().split(length)]
+            found = [torch.empty_like(given) for _ in range(self.size)]
+            dist.all_gather(found, given, group=group)
+            return [part.cpu().numpy().tobytes() for part in found]
 
         heads = exchange(size + text[:SHORT], SIZE_BYTES + SHORT)
         sizes = [int.from_bytes(head[:SIZE_BYTES], "little") for head in heads]
